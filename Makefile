@@ -1,0 +1,55 @@
+# Everything a developer types. `make` alone lists the targets.
+# Another interpreter or environment: make test PYTHON=python3.12 VENV=.venv-3.12
+
+PYTHON  ?= python3
+VENV    ?= .venv
+PORT    ?= 5000
+WORKERS ?= 2
+
+BIN   := $(VENV)/bin
+# One stamp an interpreter, so that another PYTHON gets a clean environment, not a mixture.
+STAMP := $(VENV)/.ready-$(notdir $(PYTHON))
+# Workers share the cores: one thread each. Nothing is reported to anyone.
+TEST  := OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-all lint ci mlflow-ui mutants
+
+help:  ## list these targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+
+setup: $(STAMP)  ## make the environment .venv (done by every other target when it is missing)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+		|| { echo "$(PYTHON) is not Python 3.11 to 3.13: type make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; exit 1; }
+	@test -e $@ || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing into $(VENV): about 2 GB, some minutes."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## teach the shipped tiny model the shipped subject, on CPU, in minutes
+	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m dreambooth.train
+
+test: $(STAMP)  ## the fast tests: offline, at most 10 minutes
+	@$(TEST) -m 'not slow'
+
+test-all: lint  ## lint, every test, every mutant
+	@$(TEST)
+	@$(BIN)/python tools/mutants.py
+
+lint: $(STAMP)  ## ruff, and mypy (strict for dreambooth/)
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+ci:  ## what the CI runs: .ci/run
+	@.ci/run
+
+mlflow-ui: $(STAMP)  ## every run side by side in a browser (PORT=5000)
+	@test -e runs/mlflow.db || { echo "No runs yet in runs/mlflow.db: type make demo first." >&2; exit 1; }
+	@echo "http://127.0.0.1:$(PORT)   (Ctrl-C ends it)"
+	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --port $(PORT) --workers 1
+
+mutants: $(STAMP)  ## break the code on purpose, once for each known trap: each must turn a test red
+	@$(BIN)/python tools/mutants.py

@@ -1,0 +1,165 @@
+"""Training state on disk: `checkpoints/step-000100/`, written atomically, rotated, resumed bit for bit.
+
+No pickle: tensors are safetensors, the rest is JSON. What a checkpoint holds is listed once, in `_tensors` and
+`_numbers`; the data order and all random numbers are functions of (seed, step) and need no state.
+"""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dreambooth import files
+from dreambooth.errors import DoesNotFit, UserError
+from dreambooth.step import TrainState
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+STATE = "state.json"
+
+
+def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.GradScaler, keep: int) -> Path:
+    """Write the state of `state.step` completed steps, then rotate to the newest `keep`.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        model: the trained module itself, unwrapped.
+
+    Raises:
+        DoesNotFit: the disk is full; earlier checkpoints are untouched.
+    """
+    target = folder / f"step-{state.step:06d}"
+    if not intact(target):
+        try:
+            with files.whole_folder(target) as aside:
+                _write(aside, state, model, scaler)
+        except OSError as error:
+            raise DoesNotFit(f"the checkpoint of step {state.step} could not be written to {folder} "
+                             f"({error.strerror}): free some space and repeat the command") from error
+    rotate(folder, keep)
+    return target
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for old in _steps(folder)[:-keep]:
+        files.remove_folder(old)
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest intact checkpoint, or None. A damaged one is passed over with a warning."""
+    for candidate in reversed(_steps(folder)):
+        if intact(candidate):
+            return candidate
+        log.warning("checkpoint %s is damaged and is passed over", candidate)
+    return None
+
+
+def intact(path: Path) -> bool:
+    """True if every file of the checkpoint has the size it was written with."""
+    try:
+        sizes = json.loads((path / STATE).read_text(encoding="utf-8"))["sizes"]
+        return all((path / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.GradScaler) -> None:
+    """Load a checkpoint into `state`.
+
+    Raises:
+        UserError: the checkpoint belongs to another model or is not readable.
+    """
+    try:
+        numbers = json.loads((path / STATE).read_text(encoding="utf-8"))
+        _load_weights(load_file(path / "trained.safetensors"), dict(model.named_parameters()), path)
+        if state.ema is not None:
+            _load_weights(load_file(path / "ema.safetensors"), state.ema.average, path)
+            state.ema.updates = numbers["ema_updates"]
+        state.optimizer.load_state_dict(
+            _unflatten(load_file(path / "optimizer.safetensors"), numbers["optimizer"]))
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"checkpoint {path} cannot be resumed here ({error}): type checkpoint.resume=never") from error
+    state.schedule.load_state_dict(numbers["schedule"])
+    scaler.load_state_dict(numbers["scaler"])
+    state.step, state.skipped, state.skipped_in_row = (
+        numbers[key] for key in ("step", "skipped", "skipped_in_row"))
+
+
+def step_of(path: Path) -> int:
+    """How many completed steps a checkpoint folder holds."""
+    return int(json.loads((path / STATE).read_text(encoding="utf-8"))["step"])
+
+
+def needed_bytes(state: TrainState, model: nn.Module, keep: int) -> int:
+    """Disk that `keep` checkpoints take, and one more while it is written: fp32 weights, EMA, two Adam moments."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return (keep + 1) * 4 * trained * (3 + (state.ema is not None))
+
+
+def _write(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.GradScaler) -> None:
+    flat, optimizer = _flatten(state.optimizer.state_dict())
+    for name, tensors in _tensors(state, model, flat).items():
+        save_file(tensors, folder / name)
+    sizes = {entry.name: entry.stat().st_size for entry in folder.iterdir()}
+    numbers = _numbers(state, scaler) | {"optimizer": optimizer, "sizes": sizes}
+    (folder / STATE).write_text(json.dumps(numbers), encoding="utf-8")
+
+
+def _tensors(state: TrainState, model: nn.Module, optimizer: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    parts = {"trained.safetensors": trained, "optimizer.safetensors": optimizer}
+    return parts | ({"ema.safetensors": state.ema.average} if state.ema is not None else {})
+
+
+def _numbers(state: TrainState, scaler: torch.amp.GradScaler) -> dict[str, Any]:
+    return {
+        "format": FORMAT, "step": state.step, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row,
+        "ema_updates": state.ema.updates if state.ema is not None else 0,
+        "schedule": state.schedule.state_dict(), "scaler": scaler.state_dict(),
+    }
+
+
+def _flatten(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors by 'parameter.name', and the rest as JSON."""
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {"param_groups": state_dict["param_groups"], "state": {}}
+    for index, entries in state_dict["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value.detach().contiguous()
+            else:
+                rest["state"].setdefault(str(index), {})[name] = value
+    return tensors, rest
+
+
+def _unflatten(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in rest["state"].items()}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    return {"param_groups": rest["param_groups"], "state": state}
+
+
+@torch.no_grad()
+def _load_weights(found: dict[str, Tensor], into: dict[str, Any], path: Path) -> None:
+    wanted = {name: t for name, t in into.items() if not isinstance(t, nn.Parameter) or t.requires_grad}
+    if found.keys() != wanted.keys():
+        raise ValueError(f"{len(found.keys() ^ wanted.keys())} weights of {path.name} do not match this model")
+    for name, tensor in found.items():
+        wanted[name].copy_(tensor)
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.glob("step-*") if entry.is_dir())
+
+
+def start_over(folder: Path) -> None:
+    """Forget earlier checkpoints, for checkpoint.resume=never."""
+    shutil.rmtree(folder, ignore_errors=True)

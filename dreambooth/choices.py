@@ -1,0 +1,50 @@
+"""The values that named options of a run can take."""
+
+from enum import Enum
+
+
+class Device(Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+    local = "local"  # whatever this machine has
+
+
+class Dtype(Enum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+class AttentionKind(Enum):
+    sdpa = "sdpa"
+    xformers = "xformers"
+    sliced = "sliced"
+    eager = "eager"
+
+
+class MethodKind(Enum):
+    full = "full"
+
+
+class OptimizerKind(Enum):
+    adamw = "adamw"
+    adamw8bit = "adamw8bit"
+
+
+class TrackingKind(Enum):
+    mlflow = "mlflow"
+    none = "none"
+
+
+class EmaDevice(Enum):
+    same = "same"  # beside the weights
+    cpu = "cpu"
+
+
+class LrSchedule(Enum):
+    constant = "constant"
+    constant_with_warmup = "constant_with_warmup"
+    linear = "linear"
+    cosine = "cosine"
+    cosine_with_restarts = "cosine_with_restarts"
+    polynomial = "polynomial"

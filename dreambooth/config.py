@@ -1,0 +1,75 @@
+"""Where Hydra's composed configuration becomes plain dataclasses, and where conf/ is found. No torch.
+
+`load` is the border: a DictConfig goes in, dataclasses come out. Below the doors nobody knows Hydra.
+"""
+
+import json
+from dataclasses import fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dreambooth.errors import ConfigError
+from dreambooth.packaged import asset
+from dreambooth.photos import fingerprint
+from dreambooth.schema import Config
+
+
+def conf_dir() -> Path:
+    """conf/ inside the package once installed, beside it in a checkout."""
+    packaged = Path(__file__).with_name("conf")
+    return packaged if packaged.is_dir() else Path(__file__).parents[1] / "conf"
+
+
+def load(cfg: DictConfig) -> Config:
+    """Turn a composed DictConfig into a Config.
+
+    Raises:
+        ConfigError: a value breaks a rule of its own field; each sentence names the key.
+    """
+    problems: list[str] = []
+    sections: dict[str, Any] = {}
+    for item in fields(Config):
+        try:
+            node = OmegaConf.select(cfg, item.name)
+            sections[item.name] = OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
+        except (ValueError, OmegaConfBaseException) as error:
+            problems += str(error).splitlines() if isinstance(error, ValueError) else [str(error).splitlines()[0]]
+    if problems:
+        raise ConfigError(*problems)
+    return Config(**sections)
+
+
+def identity(root: DictConfig) -> str:
+    """Ten hex digits over everything that changes the result of a run, the photos' content included.
+
+    Left out: how it is computed (hardware, memory), what is only looked at (sample, tracking, checkpoint), and
+    `max_train_steps` as long as the learning rate does not depend on it, so that more steps extend a run.
+    """
+    def plain(section: str) -> dict[str, Any]:
+        found: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
+            root[section], resolve=True, enum_to_str=True)
+        return found
+
+    chosen = {name: plain(name) for name in (
+        "model", "method", "precision", "attention", "optimizer", "dataset", "prior", "train")}
+    chosen["prior"].pop("sample_batch_size")
+    if chosen["train"]["lr_scheduler"] in ("constant", "constant_with_warmup"):
+        chosen["train"].pop("max_train_steps")
+    chosen["model"].pop("offline")
+    for key in ("instance_dir", "class_dir"):
+        if folder := chosen["dataset"][key]:
+            chosen["dataset"][key] = fingerprint(Path(asset(folder)))
+    return sha256(json.dumps(chosen, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def _identity_resolver(*, _root_: DictConfig) -> str:
+    return identity(_root_)
+
+
+OmegaConf.register_new_resolver("identity", _identity_resolver, replace=True)
+ConfigStore.instance().store(name="schema", node=Config, provider="dreambooth")

@@ -1,0 +1,39 @@
+"""What every door does with how a run ends: one sentence on stderr, the exit code, never a lost traceback."""
+
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from dreambooth.errors import DreamBoothError, Interrupted
+
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}  # their advice is not for our users
+_codes: list[int] = []  # of the jobs in this process; a sweep has several
+
+
+def attempt(job: Callable[[], float | None], sweep: bool) -> float | None:
+    """Run a job. A failed one gives NaN, its exit code is kept for `leave`, and a sweep goes on with the next;
+    an interrupted one ends the sweep too."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        return job()
+    except DreamBoothError as error:
+        print(f"dreambooth: {error}", file=sys.stderr)
+        _codes.append(error.exit_code)
+    except KeyboardInterrupt:
+        print("dreambooth: interrupted; repeat the command to go on from the last checkpoint", file=sys.stderr)
+        _codes.append(Interrupted.exit_code)
+    except Exception:
+        traceback.print_exc()
+        _codes.append(1)
+    if sweep and _codes[-1] == Interrupted.exit_code:
+        sys.exit(Interrupted.exit_code)
+    return math.nan
+
+
+def leave() -> None:
+    """End the process with the code of the first job that failed, or 0."""
+    sys.stdout.flush()
+    sys.exit(_codes[0] if _codes else 0)

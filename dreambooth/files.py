@@ -1,0 +1,79 @@
+"""Files that are either whole or not there: written aside, synced to disk, then renamed into place."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ASIDE = ".writing-"
+GONE = ".removing-"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write to the yielded path; it becomes `path` once all of it is on disk."""
+    aside = path.with_name(f"{ASIDE}{os.getpid()}-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield aside
+        sync(aside)
+        publish(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Fill the yielded folder; it replaces `path` once all of it is on disk."""
+    aside = path.with_name(ASIDE + path.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for entry in sorted(aside.rglob("*")):
+            sync(entry)
+        sync(aside)
+        if path.exists():
+            remove_folder(path)
+        publish(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A JSON file, whole or not there."""
+    with whole_file(path) as aside:
+        aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(aside: Path, path: Path) -> None:
+    """Rename into place and make the rename durable."""
+    aside.replace(path)
+    sync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Take a folder out of sight first, so that nobody ever reads half of it."""
+    gone = path.with_name(GONE + path.name)
+    shutil.rmtree(gone, ignore_errors=True)
+    path.replace(gone)
+    shutil.rmtree(gone)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half done in `folder`."""
+    for entry in folder.glob(".*"):
+        if entry.name.startswith((ASIDE, GONE)):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)

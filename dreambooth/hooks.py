@@ -1,0 +1,109 @@
+"""What happens after a step besides training: log, sample, save, stop. Each is called with every StepInfo."""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dreambooth import checkpoint
+from dreambooth.console import Bar
+from dreambooth.engine import Engine
+from dreambooth.errors import Interrupted
+from dreambooth.meter import Meter
+from dreambooth.recipe import Recipe
+from dreambooth.samples import SampleBook
+from dreambooth.setup import Setup
+from dreambooth.signals import Stop
+from dreambooth.step import StepInfo
+from dreambooth.tracking import Tracker
+
+Hook = Callable[[StepInfo], None]
+
+
+def due(step: int, every: int | None, last: int) -> bool:
+    """True after every n-th completed step and after the last one; never for None."""
+    return every is not None and (step % every == 0 or step == last)
+
+
+@dataclass
+class Log:
+    """Metrics of every step to the journal and the progress bar."""
+
+    tracker: Tracker
+    bar: Bar
+    meter: Meter
+    _then: float = field(default_factory=time.monotonic)
+
+    def __call__(self, info: StepInfo) -> None:
+        now = time.monotonic()
+        rate, self._then = info.images / max(now - self._then, 1e-9), now
+        scaled = {"skipped_steps_in_a_row": float(info.skipped_in_row)} if info.skipped else {}
+        self.tracker.metrics(info.step, info.numbers | scaled | {"images_per_second": rate} | self.meter.read("step"))
+        self.bar.tick(note=f"loss {info.numbers['loss']:.3f}")
+
+
+@dataclass
+class Samples:
+    """Pictures every `sample.every` steps, from the EMA weights where there are any."""
+
+    book: SampleBook
+    setup: Setup
+    engine: Engine
+    meter: Meter
+    every: int | None
+    last: int
+
+    def __call__(self, info: StepInfo) -> None:
+        if due(info.step, self.every, self.last):
+            self.now(info.step)
+
+    def now(self, step: int) -> None:
+        """Sample after `step` completed steps."""
+        with self.meter.phase("sample"), averaged(self.setup):
+            self.book.add(step, self.setup.pipeline, self.engine.autocast)
+
+
+@dataclass
+class Save:
+    """A checkpoint every `checkpoint.every` steps and after the last one."""
+
+    setup: Setup
+    engine: Engine
+    meter: Meter
+    recipe: Recipe
+
+    def __call__(self, info: StepInfo) -> None:
+        spec, last = self.recipe.checkpoint, self.recipe.train.max_train_steps
+        if info.step == last or due(info.step, spec.every, last):
+            self.now()
+
+    def now(self) -> Path:
+        """Save the state as it is."""
+        with self.meter.phase("save"):
+            return checkpoint.save(
+                self.recipe.run_dir / "checkpoints", self.setup.state, self.setup.trained, self.engine.scaler,
+                self.recipe.checkpoint.keep)
+
+
+@dataclass
+class Halt:
+    """Saves and stops when somebody asked for it, on all processes after the same step."""
+
+    stop: Stop
+    engine: Engine
+    save: Save
+
+    def __call__(self, info: StepInfo) -> None:
+        if not self.engine.any(self.stop.requested is not None):
+            return
+        if self.engine.main:
+            self.save.now()
+        raise Interrupted(f"{self.stop.requested or 'another process'}: stopped and saved after step {info.step}; "
+                          "repeat the command to go on")
+
+
+def averaged(setup: Setup) -> AbstractContextManager[Any]:
+    """The EMA weights in place of the live ones for a while, if there is an EMA."""
+    return setup.state.ema.swapped_into(setup.trained) if setup.state.ema is not None else nullcontext()

@@ -1,0 +1,30 @@
+"""The number that a sweep minimises until evaluation exists: the instance loss on fixed noise and timesteps."""
+
+import torch
+
+from dreambooth import rng
+from dreambooth.data import Batch, View
+from dreambooth.setup import Setup
+
+LEVELS = 8  # timesteps a photo, the middles of equal parts of the schedule
+
+
+def instance_loss(setup: Setup) -> float:
+    """Mean squared error of the model's prediction over the instance photos, with the live weights of the modules.
+
+    The same photos, noise and timesteps for every run on a model of this size, whatever its seed.
+    """
+    batches, schedule = setup.batches, setup.objective.noise_schedule
+    concept = batches.concepts[0]
+    total = 0.0
+    for number, photo in enumerate(concept.photos):
+        clean = batches.latents.sample(concept, [View(number, False, None)], torch.zeros(1, *batches.latent_shape))
+        noise = torch.stack([rng.normal(batches.latent_shape, "objective", number, level) for level in range(LEVELS)])
+        steps = torch.tensor([int((level + 0.5) * schedule.length / LEVELS) for level in range(LEVELS)])
+        text = batches.text(photo.caption)
+        batch = Batch(
+            latents=clean.to(batches.device).expand(LEVELS, -1, -1, -1), noise=noise.to(batches.device),
+            timesteps=steps.to(batches.device), text=text.expand(LEVELS, *text.shape[1:]), instances=LEVELS)
+        with torch.no_grad():
+            total += float(setup.objective(setup.trained, batch).instance)
+    return total / len(concept.photos)

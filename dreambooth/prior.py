@@ -1,0 +1,111 @@
+"""Class images for prior preservation: the user's own first, the rest made by the base and kept.
+
+Generated images live under a key of prompt, model and sampler, so that another prompt or base never finds them;
+image i has a seed of its own, so that asking for more tops up and never makes one again.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from PIL.Image import Image
+
+from dreambooth import files, rng
+from dreambooth.photos import list_photos
+from dreambooth.recipe import Recipe
+from dreambooth.sampling import Sampler
+
+SAMPLE = 2**20  # bytes read at each end of a weight file to know it by
+
+
+@dataclass(frozen=True)
+class ClassImages:
+    """What to use and what is missing. `missing` are (path, seed)."""
+
+    own: list[Path]
+    kept: list[Path]
+    missing: list[tuple[Path, int]]
+    folder: Path
+
+    @property
+    def paths(self) -> list[Path]:
+        return self.own + self.kept + [path for path, _ in self.missing]
+
+    def __str__(self) -> str:
+        made = f"{len(self.own)} own, " if self.own else ""
+        return f"{len(self.paths)} class images: {made}{len(self.kept)} kept, {len(self.missing)} to make"
+
+
+def sampler_of(recipe: Recipe) -> Sampler:
+    """How class images are made."""
+    return Sampler(recipe.prior.num_inference_steps, recipe.prior.guidance_scale, recipe.model.resolution)
+
+
+def find(recipe: Recipe) -> ClassImages:
+    """Look what is there: the user's folder, then images that an earlier run made from the same things."""
+    own = list_photos(recipe.class_dir) if recipe.class_dir else []
+    origin = _origin(recipe)
+    key = sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:10]
+    slug = re.sub(r"[^a-z0-9]+", "-", recipe.class_prompt.lower()).strip("-")[:40]
+    folder = recipe.run_root / "class_images" / f"{slug}-{key}"
+    wanted = [(folder / f"{i:05d}.png", rng.seed(key, i))
+              for i in range(max(0, recipe.prior.num_class_images - len(own)))]
+    return ClassImages(
+        own=own, folder=folder,
+        kept=[path for path, _ in wanted if path.is_file()],
+        missing=[(path, seed) for path, seed in wanted if not path.is_file()])
+
+
+def make(
+    images: ClassImages,
+    recipe: Recipe,
+    generate: Callable[[list[int]], list[Image]],
+    tick: Callable[[int], None],
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Make this process's share of the missing images; each file is whole or not there.
+
+    Args:
+        generate: seeds -> pictures of the class prompt.
+        tick: told how many were made.
+    """
+    share = images.missing[rank::world]
+    if share and rank == 0:
+        files.write_json(images.folder / "origin.json", _origin(recipe))
+    for start in range(0, len(share), recipe.prior.sample_batch_size):
+        chunk = share[start:start + recipe.prior.sample_batch_size]
+        for (path, _), picture in zip(chunk, generate([seed for _, seed in chunk]), strict=True):
+            with files.whole_file(path) as aside:
+                picture.save(aside, format="PNG")
+        tick(len(chunk))
+
+
+def _origin(recipe: Recipe) -> dict[str, object]:
+    return {
+        "prompt": recipe.class_prompt,
+        "source": recipe.model.source,
+        "revision": recipe.model.revision,
+        "variant": recipe.model.variant,
+        "weights": _weights_digest(Path(recipe.source)),
+        "precision": recipe.precision.dtype.value,
+        "sampler": {"name": "dpmsolver++", **asdict(sampler_of(recipe))},
+    }
+
+
+def _weights_digest(folder: Path) -> str | None:
+    """What tells a local model's weights from others: sizes and both ends of every weight file. None for a hub id."""
+    if not folder.is_dir():
+        return None
+    digest = sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()}:{size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(SAMPLE))
+            file.seek(max(0, size - SAMPLE))
+            digest.update(file.read(SAMPLE))
+    return digest.hexdigest()

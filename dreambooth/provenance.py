@@ -1,0 +1,32 @@
+"""Where a run came from: code version, git revision, command."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import dreambooth
+
+
+def origin() -> dict[str, str]:
+    """Version, git revision of the code (if it is a checkout) and the command as it was typed."""
+    return {"version": dreambooth.__version__, "git_revision": _revision(), "command": _command()}
+
+
+def _revision() -> str:
+    folder = Path(__file__).parent
+    if not (folder.parent / ".git").exists():
+        return "not a checkout"
+    try:
+        told = subprocess.run(["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"],
+                              capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return told.stdout.strip()
+
+
+def _command() -> str:
+    script = Path(sys.argv[0])
+    if script.suffix != ".py":
+        return shlex.join([script.name, *sys.argv[1:]])
+    return shlex.join(["python", "-m", f"dreambooth.{script.stem}", *sys.argv[1:]])

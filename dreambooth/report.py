@@ -1,0 +1,50 @@
+"""The words around a run: the plan before it, the summary after it."""
+
+from dreambooth.recipe import Recipe
+from dreambooth.runfolder import Result
+
+
+def plan(recipe: Recipe) -> dict[str, str]:
+    """What is about to happen, in a few rows."""
+    train, prior = recipe.train, recipe.prior
+    seen = train.train_batch_size * train.gradient_accumulation_steps
+    return {
+        "subject": f"{recipe.instance_prompt!r}, photos in {_short(str(recipe.instance_dir))}",
+        "class": f"{recipe.class_prompt!r}, {prior.num_class_images} images, weight {prior.prior_loss_weight:g}"
+                 if recipe.with_prior else "no prior preservation",
+        "base": f"{recipe.model.source}, {recipe.model.resolution} px",
+        "trains": "UNet and text encoder" if train.train_text_encoder else "UNet",
+        "steps": f"{train.max_train_steps} of {seen} photo{'s' if seen > 1 else ''} a process, "
+                 f"learning rate {train.learning_rate:g} {train.lr_scheduler.value}",
+        "on": f"{recipe.hardware.gpu or 'CPU'}, {recipe.precision.dtype.value}, {recipe.optimizer.kind.value}, "
+              f"{recipe.attention.kind.value} attention",
+        "run": _short(str(recipe.run_dir)),
+    }
+
+
+def already(result: Result, recipe: Recipe) -> str:
+    """Nothing to do: the same run was finished before."""
+    asked = recipe.train.max_train_steps
+    more = "" if result.step == asked else f" (you asked for {asked})"
+    return (f"this run is finished: {result.step} steps{more}, model in {_short(result.run_dir)}/{result.model}. "
+            f"More: train.max_train_steps={2 * result.step}. Anew: checkpoint.resume=never")
+
+
+def summary(result: Result, recipe: Recipe, tracking: str | None) -> dict[str, str]:
+    """Where the results are."""
+    folder = _short(result.run_dir)
+    rows = {"done": f"{result.step} steps, objective {result.objective:.4f}, {result.seconds:.0f} s of training"}
+    if (recipe.run_dir / "contact_sheet.png").is_file():
+        rows["look at"] = f"{folder}/contact_sheet.png"
+    rows["model"] = f"{folder}/{result.model}"
+    rows["metrics"] = f"{folder}/metrics.jsonl" + (f", MLflow at {tracking}" if tracking else "")
+    rows["use it"] = f'python -m dreambooth.generate run={folder} prompt="{recipe.instance_prompt}"'
+    return rows
+
+
+def _short(path: str) -> str:
+    """Relative to where the user is, if it lies below."""
+    from pathlib import Path
+
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

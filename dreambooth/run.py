@@ -1,0 +1,102 @@
+"""The composition root: Recipe in, Result out. The only file that knows everyone; it decides nothing itself."""
+
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from dreambooth import checkpoint, export, files, model, provenance, report
+from dreambooth.console import Console
+from dreambooth.engine import Engine, accelerated
+from dreambooth.hooks import Halt, Hook, Log, Samples, Save, averaged
+from dreambooth.loop import fit
+from dreambooth.meter import Meter
+from dreambooth.objective import instance_loss
+from dreambooth.recipe import Recipe
+from dreambooth.runfolder import Result, check_disk, finished, locked, resume_point
+from dreambooth.samples import SampleBook
+from dreambooth.setup import Setup, assemble
+from dreambooth.signals import Stop
+from dreambooth.step import train_step
+from dreambooth.tracked import tracked
+from dreambooth.tracking import Tracker
+
+
+def execute(recipe: Recipe, stop: Stop) -> Result:
+    """Train, go on training or, if there is nothing left to do, report the run that `recipe` describes.
+
+    Raises:
+        DreamBoothError: see errors.py. Whatever was saved before stays.
+    """
+    model.silence_libraries()
+    engine, accelerator = accelerated(recipe.device, recipe.precision.dtype)
+    console = Console(quiet=not engine.main)
+    with locked(recipe.run_dir) if engine.main else nullcontext():
+        done: Result | None = engine.share(finished(recipe) if engine.main else None)
+        if done:
+            with tracked(recipe, engine.main):  # sends what a server missed
+                console.say(report.already(done, recipe))
+                return done
+        console.table(report.plan(recipe))
+        start = engine.share(resume_point(recipe.run_dir, recipe.checkpoint.resume) if engine.main else None)
+        with tracked(recipe, engine.main) as tracker:
+            result = _train(recipe, engine, accelerator, console, tracker, start, stop)
+            console.table(report.summary(result, recipe, tracker.url()))
+            return result
+
+
+def _train(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: Console, tracker: Tracker,
+           start: Path | None, stop: Stop) -> Result:
+    meter = Meter(engine.device)
+    setup = assemble(recipe, engine, accelerator, console, meter, stop)
+    state, last = setup.state, recipe.train.max_train_steps
+    if start:
+        checkpoint.restore(start, state, setup.trained, engine.scaler)
+        console.say(f"going on after step {state.step} from {start.name}")
+    if engine.main:
+        check_disk(recipe.run_dir, _needed_bytes(recipe, setup))
+        files.write_json(recipe.run_dir / "run.json", provenance.origin() | {"settings": recipe.settings()})
+        tracker.params(recipe.settings())
+        tracker.tags(provenance.origin())
+    book = SampleBook(recipe, setup.photos, tracker)
+    samples = Samples(book, setup, engine, meter, recipe.sample.every, last)
+    save = Save(setup, engine, meter, recipe)
+    if engine.main and state.step == 0 and recipe.sample.every is not None:
+        samples.now(0)
+    stop.check()
+    began = time.monotonic()
+    step = partial(train_step, objective=setup.objective, engine=engine, max_grad_norm=recipe.train.max_grad_norm)
+    with meter.phase("step"), console.bar("training", last, done=state.step) as bar:
+        hooks: list[Hook] = [Log(tracker, bar, meter), samples, save] if engine.main else []
+        hooks.append(Halt(stop, engine, save))
+        for info in fit(state, setup.batches, step, last):
+            for hook in hooks:
+                hook(info)
+    return _finish(recipe, engine, setup, tracker, meter, time.monotonic() - began)
+
+
+def _needed_bytes(recipe: Recipe, setup: Setup) -> int:
+    kept = checkpoint.needed_bytes(setup.state, setup.trained, recipe.checkpoint.keep)
+    return kept + export.size_bytes(setup.parts)
+
+
+def _finish(recipe: Recipe, engine: Engine, setup: Setup, tracker: Tracker, meter: Meter, seconds: float) -> Result:
+    """Score and export what samples are made of: the EMA weights, if there are any."""
+    step = setup.state.step
+    with meter.phase("export"), averaged(setup):
+        with engine.autocast():
+            objective = instance_loss(setup)
+        result = Result(step, objective, seconds, str(recipe.run_dir), "model")
+        if not engine.main:
+            return result
+        parts = model.exact_frozen(setup.parts, recipe)
+        folder = export.export(parts, recipe, step, recipe.run_dir / "contact_sheet.png")
+    tracker.metrics(step, meter.peaks | {"objective": objective, "skipped_steps": setup.state.skipped})
+    tracker.tags({"model": str(folder)})
+    for name in ("contact_sheet.png", "model/README.md", "run.json"):
+        if (recipe.run_dir / name).is_file():
+            tracker.artifact(recipe.run_dir / name)
+    result.write()
+    return result

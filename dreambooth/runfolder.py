@@ -1,0 +1,111 @@
+"""The folder of a run: who may use it, whether it is finished, what was there before.
+
+    config of the run         run.json            metrics and images     metrics.jsonl, samples/, contact_sheet.png
+    training state            checkpoints/        the result             model/, result.json
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from dreambooth import files
+from dreambooth.checkpoint import latest
+from dreambooth.errors import DoesNotFit, UserError
+from dreambooth.machine import GIB
+from dreambooth.recipe import Recipe
+
+KEPT = {".hydra", ".lock", "train.log"}  # what stays when an earlier run is set aside
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run made; also `result.json`."""
+
+    step: int  # completed steps
+    objective: float  # instance loss on fixed noise and timesteps, lower is better
+    seconds: float  # of training, in this process
+    run_dir: str
+    model: str  # folder of the exported model, inside run_dir
+
+    def write(self) -> None:
+        """Write result.json, whole or not at all."""
+        files.write_json(Path(self.run_dir) / "result.json", asdict(self))
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"another process is training in {run_dir}: wait for it, "
+                        "or change a setting (such as train.seed) for a run of its own") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def finished(recipe: Recipe) -> Result | None:
+    """The result, if the run has all the steps that are asked for and is not to start over."""
+    run_dir = recipe.run_dir
+    if recipe.checkpoint.resume != "auto":
+        return None
+    try:
+        result = Result(**json.loads((run_dir / "result.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    done = result.step >= recipe.train.max_train_steps and (run_dir / result.model / "model_index.json").is_file()
+    return result if done else None
+
+
+def resume_point(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint to start from. Anything but `auto` first sets an earlier run of this folder aside."""
+    files.sweep(run_dir)
+    files.sweep(run_dir / "checkpoints")
+    files.sweep(run_dir / "samples")
+    if resume == "auto":
+        return latest(run_dir / "checkpoints")
+    chosen = None if resume == "never" else Path(resume).absolute()
+    aside = _set_aside(run_dir)
+    if aside and chosen and chosen.is_relative_to(run_dir):
+        chosen = aside / chosen.relative_to(run_dir)
+    return chosen
+
+
+def _set_aside(run_dir: Path) -> Path | None:
+    """Move an earlier run's files into `earlier-TIME/`: nothing is ever deleted for a new start."""
+    old = [entry for entry in run_dir.iterdir() if entry.name not in KEPT and not entry.name.startswith("earlier-")]
+    if not old:
+        return None
+    aside = run_dir / time.strftime("earlier-%Y%m%d-%H%M%S")
+    aside.mkdir()
+    for entry in old:
+        entry.replace(aside / entry.name)
+    return aside
+
+
+def check_disk(run_dir: Path, needed: int) -> None:
+    """Raise DoesNotFit when the disk has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise DoesNotFit(f"checkpoints and model need {needed / GIB:.1f} GiB and {run_dir} has {free / GIB:.1f} GiB "
+                         "free: type run_root=DIR on a larger disk, or checkpoint.keep=1")
+
+
+def discard_if_unused(run_dir: Path) -> None:
+    """Remove a run folder in which nothing happened."""
+    if run_dir.is_dir() and {entry.name for entry in run_dir.iterdir()} <= {".hydra", ".lock"}:
+        shutil.rmtree(run_dir, ignore_errors=True)

@@ -1,0 +1,49 @@
+"""Samples during training: the same prompts and seeds each time, from the EMA weights, as files and on a sheet."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from PIL import Image
+
+from dreambooth import files
+from dreambooth.photos import Photo, square
+from dreambooth.recipe import Recipe
+from dreambooth.sampling import Sampler, generate
+from dreambooth.sheet import contact_sheet, grid, read_samples
+from dreambooth.tracking import Tracker
+
+
+class SampleBook:
+    """The `samples` folder of a run: `step-000100/prompt-0-1.png`, one row a prompt, `contact_sheet.png`."""
+
+    def __init__(self, recipe: Recipe, photos: Sequence[Photo], tracker: Tracker) -> None:
+        self.folder = recipe.run_dir / "samples"
+        self.sheet = recipe.run_dir / "contact_sheet.png"
+        self.prompts, self.spec, side = recipe.sample_prompts, recipe.sample, recipe.model.resolution
+        self.sampler = Sampler(self.spec.num_inference_steps, self.spec.guidance_scale, side)
+        self.batch_size = max(self.spec.images_per_prompt, recipe.prior.sample_batch_size)
+        self.photos = [Image.fromarray(square(photo.pixels, side, None, False)) for photo in photos]
+        self.tracker = tracker
+
+    def add(self, step: int, pipeline: Any, autocast: Callable[[], Any]) -> None:
+        """Sample every prompt after `step` completed steps, unless that was done already; log and redraw the sheet."""
+        target = self.folder / f"step-{step:06d}"
+        if not target.is_dir():
+            count = self.spec.images_per_prompt
+            jobs = [(prompt, self.spec.seed + i) for prompt in self.prompts for i in range(count)]
+            made = [image for batch in generate(
+                pipeline, [p for p, _ in jobs], [s for _, s in jobs], self.sampler, self.batch_size, autocast) for image in batch]
+            with files.whole_folder(target) as aside:
+                for number in range(len(self.prompts)):
+                    row = made[number * count:(number + 1) * count]
+                    for i, image in enumerate(row):
+                        image.save(aside / f"prompt-{number}-{i}.png")
+                    grid(row, count).save(aside / f"row-{number}.png")
+        for number in range(len(self.prompts)):
+            self.tracker.image(step, f"samples/prompt_{number}", target / f"row-{number}.png")
+        self._redraw()
+
+    def _redraw(self) -> None:
+        if found := read_samples(self.folder, len(self.prompts)):
+            with files.whole_file(self.sheet) as aside:
+                contact_sheet(self.photos, found, self.prompts).save(aside, format="PNG")

@@ -1,0 +1,77 @@
+"""Makes pictures: DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) through StableDiffusionPipeline."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from dreambooth.model import Components
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How pictures are made; part of what class images are known by."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    resolution: int
+
+
+def build_pipeline(parts: Components) -> Any:
+    """A StableDiffusionPipeline over live parts (nothing is copied) for looking at the training, without safety checker."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    return with_dpm_solver(StableDiffusionPipeline(
+        vae=parts.vae, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer, unet=parts.unet,
+        scheduler=DDPMScheduler.from_config(parts.scheduler_config),
+        safety_checker=None, feature_extractor=None,  # type: ignore[arg-type]
+        requires_safety_checker=False))
+
+
+def with_dpm_solver(pipeline: Any) -> Any:
+    """The same pipeline sampling with DPM-Solver++, without a progress bar of its own."""
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generate(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampler: Sampler,
+    batch_size: int,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[list[Image]]:
+    """Yield batches of pictures, one for each (prompt, seed). A picture depends on its own seed alone; the global
+    random state is not touched, and modules leave in the mode (train or eval) in which they came."""
+    for start in range(0, len(prompts), batch_size):
+        chunk = slice(start, start + batch_size)
+        with _evaluating(pipeline.unet, pipeline.text_encoder), torch.no_grad(), autocast():
+            images: list[Image] = pipeline(
+                prompt=list(prompts[chunk]),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[chunk]],
+                num_inference_steps=sampler.num_inference_steps,
+                guidance_scale=sampler.guidance_scale,
+                height=sampler.resolution, width=sampler.resolution,
+            ).images
+        yield images
+
+
+@contextmanager
+def _evaluating(*modules: torch.nn.Module) -> Iterator[None]:
+    """Eval mode for a while, then each module as it was."""
+    were = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for module, training in zip(modules, were, strict=True):
+            module.train(training)

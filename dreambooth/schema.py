@@ -1,0 +1,248 @@
+"""The schema of a run: one dataclass a Hydra group, defaults and one-field checks. No torch, no Hydra.
+
+YAML files in conf/ choose values and explain each key; these classes say which keys exist, their types and bounds.
+"""
+
+from dataclasses import dataclass, field
+
+from dreambooth.choices import (
+    AttentionKind,
+    Device,
+    Dtype,
+    EmaDevice,
+    LrSchedule,
+    MethodKind,
+    OptimizerKind,
+    TrackingKind,
+)
+from dreambooth.section import Section, finite, require
+
+
+@dataclass
+class Hardware(Section):
+    """The machine a run is meant for. Figures are GiB (2**30 bytes)."""
+
+    name: str = "local"
+    device: Device = Device.local
+    gpu: str | None = None
+    usable_vram_gib: float | None = None
+    compute_capability: float | None = None
+    instance_type: str | None = None
+    price_usd_hour: float | None = None
+    node_selector: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Model(Section):
+    """The base model: where its weights come from and the size it is trained at."""
+
+    name: str = "tiny"
+    source: str = "package:tiny-sd"
+    revision: str | None = None
+    variant: str | None = None
+    resolution: int = 64
+    offline: bool = True
+
+    def __post_init__(self) -> None:
+        require("model", {
+            "source": (bool(self.source.strip()), "a hub id or a folder"),
+            "resolution": (8 <= self.resolution <= 2048 and self.resolution % 8 == 0,
+                           f"a multiple of 8 from 8 to 2048 pixels, not {self.resolution}"),
+        })
+
+
+@dataclass
+class Method(Section):
+    """What is trained."""
+
+    name: str = "full"
+    kind: MethodKind = MethodKind.full
+
+
+@dataclass
+class Precision(Section):
+    """Compute precision. Trained weights, optimizer and EMA stay fp32 in every case."""
+
+    dtype: Dtype = Dtype.fp32
+
+
+@dataclass
+class Attention(Section):
+    """How attention is computed."""
+
+    kind: AttentionKind = AttentionKind.sdpa
+
+
+@dataclass
+class Memory(Section):
+    """Levers that change how a run is computed, never what is trained."""
+
+    gradient_checkpointing: bool = False
+    cache_latents: bool = True
+    cache_text: bool = True
+    ema_device: EmaDevice = EmaDevice.same
+
+
+@dataclass
+class Optimizer(Section):
+    """The optimizer (Loshchilov & Hutter 2019, arXiv:1711.05101) and its constants."""
+
+    kind: OptimizerKind = OptimizerKind.adamw
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+
+    def __post_init__(self) -> None:
+        require("optimizer", {
+            "beta1": (0 <= self.beta1 < 1, f"in [0, 1), not {self.beta1}"),
+            "beta2": (0 <= self.beta2 < 1, f"in [0, 1), not {self.beta2}"),
+            "eps": (finite(self.eps, 0) and self.eps > 0, f"above 0, not {self.eps}"),
+            "weight_decay": (finite(self.weight_decay, 0), f"0 or more, not {self.weight_decay}"),
+        })
+
+
+@dataclass
+class Dataset(Section):
+    """The photos of the subject and the words they are bound to."""
+
+    name: str = "demo"
+    instance_dir: str | None = None
+    instance_prompt: str | None = None
+    class_dir: str | None = None
+    class_prompt: str | None = None
+    center_crop: bool = True
+    random_flip: bool = False
+    allow_drawings: bool = False
+
+
+@dataclass
+class Prior(Section):
+    """Prior preservation (Ruiz et al. 2023, arXiv:2208.12242, section 3.3)."""
+
+    with_prior_preservation: bool = True
+    prior_loss_weight: float = 1.0
+    num_class_images: int = 100
+    sample_batch_size: int = 4
+    num_inference_steps: int = 20
+    guidance_scale: float = 7.5
+
+    def __post_init__(self) -> None:
+        require("prior", {
+            "prior_loss_weight": (finite(self.prior_loss_weight, 0),
+                                  f"0 or more, not {self.prior_loss_weight}"),
+            "num_class_images": (self.num_class_images >= 0, f"0 or more, not {self.num_class_images}"),
+            "sample_batch_size": (self.sample_batch_size >= 1, f"1 or more, not {self.sample_batch_size}"),
+            "num_inference_steps": (1 <= self.num_inference_steps <= 1000,
+                                    f"from 1 to 1000, not {self.num_inference_steps}"),
+            "guidance_scale": (finite(self.guidance_scale, 0), f"0 or more, not {self.guidance_scale}"),
+        })
+
+
+@dataclass
+class Train(Section):
+    """The optimisation. A step is one optimizer step; `step` counts completed steps."""
+
+    max_train_steps: int = 800
+    train_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 5e-6
+    lr_scheduler: LrSchedule = LrSchedule.constant
+    lr_warmup_steps: int = 0
+    max_grad_norm: float | None = 1.0
+    seed: int = 0
+    train_text_encoder: bool = False
+    use_ema: bool = True
+    ema_decay: float = 0.9999
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        require("train", {
+            "max_train_steps": (self.max_train_steps >= 1, f"1 or more, not {self.max_train_steps}"),
+            "train_batch_size": (self.train_batch_size >= 1, f"1 or more, not {self.train_batch_size}"),
+            "gradient_accumulation_steps": (self.gradient_accumulation_steps >= 1,
+                                            f"1 or more, not {self.gradient_accumulation_steps}"),
+            "learning_rate": (finite(self.learning_rate, 0) and self.learning_rate > 0,
+                              f"above 0, not {self.learning_rate}"),
+            "lr_warmup_steps": (self.lr_warmup_steps >= 0, f"0 or more, not {self.lr_warmup_steps}"),
+            "max_grad_norm": (self.max_grad_norm is None or self.max_grad_norm > 0,
+                              f"above 0, or null for no clipping, not {self.max_grad_norm}"),
+            "seed": (0 <= self.seed < 2**63, f"from 0 to 2**63 - 1, not {self.seed}"),
+            "ema_decay": (0 <= self.ema_decay < 1, f"in [0, 1), not {self.ema_decay}"),
+            "snr_gamma": (self.snr_gamma is None or self.snr_gamma > 0,
+                          f"above 0, or null for no weighting, not {self.snr_gamma}"),
+            "noise_offset": (finite(self.noise_offset, 0), f"0 or more, not {self.noise_offset}"),
+        })
+
+
+@dataclass
+class Sample(Section):
+    """Pictures made during training, with the same prompts and seeds each time."""
+
+    prompts: list[str] | None = None
+    every: int | None = 100
+    num_inference_steps: int = 20
+    guidance_scale: float = 7.5
+    seed: int = 0
+    images_per_prompt: int = 2
+
+    def __post_init__(self) -> None:
+        require("sample", {
+            "every": (self.every is None or self.every >= 1, f"1 or more, or null for none, not {self.every}"),
+            "num_inference_steps": (1 <= self.num_inference_steps <= 1000,
+                                    f"from 1 to 1000, not {self.num_inference_steps}"),
+            "guidance_scale": (finite(self.guidance_scale, 0), f"0 or more, not {self.guidance_scale}"),
+            "seed": (0 <= self.seed < 2**63, f"from 0 to 2**63 - 1, not {self.seed}"),
+            "images_per_prompt": (self.images_per_prompt >= 1, f"1 or more, not {self.images_per_prompt}"),
+            "prompts": (self.prompts is None or all(p.strip() for p in self.prompts), "a list without empty texts"),
+        })
+
+
+@dataclass
+class Checkpoint(Section):
+    """Saved training state, from which a run resumes bit for bit."""
+
+    every: int | None = 100
+    keep: int = 2
+    resume: str = "auto"
+
+    def __post_init__(self) -> None:
+        require("checkpoint", {
+            "every": (self.every is None or self.every >= 1,
+                      f"1 or more, or null for the end only, not {self.every}"),
+            "keep": (self.keep >= 1, f"1 or more, not {self.keep}"),
+            "resume": (bool(self.resume), "auto, never, or the path of a checkpoint"),
+        })
+
+
+@dataclass
+class Tracking(Section):
+    """Where metrics and images go besides the run folder."""
+
+    kind: TrackingKind = TrackingKind.mlflow
+    uri: str | None = None
+    experiment: str = "dreambooth"
+    required: bool = False
+    sweep: str | None = None
+
+
+@dataclass
+class Config:
+    """A whole run as the user composed it."""
+
+    run_root: str = "runs"
+    name: str = "demo-tiny-full"
+    hardware: Hardware = field(default_factory=Hardware)
+    model: Model = field(default_factory=Model)
+    method: Method = field(default_factory=Method)
+    precision: Precision = field(default_factory=Precision)
+    attention: Attention = field(default_factory=Attention)
+    memory: Memory = field(default_factory=Memory)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    dataset: Dataset = field(default_factory=Dataset)
+    prior: Prior = field(default_factory=Prior)
+    train: Train = field(default_factory=Train)
+    sample: Sample = field(default_factory=Sample)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    tracking: Tracking = field(default_factory=Tracking)

@@ -1,0 +1,27 @@
+"""What every config group has: values that can be sealed, and rules that name the key they are about."""
+
+import math
+from dataclasses import FrozenInstanceError
+
+
+class Section:
+    """A config group: mutable while Hydra composes it, read-only once `seal`ed into a Recipe."""
+
+    def seal(self) -> None:
+        object.__setattr__(self, "_sealed", True)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if "_sealed" in self.__dict__:
+            raise FrozenInstanceError(f"cannot assign to field {name!r}")
+        object.__setattr__(self, name, value)
+
+
+def require(section: str, rules: dict[str, tuple[bool, str]]) -> None:
+    """Raise one ValueError that names every key of `section` whose rule does not hold."""
+    broken = [f"{section}{'.' if section else ''}{key} must be {what}" for key, (holds, what) in rules.items() if not holds]
+    if broken:
+        raise ValueError("\n".join(broken))
+
+
+def finite(value: float, low: float, high: float = math.inf) -> bool:
+    return math.isfinite(value) and low <= value <= high

@@ -1,0 +1,123 @@
+"""Assembles a run: base model, class images, photos, batches, state. Each part is made by its own module."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dreambooth import model, prior, sampling
+from dreambooth.choices import EmaDevice
+from dreambooth.console import Console
+from dreambooth.data import Batches, Concept, Latents
+from dreambooth.ema import Ema
+from dreambooth.engine import Engine
+from dreambooth.meter import Meter
+from dreambooth.optim import build_optimizer, build_schedule
+from dreambooth.photos import Photo, list_photos, load_photos
+from dreambooth.recipe import Recipe
+from dreambooth.signals import Stop
+from dreambooth.step import Objective, TrainState
+
+
+@dataclass
+class Setup:
+    """A run that is ready to train."""
+
+    parts: model.Components
+    photos: list[Photo]
+    batches: Batches
+    objective: Objective
+    state: TrainState
+    trained: nn.Module  # the Denoiser itself, never a wrapper
+    pipeline: Any  # over the live parts
+
+
+def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: Console, meter: Meter,
+             stop: Stop) -> Setup:
+    """Load and build everything; what is wrong with photos is said before the model is loaded."""
+    photos = load_photos(list_photos(recipe.instance_dir), recipe.instance_prompt, recipe.model.resolution)
+    with meter.phase("load"):
+        parts = model.load(recipe, engine.device)
+    _check_prompts(parts, recipe, photos)
+    pipeline = sampling.build_pipeline(parts)
+    concepts = [_concept(recipe, "instance", photos)]
+    if recipe.with_prior:
+        with meter.phase("class_images"):
+            concepts.append(_concept(recipe, "class", _class_images(recipe, pipeline, engine, console, stop)))
+    denoiser = model.prepare(parts, recipe)
+    with meter.phase("caching"):
+        latents = _latents(recipe, parts, concepts, console)
+    schedule = parts.noise_schedule()
+    batches = Batches(
+        concepts=concepts, latents=latents, text=_text(recipe, parts, concepts),
+        latent_shape=_latent_shape(recipe, parts), timesteps=schedule.length, seed=recipe.train.seed, batch_size=recipe.train.train_batch_size,
+        accumulation=recipe.train.gradient_accumulation_steps, device=engine.device,
+        rank=engine.rank, world=engine.world, noise_offset=recipe.train.noise_offset)
+    objective = Objective(schedule, recipe.prior.prior_loss_weight, recipe.train.snr_gamma)
+    state = _state(recipe, denoiser, accelerator)
+    return Setup(parts, photos, batches, objective, state, denoiser, pipeline)
+
+
+def _check_prompts(parts: model.Components, recipe: Recipe, photos: list[Photo]) -> None:
+    captions = {photo.caption for photo in photos}
+    for prompt in sorted(captions | set(recipe.sample_prompts) | {recipe.class_prompt}):
+        parts.tokens(prompt)
+
+
+def _concept(recipe: Recipe, stream: str, photos: list[Photo]) -> Concept:
+    return Concept(stream, photos, recipe.dataset.center_crop, recipe.dataset.random_flip)
+
+
+def _class_images(recipe: Recipe, pipeline: Any, engine: Engine, console: Console, stop: Stop) -> list[Photo]:
+    images = prior.find(recipe)
+    console.say(str(images))
+
+    def generate(seeds: list[int]) -> list[Any]:
+        stop.check()
+        prompts = [recipe.class_prompt] * len(seeds)
+        batches = sampling.generate(
+            pipeline, prompts, seeds, prior.sampler_of(recipe), len(seeds), engine.autocast)
+        return next(batches)
+
+    if images.missing:
+        with console.bar("class images", len(images.missing)) as bar:
+            prior.make(images, recipe, generate, bar.tick, engine.rank, engine.world)
+    engine.wait()
+    return load_photos(images.paths, recipe.class_prompt, recipe.model.resolution)
+
+
+def _latents(recipe: Recipe, parts: model.Components, concepts: list[Concept], console: Console) -> Latents:
+    latents = Latents(parts.encode, recipe.model.resolution, parts.scaling_factor)
+    if recipe.memory.cache_latents:
+        flips = 2 if recipe.dataset.random_flip else 1
+        with console.bar("encoding", flips * sum(len(concept.photos) for concept in concepts)) as bar:
+            for concept in concepts:
+                latents.fill(concept, bar.tick)
+    return latents
+
+
+def _text(recipe: Recipe, parts: model.Components, concepts: list[Concept]) -> Any:
+    """prompt -> ids while the text encoder trains, hidden states otherwise; each prompt once if that is cached."""
+    encode = parts.tokens if recipe.train.train_text_encoder else parts.hidden_states
+    if not (recipe.memory.cache_text or recipe.train.train_text_encoder):
+        return encode
+    known: dict[str, Tensor] = {p.caption: encode(p.caption) for concept in concepts for p in concept.photos}
+    return known.__getitem__
+
+
+def _latent_shape(recipe: Recipe, parts: model.Components) -> tuple[int, int, int]:
+    side = recipe.model.resolution // parts.vae_scale
+    return parts.latent_channels, side, side
+
+
+def _state(recipe: Recipe, denoiser: model.Denoiser, accelerator: Accelerator) -> TrainState:
+    ema = None
+    if recipe.train.use_ema:
+        device = torch.device("cpu") if recipe.memory.ema_device is EmaDevice.cpu else None
+        ema = Ema(denoiser, recipe.train.ema_decay, device)
+    trained = [p for p in denoiser.parameters() if p.requires_grad]
+    optimizer = build_optimizer(trained, recipe.optimizer, recipe.train.learning_rate)
+    wrapped: nn.Module = accelerator.prepare_model(denoiser)
+    return TrainState(wrapped, optimizer, build_schedule(optimizer, recipe.train), ema)

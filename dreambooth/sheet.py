@@ -1,0 +1,102 @@
+"""Pictures of pictures: rows, grids and the contact sheet that shows a whole run at a glance."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+INK, PAPER, GAP, TITLE = "#222222", "white", 6, 22  # pixels
+MAX_COLUMNS = 8  # steps shown on a sheet
+
+
+def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+    """Equal pictures in `columns` columns, left to right, top to bottom."""
+    width, height = images[0].size
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), PAPER)
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        sheet.paste(image, (column * (width + gap), row * (height + gap)))
+    return sheet
+
+
+def contact_sheet(
+    photos: Sequence[Image.Image], samples: Mapping[int, Sequence[Sequence[Image.Image]]], prompts: Sequence[str]
+) -> Image.Image:
+    """Real photos on top; below, a row a prompt and a column a step.
+
+    Args:
+        photos: the subject's training photos, square.
+        samples: step -> prompt -> pictures.
+        prompts: as they were typed.
+    """
+    steps = _spread(sorted(samples))
+    cell = _cell_size(samples[steps[0]][0])
+    width = max(len(steps) * (cell + GAP) + GAP, 4 * (cell + GAP))
+    thumb = min(cell, (width - GAP) // max(1, min(len(photos), 8)) - GAP)
+    top = TITLE + thumb + GAP
+    sheet = Image.new("RGB", (width, top + len(prompts) * (TITLE + cell + GAP) + TITLE), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    _label(draw, (GAP, 4), "the photos", width)
+    for number, photo in enumerate(photos[:8]):
+        sheet.paste(_fit(photo, thumb), (GAP + number * (thumb + GAP), TITLE))
+    for row, prompt in enumerate(prompts):
+        y = top + row * (TITLE + cell + GAP)
+        _label(draw, (GAP, y + 3), prompt, width)
+        for column, step in enumerate(steps):
+            pictures = samples[step][row]
+            tile = grid(pictures, _columns(len(pictures)))
+            sheet.paste(_fit(tile, cell), (GAP + column * (cell + GAP), y + TITLE))
+    for column, step in enumerate(steps):
+        _label(draw, (GAP + column * (cell + GAP), sheet.height - TITLE + 3), f"step {step}", cell)
+    return sheet
+
+
+def read_samples(folder: Path, prompts: int) -> dict[int, list[list[Image.Image]]]:
+    """step -> prompt -> pictures, from `step-000100/prompt-0-1.png` files; steps that lack a prompt are left out."""
+    found = {}
+    for entry in sorted(folder.glob("step-*")):
+        rows = [[_open(path) for path in sorted(entry.glob(f"prompt-{number}-*.png"))] for number in range(prompts)]
+        if rows and all(rows):
+            found[int(entry.name.removeprefix("step-"))] = rows
+    return found
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path, formats=("PNG",)) as image:
+        return image.convert("RGB")
+
+
+def _spread(steps: Sequence[int]) -> list[int]:
+    """At most MAX_COLUMNS of them, first and last included."""
+    if len(steps) <= MAX_COLUMNS:
+        return list(steps)
+    picks = {round(i * (len(steps) - 1) / (MAX_COLUMNS - 1)) for i in range(MAX_COLUMNS)}
+    return [steps[i] for i in sorted(picks)]
+
+
+def _columns(count: int) -> int:
+    return math.ceil(math.sqrt(count))
+
+
+def _cell_size(pictures: Sequence[Image.Image]) -> int:
+    """Small pictures are shown twice as large, large ones shrunk to 256 pixels a cell."""
+    side = _columns(len(pictures)) * pictures[0].width
+    return 256 if side >= 256 else max(side, 192)
+
+
+def _fit(image: Image.Image, side: int) -> Image.Image:
+    scale = side / max(image.size)
+    kind = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
+    small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), kind)
+    tile = Image.new("RGB", (side, side), PAPER)
+    tile.paste(small, (0, 0))
+    return tile
+
+
+def _label(draw: ImageDraw.ImageDraw, where: tuple[int, int], text: str, width: int) -> None:
+    font = ImageFont.load_default(13)
+    while text and draw.textlength(text, font=font) > width - 2 * GAP:
+        text = text[:-2].rstrip(".… ") + "…" if len(text) > 2 else ""
+    draw.text(where, text, fill=INK, font=font)

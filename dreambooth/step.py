@@ -1,0 +1,132 @@
+"""One training step, and the state that it advances. `state.step` counts completed steps."""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from dreambooth.data import Batch
+from dreambooth.ema import Ema
+from dreambooth.engine import Engine
+from dreambooth.errors import Diverged
+from dreambooth.loss import Losses, Schedule, add_noise, dreambooth_loss, min_snr_weights, target
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes. What is not here is a function of the recipe."""
+
+    model: nn.Module  # (latents, timesteps, text) -> prediction; perhaps wrapped for data parallel
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    ema: Ema | None = None
+    step: int = 0
+    skipped: int = 0  # fp16 steps that the loss scaler skipped, ever
+    skipped_in_row: int = 0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How a prediction is judged."""
+
+    noise_schedule: Schedule
+    prior_loss_weight: float = 1.0
+    snr_gamma: float | None = None
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Losses:
+        """Noise the batch, predict, compare."""
+        noisy = add_noise(batch.latents, batch.noise, batch.timesteps, self.noise_schedule)
+        prediction = model(noisy, batch.timesteps, batch.text).to(batch.latents.dtype)
+        goal = target(batch.latents, batch.noise, batch.timesteps, self.noise_schedule)
+        weights = None if self.snr_gamma is None else min_snr_weights(
+            batch.timesteps, self.snr_gamma, self.noise_schedule).to(goal.dtype)
+        return dreambooth_loss(prediction, goal, batch.instances, self.prior_loss_weight, weights)
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What happened in a step; `step` counts completed steps, this one included. Its tensors stay on the device."""
+
+    step: int
+    losses: Tensor  # (3,): total, instance, prior; means over micro-batches and processes
+    grad_norm: Tensor  # 0-d, before clipping
+    learning_rate: float
+    images: int  # instance and class samples, all processes
+    with_prior: bool
+    skipped: bool  # the loss scaler skipped the optimizer
+    skipped_in_row: int
+
+    @cached_property
+    def numbers(self) -> dict[str, float]:
+        """Metrics by name, read from the device once."""
+        loss, instance, prior, norm = torch.cat([self.losses.float(), self.grad_norm.float().view(1)]).tolist()
+        metrics = {"loss": loss, "loss_instance": instance, "grad_norm": norm, "learning_rate": self.learning_rate}
+        return metrics | ({"loss_prior": prior} if self.with_prior else {})
+
+    def check(self) -> None:
+        """Raise Diverged if this step shows that training is broken."""
+        found = self.numbers
+        if not math.isfinite(found["loss"]):
+            raise Diverged(_advice(f"the loss of step {self.step} is {found['loss']}"))
+        if not self.skipped and not math.isfinite(found["grad_norm"]):
+            raise Diverged(_advice(f"the gradient of step {self.step} is {found['grad_norm']}"))
+        if self.skipped_in_row >= MAX_SKIPPED_IN_A_ROW:
+            raise Diverged(_advice(f"fp16 gradients overflowed in {self.skipped_in_row} steps in a row, "
+                                   f"the last is step {self.step}"))
+
+
+def train_step(
+    state: TrainState, batches: Sequence[Batch], objective: Objective, engine: Engine, max_grad_norm: float | None
+) -> StepInfo:
+    """Average the gradient over `batches` and over processes, clip it, step optimizer, schedule and EMA.
+
+    Nothing is read back from the device here, so the same code runs on fake tensors.
+    """
+    learning_rate = state.optimizer.param_groups[0]["lr"]
+    losses = engine.mean(_accumulate(state, batches, objective, engine))
+    parameters = [p for p in state.model.parameters() if p.requires_grad]
+    norm = engine.clip(state.optimizer, parameters, max_grad_norm)
+    taken = engine.step(state.optimizer)
+    state.optimizer.zero_grad(set_to_none=True)
+    _advance(state, taken, engine)
+    return StepInfo(
+        step=state.step, losses=losses, grad_norm=norm, learning_rate=learning_rate,
+        images=sum(len(batch.timesteps) for batch in batches) * engine.world,
+        with_prior=len(batches[0].timesteps) > batches[0].instances,
+        skipped=not taken, skipped_in_row=state.skipped_in_row)
+
+
+def _accumulate(state: TrainState, batches: Sequence[Batch], objective: Objective, engine: Engine) -> Tensor:
+    """Add up the gradients of equal micro-batches; returns the means of (total, instance, prior), shape (3,)."""
+    seen: list[Tensor] = []
+    for number, batch in enumerate(batches, start=1):
+        with nullcontext() if number == len(batches) else engine.no_sync(state.model):
+            with engine.autocast():
+                losses = objective(state.model, batch)
+            engine.backward(losses.total / len(batches))
+        prior = torch.zeros_like(losses.total) if losses.prior is None else losses.prior
+        seen.append(torch.stack([losses.total, losses.instance, prior]).detach())
+    return torch.stack(seen).mean(0)
+
+
+def _advance(state: TrainState, taken: bool, engine: Engine) -> None:
+    state.step += 1
+    if not taken:
+        state.skipped += 1
+        state.skipped_in_row += 1
+        return
+    state.skipped_in_row = 0
+    state.schedule.step()
+    if state.ema is not None:
+        state.ema.update(engine.unwrap(state.model))
+
+
+def _advice(what: str) -> str:
+    return (f"{what}: the run diverged and was stopped; earlier checkpoints are kept. "
+            "Type a lower train.learning_rate, or precision=fp32")

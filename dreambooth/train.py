@@ -1,0 +1,52 @@
+"""The door `python -m dreambooth.train`: composes a run with Hydra and trains it. Nothing heavy is imported here."""
+
+import logging
+import time
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from dreambooth import door
+from dreambooth.config import conf_dir, load
+
+STARTED = time.strftime("%Y-%m-%d_%H-%M-%S")
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+def train(cfg: DictConfig) -> float | None:
+    """One job: trains and returns the objective for sweepers (lower is better)."""
+    sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+    if sweep and cfg.tracking.sweep is None:
+        cfg.tracking.sweep = STARTED
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    return door.attempt(lambda: _job(cfg, run_dir), sweep)
+
+
+def _job(cfg: DictConfig, run_dir: Path) -> float:
+    from dreambooth.machine import detect
+    from dreambooth.recipe import resolve
+    from dreambooth.runfolder import discard_if_unused
+    from dreambooth.signals import stoppable
+
+    logging.captureWarnings(True)
+    try:
+        recipe = resolve(load(cfg), run_dir, detect())
+        with stoppable() as stop:
+            from dreambooth.run import execute
+
+            return execute(recipe, stop).objective
+    finally:
+        discard_if_unused(run_dir)
+
+
+def main() -> None:
+    """Console script `dreambooth-train`."""
+    train()
+    door.leave()
+
+
+if __name__ == "__main__":
+    main()
