@@ -127,7 +127,7 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
 
 
 def exact_frozen(parts: Components, recipe: Recipe) -> Components:
-    """The same parts, the frozen ones in fp32 as the base has them: half precision is for computing, not for keeping."""
+    """The same parts, the frozen ones in fp32 as the base has them: half is for computing, not for keeping."""
     if recipe.precision.dtype is Dtype.fp32:
         return parts
     whole = load(recipe, torch.device("cpu"), frozen=torch.float32)

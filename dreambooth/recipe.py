@@ -191,4 +191,4 @@ def _training_problems(config: Config) -> Iterator[str]:
         yield (f"train.lr_warmup_steps={train.lr_warmup_steps} is longer than the run: "
                f"type at most train.lr_warmup_steps={train.max_train_steps}")
     if resume not in ("auto", "never") and not (Path(resume) / "state.json").is_file():
-        yield f"there is no checkpoint at {resume}: type checkpoint.resume=auto, never, or a folder checkpoints/step-..."
+        yield f"there is no checkpoint at {resume}: type checkpoint.resume=auto, never, or checkpoints/step-..."

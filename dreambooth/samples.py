@@ -31,8 +31,9 @@ class SampleBook:
         if not target.is_dir():
             count = self.spec.images_per_prompt
             jobs = [(prompt, self.spec.seed + i) for prompt in self.prompts for i in range(count)]
-            made = [image for batch in generate(
-                pipeline, [p for p, _ in jobs], [s for _, s in jobs], self.sampler, self.batch_size, autocast) for image in batch]
+            batches = generate(pipeline, [prompt for prompt, _ in jobs], [seed for _, seed in jobs], self.sampler,
+                               self.batch_size, autocast)
+            made = [image for batch in batches for image in batch]
             with files.whole_folder(target) as aside:
                 for number in range(len(self.prompts)):
                     row = made[number * count:(number + 1) * count]

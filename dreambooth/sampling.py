@@ -21,7 +21,7 @@ class Sampler:
 
 
 def build_pipeline(parts: Components) -> Any:
-    """A StableDiffusionPipeline over live parts (nothing is copied) for looking at the training, without safety checker."""
+    """A StableDiffusionPipeline over live parts (nothing is copied), without safety checker: to look at training."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 

@@ -18,7 +18,8 @@ class Section:
 
 def require(section: str, rules: dict[str, tuple[bool, str]]) -> None:
     """Raise one ValueError that names every key of `section` whose rule does not hold."""
-    broken = [f"{section}{'.' if section else ''}{key} must be {what}" for key, (holds, what) in rules.items() if not holds]
+    prefix = f"{section}." if section else ""
+    broken = [f"{prefix}{key} must be {what}" for key, (holds, what) in rules.items() if not holds]
     if broken:
         raise ValueError("\n".join(broken))
 

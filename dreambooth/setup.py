@@ -52,7 +52,8 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
     schedule = parts.noise_schedule()
     batches = Batches(
         concepts=concepts, latents=latents, text=_text(recipe, parts, concepts),
-        latent_shape=_latent_shape(recipe, parts), timesteps=schedule.length, seed=recipe.train.seed, batch_size=recipe.train.train_batch_size,
+        latent_shape=_latent_shape(recipe, parts), timesteps=schedule.length,
+        seed=recipe.train.seed, batch_size=recipe.train.train_batch_size,
         accumulation=recipe.train.gradient_accumulation_steps, device=engine.device,
         rank=engine.rank, world=engine.world, noise_offset=recipe.train.noise_offset)
     objective = Objective(schedule, recipe.prior.prior_loss_weight, recipe.train.snr_gamma)
