@@ -8,14 +8,17 @@ from collections.abc import Callable
 
 from dreambooth.errors import DreamBoothError, Interrupted
 
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}  # their advice is not for our users
+ENVIRONMENT = {  # for libraries that look before we can tell them; what the user has set wins
+    "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error",  # their advice is not for our users
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are several times slower when anything else wants a core
+}
 _codes: list[int] = []  # of the jobs in this process; a sweep has several
 
 
 def attempt(job: Callable[[], float | None], sweep: bool) -> float | None:
     """Run a job. A failed one gives NaN, its exit code is kept for `leave`, and a sweep goes on with the next;
     an interrupted one ends the sweep too."""
-    for name, value in QUIET.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
         return job()

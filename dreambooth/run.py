@@ -3,9 +3,6 @@
 import time
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
-
-from accelerate import Accelerator
 
 from dreambooth import checkpoint, export, files, model, provenance, report
 from dreambooth.console import Console
@@ -41,22 +38,23 @@ def execute(recipe: Recipe, stop: Stop) -> Result:
                 return done
         console.table(report.plan(recipe))
         start = engine.share(resume_point(recipe.run_dir, recipe.checkpoint.resume) if engine.main else None)
-        with tracked(recipe, engine.main) as tracker:
-            result = _train(recipe, engine, accelerator, console, tracker, start, stop)
-            console.table(report.summary(result, recipe, tracker.url()))
-            return result
+        meter = Meter(engine.device)
+        setup = assemble(recipe, engine, accelerator, console, meter, stop)
+        if start:
+            checkpoint.restore(start, setup.state, setup.trained, engine.scaler)
+            console.say(f"going on after step {setup.state.step} from {start.name}")
+        if engine.main:
+            check_disk(recipe.run_dir, _needed_bytes(recipe, setup))
+        with tracked(recipe, engine.main) as tracker:  # from here on it is a run; before, only input was wrong
+            result = _train(recipe, engine, setup, console, meter, tracker, stop)
+        console.table(report.summary(result, recipe, tracker.url()))
+        return result
 
 
-def _train(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: Console, tracker: Tracker,
-           start: Path | None, stop: Stop) -> Result:
-    meter = Meter(engine.device)
-    setup = assemble(recipe, engine, accelerator, console, meter, stop)
+def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter: Meter, tracker: Tracker,
+           stop: Stop) -> Result:
     state, last = setup.state, recipe.train.max_train_steps
-    if start:
-        checkpoint.restore(start, state, setup.trained, engine.scaler)
-        console.say(f"going on after step {state.step} from {start.name}")
     if engine.main:
-        check_disk(recipe.run_dir, _needed_bytes(recipe, setup))
         files.write_json(recipe.run_dir / "run.json", provenance.origin() | {"settings": recipe.settings()})
         tracker.params(recipe.settings())
         tracker.tags(provenance.origin())

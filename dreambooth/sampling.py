@@ -23,11 +23,11 @@ class Sampler:
 def build_pipeline(parts: Components) -> Any:
     """A StableDiffusionPipeline over live parts (nothing is copied), without safety checker: to look at training."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     return with_dpm_solver(StableDiffusionPipeline(
         vae=parts.vae, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer, unet=parts.unet,
-        scheduler=DDPMScheduler.from_config(parts.scheduler_config),
+        scheduler=DPMSolverMultistepScheduler.from_config(parts.scheduler_config),
         safety_checker=None, feature_extractor=None,  # type: ignore[arg-type]
         requires_safety_checker=False))
 

@@ -1,0 +1,256 @@
+"""Runs the real door in a child process and kills it with SIGKILL at a chosen moment.
+
+Children come from a fork server that has imported the libraries already, so that a run costs a second, not ten.
+The product code has no hooks for this: each fault replaces one function of it inside the child.
+"""
+
+import importlib
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+FAST = [
+    "hardware=cpu", "tracking=none", "train.max_train_steps=8", "train.train_batch_size=1", "checkpoint.every=2",
+    "prior.num_class_images=4", "prior.sample_batch_size=2", "prior.num_inference_steps=2",
+    "sample.every=4", "sample.num_inference_steps=2", "sample.images_per_prompt=1",
+]
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["torch", "dreambooth.run", "diffusers.models.unets.unet_2d_condition"])
+
+
+def train(run_root: Path, *overrides: str, fault: str | None = None, seed: int = 0, log: Path | None = None) -> int:
+    """Run `python -m dreambooth.train` with FAST settings; returns the exit code (-9 when it was killed)."""
+    return call("train", [f"run_root={run_root}", *FAST, *overrides], fault, seed, log)
+
+
+def call(
+    door: str, arguments: Sequence[str], fault: str | None = None, seed: int = 0, log: Path | None = None
+) -> int:
+    """Any door with exactly these arguments; what it prints goes to `log`."""
+    child = _server.Process(target=_child, args=(door, list(arguments), fault, seed, log))
+    child.start()
+    child.join(300)
+    if child.exitcode is None:
+        child.kill()
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def _child(door: str, arguments: list[str], fault: str | None, seed: int, log: Path | None) -> None:
+    if log:
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    import torch
+
+    torch.set_num_threads(1)
+    sys.argv = [f"dreambooth/{door}.py", *arguments]
+    if fault:
+        (FAULTS | OTHERS)[fault](seed)
+    importlib.import_module(f"dreambooth.{door}").main()
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _on(module: Any, name: str, act: Callable[..., None], after: int = 0) -> None:
+    """Before call number `after` + 1 of module.name, act on its arguments and die."""
+    original, calls = getattr(module, name), iter(range(10**9))
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) >= after:
+            act(*args, **kwargs)
+            die()
+        return original(*args, **kwargs)
+
+    setattr(module, name, replaced)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _class_image(seed: int) -> None:
+    from PIL import Image
+
+    _on(Image.Image, "save", lambda image, path, **_: Path(path).write_bytes(b"\x89PNG half"), after=seed % 4)
+
+
+def _checkpoint_write(seed: int) -> None:
+    from dreambooth import checkpoint
+
+    _on(checkpoint, "save_file", lambda tensors, path: Path(path).write_bytes(b"half"), after=1 + 3 * (seed % 3))
+
+
+def _checkpoint_fsync(seed: int) -> None:
+    from dreambooth import checkpoint, files
+
+    save = checkpoint.save
+
+    def saving(*args: Any, **kwargs: Any) -> Any:
+        _on(files, "sync", _nothing, after=seed % 4)
+        return save(*args, **kwargs)
+
+    checkpoint.save = saving
+
+
+def _checkpoint_rename(seed: int) -> None:
+    from dreambooth import checkpoint, files
+
+    save, saves = checkpoint.save, iter(range(10**9))
+
+    def saving(*args: Any, **kwargs: Any) -> Any:
+        if next(saves) == 1 + seed % 2:
+            _on(files, "publish", _nothing)
+        return save(*args, **kwargs)
+
+    checkpoint.save = saving
+
+
+def _checkpoint_rotate(seed: int) -> None:
+    from dreambooth import checkpoint, files
+
+    def half_removed(path: Path, **_: Any) -> None:
+        next(iter(sorted(path.iterdir()))).unlink()
+
+    def removing(*args: Any) -> None:
+        original(*args)
+
+    original = files.remove_folder
+    rotate = checkpoint.rotate
+
+    def rotating(*args: Any) -> None:
+        _on(files.shutil, "rmtree", lambda path, **kw: None if kw else half_removed(path), after=1)
+        rotate(*args)
+
+    checkpoint.rotate = rotating
+
+
+def _sample(seed: int) -> None:
+    from dreambooth import samples
+
+    _on(samples, "grid", _nothing, after=seed % 5)
+
+
+def _export(seed: int) -> None:
+    from dreambooth import export
+
+    _on(export.shutil, "copyfile", _nothing)
+
+
+def _result(seed: int) -> None:
+    from dreambooth.runfolder import Result
+
+    _on(Result, "write", _nothing)
+
+
+def _metrics_flush(seed: int) -> None:
+    from dreambooth import journal
+
+    class HalfWriting:
+        """os, but the write of a line stops in its middle."""
+
+        def __init__(self) -> None:
+            self.lines = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(os, name)
+
+        def write(self, file: int, line: bytes) -> int:
+            self.lines += 1
+            if self.lines > 8 + seed % 6:
+                os.write(file, line[:len(line) // 2])
+                die()
+            return os.write(file, line)
+
+    journal.os = HalfWriting()
+
+
+def _random_moment(seed: int) -> None:
+    from dreambooth import run
+
+    step, dice = run.train_step, random.Random(seed)
+    first, delay = dice.randrange(1, 8), dice.random() * 0.4
+
+    def stepping(state: Any, *args: Any, **kwargs: Any) -> Any:
+        info = step(state, *args, **kwargs)
+        if state.step == first:
+            threading.Timer(delay, die).start()
+        return info
+
+    run.train_step = stepping
+
+
+def _no_memory(seed: int) -> None:
+    import torch
+
+    from dreambooth import step
+
+    def objective(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    step.Objective.__call__ = objective
+
+
+def _no_disk(seed: int) -> None:
+    from dreambooth import runfolder
+
+    usage = runfolder.shutil.disk_usage(".")
+    runfolder.shutil.disk_usage = lambda path: usage._replace(free=10**6)
+
+
+def _bug(seed: int) -> None:
+    from dreambooth import run
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a bug of ours")
+
+    run.train_step = broken
+
+
+def _signal_at_step(number: int) -> Callable[[int], None]:
+    def fault(seed: int) -> None:
+        from dreambooth import run
+
+        step = run.train_step
+
+        def stepping(state: Any, *args: Any, **kwargs: Any) -> Any:
+            info = step(state, *args, **kwargs)
+            if state.step == 3:
+                os.kill(os.getpid(), number)
+            return info
+
+        run.train_step = stepping
+
+    return fault
+
+
+# Ends that are not kills.
+OTHERS: dict[str, Callable[[int], None]] = {
+    "no_memory": _no_memory,
+    "no_disk": _no_disk,
+    "bug": _bug,
+    "sigterm": _signal_at_step(signal.SIGTERM),
+    "ctrl_c": _signal_at_step(signal.SIGINT),
+}
+
+FAULTS: dict[str, Callable[[int], None]] = {
+    "class_image": _class_image,
+    "checkpoint_write": _checkpoint_write,
+    "checkpoint_fsync": _checkpoint_fsync,
+    "checkpoint_rename": _checkpoint_rename,
+    "checkpoint_rotate": _checkpoint_rotate,
+    "sample": _sample,
+    "export": _export,
+    "result": _result,
+    "metrics_flush": _metrics_flush,
+    "random_moment": _random_moment,
+}
