@@ -1,5 +1,6 @@
 """The door `python -m dreambooth.generate`: draws with what a run has made. Nothing heavy is imported here."""
 
+import warnings
 from dataclasses import dataclass
 
 import hydra
@@ -51,7 +52,11 @@ def _job(cfg: DictConfig) -> None:
         ask: Generate = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     except ValueError as error:
         raise UserError(str(error)) from error
+    warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other
     from dreambooth.draw import draw
+    from dreambooth.model import silence_libraries
+
+    silence_libraries()
 
     draw(ask.run, prompt=ask.prompt, num_images=ask.num_images, batch_size=ask.batch_size, seed=ask.seed,
          num_inference_steps=ask.num_inference_steps, guidance_scale=ask.guidance_scale, out=ask.out)

@@ -44,7 +44,7 @@ class Components:
         """The forward process that the base was trained with, after any zero-terminal-SNR rescale."""
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-        scheduler = DDPMScheduler.from_config(self.scheduler_config)
+        scheduler = DDPMScheduler.from_config(self.scheduler_config, clip_sample=False)
         return Schedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Where a run came from: code version, git revision, command."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -26,7 +27,8 @@ def _revision() -> str:
 
 
 def _command() -> str:
+    """As it was typed, but for user:password@ in an address."""
     script = Path(sys.argv[0])
-    if script.suffix != ".py":
-        return shlex.join([script.name, *sys.argv[1:]])
-    return shlex.join(["python", "-m", f"dreambooth.{script.stem}", *sys.argv[1:]])
+    words = [re.sub(r"(?<=://)[^/@\s]+@", "", word) for word in sys.argv[1:]]
+    return shlex.join([*([script.name] if script.suffix != ".py" else ["python", "-m", f"dreambooth.{script.stem}"]),
+                       *words])

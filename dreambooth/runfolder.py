@@ -107,5 +107,5 @@ def check_disk(run_dir: Path, needed: int) -> None:
 
 def discard_if_unused(run_dir: Path) -> None:
     """Remove a run folder in which nothing happened."""
-    if run_dir.is_dir() and {entry.name for entry in run_dir.iterdir()} <= {".hydra", ".lock"}:
+    if run_dir.is_dir() and {entry.name for entry in run_dir.iterdir()} <= KEPT:
         shutil.rmtree(run_dir, ignore_errors=True)

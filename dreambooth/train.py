@@ -1,7 +1,7 @@
 """The door `python -m dreambooth.train`: composes a run with Hydra and trains it. Nothing heavy is imported here."""
 
-import logging
 import time
+import warnings
 from pathlib import Path
 
 import hydra
@@ -31,7 +31,9 @@ def _job(cfg: DictConfig, run_dir: Path) -> float:
     from dreambooth.runfolder import discard_if_unused
     from dreambooth.signals import stoppable
 
-    logging.captureWarnings(True)
+    warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other
+    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
     try:
         recipe = resolve(load(cfg), run_dir, detect())
         with stoppable() as stop:
