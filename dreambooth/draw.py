@@ -30,7 +30,7 @@ def draw(
         raise UserError('the prompt is missing: type prompt="a photo of a zwx toy"')
     scale = float(settings.get("sample.guidance_scale", 7.5)) if guidance_scale is None else guidance_scale
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = _open(model, device)
+    pipeline = sampling.open_pipeline(model, device)
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     sampler = sampling.Sampler(num_inference_steps, scale, int(settings.get("model.resolution", side)))
 
@@ -63,19 +63,6 @@ def _settings(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError):
         return {}
     return settings
-
-
-def _open(model: Path, device: str) -> Any:
-    import torch
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-
-    dtype = torch.float16 if device == "cuda" else torch.float32
-    try:
-        pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the model in {model} could not be opened ({str(error).splitlines()[0]}): "
-                        "train it again, or type another run=DIR") from error
-    return sampling.with_dpm_solver(pipeline).to(device)
 
 
 def _write(target: Path, prompt: str, seeds: list[int], pictures: list[Any], console: Console) -> Path:

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL.Image import Image
 
+from dreambooth.errors import UserError
 from dreambooth.model import Components
 
 
@@ -30,6 +32,23 @@ def build_pipeline(parts: Components) -> Any:
         scheduler=DPMSolverMultistepScheduler.from_config(parts.scheduler_config),
         safety_checker=None, feature_extractor=None,  # type: ignore[arg-type]
         requires_safety_checker=False))
+
+
+def open_pipeline(model: Path, device: str) -> Any:
+    """The pipeline in a diffusers folder, on `device`, sampling with DPM-Solver++.
+
+    Raises:
+        UserError: the folder cannot be opened.
+    """
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model in {model} could not be opened ({str(error).splitlines()[0]}): "
+                        "train it again, or type another run=DIR") from error
+    return with_dpm_solver(pipeline).to(device)
 
 
 def with_dpm_solver(pipeline: Any) -> Any:

@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreambooth.journal import NullTracker, Tracker, parcels, read, starts_line
+from dreambooth.journal import parcels, read, starts_line
 
 WAKE = 2.0  # seconds between two looks at the journal
 BACKOFF = (5.0, 60.0)  # seconds to the next attempt after a failure: the first, doubling up to the last
 TRIES = 5  # an entry that fails this often while the server answers is passed over
 CLOSE_LOCAL, CLOSE_REMOTE = 60.0, 15.0  # seconds that close() waits for the rest to be sent
-__all__ = ["MlflowTracker", "NullTracker", "Tracker", "open_tracker"]
 ENVIRONMENT = {  # MLflow's own defaults wait minutes for a dead server; what the user has set wins
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING",

@@ -14,6 +14,7 @@ from dreambooth.errors import UserError
 from dreambooth.journal import NullTracker, Tracker
 from dreambooth.shipping import Shipper, Warn, log_warning
 
+__all__ = ["MlflowTracker", "NullTracker", "Tracker", "open_tracker"]
 START = 60.0  # seconds that a required server has to answer at the start
 
 

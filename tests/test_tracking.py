@@ -334,7 +334,8 @@ def test_a_deleted_run_is_made_anew(tmp_path: Path, uri: str) -> None:
 
 def test_two_processes_open_one_fresh_database(tmp_path: Path) -> None:
     code = ("import sys; from pathlib import Path; from dreambooth.tracking import open_tracker;"
-            "root = Path(sys.argv[1]); t = open_tracker('mlflow', root / sys.argv[2], run_root=root, run_name='r', required=True);"
+            "root = Path(sys.argv[1]);"
+            "t = open_tracker('mlflow', root / sys.argv[2], run_root=root, run_name='r', required=True);"
             "t.metrics(1, {'loss': 1.0}); t.close('FINISHED')")
     runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], stderr=subprocess.PIPE, text=True)
             for name in ("a", "b")]
