@@ -32,3 +32,11 @@ def _command() -> str:
     words = [re.sub(r"(?<=://)[^/@\s]+@", "", word) for word in sys.argv[1:]]
     return shlex.join([*([script.name] if script.suffix != ".py" else ["python", "-m", f"dreambooth.{script.stem}"]),
                        *words])
+
+
+def clean(text: str, uri: str) -> str:
+    """The text without the credentials of the uri."""
+    found = re.match(r"[\w+.-]+://([^/\s]*)@", uri)
+    for secret in (found[1] + "@", found[1].partition(":")[2]) if found else ():
+        text = text.replace(secret, "") if secret else text
+    return re.sub(r"(password|token)=[^&\s]+", r"\1=***", text)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.journal import parcels, read, starts_line
+from dreambooth.provenance import clean
 
 WAKE = 2.0  # seconds between two looks at the journal
 BACKOFF = (5.0, 60.0)  # seconds to the next attempt after a failure: the first, doubling up to the last
@@ -33,7 +34,7 @@ class Shipper(threading.Thread):
     def __init__(self, journal: Path, uri: str, experiment: str, run_name: str, root: Path | None, warn: Warn) -> None:
         super().__init__(name="mlflow", daemon=True)
         self._journal, self._uri, self._experiment, self._run_name = journal, uri, experiment, run_name
-        self._root, self._warn, self.shown = root, warn, _clean(uri, uri)
+        self._root, self._warn, self.shown = root, warn, clean(uri, uri)
         self.attempted, self._wake = threading.Event(), threading.Event()
         self.outage: str | None = None  # why the server could not be reached, the last time that it could not
         self._stopped = self._closing = self._down = False
@@ -232,7 +233,7 @@ class Shipper(threading.Thread):
             text = found[0]
         elif "timed out" in text:
             text = "no answer in time"
-        return _clean(text, self._uri)[:200]
+        return clean(text, self._uri)[:200]
 
 
 def _database(uri: str) -> Path:
@@ -247,11 +248,3 @@ def _creating(uri: str) -> contextlib.AbstractContextManager[Any]:
     path = _database(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(f"{path}.lock", timeout=120)
-
-
-def _clean(text: str, uri: str) -> str:
-    """The text without the credentials of the uri."""
-    found = re.match(r"[\w+.-]+://([^/\s]*)@", uri)
-    for secret in (found[1] + "@", found[1].partition(":")[2]) if found else ():
-        text = text.replace(secret, "") if secret else text
-    return re.sub(r"(password|token)=[^&\s]+", r"\1=***", text)

@@ -1,0 +1,71 @@
+"""Class images: found by what they were made from, topped up, never made again."""
+
+import dataclasses
+from pathlib import Path
+
+from PIL import Image
+from test_config import made
+
+from dreambooth import prior
+from dreambooth.config import load
+from dreambooth.recipe import Recipe, resolve
+
+
+def recipe(root: Path, *overrides: str) -> Recipe:
+    return resolve(load(made(f"run_root={root}", "prior.sample_batch_size=2", *overrides)), root / "run")
+
+
+def fill(asked: Recipe, rank: int = 0, world: int = 1) -> list[int]:
+    """Make what is missing; returns the seeds that were drawn."""
+    seeds: list[int] = []
+
+    def generate(batch: list[int]) -> list[Image.Image]:
+        seeds.extend(batch)
+        return [Image.new("RGB", (4, 4), (seed % 256, 0, 0)) for seed in batch]
+
+    prior.make(prior.find(asked), asked, generate, lambda count: None, rank, world)
+    return seeds
+
+
+def test_topped_up_not_made_again(tmp_path: Path) -> None:
+    first = fill(recipe(tmp_path, "prior.num_class_images=3"))
+    before = {p: p.stat().st_mtime_ns for p in prior.find(recipe(tmp_path, "prior.num_class_images=3")).paths}
+    more = fill(recipe(tmp_path, "prior.num_class_images=5"))
+    assert (len(first), len(more), len(set(first + more))) == (3, 2, 5)
+    assert all(p.stat().st_mtime_ns == then for p, then in before.items())
+    assert str(prior.find(recipe(tmp_path, "prior.num_class_images=6"))) == "6 class images: 5 kept, 1 to make"
+
+
+def test_another_prompt_or_base_never_finds_them(tmp_path: Path) -> None:
+    usual = prior.find(recipe(tmp_path)).folder.name.rsplit("-", 1)[1]
+    others = ["dataset.class_prompt=a photo  of a toy", "prior.guidance_scale=2", "prior.num_inference_steps=3",
+              "model.resolution=128", "precision=bf16", "model.revision=x"]
+    keys = {prior.find(recipe(tmp_path, other)).folder.name.rsplit("-", 1)[1] for other in others}
+    assert len(keys | {usual}) == len(others) + 1
+    for same in ("train.seed=5", "prior.sample_batch_size=7", "dataset.instance_prompt=a zwx"):
+        assert prior.find(recipe(tmp_path, same)).folder.name.rsplit("-", 1)[1] == usual
+
+
+def test_another_models_weights_never_find_them(tmp_path: Path) -> None:
+    keys = set()
+    for content in (b"one", b"two"):
+        (tmp_path / "unet.safetensors").write_bytes(content)
+        other = dataclasses.replace(recipe(tmp_path), source=str(tmp_path))
+        keys.add(prior.find(other).folder)
+    assert len(keys) == 2
+
+
+def test_processes_share_the_work(tmp_path: Path) -> None:
+    asked = "prior.num_class_images=5"
+    alone = fill(recipe(tmp_path / "a", asked))
+    missing = prior.find(recipe(tmp_path / "b", asked)).missing
+    assert sorted(alone) == sorted(seed for _, seed in missing[0::2] + missing[1::2])
+
+
+def test_own_images_come_first(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    Image.new("RGB", (9, 9)).save(own / "mine.png")
+    found = prior.find(recipe(tmp_path, f"dataset.class_dir={own}", "prior.num_class_images=3"))
+    assert found.paths[0] == own / "mine.png"
+    assert str(found) == "3 class images: 1 own, 0 kept, 2 to make"
