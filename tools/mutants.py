@@ -21,7 +21,7 @@ def survives(patch: Path, folder: Path) -> bool:
         (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, folder / part)
     subprocess.run(["patch", "-p1", "-s", "-i", str(patch)], cwd=folder, check=True)
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", test],
+    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", test],
                          cwd=folder, env=environment, capture_output=True, text=True)
     if ran.returncode not in (0, 1):
         raise SystemExit(f"{patch.name}: {test} could not be run\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
