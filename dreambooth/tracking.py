@@ -7,6 +7,7 @@ twice (a kill between the server's answer and mlflow.json) changes nothing: step
 """
 
 import atexit
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dreambooth.journal import NullTracker, Tracker
 from dreambooth.shipping import Shipper, Warn, log_warning
 
 __all__ = ["MlflowTracker", "NullTracker", "Tracker", "open_tracker"]
+PATIENT = True  # start shipping with the first training step, not before
 START = 60.0  # seconds that a required server has to answer at the start
 
 
@@ -44,13 +46,25 @@ class MlflowTracker(NullTracker):
         super().__init__(run_dir)
         self._required, self._warn, self._closed = required, warn, False
         self._shipper = Shipper(self.path, uri, experiment, run_name, artifact_root, warn)
-        atexit.register(self._shipper.stop, 1.0)  # a thread inside C code while Python goes down may crash it
-        self._shipper.start()
+        if required or not PATIENT:
+            self._begin()
         if required and not (self._shipper.attempted.wait(START) and self._shipper.outage is None):
             self._shipper.stop(0.0)
             super().close()
             raise self._unreachable()
         self.status("RUNNING")
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> bool:
+        if step > 0:
+            self._begin()
+        return super().metrics(step, values)
+
+    def _begin(self) -> None:
+        """Start shipping, once. Importing MLflow and making its tables takes seconds of CPU, so the first training
+        step comes first."""
+        if self._shipper.ident is None:
+            atexit.register(self._shipper.stop, 1.0)  # a thread inside C code while Python goes down may crash it
+            self._shipper.start()
 
     def url(self) -> str | None:
         return self._shipper.url()
@@ -60,6 +74,7 @@ class MlflowTracker(NullTracker):
         if self._closed:
             return
         self._closed = True
+        self._begin()
         try:
             super().close(status)
         finally:

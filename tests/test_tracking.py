@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dreambooth import shipping
+from dreambooth import shipping, tracking
 from dreambooth.errors import UserError
 from dreambooth.journal import Journal, parcels, read
 from dreambooth.tracking import MlflowTracker, NullTracker, open_tracker
@@ -26,6 +26,7 @@ from dreambooth.tracking import MlflowTracker, NullTracker, open_tracker
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "PATIENT", False)
     monkeypatch.setattr(shipping, "WAKE", 0.05)
     monkeypatch.setattr(shipping, "BACKOFF", (0.05, 0.2))
     monkeypatch.setattr(shipping, "CLOSE_REMOTE", 1.0)
