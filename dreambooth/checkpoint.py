@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -39,17 +40,20 @@ def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.Gr
         try:
             with files.whole_folder(target) as aside:
                 _write(aside, state, model, scaler)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a class of its own
             raise DoesNotFit(f"the checkpoint of step {state.step} could not be written to {folder} "
-                             f"({error.strerror}): free some space and repeat the command") from error
+                             f"({error}): free some space and repeat the command") from error
     rotate(folder, keep)
     return target
 
 
 def rotate(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for old in _steps(folder)[:-keep]:
-        files.remove_folder(old)
+    """Remove all but the newest `keep` intact checkpoints; a damaged one is never kept in the place of a good one."""
+    steps = _steps(folder)
+    kept = [path for path in steps if intact(path)][-keep:]
+    for old in steps:
+        if old not in kept:
+            files.remove_folder(old)
 
 
 def latest(folder: Path) -> Path | None:
@@ -84,7 +88,7 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
             state.ema.updates = numbers["ema_updates"]
         state.optimizer.load_state_dict(
             _unflatten(load_file(path / "optimizer.safetensors"), numbers["optimizer"]))
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} cannot be resumed here ({error}): type checkpoint.resume=never") from error
     state.schedule.load_state_dict(numbers["schedule"])
     scaler.load_state_dict(numbers["scaler"])
@@ -150,8 +154,9 @@ def _unflatten(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, An
 @torch.no_grad()
 def _load_weights(found: dict[str, Tensor], into: dict[str, Any], path: Path) -> None:
     wanted = {name: t for name, t in into.items() if not isinstance(t, nn.Parameter) or t.requires_grad}
-    if found.keys() != wanted.keys():
-        raise ValueError(f"{len(found.keys() ^ wanted.keys())} weights of {path.name} do not match this model")
+    if other := [name for name in found.keys() | wanted.keys()
+                 if name not in found or name not in wanted or found[name].shape != wanted[name].shape]:
+        raise ValueError(f"{len(other)} weights of {path.name} do not match this model")
     for name, tensor in found.items():
         wanted[name].copy_(tensor)
 

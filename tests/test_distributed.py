@@ -1,0 +1,24 @@
+"""Two gloo processes through torch's launcher compute what one process computes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from test_core import Toy, batches, steps
+
+
+def test_two_processes_equal_one_in_fp64(tmp_path: Path) -> None:
+    """Sums of 8 x 64 fp64 terms in another order: 512 eps a gradient, which AdamW at lr 1e-2 turns into less than
+    1e-9 a step for gradients over 1e-6."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               str(here / "two_processes.py"), str(tmp_path / "weights.pt")]
+    ran = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=200,
+                         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parent)})
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    alone = Toy()
+    steps(alone, batches(batch=8), 3)
+    for name, theirs in torch.load(tmp_path / "weights.pt", weights_only=True).items():
+        assert torch.allclose(alone.state_dict()[name], theirs, atol=1e-9, rtol=0), name

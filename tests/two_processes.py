@@ -1,0 +1,23 @@
+"""Run under torchrun by test_distributed.py: three fp64 steps on this process's share, the weights to argv[1]."""
+
+import sys
+
+import torch
+from test_core import Toy, batches, schedule, state
+
+from dreambooth.choices import Dtype
+from dreambooth.engine import accelerated
+from dreambooth.step import Objective, train_step
+
+engine, accelerator = accelerated("cpu", Dtype.fp32)
+model = Toy()
+found = state(model)
+found.model = accelerator.prepare_model(model)
+share = batches(batch=2, accumulation=2, world=engine.world, rank=engine.rank)
+for step in range(3):
+    train_step(found, share(step), Objective(schedule(), 0.5), engine, 1.0).check()
+assert engine.any(engine.rank == 1) is (engine.world == 2)
+assert engine.share({"rank": engine.rank}) == {"rank": 0}
+if engine.main:
+    torch.save(model.state_dict(), sys.argv[1])  # a test's own file
+torch.distributed.destroy_process_group()
