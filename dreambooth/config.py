@@ -4,7 +4,7 @@
 """
 
 import json
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ def load(cfg: DictConfig) -> Config:
     """Turn a composed DictConfig into a Config.
 
     Raises:
-        ConfigError: a value breaks a rule of its own field; each sentence names the key.
+        ConfigError: a value breaks a rule of its own field, or +key=value added a key that nobody reads;
+            each sentence names the key.
     """
-    problems: list[str] = []
+    problems = [f"{key} is not a setting: type a key that --cfg job shows" for key in _unknown(cfg)]
     sections: dict[str, Any] = {}
     for item in fields(Config):
         try:
@@ -42,6 +43,14 @@ def load(cfg: DictConfig) -> Config:
     if problems:
         raise ConfigError(*problems)
     return Config(**sections)
+
+
+def _unknown(cfg: DictConfig) -> list[str]:
+    known: dict[str, Any] = {item.name: vars(item.default_factory()) if is_dataclass(item.default_factory) else None
+                             for item in fields(Config)}
+    return [*(str(key) for key in cfg if key not in known),
+            *(f"{name}.{key}" for name, keys in known.items() if keys and name in cfg
+              for key in cfg[name] if key not in keys)]
 
 
 def identity(root: DictConfig) -> str:

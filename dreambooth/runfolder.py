@@ -8,7 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -106,6 +106,7 @@ def check_disk(run_dir: Path, needed: int) -> None:
 
 
 def discard_if_unused(run_dir: Path) -> None:
-    """Remove a run folder in which nothing happened."""
+    """Remove a run folder in which nothing happened, unless another process is at its beginning there."""
     if run_dir.is_dir() and {entry.name for entry in run_dir.iterdir()} <= KEPT:
-        shutil.rmtree(run_dir, ignore_errors=True)
+        with suppress(UserError), locked(run_dir):
+            shutil.rmtree(run_dir, ignore_errors=True)

@@ -195,6 +195,13 @@ def test_accumulation_equals_one_batch_in_fp64() -> None:
     assert b.ema is not None and b.ema.updates == 3, "the EMA is stepped once a step"
 
 
+def test_accumulated_gradient_is_the_mean_not_the_sum() -> None:
+    """AdamW hides a gradient's size, so the norm before clipping is compared: 512 reordered fp64 terms, 1e-12."""
+    norms = [float(train_step(state(model), made(0), Objective(schedule(), 0.5), Engine(), None).grad_norm)
+             for model, made in ((Toy(), batches(batch=8)), (Toy(), batches(batch=1, accumulation=8)))]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-12)
+
+
 def test_every_trained_part_learns() -> None:
     before, after = Toy(), Toy()
     state(before)

@@ -1,0 +1,117 @@
+"""What a person reads: plain lines in a pipe, and a plan and a summary that fit a terminal of 80 columns."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console as Rich
+
+from dreambooth import report
+from dreambooth.console import Bar, Console
+from dreambooth.recipe import resolve
+from dreambooth.runfolder import Result
+from dreambooth.schema import Config, Dataset, Prior, Train
+
+
+def recipe(run_dir: Path, **sections):
+    data = Dataset(instance_dir="package:demo", instance_prompt="a photo of a zwx toy", class_prompt="a photo of a toy")
+    return resolve(Config(**{"dataset": data} | sections), run_dir)
+
+
+def on_a_terminal(rows) -> str:
+    """What a terminal of 80 columns shows of a table."""
+    console, screen = Console(), io.StringIO()
+    console._rich = Rich(file=screen, width=80, force_terminal=True, color_system=None)
+    console.table(rows)
+    return screen.getvalue()
+
+
+def test_a_pipe_gets_plain_lines_one_for_every_tenth(capsys):
+    with Console().bar("training", 40) as bar:
+        for _ in range(40):
+            bar.tick(note="loss 0.123")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == [f"{done}/40" for done in range(4, 41, 4)]
+    assert all(line.endswith("/s  loss 0.123") for line in lines)
+    assert all(character.isprintable() for line in lines for character in line), "control characters in a pipe"
+
+
+@pytest.mark.parametrize("total, done, ticks, last", [(3, 0, 3, "3/3"), (10, 5, 5, "10/10"), (1, 0, 1, "1/1")])
+def test_the_last_line_says_that_all_is_done(capsys, total, done, ticks, last):
+    with Console().bar("encoding", total, done) as bar:
+        for _ in range(ticks):
+            bar.tick()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == ticks
+    assert lines[-1].split()[1] == last
+
+
+def test_a_resumed_bar_goes_on_where_it_was(capsys):
+    with Console().bar("training", 100, done=55) as bar:
+        bar.tick()
+        assert capsys.readouterr().out == "", "tenths that an earlier run has shown"
+        bar.tick(4)
+    assert capsys.readouterr().out.startswith("training 60/100")
+
+
+def test_a_terminal_gets_one_bar():
+    screen = io.StringIO()
+    with Bar(Rich(file=screen, width=80, force_terminal=True, color_system=None), "training", 4, 0) as bar:
+        bar.tick(4, note="loss 0.1")
+    assert "4/4" in screen.getvalue()
+    assert "loss 0.1" in screen.getvalue()
+
+
+def test_other_processes_are_silent(capsys):
+    console = Console(quiet=True)
+    console.say("hello")
+    console.table({"a": "b"})
+    with console.bar("training", 1) as bar:
+        bar.tick()
+    assert capsys.readouterr().out == ""
+
+
+def test_text_is_shown_as_it_is_and_a_piped_line_is_not_broken(capsys):
+    text = "[bold]a photo[/bold] :smile: " + "x" * 100
+    Console().say(text)
+    Console().table({"prompt": text})
+    assert capsys.readouterr().out.splitlines() == [text, f"prompt  {text}"]
+
+
+def test_plan_and_summary_fit_80_columns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_dir = tmp_path / "runs/demo-tiny-full-0123456789"
+    run_dir.mkdir(parents=True)
+    (run_dir / "contact_sheet.png").touch()
+    asked = recipe(run_dir, train=Train(train_batch_size=4, train_text_encoder=True))
+    plan = on_a_terminal(report.plan(asked))
+    result = Result(800, 0.123456, 1234.5, str(run_dir), "model")
+    summary = on_a_terminal(report.summary(result, asked, "sqlite:////very/long/path/of/a/home/folder/runs/mlflow.db"))
+    for shown in (plan, summary):
+        assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
+    for words in ("a photo of a zwx toy", "a photo of a toy", "UNet and text encoder", "800 of 4 photos", "fp32", "CPU"):
+        assert words in plan
+    for words in ("800 steps", "0.1235", "contact_sheet.png", "model", "metrics.jsonl", "dreambooth.generate"):
+        assert words in summary
+
+
+def test_plan_says_when_there_is_no_prior_preservation(tmp_path):
+    plan = report.plan(recipe(tmp_path, prior=Prior(with_prior_preservation=False)))
+    assert plan["class"] == "no prior preservation"
+    assert plan["trains"] == "UNet"
+
+
+def test_a_finished_run_says_how_to_get_more(tmp_path):
+    result = Result(400, 0.1, 1.0, str(tmp_path), "model")
+    said = report.already(result, recipe(tmp_path, train=Train(max_train_steps=400)))
+    assert "this run is finished: 400 steps," in said
+    assert "train.max_train_steps=800" in said
+    assert "checkpoint.resume=never" in said
+    assert "(you asked for 300)" in report.already(result, recipe(tmp_path, train=Train(max_train_steps=300)))
+
+
+def test_the_console_writes_to_stdout_only(capsys):
+    Console().say("hello")
+    assert capsys.readouterr() == ("hello\n", "")
+    assert not sys.stdout.isatty()
