@@ -63,7 +63,7 @@ def held_elsewhere(tmp_path):
 
 
 def test_a_folder_held_by_another_process_is_refused_in_a_sentence(held_elsewhere):
-    with pytest.raises(UserError, match="another process is training in .*held: wait") as refused, \
+    with pytest.raises(UserError, match=r"another process is training in .*held: wait") as refused, \
             locked(held_elsewhere):
         pass
     assert refused.value.exit_code == 1
