@@ -74,7 +74,7 @@ BROKEN = {  # what is broken -> (machine, values, what to type)
 def test_each_broken_rule_is_one_sentence_that_says_what_to_type(what, no_packages):
     machine, values, typed = BROKEN[what]
     [sentence] = problems(machine, **values)
-    assert f"type {typed}" in sentence or f": {typed}" in sentence
+    assert typed in sentence.partition(": ")[2]
     assert "\n" not in sentence
 
 
@@ -200,8 +200,9 @@ def test_numbers_out_of_bounds_are_each_named_in_a_sentence(data):
 
 @pytest.mark.parametrize("key, edge", [
     ("model.resolution", 8), ("model.resolution", 2048), ("optimizer.beta1", 0.0), ("prior.num_class_images", 0),
-    ("prior.prior_loss_weight", 0.0), ("train.max_grad_norm", None), ("train.snr_gamma", None), ("train.seed", 2**63 - 1),
-    ("train.ema_decay", 0.0), ("sample.every", None), ("sample.num_inference_steps", 1000), ("checkpoint.every", None),
+    ("prior.prior_loss_weight", 0.0), ("train.max_grad_norm", None), ("train.snr_gamma", None),
+    ("train.seed", 2**63 - 1), ("train.ema_decay", 0.0), ("sample.every", None), ("sample.num_inference_steps", 1000),
+    ("checkpoint.every", None),
 ])
 def test_values_on_the_bounds_are_allowed(key, edge):
     allowed = BASE.copy()
