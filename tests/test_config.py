@@ -1,15 +1,18 @@
 """Every shipped configuration composes and resolves; what beats what; the seed blog's run."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.config import conf_dir, identity, load
 from dreambooth.errors import ConfigError
 from dreambooth.machine import Machine
 from dreambooth.recipe import Recipe, resolve
+from dreambooth.schema import Config
 
 PHOTOS = ["dataset.instance_dir=/photos", "dataset.instance_prompt=a photo of a zwx dog",
           "dataset.class_prompt=a photo of a dog"]
@@ -135,3 +138,92 @@ def test_nothing_is_hidden_in_the_schema() -> None:
     for section, node in OmegaConf.to_container(made(), resolve=False).items():  # type: ignore[union-attr]
         for key in node if isinstance(node, dict) else [section]:
             assert f"{key}:" in text, f"{section}.{key}"
+
+
+def yaml_keys(found: object, prefix: str = "") -> set[str]:
+    """Every key of nested maps, with dots."""
+    if not isinstance(found, dict):
+        return set()
+    return {f"{prefix}{key}" for key in found}.union(
+        *(yaml_keys(value, f"{prefix}{key}.") for key, value in found.items()))
+
+
+@pytest.mark.parametrize("group, name", [found for found in FILES if found[0] != "experiment"])
+def test_every_key_of_its_section_is_in_every_file_of_a_group(group: str, name: str) -> None:
+    """Else the file's reader does not see a key, and a value of the schema applies unseen."""
+    keys = yaml_keys(OmegaConf.to_container(OmegaConf.load(conf_dir() / group / f"{name}.yaml"), resolve=False))
+    own = {key.removeprefix(f"{group}.") for key in keys}
+    assert {item.name for item in fields(getattr(Config(), group))} <= own
+
+
+def test_every_key_without_a_group_is_in_config_yaml() -> None:
+    keys = yaml_keys(OmegaConf.to_container(OmegaConf.load(conf_dir() / "config.yaml"), resolve=False))
+    schema = yaml_keys(OmegaConf.to_container(OmegaConf.structured(Config), resolve=False))
+    groups = {group for group, _ in FILES}
+    assert {key for key in schema if key.partition(".")[0] not in groups} <= keys
+
+
+def test_an_experiment_beats_model_files_too() -> None:
+    """num_class_images: 100 in config.yaml, 200 in sd15.yaml."""
+    assert made("hardware=g4dn").prior.num_class_images == 200
+    assert made("experiment=blog_g4dn").prior.num_class_images == 50
+    assert made("experiment=blog_g4dn", "prior.num_class_images=7").prior.num_class_images == 7
+
+
+def test_the_command_line_beats_what_hardware_chooses() -> None:
+    assert made("hardware=g4dn").memory.gradient_checkpointing
+    found = made("hardware=g4dn", "model=tiny", "precision=fp32", "memory=fast")
+    assert (found.hardware.name, found.model.name, found.precision.dtype.value) == ("g4dn", "tiny", "fp32")
+    assert not found.memory.gradient_checkpointing
+
+
+@pytest.mark.parametrize("text, truth", [("False", False), ("'False'", False), ("false", False), ("True", True)])
+def test_false_is_false(text: str, truth: bool) -> None:
+    assert load(made(f"train.use_ema={text}")).train.use_ema is truth
+
+
+@pytest.mark.parametrize("override, words", [
+    ("train.use_ema=maybe", "'maybe' is not a valid bool"),
+    ("train.use_ema=''", "not a valid bool"),
+    ("train.max_train_steps=abc", "could not be converted to Integer"),
+    ("train.max_train_steps=1.5", "could not be converted to Integer"),
+    ("train.learning_rate=fast", "could not be converted to Float"),
+    ("train.learning_rate=null", "is not Optional"),
+    ("train.lr_scheduler=stairs", "expected one of"),
+    ("train.max_train_stepz=3", "max_train_stepz"),
+    ("precision=fp8", "Available options in 'precision'"),
+    ("experiment=nope", "Available options in 'experiment'"),
+])
+def test_what_cannot_be_meant_is_hydras_few_lines(override: str, words: str) -> None:
+    with pytest.raises(HydraException) as caught:
+        made(override)
+    assert words in f"{caught.value} {caught.value.__cause__}"
+    assert len(str(caught.value).splitlines()) < 20
+
+
+def test_a_bad_interpolation_is_a_sentence_that_names_the_key() -> None:
+    with pytest.raises(ConfigError, match=r"train\.max_train_steps"):
+        load(made("train.max_train_steps=${name}"))
+
+
+@pytest.mark.parametrize("override", ["tracking.uri=http://x", "checkpoint.resume=never", "hardware.gpu=T4",
+                                      "checkpoint.every=3", "sample.prompts=[a]", "model.offline=false"])
+def test_identity_leaves_out_what_does_not_change_the_result(override: str) -> None:
+    assert identity(made(override)) == identity(made())
+
+
+def test_identity_does_not_depend_on_where_the_photos_lie(tmp_path: Path) -> None:
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        (folder / "a.png").write_bytes(b"one")
+    first, second = (identity(made(f"dataset.instance_dir={tmp_path / name}")) for name in "ab")
+    assert first == second
+    (tmp_path / "b/a.txt").write_text("a caption")
+    assert identity(made(f"dataset.instance_dir={tmp_path / 'b'}")) != first
+
+
+def test_the_run_folder_carries_the_identity() -> None:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        found = compose("config", return_hydra_config=True)
+    assert found.hydra.run.dir == f"runs/demo-tiny-full-{identity(found)}"
+    assert f"{found.hydra.sweep.dir}/{found.hydra.sweep.subdir}" == found.hydra.run.dir

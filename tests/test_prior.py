@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import pytest
 from PIL import Image
 from test_config import made
 
@@ -66,6 +67,66 @@ def test_own_images_come_first(tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()
     Image.new("RGB", (9, 9)).save(own / "mine.png")
-    found = prior.find(recipe(tmp_path, f"dataset.class_dir={own}", "prior.num_class_images=3"))
+    asked = recipe(tmp_path, f"dataset.class_dir={own}", "prior.num_class_images=3")
+    found = prior.find(asked)
     assert found.paths[0] == own / "mine.png"
     assert str(found) == "3 class images: 1 own, 0 kept, 2 to make"
+    fill(asked)
+    assert prior.find(asked).paths == found.paths
+    assert str(prior.find(asked)) == "3 class images: 1 own, 2 kept, 0 to make"
+
+
+def test_what_is_kept_stays_byte_for_byte_and_only_the_missing_are_made(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, "prior.num_class_images=5")
+    seed_of_2 = prior.find(asked).missing[2][1]
+    fill(asked)
+    paths = prior.find(asked).paths
+    paths[0].write_bytes(b"mine")
+    paths[2].unlink()
+    assert fill(asked) == [seed_of_2]
+    assert paths[0].read_bytes() == b"mine"
+    assert fill(asked) == [], "nothing is missing"
+
+
+def test_an_image_has_the_same_seed_for_any_batch_size_and_number_of_processes(tmp_path: Path) -> None:
+    pictures = []
+    for batch, world in [(1, 1), (2, 1), (3, 2), (2, 3), (4, 9)]:
+        asked = recipe(tmp_path / f"{batch}-{world}", "prior.num_class_images=7", f"prior.sample_batch_size={batch}")
+        missing, seeds = prior.find(asked), []
+
+        def generate(chunk: list[int], seen: list[int] = seeds, most: int = batch) -> list[Image.Image]:
+            assert len(chunk) <= most
+            seen += chunk
+            return [Image.new("RGB", (1, 1), (s % 251, s % 241, s % 239)) for s in chunk]
+
+        for rank in range(world):
+            prior.make(missing, asked, generate, lambda count: None, rank, world)
+        assert sorted(seeds) == sorted(seed for _, seed in missing.missing), "shares overlap or leave a gap"
+        pictures.append([path.read_bytes() for path in prior.find(asked).kept])
+    assert len(pictures[0]) == len(set(pictures[0])) == 7
+    assert all(others == pictures[0] for others in pictures)
+
+
+def test_a_half_written_image_is_not_taken_for_one(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, "prior.num_class_images=2")
+
+    class Interrupted(Image.Image):
+        def save(self, fp: object, format: str | None = None, **more: object) -> None:
+            Path(str(fp)).write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prior.make(prior.find(asked), asked, lambda seeds: [Interrupted() for _ in seeds], lambda count: None)
+    (prior.find(asked).folder / ".writing-99-00000.png").write_bytes(b"half, killed")
+    assert len(prior.find(asked).missing) == 2
+    assert len(fill(asked)) == 2
+
+
+def test_enough_own_images_need_no_others(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    for name in ("b.png", "a.png", "c.png"):
+        Image.new("RGB", (9, 9)).save(own / name)
+    found = prior.find(recipe(tmp_path, f"dataset.class_dir={own}", "prior.num_class_images=2"))
+    assert [path.name for path in found.paths] == ["a.png", "b.png", "c.png"]
+    assert str(found) == "3 class images: 3 own, 0 kept, 0 to make"
