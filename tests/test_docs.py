@@ -1,31 +1,201 @@
-"""Every command in the README is real: make targets exist, training commands compose and resolve."""
+"""What the documents say is so: commands are real, keys exist, links lead to files, tables match the code."""
 
+import itertools
 import re
 import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_config import recipe
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from dreambooth import errors, generate  # generate registers the schema of conf/generate.yaml
+from dreambooth.choices import Device
+from dreambooth.config import conf_dir, load
+from dreambooth.machine import Machine
+from dreambooth.recipe import resolve
+from dreambooth.schema import Config
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
+TRAIN, GENERATE = ["python", "-m", "dreambooth.train"], ["python", "-m", "dreambooth.generate"]
+OTHER = {". .venv/bin/activate", "nvidia-smi", "pip install -c constraints.txt -e '.[cuda]'"}  # looked at by a person
+FLAGS = {"--help": 1, "--cfg": 2, "--info": 2, "-m": 1}  # of Hydra, with the words that each takes
+CARD = Machine("a card", 24.0, 8.6)  # what `hardware=local` finds where a document says "with a CUDA card"
+NO_KEYS = {"PYTHON", "VENV", "PORT"}  # of make
+SHORT = ["train.max_train_steps=2", "prior.num_class_images=2", "sample.num_inference_steps=2",
+         "prior.num_inference_steps=2", "hardware=cpu"]
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def commands(page: Path) -> list[str]:
+    """The commands in the ```sh blocks of a page; a line that ends with a backslash goes on in the next."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    return [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines() if line.strip()]
+
+
+COMMANDS = [pytest.param(line, id=f"{name(page)}: {line}") for page in PAGES for line in commands(page)]
+
+
+def overrides(words: list[str]) -> Iterator[list[str]]:
+    """The override lists of a command without Hydra's flags: one, or each combination of a sweep."""
+    words = words[:]
+    sweep = "-m" in words
+    while flags := [number for number, word in enumerate(words) if word in FLAGS]:
+        del words[flags[0]:flags[0] + FLAGS[words[flags[0]]]]
+    assert not [word for word in words if word.startswith("-")], "a flag that this test does not know"
+    parsed = OverridesParser.create().parse_overrides(words)
+    assert sweep == any(item.is_sweep_override() for item in parsed), "-m and comma-separated values go together"
+    yield from map(list, itertools.product(*(
+        [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
+        if item.is_sweep_override() else [str(item.input_line)] for item in parsed)))
+
+
+def composed(config: str, asked: list[str]) -> DictConfig:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose(config, asked)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_readme_command_is_real(command: str) -> None:
+def test_a_command_is_real(command: str) -> None:
     words = shlex.split(command)
-    if words[0] == "make":
-        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    if command in OTHER:
         return
-    assert words[:2] == ["python", "-m"], "a command that no test knows"
-    assert words[2] in ("dreambooth.train", "dreambooth.generate")
-    if words[2] == "dreambooth.train":
-        one = [re.sub(r"=([^ ,]+),.*", r"=\1", word) for word in words[3:] if word != "-m"]
-        here = ["hardware=g4dn"] if "precision=fp16" in one else []
-        recipe(*here, *one)
+    if words[0] == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert re.search(rf"^{words[1]}:", makefile, re.M), "no such target"
+        assert all(re.search(rf"^{word.partition('=')[0]} +\?=", makefile, re.M) for word in words[2:])
+        return
+    assert words[:3] in (TRAIN, GENERATE), "neither make nor a door, and not on the list of others"
+    for asked in overrides(words[3:]):
+        if words[:3] == GENERATE:
+            assert isinstance(OmegaConf.to_object(composed("generate", asked)), generate.Generate)
+            continue
+        config = load(composed("config", asked))
+        if "--cfg" in words or "--info" in words:  # shown, not run: what is missing may be missing
+            continue
+        resolve(config, Path("runs/x"), CARD if config.hardware.device is Device.local else None)
 
 
-def test_links_lead_to_files() -> None:
-    for link in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", README):
-        assert (ROOT / "".join(link)).is_file(), link
+# -- keys -----------------------------------------------------------------------------------------------------------
+
+def keys() -> set[str]:
+    """Every key of a training run, such as train.seed, and of a group or section, such as train."""
+    config = Config()
+    sections = {key: vars(value) if hasattr(value, "__dict__") else {} for key, value in vars(config).items()}
+    return {*sections, *(f"{section}.{key}" for section, found in sections.items() for key in found)}
+
+
+def in_code(page: Path) -> str:
+    """Inline code and code blocks of a page, a piece a line."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    return "\n".join([*blocks, *re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_a_key_in_a_document_exists(page: Path) -> None:
+    known = keys() | set(vars(generate.Generate())) | NO_KEYS | {"experiment", "group", "section.key"}
+    said = set(re.findall(r"(?<![\w./-])([A-Za-z_]\w*(?:\.\w+)*)=", in_code(page)))
+    sections = "|".join(key for key in keys() if "." not in key)
+    dotted = set(re.findall(rf"(?m)^((?:{sections})\.[a-z]\w*)$", in_code(page)))
+    files = {f"{path.stem}.py" for path in (ROOT / "dreambooth").glob("*.py")}
+    assert (said | dotted) - known - files == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_an_option_in_a_document_exists(page: Path) -> None:
+    groups = [path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "hydra"]
+    for group, option in re.findall(rf"(?<![\w./-])({'|'.join(groups)})=(\w+)", in_code(page)):
+        assert option == "option" or (conf_dir() / group / f"{option}.yaml").is_file(), f"{group}={option}"
+
+
+def test_every_key_is_in_the_configuration_page() -> None:
+    text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"`([a-z0-9_.]+)(?:=[^`]*)?`", text))
+    named = {f"{section}.{key}" for section in vars(Config()) for key in ("name", "kind")}  # set by choosing a file
+    parts = {key for key in keys() if "." in key} - {"precision.dtype", "model.source"}
+    assert parts - named - told == set()
+    assert "model.source=" in text
+
+
+def test_the_readme_lists_every_group_and_option() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    told = {group: set(options.split(", ")) for group, options in rows}
+    there = {path.name: {file.stem for file in path.glob("*.yaml")}
+             for path in conf_dir().iterdir() if path.is_dir() and path.name != "hydra"}
+    assert told == there
+
+
+# -- everything else ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
+        if link.startswith("https://"):
+            continue
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M)
+            assert heading in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, link
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_exit_codes_are_those_of_the_code(page: str) -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    told = re.findall(r"^\| (\d) \|", (ROOT / page).read_text(encoding="utf-8"), re.M)
+    assert sorted(map(int, told)) == sorted({0} | {kind.exit_code for kind in kinds})
+
+
+def test_the_architecture_page_names_every_module_and_no_other() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"`(\w+\.py)`", text))
+    assert told == {path.name for path in (ROOT / "dreambooth").glob("*.py")} - {"__init__.py"}
+
+
+def test_the_readme_is_a_page() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@pytest.mark.slow
+def test_the_readmes_own_commands_run(tmp_path: Path) -> None:
+    """The bare training command, which `make demo` is, and the one that draws with its result, both shortened."""
+    lines = commands(ROOT / "README.md")
+    main = next(shlex.split(line) for line in lines if shlex.split(line)[:3] == TRAIN)
+    drawing = next(shlex.split(line) for line in lines if shlex.split(line)[:3] == GENERATE)
+    assert main == TRAIN
+    assert re.search(r"^demo:.*\n.*/python -m dreambooth\.train$", (ROOT / "Makefile").read_text("utf-8"), re.M)
+
+    def call(words: list[str], *more: str) -> str:
+        command = [sys.executable, *words[1:], *more]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    runs = tmp_path / "runs"
+    told = call(main, *SHORT, f"run_root={runs}")
+    [run] = runs.glob("demo-tiny-full-*")
+    assert f"run={run}" in re.sub(r"\s+", "", told)
+    named = [f"run={run}" if word.startswith("run=") else word for word in drawing if not word.startswith("num_images")]
+    call(named, "num_images=1", "num_inference_steps=2")
+    assert list((run / "generated").glob("*-grid.png"))
+
+    tree = re.search(r"```\n(contact_sheet.*?)```", (ROOT / "docs/results.md").read_text("utf-8"), re.S)
+    assert tree
+    entries = [word for line in tree[1].splitlines() for word in re.split(r"\s+", line.split("   ")[0]) if word]
+    sometimes = {"earlier-TIME/", "train.log"}
+    assert [entry for entry in entries if entry not in sometimes and not (run / entry).exists()] == []
+    unnamed = {entry.name for entry in run.iterdir()} - {entry.rstrip("/") for entry in entries}
+    assert unnamed == set()
+    for entry in ("class_images", "mlflow.db", "mlartifacts"):
+        assert (runs / entry).exists(), entry
