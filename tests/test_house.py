@@ -143,8 +143,8 @@ def test_rule_5_a_plug_in_loads_nothing_heavy() -> None:
         assert not loaded(f"hydra_plugins.{plugin.name}") & HEAVY
 
 
-def test_rule_6_only_tracking_knows_mlflow() -> None:
-    assert breaches({"mlflow"}, but={"tracking", "shipping"}) == {}
+def test_rule_6_only_shipping_knows_mlflow() -> None:
+    assert breaches({"mlflow"}, but={"shipping"}) == {}
 
 
 def test_rule_6_only_cloud_and_storage_know_aws() -> None:
