@@ -4,6 +4,7 @@ import math
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 from dreambooth.errors import DreamBoothError, Interrupted
@@ -20,6 +21,9 @@ def attempt(job: Callable[[], float | None], sweep: bool) -> float | None:
     an interrupted one ends the sweep too."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    for category in (FutureWarning, DeprecationWarning):  # what libraries tell each other
+        warnings.simplefilter("ignore", category)
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
     try:
         return job()
     except DreamBoothError as error:

@@ -1,6 +1,5 @@
 """The door `python -m dreambooth.generate`: draws with what a run has made. Nothing heavy is imported here."""
 
-import warnings
 from dataclasses import dataclass
 
 import hydra
@@ -52,7 +51,6 @@ def _job(cfg: DictConfig) -> None:
         ask: Generate = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     except ValueError as error:
         raise UserError(str(error)) from error
-    warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other
     from dreambooth.draw import draw
     from dreambooth.model import silence_libraries
 

@@ -27,16 +27,17 @@ def _revision() -> str:
 
 
 def _command() -> str:
-    """As it was typed, but for user:password@ in an address."""
+    """As it was typed, but for credentials in an address."""
     script = Path(sys.argv[0])
-    words = [re.sub(r"(?<=://)[^/@\s]+@", "", word) for word in sys.argv[1:]]
+    words = [clean(word) for word in sys.argv[1:]]
     return shlex.join([*([script.name] if script.suffix != ".py" else ["python", "-m", f"dreambooth.{script.stem}"]),
                        *words])
 
 
-def clean(text: str, uri: str) -> str:
-    """The text without the credentials of the uri."""
+def clean(text: str, uri: str = "") -> str:
+    """The text without user:password@ and password= of any address in it, nor the bare password of `uri`."""
     found = re.match(r"[\w+.-]+://([^/\s]*)@", uri)
+    text = re.sub(r"(?<=://)[^/\s]*@", "", text)
     for secret in (found[1] + "@", found[1].partition(":")[2]) if found else ():
         text = text.replace(secret, "") if secret else text
     return re.sub(r"(password|token)=[^&\s]+", r"\1=***", text)

@@ -1,7 +1,6 @@
 """The door `python -m dreambooth.train`: composes a run with Hydra and trains it. Nothing heavy is imported here."""
 
 import time
-import warnings
 from pathlib import Path
 
 import hydra
@@ -31,9 +30,6 @@ def _job(cfg: DictConfig, run_dir: Path) -> float:
     from dreambooth.runfolder import discard_if_unused
     from dreambooth.signals import stoppable
 
-    warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other
-    warnings.simplefilter("ignore", DeprecationWarning)
-    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
     try:
         recipe = resolve(load(cfg), run_dir, detect())
         with stoppable() as stop:

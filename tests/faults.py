@@ -39,6 +39,8 @@ def call(
     child.join(300)
     if child.exitcode is None:
         child.kill()
+        child.join()
+        raise AssertionError(f"{door} did not end within 300 s: {arguments}")
     assert child.exitcode is not None
     return child.exitcode
 
@@ -121,10 +123,6 @@ def _checkpoint_rotate(seed: int) -> None:
     def half_removed(path: Path, **_: Any) -> None:
         next(iter(sorted(path.iterdir()))).unlink()
 
-    def removing(*args: Any) -> None:
-        original(*args)
-
-    original = files.remove_folder
     rotate = checkpoint.rotate
 
     def rotating(*args: Any) -> None:

@@ -1,6 +1,7 @@
 """Breaks the code on purpose, once for each patch in mutants/, and shows that the test it names turns red.
 
-A patch begins with `# trap: ...` and `# test: tests/file.py::name` (a pytest -k expression may follow after a space).
+A patch begins with `# trap: ...` and `# test: tests/file.py::name`. The test must be green on an unbroken copy first:
+one that is red anyway would find every mutant.
 """
 
 import os
@@ -14,26 +15,35 @@ ROOT = Path(__file__).parents[1]
 PARTS = ["dreambooth", "conf", "tests", "pyproject.toml"]
 
 
-def survives(patch: Path, folder: Path) -> bool:
-    """True if the named test stays green on the broken code, which is what must not happen."""
-    test = next(line for line in patch.read_text().splitlines() if line.startswith("# test: ")).removeprefix("# test: ")
-    for part in PARTS:
-        (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, folder / part)
-    subprocess.run(["patch", "-p1", "-s", "-i", str(patch)], cwd=folder, check=True)
-    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", test],
-                         cwd=folder, env=environment, capture_output=True, text=True)
-    if ran.returncode not in (0, 1):
-        raise SystemExit(f"{patch.name}: {test} could not be run\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
+def test_of(patch: Path) -> str:
+    """The test that a patch names."""
+    return next(line for line in patch.read_text().splitlines() if line.startswith("# test: ")).removeprefix("# test: ")
+
+
+def green(test: str, patch: Path | None = None) -> bool:
+    """True if the test passes on a copy of the code, broken by `patch` if there is one."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in PARTS:
+            (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, folder / part)
+        if patch:
+            subprocess.run(["patch", "-p1", "-s", "-i", str(patch)], cwd=folder, check=True)
+        environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+        ran = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", test],
+                             cwd=folder, env=environment, capture_output=True, text=True)
+    if ran.returncode not in (0, 1) or (ran.returncode and not patch):
+        raise SystemExit(f"{patch.name if patch else 'unbroken code'}: {test} could not be run or is red\n"
+                         f"{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
     return ran.returncode == 0
 
 
 def main() -> None:
     patches = sorted((ROOT / "mutants").glob("*.patch"))
+    for test in sorted({test_of(patch) for patch in patches}):
+        green(test)
     alive = []
     for patch in patches:
-        with tempfile.TemporaryDirectory() as folder:
-            lives = survives(patch, Path(folder))
+        lives = green(test_of(patch), patch)
         print(f"{'SURVIVED' if lives else 'red'}  {patch.stem}", flush=True)
         alive += [patch.stem] * lives
     print(f"{len(patches) - len(alive)} of {len(patches)} mutants found")
