@@ -57,7 +57,13 @@ class Console:
         self._rich.print(Text(text))
 
     def table(self, rows: Mapping[str, str]) -> None:
-        """Names and values, two columns."""
+        """Names and values, two columns; a path stays in one piece where there is no terminal to fold it."""
+        if not self._rich.is_terminal:
+            width = max(map(len, rows), default=0)
+            for key, value in rows.items():
+                self.say("\n".join(f"{first:<{width}}  {line}" for first, line in
+                                   zip([key, *[""] * value.count("\n")], value.split("\n"), strict=True)))
+            return
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dreambooth.errors import DreamBoothError, Interrupted
 
 ENVIRONMENT = {  # for libraries that look before we can tell them; what the user has set wins
-    "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error",  # their advice is not for our users
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are several times slower when anything else wants a core
 }
 _codes: list[int] = []  # of the jobs in this process; a sweep has several

@@ -1,5 +1,8 @@
 """What this machine is. The one place that asks torch about devices before a run exists."""
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -18,9 +21,20 @@ class Machine:
         return self.gpu is not None
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import large libraries here: without the garbage collector, which finds nothing then, it is a fifth faster."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def detect() -> Machine:
     """Look at this machine's first CUDA card, if there is one."""
-    import torch
+    with importing():
+        import torch
 
     if not torch.cuda.is_available():
         return Machine()

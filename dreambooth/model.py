@@ -1,5 +1,6 @@
 """Loads the base model's parts and applies precision, attention and checkpointing."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from dreambooth.choices import AttentionKind, Dtype
 from dreambooth.errors import UserError
 from dreambooth.loss import Schedule
+from dreambooth.machine import importing
 from dreambooth.recipe import Recipe
 
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
@@ -163,13 +165,18 @@ def set_attention(unet: Any, kind: AttentionKind) -> None:
             unet.enable_xformers_memory_efficient_attention()
 
 
-def silence_libraries() -> None:
-    """No progress bars of the libraries beside ours; downloads keep theirs."""
-    import diffusers
-    import transformers
+def import_libraries() -> None:
+    """Everything that loading a model needs, at once, and without progress bars beside ours; downloads keep theirs."""
+    with importing():
+        import diffusers
+        import transformers
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+        for library, variable in ((diffusers, "DIFFUSERS_VERBOSITY"), (transformers, "TRANSFORMERS_VERBOSITY")):
+            library.utils.logging.disable_progress_bar()
+            if variable not in os.environ:
+                library.utils.logging.set_verbosity_error()  # their advice is not for our users
+        import diffusers.models.unets.unet_2d_condition
+        import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
 
 
 def _safety(source: str, dtype: torch.dtype, weights: dict[str, Any]) -> tuple[Any, Any]:

@@ -27,7 +27,7 @@ def execute(recipe: Recipe, stop: Stop) -> Result:
     Raises:
         DreamBoothError: see errors.py. Whatever was saved before stays.
     """
-    model.silence_libraries()
+    model.import_libraries()
     engine, accelerator = accelerated(recipe.device, recipe.precision.dtype)
     console = Console(quiet=not engine.main)
     with locked(recipe.run_dir) if engine.main else nullcontext():

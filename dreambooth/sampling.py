@@ -68,8 +68,9 @@ def generate(
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[list[Image]]:
-    """Yield batches of pictures, one for each (prompt, seed). A picture depends on its own seed alone; the global
-    random state is not touched, and modules leave in the mode (train or eval) in which they came."""
+    """Yield batches of pictures, one for each (prompt, seed). A picture depends on its own seed alone, up to how a
+    batch of that size rounds; the global random state is not touched, and modules leave in the mode (train or eval)
+    in which they came."""
     for start in range(0, len(prompts), batch_size):
         chunk = slice(start, start + batch_size)
         with _evaluating(pipeline.unet, pipeline.text_encoder), torch.no_grad(), autocast():

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from faults import FAST, call, train
 from PIL import Image
@@ -31,6 +32,10 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("straight")
     assert train(root) == 0
     return the_run(root)
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
 
 
 def entries(run: Path, kind: str) -> list[dict[str, object]]:
@@ -104,13 +109,13 @@ def test_generate_draws_with_the_run(pulse: Path) -> None:
     assert call("generate", ask, log=log) == 0, log.read_text()
     found = sorted(p.name for p in (run / "generated").iterdir())
     assert found == ["a-photo-of-a-zwx-toy-grid.png", *(f"a-photo-of-a-zwx-toy-seed{i}.png" for i in range(3))]
-    made = [(run / f"generated/a-photo-of-a-zwx-toy-seed{i}.png").read_bytes() for i in range(3)]
-    assert len(set(made)) == 3
+    made = [pixels(run / f"generated/a-photo-of-a-zwx-toy-seed{i}.png") for i in range(3)]
+    assert all(np.abs(made[i] - made[i - 1]).max() > 100 for i in range(3))
     for seed in (1, 2):
         alone = [*ask[:2], "num_images=1", f"seed={seed}", "num_inference_steps=2", f"out={pulse}/o"]
         assert call("generate", alone) == 0
-        found_alone = (pulse / f"o/a-photo-of-a-zwx-toy-seed{seed}.png").read_bytes()
-        assert found_alone == made[seed], "a picture depends on its seed alone"
+        drawn = pixels(pulse / f"o/a-photo-of-a-zwx-toy-seed{seed}.png")
+        assert np.abs(drawn - made[seed]).max() <= 2, "a picture depends on its seed alone, up to a batch's rounding"
 
 
 def test_more_steps_extend_a_finished_run(tmp_path: Path, straight: Path) -> None:
