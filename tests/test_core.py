@@ -149,6 +149,15 @@ def test_every_photo_once_a_round_in_a_new_order() -> None:
     assert len({tuple(found) for found in rounds}) > 1
 
 
+def test_photos_may_run_out_in_the_middle_of_a_step() -> None:
+    """5 photos, 8 micro-batches: nothing ends early, the next round goes on where this one stopped."""
+    made = batches(batch=1, accumulation=8, concepts=[concept(count=5)])
+    drawn = [micro.text for step in range(5) for micro in made(step)]
+    assert len(drawn) == 40
+    rounds = torch.cat(drawn).view(8, 5)
+    assert all(sorted(found) == list(range(5)) for found in rounds.tolist())
+
+
 def test_crop_and_flip_differ_between_steps() -> None:
     one = concept(count=1, center_crop=False, flip=True)
     views = [one.view(0, step, 0, 1) for step in range(20)]

@@ -49,6 +49,11 @@ def test_result_opens_with_diffusers_and_has_a_card(pulse: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(run / "model")
     trained = load_file(run / "checkpoints/step-000002/ema.safetensors")
     assert pipeline.unet.conv_in.weight.equal(trained["unet.conv_in.weight"]), "exported weights are not the EMA's"
+    for part in ("unet", "text_encoder"):
+        base = next(Path(asset("package:tiny-sd"), part).glob("*.safetensors"))
+        ours = load_file(next((run / "model" / part).glob("*.safetensors")))
+        moved = [name for name, theirs in load_file(base).items() if not ours[name].equal(theirs.to(ours[name]))]
+        assert len(moved) > len(ours) * 0.9, f"{part} was left out of training"
     card = (run / "model/README.md").read_text()
     assert "a photo of a zwx toy" in card
     assert (run / "model/contact_sheet.png").is_file()

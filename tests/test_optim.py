@@ -1,0 +1,82 @@
+"""Learning-rate schedules by name, and the real architecture through the training step on fake tensors."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dreambooth.choices import AttentionKind, LrSchedule
+from dreambooth.data import Batch
+from dreambooth.engine import Engine
+from dreambooth.model import Components, Denoiser, set_attention
+from dreambooth.optim import build_schedule
+from dreambooth.packaged import asset
+from dreambooth.schema import Train
+from dreambooth.step import Objective, TrainState, train_step
+
+STEPS, WARM = 40, 10
+
+
+def expected(kind: str, step: int) -> float:
+    """The rate of step `step` (from 0) as a fraction, from the formulas in diffusers' documentation."""
+    warming = min(1.0, step / WARM)
+    along = max(0.0, (step - WARM) / (STEPS - WARM))
+    return {
+        "constant": 1.0,
+        "constant_with_warmup": warming,
+        "linear": warming if step < WARM else 1 - along,
+        "cosine": warming if step < WARM else 0.5 * (1 + math.cos(math.pi * along)),
+        "cosine_with_restarts": warming if step < WARM else 0.5 * (1 + math.cos(math.pi * (along % 1))),
+        "polynomial": warming if step < WARM else 1e-7 + (1 - 1e-7) * (1 - along),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", [each.value for each in LrSchedule])
+def test_schedules_are_stepped_once_a_step_and_end_with_the_run(kind: str) -> None:
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
+    spec = Train(lr_scheduler=LrSchedule(kind), lr_warmup_steps=WARM, max_train_steps=STEPS)
+    schedule = build_schedule(optimizer, spec)
+    for step in range(STEPS):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected(kind, step), abs=1e-6), step
+        optimizer.step()
+        schedule.step()
+
+
+def test_the_noise_schedule_is_taken_after_the_zero_terminal_snr_rescale() -> None:
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+              "prediction_type": "v_prediction"}
+    plain, rescaled = (Components(None, None, None, None, config | {"rescale_betas_zero_snr": zero}).noise_schedule()
+                       for zero in (False, True))
+    assert float(plain.alphas_cumprod[-1]) > 1e-3
+    assert float(rescaled.alphas_cumprod[-1]) < 1e-6
+    assert rescaled.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("text_trains", [False, True])
+def test_the_real_unet_and_text_encoder_train_on_fake_tensors(checkpointing: bool, text_trains: bool) -> None:
+    from diffusers import UNet2DConditionModel
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    base = asset("package:tiny-sd")
+    text_config = CLIPTextConfig.from_pretrained(base, subfolder="text_encoder")
+    schedule = Components(None, None, None, None, {}).noise_schedule()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base, subfolder="unet"))
+        set_attention(unet, AttentionKind.sdpa)
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        model = Denoiser(unet.train(), CLIPTextModel(text_config).train() if text_trains else None)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
+        state = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+        latents = torch.empty(4, unet.config.in_channels, 8, 8)
+        length = text_config.max_position_embeddings
+        text = torch.zeros(4, length, dtype=torch.long) if text_trains else torch.empty(
+            4, length, unet.config.cross_attention_dim)
+        batch = Batch(latents, latents.clone(), torch.zeros(4, dtype=torch.long), text, 2)
+        info = train_step(state, [batch, batch], Objective(schedule, 0.5, 5.0), Engine(), 1.0)
+    assert isinstance(info.losses, FakeTensor)
+    assert all(isinstance(p.grad, FakeTensor) or p.grad is None for p in model.parameters())
+    assert len(optimizer.state) == len(list(model.parameters())), "a part was left out of the step"
