@@ -6,7 +6,6 @@ No pickle: tensors are safetensors, the rest is JSON. What a checkpoint holds is
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +81,8 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
     """
     try:
         numbers = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if numbers["format"] != FORMAT:
+            raise ValueError(f"it has format {numbers['format']}, this version reads {FORMAT}")
         _load_weights(load_file(path / "trained.safetensors"), dict(model.named_parameters()), path)
         if state.ema is not None:
             _load_weights(load_file(path / "ema.safetensors"), state.ema.average, path)
@@ -162,9 +163,4 @@ def _load_weights(found: dict[str, Tensor], into: dict[str, Any], path: Path) ->
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.glob("step-*") if entry.is_dir())
-
-
-def start_over(folder: Path) -> None:
-    """Forget earlier checkpoints, for checkpoint.resume=never."""
-    shutil.rmtree(folder, ignore_errors=True)
+    return sorted((entry for entry in folder.glob("step-*") if entry.is_dir()), key=files.number_of)

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from dataclasses import fields, is_dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -14,9 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth.errors import ConfigError
+from dreambooth.files import weights_digest
 from dreambooth.packaged import asset
 from dreambooth.photos import fingerprint
 from dreambooth.schema import Config
+
+_SECRET = ("would be kept in .hydra/ with its password: type the address without it and set MLFLOW_TRACKING_USERNAME "
+           "and MLFLOW_TRACKING_PASSWORD, or type tracking.uri='${oc.env:MLFLOW_TRACKING_URI}'")
 
 
 def conf_dir() -> Path:
@@ -32,7 +37,8 @@ def load(cfg: DictConfig) -> Config:
         ConfigError: a value breaks a rule of its own field, or +key=value added a key that nobody reads;
             each sentence names the key.
     """
-    problems = [f"{key} is not a setting: type a key that --cfg job shows" for key in _unknown(cfg)]
+    problems = [f"tracking.uri {_SECRET}"] * typed_password(cfg)
+    problems += [f"{key} is not a setting: type a key that --cfg job shows" for key in _unknown(cfg)]
     sections: dict[str, Any] = {}
     for item in fields(Config):
         try:
@@ -45,6 +51,12 @@ def load(cfg: DictConfig) -> Config:
     return Config(**sections)
 
 
+def typed_password(cfg: DictConfig) -> bool:
+    """True if tracking.uri was typed with a password in it, which Hydra would keep in .hydra/."""
+    uri = str(OmegaConf.to_container(cfg).get("tracking", {}).get("uri"))  # type: ignore[union-attr]
+    return bool(re.search(r"://[^/\s]*:[^/\s]+@|password=.", re.sub(r"\$\{[^}]*\}", "", uri)))
+
+
 def _unknown(cfg: DictConfig) -> list[str]:
     known: dict[str, Any] = {item.name: vars(item.default_factory()) if is_dataclass(item.default_factory) else None
                              for item in fields(Config)}
@@ -53,11 +65,12 @@ def _unknown(cfg: DictConfig) -> list[str]:
               for key in cfg[name] if key not in keys)]
 
 
-def identity(root: DictConfig) -> str:
+def identity(root: DictConfig, swept: bool = False) -> str:
     """Ten hex digits over everything that changes the result of a run, the photos' content included.
 
     Left out: how it is computed (hardware, memory), what is only looked at (sample, tracking, checkpoint), and
-    `max_train_steps` as long as the learning rate does not depend on it, so that more steps extend a run.
+    `max_train_steps` as long as the learning rate does not depend on it, so that more steps extend a run. In a sweep
+    that chooses `max_train_steps` each choice is a run of its own.
     """
     def plain(section: str) -> dict[str, Any]:
         found: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
@@ -67,17 +80,20 @@ def identity(root: DictConfig) -> str:
     chosen = {name: plain(name) for name in (
         "model", "method", "precision", "attention", "optimizer", "dataset", "prior", "train")}
     chosen["prior"].pop("sample_batch_size")
-    if chosen["train"]["lr_scheduler"] in ("constant", "constant_with_warmup"):
+    if not swept and chosen["train"]["lr_scheduler"] in ("constant", "constant_with_warmup"):
         chosen["train"].pop("max_train_steps")
     chosen["model"].pop("offline")
+    chosen["model"]["weights"] = weights_digest(Path(asset(chosen["model"]["source"])))
     for key in ("instance_dir", "class_dir"):
         if folder := chosen["dataset"][key]:
             chosen["dataset"][key] = fingerprint(Path(asset(folder)))
     return sha256(json.dumps(chosen, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
-def _identity_resolver(*, _root_: DictConfig) -> str:
-    return identity(_root_)
+def _identity_resolver(place: str = "", *, _root_: DictConfig) -> str:
+    """${identity:} of a run, ${identity:sweep} of a trial."""
+    task = _root_.hydra.overrides.task if place == "sweep" else []
+    return identity(_root_, swept=any(word.lstrip("+").startswith("train.max_train_steps=") for word in task))
 
 
 OmegaConf.register_new_resolver("identity", _identity_resolver, replace=True)

@@ -5,8 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 import dreambooth
 from dreambooth import files
+from dreambooth.errors import DoesNotFit
 from dreambooth.model import Components
 from dreambooth.recipe import Recipe
 
@@ -46,13 +49,20 @@ def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
         parts: all parts, the trained ones with the weights to keep; the base's scheduler and safety checker go along.
         step: completed steps.
         sheet: the contact sheet, if there is one.
+
+    Raises:
+        DoesNotFit: the disk is full; the last checkpoint is kept.
     """
     target = recipe.run_dir / "model"
-    with files.whole_folder(target) as aside:
-        _pipeline(parts).save_pretrained(aside, safe_serialization=True)
-        if sheet.is_file():
-            shutil.copyfile(sheet, aside / "contact_sheet.png")
-        (aside / "README.md").write_text(_card(recipe, step, sheet.is_file()), encoding="utf-8")
+    try:
+        with files.whole_folder(target) as aside:
+            _pipeline(parts).save_pretrained(aside, safe_serialization=True)
+            if sheet.is_file():
+                shutil.copyfile(sheet, aside / "contact_sheet.png")
+            (aside / "README.md").write_text(_card(recipe, step, sheet.is_file()), encoding="utf-8")
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a class of its own
+        raise DoesNotFit(f"the model could not be written to {target} ({error}): its checkpoint is kept; "
+                         "free some space and repeat the command") from error
     return target
 
 

@@ -5,11 +5,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 ASIDE = ".writing-"
 GONE = ".removing-"
+END = 2**20  # bytes read at each end of a weight file to know it by
 
 
 @contextmanager
@@ -70,6 +72,27 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     path.replace(gone)
     shutil.rmtree(gone)
+
+
+def number_of(folder: Path) -> int:
+    """100 for `step-000100`, to sort by; -1 for a name without a number."""
+    digits = folder.name.rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else -1
+
+
+def weights_digest(folder: Path) -> str | None:
+    """What tells a local model's weights from others: sizes and both ends of every weight file. None for a hub id."""
+    if not folder.is_dir():
+        return None
+    digest = sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()}:{size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(END))
+            file.seek(max(0, size - END))
+            digest.update(file.read(END))
+    return digest.hexdigest()
 
 
 def sweep(folder: Path) -> None:

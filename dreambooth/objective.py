@@ -1,5 +1,7 @@
 """The number that a sweep minimises until evaluation exists: the instance loss on fixed noise and timesteps."""
 
+from dataclasses import replace
+
 import torch
 
 from dreambooth import rng
@@ -12,10 +14,12 @@ LEVELS = 8  # timesteps a photo, the middles of equal parts of the schedule
 def instance_loss(setup: Setup) -> float:
     """Mean squared error of the model's prediction over the instance photos, with the live weights of the modules.
 
-    The same photos, noise and timesteps for every run on a model of this size, whatever its seed.
+    The same photos, noise and timesteps for every run on a model of this size, whatever its seed, and never weighted
+    by SNR: trials of different train.snr_gamma are judged alike.
     """
     batches, schedule = setup.batches, setup.objective.noise_schedule
     concept = batches.concepts[0]
+    plain = replace(setup.objective, snr_gamma=None)
     total = 0.0
     for number, photo in enumerate(concept.photos):
         clean = batches.latents.sample(concept, [View(number, False, None)], torch.zeros(1, *batches.latent_shape))
@@ -26,5 +30,5 @@ def instance_loss(setup: Setup) -> float:
             latents=clean.to(batches.device).expand(LEVELS, -1, -1, -1), noise=noise.to(batches.device),
             timesteps=steps.to(batches.device), text=text.expand(LEVELS, *text.shape[1:]), instances=LEVELS)
         with torch.no_grad():
-            total += float(setup.objective(setup.trained, batch).instance)
+            total += float(plain(setup.trained, batch).instance)
     return total / len(concept.photos)

@@ -18,8 +18,6 @@ from dreambooth.photos import list_photos
 from dreambooth.recipe import Recipe
 from dreambooth.sampling import Sampler
 
-SAMPLE = 2**20  # bytes read at each end of a weight file to know it by
-
 
 @dataclass(frozen=True)
 class ClassImages:
@@ -90,22 +88,7 @@ def _origin(recipe: Recipe) -> dict[str, object]:
         "source": recipe.model.source,
         "revision": recipe.model.revision,
         "variant": recipe.model.variant,
-        "weights": _weights_digest(Path(recipe.source)),
+        "weights": files.weights_digest(Path(recipe.source)),
         "precision": recipe.precision.dtype.value,
         "sampler": {"name": "dpmsolver++", **asdict(sampler_of(recipe))},
     }
-
-
-def _weights_digest(folder: Path) -> str | None:
-    """What tells a local model's weights from others: sizes and both ends of every weight file. None for a hub id."""
-    if not folder.is_dir():
-        return None
-    digest = sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()}:{size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SAMPLE))
-            file.seek(max(0, size - SAMPLE))
-            digest.update(file.read(SAMPLE))
-    return digest.hexdigest()

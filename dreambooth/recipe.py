@@ -102,7 +102,7 @@ def resolve(config: Config, run_dir: Path, machine: Machine | None = None) -> Re
     hardware = config.hardware
     if machine is not None and machine.cuda and hardware.device is not Device.cpu:
         _describe(hardware, machine)
-    device = "cuda" if hardware.device is Device.cuda or hardware.gpu else "cpu"
+    device = "cuda" if hardware.device is Device.cuda or (hardware.gpu and hardware.device is Device.local) else "cpu"
     if problems := list(_problems(config, device, machine)):
         raise ConfigError(*problems)
     for item in fields(config):

@@ -4,6 +4,7 @@
     training state            checkpoints/        the result             model/, result.json
 """
 
+import itertools
 import json
 import shutil
 import time
@@ -90,7 +91,9 @@ def _set_aside(run_dir: Path) -> Path | None:
     old = [entry for entry in run_dir.iterdir() if entry.name not in KEPT and not entry.name.startswith("earlier-")]
     if not old:
         return None
-    aside = run_dir / time.strftime("earlier-%Y%m%d-%H%M%S")
+    stamp = time.strftime("earlier-%Y%m%d-%H%M%S")
+    names = (stamp if again == 1 else f"{stamp}-{again}" for again in itertools.count(1))
+    aside = next(run_dir / name for name in names if not (run_dir / name).exists())
     aside.mkdir()
     for entry in old:
         entry.replace(aside / entry.name)
@@ -103,6 +106,12 @@ def check_disk(run_dir: Path, needed: int) -> None:
     if free < needed:
         raise DoesNotFit(f"checkpoints and model need {needed / GIB:.1f} GiB and {run_dir} has {free / GIB:.1f} GiB "
                          "free: type run_root=DIR on a larger disk, or checkpoint.keep=1")
+
+
+def forget_overrides(run_dir: Path) -> None:
+    """Remove Hydra's record of what was typed, for it holds a secret."""
+    shutil.rmtree(run_dir / ".hydra", ignore_errors=True)
+    (run_dir.parent / "multirun.yaml").unlink(missing_ok=True)
 
 
 def discard_if_unused(run_dir: Path) -> None:

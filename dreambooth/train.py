@@ -9,7 +9,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dreambooth import door
-from dreambooth.config import conf_dir, load
+from dreambooth.config import conf_dir, load, typed_password
 
 STARTED = time.strftime("%Y-%m-%d_%H-%M-%S")
 
@@ -27,10 +27,12 @@ def train(cfg: DictConfig) -> float | None:
 def _job(cfg: DictConfig, run_dir: Path) -> float:
     from dreambooth.machine import detect
     from dreambooth.recipe import resolve
-    from dreambooth.runfolder import discard_if_unused
+    from dreambooth.runfolder import discard_if_unused, forget_overrides
     from dreambooth.signals import stoppable
 
     try:
+        if typed_password(cfg):
+            forget_overrides(run_dir)
         recipe = resolve(load(cfg), run_dir, detect())
         with stoppable() as stop:
             from dreambooth.run import execute

@@ -85,6 +85,22 @@ def test_another_models_checkpoint_is_refused_in_a_sentence(tmp_path: Path) -> N
         checkpoint.restore(path, other, other.model, Engine().scaler)
 
 
+def test_a_checkpoint_of_another_format_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    path = save(tmp_path, train(state(Toy()), 1))
+    numbers = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(numbers | {"format": 99}))
+    with pytest.raises(UserError, match=r"it has format 99, this version reads 1.*checkpoint\.resume=never"):
+        checkpoint.restore(path, again := state(Toy()), again.model, Engine().scaler)
+
+
+def test_the_newest_is_found_by_number_not_by_name(tmp_path: Path) -> None:
+    found = train(state(Toy()), 1)
+    for found.step in (999_999, 1_000_000):
+        save(tmp_path, found)
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None and newest.name == "step-1000000"
+
+
 def test_eight_bit_state_survives(tmp_path: Path) -> None:
     given = {"param_groups": [{"lr": 0.1}], "state": {0: {"step": 3, "state1": torch.arange(9, dtype=torch.uint8)}}}
     tensors, rest = checkpoint._flatten(given)

@@ -36,7 +36,17 @@ def test_every_file_composes_and_resolves(group: str, name: str) -> None:
 
 @pytest.mark.parametrize("group, name", FILES)
 def test_every_key_of_a_group_has_a_comment(group: str, name: str) -> None:
-    lines = (conf_dir() / group / f"{name}.yaml").read_text().splitlines()
+    check_comments(conf_dir() / group / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("name", ["config", "generate"])
+def test_every_key_of_an_entry_file_has_a_comment(name: str) -> None:
+    check_comments(conf_dir() / f"{name}.yaml")
+
+
+def check_comments(path: Path) -> None:
+    own, _, _ = path.read_text().partition("\nhydra:")  # Hydra's own keys are in Hydra's documentation
+    lines = own.splitlines()
     keys = [line for line in lines if ": " in line and not line.lstrip().startswith(("#", "-"))]
     plain = [line for line in keys if "#" not in line and line.split(":")[0].strip() not in ("name", "device")]
     assert plain == []
@@ -97,7 +107,7 @@ def test_bf16_is_fine_on_an_a10g_and_all_problems_come_together() -> None:
 
 
 def test_a_recipe_cannot_be_changed_and_its_settings_hold_no_server() -> None:
-    found = recipe("tracking.uri=http://user:secret@host")
+    found = recipe("tracking.uri='${oc.env:NOT_SET_HERE,\"http://user:secret@host\"}'")
     with pytest.raises(AttributeError):
         found.train.seed = 1
     assert "secret" not in str(found.settings())
@@ -227,3 +237,28 @@ def test_the_run_folder_carries_the_identity() -> None:
         found = compose("config", return_hydra_config=True)
     assert found.hydra.run.dir == f"runs/demo-tiny-full-{identity(found)}"
     assert f"{found.hydra.sweep.dir}/{found.hydra.sweep.subdir}" == found.hydra.run.dir
+
+
+def test_identity_knows_the_weights_in_a_local_base(tmp_path: Path) -> None:
+    found = set()
+    for content in (b"one", b"two"):
+        (tmp_path / "unet.safetensors").write_bytes(content)
+        found.add(identity(made(f"model.source={tmp_path}")))
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("uri", ["http://me:secret@host:5000", "postgresql://me:se@cret@host/db",
+                                 "mysql://host/db?password=secret"])
+def test_a_password_in_an_address_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD"):
+        load(made(f"tracking.uri='{uri}'"))
+
+
+@pytest.mark.parametrize("uri", ["http://host:5000", "postgresql://me@host/db", "'${oc.env:MLFLOW_TRACKING_URI}'"])
+def test_an_address_without_a_typed_password_is_fine(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
+    assert "host" in str(load(made(f"tracking.uri={uri}")).tracking.uri)
+
+
+def test_a_cpu_stays_a_cpu() -> None:
+    assert recipe("hardware=cpu", "hardware.gpu=T4").device == "cpu"

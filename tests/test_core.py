@@ -294,6 +294,18 @@ def test_the_training_step_runs_on_fake_tensors() -> None:
     assert info.losses.shape == (3,)
 
 
+def test_the_sweeps_objective_is_the_same_for_every_snr_gamma() -> None:
+    from types import SimpleNamespace
+
+    from dreambooth.objective import instance_loss
+
+    model = Toy()
+    state(model)
+    made = [instance_loss(SimpleNamespace(batches=batches(), objective=Objective(schedule(), 1.0, gamma),
+                                          trained=model)) for gamma in (None, 5.0, 0.1)]  # type: ignore[arg-type]
+    assert made[0] == made[1] == made[2] > 0
+
+
 def test_streams_are_independent_and_repeatable() -> None:
     assert rng.normal((4,), 1, 2, "noise").equal(rng.normal((4,), 1, 2, "noise"))
     assert not rng.normal((4,), 1, 2, "noise").equal(rng.normal((4,), 1, 2, "latents"))

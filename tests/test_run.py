@@ -191,9 +191,12 @@ def test_a_sweep_makes_runs_side_by_side_and_shares_class_images(tmp_path: Path)
     assert len(list((tmp_path / "class_images").iterdir())) == 1
 
 
+DEAD = "tracking.uri='${oc.env:NOT_SET_HERE,\"http://user:secret@127.0.0.1:9\"}'"  # as a variable would give it
+
+
 def test_a_dead_mlflow_server_costs_a_warning(tmp_path: Path) -> None:
     log = tmp_path / "out.txt"
-    assert train(tmp_path, *TWO, "tracking=mlflow", "tracking.uri=http://user:secret@127.0.0.1:9", log=log) == 0
+    assert train(tmp_path, *TWO, "tracking=mlflow", DEAD, log=log) == 0
     assert "does not answer" in log.read_text()
     assert "secret" not in log.read_text()
     assert "secret" not in (the_run(tmp_path) / "metrics.jsonl").read_text()
@@ -215,6 +218,22 @@ def test_the_recorded_command_holds_no_credentials(word: str, monkeypatch: pytes
     told = origin()["command"]
     assert "cret" not in told
     assert "host" in told
+
+
+def test_a_typed_password_stays_nowhere(tmp_path: Path) -> None:
+    log = tmp_path / "out.txt"
+    assert train(tmp_path / "runs", *TWO) == 0
+    assert train(tmp_path / "runs", *TWO, "tracking=mlflow", "tracking.uri='http://me:cret@host'", log=log) == 1
+    assert "MLFLOW_TRACKING_PASSWORD" in log.read_text()
+    kept = [path for path in (tmp_path / "runs").rglob("*") if path.is_file() and b"cret" in path.read_bytes()]
+    assert not kept
+
+
+def test_swept_steps_make_a_run_each(tmp_path: Path) -> None:
+    arguments = ["-m", f"run_root={tmp_path}", *FAST, *TWO, "prior.with_prior_preservation=false", "sample.every=null"]
+    assert call("train", [word for word in arguments if "max_train" not in word] + ["train.max_train_steps=1,2"]) == 0
+    found = [json.loads(path.read_text())["step"] for path in sorted(tmp_path.glob("*/result.json"))]
+    assert sorted(found) == [1, 2]
 
 
 @pytest.mark.parametrize("how, code, words", [

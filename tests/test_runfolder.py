@@ -185,3 +185,13 @@ def test_a_folder_that_holds_work_is_kept(tmp_path, work):
     (tmp_path / work).write_text("{}")
     discard_if_unused(tmp_path)
     assert (tmp_path / work).is_file()
+
+
+def test_two_new_starts_in_one_second_keep_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runfolder.time, "strftime", lambda form: "earlier-20261124-120000")
+    for step in (1, 2):
+        checkpoint(tmp_path, step)
+        assert resume_point(tmp_path, "never") is None
+    kept = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("earlier-*/checkpoints/step-*"))
+    assert kept == [f"earlier-20261124-120000{name}" for name in (
+        "-2/checkpoints/step-000002", "/checkpoints/step-000001")]
