@@ -66,6 +66,19 @@ class StorageTrace(TorchDispatchMode):
             if self.category[serial] == old:
                 self.category[serial] = new
 
+    def repeat(self, start: int) -> None:
+        """What happened since events[start] happens once more, without what is still alive: that is there already."""
+        events, offset = self.events[start:], self._serial
+        dead = {serial for serial, size in events if serial != MARK and size < 0}
+        born = {serial for serial, size in events if serial != MARK and size > 0}
+        for serial, size in events:
+            if serial == MARK:
+                self.events.append((MARK, size))
+            elif serial in born and serial in dead:
+                self.category[serial + offset] = self.category[serial]
+                self.events.append((serial + offset, size))
+        self._serial = 2 * offset
+
     @contextmanager
     def whole(self, phase: str) -> Iterator[None]:
         """A phase with an end: what comes after belongs to `idle`."""
