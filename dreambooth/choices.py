@@ -29,6 +29,8 @@ class MethodKind(Enum):
 class OptimizerKind(Enum):
     adamw = "adamw"
     adamw8bit = "adamw8bit"
+    paged_adamw8bit = "paged_adamw8bit"
+    adafactor = "adafactor"
 
 
 class TrackingKind(Enum):
@@ -39,6 +41,22 @@ class TrackingKind(Enum):
 class EmaDevice(Enum):
     same = "same"  # beside the weights
     cpu = "cpu"
+
+
+class LatentCache(Enum):
+    device = "device"
+    cpu = "cpu"
+    disk = "disk"
+
+
+class Weights(Enum):
+    full = "full"  # fp32
+    half = "half"  # the compute precision's format
+
+
+class Rounding(Enum):
+    stochastic = "stochastic"
+    kahan = "kahan"
 
 
 class LrSchedule(Enum):
