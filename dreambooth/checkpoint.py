@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dreambooth import files
 from dreambooth.errors import DoesNotFit, UserError
+from dreambooth.levered import Levered
 from dreambooth.step import TrainState
 
 log = logging.getLogger(__name__)
@@ -83,12 +84,14 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
         numbers = json.loads((path / STATE).read_text(encoding="utf-8"))
         if numbers["format"] != FORMAT:
             raise ValueError(f"it has format {numbers['format']}, this version reads {FORMAT}")
-        _load_weights(load_file(path / "trained.safetensors"), dict(model.named_parameters()), path)
+        _load_weights(load_file(path / "trained.safetensors"), state.weights(model), path)
         if state.ema is not None:
             _load_weights(load_file(path / "ema.safetensors"), state.ema.average, path)
             state.ema.updates = numbers["ema_updates"]
         state.optimizer.load_state_dict(
             _unflatten(load_file(path / "optimizer.safetensors"), numbers["optimizer"]))
+        if isinstance(state.optimizer, Levered):
+            state.optimizer.loaded()
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} cannot be resumed here ({error}): type checkpoint.resume=never") from error
     state.schedule.load_state_dict(numbers["schedule"])
@@ -118,7 +121,7 @@ def _write(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.
 
 
 def _tensors(state: TrainState, model: nn.Module, optimizer: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: weight.detach().contiguous() for name, weight in state.weights(model).items()}
     parts = {"trained.safetensors": trained, "optimizer.safetensors": optimizer}
     return parts | ({"ema.safetensors": state.ema.average} if state.ema is not None else {})
 

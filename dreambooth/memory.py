@@ -1,8 +1,8 @@
 """The levers: how gradients become new weights in less memory. `equip` builds what `step.train_step` uses.
 
 A run, and a prediction of it, call the same three things: `equip(model, make, ...)` for the optimizer, then
-`TrainState(model, optimizer, schedule, ema)`, then `step.train_step`. `make` is the factory of the optimizer (optim.py);
-a planner hands in one that returns a memory model: any torch.optim.Optimizer with `step`, `param_groups`, `state_dict`.
+`TrainState(model, optimizer, schedule, ema)`, then `step.train_step`. `make` is the factory of the optimizer
+(optim.py); a planner hands in one that returns a memory model: any torch.optim.Optimizer with `step`.
 
 | lever | what `equip` returns |
 |---|---|
@@ -34,13 +34,11 @@ def equip(model: nn.Module, make: Make, memory: Memory, half: torch.dtype, seed:
         half: the compute precision; fp32 leaves weights as they are.
         seed: of stochastic rounding.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if memory.offload_optimizer:
-        return Offloaded(model, trained, make, half)
+        return Offloaded(model, make, half)
+    if memory.weights is Weights.half:
+        narrow(model, half)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if memory.optimizer_in_backward or memory.weights is Weights.half:
-        rounder = None
-        if memory.weights is Weights.half:
-            rounder = Rounder(memory.rounding, seed)
-            narrow(model, half)
-        return PerParameter(trained, make, memory.optimizer_in_backward, rounder)
+        return PerParameter(trained, make, memory.optimizer_in_backward, Rounder(memory.rounding, seed))
     return make(list(trained.values()))

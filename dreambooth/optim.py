@@ -35,9 +35,9 @@ def build_optimizer(parameters: list[nn.Parameter], spec: Optimizer, learning_ra
     given |= {"betas": (spec.beta1, spec.beta2), "eps": spec.eps}
     if spec.kind is OptimizerKind.adamw:
         return torch.optim.AdamW(parameters, fused=True, **given)
-    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+    from bitsandbytes.optim import adamw
 
-    kind = AdamW8bit if spec.kind is OptimizerKind.adamw8bit else PagedAdamW8bit
+    kind = adamw.AdamW8bit if spec.kind is OptimizerKind.adamw8bit else adamw.PagedAdamW8bit
     optimizer: torch.optim.Optimizer = kind(parameters, **given)
     return optimizer
 
