@@ -91,6 +91,20 @@ def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
+def rest(module: nn.Module) -> dict[str, torch.Size]:
+    """Let a module's weights leave the device; returns what `wake` needs."""
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    for parameter in module.parameters():
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+    return shapes
+
+
+def wake(module: nn.Module, shapes: dict[str, torch.Size]) -> None:
+    """The weights are back, their values are not."""
+    for name, parameter in module.named_parameters():
+        parameter.data = torch.empty(shapes[name], dtype=parameter.dtype)
+
+
 def _operator(name: str) -> Any:
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.aten, packet), overload or "default")

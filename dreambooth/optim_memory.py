@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dreambooth.choices import OptimizerKind
+
 MIN_8BIT = 4096  # elements; below, bitsandbytes keeps fp32 moments (its min_8bit_size)
 BLOCK = 256  # elements that share a scale
 MIN_PAGED = 100_000  # elements; below, bitsandbytes does not page
@@ -26,11 +28,13 @@ CODEBOOKS = 2 * 256 * 4  # bytes of the two quantisation maps, once an optimizer
 
 
 class ModelledOptimizer(torch.optim.Optimizer):
-    """Takes memory as `kind` does: adamw_fused, adamw_foreach, adamw, adamw8bit, paged_adamw8bit, adafactor."""
+    """Takes memory as an optimizer of `kind` does; `form` is AdamW's: fused, foreach or single."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], kind: str, learning_rate: float = 1e-6) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], kind: OptimizerKind, learning_rate: float = 1e-6,
+                 form: str = "fused") -> None:
         super().__init__(list(parameters), {"lr": learning_rate})
         self.kind = kind
+        self.form = form
         self.on_state: Callable[[Tensor, bool], None] = lambda tensor, paged: None  # told of each tensor of state
 
     @torch.no_grad()
@@ -39,22 +43,22 @@ class ModelledOptimizer(torch.optim.Optimizer):
         trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter in trained:
             self._keep(parameter)
-        if self.kind == "adamw_foreach":
+        if self.kind is OptimizerKind.adamw and self.form == "foreach":
             torch._foreach_sqrt([self.state[parameter]["exp_avg_sq"] for parameter in trained])
-        elif self.kind == "adamw":
+        elif self.kind is OptimizerKind.adamw and self.form == "single":
             for parameter in trained:
                 self.state[parameter]["exp_avg_sq"].sqrt()
-        elif self.kind == "adafactor":
+        elif self.kind is OptimizerKind.adafactor:
             for parameter in trained:
                 assert parameter.grad is not None
-                parameter.grad.float().square()
+                update = parameter.grad.square()  # in fp32, as the gradients of all our weights are
+                update.add(1e-30)
 
     def _keep(self, parameter: nn.Parameter) -> None:
         if self.state[parameter]:
             return
-        made = {"adamw8bit": _eight_bit, "paged_adamw8bit": _eight_bit, "adafactor": _factored}.get(self.kind, _moments)
-        self.state[parameter] = made(parameter)
-        paged = self.kind.startswith("paged") and parameter.numel() >= MIN_PAGED
+        self.state[parameter] = _STATE[self.kind](parameter)
+        paged = self.kind is OptimizerKind.paged_adamw8bit and parameter.numel() >= MIN_PAGED
         for tensor in self.state[parameter].values():
             self.on_state(tensor, paged)
 
@@ -79,3 +83,7 @@ def _factored(parameter: Tensor) -> dict[str, Tensor]:
     *outer, rows, columns = parameter.shape
     return {"row_var": torch.empty(*outer, rows, 1, dtype=torch.float32),
             "col_var": torch.empty(*outer, 1, columns, dtype=torch.float32)}
+
+
+_STATE = {OptimizerKind.adamw: _moments, OptimizerKind.adamw8bit: _eight_bit,
+          OptimizerKind.paged_adamw8bit: _eight_bit, OptimizerKind.adafactor: _factored}

@@ -66,18 +66,22 @@ class StorageTrace(TorchDispatchMode):
             if self.category[serial] == old:
                 self.category[serial] = new
 
-    def repeat(self, start: int) -> None:
-        """What happened since events[start] happens once more, without what is still alive: that is there already."""
-        events, offset = self.events[start:], self._serial
+    def repeat(self, start: int, end: int, marks: bool = True) -> None:
+        """events[start:end] happen once more, without what is still alive after them: that is there already."""
+        events, offset = self.events[start:end], self._serial
         dead = {serial for serial, size in events if serial != MARK and size < 0}
         born = {serial for serial, size in events if serial != MARK and size > 0}
         for serial, size in events:
-            if serial == MARK:
+            if serial == MARK and marks:
                 self.events.append((MARK, size))
             elif serial in born and serial in dead:
                 self.category[serial + offset] = self.category[serial]
                 self.events.append((serial + offset, size))
         self._serial = 2 * offset
+
+    @property
+    def total_flops(self) -> int:
+        return sum(self.flops.values())
 
     @contextmanager
     def whole(self, phase: str) -> Iterator[None]:

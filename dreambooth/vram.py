@@ -7,64 +7,31 @@ Nothing is computed and nothing is downloaded. What is modelled and not run: the
 allocator (allocator.py), and attention's workspaces (fakes.py). docs/planner.md holds it against published figures.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dreambooth import architecture, model
-from dreambooth.allocator import MIB, CachingAllocator
-from dreambooth.choices import AttentionKind, Dtype, EmaDevice
+from dreambooth.allocator import MIB
+from dreambooth.choices import AttentionKind, Dtype, EmaDevice, Weights
 from dreambooth.data import Batch
 from dreambooth.ema import Ema
 from dreambooth.engine import Engine
-from dreambooth.fakes import fake_gpu, fake_tensors, workspace
+from dreambooth.fakes import fake_gpu, fake_tensors, rest, wake, workspace
+from dreambooth.memory import equip
+from dreambooth.offload import Offloaded
 from dreambooth.optim_memory import ModelledOptimizer
+from dreambooth.prediction import Prediction
 from dreambooth.recipe import Recipe
-from dreambooth.replay import Usage, replay
 from dreambooth.step import Objective, TrainState, train_step
 from dreambooth.storage_trace import ACTIVATIONS, HOST, TEMPORARIES, StorageTrace
 
 CUBLAS = 8 * MIB + 128 * 1024  # its workspace, 8320 KiB: PyTorch's default :4096:2:16:8
-STEP = ("forward", "backward", "step", "ema")  # the phases of a training step
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a rehearsal showed. Sizes are bytes."""
-
-    trace: StorageTrace = field(repr=False)
-    expandable: bool
-    trained: int  # weights
-    frozen: int  # weights
-
-    @cached_property
-    def by_phase(self) -> dict[str, Usage]:
-        """Usage at the fullest moment of each phase."""
-        allocator = CachingAllocator(self.expandable)
-        return replay(self.trace.events, self.trace.category, self.trace.marks, allocator)
-
-    @property
-    def reserved(self) -> int:
-        return max(usage.reserved for usage in self.by_phase.values())
-
-    @property
-    def peak_phase(self) -> str:
-        """The phase that needs most."""
-        return max(self.by_phase, key=lambda phase: self.by_phase[phase].allocated)
-
-    @property
-    def peak(self) -> Usage:
-        return self.by_phase[self.peak_phase]
-
-    @property
-    def step_flops(self) -> int:
-        """Floating-point operations of one optimizer step, all micro-batches."""
-        return sum(self.trace.flops.get(phase, 0) for phase in STEP)
 
 
 def predict(recipe: Recipe) -> Prediction:
@@ -103,6 +70,9 @@ class _Scaler:
 
     def update(self) -> None: ...
 
+    def is_enabled(self) -> bool:
+        return self.enabled
+
 
 @dataclass
 class _MarkedEngine(Engine):
@@ -118,9 +88,9 @@ class _MarkedEngine(Engine):
 class _MarkedEma(Ema):
     mark: Callable[[str], None]
 
-    def update(self, model: nn.Module) -> None:
+    def update(self, weights: nn.Module | Mapping[str, Tensor]) -> None:
         self.mark("ema")
-        super().update(model)
+        super().update(weights)
 
 
 class _Rehearsal:
@@ -128,11 +98,16 @@ class _Rehearsal:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.memory = recipe.memory
         self.trace = StorageTrace(workspace)
         self.parts = architecture.blank(recipe)
-        self.objective = Objective(
-            self.parts.noise_schedule(), recipe.prior.prior_loss_weight, recipe.train.snr_gamma)
+        self.objective = Objective(self.parts.noise_schedule(), recipe.prior.prior_loss_weight,
+                                   recipe.train.snr_gamma, recipe.memory.split_prior)
+        self.autocast = self._autocast()
         self.engine = self._engine()
+        self.drawn: tuple[tuple[int, float], int, int] | None = None  # what was drawn, and its events
+        self.picture_flops = 0, 0
+        self.encode_flops = 0
 
     def prediction(self) -> Prediction:
         """Rehearse every phase."""
@@ -144,21 +119,31 @@ class _Rehearsal:
             for module in (parts.unet, parts.text_encoder, parts.vae):
                 trace.add_module(module, "weights")
             if recipe.with_prior and recipe.prior.num_class_images:
-                with trace.whole("class_images"):
-                    self._draw(recipe.prior.sample_batch_size, recipe.prior.guidance_scale)
+                self._draw("class_images", recipe.prior.sample_batch_size, recipe.prior.guidance_scale)
             denoiser = model.prepare(parts, _known_attention(recipe))
             with trace.whole("caching"):
                 self._cache()
+            resting = [module for module, unused in (
+                (parts.vae, self.memory.cache_latents),
+                (parts.text_encoder, self.memory.cache_text and not recipe.train.train_text_encoder)) if unused]
+            shapes = [rest(module) for module in resting]
+            trace.mark("training")
             state = self._state(denoiser)
             self._steps(state)
+            for module, known in zip(resting, shapes, strict=True):
+                wake(module, known)
+                trace.add_module(module, "weights")
             if recipe.sample.every is not None:
                 size = max(recipe.sample.images_per_prompt, recipe.prior.sample_batch_size)
-                with trace.whole("sample"), state.ema.swapped_into(denoiser) if state.ema else nullcontext():
-                    self._draw(size, recipe.sample.guidance_scale)
+                self._draw("sample", size, recipe.sample.guidance_scale)
             trace.mark("save")
-        weights = [p for module in (parts.unet, parts.text_encoder, parts.vae) for p in module.parameters()]
-        return Prediction(trace, False, sum(p.numel() for p in weights if p.requires_grad),
-                          sum(p.numel() for p in weights if not p.requires_grad))
+        trained = [p for p in denoiser.parameters() if p.requires_grad]
+        every = sum(p.numel() for module in (parts.unet, parts.text_encoder, parts.vae) for p in module.parameters())
+        count = sum(p.numel() for p in trained)
+        return Prediction(
+            trace, count, every - count, sum(p.nbytes for p in trained), self.picture_flops, self.encode_flops,
+            self.memory.expandable_segments,
+            None if self.memory.max_split_size_mb is None else self.memory.max_split_size_mb * MIB)
 
     def _steps(self, state: TrainState) -> None:
         """Two steps. The second, whose optimizer has its state already, is the first one played again."""
@@ -169,21 +154,22 @@ class _Rehearsal:
         train_step(state, batches, self.objective, self.engine, train.max_grad_norm)
         del batches
         trace.mark("idle")
-        trace.repeat(start)
+        trace.repeat(start, len(trace.events))
+
+    def _autocast(self) -> Callable[[], AbstractContextManager[Any]]:
+        dtype = self.recipe.precision.dtype
+        if dtype is Dtype.fp32:
+            return nullcontext
+        return partial(torch.autocast, "cpu", model.TORCH_DTYPE[dtype], cache_enabled=self.memory.autocast_cache)
 
     def _engine(self) -> _MarkedEngine:
-        trace, dtype = self.trace, self.recipe.precision.dtype
-        scaler = _Scaler(dtype is Dtype.fp16, torch.ones(()))
+        trace = self.trace
+        scaler = _Scaler(self.recipe.precision.dtype is Dtype.fp16, torch.ones(()))
         walk = Engine().backward
-
-        def autocast() -> AbstractContextManager[Any]:
-            if dtype is Dtype.fp32:
-                return nullcontext()
-            return torch.autocast("cpu", model.TORCH_DTYPE[dtype])
 
         def forward() -> AbstractContextManager[Any]:
             trace.mark("forward")
-            return autocast()
+            return self.autocast()
 
         def backward(loss: Tensor) -> None:
             loss = scaler.scale(loss)
@@ -191,21 +177,31 @@ class _Rehearsal:
             trace.mark("backward")
             walk(loss)
 
-        self.autocast = autocast
         return _MarkedEngine(autocast=forward, backward=backward, scaler=scaler, mark=trace.mark)  # type: ignore[arg-type]
 
     def _state(self, denoiser: nn.Module) -> TrainState:
         trace, recipe = self.trace, self.recipe
+        on_host = self.memory.offload_optimizer
+
+        def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            made = ModelledOptimizer(parameters, recipe.optimizer.kind, recipe.train.learning_rate)
+            made.on_state = lambda tensor, paged: trace.add([tensor], HOST if paged or on_host else "optimizer")
+            return made
+
+        optimizer = equip(denoiser, make, self.memory, model.TORCH_DTYPE[recipe.precision.dtype], recipe.train.seed)
+        trace.add_module(denoiser, "weights")
+        masters = optimizer.masters if isinstance(optimizer, Offloaded) else {}
+        trace.add(masters.values(), HOST)
+        for name, parameter in denoiser.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_gradient_to(trace, masters.get(name)))
         ema = None
         if recipe.train.use_ema:
-            ema = _MarkedEma(denoiser, recipe.train.ema_decay)
+            weights = masters or denoiser
+            ema = _MarkedEma(weights, recipe.train.ema_decay, every=self.memory.ema_every)
             ema.mark = trace.mark
-            trace.add(ema.average.values(), HOST if recipe.memory.ema_device is EmaDevice.cpu else "ema")
-        trained = [p for p in denoiser.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(_gradient_to(trace))
-        optimizer = ModelledOptimizer(trained, recipe.optimizer.kind.value, recipe.train.learning_rate)
-        optimizer.on_state = lambda tensor, paged: trace.add([tensor], HOST if paged else "optimizer")
+            away = on_host or self.memory.ema_device is EmaDevice.cpu
+            trace.add(ema.average.values(), HOST if away else "ema")
         return TrainState(denoiser, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), ema)
 
     def _batch(self) -> Batch:
@@ -218,33 +214,51 @@ class _Rehearsal:
     def _half(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         recipe = self.recipe
         latents = torch.empty(count, *self._latent_shape())
-        if not recipe.memory.cache_latents:
+        if not self.memory.cache_latents:
             mean, std = self.parts.encode(torch.empty(count, *self._pixel_shape()))
             latents = mean + std * latents
         text = self._ids(count)
         if not recipe.train.train_text_encoder:
-            shape = (count, *text.shape[1:], self.parts.text_encoder.config.hidden_size)
-            text = torch.empty(shape) if recipe.memory.cache_text else torch.cat(
+            shape = (*text.shape, self.parts.text_encoder.config.hidden_size)
+            text = torch.empty(shape) if self.memory.cache_text else torch.cat(
                 [self._states(1) for _ in range(count)])
         return latents, torch.empty_like(latents), torch.zeros(count, dtype=torch.long), text
 
     def _cache(self) -> None:
         """The largest chunk of photos through the VAE, one prompt through the text encoder."""
-        if self.recipe.memory.cache_latents:
-            self.parts.encode(torch.empty(16, *self._pixel_shape()))
-        if self.recipe.memory.cache_text and not self.recipe.train.train_text_encoder:
+        if self.memory.cache_latents:
+            before, size = self.trace.total_flops, 16
+            self.parts.encode(torch.empty(size, *self._pixel_shape()))
+            self.encode_flops = (self.trace.total_flops - before) // size
+        if self.memory.cache_text and not self.recipe.train.train_text_encoder:
             self._states(1)
 
     @torch.no_grad()
-    def _draw(self, count: int, guidance: float) -> None:
+    def _draw(self, phase: str, count: int, guidance: float) -> None:
         """One step of the pipeline and its decoder: the other steps take the same memory once more."""
+        trace, begun = self.trace, len(self.trace.events)
+        if self.drawn and self.drawn[0] == (count, guidance) and self._computes_as_before():
+            trace.mark(phase)
+            trace.repeat(*self.drawn[1:], marks=False)
+            trace.mark("idle")
+            return
         doubled = count * (2 if guidance > 1 else 1)
-        with self.autocast():
+        with trace.whole(phase), self.autocast():
+            begun, flops = len(trace.events), trace.total_flops
             text = self._states(doubled)
             latents = torch.empty(doubled, *self._latent_shape(), dtype=text.dtype)
             noise = self.parts.unet(latents, torch.zeros((), dtype=torch.long), text, return_dict=False)[0]
+            denoised = trace.total_flops
             picture = self.parts.vae.decode(noise[:count].to(self.parts.vae.dtype), return_dict=False)[0]
             (picture / 2 + 0.5).clamp(0, 1).float()
+            self.picture_flops = (denoised - flops) // count, (trace.total_flops - denoised) // count
+            del text, latents, noise, picture
+        self.drawn = (count, guidance), begun, len(trace.events)
+
+    def _computes_as_before(self) -> bool:
+        """Whether the UNet draws after training with the kernels and dtypes with which it drew before."""
+        fused = self.recipe.attention.kind in (AttentionKind.sdpa, AttentionKind.xformers)
+        return fused and self.memory.weights is Weights.full and not self.memory.offload_optimizer
 
     @torch.no_grad()
     def _states(self, count: int) -> Tensor:
@@ -262,10 +276,13 @@ class _Rehearsal:
         return self.parts.latent_channels, side, side
 
 
-def _gradient_to(trace: StorageTrace) -> Callable[[Tensor], None]:
+def _gradient_to(trace: StorageTrace, master: nn.Parameter | None) -> Callable[[Tensor], None]:
+    """A hook that says what a new gradient is. The one of a master weight is in host memory."""
     def label(parameter: Tensor) -> None:
         if parameter.grad is not None:
             trace.add([parameter.grad], "gradients")
+        if master is not None and master.grad is not None:
+            trace.add([master.grad], HOST)
 
     return label
 
