@@ -118,7 +118,7 @@ def resolve(config: Config, run_dir: Path, machine: Machine | None = None) -> Re
         class_dir=Path(asset(config.dataset.class_dir)).absolute() if config.dataset.class_dir else None,
         sample_prompts=tuple(config.sample.prompts or _default_prompts(config)),
         **{item.name: getattr(config, item.name) for item in fields(config)
-           if isinstance(getattr(config, item.name), Section)},
+           if isinstance(getattr(config, item.name), Section) and item.name != "plan"},
     )
 
 

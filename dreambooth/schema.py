@@ -10,6 +10,7 @@ from dreambooth.choices import (
     LrSchedule,
     MethodKind,
     OptimizerKind,
+    PlanFormat,
     TrackingKind,
 )
 from dreambooth.schema_memory import Memory as Memory
@@ -27,6 +28,9 @@ class Hardware(Section):
     compute_capability: float | None = None
     instance_type: str | None = None
     price_usd_hour: float | None = None
+    spot_price_usd_hour: float | None = None
+    host_ram_gib: float | None = None
+    disk_gib: float | None = None
     node_selector: dict[str, str] = field(default_factory=dict)
 
 
@@ -216,6 +220,14 @@ class Tracking(Section):
 
 
 @dataclass
+class Plan(Section):
+    """What `python -m dreambooth.plan` prints; training does not read it."""
+
+    format: PlanFormat = PlanFormat.table
+    plot: str | None = None
+
+
+@dataclass
 class Config:
     """A whole run as the user composed it."""
 
@@ -234,3 +246,4 @@ class Config:
     sample: Sample = field(default_factory=Sample)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tracking: Tracking = field(default_factory=Tracking)
+    plan: Plan = field(default_factory=Plan)
