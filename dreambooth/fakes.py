@@ -42,7 +42,7 @@ def fake_tensors() -> Iterator[None]:
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
     """CUDA's autocast policy on the CPU's autocast key."""
-    library = torch.library.Library("aten", "IMPL")  # noqa: TOR901: it goes with the context
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     try:
         for name in _TO_FP32:
             library.impl(name, _to_fp32(_operator(name)), "AutocastCPU")

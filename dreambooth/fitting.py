@@ -80,18 +80,22 @@ def chosen(recipe: Recipe, rehearse: Callable[[Recipe], Prediction] = predict) -
     return Choice(last, prediction, (), f"no set of levers that changes no number fits: {needed:.1f} of {limit:g} GiB")
 
 
-def settled(recipe: Recipe) -> Choice | None:
-    """For a run: the choice, or None if there was nothing to choose.
+def settled(recipe: Recipe) -> tuple[Recipe, dict[str, float], str]:
+    """For a run: its recipe with the levers chosen, reserved GiB by phase of meter.py, and a sentence; nothing is
+    predicted where there is nothing to choose.
 
     Raises:
         DoesNotFit: nothing fits; the sentence lists what could be given up and what each saves.
     """
     if not recipe.memory.auto or recipe.device != "cuda" or recipe.hardware.usable_vram_gib is None:
-        return None
+        return recipe, {}, ""
     choice = chosen(recipe)
     if card_gib(choice.recipe, choice.prediction) > recipe.hardware.usable_vram_gib:
         raise DoesNotFit(does_not_fit(choice.recipe, choice.prediction))
-    return choice
+    phases = choice.prediction.by_phase
+    expected = {phase: usage.reserved / GIB for phase, usage in phases.items() if phase not in STEP}
+    expected["step"] = choice.prediction.most(*STEP).reserved / GIB
+    return choice.recipe, expected, f"memory=auto: {choice.why} {' '.join(choice.added)}".rstrip()
 
 
 def does_not_fit(recipe: Recipe, prediction: Prediction) -> str:
@@ -152,7 +156,7 @@ def _floor(candidate: Recipe, known: Prediction) -> float:
 
 
 def _activations(prediction: Prediction) -> float:
-    """GiB that a forward pass holds when the backward pass begins: at least that much comes on top of what is resident."""
+    """GiB that a forward pass holds when the backward pass begins: so much comes on top of the rest."""
     usage = prediction.most(*STEP).by_category
     return usage.get("activations", 0) / GIB
 

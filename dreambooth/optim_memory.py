@@ -38,7 +38,7 @@ class ModelledOptimizer(torch.optim.Optimizer):
         self.on_state: Callable[[Tensor, bool], None] = lambda tensor, paged: None  # told of each tensor of state
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take the state of weights that have a gradient, if it is not there, then the momentary tensors."""
         trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter in trained:
@@ -78,11 +78,12 @@ def _eight_bit(parameter: Tensor) -> dict[str, Tensor]:
 
 
 def _factored(parameter: Tensor) -> dict[str, Tensor]:
+    size = {"RMS": torch.empty((), dtype=torch.float32)}
     if parameter.dim() < 2:
-        return {"variance": torch.empty(parameter.shape, dtype=torch.float32)}
+        return size | {"exp_avg_sq": torch.empty(parameter.shape, dtype=torch.float32)}
     *outer, rows, columns = parameter.shape
-    return {"row_var": torch.empty(*outer, rows, 1, dtype=torch.float32),
-            "col_var": torch.empty(*outer, 1, columns, dtype=torch.float32)}
+    return size | {"exp_avg_sq_row": torch.empty(*outer, rows, dtype=torch.float32),
+                   "exp_avg_sq_col": torch.empty(*outer, columns, dtype=torch.float32)}
 
 
 _STATE = {OptimizerKind.adamw: _moments, OptimizerKind.adamw8bit: _eight_bit,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 
-from dreambooth import checkpoint, export, files, model, oom, provenance, report
+from dreambooth import checkpoint, export, files, fitting, model, oom, provenance, report
 from dreambooth.console import Console
 from dreambooth.engine import Engine, accelerated
 from dreambooth.hooks import Halt, Hook, Log, Samples, Save, averaged
@@ -32,6 +32,7 @@ def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = 
         DreamBoothError: see errors.py. Whatever was saved before stays.
     """
     model.import_libraries()
+    recipe, expected, chosen = fitting.settled(recipe)
     engine, accelerator = accelerated(recipe.device, recipe.precision.dtype, recipe.memory.autocast_cache)
     console = Console(quiet=not engine.main)
     with locked(recipe.run_dir) if engine.main else nullcontext():
@@ -40,9 +41,9 @@ def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = 
             with tracked(recipe, engine.main):  # sends what a server missed
                 console.say(report.already(done, recipe))
                 return done
-        console.table(report.plan(recipe))
+        console.table(report.plan(recipe) | ({"memory": chosen} if chosen else {}))
         start = engine.share(resume_point(recipe.run_dir, recipe.checkpoint.resume) if engine.main else None)
-        meter = Meter(engine.device, partial(oom.advice, recipe=recipe), predicted)
+        meter = Meter(engine.device, partial(oom.advice, recipe=recipe), predicted or expected)
         setup = assemble(recipe, engine, accelerator, console, meter, stop)
         if start:
             with meter.phase("resume"):
@@ -63,6 +64,7 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
         files.write_json(recipe.run_dir / "run.json", provenance.origin() | {"settings": recipe.settings()})
         tracker.params(recipe.settings())
         tracker.tags(provenance.origin())
+        tracker.metrics(state.step, meter.expected)
     book = SampleBook(recipe, setup.photos, tracker)
     samples = Samples(book, setup, engine, meter, recipe.sample.every, last)
     save = Save(setup, engine, meter, recipe)

@@ -23,7 +23,7 @@ Workspace = Callable[[str, tuple[Any, ...]], int]  # operator's name and argumen
 _DEVICE = torch.ops.prim.device.default
 
 
-class StorageTrace(TorchDispatchMode):
+class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode; enter it around what is to be recorded.
 
     `events` are in the order of time, `category` is by serial number, `marks` are what `mark` was told. `flops` counts
@@ -31,7 +31,7 @@ class StorageTrace(TorchDispatchMode):
     """
 
     def __init__(self, workspace: Workspace | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self.category: dict[int, str] = {}
         self.marks: list[str] = []

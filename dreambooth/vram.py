@@ -194,7 +194,8 @@ class _Rehearsal:
         trace.add(masters.values(), HOST)
         for name, parameter in denoiser.named_parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_gradient_to(trace, masters.get(name)))
+                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    _gradient_to(trace, masters.get(name)))
         ema = None
         if recipe.train.use_ema:
             weights = masters or denoiser
