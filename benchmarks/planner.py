@@ -1,8 +1,8 @@
 """The planner against published memory figures, and the time it takes: python benchmarks/planner.py [--write]
 
 Every row is predicted by the same code with the same constants; nothing is set a row. The one fitted number, what a
-process takes of a T4 beside PyTorch's memory, is fitted anew for each row from the other eight. `--write` puts the result
-into docs/planner.md.
+process takes of a T4 beside PyTorch's memory, is fitted anew for each row from the other eight. `--write` puts the
+result into docs/planner.md.
 """
 
 import sys
@@ -78,8 +78,8 @@ def published() -> list[str]:
         constant = mean(offsets[:number] + offsets[number + 1:])
         lines.append(f"| {name} | {there:.2f} | {value:.2f} | {constant:.2f} | {value + constant:.2f} | "
                      f"{(value + constant) / there - 1:+.1%} | {seconds:.1f} |")
-    lines += ["", f"Mean of published minus reserved: {mean(offsets):.2f} GiB, standard deviation {stdev(offsets):.2f}; "
-              f"the constant in use is {CARDS['T4'].fixed_gib}.", "",
+    lines += ["", f"Mean of published minus reserved: {mean(offsets):.2f} GiB, standard deviation "
+              f"{stdev(offsets):.2f}; the constant in use is {CARDS['T4'].fixed_gib}.", "",
               "| other cards, published | GiB | reserved | predicted | error |", "|---|---|---|---|---|"]
     text = {"train__train_text_encoder": True, "memory__gradient_checkpointing": True, "optimizer__kind": EIGHT,
             "prior__with_prior_preservation": False, "memory__cache_latents": False}

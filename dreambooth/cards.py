@@ -2,8 +2,8 @@
 
 `fixed_gib` is what a process takes of a card beyond PyTorch's reserved memory: CUDA context, cuBLAS and cuDNN, driver.
 It is fitted once, on the nine rows that ShivamShrirao/diffusers' DreamBooth README publishes for a T4 (GB taken as 1e9
-bytes): the mean of published minus predicted reserved memory. Leaving one row out at a time moves it by at most 0.06 GiB
-(docs/planner.md). No such table is published for the other cards; they are given the T4's constant.
+bytes): the mean of published minus predicted reserved memory; docs/planner.md shows it with one row left out at a time.
+No such table is published for the other cards; they are given the T4's constant.
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,8 @@
 
     step = operations / (peak x efficiency) + passes over the weights / bandwidth + host link + OVERHEAD
 
-EFFICIENCY and OVERHEAD are fitted on the published T4 speeds of ShivamShrirao/diffusers' DreamBooth README (batch 1 and 2,
-with and without checkpointing, fp16 and fp32; read 2026-11). Other cards are given the same shares of their own peaks.
+EFFICIENCY and OVERHEAD are fitted on the published T4 speeds of ShivamShrirao/diffusers' DreamBooth README (batch 1 and
+2, with and without checkpointing, fp16 and fp32; read 2026-11). Other cards are given the same shares of their own peaks.
 No torch.
 """
 
@@ -23,7 +23,8 @@ START_UP = 120.0  # seconds of imports and loading from a local disk, an assumpt
 PROCESS_GIB = 3.5  # host memory of Python, PyTorch and CUDA's libraries: an assumption
 
 STATE_PASSES = {  # bytes an element that a step of the optimizer reads and writes, fp32 weight and gradient included
-    OptimizerKind.adamw: 28, OptimizerKind.adamw8bit: 16, OptimizerKind.paged_adamw8bit: 16, OptimizerKind.adafactor: 24,
+    OptimizerKind.adamw: 28, OptimizerKind.adamw8bit: 16, OptimizerKind.paged_adamw8bit: 16,
+    OptimizerKind.adafactor: 24,
 }
 
 

@@ -59,5 +59,6 @@ class Rounder:
             state["kahan"] = (value - parameter.float()).to(parameter.dtype)
             return
         generator = torch.Generator(parameter.device).manual_seed(rng.seed(self.seed, step, name, "rounding"))
-        for rounded, exact in zip(torch.split(parameter.view(-1), CHUNK), torch.split(value.reshape(-1), CHUNK), strict=True):
+        chunks = (torch.split(flat, CHUNK) for flat in (parameter.view(-1), value.reshape(-1)))
+        for rounded, exact in zip(*chunks, strict=True):
             rounded.copy_(stochastic(exact, parameter.dtype, generator))

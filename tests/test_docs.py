@@ -23,6 +23,7 @@ from dreambooth.schema import Config
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
 TRAIN, GENERATE = ["python", "-m", "dreambooth.train"], ["python", "-m", "dreambooth.generate"]
+PLAN = ["python", "-m", "dreambooth.plan"]
 OTHER = {". .venv/bin/activate", "nvidia-smi", "pip install -c constraints.txt -e '.[cuda]'"}  # looked at by a person
 FLAGS = {"--help": 1, "--cfg": 2, "--info": 2, "-m": 1}  # of Hydra, with the words that each takes
 CARD = Machine("a card", 24.0, 8.6)  # what `hardware=local` finds where a document says "with a CUDA card"
@@ -73,12 +74,14 @@ def test_a_command_is_real(command: str) -> None:
         assert re.search(rf"^{words[1]}:", makefile, re.M), "no such target"
         assert all(re.search(rf"^{word.partition('=')[0]} +\?=", makefile, re.M) for word in words[2:])
         return
-    assert words[:3] in (TRAIN, GENERATE), "neither make nor a door, and not on the list of others"
+    assert words[:3] in (TRAIN, GENERATE, PLAN), "neither make nor a door, and not on the list of others"
     for asked in overrides(words[3:]):
         if words[:3] == GENERATE:
             assert isinstance(OmegaConf.to_object(composed("generate", asked)), generate.Generate)
             continue
         config = load(composed("config", asked))
+        if words[:3] == PLAN:  # needs no photos
+            config.dataset.instance_dir, config.dataset.allow_drawings = "photos", True
         if "--cfg" in words or "--info" in words:  # shown, not run: what is missing may be missing
             continue
         resolve(config, Path("runs/x"), CARD if config.hardware.device is Device.local else None)
