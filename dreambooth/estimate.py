@@ -3,8 +3,8 @@
     step = operations / (peak x efficiency) + passes over the weights / bandwidth + host link + OVERHEAD
 
 EFFICIENCY and OVERHEAD are fitted on the published T4 speeds of ShivamShrirao/diffusers' DreamBooth README (batch 1 and
-2, with and without checkpointing, fp16 and fp32; read 2026-11). Other cards are given the same shares of their own peaks.
-No torch.
+2, with and without checkpointing, fp16 and fp32; read 2026-11). Other cards are given the same shares of their own
+peaks. No torch.
 """
 
 from dataclasses import dataclass
