@@ -64,16 +64,16 @@ class CachingAllocator:
         insort(self._free[block.large], (self._blocks[name].size, name))
 
     def empty_cache(self) -> None:
-        """Give whole segments without a used block back to the card (torch.cuda.empty_cache)."""
+        """Give whole segments without a used block, or whole free pages, back to the card (torch.cuda.empty_cache)."""
         for large in (False, True):
             for size, name in list(self._free[large]):
                 block = self._blocks[name]
-                if block.previous is None and block.following is None:
+                if self._expandable:
+                    self._unmap(name, block)
+                elif block.previous is None and block.following is None:
                     self._take(name, block)
                     del self._blocks[name]
                     self.reserved -= size
-                    if self._last[large] == name:
-                        self._last[large] = None
 
     def _found(self, size: int, large: bool) -> int | None:
         pool = self._free[large]
@@ -113,6 +113,24 @@ class CachingAllocator:
             self._blocks[last].following = name
         self._last[large] = name
         return name
+
+    def _unmap(self, name: int, block: _Block) -> None:
+        """Give the whole pages of a free block of a growing range back; what is mapped later comes at its end."""
+        pages = block.size // self.SEGMENT[block.large] * self.SEGMENT[block.large]
+        if not pages:
+            return
+        self._take(name, block)
+        self.reserved -= pages
+        block.size -= pages
+        if block.size:
+            insort(self._free[block.large], (block.size, name))
+            return
+        for neighbour, side in ((block.previous, "following"), (block.following, "previous")):
+            if neighbour is not None:
+                setattr(self._blocks[neighbour], side, None)
+        if self._last[block.large] == name:
+            self._last[block.large] = block.previous
+        del self._blocks[name]
 
     def _split(self, name: int, block: _Block, size: int) -> None:
         rest = block.size - size

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dreambooth import architecture, model
 from dreambooth.allocator import MIB
 from dreambooth.choices import AttentionKind, Dtype, EmaDevice, Weights
-from dreambooth.data import Batch
+from dreambooth.data import Batch, at_a_time
 from dreambooth.ema import Ema
 from dreambooth.engine import Engine
 from dreambooth.fakes import fake_gpu, fake_tensors, rest, wake, workspace
@@ -228,7 +228,7 @@ class _Rehearsal:
     def _cache(self) -> None:
         """The largest chunk of photos through the VAE, one prompt through the text encoder."""
         if self.memory.cache_latents:
-            before, size = self.trace.total_flops, 16
+            before, size = self.trace.total_flops, at_a_time(self.recipe.model.resolution)
             self.parts.encode(torch.empty(size, *self._pixel_shape()))
             self.encode_flops = (self.trace.total_flops - before) // size
         if self.memory.cache_text and not self.recipe.train.train_text_encoder:

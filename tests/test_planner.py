@@ -118,6 +118,17 @@ def test_expandable_segments_lose_less_between_blocks() -> None:
     assert reserved(True) < reserved(False)
 
 
+def test_emptying_the_cache_gives_the_free_pages_of_a_growing_range_back() -> None:
+    allocator = CachingAllocator(expandable=True)
+    kept, gone = allocator.malloc(20 * MIB), allocator.malloc(100 * MIB)
+    allocator.release(gone)
+    allocator.empty_cache()
+    assert (allocator.allocated, allocator.reserved) == (20 * MIB, 20 * MIB)
+    allocator.malloc(40 * MIB)
+    assert allocator.reserved == 60 * MIB
+    allocator.release(kept)
+
+
 # -- optimizers ---------------------------------------------------------------------------------------------------
 
 def _state_bytes(optimizer: torch.optim.Optimizer, without: tuple[str, ...] = ()) -> int:
