@@ -42,7 +42,8 @@ def fake_tensors() -> Iterator[None]:
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
     """CUDA's autocast policy on the CPU's autocast key."""
-    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    make: Any = torch.library.Library
+    library = make("aten", "IMPL")
     try:
         for name in _TO_FP32:
             library.impl(name, _to_fp32(_operator(name)), "AutocastCPU")
