@@ -41,6 +41,14 @@ class EmaDevice(Enum):
     cpu = "cpu"
 
 
+class EncoderKind(Enum):
+    efficientnet_lite0 = "efficientnet_lite0"  # offline
+    dino = "dino"
+    clip = "clip"
+    paper = "paper"  # dino and clip
+    none = "none"
+
+
 class LrSchedule(Enum):
     constant = "constant"
     constant_with_warmup = "constant_with_warmup"

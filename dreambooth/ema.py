@@ -3,8 +3,8 @@
 decay_t = min(ema_decay, (1 + t) / (10 + t)) at the t-th update, t = 1, 2, ...: fast at first, then slow.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +35,20 @@ class Ema:
                 average = self.average[name]
                 average.lerp_(parameter.detach().to(average), weight)
 
-    @contextmanager
-    def swapped_into(self, model: nn.Module) -> Iterator[None]:
+    def swapped_into(self, model: nn.Module) -> AbstractContextManager[None]:
         """Let the module compute with the averages; its own weights come back untouched, bit for bit."""
-        live = {name: parameter for name, parameter in model.named_parameters() if name in self.average}
-        kept = {name: parameter.data for name, parameter in live.items()}
-        try:
-            for name, parameter in live.items():
-                parameter.data = self.average[name].to(parameter)
-            yield
-        finally:
-            for name, parameter in live.items():
-                parameter.data = kept[name]
+        return swapped(self.average, model)
+
+
+@contextmanager
+def swapped(weights: Mapping[str, Tensor], model: nn.Module) -> Iterator[None]:
+    """Let the module compute with these weights, by name; its own come back untouched, bit for bit."""
+    live = {name: parameter for name, parameter in model.named_parameters() if name in weights}
+    kept = {name: parameter.data for name, parameter in live.items()}
+    try:
+        for name, parameter in live.items():
+            parameter.data = weights[name].to(parameter)
+        yield
+    finally:
+        for name, parameter in live.items():
+            parameter.data = kept[name]

@@ -1,23 +1,28 @@
-"""What happens after a step besides training: log, sample, save, stop. Each is called with every StepInfo."""
+"""What happens after a step besides training: log, sample, save, measure, stop. Each is called with every StepInfo."""
 
+import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreambooth import checkpoint
+from dreambooth import best, checkpoint, measures, model
 from dreambooth.console import Bar
 from dreambooth.engine import Engine
 from dreambooth.errors import Interrupted
+from dreambooth.evaluation import Evaluation
 from dreambooth.meter import Meter
 from dreambooth.recipe import Recipe
 from dreambooth.samples import SampleBook
+from dreambooth.sampling import build_pipeline
 from dreambooth.setup import Setup
 from dreambooth.signals import Stop
 from dreambooth.step import StepInfo
 from dreambooth.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 Hook = Callable[[StepInfo], None]
 
@@ -85,6 +90,73 @@ class Save:
             return checkpoint.save(
                 self.recipe.run_dir / "checkpoints", self.setup.state, self.setup.trained, self.engine.scaler,
                 self.recipe.checkpoint.keep)
+
+
+@dataclass
+class Measure:
+    """Scores before the first step, every `evaluate.every` steps and after the last; keeps the best weights so far.
+
+    Called after Save: should the process die in here, a checkpoint of this step is there, and `begin` measures it.
+    """
+
+    evaluation: Evaluation | None  # None: no evaluation
+    setup: Setup
+    engine: Engine
+    meter: Meter
+    recipe: Recipe
+    stop: Stop
+
+    def __call__(self, info: StepInfo) -> None:
+        spec, last = self.recipe.evaluate, self.recipe.train.max_train_steps
+        if info.step == last or due(info.step, spec.every, last):
+            self.now(info.step)
+
+    def begin(self) -> None:
+        """Measure the base, and the step that a resumed run begins with, where that is missing."""
+        step, last = self.setup.state.step, self.recipe.train.max_train_steps
+        if self.evaluation is not None and step > 0 and 0 not in self.evaluation.scores():
+            with self.meter.phase("evaluate"):
+                self._measure(0, build_pipeline(model.load(self.recipe, self.engine.device)))
+        if step in (0, last) or due(step, self.recipe.evaluate.every, last):
+            self.now(step)
+
+    def now(self, step: int) -> None:
+        """Measure after `step` completed steps, which are those of the state."""
+        every = self.recipe.evaluate.every
+        with self.meter.phase("evaluate"), averaged(self.setup):
+            if self._measure(step, self.setup.pipeline) and every and step % every == 0 and step == self.best(step):
+                best.keep(self.kept, step, self.setup.trained)
+
+    @property
+    def kept(self) -> Path:
+        """Folder of the best weights."""
+        return self.recipe.run_dir / "best"
+
+    def best(self, last: int) -> int | None:
+        """The best measured step up to `last`; None where nothing selects."""
+        spec = self.recipe.evaluate
+        if self.evaluation is None or spec.select is None or spec.every is None:
+            return None
+        weights = measures.parse(spec.select, self.recipe.measured)
+        return best.best_step(self.evaluation.scores(), weights, spec.every, last)
+
+    @contextmanager
+    def exported(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """The weights to export in place of the live ones: the best, else the last; yields their step and scores."""
+        step = self.setup.state.step
+        chosen = self.best(step) or step
+        if chosen != step and best.kept_step(self.kept) != chosen:
+            log.warning("step %d is the best and its weights are not in %s any more: step %d is exported",
+                        chosen, self.kept, step)
+            chosen = step
+        scores = self.evaluation.scores().get(chosen, {}) if self.evaluation else {}
+        with averaged(self.setup) if chosen == step else best.swapped_into(self.kept, self.setup.trained):
+            yield chosen, scores
+
+    def _measure(self, step: int, pipeline: Any) -> bool:
+        """False: no evaluation, or somebody asked to stop meanwhile, and nothing was kept."""
+        return self.evaluation is not None and self.evaluation.measure(
+            step, pipeline, self.engine.autocast, lambda: self.stop.requested is not None) is not None
 
 
 @dataclass

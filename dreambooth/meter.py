@@ -56,6 +56,7 @@ class Meter:
     def _advice(self, name: str) -> str:
         smaller = {
             "class_images": "prior.sample_batch_size=1", "sample": "sample.images_per_prompt=1",
+            "evaluate": "prior.sample_batch_size=1",
         }.get(name, "memory=low, optimizer=adamw8bit or train.train_batch_size=1")
         seen = ", ".join(f"{key} {value:.2f}" for key, value in self.read(name).items())
         return f"out of memory during {name} ({seen}); earlier checkpoints are kept: type {smaller}"

@@ -10,10 +10,13 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from dreambooth import measures, prompts
 from dreambooth.choices import AttentionKind, Device, Dtype, LrSchedule, OptimizerKind
 from dreambooth.errors import ConfigError
 from dreambooth.machine import Machine
+from dreambooth.measures import Evaluate
 from dreambooth.packaged import asset
 from dreambooth.schema import (
     Attention,
@@ -46,6 +49,9 @@ class Recipe:
     instance_dir: Path
     class_dir: Path | None
     sample_prompts: tuple[str, ...]
+    evaluate_prompts: tuple[str, ...]  # as the model reads them
+    evaluate_texts: tuple[str, ...]  # the same with the class in place of the subject, as an encoder knows it
+    reference_dir: Path  # photos that pictures are compared with
     hardware: Hardware
     model: Model
     method: Method
@@ -58,6 +64,7 @@ class Recipe:
     train: Train
     sample: Sample
     checkpoint: Checkpoint
+    evaluate: Evaluate
     tracking: Tracking
 
     @property
@@ -71,6 +78,11 @@ class Recipe:
     @property
     def with_prior(self) -> bool:
         return self.prior.with_prior_preservation
+
+    @property
+    def measured(self) -> dict[str, str]:
+        """name -> role of what this run measures; empty: it does not evaluate."""
+        return measures.known(self.evaluate, self.class_prompt)
 
     def settings(self) -> dict[str, str]:
         """Every setting as text by its override key, such as train.learning_rate; the tracking server left out,
@@ -117,6 +129,7 @@ def resolve(config: Config, run_dir: Path, machine: Machine | None = None) -> Re
         instance_dir=Path(asset(config.dataset.instance_dir or "")).absolute(),
         class_dir=Path(asset(config.dataset.class_dir)).absolute() if config.dataset.class_dir else None,
         sample_prompts=tuple(config.sample.prompts or _default_prompts(config)),
+        **_evaluation(config),
         **{item.name: getattr(config, item.name) for item in fields(config)
            if isinstance(getattr(config, item.name), Section)},
     )
@@ -135,10 +148,21 @@ def _default_prompts(config: Config) -> list[str]:
     return [subject, f"{subject} on the beach", *([config.dataset.class_prompt] if config.dataset.class_prompt else [])]
 
 
+def _evaluation(config: Config) -> dict[str, Any]:
+    data, templates = config.dataset, prompts.read(config.evaluate.prompts)
+    subject = prompts.noun(data.instance_prompt or "")
+    return {
+        "evaluate_prompts": tuple(prompts.fill(templates, subject)),
+        "evaluate_texts": tuple(prompts.fill(templates, prompts.noun(data.class_prompt or "") or subject)),
+        "reference_dir": Path(asset(config.evaluate.reference_dir or data.instance_dir or "")).absolute(),
+    }
+
+
 def _problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:
     yield from _device_problems(config, device, machine)
     yield from _data_problems(config)
     yield from _training_problems(config)
+    yield from measures.problems(config.evaluate, config.dataset.class_prompt or "")
 
 
 def _device_problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:

@@ -15,6 +15,7 @@ from dreambooth.choices import (
     OptimizerKind,
     TrackingKind,
 )
+from dreambooth.measures import Evaluate
 from dreambooth.section import Section, finite, require
 
 
@@ -245,4 +246,5 @@ class Config:
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    evaluate: Evaluate = field(default_factory=Evaluate)
     tracking: Tracking = field(default_factory=Tracking)

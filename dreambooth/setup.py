@@ -13,6 +13,7 @@ from dreambooth.console import Console
 from dreambooth.data import Batches, Concept, Latents
 from dreambooth.ema import Ema
 from dreambooth.engine import Engine
+from dreambooth.evaluation import Judge
 from dreambooth.meter import Meter
 from dreambooth.optim import build_optimizer, build_schedule
 from dreambooth.photos import Photo, list_photos, load_photos
@@ -32,12 +33,14 @@ class Setup:
     state: TrainState
     trained: nn.Module  # the Denoiser itself, never a wrapper
     pipeline: Any  # over the live parts
+    judge: Judge | None  # of evaluation, in the first process; None: no evaluation
 
 
 def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: Console, meter: Meter,
              stop: Stop) -> Setup:
     """Load and build everything; what is wrong with photos is said before the model is loaded."""
     photos = load_photos(list_photos(recipe.instance_dir), recipe.instance_prompt, recipe.model.resolution)
+    judge = Judge(recipe) if recipe.evaluate.encoders and engine.main else None
     with meter.phase("load"):
         parts = model.load(recipe, engine.device)
     _check_prompts(parts, recipe, photos)
@@ -58,12 +61,13 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         rank=engine.rank, world=engine.world, noise_offset=recipe.train.noise_offset)
     objective = Objective(schedule, recipe.prior.prior_loss_weight, recipe.train.snr_gamma)
     state = _state(recipe, denoiser, accelerator)
-    return Setup(parts, photos, batches, objective, state, denoiser, pipeline)
+    return Setup(parts, photos, batches, objective, state, denoiser, pipeline, judge)
 
 
 def _check_prompts(parts: model.Components, recipe: Recipe, photos: list[Photo]) -> None:
     captions = {photo.caption for photo in photos}
-    for prompt in sorted(captions | set(recipe.sample_prompts) | {recipe.class_prompt}):
+    for prompt in sorted(captions | set(recipe.sample_prompts) | {recipe.class_prompt}
+                         | set(recipe.evaluate_prompts if recipe.evaluate.encoders else ())):
         parts.tokens(prompt)
 
 
