@@ -1,6 +1,7 @@
 """How well a run does: pictures of its evaluation prompts and of its class after some steps, scored and kept.
 
-    evaluation/<encoder>-<key>/step-000100/   prompt-0-1.png  class-0.png  row-0.png  scores.json
+    evaluation/<encoder>-<key>/made_with.json
+    evaluation/<encoder>-<key>/step-000100/   prompt-0-1.png  class-0.png  row-prompt-0.png  scores.json
     evaluation.json                           all steps of the evaluation that was made last
 
 The key is of everything that decides the numbers but the weights: scores in one folder are comparable. Seeds are fixed
@@ -28,7 +29,7 @@ from dreambooth.scoring import score
 from dreambooth.sheet import grid
 from dreambooth.tracking import Tracker
 
-SCORES = "scores.json"
+SCORES, MADE_WITH = "scores.json", "made_with.json"
 Rows = list[list[Image.Image]]  # a row a prompt; last the class, if there is one
 
 
@@ -67,19 +68,15 @@ class Judge:
 
 
 class Evaluation:
-    """The evaluated steps of a run.
+    """The evaluated steps of a run."""
 
-    Args:
-        prefix: of metric names and image series.
-    """
-
-    def __init__(self, recipe: Recipe, judge: Judge, tracker: Tracker, device: torch.device,
-                 prefix: str = "evaluate") -> None:
-        self.recipe, self.judge, self.tracker, self.device, self.prefix = recipe, judge, tracker, device, prefix
+    def __init__(self, recipe: Recipe, judge: Judge, tracker: Tracker, device: torch.device) -> None:
+        self.recipe, self.judge, self.tracker, self.device = recipe, judge, tracker, device
         self.spec = specification(recipe)
         key = sha256(json.dumps(self.spec, sort_keys=True).encode()).hexdigest()[:10]
         self.folder = recipe.run_dir / "evaluation" / f"{recipe.evaluate.encoder.value}-{key}"
         self.jobs = _jobs(recipe)
+        self.prefix = self._prefix(key)
 
     def scores(self) -> dict[int, dict[str, float]]:
         """step -> scores of every evaluated step."""
@@ -129,6 +126,7 @@ class Evaluation:
     def _keep(self, target: Path, rows: Rows, step: int) -> None:
         base = rows[-1] if step == 0 else self._base()
         scores = self.judge.scores(rows, base, self.device)
+        files.write_json(self.folder / MADE_WITH, {"prefix": self.prefix, **self.spec})
         with files.whole_folder(target) as aside:
             for name, row in zip(self._names(), rows, strict=True):
                 for number, image in enumerate(row):
@@ -139,6 +137,16 @@ class Evaluation:
     def _base(self) -> list[Image.Image] | None:
         paths = [self.folder / f"step-{0:06d}" / f"class-{i}.png" for i in range(self.recipe.evaluate.class_images)]
         return [Image.open(path).convert("RGB") for path in paths] if all(map(Path.is_file, paths)) else None
+
+    def _prefix(self, key: str) -> str:
+        """Of metrics and image series. The first evaluation with an encoder has the plain one: a tracker has one value
+        a step and name, and other prompts or seeds give other values."""
+        others = [path for path in self.folder.parent.glob(f"*/{MADE_WITH}") if path.parent != self.folder]
+        known = {name for path in others for name in json.loads(path.read_text(encoding="utf-8"))["encoders"]}
+        own = self.folder / MADE_WITH
+        if own.is_file():
+            return str(json.loads(own.read_text(encoding="utf-8"))["prefix"])
+        return f"evaluate_{key}" if known & set(self.recipe.evaluate.encoders) else "evaluate"
 
     def _names(self) -> list[str]:
         texts = len(self.recipe.evaluate_prompts)

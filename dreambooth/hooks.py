@@ -141,17 +141,20 @@ class Measure:
         return best.best_step(self.evaluation.scores(), weights, spec.every, last)
 
     @contextmanager
-    def exported(self) -> Iterator[tuple[int, dict[str, float]]]:
-        """The weights to export in place of the live ones: the best, else the last; yields their step and scores."""
+    def exported(self) -> Iterator[int]:
+        """The weights to export in place of the live ones: the best, else the last; yields their step."""
         step = self.setup.state.step
         chosen = self.best(step) or step
         if chosen != step and best.kept_step(self.kept) != chosen:
             log.warning("step %d is the best and its weights are not in %s any more: step %d is exported",
                         chosen, self.kept, step)
             chosen = step
-        scores = self.evaluation.scores().get(chosen, {}) if self.evaluation else {}
         with averaged(self.setup) if chosen == step else best.swapped_into(self.kept, self.setup.trained):
-            yield chosen, scores
+            yield chosen
+
+    def scores(self, step: int) -> dict[str, float]:
+        """What was measured after `step` steps; empty: nothing."""
+        return self.evaluation.scores().get(step, {}) if self.evaluation else {}
 
     def _measure(self, step: int, pipeline: Any) -> bool:
         """False: no evaluation, or somebody asked to stop meanwhile, and nothing was kept."""

@@ -8,9 +8,11 @@ A measure has a role, such as subject_similarity, and a name that says how it wa
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from dreambooth import prompts
 from dreambooth.choices import EncoderKind
+from dreambooth.packaged import asset
 from dreambooth.section import Section, require
 
 INSTANCE_LOSS = "instance_loss"  # the objective that needs no picture, see objective.py
@@ -83,6 +85,9 @@ def problems(evaluate: Evaluate, class_prompt: str) -> Iterator[str]:
         prompts.read(evaluate.prompts)
     except ValueError as error:
         yield f"evaluate.prompts {error}"
+    if evaluate.reference_dir is not None and not Path(asset(evaluate.reference_dir)).is_dir():
+        yield (f"evaluate.reference_dir={evaluate.reference_dir} is no folder: type a folder with photos of the "
+               "subject, or evaluate.reference_dir=null for the training photos")
     if evaluate.select is not None and evaluate.every is None:
         yield "evaluate.select chooses among checkpoints: type evaluate.every=50, steps between evaluations"
     for key, text in (("select", evaluate.select), ("objective", evaluate.objective)):

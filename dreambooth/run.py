@@ -91,10 +91,10 @@ def _finish(recipe: Recipe, engine: Engine, setup: Setup, measure: Measure, trac
             seconds: float) -> Result:
     """Score and export the best weights, or the last: of the EMA, if there is one."""
     step = setup.state.step
-    with meter.phase("export"), measure.exported() as (exported, scores):
+    with meter.phase("export"), measure.exported() as exported:
         with engine.autocast():
-            scores[INSTANCE_LOSS] = instance_loss(setup)
-        result = Result(step, nan, seconds, str(recipe.run_dir), "model", exported, scores)
+            scores = measure.scores(exported) | {INSTANCE_LOSS: instance_loss(setup)}
+        result = Result(step, nan, seconds, str(recipe.run_dir), "model", exported, scores, measure.scores(0))
         if not engine.main:
             return result
         result = judged(result, recipe)

@@ -36,6 +36,7 @@ class Result:
     model: str  # folder of the exported model, inside run_dir
     exported_step: int | None = None  # completed steps of its weights; fewer than `step` if evaluate.select chose them
     scores: dict[str, float] = field(default_factory=dict)  # of its weights: measures by name, and instance_loss
+    base_scores: dict[str, float] = field(default_factory=dict)  # measures before training
 
     def write(self) -> None:
         """Write result.json, whole or not at all."""

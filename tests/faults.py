@@ -19,6 +19,7 @@ FAST = [
     "hardware=cpu", "tracking=none", "train.max_train_steps=8", "train.train_batch_size=1", "checkpoint.every=2",
     "prior.num_class_images=4", "prior.sample_batch_size=2", "prior.num_inference_steps=2",
     "sample.every=4", "sample.num_inference_steps=2", "sample.images_per_prompt=1",
+    "evaluate.encoder=none",
 ]
 
 _server = multiprocessing.get_context("forkserver")
