@@ -94,9 +94,10 @@ class Save:
 
 @dataclass
 class Measure:
-    """Scores before the first step, every `evaluate.every` steps and after the last; keeps the best weights so far.
+    """Scores every `evaluate.every` steps and after the last; keeps the best weights so far.
 
     Called after Save: should the process die in here, a checkpoint of this step is there, and `begin` measures it.
+    The base is measured before the first of them, from a copy of its own: nobody waits for it before the first step.
     """
 
     evaluation: Evaluation | None  # None: no evaluation
@@ -112,20 +113,23 @@ class Measure:
             self.now(info.step)
 
     def begin(self) -> None:
-        """Measure the base, and the step that a resumed run begins with, where that is missing."""
+        """Measure the step that a resumed run begins with, if it is to be measured and is not yet."""
         step, last = self.setup.state.step, self.recipe.train.max_train_steps
-        if self.evaluation is not None and step > 0 and 0 not in self.evaluation.scores():
-            with self.meter.phase("evaluate"):
-                self._measure(0, build_pipeline(model.load(self.recipe, self.engine.device)))
-        if step in (0, last) or due(step, self.recipe.evaluate.every, last):
+        if step > 0 and (step == last or due(step, self.recipe.evaluate.every, last)):
             self.now(step)
 
     def now(self, step: int) -> None:
-        """Measure after `step` completed steps, which are those of the state."""
+        """Measure the base, unless that was done, then the state after `step` completed steps."""
+        if self.evaluation is None:
+            return
         every = self.recipe.evaluate.every
-        with self.meter.phase("evaluate"), averaged(self.setup):
-            if self._measure(step, self.setup.pipeline) and every and step % every == 0 and step == self.best(step):
-                best.keep(self.kept, step, self.setup.trained)
+        with self.meter.phase("evaluate"):
+            if 0 not in self.evaluation.scores():
+                self._measure(0, build_pipeline(model.load(self.recipe, self.engine.device)))
+            with averaged(self.setup):
+                measured = self._measure(step, self.setup.pipeline)
+                if measured and every and step % every == 0 and step == self.best(step):
+                    best.keep(self.kept, step, self.setup.trained)
 
     @property
     def kept(self) -> Path:
@@ -157,8 +161,9 @@ class Measure:
         return self.evaluation.scores().get(step, {}) if self.evaluation else {}
 
     def _measure(self, step: int, pipeline: Any) -> bool:
-        """False: no evaluation, or somebody asked to stop meanwhile, and nothing was kept."""
-        return self.evaluation is not None and self.evaluation.measure(
+        """False: somebody asked to stop meanwhile, and nothing was kept."""
+        assert self.evaluation is not None
+        return self.evaluation.measure(
             step, pipeline, self.engine.autocast, lambda: self.stop.requested is not None) is not None
 
 
