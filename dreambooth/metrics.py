@@ -78,7 +78,7 @@ def class_drift(now: Tensor, base: Tensor) -> Tensor:
         ValueError: there is no row, or the widths differ.
     """
     _check(now, base)
-    return 1 - normalize(_unit(now).mean(0), dim=0) @ normalize(_unit(base).mean(0), dim=0)
+    return (1 - normalize(_unit(now).mean(0), dim=0) @ normalize(_unit(base).mean(0), dim=0)).clamp(min=0)
 
 
 def lpips(first: Sequence[Tensor], second: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:

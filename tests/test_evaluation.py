@@ -259,3 +259,19 @@ def test_encoders_are_looked_for_before_anything_is_trained(on: list[str], tmp_p
     assert train(tmp_path / "runs", *asked, log=log) == 1
     assert "evaluate.dino=DIR" in log.read_text()
     assert not list((tmp_path / "runs").glob("demo-*")), "an empty run is left behind"
+
+
+@pytest.mark.slow
+def test_a_run_that_overfits_shows_it_and_does_not_export_its_last_step(tmp_path: Path) -> None:
+    """`experiment=overfit_demo`, shortened: similarity of class and photos (PRES) and drift rise, diversity falls."""
+    asked = ["experiment=overfit_demo", f"run_root={tmp_path}", "hardware=cpu", "tracking=none",
+             "train.max_train_steps=120"]
+    assert call("train", asked) == 0
+    run = the_run(tmp_path)
+    curve = evaluation(run)
+    pres = [curve[step]["class_similarity_efficientnet_lite0"] for step in (0, 40, 80, 120)]
+    assert pres == sorted(pres)
+    assert pres[-1] > pres[0] + 0.1
+    assert curve[120][DRIFT] > curve[40][DRIFT] > 0.1
+    assert curve[120]["diversity_efficientnet_lite0"] < curve[0]["diversity_efficientnet_lite0"]
+    assert result(run)["exported_step"] == 40
