@@ -173,6 +173,8 @@ BOUNDS = {
     "sample.every": less_than_1, "sample.num_inference_steps": no_steps, "sample.guidance_scale": below_0,
     "sample.seed": no_seed, "sample.images_per_prompt": less_than_1,
     "checkpoint.every": less_than_1, "checkpoint.keep": less_than_1,
+    "evaluate.every": less_than_1, "evaluate.images_per_prompt": less_than_1, "evaluate.class_images": less_than_1,
+    "evaluate.seed": no_seed,
 }
 BASE = OmegaConf.structured(Config)
 
