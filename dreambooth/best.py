@@ -61,8 +61,8 @@ def needed_bytes(model: nn.Module) -> int:
 
 
 @contextmanager
-def swapped_into(folder: Path, model: nn.Module) -> Iterator[None]:
-    """Let the module compute with the kept weights; its own come back untouched."""
+def swapped_into(folder: Path, model: nn.Module, exact: bool = False) -> Iterator[None]:
+    """Let the module compute with the kept weights, or hold them exactly to be written; its own come back untouched."""
     weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
-    with swapped(weights, model):
+    with swapped(model, weights, exact):
         yield

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dreambooth import files
 from dreambooth.errors import DoesNotFit, UserError
+from dreambooth.levered import Levered
 from dreambooth.step import TrainState
 
 log = logging.getLogger(__name__)
@@ -83,12 +84,14 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
         numbers = json.loads((path / STATE).read_text(encoding="utf-8"))
         if numbers["format"] != FORMAT:
             raise ValueError(f"it has format {numbers['format']}, this version reads {FORMAT}")
-        _load_weights(load_file(path / "trained.safetensors"), dict(model.named_parameters()), path)
+        _load_weights(load_file(path / "trained.safetensors"), state.weights(model), path)
         if state.ema is not None:
             _load_weights(load_file(path / "ema.safetensors"), state.ema.average, path)
             state.ema.updates = numbers["ema_updates"]
         state.optimizer.load_state_dict(
             _unflatten(load_file(path / "optimizer.safetensors"), numbers["optimizer"]))
+        if isinstance(state.optimizer, Levered):
+            state.optimizer.loaded()
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} cannot be resumed here ({error}): type checkpoint.resume=never") from error
     state.schedule.load_state_dict(numbers["schedule"])
@@ -118,7 +121,7 @@ def _write(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.
 
 
 def _tensors(state: TrainState, model: nn.Module, optimizer: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: weight.detach().contiguous() for name, weight in state.weights(model).items()}
     parts = {"trained.safetensors": trained, "optimizer.safetensors": optimizer}
     return parts | ({"ema.safetensors": state.ema.average} if state.ema is not None else {})
 
@@ -132,13 +135,22 @@ def _numbers(state: TrainState, scaler: torch.amp.GradScaler) -> dict[str, Any]:
 
 
 def _flatten(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by 'parameter.name', and the rest as JSON."""
+    """An optimizer's state as tensors by 'parameter.name', and the rest as JSON.
+
+    bitsandbytes puts part of a parameter's state into a dict of its own, and reads it back without; its table of 8-bit
+    values is one tensor for all parameters, which safetensors does not take.
+    """
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {"param_groups": state_dict["param_groups"], "state": {}}
+    seen: set[int] = set()
     for index, entries in state_dict["state"].items():
-        for name, value in entries.items():
+        inner = [item for value in entries.values() if isinstance(value, dict) for item in value.items()]
+        outer = [item for item in entries.items() if not isinstance(item[1], dict)]
+        for name, value in outer + inner:
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().contiguous()
+                place = value.untyped_storage()._cdata
+                tensors[f"{index}.{name}"] = value.detach().clone() if place in seen else value.detach().contiguous()
+                seen.add(place)
             else:
                 rest["state"].setdefault(str(index), {})[name] = value
     return tensors, rest

@@ -29,6 +29,8 @@ class MethodKind(Enum):
 class OptimizerKind(Enum):
     adamw = "adamw"
     adamw8bit = "adamw8bit"
+    paged_adamw8bit = "paged_adamw8bit"
+    adafactor = "adafactor"
 
 
 class TrackingKind(Enum):
@@ -47,6 +49,22 @@ class EncoderKind(Enum):
     clip = "clip"
     paper = "paper"  # dino and clip
     none = "none"
+
+
+class LatentCache(Enum):
+    device = "device"
+    cpu = "cpu"
+    disk = "disk"
+
+
+class Weights(Enum):
+    full = "full"  # fp32
+    half = "half"  # the compute precision's format
+
+
+class Rounding(Enum):
+    stochastic = "stochastic"
+    kahan = "kahan"
 
 
 class LrSchedule(Enum):

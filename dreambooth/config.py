@@ -25,6 +25,8 @@ from dreambooth.schema import Config
 _SECRET = ("would be kept in .hydra/ with its password: type the address without it and set MLFLOW_TRACKING_USERNAME "
            "and MLFLOW_TRACKING_PASSWORD, or type tracking.uri='${oc.env:MLFLOW_TRACKING_URI}'")
 
+UNCHANGED = {"ema_every": 1, "weights": "full", "rounding": None}  # levers that change numbers, and when they do not
+
 
 def conf_dir() -> Path:
     """conf/ inside the package once installed, beside it in a checkout."""
@@ -70,10 +72,10 @@ def _unknown(cfg: DictConfig) -> list[str]:
 def identity(root: DictConfig, swept: bool = False) -> str:
     """Ten hex digits over everything that changes the result of a run, the photos' content included.
 
-    Left out: how it is computed (hardware, memory), what is only looked at (sample, tracking, checkpoint, evaluate as
-    long as it does not select what is exported), and
-    `max_train_steps` as long as the learning rate does not depend on it, so that more steps extend a run. In a sweep
-    that chooses `max_train_steps` each choice is a run of its own.
+    Left out: how it is computed (hardware, and of memory what changes no number), what is only looked at (sample,
+    tracking, checkpoint, evaluate as long as it does not select what is exported), and `max_train_steps` as long as the
+    learning rate does not depend on it, so that more steps extend a run. In a sweep that chooses `max_train_steps` each
+    choice is a run of its own.
     """
     def plain(section: str) -> dict[str, Any]:
         found: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
@@ -82,6 +84,8 @@ def identity(root: DictConfig, swept: bool = False) -> str:
 
     chosen = {name: plain(name) for name in (
         "model", "method", "precision", "attention", "optimizer", "dataset", "prior", "train")}
+    if changed := {key: value for key, value in plain("memory").items() if value != UNCHANGED.get(key, value)}:
+        chosen["memory"] = changed
     chosen["prior"].pop("sample_batch_size")
     if not swept and chosen["train"]["lr_scheduler"] in ("constant", "constant_with_warmup"):
         chosen["train"].pop("max_train_steps")

@@ -4,17 +4,17 @@ Sample `index` of step `step` is the same photo, crop, flip, noise and timestep 
 batch, in micro-batches or on another process; a resumed run needs no state from here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dreambooth import rng
+from dreambooth.latents import Keep, Moments
 from dreambooth.photos import Photo, square, to_model_range
-
-Moments = tuple[Tensor, Tensor]  # mean and standard deviation of the latents, (N, C, h, w) each
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,12 @@ class Batch:
     timesteps: Tensor  # (N,) int64
     text: Tensor  # (N, L) token ids, or (N, L, D) hidden states when text is cached
     instances: int
+
+    def rows(self, part: slice) -> "Batch":
+        """Some of the rows, all of one concept."""
+        latents, noise, timesteps, text = (
+            tensor[part] for tensor in (self.latents, self.noise, self.timesteps, self.text))
+        return Batch(latents, noise, timesteps, text, instances=len(timesteps))
 
 
 @dataclass(frozen=True)
@@ -60,30 +66,40 @@ class Concept:
 
 
 class Latents:
-    """Latents of views, through `encode` each time or from a cache of the distribution's moments."""
+    """Latents of views, through `encode` each time or from a cache of the distribution's moments.
 
-    def __init__(self, encode: Callable[[Tensor], Moments], resolution: int, scaling_factor: float) -> None:
+    The cache is keyed by photo and mirroring, never by step, and lives where `keep` puts it.
+    """
+
+    def __init__(self, encode: Callable[[Tensor], Moments], resolution: int, scaling_factor: float,
+                 keep: Keep | None = None) -> None:
         self.encode = encode
+        self.keep = keep or Keep()
         self.resolution = resolution
         self.scaling_factor = scaling_factor
-        self._cache: dict[tuple[str, int, bool], Moments] = {}
+        self._rows: dict[tuple[str, int, bool], int] = {}
+        self._kept: dict[str, Callable[[list[int]], Moments]] = {}
 
     def fill(self, concept: Concept, tick: Callable[[int], None], size: int = 16) -> None:
         """Encode every photo of a centre-cropped concept once, mirrored too if it may be mirrored."""
         views = [View(i, flip, None) for i in range(len(concept.photos))
                  for flip in ((False, True) if concept.random_flip else (False,))]
-        for start in range(0, len(views), size):
-            chunk = views[start:start + size]
-            mean, std = self.encode(self._pixels(concept, chunk))
-            for row, view in enumerate(chunk):
-                self._cache[concept.stream, view.photo, view.flip] = mean[row], std[row]
-            tick(len(chunk))
+        self._rows |= {(concept.stream, view.photo, view.flip): row for row, view in enumerate(views)}
+
+        def encoded() -> Iterator[Moments]:
+            for start in range(0, len(views), size):
+                chunk = views[start:start + size]
+                yield self.encode(self._pixels(concept, chunk))
+                tick(len(chunk))
+
+        content = [f"{self.resolution}", *(sha256(concept.photos[v.photo].pixels.tobytes()).hexdigest() + str(v.flip)
+                                           for v in views)]
+        self._kept[concept.stream] = self.keep(content, encoded)
 
     def sample(self, concept: Concept, views: Sequence[View], noise: Tensor) -> Tensor:
         """Draw latents (N, C, h, w) for `views`; the cache keeps the distribution, so each draw differs."""
-        if self._cache:
-            cached = [self._cache[concept.stream, view.photo, view.flip] for view in views]
-            mean, std = (torch.stack(part) for part in zip(*cached, strict=True))
+        if self._kept:
+            mean, std = self._kept[concept.stream]([self._rows[concept.stream, v.photo, v.flip] for v in views])
         else:
             mean, std = self.encode(self._pixels(concept, views))
         return (mean + std * noise.to(mean)) * self.scaling_factor

@@ -56,17 +56,36 @@ class Engine:
         self.scaler.update()
         return self.scaler.get_scale() >= before
 
+    def judge(self, found: Tensor) -> bool:
+        """Tell the loss scaler whether gradients that it did not see overflowed. False: the step is to be skipped.
+
+        Args:
+            found: (1,), above 0 if a gradient was not finite.
+        """
+        if not self.scaler.is_enabled():
+            return True
+        witness = nn.Parameter(torch.zeros_like(found))
+        witness.grad = torch.where(found > 0, float("inf"), 0.0)
+        optimizer = torch.optim.SGD([witness], lr=0.0)
+        self.scaler.unscale_(optimizer)
+        return self.step(optimizer)
+
     def any(self, flag: bool) -> bool:
         """True if the flag is set on any process."""
         return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
 
 
-def accelerated(device: str, dtype: Dtype) -> tuple[Engine, "Accelerator"]:
-    """An Engine for this process, alone or under torchrun."""
-    from accelerate import Accelerator
-    from accelerate.utils import broadcast_object_list
+def accelerated(device: str, dtype: Dtype, autocast_cache: bool = True) -> tuple[Engine, "Accelerator"]:
+    """An Engine for this process, alone or under torchrun.
 
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=AUTOCAST[dtype])
+    Args:
+        autocast_cache: keep half-precision copies of all weights through a forward pass.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import AutocastKwargs, broadcast_object_list
+
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=AUTOCAST[dtype],
+                              kwargs_handlers=[AutocastKwargs(cache_enabled=autocast_cache)])
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
 
     def backward(loss: Tensor) -> None:

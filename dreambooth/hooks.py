@@ -10,6 +10,7 @@ from typing import Any
 
 from dreambooth import best, checkpoint, measures, model
 from dreambooth.console import Bar
+from dreambooth.ema import swapped
 from dreambooth.engine import Engine
 from dreambooth.errors import Interrupted
 from dreambooth.evaluation import Evaluation
@@ -66,7 +67,7 @@ class Samples:
 
     def now(self, step: int) -> None:
         """Sample after `step` completed steps."""
-        with self.meter.phase("sample"), averaged(self.setup):
+        with self.meter.phase("sample"), self.setup.idle.present(), averaged(self.setup):
             self.book.add(step, self.setup.pipeline, self.engine.autocast)
 
 
@@ -123,12 +124,13 @@ class Measure:
         if self.evaluation is None:
             return
         every = self.recipe.evaluate.every
-        with self.meter.phase("evaluate"):
+        with self.meter.phase("evaluate"), self.setup.idle.present():
             if 0 not in self.evaluation.scores():
                 self._measure(0, build_pipeline(model.load(self.recipe, self.engine.device)))
             with averaged(self.setup):
                 measured = self._measure(step, self.setup.pipeline)
-                if measured and every and step % every == 0 and step == self.best(step):
+            if measured and every and step % every == 0 and step == self.best(step):
+                with averaged(self.setup, exact=True):
                     best.keep(self.kept, step, self.setup.trained)
 
     @property
@@ -145,15 +147,20 @@ class Measure:
         return best.best_step(self.evaluation.scores(), weights, spec.every, last)
 
     @contextmanager
-    def exported(self) -> Iterator[int]:
-        """The weights to export in place of the live ones: the best, else the last; yields their step."""
+    def exported(self, exact: bool = False) -> Iterator[int]:
+        """The weights to export in place of the live ones: the best, else the last; yields their step.
+
+        Args:
+            exact: to be written, not computed with (see `averaged`).
+        """
         step = self.setup.state.step
         chosen = self.best(step) or step
         if chosen != step and best.kept_step(self.kept) != chosen:
             log.warning("step %d is the best and its weights are not in %s any more: step %d is exported",
                         chosen, self.kept, step)
             chosen = step
-        with averaged(self.setup) if chosen == step else best.swapped_into(self.kept, self.setup.trained):
+        last = averaged(self.setup, exact)
+        with last if chosen == step else best.swapped_into(self.kept, self.setup.trained, exact):
             yield chosen
 
     def scores(self, step: int) -> dict[str, float]:
@@ -184,6 +191,12 @@ class Halt:
                           "repeat the command to go on")
 
 
-def averaged(setup: Setup) -> AbstractContextManager[Any]:
-    """The EMA weights in place of the live ones for a while, if there is an EMA."""
-    return setup.state.ema.swapped_into(setup.trained) if setup.state.ema is not None else nullcontext()
+def averaged(setup: Setup, exact: bool = False) -> AbstractContextManager[Any]:
+    """The EMA weights in place of the live ones for a while, if there is an EMA.
+
+    Args:
+        exact: to be written, not computed with: in their own precision, and without an EMA the weights as trained.
+    """
+    if setup.state.ema is not None:
+        return swapped(setup.trained, setup.state.ema.average, exact)
+    return swapped(setup.trained, setup.state.weights(setup.trained), exact) if exact else nullcontext()

@@ -1,6 +1,7 @@
 """Memory by phase of a run (load, class_images, caching, step, sample, save), and what to say when it runs out."""
 
-from collections.abc import Iterator
+import errno
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import psutil
@@ -13,8 +14,15 @@ from dreambooth.machine import GIB
 class Meter:
     """Reads peaks: the CUDA allocator's on a GPU, the process's resident set (named so) on a CPU."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, advice: Callable[[str], str] = lambda phase: "memory=lowest",
+                 predicted: Mapping[str, float] | None = None) -> None:
+        """Args:
+            advice: phase -> the overrides to type when memory runs out in it.
+            predicted: peaks by phase in GiB, from the planner; a phase may be missing.
+        """
         self.device = device
+        self.advice = advice
+        self.predicted = predicted or {}
         self.current = "start"
         self.peaks: dict[str, float] = {}
 
@@ -29,10 +37,10 @@ class Meter:
         self._reset()
         try:
             yield
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except Exception as error:
             if not _is_out_of_memory(error):
                 raise
-            raise OutOfMemory(self._advice(name)) from error
+            raise OutOfMemory(self._sentence(name)) from error
         finally:
             self.read(name)
             self._reset()
@@ -53,15 +61,21 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def _advice(self, name: str) -> str:
-        smaller = {
-            "class_images": "prior.sample_batch_size=1", "sample": "sample.images_per_prompt=1",
-            "evaluate": "prior.sample_batch_size=1",
-        }.get(name, "memory=low, optimizer=adamw8bit or train.train_batch_size=1")
-        seen = ", ".join(f"{key} {value:.2f}" for key, value in self.read(name).items())
-        return f"out of memory during {name} ({seen}); earlier checkpoints are kept: type {smaller}"
+    def _sentence(self, name: str) -> str:
+        expected = f"predicted {self.predicted[name]:.2f} GiB, " if name in self.predicted else ""
+        self.read(name)
+        seen = ", ".join(f"{key} {value:.2f}" for key, value in self.peaks.items() if f"/{name}" in key)
+        return (f"out of memory during {name} ({expected}seen {seen}); earlier checkpoints are kept: "
+                f"type {self.advice(name)}")
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """True if the error, or the one that it was made from, says so: of PyTorch, of Python, of the system."""
+    if error is None or isinstance(error, OutOfMemory):
+        return False
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    said = str(error).lower()
+    known = ("can't allocate memory", "not enough memory", "cannot allocate memory", "std::bad_alloc",
+             "failed to allocate memory", "cublas_status_alloc_failed")
+    return any(words in said for words in known) or _is_out_of_memory(error.__cause__)

@@ -1,6 +1,8 @@
 """The optimizer and the learning-rate schedule, by the names of the config."""
 
-from collections.abc import Iterable
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,17 +10,35 @@ from torch import nn
 from dreambooth.choices import OptimizerKind
 from dreambooth.schema import Optimizer, Train
 
+Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]  # the planner hands in a memory model instead
 
-def build_optimizer(parameters: Iterable[nn.Parameter], spec: Optimizer, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW with fp32 state, or bitsandbytes' with 8-bit state (Dettmers et al. 2022, arXiv:2110.02861)."""
-    betas = (spec.beta1, spec.beta2)
+
+def maker(spec: Optimizer, learning_rate: float) -> Make:
+    """The factory of `spec`'s optimizer; called once with all trained weights, or once for each of them."""
+    return partial(build_optimizer, spec=spec, learning_rate=learning_rate)
+
+
+def build_optimizer(parameters: list[nn.Parameter], spec: Optimizer, learning_rate: float) -> torch.optim.Optimizer:
+    """The optimizer over `parameters`.
+
+    - adamw: PyTorch's, fp32 state, fused: no temporaries as large as the model, as its foreach form has.
+    - adamw8bit, paged_adamw8bit: bitsandbytes', 8-bit state (Dettmers et al. 2022, arXiv:2110.02861).
+    - adafactor: transformers' (Shazeer & Stern 2018, arXiv:1804.04235) without relative steps and parameter scaling,
+      so that the learning rate means what it means elsewhere; torch.optim.Adafactor always multiplies it by the
+      weights' root mean square.
+    """
+    given: dict[str, Any] = {"lr": learning_rate, "weight_decay": spec.weight_decay}
+    if spec.kind is OptimizerKind.adafactor:
+        from transformers.optimization import Adafactor
+
+        return Adafactor(parameters, beta1=spec.beta1 or None, scale_parameter=False, relative_step=False, **given)
+    given |= {"betas": (spec.beta1, spec.beta2), "eps": spec.eps}
     if spec.kind is OptimizerKind.adamw:
-        return torch.optim.AdamW(
-            list(parameters), lr=learning_rate, betas=betas, eps=spec.eps, weight_decay=spec.weight_decay)
-    from bitsandbytes.optim import AdamW8bit
+        return torch.optim.AdamW(parameters, fused=True, **given)
+    from bitsandbytes.optim import adamw
 
-    optimizer: torch.optim.Optimizer = AdamW8bit(
-        list(parameters), lr=learning_rate, betas=betas, eps=spec.eps, weight_decay=spec.weight_decay)
+    kind = adamw.AdamW8bit if spec.kind is OptimizerKind.adamw8bit else adamw.PagedAdamW8bit
+    optimizer: torch.optim.Optimizer = kind(parameters, **given)
     return optimizer
 
 

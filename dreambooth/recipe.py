@@ -4,16 +4,14 @@
 """
 
 import json
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from enum import Enum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dreambooth import measures, prompts
-from dreambooth.choices import AttentionKind, Device, Dtype, LrSchedule, OptimizerKind
+from dreambooth import measures, prompts, rules
+from dreambooth.choices import Device
 from dreambooth.errors import ConfigError
 from dreambooth.machine import Machine
 from dreambooth.measures import Evaluate
@@ -115,7 +113,7 @@ def resolve(config: Config, run_dir: Path, machine: Machine | None = None) -> Re
     if machine is not None and machine.cuda and hardware.device is not Device.cpu:
         _describe(hardware, machine)
     device = "cuda" if hardware.device is Device.cuda or (hardware.gpu and hardware.device is Device.local) else "cpu"
-    if problems := list(_problems(config, device, machine)):
+    if problems := list(rules.problems(config, device, machine)):
         raise ConfigError(*problems)
     for item in fields(config):
         if isinstance(section := getattr(config, item.name), Section):
@@ -156,63 +154,3 @@ def _evaluation(config: Config) -> dict[str, Any]:
         "evaluate_texts": tuple(prompts.fill(templates, prompts.noun(data.class_prompt or "") or subject)),
         "reference_dir": Path(asset(config.evaluate.reference_dir or data.instance_dir or "")).absolute(),
     }
-
-
-def _problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:
-    yield from _device_problems(config, device, machine)
-    yield from _data_problems(config)
-    yield from _training_problems(config)
-    yield from measures.problems(config.evaluate, config.dataset.class_prompt or "")
-
-
-def _device_problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:
-    hardware, dtype = config.hardware, config.precision.dtype
-    if device == "cuda" and machine is not None and not machine.cuda:
-        yield f"hardware={hardware.name} needs a CUDA GPU and this machine has none: type hardware=cpu"
-    capability = hardware.compute_capability
-    if device == "cuda" and dtype is Dtype.bf16 and capability is not None and capability < 8:
-        yield (f"precision=bf16 needs a GPU of compute capability 8.0 and the {hardware.gpu} has {capability}: "
-               "type precision=fp16")
-    if device == "cpu" and dtype is Dtype.fp16:
-        yield "precision=fp16 needs a CUDA GPU: type precision=fp32, or precision=bf16 for speed"
-    if config.attention.kind is AttentionKind.xformers:
-        if device == "cpu":
-            yield "attention=xformers needs a CUDA GPU: type attention=sdpa"
-        elif machine is not None and find_spec("xformers") is None:
-            yield "attention=xformers needs a package: pip install 'dreambooth[cuda]', or type attention=sdpa"
-    if config.optimizer.kind is OptimizerKind.adamw8bit and machine is not None and find_spec("bitsandbytes") is None:
-        yield "optimizer=adamw8bit needs a package: pip install 'dreambooth[cuda]', or type optimizer=adamw"
-
-
-def _data_problems(config: Config) -> Iterator[str]:
-    data, prior = config.dataset, config.prior
-    if not data.instance_dir:
-        yield "the photos are missing: type dataset.instance_dir=DIR"
-    if not (data.instance_prompt or "").strip():
-        yield 'the instance prompt is missing: type dataset.instance_prompt="a photo of a zwx dog"'
-    drawings = (data.instance_dir or "").startswith("package:")
-    if drawings and not config.model.source.startswith("package:") and not data.allow_drawings:
-        yield (f"model={config.model.name} makes photos and dataset={data.name} is a few drawings: type dataset=folder "
-               "dataset.instance_dir=DIR for your photos, or dataset.allow_drawings=true if you mean it")
-    if prior.with_prior_preservation:
-        if not (data.class_prompt or "").strip():
-            yield ('prior preservation needs a class prompt: type dataset.class_prompt="a photo of a dog", '
-                   "or prior.with_prior_preservation=false")
-        if prior.num_class_images == 0 and not data.class_dir:
-            yield ("prior preservation needs class images: type prior.num_class_images=100, "
-                   "or prior.with_prior_preservation=false")
-    if config.memory.cache_latents and not data.center_crop:
-        yield ("cached latents would freeze the random crop: type memory.cache_latents=false, "
-               "or dataset.center_crop=true")
-
-
-def _training_problems(config: Config) -> Iterator[str]:
-    train, resume = config.train, config.checkpoint.resume
-    if train.lr_scheduler is LrSchedule.constant and train.lr_warmup_steps:
-        yield ("train.lr_scheduler=constant has no warm-up: type train.lr_scheduler=constant_with_warmup, "
-               "or train.lr_warmup_steps=0")
-    if train.lr_warmup_steps > train.max_train_steps:
-        yield (f"train.lr_warmup_steps={train.lr_warmup_steps} is longer than the run: "
-               f"type at most train.lr_warmup_steps={train.max_train_steps}")
-    if resume not in ("auto", "never") and not (Path(resume) / "state.json").is_file():
-        yield f"there is no checkpoint at {resume}: type checkpoint.resume=auto, never, or checkpoints/step-..."

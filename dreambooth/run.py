@@ -1,11 +1,12 @@
 """The composition root: Recipe in, Result out. The only file that knows everyone; it decides nothing itself."""
 
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from math import nan
 
-from dreambooth import best, checkpoint, export, files, model, provenance, report
+from dreambooth import best, checkpoint, export, files, model, oom, provenance, report
 from dreambooth.console import Console
 from dreambooth.engine import Engine, accelerated
 from dreambooth.evaluation import Evaluation
@@ -24,14 +25,17 @@ from dreambooth.tracked import tracked
 from dreambooth.tracking import Tracker
 
 
-def execute(recipe: Recipe, stop: Stop) -> Result:
+def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = None) -> Result:
     """Train, go on training or, if there is nothing left to do, report the run that `recipe` describes.
+
+    Args:
+        predicted: peaks by phase in GiB, told beside the seen ones if memory runs out.
 
     Raises:
         DreamBoothError: see errors.py. Whatever was saved before stays.
     """
     model.import_libraries()
-    engine, accelerator = accelerated(recipe.device, recipe.precision.dtype)
+    engine, accelerator = accelerated(recipe.device, recipe.precision.dtype, recipe.memory.autocast_cache)
     console = Console(quiet=not engine.main)
     with locked(recipe.run_dir) if engine.main else nullcontext():
         done: Result | None = engine.share(finished(recipe) if engine.main else None)
@@ -41,10 +45,11 @@ def execute(recipe: Recipe, stop: Stop) -> Result:
                 return done
         console.table(report.plan(recipe))
         start = engine.share(resume_point(recipe.run_dir, recipe.checkpoint.resume) if engine.main else None)
-        meter = Meter(engine.device)
+        meter = Meter(engine.device, partial(oom.advice, recipe=recipe), predicted)
         setup = assemble(recipe, engine, accelerator, console, meter, stop)
         if start:
-            checkpoint.restore(start, setup.state, setup.trained, engine.scaler)
+            with meter.phase("resume"):
+                checkpoint.restore(start, setup.state, setup.trained, engine.scaler)
             console.say(f"going on after step {setup.state.step} from {start.name}")
         if engine.main:
             check_disk(recipe.run_dir, _needed_bytes(recipe, setup))
@@ -91,15 +96,16 @@ def _finish(recipe: Recipe, engine: Engine, setup: Setup, measure: Measure, trac
             seconds: float) -> Result:
     """Score and export the best weights, or the last: of the EMA, if there is one."""
     step = setup.state.step
-    with meter.phase("export"), measure.exported() as exported:
-        with engine.autocast():
+    with meter.phase("export"):
+        with measure.exported() as exported, engine.autocast():
             scores = measure.scores(exported) | {INSTANCE_LOSS: instance_loss(setup)}
         result = Result(step, nan, seconds, str(recipe.run_dir), "model", exported, scores, measure.scores(0))
         if not engine.main:
             return result
         result = judged(result, recipe)
-        parts = model.exact_frozen(setup.parts, recipe)
-        folder = export.export(parts, recipe, exported, recipe.run_dir / "contact_sheet.png")
+        with measure.exported(exact=True):
+            parts = model.exact_frozen(setup.parts, recipe)
+            folder = export.export(parts, recipe, exported, recipe.run_dir / "contact_sheet.png")
     tracker.metrics(step, meter.peaks | {
         "objective": result.objective, INSTANCE_LOSS: scores[INSTANCE_LOSS], "exported_step": exported,
         "skipped_steps": setup.state.skipped})

@@ -1,7 +1,5 @@
 """The schema of a run: one dataclass a Hydra group, defaults and one-field checks. No torch, no Hydra.
-
-YAML files in conf/ choose values and explain each key; these classes say which keys exist, their types and bounds.
-"""
+YAML files in conf/ choose values and explain each key; these classes say which keys exist, their types and bounds."""
 
 from dataclasses import dataclass, field
 
@@ -9,13 +7,13 @@ from dreambooth.choices import (
     AttentionKind,
     Device,
     Dtype,
-    EmaDevice,
     LrSchedule,
     MethodKind,
     OptimizerKind,
     TrackingKind,
 )
 from dreambooth.measures import Evaluate
+from dreambooth.schema_memory import Memory as Memory
 from dreambooth.section import Section, finite, require
 
 
@@ -72,16 +70,6 @@ class Attention(Section):
     """How attention is computed."""
 
     kind: AttentionKind = AttentionKind.sdpa
-
-
-@dataclass
-class Memory(Section):
-    """Levers that change how a run is computed, never what is trained."""
-
-    gradient_checkpointing: bool = False
-    cache_latents: bool = True
-    cache_text: bool = True
-    ema_device: EmaDevice = EmaDevice.same
 
 
 @dataclass

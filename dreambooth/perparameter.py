@@ -1,0 +1,173 @@
+"""One optimizer a parameter: stepped in the backward pass, or over weights in half precision.
+
+In the backward pass a gradient is used and released as soon as it is there, so that one exists at a time. Where the
+whole gradient must be known first (its norm for clipping, overflow in fp16) a first pass only measures it and the
+second one steps: about twice the forward and backward time, the same numbers. Both passes compute the same gradient
+as far as the device's kernels are deterministic; a skipped fp16 step has no second pass and changes nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dreambooth.engine import Engine
+from dreambooth.levered import Levered, on_gradient, settings, wide
+from dreambooth.optim import Make
+from dreambooth.rounding import Rounder
+
+
+class Slot:
+    """A parameter and its optimizer. Half weights are stepped on an fp32 scratch that exists only meanwhile."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, make: Make, rounder: Rounder | None) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.rounder = rounder if parameter.element_size() < 4 else None
+        self.target = parameter
+        if self.rounder is not None:
+            self.target = nn.Parameter(torch.empty(0, dtype=torch.float32, device=parameter.device))
+        self.optimizer = make([self.target])
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor, learning_rate: Any, step: int) -> None:
+        """Step with `gradient`, fp32, and release it."""
+        self.parameter.grad = None
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        state = self.optimizer.state
+        if self.rounder is not None:
+            self.target.data = self.rounder.widened(self.parameter, state.get(self.target, {}))
+        self.target.grad = gradient
+        self.optimizer.step()
+        self.target.grad = None
+        if self.rounder is not None:
+            self.rounder.store(self.parameter, self.target.detach(), state[self.target], step, self.name)
+            self.target.data = torch.empty(0, dtype=torch.float32, device=self.parameter.device)
+
+
+@dataclass
+class Measured:
+    """What is known of a gradient: norms by parameter and whether one overflowed."""
+
+    inverse: Tensor | None  # 1 / loss scale, (1,)
+    found: Tensor  # (1,): above 0 once a gradient was not finite
+    norms: dict[int, Tensor] = field(default_factory=dict)
+
+    def unscaled(self, gradient: Tensor) -> Tensor:
+        """The gradient without the loss scale; what is not finite is noted."""
+        if self.inverse is None:
+            return wide(gradient)
+        gradient = wide(gradient) if gradient.element_size() < 4 else gradient.clone()
+        torch._amp_foreach_non_finite_check_and_unscale_([gradient], self.found, self.inverse)
+        return gradient
+
+    def note(self, number: int, gradient: Tensor) -> None:
+        [self.norms[number]] = torch._foreach_norm([gradient])
+
+    def norm(self) -> Tensor:
+        """The global norm, as clip_grad_norm_ computes it: the norm of norms in the order of the parameters."""
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([self.norms[number] for number in sorted(self.norms)]))
+        return norm
+
+
+class PerParameter(Levered):
+    """An optimizer for each of `trained`."""
+
+    def __init__(self, trained: dict[str, nn.Parameter], make: Make, in_backward: bool,
+                 rounder: Rounder | None) -> None:
+        self.slots = [Slot(name, parameter, make, rounder) for name, parameter in trained.items()]
+        self.in_backward = in_backward
+        super().__init__(list(trained.values()), settings(self.slots[0].optimizer.param_groups[0]))
+
+    def update(self, run: Callable[[], Tensor], engine: Engine, limit: float | None,
+               step: int) -> tuple[Tensor, Tensor, bool]:
+        self._opt_called = True  # else the schedule warns that nobody called `step`
+        measured = self._measured(engine)
+        if self.in_backward and limit is None and not engine.scaler.is_enabled():
+            with self._on_gradient(partial(self._note_and_step, measured, step)):
+                losses = run()
+            return losses, measured.norm(), True
+        if self.in_backward:
+            with self._on_gradient(partial(self._note, measured)):
+                losses = run()
+        else:
+            losses = run()
+            for number, slot in enumerate(self.slots):
+                if slot.parameter.grad is not None:
+                    measured.note(number, measured.unscaled(slot.parameter.grad))
+        norm = measured.norm()
+        taken = engine.judge(measured.found)
+        if taken:
+            factor = None if limit is None else torch.clamp(limit / (norm + 1e-6), max=1.0)  # of clip_grad_norm_
+            self._take(run, measured, factor, step)
+        self.zero_grad(set_to_none=True)
+        return losses, norm, taken
+
+    def weights(self) -> dict[str, Tensor]:
+        return {slot.name: slot.parameter for slot in self.slots}
+
+    def state_dict(self) -> dict[str, Any]:
+        states = (slot.optimizer.state_dict()["state"] for slot in self.slots)
+        return {"state": {number: state[0] for number, state in enumerate(states) if state},
+                "param_groups": [settings(self.param_groups[0]) | {"params": list(range(len(self.slots)))}]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        [group] = state_dict["param_groups"]
+        if len(group["params"]) != len(self.slots):
+            raise ValueError("the optimizer has another number of parameters")
+        self.param_groups[0].update(settings(group))
+        for number, slot in enumerate(self.slots):
+            state = {0: state_dict["state"][number]} if number in state_dict["state"] else {}
+            slot.optimizer.load_state_dict({"state": state, "param_groups": [settings(group) | {"params": [0]}]})
+
+    def _measured(self, engine: Engine) -> Measured:
+        device = self.slots[0].parameter.device
+        scale = engine.scaler.get_scale() if engine.scaler.is_enabled() else None
+        inverse = None if scale is None else torch.tensor([1 / scale], dtype=torch.float32, device=device)
+        return Measured(inverse, torch.zeros(1, device=device))
+
+    def _take(self, run: Callable[[], Tensor], measured: Measured, factor: Tensor | None, step: int) -> None:
+        if self.in_backward:
+            with self._on_gradient(partial(self._step, measured, factor, step)):
+                run()
+            return
+        for number, slot in enumerate(self.slots):
+            if slot.parameter.grad is not None:
+                self._step(measured, factor, step, number, slot)
+
+    @contextmanager
+    def _on_gradient(self, act: Callable[[int, Slot], None]) -> Iterator[None]:
+        handles = [on_gradient(slot.parameter, lambda _, n=n, slot=slot: act(n, slot))  # type: ignore[misc]
+                   for n, slot in enumerate(self.slots)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def _note(self, measured: Measured, number: int, slot: Slot) -> None:
+        measured.note(number, measured.unscaled(_gradient(slot)))
+        slot.parameter.grad = None
+
+    @torch.no_grad()
+    def _step(self, measured: Measured, factor: Tensor | None, step: int, number: int, slot: Slot) -> None:
+        gradient = measured.unscaled(_gradient(slot))
+        if factor is not None:
+            gradient.mul_(factor.to(gradient))
+        slot.step(gradient, self.param_groups[0]["lr"], step)
+
+    @torch.no_grad()
+    def _note_and_step(self, measured: Measured, step: int, number: int, slot: Slot) -> None:
+        gradient = wide(_gradient(slot))
+        measured.note(number, gradient)
+        slot.step(gradient, self.param_groups[0]["lr"], step)
+
+
+def _gradient(slot: Slot) -> Tensor:
+    assert slot.parameter.grad is not None
+    return slot.parameter.grad
