@@ -1,7 +1,7 @@
 """How well a run does: pictures of its evaluation prompts and of its class after some steps, scored and kept.
 
     evaluation/<encoder>-<key>/made_with.json
-    evaluation/<encoder>-<key>/step-000100/   prompt-0-1.png  class-0.png  row-prompt-0.png  scores.json
+    evaluation/<encoder>-<key>/step-000100/   prompt-0-1.png  class-0.png  grid-prompt-0.png  scores.json
     evaluation.json                           all steps of the evaluation that was made last
 
 The key is of everything that decides the numbers but the weights: scores in one folder are comparable. Seeds are fixed
@@ -26,7 +26,7 @@ from dreambooth.photos import fingerprint, list_photos, load_photos, square
 from dreambooth.recipe import Recipe
 from dreambooth.sampling import Sampler, generate
 from dreambooth.scoring import score
-from dreambooth.sheet import grid
+from dreambooth.sheet import columns, grid
 from dreambooth.tracking import Tracker
 
 SCORES, MADE_WITH = "scores.json", "made_with.json"
@@ -131,7 +131,7 @@ class Evaluation:
             for name, row in zip(self._names(), rows, strict=True):
                 for number, image in enumerate(row):
                     image.save(aside / f"{name}-{number}.png")
-                grid(row, len(row)).save(aside / f"row-{name}.png")
+                grid(row, columns(len(row))).save(aside / f"grid-{name}.png")
             (aside / SCORES).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
     def _base(self) -> list[Image.Image] | None:
@@ -156,7 +156,7 @@ class Evaluation:
         every = self.scores()
         self.tracker.metrics(step, {f"{self.prefix}/{name}": value for name, value in every[step].items()})
         for name in self._names():
-            self.tracker.image(step, f"{self.prefix}/{name.replace('-', '_')}", target / f"row-{name}.png")
+            self.tracker.image(step, f"{self.prefix}/{name.replace('-', '_')}", target / f"grid-{name}.png")
         roles = self.recipe.measured
         files.write_json(self.recipe.run_dir / "evaluation.json", {
             "folder": self.folder.relative_to(self.recipe.run_dir).as_posix(),

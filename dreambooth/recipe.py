@@ -4,6 +4,7 @@
 """
 
 import json
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -33,6 +34,8 @@ from dreambooth.schema import (
     Train,
 )
 from dreambooth.section import Section
+
+HEADLINE = ("model.name", "train.learning_rate", "train.max_train_steps", "train.seed", "prior.prior_loss_weight")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Recipe:
     checkpoint: Checkpoint
     evaluate: Evaluate
     tracking: Tracking
+    typed: tuple[str, ...] = ()  # Hydra overrides
 
     @property
     def instance_prompt(self) -> str:
@@ -82,6 +86,13 @@ class Recipe:
         """name -> role of what this run measures; empty: it does not evaluate."""
         return measures.known(self.evaluate, self.class_prompt)
 
+    def headline(self) -> dict[str, str]:
+        """The settings that runs are told apart by: the usual few and whatever was typed. MLflow writes every parameter
+        above every picture, so all of them would hide the pictures; `settings` goes along as a file."""
+        typed = [word.lstrip("+~").partition("=")[0] for word in self.typed]
+        chosen = {*HEADLINE, *typed, *(f"{group}.name" for group in typed)}
+        return {key: value for key, value in self.settings().items() if key in chosen}
+
     def settings(self) -> dict[str, str]:
         """Every setting as text by its override key, such as train.learning_rate; the tracking server left out,
         since its address may hold a password."""
@@ -97,12 +108,13 @@ def _text(value: object) -> str:
     return "null" if value is None else str(value.value if isinstance(value, Enum) else value)
 
 
-def resolve(config: Config, run_dir: Path, machine: Machine | None = None) -> Recipe:
+def resolve(config: Config, run_dir: Path, machine: Machine | None = None, typed: Sequence[str] = ()) -> Recipe:
     """Decide a run.
 
     Args:
         config: what the user composed.
         run_dir: the run's own folder.
+        typed: the overrides that it was composed with, kept to tell runs apart.
         machine: the machine that will run it; None when it will run elsewhere (only the declared hardware counts).
 
     Raises:
@@ -126,6 +138,7 @@ def resolve(config: Config, run_dir: Path, machine: Machine | None = None) -> Re
         source=asset(config.model.source),
         instance_dir=Path(asset(config.dataset.instance_dir or "")).absolute(),
         class_dir=Path(asset(config.dataset.class_dir)).absolute() if config.dataset.class_dir else None,
+        typed=tuple(typed),
         sample_prompts=tuple(config.sample.prompts or _default_prompts(config)),
         **_evaluation(config),
         **{item.name: getattr(config, item.name) for item in fields(config)

@@ -64,7 +64,8 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
     state, last = setup.state, recipe.train.max_train_steps
     if engine.main:
         files.write_json(recipe.run_dir / "run.json", provenance.origin() | {"settings": recipe.settings()})
-        tracker.params(recipe.settings())
+        tracker.artifact(recipe.run_dir / "run.json")
+        tracker.params(recipe.headline())
         tracker.tags(provenance.origin())
     book = SampleBook(recipe, setup.photos, tracker)
     samples = Samples(book, setup, engine, meter, recipe.sample.every, last)
@@ -110,7 +111,7 @@ def _finish(recipe: Recipe, engine: Engine, setup: Setup, measure: Measure, trac
         "objective": result.objective, INSTANCE_LOSS: scores[INSTANCE_LOSS], "exported_step": exported,
         "skipped_steps": setup.state.skipped})
     tracker.tags({"model": str(folder)})
-    for name in ("contact_sheet.png", "model/README.md", "run.json"):
+    for name in ("contact_sheet.png", "model/README.md"):
         if (recipe.run_dir / name).is_file():
             tracker.artifact(recipe.run_dir / name)
     result.write()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from test_config import made
 
-from dreambooth import recipe as rules
+from dreambooth import rules
 from dreambooth.choices import AttentionKind, Device, Dtype, LrSchedule, OptimizerKind, Rounding, Weights
 from dreambooth.config import load
 from dreambooth.errors import ConfigError
