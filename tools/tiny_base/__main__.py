@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizerFast
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from tools.tiny_base import art, autoencoder, pictures, pretrain, words
 
@@ -93,7 +93,7 @@ def assemble(folder: Path) -> None:
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(folder / "vae-tuned"),
         text_encoder=CLIPTextModel.from_pretrained(folder / "trained/text_encoder"),
-        tokenizer=CLIPTokenizerFast.from_pretrained(folder / "tokenizer"),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         unet=UNet2DConditionModel.from_pretrained(folder / "trained/unet"),
         scheduler=PNDMScheduler(**pretrain.BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)

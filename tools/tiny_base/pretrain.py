@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dreambooth.loss import Schedule, add_noise, min_snr_weights
 from tools.tiny_base.pictures import Meaning, caption
@@ -56,7 +56,7 @@ def noise_schedule() -> Schedule:
 class Captions:
     """Token ids by caption, each caption tokenised once."""
 
-    def __init__(self, tokenizer: CLIPTokenizerFast) -> None:
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
         self.tokenizer = tokenizer
         self.known: dict[str, list[int]] = {}
 
@@ -73,7 +73,7 @@ class Trainer:
     def __init__(self, folder: Path, steps: int, rate: float) -> None:
         self.folder, self.steps, self.rate = folder, steps, rate
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        tokenizer = CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.captions = Captions(tokenizer)
         start = folder / "start"
         torch.manual_seed(0)
