@@ -33,6 +33,11 @@ class OptimizerKind(Enum):
     adafactor = "adafactor"
 
 
+class PlanFormat(Enum):
+    table = "table"
+    json = "json"
+
+
 class TrackingKind(Enum):
     mlflow = "mlflow"
     none = "none"

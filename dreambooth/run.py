@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 from math import nan
 
-from dreambooth import best, checkpoint, export, files, model, oom, provenance, report
+from dreambooth import best, checkpoint, export, files, fitting, model, oom, provenance, report
 from dreambooth.console import Console
 from dreambooth.engine import Engine, accelerated
 from dreambooth.evaluation import Evaluation
@@ -35,6 +35,7 @@ def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = 
         DreamBoothError: see errors.py. Whatever was saved before stays.
     """
     model.import_libraries()
+    recipe, expected, chosen = fitting.settled(recipe)
     engine, accelerator = accelerated(recipe.device, recipe.precision.dtype, recipe.memory.autocast_cache)
     console = Console(quiet=not engine.main)
     with locked(recipe.run_dir) if engine.main else nullcontext():
@@ -43,9 +44,9 @@ def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = 
             with tracked(recipe, engine.main):  # sends what a server missed
                 console.say(report.already(done, recipe))
                 return done
-        console.table(report.plan(recipe))
+        console.table(report.plan(recipe) | ({"memory": chosen} if chosen else {}))
         start = engine.share(resume_point(recipe.run_dir, recipe.checkpoint.resume) if engine.main else None)
-        meter = Meter(engine.device, partial(oom.advice, recipe=recipe), predicted)
+        meter = Meter(engine.device, partial(oom.advice, recipe=recipe), predicted or expected)
         setup = assemble(recipe, engine, accelerator, console, meter, stop)
         if start:
             with meter.phase("resume"):
@@ -67,6 +68,7 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
         tracker.artifact(recipe.run_dir / "run.json")
         tracker.params(recipe.headline())
         tracker.tags(provenance.origin())
+        tracker.metrics(state.step, meter.expected)
     book = SampleBook(recipe, setup.photos, tracker)
     samples = Samples(book, setup, engine, meter, recipe.sample.every, last)
     save = Save(setup, engine, meter, recipe)

@@ -22,8 +22,9 @@ from dreambooth.schema import Config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
-TRAIN, GENERATE, EVALUATE = (["python", "-m", f"dreambooth.{door}"] for door in ("train", "generate", "evaluate"))
-ASKED = {"generate": generate.Generate, "evaluate": evaluate.Ask}  # what doors other than train read
+TRAIN, GENERATE, EVALUATE, PLAN = (["python", "-m", f"dreambooth.{door}"]
+                                   for door in ("train", "generate", "evaluate", "plan"))
+ASKED = {"generate": generate.Generate, "evaluate": evaluate.Ask}  # what doors that compose no run read
 OTHER = {". .venv/bin/activate", "nvidia-smi", "pip install -c constraints.txt -e '.[cuda]'"}  # looked at by a person
 FLAGS = {"--help": 1, "--cfg": 2, "--info": 2, "-m": 1}  # of Hydra, with the words that each takes
 CARD = Machine("a card", 24.0, 8.6)  # what `hardware=local` finds where a document says "with a CUDA card"
@@ -74,13 +75,15 @@ def test_a_command_is_real(command: str) -> None:
         assert re.search(rf"^{words[1]}:", makefile, re.M), "no such target"
         assert all(re.search(rf"^{word.partition('=')[0]} +\?=", makefile, re.M) for word in words[2:])
         return
-    assert words[:3] in (TRAIN, GENERATE, EVALUATE), "neither make nor a door, and not on the list of others"
+    assert words[:3] in (TRAIN, GENERATE, EVALUATE, PLAN), "neither make nor a door, and not on the list of others"
     for asked in overrides(words[3:]):
-        if words[:3] != TRAIN:
+        if words[:3] in (GENERATE, EVALUATE):
             door = words[2].removeprefix("dreambooth.")
             assert isinstance(OmegaConf.to_object(composed(door, asked)), ASKED[door])
             continue
         config = load(composed("config", asked))
+        if words[:3] == PLAN:  # needs no photos
+            config.dataset.instance_dir, config.dataset.allow_drawings = "photos", True
         if "--cfg" in words or "--info" in words:  # shown, not run: what is missing may be missing
             continue
         resolve(config, Path("runs/x"), CARD if config.hardware.device is Device.local else None)
