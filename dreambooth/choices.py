@@ -48,6 +48,14 @@ class EmaDevice(Enum):
     cpu = "cpu"
 
 
+class EncoderKind(Enum):
+    efficientnet_lite0 = "efficientnet_lite0"  # offline
+    dino = "dino"
+    clip = "clip"
+    paper = "paper"  # dino and clip
+    none = "none"
+
+
 class LatentCache(Enum):
     device = "device"
     cpu = "cpu"

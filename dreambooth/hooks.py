@@ -1,24 +1,29 @@
-"""What happens after a step besides training: log, sample, save, stop. Each is called with every StepInfo."""
+"""What happens after a step besides training: log, sample, save, measure, stop. Each is called with every StepInfo."""
 
+import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreambooth import checkpoint
+from dreambooth import best, checkpoint, measures, model
 from dreambooth.console import Bar
 from dreambooth.ema import swapped
 from dreambooth.engine import Engine
 from dreambooth.errors import Interrupted
+from dreambooth.evaluation import Evaluation
 from dreambooth.meter import Meter
 from dreambooth.recipe import Recipe
 from dreambooth.samples import SampleBook
+from dreambooth.sampling import build_pipeline
 from dreambooth.setup import Setup
 from dreambooth.signals import Stop
 from dreambooth.step import StepInfo
 from dreambooth.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 Hook = Callable[[StepInfo], None]
 
@@ -86,6 +91,87 @@ class Save:
             return checkpoint.save(
                 self.recipe.run_dir / "checkpoints", self.setup.state, self.setup.trained, self.engine.scaler,
                 self.recipe.checkpoint.keep)
+
+
+@dataclass
+class Measure:
+    """Scores every `evaluate.every` steps and after the last; keeps the best weights so far.
+
+    Called after Save: should the process die in here, a checkpoint of this step is there, and `begin` measures it.
+    The base is measured before the first of them, from a copy of its own: nobody waits for it before the first step.
+    """
+
+    evaluation: Evaluation | None  # None: no evaluation
+    setup: Setup
+    engine: Engine
+    meter: Meter
+    recipe: Recipe
+    stop: Stop
+
+    def __call__(self, info: StepInfo) -> None:
+        spec, last = self.recipe.evaluate, self.recipe.train.max_train_steps
+        if info.step == last or due(info.step, spec.every, last):
+            self.now(info.step)
+
+    def begin(self) -> None:
+        """Measure the step that a resumed run begins with, if it is to be measured and is not yet."""
+        step, last = self.setup.state.step, self.recipe.train.max_train_steps
+        if step > 0 and (step == last or due(step, self.recipe.evaluate.every, last)):
+            self.now(step)
+
+    def now(self, step: int) -> None:
+        """Measure the base, unless that was done, then the state after `step` completed steps."""
+        if self.evaluation is None:
+            return
+        every = self.recipe.evaluate.every
+        with self.meter.phase("evaluate"), self.setup.idle.present():
+            if 0 not in self.evaluation.scores():
+                self._measure(0, build_pipeline(model.load(self.recipe, self.engine.device)))
+            with averaged(self.setup):
+                measured = self._measure(step, self.setup.pipeline)
+            if measured and every and step % every == 0 and step == self.best(step):
+                with averaged(self.setup, exact=True):
+                    best.keep(self.kept, step, self.setup.trained)
+
+    @property
+    def kept(self) -> Path:
+        """Folder of the best weights."""
+        return self.recipe.run_dir / "best"
+
+    def best(self, last: int) -> int | None:
+        """The best measured step up to `last`; None where nothing selects."""
+        spec = self.recipe.evaluate
+        if self.evaluation is None or spec.select is None or spec.every is None:
+            return None
+        weights = measures.parse(spec.select, self.recipe.measured)
+        return best.best_step(self.evaluation.scores(), weights, spec.every, last)
+
+    @contextmanager
+    def exported(self, exact: bool = False) -> Iterator[int]:
+        """The weights to export in place of the live ones: the best, else the last; yields their step.
+
+        Args:
+            exact: to be written, not computed with (see `averaged`).
+        """
+        step = self.setup.state.step
+        chosen = self.best(step) or step
+        if chosen != step and best.kept_step(self.kept) != chosen:
+            log.warning("step %d is the best and its weights are not in %s any more: step %d is exported",
+                        chosen, self.kept, step)
+            chosen = step
+        last = averaged(self.setup, exact)
+        with last if chosen == step else best.swapped_into(self.kept, self.setup.trained, exact):
+            yield chosen
+
+    def scores(self, step: int) -> dict[str, float]:
+        """What was measured after `step` steps; empty: nothing."""
+        return self.evaluation.scores().get(step, {}) if self.evaluation else {}
+
+    def _measure(self, step: int, pipeline: Any) -> bool:
+        """False: somebody asked to stop meanwhile, and nothing was kept."""
+        assert self.evaluation is not None
+        return self.evaluation.measure(
+            step, pipeline, self.engine.autocast, lambda: self.stop.requested is not None) is not None
 
 
 @dataclass

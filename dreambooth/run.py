@@ -4,16 +4,19 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
+from math import nan
 
-from dreambooth import checkpoint, export, files, fitting, model, oom, provenance, report
+from dreambooth import best, checkpoint, export, files, fitting, model, oom, provenance, report
 from dreambooth.console import Console
 from dreambooth.engine import Engine, accelerated
-from dreambooth.hooks import Halt, Hook, Log, Samples, Save, averaged
+from dreambooth.evaluation import Evaluation
+from dreambooth.hooks import Halt, Hook, Log, Measure, Samples, Save
 from dreambooth.loop import fit
+from dreambooth.measures import INSTANCE_LOSS
 from dreambooth.meter import Meter
 from dreambooth.objective import instance_loss
 from dreambooth.recipe import Recipe
-from dreambooth.runfolder import Result, check_disk, finished, locked, resume_point
+from dreambooth.runfolder import Result, check_disk, finished, judged, locked, resume_point
 from dreambooth.samples import SampleBook
 from dreambooth.setup import Setup, assemble
 from dreambooth.signals import Stop
@@ -62,46 +65,55 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
     state, last = setup.state, recipe.train.max_train_steps
     if engine.main:
         files.write_json(recipe.run_dir / "run.json", provenance.origin() | {"settings": recipe.settings()})
-        tracker.params(recipe.settings())
+        tracker.artifact(recipe.run_dir / "run.json")
+        tracker.params(recipe.headline())
         tracker.tags(provenance.origin())
         tracker.metrics(state.step, meter.expected)
     book = SampleBook(recipe, setup.photos, tracker)
     samples = Samples(book, setup, engine, meter, recipe.sample.every, last)
     save = Save(setup, engine, meter, recipe)
+    evaluation = Evaluation(recipe, setup.judge, tracker, engine.device) if setup.judge else None
+    measure = Measure(evaluation, setup, engine, meter, recipe, stop)
     if engine.main and state.step == 0 and recipe.sample.every is not None:
         samples.now(0)
+    measure.begin()
     stop.check()
     began = time.monotonic()
     step = partial(train_step, objective=setup.objective, engine=engine, max_grad_norm=recipe.train.max_grad_norm)
     with meter.phase("step"), console.bar("training", last, done=state.step) as bar:
-        hooks: list[Hook] = [Log(tracker, bar, meter), samples, save] if engine.main else []
+        hooks: list[Hook] = [Log(tracker, bar, meter), samples, save, measure] if engine.main else []
         hooks.append(Halt(stop, engine, save))
         for info in fit(state, setup.batches, step, last):
             for hook in hooks:
                 hook(info)
-    return _finish(recipe, engine, setup, tracker, meter, time.monotonic() - began)
+    return _finish(recipe, engine, setup, measure, tracker, meter, time.monotonic() - began)
 
 
 def _needed_bytes(recipe: Recipe, setup: Setup) -> int:
     kept = checkpoint.needed_bytes(setup.state, setup.trained, recipe.checkpoint.keep)
-    return kept + export.size_bytes(setup.parts)
+    best_weights = best.needed_bytes(setup.trained) if recipe.evaluate.select else 0
+    return kept + best_weights + export.size_bytes(setup.parts)
 
 
-def _finish(recipe: Recipe, engine: Engine, setup: Setup, tracker: Tracker, meter: Meter, seconds: float) -> Result:
-    """Score and export what samples are made of: the EMA weights, if there are any."""
+def _finish(recipe: Recipe, engine: Engine, setup: Setup, measure: Measure, tracker: Tracker, meter: Meter,
+            seconds: float) -> Result:
+    """Score and export the best weights, or the last: of the EMA, if there is one."""
     step = setup.state.step
     with meter.phase("export"):
-        with averaged(setup), engine.autocast():
-            objective = instance_loss(setup)
-        result = Result(step, objective, seconds, str(recipe.run_dir), "model")
+        with measure.exported() as exported, engine.autocast():
+            scores = measure.scores(exported) | {INSTANCE_LOSS: instance_loss(setup)}
+        result = Result(step, nan, seconds, str(recipe.run_dir), "model", exported, scores, measure.scores(0))
         if not engine.main:
             return result
-        with averaged(setup, exact=True):
+        result = judged(result, recipe)
+        with measure.exported(exact=True):
             parts = model.exact_frozen(setup.parts, recipe)
-            folder = export.export(parts, recipe, step, recipe.run_dir / "contact_sheet.png")
-    tracker.metrics(step, meter.peaks | {"objective": objective, "skipped_steps": setup.state.skipped})
+            folder = export.export(parts, recipe, exported, recipe.run_dir / "contact_sheet.png")
+    tracker.metrics(step, meter.peaks | {
+        "objective": result.objective, INSTANCE_LOSS: scores[INSTANCE_LOSS], "exported_step": exported,
+        "skipped_steps": setup.state.skipped})
     tracker.tags({"model": str(folder)})
-    for name in ("contact_sheet.png", "model/README.md", "run.json"):
+    for name in ("contact_sheet.png", "model/README.md"):
         if (recipe.run_dir / name).is_file():
             tracker.artifact(recipe.run_dir / name)
     result.write()

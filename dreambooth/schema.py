@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from dreambooth.choices import (
     AttentionKind,
-    Device,
     Dtype,
     LrSchedule,
     MethodKind,
@@ -13,25 +12,10 @@ from dreambooth.choices import (
     PlanFormat,
     TrackingKind,
 )
+from dreambooth.measures import Evaluate
+from dreambooth.schema_hardware import Hardware as Hardware
 from dreambooth.schema_memory import Memory as Memory
 from dreambooth.section import Section, finite, require
-
-
-@dataclass
-class Hardware(Section):
-    """The machine a run is meant for. Figures are GiB (2**30 bytes)."""
-
-    name: str = "local"
-    device: Device = Device.local
-    gpu: str | None = None
-    usable_vram_gib: float | None = None
-    compute_capability: float | None = None
-    instance_type: str | None = None
-    price_usd_hour: float | None = None
-    spot_price_usd_hour: float | None = None
-    host_ram_gib: float | None = None
-    disk_gib: float | None = None
-    node_selector: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -245,5 +229,6 @@ class Config:
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    evaluate: Evaluate = field(default_factory=Evaluate)
     tracking: Tracking = field(default_factory=Tracking)
     plan: Plan = field(default_factory=Plan)

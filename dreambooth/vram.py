@@ -7,9 +7,9 @@ Nothing is computed and nothing is downloaded. What is modelled and not run: the
 allocator (allocator.py), and attention's workspaces (fakes.py). docs/planner.md holds it against published figures.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,9 @@ from dreambooth import architecture, model
 from dreambooth.allocator import MIB
 from dreambooth.choices import AttentionKind, Dtype, EmaDevice, Weights
 from dreambooth.data import Batch, at_a_time
-from dreambooth.ema import Ema
 from dreambooth.engine import Engine
 from dreambooth.fakes import fake_gpu, fake_tensors, rest, wake, workspace
+from dreambooth.marked import MarkedEma, MarkedEngine, Scaler, gradient_to
 from dreambooth.memory import equip
 from dreambooth.offload import Offloaded
 from dreambooth.optim_memory import ModelledOptimizer
@@ -48,49 +48,6 @@ def predict(recipe: Recipe) -> Prediction:
 def rehearse(recipe: Recipe) -> Prediction:
     """The same on tensors of whatever kind is current: real ones take the memory and the time that they say."""
     return _Rehearsal(recipe).prediction()
-
-
-@dataclass
-class _Scaler:
-    """What a GradScaler does to memory: a scaled loss. It unscales in place and never skips."""
-
-    enabled: bool
-    factor: Tensor
-
-    def scale(self, loss: Tensor) -> Tensor:
-        return loss * self.factor if self.enabled else loss
-
-    def unscale_(self, optimizer: torch.optim.Optimizer) -> None: ...
-
-    def get_scale(self) -> float:
-        return 1.0
-
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.step()
-
-    def update(self) -> None: ...
-
-    def is_enabled(self) -> bool:
-        return self.enabled
-
-
-@dataclass
-class _MarkedEngine(Engine):
-    """An Engine that says when a phase begins."""
-
-    mark: Callable[[str], None] = lambda phase: None
-
-    def clip(self, *args: Any) -> Tensor:
-        self.mark("step")
-        return super().clip(*args)
-
-
-class _MarkedEma(Ema):
-    mark: Callable[[str], None]
-
-    def update(self, weights: nn.Module | Mapping[str, Tensor]) -> None:
-        self.mark("ema")
-        super().update(weights)
 
 
 class _Rehearsal:
@@ -162,9 +119,9 @@ class _Rehearsal:
             return nullcontext
         return partial(torch.autocast, "cpu", model.TORCH_DTYPE[dtype], cache_enabled=self.memory.autocast_cache)
 
-    def _engine(self) -> _MarkedEngine:
+    def _engine(self) -> MarkedEngine:
         trace = self.trace
-        scaler = _Scaler(self.recipe.precision.dtype is Dtype.fp16, torch.ones(()))
+        scaler = Scaler(self.recipe.precision.dtype is Dtype.fp16, torch.ones(()))
         walk = Engine().backward
 
         def forward() -> AbstractContextManager[Any]:
@@ -177,7 +134,7 @@ class _Rehearsal:
             trace.mark("backward")
             walk(loss)
 
-        return _MarkedEngine(autocast=forward, backward=backward, scaler=scaler, mark=trace.mark)  # type: ignore[arg-type]
+        return MarkedEngine(autocast=forward, backward=backward, scaler=scaler, mark=trace.mark)  # type: ignore[arg-type]
 
     def _state(self, denoiser: nn.Module) -> TrainState:
         trace, recipe = self.trace, self.recipe
@@ -195,11 +152,11 @@ class _Rehearsal:
         for name, parameter in denoiser.named_parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    _gradient_to(trace, masters.get(name)))
+                    gradient_to(trace, masters.get(name)))
         ema = None
         if recipe.train.use_ema:
             weights = masters or denoiser
-            ema = _MarkedEma(weights, recipe.train.ema_decay, every=self.memory.ema_every)
+            ema = MarkedEma(weights, recipe.train.ema_decay, every=self.memory.ema_every)
             ema.mark = trace.mark
             away = on_host or self.memory.ema_device is EmaDevice.cpu
             trace.add(ema.average.values(), HOST if away else "ema")
@@ -275,17 +232,6 @@ class _Rehearsal:
     def _latent_shape(self) -> tuple[int, int, int]:
         side = self.recipe.model.resolution // self.parts.vae_scale
         return self.parts.latent_channels, side, side
-
-
-def _gradient_to(trace: StorageTrace, master: nn.Parameter | None) -> Callable[[Tensor], None]:
-    """A hook that says what a new gradient is. The one of a master weight is in host memory."""
-    def label(parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            trace.add([parameter.grad], "gradients")
-        if master is not None and master.grad is not None:
-            trace.add([master.grad], HOST)
-
-    return label
 
 
 def _known_attention(recipe: Recipe) -> Recipe:

@@ -21,7 +21,7 @@ DOORS = {"train", "generate", "plan", "evaluate"}
 HEAVY = {"torch", "diffusers", "transformers", "mlflow", "boto3", "accelerate", "PIL", "numpy"}
 BY_NAME = {"import_module", "importlib.import_module", "__import__"}
 CODE = ("dreambooth", "hydra_plugins", "tools")
-LIGHT = ["config", "recipe", "errors", "train", "generate"]  # what `--help` and a submitting laptop import
+LIGHT = ["config", "recipe", "errors", "train", "generate", "evaluate"]  # what `--help` and a submitting laptop import
 # A plug-in asks `python -m dreambooth.plan` in a process of its own; it may import these and no other module.
 OPEN_TO_PLUGINS = {f"dreambooth.{name}" for name in ("config", "errors", "recipe", "schema", "choices")}
 # A rule about a module that is gone holds of nothing: these must exist.
