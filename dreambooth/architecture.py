@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dreambooth.errors import UserError
-from dreambooth.fakes import to_dtype
+from dreambooth.fakes import fake_tensors, to_dtype
 from dreambooth.model import TORCH_DTYPE, Components
 from dreambooth.packaged import asset
 from dreambooth.recipe import Recipe
@@ -57,6 +57,14 @@ def blank(recipe: Recipe) -> Components:
     for module in (parts.unet, parts.text_encoder, parts.vae):
         module.requires_grad_(False).eval()
     return parts
+
+
+def trained_weights(recipe: Recipe) -> int:
+    """How many weights the recipe trains."""
+    with fake_tensors():
+        parts = blank(recipe)
+    trained = [parts.unet, *([parts.text_encoder] if recipe.train.train_text_encoder else [])]
+    return sum(parameter.numel() for module in trained for parameter in module.parameters())
 
 
 @cache

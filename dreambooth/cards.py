@@ -20,7 +20,7 @@ class Card:
     fp32_tflops: float
     bandwidth_gb_s: float
     source: str
-    fixed_gib: float = 0.69
+    fixed_gib: float = 0.71
     calibrated: bool = False  # True: published training speeds of this very card went into estimate.py
 
 

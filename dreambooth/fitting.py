@@ -2,6 +2,7 @@
 
 Candidates are in the order of what they cost. Weights, optimizer state, EMA and gradients are counted first (`_floor`),
 which rules most of them out; the next one is rehearsed, and what its activations take sharpens the count for the rest.
+If a set fits the step and not the drawing of pictures, these are drawn one at a time.
 Levers that are on already stay on. Optimizer, precision, clipping and what is trained are never touched: they are only
 named, with what each would save, when nothing fits.
 """
@@ -10,12 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dreambooth.architecture import trained_weights
 from dreambooth.cards import fixed_gib
 from dreambooth.choices import Dtype, EmaDevice, OptimizerKind, Weights
 from dreambooth.errors import DoesNotFit
 from dreambooth.machine import GIB
 from dreambooth.prediction import STEP, Prediction
 from dreambooth.recipe import Recipe
+from dreambooth.schema_memory import Memory
 from dreambooth.vram import predict
 
 SHARE = 0.95  # of the card that a chosen set may fill
@@ -23,6 +26,7 @@ STATE_BYTES = {  # an element of the optimizer's state
     OptimizerKind.adamw: 8.0, OptimizerKind.adamw8bit: 2.03, OptimizerKind.paged_adamw8bit: 0.0,
     OptimizerKind.adafactor: 2.0,
 }
+KEPT = {True: 0.2, False: 1.8}  # GiB of activations a row of 512 px, with and without checkpointing; SD 1.5: 0.26, 2
 CHECKPOINTING: dict[str, Any] = {"gradient_checkpointing": True}
 IN_BACKWARD: dict[str, Any] = {"optimizer_in_backward": True, "autocast_cache": False}
 EMA_AWAY: dict[str, Any] = {"ema_device": EmaDevice.cpu}
@@ -55,29 +59,36 @@ def chosen(recipe: Recipe, rehearse: Callable[[Recipe], Prediction] = predict) -
     if not recipe.memory.auto or recipe.device != "cuda" or limit is None:
         return Choice(recipe, rehearse(recipe), (), "")
     room = SHARE * limit
-    activations = {False: 0.0, True: 0.0}  # GiB at least, without and with checkpointing; the latter bounds the former
-    found: tuple[Recipe, Prediction] | None = None
-    skipped: list[str] = []
+    trained = trained_weights(recipe)
+    activations = {kept: _kept(recipe, kept) for kept in (True, False)}  # GiB at least, with and without checkpointing
+    best: Choice | None = None
     for levers in _candidates(recipe):
-        candidate = replace(recipe, memory=_sealed(recipe, levers))
+        candidate = replace(recipe, memory=_sealed(replace(recipe.memory, **levers)))
         checkpointed = candidate.memory.gradient_checkpointing
-        if found and _floor(candidate, found[1]) + activations[checkpointed] > room:
-            skipped.append(_named(levers))
+        last = levers == _candidates(recipe)[-1]
+        if not last and _floor(candidate, trained, activations[checkpointed]) > room:
             continue
-        prediction = rehearse(candidate)
-        found = candidate, prediction
-        needed = card_gib(candidate, prediction)
+        best = _drawing(Choice(candidate, rehearse(candidate), _overrides(levers), ""), room, rehearse)
+        needed = card_gib(best.recipe, best.prediction)
         if needed <= room:
-            return Choice(candidate, prediction, _overrides(levers), _why(levers, needed, limit))
-        over = _activations(prediction)
-        activations[checkpointed] = over
-        if checkpointed:
-            activations[False] = max(activations[False], over)
-    assert found is not None
-    last = replace(recipe, memory=_sealed(recipe, {k: v for one in _candidates(recipe) for k, v in one.items()}))
-    prediction = found[1] if found[0] == last else rehearse(last)
-    needed = card_gib(last, prediction)
-    return Choice(last, prediction, (), f"no set of levers that changes no number fits: {needed:.1f} of {limit:g} GiB")
+            return replace(best, why=_why(best.added, needed, limit))
+        activations[checkpointed] = max(activations[checkpointed], _activations(best.prediction))
+    assert best is not None  # the last one is always rehearsed
+    needed = card_gib(best.recipe, best.prediction)
+    left = f"fills more than {SHARE:.0%} of the card" if needed <= limit else "does not fit"
+    return replace(best, why=f"the smallest set that changes no number {left}: {needed:.1f} of {limit:g} GiB")
+
+
+def _drawing(choice: Choice, room: float, rehearse: Callable[[Recipe], Prediction]) -> Choice:
+    """The same with pictures drawn one at a time, if the step fits and drawing does not."""
+    recipe = choice.recipe
+    step = choice.prediction.most(*STEP).reserved / GIB + fixed_gib(recipe.hardware.gpu)
+    if step > room or card_gib(recipe, choice.prediction) <= room or recipe.prior.sample_batch_size == 1:
+        return choice
+    prior = replace(recipe.prior, sample_batch_size=1)
+    prior.seal()
+    slower = replace(recipe, prior=prior)
+    return Choice(slower, rehearse(slower), (*choice.added, "prior.sample_batch_size=1"), "")
 
 
 def settled(recipe: Recipe) -> tuple[Recipe, dict[str, float], str]:
@@ -125,9 +136,9 @@ def gives(recipe: Recipe, prediction: Prediction) -> Iterator[tuple[str, float]]
         yield "train.train_batch_size=1", _activations(prediction) * (1 - 1 / train.train_batch_size)
 
 
-def _candidates(recipe: Recipe) -> Iterator[dict[str, Any]]:
+def _candidates(recipe: Recipe) -> list[dict[str, Any]]:
     """The ladder, without what would do nothing or break a rule of this run."""
-    seen = []
+    found: list[dict[str, Any]] = []
     for rung in LADDER:
         levers = {key: value for key, value in rung.items() if getattr(recipe.memory, key) != value}
         if not recipe.train.use_ema:
@@ -135,24 +146,31 @@ def _candidates(recipe: Recipe) -> Iterator[dict[str, Any]]:
         refused = recipe.train.gradient_accumulation_steps > 1 or recipe.memory.split_prior
         if levers.get("optimizer_in_backward") and (refused or recipe.memory.offload_optimizer):
             del levers["optimizer_in_backward"]
-        if levers not in seen:
-            seen.append(levers)
-            yield levers
+        if levers not in found:
+            found.append(levers)
+    return found
 
 
-def _sealed(recipe: Recipe, levers: dict[str, Any]) -> Any:
-    memory = replace(recipe.memory, **levers)
+def _sealed(memory: Memory) -> Memory:
     memory.seal()
     return memory
 
 
-def _floor(candidate: Recipe, known: Prediction) -> float:
-    """GiB that must be there at once in a step, activations aside."""
-    memory, count = candidate.memory, known.trained
+def _floor(candidate: Recipe, trained: int, activations: float) -> float:
+    """GiB that must be there at once in a step: activations at its beginning, gradients at its end."""
+    memory = candidate.memory
     size = 4.0 + (0 if memory.offload_optimizer else STATE_BYTES[candidate.optimizer.kind])
-    size += 4.0 if not (memory.optimizer_in_backward or memory.offload_optimizer) else 0.0
     size += 4.0 if candidate.train.use_ema and memory.ema_device is EmaDevice.same else 0.0
-    return size * count / GIB + fixed_gib(candidate.hardware.gpu)
+    if memory.offload_optimizer or memory.weights is Weights.half:
+        size -= 2.0
+    gradients = 0.0 if memory.optimizer_in_backward or memory.offload_optimizer else 4.0 * trained / GIB
+    return size * trained / GIB + max(activations, gradients) + fixed_gib(candidate.hardware.gpu)
+
+
+def _kept(recipe: Recipe, checkpointed: bool) -> float:
+    """GiB of activations that any forward pass of a Stable Diffusion UNet keeps."""
+    rows = recipe.train.train_batch_size * (2 if recipe.with_prior else 1)
+    return KEPT[checkpointed] * rows * (recipe.model.resolution / 512) ** 2
 
 
 def _activations(prediction: Prediction) -> float:
@@ -169,11 +187,7 @@ def _plain(value: Any) -> str:
     return str(getattr(value, "value", value)).lower()
 
 
-def _named(levers: dict[str, Any]) -> str:
-    return " ".join(_overrides(levers)) or "no lever"
-
-
-def _why(levers: dict[str, Any], needed: float, limit: float) -> str:
-    if not levers:
+def _why(added: tuple[str, ...], needed: float, limit: float) -> str:
+    if not added:
         return f"nothing was needed: {needed:.1f} of {limit:g} GiB"
     return f"the fastest set that fits and changes no number: {needed:.1f} of {limit:g} GiB"

@@ -1,6 +1,6 @@
 """What a rehearsal of a run showed: memory by phase and category, work by phase. Plain numbers, in bytes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from dreambooth.allocator import MIB, CachingAllocator
@@ -46,8 +46,10 @@ class Prediction:
         return self.by_phase[self.peak_phase]
 
     def most(self, *phases: str) -> Usage:
-        """The fullest of some phases."""
-        return max((usage for phase, usage in self.by_phase.items() if phase in phases), key=lambda u: u.allocated)
+        """Some phases as one: the most that is reserved in any, and what is there at the fullest moment."""
+        found = [usage for phase, usage in self.by_phase.items() if phase in phases]
+        fullest = max(found, key=lambda usage: usage.allocated)
+        return replace(fullest, reserved=max(usage.reserved for usage in found))
 
     @property
     def step_flops(self) -> int:

@@ -171,6 +171,9 @@ def test_adafactor_keeps_what_transformers_keeps() -> None:
 
 # -- choosing levers ----------------------------------------------------------------------------------------------
 
+ROOMY = {"memory__auto": True, "hardware__usable_vram_gib": 80.0}  # nothing is ruled out by counting
+
+
 class Sized:
     """Stands for a rehearsal: a run takes `needed(recipe)` GiB."""
 
@@ -187,19 +190,19 @@ class Sized:
 
 
 def test_auto_adds_nothing_where_everything_fits() -> None:
-    choice = fitting.chosen(recipe("sd15", memory__auto=True), Sized(lambda r: 10.0))  # type: ignore[arg-type]
+    choice = fitting.chosen(recipe("sd15", **ROOMY), Sized(lambda r: 10.0))  # type: ignore[arg-type]
     assert choice.added == ()
 
 
 def test_auto_takes_the_first_rung_that_fits_95_percent_of_the_card() -> None:
-    needed = Sized(lambda r: 13.0 if r.memory.gradient_checkpointing else 13.3)  # of 13.87, and 0.69 beside it
-    choice = fitting.chosen(recipe("sd15", memory__auto=True), needed)  # type: ignore[arg-type]
+    needed = Sized(lambda r: 75.0 if r.memory.gradient_checkpointing else 75.5)  # of 76, and 0.71 beside it
+    choice = fitting.chosen(recipe("sd15", **ROOMY), needed)  # type: ignore[arg-type]
     assert choice.added == ("memory.gradient_checkpointing=true",)
 
 
 def test_auto_never_touches_what_changes_numbers() -> None:
     asked = Sized(lambda r: 99.0)
-    plain = recipe("sd15", memory__auto=True)
+    plain = recipe("sd15", prior__sample_batch_size=1, **ROOMY)
     fitting.chosen(plain, asked)  # type: ignore[arg-type]
     assert len(asked.asked) > 3
     for candidate in asked.asked:
@@ -208,15 +211,27 @@ def test_auto_never_touches_what_changes_numbers() -> None:
             assert getattr(candidate.memory, key) == getattr(plain.memory, key), key
 
 
+def test_what_cannot_fit_is_counted_out_and_not_rehearsed() -> None:
+    asked = Sized(lambda r: 12.0)
+    fitting.chosen(recipe("sd15", memory__auto=True), asked)  # type: ignore[arg-type]
+    assert asked.asked[0].memory.gradient_checkpointing, "20 bytes a weight are more than a T4 has"
+
+
+def test_pictures_are_drawn_one_at_a_time_where_only_drawing_does_not_fit() -> None:
+    asked = Sized(lambda r: 79.0 if r.prior.sample_batch_size > 1 else 70.0)
+    choice = fitting.chosen(recipe("sd15", **ROOMY), asked)  # type: ignore[arg-type]
+    assert choice.added == ("prior.sample_batch_size=1",)
+
+
 def test_auto_leaves_on_what_the_user_switched_on() -> None:
-    asked = recipe("sd15", memory__auto=True, memory__gradient_checkpointing=True)
+    asked = recipe("sd15", memory__gradient_checkpointing=True, **ROOMY)
     choice = fitting.chosen(asked, Sized(lambda r: 1.0))  # type: ignore[arg-type]
     assert choice.recipe.memory.gradient_checkpointing
 
 
 def test_auto_does_not_step_in_the_backward_pass_while_gradients_accumulate() -> None:
     asked = Sized(lambda r: 99.0)
-    fitting.chosen(recipe("sd15", memory__auto=True, train__gradient_accumulation_steps=2), asked)  # type: ignore[arg-type]
+    fitting.chosen(recipe("sd15", train__gradient_accumulation_steps=2, **ROOMY), asked)  # type: ignore[arg-type]
     assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
 
 
