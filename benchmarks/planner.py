@@ -12,6 +12,7 @@ from statistics import mean, stdev
 
 from dreambooth.cards import CARDS
 from dreambooth.choices import Device, Dtype, EmaDevice, OptimizerKind, Rounding, Weights
+from dreambooth.estimate import step_seconds
 from dreambooth.machine import GIB
 from dreambooth.model import import_libraries
 from dreambooth.prediction import STEP
@@ -22,12 +23,12 @@ from dreambooth.vram import predict
 DOCS = Path(__file__).parents[1] / "docs" / "planner.md"
 BEGIN, END = "<!-- benchmarks/planner.py -->\n", "<!-- end -->\n"
 EIGHT, FULL = OptimizerKind.adamw8bit, OptimizerKind.adamw
-T4 = [  # published decimal GB, batch, accumulation, checkpointing, precision, optimizer
-    (9.92, 1, 1, True, Dtype.fp16, EIGHT), (10.08, 1, 1, True, Dtype.fp32, EIGHT),
-    (10.4, 2, 1, True, Dtype.fp16, EIGHT), (11.17, 1, 1, False, Dtype.fp16, EIGHT),
-    (11.17, 1, 1, False, Dtype.fp32, EIGHT), (11.56, 1, 2, True, Dtype.fp16, EIGHT),
-    (13.67, 2, 1, False, Dtype.fp16, EIGHT), (13.7, 1, 2, False, Dtype.fp16, EIGHT),
-    (15.79, 1, 1, True, Dtype.fp16, FULL)]
+T4 = [  # published decimal GB and steps a second, batch, accumulation, checkpointing, precision, optimizer
+    (9.92, 0.93, 1, 1, True, Dtype.fp16, EIGHT), (10.08, 0.42, 1, 1, True, Dtype.fp32, EIGHT),
+    (10.4, 0.66, 2, 1, True, Dtype.fp16, EIGHT), (11.17, 1.14, 1, 1, False, Dtype.fp16, EIGHT),
+    (11.17, None, 1, 1, False, Dtype.fp32, EIGHT), (11.56, None, 1, 2, True, Dtype.fp16, EIGHT),
+    (13.67, 0.82, 2, 1, False, Dtype.fp16, EIGHT), (13.7, None, 1, 2, False, Dtype.fp16, EIGHT),
+    (15.79, 0.77, 1, 1, True, Dtype.fp16, FULL)]
 LOWEST = {"memory__gradient_checkpointing": True, "memory__optimizer_in_backward": True,
           "memory__autocast_cache": False, "memory__ema_device": EmaDevice.cpu, "memory__expandable_segments": True}
 BUDGETS = [  # everything trained: UNet and text encoder, EMA of both, prior preservation
@@ -35,9 +36,6 @@ BUDGETS = [  # everything trained: UNet and text encoder, EMA of both, prior pre
     (11.1, "AdamW8bit, lowest with EMA on the card", {"optimizer__kind": EIGHT, "memory__ema_device": EmaDevice.same}),
     (7.4, "AdamW8bit, memory=lowest", {"optimizer__kind": EIGHT}),
     (4.9, "AdamW8bit, lowest, half weights", {"optimizer__kind": EIGHT, "memory__weights": Weights.half,
-                                              "memory__rounding": Rounding.stochastic}),
-    (4.9, "Adafactor, lowest, half weights", {"optimizer__kind": OptimizerKind.adafactor, "optimizer__beta1": 0.0,
-                                              "memory__weights": Weights.half,
                                               "memory__rounding": Rounding.stochastic})]
 
 
@@ -56,23 +54,26 @@ def recipe(**changed: object) -> Recipe:
     return resolve(config, Path("runs/plan"))
 
 
-def reserved(found: Recipe) -> tuple[float, float]:
-    """GiB at the step's fullest moment, and the CPU seconds that it took to say so."""
+def reserved(found: Recipe) -> tuple[float, float, float]:
+    """GiB at the step's fullest moment, estimated seconds a step, and the CPU seconds that it took to say so."""
     began = time.process_time()
-    usage = predict(found).most(*STEP)
-    return usage.reserved / GIB, time.process_time() - began
+    prediction = predict(found)
+    usage = prediction.most(*STEP)
+    return usage.reserved / GIB, step_seconds(found, prediction, CARDS["T4"]), time.process_time() - began
 
 
 def published() -> list[str]:
     """The tables."""
-    rows = []
-    for gigabytes, batch, accumulation, checkpointing, dtype, kind in T4:
-        value, seconds = reserved(recipe(
+    rows, speeds = [], ["| T4, published | s a step | estimated | error |", "|---|---|---|---|"]
+    for gigabytes, rate, batch, accumulation, checkpointing, dtype, kind in T4:
+        value, step, seconds = reserved(recipe(
             train__train_batch_size=batch, train__gradient_accumulation_steps=accumulation, optimizer__kind=kind,
             memory__gradient_checkpointing=checkpointing, precision__dtype=dtype))
         name = (f"{dtype.value}, batch {batch}, accumulation {accumulation}, "
                 f"{'checkpointing, ' if checkpointing else ''}{kind.value}")
         rows.append((name, gigabytes * 1e9 / GIB, value, seconds))
+        if rate is not None:
+            speeds.append(f"| {name} | {1 / rate:.2f} | {step:.2f} | {step * rate - 1:+.0%} |")
         print(*rows[-1], flush=True)
     offsets = [there - value for _, there, value, _ in rows]
     lines = ["| T4, published | GiB | reserved | constant from the other 8 | predicted | error | CPU s |",
@@ -91,11 +92,11 @@ def published() -> list[str]:
             ("RTX 3060, text encoder too, no prior", 11124 / 1024, text),
             ("the same, batch 5", 11694 / 1024, text | {"train__train_batch_size": 5}),
             ("the same, 1024 px", 11598 / 1024, text | {"model__resolution": 1024})):
-        value, _ = reserved(recipe(**changed))
+        value, *_ = reserved(recipe(**changed))
         needed = value + CARDS["T4"].fixed_gib
         lines.append(f"| {name} | {there:.2f} | {value:.2f} | {needed:.2f} | {needed / there - 1:+.1%} |")
         print(lines[-1], flush=True)
-    return lines
+    return [*lines, "", *speeds]
 
 
 def budgets() -> list[str]:
@@ -105,8 +106,8 @@ def budgets() -> list[str]:
         found = [reserved(recipe(**(LOWEST | changed | {
             "train__train_text_encoder": True, "train__use_ema": True, "train__max_grad_norm": limit})))
             for limit in (1.0, None)]
-        cells = " | ".join(f"{value + CARDS['T4'].fixed_gib:.2f}" for value, _ in found)
-        lines.append(f"| {name} | {aim} | {cells} | {max(seconds for _, seconds in found):.1f} |")
+        cells = " | ".join(f"{value + CARDS['T4'].fixed_gib:.2f}" for value, *_ in found)
+        lines.append(f"| {name} | {aim} | {cells} | {max(seconds for *_, seconds in found):.1f} |")
         print(lines[-1], flush=True)
     return lines
 

@@ -124,8 +124,7 @@ def gives(recipe: Recipe, prediction: Prediction) -> Iterator[tuple[str, float]]
     if not memory.offload_optimizer:
         if recipe.optimizer.kind is OptimizerKind.adamw:
             yield "optimizer=adamw8bit", millions * (state - STATE_BYTES[OptimizerKind.adamw8bit])
-        yield ("memory=low memory.offload_optimizer=true (needs "
-               f"{millions * 16:.0f} GiB of host memory, slow)", millions * (state + 2))
+        yield (f"memory.offload_optimizer=true ({millions * 16:.0f} GiB of host memory, slow)", millions * (state + 2))
     if memory.weights is Weights.full and recipe.precision.dtype is not Dtype.fp32 and not memory.offload_optimizer:
         yield "memory.weights=half memory.rounding=stochastic", millions * 2
     if train.use_ema and memory.ema_device is EmaDevice.same and not memory.offload_optimizer:

@@ -61,7 +61,7 @@ def _job(config: Config, sweep: bool) -> float:
     if not planned.fits:
         raise DoesNotFit(fitting.does_not_fit(planned.recipe, planned.prediction) if planned.recipe.device == "cuda"
                          else "this machine has too little memory or disk for the run: see the table")
-    return planned.card
+    return planned.card or 0.0
 
 
 def _show(config: Config) -> None:

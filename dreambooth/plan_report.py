@@ -1,9 +1,10 @@
 """The words and figures of a plan: a table of 80 columns, one of several cards, JSON, a picture."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from dreambooth import fitting
@@ -15,6 +16,7 @@ from dreambooth.recipe import Recipe
 from dreambooth.replay import curve
 
 CATEGORIES = ("weights", "gradients", "optimizer", "ema", "activations", "temporaries")
+WIDTH = 80  # columns
 PHASES = ("load", "class_images", "caching", *STEP, "sample", "save")
 
 
@@ -28,14 +30,15 @@ class Planned:
     why: str
 
     @property
-    def card(self) -> float:
-        return fitting.card_gib(self.recipe, self.prediction)
+    def card(self) -> float | None:
+        """GiB; None for a run without a card."""
+        return fitting.card_gib(self.recipe, self.prediction) if self.recipe.device == "cuda" else None
 
     @property
     def fits(self) -> bool:
         """Card, host memory and disk, as far as they are known."""
         hardware = self.recipe.hardware
-        known = ((self.card if self.recipe.device == "cuda" else None, hardware.usable_vram_gib),
+        known = ((self.card, hardware.usable_vram_gib),
                  (host_gib(self.prediction), hardware.host_ram_gib),
                  (disk_gib(self.recipe, self.prediction), hardware.disk_gib))
         return all(need is None or there is None or need <= there for need, there in known)
@@ -49,7 +52,7 @@ def as_json(planned: Planned) -> dict[str, Any]:
     """Figures for programs: GiB, seconds, US dollars; null where a card or price is unknown."""
     recipe, prediction, time = planned.recipe, planned.prediction, planned.estimate
     return {
-        "hardware": recipe.hardware.name, "fits": planned.fits, "card_gib": round(planned.card, 3),
+        "hardware": recipe.hardware.name, "fits": planned.fits, "card_gib": _rounded(planned.card),
         "reserved_gib": round(prediction.reserved / GIB, 3),
         "allocated_gib": round(prediction.peak.allocated / GIB, 3),
         "usable_vram_gib": recipe.hardware.usable_vram_gib,
@@ -72,21 +75,22 @@ def table(planned: Planned) -> str:
     lines = [_title(recipe), "", *_phases(prediction), "", *_verdict(planned), "", *_cost(planned)]
     if planned.why:
         lines += ["", f"memory=auto: {planned.why}", *(f"  {override}" for override in planned.added)]
-    if ways := list(fitting.gives(recipe, prediction)):
+    if recipe.device == "cuda" and (ways := list(fitting.gives(recipe, prediction))):
         lines += ["", "would save on the card (about, while it steps; each changes the run's numbers)"]
         lines += [f"  {saved:4.1f} GiB  {what}" for what, saved in ways]
-    return "\n".join(lines)
+    return "\n".join(fill(line, WIDTH, subsequent_indent="  ") if len(line) > WIDTH else line for line in lines)
 
 
 def comparison(plans: Sequence[Planned]) -> str:
     """Several plans, a row each."""
-    rows = [("hardware", "card", "needs", "of", "fits", "s/step", "run", "price", "chosen")]
+    rows = [("hardware", "card", "needs", "of", "fits", "s/step", "run", "price", "levers added")]
     for planned in plans:
         time, hardware = planned.estimate, planned.recipe.hardware
         rows.append((
-            hardware.name, hardware.gpu or "-", f"{planned.card:.1f}", f"{hardware.usable_vram_gib or 0:g}",
+            hardware.name, hardware.gpu or "-", _number(planned.card, "{:.1f}"),
+            _number(hardware.usable_vram_gib, "{:g}"),
             "yes" if planned.fits else "NO", _number(time.step_seconds, "{:.1f}"), _clock(time.run_seconds),
-            _number(time.price_usd, "${:.2f}"), f"{len(planned.added)} levers"))
+            _number(time.price_usd, "${:.2f}"), str(len(planned.added))))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, "GiB predicted, never measured; time and price are estimates: see docs/planner.md"])
@@ -133,24 +137,23 @@ def _title(recipe: Recipe) -> str:
 
 def _phases(prediction: Prediction) -> list[str]:
     heads = ("weights", "gradients", "optimizer", "EMA", "activ.", "other")
-    lines = [f"{'GiB at the peak':<16}{'total':>7}" + "".join(f"{head:>10}" for head in heads)]
+    lines = [f"{'GiB, fullest':<14}{'total':>6}" + "".join(f"{head:>10}" for head in heads)]
     for phase in PHASES:
         if usage := prediction.by_phase.get(phase):
             parts = {kind: usage.by_category.get(kind, 0) for kind in CATEGORIES[:-1]}
             other = sum(usage.by_category.values()) - sum(parts.values())
             cells = "".join(f"{size / GIB:>10.2f}" if size > GIB / 200 else f"{'-':>10}"
                             for size in (*parts.values(), other))
-            lines.append(f"{phase.replace('_', ' '):<16}{usage.allocated / GIB:>7.2f}{cells}")
+            lines.append(f"{phase.replace('_', ' '):<14}{usage.allocated / GIB:>6.2f}{cells}")
     return lines
 
 
 def _verdict(planned: Planned) -> list[str]:
     recipe, prediction, hardware = planned.recipe, planned.prediction, planned.recipe.hardware
-    if recipe.device == "cuda":
+    rows: list[tuple[str, float, float | None, str]] = []
+    if planned.card is not None:
         rows = [("card", planned.card, hardware.usable_vram_gib,
                  f"{prediction.reserved / GIB:.2f} reserved, {fixed_gib(hardware.gpu):g} CUDA")]
-    else:
-        rows = []
     rows += [("host memory", host_gib(prediction), hardware.host_ram_gib, ""),
              ("disk", disk_gib(recipe, prediction), hardware.disk_gib, "checkpoints, model, base")]
     return [f"{name:<12}{need:>7.1f} GiB{_of(need, there)}" + (f"  ({note})" if note else "")
@@ -189,5 +192,3 @@ def _number(value: float | None, form: str) -> str:
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
-
-__all__ = ["Mapping", "Planned", "as_json", "comparison", "dumped", "plot", "table"]
