@@ -135,13 +135,22 @@ def _numbers(state: TrainState, scaler: torch.amp.GradScaler) -> dict[str, Any]:
 
 
 def _flatten(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by 'parameter.name', and the rest as JSON."""
+    """An optimizer's state as tensors by 'parameter.name', and the rest as JSON.
+
+    bitsandbytes puts part of a parameter's state into a dict of its own, and reads it back without; its table of 8-bit
+    values is one tensor for all parameters, which safetensors does not take.
+    """
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {"param_groups": state_dict["param_groups"], "state": {}}
+    seen: set[int] = set()
     for index, entries in state_dict["state"].items():
-        for name, value in entries.items():
+        inner = [item for value in entries.values() if isinstance(value, dict) for item in value.items()]
+        outer = [item for item in entries.items() if not isinstance(item[1], dict)]
+        for name, value in outer + inner:
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().contiguous()
+                place = value.untyped_storage()._cdata
+                tensors[f"{index}.{name}"] = value.detach().clone() if place in seen else value.detach().contiguous()
+                seen.add(place)
             else:
                 rest["state"].setdefault(str(index), {})[name] = value
     return tensors, rest

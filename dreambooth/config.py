@@ -71,8 +71,8 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     """Ten hex digits over everything that changes the result of a run, the photos' content included.
 
     Left out: how it is computed (hardware, and of memory what changes no number), what is only looked at (sample,
-    tracking, checkpoint), and `max_train_steps` as long as the learning rate does not depend on it, so that more steps extend a run. In a sweep
-    that chooses `max_train_steps` each choice is a run of its own.
+    tracking, checkpoint), and `max_train_steps` as long as the learning rate does not depend on it, so that more steps
+    extend a run. In a sweep that chooses `max_train_steps` each choice is a run of its own.
     """
     def plain(section: str) -> dict[str, Any]:
         found: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]

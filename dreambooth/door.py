@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 
 from dreambooth.errors import DreamBoothError, Interrupted
+from dreambooth.schema import Memory
 
 ENVIRONMENT = {  # for libraries that look before we can tell them; what the user has set wins
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are several times slower when anything else wants a core
@@ -37,6 +38,15 @@ def attempt(job: Callable[[], float | None], sweep: bool) -> float | None:
     if sweep and _codes[-1] == Interrupted.exit_code:
         sys.exit(Interrupted.exit_code)
     return math.nan
+
+
+def allocator(memory: Memory) -> None:
+    """Settings of PyTorch's CUDA allocator, which it reads when torch is imported; what the user has set wins."""
+    chosen = {"expandable_segments": "True" if memory.expandable_segments else None,
+              "max_split_size_mb": memory.max_split_size_mb}
+    text = ",".join(f"{key}:{value}" for key, value in chosen.items() if value is not None)
+    if text and not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = text
 
 
 def leave() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dreambooth import checkpoint
 from dreambooth.console import Bar
+from dreambooth.ema import swapped
 from dreambooth.engine import Engine
 from dreambooth.errors import Interrupted
 from dreambooth.meter import Meter
@@ -61,7 +62,7 @@ class Samples:
 
     def now(self, step: int) -> None:
         """Sample after `step` completed steps."""
-        with self.meter.phase("sample"), averaged(self.setup):
+        with self.meter.phase("sample"), self.setup.idle.present(), averaged(self.setup):
             self.book.add(step, self.setup.pipeline, self.engine.autocast)
 
 
@@ -104,6 +105,12 @@ class Halt:
                           "repeat the command to go on")
 
 
-def averaged(setup: Setup) -> AbstractContextManager[Any]:
-    """The EMA weights in place of the live ones for a while, if there is an EMA."""
-    return setup.state.ema.swapped_into(setup.trained) if setup.state.ema is not None else nullcontext()
+def averaged(setup: Setup, exact: bool = False) -> AbstractContextManager[Any]:
+    """The EMA weights in place of the live ones for a while, if there is an EMA.
+
+    Args:
+        exact: to be written, not computed with: in their own precision, and without an EMA the weights as trained.
+    """
+    if setup.state.ema is not None:
+        return swapped(setup.trained, setup.state.ema.average, exact)
+    return swapped(setup.trained, setup.state.weights(setup.trained), exact) if exact else nullcontext()

@@ -1,5 +1,6 @@
 """Loads the base model's parts and applies precision, attention and checkpointing."""
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,9 +122,8 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
         parts.safety_checker, parts.feature_extractor = _safety(recipe.source, frozen, weights)
     except (OSError, ValueError) as error:
         raise UserError(_missing(recipe, error)) from error
-    for module in (parts.unet, parts.text_encoder, parts.vae, parts.safety_checker):
-        if module is not None:
-            module.requires_grad_(False).eval().to(device)
+    for module in (parts.unet, parts.text_encoder, parts.vae):
+        module.requires_grad_(False).eval().to(device)
     _check_resolution(recipe, parts)
     return parts
 
@@ -175,6 +175,7 @@ def import_libraries() -> None:
             library.utils.logging.disable_progress_bar()
             if variable not in os.environ:
                 library.utils.logging.set_verbosity_error()  # their advice is not for our users
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks up for 4-bit kernels that nobody asks for
         import diffusers.models.unets.unet_2d_condition
         import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
 

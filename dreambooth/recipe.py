@@ -11,7 +11,7 @@ from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 
-from dreambooth.choices import AttentionKind, Device, Dtype, LrSchedule, OptimizerKind
+from dreambooth.choices import AttentionKind, Device, Dtype, LrSchedule, OptimizerKind, Rounding, Weights
 from dreambooth.errors import ConfigError
 from dreambooth.machine import Machine
 from dreambooth.packaged import asset
@@ -139,6 +139,7 @@ def _problems(config: Config, device: str, machine: Machine | None) -> Iterator[
     yield from _device_problems(config, device, machine)
     yield from _data_problems(config)
     yield from _training_problems(config)
+    yield from _memory_problems(config)
 
 
 def _device_problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:
@@ -156,8 +157,13 @@ def _device_problems(config: Config, device: str, machine: Machine | None) -> It
             yield "attention=xformers needs a CUDA GPU: type attention=sdpa"
         elif machine is not None and find_spec("xformers") is None:
             yield "attention=xformers needs a package: pip install 'dreambooth[cuda]', or type attention=sdpa"
-    if config.optimizer.kind is OptimizerKind.adamw8bit and machine is not None and find_spec("bitsandbytes") is None:
-        yield "optimizer=adamw8bit needs a package: pip install 'dreambooth[cuda]', or type optimizer=adamw"
+    kind = config.optimizer.kind
+    if kind in (OptimizerKind.adamw8bit, OptimizerKind.paged_adamw8bit):
+        if machine is not None and find_spec("bitsandbytes") is None:
+            yield f"optimizer={kind.value} needs a package: pip install 'dreambooth[cuda]', or type optimizer=adamw"
+        if kind is OptimizerKind.paged_adamw8bit and (device == "cpu" or config.memory.offload_optimizer):
+            yield ("optimizer=paged_adamw8bit pages between a CUDA GPU and host memory: type optimizer=adamw8bit "
+                   "for a state in host memory")
 
 
 def _data_problems(config: Config) -> Iterator[str]:
@@ -192,3 +198,30 @@ def _training_problems(config: Config) -> Iterator[str]:
                f"type at most train.lr_warmup_steps={train.max_train_steps}")
     if resume not in ("auto", "never") and not (Path(resume) / "state.json").is_file():
         yield f"there is no checkpoint at {resume}: type checkpoint.resume=auto, never, or checkpoints/step-..."
+
+
+def _memory_problems(config: Config) -> Iterator[str]:
+    memory, train = config.memory, config.train
+    for needed, other in ((train.gradient_accumulation_steps > 1, "train.gradient_accumulation_steps=1"),
+                          (memory.split_prior, "memory.split_prior=false"),
+                          (memory.offload_optimizer, "memory.offload_optimizer=false")):
+        if memory.optimizer_in_backward and needed:
+            yield ("memory.optimizer_in_backward steps after one backward pass and has its gradients to itself: "
+                   f"type memory.optimizer_in_backward=false, or {other}")
+    half = memory.weights is Weights.half
+    if half and config.precision.dtype is Dtype.fp32:
+        yield ("memory.weights=half takes the compute precision: type precision=bf16, precision=fp16 "
+               "or memory.weights=full")
+    if half and memory.rounding is None:
+        yield ("memory.weights=half loses small updates when it rounds to nearest: type memory.rounding=stochastic "
+               "or memory.rounding=kahan")
+    if half and memory.offload_optimizer:
+        yield ("memory.offload_optimizer computes with half weights and keeps fp32 ones in host memory: "
+               "type memory.weights=full memory.rounding=null")
+    if half and memory.rounding is Rounding.kahan and config.optimizer.kind is OptimizerKind.adafactor:
+        yield "memory.rounding=kahan was not tried with optimizer=adafactor: type memory.rounding=stochastic"
+    if memory.rounding is not None and not half:
+        yield "memory.rounding is of half weights: type memory.weights=half, or memory.rounding=null"
+    if train.use_ema and train.max_train_steps % memory.ema_every:
+        yield (f"memory.ema_every={memory.ema_every} would leave the last steps out of the average: type a "
+               "train.max_train_steps that is a multiple of it, or memory.ema_every=1")

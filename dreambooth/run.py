@@ -1,10 +1,11 @@
 """The composition root: Recipe in, Result out. The only file that knows everyone; it decides nothing itself."""
 
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 
-from dreambooth import checkpoint, export, files, model, provenance, report
+from dreambooth import checkpoint, export, files, model, oom, provenance, report
 from dreambooth.console import Console
 from dreambooth.engine import Engine, accelerated
 from dreambooth.hooks import Halt, Hook, Log, Samples, Save, averaged
@@ -21,14 +22,17 @@ from dreambooth.tracked import tracked
 from dreambooth.tracking import Tracker
 
 
-def execute(recipe: Recipe, stop: Stop) -> Result:
+def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = None) -> Result:
     """Train, go on training or, if there is nothing left to do, report the run that `recipe` describes.
+
+    Args:
+        predicted: peaks by phase in GiB, told beside the seen ones if memory runs out.
 
     Raises:
         DreamBoothError: see errors.py. Whatever was saved before stays.
     """
     model.import_libraries()
-    engine, accelerator = accelerated(recipe.device, recipe.precision.dtype)
+    engine, accelerator = accelerated(recipe.device, recipe.precision.dtype, recipe.memory.autocast_cache)
     console = Console(quiet=not engine.main)
     with locked(recipe.run_dir) if engine.main else nullcontext():
         done: Result | None = engine.share(finished(recipe) if engine.main else None)
@@ -38,10 +42,11 @@ def execute(recipe: Recipe, stop: Stop) -> Result:
                 return done
         console.table(report.plan(recipe))
         start = engine.share(resume_point(recipe.run_dir, recipe.checkpoint.resume) if engine.main else None)
-        meter = Meter(engine.device)
+        meter = Meter(engine.device, partial(oom.advice, recipe=recipe), predicted)
         setup = assemble(recipe, engine, accelerator, console, meter, stop)
         if start:
-            checkpoint.restore(start, setup.state, setup.trained, engine.scaler)
+            with meter.phase("resume"):
+                checkpoint.restore(start, setup.state, setup.trained, engine.scaler)
             console.say(f"going on after step {setup.state.step} from {start.name}")
         if engine.main:
             check_disk(recipe.run_dir, _needed_bytes(recipe, setup))
@@ -83,14 +88,15 @@ def _needed_bytes(recipe: Recipe, setup: Setup) -> int:
 def _finish(recipe: Recipe, engine: Engine, setup: Setup, tracker: Tracker, meter: Meter, seconds: float) -> Result:
     """Score and export what samples are made of: the EMA weights, if there are any."""
     step = setup.state.step
-    with meter.phase("export"), averaged(setup):
-        with engine.autocast():
+    with meter.phase("export"):
+        with averaged(setup), engine.autocast():
             objective = instance_loss(setup)
         result = Result(step, objective, seconds, str(recipe.run_dir), "model")
         if not engine.main:
             return result
-        parts = model.exact_frozen(setup.parts, recipe)
-        folder = export.export(parts, recipe, step, recipe.run_dir / "contact_sheet.png")
+        with averaged(setup, exact=True):
+            parts = model.exact_frozen(setup.parts, recipe)
+            folder = export.export(parts, recipe, step, recipe.run_dir / "contact_sheet.png")
     tracker.metrics(step, meter.peaks | {"objective": objective, "skipped_steps": setup.state.skipped})
     tracker.tags({"model": str(folder)})
     for name in ("contact_sheet.png", "model/README.md", "run.json"):

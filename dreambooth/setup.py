@@ -7,14 +7,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dreambooth import model, prior, sampling
+from dreambooth import latents as kept
+from dreambooth import memory, model, prior, sampling
 from dreambooth.choices import EmaDevice
 from dreambooth.console import Console
 from dreambooth.data import Batches, Concept, Latents
 from dreambooth.ema import Ema
 from dreambooth.engine import Engine
+from dreambooth.errors import UserError
+from dreambooth.idle import Idle
+from dreambooth.levered import Levered
 from dreambooth.meter import Meter
-from dreambooth.optim import build_optimizer, build_schedule
+from dreambooth.optim import build_schedule, maker
 from dreambooth.photos import Photo, list_photos, load_photos
 from dreambooth.recipe import Recipe
 from dreambooth.signals import Stop
@@ -32,13 +36,15 @@ class Setup:
     state: TrainState
     trained: nn.Module  # the Denoiser itself, never a wrapper
     pipeline: Any  # over the live parts
+    idle: Idle  # parts that the step does not use
 
 
 def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: Console, meter: Meter,
              stop: Stop) -> Setup:
     """Load and build everything; what is wrong with photos is said before the model is loaded."""
-    photos = load_photos(list_photos(recipe.instance_dir), recipe.instance_prompt, recipe.model.resolution)
+    _check_processes(recipe, engine)
     with meter.phase("load"):
+        photos = load_photos(list_photos(recipe.instance_dir), recipe.instance_prompt, recipe.model.resolution)
         parts = model.load(recipe, engine.device)
     _check_prompts(parts, recipe, photos)
     pipeline = sampling.build_pipeline(parts)
@@ -46,19 +52,33 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
     if recipe.with_prior:
         with meter.phase("class_images"):
             concepts.append(_concept(recipe, "class", _class_images(recipe, pipeline, engine, console, stop)))
-    denoiser = model.prepare(parts, recipe)
     with meter.phase("caching"):
         latents = _latents(recipe, parts, concepts, console)
+        text = _text(recipe, parts, concepts)
+        idle = _idle(recipe, parts, engine)
+        idle.rest()
     schedule = parts.noise_schedule()
     batches = Batches(
-        concepts=concepts, latents=latents, text=_text(recipe, parts, concepts),
+        concepts=concepts, latents=latents, text=text,
         latent_shape=_latent_shape(recipe, parts), timesteps=schedule.length,
         seed=recipe.train.seed, batch_size=recipe.train.train_batch_size,
         accumulation=recipe.train.gradient_accumulation_steps, device=engine.device,
         rank=engine.rank, world=engine.world, noise_offset=recipe.train.noise_offset)
-    objective = Objective(schedule, recipe.prior.prior_loss_weight, recipe.train.snr_gamma)
-    state = _state(recipe, denoiser, accelerator)
-    return Setup(parts, photos, batches, objective, state, denoiser, pipeline)
+    objective = Objective(schedule, recipe.prior.prior_loss_weight, recipe.train.snr_gamma,
+                          recipe.memory.split_prior)
+    with meter.phase("state"):
+        denoiser = model.prepare(parts, recipe)
+        state = _state(recipe, denoiser, accelerator)
+    return Setup(parts, photos, batches, objective, state, denoiser, pipeline, idle)
+
+
+def _check_processes(recipe: Recipe, engine: Engine) -> None:
+    """Data parallel averages gradients after a backward pass; these levers have used them by then."""
+    spec = recipe.memory
+    for lever in ("optimizer_in_backward", "offload_optimizer"):
+        if engine.world > 1 and getattr(spec, lever):
+            raise UserError(f"memory.{lever}=true works in one process: type memory.{lever}=false, or start without "
+                            "torchrun")
 
 
 def _check_prompts(parts: model.Components, recipe: Recipe, photos: list[Photo]) -> None:
@@ -90,7 +110,11 @@ def _class_images(recipe: Recipe, pipeline: Any, engine: Engine, console: Consol
 
 
 def _latents(recipe: Recipe, parts: model.Components, concepts: list[Concept], console: Console) -> Latents:
-    latents = Latents(parts.encode, recipe.model.resolution, parts.scaling_factor)
+    keep = None
+    if recipe.memory.cache_latents:
+        keep = kept.Keep(recipe.memory.latent_cache, parts.vae.device, recipe.run_root / "latents",
+                         kept.digest(parts.vae))
+    latents = Latents(parts.encode, recipe.model.resolution, parts.scaling_factor, keep)
     if recipe.memory.cache_latents:
         flips = 2 if recipe.dataset.random_flip else 1
         with console.bar("encoding", flips * sum(len(concept.photos) for concept in concepts)) as bar:
@@ -108,17 +132,23 @@ def _text(recipe: Recipe, parts: model.Components, concepts: list[Concept]) -> A
     return known.__getitem__
 
 
+def _idle(recipe: Recipe, parts: model.Components, engine: Engine) -> Idle:
+    text_rests = recipe.memory.cache_text and not recipe.train.train_text_encoder
+    return Idle([parts.vae] * recipe.memory.cache_latents + [parts.text_encoder] * text_rests, engine.device)
+
+
 def _latent_shape(recipe: Recipe, parts: model.Components) -> tuple[int, int, int]:
     side = recipe.model.resolution // parts.vae_scale
     return parts.latent_channels, side, side
 
 
 def _state(recipe: Recipe, denoiser: model.Denoiser, accelerator: Accelerator) -> TrainState:
+    optimizer = memory.equip(denoiser, maker(recipe.optimizer, recipe.train.learning_rate), recipe.memory,
+                             model.TORCH_DTYPE[recipe.precision.dtype], recipe.train.seed)
     ema = None
     if recipe.train.use_ema:
         device = torch.device("cpu") if recipe.memory.ema_device is EmaDevice.cpu else None
-        ema = Ema(denoiser, recipe.train.ema_decay, device)
-    trained = [p for p in denoiser.parameters() if p.requires_grad]
-    optimizer = build_optimizer(trained, recipe.optimizer, recipe.train.learning_rate)
+        weights = optimizer.weights() if isinstance(optimizer, Levered) else denoiser
+        ema = Ema(weights, recipe.train.ema_decay, device, recipe.memory.ema_every)
     wrapped: nn.Module = accelerator.prepare_model(denoiser)
     return TrainState(wrapped, optimizer, build_schedule(optimizer, recipe.train), ema)

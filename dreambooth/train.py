@@ -33,7 +33,9 @@ def _job(cfg: DictConfig, run_dir: Path) -> float:
     try:
         if typed_password(cfg):
             forget_overrides(run_dir)
-        recipe = resolve(load(cfg), run_dir, detect())
+        config = load(cfg)
+        door.allocator(config.memory)
+        recipe = resolve(config, run_dir, detect())
         with stoppable() as stop:
             from dreambooth.run import execute
 

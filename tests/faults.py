@@ -198,6 +198,40 @@ def _no_memory(seed: int) -> None:
     step.Objective.__call__ = objective
 
 
+def _limited() -> None:
+    """Give this process 256 MiB of address space more than it has."""
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 2**28
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _little_memory_in_step_3(seed: int) -> None:
+    from dreambooth import run
+
+    step = run.train_step
+
+    def stepping(state: Any, *args: Any, **kwargs: Any) -> Any:
+        if state.step == 2:
+            _limited()
+        return step(state, *args, **kwargs)
+
+    run.train_step = stepping
+
+
+def _little_memory_in_class_images(seed: int) -> None:
+    from dreambooth import prior
+
+    make = prior.make
+
+    def making(*args: Any, **kwargs: Any) -> Any:
+        _limited()
+        return make(*args, **kwargs)
+
+    prior.make = making
+
+
 def _no_disk(seed: int) -> None:
     from dreambooth import runfolder
 
@@ -235,6 +269,8 @@ def _signal_at_step(number: int) -> Callable[[int], None]:
 OTHERS: dict[str, Callable[[int], None]] = {
     "no_memory": _no_memory,
     "no_disk": _no_disk,
+    "little_memory_in_step_3": _little_memory_in_step_3,
+    "little_memory_in_class_images": _little_memory_in_class_images,
     "bug": _bug,
     "sigterm": _signal_at_step(signal.SIGTERM),
     "ctrl_c": _signal_at_step(signal.SIGINT),

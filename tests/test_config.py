@@ -30,7 +30,7 @@ def recipe(*overrides: str, machine: Machine | None = None) -> Recipe:
 
 @pytest.mark.parametrize("group, name", FILES)
 def test_every_file_composes_and_resolves(group: str, name: str) -> None:
-    extra = {"fp16": ["hardware=g4dn"], "xformers": ["hardware=g4dn"]}.get(name, [])
+    extra = ["hardware=g4dn"] if name in ("fp16", "xformers", "paged_adamw8bit") else []
     recipe(f"{group}={name}", *extra, *PHOTOS)
 
 
@@ -115,9 +115,10 @@ def test_a_recipe_cannot_be_changed_and_its_settings_hold_no_server() -> None:
 
 
 SAME = ["hardware=cpu", "memory=low", "tracking=none", "sample.every=7", "checkpoint.keep=9", "run_root=/x",
-        "train.max_train_steps=9", "prior.sample_batch_size=1"]
+        "train.max_train_steps=9", "prior.sample_batch_size=1", "memory=lowest", "memory.offload_optimizer=true"]
 OTHER = ["train.learning_rate=1", "train.seed=1", "dataset.instance_prompt=a zwx", "model.resolution=128",
-         "precision=bf16", "prior.prior_loss_weight=9", "train.lr_scheduler=cosine", "optimizer.eps=1"]
+         "precision=bf16", "prior.prior_loss_weight=9", "train.lr_scheduler=cosine", "optimizer.eps=1",
+         "memory.weights=half", "memory.rounding=kahan", "memory.ema_every=2"]
 
 
 @pytest.mark.parametrize("override", SAME)

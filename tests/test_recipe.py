@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from test_config import made
 
 from dreambooth import recipe as rules
-from dreambooth.choices import AttentionKind, Device, Dtype, LrSchedule, OptimizerKind
+from dreambooth.choices import AttentionKind, Device, Dtype, LrSchedule, OptimizerKind, Rounding, Weights
 from dreambooth.config import load
 from dreambooth.errors import ConfigError
 from dreambooth.machine import Machine
@@ -66,6 +66,24 @@ BROKEN = {  # what is broken -> (machine, values, what to type)
     "warm-up of a constant rate": (None, {"train__lr_warmup_steps": 5}, "train.lr_scheduler=constant_with_warmup"),
     "a warm-up longer than the run": (
         None, {"train__lr_warmup_steps": 900, "train__lr_scheduler": LrSchedule.cosine}, "train.lr_warmup_steps=800"),
+    "accumulation with the optimizer in backward": (
+        None, {"memory__optimizer_in_backward": True, "train__gradient_accumulation_steps": 2},
+        "train.gradient_accumulation_steps=1"),
+    "a split prior pass with the optimizer in backward": (
+        None, {"memory__optimizer_in_backward": True, "memory__split_prior": True}, "memory.split_prior=false"),
+    "offload with the optimizer in backward": (
+        None, {"memory__optimizer_in_backward": True, "memory__offload_optimizer": True},
+        "memory.offload_optimizer=false"),
+    "half weights in fp32": (
+        None, {"memory__weights": Weights.half, "memory__rounding": Rounding.kahan}, "precision=bf16"),
+    "half weights rounded to nearest": (
+        None, {"memory__weights": Weights.half, "precision__dtype": Dtype.bf16}, "memory.rounding=stochastic"),
+    "half weights and offload": (
+        None, {"memory__weights": Weights.half, "precision__dtype": Dtype.bf16, "memory__rounding": Rounding.kahan,
+               "memory__offload_optimizer": True}, "memory.weights=full"),
+    "rounding of full weights": (None, {"memory__rounding": Rounding.kahan}, "memory.weights=half"),
+    "an average that misses the last steps": (None, {"memory__ema_every": 3}, "memory.ema_every=1"),
+    "paging on a CPU": (None, {"optimizer__kind": OptimizerKind.paged_adamw8bit}, "optimizer=adamw8bit"),
     "a checkpoint that is not there": (None, {"checkpoint__resume": "/nowhere"}, "checkpoint.resume=auto"),
 }
 
@@ -172,6 +190,7 @@ BOUNDS = {
     "train.ema_decay": outside_0_1, "train.snr_gamma": positive, "train.noise_offset": below_0,
     "sample.every": less_than_1, "sample.num_inference_steps": no_steps, "sample.guidance_scale": below_0,
     "sample.seed": no_seed, "sample.images_per_prompt": less_than_1,
+    "memory.ema_every": less_than_1, "memory.max_split_size_mb": st.integers(max_value=20),
     "checkpoint.every": less_than_1, "checkpoint.keep": less_than_1,
 }
 BASE = OmegaConf.structured(Config)

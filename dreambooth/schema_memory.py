@@ -1,0 +1,33 @@
+"""The config group `memory`: the levers, defaults and one-field checks. No torch, no Hydra."""
+
+from dataclasses import dataclass
+
+from dreambooth.choices import EmaDevice, LatentCache, Rounding, Weights
+from dreambooth.section import Section, require
+
+
+@dataclass
+class Memory(Section):
+    """Levers that change how a run is computed, never what is trained; the last three may change its numbers."""
+
+    gradient_checkpointing: bool = False
+    cache_latents: bool = True
+    latent_cache: LatentCache = LatentCache.device
+    cache_text: bool = True
+    ema_device: EmaDevice = EmaDevice.same
+    optimizer_in_backward: bool = False
+    split_prior: bool = False
+    autocast_cache: bool = True
+    offload_optimizer: bool = False
+    expandable_segments: bool = False
+    max_split_size_mb: int | None = None
+    ema_every: int = 1
+    weights: Weights = Weights.full
+    rounding: Rounding | None = None
+
+    def __post_init__(self) -> None:
+        require("memory", {
+            "ema_every": (self.ema_every >= 1, f"1 or more, not {self.ema_every}"),
+            "max_split_size_mb": (self.max_split_size_mb is None or self.max_split_size_mb > 20,
+                                  f"above 20, or null for no limit, not {self.max_split_size_mb}"),
+        })
