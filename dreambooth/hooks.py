@@ -1,11 +1,11 @@
 """What happens after a step besides training: log, sample, save, stop. Each is called with every StepInfo."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dreambooth import checkpoint
 from dreambooth.console import Bar
@@ -15,12 +15,21 @@ from dreambooth.errors import Interrupted
 from dreambooth.meter import Meter
 from dreambooth.recipe import Recipe
 from dreambooth.samples import SampleBook
+from dreambooth.sent import Sent
 from dreambooth.setup import Setup
 from dreambooth.signals import Stop
 from dreambooth.step import StepInfo
 from dreambooth.tracking import Tracker
 
-Hook = Callable[[StepInfo], None]
+
+class Hook(Protocol):
+    """Something to do after steps."""
+
+    def due(self, step: int) -> bool:
+        """Whether it needs the state after this step, not its numbers alone; asked once, right after the step."""
+
+    def __call__(self, info: StepInfo) -> None:
+        """Called with every step; where it was not due, the state may be a step further."""
 
 
 def due(step: int, every: int | None, last: int) -> bool:
@@ -36,6 +45,9 @@ class Log:
     bar: Bar
     meter: Meter
     _then: float = field(default_factory=time.monotonic)
+
+    def due(self, step: int) -> bool:
+        return False
 
     def __call__(self, info: StepInfo) -> None:
         now = time.monotonic()
@@ -56,8 +68,11 @@ class Samples:
     every: int | None
     last: int
 
+    def due(self, step: int) -> bool:
+        return due(step, self.every, self.last)
+
     def __call__(self, info: StepInfo) -> None:
-        if due(info.step, self.every, self.last):
+        if self.due(info.step):
             self.now(info.step)
 
     def now(self, step: int) -> None:
@@ -75,9 +90,12 @@ class Save:
     meter: Meter
     recipe: Recipe
 
-    def __call__(self, info: StepInfo) -> None:
+    def due(self, step: int) -> bool:
         spec, last = self.recipe.checkpoint, self.recipe.train.max_train_steps
-        if info.step == last or due(info.step, spec.every, last):
+        return step == last or due(step, spec.every, last)
+
+    def __call__(self, info: StepInfo) -> None:
+        if self.due(info.step):
             self.now()
 
     def now(self) -> Path:
@@ -95,14 +113,30 @@ class Halt:
     stop: Stop
     engine: Engine
     save: Save
+    _asked: Sent | None = None
+    _step: int | None = None  # that everybody stops after
+
+    def due(self, step: int) -> bool:
+        """Several processes learn of a request one step late: so they all learn it then, and nobody waits for it."""
+        stop = self.stop.requested is not None
+        if self.engine.world > 1:
+            before, self._asked = self._asked, self.engine.ask(stop)
+            stop = before is not None and before.read()[0] > 0
+        self._step = step if stop else None
+        return stop
 
     def __call__(self, info: StepInfo) -> None:
-        if not self.engine.any(self.stop.requested is not None):
+        if info.step != self._step:
             return
         if self.engine.main:
             self.save.now()
         raise Interrupted(f"{self.stop.requested or 'another process'}: stopped and saved after step {info.step}; "
                           "repeat the command to go on")
+
+
+def anyone(hooks: Sequence[Hook]) -> Callable[[int], bool]:
+    """Whether anyone needs the state after a step. All are asked each time: a Halt among them counts on it."""
+    return lambda step: sum(hook.due(step) for hook in hooks) > 0
 
 
 def averaged(setup: Setup, exact: bool = False) -> AbstractContextManager[Any]:

@@ -6,9 +6,10 @@ from contextlib import nullcontext
 from functools import partial
 
 from dreambooth import checkpoint, export, files, model, oom, provenance, report
+from dreambooth.ahead import Ahead
 from dreambooth.console import Console
 from dreambooth.engine import Engine, accelerated
-from dreambooth.hooks import Halt, Hook, Log, Samples, Save, averaged
+from dreambooth.hooks import Halt, Hook, Log, Samples, Save, anyone, averaged
 from dreambooth.loop import fit
 from dreambooth.meter import Meter
 from dreambooth.objective import instance_loss
@@ -71,10 +72,11 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
     stop.check()
     began = time.monotonic()
     step = partial(train_step, objective=setup.objective, engine=engine, max_grad_norm=recipe.train.max_grad_norm)
-    with meter.phase("step"), console.bar("training", last, done=state.step) as bar:
+    ahead = Ahead(setup.batches.draw, setup.batches.place, last)
+    with meter.phase("step"), console.bar("training", last, done=state.step) as bar, ahead:
         hooks: list[Hook] = [Log(tracker, bar, meter), samples, save] if engine.main else []
         hooks.append(Halt(stop, engine, save))
-        for info in fit(state, setup.batches, step, last):
+        for info in fit(state, ahead, step, last, anyone(hooks)):
             for hook in hooks:
                 hook(info)
     return _finish(recipe, engine, setup, tracker, meter, time.monotonic() - began)
