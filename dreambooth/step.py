@@ -1,7 +1,7 @@
 """One training step, and the state that it advances. `state.step` counts completed steps."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -48,7 +48,7 @@ class Objective:
     snr_gamma: float | None = None
     split_prior: bool = False  # forward and backward of the two halves of a batch one after the other
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Losses:
+    def __call__(self, model: Callable[..., Tensor], batch: Batch) -> Losses:
         """Noise the batch, predict, compare."""
         noisy = add_noise(batch.latents, batch.noise, batch.timesteps, self.noise_schedule)
         prediction = model(noisy, batch.timesteps, batch.text).to(batch.latents.dtype)
