@@ -119,8 +119,6 @@ def noted(notes: Path) -> None:
 
 def main() -> None:
     notes, script, *arguments = sys.argv[1:]
-    import diffusers
-    import transformers
     from diffusers import (  # noqa: F401
         AutoencoderKL,
         DDPMScheduler,
