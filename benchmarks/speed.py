@@ -114,7 +114,7 @@ def summed_up(case: str, model: str, ends: list[float], began: float, usage: tup
         images: a step.
     """
     steps = [later - sooner for sooner, later in pairwise(ends)]
-    counted = steps[min(WARM, len(steps) - 2) if len(steps) > 1 else 0:]
+    counted = steps[min(WARM, len(steps) // 2):]
     speed = images / median(counted) if counted else None
     return Trial(case, model, speed, steps, ends[0] - began if ends else None, usage[0], usage[1], rate)
 

@@ -40,7 +40,7 @@ def test_a_step_is_handed_out_after_the_next_one_was_given_to_the_device() -> No
 
 def test_late_numbers_are_those_of_their_step() -> None:
     late, prompt = state(Toy()), state(Toy())
-    numbers = [[info.numbers for info in fit(found, batches(), step, 5, lambda number: now)]
+    numbers = [[info.numbers for info in fit(found, batches(), step, 5, lambda number, now=now: now)]
                for found, now in ((late, False), (prompt, True))]
     assert numbers[0] == numbers[1]
 
