@@ -14,7 +14,7 @@ TEST  := OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all lint ci mlflow-ui mutants
+.PHONY: help setup demo test test-all lint ci mlflow-ui mutants proof tiny-base
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -50,6 +50,13 @@ mlflow-ui: $(STAMP)  ## every run side by side in a browser (PORT=5000)
 	@test -e runs/mlflow.db || { echo "No runs yet in runs/mlflow.db: type make demo first." >&2; exit 1; }
 	@echo "http://127.0.0.1:$(PORT)   (Ctrl-C ends it)"
 	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --port $(PORT) --workers 1
+
+proof: $(STAMP)  ## measure what takes long, and write docs/proof.md
+	@$(BIN)/python -m tools.proof
+
+tiny-base: $(STAMP)  ## train the shipped base again (hours; needs npm)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[base]'
+	@$(BIN)/python -m tools.tiny_base
 
 mutants: $(STAMP)  ## break the code on purpose, once for each known trap: each must turn a test red
 	@$(BIN)/python tools/mutants.py

@@ -26,7 +26,7 @@ from dreambooth.ahead import Ahead
 from dreambooth.config import conf_dir, load
 from dreambooth.console import Console
 from dreambooth.engine import accelerated
-from dreambooth.hooks import Log, anyone
+from dreambooth.hooks import All, Log
 from dreambooth.loop import fit
 from dreambooth.meter import Meter
 from dreambooth.recipe import resolve
@@ -75,13 +75,12 @@ def measure(steps: int, folder: Path) -> tuple[list[Clocks], list[Clocks]]:
         return ended
 
     step = partial(train_step, objective=setup.objective, engine=engine, max_grad_norm=recipe.train.max_grad_norm)
-    ahead = Ahead(setup.batches.draw, setup.batches.place, steps)
-    with tracked(recipe, True) as tracker, console.bar("training", steps) as bar, ahead:
-        hooks = [Log(tracker, bar, meter)]
+    with tracked(recipe, True) as tracker, console.bar("training", steps) as bar, \
+            Ahead(setup.batches, steps) as ahead:
+        hooks = All([Log(tracker, bar, meter)])
         began = clocks()
-        for info in fit(setup.state, ahead, step, steps, anyone(hooks)):
-            for hook in hooks:
-                hook(info)
+        for info in fit(setup.state, ahead, step, steps, hooks.due):
+            hooks(info)
             began = timed(seen[1], began)
             bare(setup, batch)
             began = timed(seen[0], began)

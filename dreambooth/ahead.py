@@ -3,13 +3,22 @@
 What a step's samples are depends on its number alone (data.py), so it does not matter when they are drawn.
 """
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 D = TypeVar("D")
-B = TypeVar("B")
+B = TypeVar("B", covariant=True)
+
+
+class Source(Protocol[D, B]):
+    """What makes batches in two parts; data.Batches is one."""
+
+    def draw(self, step: int, /) -> D:
+        """The host's part; called in a thread, one call at a time."""
+
+    def place(self, drawn: D, /) -> B:
+        """The device's part; called where Ahead is."""
 
 
 class Ahead(Generic[D, B]):
@@ -19,23 +28,21 @@ class Ahead(Generic[D, B]):
     where its step is asked for.
     """
 
-    def __init__(self, draw: Callable[[int], D], place: Callable[[D], B], steps: int) -> None:
+    def __init__(self, source: Source[D, B], steps: int) -> None:
         """Args:
-            draw: the host's part of a step's batches; runs in a thread, one call at a time.
-            place: the device's part; runs where this is called.
             steps: of the whole run; nothing is drawn for a step beyond them.
         """
-        self._draw, self._place, self._steps = draw, place, steps
+        self._source, self._steps = source, steps
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
         self._waiting: tuple[int, Future[D]] | None = None
 
     def __call__(self, step: int) -> B:
         waiting, self._waiting = self._waiting, None
-        future = waiting[1] if waiting and waiting[0] == step else self._thread.submit(self._draw, step)
+        future = waiting[1] if waiting and waiting[0] == step else self._thread.submit(self._source.draw, step)
         drawn = future.result()
         if step + 1 < self._steps:
-            self._waiting = step + 1, self._thread.submit(self._draw, step + 1)
-        return self._place(drawn)
+            self._waiting = step + 1, self._thread.submit(self._source.draw, step + 1)
+        return self._source.place(drawn)
 
     def __enter__(self) -> "Ahead[D, B]":
         return self

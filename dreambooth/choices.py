@@ -33,6 +33,11 @@ class OptimizerKind(Enum):
     adafactor = "adafactor"
 
 
+class PlanFormat(Enum):
+    table = "table"
+    json = "json"
+
+
 class TrackingKind(Enum):
     mlflow = "mlflow"
     none = "none"
@@ -41,6 +46,14 @@ class TrackingKind(Enum):
 class EmaDevice(Enum):
     same = "same"  # beside the weights
     cpu = "cpu"
+
+
+class EncoderKind(Enum):
+    efficientnet_lite0 = "efficientnet_lite0"  # offline
+    dino = "dino"
+    clip = "clip"
+    paper = "paper"  # dino and clip
+    none = "none"
 
 
 class LatentCache(Enum):

@@ -5,6 +5,7 @@
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dreambooth import prompts
 from dreambooth.errors import ConfigError
 from dreambooth.files import weights_digest
 from dreambooth.packaged import asset
@@ -71,8 +73,9 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     """Ten hex digits over everything that changes the result of a run, the photos' content included.
 
     Left out: how it is computed (hardware, and of memory what changes no number), what is only looked at (sample,
-    tracking, checkpoint), and `max_train_steps` as long as the learning rate does not depend on it, so that more steps
-    extend a run. In a sweep that chooses `max_train_steps` each choice is a run of its own.
+    tracking, checkpoint, evaluate as long as it does not select what is exported), and `max_train_steps` as long as the
+    learning rate does not depend on it, so that more steps extend a run. In a sweep that chooses `max_train_steps` each
+    choice is a run of its own.
     """
     def plain(section: str) -> dict[str, Any]:
         found: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
@@ -94,7 +97,20 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     for key in ("instance_dir", "class_dir"):
         if folder := chosen["dataset"][key]:
             chosen["dataset"][key] = fingerprint(Path(asset(folder)))
+    if (evaluate := plain("evaluate"))["select"] is not None:
+        chosen["evaluate"] = _selection(evaluate) | {
+            key: root.sample[key] for key in ("num_inference_steps", "guidance_scale")}
     return sha256(json.dumps(chosen, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def _selection(evaluate: dict[str, Any]) -> dict[str, Any]:
+    """What decides which weights are exported, once evaluate.select does."""
+    kept = {key: value for key, value in evaluate.items() if key not in ("offline", "objective")}
+    if folder := kept["reference_dir"]:
+        kept["reference_dir"] = fingerprint(Path(asset(folder)))
+    with suppress(ValueError):  # said when the run is resolved
+        kept["prompts"] = prompts.read(kept["prompts"])
+    return kept
 
 
 def _identity_resolver(place: str = "", *, _root_: DictConfig) -> str:

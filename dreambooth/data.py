@@ -68,6 +68,11 @@ class Concept:
         )
 
 
+def at_a_time(resolution: int) -> int:
+    """Photos that are encoded at a time: a million pixels, at most 16; the VAE's memory grows with them."""
+    return max(1, min(16, 2**20 // resolution**2))
+
+
 class Latents:
     """Latents of views, through `encode` each time or from a cache of the distribution's moments.
 
@@ -83,8 +88,9 @@ class Latents:
         self._rows: dict[tuple[str, int, bool], int] = {}
         self._kept: dict[str, Callable[[list[int]], Moments]] = {}
 
-    def fill(self, concept: Concept, tick: Callable[[int], None], size: int = 16) -> None:
+    def fill(self, concept: Concept, tick: Callable[[int], None], size: int | None = None) -> None:
         """Encode every photo of a centre-cropped concept once, mirrored too if it may be mirrored."""
+        size = size or at_a_time(self.resolution)
         views = [View(i, flip, None) for i in range(len(concept.photos))
                  for flip in ((False, True) if concept.random_flip else (False,))]
         self._rows |= {(concept.stream, view.photo, view.flip): row for row, view in enumerate(views)}

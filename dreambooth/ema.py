@@ -64,14 +64,16 @@ def swapped(model: nn.Module, weights: Mapping[str, Tensor], exact: bool = False
         exact: in the precision and on the device that `weights` have: to be written, not computed with.
     """
     live = {name: parameter for name, parameter in model.named_parameters() if name in weights}
-    kept = {name: parameter.data for name, parameter in live.items()}
+    where = {name: parameter.device for name, parameter in live.items()}
+    kept: dict[str, Tensor] = {}
     try:
         for name, parameter in live.items():
+            kept[name] = parameter.data.to(weights[name].device)  # averages from the host: the device holds one set
             parameter.data = weights[name].detach() if exact else weights[name].detach().to(parameter)
         yield
     finally:
-        for name, parameter in live.items():
-            parameter.data = kept[name]
+        for name, data in kept.items():
+            live[name].data = data.to(where[name])
 
 
 def _named(weights: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -4,7 +4,7 @@
 |---|---|
 | 0 | done |
 | 1 | user error: one sentence says what to type |
-| 3 | does not fit (disk now, VRAM once the planner exists) |
+| 3 | does not fit (VRAM, host memory, disk) |
 | 4 | out of memory while running |
 | 5 | interrupted, state saved |
 | 6 | diverged: non-finite loss, or too many skipped fp16 steps |

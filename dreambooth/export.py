@@ -47,7 +47,7 @@ def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
 
     Args:
         parts: all parts, the trained ones with the weights to keep; the base's scheduler and safety checker go along.
-        step: completed steps.
+        step: completed steps of these weights.
         sheet: the contact sheet, if there is one.
 
     Raises:
@@ -98,6 +98,7 @@ def _card(recipe: Recipe, step: int, pictured: bool) -> str:
     return CARD.format(
         name=recipe.name, source=recipe.model.source, instance_prompt=recipe.instance_prompt, step=step,
         quoted=json.dumps(recipe.instance_prompt), version=dreambooth.__version__,
-        weights="an exponential moving average" if train.use_ema else "the last ones",
+        weights=("an exponential moving average" if train.use_ema else "as trained")
+        + (f", the best of the run by {recipe.evaluate.select}," if recipe.evaluate.select else ""),
         picture="\n![contact sheet](contact_sheet.png)\n" if pictured else "",
         settings="\n".join(f"| {key} | {value} |" for key, value in settings.items()))

@@ -1,25 +1,28 @@
-"""What happens after a step besides training: log, sample, save, stop. Each is called with every StepInfo."""
+"""What happens after a step besides training: log, sample, save, measure. Each is called with every StepInfo."""
 
+import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from dreambooth import checkpoint
+from dreambooth import best, checkpoint, measures, model
 from dreambooth.console import Bar
 from dreambooth.ema import swapped
 from dreambooth.engine import Engine
-from dreambooth.errors import Interrupted
+from dreambooth.evaluation import Evaluation
 from dreambooth.meter import Meter
 from dreambooth.recipe import Recipe
 from dreambooth.samples import SampleBook
-from dreambooth.sent import Sent
+from dreambooth.sampling import build_pipeline
 from dreambooth.setup import Setup
 from dreambooth.signals import Stop
 from dreambooth.step import StepInfo
 from dreambooth.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 
 class Hook(Protocol):
@@ -30,6 +33,20 @@ class Hook(Protocol):
 
     def __call__(self, info: StepInfo) -> None:
         """Called with every step; where it was not due, the state may be a step further."""
+
+
+class All:
+    """Hooks as one. Each is asked whether it is due: a Halt among them counts on it."""
+
+    def __init__(self, hooks: Sequence[Hook], *more: Hook) -> None:
+        self.hooks = [*hooks, *more]
+
+    def due(self, step: int) -> bool:
+        return sum(hook.due(step) for hook in self.hooks) > 0
+
+    def __call__(self, info: StepInfo) -> None:
+        for hook in self.hooks:
+            hook(info)
 
 
 def due(step: int, every: int | None, last: int) -> bool:
@@ -108,36 +125,87 @@ class Save:
 
 
 @dataclass
-class Halt:
-    """Saves and stops when somebody asked for it, on all processes after the same step."""
+class Measure:
+    """Scores every `evaluate.every` steps and after the last; keeps the best weights so far.
 
-    stop: Stop
+    Called after Save: should the process die in here, a checkpoint of this step is there, and `begin` measures it.
+    The base is measured before the first of them, from a copy of its own: nobody waits for it before the first step.
+    """
+
+    evaluation: Evaluation | None  # None: no evaluation
+    setup: Setup
     engine: Engine
-    save: Save
-    _asked: Sent | None = None
-    _step: int | None = None  # that everybody stops after
+    meter: Meter
+    recipe: Recipe
+    stop: Stop
 
     def due(self, step: int) -> bool:
-        """Several processes learn of a request one step late: so they all learn it then, and nobody waits for it."""
-        stop = self.stop.requested is not None
-        if self.engine.world > 1:
-            before, self._asked = self._asked, self.engine.ask(stop)
-            stop = before is not None and before.read()[0] > 0
-        self._step = step if stop else None
-        return stop
+        spec, last = self.recipe.evaluate, self.recipe.train.max_train_steps
+        return step == last or due(step, spec.every, last)
 
     def __call__(self, info: StepInfo) -> None:
-        if info.step != self._step:
+        if self.due(info.step):
+            self.now(info.step)
+
+    def begin(self) -> None:
+        """Measure the step that a resumed run begins with, if it is to be measured and is not yet."""
+        step = self.setup.state.step
+        if step > 0 and self.due(step):
+            self.now(step)
+
+    def now(self, step: int) -> None:
+        """Measure the base, unless that was done, then the state after `step` completed steps."""
+        if self.evaluation is None:
             return
-        if self.engine.main:
-            self.save.now()
-        raise Interrupted(f"{self.stop.requested or 'another process'}: stopped and saved after step {info.step}; "
-                          "repeat the command to go on")
+        every = self.recipe.evaluate.every
+        with self.meter.phase("evaluate"), self.setup.idle.present():
+            if 0 not in self.evaluation.scores():
+                self._measure(0, build_pipeline(model.load(self.recipe, self.engine.device)))
+            with averaged(self.setup):
+                measured = self._measure(step, self.setup.pipeline)
+            if measured and every and step % every == 0 and step == self.best(step):
+                with averaged(self.setup, exact=True):
+                    best.keep(self.kept, step, self.setup.trained)
 
+    @property
+    def kept(self) -> Path:
+        """Folder of the best weights."""
+        return self.recipe.run_dir / "best"
 
-def anyone(hooks: Sequence[Hook]) -> Callable[[int], bool]:
-    """Whether anyone needs the state after a step. All are asked each time: a Halt among them counts on it."""
-    return lambda step: sum(hook.due(step) for hook in hooks) > 0
+    def best(self, last: int) -> int | None:
+        """The best measured step up to `last`; None where nothing selects."""
+        spec = self.recipe.evaluate
+        if self.evaluation is None or spec.select is None or spec.every is None:
+            return None
+        weights = measures.parse(spec.select, self.recipe.measured)
+        return best.best_step(self.evaluation.scores(), weights, spec.every, last)
+
+    @contextmanager
+    def exported(self, exact: bool = False) -> Iterator[int]:
+        """The weights to export in place of the live ones: the best, else the last; yields their step.
+
+        Args:
+            exact: to be written, not computed with (see `averaged`).
+        """
+        step = self.setup.state.step
+        chosen = self.best(step) or step
+        if chosen != step and best.kept_step(self.kept) != chosen:
+            log.warning("step %d is the best and its weights are not in %s any more: step %d is exported",
+                        chosen, self.kept, step)
+            chosen = step
+        last = averaged(self.setup, exact)
+        with last if chosen == step else best.swapped_into(self.kept, self.setup.trained, exact):
+            yield chosen
+
+    def scores(self, step: int) -> dict[str, float]:
+        """What was measured after `step` steps; empty: nothing."""
+        return self.evaluation.scores().get(step, {}) if self.evaluation else {}
+
+    def _measure(self, step: int, pipeline: Any) -> bool:
+        """False: somebody asked to stop meanwhile, and nothing was kept."""
+        assert self.evaluation is not None
+        return self.evaluation.measure(
+            step, pipeline, self.engine.autocast, lambda: self.stop.requested is not None) is not None
 
 
 def averaged(setup: Setup, exact: bool = False) -> AbstractContextManager[Any]:

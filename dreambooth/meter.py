@@ -26,6 +26,11 @@ class Meter:
         self.current = "start"
         self.peaks: dict[str, float] = {}
 
+    @property
+    def expected(self) -> dict[str, float]:
+        """What was predicted, by metric name: beside `vram/<phase>/reserved_gib`, which is seen."""
+        return {f"predicted_vram/{phase}/reserved_gib": value for phase, value in self.predicted.items()}
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Account what follows to `name`; phases may nest.

@@ -1,4 +1,4 @@
-"""The number that a sweep minimises until evaluation exists: the instance loss on fixed noise and timesteps."""
+"""What a sweep minimises unless evaluate.objective names a measure: the instance loss on fixed noise and timesteps."""
 
 from dataclasses import replace
 

@@ -11,13 +11,13 @@ def advice(phase: str, recipe: Recipe) -> str:
 
     For training: every lever that is left and changes no number, in one go; after those, one thing to give up.
     """
-    if phase == "class_images" and recipe.prior.sample_batch_size > 1:
+    if phase in ("class_images", "evaluate") and recipe.prior.sample_batch_size > 1:
         return "prior.sample_batch_size=1"
     if phase == "sample" and recipe.sample.images_per_prompt > 1:
         return "sample.images_per_prompt=1 prior.sample_batch_size=1"  # a batch holds at least as many
     if phase == "sample" and recipe.prior.sample_batch_size > 1:
         return "prior.sample_batch_size=1"
-    if phase in ("class_images", "sample") and recipe.model.resolution > 512:
+    if phase in ("class_images", "sample", "evaluate") and recipe.model.resolution > 512:
         return "model.resolution=512"
     if exact := list(_exact(recipe)):
         return " ".join(exact)

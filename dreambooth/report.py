@@ -1,5 +1,8 @@
 """The words around a run: the plan before it, the summary after it."""
 
+from collections.abc import Mapping
+
+from dreambooth.measures import HIGHER_IS_BETTER
 from dreambooth.recipe import Recipe
 from dreambooth.runfolder import Result
 
@@ -34,12 +37,22 @@ def summary(result: Result, recipe: Recipe, tracking: str | None) -> dict[str, s
     """Where the results are."""
     folder = _short(result.run_dir)
     rows = {"done": f"{result.step} steps, objective {result.objective:.4f}, {result.seconds:.0f} s of training"}
+    if result.exported_step not in (None, result.step):
+        rows["exported"] = f"step {result.exported_step}, the best by {recipe.evaluate.select}"
+    rows |= measures(result.scores, result.base_scores, recipe)
     if (recipe.run_dir / "contact_sheet.png").is_file():
         rows["look at"] = f"{folder}/contact_sheet.png"
     rows["model"] = f"{folder}/{result.model}"
     rows["metrics"] = f"{folder}/metrics.jsonl" + (f", MLflow at {tracking}" if tracking else "")
     rows["use it"] = f'python -m dreambooth.generate run={folder} prompt="{recipe.instance_prompt}"'
     return rows
+
+
+def measures(scores: Mapping[str, float], base: Mapping[str, float], recipe: Recipe) -> dict[str, str]:
+    """Each measure with the base's value and which way is better."""
+    better = {name: "higher" if HIGHER_IS_BETTER[role] else "lower" for name, role in recipe.measured.items()}
+    return {name: f"{value:.3f}  base {base[name]:.3f}, {better[name]} is better" if name in base else f"{value:.3f}"
+            for name, value in scores.items() if name in better}
 
 
 def _short(path: str) -> str:

@@ -17,6 +17,8 @@ from dreambooth.choices import Rounding
 # which devices flush to zero.
 FORMATS = {torch.float16: (11, -24), torch.bfloat16: (8, -126)}
 
+CHUNK = 2**20  # elements rounded at a time: rounding takes seven times its operand for a moment
+
 
 def stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """`values` (fp32) in `dtype`, up or down by chance so that the expectation is the value itself.
@@ -57,4 +59,6 @@ class Rounder:
             state["kahan"] = (value - parameter.float()).to(parameter.dtype)
             return
         generator = torch.Generator(parameter.device).manual_seed(rng.seed(self.seed, step, name, "rounding"))
-        parameter.copy_(stochastic(value, parameter.dtype, generator))
+        chunks = (torch.split(flat, CHUNK) for flat in (parameter.view(-1), value.reshape(-1)))
+        for rounded, exact in zip(*chunks, strict=True):
+            rounded.copy_(stochastic(exact, parameter.dtype, generator))

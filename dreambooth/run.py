@@ -4,17 +4,21 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
+from math import nan
 
-from dreambooth import checkpoint, export, files, model, oom, provenance, report
+from dreambooth import best, checkpoint, export, files, fitting, model, oom, provenance, report
 from dreambooth.ahead import Ahead
 from dreambooth.console import Console
 from dreambooth.engine import Engine, accelerated
-from dreambooth.hooks import Halt, Hook, Log, Samples, Save, anyone, averaged
+from dreambooth.evaluation import Evaluation
+from dreambooth.halt import Halt
+from dreambooth.hooks import All, Log, Measure, Samples, Save
 from dreambooth.loop import fit
+from dreambooth.measures import INSTANCE_LOSS
 from dreambooth.meter import Meter
 from dreambooth.objective import instance_loss
 from dreambooth.recipe import Recipe
-from dreambooth.runfolder import Result, check_disk, finished, locked, resume_point
+from dreambooth.runfolder import Result, check_disk, finished, judged, locked, resume_point
 from dreambooth.samples import SampleBook
 from dreambooth.setup import Setup, assemble
 from dreambooth.signals import Stop
@@ -33,6 +37,7 @@ def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = 
         DreamBoothError: see errors.py. Whatever was saved before stays.
     """
     model.import_libraries()
+    recipe, expected, chosen = fitting.settled(recipe)
     engine, accelerator = accelerated(recipe.device, recipe.precision.dtype, recipe.memory.autocast_cache)
     console = Console(quiet=not engine.main)
     with locked(recipe.run_dir) if engine.main else nullcontext():
@@ -41,9 +46,9 @@ def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = 
             with tracked(recipe, engine.main):  # sends what a server missed
                 console.say(report.already(done, recipe))
                 return done
-        console.table(report.plan(recipe))
+        console.table(report.plan(recipe) | ({"memory": chosen} if chosen else {}))
         start = engine.share(resume_point(recipe.run_dir, recipe.checkpoint.resume) if engine.main else None)
-        meter = Meter(engine.device, partial(oom.advice, recipe=recipe), predicted)
+        meter = Meter(engine.device, partial(oom.advice, recipe=recipe), predicted or expected)
         setup = assemble(recipe, engine, accelerator, console, meter, stop)
         if start:
             with meter.phase("resume"):
@@ -62,46 +67,53 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
     state, last = setup.state, recipe.train.max_train_steps
     if engine.main:
         files.write_json(recipe.run_dir / "run.json", provenance.origin() | {"settings": recipe.settings()})
-        tracker.params(recipe.settings())
+        tracker.artifact(recipe.run_dir / "run.json")
+        tracker.params(recipe.headline())
         tracker.tags(provenance.origin())
+        tracker.metrics(state.step, meter.expected)
     book = SampleBook(recipe, setup.photos, tracker)
     samples = Samples(book, setup, engine, meter, recipe.sample.every, last)
     save = Save(setup, engine, meter, recipe)
+    evaluation = Evaluation(recipe, setup.judge, tracker, engine.device) if setup.judge else None
+    measure = Measure(evaluation, setup, engine, meter, recipe, stop)
     if engine.main and state.step == 0 and recipe.sample.every is not None:
         samples.now(0)
+    measure.begin()
     stop.check()
     began = time.monotonic()
     step = partial(train_step, objective=setup.objective, engine=engine, max_grad_norm=recipe.train.max_grad_norm)
-    ahead = Ahead(setup.batches.draw, setup.batches.place, last)
-    with meter.phase("step"), console.bar("training", last, done=state.step) as bar, ahead:
-        hooks: list[Hook] = [Log(tracker, bar, meter), samples, save] if engine.main else []
-        hooks.append(Halt(stop, engine, save))
-        for info in fit(state, ahead, step, last, anyone(hooks)):
-            for hook in hooks:
-                hook(info)
-    return _finish(recipe, engine, setup, tracker, meter, time.monotonic() - began)
+    with meter.phase("step"), console.bar("training", last, state.step) as bar, Ahead(setup.batches, last) as ahead:
+        hooks = All([Log(tracker, bar, meter), samples, save, measure] if engine.main else [], Halt(stop, engine, save))
+        for info in fit(state, ahead, step, last, hooks.due):
+            hooks(info)
+    return _finish(recipe, engine, setup, measure, tracker, meter, time.monotonic() - began)
 
 
 def _needed_bytes(recipe: Recipe, setup: Setup) -> int:
     kept = checkpoint.needed_bytes(setup.state, setup.trained, recipe.checkpoint.keep)
-    return kept + export.size_bytes(setup.parts)
+    best_weights = best.needed_bytes(setup.trained) if recipe.evaluate.select else 0
+    return kept + best_weights + export.size_bytes(setup.parts)
 
 
-def _finish(recipe: Recipe, engine: Engine, setup: Setup, tracker: Tracker, meter: Meter, seconds: float) -> Result:
-    """Score and export what samples are made of: the EMA weights, if there are any."""
+def _finish(recipe: Recipe, engine: Engine, setup: Setup, measure: Measure, tracker: Tracker, meter: Meter,
+            seconds: float) -> Result:
+    """Score and export the best weights, or the last: of the EMA, if there is one."""
     step = setup.state.step
     with meter.phase("export"):
-        with averaged(setup), engine.autocast():
-            objective = instance_loss(setup)
-        result = Result(step, objective, seconds, str(recipe.run_dir), "model")
+        with measure.exported() as exported, engine.autocast():
+            scores = measure.scores(exported) | {INSTANCE_LOSS: instance_loss(setup)}
+        result = Result(step, nan, seconds, str(recipe.run_dir), "model", exported, scores, measure.scores(0))
         if not engine.main:
             return result
-        with averaged(setup, exact=True):
+        result = judged(result, recipe)
+        with measure.exported(exact=True):
             parts = model.exact_frozen(setup.parts, recipe)
-            folder = export.export(parts, recipe, step, recipe.run_dir / "contact_sheet.png")
-    tracker.metrics(step, meter.peaks | {"objective": objective, "skipped_steps": setup.state.skipped})
+            folder = export.export(parts, recipe, exported, recipe.run_dir / "contact_sheet.png")
+    tracker.metrics(step, meter.peaks | {
+        "objective": result.objective, INSTANCE_LOSS: scores[INSTANCE_LOSS], "exported_step": exported,
+        "skipped_steps": setup.state.skipped})
     tracker.tags({"model": str(folder)})
-    for name in ("contact_sheet.png", "model/README.md", "run.json"):
+    for name in ("contact_sheet.png", "model/README.md"):
         if (recipe.run_dir / name).is_file():
             tracker.artifact(recipe.run_dir / name)
     result.write()

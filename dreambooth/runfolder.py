@@ -2,6 +2,7 @@
 
     config of the run         run.json            metrics and images     metrics.jsonl, samples/, contact_sheet.png
     training state            checkpoints/        the result             model/, result.json
+    evaluation                evaluation/, evaluation.json, best/
 """
 
 import itertools
@@ -10,12 +11,12 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dreambooth import files
+from dreambooth import files, measures
 from dreambooth.checkpoint import latest
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.machine import GIB
@@ -29,14 +30,32 @@ class Result:
     """What a finished run made; also `result.json`."""
 
     step: int  # completed steps
-    objective: float  # instance loss on fixed noise and timesteps, lower is better
+    objective: float  # of a sweep, lower is better: the instance loss, or what evaluate.objective names
     seconds: float  # of training, in this process
     run_dir: str
     model: str  # folder of the exported model, inside run_dir
+    exported_step: int | None = None  # completed steps of its weights; fewer than `step` if evaluate.select chose them
+    scores: dict[str, float] = field(default_factory=dict)  # of its weights: measures by name, and instance_loss
+    base_scores: dict[str, float] = field(default_factory=dict)  # measures before training
 
     def write(self) -> None:
         """Write result.json, whole or not at all."""
         files.write_json(Path(self.run_dir) / "result.json", asdict(self))
+
+
+def judged(result: Result, recipe: Recipe) -> Result:
+    """The same result with the objective that is asked for.
+
+    Raises:
+        UserError: the run did not measure it.
+    """
+    asked, scores = recipe.evaluate.objective, {measures.INSTANCE_LOSS: result.objective} | result.scores
+    try:
+        return replace(result, objective=measures.objective(asked, recipe.measured, scores))
+    except KeyError as error:
+        raise UserError(f"this run did not measure {error.args[0]}, which evaluate.objective={asked} needs: type "
+                        f"evaluate.objective={measures.INSTANCE_LOSS}, or checkpoint.resume=never to train it anew"
+                        ) from error
 
 
 @contextmanager
@@ -69,7 +88,7 @@ def finished(recipe: Recipe) -> Result | None:
     except (OSError, ValueError, TypeError):
         return None
     done = result.step >= recipe.train.max_train_steps and (run_dir / result.model / "model_index.json").is_file()
-    return result if done else None
+    return judged(result, recipe) if done else None
 
 
 def resume_point(run_dir: Path, resume: str) -> Path | None:

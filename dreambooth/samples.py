@@ -9,7 +9,7 @@ from dreambooth import files
 from dreambooth.photos import Photo, square
 from dreambooth.recipe import Recipe
 from dreambooth.sampling import Sampler, generate
-from dreambooth.sheet import contact_sheet, grid, read_samples
+from dreambooth.sheet import columns, contact_sheet, grid, read_samples
 from dreambooth.tracking import Tracker
 
 
@@ -39,9 +39,9 @@ class SampleBook:
                     row = made[number * count:(number + 1) * count]
                     for i, image in enumerate(row):
                         image.save(aside / f"prompt-{number}-{i}.png")
-                    grid(row, count).save(aside / f"row-{number}.png")
+                    grid(row, columns(count)).save(aside / f"grid-{number}.png")
         for number in range(len(self.prompts)):
-            self.tracker.image(step, f"samples/prompt_{number}", target / f"row-{number}.png")
+            self.tracker.image(step, f"samples/prompt_{number}", target / f"grid-{number}.png")
         self._redraw()
 
     def _redraw(self) -> None:

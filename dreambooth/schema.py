@@ -5,29 +5,17 @@ from dataclasses import dataclass, field
 
 from dreambooth.choices import (
     AttentionKind,
-    Device,
     Dtype,
     LrSchedule,
     MethodKind,
     OptimizerKind,
+    PlanFormat,
     TrackingKind,
 )
+from dreambooth.measures import Evaluate
+from dreambooth.schema_hardware import Hardware as Hardware
 from dreambooth.schema_memory import Memory as Memory
 from dreambooth.section import Section, finite, require
-
-
-@dataclass
-class Hardware(Section):
-    """The machine a run is meant for. Figures are GiB (2**30 bytes)."""
-
-    name: str = "local"
-    device: Device = Device.local
-    gpu: str | None = None
-    usable_vram_gib: float | None = None
-    compute_capability: float | None = None
-    instance_type: str | None = None
-    price_usd_hour: float | None = None
-    node_selector: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -218,6 +206,14 @@ class Tracking(Section):
 
 
 @dataclass
+class Plan(Section):
+    """What `python -m dreambooth.plan` prints; training does not read it."""
+
+    format: PlanFormat = PlanFormat.table
+    plot: str | None = None
+
+
+@dataclass
 class Config:
     """A whole run as the user composed it."""
 
@@ -235,4 +231,6 @@ class Config:
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    evaluate: Evaluate = field(default_factory=Evaluate)
     tracking: Tracking = field(default_factory=Tracking)
+    plan: Plan = field(default_factory=Plan)

@@ -10,6 +10,7 @@ from dreambooth.section import Section, require
 class Memory(Section):
     """Levers that change how a run is computed, never what is trained; the last three may change its numbers."""
 
+    auto: bool = False
     gradient_checkpointing: bool = False
     cache_latents: bool = True
     latent_cache: LatentCache = LatentCache.device

@@ -15,6 +15,7 @@ from dreambooth.data import Batches, Concept, Latents
 from dreambooth.ema import Ema
 from dreambooth.engine import Engine
 from dreambooth.errors import UserError
+from dreambooth.evaluation import Judge
 from dreambooth.idle import Idle
 from dreambooth.levered import Levered
 from dreambooth.meter import Meter
@@ -36,6 +37,7 @@ class Setup:
     state: TrainState
     trained: nn.Module  # the Denoiser itself, never a wrapper
     pipeline: Any  # over the live parts
+    judge: Judge | None  # of evaluation, in the first process; None: no evaluation
     idle: Idle  # parts that the step does not use
 
 
@@ -43,6 +45,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
              stop: Stop) -> Setup:
     """Load and build everything; what is wrong with photos is said before the model is loaded."""
     _check_processes(recipe, engine)
+    judge = Judge(recipe) if recipe.evaluate.encoders and engine.main else None
     with meter.phase("load"):
         photos = load_photos(list_photos(recipe.instance_dir), recipe.instance_prompt, recipe.model.resolution)
         parts = model.load(recipe, engine.device)
@@ -69,7 +72,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
     with meter.phase("state"):
         denoiser = model.prepare(parts, recipe)
         state = _state(recipe, denoiser, accelerator)
-    return Setup(parts, photos, batches, objective, state, denoiser, pipeline, idle)
+    return Setup(parts, photos, batches, objective, state, denoiser, pipeline, judge, idle)
 
 
 def _check_processes(recipe: Recipe, engine: Engine) -> None:
@@ -83,7 +86,8 @@ def _check_processes(recipe: Recipe, engine: Engine) -> None:
 
 def _check_prompts(parts: model.Components, recipe: Recipe, photos: list[Photo]) -> None:
     captions = {photo.caption for photo in photos}
-    for prompt in sorted(captions | set(recipe.sample_prompts) | {recipe.class_prompt}):
+    for prompt in sorted(captions | set(recipe.sample_prompts) | {recipe.class_prompt}
+                         | set(recipe.evaluate_prompts if recipe.evaluate.encoders else ())):
         parts.tokens(prompt)
 
 

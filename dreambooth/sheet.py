@@ -48,7 +48,7 @@ def contact_sheet(
         _label(draw, (GAP, y + 3), prompt, width)
         for column, step in enumerate(steps):
             pictures = samples[step][row]
-            tile = grid(pictures, _columns(len(pictures)))
+            tile = grid(pictures, columns(len(pictures)))
             sheet.paste(_fit(tile, cell), (GAP + column * (cell + GAP), y + TITLE))
     for column, step in enumerate(steps):
         _label(draw, (GAP + column * (cell + GAP), sheet.height - TITLE + 3), f"step {step}", cell)
@@ -78,13 +78,13 @@ def _spread(steps: Sequence[int]) -> list[int]:
     return [steps[i] for i in sorted(picks)]
 
 
-def _columns(count: int) -> int:
+def columns(count: int) -> int:
     return math.ceil(math.sqrt(count))
 
 
 def _cell_size(pictures: Sequence[Image.Image]) -> int:
     """Small pictures are shown twice as large, large ones shrunk to 256 pixels a cell."""
-    side = _columns(len(pictures)) * pictures[0].width
+    side = columns(len(pictures)) * pictures[0].width
     return 256 if side >= 256 else max(side, 192)
 
 

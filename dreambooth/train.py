@@ -35,7 +35,7 @@ def _job(cfg: DictConfig, run_dir: Path) -> float:
             forget_overrides(run_dir)
         config = load(cfg)
         door.allocator(config.memory)
-        recipe = resolve(config, run_dir, detect())
+        recipe = resolve(config, run_dir, detect(), HydraConfig.get().overrides.task)
         with stoppable() as stop:
             from dreambooth.run import execute
 

@@ -19,6 +19,7 @@ FAST = [
     "hardware=cpu", "tracking=none", "train.max_train_steps=8", "train.train_batch_size=1", "checkpoint.every=2",
     "prior.num_class_images=4", "prior.sample_batch_size=2", "prior.num_inference_steps=2",
     "sample.every=4", "sample.num_inference_steps=2", "sample.images_per_prompt=1",
+    "evaluate.encoder=none",
 ]
 
 _server = multiprocessing.get_context("forkserver")
@@ -55,7 +56,7 @@ def _child(door: str, arguments: list[str], fault: str | None, seed: int, log: P
     torch.set_num_threads(1)
     sys.argv = [f"dreambooth/{door}.py", *arguments]
     if fault:
-        (FAULTS | OTHERS)[fault](seed)
+        (FAULTS | EVALUATING | OTHERS)[fault](seed)
     importlib.import_module(f"dreambooth.{door}").main()
 
 
@@ -265,6 +266,37 @@ def _signal_at_step(number: int) -> Callable[[int], None]:
     return fault
 
 
+def _evaluation_between(seed: int) -> None:
+    from dreambooth.evaluation import Evaluation
+
+    _on(Evaluation, "measure", _nothing, after=2)
+
+
+def _evaluation_half(seed: int) -> None:
+    from dreambooth import evaluation
+
+    _on(evaluation, "grid", _nothing, after=7)
+
+
+def _evaluation_unkept(seed: int) -> None:
+    from dreambooth import best
+
+    _on(best, "keep", _nothing)
+
+
+def _evaluation_stopped(seed: int) -> None:
+    from dreambooth import evaluation
+
+    generate, calls = evaluation.generate, iter(range(10**9))
+
+    def generating(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 2:  # after the base and the first step that is measured
+            os.kill(os.getpid(), signal.SIGTERM)
+        return generate(*args, **kwargs)
+
+    evaluation.generate = generating
+
+
 # Ends that are not kills.
 OTHERS: dict[str, Callable[[int], None]] = {
     "no_memory": _no_memory,
@@ -274,6 +306,14 @@ OTHERS: dict[str, Callable[[int], None]] = {
     "bug": _bug,
     "sigterm": _signal_at_step(signal.SIGTERM),
     "ctrl_c": _signal_at_step(signal.SIGINT),
+    "evaluation_stopped": _evaluation_stopped,
+}
+
+# Kills in runs that evaluate.
+EVALUATING: dict[str, Callable[[int], None]] = {
+    "evaluation_between": _evaluation_between,
+    "evaluation_half": _evaluation_half,
+    "evaluation_unkept": _evaluation_unkept,
 }
 
 FAULTS: dict[str, Callable[[int], None]] = {

@@ -2,7 +2,9 @@
 
 import math
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from dreambooth.ahead import Ahead
 from dreambooth.data import Batch
 from dreambooth.engine import Engine
 from dreambooth.errors import Diverged, Interrupted
-from dreambooth.hooks import Halt, anyone
+from dreambooth.halt import Halt
+from dreambooth.hooks import All
 from dreambooth.loop import fit
 from dreambooth.sent import Sent
 from dreambooth.step import Objective, StepInfo, TrainState, train_step
@@ -56,9 +59,15 @@ def test_a_broken_step_is_never_shown_where_somebody_needs_the_state(needed: int
     assert seen == [1, 2]
 
 
+def saving(found: TrainState, saved: list[int]) -> Any:
+    """In the place of Save: notes which step's state it was to save."""
+    return SimpleNamespace(now=lambda: saved.append(found.step), setup=SimpleNamespace(state=found),
+                           recipe=SimpleNamespace(train=SimpleNamespace(max_train_steps=9)))
+
+
 def test_who_asks_to_stop_while_a_broken_step_is_unchecked_gets_nothing_saved() -> None:
     found, stop, saved = state(Toy()), SimpleNamespace(requested=None), []
-    halt = Halt(stop, Engine(), SimpleNamespace(now=lambda: saved.append(found.step)))  # type: ignore[arg-type]
+    halt = Halt(stop, Engine(), saving(found, saved))  # type: ignore[arg-type]
 
     def stepping(made: TrainState, parts: list[Batch]) -> StepInfo:
         if made.step == 2:
@@ -66,14 +75,14 @@ def test_who_asks_to_stop_while_a_broken_step_is_unchecked_gets_nothing_saved() 
         return breaking(2)(made, parts)
 
     with pytest.raises(Diverged, match="step 3"):
-        for info in fit(found, batches(), stepping, 9, anyone([halt])):
+        for info in fit(found, batches(), stepping, 9, All([halt]).due):
             halt(info)
     assert saved == []
 
 
 def test_who_asks_to_stop_gets_the_state_after_that_step_saved() -> None:
     found, stop, saved = state(Toy()), SimpleNamespace(requested=None), []
-    halt = Halt(stop, Engine(), SimpleNamespace(now=lambda: saved.append(found.step)))  # type: ignore[arg-type]
+    halt = Halt(stop, Engine(), saving(found, saved))  # type: ignore[arg-type]
 
     def stepping(made: TrainState, parts: list[Batch]) -> StepInfo:
         if made.step == 2:
@@ -81,9 +90,29 @@ def test_who_asks_to_stop_gets_the_state_after_that_step_saved() -> None:
         return step(made, parts)
 
     with pytest.raises(Interrupted, match="after step 3"):
-        for info in fit(found, batches(), stepping, 9, anyone([halt])):
+        for info in fit(found, batches(), stepping, 9, All([halt]).due):
             halt(info)
     assert saved == [3]
+
+
+@pytest.mark.parametrize("at", [2, 9])
+def test_who_asks_to_stop_while_a_hook_works_stops_after_that_step(at: int) -> None:
+    """The last step too: what the hook left undone is done when the run is called again."""
+    found, stop, saved = state(Toy()), SimpleNamespace(requested=None), []
+    halt = Halt(stop, Engine(), saving(found, saved))  # type: ignore[arg-type]
+
+    class Working:
+        def due(self, step: int) -> bool:
+            return step == at
+
+        def __call__(self, info: StepInfo) -> None:
+            stop.requested = "SIGTERM" if info.step == at else None
+
+    every = All([Working(), halt])
+    with pytest.raises(Interrupted, match=f"after step {at}"):
+        for info in fit(found, batches(), step, 9, every.due):
+            every(info)
+    assert saved == [at]
 
 
 def test_several_processes_stop_after_the_same_step_although_one_was_asked() -> None:
@@ -109,13 +138,17 @@ def test_all_hooks_are_asked_even_if_the_first_needs_the_state() -> None:
     def hook(name: int) -> SimpleNamespace:
         return SimpleNamespace(due=lambda step: asked.append(name) is None)
 
-    assert anyone([hook(1), hook(2)])(1)  # type: ignore[list-item]
+    assert All([hook(1), hook(2)]).due(1)  # type: ignore[list-item]
     assert asked == [1, 2]
+
+
+def source(draw: Callable[[int], Any], place: Callable[[Any], Any] = lambda found: found) -> Any:
+    return SimpleNamespace(draw=draw, place=place)
 
 
 def test_samples_drawn_ahead_are_those_of_their_step_in_any_order() -> None:
     made = batches(concepts=None)
-    with Ahead(made.draw, made.place, 9) as ahead:
+    with Ahead(made, 9) as ahead:
         for number in (0, 1, 2, 5, 3, 8):
             [mine], [theirs] = ahead(number), made(number)
             for field in ("latents", "noise", "timesteps", "text"):
@@ -124,7 +157,7 @@ def test_samples_drawn_ahead_are_those_of_their_step_in_any_order() -> None:
 
 def test_only_the_next_step_is_drawn_ahead_and_none_beyond_the_last() -> None:
     drawn: list[int] = []
-    with Ahead(lambda number: drawn.append(number) or number, lambda found: found, 3) as ahead:
+    with Ahead(source(lambda number: drawn.append(number) or number), 3) as ahead:
         assert [ahead(number) for number in range(3)] == [0, 1, 2]
     assert drawn == [0, 1, 2]
 
@@ -135,14 +168,14 @@ def test_what_drawing_raises_is_raised_at_its_own_step() -> None:
             raise MemoryError("of step 2")
         return number
 
-    with Ahead(draw, lambda found: found, 9) as ahead:
+    with Ahead(source(draw), 9) as ahead:
         assert [ahead(0), ahead(1)] == [0, 1]
         with pytest.raises(MemoryError, match="of step 2"):
             ahead(2)
 
 
 def test_the_thread_ends_with_the_loop_even_after_an_error() -> None:
-    with pytest.raises(KeyError), Ahead(lambda number: number, lambda found: found, 9) as ahead:
+    with pytest.raises(KeyError), Ahead(source(lambda number: number), 9) as ahead:
         ahead(0)
         raise KeyError
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
@@ -150,8 +183,8 @@ def test_the_thread_ends_with_the_loop_even_after_an_error() -> None:
 
 def test_device_work_stays_in_the_steps_own_thread() -> None:
     threads: dict[str, str] = {}
-    with Ahead(lambda number: threads.setdefault("draw", threading.current_thread().name),
-               lambda found: threads.setdefault("place", threading.current_thread().name), 9) as ahead:
+    with Ahead(source(lambda number: threads.setdefault("draw", threading.current_thread().name),
+                      lambda found: threads.setdefault("place", threading.current_thread().name)), 9) as ahead:
         ahead(0)
     assert threads["draw"].startswith("ahead") and threads["place"] == threading.main_thread().name
 

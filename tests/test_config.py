@@ -39,7 +39,7 @@ def test_every_key_of_a_group_has_a_comment(group: str, name: str) -> None:
     check_comments(conf_dir() / group / f"{name}.yaml")
 
 
-@pytest.mark.parametrize("name", ["config", "generate"])
+@pytest.mark.parametrize("name", ["config", "generate", "evaluate"])
 def test_every_key_of_an_entry_file_has_a_comment(name: str) -> None:
     check_comments(conf_dir() / f"{name}.yaml")
 
@@ -182,10 +182,10 @@ def test_an_experiment_beats_model_files_too() -> None:
 
 
 def test_the_command_line_beats_what_hardware_chooses() -> None:
-    assert made("hardware=g4dn").memory.gradient_checkpointing
+    assert made("hardware=g4dn").memory.auto
     found = made("hardware=g4dn", "model=tiny", "precision=fp32", "memory=fast")
     assert (found.hardware.name, found.model.name, found.precision.dtype.value) == ("g4dn", "tiny", "fp32")
-    assert not found.memory.gradient_checkpointing
+    assert not found.memory.auto
 
 
 @pytest.mark.parametrize("text, truth", [("False", False), ("'False'", False), ("false", False), ("True", True)])

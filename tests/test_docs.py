@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from dreambooth import errors, generate  # generate registers the schema of conf/generate.yaml
+from dreambooth import errors, evaluate, generate  # the doors register the schemas of conf/<door>.yaml
 from dreambooth.choices import Device
 from dreambooth.config import conf_dir, load
 from dreambooth.machine import Machine
@@ -22,7 +22,9 @@ from dreambooth.schema import Config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
-TRAIN, GENERATE = ["python", "-m", "dreambooth.train"], ["python", "-m", "dreambooth.generate"]
+TRAIN, GENERATE, EVALUATE, PLAN = (["python", "-m", f"dreambooth.{door}"]
+                                   for door in ("train", "generate", "evaluate", "plan"))
+ASKED = {"generate": generate.Generate, "evaluate": evaluate.Ask}  # what doors that compose no run read
 OTHER = {". .venv/bin/activate", "nvidia-smi", "pip install -c constraints.txt -e '.[cuda]'"}  # looked at by a person
 FLAGS = {"--help": 1, "--cfg": 2, "--info": 2, "-m": 1}  # of Hydra, with the words that each takes
 CARD = Machine("a card", 24.0, 8.6)  # what `hardware=local` finds where a document says "with a CUDA card"
@@ -73,12 +75,15 @@ def test_a_command_is_real(command: str) -> None:
         assert re.search(rf"^{words[1]}:", makefile, re.M), "no such target"
         assert all(re.search(rf"^{word.partition('=')[0]} +\?=", makefile, re.M) for word in words[2:])
         return
-    assert words[:3] in (TRAIN, GENERATE), "neither make nor a door, and not on the list of others"
+    assert words[:3] in (TRAIN, GENERATE, EVALUATE, PLAN), "neither make nor a door, and not on the list of others"
     for asked in overrides(words[3:]):
-        if words[:3] == GENERATE:
-            assert isinstance(OmegaConf.to_object(composed("generate", asked)), generate.Generate)
+        if words[:3] in (GENERATE, EVALUATE):
+            door = words[2].removeprefix("dreambooth.")
+            assert isinstance(OmegaConf.to_object(composed(door, asked)), ASKED[door])
             continue
         config = load(composed("config", asked))
+        if words[:3] == PLAN:  # needs no photos
+            config.dataset.instance_dir, config.dataset.allow_drawings = "photos", True
         if "--cfg" in words or "--info" in words:  # shown, not run: what is missing may be missing
             continue
         resolve(config, Path("runs/x"), CARD if config.hardware.device is Device.local else None)
@@ -102,7 +107,7 @@ def in_code(page: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_a_key_in_a_document_exists(page: Path) -> None:
-    known = keys() | set(vars(generate.Generate())) | NO_KEYS | {"experiment", "group", "section.key"}
+    known = keys().union(*(vars(ask()) for ask in ASKED.values())) | NO_KEYS | {"experiment", "group", "section.key"}
     said = set(re.findall(r"(?<![\w./-])([A-Za-z_]\w*(?:\.\w+)*)=", in_code(page)))
     sections = "|".join(key for key in keys() if "." not in key)
     dotted = set(re.findall(rf"(?m)^((?:{sections})\.[a-z]\w*)$", in_code(page)))

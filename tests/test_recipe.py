@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from test_config import made
 
-from dreambooth import recipe as rules
+from dreambooth import rules
 from dreambooth.choices import AttentionKind, Device, Dtype, LrSchedule, OptimizerKind, Rounding, Weights
 from dreambooth.config import load
 from dreambooth.errors import ConfigError
@@ -20,7 +20,7 @@ from dreambooth.schema import Config
 from dreambooth.section import Section
 
 T4, A10G, NONE = Machine("T4", 14.6, 7.5), Machine("A10G", 22.0, 8.6), Machine()
-SECTIONS = [item.name for item in dataclasses.fields(Config) if item.name not in ("run_root", "name")]
+SECTIONS = [item.name for item in dataclasses.fields(Config) if item.name not in ("run_root", "name", "plan")]
 
 
 def config(**values: object) -> Config:
@@ -192,6 +192,8 @@ BOUNDS = {
     "sample.seed": no_seed, "sample.images_per_prompt": less_than_1,
     "memory.ema_every": less_than_1, "memory.max_split_size_mb": st.integers(max_value=20),
     "checkpoint.every": less_than_1, "checkpoint.keep": less_than_1,
+    "evaluate.every": less_than_1, "evaluate.images_per_prompt": less_than_1, "evaluate.class_images": less_than_1,
+    "evaluate.seed": no_seed,
 }
 BASE = OmegaConf.structured(Config)
 

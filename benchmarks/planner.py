@@ -1,0 +1,121 @@
+"""The planner against published memory figures, and the time it takes: python benchmarks/planner.py [--write]
+
+Every row is predicted by the same code with the same constants; nothing is set a row. The one fitted number, what a
+process takes of a T4 beside PyTorch's memory, is fitted anew for each row from the other eight. `--write` puts the
+result into docs/planner.md.
+"""
+
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+from dreambooth.cards import CARDS
+from dreambooth.choices import Device, Dtype, EmaDevice, OptimizerKind, Rounding, Weights
+from dreambooth.estimate import step_seconds
+from dreambooth.machine import GIB
+from dreambooth.model import import_libraries
+from dreambooth.prediction import STEP
+from dreambooth.recipe import Recipe, resolve
+from dreambooth.schema import Config
+from dreambooth.vram import predict
+
+DOCS = Path(__file__).parents[1] / "docs" / "planner.md"
+BEGIN, END = "<!-- benchmarks/planner.py -->\n", "<!-- end -->\n"
+EIGHT, FULL = OptimizerKind.adamw8bit, OptimizerKind.adamw
+T4 = [  # published decimal GB and steps a second, batch, accumulation, checkpointing, precision, optimizer
+    (9.92, 0.93, 1, 1, True, Dtype.fp16, EIGHT), (10.08, 0.42, 1, 1, True, Dtype.fp32, EIGHT),
+    (10.4, 0.66, 2, 1, True, Dtype.fp16, EIGHT), (11.17, 1.14, 1, 1, False, Dtype.fp16, EIGHT),
+    (11.17, None, 1, 1, False, Dtype.fp32, EIGHT), (11.56, None, 1, 2, True, Dtype.fp16, EIGHT),
+    (13.67, 0.82, 2, 1, False, Dtype.fp16, EIGHT), (13.7, None, 1, 2, False, Dtype.fp16, EIGHT),
+    (15.79, 0.77, 1, 1, True, Dtype.fp16, FULL)]
+LOWEST = {"memory__gradient_checkpointing": True, "memory__optimizer_in_backward": True,
+          "memory__autocast_cache": False, "memory__ema_device": EmaDevice.cpu, "memory__expandable_segments": True}
+BUDGETS = [  # everything trained: UNet and text encoder, EMA of both, prior preservation
+    (13.9, "fp32 AdamW, memory=lowest", {}),
+    (11.1, "AdamW8bit, lowest with EMA on the card", {"optimizer__kind": EIGHT, "memory__ema_device": EmaDevice.same}),
+    (7.4, "AdamW8bit, memory=lowest", {"optimizer__kind": EIGHT}),
+    (4.9, "AdamW8bit, lowest, half weights", {"optimizer__kind": EIGHT, "memory__weights": Weights.half,
+                                              "memory__rounding": Rounding.stochastic})]
+
+
+def recipe(**changed: object) -> Recipe:
+    """SD 1.5 at 512 px on a T4, class images at hand, no samples, latents and text cached; `section__key` changed."""
+    config = Config()
+    config.model.name, config.model.resolution, config.model.source = "sd15", 512, "runwayml/stable-diffusion-v1-5"
+    config.hardware.device, config.hardware.gpu, config.hardware.compute_capability = Device.cuda, "T4", 7.5
+    config.dataset.instance_dir, config.dataset.instance_prompt = "photos", "a photo of a zwx dog"
+    config.dataset.class_dir, config.dataset.class_prompt = "dogs", "a photo of a dog"
+    config.prior.num_class_images, config.sample.every = 0, None
+    config.precision.dtype, config.train.use_ema = Dtype.fp16, False
+    for key, value in changed.items():
+        section, _, name = key.partition("__")
+        setattr(getattr(config, section), name, value)
+    return resolve(config, Path("runs/plan"))
+
+
+def reserved(found: Recipe) -> tuple[float, float, float]:
+    """GiB at the step's fullest moment, estimated seconds a step, and the CPU seconds that it took to say so."""
+    began = time.process_time()
+    prediction = predict(found)
+    usage = prediction.most(*STEP)
+    return usage.reserved / GIB, step_seconds(found, prediction, CARDS["T4"]), time.process_time() - began
+
+
+def published() -> list[str]:
+    """The tables."""
+    rows, speeds = [], ["| T4, published | s a step | estimated | error |", "|---|---|---|---|"]
+    for gigabytes, rate, batch, accumulation, checkpointing, dtype, kind in T4:
+        value, step, seconds = reserved(recipe(
+            train__train_batch_size=batch, train__gradient_accumulation_steps=accumulation, optimizer__kind=kind,
+            memory__gradient_checkpointing=checkpointing, precision__dtype=dtype))
+        name = (f"{dtype.value}, batch {batch}, accumulation {accumulation}, "
+                f"{'checkpointing, ' if checkpointing else ''}{kind.value}")
+        rows.append((name, gigabytes * 1e9 / GIB, value, seconds))
+        if rate is not None:
+            speeds.append(f"| {name} | {1 / rate:.2f} | {step:.2f} | {step * rate - 1:+.0%} |")
+        print(*rows[-1], flush=True)
+    offsets = [there - value for _, there, value, _ in rows]
+    lines = ["| T4, published | GiB | reserved | constant from the other 8 | predicted | error | CPU s |",
+             "|---|---|---|---|---|---|---|"]
+    for number, (name, there, value, seconds) in enumerate(rows):
+        constant = mean(offsets[:number] + offsets[number + 1:])
+        lines.append(f"| {name} | {there:.2f} | {value:.2f} | {constant:.2f} | {value + constant:.2f} | "
+                     f"{(value + constant) / there - 1:+.1%} | {seconds:.1f} |")
+    lines += ["", f"Mean of published minus reserved: {mean(offsets):.2f} GiB, standard deviation "
+              f"{stdev(offsets):.2f}; the constant in use is {CARDS['T4'].fixed_gib}.", "",
+              "| other cards, published | GiB | reserved | predicted | error |", "|---|---|---|---|---|"]
+    text = {"train__train_text_encoder": True, "memory__gradient_checkpointing": True, "optimizer__kind": EIGHT,
+            "prior__with_prior_preservation": False, "memory__cache_latents": False}
+    for name, there, changed in (
+            ("no checkpointing, fp32 AdamW; card not stated", 17.7e9 / GIB, {"optimizer__kind": FULL}),
+            ("RTX 3060, text encoder too, no prior", 11124 / 1024, text),
+            ("the same, batch 5", 11694 / 1024, text | {"train__train_batch_size": 5}),
+            ("the same, 1024 px", 11598 / 1024, text | {"model__resolution": 1024})):
+        value, *_ = reserved(recipe(**changed))
+        needed = value + CARDS["T4"].fixed_gib
+        lines.append(f"| {name} | {there:.2f} | {value:.2f} | {needed:.2f} | {needed / there - 1:+.1%} |")
+        print(lines[-1], flush=True)
+    return [*lines, "", *speeds]
+
+
+def budgets() -> list[str]:
+    """What the levers make of a full run."""
+    lines = ["| everything trained, SD 1.5, fp16, T4 | aim | clipped | not clipped | CPU s |", "|---|---|---|---|---|"]
+    for aim, name, changed in BUDGETS:
+        found = [reserved(recipe(**(LOWEST | changed | {
+            "train__train_text_encoder": True, "train__use_ema": True, "train__max_grad_norm": limit})))
+            for limit in (1.0, None)]
+        cells = " | ".join(f"{value + CARDS['T4'].fixed_gib:.2f}" for value, *_ in found)
+        lines.append(f"| {name} | {aim} | {cells} | {max(seconds for *_, seconds in found):.1f} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+if __name__ == "__main__":
+    import_libraries()
+    result = "\n".join([*budgets(), "", *published()]) + "\n"
+    print(result)
+    if "--write" in sys.argv:
+        before, rest = DOCS.read_text("utf-8").split(BEGIN)
+        DOCS.write_text(before + BEGIN + result + END + rest.split(END)[1], "utf-8")

@@ -1,0 +1,50 @@
+"""Measures what a finished run has made, beside what its base makes of the same prompts and seeds."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from dreambooth import model, sampling
+from dreambooth.console import Console
+from dreambooth.engine import accelerated
+from dreambooth.errors import UserError
+from dreambooth.evaluation import Evaluation, Judge
+from dreambooth.recipe import Recipe
+from dreambooth.report import measures
+from dreambooth.runfolder import locked
+from dreambooth.tracked import tracked
+
+
+def assess(recipe: Recipe) -> dict[str, float]:
+    """Draw, score, log, and show the scores; what was measured before, in the run or here, is not drawn again.
+
+    Raises:
+        UserError: the run is not finished, or nothing is to measure with.
+    """
+    if not recipe.evaluate.encoders:
+        raise UserError("the run has evaluate.encoder=none: type encoder=efficientnet_lite0, or encoder=paper")
+    step, own = _exported_step(recipe.run_dir), replace(  # the run's model in place of the base
+        recipe, source=str(recipe.run_dir / "model"), model=replace(recipe.model, revision=None, variant=None))
+    model.import_libraries()
+    engine, _ = accelerated(recipe.device, recipe.precision.dtype)
+    console, judge = Console(), Judge(recipe)
+    with locked(recipe.run_dir), tracked(recipe, main=True) as tracker:
+        evaluation = Evaluation(recipe, judge, tracker, engine.device)
+        missing = [number for number in (0, step) if number not in evaluation.scores()]
+        with console.bar("pictures", evaluation.count * len(missing)) as bar:
+            for number, source in ((0, recipe), (step, own)):
+                pipeline = sampling.build_pipeline(model.load(source, engine.device)) if number in missing else None
+                evaluation.measure(number, pipeline, engine.autocast, tick=bar.tick)
+        scores = evaluation.scores()
+    console.table(measures(scores[step], scores[0], recipe))
+    console.say(f"pictures and scores in {evaluation.folder}")
+    return scores[step]
+
+
+def _exported_step(run_dir: Path) -> int:
+    try:
+        result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+        return int(result.get("exported_step") or result["step"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the run in {run_dir} is not finished: repeat its command first, "
+                        "python -m dreambooth.train ...") from error

@@ -1,0 +1,119 @@
+"""The rules between config groups: what one choice asks of another. No torch."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from dreambooth import measures
+from dreambooth.choices import AttentionKind, Dtype, LrSchedule, OptimizerKind, Rounding, Weights
+from dreambooth.machine import Machine
+from dreambooth.schema import Config
+
+
+def problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:
+    """Every broken rule between groups, a sentence each that says what to type."""
+    yield from _device_problems(config, device, machine)
+    yield from _data_problems(config)
+    yield from _training_problems(config)
+    yield from measures.problems(config.evaluate, config.dataset.class_prompt or "")
+    yield from _memory_problems(config)
+
+
+def _device_problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:
+    hardware, dtype = config.hardware, config.precision.dtype
+    if device == "cuda" and machine is not None and not machine.cuda:
+        yield f"hardware={hardware.name} needs a CUDA GPU and this machine has none: type hardware=cpu"
+    capability = hardware.compute_capability
+    if device == "cuda" and dtype is Dtype.bf16 and capability is not None and capability < 8:
+        yield (f"precision=bf16 needs a GPU of compute capability 8.0 and the {hardware.gpu} has {capability}: "
+               "type precision=fp16")
+    if device == "cpu" and dtype is Dtype.fp16:
+        yield "precision=fp16 needs a CUDA GPU: type precision=fp32, or precision=bf16 for speed"
+    if config.attention.kind is AttentionKind.xformers:
+        if device == "cpu":
+            yield "attention=xformers needs a CUDA GPU: type attention=sdpa"
+        elif machine is not None and find_spec("xformers") is None:
+            yield "attention=xformers needs a package: pip install 'dreambooth[cuda]', or type attention=sdpa"
+    kind = config.optimizer.kind
+    if kind in (OptimizerKind.adamw8bit, OptimizerKind.paged_adamw8bit):
+        if machine is not None and find_spec("bitsandbytes") is None:
+            yield f"optimizer={kind.value} needs a package: pip install 'dreambooth[cuda]', or type optimizer=adamw"
+        if kind is OptimizerKind.paged_adamw8bit and (device == "cpu" or config.memory.offload_optimizer):
+            yield ("optimizer=paged_adamw8bit pages between a CUDA GPU and host memory: type optimizer=adamw8bit "
+                   "for a state in host memory")
+
+
+def _data_problems(config: Config) -> Iterator[str]:
+    data, prior = config.dataset, config.prior
+    if not data.instance_dir:
+        yield "the photos are missing: type dataset.instance_dir=DIR"
+    if not (data.instance_prompt or "").strip():
+        yield 'the instance prompt is missing: type dataset.instance_prompt="a photo of a zwx dog"'
+    drawings = (data.instance_dir or "").startswith("package:")
+    if drawings and not config.model.source.startswith("package:") and not data.allow_drawings:
+        yield (f"model={config.model.name} makes photos and dataset={data.name} is a few drawings: type dataset=folder "
+               "dataset.instance_dir=DIR for your photos, or dataset.allow_drawings=true if you mean it")
+    if prior.with_prior_preservation:
+        if not (data.class_prompt or "").strip():
+            yield ('prior preservation needs a class prompt: type dataset.class_prompt="a photo of a dog", '
+                   "or prior.with_prior_preservation=false")
+        if prior.num_class_images == 0 and not data.class_dir:
+            yield ("prior preservation needs class images: type prior.num_class_images=100, "
+                   "or prior.with_prior_preservation=false")
+    if config.memory.cache_latents and not data.center_crop:
+        yield ("cached latents would freeze the random crop: type memory.cache_latents=false, "
+               "or dataset.center_crop=true")
+
+
+def _training_problems(config: Config) -> Iterator[str]:
+    train, resume = config.train, config.checkpoint.resume
+    if train.lr_scheduler is LrSchedule.constant and train.lr_warmup_steps:
+        yield ("train.lr_scheduler=constant has no warm-up: type train.lr_scheduler=constant_with_warmup, "
+               "or train.lr_warmup_steps=0")
+    if train.lr_warmup_steps > train.max_train_steps:
+        yield (f"train.lr_warmup_steps={train.lr_warmup_steps} is longer than the run: "
+               f"type at most train.lr_warmup_steps={train.max_train_steps}")
+    yield from _speed_problems(config)
+    if resume not in ("auto", "never") and not (Path(resume) / "state.json").is_file():
+        yield f"there is no checkpoint at {resume}: type checkpoint.resume=auto, never, or checkpoints/step-..."
+
+
+def _speed_problems(config: Config) -> Iterator[str]:
+    train, memory = config.train, config.memory
+    if train.compile and memory.optimizer_in_backward:
+        yield ("train.compile=true makes all gradients at once, and memory.optimizer_in_backward saves nothing then: "
+               "type train.compile=false, or memory.optimizer_in_backward=false")
+    if train.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+        yield "train.compile=true needs a C++ compiler: install g++, or type train.compile=false"
+    if train.channels_last and (memory.weights is Weights.half or memory.offload_optimizer):
+        yield ("train.channels_last=true was not tried with half weights or an optimizer in host memory: "
+               "type train.channels_last=false")
+
+
+def _memory_problems(config: Config) -> Iterator[str]:
+    memory, train = config.memory, config.train
+    for needed, other in ((train.gradient_accumulation_steps > 1, "train.gradient_accumulation_steps=1"),
+                          (memory.split_prior, "memory.split_prior=false"),
+                          (memory.offload_optimizer, "memory.offload_optimizer=false")):
+        if memory.optimizer_in_backward and needed:
+            yield ("memory.optimizer_in_backward steps after one backward pass and has its gradients to itself: "
+                   f"type memory.optimizer_in_backward=false, or {other}")
+    half = memory.weights is Weights.half
+    if half and config.precision.dtype is Dtype.fp32:
+        yield ("memory.weights=half takes the compute precision: type precision=bf16, precision=fp16 "
+               "or memory.weights=full")
+    if half and memory.rounding is None:
+        yield ("memory.weights=half loses small updates when it rounds to nearest: type memory.rounding=stochastic "
+               "or memory.rounding=kahan")
+    if half and memory.offload_optimizer:
+        yield ("memory.offload_optimizer computes with half weights and keeps fp32 ones in host memory: "
+               "type memory.weights=full memory.rounding=null")
+    if half and memory.rounding is Rounding.kahan and config.optimizer.kind is OptimizerKind.adafactor:
+        yield "memory.rounding=kahan was not tried with optimizer=adafactor: type memory.rounding=stochastic"
+    if memory.rounding is not None and not half:
+        yield "memory.rounding is of half weights: type memory.weights=half, or memory.rounding=null"
+    if train.use_ema and train.max_train_steps % memory.ema_every:
+        yield (f"memory.ema_every={memory.ema_every} would leave the last steps out of the average: type a "
+               "train.max_train_steps that is a multiple of it, or memory.ema_every=1")

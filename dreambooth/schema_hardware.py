@@ -1,0 +1,23 @@
+"""The section `hardware` of the schema. No torch, no Hydra."""
+
+from dataclasses import dataclass, field
+
+from dreambooth.choices import Device
+from dreambooth.section import Section
+
+
+@dataclass
+class Hardware(Section):
+    """The machine a run is meant for. Figures are GiB (2**30 bytes)."""
+
+    name: str = "local"
+    device: Device = Device.local
+    gpu: str | None = None
+    usable_vram_gib: float | None = None
+    compute_capability: float | None = None
+    instance_type: str | None = None
+    price_usd_hour: float | None = None
+    spot_price_usd_hour: float | None = None
+    host_ram_gib: float | None = None
+    disk_gib: float | None = None
+    node_selector: dict[str, str] = field(default_factory=dict)

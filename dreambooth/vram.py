@@ -1,0 +1,241 @@
+"""Predicts what a run will take of a card: the very step that trains, on fake tensors, with the run's own recipe.
+
+    blank parts -> class images -> caching -> train_step -> samples       recorded by a StorageTrace
+    recorded events -> the allocator's model                              usage by phase and category
+
+Nothing is computed and nothing is downloaded. What is modelled and not run: the optimizer (optim_memory.py), the
+allocator (allocator.py), and attention's workspaces (fakes.py). docs/planner.md holds it against published figures.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dreambooth import architecture, model
+from dreambooth.allocator import MIB
+from dreambooth.choices import AttentionKind, Dtype, EmaDevice, Weights
+from dreambooth.data import Batch, at_a_time
+from dreambooth.engine import Engine
+from dreambooth.fakes import fake_gpu, fake_tensors, rest, wake, workspace
+from dreambooth.marked import MarkedEma, MarkedEngine, Scaler, gradient_to
+from dreambooth.memory import equip
+from dreambooth.offload import Offloaded
+from dreambooth.optim_memory import ModelledOptimizer
+from dreambooth.prediction import Prediction
+from dreambooth.recipe import Recipe
+from dreambooth.step import Objective, TrainState, train_step
+from dreambooth.storage_trace import ACTIVATIONS, HOST, TEMPORARIES, StorageTrace
+
+CUBLAS = 8 * MIB + 128 * 1024  # its workspace, 8320 KiB: PyTorch's default :4096:2:16:8
+
+
+def predict(recipe: Recipe) -> Prediction:
+    """What the run will take.
+
+    Raises:
+        UserError: the shape of its base model is not known here.
+    """
+    cuda = recipe.device == "cuda"
+    with fake_gpu(recipe.hardware.compute_capability) if cuda else fake_tensors():
+        return rehearse(recipe)
+
+
+def rehearse(recipe: Recipe) -> Prediction:
+    """The same on tensors of whatever kind is current: real ones take the memory and the time that they say."""
+    return _Rehearsal(recipe).prediction()
+
+
+class _Rehearsal:
+    """Walks through the phases of a run in its order."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.memory = recipe.memory
+        self.trace = StorageTrace(workspace)
+        self.parts = architecture.blank(recipe)
+        self.objective = Objective(self.parts.noise_schedule(), recipe.prior.prior_loss_weight,
+                                   recipe.train.snr_gamma, recipe.memory.split_prior)
+        self.autocast = self._autocast()
+        self.engine = self._engine()
+        self.drawn: tuple[tuple[int, float], int, int] | None = None  # what was drawn, and its events
+        self.picture_flops = 0, 0
+        self.encode_flops = 0
+
+    def prediction(self) -> Prediction:
+        """Rehearse every phase."""
+        trace, recipe, parts = self.trace, self.recipe, self.parts
+        with trace:
+            trace.mark("load")
+            workspaces = torch.empty(CUBLAS if recipe.device == "cuda" else 0, dtype=torch.uint8)
+            trace.add([workspaces], "workspace")
+            for module in (parts.unet, parts.text_encoder, parts.vae):
+                trace.add_module(module, "weights")
+            if recipe.with_prior and recipe.prior.num_class_images:
+                self._draw("class_images", recipe.prior.sample_batch_size, recipe.prior.guidance_scale)
+            denoiser = model.prepare(parts, _known_attention(recipe))
+            with trace.whole("caching"):
+                self._cache()
+            resting = [module for module, unused in (
+                (parts.vae, self.memory.cache_latents),
+                (parts.text_encoder, self.memory.cache_text and not recipe.train.train_text_encoder)) if unused]
+            shapes = [rest(module) for module in resting]
+            trace.mark("training")
+            state = self._state(denoiser)
+            self._steps(state)
+            for module, known in zip(resting, shapes, strict=True):
+                wake(module, known)
+                trace.add_module(module, "weights")
+            if recipe.sample.every is not None:
+                size = max(recipe.sample.images_per_prompt, recipe.prior.sample_batch_size)
+                self._draw("sample", size, recipe.sample.guidance_scale)
+            trace.mark("save")
+        trained = [p for p in denoiser.parameters() if p.requires_grad]
+        every = sum(p.numel() for module in (parts.unet, parts.text_encoder, parts.vae) for p in module.parameters())
+        count = sum(p.numel() for p in trained)
+        return Prediction(
+            trace, count, every - count, sum(p.nbytes for p in trained), self.picture_flops, self.encode_flops,
+            self.memory.expandable_segments,
+            None if self.memory.max_split_size_mb is None else self.memory.max_split_size_mb * MIB)
+
+    def _steps(self, state: TrainState) -> None:
+        """Two steps. The second, whose optimizer has its state already, is the first one played again."""
+        trace, train = self.trace, self.recipe.train
+        start = len(trace.events)
+        trace.mark("forward")
+        batches = [self._batch() for _ in range(train.gradient_accumulation_steps)]
+        train_step(state, batches, self.objective, self.engine, train.max_grad_norm)
+        del batches
+        trace.mark("idle")
+        trace.repeat(start, len(trace.events))
+
+    def _autocast(self) -> Callable[[], AbstractContextManager[Any]]:
+        dtype = self.recipe.precision.dtype
+        if dtype is Dtype.fp32:
+            return nullcontext
+        return partial(torch.autocast, "cpu", model.TORCH_DTYPE[dtype], cache_enabled=self.memory.autocast_cache)
+
+    def _engine(self) -> MarkedEngine:
+        trace = self.trace
+        scaler = Scaler(self.recipe.precision.dtype is Dtype.fp16, torch.ones(()))
+        walk = Engine().backward
+
+        def forward() -> AbstractContextManager[Any]:
+            trace.mark("forward")
+            return self.autocast()
+
+        def backward(loss: Tensor) -> None:
+            loss = scaler.scale(loss)
+            trace.rename_live(TEMPORARIES, ACTIVATIONS)
+            trace.mark("backward")
+            walk(loss)
+
+        return MarkedEngine(autocast=forward, backward=backward, scaler=scaler, mark=trace.mark)  # type: ignore[arg-type]
+
+    def _state(self, denoiser: nn.Module) -> TrainState:
+        trace, recipe = self.trace, self.recipe
+        on_host = self.memory.offload_optimizer
+
+        def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            made = ModelledOptimizer(parameters, recipe.optimizer.kind, recipe.train.learning_rate)
+            made.on_state = lambda tensor, paged: trace.add([tensor], HOST if paged or on_host else "optimizer")
+            return made
+
+        optimizer = equip(denoiser, make, self.memory, model.TORCH_DTYPE[recipe.precision.dtype], recipe.train.seed)
+        trace.add_module(denoiser, "weights")
+        masters = optimizer.masters if isinstance(optimizer, Offloaded) else {}
+        trace.add(masters.values(), HOST)
+        for name, parameter in denoiser.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    gradient_to(trace, masters.get(name)))
+        ema = None
+        if recipe.train.use_ema:
+            weights = masters or denoiser
+            ema = MarkedEma(weights, recipe.train.ema_decay, every=self.memory.ema_every)
+            ema.mark = trace.mark
+            away = on_host or self.memory.ema_device is EmaDevice.cpu
+            trace.add(ema.average.values(), HOST if away else "ema")
+        return TrainState(denoiser, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), ema)
+
+    def _batch(self) -> Batch:
+        """A micro-batch as data.Batches makes it; what is not cached is computed here."""
+        train, sides = self.recipe.train, 2 if self.recipe.with_prior else 1
+        halves = [self._half(train.train_batch_size) for _ in range(sides)]
+        latents, noise, timesteps, text = (torch.cat(part) for part in zip(*halves, strict=True))
+        return Batch(latents, noise, timesteps, text, train.train_batch_size)
+
+    def _half(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        recipe = self.recipe
+        latents = torch.empty(count, *self._latent_shape())
+        if not self.memory.cache_latents:
+            mean, std = self.parts.encode(torch.empty(count, *self._pixel_shape()))
+            latents = mean + std * latents
+        text = self._ids(count)
+        if not recipe.train.train_text_encoder:
+            shape = (*text.shape, self.parts.text_encoder.config.hidden_size)
+            text = torch.empty(shape) if self.memory.cache_text else torch.cat(
+                [self._states(1) for _ in range(count)])
+        return latents, torch.empty_like(latents), torch.zeros(count, dtype=torch.long), text
+
+    def _cache(self) -> None:
+        """The largest chunk of photos through the VAE, one prompt through the text encoder."""
+        if self.memory.cache_latents:
+            before, size = self.trace.total_flops, at_a_time(self.recipe.model.resolution)
+            self.parts.encode(torch.empty(size, *self._pixel_shape()))
+            self.encode_flops = (self.trace.total_flops - before) // size
+        if self.memory.cache_text and not self.recipe.train.train_text_encoder:
+            self._states(1)
+
+    @torch.no_grad()
+    def _draw(self, phase: str, count: int, guidance: float) -> None:
+        """One step of the pipeline and its decoder: the other steps take the same memory once more."""
+        trace, begun = self.trace, len(self.trace.events)
+        if self.drawn and self.drawn[0] == (count, guidance) and self._computes_as_before():
+            trace.mark(phase)
+            trace.repeat(*self.drawn[1:], marks=False)
+            trace.mark("idle")
+            return
+        doubled = count * (2 if guidance > 1 else 1)
+        with trace.whole(phase), self.autocast():
+            begun, flops = len(trace.events), trace.total_flops
+            text = self._states(doubled)
+            latents = torch.empty(doubled, *self._latent_shape(), dtype=text.dtype)
+            noise = self.parts.unet(latents, torch.zeros((), dtype=torch.long), text, return_dict=False)[0]
+            denoised = trace.total_flops
+            picture = self.parts.vae.decode(noise[:count].to(self.parts.vae.dtype), return_dict=False)[0]
+            (picture / 2 + 0.5).clamp(0, 1).float()
+            self.picture_flops = (denoised - flops) // count, (trace.total_flops - denoised) // count
+            del text, latents, noise, picture
+        self.drawn = (count, guidance), begun, len(trace.events)
+
+    def _computes_as_before(self) -> bool:
+        """Whether the UNet draws after training with the kernels and dtypes with which it drew before."""
+        fused = self.recipe.attention.kind in (AttentionKind.sdpa, AttentionKind.xformers)
+        return fused and self.memory.weights is Weights.full and not self.memory.offload_optimizer
+
+    @torch.no_grad()
+    def _states(self, count: int) -> Tensor:
+        states: Tensor = self.parts.text_encoder(self._ids(count))[0]
+        return states.float()
+
+    def _ids(self, count: int) -> Tensor:
+        return torch.zeros(count, self.parts.text_encoder.config.max_position_embeddings, dtype=torch.long)
+
+    def _pixel_shape(self) -> tuple[int, int, int]:
+        return 3, self.recipe.model.resolution, self.recipe.model.resolution
+
+    def _latent_shape(self) -> tuple[int, int, int]:
+        side = self.recipe.model.resolution // self.parts.vae_scale
+        return self.parts.latent_channels, side, side
+
+
+def _known_attention(recipe: Recipe) -> Recipe:
+    """xformers is not here; PyTorch's memory-efficient kernel, which it shares, takes the same memory."""
+    if recipe.attention.kind is AttentionKind.xformers:
+        return replace(recipe, attention=replace(recipe.attention, kind=AttentionKind.sdpa))
+    return recipe

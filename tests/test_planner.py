@@ -1,0 +1,286 @@
+"""The planner: storage traces, the allocator's model, optimizer memory models, levers chosen, tables and exit codes."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dreambooth import cards, fitting, plan_report
+from dreambooth.allocator import MIB, CachingAllocator
+from dreambooth.choices import Device, Dtype, EmaDevice, OptimizerKind
+from dreambooth.config import conf_dir
+from dreambooth.errors import UserError
+from dreambooth.optim_memory import CODEBOOKS, ModelledOptimizer
+from dreambooth.recipe import Recipe, resolve
+from dreambooth.schema import Config
+from dreambooth.storage_trace import MARK, StorageTrace
+from dreambooth.vram import predict, rehearse
+
+
+def recipe(model: str = "tiny", **changed: object) -> Recipe:
+    """The demo, or a model whose architecture ships, with `section__key` changed."""
+    config = Config()
+    config.dataset.instance_dir, config.dataset.allow_drawings = "package:demo", True
+    config.dataset.instance_prompt, config.dataset.class_prompt = "a zwx toy", "a toy"
+    if model != "tiny":
+        config.model.name, config.model.resolution = model, 512
+        config.model.source = f"somebody/{model}"
+        config.hardware.device, config.hardware.gpu = Device.cuda, "T4"
+        config.hardware.compute_capability, config.hardware.usable_vram_gib = 7.5, 14.6
+        config.precision.dtype = Dtype.fp16
+    for key, value in changed.items():
+        section, _, name = key.partition("__")
+        setattr(getattr(config, section), name, value)
+    return resolve(config, Path("runs/plan"))
+
+
+def small(**changed: object) -> Recipe:
+    """A tiny run without drawing."""
+    return recipe(**{"sample__every": None, "prior__num_class_images": 1, "prior__sample_batch_size": 1,
+                     "train__train_batch_size": 1, **changed})
+
+
+# -- recording ----------------------------------------------------------------------------------------------------
+
+def test_a_trace_sees_a_storage_come_and_go_once() -> None:
+    trace = StorageTrace()
+    with trace:
+        trace.mark("a")
+        x = torch.empty(256)
+        y = x.view(16, 16)
+        del x
+        z = y + 1
+        del y, z
+    assert [size for serial, size in trace.events if serial != MARK] == [1024, 1024, -1024, -1024]
+
+
+def test_fake_and_real_tensors_give_the_same_trace_byte_for_byte() -> None:
+    fake, real = predict(small()).trace, rehearse(small()).trace
+    assert fake.events == real.events
+    assert fake.category == real.category
+    assert fake.flops == real.flops
+
+
+@pytest.mark.parametrize("dtype, size", [(Dtype.fp32, 4), (Dtype.bf16, 4)])
+def test_gradients_and_optimizer_state_have_the_size_of_the_weights(dtype: Dtype, size: int) -> None:
+    found = predict(small(precision__dtype=dtype, train__use_ema=True))
+    category = {kind: max(u.by_category.get(kind, 0) for u in found.by_phase.values())
+                for kind in ("gradients", "optimizer", "ema")}
+    assert category["gradients"] == found.trained * size
+    assert category["ema"] == found.trained * 4
+    assert 0 <= category["optimizer"] - found.trained * 8 <= 4 * 1000  # and a step count a weight
+
+
+def test_an_average_in_host_memory_is_not_on_the_card() -> None:
+    found = predict(small(memory__ema_device=EmaDevice.cpu))
+    assert all("ema" not in usage.by_category for usage in found.by_phase.values())
+    assert found.host == found.trained * 4
+
+
+# -- the allocator ------------------------------------------------------------------------------------------------
+
+def test_small_blocks_share_a_segment_of_two_mebibytes() -> None:
+    allocator = CachingAllocator()
+    for _ in range(4):
+        allocator.malloc(500 * 1024)
+    assert (allocator.allocated, allocator.reserved) == (4 * 500 * 1024, 2 * MIB)
+
+
+def test_a_freed_block_joins_its_neighbours_and_serves_again() -> None:
+    allocator = CachingAllocator()
+    first, second = allocator.malloc(6 * MIB), allocator.malloc(6 * MIB)
+    allocator.release(first)
+    allocator.release(second)
+    allocator.malloc(20 * MIB)
+    assert allocator.reserved == 20 * MIB
+
+
+def test_large_segments_are_multiples_of_two_mebibytes_and_leave_when_the_cache_is_emptied() -> None:
+    allocator = CachingAllocator()
+    block = allocator.malloc(11 * MIB)
+    assert allocator.reserved == 12 * MIB
+    allocator.release(block)
+    allocator.empty_cache()
+    assert allocator.reserved == 0
+
+
+def test_expandable_segments_lose_less_between_blocks() -> None:
+    def reserved(expandable: bool) -> int:
+        allocator = CachingAllocator(expandable)
+        for size in (30, 45, 60, 80):
+            allocator.release(allocator.malloc(size * MIB))
+        return allocator.reserved
+
+    assert reserved(True) < reserved(False)
+
+
+def test_emptying_the_cache_gives_the_free_pages_of_a_growing_range_back() -> None:
+    allocator = CachingAllocator(expandable=True)
+    kept, gone = allocator.malloc(20 * MIB), allocator.malloc(100 * MIB)
+    allocator.release(gone)
+    allocator.empty_cache()
+    assert (allocator.allocated, allocator.reserved) == (20 * MIB, 20 * MIB)
+    allocator.malloc(40 * MIB)
+    assert allocator.reserved == 60 * MIB
+    allocator.release(kept)
+
+
+# -- optimizers ---------------------------------------------------------------------------------------------------
+
+def _state_bytes(optimizer: torch.optim.Optimizer, without: tuple[str, ...] = ()) -> int:
+    tensors = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+               for state in optimizer.state.values() for name, tensor in state.items()
+               if isinstance(tensor, torch.Tensor) and name not in without}
+    return sum(tensors.values())
+
+
+def _stepped(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(*shape)) for shape in ((4095,), (4096,), (300, 70), (8, 4, 3, 3), (1,))]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = make(parameters)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("form", ["fused", "foreach", "single"])
+def test_adamw_keeps_what_pytorchs_keeps(form: str) -> None:
+    real = _stepped(lambda p: torch.optim.AdamW(p, fused=form == "fused", foreach=form == "foreach"))
+    assert _state_bytes(_stepped(lambda p: ModelledOptimizer(p, OptimizerKind.adamw, form=form))) == _state_bytes(real)
+
+
+def test_adamw8bit_keeps_what_bitsandbytes_keeps() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    real = _stepped(lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-3))
+    model = _stepped(lambda p: ModelledOptimizer(p, OptimizerKind.adamw8bit))
+    assert _state_bytes(model) == _state_bytes(real, without=("qmap1", "qmap2"))
+    assert _state_bytes(real) - _state_bytes(model) in (0, CODEBOOKS)
+
+
+def test_adafactor_keeps_what_transformers_keeps() -> None:
+    from transformers.optimization import Adafactor
+
+    real = _stepped(lambda p: Adafactor(p, lr=1e-3, scale_parameter=False, relative_step=False))
+    assert _state_bytes(_stepped(lambda p: ModelledOptimizer(p, OptimizerKind.adafactor))) == _state_bytes(real)
+
+
+# -- choosing levers ----------------------------------------------------------------------------------------------
+
+ROOMY = {"memory__auto": True, "hardware__usable_vram_gib": 80.0}  # nothing is ruled out by counting
+
+
+class Sized:
+    """Stands for a rehearsal: a run takes `needed(recipe)` GiB."""
+
+    def __init__(self, needed: Callable[[Recipe], float]) -> None:
+        self.needed = needed
+        self.asked: list[Recipe] = []
+
+    def __call__(self, asked: Recipe) -> object:
+        self.asked.append(asked)
+        base = predict(small())
+        size = int(self.needed(asked) * 2**30)
+        return type("Found", (), {"reserved": size, "trained": base.trained, "by_phase": base.by_phase,
+                                  "most": base.most, "peak_phase": "backward"})()
+
+
+def test_auto_adds_nothing_where_everything_fits() -> None:
+    choice = fitting.chosen(recipe("sd15", **ROOMY), Sized(lambda r: 10.0))  # type: ignore[arg-type]
+    assert choice.added == ()
+
+
+def test_auto_takes_the_first_rung_that_fits_95_percent_of_the_card() -> None:
+    needed = Sized(lambda r: 75.0 if r.memory.gradient_checkpointing else 75.5)  # of 76, and 0.71 beside it
+    choice = fitting.chosen(recipe("sd15", **ROOMY), needed)  # type: ignore[arg-type]
+    assert choice.added == ("memory.gradient_checkpointing=true",)
+
+
+def test_auto_never_touches_what_changes_numbers() -> None:
+    asked = Sized(lambda r: 99.0)
+    plain = recipe("sd15", prior__sample_batch_size=1, **ROOMY)
+    fitting.chosen(plain, asked)  # type: ignore[arg-type]
+    assert len(asked.asked) > 3
+    for candidate in asked.asked:
+        assert replace(candidate, memory=plain.memory) == plain
+        for key in ("weights", "rounding", "ema_every", "split_prior", "offload_optimizer"):
+            assert getattr(candidate.memory, key) == getattr(plain.memory, key), key
+
+
+def test_what_cannot_fit_is_counted_out_and_not_rehearsed() -> None:
+    asked = Sized(lambda r: 12.0)
+    fitting.chosen(recipe("sd15", memory__auto=True), asked)  # type: ignore[arg-type]
+    assert asked.asked[0].memory.gradient_checkpointing, "20 bytes a weight are more than a T4 has"
+
+
+def test_pictures_are_drawn_one_at_a_time_where_only_drawing_does_not_fit() -> None:
+    asked = Sized(lambda r: 79.0 if r.prior.sample_batch_size > 1 else 70.0)
+    choice = fitting.chosen(recipe("sd15", **ROOMY), asked)  # type: ignore[arg-type]
+    assert choice.added == ("prior.sample_batch_size=1",)
+
+
+def test_auto_leaves_on_what_the_user_switched_on() -> None:
+    asked = recipe("sd15", memory__gradient_checkpointing=True, **ROOMY)
+    choice = fitting.chosen(asked, Sized(lambda r: 1.0))  # type: ignore[arg-type]
+    assert choice.recipe.memory.gradient_checkpointing
+
+
+def test_auto_does_not_step_in_the_backward_pass_while_gradients_accumulate() -> None:
+    asked = Sized(lambda r: 99.0)
+    fitting.chosen(recipe("sd15", train__gradient_accumulation_steps=2, **ROOMY), asked)  # type: ignore[arg-type]
+    assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
+
+
+def test_a_run_on_the_cpu_has_nothing_to_choose() -> None:
+    plain = small(memory__auto=True)
+    assert fitting.settled(plain) == (plain, {}, "")
+
+
+# -- the door -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, card", [("Tesla T4", "T4"), ("NVIDIA A10G", "A10G"), ("NVIDIA L4", "L4")])
+def test_a_card_is_known_by_its_drivers_name(name: str, card: str) -> None:
+    found = cards.card_of(name)
+    assert found is not None and found.name == card
+
+
+def test_an_unknown_card_has_no_speed() -> None:
+    assert cards.card_of("Voodoo 3") is None
+    assert cards.card_of(None) is None
+
+
+def test_a_plan_has_the_keys_that_programs_read() -> None:
+    planned = plan_report.Planned(small(), predict(small()), (), "")
+    found = json.loads(plan_report.dumped([planned]))
+    assert found.keys() >= {"fits", "card_gib", "reserved_gib", "allocated_gib", "usable_vram_gib", "by_phase",
+                            "by_category", "levers", "step_seconds", "run_seconds", "price_usd"}
+    assert found["by_phase"].keys() >= {"load", "forward", "backward", "step", "ema", "save"}
+
+
+def test_a_table_fits_80_columns() -> None:
+    planned = plan_report.Planned(small(), predict(small()), ("memory.gradient_checkpointing=true",), "why not")
+    assert max(map(len, plan_report.table(planned).splitlines())) <= 80
+    assert max(map(len, plan_report.comparison([planned, planned]).splitlines())) <= 80
+
+
+def test_the_picture_of_a_step_is_written(tmp_path: Path) -> None:
+    plan_report.plot(plan_report.Planned(small(), predict(small()), (), ""), tmp_path / "step.png")
+    assert (tmp_path / "step.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_model_of_unknown_shape_is_refused_with_what_to_type() -> None:
+    strange = recipe("sd15", model__name="other", model__source="somebody/other")
+    with pytest.raises(UserError, match=r"type model\.source=DIR"):
+        predict(strange)
+
+
+@pytest.mark.parametrize("option", ["g4dn", "g5", "g6"])
+def test_every_card_on_file_is_known_and_has_a_price(option: str) -> None:
+    text = (conf_dir() / "hardware" / f"{option}.yaml").read_text("utf-8")
+    gpu = next(line.split()[1] for line in text.splitlines() if line.startswith("gpu:"))
+    assert cards.card_of(gpu) is not None
+    assert "price_usd_hour: null" not in text.replace("spot_price_usd_hour", "spot")
