@@ -20,7 +20,7 @@ from dreambooth.schema import Config
 from dreambooth.section import Section
 
 T4, A10G, NONE = Machine("T4", 14.6, 7.5), Machine("A10G", 22.0, 8.6), Machine()
-SECTIONS = [item.name for item in dataclasses.fields(Config) if item.name not in ("run_root", "name")]
+SECTIONS = [item.name for item in dataclasses.fields(Config) if item.name not in ("run_root", "name", "plan")]
 
 
 def config(**values: object) -> Config:

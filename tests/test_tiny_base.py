@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tools.tiny_base import art, autoencoder, pictures, words
+from tools.tiny_base import art, autoencoder, pictures, pretrain, words
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,6 +78,5 @@ def test_pretraining_goes_on_from_where_it_was_killed(tmp_path: Path) -> None:
                "-m", "tools.tiny_base.pretrain", str(tmp_path)]
     subprocess.run([*command, "--steps=8"], cwd=ROOT, check=True)
     ran = subprocess.run([*command, "--steps=16"], cwd=ROOT, check=True, capture_output=True, text=True)
-    state = torch.load(tmp_path / "state-0.pt", weights_only=True)
-    assert state["step"] == 16, ran.stdout
+    assert pretrain.saved_step(tmp_path / "state-0.safetensors") == 16, ran.stdout
     assert (tmp_path / "trained/unet/diffusion_pytorch_model.safetensors").is_file()

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -51,6 +53,14 @@ def new_text_encoder(words: int) -> CLIPTextModel:
 def noise_schedule() -> Schedule:
     scheduler = DDPMScheduler(**BETAS, num_train_timesteps=1000)
     return Schedule(scheduler.alphas_cumprod, "epsilon")
+
+
+def saved_step(path: Path) -> int:
+    """The completed steps of a saved state; 0: there is none."""
+    if not path.is_file():
+        return 0
+    with safe_open(path, framework="pt") as file:
+        return int(file.metadata()["step"])
 
 
 class Captions:
@@ -134,23 +144,28 @@ class Trainer:
 
     def save(self) -> None:
         """The state of this process; called when the weights were just averaged."""
-        state = {"model": self.model.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict(),
-                 "step": self.step}
-        path = self.folder / f"state-{self.rank}.pt"
-        torch.save(state, path.with_suffix(".new"))
+        moments = self.optimizer.state_dict()["state"]
+        tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"average.{i}": tensor for i, tensor in enumerate(self.average)}
+        tensors |= {f"optimizer.{i}.{name}": tensor for i, held in moments.items() for name, tensor in held.items()}
+        path = self.folder / f"state-{self.rank}.safetensors"
+        save_file(tensors, path.with_suffix(".new"), metadata={"step": str(self.step)})
         path.with_suffix(".new").replace(path)
 
     def resume(self) -> None:
         """Go on from the saved states, if every process has one of the same step."""
-        path = self.folder / f"state-{self.rank}.pt"
-        state = torch.load(path, weights_only=True) if path.is_file() else {"step": 0}
+        path = self.folder / f"state-{self.rank}.safetensors"
+        step = saved_step(path)
         found: list[int] = [0] * self.world
-        dist.all_gather_object(found, state["step"])
-        if state["step"] == 0 or len(set(found)) > 1:
+        dist.all_gather_object(found, step)
+        if step == 0 or len(set(found)) > 1:
             return
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average, self.step = state["average"], state["step"]
+        tensors, moments = load_file(path), self.optimizer.state_dict()
+        self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
+        moments["state"] = {i: {name: tensors[f"optimizer.{i}.{name}"] for name in ("step", "exp_avg", "exp_avg_sq")}
+                            for i in range(len(self.parameters))}
+        self.optimizer.load_state_dict(moments)
+        self.average, self.step = [tensors[f"average.{i}"] for i in range(len(self.average))], step
 
     def export(self) -> None:
         """The averaged weights as diffusers and transformers folders."""
