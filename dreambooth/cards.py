@@ -13,7 +13,10 @@ FIXED_SOURCE = "fitted on 9 published T4 rows (ShivamShrirao/diffusers README, r
 
 @dataclass(frozen=True)
 class Card:
-    """Peak rates are dense, without sparsity: TFLOP/s in half precision with tensor cores and in fp32; GB/s."""
+    """Peak rates are dense, without sparsity: TFLOP/s in half precision with tensor cores and in fp32; GB/s.
+
+    `source` names where such figures are published; they were written down from memory and not looked up there yet.
+    """
 
     name: str
     half_tflops: float
