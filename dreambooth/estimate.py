@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from dreambooth.cards import Card
 from dreambooth.choices import Dtype, EmaDevice, OptimizerKind
+from dreambooth.machine import GIB
 from dreambooth.prediction import Prediction
 from dreambooth.recipe import Recipe
 
@@ -75,32 +76,32 @@ def _passes(recipe: Recipe, prediction: Prediction, card: Card) -> float:
     """Seconds for what is done once a weight and step: casts, unscaling, norm, clipping, optimizer, EMA."""
     memory, weights = recipe.memory, prediction.trained
     half = recipe.precision.dtype is not Dtype.fp32
-    on_card = 12 * half * recipe.train.gradient_accumulation_steps  # cast each way, forward and backward
+    on_card = 12.0 * half * recipe.train.gradient_accumulation_steps  # cast each way, forward and backward
     on_card += 8 * (recipe.precision.dtype is Dtype.fp16) + 4 + 8 * (recipe.train.max_grad_norm is not None)
-    on_host = link = 0
+    on_host = link = 0.0
     if memory.offload_optimizer:
         link, on_host = 8, STATE_PASSES[recipe.optimizer.kind]
     else:
         on_card += STATE_PASSES[recipe.optimizer.kind]
     if recipe.train.use_ema:
         if memory.offload_optimizer:
-            on_host += 12
+            on_host += 12 / memory.ema_every
         elif memory.ema_device is EmaDevice.cpu:
-            link, on_host = link + 4, on_host + 12
+            link, on_host = link + 4 / memory.ema_every, on_host + 12 / memory.ema_every
         else:
             on_card += 12
-    return weights * (on_card / (card.bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE)
-                      + (link / HOST_LINK + on_host / HOST_MEMORY) / memory.ema_every)
+    on_card /= card.bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE
+    return weights * (on_card + link / HOST_LINK + on_host / HOST_MEMORY)
 
 
 def host_gib(prediction: Prediction) -> float:
     """Host memory: the process, what the card has given away, and the trained weights in fp32 while they are loaded or
     written."""
-    return PROCESS_GIB + prediction.host / 2**30 + 4 * prediction.trained / 2**30
+    return PROCESS_GIB + (prediction.host + 4 * prediction.trained) / GIB
 
 
 def disk_gib(recipe: Recipe, prediction: Prediction) -> float:
     """Disk: checkpoints (one more than kept while one is written), the exported model, the base."""
     trained, every = 4 * prediction.trained, 4 * (prediction.trained + prediction.frozen)
     a_checkpoint = trained * (3 + recipe.train.use_ema)
-    return ((recipe.checkpoint.keep + 1) * a_checkpoint + 2 * every) / 2**30
+    return ((recipe.checkpoint.keep + 1) * a_checkpoint + 2 * every) / GIB

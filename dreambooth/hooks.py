@@ -33,6 +33,11 @@ def due(step: int, every: int | None, last: int) -> bool:
     return every is not None and (step % every == 0 or step == last)
 
 
+def due_or_last(step: int, every: int | None, last: int) -> bool:
+    """The same, and after the last step for None too."""
+    return step == last or due(step, every, last)
+
+
 @dataclass
 class Log:
     """Metrics of every step to the journal and the progress bar."""
@@ -82,7 +87,7 @@ class Save:
 
     def __call__(self, info: StepInfo) -> None:
         spec, last = self.recipe.checkpoint, self.recipe.train.max_train_steps
-        if info.step == last or due(info.step, spec.every, last):
+        if due_or_last(info.step, spec.every, last):
             self.now()
 
     def now(self) -> Path:
@@ -110,13 +115,13 @@ class Measure:
 
     def __call__(self, info: StepInfo) -> None:
         spec, last = self.recipe.evaluate, self.recipe.train.max_train_steps
-        if info.step == last or due(info.step, spec.every, last):
+        if due_or_last(info.step, spec.every, last):
             self.now(info.step)
 
     def begin(self) -> None:
         """Measure the step that a resumed run begins with, if it is to be measured and is not yet."""
         step, last = self.setup.state.step, self.recipe.train.max_train_steps
-        if step > 0 and (step == last or due(step, self.recipe.evaluate.every, last)):
+        if step > 0 and due_or_last(step, self.recipe.evaluate.every, last):
             self.now(step)
 
     def now(self, step: int) -> None:

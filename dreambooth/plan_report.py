@@ -173,7 +173,7 @@ def _cost(planned: Planned) -> list[str]:
     lines = [f"{flops}, about {time.step_seconds:.1f} s a step, {_clock(time.run_seconds)} in all (estimate: {told})"]
     if time.price_usd is not None:
         lines.append(f"about ${time.price_usd:.2f} on {hardware.instance_type} at ${hardware.price_usd_hour:g}/h "
-                     "(published, us-east-1, 2026-11)")
+                     "(us-east-1, as quoted in 2026-11)")
     if time.spot_price_usd is not None:
         lines.append(f"about ${time.spot_price_usd:.2f} at your spot price of ${hardware.spot_price_usd_hour:g}/h")
     return lines

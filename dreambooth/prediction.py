@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from dreambooth.allocator import MIB, CachingAllocator
-from dreambooth.machine import GIB
+from dreambooth.allocator import CachingAllocator
 from dreambooth.replay import Usage, replay
 from dreambooth.storage_trace import HOST, StorageTrace
 
@@ -65,11 +64,3 @@ class Prediction:
                 now += size
                 most = max(most, now)
         return most
-
-
-def gib(size: float) -> float:
-    """Bytes in GiB."""
-    return size / GIB
-
-
-__all__ = ["EMPTIED", "MIB", "STEP", "Prediction", "gib"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreambooth import cards, fitting, plan_report
+from dreambooth import cards, estimate, fitting, plan_report
 from dreambooth.allocator import MIB, CachingAllocator
 from dreambooth.choices import Device, Dtype, EmaDevice, OptimizerKind
 from dreambooth.config import conf_dir
@@ -246,6 +246,17 @@ def test_a_run_on_the_cpu_has_nothing_to_choose() -> None:
 def test_a_card_is_known_by_its_drivers_name(name: str, card: str) -> None:
     found = cards.card_of(name)
     assert found is not None and found.name == card
+
+
+def test_only_the_average_gets_cheaper_when_it_is_updated_less_often() -> None:
+    alone, averaged = (small(memory__offload_optimizer=True, memory__ema_every=4, train__use_ema=ema)
+                       for ema in (False, True))
+    found, t4 = predict(alone), cards.CARDS["T4"]
+    every = [replace(r, memory=replace(r.memory, ema_every=1)) for r in (alone, averaged)]
+    each = [estimate.step_seconds(r, found, t4) for r in every]
+    fourth = [estimate.step_seconds(r, found, t4) for r in (alone, averaged)]
+    assert fourth[0] == each[0]
+    assert fourth[1] - fourth[0] == pytest.approx((each[1] - each[0]) / 4)
 
 
 def test_an_unknown_card_has_no_speed() -> None:

@@ -5,7 +5,6 @@ import argparse
 import json
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -111,7 +110,8 @@ class Bench:
                     f"dataset.class_prompt={CLASS}", *overrides]
         model, seconds = self._train(settings)
         now = self.measure(model.parent.name, model, photos)
-        print(f"plain {gap(now.plain, base.plain, top):.0%}  scenes {gap(now.scenes, base.scenes, top):.0%}  "
+        plain, scenes = report.gap(now.plain, base.plain, top), report.gap(now.scenes, base.scenes, top)
+        print(f"plain {plain:.0%}  scenes {scenes:.0%}  "
               f"drift {drift(now, base):.3f}  {seconds:.0f} s  {' '.join(overrides)}", flush=True)
 
     def run(self, arm: Arm, seed: int) -> Measured:
@@ -187,15 +187,6 @@ class Bench:
 
     def _features(self, pictures: list[Image.Image]) -> torch.Tensor:
         return self.encoder.images(to_pixels(pictures))
-
-
-def gap(value: float, base: float, reference: float) -> float:
-    """The share of the way from base to reference."""
-    return (value - base) / (reference - base)
-
-
-def mean_and_spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
 if __name__ == "__main__":

@@ -56,11 +56,14 @@ stochastically or compensated (Kahan). One seed each, same settings otherwise.
 """
 
 
+def gap(value: float, base: float, reference: float) -> float:
+    """The share of the way from base to reference."""
+    return (value - base) / (reference - base)
+
+
 def write(path: Path, base: "Measured", reference: float, runs: "Mapping[str, list[Measured]]",
           drift: "Callable[[Measured, Measured], float]", sheet: Path, facts: dict[str, str]) -> None:
     """Write the page."""
-    from tools.proof.__main__ import gap
-
     def line(name: str, seed: int, run: "Measured") -> str:
         return (f"| {name}, seed {seed} | {run.plain:.3f} | {gap(run.plain, base.plain, reference):.0%} "
                 f"| {run.scenes:.3f} | {gap(run.scenes, base.scenes, reference):.0%} | {run.class_similarity:.3f} "
