@@ -104,6 +104,8 @@ class Measure:
 
     Called after Save: should the process die in here, a checkpoint of this step is there, and `begin` measures it.
     The base is measured before the first of them, from a copy of its own: nobody waits for it before the first step.
+    Not so on a card, where a second model beside the optimizer's state may not fit: there it is measured before the
+    first step, when the live weights still are the base.
     """
 
     evaluation: Evaluation | None  # None: no evaluation
@@ -119,9 +121,13 @@ class Measure:
             self.now(info.step)
 
     def begin(self) -> None:
-        """Measure the step that a resumed run begins with, if it is to be measured and is not yet."""
+        """Measure the step that a run begins with: of a resumed one, if it is to be measured and is not yet; on a card,
+        the base."""
         step, last = self.setup.state.step, self.recipe.train.max_train_steps
-        if step > 0 and due_or_last(step, self.recipe.evaluate.every, last):
+        if step == 0 and self.evaluation is not None and self.engine.device.type == "cuda":
+            with self.meter.phase("evaluate"), self.setup.idle.present(), averaged(self.setup):
+                self._measure(0, self.setup.pipeline)
+        elif step > 0 and due_or_last(step, self.recipe.evaluate.every, last):
             self.now(step)
 
     def now(self, step: int) -> None:

@@ -35,7 +35,7 @@ from dreambooth.schema import (
 )
 from dreambooth.section import Section
 
-HEADLINE = ("model.name", "train.learning_rate", "train.max_train_steps", "train.seed", "prior.prior_loss_weight")
+HEADLINE = ("train.learning_rate", "prior.prior_loss_weight")  # a line of these is as wide as MLflow makes a picture
 
 
 @dataclass(frozen=True)

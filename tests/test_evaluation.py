@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_kill import KILLED, assert_same, the_run
 
+from dreambooth.hooks import Measure
 from dreambooth.journal import read
 
 SUBJECT, DRIFT = "subject_similarity_efficientnet_lite0", "class_drift_efficientnet_lite0"
@@ -275,3 +278,35 @@ def test_a_run_that_overfits_shows_it_and_does_not_export_its_last_step(tmp_path
     assert curve[120][DRIFT] > curve[40][DRIFT] > 0.1
     assert curve[120]["diversity_efficientnet_lite0"] < curve[0]["diversity_efficientnet_lite0"]
     assert result(run)["exported_step"] == 40
+
+
+class _Card:
+    """An evaluation that writes down what is measured, on something that looks like a card."""
+
+    def __init__(self, scored: dict[int, dict[str, float]]) -> None:
+        self.scored, self.asked = scored, []
+
+    def scores(self) -> dict[int, dict[str, float]]:
+        return self.scored
+
+    def measure(self, step: int, pipeline: object, *_: object) -> dict[str, float]:
+        self.asked.append((step, pipeline))
+        return {}
+
+
+def beginning(kind: str, step: int) -> list[tuple[int, object]]:
+    """(step, pipeline) of what a run that begins with `step` on a device of this kind measures before it trains."""
+    noted = _Card({})
+    setup = SimpleNamespace(state=SimpleNamespace(step=step, ema=None), pipeline="live", trained=None,
+                            idle=SimpleNamespace(present=nullcontext))
+    Measure(
+        evaluation=noted, setup=setup, engine=SimpleNamespace(device=torch.device(kind), autocast=nullcontext),
+        meter=SimpleNamespace(phase=lambda name: nullcontext()),
+        recipe=SimpleNamespace(evaluate=SimpleNamespace(every=None), train=SimpleNamespace(max_train_steps=8)),
+        stop=SimpleNamespace(requested=None)).begin()
+    return noted.asked
+
+
+def test_on_a_card_the_base_is_the_live_model_before_the_first_step_and_never_a_second_one() -> None:
+    assert beginning("cuda", 0) == [(0, "live")]
+    assert beginning("cuda", 3) == beginning("cpu", 0) == []
