@@ -6,6 +6,7 @@ import torch
 from test_core import Toy, batches, schedule, state
 
 from dreambooth.choices import Dtype
+from dreambooth.door import leave
 from dreambooth.engine import accelerated
 from dreambooth.step import Objective, train_step
 
@@ -21,3 +22,4 @@ assert engine.share({"rank": engine.rank}) == {"rank": 0}
 if engine.main:
     torch.save(model.state_dict(), sys.argv[1])  # a test's own file
 torch.distributed.destroy_process_group()
+leave()
