@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -176,8 +178,23 @@ def import_libraries() -> None:
             if variable not in os.environ:
                 library.utils.logging.set_verbosity_error()  # their advice is not for our users
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks up for 4-bit kernels that nobody asks for
-        import diffusers.models.unets.unet_2d_condition
-        import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
+        with _without_bitsandbytes():
+            import diffusers.models.unets.unet_2d_condition
+            import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
+
+
+@contextmanager
+def _without_bitsandbytes() -> Iterator[None]:
+    """diffusers imports bitsandbytes for quantised models if it is installed, and it torch's compiler: 0.8 s of every
+    start, for nothing. An optimizer of bitsandbytes imports it when it is made."""
+    from diffusers.utils import import_utils
+
+    there = import_utils._bitsandbytes_available
+    import_utils._bitsandbytes_available = False
+    try:
+        yield
+    finally:
+        import_utils._bitsandbytes_available = there
 
 
 def _safety(source: str, dtype: torch.dtype, weights: dict[str, Any]) -> tuple[Any, Any]:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -343,3 +345,11 @@ def test_wrong_input_is_one_sentence(overrides: list[str], words: str, photos: P
     assert "Traceback" not in told
     assert "Error executing job" not in told
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("*-*")), "an empty run is left behind"
+
+
+def test_starting_imports_no_bitsandbytes_nor_torchs_compiler() -> None:
+    """They cost every start most of a second, and only an optimizer that was asked for needs them."""
+    code = ("import sys; from dreambooth import model; model.import_libraries();"
+            "print([name for name in ('bitsandbytes', 'torch._inductor.compile_fx') if name in sys.modules])")
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert told.stdout == "[]\n"
