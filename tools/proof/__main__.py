@@ -89,6 +89,11 @@ def main() -> None:
     print("wrote docs/proof.md")
 
 
+def _name(model: Path) -> str:
+    """Of a run's samples: the folder and the step, since more steps extend a run in its folder."""
+    return f"{model.parent.name}-{json.loads((model.parent / 'result.json').read_text())['step']}"
+
+
 def drift(now: Measured, base: Measured) -> float:
     """1 - cosine of the class's mean features."""
     return float(metrics.class_drift(now.class_features, base.class_features))
@@ -109,7 +114,7 @@ class Bench:
         settings = ["dataset=folder", f"dataset.instance_dir={photos}", f"dataset.instance_prompt={SUBJECT}",
                     f"dataset.class_prompt={CLASS}", *overrides]
         model, seconds = self._train(settings)
-        now = self.measure(model.parent.name, model, photos)
+        now = self.measure(_name(model), model, photos)
         plain, scenes = report.gap(now.plain, base.plain, top), report.gap(now.scenes, base.scenes, top)
         print(f"plain {plain:.0%}  scenes {scenes:.0%}  "
               f"drift {drift(now, base):.3f}  {seconds:.0f} s  {' '.join(overrides)}", flush=True)
@@ -117,7 +122,7 @@ class Bench:
     def run(self, arm: Arm, seed: int) -> Measured:
         """One training of the demo and what came of it."""
         model, seconds = self._train([f"train.seed={seed}", *arm.overrides])
-        measured = self.measure(model.parent.name, model, DEMO)
+        measured = self.measure(_name(model), model, DEMO)
         measured.seconds = seconds
         print(f"{arm.name}, seed {seed}: plain {measured.plain:.3f}, scenes {measured.scenes:.3f}, {seconds:.0f} s",
               flush=True)
