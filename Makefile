@@ -48,7 +48,8 @@ ci:  ## what the CI runs: .ci/run
 
 mlflow-ui: $(STAMP)  ## every run side by side in a browser (PORT=5000)
 	@test -e runs/mlflow.db || { echo "No runs yet in runs/mlflow.db: type make demo first." >&2; exit 1; }
-	@echo "http://127.0.0.1:$(PORT)   (Ctrl-C ends it)"
+	@echo "http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART"
+	@echo "(the runs side by side; Ctrl-C ends it)"
 	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --port $(PORT) --workers 1
 
 proof: $(STAMP)  ## measure what takes long, and write docs/proof.md

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -39,13 +40,12 @@ def green(test: str, patch: Path | None = None) -> bool:
 
 def main() -> None:
     patches = sorted((ROOT / "mutants").glob("*.patch"))
-    for test in sorted({test_of(patch) for patch in patches}):
-        green(test)
     alive = []
-    for patch in patches:
-        lives = green(test_of(patch), patch)
-        print(f"{'SURVIVED' if lives else 'red'}  {patch.stem}", flush=True)
-        alive += [patch.stem] * lives
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each in a process of one thread
+        list(pool.map(green, sorted({test_of(patch) for patch in patches})))
+        for patch, lives in zip(patches, pool.map(lambda patch: green(test_of(patch), patch), patches), strict=True):
+            print(f"{'SURVIVED' if lives else 'red'}  {patch.stem}", flush=True)
+            alive += [patch.stem] * lives
     print(f"{len(patches) - len(alive)} of {len(patches)} mutants found")
     sys.exit(bool(alive))
 
