@@ -15,9 +15,10 @@ PAGE = """# Proof
 Written by `make proof` on {date}: {versions}, Python {python}, {cores} CPU cores, {minutes} minutes. Nothing here is
 edited by hand; what fails a bar says so.
 
-Every number is of the shipped tiny base and the demo subject, on the demo's default settings but for the training seed and
-what an arm changes. The recipe was fixed on another subject (tools/proof/views/tuning) before any of these runs; their
-training seeds and sampling seeds (from {fresh}) were not used for that. Samples: {sampler}.
+Every number is of the shipped tiny base and the demo subject, on the demo's default settings with {recipe},
+but for the training seed and what an arm changes. The recipe is the best of eleven by scenes on another subject
+(tools/proof/views/tuning; `python -m tools.proof --tune KEY=VALUE...`). Training and sampling seeds (from {fresh}) were not
+used before. Samples: {sampler}.
 
 **Similarity** is the mean pairwise cosine of ImageNet EfficientNet-Lite0 features with the five photos, which is what the
 paper does with DINO: it is not DINO, and its numbers compare with nothing outside this page. **Gap closed** is the way from the
@@ -64,13 +65,12 @@ def gap(value: float, base: float, reference: float) -> float:
 def write(path: Path, base: "Measured", reference: float, runs: "Mapping[str, list[Measured]]",
           drift: "Callable[[Measured, Measured], float]", sheet: Path, facts: dict[str, str]) -> None:
     """Write the page."""
-    def line(name: str, seed: int, run: "Measured") -> str:
-        return (f"| {name}, seed {seed} | {run.plain:.3f} | {gap(run.plain, base.plain, reference):.0%} "
+    def line(name: str, run: "Measured") -> str:
+        return (f"| {name}, seed {run.seed} | {run.plain:.3f} | {gap(run.plain, base.plain, reference):.0%} "
                 f"| {run.scenes:.3f} | {gap(run.scenes, base.scenes, reference):.0%} | {run.class_similarity:.3f} "
                 f"| {drift(run, base):.3f} | {run.seconds:.0f} s |")
 
-    lines = {name: [line(name, seed, run) for seed, run in enumerate(measured, start=1)]
-             for name, measured in runs.items()}
+    lines = {name: [line(name, run) for run in measured] for name, measured in runs.items()}
     main = ("with prior preservation", "without")
     kept, lost = runs[main[0]], runs[main[1]]
     plain = statistics.mean(gap(run.plain, base.plain, reference) for run in kept)
