@@ -1,0 +1,234 @@
+"""diffusers' train_dreambooth.py against `python -m dreambooth.train`: the same model, photos and work.
+
+    python benchmarks/speed.py --peer CHECKOUT/examples/dreambooth/train_dreambooth.py --write
+
+Runs alternate, one process at a time, and each appends a line to WORK/trials.jsonl; the table is of all lines there.
+Both trainers read the same folder of fp32 weights, the same photos and the same class images, with the same threads,
+and train UNet and text encoder in fp32 with AdamW, batch n photos + n class images, clipping at 1, without EMA,
+samples, checkpoints or trackers. Speeds are medians over the steps after the first three.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+INSTANCE, CLASS = "a photo of a zwx toy", "a photo of a toy"
+WARM = 3  # steps that no speed counts
+BEGIN, END = "<!-- benchmarks/speed.py {} -->\n", "<!-- end {} -->\n"
+KIB, GIB = 2**10, 2**30
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained, and how long."""
+
+    resolution: int
+    batch: int  # photos, and as many class images
+    steps: int
+    class_images: int
+
+
+SIZES = {"tiny": Size(64, 4, 40, 8), "full": Size(256, 1, 4, 2)}
+OURS = {  # overrides beside the common ones
+    "same work": ["memory.cache_latents=false"],
+    "caches": [],
+    "compiled": ["train.compile=true"],
+    "channels last": ["train.channels_last=true"],
+    "caches and EMA": ["train.use_ema=true"],
+}
+CLASSES = {"peer class images", "class images"}  # cases that make class images, one training step
+
+
+@dataclass
+class Trial:
+    """What one process showed."""
+
+    case: str
+    model: str
+    images_per_second: float | None = None
+    step_seconds: list[float] = field(default_factory=list)
+    first_step_s: float | None = None  # from the start of the process to the end of its first step
+    peak_rss_gib: float = 0.0
+    cpu_seconds: float = 0.0
+    class_images_per_second: float | None = None
+
+
+def peer_command(script: Path, work: Path, size: Size, notes: Path, making: int) -> list[str]:
+    """diffusers' script with our settings. `making`: class images to make, 0 to use those that are there."""
+    folder = work / ("peer_class" if making else "class")
+    return [
+        sys.executable, str(HERE / "peer.py"), str(notes), str(script),
+        f"--pretrained_model_name_or_path={work / 'base'}", f"--instance_data_dir={work / 'photos'}",
+        f"--instance_prompt={INSTANCE}", f"--class_prompt={CLASS}", "--with_prior_preservation",
+        "--prior_loss_weight=0.5", f"--class_data_dir={folder}",
+        f"--num_class_images={making or size.class_images}", f"--sample_batch_size={size.batch}",
+        f"--output_dir={work / 'peer'}", f"--resolution={size.resolution}", "--center_crop", "--train_text_encoder",
+        f"--train_batch_size={size.batch}", f"--max_train_steps={1 if making else size.steps}",
+        "--learning_rate=1e-5", "--lr_scheduler=constant", "--lr_warmup_steps=0", "--seed=0",
+        "--checkpointing_steps=1000000"]
+
+
+def our_command(work: Path, size: Size, more: list[str], making: int) -> list[str]:
+    """Our door with the same settings."""
+    given = [] if making else [f"dataset.class_dir={work / 'class'}"]
+    return [
+        sys.executable, "-m", "dreambooth.train", f"run_root={work / 'runs'}", "hardware=cpu", "tracking=none",
+        f"model.source={work / 'base'}", f"model.resolution={size.resolution}", "dataset.allow_drawings=true",
+        f"dataset.instance_dir={work / 'photos'}", f"dataset.instance_prompt={INSTANCE}",
+        f"dataset.class_prompt={CLASS}", *given, f"prior.num_class_images={making or size.class_images}",
+        "prior.prior_loss_weight=0.5", "train.train_text_encoder=true", f"train.train_batch_size={size.batch}",
+        f"train.max_train_steps={1 if making else size.steps}", "train.learning_rate=1e-5", "sample.every=null",
+        "checkpoint.every=null", "train.use_ema=false", *more]
+
+
+def step_ends(path: Path) -> list[float]:
+    """Times, seconds since 1970, at which steps ended: from the peer's notes or from our metrics.jsonl."""
+    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    ours = [entry["time"] / 1000 for entry in entries if "loss" in entry.get("metrics", {})]
+    return ours or [entry["time"] for entry in entries if entry.get("bar") == "Steps"]
+
+
+def class_rate(folder: Path) -> float | None:
+    """Images a second by the files' times, from the end of the first batch to the end of the last."""
+    times = sorted(path.stat().st_mtime for path in folder.rglob("*") if path.suffix in (".png", ".jpg"))
+    gap = 0.5 * max((later - sooner for sooner, later in pairwise(times)), default=0.0)
+    first = next((number for number, (sooner, later) in enumerate(pairwise(times), 1) if later - sooner > gap), None)
+    return None if first is None else (len(times) - first) / (times[-1] - times[first - 1])
+
+
+def summed_up(case: str, model: str, ends: list[float], began: float, usage: tuple[float, float], images: int,
+              rate: float | None) -> Trial:
+    """Args:
+        usage: peak resident set in GiB, CPU seconds of the whole process.
+        images: a step.
+    """
+    steps = [later - sooner for sooner, later in pairwise(ends)]
+    counted = steps[min(WARM, len(steps) // 2):]
+    speed = images / median(counted) if counted else None
+    return Trial(case, model, speed, steps, ends[0] - began if ends else None, usage[0], usage[1], rate)
+
+
+def run(command: list[str], threads: int, log: Path) -> tuple[float, tuple[float, float]]:
+    """Run to the end; when it began, its peak resident set in GiB and its CPU seconds."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    began = time.time()
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}\nended with {process.returncode}:\n{log.read_text(errors='replace')[-3000:]}")
+    return began, (usage.ru_maxrss * KIB / GIB, usage.ru_utime + usage.ru_stime)
+
+
+def trial(case: str, model: str, size: Size, peer: Path, work: Path, threads: int, making: int) -> Trial:
+    """One process of `case`."""
+    notes, runs, found = work / "notes.jsonl", work / "runs", None
+    notes.unlink(missing_ok=True)
+    for folder in (runs, work / "peer", *([work / "peer_class"] if case in CLASSES else [])):
+        shutil.rmtree(folder, ignore_errors=True)
+    made = making if case in CLASSES else 0
+    if case.startswith("peer"):
+        command = peer_command(peer, work, size, notes, made)
+    else:
+        command = our_command(work, size, OURS.get(case, []), made)
+    began, usage = run(command, threads, work / f"{case.replace(' ', '_')}.log")
+    path = notes if case.startswith("peer") else next(runs.glob("*/metrics.jsonl"))
+    if made:
+        found = class_rate(work / "peer_class" if case.startswith("peer") else runs / "class_images")
+    return summed_up(case, model, step_ends(path), began, usage, 2 * size.batch, found)
+
+
+def prepare(model: str, work: Path, size: Size) -> None:
+    """The folder of fp32 weights, photos and class images that both trainers read."""
+    work.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(ROOT / "dreambooth" / "assets" / "demo", work / "photos", dirs_exist_ok=True)
+    for number, photo in enumerate(sorted((work / "photos").glob("*.png"))[:size.class_images]):
+        (work / "class").mkdir(exist_ok=True)  # speed does not depend on what they show
+        shutil.copy(photo, work / "class" / f"{number}.png")
+    for number in range(len(list((work / "class").iterdir())), size.class_images):
+        shutil.copy(work / "class" / "0.png", work / "class" / f"{number}.png")
+    if not (work / "base").is_dir():
+        subprocess.run([sys.executable, str(HERE / "make_base.py"), model, str(work / "base")], check=True,
+                       env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def table(trials: list[Trial]) -> Iterator[str]:
+    """Markdown rows: medians over the trials of a case, and the range."""
+    peer = [t for t in trials if t.case == "peer"]
+    base = median(t.images_per_second for t in peer if t.images_per_second) if peer else None
+    yield "| what | runs | images/s | range | against the script | first step, s | peak RSS, GiB | class images/s |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for case in dict.fromkeys(t.case for t in trials):
+        mine = [t for t in trials if t.case == case]
+        speeds = [t.images_per_second for t in mine if t.images_per_second and case not in CLASSES]
+        speed = median(speeds) if speeds else None
+        yield " | ".join([
+            f"| {case}", f"{len(mine)}", _text(speed), f"{min(speeds):.2f}-{max(speeds):.2f}" if speeds else "-",
+            f"{speed / base:.2f}x" if speed and base else "-",
+            _text(_median([t.first_step_s for t in mine])), _text(_median([t.peak_rss_gib for t in mine])),
+            f"{_text(_median([t.class_images_per_second for t in mine]))} |"])
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def written(text: str, name: str, rows: list[str]) -> str:
+    """A page with `rows` between the marks of section `name`."""
+    begin, end = BEGIN.format(name), END.format(name)
+    head, _, rest = text.partition(begin)
+    if not rest or end not in rest:
+        raise SystemExit(f"the page has no section between {begin.strip()} and {end.strip()}")
+    return head + begin + "\n".join(rows) + "\n" + end + rest.partition(end)[2]
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ask.add_argument("--peer", type=Path, required=True, help="diffusers' examples/dreambooth/train_dreambooth.py")
+    ask.add_argument("--model", choices=SIZES, default="tiny")
+    ask.add_argument("--cases", nargs="+", default=["peer", "same work", "caches"],
+                     help=f"peer, {', '.join(OURS)}, {', '.join(sorted(CLASSES))}")
+    ask.add_argument("--repeats", type=int, default=3, help="rounds; in each, every case once")
+    ask.add_argument("--steps", type=int, help="training steps a process")
+    ask.add_argument("--making", type=int, default=64, help="class images that a class image case makes")
+    ask.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    ask.add_argument("--work", type=Path, default=ROOT / "outputs" / "speed", help="what both trainers read and write")
+    ask.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
+    given = ask.parse_args()
+    size = SIZES[given.model]
+    size = Size(size.resolution, size.batch, given.steps or size.steps, size.class_images)
+    work = (given.work / given.model).absolute()
+    prepare(given.model, work, size)
+    for _ in range(given.repeats):
+        for case in given.cases:
+            done = trial(case, given.model, size, given.peer.absolute(), work, given.threads, given.making)
+            with (work / "trials.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(done)) + "\n")
+            print(f"{case}: {_text(done.images_per_second)} images/s, first step {_text(done.first_step_s)} s, "
+                  f"peak {done.peak_rss_gib:.2f} GiB, class images/s {_text(done.class_images_per_second)}", flush=True)
+    rows = list(table([Trial(**json.loads(line)) for line in (work / "trials.jsonl").read_text("utf-8").splitlines()]))
+    print("\n".join(rows))
+    if given.write:
+        page = ROOT / "docs" / "benchmarks.md"
+        page.write_text(written(page.read_text("utf-8"), given.model, rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

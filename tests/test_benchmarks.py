@@ -1,0 +1,104 @@
+"""What the benchmarks read and write; nothing is timed here."""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("speed")
+
+
+def lines(path: Path, entries: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def test_step_ends_are_read_from_our_journal_and_from_the_scripts_bar(speed: ModuleType, tmp_path: Path) -> None:
+    ours = lines(tmp_path / "a", [{"time": 1000, "params": {}}, {"time": 2500, "step": 1, "metrics": {"loss": 1.0}},
+                                  {"time": 3000, "step": 1, "metrics": {"objective": 1.0}}])
+    peer = lines(tmp_path / "b", [{"bar": "Generating class images", "time": 1.0}, {"bar": "Steps", "time": 4.5}])
+    assert (speed.step_ends(ours), speed.step_ends(peer)) == ([2.5], [4.5])
+
+
+def test_class_images_are_counted_from_the_end_of_the_first_batch(speed: ModuleType, tmp_path: Path) -> None:
+    for number, time in enumerate([10.0, 10.1, 20.0, 20.1, 30.0, 30.1]):
+        path = tmp_path / f"{number}.png"
+        path.touch()
+        os.utime(path, (time, time))
+    assert speed.class_rate(tmp_path) == pytest.approx(4 / 20)
+
+
+def test_one_batch_of_class_images_has_no_rate(speed: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "0.png").touch()
+    assert speed.class_rate(tmp_path) is None
+
+
+def test_a_trial_counts_no_warm_up_step(speed: ModuleType) -> None:
+    ends = [10.0, 15.0, 19.0, 22.0, 23.0, 24.0]
+    found = speed.summed_up("peer", "tiny", ends, 4.0, (1.5, 9.0), 8, None)
+    assert (found.images_per_second, found.first_step_s, found.peak_rss_gib) == (8.0, 6.0, 1.5)
+    short = speed.summed_up("peer", "full", [10.0, 15.0, 19.0], 4.0, (1.5, 9.0), 8, None)
+    assert short.images_per_second == 8 / 4
+
+
+def test_the_table_compares_medians_with_the_script(speed: ModuleType) -> None:
+    trials = [speed.Trial(case, "tiny", rate) for case, rate in
+              [("peer", 2.0), ("peer", 4.0), ("peer", 100.0), ("caches", 6.0)]]
+    rows = list(speed.table(trials))
+    assert "| peer | 3 | 4.00 | 2.00-100.00 | 1.00x |" in rows[2]
+    assert "| caches | 1 | 6.00 | 6.00-6.00 | 1.50x |" in rows[3]
+
+
+def test_a_section_is_replaced_and_nothing_else(speed: ModuleType) -> None:
+    begin, end = speed.BEGIN.format("tiny"), speed.END.format("tiny")
+    page = f"above\n{begin}old\n{end}below\n"
+    assert speed.written(page, "tiny", ["new"]) == f"above\n{begin}new\n{end}below\n"
+    with pytest.raises(SystemExit, match="no section"):
+        speed.written("nothing\n", "tiny", [])
+
+
+def test_every_case_of_ours_composes(speed: ModuleType, tmp_path: Path) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from dreambooth.config import conf_dir, load
+    from dreambooth.recipe import resolve
+
+    (tmp_path / "class").mkdir()
+    for model, size in speed.SIZES.items():
+        for case in ["class images", *speed.OURS]:
+            making = 4 if case in speed.CLASSES else 0
+            command = speed.our_command(tmp_path / model, size, speed.OURS.get(case, []), making)
+            assert command[:3] == [sys.executable, "-m", "dreambooth.train"]
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+                resolve(load(compose("config", command[3:])), tmp_path / "run")
+
+
+def test_the_page_has_a_section_for_each_benchmark(speed: ModuleType) -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    for name in [*speed.SIZES, "loop"]:
+        assert speed.BEGIN.format(name) in page and speed.END.format(name) in page
+
+
+def test_the_stand_in_crops_and_scales_as_torchvision_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from PIL import Image
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for module in ("torchvision", "torchvision.transforms"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    peer = importlib.import_module("peer")
+    transform = peer.Compose([peer.Resize(8, peer.InterpolationMode.BILINEAR), peer.CenterCrop(8), peer.ToTensor(),
+                              peer.Normalize([0.5], [0.5])])
+    found = transform(Image.new("RGB", (32, 16), (255, 0, 0)))
+    assert found.shape == (3, 8, 8)
+    assert found[0].eq(1).all() and found[1].eq(-1).all() and found.dtype is torch.float32
