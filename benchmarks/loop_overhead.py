@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from speed import ROOT, written
+from speed import ROOT
+from speed_table import machine, written
 
 from dreambooth.ahead import Ahead
 from dreambooth.config import conf_dir, load
@@ -61,7 +62,7 @@ def measure(steps: int, folder: Path) -> tuple[list[Clocks], list[Clocks]]:
         config = load(compose("config", [
             f"run_root={folder}", "hardware=cpu", "tracking=none", "train.use_ema=false",
             f"train.max_train_steps={steps}", "prior.num_class_images=4", "prior.num_inference_steps=1",
-            "sample.every=null"]))
+            "sample.every=null", "evaluate.encoder=none"]))
     recipe = resolve(config, folder / "run")
     engine, accelerator = accelerated(recipe.device, recipe.precision.dtype)
     meter, console = Meter(engine.device), Console(quiet=True)
@@ -102,7 +103,7 @@ def main() -> None:
     ask.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = ask.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = rows(measure(given.steps, Path(folder)))
+        found = [machine(torch.get_num_threads()), "", *rows(measure(given.steps, Path(folder)))]
     print("\n".join(found))
     if given.write:
         page = ROOT / "docs" / "benchmarks.md"

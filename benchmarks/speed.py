@@ -5,7 +5,7 @@
 Runs alternate, one process at a time, and each appends a line to WORK/trials.jsonl; the table is of all lines there.
 Both trainers read the same folder of fp32 weights, the same photos and the same class images, with the same threads,
 and train UNet and text encoder in fp32 with AdamW, batch n photos + n class images, clipping at 1, without EMA,
-samples, checkpoints or trackers. Speeds are medians over the steps after the first three.
+samples, evaluation, checkpoints or trackers. Speeds are medians over the steps after the first three.
 """
 
 import argparse
@@ -15,17 +15,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+
+from speed_table import CLASSES, Trial, machine, table, text, trials_of, written
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 INSTANCE, CLASS = "a photo of a zwx toy", "a photo of a toy"
 WARM = 3  # steps that no speed counts
-BEGIN, END = "<!-- benchmarks/speed.py {} -->\n", "<!-- end {} -->\n"
 KIB, GIB = 2**10, 2**30
 
 
@@ -47,21 +47,6 @@ OURS = {  # overrides beside the common ones
     "channels last": ["train.channels_last=true"],
     "caches and EMA": ["train.use_ema=true"],
 }
-CLASSES = {"peer class images", "class images"}  # cases that make class images, one training step
-
-
-@dataclass
-class Trial:
-    """What one process showed."""
-
-    case: str
-    model: str
-    images_per_second: float | None = None
-    step_seconds: list[float] = field(default_factory=list)
-    first_step_s: float | None = None  # from the start of the process to the end of its first step
-    peak_rss_gib: float = 0.0
-    cpu_seconds: float = 0.0
-    class_images_per_second: float | None = None
 
 
 def peer_command(script: Path, work: Path, size: Size, notes: Path, making: int) -> list[str]:
@@ -89,7 +74,7 @@ def our_command(work: Path, size: Size, more: list[str], making: int) -> list[st
         f"dataset.class_prompt={CLASS}", *given, f"prior.num_class_images={making or size.class_images}",
         "prior.prior_loss_weight=0.5", "train.train_text_encoder=true", f"train.train_batch_size={size.batch}",
         f"train.max_train_steps={1 if making else size.steps}", "train.learning_rate=1e-5", "sample.every=null",
-        "checkpoint.every=null", "train.use_ema=false", *more]
+        "checkpoint.every=null", "evaluate.encoder=none", "train.use_ema=false", *more]
 
 
 def step_ends(path: Path) -> list[float]:
@@ -107,21 +92,27 @@ def class_rate(folder: Path) -> float | None:
     return None if first is None else (len(times) - first) / (times[-1] - times[first - 1])
 
 
-def summed_up(case: str, model: str, ends: list[float], began: float, usage: tuple[float, float], images: int,
-              rate: float | None) -> Trial:
+def summed_up(case: str, model: str, number: int, ends: list[float], began: float, usage: tuple[float, float],
+              images: int, rate: float | None) -> Trial:
     """Args:
+        number: of the round.
         usage: peak resident set in GiB, CPU seconds of the whole process.
         images: a step.
     """
     steps = [later - sooner for sooner, later in pairwise(ends)]
     counted = steps[min(WARM, len(steps) // 2):]
     speed = images / median(counted) if counted else None
-    return Trial(case, model, speed, steps, ends[0] - began if ends else None, usage[0], usage[1], rate)
+    return Trial(case, model, number, speed, steps, ends[0] - began if ends else None, usage[0], usage[1], rate)
 
 
-def run(command: list[str], threads: int, log: Path) -> tuple[float, tuple[float, float]]:
-    """Run to the end; when it began, its peak resident set in GiB and its CPU seconds."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+def run(command: list[str], threads: int, log: Path, compiled: Path) -> tuple[float, tuple[float, float]]:
+    """Run to the end; when it began, its peak resident set in GiB and its CPU seconds.
+
+    Args:
+        compiled: empty folder for what torch.compile keeps, so that each run compiles anew.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT),
+                                "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
     began = time.time()
     with log.open("wb") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
@@ -132,22 +123,24 @@ def run(command: list[str], threads: int, log: Path) -> tuple[float, tuple[float
     return began, (usage.ru_maxrss * KIB / GIB, usage.ru_utime + usage.ru_stime)
 
 
-def trial(case: str, model: str, size: Size, peer: Path, work: Path, threads: int, making: int) -> Trial:
-    """One process of `case`."""
+def trial(case: str, model: str, number: int, size: Size, peer: Path, work: Path, threads: int, making: int) -> Trial:
+    """One process of `case` in round `number`."""
     notes, runs, found = work / "notes.jsonl", work / "runs", None
     notes.unlink(missing_ok=True)
-    for folder in (runs, work / "peer", *([work / "peer_class"] if case in CLASSES else [])):
+    for folder in (runs, work / "peer", work / "inductor", *([work / "peer_class"] if case in CLASSES else [])):
         shutil.rmtree(folder, ignore_errors=True)
     made = making if case in CLASSES else 0
     if case.startswith("peer"):
         command = peer_command(peer, work, size, notes, made)
     else:
         command = our_command(work, size, OURS.get(case, []), made)
-    began, usage = run(command, threads, work / f"{case.replace(' ', '_')}.log")
+    began, usage = run(command, threads, work / f"{case.replace(' ', '_')}.log", work / "inductor")
     path = notes if case.startswith("peer") else next(runs.glob("*/metrics.jsonl"))
     if made:
-        found = class_rate(work / "peer_class" if case.startswith("peer") else runs / "class_images")
-    return summed_up(case, model, step_ends(path), began, usage, 2 * size.batch, found)
+        pictures = work / "peer_class" if case.startswith("peer") else runs / "class_images"
+        found = class_rate(pictures)
+        shutil.copytree(pictures, work / case, dirs_exist_ok=True)  # for class_quality.py
+    return summed_up(case, model, number, step_ends(path), began, usage, 2 * size.batch, found)
 
 
 def prepare(model: str, work: Path, size: Size) -> None:
@@ -162,41 +155,6 @@ def prepare(model: str, work: Path, size: Size) -> None:
     if not (work / "base").is_dir():
         subprocess.run([sys.executable, str(HERE / "make_base.py"), model, str(work / "base")], check=True,
                        env=os.environ | {"PYTHONPATH": str(ROOT)})
-
-
-def table(trials: list[Trial]) -> Iterator[str]:
-    """Markdown rows: medians over the trials of a case, and the range."""
-    peer = [t for t in trials if t.case == "peer"]
-    base = median(t.images_per_second for t in peer if t.images_per_second) if peer else None
-    yield "| what | runs | images/s | range | against the script | first step, s | peak RSS, GiB | class images/s |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for case in dict.fromkeys(t.case for t in trials):
-        mine = [t for t in trials if t.case == case]
-        speeds = [t.images_per_second for t in mine if t.images_per_second and case not in CLASSES]
-        speed = median(speeds) if speeds else None
-        yield " | ".join([
-            f"| {case}", f"{len(mine)}", _text(speed), f"{min(speeds):.2f}-{max(speeds):.2f}" if speeds else "-",
-            f"{speed / base:.2f}x" if speed and base else "-",
-            _text(_median([t.first_step_s for t in mine])), _text(_median([t.peak_rss_gib for t in mine])),
-            f"{_text(_median([t.class_images_per_second for t in mine]))} |"])
-
-
-def _median(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return median(known) if known else None
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def written(text: str, name: str, rows: list[str]) -> str:
-    """A page with `rows` between the marks of section `name`."""
-    begin, end = BEGIN.format(name), END.format(name)
-    head, _, rest = text.partition(begin)
-    if not rest or end not in rest:
-        raise SystemExit(f"the page has no section between {begin.strip()} and {end.strip()}")
-    return head + begin + "\n".join(rows) + "\n" + end + rest.partition(end)[2]
 
 
 def main() -> None:
@@ -216,14 +174,16 @@ def main() -> None:
     size = Size(size.resolution, size.batch, given.steps or size.steps, size.class_images)
     work = (given.work / given.model).absolute()
     prepare(given.model, work, size)
-    for _ in range(given.repeats):
+    path = work / "trials.jsonl"
+    begun = max((entry.round for entry in trials_of(path)), default=0)
+    for number in range(begun + 1, begun + 1 + given.repeats):
         for case in given.cases:
-            done = trial(case, given.model, size, given.peer.absolute(), work, given.threads, given.making)
-            with (work / "trials.jsonl").open("a", encoding="utf-8") as file:
+            done = trial(case, given.model, number, size, given.peer.absolute(), work, given.threads, given.making)
+            with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(done)) + "\n")
-            print(f"{case}: {_text(done.images_per_second)} images/s, first step {_text(done.first_step_s)} s, "
-                  f"peak {done.peak_rss_gib:.2f} GiB, class images/s {_text(done.class_images_per_second)}", flush=True)
-    rows = list(table([Trial(**json.loads(line)) for line in (work / "trials.jsonl").read_text("utf-8").splitlines()]))
+            print(f"{case}: {text(done.images_per_second)} images/s, first step {text(done.first_step_s)} s, "
+                  f"peak {done.peak_rss_gib:.2f} GiB, class images/s {text(done.class_images_per_second)}", flush=True)
+    rows = [machine(given.threads), "", *table(trials_of(path))]
     print("\n".join(rows))
     if given.write:
         page = ROOT / "docs" / "benchmarks.md"

@@ -178,6 +178,7 @@ def import_libraries() -> None:
             if variable not in os.environ:
                 library.utils.logging.set_verbosity_error()  # their advice is not for our users
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks up for 4-bit kernels that nobody asks for
+        diffusers.utils.import_utils._bitsandbytes_available = False  # of quantized weights; a second
         import diffusers.models.unets.unet_2d_condition
         import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
 
