@@ -14,19 +14,24 @@ import os
 import shutil
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 from speed_table import CLASSES, Trial, machine, table, text, trials_of, written
+from watched import watch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 INSTANCE, CLASS = "a photo of a zwx toy", "a photo of a toy"
 WARM = 3  # steps that no speed counts
-KIB, GIB = 2**10, 2**30
+Clock = Callable[[float], float]  # moment -> seconds: its own, or CPU seconds until then
+
+
+def wall(moment: float) -> float:
+    return moment
 
 
 @dataclass(frozen=True)
@@ -84,48 +89,24 @@ def step_ends(path: Path) -> list[float]:
     return ours or [entry["time"] for entry in entries if entry.get("bar") == "Steps"]
 
 
-def class_rate(folder: Path) -> float | None:
+def class_rate(folder: Path, clock: Clock = wall) -> float | None:
     """Images a second by the files' times, from the end of the first batch to the end of the last."""
     times = sorted(path.stat().st_mtime for path in folder.rglob("*") if path.suffix in (".png", ".jpg"))
     gap = 0.5 * max((later - sooner for sooner, later in pairwise(times)), default=0.0)
     first = next((number for number, (sooner, later) in enumerate(pairwise(times), 1) if later - sooner > gap), None)
-    return None if first is None else (len(times) - first) / (times[-1] - times[first - 1])
+    return None if first is None else (len(times) - first) / (clock(times[-1]) - clock(times[first - 1]))
 
 
-def summed_up(case: str, model: str, number: int, ends: list[float], began: float, usage: tuple[float, float],
-              images: int, rate: float | None) -> Trial:
-    """Args:
-        number: of the round.
-        usage: peak resident set in GiB, CPU seconds of the whole process.
-        images: a step.
-    """
-    steps = [later - sooner for sooner, later in pairwise(ends)]
+def step_rate(ends: list[float], images: int, clock: Clock = wall) -> float | None:
+    """Images a second, the median over the steps that count; a step begins where the last one ended."""
+    steps = [clock(later) - clock(sooner) for sooner, later in pairwise(ends)]
     counted = steps[min(WARM, len(steps) // 2):]
-    speed = images / median(counted) if counted else None
-    return Trial(case, model, number, speed, steps, ends[0] - began if ends else None, usage[0], usage[1], rate)
-
-
-def run(command: list[str], threads: int, log: Path, compiled: Path) -> tuple[float, tuple[float, float]]:
-    """Run to the end; when it began, its peak resident set in GiB and its CPU seconds.
-
-    Args:
-        compiled: empty folder for what torch.compile keeps, so that each run compiles anew.
-    """
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT),
-                                "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
-    began = time.time()
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{' '.join(command)}\nended with {process.returncode}:\n{log.read_text(errors='replace')[-3000:]}")
-    return began, (usage.ru_maxrss * KIB / GIB, usage.ru_utime + usage.ru_stime)
+    return images / median(counted) if counted else None
 
 
 def trial(case: str, model: str, number: int, size: Size, peer: Path, work: Path, threads: int, making: int) -> Trial:
     """One process of `case` in round `number`."""
-    notes, runs, found = work / "notes.jsonl", work / "runs", None
+    notes, runs = work / "notes.jsonl", work / "runs"
     notes.unlink(missing_ok=True)
     for folder in (runs, work / "peer", work / "inductor", *([work / "peer_class"] if case in CLASSES else [])):
         shutil.rmtree(folder, ignore_errors=True)
@@ -134,13 +115,17 @@ def trial(case: str, model: str, number: int, size: Size, peer: Path, work: Path
         command = peer_command(peer, work, size, notes, made)
     else:
         command = our_command(work, size, OURS.get(case, []), made)
-    began, usage = run(command, threads, work / f"{case.replace(' ', '_')}.log", work / "inductor")
-    path = notes if case.startswith("peer") else next(runs.glob("*/metrics.jsonl"))
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT),
+                                "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}  # empty: each run compiles anew
+    seen = watch(command, ROOT, environment, work / f"{case.replace(' ', '_')}.log")
+    ends = step_ends(notes if case.startswith("peer") else next(runs.glob("*/metrics.jsonl")))
+    found = Trial(case, model, number, step_rate(ends, 2 * size.batch), step_rate(ends, 2 * size.batch, seen.cpu),
+                  ends[0] - seen.began, seen.cpu(ends[0]), seen.peak_rss_gib, seen.cpu_seconds)
     if made:
         pictures = work / "peer_class" if case.startswith("peer") else runs / "class_images"
-        found = class_rate(pictures)
+        found.class_images_per_second, found.class_images_per_cpu = class_rate(pictures), class_rate(pictures, seen.cpu)
         shutil.copytree(pictures, work / case, dirs_exist_ok=True)  # for class_quality.py
-    return summed_up(case, model, number, step_ends(path), began, usage, 2 * size.batch, found)
+    return found
 
 
 def prepare(model: str, work: Path, size: Size) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -21,11 +21,13 @@ class Trial:
     model: str
     round: int = 0  # in a round every case runs once; quotients are taken within it
     images_per_second: float | None = None
-    step_seconds: list[float] = field(default_factory=list)
+    images_per_cpu: float | None = None  # a CPU second
     first_step_s: float | None = None  # from the start of the process to the end of its first step
+    first_step_cpu: float | None = None
     peak_rss_gib: float = 0.0
     cpu_seconds: float = 0.0
     class_images_per_second: float | None = None
+    class_images_per_cpu: float | None = None
 
 
 def trials_of(path: Path) -> list[Trial]:
@@ -47,21 +49,27 @@ def machine(threads: int) -> str:
 
 
 def table(trials: list[Trial]) -> Iterator[str]:
-    """Markdown rows: medians over the trials of a case, the range, and the median quotient within a round."""
-    yield ("| what | runs | images/s | range | against the script | first step, s | peak RSS, GiB | CPU, s | "
-           "class images/s |")
-    yield "|---|---|---|---|---|---|---|---|---|"
+    """Markdown rows: medians over the trials of a case, the range, and the median quotients within a round.
+
+    Images are what is trained on, or class images in the cases that make them.
+    """
+    yield ("| what | runs | images/s | range | quotient | images a CPU second | quotient | first step, s | its CPU | "
+           "peak RSS, GiB |")
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for case in dict.fromkeys(t.case for t in trials):
         mine = [t for t in trials if t.case == case]
-        making = case in CLASSES
-        speeds = [t.images_per_second for t in mine if t.images_per_second and not making]
-        rates = _quotients(trials, case, "class_images_per_second" if making else "images_per_second")
-        yield " | ".join([
-            f"| {case}", f"{len(mine)}", text(_median(speeds)),
-            f"{min(speeds):.2f}-{max(speeds):.2f}" if speeds else "-", f"{median(rates):.2f}x" if rates else "-",
-            text(_median([t.first_step_s for t in mine])), text(_median([t.peak_rss_gib for t in mine])),
-            text(_median([t.cpu_seconds for t in mine])),
-            f"{text(_median([t.class_images_per_second for t in mine]))} |"])
+        kind = "class_images" if case in CLASSES else "images"
+        row = [case, f"{len(mine)}"]
+        for what in (f"{kind}_per_second", f"{kind}_per_cpu"):
+            rates = [rate for t in mine if (rate := getattr(t, what)) is not None]
+            row.append(text(_median(rates)))
+            if what.endswith("second"):
+                row.append(f"{min(rates):.2f}-{max(rates):.2f}" if rates else "-")
+            quotients = _quotients(trials, case, what)
+            row.append(f"{median(quotients):.2f}x" if quotients else "-")
+        row += [text(_median([getattr(t, what) for t in mine]))
+                for what in ("first_step_s", "first_step_cpu", "peak_rss_gib")]
+        yield f"| {' | '.join(row)} |"
 
 
 def _quotients(trials: list[Trial], case: str, what: str) -> list[float]:

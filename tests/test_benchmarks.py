@@ -48,12 +48,25 @@ def test_one_batch_of_class_images_has_no_rate(speed: ModuleType, tmp_path: Path
     assert speed.class_rate(tmp_path) is None
 
 
-def test_a_trial_counts_no_warm_up_step(speed: ModuleType) -> None:
-    ends = [10.0, 15.0, 19.0, 22.0, 23.0, 24.0]
-    found = speed.summed_up("peer", "tiny", 1, ends, 4.0, (1.5, 9.0), 8, None)
-    assert (found.images_per_second, found.first_step_s, found.peak_rss_gib) == (8.0, 6.0, 1.5)
-    short = speed.summed_up("peer", "full", 1, [10.0, 15.0, 19.0], 4.0, (1.5, 9.0), 8, None)
-    assert short.images_per_second == 8 / 4
+def test_a_rate_counts_no_warm_up_step(speed: ModuleType) -> None:
+    assert speed.step_rate([10.0, 15.0, 19.0, 22.0, 23.0, 24.0], 8) == 8.0
+    assert speed.step_rate([10.0, 15.0, 19.0], 8) == 8 / 4
+    assert speed.step_rate([10.0], 8) is None
+
+
+def test_a_watched_process_tells_what_it_cost_until_a_moment(speed: ModuleType, tmp_path: Path) -> None:
+    """It sleeps, works, sleeps: CPU time passes in the middle only."""
+    code = "import time; time.sleep(0.3); t = time.time()\nwhile time.process_time() < 0.6: pass\nprint(t, time.time())"
+    seen = speed.watch([sys.executable, "-c", code], tmp_path, dict(os.environ), tmp_path / "log")
+    begin, end = map(float, (tmp_path / "log").read_text().split())
+    assert seen.cpu(begin) < 0.3 < 0.5 < seen.cpu(end) < 0.8
+    assert seen.cpu(0.0) == seen.looks[0][1] and seen.cpu(end + 99) == seen.looks[-1][1]
+    assert 0 < seen.peak_rss_gib < 1 and seen.cpu_seconds > 0.5
+
+
+def test_a_process_that_fails_ends_the_benchmark(speed: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"(?s)ended with 1.*not so"):
+        speed.watch([sys.executable, "-c", "raise SystemExit('not so')"], tmp_path, dict(os.environ), tmp_path / "log")
 
 
 def test_the_table_tells_medians_and_the_median_quotient_within_a_round(speed: ModuleType) -> None:
@@ -68,7 +81,7 @@ def test_the_table_tells_medians_and_the_median_quotient_within_a_round(speed: M
 def test_class_images_are_compared_with_those_of_the_script(speed: ModuleType) -> None:
     trials = [speed.Trial(case, "tiny", 1, 9.0, class_images_per_second=rate) for case, rate in
               [("peer", None), ("peer class images", 0.5), ("class images", 2.0)]]
-    assert "| class images | 1 | - | - | 4.00x |" in list(speed.table(trials))[4]
+    assert "| class images | 1 | 2.00 | 2.00-2.00 | 4.00x |" in list(speed.table(trials))[4]
 
 
 def test_a_section_is_replaced_and_nothing_else(speed: ModuleType, page: ModuleType) -> None:
