@@ -90,6 +90,7 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
             state.ema.updates = numbers["ema_updates"]
         state.optimizer.load_state_dict(
             _unflatten(load_file(path / "optimizer.safetensors"), numbers["optimizer"]))
+        _laid_out(state.optimizer)
         if isinstance(state.optimizer, Levered):
             state.optimizer.loaded()
     except (OSError, KeyError, ValueError, SafetensorError) as error:
@@ -162,6 +163,14 @@ def _unflatten(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, An
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = tensor
     return {"param_groups": rest["param_groups"], "state": state}
+
+
+def _laid_out(optimizer: torch.optim.Optimizer) -> None:
+    """Files are contiguous; fused kernels walk weights and state side by side as they lie in memory."""
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 @torch.no_grad()

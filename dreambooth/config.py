@@ -87,6 +87,9 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     if changed := {key: value for key, value in plain("memory").items() if value != UNCHANGED.get(key, value)}:
         chosen["memory"] = changed
     chosen["prior"].pop("sample_batch_size")
+    for key in ("compile", "channels_last"):  # they round differently: only a run that has them is told apart
+        if not chosen["train"][key]:
+            chosen["train"].pop(key)
     if not swept and chosen["train"]["lr_scheduler"] in ("constant", "constant_with_warmup"):
         chosen["train"].pop("max_train_steps")
     chosen["model"].pop("offline")

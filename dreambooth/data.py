@@ -2,6 +2,9 @@
 
 Sample `index` of step `step` is the same photo, crop, flip, noise and timestep whether it is computed in one
 batch, in micro-batches or on another process; a resumed run needs no state from here.
+
+A batch is made in two parts: `draw` is chance, on the host, and may run in a thread ahead of its step (ahead.py);
+`place` is what needs the device, in the step's own thread.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -55,11 +58,11 @@ class Concept:
     def view(self, seed: int, step: int, index: int, batch: int) -> View:
         """Sample `index` of `batch` samples of a step. Photos come in a new random order each time round."""
         epoch, position = divmod(step * batch + index, len(self.photos))
-        order = rng.stream(seed, epoch, self.stream, "order").permutation(len(self.photos))
+        order = rng.order(len(self.photos), seed, epoch, self.stream, "order")
         dice = rng.stream(seed, step, index, self.stream, "view")
         up, left, mirror = dice.random(3)
         return View(
-            photo=int(order[position]),
+            photo=order[position],
             flip=self.random_flip and bool(mirror < 0.5),
             crop=None if self.center_crop else (float(up), float(left)),
         )
@@ -95,24 +98,44 @@ class Latents:
         def encoded() -> Iterator[Moments]:
             for start in range(0, len(views), size):
                 chunk = views[start:start + size]
-                yield self.encode(self._pixels(concept, chunk))
+                yield self.encode(self.pixels(concept, chunk))
                 tick(len(chunk))
 
         content = [f"{self.resolution}", *(sha256(concept.photos[v.photo].pixels.tobytes()).hexdigest() + str(v.flip)
                                            for v in views)]
         self._kept[concept.stream] = self.keep(content, encoded)
 
-    def sample(self, concept: Concept, views: Sequence[View], noise: Tensor) -> Tensor:
-        """Draw latents (N, C, h, w) for `views`; the cache keeps the distribution, so each draw differs."""
+    @property
+    def cached(self) -> bool:
+        return bool(self._kept)
+
+    def sample(self, concept: Concept, views: Sequence[View], noise: Tensor, pixels: Tensor | None = None) -> Tensor:
+        """Draw latents (N, C, h, w) for `views`; the cache keeps the distribution, so each draw differs.
+
+        Args:
+            pixels: of `views`, to encode where nothing is cached; None: made here.
+        """
         if self._kept:
             mean, std = self._kept[concept.stream]([self._rows[concept.stream, v.photo, v.flip] for v in views])
         else:
-            mean, std = self.encode(self._pixels(concept, views))
+            mean, std = self.encode(self.pixels(concept, views) if pixels is None else pixels)
         return (mean + std * noise.to(mean)) * self.scaling_factor
 
-    def _pixels(self, concept: Concept, views: Sequence[View]) -> Tensor:
+    def pixels(self, concept: Concept, views: Sequence[View]) -> Tensor:
+        """(N, 3, H, W) in [-1, 1], on the host."""
         squares = [square(concept.photos[v.photo].pixels, self.resolution, v.crop, v.flip) for v in views]
         return torch.from_numpy(np.stack([to_model_range(pixels) for pixels in squares]))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What chance decides for the samples of one concept in a micro-batch; tensors are on the host."""
+
+    views: Sequence[View]
+    pixels: Tensor | None  # (n, 3, H, W) to encode; None: their latents are cached
+    spread: Tensor  # (n, C, h, w) standard normal: where in its distribution a latent is drawn
+    noise: Tensor  # (n, C, h, w)
+    timesteps: Tensor  # (n,) int64
 
 
 @dataclass
@@ -135,26 +158,44 @@ class Batches:
 
     def __call__(self, step: int) -> list[Batch]:
         """The micro-batches of the step that follows `step` completed ones."""
-        return [self._micro(step, micro) for micro in range(self.accumulation)]
+        return self.place(self.draw(step))
 
-    def _micro(self, step: int, micro: int) -> Batch:
-        start = (micro * self.world + self.rank) * self.batch_size
-        indices = range(start, start + self.batch_size)
-        parts = [self._half(concept, step, indices) for concept in self.concepts]
-        latents, noise, timesteps, text = (torch.cat(part) for part in zip(*parts, strict=True))
-        return Batch(latents, noise, timesteps, text, instances=self.batch_size)
+    def draw(self, step: int) -> list[list[Drawn]]:
+        """The host's part of a step's batches: for each micro-batch, each concept's samples."""
+        starts = [(micro * self.world + self.rank) * self.batch_size for micro in range(self.accumulation)]
+        return [[self._draw(concept, step, range(start, start + self.batch_size)) for concept in self.concepts]
+                for start in starts]
 
-    def _half(self, concept: Concept, step: int, indices: range) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def place(self, drawn: Sequence[Sequence[Drawn]]) -> list[Batch]:
+        """The device's part: copy, encode what is not cached. The copies do not wait for the device."""
+        made = []
+        for micro in drawn:
+            parts = [self._place(concept, part) for concept, part in zip(self.concepts, micro, strict=True)]
+            latents, noise, timesteps, text = (torch.cat(part) for part in zip(*parts, strict=True))
+            made.append(Batch(latents, noise, timesteps, text, instances=self.batch_size))
+        return made
+
+    def _draw(self, concept: Concept, step: int, indices: range) -> Drawn:
         total = self.batch_size * self.accumulation * self.world
         views = [concept.view(self.seed, step, index, total) for index in indices]
         keys = [(self.seed, step, index, concept.stream) for index in indices]
         spread = torch.stack([rng.normal(self.latent_shape, *key, "latents") for key in keys])
         noise = torch.stack([self._noise(key) for key in keys])
         timesteps = torch.tensor([int(rng.stream(*key, "timestep").integers(self.timesteps)) for key in keys])
-        text = torch.cat([self.text(concept.photos[view.photo].caption) for view in views])
-        latents = self.latents.sample(concept, views, spread)
-        return (latents.to(self.device, self.dtype), noise.to(self.device, self.dtype),
-                timesteps.to(self.device), text)
+        pixels = None if self.latents.cached else self._pinned(self.latents.pixels(concept, views))
+        return Drawn(views, pixels, self._pinned(spread), self._pinned(noise.to(self.dtype)), self._pinned(timesteps))
+
+    def _place(self, concept: Concept, drawn: Drawn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        pixels, spread, noise, timesteps = (
+            None if tensor is None else tensor.to(self.device, non_blocking=True)
+            for tensor in (drawn.pixels, drawn.spread, drawn.noise, drawn.timesteps))
+        assert spread is not None and noise is not None and timesteps is not None
+        latents = self.latents.sample(concept, drawn.views, spread, pixels).to(self.device, self.dtype)
+        text = torch.cat([self.text(concept.photos[view.photo].caption) for view in drawn.views])
+        return latents, noise, timesteps, text
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def _noise(self, key: rng.Key) -> Tensor:
         noise = rng.normal(self.latent_shape, *key, "noise")

@@ -39,10 +39,17 @@ class Ema:
         if self.updates % self.every:
             return
         weight = 1 - math.prod(self.decay_at(self.updates - back) for back in range(self.every))
+        alike: tuple[list[Tensor], list[Tensor]] = [], []  # in one call, which on a GPU is a few kernels
         for name, parameter in _named(weights).items():
             if name in self.average:
-                average = self.average[name]
-                average.lerp_(parameter.detach().to(average), weight)
+                average, live = self.average[name], parameter.detach()
+                if live.device == average.device and live.dtype == average.dtype:
+                    alike[0].append(average)
+                    alike[1].append(live)
+                else:  # one at a time: a copy of each is made
+                    average.lerp_(live.to(average), weight)
+        if alike[0]:
+            torch._foreach_lerp_(*alike, weight)
 
     def swapped_into(self, model: nn.Module) -> AbstractContextManager[None]:
         """Let the module compute with the averages; its own weights come back untouched, bit for bit."""

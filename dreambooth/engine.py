@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 from dreambooth.choices import Dtype
+from dreambooth.sent import Sent
 
 AUTOCAST = {Dtype.fp32: "no", Dtype.fp16: "fp16", Dtype.bf16: "bf16"}  # accelerate's names
 
@@ -39,6 +40,7 @@ class Engine:
     unwrap: Callable[[nn.Module], nn.Module] = lambda model: model
     wait: Callable[[], None] = lambda: None
     share: Callable[[Any], Any] = lambda thing: thing
+    _scale: float | None = None  # the loss scaler's after the last step; reading it waits for the device
 
     @property
     def main(self) -> bool:
@@ -47,14 +49,25 @@ class Engine:
     def clip(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], limit: float | None) -> Tensor:
         """Unscale the gradients, clip their global norm to `limit`, return the norm before clipping (0-d)."""
         self.scaler.unscale_(optimizer)
-        return nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+        trained = [p for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if limit is not None:
+            nn.utils.clip_grads_with_norm_(trained, limit, norm)
+        return norm
 
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Step the optimizer. False: the loss scaler skipped it, since a gradient overflowed."""
-        before = self.scaler.get_scale()
+        """Step the optimizer. False: the loss scaler skipped it, since a gradient overflowed.
+
+        Only with loss scaling (fp16) the host waits for the device here: schedule and EMA do not count a skipped step.
+        """
+        if not self.scaler.is_enabled():
+            optimizer.step()
+            return True
+        before = self.scaler.get_scale() if self._scale is None else self._scale
         self.scaler.step(optimizer)
         self.scaler.update()
-        return self.scaler.get_scale() >= before
+        self._scale = self.scaler.get_scale()
+        return self._scale >= before
 
     def judge(self, found: Tensor) -> bool:
         """Tell the loss scaler whether gradients that it did not see overflowed. False: the step is to be skipped.
@@ -70,9 +83,9 @@ class Engine:
         self.scaler.unscale_(optimizer)
         return self.step(optimizer)
 
-    def any(self, flag: bool) -> bool:
-        """True if the flag is set on any process."""
-        return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
+    def ask(self, flag: bool) -> Sent:
+        """Above 0 if the flag is set on any process; every process asks the same number of times."""
+        return Sent(self.mean(torch.full((1,), float(flag), device=self.device)))
 
 
 def accelerated(device: str, dtype: Dtype, autocast_cache: bool = True) -> tuple[Engine, "Accelerator"]:

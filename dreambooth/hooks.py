@@ -1,18 +1,17 @@
-"""What happens after a step besides training: log, sample, save, measure, stop. Each is called with every StepInfo."""
+"""What happens after a step besides training: log, sample, save, measure. Each is called with every StepInfo."""
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dreambooth import best, checkpoint, measures, model
 from dreambooth.console import Bar
 from dreambooth.ema import swapped
 from dreambooth.engine import Engine
-from dreambooth.errors import Interrupted
 from dreambooth.evaluation import Evaluation
 from dreambooth.meter import Meter
 from dreambooth.recipe import Recipe
@@ -25,7 +24,29 @@ from dreambooth.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
-Hook = Callable[[StepInfo], None]
+
+class Hook(Protocol):
+    """Something to do after steps."""
+
+    def due(self, step: int) -> bool:
+        """Whether it needs the state after this step, not its numbers alone; asked once, right after the step."""
+
+    def __call__(self, info: StepInfo) -> None:
+        """Called with every step; where it was not due, the state may be a step further."""
+
+
+class All:
+    """Hooks as one. Each is asked whether it is due: a Halt among them counts on it."""
+
+    def __init__(self, hooks: Sequence[Hook], *more: Hook) -> None:
+        self.hooks = [*hooks, *more]
+
+    def due(self, step: int) -> bool:
+        return sum(hook.due(step) for hook in self.hooks) > 0
+
+    def __call__(self, info: StepInfo) -> None:
+        for hook in self.hooks:
+            hook(info)
 
 
 def due(step: int, every: int | None, last: int) -> bool:
@@ -47,6 +68,10 @@ class Log:
     meter: Meter
     _then: float = field(default_factory=time.monotonic)
 
+    def due(self, step: int) -> bool:
+        """On a CPU nothing is gained by telling a step late."""
+        return self.meter.device.type == "cpu"
+
     def __call__(self, info: StepInfo) -> None:
         now = time.monotonic()
         rate, self._then = info.images / max(now - self._then, 1e-9), now
@@ -66,8 +91,11 @@ class Samples:
     every: int | None
     last: int
 
+    def due(self, step: int) -> bool:
+        return due(step, self.every, self.last)
+
     def __call__(self, info: StepInfo) -> None:
-        if due(info.step, self.every, self.last):
+        if self.due(info.step):
             self.now(info.step)
 
     def now(self, step: int) -> None:
@@ -85,9 +113,12 @@ class Save:
     meter: Meter
     recipe: Recipe
 
-    def __call__(self, info: StepInfo) -> None:
+    def due(self, step: int) -> bool:
         spec, last = self.recipe.checkpoint, self.recipe.train.max_train_steps
-        if due_or_last(info.step, spec.every, last):
+        return due_or_last(step, spec.every, last)
+
+    def __call__(self, info: StepInfo) -> None:
+        if self.due(info.step):
             self.now()
 
     def now(self) -> Path:
@@ -115,19 +146,22 @@ class Measure:
     recipe: Recipe
     stop: Stop
 
-    def __call__(self, info: StepInfo) -> None:
+    def due(self, step: int) -> bool:
         spec, last = self.recipe.evaluate, self.recipe.train.max_train_steps
-        if due_or_last(info.step, spec.every, last):
+        return due_or_last(step, spec.every, last)
+
+    def __call__(self, info: StepInfo) -> None:
+        if self.due(info.step):
             self.now(info.step)
 
     def begin(self) -> None:
         """Measure the step that a run begins with: of a resumed one, if it is to be measured and is not yet; on a card,
         the base."""
-        step, last = self.setup.state.step, self.recipe.train.max_train_steps
+        step = self.setup.state.step
         if step == 0 and self.evaluation is not None and self.engine.device.type == "cuda":
             with self.meter.phase("evaluate"), self.setup.idle.present(), averaged(self.setup):
                 self._measure(0, self.setup.pipeline)
-        elif step > 0 and due_or_last(step, self.recipe.evaluate.every, last):
+        elif step > 0 and self.due(step):
             self.now(step)
 
     def now(self, step: int) -> None:
@@ -183,23 +217,6 @@ class Measure:
         assert self.evaluation is not None
         return self.evaluation.measure(
             step, pipeline, self.engine.autocast, lambda: self.stop.requested is not None) is not None
-
-
-@dataclass
-class Halt:
-    """Saves and stops when somebody asked for it, on all processes after the same step."""
-
-    stop: Stop
-    engine: Engine
-    save: Save
-
-    def __call__(self, info: StepInfo) -> None:
-        if not self.engine.any(self.stop.requested is not None):
-            return
-        if self.engine.main:
-            self.save.now()
-        raise Interrupted(f"{self.stop.requested or 'another process'}: stopped and saved after step {info.step}; "
-                          "repeat the command to go on")
 
 
 def averaged(setup: Setup, exact: bool = False) -> AbstractContextManager[Any]:

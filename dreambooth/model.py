@@ -142,6 +142,8 @@ def exact_frozen(parts: Components, recipe: Recipe) -> Components:
 def prepare(parts: Components, recipe: Recipe) -> Denoiser:
     """Choose what trains, set attention and gradient checkpointing; returns the module to train."""
     set_attention(parts.unet, recipe.attention.kind)
+    if recipe.train.channels_last:
+        parts.unet.to(memory_format=torch.channels_last)
     parts.unet.requires_grad_(True).train()
     if recipe.train.train_text_encoder:
         parts.text_encoder.requires_grad_(True).train()

@@ -29,6 +29,6 @@ def instance_loss(setup: Setup) -> float:
         batch = Batch(
             latents=clean.to(batches.device).expand(LEVELS, -1, -1, -1), noise=noise.to(batches.device),
             timesteps=steps.to(batches.device), text=text.expand(LEVELS, *text.shape[1:]), instances=LEVELS)
-        with torch.no_grad():
-            total += float(plain(setup.trained, batch).instance)
+        with torch.no_grad():  # forward: compiling it for this one use would take minutes
+            total += float(plain(setup.trained.forward, batch).instance)
     return total / len(concept.photos)

@@ -5,6 +5,7 @@ micro-batch and on which process, does not matter: the same key gives the same n
 saved for a resume. Philox is counter-based (Salmon et al. 2011), so distinct keys are independent streams.
 """
 
+from functools import lru_cache
 from hashlib import blake2b
 
 import numpy as np
@@ -17,6 +18,12 @@ def stream(*key: int | str) -> np.random.Generator:
     """The random stream that belongs to `key`."""
     digest = blake2b(repr(key).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+@lru_cache(maxsize=64)
+def order(count: int, *key: int | str) -> tuple[int, ...]:
+    """A permutation of `count` things; it is asked for once a sample and drawn once."""
+    return tuple(map(int, stream(*key).permutation(count)))
 
 
 def normal(shape: tuple[int, ...], *key: int | str) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The rules between config groups: what one choice asks of another. No torch."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,8 +75,21 @@ def _training_problems(config: Config) -> Iterator[str]:
     if train.lr_warmup_steps > train.max_train_steps:
         yield (f"train.lr_warmup_steps={train.lr_warmup_steps} is longer than the run: "
                f"type at most train.lr_warmup_steps={train.max_train_steps}")
+    yield from _speed_problems(config)
     if resume not in ("auto", "never") and not (Path(resume) / "state.json").is_file():
         yield f"there is no checkpoint at {resume}: type checkpoint.resume=auto, never, or checkpoints/step-..."
+
+
+def _speed_problems(config: Config) -> Iterator[str]:
+    train, memory = config.train, config.memory
+    if train.compile and memory.optimizer_in_backward:
+        yield ("train.compile=true makes all gradients at once, and memory.optimizer_in_backward saves nothing then: "
+               "type train.compile=false, or memory.optimizer_in_backward=false")
+    if train.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+        yield "train.compile=true needs a C++ compiler: install g++, or type train.compile=false"
+    if train.channels_last and (memory.weights is Weights.half or memory.offload_optimizer):
+        yield ("train.channels_last=true was not tried with half weights or an optimizer in host memory: "
+               "type train.channels_last=false")
 
 
 def _memory_problems(config: Config) -> Iterator[str]:

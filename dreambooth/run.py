@@ -7,10 +7,12 @@ from functools import partial
 from math import nan
 
 from dreambooth import best, checkpoint, export, files, fitting, model, oom, provenance, report
+from dreambooth.ahead import Ahead
 from dreambooth.console import Console
 from dreambooth.engine import Engine, accelerated
 from dreambooth.evaluation import Evaluation
-from dreambooth.hooks import Halt, Hook, Log, Measure, Samples, Save
+from dreambooth.halt import Halt
+from dreambooth.hooks import All, Log, Measure, Samples, Save
 from dreambooth.loop import fit
 from dreambooth.measures import INSTANCE_LOSS
 from dreambooth.meter import Meter
@@ -80,12 +82,10 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
     stop.check()
     began = time.monotonic()
     step = partial(train_step, objective=setup.objective, engine=engine, max_grad_norm=recipe.train.max_grad_norm)
-    with meter.phase("step"), console.bar("training", last, done=state.step) as bar:
-        hooks: list[Hook] = [Log(tracker, bar, meter), samples, save, measure] if engine.main else []
-        hooks.append(Halt(stop, engine, save))
-        for info in fit(state, setup.batches, step, last):
-            for hook in hooks:
-                hook(info)
+    with meter.phase("step"), console.bar("training", last, state.step) as bar, Ahead(setup.batches, last) as ahead:
+        hooks = All([Log(tracker, bar, meter), samples, save, measure] if engine.main else [], Halt(stop, engine, save))
+        for info in fit(state, ahead, step, last, hooks.due):
+            hooks(info)
     return _finish(recipe, engine, setup, measure, tracker, meter, time.monotonic() - began)
 
 

@@ -132,6 +132,8 @@ class Train(Section):
     ema_decay: float = 0.9999
     snr_gamma: float | None = None
     noise_offset: float = 0.0
+    compile: bool = False
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         require("train", {

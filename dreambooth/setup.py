@@ -155,4 +155,6 @@ def _state(recipe: Recipe, denoiser: model.Denoiser, accelerator: Accelerator) -
         weights = optimizer.weights() if isinstance(optimizer, Levered) else denoiser
         ema = Ema(weights, recipe.train.ema_decay, device, recipe.memory.ema_every)
     wrapped: nn.Module = accelerator.prepare_model(denoiser)
+    if recipe.train.compile:
+        denoiser.compile(dynamic=False)  # in place: the pipeline calls the parts, which stay as they are
     return TrainState(wrapped, optimizer, build_schedule(optimizer, recipe.train), ema)

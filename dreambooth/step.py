@@ -1,7 +1,7 @@
 """One training step, and the state that it advances. `state.step` counts completed steps."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,6 +15,7 @@ from dreambooth.engine import Engine
 from dreambooth.errors import Diverged
 from dreambooth.levered import Levered
 from dreambooth.loss import Losses, Schedule, add_noise, dreambooth_loss, min_snr_weights, target
+from dreambooth.sent import Sent
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -47,7 +48,7 @@ class Objective:
     snr_gamma: float | None = None
     split_prior: bool = False  # forward and backward of the two halves of a batch one after the other
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Losses:
+    def __call__(self, model: Callable[..., Tensor], batch: Batch) -> Losses:
         """Noise the batch, predict, compare."""
         noisy = add_noise(batch.latents, batch.noise, batch.timesteps, self.noise_schedule)
         prediction = model(noisy, batch.timesteps, batch.text).to(batch.latents.dtype)
@@ -70,12 +71,25 @@ class StepInfo:
     skipped: bool  # the loss scaler skipped the optimizer
     skipped_in_row: int
 
+    def send(self) -> None:
+        """Begin to copy the numbers to the host: behind the work of this step, not behind that of later ones."""
+        _ = self._sent
+
+    @cached_property
+    def _sent(self) -> Sent:
+        return Sent(torch.cat([self.losses.float(), self.grad_norm.float().view(1)]))
+
     @cached_property
     def numbers(self) -> dict[str, float]:
         """Metrics by name, read from the device once."""
-        loss, instance, prior, norm = torch.cat([self.losses.float(), self.grad_norm.float().view(1)]).tolist()
+        loss, instance, prior, norm = self._sent.read()
         metrics = {"loss": loss, "loss_instance": instance, "grad_norm": norm, "learning_rate": self.learning_rate}
         return metrics | ({"loss_prior": prior} if self.with_prior else {})
+
+    def checked(self) -> "StepInfo":
+        """Itself, once it is checked."""
+        self.check()
+        return self
 
     def check(self) -> None:
         """Raise Diverged if this step shows that training is broken."""

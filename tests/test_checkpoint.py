@@ -45,6 +45,28 @@ def test_restored_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
 
 
+def test_a_run_with_channels_innermost_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """The fused kernel would mix up the moments of a weight that lies in memory otherwise than they do."""
+    def made() -> TrainState:
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        return TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+
+    def step(found: TrainState, count: int) -> TrainState:
+        for _ in range(count):
+            found.optimizer.zero_grad()
+            found.model(torch.arange(300.0).view(1, 3, 10, 10).sin()).square().mean().backward()
+            found.optimizer.step()
+        return found
+
+    straight, half, again = step(made(), 4), step(made(), 2), made()
+    path = checkpoint.save(tmp_path, half, half.model, Engine().scaler, 1)
+    checkpoint.restore(path, again, again.model, Engine().scaler)
+    step(again, 2)
+    assert all(a.equal(b) for a, b in zip(again.model.parameters(), straight.model.parameters(), strict=True))
+
+
 def test_rotation_keeps_the_newest_and_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     publish, remove = files.publish, files.remove_folder

@@ -1,0 +1,53 @@
+"""Writes a base in fp32 that both trainers load: python benchmarks/make_base.py tiny|full FOLDER
+
+tiny: the shipped base, whose files are fp16. full: Stable Diffusion 1.5's architecture (the published config.json files
+of UNet, VAE and text encoder) with random weights, and the tiny base's tokenizer padded to 77.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from dreambooth.packaged import asset
+
+UNET: dict[str, Any] = {
+    "sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "cross_attention_dim": 768,
+    "attention_head_dim": 8, "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)}
+VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "sample_size": 512,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+TEXT: dict[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "max_position_embeddings": 77, "projection_dim": 768, "vocab_size": 49408, "hidden_act": "quick_gelu"}
+
+
+def full() -> StableDiffusionPipeline:
+    """SD 1.5 as its config files describe it, random weights from seed 0."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(asset("package:tiny-sd"), subfolder="tokenizer")
+    tokenizer.model_max_length = 77
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+           "pad_token_id": tokenizer.pad_token_id}
+    scheduler = PNDMScheduler.from_pretrained(asset("package:tiny-sd"), subfolder="scheduler")
+    return StableDiffusionPipeline(
+        unet=UNet2DConditionModel(**UNET), vae=AutoencoderKL(**VAE), tokenizer=tokenizer, scheduler=scheduler,
+        text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT, **ids)), safety_checker=None,  # type: ignore[arg-type]
+        feature_extractor=None, requires_safety_checker=False)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    kind, folder = sys.argv[1:]
+    made = full() if kind == "full" else StableDiffusionPipeline.from_pretrained(
+        asset("package:tiny-sd"), dtype=torch.float32)
+    made.text_encoder.float()
+    made.save_pretrained(Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Stopping because somebody asked for it: the hook that is called after all others."""
+
+from dataclasses import dataclass
+
+from dreambooth.engine import Engine
+from dreambooth.errors import Interrupted
+from dreambooth.hooks import Save
+from dreambooth.sent import Sent
+from dreambooth.signals import Stop
+from dreambooth.step import StepInfo
+
+
+@dataclass
+class Halt:
+    """Saves and stops when somebody asked for it, on all processes after the same step."""
+
+    stop: Stop
+    engine: Engine
+    save: Save
+    _asked: Sent | None = None
+    _step: int | None = None  # that everybody stops after
+
+    def due(self, step: int) -> bool:
+        """Several processes learn of a request one step late: so they all learn it then, and nobody waits for it."""
+        stop = self.stop.requested is not None
+        if self.engine.world > 1:
+            before, self._asked = self._asked, self.engine.ask(stop)
+            stop = before is not None and before.read()[0] > 0
+        self._step = step if stop else None
+        return stop
+
+    def __call__(self, info: StepInfo) -> None:
+        if info.step != self._step and not self._meanwhile(info.step):
+            return
+        if self.engine.main:
+            self.save.now()
+        raise Interrupted(f"{self.stop.requested or 'another process'}: stopped and saved after step {info.step}; "
+                          "repeat the command to go on")
+
+    def _meanwhile(self, step: int) -> bool:
+        """Whether it was asked for while another hook worked, and the state is still that after `step`."""
+        stop = self.stop.requested is not None
+        if self.engine.world > 1:  # there is a next step to learn it in, unless this is the last
+            return step == self.save.recipe.train.max_train_steps and self.engine.ask(stop).read()[0] > 0
+        return stop and step == self.save.setup.state.step
