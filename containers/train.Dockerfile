@@ -22,9 +22,8 @@ ARG PIP_FIND_LINKS
 ARG PIP_TRUSTED_HOST
 ARG PIP_CERT
 ARG PIP_NO_INDEX
-ARG PIP_DISABLE_PIP_VERSION_CHECK=1
-ARG PIP_NO_CACHE_DIR=1
-ARG PIP_DEFAULT_TIMEOUT=60
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
 
 WORKDIR /build
 # By its real name: a link to the environment may later take the place of python3 in a PATH.
@@ -64,6 +63,7 @@ FROM ${BASE_IMAGE}
 COPY --from=builder /opt/venv /opt/venv
 COPY containers/entrypoint /usr/local/bin/dreambooth-entrypoint
 # A login shell (`bash -lc`, as some drivers have it) sets PATH anew: the profile puts the environment back.
+# hadolint ignore=SC2016
 RUN useradd --uid 1000 --create-home --shell /usr/sbin/nologin dreambooth \
     && mkdir -p /opt/ml \
     && chown dreambooth: /opt/ml \

@@ -287,7 +287,7 @@ def test_several_cards_and_hosts_start_through_pytorchs_launcher() -> None:
     command = found.command(["a=1"], {})
     assert found.world == 8
     assert not found.first
-    assert command[1:3] == ["-m", "torch.distributed.run"]
+    assert command[1:3] == ["-m", "dreambooth.container.launch"]
     for option, value in (("--nproc-per-node", "4"), ("--nnodes", "2"), ("--node-rank", "1"),
                           ("--master-addr", "algo-1")):
         assert command[command.index(option) + 1] == value

@@ -1,1 +1,1 @@
-"""How the image runs a job: SageMaker's training contract, in the cloud and on a laptop. No Hydra, no torch."""
+"""How the image runs a job: SageMaker's training contract, anywhere. No Hydra; torch in `launch` only."""
