@@ -67,8 +67,8 @@ def _job(places: Places, words: list[str], supervisor: Supervisor) -> End:
         return end
     publish(run_dir, places.model)
     if request.upload:
-        command = [sys.executable, "-m", "dreambooth.storage", "upload", str(places.model), request.upload]
-        return supervisor.run(command, {})
+        place = f"{request.upload.rstrip('/')}/{run_dir.name}"
+        return supervisor.run([sys.executable, "-m", "dreambooth.storage", "upload", str(places.model), place], {})
     return end
 
 

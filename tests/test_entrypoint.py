@@ -6,16 +6,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from jobs import SHORT, failure, lay_out, steps, weights
 from test_container import BLOG
 
-from dreambooth.container.supervise import End, Supervisor
+from dreambooth.container.supervise import PASSED_ON, End, Supervisor
 from dreambooth.errors import Interrupted
 
 SLEEPY = "import time; print('up', flush=True); time.sleep(60)"
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """A Supervisor takes the signals of its process, which here is the tests' own."""
+    before = {number: signal.getsignal(number) for number in PASSED_ON}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def start(base: Path, *words: str, **environment: str) -> subprocess.Popen[str]:

@@ -73,8 +73,8 @@ class Supervisor:
         if code < 0:
             name = signal.Signals(-code).name
             why = ": most likely host memory ran out; take a larger instance" if -code == signal.SIGKILL else ""
-            return End(128 - code, f"training was killed by {name}{why}")
-        return End(code, f"training ended with {code}: the log says why" if code else "")
+            return End(128 - code, f"a process of the job was killed by {name}{why}")
+        return End(code, f"the job ended with {code}: the log says why" if code else "")
 
     def _stopped(self) -> End:
         name = signal.Signals(self._asked[0]).name
