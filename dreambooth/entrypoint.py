@@ -35,7 +35,10 @@ ENFORCED = {"hydra/launcher": "basic", "hydra.mode": "RUN"}  # an experiment may
 def main() -> None:
     """One job. What ends it badly is also written to output/failure."""
     supervisor, places = Supervisor(), Places.found()
+    with suppress(OSError):
+        places.failure.unlink(missing_ok=True)
     try:
+        places.check()
         end = _job(places, sys.argv[1:], supervisor)
     except DreamBoothError as error:
         print(f"dreambooth: {error}", file=sys.stderr)
@@ -43,9 +46,8 @@ def main() -> None:
     except Exception as error:
         traceback.print_exc()
         end = End(1, f"a fault of dreambooth, the log has its traceback: {type(error).__name__}: {error}")
-    with suppress(OSError):  # nowhere to write to: the log and the exit code have it
-        places.failure.unlink(missing_ok=True)
-        if end.code:
+    if end.code:
+        with suppress(OSError):  # nowhere to write to: the log and the exit code have it
             places.failure.parent.mkdir(parents=True, exist_ok=True)
             places.failure.write_text(end.sentence, encoding="utf-8")
     sys.exit(end.code)
@@ -57,7 +59,7 @@ def _job(places: Places, words: list[str], supervisor: Supervisor) -> End:
     config, run_dir = composed(request.words())
     if config.hardware.device is Device.cpu:
         cluster = clusters.on_cpu(cluster)
-    if request.epochs and "checkpoint.every" not in _typed(words):
+    if request.epochs:
         request.overrides["checkpoint.every"] = str(_steps(config, cluster.world))
     for notice in request.notices:
         print(f"dreambooth: {notice}", flush=True)

@@ -139,6 +139,12 @@ def test_a_cpu_and_the_tiny_model_make_names_idle_and_say_so() -> None:
     assert found["precision"] == asdict(load(made()).precision)
 
 
+def test_a_number_of_steps_beats_epochs() -> None:
+    request = asked(BLOG | {"save_use_epochs": "true", "checkpoint.every": "7"})
+    assert not request.epochs
+    assert "save_use_epochs is not used: checkpoint.every decides that" in request.notices
+
+
 def test_an_override_that_an_option_would_decide_is_kept() -> None:
     found = config(BLOG | {"hardware": "cpu", "model": "tiny", "model.resolution": "32", "precision": "fp16"})
     assert (found["model"]["resolution"], found["precision"]["dtype"].value) == (32, "fp16")
@@ -267,6 +273,12 @@ def test_a_folder_without_class_images_is_told_and_they_are_made(tmp_path: Path)
     request = asked(BLOG, places=Places(tmp_path))
     assert "dataset.class_dir" not in request.overrides
     assert [notice for notice in request.notices if "holds no class image" in notice]
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("a file", "utf-8")
+    with pytest.raises(UserError, match="model cannot be written by user"):
+        Places(tmp_path).check()
 
 
 def test_a_path_below_opt_ml_is_meant_below_the_base_folder(tmp_path: Path) -> None:

@@ -42,6 +42,22 @@ class Places:
         """Why the job failed; SageMaker shows the first 1024 characters."""
         return self.base / "output/failure"
 
+    def check(self) -> None:
+        """Make sure that what comes out can be written.
+
+        Raises:
+            UserError: it cannot.
+        """
+        for folder in (self.model, self.checkpoints):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                writable = os.access(folder, os.W_OK)
+            except OSError:
+                writable = False
+            if not writable:
+                raise UserError(f"{folder} cannot be written by user {os.getuid()}: give a folder that it owns, "
+                                f"such as docker run -v ./out:{self.base}")
+
     def meant(self, path: str) -> str:
         """A path below /opt/ml is meant below the base folder."""
         inside = Path(path).is_absolute() and Path(path).is_relative_to(BASE)

@@ -74,6 +74,9 @@ def understand(
     request = Request(notices=blog.notices, epochs=blog.epochs, upload=blog.upload)
     paths = _paths(blog, channels, request)
     idle = _idle(blog, explicit, request)
+    if request.epochs and "checkpoint.every" in explicit:
+        request.epochs = False
+        request.notices.append("save_use_epochs is not used: checkpoint.every decides that")
     if explicit.get("dataset", "folder") != "folder":  # it brings photos of its own
         paths = {key: path for key, path in paths.items() if not key.startswith("dataset.")}
     if "dataset.class_dir" in paths.keys() - explicit.keys():

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -73,12 +74,18 @@ class Supervisor:
         if code < 0:
             name = signal.Signals(-code).name
             why = ": most likely host memory ran out; take a larger instance" if -code == signal.SIGKILL else ""
-            return End(128 - code, f"a process of the job was killed by {name}{why}")
-        return End(code, f"the job ended with {code}: the log says why" if code else "")
+            return _said(128 - code, f"a process of the job was killed by {name}{why}")
+        return _said(code, f"the job ended with {code}: the log says why") if code else End()
 
     def _stopped(self) -> End:
         name = signal.Signals(self._asked[0]).name
-        return End(Interrupted.exit_code, f"{name}: stopped before the first step; start it again to go on")
+        return _said(Interrupted.exit_code, f"{name}: stopped before the first step; start it again to go on")
+
+
+def _said(code: int, sentence: str) -> End:
+    """An end that nobody else has told of."""
+    print(f"dreambooth: {sentence}", file=sys.stderr)
+    return End(code, sentence)
 
 
 def _deliver(pid: int, number: int, launcher: bool) -> None:
