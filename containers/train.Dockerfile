@@ -4,8 +4,8 @@
 # Python 3.11 or newer with venv, and setpriv. No CUDA in it: PyTorch's wheels bring their own, the host its driver.
 ARG BASE_IMAGE=python:3.11.14-slim-bookworm
 
-# -- builder: the environment, with wheels only --------------------------------------------------------------------
-FROM ${BASE_IMAGE} AS builder
+# -- environment: what the project needs -----------------------------------------------------------------------------
+FROM ${BASE_IMAGE} AS environment
 
 # cu126 has kernels for T4 (7.5), A100 (8.0), A10G (8.6) and, by those of 8.6, L4 (8.9); the host needs driver 525 or
 # newer. The wheel of xformers is built for CUDA 12 too: under cu130 it does not load. cpu: no CUDA at all.
@@ -39,7 +39,6 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
         pip install -c constraints.txt "torch==${TORCH_VERSION}"; \
     fi
 
-# What the project needs, in a layer that a change of code leaves as it is.
 COPY pyproject.toml ./
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     python -c "import os, tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
@@ -48,19 +47,24 @@ more = [need for extra in extras for need in project['optional-dependencies'].ge
 print(*project['dependencies'], *more, sep='\n')" > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt
 
+# -- wheel: the project itself ---------------------------------------------------------------------------------------
+FROM environment AS wheel
+
 COPY README.md LICENSE NOTICE ./
 COPY conf conf
 COPY hydra_plugins hydra_plugins
 COPY dreambooth dreambooth
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
-    pip wheel --no-deps --wheel-dir wheels . \
-    && pip install --no-deps wheels/*.whl \
-    && pip check
+    pip wheel --no-deps --wheel-dir /wheels .
 
-# -- the image: the environment and an entrypoint, no source, no pip setting ---------------------------------------
+# -- the image: both, and an entrypoint; no source, no pip setting ---------------------------------------------------
 FROM ${BASE_IMAGE}
 
-COPY --from=builder /opt/venv /opt/venv
+# A change of code leaves this layer, nearly all of the image, as it is.
+COPY --from=environment /opt/venv /opt/venv
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    /opt/venv/bin/pip install --no-cache-dir --no-index --no-deps /wheels/*.whl \
+    && /opt/venv/bin/pip check
 COPY containers/entrypoint /usr/local/bin/dreambooth-entrypoint
 # A login shell (`bash -lc`, as some drivers have it) sets PATH anew: the profile puts the environment back.
 # hadolint ignore=SC2016

@@ -19,6 +19,7 @@ from functools import partial
 from hashlib import sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -30,13 +31,13 @@ PLACES = ("index-url", "extra-index-url", "find-links")  # pip's settings that m
 KEPT = ("trusted-host", "timeout", "no-index")
 
 
-def run(*command: str | Path, timeout: float = 900, **more: object) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, timeout: float = 900, **more: Any) -> subprocess.CompletedProcess[str]:
     """Run a command; what it prints is in the result."""
     words = [str(word) for word in command]
-    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False, **more)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False, **more)
 
 
-def must(*command: str | Path, timeout: float = 900, **more: object) -> str:
+def must(*command: str | Path, timeout: float = 900, **more: Any) -> str:
     """The same, of a command that must succeed."""
     result = run(*command, timeout=timeout, **more)
     assert result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
@@ -83,6 +84,7 @@ def engine() -> Iterator[Engine]:
             base = _base(found)
             yield Engine(found.client, found.environment | {"BASE_IMAGE": base}, ("--network", "host"))
             found("image", "prune", "--force")
+            found("builder", "prune", "--force", "--keep-storage", "8GB")
 
 
 def _install() -> None:

@@ -157,3 +157,17 @@ def test_two_hosts_train_data_parallel_stop_together_and_the_first_keeps_the_res
     assert [code for code, _ in ends] == [0, 0], ends
     assert (bases[0] / "model/result.json").is_file()
     assert not (bases[1] / "model/result.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_host_are_stopped_once_and_both_have_saved(tmp_path: Path) -> None:
+    """PyTorch's launcher would pass SIGTERM on as well, and a second one does not wait for the checkpoint."""
+    lay_out(tmp_path, SHORT | {"hardware": "local", "train.max_train_steps": "200", "checkpoint.every": "null"})
+    job = start(tmp_path, SM_NUM_GPUS="2", CUDA_VISIBLE_DEVICES="")
+    wait_for(tmp_path, 3, job)
+    job.send_signal(signal.SIGTERM)
+    code, told = ended(job, 120)
+    assert code == Interrupted.exit_code, told
+    assert "SIGTERM: stopped and saved after step" in failure(tmp_path)
+    assert "ChildFailedError" not in told
+    assert len(list(tmp_path.glob("checkpoints/*/checkpoints/step-*/state.json"))) == 1

@@ -18,7 +18,8 @@ from dreambooth import __version__
 pytestmark = pytest.mark.container
 
 NAME = "dreambooth-test"
-TRAINING = SHORT | {"train.max_train_steps": "30"}
+TRAINING = SHORT | {"train.max_train_steps": "30", "sample.every": "15", "sample.num_inference_steps": "2",
+                    "sample.images_per_prompt": "1"}
 PROCESSES = r"""for p in /proc/[0-9]*; do
     echo "$(sed -n 's/^Uid:\t\([0-9]*\).*/\1/p' $p/status) $(tr '\0' ' ' < $p/cmdline)"; done 2>/dev/null"""
 
@@ -35,6 +36,10 @@ class Image:
     ) -> subprocess.CompletedProcess[str]:
         mount = ("--volume", f"{base}:/opt/ml") if base else ()
         return self.docker("run", "--rm", "--network", "none", *mount, *options, self.tag, *words)
+
+    def labels(self) -> dict[str, str]:
+        found: dict[str, str] = json.loads(self.docker.must("inspect", "--format", "{{json .Config.Labels}}", self.tag))
+        return found
 
     def start(self, base: Path) -> str:
         """`train`, in the background; the name of the container."""
@@ -58,7 +63,9 @@ def image() -> Iterator[Image]:
         began = time.monotonic()
         docker.make("cpu", NAME)
         print(f"the image was built in {time.monotonic() - began:.0f} s")
-        yield Image(docker)
+        made = Image(docker)
+        yield made
+        docker("image", "rm", f"{NAME}:{made.labels()['org.opencontainers.image.revision']}-cpu")  # one tag is enough
 
 
 @pytest.fixture
@@ -100,7 +107,7 @@ def wait_for(image: Image, name: str, base: Path, step: int) -> None:
 # -- what is in it ---------------------------------------------------------------------------------------------------
 
 def test_it_says_its_version_and_revision(image: Image) -> None:
-    labels = json.loads(image.docker.must("inspect", "--format", "{{json .Config.Labels}}", image.tag))
+    labels = image.labels()
     assert labels["org.opencontainers.image.version"] == __version__
     assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?", labels["org.opencontainers.image.revision"])
 
