@@ -1,12 +1,14 @@
 """What every door does with how a run ends: one sentence on stderr, the exit code, never a lost traceback."""
 
 import atexit
+import json
 import math
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from dreambooth.errors import DreamBoothError, Interrupted
 from dreambooth.schema import Memory
@@ -14,6 +16,7 @@ from dreambooth.schema import Memory
 ENVIRONMENT = {  # for libraries that look before we can tell them; what the user has set wins
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are several times slower when anything else wants a core
 }
+ENDS = "DREAMBOOTH_ENDS"  # a folder in which every failed process leaves RANK.json, for who started them
 _codes: list[int] = []  # of the jobs in this process; a sweep has several
 
 
@@ -29,16 +32,25 @@ def attempt(job: Callable[[], float | None], sweep: bool) -> float | None:
         return job()
     except DreamBoothError as error:
         print(f"dreambooth: {error}", file=sys.stderr)
-        _codes.append(error.exit_code)
+        _ended(error.exit_code, str(error))
     except KeyboardInterrupt:
-        print("dreambooth: interrupted; repeat the command to go on from the last checkpoint", file=sys.stderr)
-        _codes.append(Interrupted.exit_code)
-    except Exception:
+        sentence = "interrupted; repeat the command to go on from the last checkpoint"
+        print(f"dreambooth: {sentence}", file=sys.stderr)
+        _ended(Interrupted.exit_code, sentence)
+    except Exception as error:
         traceback.print_exc()
-        _codes.append(1)
+        _ended(1, f"a fault of dreambooth, the log has its traceback: {type(error).__name__}: {error}", meant=False)
     if sweep and _codes[-1] == Interrupted.exit_code:
         sys.exit(Interrupted.exit_code)
     return math.nan
+
+
+def _ended(code: int, sentence: str, meant: bool = True) -> None:
+    _codes.append(code)
+    if folder := os.environ.get(ENDS):
+        rank = int(os.environ.get("RANK", "0"))  # as PyTorch's launcher sets it
+        end = {"rank": rank, "code": code, "sentence": sentence, "meant": meant}
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(end), encoding="utf-8")
 
 
 def allocator(memory: Memory) -> None:

@@ -4,6 +4,7 @@
 what tests and fake tensors use. The same step runs under both.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ class Engine:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
     world: int = 1
+    local_rank: int = 0  # among the processes of this host
+    local_world: int = 1
     unwrap: Callable[[nn.Module], nn.Module] = lambda model: model
     wait: Callable[[], None] = lambda: None
     share: Callable[[Any], Any] = lambda thing: thing
@@ -120,6 +123,8 @@ def accelerated(device: str, dtype: Dtype, autocast_cache: bool = True) -> tuple
         device=accelerator.device,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
+        local_rank=accelerator.local_process_index,
+        local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),  # as PyTorch's launcher sets it
         unwrap=accelerator.unwrap_model,
         wait=accelerator.wait_for_everyone,
         share=share,

@@ -34,6 +34,7 @@ class Halt:
             return
         if self.engine.main:
             self.save.now()
+        self.engine.wait()  # nobody leaves before it is saved: a launcher ends the others when one has gone
         raise Interrupted(f"{self.stop.requested or 'another process'}: stopped and saved after step {info.step}; "
                           "repeat the command to go on")
 

@@ -1,5 +1,6 @@
 """Where a run came from: code version, git revision, command."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -10,14 +11,14 @@ import dreambooth
 
 
 def origin() -> dict[str, str]:
-    """Version, git revision of the code (if it is a checkout) and the command as it was typed."""
+    """Version, git revision of the code (of a checkout or an image) and the command as it was typed."""
     return {"version": dreambooth.__version__, "git_revision": _revision(), "command": _command()}
 
 
 def _revision() -> str:
     folder = Path(__file__).parent
     if not (folder.parent / ".git").exists():
-        return "not a checkout"
+        return os.environ.get("DREAMBOOTH_GIT_REVISION", "not a checkout")  # an image knows it from its build
     try:
         told = subprocess.run(["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"],
                               capture_output=True, text=True, timeout=10, check=True)

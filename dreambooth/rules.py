@@ -34,7 +34,7 @@ def _device_problems(config: Config, device: str, machine: Machine | None) -> It
     if config.attention.kind is AttentionKind.xformers:
         if device == "cpu":
             yield "attention=xformers needs a CUDA GPU: type attention=sdpa"
-        elif machine is not None and find_spec("xformers") is None:
+        elif machine is not None and machine.cuda and find_spec("xformers") is None:
             yield "attention=xformers needs a package: pip install 'dreambooth[cuda]', or type attention=sdpa"
     kind = config.optimizer.kind
     if kind in (OptimizerKind.adamw8bit, OptimizerKind.paged_adamw8bit):

@@ -108,7 +108,8 @@ def _class_images(recipe: Recipe, pipeline: Any, engine: Engine, console: Consol
 
     if images.missing:
         with console.bar("class images", len(images.missing)) as bar:
-            prior.make(images, recipe, generate, bar.tick, engine.rank, engine.world)
+            # Shared by the processes of a host, not by hosts: each has a disk of its own.
+            prior.make(images, recipe, generate, bar.tick, engine.local_rank, engine.local_world)
     engine.wait()
     return load_photos(images.paths, recipe.class_prompt, recipe.model.resolution)
 

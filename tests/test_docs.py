@@ -1,6 +1,7 @@
 """What the documents say is so: commands are real, keys exist, links lead to files, tables match the code."""
 
 import itertools
+import os
 import re
 import shlex
 import subprocess
@@ -28,7 +29,7 @@ ASKED = {"generate": generate.Generate, "evaluate": evaluate.Ask}  # what doors 
 OTHER = {". .venv/bin/activate", "nvidia-smi", "pip install -c constraints.txt -e '.[cuda]'"}  # looked at by a person
 FLAGS = {"--help": 1, "--cfg": 2, "--info": 2, "-m": 1}  # of Hydra, with the words that each takes
 CARD = Machine("a card", 24.0, 8.6)  # what `hardware=local` finds where a document says "with a CUDA card"
-NO_KEYS = {"PYTHON", "VENV", "PORT"}  # of make
+NO_KEYS = {"PYTHON", "VENV", "PORT", "CUDA"}  # of make and of the image's build
 SHORT = ["train.max_train_steps=2", "prior.num_class_images=2", "sample.num_inference_steps=2",
          "prior.num_inference_steps=2", "hardware=cpu"]
 
@@ -74,6 +75,14 @@ def test_a_command_is_real(command: str) -> None:
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert re.search(rf"^{words[1]}:", makefile, re.M), "no such target"
         assert all(re.search(rf"^{word.partition('=')[0]} +\?=", makefile, re.M) for word in words[2:])
+        return
+    if words[0].startswith("containers/"):
+        assert os.access(ROOT / words[0], os.X_OK), "no such script"
+        return
+    if words[:2] == ["docker", "run"]:
+        [image] = [number for number, word in enumerate(words) if word.startswith("dreambooth:")]
+        assert words[image + 1:image + 2] in ([], ["train"])
+        load(composed("config", words[image + 2:]))
         return
     assert words[:3] in (TRAIN, GENERATE, EVALUATE, PLAN), "neither make nor a door, and not on the list of others"
     for asked in overrides(words[3:]):

@@ -17,11 +17,12 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dreambooth"
-DOORS = {"train", "generate", "plan", "evaluate"}
+DOORS = {"train", "generate", "plan", "evaluate", "entrypoint"}
 HEAVY = {"torch", "diffusers", "transformers", "mlflow", "boto3", "accelerate", "PIL", "numpy"}
 BY_NAME = {"import_module", "importlib.import_module", "__import__"}
 CODE = ("dreambooth", "hydra_plugins", "tools")
-LIGHT = ["config", "recipe", "errors", "train", "generate", "evaluate"]  # what `--help` and a submitting laptop import
+# What `--help`, a submitting laptop and the small process before a training one import.
+LIGHT = ["config", "recipe", "errors", "train", "generate", "evaluate", "entrypoint"]
 # A plug-in asks `python -m dreambooth.plan` in a process of its own; it may import these and no other module.
 OPEN_TO_PLUGINS = {f"dreambooth.{name}" for name in ("config", "errors", "recipe", "schema", "choices")}
 # A rule about a module that is gone holds of nothing: these must exist.
@@ -259,8 +260,8 @@ def test_make_alone_lists_the_targets() -> None:
     env = {key: value for key, value in os.environ.items() if key not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}}
     result = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True, env=env)
     listed = [line.split()[1] for line in result.stdout.splitlines()]
-    assert listed == ["help", "setup", "demo", "test", "test-all", "lint", "ci", "mlflow-ui", "proof", "tiny-base",
-                      "mutants"]
+    assert listed == ["help", "setup", "demo", "test", "test-all", "test-container", "image", "lint", "ci", "mlflow-ui",
+                      "proof", "tiny-base", "mutants"]
 
 
 def test_the_ci_script_can_be_run() -> None:

@@ -1,0 +1,1 @@
+"""How the image runs a job: SageMaker's training contract, anywhere. No Hydra; torch in `launch` only."""

@@ -1,0 +1,37 @@
+"""What is kept of a finished run: copied from its folder to where SageMaker takes the model from."""
+
+import os
+import shutil
+from pathlib import Path
+
+from dreambooth.errors import DoesNotFit
+from dreambooth.files import whole_file, whole_folder
+
+BESIDE = ("contact_sheet.png", "run.json", "evaluation.json", "result.json")  # the last says that the rest is there
+
+
+def publish(run_dir: Path, target: Path) -> None:
+    """`target` gets model/, a diffusers folder, and what tells of it.
+
+    Raises:
+        DoesNotFit: the disk is full; the run's own folder is untouched.
+    """
+    try:
+        (target / BESIDE[-1]).unlink(missing_ok=True)
+        with whole_folder(target / "model") as aside:
+            shutil.copytree(run_dir / "model", aside, copy_function=_take, dirs_exist_ok=True)
+        for name in BESIDE:
+            if (run_dir / name).is_file():
+                with whole_file(target / name) as aside:
+                    shutil.copyfile(run_dir / name, aside)
+    except (OSError, shutil.Error) as error:
+        raise DoesNotFit(f"the model could not be written to {target} ({error}): it is kept in {run_dir}; "
+                         "give the job a larger volume and repeat it") from error
+
+
+def _take(source: str, target: str) -> None:
+    """A second name for a file takes no room, where both folders are on one disk; else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,159 @@
+"""The door `python -m dreambooth.entrypoint`: what the image runs to train. SageMaker's contract in, one run out.
+
+Reads hyperparameters, channels and hosts below /opt/ml, trains in a process or several of its own, keeps the result.
+Words after the command are overrides, and beat everything else. Nothing heavy is imported here.
+"""
+
+import sys
+import traceback
+from contextlib import suppress
+from dataclasses import is_dataclass
+from functools import cache
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dreambooth.choices import Device
+from dreambooth.config import conf_dir, load
+from dreambooth.container import cluster as clusters
+from dreambooth.container import request as requests
+from dreambooth.container import values
+from dreambooth.container.places import Places
+from dreambooth.container.publish import publish
+from dreambooth.container.supervise import End, Supervisor
+from dreambooth.errors import DreamBoothError, UserError
+from dreambooth.photos import list_photos
+from dreambooth.schema import Config
+
+ENFORCED = {"hydra/launcher": "basic", "hydra.mode": "RUN"}  # an experiment may not make a job start jobs
+
+
+def main() -> None:
+    """One job. What ends it badly is also written to output/failure."""
+    supervisor, places = Supervisor(), Places.found()
+    with suppress(OSError):
+        places.failure.unlink(missing_ok=True)
+    try:
+        places.check()
+        end = _job(places, sys.argv[1:], supervisor)
+    except DreamBoothError as error:
+        print(f"dreambooth: {error}", file=sys.stderr)
+        end = End(error.exit_code, str(error))
+    except Exception as error:
+        traceback.print_exc()
+        end = End(1, f"a fault of dreambooth, the log has its traceback: {type(error).__name__}: {error}")
+    if end.code:
+        with suppress(OSError):  # nowhere to write to: the log and the exit code have it
+            places.failure.parent.mkdir(parents=True, exist_ok=True)
+            places.failure.write_text(end.sentence, encoding="utf-8")
+    sys.exit(end.code)
+
+
+def _job(places: Places, words: list[str], supervisor: Supervisor) -> End:
+    cluster = clusters.cluster(places.config("resourceconfig.json"), clusters.gpus() or 1)
+    request = asked(places, words, _hardware_of(cluster.instance_type))
+    config, run_dir = composed(request.words())
+    if config.hardware.device is Device.cpu:
+        cluster = clusters.on_cpu(cluster)
+    if request.epochs:
+        request.overrides["checkpoint.every"] = str(_steps(config, cluster.world))
+    for notice in request.notices:
+        print(f"dreambooth: {notice}", flush=True)
+    print(f"dreambooth: python -m dreambooth.train {' '.join(request.words())}", flush=True)
+    end = supervisor.run(cluster.command(request.words()), cluster.environment(), launcher=cluster.world > 1)
+    if end.code or not cluster.first:
+        return end
+    publish(run_dir, places.model)
+    if request.upload:
+        place = f"{request.upload.rstrip('/')}/{run_dir.name}"
+        return supervisor.run([sys.executable, "-m", "dreambooth.storage", "upload", str(places.model), place], {})
+    return end
+
+
+def asked(places: Places, words: list[str], hardware: str | None) -> requests.Request:
+    """The run that a job asks for, and where it is to live.
+
+    Raises:
+        ConfigError: names are unknown or values are not what their names ask for.
+    """
+    hyperparameters = {name: raw if isinstance(raw, str) else values.encoded(raw)
+                       for name, raw in places.config("hyperparameters.json").items()}
+    request = requests.understand(hyperparameters | _typed(words), places.channels(), hardware, places, GRAMMAR)
+    request.overrides = {"run_root": values.quoted(str(places.checkpoints))} | request.overrides | ENFORCED
+    return request
+
+
+def composed(words: list[str]) -> tuple[Config, Path]:
+    """The run's configuration and its folder.
+
+    Raises:
+        UserError: the overrides do not compose.
+    """
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            cfg = compose("config", words, return_hydra_config=True)
+        run_dir = Path(cfg.hydra.run.dir)
+    except (HydraException, OmegaConfBaseException) as error:
+        causes = [error, *filter(None, [error.__cause__])]
+        raise UserError("; ".join(" ".join(str(cause).split("\n    ")[0].split()) for cause in causes)) from error
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    return load(cfg), run_dir
+
+
+def _steps(config: Config, world: int) -> int:
+    """save_steps passes over the photos, in steps."""
+    train, every = config.train, config.checkpoint.every or 1
+    photos = len(list_photos(Path(config.dataset.instance_dir or "")))
+    return max(1, every * photos // (train.train_batch_size * train.gradient_accumulation_steps * world))
+
+
+def _typed(words: list[str]) -> dict[str, str]:
+    """Overrides as they are typed.
+
+    Raises:
+        UserError: a word is none.
+    """
+    if wrong := [word for word in words if "=" not in word]:
+        raise UserError(f"{wrong[0]} is no override: type key=value after train, such as train.max_train_steps=300")
+    return {key: value for key, _, value in (word.partition("=") for word in words)}
+
+
+@cache
+def _keys() -> frozenset[str]:
+    """Every setting, such as train.seed, and every group."""
+    parts = vars(Config())
+    settings = {f"{name}.{key}" for name, part in parts.items() if is_dataclass(part) for key in vars(part)}
+    single = {name for name, part in parts.items() if not is_dataclass(part)}
+    return frozenset({*settings, *single, *(folder.name for folder in conf_dir().iterdir() if folder.is_dir())})
+
+
+def _known(name: str) -> bool:
+    return name in _keys() or name.startswith(("hydra.", "hydra/", "hardware.node_selector."))
+
+
+def _plain(override: str) -> bool:
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return not parsed.is_sweep_override()
+
+
+def _hardware_of(instance_type: str | None) -> str | None:
+    """The option of group hardware for the family of an instance type, such as g5 for ml.g5.2xlarge."""
+    family = (instance_type or "").rpartition(".")[0]
+    options = {path.stem: OmegaConf.load(path) for path in sorted((conf_dir() / "hardware").glob("*.yaml"))}
+    return next((name for name, option in options.items()
+                 if family and (option.instance_type or "").rpartition(".")[0] == family), None)
+
+
+GRAMMAR = requests.Grammar(_known, tuple(sorted(_keys())), _plain)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""`python -m dreambooth.entrypoint` under a folder laid out as SageMaker does: what it leaves, says and ends with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jobs import SHORT, failure, lay_out, steps, weights
+from test_container import BLOG
+
+from dreambooth.container.supervise import PASSED_ON, End, Supervisor
+from dreambooth.errors import Interrupted
+
+SLEEPY = "import time; print('up', flush=True); time.sleep(60)"
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """A Supervisor takes the signals of its process, which here is the tests' own."""
+    before = {number: signal.getsignal(number) for number in PASSED_ON}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def start(base: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dreambooth.entrypoint", *words], cwd=base, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env=os.environ | {
+            "SAGEMAKER_BASE_DIR": str(base), "PYTHONPATH": str(Path(__file__).parents[1]), **environment})
+
+
+def ended(job: subprocess.Popen[str], timeout: float = 300) -> tuple[int, str]:
+    told, _ = job.communicate(timeout=timeout)
+    return job.returncode, told
+
+
+def wait_for(base: Path, step: int, job: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 240
+    while steps(base) < step:
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+# -- jobs that end before they train ---------------------------------------------------------------------------------
+
+def test_the_blogs_job_on_a_cpu_ends_in_one_sentence(tmp_path: Path) -> None:
+    lay_out(tmp_path, BLOG | {"manul_upload_model_path": ""})
+    code, told = ended(start(tmp_path))
+    assert code == 1, told
+    assert failure(tmp_path) == "hardware=g4dn needs a CUDA GPU and this machine has none: type hardware=cpu"
+    assert f"dreambooth: {failure(tmp_path)}\n" in told
+    assert "Traceback" not in told
+
+
+def test_a_wrong_hyperparameter_ends_before_anything_is_loaded(tmp_path: Path) -> None:
+    lay_out(tmp_path, BLOG | {"use_ema": "maybe"})
+    code, told = ended(start(tmp_path))
+    assert (code, failure(tmp_path)) == (1, "use_ema must be true or false, not 'maybe'"), told
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_epochs_are_counted_in_steps(tmp_path: Path) -> None:
+    """Five photos, one a step: every second pass is every tenth step."""
+    lay_out(tmp_path, BLOG | {"save_use_epochs": "true", "save_steps": "2"})
+    _, told = ended(start(tmp_path))
+    assert " checkpoint.every=10 " in told
+
+
+# -- the process that stands between ---------------------------------------------------------------------------------
+
+def test_a_killed_process_is_told_of() -> None:
+    end = Supervisor().run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], {})
+    assert end.code == 137
+    assert "host memory ran out" in end.sentence
+
+
+def test_an_exit_code_is_passed_on() -> None:
+    assert Supervisor().run([sys.executable, "-c", "raise SystemExit(4)"], {}).code == 4
+    assert Supervisor().run([sys.executable, "-c", ""], {}) == End(0, "")
+
+
+def test_a_signal_before_the_child_is_not_lost() -> None:
+    supervisor = Supervisor()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert supervisor.run([sys.executable, "-c", SLEEPY], {}).code == Interrupted.exit_code
+
+
+def test_the_sentence_of_the_process_that_meant_it_is_kept(tmp_path: Path) -> None:
+    for rank, meant in ((0, False), (1, True)):
+        end = {"rank": rank, "code": 1 + rank, "sentence": f"rank {rank}", "meant": meant}
+        (tmp_path / f"{rank}.json").write_text(json.dumps(end), encoding="utf-8")
+    assert Supervisor()._end(1, tmp_path) == End(2, "rank 1")
+
+
+# -- jobs that train -------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_the_blogs_job_trains_with_three_overrides(tmp_path: Path) -> None:
+    lay_out(tmp_path, BLOG | {"manul_upload_model_path": "", "hardware": "cpu", "model": "tiny",
+                              "train.max_train_steps": "2"})
+    code, told = ended(start(tmp_path))
+    assert code == 0, told
+    assert json.loads((tmp_path / "model/result.json").read_text("utf-8"))["step"] == 2
+    assert (tmp_path / "model/contact_sheet.png").is_file()
+    assert (tmp_path / "model/model/model_index.json").is_file()
+    assert [path.name for path in (tmp_path / "checkpoints").glob("aws-trained-dreambooth-model-*")]
+    assert not (tmp_path / "output/failure").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_job_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    base, straight = tmp_path / "ml", tmp_path / "straight"  # one place: class images are those of a base model there
+    lay_out(base, SHORT | {"train.max_train_steps": "30"})
+    code, told = ended(start(base))
+    assert code == 0, told
+    base.rename(straight)
+    lay_out(base, SHORT | {"train.max_train_steps": "30"})
+    job = start(base)
+    wait_for(base, 3, job)
+    job.send_signal(signal.SIGTERM)
+    code, told = ended(job, 120)
+    assert code == Interrupted.exit_code, told
+    assert "SIGTERM: stopped and saved after step" in failure(base)
+    code, told = ended(start(base))
+    assert code == 0, told
+    assert "going on after step" in told
+    assert {name for name, bytes_ in weights(base).items() if bytes_ != weights(straight)[name]} == set()
+    assert not (base / "output/failure").exists()
+
+
+@pytest.mark.slow
+def test_two_hosts_train_data_parallel_stop_together_and_the_first_keeps_the_result(tmp_path: Path) -> None:
+    hosts = ("127.0.0.1", "localhost")
+    bases = [tmp_path / host for host in hosts]
+    for base, host in zip(bases, hosts, strict=True):
+        lay_out(base, SHORT | {"train.max_train_steps": "30", "checkpoint.every": "null"}, host=host, hosts=hosts)
+    jobs = [start(base, MASTER_PORT="29671") for base in bases]
+    wait_for(bases[0], 3, jobs[0])
+    for job in jobs:
+        job.send_signal(signal.SIGTERM)
+    ends = [ended(job, 120) for job in jobs]
+    assert [code for code, _ in ends] == [Interrupted.exit_code] * 2, ends
+    assert "stopped and saved after step" in failure(bases[0])
+    [saved] = bases[0].glob("checkpoints/*/checkpoints/step-*")
+    other = bases[1] / saved.parent.relative_to(bases[0])
+    other.mkdir(parents=True, exist_ok=True)  # SageMaker gives every host what is in S3
+    saved_there = other / saved.name
+    subprocess.run(["cp", "-r", saved, saved_there], check=True)
+    ends = [ended(job) for job in [start(base, MASTER_PORT="29672") for base in bases]]
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert (bases[0] / "model/result.json").is_file()
+    assert not (bases[1] / "model/result.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_host_are_stopped_once_and_both_have_saved(tmp_path: Path) -> None:
+    """PyTorch's launcher would pass SIGTERM on as well, and a second one does not wait for the checkpoint."""
+    lay_out(tmp_path, SHORT | {"hardware": "local", "train.max_train_steps": "200", "checkpoint.every": "null"})
+    job = start(tmp_path, SM_NUM_GPUS="2", CUDA_VISIBLE_DEVICES="")
+    wait_for(tmp_path, 3, job)
+    job.send_signal(signal.SIGTERM)
+    code, told = ended(job, 120)
+    assert code == Interrupted.exit_code, told
+    assert "SIGTERM: stopped and saved after step" in failure(tmp_path)
+    assert "ChildFailedError" not in told
+    assert len(list(tmp_path.glob("checkpoints/*/checkpoints/step-*/state.json"))) == 1
