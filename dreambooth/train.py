@@ -25,6 +25,7 @@ def train(cfg: DictConfig) -> float | None:
 
 
 def _job(cfg: DictConfig, run_dir: Path) -> float:
+    from dreambooth import remote
     from dreambooth.machine import detect
     from dreambooth.recipe import resolve
     from dreambooth.runfolder import discard_if_unused, forget_overrides
@@ -35,11 +36,14 @@ def _job(cfg: DictConfig, run_dir: Path) -> float:
             forget_overrides(run_dir)
         config = load(cfg)
         door.allocator(config.memory)
+        config = remote.fetched(config, run_dir)
         recipe = resolve(config, run_dir, detect(), HydraConfig.get().overrides.task)
-        with stoppable() as stop:
+        with stoppable() as stop, remote.kept(config.storage, run_dir, config.checkpoint.resume) as keep:
             from dreambooth.run import execute
 
-            return execute(recipe, stop).objective
+            result = execute(recipe, stop)
+            keep(result)
+            return result.objective
     finally:
         discard_if_unused(run_dir)
 

@@ -23,7 +23,8 @@ BY_NAME = {"import_module", "importlib.import_module", "__import__"}
 CODE = ("dreambooth", "hydra_plugins", "tools")
 LIGHT = ["config", "recipe", "errors", "train", "generate", "evaluate"]  # what `--help` and a submitting laptop import
 # A plug-in asks `python -m dreambooth.plan` in a process of its own; it may import these and no other module.
-OPEN_TO_PLUGINS = {f"dreambooth.{name}" for name in ("config", "errors", "recipe", "schema", "choices")}
+OPEN_TO_PLUGINS = {f"dreambooth.{name}" for name in (
+    "config", "errors", "recipe", "schema", "choices", "storage", "cloud")}
 # A rule about a module that is gone holds of nothing: these must exist.
 SUBJECTS = ["config", "errors", "recipe", "train", "run", "loop", "step", "loss", "model", "data", "prior",
             "checkpoint", "tracking", "export", "generate"]  # fmt: skip
