@@ -79,6 +79,11 @@ def read_json(uri: str) -> dict[str, Any]:
     return found
 
 
+def digest(folder: Path) -> str:
+    """Ten hex digits over the content of a local folder."""
+    return manifest.digest(manifest.of_folder(folder))
+
+
 def complete(uri: str) -> Entries | None:
     """What a complete folder holds; None: there is none, or not all of it."""
     with _opened(uri, None, 1) as bucket:

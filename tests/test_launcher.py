@@ -1,0 +1,116 @@
+"""`hydra/launcher=sagemaker`: Hydra's own contract for launchers, sweeps in this process, and what is checked first."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import FAST
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
+from pytest import mark
+
+from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncher
+
+# The suites assume Hydra 1.1's default for chdir, and version_base of other tests leaks through a singleton.
+LOCAL = ["hydra.launcher.mode=local", "hydra.job.chdir=true"]
+
+
+def test_hydra_finds_the_launcher() -> None:
+    assert SageMakerLauncher.__name__ in [found.__name__ for found in Plugins.instance().discover(Launcher)]
+
+
+@mark.parametrize("launcher_name, overrides", [("sagemaker_schema", LOCAL)])
+class TestLauncher(LauncherTestSuite):
+    """Hydra's suite."""
+
+
+@mark.parametrize("launcher_name, overrides", [("sagemaker_schema", [*LOCAL, "hydra.sweeper.max_batch_size=2"])])
+class TestLauncherInBatches(BatchedSweeperTestSuite):
+    """Hydra's suite."""
+
+
+@mark.parametrize("task_launcher_cfg, extra_flags", [({}, ["-m", "hydra/launcher=sagemaker_schema", *LOCAL])])
+class TestLauncherIntegration(IntegrationTestSuite):
+    """Hydra's suite."""
+
+
+def sweep(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dreambooth.train", "-m", "hydra/launcher=sagemaker", f"run_root={folder}", *words],
+        capture_output=True, text=True, check=False, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1", **environment})
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    [path] = folder.glob("results-*.csv")
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@mark.slow
+def test_launcher_runs_a_sweep_of_six_in_which_one_fails(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    words = [word for word in FAST if not word.startswith(("tracking", "train.max", "sample.every"))]
+    done = sweep(tmp_path, "hydra.launcher.mode=local", *words, "train.max_train_steps=2", "sample.every=null",
+                 "train.seed=0,1,2,3,4,5", "hydra.launcher.sweep=six", "tracking=mlflow",
+                 "prior.num_class_images=${oc.decode:${oc.select:missing,\"4\"}}",
+                 "train.lr_warmup_steps=${oc.dict.values:_}" if False else "tracking.experiment=sweeps")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = table(tmp_path)
+    assert [row["status"] for row in rows] == ["Completed"] * 6
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    [experiment] = [found for found in client.search_experiments() if found.name == "sweeps"]
+    runs = client.search_runs([experiment.experiment_id], "tags.sweep = 'six'")
+    assert len(runs) == 7
+
+
+@mark.parametrize("words, sentence", [
+    (["hardware=g4dn"], "the image is missing: type hydra.launcher.image="),
+    (["hardware=g4dn"], "the execution role is missing: type hydra.launcher.role="),
+    (["hardware=g4dn"], "the place for results is missing: type hydra.launcher.s3="),
+    (["hardware=cpu"], "the instance type is missing: type hydra.launcher.instance_type="),
+    (["hardware=g4dn", "precision=bf16"], "type precision=fp16"),
+    (["hydra.launcher.mode=cloud"], "hydra.launcher.mode must be aws, local, docker, not cloud"),
+    (["hydra.launcher.on_interrupt=maybe"], "on_interrupt must be leave or stop, not maybe"),
+    (["hardware=g4dn", "hydra.launcher.spot=true", "hydra.launcher.keep_alive_minutes=5"], "no warm pool"),
+    (["hardware=g4dn", "hydra.launcher.subnets=[subnet-1]"], "a VPC needs both"),
+    (["hardware=g4dn", "dataset=folder", "dataset.instance_dir=nowhere"], "there is no folder nowhere"),
+    (["hardware=g4dn", "evaluate.reference_dir=here"], "type evaluate.reference_dir=s3://BUCKET/FOLDER"),
+])
+def test_launcher_says_what_is_wrong_before_anything_runs(tmp_path: Path, words: list[str], sentence: str) -> None:
+    done = sweep(tmp_path, *words, "hydra.launcher.plan=false", AWS_DEFAULT_REGION="us-east-1")
+    assert (done.returncode, sentence in done.stderr, "Traceback" in done.stderr) == (1, True, False), done.stderr
+
+
+def test_launcher_without_m_says_to_add_it(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "dreambooth.train", "hydra/launcher=sagemaker", "hardware=cpu"],
+                          capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        1, "dreambooth: hydra/launcher=sagemaker works on sweeps, and a sweep of one is one too: add -m\n")
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+def test_a_job_of_the_launcher_submits_no_jobs(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "hardware=g4dn", DREAMBOOTH_SWEEP="outer")
+    assert done.returncode == 1
+    assert "a job submits none" in done.stderr
+
+
+def test_launcher_says_that_an_optuna_study_cannot_be_followed_again() -> None:
+    from omegaconf import OmegaConf
+
+    from dreambooth.errors import ConfigError
+    from hydra_plugins.dreambooth_sagemaker import _core
+
+    launcher: Any = SageMakerLauncher(mode="aws", on_interrupt="leave", max_parallel=1, sweep="mine")
+    launcher.config = OmegaConf.create({"hydra": {"sweeper": {
+        "_target_": "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper", "storage": None}}})
+    with pytest.raises(ConfigError, match="lives in memory"):
+        _core._check(launcher)
+    launcher.config.hydra.sweeper.storage = "sqlite:///study.db"
+    _core._check(launcher)
