@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth import door, files, manifest
-from dreambooth.bucket import SCHEME, Bucket, Place, calling
+from dreambooth.bucket import SCHEME as SCHEME
+from dreambooth.bucket import Bucket, Place, calling
 from dreambooth.console import Console
 from dreambooth.errors import UserError
 from dreambooth.fetching import fetch
@@ -108,10 +109,10 @@ def _opened(uri: str, console: Console | None, parallel: int) -> Iterator[Bucket
         pool.shutdown(cancel_futures=True)
 
 
-def main() -> None:
-    """`python -m dreambooth.storage`."""
-    parser = argparse.ArgumentParser(prog="python -m dreambooth.storage", description=(__doc__ or "").split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """What `python -m dreambooth.storage` understands."""
+    found = argparse.ArgumentParser(prog="python -m dreambooth.storage", description=(__doc__ or "").split("\n")[0])
+    commands = found.add_subparsers(dest="command", required=True)
     up = commands.add_parser("upload", help="make a folder complete in S3")
     up.add_argument("folder", type=Path)
     up.add_argument("uri", metavar="s3://BUCKET/PREFIX")
@@ -120,7 +121,12 @@ def main() -> None:
     down.add_argument("folder", type=Path, help="a folder is made in it, named by its content")
     for one in (up, down):
         one.add_argument("--parallel", type=int, default=PARALLEL, help="transfers at a time")
-    asked = parser.parse_args()
+    return found
+
+
+def main() -> None:
+    """`python -m dreambooth.storage`."""
+    asked = parser().parse_args()
 
     def job() -> None:
         if asked.command == "upload":

@@ -42,7 +42,8 @@ class TestLauncherIntegration(IntegrationTestSuite):
 def sweep(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "dreambooth.train", "-m", "hydra/launcher=sagemaker", f"run_root={folder}", *words],
-        capture_output=True, text=True, check=False, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1", **environment})
+        capture_output=True, text=True, check=False, cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", **environment})
 
 
 def table(folder: Path) -> list[dict[str, str]]:
@@ -56,17 +57,18 @@ def test_launcher_runs_a_sweep_of_six_in_which_one_fails(tmp_path: Path) -> None
     from mlflow import MlflowClient
 
     words = [word for word in FAST if not word.startswith(("tracking", "train.max", "sample.every"))]
-    done = sweep(tmp_path, "hydra.launcher.mode=local", *words, "train.max_train_steps=2", "sample.every=null",
-                 "train.seed=0,1,2,3,4,5", "hydra.launcher.sweep=six", "tracking=mlflow",
-                 "prior.num_class_images=${oc.decode:${oc.select:missing,\"4\"}}",
-                 "train.lr_warmup_steps=${oc.dict.values:_}" if False else "tracking.experiment=sweeps")
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = sweep(tmp_path, "hydra.launcher.mode=local", "hydra.launcher.sweep=six", *words, "train.max_train_steps=2",
+                 "sample.every=null", "tracking.experiment=sweeps", "train.lr_scheduler=constant_with_warmup",
+                 "train.lr_warmup_steps=0,1,99", "train.seed=0,1")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "train.lr_warmup_steps=99 is longer than the run" in done.stderr
     rows = table(tmp_path)
-    assert [row["status"] for row in rows] == ["Completed"] * 6
+    assert [row["status"] for row in rows] == ["Completed"] * 4 + ["Failed"] * 2
+    assert float(rows[0]["objective"]) <= float(rows[1]["objective"])
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     [experiment] = [found for found in client.search_experiments() if found.name == "sweeps"]
     runs = client.search_runs([experiment.experiment_id], "tags.sweep = 'six'")
-    assert len(runs) == 7
+    assert len(runs) == 4 + 1  # and the sweep itself; the run that failed never began
 
 
 @mark.parametrize("words, sentence", [

@@ -48,6 +48,11 @@ def prepared(configs: Sequence[DictConfig], sweep: str, backend: Any, mode: str)
     return [_job(config, run, plan, sweep, backend, mode, known, send=True) for config, run, plan in checked]
 
 
+def whole(uri: str) -> bool:
+    """Whether a base model in S3 is complete: SageMaker would hand over half of one."""
+    return storage.complete(uri) is not None
+
+
 def task(config: DictConfig) -> DictConfig:
     """The config without Hydra's own part."""
     return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
@@ -88,6 +93,9 @@ def _checked(config: DictConfig, mode: str) -> tuple[Config, dict[str, Any]]:
         folder = OmegaConf.select(config, key)
         if folder and key.startswith("dataset.") and not _elsewhere(folder) and not Path(folder).is_dir():
             missing.append(f"there is no folder {folder}: type {key}=DIR")
+    if run.model.source.startswith(storage.SCHEME) and not whole(run.model.source):
+        missing.append(f"{run.model.source} is half uploaded, or was put there by something else: type python -m "
+                       f"dreambooth.storage upload FOLDER {run.model.source}")
     for key in NOT_SENT:
         folder = OmegaConf.select(config, key)
         if folder and not _elsewhere(folder) and folder not in ("auto", "never"):
