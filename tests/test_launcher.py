@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
 from pytest import mark
+from s3_server import plain, serving
 
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncher
 
@@ -116,3 +118,44 @@ def test_launcher_says_that_an_optuna_study_cannot_be_followed_again() -> None:
         _core._check(launcher)
     launcher.config.hydra.sweeper.storage = "sqlite:///study.db"
     _core._check(launcher)
+
+
+@mark.slow
+def test_launcher_takes_objectives_from_s3_and_one_failing_job_ends_with_1(tmp_path: Path) -> None:
+    """The whole door against moto, whose jobs end at once; the third has no result."""
+    words = ["hardware=g4dn,g5", "train.learning_rate=1e-6,2e-6", "dataset=s3", "dataset.instance_dir=s3://bucket/photos",
+             "dataset.instance_prompt=a photo of a zwx dog", "dataset.class_prompt=a photo of a dog", "tracking=none",
+             "hydra.launcher.image=image", "hydra.launcher.role=arn:aws:iam::123456789012:role/x",
+             "hydra.launcher.s3=s3://bucket/out", "hydra.launcher.plan=false", "hydra.launcher.sweep=mine",
+             "hydra.launcher.poll_seconds=0.1", "hydra.launcher.spot=true"]
+    with serving():
+        plain().create_bucket(Bucket="bucket")
+        first = sweep(tmp_path, *words)
+        assert first.returncode == 1, first.stdout + first.stderr
+        assert "Traceback" not in first.stderr
+        assert "result.json cannot be read" in first.stderr
+        rows = table(tmp_path)
+        assert [row["status"] for row in rows] == ["Failed"] * 4
+        for number, row in enumerate(sorted(rows, key=lambda row: row["number"])):
+            where = re.search(r"s3://bucket/(\S+/result\.json)", row["reason"])
+            assert where and row["job"] in where[1]
+            if number != 2:
+                plain().put_object(Bucket="bucket", Key=where[1], Body=f'{{"objective": 0.{number + 1}}}'.encode())
+        again = sweep(tmp_path, *words)
+        assert again.returncode == 1, again.stdout + again.stderr
+    rows = table(tmp_path)
+    assert [(row["status"], row["objective"]) for row in rows] == [
+        ("Completed", "0.1"), ("Completed", "0.2"), ("Completed", "0.4"), ("Failed", "")]
+    assert [row["hardware"] for row in rows] == ["g4dn", "g4dn", "g5", "g5"]
+
+
+@mark.slow
+def test_launcher_refuses_a_job_that_does_not_fit(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "hardware=g4dn", "memory=fast", "dataset=s3", "dataset.instance_dir=s3://bucket/photos",
+                 "dataset.instance_prompt=a zwx dog", "dataset.class_prompt=a dog", "train.train_batch_size=8",
+                 "hydra.launcher.image=image", "hydra.launcher.role=arn:aws:iam::123456789012:role/x",
+                 "hydra.launcher.s3=s3://bucket/out", AWS_DEFAULT_REGION="us-east-1", AWS_ACCESS_KEY_ID="x",
+                 AWS_SECRET_ACCESS_KEY="x")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "job 0: " in done.stderr
+    assert "GiB" in done.stderr

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import stat
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -583,6 +584,23 @@ def test_every_sentence_about_a_permission_names_one_of_the_policies() -> None:
     code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "dreambooth").rglob("*.py"))
     named = set(re.findall(r'"((?:s3|sagemaker|secretsmanager):[A-Z]\w+)"', code))
     assert named == called()
+
+
+def test_the_notebooks_commands_compose_and_its_python_is_python() -> None:
+    cells = json.loads((ROOT / "examples/sagemaker.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    typed = [shlex.split(re.sub(r"\\\n", "", text).format(BUCKET="s3://b/p", ROLE=ROLE, IMAGE=IMAGE)) for text in code
+             if text.startswith("!")]
+    sweep = next(words for words in typed if words[2] == "dreambooth.train")
+    for hardware in ("g4dn", "g5"):
+        words = [re.sub(r"=g4dn,g5|=1e-6,2e-6", f"={hardware}" if "hardware" in word else "=1e-6", word)
+                 for word in sweep[3:] if word != "-m"]
+        assert asked(*words)["ResourceConfig"]["InstanceType"] == f"ml.{hardware}.xlarge"
+    uploads = [words for words in typed if words[2] == "dreambooth.storage"]
+    assert storage.parser().parse_args(uploads[0][3:]).uri == "s3://b/p/photos"
+    for text in code:
+        if not text.startswith("!"):
+            compile(text, "cell", "exec")
 
 
 def test_limits_know_the_classes_of_unicode_that_python_does_not() -> None:
