@@ -80,6 +80,7 @@ def test_launcher_runs_a_sweep_of_six_in_which_one_fails(tmp_path: Path) -> None
     (["hardware=cpu"], "the instance type is missing: type hydra.launcher.instance_type="),
     (["hardware=g4dn", "precision=bf16"], "type precision=fp16"),
     (["hydra.launcher.mode=cloud"], "hydra.launcher.mode must be aws, local, docker, not cloud"),
+    (["hydra.launcher.sweep='a b'"], "hydra.launcher.sweep must be 1 to 40 letters, digits and hyphens, not a b"),
     (["hydra.launcher.on_interrupt=maybe"], "on_interrupt must be leave or stop, not maybe"),
     (["hardware=g4dn", "hydra.launcher.spot=true", "hydra.launcher.keep_alive_minutes=5"], "no warm pool"),
     (["hardware=g4dn", "hydra.launcher.subnets=[subnet-1]"], "a VPC needs both"),

@@ -175,6 +175,20 @@ def test_a_job_takes_its_credentials_from_secrets_manager(monkeypatch: pytest.Mo
             secrets.load()
 
 
+def test_a_job_begun_again_goes_on_from_the_first_ones_checkpoints(stub: Stubber, job: Job) -> None:
+    say(stub, job, "Failed", "Failed")
+    stub.add_client_error("describe_training_job", "ValidationException", "Requested resource not found.", 400)
+    [again] = jobs_of(composed("hardware=g4dn", *PHOTOS, "hydra.launcher.spot=true", "hydra.launcher.resubmit=true"),
+                      client=stub.client)
+    assert again.name == f"{job.name}-1"
+    assert again.request["CheckpointConfig"] == job.request["CheckpointConfig"]
+
+
+def test_folders_of_the_submitting_machine_are_not_sent() -> None:
+    sent = asked("hardware=g4dn", *PHOTOS, "run_root=here", "storage.cache=there")["HyperParameters"]
+    assert not sent.keys() & {"run_root", "storage.cache", "dataset", "dataset.instance_dir"}
+
+
 def test_names_are_the_same_for_the_same_run_and_fit() -> None:
     name = request.name_of("my sweep, 2026!", 3, ["a=1"])
     assert name == request.name_of("my sweep, 2026!", 3, ["a=1"])
@@ -433,6 +447,13 @@ def test_ctrl_c_stops_or_leaves_the_jobs_as_told(stub: Stubber, job: Job, stop: 
     else:
         assert "AGAIN follows them again" in told
         assert f"aws sagemaker stop-training-job --training-job-name {job.name}" in told
+
+
+def test_until_its_end_a_job_shows_its_cost_so_far(stub: Stubber, job: Job) -> None:
+    say(stub, job, "InProgress", "Restarting", TrainingTimeInSeconds=3600, BillableTimeInSeconds=60)
+    say(stub, job, "Stopped", "Stopped", TrainingTimeInSeconds=3600, BillableTimeInSeconds=1800)
+    backend = TrainingJobs(stub.client)
+    assert [follow.row(job, backend.look(job))[4] for _ in range(2)] == ["$0.74 so far", "$0.37"]
 
 
 def test_a_result_that_cannot_be_read_is_a_failure(stub: Stubber, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,8 +42,7 @@ class Follower:
             with Live(self._table(), console=self._rich, auto_refresh=False) as live:
                 while True:
                     pause = self._poll if self._turn() else min(pause * 2, SLOWEST)
-                    if self._rich.is_terminal:
-                        live.update(self._table(), refresh=True)
+                    live.update(self._table(), refresh=self._rich.is_terminal)
                     if all(seen.ended for seen in self.seen):
                         return self.seen
                     self._sleep(pause)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 UNICODE = {r"\p{L}": "a-zA-ZÀ-￿", r"\p{Z}": " ", r"\p{N}": "0-9"}  # classes that Python's re does not know
-VALUE = {"Environment": 512}  # characters: the service is stricter than its model
 
 
 def problems(value: Any, shape: Any, where: str = "") -> Iterator[str]:
@@ -39,8 +38,6 @@ def _text(value: Any, shape: Any, where: str) -> Iterator[str]:
         yield f"{where} must be a text, not {value!r}"
         return
     limits = dict(shape.metadata)
-    if (group := where.partition(".")[0]) in VALUE and "max" in limits:
-        limits["max"] = min(limits["max"], VALUE[group])
     yield from _count(len(value), limits, f"{where} has {len(value)} characters")
     if shape.enum and value not in shape.enum:
         yield f"{where} is {value!r}, which SageMaker does not offer"

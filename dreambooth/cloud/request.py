@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
+HERE = {"run_root", "storage.cache"}  # folders of the machine that submits
 CHANNELS = {"dataset.instance_dir": "images", "dataset.class_dir": "class_images", "model.source": "model"}
 METRICS = {  # read from what the run prints
     "step": r"training (\d+)/\d+ ",
@@ -55,13 +56,14 @@ def name_of(sweep: str, number: int, overrides: Sequence[str], attempt: int = 0)
 
 
 def request(settings: Settings, name: str, sweep: str, overrides: Sequence[str], inputs: Mapping[str, str],
-            disk_gib: float | None, needed_gib: float | None) -> dict[str, Any]:
+            disk_gib: float | None, needed_gib: float | None, first: str | None = None) -> dict[str, Any]:
     """CreateTrainingJob's arguments.
 
     Args:
         inputs: channel -> folder in S3.
         disk_gib: the instance's own disk, None if it has none or that is unknown.
         needed_gib: what the run will write, by the planner; None: unknown.
+        first: the name under which the run was begun first, whose checkpoints it goes on from; None: this is the first.
     """
     place = f"{settings.s3.rstrip('/')}/{sweep}"
     kms = {"KmsKeyId": settings.kms_key} if settings.kms_key else {}
@@ -73,7 +75,7 @@ def request(settings: Settings, name: str, sweep: str, overrides: Sequence[str],
             "MetricDefinitions": [{"Name": key, "Regex": regex} for key, regex in METRICS.items()]},
         "HyperParameters": hyperparameters(overrides, inputs, sweep, settings.mlflow_uri),
         "OutputDataConfig": {"S3OutputPath": place, "CompressionType": "NONE", **kms},
-        "CheckpointConfig": {"S3Uri": f"{place}/{name}/checkpoints", "LocalPath": "/opt/ml/checkpoints"},
+        "CheckpointConfig": {"S3Uri": f"{place}/{first or name}/checkpoints", "LocalPath": "/opt/ml/checkpoints"},
         "ResourceConfig": _resources(settings, disk_gib, needed_gib),
         "StoppingCondition": {"MaxRuntimeInSeconds": round(settings.max_run_hours * 3600)},
         "Environment": _environment(settings, sweep),
@@ -97,7 +99,7 @@ def hyperparameters(overrides: Sequence[str], inputs: Mapping[str, str], sweep: 
                     mlflow_uri: str | None) -> dict[str, str]:
     """Overrides as key and value, without those that a channel stands for."""
     carried = {key for key, channel in CHANNELS.items() if channel in inputs}
-    dropped = carried | ({"dataset"} if "images" in inputs else set())
+    dropped = HERE | carried | ({"dataset"} if "images" in inputs else set())
     asked = {"tracking.sweep": sweep}
     if mlflow_uri:
         asked["tracking.uri"] = "${oc.env:MLFLOW_TRACKING_URI}"

@@ -1,6 +1,7 @@
 """What the launcher does: compose every job, then run them here (mode=local), or check them all and follow them."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def launch(launcher: "SageMakerLauncher", job_overrides: Sequence[Sequence[str]]
     hydra = launcher.config.hydra
     configure_log(hydra.hydra_logging, hydra.verbose)
     Path(str(hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
-    launcher.sweep = launcher.sweep or f"{hydra.job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    launcher.sweep = launcher.sweep or _new_name(hydra.job.name)
     try:
         _check(launcher)
         configs = [_composed(launcher, overrides, first + i) for i, overrides in enumerate(job_overrides)]
@@ -48,12 +49,19 @@ def launch(launcher: "SageMakerLauncher", job_overrides: Sequence[Sequence[str]]
         sys.exit(error.exit_code)
 
 
+def _new_name(job: str) -> str:
+    word = re.sub(r"[^A-Za-z0-9]+", "-", job).strip("-")[:20].strip("-") or "sweep"
+    return f"{word}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 def _check(launcher: "SageMakerLauncher") -> None:
     settings = launcher.settings
     rules = {
         f"hydra.launcher.mode must be {', '.join(MODES)}, not {settings['mode']}": settings["mode"] in MODES,
         f"hydra.launcher.on_interrupt must be leave or stop, not {settings['on_interrupt']}":
             settings["on_interrupt"] in ("leave", "stop"),
+        f"hydra.launcher.sweep must be 1 to 40 letters, digits and hyphens, not {launcher.sweep}":
+            re.fullmatch(r"[A-Za-z0-9](-*[A-Za-z0-9]){0,39}", launcher.sweep or "") is not None,
         f"hydra.launcher.max_parallel must be 1 or more, not {settings['max_parallel']}": settings["max_parallel"] >= 1,
         "this is a job of a sweep already, and a job submits none: type hydra/launcher=basic":
             settings["mode"] == "local" or "DREAMBOOTH_SWEEP" not in os.environ,

@@ -55,7 +55,7 @@ def whole(uri: str) -> bool:
 
 def task(config: DictConfig) -> DictConfig:
     """The config without Hydra's own part."""
-    return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
 def announced(jobs: Sequence[Job]) -> Iterator[str]:
@@ -134,7 +134,7 @@ def _job(config: DictConfig, run: Config, plan: Mapping[str, Any], sweep: str, b
     launcher: dict[str, Any] = OmegaConf.to_container(config.hydra.launcher, resolve=True)  # type: ignore[assignment]
     number, overrides = config.hydra.job.num, tuple(config.hydra.overrides.task)
     price = launcher["price_usd_hour"] if _same_machine(overrides) else None
-    name = request.name_of(sweep, number, overrides)
+    name = first = request.name_of(sweep, number, overrides)
     if send and launcher["resubmit"] and mode == "aws":
         attempt = 0
         while backend.ended_badly(name):
@@ -149,7 +149,7 @@ def _job(config: DictConfig, run: Config, plan: Mapping[str, Any], sweep: str, b
             "kms_key", "tags", "environment", "allocator", "mlflow_uri", "mlflow_secret")})
     disk = launcher["disk_gib"] if _same_machine(overrides) else None
     inputs = dict(_inputs(run, settings.s3, mode, known, send))
-    asked = request.request(settings, name, sweep, overrides, inputs, disk, plan.get("disk_gib"))
+    asked = request.request(settings, name, sweep, overrides, inputs, disk, plan.get("disk_gib"), first)
     count = settings.instance_count
     hourly = None if price is None or mode == "docker" else price * count
     seconds = plan.get("run_seconds")
