@@ -62,7 +62,7 @@ def _new(bucket: Bucket, name: str, call: Callable[..., object]) -> None:
         try:
             call(IfNoneMatch="*")
         except Exception as error:
-            if aws_errors.code(error) not in aws_errors.CHANGED:
+            if aws_errors.code(error) not in {*aws_errors.CHANGED, "NoSuchUpload"}:
                 raise
 
     bucket.call("s3:PutObject", name, make)

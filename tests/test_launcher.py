@@ -16,7 +16,8 @@ from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, Inte
 from pytest import mark
 from s3_server import plain, serving
 
-from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncher
+from dreambooth.config import conf_dir
+from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncher, SageMakerLauncherConf
 
 # The suites assume Hydra 1.1's default for chdir, and version_base of other tests leaks through a singleton.
 LOCAL = ["hydra.launcher.mode=local", "hydra.job.chdir=true"]
@@ -160,3 +161,9 @@ def test_launcher_refuses_a_job_that_does_not_fit(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "job 0: " in done.stderr
     assert "GiB" in done.stderr
+
+
+def test_every_setting_of_the_launcher_is_in_conf_with_a_comment() -> None:
+    lines = (conf_dir() / "hydra/launcher/sagemaker.yaml").read_text(encoding="utf-8").splitlines()
+    told = {line.partition(":")[0]: "  # " in line for line in lines if re.match(r"[a-z]\w*: ", line)}
+    assert told == dict.fromkeys(vars(SageMakerLauncherConf()).keys() - {"_target_"}, True)

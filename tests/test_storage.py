@@ -271,6 +271,7 @@ def test_without_boto3_it_says_what_to_install(tmp_path: Path) -> None:
 TWENTY = [(KINDS[seed % len(KINDS)], 100 + seed) for seed in range(20)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, seed", TWENTY)
 def test_under_faults_nothing_is_half_and_nothing_is_lost(
         running: Server, tmp_path: Path, kind: str, seed: int) -> None:
