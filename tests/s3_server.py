@@ -198,7 +198,7 @@ def trial(server: Server, folder: Path, kind: str, seed: int) -> tuple[int, int]
 
 def _command(server: Server, dice: random.Random, kind: str | None, words: list[str]) -> int:
     first = len(server.calls)
-    moment = dice.randrange(2, 22)
+    moment = dice.randrange(2, 13)
     child = subprocess.Popen([sys.executable, "-c", CHILD.format(part=PART), *words], stdout=subprocess.DEVNULL,
                              stderr=subprocess.PIPE, text=True)
 

@@ -60,18 +60,18 @@ def test_launcher_runs_a_sweep_of_six_in_which_one_fails(tmp_path: Path) -> None
     from mlflow import MlflowClient
 
     words = [word for word in FAST if not word.startswith(("tracking", "train.max", "sample.every"))]
-    done = sweep(tmp_path, "hydra.launcher.mode=local", "hydra.launcher.sweep=six", *words, "train.max_train_steps=2",
+    done = sweep(tmp_path, "hydra.launcher.mode=local", "hydra.launcher.sweep=six", *words, "train.max_train_steps=4",
                  "sample.every=null", "tracking.experiment=sweeps", "train.lr_scheduler=constant_with_warmup",
-                 "train.lr_warmup_steps=0,1,99", "train.seed=0,1")
+                 "train.lr_warmup_steps=0,1,2,3,4,99")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "train.lr_warmup_steps=99 is longer than the run" in done.stderr
     rows = table(tmp_path)
-    assert [row["status"] for row in rows] == ["Completed"] * 4 + ["Failed"] * 2
+    assert [row["status"] for row in rows] == ["Completed"] * 5 + ["Failed"]
     assert float(rows[0]["objective"]) <= float(rows[1]["objective"])
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     [experiment] = [found for found in client.search_experiments() if found.name == "sweeps"]
     runs = client.search_runs([experiment.experiment_id], "tags.sweep = 'six'")
-    assert len(runs) == 4 + 1  # and the sweep itself; the run that failed never began
+    assert len(runs) == 5 + 1  # and the sweep itself; the run that failed never began
 
 
 @mark.parametrize("words, sentence", [
