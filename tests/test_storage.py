@@ -316,6 +316,17 @@ def composed(tmp_path: Path, **paths: str) -> Config:
     return config
 
 
+@pytest.mark.parametrize("words, sentence", [
+    ({"upload": "runs"}, "storage.upload must be s3://BUCKET/FOLDER, or null for none, not runs"),
+    ({"upload": "s3://bucket"}, "storage.upload must be"), ({"upload": "s3:///x"}, "storage.upload must be"),
+    ({"checkpoints": True}, "storage.checkpoints must be false unless storage.upload says where"),
+    ({"parallel": 0}, "storage.parallel must be from 1 to 64, not 0"), ({"parallel": 65}, "not 65"),
+])
+def test_settings_of_storage_are_checked(words: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        Storage(**words)
+
+
 def test_what_a_run_reads_from_s3_is_fetched(server: Server, tmp_path: Path, uri: str) -> None:
     model(tmp_path / "model", 1)
     storage.upload(tmp_path / "model", f"{uri}/base")
