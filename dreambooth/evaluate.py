@@ -46,12 +46,15 @@ def _job(cfg: DictConfig) -> None:
     asked = {str(key): value for key, value in cfg.items() if key != "run" and value is not None}
     if cfg.run is None:
         raise UserError("the run is missing: type run=runs/NAME, a folder that python -m dreambooth.train made")
-    config = load(composed(Path(cfg.run), asked))
+    from dreambooth import remote
+
+    run = Path(remote.local(cfg.run) or "")
+    config = load(composed(run, asked))
     from dreambooth.assess import assess
     from dreambooth.machine import detect
     from dreambooth.recipe import resolve
 
-    assess(resolve(config, Path(cfg.run), detect()))
+    assess(resolve(remote.fetched(config, run), run, detect()))
 
 
 def composed(run: Path, asked: dict[str, object]) -> DictConfig:

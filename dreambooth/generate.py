@@ -51,11 +51,12 @@ def _job(cfg: DictConfig) -> None:
         ask: Generate = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     except ValueError as error:
         raise UserError(str(error)) from error
+    from dreambooth import remote
     from dreambooth.draw import draw
     from dreambooth.model import import_libraries
 
     import_libraries()
-    draw(ask.run, prompt=ask.prompt, num_images=ask.num_images, batch_size=ask.batch_size, seed=ask.seed,
+    draw(remote.local(ask.run), prompt=ask.prompt, num_images=ask.num_images, batch_size=ask.batch_size, seed=ask.seed,
          num_inference_steps=ask.num_inference_steps, guidance_scale=ask.guidance_scale, out=ask.out)
 
 

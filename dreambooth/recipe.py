@@ -142,7 +142,7 @@ def resolve(config: Config, run_dir: Path, machine: Machine | None = None, typed
         sample_prompts=tuple(config.sample.prompts or _default_prompts(config)),
         **_evaluation(config),
         **{item.name: getattr(config, item.name) for item in fields(config)
-           if isinstance(getattr(config, item.name), Section) and item.name != "plan"},
+           if isinstance(getattr(config, item.name), Section) and item.name not in ("plan", "storage")},
     )
 
 

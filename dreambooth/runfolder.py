@@ -22,7 +22,7 @@ from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.machine import GIB
 from dreambooth.recipe import Recipe
 
-KEPT = {".hydra", ".lock", "train.log"}  # what stays when an earlier run is set aside
+KEPT = {".hydra", ".lock", "train.log", "remote.json"}  # what stays when an earlier run is set aside
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dreambooth.choices import (
 from dreambooth.measures import Evaluate
 from dreambooth.schema_hardware import Hardware as Hardware
 from dreambooth.schema_memory import Memory as Memory
+from dreambooth.schema_storage import Storage as Storage
 from dreambooth.section import Section, finite, require
 
 
@@ -233,4 +234,5 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluate: Evaluate = field(default_factory=Evaluate)
     tracking: Tracking = field(default_factory=Tracking)
+    storage: Storage = field(default_factory=Storage)
     plan: Plan = field(default_factory=Plan)

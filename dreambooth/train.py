@@ -1,5 +1,6 @@
 """The door `python -m dreambooth.train`: composes a run with Hydra and trains it. Nothing heavy is imported here."""
 
+import os
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from omegaconf import DictConfig
 
 from dreambooth import door
 from dreambooth.config import conf_dir, load, typed_password
+from dreambooth.errors import UserError
 
 STARTED = time.strftime("%Y-%m-%d_%H-%M-%S")
 
@@ -21,25 +23,34 @@ def train(cfg: DictConfig) -> float | None:
     if sweep and cfg.tracking.sweep is None:
         cfg.tracking.sweep = STARTED
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    return door.attempt(lambda: _job(cfg, run_dir), sweep)
+    return door.attempt(lambda: _job(cfg, run_dir, sweep), sweep)
 
 
-def _job(cfg: DictConfig, run_dir: Path) -> float:
+def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
+    from dreambooth import remote
+    from dreambooth.cloud import secrets
     from dreambooth.machine import detect
     from dreambooth.recipe import resolve
     from dreambooth.runfolder import discard_if_unused, forget_overrides
     from dreambooth.signals import stoppable
 
     try:
+        if HydraConfig.get().runtime.choices.get("hydra/launcher", "").startswith("sagemaker") and not sweep \
+                and "DREAMBOOTH_SWEEP" not in os.environ:
+            raise UserError("hydra/launcher=sagemaker works on sweeps, and a sweep of one is one too: add -m")
+        secrets.load()
         if typed_password(cfg):
             forget_overrides(run_dir)
         config = load(cfg)
         door.allocator(config.memory)
+        config = remote.fetched(config, run_dir)
         recipe = resolve(config, run_dir, detect(), HydraConfig.get().overrides.task)
-        with stoppable() as stop:
+        with stoppable() as stop, remote.kept(config.storage, run_dir, config.checkpoint.resume) as keep:
             from dreambooth.run import execute
 
-            return execute(recipe, stop).objective
+            result = execute(recipe, stop)
+            keep(result)
+            return result.objective
     finally:
         discard_if_unused(run_dir)
 

@@ -14,12 +14,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from dreambooth import errors, evaluate, generate  # the doors register the schemas of conf/<door>.yaml
+from dreambooth import errors, evaluate, generate, storage  # the doors register the schemas of conf/<door>.yaml
 from dreambooth.choices import Device
 from dreambooth.config import conf_dir, load
 from dreambooth.machine import Machine
 from dreambooth.recipe import resolve
 from dreambooth.schema import Config
+from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncherConf
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
@@ -84,6 +85,9 @@ def test_a_command_is_real(command: str) -> None:
         assert words[image + 1:image + 2] in ([], ["train"])
         load(composed("config", words[image + 2:]))
         return
+    if words[:3] == ["python", "-m", "dreambooth.storage"]:
+        assert storage.parser().parse_args(words[3:]).uri.startswith("s3://")
+        return
     assert words[:3] in (TRAIN, GENERATE, EVALUATE, PLAN), "neither make nor a door, and not on the list of others"
     for asked in overrides(words[3:]):
         if words[:3] in (GENERATE, EVALUATE):
@@ -117,6 +121,7 @@ def in_code(page: Path) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_a_key_in_a_document_exists(page: Path) -> None:
     known = keys().union(*(vars(ask()) for ask in ASKED.values())) | NO_KEYS | {"experiment", "group", "section.key"}
+    known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf())} | {"hydra.sweeper.storage"}
     said = set(re.findall(r"(?<![\w./-])([A-Za-z_]\w*(?:\.\w+)*)=", in_code(page)))
     sections = "|".join(key for key in keys() if "." not in key)
     dotted = set(re.findall(rf"(?m)^((?:{sections})\.[a-z]\w*)$", in_code(page)))
@@ -207,7 +212,7 @@ def test_the_readmes_own_commands_run(tmp_path: Path) -> None:
     tree = re.search(r"```\n(contact_sheet.*?)```", (ROOT / "docs/results.md").read_text("utf-8"), re.S)
     assert tree
     entries = [word for line in tree[1].splitlines() for word in re.split(r"\s+", line.split("   ")[0]) if word]
-    sometimes = {"earlier-TIME/", "train.log", "best/"}
+    sometimes = {"earlier-TIME/", "train.log", "best/", "remote.json"}
     assert [entry for entry in entries if entry not in sometimes and not (run / entry).exists()] == []
     unnamed = {entry.name for entry in run.iterdir()} - {entry.rstrip("/") for entry in entries}
     assert unnamed == set()

@@ -20,7 +20,8 @@ from dreambooth.schema import Config
 from dreambooth.section import Section
 
 T4, A10G, NONE = Machine("T4", 14.6, 7.5), Machine("A10G", 22.0, 8.6), Machine()
-SECTIONS = [item.name for item in dataclasses.fields(Config) if item.name not in ("run_root", "name", "plan")]
+OF_DOORS = ("run_root", "name", "plan", "storage")  # what no recipe has
+SECTIONS = [item.name for item in dataclasses.fields(Config) if item.name not in OF_DOORS]
 
 
 def config(**values: object) -> Config:

@@ -1,0 +1,141 @@
+"""A folder in S3: what is there, and calls that are repeated when they may succeed a moment later."""
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from dreambooth import aws_errors, manifest
+from dreambooth.console import Console
+from dreambooth.errors import UserError
+from dreambooth.manifest import Entries, Entry
+
+SCHEME = "s3://"
+ATTEMPTS = 5  # of one call
+PAUSE = 0.5  # seconds after the first failure, doubling
+ABSENT = {"404", "NoSuchKey", "NotFound"}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder or object in S3."""
+
+    bucket: str
+    prefix: str  # without slashes at its ends
+
+    @classmethod
+    def of(cls, uri: str) -> "Place":
+        bucket, _, prefix = uri.removeprefix(SCHEME).partition("/")
+        if not uri.startswith(SCHEME) or not bucket or not prefix.strip("/"):
+            raise UserError(f"{uri!r} is no place in S3: type s3://BUCKET/FOLDER")
+        return cls(bucket, prefix.strip("/"))
+
+    def key(self, name: str) -> str:
+        return f"{self.prefix}/{name}" if name else self.prefix
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.bucket}/{self.prefix}"
+
+
+def calling(call: Callable[[], T], doing: str, where: object, bucket: str | None = None) -> T:
+    """What the call returns; one that may succeed a moment later is repeated.
+
+    Args:
+        doing: the permission that it needs.
+
+    Raises:
+        UserError: what AWS said, in a sentence.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return call()
+        except Exception as error:
+            if not aws_errors.known(error):
+                raise
+            if attempt == ATTEMPTS or not aws_errors.passing(error):
+                raise UserError(aws_errors.sentence(error, doing, str(where), bucket)) from error
+            time.sleep(PAUSE * 2 ** (attempt - 1))
+    raise AssertionError("unreachable")
+
+
+class Bucket:
+    """A client, a pool of threads, a place."""
+
+    def __init__(self, place: Place, s3: Any, pool: ThreadPoolExecutor, console: Console) -> None:
+        self.place, self.s3, self.pool, self.console = place, s3, pool, console
+
+    def call(self, doing: str, name: str, call: Callable[[], T]) -> T:
+        """One call about an object of the place."""
+        return calling(call, doing, f"{SCHEME}{self.place.bucket}/{self.place.key(name)}", self.place.bucket)
+
+    def where(self, name: str) -> dict[str, Any]:
+        """The arguments that name an object."""
+        return {"Bucket": self.place.bucket, "Key": self.place.key(name)}
+
+    def each(self, work: Iterable[Callable[[], object]], tick: Callable[[], None]) -> None:
+        """Do all of it at once; the first failure ends what has not begun."""
+        running = [self.pool.submit(do) for do in work]
+        try:
+            for done in as_completed(running):
+                done.result()
+                tick()
+        finally:
+            for one in running:
+                one.cancel()
+
+    def read(self, name: str) -> bytes:
+        """A small object."""
+        body: bytes = self.call("s3:GetObject", name, lambda: self.s3.get_object(
+            **self.where(name), ChecksumMode="ENABLED")["Body"].read())
+        return body
+
+    def kept(self) -> Entries | None:
+        """What the manifest names; None: there is no manifest."""
+        def get() -> bytes | None:
+            try:
+                answer = self.s3.get_object(**self.where(manifest.NAME), ChecksumMode="ENABLED")
+            except Exception as error:
+                if aws_errors.code(error) in ABSENT:
+                    return None
+                raise
+            body: bytes = answer["Body"].read()
+            return body
+
+        text = self.call("s3:GetObject", manifest.NAME, get)
+        return None if text is None else manifest.parsed(text, str(self.place))
+
+    def has(self, name: str, entry: Entry) -> bool:
+        """Whether S3 holds exactly this."""
+        def head() -> bool:
+            try:
+                found = self.s3.head_object(**self.where(name), ChecksumMode="ENABLED")
+            except Exception as error:
+                if aws_errors.code(error) in ABSENT:
+                    return False
+                raise
+            return entry.is_in(found["ContentLength"], found.get("ChecksumSHA256"))
+
+        return self.call("s3:GetObject", name, head)
+
+    def lacking(self, entries: Entries) -> Entries:
+        """The files of which S3 does not hold exactly this."""
+        held = self.pool.map(lambda item: self.has(*item), entries.items())
+        return {name: entry for (name, entry), there in zip(entries.items(), held, strict=True) if not there}
+
+    def listed(self) -> Entries:
+        """Every object below the place with what S3 says of it; the place itself, if it is an object, is ''."""
+        found: Entries = {}
+        pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.place.bucket, Prefix=self.place.prefix)
+        answers: list[dict[str, Any]] = self.call("s3:ListBucket", "", partial(list, pages))
+        for answer in answers:
+            for item in answer.get("Contents", ()):
+                name = item["Key"].removeprefix(self.place.prefix)
+                if name == "" or (name.startswith("/") and not name.endswith("/")):
+                    found[manifest.safe(name[1:], str(self.place)) if name else ""] = Entry(
+                        item["Size"], tag=item["ETag"])
+        if len(found) > 1:
+            found.pop("", None)  # what some tools put there to stand for the folder
+        return found

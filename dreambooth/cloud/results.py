@@ -1,0 +1,74 @@
+"""What came of a sweep: a table on the terminal, a CSV file, and a run of its own in MLflow beside its trials."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dreambooth import files
+from dreambooth.cloud.job import COMPLETED, FAILED, Job, Seen
+
+FIRST = ("number", "job", "status", "objective", "steps", "seconds", "billed_usd", "reason")
+
+
+def objective(seen: Seen) -> float | None:
+    """Of a job that is done; None if it has none that is a number."""
+    value = seen.result.get("objective") if seen.status == COMPLETED else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def settled(seen: Seen) -> Seen:
+    """A job that ended well without a result has failed."""
+    if seen.status == COMPLETED and objective(seen) is None:
+        seen.status, seen.reason = FAILED, seen.result.get("problem") or "result.json names no objective"
+    return seen
+
+
+def rows(jobs: Sequence[Job], ends: Sequence[Seen]) -> list[dict[str, Any]]:
+    """A row a job: how it ended, and its overrides in columns of their own."""
+    found = []
+    for job, seen in zip(jobs, ends, strict=True):
+        usd = seen.usd(job) if seen.billed is not None else None
+        overrides = dict(override.partition("=")[::2] for override in job.overrides)
+        found.append({
+            "number": job.number, "job": job.name, "status": seen.status, "objective": objective(seen),
+            "steps": seen.result.get("step", seen.step), "seconds": seen.result.get("seconds"),
+            "billed_usd": None if usd is None else round(usd, 4), "reason": seen.reason, **overrides})
+    return found
+
+
+def write(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Path:
+    """`results-SWEEP.csv` in the folder; best first, what failed last."""
+    keys = list(dict.fromkeys([*FIRST, *(key for row in table for key in row)]))
+    ordered = sorted(table, key=lambda row: (row["objective"] is None, row["objective"] or 0.0, row["number"]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, keys, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(ordered)
+    path = folder / f"results-{sweep}.csv"
+    with files.whole_file(path) as aside:
+        aside.write_text(text.getvalue(), encoding="utf-8")
+    return path
+
+
+def track(path: Path, sweep: str, table: Sequence[dict[str, Any]], kind: str, uri: str | None, experiment: str,
+          run_root: Path) -> None:
+    """The sweep as a run in MLflow, with the tag of its trials: the CSV, how many failed, the best objective."""
+    from dreambooth.tracking import open_tracker
+
+    done = [row for row in table if row["objective"] is not None]
+    tracker = open_tracker(kind, path.parent / f"sweep-{sweep}", run_root=run_root, run_name=f"sweep-{sweep}", uri=uri,
+                           experiment=experiment)
+    try:
+        tracker.tags({"sweep": sweep, "kind": "sweep"})
+        best = min(done, key=lambda row: row["objective"], default=None)
+        if best:
+            tracker.params({"best_job": best["job"]})
+            tracker.metrics(0, {"objective": best["objective"]})
+        tracker.metrics(0, {"jobs": len(table), "failed": len(table) - len(done), "billed_usd": sum(
+            row["billed_usd"] or 0.0 for row in table)})
+        tracker.artifact(path)
+    finally:
+        tracker.close("FINISHED" if len(done) == len(table) else "FAILED")

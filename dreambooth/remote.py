@@ -1,0 +1,160 @@
+"""s3:// in a run: what it reads is fetched before, what it makes is copied there while it runs and after.
+
+A run folder is named by the text s3://..., so `remote.json` in it remembers which content that was.
+"""
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from dreambooth import files
+from dreambooth.console import Console
+from dreambooth.errors import DreamBoothError, UserError
+from dreambooth.schema import Config, Storage
+
+SCHEME = "s3://"
+READ = {("dataset", "instance_dir"): False, ("dataset", "class_dir"): False, ("model", "source"): True,
+        ("checkpoint", "resume"): True, ("evaluate", "reference_dir"): False, ("evaluate", "prompts"): False,
+        ("evaluate", "lpips"): False}  # key -> whether it must have a manifest
+MADE = (".hydra", "model", "samples", "contact_sheet.png", "evaluation.json", "metrics.jsonl", "result.json",
+        "run.json")
+RECORD = "remote.json"
+LOOK = 5.0  # seconds between two looks for a new checkpoint
+log = logging.getLogger(__name__)
+
+
+def first() -> bool:
+    """Whether this is the first of the processes that train together."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def local(path: str | None, cache: str = "runs/s3") -> str | None:
+    """The path itself, or the local copy of a complete folder in S3."""
+    if not (path or "").startswith(SCHEME):
+        return path
+    from dreambooth import storage
+
+    return str(storage.download(str(path), Path(cache), Console(quiet=not first()), complete=True))
+
+
+def fetched(config: Config, run_dir: Path) -> Config:
+    """The config with local folders for everything that it reads from s3://.
+
+    Raises:
+        UserError: it cannot be had, or is not what this run folder began with.
+    """
+    config = deepcopy(config)
+    found: dict[str, str] = {}
+    for (section, key), complete in READ.items():
+        part = getattr(config, section)
+        if (getattr(part, key) or "").startswith(SCHEME):
+            from dreambooth import storage
+
+            folder = storage.download(getattr(part, key), Path(config.storage.cache).absolute(),
+                                      Console(quiet=not first()), config.storage.parallel, complete=complete)
+            found[f"{section}.{key}={getattr(part, key)}"] = folder.name
+            inner = folder / "model"  # of a run's result
+            setattr(part, key, str(inner if section == "model" and inner.is_dir() else folder))
+    if found:
+        _remember(found, run_dir, config.checkpoint.resume)
+    return config
+
+
+def _remember(found: dict[str, str], run_dir: Path, resume: str) -> None:
+    known: dict[str, str] = {}
+    with suppress(OSError, ValueError):
+        known = json.loads((run_dir / RECORD).read_text(encoding="utf-8"))
+    for what, content in found.items():
+        if resume == "auto" and known.get(what, content) != content:
+            raise UserError(f"{what} holds something else than when {run_dir.name} began: type checkpoint.resume=never "
+                            "to start over, or name=NAME for a run of its own")
+    if first() and run_dir.is_dir():
+        files.write_json(run_dir / RECORD, found)
+
+
+@contextmanager
+def kept(spec: Storage, run_dir: Path, resume: str) -> Iterator[Callable[[Any], None]]:
+    """Copy to `storage.upload` what a run makes: checkpoints as they come, and what the yielded function is told of.
+
+    Raises:
+        UserError: the result could not be copied. A checkpoint that could not be is a warning: the run goes on.
+    """
+    if spec.upload is None or not first():
+        yield lambda result: None
+        return
+    place = f"{spec.upload.rstrip('/')}/{run_dir.name}"
+    mirror = Mirror(run_dir, place, spec.parallel) if spec.checkpoints else None
+    if mirror:
+        mirror.bring(resume)
+        mirror.start()
+    try:
+        yield lambda result: _copy(result.step, run_dir, place, spec.parallel)
+    finally:
+        if mirror:
+            mirror.finish()
+
+
+def _copy(step: int, run_dir: Path, place: str, parallel: int) -> None:
+    """The result, into a folder named by its steps: a run that is extended makes another."""
+    from dreambooth import manifest, storage
+
+    console, target = Console(), f"{place}/result-{step:06d}"
+    there = storage.complete(target)
+    if there is None or {name: entry for name, entry in there.items() if name.startswith("model/")} != \
+            manifest.of_folder(run_dir, ("model",)):
+        storage.upload(run_dir, target, console, parallel, only=MADE)
+    console.say(f"complete in {target}")
+
+
+class Mirror(threading.Thread):
+    """Copies each new checkpoint, newest first; one that is rotated away meanwhile is passed over."""
+
+    def __init__(self, run_dir: Path, place: str, parallel: int) -> None:
+        super().__init__(name="checkpoints to S3", daemon=True)
+        self._folder, self._place, self._parallel = run_dir / "checkpoints", f"{place}/checkpoints", parallel
+        self._done: set[str] = set()
+        self._closing = threading.Event()
+
+    def bring(self, resume: str) -> None:
+        """Put the newest checkpoint of S3 where the run will look, if this machine has none."""
+        from dreambooth import storage
+
+        there = storage.complete_folders(self._place)
+        if there and resume != "auto":
+            raise UserError(f"{self._place} holds checkpoints of this run: type checkpoint.resume=auto, or another "
+                            "storage.upload")
+        if there and not any(self._folder.glob("step-*")):
+            aside = self._folder / f"{files.ASIDE}s3"
+            folder = storage.download(there[-1], aside, Console(), self._parallel, complete=True)
+            files.publish(folder, self._folder / there[-1].rpartition("/")[2])
+        self._done = {uri.rpartition("/")[2] for uri in there}
+
+    def run(self) -> None:
+        while not self._closing.wait(LOOK):
+            self._turn()
+
+    def finish(self) -> None:
+        """Copy the last one too."""
+        self._closing.set()
+        self.join()
+        self._turn()
+
+    def _turn(self) -> None:
+        from dreambooth import storage
+
+        new = [path for path in self._folder.glob("step-*") if path.is_dir() and path.name not in self._done]
+        for path in sorted(new, key=files.number_of)[-1:]:
+            try:
+                storage.upload(path, f"{self._place}/{path.name}", None, self._parallel)
+                self._done.add(path.name)
+            except FileNotFoundError:
+                pass
+            except DreamBoothError as error:
+                if path.is_dir():
+                    log.warning("checkpoint %s is not in S3: %s", path.name, error)

@@ -1,0 +1,24 @@
+"""The section `storage` of the schema. No torch, no Hydra."""
+
+from dataclasses import dataclass
+
+from dreambooth.section import Section, require
+
+
+@dataclass
+class Storage(Section):
+    """S3: where a run's result goes, where what it reads from s3:// is kept."""
+
+    upload: str | None = None
+    checkpoints: bool = False
+    cache: str = "runs/s3"
+    parallel: int = 8
+
+    def __post_init__(self) -> None:
+        place = (self.upload or "s3://b/p").removeprefix("s3://")
+        require("storage", {
+            "upload": (self.upload is None or (self.upload.startswith("s3://") and all(place.partition("/")[::2])),
+                       f"s3://BUCKET/FOLDER, or null for none, not {self.upload}"),
+            "checkpoints": (not self.checkpoints or self.upload is not None, "false unless storage.upload says where"),
+            "parallel": (1 <= self.parallel <= 64, f"from 1 to 64, not {self.parallel}"),
+        })

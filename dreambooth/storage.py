@@ -1,0 +1,145 @@
+"""Folders in S3: parallel, resumable, verified on both sides, never half there. Nothing in S3 is ever deleted.
+
+By hand: `python -m dreambooth.storage upload FOLDER s3://BUCKET/PREFIX`. The only file, with cloud/, that knows boto3.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dreambooth import door, files, manifest
+from dreambooth.bucket import SCHEME as SCHEME
+from dreambooth.bucket import Bucket, Place, calling
+from dreambooth.console import Console
+from dreambooth.errors import UserError
+from dreambooth.fetching import fetch
+from dreambooth.manifest import Entries
+from dreambooth.sending import send
+
+PARALLEL = 8  # transfers at a time
+CONNECT, TIMEOUT = 10, 60  # seconds to connect; without a byte
+
+
+def is_remote(path: str | None) -> bool:
+    return (path or "").startswith(SCHEME)
+
+
+def client(service: str, connections: int = 10) -> Any:
+    """A client of boto3 that asks again when AWS is busy.
+
+    Raises:
+        UserError: boto3 is not installed, or there is no region.
+    """
+    try:
+        from boto3.session import Session
+        from botocore.config import Config
+    except ImportError as error:
+        raise UserError("s3:// and SageMaker need a package: pip install 'dreambooth[aws]'") from error
+    config = Config(retries={"mode": "standard", "total_max_attempts": 3}, max_pool_connections=connections,
+                    connect_timeout=CONNECT, read_timeout=TIMEOUT)
+    return calling(lambda: Session().client(service, config=config), service, service)
+
+
+def upload(folder: Path, uri: str, console: Console | None = None, parallel: int = PARALLEL, *,
+           only: Sequence[str] = ()) -> None:
+    """Make a local folder complete at a place; what is there already is not sent again.
+
+    Args:
+        only: names right below the folder; empty: all of them.
+
+    Raises:
+        UserError: S3 does not take or keep it, or another complete folder is there, which is never replaced.
+    """
+    with _opened(uri, console, parallel) as bucket:
+        send(bucket, manifest.of_folder(folder, only), folder)
+
+
+def download(uri: str, cache: Path, console: Console | None = None, parallel: int = PARALLEL, *,
+             complete: bool = False) -> Path:
+    """A local copy, below `cache`, of a folder or file in S3.
+
+    Args:
+        complete: take only what has a manifest, as a model must.
+
+    Raises:
+        UserError: it is not there, not complete or did not arrive right.
+        DoesNotFit: the disk is too small.
+    """
+    with _opened(uri, console, parallel) as bucket:
+        return fetch(bucket, cache, complete)
+
+
+def read_json(uri: str) -> dict[str, Any]:
+    """A small JSON object in S3."""
+    with _opened(uri, None, 1) as bucket:
+        found: dict[str, Any] = json.loads(bucket.read(""))
+    return found
+
+
+def digest(folder: Path) -> str:
+    """Ten hex digits over the content of a local folder."""
+    return manifest.digest(manifest.of_folder(folder))
+
+
+def complete(uri: str) -> Entries | None:
+    """What a complete folder holds; None: there is none, or not all of it."""
+    with _opened(uri, None, 1) as bucket:
+        return bucket.kept()
+
+
+def complete_folders(uri: str) -> list[str]:
+    """The complete folders right below a place, by the number in their names; none if there is nothing."""
+    with _opened(uri, None, 1) as bucket:
+        listed = bucket.listed()
+    names = {name.partition("/")[0] for name in listed if name.partition("/")[2] == manifest.NAME}
+    return [f"{uri.rstrip('/')}/{name}" for name in sorted(names, key=lambda name: files.number_of(Path(name)))]
+
+
+@contextmanager
+def _opened(uri: str, console: Console | None, parallel: int) -> Iterator[Bucket]:
+    place = Place.of(uri)
+    pool = ThreadPoolExecutor(parallel, thread_name_prefix="s3")
+    try:
+        yield Bucket(place, client("s3", parallel + 2), pool, console or Console(quiet=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """What `python -m dreambooth.storage` understands."""
+    found = argparse.ArgumentParser(prog="python -m dreambooth.storage", description=(__doc__ or "").split("\n")[0])
+    commands = found.add_subparsers(dest="command", required=True)
+    up = commands.add_parser("upload", help="make a folder complete in S3")
+    up.add_argument("folder", type=Path)
+    up.add_argument("uri", metavar="s3://BUCKET/PREFIX")
+    down = commands.add_parser("download", help="fetch a folder from S3 and say where it is")
+    down.add_argument("uri", metavar="s3://BUCKET/PREFIX")
+    down.add_argument("folder", type=Path, help="a folder is made in it, named by its content")
+    for one in (up, down):
+        one.add_argument("--parallel", type=int, default=PARALLEL, help="transfers at a time")
+    return found
+
+
+def main() -> None:
+    """`python -m dreambooth.storage`."""
+    asked = parser().parse_args()
+
+    def job() -> None:
+        if asked.command == "upload":
+            if not asked.folder.is_dir():
+                raise UserError(f"{asked.folder} is no folder: type a folder, then the place in S3")
+            upload(asked.folder, asked.uri, Console(), asked.parallel)
+            print(f"{asked.uri} is complete")
+        else:
+            print(download(asked.uri, asked.folder, Console(), asked.parallel))
+
+    door.attempt(job, sweep=False)
+    door.leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What the launcher does: compose every job, then run them here (mode=local), or check them all and follow them."""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job, setup_globals
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from dreambooth.cloud import results
+from dreambooth.cloud.docker import Containers
+from dreambooth.cloud.follow import Follower
+from dreambooth.cloud.job import COMPLETED, FAILED, Job, Seen
+from dreambooth.cloud.training_jobs import TrainingJobs
+from dreambooth.errors import ConfigError, DreamBoothError
+from hydra_plugins.dreambooth_sagemaker import _prepare
+
+if TYPE_CHECKING:
+    from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncher
+
+MODES = ("aws", "local", "docker")
+
+
+class JobFailed(CompactHydraException):
+    """A job of a sweep, after all others have ended. Hydra prints the sentence and ends with 1."""
+
+
+def launch(launcher: "SageMakerLauncher", job_overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
+    """One JobReturn a job, in order; what is wrong before anything runs ends the command with one sentence."""
+    setup_globals()
+    assert launcher.config is not None and launcher.hydra_context is not None
+    hydra = launcher.config.hydra
+    configure_log(hydra.hydra_logging, hydra.verbose)
+    Path(str(hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
+    launcher.sweep = launcher.sweep or _new_name(hydra.job.name)
+    try:
+        _check(launcher)
+        configs = [_composed(launcher, overrides, first + i) for i, overrides in enumerate(job_overrides)]
+        if launcher.settings["mode"] == "local":
+            return _here(launcher, configs, job_overrides, first)
+        return _away(launcher, configs, first)
+    except DreamBoothError as error:
+        print(f"dreambooth: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _new_name(job: str) -> str:
+    word = re.sub(r"[^A-Za-z0-9]+", "-", job).strip("-")[:20].strip("-") or "sweep"
+    return f"{word}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _check(launcher: "SageMakerLauncher") -> None:
+    settings = launcher.settings
+    rules = {
+        f"hydra.launcher.mode must be {', '.join(MODES)}, not {settings['mode']}": settings["mode"] in MODES,
+        f"hydra.launcher.on_interrupt must be leave or stop, not {settings['on_interrupt']}":
+            settings["on_interrupt"] in ("leave", "stop"),
+        f"hydra.launcher.sweep must be 1 to 40 letters, digits and hyphens, not {launcher.sweep}":
+            re.fullmatch(r"[A-Za-z0-9](-*[A-Za-z0-9]){0,39}", launcher.sweep or "") is not None,
+        f"hydra.launcher.max_parallel must be 1 or more, not {settings['max_parallel']}": settings["max_parallel"] >= 1,
+        "this is a job of a sweep already, and a job submits none: type hydra/launcher=basic":
+            settings["mode"] == "local" or "DREAMBOOTH_SWEEP" not in os.environ,
+        "an Optuna study lives in memory and its trials cannot be followed again: leave hydra.launcher.sweep out, or "
+        "give the study a hydra.sweeper.storage": settings.get("sweep") is None or not _optuna_in_memory(launcher),
+    }
+    if broken := [sentence for sentence, holds in rules.items() if not holds]:
+        raise ConfigError(*broken)
+
+
+def _optuna_in_memory(launcher: "SageMakerLauncher") -> bool:
+    assert launcher.config is not None
+    sweeper = launcher.config.hydra.sweeper
+    return "optuna" in str(sweeper.get("_target_", "")).lower() and not sweeper.get("storage")
+
+
+def _composed(launcher: "SageMakerLauncher", overrides: Sequence[str], number: int) -> DictConfig:
+    assert launcher.hydra_context is not None and launcher.config is not None
+    config = launcher.hydra_context.config_loader.load_sweep_config(launcher.config, list(overrides))
+    with open_dict(config):
+        config.hydra.job.id = config.hydra.job.num = number
+    if OmegaConf.select(config, "tracking.sweep", throw_on_missing=False) is None and "tracking" in config:
+        config.tracking.sweep = launcher.sweep
+    return config
+
+
+# -- here -----------------------------------------------------------------------------------------------------------
+
+def _here(launcher: "SageMakerLauncher", configs: Sequence[DictConfig], job_overrides: Sequence[Sequence[str]],
+          first: int) -> list[JobReturn]:
+    """One after the other in this process, as Hydra's own launcher does."""
+    assert launcher.hydra_context is not None and launcher.task_function is not None and launcher.config is not None
+    ran: list[JobReturn] = []
+    for config, overrides in zip(configs, job_overrides, strict=True):
+        print(f"#{first + len(ran)} : {' '.join(filter_overrides(overrides))}", flush=True)
+        ran.append(run_job(hydra_context=launcher.hydra_context, task_function=launcher.task_function, config=config,
+                           job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir"))
+        configure_log(launcher.config.hydra.hydra_logging, launcher.config.hydra.verbose)
+    if "tracking" in launcher.config:  # a sweep of ours, not of another application
+        jobs = [Job(first + i, f"#{first + i}", tuple(filter_overrides(overrides)), {}, 0)
+                for i, overrides in enumerate(job_overrides)]
+        _report(launcher, jobs, [_seen(one) for one in ran], configs[0])
+    return ran
+
+
+def _seen(ran: JobReturn) -> Seen:
+    if ran.status is JobStatus.FAILED:
+        return Seen(FAILED, reason=str(ran._return_value))
+    seen = results.settled(Seen(COMPLETED, result={"objective": ran.return_value}))
+    if seen.status == FAILED:
+        seen.reason = "the run said why"
+    return seen
+
+
+# -- away -----------------------------------------------------------------------------------------------------------
+
+def _away(launcher: "SageMakerLauncher", configs: Sequence[DictConfig], first: int) -> list[JobReturn]:
+    assert launcher.config is not None and launcher.sweep is not None
+    settings, folder = launcher.settings, Path(str(launcher.config.hydra.sweep.dir))
+    backend = Containers(folder / "jobs") if settings["mode"] == "docker" else TrainingJobs()
+    jobs = _prepare.prepared(configs, launcher.sweep, backend, settings["mode"])
+    again = f"the same command with hydra.launcher.sweep={launcher.sweep}"
+    print("\n".join(_prepare.announced(jobs)), f"{again} follows these jobs again", sep="\n", flush=True)
+    ends = [results.settled(seen) for seen in Follower(
+        backend, jobs, max_parallel=settings["max_parallel"], poll_seconds=settings["poll_seconds"],
+        stop_on_interrupt=settings["on_interrupt"] == "stop", again=again).run()]
+    _report(launcher, jobs, ends, configs[0])
+    return [_returned(config, job, seen) for config, job, seen in zip(configs, jobs, ends, strict=True)]
+
+
+def _returned(config: DictConfig, job: Job, seen: Seen) -> JobReturn:
+    """What a sweeper reads: the objective, or the exception of a job that failed."""
+    done = seen.status == COMPLETED
+    ran = JobReturn(
+        overrides=list(job.overrides), cfg=_prepare.task(config), hydra_cfg=OmegaConf.masked_copy(config, ["hydra"]),
+        task_name=config.hydra.job.name, working_dir=str(config.hydra.sweep.dir),
+        status=JobStatus.COMPLETED if done else JobStatus.FAILED)
+    ran.return_value = results.objective(seen) if done else JobFailed(
+        f"dreambooth: job {job.name} {seen.status.lower()}: {seen.reason}")
+    return ran
+
+
+def _report(launcher: "SageMakerLauncher", jobs: Sequence[Job], ends: Sequence[Seen], config: DictConfig) -> None:
+    """Table, CSV and MLflow, with what earlier batches of the same sweep gave."""
+    assert launcher.sweep is not None
+    launcher.table += results.rows(jobs, ends)
+    path = results.write(Path(str(config.hydra.sweep.dir)), launcher.sweep, launcher.table)
+    for row in launcher.table[-len(jobs):]:
+        told = f"{row['objective']:.4f}" if row["objective"] is not None else row["reason"]
+        cost = "" if row["billed_usd"] is None else f"  ${row['billed_usd']:.2f}"
+        print(f"{row['job']}  {row['status']}  {told}{cost}")
+    print(f"sweep {launcher.sweep}: {path}", flush=True)
+    tracking = config.tracking
+    results.track(path, launcher.sweep, launcher.table, tracking.kind.value, tracking.uri, tracking.experiment,
+                  Path(config.run_root))

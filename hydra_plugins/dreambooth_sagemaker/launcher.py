@@ -1,0 +1,72 @@
+"""The launcher as Hydra sees it: its settings and its class. What it does is in _core.py, imported when it is used."""
+
+# No `from __future__ import annotations` here: Hydra's scanner executes this file before it is in sys.modules, and a
+# dataclass would bring all of Hydra down.
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+@dataclass
+class SageMakerLauncherConf:
+    """What conf/hydra/launcher/sagemaker.yaml may say; each key is explained there."""
+
+    _target_: str = "hydra_plugins.dreambooth_sagemaker.launcher.SageMakerLauncher"
+    mode: str = "aws"
+    image: str | None = None
+    role: str | None = None
+    s3: str | None = None
+    sweep: str | None = None
+    resubmit: bool = False
+    max_parallel: int = 4
+    poll_seconds: float = 20.0
+    on_interrupt: str = "leave"
+    plan: bool = True
+    instance_type: str | None = None
+    instance_count: int = 1
+    price_usd_hour: float | None = None
+    disk_gib: float | None = None
+    volume_gib: int | None = None
+    spot: bool = False
+    attempts: int = 3
+    max_run_hours: float = 24.0
+    max_wait_hours: float = 36.0
+    keep_alive_minutes: int = 0
+    subnets: list[str] = field(default_factory=list)
+    security_groups: list[str] = field(default_factory=list)
+    kms_key: str | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    allocator: str | None = None
+    mlflow_uri: str | None = None
+    mlflow_secret: str | None = None
+
+
+class SageMakerLauncher(Launcher):
+    """Runs the jobs of a sweep elsewhere and returns what they were to find out."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings  # of the sweep; what may differ between jobs is read from each job's own config
+        self.config: DictConfig | None = None
+        self.task_function: TaskFunction | None = None
+        self.hydra_context: HydraContext | None = None
+        self.sweep: str | None = settings.get("sweep")  # name; made up by the first launch
+        self.table: list[dict[str, Any]] = []  # results of every launch of this sweep
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from hydra_plugins.dreambooth_sagemaker import _core
+
+        return _core.launch(self, job_overrides, initial_job_idx)
+
+
+ConfigStore.instance().store(
+    group="hydra/launcher", name="sagemaker_schema", node=SageMakerLauncherConf, provider="dreambooth")

@@ -1,0 +1,222 @@
+"""A local S3: moto behind what it does not do (it takes a body that is not what its checksum says; AWS does not), and
+behind faults that a network has. And one upload and download under such a fault, with what must hold afterwards."""
+
+import base64
+import hashlib
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+os.environ["MOTO_S3_CUSTOM_ENDPOINTS"] = ""
+os.environ["S3_UPLOAD_PART_MIN_SIZE"] = "1"  # moto's; AWS wants 5 MiB, and so has the product
+
+KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+KINDS = ("500", "reset before", "reset after", "short write", "short read", "damaged read", "slow", "denied", "killed")
+PART = 2**14  # bytes of a part in the child
+CHILD = ("import sys; from dreambooth import bucket, manifest, storage; manifest.PART = {part}; bucket.PAUSE = 0.01;"
+         "storage.TIMEOUT = 1; storage.main()")
+ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>{}</Message></Error>"
+Fault = Callable[[int, str], str | None]  # number of the request, method -> what goes wrong
+
+
+class Server:
+    """S3 on a free port."""
+
+    def __init__(self) -> None:
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import WSGIRequestHandler, make_server
+
+        class Quiet(WSGIRequestHandler):
+            def log(self, *args: Any) -> None:
+                pass
+
+        self._moto = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=Quiet)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.fault: Fault = lambda number, method: None
+        self.calls: list[tuple[str, str]] = []  # method and path with query
+        self._lock = threading.Lock()
+        self._parts: dict[tuple[str, str], str] = {}  # (upload, number) -> checksum: moto forgets it
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+
+    def __call__(self, environ: dict[str, Any], start: Any) -> Any:
+        with self._lock:
+            number = len(self.calls)
+            query = environ.get("QUERY_STRING", "")
+            self.calls.append((environ["REQUEST_METHOD"], environ["PATH_INFO"] + ("?" + query if query else "")))
+        kind = self.fault(number, environ["REQUEST_METHOD"])
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        if kind == "short write":
+            body = body[:len(body) // 2]
+        if kind == "500":
+            return _error(start, "500 Internal Server Error", "InternalError")
+        if kind == "denied":
+            return _error(start, "403 Forbidden", "AccessDenied")
+        if kind == "elsewhere":
+            return _error(start, "301 Moved Permanently", "PermanentRedirect")
+        if kind == "reset before":
+            return _reset(environ)
+        if kind == "slow":
+            time.sleep(0.2)
+        if (said := environ.get("HTTP_X_AMZ_CHECKSUM_SHA256")) and environ["REQUEST_METHOD"] == "PUT":
+            if base64.b64encode(hashlib.sha256(body).digest()).decode() != said:
+                return _error(start, "400 Bad Request", "BadDigest")
+            if part := re.search(r"partNumber=(\d+)", environ.get("QUERY_STRING", "")):
+                self._parts[re.sub(r"&?partNumber=\d+&?", "", environ["QUERY_STRING"]), part[1]] = said
+        answer = self._ask({**environ, "wsgi.input": BytesIO(body), "CONTENT_LENGTH": str(len(body))}, start, kind)
+        return _reset(environ) if kind == "reset after" else answer
+
+    def _ask(self, environ: dict[str, Any], start: Any, kind: str | None) -> Any:
+        told: list[Any] = []
+        text = b"".join(self._moto(environ, lambda status, headers, info=None: told.append((status, headers))))
+        status, headers = told[0]
+        if "uploadId=" in environ["QUERY_STRING"] and environ["REQUEST_METHOD"] == "GET":
+            upload = re.search(r"uploadId=[^&]+", environ["QUERY_STRING"])
+            assert upload
+            text = re.sub(rb"<PartNumber>(\d+)</PartNumber>", lambda found: found[0] + (
+                f"<ChecksumSHA256>{self._parts[upload[0], found[1].decode()]}</ChecksumSHA256>".encode()), text)
+            headers = [(name, str(len(text)) if name.lower() == "content-length" else value) for name, value in headers]
+        start(status, headers)
+        if kind == "short read" and environ["REQUEST_METHOD"] == "GET":
+            return [text[:len(text) // 2]]
+        if kind == "damaged read" and environ["REQUEST_METHOD"] == "GET" and text:
+            return [text[:-1] + bytes([text[-1] ^ 1])]
+        return [text]
+
+
+def _error(start: Any, status: str, code: str) -> list[bytes]:
+    text = ERROR.format(code, "a fault of the test").encode()
+    start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(text))),
+                   ("x-amz-bucket-region", "eu-west-1")])
+    return [text]
+
+
+def _reset(environ: dict[str, Any]) -> list[bytes]:
+    sock: socket.socket = environ["werkzeug.socket"]
+    sock.shutdown(socket.SHUT_RDWR)
+    raise ConnectionAbortedError
+
+
+@contextmanager
+def serving() -> Iterator[Server]:
+    """A server, and an environment in which boto3 finds it."""
+    server = Server()
+    before = dict(os.environ)
+    os.environ.update(KEYS, AWS_ENDPOINT_URL=server.url)
+    try:
+        yield server
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        server.close()
+
+
+def plain() -> Any:
+    """A client of the test's own."""
+    import boto3
+
+    return boto3.client("s3")
+
+
+def model(folder: Path, seed: int) -> dict[str, bytes]:
+    """A small folder like a model's: weights of several parts, a few small files, an empty one."""
+    dice = random.Random(seed)
+    content = {"unet/weights.safetensors": dice.randbytes(5 * PART + dice.randrange(PART)),
+               "vae/weights.safetensors": dice.randbytes(2 * PART), "model_index.json": b'{"a": 1}',
+               "unet/config.json": dice.randbytes(100), "empty.txt": b""}
+    for name, text in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(text)
+    return content
+
+
+def in_bucket(bucket: str, prefix: str) -> dict[str, bytes]:
+    """Every object below a prefix, asked for without faults."""
+    s3 = plain()
+    found = s3.list_objects_v2(Bucket=bucket, Prefix=prefix + "/").get("Contents", ())
+    return {item["Key"].removeprefix(prefix + "/"): s3.get_object(Bucket=bucket, Key=item["Key"])["Body"].read()
+            for item in found}
+
+
+def trial(server: Server, folder: Path, kind: str, seed: int) -> tuple[int, int]:
+    """One upload under a fault, what must hold, the same again without; then down under a fault, and again without.
+    Returns the exit codes of the two commands under a fault.
+
+    A fault that passes comes with a chance of a third for each request, and stays away after the 12th; "denied" begins
+    at a random request and stays; "killed" is SIGKILL when a random request arrives.
+    """
+    from dreambooth import manifest
+
+    dice, bucket, prefix = random.Random(seed), "faults", f"{kind.replace(' ', '-')}-{seed}"
+    server.fault = lambda number, method: None
+    plain().create_bucket(Bucket=bucket)
+    content = model(folder / "model", seed)
+    uri = f"s3://{bucket}/{prefix}"
+
+    def whole() -> bool:
+        held = in_bucket(bucket, prefix)
+        if manifest.NAME not in held:
+            return False
+        assert {name: held.get(name) for name in content} == content, f"{kind} {seed}: a manifest over missing bytes"
+        return True
+
+    def local() -> None:
+        assert {name: (folder / "model" / name).read_bytes() for name in content} == content, "a local file was lost"
+
+    code = _command(server, dice, kind, ["upload", str(folder / "model"), uri])
+    local()
+    assert (code == 0) == whole() or kind == "killed", f"{kind} {seed}: exit code {code}"
+    again = _command(server, dice, None, ["upload", str(folder / "model"), uri])
+    assert again == 0 and whole(), f"{kind} {seed}: the command, repeated, gives {again}"
+    local()
+    cache = folder / "cache"
+    down = _command(server, dice, kind, ["download", uri, str(cache)])
+    made = [path for path in cache.glob("*/*") if not path.name.startswith(".")]
+    assert len(made) == 1 if down == 0 else kind == "killed" or not made, f"{kind} {seed}: exit code {down}"
+    assert _command(server, dice, None, ["download", uri, str(cache)]) == 0
+    [made_folder] = [path for path in cache.glob("*/*") if not path.name.startswith(".")]
+    arrived = {path.relative_to(made_folder).as_posix(): path.read_bytes()
+               for path in made_folder.rglob("*") if path.is_file()}
+    assert arrived == content, f"{kind} {seed}: other bytes arrived"
+    return code, down
+
+
+def _command(server: Server, dice: random.Random, kind: str | None, words: list[str]) -> int:
+    first = len(server.calls)
+    moment = dice.randrange(2, 13)
+    child = subprocess.Popen([sys.executable, "-c", CHILD.format(part=PART), *words], stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True)
+
+    def fault(number: int, method: str) -> str | None:
+        at = number - first
+        if kind == "killed":
+            if at == moment:
+                child.send_signal(signal.SIGKILL)
+            return None
+        if kind == "denied":
+            return kind if at >= moment else None
+        return kind if kind and at < 12 and dice.random() < 1 / 3 else None
+
+    server.fault = fault
+    _, told = child.communicate(timeout=120)
+    server.fault = lambda number, method: None
+    assert "Traceback" not in told, told
+    assert child.returncode in (0, 1, -9), told
+    if child.returncode == 1:
+        assert re.fullmatch(r"dreambooth: [^\n]+\n", told), told
+    return child.returncode

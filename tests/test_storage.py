@@ -1,0 +1,426 @@
+"""Folders in S3, against a local server: bytes equal, nothing half, nothing lost, one sentence when it fails."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from faults import FAST
+from s3_server import CHILD, KINDS, PART, Server, in_bucket, model, plain, serving, trial
+
+from dreambooth import bucket, manifest, remote, storage
+from dreambooth.errors import DoesNotFit, UserError
+from dreambooth.schema import Config
+from dreambooth.schema_storage import Storage
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Server]:
+    with serving() as server:
+        plain().create_bucket(Bucket="tests")
+        plain().create_bucket(Bucket="faults")
+        yield server
+
+
+@pytest.fixture
+def server(running: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(bucket, "PAUSE", 0.01)
+    monkeypatch.setattr(manifest, "PART", PART)
+    running.calls.clear()
+    yield running
+    running.fault = lambda number, method: None
+
+
+@pytest.fixture
+def uri(request: pytest.FixtureRequest) -> str:
+    return "s3://tests/" + re.sub(r"\W", "-", request.node.name)
+
+
+def prefix(uri: str) -> str:
+    return uri.removeprefix("s3://tests/")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def sent(server: Server) -> list[str]:
+    """What was written: object names, with the number of the part."""
+    return [path for method, path in server.calls if method == "PUT"]
+
+
+def test_a_folder_goes_up_and_comes_down_equal(server: Server, tmp_path: Path, uri: str) -> None:
+    want = model(tmp_path / "model", 1)
+    storage.upload(tmp_path / "model", uri)
+    assert {name: text for name, text in in_bucket("tests", prefix(uri)).items() if name != manifest.NAME} == want
+    found = storage.download(uri, tmp_path / "cache", complete=True)
+    assert content(found) == want
+    assert sent(server)[-1].endswith(manifest.NAME), "the manifest is not last"
+
+
+def test_what_is_there_is_not_sent_or_fetched_again(server: Server, tmp_path: Path, uri: str) -> None:
+    model(tmp_path / "model", 1)
+    storage.upload(tmp_path / "model", uri)
+    storage.download(uri, tmp_path / "cache")
+    before = len(sent(server))
+    storage.upload(tmp_path / "model", uri)
+    assert [path for path in sent(server)[before:] if not path.endswith(manifest.NAME)] == []
+    reads = len(server.calls)
+    storage.download(uri, tmp_path / "cache")
+    assert [path for method, path in server.calls[reads:] if method == "GET" and ".safetensors" in path] == []
+
+
+def test_an_interrupted_upload_goes_on_with_its_parts(server: Server, tmp_path: Path, uri: str) -> None:
+    want = model(tmp_path / "model", 1)
+    server.fault = lambda number, method: "denied" if "partNumber=4" in server.calls[number][1] else None
+    with pytest.raises(UserError, match="no permission for s3:PutObject"):
+        storage.upload(tmp_path / "model", uri, parallel=1)
+    assert manifest.NAME not in in_bucket("tests", prefix(uri))
+    server.fault = lambda number, method: None
+    server.calls.clear()
+    storage.upload(tmp_path / "model", uri)
+    parts = [path for path in sent(server) if "unet/weights" in path]
+    assert parts
+    assert all("partNumber=1" not in path for path in parts), "a part that S3 has was sent again"
+    assert content(storage.download(uri, tmp_path / "cache")) == want
+
+
+def test_an_interrupted_download_goes_on_with_its_parts(server: Server, tmp_path: Path, uri: str) -> None:
+    want = model(tmp_path / "model", 1)
+    storage.upload(tmp_path / "model", uri)
+    server.calls.clear()
+    seen: list[int] = []
+
+    def cut(number: int, method: str) -> str | None:
+        seen.append(number)
+        return "denied" if len(seen) > 6 else None
+
+    server.fault = cut
+    with pytest.raises(UserError, match="no permission for s3:GetObject"):
+        storage.download(uri, tmp_path / "cache", parallel=1)
+    assert [path for path in (tmp_path / "cache").glob("*/*") if not path.name.startswith(".")] == []
+    server.fault = lambda number, method: None
+    gets = sum("safetensors" in path for _, path in server.calls)
+    server.calls.clear()
+    assert content(storage.download(uri, tmp_path / "cache")) == want
+    again = sum("safetensors" in path for _, path in server.calls)
+    assert gets > 1 and again < 6 + 2
+
+
+def test_a_complete_folder_is_never_replaced(server: Server, tmp_path: Path, uri: str) -> None:
+    want = model(tmp_path / "model", 1)
+    storage.upload(tmp_path / "model", uri)
+    model(tmp_path / "model", 2)
+    with pytest.raises(UserError, match="type another place"):
+        storage.upload(tmp_path / "model", uri)
+    assert content(storage.download(uri, tmp_path / "cache")) == want
+
+
+def test_somebody_elses_object_is_never_replaced(server: Server, tmp_path: Path, uri: str) -> None:
+    model(tmp_path / "model", 1)
+    plain().put_object(Bucket="tests", Key=prefix(uri) + "/model_index.json", Body=b"theirs")
+    with pytest.raises(UserError, match=r"something else as model_index.json"):
+        storage.upload(tmp_path / "model", uri)
+    held = in_bucket("tests", prefix(uri))
+    assert held["model_index.json"] == b"theirs"
+    assert manifest.NAME not in held
+
+
+def test_an_upload_never_deletes(server: Server, tmp_path: Path, uri: str) -> None:
+    model(tmp_path / "model", 1)
+    plain().put_object(Bucket="tests", Key=prefix(uri) + "/other", Body=b"theirs")
+    storage.upload(tmp_path / "model", uri)
+    assert in_bucket("tests", prefix(uri))["other"] == b"theirs"
+    assert not [call for call in server.calls if call[0] == "DELETE" or "?delete" in call[1]]
+
+
+def test_photos_need_no_manifest_and_follow_the_bucket(server: Server, tmp_path: Path, uri: str) -> None:
+    for name, text in {"a.jpg": b"a" * 40000, "b.jpg": b"b", "sub/c.jpg": b"c"}.items():
+        plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{name}", Body=text)
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/", Body=b"")
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}-others/x.jpg", Body=b"x")
+    first = storage.download(uri, tmp_path)
+    assert content(first) == {"a.jpg": b"a" * 40000, "b.jpg": b"b", "sub/c.jpg": b"c"}
+    plain().delete_object(Bucket="tests", Key=f"{prefix(uri)}/b.jpg")
+    assert set(content(storage.download(uri, tmp_path))) == {"a.jpg", "sub/c.jpg"}
+    assert first.is_dir()
+
+
+def test_a_single_object_is_a_file(server: Server, tmp_path: Path, uri: str) -> None:
+    plain().put_object(Bucket="tests", Key=prefix(uri) + ".txt", Body=b"words")
+    found = storage.download(uri + ".txt", tmp_path)
+    assert (found.name, found.read_bytes()) == (prefix(uri) + ".txt", b"words")
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/etc/x"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(server: Server, tmp_path: Path, uri: str, name: str) -> None:
+    with pytest.raises(UserError, match="leads out of its folder"):
+        manifest.safe(name, uri)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_half_uploaded_model_is_said_to_be_so(server: Server, tmp_path: Path, uri: str, complete: bool) -> None:
+    model(tmp_path / "model", 1)
+    storage.upload(tmp_path / "model", uri)
+    gone = manifest.NAME if complete else "vae/weights.safetensors"
+    plain().delete_object(Bucket="tests", Key=f"{prefix(uri)}/{gone}")
+    with pytest.raises(UserError, match="half uploaded"):
+        storage.download(uri, tmp_path / "cache", complete=complete)
+
+
+def test_damaged_bytes_are_not_taken(server: Server, tmp_path: Path, uri: str) -> None:
+    model(tmp_path / "model", 1)
+    storage.upload(tmp_path / "model", uri)
+    held = in_bucket("tests", prefix(uri))["vae/weights.safetensors"]
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/vae/weights.safetensors", Body=b"x" + held[1:])
+    with pytest.raises(UserError, match="did not arrive right"):
+        storage.download(uri, tmp_path / "cache")
+
+
+def test_complete_folders_are_listed_by_number(server: Server, tmp_path: Path, uri: str) -> None:
+    assert storage.complete_folders(uri) == []
+    model(tmp_path / "model", 1)
+    for step in (20, 100):
+        storage.upload(tmp_path / "model", f"{uri}/step-{step}")
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/step-200/x", Body=b"half")
+    assert storage.complete_folders(uri) == [f"{uri}/step-20", f"{uri}/step-100"]
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+def test_no_credentials(server: Server, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(UserError, match=r"no AWS credentials.*type aws configure"):
+        storage.download(uri, tmp_path)
+
+
+def test_no_bucket(server: Server, tmp_path: Path) -> None:
+    model(tmp_path / "model", 1)
+    with pytest.raises(UserError, match="no bucket not-there"):
+        storage.download("s3://not-there/x", tmp_path)
+    with pytest.raises(UserError, match="no bucket not-there"):
+        storage.upload(tmp_path / "model", "s3://not-there/x")
+
+
+def test_nothing_there(server: Server, tmp_path: Path, uri: str) -> None:
+    with pytest.raises(UserError, match="nothing at s3://"):
+        storage.download(uri, tmp_path)
+
+
+def test_no_permission(server: Server, tmp_path: Path, uri: str) -> None:
+    server.fault = lambda number, method: "denied"
+    with pytest.raises(UserError, match="no permission for s3:ListBucket"):
+        storage.download(uri, tmp_path)
+
+
+def test_wrong_region(server: Server, tmp_path: Path, uri: str) -> None:
+    server.fault = lambda number, method: "elsewhere"
+    with pytest.raises(UserError, match="is in the region eu-west-1: set AWS_DEFAULT_REGION"):
+        storage.download(uri, tmp_path)
+
+
+def test_no_network(server: Server, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(bucket, "ATTEMPTS", 2)
+    with pytest.raises(UserError, match=r"AWS did not answer.*repeat the command"):
+        storage.download(uri, tmp_path)
+
+
+def test_no_place() -> None:
+    for text in ("s3://", "s3://bucket", "photos", "s3://bucket//"):
+        with pytest.raises(UserError, match="type s3://BUCKET/FOLDER"):
+            bucket.Place.of(text)
+
+
+def test_a_full_disk_is_said_before_anything_is_fetched(
+        server: Server, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dreambooth import fetching
+
+    model(tmp_path / "model", 1)
+    storage.upload(tmp_path / "model", uri)
+    usage = fetching.shutil.disk_usage(".")
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    with pytest.raises(DoesNotFit, match=r"storage\.cache=DIR"):
+        storage.download(uri, tmp_path / "cache")
+
+
+def test_a_bug_keeps_its_traceback(server: Server, uri: str) -> None:
+    def bug() -> None:
+        raise AssertionError
+
+    with pytest.raises(AssertionError):
+        bucket.calling(bug, "s3:GetObject", uri)
+
+
+def test_without_boto3_it_says_what_to_install(tmp_path: Path) -> None:
+    code = ("import sys; sys.modules['boto3'] = None; sys.argv = ['storage', 'download', 's3://b/x', '.']; "
+            "from dreambooth import storage; storage.main()")
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (ran.returncode, ran.stderr) == (
+        1, "dreambooth: s3:// and SageMaker need a package: pip install 'dreambooth[aws]'\n")
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+TWENTY = [(KINDS[seed % len(KINDS)], 100 + seed) for seed in range(20)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, seed", TWENTY)
+def test_under_faults_nothing_is_half_and_nothing_is_lost(
+        running: Server, tmp_path: Path, kind: str, seed: int) -> None:
+    """One of 20; `make proof` does 100."""
+    codes = trial(running, tmp_path, kind, seed)
+    if kind == "killed":
+        assert -9 in codes
+
+
+@pytest.mark.slow
+def test_200_mb_up_and_down(running: Server, tmp_path: Path) -> None:
+    """With the product's own part size."""
+    (tmp_path / "model").mkdir()
+    with (tmp_path / "model/weights.safetensors").open("wb") as file:
+        for _ in range(190):
+            file.write(os.urandom(2**20))
+    (tmp_path / "model/small.safetensors").write_bytes(os.urandom(10 * 2**20))
+    for words in (["upload", str(tmp_path / "model"), "s3://tests/large"],
+                  ["download", "s3://tests/large", str(tmp_path / "cache")]):
+        code = CHILD.format(part=2**24).replace("storage.TIMEOUT = 1;", "")
+        assert subprocess.run([sys.executable, "-c", code, *words], check=False).returncode == 0
+    [made] = [path for path in (tmp_path / "cache/tests").iterdir() if not path.name.startswith(".")]
+    for name in ("weights.safetensors", "small.safetensors"):
+        assert subprocess.run(["cmp", tmp_path / "model" / name, made / name], check=False).returncode == 0
+
+
+def test_the_server_of_these_tests_refuses_a_wrong_checksum(server: Server) -> None:
+    from botocore.exceptions import ClientError
+
+    wrong: dict[str, Any] = {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": "A" * 43 + "="}
+    with pytest.raises(ClientError, match="BadDigest"):
+        plain().put_object(Bucket="tests", Key="wrong", Body=b"x", **wrong)
+
+
+# -- in a run ---------------------------------------------------------------------------------------------------------
+
+def composed(tmp_path: Path, **paths: str) -> Config:
+    config = Config(storage=Storage(cache=str(tmp_path / "cache")))
+    for key, value in paths.items():
+        section, _, name = key.partition("__")
+        setattr(getattr(config, section), name, value)
+    return config
+
+
+@pytest.mark.parametrize("words, sentence", [
+    ({"upload": "runs"}, "storage.upload must be s3://BUCKET/FOLDER, or null for none, not runs"),
+    ({"upload": "s3://bucket"}, "storage.upload must be"), ({"upload": "s3:///x"}, "storage.upload must be"),
+    ({"checkpoints": True}, "storage.checkpoints must be false unless storage.upload says where"),
+    ({"parallel": 0}, "storage.parallel must be from 1 to 64, not 0"), ({"parallel": 65}, "not 65"),
+])
+def test_settings_of_storage_are_checked(words: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        Storage(**words)
+
+
+def test_what_a_run_reads_from_s3_is_fetched(server: Server, tmp_path: Path, uri: str) -> None:
+    model(tmp_path / "model", 1)
+    storage.upload(tmp_path / "model", f"{uri}/base")
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/photos/a.jpg", Body=b"a")
+    config = composed(tmp_path, model__source=f"{uri}/base", dataset__instance_dir=f"{uri}/photos")
+    found = remote.fetched(config, tmp_path / "run")
+    assert content(Path(found.dataset.instance_dir or "")) == {"a.jpg": b"a"}
+    assert (Path(found.model.source) / "model_index.json").is_file()
+    assert config.model.source.startswith("s3://"), "the caller's own config was changed"
+
+
+def test_a_base_model_must_be_complete(server: Server, tmp_path: Path, uri: str) -> None:
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/base/model_index.json", Body=b"{}")
+    with pytest.raises(UserError, match="half uploaded"):
+        remote.fetched(composed(tmp_path, model__source=f"{uri}/base"), tmp_path / "run")
+
+
+def test_photos_that_changed_are_not_taken_for_the_same_run(server: Server, tmp_path: Path, uri: str) -> None:
+    config = composed(tmp_path, dataset__instance_dir=uri)
+    run = tmp_path / "run"
+    run.mkdir()
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/a.jpg", Body=b"a")
+    remote.fetched(config, run)
+    remote.fetched(config, run)
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/a.jpg", Body=b"b")
+    with pytest.raises(UserError, match=r"type checkpoint\.resume=never"):
+        remote.fetched(config, run)
+    config.checkpoint.resume = "never"
+    assert content(Path(remote.fetched(config, run).dataset.instance_dir or "")) == {"a.jpg": b"b"}
+
+
+def made_run(folder: Path, steps: int) -> None:
+    model(folder / "model", steps)
+    (folder / "result.json").write_text("{}")
+    for step in range(100, steps + 1, 100):
+        checkpoint = folder / f"checkpoints/step-{step:06d}"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "state.json").write_text(str(step))
+
+
+def test_a_result_and_checkpoints_are_copied_and_brought_back(server: Server, tmp_path: Path, uri: str) -> None:
+    spec, run = Storage(upload=uri, checkpoints=True), tmp_path / "run"
+    with remote.kept(spec, run, "auto") as keep:
+        made_run(run, 100)
+        keep(SimpleNamespace(step=100))
+        keep(SimpleNamespace(step=100))  # the command, repeated
+    assert storage.complete_folders(f"{uri}/run/checkpoints") == [f"{uri}/run/checkpoints/step-000100"]
+    assert "result.json" in (storage.complete(f"{uri}/run/result-000100") or {})
+    other = tmp_path / "elsewhere" / "run"
+    with remote.kept(spec, other, "auto"):
+        assert (other / "checkpoints/step-000100/state.json").read_text() == "100"
+        assert [entry.name for entry in (other / "checkpoints").glob("step-*")] == ["step-000100"]
+    with pytest.raises(UserError, match=r"type checkpoint\.resume=auto"), remote.kept(spec, other, "never"):
+        pass
+
+
+def test_a_result_that_cannot_be_copied_is_an_error(server: Server, tmp_path: Path, uri: str) -> None:
+    made_run(tmp_path / "run", 100)
+    server.fault = lambda number, method: "denied" if method == "PUT" else None
+    with pytest.raises(UserError, match="no permission"), \
+            remote.kept(Storage(upload=uri), tmp_path / "run", "auto") as keep:
+        keep(SimpleNamespace(step=100))
+
+
+def test_a_checkpoint_that_cannot_be_copied_stops_nothing(server: Server, tmp_path: Path, uri: str,
+                                                          caplog: pytest.LogCaptureFixture) -> None:
+    with remote.kept(Storage(upload=uri, checkpoints=True), tmp_path / "run", "auto"):
+        made_run(tmp_path / "run", 100)
+        server.fault = lambda number, method: "denied" if method == "PUT" else None
+    assert "checkpoint step-000100 is not in S3" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_whole_run_from_s3_to_s3_goes_on_on_another_machine(running: Server, tmp_path: Path) -> None:
+    assets = Path(storage.__file__).with_name("assets")
+    storage.upload(assets / "tiny-sd", "s3://tests/whole/base")
+    for photo in (assets / "demo").iterdir():
+        plain().upload_file(str(photo), "tests", f"whole/photos/{photo.name}")
+    command = [sys.executable, "-m", "dreambooth.train", *FAST, "model.source=s3://tests/whole/base", "dataset=s3",
+               "dataset.instance_dir=s3://tests/whole/photos", "dataset.instance_prompt=a photo of a zwx toy",
+               "dataset.class_prompt=a photo of a toy", "storage.upload=s3://tests/whole/runs",
+               "storage.checkpoints=true"]
+
+    def ran(machine: str, *more: str) -> str:
+        done = subprocess.run([*command, f"run_root={tmp_path / machine}", *more], capture_output=True, text=True,
+                              check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    ran("one", "train.max_train_steps=2")
+    assert "going on after step 2" in ran("two", "train.max_train_steps=4")
+    [name] = {key.split("/")[0] for key in in_bucket("tests", "whole/runs")}
+    assert storage.complete(f"s3://tests/whole/runs/{name}/result-000004")
+    drawn = subprocess.run(
+        [sys.executable, "-m", "dreambooth.generate", f"run=s3://tests/whole/runs/{name}/result-000004", "num_images=1",
+         "num_inference_steps=2", f"out={tmp_path / 'out'}"], check=False, cwd=tmp_path)
+    assert drawn.returncode == 0
