@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from test_config import made
 
-from dreambooth import entrypoint
+from dreambooth import entrypoint, manifest
 from dreambooth.config import load
 from dreambooth.container import aliases, cluster, values
 from dreambooth.container.places import Places
@@ -317,7 +317,10 @@ def test_a_run_is_published_whole_and_its_result_last(tmp_path: Path, monkeypatc
         (run / name).write_text(name, "utf-8")
     publish(run, target)
     told = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
-    assert told == {"model/unet/weights", "model/model_index.json", "result.json", "contact_sheet.png"}
+    assert told == {"model/unet/weights", "model/model_index.json", f"model/{manifest.NAME}", "result.json",
+                    "contact_sheet.png"}
+    listed = json.loads((target / "model" / manifest.NAME).read_text("utf-8"))["files"]
+    assert set(listed) == {"unet/weights", "model_index.json"}
 
     def full(source: str, to: str) -> None:
         raise OSError("No space left on device")

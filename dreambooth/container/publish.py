@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+from dreambooth import manifest
 from dreambooth.errors import DoesNotFit
 from dreambooth.files import whole_file, whole_folder
 
@@ -11,7 +12,7 @@ BESIDE = ("contact_sheet.png", "run.json", "evaluation.json", "result.json")  # 
 
 
 def publish(run_dir: Path, target: Path) -> None:
-    """`target` gets model/, a diffusers folder, and what tells of it.
+    """`target` gets model/, a diffusers folder with a manifest, so that it is a `model.source` in S3, and what tells of it.
 
     Raises:
         DoesNotFit: the disk is full; the run's own folder is untouched.
@@ -20,6 +21,7 @@ def publish(run_dir: Path, target: Path) -> None:
         (target / BESIDE[-1]).unlink(missing_ok=True)
         with whole_folder(target / "model") as aside:
             shutil.copytree(run_dir / "model", aside, copy_function=_take, dirs_exist_ok=True)
+            manifest.write(aside)
         for name in BESIDE:
             if (run_dir / name).is_file():
                 with whole_file(target / name) as aside:
