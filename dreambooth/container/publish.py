@@ -12,7 +12,7 @@ BESIDE = ("contact_sheet.png", "run.json", "evaluation.json", "result.json")  # 
 
 
 def publish(run_dir: Path, target: Path) -> None:
-    """`target` gets model/, a diffusers folder with a manifest, so that it is a `model.source` in S3, and what tells of it.
+    """`target` gets model/, a diffusers folder with a manifest (in S3 it is a `model.source`), and what tells of it.
 
     Raises:
         DoesNotFit: the disk is full; the run's own folder is untouched.
