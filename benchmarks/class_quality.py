@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 from speed import CLASS, INSTANCE, ROOT
-from speed_table import written
+from speed_table import SAME_GUIDANCE, written
 
 from dreambooth.encoders import open_encoder
 from dreambooth.scoring import Pictures, score
@@ -26,13 +26,13 @@ def opened(folder: Path) -> list[Image.Image]:
     return found
 
 
-def rows(photos: Pictures, script: Pictures, ours: Pictures) -> list[str]:
+def rows(photos: Pictures, script: Pictures, ours: dict[str, Pictures]) -> list[str]:
     """A table with a row for each set of pictures."""
     encoder, half = open_encoder("efficientnet_lite0"), len(script) // 2
     found = [f"| pictures | number | {' | '.join(ROLES)} |", "|---|---|---|---|---|"]
     for name, pictures, base in (("the script's, first half", script[:half], script[half:]),
                                  ("the script's, second half", script[half:], script[:half]),
-                                 ("ours", ours, script)):
+                                 *((name, pictures, script) for name, pictures in ours.items())):
         values = score(photos, {CLASS: pictures}, [encoder], class_images=pictures, base_class_images=base)
         known = [next(value for key, value in values.items() if key.startswith(role)) for role in ROLES]
         found.append(f"| {name} | {len(pictures)} | {' | '.join(f'{value:.3f}' for value in known)} |")
@@ -44,7 +44,8 @@ def main() -> None:
     ask.add_argument("work", type=Path, help=f"folder of speed.py, whose photos are of {INSTANCE!r}")
     ask.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = ask.parse_args()
-    found = rows(*(opened(given.work / name) for name in ("photos", "peer class images", "class images")))
+    ours = {name: opened(given.work / name) for name in ("class images", SAME_GUIDANCE) if (given.work / name).is_dir()}
+    found = rows(opened(given.work / "photos"), opened(given.work / "peer class images"), ours)
     print("\n".join(found))
     if given.write:
         page = ROOT / "docs" / "benchmarks.md"

@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from speed_table import CLASSES, Trial, machine, table, text, trials_of, written
+from speed_table import CLASSES, SAME_GUIDANCE, Trial, machine, table, text, trials_of, written
 from watched import watch
 
 HERE = Path(__file__).parent
@@ -51,6 +51,7 @@ OURS = {  # overrides beside the common ones
     "compiled": ["train.compile=true"],
     "channels last": ["train.channels_last=true"],
     "caches and EMA": ["train.use_ema=true"],
+    SAME_GUIDANCE: ["prior.guidance_scale=7.5"],
 }
 
 

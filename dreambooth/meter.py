@@ -25,6 +25,7 @@ class Meter:
         self.predicted = predicted or {}
         self.current = "start"
         self.peaks: dict[str, float] = {}
+        self._process = psutil.Process()  # once: it looks up when it began
 
     @property
     def expected(self) -> dict[str, float]:
@@ -57,7 +58,7 @@ class Meter:
             now = {f"vram/{name}/allocated_gib": torch.cuda.max_memory_allocated(self.device) / GIB,
                    f"vram/{name}/reserved_gib": torch.cuda.max_memory_reserved(self.device) / GIB}
         else:
-            now = {f"process_rss/{name}_gib": psutil.Process().memory_info().rss / GIB}
+            now = {f"process_rss/{name}_gib": self._process.memory_info().rss / GIB}
         for key, value in now.items():
             self.peaks[key] = max(value, self.peaks.get(key, 0.0))
         return now
