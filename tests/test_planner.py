@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from dreambooth import cards, estimate, fitting, plan_report
 from dreambooth.allocator import MIB, CachingAllocator
-from dreambooth.choices import Device, Dtype, EmaDevice, OptimizerKind
+from dreambooth.choices import Device, Dtype, EmaDevice, OptimizerKind, Rounding, Weights
 from dreambooth.config import conf_dir
 from dreambooth.errors import UserError
+from dreambooth.fakes import fake_tensors
 from dreambooth.optim_memory import CODEBOOKS, ModelledOptimizer
 from dreambooth.recipe import Recipe, resolve
 from dreambooth.schema import Config
@@ -58,11 +60,31 @@ def test_a_trace_sees_a_storage_come_and_go_once() -> None:
     assert [size for serial, size in trace.events if serial != MARK] == [1024, 1024, -1024, -1024]
 
 
-def test_fake_and_real_tensors_give_the_same_trace_byte_for_byte() -> None:
-    fake, real = predict(small()).trace, rehearse(small()).trace
+LEVERED = {"memory__gradient_checkpointing": True, "memory__optimizer_in_backward": True}  # two passes: it clips
+
+
+@pytest.mark.parametrize("changed", [{}, LEVERED])
+def test_fake_and_real_tensors_give_the_same_trace_byte_for_byte(changed: dict[str, object]) -> None:
+    fake, real = predict(small(**changed)).trace, rehearse(small(**changed)).trace
     assert fake.events == real.events
     assert fake.category == real.category
     assert fake.flops == real.flops
+
+
+def test_hollow_tensors_give_the_trace_of_pytorchs_fake_tensors() -> None:
+    halves = small(**LEVERED, memory__autocast_cache=False, memory__weights=Weights.half,
+                   memory__rounding=Rounding.stochastic, precision__dtype=Dtype.bf16)
+    hollow = predict(halves).trace
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = rehearse(halves).trace
+    assert hollow.events == fake.events
+    assert hollow.category == fake.category
+    assert hollow.flops == fake.flops
+
+
+def test_the_value_of_a_hollow_tensor_cannot_be_read() -> None:
+    with fake_tensors(), pytest.raises(DataDependentOutputException):
+        torch.ones(3).sum().item()
 
 
 @pytest.mark.parametrize("dtype, size", [(Dtype.fp32, 4), (Dtype.bf16, 4)])
