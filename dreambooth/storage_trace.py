@@ -42,6 +42,10 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._phase = ""
         self._workspace = workspace
 
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._references.clear()  # what goes later is not recorded
+
     def mark(self, phase: str) -> None:
         """What follows belongs to `phase`."""
         self.events.append((MARK, len(self.marks)))
