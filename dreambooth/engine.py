@@ -39,6 +39,7 @@ class Engine:
     unwrap: Callable[[nn.Module], nn.Module] = lambda model: model
     wait: Callable[[], None] = lambda: None
     share: Callable[[Any], Any] = lambda thing: thing
+    cache_casts: Callable[[bool], None] = lambda enabled: None  # half-precision copies of all weights, a forward pass
 
     @property
     def main(self) -> bool:
@@ -75,17 +76,13 @@ class Engine:
         return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
 
 
-def accelerated(device: str, dtype: Dtype, autocast_cache: bool = True) -> tuple[Engine, "Accelerator"]:
-    """An Engine for this process, alone or under torchrun.
-
-    Args:
-        autocast_cache: keep half-precision copies of all weights through a forward pass.
-    """
+def accelerated(device: str, dtype: Dtype) -> tuple[Engine, "Accelerator"]:
+    """An Engine for this process, alone or under torchrun."""
     from accelerate import Accelerator
     from accelerate.utils import AutocastKwargs, broadcast_object_list
 
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=AUTOCAST[dtype],
-                              kwargs_handlers=[AutocastKwargs(cache_enabled=autocast_cache)])
+    casts = AutocastKwargs()  # read at each use
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=AUTOCAST[dtype], kwargs_handlers=[casts])
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
 
     def backward(loss: Tensor) -> None:
@@ -93,6 +90,9 @@ def accelerated(device: str, dtype: Dtype, autocast_cache: bool = True) -> tuple
 
     def share(thing: Any) -> Any:
         return broadcast_object_list([thing])[0]
+
+    def cache_casts(enabled: bool) -> None:
+        casts.cache_enabled = enabled
 
     def mean(values: Tensor) -> Tensor:
         reduced: Tensor = accelerator.reduce(values, reduction="mean")
@@ -110,4 +110,5 @@ def accelerated(device: str, dtype: Dtype, autocast_cache: bool = True) -> tuple
         unwrap=accelerator.unwrap_model,
         wait=accelerator.wait_for_everyone,
         share=share,
+        cache_casts=cache_casts,
     ), accelerator

@@ -45,6 +45,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
              stop: Stop) -> Setup:
     """Load and build everything; what is wrong with photos is said before the model is loaded."""
     _check_processes(recipe, engine)
+    engine.cache_casts(recipe.memory.autocast_cache)
     judge = Judge(recipe) if recipe.evaluate.encoders and engine.main else None
     with meter.phase("load"):
         photos = load_photos(list_photos(recipe.instance_dir), recipe.instance_prompt, recipe.model.resolution)

@@ -1,24 +1,30 @@
 """The planner: storage traces, the allocator's model, optimizer memory models, levers chosen, tables and exit codes."""
 
 import json
+import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from dreambooth import cards, estimate, fitting, plan_report
+from dreambooth import cards, estimate, fitting, plan_report, run
 from dreambooth.allocator import MIB, CachingAllocator
-from dreambooth.choices import Device, Dtype, EmaDevice, OptimizerKind, Rounding, Weights
+from dreambooth.choices import Device, Dtype, EmaDevice, OptimizerKind, Rounding, TrackingKind, Weights
 from dreambooth.config import conf_dir
+from dreambooth.engine import accelerated
 from dreambooth.errors import UserError
 from dreambooth.fakes import fake_tensors
 from dreambooth.optim_memory import CODEBOOKS, ModelledOptimizer
 from dreambooth.recipe import Recipe, resolve
+from dreambooth.runfolder import Result
 from dreambooth.schema import Config
+from dreambooth.signals import Stop
 from dreambooth.storage_trace import MARK, StorageTrace
 from dreambooth.vram import predict, rehearse
 
@@ -255,6 +261,38 @@ def test_auto_does_not_step_in_the_backward_pass_while_gradients_accumulate() ->
     asked = Sized(lambda r: 99.0)
     fitting.chosen(recipe("sd15", train__gradient_accumulation_steps=2, **ROOMY), asked)  # type: ignore[arg-type]
     assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
+
+
+def test_auto_does_not_step_in_the_backward_pass_of_several_processes() -> None:
+    asked = Sized(lambda r: 99.0)
+    fitting.chosen(recipe("sd15", **ROOMY), asked, processes=2)  # type: ignore[arg-type]
+    assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
+
+
+def test_a_finished_run_is_not_planned_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    done = Result(8, 0.5, 1.0, str(tmp_path), "model")
+    monkeypatch.setattr(run, "finished", lambda recipe: done)
+    monkeypatch.setattr(run, "tracked", lambda recipe, main: nullcontext())
+    monkeypatch.setattr(fitting, "settled", lambda *_: pytest.fail("it was planned"))
+    asked = recipe(memory__auto=True, tracking__kind=TrackingKind.none)
+    assert run.execute(replace(asked, run_dir=tmp_path), Stop()) is done
+
+
+def test_the_choice_of_the_autocast_cache_comes_after_the_engine() -> None:
+    AcceleratorState._reset_state()  # one precision a process
+    engine, _ = accelerated("cpu", Dtype.bf16)
+    seen = []
+    for enabled in (True, False):
+        engine.cache_casts(enabled)
+        with engine.autocast():
+            seen.append(torch.is_autocast_cache_enabled())
+    AcceleratorState._reset_state()
+    assert seen == [True, False]
+
+
+def test_a_chosen_recipe_travels_between_processes() -> None:
+    asked = recipe("sd15")
+    assert pickle.loads(pickle.dumps(asked)) == asked  # as engine.share sends it, from our own process
 
 
 def test_a_run_on_the_cpu_has_nothing_to_choose() -> None:
