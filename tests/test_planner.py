@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from dreambooth import cards, estimate, fitting, plan_report, run
+from dreambooth import architecture, cards, estimate, fitting, model, plan_report, run
 from dreambooth.allocator import MIB, CachingAllocator
 from dreambooth.choices import Device, Dtype, EmaDevice, OptimizerKind, Rounding, TrackingKind, Weights
 from dreambooth.config import conf_dir
@@ -21,6 +21,7 @@ from dreambooth.engine import accelerated
 from dreambooth.errors import UserError
 from dreambooth.fakes import fake_tensors
 from dreambooth.optim_memory import CODEBOOKS, ModelledOptimizer
+from dreambooth.prediction import Prediction
 from dreambooth.recipe import Recipe, resolve
 from dreambooth.runfolder import Result
 from dreambooth.schema import Config
@@ -29,20 +30,20 @@ from dreambooth.storage_trace import MARK, StorageTrace
 from dreambooth.vram import predict, rehearse
 
 
-def recipe(model: str = "tiny", **changed: object) -> Recipe:
+def recipe(name: str = "tiny", **changed: object) -> Recipe:
     """The demo, or a model whose architecture ships, with `section__key` changed."""
     config = Config()
     config.dataset.instance_dir, config.dataset.allow_drawings = "package:demo", True
     config.dataset.instance_prompt, config.dataset.class_prompt = "a zwx toy", "a toy"
-    if model != "tiny":
-        config.model.name, config.model.resolution = model, 512
-        config.model.source = f"somebody/{model}"
+    if name != "tiny":
+        config.model.name, config.model.resolution = name, 512
+        config.model.source = f"somebody/{name}"
         config.hardware.device, config.hardware.gpu = Device.cuda, "T4"
         config.hardware.compute_capability, config.hardware.usable_vram_gib = 7.5, 14.6
         config.precision.dtype = Dtype.fp16
     for key, value in changed.items():
-        section, _, name = key.partition("__")
-        setattr(getattr(config, section), name, value)
+        section, _, field = key.partition("__")
+        setattr(getattr(config, section), field, value)
     return resolve(config, Path("runs/plan"))
 
 
@@ -101,6 +102,32 @@ def test_gradients_and_optimizer_state_have_the_size_of_the_weights(dtype: Dtype
     assert category["gradients"] == found.trained * size
     assert category["ema"] == found.trained * 4
     assert 0 <= category["optimizer"] - found.trained * 8 <= 4 * 1000  # and a step count a weight
+
+
+def _kept(found: Prediction) -> int:
+    return found.by_phase["forward"].by_category["activations"]
+
+
+def test_a_transformer_is_recomputed_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = predict(small(memory__gradient_checkpointing=True))
+    monkeypatch.setattr(model, "recompute", lambda unet: unet.enable_gradient_checkpointing())
+    theirs = predict(small(memory__gradient_checkpointing=True))
+    assert _kept(ours) < 0.75 * _kept(theirs)
+
+
+def test_recomputing_changes_no_gradient() -> None:
+    def gradients(checkpointed: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        asked = small(memory__gradient_checkpointing=checkpointed)
+        parts = architecture.blank(asked)
+        denoiser = model.prepare(parts, asked)
+        latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 77, parts.text_encoder.config.hidden_size)
+        denoiser(latents, torch.tensor([3]), text).square().mean().backward()
+        return [p.grad for p in denoiser.parameters() if p.grad is not None]
+
+    plain, again = gradients(False), gradients(True)
+    assert len(plain) == len(again) > 100
+    assert all(map(torch.equal, plain, again))
 
 
 def test_an_average_in_host_memory_is_not_on_the_card() -> None:
