@@ -12,14 +12,19 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from dreambooth import architecture, cards, estimate, fitting, model, plan_report, run
 from dreambooth.allocator import MIB, CachingAllocator
-from dreambooth.choices import Device, Dtype, EmaDevice, OptimizerKind, Rounding, TrackingKind, Weights
+from dreambooth.choices import Device, Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, TrackingKind, Weights
 from dreambooth.config import conf_dir
+from dreambooth.efficientnet import efficientnet_lite0
+from dreambooth.encoder_memory import looking
+from dreambooth.encoders import EfficientNet
 from dreambooth.engine import accelerated
 from dreambooth.errors import UserError
 from dreambooth.fakes import fake_tensors
+from dreambooth.measures import Evaluate
 from dreambooth.optim_memory import CODEBOOKS, ModelledOptimizer
 from dreambooth.prediction import Prediction
 from dreambooth.recipe import Recipe, resolve
@@ -49,8 +54,8 @@ def recipe(name: str = "tiny", **changed: object) -> Recipe:
 
 def small(**changed: object) -> Recipe:
     """A tiny run without drawing."""
-    return recipe(**{"sample__every": None, "prior__num_class_images": 1, "prior__sample_batch_size": 1,
-                     "train__train_batch_size": 1, **changed})
+    return recipe(**{"sample__every": None, "evaluate__encoder": EncoderKind.none, "prior__num_class_images": 1,
+                     "prior__sample_batch_size": 1, "train__train_batch_size": 1, **changed})
 
 
 # -- recording ----------------------------------------------------------------------------------------------------
@@ -134,6 +139,46 @@ def test_an_average_in_host_memory_is_not_on_the_card() -> None:
     found = predict(small(memory__ema_device=EmaDevice.cpu))
     assert all("ema" not in usage.by_category for usage in found.by_phase.values())
     assert found.host == found.trained * 4
+
+
+def _peak(trace: StorageTrace) -> int:
+    now = most = 0
+    for serial, size in trace.events:
+        now += 0 if serial == MARK else size
+        most = max(most, now)
+    return most
+
+
+def without_weights(kind: Callable[..., nn.Module], config: object) -> nn.Module:
+    with fake_tensors():
+        return kind(config)
+
+
+@pytest.mark.parametrize("encoder, side, make", [
+    (EncoderKind.efficientnet_lite0, EfficientNet.side, efficientnet_lite0),
+    (EncoderKind.dino, 224, lambda: ViTModel(ViTConfig(
+        hidden_size=384, num_attention_heads=6, intermediate_size=1536), add_pooling_layer=False)),
+    (EncoderKind.clip, 224, lambda: without_weights(CLIPModel, CLIPConfig()))])  # its default is ViT-B/32
+def test_an_encoder_takes_what_the_table_says(
+    encoder: EncoderKind, side: int, make: Callable[[], nn.Module]
+) -> None:
+    weights, pixels, moment = looking(Evaluate(encoder=encoder), side)
+    network = make().eval()
+    with fake_tensors():
+        trace, pictures = StorageTrace(), torch.empty(16, 3, side, side)
+        with trace, torch.no_grad():
+            getattr(network, "get_image_features", network)(pictures)
+    held = sum(p.nbytes for p in network.parameters())
+    assert 0.9 * weights <= held <= weights
+    assert _peak(trace) - held <= pixels + moment
+
+
+def test_evaluation_is_a_phase_of_its_own() -> None:
+    seen, unseen = predict(small(evaluate__encoder=EncoderKind.clip)), predict(small())
+    assert "evaluate" not in unseen.by_phase
+    more = sum(looking(Evaluate(encoder=EncoderKind.clip), 64))
+    assert seen.by_phase["evaluate"].allocated - seen.by_phase["load"].allocated > more
+    assert seen.by_phase["evaluate"].allocated == seen.by_phase["save"].allocated + more
 
 
 # -- the allocator ------------------------------------------------------------------------------------------------
