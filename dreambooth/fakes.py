@@ -101,10 +101,11 @@ def rest(module: nn.Module) -> dict[str, torch.Size]:
     return shapes
 
 
-def wake(module: nn.Module, shapes: dict[str, torch.Size]) -> None:
-    """The weights are back, their values are not."""
+def wake(module: nn.Module, shapes: dict[str, torch.Size]) -> nn.Module:
+    """The weights are back, their values are not; returns the module."""
     for name, parameter in module.named_parameters():
         parameter.data = torch.empty(shapes[name], dtype=parameter.dtype)
+    return module
 
 
 def _operator(name: str) -> Any:

@@ -70,7 +70,7 @@ class Components:
         if len(ids) > length:
             raise UserError(f"this model reads {length} tokens and the prompt has {len(ids)}: shorten {prompt!r}")
         padded = self.tokenizer(prompt, padding="max_length", max_length=length, return_tensors="pt").input_ids
-        return torch.as_tensor(padded).to(self.unet.device)
+        return torch.as_tensor(padded).to(self.text_encoder.device)
 
     def hidden_states(self, prompt: str) -> Tensor:
         """What the frozen text encoder makes of a prompt, (1, L, D), fp32."""

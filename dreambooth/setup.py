@@ -56,7 +56,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
     if recipe.with_prior:
         with meter.phase("class_images"):
             concepts.append(_concept(recipe, "class", _class_images(recipe, pipeline, engine, console, stop)))
-    with meter.phase("caching"):
+    with meter.phase("caching"), Idle([parts.unet], engine.device).absent():
         latents = _latents(recipe, parts, concepts, console)
         text = _text(recipe, parts, concepts)
         idle = _idle(recipe, parts, engine)

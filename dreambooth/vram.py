@@ -79,19 +79,20 @@ class _Rehearsal:
                 trace.add_module(module, "weights")
             if recipe.with_prior and recipe.prior.num_class_images:
                 self._draw("class_images", recipe.prior.sample_batch_size, recipe.prior.guidance_scale)
-            denoiser = model.prepare(parts, _known_attention(recipe))
+            shapes = rest(parts.unet)
             with trace.whole("caching"):
                 self._cache()
+            trace.add_module(wake(parts.unet, shapes), "weights")
+            denoiser = model.prepare(parts, _known_attention(recipe))
             resting = [module for module, unused in (
                 (parts.vae, self.memory.cache_latents),
                 (parts.text_encoder, self.memory.cache_text and not recipe.train.train_text_encoder)) if unused]
-            shapes = [rest(module) for module in resting]
+            gone = [rest(module) for module in resting]
             trace.mark("training")
             state = self._state(denoiser)
             self._steps(state)
-            for module, known in zip(resting, shapes, strict=True):
-                wake(module, known)
-                trace.add_module(module, "weights")
+            for module, known in zip(resting, gone, strict=True):
+                trace.add_module(wake(module, known), "weights")
             if recipe.sample.every is not None:
                 size = max(recipe.sample.images_per_prompt, recipe.prior.sample_batch_size)
                 self._draw("sample", size, recipe.sample.guidance_scale)

@@ -135,6 +135,12 @@ def test_recomputing_changes_no_gradient() -> None:
     assert all(map(torch.equal, plain, again))
 
 
+def test_the_unet_waits_in_host_memory_while_photos_are_encoded() -> None:
+    found = predict(small())
+    unet = found.trained * 4
+    assert found.by_phase["load"].by_category["weights"] - found.by_phase["caching"].by_category["weights"] == unet
+
+
 def test_an_average_in_host_memory_is_not_on_the_card() -> None:
     found = predict(small(memory__ema_device=EmaDevice.cpu))
     assert all("ema" not in usage.by_category for usage in found.by_phase.values())
