@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from dreambooth.cards import CARDS
-from dreambooth.choices import Device, Dtype, EmaDevice, OptimizerKind, Rounding, Weights
+from dreambooth.choices import Device, Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, Weights
 from dreambooth.estimate import step_seconds
 from dreambooth.machine import GIB
 from dreambooth.model import import_libraries
@@ -40,7 +40,8 @@ BUDGETS = [  # everything trained: UNet and text encoder, EMA of both, prior pre
 
 
 def recipe(**changed: object) -> Recipe:
-    """SD 1.5 at 512 px on a T4, class images at hand, no samples, latents and text cached; `section__key` changed."""
+    """SD 1.5 at 512 px on a T4, class images at hand, no pictures drawn, latents and text cached.
+    `section__key` is changed."""
     config = Config()
     config.model.name, config.model.resolution, config.model.source = "sd15", 512, "runwayml/stable-diffusion-v1-5"
     config.hardware.device, config.hardware.gpu, config.hardware.compute_capability = Device.cuda, "T4", 7.5
@@ -48,6 +49,7 @@ def recipe(**changed: object) -> Recipe:
     config.dataset.class_dir, config.dataset.class_prompt = "dogs", "a photo of a dog"
     config.prior.num_class_images, config.sample.every = 0, None
     config.precision.dtype, config.train.use_ema = Dtype.fp16, False
+    config.evaluate.encoder = EncoderKind.none
     for key, value in changed.items():
         section, _, name = key.partition("__")
         setattr(getattr(config, section), name, value)

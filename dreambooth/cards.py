@@ -23,7 +23,7 @@ class Card:
     fp32_tflops: float
     bandwidth_gb_s: float
     source: str
-    fixed_gib: float = 0.71
+    fixed_gib: float = 0.74
     calibrated: bool = False  # True: published training speeds of this very card went into estimate.py
 
 

@@ -43,6 +43,7 @@ class Engine:
     unwrap: Callable[[nn.Module], nn.Module] = lambda model: model
     wait: Callable[[], None] = lambda: None
     share: Callable[[Any], Any] = lambda thing: thing
+    cache_casts: Callable[[bool], None] = lambda enabled: None  # half-precision copies of all weights, a forward pass
     _scale: float | None = None  # the loss scaler's after the last step; reading it waits for the device
 
     @property
@@ -91,17 +92,13 @@ class Engine:
         return Sent(self.mean(torch.full((1,), float(flag), device=self.device)))
 
 
-def accelerated(device: str, dtype: Dtype, autocast_cache: bool = True) -> tuple[Engine, "Accelerator"]:
-    """An Engine for this process, alone or under torchrun.
-
-    Args:
-        autocast_cache: keep half-precision copies of all weights through a forward pass.
-    """
+def accelerated(device: str, dtype: Dtype) -> tuple[Engine, "Accelerator"]:
+    """An Engine for this process, alone or under torchrun."""
     from accelerate import Accelerator
     from accelerate.utils import AutocastKwargs, broadcast_object_list
 
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=AUTOCAST[dtype],
-                              kwargs_handlers=[AutocastKwargs(cache_enabled=autocast_cache)])
+    casts = AutocastKwargs()  # read at each use
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=AUTOCAST[dtype], kwargs_handlers=[casts])
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
 
     def backward(loss: Tensor) -> None:
@@ -109,6 +106,9 @@ def accelerated(device: str, dtype: Dtype, autocast_cache: bool = True) -> tuple
 
     def share(thing: Any) -> Any:
         return broadcast_object_list([thing])[0]
+
+    def cache_casts(enabled: bool) -> None:
+        casts.cache_enabled = enabled
 
     def mean(values: Tensor) -> Tensor:
         reduced: Tensor = accelerator.reduce(values, reduction="mean")
@@ -128,4 +128,5 @@ def accelerated(device: str, dtype: Dtype, autocast_cache: bool = True) -> tuple
         unwrap=accelerator.unwrap_model,
         wait=accelerator.wait_for_everyone,
         share=share,
+        cache_casts=cache_casts,
     ), accelerator

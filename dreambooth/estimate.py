@@ -40,7 +40,7 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estimate:
-    """Time and price of the whole run, class images, samples and start-up included."""
+    """Time and price of the whole run with class images, samples, evaluation's pictures and start-up; not scoring."""
     if card is None:
         return Estimate(None, None, None, None)
     step = step_seconds(recipe, prediction, card)
@@ -54,6 +54,12 @@ def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estim
     if recipe.sample.every is not None:
         rounds = 1 + -(-recipe.train.max_train_steps // recipe.sample.every)
         count = rounds * len(recipe.sample_prompts) * recipe.sample.images_per_prompt
+        seconds += count * (denoise * recipe.sample.num_inference_steps + decode) / drawing
+    if recipe.evaluate.encoders:
+        every = recipe.evaluate.every or recipe.train.max_train_steps
+        rounds = 1 + -(-recipe.train.max_train_steps // every)
+        count = rounds * (len(recipe.evaluate_prompts) * recipe.evaluate.images_per_prompt
+                          + recipe.evaluate.class_images * bool(recipe.class_prompt.strip()))
         seconds += count * (denoise * recipe.sample.num_inference_steps + decode) / drawing
 
     def price(an_hour: float | None) -> float | None:

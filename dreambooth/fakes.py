@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dreambooth.hollow import HollowTensors
 
 FLASH_CAPABILITY = 8.0  # PyTorch's flash kernel needs Ampere; a T4 (7.5) gets the memory-efficient one
 _TO_FP32 = ("group_norm", "layer_norm", "native_layer_norm", "exp", "pow.Tensor_Scalar", "rsqrt", "upsample_nearest2d")
@@ -35,7 +36,7 @@ def fake_gpu(capability: float | None) -> Iterator[None]:
 @contextmanager
 def fake_tensors() -> Iterator[None]:
     """Inside, tensors have shapes and dtypes and no memory."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with HollowTensors():
         yield
 
 
@@ -100,10 +101,11 @@ def rest(module: nn.Module) -> dict[str, torch.Size]:
     return shapes
 
 
-def wake(module: nn.Module, shapes: dict[str, torch.Size]) -> None:
-    """The weights are back, their values are not."""
+def wake(module: nn.Module, shapes: dict[str, torch.Size]) -> nn.Module:
+    """The weights are back, their values are not; returns the module."""
     for name, parameter in module.named_parameters():
         parameter.data = torch.empty(shapes[name], dtype=parameter.dtype)
+    return module
 
 
 def _operator(name: str) -> Any:

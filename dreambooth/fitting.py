@@ -50,7 +50,7 @@ def card_gib(recipe: Recipe, prediction: Prediction) -> float:
     return prediction.reserved / GIB + fixed_gib(recipe.hardware.gpu)
 
 
-def chosen(recipe: Recipe, rehearse: Callable[[Recipe], Prediction] = predict) -> Choice:
+def chosen(recipe: Recipe, rehearse: Callable[[Recipe], Prediction] = predict, processes: int = 1) -> Choice:
     """Choose levers where memory.auto asks for it and a card's size is known; rehearse the run as it is otherwise.
 
     If nothing fits, the smallest set is returned, which then does not fit either.
@@ -62,10 +62,11 @@ def chosen(recipe: Recipe, rehearse: Callable[[Recipe], Prediction] = predict) -
     trained = trained_weights(recipe)
     activations = {kept: _kept(recipe, kept) for kept in (True, False)}  # GiB at least, with and without checkpointing
     best: Choice | None = None
-    for levers in _candidates(recipe):
+    candidates = _candidates(recipe, processes)
+    for levers in candidates:
         candidate = replace(recipe, memory=_sealed(replace(recipe.memory, **levers)))
         checkpointed = candidate.memory.gradient_checkpointing
-        last = levers == _candidates(recipe)[-1]
+        last = levers == candidates[-1]
         if not last and _floor(candidate, trained, activations[checkpointed]) > room:
             continue
         best = _drawing(Choice(candidate, rehearse(candidate), _overrides(levers), ""), room, rehearse)
@@ -91,7 +92,7 @@ def _drawing(choice: Choice, room: float, rehearse: Callable[[Recipe], Predictio
     return Choice(slower, rehearse(slower), (*choice.added, "prior.sample_batch_size=1"), "")
 
 
-def settled(recipe: Recipe) -> tuple[Recipe, dict[str, float], str]:
+def settled(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, float], str]:
     """For a run: its recipe with the levers chosen, reserved GiB by phase of meter.py, and a sentence; nothing is
     predicted where there is nothing to choose.
 
@@ -100,7 +101,7 @@ def settled(recipe: Recipe) -> tuple[Recipe, dict[str, float], str]:
     """
     if not recipe.memory.auto or recipe.device != "cuda" or recipe.hardware.usable_vram_gib is None:
         return recipe, {}, ""
-    choice = chosen(recipe)
+    choice = chosen(recipe, processes=processes)
     if card_gib(choice.recipe, choice.prediction) > recipe.hardware.usable_vram_gib:
         raise DoesNotFit(does_not_fit(choice.recipe, choice.prediction))
     phases = choice.prediction.by_phase
@@ -135,14 +136,14 @@ def gives(recipe: Recipe, prediction: Prediction) -> Iterator[tuple[str, float]]
         yield "train.train_batch_size=1", _activations(prediction) * (1 - 1 / train.train_batch_size)
 
 
-def _candidates(recipe: Recipe) -> list[dict[str, Any]]:
+def _candidates(recipe: Recipe, processes: int) -> list[dict[str, Any]]:
     """The ladder, without what would do nothing or break a rule of this run."""
     found: list[dict[str, Any]] = []
     for rung in LADDER:
         levers = {key: value for key, value in rung.items() if getattr(recipe.memory, key) != value}
         if not recipe.train.use_ema:
             levers.pop("ema_device", None)
-        refused = recipe.train.gradient_accumulation_steps > 1 or recipe.memory.split_prior
+        refused = recipe.train.gradient_accumulation_steps > 1 or recipe.memory.split_prior or processes > 1
         if levers.get("optimizer_in_backward") and (refused or recipe.memory.offload_optimizer):
             del levers["optimizer_in_backward"]
         if levers not in found:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from dreambooth import best, checkpoint, measures, model
 from dreambooth.console import Bar
 from dreambooth.ema import swapped
@@ -171,7 +173,8 @@ class Measure:
         every = self.recipe.evaluate.every
         with self.meter.phase("evaluate"), self.setup.idle.present():
             if 0 not in self.evaluation.scores():
-                self._measure(0, build_pipeline(model.load(self.recipe, self.engine.device)))
+                with self._base() as pipeline:
+                    self._measure(0, pipeline)
             with averaged(self.setup):
                 measured = self._measure(step, self.setup.pipeline)
             if measured and every and step % every == 0 and step == self.best(step):
@@ -211,6 +214,18 @@ class Measure:
     def scores(self, step: int) -> dict[str, float]:
         """What was measured after `step` steps; empty: nothing."""
         return self.evaluation.scores().get(step, {}) if self.evaluation else {}
+
+    @contextmanager
+    def _base(self) -> Iterator[Any]:
+        """A pipeline of the base. On a card a resumed run has its base's weights in place of the live ones, one by one:
+        these wait in host memory, so that the card holds no second model."""
+        if self.engine.device.type != "cuda":
+            yield build_pipeline(model.load(self.recipe, self.engine.device))
+            return
+        parts = model.load(self.recipe, torch.device("cpu"))
+        base = model.Denoiser(parts.unet, parts.text_encoder if self.recipe.train.train_text_encoder else None)
+        with swapped(self.setup.trained, dict(base.named_parameters())):
+            yield self.setup.pipeline
 
     def _measure(self, step: int, pipeline: Any) -> bool:
         """False: somebody asked to stop meanwhile, and nothing was kept."""

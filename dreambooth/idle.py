@@ -10,7 +10,8 @@ from torch import nn
 
 @dataclass
 class Idle:
-    """The VAE once latents are cached, the frozen text encoder once texts are. On a CPU the moves cost nothing."""
+    """The VAE once latents are cached, the frozen text encoder once texts are; the UNet meanwhile.
+    On a CPU the moves cost nothing."""
 
     modules: Sequence[nn.Module]
     device: torch.device  # that the run trains on
@@ -29,6 +30,15 @@ class Idle:
             yield
         finally:
             self.rest()
+
+    @contextmanager
+    def absent(self) -> Iterator[None]:
+        """None of them on the device, while others need the room."""
+        self.rest()
+        try:
+            yield
+        finally:
+            self._move(self.device)
 
     def _move(self, device: torch.device) -> None:
         for module in self.modules:

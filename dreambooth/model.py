@@ -16,6 +16,7 @@ from dreambooth.errors import UserError
 from dreambooth.loss import Schedule
 from dreambooth.machine import importing
 from dreambooth.recipe import Recipe
+from dreambooth.recompute import recompute
 
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
 
@@ -69,7 +70,7 @@ class Components:
         if len(ids) > length:
             raise UserError(f"this model reads {length} tokens and the prompt has {len(ids)}: shorten {prompt!r}")
         padded = self.tokenizer(prompt, padding="max_length", max_length=length, return_tensors="pt").input_ids
-        return torch.as_tensor(padded).to(self.unet.device)
+        return torch.as_tensor(padded).to(self.text_encoder.device)
 
     def hidden_states(self, prompt: str) -> Tensor:
         """What the frozen text encoder makes of a prompt, (1, L, D), fp32."""
@@ -148,7 +149,7 @@ def prepare(parts: Components, recipe: Recipe) -> Denoiser:
     if recipe.train.train_text_encoder:
         parts.text_encoder.requires_grad_(True).train()
     if recipe.memory.gradient_checkpointing:
-        parts.unet.enable_gradient_checkpointing()
+        recompute(parts.unet)
         if recipe.train.train_text_encoder:
             parts.text_encoder.gradient_checkpointing_enable()
     return Denoiser(parts.unet, parts.text_encoder if recipe.train.train_text_encoder else None)

@@ -17,7 +17,7 @@ from dreambooth.replay import curve
 
 CATEGORIES = ("weights", "gradients", "optimizer", "ema", "activations", "temporaries")
 WIDTH = 80  # columns
-PHASES = ("load", "class_images", "caching", *STEP, "sample", "save")
+PHASES = ("load", "class_images", "caching", *STEP, "sample", "evaluate", "save")
 
 
 @dataclass(frozen=True)

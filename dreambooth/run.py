@@ -37,8 +37,7 @@ def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = 
         DreamBoothError: see errors.py. Whatever was saved before stays.
     """
     model.import_libraries()
-    recipe, expected, chosen = fitting.settled(recipe)
-    engine, accelerator = accelerated(recipe.device, recipe.precision.dtype, recipe.memory.autocast_cache)
+    engine, accelerator = accelerated(recipe.device, recipe.precision.dtype)
     console = Console(quiet=not engine.main)
     with locked(recipe.run_dir) if engine.main else nullcontext():
         done: Result | None = engine.share(finished(recipe) if engine.main else None)
@@ -46,6 +45,7 @@ def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = 
             with tracked(recipe, engine.main):  # sends what a server missed
                 console.say(report.already(done, recipe))
                 return done
+        recipe, expected, chosen = engine.share(fitting.settled(recipe, engine.world) if engine.main else None)
         console.table(report.plan(recipe) | ({"memory": chosen} if chosen else {}))
         start = engine.share(resume_point(recipe.run_dir, recipe.checkpoint.resume) if engine.main else None)
         meter = Meter(engine.device, partial(oom.advice, recipe=recipe), predicted or expected)

@@ -45,6 +45,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
              stop: Stop) -> Setup:
     """Load and build everything; what is wrong with photos is said before the model is loaded."""
     _check_processes(recipe, engine)
+    engine.cache_casts(recipe.memory.autocast_cache)
     judge = Judge(recipe) if recipe.evaluate.encoders and engine.main else None
     with meter.phase("load"):
         photos = load_photos(list_photos(recipe.instance_dir), recipe.instance_prompt, recipe.model.resolution)
@@ -55,7 +56,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
     if recipe.with_prior:
         with meter.phase("class_images"):
             concepts.append(_concept(recipe, "class", _class_images(recipe, pipeline, engine, console, stop)))
-    with meter.phase("caching"):
+    with meter.phase("caching"), Idle([parts.unet], engine.device).absent():
         latents = _latents(recipe, parts, concepts, console)
         text = _text(recipe, parts, concepts)
         idle = _idle(recipe, parts, engine)

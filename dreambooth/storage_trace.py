@@ -42,6 +42,10 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._phase = ""
         self._workspace = workspace
 
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._references.clear()  # what goes later is not recorded
+
     def mark(self, phase: str) -> None:
         """What follows belongs to `phase`."""
         self.events.append((MARK, len(self.marks)))
@@ -89,6 +93,10 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.mark(phase)
         yield
         self.mark("idle")
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else each call pays for a guard against a compiler that is not there
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

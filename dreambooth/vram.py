@@ -1,10 +1,11 @@
 """Predicts what a run will take of a card: the very step that trains, on fake tensors, with the run's own recipe.
 
-    blank parts -> class images -> caching -> train_step -> samples       recorded by a StorageTrace
+    blank parts -> class images -> caching -> train_step -> samples -> evaluation      recorded by a StorageTrace
     recorded events -> the allocator's model                              usage by phase and category
 
 Nothing is computed and nothing is downloaded. What is modelled and not run: the optimizer (optim_memory.py), the
-allocator (allocator.py), and attention's workspaces (fakes.py). docs/planner.md holds it against published figures.
+allocator (allocator.py), attention's workspaces (fakes.py) and evaluation's encoders (encoder_memory.py).
+docs/planner.md holds it against published figures.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from dreambooth import architecture, model
 from dreambooth.allocator import MIB
 from dreambooth.choices import AttentionKind, Dtype, EmaDevice, Weights
 from dreambooth.data import Batch, at_a_time
+from dreambooth.encoder_memory import looking
 from dreambooth.engine import Engine
 from dreambooth.fakes import fake_gpu, fake_tensors, rest, wake, workspace
 from dreambooth.marked import MarkedEma, MarkedEngine, Scaler, gradient_to
@@ -77,22 +79,29 @@ class _Rehearsal:
                 trace.add_module(module, "weights")
             if recipe.with_prior and recipe.prior.num_class_images:
                 self._draw("class_images", recipe.prior.sample_batch_size, recipe.prior.guidance_scale)
-            denoiser = model.prepare(parts, _known_attention(recipe))
+            shapes = rest(parts.unet)
             with trace.whole("caching"):
                 self._cache()
+            trace.add_module(wake(parts.unet, shapes), "weights")
+            denoiser = model.prepare(parts, _known_attention(recipe))
             resting = [module for module, unused in (
                 (parts.vae, self.memory.cache_latents),
                 (parts.text_encoder, self.memory.cache_text and not recipe.train.train_text_encoder)) if unused]
-            shapes = [rest(module) for module in resting]
+            gone = [rest(module) for module in resting]
             trace.mark("training")
             state = self._state(denoiser)
             self._steps(state)
-            for module, known in zip(resting, shapes, strict=True):
-                wake(module, known)
-                trace.add_module(module, "weights")
+            for module, known in zip(resting, gone, strict=True):
+                trace.add_module(wake(module, known), "weights")
             if recipe.sample.every is not None:
                 size = max(recipe.sample.images_per_prompt, recipe.prior.sample_batch_size)
                 self._draw("sample", size, recipe.sample.guidance_scale)
+            if recipe.evaluate.encoders:
+                self._draw("evaluate", recipe.prior.sample_batch_size, recipe.sample.guidance_scale)
+                with trace.whole("evaluate"):
+                    seen = [torch.empty(size, dtype=torch.uint8) for size in looking(
+                        recipe.evaluate, recipe.model.resolution)]
+                    del seen
             trace.mark("save")
         trained = [p for p in denoiser.parameters() if p.requires_grad]
         every = sum(p.numel() for module in (parts.unet, parts.text_encoder, parts.vae) for p in module.parameters())

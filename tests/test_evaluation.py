@@ -307,6 +307,42 @@ def beginning(kind: str, step: int) -> list[tuple[int, object]]:
     return noted.asked
 
 
+class _Halves(torch.nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        for parameter in self.parameters():
+            torch.nn.init.constant_(parameter, value)
+
+
+def test_a_resumed_run_on_a_card_measures_the_base_in_place_of_its_own_weights(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, loaded, seen = _Halves(7.0), [], {}
+
+    def load(recipe: object, device: torch.device) -> _Halves:
+        loaded.append(device)
+        return _Halves(1.0)
+
+    class Noted(_Card):
+        def measure(self, step: int, pipeline: object, *rest: object) -> dict[str, float]:
+            seen[step] = {float(value) for p in live.parameters() for value in p.detach().flatten()}
+            return super().measure(step, pipeline, *rest)
+
+    monkeypatch.setattr("dreambooth.model.load", load)
+    noted = Noted({})
+    Measure(
+        evaluation=noted, engine=SimpleNamespace(device=torch.device("cuda"), autocast=nullcontext),
+        setup=SimpleNamespace(state=SimpleNamespace(step=3, ema=None), pipeline="live", trained=live,
+                              idle=SimpleNamespace(present=nullcontext)),
+        meter=SimpleNamespace(phase=lambda name: nullcontext()), stop=SimpleNamespace(requested=None),
+        recipe=SimpleNamespace(evaluate=SimpleNamespace(every=None),
+                               train=SimpleNamespace(train_text_encoder=True))).now(3)
+    assert noted.asked == [(0, "live"), (3, "live")]
+    assert loaded == [torch.device("cpu")]
+    assert seen == {0: {1.0}, 3: {7.0}}
+
+
 def test_on_a_card_the_base_is_the_live_model_before_the_first_step_and_never_a_second_one() -> None:
     assert beginning("cuda", 0) == [(0, "live")]
     assert beginning("cuda", 3) == beginning("cpu", 0) == []

@@ -83,6 +83,13 @@ def test_idle_parts_come_back_for_sampling_and_leave_even_if_it_fails() -> None:
     assert part.moves == ["cpu", "meta", "cpu"]
 
 
+def test_idle_parts_make_room_for_others_and_come_back() -> None:
+    part = Moved()
+    with Idle([part], torch.device("meta")).absent():
+        assert part.moves == ["cpu"]
+    assert part.moves == ["cpu", "meta"]
+
+
 @pytest.fixture
 def environment() -> Iterator[dict[str, str]]:
     kept = dict(os.environ)

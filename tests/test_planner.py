@@ -1,47 +1,61 @@
 """The planner: storage traces, the allocator's model, optimizer memory models, levers chosen, tables and exit codes."""
 
 import json
+import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from dreambooth import cards, estimate, fitting, plan_report
+from dreambooth import architecture, cards, estimate, fitting, model, plan_report, run
 from dreambooth.allocator import MIB, CachingAllocator
-from dreambooth.choices import Device, Dtype, EmaDevice, OptimizerKind
+from dreambooth.choices import Device, Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, TrackingKind, Weights
 from dreambooth.config import conf_dir
+from dreambooth.efficientnet import efficientnet_lite0
+from dreambooth.encoder_memory import looking
+from dreambooth.encoders import EfficientNet
+from dreambooth.engine import accelerated
 from dreambooth.errors import UserError
+from dreambooth.fakes import fake_tensors
+from dreambooth.measures import Evaluate
 from dreambooth.optim_memory import CODEBOOKS, ModelledOptimizer
+from dreambooth.prediction import Prediction
 from dreambooth.recipe import Recipe, resolve
+from dreambooth.runfolder import Result
 from dreambooth.schema import Config
+from dreambooth.signals import Stop
 from dreambooth.storage_trace import MARK, StorageTrace
 from dreambooth.vram import predict, rehearse
 
 
-def recipe(model: str = "tiny", **changed: object) -> Recipe:
+def recipe(name: str = "tiny", **changed: object) -> Recipe:
     """The demo, or a model whose architecture ships, with `section__key` changed."""
     config = Config()
     config.dataset.instance_dir, config.dataset.allow_drawings = "package:demo", True
     config.dataset.instance_prompt, config.dataset.class_prompt = "a zwx toy", "a toy"
-    if model != "tiny":
-        config.model.name, config.model.resolution = model, 512
-        config.model.source = f"somebody/{model}"
+    if name != "tiny":
+        config.model.name, config.model.resolution = name, 512
+        config.model.source = f"somebody/{name}"
         config.hardware.device, config.hardware.gpu = Device.cuda, "T4"
         config.hardware.compute_capability, config.hardware.usable_vram_gib = 7.5, 14.6
         config.precision.dtype = Dtype.fp16
     for key, value in changed.items():
-        section, _, name = key.partition("__")
-        setattr(getattr(config, section), name, value)
+        section, _, field = key.partition("__")
+        setattr(getattr(config, section), field, value)
     return resolve(config, Path("runs/plan"))
 
 
 def small(**changed: object) -> Recipe:
     """A tiny run without drawing."""
-    return recipe(**{"sample__every": None, "prior__num_class_images": 1, "prior__sample_batch_size": 1,
-                     "train__train_batch_size": 1, **changed})
+    return recipe(**{"sample__every": None, "evaluate__encoder": EncoderKind.none, "prior__num_class_images": 1,
+                     "prior__sample_batch_size": 1, "train__train_batch_size": 1, **changed})
 
 
 # -- recording ----------------------------------------------------------------------------------------------------
@@ -58,11 +72,31 @@ def test_a_trace_sees_a_storage_come_and_go_once() -> None:
     assert [size for serial, size in trace.events if serial != MARK] == [1024, 1024, -1024, -1024]
 
 
-def test_fake_and_real_tensors_give_the_same_trace_byte_for_byte() -> None:
-    fake, real = predict(small()).trace, rehearse(small()).trace
+LEVERED = {"memory__gradient_checkpointing": True, "memory__optimizer_in_backward": True}  # two passes: it clips
+
+
+@pytest.mark.parametrize("changed", [{}, LEVERED])
+def test_fake_and_real_tensors_give_the_same_trace_byte_for_byte(changed: dict[str, object]) -> None:
+    fake, real = predict(small(**changed)).trace, rehearse(small(**changed)).trace
     assert fake.events == real.events
     assert fake.category == real.category
     assert fake.flops == real.flops
+
+
+def test_hollow_tensors_give_the_trace_of_pytorchs_fake_tensors() -> None:
+    halves = small(**LEVERED, memory__autocast_cache=False, memory__weights=Weights.half,
+                   memory__rounding=Rounding.stochastic, precision__dtype=Dtype.bf16)
+    hollow = predict(halves).trace
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = rehearse(halves).trace
+    assert hollow.events == fake.events
+    assert hollow.category == fake.category
+    assert hollow.flops == fake.flops
+
+
+def test_the_value_of_a_hollow_tensor_cannot_be_read() -> None:
+    with fake_tensors(), pytest.raises(DataDependentOutputException):
+        torch.ones(3).sum().item()
 
 
 @pytest.mark.parametrize("dtype, size", [(Dtype.fp32, 4), (Dtype.bf16, 4)])
@@ -75,10 +109,82 @@ def test_gradients_and_optimizer_state_have_the_size_of_the_weights(dtype: Dtype
     assert 0 <= category["optimizer"] - found.trained * 8 <= 4 * 1000  # and a step count a weight
 
 
+def _kept(found: Prediction) -> int:
+    return found.by_phase["forward"].by_category["activations"]
+
+
+def test_a_transformer_is_recomputed_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = predict(small(memory__gradient_checkpointing=True))
+    monkeypatch.setattr(model, "recompute", lambda unet: unet.enable_gradient_checkpointing())
+    theirs = predict(small(memory__gradient_checkpointing=True))
+    assert _kept(ours) < 0.75 * _kept(theirs)
+
+
+def test_recomputing_changes_no_gradient() -> None:
+    def gradients(checkpointed: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        asked = small(memory__gradient_checkpointing=checkpointed)
+        parts = architecture.blank(asked)
+        denoiser = model.prepare(parts, asked)
+        latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 77, parts.text_encoder.config.hidden_size)
+        denoiser(latents, torch.tensor([3]), text).square().mean().backward()
+        return [p.grad for p in denoiser.parameters() if p.grad is not None]
+
+    plain, again = gradients(False), gradients(True)
+    assert len(plain) == len(again) > 100
+    assert all(map(torch.equal, plain, again))
+
+
+def test_the_unet_waits_in_host_memory_while_photos_are_encoded() -> None:
+    found = predict(small())
+    unet = found.trained * 4
+    assert found.by_phase["load"].by_category["weights"] - found.by_phase["caching"].by_category["weights"] == unet
+
+
 def test_an_average_in_host_memory_is_not_on_the_card() -> None:
     found = predict(small(memory__ema_device=EmaDevice.cpu))
     assert all("ema" not in usage.by_category for usage in found.by_phase.values())
     assert found.host == found.trained * 4
+
+
+def _peak(trace: StorageTrace) -> int:
+    now = most = 0
+    for serial, size in trace.events:
+        now += 0 if serial == MARK else size
+        most = max(most, now)
+    return most
+
+
+def without_weights(kind: Callable[..., nn.Module], config: object) -> nn.Module:
+    with fake_tensors():
+        return kind(config)
+
+
+@pytest.mark.parametrize("encoder, side, make", [
+    (EncoderKind.efficientnet_lite0, EfficientNet.side, efficientnet_lite0),
+    (EncoderKind.dino, 224, lambda: ViTModel(ViTConfig(
+        hidden_size=384, num_attention_heads=6, intermediate_size=1536), add_pooling_layer=False)),
+    (EncoderKind.clip, 224, lambda: without_weights(CLIPModel, CLIPConfig()))])  # its default is ViT-B/32
+def test_an_encoder_takes_what_the_table_says(
+    encoder: EncoderKind, side: int, make: Callable[[], nn.Module]
+) -> None:
+    weights, pixels, moment = looking(Evaluate(encoder=encoder), side)
+    network = make().eval()
+    with fake_tensors():
+        trace, pictures = StorageTrace(), torch.empty(16, 3, side, side)
+        with trace, torch.no_grad():
+            getattr(network, "get_image_features", network)(pictures)
+    held = sum(p.nbytes for p in network.parameters())
+    assert 0.9 * weights <= held <= weights
+    assert _peak(trace) - held <= pixels + moment
+
+
+def test_evaluation_is_a_phase_of_its_own() -> None:
+    seen, unseen = predict(small(evaluate__encoder=EncoderKind.clip)), predict(small())
+    assert "evaluate" not in unseen.by_phase
+    more = sum(looking(Evaluate(encoder=EncoderKind.clip), 64))
+    assert seen.by_phase["evaluate"].allocated - seen.by_phase["load"].allocated > more
+    assert seen.by_phase["evaluate"].allocated == seen.by_phase["save"].allocated + more
 
 
 # -- the allocator ------------------------------------------------------------------------------------------------
@@ -233,6 +339,38 @@ def test_auto_does_not_step_in_the_backward_pass_while_gradients_accumulate() ->
     asked = Sized(lambda r: 99.0)
     fitting.chosen(recipe("sd15", train__gradient_accumulation_steps=2, **ROOMY), asked)  # type: ignore[arg-type]
     assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
+
+
+def test_auto_does_not_step_in_the_backward_pass_of_several_processes() -> None:
+    asked = Sized(lambda r: 99.0)
+    fitting.chosen(recipe("sd15", **ROOMY), asked, processes=2)  # type: ignore[arg-type]
+    assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
+
+
+def test_a_finished_run_is_not_planned_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    done = Result(8, 0.5, 1.0, str(tmp_path), "model")
+    monkeypatch.setattr(run, "finished", lambda recipe: done)
+    monkeypatch.setattr(run, "tracked", lambda recipe, main: nullcontext())
+    monkeypatch.setattr(fitting, "settled", lambda *_: pytest.fail("it was planned"))
+    asked = recipe(memory__auto=True, tracking__kind=TrackingKind.none)
+    assert run.execute(replace(asked, run_dir=tmp_path), Stop()) is done
+
+
+def test_the_choice_of_the_autocast_cache_comes_after_the_engine() -> None:
+    AcceleratorState._reset_state()  # one precision a process
+    engine, _ = accelerated("cpu", Dtype.bf16)
+    seen = []
+    for enabled in (True, False):
+        engine.cache_casts(enabled)
+        with engine.autocast():
+            seen.append(torch.is_autocast_cache_enabled())
+    AcceleratorState._reset_state()
+    assert seen == [True, False]
+
+
+def test_a_chosen_recipe_travels_between_processes() -> None:
+    asked = recipe("sd15")
+    assert pickle.loads(pickle.dumps(asked)) == asked  # as engine.share sends it, from our own process
 
 
 def test_a_run_on_the_cpu_has_nothing_to_choose() -> None:
