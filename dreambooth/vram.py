@@ -82,13 +82,13 @@ class _Rehearsal:
             shapes = rest(parts.unet)
             with trace.whole("caching"):
                 self._cache()
-            trace.add_module(wake(parts.unet, shapes), "weights")
-            denoiser = model.prepare(parts, _known_attention(recipe))
             resting = [module for module, unused in (
                 (parts.vae, self.memory.cache_latents),
                 (parts.text_encoder, self.memory.cache_text and not recipe.train.train_text_encoder)) if unused]
             gone = [rest(module) for module in resting]
             trace.mark("training")
+            trace.add_module(wake(parts.unet, shapes), "weights")
+            denoiser = model.prepare(parts, _known_attention(recipe))
             state = self._state(denoiser)
             self._steps(state)
             for module, known in zip(resting, gone, strict=True):

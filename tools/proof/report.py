@@ -17,7 +17,7 @@ edited by hand; what fails a bar says so.
 
 Every number is of the shipped tiny base and the demo subject, on the demo's default settings with {recipe},
 but for the training seed and what an arm changes. The recipe is the best of thirteen by scenes on another
-subject (tools/proof/views/tuning; `python -m tools.proof --tune KEY=VALUE...`). Training and sampling seeds (from {fresh}) were not
+subject (tools/proof/views/tuning; `python -m tools.proof --tune` and settings). Training and sampling seeds (from {fresh}) were not
 used before. Samples: {sampler}.
 
 **Similarity** is the mean pairwise cosine of ImageNet EfficientNet-Lite0 features with the five photos, which is what the
