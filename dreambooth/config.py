@@ -121,3 +121,6 @@ def _identity_resolver(place: str = "", *, _root_: DictConfig) -> str:
 
 OmegaConf.register_new_resolver("identity", _identity_resolver, replace=True)
 ConfigStore.instance().store(name="schema", node=Config, provider="dreambooth")
+# Hydra copies what it asks, this store of all schemas included, about a hundred times for --help: half of its time. The
+# store is one for the process, and what is loaded from it is a copy already.
+ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]

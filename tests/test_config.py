@@ -1,10 +1,12 @@
 """Every shipped configuration composes and resolves; what beats what; the seed blog's run."""
 
+import copy
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -263,3 +265,10 @@ def test_an_address_without_a_typed_password_is_fine(uri: str, monkeypatch: pyte
 
 def test_a_cpu_stays_a_cpu() -> None:
     assert recipe("hardware=cpu", "hardware.gpu=T4").device == "cpu"
+
+
+def test_hydras_store_of_schemas_is_not_copied_and_what_is_loaded_from_it_is() -> None:
+    """--help asks it about a hundred times; copying it each time took longer than all the rest."""
+    store = ConfigStore.instance()
+    assert copy.deepcopy(store) is store
+    assert store.load("schema.yaml").node is not store.load("schema.yaml").node
