@@ -22,16 +22,18 @@ DAMAGED = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "InvalidD
 LOGIN = ("type aws configure, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role")
 
 
+def _answer(error: BaseException) -> dict[str, Any]:
+    return getattr(error, "response", None) or {}
+
+
 def code(error: BaseException) -> str:
     """The code of what AWS answered, or the name of the error if it did not answer."""
-    response: dict[str, Any] = getattr(error, "response", None) or {}
-    return str(response.get("Error", {}).get("Code") or type(error).__name__)
+    return str(_answer(error).get("Error", {}).get("Code") or type(error).__name__)
 
 
 def passing(error: BaseException) -> bool:
     """Whether the same call may succeed a moment later."""
-    response: dict[str, Any] = getattr(error, "response", None) or {}
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    status = _answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return code(error) in NETWORK | BUSY | DAMAGED or 500 <= status < 600
 
 
@@ -81,7 +83,6 @@ def sentence(error: BaseException, doing: str, where: str, bucket: str | None = 
 
 
 def _region(error: BaseException) -> str:
-    response: dict[str, Any] = getattr(error, "response", None) or {}
-    headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    found = response.get("Error", {}).get("Region") or headers.get("x-amz-bucket-region")
+    headers = _answer(error).get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    found = _answer(error).get("Error", {}).get("Region") or headers.get("x-amz-bucket-region")
     return f"the region {found}" if found else "another region"

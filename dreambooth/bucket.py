@@ -11,8 +11,8 @@ from dreambooth import aws_errors, manifest
 from dreambooth.console import Console
 from dreambooth.errors import UserError
 from dreambooth.manifest import Entries, Entry
+from dreambooth.schema_storage import SCHEME, is_remote
 
-SCHEME = "s3://"
 ATTEMPTS = 5  # of one call
 PAUSE = 0.5  # seconds after the first failure, doubling
 ABSENT = {"404", "NoSuchKey", "NotFound"}
@@ -29,7 +29,7 @@ class Place:
     @classmethod
     def of(cls, uri: str) -> "Place":
         bucket, _, prefix = uri.removeprefix(SCHEME).partition("/")
-        if not uri.startswith(SCHEME) or not bucket or not prefix.strip("/"):
+        if not is_remote(uri) or not bucket or not prefix.strip("/"):
             raise UserError(f"{uri!r} is no place in S3: type s3://BUCKET/FOLDER")
         return cls(bucket, prefix.strip("/"))
 
@@ -59,6 +59,16 @@ def calling(call: Callable[[], T], doing: str, where: object, bucket: str | None
                 raise UserError(aws_errors.sentence(error, doing, str(where), bucket)) from error
             time.sleep(PAUSE * 2 ** (attempt - 1))
     raise AssertionError("unreachable")
+
+
+def _unless_absent(call: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """What S3 answers about an object; None: it is not there."""
+    try:
+        return call()
+    except Exception as error:
+        if aws_errors.code(error) in ABSENT:
+            return None
+        raise
 
 
 class Bucket:
@@ -95,30 +105,17 @@ class Bucket:
     def kept(self) -> Entries | None:
         """What the manifest names; None: there is no manifest."""
         def get() -> bytes | None:
-            try:
-                answer = self.s3.get_object(**self.where(manifest.NAME), ChecksumMode="ENABLED")
-            except Exception as error:
-                if aws_errors.code(error) in ABSENT:
-                    return None
-                raise
-            body: bytes = answer["Body"].read()
-            return body
+            answer = _unless_absent(lambda: self.s3.get_object(**self.where(manifest.NAME), ChecksumMode="ENABLED"))
+            return None if answer is None else answer["Body"].read()
 
         text = self.call("s3:GetObject", manifest.NAME, get)
         return None if text is None else manifest.parsed(text, str(self.place))
 
     def has(self, name: str, entry: Entry) -> bool:
         """Whether S3 holds exactly this."""
-        def head() -> bool:
-            try:
-                found = self.s3.head_object(**self.where(name), ChecksumMode="ENABLED")
-            except Exception as error:
-                if aws_errors.code(error) in ABSENT:
-                    return False
-                raise
-            return entry.is_in(found["ContentLength"], found.get("ChecksumSHA256"))
-
-        return self.call("s3:GetObject", name, head)
+        found = self.call("s3:GetObject", name, lambda: _unless_absent(
+            lambda: self.s3.head_object(**self.where(name), ChecksumMode="ENABLED")))
+        return found is not None and entry.is_in(found["ContentLength"], found.get("ChecksumSHA256"))
 
     def lacking(self, entries: Entries) -> Entries:
         """The files of which S3 does not hold exactly this."""

@@ -40,10 +40,15 @@ def attempt(job: Callable[[], float | None], sweep: bool) -> float | None:
         _ended(Interrupted.exit_code, sentence)
     except Exception as error:
         traceback.print_exc()
-        _ended(1, f"a fault of dreambooth, the log has its traceback: {type(error).__name__}: {error}", meant=False)
+        _ended(1, fault(error), meant=False)
     if sweep and _codes[-1] == Interrupted.exit_code:
         sys.exit(Interrupted.exit_code)
     return math.nan
+
+
+def fault(error: Exception) -> str:
+    """An internal fault in a sentence, for whoever does not see its traceback."""
+    return f"a fault of dreambooth, the log has its traceback: {type(error).__name__}: {error}"
 
 
 def _ended(code: int, sentence: str, meant: bool = True) -> None:
@@ -70,10 +75,10 @@ def leave() -> None:
     lock, and about one finished run in ten ended in SIGABRT or SIGSEGV (gloo, torch 2.13).
     """
     code = _codes[0] if _codes else 0
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        atexit._run_exitfuncs()
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        sys.exit(code)
+    atexit._run_exitfuncs()
     sys.stdout.flush()
-    sys.exit(code)
+    sys.stderr.flush()
+    os._exit(code)

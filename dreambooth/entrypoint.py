@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dreambooth import door
 from dreambooth.choices import Device
 from dreambooth.config import conf_dir, load
 from dreambooth.container import cluster as clusters
@@ -45,7 +46,7 @@ def main() -> None:
         end = End(error.exit_code, str(error))
     except Exception as error:
         traceback.print_exc()
-        end = End(1, f"a fault of dreambooth, the log has its traceback: {type(error).__name__}: {error}")
+        end = End(1, door.fault(error))
     if end.code:
         with suppress(OSError):  # nowhere to write to: the log and the exit code have it
             places.failure.parent.mkdir(parents=True, exist_ok=True)

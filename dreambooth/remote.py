@@ -17,8 +17,8 @@ from dreambooth import files
 from dreambooth.console import Console
 from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.schema import Config, Storage
+from dreambooth.schema_storage import is_remote
 
-SCHEME = "s3://"
 READ = {("dataset", "instance_dir"): False, ("dataset", "class_dir"): False, ("model", "source"): True,
         ("checkpoint", "resume"): True, ("evaluate", "reference_dir"): False, ("evaluate", "prompts"): False,
         ("evaluate", "lpips"): False}  # key -> whether it must have a manifest
@@ -36,7 +36,7 @@ def first() -> bool:
 
 def local(path: str | None, cache: str = "runs/s3") -> str | None:
     """The path itself, or the local copy of a complete folder in S3."""
-    if not (path or "").startswith(SCHEME):
+    if not is_remote(path):
         return path
     from dreambooth import storage
 
@@ -53,7 +53,7 @@ def fetched(config: Config, run_dir: Path) -> Config:
     found: dict[str, str] = {}
     for (section, key), complete in READ.items():
         part = getattr(config, section)
-        if (getattr(part, key) or "").startswith(SCHEME):
+        if is_remote(getattr(part, key)):
             from dreambooth import storage
 
             folder = storage.download(getattr(part, key), Path(config.storage.cache).absolute(),

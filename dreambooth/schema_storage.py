@@ -4,6 +4,13 @@ from dataclasses import dataclass
 
 from dreambooth.section import Section, require
 
+SCHEME = "s3://"
+
+
+def is_remote(path: str | None) -> bool:
+    """Whether a path is a place in S3."""
+    return (path or "").startswith(SCHEME)
+
 
 @dataclass
 class Storage(Section):
@@ -15,9 +22,9 @@ class Storage(Section):
     parallel: int = 8
 
     def __post_init__(self) -> None:
-        place = (self.upload or "s3://b/p").removeprefix("s3://")
+        place = (self.upload or f"{SCHEME}b/p").removeprefix(SCHEME)
         require("storage", {
-            "upload": (self.upload is None or (self.upload.startswith("s3://") and all(place.partition("/")[::2])),
+            "upload": (self.upload is None or (is_remote(self.upload) and all(place.partition("/")[::2])),
                        f"s3://BUCKET/FOLDER, or null for none, not {self.upload}"),
             "checkpoints": (not self.checkpoints or self.upload is not None, "false unless storage.upload says where"),
             "parallel": (1 <= self.parallel <= 64, f"from 1 to 64, not {self.parallel}"),

@@ -12,20 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth import door, files, manifest
-from dreambooth.bucket import SCHEME as SCHEME
 from dreambooth.bucket import Bucket, Place, calling
 from dreambooth.console import Console
 from dreambooth.errors import UserError
 from dreambooth.fetching import fetch
 from dreambooth.manifest import Entries
+from dreambooth.schema_storage import SCHEME as SCHEME
+from dreambooth.schema_storage import is_remote as is_remote
 from dreambooth.sending import send
 
 PARALLEL = 8  # transfers at a time
 CONNECT, TIMEOUT = 10, 60  # seconds to connect; without a byte
-
-
-def is_remote(path: str | None) -> bool:
-    return (path or "").startswith(SCHEME)
 
 
 def client(service: str, connections: int = 10) -> Any:

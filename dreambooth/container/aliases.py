@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from dreambooth.container import values
 from dreambooth.container.places import Places
 from dreambooth.errors import ConfigError
+from dreambooth.schema_storage import is_remote
 
 SUCCESSORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # withdrawn -> the same
 PRECISIONS = {"no": "fp32", "fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
@@ -129,7 +130,7 @@ def _apart(blog: Blog, name: str, raw: str, places: Places) -> Iterator[str]:
         blog.epochs = values.truth(raw)
     elif name == "manul_upload_model_path":
         blog.upload = values.text(raw) or None
-        if blog.upload and not blog.upload.startswith("s3://"):
+        if blog.upload and not is_remote(blog.upload):
             yield f"{name} must be a folder in S3, such as s3://BUCKET/PREFIX, not {blog.upload!r}"
     elif places.meant(values.text(raw)).rstrip("/") != str(places.model):
         yield f"{name} must be {places.model}, which SageMaker keeps, not {values.text(raw)!r}"

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,16 @@ def prepared(configs: Sequence[DictConfig], sweep: str, backend: Any, mode: str)
             problems += [f"job {config.hydra.job.num}: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
-    jobs = [_job(config, run, plan, sweep, backend, mode, {}) for config, run, plan in checked]
+    places: dict[str, str] = {}  # folder of this machine -> where jobs find it
+    jobs = [_job(config, run, plan, sweep, backend, mode, places) for config, run, plan in checked]
     problems = [f"job {job.number}: {problem}" for job in jobs for problem in (
         *request.secrets(job.request), *backend.problems(job.request))]
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
-    known: dict[str, str] = {}
-    return [_job(config, run, plan, sweep, backend, mode, known, send=True) for config, run, plan in checked]
+    for folder, place in places.items():
+        if storage.is_remote(place):
+            storage.upload(Path(folder), place)
+    return [_job(config, run, plan, sweep, backend, mode, places, last=True) for config, run, plan in checked]
 
 
 def whole(uri: str) -> bool:
@@ -93,7 +97,7 @@ def _checked(config: DictConfig, mode: str) -> tuple[Config, dict[str, Any]]:
         folder = OmegaConf.select(config, key)
         if folder and key.startswith("dataset.") and not _elsewhere(folder) and not Path(folder).is_dir():
             missing.append(f"there is no folder {folder}: type {key}=DIR")
-    if run.model.source.startswith(storage.SCHEME) and not whole(run.model.source):
+    if storage.is_remote(run.model.source) and not whole(run.model.source):
         missing.append(f"{run.model.source} is half uploaded, or was put there by something else: type python -m "
                        f"dreambooth.storage upload FOLDER {run.model.source}")
     for key in NOT_SENT:
@@ -101,7 +105,7 @@ def _checked(config: DictConfig, mode: str) -> tuple[Config, dict[str, Any]]:
         if folder and not _elsewhere(folder) and folder not in ("auto", "never"):
             missing.append(f"{key}={folder} is a folder of this machine: type {key}=s3://BUCKET/FOLDER")
     try:
-        if run.checkpoint.resume.startswith(storage.SCHEME):
+        if storage.is_remote(run.checkpoint.resume):
             run.checkpoint.resume = "auto"
         resolve(run, Path(run.run_root))
     except ConfigError as error:
@@ -130,25 +134,23 @@ def _planned(config: DictConfig) -> dict[str, Any]:
 
 
 def _job(config: DictConfig, run: Config, plan: Mapping[str, Any], sweep: str, backend: Any, mode: str,
-         known: dict[str, str], send: bool = False) -> Job:
+         places: dict[str, str], last: bool = False) -> Job:
+    """A job. `last`: it is to be submitted, and one that ended badly gets another name."""
     launcher: dict[str, Any] = OmegaConf.to_container(config.hydra.launcher, resolve=True)  # type: ignore[assignment]
     number, overrides = config.hydra.job.num, tuple(config.hydra.overrides.task)
     price = launcher["price_usd_hour"] if _same_machine(overrides) else None
     name = first = request.name_of(sweep, number, overrides)
-    if send and launcher["resubmit"] and mode == "aws":
+    if last and launcher["resubmit"] and mode == "aws":
         attempt = 0
         while backend.ended_badly(name):
             attempt += 1
             name = request.name_of(sweep, number, overrides, attempt)
-    settings = Settings(
-        subnets=tuple(launcher["subnets"]), security_groups=tuple(launcher["security_groups"]),
-        image=launcher["image"], role=launcher["role"] or "", s3=launcher["s3"] or str(Path.cwd()),
-        instance_type=launcher["instance_type"] or "local",
-        **{key: launcher[key] for key in (
-            "instance_count", "volume_gib", "spot", "attempts", "max_run_hours", "max_wait_hours", "keep_alive_minutes",
-            "kms_key", "tags", "environment", "allocator", "mlflow_uri", "mlflow_secret")})
+    settings = Settings(**{item.name: launcher[item.name] for item in fields(Settings)} | {
+        "subnets": tuple(launcher["subnets"]), "security_groups": tuple(launcher["security_groups"]),
+        "role": launcher["role"] or "", "s3": launcher["s3"] or str(Path.cwd()),
+        "instance_type": launcher["instance_type"] or "local"})
     disk = launcher["disk_gib"] if _same_machine(overrides) else None
-    inputs = dict(_inputs(run, settings.s3, mode, known, send))
+    inputs = dict(_inputs(run, settings.s3, mode, places))
     asked = request.request(settings, name, sweep, overrides, inputs, disk, plan.get("disk_gib"), first)
     count = settings.instance_count
     hourly = None if price is None or mode == "docker" else price * count
@@ -163,26 +165,21 @@ def _same_machine(overrides: Sequence[str]) -> bool:
     return "hardware.instance_type" not in typed or "hardware.price_usd_hour" in typed
 
 
-def _inputs(run: Config, s3: str, mode: str, known: dict[str, str], send: bool) -> Iterator[tuple[str, str]]:
-    """Channel -> where its folder is. A folder of this machine is made complete in S3 first, once a sweep."""
+def _inputs(run: Config, s3: str, mode: str, places: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Channel -> where its folder is. A folder of this machine is read once a sweep: its content names its place."""
     for key, channel in CHANNELS.items():
         section, _, name = key.partition(".")
         folder = getattr(getattr(run, section), name)
         if not folder or folder.startswith("package:"):
             continue
-        if folder.startswith(storage.SCHEME):
+        if storage.is_remote(folder):
             yield channel, folder
         elif Path(folder).is_dir():  # else a hub id
-            if folder not in known:
-                known[folder] = str(Path(folder).absolute()) if mode == "docker" else _sent(Path(folder), s3, send)
-            yield channel, known[folder]
-
-
-def _sent(folder: Path, s3: str, send: bool) -> str:
-    place = f"{s3.rstrip('/')}/inputs/{folder.absolute().name}-{storage.digest(folder)}"
-    if send:
-        storage.upload(folder, place)
-    return place
+            if folder not in places:
+                path = Path(folder).absolute()
+                places[folder] = str(path) if mode == "docker" else (
+                    f"{s3.rstrip('/')}/inputs/{path.name}-{storage.digest(path)}")
+            yield channel, places[folder]
 
 
 def _elsewhere(path: str) -> bool:
