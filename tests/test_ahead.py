@@ -132,6 +132,19 @@ def test_several_processes_stop_after_the_same_step_although_one_was_asked() -> 
     assert run(asked, idle) == run(idle, asked) == 3
 
 
+@pytest.mark.parametrize("rank, done", [(0, ["saved", "waited"]), (1, ["waited"])])
+def test_no_process_leaves_before_the_first_has_saved(rank: int, done: list[str]) -> None:
+    """A launcher ends the others when one has gone."""
+    events: list[str] = []
+    engine = Engine(rank=rank, wait=lambda: events.append("waited"))
+    save = SimpleNamespace(now=lambda: events.append("saved"))
+    halt = Halt(SimpleNamespace(requested="SIGTERM"), engine, save)  # type: ignore[arg-type]
+    assert halt.due(3)
+    with pytest.raises(Interrupted):
+        halt(SimpleNamespace(step=3))  # type: ignore[arg-type]
+    assert events == done
+
+
 def test_all_hooks_are_asked_even_if_the_first_needs_the_state() -> None:
     asked: list[int] = []
 

@@ -7,13 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from jobs import SHORT, failure, lay_out, steps, weights
 from test_container import BLOG
 
-from dreambooth.container.supervise import PASSED_ON, End, Supervisor
+from dreambooth.container.supervise import PASSED_ON, End, Supervisor, _deliver
 from dreambooth.errors import Interrupted
 
 SLEEPY = "import time; print('up', flush=True); time.sleep(60)"
@@ -84,6 +86,36 @@ def test_a_killed_process_is_told_of() -> None:
 def test_an_exit_code_is_passed_on() -> None:
     assert Supervisor().run([sys.executable, "-c", "raise SystemExit(4)"], {}).code == 4
     assert Supervisor().run([sys.executable, "-c", ""], {}) == End(0, "")
+
+
+def test_a_child_that_an_asked_for_signal_ends_is_interrupted_not_killed(tmp_path: Path) -> None:
+    """It had no time to install a handler: nothing is lost, and it may be started again."""
+    supervisor = Supervisor()
+    supervisor._ask(signal.SIGTERM, None)
+    assert supervisor._end(-signal.SIGTERM, tmp_path).code == Interrupted.exit_code
+    assert supervisor._end(-signal.SIGKILL, tmp_path).code == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize("launcher, told", [(True, "worker"), (False, "launcher")])
+def test_the_processes_of_a_launcher_are_signalled_in_its_place(launcher: bool, told: str, tmp_path: Path) -> None:
+    worker = ("import pathlib, signal, sys, time\n"
+              "def say(*_): pathlib.Path(sys.argv[1], sys.argv[2]).touch(); sys.exit()\n"
+              "signal.signal(signal.SIGTERM, say); pathlib.Path(sys.argv[1], sys.argv[2] + '-ready').touch()\n")
+    start = "import subprocess\nchild = subprocess.Popen([sys.executable, '-c', sys.argv[3], sys.argv[1], 'worker'])\n"
+    parent = subprocess.Popen([sys.executable, "-c", worker + start + "child.wait()", str(tmp_path), "launcher",
+                               worker + "time.sleep(60)"])
+    workers: list[psutil.Process] = []
+    try:
+        while not (tmp_path / "worker-ready").exists():
+            time.sleep(0.02)
+        workers = psutil.Process(parent.pid).children()
+        _deliver(parent.pid, signal.SIGTERM, launcher)
+        parent.wait(30)
+        assert {path.name for path in tmp_path.iterdir() if "ready" not in path.name} == {told}
+    finally:
+        for process in workers:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def test_a_signal_before_the_child_is_not_lost() -> None:

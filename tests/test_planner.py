@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from dreambooth.config import conf_dir
 from dreambooth.efficientnet import efficientnet_lite0
 from dreambooth.encoder_memory import looking
 from dreambooth.encoders import EfficientNet
-from dreambooth.engine import accelerated
+from dreambooth.engine import Engine, accelerated
 from dreambooth.errors import UserError
 from dreambooth.fakes import fake_tensors
 from dreambooth.measures import Evaluate
@@ -30,6 +31,7 @@ from dreambooth.prediction import Prediction
 from dreambooth.recipe import Recipe, resolve
 from dreambooth.runfolder import Result
 from dreambooth.schema import Config
+from dreambooth.setup import assemble
 from dreambooth.signals import Stop
 from dreambooth.storage_trace import MARK, StorageTrace
 from dreambooth.vram import predict, rehearse
@@ -366,6 +368,19 @@ def test_the_choice_of_the_autocast_cache_comes_after_the_engine() -> None:
             seen.append(torch.is_autocast_cache_enabled())
     AcceleratorState._reset_state()
     assert seen == [True, False]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_run_tells_the_engine_whether_to_keep_the_autocast_cache(kept: bool) -> None:
+    class Told(Exception):
+        pass
+
+    def cache_casts(enabled: bool) -> None:
+        raise Told(enabled)
+
+    nothing: Any = None
+    with pytest.raises(Told, match=str(kept)):
+        assemble(small(memory__autocast_cache=kept), Engine(cache_casts=cache_casts), *[nothing] * 4)
 
 
 def test_a_chosen_recipe_travels_between_processes() -> None:
