@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 from PIL import Image
-from speed import CLASS, INSTANCE, ROOT
-from speed_table import SAME_GUIDANCE, written
+from speed import CLASS, INSTANCE
+from speed_table import SAME_GUIDANCE, put
 
 from dreambooth.encoders import open_encoder
 from dreambooth.scoring import Pictures, score
@@ -48,8 +48,7 @@ def main() -> None:
     found = rows(opened(given.work / "photos"), opened(given.work / "peer class images"), ours)
     print("\n".join(found))
     if given.write:
-        page = ROOT / "docs" / "benchmarks.md"
-        page.write_text(written(page.read_text("utf-8"), "class", found), encoding="utf-8")
+        put("class", found)
 
 
 if __name__ == "__main__":

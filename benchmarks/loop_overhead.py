@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from speed import ROOT
-from speed_table import machine, written
+from speed_table import machine, put
 
 from dreambooth.ahead import Ahead
 from dreambooth.config import conf_dir, load
@@ -106,8 +105,7 @@ def main() -> None:
         found = [machine(torch.get_num_threads()), "", *rows(measure(given.steps, Path(folder)))]
     print("\n".join(found))
     if given.write:
-        page = ROOT / "docs" / "benchmarks.md"
-        page.write_text(written(page.read_text("utf-8"), "loop", found), encoding="utf-8")
+        put("loop", found)
 
 
 if __name__ == "__main__":

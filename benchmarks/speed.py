@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from speed_table import CLASSES, SAME_GUIDANCE, Trial, machine, table, text, trials_of, written
+from speed_table import CLASSES, SAME_GUIDANCE, Trial, machine, put, table, text, trials_of
 from watched import watch
 
 HERE = Path(__file__).parent
@@ -172,8 +172,7 @@ def main() -> None:
     rows = [machine(given.threads), "", *table(trials_of(path))]
     print("\n".join(rows))
     if given.write:
-        page = ROOT / "docs" / "benchmarks.md"
-        page.write_text(written(page.read_text("utf-8"), given.model, rows), encoding="utf-8")
+        put(given.model, rows)
 
 
 if __name__ == "__main__":

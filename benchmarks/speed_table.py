@@ -90,6 +90,12 @@ def text(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def put(name: str, rows: list[str]) -> None:
+    """Write rows into section `name` of docs/benchmarks.md."""
+    page = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+    page.write_text(written(page.read_text("utf-8"), name, rows), encoding="utf-8")
+
+
 def written(text: str, name: str, rows: list[str]) -> str:
     """A page with `rows` between the marks of section `name`."""
     begin, end = BEGIN.format(name), END.format(name)

@@ -87,9 +87,9 @@ def test_class_images_are_compared_with_those_of_the_script(speed: ModuleType) -
 def test_a_section_is_replaced_and_nothing_else(speed: ModuleType, page: ModuleType) -> None:
     begin, end = page.BEGIN.format("tiny"), page.END.format("tiny")
     text = f"above\n{begin}old\n{end}below\n"
-    assert speed.written(text, "tiny", ["new"]) == f"above\n{begin}new\n{end}below\n"
+    assert page.written(text, "tiny", ["new"]) == f"above\n{begin}new\n{end}below\n"
     with pytest.raises(SystemExit, match="no section"):
-        speed.written("nothing\n", "tiny", [])
+        page.written("nothing\n", "tiny", [])
 
 
 def test_every_case_of_ours_composes(speed: ModuleType, tmp_path: Path) -> None:
