@@ -1,6 +1,7 @@
 """What a workflow says at its end: which stages failed, in words, with what to do."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ def told(status: str, failures: str) -> Iterator[str]:
 
 def _line(failure: dict[str, Any]) -> str:
     said = str(failure.get("message", ""))
-    code = next((word for word in reversed(said.replace(":", " ").split()) if word.isdecimal()), "")
+    found = re.search(r"exit code (\d+)", said)
+    code = found[1] if found else ""
     return f"{failure.get('displayName', 'a stage')}: {said or 'failed'}" + (
         f" ({MEANING[code]})" if code in MEANING else "")
