@@ -97,7 +97,7 @@ def _validate(words: list[str], space: str, out: Path, supervisor: Supervisor) -
     Raises:
         ConfigError: what is wrong with any of them.
     """
-    trials = Space(space, search_space(space)).trials() if space else [()]
+    trials = Space(space, search_space(space)).without(words).trials() if space else [()]
     problems: list[str] = []
     plans: dict[tuple[str, ...], None] = {}
     for trial in trials:

@@ -35,7 +35,7 @@ def asked(overrides: Sequence[str] = DEFAULT, space: str = "subject", image: str
     """
     config, run_dir = composed(list(overrides))
     resolve(config, run_dir)
-    return Asked(tuple(overrides), Space(space, search_space(space)), config.hardware, image)
+    return Asked(tuple(overrides), Space(space, search_space(space)).without(overrides), config.hardware, image)
 
 
 def shipped() -> Asked:

@@ -31,7 +31,7 @@ def placeholders(part: Any) -> set[str]:
     return {match.strip() for match in PLACEHOLDER.findall(json.dumps(part))}
 
 
-# -- rules ------------------------------------------------------------------------------------------------------------
+# -- rules ---------------------------------------------------------------------------------------------------------
 
 def problems(template: Json) -> Iterator[str]:
     """Dangling references, undeclared and missing parameters, cycles."""
@@ -109,7 +109,7 @@ def _cycle(after: Mapping[str, list[str]]) -> str | None:
     return next(filter(None, (walk(name, ()) for name in after)), None)
 
 
-# -- the runner, which is not Argo --------------------------------------------------------------------------------------
+# -- the runner, which is not Argo ---------------------------------------------------------------------------------
 
 @dataclass
 class Node:
@@ -125,7 +125,7 @@ class Node:
         return self.status == condition
 
 
-Run = Callable[[list[str], Json, Path], tuple[int, str]]  # words, container, the folder behind OUT -> exit code, log
+Run = Callable[[list[str], Json, Path], int]  # words, container, the folder behind OUT -> exit code
 
 
 @dataclass
@@ -196,7 +196,7 @@ class Runner:
             out = self.folder / "out" / f"{label}-{tries}"
             out.mkdir(parents=True)
             out.chmod(0o777)
-            code, log = self.run(words, made, out)
+            code = self.run(words, made, out)
             self.ran.append((part["name"], words, code))
             if code == 0 or not again(part, code, tries):
                 break

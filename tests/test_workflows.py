@@ -24,7 +24,6 @@ from hera.workflows import models as hera
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
 from kubeflow_katib_api.models import V1beta1Experiment
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
@@ -36,6 +35,7 @@ from dreambooth.rendering import components, ending, katib
 from dreambooth.rendering.argo import sweep
 from dreambooth.rendering.asked import TRIAL, Space
 from dreambooth.rendering.files import rendered
+from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "workflows"
@@ -61,7 +61,7 @@ OBJECTS = [pytest.param(one, id=f"{name}: {one['kind']}") for name in FILES for 
 TEMPLATES = [param for param in OBJECTS if param.values[0]["kind"] == "WorkflowTemplate"]
 
 
-# -- rendered is committed ----------------------------------------------------------------------------------------------
+# -- rendered is committed -----------------------------------------------------------------------------------------
 
 def test_the_committed_files_are_what_conf_says() -> None:
     texts = rendered(workflows.shipped())
@@ -92,7 +92,7 @@ def test_an_overlay_is_the_base_rendered_for_that_machine(name: str) -> None:
     assert jsonpatch.JsonPatch(patches.get("dreambooth-sweep", [])).apply(base) == wanted
 
 
-# -- what a controller reads ----------------------------------------------------------------------------------------------
+# -- what a controller reads ---------------------------------------------------------------------------------------
 
 def unread(one: Json) -> list[str]:
     """What the models of hera and Kubeflow, or the schemas of Kubernetes, do not know or would change."""
@@ -172,7 +172,7 @@ def test_a_misspelt_key_anywhere_is_seen(one: Json) -> None:
     assert missed == []
 
 
-# -- Argo's own rules -------------------------------------------------------------------------------------------------
+# -- Argo's own rules ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_argo_finds_every_template_parameter_and_order(template: Json) -> None:
@@ -228,7 +228,7 @@ def test_katib_repeats_lost_pods_and_not_what_would_end_the_same() -> None:
     assert hopeless["onExitCodes"]["values"] == [1, 3, 4, 6]
 
 
-# -- one definition of a search space ---------------------------------------------------------------------------------------
+# -- one definition of a search space ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", SPACES)
 def test_hydra_optuna_argo_and_katib_search_the_same_points(name: str) -> None:
@@ -258,6 +258,12 @@ def test_a_search_space_is_choices_only(tmp_path: Path, monkeypatch: pytest.Monk
         config.search_space("yours")
 
 
+def test_a_key_that_is_typed_is_fixed_as_under_hydras_sweepers() -> None:
+    space = Space("mine", {"train.seed": ("1", "2"), "train.learning_rate": ("1e-06", "2e-06")})
+    assert space.without(["train.seed=5", "hardware=cpu"]).trials() == [
+        ("sweep=mine", "train.learning_rate=1e-06"), ("sweep=mine", "train.learning_rate=2e-06")]
+
+
 def test_a_trial_is_the_run_that_hydras_sweeper_would_make(tmp_path: Path) -> None:
     words = [f"run_root={tmp_path}", "hardware=cpu", "train.max_train_steps=3"]
     with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
@@ -269,7 +275,7 @@ def test_a_trial_is_the_run_that_hydras_sweeper_would_make(tmp_path: Path) -> No
     assert len({alone, trial, longer}) == 3
 
 
-# -- every override in every file --------------------------------------------------------------------------------------------
+# -- every override in every file ----------------------------------------------------------------------------------
 
 def runs() -> Iterator[tuple[str, list[str]]]:
     """Where, and the words of every run that a file would start."""
@@ -321,7 +327,7 @@ def test_every_run_of_every_machine_fits_by_the_planner(name: str, tmp_path: Pat
     assert len(json.loads((tmp_path / "out/trials").read_text("utf-8"))) == len(one.space.trials())
 
 
-# -- a stage -----------------------------------------------------------------------------------------------------------------
+# -- a stage -------------------------------------------------------------------------------------------------------
 
 def run_stage(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dreambooth.stage", name, "--out", str(folder / "out"), *words]
@@ -393,7 +399,7 @@ def test_a_stage_hands_over_to_kubeflow_pipelines(tmp_path: Path) -> None:
     (out / "objective").write_text("0.25", "utf-8")
     (out / "result.json").write_text('{"objective": 0.25, "scores": {"dino": 0.5}}', "utf-8")
     told = {"outputs": {
-        "parameters": {"objective": {"outputFile": f"{tmp_path}/p/objective"}, "run": {"outputFile": f"{tmp_path}/p/r"}},
+        "parameters": {"objective": {"outputFile": f"{tmp_path}/p/objective"}, "run": {"outputFile": "unused"}},
         "artifacts": {"metrics": {"artifacts": [{"name": "metrics", "uri": f"{tmp_path}/metrics"}]}},
         "outputFile": f"{tmp_path}/said.json"}}
     components.hand_over(json.dumps(told), out)

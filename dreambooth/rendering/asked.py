@@ -19,6 +19,11 @@ class Space:
     name: str
     values: Mapping[str, tuple[str, ...]]  # key -> as they are typed
 
+    def without(self, words: Sequence[str]) -> "Space":
+        """The same without the keys that are typed: they are fixed, as under Hydra's sweepers."""
+        typed = {word.partition("=")[0].lstrip("+") for word in words}
+        return Space(self.name, {key: values for key, values in self.values.items() if key not in typed})
+
     def trials(self) -> list[tuple[str, ...]]:
         """The overrides of each run of the grid, in the order of Hydra's basic sweeper."""
         words = [[f"{key}={value}" for value in values] for key, values in self.values.items()]
