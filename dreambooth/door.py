@@ -61,6 +61,14 @@ def with_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
+def taken(key: str) -> str | None:
+    """The value of the last word `key=value`, which Hydra does not get to see: it would look for an option of the group
+    of that name in conf/."""
+    words = [word for word in sys.argv[1:] if word.startswith(f"{key}=")]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word not in words]
+    return words[-1].partition("=")[2].strip("'\"") or None if words else None
+
+
 def _ended(code: int, sentence: str, meant: bool = True) -> None:
     _codes.append(code)
     if folder := os.environ.get(ENDS):

@@ -30,6 +30,7 @@ class Promote(Section):
         require("", {"max_class_similarity": (bound is None or finite(bound, -1, 1), f"from -1 to 1, not {bound}")})
 
 
+_sweep: list[str | None] = []  # the ID that was typed; conf/sweep/ is a group, whose options Hydra would look for
 ConfigStore.instance().store(name="promote_schema", node=Promote, provider="dreambooth")
 
 
@@ -44,6 +45,7 @@ def _job(cfg: DictConfig) -> None:
         ask: Promote = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     except ValueError as error:
         raise UserError(str(error)) from error
+    ask.sweep = next(filter(None, _sweep), ask.sweep)
     if ask.sweep is None:
         raise UserError("the sweep is missing: type sweep=ID, the tag that its runs have in MLflow")
     from dreambooth import promotion
@@ -55,6 +57,7 @@ def _job(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Console script `dreambooth-promote`."""
+    _sweep.append(door.taken("sweep"))
     promote()
     door.leave()
 

@@ -1,6 +1,8 @@
 """Sends a workflow to a cluster: Argo through hera, Kubeflow through its own SDK; what is sent is as rendered."""
 
+import json
 import os
+from contextlib import suppress
 from typing import Any
 
 from dreambooth.errors import UserError
@@ -68,4 +70,8 @@ def _kubeflow(made: dict[str, Any], namespace: str) -> str:
 
 
 def _short(error: Exception) -> str:
+    """What a server said, or the first words of the error."""
+    cause = error.__cause__ if getattr(error, "body", None) is None and error.__cause__ else error
+    with suppress(ValueError, TypeError, KeyError):
+        return str(json.loads(getattr(cause, "body", ""))["message"] or getattr(cause, "reason", ""))
     return " ".join(str(error).split())[:300]
