@@ -80,7 +80,8 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             api["get /api/v1"] << {  # kmock itself calls this group /v1, which kubectl does not know
                 "apiVersion": "v1", "kind": "APIResourceList", "groupVersion": "v1", "resources": [
                     {"name": name.rpartition("/")[2], "kind": kind, "singularName": kind.lower(),
-                     "verbs": sorted(VERBS), "namespaced": namespaced} for name, (kind, namespaced) in RESOURCES.items() if "/" in name]}
+                     "verbs": sorted(VERBS), "namespaced": namespaced}
+                    for name, (kind, namespaced) in RESOURCES.items() if "/" in name]}
             made["api"], made["url"] = api, str(server.url).rstrip("/")
             ready.set()
             while not end.is_set():

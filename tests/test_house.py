@@ -17,7 +17,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dreambooth"
-DOORS = {"train", "generate", "plan", "evaluate", "entrypoint", "promote", "compare"}
+DOORS = {"train", "generate", "plan", "evaluate", "entrypoint", "promote", "compare", "class_images", "stage",
+         "workflows"}
 HEAVY = {"torch", "diffusers", "transformers", "mlflow", "boto3", "accelerate", "PIL", "numpy"}
 BY_NAME = {"import_module", "importlib.import_module", "__import__"}
 CODE = ("dreambooth", "hydra_plugins", "tools")

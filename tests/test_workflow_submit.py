@@ -16,7 +16,7 @@ from kubernetes_api import Cluster, cluster, find_kubectl
 from dreambooth import workflows
 from dreambooth.rendering import argo, katib, trainjob
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.container  # kubectl is installed where there is none
 
 FOLDER = Path(__file__).parents[1] / "workflows"
 
