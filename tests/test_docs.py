@@ -28,7 +28,8 @@ TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE = (["python", "-m", f"dreambooth.{door}
                                             for door in ("train", "generate", "evaluate", "plan", "promote"))
 # What doors that compose no run read.
 ASKED = {"generate": generate.Generate, "evaluate": evaluate.Ask, "promote": promote.Promote}
-OTHER = {". .venv/bin/activate", "nvidia-smi", "pip install -c constraints.txt -e '.[cuda]'"}  # looked at by a person
+OTHER = {". .venv/bin/activate", "nvidia-smi", "pip install -c constraints.txt -e '.[cuda]'",
+         "pip install 'dreambooth[sweep]'"}  # looked at by a person
 FLAGS = {"--help": 1, "--cfg": 2, "--info": 2, "-m": 1}  # of Hydra, with the words that each takes
 CARD = Machine("a card", 24.0, 8.6)  # what `hardware=local` finds where a document says "with a CUDA card"
 NO_KEYS = {"PYTHON", "VENV", "PORT", "CUDA"}  # of make and of the image's build
@@ -57,7 +58,8 @@ def overrides(words: list[str]) -> Iterator[list[str]]:
         del words[flags[0]:flags[0] + FLAGS[words[flags[0]]]]
     assert not [word for word in words if word.startswith("-")], "a flag that this test does not know"
     parsed = OverridesParser.create().parse_overrides(words)
-    assert sweep == any(item.is_sweep_override() or item.key_or_group == "sweep" for item in parsed), "-m and comma-separated values go together"
+    swept = any(item.is_sweep_override() or item.key_or_group == "sweep" for item in parsed)
+    assert sweep == swept, "-m and comma-separated values go together"
     yield from map(list, itertools.product(*(
         [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
         if item.is_sweep_override() else [str(item.input_line)] for item in parsed)))
@@ -110,9 +112,9 @@ def test_a_command_is_real(command: str) -> None:
         assert storage.parser().parse_args(words[3:]).uri.startswith("s3://")
         return
     assert words[:3] in (TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE), "no make, no door, not on the list of others"
+    if words[:3] == PROMOTE:  # the door takes this word before Hydra
+        words = [word for word in words if not word.startswith("sweep=")]
     for asked in overrides(words[3:]):
-        if words[:3] == PROMOTE:  # the door takes this word before Hydra
-            asked = [word for word in asked if not word.startswith("sweep=")]
         if words[:3] in (GENERATE, EVALUATE, PROMOTE):
             door = words[2].removeprefix("dreambooth.")
             assert isinstance(OmegaConf.to_object(composed(door, asked)), ASKED[door])
@@ -144,7 +146,8 @@ def in_code(page: Path) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_a_key_in_a_document_exists(page: Path) -> None:
     known = keys().union(*(vars(ask()) for ask in ASKED.values())) | NO_KEYS | {"experiment", "group", "section.key"}
-    known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf())} | {"hydra.sweeper.storage", "hydra.sweeper.n_trials"}
+    known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf())} 
+    known |= {"hydra.sweeper.storage", "hydra.sweeper.n_trials", "image", "overrides"}  # the last two: of Argo
     said = set(re.findall(r"(?<![\w./-])([A-Za-z_]\w*(?:\.\w+)*)=", in_code(page)))
     sections = "|".join(key for key in keys() if "." not in key)
     dotted = set(re.findall(rf"(?m)^((?:{sections})\.[a-z]\w*)$", in_code(page)))
