@@ -13,6 +13,7 @@ from typing import Any
 from dreambooth import files
 from dreambooth.errors import UserError
 
+MADE_AS = {"Output": "trials"}  # an output's name in the pipeline -> the file of the stage, where they differ
 MOUNTED = {"gs://": "/gcs/", "s3://": "/s3/", "minio://": "/minio/"}  # where the launcher sees object stores
 PAGE = '<!doctype html><title>dreambooth</title><img alt="contact sheet" src="data:image/png;base64,{picture}">'
 
@@ -28,10 +29,11 @@ def hand_over(executor_input: str, out: Path) -> None:
     except ValueError as error:
         raise UserError("--kfp takes the executor input of Kubeflow Pipelines: type '{{$}}' in the pipeline") from error
     for name, told in outputs.get("parameters", {}).items():
-        if (out / name).is_file():
+        made = out / MADE_AS.get(name, name)
+        if made.is_file():
             target = Path(told["outputFile"])
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(out / name, target)
+            shutil.copyfile(made, target)
     said = {name: {"artifacts": [_artifact(name, artifact, out) for artifact in told["artifacts"]]}
             for name, told in outputs.get("artifacts", {}).items()}
     if said and outputs.get("outputFile"):

@@ -15,10 +15,12 @@ WORKSPACE = "{{$.workspace_path}}"
 RETRY = {"maxRetryCount": 2, "backoffDuration": "30s", "backoffFactor": 2.0, "backoffMaxDuration": "3600s"}
 RUN_ID = "{{$.pipeline_job_uuid}}"
 TEXT, LIST, NUMBER = "STRING", "LIST", "NUMBER_DOUBLE"
-ITEM = "trial"
+LISTED = "Output"  # the list of trials: kfp's local runner fans out over an output of this name only
+TRIALS = f"pipelinechannel--validate-{LISTED}"  # the compiler's name for it
+ITEM = f"{TRIALS}-loop-item"
 # stage -> (input parameters, output parameters, output artifacts, words after the stage's name)
 STAGES: dict[str, tuple[dict[str, str], dict[str, str], dict[str, str], list[str]]] = {
-    "validate": ({"overrides": TEXT, "sweep": TEXT}, {"trials": LIST}, {},
+    "validate": ({"overrides": TEXT, "sweep": TEXT}, {LISTED: LIST}, {},
                  ["--words", "overrides", "--space", "sweep"]),
     "class-images": ({"overrides": TEXT}, {}, {}, ["--words", "overrides"]),
     "train": ({"overrides": TEXT, "trial": TEXT}, {"run": TEXT, "objective": NUMBER},
@@ -40,7 +42,8 @@ def pipeline(asked: Asked) -> list[dict[str, Any]]:
                 "validate": _task("validate", {"overrides": "overrides", "sweep": "sweep"}),
                 "class-images": _task("class-images", {"overrides": "overrides"}, after=["validate"]),
                 "trials": _fan_out(),
-                "promote": _task("promote", {}, after=["trials"])}},
+                "promote": _task("promote", {}, after=["trials"]) | {  # also if some failed
+                    "triggerPolicy": {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}}}},
             "inputDefinitions": {"parameters": {
                 name: {"parameterType": TEXT, "defaultValue": value, "isOptional": True} for name, value in {
                     "overrides": asked.typed, "sweep": asked.space.name, "evaluate": ""}.items()}}},
@@ -55,9 +58,9 @@ def _fan_out() -> dict[str, Any]:
         "componentRef": {"name": "comp-trials"}, "dependentTasks": ["class-images", "validate"],
         "inputs": {"parameters": {
             "overrides": {"componentInputParameter": "overrides"}, "evaluate": {"componentInputParameter": "evaluate"},
-            "trials": {"taskOutputParameter": {"producerTask": "validate", "outputParameterKey": "trials"}}}},
+            TRIALS: {"taskOutputParameter": {"producerTask": "validate", "outputParameterKey": LISTED}}}},
         "iteratorPolicy": {"parallelismLimit": 4},
-        "parameterIterator": {"itemInput": ITEM, "items": {"inputParameter": "trials"}},
+        "parameterIterator": {"itemInput": ITEM, "items": {"inputParameter": TRIALS}},
         "taskInfo": {"name": "trials"}}
 
 
@@ -67,7 +70,7 @@ def _trial() -> dict[str, Any]:
     tasks["evaluate"]["inputs"]["parameters"]["run"] = {
         "taskOutputParameter": {"producerTask": "train", "outputParameterKey": "run"}}
     return {"dag": {"tasks": tasks}, "inputDefinitions": {"parameters": {
-        "overrides": {"parameterType": TEXT}, "evaluate": {"parameterType": TEXT}, "trials": {"parameterType": LIST},
+        "overrides": {"parameterType": TEXT}, "evaluate": {"parameterType": TEXT}, TRIALS: {"parameterType": LIST},
         ITEM: {"parameterType": TEXT}}}}
 
 
