@@ -102,5 +102,9 @@ def test_the_kubeflow_pipeline_runs_in_containers_and_ends_in_a_champion(
                if '"artifacts"' in path.read_text("utf-8")]
     metadata = [entry["metadata"] for one in outputs for key, found in one["artifacts"].items()
                 for entry in found["artifacts"] if key in ("metrics", "model")]
+    measured = [found["artifacts"][0]["metadata"] for one in outputs for key, found in one["artifacts"].items()
+                if key == "measures"]
+    assert len(measured) == 2
+    assert all("subject_similarity_efficientnet_lite0" in one for one in measured)
     assert min(one["objective"] for one in metadata) == pytest.approx(said["objective"])
     assert any("data:image/png" in path.read_text("utf-8") for path in (tmp_path / "root").rglob("contact_sheet"))

@@ -32,7 +32,7 @@ from dreambooth.entrypoint import composed
 from dreambooth.errors import UserError
 from dreambooth.recipe import resolve
 from dreambooth.rendering import components, ending, katib
-from dreambooth.rendering.argo import sweep
+from dreambooth.rendering.argo import sweep, train
 from dreambooth.rendering.asked import TRIAL, Space
 from dreambooth.rendering.files import rendered
 from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
@@ -211,12 +211,13 @@ def test_the_rules_see_what_argo_would_refuse(path: str, value: Any, said: str) 
     assert said in "\n".join(argo.problems(changed(template, path, value)))
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("render", [train, sweep])
 @pytest.mark.parametrize("code, status, repeats", [
     (0, "Failed", False), (1, "Failed", False), (3, "Failed", False), (4, "Failed", False), (6, "Failed", False),
     (5, "Failed", True), (143, "Failed", True), (-1, "Error", True)])
-def test_only_what_was_interrupted_or_lost_is_repeated(template: Json, code: int, status: str, repeats: bool) -> None:
-    parts = [part for part in template["spec"]["templates"] if "container" in part and part["name"] != "ended"]
+def test_only_what_was_interrupted_or_lost_is_repeated(render: Any, code: int, status: str, repeats: bool) -> None:
+    templates = render(workflows.asked())["spec"]["templates"]
+    parts = [part for part in templates if "container" in part and part["name"] != "ended"]
     assert {argo.again(part, code, 0, status) for part in parts} == {repeats}
     assert not any(argo.again(part, 5, 5) for part in parts)
 
@@ -279,8 +280,7 @@ def test_a_trial_is_the_run_that_hydras_sweeper_would_make(tmp_path: Path) -> No
 
 def runs() -> Iterator[tuple[str, list[str]]]:
     """Where, and the words of every run that a file would start."""
-    shipped = workflows.shipped()
-    for name, one in {"base": shipped, **shipped.machines}.items():
+    for name, one in workflows.shipped().machines.items():  # g4dn is the base
         for number, trial in enumerate([(), *one.space.trials()]):
             yield f"{name} {number}", [*one.overrides, "run_root=/runs", *trial]
     for name in ("trainjob", "trainjob-4gpu"):
@@ -352,6 +352,11 @@ def test_a_stage_says_what_is_wrong_with_its_words(tmp_path: Path, words: list[s
     told = run_stage(tmp_path, "validate", *words)
     assert (told.returncode in (1, 2), "Traceback" in told.stderr) == (True, False)
     assert said in told.stderr
+
+
+def test_a_stage_ends_with_the_code_of_its_door(tmp_path: Path) -> None:
+    told = run_stage(tmp_path, "evaluate", "run=nowhere")
+    assert (told.returncode, "there is no run in nowhere" in told.stderr) == (1, True)
 
 
 def test_typed_words_beat_what_a_workflow_adds() -> None:

@@ -59,6 +59,12 @@ def _metrics(target: Path, out: Path) -> dict[str, float]:
     return {"objective": result["objective"], **result.get("scores", {})}
 
 
+def _measures(target: Path, out: Path) -> dict[str, float]:
+    """What an evaluation says of the exported weights, the last that it looked at."""
+    steps: dict[str, dict[str, float]] = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["steps"]
+    return steps[max(steps, key=int)]
+
+
 def _sheet(target: Path, out: Path) -> None:
     """The contact sheet as a page that the UI shows."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,4 +80,4 @@ def _model(target: Path, out: Path) -> dict[str, Any]:
     return {key: value for key, value in promoted.items() if isinstance(value, str | int | float)}
 
 
-WRITERS = {"metrics": _metrics, "contact_sheet": _sheet, "model": _model}
+WRITERS = {"metrics": _metrics, "measures": _measures, "contact_sheet": _sheet, "model": _model}

@@ -26,7 +26,7 @@ STAGES: dict[str, tuple[dict[str, str], dict[str, str], dict[str, str], list[str
     "train": ({"overrides": TEXT, "trial": TEXT}, {"run": TEXT, "objective": NUMBER},
               {"metrics": "system.Metrics", "contact_sheet": "system.HTML"},
               ["--words", "overrides", "--trial", "trial", f"tracking.sweep={RUN_ID}"]),
-    "evaluate": ({"evaluate": TEXT, "run": TEXT}, {}, {"metrics": "system.Metrics"},
+    "evaluate": ({"evaluate": TEXT, "run": TEXT}, {}, {"measures": "system.Metrics"},
                  ["--words", "evaluate", "run=run"]),
     "promote": ({}, {}, {"model": "system.Model"}, [f"sweep={RUN_ID}"]),
 }
