@@ -229,6 +229,24 @@ def test_katib_repeats_lost_pods_and_not_what_would_end_the_same() -> None:
     assert hopeless["onExitCodes"]["values"] == [1, 3, 4, 6]
 
 
+def test_a_trials_words_survive_katibs_own_shell(tmp_path: Path) -> None:
+    """Its webhook joins command and args by spaces, after `sh -c` where a command does not begin so, and redirects."""
+    experiment = katib.experiment(workflows.asked())
+    [container] = experiment["spec"]["trialTemplate"]["trialSpec"]["spec"]["template"]["spec"]["containers"]
+    words = [*container["command"], *container["args"]]
+    shell, words = (words[:2], words[2:]) if words[:2] == ["sh", "-c"] else (["sh", "-c"], words)
+    (tmp_path / "python").write_text('#!/bin/sh\nfor word; do echo "$word"; done\n', "utf-8")
+    (tmp_path / "python").chmod(0o755)
+    script = " ".join([*words, f"1>{tmp_path}/metrics.log 2>&1", "&&", "echo completed"])
+    ran = subprocess.run([*shell, script], capture_output=True, text=True, check=False,
+                         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert (ran.returncode, ran.stdout) == (0, "completed\n"), ran.stderr
+    seen = (tmp_path / "metrics.log").read_text("utf-8").splitlines()
+    assert seen[:2] == ["-m", "dreambooth.train"]
+    assert {"dataset.instance_prompt=a photo of a zwx dog", TRIAL,
+            "train.learning_rate=${trialParameters.learning_rate}"} <= set(seen)
+
+
 # -- one definition of a search space ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", SPACES)
@@ -288,7 +306,8 @@ def runs() -> Iterator[tuple[str, list[str]]]:
         yield name, [word for word in job["spec"]["trainer"]["args"] if word not in ("-m", "dreambooth.train")]
     [experiment] = documents("kubeflow/katib-experiment.yaml")
     spec = experiment["spec"]
-    args = spec["trialTemplate"]["trialSpec"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    [script] = spec["trialTemplate"]["trialSpec"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    args = shlex.split(script)[3:]
     lists = {one["name"]: one["feasibleSpace"]["list"] for one in spec["parameters"]}
     references = {one["name"]: one["reference"] for one in spec["trialTemplate"]["trialParameters"]}
     for number, chosen in enumerate(itertools.product(*lists.values())):

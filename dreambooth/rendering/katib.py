@@ -1,5 +1,6 @@
 """Katib: a search space as an Experiment whose trials are Jobs; the objective is read from what a run prints."""
 
+import shlex
 from typing import Any
 
 from dreambooth.errors import Diverged, DoesNotFit, OutOfMemory, UserError
@@ -50,7 +51,9 @@ def _trial(asked: Asked, names: dict[str, str]) -> dict[str, Any]:
     chosen = [f"{key}=${{trialParameters.{name.replace('-', '_')}}}" for key, name in names.items()]
     words = [*run_words(asked, pods.RUNS), TRIAL, f"sweep={asked.space.name}",
              f"tracking.sweep=katib-{asked.space.name}", *chosen]
-    container = pods.container(asked.image, ["python", "-m", "dreambooth.train"], words)
+    # Katib puts the words of a command in a row for a shell of its own, as they are: a prompt would fall apart, and
+    # ${...} be the shell's. A command that is a shell's already it leaves in one piece, and only adds to its end.
+    container = pods.container(asked.image, ["sh", "-c"], [shlex.join(["python", "-m", "dreambooth.train", *words])])
     return {
         "apiVersion": "batch/v1", "kind": "Job",
         "spec": {
