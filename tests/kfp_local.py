@@ -11,13 +11,17 @@ from pathlib import Path
 import yaml
 from google.protobuf import json_format
 from kfp import components, local
+from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 
 def main() -> None:
     pipeline, image, folder = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     spec, platform = yaml.safe_load_all(pipeline.read_text("utf-8"))
-    json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())  # an unknown key is an error
+    json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())  # an unknown key is an error, here and below
+    json_format.ParseDict(platform, pipeline_spec_pb2.PlatformSpec())
+    for executor in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+        json_format.ParseDict(executor, kubernetes_executor_config_pb2.KubernetesExecutorConfig())
     for executor in spec["deploymentSpec"]["executors"].values():
         executor["container"]["image"] = image
         executor["container"].pop("resources", None)  # no card here

@@ -17,7 +17,7 @@ from image import Image
 pytestmark = pytest.mark.container
 
 FOLDER = Path(__file__).parents[1] / "workflows"
-KFP = ["kfp>=2.17,<2.18", "docker>=7,<8"]
+KFP = ["kfp>=2.17,<2.18", "kfp-kubernetes>=2.17,<2.18", "docker>=7,<8"]
 # Two trials of the tiny space, for what is typed is fixed: the weights of the prior.
 SHORT = ("hardware=cpu train.max_train_steps=2 train.learning_rate=3e-4 train.train_text_encoder=true "
          "prior.num_class_images=4 prior.num_inference_steps=2 sample.num_inference_steps=2 sample.images_per_prompt=1 "

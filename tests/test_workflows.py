@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hera.workflows import models as hera
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from jobs import steps
 from kubeflow_katib_api.models import V1beta1Experiment
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
@@ -405,6 +407,28 @@ def test_a_stage_trains_what_class_images_prepared_and_hands_over_results(tmp_pa
     assert (name, float(value)) == ("objective", pytest.approx(result["objective"], rel=1e-5))
     failed = run_stage(tmp_path, "train", "--words", text, "--trial", "train.seed=-1", root)
     assert (failed.returncode, "train.seed must be from 0" in failed.stderr) == (1, True)
+
+
+@pytest.mark.slow
+def test_a_preempted_stage_saves_ends_with_5_and_goes_on(tmp_path: Path) -> None:
+    """As when a node is taken away: SIGTERM to the stage, which passes it on."""
+    root = tmp_path / "checkpoints"  # where `steps` looks
+    command = [sys.executable, "-m", "dreambooth.stage", "train", "--out", str(tmp_path / "out"), f"run_root={root}",
+               "--words", "hardware=cpu prior.with_prior_preservation=false train.train_batch_size=1 tracking=none "
+               "evaluate.encoder=none sample.every=null train.max_train_steps=40", "--trial", "train.seed=3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+        until = time.monotonic() + 120
+        while steps(tmp_path) < 2:
+            assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text("utf-8")
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 5, (tmp_path / "log").read_text("utf-8")
+    assert "SIGTERM: stopped and saved after step" in (tmp_path / "log").read_text("utf-8")
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "going on after step" in again.stdout
 
 
 def test_the_end_says_what_failed_and_what_to_do() -> None:
