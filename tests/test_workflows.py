@@ -33,7 +33,7 @@ from dreambooth import config, stage, workflows
 from dreambooth.entrypoint import composed
 from dreambooth.errors import UserError
 from dreambooth.recipe import resolve
-from dreambooth.rendering import components, ending, katib
+from dreambooth.rendering import components, ending, katib, trainjob
 from dreambooth.rendering.argo import sweep, train
 from dreambooth.rendering.asked import TRIAL, Space
 from dreambooth.rendering.files import rendered
@@ -83,6 +83,31 @@ def test_check_names_the_file_that_was_changed(tmp_path: Path, capfd: pytest.Cap
     assert end.value.code == 1
     assert capfd.readouterr().err == ("dreambooth: not what conf/ says: base/volume.yaml: "
                                       "type python -m dreambooth.workflows render\n")
+
+
+@pytest.mark.parametrize("words, said", [
+    (["hardware=nope"], "Could not find 'hardware/nope'"),
+    (["hardware=g4dn", "precision=bf16"], "type precision=fp16"),
+    (["--space", "none", "hardware=cpu"], "there is no search space none"),
+    (["hardware=cpu", "train.learning_rate=-1"], "train.learning_rate must be above 0"),
+])
+def test_render_says_what_is_wrong_and_writes_nothing(tmp_path: Path, words: list[str], said: str) -> None:
+    told = subprocess.run([sys.executable, "-m", "dreambooth.workflows", "render", "--to", str(tmp_path / "w"), *words],
+                          capture_output=True, text=True, check=False)
+    assert (told.returncode, "Traceback" in told.stderr) == (1, False), told.stderr
+    assert said in told.stderr
+    assert not (tmp_path / "w").exists()
+
+
+def test_render_writes_files_of_your_own_overrides(tmp_path: Path) -> None:
+    texts = rendered(workflows.asked(["hardware=cpu", "train.max_train_steps=5"], "tiny", "mine:1"))
+    assert "kubeflow/trainjob-4gpu.yaml" not in texts  # no machine with several cards is known for it
+    assert all("mine:1" in texts[f"kubeflow/{name}.yaml"] for name in ("trainjob", "katib-experiment", "pipeline"))
+    [template] = yaml.safe_load_all(texts["argo/dreambooth-sweep.yaml"])
+    assert list(argo.problems(template)) == []
+    assert "max-train-steps" not in texts["kubeflow/katib-experiment.yaml"]  # fixed by what was typed
+    with pytest.raises(UserError, match="no machine with several cards is known for hardware=cpu"):
+        trainjob.multi(workflows.asked(["hardware=cpu"], "tiny"))
 
 
 @pytest.mark.parametrize("name", ["g4dn", "g5", "cpu"])

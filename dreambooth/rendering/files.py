@@ -39,7 +39,7 @@ def rendered(asked: Asked) -> dict[str, str]:
         **{f"overlays/{name}/kustomization.yaml": [cluster.overlay(asked, other)]
            for name, other in asked.machines.items()},
         "kubeflow/trainjob.yaml": [trainjob.single(asked)],
-        "kubeflow/trainjob-4gpu.yaml": [trainjob.multi(asked)],
+        **({"kubeflow/trainjob-4gpu.yaml": [trainjob.multi(asked)]} if asked.hardware.name in trainjob.LARGER else {}),
         "kubeflow/katib-experiment.yaml": [katib.experiment(asked)],
         "kubeflow/pipeline.yaml": pipeline.pipeline(asked),
     }

@@ -6,6 +6,7 @@ The runtime `torch-distributed` sets PET_* in the environment; torchrun reads th
 from dataclasses import replace
 from typing import Any
 
+from dreambooth.errors import UserError
 from dreambooth.rendering import pods
 from dreambooth.rendering.asked import Asked, run_words
 
@@ -22,7 +23,14 @@ def single(asked: Asked) -> dict[str, Any]:
 
 
 def multi(asked: Asked) -> dict[str, Any]:
-    """A run on the larger machine of the same family, a process a card."""
+    """A run on the larger machine of the same family, a process a card.
+
+    Raises:
+        UserError: no larger one is known.
+    """
+    if asked.hardware.name not in LARGER:
+        raise UserError(f"no machine with several cards is known for hardware={asked.hardware.name}: type hardware= "
+                        f"one of {', '.join(LARGER)}")
     size, cards, memory = LARGER[asked.hardware.name]
     nodes = dict.fromkeys(asked.hardware.node_selector, f"{asked.hardware.name}.{size}")
     larger = replace(asked, hardware=replace(asked.hardware, node_selector=nodes, host_ram_gib=memory))
