@@ -304,6 +304,25 @@ def test_a_search_space_is_choices_only(tmp_path: Path, monkeypatch: pytest.Monk
         config.search_space("yours")
 
 
+@pytest.mark.slow
+def test_optuna_searches_a_space_and_the_best_is_promoted(tmp_path: Path) -> None:
+    words = ["sweep=tiny", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=0",
+             "train.max_train_steps=1", "train.train_batch_size=1", "prior.num_class_images=2",
+             "prior.num_inference_steps=1", "sample.every=null", "sample.num_inference_steps=1",
+             "evaluate.images_per_prompt=1", "evaluate.class_images=2", "tracking.sweep=mine", "hardware=cpu",
+             f"run_root={tmp_path}"]
+    ran = subprocess.run([sys.executable, "-m", "dreambooth.train", "-m", *words], capture_output=True, text=True,
+                         check=False, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stderr
+    best = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text("utf-8"))
+    assert set(best["best_params"]) == {"train.learning_rate", "prior.prior_loss_weight", "train.train_text_encoder"}
+    told = subprocess.run([sys.executable, "-m", "dreambooth.promote", "sweep=mine", f"run_root={tmp_path}"],
+                          capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    promoted = json.loads((tmp_path / "promoted.json").read_text("utf-8"))
+    assert promoted["objective"] == pytest.approx(best["best_value"])
+
+
 def test_a_key_that_is_typed_is_fixed_as_under_hydras_sweepers() -> None:
     space = Space("mine", {"train.seed": ("1", "2"), "train.learning_rate": ("1e-06", "2e-06")})
     assert space.without(["train.seed=5", "hardware=cpu"]).trials() == [
