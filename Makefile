@@ -59,10 +59,11 @@ mlflow-ui: $(STAMP)  ## every run side by side in a browser (PORT=5000)
 	@echo "(the runs side by side; Ctrl-C ends it)"
 	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --port $(PORT) --workers 1
 
-proof: $(STAMP)  ## measure what takes long, and write docs/proof.md
+proof: $(STAMP)  ## measure what takes long, and write docs/proof.md and docs/proof-sweeps.md
 	@$(BIN)/python -m tools.proof
 	@$(BIN)/python -m tools.proof.s3
 	@$(BIN)/python -m tools.proof.image
+	@$(BIN)/python -m tools.proof.sweeps
 
 tiny-base: $(STAMP)  ## train the shipped base again (hours; needs npm)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[base]'

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth import prompts
-from dreambooth.errors import ConfigError
+from dreambooth.errors import ConfigError, UserError
 from dreambooth.files import weights_digest
 from dreambooth.packaged import asset
 from dreambooth.photos import fingerprint
@@ -53,6 +54,26 @@ def load(cfg: DictConfig) -> Config:
     if problems:
         raise ConfigError(*problems)
     return Config(**sections)
+
+
+def search_space(name: str) -> dict[str, tuple[str, ...]]:
+    """conf/sweep/NAME.yaml as key -> its values, each as Hydra's own sweeper would type it.
+
+    Raises:
+        UserError: there is no such file, or it says anything but choice(...): the end of a range belongs to it for
+            Optuna and not for the basic sweeper, which does not know an interval at all.
+    """
+    file = conf_dir() / "sweep" / f"{name}.yaml"
+    if not file.is_file():
+        options = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
+        raise UserError(f"there is no search space {name}: type sweep= one of {options}")
+    found = {}
+    for key, text in (OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params") or {}).items():
+        override = OverridesParser.create().parse_override(f"{key}={text}")
+        if not override.is_choice_sweep():
+            raise UserError(f"sweep={name} has {key}: {text}: type choice(...) there, which every sweeper understands")
+        found[str(key)] = tuple(value for value in override.sweep_string_iterator())
+    return found
 
 
 def typed_password(cfg: DictConfig) -> bool:

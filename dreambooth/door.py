@@ -1,5 +1,6 @@
 """What every door does with how a run ends: one sentence on stderr, the exit code, never a lost traceback."""
 
+import argparse
 import atexit
 import json
 import math
@@ -49,6 +50,23 @@ def attempt(job: Callable[[], float | None], sweep: bool) -> float | None:
 def fault(error: Exception) -> str:
     """An internal fault in a sentence, for whoever does not see its traceback."""
     return f"a fault of dreambooth, the log has its traceback: {type(error).__name__}: {error}"
+
+
+def with_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Options, and as `overrides` the words key=value among them, wherever they stand."""
+    options, words = parser.parse_known_args()
+    if wrong := [word for word in words if "=" not in word or word.startswith("-")]:
+        parser.error(f"{wrong[0]} is neither an option nor KEY=VALUE")
+    options.overrides = words
+    return options
+
+
+def taken(key: str) -> str | None:
+    """The value of the last word `key=value`, which Hydra does not get to see: it would look for an option of the group
+    of that name in conf/."""
+    words = [word for word in sys.argv[1:] if word.startswith(f"{key}=")]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word not in words]
+    return words[-1].partition("=")[2].strip("'\"") or None if words else None
 
 
 def _ended(code: int, sentence: str, meant: bool = True) -> None:

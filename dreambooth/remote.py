@@ -43,8 +43,11 @@ def local(path: str | None, cache: str = "runs/s3") -> str | None:
     return str(storage.download(str(path), Path(cache), Console(quiet=not first()), complete=True))
 
 
-def fetched(config: Config, run_dir: Path) -> Config:
+def fetched(config: Config, run_dir: Path | None) -> Config:
     """The config with local folders for everything that it reads from s3://.
+
+    Args:
+        run_dir: where to remember what that was; None: nowhere.
 
     Raises:
         UserError: it cannot be had, or is not what this run folder began with.
@@ -61,7 +64,7 @@ def fetched(config: Config, run_dir: Path) -> Config:
             found[f"{section}.{key}={getattr(part, key)}"] = folder.name
             inner = folder / "model"  # of a run's result
             setattr(part, key, str(inner if section == "model" and inner.is_dir() else folder))
-    if found:
+    if found and run_dir:
         _remember(found, run_dir, config.checkpoint.resume)
     return config
 

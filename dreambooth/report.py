@@ -1,6 +1,7 @@
 """The words around a run: the plan before it, the summary after it."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from dreambooth.measures import HIGHER_IS_BETTER
 from dreambooth.recipe import Recipe
@@ -53,6 +54,15 @@ def measures(scores: Mapping[str, float], base: Mapping[str, float], recipe: Rec
     better = {name: "higher" if HIGHER_IS_BETTER[role] else "lower" for name, role in recipe.measured.items()}
     return {name: f"{value:.3f}  base {base[name]:.3f}, {better[name]} is better" if name in base else f"{value:.3f}"
             for name, value in scores.items() if name in better}
+
+
+def promoted(told: Mapping[str, Any]) -> str:
+    """What a promotion did, in a sentence."""
+    measure = told["class_similarity"]
+    seen = f", {measure['name']} {measure['value']:.3f}" if measure else ", class_similarity not measured"
+    instead = f" instead of version {told['replaced']}" if told["replaced"] else ""
+    return (f"{told['name']} version {told['version']} is {told['alias']}{instead}: {told['run']}, "
+            f"{told['objective_name']} {told['objective']:.4f}{seen}. Load it as {told['model_uri']}")
 
 
 def _short(path: str) -> str:

@@ -1,6 +1,7 @@
 """Assembles a run: base model, class images, photos, batches, state. Each part is made by its own module."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,12 +9,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dreambooth import latents as kept
-from dreambooth import memory, model, prior, sampling
+from dreambooth import memory, model, oom, prior, sampling
 from dreambooth.choices import EmaDevice
 from dreambooth.console import Console
 from dreambooth.data import Batches, Concept, Latents
 from dreambooth.ema import Ema
-from dreambooth.engine import Engine
+from dreambooth.engine import Engine, accelerated
 from dreambooth.errors import UserError
 from dreambooth.evaluation import Judge
 from dreambooth.idle import Idle
@@ -74,6 +75,25 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         denoiser = model.prepare(parts, recipe)
         state = _state(recipe, denoiser, accelerator)
     return Setup(parts, photos, batches, objective, state, denoiser, pipeline, judge, idle)
+
+
+def class_images_alone(recipe: Recipe, stop: Stop) -> None:
+    """Make the class images that a run will look for and nothing else; the base is not loaded if none is missing."""
+    console = Console()
+    if not recipe.with_prior:
+        console.say("no class images: prior preservation is off")
+        return
+    images = prior.find(recipe)
+    if not images.missing:
+        console.say(f"{images} in {images.folder}")
+        return
+    model.import_libraries()
+    engine, _ = accelerated(recipe.device, recipe.precision.dtype)
+    meter = Meter(engine.device, partial(oom.advice, recipe=recipe))
+    with meter.phase("load"):
+        pipeline = sampling.build_pipeline(model.load(recipe, engine.device))
+    with meter.phase("class_images"):
+        _class_images(recipe, pipeline, engine, console, stop)
 
 
 def _check_processes(recipe: Recipe, engine: Engine) -> None:

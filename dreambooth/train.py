@@ -1,6 +1,7 @@
 """The door `python -m dreambooth.train`: composes a run with Hydra and trains it. Nothing heavy is imported here."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
 
             result = execute(recipe, stop)
             keep(result)
+            if remote.first() and not sys.stdout.isatty():  # for Katib, which reads a trial's log
+                print(f"objective={result.objective:.6g}", flush=True)
             return result.objective
     finally:
         discard_if_unused(run_dir)

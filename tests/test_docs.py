@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from dreambooth import errors, evaluate, generate, storage  # the doors register the schemas of conf/<door>.yaml
+from dreambooth import errors, evaluate, generate, promote, storage, workflows  # doors register schemas
 from dreambooth.choices import Device
 from dreambooth.config import conf_dir, load
 from dreambooth.machine import Machine
@@ -24,10 +24,12 @@ from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncherConf
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
-TRAIN, GENERATE, EVALUATE, PLAN = (["python", "-m", f"dreambooth.{door}"]
-                                   for door in ("train", "generate", "evaluate", "plan"))
-ASKED = {"generate": generate.Generate, "evaluate": evaluate.Ask}  # what doors that compose no run read
-OTHER = {". .venv/bin/activate", "nvidia-smi", "pip install -c constraints.txt -e '.[cuda]'"}  # looked at by a person
+TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE = (["python", "-m", f"dreambooth.{door}"]
+                                            for door in ("train", "generate", "evaluate", "plan", "promote"))
+# What doors that compose no run read.
+ASKED = {"generate": generate.Generate, "evaluate": evaluate.Ask, "promote": promote.Promote}
+OTHER = {". .venv/bin/activate", "nvidia-smi", "pip install -c constraints.txt -e '.[cuda]'",
+         "pip install 'dreambooth[sweep]'"}  # looked at by a person
 FLAGS = {"--help": 1, "--cfg": 2, "--info": 2, "-m": 1}  # of Hydra, with the words that each takes
 CARD = Machine("a card", 24.0, 8.6)  # what `hardware=local` finds where a document says "with a CUDA card"
 NO_KEYS = {"PYTHON", "VENV", "PORT", "CUDA"}  # of make and of the image's build
@@ -56,7 +58,8 @@ def overrides(words: list[str]) -> Iterator[list[str]]:
         del words[flags[0]:flags[0] + FLAGS[words[flags[0]]]]
     assert not [word for word in words if word.startswith("-")], "a flag that this test does not know"
     parsed = OverridesParser.create().parse_overrides(words)
-    assert sweep == any(item.is_sweep_override() for item in parsed), "-m and comma-separated values go together"
+    swept = any(item.is_sweep_override() or item.key_or_group == "sweep" for item in parsed)
+    assert sweep == swept, "-m and comma-separated values go together"
     yield from map(list, itertools.product(*(
         [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
         if item.is_sweep_override() else [str(item.input_line)] for item in parsed)))
@@ -65,6 +68,19 @@ def overrides(words: list[str]) -> Iterator[list[str]]:
 def composed(config: str, asked: list[str]) -> DictConfig:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose(config, asked)
+
+
+def cluster_command(words: list[str]) -> None:
+    """kubectl names files that are there; argo a template, its parameters and overrides that compose."""
+    files = [word for word in words if word.startswith("workflows/")]
+    assert all((ROOT / word).exists() for word in files)
+    template = next((word.partition("/")[2] for word in words if word.startswith("workflowtemplate/")), None)
+    assert (template is None) != (words[0] == "argo")
+    if template:
+        spec = OmegaConf.load(ROOT / f"workflows/argo/{template}.yaml").spec
+        given = dict(word.split("=", 1) for flag, word in itertools.pairwise(words) if flag == "-p")
+        assert given.keys() <= {one.name for one in spec.arguments.parameters}
+        load(composed("config", shlex.split(given.get("overrides", ""))))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -85,12 +101,21 @@ def test_a_command_is_real(command: str) -> None:
         assert words[image + 1:image + 2] in ([], ["train"])
         load(composed("config", words[image + 2:]))
         return
+    if words[0] in ("kubectl", "argo"):
+        cluster_command(words)
+        return
+    if words[:3] == ["python", "-m", "dreambooth.workflows"]:
+        options, typed = workflows.parser().parse_known_args(words[3:])
+        workflows.asked(typed or workflows.DEFAULT, options.space, options.image)
+        return
     if words[:3] == ["python", "-m", "dreambooth.storage"]:
         assert storage.parser().parse_args(words[3:]).uri.startswith("s3://")
         return
-    assert words[:3] in (TRAIN, GENERATE, EVALUATE, PLAN), "neither make nor a door, and not on the list of others"
+    assert words[:3] in (TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE), "no make, no door, not on the list of others"
+    if words[:3] == PROMOTE:  # the door takes this word before Hydra
+        words = [word for word in words if not word.startswith("sweep=")]
     for asked in overrides(words[3:]):
-        if words[:3] in (GENERATE, EVALUATE):
+        if words[:3] in (GENERATE, EVALUATE, PROMOTE):
             door = words[2].removeprefix("dreambooth.")
             assert isinstance(OmegaConf.to_object(composed(door, asked)), ASKED[door])
             continue
@@ -121,7 +146,8 @@ def in_code(page: Path) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_a_key_in_a_document_exists(page: Path) -> None:
     known = keys().union(*(vars(ask()) for ask in ASKED.values())) | NO_KEYS | {"experiment", "group", "section.key"}
-    known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf())} | {"hydra.sweeper.storage"}
+    known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf())} 
+    known |= {"hydra.sweeper.storage", "hydra.sweeper.n_trials", "image", "overrides"}  # the last two: of Argo
     said = set(re.findall(r"(?<![\w./-])([A-Za-z_]\w*(?:\.\w+)*)=", in_code(page)))
     sections = "|".join(key for key in keys() if "." not in key)
     dotted = set(re.findall(rf"(?m)^((?:{sections})\.[a-z]\w*)$", in_code(page)))
@@ -132,7 +158,8 @@ def test_a_key_in_a_document_exists(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_an_option_in_a_document_exists(page: Path) -> None:
     groups = [path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "hydra"]
-    for group, option in re.findall(rf"(?<![\w./-])({'|'.join(groups)})=(\w+)", in_code(page)):
+    text = re.sub(r"dreambooth\.(promote|compare)[^\n]*", "", in_code(page))  # their sweep= is no group
+    for group, option in re.findall(rf"(?<![\w./-])({'|'.join(groups)})=(\w+)", text):
         assert option == "option" or (conf_dir() / group / f"{option}.yaml").is_file(), f"{group}={option}"
 
 

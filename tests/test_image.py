@@ -4,68 +4,20 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
-from engine import Engine, engine
+from image import Image
 from jobs import PROMPTS, SHORT, failure, lay_out, steps, weights
 
 from dreambooth import __version__
 
 pytestmark = pytest.mark.container
 
-NAME = "dreambooth-test"
 TRAINING = SHORT | {"train.max_train_steps": "30", "sample.every": "15", "sample.num_inference_steps": "2",
                     "sample.images_per_prompt": "1"}
 PROCESSES = r"""for p in /proc/[0-9]*; do
     echo "$(sed -n 's/^Uid:\t\([0-9]*\).*/\1/p' $p/status) $(tr '\0' ' ' < $p/cmdline)"; done 2>/dev/null"""
-
-
-@dataclass
-class Image:
-    """The CPU image, and how to run it."""
-
-    docker: Engine
-    tag: str = f"{NAME}:{__version__}-cpu"
-
-    def run(
-        self, *words: str, base: Path | None = None, options: tuple[str, ...] = ()
-    ) -> subprocess.CompletedProcess[str]:
-        mount = ("--volume", f"{base}:/opt/ml") if base else ()
-        return self.docker("run", "--rm", "--network", "none", *mount, *options, self.tag, *words)
-
-    def labels(self) -> dict[str, str]:
-        found: dict[str, str] = json.loads(self.docker.must("inspect", "--format", "{{json .Config.Labels}}", self.tag))
-        return found
-
-    def start(self, base: Path) -> str:
-        """`train`, in the background; the name of the container."""
-        name = f"{NAME}-{uuid4().hex[:8]}"
-        self.docker.must("run", "--detach", "--network", "none", "--name", name, "--volume", f"{base}:/opt/ml",
-                         self.tag, "train")
-        return name
-
-    def log(self, name: str) -> str:
-        found = self.docker("logs", name)
-        return found.stdout + found.stderr
-
-    def code(self, name: str) -> int:
-        """Wait for the end; the exit code."""
-        return int(self.docker.must("wait", name).strip())
-
-
-@pytest.fixture(scope="module")
-def image() -> Iterator[Image]:
-    with engine() as docker:
-        began = time.monotonic()
-        docker.make("cpu", NAME)
-        print(f"the image was built in {time.monotonic() - began:.0f} s")
-        made = Image(docker)
-        yield made
-        docker("image", "rm", f"{NAME}:{made.labels()['org.opencontainers.image.revision']}-cpu")  # one tag is enough
 
 
 @pytest.fixture

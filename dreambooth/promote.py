@@ -1,0 +1,66 @@
+"""The door `python -m dreambooth.promote`: registers the best model of a sweep. Nothing heavy is imported here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from dreambooth import door
+from dreambooth.config import conf_dir
+from dreambooth.errors import UserError
+from dreambooth.section import Section, finite, require
+
+
+@dataclass
+class Promote(Section):
+    """Which sweep, and the rule; see conf/promote.yaml."""
+
+    sweep: str | None = None
+    run_root: str = "runs"
+    uri: str | None = None
+    experiment: str = "dreambooth"
+    name: str | None = None
+    objective: str | None = None
+    max_class_similarity: float | None = None
+
+    def __post_init__(self) -> None:
+        bound = self.max_class_similarity
+        require("", {"max_class_similarity": (bound is None or finite(bound, -1, 1), f"from -1 to 1, not {bound}")})
+
+
+_sweep: list[str | None] = []  # the ID that was typed; conf/sweep/ is a group, whose options Hydra would look for
+ConfigStore.instance().store(name="promote_schema", node=Promote, provider="dreambooth")
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="promote")
+def promote(cfg: DictConfig) -> None:
+    """One call: a champion in MLflow, promoted.json in the folder of the runs."""
+    door.attempt(lambda: _job(cfg), sweep=False)
+
+
+def _job(cfg: DictConfig) -> None:
+    try:
+        ask: Promote = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    ask.sweep = next(filter(None, _sweep), ask.sweep)
+    if ask.sweep is None:
+        raise UserError("the sweep is missing: type sweep=ID, the tag that its runs have in MLflow")
+    from dreambooth import promotion
+    from dreambooth.report import promoted
+
+    terms = promotion.Terms(ask.uri, ask.experiment, ask.name, ask.objective, ask.max_class_similarity)
+    print(promoted(promotion.promote(ask.sweep, Path(ask.run_root), terms)))
+
+
+def main() -> None:
+    """Console script `dreambooth-promote`."""
+    _sweep.append(door.taken("sweep"))
+    promote()
+    door.leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Promotion: which model of a sweep the team uses from now on, by a rule.
+
+A model becomes `champion` of its name in MLflow's registry when
+
+1. its objective is a number, lower than every other trial's, and lower than that of the champion there is;
+2. pictures of the class look like photos of the subject at most as much as the bound allows (`class_similarity`, the
+   paper's PRES by whichever encoder looked): max_class_similarity, or ROOM over what the base had before training.
+
+A former champion keeps its version and loses the alias. A run with evaluate.promote=true offers its model when it ends:
+it becomes champion by the same rule, or `candidate`.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dreambooth import files
+from dreambooth.errors import UserError
+from dreambooth.registry import CANDIDATE, CHAMPION, Registry, Version
+from dreambooth.runfolder import locked
+from dreambooth.tracking import open_tracker
+from dreambooth.trials import Trial, find, open_trial
+
+ROOM = 0.1  # of class_similarity over the base's, where no bound is given; without a prior it gains 0.2 to 0.4
+ROLE = "class_similarity"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Where models are registered and what they are judged by; None: as the runs have it."""
+
+    uri: str | None = None
+    experiment: str = "dreambooth"
+    name: str | None = None
+    objective: str | None = None
+    max_class_similarity: float | None = None
+
+
+def promote(sweep: str, run_root: Path, terms: Terms) -> dict[str, Any]:
+    """Make the best finished trial of a sweep the champion, and write `promoted.json` into the folder of the runs.
+
+    Raises:
+        UserError: no trial satisfies the rule, there is no such sweep, or MLflow does not answer.
+    """
+    trials = find(run_root, sweep)
+    if not trials:
+        raise UserError(f"no run in {run_root} belongs to the sweep {sweep}: type sweep=ID, the value of "
+                        "tracking.sweep and of the tag sweep in MLflow, and run_root=DIR where its runs are")
+    finished = [trial for trial in trials if trial.finished]
+    if not finished:
+        raise UserError(f"none of the {len(trials)} runs of the sweep {sweep} is finished: repeat its command")
+    text = _common(finished, terms.objective)
+    terms = replace(terms, objective=text)
+    ordered = sorted((trial for trial in finished if math.isfinite(trial.objective(text))),
+                     key=lambda trial: trial.objective(text))
+    refused = [reason for trial in ordered if (reason := over_bound(trial, terms.max_class_similarity))]
+    best = next((trial for trial in ordered if not over_bound(trial, terms.max_class_similarity)), None)
+    if best is None:
+        raise UserError(f"nothing to promote in the sweep {sweep}: " + (
+            "; ".join(refused) + ": type max_class_similarity=NUMBER to allow it" if refused else
+            f"no finished run measured {text}: type objective=instance_loss"))
+    told = _register(best, terms, sweep, alone=False)
+    files.write_json(run_root / "promoted.json", told)
+    return told
+
+
+def offer(run_dir: Path, terms: Terms) -> dict[str, Any]:
+    """A finished run's own model: registered as champion if it satisfies the rule, else as candidate.
+
+    Raises:
+        UserError: it is over the bound, or MLflow does not answer.
+    """
+    trial = open_trial(run_dir)
+    terms = replace(terms, objective=terms.objective or trial.asked)
+    if reason := over_bound(trial, terms.max_class_similarity):
+        raise UserError(f"the model is not registered: {reason}")
+    return _register(trial, terms, None, alone=True)
+
+
+def over_bound(trial: Trial, bound: float | None) -> str | None:
+    """Why the class of a trial is too much like the subject; None: it is not, or it was not measured and no bound is
+    given."""
+    own = trial.settings.get("evaluate.max_class_similarity", "null")
+    asked = bound if bound is not None else None if own == "null" else float(own)
+    score = trial.score(ROLE)
+    if score is None:
+        return None if asked is None else f"{trial.folder.name} did not measure {ROLE}"
+    name, value, base = score
+    limit = asked if asked is not None else base + ROOM
+    return f"{trial.folder.name} has {name} {value:.3f}, over {limit:.3f}" if value > limit else None
+
+
+def _common(trials: Sequence[Trial], asked: str | None) -> str:
+    """The one objective that trials compare by."""
+    texts = {asked} if asked else {trial.asked for trial in trials}
+    if len(texts) > 1:
+        raise UserError(f"the runs have several objectives ({', '.join(sorted(map(str, texts)))}): type objective=ONE")
+    return str(texts.pop())
+
+
+def _register(trial: Trial, terms: Terms, sweep: str | None, alone: bool) -> dict[str, Any]:
+    uri, run_id = _sent(trial, terms)
+    registry, text = Registry(uri), terms.objective or trial.asked
+    value, score, result = trial.objective(text), trial.score(ROLE), trial.result or {}
+    name = terms.name or trial.settings.get("name", trial.folder.name)
+    before = registry.holder(name, CHAMPION)
+    mine = before is not None and before.run_id == run_id and before.tags.get("step") == str(result["step"])
+    wins = before is None or mine or value < _objective_of(before, text, alone)
+    if not wins and before is not None and not alone:
+        raise UserError(f"nothing to promote in the sweep {sweep}: {trial.folder.name} has {text} {value:.4f} "
+                        f"and the champion of {name}, version {before.number}, {before.tags['objective']}: "
+                        "type name=NAME for a model of its own")
+    tags = {"objective": f"{value:.6g}", "objective_name": text, "run": trial.folder.name, "step": str(result["step"]),
+            **({"exported_step": str(result["exported_step"])} if result.get("exported_step") else {}),
+            **({score[0]: f"{score[1]:.6g}"} if score else {})}
+    version = registry.register(name, run_id, trial.folder / result["model"], tags)
+    alias = CHAMPION if wins else CANDIDATE
+    registry.name_holder(version, alias)
+    _tidy(registry, version, alias)
+    return {
+        "sweep": sweep, "run": trial.folder.name, "run_dir": str(trial.folder), "model": str(
+            trial.folder / result["model"]), "alias": alias, "name": name, "version": version.number,
+        "model_uri": f"models:/{name}@{alias}", "objective": value, "objective_name": text,
+        ROLE: score and {"name": score[0], "value": score[1], "base": score[2]},
+        "replaced": before.number if wins and before and not mine else None, "mlflow_run_id": run_id,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def _tidy(registry: Registry, version: Version, alias: str) -> None:
+    """A champion is no candidate any more."""
+    waiting = registry.holder(version.name, CANDIDATE)
+    if alias == CHAMPION and waiting and waiting.number == version.number:
+        registry.drop(version.name, CANDIDATE)
+
+
+def _objective_of(champion: Version, text: str, alone: bool) -> float:
+    """What the champion has, if it was judged by the same."""
+    judged_by = champion.tags.get("objective_name")
+    if judged_by == text:
+        with suppress(ValueError):
+            return float(champion.tags["objective"])
+    if alone:
+        return -math.inf  # a run does not replace what it cannot be compared with
+    raise UserError(f"the champion of {champion.name}, version {champion.number}, was chosen by {judged_by}, not by "
+                    f"{text}: type objective={judged_by}, or name=NAME for a model of its own")
+
+
+def _sent(trial: Trial, terms: Terms) -> tuple[str, str]:
+    """Send what MLflow does not have yet of the run. Returns the server's address and the run's id there."""
+    root, uri = trial.folder.parent, terms.uri or _known(trial.folder).get("uri", "")
+    address = uri if terms.uri or uri.startswith("http") else None  # a database may have moved with its folder
+    with locked(trial.folder):
+        open_tracker("mlflow", trial.folder, run_root=root, run_name=trial.folder.name, uri=address,
+                     experiment=terms.experiment, required=True).close("FINISHED")
+    return address or f"sqlite:///{root.resolve()}/mlflow.db", str(_known(trial.folder)["run_id"])
+
+
+def _known(folder: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / "mlflow.json").read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}

@@ -1,0 +1,106 @@
+"""The trials of a sweep, read from their run folders: what each was asked, how it ended, what it measured. No torch."""
+
+import json
+import math
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dreambooth import measures
+from dreambooth.choices import EncoderKind
+from dreambooth.errors import UserError
+from dreambooth.journal import read
+from dreambooth.measures import INSTANCE_LOSS, Evaluate
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run folder that carries the tag of a sweep."""
+
+    folder: Path
+    params: dict[str, str] = field(default_factory=dict)  # what it is told apart by, as MLflow has it
+    settings: dict[str, str] = field(default_factory=dict)  # all of them, by override key
+    result: dict[str, Any] | None = None  # result.json; None: not finished
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is a result and the model that it names."""
+        return self.result is not None and (self.folder / self.result["model"] / "model_index.json").is_file()
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Measures of the exported weights by name, and instance_loss."""
+        result = self.result or {}
+        scores: dict[str, float] = {INSTANCE_LOSS: result.get("objective", math.nan), **result.get("scores", {})}
+        return scores
+
+    @property
+    def measured(self) -> dict[str, str]:
+        """name -> role of what it measures."""
+        told = self.settings
+        return measures.known(Evaluate(
+            encoder=EncoderKind(told["evaluate.encoder"]), images_per_prompt=int(told["evaluate.images_per_prompt"]),
+            lpips=None if told["evaluate.lpips"] == "null" else told["evaluate.lpips"]), told["dataset.class_prompt"])
+
+    @property
+    def asked(self) -> str:
+        """The text of evaluate.objective that it was trained with."""
+        return self.settings.get("evaluate.objective", INSTANCE_LOSS)
+
+    def objective(self, text: str) -> float:
+        """Lower is better; not a number if it was not measured.
+
+        Raises:
+            UserError: the text names nothing that this trial measures.
+        """
+        if text == INSTANCE_LOSS:
+            return self.scores[INSTANCE_LOSS]
+        try:
+            return measures.objective(text, self.measured, self.scores)
+        except ValueError as error:
+            raise UserError(f"objective {error}") from error
+        except KeyError:
+            return math.nan
+
+    def score(self, role: str) -> tuple[str, float, float] | None:
+        """Name, value and the base's value of the first measure of a role; None: it was not measured."""
+        base = (self.result or {}).get("base_scores", {})
+        names = [name for name, of in self.measured.items() if of == role and name in self.scores]
+        return (names[0], self.scores[names[0]], base.get(names[0], math.nan)) if names else None
+
+
+def find(run_root: Path, sweep: str) -> list[Trial]:
+    """The trials of a sweep in a folder of runs, oldest first."""
+    found = [(journal, *_tags(journal)) for journal in run_root.glob("*/metrics.jsonl")]
+    mine = [(began, journal.parent, params) for journal, began, sweeps, params in found if sweep in sweeps]
+    return [open_trial(folder, params) for _, folder, params in sorted(mine, key=lambda item: item[:2])]
+
+
+def open_trial(folder: Path, params: dict[str, str] | None = None) -> Trial:
+    """A run folder as a trial."""
+    run = _json(folder / "run.json") or {}
+    known = params if params is not None else _tags(folder / "metrics.jsonl")[2]
+    return Trial(folder, known, run.get("settings", {}), _json(folder / "result.json"))
+
+
+def _tags(journal: Path) -> tuple[int, set[str], dict[str, str]]:
+    """When the run began, the sweeps it was part of, its params. A sweep's own run is no trial."""
+    began, sweeps, params = 0, set[str](), dict[str, str]()
+    with suppress(OSError):
+        for entry, _ in read(journal):
+            began = began or entry["time"]
+            tags = entry.get("tags", {})
+            if tags.get("kind") == "sweep":
+                return began, set(), {}
+            sweeps |= {tags["sweep"]} if "sweep" in tags else set()
+            params |= entry.get("params", {})
+    return began, sweeps, params
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

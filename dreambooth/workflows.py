@@ -1,0 +1,94 @@
+"""The door `python -m dreambooth.workflows`: workflow files for Kubernetes from conf/. Nothing heavy is imported here.
+
+`render` writes them, `check` says whether they are what conf/ says, `submit` sends one to a cluster.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dreambooth import __version__, door
+from dreambooth.config import search_space
+from dreambooth.entrypoint import composed
+from dreambooth.errors import UserError
+from dreambooth.recipe import resolve
+from dreambooth.rendering import submitting
+from dreambooth.rendering.asked import Asked, Space
+from dreambooth.rendering.files import rendered
+
+FOLDER = Path("workflows")
+IMAGE = f"dreambooth:{__version__}"
+PHOTOS = ("dataset=s3", "dataset.instance_dir=s3://BUCKET/photos", "dataset.instance_prompt=a photo of a zwx dog",
+          "dataset.class_prompt=a photo of a dog")
+DEFAULT = ("hardware=g4dn", *PHOTOS)
+DEMO = ("hardware=cpu",)  # the shipped demo: shows that a cluster works before photos and cards are there
+OVERLAYS = {"g4dn": (DEFAULT, "subject", ""), "g5": (("hardware=g5", *PHOTOS), "subject", ""),
+            "cpu": (DEMO, "tiny", "-cpu")}  # overlay -> overrides, search space, ending of the image's tag
+
+
+def asked(overrides: Sequence[str] = DEFAULT, space: str = "subject", image: str = IMAGE) -> Asked:
+    """What files are rendered from.
+
+    Raises:
+        UserError: the overrides do not compose, or break a rule.
+    """
+    config, run_dir = composed(list(overrides))
+    resolve(config, run_dir)
+    return Asked(tuple(overrides), Space(space, search_space(space)).without(overrides), config.hardware, image)
+
+
+def shipped() -> Asked:
+    """The committed files, overlays included."""
+    machines = {name: asked(overrides, space, IMAGE + ending) for name, (overrides, space, ending) in OVERLAYS.items()}
+    return replace(asked(), machines=machines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """What `python -m dreambooth.workflows` understands."""
+    found = argparse.ArgumentParser(prog="python -m dreambooth.workflows", description=(__doc__ or "").split("\n")[0])
+    commands = found.add_subparsers(dest="command", required=True)
+    words = "KEY=VALUE, a word each, are overrides of every run; none: those of the committed files"
+    render = commands.add_parser("render", help="write the files", epilog=words)
+    check = commands.add_parser("check", help="say which files are not what conf/ says", epilog=words)
+    submit = commands.add_parser("submit", help="send a workflow, TrainJob or Experiment to a cluster", epilog=words)
+    for one in (render, check, submit):
+        one.add_argument("--space", default="subject", help="search space, a file of conf/sweep")
+        one.add_argument("--image", default=IMAGE)
+    for one in (render, check):
+        one.add_argument("--to", type=Path, default=FOLDER, help="folder of the files")
+    submit.add_argument("--what", choices=submitting.KINDS, default="sweep")
+    submit.add_argument("--namespace", default="dreambooth")
+    submit.add_argument("--name", help="of the TrainJob or Experiment; Argo makes one up")
+    return found
+
+
+def main() -> None:
+    """`python -m dreambooth.workflows`."""
+    options = door.with_overrides(parser())
+
+    def job() -> None:
+        given = asked(options.overrides, options.space, options.image) if options.overrides else shipped()
+        if options.command == "submit":
+            print(submitting.submit(given, options.what, options.namespace, options.name))
+        elif options.command == "check":
+            if stale := differing(rendered(given), options.to):
+                raise UserError(f"not what conf/ says: {', '.join(stale)}: type python -m dreambooth.workflows render")
+        else:
+            for name, text in rendered(given).items():
+                (options.to / name).parent.mkdir(parents=True, exist_ok=True)
+                (options.to / name).write_text(text, encoding="utf-8")
+            print(f"{len(rendered(given))} files in {options.to}")
+
+    door.attempt(job, sweep=False)
+    door.leave()
+
+
+def differing(texts: dict[str, str], folder: Path) -> list[str]:
+    """The files that are missing, differ, or do not belong there."""
+    there = {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in folder.rglob("*.yaml")}
+    return sorted(name for name in texts.keys() | there.keys() if texts.get(name) != there.get(name))
+
+
+if __name__ == "__main__":
+    main()
