@@ -73,7 +73,7 @@ def generate(
     in which they came."""
     for start in range(0, len(prompts), batch_size):
         chunk = slice(start, start + batch_size)
-        with _evaluating(pipeline.unet, pipeline.text_encoder), torch.no_grad(), autocast():
+        with evaluating(pipeline.unet, pipeline.text_encoder), torch.no_grad(), autocast():
             images: list[Image] = pipeline(
                 prompt=list(prompts[chunk]),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[chunk]],
@@ -85,7 +85,7 @@ def generate(
 
 
 @contextmanager
-def _evaluating(*modules: torch.nn.Module) -> Iterator[None]:
+def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
     """Eval mode for a while, then each module as it was."""
     were = [module.training for module in modules]
     try:
