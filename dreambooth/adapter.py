@@ -71,7 +71,8 @@ class LowRank:
         if self.magnitude is None:
             return whole
         factor = self.magnitude.to(weight) / torch.linalg.vector_norm(whole.flatten(1), dim=1)
-        return whole * factor.view(-1, *[1] * (weight.dim() - 1))
+        scaled: Tensor = whole.flatten(1) * factor.view(-1, 1)
+        return scaled.view_as(weight)
 
 
 def inject(model: nn.Module, method: Method, seed: int, dtype: Dtype) -> None:
