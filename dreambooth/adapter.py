@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth import rng
-from dreambooth.choices import Dtype, MethodKind, Targets
+from dreambooth.choices import BaseWeights, Dtype, MethodKind, Targets
 from dreambooth.dropout import Dropout, follow
+from dreambooth.quantised import quantise
 from dreambooth.schema_method import Method
 
 NAME = "default"  # peft's name of the one adapter that trains
@@ -118,17 +119,17 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def freeze(part: nn.Module, half: torch.dtype) -> None:
-    """Keep the linear and convolution weights of a frozen base in the compute precision.
+def freeze(part: nn.Module, half: torch.dtype, weights: BaseWeights = BaseWeights.half) -> None:
+    """Keep the linear and convolution weights of a frozen base in the compute precision, or its linear ones in 4 bits.
 
-    That is what autocast casts them to at every use: no number changes. Norms and embeddings stay fp32.
+    The former is what autocast casts them to at every use: no number changes. Norms and embeddings stay fp32.
     """
-    if half.itemsize >= 4:
-        return
     for module in part.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Conv2d) and half.itemsize < 4:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(parameter.detach().to(half), requires_grad=False))
+    if weights is BaseWeights.nf4:
+        quantise(part, half)
 
 
 @contextmanager

@@ -57,7 +57,8 @@ def blank(recipe: Recipe) -> Components:
         vae=to_dtype(AutoencoderKL.from_config(vae), frozen),
         tokenizer=None, scheduler_config=scheduler)
     for module in trained_modules(parts, recipe).values() if recipe.method.low_rank else ():
-        adapter.freeze(module, frozen)
+        adapter.freeze(module, frozen, recipe.method.base_weights)
+        module.to("cpu")  # the device that stands in: 4-bit codes are made on the way to it
     for module in (parts.unet, parts.text_encoder, parts.vae):
         module.requires_grad_(False).eval()
     return parts
