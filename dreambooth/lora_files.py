@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -66,6 +66,12 @@ def write(folder: Path, known: Mapping[str, LowRank], title: str, facts: Mapping
     save_file(kohya_layout(known), folder / "webui" / f"{title}.safetensors", plain | {
         "ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(float(rank)),
         "ss_output_name": title})
+
+
+def base_of(file: Path) -> str:
+    """The base of an adapter that a run has written."""
+    with safe_open(file, "pt") as opened:
+        return str((opened.metadata() or {})["base_model"])
 
 
 def read(file: Path) -> dict[str, LowRank]:

@@ -165,3 +165,26 @@ def test_a_run_that_evaluates_reads_its_own_adapter(run: Path, tmp_path: Path) -
     assert {path.name: path.read_bytes() for path in (folder / "step-000000").glob("*.png")} == base
     again = {path.name: path.read_bytes() for path in (folder / "step-000002").glob("*.png")}
     assert again == first
+
+
+def test_mlflow_opens_a_runs_adapter_by_its_diffusers_flavour(tmp_path: Path) -> None:
+    import mlflow.diffusers
+    from mlflow import MlflowClient
+    from safetensors.torch import load_file
+
+    words = ["method=lora", "tracking=mlflow", "train.max_train_steps=2", "sample.every=null"]
+    assert train(tmp_path, *words, log=tmp_path / "log") == 0
+    made, uri = the_run(tmp_path), f"sqlite:///{tmp_path}/mlflow.db"
+    run_id = json.loads((made / "mlflow.json").read_text())["run_id"]
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    try:
+        found = mlflow.diffusers.load_model(f"runs:/{run_id}/lora")
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert found.base_model == BASE
+    [theirs] = Path(found.adapter_path).rglob("*.safetensors")
+    ours = load_file(made / "model/pytorch_lora_weights.safetensors")
+    assert {key: tensor.tolist() for key, tensor in load_file(theirs).items()} == {
+        key: tensor.tolist() for key, tensor in ours.items()}
+    assert MlflowClient(uri).get_run(run_id).info.status == "FINISHED"
