@@ -99,6 +99,8 @@ BROKEN = {  # what is broken -> (machine, values, what to type)
         NONE, {"method__kind": MethodKind.lora, "method__base_weights": BaseWeights.nf4}, "method.base_weights=half"),
     "a quantised base without its package": (
         T4, {"method__kind": MethodKind.lora, "method__base_weights": BaseWeights.nf4}, "pip install"),
+    "dropout in a compiled step": (
+        None, {"method__kind": MethodKind.lora, "method__dropout": 0.1, "train__compile": True}, "train.compile=false"),
     "half weights of an adapter": (
         T4, {"method__kind": MethodKind.lora, "memory__weights": Weights.half, "memory__rounding": Rounding.stochastic,
              "precision__dtype": Dtype.fp16}, "memory.weights=full"),
