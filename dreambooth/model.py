@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth import adapter
-from dreambooth.choices import AttentionKind, Dtype
+from dreambooth.choices import AttentionKind, BaseWeights, Dtype
 from dreambooth.errors import UserError
 from dreambooth.loss import Schedule
 from dreambooth.machine import importing
@@ -96,8 +96,8 @@ class Denoiser(nn.Module):
         return prediction
 
 
-def load(recipe: Recipe, device: torch.device, exact: bool = False) -> Components:
-    """Load the base: trained parts in fp32, frozen parts in the compute precision, or (`exact`) in fp32 too.
+def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None) -> Components:
+    """Load the base: trained parts in fp32, frozen parts in the compute precision, or in `frozen`.
 
     Raises:
         UserError: the model is not where the recipe says, or lacks a part.
@@ -107,8 +107,9 @@ def load(recipe: Recipe, device: torch.device, exact: bool = False) -> Component
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    base_weights = recipe.method.base_weights if frozen is None else BaseWeights.half
+    frozen = frozen or TORCH_DTYPE[recipe.precision.dtype]
     trained = torch.float32
-    frozen = trained if exact else TORCH_DTYPE[recipe.precision.dtype]
     text_dtype = trained if recipe.train.train_text_encoder else frozen
     source: dict[str, Any] = {"revision": recipe.model.revision, "local_files_only": recipe.model.offline}
     weights = source | {"variant": recipe.model.variant}
@@ -125,9 +126,8 @@ def load(recipe: Recipe, device: torch.device, exact: bool = False) -> Component
         parts.safety_checker, parts.feature_extractor = _safety(recipe.source, frozen, weights)
     except (OSError, ValueError) as error:
         raise UserError(_missing(recipe, error)) from error
-    if recipe.method.low_rank and not exact:
-        for module in trained_modules(parts, recipe).values():
-            adapter.freeze(module, frozen, recipe.method.base_weights)
+    for module in trained_modules(parts, recipe).values() if recipe.method.low_rank else ():
+        adapter.freeze(module, frozen, base_weights)
     for module in (parts.unet, parts.text_encoder, parts.vae):
         module.requires_grad_(False).eval().to(device)
     _check_resolution(recipe, parts)
@@ -144,7 +144,7 @@ def exact_frozen(parts: Components, recipe: Recipe) -> Components:
     adapter has learned is merged into the base."""
     if recipe.precision.dtype is Dtype.fp32 and not recipe.method.low_rank:
         return parts
-    whole = load(recipe, torch.device("cpu"), exact=True)
+    whole = load(recipe, torch.device("cpu"), frozen=torch.float32)
     if recipe.method.low_rank:
         known = adapter.learned(nn.ModuleDict(trained_modules(parts, recipe)))
         adapter.merge(nn.ModuleDict(trained_modules(whole, recipe)), known)

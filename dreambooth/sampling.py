@@ -63,10 +63,11 @@ def with_dpm_solver(pipeline: Any) -> Any:
 
 def from_images(pipeline: Any) -> Any:
     """The same parts as a pipeline that begins with a picture (SDEdit, Meng et al. 2021, arXiv:2108.01073)."""
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
+    import diffusers
 
-    made = StableDiffusionImg2ImgPipeline(
-        **pipeline.components, requires_safety_checker=pipeline.config.requires_safety_checker)
+    checks = {key: pipeline.config[key] for key in ("requires_safety_checker",) if key in pipeline.config}
+    kind = type(pipeline).__name__.replace("Pipeline", "Img2ImgPipeline")  # StableDiffusion..., StableDiffusionXL...
+    made = getattr(diffusers, kind)(**pipeline.components, **checks)
     made.set_progress_bar_config(disable=True)
     return made
 
