@@ -24,5 +24,5 @@ def log(client: Any, run_id: str, path: Path, folder: str | None) -> None:
     import mlflow.diffusers
 
     with tempfile.TemporaryDirectory() as aside:
-        mlflow.diffusers.save_model(str(Path(aside) / FOLDER), adapter_path=str(path), base_model=asset(base_of(path)))
+        mlflow.diffusers.save_model(str(path), str(Path(aside) / FOLDER), asset(base_of(path)))
         client.log_artifacts(run_id, aside)
