@@ -95,6 +95,7 @@ def inject(model: nn.Module, method: Method, seed: int, dtype: Dtype) -> None:
             inject_adapter_in_model(config, part, adapter_name=NAME)
     dropouts = []
     for name, layer in layers(model):
+        _whole(layer)
         _draw(layer.lora_A[NAME].weight, seed, name)
         layer.cast_input_dtype_enabled = dora or dtype is Dtype.fp32  # DoRA's lengths are computed in fp32
         if method.dropout:
@@ -190,6 +191,18 @@ def published(name: str) -> str:
     if part.startswith("text_encoder") and rest.startswith(("encoder.", "embeddings.")):
         return f"{part}.text_model.{rest}"
     return name
+
+
+def _whole(layer: Any) -> None:
+    """The adapter of a layer in fp32; peft makes it in the precision of the base, lengths of rows included."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    for thin in (layer.lora_A[NAME], layer.lora_B[NAME]):
+        thin.weight = nn.Parameter(thin.weight.detach().float())
+    if NAME in layer.lora_magnitude_vector:
+        lengths = layer.lora_magnitude_vector[NAME]
+        weight = dequantize_module_weight(layer.get_base_layer()).detach().float()
+        lengths.weight = nn.Parameter(lengths.get_weight_norm(weight, torch.zeros_like(weight), 1.0))
 
 
 def _draw(weight: nn.Parameter, seed: int, name: str) -> None:

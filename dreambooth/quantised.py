@@ -18,7 +18,9 @@ def quantise(part: nn.Module, half: torch.dtype) -> None:
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
                 small = four_bits.Linear4bit(child.in_features, child.out_features, child.bias is not None,
-                                             compute_dtype=half, quant_type="nf4", device="meta")
-                small.weight = four_bits.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
+                                             compute_dtype=half, quant_type="nf4", compress_statistics=False,
+                                             device="meta")
+                small.weight = four_bits.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4",
+                                                     compress_statistics=False)
                 small.bias = child.bias
                 setattr(module, name, small)

@@ -121,6 +121,20 @@ def test_a_frozen_base_in_half_changes_no_number_under_autocast() -> None:
         assert whole.unet["to_q"](x).equal(half.unet["to_q"](x))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_a_base_in_half_is_fp32_and_begins_as_the_base(kind: MethodKind) -> None:
+    torch.manual_seed(0)
+    base, model = Toy(), Toy()
+    model.load_state_dict(base.state_dict())
+    adapter.freeze(model, torch.bfloat16)
+    inject(model, method(kind), seed=1, dtype=Dtype.bf16)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        for name, x in (("to_q", torch.randn(3, 40)), ("proj_in", torch.randn(2, 6, 5, 5))):
+            assert model.unet[name](x).equal(base.unet[name](x))
+
+
 def test_what_an_adapter_begins_with_is_a_function_of_seed_and_name() -> None:
     first, second, third = Toy(), Toy(), Toy()
     before = torch.get_rng_state()

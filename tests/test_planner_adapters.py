@@ -1,5 +1,7 @@
 """What the planner says of adapters: the same step on fake tensors, few trained weights, a frozen base in half."""
 
+from dataclasses import replace
+
 import pytest
 from test_planner import recipe, small
 
@@ -37,14 +39,15 @@ def test_a_frozen_base_is_in_half_precision() -> None:
 
 
 def test_sd15_with_an_adapter_is_small_on_a_t4_and_auto_adds_nothing() -> None:
-    """Predicted, not measured. Only the pictures of a sample need more than 3 GiB."""
+    """Predicted, not measured: 9.34 GiB, and with checkpointing the pictures of a sample are what needs most."""
     asked = recipe("sd15", **LORA, train__train_text_encoder=True, memory__auto=True)
     assert asked.method.rank == 16
     choice = fitting.chosen(asked)
     assert choice.added == ()
     assert 5e6 < trained_weights(asked) < 15e6  # of 983 million
-    needed = fitting.card_gib(choice.recipe, choice.prediction)
-    assert needed < 7.5
+    assert fitting.card_gib(choice.recipe, choice.prediction) < 9.5
+    lower = replace(asked, memory=replace(asked.memory, gradient_checkpointing=True))
+    assert fitting.card_gib(lower, predict(lower)) < 5
     assert list(fitting.gives(choice.recipe, choice.prediction)) == []
 
 
