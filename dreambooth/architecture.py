@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from dreambooth import adapter
 from dreambooth.errors import UserError
 from dreambooth.fakes import fake_tensors, to_dtype
-from dreambooth.model import TORCH_DTYPE, Components
+from dreambooth.model import TORCH_DTYPE, Components, trained_modules
 from dreambooth.packaged import asset
 from dreambooth.recipe import Recipe
 
@@ -54,6 +56,9 @@ def blank(recipe: Recipe) -> Components:
         text_encoder=to_dtype(CLIPTextModel(CLIPTextConfig(**text_encoder)), text_dtype),
         vae=to_dtype(AutoencoderKL.from_config(vae), frozen),
         tokenizer=None, scheduler_config=scheduler)
+    for module in trained_modules(parts, recipe).values() if recipe.method.low_rank else ():
+        adapter.freeze(module, frozen, recipe.method.base_weights)
+        module.to("cpu")  # the device that stands in: 4-bit codes are made on the way to it
     for module in (parts.unet, parts.text_encoder, parts.vae):
         module.requires_grad_(False).eval()
     return parts
@@ -62,9 +67,10 @@ def blank(recipe: Recipe) -> Components:
 def trained_weights(recipe: Recipe) -> int:
     """How many weights the recipe trains."""
     with fake_tensors():
-        parts = blank(recipe)
-    trained = [parts.unet, *([parts.text_encoder] if recipe.train.train_text_encoder else [])]
-    return sum(parameter.numel() for module in trained for parameter in module.parameters())
+        model = nn.ModuleDict(trained_modules(blank(recipe), recipe)).requires_grad_(True)
+        if recipe.method.low_rank:
+            adapter.inject(model, recipe.method, recipe.train.seed, recipe.precision.dtype)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 @cache

@@ -4,7 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from dreambooth import model, sampling
+import torch
+
+from dreambooth import adapter, lora_files, model, sampling
 from dreambooth.console import Console
 from dreambooth.engine import accelerated
 from dreambooth.errors import UserError
@@ -23,8 +25,7 @@ def assess(recipe: Recipe) -> dict[str, float]:
     """
     if not recipe.evaluate.encoders:
         raise UserError("the run has evaluate.encoder=none: type encoder=efficientnet_lite0, or encoder=paper")
-    step, own = _exported_step(recipe.run_dir), replace(  # the run's model in place of the base
-        recipe, source=str(recipe.run_dir / "model"), model=replace(recipe.model, revision=None, variant=None))
+    step = _exported_step(recipe.run_dir)
     model.import_libraries()
     engine, _ = accelerated(recipe.device, recipe.precision.dtype)
     console, judge = Console(), Judge(recipe)
@@ -32,13 +33,28 @@ def assess(recipe: Recipe) -> dict[str, float]:
         evaluation = Evaluation(recipe, judge, tracker, engine.device)
         missing = [number for number in (0, step) if number not in evaluation.scores()]
         with console.bar("pictures", evaluation.count * len(missing)) as bar:
-            for number, source in ((0, recipe), (step, own)):
-                pipeline = sampling.build_pipeline(model.load(source, engine.device)) if number in missing else None
+            for number, parts_of in ((0, _base), (step, _own)):
+                pipeline = sampling.build_pipeline(parts_of(recipe, engine.device)) if number in missing else None
                 evaluation.measure(number, pipeline, engine.autocast, tick=bar.tick)
         scores = evaluation.scores()
     console.table(measures(scores[step], scores[0], recipe))
     console.say(f"pictures and scores in {evaluation.folder}")
     return scores[step]
+
+
+def _base(recipe: Recipe, device: torch.device) -> model.Components:
+    return model.load(recipe, device)
+
+
+def _own(recipe: Recipe, device: torch.device) -> model.Components:
+    """The run's model in place of the base, or its adapter beside it as it was in training."""
+    folder = recipe.run_dir / "model"
+    if (folder / "model_index.json").is_file():
+        return model.load(replace(
+            recipe, source=str(folder), model=replace(recipe.model, revision=None, variant=None)), device)
+    parts = model.load(recipe, device)
+    adapter.teach(model.prepare(parts, recipe), lora_files.read(folder / lora_files.DIFFUSERS))
+    return parts
 
 
 def _exported_step(run_dir: Path) -> int:

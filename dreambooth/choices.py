@@ -24,6 +24,19 @@ class AttentionKind(Enum):
 
 class MethodKind(Enum):
     full = "full"
+    lora = "lora"
+    dora = "dora"
+
+
+class Targets(Enum):
+    attention = "attention"  # projections of queries, keys, values and outputs
+    transformer = "transformer"  # also feed-forward layers and projections into and out of transformers
+    all = "all"  # every linear layer and convolution
+
+
+class BaseWeights(Enum):
+    half = "half"  # the compute precision
+    nf4 = "nf4"  # 4 bits, bitsandbytes
 
 
 class OptimizerKind(Enum):

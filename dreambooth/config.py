@@ -114,7 +114,11 @@ def identity(root: DictConfig, swept: bool = False) -> str:
             chosen["train"].pop(key)
     if not swept and chosen["train"]["lr_scheduler"] in ("constant", "constant_with_warmup"):
         chosen["train"].pop("max_train_steps")
-    chosen["model"].pop("offline")
+    for key in ("offline", "adapter_learning_rate"):  # the latter is in train.learning_rate, where it is used
+        chosen["model"].pop(key)
+    chosen["method"].pop("merge")
+    if chosen["method"]["kind"] == "full":
+        chosen["method"] = {key: chosen["method"][key] for key in ("name", "kind")}
     chosen["model"]["weights"] = weights_digest(Path(asset(chosen["model"]["source"])))
     for key in ("instance_dir", "class_dir"):
         if folder := chosen["dataset"][key]:

@@ -1,16 +1,18 @@
-"""The result of a run: a diffusers folder with a model card, written whole or not at all."""
+"""The result of a run: a diffusers folder, an adapter's files, or both, with a model card; whole or not at all."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 
 import dreambooth
-from dreambooth import files
+from dreambooth import adapter, files, lora_files
 from dreambooth.errors import DoesNotFit
-from dreambooth.model import Components
+from dreambooth.model import Components, exact_frozen, trained_modules
 from dreambooth.recipe import Recipe
 
 CARD = """---
@@ -19,7 +21,7 @@ tags:
 - text-to-image
 - dreambooth
 - diffusers
-instance_prompt: {quoted}
+{tags}instance_prompt: {quoted}
 base_model: {source}
 ---
 # {name}
@@ -30,7 +32,7 @@ Say **{instance_prompt}** to get it. The weights are {weights} after {step} step
 ```python
 from diffusers import StableDiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained("model")  # this folder
+{opening}
 pipeline({quoted}, num_inference_steps=25).images[0].save("subject.png")
 ```
 
@@ -43,7 +45,7 @@ Licence and limits of use are those of the base model. Made with dreambooth {ver
 
 
 def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
-    """Write `model/`, which StableDiffusionPipeline.from_pretrained opens.
+    """Write `model/`, that StableDiffusionPipeline.from_pretrained opens, or its load_lora_weights (method=lora, dora).
 
     Args:
         parts: all parts, the trained ones with the weights to keep; the base's scheduler and safety checker go along.
@@ -56,7 +58,11 @@ def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
     target = recipe.run_dir / "model"
     try:
         with files.whole_folder(target) as aside:
-            _pipeline(parts).save_pretrained(aside, safe_serialization=True)
+            if not recipe.method.low_rank or recipe.method.merge:
+                _pipeline(exact_frozen(parts, recipe)).save_pretrained(aside, safe_serialization=True)
+            if recipe.method.low_rank:
+                known = adapter.learned(nn.ModuleDict(trained_modules(parts, recipe)))
+                lora_files.write(aside, known, re.sub(r"[^\w.-]+", "-", recipe.name), _facts(recipe))
             if sheet.is_file():
                 shutil.copyfile(sheet, aside / "contact_sheet.png")
             (aside / "README.md").write_text(_card(recipe, step, sheet.is_file()), encoding="utf-8")
@@ -66,8 +72,11 @@ def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
     return target
 
 
-def size_bytes(parts: Components) -> int:
+def size_bytes(parts: Components, recipe: Recipe) -> int:
     """Disk that the exported folder takes, about."""
+    if recipe.method.low_rank and not recipe.method.merge:
+        trained = nn.ModuleDict(trained_modules(parts, recipe)).parameters()
+        return 2 * sum(4 * p.numel() for p in trained if p.requires_grad)  # two layouts
     modules = [m for m in (parts.unet, parts.text_encoder, parts.vae, parts.safety_checker) if m is not None]
     return sum(4 * p.numel() for module in modules for p in module.parameters())
 
@@ -84,6 +93,19 @@ def _pipeline(parts: Components) -> Any:
         requires_safety_checker=parts.safety_checker is not None)
 
 
+def _facts(recipe: Recipe) -> dict[str, str]:
+    """Metadata of an adapter's files; the keys that begin with modelspec are those of the ModelSpec standard."""
+    return {"base_model": recipe.model.source, "method": recipe.method.kind.value, "modelspec.title": recipe.name,
+            "modelspec.trigger_phrase": recipe.instance_prompt}
+
+
+def _opening(recipe: Recipe) -> str:
+    if not recipe.method.low_rank or recipe.method.merge:
+        return 'pipeline = StableDiffusionPipeline.from_pretrained("model")  # this folder'
+    return (f"pipeline = StableDiffusionPipeline.from_pretrained({json.dumps(recipe.model.source)})\n"
+            'pipeline.load_lora_weights("model")  # this folder; webui/ has the file for AUTOMATIC1111 and ComfyUI')
+
+
 def _card(recipe: Recipe, step: int, pictured: bool) -> str:
     train, prior = recipe.train, recipe.prior
     settings = {
@@ -95,9 +117,14 @@ def _card(recipe: Recipe, step: int, pictured: bool) -> str:
         "text encoder": "trained" if train.train_text_encoder else "frozen", "resolution": recipe.model.resolution,
         "precision": recipe.precision.dtype.value,
     }
+    if recipe.method.low_rank:
+        method = recipe.method
+        settings |= {"method": method.kind.value, "rank": method.rank, "alpha": method.scale_alpha,
+                     "targets": method.targets.value, "dropout": method.dropout}
     return CARD.format(
         name=recipe.name, source=recipe.model.source, instance_prompt=recipe.instance_prompt, step=step,
-        quoted=json.dumps(recipe.instance_prompt), version=dreambooth.__version__,
+        quoted=json.dumps(recipe.instance_prompt), opening=_opening(recipe),
+        tags="- lora\n" * recipe.method.low_rank, version=dreambooth.__version__,
         weights=("an exponential moving average" if train.use_ema else "as trained")
         + (f", the best of the run by {recipe.evaluate.select}," if recipe.evaluate.select else ""),
         picture="\n![contact sheet](contact_sheet.png)\n" if pictured else "",

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dreambooth import best, checkpoint, measures, model
+from dreambooth import adapter, best, checkpoint, measures, model
 from dreambooth.console import Bar
 from dreambooth.ema import swapped
 from dreambooth.engine import Engine
@@ -219,6 +219,10 @@ class Measure:
     def _base(self) -> Iterator[Any]:
         """A pipeline of the base. On a card a resumed run has its base's weights in place of the live ones, one by one:
         these wait in host memory, so that the card holds no second model."""
+        if self.recipe.method.low_rank:
+            with adapter.absent(self.setup.trained):
+                yield self.setup.pipeline
+            return
         if self.engine.device.type != "cuda":
             yield build_pipeline(model.load(self.recipe, self.engine.device))
             return

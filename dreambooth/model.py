@@ -2,8 +2,6 @@
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth.choices import AttentionKind, Dtype
+from dreambooth import adapter
+from dreambooth.choices import AttentionKind, BaseWeights, Dtype
 from dreambooth.errors import UserError
 from dreambooth.loss import Schedule
 from dreambooth.machine import importing
 from dreambooth.recipe import Recipe
 from dreambooth.recompute import recompute
+from dreambooth.unasked import without_bitsandbytes
 
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
 
@@ -107,6 +107,7 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    base_weights = recipe.method.base_weights if frozen is None else BaseWeights.half
     frozen = frozen or TORCH_DTYPE[recipe.precision.dtype]
     trained = torch.float32
     text_dtype = trained if recipe.train.train_text_encoder else frozen
@@ -125,17 +126,29 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
         parts.safety_checker, parts.feature_extractor = _safety(recipe.source, frozen, weights)
     except (OSError, ValueError) as error:
         raise UserError(_missing(recipe, error)) from error
+    for module in trained_modules(parts, recipe).values() if recipe.method.low_rank else ():
+        adapter.freeze(module, frozen, base_weights)
     for module in (parts.unet, parts.text_encoder, parts.vae):
         module.requires_grad_(False).eval().to(device)
     _check_resolution(recipe, parts)
     return parts
 
 
+def trained_modules(parts: Components, recipe: Recipe) -> dict[str, nn.Module]:
+    """The modules that train, or get adapters, by their name in the Denoiser."""
+    return {"unet": parts.unet} | ({"text_encoder": parts.text_encoder} if recipe.train.train_text_encoder else {})
+
+
 def exact_frozen(parts: Components, recipe: Recipe) -> Components:
-    """The same parts, the frozen ones in fp32 as the base has them: half is for computing, not for keeping."""
-    if recipe.precision.dtype is Dtype.fp32:
+    """The same parts, the frozen ones in fp32 as the base has them: half is for computing, not for keeping. What an
+    adapter has learned is merged into the base."""
+    if recipe.precision.dtype is Dtype.fp32 and not recipe.method.low_rank:
         return parts
     whole = load(recipe, torch.device("cpu"), frozen=torch.float32)
+    if recipe.method.low_rank:
+        known = adapter.learned(nn.ModuleDict(trained_modules(parts, recipe)))
+        adapter.merge(nn.ModuleDict(trained_modules(whole, recipe)), known)
+        return whole
     text_encoder = parts.text_encoder if recipe.train.train_text_encoder else whole.text_encoder
     return replace(parts, vae=whole.vae, text_encoder=text_encoder, safety_checker=whole.safety_checker)
 
@@ -145,15 +158,17 @@ def prepare(parts: Components, recipe: Recipe) -> Denoiser:
     set_attention(parts.unet, recipe.attention.kind)
     if recipe.train.channels_last:
         parts.unet.to(memory_format=torch.channels_last)
-    parts.unet.requires_grad_(True).train()
-    if recipe.train.train_text_encoder:
-        parts.text_encoder.requires_grad_(True).train()
     if recipe.memory.gradient_checkpointing:
         apart = recipe.memory.split_prior and recipe.memory.optimizer_in_backward and recipe.with_prior
         recompute(parts.unet, groups=2 if apart else 1)
         if recipe.train.train_text_encoder:
             parts.text_encoder.gradient_checkpointing_enable()
-    return Denoiser(parts.unet, parts.text_encoder if recipe.train.train_text_encoder else None)
+    denoiser = Denoiser(parts.unet, parts.text_encoder if recipe.train.train_text_encoder else None)
+    if recipe.method.low_rank:
+        adapter.inject(denoiser, recipe.method, recipe.train.seed, recipe.precision.dtype)
+    else:
+        denoiser.requires_grad_(True)
+    return denoiser.train()
 
 
 def set_attention(unet: Any, kind: AttentionKind) -> None:
@@ -182,23 +197,9 @@ def import_libraries() -> None:
             if variable not in os.environ:
                 library.utils.logging.set_verbosity_error()  # their advice is not for our users
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks up for 4-bit kernels that nobody asks for
-        with _without_bitsandbytes():
+        with without_bitsandbytes():
             import diffusers.models.unets.unet_2d_condition
             import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
-
-
-@contextmanager
-def _without_bitsandbytes() -> Iterator[None]:
-    """diffusers imports bitsandbytes for quantised models if it is installed, and it torch's compiler: 0.8 s of every
-    start, for nothing. An optimizer of bitsandbytes imports it when it is made."""
-    from diffusers.utils import import_utils
-
-    there = import_utils._bitsandbytes_available
-    import_utils._bitsandbytes_available = False
-    try:
-        yield
-    finally:
-        import_utils._bitsandbytes_available = there
 
 
 def _safety(source: str, dtype: torch.dtype, weights: dict[str, Any]) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ import torch
 
 from dreambooth import rng
 from dreambooth.data import Batch, View
+from dreambooth.sampling import evaluating
 from dreambooth.setup import Setup
 
 LEVELS = 8  # timesteps a photo, the middles of equal parts of the schedule
@@ -29,6 +30,6 @@ def instance_loss(setup: Setup) -> float:
         batch = Batch(
             latents=clean.to(batches.device).expand(LEVELS, -1, -1, -1), noise=noise.to(batches.device),
             timesteps=steps.to(batches.device), text=text.expand(LEVELS, *text.shape[1:]), instances=LEVELS)
-        with torch.no_grad():  # forward: compiling it for this one use would take minutes
+        with torch.no_grad(), evaluating(setup.trained):  # forward: compiling it for this one use would take minutes
             total += float(plain(setup.trained.forward, batch).instance)
     return total / len(concept.photos)

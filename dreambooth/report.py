@@ -17,13 +17,19 @@ def plan(recipe: Recipe) -> dict[str, str]:
         "class": f"{recipe.class_prompt!r}, {prior.num_class_images} images, weight {prior.prior_loss_weight:g}"
                  if recipe.with_prior else "no prior preservation",
         "base": f"{recipe.model.source}, {recipe.model.resolution} px",
-        "trains": "UNet and text encoder" if train.train_text_encoder else "UNet",
+        "trains": _trained(recipe),
         "steps": f"{train.max_train_steps} of {seen} photo{'s' if seen > 1 else ''} a process, "
                  f"learning rate {train.learning_rate:g} {train.lr_scheduler.value}",
         "on": f"{recipe.hardware.gpu or 'CPU'}, {recipe.precision.dtype.value}, {recipe.optimizer.kind.value}, "
               f"{recipe.attention.kind.value} attention",
         "run": _short(str(recipe.run_dir)),
     }
+
+
+def _trained(recipe: Recipe) -> str:
+    where = "UNet and text encoder" if recipe.train.train_text_encoder else "UNet"
+    method = recipe.method
+    return f"{where}, {method.kind.value} of rank {method.rank} beside them" if method.low_rank else where
 
 
 def already(result: Result, recipe: Recipe) -> str:

@@ -7,7 +7,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dreambooth import measures
-from dreambooth.choices import AttentionKind, Dtype, LrSchedule, OptimizerKind, Rounding, TrackingKind, Weights
+from dreambooth.choices import (
+    AttentionKind,
+    BaseWeights,
+    Dtype,
+    LrSchedule,
+    OptimizerKind,
+    Rounding,
+    TrackingKind,
+    Weights,
+)
 from dreambooth.machine import Machine
 from dreambooth.schema import Config
 
@@ -21,6 +30,7 @@ def problems(config: Config, device: str, machine: Machine | None) -> Iterator[s
     yield from _memory_problems(config)
     if config.evaluate.promote and config.tracking.kind is TrackingKind.none:
         yield "evaluate.promote=true registers in MLflow: type tracking=mlflow"
+    yield from _adapter_problems(config, device, machine)
 
 
 def _device_problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:
@@ -121,3 +131,22 @@ def _memory_problems(config: Config) -> Iterator[str]:
     if train.use_ema and train.max_train_steps % memory.ema_every:
         yield (f"memory.ema_every={memory.ema_every} would leave the last steps out of the average: type a "
                "train.max_train_steps that is a multiple of it, or memory.ema_every=1")
+
+
+def _adapter_problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:
+    method, memory = config.method, config.memory
+    if not method.low_rank:
+        return
+    if method.base_weights is BaseWeights.nf4 and device == "cpu":
+        yield "method.base_weights=nf4 needs a CUDA GPU: type method.base_weights=half"
+    elif method.base_weights is BaseWeights.nf4 and find_spec("bitsandbytes") is None:
+        yield ("method.base_weights=nf4 needs a package: pip install 'dreambooth[cuda]', or type "
+               "method.base_weights=half")
+    if method.dropout and config.train.compile:
+        yield "method.dropout was not tried with train.compile=true: type method.dropout=0, or train.compile=false"
+    if memory.weights is Weights.half:
+        yield (f"memory.weights=half would round the few weights of method={method.name} and save nothing: type "
+               "memory.weights=full memory.rounding=null")
+    if memory.offload_optimizer:
+        yield (f"memory.offload_optimizer=true saves nothing with the few weights of method={method.name}: type "
+               "memory.offload_optimizer=false")

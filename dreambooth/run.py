@@ -92,7 +92,7 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
 def _needed_bytes(recipe: Recipe, setup: Setup) -> int:
     kept = checkpoint.needed_bytes(setup.state, setup.trained, recipe.checkpoint.keep)
     best_weights = best.needed_bytes(setup.trained) if recipe.evaluate.select else 0
-    return kept + best_weights + export.size_bytes(setup.parts)
+    return kept + best_weights + export.size_bytes(setup.parts, recipe)
 
 
 def _finish(recipe: Recipe, engine: Engine, setup: Setup, measure: Measure, tracker: Tracker, meter: Meter,
@@ -107,13 +107,12 @@ def _finish(recipe: Recipe, engine: Engine, setup: Setup, measure: Measure, trac
             return result
         result = judged(result, recipe)
         with measure.exported(exact=True):
-            parts = model.exact_frozen(setup.parts, recipe)
-            folder = export.export(parts, recipe, exported, recipe.run_dir / "contact_sheet.png")
+            folder = export.export(setup.parts, recipe, exported, recipe.run_dir / "contact_sheet.png")
     tracker.metrics(step, meter.peaks | {
         "objective": result.objective, INSTANCE_LOSS: scores[INSTANCE_LOSS], "exported_step": exported,
         "skipped_steps": setup.state.skipped})
     tracker.tags({"model": str(folder)})
-    for name in ("contact_sheet.png", "model/README.md"):
+    for name in ("contact_sheet.png", "model/README.md", "model/pytorch_lora_weights.safetensors"):
         if (recipe.run_dir / name).is_file():
             tracker.artifact(recipe.run_dir / name)
     result.write()

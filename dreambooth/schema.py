@@ -7,7 +7,6 @@ from dreambooth.choices import (
     AttentionKind,
     Dtype,
     LrSchedule,
-    MethodKind,
     OptimizerKind,
     PlanFormat,
     TrackingKind,
@@ -15,6 +14,7 @@ from dreambooth.choices import (
 from dreambooth.measures import Evaluate
 from dreambooth.schema_hardware import Hardware as Hardware
 from dreambooth.schema_memory import Memory as Memory
+from dreambooth.schema_method import Method as Method
 from dreambooth.schema_storage import Storage as Storage
 from dreambooth.section import Section, finite, require
 
@@ -28,6 +28,7 @@ class Model(Section):
     revision: str | None = None
     variant: str | None = None
     resolution: int = 64
+    adapter_learning_rate: float = 1e-4
     offline: bool = True
 
     def __post_init__(self) -> None:
@@ -35,15 +36,9 @@ class Model(Section):
             "source": (bool(self.source.strip()), "a hub id or a folder"),
             "resolution": (8 <= self.resolution <= 2048 and self.resolution % 8 == 0,
                            f"a multiple of 8 from 8 to 2048 pixels, not {self.resolution}"),
+            "adapter_learning_rate": (finite(self.adapter_learning_rate, 0) and self.adapter_learning_rate > 0,
+                                      f"above 0, not {self.adapter_learning_rate}"),
         })
-
-
-@dataclass
-class Method(Section):
-    """What is trained."""
-
-    name: str = "full"
-    kind: MethodKind = MethodKind.full
 
 
 @dataclass

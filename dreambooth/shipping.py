@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreambooth import logged
+from dreambooth import flavour, logged
 from dreambooth.journal import EXPERIMENT, parcels, read, starts_line
 from dreambooth.provenance import clean
 
@@ -180,7 +180,7 @@ class Shipper(threading.Thread):
         elif "artifact" in entry:
             if not (folder / entry["artifact"]).exists():
                 raise ValueError("there is no such file")
-            self._client.log_artifact(run_id, str(folder / entry["artifact"]), entry["folder"] or None)
+            flavour.log(self._client, run_id, folder / entry["artifact"], entry["folder"] or None)
         elif "input" in entry:
             logged.dataset(self._client, run_id, entry["input"])
         elif entry.get("status") == "RUNNING":
