@@ -1,11 +1,13 @@
 """Models by their shape alone: the parts of a base built from its configuration, without weights, disk or network."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dreambooth.choices import AttentionKind
 from dreambooth.errors import UserError
 from dreambooth.fakes import fake_tensors, to_dtype
 from dreambooth.model import TORCH_DTYPE, Components
@@ -65,6 +67,13 @@ def trained_weights(recipe: Recipe) -> int:
         parts = blank(recipe)
     trained = [parts.unet, *([parts.text_encoder] if recipe.train.train_text_encoder else [])]
     return sum(parameter.numel() for module in trained for parameter in module.parameters())
+
+
+def known_attention(recipe: Recipe) -> Recipe:
+    """xformers is not here; PyTorch's memory-efficient kernel, which it shares, takes the same memory."""
+    if recipe.attention.kind is AttentionKind.xformers:
+        return replace(recipe, attention=replace(recipe.attention, kind=AttentionKind.sdpa))
+    return recipe
 
 
 @cache

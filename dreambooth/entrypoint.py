@@ -109,7 +109,7 @@ def composed(words: list[str]) -> tuple[Config, Path]:
 def _steps(config: Config, world: int) -> int:
     """save_steps passes over the photos, in steps."""
     train, every = config.train, config.checkpoint.every or 1
-    photos = len(list_photos(Path(config.dataset.instance_dir or "")))
+    photos = sum(one.repeats * len(list_photos(Path(one.instance_dir or ""))) for one in config.dataset.subjects)
     return max(1, every * photos // (train.train_batch_size * train.gradient_accumulation_steps * world))
 
 

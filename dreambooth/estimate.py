@@ -44,7 +44,7 @@ def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estim
     if card is None:
         return Estimate(None, None, None, None)
     step = step_seconds(recipe, prediction, card)
-    pictures, photos = recipe.prior.num_class_images if recipe.with_prior else 0, 20
+    pictures, photos = recipe.prior.num_class_images * len(recipe.classes) if recipe.with_prior else 0, 20
     drawing = _rate(recipe, card)
     denoise, decode = prediction.picture_flops
     seconds = START_UP + step * recipe.train.max_train_steps

@@ -143,7 +143,7 @@ def _candidates(recipe: Recipe, processes: int) -> list[dict[str, Any]]:
         levers = {key: value for key, value in rung.items() if getattr(recipe.memory, key) != value}
         if not recipe.train.use_ema:
             levers.pop("ema_device", None)
-        refused = recipe.train.gradient_accumulation_steps > 1 or recipe.memory.split_prior or processes > 1
+        refused = recipe.train.gradient_accumulation_steps > 1 or recipe.two_passes or processes > 1
         if levers.get("optimizer_in_backward") and (refused or recipe.memory.offload_optimizer):
             del levers["optimizer_in_backward"]
         if levers not in found:
@@ -169,7 +169,7 @@ def _floor(candidate: Recipe, trained: int, activations: float) -> float:
 
 def _kept(recipe: Recipe, checkpointed: bool) -> float:
     """GiB of activations that any forward pass of a Stable Diffusion UNet keeps."""
-    rows = recipe.train.train_batch_size * (2 if recipe.with_prior else 1)
+    rows = recipe.train.train_batch_size * (2 if recipe.with_prior and not recipe.two_passes else 1)
     return KEPT[checkpointed] * rows * (recipe.model.resolution / 512) ** 2
 
 
