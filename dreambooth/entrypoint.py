@@ -146,10 +146,11 @@ def _plain(override: str) -> bool:
 
 
 def _hardware_of(instance_type: str | None) -> str | None:
-    """The option of group hardware for the family of an instance type, such as g5 for ml.g5.2xlarge."""
+    """The option of group hardware for an instance type, else for its family, such as g5 for ml.g5.2xlarge."""
     family = (instance_type or "").rpartition(".")[0]
     options = {path.stem: OmegaConf.load(path) for path in sorted((conf_dir() / "hardware").glob("*.yaml"))}
-    return next((name for name, option in options.items()
+    exact = (name for name, option in options.items() if instance_type and option.instance_type == instance_type)
+    return next(exact, None) or next((name for name, option in options.items()
                  if family and (option.instance_type or "").rpartition(".")[0] == family), None)
 
 

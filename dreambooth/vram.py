@@ -163,6 +163,9 @@ class _Rehearsal:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     gradient_to(trace, masters.get(name)))
+        if recipe.hardware.gpus > 1:  # data parallel sums gradients in buckets of its own
+            self.summed = [torch.empty_like(p) for p in denoiser.parameters() if p.requires_grad]
+            trace.add(self.summed, "gradients")
         ema = None
         if recipe.train.use_ema:
             weights = masters or denoiser
