@@ -134,7 +134,7 @@ def _keys() -> frozenset[str]:
 
 
 def _known(name: str) -> bool:
-    return name in _keys() or name.startswith(("hydra.", "hydra/", "hardware.node_selector."))
+    return name in _keys() or name.startswith(("hydra.", "hydra/", "hardware.node_selector.", "dataset.concepts."))
 
 
 def _plain(override: str) -> bool:

@@ -53,7 +53,3 @@ class Diverged(DreamBoothError):
     """The loss is no longer a number, or fp16 gradients overflow step after step."""
 
     exit_code = 6
-
-
-class Unusable(Exception):
-    """Why a file cannot be used; completes the sentence "photo.png ..."."""

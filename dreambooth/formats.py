@@ -10,6 +10,10 @@ RAW_SUFFIXES = {".3fr", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", 
 _BRANDS = {b"he": "HEIC", b"mi": "HEIC", b"ms": "HEIC", b"av": "AVIF"}  # of ISO media files: heic, mif1, msf1, avif
 
 
+class Unusable(Exception):
+    """Why a photo cannot be used; completes the sentence "photo.png ..."."""
+
+
 @cache
 def readable() -> tuple[str, ...]:
     """Pillow's names; HEIC is among them with the extra heic.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth.errors import Unusable
+from dreambooth.formats import Unusable
 from dreambooth.schema_dataset import ALPHA
 
 if TYPE_CHECKING:

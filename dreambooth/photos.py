@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth import buckets, captions, formats, masks
-from dreambooth.errors import Unusable, UserError
+from dreambooth.errors import UserError
+from dreambooth.formats import Unusable
 
 if TYPE_CHECKING:
     import numpy as np

@@ -20,6 +20,7 @@ from dreambooth.config import conf_dir, load
 from dreambooth.machine import Machine
 from dreambooth.recipe import resolve
 from dreambooth.schema import Config
+from dreambooth.schema_dataset import Subject
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncherConf
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +123,7 @@ def in_code(page: Path) -> str:
 def test_a_key_in_a_document_exists(page: Path) -> None:
     known = keys().union(*(vars(ask()) for ask in ASKED.values())) | NO_KEYS | {"experiment", "group", "section.key"}
     known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf())} | {"hydra.sweeper.storage"}
+    known |= {f"dataset.concepts.{number}.{key}" for number in (0, 1) for key in vars(Subject())}
     said = set(re.findall(r"(?<![\w./-])([A-Za-z_]\w*(?:\.\w+)*)=", in_code(page)))
     sections = "|".join(key for key in keys() if "." not in key)
     dotted = set(re.findall(rf"(?m)^((?:{sections})\.[a-z]\w*)$", in_code(page)))
