@@ -61,6 +61,7 @@ mlflow-ui: $(STAMP)  ## every run side by side in a browser (PORT=5000)
 
 proof: $(STAMP)  ## measure what takes long, and write docs/proof.md and docs/proof-sweeps.md
 	@$(BIN)/python -m tools.proof
+	@$(BIN)/python -m tools.proof.concepts
 	@$(BIN)/python -m tools.proof.s3
 	@$(BIN)/python -m tools.proof.image
 	@$(BIN)/python -m tools.proof.sweeps

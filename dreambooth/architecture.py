@@ -1,5 +1,6 @@
 """Models by their shape alone: the parts of a base built from its configuration, without weights, disk or network."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from dreambooth import adapter
+from dreambooth.choices import AttentionKind
 from dreambooth.errors import UserError
 from dreambooth.fakes import fake_tensors, to_dtype
 from dreambooth.model import TORCH_DTYPE, Components, trained_modules
@@ -71,6 +73,13 @@ def trained_weights(recipe: Recipe) -> int:
         if recipe.method.low_rank:
             adapter.inject(model, recipe.method, recipe.train.seed, recipe.precision.dtype)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def known_attention(recipe: Recipe) -> Recipe:
+    """xformers is not here; PyTorch's memory-efficient kernel, which it shares, takes the same memory."""
+    if recipe.attention.kind is AttentionKind.xformers:
+        return replace(recipe, attention=replace(recipe.attention, kind=AttentionKind.sdpa))
+    return recipe
 
 
 @cache

@@ -24,6 +24,7 @@ class Card:
     bandwidth_gb_s: float
     source: str
     fixed_gib: float = 0.74
+    link_gb_s: float = 10.0  # between cards of one machine that a sum of gradients reaches: PCIe, an assumption
     calibrated: bool = False  # True: published training speeds of this very card went into estimate.py
 
 
@@ -31,6 +32,7 @@ CARDS = {
     "T4": Card("T4", 65.0, 8.1, 320.0, "NVIDIA T4 datasheet, 2019", calibrated=True),
     "A10G": Card("A10G", 70.0, 35.0, 600.0, "AWS EC2 G5 page and NVIDIA A10G datasheet, 2021"),
     "L4": Card("L4", 121.0, 30.3, 300.0, "NVIDIA L4 datasheet, 2023"),
+    "A100": Card("A100", 312.0, 19.5, 1555.0, "NVIDIA A100 datasheet (40 GB SXM), 2020", link_gb_s=200.0),
 }
 
 

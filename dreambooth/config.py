@@ -22,10 +22,14 @@ from dreambooth.files import weights_digest
 from dreambooth.packaged import asset
 from dreambooth.photos import fingerprint
 from dreambooth.schema import Config
+from dreambooth.schema_dataset import ALPHA, FOLDERS
 
 _SECRET = ("would be kept in .hydra/ with its password: type the address without it and set MLFLOW_TRACKING_USERNAME "
            "and MLFLOW_TRACKING_PASSWORD, or type tracking.uri='${oc.env:MLFLOW_TRACKING_URI}'")
 
+NEWER: dict[str, Any] = {
+    "dataset.mask": None, "dataset.concepts": [], "dataset.buckets": False, "dataset.prompt_dropout": 0.0,
+    "precision.tf32": False}  # keys that came later, and where they change nothing: runs keep their folders
 UNCHANGED = {"ema_every": 1, "weights": "full", "rounding": None}  # levers that change numbers, and when they do not
 UNSEEN = ("offline", "objective", "promote", "max_class_similarity")  # of evaluate: they choose no weights
 
@@ -120,9 +124,14 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     if chosen["method"]["kind"] == "full":
         chosen["method"] = {key: chosen["method"][key] for key in ("name", "kind")}
     chosen["model"]["weights"] = weights_digest(Path(asset(chosen["model"]["source"])))
-    for key in ("instance_dir", "class_dir"):
-        if folder := chosen["dataset"][key]:
-            chosen["dataset"][key] = fingerprint(Path(asset(folder)))
+    for place, value in NEWER.items():
+        section, _, key = place.partition(".")
+        if chosen[section][key] == value:
+            chosen[section].pop(key)
+    for subject in (chosen["dataset"], *chosen["dataset"].get("concepts", ())):
+        for key in FOLDERS:
+            if (folder := subject.get(key)) and folder != ALPHA:
+                subject[key] = fingerprint(Path(asset(folder)))
     if (evaluate := plain("evaluate"))["select"] is not None:
         chosen["evaluate"] = _selection(evaluate) | {
             key: root.sample[key] for key in ("num_inference_steps", "guidance_scale")}

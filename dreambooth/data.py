@@ -9,32 +9,19 @@ A batch is made in two parts: `draw` is chance, on the host, and may run in a th
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dreambooth import rng
+from dreambooth import masks, rng
+from dreambooth.batch import Batch, joined
+from dreambooth.buckets import Size
 from dreambooth.latents import Keep, Moments
-from dreambooth.photos import Photo, square, to_model_range
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch: instance rows first, then as many class rows, on the training device."""
-
-    latents: Tensor  # (N, C, h, w), scaled
-    noise: Tensor  # (N, C, h, w)
-    timesteps: Tensor  # (N,) int64
-    text: Tensor  # (N, L) token ids, or (N, L, D) hidden states when text is cached
-    instances: int
-
-    def rows(self, part: slice) -> "Batch":
-        """Some of the rows, all of one concept."""
-        latents, noise, timesteps, text = (
-            tensor[part] for tensor in (self.latents, self.noise, self.timesteps, self.text))
-        return Batch(latents, noise, timesteps, text, instances=len(timesteps))
+from dreambooth.photos import Photo, cut, to_model_range
+from dreambooth.turns import turn
 
 
 @dataclass(frozen=True)
@@ -44,28 +31,44 @@ class View:
     photo: int
     flip: bool
     crop: tuple[float, float] | None
+    untold: bool = False  # the empty prompt in place of its caption
 
 
 @dataclass(frozen=True)
 class Concept:
-    """Photos of one thing; `stream` keeps its random numbers apart from the other concept's."""
+    """The photos of one half of a batch: of subjects, or of classes. `stream` keeps its random numbers apart."""
 
     stream: str
     photos: Sequence[Photo]
     center_crop: bool
     random_flip: bool
+    repeats: Sequence[int] | None = None  # how often each photo comes in a round; None: once
+    prompt_dropout: float = 0.0  # probability of the empty prompt
 
     def view(self, seed: int, step: int, index: int, batch: int) -> View:
-        """Sample `index` of `batch` samples of a step. Photos come in a new random order each time round."""
-        epoch, position = divmod(step * batch + index, len(self.photos))
-        order = rng.order(len(self.photos), seed, epoch, self.stream, "order")
+        """Sample `index` of `batch` samples of a step. Photos come in a new random order each time round; those of a
+        step have one size."""
+        group, steps = turn([len(photos) for photos in self._rounds.values()], step, seed, self.stream)
+        size, photos = list(self._rounds.items())[group]
+        epoch, position = divmod(steps * batch + index, len(photos))
+        order = rng.order(len(photos), seed, epoch, self.stream, "order", *(size or ()))
         dice = rng.stream(seed, step, index, self.stream, "view")
         up, left, mirror = dice.random(3)
+        untold = rng.stream(seed, step, index, self.stream, "untold").random() if self.prompt_dropout else 1.0
         return View(
-            photo=order[position],
+            photo=photos[order[position]],
             flip=self.random_flip and bool(mirror < 0.5),
             crop=None if self.center_crop else (float(up), float(left)),
+            untold=untold < self.prompt_dropout,
         )
+
+    @cached_property
+    def _rounds(self) -> dict[Size | None, list[int]]:
+        """size -> its photos, each as often as it comes in a round."""
+        found: dict[Size | None, list[int]] = {}
+        for number, (photo, times) in enumerate(zip(self.photos, self.repeats or [1] * len(self.photos), strict=True)):
+            found.setdefault(photo.size, []).extend([number] * times)
+        return found
 
 
 def at_a_time(resolution: int) -> int:
@@ -86,12 +89,15 @@ class Latents:
         self.resolution = resolution
         self.scaling_factor = scaling_factor
         self._rows: dict[tuple[str, int, bool], int] = {}
-        self._kept: dict[str, Callable[[list[int]], Moments]] = {}
+        self._kept: dict[tuple[str, Size | None], Callable[[list[int]], Moments]] = {}
 
     def fill(self, concept: Concept, tick: Callable[[int], None], size: int | None = None) -> None:
         """Encode every photo of a centre-cropped concept once, mirrored too if it may be mirrored."""
-        size = size or at_a_time(self.resolution)
-        views = [View(i, flip, None) for i in range(len(concept.photos))
+        for shape in dict.fromkeys(photo.size for photo in concept.photos):
+            self._fill(concept, tick, size or at_a_time(self.resolution), shape)
+
+    def _fill(self, concept: Concept, tick: Callable[[int], None], size: int, shape: Size | None) -> None:
+        views = [View(i, flip, None) for i, photo in enumerate(concept.photos) if photo.size == shape
                  for flip in ((False, True) if concept.random_flip else (False,))]
         self._rows |= {(concept.stream, view.photo, view.flip): row for row, view in enumerate(views)}
 
@@ -101,30 +107,36 @@ class Latents:
                 yield self.encode(self.pixels(concept, chunk))
                 tick(len(chunk))
 
-        content = [f"{self.resolution}", *(sha256(concept.photos[v.photo].pixels.tobytes()).hexdigest() + str(v.flip)
-                                           for v in views)]
-        self._kept[concept.stream] = self.keep(content, encoded)
+        content = [f"{shape or self.resolution}", *(
+            sha256(concept.photos[v.photo].pixels.tobytes()).hexdigest() + str(v.flip) for v in views)]
+        self._kept[concept.stream, shape] = self.keep(content, encoded)
 
     @property
     def cached(self) -> bool:
         return bool(self._kept)
 
     def sample(self, concept: Concept, views: Sequence[View], noise: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """Draw latents (N, C, h, w) for `views`; the cache keeps the distribution, so each draw differs.
+        """Draw latents (N, C, h, w) for `views` of one size; the cache keeps the distribution, so each draw differs.
 
         Args:
             pixels: of `views`, to encode where nothing is cached; None: made here.
         """
         if self._kept:
-            mean, std = self._kept[concept.stream]([self._rows[concept.stream, v.photo, v.flip] for v in views])
+            kept = self._kept[concept.stream, concept.photos[views[0].photo].size]
+            mean, std = kept([self._rows[concept.stream, v.photo, v.flip] for v in views])
         else:
             mean, std = self.encode(self.pixels(concept, views) if pixels is None else pixels)
         return (mean + std * noise.to(mean)) * self.scaling_factor
 
     def pixels(self, concept: Concept, views: Sequence[View]) -> Tensor:
         """(N, 3, H, W) in [-1, 1], on the host."""
-        squares = [square(concept.photos[v.photo].pixels, self.resolution, v.crop, v.flip) for v in views]
-        return torch.from_numpy(np.stack([to_model_range(pixels) for pixels in squares]))
+        crops = [cut(photo.pixels, self.size(photo), v.crop, v.flip)
+                 for v in views for photo in (concept.photos[v.photo],)]
+        return torch.from_numpy(np.stack([to_model_range(pixels) for pixels in crops]))
+
+    def size(self, photo: Photo) -> Size:
+        """Height and width in pixels that a photo is cropped to."""
+        return photo.size or (self.resolution, self.resolution)
 
 
 @dataclass(frozen=True)
@@ -136,16 +148,17 @@ class Drawn:
     spread: Tensor  # (n, C, h, w) standard normal: where in its distribution a latent is drawn
     noise: Tensor  # (n, C, h, w)
     timesteps: Tensor  # (n,) int64
+    mask: Tensor | None = None  # (n, 1, h, w) of the loss
 
 
 @dataclass
 class Batches:
     """Makes the micro-batches of a step for one process."""
 
-    concepts: Sequence[Concept]  # the subject, then its class if there is prior preservation
+    concepts: Sequence[Concept]  # the subjects, then their classes if there is prior preservation
     latents: Latents
     text: Callable[[str], Tensor]  # prompt -> (1, L) ids or (1, L, D) hidden states on the device
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, int, int]  # of the square
     timesteps: int  # T of the noise schedule
     seed: int
     batch_size: int
@@ -168,37 +181,56 @@ class Batches:
 
     def place(self, drawn: Sequence[Sequence[Drawn]]) -> list[Batch]:
         """The device's part: copy, encode what is not cached. The copies do not wait for the device."""
-        made = []
-        for micro in drawn:
-            parts = [self._place(concept, part) for concept, part in zip(self.concepts, micro, strict=True)]
-            latents, noise, timesteps, text = (torch.cat(part) for part in zip(*parts, strict=True))
-            made.append(Batch(latents, noise, timesteps, text, instances=self.batch_size))
-        return made
+        return [joined([self._place(concept, part) for concept, part in zip(self.concepts, micro, strict=True)])
+                for micro in drawn]
+
+    def shape(self, photo: Photo) -> tuple[int, int, int]:
+        """Of a photo's latents."""
+        height, width = (side // self._scale for side in self.latents.size(photo))
+        return self.latent_shape[0], height, width
+
+    def mask(self, concept: Concept, views: Sequence[View]) -> Tensor | None:
+        """(N, 1, h, w) of `views`, on the host: the share of each latent that counts; None: all of every photo."""
+        inside = [None if photo.mask is None else cut(photo.mask, self.latents.size(photo), view.crop, view.flip)
+                  for view in views for photo in (concept.photos[view.photo],)]
+        if all(photo.mask is None for photo in concept.photos):
+            return None
+        whole = np.ones(self.shape(concept.photos[views[0].photo])[1:], dtype=np.float32)
+        found = [whole if part is None else masks.at_latents(part, self._scale) for part in inside]
+        return torch.from_numpy(np.stack(found)).unsqueeze(1).to(self.dtype)
+
+    @property
+    def _scale(self) -> int:
+        return self.latents.resolution // self.latent_shape[1]
 
     def _draw(self, concept: Concept, step: int, indices: range) -> Drawn:
         total = self.batch_size * self.accumulation * self.world
         views = [concept.view(self.seed, step, index, total) for index in indices]
         keys = [(self.seed, step, index, concept.stream) for index in indices]
-        spread = torch.stack([rng.normal(self.latent_shape, *key, "latents") for key in keys])
-        noise = torch.stack([self._noise(key) for key in keys])
+        shape = self.shape(concept.photos[views[0].photo])
+        spread = torch.stack([rng.normal(shape, *key, "latents") for key in keys])
+        noise = torch.stack([self._noise(shape, key) for key in keys])
         timesteps = torch.tensor([int(rng.stream(*key, "timestep").integers(self.timesteps)) for key in keys])
         pixels = None if self.latents.cached else self._pinned(self.latents.pixels(concept, views))
-        return Drawn(views, pixels, self._pinned(spread), self._pinned(noise.to(self.dtype)), self._pinned(timesteps))
+        mask = self.mask(concept, views)
+        return Drawn(views, pixels, self._pinned(spread), self._pinned(noise.to(self.dtype)), self._pinned(timesteps),
+                     None if mask is None else self._pinned(mask))
 
-    def _place(self, concept: Concept, drawn: Drawn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        pixels, spread, noise, timesteps = (
+    def _place(self, concept: Concept, drawn: Drawn) -> Batch:
+        pixels, spread, noise, timesteps, mask = (
             None if tensor is None else tensor.to(self.device, non_blocking=True)
-            for tensor in (drawn.pixels, drawn.spread, drawn.noise, drawn.timesteps))
+            for tensor in (drawn.pixels, drawn.spread, drawn.noise, drawn.timesteps, drawn.mask))
         assert spread is not None and noise is not None and timesteps is not None
         latents = self.latents.sample(concept, drawn.views, spread, pixels).to(self.device, self.dtype)
-        text = torch.cat([self.text(concept.photos[view.photo].caption) for view in drawn.views])
-        return latents, noise, timesteps, text
+        text = torch.cat([self.text("" if view.untold else concept.photos[view.photo].caption)
+                          for view in drawn.views])
+        return Batch(latents, noise, timesteps, text, len(timesteps), mask)
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
-    def _noise(self, key: rng.Key) -> Tensor:
-        noise = rng.normal(self.latent_shape, *key, "noise")
+    def _noise(self, shape: tuple[int, int, int], key: rng.Key) -> Tensor:
+        noise = rng.normal(shape, *key, "noise")
         if self.noise_offset:
-            noise += self.noise_offset * rng.normal((self.latent_shape[0], 1, 1), *key, "offset")
+            noise += self.noise_offset * rng.normal((shape[0], 1, 1), *key, "offset")
         return noise

@@ -109,7 +109,7 @@ def composed(words: list[str]) -> tuple[Config, Path]:
 def _steps(config: Config, world: int) -> int:
     """save_steps passes over the photos, in steps."""
     train, every = config.train, config.checkpoint.every or 1
-    photos = len(list_photos(Path(config.dataset.instance_dir or "")))
+    photos = sum(one.repeats * len(list_photos(Path(one.instance_dir or ""))) for one in config.dataset.subjects)
     return max(1, every * photos // (train.train_batch_size * train.gradient_accumulation_steps * world))
 
 
@@ -134,7 +134,7 @@ def _keys() -> frozenset[str]:
 
 
 def _known(name: str) -> bool:
-    return name in _keys() or name.startswith(("hydra.", "hydra/", "hardware.node_selector."))
+    return name in _keys() or name.startswith(("hydra.", "hydra/", "hardware.node_selector.", "dataset.concepts."))
 
 
 def _plain(override: str) -> bool:
@@ -146,10 +146,11 @@ def _plain(override: str) -> bool:
 
 
 def _hardware_of(instance_type: str | None) -> str | None:
-    """The option of group hardware for the family of an instance type, such as g5 for ml.g5.2xlarge."""
+    """The option of group hardware for an instance type, else for its family, such as g5 for ml.g5.2xlarge."""
     family = (instance_type or "").rpartition(".")[0]
     options = {path.stem: OmegaConf.load(path) for path in sorted((conf_dir() / "hardware").glob("*.yaml"))}
-    return next((name for name, option in options.items()
+    exact = (name for name, option in options.items() if instance_type and option.instance_type == instance_type)
+    return next(exact, None) or next((name for name, option in options.items()
                  if family and (option.instance_type or "").rpartition(".")[0] == family), None)
 
 

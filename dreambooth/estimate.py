@@ -1,6 +1,6 @@
 """How long and how much: a stated model over a prediction's operations and bytes. Nothing here was measured on a GPU.
 
-    step = operations / (peak x efficiency) + passes over the weights / bandwidth + host link + OVERHEAD
+    step = operations / (peak x efficiency) + passes over weights / bandwidth + host link + sum over cards + OVERHEAD
 
 EFFICIENCY and OVERHEAD are fitted on the published T4 speeds of ShivamShrirao/diffusers' DreamBooth README (batch 1 and
 2, with and without checkpointing, fp16 and fp32; read 2026-11). Other cards are given the same shares of their own
@@ -44,11 +44,11 @@ def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estim
     if card is None:
         return Estimate(None, None, None, None)
     step = step_seconds(recipe, prediction, card)
-    pictures, photos = recipe.prior.num_class_images if recipe.with_prior else 0, 20
+    pictures, photos = recipe.prior.num_class_images * len(recipe.classes) if recipe.with_prior else 0, 20
     drawing = _rate(recipe, card)
     denoise, decode = prediction.picture_flops
     seconds = START_UP + step * recipe.train.max_train_steps
-    seconds += pictures * (denoise * recipe.prior.num_inference_steps + decode) / drawing
+    seconds += pictures * (denoise * recipe.prior.num_inference_steps + decode) / drawing / recipe.hardware.gpus
     if recipe.memory.cache_latents:
         seconds += (pictures + photos) * prediction.encode_flops / drawing
     if recipe.sample.every is not None:
@@ -69,12 +69,16 @@ def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estim
 
 
 def step_seconds(recipe: Recipe, prediction: Prediction, card: Card) -> float:
-    """One optimizer step."""
-    return prediction.step_flops / _rate(recipe, card) + _passes(recipe, prediction, card) + OVERHEAD
+    """One optimizer step. The gradients of several cards are summed in a ring, 2 (n - 1) / n of them over each link;
+    that it overlaps with the backward pass is not counted."""
+    ring = 2 * (recipe.hardware.gpus - 1) / recipe.hardware.gpus * prediction.trained / (card.link_gb_s * 1e9)
+    return prediction.step_flops / _rate(recipe, card) + _passes(recipe, prediction, card) + ring + OVERHEAD
 
 
 def _rate(recipe: Recipe, card: Card) -> float:
     half = recipe.precision.dtype is not Dtype.fp32
+    if recipe.precision.tf32 and not half:  # TF32 has half the rate of half precision on every card that has it
+        return card.half_tflops / 2 * 1e12 * EFFICIENCY[True]
     return (card.half_tflops if half else card.fp32_tflops) * 1e12 * EFFICIENCY[half]
 
 

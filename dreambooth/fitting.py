@@ -50,11 +50,18 @@ def card_gib(recipe: Recipe, prediction: Prediction) -> float:
     return prediction.reserved / GIB + fixed_gib(recipe.hardware.gpu)
 
 
-def chosen(recipe: Recipe, rehearse: Callable[[Recipe], Prediction] = predict, processes: int = 1) -> Choice:
+def chosen(recipe: Recipe, rehearse: Callable[[Recipe], Prediction] = predict, processes: int | None = None) -> Choice:
     """Choose levers where memory.auto asks for it and a card's size is known; rehearse the run as it is otherwise.
 
     If nothing fits, the smallest set is returned, which then does not fit either.
+
+    Args:
+        processes: that train together; None: one on each of hardware.gpus.
     """
+    if processes is not None and processes != recipe.hardware.gpus:
+        hardware = replace(recipe.hardware, gpus=processes)
+        hardware.seal()
+        recipe = replace(recipe, hardware=hardware)
     limit = recipe.hardware.usable_vram_gib
     if not recipe.memory.auto or recipe.device != "cuda" or limit is None:
         return Choice(recipe, rehearse(recipe), (), "")
@@ -62,7 +69,7 @@ def chosen(recipe: Recipe, rehearse: Callable[[Recipe], Prediction] = predict, p
     trained = trained_weights(recipe)
     activations = {kept: _kept(recipe, kept) for kept in (True, False)}  # GiB at least, with and without checkpointing
     best: Choice | None = None
-    candidates = _candidates(recipe, processes)
+    candidates = _candidates(recipe)
     for levers in candidates:
         candidate = replace(recipe, memory=_sealed(replace(recipe.memory, **levers)))
         checkpointed = candidate.memory.gradient_checkpointing
@@ -145,14 +152,14 @@ def _smaller_batch(recipe: Recipe, prediction: Prediction) -> Iterator[tuple[str
         yield "train.train_batch_size=1", _activations(prediction) * (1 - 1 / size)
 
 
-def _candidates(recipe: Recipe, processes: int) -> list[dict[str, Any]]:
+def _candidates(recipe: Recipe) -> list[dict[str, Any]]:
     """The ladder, without what would do nothing or break a rule of this run."""
     found: list[dict[str, Any]] = []
     for rung in LADDER:
         levers = {key: value for key, value in rung.items() if getattr(recipe.memory, key) != value}
         if not recipe.train.use_ema:
             levers.pop("ema_device", None)
-        refused = recipe.train.gradient_accumulation_steps > 1 or recipe.memory.split_prior or processes > 1
+        refused = recipe.train.gradient_accumulation_steps > 1 or recipe.two_passes or recipe.hardware.gpus > 1
         if levers.get("optimizer_in_backward") and (refused or recipe.memory.offload_optimizer):
             del levers["optimizer_in_backward"]
         if levers not in found:
@@ -178,7 +185,7 @@ def _floor(candidate: Recipe, trained: int, activations: float) -> float:
 
 def _kept(recipe: Recipe, checkpointed: bool) -> float:
     """GiB of activations that any forward pass of a Stable Diffusion UNet keeps."""
-    rows = recipe.train.train_batch_size * (2 if recipe.with_prior else 1)
+    rows = recipe.train.train_batch_size * (2 if recipe.with_prior and not recipe.two_passes else 1)
     return KEPT[checkpointed] * rows * (recipe.model.resolution / 512) ** 2
 
 

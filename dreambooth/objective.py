@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 
 from dreambooth import rng
-from dreambooth.data import Batch, View
+from dreambooth.batch import Batch
+from dreambooth.data import View
 from dreambooth.sampling import evaluating
 from dreambooth.setup import Setup
 
@@ -23,13 +24,16 @@ def instance_loss(setup: Setup) -> float:
     plain = replace(setup.objective, snr_gamma=None)
     total = 0.0
     for number, photo in enumerate(concept.photos):
-        clean = batches.latents.sample(concept, [View(number, False, None)], torch.zeros(1, *batches.latent_shape))
-        noise = torch.stack([rng.normal(batches.latent_shape, "objective", number, level) for level in range(LEVELS)])
+        view, shape = View(number, False, None), batches.shape(photo)
+        clean = batches.latents.sample(concept, [view], torch.zeros(1, *shape))
+        mask = batches.mask(concept, [view])
+        noise = torch.stack([rng.normal(shape, "objective", number, level) for level in range(LEVELS)])
         steps = torch.tensor([int((level + 0.5) * schedule.length / LEVELS) for level in range(LEVELS)])
         text = batches.text(photo.caption)
         batch = Batch(
             latents=clean.to(batches.device).expand(LEVELS, -1, -1, -1), noise=noise.to(batches.device),
-            timesteps=steps.to(batches.device), text=text.expand(LEVELS, *text.shape[1:]), instances=LEVELS)
+            timesteps=steps.to(batches.device), text=text.expand(LEVELS, *text.shape[1:]), instances=LEVELS,
+            mask=None if mask is None else mask.to(batches.device))
         with torch.no_grad(), evaluating(setup.trained):  # forward: compiling it for this one use would take minutes
             total += float(plain(setup.trained.forward, batch).instance)
     return total / len(concept.photos)

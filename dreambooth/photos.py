@@ -1,8 +1,8 @@
-"""Photos of a folder -> square-ready RGB pixels and their captions; the only file that opens photos. No torch.
+"""Photos of a folder -> RGB pixels ready to crop, and their captions; the only file that opens photos. No torch.
 
-A photo is decoded once: upright, 8-bit RGB, on white where it is transparent, its short side equal to the resolution.
-Crops and flips are drawn anew for each use (`square`). Pillow and numpy are imported where they are used, because a
-config resolver imports this file for `fingerprint`.
+A photo is decoded once: upright, 8-bit RGB, on white where it is transparent, its short side equal to the resolution,
+or just covering its bucket. Crops and flips are drawn anew for each use (`cut`). Pillow and numpy are imported where
+they are used, because a config resolver imports this file for `fingerprint`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dreambooth import buckets, captions, formats, masks
 from dreambooth.errors import UserError
+from dreambooth.formats import Unusable
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+    Decoded = tuple[NDArray[np.uint8], buckets.Size | None, NDArray[np.uint8] | None]  # pixels, size, mask
+
 MAX_PIXELS = 178_956_970  # where Pillow refuses a file as a decompression bomb
 NO_FINGERPRINT = "0" * 64  # of a folder without photos, or with a file that cannot be read
 
 _NOT_PHOTOS = {"thumbs.db", "desktop.ini", "__macosx", ".txt", ".json"}  # names and suffixes
-# Raw files are TIFF containers: Pillow would open the thumbnail inside and call it the photo.
-_RAW_SUFFIXES = {".3fr", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"}
-_BRANDS = {b"he": "HEIC", b"mi": "HEIC", b"ms": "HEIC", b"av": "AVIF"}  # of ISO media files: heic, mif1, msf1, avif
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +38,10 @@ class Photo:
     """One photo, ready to crop."""
 
     path: Path
-    pixels: NDArray[np.uint8]  # (H, W, 3) RGB, min(H, W) == resolution
-    caption: str  # the text of photo.txt beside photo.png, else the prompt
-
-
-class _Unusable(Exception):
-    """Why a photo cannot be used; completes the sentence "photo.png ..."."""
+    pixels: NDArray[np.uint8]  # (H, W, 3) RGB that just covers its size
+    caption: str  # see captions.py; else the prompt
+    size: buckets.Size | None = None  # (height, width) that it is cropped to; None: the square of the resolution
+    mask: NDArray[np.uint8] | None = None  # (H, W) of the part that counts, see masks.py; None: all of it
 
 
 def list_photos(folder: Path) -> list[Path]:
@@ -79,7 +77,7 @@ def fingerprint(folder: Path) -> str:
     total = hashlib.sha256()
     try:
         for photo in list_photos(folder):
-            for path in filter(None, (photo, _caption_file(photo))):
+            for path in (photo, *captions.sources(photo)):
                 if not path.is_file():  # a broken link, or a pipe that would block
                     return NO_FINGERPRINT
                 for part in (os.fsencode(path.name), path.read_bytes()):
@@ -89,40 +87,44 @@ def fingerprint(folder: Path) -> str:
     return total.hexdigest()
 
 
-def _caption_file(photo: Path) -> Path | None:
-    return next(filter(Path.is_file, map(photo.with_suffix, (".txt", ".TXT"))), None)
-
-
-def load_photos(paths: Sequence[Path], prompt: str, resolution: int) -> list[Photo]:
+def load_photos(paths: Sequence[Path], prompt: str, resolution: int, bucketed: bool = False,
+                mask: str | None = None) -> list[Photo]:
     """Decode each photo once.
+
+    Args:
+        bucketed: in the bucket of its shape; False: as a square.
+        mask: a folder of masks, "alpha", or None.
 
     Raises:
         UserError: some files are unusable; names all of them, each with its reason.
     """
     photos: list[Photo] = []
     problems: list[str] = []
+    known = {folder: captions.listed(folder, problems) for folder in dict.fromkeys(path.parent for path in paths)}
     for path in paths:
-        pixels, caption = _pixels(path, resolution, problems), _caption(path, prompt, problems)
-        if pixels is not None and caption is not None:
-            photos.append(Photo(path, pixels, caption))
+        found = _pixels(path, resolution, bucketed, mask, problems)
+        caption = captions.caption(path, prompt, known[path.parent], problems)
+        if found is not None and caption is not None:
+            pixels, size, inside = found
+            photos.append(Photo(path, pixels, caption, size, inside))
     if problems:
         count = f"{len(problems)} file{'s' * (len(problems) > 1)} in {paths[0].parent}"
         raise UserError("\n  ".join([f"{count} cannot be used, replace or remove:", *problems]))
     return photos
 
 
-def _pixels(path: Path, resolution: int, problems: list[str]) -> NDArray[np.uint8] | None:
+def _pixels(path: Path, resolution: int, bucketed: bool, mask: str | None, problems: list[str]) -> Decoded | None:
     """The decoded photo, or None and one more problem."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        return _decode(path, resolution)
-    except _Unusable as error:
+        return _decode(path, resolution, bucketed, mask)
+    except Unusable as error:
         reason = str(error)
     except PermissionError:
         reason = "cannot be read: check its permissions"
     except UnidentifiedImageError:
-        reason = _what_it_is(path)
+        reason = formats.what_it_is(path)
     except Image.DecompressionBombError:
         reason = f"is too large: scale it down to less than {MAX_PIXELS // 10**6} megapixels"
     except MemoryError:
@@ -133,24 +135,28 @@ def _pixels(path: Path, resolution: int, problems: list[str]) -> NDArray[np.uint
     return None
 
 
-def _decode(path: Path, resolution: int) -> NDArray[np.uint8]:
+def _decode(path: Path, resolution: int, bucketed: bool, mask: str | None) -> Decoded:
     import numpy as np
     from PIL import Image
 
     if not path.is_file():
-        raise _Unusable("is not a file (a broken link?)")
+        raise Unusable("is not a file (a broken link?)")
     if path.stat().st_size == 0:
-        raise _Unusable("is empty (0 bytes): copy it again")
-    if path.suffix.lower() in _RAW_SUFFIXES:
-        raise _Unusable("is a camera raw file, which is not supported: export it as JPEG")
+        raise Unusable("is empty (0 bytes): copy it again")
+    if path.suffix.lower() in formats.RAW_SUFFIXES:
+        raise Unusable("is a camera raw file, which is not supported: export it as JPEG")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # large but allowed, untidy EXIF: whatever spoils the pixels is raised
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=formats.readable()) as image:
             # Lets the JPEG decoder skip detail while the short side stays at least twice the resolution.
             image.draft(None, (2 * resolution, 2 * resolution))
             image.load()
             _turn_upright(image)
-            return np.array(_resize(_flatten(image), resolution))
+            inside = masks.of(path, image, mask)
+            size = buckets.nearest(image.height, image.width, resolution) if bucketed else None
+            pixels = _resize(_flatten(image), size or (resolution, resolution))
+        return np.array(pixels), size, None if inside is None else np.array(
+                inside.resize(pixels.size, Image.Resampling.BOX))
 
 
 def _turn_upright(image: Image.Image) -> None:
@@ -193,53 +199,34 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
     return Image.merge("LA", (grey, alpha))
 
 
-def _resize(image: Image.Image, resolution: int) -> Image.Image:
-    """Antialiased, so that the short side equals the resolution."""
+def _resize(image: Image.Image, size: buckets.Size) -> Image.Image:
+    """Antialiased, so that one side equals that of `size` and the other is no shorter."""
     from PIL import Image
 
-    short = min(image.size)
-    width, height = (max(resolution, round(side * resolution / short)) for side in image.size)
+    target, side = min(((size[0], image.height), (size[1], image.width)), key=lambda pair: pair[1] / pair[0])
+    height, width = (max(least, round(length * target / side))
+                     for least, length in zip(size, (image.height, image.width), strict=True))
     if width * height > MAX_PIXELS:
-        raise _Unusable(f"is too narrow ({image.width} x {image.height} pixels): crop it closer to a square")
+        raise Unusable(f"is too narrow ({image.width} x {image.height} pixels): crop it closer to a square")
     return image.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _what_it_is(path: Path) -> str:  # for a file in none of FORMATS
-    with path.open("rb") as file:
-        head = file.read(12)
-    if head[4:8] != b"ftyp":
-        return f"is not a readable image of a known format ({', '.join(FORMATS)})"
-    kind = _BRANDS.get(head[8:10], "a video")
-    return f"is {kind}, which is not supported: export it as JPEG, for example: magick {path.name} {path.stem}.jpg"
-
-
-def _caption(photo: Path, prompt: str, problems: list[str]) -> str | None:
-    """The caption of a photo on one line, or None and one more problem."""
-    path = _caption_file(photo)
-    if path is None:
-        return prompt
-    try:
-        text = " ".join(path.read_text(encoding="utf-8-sig").split())
-    except OSError as error:
-        problems.append(f"{path.name} cannot be read ({error.strerror})")
-        return None
-    except UnicodeDecodeError:
-        problems.append(f"{path.name} is not UTF-8 text: save the caption as UTF-8")
-        return None
-    if not text:
-        problems.append(f"{path.name} is empty: write the caption into it, or remove it to use the prompt")
-    return text or None
 
 
 def square(
     pixels: NDArray[np.uint8], resolution: int, where: tuple[float, float] | None, flip: bool
 ) -> NDArray[np.uint8]:
-    """A (resolution, resolution, 3) copy: the centre, or at fractions in [0, 1) of the free rows and columns."""
-    down, across = pixels.shape[0] - resolution, pixels.shape[1] - resolution  # free rows and columns
+    """`cut` to (resolution, resolution, 3)."""
+    return cut(pixels, (resolution, resolution), where, flip)
+
+
+def cut(
+    pixels: NDArray[np.uint8], size: buckets.Size, where: tuple[float, float] | None, flip: bool
+) -> NDArray[np.uint8]:
+    """A copy of that height and width: the centre, or at fractions in [0, 1) of the free rows and columns."""
+    down, across = pixels.shape[0] - size[0], pixels.shape[1] - size[1]  # free rows and columns
     top, left = down // 2, across // 2
     if where is not None:
         top, left = int(where[0] * (down + 1)), int(where[1] * (across + 1))
-    crop = pixels[top:top + resolution, left:left + resolution]
+    crop = pixels[top:top + size[0], left:left + size[1]]
     return (crop[:, ::-1] if flip else crop).copy()
 
 

@@ -38,9 +38,10 @@ def _job(config: Config, sweep: bool) -> float:
     from dreambooth.machine import detect
     from dreambooth.recipe import resolve
 
-    for key, value in UNSAID.items():
-        if getattr(config.dataset, key) is None:
-            setattr(config.dataset, key, value)
+    for number, (_, subject) in enumerate(config.dataset.places):
+        for key, value in UNSAID.items():
+            if getattr(subject, key) is None:
+                setattr(subject, key, f"{value}{number or ''}")
     config.dataset.allow_drawings = True  # nothing is trained
     here = detect() if config.hardware.device is Device.local else None
     recipe = resolve(config, Path(config.run_root), here)

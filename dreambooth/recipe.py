@@ -6,7 +6,7 @@
 import json
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from dreambooth.schema import (
     Tracking,
     Train,
 )
+from dreambooth.schema_dataset import Subject
 from dreambooth.section import Section
 
 HEADLINE = ("train.learning_rate", "prior.prior_loss_weight")  # a line of these is as wide as MLflow makes a picture
@@ -71,11 +72,31 @@ class Recipe:
 
     @property
     def instance_prompt(self) -> str:
-        return self.dataset.instance_prompt or ""
+        """Of the first subject, if there are several."""
+        return self.dataset.subjects[0].instance_prompt or ""
 
     @property
     def class_prompt(self) -> str:
-        return self.dataset.class_prompt or ""
+        """Of the first subject, if there are several."""
+        return self.dataset.subjects[0].class_prompt or ""
+
+    @property
+    def subjects(self) -> tuple["Recipe", ...]:
+        """The run of each subject as if it were the only one: its folders, its prompts."""
+        return tuple(map(self._alone, self.dataset.subjects))
+
+    @property
+    def classes(self) -> tuple["Recipe", ...]:
+        """The subjects with a class of its own each: two toys share the class images of "a photo of a toy"."""
+        found: dict[tuple[str, Path | None], Recipe] = {}
+        for one in self.subjects:
+            found.setdefault((one.class_prompt, one.class_dir), one)
+        return tuple(found.values())
+
+    @property
+    def two_passes(self) -> bool:
+        """Whether photos and class images go through the model one after the other."""
+        return self.memory.split_prior or (self.with_prior and self.dataset.buckets)
 
     @property
     def with_prior(self) -> bool:
@@ -85,6 +106,14 @@ class Recipe:
     def measured(self) -> dict[str, str]:
         """name -> role of what this run measures; empty: it does not evaluate."""
         return measures.known(self.evaluate, self.class_prompt)
+
+    def _alone(self, subject: Subject) -> "Recipe":
+        if not self.dataset.concepts:
+            return self
+        own = {item.name: getattr(subject, item.name) for item in fields(subject) if item.name != "repeats"}
+        dataset = replace(self.dataset, concepts=[], **own)
+        dataset.seal()
+        return replace(self, dataset=dataset, **_folders(subject))  # type: ignore[arg-type]
 
     def headline(self) -> dict[str, str]:
         """The settings that runs are told apart by: the usual few and whatever was typed. MLflow writes every parameter
@@ -105,7 +134,14 @@ class Recipe:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, list):
+        return json.dumps([asdict(item) if is_dataclass(item) else item for item in value])  # type: ignore[arg-type]
     return "null" if value is None else str(value.value if isinstance(value, Enum) else value)
+
+
+def _folders(subject: Subject) -> dict[str, Path | None]:
+    return {"instance_dir": Path(asset(subject.instance_dir or "")).absolute(),
+            "class_dir": Path(asset(subject.class_dir)).absolute() if subject.class_dir else None}
 
 
 def resolve(config: Config, run_dir: Path, machine: Machine | None = None, typed: Sequence[str] = ()) -> Recipe:
@@ -136,10 +172,9 @@ def resolve(config: Config, run_dir: Path, machine: Machine | None = None, typed
         run_dir=run_dir.absolute(),
         device=device,
         source=asset(config.model.source),
-        instance_dir=Path(asset(config.dataset.instance_dir or "")).absolute(),
-        class_dir=Path(asset(config.dataset.class_dir)).absolute() if config.dataset.class_dir else None,
         typed=tuple(typed),
         sample_prompts=tuple(config.sample.prompts or _default_prompts(config)),
+        **_folders(config.dataset.subjects[0]),  # type: ignore[arg-type]
         **_evaluation(config),
         **{item.name: getattr(config, item.name) for item in fields(config)
            if isinstance(getattr(config, item.name), Section) and item.name not in ("plan", "storage")},
@@ -155,12 +190,15 @@ def _describe(hardware: Hardware, machine: Machine) -> None:
 
 
 def _default_prompts(config: Config) -> list[str]:
-    subject = config.dataset.instance_prompt or ""
-    return [subject, f"{subject} on the beach", *([config.dataset.class_prompt] if config.dataset.class_prompt else [])]
+    found: list[str] = []
+    for one in config.dataset.subjects:
+        subject = one.instance_prompt or ""
+        found += [subject, f"{subject} on the beach", *([one.class_prompt] if one.class_prompt else [])]
+    return list(dict.fromkeys(found))
 
 
 def _evaluation(config: Config) -> dict[str, Any]:
-    data, templates = config.dataset, prompts.read(config.evaluate.prompts)
+    data, templates = config.dataset.subjects[0], prompts.read(config.evaluate.prompts)
     subject = prompts.noun(data.instance_prompt or "")
     return {
         "evaluate_prompts": tuple(prompts.fill(templates, subject)),

@@ -17,9 +17,10 @@ from dreambooth import files
 from dreambooth.console import Console
 from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.schema import Config, Storage
+from dreambooth.schema_dataset import FOLDERS
 from dreambooth.schema_storage import is_remote
 
-READ = {("dataset", "instance_dir"): False, ("dataset", "class_dir"): False, ("model", "source"): True,
+READ = {("model", "source"): True,
         ("checkpoint", "resume"): True, ("evaluate", "reference_dir"): False, ("evaluate", "prompts"): False,
         ("evaluate", "lpips"): False}  # key -> whether it must have a manifest
 MADE = (".hydra", "model", "samples", "contact_sheet.png", "evaluation.json", "metrics.jsonl", "result.json",
@@ -54,8 +55,10 @@ def fetched(config: Config, run_dir: Path | None) -> Config:
     """
     config = deepcopy(config)
     found: dict[str, str] = {}
-    for (section, key), complete in READ.items():
-        part = getattr(config, section)
+    wanted: list[tuple[str, Any, str, bool]] = [
+        (place, subject, key, False) for place, subject in config.dataset.places for key in FOLDERS]
+    wanted += [(section, getattr(config, section), key, complete) for (section, key), complete in READ.items()]
+    for section, part, key, complete in wanted:
         if is_remote(getattr(part, key)):
             from dreambooth import storage
 

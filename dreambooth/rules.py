@@ -19,6 +19,7 @@ from dreambooth.choices import (
 )
 from dreambooth.machine import Machine
 from dreambooth.schema import Config
+from dreambooth.schema_dataset import Dataset, Subject
 
 
 def problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:
@@ -26,7 +27,7 @@ def problems(config: Config, device: str, machine: Machine | None) -> Iterator[s
     yield from _device_problems(config, device, machine)
     yield from _data_problems(config)
     yield from _training_problems(config)
-    yield from measures.problems(config.evaluate, config.dataset.class_prompt or "")
+    yield from measures.problems(config.evaluate, config.dataset.subjects[0].class_prompt or "")
     yield from _memory_problems(config)
     if config.evaluate.promote and config.tracking.kind is TrackingKind.none:
         yield "evaluate.promote=true registers in MLflow: type tracking=mlflow"
@@ -41,6 +42,9 @@ def _device_problems(config: Config, device: str, machine: Machine | None) -> It
     if device == "cuda" and dtype is Dtype.bf16 and capability is not None and capability < 8:
         yield (f"precision=bf16 needs a GPU of compute capability 8.0 and the {hardware.gpu} has {capability}: "
                "type precision=fp16")
+    if config.precision.tf32 and (device == "cpu" or (capability is not None and capability < 8)):
+        has = f"the {hardware.gpu} has {capability}" if device == "cuda" else "this run is on a CPU"
+        yield f"precision=tf32 needs a GPU of compute capability 8.0 and {has}: type precision=fp32"
     if device == "cpu" and dtype is Dtype.fp16:
         yield "precision=fp16 needs a CUDA GPU: type precision=fp32, or precision=bf16 for speed"
     if config.attention.kind is AttentionKind.xformers:
@@ -59,24 +63,53 @@ def _device_problems(config: Config, device: str, machine: Machine | None) -> It
 
 def _data_problems(config: Config) -> Iterator[str]:
     data, prior = config.dataset, config.prior
-    if not data.instance_dir:
-        yield "the photos are missing: type dataset.instance_dir=DIR"
-    if not (data.instance_prompt or "").strip():
-        yield 'the instance prompt is missing: type dataset.instance_prompt="a photo of a zwx dog"'
-    drawings = (data.instance_dir or "").startswith("package:")
+    for place, subject in data.places:
+        yield from _subject_problems(config, place, subject)
+    yield from _concept_problems(data)
+    if data.buckets and prior.with_prior_preservation and config.memory.optimizer_in_backward:
+        yield ("dataset.buckets=true passes photos and class images one after the other, and "
+               "memory.optimizer_in_backward steps after one pass: type memory.optimizer_in_backward=false, or "
+               "dataset.buckets=false")
+    if data.buckets and config.train.compile:
+        yield ("dataset.buckets=true has photos of several sizes, and train.compile=true compiles for one: type "
+               "train.compile=false, or dataset.buckets=false")
+    if config.memory.cache_latents and not data.center_crop:
+        yield ("cached latents would freeze the random crop: type memory.cache_latents=false, "
+               "or dataset.center_crop=true")
+
+
+def _subject_problems(config: Config, place: str, subject: Subject | Dataset) -> Iterator[str]:
+    """What one subject lacks; `place` is where its keys are typed."""
+    data, prior = config.dataset, config.prior
+    if not subject.instance_dir:
+        yield f"the photos are missing: type {place}.instance_dir=DIR"
+    if not (subject.instance_prompt or "").strip():
+        yield f'the instance prompt is missing: type {place}.instance_prompt="a photo of a zwx dog"'
+    drawings = (subject.instance_dir or "").startswith("package:")
     if drawings and not config.model.source.startswith("package:") and not data.allow_drawings:
         yield (f"model={config.model.name} makes photos and dataset={data.name} is a few drawings: type dataset=folder "
                "dataset.instance_dir=DIR for your photos, or dataset.allow_drawings=true if you mean it")
     if prior.with_prior_preservation:
-        if not (data.class_prompt or "").strip():
-            yield ('prior preservation needs a class prompt: type dataset.class_prompt="a photo of a dog", '
+        if not (subject.class_prompt or "").strip():
+            yield (f'prior preservation needs a class prompt: type {place}.class_prompt="a photo of a dog", '
                    "or prior.with_prior_preservation=false")
-        if prior.num_class_images == 0 and not data.class_dir:
+        if prior.num_class_images == 0 and not subject.class_dir:
             yield ("prior preservation needs class images: type prior.num_class_images=100, "
                    "or prior.with_prior_preservation=false")
-    if config.memory.cache_latents and not data.center_crop:
-        yield ("cached latents would freeze the random crop: type memory.cache_latents=false, "
-               "or dataset.center_crop=true")
+
+
+def _concept_problems(data: Dataset) -> Iterator[str]:
+    """Several subjects: each has keys of its own, and a prompt that no other has."""
+    if not data.concepts:
+        return
+    if beside := [key for key in ("instance_dir", "instance_prompt", "class_dir", "class_prompt", "mask")
+                  if getattr(data, key) is not None]:
+        yield (f"dataset.concepts has the subjects, and dataset.{beside[0]} is of none of them: type "
+               f"dataset.{beside[0]}=null, or dataset.concepts=[]")
+    known = [subject.instance_prompt for subject in data.concepts if subject.instance_prompt]
+    for prompt in sorted({prompt for prompt in known if known.count(prompt) > 1}):
+        yield (f"two subjects have the prompt {prompt!r} and would become one: type another word in "
+               "dataset.concepts.1.instance_prompt")
 
 
 def _training_problems(config: Config) -> Iterator[str]:

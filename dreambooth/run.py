@@ -37,7 +37,7 @@ def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = 
         DreamBoothError: see errors.py. Whatever was saved before stays.
     """
     model.import_libraries()
-    engine, accelerator = accelerated(recipe.device, recipe.precision.dtype)
+    engine, accelerator = accelerated(recipe.device, recipe.precision.dtype, recipe.precision.tf32)
     console = Console(quiet=not engine.main)
     with locked(recipe.run_dir) if engine.main else nullcontext():
         done: Result | None = engine.share(finished(recipe) if engine.main else None)

@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 
 from dreambooth import files
-from dreambooth.photos import Photo, square
+from dreambooth.photos import Photo, cut
 from dreambooth.recipe import Recipe
 from dreambooth.sampling import Sampler, generate
 from dreambooth.sheet import columns, contact_sheet, grid, read_samples
@@ -22,7 +22,7 @@ class SampleBook:
         self.prompts, self.spec, side = recipe.sample_prompts, recipe.sample, recipe.model.resolution
         self.sampler = Sampler(self.spec.num_inference_steps, self.spec.guidance_scale, side)
         self.batch_size = max(self.spec.images_per_prompt, recipe.prior.sample_batch_size)
-        self.photos = [Image.fromarray(square(photo.pixels, side, None, False)) for photo in photos]
+        self.photos = [Image.fromarray(cut(photo.pixels, photo.size or (side, side), None, False)) for photo in photos]
         self.tracker = tracker
 
     def add(self, step: int, pipeline: Any, autocast: Callable[[], Any]) -> None:

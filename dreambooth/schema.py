@@ -12,6 +12,7 @@ from dreambooth.choices import (
     TrackingKind,
 )
 from dreambooth.measures import Evaluate
+from dreambooth.schema_dataset import Dataset as Dataset
 from dreambooth.schema_hardware import Hardware as Hardware
 from dreambooth.schema_memory import Memory as Memory
 from dreambooth.schema_method import Method as Method
@@ -46,6 +47,7 @@ class Precision(Section):
     """Compute precision. Trained weights, optimizer and EMA stay fp32 in every case."""
 
     dtype: Dtype = Dtype.fp32
+    tf32: bool = False
 
 
 @dataclass
@@ -72,20 +74,6 @@ class Optimizer(Section):
             "eps": (finite(self.eps, 0) and self.eps > 0, f"above 0, not {self.eps}"),
             "weight_decay": (finite(self.weight_decay, 0), f"0 or more, not {self.weight_decay}"),
         })
-
-
-@dataclass
-class Dataset(Section):
-    """The photos of the subject and the words they are bound to."""
-
-    name: str = "demo"
-    instance_dir: str | None = None
-    instance_prompt: str | None = None
-    class_dir: str | None = None
-    class_prompt: str | None = None
-    center_crop: bool = True
-    random_flip: bool = False
-    allow_drawings: bool = False
 
 
 @dataclass

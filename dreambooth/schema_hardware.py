@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from dreambooth.choices import Device
-from dreambooth.section import Section
+from dreambooth.section import Section, require
 
 
 @dataclass
@@ -13,6 +13,7 @@ class Hardware(Section):
     name: str = "local"
     device: Device = Device.local
     gpu: str | None = None
+    gpus: int = 1
     usable_vram_gib: float | None = None
     compute_capability: float | None = None
     instance_type: str | None = None
@@ -21,3 +22,6 @@ class Hardware(Section):
     host_ram_gib: float | None = None
     disk_gib: float | None = None
     node_selector: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require("hardware", {"gpus": (self.gpus >= 1, f"1 or more, not {self.gpus}")})

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dreambooth import latents as kept
-from dreambooth import memory, model, oom, prior, sampling
+from dreambooth import memory, model, oom, prior, sampling, subjects
 from dreambooth.choices import EmaDevice
 from dreambooth.console import Console
 from dreambooth.data import Batches, Concept, Latents
@@ -21,7 +21,7 @@ from dreambooth.idle import Idle
 from dreambooth.levered import Levered
 from dreambooth.meter import Meter
 from dreambooth.optim import build_schedule, maker
-from dreambooth.photos import Photo, list_photos, load_photos
+from dreambooth.photos import Photo, load_photos
 from dreambooth.recipe import Recipe
 from dreambooth.signals import Stop
 from dreambooth.step import Objective, TrainState
@@ -49,14 +49,17 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
     engine.cache_casts(recipe.memory.autocast_cache)
     judge = Judge(recipe) if recipe.evaluate.encoders and engine.main else None
     with meter.phase("load"):
-        photos = load_photos(list_photos(recipe.instance_dir), recipe.instance_prompt, recipe.model.resolution)
+        photos, repeats = subjects.photos(recipe)
         parts = model.load(recipe, engine.device)
     _check_prompts(parts, recipe, photos)
     pipeline = sampling.build_pipeline(parts)
-    concepts = [_concept(recipe, "instance", photos)]
+    concepts = [_concept(recipe, "instance", photos, repeats)]
     if recipe.with_prior:
         with meter.phase("class_images"):
-            concepts.append(_concept(recipe, "class", _class_images(recipe, pipeline, engine, console, stop)))
+            concepts.append(_concept(recipe, "class", [
+                photo for one in recipe.classes for photo in _class_images(one, pipeline, engine, console, stop)]))
+    if recipe.dataset.buckets:
+        console.say(subjects.shapes(photos))
     with meter.phase("caching"), Idle([parts.unet], engine.device).absent():
         latents = _latents(recipe, parts, concepts, console)
         text = _text(recipe, parts, concepts)
@@ -107,13 +110,14 @@ def _check_processes(recipe: Recipe, engine: Engine) -> None:
 
 def _check_prompts(parts: model.Components, recipe: Recipe, photos: list[Photo]) -> None:
     captions = {photo.caption for photo in photos}
-    for prompt in sorted(captions | set(recipe.sample_prompts) | {recipe.class_prompt}
+    for prompt in sorted(captions | set(recipe.sample_prompts) | {one.class_prompt for one in recipe.classes}
                          | set(recipe.evaluate_prompts if recipe.evaluate.encoders else ())):
         parts.tokens(prompt)
 
 
-def _concept(recipe: Recipe, stream: str, photos: list[Photo]) -> Concept:
-    return Concept(stream, photos, recipe.dataset.center_crop, recipe.dataset.random_flip)
+def _concept(recipe: Recipe, stream: str, photos: list[Photo], repeats: list[int] | None = None) -> Concept:
+    data = recipe.dataset
+    return Concept(stream, photos, data.center_crop, data.random_flip, repeats, data.prompt_dropout)
 
 
 def _class_images(recipe: Recipe, pipeline: Any, engine: Engine, console: Console, stop: Stop) -> list[Photo]:
@@ -132,7 +136,7 @@ def _class_images(recipe: Recipe, pipeline: Any, engine: Engine, console: Consol
             # Shared by the processes of a host, not by hosts: each has a disk of its own.
             prior.make(images, recipe, generate, bar.tick, engine.local_rank, engine.local_world)
     engine.wait()
-    return load_photos(images.paths, recipe.class_prompt, recipe.model.resolution)
+    return load_photos(images.paths, recipe.class_prompt, recipe.model.resolution, recipe.dataset.buckets)
 
 
 def _latents(recipe: Recipe, parts: model.Components, concepts: list[Concept], console: Console) -> Latents:
@@ -154,7 +158,9 @@ def _text(recipe: Recipe, parts: model.Components, concepts: list[Concept]) -> A
     encode = parts.tokens if recipe.train.train_text_encoder else parts.hidden_states
     if not (recipe.memory.cache_text or recipe.train.train_text_encoder):
         return encode
-    known: dict[str, Tensor] = {p.caption: encode(p.caption) for concept in concepts for p in concept.photos}
+    untold = [""] * (recipe.dataset.prompt_dropout > 0)
+    captions = {p.caption: p.caption for concept in concepts for p in concept.photos}
+    known: dict[str, Tensor] = {prompt: encode(prompt) for prompt in (*captions, *untold)}
     return known.__getitem__
 
 

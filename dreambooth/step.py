@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from dreambooth.data import Batch
+from dreambooth.batch import Batch
 from dreambooth.ema import Ema
 from dreambooth.engine import Engine
 from dreambooth.errors import Diverged
@@ -55,7 +55,7 @@ class Objective:
         goal = target(batch.latents, batch.noise, batch.timesteps, self.noise_schedule)
         weights = None if self.snr_gamma is None else min_snr_weights(
             batch.timesteps, self.snr_gamma, self.noise_schedule).to(goal.dtype)
-        return dreambooth_loss(prediction, goal, batch.instances, self.prior_loss_weight, weights)
+        return dreambooth_loss(prediction, goal, batch.instances, self.prior_loss_weight, weights, batch.mask)
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,7 @@ def train_step(
     _advance(state, taken, engine)
     return StepInfo(
         step=state.step, losses=losses, grad_norm=norm, learning_rate=learning_rate,
-        images=sum(len(batch.timesteps) for batch in batches) * engine.world,
-        with_prior=len(batches[0].timesteps) > batches[0].instances,
+        images=sum(batch.count for batch in batches) * engine.world, with_prior=batches[0].with_prior,
         skipped=not taken, skipped_in_row=state.skipped_in_row)
 
 
@@ -133,7 +132,7 @@ def _accumulate(state: TrainState, batches: Sequence[Batch], objective: Objectiv
     seen: list[Tensor] = []
     for number, batch in enumerate(batches, start=1):
         with nullcontext() if number == len(batches) else engine.no_sync(state.model):
-            if objective.split_prior and batch.instances < len(batch.timesteps):
+            if (objective.split_prior and batch.with_prior) or batch.apart is not None:
                 losses = _halves(state.model, batch, objective, engine, len(batches))
             else:
                 with engine.autocast():
@@ -151,12 +150,13 @@ def _halves(model: nn.Module, batch: Batch, objective: Objective, engine: Engine
     that of the whole batch. In floating point the rows' terms are added in another order. With u the unit roundoff
     (2**-24 in fp32) and n terms a sum, |difference| <= 2 n u * sum |terms| (Higham 2002, eq. 4.4, for either order).
     """
+    of_subject, of_class = batch.halves()
     with engine.no_sync(model):
         with engine.autocast():
-            instance = objective(model, batch.rows(slice(None, batch.instances))).instance
+            instance = objective(model, of_subject).instance
         engine.backward(instance / batches)
     with engine.autocast():
-        prior = objective(model, batch.rows(slice(batch.instances, None))).instance
+        prior = objective(model, of_class).instance
     engine.backward(objective.prior_loss_weight * prior / batches)
     return Losses(instance + objective.prior_loss_weight * prior, instance, prior)
 

@@ -10,7 +10,6 @@ docs/planner.md holds it against published figures.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,8 +18,10 @@ from torch import Tensor, nn
 
 from dreambooth import architecture, model
 from dreambooth.allocator import MIB
+from dreambooth.batch import Batch, joined
+from dreambooth.buckets import Size, largest
 from dreambooth.choices import AttentionKind, Dtype, EmaDevice, Weights
-from dreambooth.data import Batch, at_a_time
+from dreambooth.data import at_a_time
 from dreambooth.encoder_memory import looking
 from dreambooth.engine import Engine
 from dreambooth.fakes import fake_gpu, fake_tensors, rest, wake, workspace
@@ -87,7 +88,7 @@ class _Rehearsal:
             gone = [rest(module) for module in resting]
             trace.mark("training")
             trace.add_module(wake(parts.unet, shapes), "weights")
-            denoiser = model.prepare(parts, _known_attention(recipe))
+            denoiser = model.prepare(parts, architecture.known_attention(recipe))
             state = self._state(denoiser)
             self._steps(state)
             for module, known in zip(resting, gone, strict=True):
@@ -161,6 +162,9 @@ class _Rehearsal:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     gradient_to(trace, masters.get(name)))
+        if recipe.hardware.gpus > 1:  # data parallel sums gradients in buckets of its own
+            self.summed = [torch.empty_like(p) for p in denoiser.parameters() if p.requires_grad]
+            trace.add(self.summed, "gradients")
         ema = None
         if recipe.train.use_ema:
             weights = masters or denoiser
@@ -172,29 +176,29 @@ class _Rehearsal:
 
     def _batch(self) -> Batch:
         """A micro-batch as data.Batches makes it; what is not cached is computed here."""
-        train, sides = self.recipe.train, 2 if self.recipe.with_prior else 1
-        halves = [self._half(train.train_batch_size) for _ in range(sides)]
-        latents, noise, timesteps, text = (torch.cat(part) for part in zip(*halves, strict=True))
-        return Batch(latents, noise, timesteps, text, train.train_batch_size)
+        recipe, square = self.recipe, (self.recipe.model.resolution,) * 2
+        sizes = [self._size()] + [square] * recipe.with_prior  # class images are made square
+        return joined([self._half(recipe.train.train_batch_size, size) for size in sizes])
 
-    def _half(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _half(self, count: int, size: Size) -> Batch:
         recipe = self.recipe
-        latents = torch.empty(count, *self._latent_shape())
+        latents = torch.empty(count, *self._latent_shape(size))
         if not self.memory.cache_latents:
-            mean, std = self.parts.encode(torch.empty(count, *self._pixel_shape()))
+            mean, std = self.parts.encode(torch.empty(count, 3, *size))
             latents = mean + std * latents
         text = self._ids(count)
         if not recipe.train.train_text_encoder:
             shape = (*text.shape, self.parts.text_encoder.config.hidden_size)
             text = torch.empty(shape) if self.memory.cache_text else torch.cat(
                 [self._states(1) for _ in range(count)])
-        return latents, torch.empty_like(latents), torch.zeros(count, dtype=torch.long), text
+        noise, timesteps = torch.empty_like(latents), torch.zeros(count, dtype=torch.long)
+        return Batch(latents, noise, timesteps, text, count)
 
     def _cache(self) -> None:
         """The largest chunk of photos through the VAE, one prompt through the text encoder."""
         if self.memory.cache_latents:
             before, size = self.trace.total_flops, at_a_time(self.recipe.model.resolution)
-            self.parts.encode(torch.empty(size, *self._pixel_shape()))
+            self.parts.encode(torch.empty(size, 3, *self._size()))
             self.encode_flops = (self.trace.total_flops - before) // size
         if self.memory.cache_text and not self.recipe.train.train_text_encoder:
             self._states(1)
@@ -235,16 +239,11 @@ class _Rehearsal:
     def _ids(self, count: int) -> Tensor:
         return torch.zeros(count, self.parts.text_encoder.config.max_position_embeddings, dtype=torch.long)
 
-    def _pixel_shape(self) -> tuple[int, int, int]:
-        return 3, self.recipe.model.resolution, self.recipe.model.resolution
+    def _size(self) -> Size:
+        """Of a photo: with buckets the one that takes most, since no photos are read."""
+        side = self.recipe.model.resolution
+        return largest(side) if self.recipe.dataset.buckets else (side, side)
 
-    def _latent_shape(self) -> tuple[int, int, int]:
-        side = self.recipe.model.resolution // self.parts.vae_scale
-        return self.parts.latent_channels, side, side
-
-
-def _known_attention(recipe: Recipe) -> Recipe:
-    """xformers is not here; PyTorch's memory-efficient kernel, which it shares, takes the same memory."""
-    if recipe.attention.kind is AttentionKind.xformers:
-        return replace(recipe, attention=replace(recipe.attention, kind=AttentionKind.sdpa))
-    return recipe
+    def _latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
+        height, width = (side // self.parts.vae_scale for side in size or (self.recipe.model.resolution,) * 2)
+        return self.parts.latent_channels, height, width

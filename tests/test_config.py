@@ -33,7 +33,19 @@ def recipe(*overrides: str, machine: Machine | None = None) -> Recipe:
 @pytest.mark.parametrize("group, name", FILES)
 def test_every_file_composes_and_resolves(group: str, name: str) -> None:
     extra = ["hardware=g4dn"] if name in ("fp16", "xformers", "paged_adamw8bit") else []
-    recipe(f"{group}={name}", *extra, *PHOTOS)
+    extra = ["hardware=g5"] if name == "tf32" else extra
+    of_each = [word.replace("dataset.", f"dataset.concepts.{i}.").replace("zwx", f"zwx{i}")
+               for i in (0, 1) for word in PHOTOS]
+    recipe(f"{group}={name}", *extra, *(of_each if name == "concepts" else PHOTOS))
+
+
+@pytest.mark.parametrize("hardware", [name for group, name in FILES if group == "hardware"])
+@pytest.mark.parametrize("preset", ["person", "pet", "object", "style"])
+def test_a_preset_goes_with_every_machine_and_keeps_its_numbers(preset: str, hardware: str) -> None:
+    found = recipe(f"experiment={preset}", f"hardware={hardware}", *PHOTOS)
+    assert (found.model.name, found.hardware.name) == ("sd15", hardware)
+    rate, steps = {"person": (1e-6, 1200), "pet": (5e-6, 800), "object": (5e-6, 400), "style": (1e-6, 2000)}[preset]
+    assert (found.train.learning_rate, found.train.max_train_steps) == (rate, steps)
 
 
 @pytest.mark.parametrize("group, name", FILES)

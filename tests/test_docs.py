@@ -20,6 +20,7 @@ from dreambooth.config import conf_dir, load
 from dreambooth.machine import Machine
 from dreambooth.recipe import resolve
 from dreambooth.schema import Config
+from dreambooth.schema_dataset import Subject
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncherConf
 
 ROOT = Path(__file__).parents[1]
@@ -148,8 +149,9 @@ def in_code(page: Path) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_a_key_in_a_document_exists(page: Path) -> None:
     known = keys().union(*(vars(ask()) for ask in ASKED.values())) | NO_KEYS | {"experiment", "group", "section.key"}
-    known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf())} 
+    known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf())}
     known |= {"hydra.sweeper.storage", "hydra.sweeper.n_trials", "image", "overrides"}  # the last two: of Argo
+    known |= {f"dataset.concepts.{number}.{key}" for number in (0, 1) for key in vars(Subject())}
     said = set(re.findall(r"(?<![\w./-])([A-Za-z_]\w*(?:\.\w+)*)=", in_code(page)))
     sections = "|".join(key for key in keys() if "." not in key)
     dotted = set(re.findall(rf"(?m)^((?:{sections})\.[a-z]\w*)$", in_code(page)))

@@ -87,6 +87,7 @@ def test_launcher_runs_a_sweep_of_six_in_which_one_fails(tmp_path: Path) -> None
     (["hardware=g4dn", "hydra.launcher.subnets=[subnet-1]"], "a VPC needs both"),
     (["hardware=g4dn", "dataset=folder", "dataset.instance_dir=nowhere"], "there is no folder nowhere"),
     (["hardware=g4dn", "evaluate.reference_dir=here"], "type evaluate.reference_dir=s3://BUCKET/FOLDER"),
+    (["hardware=g4dn", "dataset.mask=here"], "type dataset.mask=s3://BUCKET/FOLDER"),
 ])
 def test_launcher_says_what_is_wrong_before_anything_runs(tmp_path: Path, words: list[str], sentence: str) -> None:
     done = sweep(tmp_path, *words, "hydra.launcher.plan=false", AWS_DEFAULT_REGION="us-east-1")

@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from dreambooth import architecture, cards, estimate, fitting, model, plan_report, run
+from dreambooth import architecture, buckets, cards, estimate, fitting, model, plan_report, run, vram
 from dreambooth.allocator import MIB, CachingAllocator
 from dreambooth.choices import Device, Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, TrackingKind, Weights
 from dreambooth.config import conf_dir
@@ -31,6 +31,7 @@ from dreambooth.prediction import Prediction
 from dreambooth.recipe import Recipe, resolve
 from dreambooth.runfolder import Result
 from dreambooth.schema import Config
+from dreambooth.schema_dataset import Subject
 from dreambooth.setup import assemble
 from dreambooth.signals import Stop
 from dreambooth.storage_trace import MARK, StorageTrace
@@ -416,7 +417,8 @@ def test_a_run_on_the_cpu_has_nothing_to_choose() -> None:
 
 # -- the door -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, card", [("Tesla T4", "T4"), ("NVIDIA A10G", "A10G"), ("NVIDIA L4", "L4")])
+@pytest.mark.parametrize("name, card", [("Tesla T4", "T4"), ("NVIDIA A10G", "A10G"), ("NVIDIA L4", "L4"),
+                                        ("NVIDIA A100-SXM4-40GB", "A100")])
 def test_a_card_is_known_by_its_drivers_name(name: str, card: str) -> None:
     found = cards.card_of(name)
     assert found is not None and found.name == card
@@ -463,9 +465,57 @@ def test_a_model_of_unknown_shape_is_refused_with_what_to_type() -> None:
         predict(strange)
 
 
-@pytest.mark.parametrize("option", ["g4dn", "g5", "g6"])
+@pytest.mark.parametrize("option", ["g4dn", "g5", "g6", "g5_12xlarge", "g6_12xlarge", "p4d"])
 def test_every_card_on_file_is_known_and_has_a_price(option: str) -> None:
     text = (conf_dir() / "hardware" / f"{option}.yaml").read_text("utf-8")
     gpu = next(line.split()[1] for line in text.splitlines() if line.startswith("gpu:"))
     assert cards.card_of(gpu) is not None
     assert "price_usd_hour: null" not in text.replace("spot_price_usd_hour", "spot")
+
+
+# -- several cards, buckets, several subjects ---------------------------------------------------------------------
+
+def test_data_parallel_holds_the_gradients_a_second_time() -> None:
+    one, four = (predict(small(hardware__gpus=count)) for count in (1, 4))
+    held = [found.by_phase["step"].by_category["gradients"] for found in (one, four)]
+    assert held[1] - held[0] == one.trained * 4
+
+
+def test_several_cards_are_planned_without_levers_that_work_in_one_process() -> None:
+    asked = Sized(lambda r: 99.0)
+    fitting.chosen(recipe("sd15", hardware__gpus=4, **ROOMY), asked)  # type: ignore[arg-type]
+    assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
+
+
+def test_gradients_of_several_cards_take_time_on_the_link() -> None:
+    found, a10g = predict(small()), cards.CARDS["A10G"]
+    one, four = (estimate.step_seconds(small(hardware__gpus=count), found, a10g) for count in (1, 4))
+    assert four - one == pytest.approx(1.5 * found.trained * 4 / 10e9)
+
+
+def test_tf32_is_counted_at_half_the_rate_of_half_precision() -> None:
+    found, a100 = predict(small()), cards.CARDS["A100"]
+    plain, fast = (estimate.step_seconds(small(precision__tf32=on), found, a100) for on in (False, True))
+    assert fast < plain
+
+
+def test_no_bucket_takes_more_than_the_one_that_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = small(dataset__buckets=True, prior__with_prior_preservation=False)
+    planned = max(usage.allocated for usage in predict(asked).by_phase.values())
+    for size in buckets.sizes(asked.model.resolution):
+        monkeypatch.setattr(vram, "largest", lambda side, size=size: size)
+        assert max(usage.allocated for usage in predict(asked).by_phase.values()) <= planned, size
+
+
+def test_with_buckets_photos_and_class_images_pass_one_after_the_other() -> None:
+    kept = [_kept(predict(small(dataset__buckets=on))) for on in (False, True)]
+    assert kept[1] < 0.75 * kept[0]
+
+
+def test_two_subjects_have_class_images_of_their_own_to_draw() -> None:
+    one = small(hardware__gpu="T4")
+    two = replace(one, dataset=replace(one.dataset, concepts=[
+        Subject("a", "a zwx toy", None, "a toy"), Subject("b", "a ohwx cup", None, "a cup")]))
+    found = predict(one)
+    seconds = [estimate.estimate(asked, found, cards.CARDS["T4"]).run_seconds or 0.0 for asked in (one, two)]
+    assert seconds[1] > seconds[0]

@@ -104,6 +104,7 @@ def _checked(config: DictConfig, mode: str) -> tuple[Config, dict[str, Any]]:
         folder = OmegaConf.select(config, key)
         if folder and not _elsewhere(folder) and folder not in ("auto", "never"):
             missing.append(f"{key}={folder} is a folder of this machine: type {key}=s3://BUCKET/FOLDER")
+    missing += _unsent_data(run)
     try:
         if storage.is_remote(run.checkpoint.resume):
             run.checkpoint.resume = "auto"
@@ -113,6 +114,15 @@ def _checked(config: DictConfig, mode: str) -> tuple[Config, dict[str, Any]]:
     if missing:
         raise ConfigError(*missing)
     return run, _planned(config) if launcher.plan else {}
+
+
+def _unsent_data(run: Config) -> Iterator[str]:
+    """Folders of the data that no channel carries: of several subjects, and of masks."""
+    for place, subject in run.dataset.places:
+        for key in ("instance_dir", "class_dir", "mask") if run.dataset.concepts else ("mask",):
+            folder = getattr(subject, key)
+            if folder and folder != "alpha" and not _elsewhere(folder):
+                yield f"{place}.{key}={folder} is a folder of this machine: type {place}.{key}=s3://BUCKET/FOLDER"
 
 
 def _planned(config: DictConfig) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class Bench:
         top = self.reference(photos, VIEWS / "tuning-held-out")
         settings = ["dataset=folder", f"dataset.instance_dir={photos}", f"dataset.instance_prompt={SUBJECT}",
                     f"dataset.class_prompt={CLASS}", *overrides]
-        model, seconds = self._train(settings)
+        model, seconds = self.train(settings)
         now = self.measure(_name(model), model, photos)
         plain, scenes = report.gap(now.plain, base.plain, top), report.gap(now.scenes, base.scenes, top)
         print(f"plain {plain:.0%}  scenes {scenes:.0%}  "
@@ -127,7 +127,7 @@ class Bench:
 
     def run(self, arm: Arm, seed: int) -> Measured:
         """One training of the demo and what came of it."""
-        model, seconds = self._train([*RECIPE, f"train.seed={seed}", *arm.overrides])
+        model, seconds = self.train([*RECIPE, f"train.seed={seed}", *arm.overrides])
         measured = self.measure(_name(model), model, DEMO)
         measured.seconds, measured.seed = seconds, seed
         print(f"{arm.name}, seed {seed}: plain {measured.plain:.3f}, scenes {measured.scenes:.3f}, {seconds:.0f} s",
@@ -170,7 +170,7 @@ class Bench:
         whole.save(path)
         return path
 
-    def _train(self, overrides: list[str]) -> tuple[Path, float]:
+    def train(self, overrides: list[str]) -> tuple[Path, float]:
         """A run through the door; returns its model and the seconds of training."""
         command = [sys.executable, "-m", "dreambooth.train", f"run_root={self.folder / 'runs'}", "hardware=cpu",
                    "tracking=none", "sample.every=null", "checkpoint.every=null", *overrides]
