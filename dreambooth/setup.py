@@ -86,9 +86,14 @@ def class_images_alone(recipe: Recipe, stop: Stop) -> None:
     if not recipe.with_prior:
         console.say("no class images: prior preservation is off")
         return
-    images = prior.find(recipe)
-    if not images.missing:
-        console.say(f"{images} in {images.folder}")
+    lacking = []
+    for one in recipe.classes:
+        images = prior.find(one)
+        if images.missing:
+            lacking.append(one)
+        else:
+            console.say(f"{images} in {images.folder}")
+    if not lacking:
         return
     model.import_libraries()
     engine, _ = accelerated(recipe.device, recipe.precision.dtype)
@@ -96,7 +101,8 @@ def class_images_alone(recipe: Recipe, stop: Stop) -> None:
     with meter.phase("load"):
         pipeline = sampling.build_pipeline(model.load(recipe, engine.device))
     with meter.phase("class_images"):
-        _class_images(recipe, pipeline, engine, console, stop)
+        for one in lacking:
+            _class_images(one, pipeline, engine, console, stop)
 
 
 def _check_processes(recipe: Recipe, engine: Engine) -> None:
