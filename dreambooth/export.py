@@ -60,7 +60,7 @@ def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
     try:
         with files.whole_folder(target) as aside:
             if not recipe.method.low_rank or recipe.method.merge:
-                _pipeline(exact_frozen(parts, recipe)).save_pretrained(aside, safe_serialization=True)
+                whole_pipeline(exact_frozen(parts, recipe)).save_pretrained(aside, safe_serialization=True)
             if recipe.method.low_rank:
                 known = adapter.learned(nn.ModuleDict(trained_modules(parts, recipe)))
                 lora_files.write(aside, known, re.sub(r"[^\w.-]+", "-", recipe.name), _facts(recipe))
@@ -82,7 +82,8 @@ def size_bytes(parts: Components, recipe: Recipe) -> int:
     return sum(4 * p.numel() for module in modules for p in module.parameters())
 
 
-def _pipeline(parts: Components) -> Any:
+def whole_pipeline(parts: Components) -> Any:
+    """The pipeline that is kept: with the base's own scheduler and safety checker."""
     import diffusers
 
     scheduler = getattr(diffusers, parts.scheduler_config.get("_class_name", "PNDMScheduler"))

@@ -17,9 +17,10 @@ from dreambooth import files
 from dreambooth.console import Console
 from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.schema import Config, Storage
-from dreambooth.schema_storage import is_remote
+from dreambooth.schema_storage import is_remote, is_single
 
 READ = {("dataset", "instance_dir"): False, ("dataset", "class_dir"): False, ("model", "source"): True,
+        ("model", "vae"): False,
         ("checkpoint", "resume"): True, ("evaluate", "reference_dir"): False, ("evaluate", "prompts"): False,
         ("evaluate", "lpips"): False}  # key -> whether it must have a manifest
 MADE = (".hydra", "model", "samples", "contact_sheet.png", "evaluation.json", "metrics.jsonl", "result.json",
@@ -40,7 +41,7 @@ def local(path: str | None, cache: str = "runs/s3") -> str | None:
         return path
     from dreambooth import storage
 
-    return str(storage.download(str(path), Path(cache), Console(quiet=not first()), complete=True))
+    return str(storage.download(str(path), Path(cache), Console(quiet=not first()), complete=not is_single(path)))
 
 
 def fetched(config: Config, run_dir: Path) -> Config:
@@ -57,7 +58,8 @@ def fetched(config: Config, run_dir: Path) -> Config:
             from dreambooth import storage
 
             folder = storage.download(getattr(part, key), Path(config.storage.cache).absolute(),
-                                      Console(quiet=not first()), config.storage.parallel, complete=complete)
+                                      Console(quiet=not first()), config.storage.parallel,
+                                      complete=complete and not is_single(getattr(part, key)))
             found[f"{section}.{key}={getattr(part, key)}"] = folder.name
             inner = folder / "model"  # of a run's result
             setattr(part, key, str(inner if section == "model" and inner.is_dir() else folder))

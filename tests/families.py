@@ -28,7 +28,8 @@ def unet_config(family: str) -> dict[str, Any]:
     across = HIDDEN[family] + SECOND * two
     config: dict[str, Any] = {
         "sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_num_groups": 8,
-        "block_out_channels": [16, 32], "cross_attention_dim": across, "attention_head_dim": 2 if family == "sd15" else [2, 4],
+        "block_out_channels": [16, 32], "cross_attention_dim": across,
+        "attention_head_dim": 2 if family == "sd15" else [2, 4],
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"] if two else ["CrossAttnDownBlock2D", "DownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"] if two else ["UpBlock2D", "CrossAttnUpBlock2D"],
         "use_linear_projection": family != "sd15"}
@@ -44,7 +45,7 @@ def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     from dreambooth.components import Components
-    from dreambooth.export import _pipeline
+    from dreambooth.export import whole_pipeline
 
     known = Path(asset("package:architectures")) / family
     with torch.random.fork_rng(devices=[]):
@@ -64,5 +65,5 @@ def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
             parts.tokenizer_2 = parts.tokenizer
     for module in parts.modules:
         module.to(dtype)
-    _pipeline(parts).save_pretrained(folder)
+    whole_pipeline(parts).save_pretrained(folder)
     return folder

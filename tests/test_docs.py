@@ -14,7 +14,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from dreambooth import errors, evaluate, generate, storage  # the doors register the schemas of conf/<door>.yaml
+# The doors register the schemas of conf/<door>.yaml.
+from dreambooth import convert, errors, evaluate, generate, storage
 from dreambooth.choices import Device
 from dreambooth.config import conf_dir, load
 from dreambooth.machine import Machine
@@ -24,9 +25,10 @@ from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncherConf
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
-TRAIN, GENERATE, EVALUATE, PLAN = (["python", "-m", f"dreambooth.{door}"]
-                                   for door in ("train", "generate", "evaluate", "plan"))
-ASKED = {"generate": generate.Generate, "evaluate": evaluate.Ask}  # what doors that compose no run read
+TRAIN, GENERATE, EVALUATE, PLAN, CONVERT = (["python", "-m", f"dreambooth.{door}"]
+                                            for door in ("train", "generate", "evaluate", "plan", "convert"))
+# What doors that compose no run read.
+ASKED = {"generate": generate.Generate, "evaluate": evaluate.Ask, "convert": convert.Convert}
 OTHER = {". .venv/bin/activate", "nvidia-smi", "pip install -c constraints.txt -e '.[cuda]'"}  # looked at by a person
 FLAGS = {"--help": 1, "--cfg": 2, "--info": 2, "-m": 1}  # of Hydra, with the words that each takes
 CARD = Machine("a card", 24.0, 8.6)  # what `hardware=local` finds where a document says "with a CUDA card"
@@ -88,8 +90,12 @@ def test_a_command_is_real(command: str) -> None:
     if words[:3] == ["python", "-m", "dreambooth.storage"]:
         assert storage.parser().parse_args(words[3:]).uri.startswith("s3://")
         return
-    assert words[:3] in (TRAIN, GENERATE, EVALUATE, PLAN), "neither make nor a door, and not on the list of others"
+    doors = TRAIN, GENERATE, EVALUATE, PLAN, CONVERT
+    assert words[:3] in doors, "neither make nor a door, and not on the list of others"
     for asked in overrides(words[3:]):
+        if words[:3] == CONVERT:
+            assert convert.read(composed("convert", asked)).source
+            continue
         if words[:3] in (GENERATE, EVALUATE):
             door = words[2].removeprefix("dreambooth.")
             assert isinstance(OmegaConf.to_object(composed(door, asked)), ASKED[door])
@@ -121,6 +127,7 @@ def in_code(page: Path) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_a_key_in_a_document_exists(page: Path) -> None:
     known = keys().union(*(vars(ask()) for ask in ASKED.values())) | NO_KEYS | {"experiment", "group", "section.key"}
+    known |= {"in"}  # of convert
     known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf())} | {"hydra.sweeper.storage"}
     said = set(re.findall(r"(?<![\w./-])([A-Za-z_]\w*(?:\.\w+)*)=", in_code(page)))
     sections = "|".join(key for key in keys() if "." not in key)

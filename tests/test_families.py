@@ -9,6 +9,11 @@ from families import SECOND, make
 from faults import call, train
 from safetensors.torch import load_file
 from test_kill import assert_same, the_run
+from test_planner import small
+
+from dreambooth.architecture import trained_weights
+from dreambooth.model import denoiser_of, load
+from dreambooth.vram import predict, rehearse
 
 NEW = ("sd21", "sdxl")
 
@@ -71,7 +76,8 @@ def test_sdxls_unet_is_told_what_its_pipeline_tells_it(base: dict[str, Path]) ->
 
     pipeline.unet.forward = look
     with torch.no_grad():
-        pipeline("a photo of a toy", num_inference_steps=1, height=16, width=16, guidance_scale=1.0, output_type="latent")
+        pipeline("a photo of a toy", num_inference_steps=1, height=16, width=16, guidance_scale=1.0,
+                 output_type="latent")
         theirs = dict(seen)
         text = conditions.text(encoders, conditions.tokens([pipeline.tokenizer] * 2, "a photo of a toy"))
         conditions.predict(pipeline.unet, torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.long), text)
@@ -79,6 +85,36 @@ def test_sdxls_unet_is_told_what_its_pipeline_tells_it(base: dict[str, Path]) ->
     assert seen["text"].equal(theirs["text"])
     for name in ("text_embeds", "time_ids"):
         assert seen["added_cond_kwargs"][name].equal(theirs["added_cond_kwargs"][name]), name
+
+
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("family", NEW)
+def test_the_planner_records_the_very_step_of_a_family(family: str, text: bool, base: dict[str, Path]) -> None:
+    """On hollow tensors and on real ones, event by event."""
+    ask = small(model__source=str(base[family]), model__name=family, model__resolution=16,
+                train__train_text_encoder=text, memory__gradient_checkpointing=True)
+    hollow, real = predict(ask), rehearse(ask)
+    assert hollow.trace.events == real.trace.events
+    assert hollow.trace.category == real.trace.category
+    live = denoiser_of(load(ask, torch.device("cpu")), ask).requires_grad_(True)
+    frozen = sum(p.numel() for m in live.conditions.unused([live.text_encoder]) for p in m.parameters()) if text else 0
+    assert hollow.trained == sum(p.numel() for p in live.parameters()) - frozen == trained_weights(ask)
+
+
+def test_sdxls_vae_computes_in_fp32_under_half_autocast(base: dict[str, Path]) -> None:
+    from dreambooth.components import keep_vae_whole
+
+    parts = load(small(model__source=str(base["sdxl"])), torch.device("cpu"))
+    pixels, seen = torch.randn(1, 3, 16, 16), []
+    parts.vae.encoder.conv_in.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        parts.encode(pixels)
+    assert seen == [torch.float32]
+    fixed = load(small(model__source=str(base["sdxl"])), torch.device("cpu"))
+    del fixed.vae.encode
+    fixed.vae.register_to_config(force_upcast=False)
+    keep_vae_whole(fixed)
+    assert "encode" not in vars(fixed.vae)
 
 
 def test_zero_terminal_snr_trains_at_pure_noise_and_is_kept(base: dict[str, Path], tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dreambooth"
-DOORS = {"train", "generate", "plan", "evaluate", "entrypoint"}
+DOORS = {"train", "generate", "plan", "evaluate", "entrypoint", "convert"}
 HEAVY = {"torch", "diffusers", "transformers", "mlflow", "boto3", "accelerate", "PIL", "numpy"}
 BY_NAME = {"import_module", "importlib.import_module", "__import__"}
 CODE = ("dreambooth", "hydra_plugins", "tools")
 # What `--help`, a submitting laptop and the small process before a training one import.
-LIGHT = ["config", "recipe", "errors", "train", "generate", "evaluate", "entrypoint"]
+LIGHT = ["config", "recipe", "errors", "train", "generate", "evaluate", "convert", "entrypoint"]
 # A plug-in asks `python -m dreambooth.plan` in a process of its own; it may import these and no other module.
 OPEN_TO_PLUGINS = {f"dreambooth.{name}" for name in ("config", "errors", "recipe", "schema", "choices", "storage")} | {
     f"dreambooth.cloud.{path.stem}" for path in (PACKAGE / "cloud").glob("*.py")} | {"dreambooth.cloud"}
