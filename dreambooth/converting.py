@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors.torch import load_file
 
 from dreambooth import clip_words, files, single
 from dreambooth.components import Components
@@ -117,8 +118,12 @@ def _only_vae(path: Path, target: Path, beside: str, name: str) -> None:
         vae.save_pretrained(aside / "vae")
 
 
-def blank_parts(folder: Path, found: Found) -> Components:
-    """Parts without memory, built from the configurations of a folder and told what was found."""
+def blank_parts(folder: Path, found: Found | None) -> Components:
+    """Parts without memory, built from the configurations of a folder and told what was found in a file.
+
+    Raises:
+        UserError: the folder lacks one.
+    """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -126,20 +131,24 @@ def blank_parts(folder: Path, found: Found) -> Components:
     try:
         vae, unet = (_json(folder / part / "config.json") for part in ("vae", "unet"))
         schedule = _json(folder / "scheduler/scheduler_config.json")
-        unet["sample_size"] = found.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+        pad = "!" if found and found.family is Family.sd2 else clip_words.END
+        two = found.family is Family.sdxl if found else (folder / "text_encoder_2").is_dir()
+        if found:
+            unet["sample_size"] = found.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+            schedule = _schedule(schedule, found)
         with torch.device("meta"):
             parts = Components(
                 unet=UNet2DConditionModel.from_config(unet), vae=AutoencoderKL.from_config(vae),
                 text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")),
-                tokenizer=_tokenizer(folder, "tokenizer", "!" if found.family is Family.sd2 else clip_words.END),
-                scheduler_config=_schedule(schedule, found))
-            if found.family is Family.sdxl:
+                tokenizer=_tokenizer(folder, "tokenizer", pad),
+                scheduler_config=schedule)
+            if two:
                 parts.text_encoder_2 = CLIPTextModelWithProjection(
                     CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder_2"))
                 parts.tokenizer_2 = _tokenizer(folder, "tokenizer_2", "!")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} is no diffusers folder of this family ({str(error).splitlines()[0][:120]}): type "
-                        "another config=DIR") from error
+                        f"another {'config' if found else 'in'}=DIR") from error
     return parts
 
 
@@ -194,29 +203,38 @@ def _model_in(source: Path) -> tuple[Path, Mapping[str, str]]:
     raise UserError(f"there is no model in {source}: type in=DIR, a folder of diffusers or a finished run")
 
 
+OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of a VAE's attention, once
+
+
 def open_parts(folder: Path) -> Components:
     """The parts of a local diffusers folder, each weight in the precision in which it is kept.
 
     Raises:
         UserError: it lacks one.
     """
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    variant = "fp16" if not any((folder / "unet").glob("*model.safetensors*")) and any(
-        (folder / "unet").glob("*.fp16.safetensors")) else None
-    more: dict[str, Any] = {"local_files_only": True, "variant": variant}
-    try:
-        parts = Components(
-            unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype="auto", **more),
-            vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype="auto", **more),
-            text_encoder=CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype="auto", **more),
-            tokenizer=None, scheduler_config=_json(folder / "scheduler/scheduler_config.json"))
-        if (folder / "text_encoder_2").is_dir():
-            parts.text_encoder_2 = CLIPTextModelWithProjection.from_pretrained(
-                folder, subfolder="text_encoder_2", dtype="auto", **more)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the model in {folder} could not be opened ({str(error).splitlines()[0][:200]}): type another "
-                        "in=DIR") from error
+    parts = blank_parts(folder, None)
+    for name, module in single.modules(parts):
+        paths = sorted((folder / name).glob("*.safetensors"))
+        plain = [path for path in paths if ".fp16." not in path.name] or paths
+        known, state = module.state_dict().keys(), {}
+        for path in plain:
+            for key, value in load_file(path).items():
+                if not key.endswith("position_ids"):
+                    state[_modern(key, known)] = value
+        try:
+            module.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise UserError(f"{folder / name} does not hold the .safetensors weights of its config.json "
+                            f"({str(error).splitlines()[-1].strip()[:120]}): type another in=DIR") from error
     return parts
+
+
+def _modern(key: str, known: Collection[str]) -> str:
+    """A weight's name as libraries call it now."""
+    before, _, end = key.rpartition(".")
+    *outer, last = before.split(".")
+    renamed = ".".join([*outer, OLD.get(last, last), end])
+    for name in (key, key.removeprefix("text_model."), f"text_model.{key}", renamed):
+        if name in known:
+            return name
+    return key

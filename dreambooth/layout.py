@@ -1,8 +1,8 @@
 """The original key layout of Stable Diffusion 1.x, 2.x and SDXL: one file, as CompVis and Stability AI published it.
 
 Each tensor of such a file is one tensor of a diffusers folder, or three that are stacked in it; `entries` pairs them by
-name and say how they differ; single.py turns one side into the other and back, bit for bit. Sources of the names: modules
-and attributes of CompVis/stable-diffusion, Stability-AI/generative-models and mlfoundations/open_clip. No torch.
+name and say how they differ; single.py turns one side into the other and back, bit for bit. Sources: the modules and
+attributes of CompVis/stable-diffusion, Stability-AI/generative-models and mlfoundations/open_clip. No torch.
 """
 
 import re

@@ -194,7 +194,9 @@ def _safety(source: str, dtype: torch.dtype, weights: dict[str, Any]) -> tuple[A
 def _missing(recipe: Recipe, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0][:200]
     if recipe.source.startswith((".", "/", "~")) or Path(recipe.source).exists():
-        hint = "type model.source=DIR, a folder with unet, vae, text_encoder, tokenizer and scheduler"
+        half = not recipe.model.variant and any(Path(recipe.source).glob("unet/*.fp16.safetensors"))
+        hint = "type model.variant=fp16" if half else (
+            "type model.source=DIR, a folder with unet, vae, text_encoder, tokenizer and scheduler")
     elif recipe.model.offline:
         hint = "type model.offline=false to ask the hub, or model.source=DIR"
     else:

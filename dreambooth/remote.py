@@ -60,7 +60,8 @@ def fetched(config: Config, run_dir: Path) -> Config:
             folder = storage.download(getattr(part, key), Path(config.storage.cache).absolute(),
                                       Console(quiet=not first()), config.storage.parallel,
                                       complete=complete and not is_single(getattr(part, key)))
-            found[f"{section}.{key}={getattr(part, key)}"] = folder.name
+            named = folder.parent if section == "model" and folder.is_file() else folder  # by its content
+            found[f"{section}.{key}={getattr(part, key)}"] = named.name
             inner = folder / "model"  # of a run's result
             setattr(part, key, str(inner if section == "model" and inner.is_dir() else folder))
     if found:

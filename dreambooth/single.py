@@ -22,9 +22,16 @@ IMPLEMENTATION = {Family.sd1: "https://github.com/CompVis/stable-diffusion",
                   Family.sd2: "https://github.com/Stability-AI/stablediffusion", Family.sdxl: "sgm"}
 
 
+def modules(parts: Components) -> Iterator[tuple[str, Any]]:
+    """Everything with weights, by name."""
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if (module := getattr(parts, name)) is not None:
+            yield name, module
+
+
 def all_entries(parts: Components, family: Family) -> Iterator[Entry]:
     """The entries of all parts."""
-    for name, module in _modules(parts):
+    for name, module in modules(parts):
         layers = getattr(module.config, "layers_per_block", 2)
         yield from entries(family, name, module.state_dict(), layers)
 
@@ -35,9 +42,9 @@ def fill(parts: Components, file: Opened, family: Family) -> list[str]:
     Raises:
         UserError: the file's shapes are not those of the parts.
     """
-    states: dict[str, dict[str, Tensor]] = {name: {} for name, _ in _modules(parts)}
+    states: dict[str, dict[str, Tensor]] = {name: {} for name, _ in modules(parts)}
     shapes = {name: {key: tuple(value.shape) for key, value in module.state_dict().items()}
-              for name, module in _modules(parts)}
+              for name, module in modules(parts)}
     left = set(file.names)
     for entry in all_entries(parts, family):
         if entry.original not in file.names:
@@ -52,7 +59,7 @@ def fill(parts: Components, file: Opened, family: Family) -> list[str]:
             raise UserError(f"{file.path}: {entry.original} is {tuple(there.shape)} and not {wanted}: it is of another "
                             "architecture; type config=DIR, a diffusers folder of that architecture")
         states[entry.part].update(zip(entry.names, _here(entry, there), strict=True))
-    for name, module in _modules(parts):
+    for name, module in modules(parts):
         module.load_state_dict(states[name], assign=True)
     after = len(getattr(parts.text_encoder, "text_model", parts.text_encoder).encoder.layers)
     unread = f"cond_stage_model.model.transformer.resblocks.{after}."  # 2.x: the last layer, which it does not look at
@@ -89,7 +96,7 @@ def write(parts: Components, path: Path, dtype: torch.dtype | None, with_vae: bo
         facts: metadata; `modelspec.` keys are completed (Stability-AI/ModelSpec 1.0.0).
     """
     family = family_of(parts)
-    states = {name: module.state_dict() for name, module in _modules(parts)}
+    states = {name: module.state_dict() for name, module in modules(parts)}
     tensors: dict[str, Tensor] = {}
     for entry in all_entries(parts, family):
         if entry.part == "vae" and not with_vae:
@@ -119,12 +126,6 @@ def _modelspec(parts: Components, family: Family) -> dict[str, str]:
             "modelspec.implementation": IMPLEMENTATION[family],
             "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "modelspec.resolution": f"{side}x{side}", "modelspec.prediction_type": "v" if v else "epsilon"}
-
-
-def _modules(parts: Components) -> Iterator[tuple[str, Any]]:
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        if (module := getattr(parts, name)) is not None:
-            yield name, module
 
 
 def _here(entry: Entry, there: Tensor) -> Sequence[Tensor]:
