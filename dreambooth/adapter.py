@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth import rng
-from dreambooth.choices import Dtype, MethodKind, Targets
+from dreambooth.choices import BaseWeights, Dtype, MethodKind, Targets
 from dreambooth.dropout import Dropout, follow
+from dreambooth.quantised import quantise
 from dreambooth.schema_method import Method
 
 NAME = "default"  # peft's name of the one adapter that trains
@@ -71,7 +72,8 @@ class LowRank:
         if self.magnitude is None:
             return whole
         factor = self.magnitude.to(weight) / torch.linalg.vector_norm(whole.flatten(1), dim=1)
-        return whole * factor.view(-1, *[1] * (weight.dim() - 1))
+        scaled: Tensor = whole.flatten(1) * factor.view(-1, 1)
+        return scaled.view_as(weight)
 
 
 def inject(model: nn.Module, method: Method, seed: int, dtype: Dtype) -> None:
@@ -93,6 +95,7 @@ def inject(model: nn.Module, method: Method, seed: int, dtype: Dtype) -> None:
             inject_adapter_in_model(config, part, adapter_name=NAME)
     dropouts = []
     for name, layer in layers(model):
+        _whole(layer)
         _draw(layer.lora_A[NAME].weight, seed, name)
         layer.cast_input_dtype_enabled = dora or dtype is Dtype.fp32  # DoRA's lengths are computed in fp32
         if method.dropout:
@@ -117,17 +120,17 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def freeze(part: nn.Module, half: torch.dtype) -> None:
-    """Keep the linear and convolution weights of a frozen base in the compute precision.
+def freeze(part: nn.Module, half: torch.dtype, weights: BaseWeights = BaseWeights.half) -> None:
+    """Keep the linear and convolution weights of a frozen base in the compute precision, or its linear ones in 4 bits.
 
-    That is what autocast casts them to at every use: no number changes. Norms and embeddings stay fp32.
+    The former is what autocast casts them to at every use: no number changes. Norms and embeddings stay fp32.
     """
-    if half.itemsize >= 4:
-        return
     for module in part.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Conv2d) and half.itemsize < 4:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(parameter.detach().to(half), requires_grad=False))
+    if weights is BaseWeights.nf4:
+        quantise(part, half)
 
 
 @contextmanager
@@ -188,6 +191,18 @@ def published(name: str) -> str:
     if part.startswith("text_encoder") and rest.startswith(("encoder.", "embeddings.")):
         return f"{part}.text_model.{rest}"
     return name
+
+
+def _whole(layer: Any) -> None:
+    """The adapter of a layer in fp32; peft makes it in the precision of the base, lengths of rows included."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    for thin in (layer.lora_A[NAME], layer.lora_B[NAME]):
+        thin.weight = nn.Parameter(thin.weight.detach().float())
+    if NAME in layer.lora_magnitude_vector:
+        lengths = layer.lora_magnitude_vector[NAME]
+        weight = dequantize_module_weight(layer.get_base_layer()).detach().float()
+        lengths.weight = nn.Parameter(lengths.get_weight_norm(weight, torch.zeros_like(weight), 1.0))
 
 
 def _draw(weight: nn.Parameter, seed: int, name: str) -> None:

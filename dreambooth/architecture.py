@@ -66,7 +66,8 @@ def blank(recipe: Recipe) -> Components:
         second = CLIPTextModelWithProjection(CLIPTextConfig(**known["text_encoder_2"]))
         parts.text_encoder_2 = to_dtype(second, text_dtype)
     for module in trained_modules(parts, recipe).values() if recipe.method.low_rank else ():
-        adapter.freeze(module, frozen)
+        adapter.freeze(module, frozen, recipe.method.base_weights)
+        module.to("cpu")  # the device that stands in: 4-bit codes are made on the way to it
     for module in parts.modules:
         module.requires_grad_(False).eval()
     keep_vae_whole(parts)

@@ -1,60 +1,107 @@
-"""Draws with a finished run's model, or with any diffusers folder: pictures, a grid, seeds in their names."""
+"""Draws with a run's model, any diffusers folder and LoRAs: pictures with their settings inside, and a grid."""
 
 import json
 import math
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth import files, sampling
+from PIL import Image
+
+from dreambooth import files, loras, pngtext, sampling
 from dreambooth.console import Console
 from dreambooth.errors import UserError
+from dreambooth.lora_files import DIFFUSERS
+from dreambooth.packaged import asset
+from dreambooth.photos import load_photos, square
+from dreambooth.prompts import fill, noun
+from dreambooth.schema_generate import Generate
 from dreambooth.sheet import grid
 
 
-def draw(
-    run: str | None, *, prompt: str | None, num_images: int, batch_size: int, seed: int, num_inference_steps: int,
-    guidance_scale: float | None, out: str | None
-) -> Path:
-    """Write `num_images` pictures with seeds from `seed` up, and their grid; returns the grid's path.
+@dataclass(frozen=True)
+class Source:
+    """What is drawn with: a diffusers model, and a run's own adapter if it has one."""
+
+    folder: Path  # that was asked for
+    model: str  # a folder, or a hub id
+    own: str | None  # the run's adapter, not merged
+    settings: dict[str, Any]  # of the run, as text; empty: it is no run
+
+    @property
+    def revision(self) -> str | None:
+        return None if self.own is None else _known(self.settings.get("model.revision"))
+
+
+def draw(ask: Generate) -> Path:
+    """Write `num_images` pictures of each prompt with seeds from `seed` up, and their grid; returns the grid's path.
 
     Raises:
-        UserError: there is no model at `run`, or no prompt.
+        UserError: there is no model, no prompt, or something that does not fit it.
     """
     import torch
 
-    folder, model = _find(run)
-    settings = _settings(folder)
-    prompt = prompt or settings.get("dataset.instance_prompt")
-    if not prompt:
-        raise UserError('the prompt is missing: type prompt="a photo of a zwx toy"')
-    scale = float(settings.get("sample.guidance_scale", 7.5)) if guidance_scale is None else guidance_scale
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = sampling.open_pipeline(model, device)
+    source = _find(ask)
+    prompts = _prompts(ask, source.settings)
+    chosen = _loras(ask, source)
+    scale = ask.guidance_scale
+    if scale is None:
+        scale = float(source.settings.get("sample.guidance_scale", 7.5))
+    pipeline = sampling.open_pipeline(source.model, "cuda" if torch.cuda.is_available() else "cpu", source.revision)
+    loras.apply(pipeline, chosen)
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    sampler = sampling.Sampler(num_inference_steps, scale, int(settings.get("model.resolution", side)))
+    sampler = sampling.Sampler(ask.num_inference_steps, scale, int(source.settings.get("model.resolution", side)))
+    start = _start(ask.image, sampler.resolution)
+    if start is not None:
+        pipeline = sampling.from_images(pipeline)
+    seeds = [ask.seed + number for number in range(ask.num_images)]
+    console, rows = Console(), []
+    with console.bar("pictures", len(prompts) * len(seeds)) as bar:
+        for prompt in prompts:
+            row: list[Image.Image] = []
+            for batch in sampling.generate(pipeline, [prompt] * len(seeds), seeds, sampler, ask.batch_size,
+                                           negative_prompt=ask.negative_prompt, start=start, strength=ask.strength):
+                row += batch
+                bar.tick(len(batch))
+            rows.append(row)
+    settings = {"num_inference_steps": ask.num_inference_steps, "guidance_scale": scale,
+                "negative_prompt": ask.negative_prompt, "model": Path(source.model).name if source.own or ask.base
+                else source.folder.name, "strength": ask.strength if ask.image else None}
+    target = Path(ask.out) if ask.out else source.folder / "generated"
+    written = _write(target, prompts, seeds, rows, chosen, settings, ask)
+    what = repr(prompts[0]) if len(prompts) == 1 else f"{len(prompts)} prompts"
+    console.say(f"{len(prompts) * len(seeds)} pictures of {what} in {target}, all on {written}")
+    return written
 
-    target = Path(out) if out else folder / "generated"
-    console, pictures = Console(), []
-    with console.bar("pictures", num_images) as bar:
-        seeds = [seed + i for i in range(num_images)]
-        for batch in sampling.generate(pipeline, [prompt] * num_images, seeds, sampler, batch_size):
-            pictures += batch
-            bar.tick(len(batch))
-    return _write(target, prompt, seeds, pictures, console)
 
-
-def _find(run: str | None) -> tuple[Path, Path]:
-    """The folder that was asked for and the model in it."""
-    if not run:
+def _find(ask: Generate) -> Source:
+    """The model that is asked for, and the settings of its run."""
+    if not ask.run and not ask.base:
         raise UserError("the run is missing: type run=runs/NAME, a folder that python -m dreambooth.train made")
-    folder = Path(run)
+    if not ask.run:
+        return Source(Path(), asset(ask.base or ""), None, {})
+    folder = Path(ask.run)
+    settings = _settings(folder)
     for model in (folder / "model", folder):
-        if (model / "model_index.json").is_file():
-            return folder, model
+        own = str(model / DIFFUSERS) if (model / DIFFUSERS).is_file() else None
+        if (model / "model_index.json").is_file() and not ask.base:
+            return Source(folder, str(model), None, settings)
+        base = ask.base or settings.get("model.source")
+        if own and base:
+            return Source(folder, asset(base), own, settings)
+        if own:
+            raise UserError(f"{ask.run} holds an adapter and does not say of which model: type base=DIR, the model "
+                            "that it was trained on")
+        if ask.base and (model / "model_index.json").is_file():
+            raise UserError(f"{ask.run} is a model of its own: type run=null to draw with base={ask.base}, or leave "
+                            "base out")
     if (folder / "run.json").is_file():
-        raise UserError(f"the run in {run} is not finished: repeat its command first, python -m dreambooth.train ...")
-    raise UserError(f"there is no model in {run}: type run=runs/NAME, a folder that python -m dreambooth.train made")
+        raise UserError(f"the run in {ask.run} is not finished: repeat its command first, "
+                        "python -m dreambooth.train ...")
+    raise UserError(f"there is no model in {ask.run}: type run=runs/NAME, a folder that "
+                    "python -m dreambooth.train made")
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -65,13 +112,69 @@ def _settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _write(target: Path, prompt: str, seeds: list[int], pictures: list[Any], console: Console) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-    for number, picture in zip(seeds, pictures, strict=True):
-        with files.whole_file(target / f"{slug}-seed{number}.png") as aside:
-            picture.save(aside, format="PNG")
-    sheet = target / f"{slug}-grid.png"
+def _known(text: str | None) -> str | None:
+    """A setting as it was before run.json made it a text."""
+    return None if text in (None, "null") else text
+
+
+def _prompts(ask: Generate, settings: dict[str, Any]) -> list[str]:
+    """One prompt, or those of a file; {subject} in it stands for the run's subject."""
+    subject = settings.get("dataset.instance_prompt")
+    if ask.prompts is None:
+        if not (prompt := ask.prompt or subject):
+            raise UserError('the prompt is missing: type prompt="a photo of a zwx toy"')
+        return [prompt]
+    try:
+        lines = [line.strip() for line in Path(ask.prompts).read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the prompts in {ask.prompts} cannot be read: type prompts=FILE, a text file with a prompt a "
+                        "line") from error
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise UserError(f"there is no prompt in {ask.prompts}: write one a line")
+    if not subject and any("{subject}" in line for line in lines):
+        raise UserError(f"{ask.prompts} speaks of {{subject}} and run.json, which names it, is not there: write the "
+                        "subject itself")
+    return fill(lines, noun(subject)) if subject else lines
+
+
+def _loras(ask: Generate, source: Source) -> list[loras.Lora]:
+    asked = [*([source.own] if source.own else []), *ask.loras]
+    if not asked and ask.lora_scale != 1.0:
+        raise UserError("lora_scale is of LoRAs and there is none: type lora=FILE, or leave lora_scale out; a run with "
+                        "method.merge=true has its adapter inside its model")
+    try:
+        return loras.found(asked, ask.scales(len(asked)))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _start(path: str | None, side: int) -> Image.Image | None:
+    """The picture to begin with, its centre as a square of `side` pixels."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise UserError(f"there is no picture at {path}: type image=FILE")
+    [photo] = load_photos([Path(path)], "a picture", side)
+    return Image.fromarray(square(photo.pixels, side, None, False))
+
+
+def _write(target: Path, prompts: Sequence[str], seeds: Sequence[int], rows: Sequence[Sequence[Image.Image]],
+           chosen: Sequence[loras.Lora], settings: dict[str, Any], ask: Generate) -> Path:
+    many = len(prompts) > 1
+    used = [(lora.name, lora.scale) for lora in chosen]
+    for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        begin = f"{number:03d}-" * many + _slug(prompt)
+        for seed, picture in zip(seeds, row, strict=True):
+            inside = pngtext.info(prompt, seed, picture.size, used, settings) if ask.metadata else None
+            with files.whole_file(target / f"{begin}-seed{seed}.png") as aside:
+                picture.save(aside, format="PNG", pnginfo=inside)
+    columns = ask.columns or (len(seeds) if many else math.ceil(math.sqrt(len(seeds))))
+    sheet = target / ("prompts-grid.png" if many else f"{_slug(prompts[0])}-grid.png")
     with files.whole_file(sheet) as aside:
-        grid(pictures, math.ceil(math.sqrt(len(pictures)))).save(aside, format="PNG")
-    console.say(f"{len(pictures)} pictures of {prompt!r} in {target}, all on {sheet}")
+        grid([picture for row in rows for picture in row], columns).save(aside, format="PNG")
     return sheet
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]

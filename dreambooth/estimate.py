@@ -100,14 +100,16 @@ def _passes(recipe: Recipe, prediction: Prediction, card: Card) -> float:
     return weights * (on_card + link / HOST_LINK + on_host / HOST_MEMORY)
 
 
-def host_gib(prediction: Prediction) -> float:
+def host_gib(recipe: Recipe, prediction: Prediction) -> float:
     """Host memory: the process, what the card has given away, and the trained weights in fp32 while they are loaded or
-    written."""
-    return PROCESS_GIB + (prediction.host + 4 * prediction.trained) / GIB
+    written; with an adapter the base's, which are read in fp32."""
+    loaded = prediction.trained + prediction.frozen * recipe.method.low_rank
+    return PROCESS_GIB + (prediction.host + 4 * loaded) / GIB
 
 
 def disk_gib(recipe: Recipe, prediction: Prediction) -> float:
     """Disk: checkpoints (one more than kept while one is written), the exported model, the base."""
     trained, every = 4 * prediction.trained, 4 * (prediction.trained + prediction.frozen)
     a_checkpoint = trained * (3 + recipe.train.use_ema)
-    return ((recipe.checkpoint.keep + 1) * a_checkpoint + 2 * every) / GIB
+    model = 2 * trained if recipe.method.low_rank and not recipe.method.merge else every
+    return ((recipe.checkpoint.keep + 1) * a_checkpoint + model + every) / GIB

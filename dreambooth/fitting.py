@@ -122,6 +122,9 @@ def gives(recipe: Recipe, prediction: Prediction) -> Iterator[tuple[str, float]]
     """What could be given up, and about how many GiB of the card each saves while it steps."""
     memory, train, millions = recipe.memory, recipe.train, prediction.trained / GIB
     state = STATE_BYTES[recipe.optimizer.kind]
+    if recipe.method.low_rank:
+        yield from _smaller_batch(recipe, prediction)
+        return
     if not memory.offload_optimizer:
         if recipe.optimizer.kind is OptimizerKind.adamw:
             yield "optimizer=adamw8bit", millions * (state - STATE_BYTES[OptimizerKind.adamw8bit])
@@ -132,8 +135,15 @@ def gives(recipe: Recipe, prediction: Prediction) -> Iterator[tuple[str, float]]
         yield "train.use_ema=false", millions * 4
     if train.train_text_encoder:
         yield "train.train_text_encoder=false", 0.123e9 / GIB * (8 + state)
-    if train.train_batch_size > 1:
-        yield "train.train_batch_size=1", _activations(prediction) * (1 - 1 / train.train_batch_size)
+    yield from _smaller_batch(recipe, prediction)
+    if memory.weights is Weights.full and not memory.offload_optimizer:
+        yield "method=lora", millions * (6 + state + 4 * (train.use_ema and memory.ema_device is EmaDevice.same))
+
+
+def _smaller_batch(recipe: Recipe, prediction: Prediction) -> Iterator[tuple[str, float]]:
+    size = recipe.train.train_batch_size
+    if size > 1:
+        yield "train.train_batch_size=1", _activations(prediction) * (1 - 1 / size)
 
 
 def _candidates(recipe: Recipe, processes: int) -> list[dict[str, Any]]:

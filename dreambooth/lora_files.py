@@ -5,7 +5,7 @@
 | UNet | `unet.mid_block.attentions.0.proj_in` | `lora_unet_mid_block_attentions_0_proj_in` |
 | text encoder | `text_encoder.text_model.encoder...` | `lora_te_text_model_encoder...`; of two: `lora_te1_`, ... |
 | down, up | `.lora_A.weight`, `.lora_B.weight` | `.lora_down.weight`, `.lora_up.weight` |
-| row lengths (DoRA) | `.lora_magnitude_vector` (out,) | `.dora_scale` (out, 1) or (out, 1, 1, 1) |
+| row lengths (DoRA) | `.lora_magnitude_vector.weight` (out,), (1, out, 1, 1) | `.dora_scale` (out, 1), (out, 1, 1, 1) |
 | alpha | - : `lora_B` holds the scale | `.alpha` = rank: `lora_up` holds the scale |
 
 diffusers 0.42 leaves `dora_scale` out when it reads the kohya layout: a DoRA is read there in diffusers' own.
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from dreambooth.adapter import LowRank, published
 from dreambooth.errors import UserError
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights(folder) looks for
-DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"
 
 
 def diffusers_layout(known: Mapping[str, LowRank]) -> dict[str, Tensor]:
@@ -33,7 +33,7 @@ def diffusers_layout(known: Mapping[str, LowRank]) -> dict[str, Tensor]:
         name = published(name)
         found |= {name + DOWN: low.down, name + UP: low.up}
         if low.magnitude is not None:
-            found[name + MAGNITUDE] = low.magnitude
+            found[name + MAGNITUDE] = low.magnitude.view(-1) if low.down.dim() == 2 else low.magnitude.view(1, -1, 1, 1)
     return {key: tensor.contiguous() for key, tensor in found.items()}
 
 
@@ -68,6 +68,12 @@ def write(folder: Path, known: Mapping[str, LowRank], title: str, facts: Mapping
         "ss_output_name": title})
 
 
+def base_of(file: Path) -> str:
+    """The base of an adapter that a run has written."""
+    with safe_open(file, "pt") as opened:
+        return str((opened.metadata() or {})["base_model"])
+
+
 def read(file: Path) -> dict[str, LowRank]:
     """What a file in diffusers' layout holds, by published module name.
 
@@ -81,8 +87,9 @@ def read(file: Path) -> dict[str, LowRank]:
                         ) from error
     names = [key.removesuffix(DOWN) for key in tensors if key.endswith(DOWN)]
     try:
-        return {name: LowRank(tensors[name + DOWN], tensors[name + UP], tensors.get(name + MAGNITUDE))
-                for name in names}
+        return {name: LowRank(
+            tensors[name + DOWN], tensors[name + UP],
+            tensors[name + MAGNITUDE].flatten() if name + MAGNITUDE in tensors else None) for name in names}
     except KeyError as error:
         raise UserError(f"the LoRA {file} lacks {error.args[0]}: repeat the command of the run that made it"
                         ) from error

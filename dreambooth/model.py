@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth import adapter
-from dreambooth.choices import AttentionKind, Dtype
+from dreambooth.choices import AttentionKind, BaseWeights, Dtype
 from dreambooth.components import Components as Components
 from dreambooth.components import base_schedule, half_overflows, has, keep_vae_whole
 from dreambooth.conditions import Conditions
@@ -60,6 +60,7 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+    base_weights = recipe.method.base_weights if frozen is None else BaseWeights.half
     frozen = frozen or TORCH_DTYPE[recipe.precision.dtype]
     trained = torch.float32
     text_dtype = trained if recipe.train.train_text_encoder else frozen
@@ -86,7 +87,7 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
     except (OSError, ValueError) as error:
         raise UserError(_missing(recipe, error)) from error
     for module in trained_modules(parts, recipe).values() if recipe.method.low_rank else ():
-        adapter.freeze(module, frozen)
+        adapter.freeze(module, frozen, base_weights)
     for module in parts.modules:
         module.requires_grad_(False).eval().to(device)
     keep_vae_whole(parts)

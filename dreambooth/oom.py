@@ -49,6 +49,12 @@ def _concessions(recipe: Recipe) -> Iterator[str]:
     memory, train, kind = recipe.memory, recipe.train, recipe.optimizer.kind
     if train.train_batch_size > 1:
         yield "train.train_batch_size=1"
+    if recipe.method.low_rank:  # its weights, optimizer and average are next to nothing
+        if recipe.with_prior and not memory.split_prior:
+            yield "memory.split_prior=true memory.optimizer_in_backward=false"
+        if recipe.model.resolution > 512:
+            yield "model.resolution=512"
+        return
     if kind is OptimizerKind.adamw and not memory.offload_optimizer:
         yield "optimizer=adamw8bit"
     if recipe.device == "cuda" and not memory.offload_optimizer and memory.weights is Weights.full:

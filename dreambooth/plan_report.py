@@ -39,7 +39,7 @@ class Planned:
         """Card, host memory and disk, as far as they are known."""
         hardware = self.recipe.hardware
         known = ((self.card, hardware.usable_vram_gib),
-                 (host_gib(self.prediction), hardware.host_ram_gib),
+                 (host_gib(self.recipe, self.prediction), hardware.host_ram_gib),
                  (disk_gib(self.recipe, self.prediction), hardware.disk_gib))
         return all(need is None or there is None or need <= there for need, there in known)
 
@@ -56,7 +56,7 @@ def as_json(planned: Planned) -> dict[str, Any]:
         "reserved_gib": round(prediction.reserved / GIB, 3),
         "allocated_gib": round(prediction.peak.allocated / GIB, 3),
         "usable_vram_gib": recipe.hardware.usable_vram_gib,
-        "host_gib": round(host_gib(prediction), 3), "disk_gib": round(disk_gib(recipe, prediction), 3),
+        "host_gib": round(host_gib(recipe, prediction), 3), "disk_gib": round(disk_gib(recipe, prediction), 3),
         "by_phase": {phase: {"allocated_gib": round(usage.allocated / GIB, 3),
                              "reserved_gib": round(usage.reserved / GIB, 3)}
                      for phase, usage in prediction.by_phase.items()},
@@ -154,7 +154,7 @@ def _verdict(planned: Planned) -> list[str]:
     if planned.card is not None:
         rows = [("card", planned.card, hardware.usable_vram_gib,
                  f"{prediction.reserved / GIB:.2f} reserved, {fixed_gib(hardware.gpu):g} CUDA")]
-    rows += [("host memory", host_gib(prediction), hardware.host_ram_gib, ""),
+    rows += [("host memory", host_gib(recipe, prediction), hardware.host_ram_gib, ""),
              ("disk", disk_gib(recipe, prediction), hardware.disk_gib, "checkpoints, model, base")]
     return [f"{name:<12}{need:>7.1f} GiB{_of(need, there)}" + (f"  ({note})" if note else "")
             for name, need, there, note in rows]

@@ -129,6 +129,8 @@ def _adapter_problems(config: Config, device: str, machine: Machine | None) -> I
     elif method.base_weights is BaseWeights.nf4 and find_spec("bitsandbytes") is None:
         yield ("method.base_weights=nf4 needs a package: pip install 'dreambooth[cuda]', or type "
                "method.base_weights=half")
+    if method.dropout and config.train.compile:
+        yield "method.dropout was not tried with train.compile=true: type method.dropout=0, or train.compile=false"
     if memory.weights is Weights.half:
         yield (f"memory.weights=half would round the few weights of method={method.name} and save nothing: type "
                "memory.weights=full memory.rounding=null")

@@ -112,7 +112,7 @@ def _finish(recipe: Recipe, engine: Engine, setup: Setup, measure: Measure, trac
         "objective": result.objective, INSTANCE_LOSS: scores[INSTANCE_LOSS], "exported_step": exported,
         "skipped_steps": setup.state.skipped})
     tracker.tags({"model": str(folder)})
-    for name in ("contact_sheet.png", "model/README.md"):
+    for name in ("contact_sheet.png", "model/README.md", "model/pytorch_lora_weights.safetensors"):
         if (recipe.run_dir / name).is_file():
             tracker.artifact(recipe.run_dir / name)
     result.write()

@@ -45,8 +45,8 @@ def pipeline_over(parts: Components, scheduler: Any) -> Any:
         **shared, safety_checker=parts.safety_checker, requires_safety_checker=parts.safety_checker is not None)
 
 
-def open_pipeline(model: Path, device: str) -> Any:
-    """The pipeline in a diffusers folder, on `device`, sampling with DPM-Solver++.
+def open_pipeline(model: Path | str, device: str, revision: str | None = None) -> Any:
+    """The pipeline in a diffusers folder, on `device`, sampling with DPM-Solver++; of a hub id, what this machine has.
 
     Raises:
         UserError: the folder cannot be opened.
@@ -55,10 +55,11 @@ def open_pipeline(model: Path, device: str) -> Any:
 
     dtype = torch.float16 if device == "cuda" else torch.float32
     try:
-        pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, local_files_only=True)
+        pipeline = DiffusionPipeline.from_pretrained(
+            model, torch_dtype=dtype, revision=revision, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"the model in {model} could not be opened ({str(error).splitlines()[0]}): "
-                        "train it again, or type another run=DIR") from error
+                        "train it again, type another run=DIR, or (of an adapter) base=DIR") from error
     return with_dpm_solver(pipeline).to(device)
 
 
@@ -71,6 +72,17 @@ def with_dpm_solver(pipeline: Any) -> Any:
     return pipeline
 
 
+def from_images(pipeline: Any) -> Any:
+    """The same parts as a pipeline that begins with a picture (SDEdit, Meng et al. 2021, arXiv:2108.01073)."""
+    import diffusers
+
+    checks = {key: pipeline.config[key] for key in ("requires_safety_checker",) if key in pipeline.config}
+    kind = type(pipeline).__name__.replace("Pipeline", "Img2ImgPipeline")  # StableDiffusion..., StableDiffusionXL...
+    made = getattr(diffusers, kind)(**pipeline.components, **checks)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
 def generate(
     pipeline: Any,
     prompts: Sequence[str],
@@ -78,21 +90,36 @@ def generate(
     sampler: Sampler,
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    *,
+    negative_prompt: str | None = None,
+    start: Image | None = None,
+    strength: float = 1.0,
 ) -> Iterator[list[Image]]:
     """Yield batches of pictures, one for each (prompt, seed). A picture depends on its own seed alone, up to how a
     batch of that size rounds; the global random state is not touched, and modules leave in the mode (train or eval)
-    in which they came."""
+    in which they came.
+
+    Args:
+        start: a picture to begin with, of the sampler's size; then `pipeline` is one of from_images.
+        strength: how much of it is replaced: the share of the steps that are done.
+    """
     parts = (getattr(pipeline, name, None) for name in ("unet", "text_encoder", "text_encoder_2"))
     modules = [part for part in parts if part is not None]
-    for start in range(0, len(prompts), batch_size):
-        chunk = slice(start, start + batch_size)
+    for first in range(0, len(prompts), batch_size):
+        chunk = slice(first, first + batch_size)
+        count = len(prompts[chunk])
+        more: dict[str, Any] = {"height": sampler.resolution, "width": sampler.resolution}
+        if start is not None:
+            more = {"image": [start] * count, "strength": strength}
+        if negative_prompt is not None:
+            more["negative_prompt"] = [negative_prompt] * count
         with evaluating(*modules), torch.no_grad(), autocast():
             images: list[Image] = pipeline(
                 prompt=list(prompts[chunk]),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[chunk]],
                 num_inference_steps=sampler.num_inference_steps,
                 guidance_scale=sampler.guidance_scale,
-                height=sampler.resolution, width=sampler.resolution,
+                **more,
             ).images
         yield images
 

@@ -38,6 +38,8 @@ class Model(Section):
             "source": (bool(self.source.strip()), "a hub id or a folder"),
             "resolution": (8 <= self.resolution <= 2048 and self.resolution % 8 == 0,
                            f"a multiple of 8 from 8 to 2048 pixels, not {self.resolution}"),
+            "adapter_learning_rate": (finite(self.adapter_learning_rate, 0) and self.adapter_learning_rate > 0,
+                                      f"above 0, not {self.adapter_learning_rate}"),
         })
 
 

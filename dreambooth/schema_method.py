@@ -14,7 +14,7 @@ class Method(Section):
     kind: MethodKind = MethodKind.full
     rank: int = 16
     alpha: float | None = None
-    targets: Targets = Targets.attention
+    targets: Targets = Targets.transformer
     dropout: float = 0.0
     base_weights: BaseWeights = BaseWeights.half
     merge: bool = False

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dreambooth import flavour
 from dreambooth.journal import parcels, read, starts_line
 from dreambooth.provenance import clean
 
@@ -173,9 +174,7 @@ class Shipper(threading.Thread):
         if "image" in entry:
             self._image(run_id, entry, folder / entry["image"])
         elif "artifact" in entry:
-            if not (folder / entry["artifact"]).exists():
-                raise ValueError("there is no such file")
-            self._client.log_artifact(run_id, str(folder / entry["artifact"]), entry["folder"] or None)
+            flavour.log(self._client, run_id, folder / entry["artifact"], entry["folder"] or None)
         elif entry.get("status") == "RUNNING":
             self._client.update_run(run_id, status="RUNNING")
         elif "status" in entry:

@@ -65,8 +65,7 @@ class _Rehearsal:
         self.autocast = self._autocast()
         self.engine = self._engine()
         self.drawn: tuple[tuple[int, float], int, int] | None = None  # what was drawn, and its events
-        self.picture_flops = 0, 0
-        self.encode_flops = 0
+        self.picture_flops, self.encode_flops = (0, 0), 0
 
     def prediction(self) -> Prediction:
         """Rehearse every phase."""
@@ -226,7 +225,8 @@ class _Rehearsal:
     def _computes_as_before(self) -> bool:
         """Whether the UNet draws after training with the kernels and dtypes with which it drew before."""
         fused = self.recipe.attention.kind in (AttentionKind.sdpa, AttentionKind.xformers)
-        return fused and self.memory.weights is Weights.full and not self.memory.offload_optimizer
+        plain = self.memory.weights is Weights.full and not self.memory.offload_optimizer
+        return fused and plain and not self.recipe.method.low_rank
 
     @torch.no_grad()
     def _states(self, count: int) -> Tensor:

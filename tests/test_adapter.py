@@ -121,6 +121,20 @@ def test_a_frozen_base_in_half_changes_no_number_under_autocast() -> None:
         assert whole.unet["to_q"](x).equal(half.unet["to_q"](x))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_a_base_in_half_is_fp32_and_begins_as_the_base(kind: MethodKind) -> None:
+    torch.manual_seed(0)
+    base, model = Toy(), Toy()
+    model.load_state_dict(base.state_dict())
+    adapter.freeze(model, torch.bfloat16)
+    inject(model, method(kind), seed=1, dtype=Dtype.bf16)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        for name, x in (("to_q", torch.randn(3, 40)), ("proj_in", torch.randn(2, 6, 5, 5))):
+            assert model.unet[name](x).equal(base.unet[name](x))
+
+
 def test_what_an_adapter_begins_with_is_a_function_of_seed_and_name() -> None:
     first, second, third = Toy(), Toy(), Toy()
     before = torch.get_rng_state()
@@ -253,3 +267,41 @@ def test_a_quantised_base_is_refused_on_a_cpu(tmp_path: Path) -> None:
     assert train(tmp_path, "method=lora", "method.base_weights=nf4", log=tmp_path / "log") == 1
     assert "method.base_weights=nf4 needs a CUDA GPU: type method.base_weights=half" in (tmp_path / "log").read_text()
     assert BaseWeights.nf4.value == "nf4"
+
+
+# -- a base in 4 bits ---------------------------------------------------------------------------------------------
+
+def test_a_base_in_four_bits_trains_its_adapter_and_stays_as_it_is() -> None:
+    """On a CPU, which bitsandbytes can do and a run is not allowed to: the path is the one that a card takes."""
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.nn import Linear4bit
+
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.unet = nn.ModuleDict({"to_q": nn.Linear(128, 64), "to_v": nn.Linear(64, 32)})
+    exact = [parameter.detach().clone() for parameter in model.parameters()]
+    adapter.freeze(model.unet, torch.bfloat16, BaseWeights.nf4)
+    model.unet.to("cpu")
+    assert isinstance(model.unet["to_q"], Linear4bit)
+    assert model.unet["to_q"].weight.numel() == 128 * 64 // 2, "two weights a byte"
+    inject(model, method(MethodKind.lora, targets=Targets.attention), seed=1, dtype=Dtype.bf16)
+    codes = model.unet["to_q"].base_layer.weight.data.clone()
+    x = torch.randn(5, 128)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) == 4 and all(parameter.dtype is torch.float32 for parameter in trained)
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    losses = []
+    for _ in range(20):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.unet["to_v"](model.unet["to_q"](x))
+            loss = (found.float() - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+    assert model.unet["to_q"].base_layer.weight.data.equal(codes), "the base was trained"
+    wanted = nn.functional.linear(x, exact[0], exact[1])
+    with adapter.absent(model), torch.autocast("cpu", torch.bfloat16):
+        error = (model.unet["to_q"](x).float() - wanted).norm() / wanted.norm()
+    assert 0 < error < 0.15

@@ -11,7 +11,17 @@ from omegaconf import OmegaConf
 from test_config import made
 
 from dreambooth import rules
-from dreambooth.choices import AttentionKind, Device, Dtype, LrSchedule, OptimizerKind, Rounding, Weights
+from dreambooth.choices import (
+    AttentionKind,
+    BaseWeights,
+    Device,
+    Dtype,
+    LrSchedule,
+    MethodKind,
+    OptimizerKind,
+    Rounding,
+    Weights,
+)
 from dreambooth.config import load
 from dreambooth.errors import ConfigError
 from dreambooth.machine import Machine
@@ -85,6 +95,17 @@ BROKEN = {  # what is broken -> (machine, values, what to type)
     "rounding of full weights": (None, {"memory__rounding": Rounding.kahan}, "memory.weights=half"),
     "an average that misses the last steps": (None, {"memory__ema_every": 3}, "memory.ema_every=1"),
     "paging on a CPU": (None, {"optimizer__kind": OptimizerKind.paged_adamw8bit}, "optimizer=adamw8bit"),
+    "a quantised base on a CPU": (
+        NONE, {"method__kind": MethodKind.lora, "method__base_weights": BaseWeights.nf4}, "method.base_weights=half"),
+    "a quantised base without its package": (
+        T4, {"method__kind": MethodKind.lora, "method__base_weights": BaseWeights.nf4}, "pip install"),
+    "dropout in a compiled step": (
+        None, {"method__kind": MethodKind.lora, "method__dropout": 0.1, "train__compile": True}, "train.compile=false"),
+    "half weights of an adapter": (
+        T4, {"method__kind": MethodKind.lora, "memory__weights": Weights.half, "memory__rounding": Rounding.stochastic,
+             "precision__dtype": Dtype.fp16}, "memory.weights=full"),
+    "the small optimizer of an adapter in host memory": (
+        None, {"method__kind": MethodKind.dora, "memory__offload_optimizer": True}, "memory.offload_optimizer=false"),
     "a checkpoint that is not there": (None, {"checkpoint__resume": "/nowhere"}, "checkpoint.resume=auto"),
 }
 
@@ -183,6 +204,8 @@ BOUNDS = {
     "model.resolution": st.integers(max_value=7) | st.integers(min_value=2049) | st.sampled_from([9, 100, 513]),
     "optimizer.beta1": outside_0_1, "optimizer.beta2": outside_0_1, "optimizer.eps": not_above_0,
     "optimizer.weight_decay": below_0,
+    "model.adapter_learning_rate": not_above_0, "method.rank": less_than_1, "method.alpha": not_above_0,
+    "method.dropout": outside_0_1,
     "prior.prior_loss_weight": below_0, "prior.num_class_images": negative, "prior.sample_batch_size": less_than_1,
     "prior.num_inference_steps": no_steps, "prior.guidance_scale": below_0,
     "train.max_train_steps": less_than_1, "train.train_batch_size": less_than_1,

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tools.proof.__main__ import Measured
 
+ADAPTERS = "<!-- tools.proof.adapters -->", "<!-- end adapters -->"
+
 PAGE = """# Proof
 
 Written by `make proof` on {date}: {versions}, Python {python}, {cores} CPU cores, {minutes} minutes. Nothing here is
@@ -62,15 +64,18 @@ def gap(value: float, base: float, reference: float) -> float:
     return (value - base) / (reference - base)
 
 
+def line(name: str, run: "Measured", base: "Measured", reference: float,
+         drift: "Callable[[Measured, Measured], float]") -> str:
+    """A row of a table."""
+    return (f"| {name}, seed {run.seed} | {run.plain:.3f} | {gap(run.plain, base.plain, reference):.0%} "
+            f"| {run.scenes:.3f} | {gap(run.scenes, base.scenes, reference):.0%} | {run.class_similarity:.3f} "
+            f"| {drift(run, base):.3f} | {run.seconds:.0f} s |")
+
+
 def write(path: Path, base: "Measured", reference: float, runs: "Mapping[str, list[Measured]]",
           drift: "Callable[[Measured, Measured], float]", sheet: Path, facts: dict[str, str]) -> None:
-    """Write the page."""
-    def line(name: str, run: "Measured") -> str:
-        return (f"| {name}, seed {run.seed} | {run.plain:.3f} | {gap(run.plain, base.plain, reference):.0%} "
-                f"| {run.scenes:.3f} | {gap(run.scenes, base.scenes, reference):.0%} | {run.class_similarity:.3f} "
-                f"| {drift(run, base):.3f} | {run.seconds:.0f} s |")
-
-    lines = {name: [line(name, run) for run in measured] for name, measured in runs.items()}
+    """Write the page; the section of tools.proof.adapters stays."""
+    lines = {name: [line(name, run, base, reference, drift) for run in measured] for name, measured in runs.items()}
     main = ("with prior preservation", "without")
     kept, lost = runs[main[0]], runs[main[1]]
     plain = statistics.mean(gap(run.plain, base.plain, reference) for run in kept)
@@ -81,8 +86,10 @@ def write(path: Path, base: "Measured", reference: float, runs: "Mapping[str, li
             ("subject closes at least 35 % of the gap, scenes", f"{scenes:.0%}", scenes >= 0.35),
             ("class drift with prior preservation at most 30 % of that without", f"{ratio:.0%}", ratio <= 0.30),
             ("training at most 180 s on two cores", f"{slowest:.0f} s", slowest <= 180)]
+    _, begin, rest = path.read_text("utf-8").partition(ADAPTERS[0])
     path.write_text(PAGE.format(
         **facts, cores=os.cpu_count(), base_plain=base.plain, base_scenes=base.scenes, base_class=base.class_similarity,
         reference=reference, sheet=f"images/{sheet.name}", rows="\n".join(lines[main[0]] + lines[main[1]]),
         bars="\n".join(f"| {what} | {value} | {'yes' if holds else '**no**'} |" for what, value, holds in bars),
-        half="\n".join(line for name, some in lines.items() if name not in main for line in some)))
+        half="\n".join(line for name, some in lines.items() if name not in main for line in some))
+        + (f"\n{begin}{rest}" if begin else ""))

@@ -1,0 +1,46 @@
+"""What a picture was made with, as text in its PNG file.
+
+`parameters` is the text that AUTOMATIC1111 writes and reads (its "PNG Info"); `dreambooth` is JSON with all of it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL.PngImagePlugin import PngInfo
+
+import dreambooth
+
+
+def info(prompt: str, seed: int, size: tuple[int, int], loras: Sequence[tuple[str, float]],
+         settings: Mapping[str, Any]) -> PngInfo:
+    """The texts of one picture.
+
+    Args:
+        size: width and height in pixels.
+        loras: name and scale of each.
+        settings: num_inference_steps, guidance_scale, negative_prompt, model, strength (None: not from an image).
+    """
+    found = PngInfo()
+    found.add_text("parameters", parameters(prompt, seed, size, loras, settings))
+    everything = {"prompt": prompt, "seed": seed, "width": size[0], "height": size[1],
+                  "loras": [{"name": name, "scale": scale} for name, scale in loras],
+                  **settings, "version": dreambooth.__version__}
+    found.add_text("dreambooth", json.dumps(everything))
+    return found
+
+
+def parameters(prompt: str, seed: int, size: tuple[int, int], loras: Sequence[tuple[str, float]],
+               settings: Mapping[str, Any]) -> str:
+    """The prompt with its LoRAs, the negative prompt, the settings: a line each."""
+    lines = [" ".join([prompt, *(f"<lora:{name}:{scale:g}>" for name, scale in loras)])]
+    if settings["negative_prompt"]:
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    facts = {
+        "Steps": settings["num_inference_steps"], "Sampler": "DPM++ 2M", "CFG scale": f"{settings['guidance_scale']:g}",
+        "Seed": seed, "Size": f"{size[0]}x{size[1]}", "Model": settings["model"],
+    }
+    if settings["strength"] is not None:
+        facts["Denoising strength"] = f"{settings['strength']:g}"
+    facts["Version"] = f"dreambooth {dreambooth.__version__}"
+    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in facts.items())])

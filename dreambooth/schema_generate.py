@@ -1,0 +1,67 @@
+"""What `python -m dreambooth.generate` is asked for: keys, defaults and one-field checks. No torch, no Hydra."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from dreambooth.section import Section, finite, require
+
+
+@dataclass
+class Generate(Section):
+    """What to draw; see conf/generate.yaml."""
+
+    run: str | None = None
+    base: str | None = None
+    lora: Any = None  # a text, or a list of them
+    lora_scale: Any = 1.0  # a number, or a list of them
+    prompt: str | None = None
+    prompts: str | None = None
+    negative_prompt: str | None = None
+    image: str | None = None
+    strength: float = 0.6
+    num_images: int = 4
+    batch_size: int = 4
+    seed: int = 0
+    num_inference_steps: int = 25
+    guidance_scale: float | None = None
+    columns: int | None = None
+    metadata: bool = True
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        scales = self.lora_scale if isinstance(self.lora_scale, list) else [self.lora_scale]
+        require("", {
+            "lora": (all(isinstance(item, str) and item.strip() for item in self.loras), "a path, or a list of paths"),
+            "lora_scale": (all(isinstance(scale, int | float) and finite(scale, -10, 10) for scale in scales),
+                           f"a number from -10 to 10, or a list of them, not {self.lora_scale}"),
+            "prompts": (self.prompt is None or self.prompts is None, "null where prompt is given"),
+            "strength": (0 < self.strength <= 1, f"above 0 and at most 1, not {self.strength}"),
+            "num_images": (self.num_images >= 1, f"1 or more, not {self.num_images}"),
+            "batch_size": (self.batch_size >= 1, f"1 or more, not {self.batch_size}"),
+            "seed": (0 <= self.seed < 2**63, f"from 0 to 2**63 - 1, not {self.seed}"),
+            "num_inference_steps": (1 <= self.num_inference_steps <= 1000,
+                                    f"from 1 to 1000, not {self.num_inference_steps}"),
+            "guidance_scale": (self.guidance_scale is None or finite(self.guidance_scale, 0),
+                               f"0 or more, not {self.guidance_scale}"),
+            "columns": (self.columns is None or self.columns >= 1, f"1 or more, or null, not {self.columns}"),
+        })
+        if self.image is not None and round(self.num_inference_steps * self.strength) < 1:
+            raise ValueError(f"strength={self.strength} of num_inference_steps={self.num_inference_steps} is no step: "
+                             "type a higher strength, or more steps")
+
+    @property
+    def loras(self) -> list[str]:
+        """The LoRAs beside the run's own."""
+        return [] if self.lora is None else [*self.lora] if isinstance(self.lora, list) else [self.lora]
+
+    def scales(self, count: int) -> list[float]:
+        """One for each of `count` LoRAs.
+
+        Raises:
+            ValueError: another number of them was given.
+        """
+        given = self.lora_scale
+        if isinstance(given, list) and len(given) != count:
+            raise ValueError(f"lora_scale has {len(given)} numbers and there are {count} LoRAs, the run's own first: "
+                             "type a number for each, or one for all")
+        return [float(scale) for scale in given] if isinstance(given, list) else [float(given)] * count
