@@ -39,6 +39,15 @@ BUDGETS = [  # everything trained: UNet and text encoder, EMA of both, prior pre
         "optimizer__kind": EIGHT, "memory__weights": Weights.half, "memory__rounding": Rounding.stochastic,
         "memory__split_prior": True})]
 
+SDXL = {"model__name": "sdxl", "model__source": "stabilityai/stable-diffusion-xl-base-1.0", "model__resolution": 1024,
+        "hardware__gpu": None, "hardware__compute_capability": 8.9, "prior__with_prior_preservation": False,
+        "memory__gradient_checkpointing": True, "memory__optimizer_in_backward": True, "memory__autocast_cache": False,
+        "train__max_grad_norm": None, "optimizer__kind": OptimizerKind.adafactor}
+FUSED = [  # SDXL's UNet, batch 1, 1024 px, latents and text cached; kohya-ss/sd-scripts, pull request 1259 and README
+    (10.0, "bf16 weights (--full_bf16)", {"precision__dtype": Dtype.bf16, "memory__weights": Weights.half,
+                                          "memory__rounding": Rounding.stochastic}),
+    (17.0, "fp32", {"precision__dtype": Dtype.fp32})]
+
 
 def recipe(**changed: object) -> Recipe:
     """SD 1.5 at 512 px on a T4, class images at hand, no pictures drawn, latents and text cached.
@@ -102,6 +111,19 @@ def published() -> list[str]:
     return [*lines, "", *speeds]
 
 
+def sdxl() -> list[str]:
+    """SDXL trained as a whole. What its card and driver took is not known: the T4's constant stands for it."""
+    lines = ["| SDXL's whole UNet, fused Adafactor, published | GiB | reserved | predicted | error | CPU s |",
+             "|---|---|---|---|---|---|"]
+    for gigabytes, name, changed in FUSED:
+        value, _, seconds = reserved(recipe(**(SDXL | changed)))
+        there, needed = gigabytes * 1e9 / GIB, value + CARDS["T4"].fixed_gib
+        error = f"{needed / there - 1:+.1%}"
+        lines.append(f"| {name} | {there:.2f} | {value:.2f} | {needed:.2f} | {error} | {seconds:.1f} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
 def budgets() -> list[str]:
     """What the levers make of a full run."""
     lines = ["| everything trained, SD 1.5, fp16, T4 | aim | clipped | not clipped | CPU s |", "|---|---|---|---|---|"]
@@ -117,7 +139,7 @@ def budgets() -> list[str]:
 
 if __name__ == "__main__":
     import_libraries()
-    result = "\n".join([*budgets(), "", *published()]) + "\n"
+    result = "\n".join([*budgets(), "", *published(), "", *sdxl()]) + "\n"
     print(result)
     if "--write" in sys.argv:
         before, rest = DOCS.read_text("utf-8").split(BEGIN)

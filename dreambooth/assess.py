@@ -51,7 +51,8 @@ def _own(recipe: Recipe, device: torch.device) -> model.Components:
     folder = recipe.run_dir / "model"
     if (folder / "model_index.json").is_file():
         return model.load(replace(
-            recipe, source=str(folder), model=replace(recipe.model, revision=None, variant=None)), device)
+            recipe, source=str(folder), vae_source=None,
+            model=replace(recipe.model, revision=None, variant=None, zero_terminal_snr=False)), device)
     parts = model.load(recipe, device)
     adapter.teach(model.prepare(parts, recipe), lora_files.read(folder / lora_files.DIFFUSERS))
     return parts

@@ -120,6 +120,9 @@ def identity(root: DictConfig, swept: bool = False) -> str:
         chosen["train"].pop("max_train_steps")
     for key in ("offline", "adapter_learning_rate"):  # the latter is in train.learning_rate, where it is used
         chosen["model"].pop(key)
+    for key in ("vae", "zero_terminal_snr"):  # younger than the first runs
+        if not chosen["model"][key]:
+            chosen["model"].pop(key)
     chosen["method"].pop("merge")
     if chosen["method"]["kind"] == "full":
         chosen["method"] = {key: chosen["method"][key] for key in ("name", "kind")}

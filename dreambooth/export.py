@@ -14,6 +14,7 @@ from dreambooth import adapter, files, lora_files
 from dreambooth.errors import DoesNotFit
 from dreambooth.model import Components, exact_frozen, trained_modules
 from dreambooth.recipe import Recipe
+from dreambooth.sampling import pipeline_over
 
 CARD = """---
 tags:
@@ -30,7 +31,7 @@ base_model: {source}
 Say **{instance_prompt}** to get it. The weights are {weights} after {step} steps.
 {picture}
 ```python
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 {opening}
 pipeline({quoted}, num_inference_steps=25).images[0].save("subject.png")
@@ -45,7 +46,7 @@ Licence and limits of use are those of the base model. Made with dreambooth {ver
 
 
 def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
-    """Write `model/`, that StableDiffusionPipeline.from_pretrained opens, or its load_lora_weights (method=lora, dora).
+    """Write `model/`, that DiffusionPipeline.from_pretrained opens, or its load_lora_weights (method=lora, dora).
 
     Args:
         parts: all parts, the trained ones with the weights to keep; the base's scheduler and safety checker go along.
@@ -59,7 +60,7 @@ def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
     try:
         with files.whole_folder(target) as aside:
             if not recipe.method.low_rank or recipe.method.merge:
-                _pipeline(exact_frozen(parts, recipe)).save_pretrained(aside, safe_serialization=True)
+                whole_pipeline(exact_frozen(parts, recipe)).save_pretrained(aside, safe_serialization=True)
             if recipe.method.low_rank:
                 known = adapter.learned(nn.ModuleDict(trained_modules(parts, recipe)))
                 lora_files.write(aside, known, re.sub(r"[^\w.-]+", "-", recipe.name), _facts(recipe))
@@ -77,20 +78,16 @@ def size_bytes(parts: Components, recipe: Recipe) -> int:
     if recipe.method.low_rank and not recipe.method.merge:
         trained = nn.ModuleDict(trained_modules(parts, recipe)).parameters()
         return 2 * sum(4 * p.numel() for p in trained if p.requires_grad)  # two layouts
-    modules = [m for m in (parts.unet, parts.text_encoder, parts.vae, parts.safety_checker) if m is not None]
+    modules = [*parts.modules, *([parts.safety_checker] if parts.safety_checker is not None else [])]
     return sum(4 * p.numel() for module in modules for p in module.parameters())
 
 
-def _pipeline(parts: Components) -> Any:
+def whole_pipeline(parts: Components) -> Any:
+    """The pipeline that is kept: with the base's own scheduler and safety checker."""
     import diffusers
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
     scheduler = getattr(diffusers, parts.scheduler_config.get("_class_name", "PNDMScheduler"))
-    return StableDiffusionPipeline(
-        vae=parts.vae, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer, unet=parts.unet,
-        scheduler=scheduler.from_config(parts.scheduler_config),
-        safety_checker=parts.safety_checker, feature_extractor=parts.feature_extractor,
-        requires_safety_checker=parts.safety_checker is not None)
+    return pipeline_over(parts, scheduler.from_config(parts.scheduler_config))
 
 
 def _facts(recipe: Recipe) -> dict[str, str]:
@@ -101,8 +98,8 @@ def _facts(recipe: Recipe) -> dict[str, str]:
 
 def _opening(recipe: Recipe) -> str:
     if not recipe.method.low_rank or recipe.method.merge:
-        return 'pipeline = StableDiffusionPipeline.from_pretrained("model")  # this folder'
-    return (f"pipeline = StableDiffusionPipeline.from_pretrained({json.dumps(recipe.model.source)})\n"
+        return 'pipeline = DiffusionPipeline.from_pretrained("model")  # this folder'
+    return (f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(recipe.model.source)})\n"
             'pipeline.load_lora_weights("model")  # this folder; webui/ has the file for AUTOMATIC1111 and ComfyUI')
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -82,10 +82,17 @@ def number_of(folder: Path) -> int:
 
 def weights_digest(folder: Path) -> str | None:
     """What tells a local model's weights from others: sizes and both ends of every weight file. None for a hub id."""
+    if folder.is_file():
+        return ends_digest([folder], folder.parent)
     if not folder.is_dir():
         return None
+    return ends_digest(sorted(folder.rglob("*.safetensors")), folder)
+
+
+def ends_digest(paths: Iterable[Path], folder: Path) -> str:
+    """The same of some files below `folder`."""
     digest = sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()}:{size}".encode())
         with path.open("rb") as file:

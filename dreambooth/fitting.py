@@ -132,7 +132,6 @@ def gives(recipe: Recipe, prediction: Prediction) -> Iterator[tuple[str, float]]
     if recipe.method.low_rank:
         yield from _smaller_batch(recipe, prediction)
         return
-    yield "method=lora", millions * (6 + state + 4 * (train.use_ema and memory.ema_device is EmaDevice.same))
     if not memory.offload_optimizer:
         if recipe.optimizer.kind is OptimizerKind.adamw:
             yield "optimizer=adamw8bit", millions * (state - STATE_BYTES[OptimizerKind.adamw8bit])
@@ -144,6 +143,8 @@ def gives(recipe: Recipe, prediction: Prediction) -> Iterator[tuple[str, float]]
     if train.train_text_encoder:
         yield "train.train_text_encoder=false", 0.123e9 / GIB * (8 + state)
     yield from _smaller_batch(recipe, prediction)
+    if memory.weights is Weights.full and not memory.offload_optimizer:
+        yield "method=lora", millions * (6 + state + 4 * (train.use_ema and memory.ema_device is EmaDevice.same))
 
 
 def _smaller_batch(recipe: Recipe, prediction: Prediction) -> Iterator[tuple[str, float]]:

@@ -227,7 +227,7 @@ class Measure:
             yield build_pipeline(model.load(self.recipe, self.engine.device))
             return
         parts = model.load(self.recipe, torch.device("cpu"))
-        base = model.Denoiser(parts.unet, parts.text_encoder if self.recipe.train.train_text_encoder else None)
+        base = model.denoiser_of(parts, self.recipe)
         with swapped(self.setup.trained, dict(base.named_parameters())):
             yield self.setup.pipeline
 

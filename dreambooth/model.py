@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from dreambooth import adapter
 from dreambooth.choices import AttentionKind, BaseWeights, Dtype
+from dreambooth.components import Components as Components
+from dreambooth.components import base_schedule, half_overflows, has, keep_vae_whole
+from dreambooth.conditions import Conditions
 from dreambooth.errors import UserError
-from dreambooth.loss import Schedule
 from dreambooth.machine import importing
 from dreambooth.recipe import Recipe
 from dreambooth.recompute import recompute
@@ -21,79 +23,30 @@ from dreambooth.unasked import without_bitsandbytes
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
 
 
-@dataclass
-class Components:
-    """The parts of a StableDiffusionPipeline, each on the training device."""
-
-    unet: Any
-    text_encoder: Any
-    vae: Any
-    tokenizer: Any
-    scheduler_config: dict[str, Any]
-    safety_checker: Any = None
-    feature_extractor: Any = None
-
-    @property
-    def latent_channels(self) -> int:
-        return int(self.unet.config.in_channels)
-
-    @property
-    def vae_scale(self) -> int:
-        """Pixels of a side per latent: 8 for Stable Diffusion."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
-
-    @property
-    def scaling_factor(self) -> float:
-        return float(self.vae.config.scaling_factor)
-
-    def noise_schedule(self) -> Schedule:
-        """The forward process that the base was trained with, after any zero-terminal-SNR rescale."""
-        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
-        scheduler = DDPMScheduler.from_config(self.scheduler_config, clip_sample=False)
-        return Schedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
-
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (N, C, h, w), fp32, of the latents of `pixels` (N, 3, H, W) in [-1, 1]."""
-        with torch.no_grad():
-            moments = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        return moments.mean.float(), moments.std.float()
-
-    def tokens(self, prompt: str) -> Tensor:
-        """Token ids (1, L), padded to the length that the base was trained with.
-
-        Raises:
-            UserError: the prompt has more tokens than the model reads.
-        """
-        length = self.tokenizer.model_max_length
-        ids = self.tokenizer(prompt).input_ids
-        if len(ids) > length:
-            raise UserError(f"this model reads {length} tokens and the prompt has {len(ids)}: shorten {prompt!r}")
-        padded = self.tokenizer(prompt, padding="max_length", max_length=length, return_tensors="pt").input_ids
-        return torch.as_tensor(padded).to(self.text_encoder.device)
-
-    def hidden_states(self, prompt: str) -> Tensor:
-        """What the frozen text encoder makes of a prompt, (1, L, D), fp32."""
-        with torch.no_grad():
-            states: Tensor = self.text_encoder(self.tokens(prompt))[0]
-        return states.float()
-
-
 class Denoiser(nn.Module):
-    """UNet and, if it trains too, text encoder as one module, so that accumulation, data parallel, EMA and
+    """UNet and, if they train too, text encoders as one module, so that accumulation, data parallel, EMA and
     checkpoints always cover every trained weight."""
 
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module | None) -> None:
+    def __init__(self, conditions: Conditions, unet: nn.Module, text_encoder: nn.Module | None = None,
+                 text_encoder_2: nn.Module | None = None) -> None:
         super().__init__()
+        self.conditions = conditions
         self.unet = unet
         self.text_encoder = text_encoder
+        self.text_encoder_2 = text_encoder_2
 
     def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        """Predict (N, C, h, w) from latents (N, C, h, w), timesteps (N,) and text: ids (N, L) if the text encoder
-        trains, hidden states (N, L, D) otherwise."""
-        states = text if self.text_encoder is None else self.text_encoder(text)[0]
-        prediction: Tensor = self.unet(latents, timesteps, states, return_dict=False)[0]
-        return prediction
+        """Predict (N, C, h, w) from latents (N, C, h, w), timesteps (N,) and text (N, ...): token ids if text encoders
+        train, what they make of them otherwise; see conditions.py."""
+        if self.text_encoder is not None:
+            encoders = [self.text_encoder] if self.text_encoder_2 is None else [self.text_encoder, self.text_encoder_2]
+            text = self.conditions.text(encoders, text)
+        return self.conditions.predict(self.unet, latents, timesteps, text)
+
+
+def denoiser_of(parts: Components, recipe: Recipe) -> Denoiser:
+    """The module to train, over the live parts."""
+    return Denoiser(parts.conditions, **trained_modules(parts, recipe))
 
 
 def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None) -> Components:
@@ -102,10 +55,10 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
     Raises:
         UserError: the model is not where the recipe says, or lacks a part.
     """
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     base_weights = recipe.method.base_weights if frozen is None else BaseWeights.half
     frozen = frozen or TORCH_DTYPE[recipe.precision.dtype]
@@ -114,29 +67,39 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
     source: dict[str, Any] = {"revision": recipe.model.revision, "local_files_only": recipe.model.offline}
     weights = source | {"variant": recipe.model.variant}
     try:
+        index: dict[str, Any] = DiffusionPipeline.load_config(recipe.source, **source)  # type: ignore[assignment]
         parts = Components(
             unet=UNet2DConditionModel.from_pretrained(
                 recipe.source, subfolder="unet", torch_dtype=trained, **weights),
             text_encoder=CLIPTextModel.from_pretrained(
                 recipe.source, subfolder="text_encoder", dtype=text_dtype, **weights),
-            vae=AutoencoderKL.from_pretrained(recipe.source, subfolder="vae", torch_dtype=frozen, **weights),
+            vae=_vae(recipe, frozen, has(index, "text_encoder_2"), weights),
             tokenizer=CLIPTokenizer.from_pretrained(recipe.source, subfolder="tokenizer", **source),
-            scheduler_config=dict(DDPMScheduler.load_config(recipe.source, subfolder="scheduler", **source)),
+            scheduler_config=base_schedule(
+                dict(DDPMScheduler.load_config(recipe.source, subfolder="scheduler", **source)), recipe),
         )
-        parts.safety_checker, parts.feature_extractor = _safety(recipe.source, frozen, weights)
+        if has(index, "text_encoder_2"):
+            parts.text_encoder_2 = CLIPTextModelWithProjection.from_pretrained(
+                recipe.source, subfolder="text_encoder_2", dtype=text_dtype, **weights)
+            parts.tokenizer_2 = CLIPTokenizer.from_pretrained(recipe.source, subfolder="tokenizer_2", **source)
+        if has(index, "safety_checker"):
+            parts.safety_checker, parts.feature_extractor = _safety(recipe.source, frozen, weights)
     except (OSError, ValueError) as error:
         raise UserError(_missing(recipe, error)) from error
     for module in trained_modules(parts, recipe).values() if recipe.method.low_rank else ():
         adapter.freeze(module, frozen, base_weights)
-    for module in (parts.unet, parts.text_encoder, parts.vae):
+    for module in parts.modules:
         module.requires_grad_(False).eval().to(device)
+    keep_vae_whole(parts)
     _check_resolution(recipe, parts)
     return parts
 
 
 def trained_modules(parts: Components, recipe: Recipe) -> dict[str, nn.Module]:
     """The modules that train, or get adapters, by their name in the Denoiser."""
-    return {"unet": parts.unet} | ({"text_encoder": parts.text_encoder} if recipe.train.train_text_encoder else {})
+    encoders = {"text_encoder": parts.text_encoder, "text_encoder_2": parts.text_encoder_2}
+    trained = {name: module for name, module in encoders.items() if module is not None}
+    return {"unet": parts.unet} | (trained if recipe.train.train_text_encoder else {})
 
 
 def exact_frozen(parts: Components, recipe: Recipe) -> Components:
@@ -149,8 +112,9 @@ def exact_frozen(parts: Components, recipe: Recipe) -> Components:
         known = adapter.learned(nn.ModuleDict(trained_modules(parts, recipe)))
         adapter.merge(nn.ModuleDict(trained_modules(whole, recipe)), known)
         return whole
-    text_encoder = parts.text_encoder if recipe.train.train_text_encoder else whole.text_encoder
-    return replace(parts, vae=whole.vae, text_encoder=text_encoder, safety_checker=whole.safety_checker)
+    frozen = {} if recipe.train.train_text_encoder else {
+        "text_encoder": whole.text_encoder, "text_encoder_2": whole.text_encoder_2}
+    return replace(parts, vae=whole.vae, safety_checker=whole.safety_checker, **frozen)
 
 
 def prepare(parts: Components, recipe: Recipe) -> Denoiser:
@@ -161,13 +125,15 @@ def prepare(parts: Components, recipe: Recipe) -> Denoiser:
     if recipe.memory.gradient_checkpointing:
         apart = recipe.memory.split_prior and recipe.memory.optimizer_in_backward and recipe.with_prior
         recompute(parts.unet, groups=2 if apart else 1)
-        if recipe.train.train_text_encoder:
-            parts.text_encoder.gradient_checkpointing_enable()
-    denoiser = Denoiser(parts.unet, parts.text_encoder if recipe.train.train_text_encoder else None)
+        for encoder in parts.encoders if recipe.train.train_text_encoder else ():
+            encoder.gradient_checkpointing_enable()
+    denoiser = denoiser_of(parts, recipe)
     if recipe.method.low_rank:
         adapter.inject(denoiser, recipe.method, recipe.train.seed, recipe.precision.dtype)
     else:
         denoiser.requires_grad_(True)
+    for module in parts.conditions.unused(parts.encoders):
+        module.requires_grad_(False)
     return denoiser.train()
 
 
@@ -202,14 +168,22 @@ def import_libraries() -> None:
             import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
 
 
-def _safety(source: str, dtype: torch.dtype, weights: dict[str, Any]) -> tuple[Any, Any]:
-    """The base's safety checker and its image processor, or (None, None) if it has none."""
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+def _vae(recipe: Recipe, dtype: torch.dtype, two_encoders: bool, weights: dict[str, Any]) -> Any:
+    """The base's VAE, or the one that model.vae names; in fp32 where fp16 overflows in it."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    index: dict[str, Any] = DiffusionPipeline.load_config(  # type: ignore[assignment]
-        source, revision=weights["revision"], local_files_only=weights["local_files_only"])
-    if (index.get("safety_checker") or [None])[0] is None:
-        return None, None
+    place = {**weights, "subfolder": "vae"}
+    if own := recipe.vae_source:
+        place = {"local_files_only": recipe.model.offline} | (
+            {"subfolder": "vae"} if (Path(own) / "vae/config.json").is_file() else {})
+    source = own or recipe.source
+    config = AutoencoderKL.load_config(source, **{key: value for key, value in place.items() if key != "variant"})
+    overflows = dtype is torch.float16 and half_overflows(dict(config), two_encoders)
+    return AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32 if overflows else dtype, **place)
+
+
+def _safety(source: str, dtype: torch.dtype, weights: dict[str, Any]) -> tuple[Any, Any]:
+    """The base's safety checker and its image processor."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPImageProcessor
 
@@ -222,7 +196,9 @@ def _safety(source: str, dtype: torch.dtype, weights: dict[str, Any]) -> tuple[A
 def _missing(recipe: Recipe, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0][:200]
     if recipe.source.startswith((".", "/", "~")) or Path(recipe.source).exists():
-        hint = "type model.source=DIR, a folder with unet, vae, text_encoder, tokenizer and scheduler"
+        half = not recipe.model.variant and any(Path(recipe.source).glob("unet/*.fp16.safetensors"))
+        hint = "type model.variant=fp16" if half else (
+            "type model.source=DIR, a folder with unet, vae, text_encoder, tokenizer and scheduler")
     elif recipe.model.offline:
         hint = "type model.offline=false to ask the hub, or model.source=DIR"
     else:

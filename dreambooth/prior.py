@@ -83,7 +83,8 @@ def make(
 
 
 def _origin(recipe: Recipe) -> dict[str, object]:
-    return {
+    more = {"vae": recipe.model.vae, "zero_terminal_snr": recipe.model.zero_terminal_snr}
+    return {key: value for key, value in more.items() if value} | {
         "prompt": recipe.class_prompt,
         "source": recipe.model.source,
         "revision": recipe.model.revision,

@@ -48,6 +48,7 @@ class Recipe:
     run_dir: Path
     device: str  # cpu or cuda
     source: str  # hub id or folder of the base model
+    vae_source: str | None  # the same of a VAE to use in place of the base's
     instance_dir: Path
     class_dir: Path | None
     sample_prompts: tuple[str, ...]
@@ -172,6 +173,7 @@ def resolve(config: Config, run_dir: Path, machine: Machine | None = None, typed
         run_dir=run_dir.absolute(),
         device=device,
         source=asset(config.model.source),
+        vae_source=asset(config.model.vae) if config.model.vae else None,
         typed=tuple(typed),
         sample_prompts=tuple(config.sample.prompts or _default_prompts(config)),
         **_folders(config.dataset.subjects[0]),  # type: ignore[arg-type]

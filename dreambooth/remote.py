@@ -18,9 +18,9 @@ from dreambooth.console import Console
 from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.schema import Config, Storage
 from dreambooth.schema_dataset import FOLDERS
-from dreambooth.schema_storage import is_remote
+from dreambooth.schema_storage import is_remote, is_single
 
-READ = {("model", "source"): True,
+READ = {("model", "source"): True, ("model", "vae"): False,
         ("checkpoint", "resume"): True, ("evaluate", "reference_dir"): False, ("evaluate", "prompts"): False,
         ("evaluate", "lpips"): False}  # key -> whether it must have a manifest
 MADE = (".hydra", "model", "samples", "contact_sheet.png", "evaluation.json", "metrics.jsonl", "result.json",
@@ -41,7 +41,7 @@ def local(path: str | None, cache: str = "runs/s3") -> str | None:
         return path
     from dreambooth import storage
 
-    return str(storage.download(str(path), Path(cache), Console(quiet=not first()), complete=True))
+    return str(storage.download(str(path), Path(cache), Console(quiet=not first()), complete=not is_single(path)))
 
 
 def fetched(config: Config, run_dir: Path | None) -> Config:
@@ -63,8 +63,10 @@ def fetched(config: Config, run_dir: Path | None) -> Config:
             from dreambooth import storage
 
             folder = storage.download(getattr(part, key), Path(config.storage.cache).absolute(),
-                                      Console(quiet=not first()), config.storage.parallel, complete=complete)
-            found[f"{section}.{key}={getattr(part, key)}"] = folder.name
+                                      Console(quiet=not first()), config.storage.parallel,
+                                      complete=complete and not is_single(getattr(part, key)))
+            named = folder.parent if section == "model" and folder.is_file() else folder  # by its content
+            found[f"{section}.{key}={getattr(part, key)}"] = named.name
             inner = folder / "model"  # of a run's result
             setattr(part, key, str(inner if section == "model" and inner.is_dir() else folder))
     if found and run_dir:

@@ -1,8 +1,8 @@
-"""Makes pictures: DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) through StableDiffusionPipeline."""
+"""Makes pictures: DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) through the family's pipeline."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,26 @@ class Sampler:
 
 
 def build_pipeline(parts: Components) -> Any:
-    """A StableDiffusionPipeline over live parts (nothing is copied), without safety checker: to look at training."""
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    """A pipeline over live parts (nothing is copied), without safety checker: to look at training."""
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-    return with_dpm_solver(StableDiffusionPipeline(
-        vae=parts.vae, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer, unet=parts.unet,
-        scheduler=DPMSolverMultistepScheduler.from_config(parts.scheduler_config),
-        safety_checker=None, feature_extractor=None,  # type: ignore[arg-type]
-        requires_safety_checker=False))
+    scheduler = DPMSolverMultistepScheduler.from_config(parts.scheduler_config)
+    return with_dpm_solver(pipeline_over(replace(parts, safety_checker=None, feature_extractor=None), scheduler))
+
+
+def pipeline_over(parts: Components, scheduler: Any) -> Any:
+    """The pipeline of the parts' family, over them."""
+    shared = {"vae": parts.vae, "unet": parts.unet, "text_encoder": parts.text_encoder, "tokenizer": parts.tokenizer,
+              "scheduler": scheduler, "feature_extractor": parts.feature_extractor}
+    if parts.text_encoder_2 is not None:
+        from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+
+        return StableDiffusionXLPipeline(
+            **shared, text_encoder_2=parts.text_encoder_2, tokenizer_2=parts.tokenizer_2, add_watermarker=False)
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        **shared, safety_checker=parts.safety_checker, requires_safety_checker=parts.safety_checker is not None)
 
 
 def open_pipeline(model: Path | str, device: str, revision: str | None = None) -> Any:
@@ -40,11 +51,11 @@ def open_pipeline(model: Path | str, device: str, revision: str | None = None) -
     Raises:
         UserError: the folder cannot be opened.
     """
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     dtype = torch.float16 if device == "cuda" else torch.float32
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
+        pipeline = DiffusionPipeline.from_pretrained(
             model, torch_dtype=dtype, revision=revision, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"the model in {model} could not be opened ({str(error).splitlines()[0]}): "
@@ -92,6 +103,8 @@ def generate(
         start: a picture to begin with, of the sampler's size; then `pipeline` is one of from_images.
         strength: how much of it is replaced: the share of the steps that are done.
     """
+    parts = (getattr(pipeline, name, None) for name in ("unet", "text_encoder", "text_encoder_2"))
+    modules = [part for part in parts if part is not None]
     for first in range(0, len(prompts), batch_size):
         chunk = slice(first, first + batch_size)
         count = len(prompts[chunk])
@@ -100,7 +113,7 @@ def generate(
             more = {"image": [start] * count, "strength": strength}
         if negative_prompt is not None:
             more["negative_prompt"] = [negative_prompt] * count
-        with evaluating(pipeline.unet, pipeline.text_encoder), torch.no_grad(), autocast():
+        with evaluating(*modules), torch.no_grad(), autocast():
             images: list[Image] = pipeline(
                 prompt=list(prompts[chunk]),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[chunk]],

@@ -28,6 +28,8 @@ class Model(Section):
     source: str = "package:tiny-sd"
     revision: str | None = None
     variant: str | None = None
+    vae: str | None = None
+    zero_terminal_snr: bool = False
     resolution: int = 64
     adapter_learning_rate: float = 1e-4
     offline: bool = True

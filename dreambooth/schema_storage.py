@@ -5,11 +5,18 @@ from dataclasses import dataclass
 from dreambooth.section import Section, require
 
 SCHEME = "s3://"
+SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 def is_remote(path: str | None) -> bool:
     """Whether a path is a place in S3."""
     return (path or "").startswith(SCHEME)
+
+
+
+def is_single(path: str | None) -> bool:
+    """Whether a path names a model that is one file."""
+    return (path or "").lower().endswith(SINGLE)
 
 
 @dataclass

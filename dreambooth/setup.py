@@ -172,7 +172,7 @@ def _text(recipe: Recipe, parts: model.Components, concepts: list[Concept]) -> A
 
 def _idle(recipe: Recipe, parts: model.Components, engine: Engine) -> Idle:
     text_rests = recipe.memory.cache_text and not recipe.train.train_text_encoder
-    return Idle([parts.vae] * recipe.memory.cache_latents + [parts.text_encoder] * text_rests, engine.device)
+    return Idle([parts.vae] * recipe.memory.cache_latents + parts.encoders * text_rests, engine.device)
 
 
 def _latent_shape(recipe: Recipe, parts: model.Components) -> tuple[int, int, int]:

@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 from dreambooth import door
 from dreambooth.config import conf_dir, load, typed_password
 from dreambooth.errors import UserError
+from dreambooth.schema import Config
+from dreambooth.schema_storage import is_single
 from dreambooth.sweeping import STARTED, named
 
 
@@ -43,7 +45,7 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
             forget_overrides(run_dir)
         config = load(cfg)
         door.allocator(config.memory)
-        config = remote.fetched(config, run_dir)
+        config = converted(remote.fetched(config, run_dir))
         recipe = resolve(config, run_dir, detect(), HydraConfig.get().overrides.task)
         with stoppable() as stop, remote.kept(config.storage, run_dir, config.checkpoint.resume) as keep:
             from dreambooth.run import execute
@@ -59,6 +61,16 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
             return result.objective
     finally:
         discard_if_unused(run_dir)
+
+
+
+def converted(config: Config) -> Config:
+    """The config with a folder in place of each model that is one file."""
+    if not (is_single(config.model.source) or is_single(config.model.vae)):
+        return config
+    from dreambooth.converting import as_folders
+
+    return as_folders(config)
 
 
 def main() -> None:

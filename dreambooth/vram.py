@@ -75,16 +75,15 @@ class _Rehearsal:
             trace.mark("load")
             workspaces = torch.empty(CUBLAS if recipe.device == "cuda" else 0, dtype=torch.uint8)
             trace.add([workspaces], "workspace")
-            for module in (parts.unet, parts.text_encoder, parts.vae):
+            for module in parts.modules:
                 trace.add_module(module, "weights")
             if recipe.with_prior and recipe.prior.num_class_images:
                 self._draw("class_images", recipe.prior.sample_batch_size, recipe.prior.guidance_scale)
             shapes = rest(parts.unet)
             with trace.whole("caching"):
                 self._cache()
-            resting = [module for module, unused in (
-                (parts.vae, self.memory.cache_latents),
-                (parts.text_encoder, self.memory.cache_text and not recipe.train.train_text_encoder)) if unused]
+            resting = [parts.vae] * self.memory.cache_latents
+            resting += parts.encoders * (self.memory.cache_text and not recipe.train.train_text_encoder)
             gone = [rest(module) for module in resting]
             trace.mark("training")
             trace.add_module(wake(parts.unet, shapes), "weights")
@@ -104,7 +103,7 @@ class _Rehearsal:
                     del seen
             trace.mark("save")
         trained = [p for p in denoiser.parameters() if p.requires_grad]
-        every = sum(p.numel() for module in (parts.unet, parts.text_encoder, parts.vae) for p in module.parameters())
+        every = sum(p.numel() for module in parts.modules for p in module.parameters())
         count = sum(p.numel() for p in trained)
         return Prediction(
             trace, count, every - count, sum(p.nbytes for p in trained), self.picture_flops, self.encode_flops,
@@ -186,11 +185,12 @@ class _Rehearsal:
         if not self.memory.cache_latents:
             mean, std = self.parts.encode(torch.empty(count, 3, *size))
             latents = mean + std * latents
-        text = self._ids(count)
-        if not recipe.train.train_text_encoder:
-            shape = (*text.shape, self.parts.text_encoder.config.hidden_size)
-            text = torch.empty(shape) if self.memory.cache_text else torch.cat(
-                [self._states(1) for _ in range(count)])
+        if recipe.train.train_text_encoder:
+            text = self._ids(count)
+        elif self.memory.cache_text:
+            text = self.parts.conditions.blank_text(self.parts.encoders, count)
+        else:
+            text = torch.cat([self._states(1) for _ in range(count)])
         noise, timesteps = torch.empty_like(latents), torch.zeros(count, dtype=torch.long)
         return Batch(latents, noise, timesteps, text, count)
 
@@ -217,7 +217,8 @@ class _Rehearsal:
             begun, flops = len(trace.events), trace.total_flops
             text = self._states(doubled)
             latents = torch.empty(doubled, *self._latent_shape(), dtype=text.dtype)
-            noise = self.parts.unet(latents, torch.zeros((), dtype=torch.long), text, return_dict=False)[0]
+            noise = self.parts.conditions.predict(
+                self.parts.unet, latents, torch.zeros((), dtype=torch.long), text)
             denoised = trace.total_flops
             picture = self.parts.vae.decode(noise[:count].to(self.parts.vae.dtype), return_dict=False)[0]
             (picture / 2 + 0.5).clamp(0, 1).float()
@@ -233,11 +234,10 @@ class _Rehearsal:
 
     @torch.no_grad()
     def _states(self, count: int) -> Tensor:
-        states: Tensor = self.parts.text_encoder(self._ids(count))[0]
-        return states.float()
+        return self.parts.conditions.text(self.parts.encoders, self._ids(count)).float()
 
     def _ids(self, count: int) -> Tensor:
-        return torch.zeros(count, self.parts.text_encoder.config.max_position_embeddings, dtype=torch.long)
+        return self.parts.conditions.blank_tokens(self.parts.encoders, count)
 
     def _size(self) -> Size:
         """Of a photo: with buckets the one that takes most, since no photos are read."""

@@ -53,7 +53,7 @@ def test_every_key_of_a_group_has_a_comment(group: str, name: str) -> None:
     check_comments(conf_dir() / group / f"{name}.yaml")
 
 
-@pytest.mark.parametrize("name", ["config", "generate", "evaluate"])
+@pytest.mark.parametrize("name", ["config", "generate", "evaluate", "convert"])
 def test_every_key_of_an_entry_file_has_a_comment(name: str) -> None:
     check_comments(conf_dir() / f"{name}.yaml")
 

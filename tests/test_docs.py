@@ -14,7 +14,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from dreambooth import compare, errors, evaluate, generate, promote, storage, workflows  # doors register schemas
+# The doors register the schemas of conf/<door>.yaml.
+from dreambooth import compare, convert, errors, evaluate, generate, promote, storage, workflows
 from dreambooth.choices import Device
 from dreambooth.config import conf_dir, load
 from dreambooth.machine import Machine
@@ -25,12 +26,12 @@ from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncherConf
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
-TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE = (
+TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT = (
     ["python", "-m", f"dreambooth.{door}"]
-    for door in ("train", "generate", "evaluate", "plan", "promote", "compare"))
+    for door in ("train", "generate", "evaluate", "plan", "promote", "compare", "convert"))
 # What doors that compose no run read.
 ASKED = {"generate": generate.Generate, "evaluate": evaluate.Ask, "promote": promote.Promote,
-         "compare": compare.Compare}
+         "compare": compare.Compare, "convert": convert.Convert}
 OTHER = {". .venv/bin/activate", "nvidia-smi", "pip install -c constraints.txt -e '.[cuda]'",
          "pip install 'dreambooth[sweep]'"}  # looked at by a person
 FLAGS = {"--help": 1, "--cfg": 2, "--info": 2, "-m": 1}  # of Hydra, with the words that each takes
@@ -114,10 +115,14 @@ def test_a_command_is_real(command: str) -> None:
     if words[:3] == ["python", "-m", "dreambooth.storage"]:
         assert storage.parser().parse_args(words[3:]).uri.startswith("s3://")
         return
-    assert words[:3] in (TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE), "no make, no door, not in OTHER"
+    doors = TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT
+    assert words[:3] in doors, "neither make nor a door, and not on the list of others"
     if words[:3] in (PROMOTE, COMPARE):  # the doors take this word before Hydra
         words = [word for word in words if not word.startswith("sweep=")]
     for asked in overrides(words[3:]):
+        if words[:3] == CONVERT:
+            assert convert.read(composed("convert", asked)).source
+            continue
         if words[:3] in (GENERATE, EVALUATE, PROMOTE, COMPARE):
             door = words[2].removeprefix("dreambooth.")
             assert isinstance(OmegaConf.to_object(composed(door, asked)), ASKED[door])
@@ -149,6 +154,7 @@ def in_code(page: Path) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_a_key_in_a_document_exists(page: Path) -> None:
     known = keys().union(*(vars(ask()) for ask in ASKED.values())) | NO_KEYS | {"experiment", "group", "section.key"}
+    known |= {"in"}  # of convert
     known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf())}
     known |= {"hydra.sweeper.storage", "hydra.sweeper.n_trials", "image", "overrides"}  # the last two: of Argo
     known |= {f"dataset.concepts.{number}.{key}" for number in (0, 1) for key in vars(Subject())}

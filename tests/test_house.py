@@ -18,12 +18,12 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dreambooth"
 DOORS = {"train", "generate", "plan", "evaluate", "entrypoint", "promote", "compare", "class_images", "stage",
-         "workflows"}
+         "workflows", "convert"}
 HEAVY = {"torch", "diffusers", "transformers", "mlflow", "boto3", "accelerate", "PIL", "numpy"}
 BY_NAME = {"import_module", "importlib.import_module", "__import__"}
 CODE = ("dreambooth", "hydra_plugins", "tools")
 # What `--help`, a submitting laptop and the small process before a training one import.
-LIGHT = ["config", "recipe", "errors", "train", "generate", "evaluate", "entrypoint", "promote", "compare",
+LIGHT = ["config", "recipe", "errors", "train", "generate", "evaluate", "convert", "entrypoint", "promote", "compare",
          "sweeping"]
 # A plug-in asks `python -m dreambooth.plan` in a process of its own; it may import these and no other module.
 OPEN_TO_PLUGINS = {f"dreambooth.{name}" for name in ("config", "errors", "recipe", "schema", "choices", "storage")} | {

@@ -344,6 +344,15 @@ def test_a_base_model_must_be_complete(server: Server, tmp_path: Path, uri: str)
         remote.fetched(composed(tmp_path, model__source=f"{uri}/base"), tmp_path / "run")
 
 
+def test_a_model_in_one_file_needs_no_manifest(server: Server, tmp_path: Path, uri: str) -> None:
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/toy.safetensors", Body=b"weights")
+    config = composed(tmp_path, model__source=f"{uri}/toy.safetensors", model__vae=f"{uri}/toy.safetensors")
+    found = remote.fetched(config, tmp_path / "run").model
+    assert Path(found.source).name == "toy.safetensors"
+    assert Path(found.source).read_bytes() == Path(found.vae or "").read_bytes() == b"weights"
+
+
+
 def test_photos_that_changed_are_not_taken_for_the_same_run(server: Server, tmp_path: Path, uri: str) -> None:
     config = composed(tmp_path, dataset__instance_dir=uri)
     run = tmp_path / "run"

@@ -1,0 +1,124 @@
+"""Opens a model in one file and says what it is.
+
+.safetensors is read tensor by tensor. A .ckpt is a pickle, a program: PyTorch runs none of it that does more than put
+tensors together (weights_only=True), and a file that asks for more is refused.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dreambooth.errors import UserError
+from dreambooth.layout import UNET, Family
+
+OLD_CLIP = re.compile(r"cond_stage_model\.transformer\.(?!text_model\.)")  # files that leave a level out
+BASE_STEPS = 875000  # of the 2.x checkpoints that predict noise at 512 px, as diffusers tells them too
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file that is open: tensors are read when they are asked for."""
+
+    path: Path
+    names: frozenset[str]
+    read: Callable[[str], Tensor]
+    facts: Mapping[str, str]  # its metadata, and a checkpoint's global_step
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a file was taken for, and by what."""
+
+    family: Family
+    prediction_type: str
+    resolution: int
+    zero_terminal_snr: bool
+    why: str
+
+
+def opened(path: Path) -> Opened:
+    """Open a model file.
+
+    Raises:
+        UserError: there is none, it is damaged, or it is a pickle that wants to run code.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: type the path of a .safetensors or .ckpt file")
+    if path.suffix.lower() == ".safetensors":
+        try:
+            handle = safe_open(path, "pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}): fetch it again") from error
+        return Opened(path, frozenset(handle.keys()), handle.get_tensor, handle.metadata() or {})
+    content = _unpickled(path)
+    tensors = content.get("state_dict", content)
+    if not isinstance(tensors, dict) or not any(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{path} holds no weights: type the path of a Stable Diffusion checkpoint")
+    known = {OLD_CLIP.sub("cond_stage_model.transformer.text_model.", str(name)): value
+             for name, value in tensors.items() if isinstance(value, Tensor)}
+    steps = content.get("global_step")
+    return Opened(path, frozenset(known), known.__getitem__, {"global_step": str(steps)} if steps is not None else {})
+
+
+def _unpickled(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch says so in words: its exceptions are those of a damaged file too
+        wants = re.search(r"(?:Unsupported (?:global|class|operand)[^\n]*?|GLOBAL )([\w.]+\.\w+|\d+)", str(error))
+        if "weights_only" in str(error).lower() or "Unsupported" in str(error):
+            raise UserError(f"{path} is a pickle that wants more than weights ({wants[1] if wants else 'code'}), which "
+                            "could be anything, and nothing of it was run: type a .safetensors file of the same "
+                            "model") from error
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0][:120]}): fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no weights: type the path of a Stable Diffusion checkpoint")
+    return content
+
+
+def recognised(file: Opened) -> Found:
+    """What a file is. The family is by its keys; what keys do not show is by metadata, marks, or the file's name.
+
+    Raises:
+        UserError: it is none of Stable Diffusion 1.x, 2.x, SDXL.
+    """
+    family = _family(file)
+    kind = file.facts.get("modelspec.prediction_type", "")
+    noted = re.match(r"(\d+)x\d+$", file.facts.get("modelspec.resolution", ""))
+    side = int(noted[1]) if noted else 0
+    zero = "ztsnr" in file.names
+    if family is not Family.sd2:
+        v, why = "v_pred" in file.names or kind == "v", "its keys"
+        return Found(family, "v_prediction" if v else "epsilon", side or {Family.sd1: 512, Family.sdxl: 1024}[family],
+                     zero, why)
+    if kind:
+        v, why = kind == "v", "its metadata"
+    elif "global_step" in file.facts:
+        v, why = file.facts["global_step"] != str(BASE_STEPS), f"its {file.facts['global_step']} steps of training"
+    elif named := re.search(r"(512|768)", file.path.stem):
+        v, why = named[1] == "768", "its name"
+    else:
+        v, why = True, "most files of Stable Diffusion 2 do: nothing in it says so"
+    return Found(family, "v_prediction" if v else "epsilon", side or (768 if v else 512), zero, why)
+
+
+def _family(file: Opened) -> Family:
+    names = file.names
+    if f"{UNET}input_blocks.0.0.weight" not in names:
+        inside = "a LoRA" if any("lora" in name for name in names) else "something else"
+        raise UserError(f"{file.path} is {inside}, not a whole Stable Diffusion model in its original layout: type "
+                        "another file, or a folder of diffusers")
+    if any(name.startswith("conditioner.embedders.1.model.") for name in names):
+        return Family.sdxl
+    if any(name.startswith("cond_stage_model.model.") for name in names):
+        return Family.sd2
+    if any(name.startswith("cond_stage_model.transformer.") for name in names):
+        return Family.sd1
+    raise UserError(f"{file.path} has no text encoder that is known here (Stable Diffusion 1.x, 2.x, SDXL base): "
+                    "type another file, or a folder of diffusers")

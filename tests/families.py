@@ -1,0 +1,69 @@
+"""Tiny models of the architecture of each family, with random weights and the tokenizer of the tiny base."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreambooth.packaged import asset
+
+FAMILIES = ("sd15", "sd21", "sdxl")
+HIDDEN = {"sd15": 32, "sd21": 40, "sdxl": 32}
+SECOND = 48  # SDXL's second text encoder
+
+
+def text_config(width: int, act: str, layers: int) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=1803, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, projection_dim=width,
+        num_attention_heads=4, max_position_embeddings=16, hidden_act=act, bos_token_id=1801, eos_token_id=1802,
+        pad_token_id=1802)
+
+
+def unet_config(family: str) -> dict[str, Any]:
+    """One resolution with attention and one without, as the real ones have; SDXL's attention is in the deeper one."""
+    two = family == "sdxl"
+    across = HIDDEN[family] + SECOND * two
+    config: dict[str, Any] = {
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_num_groups": 8,
+        "block_out_channels": [16, 32], "cross_attention_dim": across,
+        "attention_head_dim": 2 if family == "sd15" else [2, 4],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"] if two else ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"] if two else ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "use_linear_projection": family != "sd15"}
+    if two:
+        config |= {"transformer_layers_per_block": [1, 2], "addition_embed_type": "text_time",
+                   "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": SECOND + 6 * 8}
+    return config
+
+
+def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A diffusers folder of the family; the same every time."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from dreambooth.components import Components
+    from dreambooth.export import whole_pipeline
+
+    known = Path(asset("package:architectures")) / family
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(FAMILIES.index(family))
+        vae = AutoencoderKL(
+            sample_size=16, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            scaling_factor=json.loads((known / "vae/config.json").read_text()).get("scaling_factor", 0.18215))
+        parts = Components(
+            unet=UNet2DConditionModel(**unet_config(family)), vae=vae,
+            text_encoder=CLIPTextModel(text_config(
+                HIDDEN[family], "gelu" if family == "sd21" else "quick_gelu", 2 + (family == "sdxl"))),
+            tokenizer=CLIPTokenizer.from_pretrained(asset("package:tiny-sd"), subfolder="tokenizer"),
+            scheduler_config=json.loads((known / "scheduler/scheduler_config.json").read_text()))
+        if family == "sdxl":
+            parts.text_encoder_2 = CLIPTextModelWithProjection(text_config(SECOND, "gelu", 3))
+            parts.tokenizer_2 = parts.tokenizer
+    for module in parts.modules:
+        module.to(dtype)
+    whole_pipeline(parts).save_pretrained(folder)
+    return folder

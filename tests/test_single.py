@@ -1,0 +1,245 @@
+"""One file in the original layout: in, out and in again; what other programs make of it; what is refused."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, make
+from faults import call, train
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dreambooth import converting, layout, single
+from dreambooth.converting import KNOWN, blank_parts, convert, open_parts
+from dreambooth.errors import UserError
+from dreambooth.layout import UNREAD, Family
+from dreambooth.packaged import asset
+from dreambooth.recognise import Found, opened, recognised
+from dreambooth.schema import Config, Model
+
+LAYOUTS = Path(__file__).with_name("layouts")
+FAMILY = {known: family for family, known in KNOWN.items()}
+FOUND = {name: Found(FAMILY[name], "epsilon", 512, False, "a test") for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: make(family, tmp_path_factory.mktemp("bases") / family) for family in FAMILIES}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {f"{path.parent.name}.{name}": value for path in sorted(folder.rglob("*.safetensors"))
+            for name, value in load_file(path).items()}
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype is theirs[name].dtype and ours[name].equal(theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_out_and_in_again_is_the_same_bit_for_bit(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    base = make(family, tmp_path / "base", dtype)
+    first = convert(str(base), str(tmp_path / "first.safetensors"))
+    inside = convert(str(first), str(tmp_path / "inside"), config=str(base))
+    second = convert(str(inside), str(tmp_path / "second.safetensors"))
+    assert same(weights(inside), weights(base))
+    assert same(load_file(second), load_file(first))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_diffusers_opens_our_file_with_equal_weights(family: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    file = convert(str(bases[family]), str(tmp_path / "model.safetensors"))
+    pipeline = (StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline).from_single_file(
+        str(file), config=str(bases[family]), local_files_only=True)
+    ours = open_parts(bases[family])
+    for name in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if family == "sdxl" else [])):
+        assert same(getattr(pipeline, name).state_dict(), getattr(ours, name).state_dict()), name
+
+
+def published(name: str) -> dict[str, tuple[int, ...]]:
+    lines = (LAYOUTS / f"{name}.txt").read_text().splitlines()
+    rows = [line.split() for line in lines if not line.startswith("#")]
+    return {key: tuple(map(int, shape)) for key, *shape in rows}
+
+
+def full_size(name: str) -> tuple[single.Components, dict[str, tuple[int, ...]]]:
+    """Parts of the published size without memory, and the keys and shapes of their file."""
+    parts = blank_parts(Path(asset("package:architectures")) / name, FOUND[name])
+    shapes = {part: {key: tuple(value.shape) for key, value in getattr(parts, part).state_dict().items()}
+              for part in ("unet", "vae", "text_encoder", "text_encoder_2") if getattr(parts, part) is not None}
+    return parts, {entry.original: entry.shape([shapes[entry.part][key] for key in entry.names])
+                   for entry in single.all_entries(parts, FAMILY[name])}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_key_and_shape_is_that_of_the_published_file(name: str) -> None:
+    _, ours = full_size(name)
+    last = r"cond_stage_model\.model\.transformer\.resblocks\.23\..*"  # 2.x: a layer that it does not look at
+    theirs = {key: shape for key, shape in published(name).items()
+              if not UNREAD.fullmatch(key) and not re.fullmatch(last, key)}
+    assert ours == theirs
+    assert len(ours) > 1000
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_diffusers_expects_the_same_of_a_full_size_unet_and_vae(name: str) -> None:
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+
+    parts, ours = full_size(name)
+    file = {key: torch.empty(shape, device="meta") for key, shape in ours.items()}
+    for part, change in (("unet", convert_ldm_unet_checkpoint), ("vae", convert_ldm_vae_checkpoint)):
+        module = getattr(parts, part)
+        made = {key: value.shape for key, value in change(dict(file), config=dict(module.config)).items()}
+        theirs = {key: value.shape for key, value in module.state_dict().items()}
+        assert made.keys() == theirs.keys()
+        assert all(made[key].numel() == theirs[key].numel() for key in theirs)  # it makes linear layers of 1 x 1 later
+
+
+def test_published_sizes_are_those_of_the_architectures() -> None:
+    """Weights, as the models' cards and papers count them."""
+    counts = {name: {part: sum(p.numel() for p in getattr(full_size(name)[0], part).parameters())
+                     for part in ("unet", "text_encoder")} for name in FAMILIES}
+    assert counts["sd15"] == {"unet": 859_520_964, "text_encoder": 123_060_480}
+    assert counts["sd21"] == {"unet": 865_910_724, "text_encoder": 340_387_840}
+    assert counts["sdxl"]["unet"] == 2_567_463_684
+
+
+# -- what a file is -------------------------------------------------------------------------------------------------
+
+def checkpoint(base: Path, path: Path, **more: object) -> Path:
+    """A .ckpt as training tools leave it."""
+    file = convert(str(base), str(path.with_suffix(".safetensors")))
+    torch.save({"state_dict": load_file(file), **more}, path)
+    return path
+
+
+@pytest.mark.parametrize(("stem", "more", "kind", "side"), [
+    ("768-v-ema", {}, "v_prediction", 768), ("512-base-ema", {}, "epsilon", 512),
+    ("mine", {"global_step": 875000}, "epsilon", 512), ("mine", {"global_step": 110000}, "v_prediction", 768),
+    ("mine", {}, "v_prediction", 768)])
+def test_a_checkpoint_of_2x_is_known_by_steps_name_or_custom(
+    stem: str, more: dict[str, object], kind: str, side: int, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    path = checkpoint(bases["sd21"], tmp_path / f"{stem}.ckpt", **more)
+    found = recognised(opened(path))
+    assert (found.family, found.prediction_type, found.resolution) == (Family.sd2, kind, side)
+    folder = convert(str(path), str(tmp_path / "out"), config=str(bases["sd21"]))
+    assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["prediction_type"] == kind
+    assert json.loads((folder / "unet/config.json").read_text())["sample_size"] == side // 2  # of this tiny VAE
+    assert same(weights(folder), weights(bases["sd21"]))
+
+
+def test_the_file_says_itself_what_it_is(bases: dict[str, Path], tmp_path: Path) -> None:
+    file = convert(str(bases["sd21"]), str(tmp_path / "512.safetensors"), title="A toy", dtype="fp16")
+    with safe_open(file, "pt") as handle:
+        facts = handle.metadata()
+    assert facts["modelspec.architecture"] == "stable-diffusion-v2-768-v"
+    assert (facts["modelspec.prediction_type"], facts["modelspec.title"]) == ("v", "A toy")
+    assert facts["modelspec.resolution"] == "16x16"
+    assert recognised(opened(file)).prediction_type == "v_prediction"  # more than its name
+    assert {value.dtype for value in load_file(file).values()} == {torch.float16}
+
+
+def test_the_vae_stays_out_if_asked_and_another_comes_in(bases: dict[str, Path], tmp_path: Path) -> None:
+    without = load_file(convert(str(bases["sd15"]), str(tmp_path / "a.safetensors"), with_vae=False))
+    assert not [name for name in without if name.startswith("first_stage_model.")]
+    other = tmp_path / "vae.safetensors"
+    own = load_file(bases["sd15"] / "vae/diffusion_pytorch_model.safetensors")
+    save_file({name: value + 1 for name, value in own.items()}, other)
+    whole = convert(str(bases["sd15"]), str(tmp_path / "b.safetensors"), vae=str(other))
+    folder = convert(str(whole), str(tmp_path / "c"), config=str(bases["sd15"]))
+    assert same(load_file(folder / "vae/diffusion_pytorch_model.safetensors"), load_file(other))
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------
+
+class Malice:
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.witness),)
+
+
+def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path) -> None:
+    path, witness = tmp_path / "evil.ckpt", tmp_path / "witness"
+    weight = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}
+    torch.save({"state_dict": weight, "more": Malice(witness)}, path)
+    with pytest.raises(UserError, match="nothing of it was run: type a"):
+        opened(path)
+    assert not witness.exists()
+    torch.load(path, weights_only=False)
+    assert witness.exists(), "it was harmless: the test shows nothing"
+
+
+@pytest.mark.parametrize(("names", "words"), [
+    (["lora_unet_down.weight"], "a LoRA"), (["a"], "something else"),
+    (["model.diffusion_model.input_blocks.0.0.weight"], "no text encoder")])
+def test_what_is_no_model_is_said(names: list[str], words: str, tmp_path: Path) -> None:
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=words):
+        recognised(opened(tmp_path / "x.safetensors"))
+
+
+def test_another_architecture_and_damage_are_said(bases: dict[str, Path], tmp_path: Path) -> None:
+    file = convert(str(bases["sd15"]), str(tmp_path / "model.safetensors"))
+    with pytest.raises(UserError, match="another architecture; type config=DIR"):
+        convert(str(file), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="is damaged"):
+        opened(file)
+    with pytest.raises(UserError, match="one of in and out"):
+        convert("a.ckpt", "b.safetensors")
+
+
+# -- a run ----------------------------------------------------------------------------------------------------------
+
+def test_the_door_and_a_run_take_a_file(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Trained from a file that was made of the tiny base, a run is the run from its folder."""
+    tiny = asset("package:tiny-sd")
+    assert call("convert", [f"in={tiny}", f"out={tmp_path / 'tiny.safetensors'}", "dtype=fp32"]) == 0
+    assert call("convert", [f"in={tmp_path / 'tiny.safetensors'}", f"out={tmp_path / 'tiny'}", f"config={tiny}"]) == 0
+    assert (tmp_path / "tiny/model_index.json").is_file()
+    log = tmp_path / "log.txt"
+    assert train(tmp_path / "runs", f"model.source={tmp_path / 'tiny.safetensors'}", "dataset.allow_drawings=true",
+                 log=log) == 1
+    assert "python -m dreambooth.convert" in log.read_text()
+
+
+@pytest.mark.parametrize("family", ["sd21", "sdxl"])
+def test_a_file_as_source_becomes_a_folder_once(
+    family: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(converting.KNOWN, FAMILY[family], str(bases[family]))
+    file = convert(str(bases[family]), str(tmp_path / "a model.safetensors"))
+    vae = tmp_path / "vae-fp16.ckpt"
+    torch.save({"state_dict": load_file(bases[family] / "vae/diffusion_pytorch_model.safetensors")}, vae)
+    config = Config(run_root=str(tmp_path / "runs"), model=Model(family, str(file), vae=str(vae)))
+    found = converting.as_folders(config).model
+    assert same(weights(Path(found.source)), weights(bases[family]))
+    assert same(weights(Path(found.vae or "")), {name: value for name, value in weights(bases[family]).items()
+                                                 if name.startswith("vae.")})
+    before = Path(found.source, "model_index.json").stat().st_mtime_ns
+    assert converting.as_folders(config).model.source == found.source
+    assert Path(found.source, "model_index.json").stat().st_mtime_ns == before
+
+
+def test_clips_tokenizer_ships_with_the_package() -> None:
+    from dreambooth import clip_words
+
+    made = clip_words.tokenizer()
+    assert made("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert len(made) == 49408
+    assert clip_words.tokenizer("!")("a", padding="max_length").input_ids == [49406, 320, 49407, *[0] * 74]
+
+
+def test_layout_knows_no_torch() -> None:
+    assert "torch" not in vars(layout)
