@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from dreambooth import door
 from dreambooth.config import conf_dir, load
 from dreambooth.schema import Config
+from dreambooth.train import converted
 
 NOWHERE = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 
@@ -30,7 +31,7 @@ def _job(config: Config) -> None:
     from dreambooth.signals import stoppable
 
     door.allocator(config.memory)
-    recipe = resolve(remote.fetched(config, None), Path(config.run_root), detect())
+    recipe = resolve(converted(remote.fetched(config, None)), Path(config.run_root), detect())
     with stoppable() as stop:
         from dreambooth.setup import class_images_alone
 
