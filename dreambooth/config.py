@@ -27,6 +27,7 @@ _SECRET = ("would be kept in .hydra/ with its password: type the address without
            "and MLFLOW_TRACKING_PASSWORD, or type tracking.uri='${oc.env:MLFLOW_TRACKING_URI}'")
 
 UNCHANGED = {"ema_every": 1, "weights": "full", "rounding": None}  # levers that change numbers, and when they do not
+UNSEEN = ("offline", "objective", "promote", "max_class_similarity")  # of evaluate: they choose no weights
 
 
 def conf_dir() -> Path:
@@ -126,7 +127,7 @@ def identity(root: DictConfig, swept: bool = False) -> str:
 
 def _selection(evaluate: dict[str, Any]) -> dict[str, Any]:
     """What decides which weights are exported, once evaluate.select does."""
-    kept = {key: value for key, value in evaluate.items() if key not in ("offline", "objective")}
+    kept = {key: value for key, value in evaluate.items() if key not in UNSEEN}
     if folder := kept["reference_dir"]:
         kept["reference_dir"] = fingerprint(Path(asset(folder)))
     with suppress(ValueError):  # said when the run is resolved

@@ -7,6 +7,7 @@ It is the source of truth; trackers send copies of it elsewhere and remember how
     {"time": ..., "step": 5, "image": "samples/5.png", "key": "samples/prompt_0"}
     {"time": ..., "artifact": "result.json", "folder": "", "state": [size, mtime]}
     {"time": ..., "params": {...}}    {"time": ..., "tags": {...}}    {"time": ..., "status": "FINISHED"}
+    {"time": ..., "input": {"name": ..., "digest": ..., "source": ..., "photos": "5"}}
 
 A path is relative to the run folder when the file is inside it. A line is one write; a line that a kill cut short is
 removed when the journal is opened again, and a resumed run that computes a step again adds no second point for it.
@@ -22,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+EXPERIMENT = "EXPERIMENT_ID"  # in a tag: stands for the number that MLflow gives the experiment, for links
 STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED")
 
 
@@ -35,7 +37,7 @@ class Journal:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._steps: dict[tuple[str, str], set[int]] = {}  # ("metrics" | "image", key) -> steps
-        self._latest: dict[tuple[str, str], object] = {}  # ("params" | "tags" | "artifact", key) -> value
+        self._latest: dict[tuple[str, str], object] = {}  # ("params" | "tags" | "artifact" | "input", key) -> value
         self._lock = threading.Lock()
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._size = _whole_lines(path)
@@ -71,6 +73,13 @@ class Journal:
     def tags(self, values: Mapping[str, str]) -> bool:
         """Journal the tags that are new or differ from what was journalled last."""
         return self._texts("tags", values)
+
+    def input(self, values: Mapping[str, str]) -> bool:
+        """Journal what the run is trained on, unless that is what was journalled last."""
+        with self._lock:
+            if self._latest.get(("input", "")) == dict(values):
+                return False
+            return self._append({"input": dict(values)})
 
     def status(self, value: str) -> None:
         """Journal how the run stands: one of STATUSES."""
@@ -116,6 +125,8 @@ class Journal:
             self._steps.setdefault(("image", entry["key"]), set()).add(entry["step"])
         if "artifact" in entry:
             self._latest["artifact", f"{entry['folder']}:{entry['artifact']}"] = entry["state"]
+        if "input" in entry:
+            self._latest["input", ""] = entry["input"]
         for kind in ("params", "tags"):
             for key, value in entry.get(kind, {}).items():
                 self._latest[kind, key] = value
@@ -143,6 +154,7 @@ class Tracker(Protocol):
     def artifact(self, path: Path, folder: str = "") -> bool: ...
     def params(self, values: Mapping[str, str]) -> bool: ...
     def tags(self, values: Mapping[str, str]) -> bool: ...
+    def input(self, values: Mapping[str, str]) -> bool: ...
     def url(self) -> str | None: ...
     def close(self, status: str) -> None: ...
 

@@ -44,6 +44,8 @@ class Evaluate(Section):
     reference_dir: str | None = None
     select: str | None = None
     objective: str = INSTANCE_LOSS
+    promote: bool = False
+    max_class_similarity: float | None = None
     dino: str = "facebook/dino-vits16"
     clip: str = "openai/clip-vit-base-patch32"
     lpips: str | None = None

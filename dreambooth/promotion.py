@@ -11,6 +11,7 @@ it becomes champion by the same rule, or `candidate`.
 """
 
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -21,13 +22,16 @@ from typing import Any
 
 from dreambooth import files
 from dreambooth.errors import UserError
+from dreambooth.recipe import Recipe
 from dreambooth.registry import CANDIDATE, CHAMPION, Registry, Version
+from dreambooth.report import promoted
 from dreambooth.runfolder import locked
 from dreambooth.tracking import open_tracker
-from dreambooth.trials import Trial, find, open_trial
+from dreambooth.trials import Trial, of_sweep, open_trial
 
 ROOM = 0.1  # of class_similarity over the base's, where no bound is given; without a prior it gains 0.2 to 0.4
 ROLE = "class_similarity"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,7 @@ def promote(sweep: str, run_root: Path, terms: Terms) -> dict[str, Any]:
     Raises:
         UserError: no trial satisfies the rule, there is no such sweep, or MLflow does not answer.
     """
-    trials = find(run_root, sweep)
-    if not trials:
-        raise UserError(f"no run in {run_root} belongs to the sweep {sweep}: type sweep=ID, the value of "
-                        "tracking.sweep and of the tag sweep in MLflow, and run_root=DIR where its runs are")
+    trials = of_sweep(run_root, sweep)
     finished = [trial for trial in trials if trial.finished]
     if not finished:
         raise UserError(f"none of the {len(trials)} runs of the sweep {sweep} is finished: repeat its command")
@@ -80,6 +81,18 @@ def offer(run_dir: Path, terms: Terms) -> dict[str, Any]:
     if reason := over_bound(trial, terms.max_class_similarity):
         raise UserError(f"the model is not registered: {reason}")
     return _register(trial, terms, None, alone=True)
+
+
+def offered(recipe: Recipe) -> None:
+    """Offer a run that has just finished and say what came of it; a warning if nothing could, since the run is done."""
+    spec, own = recipe.tracking, recipe.evaluate
+    try:
+        print(promoted(offer(recipe.run_dir, Terms(
+            spec.uri, spec.experiment, objective=own.objective, max_class_similarity=own.max_class_similarity))))
+    except UserError as error:
+        if spec.required:
+            raise
+        log.warning("%s; repeat the command to try again", error)
 
 
 def over_bound(trial: Trial, bound: float | None) -> str | None:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dreambooth import measures
-from dreambooth.choices import AttentionKind, Dtype, LrSchedule, OptimizerKind, Rounding, Weights
+from dreambooth.choices import AttentionKind, Dtype, LrSchedule, OptimizerKind, Rounding, TrackingKind, Weights
 from dreambooth.machine import Machine
 from dreambooth.schema import Config
 
@@ -19,6 +19,8 @@ def problems(config: Config, device: str, machine: Machine | None) -> Iterator[s
     yield from _training_problems(config)
     yield from measures.problems(config.evaluate, config.dataset.class_prompt or "")
     yield from _memory_problems(config)
+    if config.evaluate.promote and config.tracking.kind is TrackingKind.none:
+        yield "evaluate.promote=true registers in MLflow: type tracking=mlflow"
 
 
 def _device_problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:

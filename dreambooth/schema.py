@@ -204,6 +204,7 @@ class Tracking(Section):
     experiment: str = "dreambooth"
     required: bool = False
     sweep: str | None = None
+    run_name: str | None = None
 
 
 @dataclass

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreambooth.journal import parcels, read, starts_line
+from dreambooth import logged
+from dreambooth.journal import EXPERIMENT, parcels, read, starts_line
 from dreambooth.provenance import clean
 
 WAKE = 2.0  # seconds between two looks at the journal
@@ -24,6 +25,7 @@ ENVIRONMENT = {  # MLflow's own defaults wait minutes for a dead server; what th
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+KINDS = ("image", "artifact", "input", "status")  # of entries that are sent alone
 Warn = Callable[[str], None]
 log_warning: Warn = logging.getLogger(__name__).warning
 
@@ -146,12 +148,13 @@ class Shipper(threading.Thread):
         elif "params" in entry:
             self._batch("params", [Param(key, value[:6000]) for key, value in entry["params"].items()])
         elif "tags" in entry:
-            self._batch("tags", [RunTag(key, value[:8000]) for key, value in entry["tags"].items()])
+            here = str(self._state["experiment_id"])
+            self._batch("tags", [RunTag(k, v.replace(EXPERIMENT, here)[:8000]) for k, v in entry["tags"].items()])
         else:
             try:
                 self._single(entry)
             except Exception as error:
-                self._pass_over(error, str(entry.get("image") or entry.get("artifact") or entry.get("status")))
+                self._pass_over(error, str(next((entry[kind] for kind in KINDS if kind in entry), entry)))
 
     def _batch(self, kind: str, items: Sequence[Any]) -> None:
         """Everything in one call; halves of it, where the server refuses, until what it refuses is alone."""
@@ -171,33 +174,19 @@ class Shipper(threading.Thread):
     def _single(self, entry: dict[str, Any]) -> None:
         run_id, folder = self._state["run_id"], self._journal.parent
         if "image" in entry:
-            self._image(run_id, entry, folder / entry["image"])
+            if self._images is None:  # ask once what is there, so that none is sent twice
+                self._images = logged.names(self._client, run_id)
+            logged.image(self._client, run_id, entry, folder / entry["image"], self._images)
         elif "artifact" in entry:
             if not (folder / entry["artifact"]).exists():
                 raise ValueError("there is no such file")
             self._client.log_artifact(run_id, str(folder / entry["artifact"]), entry["folder"] or None)
+        elif "input" in entry:
+            logged.dataset(self._client, run_id, entry["input"])
         elif entry.get("status") == "RUNNING":
             self._client.update_run(run_id, status="RUNNING")
         elif "status" in entry:
             self._client.set_terminated(run_id, entry["status"], entry["time"])
-
-    def _image(self, run_id: str, entry: dict[str, Any], path: Path) -> None:
-        """MLflow gives every copy of an image a new name: ask once what is there, so that none is sent twice."""
-        from PIL import Image
-
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, ValueError) as error:
-            raise ValueError(str(error)) from error
-        if self._images is None:
-            self._images = {Path(file.path).name for file in self._client.list_artifacts(run_id, "images")}
-        name = f"{entry['key'].replace('/', '~')}+step+{entry['step']}+timestamp+{entry['time']}+"
-        if any(there.startswith(name) and there.endswith("webp") for there in self._images):
-            self._client.set_tag(run_id, "mlflow.loggedImages", "True")
-        else:
-            self._client.log_image(run_id, image, key=entry["key"], step=entry["step"], timestamp=entry["time"],
-                                   synchronous=True)
 
     def _pass_over(self, error: Exception, name: str) -> None:
         if not self._is_final(error):

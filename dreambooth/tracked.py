@@ -1,10 +1,14 @@
 """The tracker of a run for as long as it lasts; how the run ends becomes its status."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import quote
 
+from dreambooth import curves
 from dreambooth.errors import Interrupted
+from dreambooth.journal import EXPERIMENT
+from dreambooth.photos import fingerprint, list_photos
 from dreambooth.recipe import Recipe
 from dreambooth.tracking import Tracker, open_tracker
 
@@ -27,6 +31,9 @@ class Muted:
     def tags(self, values: Mapping[str, str]) -> bool:
         return False
 
+    def input(self, values: Mapping[str, str]) -> bool:
+        return False
+
     def url(self) -> str | None:
         return None
 
@@ -46,14 +53,40 @@ def tracked(recipe: Recipe, main: bool) -> Iterator[Tracker]:
         status = "KILLED"
         raise
     finally:
+        with suppress(OSError):
+            if main and (drawn := curves.write(recipe.run_dir)):
+                tracker.artifact(drawn)
         tracker.close(status)
 
 
 def _open(recipe: Recipe) -> Tracker:
     spec = recipe.tracking
     tracker = open_tracker(
-        spec.kind.value, recipe.run_dir, run_root=recipe.run_root, run_name=recipe.run_dir.name, uri=spec.uri,
-        experiment=spec.experiment, required=spec.required)
+        spec.kind.value, recipe.run_dir, run_root=recipe.run_root, run_name=spec.run_name or recipe.run_dir.name,
+        uri=spec.uri, experiment=spec.experiment, required=spec.required)
     if spec.sweep:
-        tracker.tags({"sweep": spec.sweep})
+        tracker.tags({"sweep": spec.sweep, "kind": "trial"})
+    tracker.tags({"mlflow.note.content": note(recipe)})
+    if recipe.instance_dir.is_dir():
+        tracker.input({"name": recipe.dataset.name, "digest": fingerprint(recipe.instance_dir),
+                       "source": str(recipe.instance_dir), "photos": str(len(list_photos(recipe.instance_dir)))})
     return tracker
+
+
+def note(recipe: Recipe) -> str:
+    """What MLflow shows on top of a run, Markdown: what it is, where to look, what to type."""
+    folder, sweep = recipe.run_dir, recipe.tracking.sweep
+    lines = [f"**{recipe.instance_prompt}**, {recipe.model.name} at {recipe.model.resolution} px, "
+             f"method {recipe.method.name}", ""]
+    if sweep:
+        lines.append(f"- one trial of the sweep {sweep}: [all of them side by side]({side_by_side(sweep)})")
+    return "\n".join([
+        *lines, "- look at the artifacts `contact_sheet.png` (photos, then samples by step) and `curves.svg`",
+        f"- the model is in `{folder / 'model'}`; draw with it:",
+        f'  `python -m dreambooth.generate run={folder} prompt="{recipe.instance_prompt}"`'])
+
+
+def side_by_side(sweep: str) -> str:
+    """Address, inside MLflow's pages, of the charts and pictures of a sweep's trials."""
+    chosen = quote(f'tags.sweep = "{sweep}" and tags.kind = "trial"')
+    return f"#/experiments/{EXPERIMENT}/runs?workflowType=machine_learning&compareRunsMode=CHART&searchFilter={chosen}"

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from pathlib import Path
 
 import hydra
@@ -13,16 +12,16 @@ from omegaconf import DictConfig
 from dreambooth import door
 from dreambooth.config import conf_dir, load, typed_password
 from dreambooth.errors import UserError
-
-STARTED = time.strftime("%Y-%m-%d_%H-%M-%S")
+from dreambooth.sweeping import STARTED, named
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def train(cfg: DictConfig) -> float | None:
     """One job: trains and returns the objective for sweepers (lower is better)."""
     sweep = HydraConfig.get().mode is RunMode.MULTIRUN
-    if sweep and cfg.tracking.sweep is None:
-        cfg.tracking.sweep = STARTED
+    if sweep:
+        cfg.tracking.sweep = cfg.tracking.sweep or STARTED
+        cfg.tracking.run_name = cfg.tracking.run_name or named(list(HydraConfig.get().overrides.task))
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     return door.attempt(lambda: _job(cfg, run_dir, sweep), sweep)
 
@@ -51,6 +50,10 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
 
             result = execute(recipe, stop)
             keep(result)
+            if recipe.evaluate.promote and remote.first():
+                from dreambooth.promotion import offered
+
+                offered(recipe)
             if remote.first() and not sys.stdout.isatty():  # for Katib, which reads a trial's log
                 print(f"objective={result.objective:.6g}", flush=True)
             return result.objective

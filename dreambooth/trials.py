@@ -77,6 +77,18 @@ def find(run_root: Path, sweep: str) -> list[Trial]:
     return [open_trial(folder, params) for _, folder, params in sorted(mine, key=lambda item: item[:2])]
 
 
+def of_sweep(run_root: Path, sweep: str) -> list[Trial]:
+    """As find.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not (trials := find(run_root, sweep)):
+        raise UserError(f"no run in {run_root} belongs to the sweep {sweep}: type sweep=ID, the value of "
+                        "tracking.sweep and of the tag sweep in MLflow, and run_root=DIR where its runs are")
+    return trials
+
+
 def open_trial(folder: Path, params: dict[str, str] | None = None) -> Trial:
     """A run folder as a trial."""
     run = _json(folder / "run.json") or {}

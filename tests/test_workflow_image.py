@@ -72,7 +72,7 @@ def test_argos_sweep_runs_in_containers_and_ends_in_a_champion(image: Image, tmp
     said = promoted(volume)
     assert said["sweep"] == "sweep-of-two"
     kept = {path.name for path in (tmp_path / "artifacts").rglob("*") if path.is_file()}
-    assert kept == {"result.json", "contact_sheet.png", "evaluation.json", "promoted.json"}
+    assert kept == {"result.json", "contact_sheet.png", "evaluation.json", "promoted.json", "compare.html"}
 
 
 @pytest.fixture(scope="module")

@@ -54,21 +54,33 @@ def write(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Path:
 
 
 def track(path: Path, sweep: str, table: Sequence[dict[str, Any]], kind: str, uri: str | None, experiment: str,
-          run_root: Path) -> None:
-    """The sweep as a run in MLflow, with the tag of its trials: the CSV, how many failed, the best objective."""
+          run_root: Path, drawn: Path | None = None) -> None:
+    """The sweep as a run in MLflow, with the tag of its trials: the CSV, how many failed, the best objective.
+
+    Args:
+        drawn: the data of its parallel coordinates, kept beside the CSV.
+    """
+    from dreambooth.tracked import side_by_side
     from dreambooth.tracking import open_tracker
 
     done = [row for row in table if row["objective"] is not None]
+    best = min(done, key=lambda row: row["objective"], default=None)
     tracker = open_tracker(kind, path.parent / f"sweep-{sweep}", run_root=run_root, run_name=f"sweep-{sweep}", uri=uri,
                            experiment=experiment)
     try:
-        tracker.tags({"sweep": sweep, "kind": "sweep"})
-        best = min(done, key=lambda row: row["objective"], default=None)
+        tracker.tags({"sweep": sweep, "kind": "sweep", "mlflow.note.content": (
+            f"**A sweep of {len(table)}**: [its trials side by side]({side_by_side(sweep)}), curves and pictures.\n\n"
+            + (f"- best: `{best['job']}`, objective {best['objective']:.4f}\n" if best else "")
+            + f"- table: the artifact `{path.name}`, best first\n"
+            f"- a page for people without access: `python -m dreambooth.compare sweep={sweep} run_root={run_root}`\n"
+            f"- its best model as champion: `python -m dreambooth.promote sweep={sweep} run_root={run_root}`")})
         if best:
             tracker.params({"best_job": best["job"]})
             tracker.metrics(0, {"objective": best["objective"]})
         tracker.metrics(0, {"jobs": len(table), "failed": len(table) - len(done), "billed_usd": sum(
             row["billed_usd"] or 0.0 for row in table)})
-        tracker.artifact(path)
+        for file in (path, drawn):
+            if file:
+                tracker.artifact(file)
     finally:
         tracker.close("FINISHED" if len(done) == len(table) else "FAILED")

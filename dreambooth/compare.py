@@ -1,0 +1,66 @@
+"""The door `python -m dreambooth.compare`: one HTML page of a sweep. Nothing heavy is imported here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from dreambooth import door
+from dreambooth.config import conf_dir
+from dreambooth.errors import UserError
+from dreambooth.section import Section, require
+
+
+@dataclass
+class Compare(Section):
+    """Which sweep, and where its page goes; see conf/compare.yaml."""
+
+    sweep: str | None = None
+    run_root: str = "runs"
+    out: str | None = None
+    pixels: int = 384
+
+    def __post_init__(self) -> None:
+        require("", {"pixels": (32 <= self.pixels <= 4096, f"from 32 to 4096, not {self.pixels}")})
+
+
+_sweep: list[str | None] = []  # the ID that was typed; conf/sweep/ is a group, whose options Hydra would look for
+ConfigStore.instance().store(name="compare_schema", node=Compare, provider="dreambooth")
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="compare")
+def compare(cfg: DictConfig) -> None:
+    """One call: a page of a sweep."""
+    door.attempt(lambda: _job(cfg), sweep=False)
+
+
+def _job(cfg: DictConfig) -> None:
+    try:
+        ask: Compare = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    ask.sweep = next(filter(None, _sweep), ask.sweep)
+    if ask.sweep is None:
+        raise UserError("the sweep is missing: type sweep=ID, the tag that its runs have in MLflow")
+    from dreambooth import files
+    from dreambooth.gallery import page
+    from dreambooth.trials import of_sweep
+
+    text = page(ask.sweep, of_sweep(Path(ask.run_root), ask.sweep), ask.pixels)
+    path = Path(ask.out or f"{ask.run_root}/compare-{ask.sweep}.html")
+    with files.whole_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+    print(f"{path}: {len(text) / 2**20:.1f} MiB, opens in any browser, nothing else is needed")
+
+
+def main() -> None:
+    """Console script `dreambooth-compare`."""
+    _sweep.append(door.taken("sweep"))
+    compare()
+    door.leave()
+
+
+if __name__ == "__main__":
+    main()
