@@ -14,7 +14,7 @@ TEST  := OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-container image lint ci mlflow-ui mutants proof tiny-base
+.PHONY: help setup demo test test-all test-container test-services image lint ci mlflow-ui mutants proof tiny-base
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -33,15 +33,19 @@ demo: $(STAMP)  ## teach the shipped tiny model the shipped subject, on CPU, in 
 	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m dreambooth.train
 
 test: $(STAMP)  ## the fast tests: offline, at most 10 minutes
-	@$(TEST) -m 'not slow and not container'
+	@$(TEST) -m 'not slow and not container and not services'
 
-test-all: lint  ## lint, every test, every mutant, the image
-	@$(TEST) -m 'not container'
+test-all: lint  ## lint, every test, every mutant, the services, the image
+	@$(TEST) -m 'not container and not services'
 	@$(BIN)/python tools/mutants.py
+	@$(MAKE) --no-print-directory test-services
 	@$(MAKE) --no-print-directory test-container
 
 test-container: $(STAMP)  ## build the CPU image and run it as SageMaker does (installs Docker where there is none)
 	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest -m container --durations=8
+
+test-services: $(STAMP)  ## a team's MLflow on PostgreSQL and S3, seen in a browser (installs what is missing)
+	@OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest -m services --durations=8
 
 image:  ## build the image for GPUs with Docker (see docs/container.md)
 	@containers/build gpu

@@ -75,11 +75,7 @@ def _run(asked: argparse.Namespace, supervisor: Supervisor) -> End:
         run = Path(next((word[4:] for word in words if word.startswith("run=")), ""))
         return _kept(supervisor.run(_door("evaluate", words), {}), run, asked.out)
     if asked.stage == "promote":
-        end = supervisor.run(_door("promote", words), {})
-        root = Path(next((word.removeprefix("run_root=") for word in words if word.startswith("run_root=")), "runs"))
-        with suppress(FileNotFoundError):
-            shutil.copyfile(root / "promoted.json", asked.out / "promoted.json")
-        return end
+        return _promote(words, asked.out, supervisor)
     words = _words(words, _split(asked.trial))
     if asked.stage == "class-images":
         return supervisor.run(_door("class_images", words), {})
@@ -118,9 +114,23 @@ def _validate(words: list[str], space: str, out: Path, supervisor: Supervisor) -
     return End()
 
 
+def _promote(words: list[str], out: Path, supervisor: Supervisor) -> End:
+    """Draw the page of the sweep, for whoever cannot look into MLflow, then promote the best."""
+    given = dict(word.split("=", 1) for word in words)
+    root = Path(given.get("run_root", "runs"))
+    both = [word for word in words if word.startswith(("sweep=", "run_root="))]
+    supervisor.run(_door("compare", [*both, f"out={out / 'compare.html'}"]), {})
+    end = supervisor.run(_door("promote", words), {})
+    if not end.code:
+        shutil.copyfile(root / "promoted.json", out / "promoted.json")
+    return end
+
+
 def _words(words: Sequence[str], trial: Sequence[str]) -> list[str]:
-    """The overrides of a run; those that are typed beat what a workflow adds."""
-    return [SERVER, *([TRIAL] if trial else ()), *words, *trial]
+    """The overrides of a run; those that are typed beat what a workflow adds. A trial is named by what differs."""
+    pairs = [word.partition("=") for word in trial if not word.startswith("sweep=")]
+    named = " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
+    return [SERVER, *([TRIAL, f'tracking.run_name="{named}"'] if named else ()), *words, *trial]
 
 
 def _split(text: str) -> list[str]:

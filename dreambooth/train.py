@@ -52,12 +52,12 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
 
             result = execute(recipe, stop)
             keep(result)
-            if remote.first() and not sys.stdout.isatty():  # for Katib, which reads a trial's log
-                print(f"objective={result.objective:.6g}", flush=True)
             if recipe.evaluate.promote and remote.first():
                 from dreambooth.promotion import offered
 
                 offered(recipe)
+            if remote.first() and not sys.stdout.isatty():  # for Katib, which reads a trial's log
+                print(f"objective={result.objective:.6g}", flush=True)
             return result.objective
     finally:
         discard_if_unused(run_dir)

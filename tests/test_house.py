@@ -268,8 +268,8 @@ def test_make_alone_lists_the_targets() -> None:
     env = {key: value for key, value in os.environ.items() if key not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}}
     result = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True, env=env)
     listed = [line.split()[1] for line in result.stdout.splitlines()]
-    assert listed == ["help", "setup", "demo", "test", "test-all", "test-container", "image", "lint", "ci", "mlflow-ui",
-                      "proof", "tiny-base", "mutants"]
+    assert listed == ["help", "setup", "demo", "test", "test-all", "test-container", "test-services", "image", "lint",
+                      "ci", "mlflow-ui", "proof", "tiny-base", "mutants"]
 
 
 def test_the_ci_script_can_be_run() -> None:

@@ -72,7 +72,7 @@ def test_argos_sweep_runs_in_containers_and_ends_in_a_champion(image: Image, tmp
     said = promoted(volume)
     assert said["sweep"] == "sweep-of-two"
     kept = {path.name for path in (tmp_path / "artifacts").rglob("*") if path.is_file()}
-    assert kept == {"result.json", "contact_sheet.png", "evaluation.json", "promoted.json"}
+    assert kept == {"result.json", "contact_sheet.png", "evaluation.json", "promoted.json", "compare.html"}
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +94,17 @@ def test_the_kubeflow_pipeline_runs_in_containers_and_ends_in_a_champion(
         [kfp, Path(__file__).with_name("kfp_local.py"), FOLDER / "kubeflow/pipeline.yaml", image.tag, tmp_path, *words],
         capture_output=True, text=True, timeout=900, check=False, env=os.environ | image.docker.environment)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-3000:]
-    said = promoted(tmp_path / "workspace/runs")
-    [model] = [path.parent for path in (tmp_path / "root").rglob("model_index.json")]
-    assert model.name == "model"
-    assert (model / "unet/diffusion_pytorch_model.safetensors").stat().st_size > 1000
-    outputs = [json.loads(path.read_text("utf-8")) for path in (tmp_path / "root").rglob("*.json")
-               if '"artifacts"' in path.read_text("utf-8")]
-    metadata = [entry["metadata"] for one in outputs for key, found in one["artifacts"].items()
-                for entry in found["artifacts"] if key in ("metrics", "model")]
-    measured = [found["artifacts"][0]["metadata"] for one in outputs for key, found in one["artifacts"].items()
-                if key == "measures"]
-    assert len(measured) == 2
+    said = {(path.parents[1].name, path.parent.name): json.loads(path.read_text("utf-8"))["artifacts"]
+            for path in (tmp_path / "root").rglob("executor_output.json")}
+    metadata = {stage: {name: found["artifacts"][0]["metadata"] for name, found in artifacts.items()}
+                for stage, artifacts in said.items()}
+    objectives = [made["metrics"]["objective"] for (_, stage), made in metadata.items() if stage == "train"]
+    [champion] = [made["model"] for (_, stage), made in metadata.items() if stage == "promote"]
+    assert (champion["alias"], champion["objective"]) == ("champion", pytest.approx(min(objectives)))
+    measured = [made["measures"] for (_, stage), made in metadata.items() if stage == "evaluate"]
+    assert (len(objectives), len(measured)) == (2, 2)
     assert all("subject_similarity_efficientnet_lite0" in one for one in measured)
-    assert min(one["objective"] for one in metadata) == pytest.approx(said["objective"])
-    assert any("data:image/png" in path.read_text("utf-8") for path in (tmp_path / "root").rglob("contact_sheet"))
+    [model] = [path.parent for path in (tmp_path / "root").rglob("model_index.json")]  # the workspace is gone by now
+    assert (model / "unet/diffusion_pytorch_model.safetensors").stat().st_size > 1000
+    pages = [path.read_text("utf-8") for path in (tmp_path / "root").rglob("contact_sheet")]
+    assert ["data:image/png" in page for page in pages] == [True, True]

@@ -425,9 +425,11 @@ def test_a_stage_ends_with_the_code_of_its_door(tmp_path: Path) -> None:
 
 
 def test_typed_words_beat_what_a_workflow_adds() -> None:
-    words = stage._words(["tracking.uri=http://mine"], ["sweep=tiny"])
+    words = stage._words(["tracking.uri=http://mine"], ["sweep=tiny", "train.learning_rate=1e-4",
+                                                        "prior.prior_loss_weight=0.5"])
     found, _ = composed(words)
-    assert found.tracking.uri == "http://mine"
+    assert (found.tracking.uri, found.tracking.run_name) == (
+        "http://mine", "learning_rate=1e-4 prior_loss_weight=0.5")
 
 
 @pytest.mark.slow

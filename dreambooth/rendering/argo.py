@@ -76,7 +76,7 @@ def _stages(asked: Asked, space: str) -> list[dict[str, Any]]:
                {**_values("run", "objective"), **_files("result.json", "contact_sheet.png")}),
         _stage(asked, "evaluate", ["--words", "{{workflow.parameters.evaluate}}", "run={{inputs.parameters.run}}"],
                ["run"], _files("evaluation.json")),
-        _stage(asked, "promote", ["sweep={{workflow.name}}", place], outputs=_files("promoted.json")),
+        _stage(asked, "promote", ["sweep={{workflow.name}}", place], outputs=_files("promoted.json", "compare.html")),
         _stage(asked, "ended", ["--status", "{{workflow.status}}", "--failures", "{{workflow.failures}}"]),
     ]
 

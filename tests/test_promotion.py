@@ -1,0 +1,171 @@
+"""Promotion: the best of a sweep under a rule, and nothing else, becomes the champion."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dreambooth import promotion
+from dreambooth.errors import UserError
+from dreambooth.journal import Journal
+from dreambooth.promotion import Terms, offer, promote
+from dreambooth.registry import CANDIDATE, CHAMPION, Version
+from dreambooth.trials import find
+
+CLASS = "class_similarity_efficientnet_lite0"
+SETTINGS = {"name": "demo-tiny-full", "evaluate.encoder": "efficientnet_lite0", "evaluate.images_per_prompt": "2",
+            "evaluate.lpips": "null", "evaluate.objective": "instance_loss", "dataset.class_prompt": "a toy",
+            "evaluate.max_class_similarity": "null"}
+
+
+class Registry:
+    """MLflow's, in memory."""
+
+    def __init__(self, uri: str = "") -> None:
+        self.versions: list[Version] = []
+        self.aliases: dict[str, Version] = {}
+
+    def holder(self, name: str, alias: str) -> Version | None:
+        return self.aliases.get(alias)
+
+    def register(self, name: str, run_id: str, folder: Path, tags: dict[str, str]) -> Version:
+        assert (folder / "model_index.json").is_file()
+        known = [found for found in self.versions if found.run_id == run_id and tags.items() <= found.tags.items()]
+        if not known:
+            known = [Version(name, len(self.versions) + 1, run_id, tags)]
+            self.versions += known
+        return known[-1]
+
+    def name_holder(self, version: Version, alias: str) -> None:
+        self.aliases[alias] = version
+
+    def drop(self, name: str, alias: str) -> None:
+        del self.aliases[alias]
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
+    held = Registry()
+    monkeypatch.setattr(promotion, "Registry", lambda uri: held)
+    monkeypatch.setattr(promotion, "_sent", lambda trial, terms: ("sqlite:///", f"id-{trial.folder.name}"))
+    return held
+
+
+def trial(root: Path, name: str, objective: float, alike: float = 0.4, *, sweep: str = "s", done: bool = True,
+          **settings: str) -> Path:
+    """A run folder; pictures of its class are `alike` to the photos, 0.38 before training."""
+    folder = root / name
+    journal = Journal(folder / "metrics.jsonl")
+    journal.tags({"sweep": sweep})
+    journal.close()
+    told = SETTINGS | {key.replace("__", "."): value for key, value in settings.items()}
+    (folder / "run.json").write_text(json.dumps({"settings": told}))
+    if done:
+        (folder / "model").mkdir()
+        (folder / "model/model_index.json").write_text("{}")
+        (folder / "result.json").write_text(json.dumps({
+            "step": 4, "objective": objective, "model": "model", "exported_step": 4,
+            "scores": {"instance_loss": objective, CLASS: alike}, "base_scores": {CLASS: 0.38}}))
+    return folder
+
+
+def test_the_lowest_objective_is_promoted(tmp_path: Path, registry: Registry) -> None:
+    for name, objective in (("a", 0.3), ("b", 0.1), ("c", 0.2)):
+        trial(tmp_path, name, objective)
+    trial(tmp_path, "d", 0.05, sweep="another")
+    trial(tmp_path, "e", 0.05, done=False)
+    told = promote("s", tmp_path, Terms())
+    assert (told["run"], told["version"], told["alias"], told["replaced"]) == ("b", 1, CHAMPION, None)
+    assert told["model_uri"] == "models:/demo-tiny-full@champion"
+    assert json.loads((tmp_path / "promoted.json").read_text()) == told
+
+
+def test_the_class_must_not_have_become_the_subject(tmp_path: Path, registry: Registry) -> None:
+    trial(tmp_path, "collapsed", 0.1, alike=0.5)
+    trial(tmp_path, "sound", 0.2, alike=0.47)
+    assert promote("s", tmp_path, Terms())["run"] == "sound"
+    with pytest.raises(UserError, match=r"collapsed has class_similarity\w+ 0\.500, over 0\.450; .* type max_class"):
+        promote("s", tmp_path, Terms(max_class_similarity=0.45))
+
+
+def test_the_runs_own_bound_holds_too(tmp_path: Path, registry: Registry) -> None:
+    trial(tmp_path, "a", 0.1, alike=0.4, evaluate__max_class_similarity="0.39")
+    with pytest.raises(UserError, match=r"over 0\.390"):
+        promote("s", tmp_path, Terms())
+    assert promote("s", tmp_path, Terms(max_class_similarity=0.41))["run"] == "a"
+
+
+def test_a_worse_sweep_leaves_the_champion(tmp_path: Path, registry: Registry) -> None:
+    trial(tmp_path, "a", 0.2)
+    promote("s", tmp_path, Terms())
+    trial(tmp_path, "b", 0.3, sweep="t")
+    with pytest.raises(UserError, match=r"b has instance_loss 0\.3000 and the champion of .*, version 1, 0\.2"):
+        promote("t", tmp_path, Terms())
+    trial(tmp_path, "c", 0.1, sweep="t")
+    told = promote("t", tmp_path, Terms())
+    assert (told["version"], told["replaced"]) == (2, 1)
+    assert [version.run_id for version in registry.versions] == ["id-a", "id-c"]
+
+
+def test_twice_is_once(tmp_path: Path, registry: Registry) -> None:
+    trial(tmp_path, "a", 0.2)
+    first, second = promote("s", tmp_path, Terms()), promote("s", tmp_path, Terms())
+    assert first | {"time": ""} == second | {"time": ""} and len(registry.versions) == 1
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path, registry: Registry) -> None:
+    trial(tmp_path, "a", 0.2)
+    trial(tmp_path, "b", 0.1, evaluate__objective="class_similarity")
+    with pytest.raises(UserError, match=r"several objectives \(class_similarity, instance_loss\): type objective=ONE"):
+        promote("s", tmp_path, Terms())
+    assert promote("s", tmp_path, Terms(objective="class_similarity"))["objective"] == pytest.approx(0.4)
+    with pytest.raises(UserError, match="chosen by class_similarity, not by instance_loss: type objective="):
+        promote("s", tmp_path, Terms(objective="instance_loss"))
+
+
+def test_a_run_offers_itself_and_is_candidate_or_champion(tmp_path: Path, registry: Registry) -> None:
+    assert offer(trial(tmp_path, "a", 0.2), Terms())["alias"] == CHAMPION
+    assert offer(trial(tmp_path, "b", 0.3), Terms())["alias"] == CANDIDATE
+    assert offer(trial(tmp_path, "c", 0.1), Terms())["alias"] == CHAMPION
+    assert {alias: version.run_id for alias, version in registry.aliases.items()} == {
+        CHAMPION: "id-c", CANDIDATE: "id-b"}
+    with pytest.raises(UserError, match="is not registered: d has class_similarity"):
+        offer(trial(tmp_path, "d", 0.01, alike=0.9), Terms())
+
+
+@pytest.mark.parametrize("words, sentence", [
+    ([], "the sweep is missing: type sweep=ID"), (["sweep=x"], "no run in .* belongs to the sweep x: type sweep=ID"),
+    (["sweep=x", "max_class_similarity=3"], "max_class_similarity must be from -1 to 1, not 3")])
+def test_the_door_says_what_to_type(tmp_path: Path, words: list[str], sentence: str) -> None:
+    told = subprocess.run([sys.executable, "-m", "dreambooth.promote", f"run_root={tmp_path}", *words],
+                          capture_output=True, text=True, check=False)
+    assert told.returncode == 1 and told.stdout == "" and len(told.stderr.splitlines()) == 1
+    assert re.search(sentence, told.stderr)
+
+
+def test_mlflow_has_version_alias_and_model(tmp_path: Path) -> None:
+    """With the real registry, on sqlite; a run that was not tracked is sent first."""
+    from mlflow import MlflowClient
+    from mlflow.artifacts import download_artifacts
+
+    trial(tmp_path, "a", 0.2)
+    told = promote("s", tmp_path, Terms())
+    client = MlflowClient(uri := f"sqlite:///{tmp_path}/mlflow.db")
+    version: Any = client.get_model_version_by_alias("demo-tiny-full", CHAMPION)
+    assert (int(version.version), version.run_id, version.tags["run"]) == (1, told["mlflow_run_id"], "a")
+    assert (Path(download_artifacts(told["model_uri"], tracking_uri=uri)) / "model_index.json").is_file()
+    trial(tmp_path, "b", 0.1)
+    assert promote("s", tmp_path, Terms())["replaced"] == 1
+    assert len(client.search_model_versions("name='demo-tiny-full'")) == 2
+
+
+def test_a_sweeps_own_run_is_no_trial(tmp_path: Path) -> None:
+    trial(tmp_path, "a", 0.1)
+    journal = Journal(tmp_path / "sweep-s" / "metrics.jsonl")
+    journal.tags({"sweep": "s", "kind": "sweep"})
+    journal.close()
+    assert [found.folder.name for found in find(tmp_path, "s")] == ["a"]

@@ -1,0 +1,134 @@
+"""A team's server for real: PostgreSQL, S3, a browser. Four runs side by side, and a kill of the server loses nothing."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from services import TrackingServer, team
+
+from dreambooth.journal import EXPERIMENT, read
+from dreambooth.tracked import side_by_side
+
+pytestmark = pytest.mark.services
+SHOTS = os.environ.get("DREAMBOOTH_SHOTS")  # a folder for screenshots; docs/images has those of a longer sweep
+SHORT = ["hardware=cpu", "prior.num_class_images=4", "prior.num_inference_steps=2", "sample.num_inference_steps=4",
+         "sample.every=10", "sample.images_per_prompt=1", "train.max_train_steps=20", "evaluate.images_per_prompt=1",
+         "evaluate.class_images=2"]
+PAGE = side_by_side("four").replace(EXPERIMENT, "1")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
+    with team(tmp_path_factory.mktemp("team")) as found:
+        yield found
+
+
+def train(root: Path, server: TrackingServer, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dreambooth.train", f"run_root={root}", f"tracking.uri={server.url}", *SHORT, *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    told = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, told
+    return told
+
+
+@pytest.fixture(scope="module")
+def runs(server: TrackingServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of four."""
+    root = tmp_path_factory.mktemp("runs")
+    finished(train(root, server, "-m", "tracking.sweep=four", "evaluate.promote=true",
+                   "train.learning_rate=1e-4,3e-4", "prior.prior_loss_weight=0,1"))
+    return root
+
+
+def client(server: TrackingServer) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(server.url)
+
+
+def trials(server: TrackingServer, sweep: str = "four", kind: str = "trial") -> list[Any]:
+    return list(client(server).search_runs(["1"], f"tags.sweep = '{sweep}' and tags.kind = '{kind}'"))
+
+
+def shot(page: Any, name: str) -> None:
+    if SHOTS:
+        page.screenshot(path=f"{SHOTS}/{name}.png")
+
+
+def test_the_server_asks_who_it_is(server: TrackingServer) -> None:
+    import requests
+
+    ask = f"{server.url}/api/2.0/mlflow/experiments/search?max_results=1"
+    assert requests.get(ask, timeout=30).status_code == 401
+    assert requests.get(ask, timeout=30, auth=("admin", server.password)).status_code == 200
+    assert requests.get(f"{server.url}/health", timeout=30).status_code == 200
+
+
+def test_trials_are_named_by_what_differs_and_carry_everything(server: TrackingServer, runs: Path) -> None:
+    found = trials(server)
+    assert {run.info.run_name for run in found} == {
+        f"learning_rate={rate} prior_loss_weight={weight}" for rate in ("1e-4", "3e-4") for weight in (0, 1)}
+    for run in found:
+        assert run.info.status == "FINISHED" and run.info.artifact_uri.startswith("mlflow-artifacts:")
+        assert "mlflow.parentRunId" not in run.data.tags
+        note = run.data.tags["mlflow.note.content"]
+        assert "(#/experiments/1/runs?" in note and "dreambooth.generate run=" in note
+        there = {file.path for file in client(server).list_artifacts(run.info.run_id)}
+        assert {"contact_sheet.png", "curves.svg", "images", "run.json"} <= there
+        [photos] = run.inputs.dataset_inputs
+        assert photos.dataset.name == "demo" and '"photos": 5' in photos.dataset.profile
+        assert photos.tags[0].value == "training"
+
+
+def test_the_sweep_has_a_run_of_its_own(server: TrackingServer, runs: Path) -> None:
+    [own] = trials(server, kind="sweep")
+    assert own.info.run_name == "sweep-four" and own.data.metrics["jobs"] == 4
+    there = {file.path for file in client(server).list_artifacts(own.info.run_id)}
+    assert there == {"results-four.csv", "parallel_coordinates.json"}
+    assert len((runs / "results-four.csv").read_text().splitlines()) == 5
+
+
+def test_the_best_is_champion_and_promote_agrees(server: TrackingServer, runs: Path) -> None:
+    version = client(server).get_model_version_by_alias("demo-tiny-full", "champion")
+    told = finished(subprocess.Popen(
+        [sys.executable, "-m", "dreambooth.promote", "sweep=four", f"run_root={runs}", "max_class_similarity=1"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    best = min(trials(server), key=lambda run: run.data.metrics["objective"])
+    version = client(server).get_model_version_by_alias("demo-tiny-full", "champion")
+    assert version.run_id == best.info.run_id and f"version {version.version} is champion" in told
+    there = {file.path for file in client(server).list_artifacts(best.info.run_id, "model")}
+    assert "model/model_index.json" in there
+
+
+def test_a_killed_server_loses_no_metric(server: TrackingServer, runs: Path) -> None:
+    words = ["tracking.sweep=killed", "train.seed=7", "train.max_train_steps=60", "evaluate.encoder=none"]
+    process, end = train(runs, server, *words), time.monotonic() + 200
+
+    def steps() -> dict[Path, list[int]]:
+        return {journal: [entry["step"] for entry, _ in read(journal) if "loss" in entry.get("metrics", ())]
+                for journal in runs.glob("*/metrics.jsonl") if '"sweep":"killed"' in journal.read_text()}
+
+    while not any(len(found) >= 10 for found in steps().values()):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    server.kill()
+    told = finished(process)
+    assert "does not answer" in told and "repeat the command" in told
+    server.start()
+    finished(train(runs, server, *words))
+    [run] = trials(server, "killed")
+    points = client(server).get_metric_history(run.info.run_id, "loss")
+    assert sorted(point.step for point in points) == list(range(1, 61)) and run.info.status == "FINISHED"
+    [(journal, seen)] = steps().items()
+    assert seen == list(range(1, 61))
+    kept = {entry["step"]: entry["metrics"]["loss"] for entry, _ in read(journal) if "loss" in entry.get("metrics", ())}
+    assert {point.step: point.value for point in points} == kept
