@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -201,8 +202,15 @@ def _whole(layer: Any) -> None:
         thin.weight = nn.Parameter(thin.weight.detach().float())
     if NAME in layer.lora_magnitude_vector:
         lengths = layer.lora_magnitude_vector[NAME]
+        lengths.get_weight_norm = partial(_lengths, lengths)
         weight = dequantize_module_weight(layer.get_base_layer()).detach().float()
         lengths.weight = nn.Parameter(lengths.get_weight_norm(weight, torch.zeros_like(weight), 1.0))
+
+
+def _lengths(lengths: Any, weight: Tensor, lora_weight: Tensor, scaling: float, **_: Any) -> Tensor:
+    """|V| in fp32; of a convolution peft would compute it in the precision of the base."""
+    found: Tensor = type(lengths).get_weight_norm(lengths, weight.float(), lora_weight.float(), scaling)
+    return found
 
 
 def _draw(weight: nn.Parameter, seed: int, name: str) -> None:

@@ -7,7 +7,10 @@ from test_planner import recipe, small
 
 from dreambooth import fitting
 from dreambooth.architecture import trained_weights
+from dreambooth.cards import fixed_gib
 from dreambooth.choices import BaseWeights, Dtype, MethodKind, Targets
+from dreambooth.machine import GIB
+from dreambooth.prediction import STEP
 from dreambooth.vram import predict, rehearse
 
 LORA: dict[str, object] = {"method__kind": MethodKind.lora, "method__name": "lora"}
@@ -39,15 +42,15 @@ def test_a_frozen_base_is_in_half_precision() -> None:
 
 
 def test_sd15_with_an_adapter_is_small_on_a_t4_and_auto_adds_nothing() -> None:
-    """Predicted, not measured: 9.34 GiB, and with checkpointing the pictures of a sample are what needs most."""
+    """Predicted, not measured: 9.4 GiB; with checkpointing 7.4, all of it but 4 for drawing four pictures at a time."""
     asked = recipe("sd15", **LORA, train__train_text_encoder=True, memory__auto=True)
     assert asked.method.rank == 16
     choice = fitting.chosen(asked)
     assert choice.added == ()
-    assert 5e6 < trained_weights(asked) < 15e6  # of 983 million
+    assert trained_weights(asked) == 9_437_184  # of 983 million
     assert fitting.card_gib(choice.recipe, choice.prediction) < 9.5
     lower = replace(asked, memory=replace(asked.memory, gradient_checkpointing=True))
-    assert fitting.card_gib(lower, predict(lower)) < 5
+    assert predict(lower).most(*STEP).reserved / GIB + fixed_gib("T4") < 4
     assert list(fitting.gives(choice.recipe, choice.prediction)) == []
 
 
