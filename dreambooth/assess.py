@@ -26,7 +26,7 @@ def assess(recipe: Recipe) -> dict[str, float]:
     step, own = _exported_step(recipe.run_dir), replace(  # the run's model in place of the base
         recipe, source=str(recipe.run_dir / "model"), model=replace(recipe.model, revision=None, variant=None))
     model.import_libraries()
-    engine, _ = accelerated(recipe.device, recipe.precision.dtype)
+    engine, _ = accelerated(recipe.device, recipe.precision.dtype, recipe.precision.tf32)
     console, judge = Console(), Judge(recipe)
     with locked(recipe.run_dir), tracked(recipe, main=True) as tracker:
         evaluation = Evaluation(recipe, judge, tracker, engine.device)

@@ -25,6 +25,9 @@ def draw(
 
     folder, model = _find(run)
     settings = _settings(folder)
+    if not prompt and (several := json.loads(settings.get("dataset.concepts", "[]"))):
+        known = " or ".join(f'prompt="{subject["instance_prompt"]}"' for subject in several)
+        raise UserError(f"this run has several subjects: type {known}")
     prompt = prompt or settings.get("dataset.instance_prompt")
     if not prompt:
         raise UserError('the prompt is missing: type prompt="a photo of a zwx toy"')
