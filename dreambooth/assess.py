@@ -27,7 +27,7 @@ def assess(recipe: Recipe) -> dict[str, float]:
         raise UserError("the run has evaluate.encoder=none: type encoder=efficientnet_lite0, or encoder=paper")
     step = _exported_step(recipe.run_dir)
     model.import_libraries()
-    engine, _ = accelerated(recipe.device, recipe.precision.dtype)
+    engine, _ = accelerated(recipe.device, recipe.precision.dtype, recipe.precision.tf32)
     console, judge = Console(), Judge(recipe)
     with locked(recipe.run_dir), tracked(recipe, main=True) as tracker:
         evaluation = Evaluation(recipe, judge, tracker, engine.device)

@@ -121,6 +121,9 @@ def _prompts(ask: Generate, settings: dict[str, Any]) -> list[str]:
     """One prompt, or those of a file; {subject} in it stands for the run's subject."""
     subject = settings.get("dataset.instance_prompt")
     if ask.prompts is None:
+        if not ask.prompt and (several := json.loads(settings.get("dataset.concepts", "[]"))):
+            known = " or ".join(f'prompt="{one["instance_prompt"]}"' for one in several)
+            raise UserError(f"this run has several subjects: type {known}")
         if not (prompt := ask.prompt or subject):
             raise UserError('the prompt is missing: type prompt="a photo of a zwx toy"')
         return [prompt]

@@ -175,7 +175,7 @@ def specification(recipe: Recipe) -> dict[str, Any]:
         "prompts": list(recipe.evaluate_prompts), "texts": list(recipe.evaluate_texts),
         "class_prompt": recipe.class_prompt, "images_per_prompt": spec.images_per_prompt,
         "class_images": spec.class_images, "seed": spec.seed, "reference": fingerprint(recipe.reference_dir),
-        "precision": recipe.precision.dtype.value,
+        "precision": recipe.precision.label,
         "sampler": {"name": "dpmsolver++", **asdict(Sampler(
             sample.num_inference_steps, sample.guidance_scale, recipe.model.resolution))}}
 

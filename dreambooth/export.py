@@ -106,20 +106,22 @@ def _opening(recipe: Recipe) -> str:
 def _card(recipe: Recipe, step: int, pictured: bool) -> str:
     train, prior = recipe.train, recipe.prior
     settings = {
-        "photos": recipe.dataset.name, "class prompt": recipe.class_prompt if recipe.with_prior else "none",
+        "photos": recipe.dataset.name, "class prompt": ", ".join(
+            one.class_prompt for one in recipe.classes) if recipe.with_prior else "none",
         "prior_loss_weight": prior.prior_loss_weight if recipe.with_prior else "none",
         "class images": prior.num_class_images if recipe.with_prior else "none",
         "learning_rate": train.learning_rate, "train_batch_size": train.train_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps, "seed": train.seed,
         "text encoder": "trained" if train.train_text_encoder else "frozen", "resolution": recipe.model.resolution,
-        "precision": recipe.precision.dtype.value,
+        "precision": recipe.precision.label,
     }
     if recipe.method.low_rank:
         method = recipe.method
         settings |= {"method": method.kind.value, "rank": method.rank, "alpha": method.scale_alpha,
                      "targets": method.targets.value, "dropout": method.dropout}
     return CARD.format(
-        name=recipe.name, source=recipe.model.source, instance_prompt=recipe.instance_prompt, step=step,
+        name=recipe.name, source=recipe.model.source, step=step,
+        instance_prompt="** or **".join(one.instance_prompt for one in recipe.subjects),
         quoted=json.dumps(recipe.instance_prompt), opening=_opening(recipe),
         tags="- lora\n" * recipe.method.low_rank, version=dreambooth.__version__,
         weights=("an exponential moving average" if train.use_ema else "as trained")

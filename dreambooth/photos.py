@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 178_956_970  # where Pillow refuses a file as a decompression bomb
 NO_FINGERPRINT = "0" * 64  # of a folder without photos, or with a file that cannot be read
 
-_NOT_PHOTOS = {"thumbs.db", "desktop.ini", "__macosx", ".txt", ".json"}  # names and suffixes
+_NOT_PHOTOS = {"thumbs.db", "desktop.ini", "__macosx", ".txt", ".json", ".jsonl"}  # names and suffixes
 
 
 @dataclass(frozen=True, eq=False)

@@ -131,7 +131,7 @@ def _title(recipe: Recipe) -> str:
     what = "UNet and text encoder" if recipe.train.train_text_encoder else "UNet"
     size = recipe.train.train_batch_size
     return (f"{recipe.model.name} {recipe.model.resolution} px on {recipe.hardware.gpu or 'the CPU'}: {what}, "
-            f"batch {size}{f'+{size}' if recipe.with_prior else ''}, {recipe.precision.dtype.value}, "
+            f"batch {size}{f'+{size}' if recipe.with_prior else ''}, {recipe.precision.label}, "
             f"{recipe.optimizer.kind.value}")
 
 

@@ -90,6 +90,6 @@ def _origin(recipe: Recipe) -> dict[str, object]:
         "revision": recipe.model.revision,
         "variant": recipe.model.variant,
         "weights": files.weights_digest(Path(recipe.source)),
-        "precision": recipe.precision.dtype.value,
+        "precision": recipe.precision.label,
         "sampler": {"name": "dpmsolver++", **asdict(sampler_of(recipe))},
     }

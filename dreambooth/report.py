@@ -13,14 +13,15 @@ def plan(recipe: Recipe) -> dict[str, str]:
     train, prior = recipe.train, recipe.prior
     seen = train.train_batch_size * train.gradient_accumulation_steps
     return {
-        "subject": f"{recipe.instance_prompt!r}, photos in {_short(str(recipe.instance_dir))}",
-        "class": f"{recipe.class_prompt!r}, {prior.num_class_images} images, weight {prior.prior_loss_weight:g}"
-                 if recipe.with_prior else "no prior preservation",
+        "subject": "; ".join(f"{one.instance_prompt!r}, photos in {_short(str(one.instance_dir))}"
+                             for one in recipe.subjects),
+        "class": f"{', '.join(repr(one.class_prompt) for one in recipe.classes)}, {prior.num_class_images} images, "
+                 f"weight {prior.prior_loss_weight:g}" if recipe.with_prior else "no prior preservation",
         "base": f"{recipe.model.source}, {recipe.model.resolution} px",
         "trains": _trained(recipe),
         "steps": f"{train.max_train_steps} of {seen} photo{'s' if seen > 1 else ''} a process, "
                  f"learning rate {train.learning_rate:g} {train.lr_scheduler.value}",
-        "on": f"{recipe.hardware.gpu or 'CPU'}, {recipe.precision.dtype.value}, {recipe.optimizer.kind.value}, "
+        "on": f"{recipe.hardware.gpu or 'CPU'}, {recipe.precision.label}, {recipe.optimizer.kind.value}, "
               f"{recipe.attention.kind.value} attention",
         "run": _short(str(recipe.run_dir)),
     }

@@ -51,6 +51,11 @@ class Precision(Section):
     dtype: Dtype = Dtype.fp32
     tf32: bool = False
 
+    @property
+    def label(self) -> str:
+        """What pictures are known by to be made in."""
+        return f"{self.dtype.value}, tf32" if self.tf32 else self.dtype.value
+
 
 @dataclass
 class Attention(Section):

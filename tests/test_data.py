@@ -467,3 +467,40 @@ def test_tf32_is_of_matrix_products_and_of_convolutions(on: bool) -> None:
 
 def test_cut_takes_any_size() -> None:
     assert cut(np.zeros((9, 14, 3), dtype=np.uint8), (8, 12), None, False).shape == (8, 12, 3)
+
+
+# -- whole runs ---------------------------------------------------------------------------------------------------
+
+def real_project(folder: Path) -> list[str]:
+    """Two subjects of two shapes each, one of them cut out, with everything switched on."""
+    for name, sizes in (("A", [(64, 64), (80, 48)]), ("B", [(48, 80), (64, 64), (64, 60)])):
+        (folder / name).mkdir()
+        for i, (width, height) in enumerate(sizes):
+            noise = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+            image = Image.fromarray(noise)
+            if name == "B":
+                image = image.convert("RGBA")
+                image.putalpha(Image.new("L", image.size, 0))
+                image.paste((200, 30, 90, 255), (8, 8, 40, 40))
+            image.save(folder / name / f"{i}.png")
+    listing(folder / "A", {"file_name": "0.png", "text": "a photo of a zwx toy on the beach"})
+    first, second = "dataset.concepts.0", "dataset.concepts.1"
+    return ["name=demo", "dataset=concepts", f"{first}.instance_dir={folder}/A", f"{second}.instance_dir={folder}/B",
+            f"{first}.instance_prompt=a photo of a zwx toy", f"{first}.class_prompt=a photo of a toy",
+            f"{second}.instance_prompt=a photo of a ohwx car", f"{second}.class_prompt=a photo of a car",
+            f"{second}.mask=alpha", f"{first}.repeats=2", "dataset.buckets=true", "dataset.prompt_dropout=0.3"]
+
+
+def test_a_run_with_everything_goes_on_bit_for_bit_and_draws_every_subject(tmp_path: Path) -> None:
+    from faults import train
+    from test_kill import assert_same, the_run
+
+    asked, whole, cut_short = real_project(tmp_path), tmp_path / "whole", tmp_path / "cut"
+    assert train(whole, *asked, "train.max_train_steps=6", log=tmp_path / "out.txt") == 0
+    assert train(cut_short, *asked, "train.max_train_steps=2") == 0
+    assert train(cut_short, *asked, "train.max_train_steps=6") == 0
+    assert_same(the_run(whole), the_run(cut_short))
+    said = (tmp_path / "out.txt").read_text()
+    assert "of 80 x 48" in said and "% of a photo is cropped" in said and "a photo of a ohwx car" in said
+    assert "a photo of a zwx toy** or **a photo of a ohwx car" in (the_run(whole) / "model/README.md").read_text()
+    assert len(list((whole / "class_images").iterdir())) == 2

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from services import TrackingServer, team
+from services import TrackingServer, browser, team
 
 from dreambooth.journal import EXPERIMENT, read
 from dreambooth.tracked import side_by_side
