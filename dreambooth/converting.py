@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
+from torch import Tensor
 
 from dreambooth import clip_words, files, single
 from dreambooth.components import Components
@@ -216,7 +217,8 @@ def open_parts(folder: Path) -> Components:
     for name, module in single.modules(parts):
         paths = sorted((folder / name).glob("*.safetensors"))
         plain = [path for path in paths if ".fp16." not in path.name] or paths
-        known, state = module.state_dict().keys(), {}
+        known = module.state_dict().keys()
+        state: dict[str, Tensor] = {}
         for path in plain:
             for key, value in load_file(path).items():
                 if not key.endswith("position_ids"):

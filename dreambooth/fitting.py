@@ -141,7 +141,10 @@ def gives(recipe: Recipe, prediction: Prediction) -> Iterator[tuple[str, float]]
     if train.use_ema and memory.ema_device is EmaDevice.same and not memory.offload_optimizer:
         yield "train.use_ema=false", millions * 4
     if train.train_text_encoder:
-        yield "train.train_text_encoder=false", 0.123e9 / GIB * (8 + state)
+        frozen = replace(train, train_text_encoder=False)
+        frozen.seal()
+        text = trained_weights(recipe) - trained_weights(replace(recipe, train=frozen))
+        yield "train.train_text_encoder=false", text / GIB * (8 + state)
     yield from _smaller_batch(recipe, prediction)
     if memory.weights is Weights.full and not memory.offload_optimizer:
         yield "method=lora", millions * (6 + state + 4 * (train.use_ema and memory.ema_device is EmaDevice.same))

@@ -172,10 +172,10 @@ def _vae(recipe: Recipe, dtype: torch.dtype, two_encoders: bool, weights: dict[s
     """The base's VAE, or the one that model.vae names; in fp32 where fp16 overflows in it."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    place = {**weights, "subfolder": "vae"}
+    place: dict[str, Any] = {**weights, "subfolder": "vae"}
     if own := recipe.vae_source:
-        place = {"local_files_only": recipe.model.offline} | (
-            {"subfolder": "vae"} if (Path(own) / "vae/config.json").is_file() else {})
+        place = {"local_files_only": recipe.model.offline}
+        place |= {"subfolder": "vae"} if (Path(own) / "vae/config.json").is_file() else {}
     source = own or recipe.source
     config = AutoencoderKL.load_config(source, **{key: value for key, value in place.items() if key != "variant"})
     overflows = dtype is torch.float16 and half_overflows(dict(config), two_encoders)

@@ -69,10 +69,9 @@ def opened(path: Path) -> Opened:
 def _unpickled(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch says so in words: its exceptions are those of a damaged file too
-        wants = re.search(r"(?:Unsupported (?:global|class|operand)[^\n]*?|GLOBAL )([\w.]+\.\w+|\d+)", str(error))
-        if "weights_only" in str(error).lower() or "Unsupported" in str(error):
+    except Exception as error:  # of many kinds; what it is about is only in its words
+        wants = re.search(r"GLOBAL ([\w.]+\w)", str(error))
+        if wants or re.search(r"Unsupported|Trying to|not allowed", str(error)):
             raise UserError(f"{path} is a pickle that wants more than weights ({wants[1] if wants else 'code'}), which "
                             "could be anything, and nothing of it was run: type a .safetensors file of the same "
                             "model") from error

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,19 @@ def test_diffusers_opens_our_file_with_equal_weights(family: str, bases: dict[st
     ours = open_parts(bases[family])
     for name in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if family == "sdxl" else [])):
         assert same(getattr(pipeline, name).state_dict(), getattr(ours, name).state_dict()), name
+
+
+def test_a_folder_of_an_older_diffusers_is_read(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Its VAE called the attention's layers otherwise, its text encoder had a level more and counted positions."""
+    old = Path(shutil.copytree(bases["sd15"], tmp_path / "old"))
+    path = old / "vae/diffusion_pytorch_model.safetensors"
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    save_file({re.sub(r"(?<=attentions\.0\.)(to_[qkv]|to_out\.0)", lambda found: names[found[0]], name): value
+               for name, value in load_file(path).items()}, path)
+    path = old / "text_encoder/model.safetensors"
+    save_file({**load_file(path), "text_model.embeddings.position_ids": torch.arange(16)[None]}, path)
+    files = [convert(str(folder), str(tmp_path / f"{folder.name}.safetensors")) for folder in (old, bases["sd15"])]
+    assert same(*map(load_file, files))
 
 
 def published(name: str) -> dict[str, tuple[int, ...]]:
@@ -177,6 +191,14 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path) -> None:
     assert not witness.exists()
     torch.load(path, weights_only=False)
     assert witness.exists(), "it was harmless: the test shows nothing"
+
+
+def test_a_damaged_checkpoint_is_not_called_malicious(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    for content in (b"no pickle at all", b"PK\x03\x04 and no more"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="is damaged"):
+            opened(path)
 
 
 @pytest.mark.parametrize(("names", "words"), [
