@@ -1,4 +1,4 @@
-"""A team's server for real: PostgreSQL, S3, a browser. Four runs side by side, and a kill of the server loses nothing."""
+"""A team's server for real: PostgreSQL, S3, a browser. Four runs side by side; a kill of the server loses nothing."""
 
 import os
 import subprocess
@@ -132,3 +132,69 @@ def test_a_killed_server_loses_no_metric(server: TrackingServer, runs: Path) -> 
     assert seen == list(range(1, 61))
     kept = {entry["step"]: entry["metrics"]["loss"] for entry, _ in read(journal) if "loss" in entry.get("metrics", ())}
     assert {point.step: point.value for point in points} == kept
+
+
+def charts(page: Any, server: TrackingServer, search: str) -> None:
+    """MLflow's chart view of the trials, narrowed to what is searched for."""
+    page.goto(f"{server.url}/{PAGE}")
+    page.get_by_placeholder("Search metric charts").fill(search)
+
+
+def test_the_runs_are_listed_in_a_browser(server: TrackingServer, runs: Path) -> None:
+    with browser(server) as page:
+        page.goto(f"{server.url}/{PAGE}".replace("&compareRunsMode=CHART", ""))
+        page.get_by_text("4 matching runs").wait_for()
+        for run in trials(server):
+            page.get_by_text(run.info.run_name, exact=True).first.wait_for()
+        shot(page, "team-runs")
+
+
+def test_the_charts_show_the_loss_of_all_four(server: TrackingServer, runs: Path) -> None:
+    with browser(server) as page:
+        charts(page, server, "loss_instance")
+        lines = page.locator(".js-plotly-plot .scatterlayer .trace")
+        lines.nth(3).wait_for()
+        assert lines.count() == 4
+        shot(page, "team-charts")
+
+
+def test_the_image_grid_has_four_runs_and_a_slider_of_steps(server: TrackingServer, runs: Path) -> None:
+    with browser(server) as page:
+        charts(page, server, "samples/prompt_1")
+        page.locator("[data-testid='experiment-view-compare-runs-card-fullscreen-button'], "
+                     "button[aria-label*='ull screen']").first.click()
+        window = page.get_by_role("dialog")
+        window.locator("img").nth(3).wait_for()
+        assert window.locator("img").count() == 4
+        last = {image.get_attribute("src") for image in window.locator("img").all()}
+        slider = window.get_by_role("slider")
+        assert (slider.get_attribute("aria-valuemin"), slider.get_attribute("aria-valuemax")) == ("0", "20")
+        shot(page, "team-images")
+        slider.press("Home")
+        page.wait_for_function("old => [...document.querySelectorAll('[role=dialog] img')].every(i => !old.includes("
+                               "i.getAttribute('src')))", arg=sorted(filter(None, last)))
+
+
+def test_the_compare_page_works_in_a_browser_without_a_network(runs: Path) -> None:
+    subprocess.run([sys.executable, "-m", "dreambooth.compare", "sweep=four", f"run_root={runs}"], check=True)
+    with browser() as page:
+        asked: list[str] = []
+        faults: list[str] = []
+        page.on("request", lambda request: asked.append(request.url.partition(":")[0]))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(f"file://{runs}/compare-four.html")
+        pictures = page.locator("img[data-trial]")
+        assert pictures.count() == 12, "three prompts, four trials"
+        assert page.locator("tr[data-row]").count() == 4 and page.locator("em").inner_text() == "best"
+        assert page.locator("figure svg").count() == 3
+        assert page.locator("figure").first.locator("[data-series]").count() == 4
+        assert page.locator("#at").inner_text() == "step 20"
+        last = pictures.first.get_attribute("src")
+        shot(page, "team-compare")
+        page.locator("#step").press("Home")
+        assert page.locator("#at").inner_text() == "step 0"
+        first = {picture.get_attribute("src") for picture in page.locator("img[data-prompt='0']").all()}
+        assert len(first) == 1 and last not in first, "before training all trials are the base"
+        page.locator("[data-toggle='0']").uncheck()
+        assert not pictures.first.is_visible() and pictures.nth(1).is_visible()
+        assert not faults and set(asked) <= {"file", "data"}
