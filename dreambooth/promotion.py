@@ -86,6 +86,9 @@ def offer(run_dir: Path, terms: Terms) -> dict[str, Any]:
 def offered(recipe: Recipe) -> None:
     """Offer a run that has just finished and say what came of it; a warning if nothing could, since the run is done."""
     spec, own = recipe.tracking, recipe.evaluate
+    if reason := over_bound(open_trial(recipe.run_dir), own.max_class_similarity):
+        print(f"the model is not registered: {reason}")
+        return
     try:
         print(promoted(offer(recipe.run_dir, Terms(
             spec.uri, spec.experiment, objective=own.objective, max_class_similarity=own.max_class_similarity))))
