@@ -62,6 +62,7 @@ mlflow-ui: $(STAMP)  ## every run side by side in a browser (PORT=5000)
 proof: $(STAMP)  ## measure what takes long, and write docs/proof.md
 	@$(BIN)/python -m tools.proof
 	@$(BIN)/python -m tools.proof.s3
+	@$(BIN)/python -m tools.proof.image
 
 tiny-base: $(STAMP)  ## train the shipped base again (hours; needs npm)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[base]'

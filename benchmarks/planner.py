@@ -35,8 +35,9 @@ BUDGETS = [  # everything trained: UNet and text encoder, EMA of both, prior pre
     (13.9, "fp32 AdamW, memory=lowest", {}),
     (11.1, "AdamW8bit, lowest with EMA on the card", {"optimizer__kind": EIGHT, "memory__ema_device": EmaDevice.same}),
     (7.4, "AdamW8bit, memory=lowest", {"optimizer__kind": EIGHT}),
-    (4.9, "AdamW8bit, lowest, half weights", {"optimizer__kind": EIGHT, "memory__weights": Weights.half,
-                                              "memory__rounding": Rounding.stochastic})]
+    (4.9, "AdamW8bit, lowest, split prior, half weights", {
+        "optimizer__kind": EIGHT, "memory__weights": Weights.half, "memory__rounding": Rounding.stochastic,
+        "memory__split_prior": True})]
 
 
 def recipe(**changed: object) -> Recipe:

@@ -26,7 +26,8 @@ def equip(model: nn.Module, make: Make, memory: Memory, half: torch.dtype, seed:
     """The optimizer of the trained parameters of `model` under the levers of `memory`.
 
     With weights=half or offload_optimizer the model's matrices are put into `half` here: what a linear or convolution
-    layer would be cast to under autocast anyway. Norms and embeddings stay fp32, as autocast computes them.
+    layer would be cast to under autocast anyway. Norms stay fp32, as autocast computes them, and so do embeddings under
+    offload_optimizer; half weights have them in `half` too.
 
     Args:
         model: the Denoiser itself, with requires_grad set on what trains, on the training device.
@@ -37,7 +38,7 @@ def equip(model: nn.Module, make: Make, memory: Memory, half: torch.dtype, seed:
     if memory.offload_optimizer:
         return Offloaded(model, make, half)
     if memory.weights is Weights.half:
-        narrow(model, half)
+        narrow(model, half, embeddings=True)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if memory.optimizer_in_backward or memory.weights is Weights.half:
         return PerParameter(trained, make, memory.optimizer_in_backward, Rounder(memory.rounding, seed))

@@ -159,7 +159,8 @@ def prepare(parts: Components, recipe: Recipe) -> Denoiser:
     if recipe.train.channels_last:
         parts.unet.to(memory_format=torch.channels_last)
     if recipe.memory.gradient_checkpointing:
-        recompute(parts.unet)
+        apart = recipe.memory.split_prior and recipe.memory.optimizer_in_backward and recipe.with_prior
+        recompute(parts.unet, groups=2 if apart else 1)
         if recipe.train.train_text_encoder:
             parts.text_encoder.gradient_checkpointing_enable()
     denoiser = Denoiser(parts.unet, parts.text_encoder if recipe.train.train_text_encoder else None)

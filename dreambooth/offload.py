@@ -64,13 +64,19 @@ class Offloaded(Levered):
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
 
 
-def narrow(model: nn.Module, half: torch.dtype) -> None:
-    """Put the trained weights of linear and convolution layers into `half`; norms and embeddings stay as they are.
+def narrow(model: nn.Module, half: torch.dtype, embeddings: bool = False) -> None:
+    """Put the trained weights of linear and convolution layers into `half`; norms stay as they are.
 
     These are what autocast casts at every use. Parameters are replaced, not changed: optimizers come after.
+
+    Args:
+        embeddings: theirs too; what they look up is handed on in fp32, so that the sums after it stay fp32.
     """
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and half.itemsize < 4:
+        looks_up = embeddings and isinstance(module, nn.Embedding)
+        if (looks_up or isinstance(module, (nn.Linear, nn.Conv2d))) and half.itemsize < 4:
+            if looks_up:
+                module.register_forward_hook(lambda _, given, found: found.float())
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.requires_grad:
                     setattr(module, name, nn.Parameter(parameter.detach().to(half)))

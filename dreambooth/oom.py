@@ -39,7 +39,7 @@ def _exact(recipe: Recipe) -> Iterator[str]:
         yield "memory.ema_device=cpu"
     if recipe.precision.dtype is not Dtype.fp32 and memory.autocast_cache:
         yield "memory.autocast_cache=false"
-    alone = train.gradient_accumulation_steps == 1 and not memory.split_prior and not memory.offload_optimizer
+    alone = train.gradient_accumulation_steps == 1 and not memory.offload_optimizer
     if alone and not memory.optimizer_in_backward:
         yield "memory.optimizer_in_backward=true"
 
@@ -64,6 +64,7 @@ def _concessions(recipe: Recipe) -> Iterator[str]:
     if train.train_text_encoder:
         yield "train.train_text_encoder=false"
     if recipe.with_prior and not memory.split_prior:
-        yield "memory.split_prior=true memory.optimizer_in_backward=false"
+        apart = memory.optimizer_in_backward and not memory.gradient_checkpointing
+        yield "memory.split_prior=true" + (" memory.optimizer_in_backward=false" if apart else "")
     if recipe.model.resolution > 512:
         yield "model.resolution=512"

@@ -10,6 +10,7 @@ from torch import nn
 from dreambooth.choices import OptimizerKind
 from dreambooth.schema import Optimizer, Train
 
+BLOCK = 256  # elements that share a scale in 8-bit state
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]  # the planner hands in a memory model instead
 
 
@@ -40,6 +41,11 @@ def build_optimizer(parameters: list[nn.Parameter], spec: Optimizer, learning_ra
     kind = adamw.AdamW8bit if spec.kind is OptimizerKind.adamw8bit else adamw.PagedAdamW8bit
     optimizer: torch.optim.Optimizer = kind(parameters, **given)
     return optimizer
+
+
+def separable(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether pieces of a weight, of whole blocks, may be stepped as weights of their own: in all but Adafactor."""
+    return getattr(optimizer, "kind", None) is not OptimizerKind.adafactor and type(optimizer).__name__ != "Adafactor"
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, train: Train) -> torch.optim.lr_scheduler.LRScheduler:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.choices import OptimizerKind
+from dreambooth.optim import BLOCK
 
 MIN_8BIT = 4096  # elements; below, bitsandbytes keeps fp32 moments (its min_8bit_size)
-BLOCK = 256  # elements that share a scale
 MIN_PAGED = 100_000  # elements; below, bitsandbytes does not page
 CODEBOOKS = 2 * 256 * 4  # bytes of the two quantisation maps, once an optimizer
 

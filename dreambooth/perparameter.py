@@ -19,34 +19,7 @@ from dreambooth.engine import Engine
 from dreambooth.levered import Levered, on_gradient, settings, wide
 from dreambooth.optim import Make
 from dreambooth.rounding import Rounder
-
-
-class Slot:
-    """A parameter and its optimizer. Half weights are stepped on an fp32 scratch that exists only meanwhile."""
-
-    def __init__(self, name: str, parameter: nn.Parameter, make: Make, rounder: Rounder | None) -> None:
-        self.name = name
-        self.parameter = parameter
-        self.rounder = rounder if parameter.element_size() < 4 else None
-        self.target = parameter
-        if self.rounder is not None:
-            self.target = nn.Parameter(torch.empty(0, dtype=torch.float32, device=parameter.device))
-        self.optimizer = make([self.target])
-
-    @torch.no_grad()
-    def step(self, gradient: Tensor, learning_rate: Any, step: int) -> None:
-        """Step with `gradient`, fp32, and release it."""
-        self.parameter.grad = None
-        self.optimizer.param_groups[0]["lr"] = learning_rate
-        state = self.optimizer.state
-        if self.rounder is not None:
-            self.target.data = self.rounder.widened(self.parameter, state.get(self.target, {}))
-        self.target.grad = gradient
-        self.optimizer.step()
-        self.target.grad = None
-        if self.rounder is not None:
-            self.rounder.store(self.parameter, self.target.detach(), state[self.target], step, self.name)
-            self.target.data = torch.empty(0, dtype=torch.float32, device=self.parameter.device)
+from dreambooth.slot import Slot
 
 
 @dataclass
@@ -65,8 +38,10 @@ class Measured:
         torch._amp_foreach_non_finite_check_and_unscale_([gradient], self.found, self.inverse)
         return gradient
 
-    def note(self, number: int, gradient: Tensor) -> None:
-        [self.norms[number]] = torch._foreach_norm([gradient])
+    def note(self, number: int, slot: Slot) -> None:
+        """The norm of a gradient, or of its pieces' norms."""
+        norms = [torch._foreach_norm([self.unscaled(piece)])[0] for piece in slot.gradients()]
+        self.norms[number] = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     def norm(self) -> Tensor:
         """The global norm, as clip_grad_norm_ computes it: the norm of norms in the order of the parameters."""
@@ -81,7 +56,7 @@ class PerParameter(Levered):
                  rounder: Rounder | None) -> None:
         self.slots = [Slot(name, parameter, make, rounder) for name, parameter in trained.items()]
         self.in_backward = in_backward
-        super().__init__(list(trained.values()), settings(self.slots[0].optimizer.param_groups[0]))
+        super().__init__(list(trained.values()), settings(self.slots[0].optimizers[0].param_groups[0]))
 
     def update(self, run: Callable[[], Tensor], engine: Engine, limit: float | None,
                step: int) -> tuple[Tensor, Tensor, bool]:
@@ -98,7 +73,7 @@ class PerParameter(Levered):
             losses = run()
             for number, slot in enumerate(self.slots):
                 if slot.parameter.grad is not None:
-                    measured.note(number, measured.unscaled(slot.parameter.grad))
+                    measured.note(number, slot)
         norm = measured.norm()
         taken = engine.judge(measured.found)
         if taken:
@@ -111,8 +86,8 @@ class PerParameter(Levered):
         return {slot.name: slot.parameter for slot in self.slots}
 
     def state_dict(self) -> dict[str, Any]:
-        states = (slot.optimizer.state_dict()["state"] for slot in self.slots)
-        return {"state": {number: state[0] for number, state in enumerate(states) if state},
+        states = (slot.state() for slot in self.slots)
+        return {"state": {number: state for number, state in enumerate(states) if state},
                 "param_groups": [settings(self.param_groups[0]) | {"params": list(range(len(self.slots)))}]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -121,8 +96,7 @@ class PerParameter(Levered):
             raise ValueError("the optimizer has another number of parameters")
         self.param_groups[0].update(settings(group))
         for number, slot in enumerate(self.slots):
-            state = {0: state_dict["state"][number]} if number in state_dict["state"] else {}
-            slot.optimizer.load_state_dict({"state": state, "param_groups": [settings(group) | {"params": [0]}]})
+            slot.load(state_dict["state"].get(number, {}), group)
 
     def _measured(self, engine: Engine) -> Measured:
         device = self.slots[0].parameter.device
@@ -151,23 +125,18 @@ class PerParameter(Levered):
 
     @torch.no_grad()
     def _note(self, measured: Measured, number: int, slot: Slot) -> None:
-        measured.note(number, measured.unscaled(_gradient(slot)))
+        measured.note(number, slot)
         slot.parameter.grad = None
 
     @torch.no_grad()
     def _step(self, measured: Measured, factor: Tensor | None, step: int, number: int, slot: Slot) -> None:
-        gradient = measured.unscaled(_gradient(slot))
-        if factor is not None:
-            gradient.mul_(factor.to(gradient))
-        slot.step(gradient, self.param_groups[0]["lr"], step)
+        def ready(piece: Tensor) -> Tensor:
+            gradient = measured.unscaled(piece)
+            return gradient if factor is None else gradient.mul_(factor.to(gradient))
+
+        slot.step(ready, self.param_groups[0]["lr"], step)
 
     @torch.no_grad()
     def _note_and_step(self, measured: Measured, step: int, number: int, slot: Slot) -> None:
-        gradient = wide(_gradient(slot))
-        measured.note(number, gradient)
-        slot.step(gradient, self.param_groups[0]["lr"], step)
-
-
-def _gradient(slot: Slot) -> Tensor:
-    assert slot.parameter.grad is not None
-    return slot.parameter.grad
+        measured.note(number, slot)
+        slot.step(wide, self.param_groups[0]["lr"], step)

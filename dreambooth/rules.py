@@ -96,11 +96,13 @@ def _speed_problems(config: Config) -> Iterator[str]:
 def _memory_problems(config: Config) -> Iterator[str]:
     memory, train = config.memory, config.train
     for needed, other in ((train.gradient_accumulation_steps > 1, "train.gradient_accumulation_steps=1"),
-                          (memory.split_prior, "memory.split_prior=false"),
                           (memory.offload_optimizer, "memory.offload_optimizer=false")):
         if memory.optimizer_in_backward and needed:
             yield ("memory.optimizer_in_backward steps after one backward pass and has its gradients to itself: "
                    f"type memory.optimizer_in_backward=false, or {other}")
+    if memory.optimizer_in_backward and memory.split_prior and not memory.gradient_checkpointing:
+        yield ("memory.split_prior beside memory.optimizer_in_backward splits what is recomputed: "
+               "type memory.gradient_checkpointing=true, or memory.split_prior=false")
     half = memory.weights is Weights.half
     if half and config.precision.dtype is Dtype.fp32:
         yield ("memory.weights=half takes the compute precision: type precision=bf16, precision=fp16 "

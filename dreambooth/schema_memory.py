@@ -26,6 +26,11 @@ class Memory(Section):
     weights: Weights = Weights.full
     rounding: Rounding | None = None
 
+    @property
+    def split_pass(self) -> bool:
+        """Photos and class images pass through the whole model one after the other: two backward passes."""
+        return self.split_prior and not self.optimizer_in_backward
+
     def __post_init__(self) -> None:
         require("memory", {
             "ema_every": (self.ema_every >= 1, f"1 or more, not {self.ema_every}"),

@@ -113,6 +113,8 @@ def _started() -> Iterator[str]:
         finally:
             daemon.terminate()
             daemon.wait(60)
+            for namespace in Path(folder).glob("exec/netns/*"):  # containers in the host's network leave a mount
+                run("umount", namespace)
 
 
 def _base(docker: Engine) -> str:

@@ -117,24 +117,45 @@ def _kept(found: Prediction) -> int:
 
 def test_a_transformer_is_recomputed_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = predict(small(memory__gradient_checkpointing=True))
-    monkeypatch.setattr(model, "recompute", lambda unet: unet.enable_gradient_checkpointing())
+    monkeypatch.setattr(model, "recompute", lambda unet, groups: unet.enable_gradient_checkpointing())
     theirs = predict(small(memory__gradient_checkpointing=True))
     assert _kept(ours) < 0.75 * _kept(theirs)
 
 
-def test_recomputing_changes_no_gradient() -> None:
-    def gradients(checkpointed: bool) -> list[torch.Tensor]:
-        torch.manual_seed(0)
-        asked = small(memory__gradient_checkpointing=checkpointed)
-        parts = architecture.blank(asked)
-        denoiser = model.prepare(parts, asked)
-        latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 77, parts.text_encoder.config.hidden_size)
-        denoiser(latents, torch.tensor([3]), text).square().mean().backward()
-        return [p.grad for p in denoiser.parameters() if p.grad is not None]
+def _gradients(rows: int = 1, **changed: object) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    asked = small(**changed)
+    parts = architecture.blank(asked)
+    denoiser = model.prepare(parts, asked)
+    latents, text = torch.randn(rows, 4, 8, 8), torch.randn(rows, 77, parts.text_encoder.config.hidden_size)
+    denoiser(latents, torch.arange(3, 3 + rows), text).square().mean().backward()
+    return [p.grad for p in denoiser.parameters() if p.grad is not None]
 
-    plain, again = gradients(False), gradients(True)
+
+def test_recomputing_changes_no_gradient() -> None:
+    plain, again = _gradients(), _gradients(memory__gradient_checkpointing=True)
     assert len(plain) == len(again) > 100
     assert all(map(torch.equal, plain, again))
+
+
+APART = {"memory__gradient_checkpointing": True, "memory__optimizer_in_backward": True, "memory__split_prior": True}
+
+
+def test_transformers_recomputed_apart_for_photos_and_class_images_give_the_same_gradient() -> None:
+    """Up to the order of sums: 2 n u of the sum of magnitudes (step._halves), here far below 1e-5 of the largest."""
+    plain, apart = _gradients(2), _gradients(2, **APART)
+    assert len(plain) == len(apart) > 100
+    for one, other in zip(plain, apart, strict=True):
+        assert float((one - other).abs().max()) <= 1e-5 * float(one.abs().max())
+
+
+def test_a_transformer_recomputed_apart_holds_half_of_its_tensors() -> None:
+    full = {"memory__optimizer_in_backward": True, "memory__gradient_checkpointing": True, "train__use_ema": False,
+            "sample__every": None, "evaluate__encoder": EncoderKind.none, "prior__num_class_images": 1,
+            "prior__sample_batch_size": 1}
+    halves, together = (predict(recipe("sd15", **full, memory__split_prior=split)) for split in (True, False))
+    held = [found.by_phase["backward"].by_category["temporaries"] for found in (halves, together)]
+    assert held[1] - held[0] > 50 * 2**20  # predicted bytes
 
 
 def test_the_unet_waits_in_host_memory_while_photos_are_encoded() -> None:

@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import planner
 
 pytestmark = pytest.mark.slow
-HALF = "predicted 5.06 GiB: this aim is not reached, see docs/planner.md"
 
 
 def blog(*overrides: str) -> Recipe:
@@ -35,9 +34,7 @@ def test_the_blogs_run_fits_a_t4_with_nothing_trained_differently(limit: str) ->
 
 
 @pytest.mark.parametrize("limit", [1.0, None])
-@pytest.mark.parametrize(("aim", "name", "changed"), [
-    pytest.param(*row, id=row[1], marks=pytest.mark.xfail(reason=HALF, strict=True) if row[0] == 4.9 else ())
-    for row in planner.BUDGETS])
+@pytest.mark.parametrize(("aim", "name", "changed"), [pytest.param(*row, id=row[1]) for row in planner.BUDGETS])
 def test_everything_trained_fits_its_budget(
     aim: float, name: str, changed: dict[str, Any], limit: float | None
 ) -> None:

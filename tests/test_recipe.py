@@ -80,8 +80,9 @@ BROKEN = {  # what is broken -> (machine, values, what to type)
     "accumulation with the optimizer in backward": (
         None, {"memory__optimizer_in_backward": True, "train__gradient_accumulation_steps": 2},
         "train.gradient_accumulation_steps=1"),
-    "a split prior pass with the optimizer in backward": (
-        None, {"memory__optimizer_in_backward": True, "memory__split_prior": True}, "memory.split_prior=false"),
+    "a split prior pass with the optimizer in backward and nothing recomputed": (
+        None, {"memory__optimizer_in_backward": True, "memory__split_prior": True},
+        "memory.gradient_checkpointing=true"),
     "offload with the optimizer in backward": (
         None, {"memory__optimizer_in_backward": True, "memory__offload_optimizer": True},
         "memory.offload_optimizer=false"),

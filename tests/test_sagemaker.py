@@ -543,6 +543,14 @@ def test_containers_get_what_sagemaker_gives_and_one_may_fail(engine: str, tmp_p
     assert json.loads((config / "resourceconfig.json").read_text())["hosts"] == ["algo-1"]
 
 
+@pytest.mark.parametrize(("uri", "words"), [
+    ("http://127.0.0.1:5000", ["--network", "host"]), ("http://localhost:5000", ["--network", "host"]),
+    ("https://mlflow.example.com", []), ("http://[::1]:5000", ["--network", "host"]),
+    ("arn:aws:sagemaker:us-east-1:123456789012:mlflow-tracking-server/x", [])])
+def test_a_container_reaches_a_server_of_this_machine(uri: str, words: list[str]) -> None:
+    assert docker.network({"MLFLOW_TRACKING_URI": uri, "DREAMBOOTH_SWEEP": "six"}) == words
+
+
 def test_without_an_engine_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "install it" in docker.Containers(tmp_path).problems({})[0]

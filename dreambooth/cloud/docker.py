@@ -5,8 +5,10 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dreambooth import storage
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Job, Seen
@@ -45,7 +47,8 @@ class Containers:
             mounts.append(f"{source.absolute()}:/opt/ml/input/data/{channel['ChannelName']}:ro")
         for name, content in _configs(job).items():
             (base / "input/config" / name).write_text(json.dumps(content), encoding="utf-8")
-        command = [self._engine, "run", "--rm", "--name", job.name, *self._gpus()]
+        command = [self._engine, "run", "--rm", "--name", job.name, *self._gpus(),
+                   *network(job.request["Environment"])]
         for mount in mounts:
             command += ["--volume", mount]
         for key, value in {**job.request["Environment"], "TRAINING_JOB_NAME": job.name}.items():
@@ -87,6 +90,12 @@ class Containers:
 
     def _gpus(self) -> list[str]:
         return ["--gpus", "all"] if shutil.which("nvidia-smi") else []
+
+
+def network(environment: Mapping[str, str]) -> list[str]:
+    """The host's network for a job that is to reach a server here by a loopback address; else the engine's."""
+    hosts = {urlsplit(value).hostname for value in environment.values() if "://" in value}
+    return ["--network", "host"] if hosts & {"localhost", "127.0.0.1", "::1"} else []
 
 
 def _configs(job: Job) -> dict[str, Any]:
