@@ -36,7 +36,7 @@ def lost(height: int, width: int, size: Size) -> float:
 
 @cache
 def largest(resolution: int, scale: int, levels: int) -> Size:
-    """The size that takes most memory in a step: the most positions over a UNet's levels, whose odd sides are rounded up.
+    """The size that takes most memory in a step: most positions over a UNet's levels, whose odd sides are rounded up.
 
     Args:
         scale: pixels of a side per latent.

@@ -198,8 +198,9 @@ class _Rehearsal:
     def _cache(self) -> None:
         """The largest chunk of photos through the VAE, one prompt through the text encoder."""
         if self.memory.cache_latents:
-            before, size = self.trace.total_flops, at_a_time(self.recipe.model.resolution)
-            self.parts.encode(torch.empty(size, *self._pixel_shape()))  # no bucket has more pixels
+            side = self.recipe.model.resolution  # of the square: no bucket has more pixels
+            before, size = self.trace.total_flops, at_a_time(side)
+            self.parts.encode(torch.empty(size, 3, side, side))
             self.encode_flops = (self.trace.total_flops - before) // size
         if self.memory.cache_text and not self.recipe.train.train_text_encoder:
             self._states(1)
@@ -243,9 +244,6 @@ class _Rehearsal:
         """Of a photo: with buckets the one that takes most, since no photos are read."""
         side, levels = self.recipe.model.resolution, len(self.parts.unet.config.block_out_channels)
         return largest(side, self.parts.vae_scale, levels) if self.recipe.dataset.buckets else (side, side)
-
-    def _pixel_shape(self) -> tuple[int, int, int]:
-        return 3, self.recipe.model.resolution, self.recipe.model.resolution
 
     def _latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
         height, width = (side // self.parts.vae_scale for side in size or (self.recipe.model.resolution,) * 2)
