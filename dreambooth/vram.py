@@ -62,7 +62,7 @@ class _Rehearsal:
         self.trace = StorageTrace(workspace)
         self.parts = architecture.blank(recipe)
         self.objective = Objective(self.parts.noise_schedule(), recipe.prior.prior_loss_weight,
-                                   recipe.train.snr_gamma, recipe.memory.split_prior)
+                                   recipe.train.snr_gamma, recipe.two_passes)
         self.autocast = self._autocast()
         self.engine = self._engine()
         self.drawn: tuple[tuple[int, float], int, int] | None = None  # what was drawn, and its events
