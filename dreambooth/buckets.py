@@ -8,7 +8,6 @@ from functools import cache
 
 STEP = 8  # pixels; a latent of Stable Diffusion
 WIDEST = 2  # long side to short side
-LEVELS = 4  # of a Stable Diffusion UNet, each half the size of the one before
 
 Size = tuple[int, int]
 
@@ -36,9 +35,14 @@ def lost(height: int, width: int, size: Size) -> float:
 
 
 @cache
-def largest(resolution: int) -> Size:
-    """The size that takes most memory: the most positions over a UNet's levels, whose odd sides are rounded up."""
+def largest(resolution: int, scale: int, levels: int) -> Size:
+    """The size that takes most memory in a step: most positions over a UNet's levels, whose odd sides are rounded up.
+
+    Args:
+        scale: pixels of a side per latent.
+        levels: of the UNet, each half the size of the one before.
+    """
     def positions(size: Size) -> int:
-        return sum(math.prod(-(-side // (STEP * 2**level)) for side in size) for level in range(LEVELS))
+        return sum(math.prod(-(-side // (scale * 2**level)) for side in size) for level in range(levels))
 
     return max(sizes(resolution), key=lambda size: (positions(size), size))

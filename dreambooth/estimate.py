@@ -71,7 +71,7 @@ def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estim
 def step_seconds(recipe: Recipe, prediction: Prediction, card: Card) -> float:
     """One optimizer step. The gradients of several cards are summed in a ring, 2 (n - 1) / n of them over each link;
     that it overlaps with the backward pass is not counted."""
-    ring = 2 * (recipe.hardware.gpus - 1) / recipe.hardware.gpus * prediction.trained / (card.link_gb_s * 1e9)
+    ring = 2 * (recipe.hardware.gpus - 1) / recipe.hardware.gpus * 4 * prediction.trained / (card.link_gb_s * 1e9)
     return prediction.step_flops / _rate(recipe, card) + _passes(recipe, prediction, card) + ring + OVERHEAD
 
 

@@ -97,7 +97,7 @@ class Recipe:
     @property
     def two_passes(self) -> bool:
         """Whether photos and class images go through the model one after the other."""
-        return self.memory.split_prior or (self.with_prior and self.dataset.buckets)
+        return self.memory.split_pass or (self.with_prior and self.dataset.buckets)
 
     @property
     def with_prior(self) -> bool:

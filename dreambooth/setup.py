@@ -73,7 +73,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         accumulation=recipe.train.gradient_accumulation_steps, device=engine.device,
         rank=engine.rank, world=engine.world, noise_offset=recipe.train.noise_offset)
     objective = Objective(schedule, recipe.prior.prior_loss_weight, recipe.train.snr_gamma,
-                          recipe.memory.split_pass)
+                          recipe.two_passes)
     with meter.phase("state"):
         denoiser = model.prepare(parts, recipe)
         state = _state(recipe, denoiser, accelerator)

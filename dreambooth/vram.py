@@ -62,7 +62,7 @@ class _Rehearsal:
         self.trace = StorageTrace(workspace)
         self.parts = architecture.blank(recipe)
         self.objective = Objective(self.parts.noise_schedule(), recipe.prior.prior_loss_weight,
-                                   recipe.train.snr_gamma, recipe.memory.split_pass)
+                                   recipe.train.snr_gamma, recipe.two_passes)
         self.autocast = self._autocast()
         self.engine = self._engine()
         self.drawn: tuple[tuple[int, float], int, int] | None = None  # what was drawn, and its events
@@ -197,8 +197,9 @@ class _Rehearsal:
     def _cache(self) -> None:
         """The largest chunk of photos through the VAE, one prompt through the text encoder."""
         if self.memory.cache_latents:
-            before, size = self.trace.total_flops, at_a_time(self.recipe.model.resolution)
-            self.parts.encode(torch.empty(size, 3, *self._size()))
+            side = self.recipe.model.resolution  # of the square: no bucket has more pixels
+            before, size = self.trace.total_flops, at_a_time(side)
+            self.parts.encode(torch.empty(size, 3, side, side))
             self.encode_flops = (self.trace.total_flops - before) // size
         if self.memory.cache_text and not self.recipe.train.train_text_encoder:
             self._states(1)
@@ -241,8 +242,8 @@ class _Rehearsal:
 
     def _size(self) -> Size:
         """Of a photo: with buckets the one that takes most, since no photos are read."""
-        side = self.recipe.model.resolution
-        return largest(side) if self.recipe.dataset.buckets else (side, side)
+        side, levels = self.recipe.model.resolution, len(self.parts.unet.config.block_out_channels)
+        return largest(side, self.parts.vae_scale, levels) if self.recipe.dataset.buckets else (side, side)
 
     def _latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
         height, width = (side // self.parts.vae_scale for side in size or (self.recipe.model.resolution,) * 2)

@@ -495,7 +495,9 @@ def test_gradients_of_several_cards_take_time_on_the_link() -> None:
 
 def test_tf32_is_counted_at_half_the_rate_of_half_precision() -> None:
     found, a100 = predict(small()), cards.CARDS["A100"]
-    plain, fast = (estimate.step_seconds(small(precision__tf32=on), found, a100) for on in (False, True))
+    asked = small()
+    plain, fast = (estimate.step_seconds(replace(asked, precision=replace(asked.precision, tf32=on)), found, a100)
+                   for on in (False, True))
     assert fast < plain
 
 
@@ -503,7 +505,7 @@ def test_no_bucket_takes_more_than_the_one_that_is_planned(monkeypatch: pytest.M
     asked = small(dataset__buckets=True, prior__with_prior_preservation=False)
     planned = max(usage.allocated for usage in predict(asked).by_phase.values())
     for size in buckets.sizes(asked.model.resolution):
-        monkeypatch.setattr(vram, "largest", lambda side, size=size: size)
+        monkeypatch.setattr(vram, "largest", lambda *_, size=size: size)
         assert max(usage.allocated for usage in predict(asked).by_phase.values()) <= planned, size
 
 
