@@ -185,8 +185,8 @@ def _kept(recipe: Recipe, checkpointed: bool) -> float:
     """GiB of activations that any forward pass of a Stable Diffusion UNet keeps."""
     rows = recipe.train.train_batch_size * (2 if recipe.with_prior else 1)
     two = (folder_of(recipe) / "text_encoder_2").is_dir()
-    kept = (KEPT_BY_TWO if two else KEPT)[checkpointed] * (0.5 if recipe.method.low_rank else 1)  # frozen layers keep less
-    return kept * rows * (recipe.model.resolution / 512) ** 2
+    share = 0.5 if recipe.method.low_rank else 1  # frozen layers keep less
+    return share * (KEPT_BY_TWO if two else KEPT)[checkpointed] * rows * (recipe.model.resolution / 512) ** 2
 
 
 def _activations(prediction: Prediction) -> float:
