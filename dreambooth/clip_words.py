@@ -18,7 +18,7 @@ def tokenizer(pad: str = END) -> Any:
     """CLIP's tokenizer: 49408 words, 77 a text, padded by `pad`."""
     from transformers import CLIPTokenizer
 
-    merges = _merges()
+    merges: Any = _merges()  # its annotation says lines of text, the library below takes pairs
     return CLIPTokenizer(vocab=_vocabulary(merges), merges=merges, bos_token=BEGIN, eos_token=END, unk_token=END,
                          pad_token=pad, model_max_length=LENGTH)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dreambooth.architecture import trained_weights
+from dreambooth.architecture import folder_of, trained_weights
 from dreambooth.cards import fixed_gib
 from dreambooth.choices import Dtype, EmaDevice, OptimizerKind, Weights
 from dreambooth.errors import DoesNotFit
@@ -27,6 +27,7 @@ STATE_BYTES = {  # an element of the optimizer's state
     OptimizerKind.adafactor: 2.0,
 }
 KEPT = {True: 0.2, False: 1.8}  # GiB of activations a row of 512 px, with and without checkpointing; SD 1.5: 0.26, 2
+KEPT_BY_TWO = {True: 0.08, False: 3.0}  # of SDXL, whose attention is deeper; predicted at 1024 px: 0.08, 3.1
 CHECKPOINTING: dict[str, Any] = {"gradient_checkpointing": True}
 IN_BACKWARD: dict[str, Any] = {"optimizer_in_backward": True, "autocast_cache": False}
 EMA_AWAY: dict[str, Any] = {"ema_device": EmaDevice.cpu}
@@ -190,7 +191,9 @@ def _floor(candidate: Recipe, trained: int, activations: float) -> float:
 def _kept(recipe: Recipe, checkpointed: bool) -> float:
     """GiB of activations that any forward pass of a Stable Diffusion UNet keeps."""
     rows = recipe.train.train_batch_size * (2 if recipe.with_prior and not recipe.two_passes else 1)
-    return KEPT[checkpointed] * rows * (recipe.model.resolution / 512) ** 2
+    two = (folder_of(recipe) / "text_encoder_2").is_dir()
+    share = 0.5 if recipe.method.low_rank else 1  # frozen layers keep less
+    return share * (KEPT_BY_TWO if two else KEPT)[checkpointed] * rows * (recipe.model.resolution / 512) ** 2
 
 
 def _activations(prediction: Prediction) -> float:

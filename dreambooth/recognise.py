@@ -52,7 +52,7 @@ def opened(path: Path) -> Opened:
         raise UserError(f"there is no file {path}: type the path of a .safetensors or .ckpt file")
     if path.suffix.lower() == ".safetensors":
         try:
-            handle = safe_open(path, "pt")
+            handle: Any = safe_open(path, "pt")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}): fetch it again") from error
         return Opened(path, frozenset(handle.keys()), handle.get_tensor, handle.metadata() or {})
