@@ -18,7 +18,7 @@ from dreambooth.tracked import side_by_side
 pytestmark = pytest.mark.services
 SHOTS = os.environ.get("DREAMBOOTH_SHOTS")  # a folder for screenshots; docs/images has those of a longer sweep
 SHORT = ["hardware=cpu", "prior.num_class_images=4", "prior.num_inference_steps=2", "sample.num_inference_steps=4",
-         "sample.every=10", "sample.images_per_prompt=1", "train.max_train_steps=20", "evaluate.images_per_prompt=1",
+         "sample.every=10", "sample.images_per_prompt=1", "evaluate.images_per_prompt=1",
          "evaluate.class_images=2"]
 PAGE = side_by_side("four").replace(EXPERIMENT, "1")
 
@@ -29,9 +29,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]
         yield found
 
 
-def train(root: Path, server: TrackingServer, *words: str) -> subprocess.Popen[str]:
+def train(root: Path, server: TrackingServer, *words: str, steps: int = 20) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "dreambooth.train", f"run_root={root}", f"tracking.uri={server.url}", *SHORT, *words],
+        [sys.executable, "-m", "dreambooth.train", *words, f"run_root={root}", f"tracking.uri={server.url}", *SHORT, f"train.max_train_steps={steps}"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -111,8 +111,8 @@ def test_the_best_is_champion_and_promote_agrees(server: TrackingServer, runs: P
 
 
 def test_a_killed_server_loses_no_metric(server: TrackingServer, runs: Path) -> None:
-    words = ["tracking.sweep=killed", "train.seed=7", "train.max_train_steps=60", "evaluate.encoder=none"]
-    process, end = train(runs, server, *words), time.monotonic() + 200
+    words = ["tracking.sweep=killed", "train.seed=7", "evaluate.encoder=none"]
+    process, end = train(runs, server, *words, steps=60), time.monotonic() + 200
 
     def steps() -> dict[Path, list[int]]:
         return {journal: [entry["step"] for entry, _ in read(journal) if "loss" in entry.get("metrics", ())]
@@ -125,7 +125,7 @@ def test_a_killed_server_loses_no_metric(server: TrackingServer, runs: Path) -> 
     told = finished(process)
     assert "does not answer" in told and "repeat the command" in told
     server.start()
-    finished(train(runs, server, *words))
+    finished(train(runs, server, *words, steps=60))
     [run] = trials(server, "killed")
     points = client(server).get_metric_history(run.info.run_id, "loss")
     assert sorted(point.step for point in points) == list(range(1, 61)) and run.info.status == "FINISHED"
