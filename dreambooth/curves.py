@@ -10,7 +10,7 @@ from dreambooth.journal import read
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")  # Okabe and Ito 2008
 LOSSES = ("loss_instance", "loss_prior", "loss")  # of a run without a prior, only some differ
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 26, 22  # pixels around a chart
+LEFT, RIGHT, TOP, BOTTOM = 50, 10, 26, 22  # pixels around a chart
 Points = Sequence[tuple[float, float]]
 
 
@@ -34,7 +34,7 @@ def smoothed(points: Points, share: float = 0.08) -> list[tuple[float, float]]:
     return [(x, sum(window) / len(window)) for (x, _), window in zip(points, windows, strict=True)]
 
 
-def chart(title: str, series: Mapping[str, Points], width: int = 460, height: int = 220, number: int = 0) -> str:
+def chart(title: str, series: Mapping[str, Points], width: int = 460, height: int = 220, legend: bool = False) -> str:
     """Lines over steps: thin as measured, thick as a running mean; a series is a group `data-series` of its number."""
     points = [point for line in series.values() for point in line]
     if not points:
@@ -51,13 +51,16 @@ def chart(title: str, series: Mapping[str, Points], width: int = 460, height: in
         return f'<path d="{d}" fill="none" stroke-width="{wide}" stroke-opacity="{faint}"/>'
 
     parts = [_frame(title, width, height), *_grid((x0, x1), (y0, y1), width, height)]
-    for i, (name, line) in enumerate(series.items(), number):
+    for i, (name, line) in enumerate(series.items()):
         even = smoothed(line)
         thin = path(_thinned(line), 1, 0.25) if even != list(line) else ""
         dots = "".join(f'<circle cx="{at[0]}" cy="{at[1]}" r="3" stroke="none" fill="{colour(i)}"/>' for at in (
             place(*point).split(",") for point in line)) if len(line) < 12 else ""
         parts.append(f'<g data-series="{i}" stroke="{colour(i)}"><title>{escape(name)}</title>'
                      f'{thin}{path(_thinned(even), 2, 1)}{dots}</g>')
+    if legend:
+        parts += [f'<text x="{width - RIGHT - 96 * (len(series) - 1 - i)}" y="16" text-anchor="end" font-weight="600" '
+                  f'style="fill:{colour(i)}">{escape(name)}</text>' for i, name in enumerate(series)]
     return "".join(parts) + "</svg>"
 
 
@@ -68,7 +71,7 @@ def parallel(axes: Mapping[str, Sequence[str | float]], width: int = 940, height
         return ""
     gap = (width - 150) / (len(axes) - 1)
     at: list[list[float | None]] = []
-    parts = [_frame("", width, height)]
+    parts, texts = [_frame("", width, height)], []
     for column, (name, values) in enumerate(axes.items()):
         x = 75 + column * gap
         heights, marks = _axis(values, TOP + 14, height - BOTTOM)
@@ -76,13 +79,13 @@ def parallel(axes: Mapping[str, Sequence[str | float]], width: int = 940, height
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP + 14}" y2="{height - BOTTOM}" class="axis"/>'
                      f'<text x="{x:.1f}" y="{TOP - 6}" text-anchor="middle" class="name">{escape(name)}</text>')
         side, shift = ("end", -8) if column < len(axes) - 1 else ("start", 8)
-        parts += [f'<text x="{x + shift:.1f}" y="{y + 4:.1f}" text-anchor="{side}">{escape(text)}</text>'
+        texts += [f'<text class="halo" x="{x + shift:.1f}" y="{y + 4:.1f}" text-anchor="{side}">{escape(text)}</text>'
                   for text, y in marks.items()]
     for row in range(rows):
         line = [f"{75 + i * gap:.1f},{y:.1f}" for i, heights in enumerate(at) if (y := heights[row]) is not None]
         parts.append(f'<g data-series="{row}" stroke="{colour(row)}"><path d="M{"L".join(line)}" fill="none" '
                      f'stroke-width="2.5" stroke-linejoin="round"/></g>')
-    return "".join(parts) + "</svg>"
+    return "".join([*parts, *texts]) + "</svg>"
 
 
 def colour(number: int) -> str:
@@ -94,7 +97,7 @@ def write(run_dir: Path) -> Path | None:
     found = history(run_dir / "metrics.jsonl", *LOSSES)
     if not found:
         return None
-    path, text = run_dir / "curves.svg", chart("loss", found, 640, 300)
+    path, text = run_dir / "curves.svg", chart("", found, 640, 300, legend=True)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         with files.whole_file(path) as aside:
             aside.write_text(text, encoding="utf-8")
@@ -103,14 +106,17 @@ def write(run_dir: Path) -> Path | None:
 
 def short(value: float) -> str:
     """A number as a person writes it: 0.0915, 1e-4, 800."""
-    text = f"{value:.4g}"
-    return text.replace("e-0", "e-").replace("e+0", "e")
+    if 0 < abs(value) < 0.001:
+        digits, _, power = f"{value:.2e}".partition("e")
+        return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+    return f"{value:.4g}".replace("e+0", "e")
 
 
 def _frame(title: str, width: int, height: int) -> str:
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
             'font-family="system-ui, sans-serif" font-size="11" fill="#555">'
-            '<style>.axis{stroke:#bbb}.grid{stroke:#e8e8e8}.name{font-weight:600;fill:#222}</style>'
+            '<style>.axis{stroke:#bbb}.grid{stroke:#e8e8e8}.name{font-weight:600;fill:#222}'
+            '.halo{paint-order:stroke;stroke:#fff;stroke-width:3px}</style>'
             f'<text x="{LEFT}" y="16" class="name" font-size="13">{escape(title)}</text>')
 
 
@@ -120,10 +126,10 @@ def _grid(xs: tuple[float, float], ys: tuple[float, float], width: int, height: 
         y = TOP + i / 3 * (height - TOP - BOTTOM)
         parts.append(f'<line x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'
                      f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">'
-                     f'{short(ys[1] - i / 3 * (ys[1] - ys[0]))}</text>')
+                     f'{float(f"{ys[1] - i / 3 * (ys[1] - ys[0]):.2g}"):g}</text>')
     for i, anchor in enumerate(("start", "middle", "end")):
         x = LEFT + i / 2 * (width - LEFT - RIGHT)
-        what = f"step {short(xs[0])}" if i == 0 else short(xs[0] + i / 2 * (xs[1] - xs[0]))
+        what = f"step {short(xs[0])}" if i == 0 else f"{xs[0] + i / 2 * (xs[1] - xs[0]):.0f}"
         parts.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="{anchor}">{what}</text>')
     return parts
 

@@ -14,7 +14,7 @@ from dreambooth.comparison import axes, differing, dumped, ranked, title, value
 from dreambooth.curves import colour, short
 from dreambooth.measures import HIGHER_IS_BETTER
 from dreambooth.packaged import asset
-from dreambooth.trials import Trial
+from dreambooth.trials import Trial, over_bound
 
 MAX_STEPS = 16  # on the slider
 CHARTS = {"loss_instance": "instance loss", "loss_prior": "prior loss", "loss": "loss"}
@@ -93,17 +93,24 @@ def _table(trials: Sequence[Trial], names: Sequence[str]) -> str:
     heads = "".join(f'<th class="n" title="{escape(name)}">{escape(role.replace("_", " "))} '
                     f'{"↑" if HIGHER_IS_BETTER[role] else "↓"}</th>' for name, role in measured.items())
     rows = []
+    first = next((i for i, trial in enumerate(trials) if value(trial) is not None and not over_bound(trial, None)), -1)
     for i, (trial, name) in enumerate(zip(trials, names, strict=True)):
         number, told = value(trial), trial.result or {}
         cells = "".join(f'<td class="n{" top" if trial.scores.get(key) == best[key] else ""}">'
                         f"{f'{trial.scores[key]:.3f}' if key in trial.scores else '-'}</td>" for key in measured)
         rows.append(
             f'<tr data-row="{i}"><td><label><input type="checkbox" checked data-toggle="{i}"><i style="background:'
-            f'{colour(i)}"></i>{escape(name)}</label>{"<em>best</em>" if i == 0 and number is not None else ""}</td>'
+            f'{colour(i)}"></i>{escape(name)}</label>{_badge(trial, i == first)}</td>'
             f'<td class="n">{"not finished" if number is None else short(number)}</td>{cells}'
             f'<td class="n">{told.get("step", "-")}</td><td class="n">{round(told.get("seconds", 0))} s</td></tr>')
     return (f'<table><thead><tr><th>trial</th><th class="n">objective ↓</th>{heads}<th class="n">steps</th>'
             f'<th class="n">time</th></tr></thead><tbody>{"".join(rows)}</tbody></table>')
+
+
+def _badge(trial: Trial, best: bool) -> str:
+    """What the rule of promotion says."""
+    reason = over_bound(trial, None) if value(trial) is not None else None
+    return "<em>best</em>" if best else f'<em class=warn title="{escape(reason)}">over the bound</em>' if reason else ""
 
 
 def _grid(names: Sequence[str], prompts: Sequence[str], shown: Sequence[Mapping[int, Sequence[str]]],
@@ -112,6 +119,7 @@ def _grid(names: Sequence[str], prompts: Sequence[str], shown: Sequence[Mapping[
         return "<p>These trials made no samples (sample.every=null).</p>"
     heads = "".join(f'<th data-col="{i}"><i style="background:{colour(i)}"></i>{escape(name)}<small data-at="{i}">'
                     "</small></th>" for i, name in enumerate(names))
+    room = f'style="min-width:{118 + 132 * len(names)}px"'
     count = max(len(row) for found in shown for row in found.values())
     rows = []
     for number in range(count):
@@ -119,7 +127,8 @@ def _grid(names: Sequence[str], prompts: Sequence[str], shown: Sequence[Mapping[
         cells = "".join(f'<td data-col="{i}"><img alt="{escape(prompt)}, {escape(name)}" data-trial="{i}" '
                         f'data-prompt="{number}"></td>' for i, name in enumerate(names))
         rows.append(f"<tr><th scope=row>{escape(prompt)}</th>{cells}</tr>")
-    return f"<table class=pictures><thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return (f"<table class=pictures {room}><thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(rows)}</tbody>"
+            "</table>")
 
 
 def _charts(trials: Sequence[Trial], names: Sequence[str]) -> str:

@@ -27,10 +27,8 @@ from dreambooth.registry import CANDIDATE, CHAMPION, Registry, Version
 from dreambooth.report import promoted
 from dreambooth.runfolder import locked
 from dreambooth.tracking import open_tracker
-from dreambooth.trials import Trial, of_sweep, open_trial
+from dreambooth.trials import ROLE, Trial, of_sweep, open_trial, over_bound
 
-ROOM = 0.1  # of class_similarity over the base's, where no bound is given; without a prior it gains 0.2 to 0.4
-ROLE = "class_similarity"
 log = logging.getLogger(__name__)
 
 
@@ -96,19 +94,6 @@ def offered(recipe: Recipe) -> None:
         if spec.required:
             raise
         log.warning("%s; repeat the command to try again", error)
-
-
-def over_bound(trial: Trial, bound: float | None) -> str | None:
-    """Why the class of a trial is too much like the subject; None: it is not, or it was not measured and no bound is
-    given."""
-    own = trial.settings.get("evaluate.max_class_similarity", "null")
-    asked = bound if bound is not None else None if own == "null" else float(own)
-    score = trial.score(ROLE)
-    if score is None:
-        return None if asked is None else f"{trial.folder.name} did not measure {ROLE}"
-    name, value, base = score
-    limit = asked if asked is not None else base + ROOM
-    return f"{trial.folder.name} has {name} {value:.3f}, over {limit:.3f}" if value > limit else None
 
 
 def _common(trials: Sequence[Trial], asked: str | None) -> str:

@@ -58,6 +58,11 @@ class Sweep(Callback):
         print(f"sweep {tracking.sweep or STARTED}: {path}", flush=True)
 
 
+def telling(overrides: list[str]) -> list[str]:
+    """The overrides that runs are told apart by: in a sweep those that it varies, otherwise all."""
+    return [word for word in overrides if word.lstrip("+").partition("=")[0] in _swept] or overrides
+
+
 def named(overrides: list[str]) -> str | None:
     """A trial by what differs, learning_rate=1e-4 prior_loss_weight=0; None: nothing that is known does."""
     pairs = [word.lstrip("+").partition("=")[::2] for word in overrides]

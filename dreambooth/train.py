@@ -14,7 +14,7 @@ from dreambooth.config import conf_dir, load, typed_password
 from dreambooth.errors import UserError
 from dreambooth.schema import Config
 from dreambooth.schema_storage import is_single
-from dreambooth.sweeping import STARTED, named
+from dreambooth.sweeping import STARTED, named, telling
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
@@ -46,7 +46,7 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
         config = load(cfg)
         door.allocator(config.memory)
         config = converted(remote.fetched(config, run_dir))
-        recipe = resolve(config, run_dir, detect(), HydraConfig.get().overrides.task)
+        recipe = resolve(config, run_dir, detect(), telling(list(HydraConfig.get().overrides.task)))
         with stoppable() as stop, remote.kept(config.storage, run_dir, config.checkpoint.resume) as keep:
             from dreambooth.run import execute
 

@@ -13,6 +13,9 @@ from dreambooth.errors import UserError
 from dreambooth.journal import read
 from dreambooth.measures import INSTANCE_LOSS, Evaluate
 
+ROOM = 0.1  # of class_similarity over the base's, where no bound is given; without a prior it gains 0.2 to 0.4
+ROLE = "class_similarity"
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -94,6 +97,19 @@ def open_trial(folder: Path, params: dict[str, str] | None = None) -> Trial:
     run = _json(folder / "run.json") or {}
     known = params if params is not None else _tags(folder / "metrics.jsonl")[2]
     return Trial(folder, known, run.get("settings", {}), _json(folder / "result.json"))
+
+
+def over_bound(trial: Trial, bound: float | None) -> str | None:
+    """Why the class of a trial is too much like the subject; None: it is not, or it was not measured and no bound is
+    given."""
+    own = trial.settings.get("evaluate.max_class_similarity", "null")
+    asked = bound if bound is not None else None if own == "null" else float(own)
+    score = trial.score(ROLE)
+    if score is None:
+        return None if asked is None else f"{trial.folder.name} did not measure {ROLE}"
+    name, value, base = score
+    limit = asked if asked is not None else base + ROOM
+    return f"{trial.folder.name} has {name} {value:.3f}, over {limit:.3f}" if value > limit else None
 
 
 def _tags(journal: Path) -> tuple[int, set[str], dict[str, str]]:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dreambooth.tracked import side_by_side
 pytestmark = pytest.mark.services
 SHOTS = os.environ.get("DREAMBOOTH_SHOTS")  # a folder for screenshots; docs/images has those of a longer sweep
 SHORT = ["hardware=cpu", "prior.num_class_images=4", "prior.num_inference_steps=2", "sample.num_inference_steps=4",
-         "sample.every=10", "sample.images_per_prompt=1", "train.max_train_steps=20", "evaluate.images_per_prompt=1",
+         "sample.every=10", "sample.images_per_prompt=1", "evaluate.images_per_prompt=1",
          "evaluate.class_images=2"]
 PAGE = side_by_side("four").replace(EXPERIMENT, "1")
 
@@ -28,9 +29,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]
         yield found
 
 
-def train(root: Path, server: TrackingServer, *words: str) -> subprocess.Popen[str]:
+def train(root: Path, server: TrackingServer, *words: str, steps: int = 20) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "dreambooth.train", f"run_root={root}", f"tracking.uri={server.url}", *SHORT, *words],
+        [sys.executable, "-m", "dreambooth.train", *words, f"run_root={root}", f"tracking.uri={server.url}", *SHORT, f"train.max_train_steps={steps}"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -110,8 +111,8 @@ def test_the_best_is_champion_and_promote_agrees(server: TrackingServer, runs: P
 
 
 def test_a_killed_server_loses_no_metric(server: TrackingServer, runs: Path) -> None:
-    words = ["tracking.sweep=killed", "train.seed=7", "train.max_train_steps=60", "evaluate.encoder=none"]
-    process, end = train(runs, server, *words), time.monotonic() + 200
+    words = ["tracking.sweep=killed", "train.seed=7", "evaluate.encoder=none"]
+    process, end = train(runs, server, *words, steps=60), time.monotonic() + 200
 
     def steps() -> dict[Path, list[int]]:
         return {journal: [entry["step"] for entry, _ in read(journal) if "loss" in entry.get("metrics", ())]
@@ -124,7 +125,7 @@ def test_a_killed_server_loses_no_metric(server: TrackingServer, runs: Path) -> 
     told = finished(process)
     assert "does not answer" in told and "repeat the command" in told
     server.start()
-    finished(train(runs, server, *words))
+    finished(train(runs, server, *words, steps=60))
     [run] = trials(server, "killed")
     points = client(server).get_metric_history(run.info.run_id, "loss")
     assert sorted(point.step for point in points) == list(range(1, 61)) and run.info.status == "FINISHED"
@@ -134,16 +135,29 @@ def test_a_killed_server_loses_no_metric(server: TrackingServer, runs: Path) -> 
     assert {point.step: point.value for point in points} == kept
 
 
-def charts(page: Any, server: TrackingServer, search: str) -> None:
-    """MLflow's chart view of the trials, narrowed to what is searched for."""
-    page.goto(f"{server.url}/{PAGE}")
-    page.get_by_placeholder("Search metric charts").fill(search)
+def opened(page: Any, address: str) -> None:
+    """A page of MLflow without the assistant, which opens by itself."""
+    page.goto(address)
+    close = page.locator("[data-component-id='mlflow.assistant.chat_panel.close']")
+    with suppress(Exception):
+        close.click(timeout=10_000)
+    close.wait_for(state="hidden")
+
+
+def card(page: Any, server: TrackingServer, name: str) -> Any:
+    """A chart in MLflow's view of the trials."""
+    opened(page, f"{server.url}/{PAGE}")
+    page.get_by_placeholder("Search metric charts").fill(name)
+    found = page.locator("[data-testid='experiment-view-compare-runs-card']").filter(
+        has=page.get_by_text(name, exact=True))
+    found.scroll_into_view_if_needed()
+    return found
 
 
 def test_the_runs_are_listed_in_a_browser(server: TrackingServer, runs: Path) -> None:
     with browser(server) as page:
-        page.goto(f"{server.url}/{PAGE}".replace("&compareRunsMode=CHART", ""))
-        page.get_by_text("4 matching runs").wait_for()
+        opened(page, f"{server.url}/{PAGE}".replace("&compareRunsMode=CHART", ""))
+        page.get_by_text("matching runs").wait_for()
         for run in trials(server):
             page.get_by_text(run.info.run_name, exact=True).first.wait_for()
         shot(page, "team-runs")
@@ -151,8 +165,7 @@ def test_the_runs_are_listed_in_a_browser(server: TrackingServer, runs: Path) ->
 
 def test_the_charts_show_the_loss_of_all_four(server: TrackingServer, runs: Path) -> None:
     with browser(server) as page:
-        charts(page, server, "loss_instance")
-        lines = page.locator(".js-plotly-plot .scatterlayer .trace")
+        lines = card(page, server, "loss_instance").locator(".js-plotly-plot .scatterlayer .trace")
         lines.nth(3).wait_for()
         assert lines.count() == 4
         shot(page, "team-charts")
@@ -160,19 +173,17 @@ def test_the_charts_show_the_loss_of_all_four(server: TrackingServer, runs: Path
 
 def test_the_image_grid_has_four_runs_and_a_slider_of_steps(server: TrackingServer, runs: Path) -> None:
     with browser(server) as page:
-        charts(page, server, "samples/prompt_1")
-        page.locator("[data-testid='experiment-view-compare-runs-card-fullscreen-button'], "
-                     "button[aria-label*='ull screen']").first.click()
+        card(page, server, "samples/prompt_1").locator("[data-component-id='fullscreen_button_chartcard']").click()
         window = page.get_by_role("dialog")
         window.locator("img").nth(3).wait_for()
-        assert window.locator("img").count() == 4
-        last = {image.get_attribute("src") for image in window.locator("img").all()}
-        slider = window.get_by_role("slider")
-        assert (slider.get_attribute("aria-valuemin"), slider.get_attribute("aria-valuemax")) == ("0", "20")
+        pictures, slider = window.locator("img"), window.get_by_role("slider")
+        boxes = [picture.bounding_box() for picture in pictures.all()]
+        assert len(boxes) == 4 and len({box["y"] for box in boxes}) == 1, "side by side"
+        before = [picture.get_attribute("src") for picture in pictures.all()]
+        slider.press("End" if slider.get_attribute("aria-valuenow") == "0" else "Home")
+        page.wait_for_function("old => [...document.querySelectorAll('[role=dialog] img')].filter(i => i.complete && "
+                               "!old.includes(i.getAttribute('src'))).length == 4", arg=before)
         shot(page, "team-images")
-        slider.press("Home")
-        page.wait_for_function("old => [...document.querySelectorAll('[role=dialog] img')].every(i => !old.includes("
-                               "i.getAttribute('src')))", arg=sorted(filter(None, last)))
 
 
 def test_the_compare_page_works_in_a_browser_without_a_network(runs: Path) -> None:
