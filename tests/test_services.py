@@ -31,7 +31,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]
 
 def train(root: Path, server: TrackingServer, *words: str, steps: int = 20) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "dreambooth.train", *words, f"run_root={root}", f"tracking.uri={server.url}", *SHORT, f"train.max_train_steps={steps}"],
+        [sys.executable, "-m", "dreambooth.train", *words, f"run_root={root}", f"tracking.uri={server.url}", *SHORT,
+         f"train.max_train_steps={steps}"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
