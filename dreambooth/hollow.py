@@ -114,6 +114,7 @@ def _asked(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> tuple[An
         left = iter(stand_ins)
         args, kwargs = tree_map_only(Tensor, lambda _: next(left), (args, kwargs))
         result = func(*args, **kwargs)
+        result = _as_laid_out(func, args, stand_ins, result)
     places = {t.untyped_storage()._cdata: place for place, t in reversed(list(enumerate(stand_ins)))}
     numbers: dict[int, int] = {}
 
@@ -127,6 +128,21 @@ def _asked(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> tuple[An
         return _New(tensor, numbers.setdefault(storage, len(numbers)))
 
     return tree_map_only(Tensor, form, result), len(numbers)
+
+
+def _as_laid_out(func: Any, args: Any, given: list[Tensor], result: Any) -> Any:
+    """The result of tensor and number with the strides that real ones have.
+
+    Where a dimension has size 1, PyTorch keeps the tensor's stride and a fake tensor makes one up. Its value moves
+    nothing, but decides whether a later operator takes the layout for channels_last or makes a copy.
+    """
+    numbers = any(isinstance(argument, (int, float)) for argument in args[1:2])
+    if not (torch.Tag.pointwise in func.tags and numbers and len(given) == 1 and isinstance(result, Tensor)):
+        return result
+    pairs = zip(result.shape, result.stride(), given[0].stride(), strict=False)
+    if result.shape != given[0].shape or any(size > 1 and ours != theirs for size, ours, theirs in pairs):
+        return result
+    return torch.empty_strided(result.shape, given[0].stride(), dtype=result.dtype)
 
 
 def _made(form: Any, tensors: list[Tensor], storages: list[Any]) -> Any:

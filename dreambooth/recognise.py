@@ -67,6 +67,9 @@ def opened(path: Path) -> Opened:
 
 
 def _unpickled(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        if not file.read(2).startswith((b"PK", b"\x80")):  # an archive, or a pickle of protocol 2 and newer
+            raise UserError(f"{path} is damaged (it does not begin as a checkpoint does): fetch it again")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds; what it is about is only in its words
@@ -75,7 +78,7 @@ def _unpickled(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} is a pickle that wants more than weights ({wants[1] if wants else 'code'}), which "
                             "could be anything, and nothing of it was run: type a .safetensors file of the same "
                             "model") from error
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0][:120]}): fetch it again") from error
+        raise UserError(f"{path} is damaged ({(str(error) or type(error).__name__).splitlines()[0][:120]}): fetch it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no weights: type the path of a Stable Diffusion checkpoint")
     return content

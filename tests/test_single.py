@@ -195,7 +195,7 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_not_called_malicious(tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
-    for content in (b"", b"PK\x03\x04 and no more"):
+    for content in (b"", b"PK\x03\x04 and no more", b"<html>not found</html>", b"\x80\x02"):
         path.write_bytes(content)
         with pytest.raises(UserError, match="is damaged"):
             opened(path)
