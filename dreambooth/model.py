@@ -62,7 +62,7 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
 
     base_weights = recipe.method.base_weights if frozen is None else BaseWeights.half
     frozen = frozen or TORCH_DTYPE[recipe.precision.dtype]
-    trained = torch.float32
+    trained = frozen if recipe.method.low_rank and base_weights is BaseWeights.half else torch.float32
     text_dtype = trained if recipe.train.train_text_encoder else frozen
     source: dict[str, Any] = {"revision": recipe.model.revision, "local_files_only": recipe.model.offline}
     weights = source | {"variant": recipe.model.variant}

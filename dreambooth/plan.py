@@ -60,8 +60,7 @@ def _job(config: Config, sweep: bool) -> float:
         except (OSError, ValueError) as error:
             raise UserError(f"the picture could not be written ({error}): type another plan.plot=FILE.png") from error
     if not planned.fits:
-        raise DoesNotFit(fitting.does_not_fit(planned.recipe, planned.prediction) if planned.recipe.device == "cuda"
-                         else "this machine has too little memory or disk for the run: see the table")
+        raise DoesNotFit(planned.lacks)
     return planned.card or 0.0
 
 

@@ -37,15 +37,31 @@ class Planned:
     @property
     def fits(self) -> bool:
         """Card, host memory and disk, as far as they are known."""
-        hardware = self.recipe.hardware
-        known = ((self.card, hardware.usable_vram_gib),
-                 (host_gib(self.recipe, self.prediction), hardware.host_ram_gib),
-                 (disk_gib(self.recipe, self.prediction), hardware.disk_gib))
-        return all(need is None or there is None or need <= there for need, there in known)
+        return not self.lacks
+
+    @property
+    def lacks(self) -> str:
+        """One sentence about what does not fit, and what to type; empty: all does."""
+        recipe, hardware = self.recipe, self.recipe.hardware
+        if _above(self.card, hardware.usable_vram_gib):
+            return fitting.does_not_fit(recipe, self.prediction)
+        for what, need, there, ways in (
+                ("host memory", host_gib(recipe, self.prediction), hardware.host_ram_gib,
+                 "a larger machine of the same card by hardware.instance_type, hardware.host_ram_gib and "
+                 "hardware.price_usd_hour"),
+                ("disk", disk_gib(recipe, self.prediction), hardware.disk_gib,
+                 "checkpoint.keep=1, or a machine with more by hardware.instance_type and hardware.disk_gib")):
+            if _above(need, there):
+                return f"this run needs {need:.1f} GiB of {what} and the machine has {there:g}: type {ways}"
+        return ""
 
     @property
     def estimate(self) -> Estimate:
         return estimate(self.recipe, self.prediction, card_of(self.recipe.hardware.gpu))
+
+
+def _above(need: float | None, there: float | None) -> bool:
+    return need is not None and there is not None and need > there
 
 
 def as_json(planned: Planned) -> dict[str, Any]:

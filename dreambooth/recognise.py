@@ -78,7 +78,8 @@ def _unpickled(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} is a pickle that wants more than weights ({wants[1] if wants else 'code'}), which "
                             "could be anything, and nothing of it was run: type a .safetensors file of the same "
                             "model") from error
-        raise UserError(f"{path} is damaged ({(str(error) or type(error).__name__).splitlines()[0][:120]}): fetch it again") from error
+        said = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise UserError(f"{path} is damaged ({said}): fetch it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no weights: type the path of a Stable Diffusion checkpoint")
     return content

@@ -1,11 +1,12 @@
 """What the planner says of adapters: the same step on fake tensors, few trained weights, a frozen base in half."""
 
+import re
 from dataclasses import replace
 
 import pytest
 from test_planner import recipe, small
 
-from dreambooth import fitting
+from dreambooth import fitting, plan_report
 from dreambooth.architecture import trained_weights
 from dreambooth.cards import fixed_gib
 from dreambooth.choices import BaseWeights, Dtype, MethodKind, Targets
@@ -67,3 +68,9 @@ def test_four_bits_are_a_quarter_of_sixteen_for_linear_layers() -> None:
                  for weights in (BaseWeights.half, BaseWeights.nf4))
     linear = 2 * 2.6e8  # at least, bytes in half precision of the UNet's linear layers
     assert nf4 < half - 0.7 * linear
+
+
+def test_host_memory_that_is_too_small_is_said_and_not_the_card() -> None:
+    asked = recipe("sd15", method__kind=MethodKind.lora, hardware__host_ram_gib=1)
+    planned = plan_report.Planned(asked, predict(asked), (), "")
+    assert re.match(r"this run needs [\d.]+ GiB of host memory and the machine has 1: type a larger", planned.lacks)
