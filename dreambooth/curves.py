@@ -64,7 +64,7 @@ def chart(title: str, series: Mapping[str, Points], width: int = 460, height: in
     return "".join(parts) + "</svg>"
 
 
-def parallel(axes: Mapping[str, Sequence[str | float]], width: int = 940, height: int = 250) -> str:
+def parallel(axes: Mapping[str, Sequence[str | float]], width: int = 1180, height: int = 250) -> str:
     """Parallel coordinates: an axis a column, a line a row; numbers are placed by value, texts side by side."""
     rows = len(next(iter(axes.values()), ()))
     if len(axes) < 2 or not rows:
