@@ -112,6 +112,14 @@ def short(value: float) -> str:
     return f"{value:.4g}".replace("e+0", "e")
 
 
+def tidy(text: str) -> str:
+    """A setting as a person writes it: 3e-4 for 0.0003, 1 for 1.0."""
+    try:
+        return short(float(text))
+    except ValueError:
+        return text
+
+
 def _frame(title: str, width: int, height: int) -> str:
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
             'font-family="system-ui, sans-serif" font-size="11" fill="#555">'
