@@ -9,7 +9,7 @@ from typing import Any
 from dreambooth import files
 from dreambooth.cloud import results
 from dreambooth.cloud.job import COMPLETED, FAILED
-from dreambooth.curves import short
+from dreambooth.curves import tidy
 from dreambooth.trials import Trial, find
 
 SAME = {"name", "device", "sample_prompts", "evaluate.promote"}  # settings that tell nobody what a trial is
@@ -25,14 +25,6 @@ def title(trial: Trial, keys: Sequence[str]) -> str:
     """A trial by what differs, or the name of its folder."""
     return " ".join(f"{key.rpartition('.')[2]}={tidy(trial.settings.get(key, '?'))}" for key in keys[:4]) \
         or trial.folder.name
-
-
-def tidy(text: str) -> str:
-    """A setting as a person writes it: 3e-4 for 0.0003, 1 for 1.0."""
-    try:
-        return short(float(text))
-    except ValueError:
-        return text
 
 
 def value(trial: Trial) -> float | None:

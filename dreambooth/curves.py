@@ -64,7 +64,7 @@ def chart(title: str, series: Mapping[str, Points], width: int = 460, height: in
     return "".join(parts) + "</svg>"
 
 
-def parallel(axes: Mapping[str, Sequence[str | float]], width: int = 940, height: int = 250) -> str:
+def parallel(axes: Mapping[str, Sequence[str | float]], width: int = 1180, height: int = 250) -> str:
     """Parallel coordinates: an axis a column, a line a row; numbers are placed by value, texts side by side."""
     rows = len(next(iter(axes.values()), ()))
     if len(axes) < 2 or not rows:
@@ -110,6 +110,14 @@ def short(value: float) -> str:
         digits, _, power = f"{value:.2e}".partition("e")
         return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
     return f"{value:.4g}".replace("e+0", "e")
+
+
+def tidy(text: str) -> str:
+    """A setting as a person writes it: 3e-4 for 0.0003, 1 for 1.0."""
+    try:
+        return short(float(text))
+    except ValueError:
+        return text
 
 
 def _frame(title: str, width: int, height: int) -> str:

@@ -138,7 +138,7 @@ def _charts(trials: Sequence[Trial], names: Sequence[str]) -> str:
     for metric, words in CHARTS.items():
         lines = {name: one.get(metric, []) for name, one in zip(names, found, strict=True)}
         if any(lines.values()) and (metric != "loss" or with_prior):
-            drawn.append(curves.chart(words, lines))
+            drawn.append(curves.chart(words, lines, 366))
     return "".join(f"<figure>{svg}</figure>" for svg in drawn)
 
 
