@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 # The doors register the schemas of conf/<door>.yaml.
-from dreambooth import compare, convert, errors, evaluate, generate, promote, storage, workflows
+from dreambooth import compare, convert, errors, evaluate, generate, plan, promote, storage, workflows
 from dreambooth.choices import Device
 from dreambooth.config import conf_dir, load
 from dreambooth.machine import Machine
@@ -129,7 +129,9 @@ def test_a_command_is_real(command: str) -> None:
             continue
         config = load(composed("config", asked))
         if words[:3] == PLAN:  # needs no photos
-            config.dataset.instance_dir, config.dataset.allow_drawings = "photos", True
+            config.dataset.allow_drawings = True
+            for key, value in plan.UNSAID.items():
+                setattr(config.dataset, key, getattr(config.dataset, key) or value)
         if "--cfg" in words or "--info" in words:  # shown, not run: what is missing may be missing
             continue
         resolve(config, Path("runs/x"), CARD if config.hardware.device is Device.local else None)

@@ -72,7 +72,7 @@ def sdk(version: str, docker: Engine, work: Path) -> str:
     found = json.loads(told.splitlines()[-1])
     assert found["files"] and found["refused"], told[-3000:]
     return (f"| SageMaker SDK {found['version']}, local mode, the blog's hyperparameters | {seconds:.0f} | "
-            f"a model ({', '.join(found['files'])}); with `use_ema=maybe`: {found['refused']} |")
+            f"a model ({', '.join(found['files'])}); with \"maybe\" for use_ema: {found['refused']} |")
 
 
 def sweep(docker: Engine) -> str:
