@@ -52,11 +52,14 @@ class Evaluate(Section):
     offline: bool = True
 
     def __post_init__(self) -> None:
+        bound = self.max_class_similarity
         require("evaluate", {
             "every": (self.every is None or self.every >= 1, f"1 or more, or null for the end only, not {self.every}"),
             "images_per_prompt": (self.images_per_prompt >= 1, f"1 or more, not {self.images_per_prompt}"),
             "class_images": (self.class_images >= 1, f"1 or more, not {self.class_images}"),
             "seed": (0 <= self.seed < 2**63, f"from 0 to 2**63 - 1, not {self.seed}"),
+            "max_class_similarity": (bound is None or -1 <= bound <= 1,
+                                     f"from -1 to 1, or null for no bound, not {bound}"),
         })
 
     @property

@@ -151,7 +151,8 @@ def test_an_override_that_an_option_would_decide_is_kept() -> None:
 
 
 @pytest.mark.parametrize("instance_type, option", [
-    ("ml.g4dn.xlarge", "g4dn"), ("ml.g5.12xlarge", "g5"), ("ml.g6.2xlarge", "g6"), ("ml.m5.xlarge", None),
+    ("ml.g4dn.xlarge", "g4dn"), ("ml.g5.12xlarge", "g5_12xlarge"), ("ml.g5.2xlarge", "g5"), ("ml.g6.2xlarge", "g6"),
+    ("ml.m5.xlarge", None),
     ("local_gpu", None), (None, None)])
 def test_hardware_follows_the_instance_type(instance_type: str | None, option: str | None) -> None:
     assert entrypoint._hardware_of(instance_type) == option

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_kill import KILLED, assert_same, the_run
 
+from dreambooth.conditions import OneEncoder
 from dreambooth.hooks import Measure
 from dreambooth.journal import read
 
@@ -311,6 +312,7 @@ class _Halves(torch.nn.Module):
     def __init__(self, value: float) -> None:
         super().__init__()
         self.unet, self.text_encoder = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        self.conditions, self.text_encoder_2 = OneEncoder(), None
         for parameter in self.parameters():
             torch.nn.init.constant_(parameter, value)
 
@@ -337,7 +339,8 @@ def test_a_resumed_run_on_a_card_measures_the_base_in_place_of_its_own_weights(
                               idle=SimpleNamespace(present=nullcontext)),
         meter=SimpleNamespace(phase=lambda name: nullcontext()), stop=SimpleNamespace(requested=None),
         recipe=SimpleNamespace(evaluate=SimpleNamespace(every=None),
-                               train=SimpleNamespace(train_text_encoder=True))).now(3)
+                               train=SimpleNamespace(train_text_encoder=True),
+                               method=SimpleNamespace(low_rank=False))).now(3)
     assert noted.asked == [(0, "live"), (3, "live")]
     assert loaded == [torch.device("cpu")]
     assert seen == {0: {1.0}, 3: {7.0}}

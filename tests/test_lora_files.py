@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from dreambooth import adapter, lora_files, model
 from dreambooth.choices import Dtype, MethodKind, Targets
+from dreambooth.conditions import OneEncoder
 from dreambooth.errors import UserError
 from dreambooth.packaged import asset
 from dreambooth.schema_method import Method
@@ -38,7 +39,7 @@ def taught(kind: MethodKind, targets: Targets) -> tuple[Any, dict[str, adapter.L
     """The base with an adapter that changes its pictures, and what it has learned."""
     model.import_libraries()
     pipe = pipeline()
-    denoiser = model.Denoiser(pipe.unet, pipe.text_encoder)
+    denoiser = model.Denoiser(OneEncoder(), pipe.unet, pipe.text_encoder)
     adapter.inject(denoiser, Method(name=kind.value, kind=kind, rank=3, alpha=4.5, targets=targets), 1, Dtype.fp32)
     torch.manual_seed(5)
     with torch.no_grad():
@@ -73,7 +74,7 @@ def test_both_layouts_draw_the_same_picture_in_diffusers(kind: MethodKind, targe
 def test_merged_draws_what_applied_draws(kind: MethodKind) -> None:
     ours, known = taught(kind, Targets.all)
     merged = pipeline()
-    adapter.merge(model.Denoiser(merged.unet, merged.text_encoder), known)
+    adapter.merge(model.Denoiser(OneEncoder(), merged.unet, merged.text_encoder), known)
     assert np.abs(draw(merged) - draw(ours)).max() < SAME
 
 

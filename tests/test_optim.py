@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dreambooth.choices import AttentionKind, LrSchedule
+from dreambooth.conditions import OneEncoder
 from dreambooth.data import Batch
 from dreambooth.engine import Engine
 from dreambooth.model import Components, Denoiser, set_attention
@@ -68,7 +69,7 @@ def test_the_real_unet_and_text_encoder_train_on_fake_tensors(checkpointing: boo
         set_attention(unet, AttentionKind.sdpa)
         if checkpointing:
             unet.enable_gradient_checkpointing()
-        model = Denoiser(unet.train(), CLIPTextModel(text_config).train() if text_trains else None)
+        model = Denoiser(OneEncoder(), unet.train(), CLIPTextModel(text_config).train() if text_trains else None)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
         state = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
         latents = torch.empty(4, unet.config.in_channels, 8, 8)

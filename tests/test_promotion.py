@@ -157,7 +157,9 @@ def test_mlflow_has_version_alias_and_model(tmp_path: Path) -> None:
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     version: Any = client.get_model_version_by_alias("demo-tiny-full", CHAMPION)
     assert (int(version.version), version.run_id, version.tags["run"]) == (1, told["mlflow_run_id"], "a")
-    assert (Path(download_artifacts(version.source)) / "model_index.json").is_file()
+    uri = client.tracking_uri
+    found = download_artifacts(version.source, tracking_uri=uri, registry_uri=uri)
+    assert (Path(found) / "model_index.json").is_file()
     trial(tmp_path, "b", 0.1)
     assert promote("s", tmp_path, Terms())["replaced"] == 1
     assert len(client.search_model_versions("name='demo-tiny-full'")) == 2

@@ -221,7 +221,7 @@ BOUNDS = {
     "memory.ema_every": less_than_1, "memory.max_split_size_mb": st.integers(max_value=20),
     "checkpoint.every": less_than_1, "checkpoint.keep": less_than_1,
     "evaluate.every": less_than_1, "evaluate.images_per_prompt": less_than_1, "evaluate.class_images": less_than_1,
-    "evaluate.seed": no_seed,
+    "evaluate.seed": no_seed, "evaluate.max_class_similarity": st.floats(min_value=1.1, max_value=9),
 }
 BASE = OmegaConf.structured(Config)
 

@@ -582,11 +582,14 @@ def actions(statements: list[dict[str, Any]]) -> set[str]:
     return {action for statement in statements for action in statement["Action"]}
 
 
+MLFLOWS = {"shipping.py", "logged.py", "registry.py", "flavour.py"}  # their client is MLflow's
+
+
 def called() -> set[str]:
     """The permissions of every call to AWS in the code."""
     known, found = S3_CALLS | OTHER_CALLS, set()
     paths = [*(ROOT / "dreambooth").rglob("*.py"), *(ROOT / "hydra_plugins").rglob("*.py")]
-    code = "\n".join(path.read_text(encoding="utf-8") for path in paths if path.name != "shipping.py")  # MLflow's
+    code = "\n".join(path.read_text(encoding="utf-8") for path in paths if path.name not in MLFLOWS)
     for call in re.findall(r"(?:\bs3|\bclient|_client)\.([a-z0-9]+_[a-z_0-9]+)\b", code):
         if call != "get_paginator":
             found.add(known[call])
