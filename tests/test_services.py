@@ -155,11 +155,11 @@ def card(page: Any, server: TrackingServer, name: str) -> Any:
     found = page.locator("[data-testid='experiment-view-compare-runs-card']").filter(
         has=page.get_by_text(name, exact=True))
     page.locator("[data-testid='experiment-view-compare-runs-chart-area']").hover()
-    for _ in range(40):  # MLflow draws a chart when it comes into view
+    for turn in range(80):  # MLflow draws a chart when it comes into view
         if found.count():
             break
-        page.mouse.wheel(0, 500)
-        page.wait_for_timeout(250)
+        page.mouse.wheel(0, 300 if turn < 40 else -300)
+        page.wait_for_timeout(300)
     found.scroll_into_view_if_needed(timeout=20_000)
     return found
 
@@ -175,9 +175,12 @@ def test_the_runs_are_listed_in_a_browser(server: TrackingServer, runs: Path) ->
 
 def test_the_charts_show_the_loss_of_all_four(server: TrackingServer, runs: Path) -> None:
     with browser(server) as page:
-        lines = card(page, server, "loss_instance").locator(".js-plotly-plot .scatterlayer .trace")
-        lines.nth(3).wait_for()
-        assert lines.count() == 4
+        chart = card(page, server, "loss_instance")
+        chart.locator(".js-plotly-plot .scatterlayer .trace").nth(3).wait_for()
+        for run in trials(server):
+            assert f"{run.info.run_name} (loss_instance)" in chart.inner_text()
+        colours = chart.locator(".scatterlayer .trace path.js-line").evaluate_all("all => all.map(p => p.style.stroke)")
+        assert len(set(colours)) == 4
         shot(page, "team-charts")
 
 
@@ -190,9 +193,9 @@ def test_the_image_grid_has_four_runs_and_a_slider_of_steps(server: TrackingServ
         boxes = [picture.bounding_box() for picture in pictures.all()]
         assert len(boxes) == 4 and len({box["y"] for box in boxes}) == 1, "side by side"
         before = [picture.get_attribute("src") for picture in pictures.all()]
-        slider.press("End" if slider.get_attribute("aria-valuenow") == "0" else "Home")
-        page.wait_for_function("old => [...document.querySelectorAll('[role=dialog] img')].filter(i => i.complete && "
-                               "!old.includes(i.getAttribute('src'))).length == 4", arg=before)
+        slider.press("ArrowRight" if slider.get_attribute("aria-valuenow") == "0" else "ArrowLeft")
+        page.wait_for_function("old => [...document.querySelectorAll('[role=dialog] img')].filter(i => "
+                               "!old.includes(i.getAttribute('src'))).length == 4", arg=before, timeout=30_000)
         shot(page, "team-images")
 
 
