@@ -2,12 +2,15 @@
 
 Scores what `speed.py --cases "peer class images" "class images"` left in WORK, as `evaluate` does: how unlike each
 other pictures of the class are (diversity), how like photos of the subject (class_similarity), how far their mean is
-from the script's (class_drift). The last says little by itself, so the halves of the script's own are compared too.
+from that of pictures by DDIM (Song et al. 2021, arXiv:2010.02502) in 150 steps, guided as the script's (class_drift).
+Those are as near to the exact solution as is cheap, and neither sampler under test; their halves are compared too.
 """
 
 import argparse
 from pathlib import Path
 
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from speed import CLASS, INSTANCE
 from speed_table import SAME_GUIDANCE, put
@@ -26,16 +29,31 @@ def opened(folder: Path) -> list[Image.Image]:
     return found
 
 
-def rows(photos: Pictures, script: Pictures, ours: dict[str, Pictures]) -> list[str]:
+def exact(work: Path, count: int) -> list[Image.Image]:
+    """Pictures of the class by DDIM, kept in WORK."""
+    folder = work / "exact"
+    folder.mkdir(exist_ok=True)
+    if len(list(folder.glob("*.png"))) < count:
+        pipe = StableDiffusionPipeline.from_pretrained(work / "base", local_files_only=True, safety_checker=None)
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+        for start in range(0, count, 32):
+            seeds = [torch.Generator().manual_seed(90000 + start + number) for number in range(min(32, count - start))]
+            for number, picture in enumerate(pipe([CLASS] * len(seeds), num_inference_steps=150, guidance_scale=7.5,
+                                                  height=64, width=64, generator=seeds).images):
+                picture.save(folder / f"{start + number:04d}.png")
+    return opened(folder)[:count]
+
+
+def rows(photos: Pictures, script: Pictures, known: Pictures, ours: dict[str, Pictures]) -> list[str]:
     """A table with a row for each set of pictures."""
-    encoder, half = open_encoder("efficientnet_lite0"), len(script) // 2
+    encoder, half = open_encoder("efficientnet_lite0"), len(known) // 2
     found = [f"| pictures | number | {' | '.join(ROLES)} |", "|---|---|---|---|---|"]
-    for name, pictures, base in (("the script's, first half", script[:half], script[half:]),
-                                 ("the script's, second half", script[half:], script[:half]),
-                                 *((name, pictures, script) for name, pictures in ours.items())):
+    for name, pictures, base in (("DDIM, first half", known[:half], known[half:]),
+                                 ("DDIM, second half", known[half:], known[:half]), ("the script's", script, known),
+                                 *((name, pictures, known) for name, pictures in ours.items())):
         values = score(photos, {CLASS: pictures}, [encoder], class_images=pictures, base_class_images=base)
-        known = [next(value for key, value in values.items() if key.startswith(role)) for role in ROLES]
-        found.append(f"| {name} | {len(pictures)} | {' | '.join(f'{value:.3f}' for value in known)} |")
+        told = [next(value for key, value in values.items() if key.startswith(role)) for role in ROLES]
+        found.append(f"| {name} | {len(pictures)} | {' | '.join(f'{value:.3f}' for value in told)} |")
     return found
 
 
@@ -45,7 +63,8 @@ def main() -> None:
     ask.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = ask.parse_args()
     ours = {name: opened(given.work / name) for name in ("class images", SAME_GUIDANCE) if (given.work / name).is_dir()}
-    found = rows(opened(given.work / "photos"), opened(given.work / "peer class images"), ours)
+    script = opened(given.work / "peer class images")
+    found = rows(opened(given.work / "photos"), script, exact(given.work, len(script)), ours)
     print("\n".join(found))
     if given.write:
         put("class", found)

@@ -122,10 +122,11 @@ def test_class_images_are_scored_against_the_scripts(speed: ModuleType) -> None:
     dice = np.random.default_rng(0)
     photos, script, ours = ([Image.fromarray(dice.integers(0, 255, (64, 64, 3), dtype=np.uint8)) for _ in range(4)]
                             for _ in range(3))
-    found = quality.rows(photos, script, {"ours": [script[0]] * 4})
+    found = quality.rows(photos, script, script, {"ours": [script[0]] * 4})
     assert found[0].split(" | ")[2:] == ["diversity", "class_similarity", "class_drift |"]
-    assert found[4].startswith("| ours | 4 | 0.000 | ")
-    assert not quality.rows(photos, script, {"ours": ours})[4].startswith("| ours | 4 | 0.000 | ")
+    assert found[4].startswith("| the script's | 4 | ") and found[4].endswith(" | 0.000 |")
+    assert found[5].startswith("| ours | 4 | 0.000 | ")
+    assert not quality.rows(photos, script, script, {"ours": ours})[5].startswith("| ours | 4 | 0.000 | ")
 
 
 def test_the_stand_in_crops_and_scales_as_torchvision_documents(monkeypatch: pytest.MonkeyPatch) -> None:
