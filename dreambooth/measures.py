@@ -57,6 +57,8 @@ class Evaluate(Section):
             "images_per_prompt": (self.images_per_prompt >= 1, f"1 or more, not {self.images_per_prompt}"),
             "class_images": (self.class_images >= 1, f"1 or more, not {self.class_images}"),
             "seed": (0 <= self.seed < 2**63, f"from 0 to 2**63 - 1, not {self.seed}"),
+            "max_class_similarity": (self.max_class_similarity is None or -1 <= self.max_class_similarity <= 1,
+                                     f"from -1 to 1, or null, not {self.max_class_similarity}"),
         })
 
     @property

@@ -195,6 +195,7 @@ BOUNDS = {
     "checkpoint.every": less_than_1, "checkpoint.keep": less_than_1,
     "evaluate.every": less_than_1, "evaluate.images_per_prompt": less_than_1, "evaluate.class_images": less_than_1,
     "evaluate.seed": no_seed,
+    "evaluate.max_class_similarity": st.sampled_from([-1.5, 1.01, NAN, INF]),
 }
 BASE = OmegaConf.structured(Config)
 
