@@ -35,16 +35,16 @@ class Registry:
     def __init__(self, uri: str) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        self._uri, self._client = uri, self._asked(lambda: _client(uri))
+        self._uri, self._mlflow = uri, self._asked(lambda: _client(uri))
 
     def holder(self, name: str, alias: str) -> Version | None:
         """The version that has an alias."""
         if all(model.name != name for model in self._models(name)):
             return None
-        model = self._asked(lambda: self._client.get_registered_model(name))
+        model = self._asked(lambda: self._mlflow.get_registered_model(name))
         number = model.aliases.get(alias)
         return None if number is None else self._version(self._asked(
-            lambda: self._client.get_model_version(name, str(number))))
+            lambda: self._mlflow.get_model_version(name, str(number))))
 
     def register(self, name: str, run_id: str, folder: Path, tags: dict[str, str]) -> Version:
         """Copy a model folder to the artifacts of its run, as `model`, and register it; the same one twice is one."""
@@ -52,26 +52,26 @@ class Registry:
         if known:
             return known[-1]
         with _patient():
-            self._asked(lambda: self._client.log_artifacts(run_id, str(folder), "model"))
+            self._asked(lambda: self._mlflow.log_artifacts(run_id, str(folder), "model"))
         if all(model.name != name for model in self._models(name)):
-            self._asked(lambda: self._client.create_registered_model(name))
-        source = self._asked(lambda: self._client.get_run(run_id)).info.artifact_uri.rstrip("/") + "/model"
-        return self._version(self._asked(lambda: self._client.create_model_version(
+            self._asked(lambda: self._mlflow.create_registered_model(name))
+        source = self._asked(lambda: self._mlflow.get_run(run_id)).info.artifact_uri.rstrip("/") + "/model"
+        return self._version(self._asked(lambda: self._mlflow.create_model_version(
             name, source, run_id, tags=tags, await_creation_for=0)))
 
     def name_holder(self, version: Version, alias: str) -> None:
         """Give a version an alias; who had it loses it and stays."""
-        self._asked(lambda: self._client.set_registered_model_alias(version.name, alias, str(version.number)))
+        self._asked(lambda: self._mlflow.set_registered_model_alias(version.name, alias, str(version.number)))
 
     def drop(self, name: str, alias: str) -> None:
         """Take an alias from who has it."""
-        self._asked(lambda: self._client.delete_registered_model_alias(name, alias))
+        self._asked(lambda: self._mlflow.delete_registered_model_alias(name, alias))
 
     def _models(self, name: str) -> Any:
-        return self._asked(lambda: self._client.search_registered_models(f"name='{_quoted(name)}'"))
+        return self._asked(lambda: self._mlflow.search_registered_models(f"name='{_quoted(name)}'"))
 
     def _versions(self, name: str, run_id: str) -> list[Version]:
-        found = self._asked(lambda: self._client.search_model_versions(f"run_id='{run_id}'"))
+        found = self._asked(lambda: self._mlflow.search_model_versions(f"run_id='{run_id}'"))
         return sorted((self._version(item) for item in found if item.name == name), key=lambda item: item.number)
 
     def _asked(self, call: Callable[[], Any]) -> Any:
