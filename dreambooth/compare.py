@@ -26,7 +26,6 @@ class Compare(Section):
         require("", {"pixels": (32 <= self.pixels <= 4096, f"from 32 to 4096, not {self.pixels}")})
 
 
-_sweep: list[str | None] = []  # the ID that was typed; conf/sweep/ is a group, whose options Hydra would look for
 ConfigStore.instance().store(name="compare_schema", node=Compare, provider="dreambooth")
 
 
@@ -41,15 +40,15 @@ def _job(cfg: DictConfig) -> None:
         ask: Compare = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     except ValueError as error:
         raise UserError(str(error)) from error
-    ask.sweep = next(filter(None, _sweep), ask.sweep)
-    if ask.sweep is None:
+    sweep = door.given("sweep") or ask.sweep
+    if sweep is None:
         raise UserError("the sweep is missing: type sweep=ID, the tag that its runs have in MLflow")
     from dreambooth import files
     from dreambooth.gallery import page
     from dreambooth.trials import of_sweep
 
-    text = page(ask.sweep, of_sweep(Path(ask.run_root), ask.sweep), ask.pixels)
-    path = Path(ask.out or f"{ask.run_root}/compare-{ask.sweep}.html")
+    text = page(sweep, of_sweep(Path(ask.run_root), sweep), ask.pixels)
+    path = Path(ask.out or f"{ask.run_root}/compare-{sweep}.html")
     with files.whole_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
     print(f"{path}: {len(text) / 2**20:.1f} MiB, opens in any browser, nothing else is needed")
@@ -57,7 +56,7 @@ def _job(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Console script `dreambooth-compare`."""
-    _sweep.append(door.taken("sweep"))
+    door.take("sweep")  # an ID; conf/sweep/ is a group, whose options Hydra would look for
     compare()
     door.leave()
 

@@ -19,6 +19,7 @@ ENVIRONMENT = {  # for libraries that look before we can tell them; what the use
     "GOMP_SPINCOUNT": "1000",  # but a short wait is not worth a sleep: a third less time for the demo on idle cores
 }
 ENDS = "DREAMBOOTH_ENDS"  # a folder in which every failed process leaves RANK.json, for who started them
+_taken: dict[str, str] = {}  # key -> value of words that Hydra does not get to see
 _codes: list[int] = []  # of the jobs in this process; a sweep has several
 
 
@@ -61,12 +62,16 @@ def with_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
-def taken(key: str) -> str | None:
-    """The value of the last word `key=value`, which Hydra does not get to see: it would look for an option of the group
-    of that name in conf/."""
+def take(key: str) -> None:
+    """Keep the words `key=value` from Hydra, which would look for an option of the group of that name in conf/."""
     words = [word for word in sys.argv[1:] if word.startswith(f"{key}=")]
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in words]
-    return words[-1].partition("=")[2].strip("'\"") or None if words else None
+    _taken[key] = words[-1].partition("=")[2].strip("'\"") if words else ""
+
+
+def given(key: str) -> str | None:
+    """The value of the last word that `take` took; None: there was none."""
+    return _taken.get(key) or None
 
 
 def _ended(code: int, sentence: str, meant: bool = True) -> None:

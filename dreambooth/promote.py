@@ -30,7 +30,6 @@ class Promote(Section):
         require("", {"max_class_similarity": (bound is None or finite(bound, -1, 1), f"from -1 to 1, not {bound}")})
 
 
-_sweep: list[str | None] = []  # the ID that was typed; conf/sweep/ is a group, whose options Hydra would look for
 ConfigStore.instance().store(name="promote_schema", node=Promote, provider="dreambooth")
 
 
@@ -45,19 +44,19 @@ def _job(cfg: DictConfig) -> None:
         ask: Promote = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     except ValueError as error:
         raise UserError(str(error)) from error
-    ask.sweep = next(filter(None, _sweep), ask.sweep)
-    if ask.sweep is None:
+    sweep = door.given("sweep") or ask.sweep
+    if sweep is None:
         raise UserError("the sweep is missing: type sweep=ID, the tag that its runs have in MLflow")
     from dreambooth import promotion
     from dreambooth.report import promoted
 
     terms = promotion.Terms(ask.uri, ask.experiment, ask.name, ask.objective, ask.max_class_similarity)
-    print(promoted(promotion.promote(ask.sweep, Path(ask.run_root), terms)))
+    print(promoted(promotion.promote(sweep, Path(ask.run_root), terms)))
 
 
 def main() -> None:
     """Console script `dreambooth-promote`."""
-    _sweep.append(door.taken("sweep"))
+    door.take("sweep")  # an ID; conf/sweep/ is a group, whose options Hydra would look for
     promote()
     door.leave()
 
