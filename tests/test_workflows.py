@@ -383,13 +383,28 @@ def test_every_override_composes_and_resolves(words: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["g4dn", "g5", "cpu"])
-def test_every_run_of_every_machine_fits_by_the_planner(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name, space", [("g4dn", "subject"), ("g4dn", "lora"), ("g5", "subject"), ("cpu", "tiny")])
+def test_every_run_of_every_machine_fits_by_the_planner(name: str, space: str, tmp_path: Path) -> None:
     one = workflows.shipped().machines[name]
-    told = run_stage(tmp_path, "validate", "--words", one.typed, "--space", one.space.name, "run_root=/runs")
+    trials = Space(space, config.search_space(space)).trials()
+    told = run_stage(tmp_path, "validate", "--words", one.typed, "--space", space, "run_root=/runs")
     assert told.returncode == 0, told.stderr
-    assert f"{len(one.space.trials())} runs, checked and planned" in told.stdout
-    assert len(json.loads((tmp_path / "out/trials").read_text("utf-8"))) == len(one.space.trials())
+    assert f"{len(trials)} runs, checked and planned" in told.stdout
+    assert len(json.loads((tmp_path / "out/trials").read_text("utf-8"))) == len(trials)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["trainjob", "trainjob-4gpu", "katib"])
+def test_every_run_of_kubeflow_fits_by_the_planner(where: str) -> None:
+    different = {tuple(word for word in words if word.partition("=")[0] not in stage.SAME_MEMORY
+                       and "s3://" not in word and "MLFLOW" not in word)
+                 for name, words in runs() if name.partition(" ")[0] == where}
+    assert len(different) == (2 if where == "katib" else 1)  # with and without the text encoder
+    for words in different:
+        told = subprocess.run([sys.executable, "-m", "dreambooth.plan", *words, "plan.format=json"], check=False,
+                              capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert told.returncode == 0, told.stderr
+        assert json.loads(told.stdout)["fits"] is True
 
 
 # -- a stage -------------------------------------------------------------------------------------------------------
@@ -410,7 +425,8 @@ def test_validate_says_all_that_is_wrong_before_anything_is_paid_for(tmp_path: P
 
 @pytest.mark.parametrize("words, said", [
     (["--words", "name='a"], "these overrides cannot be read"),
-    (["--words", "hardware=cpu", "--space", "none"], "there is no search space none: type sweep= one of subject, tiny"),
+    (["--words", "hardware=cpu", "--space", "none"],
+     "there is no search space none: type sweep= one of lora, subject, tiny"),
     (["sample"], "sample is neither an option nor KEY=VALUE"),
 ])
 def test_a_stage_says_what_is_wrong_with_its_words(tmp_path: Path, words: list[str], said: str) -> None:
