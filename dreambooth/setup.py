@@ -106,8 +106,14 @@ def class_images_alone(recipe: Recipe, stop: Stop) -> None:
 
 
 def _check_processes(recipe: Recipe, engine: Engine) -> None:
-    """Data parallel averages gradients after a backward pass; these levers have used them by then."""
-    spec = recipe.memory
+    """Data parallel averages gradients after a backward pass; these levers have used them by then.
+
+    A machine of several cards is paid for whole: one that would train on fewer says so.
+    """
+    spec, gpus = recipe.memory, recipe.hardware.gpus
+    if engine.device.type == "cuda" and engine.local_world < gpus:
+        raise UserError(f"hardware.gpus={gpus}, and {engine.local_world} of them would train: type torchrun --standalone "
+                        f"--nproc-per-node={gpus} -m dreambooth.train ..., or hardware.gpus={engine.local_world}")
     for lever in ("optimizer_in_backward", "offload_optimizer"):
         if engine.world > 1 and getattr(spec, lever):
             raise UserError(f"memory.{lever}=true works in one process: type memory.{lever}=false, or start without "

@@ -18,6 +18,7 @@ from dreambooth.rendering.asked import Asked, Space
 from dreambooth.rendering.files import rendered
 
 FOLDER = Path("workflows")
+SPACE = "subject"
 IMAGE = f"dreambooth:{__version__}"
 PHOTOS = ("dataset=s3", "dataset.instance_dir=s3://BUCKET/photos", "dataset.instance_prompt=a photo of a zwx dog",
           "dataset.class_prompt=a photo of a dog")
@@ -27,7 +28,7 @@ OVERLAYS = {"g4dn": (DEFAULT, "subject", ""), "g5": (("hardware=g5", *PHOTOS), "
             "cpu": (DEMO, "tiny", "-cpu")}  # overlay -> overrides, search space, ending of the image's tag
 
 
-def asked(overrides: Sequence[str] = DEFAULT, space: str = "subject", image: str = IMAGE) -> Asked:
+def asked(overrides: Sequence[str] = DEFAULT, space: str = SPACE, image: str = IMAGE) -> Asked:
     """What files are rendered from.
 
     Raises:
@@ -53,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="say which files are not what conf/ says", epilog=words)
     submit = commands.add_parser("submit", help="send a workflow, TrainJob or Experiment to a cluster", epilog=words)
     for one in (render, check, submit):
-        one.add_argument("--space", default="subject", help="search space, a file of conf/sweep")
-        one.add_argument("--image", default=IMAGE)
+        one.add_argument("--space", default=SPACE, help="search space, a file of conf/sweep")
+        one.add_argument("--image", default=IMAGE, help="where nodes find the image, such as REGISTRY/dreambooth:0.1.0")
     for one in (render, check):
         one.add_argument("--to", type=Path, default=FOLDER, help="folder of the files")
     submit.add_argument("--what", choices=submitting.KINDS, default="sweep")
@@ -68,8 +69,13 @@ def main() -> None:
     options = door.with_overrides(parser())
 
     def job() -> None:
+        if not options.overrides and (options.space != SPACE or options.image != IMAGE):
+            raise UserError(f"--space and --image go with overrides: type them after {options.command}, such as "
+                            "hardware=cpu")
         given = asked(options.overrides, options.space, options.image) if options.overrides else shipped()
         if options.command == "submit":
+            if unfilled := [word for word in given.overrides if "s3://BUCKET" in word]:
+                raise UserError(f"{unfilled[0]} is a placeholder: type the overrides of your run after submit")
             print(submitting.submit(given, options.what, options.namespace, options.name))
         elif options.command == "check":
             if stale := differing(rendered(given), options.to):
