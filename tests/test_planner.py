@@ -381,7 +381,8 @@ def test_what_is_left_to_do_is_said_where_the_run_needs_most() -> None:
     assert cost["memory.gradient_checkpointing=true"] > 0.1 and cost["memory.ema_device=cpu"] > 0.1  # type: ignore[operator]
     said = named(asked, predict(asked))
     assert said.startswith("memory=auto") and said.endswith("hardware=g5")
-    drawing = recipe("sd15", prior__sample_batch_size=32, memory__gradient_checkpointing=True)
+    drawing = recipe("sd15", prior__sample_batch_size=32, sample__images_per_prompt=1,
+                     memory__gradient_checkpointing=True)
     assert ways(drawing, predict(drawing))[0].what == "prior.sample_batch_size=1"
 
 
