@@ -96,7 +96,8 @@ def class_images_alone(recipe: Recipe, stop: Stop) -> None:
     if not lacking:
         return
     model.import_libraries()
-    engine, _ = accelerated(recipe.device, recipe.precision.dtype)
+    engine, _ = accelerated(recipe.device, recipe.precision.dtype, recipe.precision.tf32)
+    engine.cache_casts(recipe.memory.autocast_cache)
     meter = Meter(engine.device, partial(oom.advice, recipe=recipe))
     with meter.phase("load"):
         pipeline = sampling.build_pipeline(model.load(recipe, engine.device))
@@ -112,8 +113,9 @@ def _check_processes(recipe: Recipe, engine: Engine) -> None:
     """
     spec, gpus = recipe.memory, recipe.hardware.gpus
     if engine.device.type == "cuda" and engine.local_world < gpus:
-        raise UserError(f"hardware.gpus={gpus}, and {engine.local_world} of them would train: type torchrun --standalone "
-                        f"--nproc-per-node={gpus} -m dreambooth.train ..., or hardware.gpus={engine.local_world}")
+        raise UserError(f"hardware.gpus={gpus}, and {engine.local_world} of them would train: type torchrun "
+                        f"--standalone --nproc-per-node={gpus} -m dreambooth.train ..., or "
+                        f"hardware.gpus={engine.local_world}")
     for lever in ("optimizer_in_backward", "offload_optimizer"):
         if engine.world > 1 and getattr(spec, lever):
             raise UserError(f"memory.{lever}=true works in one process: type memory.{lever}=false, or start without "
