@@ -15,7 +15,9 @@ from dreambooth.fakes import fake_tensors, to_dtype
 from dreambooth.model import TORCH_DTYPE, denoiser_of, trained_modules
 from dreambooth.packaged import asset
 from dreambooth.recipe import Recipe
+from dreambooth.schema_storage import is_single
 
+VAE_FIX = "madebyollin/sdxl-vae-fp16-fix"  # SDXL's VAE, trained on until half does not overflow in it
 HUB = {  # names under which an architecture that ships here is published
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
     "runwayml/stable-diffusion-v1-5": "sd15",
@@ -57,7 +59,7 @@ def blank(recipe: Recipe) -> Components:
     text_dtype = torch.float32 if recipe.train.train_text_encoder else frozen
     vae, two = dict(known["vae"]), "text_encoder_2" in known
     if recipe.vae_source:
-        vae["force_upcast"] = not two  # another VAE for SDXL: its fp16 fix
+        vae = _other_vae(recipe.vae_source, vae)
     overflows = frozen is torch.float16 and half_overflows(vae, two)
     parts = Components(
         unet=to_dtype(UNet2DConditionModel.from_config(known["unet"]), torch.float32),
@@ -93,6 +95,18 @@ def known_attention(recipe: Recipe) -> Recipe:
     if recipe.attention.kind is AttentionKind.xformers:
         return replace(recipe, attention=replace(recipe.attention, kind=AttentionKind.sdpa))
     return recipe
+
+
+def _other_vae(source: str, base: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a VAE in place of the base's: a folder's own; elsewhere the base's, in which half overflows
+    unless the name is that of SDXL's fix (a file's as model.load's conversion takes it)."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    for place in (Path(source) / "vae", Path(source)):
+        if (place / "config.json").is_file():
+            return dict(AutoencoderKL.load_config(place))
+    fixed = "fp16" in Path(source).stem if is_single(source) else source == VAE_FIX
+    return base | {"force_upcast": not fixed}
 
 
 @cache
