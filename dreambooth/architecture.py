@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from dreambooth import adapter
-from dreambooth.choices import AttentionKind
+from dreambooth.choices import AttentionKind, BaseWeights
 from dreambooth.components import Components, base_schedule, half_overflows, keep_vae_whole
 from dreambooth.errors import UserError
 from dreambooth.fakes import fake_tensors, to_dtype
-from dreambooth.model import TORCH_DTYPE, denoiser_of, trained_modules
+from dreambooth.model import TORCH_DTYPE, denoiser_of, kept_in, trained_modules
 from dreambooth.packaged import asset
+from dreambooth.quantised import quantise
 from dreambooth.recipe import Recipe
 from dreambooth.schema_storage import is_single
 
@@ -56,22 +57,23 @@ def blank(recipe: Recipe) -> Components:
 
     known = _configurations(folder_of(recipe))
     frozen = TORCH_DTYPE[recipe.precision.dtype]
-    text_dtype = torch.float32 if recipe.train.train_text_encoder else frozen
+    unet_dtype, text_dtype = kept_in(recipe, frozen)
     vae, two = dict(known["vae"]), "text_encoder_2" in known
     if recipe.vae_source:
         vae = _other_vae(recipe.vae_source, vae)
     overflows = frozen is torch.float16 and half_overflows(vae, two)
     parts = Components(
-        unet=to_dtype(UNet2DConditionModel.from_config(known["unet"]), torch.float32),
+        unet=to_dtype(UNet2DConditionModel.from_config(known["unet"]), unet_dtype),
         text_encoder=to_dtype(CLIPTextModel(CLIPTextConfig(**known["text_encoder"])), text_dtype),
         vae=to_dtype(AutoencoderKL.from_config(vae), torch.float32 if overflows else frozen),
         tokenizer=None, scheduler_config=base_schedule(known["scheduler"], recipe))
     if two:
         second = CLIPTextModelWithProjection(CLIPTextConfig(**known["text_encoder_2"]))
         parts.text_encoder_2 = to_dtype(second, text_dtype)
-    for module in trained_modules(parts, recipe).values() if recipe.method.low_rank else ():
-        adapter.freeze(module, frozen, recipe.method.base_weights)
-        module.to("cpu")  # the device that stands in: 4-bit codes are made on the way to it
+    if recipe.method.low_rank and recipe.method.base_weights is BaseWeights.nf4:
+        for module in trained_modules(parts, recipe).values():
+            quantise(module, frozen)
+            module.to("cpu")  # the device that stands in: codes are made on the way to it
     for module in parts.modules:
         module.requires_grad_(False).eval()
     keep_vae_whole(parts)
@@ -99,7 +101,7 @@ def known_attention(recipe: Recipe) -> Recipe:
 
 def _other_vae(source: str, base: dict[str, Any]) -> dict[str, Any]:
     """The configuration of a VAE in place of the base's: a folder's own; elsewhere the base's, in which half overflows
-    unless the name is that of SDXL's fix (a file's as model.load's conversion takes it)."""
+    unless the name is that of SDXL's fix (of a file: fp16 is in it, as for its conversion)."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     for place in (Path(source) / "vae", Path(source)):

@@ -16,6 +16,7 @@ from dreambooth.components import base_schedule, half_overflows, has, keep_vae_w
 from dreambooth.conditions import Conditions
 from dreambooth.errors import UserError
 from dreambooth.machine import importing
+from dreambooth.quantised import quantise
 from dreambooth.recipe import Recipe
 from dreambooth.recompute import recompute
 from dreambooth.unasked import without_bitsandbytes
@@ -49,6 +50,16 @@ def denoiser_of(parts: Components, recipe: Recipe) -> Denoiser:
     return Denoiser(parts.conditions, **trained_modules(parts, recipe))
 
 
+def kept_in(recipe: Recipe, frozen: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """The precision of the UNet and of the text encoders: fp32 of what trains, `frozen` of all else.
+
+    The base of an adapter is frozen. Matrices and convolutions are kept in what autocast casts them to at every use, so
+    that changes no number; norms and embeddings are rounded too, once, if the base's weights are finer than `frozen`.
+    """
+    trained = frozen if recipe.method.low_rank else torch.float32
+    return trained, trained if recipe.train.train_text_encoder else frozen
+
+
 def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None) -> Components:
     """Load the base: trained parts in fp32, frozen parts in the compute precision, or in `frozen`.
 
@@ -62,15 +73,14 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
 
     base_weights = recipe.method.base_weights if frozen is None else BaseWeights.half
     frozen = frozen or TORCH_DTYPE[recipe.precision.dtype]
-    trained = frozen if recipe.method.low_rank and base_weights is BaseWeights.half else torch.float32
-    text_dtype = trained if recipe.train.train_text_encoder else frozen
+    unet_dtype, text_dtype = kept_in(recipe, frozen)
     source: dict[str, Any] = {"revision": recipe.model.revision, "local_files_only": recipe.model.offline}
     weights = source | {"variant": recipe.model.variant}
     try:
         index: dict[str, Any] = DiffusionPipeline.load_config(recipe.source, **source)  # type: ignore[assignment]
         parts = Components(
             unet=UNet2DConditionModel.from_pretrained(
-                recipe.source, subfolder="unet", torch_dtype=trained, **weights),
+                recipe.source, subfolder="unet", torch_dtype=unet_dtype, **weights),
             text_encoder=CLIPTextModel.from_pretrained(
                 recipe.source, subfolder="text_encoder", dtype=text_dtype, **weights),
             vae=_vae(recipe, frozen, has(index, "text_encoder_2"), weights),
@@ -86,8 +96,9 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
             parts.safety_checker, parts.feature_extractor = _safety(recipe.source, frozen, weights)
     except (OSError, ValueError) as error:
         raise UserError(_missing(recipe, error)) from error
-    for module in trained_modules(parts, recipe).values() if recipe.method.low_rank else ():
-        adapter.freeze(module, frozen, base_weights)
+    if recipe.method.low_rank and base_weights is BaseWeights.nf4:
+        for module in trained_modules(parts, recipe).values():
+            quantise(module, frozen)
     for module in parts.modules:
         module.requires_grad_(False).eval().to(device)
     keep_vae_whole(parts)
