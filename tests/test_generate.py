@@ -142,6 +142,29 @@ def test_a_dora_in_kohyas_layout_is_refused_rather_than_half_read(tmp_path: Path
         tmp_path, f"base={BASE}", PROMPT, f"lora={tmp_path / 'dora.safetensors'}")
 
 
+OTHERS = {  # keys of LoRAs of other models, as diffusers and kohya's trainer write them
+    "without a UNet": ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
+                       "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight"],
+    "does not fit this base": ["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",
+                               "lora_unet_double_blocks_0_img_attn_proj.lora_up.weight",
+                               "lora_unet_double_blocks_0_img_attn_proj.alpha"],
+    "nothing for a layer": ["lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
+                            "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
+                            "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha"],
+}
+
+
+@pytest.mark.parametrize("words", OTHERS)
+def test_a_lora_of_another_model_is_a_sentence(words: str, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    file = tmp_path / "other.safetensors"
+    save_file({key: torch.tensor(4.0) if key.endswith("alpha") else torch.zeros(4, 4) for key in OTHERS[words]}, file)
+    text = said(tmp_path, f"base={BASE}", PROMPT, f"lora={file}")
+    assert words in text and str(file) in text and "Traceback" not in text, text
+
+
 @pytest.mark.parametrize("values", [{"lora": [1]}, {"lora_scale": "much"}, {"strength": 0.0}, {"columns": 0},
                                     {"image": "x", "strength": 0.1, "num_inference_steps": 2}])
 def test_each_key_has_bounds(values: dict[str, Any]) -> None:
