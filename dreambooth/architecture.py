@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dreambooth import adapter
+from dreambooth import adapter, vae
 from dreambooth.choices import AttentionKind, BaseWeights
 from dreambooth.components import Components, base_schedule, half_overflows, keep_vae_whole
 from dreambooth.errors import UserError
@@ -16,9 +16,7 @@ from dreambooth.model import TORCH_DTYPE, denoiser_of, kept_in, trained_modules
 from dreambooth.packaged import asset
 from dreambooth.quantised import quantise
 from dreambooth.recipe import Recipe
-from dreambooth.schema_storage import is_single
 
-VAE_FIX = "madebyollin/sdxl-vae-fp16-fix"  # SDXL's VAE, trained on until half does not overflow in it
 HUB = {  # names under which an architecture that ships here is published
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
     "runwayml/stable-diffusion-v1-5": "sd15",
@@ -58,15 +56,16 @@ def blank(recipe: Recipe) -> Components:
     known = _configurations(folder_of(recipe))
     frozen = TORCH_DTYPE[recipe.precision.dtype]
     unet_dtype, text_dtype = kept_in(recipe, frozen)
-    vae, two = dict(known["vae"]), "text_encoder_2" in known
+    config, two = dict(known["vae"]), "text_encoder_2" in known
     if recipe.vae_source:
-        vae = _other_vae(recipe.vae_source, vae)
-    overflows = frozen is torch.float16 and half_overflows(vae, two)
+        config = vae.configuration(recipe.vae_source, config)
+    overflows = frozen is torch.float16 and half_overflows(config, two)
     parts = Components(
         unet=to_dtype(UNet2DConditionModel.from_config(known["unet"]), unet_dtype),
         text_encoder=to_dtype(CLIPTextModel(CLIPTextConfig(**known["text_encoder"])), text_dtype),
-        vae=to_dtype(AutoencoderKL.from_config(vae), torch.float32 if overflows else frozen),
+        vae=to_dtype(AutoencoderKL.from_config(config), torch.float32 if overflows else frozen),
         tokenizer=None, scheduler_config=base_schedule(known["scheduler"], recipe))
+    vae.check(parts.unet, parts.vae, vae.other_base(recipe))
     if two:
         second = CLIPTextModelWithProjection(CLIPTextConfig(**known["text_encoder_2"]))
         parts.text_encoder_2 = to_dtype(second, text_dtype)
@@ -97,18 +96,6 @@ def known_attention(recipe: Recipe) -> Recipe:
     if recipe.attention.kind is AttentionKind.xformers:
         return replace(recipe, attention=replace(recipe.attention, kind=AttentionKind.sdpa))
     return recipe
-
-
-def _other_vae(source: str, base: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a VAE in place of the base's: a folder's own; elsewhere the base's, in which half overflows
-    unless the name is that of SDXL's fix (of a file: fp16 is in it, as for its conversion)."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    for place in (Path(source) / "vae", Path(source)):
-        if (place / "config.json").is_file():
-            return dict(AutoencoderKL.load_config(place))
-    fixed = "fp16" in Path(source).stem if is_single(source) else source == VAE_FIX
-    return base | {"force_upcast": not fixed}
 
 
 @cache

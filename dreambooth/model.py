@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth import adapter
+from dreambooth import adapter, vae
 from dreambooth.choices import AttentionKind, BaseWeights, Dtype
 from dreambooth.components import Components as Components
-from dreambooth.components import base_schedule, half_overflows, has, keep_vae_whole
+from dreambooth.components import base_schedule, has, keep_vae_whole
 from dreambooth.conditions import Conditions
 from dreambooth.errors import UserError
 from dreambooth.machine import importing
@@ -83,7 +83,7 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
                 recipe.source, subfolder="unet", torch_dtype=unet_dtype, **weights),
             text_encoder=CLIPTextModel.from_pretrained(
                 recipe.source, subfolder="text_encoder", dtype=text_dtype, **weights),
-            vae=_vae(recipe, frozen, has(index, "text_encoder_2"), weights),
+            vae=vae.of_run(recipe, frozen, has(index, "text_encoder_2"), weights),
             tokenizer=CLIPTokenizer.from_pretrained(recipe.source, subfolder="tokenizer", **source),
             scheduler_config=base_schedule(
                 dict(DDPMScheduler.load_config(recipe.source, subfolder="scheduler", **source)), recipe),
@@ -102,6 +102,7 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
     for module in parts.modules:
         module.requires_grad_(False).eval().to(device)
     keep_vae_whole(parts)
+    vae.check(parts.unet, parts.vae, vae.other_base(recipe))
     _check_resolution(recipe, parts)
     return parts
 
@@ -179,20 +180,6 @@ def import_libraries() -> None:
             import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
 
 
-def _vae(recipe: Recipe, dtype: torch.dtype, two_encoders: bool, weights: dict[str, Any]) -> Any:
-    """The base's VAE, or the one that model.vae names; in fp32 where fp16 overflows in it."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    place: dict[str, Any] = {**weights, "subfolder": "vae"}
-    if own := recipe.vae_source:
-        place = {"local_files_only": recipe.model.offline}
-        place |= {"subfolder": "vae"} if (Path(own) / "vae/config.json").is_file() else {}
-    source = own or recipe.source
-    config = AutoencoderKL.load_config(source, **{key: value for key, value in place.items() if key != "variant"})
-    overflows = dtype is torch.float16 and half_overflows(dict(config), two_encoders)
-    return AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32 if overflows else dtype, **place)
-
-
 def _safety(source: str, dtype: torch.dtype, weights: dict[str, Any]) -> tuple[Any, Any]:
     """The base's safety checker and its image processor."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -205,7 +192,7 @@ def _safety(source: str, dtype: torch.dtype, weights: dict[str, Any]) -> tuple[A
 
 
 def _missing(recipe: Recipe, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0][:200]
+    reason = vae.reason(error)
     if recipe.source.startswith((".", "/", "~")) or Path(recipe.source).exists():
         half = not recipe.model.variant and any(Path(recipe.source).glob("unet/*.fp16.safetensors"))
         hint = "type model.variant=fp16" if half else (

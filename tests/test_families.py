@@ -1,13 +1,14 @@
 """Tiny models of the architecture of each family through the real door: they train, resume and sample as sd15 does."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from families import SECOND, make
 from faults import call, train
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_kill import assert_same, the_run
 from test_planner import small
 
@@ -116,6 +117,35 @@ def test_sdxls_vae_computes_in_fp32_under_half_autocast(base: dict[str, Path]) -
     fixed.vae.register_to_config(force_upcast=False)
     keep_vae_whole(fixed)
     assert "encode" not in vars(fixed.vae)
+
+
+@pytest.mark.parametrize("channels", [9, 8])  # a masked picture and its mask; a picture to edit
+def test_a_base_for_inpainting_or_editing_is_refused_by_every_door(
+        channels: int, base: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "inpainting"
+    shutil.copytree(base["sd21"], folder)
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | {"in_channels": channels}))
+    [file] = (folder / "unet").glob("*.safetensors")
+    weights = load_file(file)
+    weights["conv_in.weight"] = torch.zeros(16, channels, 3, 3)
+    save_file(weights, file, {"format": "pt"})
+    asked = f"this model reads {channels} channels where its VAE makes 4"
+    doors = {"train": words("sd21", folder, f"run_root={tmp_path}", "tracking=none"),
+             "plan": words("sd21", folder, "hardware=g4dn"),
+             "generate": [f"base={folder}", "prompt=a toy", f"out={tmp_path / 'out'}"]}
+    for door, typed in doors.items():
+        assert call(door, typed, log=tmp_path / door) == 1
+        text = (tmp_path / door).read_text()
+        assert asked in text and "a model that draws from text alone" in text and "Traceback" not in text, text
+
+
+def test_a_vae_that_cannot_be_loaded_is_named_and_not_the_base(base: dict[str, Path], tmp_path: Path) -> None:
+    for vae in (tmp_path / "nowhere", base["sd21"] / "unet"):
+        assert train(tmp_path, *words("sd21", base["sd21"], f"model.vae={vae}"), log=tmp_path / "log") == 1
+        text = (tmp_path / "log").read_text()
+        assert f"the VAE {vae} could not be loaded" in text and "model.vae=null" in text, text
+        assert "base model" not in text and "Traceback" not in text, text
 
 
 def test_zero_terminal_snr_trains_at_pure_noise_and_is_kept(base: dict[str, Path], tmp_path: Path) -> None:
