@@ -4,7 +4,6 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +11,12 @@ from PIL import Image
 
 from dreambooth import files, loras, pngtext, sampling
 from dreambooth.console import Console
+from dreambooth.drawable import Source, find
 from dreambooth.errors import UserError
-from dreambooth.lora_files import DIFFUSERS
-from dreambooth.packaged import asset
 from dreambooth.photos import load_photos, square
 from dreambooth.prompts import fill, noun
 from dreambooth.schema_generate import Generate
 from dreambooth.sheet import grid
-
-
-@dataclass(frozen=True)
-class Source:
-    """What is drawn with: a diffusers model, and a run's own adapter if it has one."""
-
-    folder: Path  # that was asked for
-    model: str  # a folder, or a hub id
-    own: str | None  # the run's adapter, not merged
-    settings: dict[str, Any]  # of the run, as text; empty: it is no run
-
-    @property
-    def revision(self) -> str | None:
-        return None if self.own is None else _known(self.settings.get("model.revision"))
 
 
 def draw(ask: Generate) -> Path:
@@ -43,13 +27,15 @@ def draw(ask: Generate) -> Path:
     """
     import torch
 
-    source = _find(ask)
-    prompts = _prompts(ask, source.settings)
+    source = find(ask)
+    prompts = _prompts(ask, source)
     chosen = _loras(ask, source)
     scale = ask.guidance_scale
     if scale is None:
         scale = float(source.settings.get("sample.guidance_scale", 7.5))
-    pipeline = sampling.open_pipeline(source.model, "cuda" if torch.cuda.is_available() else "cpu", source.revision)
+    pipeline = sampling.open_pipeline(
+        source.model, "cuda" if torch.cuda.is_available() else "cpu", source.revision, source.variant, source.vae,
+        source.zero_terminal_snr)
     loras.apply(pipeline, chosen)
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     sampler = sampling.Sampler(ask.num_inference_steps, scale, int(source.settings.get("model.resolution", side)))
@@ -76,52 +62,11 @@ def draw(ask: Generate) -> Path:
     return written
 
 
-def _find(ask: Generate) -> Source:
-    """The model that is asked for, and the settings of its run."""
-    if not ask.run and not ask.base:
-        raise UserError("the run is missing: type run=runs/NAME, a folder that python -m dreambooth.train made")
-    if not ask.run:
-        return Source(Path(), asset(ask.base or ""), None, {})
-    folder = Path(ask.run)
-    settings = _settings(folder)
-    for model in (folder / "model", folder):
-        own = str(model / DIFFUSERS) if (model / DIFFUSERS).is_file() else None
-        if (model / "model_index.json").is_file() and not ask.base:
-            return Source(folder, str(model), None, settings)
-        base = ask.base or settings.get("model.source")
-        if own and base:
-            return Source(folder, asset(base), own, settings)
-        if own:
-            raise UserError(f"{ask.run} holds an adapter and does not say of which model: type base=DIR, the model "
-                            "that it was trained on")
-        if ask.base and (model / "model_index.json").is_file():
-            raise UserError(f"{ask.run} is a model of its own: type run=null to draw with base={ask.base}, or leave "
-                            "base out")
-    if (folder / "run.json").is_file():
-        raise UserError(f"the run in {ask.run} is not finished: repeat its command first, "
-                        "python -m dreambooth.train ...")
-    raise UserError(f"there is no model in {ask.run}: type run=runs/NAME, a folder that "
-                    "python -m dreambooth.train made")
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    try:
-        settings: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError):
-        return {}
-    return settings
-
-
-def _known(text: str | None) -> str | None:
-    """A setting as it was before run.json made it a text."""
-    return None if text in (None, "null") else text
-
-
-def _prompts(ask: Generate, settings: dict[str, Any]) -> list[str]:
+def _prompts(ask: Generate, source: Source) -> list[str]:
     """One prompt, or those of a file; {subject} in it stands for the run's subject."""
-    subject = settings.get("dataset.instance_prompt")
+    subject = source.settings.get("dataset.instance_prompt")
     if ask.prompts is None:
-        if not ask.prompt and (several := json.loads(settings.get("dataset.concepts", "[]"))):
+        if not ask.prompt and (several := json.loads(source.settings.get("dataset.concepts", "[]"))):
             known = " or ".join(f'prompt="{one["instance_prompt"]}"' for one in several)
             raise UserError(f"this run has several subjects: type {known}")
         if not (prompt := ask.prompt or subject):

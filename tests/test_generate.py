@@ -211,3 +211,24 @@ def test_mlflow_opens_a_runs_adapter_by_its_diffusers_flavour(tmp_path: Path) ->
     assert {key: tensor.tolist() for key, tensor in load_file(theirs).items()} == {
         key: tensor.tolist() for key, tensor in ours.items()}
     assert MlflowClient(uri).get_run(run_id).info.status == "FINISHED"
+
+
+def test_mlflow_pins_the_revision_that_the_run_has_pinned(tmp_path: Path) -> None:
+    """MLflow itself pins the newest."""
+    import torch
+    import yaml
+    from safetensors.torch import save_file
+
+    from dreambooth import flavour
+
+    facts = {"base_model": BASE, "base_model_revision": "0123abc", "base_model_variant": "fp16"}
+    save_file({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / flavour.DIFFUSERS, facts)
+
+    class Client:
+        def log_artifacts(self, run_id: str, folder: str) -> None:
+            shutil.copytree(folder, tmp_path / run_id)
+
+    flavour.log(Client(), "found", tmp_path / flavour.DIFFUSERS, None)
+    found = yaml.safe_load((tmp_path / "found/lora/MLmodel").read_text())
+    assert found["flavors"]["diffusers"]["base_model_revision"] == "0123abc"
+    assert found["metadata"] == {key: facts[key] for key in ("base_model_revision", "base_model_variant")}
