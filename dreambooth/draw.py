@@ -64,9 +64,9 @@ def draw(ask: Generate) -> Path:
 
 def _prompts(ask: Generate, source: Source) -> list[str]:
     """One prompt, or those of a file; {subject} in it stands for the run's subject."""
-    subject = source.settings.get("dataset.instance_prompt")
+    subject, several = source.setting("dataset.instance_prompt"), json.loads(source.setting("dataset.concepts") or "[]")
     if ask.prompts is None:
-        if not ask.prompt and (several := json.loads(source.settings.get("dataset.concepts", "[]"))):
+        if not ask.prompt and several:
             known = " or ".join(f'prompt="{one["instance_prompt"]}"' for one in several)
             raise UserError(f"this run has several subjects: type {known}")
         if not (prompt := ask.prompt or subject):
@@ -80,7 +80,11 @@ def _prompts(ask: Generate, source: Source) -> list[str]:
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise UserError(f"there is no prompt in {ask.prompts}: write one a line")
-    if not subject and any("{subject}" in line for line in lines):
+    open_lines = any("{subject}" in line for line in lines)
+    if several and open_lines:
+        raise UserError(f"{ask.prompts} speaks of {{subject}} and this run has several subjects: write the subject "
+                        "itself")
+    if not subject and open_lines:
         raise UserError(f"{ask.prompts} speaks of {{subject}} and run.json, which names it, is not there: write the "
                         "subject itself")
     return fill(lines, noun(subject)) if subject else lines

@@ -86,6 +86,24 @@ def test_prompts_of_a_file_are_the_rows_of_one_grid(run: Path, tmp_path: Path) -
     assert Image.open(tmp_path / "wide/prompts-grid.png").size == (4 * 66 - 2, 64)
 
 
+def test_a_file_of_prompts_names_the_subject_of_a_run_of_several(tmp_path: Path) -> None:
+    """run.json has the text null for the prompt of one."""
+    words = ["dataset=concepts", "name=demo-two"]
+    for number, name in enumerate(("zwx", "qpr")):
+        words += [f"dataset.concepts.{number}.{word}" for word in (
+            f"instance_dir={asset('package:demo')}", f"instance_prompt=a photo of a {name} toy",
+            "class_prompt=a photo of a toy")]
+    assert train(tmp_path, *words, "train.max_train_steps=1", "sample.every=null", log=tmp_path / "log") == 0, \
+        (tmp_path / "log").read_text()
+    run, file = the_run(tmp_path), tmp_path / "prompts.txt"
+    file.write_text("a {subject} in the snow\n")
+    (tmp_path / "said").mkdir()
+    assert "this run has several subjects: write the subject itself" in said(
+        tmp_path / "said", f"run={run}", f"prompts={file}")
+    file.write_text("a zwx toy in the snow\n")
+    assert len(drawn(tmp_path / "out", f"run={run}", f"prompts={file}")) == 2
+
+
 def test_a_png_says_how_it_was_made(run: Path, tmp_path: Path) -> None:
     drawn(tmp_path / "out", f"run={run}", PROMPT, "lora_scale=0.5", "negative_prompt=red")
     text = Image.open(tmp_path / "out/a-photo-of-a-zwx-toy-seed6.png").text
