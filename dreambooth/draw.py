@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from dreambooth import files, loras, pngtext, sampling
+from dreambooth.conditions import check_length
 from dreambooth.console import Console
 from dreambooth.drawable import Source, find
 from dreambooth.errors import UserError
@@ -36,6 +37,7 @@ def draw(ask: Generate) -> Path:
     pipeline = sampling.open_pipeline(
         source.model, "cuda" if torch.cuda.is_available() else "cpu", source.revision, source.variant, source.vae,
         source.zero_terminal_snr)
+    _check_lengths(pipeline, [*prompts, ask.negative_prompt or ""])
     loras.apply(pipeline, chosen)
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     sampler = sampling.Sampler(ask.num_inference_steps, scale, int(source.settings.get("model.resolution", side)))
@@ -88,6 +90,13 @@ def _prompts(ask: Generate, source: Source) -> list[str]:
         raise UserError(f"{ask.prompts} speaks of {{subject}} and run.json, which names it, is not there: write the "
                         "subject itself")
     return fill(lines, noun(subject)) if subject else lines
+
+
+def _check_lengths(pipeline: Any, prompts: Sequence[str]) -> None:
+    """Pipelines cut what a text encoder does not read."""
+    for name in ("tokenizer", "tokenizer_2"):
+        for prompt in prompts if getattr(pipeline, name, None) is not None else ():
+            check_length(getattr(pipeline, name), prompt)
 
 
 def _loras(ask: Generate, source: Source) -> list[loras.Lora]:

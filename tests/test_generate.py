@@ -143,6 +143,8 @@ def test_what_is_wrong_is_a_sentence(run: Path, tmp_path: Path) -> None:
         "there is no picture at": [f"run={run}", PROMPT, "image=nothing.png"],
         "cannot be read: type prompts=FILE": [f"run={run}", "prompts=nothing.txt"],
         "prompts must be null": [f"run={run}", PROMPT, "prompts=some.txt"],
+        "tokens and the prompt has 42: shorten 'toy toy": [f"base={BASE}", "prompt=" + "toy " * 40],
+        "tokens and the prompt has 52: shorten 'red red": [f"base={BASE}", PROMPT, "negative_prompt=" + "red " * 50],
     }
     for number, (sentence, words) in enumerate(wrong.items()):
         (tmp_path / str(number)).mkdir()
