@@ -14,7 +14,7 @@ from dreambooth.conditions import check_length
 from dreambooth.console import Console
 from dreambooth.drawable import Source, find
 from dreambooth.errors import UserError
-from dreambooth.photos import load_photos, square
+from dreambooth.photos import picture, square
 from dreambooth.prompts import fill, noun
 from dreambooth.schema_generate import Generate
 from dreambooth.sheet import grid
@@ -116,8 +116,7 @@ def _start(path: str | None, side: int) -> Image.Image | None:
         return None
     if not Path(path).is_file():
         raise UserError(f"there is no picture at {path}: type image=FILE")
-    [photo] = load_photos([Path(path)], "a picture", side)
-    return Image.fromarray(square(photo.pixels, side, None, False))
+    return Image.fromarray(square(picture(Path(path), side), side, None, False))
 
 
 def _write(target: Path, prompts: Sequence[str], seeds: Sequence[int], rows: Sequence[Sequence[Image.Image]],

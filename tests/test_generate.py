@@ -74,6 +74,18 @@ def test_a_picture_to_begin_with_is_kept_as_far_as_strength_says(run: Path, tmp_
     assert np.abs(little[0] - begin).mean() < 0.6 * np.abs(much[0] - begin).mean()
 
 
+def test_what_stands_beside_the_picture_to_begin_with_is_not_read(tmp_path: Path) -> None:
+    """An empty caption, or a line of metadata.jsonl for a photo that is gone, is of training."""
+    shutil.copyfile(sorted(Path(asset("package:demo")).glob("*.png"))[0], tmp_path / "sketch.png")
+    (tmp_path / "sketch.txt").write_text("")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "a toy"}\n')
+    assert drawn(tmp_path / "out", f"base={BASE}", PROMPT, f"image={tmp_path / 'sketch.png'}")
+    (tmp_path / "sketch.png").write_bytes(b"")
+    (tmp_path / "said").mkdir()
+    assert "sketch.png is empty (0 bytes)" in said(
+        tmp_path / "said", f"base={BASE}", PROMPT, f"image={tmp_path / 'sketch.png'}")
+
+
 def test_prompts_of_a_file_are_the_rows_of_one_grid(run: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("# scenes\na {subject} in the snow\n\na {subject} at night\n")
     pictures = drawn(tmp_path / "out", f"run={run}", f"prompts={tmp_path / 'prompts.txt'}")
