@@ -3,28 +3,59 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from dreambooth import files, loras, pngtext, sampling
+from dreambooth import files, loras, photos, pngtext, sampling
 from dreambooth.conditions import check_length
 from dreambooth.console import Console
 from dreambooth.drawable import Source, find
-from dreambooth.errors import UserError
-from dreambooth.photos import picture, square
+from dreambooth.errors import Interrupted, UserError
+from dreambooth.meter import Meter
 from dreambooth.prompts import fill, noun
 from dreambooth.schema_generate import Generate
 from dreambooth.sheet import grid
+from dreambooth.signals import Stop
 
 
-def draw(ask: Generate) -> Path:
-    """Write `num_images` pictures of each prompt with seeds from `seed` up, and their grid; returns the grid's path.
+@dataclass(frozen=True)
+class Album:
+    """Where pictures go, and what each says of itself."""
+
+    folder: Path
+    many: bool  # prompts, by whose numbers names begin
+    inside: Callable[[str, int, tuple[int, int]], PngInfo | None]  # of prompt, seed, size
+
+    def add(self, number: int, prompt: str, seed: int, made: Image.Image) -> None:
+        """Write a picture; one of that name is replaced."""
+        begin = f"{number:03d}-" * self.many + slug(prompt)
+        with files.whole_file(self.folder / f"{begin}-seed{seed}.png") as aside:
+            made.save(aside, format="PNG", pnginfo=self.inside(prompt, seed, made.size))
+
+    def close(self, prompt: str, rows: Sequence[Sequence[Image.Image]], columns: int | None) -> Path:
+        """Write the grid of all."""
+        count = len(rows[0])
+        columns = columns or (count if self.many else math.ceil(math.sqrt(count)))
+        sheet = self.folder / ("prompts-grid.png" if self.many else f"{slug(prompt)}-grid.png")
+        with files.whole_file(sheet) as aside:
+            grid([made for row in rows for made in row], columns).save(aside, format="PNG")
+        return sheet
+
+
+def draw(ask: Generate, stop: Stop) -> Path:
+    """Write `num_images` pictures of each prompt with seeds from `seed` up, each batch as it is made, and in the end
+    their grid; returns the grid's path.
 
     Raises:
         UserError: there is no model, no prompt, or something that does not fit it.
+        OutOfMemory, Interrupted: pictures that were made before are kept.
     """
     import torch
 
@@ -34,34 +65,65 @@ def draw(ask: Generate) -> Path:
     scale = ask.guidance_scale
     if scale is None:
         scale = float(source.settings.get("sample.guidance_scale", 7.5))
-    pipeline = sampling.open_pipeline(
-        source.model, "cuda" if torch.cuda.is_available() else "cpu", source.revision, source.variant, source.vae,
-        source.zero_terminal_snr)
-    _check_lengths(pipeline, [*prompts, ask.negative_prompt or ""])
-    loras.apply(pipeline, chosen)
+    target = Path(ask.out) if ask.out else source.folder / "generated"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    meter = Meter(device, partial(_advice, ask=ask, device=device.type), kept=f"pictures made before are in {target}")
+    with meter.phase("loading"):
+        pipeline = sampling.open_pipeline(source.model, device.type, source.revision, source.variant, source.vae,
+                                          source.zero_terminal_snr)
+        _check_lengths(pipeline, [*prompts, ask.negative_prompt or ""])
+        loras.apply(pipeline, chosen)
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     sampler = sampling.Sampler(ask.num_inference_steps, scale, int(source.settings.get("model.resolution", side)))
     start = _start(ask.image, sampler.resolution)
     if start is not None:
         pipeline = sampling.from_images(pipeline)
-    seeds = [ask.seed + number for number in range(ask.num_images)]
-    console, rows = Console(), []
-    with console.bar("pictures", len(prompts) * len(seeds)) as bar:
-        for prompt in prompts:
-            row: list[Image.Image] = []
-            for batch in sampling.generate(pipeline, [prompt] * len(seeds), seeds, sampler, ask.batch_size,
-                                           negative_prompt=ask.negative_prompt, start=start, strength=ask.strength):
-                row += batch
-                bar.tick(len(batch))
-            rows.append(row)
     settings = {"num_inference_steps": ask.num_inference_steps, "guidance_scale": scale,
                 "negative_prompt": ask.negative_prompt, "model": Path(source.model).name if source.own or ask.base
                 else source.folder.name, "strength": ask.strength if ask.image else None}
-    target = Path(ask.out) if ask.out else source.folder / "generated"
-    written = _write(target, prompts, seeds, rows, chosen, settings, ask)
+    used = [(lora.name, lora.scale) for lora in chosen]
+    album = Album(target, len(prompts) > 1, lambda prompt, seed, size: pngtext.info(
+        prompt, seed, size, used, settings) if ask.metadata else None)
+    seeds = [ask.seed + number for number in range(ask.num_images)]
+    console, total = Console(), len(prompts) * len(seeds)
+    rows: list[list[Image.Image]] = [[] for _ in prompts]
+    with meter.phase("drawing"), console.bar("pictures", total) as bar:
+        for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            _check(stop, bar.done, total, target)
+            for batch in sampling.generate(pipeline, [prompt] * len(seeds), seeds, sampler, ask.batch_size,
+                                           negative_prompt=ask.negative_prompt, start=start, strength=ask.strength):
+                for seed, made in zip(seeds[len(row):], batch, strict=False):
+                    album.add(number, prompt, seed, made)
+                row += batch
+                bar.tick(len(batch))
+                _check(stop, bar.done, total, target)
+    written = album.close(prompts[0], rows, ask.columns)
     what = repr(prompts[0]) if len(prompts) == 1 else f"{len(prompts)} prompts"
-    console.say(f"{len(prompts) * len(seeds)} pictures of {what} in {target}, all on {written}")
+    console.say(f"{total} pictures of {what} in {target}, all on {written}")
     return written
+
+
+def slug(prompt: str) -> str:
+    """A prompt as the beginning of a file's name; where words are lost in it, with a digest of the prompt."""
+    plain = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    if prompt.isascii() and 0 < len(plain) <= 60:
+        return plain
+    return "-".join(filter(None, [plain[:60].strip("-"), sha256(prompt.encode()).hexdigest()[:8]]))
+
+
+def _advice(phase: str, ask: Generate, device: str) -> str:
+    """What to type after memory ran out."""
+    if phase == "drawing" and min(ask.batch_size, ask.num_images) > 1:
+        return "batch_size=1"
+    if device == "cuda":
+        return "CUDA_VISIBLE_DEVICES= before the command, which then draws on the CPU"
+    return "the same on a machine with more memory"
+
+
+def _check(stop: Stop, done: int, total: int, target: Path) -> None:
+    if stop.requested and done < total:
+        told = f"after {done} of {total} pictures, which are in {target}" if done else "before the first picture"
+        raise Interrupted(f"{stop.requested}: stopped {told}; repeat the command to draw all of them")
 
 
 def _prompts(ask: Generate, source: Source) -> list[str]:
@@ -116,25 +178,4 @@ def _start(path: str | None, side: int) -> Image.Image | None:
         return None
     if not Path(path).is_file():
         raise UserError(f"there is no picture at {path}: type image=FILE")
-    return Image.fromarray(square(picture(Path(path), side), side, None, False))
-
-
-def _write(target: Path, prompts: Sequence[str], seeds: Sequence[int], rows: Sequence[Sequence[Image.Image]],
-           chosen: Sequence[loras.Lora], settings: dict[str, Any], ask: Generate) -> Path:
-    many = len(prompts) > 1
-    used = [(lora.name, lora.scale) for lora in chosen]
-    for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        begin = f"{number:03d}-" * many + _slug(prompt)
-        for seed, picture in zip(seeds, row, strict=True):
-            inside = pngtext.info(prompt, seed, picture.size, used, settings) if ask.metadata else None
-            with files.whole_file(target / f"{begin}-seed{seed}.png") as aside:
-                picture.save(aside, format="PNG", pnginfo=inside)
-    columns = ask.columns or (len(seeds) if many else math.ceil(math.sqrt(len(seeds))))
-    sheet = target / ("prompts-grid.png" if many else f"{_slug(prompts[0])}-grid.png")
-    with files.whole_file(sheet) as aside:
-        grid([picture for row in rows for picture in row], columns).save(aside, format="PNG")
-    return sheet
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+    return Image.fromarray(photos.square(photos.picture(Path(path), side), side, None, False))

@@ -1,7 +1,9 @@
 """The door generate by its keys: LoRAs and their scales, pictures to begin with, prompts, grids, what a PNG says."""
 
 import json
+import re
 import shutil
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,50 @@ def test_prompts_of_a_file_are_the_rows_of_one_grid(run: Path, tmp_path: Path) -
     assert sheet.size == (2 * 66 - 2, 2 * 66 - 2)
     drawn(tmp_path / "wide", f"run={run}", f"prompts={tmp_path / 'prompts.txt'}", "columns=4")
     assert Image.open(tmp_path / "wide/prompts-grid.png").size == (4 * 66 - 2, 64)
+
+
+ENDS: dict[str, tuple[int, int, str]] = {  # fault -> exit code, pictures on disk, what is said
+    "drawing_stopped": (
+        5, 4, "SIGINT: stopped after 4 of 8 pictures, which are in {out}; repeat the command to draw all"),
+    "drawing_stopped_twice": (5, 2, "interrupted; repeat the command\n"),
+    "no_memory_to_draw": (4, 2, "; pictures made before are in {out}: type batch_size=1\n"),
+}
+
+
+@pytest.mark.parametrize("fault", ENDS)
+def test_pictures_that_were_made_outlive_an_end_before_the_last(fault: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a toy in the snow\na toy at night\n")
+    out, log = tmp_path / "out", tmp_path / "log"
+    code, count, words = ENDS[fault]
+    assert call("generate", [f"base={BASE}", f"prompts={tmp_path / 'prompts.txt'}", "num_images=4", "batch_size=2",
+                             "num_inference_steps=2", f"out={out}"], fault=fault, log=log) == code
+    text = log.read_text()
+    assert words.format(out=out) in text and "checkpoint" not in text and "Traceback" not in text, text
+    assert sorted(path.name for path in out.iterdir()) == [
+        f"000-a-toy-in-the-snow-seed{seed}.png" for seed in range(count)]
+
+
+@pytest.mark.parametrize("device, ask, typed", [
+    ("cuda", Generate(num_images=8), "batch_size=1"), ("cuda", Generate(num_images=1), "CUDA_VISIBLE_DEVICES="),
+    ("cuda", Generate(num_images=8, batch_size=1), "CUDA_VISIBLE_DEVICES="),
+    ("cpu", Generate(num_images=1), "more memory")])
+def test_what_to_type_when_memory_runs_out(device: str, ask: Generate, typed: str) -> None:
+    from dreambooth.draw import _advice
+
+    assert typed in _advice("drawing", ask, device)
+    assert "batch_size" not in _advice("loading", ask, device)
+
+
+def test_names_tell_prompts_apart() -> None:
+    from dreambooth.draw import slug
+
+    assert slug("a photo of a zwx toy, at night!") == "a-photo-of-a-zwx-toy-at-night"
+    long = "a photo of a zwx toy " * 4
+    prompts = ["ein Hund 犬", "ein Hund 猫", "犬", "猫", "!", "?", f"{long} a", f"{long} b", "a dog 🐶", "a dog"]
+    names = [slug(prompt) for prompt in prompts]
+    assert len(set(names)) == len(prompts) and all(names)
+    assert names[2] == sha256("犬".encode()).hexdigest()[:8]
+    assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) and len(name) <= 70 for name in names)
 
 
 def test_a_file_of_prompts_names_the_subject_of_a_run_of_several(tmp_path: Path) -> None:
