@@ -60,7 +60,7 @@ def open_pipeline(model: Path | str, device: str, revision: str | None = None, v
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     dtype = torch.float16 if device == "cuda" else torch.float32
-    parts = {}
+    parts: dict[str, Any] = {}
     try:
         if other_vae is not None:
             parts["vae"] = vae.on_this_machine(other_vae, dtype)
