@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth import rng
-from dreambooth.choices import BaseWeights, Dtype, MethodKind, Targets
+from dreambooth.choices import Dtype, MethodKind, Targets
 from dreambooth.dropout import Dropout, follow
-from dreambooth.quantised import quantise
 from dreambooth.schema_method import Method
 
 NAME = "default"  # peft's name of the one adapter that trains
@@ -119,19 +118,6 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
-
-
-def freeze(part: nn.Module, half: torch.dtype, weights: BaseWeights = BaseWeights.half) -> None:
-    """Keep the linear and convolution weights of a frozen base in the compute precision, or its linear ones in 4 bits.
-
-    The former is what autocast casts them to at every use: no number changes. Norms and embeddings stay fp32.
-    """
-    for module in part.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) and half.itemsize < 4:
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(parameter.detach().to(half), requires_grad=False))
-    if weights is BaseWeights.nf4:
-        quantise(part, half)
 
 
 @contextmanager

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from dreambooth import adapter
-from dreambooth.choices import AttentionKind
+from dreambooth import adapter, vae
+from dreambooth.choices import AttentionKind, BaseWeights
 from dreambooth.components import Components, base_schedule, half_overflows, keep_vae_whole
 from dreambooth.errors import UserError
 from dreambooth.fakes import fake_tensors, to_dtype
-from dreambooth.model import TORCH_DTYPE, denoiser_of, trained_modules
+from dreambooth.model import TORCH_DTYPE, denoiser_of, kept_in, trained_modules
 from dreambooth.packaged import asset
+from dreambooth.quantised import quantise
 from dreambooth.recipe import Recipe
 
 HUB = {  # names under which an architecture that ships here is published
@@ -54,22 +55,24 @@ def blank(recipe: Recipe) -> Components:
 
     known = _configurations(folder_of(recipe))
     frozen = TORCH_DTYPE[recipe.precision.dtype]
-    text_dtype = torch.float32 if recipe.train.train_text_encoder else frozen
-    vae, two = dict(known["vae"]), "text_encoder_2" in known
+    unet_dtype, text_dtype = kept_in(recipe, frozen)
+    config, two = dict(known["vae"]), "text_encoder_2" in known
     if recipe.vae_source:
-        vae["force_upcast"] = not two  # another VAE for SDXL: its fp16 fix
-    overflows = frozen is torch.float16 and half_overflows(vae, two)
+        config = vae.configuration(recipe.vae_source, config)
+    overflows = frozen is torch.float16 and half_overflows(config, two)
     parts = Components(
-        unet=to_dtype(UNet2DConditionModel.from_config(known["unet"]), torch.float32),
+        unet=to_dtype(UNet2DConditionModel.from_config(known["unet"]), unet_dtype),
         text_encoder=to_dtype(CLIPTextModel(CLIPTextConfig(**known["text_encoder"])), text_dtype),
-        vae=to_dtype(AutoencoderKL.from_config(vae), torch.float32 if overflows else frozen),
+        vae=to_dtype(AutoencoderKL.from_config(config), torch.float32 if overflows else frozen),
         tokenizer=None, scheduler_config=base_schedule(known["scheduler"], recipe))
+    vae.check(parts.unet, parts.vae, vae.other_base(recipe))
     if two:
         second = CLIPTextModelWithProjection(CLIPTextConfig(**known["text_encoder_2"]))
         parts.text_encoder_2 = to_dtype(second, text_dtype)
-    for module in trained_modules(parts, recipe).values() if recipe.method.low_rank else ():
-        adapter.freeze(module, frozen, recipe.method.base_weights)
-        module.to("cpu")  # the device that stands in: 4-bit codes are made on the way to it
+    if recipe.method.low_rank and recipe.method.base_weights is BaseWeights.nf4:
+        for module in trained_modules(parts, recipe).values():
+            quantise(module, frozen)
+            module.to("cpu")  # the device that stands in: codes are made on the way to it
     for module in parts.modules:
         module.requires_grad_(False).eval()
     keep_vae_whole(parts)

@@ -26,7 +26,7 @@ def listed(folder: Path, problems: list[str]) -> dict[str, str]:
     if not path.is_file():
         return {}
     found: dict[str, str] = {}
-    for number, line in enumerate((_read(path, problems) or "").splitlines(), start=1):
+    for number, line in enumerate((_read(path, problems) or "").split("\n"), start=1):  # JSON allows other line ends
         if not line.strip():
             continue
         try:

@@ -110,11 +110,21 @@ class TwoEncoders:
         return [inside.encoder.layers[-1], inside.final_layer_norm]
 
 
-def _tokens(tokenizer: Any, prompt: str) -> Tensor:
-    """(1, L), padded to the length that the base was trained with."""
-    length = tokenizer.model_max_length
+def check_length(tokenizer: Any, prompt: str) -> int:
+    """The number of tokens that the model reads.
+
+    Raises:
+        UserError: the prompt has more.
+    """
+    length: int = tokenizer.model_max_length
     ids = tokenizer(prompt).input_ids
     if len(ids) > length:
         raise UserError(f"this model reads {length} tokens and the prompt has {len(ids)}: shorten {prompt!r}")
+    return length
+
+
+def _tokens(tokenizer: Any, prompt: str) -> Tensor:
+    """(1, L), padded to the length that the base was trained with."""
+    length = check_length(tokenizer, prompt)
     padded = tokenizer(prompt, padding="max_length", max_length=length, return_tensors="pt").input_ids
     return torch.as_tensor(padded)

@@ -20,9 +20,13 @@ _taken: dict[str, str] = {}  # key -> value of words that Hydra does not get to 
 _codes: list[int] = []  # of the jobs in this process; a sweep has several
 
 
-def attempt(job: Callable[[], float | None], sweep: bool) -> float | None:
+def attempt(job: Callable[[], float | None], sweep: bool, again: str = "repeat the command") -> float | None:
     """Run a job. A failed one gives NaN, its exit code is kept for `leave`, and a sweep goes on with the next;
-    an interrupted one ends the sweep too."""
+    an interrupted one ends the sweep too.
+
+    Args:
+        again: what to do after Ctrl-C that nobody waited for.
+    """
     for name, value in threads.waiting().items():
         os.environ.setdefault(name, value)  # what the user has set wins
     for category in (FutureWarning, DeprecationWarning):  # what libraries tell each other
@@ -34,7 +38,7 @@ def attempt(job: Callable[[], float | None], sweep: bool) -> float | None:
         print(f"dreambooth: {error}", file=sys.stderr)
         _ended(error.exit_code, str(error))
     except KeyboardInterrupt:
-        sentence = "interrupted; repeat the command to go on from the last checkpoint"
+        sentence = f"interrupted; {again}"
         print(f"dreambooth: {sentence}", file=sys.stderr)
         _ended(Interrupted.exit_code, sentence)
     except Exception as error:

@@ -3,125 +3,134 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from dreambooth import files, loras, pngtext, sampling
+from dreambooth import files, loras, photos, pngtext, sampling
+from dreambooth.conditions import check_length
 from dreambooth.console import Console
-from dreambooth.errors import UserError
-from dreambooth.lora_files import DIFFUSERS
-from dreambooth.packaged import asset
-from dreambooth.photos import load_photos, square
+from dreambooth.drawable import Source, find
+from dreambooth.errors import Interrupted, UserError
+from dreambooth.meter import Meter
 from dreambooth.prompts import fill, noun
 from dreambooth.schema_generate import Generate
 from dreambooth.sheet import grid
+from dreambooth.signals import Stop
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is drawn with: a diffusers model, and a run's own adapter if it has one."""
+class Album:
+    """Where pictures go, and what each says of itself."""
 
-    folder: Path  # that was asked for
-    model: str  # a folder, or a hub id
-    own: str | None  # the run's adapter, not merged
-    settings: dict[str, Any]  # of the run, as text; empty: it is no run
+    folder: Path
+    many: bool  # prompts, by whose numbers names begin
+    inside: Callable[[str, int, tuple[int, int]], PngInfo | None]  # of prompt, seed, size
 
-    @property
-    def revision(self) -> str | None:
-        return None if self.own is None else _known(self.settings.get("model.revision"))
+    def add(self, number: int, prompt: str, seed: int, made: Image.Image) -> None:
+        """Write a picture; one of that name is replaced."""
+        begin = f"{number:03d}-" * self.many + slug(prompt)
+        with files.whole_file(self.folder / f"{begin}-seed{seed}.png") as aside:
+            made.save(aside, format="PNG", pnginfo=self.inside(prompt, seed, made.size))
+
+    def close(self, prompt: str, rows: Sequence[Sequence[Image.Image]], columns: int | None) -> Path:
+        """Write the grid of all."""
+        count = len(rows[0])
+        columns = columns or (count if self.many else math.ceil(math.sqrt(count)))
+        sheet = self.folder / ("prompts-grid.png" if self.many else f"{slug(prompt)}-grid.png")
+        with files.whole_file(sheet) as aside:
+            grid([made for row in rows for made in row], columns).save(aside, format="PNG")
+        return sheet
 
 
-def draw(ask: Generate) -> Path:
-    """Write `num_images` pictures of each prompt with seeds from `seed` up, and their grid; returns the grid's path.
+def draw(ask: Generate, stop: Stop) -> Path:
+    """Write `num_images` pictures of each prompt with seeds from `seed` up, each batch as it is made, and in the end
+    their grid; returns the grid's path.
 
     Raises:
         UserError: there is no model, no prompt, or something that does not fit it.
+        OutOfMemory, Interrupted: pictures that were made before are kept.
     """
     import torch
 
-    source = _find(ask)
-    prompts = _prompts(ask, source.settings)
+    source = find(ask)
+    prompts = _prompts(ask, source)
     chosen = _loras(ask, source)
     scale = ask.guidance_scale
     if scale is None:
         scale = float(source.settings.get("sample.guidance_scale", 7.5))
-    pipeline = sampling.open_pipeline(source.model, "cuda" if torch.cuda.is_available() else "cpu", source.revision)
-    loras.apply(pipeline, chosen)
+    target = Path(ask.out) if ask.out else source.folder / "generated"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    meter = Meter(device, partial(_advice, ask=ask, device=device.type), kept=f"pictures made before are in {target}")
+    with meter.phase("loading"):
+        pipeline = sampling.open_pipeline(source.model, device.type, source.revision, source.variant, source.vae,
+                                          source.zero_terminal_snr)
+        _check_lengths(pipeline, [*prompts, ask.negative_prompt or ""])
+        loras.apply(pipeline, chosen)
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     sampler = sampling.Sampler(ask.num_inference_steps, scale, int(source.settings.get("model.resolution", side)))
     start = _start(ask.image, sampler.resolution)
     if start is not None:
         pipeline = sampling.from_images(pipeline)
-    seeds = [ask.seed + number for number in range(ask.num_images)]
-    console, rows = Console(), []
-    with console.bar("pictures", len(prompts) * len(seeds)) as bar:
-        for prompt in prompts:
-            row: list[Image.Image] = []
-            for batch in sampling.generate(pipeline, [prompt] * len(seeds), seeds, sampler, ask.batch_size,
-                                           negative_prompt=ask.negative_prompt, start=start, strength=ask.strength):
-                row += batch
-                bar.tick(len(batch))
-            rows.append(row)
     settings = {"num_inference_steps": ask.num_inference_steps, "guidance_scale": scale,
                 "negative_prompt": ask.negative_prompt, "model": Path(source.model).name if source.own or ask.base
                 else source.folder.name, "strength": ask.strength if ask.image else None}
-    target = Path(ask.out) if ask.out else source.folder / "generated"
-    written = _write(target, prompts, seeds, rows, chosen, settings, ask)
+    used = [(lora.name, lora.scale) for lora in chosen]
+    album = Album(target, len(prompts) > 1, lambda prompt, seed, size: pngtext.info(
+        prompt, seed, size, used, settings) if ask.metadata else None)
+    seeds = [ask.seed + number for number in range(ask.num_images)]
+    console, total = Console(), len(prompts) * len(seeds)
+    rows: list[list[Image.Image]] = [[] for _ in prompts]
+    with meter.phase("drawing"), console.bar("pictures", total) as bar:
+        for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            _check(stop, bar.done, total, target)
+            for batch in sampling.generate(pipeline, [prompt] * len(seeds), seeds, sampler, ask.batch_size,
+                                           negative_prompt=ask.negative_prompt, start=start, strength=ask.strength):
+                for seed, made in zip(seeds[len(row):], batch, strict=False):
+                    album.add(number, prompt, seed, made)
+                row += batch
+                bar.tick(len(batch))
+                _check(stop, bar.done, total, target)
+    written = album.close(prompts[0], rows, ask.columns)
     what = repr(prompts[0]) if len(prompts) == 1 else f"{len(prompts)} prompts"
-    console.say(f"{len(prompts) * len(seeds)} pictures of {what} in {target}, all on {written}")
+    console.say(f"{total} pictures of {what} in {target}, all on {written}")
     return written
 
 
-def _find(ask: Generate) -> Source:
-    """The model that is asked for, and the settings of its run."""
-    if not ask.run and not ask.base:
-        raise UserError("the run is missing: type run=runs/NAME, a folder that python -m dreambooth.train made")
-    if not ask.run:
-        return Source(Path(), asset(ask.base or ""), None, {})
-    folder = Path(ask.run)
-    settings = _settings(folder)
-    for model in (folder / "model", folder):
-        own = str(model / DIFFUSERS) if (model / DIFFUSERS).is_file() else None
-        if (model / "model_index.json").is_file() and not ask.base:
-            return Source(folder, str(model), None, settings)
-        base = ask.base or settings.get("model.source")
-        if own and base:
-            return Source(folder, asset(base), own, settings)
-        if own:
-            raise UserError(f"{ask.run} holds an adapter and does not say of which model: type base=DIR, the model "
-                            "that it was trained on")
-        if ask.base and (model / "model_index.json").is_file():
-            raise UserError(f"{ask.run} is a model of its own: type run=null to draw with base={ask.base}, or leave "
-                            "base out")
-    if (folder / "run.json").is_file():
-        raise UserError(f"the run in {ask.run} is not finished: repeat its command first, "
-                        "python -m dreambooth.train ...")
-    raise UserError(f"there is no model in {ask.run}: type run=runs/NAME, a folder that "
-                    "python -m dreambooth.train made")
+def slug(prompt: str) -> str:
+    """A prompt as the beginning of a file's name; where words are lost in it, with a digest of the prompt."""
+    plain = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    if prompt.isascii() and 0 < len(plain) <= 60:
+        return plain
+    return "-".join(filter(None, [plain[:60].strip("-"), sha256(prompt.encode()).hexdigest()[:8]]))
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    try:
-        settings: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError):
-        return {}
-    return settings
+def _advice(phase: str, ask: Generate, device: str) -> str:
+    """What to type after memory ran out."""
+    if phase == "drawing" and min(ask.batch_size, ask.num_images) > 1:
+        return "batch_size=1"
+    if device == "cuda":
+        return "CUDA_VISIBLE_DEVICES= before the command, which then draws on the CPU"
+    return "the same on a machine with more memory"
 
 
-def _known(text: str | None) -> str | None:
-    """A setting as it was before run.json made it a text."""
-    return None if text in (None, "null") else text
+def _check(stop: Stop, done: int, total: int, target: Path) -> None:
+    if stop.requested and done < total:
+        told = f"after {done} of {total} pictures, which are in {target}" if done else "before the first picture"
+        raise Interrupted(f"{stop.requested}: stopped {told}; repeat the command to draw all of them")
 
 
-def _prompts(ask: Generate, settings: dict[str, Any]) -> list[str]:
+def _prompts(ask: Generate, source: Source) -> list[str]:
     """One prompt, or those of a file; {subject} in it stands for the run's subject."""
-    subject = settings.get("dataset.instance_prompt")
+    subject, several = source.setting("dataset.instance_prompt"), json.loads(source.setting("dataset.concepts") or "[]")
     if ask.prompts is None:
-        if not ask.prompt and (several := json.loads(settings.get("dataset.concepts", "[]"))):
+        if not ask.prompt and several:
             known = " or ".join(f'prompt="{one["instance_prompt"]}"' for one in several)
             raise UserError(f"this run has several subjects: type {known}")
         if not (prompt := ask.prompt or subject):
@@ -135,10 +144,21 @@ def _prompts(ask: Generate, settings: dict[str, Any]) -> list[str]:
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise UserError(f"there is no prompt in {ask.prompts}: write one a line")
-    if not subject and any("{subject}" in line for line in lines):
+    open_lines = any("{subject}" in line for line in lines)
+    if several and open_lines:
+        raise UserError(f"{ask.prompts} speaks of {{subject}} and this run has several subjects: write the subject "
+                        "itself")
+    if not subject and open_lines:
         raise UserError(f"{ask.prompts} speaks of {{subject}} and run.json, which names it, is not there: write the "
                         "subject itself")
     return fill(lines, noun(subject)) if subject else lines
+
+
+def _check_lengths(pipeline: Any, prompts: Sequence[str]) -> None:
+    """Pipelines cut what a text encoder does not read."""
+    for name in ("tokenizer", "tokenizer_2"):
+        for prompt in prompts if getattr(pipeline, name, None) is not None else ():
+            check_length(getattr(pipeline, name), prompt)
 
 
 def _loras(ask: Generate, source: Source) -> list[loras.Lora]:
@@ -158,26 +178,4 @@ def _start(path: str | None, side: int) -> Image.Image | None:
         return None
     if not Path(path).is_file():
         raise UserError(f"there is no picture at {path}: type image=FILE")
-    [photo] = load_photos([Path(path)], "a picture", side)
-    return Image.fromarray(square(photo.pixels, side, None, False))
-
-
-def _write(target: Path, prompts: Sequence[str], seeds: Sequence[int], rows: Sequence[Sequence[Image.Image]],
-           chosen: Sequence[loras.Lora], settings: dict[str, Any], ask: Generate) -> Path:
-    many = len(prompts) > 1
-    used = [(lora.name, lora.scale) for lora in chosen]
-    for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        begin = f"{number:03d}-" * many + _slug(prompt)
-        for seed, picture in zip(seeds, row, strict=True):
-            inside = pngtext.info(prompt, seed, picture.size, used, settings) if ask.metadata else None
-            with files.whole_file(target / f"{begin}-seed{seed}.png") as aside:
-                picture.save(aside, format="PNG", pnginfo=inside)
-    columns = ask.columns or (len(seeds) if many else math.ceil(math.sqrt(len(seeds))))
-    sheet = target / ("prompts-grid.png" if many else f"{_slug(prompts[0])}-grid.png")
-    with files.whole_file(sheet) as aside:
-        grid([picture for row in rows for picture in row], columns).save(aside, format="PNG")
-    return sheet
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+    return Image.fromarray(photos.square(photos.picture(Path(path), side), side, None, False))

@@ -10,7 +10,7 @@ peaks. No torch.
 from dataclasses import dataclass
 
 from dreambooth.cards import Card
-from dreambooth.choices import BaseWeights, Dtype, EmaDevice, OptimizerKind
+from dreambooth.choices import Dtype, EmaDevice, OptimizerKind
 from dreambooth.machine import GIB
 from dreambooth.prediction import Prediction
 from dreambooth.recipe import Recipe
@@ -106,9 +106,9 @@ def _passes(recipe: Recipe, prediction: Prediction, card: Card) -> float:
 
 def host_gib(recipe: Recipe, prediction: Prediction) -> float:
     """Host memory: the process, what the card has given away, and the trained weights in fp32 while they are loaded or
-    written; with an adapter the base's, read as they are kept, or in fp32 where it is merged or quantised."""
+    written; with an adapter the base's, read in the compute precision, or in fp32 where it is merged."""
     method = recipe.method
-    half = recipe.precision.dtype is not Dtype.fp32 and method.base_weights is BaseWeights.half and not method.merge
+    half = recipe.precision.dtype is not Dtype.fp32 and not method.merge
     base = prediction.frozen * method.low_rank * (2 if half else 4)
     return PROCESS_GIB + (prediction.host + 4 * prediction.trained + base) / GIB
 

@@ -11,7 +11,9 @@ from torch import nn
 
 import dreambooth
 from dreambooth import adapter, files, lora_files
+from dreambooth.components import zero_snr
 from dreambooth.errors import DoesNotFit
+from dreambooth.flavour import OF_BASE
 from dreambooth.model import Components, exact_frozen, trained_modules
 from dreambooth.recipe import Recipe
 from dreambooth.sampling import pipeline_over
@@ -31,8 +33,6 @@ base_model: {source}
 Say **{instance_prompt}** to get it. The weights are {weights} after {step} steps.
 {picture}
 ```python
-from diffusers import DiffusionPipeline
-
 {opening}
 pipeline({quoted}, num_inference_steps=25).images[0].save("subject.png")
 ```
@@ -90,16 +90,41 @@ def whole_pipeline(parts: Components) -> Any:
     return pipeline_over(parts, scheduler.from_config(parts.scheduler_config))
 
 
+def _base(recipe: Recipe) -> dict[str, str]:
+    """What else was chosen of the base, beside its source."""
+    model = recipe.model
+    found = {"revision": model.revision, "variant": model.variant, "vae": model.vae,
+             "zero_terminal_snr": "true" if model.zero_terminal_snr else None}
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def _facts(recipe: Recipe) -> dict[str, str]:
     """Metadata of an adapter's files; the keys that begin with modelspec are those of the ModelSpec standard."""
     return {"base_model": recipe.model.source, "method": recipe.method.kind.value, "modelspec.title": recipe.name,
-            "modelspec.trigger_phrase": recipe.instance_prompt}
+            "modelspec.trigger_phrase": recipe.instance_prompt} | {
+                OF_BASE + key: value for key, value in _base(recipe).items()}
 
 
 def _opening(recipe: Recipe) -> str:
+    """The lines that open the result: of an adapter, beside its base as it was trained."""
     if not recipe.method.low_rank or recipe.method.merge:
-        return 'pipeline = DiffusionPipeline.from_pretrained("model")  # this folder'
-    return (f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(recipe.model.source)})\n"
+        return ("from diffusers import DiffusionPipeline\n\n"
+                'pipeline = DiffusionPipeline.from_pretrained("model")  # this folder')
+    names, before, after = ["DiffusionPipeline"], "", ""
+    more = "".join(f", {key}={json.dumps(value)}" for key, value in _base(recipe).items()
+                   if key in ("revision", "variant"))
+    if recipe.vae_source:
+        inside = ', subfolder="vae"' if (Path(recipe.vae_source) / "vae/config.json").is_file() else ""
+        names.append("AutoencoderKL")
+        before = f"vae = AutoencoderKL.from_pretrained({json.dumps(recipe.vae_source)}{inside})\n"
+        more += ", vae=vae"
+    if recipe.model.zero_terminal_snr:
+        rescaled = zero_snr({})
+        names.append(kind := rescaled.pop("_class_name"))
+        told = "".join(f", {key}={value!r}" for key, value in rescaled.items())
+        after = f"pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config{told})\n"
+    return (f"from diffusers import {', '.join(sorted(names))}\n\n{before}"
+            f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(recipe.model.source)}{more})\n{after}"
             'pipeline.load_lora_weights("model")  # this folder; webui/ has the file for AUTOMATIC1111 and ComfyUI')
 
 
@@ -114,7 +139,7 @@ def _card(recipe: Recipe, step: int, pictured: bool) -> str:
         "gradient_accumulation_steps": train.gradient_accumulation_steps, "seed": train.seed,
         "text encoder": "trained" if train.train_text_encoder else "frozen", "resolution": recipe.model.resolution,
         "precision": recipe.precision.label,
-    }
+    } | {f"base's {key}": value for key, value in _base(recipe).items()}
     if recipe.method.low_rank:
         method = recipe.method
         settings |= {"method": method.kind.value, "rank": method.rank, "alpha": method.scale_alpha,

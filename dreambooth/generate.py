@@ -28,10 +28,13 @@ def _job(cfg: DictConfig) -> None:
     from dreambooth import remote
     from dreambooth.draw import draw
     from dreambooth.model import import_libraries
+    from dreambooth.signals import stoppable
 
     import_libraries()
-    draw(replace(ask, run=remote.local(ask.run), base=remote.local(ask.base),
-                 lora=[str(remote.local(lora)) for lora in ask.loras]))
+    ask = replace(ask, run=remote.local(ask.run), base=remote.local(ask.base),
+                  lora=[str(remote.local(lora)) for lora in ask.loras])
+    with stoppable() as stop:
+        draw(ask, stop)
 
 
 def main() -> None:

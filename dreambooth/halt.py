@@ -6,7 +6,7 @@ from dreambooth.engine import Engine
 from dreambooth.errors import Interrupted
 from dreambooth.hooks import Save
 from dreambooth.sent import Sent
-from dreambooth.signals import Stop
+from dreambooth.signals import Stop, again
 from dreambooth.step import StepInfo
 
 
@@ -36,7 +36,7 @@ class Halt:
             self.save.now()
         self.engine.wait()  # nobody leaves before it is saved: a launcher ends the others when one has gone
         raise Interrupted(f"{self.stop.requested or 'another process'}: stopped and saved after step {info.step}; "
-                          "repeat the command to go on")
+                          f"{again(self.save.recipe.checkpoint.resume)} to go on")
 
     def _meanwhile(self, step: int) -> bool:
         """Whether it was asked for while another hook worked, and the state is still that after `step`."""

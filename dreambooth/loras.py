@@ -40,8 +40,10 @@ def apply(pipeline: Any, loras: Sequence[Lora]) -> None:
         try:
             pipeline.load_lora_weights(lora.path.parent, weight_name=lora.path.name, adapter_name=name,
                                        local_files_only=True)
-        except (RuntimeError, ValueError, KeyError, OSError) as error:
-            why = str(error).strip().splitlines()[0][:150]
+            if not any(name in known for known in pipeline.get_list_adapters().values()):  # diffusers only warns
+                raise ValueError("it has nothing for a layer of it")
+        except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError) as error:
+            why = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
             raise UserError(f"the LoRA {lora.path} does not fit this base ({why}): type base=DIR, the model that "
                             "it was trained on") from error
     if loras:
@@ -59,6 +61,9 @@ def _found(source: Path, scale: float) -> Lora:
             if any(key.endswith(".dora_scale") for key in file.keys()):  # noqa: SIM118  it is no dict
                 raise UserError(f"{path} is a DoRA in kohya's layout, of which diffusers would leave a part out: type "
                                 f"lora=DIR, the folder with its {DIFFUSERS}")
+            if any(key.startswith("transformer.") for key in file.keys()):  # noqa: SIM118
+                raise UserError(f"{path} is a LoRA of a model without a UNet, such as Flux or SD3: type lora=FILE, one "
+                                "of Stable Diffusion 1.x, 2.x or SDXL")
     except (SafetensorError, OSError) as error:
         raise UserError(f"the LoRA {path} cannot be read ({error}): type lora=FILE, a .safetensors file") from error
     return Lora(path, _name(path), scale)

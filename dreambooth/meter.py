@@ -15,14 +15,16 @@ class Meter:
     """Reads peaks: the CUDA allocator's on a GPU, the process's resident set (named so) on a CPU."""
 
     def __init__(self, device: torch.device, advice: Callable[[str], str] = lambda phase: "memory=lowest",
-                 predicted: Mapping[str, float] | None = None) -> None:
+                 predicted: Mapping[str, float] | None = None, kept: str = "earlier checkpoints are kept") -> None:
         """Args:
             advice: phase -> the overrides to type when memory runs out in it.
             predicted: peaks by phase in GiB, from the planner; a phase may be missing.
+            kept: what is not lost when memory runs out.
         """
         self.device = device
         self.advice = advice
         self.predicted = predicted or {}
+        self.kept = kept
         self.current = "start"
         self.peaks: dict[str, float] = {}
         self._process = psutil.Process()  # once: it looks up when it began
@@ -71,8 +73,7 @@ class Meter:
         expected = f"predicted {self.predicted[name]:.2f} GiB, " if name in self.predicted else ""
         self.read(name)
         seen = ", ".join(f"{key} {value:.2f}" for key, value in self.peaks.items() if f"/{name}" in key)
-        return (f"out of memory during {name} ({expected}seen {seen}); earlier checkpoints are kept: "
-                f"type {self.advice(name)}")
+        return f"out of memory during {name} ({expected}seen {seen}); {self.kept}: type {self.advice(name)}"
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth import adapter
+from dreambooth import adapter, vae
 from dreambooth.choices import AttentionKind, BaseWeights, Dtype
 from dreambooth.components import Components as Components
-from dreambooth.components import base_schedule, half_overflows, has, keep_vae_whole
+from dreambooth.components import base_schedule, has, keep_vae_whole
 from dreambooth.conditions import Conditions
 from dreambooth.errors import UserError
 from dreambooth.machine import importing
+from dreambooth.quantised import quantise
 from dreambooth.recipe import Recipe
 from dreambooth.recompute import recompute
 from dreambooth.unasked import without_bitsandbytes
@@ -49,6 +50,16 @@ def denoiser_of(parts: Components, recipe: Recipe) -> Denoiser:
     return Denoiser(parts.conditions, **trained_modules(parts, recipe))
 
 
+def kept_in(recipe: Recipe, frozen: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """The precision of the UNet and of the text encoders: fp32 of what trains, `frozen` of all else.
+
+    The base of an adapter is frozen. Matrices and convolutions are kept in what autocast casts them to at every use, so
+    that changes no number; norms and embeddings are rounded too, once, if the base's weights are finer than `frozen`.
+    """
+    trained = frozen if recipe.method.low_rank else torch.float32
+    return trained, trained if recipe.train.train_text_encoder else frozen
+
+
 def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None) -> Components:
     """Load the base: trained parts in fp32, frozen parts in the compute precision, or in `frozen`.
 
@@ -62,18 +73,17 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
 
     base_weights = recipe.method.base_weights if frozen is None else BaseWeights.half
     frozen = frozen or TORCH_DTYPE[recipe.precision.dtype]
-    trained = frozen if recipe.method.low_rank and base_weights is BaseWeights.half else torch.float32
-    text_dtype = trained if recipe.train.train_text_encoder else frozen
+    unet_dtype, text_dtype = kept_in(recipe, frozen)
     source: dict[str, Any] = {"revision": recipe.model.revision, "local_files_only": recipe.model.offline}
     weights = source | {"variant": recipe.model.variant}
     try:
         index: dict[str, Any] = DiffusionPipeline.load_config(recipe.source, **source)  # type: ignore[assignment]
         parts = Components(
             unet=UNet2DConditionModel.from_pretrained(
-                recipe.source, subfolder="unet", torch_dtype=trained, **weights),
+                recipe.source, subfolder="unet", torch_dtype=unet_dtype, **weights),
             text_encoder=CLIPTextModel.from_pretrained(
                 recipe.source, subfolder="text_encoder", dtype=text_dtype, **weights),
-            vae=_vae(recipe, frozen, has(index, "text_encoder_2"), weights),
+            vae=vae.of_run(recipe, frozen, has(index, "text_encoder_2"), weights),
             tokenizer=CLIPTokenizer.from_pretrained(recipe.source, subfolder="tokenizer", **source),
             scheduler_config=base_schedule(
                 dict(DDPMScheduler.load_config(recipe.source, subfolder="scheduler", **source)), recipe),
@@ -86,11 +96,13 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
             parts.safety_checker, parts.feature_extractor = _safety(recipe.source, frozen, weights)
     except (OSError, ValueError) as error:
         raise UserError(_missing(recipe, error)) from error
-    for module in trained_modules(parts, recipe).values() if recipe.method.low_rank else ():
-        adapter.freeze(module, frozen, base_weights)
+    if recipe.method.low_rank and base_weights is BaseWeights.nf4:
+        for module in trained_modules(parts, recipe).values():
+            quantise(module, frozen)
     for module in parts.modules:
         module.requires_grad_(False).eval().to(device)
     keep_vae_whole(parts)
+    vae.check(parts.unet, parts.vae, vae.other_base(recipe))
     _check_resolution(recipe, parts)
     return parts
 
@@ -168,20 +180,6 @@ def import_libraries() -> None:
             import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
 
 
-def _vae(recipe: Recipe, dtype: torch.dtype, two_encoders: bool, weights: dict[str, Any]) -> Any:
-    """The base's VAE, or the one that model.vae names; in fp32 where fp16 overflows in it."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    place: dict[str, Any] = {**weights, "subfolder": "vae"}
-    if own := recipe.vae_source:
-        place = {"local_files_only": recipe.model.offline}
-        place |= {"subfolder": "vae"} if (Path(own) / "vae/config.json").is_file() else {}
-    source = own or recipe.source
-    config = AutoencoderKL.load_config(source, **{key: value for key, value in place.items() if key != "variant"})
-    overflows = dtype is torch.float16 and half_overflows(dict(config), two_encoders)
-    return AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32 if overflows else dtype, **place)
-
-
 def _safety(source: str, dtype: torch.dtype, weights: dict[str, Any]) -> tuple[Any, Any]:
     """The base's safety checker and its image processor."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -194,7 +192,7 @@ def _safety(source: str, dtype: torch.dtype, weights: dict[str, Any]) -> tuple[A
 
 
 def _missing(recipe: Recipe, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0][:200]
+    reason = vae.reason(error)
     if recipe.source.startswith((".", "/", "~")) or Path(recipe.source).exists():
         half = not recipe.model.variant and any(Path(recipe.source).glob("unet/*.fp16.safetensors"))
         hint = "type model.variant=fp16" if half else (

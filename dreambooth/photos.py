@@ -113,6 +113,19 @@ def load_photos(paths: Sequence[Path], prompt: str, resolution: int, bucketed: b
     return photos
 
 
+def picture(path: Path, resolution: int) -> NDArray[np.uint8]:
+    """One picture (H, W, 3) that just covers the square, whatever stands beside it.
+
+    Raises:
+        UserError: it is unusable.
+    """
+    problems: list[str] = []
+    found = _pixels(path, resolution, False, None, problems)
+    if found is None:
+        raise UserError(problems[0])
+    return found[0]
+
+
 def _pixels(path: Path, resolution: int, bucketed: bool, mask: str | None, problems: list[str]) -> Decoded | None:
     """The decoded photo, or None and one more problem."""
     from PIL import Image, UnidentifiedImageError

@@ -20,6 +20,7 @@ from dreambooth.choices import (
 from dreambooth.machine import Machine
 from dreambooth.schema import Config
 from dreambooth.schema_dataset import Dataset, Subject
+from dreambooth.schema_method import Method
 
 
 def problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:
@@ -169,6 +170,10 @@ def _memory_problems(config: Config) -> Iterator[str]:
 def _adapter_problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:
     method, memory = config.method, config.memory
     if not method.low_rank:
+        if typed := [f"method.{key}" for key, value in vars(Method(method.name, method.kind)).items()
+                     if getattr(method, key) != value]:
+            yield (f"{' and '.join(typed)} {'are' if typed[1:] else 'is'} of adapters, and method={method.name} trains "
+                   "every weight: type method=lora")
         return
     if method.base_weights is BaseWeights.nf4 and device == "cpu":
         yield "method.base_weights=nf4 needs a CUDA GPU: type method.base_weights=half"

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
+from dreambooth import vae
+from dreambooth.components import Components, zero_snr
 from dreambooth.errors import UserError
-from dreambooth.model import Components
 
 
 @dataclass(frozen=True)
@@ -45,29 +46,54 @@ def pipeline_over(parts: Components, scheduler: Any) -> Any:
         **shared, safety_checker=parts.safety_checker, requires_safety_checker=parts.safety_checker is not None)
 
 
-def open_pipeline(model: Path | str, device: str, revision: str | None = None) -> Any:
+def open_pipeline(model: Path | str, device: str, revision: str | None = None, variant: str | None = None,
+                  other_vae: str | None = None, zero_terminal_snr: bool = False) -> Any:
     """The pipeline in a diffusers folder, on `device`, sampling with DPM-Solver++; of a hub id, what this machine has.
 
+    Args:
+        other_vae: in place of the model's own: a folder, or a hub id.
+        zero_terminal_snr: with the noise schedule that an adapter was trained with, see components.base_schedule.
+
     Raises:
-        UserError: the folder cannot be opened.
+        UserError: the folder cannot be opened, or is not of a model that draws from text alone.
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     dtype = torch.float16 if device == "cuda" else torch.float32
+    parts: dict[str, Any] = {}
+    try:
+        if other_vae is not None:
+            parts["vae"] = vae.on_this_machine(other_vae, dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the VAE {other_vae} that the run was trained with could not be opened ({vae.reason(error)}): "
+                        f"put it back, or type base={model} to draw with that model's own") from error
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            model, torch_dtype=dtype, revision=revision, local_files_only=True)
+            model, torch_dtype=dtype, revision=revision, variant=variant, local_files_only=True, **parts)
     except (OSError, ValueError) as error:
-        raise UserError(f"the model in {model} could not be opened ({str(error).splitlines()[0]}): "
+        raise UserError(f"the model in {model} could not be opened ({vae.reason(error)}): "
                         "train it again, type another run=DIR, or (of an adapter) base=DIR") from error
-    return with_dpm_solver(pipeline).to(device)
+    if not hasattr(pipeline, "unet"):
+        raise UserError(f"the model in {model} has no UNet: type base=DIR, one of Stable Diffusion 1.x, 2.x or SDXL")
+    vae.check(pipeline.unet, pipeline.vae, "run=DIR or base=DIR, a model that draws from text alone")
+    config = dict(pipeline.scheduler.config)
+    if zero_terminal_snr:
+        if config.get("prediction_type", "epsilon") == "epsilon":
+            raise UserError(f"the run has model.zero_terminal_snr=true and {model} predicts noise: type base=DIR, a "
+                            "model that predicts v, or leave base out")
+        config = zero_snr(config)
+    return with_dpm_solver(pipeline, config).to(device)
 
 
-def with_dpm_solver(pipeline: Any) -> Any:
-    """The same pipeline sampling with DPM-Solver++, without a progress bar of its own."""
+def with_dpm_solver(pipeline: Any, config: dict[str, Any] | None = None) -> Any:
+    """The same pipeline sampling with DPM-Solver++, without a progress bar of its own.
+
+    Args:
+        config: a scheduler's, whose noise schedule is taken; None: of the pipeline's.
+    """
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(config or pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -96,7 +96,8 @@ def class_images_alone(recipe: Recipe, stop: Stop) -> None:
     if not lacking:
         return
     model.import_libraries()
-    engine, _ = accelerated(recipe.device, recipe.precision.dtype)
+    engine, _ = accelerated(recipe.device, recipe.precision.dtype, recipe.precision.tf32)
+    engine.cache_casts(recipe.memory.autocast_cache)
     meter = Meter(engine.device, partial(oom.advice, recipe=recipe.among(engine.world)))
     with meter.phase("load"):
         pipeline = sampling.build_pipeline(model.load(recipe, engine.device))

@@ -8,6 +8,15 @@ from types import FrameType
 from dreambooth.errors import Interrupted
 
 
+def again(resume: str) -> str:
+    """What goes on with a run that was saved; `never`, or a path, would begin where it began this time.
+
+    Args:
+        resume: checkpoint.resume.
+    """
+    return "repeat the command" if resume == "auto" else "repeat the command without checkpoint.resume"
+
+
 class Stop:
     """Set once somebody asked the run to stop."""
 

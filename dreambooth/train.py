@@ -3,17 +3,19 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dreambooth import door
 from dreambooth.config import conf_dir, load, typed_password
 from dreambooth.errors import UserError
 from dreambooth.schema import Config
 from dreambooth.schema_storage import is_single
+from dreambooth.signals import again
 from dreambooth.sweeping import STARTED, named, telling
 
 
@@ -25,7 +27,9 @@ def train(cfg: DictConfig) -> float | None:
         cfg.tracking.sweep = cfg.tracking.sweep or STARTED
         cfg.tracking.run_name = cfg.tracking.run_name or named(list(HydraConfig.get().overrides.task))
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    return door.attempt(lambda: _job(cfg, run_dir, sweep), sweep)
+    typed: Any = OmegaConf.to_container(cfg)
+    next_time = f"{again(str(typed['checkpoint']['resume']))} to go on from the last checkpoint"
+    return door.attempt(lambda: _job(cfg, run_dir, sweep), sweep, next_time)
 
 
 def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:

@@ -297,6 +297,39 @@ def _evaluation_stopped(seed: int) -> None:
     evaluation.generate = generating
 
 
+def _second_batch(act: Callable[[], None]) -> Callable[[int], None]:
+    """Before generate has the second batch of its pictures."""
+    def fault(seed: int) -> None:
+        from dreambooth import sampling
+
+        generate = sampling.generate
+
+        def generating(*args: Any, **kwargs: Any) -> Any:
+            for number, batch in enumerate(generate(*args, **kwargs)):
+                if number == 1:
+                    act()
+                yield batch
+
+        sampling.generate = generating
+
+    return fault
+
+
+def _asked_to_stop() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _asked_twice() -> None:
+    _asked_to_stop()
+    _asked_to_stop()
+
+
+def _card_is_full() -> None:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
 # Ends that are not kills.
 OTHERS: dict[str, Callable[[int], None]] = {
     "no_memory": _no_memory,
@@ -307,6 +340,9 @@ OTHERS: dict[str, Callable[[int], None]] = {
     "sigterm": _signal_at_step(signal.SIGTERM),
     "ctrl_c": _signal_at_step(signal.SIGINT),
     "evaluation_stopped": _evaluation_stopped,
+    "drawing_stopped": _second_batch(_asked_to_stop),
+    "drawing_stopped_twice": _second_batch(_asked_twice),
+    "no_memory_to_draw": _second_batch(_card_is_full),
 }
 
 # Kills in runs that evaluate.

@@ -1,6 +1,7 @@
 """LoRA and DoRA: what trains, what is kept, what comes out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dreambooth import adapter
 from dreambooth.adapter import LowRank, inject, learned, merge
 from dreambooth.choices import BaseWeights, Dtype, MethodKind, Targets
 from dreambooth.dropout import Dropout, follow, sample_keys
+from dreambooth.quantised import quantise
 from dreambooth.schema_method import Method
 
 KINDS = [MethodKind.lora, MethodKind.dora]
@@ -110,15 +112,46 @@ def test_absent_is_the_base_and_comes_back() -> None:
     assert sum(p.requires_grad for p in model.parameters()) == 6
 
 
-def test_a_frozen_base_in_half_changes_no_number_under_autocast() -> None:
+def test_matrices_and_convolutions_in_half_change_no_number_under_autocast() -> None:
     torch.manual_seed(0)
     whole, half = Toy(), Toy()
     half.load_state_dict(whole.state_dict())
-    adapter.freeze(half, torch.bfloat16)
-    assert half.unet["to_q"].weight.dtype is torch.bfloat16
+    half.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        x = torch.randn(3, 40)
-        assert whole.unet["to_q"](x).equal(half.unet["to_q"](x))
+        for name, x in (("to_q", torch.randn(3, 40)), ("proj_in", torch.randn(2, 6, 5, 5))):
+            assert whole.unet[name](x).equal(half.unet[name](x))
+
+
+@pytest.mark.parametrize("weights", BaseWeights)
+@pytest.mark.parametrize("text", [True, False])
+def test_all_of_a_frozen_base_is_in_the_compute_precision_and_the_planner_knows(
+        text: bool, weights: BaseWeights) -> None:
+    """Norms and embeddings too: what is loaded, what is planned and what the docs say are one thing."""
+    from test_planner import small
+
+    from dreambooth.architecture import blank
+    from dreambooth.fakes import fake_tensors
+    from dreambooth.model import load
+
+    if weights is BaseWeights.nf4:
+        pytest.importorskip("bitsandbytes")
+    asked = small(method__kind=MethodKind.lora, precision__dtype=Dtype.bf16, train__train_text_encoder=text)
+    asked = replace(asked, method=replace(asked.method, base_weights=weights))  # on a CPU no run may
+    loaded = load(asked, torch.device("cpu"))
+    with fake_tensors():
+        planned = blank(asked)
+    for ours, theirs in zip(loaded.modules, planned.modules, strict=True):
+        found = {name: (parameter.dtype, parameter.shape) for name, parameter in ours.named_parameters()}
+        assert found == {name: (parameter.dtype, parameter.shape) for name, parameter in theirs.named_parameters()}
+        assert {dtype for dtype, _ in found.values()} <= {torch.bfloat16, torch.uint8}
+    norms = [module for module in loaded.unet.modules() if isinstance(module, nn.GroupNorm | nn.LayerNorm)]
+    assert norms and all(module.weight.dtype is torch.bfloat16 for module in norms)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_of_every_layer_trains_beside_norms_in_half(kind: str, tmp_path: Path) -> None:
+    words = [f"method={kind}", "method.targets=all", "precision=bf16", "train.max_train_steps=2"]
+    assert train(tmp_path, *words, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,7 +159,7 @@ def test_an_adapter_of_a_base_in_half_is_fp32_and_begins_as_the_base(kind: Metho
     torch.manual_seed(0)
     base, model = Toy(), Toy()
     model.load_state_dict(base.state_dict())
-    adapter.freeze(model, torch.bfloat16)
+    model.to(torch.bfloat16)
     inject(model, method(kind), seed=1, dtype=Dtype.bf16)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
@@ -281,7 +314,7 @@ def test_a_base_in_four_bits_trains_its_adapter_and_stays_as_it_is() -> None:
     model = nn.Module()
     model.unet = nn.ModuleDict({"to_q": nn.Linear(128, 64), "to_v": nn.Linear(64, 32)})
     exact = [parameter.detach().clone() for parameter in model.parameters()]
-    adapter.freeze(model.unet, torch.bfloat16, BaseWeights.nf4)
+    quantise(model.unet.to(torch.bfloat16), torch.bfloat16)
     model.unet.to("cpu")
     assert isinstance(model.unet["to_q"], Linear4bit)
     assert model.unet["to_q"].weight.numel() == 128 * 64 // 2, "two weights a byte"

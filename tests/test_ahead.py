@@ -59,10 +59,11 @@ def test_a_broken_step_is_never_shown_where_somebody_needs_the_state(needed: int
     assert seen == [1, 2]
 
 
-def saving(found: TrainState, saved: list[int]) -> Any:
+def saving(found: TrainState, saved: list[int], resume: str = "auto") -> Any:
     """In the place of Save: notes which step's state it was to save."""
-    return SimpleNamespace(now=lambda: saved.append(found.step), setup=SimpleNamespace(state=found),
-                           recipe=SimpleNamespace(train=SimpleNamespace(max_train_steps=9)))
+    return SimpleNamespace(
+        now=lambda: saved.append(found.step), setup=SimpleNamespace(state=found),
+        recipe=SimpleNamespace(train=SimpleNamespace(max_train_steps=9), checkpoint=SimpleNamespace(resume=resume)))
 
 
 def test_who_asks_to_stop_while_a_broken_step_is_unchecked_gets_nothing_saved() -> None:
@@ -93,6 +94,18 @@ def test_who_asks_to_stop_gets_the_state_after_that_step_saved() -> None:
         for info in fit(found, batches(), stepping, 9, All([halt]).due):
             halt(info)
     assert saved == [3]
+
+
+@pytest.mark.parametrize("resume, words", [
+    ("auto", "repeat the command to go on"), ("never", "repeat the command without checkpoint.resume to go on"),
+    ("runs/x/checkpoints/step-000002", "repeat the command without checkpoint.resume to go on")])
+def test_who_began_elsewhere_is_told_what_goes_on_from_here(resume: str, words: str) -> None:
+    """The same command would start over, or from that path, again."""
+    save = saving(state(Toy()), [], resume)
+    halt = Halt(SimpleNamespace(requested="SIGTERM"), Engine(), save)  # type: ignore[arg-type]
+    assert halt.due(3)
+    with pytest.raises(Interrupted, match=f"after step 3; {words}$"):
+        halt(SimpleNamespace(step=3))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("at", [2, 9])
@@ -137,7 +150,8 @@ def test_no_process_leaves_before_the_first_has_saved(rank: int, done: list[str]
     """A launcher ends the others when one has gone."""
     events: list[str] = []
     engine = Engine(rank=rank, wait=lambda: events.append("waited"))
-    save = SimpleNamespace(now=lambda: events.append("saved"))
+    recipe = SimpleNamespace(checkpoint=SimpleNamespace(resume="auto"))
+    save = SimpleNamespace(now=lambda: events.append("saved"), recipe=recipe)
     halt = Halt(SimpleNamespace(requested="SIGTERM"), engine, save)  # type: ignore[arg-type]
     assert halt.due(3)
     with pytest.raises(Interrupted):

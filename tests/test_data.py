@@ -67,6 +67,15 @@ def test_a_caption_stands_in_metadata_jsonl_as_datasets_has_it(tmp_path: Path) -
     assert found == ["a zwx dog asleep", "two", PROMPT]
 
 
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85"])
+def test_a_caption_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path: Path, end: str) -> None:
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / name)
+    lines = [json.dumps({"file_name": name, "text": f"one{end}two"}, ensure_ascii=False) for name in ("a.png", "b.png")]
+    (tmp_path / "metadata.jsonl").write_bytes("\r\n".join(lines).encode())
+    assert [photo.caption for photo in load_photos(list_photos(tmp_path), PROMPT, 16)] == ["one two"] * 2
+
+
 @pytest.mark.parametrize("line, words", [
     ("{", "line 1 is not"), ({"file_name": "a.png"}, "line 1 is not"),
     ({"file_name": "a.png", "text": 3}, "line 1 is not"),

@@ -1,13 +1,18 @@
 """Tiny models of the architecture of each family through the real door: they train, resume and sample as sd15 does."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import SECOND, make
 from faults import call, train
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_kill import assert_same, the_run
 from test_planner import small
 
@@ -118,6 +123,35 @@ def test_sdxls_vae_computes_in_fp32_under_half_autocast(base: dict[str, Path]) -
     assert "encode" not in vars(fixed.vae)
 
 
+@pytest.mark.parametrize("channels", [9, 8])  # a masked picture and its mask; a picture to edit
+def test_a_base_for_inpainting_or_editing_is_refused_by_every_door(
+        channels: int, base: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "inpainting"
+    shutil.copytree(base["sd21"], folder)
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | {"in_channels": channels}))
+    [file] = (folder / "unet").glob("*.safetensors")
+    weights = load_file(file)
+    weights["conv_in.weight"] = torch.zeros(16, channels, 3, 3)
+    save_file(weights, file, {"format": "pt"})
+    asked = f"this model reads {channels} channels where its VAE makes 4"
+    doors = {"train": words("sd21", folder, f"run_root={tmp_path}", "tracking=none"),
+             "plan": words("sd21", folder, "hardware=g4dn"),
+             "generate": [f"base={folder}", "prompt=a toy", f"out={tmp_path / 'out'}"]}
+    for door, typed in doors.items():
+        assert call(door, typed, log=tmp_path / door) == 1
+        text = (tmp_path / door).read_text()
+        assert asked in text and "a model that draws from text alone" in text and "Traceback" not in text, text
+
+
+def test_a_vae_that_cannot_be_loaded_is_named_and_not_the_base(base: dict[str, Path], tmp_path: Path) -> None:
+    for vae in (tmp_path / "nowhere", base["sd21"] / "unet"):
+        assert train(tmp_path, *words("sd21", base["sd21"], f"model.vae={vae}"), log=tmp_path / "log") == 1
+        text = (tmp_path / "log").read_text()
+        assert f"the VAE {vae} could not be loaded" in text and "model.vae=null" in text, text
+        assert "base model" not in text and "Traceback" not in text, text
+
+
 def test_zero_terminal_snr_trains_at_pure_noise_and_is_kept(base: dict[str, Path], tmp_path: Path) -> None:
     from diffusers import DDPMScheduler
 
@@ -126,6 +160,55 @@ def test_zero_terminal_snr_trains_at_pure_noise_and_is_kept(base: dict[str, Path
     kept = json.loads((the_run(tmp_path) / "model/scheduler/scheduler_config.json").read_text())
     assert (kept["rescale_betas_zero_snr"], kept["timestep_spacing"]) == (True, "trailing")
     assert DDPMScheduler.from_config(kept).alphas_cumprod[-1] == 0
+
+
+def other(what: str, folder: Path, place: Path) -> tuple[Path, list[str]]:
+    """The base in another form, and what is typed for it."""
+    shutil.copytree(folder, place)
+    if what == "variant":
+        for file in place.rglob("*.safetensors"):
+            file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+        return place, ["model.variant=fp16"]
+    if what == "zero terminal SNR":
+        return place, ["model.zero_terminal_snr=true"]
+    [file] = (place / "vae").glob("*.safetensors")
+    save_file({name: 1.3 * weight for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    return folder, [f"model.vae={place / 'vae'}"]
+
+
+@pytest.mark.parametrize("what", ["variant", "vae", "zero terminal SNR"])
+def test_an_adapter_is_drawn_with_as_it_was_trained(
+        what: str, base: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By generate, and by the lines of its card: the same files of the base, VAE and noise schedule."""
+    folder, more = other(what, base["sd21"], tmp_path / "base")
+    ask = words("sd21", folder, "method=lora", "sample.prompts=[a toy]", "sample.num_inference_steps=4", *more)
+    assert train(tmp_path, *ask, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    run = the_run(tmp_path)
+    ask = [f"run={run}", "prompt=a toy", "num_images=1", "num_inference_steps=4"]
+    assert call("generate", ask, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    drawn, sampled = (np.asarray(Image.open(run / name)).astype(int) for name in (
+        "generated/a-toy-seed0.png", "samples/step-000004/prompt-0-0.png"))
+    assert np.abs(drawn - sampled).max() <= 2
+    monkeypatch.chdir(run)
+    code = (run / "model/README.md").read_text().split("```")[1].removeprefix("python\n").partition("pipeline(\"")[0]
+    known: dict[str, Any] = {}
+    exec(code, known)
+    pipeline = known["pipeline"]
+    rescaled = [pipeline.scheduler.config.get(key) for key in ("rescale_betas_zero_snr", "timestep_spacing")]
+    assert (rescaled == [True, "trailing"]) == (what == "zero terminal SNR")
+    vae = load_file(next((Path(more[0].partition("=")[2]) if what == "vae" else folder / "vae").glob("*.safetensors")))
+    assert pipeline.vae.decoder.conv_in.weight.equal(vae["decoder.conv_in.weight"])
+    with safe_open(run / "model/pytorch_lora_weights.safetensors", "pt") as file:
+        said = {"variant": "fp16", "vae": more[0].partition("=")[2], "zero terminal SNR": "true"}[what]
+        assert file.metadata()[f"base_model_{what.replace(' ', '_').lower()}"] == said
+
+
+def test_a_schedule_for_v_is_refused_where_noise_is_predicted(base: dict[str, Path], tmp_path: Path) -> None:
+    ask = words("sd21", base["sd21"], "method=lora", "model.zero_terminal_snr=true", "sample.every=null")
+    assert train(tmp_path, *ask) == 0
+    ask = [f"run={the_run(tmp_path)}", f"base={base['sdxl']}", "prompt=a toy"]
+    assert call("generate", ask, log=tmp_path / "log") == 1
+    assert "predicts noise: type base=DIR, a model that predicts v" in (tmp_path / "log").read_text()
 
 
 def test_zero_terminal_snr_is_refused_where_noise_is_predicted(base: dict[str, Path], tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The door generate by its keys: LoRAs and their scales, pictures to begin with, prompts, grids, what a PNG says."""
 
 import json
+import re
 import shutil
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,18 @@ def test_a_picture_to_begin_with_is_kept_as_far_as_strength_says(run: Path, tmp_
     assert np.abs(little[0] - begin).mean() < 0.6 * np.abs(much[0] - begin).mean()
 
 
+def test_what_stands_beside_the_picture_to_begin_with_is_not_read(tmp_path: Path) -> None:
+    """An empty caption, or a line of metadata.jsonl for a photo that is gone, is of training."""
+    shutil.copyfile(sorted(Path(asset("package:demo")).glob("*.png"))[0], tmp_path / "sketch.png")
+    (tmp_path / "sketch.txt").write_text("")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "a toy"}\n')
+    assert drawn(tmp_path / "out", f"base={BASE}", PROMPT, f"image={tmp_path / 'sketch.png'}")
+    (tmp_path / "sketch.png").write_bytes(b"")
+    (tmp_path / "said").mkdir()
+    assert "sketch.png is empty (0 bytes)" in said(
+        tmp_path / "said", f"base={BASE}", PROMPT, f"image={tmp_path / 'sketch.png'}")
+
+
 def test_prompts_of_a_file_are_the_rows_of_one_grid(run: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("# scenes\na {subject} in the snow\n\na {subject} at night\n")
     pictures = drawn(tmp_path / "out", f"run={run}", f"prompts={tmp_path / 'prompts.txt'}")
@@ -84,6 +98,68 @@ def test_prompts_of_a_file_are_the_rows_of_one_grid(run: Path, tmp_path: Path) -
     assert sheet.size == (2 * 66 - 2, 2 * 66 - 2)
     drawn(tmp_path / "wide", f"run={run}", f"prompts={tmp_path / 'prompts.txt'}", "columns=4")
     assert Image.open(tmp_path / "wide/prompts-grid.png").size == (4 * 66 - 2, 64)
+
+
+ENDS: dict[str, tuple[int, int, str]] = {  # fault -> exit code, pictures on disk, what is said
+    "drawing_stopped": (
+        5, 4, "SIGINT: stopped after 4 of 8 pictures, which are in {out}; repeat the command to draw all"),
+    "drawing_stopped_twice": (5, 2, "interrupted; repeat the command\n"),
+    "no_memory_to_draw": (4, 2, "; pictures made before are in {out}: type batch_size=1\n"),
+}
+
+
+@pytest.mark.parametrize("fault", ENDS)
+def test_pictures_that_were_made_outlive_an_end_before_the_last(fault: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a toy in the snow\na toy at night\n")
+    out, log = tmp_path / "out", tmp_path / "log"
+    code, count, words = ENDS[fault]
+    assert call("generate", [f"base={BASE}", f"prompts={tmp_path / 'prompts.txt'}", "num_images=4", "batch_size=2",
+                             "num_inference_steps=2", f"out={out}"], fault=fault, log=log) == code
+    text = log.read_text()
+    assert words.format(out=out) in text and "checkpoint" not in text and "Traceback" not in text, text
+    assert sorted(path.name for path in out.iterdir()) == [
+        f"000-a-toy-in-the-snow-seed{seed}.png" for seed in range(count)]
+
+
+@pytest.mark.parametrize("device, ask, typed", [
+    ("cuda", Generate(num_images=8), "batch_size=1"), ("cuda", Generate(num_images=1), "CUDA_VISIBLE_DEVICES="),
+    ("cuda", Generate(num_images=8, batch_size=1), "CUDA_VISIBLE_DEVICES="),
+    ("cpu", Generate(num_images=1), "more memory")])
+def test_what_to_type_when_memory_runs_out(device: str, ask: Generate, typed: str) -> None:
+    from dreambooth.draw import _advice
+
+    assert typed in _advice("drawing", ask, device)
+    assert "batch_size" not in _advice("loading", ask, device)
+
+
+def test_names_tell_prompts_apart() -> None:
+    from dreambooth.draw import slug
+
+    assert slug("a photo of a zwx toy, at night!") == "a-photo-of-a-zwx-toy-at-night"
+    long = "a photo of a zwx toy " * 4
+    prompts = ["ein Hund 犬", "ein Hund 猫", "犬", "猫", "!", "?", f"{long} a", f"{long} b", "a dog 🐶", "a dog"]
+    names = [slug(prompt) for prompt in prompts]
+    assert len(set(names)) == len(prompts) and all(names)
+    assert names[2] == sha256("犬".encode()).hexdigest()[:8]
+    assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) and len(name) <= 70 for name in names)
+
+
+def test_a_file_of_prompts_names_the_subject_of_a_run_of_several(tmp_path: Path) -> None:
+    """run.json has the text null for the prompt of one."""
+    words = ["dataset=concepts", "name=demo-two"]
+    for number, name in enumerate(("zwx", "qpr")):
+        words += [f"dataset.concepts.{number}.{word}" for word in (
+            f"instance_dir={asset('package:demo')}", f"instance_prompt=a photo of a {name} toy",
+            "class_prompt=a photo of a toy")]
+    assert train(tmp_path, *words, "train.max_train_steps=1", "sample.every=null", log=tmp_path / "log") == 0, \
+        (tmp_path / "log").read_text()
+    run, file = the_run(tmp_path), tmp_path / "prompts.txt"
+    file.write_text("a {subject} in the snow\n")
+    (tmp_path / "said").mkdir()
+    assert "this run has several subjects: write the subject itself" in said(
+        tmp_path / "said", f"run={run}", f"prompts={file}")
+    file.write_text("a zwx toy in the snow\n")
+    assert len(drawn(tmp_path / "out", f"run={run}", f"prompts={file}")) == 2
 
 
 def test_a_png_says_how_it_was_made(run: Path, tmp_path: Path) -> None:
@@ -125,6 +201,8 @@ def test_what_is_wrong_is_a_sentence(run: Path, tmp_path: Path) -> None:
         "there is no picture at": [f"run={run}", PROMPT, "image=nothing.png"],
         "cannot be read: type prompts=FILE": [f"run={run}", "prompts=nothing.txt"],
         "prompts must be null": [f"run={run}", PROMPT, "prompts=some.txt"],
+        "tokens and the prompt has 42: shorten 'toy toy": [f"base={BASE}", "prompt=" + "toy " * 40],
+        "tokens and the prompt has 52: shorten 'red red": [f"base={BASE}", PROMPT, "negative_prompt=" + "red " * 50],
     }
     for number, (sentence, words) in enumerate(wrong.items()):
         (tmp_path / str(number)).mkdir()
@@ -140,6 +218,29 @@ def test_a_dora_in_kohyas_layout_is_refused_rather_than_half_read(tmp_path: Path
               tmp_path / "dora.safetensors")
     assert "diffusers would leave a part out" in said(
         tmp_path, f"base={BASE}", PROMPT, f"lora={tmp_path / 'dora.safetensors'}")
+
+
+OTHERS = {  # keys of LoRAs of other models, as diffusers and kohya's trainer write them
+    "without a UNet": ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
+                       "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight"],
+    "does not fit this base": ["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",
+                               "lora_unet_double_blocks_0_img_attn_proj.lora_up.weight",
+                               "lora_unet_double_blocks_0_img_attn_proj.alpha"],
+    "nothing for a layer": ["lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
+                            "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
+                            "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha"],
+}
+
+
+@pytest.mark.parametrize("words", OTHERS)
+def test_a_lora_of_another_model_is_a_sentence(words: str, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    file = tmp_path / "other.safetensors"
+    save_file({key: torch.tensor(4.0) if key.endswith("alpha") else torch.zeros(4, 4) for key in OTHERS[words]}, file)
+    text = said(tmp_path, f"base={BASE}", PROMPT, f"lora={file}")
+    assert words in text and str(file) in text and "Traceback" not in text, text
 
 
 @pytest.mark.parametrize("values", [{"lora": [1]}, {"lora_scale": "much"}, {"strength": 0.0}, {"columns": 0},
@@ -188,3 +289,24 @@ def test_mlflow_opens_a_runs_adapter_by_its_diffusers_flavour(tmp_path: Path) ->
     assert {key: tensor.tolist() for key, tensor in load_file(theirs).items()} == {
         key: tensor.tolist() for key, tensor in ours.items()}
     assert MlflowClient(uri).get_run(run_id).info.status == "FINISHED"
+
+
+def test_mlflow_pins_the_revision_that_the_run_has_pinned(tmp_path: Path) -> None:
+    """MLflow itself pins the newest."""
+    import torch
+    import yaml
+    from safetensors.torch import save_file
+
+    from dreambooth import flavour
+
+    facts = {"base_model": BASE, "base_model_revision": "0123abc", "base_model_variant": "fp16"}
+    save_file({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / flavour.DIFFUSERS, facts)
+
+    class Client:
+        def log_artifacts(self, run_id: str, folder: str) -> None:
+            shutil.copytree(folder, tmp_path / run_id)
+
+    flavour.log(Client(), "found", tmp_path / flavour.DIFFUSERS, None)
+    found = yaml.safe_load((tmp_path / "found/lora/MLmodel").read_text())
+    assert found["flavors"]["diffusers"]["base_model_revision"] == "0123abc"
+    assert found["metadata"] == {key: facts[key] for key in ("base_model_revision", "base_model_variant")}

@@ -480,6 +480,25 @@ def test_the_picture_of_a_step_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "step.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize("vae, dtype", [
+    (None, torch.float32), ("madebyollin/sdxl-vae-fp16-fix", torch.float16), ("stabilityai/sdxl-vae", torch.float32),
+    ("models/sdxl_vae.safetensors", torch.float32), ("models/sdxl-vae-fp16-fix.safetensors", torch.float16)])
+def test_a_vae_of_its_own_is_planned_in_the_precision_that_it_is_loaded_in(
+        vae: str | None, dtype: torch.dtype) -> None:
+    """Half overflows in SDXL's VAE, whoever publishes it; its fix is known by name."""
+    with fake_tensors():
+        assert architecture.blank(recipe("sdxl", model__vae=vae)).vae.dtype is dtype
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_a_folder_of_a_vae_says_itself_whether_half_overflows(upcast: bool, tmp_path: Path) -> None:
+    known = Path(architecture.asset("package:architectures")) / "sdxl/vae/config.json"
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(known.read_text()) | {"force_upcast": upcast}))
+    with fake_tensors():
+        found = architecture.blank(recipe("sdxl", model__vae=str(tmp_path))).vae
+    assert found.dtype is (torch.float32 if upcast else torch.float16)
+
+
 def test_a_model_of_unknown_shape_is_refused_with_what_to_type() -> None:
     strange = recipe("sd15", model__name="other", model__source="somebody/other")
     with pytest.raises(UserError, match=r"type model\.source=DIR"):

@@ -130,3 +130,27 @@ def test_enough_own_images_need_no_others(tmp_path: Path) -> None:
     found = prior.find(recipe(tmp_path, f"dataset.class_dir={own}", "prior.num_class_images=2"))
     assert [path.name for path in found.paths] == ["a.png", "b.png", "c.png"]
     assert str(found) == "3 class images: 3 own, 0 kept, 0 to make"
+
+
+def test_class_images_made_alone_are_computed_as_their_key_says(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """precision=tf32 is in the key, and fp32 pictures would be kept under it."""
+    from dreambooth import model, setup
+    from dreambooth.engine import Engine
+    from dreambooth.signals import Stop
+
+    class EnoughSeen(Exception):
+        pass
+
+    def load(*args: object) -> None:
+        raise EnoughSeen
+
+    asked = recipe(tmp_path, "memory.autocast_cache=false")
+    asked = dataclasses.replace(asked, precision=dataclasses.replace(asked.precision, tf32=True))
+    seen: list[object] = []
+    monkeypatch.setattr(setup, "accelerated", lambda *args: (seen.append(args), (
+        Engine(cache_casts=seen.append), None))[1])
+    monkeypatch.setattr(model, "load", load)
+    with pytest.raises(EnoughSeen):
+        setup.class_images_alone(asked, Stop())
+    assert seen == [("cpu", asked.precision.dtype, True), False]

@@ -109,6 +109,9 @@ BROKEN = {  # what is broken -> (machine, values, what to type)
              "precision__dtype": Dtype.fp16}, "memory.weights=full"),
     "the small optimizer of an adapter in host memory": (
         None, {"method__kind": MethodKind.dora, "memory__offload_optimizer": True}, "memory.offload_optimizer=false"),
+    "the rank of an adapter that is not there": (None, {"method__rank": 64}, "method=lora"),
+    "several settings of an adapter that is not there": (
+        NONE, {"method__base_weights": BaseWeights.nf4, "method__merge": True, "method__alpha": 8.0}, "method=lora"),
     "a checkpoint that is not there": (None, {"checkpoint__resume": "/nowhere"}, "checkpoint.resume=auto"),
 }
 
@@ -119,6 +122,18 @@ def test_each_broken_rule_is_one_sentence_that_says_what_to_type(what, no_packag
     [sentence] = problems(machine, **values)
     assert typed in sentence.partition(": ")[2]
     assert "\n" not in sentence
+
+
+def test_settings_of_an_adapter_without_one_are_named():
+    assert problems(method__dropout=0.1) == [
+        "method.dropout is of adapters, and method=full trains every weight: type method=lora"]
+    [sentence] = problems(method__rank=8, method__merge=True)
+    assert sentence.startswith("method.rank and method.merge are of adapters, and")
+    assert not decided(method__rank=16, method__dropout=0.0).method.low_rank, "what changes nothing may stand"
+
+
+def test_the_file_of_the_full_method_has_what_the_schema_has():
+    assert decided().method == resolve(load(made()), Path("runs/x")).method
 
 
 def test_all_broken_rules_are_reported_together(no_packages):
