@@ -13,10 +13,11 @@ from faults import call, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dreambooth import converting, layout, single
-from dreambooth.converting import KNOWN, blank_parts, convert, open_parts
+from dreambooth import converting, layout, single, sources
+from dreambooth.converting import KNOWN, convert
 from dreambooth.errors import UserError
 from dreambooth.layout import UNREAD, Family
+from dreambooth.opening import blank_parts, open_parts
 from dreambooth.packaged import asset
 from dreambooth.recognise import Found, opened, recognised
 from dreambooth.schema import Config, Model
@@ -245,12 +246,12 @@ def test_a_file_as_source_becomes_a_folder_once(
     vae = tmp_path / "vae-fp16.ckpt"
     torch.save({"state_dict": load_file(bases[family] / "vae/diffusion_pytorch_model.safetensors")}, vae)
     config = Config(run_root=str(tmp_path / "runs"), model=Model(family, str(file), vae=str(vae)))
-    found = converting.as_folders(config).model
+    found = sources.as_folders(config).model
     assert same(weights(Path(found.source)), weights(bases[family]))
     assert same(weights(Path(found.vae or "")), {name: value for name, value in weights(bases[family]).items()
                                                  if name.startswith("vae.")})
     before = Path(found.source, "model_index.json").stat().st_mtime_ns
-    assert converting.as_folders(config).model.source == found.source
+    assert sources.as_folders(config).model.source == found.source
     assert Path(found.source, "model_index.json").stat().st_mtime_ns == before
 
 
