@@ -1,20 +1,22 @@
 """One file to a diffusers folder and back: what the door `convert` does."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from dreambooth import clip_words, files, single
+from dreambooth import clip_words, files, remote, single
 from dreambooth.components import Components
 from dreambooth.console import Console
-from dreambooth.errors import UserError
+from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.layout import Family
 from dreambooth.opening import blank_parts, open_parts, read_json
 from dreambooth.packaged import asset
 from dreambooth.recognise import opened, recognised
-from dreambooth.schema_storage import is_single
+from dreambooth.schema_storage import is_remote, is_single
 
 KNOWN = {Family.sd1: "sd15", Family.sd2: "sd21", Family.sdxl: "sdxl"}  # the architecture that files of a family have
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, None: None}
@@ -28,13 +30,10 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
     Raises:
         UserError: neither way, or what is there cannot be converted.
     """
-    if is_single(source) == is_single(out):
-        raise UserError("one of in and out is a file and the other a folder: type in=MODEL.safetensors out=DIR, or "
-                        "in=DIR out=MODEL.safetensors")
+    _check_out(source, out)
+    source, config, vae = remote.local(source) or "", remote.local(config), remote.local(vae)
     console = Console()
     if is_single(out):
-        if Path(out).suffix.lower() != ".safetensors":
-            raise UserError(f"{out} would be a pickle, and nothing here writes one: type out=MODEL.safetensors")
         return _to_file(Path(source), Path(out), vae, DTYPES[dtype], with_vae, title, console)
     file = opened(Path(source))
     found = recognised(file)
@@ -50,10 +49,38 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
         single.only_vae(parts.vae, opened(Path(vae)))
     for module in parts.modules if DTYPES[dtype] else ():
         module.to(DTYPES[dtype])
-    with files.whole_folder(Path(out)) as aside:
+    with _writing(out), files.whole_folder(Path(out), fresh=True) as aside:
         _save(parts, aside)
     console.say(f"{out}: {KNOWN[found.family]}, {found.prediction_type} at {found.resolution} px, by {found.why}")
     return Path(out)
+
+
+def _check_out(source: str, out: str) -> None:
+    """Said before anything is read: nothing that is there is ever replaced."""
+    if is_single(source) == is_single(out):
+        raise UserError("one of in and out is a file and the other a folder: type in=MODEL.safetensors out=DIR, or "
+                        "in=DIR out=MODEL.safetensors")
+    if is_remote(out):
+        name = "DIR/MODEL.safetensors" if is_single(out) else "DIR"
+        raise UserError(f"out={out} is in S3, and this writes to this machine: type out={name}, then python -m "
+                        "dreambooth.storage upload DIR s3://BUCKET/PREFIX")
+    path = Path(out)
+    if is_single(out):
+        if path.suffix.lower() != ".safetensors":
+            raise UserError(f"{out} would be a pickle, and nothing here writes one: type out=MODEL.safetensors")
+        if path.exists():
+            raise UserError(f"{out} is there already: type out=MODEL.safetensors, a new file, or remove that one first")
+    elif path.exists() and (not path.is_dir() or not path.name or any(path.iterdir())):
+        raise UserError(f"{out} holds other things: type out=DIR, a new folder")
+
+
+@contextmanager
+def _writing(out: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a class of its own
+        raise DoesNotFit(f"{out} could not be written ({error}): free some space, or type out= another place"
+                         ) from error
 
 
 def _save(parts: Components, folder: Path) -> None:
@@ -74,7 +101,8 @@ def _to_file(source: Path, out: Path, vae: str | None, dtype: torch.dtype | None
     trigger = settings.get("dataset.instance_prompt")
     facts = {"modelspec.title": title or settings.get("name") or source.name}
     facts |= {"modelspec.trigger_phrase": trigger} if trigger else {}
-    count = single.write(parts, out, dtype, with_vae, facts)
+    with _writing(out):
+        count = single.write(parts, out, dtype, with_vae, facts)
     console.say(f"{out}: {count} tensors, {out.stat().st_size / 2**20:.1f} MiB")
     return out
 

@@ -28,8 +28,15 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Fill the yielded folder; it replaces `path` once all of it is on disk."""
+def whole_folder(path: Path, fresh: bool = False) -> Iterator[Path]:
+    """Fill the yielded folder; it replaces `path` once all of it is on disk.
+
+    Args:
+        fresh: nothing is replaced but an empty folder.
+
+    Raises:
+        OSError: `fresh`, and something is there.
+    """
     aside = path.with_name(ASIDE + path.name)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -38,7 +45,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         for entry in sorted(aside.rglob("*")):
             sync(entry)
         sync(aside)
-        if path.exists():
+        if path.exists() and not fresh:
             remove_folder(path)
         publish(aside, path)
     finally:

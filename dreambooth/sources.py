@@ -44,6 +44,8 @@ def _once(config: Config, source: str, beside: str | None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{name}.lock")):
         if beside is None and not (target / "model_index.json").is_file():
+            if target.exists():
+                files.remove_folder(target)  # half of one
             try:
                 convert(source, str(target))
             except UserError as error:

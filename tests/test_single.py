@@ -13,7 +13,7 @@ from faults import call, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dreambooth import converting, layout, single, sources
+from dreambooth import converting, files, layout, single, sources
 from dreambooth.converting import KNOWN, convert
 from dreambooth.errors import UserError
 from dreambooth.layout import UNREAD, Family
@@ -223,6 +223,39 @@ def test_another_architecture_and_damage_are_said(bases: dict[str, Path], tmp_pa
         convert("a.ckpt", "b.safetensors")
 
 
+@pytest.mark.parametrize("way", ["in", "out"])
+def test_what_is_there_is_never_replaced(
+    way: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path / "models"
+    file = convert(str(bases["sd15"]), str(models / "x.safetensors"))
+    (models / "mine.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in models.iterdir()}
+    monkeypatch.chdir(models)
+    source, outs = (file, [models, ".", "mine.txt"]) if way == "in" else (bases["sd15"], [file])
+    for out in outs:
+        with pytest.raises(UserError, match=r"holds other things: type out=DIR|is there already: type out="):
+            convert(str(source), str(out), config=str(bases["sd15"]) if way == "in" else None)
+    assert {path.name: path.read_bytes() for path in models.iterdir()} == before
+
+
+def test_an_empty_folder_is_filled_unless_somebody_was_faster(bases: dict[str, Path], tmp_path: Path) -> None:
+    file = convert(str(bases["sd15"]), str(tmp_path / "x.safetensors"))
+    (tmp_path / "out").mkdir()
+    folder = convert(str(file), str(tmp_path / "out"), config=str(bases["sd15"]))
+    assert (folder / "model_index.json").is_file()
+    with pytest.raises(OSError, match="not empty"), files.whole_folder(folder, fresh=True) as aside:
+        (aside / "x").touch()
+    assert (folder / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize(("source", "out"), [("nothing.safetensors", "s3://b/x"), ("nothing", "s3://b/x.safetensors")])
+def test_a_place_in_s3_is_refused_before_anything_is_read(source: str, out: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is in S3, .*type out=DIR"):
+        convert(source, out)
+    assert not Path("s3:").exists()
+
+
 # -- a run ----------------------------------------------------------------------------------------------------------
 
 def test_the_door_and_a_run_take_a_file(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -253,6 +286,9 @@ def test_a_file_as_source_becomes_a_folder_once(
     before = Path(found.source, "model_index.json").stat().st_mtime_ns
     assert sources.as_folders(config).model.source == found.source
     assert Path(found.source, "model_index.json").stat().st_mtime_ns == before
+    Path(found.source, "model_index.json").unlink()
+    sources.as_folders(config)
+    assert same(weights(Path(found.source)), weights(bases[family]))
 
 
 def test_clips_tokenizer_ships_with_the_package() -> None:
