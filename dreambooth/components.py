@@ -110,6 +110,11 @@ def base_schedule(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     if config.get("prediction_type", "epsilon") == "epsilon":
         raise UserError("model.zero_terminal_snr=true needs a base that predicts v, and this one predicts noise: type "
                         "model.zero_terminal_snr=false")
+    return zero_snr(config)
+
+
+def zero_snr(config: dict[str, Any]) -> dict[str, Any]:
+    """The same scheduler rescaled to zero terminal SNR, or one that can be, with timesteps that begin at the last."""
     able = config if config.get("_class_name") in ABLE else config | {"_class_name": ABLE[0]}
     return able | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 

@@ -51,7 +51,8 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
         module.to(DTYPES[dtype])
     with _writing(out), files.whole_folder(Path(out), fresh=True) as aside:
         _save(parts, aside)
-    console.say(f"{out}: {KNOWN[found.family]}, {found.prediction_type} at {found.resolution} px, by {found.why}")
+    noise = ", zero terminal SNR" if found.pure_noise else ""
+    console.say(f"{out}: {KNOWN[found.family]}, {found.prediction_type} at {found.resolution} px{noise}, by {found.why}")
     return Path(out)
 
 

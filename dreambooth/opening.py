@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dreambooth import clip_words, single
-from dreambooth.components import Components
+from dreambooth.components import Components, zero_snr
 from dreambooth.errors import UserError
 from dreambooth.layout import Family
 from dreambooth.recognise import Found
@@ -52,9 +52,7 @@ def blank_parts(folder: Path, found: Found | None) -> Components:
 
 def _schedule(config: dict[str, Any], found: Found) -> dict[str, Any]:
     config = config | {"prediction_type": found.prediction_type}
-    if found.zero_terminal_snr:
-        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return config
+    return zero_snr(config) if found.pure_noise else config
 
 
 def _tokenizer(folder: Path, name: str, pad: str) -> Any:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dreambooth.errors import UserError
-from dreambooth.layout import UNET, Family
+from dreambooth.layout import EDM, UNET, ZERO, Family, V
 
 OLD_CLIP = re.compile(r"cond_stage_model\.transformer\.(?!text_model\.)")  # files that leave a level out
 BASE_STEPS = 875000  # of the 2.x checkpoints that predict noise at 512 px, as diffusers tells them too
@@ -38,8 +38,14 @@ class Found:
     family: Family
     prediction_type: str
     resolution: int
-    zero_terminal_snr: bool
+    zero_terminal_snr: bool  # as it is marked
     why: str
+
+    @property
+    def pure_noise(self) -> bool:
+        """Whether its last timestep is: a model that predicts noise has nothing to predict there, and of one ComfyUI
+        passes over the mark too."""
+        return self.zero_terminal_snr and self.prediction_type == "v_prediction"
 
 
 def opened(path: Path) -> Opened:
@@ -92,16 +98,21 @@ def recognised(file: Opened) -> Found:
         UserError: it is none of Stable Diffusion 1.x, 2.x, SDXL.
     """
     family = _family(file)
+    if any(name.startswith(EDM) for name in file.names):
+        raise UserError(f"{file.path} was trained with noise of another kind (EDM, as CosXL and Playground v2.5), that "
+                        "nothing here knows: type another file")
     kind = file.facts.get("modelspec.prediction_type", "")
     noted = re.match(r"(\d+)x\d+$", file.facts.get("modelspec.resolution", ""))
     side = int(noted[1]) if noted else 0
-    zero = "ztsnr" in file.names
+    zero = ZERO in file.names
     if family is not Family.sd2:
-        v, why = "v_pred" in file.names or kind == "v", "its keys"
+        v, why = V in file.names or kind == "v", "its keys"
         return Found(family, "v_prediction" if v else "epsilon", side or {Family.sd1: 512, Family.sdxl: 1024}[family],
                      zero, why)
     if kind:
         v, why = kind == "v", "its metadata"
+    elif V in file.names:
+        v, why = True, "its keys"
     elif "global_step" in file.facts:
         v, why = file.facts["global_step"] != str(BASE_STEPS), f"its {file.facts['global_step']} steps of training"
     elif named := re.search(r"(512|768)", file.path.stem):

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dreambooth import converting, files, layout, single, sources
+from dreambooth.components import ABLE, zero_snr
 from dreambooth.converting import KNOWN, convert
 from dreambooth.errors import UserError
 from dreambooth.layout import UNREAD, Family
@@ -63,6 +64,38 @@ def test_diffusers_opens_our_file_with_equal_weights(family: str, bases: dict[st
     ours = open_parts(bases[family])
     for name in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if family == "sdxl" else [])):
         assert same(getattr(pipeline, name).state_dict(), getattr(ours, name).state_dict()), name
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_it_predicts_and_at_which_noise_survives_the_file(
+    family: str, zero: bool, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """ComfyUI asks the same two marks; the scheduler that comes out knows zero terminal SNR (PNDM does not)."""
+    base = shutil.copytree(bases[family], tmp_path / "base")
+    path = base / "scheduler/scheduler_config.json"
+    facts = json.loads(path.read_text()) | {"prediction_type": "v_prediction"}
+    path.write_text(json.dumps(zero_snr(facts) if zero else facts))
+    file = convert(str(base), str(tmp_path / "x.safetensors"))
+    marks = {name: value.numel() for name, value in load_file(file).items() if "." not in name}
+    assert marks == ({"v_pred": 0, "ztsnr": 0} if zero else {"v_pred": 0})
+    inside = convert(str(file), str(tmp_path / "inside"), config=str(bases[family]))
+    found = json.loads((inside / "scheduler/scheduler_config.json").read_text())
+    assert found["prediction_type"] == "v_prediction"
+    assert (found.get("rescale_betas_zero_snr", False), found["timestep_spacing"] == "trailing") == (zero, zero)
+    assert not zero or found["_class_name"] in ABLE
+    assert open_parts(inside).noise_schedule().alphas_cumprod[-1].eq(0) == zero
+    again = load_file(convert(str(inside), str(tmp_path / "again.safetensors")))
+    assert same(again, load_file(file))
+
+
+def test_a_model_that_predicts_the_picture_is_no_such_file(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(bases["sd15"], tmp_path / "base")
+    path = base / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
+    with pytest.raises(UserError, match="this model predicts sample, .*type in=DIR"):
+        convert(str(base), str(tmp_path / "x.safetensors"))
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_a_folder_of_an_older_diffusers_is_read(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -209,6 +242,13 @@ def test_what_is_no_model_is_said(names: list[str], words: str, tmp_path: Path) 
     save_file({name: torch.zeros(1) for name in names}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=words):
         recognised(opened(tmp_path / "x.safetensors"))
+
+
+def test_a_model_of_edms_noise_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    file = convert(str(bases["sdxl"]), str(tmp_path / "x.safetensors"))
+    save_file({**load_file(file), "edm_vpred.sigma_max": torch.ones(1)}, tmp_path / "cos.safetensors")
+    with pytest.raises(UserError, match="EDM, .*type another file"):
+        convert(str(tmp_path / "cos.safetensors"), str(tmp_path / "out"), config=str(bases["sdxl"]))
 
 
 def test_another_architecture_and_damage_are_said(bases: dict[str, Path], tmp_path: Path) -> None:
