@@ -1,8 +1,8 @@
 """One file to a diffusers folder and back: what the door `convert` does."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from dreambooth.components import Components
 from dreambooth.console import Console
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.layout import Family
+from dreambooth.lora_files import DIFFUSERS as ADAPTER
 from dreambooth.opening import blank_parts, open_parts, read_json
 from dreambooth.packaged import asset
 from dreambooth.recognise import opened, recognised
@@ -31,15 +32,16 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
         UserError: neither way, or what is there cannot be converted.
     """
     _check_out(source, out)
+    _check_keys(out, {"config": config, "prediction_type": prediction_type, "resolution": resolution},
+                {"with_vae": not with_vae, "title": title})
+    if vae and not with_vae:
+        raise UserError("with_vae=false leaves out what vae names: leave one of them out")
     source, config, vae = remote.local(source) or "", remote.local(config), remote.local(vae)
     console = Console()
     if is_single(out):
         return _to_file(Path(source), Path(out), vae, DTYPES[dtype], with_vae, title, console)
     file = opened(Path(source))
-    found = recognised(file)
-    if prediction_type:
-        found = replace(found, prediction_type=prediction_type, why="what you typed")
-    found = replace(found, resolution=resolution or found.resolution)
+    found = recognised(file, prediction_type, resolution)
     folder = Path(config) if config else Path(asset("package:architectures")) / KNOWN[found.family]
     parts = blank_parts(folder, found)
     if strange := single.fill(parts, file, found.family):
@@ -52,7 +54,8 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
     with _writing(out), files.whole_folder(Path(out), fresh=True) as aside:
         _save(parts, aside)
     noise = ", zero terminal SNR" if found.pure_noise else ""
-    console.say(f"{out}: {KNOWN[found.family]}, {found.prediction_type} at {found.resolution} px{noise}, by {found.why}")
+    console.say(f"{out}: {KNOWN[found.family]}; {found.prediction_type}{noise}, by {found.why}; "
+                f"{found.resolution} px, by {found.sized}")
     return Path(out)
 
 
@@ -73,6 +76,13 @@ def _check_out(source: str, out: str) -> None:
             raise UserError(f"{out} is there already: type out=MODEL.safetensors, a new file, or remove that one first")
     elif path.exists() and (not path.is_dir() or not path.name or any(path.iterdir())):
         raise UserError(f"{out} holds other things: type out=DIR, a new folder")
+
+
+def _check_keys(out: str, of_files: Mapping[str, object], of_folders: Mapping[str, object]) -> None:
+    """A key that was typed and would do nothing is said."""
+    idle, way = (of_files, "a folder becomes a file") if is_single(out) else (of_folders, "a file becomes a folder")
+    if typed := [key for key, value in idle.items() if value]:
+        raise UserError(f"{' and '.join(typed)} would change nothing where {way}: leave that out")
 
 
 @contextmanager
@@ -99,13 +109,21 @@ def _to_file(source: Path, out: Path, vae: str | None, dtype: torch.dtype | None
     parts = open_parts(folder)
     if vae:
         single.only_vae(parts.vae, opened(Path(vae)))
-    trigger = settings.get("dataset.instance_prompt")
-    facts = {"modelspec.title": title or settings.get("name") or source.name}
-    facts |= {"modelspec.trigger_phrase": trigger} if trigger else {}
+    facts = {"modelspec.title": title or settings.get("name") or source.absolute().name} | _facts(settings)
     with _writing(out):
         count = single.write(parts, out, dtype, with_vae, facts)
     console.say(f"{out}: {count} tensors, {out.stat().st_size / 2**20:.1f} MiB")
     return out
+
+
+def _facts(settings: Mapping[str, str]) -> dict[str, str]:
+    """What a run says of its model, whose settings are texts: the prompt of its first subject, and its pixels."""
+    several = json.loads(settings.get("dataset.concepts", "[]"))
+    prompt = several[0]["instance_prompt"] if several else settings.get("dataset.instance_prompt")
+    side = settings.get("model.resolution")
+    found = {"modelspec.trigger_phrase": None if prompt == "null" else prompt,
+             "modelspec.resolution": f"{side}x{side}" if side else None}
+    return {key: value for key, value in found.items() if value}
 
 
 def _model_in(source: Path) -> tuple[Path, Mapping[str, str]]:
@@ -113,4 +131,7 @@ def _model_in(source: Path) -> tuple[Path, Mapping[str, str]]:
         if (folder / "model_index.json").is_file():
             run = source / "run.json"
             return folder, read_json(run)["settings"] if run.is_file() else {}
+        if (folder / ADAPTER).is_file():
+            raise UserError(f"{source} holds an adapter and no model of its own: repeat the command of its run with "
+                            "method.merge=true, which writes one and trains nothing")
     raise UserError(f"there is no model in {source}: type in=DIR, a folder of diffusers or a finished run")

@@ -126,8 +126,8 @@ def _marks(parts: Components) -> set[str]:
     """By which programs that open the file know what it predicts and at which noise; ComfyUI reads them of SDXL."""
     kind = parts.scheduler_config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
-        raise UserError(f"this model predicts {kind}, which a file of this layout cannot say: type in=DIR, a model that "
-                        "predicts noise (epsilon) or v (v_prediction)")
+        raise UserError(f"this model predicts {kind}, which a file of this layout cannot say: type in=DIR, a model "
+                        "that predicts noise (epsilon) or v (v_prediction)")
     zero = bool(parts.scheduler_config.get("rescale_betas_zero_snr"))
     return {mark for mark, there in ((V, kind == "v_prediction"), (ZERO, zero)) if there}
 

@@ -162,9 +162,9 @@ def test_published_sizes_are_those_of_the_architectures() -> None:
 # -- what a file is -------------------------------------------------------------------------------------------------
 
 def checkpoint(base: Path, path: Path, **more: object) -> Path:
-    """A .ckpt as training tools leave it."""
+    """A .ckpt as training tools leave it: no metadata, no marks."""
     file = convert(str(base), str(path.with_suffix(".safetensors")))
-    torch.save({"state_dict": load_file(file), **more}, path)
+    torch.save({"state_dict": {name: value for name, value in load_file(file).items() if "." in name}, **more}, path)
     return path
 
 
@@ -182,6 +182,45 @@ def test_a_checkpoint_of_2x_is_known_by_steps_name_or_custom(
     assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["prediction_type"] == kind
     assert json.loads((folder / "unet/config.json").read_text())["sample_size"] == side // 2  # of this tiny VAE
     assert same(weights(folder), weights(bases["sd21"]))
+
+
+@pytest.mark.parametrize(("stem", "typed", "kind", "side", "sized"), [
+    ("mine", {"prediction_type": "epsilon"}, "epsilon", 512, "what it predicts"),
+    ("768-mine", {"prediction_type": "epsilon"}, "epsilon", 768, "its name"),
+    ("mine", {"prediction_type": "epsilon", "resolution": 640}, "epsilon", 640, "what you typed"),
+    ("mine", {"resolution": 512}, "v_prediction", 512, "what you typed")])
+def test_what_was_typed_overrules_and_the_rest_follows(
+    stem: str, typed: dict[str, object], kind: str, side: int, sized: str, bases: dict[str, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint(bases["sd21"], tmp_path / f"{stem}.ckpt")
+    folder = convert(str(path), str(tmp_path / "out"), config=str(bases["sd21"]), **typed)  # type: ignore[arg-type]
+    assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["prediction_type"] == kind
+    assert json.loads((folder / "unet/config.json").read_text())["sample_size"] == side // 2
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert f"{side} px, by {sized}" in said
+    assert (f"{kind}, by what you typed" in said) == ("prediction_type" in typed)
+
+
+def finished(folder: Path, base: Path, **settings: str) -> Path:
+    """What a finished run leaves, as far as a conversion looks."""
+    shutil.copytree(base, folder / "model")
+    (folder / "run.json").write_text(json.dumps({"settings": {
+        "name": "toy", **{key.replace("__", "."): value for key, value in settings.items()}}}))
+    return folder
+
+
+def test_a_run_says_its_prompt_and_its_pixels(bases: dict[str, Path], tmp_path: Path) -> None:
+    one = finished(tmp_path / "one", bases["sd15"], dataset__instance_prompt="a zwx toy", dataset__concepts="[]",
+                   model__resolution="640")
+    concepts = json.dumps([{"instance_prompt": prompt} for prompt in ("a zwx toy", "a qvy cup")])
+    two = finished(tmp_path / "two", bases["sd15"], dataset__instance_prompt="null", dataset__concepts=concepts)
+    none = finished(tmp_path / "none", bases["sd15"], dataset__instance_prompt="null")
+    facts = {run.name: opened(convert(str(run), str(tmp_path / f"{run.name}.safetensors"))).facts
+             for run in (one, two, none)}
+    assert [found.get("modelspec.trigger_phrase") for found in facts.values()] == ["a zwx toy", "a zwx toy", None]
+    assert [found["modelspec.resolution"] for found in facts.values()] == ["640x640", "16x16", "16x16"]
+    assert recognised(opened(tmp_path / "one.safetensors")).resolution == 640
 
 
 def test_the_file_says_itself_what_it_is(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -294,6 +333,26 @@ def test_a_place_in_s3_is_refused_before_anything_is_read(source: str, out: str,
     with pytest.raises(UserError, match=r"is in S3, .*type out=DIR"):
         convert(source, out)
     assert not Path("s3:").exists()
+
+
+@pytest.mark.parametrize(("source", "out", "typed", "words"), [
+    ("DIR", "x.safetensors", {"prediction_type": "epsilon", "resolution": 512}, "prediction_type and resolution would"),
+    ("DIR", "x.safetensors", {"config": "DIR"}, "config would change nothing where a folder becomes a file"),
+    ("x.ckpt", "DIR", {"with_vae": False}, "with_vae would change nothing where a file becomes a folder: leave"),
+    ("x.ckpt", "DIR", {"title": "A toy"}, "title would"),
+    ("DIR", "x.safetensors", {"with_vae": False, "vae": "y.ckpt"}, "with_vae=false leaves out what vae names")])
+def test_a_key_that_would_do_nothing_is_refused(
+    source: str, out: str, typed: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        convert(source, str(tmp_path / out), **typed)  # type: ignore[arg-type]
+
+
+def test_an_adapter_is_no_model_yet(tmp_path: Path) -> None:
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(UserError, match=r"holds an adapter .*repeat the command of its run with method\.merge=true"):
+        convert(str(tmp_path / "run"), str(tmp_path / "x.safetensors"))
 
 
 # -- a run ----------------------------------------------------------------------------------------------------------
