@@ -1,5 +1,6 @@
 """Models by their shape alone: the parts of a base built from its configuration, without weights, disk or network."""
 
+import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -9,12 +10,13 @@ import torch
 
 from dreambooth import adapter
 from dreambooth.choices import AttentionKind
-from dreambooth.components import Components, base_schedule, half_overflows, keep_vae_whole
+from dreambooth.components import Components, base_schedule, half_overflows, keep_vae_whole, says_fixed
 from dreambooth.errors import UserError
 from dreambooth.fakes import fake_tensors, to_dtype
 from dreambooth.model import TORCH_DTYPE, denoiser_of, trained_modules
 from dreambooth.packaged import asset
 from dreambooth.recipe import Recipe
+from dreambooth.schema_storage import is_single
 
 HUB = {  # names under which an architecture that ships here is published
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
@@ -57,7 +59,7 @@ def blank(recipe: Recipe) -> Components:
     text_dtype = torch.float32 if recipe.train.train_text_encoder else frozen
     vae, two = dict(known["vae"]), "text_encoder_2" in known
     if recipe.vae_source:
-        vae["force_upcast"] = not two  # another VAE for SDXL: its fp16 fix
+        vae["force_upcast"] = two and _needs_fp32(recipe.vae_source)
     overflows = frozen is torch.float16 and half_overflows(vae, two)
     parts = Components(
         unet=to_dtype(UNet2DConditionModel.from_config(known["unet"]), torch.float32),
@@ -74,6 +76,14 @@ def blank(recipe: Recipe) -> Components:
         module.requires_grad_(False).eval()
     keep_vae_whole(parts)
     return parts
+
+
+def _needs_fp32(vae: str) -> bool:
+    """Whether half overflows in another VAE for SDXL. From a hub one takes its fp16 fix."""
+    for place in (Path(vae, "vae/config.json"), Path(vae, "config.json")):
+        if place.is_file():
+            return bool(json.loads(place.read_text(encoding="utf-8")).get("force_upcast", True))
+    return is_single(vae) and not says_fixed(vae)
 
 
 def trained_weights(recipe: Recipe) -> int:

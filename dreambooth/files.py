@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,12 @@ def weights_digest(folder: Path) -> str | None:
     if not folder.is_dir():
         return None
     return ends_digest(sorted(folder.rglob("*.safetensors")), folder)
+
+
+def whole_digest(path: Path) -> str:
+    """What tells a file from all others, hex: every byte is read."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def ends_digest(paths: Iterable[Path], folder: Path) -> str:

@@ -13,8 +13,8 @@ from faults import call, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dreambooth import converting, files, layout, single, sources
-from dreambooth.components import ABLE, zero_snr
+from dreambooth import architecture, converting, files, layout, single, sources
+from dreambooth.components import ABLE, half_overflows, zero_snr
 from dreambooth.converting import KNOWN, convert
 from dreambooth.errors import UserError
 from dreambooth.layout import UNREAD, Family
@@ -388,6 +388,48 @@ def test_a_file_as_source_becomes_a_folder_once(
     Path(found.source, "model_index.json").unlink()
     sources.as_folders(config)
     assert same(weights(Path(found.source)), weights(bases[family]))
+
+
+def vae_folder(base: Path, file: Path, root: Path) -> tuple[Path, dict[str, object]]:
+    found = sources.as_folders(Config(run_root=str(root), model=Model("sdxl", str(base), vae=str(file)))).model
+    return Path(found.vae or ""), json.loads(Path(found.vae or "", "vae/config.json").read_text())
+
+
+@pytest.mark.parametrize(("stem", "whole"), [
+    ("sdxl_vae.fp16", True), ("prefixed-fp16", True), ("sdxl-vae-fp16-fix", False), ("sdxl_VAE_FP16fix", False),
+    ("sdxl_vae_fp16_fix", False)])
+def test_only_the_fix_computes_in_half(stem: str, whole: bool, bases: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / f"{stem}.safetensors"
+    shutil.copy(bases["sdxl"] / "vae/diffusion_pytorch_model.safetensors", file)
+    folder, facts = vae_folder(bases["sdxl"], file, tmp_path)
+    assert half_overflows(facts, two_encoders=True) == whole
+    for vae in (file, folder):
+        assert architecture._needs_fp32(str(vae)) == whole
+
+
+def test_a_vae_file_has_the_facts_of_the_base_beside_it(bases: dict[str, Path], tmp_path: Path) -> None:
+    file = Path(shutil.copy(bases["sdxl"] / "vae/diffusion_pytorch_model.safetensors", tmp_path / "vae.safetensors"))
+    other = shutil.copytree(bases["sdxl"], tmp_path / "other")
+    config = other / "vae/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
+    factors = [vae_folder(base, file, tmp_path)[1]["scaling_factor"] for base in (bases["sdxl"], other)]
+    assert factors == [0.13025, 0.5]
+    assert vae_folder(bases["sdxl"], file, tmp_path)[0] == vae_folder(bases["sdxl"], file, tmp_path)[0]
+
+
+def test_files_alike_at_both_ends_are_told_apart(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "END", 64)
+    monkeypatch.setitem(converting.KNOWN, Family.sd1, str(bases["sd15"]))
+    file, found = convert(str(bases["sd15"]), str(tmp_path / "merge.safetensors")), []
+    tensors = load_file(file)
+    for value in (0.0, 1.0):
+        tensors["model.diffusion_model.out.0.weight"].fill_(value)
+        save_file(tensors, file)
+        made = sources.as_folders(Config(run_root=str(tmp_path), model=Model("sd15", str(file)))).model.source
+        found.append(weights(Path(made))["unet.conv_norm_out.weight"].max().item())
+    assert found == [0.0, 1.0]
 
 
 def test_clips_tokenizer_ships_with_the_package() -> None:
