@@ -6,7 +6,7 @@ attributes of CompVis/stable-diffusion, Stability-AI/generative-models and mlfou
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -172,3 +172,17 @@ def _begun(name: str, known: dict[str, str]) -> str:
         if name == here or name.startswith(here + "."):
             return there + name[len(here):]
     raise KeyError(name)
+
+
+OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of a VAE's attention, once
+
+
+def modern(key: str, known: Collection[str]) -> str:
+    """A weight's name in a folder as libraries call it now."""
+    before, _, end = key.rpartition(".")
+    *outer, last = before.split(".")
+    renamed = ".".join([*outer, OLD.get(last, last), end])
+    for name in (key, key.removeprefix("text_model."), f"text_model.{key}", renamed):
+        if name in known:
+            return name
+    return key

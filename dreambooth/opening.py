@@ -1,7 +1,6 @@
 """The parts of a local diffusers folder: by their shapes alone, or with their weights."""
 
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from dreambooth import clip_words, single
 from dreambooth.components import Components, zero_snr
 from dreambooth.errors import UserError
-from dreambooth.layout import Family
+from dreambooth.layout import Family, modern
 from dreambooth.recognise import Found
 
 
@@ -63,9 +62,6 @@ def _tokenizer(folder: Path, name: str, pad: str) -> Any:
     return CLIPTokenizer.from_pretrained(folder, subfolder=name)
 
 
-OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of a VAE's attention, once
-
-
 def open_parts(folder: Path) -> Components:
     """The parts of a local diffusers folder, each weight in the precision in which it is kept.
 
@@ -81,24 +77,13 @@ def open_parts(folder: Path) -> Components:
         for path in plain:
             for key, value in load_file(path).items():
                 if not key.endswith("position_ids"):
-                    state[_modern(key, known)] = value
+                    state[modern(key, known)] = value
         try:
             module.load_state_dict(state, assign=True)
         except RuntimeError as error:
             raise UserError(f"{folder / name} does not hold the .safetensors weights of its config.json "
                             f"({str(error).splitlines()[-1].strip()[:120]}): type another in=DIR") from error
     return parts
-
-
-def _modern(key: str, known: Collection[str]) -> str:
-    """A weight's name as libraries call it now."""
-    before, _, end = key.rpartition(".")
-    *outer, last = before.split(".")
-    renamed = ".".join([*outer, OLD.get(last, last), end])
-    for name in (key, key.removeprefix("text_model."), f"text_model.{key}", renamed):
-        if name in known:
-            return name
-    return key
 
 
 def read_json(path: Path) -> dict[str, Any]:

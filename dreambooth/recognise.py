@@ -63,15 +63,19 @@ def opened(path: Path) -> Opened:
             handle: Any = safe_open(path, "pt")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}): fetch it again") from error
-        return Opened(path, frozenset(handle.keys()), handle.get_tensor, handle.metadata() or {})
+        theirs = {_whole_name(name): name for name in handle.keys()}  # noqa: SIM118  it is no dict
+        return Opened(path, frozenset(theirs), lambda name: handle.get_tensor(theirs[name]), handle.metadata() or {})
     content = _unpickled(path)
     tensors = content.get("state_dict", content)
     if not isinstance(tensors, dict) or not any(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} holds no weights: type the path of a Stable Diffusion checkpoint")
-    known = {OLD_CLIP.sub("cond_stage_model.transformer.text_model.", str(name)): value
-             for name, value in tensors.items() if isinstance(value, Tensor)}
+    known = {_whole_name(str(name)): value for name, value in tensors.items() if isinstance(value, Tensor)}
     steps = content.get("global_step")
     return Opened(path, frozenset(known), known.__getitem__, {"global_step": str(steps)} if steps is not None else {})
+
+
+def _whole_name(name: str) -> str:
+    return OLD_CLIP.sub("cond_stage_model.transformer.text_model.", name)
 
 
 def _unpickled(path: Path) -> dict[str, Any]:

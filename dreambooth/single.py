@@ -13,7 +13,7 @@ from torch import Tensor
 from dreambooth import files
 from dreambooth.components import Components
 from dreambooth.errors import UserError
-from dreambooth.layout import POSITIONS, PREFIX, UNREAD, VAE, ZERO, Entry, Family, Form, V, entries
+from dreambooth.layout import POSITIONS, PREFIX, UNREAD, VAE, ZERO, Entry, Family, Form, V, entries, modern
 from dreambooth.recognise import Opened
 
 ARCHITECTURE = {Family.sd1: "stable-diffusion-v1", Family.sd2: "stable-diffusion-v2-768-v",
@@ -53,7 +53,7 @@ def fill(parts: Components, file: Opened, family: Family) -> list[str]:
         left.discard(entry.original)
         there = file.read(entry.original)
         if entry.form is Form.convolution and there.dim() == 2:
-            there = there[:, :, None, None]  # some tools write it as a linear layer
+            there = there[:, :, None, None]
         wanted = entry.shape([shapes[entry.part][name] for name in entry.names])
         if tuple(there.shape) != wanted:
             raise UserError(f"{file.path}: {entry.original} is {tuple(there.shape)} and not {wanted}: it is of another "
@@ -73,12 +73,13 @@ def only_vae(vae: Any, file: Opened) -> None:
         UserError: it holds no VAE of this shape.
     """
     names = list(vae.state_dict())
+    theirs = {modern(name, names): name for name in file.names}  # in the layout of a folder
     prefix = VAE if any(name.startswith(VAE) for name in file.names) else ""
     state: dict[str, Tensor] = {}
     try:
         for entry in entries(Family.sd1, "vae", names, vae.config.layers_per_block):
-            if entry.names[0] in file.names:
-                state[entry.names[0]] = file.read(entry.names[0])
+            if entry.names[0] in theirs:
+                state[entry.names[0]] = file.read(theirs[entry.names[0]])
                 continue
             there = file.read(prefix + entry.original.removeprefix(VAE))
             state[entry.names[0]] = _here(entry, there)[0]
@@ -146,7 +147,7 @@ def _here(entry: Entry, there: Tensor) -> Sequence[Tensor]:
         case Form.plain:
             return [there]
         case Form.convolution:
-            return [there[:, :, 0, 0]]
+            return [there[:, :, 0, 0] if there.dim() == 4 else there]  # some tools write it as a linear layer
         case Form.stacked:
             return [part.clone() for part in there.chunk(len(entry.names))]
         case Form.turned:

@@ -111,6 +111,36 @@ def test_a_folder_of_an_older_diffusers_is_read(bases: dict[str, Path], tmp_path
     assert same(*map(load_file, files))
 
 
+@pytest.mark.parametrize("original", [True, False])
+def test_a_vae_of_other_tools_is_read(original: bool, bases: dict[str, Path], tmp_path: Path) -> None:
+    """In the original layout with attention as linear layers, in diffusers' with its first names."""
+    own = load_file(bases["sd15"] / "vae/diffusion_pytorch_model.safetensors")
+    if original:
+        whole = load_file(convert(str(bases["sd15"]), str(tmp_path / "whole.safetensors")))
+        inside = {name.removeprefix(layout.VAE): value for name, value in whole.items() if name.startswith(layout.VAE)}
+        other = {name: value[:, :, 0, 0].clone() if ".attn_1." in name and value.dim() == 4 else value
+                 for name, value in inside.items()}
+        assert [value for name, value in other.items() if name.endswith("attn_1.q.weight") and value.dim() == 2]
+    else:
+        names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        other = {re.sub(r"(?<=attentions\.0\.)(to_[qkv]|to_out\.0)", lambda found: names[found[0]], name): value
+                 for name, value in own.items()}
+        assert other.keys() != own.keys()
+    save_file(other, tmp_path / "vae.safetensors")
+    vae = blank_parts(bases["sd15"], None).vae
+    single.only_vae(vae, opened(tmp_path / "vae.safetensors"))
+    assert same(vae.state_dict(), own)
+
+
+def test_text_encoders_names_without_their_level_are_read(bases: dict[str, Path], tmp_path: Path) -> None:
+    whole = load_file(convert(str(bases["sd15"]), str(tmp_path / "whole.safetensors")))
+    old = {name.replace(".transformer.text_model.", ".transformer."): value for name, value in whole.items()}
+    assert old.keys() != whole.keys()
+    save_file(old, tmp_path / "old.safetensors")
+    folder = convert(str(tmp_path / "old.safetensors"), str(tmp_path / "out"), config=str(bases["sd15"]))
+    assert same(weights(folder), weights(bases["sd15"]))
+
+
 def published(name: str) -> dict[str, tuple[int, ...]]:
     lines = (LAYOUTS / f"{name}.txt").read_text().splitlines()
     rows = [line.split() for line in lines if not line.startswith("#")]
