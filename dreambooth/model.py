@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dreambooth import adapter
@@ -84,7 +85,7 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
             parts.tokenizer_2 = CLIPTokenizer.from_pretrained(recipe.source, subfolder="tokenizer_2", **source)
         if has(index, "safety_checker"):
             parts.safety_checker, parts.feature_extractor = _safety(recipe.source, frozen, weights)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(_missing(recipe, error)) from error
     for module in trained_modules(parts, recipe).values() if recipe.method.low_rank else ():
         adapter.freeze(module, frozen, base_weights)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -73,17 +74,22 @@ def open_parts(folder: Path) -> Components:
         paths = sorted((folder / name).glob("*.safetensors"))
         plain = [path for path in paths if ".fp16." not in path.name] or paths
         known = module.state_dict().keys()
-        state: dict[str, Tensor] = {}
-        for path in plain:
-            for key, value in load_file(path).items():
-                if not key.endswith("position_ids"):
-                    state[modern(key, known)] = value
+        state = {modern(key, known): value for path in plain for key, value in _weights(path).items()
+                 if not key.endswith("position_ids")}
         try:
             module.load_state_dict(state, assign=True)
         except RuntimeError as error:
             raise UserError(f"{folder / name} does not hold the .safetensors weights of its config.json "
                             f"({str(error).splitlines()[-1].strip()[:120]}): type another in=DIR") from error
     return parts
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged, or one of Git LFS's notes in its place ({error}): fetch it again, or type git "
+                        "lfs pull where it was cloned") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from families import FAMILIES, make
 from faults import call, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_planner import small
 
 from dreambooth import architecture, converting, files, layout, single, sources
 from dreambooth.components import ABLE, half_overflows, zero_snr
@@ -383,6 +384,19 @@ def test_an_adapter_is_no_model_yet(tmp_path: Path) -> None:
     (tmp_path / "run/model/pytorch_lora_weights.safetensors").touch()
     with pytest.raises(UserError, match=r"holds an adapter .*repeat the command of its run with method\.merge=true"):
         convert(str(tmp_path / "run"), str(tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_note_of_git_lfs_is_no_weights(part: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    from dreambooth import model
+
+    base = shutil.copytree(bases["sd15"], tmp_path / "base")
+    [weights_file] = (base / part).glob("*.safetensors")
+    weights_file.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 3438167540\n")
+    with pytest.raises(UserError, match=r"damaged, or one of Git LFS's notes .*type git lfs pull"):
+        convert(str(base), str(tmp_path / "x.safetensors"))
+    with pytest.raises(UserError, match="could not be loaded"):
+        model.load(small(model__source=str(base)), torch.device("cpu"))
 
 
 # -- a run ----------------------------------------------------------------------------------------------------------
