@@ -88,8 +88,8 @@ def _weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged, or one of Git LFS's notes in its place ({error}): fetch it again, or type git "
-                        "lfs pull where it was cloned") from error
+        raise UserError(f"{path} is damaged, or one of Git LFS's notes in its place ({error}): fetch it again, or type "
+                        "git lfs pull where it was cloned") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
