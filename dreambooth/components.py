@@ -1,5 +1,6 @@
 """The parts of a base model, and what they say about it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -91,6 +92,12 @@ def half_overflows(config: Mapping[str, Any], two_encoders: bool) -> bool:
     """Whether a VAE gives NaN in fp16: SDXL's does and says so by `force_upcast`, its fp16 fix says that it does not.
     Older VAEs say nothing, and are fine."""
     return two_encoders and bool(config.get("force_upcast", True))
+
+
+def says_fixed(name: str) -> bool:
+    """Whether the name of a VAE's file says that fp16 does not overflow in it, which nothing else in the file does:
+    sdxl-vae-fp16-fix. A VAE that is merely kept in half says fp16 too."""
+    return bool(re.search(r"fp16[-_. ]?fix|fix[-_. ]?fp16", name, re.IGNORECASE))
 
 
 def has(index: Mapping[str, Any], part: str) -> bool:

@@ -123,6 +123,8 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     for key in ("vae", "zero_terminal_snr"):  # younger than the first runs
         if not chosen["model"][key]:
             chosen["model"].pop(key)
+    if (vae := chosen["model"].get("vae")) and (digest := weights_digest(Path(asset(vae)))):
+        chosen["model"]["vae_weights"] = digest
     chosen["method"].pop("merge")
     if chosen["method"]["kind"] == "full":
         chosen["method"] = {key: chosen["method"][key] for key in ("name", "kind")}

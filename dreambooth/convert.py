@@ -62,14 +62,12 @@ def read(cfg: DictConfig) -> Convert:
 def _job(ask: Convert) -> None:
     if not ask.source or not ask.out:
         raise UserError("type in=MODEL.safetensors out=DIR, or in=DIR out=MODEL.safetensors")
-    from dreambooth import remote
     from dreambooth.converting import convert as work
     from dreambooth.model import import_libraries
 
     import_libraries()
-    work(remote.local(ask.source) or "", ask.out, config=remote.local(ask.config), vae=remote.local(ask.vae),
-         with_vae=ask.with_vae, dtype=ask.dtype, prediction_type=ask.prediction_type, resolution=ask.resolution,
-         title=ask.title)
+    work(ask.source, ask.out, config=ask.config, vae=ask.vae, with_vae=ask.with_vae, dtype=ask.dtype,
+         prediction_type=ask.prediction_type, resolution=ask.resolution, title=ask.title)
 
 
 def main() -> None:

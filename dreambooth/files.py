@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,15 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Fill the yielded folder; it replaces `path` once all of it is on disk."""
+def whole_folder(path: Path, fresh: bool = False) -> Iterator[Path]:
+    """Fill the yielded folder; it replaces `path` once all of it is on disk.
+
+    Args:
+        fresh: nothing is replaced but an empty folder.
+
+    Raises:
+        OSError: `fresh`, and something is there.
+    """
     aside = path.with_name(ASIDE + path.name)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -38,7 +45,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         for entry in sorted(aside.rglob("*")):
             sync(entry)
         sync(aside)
-        if path.exists():
+        if path.exists() and not fresh:
             remove_folder(path)
         publish(aside, path)
     finally:
@@ -87,6 +94,12 @@ def weights_digest(folder: Path) -> str | None:
     if not folder.is_dir():
         return None
     return ends_digest(sorted(folder.rglob("*.safetensors")), folder)
+
+
+def whole_digest(path: Path) -> str:
+    """What tells a file from all others, hex: every byte is read."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def ends_digest(paths: Iterable[Path], folder: Path) -> str:

@@ -6,7 +6,7 @@ attributes of CompVis/stable-diffusion, Stability-AI/generative-models and mlfou
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -25,11 +25,13 @@ PREFIX = {
     Family.sdxl: {"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1.model."},
 }
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+V, ZERO = "v_pred", "ztsnr"  # empty tensors whose names alone say something: it predicts v; zero terminal SNR
+EDM = "edm_"  # and names that begin so: noise as by Karras et al. 2022 (CosXL, Playground v2.5)
 POSITIONS = "transformer.text_model.embeddings.position_ids"  # 0, 1, 2, ...: a constant that files of CLIP's hold
 UNREAD = re.compile(  # in published files and not needed: averages beside, constants, what nothing is computed from
     r"(model_ema|first_stage_model\.(loss|model_ema))\..*|(\w+_)?alphas_cumprod(_prev)?|betas|posterior_\w+|logvar"
     r"|lvlb_weights|denoiser\.sigmas|.*\.(position_ids|logit_scale|attn_mask)|cond_stage_model\.model\.text_projection"
-    r"|v_pred|ztsnr|edm_vpred\..*")
+    r"|v_pred|ztsnr")
 
 
 class Form(Enum):
@@ -170,3 +172,17 @@ def _begun(name: str, known: dict[str, str]) -> str:
         if name == here or name.startswith(here + "."):
             return there + name[len(here):]
     raise KeyError(name)
+
+
+OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of a VAE's attention, once
+
+
+def modern(key: str, known: Collection[str]) -> str:
+    """A weight's name in a folder as libraries call it now."""
+    before, _, end = key.rpartition(".")
+    *outer, last = before.split(".")
+    renamed = ".".join([*outer, OLD.get(last, last), end])
+    for name in (key, key.removeprefix("text_model."), f"text_model.{key}", renamed):
+        if name in known:
+            return name
+    return key

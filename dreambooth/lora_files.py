@@ -3,12 +3,15 @@
 | | diffusers | kohya (AUTOMATIC1111, ComfyUI) |
 |---|---|---|
 | UNet | `unet.mid_block.attentions.0.proj_in` | `lora_unet_mid_block_attentions_0_proj_in` |
+| SDXL's size and pooled text | `unet.add_embedding.linear_1`, `_2` | `lora_unet_label_emb_0_0`, `_0_2` |
 | text encoder | `text_encoder.text_model.encoder...` | `lora_te_text_model_encoder...`; of two: `lora_te1_`, ... |
 | down, up | `.lora_A.weight`, `.lora_B.weight` | `.lora_down.weight`, `.lora_up.weight` |
 | row lengths (DoRA) | `.lora_magnitude_vector.weight` (out,), (1, out, 1, 1) | `.dora_scale` (out, 1), (out, 1, 1, 1) |
 | alpha | - : `lora_B` holds the scale | `.alpha` = rank: `lora_up` holds the scale |
 
-diffusers 0.42 leaves `dora_scale` out when it reads the kohya layout: a DoRA is read there in diffusers' own.
+diffusers 0.42 leaves `dora_scale` out when it reads the kohya layout: a DoRA is read there in diffusers' own. It takes
+both `lora_unet_add_embedding_linear_` for one `add.embedding.linear`, which is no layer: these are named as by kohya's
+trainer.
 """
 
 from collections.abc import Mapping
@@ -23,6 +26,7 @@ from dreambooth.adapter import LowRank, published
 from dreambooth.errors import UserError
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights(folder) looks for
+LABELS = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}  # of kohya's UNet
 DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"
 
 
@@ -44,7 +48,7 @@ def kohya_layout(known: Mapping[str, LowRank]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, low in known.items():
         part, _, rest = published(name).partition(".")
-        key = prefixes[part] + rest.replace(".", "_")
+        key = prefixes[part] + LABELS.get(rest, rest).replace(".", "_")
         found |= {f"{key}.lora_down.weight": low.down, f"{key}.lora_up.weight": low.up,
                   f"{key}.alpha": torch.tensor(float(low.down.shape[0]))}
         if low.magnitude is not None:

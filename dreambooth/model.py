@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dreambooth import adapter, vae
@@ -94,7 +95,7 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
             parts.tokenizer_2 = CLIPTokenizer.from_pretrained(recipe.source, subfolder="tokenizer_2", **source)
         if has(index, "safety_checker"):
             parts.safety_checker, parts.feature_extractor = _safety(recipe.source, frozen, weights)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(_missing(recipe, error)) from error
     if recipe.method.low_rank and base_weights is BaseWeights.nf4:
         for module in trained_modules(parts, recipe).values():

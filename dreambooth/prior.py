@@ -83,7 +83,8 @@ def make(
 
 
 def _origin(recipe: Recipe) -> dict[str, object]:
-    more = {"vae": recipe.model.vae, "zero_terminal_snr": recipe.model.zero_terminal_snr}
+    more = {"vae": recipe.model.vae, "zero_terminal_snr": recipe.model.zero_terminal_snr,
+            "vae_weights": files.weights_digest(Path(recipe.vae_source)) if recipe.vae_source else None}
     return {key: value for key, value in more.items() if value} | {
         "prompt": recipe.class_prompt,
         "source": recipe.model.source,

@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dreambooth.errors import UserError
-from dreambooth.layout import UNET, Family
+from dreambooth.layout import EDM, UNET, ZERO, Family, V
 
 OLD_CLIP = re.compile(r"cond_stage_model\.transformer\.(?!text_model\.)")  # files that leave a level out
 BASE_STEPS = 875000  # of the 2.x checkpoints that predict noise at 512 px, as diffusers tells them too
+SIDES = r"(512|768)"  # in the name of a 2.x file
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,15 @@ class Found:
     family: Family
     prediction_type: str
     resolution: int
-    zero_terminal_snr: bool
-    why: str
+    zero_terminal_snr: bool  # as it is marked
+    why: str  # it predicts that
+    sized: str = ""  # and has that resolution
+
+    @property
+    def pure_noise(self) -> bool:
+        """Whether its last timestep is: a model that predicts noise has nothing to predict there, and of one ComfyUI
+        passes over the mark too."""
+        return self.zero_terminal_snr and self.prediction_type == "v_prediction"
 
 
 def opened(path: Path) -> Opened:
@@ -55,15 +63,19 @@ def opened(path: Path) -> Opened:
             handle: Any = safe_open(path, "pt")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}): fetch it again") from error
-        return Opened(path, frozenset(handle.keys()), handle.get_tensor, handle.metadata() or {})
+        theirs = {_whole_name(name): name for name in handle.keys()}  # noqa: SIM118  it is no dict
+        return Opened(path, frozenset(theirs), lambda name: handle.get_tensor(theirs[name]), handle.metadata() or {})
     content = _unpickled(path)
     tensors = content.get("state_dict", content)
     if not isinstance(tensors, dict) or not any(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} holds no weights: type the path of a Stable Diffusion checkpoint")
-    known = {OLD_CLIP.sub("cond_stage_model.transformer.text_model.", str(name)): value
-             for name, value in tensors.items() if isinstance(value, Tensor)}
+    known = {_whole_name(str(name)): value for name, value in tensors.items() if isinstance(value, Tensor)}
     steps = content.get("global_step")
     return Opened(path, frozenset(known), known.__getitem__, {"global_step": str(steps)} if steps is not None else {})
+
+
+def _whole_name(name: str) -> str:
+    return OLD_CLIP.sub("cond_stage_model.transformer.text_model.", name)
 
 
 def _unpickled(path: Path) -> dict[str, Any]:
@@ -85,30 +97,49 @@ def _unpickled(path: Path) -> dict[str, Any]:
     return content
 
 
-def recognised(file: Opened) -> Found:
-    """What a file is. The family is by its keys; what keys do not show is by metadata, marks, or the file's name.
+def recognised(file: Opened, prediction_type: str | None = None, resolution: int | None = None) -> Found:
+    """What a file is. The family is by its keys; what keys do not show is by what was typed, metadata, marks, or the
+    file's name.
 
     Raises:
         UserError: it is none of Stable Diffusion 1.x, 2.x, SDXL.
     """
     family = _family(file)
-    kind = file.facts.get("modelspec.prediction_type", "")
+    if any(name.startswith(EDM) for name in file.names):
+        raise UserError(f"{file.path} was trained with noise of another kind (EDM, as CosXL and Playground v2.5), that "
+                        "nothing here knows: type another file")
+    v, why = _predicts_v(file, family)
+    if prediction_type:
+        v, why = prediction_type == "v_prediction", "what you typed"
     noted = re.match(r"(\d+)x\d+$", file.facts.get("modelspec.resolution", ""))
-    side = int(noted[1]) if noted else 0
-    zero = "ztsnr" in file.names
-    if family is not Family.sd2:
-        v, why = "v_pred" in file.names or kind == "v", "its keys"
-        return Found(family, "v_prediction" if v else "epsilon", side or {Family.sd1: 512, Family.sdxl: 1024}[family],
-                     zero, why)
-    if kind:
-        v, why = kind == "v", "its metadata"
-    elif "global_step" in file.facts:
-        v, why = file.facts["global_step"] != str(BASE_STEPS), f"its {file.facts['global_step']} steps of training"
-    elif named := re.search(r"(512|768)", file.path.stem):
-        v, why = named[1] == "768", "its name"
+    named = re.search(SIDES, file.path.stem)
+    if resolution:
+        side, sized = resolution, "what you typed"
+    elif noted:
+        side, sized = int(noted[1]), "its metadata"
+    elif family is not Family.sd2:
+        side, sized = {Family.sd1: 512, Family.sdxl: 1024}[family], "its keys"
+    elif named and prediction_type:
+        side, sized = int(named[1]), "its name"
     else:
-        v, why = True, "most files of Stable Diffusion 2 do: nothing in it says so"
-    return Found(family, "v_prediction" if v else "epsilon", side or (768 if v else 512), zero, why)
+        side, sized = 768 if v else 512, "what it predicts"
+    return Found(family, "v_prediction" if v else "epsilon", side, ZERO in file.names, why, sized)
+
+
+def _predicts_v(file: Opened, family: Family) -> tuple[bool, str]:
+    """Whether it predicts v, and by what that is known."""
+    kind = file.facts.get("modelspec.prediction_type", "")
+    if family is not Family.sd2:
+        return V in file.names or kind == "v", "its keys"
+    if kind:
+        return kind == "v", "its metadata"
+    if V in file.names:
+        return True, "its keys"
+    if "global_step" in file.facts:
+        return file.facts["global_step"] != str(BASE_STEPS), f"its {file.facts['global_step']} steps of training"
+    if named := re.search(SIDES, file.path.stem):
+        return named[1] == "768", "its name"
+    return True, "what most files of Stable Diffusion 2 do (nothing in it says so)"
 
 
 def _family(file: Opened) -> Family:

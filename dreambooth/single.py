@@ -13,7 +13,7 @@ from torch import Tensor
 from dreambooth import files
 from dreambooth.components import Components
 from dreambooth.errors import UserError
-from dreambooth.layout import POSITIONS, PREFIX, UNREAD, VAE, Entry, Family, Form, entries
+from dreambooth.layout import POSITIONS, PREFIX, UNREAD, VAE, ZERO, Entry, Family, Form, V, entries, modern
 from dreambooth.recognise import Opened
 
 ARCHITECTURE = {Family.sd1: "stable-diffusion-v1", Family.sd2: "stable-diffusion-v2-768-v",
@@ -53,7 +53,7 @@ def fill(parts: Components, file: Opened, family: Family) -> list[str]:
         left.discard(entry.original)
         there = file.read(entry.original)
         if entry.form is Form.convolution and there.dim() == 2:
-            there = there[:, :, None, None]  # some tools write it as a linear layer
+            there = there[:, :, None, None]
         wanted = entry.shape([shapes[entry.part][name] for name in entry.names])
         if tuple(there.shape) != wanted:
             raise UserError(f"{file.path}: {entry.original} is {tuple(there.shape)} and not {wanted}: it is of another "
@@ -73,12 +73,14 @@ def only_vae(vae: Any, file: Opened) -> None:
         UserError: it holds no VAE of this shape.
     """
     names = list(vae.state_dict())
+    known = frozenset(names)
+    theirs = {modern(name, known): name for name in file.names}  # in the layout of a folder
     prefix = VAE if any(name.startswith(VAE) for name in file.names) else ""
     state: dict[str, Tensor] = {}
     try:
         for entry in entries(Family.sd1, "vae", names, vae.config.layers_per_block):
-            if entry.names[0] in file.names:
-                state[entry.names[0]] = file.read(entry.names[0])
+            if entry.names[0] in theirs:
+                state[entry.names[0]] = file.read(theirs[entry.names[0]])
                 continue
             there = file.read(prefix + entry.original.removeprefix(VAE))
             state[entry.names[0]] = _here(entry, there)[0]
@@ -94,8 +96,11 @@ def write(parts: Components, path: Path, dtype: torch.dtype | None, with_vae: bo
     Args:
         dtype: of every weight; None: as they are.
         facts: metadata; `modelspec.` keys are completed (Stability-AI/ModelSpec 1.0.0).
+
+    Raises:
+        UserError: the model predicts what no such file can say.
     """
-    family = family_of(parts)
+    family, marks = family_of(parts), _marks(parts)
     states = {name: module.state_dict() for name, module in modules(parts)}
     tensors: dict[str, Tensor] = {}
     for entry in all_entries(parts, family):
@@ -103,11 +108,12 @@ def write(parts: Components, path: Path, dtype: torch.dtype | None, with_vae: bo
             continue
         there = _there(entry, [states[entry.part][name] for name in entry.names])
         tensors[entry.original] = there.detach().cpu().to(dtype or there.dtype).contiguous()
+    tensors |= {mark: torch.empty(0, dtype=dtype or torch.float32) for mark in marks}
     if family is not Family.sd2:
         count = parts.text_encoder.config.max_position_embeddings
         tensors[PREFIX[family]["text_encoder"] + POSITIONS] = torch.arange(count)[None]
     with files.whole_file(path) as aside:
-        save_file(tensors, aside, metadata=_modelspec(parts, family) | dict(facts))
+        save_file(tensors, aside, metadata=_modelspec(parts, family, V in marks) | dict(facts))
     return len(tensors)
 
 
@@ -118,9 +124,18 @@ def family_of(parts: Components) -> Family:
     return Family.sd2 if parts.text_encoder.config.hidden_act == "gelu" else Family.sd1
 
 
-def _modelspec(parts: Components, family: Family) -> dict[str, str]:
+def _marks(parts: Components) -> set[str]:
+    """By which programs that open the file know what it predicts and at which noise; ComfyUI reads them of SDXL."""
+    kind = parts.scheduler_config.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction"):
+        raise UserError(f"this model predicts {kind}, which a file of this layout cannot say: type in=DIR, a model "
+                        "that predicts noise (epsilon) or v (v_prediction)")
+    zero = bool(parts.scheduler_config.get("rescale_betas_zero_snr"))
+    return {mark for mark, there in ((V, kind == "v_prediction"), (ZERO, zero)) if there}
+
+
+def _modelspec(parts: Components, family: Family, v: bool) -> dict[str, str]:
     side = parts.unet.config.sample_size * parts.vae_scale
-    v = parts.scheduler_config.get("prediction_type") == "v_prediction"
     architecture = "stable-diffusion-v2-512" if family is Family.sd2 and not v else ARCHITECTURE[family]
     return {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture,
             "modelspec.implementation": IMPLEMENTATION[family],
@@ -133,7 +148,7 @@ def _here(entry: Entry, there: Tensor) -> Sequence[Tensor]:
         case Form.plain:
             return [there]
         case Form.convolution:
-            return [there[:, :, 0, 0]]
+            return [there[:, :, 0, 0] if there.dim() == 4 else there]  # some tools write it as a linear layer
         case Form.stacked:
             return [part.clone() for part in there.chunk(len(entry.names))]
         case Form.turned:

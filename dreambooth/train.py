@@ -72,7 +72,7 @@ def converted(config: Config) -> Config:
     """The config with a folder in place of each model that is one file."""
     if not (is_single(config.model.source) or is_single(config.model.vae)):
         return config
-    from dreambooth.converting import as_folders
+    from dreambooth.sources import as_folders
 
     return as_folders(config)
 

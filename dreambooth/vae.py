@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dreambooth.components import half_overflows
+from dreambooth.components import half_overflows, says_fixed
 from dreambooth.errors import UserError
 from dreambooth.recipe import Recipe
 from dreambooth.schema_storage import is_single
@@ -42,13 +42,13 @@ def on_this_machine(source: str, dtype: torch.dtype) -> Any:
 
 def configuration(source: str, base: dict[str, Any]) -> dict[str, Any]:
     """That of a VAE in place of a base's, for a plan: a folder's own; elsewhere the base's, in which half overflows
-    unless the name is that of SDXL's fix (of a file: fp16 is in it, as for its conversion)."""
+    unless the name is that of SDXL's fix, or of a file that says so, as for its conversion."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     for place in (Path(source) / "vae", Path(source)):
         if (place / "config.json").is_file():
             return dict(AutoencoderKL.load_config(place))
-    fixed = "fp16" in Path(source).stem if is_single(source) else source == FIX
+    fixed = says_fixed(Path(source).stem) if is_single(source) else source == FIX
     return base | {"force_upcast": not fixed}
 
 

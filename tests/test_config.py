@@ -262,6 +262,14 @@ def test_identity_knows_the_weights_in_a_local_base(tmp_path: Path) -> None:
     assert len(found) == 2
 
 
+def test_identity_knows_the_weights_in_a_local_vae(tmp_path: Path) -> None:
+    file, found = tmp_path / "vae.safetensors", {identity(made()), identity(made("model.vae=somebody/vae"))}
+    for content in (b"one", b"two"):
+        file.write_bytes(content)
+        found |= {identity(made(f"model.vae={place}")) for place in (file, tmp_path)}
+    assert len(found) == 6
+
+
 @pytest.mark.parametrize("uri", ["http://me:secret@host:5000", "postgresql://me:se@cret@host/db",
                                  "mysql://host/db?password=secret"])
 def test_a_password_in_an_address_is_refused(uri: str) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import make
 from safetensors.torch import load_file
 
 from dreambooth import adapter, lora_files, model
 from dreambooth.choices import Dtype, MethodKind, Targets
-from dreambooth.conditions import OneEncoder
+from dreambooth.conditions import OneEncoder, TwoEncoders
 from dreambooth.errors import UserError
 from dreambooth.packaged import asset
 from dreambooth.schema_method import Method
@@ -102,6 +103,31 @@ def test_two_text_encoders_have_prefixes_of_their_own() -> None:
         "text_encoder.encoder.layers.0.mlp.fc1": low, "text_encoder_2.text_model.encoder.layers.0.mlp.fc1": low})
     assert {key.partition(".")[0] for key in keys} == {
         f"lora_{te}_text_model_encoder_layers_0_mlp_fc1" for te in ("te1", "te2")}
+
+
+@pytest.mark.parametrize("targets", list(Targets))
+def test_diffusers_finds_every_layer_of_sdxl_in_both_layouts(targets: Targets, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    base = make("sdxl", tmp_path / "base")
+    pipe = StableDiffusionXLPipeline.from_pretrained(base)
+    denoiser = model.Denoiser(TwoEncoders(2), pipe.unet, pipe.text_encoder, pipe.text_encoder_2)
+    adapter.inject(denoiser, Method(name="lora", kind=MethodKind.lora, rank=2, alpha=2, targets=targets), 1, Dtype.fp32)
+    torch.manual_seed(6)
+    with torch.no_grad():
+        for name, parameter in denoiser.named_parameters():
+            if "lora_B" in name:
+                parameter += torch.randn_like(parameter)
+    known = {adapter.published(name): low for name, low in adapter.learned(denoiser).items()}
+    lora_files.write(tmp_path, known, "toy", {"base_model": "tiny"})
+    for path in (tmp_path / lora_files.DIFFUSERS, tmp_path / "webui/toy.safetensors"):
+        theirs = StableDiffusionXLPipeline.from_pretrained(base)
+        theirs.load_lora_weights(path.parent, weight_name=path.name)
+        parts = model.Denoiser(TwoEncoders(2), theirs.unet, theirs.text_encoder, theirs.text_encoder_2)
+        deltas = {adapter.published(name): layer.get_delta_weight(next(iter(layer.lora_A)))
+                  for name, layer in adapter.layers(parts)}
+        assert deltas.keys() == known.keys(), path
+        assert all(torch.allclose(deltas[name], known[name].delta, atol=1e-5) for name in known), path
 
 
 def test_a_file_is_read_back_bit_for_bit(tmp_path: Path) -> None:

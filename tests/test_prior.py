@@ -56,6 +56,14 @@ def test_another_models_weights_never_find_them(tmp_path: Path) -> None:
     assert len(keys) == 2
 
 
+def test_another_vaes_weights_never_find_them(tmp_path: Path) -> None:
+    keys = set()
+    for content in (b"one", b"two"):
+        (tmp_path / "vae.safetensors").write_bytes(content)
+        keys.add(prior.find(recipe(tmp_path, f"model.vae={tmp_path}")).folder)
+    assert len(keys) == 2
+
+
 def test_processes_share_the_work(tmp_path: Path) -> None:
     asked = "prior.num_class_images=5"
     alone = fill(recipe(tmp_path / "a", asked))

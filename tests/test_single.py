@@ -9,17 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, make
-from faults import call, train
+from faults import FAST, call, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_config import made
+from test_planner import small
 
-from dreambooth import converting, layout, single
-from dreambooth.converting import KNOWN, blank_parts, convert, open_parts
+from dreambooth import architecture, converting, files, layout, single, sources
+from dreambooth.components import ABLE, half_overflows, zero_snr
+from dreambooth.config import load
+from dreambooth.converting import KNOWN, convert
 from dreambooth.errors import UserError
-from dreambooth.layout import UNREAD, Family
+from dreambooth.layout import EDM, UNREAD, Family
+from dreambooth.machine import detect
+from dreambooth.opening import blank_parts, open_parts
 from dreambooth.packaged import asset
+from dreambooth.recipe import resolve
 from dreambooth.recognise import Found, opened, recognised
+from dreambooth.run import execute
 from dreambooth.schema import Config, Model
+from dreambooth.signals import Stop
+from dreambooth.train import converted
 
 LAYOUTS = Path(__file__).with_name("layouts")
 FAMILY = {known: family for family, known in KNOWN.items()}
@@ -64,6 +74,38 @@ def test_diffusers_opens_our_file_with_equal_weights(family: str, bases: dict[st
         assert same(getattr(pipeline, name).state_dict(), getattr(ours, name).state_dict()), name
 
 
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_it_predicts_and_at_which_noise_survives_the_file(
+    family: str, zero: bool, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """ComfyUI asks the same two marks; the scheduler that comes out knows zero terminal SNR (PNDM does not)."""
+    base = shutil.copytree(bases[family], tmp_path / "base")
+    path = base / "scheduler/scheduler_config.json"
+    facts = json.loads(path.read_text()) | {"prediction_type": "v_prediction"}
+    path.write_text(json.dumps(zero_snr(facts) if zero else facts))
+    file = convert(str(base), str(tmp_path / "x.safetensors"))
+    marks = {name: value.numel() for name, value in load_file(file).items() if "." not in name}
+    assert marks == ({"v_pred": 0, "ztsnr": 0} if zero else {"v_pred": 0})
+    inside = convert(str(file), str(tmp_path / "inside"), config=str(bases[family]))
+    found = json.loads((inside / "scheduler/scheduler_config.json").read_text())
+    assert found["prediction_type"] == "v_prediction"
+    assert (found.get("rescale_betas_zero_snr", False), found["timestep_spacing"] == "trailing") == (zero, zero)
+    assert not zero or found["_class_name"] in ABLE
+    assert open_parts(inside).noise_schedule().alphas_cumprod[-1].eq(0) == zero
+    again = load_file(convert(str(inside), str(tmp_path / "again.safetensors")))
+    assert same(again, load_file(file))
+
+
+def test_a_model_that_predicts_the_picture_is_no_such_file(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(bases["sd15"], tmp_path / "base")
+    path = base / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
+    with pytest.raises(UserError, match=r"this model predicts sample, .*type in=DIR"):
+        convert(str(base), str(tmp_path / "x.safetensors"))
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 def test_a_folder_of_an_older_diffusers_is_read(bases: dict[str, Path], tmp_path: Path) -> None:
     """Its VAE called the attention's layers otherwise, its text encoder had a level more and counted positions."""
     old = Path(shutil.copytree(bases["sd15"], tmp_path / "old"))
@@ -75,6 +117,36 @@ def test_a_folder_of_an_older_diffusers_is_read(bases: dict[str, Path], tmp_path
     save_file({**load_file(path), "text_model.embeddings.position_ids": torch.arange(16)[None]}, path)
     files = [convert(str(folder), str(tmp_path / f"{folder.name}.safetensors")) for folder in (old, bases["sd15"])]
     assert same(*map(load_file, files))
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_a_vae_of_other_tools_is_read(original: bool, bases: dict[str, Path], tmp_path: Path) -> None:
+    """In the original layout with attention as linear layers, in diffusers' with its first names."""
+    own = load_file(bases["sd15"] / "vae/diffusion_pytorch_model.safetensors")
+    if original:
+        whole = load_file(convert(str(bases["sd15"]), str(tmp_path / "whole.safetensors")))
+        inside = {name.removeprefix(layout.VAE): value for name, value in whole.items() if name.startswith(layout.VAE)}
+        other = {name: value[:, :, 0, 0].clone() if ".attn_1." in name and value.dim() == 4 else value
+                 for name, value in inside.items()}
+        assert [value for name, value in other.items() if name.endswith("attn_1.q.weight") and value.dim() == 2]
+    else:
+        names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        other = {re.sub(r"(?<=attentions\.0\.)(to_[qkv]|to_out\.0)", lambda found: names[found[0]], name): value
+                 for name, value in own.items()}
+        assert other.keys() != own.keys()
+    save_file(other, tmp_path / "vae.safetensors")
+    vae = blank_parts(bases["sd15"], None).vae
+    single.only_vae(vae, opened(tmp_path / "vae.safetensors"))
+    assert same(vae.state_dict(), own)
+
+
+def test_text_encoders_names_without_their_level_are_read(bases: dict[str, Path], tmp_path: Path) -> None:
+    whole = load_file(convert(str(bases["sd15"]), str(tmp_path / "whole.safetensors")))
+    old = {name.replace(".transformer.text_model.", ".transformer."): value for name, value in whole.items()}
+    assert old.keys() != whole.keys()
+    save_file(old, tmp_path / "old.safetensors")
+    folder = convert(str(tmp_path / "old.safetensors"), str(tmp_path / "out"), config=str(bases["sd15"]))
+    assert same(weights(folder), weights(bases["sd15"]))
 
 
 def published(name: str) -> dict[str, tuple[int, ...]]:
@@ -96,8 +168,8 @@ def full_size(name: str) -> tuple[single.Components, dict[str, tuple[int, ...]]]
 def test_every_key_and_shape_is_that_of_the_published_file(name: str) -> None:
     _, ours = full_size(name)
     last = r"cond_stage_model\.model\.transformer\.resblocks\.23\..*"  # 2.x: a layer that it does not look at
-    theirs = {key: shape for key, shape in published(name).items()
-              if not UNREAD.fullmatch(key) and not re.fullmatch(last, key)}
+    theirs = {key: shape for key, shape in published(name).items()  # sd-mecha's list is of CosXL too
+              if not UNREAD.fullmatch(key) and not re.fullmatch(last, key) and not key.startswith(EDM)}
     assert ours == theirs
     assert len(ours) > 1000
 
@@ -128,9 +200,9 @@ def test_published_sizes_are_those_of_the_architectures() -> None:
 # -- what a file is -------------------------------------------------------------------------------------------------
 
 def checkpoint(base: Path, path: Path, **more: object) -> Path:
-    """A .ckpt as training tools leave it."""
+    """A .ckpt as training tools leave it: no metadata, no marks."""
     file = convert(str(base), str(path.with_suffix(".safetensors")))
-    torch.save({"state_dict": load_file(file), **more}, path)
+    torch.save({"state_dict": {name: value for name, value in load_file(file).items() if "." in name}, **more}, path)
     return path
 
 
@@ -148,6 +220,45 @@ def test_a_checkpoint_of_2x_is_known_by_steps_name_or_custom(
     assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["prediction_type"] == kind
     assert json.loads((folder / "unet/config.json").read_text())["sample_size"] == side // 2  # of this tiny VAE
     assert same(weights(folder), weights(bases["sd21"]))
+
+
+@pytest.mark.parametrize(("stem", "typed", "kind", "side", "sized"), [
+    ("mine", {"prediction_type": "epsilon"}, "epsilon", 512, "what it predicts"),
+    ("768-mine", {"prediction_type": "epsilon"}, "epsilon", 768, "its name"),
+    ("mine", {"prediction_type": "epsilon", "resolution": 640}, "epsilon", 640, "what you typed"),
+    ("mine", {"resolution": 512}, "v_prediction", 512, "what you typed")])
+def test_what_was_typed_overrules_and_the_rest_follows(
+    stem: str, typed: dict[str, object], kind: str, side: int, sized: str, bases: dict[str, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint(bases["sd21"], tmp_path / f"{stem}.ckpt")
+    folder = convert(str(path), str(tmp_path / "out"), config=str(bases["sd21"]), **typed)  # type: ignore[arg-type]
+    assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["prediction_type"] == kind
+    assert json.loads((folder / "unet/config.json").read_text())["sample_size"] == side // 2
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert f"{side} px, by {sized}" in said
+    assert (f"{kind}, by what you typed" in said) == ("prediction_type" in typed)
+
+
+def finished(folder: Path, base: Path, **settings: str) -> Path:
+    """What a finished run leaves, as far as a conversion looks."""
+    shutil.copytree(base, folder / "model")
+    (folder / "run.json").write_text(json.dumps({"settings": {
+        "name": "toy", **{key.replace("__", "."): value for key, value in settings.items()}}}))
+    return folder
+
+
+def test_a_run_says_its_prompt_and_its_pixels(bases: dict[str, Path], tmp_path: Path) -> None:
+    one = finished(tmp_path / "one", bases["sd15"], dataset__instance_prompt="a zwx toy", dataset__concepts="[]",
+                   model__resolution="640")
+    concepts = json.dumps([{"instance_prompt": prompt} for prompt in ("a zwx toy", "a qvy cup")])
+    two = finished(tmp_path / "two", bases["sd15"], dataset__instance_prompt="null", dataset__concepts=concepts)
+    none = finished(tmp_path / "none", bases["sd15"], dataset__instance_prompt="null")
+    facts = {run.name: opened(convert(str(run), str(tmp_path / f"{run.name}.safetensors"))).facts
+             for run in (one, two, none)}
+    assert [found.get("modelspec.trigger_phrase") for found in facts.values()] == ["a zwx toy", "a zwx toy", None]
+    assert [found["modelspec.resolution"] for found in facts.values()] == ["640x640", "16x16", "16x16"]
+    assert recognised(opened(tmp_path / "one.safetensors")).resolution == 640
 
 
 def test_the_file_says_itself_what_it_is(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -210,6 +321,13 @@ def test_what_is_no_model_is_said(names: list[str], words: str, tmp_path: Path) 
         recognised(opened(tmp_path / "x.safetensors"))
 
 
+def test_a_model_of_edms_noise_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    file = convert(str(bases["sdxl"]), str(tmp_path / "x.safetensors"))
+    save_file({**load_file(file), "edm_vpred.sigma_max": torch.ones(1)}, tmp_path / "cos.safetensors")
+    with pytest.raises(UserError, match=r"EDM, .*type another file"):
+        convert(str(tmp_path / "cos.safetensors"), str(tmp_path / "out"), config=str(bases["sdxl"]))
+
+
 def test_another_architecture_and_damage_are_said(bases: dict[str, Path], tmp_path: Path) -> None:
     file = convert(str(bases["sd15"]), str(tmp_path / "model.safetensors"))
     with pytest.raises(UserError, match="another architecture; type config=DIR"):
@@ -222,10 +340,93 @@ def test_another_architecture_and_damage_are_said(bases: dict[str, Path], tmp_pa
         convert("a.ckpt", "b.safetensors")
 
 
+@pytest.mark.parametrize("way", ["in", "out"])
+def test_what_is_there_is_never_replaced(
+    way: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path / "models"
+    file = convert(str(bases["sd15"]), str(models / "x.safetensors"))
+    (models / "mine.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in models.iterdir()}
+    monkeypatch.chdir(models)
+    source, outs = (file, [models, ".", "mine.txt"]) if way == "in" else (bases["sd15"], [file])
+    for out in outs:
+        with pytest.raises(UserError, match=r"holds other things: type out=DIR|is there already: type out="):
+            convert(str(source), str(out), config=str(bases["sd15"]) if way == "in" else None)
+    assert {path.name: path.read_bytes() for path in models.iterdir()} == before
+
+
+def test_an_empty_folder_is_filled_unless_somebody_was_faster(bases: dict[str, Path], tmp_path: Path) -> None:
+    file = convert(str(bases["sd15"]), str(tmp_path / "x.safetensors"))
+    (tmp_path / "out").mkdir()
+    folder = convert(str(file), str(tmp_path / "out"), config=str(bases["sd15"]))
+    assert (folder / "model_index.json").is_file()
+    with pytest.raises(OSError, match="not empty"), files.whole_folder(folder, fresh=True) as aside:
+        (aside / "x").touch()
+    assert (folder / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize(("source", "out"), [("nothing.safetensors", "s3://b/x"), ("nothing", "s3://b/x.safetensors")])
+def test_a_place_in_s3_is_refused_before_anything_is_read(source: str, out: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is in S3, .*type out=DIR"):
+        convert(source, out)
+    assert not Path("s3:").exists()
+
+
+@pytest.mark.parametrize(("source", "out", "typed", "words"), [
+    ("DIR", "x.safetensors", {"prediction_type": "epsilon", "resolution": 512}, "prediction_type and resolution would"),
+    ("DIR", "x.safetensors", {"config": "DIR"}, "config would change nothing where a folder becomes a file"),
+    ("x.ckpt", "DIR", {"with_vae": False}, "with_vae would change nothing where a file becomes a folder: leave"),
+    ("x.ckpt", "DIR", {"title": "A toy"}, "title would"),
+    ("DIR", "x.safetensors", {"with_vae": False, "vae": "y.ckpt"}, "with_vae=false leaves out what vae names")])
+def test_a_key_that_would_do_nothing_is_refused(
+    source: str, out: str, typed: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        convert(source, str(tmp_path / out), **typed)  # type: ignore[arg-type]
+
+
+def test_an_adapter_is_no_model_yet(tmp_path: Path) -> None:
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(UserError, match=r"holds an adapter .*repeat the command of its run with method\.merge=true"):
+        convert(str(tmp_path / "run"), str(tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_note_of_git_lfs_is_no_weights(part: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    from dreambooth import model
+
+    base = shutil.copytree(bases["sd15"], tmp_path / "base")
+    [weights_file] = (base / part).glob("*.safetensors")
+    weights_file.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 3438167540\n")
+    with pytest.raises(UserError, match=r"damaged, or one of Git LFS's notes .*type git lfs pull"):
+        convert(str(base), str(tmp_path / "x.safetensors"))
+    with pytest.raises(UserError, match="could not be loaded"):
+        model.load(small(model__source=str(base)), torch.device("cpu"))
+
+
 # -- a run ----------------------------------------------------------------------------------------------------------
 
-def test_the_door_and_a_run_take_a_file(bases: dict[str, Path], tmp_path: Path) -> None:
-    """Trained from a file that was made of the tiny base, a run is the run from its folder."""
+def trained(root: Path, source: str) -> dict[str, torch.Tensor]:
+    """The weights of two steps, in this process. Without class images: their seeds know the base's name."""
+    asked = [*FAST, f"run_root={root}", f"model.source={source}", "dataset.allow_drawings=true",
+             "train.max_train_steps=2", "prior.with_prior_preservation=false", "sample.every=null"]
+    execute(resolve(converted(load(made(*asked))), root / "run", detect()), Stop())
+    return weights(root / "run/model")
+
+
+def test_trained_from_a_file_is_trained_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = asset("package:tiny-sd")
+    monkeypatch.setitem(converting.KNOWN, Family.sd1, tiny)
+    file = convert(tiny, str(tmp_path / "tiny.safetensors"))
+    ours, theirs = trained(tmp_path / "file", str(file)), trained(tmp_path / "folder", "package:tiny-sd")
+    assert same(ours, theirs)
+    base = weights(Path(tiny))
+    assert sum(not ours[name].equal(base[name].float()) for name in base if name in ours) > 100, "nothing was trained"
+
+
+def test_the_door_takes_a_file_and_a_run_of_unknown_shapes_says_what_to_type(tmp_path: Path) -> None:
     tiny = asset("package:tiny-sd")
     assert call("convert", [f"in={tiny}", f"out={tmp_path / 'tiny.safetensors'}", "dtype=fp32"]) == 0
     assert call("convert", [f"in={tmp_path / 'tiny.safetensors'}", f"out={tmp_path / 'tiny'}", f"config={tiny}"]) == 0
@@ -245,13 +446,58 @@ def test_a_file_as_source_becomes_a_folder_once(
     vae = tmp_path / "vae-fp16.ckpt"
     torch.save({"state_dict": load_file(bases[family] / "vae/diffusion_pytorch_model.safetensors")}, vae)
     config = Config(run_root=str(tmp_path / "runs"), model=Model(family, str(file), vae=str(vae)))
-    found = converting.as_folders(config).model
+    found = sources.as_folders(config).model
     assert same(weights(Path(found.source)), weights(bases[family]))
     assert same(weights(Path(found.vae or "")), {name: value for name, value in weights(bases[family]).items()
                                                  if name.startswith("vae.")})
     before = Path(found.source, "model_index.json").stat().st_mtime_ns
-    assert converting.as_folders(config).model.source == found.source
+    assert sources.as_folders(config).model.source == found.source
     assert Path(found.source, "model_index.json").stat().st_mtime_ns == before
+    Path(found.source, "model_index.json").unlink()
+    sources.as_folders(config)
+    assert same(weights(Path(found.source)), weights(bases[family]))
+
+
+def vae_folder(base: Path, file: Path, root: Path) -> tuple[Path, dict[str, object]]:
+    found = sources.as_folders(Config(run_root=str(root), model=Model("sdxl", str(base), vae=str(file)))).model
+    return Path(found.vae or ""), json.loads(Path(found.vae or "", "vae/config.json").read_text())
+
+
+@pytest.mark.parametrize(("stem", "whole"), [
+    ("sdxl_vae.fp16", True), ("prefixed-fp16", True), ("sdxl-vae-fp16-fix", False), ("sdxl_VAE_FP16fix", False),
+    ("sdxl_vae_fp16_fix", False)])
+def test_only_the_fix_computes_in_half(stem: str, whole: bool, bases: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / f"{stem}.safetensors"
+    shutil.copy(bases["sdxl"] / "vae/diffusion_pytorch_model.safetensors", file)
+    folder, facts = vae_folder(bases["sdxl"], file, tmp_path)
+    assert half_overflows(facts, two_encoders=True) == whole
+    for vae in (file, folder):
+        assert architecture._needs_fp32(str(vae)) == whole
+
+
+def test_a_vae_file_has_the_facts_of_the_base_beside_it(bases: dict[str, Path], tmp_path: Path) -> None:
+    file = Path(shutil.copy(bases["sdxl"] / "vae/diffusion_pytorch_model.safetensors", tmp_path / "vae.safetensors"))
+    other = shutil.copytree(bases["sdxl"], tmp_path / "other")
+    config = other / "vae/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
+    factors = [vae_folder(base, file, tmp_path)[1]["scaling_factor"] for base in (bases["sdxl"], other)]
+    assert factors == [0.13025, 0.5]
+    assert vae_folder(bases["sdxl"], file, tmp_path)[0] == vae_folder(bases["sdxl"], file, tmp_path)[0]
+
+
+def test_files_alike_at_both_ends_are_told_apart(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "END", 64)
+    monkeypatch.setitem(converting.KNOWN, Family.sd1, str(bases["sd15"]))
+    file, found = convert(str(bases["sd15"]), str(tmp_path / "merge.safetensors")), []
+    tensors = load_file(file)
+    for value in (0.0, 1.0):
+        tensors["model.diffusion_model.out.0.weight"].fill_(value)
+        save_file(tensors, file)
+        made = sources.as_folders(Config(run_root=str(tmp_path), model=Model("sd15", str(file)))).model.source
+        found.append(weights(Path(made))["unet.conv_norm_out.weight"].max().item())
+    assert found == [0.0, 1.0]
 
 
 def test_clips_tokenizer_ships_with_the_package() -> None:
