@@ -143,6 +143,15 @@ def test_the_entrypoint_turns_basic_auth_on_and_writes_no_password(tmp_path: Pat
     assert "--no-serve-artifacts --default-artifact-root s3://b/f" in direct
 
 
+def test_the_variables_of_its_own_service_do_not_reach_the_server(tmp_path: Path) -> None:
+    """Kubernetes gives pods NAME_PORT=tcp://ADDRESS:PORT of every service, here of one that is called mlflow."""
+    assert named("Service", "mlflow")
+    assert named("Deployment", "mlflow")["spec"]["template"]["spec"]["enableServiceLinks"] is False
+    linked = entrypoint(tmp_path, **ENVIRONMENT, MLFLOW_PORT="tcp://10.0.0.7:5000").stdout
+    assert " --port 5000 " in linked and "tcp:" not in linked
+    assert " --port 5001 " in entrypoint(tmp_path, **ENVIRONMENT, MLFLOW_LISTEN_PORT="5001").stdout
+
+
 @pytest.mark.parametrize("missing", sorted(ENVIRONMENT))
 def test_the_entrypoint_says_what_is_missing(tmp_path: Path, missing: str) -> None:
     told = entrypoint(tmp_path, **{name: value for name, value in ENVIRONMENT.items() if name != missing})
