@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dreambooth import files
+from dreambooth import exported, files
 from dreambooth.errors import UserError
 from dreambooth.recipe import Recipe
 from dreambooth.registry import CANDIDATE, CHAMPION, Registry, Version
@@ -117,8 +117,10 @@ def _register(trial: Trial, terms: Terms, sweep: str | None, alone: bool) -> dic
                         f"and the champion of {name}, version {before.number}, {before.tags['objective']}: "
                         "type name=NAME for a model of its own")
     tags = {"objective": f"{value:.6g}", "objective_name": text, "run": trial.folder.name, "step": str(result["step"]),
-            **({"exported_step": str(result["exported_step"])} if result.get("exported_step") else {}),
+            "holds": "adapter" if exported.adapter_only(*trial.method) else "model",
+            "base": trial.settings.get("model.source", ""), "exported_step": str(result.get("exported_step") or ""),
             **({score[0]: f"{score[1]:.6g}"} if score else {})}
+    tags = {key: told for key, told in tags.items() if told}
     version = registry.register(name, run_id, trial.folder / result["model"], tags)
     alias = CHAMPION if wins else CANDIDATE
     registry.name_holder(version, alias)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreambooth import measures
+from dreambooth import exported, measures
 from dreambooth.choices import EncoderKind
 from dreambooth.errors import UserError
 from dreambooth.journal import read
@@ -29,7 +29,12 @@ class Trial:
     @property
     def finished(self) -> bool:
         """Whether there is a result and the model that it names."""
-        return self.result is not None and (self.folder / self.result["model"] / "model_index.json").is_file()
+        return self.result is not None and exported.whole(self.folder / self.result["model"], *self.method)
+
+    @property
+    def method(self) -> tuple[str, bool]:
+        """method.kind and method.merge, by which `exported` knows what its model is."""
+        return self.settings.get("method.kind", "full"), self.settings.get("method.merge") == "True"
 
     @property
     def scores(self) -> dict[str, float]:

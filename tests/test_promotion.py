@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from dreambooth import promotion
+from dreambooth.comparison import value
 from dreambooth.errors import UserError
+from dreambooth.exported import ADAPTER
+from dreambooth.gallery import page
 from dreambooth.journal import Journal
 from dreambooth.promotion import Terms, offer, promote
 from dreambooth.registry import CANDIDATE, CHAMPION, Version
@@ -33,7 +36,7 @@ class Registry:
         return self.aliases.get(alias)
 
     def register(self, name: str, run_id: str, folder: Path, tags: dict[str, str]) -> Version:
-        assert (folder / "model_index.json").is_file()
+        assert {"model_index.json", ADAPTER} & {path.name for path in folder.iterdir()}
         known = [found for found in self.versions if found.run_id == run_id and tags.items() <= found.tags.items()]
         if not known:
             known = [Version(name, len(self.versions) + 1, run_id, tags)]
@@ -66,7 +69,8 @@ def trial(root: Path, name: str, objective: float, alike: float = 0.4, *, sweep:
     (folder / "run.json").write_text(json.dumps({"settings": told}))
     if done:
         (folder / "model").mkdir()
-        (folder / "model/model_index.json").write_text("{}")
+        adapter = told.get("method.kind", "full") != "full" and told.get("method.merge") != "True"
+        (folder / "model" / (ADAPTER if adapter else "model_index.json")).write_text("{}")
         (folder / "result.json").write_text(json.dumps({
             "step": 4, "objective": objective, "model": "model", "exported_step": 4,
             "scores": {"instance_loss": objective, CLASS: alike}, "base_scores": {CLASS: 0.38}}))
@@ -82,6 +86,23 @@ def test_the_lowest_objective_is_promoted(tmp_path: Path, registry: Registry) ->
     assert (told["run"], told["version"], told["alias"], told["replaced"]) == ("b", 1, CHAMPION, None)
     assert told["model_uri"] == "models:/demo-tiny-full@champion"
     assert json.loads((tmp_path / "promoted.json").read_text()) == told
+
+
+@pytest.mark.parametrize("kind, merge, holds", [
+    ("full", "False", "model"), ("lora", "False", "adapter"), ("dora", "False", "adapter"), ("lora", "True", "model")])
+def test_what_its_method_exports_makes_a_trial_finished(
+    tmp_path: Path, registry: Registry, kind: str, merge: str, holds: str
+) -> None:
+    folder = trial(tmp_path, "a", 0.1, method__kind=kind, method__merge=merge, model__source="package:tiny-sd")
+    [found] = find(tmp_path, "s")
+    assert (found.finished, value(found)) == (True, 0.1)
+    assert "not finished" not in page("s", [found], 64)
+    assert promote("s", tmp_path, Terms())["run"] == "a"
+    assert {key: registry.versions[0].tags[key] for key in ("holds", "base")} == {
+        "holds": holds, "base": "package:tiny-sd"}
+    for path in (folder / "model").iterdir():
+        path.rename(folder / "model/README.md")
+    assert not find(tmp_path, "s")[0].finished
 
 
 def test_the_class_must_not_have_become_the_subject(tmp_path: Path, registry: Registry) -> None:
