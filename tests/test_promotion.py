@@ -186,6 +186,25 @@ def test_mlflow_has_version_alias_and_model(tmp_path: Path) -> None:
     assert len(client.search_model_versions("name='demo-tiny-full'")) == 2
 
 
+def test_a_run_that_is_extended_leaves_the_files_of_its_earlier_version(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+    from mlflow.artifacts import download_artifacts
+
+    folder = trial(tmp_path, "a", 0.2)
+    (folder / "model/unet.safetensors").write_bytes(b"after 4 steps")
+    assert promote("s", tmp_path, Terms())["version"] == 1
+    (folder / "model/unet.safetensors").write_bytes(b"after 8 steps")
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | {"step": 8, "exported_step": 8, "objective": 0.1}))
+    told = promote("s", tmp_path, Terms())
+    assert (told["version"], told["replaced"]) == (2, 1)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri)
+    kept = [Path(download_artifacts(client.get_model_version("demo-tiny-full", number).source, tracking_uri=uri,
+                                    registry_uri=uri), "unet.safetensors").read_bytes() for number in ("1", "2")]
+    assert kept == [b"after 4 steps", b"after 8 steps"]
+
+
 def test_a_sweeps_own_run_is_no_trial(tmp_path: Path) -> None:
     trial(tmp_path, "a", 0.1)
     journal = Journal(tmp_path / "sweep-s" / "metrics.jsonl")

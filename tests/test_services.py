@@ -107,8 +107,10 @@ def test_the_best_is_champion_and_promote_agrees(server: TrackingServer, runs: P
     best = min(trials(server), key=lambda run: run.data.metrics["objective"])
     version = client(server).get_model_version_by_alias("demo-tiny-full", "champion")
     assert version.run_id == best.info.run_id and f"version {version.version} is champion" in told
-    there = {file.path for file in client(server).list_artifacts(best.info.run_id, "model")}
-    assert "model/model_index.json" in there
+    place = version.source.removeprefix(f"{best.info.artifact_uri}/")
+    assert place == "model-20-20"
+    there = {file.path for file in client(server).list_artifacts(best.info.run_id, place)}
+    assert f"{place}/model_index.json" in there
 
 
 def test_a_killed_server_loses_no_metric(server: TrackingServer, runs: Path) -> None:
