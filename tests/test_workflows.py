@@ -33,7 +33,7 @@ from dreambooth import config, stage, workflows
 from dreambooth.entrypoint import composed
 from dreambooth.errors import UserError
 from dreambooth.recipe import resolve
-from dreambooth.rendering import components, ending, katib, trainjob
+from dreambooth.rendering import components, ending, katib, pipeline, trainjob
 from dreambooth.rendering.argo import sweep, train
 from dreambooth.rendering.asked import TRIAL, Space
 from dreambooth.rendering.files import rendered
@@ -247,6 +247,18 @@ def test_only_what_was_interrupted_or_lost_is_repeated(render: Any, code: int, s
     parts = [part for part in templates if "container" in part and part["name"] != "ended"]
     assert {argo.again(part, code, 0, status) for part in parts} == {repeats}
     assert not any(argo.again(part, 5, 5) for part in parts)
+
+
+@pytest.mark.parametrize("render", [train, sweep])
+def test_a_run_that_is_preempted_after_days_is_repeated(render: Any) -> None:
+    days = 3 * 24 * 3600.0
+    parts = [part for part in render(workflows.asked())["spec"]["templates"] if "retryStrategy" in part]
+    assert {argo.again(part, 5, 0, after=days) for part in parts} == {True}
+    strategy = {"limit": "5", "expression": 'lastRetry.status == "Failed"', "backoff": {"maxDuration": "2h"}}
+    assert not argo.again({"retryStrategy": strategy}, 5, 0, after=days)
+    assert argo.again({"retryStrategy": strategy}, 5, 0, after=7000)
+    tasks = pipeline.pipeline(workflows.asked())[0]["components"]["comp-trials"]["dag"]["tasks"]
+    assert float(tasks["train"]["retryPolicy"]["backoffMaxDuration"].removesuffix("s")) > days
 
 
 def test_katib_repeats_lost_pods_and_not_what_would_end_the_same() -> None:

@@ -14,8 +14,8 @@ DAYS = 86400  # seconds
 SIGTERM = 143  # exit code of what was stopped before it could say so
 # A pod that was lost with its node, a run that was stopped and saved. Not: wrong input, too little memory, divergence.
 AGAIN = f'lastRetry.status == "Error" || asInt(lastRetry.exitCode) in [{Interrupted.exit_code}, {SIGTERM}]'
-RETRIES = {"limit": "5", "retryPolicy": "Always", "expression": AGAIN,
-           "backoff": {"duration": "30s", "factor": "2", "maxDuration": "2h"}}
+# No maxDuration: Argo counts it from the start of the first try, so that a run of many hours would never be repeated.
+RETRIES = {"limit": "5", "retryPolicy": "Always", "expression": AGAIN, "backoff": {"duration": "30s", "factor": "2"}}
 WITH_A_CARD = ("class-images", "train", "evaluate")  # stages that draw or train
 
 

@@ -12,7 +12,8 @@ from dreambooth.rendering.asked import Asked
 
 NAME = "dreambooth-sweep"
 WORKSPACE = "{{$.workspace_path}}"
-RETRY = {"maxRetryCount": 2, "backoffDuration": "30s", "backoffFactor": 2.0, "backoffMaxDuration": "3600s"}
+# The last is a week, counted from the start of the first try: a run may be lost after many hours. Left out it is 0.
+RETRY = {"maxRetryCount": 2, "backoffDuration": "30s", "backoffFactor": 2.0, "backoffMaxDuration": "604800s"}
 RUN_ID = "{{$.pipeline_job_uuid}}"
 TEXT, LIST, NUMBER = "STRING", "LIST", "NUMBER_DOUBLE"
 LISTED = "Output"  # the list of trials: kfp's local runner fans out over an output of this name only
