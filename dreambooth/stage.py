@@ -27,8 +27,8 @@ from dreambooth.rendering.asked import SERVER, TRIAL, Space
 from dreambooth.storage import SCHEME
 
 STAGES = ("validate", "class-images", "train", "evaluate", "promote", "ended")
-# Planned once, whatever these are.
-SAME_MEMORY = {"sweep", "train.learning_rate", "train.max_train_steps", "prior.prior_loss_weight", "method.alpha"}
+# Planned once, whatever these are. Not `sweep`: a search space may choose the method.
+SAME_MEMORY = {"train.learning_rate", "train.max_train_steps", "prior.prior_loss_weight", "method.alpha"}
 LEFT = ("result.json", "contact_sheet.png", "evaluation.json")  # what a run leaves for who looks at it
 
 

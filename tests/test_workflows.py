@@ -394,15 +394,24 @@ def test_every_override_composes_and_resolves(words: list[str]) -> None:
     assert recipe.run_dir.parent == Path("/runs")
 
 
+BOTH = [("UNet", ""), ("UNet and text encoder", "")]  # what is planned of sweep=subject: the rest needs the same memory
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name, space", [("g4dn", "subject"), ("g4dn", "lora"), ("g5", "subject"), ("cpu", "tiny")])
-def test_every_run_of_every_machine_fits_by_the_planner(name: str, space: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name, space, planned", [
+    ("g4dn", "subject", BOTH), ("g5", "subject", BOTH), ("cpu", "tiny", [("UNet and text encoder", "")]),
+    ("g4dn", "lora", [("UNet", f"lora of rank {rank}") for rank in (4, 16, 64)])])
+def test_every_run_of_every_machine_fits_by_the_planner(
+    name: str, space: str, planned: list[tuple[str, str]], tmp_path: Path
+) -> None:
     one = workflows.shipped().machines[name]
     trials = Space(space, config.search_space(space)).trials()
     told = run_stage(tmp_path, "validate", "--words", one.typed, "--space", space, "run_root=/runs")
     assert told.returncode == 0, told.stderr
     assert f"{len(trials)} runs, checked and planned" in told.stdout
     assert len(json.loads((tmp_path / "out/trials").read_text("utf-8"))) == len(trials)
+    titles = re.findall(r"^\w+ \d+ px on [^:]*: ([^,]*)(?:,\s+(lora of rank \d+))?", told.stdout, re.M)
+    assert sorted(titles) == sorted(planned), told.stdout
 
 
 @pytest.mark.slow
