@@ -24,6 +24,7 @@ class Promote(Section):
     name: str | None = None
     objective: str | None = None
     max_class_similarity: float | None = None
+    replace: bool = False
 
     def __post_init__(self) -> None:
         bound = self.max_class_similarity
@@ -50,7 +51,8 @@ def _job(cfg: DictConfig) -> None:
     from dreambooth import promotion
     from dreambooth.report import promoted
 
-    terms = promotion.Terms(ask.uri, ask.experiment, ask.name, ask.objective, ask.max_class_similarity)
+    terms = promotion.Terms(ask.uri, ask.experiment, ask.name, ask.objective, ask.max_class_similarity,
+                            ask.replace)
     print(promoted(promotion.promote(sweep, Path(ask.run_root), terms)))
 
 

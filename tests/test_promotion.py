@@ -1,6 +1,7 @@
 """Promotion: the best of a sweep under a rule, and nothing else, becomes the champion."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -59,11 +60,13 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
 
 
 def trial(root: Path, name: str, objective: float, alike: float = 0.4, *, sweep: str = "s", done: bool = True,
-          **settings: str) -> Path:
+          photos: str = "digest", **settings: str) -> Path:
     """A run folder; pictures of its class are `alike` to the photos, 0.38 before training."""
     folder = root / name
     journal = Journal(folder / "metrics.jsonl")
     journal.tags({"sweep": sweep})
+    if photos:
+        journal.input({"name": "demo", "digest": photos, "source": "photos", "photos": "5"})
     journal.close()
     told = SETTINGS | {key.replace("__", "."): value for key, value in settings.items()}
     (folder / "run.json").write_text(json.dumps({"settings": told}))
@@ -156,6 +159,41 @@ def test_a_run_offers_itself_and_is_candidate_or_champion(tmp_path: Path, regist
         CHAMPION: "id-c", CANDIDATE: "id-b"}
     with pytest.raises(UserError, match="is not registered: d has class_similarity"):
         offer(trial(tmp_path, "d", 0.01, alike=0.9), Terms())
+
+
+@pytest.mark.parametrize("mine, theirs", [
+    ({"photos": "my dog"}, {"photos": "their toy"}),
+    ({"photos": "", "dataset__instance_prompt": "a zwx dog"}, {"photos": "", "dataset__instance_prompt": "a qrs toy"})])
+def test_a_model_of_other_photos_is_no_better_and_no_worse(
+    tmp_path: Path, registry: Registry, mine: Any, theirs: Any
+) -> None:
+    trial(tmp_path, "a", 0.2, **theirs)
+    promote("s", tmp_path, Terms())
+    better = trial(tmp_path, "b", 0.1, sweep="t", **mine)
+    with pytest.raises(UserError, match=r"version 1, is of other photos: type name=NAME .*, or replace=true"):
+        promote("t", tmp_path, Terms())
+    assert offer(better, Terms())["alias"] == CANDIDATE
+    trial(tmp_path, "worse", 0.3, sweep="u", **mine)
+    assert promote("u", tmp_path, Terms(replace=True))["replaced"] == 1
+    assert registry.aliases[CHAMPION].run_id == "id-worse"
+    assert promote("t", tmp_path, Terms())["run"] == "b", "the same photos again"
+
+
+@pytest.mark.parametrize("tags", [{}, {"objective_name": "instance_loss"}, {"objective": "0.1"}])
+def test_a_champion_that_was_made_by_hand_stays(tmp_path: Path, registry: Registry, tags: dict[str, str]) -> None:
+    registry.aliases[CHAMPION] = Version("demo-tiny-full", 7, "theirs", tags)
+    folder = trial(tmp_path, "a", 0.2)
+    with pytest.raises(UserError, match=r"version 7, was not registered by dreambooth, .*: type name=NAME"):
+        promote("s", tmp_path, Terms())
+    assert offer(folder, Terms())["alias"] == CANDIDATE
+    assert registry.aliases[CHAMPION].number == 7
+    assert promote("s", tmp_path, Terms(replace=True))["replaced"] == 7
+
+
+def test_a_run_without_its_objective_offers_nothing(tmp_path: Path, registry: Registry) -> None:
+    with pytest.raises(UserError, match="is not registered: a did not measure instance_loss"):
+        offer(trial(tmp_path, "a", math.nan), Terms())
+    assert registry.versions == []
 
 
 @pytest.mark.parametrize("words, sentence", [
