@@ -286,6 +286,34 @@ def test_a_trials_words_survive_katibs_own_shell(tmp_path: Path) -> None:
             "train.learning_rate=${trialParameters.learning_rate}"} <= set(seen)
 
 
+def given(part: Any) -> set[tuple[str, str]]:
+    """(ConfigMap or Secret, variable) of everything in a part that takes one by name; "*" stands for all of it."""
+    if isinstance(part, list):
+        return set().union(*map(given, part))
+    if not isinstance(part, dict):
+        return set()
+    found = {(part[kind]["name"], "*") for kind in ("configMapRef", "secretRef") if kind in part}
+    found |= {(source["name"], part["name"]) for source in part.get("valueFrom", {}).values()
+              if isinstance(source, dict) and source.get("optional")}
+    for kind, name in (("secretAsEnv", "secretName"), ("configMapAsEnv", "configMapName")):
+        found |= {(one[name], key["envVar"]) for one in part.get(kind, ()) for key in one["keyToEnv"]
+                  if one["optional"] and key.get("secretKey", key.get("configMapKey")) == key["envVar"]}
+    return found.union(*map(given, part.values()))
+
+
+@pytest.mark.parametrize("name", ["argo/dreambooth-train", "argo/dreambooth-sweep", "kubeflow/trainjob",
+                                  "kubeflow/trainjob-4gpu", "kubeflow/katib-experiment", "kubeflow/pipeline"])
+def test_every_controller_hands_over_the_same_settings_and_credentials(name: str) -> None:
+    text, parts = (FOLDER / f"{name}.yaml").read_text("utf-8"), given(documents(f"{name}.yaml"))
+    wanted = {("dreambooth", key) for key in ("MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION")} | {
+        ("dreambooth-secrets", key) for key in (
+            "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
+            "AWS_SESSION_TOKEN")}
+    assert parts in (wanted, {("dreambooth", "*"), ("dreambooth-secrets", "*")})
+    # Pipelines' pods have an account of its own: a pipeline cannot choose one.
+    assert ("serviceAccountName: dreambooth" in text) == (name != "kubeflow/pipeline")
+
+
 # -- one definition of a search space ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", SPACES)

@@ -63,7 +63,7 @@ def _trial(asked: Asked, names: dict[str, str]) -> dict[str, Any]:
                 {"action": "FailJob", "onExitCodes": {
                     "containerName": CONTAINER, "operator": "In", "values": HOPELESS}}]},
             "template": {"spec": {
-                "restartPolicy": "Never", "automountServiceAccountToken": False,
+                "restartPolicy": "Never", "serviceAccountName": pods.ACCOUNT, "automountServiceAccountToken": False,
                 "terminationGracePeriodSeconds": pods.SAVING, "securityContext": pods.security(),
                 **pods.placement(asked.hardware), "volumes": pods.volumes(),
                 "containers": [{"name": CONTAINER, **container, "resources": pods.resources(asked.hardware)}]}}}}

@@ -129,10 +129,10 @@ def _given(name: str) -> str:
 def _platform(asked: Asked) -> dict[str, Any]:
     """Nodes and tolerations, credentials by reference, the size of the workspace."""
     place = pods.placement(asked.hardware)
-    keys = [{"secretKey": key, "envVar": key} for key in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")]
+    keys = [{"secretKey": key, "envVar": key} for key in pods.SECRET_KEYS]
     every = {"secretAsEnv": [{"secretName": pods.SECRETS, "keyToEnv": keys, "optional": True}],
              "configMapAsEnv": [{"configMapName": pods.SETTINGS, "optional": True, "keyToEnv": [
-                 {"configMapKey": "MLFLOW_TRACKING_URI", "envVar": "MLFLOW_TRACKING_URI"}]}]}
+                 {"configMapKey": key, "envVar": key} for key in pods.SETTING_KEYS]}]}
     nodes: dict[str, Any] = {}
     if "nodeSelector" in place:
         nodes["nodeSelector"] = {"labels": place["nodeSelector"]}
