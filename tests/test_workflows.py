@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -266,6 +267,16 @@ def test_katib_repeats_lost_pods_and_not_what_would_end_the_same() -> None:
     ignored, hopeless = experiment["spec"]["trialTemplate"]["trialSpec"]["spec"]["podFailurePolicy"]["rules"]
     assert (ignored["action"], ignored["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
     assert hopeless["onExitCodes"]["values"] == [1, 3, 4, 6]
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_katib_tries_each_point_once(name: str) -> None:
+    """A point that is proposed twice is one run, which the second trial would find locked."""
+    spec = katib.experiment(workflows.asked(space=name))["spec"]
+    points = [one["feasibleSpace"]["list"] for one in spec["parameters"]]
+    assert spec["algorithm"] == {"algorithmName": "grid"}
+    assert spec["maxTrialCount"] == math.prod(map(len, points)), "more are refused, fewer leave some out"
+    assert all(len(set(one)) == len(one) for one in points)
 
 
 def test_a_trials_words_survive_katibs_own_shell(tmp_path: Path) -> None:
