@@ -391,6 +391,23 @@ def test_a_trial_is_the_run_that_hydras_sweeper_would_make(tmp_path: Path) -> No
     assert len({alone, trial, longer}) == 3
 
 
+def test_every_night_is_a_run_of_its_own_and_what_is_repeated_goes_on() -> None:
+    """Photos in S3 that have changed are refused in the folder of an earlier run."""
+    [nightly], [template] = documents("argo/dreambooth-nightly.yaml"), documents("argo/dreambooth-train.yaml")
+    spec = nightly["spec"]["workflowSpec"]
+    assert spec["workflowTemplateRef"] == {"name": template["metadata"]["name"]}
+    asked = argo.parameters(spec, "arguments")
+    assert asked.keys() <= argo.parameters(template["spec"], "arguments").keys()
+    words = shlex.split(asked["overrides"]["value"])
+    assert words[:-1] == list(workflows.DEFAULT)
+    folders = {composed([*words, "run_root=/runs", f"tracking.sweep={name}"])[1] for name in ("mon", "tue", "mon")}
+    assert {path.name for path in folders} == {"s3-sd15-full-mon", "s3-sd15-full-tue"}
+    stages = argo.named(template["spec"]["templates"])
+    assert "tracking.sweep={{workflow.name}}" in stages["train"]["container"]["args"]  # the same for a repeated stage
+    assert asked["promote"]["value"] == "replace=true"
+    assert "{{workflow.parameters.promote}}" in stages["promote"]["container"]["args"]
+
+
 # -- every override in every file ----------------------------------------------------------------------------------
 
 def runs() -> Iterator[tuple[str, list[str]]]:

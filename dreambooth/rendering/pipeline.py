@@ -29,7 +29,7 @@ STAGES: dict[str, tuple[dict[str, str], dict[str, str], dict[str, str], list[str
               ["--words", "overrides", "--trial", "trial", f"tracking.sweep={RUN_ID}"]),
     "evaluate": ({"evaluate": TEXT, "run": TEXT}, {}, {"measures": "system.Metrics"},
                  ["--words", "evaluate", "run=run"]),
-    "promote": ({}, {}, {"model": "system.Model"}, [f"sweep={RUN_ID}"]),
+    "promote": ({"promote": TEXT}, {}, {"model": "system.Model"}, ["--words", "promote", f"sweep={RUN_ID}"]),
 }
 WITH_A_CARD = ("class-images", "train", "evaluate")
 
@@ -43,11 +43,11 @@ def pipeline(asked: Asked) -> list[dict[str, Any]]:
                 "validate": _task("validate", {"overrides": "overrides", "sweep": "sweep"}),
                 "class-images": _task("class-images", {"overrides": "overrides"}, after=["validate"]),
                 "trials": _fan_out(),
-                "promote": _task("promote", {}, after=["trials"]) | {  # also if some failed
+                "promote": _task("promote", {"promote": "promote"}, after=["trials"]) | {  # also if some failed
                     "triggerPolicy": {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}}}},
             "inputDefinitions": {"parameters": {
                 name: {"parameterType": TEXT, "defaultValue": value, "isOptional": True} for name, value in {
-                    "overrides": asked.typed, "sweep": asked.space.name, "evaluate": ""}.items()}}},
+                    "overrides": asked.typed, "sweep": asked.space.name, "evaluate": "", "promote": ""}.items()}}},
         "components": {**{f"comp-{name}": _component(name) for name in STAGES}, "comp-trials": _trial()},
         "deploymentSpec": {"executors": {f"exec-{name}": {"container": _container(asked, name)} for name in STAGES}}}
     return [spec, {"platforms": {"kubernetes": _platform(asked)}}]
