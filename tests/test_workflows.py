@@ -34,7 +34,7 @@ from dreambooth import config, stage, workflows
 from dreambooth.entrypoint import composed
 from dreambooth.errors import UserError
 from dreambooth.recipe import resolve
-from dreambooth.rendering import components, ending, katib, pipeline, trainjob
+from dreambooth.rendering import components, ending, katib, pipeline, submitting, trainjob
 from dreambooth.rendering.argo import sweep, train
 from dreambooth.rendering.asked import TRIAL, Space
 from dreambooth.rendering.files import rendered
@@ -91,6 +91,8 @@ def test_check_names_the_file_that_was_changed(tmp_path: Path, capfd: pytest.Cap
     (["hardware=g4dn", "precision=bf16"], "type precision=fp16"),
     (["--space", "none", "hardware=cpu"], "there is no search space none"),
     (["hardware=cpu", "train.learning_rate=-1"], "train.learning_rate must be above 0"),
+    (["--space", "tiny"], "--space and --image go with overrides: type them after render, such as hardware=cpu"),
+    (["--image", "mine:1"], "--space and --image go with overrides: type them after render, such as hardware=cpu"),
 ])
 def test_render_says_what_is_wrong_and_writes_nothing(tmp_path: Path, words: list[str], said: str) -> None:
     told = subprocess.run([sys.executable, "-m", "dreambooth.workflows", "render", "--to", str(tmp_path / "w"), *words],
@@ -98,6 +100,23 @@ def test_render_says_what_is_wrong_and_writes_nothing(tmp_path: Path, words: lis
     assert (told.returncode, "Traceback" in told.stderr) == (1, False), told.stderr
     assert said in told.stderr
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["hardware=g5", "dataset=s3", "dataset.instance_dir=s3://BUCKET/photos",
+                                        "dataset.instance_prompt=a zwx dog", "dataset.class_prompt=a dog"]])
+@pytest.mark.parametrize("what", submitting.KINDS)
+def test_a_placeholder_is_not_submitted(
+    what: str, words: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Any] = []
+    monkeypatch.setattr(submitting, "submit", lambda *given: sent.append(given))
+    monkeypatch.setattr("sys.argv", ["workflows", "submit", "--what", what, *words])
+    monkeypatch.setattr("dreambooth.door._codes", [])
+    with pytest.raises(SystemExit) as end:
+        workflows.main()
+    assert (end.value.code, sent) == (1, [])
+    assert capfd.readouterr().err == ("dreambooth: dataset.instance_dir=s3://BUCKET/photos is a placeholder: type the "
+                                      "overrides of your run after submit\n")
 
 
 def test_render_writes_files_of_your_own_overrides(tmp_path: Path) -> None:
