@@ -24,6 +24,7 @@ from typing import Any
 
 from dreambooth import exported, files
 from dreambooth.errors import UserError
+from dreambooth.provenance import clean
 from dreambooth.recipe import Recipe
 from dreambooth.registry import CANDIDATE, CHAMPION, Registry, Version
 from dreambooth.report import promoted
@@ -44,6 +45,7 @@ class Terms:
     objective: str | None = None
     max_class_similarity: float | None = None
     replace: bool = False  # whatever champion there is, without a comparison
+    default_uri: str | None = None  # for runs that no server has; None: sqlite in the folder of the runs
 
 
 def promote(sweep: str, run_root: Path, terms: Terms) -> dict[str, Any]:
@@ -132,7 +134,7 @@ def _register(trial: Trial, terms: Terms, sweep: str | None, alone: bool) -> dic
     return {
         "sweep": sweep, "run": trial.folder.name, "run_dir": str(trial.folder), "model": str(
             trial.folder / result["model"]), "alias": alias, "name": name, "version": version.number,
-        "model_uri": f"models:/{name}@{alias}", "objective": value, "objective_name": text,
+        "model_uri": f"models:/{name}@{alias}", "server": clean(uri, uri), "objective": value, "objective_name": text,
         ROLE: score and {"name": score[0], "value": score[1], "base": score[2]},
         "replaced": before.number if before and not (mine or reason) else None, "mlflow_run_id": run_id,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
@@ -172,8 +174,9 @@ def _of_other_photos(theirs: dict[str, str], tags: dict[str, str]) -> bool:
 
 def _sent(trial: Trial, terms: Terms) -> tuple[str, str]:
     """Send what MLflow does not have yet of the run. Returns the server's address and the run's id there."""
-    root, uri = trial.folder.parent, terms.uri or _known(trial.folder).get("uri", "")
-    address = uri if terms.uri or uri.startswith("http") else None  # a database may have moved with its folder
+    root, known = trial.folder.parent, str(_known(trial.folder).get("uri", ""))
+    # A database may have moved with its folder; a server has not.
+    address = terms.uri or (known if known.startswith("http") else terms.default_uri) or None
     with locked(trial.folder):
         open_tracker("mlflow", trial.folder, run_root=root, run_name=trial.folder.name, uri=address,
                      experiment=terms.experiment, required=True).close("FINISHED")

@@ -70,7 +70,8 @@ def promoted(told: Mapping[str, Any]) -> str:
     seen = f", {measure['name']} {measure['value']:.3f}" if measure else ", class_similarity not measured"
     instead = f" instead of version {told['replaced']}" if told["replaced"] else ""
     return (f"{told['name']} version {told['version']} is {told['alias']}{instead}: {told['run']}, "
-            f"{told['objective_name']} {told['objective']:.4f}{seen}. Load it as {told['model_uri']}")
+            f"{told['objective_name']} {told['objective']:.4f}{seen}. Load it as {told['model_uri']} "
+            f"from MLflow at {told['server']}")
 
 
 def _short(path: str) -> str:

@@ -116,7 +116,7 @@ class Shipper(threading.Thread):
 
         with _creating(self._uri):  # two runs that start at once would both create the tables
             client = MlflowClient(self._uri)
-        self._save()  # the token first: a run whose creation was not answered, or not noted, is found by it
+        self._save(uri=self.shown)  # token and server first: by them a run is found whose creation was not answered
         token, experiment = self._state["token"], self._experiment_id(client)
         found = client.search_runs([experiment], f"tags.`dreambooth.token` = '{token}'", max_results=1)
         if not found:
@@ -124,7 +124,7 @@ class Shipper(threading.Thread):
             found.append(client.create_run(experiment, first, {"dreambooth.token": token}, self._run_name))
         run_id, self._images = found[0].info.run_id, None
         offset = self._state["offset"] if run_id == self._state["run_id"] else 0
-        self._save(run_id=run_id, experiment_id=experiment, offset=offset, uri=self.shown)
+        self._save(run_id=run_id, experiment_id=experiment, offset=offset)
         self._client = client
 
     def _experiment_id(self, client: Any) -> str:

@@ -23,7 +23,7 @@ from dreambooth.entrypoint import composed
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.recipe import resolve
 from dreambooth.rendering import components, ending
-from dreambooth.rendering.asked import SERVER, TRIAL, Space
+from dreambooth.rendering.asked import HERE, SERVER, TRIAL, Space
 from dreambooth.storage import SCHEME
 
 STAGES = ("validate", "class-images", "train", "evaluate", "promote", "ended")
@@ -121,7 +121,7 @@ def _promote(words: list[str], out: Path, supervisor: Supervisor) -> End:
     root = Path(given.get("run_root", "runs"))
     both = [word for word in words if word.startswith(("sweep=", "run_root="))]
     supervisor.run(_door("compare", [*both, f"out={out / 'compare.html'}"]), {})
-    end = supervisor.run(_door("promote", words), {})
+    end = supervisor.run(_door("promote", [f"default_uri={HERE}", *words]), {})
     if not end.code:
         shutil.copyfile(root / "promoted.json", out / "promoted.json")
     return end

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dreambooth import promotion
+from dreambooth import promotion, report
 from dreambooth.comparison import value
 from dreambooth.errors import UserError
 from dreambooth.exported import ADAPTER
@@ -194,6 +196,39 @@ def test_a_run_without_its_objective_offers_nothing(tmp_path: Path, registry: Re
     with pytest.raises(UserError, match="is not registered: a did not measure instance_loss"):
         offer(trial(tmp_path, "a", math.nan), Terms())
     assert registry.versions == []
+
+
+@pytest.mark.parametrize("known, environment, wanted", [
+    (None, None, None), (None, "http://env", "http://env"), (None, "", None), ("http://own", None, "http://own"),
+    ("http://own", "http://env", "http://own"), ("sqlite:////elsewhere/mlflow.db", "http://env", "http://env"),
+    ("sqlite:////elsewhere/mlflow.db", None, None)])
+def test_a_run_is_promoted_where_it_belongs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: str | None, environment: str | None, wanted: str | None
+) -> None:
+    """A server that was away when the run ended is asked again; what goes to another place says so."""
+    trial(tmp_path, "a", 0.1)
+    (tmp_path / "a/mlflow.json").write_text(json.dumps({"run_id": "id", **({"uri": known} if known else {})}))
+    asked: list[str | None] = []
+
+    class Closed:
+        def close(self, status: str) -> None: ...
+
+    monkeypatch.setattr(promotion, "open_tracker", lambda *given, uri, **more: (asked.append(uri), Closed())[1])
+    monkeypatch.setattr(promotion, "Registry", Registry)
+    told = promote("s", tmp_path, Terms(default_uri=environment))
+    assert asked == [wanted] and told["server"] == (wanted or f"sqlite:///{tmp_path}/mlflow.db")
+    assert report.promoted(told).endswith(f"@champion from MLflow at {told['server']}")
+
+
+def test_a_workflows_stage_promotes_at_the_server_of_its_environment(tmp_path: Path) -> None:
+    trial(tmp_path, "a", 0.1)
+    words = ["promote", "--out", str(tmp_path / "out"), "sweep=s", f"run_root={tmp_path}"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+    ran = subprocess.run([sys.executable, "-m", "dreambooth.stage", *words], capture_output=True, text=True,
+                         check=False, env=os.environ | {"MLFLOW_TRACKING_URI": address})
+    assert ran.returncode == 1 and f"MLflow at {address} does not answer" in ran.stderr
+    assert not (tmp_path / "mlflow.db").exists() and not (tmp_path / "promoted.json").exists()
 
 
 @pytest.mark.parametrize("words, sentence", [

@@ -366,6 +366,15 @@ def test_what_a_dead_server_missed_is_sent_later(tmp_path: Path, uri: str) -> No
     assert only_run(uri).info.status == "FINISHED"
 
 
+def test_a_run_that_no_server_answered_knows_where_it_belongs(tmp_path: Path) -> None:
+    port = closed_port()
+    tracker = mlflow_tracker(tmp_path / "run", f"http://u:s3cret@127.0.0.1:{port}")
+    wait_for(lambda: tracker._shipper._failures > 1)
+    tracker.close("FINISHED")
+    state = json.loads((tmp_path / "run/mlflow.json").read_text())
+    assert (state["uri"], state["run_id"]) == (f"http://127.0.0.1:{port}", None)
+
+
 def test_a_server_that_comes_back_is_told_everything_at_once(tmp_path: Path, uri: str,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
