@@ -141,10 +141,11 @@ def _register(trial: Trial, terms: Terms, sweep: str | None, alone: bool) -> dic
 
 
 def _tidy(registry: Registry, version: Version, alias: str) -> None:
-    """A champion is no candidate any more."""
+    """A champion is no candidate any more, if whoever promotes may say so: taking an alias away wants MANAGE."""
     waiting = registry.holder(version.name, CANDIDATE)
     if alias == CHAMPION and waiting and waiting.number == version.number:
-        registry.drop(version.name, CANDIDATE)
+        with suppress(UserError):
+            registry.drop(version.name, CANDIDATE)
 
 
 def _kept(champion: Version, trial: Trial, text: str, tags: dict[str, str]) -> str | None:

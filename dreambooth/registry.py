@@ -9,6 +9,7 @@ from typing import Any
 
 from dreambooth.errors import UserError
 from dreambooth.provenance import clean
+from dreambooth.refused import LOGIN, REFUSES, refuses
 from dreambooth.shipping import ENVIRONMENT
 
 CHAMPION, CANDIDATE = "champion", "candidate"
@@ -83,9 +84,11 @@ class Registry:
         try:
             return call()
         except Exception as error:  # MLflow's own, requests', the database driver's
-            reason = clean(" ".join(str(error).split()), self._uri)[:300]
-            raise UserError(f"MLflow at {clean(self._uri, self._uri)} refuses or does not answer ({reason}): "
-                            "start the server, or type uri=ADDRESS of one that answers") from error
+            reason, shown = clean(" ".join(str(error).split()), self._uri)[:300], clean(self._uri, self._uri)
+            if refuses(error):
+                raise UserError(f"MLflow at {shown} {REFUSES} ({reason}): {LOGIN}") from error
+            raise UserError(f"MLflow at {shown} refuses this or does not answer ({reason}): start the server, or type "
+                            "uri=ADDRESS of one that answers") from error
 
     @staticmethod
     def _version(found: Any) -> Version:

@@ -13,6 +13,7 @@ from typing import Any
 
 from dreambooth.errors import UserError
 from dreambooth.journal import NullTracker, Tracker
+from dreambooth.refused import LOGIN, REFUSES
 from dreambooth.shipping import Shipper, Warn, log_warning
 
 __all__ = ["MlflowTracker", "NullTracker", "Tracker", "open_tracker"]
@@ -84,8 +85,8 @@ class MlflowTracker(NullTracker):
         if waiting and self._required and status == "FINISHED":
             raise self._unreachable()
         if waiting:
-            self._warn(f"{waiting} entries of {self.path} are not in MLflow yet: "
-                       f"repeat the command when {self._shipper.shown} answers, and they are sent")
+            self._warn(f"{waiting} entries of {self.path} are not in MLflow yet: repeat the command when "
+                       f"{self._shipper.shown} {'takes this user' if self._refused else 'answers'}, and they are sent")
 
     def _append(self, body: dict[str, Any]) -> bool:
         new = super()._append(body)
@@ -93,6 +94,11 @@ class MlflowTracker(NullTracker):
             raise self._unreachable()
         return new
 
+    @property
+    def _refused(self) -> bool:
+        return (self._shipper.outage or "").startswith(REFUSES)
+
     def _unreachable(self) -> UserError:
-        return UserError(f"MLflow at {self._shipper.shown} does not answer ({self._shipper.outage or 'no answer'}): "
-                         "start the server (mlflow server --port ...), or go on without it by tracking.required=false")
+        way = LOGIN if self._refused else "start the server (mlflow server --port ...)"
+        return UserError(f"MLflow at {self._shipper.shown} {self._shipper.outage or 'does not answer'}: {way}, or go "
+                         "on without it by tracking.required=false")

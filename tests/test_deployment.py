@@ -139,6 +139,8 @@ def test_the_entrypoint_turns_basic_auth_on_and_writes_no_password(tmp_path: Pat
     assert "server --app-name basic-auth --backend-store-uri postgresql+psycopg2:// " in told
     assert "--artifacts-destination s3://b/f" in told and "the-password" not in told
     assert told.endswith("\n600\n")
+    assert "default_permission = EDIT" in told, "a second person adds runs to the experiment that the first one made"
+    assert "\nMLFLOW_DEFAULT_PERMISSION=EDIT\n" in (FOLDER / "server.env.example").read_text("utf-8")
     direct = entrypoint(tmp_path, **ENVIRONMENT, MLFLOW_ARTIFACT_ACCESS="direct").stdout
     assert "--no-serve-artifacts --default-artifact-root s3://b/f" in direct
 

@@ -29,11 +29,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]
         yield found
 
 
-def train(root: Path, server: TrackingServer, *words: str, sweep: bool = False) -> subprocess.Popen[str]:
+def train(root: Path, server: TrackingServer, *words: str, sweep: bool = False,
+          **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "dreambooth.train", *(["-m"] if sweep else []), f"run_root={root}",
          f"tracking.uri={server.url}", *SHORT, *words],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
 
 
 def finished(process: subprocess.Popen[str]) -> str:
@@ -73,6 +75,21 @@ def test_the_server_asks_who_it_is(server: TrackingServer) -> None:
     assert requests.get(ask, timeout=30).status_code == 401
     assert requests.get(ask, timeout=30, auth=("admin", server.password)).status_code == 200
     assert requests.get(f"{server.url}/health", timeout=30).status_code == 200
+
+
+def test_a_second_person_adds_runs_to_the_teams_experiment(server: TrackingServer, runs: Path) -> None:
+    import requests
+
+    login = ("second", "a-password-of-theirs")
+    made = requests.post(f"{server.url}/api/2.0/mlflow/users/create", timeout=30, auth=("admin", server.password),
+                         json=dict(zip(("username", "password"), login, strict=True)))
+    assert made.status_code == 200, made.text
+    told = finished(train(runs, server, "train.seed=11", "train.max_train_steps=1", "evaluate.encoder=none",
+                          "sample.every=null", "tracking.required=true", "tracking.sweep=second",
+                          MLFLOW_TRACKING_USERNAME=login[0], MLFLOW_TRACKING_PASSWORD=login[1]))
+    assert "refuses" not in told
+    [run] = trials(server, "second")
+    assert run.info.status == "FINISHED"
 
 
 def test_trials_are_named_by_what_differs_and_carry_everything(server: TrackingServer, runs: Path) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 from dreambooth import shipping, tracking
 from dreambooth.errors import UserError
 from dreambooth.journal import Journal, parcels, read
+from dreambooth.registry import Registry
 from dreambooth.tracking import MlflowTracker, NullTracker, open_tracker
 
 
@@ -429,6 +430,45 @@ def test_the_caller_never_calls_mlflow(tmp_path: Path, uri: str, monkeypatch: py
     tracker.image(1, "k", picture(tmp_path))
     tracker.close("FINISHED")
     assert callers == {"mlflow"}
+
+
+@pytest.mark.parametrize("code, text", [(401, "You are not authenticated"), (403, "Permission denied")])
+def test_a_server_that_refuses_the_user_is_not_called_dead(tmp_path: Path, code: int, text: str) -> None:
+    answer = f"HTTP/1.1 {code} X\r\nContent-Length: {len(text)}\r\nConnection: close\r\n\r\n{text}".encode()
+    with listening(answer) as (port, _):
+        warnings: list[str] = []
+        tracker = mlflow_tracker(tmp_path / "run", f"http://127.0.0.1:{port}", warnings)
+        wait_for(lambda: warnings)
+        tracker.close("FINISHED")
+        assert warnings[0].startswith(f"MLflow at http://127.0.0.1:{port} refuses this user (") and text in warnings[0]
+        assert f"repeat the command when http://127.0.0.1:{port} takes this user" in warnings[-1]
+        with pytest.raises(UserError, match=r"refuses this user .*: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING"):
+            mlflow_tracker(tmp_path / "run", f"http://127.0.0.1:{port}", required=True)
+        with pytest.raises(UserError, match=r"refuses this user .*: set MLFLOW_TRACKING_USERNAME"):
+            Registry(f"http://127.0.0.1:{port}").holder("model", "champion")
+
+
+def test_what_a_user_may_not_send_is_kept_and_sent_by_one_who_may(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of somebody else's run with READ: it is there, and refuses every entry."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
+
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException("Permission denied", PERMISSION_DENIED)
+
+    warnings: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", refuse)
+        tracker = mlflow_tracker(tmp_path / "run", uri, warnings)
+        tracker.metrics(1, {"loss": 1.0})
+        wait_for(lambda: tracker._shipper._failures > shipping.TRIES + 1)
+        drop(tracker)
+    assert len(warnings) == 1 and "refuses this user (" in warnings[0]
+    mlflow_tracker(tmp_path / "run", uri).close("FINISHED")
+    assert points(uri, "loss") == [(1, 1.0)]
 
 
 def test_required_and_dead_is_a_user_error(tmp_path: Path) -> None:
