@@ -180,7 +180,7 @@ def _sent(trial: Trial, terms: Terms) -> tuple[str, str]:
     address = terms.uri or (known if known.startswith("http") else terms.default_uri) or None
     with locked(trial.folder):
         open_tracker("mlflow", trial.folder, run_root=root, run_name=trial.folder.name, uri=address,
-                     experiment=terms.experiment, required=True).close("FINISHED")
+                     experiment=terms.experiment, required=True, trains=False).close("FINISHED")
     return address or f"sqlite:///{root.resolve()}/mlflow.db", str(_known(trial.folder)["run_id"])
 
 

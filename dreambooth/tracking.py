@@ -22,17 +22,22 @@ START = 60.0  # seconds that a required server has to answer at the start
 
 
 def open_tracker(kind: str, run_dir: Path, *, run_root: Path, run_name: str, uri: str | None = None,
-                 experiment: str = "dreambooth", required: bool = False, warn: Warn = log_warning) -> Tracker:
+                 experiment: str = "dreambooth", required: bool = False, warn: Warn = log_warning,
+                 trains: bool = True) -> Tracker:
     """The tracker of `tracking.kind`: "mlflow" or "none". A uri of None is `mlflow.db` in the run root.
+
+    Args:
+        trains: see NullTracker.
 
     Raises:
         UserError: `required` and the server does not answer.
     """
     if kind == "none":
-        return NullTracker(run_dir)
+        return NullTracker(run_dir, trains)
     root = run_root.resolve()
     return MlflowTracker(run_dir, uri=uri or f"sqlite:///{root}/mlflow.db", experiment=experiment, run_name=run_name,
-                         required=required, artifact_root=None if uri else root / "mlartifacts", warn=warn)
+                         required=required, artifact_root=None if uri else root / "mlartifacts", warn=warn,
+                         trains=trains)
 
 
 class MlflowTracker(NullTracker):
@@ -43,8 +48,8 @@ class MlflowTracker(NullTracker):
     """
 
     def __init__(self, run_dir: Path, *, uri: str, experiment: str, run_name: str, required: bool = False,
-                 artifact_root: Path | None = None, warn: Warn = log_warning) -> None:
-        super().__init__(run_dir)
+                 artifact_root: Path | None = None, warn: Warn = log_warning, trains: bool = True) -> None:
+        super().__init__(run_dir, trains)
         self._required, self._warn, self._closed = required, warn, False
         self._shipper = Shipper(self.path, uri, experiment, run_name, artifact_root, warn)
         if required or not PATIENT:
@@ -53,7 +58,8 @@ class MlflowTracker(NullTracker):
             self._shipper.stop(0.0)
             super().close()
             raise self._unreachable()
-        self.status("RUNNING")
+        if trains:
+            self.status("RUNNING")
 
     def metrics(self, step: int, values: Mapping[str, float]) -> bool:
         if step > 0:

@@ -290,6 +290,31 @@ def test_a_finished_run_that_is_continued_is_running(tmp_path: Path, uri: str) -
     assert only_run(uri).info.status == "KILLED"
 
 
+@pytest.mark.parametrize("first", ["FINISHED", "KILLED", None])
+@pytest.mark.parametrize("kind", ["mlflow", "none"])
+def test_who_only_looks_at_a_run_does_not_change_how_and_when_it_ended(
+    tmp_path: Path, uri: str, kind: str, first: str | None
+) -> None:
+    def opened(**more: Any) -> Any:
+        return open_tracker(kind, tmp_path / "run", run_root=tmp_path, run_name="r", experiment="e", **more)
+
+    trained = opened()
+    trained.status("RUNNING")
+    trained.close(first)
+    before = [entry for entry, _ in read(trained.path) if "status" in entry]
+    time.sleep(0.01)
+    looks = opened(trains=False)
+    looks.metrics(9, {"subject_similarity": 0.5})
+    looks.close("FAILED")
+    told = [entry for entry, _ in read(trained.path) if "status" in entry]
+    assert told == before if first else [entry["status"] for entry in told] == [
+        *(entry["status"] for entry in before), "FAILED"], "a run that was lost did not say how it ended"
+    if kind == "mlflow":
+        run = only_run(uri)
+        assert (run.info.status, run.info.end_time) == (told[-1]["status"], told[-1]["time"])
+        assert points(uri, "subject_similarity") == [(9, 0.5)]
+
+
 def test_a_refused_entry_does_not_block_the_rest(tmp_path: Path, uri: str) -> None:
     warnings: list[str] = []
     tracker = mlflow_tracker(tmp_path / "run", uri, warnings)
