@@ -35,7 +35,7 @@ from dreambooth.entrypoint import composed
 from dreambooth.errors import UserError
 from dreambooth.recipe import resolve
 from dreambooth.rendering import components, ending, katib, pipeline, submitting, trainjob
-from dreambooth.rendering.argo import sweep, train
+from dreambooth.rendering.argo import nightly, sweep, train
 from dreambooth.rendering.asked import TRIAL, Space
 from dreambooth.rendering.files import rendered
 from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
@@ -412,8 +412,7 @@ def test_a_trial_is_the_run_that_hydras_sweeper_would_make(tmp_path: Path) -> No
 
 def test_every_night_is_a_run_of_its_own_and_what_is_repeated_goes_on() -> None:
     """Photos in S3 that have changed are refused in the folder of an earlier run."""
-    [nightly], [template] = documents("argo/dreambooth-nightly.yaml"), documents("argo/dreambooth-train.yaml")
-    spec = nightly["spec"]["workflowSpec"]
+    spec, template = nightly(workflows.asked())["spec"]["workflowSpec"], train(workflows.asked())
     assert spec["workflowTemplateRef"] == {"name": template["metadata"]["name"]}
     asked = argo.parameters(spec, "arguments")
     assert asked.keys() <= argo.parameters(template["spec"], "arguments").keys()
@@ -517,6 +516,21 @@ def test_validate_says_all_that_is_wrong_before_anything_is_paid_for(tmp_path: P
     assert "the photos are missing" in told.stderr
     assert "precision=bf16 needs a GPU of compute capability 8.0" in told.stderr
     assert not (tmp_path / "out/trials").exists()
+
+
+def test_validate_plans_what_the_search_space_chooses_and_each_size_once(tmp_path: Path) -> None:
+    planned: list[list[str]] = []
+
+    class Supervisor:
+        def run(self, command: list[str], environment: dict[str, str]) -> stage.End:
+            planned.append(command[3:])
+            return stage.End()
+
+    for space, count, told in (("lora", 3, "method.rank"), ("subject", 2, "train.train_text_encoder")):
+        planned.clear()
+        stage._validate(list(workflows.DEFAULT), space, tmp_path, Supervisor())  # type: ignore[arg-type]
+        assert all(f"sweep={space}" in words for words in planned), "another method would be planned"
+        assert len(planned) == count == len({word for words in planned for word in words if word.startswith(told)})
 
 
 @pytest.mark.parametrize("words, said", [
