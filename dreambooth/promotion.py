@@ -8,8 +8,8 @@ A model becomes `champion` of its name in MLflow's registry when
    paper's PRES by whichever encoder looked): max_class_similarity, or ROOM over what the base had before training.
 
 With `replace` it takes the place of whatever champion there is, and only the third holds. A former champion keeps its
-version and loses the alias. A run with evaluate.promote=true offers its model when it ends:
-it becomes champion by the same rule, or `candidate`.
+version and loses the alias. A run with evaluate.promote=true offers its model when it ends: it becomes champion by the
+same rule, or `candidate`.
 """
 
 import json

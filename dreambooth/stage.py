@@ -117,8 +117,7 @@ def _validate(words: list[str], space: str, out: Path, supervisor: Supervisor) -
 
 def _promote(words: list[str], out: Path, supervisor: Supervisor) -> End:
     """Draw the page of the sweep, for whoever cannot look into MLflow, then promote the best."""
-    given = dict(word.split("=", 1) for word in words)
-    root = Path(given.get("run_root", "runs"))
+    root = Path(next((word[9:] for word in reversed(words) if word.startswith("run_root=")), "runs"))
     both = [word for word in words if word.startswith(("sweep=", "run_root="))]
     supervisor.run(_door("compare", [*both, f"out={out / 'compare.html'}"]), {})
     end = supervisor.run(_door("promote", [f"default_uri={HERE}", *words]), {})

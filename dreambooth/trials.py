@@ -83,8 +83,8 @@ class Trial:
 def find(run_root: Path, sweep: str) -> list[Trial]:
     """The trials of a sweep in a folder of runs, oldest first."""
     found = [(journal.parent, _told(journal)) for journal in run_root.glob("*/metrics.jsonl")]
-    mine = sorted((told.began, folder) for folder, told in found if sweep in told.sweeps)
-    return [open_trial(folder) for _, folder in mine]
+    mine = [(folder, told) for folder, told in found if sweep in told.sweeps]
+    return [_opened(folder, told) for folder, told in sorted(mine, key=lambda item: (item[1].began, item[0]))]
 
 
 def of_sweep(run_root: Path, sweep: str) -> list[Trial]:
@@ -101,7 +101,11 @@ def of_sweep(run_root: Path, sweep: str) -> list[Trial]:
 
 def open_trial(folder: Path) -> Trial:
     """A run folder as a trial."""
-    told, run = _told(folder / "metrics.jsonl"), _json(folder / "run.json") or {}
+    return _opened(folder, _told(folder / "metrics.jsonl"))
+
+
+def _opened(folder: Path, told: "_Told") -> Trial:
+    run = _json(folder / "run.json") or {}
     return Trial(folder, told.params, run.get("settings", {}), _json(folder / "result.json"), told.photos)
 
 
