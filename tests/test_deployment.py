@@ -149,7 +149,7 @@ def test_the_variables_of_its_own_service_do_not_reach_the_server(tmp_path: Path
     """Kubernetes gives pods NAME_PORT=tcp://ADDRESS:PORT of every service, here of one that is called mlflow."""
     assert named("Service", "mlflow")
     assert named("Deployment", "mlflow")["spec"]["template"]["spec"]["enableServiceLinks"] is False
-    linked = entrypoint(tmp_path, **ENVIRONMENT, MLFLOW_PORT="tcp://10.0.0.7:5000").stdout
+    linked = entrypoint(tmp_path, **ENVIRONMENT, MLFLOW_PORT="tcp://203.0.113.7:5000").stdout
     assert " --port 5000 " in linked and "tcp:" not in linked
     assert " --port 5001 " in entrypoint(tmp_path, **ENVIRONMENT, MLFLOW_LISTEN_PORT="5001").stdout
 
