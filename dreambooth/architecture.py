@@ -1,6 +1,5 @@
 """Models by their shape alone: the parts of a base built from its configuration, without weights, disk or network."""
 
-import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path

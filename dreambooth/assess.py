@@ -29,7 +29,7 @@ def assess(recipe: Recipe) -> dict[str, float]:
     model.import_libraries()
     engine, _ = accelerated(recipe.device, recipe.precision.dtype, recipe.precision.tf32)
     console, judge = Console(), Judge(recipe)
-    with locked(recipe.run_dir), tracked(recipe, main=True) as tracker:
+    with locked(recipe.run_dir), tracked(recipe, main=True, trains=False) as tracker:
         evaluation = Evaluation(recipe, judge, tracker, engine.device)
         missing = [number for number in (0, step) if number not in evaluation.scores()]
         with console.bar("pictures", evaluation.count * len(missing)) as bar:

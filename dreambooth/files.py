@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,8 +17,11 @@ END = 2**20  # bytes read at each end of a weight file to know it by
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Write to the yielded path; it becomes `path` once all of it is on disk."""
-    aside = path.with_name(f"{ASIDE}{os.getpid()}-{path.name}")
+    """Write to the yielded path; it becomes `path` once all of it is on disk.
+
+    Its name is nobody else's: pods that share a volume have the same process numbers.
+    """
+    aside = path.with_name(f"{ASIDE}{secrets.token_hex(4)}-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield aside

@@ -86,6 +86,11 @@ class Journal:
         with self._lock:
             self._append(_status(value))
 
+    @property
+    def ended(self) -> bool:
+        """Whether the last status is that of a run which is over."""
+        return self._latest.get(("status", ""), "RUNNING") != "RUNNING"
+
     def close(self, status: str | None = None) -> None:
         """Journal a last status, if one is given, and close the file. A second call does nothing."""
         with self._lock:
@@ -125,8 +130,9 @@ class Journal:
             self._steps.setdefault(("image", entry["key"]), set()).add(entry["step"])
         if "artifact" in entry:
             self._latest["artifact", f"{entry['folder']}:{entry['artifact']}"] = entry["state"]
-        if "input" in entry:
-            self._latest["input", ""] = entry["input"]
+        for kind in ("input", "status"):
+            if kind in entry:
+                self._latest[kind, ""] = entry[kind]
         for kind in ("params", "tags"):
             for key, value in entry.get(kind, {}).items():
                 self._latest[kind, key] = value
@@ -137,10 +143,18 @@ class Journal:
 
 
 class NullTracker(Journal):
-    """Journals to `metrics.jsonl` and nothing else. A later MlflowTracker on the same folder sends all of it."""
+    """Journals to `metrics.jsonl` and nothing else. A later MlflowTracker on the same folder sends all of it.
 
-    def __init__(self, run_dir: Path) -> None:
+    Args:
+        trains: False for who only looks at a run: how and when it ended stays what it was, whatever happens now.
+    """
+
+    def __init__(self, run_dir: Path, trains: bool = True) -> None:
         super().__init__(run_dir / "metrics.jsonl")
+        self._trains = trains
+
+    def close(self, status: str | None = None) -> None:
+        super().close(status if self._trains or not self.ended else None)
 
     def url(self) -> str | None:
         return None

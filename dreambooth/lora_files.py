@@ -24,8 +24,9 @@ from torch import Tensor
 
 from dreambooth.adapter import LowRank, published
 from dreambooth.errors import UserError
+from dreambooth.exported import ADAPTER
 
-DIFFUSERS = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights(folder) looks for
+DIFFUSERS = ADAPTER  # the file in that layout
 LABELS = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}  # of kohya's UNet
 DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"
 

@@ -14,6 +14,7 @@ from dreambooth.machine import GIB
 from dreambooth.prediction import STEP, Prediction
 from dreambooth.recipe import Recipe
 from dreambooth.replay import curve
+from dreambooth.report import trained
 from dreambooth.ways import ways
 
 CATEGORIES = ("weights", "gradients", "optimizer", "ema", "activations", "temporaries")
@@ -147,10 +148,9 @@ def dumped(plans: Sequence[Planned]) -> str:
 
 
 def _title(recipe: Recipe) -> str:
-    what = "UNet and text encoder" if recipe.train.train_text_encoder else "UNet"
     size = recipe.train.train_batch_size
-    return (f"{recipe.model.name} {recipe.model.resolution} px on {recipe.hardware.gpu or 'the CPU'}: {what}, "
-            f"batch {size}{f'+{size}' if recipe.with_prior else ''}, {recipe.precision.label}, "
+    return (f"{recipe.model.name} {recipe.model.resolution} px on {recipe.hardware.gpu or 'the CPU'}: "
+            f"{trained(recipe)}, batch {size}{f'+{size}' if recipe.with_prior else ''}, {recipe.precision.label}, "
             f"{recipe.optimizer.kind.value}")
 
 

@@ -6,6 +6,7 @@ image i has a seed of its own, so that asking for more tops up and never makes o
 
 import json
 import re
+import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -67,6 +68,9 @@ def make(
 ) -> None:
     """Make this process's share of the missing images; each file is whole or not there.
 
+    What another run has made meanwhile is passed over: runs that begin at once in one run_root begin at different
+    images, and so share the work.
+
     Args:
         generate: seeds -> pictures of the class prompt.
         tick: told how many were made.
@@ -74,9 +78,13 @@ def make(
     share = images.missing[rank::world]
     if share and rank == 0:
         files.write_json(images.folder / "origin.json", _origin(recipe))
-    for start in range(0, len(share), recipe.prior.sample_batch_size):
-        chunk = share[start:start + recipe.prior.sample_batch_size]
-        for (path, _), picture in zip(chunk, generate([seed for _, seed in chunk]), strict=True):
+    size = recipe.prior.sample_batch_size
+    chunks = [share[start:start + size] for start in range(0, len(share), size)]
+    first = secrets.randbelow(len(chunks)) if chunks else 0
+    for chunk in chunks[first:] + chunks[:first]:
+        lacking = [(path, seed) for path, seed in chunk if not path.is_file()]
+        pictures = generate([seed for _, seed in lacking]) if lacking else []
+        for (path, _), picture in zip(lacking, pictures, strict=True):
             with files.whole_file(path) as aside:
                 picture.save(aside, format="PNG")
         tick(len(chunk))

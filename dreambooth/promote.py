@@ -20,10 +20,12 @@ class Promote(Section):
     sweep: str | None = None
     run_root: str = "runs"
     uri: str | None = None
+    default_uri: str | None = None
     experiment: str = "dreambooth"
     name: str | None = None
     objective: str | None = None
     max_class_similarity: float | None = None
+    replace: bool = False
 
     def __post_init__(self) -> None:
         bound = self.max_class_similarity
@@ -50,7 +52,8 @@ def _job(cfg: DictConfig) -> None:
     from dreambooth import promotion
     from dreambooth.report import promoted
 
-    terms = promotion.Terms(ask.uri, ask.experiment, ask.name, ask.objective, ask.max_class_similarity)
+    terms = promotion.Terms(ask.uri, ask.experiment, ask.name, ask.objective, ask.max_class_similarity, ask.replace,
+                            ask.default_uri)
     print(promoted(promotion.promote(sweep, Path(ask.run_root), terms)))
 
 

@@ -3,11 +3,13 @@
 A model becomes `champion` of its name in MLflow's registry when
 
 1. its objective is a number, lower than every other trial's, and lower than that of the champion there is;
-2. pictures of the class look like photos of the subject at most as much as the bound allows (`class_similarity`, the
+2. that champion was trained on the same photos: of others no objective says which model is better;
+3. pictures of the class look like photos of the subject at most as much as the bound allows (`class_similarity`, the
    paper's PRES by whichever encoder looked): max_class_similarity, or ROOM over what the base had before training.
 
-A former champion keeps its version and loses the alias. A run with evaluate.promote=true offers its model when it ends:
-it becomes champion by the same rule, or `candidate`.
+With `replace` it takes the place of whatever champion there is, and only the third holds. A former champion keeps its
+version and loses the alias. A run with evaluate.promote=true offers its model when it ends: it becomes champion by the
+same rule, or `candidate`.
 """
 
 import json
@@ -20,8 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dreambooth import files
+from dreambooth import exported, files
 from dreambooth.errors import UserError
+from dreambooth.provenance import clean
 from dreambooth.recipe import Recipe
 from dreambooth.registry import CANDIDATE, CHAMPION, Registry, Version
 from dreambooth.report import promoted
@@ -41,6 +44,8 @@ class Terms:
     name: str | None = None
     objective: str | None = None
     max_class_similarity: float | None = None
+    replace: bool = False  # whatever champion there is, without a comparison
+    default_uri: str | None = None  # for runs that no server has; None: sqlite in the folder of the runs
 
 
 def promote(sweep: str, run_root: Path, terms: Terms) -> dict[str, Any]:
@@ -72,10 +77,12 @@ def offer(run_dir: Path, terms: Terms) -> dict[str, Any]:
     """A finished run's own model: registered as champion if it satisfies the rule, else as candidate.
 
     Raises:
-        UserError: it is over the bound, or MLflow does not answer.
+        UserError: it is over the bound, did not measure its objective, or MLflow does not answer.
     """
     trial = open_trial(run_dir)
     terms = replace(terms, objective=terms.objective or trial.asked)
+    if not math.isfinite(trial.objective(str(terms.objective))):
+        raise UserError(f"the model is not registered: {trial.folder.name} did not measure {terms.objective}")
     if reason := over_bound(trial, terms.max_class_similarity):
         raise UserError(f"the model is not registered: {reason}")
     return _register(trial, terms, None, alone=True)
@@ -109,55 +116,71 @@ def _register(trial: Trial, terms: Terms, sweep: str | None, alone: bool) -> dic
     registry, text = Registry(uri), terms.objective or trial.asked
     value, score, result = trial.objective(text), trial.score(ROLE), trial.result or {}
     name = terms.name or trial.settings.get("name", trial.folder.name)
+    tags = {"objective": f"{value:.6g}", "objective_name": text, "run": trial.folder.name, "step": str(result["step"]),
+            "holds": "adapter" if exported.adapter_only(*trial.method) else "model",
+            "base": trial.settings.get("model.source", ""), "exported_step": str(result.get("exported_step") or ""),
+            "photos": trial.photos or "", "instance_prompt": trial.settings.get("dataset.instance_prompt", ""),
+            **({score[0]: f"{score[1]:.6g}"} if score else {})}
+    tags = {key: told for key, told in tags.items() if told}
     before = registry.holder(name, CHAMPION)
     mine = before is not None and before.run_id == run_id and before.tags.get("step") == str(result["step"])
-    wins = before is None or mine or value < _objective_of(before, text, alone)
-    if not wins and before is not None and not alone:
-        raise UserError(f"nothing to promote in the sweep {sweep}: {trial.folder.name} has {text} {value:.4f} "
-                        f"and the champion of {name}, version {before.number}, {before.tags['objective']}: "
-                        "type name=NAME for a model of its own")
-    tags = {"objective": f"{value:.6g}", "objective_name": text, "run": trial.folder.name, "step": str(result["step"]),
-            **({"exported_step": str(result["exported_step"])} if result.get("exported_step") else {}),
-            **({score[0]: f"{score[1]:.6g}"} if score else {})}
+    reason = None if before is None or mine or terms.replace else _kept(before, trial, text, tags)
+    if reason and not alone:
+        raise UserError(f"nothing to promote in the sweep {sweep}: {reason}")
     version = registry.register(name, run_id, trial.folder / result["model"], tags)
-    alias = CHAMPION if wins else CANDIDATE
+    alias = CANDIDATE if reason else CHAMPION
     registry.name_holder(version, alias)
     _tidy(registry, version, alias)
     return {
         "sweep": sweep, "run": trial.folder.name, "run_dir": str(trial.folder), "model": str(
             trial.folder / result["model"]), "alias": alias, "name": name, "version": version.number,
-        "model_uri": f"models:/{name}@{alias}", "objective": value, "objective_name": text,
+        "model_uri": f"models:/{name}@{alias}", "server": clean(uri, uri), "objective": value, "objective_name": text,
         ROLE: score and {"name": score[0], "value": score[1], "base": score[2]},
-        "replaced": before.number if wins and before and not mine else None, "mlflow_run_id": run_id,
+        "replaced": before.number if before and not (mine or reason) else None, "mlflow_run_id": run_id,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
 def _tidy(registry: Registry, version: Version, alias: str) -> None:
-    """A champion is no candidate any more."""
+    """A champion is no candidate any more, if whoever promotes may say so: taking an alias away wants MANAGE."""
     waiting = registry.holder(version.name, CANDIDATE)
     if alias == CHAMPION and waiting and waiting.number == version.number:
-        registry.drop(version.name, CANDIDATE)
+        with suppress(UserError):
+            registry.drop(version.name, CANDIDATE)
 
 
-def _objective_of(champion: Version, text: str, alone: bool) -> float:
-    """What the champion has, if it was judged by the same."""
-    judged_by = champion.tags.get("objective_name")
-    if judged_by == text:
-        with suppress(ValueError):
-            return float(champion.tags["objective"])
-    if alone:
-        return -math.inf  # a run does not replace what it cannot be compared with
-    raise UserError(f"the champion of {champion.name}, version {champion.number}, was chosen by {judged_by}, not by "
-                    f"{text}: type objective={judged_by}, or name=NAME for a model of its own")
+def _kept(champion: Version, trial: Trial, text: str, tags: dict[str, str]) -> str | None:
+    """Why a trial does not replace a champion, and what to type; None: it does."""
+    who = f"the champion of {champion.name}, version {champion.number},"
+    own = "name=NAME for a model of its own, or replace=true"
+    judged_by, theirs = champion.tags.get("objective_name"), math.nan
+    with suppress(ValueError):
+        theirs = float(champion.tags.get("objective", ""))
+    if judged_by is None or not math.isfinite(theirs):
+        return f"{who} was not registered by dreambooth, so that nothing says how good it is: type {own}"
+    if _of_other_photos(champion.tags, tags):
+        return f"{who} is of other photos: type {own}"
+    if judged_by != text:
+        return f"{who} was chosen by {judged_by}, not by {text}: type objective={judged_by}, {own}"
+    mine = float(tags["objective"])
+    return None if mine < theirs else f"{trial.folder.name} has {text} {mine:.4f} and {who} {theirs:.4f}: type {own}"
+
+
+def _of_other_photos(theirs: dict[str, str], tags: dict[str, str]) -> bool:
+    """By the digest of the photos, or else by the instance prompt."""
+    for key in ("photos", "instance_prompt"):
+        if key in theirs and key in tags:
+            return theirs[key] != tags[key]
+    return False
 
 
 def _sent(trial: Trial, terms: Terms) -> tuple[str, str]:
     """Send what MLflow does not have yet of the run. Returns the server's address and the run's id there."""
-    root, uri = trial.folder.parent, terms.uri or _known(trial.folder).get("uri", "")
-    address = uri if terms.uri or uri.startswith("http") else None  # a database may have moved with its folder
+    root, known = trial.folder.parent, str(_known(trial.folder).get("uri", ""))
+    # A database may have moved with its folder; a server has not.
+    address = terms.uri or (known if known.startswith("http") else terms.default_uri) or None
     with locked(trial.folder):
         open_tracker("mlflow", trial.folder, run_root=root, run_name=trial.folder.name, uri=address,
-                     experiment=terms.experiment, required=True).close("FINISHED")
+                     experiment=terms.experiment, required=True, trains=False).close("FINISHED")
     return address or f"sqlite:///{root.resolve()}/mlflow.db", str(_known(trial.folder)["run_id"])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from dreambooth.errors import UserError
 from dreambooth.provenance import clean
+from dreambooth.refused import LOGIN, REFUSES, refuses
 from dreambooth.shipping import ENVIRONMENT
 
 CHAMPION, CANDIDATE = "champion", "candidate"
@@ -47,15 +48,20 @@ class Registry:
             lambda: self._mlflow.get_model_version(name, str(number))))
 
     def register(self, name: str, run_id: str, folder: Path, tags: dict[str, str]) -> Version:
-        """Copy a model folder to the artifacts of its run, as `model`, and register it; the same one twice is one."""
+        """Copy a model folder to the artifacts of its run and register it; the same one twice is one.
+
+        The copy has a place of its own by the tags holds, step and exported_step: a run that is extended makes other
+        files, and those of its earlier version stay.
+        """
         known = [found for found in self._versions(name, run_id) if tags.items() <= found.tags.items()]
         if known:
             return known[-1]
+        place = "-".join([tags.get("holds", "model"), *(tags[key] for key in ("step", "exported_step") if key in tags)])
         with _patient():
-            self._asked(lambda: self._mlflow.log_artifacts(run_id, str(folder), "model"))
+            self._asked(lambda: self._mlflow.log_artifacts(run_id, str(folder), place))
         if all(model.name != name for model in self._models(name)):
             self._asked(lambda: self._mlflow.create_registered_model(name))
-        source = self._asked(lambda: self._mlflow.get_run(run_id)).info.artifact_uri.rstrip("/") + "/model"
+        source = self._asked(lambda: self._mlflow.get_run(run_id)).info.artifact_uri.rstrip("/") + f"/{place}"
         return self._version(self._asked(lambda: self._mlflow.create_model_version(
             name, source, run_id, tags=tags, await_creation_for=0)))
 
@@ -78,9 +84,11 @@ class Registry:
         try:
             return call()
         except Exception as error:  # MLflow's own, requests', the database driver's
-            reason = clean(" ".join(str(error).split()), self._uri)[:300]
-            raise UserError(f"MLflow at {clean(self._uri, self._uri)} refuses or does not answer ({reason}): "
-                            "start the server, or type uri=ADDRESS of one that answers") from error
+            reason, shown = clean(" ".join(str(error).split()), self._uri)[:300], clean(self._uri, self._uri)
+            if refuses(error):
+                raise UserError(f"MLflow at {shown} {REFUSES} ({reason}): {LOGIN}") from error
+            raise UserError(f"MLflow at {shown} refuses this or does not answer ({reason}): start the server, or type "
+                            "uri=ADDRESS of one that answers") from error
 
     @staticmethod
     def _version(found: Any) -> Version:

@@ -18,7 +18,7 @@ def plan(recipe: Recipe) -> dict[str, str]:
         "class": f"{', '.join(repr(one.class_prompt) for one in recipe.classes)}, {prior.num_class_images} images, "
                  f"weight {prior.prior_loss_weight:g}" if recipe.with_prior else "no prior preservation",
         "base": f"{recipe.model.source}, {recipe.model.resolution} px",
-        "trains": _trained(recipe),
+        "trains": trained(recipe),
         "steps": f"{train.max_train_steps} of {seen} photo{'s' if seen > 1 else ''} a process, "
                  f"learning rate {train.learning_rate:g} {train.lr_scheduler.value}",
         "on": f"{recipe.hardware.gpu or 'CPU'}, {recipe.precision.label}, {recipe.optimizer.kind.value}, "
@@ -27,7 +27,8 @@ def plan(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def _trained(recipe: Recipe) -> str:
+def trained(recipe: Recipe) -> str:
+    """Which weights change."""
     where = "UNet and text encoder" if recipe.train.train_text_encoder else "UNet"
     method = recipe.method
     return f"{where}, {method.kind.value} of rank {method.rank} beside them" if method.low_rank else where
@@ -69,7 +70,8 @@ def promoted(told: Mapping[str, Any]) -> str:
     seen = f", {measure['name']} {measure['value']:.3f}" if measure else ", class_similarity not measured"
     instead = f" instead of version {told['replaced']}" if told["replaced"] else ""
     return (f"{told['name']} version {told['version']} is {told['alias']}{instead}: {told['run']}, "
-            f"{told['objective_name']} {told['objective']:.4f}{seen}. Load it as {told['model_uri']}")
+            f"{told['objective_name']} {told['objective']:.4f}{seen}. Load it as {told['model_uri']} "
+            f"from MLflow at {told['server']}")
 
 
 def _short(path: str) -> str:

@@ -42,7 +42,7 @@ def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = 
     with locked(recipe.run_dir) if engine.main else nullcontext():
         done: Result | None = engine.share(finished(recipe) if engine.main else None)
         if done:
-            with tracked(recipe, engine.main):  # sends what a server missed
+            with tracked(recipe, engine.main, trains=False):  # sends what a server missed
                 console.say(report.already(done, recipe))
                 return done
         recipe, expected, chosen = engine.share(fitting.settled(recipe, engine.world) if engine.main else None)

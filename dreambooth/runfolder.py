@@ -16,10 +16,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dreambooth import files, measures
+from dreambooth import exported, files, measures
 from dreambooth.checkpoint import latest
 from dreambooth.errors import DoesNotFit, UserError
-from dreambooth.lora_files import DIFFUSERS as ADAPTER
 from dreambooth.machine import GIB
 from dreambooth.recipe import Recipe
 
@@ -88,9 +87,8 @@ def finished(recipe: Recipe) -> Result | None:
         result = Result(**json.loads((run_dir / "result.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    adapter_only = recipe.method.low_rank and not recipe.method.merge
-    made = run_dir / result.model / (ADAPTER if adapter_only else "model_index.json")
-    return judged(result, recipe) if result.step >= recipe.train.max_train_steps and made.is_file() else None
+    made = exported.whole(run_dir / result.model, recipe.method.kind.value, recipe.method.merge)
+    return judged(result, recipe) if result.step >= recipe.train.max_train_steps and made else None
 
 
 def resume_point(run_dir: Path, resume: str) -> Path | None:

@@ -15,6 +15,7 @@ from typing import Any
 from dreambooth import flavour, logged
 from dreambooth.journal import EXPERIMENT, parcels, read, starts_line
 from dreambooth.provenance import clean
+from dreambooth.refused import REFUSES, refuses, status
 
 WAKE = 2.0  # seconds between two looks at the journal
 BACKOFF = (5.0, 60.0)  # seconds to the next attempt after a failure: the first, doubling up to the last
@@ -38,7 +39,7 @@ class Shipper(threading.Thread):
         self._journal, self._uri, self._experiment, self._run_name = journal, uri, experiment, run_name
         self._root, self._warn, self.shown = root, warn, clean(uri, uri)
         self.attempted, self._wake = threading.Event(), threading.Event()
-        self.outage: str | None = None  # why the server could not be reached, the last time that it could not
+        self.outage: str | None = None  # what the server did instead of taking the run, the last time that it did not
         self._stopped = self._closing = self._down = False
         self._failures = self._tries = 0
         self._client: Any = None
@@ -101,22 +102,24 @@ class Shipper(threading.Thread):
         return True
 
     def _failed(self, error: Exception) -> None:
-        answers = self._alive()
+        refused = refuses(error)
+        answers = not refused and self._alive()
         self._failures += 1
         self._tries = self._tries + 1 if answers else 0
-        self._down, reason = not answers, self._reason(error)
+        did = "fails" if answers else REFUSES if refused else "does not answer"
+        self._down, told = not answers, f"{did} ({self._reason(error)})"
         if not answers:
-            self._client, self.outage = None, reason
+            self._client, self.outage = None, told
         if self._failures == 1 and not self._stopped:
-            self._warn(f"MLflow at {self.shown} {'fails' if answers else 'does not answer'} ({reason}); "
-                       f"the run goes on, {self._journal.name} keeps everything and is sent when it is back")
+            self._warn(f"MLflow at {self.shown} {told}; the run goes on, {self._journal.name} keeps everything and is "
+                       f"sent when it {'takes this user' if refused else 'is back'}")
 
     def _connect(self) -> None:
         from mlflow import MlflowClient
 
         with _creating(self._uri):  # two runs that start at once would both create the tables
             client = MlflowClient(self._uri)
-        self._save()  # the token first: a run whose creation was not answered, or not noted, is found by it
+        self._save(uri=self.shown)  # token and server first: by them a run is found whose creation was not answered
         token, experiment = self._state["token"], self._experiment_id(client)
         found = client.search_runs([experiment], f"tags.`dreambooth.token` = '{token}'", max_results=1)
         if not found:
@@ -124,7 +127,7 @@ class Shipper(threading.Thread):
             found.append(client.create_run(experiment, first, {"dreambooth.token": token}, self._run_name))
         run_id, self._images = found[0].info.run_id, None
         offset = self._state["offset"] if run_id == self._state["run_id"] else 0
-        self._save(run_id=run_id, experiment_id=experiment, offset=offset, uri=self.shown)
+        self._save(run_id=run_id, experiment_id=experiment, offset=offset)
         self._client = client
 
     def _experiment_id(self, client: Any) -> str:
@@ -195,10 +198,9 @@ class Shipper(threading.Thread):
 
     def _is_final(self, error: Exception) -> bool:
         """The entry is at fault: it would be refused for ever, or has failed TRIES times, and the server is well."""
-        response = getattr(error, "response", None)
-        status = getattr(error, "get_http_status_code", lambda: getattr(response, "status_code", 0))()
-        refused = 400 <= status < 500 and status not in (401, 403, 408, 409, 429)
-        return (refused or isinstance(error, ValueError | TypeError) or self._tries >= TRIES - 1) and self._alive()
+        at_fault = 400 <= status(error) < 500 and status(error) not in (401, 403, 408, 409, 429)
+        enough = not refuses(error) and (isinstance(error, ValueError | TypeError) or self._tries >= TRIES - 1)
+        return (at_fault or enough) and self._alive()
 
     def _alive(self) -> bool:
         """The server answers for this run, and the run has not been deleted there."""

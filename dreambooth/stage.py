@@ -23,12 +23,12 @@ from dreambooth.entrypoint import composed
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.recipe import resolve
 from dreambooth.rendering import components, ending
-from dreambooth.rendering.asked import SERVER, TRIAL, Space
+from dreambooth.rendering.asked import HERE, SERVER, TRIAL, Space
 from dreambooth.storage import SCHEME
 
 STAGES = ("validate", "class-images", "train", "evaluate", "promote", "ended")
-# Planned once, whatever these are.
-SAME_MEMORY = {"sweep", "train.learning_rate", "train.max_train_steps", "prior.prior_loss_weight", "method.alpha"}
+# Planned once, whatever these are. Not `sweep`: a search space may choose the method.
+SAME_MEMORY = {"train.learning_rate", "train.max_train_steps", "prior.prior_loss_weight", "method.alpha"}
 LEFT = ("result.json", "contact_sheet.png", "evaluation.json")  # what a run leaves for who looks at it
 
 
@@ -117,11 +117,10 @@ def _validate(words: list[str], space: str, out: Path, supervisor: Supervisor) -
 
 def _promote(words: list[str], out: Path, supervisor: Supervisor) -> End:
     """Draw the page of the sweep, for whoever cannot look into MLflow, then promote the best."""
-    given = dict(word.split("=", 1) for word in words)
-    root = Path(given.get("run_root", "runs"))
+    root = Path(next((word[9:] for word in reversed(words) if word.startswith("run_root=")), "runs"))
     both = [word for word in words if word.startswith(("sweep=", "run_root="))]
     supervisor.run(_door("compare", [*both, f"out={out / 'compare.html'}"]), {})
-    end = supervisor.run(_door("promote", words), {})
+    end = supervisor.run(_door("promote", [f"default_uri={HERE}", *words]), {})
     if not end.code:
         shutil.copyfile(root / "promoted.json", out / "promoted.json")
     return end

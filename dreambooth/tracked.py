@@ -42,9 +42,13 @@ class Muted:
 
 
 @contextmanager
-def tracked(recipe: Recipe, main: bool) -> Iterator[Tracker]:
-    """Open the run's tracker and close it with FINISHED, KILLED (somebody stopped the run) or FAILED."""
-    tracker = _open(recipe) if main else Muted()
+def tracked(recipe: Recipe, main: bool, trains: bool = True) -> Iterator[Tracker]:
+    """Open the run's tracker and close it with FINISHED, KILLED (somebody stopped the run) or FAILED.
+
+    Args:
+        trains: False: the run is over, and how and when it ended stays what it was.
+    """
+    tracker = _open(recipe, trains) if main else Muted()
     status = "FAILED"
     try:
         yield tracker
@@ -59,11 +63,11 @@ def tracked(recipe: Recipe, main: bool) -> Iterator[Tracker]:
         tracker.close(status)
 
 
-def _open(recipe: Recipe) -> Tracker:
+def _open(recipe: Recipe, trains: bool) -> Tracker:
     spec = recipe.tracking
     tracker = open_tracker(
         spec.kind.value, recipe.run_dir, run_root=recipe.run_root, run_name=spec.run_name or recipe.run_dir.name,
-        uri=spec.uri, experiment=spec.experiment, required=spec.required)
+        uri=spec.uri, experiment=spec.experiment, required=spec.required, trains=trains)
     if spec.sweep:
         tracker.tags({"sweep": spec.sweep, "kind": "trial"})
     tracker.tags({"mlflow.note.content": note(recipe)})

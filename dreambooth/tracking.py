@@ -13,6 +13,7 @@ from typing import Any
 
 from dreambooth.errors import UserError
 from dreambooth.journal import NullTracker, Tracker
+from dreambooth.refused import LOGIN, REFUSES
 from dreambooth.shipping import Shipper, Warn, log_warning
 
 __all__ = ["MlflowTracker", "NullTracker", "Tracker", "open_tracker"]
@@ -21,17 +22,22 @@ START = 60.0  # seconds that a required server has to answer at the start
 
 
 def open_tracker(kind: str, run_dir: Path, *, run_root: Path, run_name: str, uri: str | None = None,
-                 experiment: str = "dreambooth", required: bool = False, warn: Warn = log_warning) -> Tracker:
+                 experiment: str = "dreambooth", required: bool = False, warn: Warn = log_warning,
+                 trains: bool = True) -> Tracker:
     """The tracker of `tracking.kind`: "mlflow" or "none". A uri of None is `mlflow.db` in the run root.
+
+    Args:
+        trains: see NullTracker.
 
     Raises:
         UserError: `required` and the server does not answer.
     """
     if kind == "none":
-        return NullTracker(run_dir)
+        return NullTracker(run_dir, trains)
     root = run_root.resolve()
     return MlflowTracker(run_dir, uri=uri or f"sqlite:///{root}/mlflow.db", experiment=experiment, run_name=run_name,
-                         required=required, artifact_root=None if uri else root / "mlartifacts", warn=warn)
+                         required=required, artifact_root=None if uri else root / "mlartifacts", warn=warn,
+                         trains=trains)
 
 
 class MlflowTracker(NullTracker):
@@ -42,8 +48,8 @@ class MlflowTracker(NullTracker):
     """
 
     def __init__(self, run_dir: Path, *, uri: str, experiment: str, run_name: str, required: bool = False,
-                 artifact_root: Path | None = None, warn: Warn = log_warning) -> None:
-        super().__init__(run_dir)
+                 artifact_root: Path | None = None, warn: Warn = log_warning, trains: bool = True) -> None:
+        super().__init__(run_dir, trains)
         self._required, self._warn, self._closed = required, warn, False
         self._shipper = Shipper(self.path, uri, experiment, run_name, artifact_root, warn)
         if required or not PATIENT:
@@ -52,7 +58,8 @@ class MlflowTracker(NullTracker):
             self._shipper.stop(0.0)
             super().close()
             raise self._unreachable()
-        self.status("RUNNING")
+        if trains:
+            self.status("RUNNING")
 
     def metrics(self, step: int, values: Mapping[str, float]) -> bool:
         if step > 0:
@@ -84,8 +91,8 @@ class MlflowTracker(NullTracker):
         if waiting and self._required and status == "FINISHED":
             raise self._unreachable()
         if waiting:
-            self._warn(f"{waiting} entries of {self.path} are not in MLflow yet: "
-                       f"repeat the command when {self._shipper.shown} answers, and they are sent")
+            self._warn(f"{waiting} entries of {self.path} are not in MLflow yet: repeat the command when "
+                       f"{self._shipper.shown} {'takes this user' if self._refused else 'answers'}, and they are sent")
 
     def _append(self, body: dict[str, Any]) -> bool:
         new = super()._append(body)
@@ -93,6 +100,11 @@ class MlflowTracker(NullTracker):
             raise self._unreachable()
         return new
 
+    @property
+    def _refused(self) -> bool:
+        return (self._shipper.outage or "").startswith(REFUSES)
+
     def _unreachable(self) -> UserError:
-        return UserError(f"MLflow at {self._shipper.shown} does not answer ({self._shipper.outage or 'no answer'}): "
-                         "start the server (mlflow server --port ...), or go on without it by tracking.required=false")
+        way = LOGIN if self._refused else "start the server (mlflow server --port ...)"
+        return UserError(f"MLflow at {self._shipper.shown} {self._shipper.outage or 'does not answer'}: {way}, or go "
+                         "on without it by tracking.required=false")

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreambooth import measures
+from dreambooth import exported, measures
 from dreambooth.choices import EncoderKind
 from dreambooth.errors import UserError
 from dreambooth.journal import read
 from dreambooth.measures import INSTANCE_LOSS, Evaluate
+from dreambooth.photos import NO_FINGERPRINT
 
 ROOM = 0.1  # of class_similarity over the base's, where no bound is given; without a prior it gains 0.2 to 0.4
 ROLE = "class_similarity"
@@ -25,11 +26,17 @@ class Trial:
     params: dict[str, str] = field(default_factory=dict)  # what it is told apart by, as MLflow has it
     settings: dict[str, str] = field(default_factory=dict)  # all of them, by override key
     result: dict[str, Any] | None = None  # result.json; None: not finished
+    photos: str | None = None  # digest of what it was trained on; None: its journal does not say
 
     @property
     def finished(self) -> bool:
         """Whether there is a result and the model that it names."""
-        return self.result is not None and (self.folder / self.result["model"] / "model_index.json").is_file()
+        return self.result is not None and exported.whole(self.folder / self.result["model"], *self.method)
+
+    @property
+    def method(self) -> tuple[str, bool]:
+        """method.kind and method.merge, by which `exported` knows what its model is."""
+        return self.settings.get("method.kind", "full"), self.settings.get("method.merge") == "True"
 
     @property
     def scores(self) -> dict[str, float]:
@@ -75,9 +82,9 @@ class Trial:
 
 def find(run_root: Path, sweep: str) -> list[Trial]:
     """The trials of a sweep in a folder of runs, oldest first."""
-    found = [(journal, *_tags(journal)) for journal in run_root.glob("*/metrics.jsonl")]
-    mine = [(began, journal.parent, params) for journal, began, sweeps, params in found if sweep in sweeps]
-    return [open_trial(folder, params) for _, folder, params in sorted(mine, key=lambda item: item[:2])]
+    found = [(journal.parent, _told(journal)) for journal in run_root.glob("*/metrics.jsonl")]
+    mine = [(folder, told) for folder, told in found if sweep in told.sweeps]
+    return [_opened(folder, told) for folder, told in sorted(mine, key=lambda item: (item[1].began, item[0]))]
 
 
 def of_sweep(run_root: Path, sweep: str) -> list[Trial]:
@@ -92,11 +99,14 @@ def of_sweep(run_root: Path, sweep: str) -> list[Trial]:
     return trials
 
 
-def open_trial(folder: Path, params: dict[str, str] | None = None) -> Trial:
+def open_trial(folder: Path) -> Trial:
     """A run folder as a trial."""
+    return _opened(folder, _told(folder / "metrics.jsonl"))
+
+
+def _opened(folder: Path, told: "_Told") -> Trial:
     run = _json(folder / "run.json") or {}
-    known = params if params is not None else _tags(folder / "metrics.jsonl")[2]
-    return Trial(folder, known, run.get("settings", {}), _json(folder / "result.json"))
+    return Trial(folder, told.params, run.get("settings", {}), _json(folder / "result.json"), told.photos)
 
 
 def over_bound(trial: Trial, bound: float | None) -> str | None:
@@ -112,18 +122,29 @@ def over_bound(trial: Trial, bound: float | None) -> str | None:
     return f"{trial.folder.name} has {name} {value:.3f}, over {limit:.3f}" if value > limit else None
 
 
-def _tags(journal: Path) -> tuple[int, set[str], dict[str, str]]:
-    """When the run began, the sweeps it was part of, its params. A sweep's own run is no trial."""
-    began, sweeps, params = 0, set[str](), dict[str, str]()
+@dataclass
+class _Told:
+    """What a journal says of its run."""
+
+    began: int = 0  # milliseconds since 1970
+    sweeps: set[str] = field(default_factory=set)  # those that it was part of
+    params: dict[str, str] = field(default_factory=dict)
+    photos: str | None = None
+
+
+def _told(journal: Path) -> _Told:
+    """Read one. A sweep's own run is no trial of it."""
+    told = _Told()
     with suppress(OSError):
         for entry, _ in read(journal):
-            began = began or entry["time"]
-            tags = entry.get("tags", {})
+            told.began = told.began or entry["time"]
+            tags, photos = entry.get("tags", {}), entry.get("input", {}).get("digest", NO_FINGERPRINT)
             if tags.get("kind") == "sweep":
-                return began, set(), {}
-            sweeps |= {tags["sweep"]} if "sweep" in tags else set()
-            params |= entry.get("params", {})
-    return began, sweeps, params
+                return _Told(told.began)
+            told.sweeps |= {tags["sweep"]} if "sweep" in tags else set()
+            told.params |= entry.get("params", {})
+            told.photos = photos if photos != NO_FINGERPRINT else told.photos
+    return told
 
 
 def _json(path: Path) -> dict[str, Any] | None:

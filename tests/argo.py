@@ -222,10 +222,17 @@ def filled(text: str, values: Mapping[str, str]) -> str:
     return PLACEHOLDER.sub(lambda match: str(values[match[1].strip()]), text)
 
 
-def again(part: Json, code: int, tries: int, status: str = "Failed") -> bool:
-    """What a retryStrategy says of a container that ended so, by its own expression."""
+def again(part: Json, code: int, tries: int, status: str = "Failed", after: float = 0.0) -> bool:
+    """What a retryStrategy says of a container that ended so, by its own expression.
+
+    Args:
+        after: seconds since the first try began, which is what Argo holds against maxDuration.
+    """
     strategy = part.get("retryStrategy")
     if strategy is None or tries >= int(strategy["limit"]):
+        return False
+    limit = re.fullmatch(r"(\d+)([smhd]?)", strategy["backoff"].get("maxDuration", ""))
+    if limit and after > int(limit[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[limit[2]]:
         return False
     text = strategy["expression"].replace("||", " or ").replace("lastRetry.status", repr(status))
     return bool(eval(text.replace("asInt(lastRetry.exitCode)", str(code)), {"__builtins__": {}}))

@@ -92,7 +92,7 @@ class TrackingServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self._folder = folder
         self._environment = os.environ | database | {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "MLFLOW_PORT": str(self.port),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "MLFLOW_LISTEN_PORT": str(self.port),
             "MLFLOW_WORKERS": "1", "MLFLOW_ARTIFACTS": artifacts, "MLFLOW_AUTH_ADMIN_PASSWORD": self.password,
             "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16), "MLFLOW_DISABLE_TELEMETRY": "true"}
         self._process: subprocess.Popen[bytes] | None = None

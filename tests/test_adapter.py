@@ -291,6 +291,22 @@ def test_merge_is_of_the_export_alone(tmp_path: Path) -> None:
     assert result["step"] == 8
 
 
+@pytest.mark.slow
+def test_an_adapters_run_is_promoted_and_opened_from_the_registry(tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+    from mlflow.artifacts import download_artifacts
+
+    from dreambooth.packaged import asset
+    from dreambooth.promotion import Terms, promote
+
+    assert train(tmp_path, "method=lora", "tracking.sweep=s") == 0
+    told = promote("s", tmp_path, Terms())
+    server = f"sqlite:///{tmp_path}/mlflow.db"
+    pipeline = StableDiffusionPipeline.from_pretrained(asset("package:tiny-sd"))
+    pipeline.load_lora_weights(download_artifacts(told["model_uri"], tracking_uri=server, registry_uri=server))
+    assert pipeline.get_active_adapters()
+
+
 def _lora(run: Path) -> dict[str, LowRank]:
     from dreambooth import lora_files
 

@@ -358,6 +358,17 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["result.json"]
 
 
+def test_two_pods_write_one_file_and_each_has_its_own_aside(tmp_path: Path) -> None:
+    """Process numbers are equal in containers."""
+    path = tmp_path / "a"
+    with files.whole_file(path) as first:
+        first.write_text("first")
+        with files.whole_file(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second" and first.is_file()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"] and path.read_text() == "first"
+
+
 def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "model"
     with files.whole_folder(path) as aside:

@@ -139,8 +139,19 @@ def test_the_entrypoint_turns_basic_auth_on_and_writes_no_password(tmp_path: Pat
     assert "server --app-name basic-auth --backend-store-uri postgresql+psycopg2:// " in told
     assert "--artifacts-destination s3://b/f" in told and "the-password" not in told
     assert told.endswith("\n600\n")
+    assert "default_permission = EDIT" in told, "a second person adds runs to the experiment that the first one made"
+    assert "\nMLFLOW_DEFAULT_PERMISSION=EDIT\n" in (FOLDER / "server.env.example").read_text("utf-8")
     direct = entrypoint(tmp_path, **ENVIRONMENT, MLFLOW_ARTIFACT_ACCESS="direct").stdout
     assert "--no-serve-artifacts --default-artifact-root s3://b/f" in direct
+
+
+def test_the_variables_of_its_own_service_do_not_reach_the_server(tmp_path: Path) -> None:
+    """Kubernetes gives pods NAME_PORT=tcp://ADDRESS:PORT of every service, here of one that is called mlflow."""
+    assert named("Service", "mlflow")
+    assert named("Deployment", "mlflow")["spec"]["template"]["spec"]["enableServiceLinks"] is False
+    linked = entrypoint(tmp_path, **ENVIRONMENT, MLFLOW_PORT="tcp://203.0.113.7:5000").stdout
+    assert " --port 5000 " in linked and "tcp:" not in linked
+    assert " --port 5001 " in entrypoint(tmp_path, **ENVIRONMENT, MLFLOW_LISTEN_PORT="5001").stdout
 
 
 @pytest.mark.parametrize("missing", sorted(ENVIRONMENT))

@@ -115,6 +115,27 @@ def test_an_image_has_the_same_seed_for_any_batch_size_and_number_of_processes(t
     assert all(others == pictures[0] for others in pictures)
 
 
+def test_runs_that_begin_at_once_share_the_work(tmp_path: Path) -> None:
+    """As trials of a search on several nodes do: what one has made, the other does not make again."""
+    asked = recipe(tmp_path, "prior.num_class_images=8")
+    both = [prior.find(asked), prior.find(asked)]
+    drawn: list[int] = []
+
+    def generate(seeds: list[int]) -> list[Image.Image]:
+        drawn.extend(seeds)
+        if len(drawn) == 4:  # half way, the other does everything that is left
+            other = prior.find(asked).missing
+            prior.make(both[1], asked, generate, lambda count: None)
+            assert set(drawn) >= {seed for _, seed in other}
+        return [Image.new("RGB", (4, 4), (seed % 256, 0, 0)) for seed in seeds]
+
+    ticks: list[int] = []
+    prior.make(both[0], asked, generate, ticks.append)
+    assert sorted(set(drawn)) == sorted(seed for _, seed in both[0].missing)
+    assert len(drawn) == 10, "only what both were drawing is drawn twice"
+    assert sum(ticks) == 8 and not prior.find(asked).missing
+
+
 def test_a_half_written_image_is_not_taken_for_one(tmp_path: Path) -> None:
     asked = recipe(tmp_path, "prior.num_class_images=2")
 

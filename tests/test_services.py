@@ -29,11 +29,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]
         yield found
 
 
-def train(root: Path, server: TrackingServer, *words: str, sweep: bool = False) -> subprocess.Popen[str]:
+def train(root: Path, server: TrackingServer, *words: str, sweep: bool = False,
+          **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "dreambooth.train", *(["-m"] if sweep else []), f"run_root={root}",
          f"tracking.uri={server.url}", *SHORT, *words],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
 
 
 def finished(process: subprocess.Popen[str]) -> str:
@@ -75,6 +77,21 @@ def test_the_server_asks_who_it_is(server: TrackingServer) -> None:
     assert requests.get(f"{server.url}/health", timeout=30).status_code == 200
 
 
+def test_a_second_person_adds_runs_to_the_teams_experiment(server: TrackingServer, runs: Path) -> None:
+    import requests
+
+    login = ("second", "a-password-of-theirs")
+    made = requests.post(f"{server.url}/api/2.0/mlflow/users/create", timeout=30, auth=("admin", server.password),
+                         json=dict(zip(("username", "password"), login, strict=True)))
+    assert made.status_code == 200, made.text
+    told = finished(train(runs, server, "train.seed=11", "train.max_train_steps=1", "evaluate.encoder=none",
+                          "sample.every=null", "tracking.required=true", "tracking.sweep=second",
+                          MLFLOW_TRACKING_USERNAME=login[0], MLFLOW_TRACKING_PASSWORD=login[1]))
+    assert "refuses" not in told
+    [run] = trials(server, "second")
+    assert run.info.status == "FINISHED"
+
+
 def test_trials_are_named_by_what_differs_and_carry_everything(server: TrackingServer, runs: Path) -> None:
     found = trials(server)
     assert {run.info.run_name for run in found} == {
@@ -107,8 +124,10 @@ def test_the_best_is_champion_and_promote_agrees(server: TrackingServer, runs: P
     best = min(trials(server), key=lambda run: run.data.metrics["objective"])
     version = client(server).get_model_version_by_alias("demo-tiny-full", "champion")
     assert version.run_id == best.info.run_id and f"version {version.version} is champion" in told
-    there = {file.path for file in client(server).list_artifacts(best.info.run_id, "model")}
-    assert "model/model_index.json" in there
+    place = version.source.removeprefix(f"{best.info.artifact_uri}/")
+    assert place == "model-20-20"
+    there = {file.path for file in client(server).list_artifacts(best.info.run_id, place)}
+    assert f"{place}/model_index.json" in there
 
 
 def test_a_killed_server_loses_no_metric(server: TrackingServer, runs: Path) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 from dreambooth import shipping, tracking
 from dreambooth.errors import UserError
 from dreambooth.journal import Journal, parcels, read
+from dreambooth.registry import Registry
 from dreambooth.tracking import MlflowTracker, NullTracker, open_tracker
 
 
@@ -289,6 +290,31 @@ def test_a_finished_run_that_is_continued_is_running(tmp_path: Path, uri: str) -
     assert only_run(uri).info.status == "KILLED"
 
 
+@pytest.mark.parametrize("first", ["FINISHED", "KILLED", None])
+@pytest.mark.parametrize("kind", ["mlflow", "none"])
+def test_who_only_looks_at_a_run_does_not_change_how_and_when_it_ended(
+    tmp_path: Path, uri: str, kind: str, first: str | None
+) -> None:
+    def opened(**more: Any) -> Any:
+        return open_tracker(kind, tmp_path / "run", run_root=tmp_path, run_name="r", experiment="e", **more)
+
+    trained = opened()
+    trained.status("RUNNING")
+    trained.close(first)
+    before = [entry for entry, _ in read(trained.path) if "status" in entry]
+    time.sleep(0.01)
+    looks = opened(trains=False)
+    looks.metrics(9, {"subject_similarity": 0.5})
+    looks.close("FAILED")
+    told = [entry for entry, _ in read(trained.path) if "status" in entry]
+    assert told == before if first else [entry["status"] for entry in told] == [
+        *(entry["status"] for entry in before), "FAILED"], "a run that was lost did not say how it ended"
+    if kind == "mlflow":
+        run = only_run(uri)
+        assert (run.info.status, run.info.end_time) == (told[-1]["status"], told[-1]["time"])
+        assert points(uri, "subject_similarity") == [(9, 0.5)]
+
+
 def test_a_refused_entry_does_not_block_the_rest(tmp_path: Path, uri: str) -> None:
     warnings: list[str] = []
     tracker = mlflow_tracker(tmp_path / "run", uri, warnings)
@@ -366,6 +392,15 @@ def test_what_a_dead_server_missed_is_sent_later(tmp_path: Path, uri: str) -> No
     assert only_run(uri).info.status == "FINISHED"
 
 
+def test_a_run_that_no_server_answered_knows_where_it_belongs(tmp_path: Path) -> None:
+    port = closed_port()
+    tracker = mlflow_tracker(tmp_path / "run", f"http://u:s3cret@127.0.0.1:{port}")
+    wait_for(lambda: tracker._shipper._failures > 1)
+    tracker.close("FINISHED")
+    state = json.loads((tmp_path / "run/mlflow.json").read_text())
+    assert (state["uri"], state["run_id"]) == (f"http://127.0.0.1:{port}", None)
+
+
 def test_a_server_that_comes_back_is_told_everything_at_once(tmp_path: Path, uri: str,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
@@ -420,6 +455,45 @@ def test_the_caller_never_calls_mlflow(tmp_path: Path, uri: str, monkeypatch: py
     tracker.image(1, "k", picture(tmp_path))
     tracker.close("FINISHED")
     assert callers == {"mlflow"}
+
+
+@pytest.mark.parametrize("code, text", [(401, "You are not authenticated"), (403, "Permission denied")])
+def test_a_server_that_refuses_the_user_is_not_called_dead(tmp_path: Path, code: int, text: str) -> None:
+    answer = f"HTTP/1.1 {code} X\r\nContent-Length: {len(text)}\r\nConnection: close\r\n\r\n{text}".encode()
+    with listening(answer) as (port, _):
+        warnings: list[str] = []
+        tracker = mlflow_tracker(tmp_path / "run", f"http://127.0.0.1:{port}", warnings)
+        wait_for(lambda: warnings)
+        tracker.close("FINISHED")
+        assert warnings[0].startswith(f"MLflow at http://127.0.0.1:{port} refuses this user (") and text in warnings[0]
+        assert f"repeat the command when http://127.0.0.1:{port} takes this user" in warnings[-1]
+        with pytest.raises(UserError, match=r"refuses this user .*: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING"):
+            mlflow_tracker(tmp_path / "run", f"http://127.0.0.1:{port}", required=True)
+        with pytest.raises(UserError, match=r"refuses this user .*: set MLFLOW_TRACKING_USERNAME"):
+            Registry(f"http://127.0.0.1:{port}").holder("model", "champion")
+
+
+def test_what_a_user_may_not_send_is_kept_and_sent_by_one_who_may(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of somebody else's run with READ: it is there, and refuses every entry."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
+
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException("Permission denied", PERMISSION_DENIED)
+
+    warnings: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", refuse)
+        tracker = mlflow_tracker(tmp_path / "run", uri, warnings)
+        tracker.metrics(1, {"loss": 1.0})
+        wait_for(lambda: tracker._shipper._failures > shipping.TRIES + 1)
+        drop(tracker)
+    assert len(warnings) == 1 and "refuses this user (" in warnings[0]
+    mlflow_tracker(tmp_path / "run", uri).close("FINISHED")
+    assert points(uri, "loss") == [(1, 1.0)]
 
 
 def test_required_and_dead_is_a_user_error(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from dreambooth.rendering import argo, katib, trainjob
 pytestmark = pytest.mark.container  # kubectl is installed where there is none
 
 FOLDER = Path(__file__).parents[1] / "workflows"
+MINE = [word.replace("s3://BUCKET", "s3://mine") for word in workflows.DEFAULT]
 
 
 @pytest.fixture
@@ -62,13 +63,13 @@ def test_the_kubeflow_client_creates_what_is_rendered_and_kubectl_reads_it(
     api: Cluster, what: str, kind: str, render: Any
 ) -> None:
     find_kubectl()
-    told = submit(api, "--what", what, "--name", "mine")
+    told = submit(api, "--what", what, "--name", "mine", *MINE)
     assert told.returncode == 0, told.stderr
-    assert told.stdout == f"{render(workflows.asked())['kind']} mine in dreambooth\n"
+    assert told.stdout == f"{render(workflows.asked(MINE))['kind']} mine in dreambooth\n"
     found = there(api, kind, "mine")
-    assert found["spec"] == render(workflows.asked())["spec"]
+    assert found["spec"] == render(workflows.asked(MINE))["spec"]
     assert found["metadata"]["namespace"] == "dreambooth"
-    again = submit(api, "--what", what, "--name", "mine")
+    again = submit(api, "--what", what, "--name", "mine", *MINE)
     assert (again.returncode, "Traceback" in again.stderr) == (1, False)
     assert "the cluster did not take the" in again.stderr
 
@@ -103,7 +104,7 @@ def test_hera_submits_a_workflow_of_the_template(api: Cluster) -> None:
 @pytest.mark.parametrize("what, said", [
     ("sweep", "set ARGO_SERVER=https://HOST:2746 and ARGO_TOKEN"), ("trainjob", "did not take the TrainJob")])
 def test_without_a_cluster_one_sentence_says_what_is_missing(tmp_path: Path, what: str, said: str) -> None:
-    command = [sys.executable, "-m", "dreambooth.workflows", "submit", "--what", what]
+    command = [sys.executable, "-m", "dreambooth.workflows", "submit", "--what", what, "hardware=cpu"]
     told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env={
         key: value for key, value in os.environ.items() if not key.startswith("ARGO")} | {
             "KUBECONFIG": str(tmp_path / "none")})

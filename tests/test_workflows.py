@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -33,8 +34,8 @@ from dreambooth import config, stage, workflows
 from dreambooth.entrypoint import composed
 from dreambooth.errors import UserError
 from dreambooth.recipe import resolve
-from dreambooth.rendering import components, ending, katib, trainjob
-from dreambooth.rendering.argo import sweep, train
+from dreambooth.rendering import components, ending, katib, pipeline, submitting, trainjob
+from dreambooth.rendering.argo import nightly, sweep, train
 from dreambooth.rendering.asked import TRIAL, Space
 from dreambooth.rendering.files import rendered
 from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
@@ -90,6 +91,8 @@ def test_check_names_the_file_that_was_changed(tmp_path: Path, capfd: pytest.Cap
     (["hardware=g4dn", "precision=bf16"], "type precision=fp16"),
     (["--space", "none", "hardware=cpu"], "there is no search space none"),
     (["hardware=cpu", "train.learning_rate=-1"], "train.learning_rate must be above 0"),
+    (["--space", "tiny"], "--space and --image go with overrides: type them after render, such as hardware=cpu"),
+    (["--image", "mine:1"], "--space and --image go with overrides: type them after render, such as hardware=cpu"),
 ])
 def test_render_says_what_is_wrong_and_writes_nothing(tmp_path: Path, words: list[str], said: str) -> None:
     told = subprocess.run([sys.executable, "-m", "dreambooth.workflows", "render", "--to", str(tmp_path / "w"), *words],
@@ -97,6 +100,23 @@ def test_render_says_what_is_wrong_and_writes_nothing(tmp_path: Path, words: lis
     assert (told.returncode, "Traceback" in told.stderr) == (1, False), told.stderr
     assert said in told.stderr
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["hardware=g5", "dataset=s3", "dataset.instance_dir=s3://BUCKET/photos",
+                                        "dataset.instance_prompt=a zwx dog", "dataset.class_prompt=a dog"]])
+@pytest.mark.parametrize("what", submitting.KINDS)
+def test_a_placeholder_is_not_submitted(
+    what: str, words: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Any] = []
+    monkeypatch.setattr(submitting, "submit", lambda *given: sent.append(given))
+    monkeypatch.setattr("sys.argv", ["workflows", "submit", "--what", what, *words])
+    monkeypatch.setattr("dreambooth.door._codes", [])
+    with pytest.raises(SystemExit) as end:
+        workflows.main()
+    assert (end.value.code, sent) == (1, [])
+    assert capfd.readouterr().err == ("dreambooth: dataset.instance_dir=s3://BUCKET/photos is a placeholder: type the "
+                                      "overrides of your run after submit\n")
 
 
 def test_render_writes_files_of_your_own_overrides(tmp_path: Path) -> None:
@@ -249,11 +269,33 @@ def test_only_what_was_interrupted_or_lost_is_repeated(render: Any, code: int, s
     assert not any(argo.again(part, 5, 5) for part in parts)
 
 
+@pytest.mark.parametrize("render", [train, sweep])
+def test_a_run_that_is_preempted_after_days_is_repeated(render: Any) -> None:
+    days = 3 * 24 * 3600.0
+    parts = [part for part in render(workflows.asked())["spec"]["templates"] if "retryStrategy" in part]
+    assert {argo.again(part, 5, 0, after=days) for part in parts} == {True}
+    strategy = {"limit": "5", "expression": 'lastRetry.status == "Failed"', "backoff": {"maxDuration": "2h"}}
+    assert not argo.again({"retryStrategy": strategy}, 5, 0, after=days)
+    assert argo.again({"retryStrategy": strategy}, 5, 0, after=7000)
+    tasks = pipeline.pipeline(workflows.asked())[0]["components"]["comp-trials"]["dag"]["tasks"]
+    assert float(tasks["train"]["retryPolicy"]["backoffMaxDuration"].removesuffix("s")) > days
+
+
 def test_katib_repeats_lost_pods_and_not_what_would_end_the_same() -> None:
     [experiment] = documents("kubeflow/katib-experiment.yaml")
     ignored, hopeless = experiment["spec"]["trialTemplate"]["trialSpec"]["spec"]["podFailurePolicy"]["rules"]
     assert (ignored["action"], ignored["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
     assert hopeless["onExitCodes"]["values"] == [1, 3, 4, 6]
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_katib_tries_each_point_once(name: str) -> None:
+    """A point that is proposed twice is one run, which the second trial would find locked."""
+    spec = katib.experiment(workflows.asked(space=name))["spec"]
+    points = [one["feasibleSpace"]["list"] for one in spec["parameters"]]
+    assert spec["algorithm"] == {"algorithmName": "grid"}
+    assert spec["maxTrialCount"] == math.prod(map(len, points)), "more are refused, fewer leave some out"
+    assert all(len(set(one)) == len(one) for one in points)
 
 
 def test_a_trials_words_survive_katibs_own_shell(tmp_path: Path) -> None:
@@ -272,6 +314,34 @@ def test_a_trials_words_survive_katibs_own_shell(tmp_path: Path) -> None:
     assert seen[:2] == ["-m", "dreambooth.train"]
     assert {"dataset.instance_prompt=a photo of a zwx dog", TRIAL,
             "train.learning_rate=${trialParameters.learning_rate}"} <= set(seen)
+
+
+def given(part: Any) -> set[tuple[str, str]]:
+    """(ConfigMap or Secret, variable) of everything in a part that takes one by name; "*" stands for all of it."""
+    if isinstance(part, list):
+        return set().union(*map(given, part))
+    if not isinstance(part, dict):
+        return set()
+    found = {(part[kind]["name"], "*") for kind in ("configMapRef", "secretRef") if kind in part}
+    found |= {(source["name"], part["name"]) for source in part.get("valueFrom", {}).values()
+              if isinstance(source, dict) and source.get("optional")}
+    for kind, name in (("secretAsEnv", "secretName"), ("configMapAsEnv", "configMapName")):
+        found |= {(one[name], key["envVar"]) for one in part.get(kind, ()) for key in one["keyToEnv"]
+                  if one["optional"] and key.get("secretKey", key.get("configMapKey")) == key["envVar"]}
+    return found.union(*map(given, part.values()))
+
+
+@pytest.mark.parametrize("name", ["argo/dreambooth-train", "argo/dreambooth-sweep", "kubeflow/trainjob",
+                                  "kubeflow/trainjob-4gpu", "kubeflow/katib-experiment", "kubeflow/pipeline"])
+def test_every_controller_hands_over_the_same_settings_and_credentials(name: str) -> None:
+    text, parts = (FOLDER / f"{name}.yaml").read_text("utf-8"), given(documents(f"{name}.yaml"))
+    wanted = {("dreambooth", key) for key in ("MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION")} | {
+        ("dreambooth-secrets", key) for key in (
+            "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
+            "AWS_SESSION_TOKEN")}
+    assert parts in (wanted, {("dreambooth", "*"), ("dreambooth-secrets", "*")})
+    # Pipelines' pods have an account of its own: a pipeline cannot choose one.
+    assert ("serviceAccountName: dreambooth" in text) == (name != "kubeflow/pipeline")
 
 
 # -- one definition of a search space ------------------------------------------------------------------------------
@@ -340,6 +410,22 @@ def test_a_trial_is_the_run_that_hydras_sweeper_would_make(tmp_path: Path) -> No
     assert len({alone, trial, longer}) == 3
 
 
+def test_every_night_is_a_run_of_its_own_and_what_is_repeated_goes_on() -> None:
+    """Photos in S3 that have changed are refused in the folder of an earlier run."""
+    spec, template = nightly(workflows.asked())["spec"]["workflowSpec"], train(workflows.asked())
+    assert spec["workflowTemplateRef"] == {"name": template["metadata"]["name"]}
+    asked = argo.parameters(spec, "arguments")
+    assert asked.keys() <= argo.parameters(template["spec"], "arguments").keys()
+    words = shlex.split(asked["overrides"]["value"])
+    assert words[:-1] == list(workflows.DEFAULT)
+    folders = {composed([*words, "run_root=/runs", f"tracking.sweep={name}"])[1] for name in ("mon", "tue", "mon")}
+    assert {path.name for path in folders} == {"s3-sd15-full-mon", "s3-sd15-full-tue"}
+    stages = argo.named(template["spec"]["templates"])
+    assert "tracking.sweep={{workflow.name}}" in stages["train"]["container"]["args"]  # the same for a repeated stage
+    assert asked["promote"]["value"] == "replace=true"
+    assert "{{workflow.parameters.promote}}" in stages["promote"]["container"]["args"]
+
+
 # -- every override in every file ----------------------------------------------------------------------------------
 
 def runs() -> Iterator[tuple[str, list[str]]]:
@@ -382,15 +468,24 @@ def test_every_override_composes_and_resolves(words: list[str]) -> None:
     assert recipe.run_dir.parent == Path("/runs")
 
 
+BOTH = [("UNet", ""), ("UNet and text encoder", "")]  # what is planned of sweep=subject: the rest needs the same memory
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name, space", [("g4dn", "subject"), ("g4dn", "lora"), ("g5", "subject"), ("cpu", "tiny")])
-def test_every_run_of_every_machine_fits_by_the_planner(name: str, space: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name, space, planned", [
+    ("g4dn", "subject", BOTH), ("g5", "subject", BOTH), ("cpu", "tiny", [("UNet and text encoder", "")]),
+    ("g4dn", "lora", [("UNet", f"lora of rank {rank}") for rank in (4, 16, 64)])])
+def test_every_run_of_every_machine_fits_by_the_planner(
+    name: str, space: str, planned: list[tuple[str, str]], tmp_path: Path
+) -> None:
     one = workflows.shipped().machines[name]
     trials = Space(space, config.search_space(space)).trials()
     told = run_stage(tmp_path, "validate", "--words", one.typed, "--space", space, "run_root=/runs")
     assert told.returncode == 0, told.stderr
     assert f"{len(trials)} runs, checked and planned" in told.stdout
     assert len(json.loads((tmp_path / "out/trials").read_text("utf-8"))) == len(trials)
+    titles = re.findall(r"^\w+ \d+ px on [^:]*: ([^,]*)(?:,\s+(lora of rank \d+))?", told.stdout, re.M)
+    assert sorted(titles) == sorted(planned), told.stdout
 
 
 @pytest.mark.slow
@@ -421,6 +516,21 @@ def test_validate_says_all_that_is_wrong_before_anything_is_paid_for(tmp_path: P
     assert "the photos are missing" in told.stderr
     assert "precision=bf16 needs a GPU of compute capability 8.0" in told.stderr
     assert not (tmp_path / "out/trials").exists()
+
+
+def test_validate_plans_what_the_search_space_chooses_and_each_size_once(tmp_path: Path) -> None:
+    planned: list[list[str]] = []
+
+    class Supervisor:
+        def run(self, command: list[str], environment: dict[str, str]) -> stage.End:
+            planned.append(command[3:])
+            return stage.End()
+
+    for space, count, told in (("lora", 3, "method.rank"), ("subject", 2, "train.train_text_encoder")):
+        planned.clear()
+        stage._validate(list(workflows.DEFAULT), space, tmp_path, Supervisor())  # type: ignore[arg-type]
+        assert all(f"sweep={space}" in words for words in planned), "another method would be planned"
+        assert len(planned) == count == len({word for words in planned for word in words if word.startswith(told)})
 
 
 @pytest.mark.parametrize("words, said", [

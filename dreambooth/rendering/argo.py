@@ -1,6 +1,7 @@
 """Argo: a run and a sweep as WorkflowTemplates, and a run every night. Stages are `python -m dreambooth.stage`."""
 
 import json
+import shlex
 from typing import Any
 
 from dreambooth.errors import Interrupted
@@ -14,8 +15,11 @@ DAYS = 86400  # seconds
 SIGTERM = 143  # exit code of what was stopped before it could say so
 # A pod that was lost with its node, a run that was stopped and saved. Not: wrong input, too little memory, divergence.
 AGAIN = f'lastRetry.status == "Error" || asInt(lastRetry.exitCode) in [{Interrupted.exit_code}, {SIGTERM}]'
-RETRIES = {"limit": "5", "retryPolicy": "Always", "expression": AGAIN,
-           "backoff": {"duration": "30s", "factor": "2", "maxDuration": "2h"}}
+# No maxDuration: Argo counts it from the start of the first try, so that a run of many hours would never be repeated.
+RETRIES = {"limit": "5", "retryPolicy": "Always", "expression": AGAIN, "backoff": {"duration": "30s", "factor": "2"}}
+# A folder a night, named by the workflow: photos in S3 may have changed, which an earlier run's folder refuses, and a
+# stage that is repeated finds the checkpoints of its own night.
+NIGHT = "hydra.run.dir=${run_root}/${name}-${tracking.sweep}"
 WITH_A_CARD = ("class-images", "train", "evaluate")  # stages that draw or train
 
 
@@ -41,17 +45,18 @@ def sweep(asked: Asked) -> dict[str, Any]:
 
 
 def nightly(asked: Asked) -> dict[str, Any]:
-    """An example: the run, every night, on whatever photos are there then."""
+    """An example: the run, every night, on whatever photos are there then; its model replaces the last champion."""
     return {
         "apiVersion": API, "kind": "CronWorkflow", "metadata": {"name": NIGHTLY},
         "spec": {
             "schedules": ["30 2 * * *"], "timezone": "Etc/UTC", "concurrencyPolicy": "Forbid", "suspend": True,
             "startingDeadlineSeconds": 3600, "successfulJobsHistoryLimit": 3, "failedJobsHistoryLimit": 3,
-            "workflowSpec": {"workflowTemplateRef": {"name": TRAIN}}}}
+            "workflowSpec": {"workflowTemplateRef": {"name": TRAIN}, "arguments": _arguments(
+                overrides=shlex.join([*asked.overrides, NIGHT]), promote="replace=true")}}}
 
 
 def _template(name: str, asked: Asked, templates: list[dict[str, Any]], more: dict[str, str]) -> dict[str, Any]:
-    parameters = {"image": asked.image, "overrides": asked.typed, **more, "evaluate": ""}
+    parameters = {"image": asked.image, "overrides": asked.typed, **more, "evaluate": "", "promote": ""}
     return {
         "apiVersion": API, "kind": "WorkflowTemplate", "metadata": {"name": name},
         "spec": {
@@ -76,7 +81,8 @@ def _stages(asked: Asked, space: str) -> list[dict[str, Any]]:
                {**_values("run", "objective"), **_files("result.json", "contact_sheet.png")}),
         _stage(asked, "evaluate", ["--words", "{{workflow.parameters.evaluate}}", "run={{inputs.parameters.run}}"],
                ["run"], _files("evaluation.json")),
-        _stage(asked, "promote", ["sweep={{workflow.name}}", place], outputs=_files("promoted.json", "compare.html")),
+        _stage(asked, "promote", ["--words", "{{workflow.parameters.promote}}", "sweep={{workflow.name}}", place],
+               outputs=_files("promoted.json", "compare.html")),
         _stage(asked, "ended", ["--status", "{{workflow.status}}", "--failures", "{{workflow.failures}}"]),
     ]
 

@@ -9,7 +9,8 @@ from dreambooth.schema_hardware import Hardware
 
 # A run of a sweep lives where Hydra's own sweeper would put it: swept max_train_steps make a run each.
 TRIAL = "hydra.run.dir=${run_root}/${name}-${identity:sweep}"
-SERVER = "tracking.uri=${oc.env:MLFLOW_TRACKING_URI,null}"  # sqlite in run_root where there is no server
+HERE = "${oc.env:MLFLOW_TRACKING_URI,null}"  # sqlite in run_root where there is no server
+SERVER = f"tracking.uri={HERE}"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from dreambooth.rendering.asked import Asked
 
 NAME = "dreambooth-sweep"
 WORKSPACE = "{{$.workspace_path}}"
-RETRY = {"maxRetryCount": 2, "backoffDuration": "30s", "backoffFactor": 2.0, "backoffMaxDuration": "3600s"}
+# The last is a week, counted from the start of the first try: a run may be lost after many hours. Left out it is 0.
+RETRY = {"maxRetryCount": 2, "backoffDuration": "30s", "backoffFactor": 2.0, "backoffMaxDuration": "604800s"}
 RUN_ID = "{{$.pipeline_job_uuid}}"
 TEXT, LIST, NUMBER = "STRING", "LIST", "NUMBER_DOUBLE"
 LISTED = "Output"  # the list of trials: kfp's local runner fans out over an output of this name only
@@ -28,7 +29,7 @@ STAGES: dict[str, tuple[dict[str, str], dict[str, str], dict[str, str], list[str
               ["--words", "overrides", "--trial", "trial", f"tracking.sweep={RUN_ID}"]),
     "evaluate": ({"evaluate": TEXT, "run": TEXT}, {}, {"measures": "system.Metrics"},
                  ["--words", "evaluate", "run=run"]),
-    "promote": ({}, {}, {"model": "system.Model"}, [f"sweep={RUN_ID}"]),
+    "promote": ({"promote": TEXT}, {}, {"model": "system.Model"}, ["--words", "promote", f"sweep={RUN_ID}"]),
 }
 WITH_A_CARD = ("class-images", "train", "evaluate")
 
@@ -42,11 +43,11 @@ def pipeline(asked: Asked) -> list[dict[str, Any]]:
                 "validate": _task("validate", {"overrides": "overrides", "sweep": "sweep"}),
                 "class-images": _task("class-images", {"overrides": "overrides"}, after=["validate"]),
                 "trials": _fan_out(),
-                "promote": _task("promote", {}, after=["trials"]) | {  # also if some failed
+                "promote": _task("promote", {"promote": "promote"}, after=["trials"]) | {  # also if some failed
                     "triggerPolicy": {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}}}},
             "inputDefinitions": {"parameters": {
                 name: {"parameterType": TEXT, "defaultValue": value, "isOptional": True} for name, value in {
-                    "overrides": asked.typed, "sweep": asked.space.name, "evaluate": ""}.items()}}},
+                    "overrides": asked.typed, "sweep": asked.space.name, "evaluate": "", "promote": ""}.items()}}},
         "components": {**{f"comp-{name}": _component(name) for name in STAGES}, "comp-trials": _trial()},
         "deploymentSpec": {"executors": {f"exec-{name}": {"container": _container(asked, name)} for name in STAGES}}}
     return [spec, {"platforms": {"kubernetes": _platform(asked)}}]
@@ -128,10 +129,10 @@ def _given(name: str) -> str:
 def _platform(asked: Asked) -> dict[str, Any]:
     """Nodes and tolerations, credentials by reference, the size of the workspace."""
     place = pods.placement(asked.hardware)
-    keys = [{"secretKey": key, "envVar": key} for key in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")]
+    keys = [{"secretKey": key, "envVar": key} for key in pods.SECRET_KEYS]
     every = {"secretAsEnv": [{"secretName": pods.SECRETS, "keyToEnv": keys, "optional": True}],
              "configMapAsEnv": [{"configMapName": pods.SETTINGS, "optional": True, "keyToEnv": [
-                 {"configMapKey": "MLFLOW_TRACKING_URI", "envVar": "MLFLOW_TRACKING_URI"}]}]}
+                 {"configMapKey": key, "envVar": key} for key in pods.SETTING_KEYS]}]}
     nodes: dict[str, Any] = {}
     if "nodeSelector" in place:
         nodes["nodeSelector"] = {"labels": place["nodeSelector"]}

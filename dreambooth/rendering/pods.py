@@ -11,6 +11,9 @@ RUNS = "/runs"  # where it is mounted
 WORKSPACE = "/kfp-workspace"  # the same, of a pipeline
 ACCOUNT = "dreambooth"  # ServiceAccount of workflow pods
 SETTINGS, SECRETS = "dreambooth", "dreambooth-secrets"  # ConfigMap and Secret, either of which may be missing
+SETTING_KEYS = ("MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION")
+SECRET_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
+               "AWS_SESSION_TOKEN")
 USER = 1000  # the image's user
 SAVING = 120  # seconds between SIGTERM and SIGKILL, as SageMaker has it
 GPU = "nvidia.com/gpu"
@@ -56,10 +59,8 @@ def environment() -> list[dict[str, Any]]:
 
 def named() -> list[dict[str, Any]]:
     """The same settings and credentials one by one, for what takes no `envFrom`."""
-    sources = {"MLFLOW_TRACKING_URI": ("configMapKeyRef", SETTINGS),
-               "AWS_DEFAULT_REGION": ("configMapKeyRef", SETTINGS),
-               "MLFLOW_TRACKING_USERNAME": ("secretKeyRef", SECRETS),
-               "MLFLOW_TRACKING_PASSWORD": ("secretKeyRef", SECRETS)}
+    sources = dict.fromkeys(SETTING_KEYS, ("configMapKeyRef", SETTINGS)) | dict.fromkeys(
+        SECRET_KEYS, ("secretKeyRef", SECRETS))
     return [{"name": key, "valueFrom": {kind: {"name": name, "key": key, "optional": True}}}
             for key, (kind, name) in sources.items()]
 

@@ -50,8 +50,8 @@ def _job(asked: Asked, name: str, command: list[str], before: list[str], cards: 
 
 
 def _patch(asked: Asked) -> dict[str, Any]:
-    """What the runtime's pod template lacks: nodes, the volume, the user. `node` is what trains."""
-    pod = {**pods.placement(asked.hardware), "securityContext": pods.security(),
+    """What the runtime's pod template lacks: nodes, the volume, the user, the account. `node` is what trains."""
+    pod = {**pods.placement(asked.hardware), "serviceAccountName": pods.ACCOUNT, "securityContext": pods.security(),
            "terminationGracePeriodSeconds": pods.SAVING, "volumes": pods.volumes(),
            "containers": [{"name": "node", "volumeMounts": pods.mounts()}]}
     return {"template": {"spec": {"replicatedJobs": [{"name": "node", "template": {"spec": {"template": {
