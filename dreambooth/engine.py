@@ -16,6 +16,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+from dreambooth import heap
 from dreambooth.choices import Dtype
 from dreambooth.sent import Sent
 
@@ -106,6 +107,8 @@ def accelerated(device: str, dtype: Dtype, tf32: bool = False) -> tuple[Engine, 
     from accelerate import Accelerator
     from accelerate.utils import AutocastKwargs, broadcast_object_list
 
+    if device == "cpu":
+        heap.keep()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     casts = AutocastKwargs()  # read at each use
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=AUTOCAST[dtype], kwargs_handlers=[casts])
