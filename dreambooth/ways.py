@@ -20,6 +20,7 @@ STATE_BYTES = {  # an element of the optimizer's state
     OptimizerKind.adafactor: 2.0,
 }
 KEPT_SHARE = 0.12  # of the activations, with checkpointing: SD 1.5 at 512 px, 0.26 of 2 GiB a row
+LEAST = 0.05  # GiB; what saves less is not worth a line
 AGAIN = 4 / 3  # operations of a step whose forward pass is computed twice
 
 
@@ -35,7 +36,8 @@ class Way:
 
 def ways(recipe: Recipe, prediction: Prediction) -> list[Way]:
     """What is left to do: for pictures where these need most, then for a step, what changes no number first."""
-    return [*_fewer_pictures(recipe, prediction), *_exact(recipe, prediction), *_given_up(recipe, prediction)]
+    found = [*_fewer_pictures(recipe, prediction), *_exact(recipe, prediction), *_given_up(recipe, prediction)]
+    return [way for way in found if way.saves >= LEAST]
 
 
 def named(recipe: Recipe, prediction: Prediction) -> str:
@@ -97,7 +99,7 @@ def _smaller_batch(recipe: Recipe, prediction: Prediction) -> Iterator[Way]:
     if size > 1:
         yield Way("train.train_batch_size=1", activations_gib(prediction) * (1 - 1 / size),
                   _seconds(recipe, prediction, flops=1 / size))
-    if (side := recipe.model.resolution) > 512:
+    if (side := recipe.model.resolution) > 512 and prediction.peak_phase in STEP:
         yield Way("model.resolution=512", activations_gib(prediction) * (1 - (512 / side) ** 2), None)
 
 
