@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dreambooth import files
 from dreambooth.errors import DoesNotFit, UserError
-from dreambooth.levered import Levered
+from dreambooth.levered import Levered, settings
 from dreambooth.step import TrainState
 
 log = logging.getLogger(__name__)
@@ -75,10 +75,10 @@ def intact(path: Path) -> bool:
 
 
 def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.GradScaler) -> None:
-    """Load a checkpoint into `state`.
+    """Load a checkpoint into `state`. Learning rate, betas and the like stay those of `state`'s own run.
 
     Raises:
-        UserError: the checkpoint belongs to another model or is not readable.
+        UserError: the checkpoint belongs to another model or optimizer, or is not readable.
     """
     try:
         numbers = json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -88,15 +88,17 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
         if state.ema is not None:
             _load_weights(load_file(path / "ema.safetensors"), state.ema.average, path)
             state.ema.updates = numbers["ema_updates"]
+        numbers["optimizer"]["param_groups"] = _own_settings(numbers["optimizer"]["param_groups"], state.optimizer)
         state.optimizer.load_state_dict(
             _unflatten(load_file(path / "optimizer.safetensors"), numbers["optimizer"]))
         _laid_out(state.optimizer)
         if isinstance(state.optimizer, Levered):
             state.optimizer.loaded()
+        _go_on(state, numbers["schedule"])
+        if numbers["scaler"]:  # empty: trained without loss scaling, so that its scale begins here
+            scaler.load_state_dict(numbers["scaler"])
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} cannot be resumed here ({error}): type checkpoint.resume=never") from error
-    state.schedule.load_state_dict(numbers["schedule"])
-    scaler.load_state_dict(numbers["scaler"])
     state.step, state.skipped, state.skipped_in_row = (
         numbers[key] for key in ("step", "skipped", "skipped_in_row"))
 
@@ -163,6 +165,25 @@ def _unflatten(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, An
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = tensor
     return {"param_groups": rest["param_groups"], "state": state}
+
+
+def _own_settings(saved: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The saved groups' parameters with the settings that this run was given."""
+    own = [settings(group) for group in optimizer.param_groups]
+    if [group.keys() - {"params"} for group in saved] != [group.keys() for group in own]:
+        raise ValueError("it was trained with another optimizer")
+    return [group | {"params": kept["params"]} for group, kept in zip(own, saved, strict=True)]
+
+
+def _go_on(state: TrainState, saved: dict[str, Any]) -> None:
+    """The schedule at the saved step, from this run's own learning rate."""
+    schedule: Any = state.schedule
+    schedule.load_state_dict(saved | {"base_lrs": schedule.base_lrs})
+    if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # all of diffusers' are
+        schedule._last_lr = [rate * factor(schedule.last_epoch)
+                             for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate in zip(state.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
 
 
 def _laid_out(optimizer: torch.optim.Optimizer) -> None:

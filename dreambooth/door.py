@@ -11,13 +11,10 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from dreambooth import threads
 from dreambooth.errors import DreamBoothError, Interrupted
 from dreambooth.schema import Memory
 
-ENVIRONMENT = {  # for libraries that look before we can tell them; what the user has set wins
-    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are several times slower when anything else wants a core
-    "GOMP_SPINCOUNT": "1000",  # but a short wait is not worth a sleep: a third less time for the demo on idle cores
-}
 ENDS = "DREAMBOOTH_ENDS"  # a folder in which every failed process leaves RANK.json, for who started them
 _taken: dict[str, str] = {}  # key -> value of words that Hydra does not get to see
 _codes: list[int] = []  # of the jobs in this process; a sweep has several
@@ -30,8 +27,8 @@ def attempt(job: Callable[[], float | None], sweep: bool, again: str = "repeat t
     Args:
         again: what to do after Ctrl-C that nobody waited for.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    for name, value in threads.waiting().items():
+        os.environ.setdefault(name, value)  # what the user has set wins
     for category in (FutureWarning, DeprecationWarning):  # what libraries tell each other
         warnings.simplefilter("ignore", category)
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")

@@ -73,6 +73,10 @@ class Engine:
         self._scale = self.scaler.get_scale()
         return self._scale >= before
 
+    def overflowed(self, found: Tensor) -> bool:
+        """Whether `found`, (1,), says so; the host waits for the device, and only with loss scaling."""
+        return self.scaler.is_enabled() and bool(found)
+
     def judge(self, found: Tensor) -> bool:
         """Tell the loss scaler whether gradients that it did not see overflowed. False: the step is to be skipped.
 

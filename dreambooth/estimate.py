@@ -68,11 +68,11 @@ def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estim
     return Estimate(step, seconds, price(recipe.hardware.price_usd_hour), price(recipe.hardware.spot_price_usd_hour))
 
 
-def step_seconds(recipe: Recipe, prediction: Prediction, card: Card) -> float:
-    """One optimizer step. The gradients of several cards are summed in a ring, 2 (n - 1) / n of them over each link;
-    that it overlaps with the backward pass is not counted."""
+def step_seconds(recipe: Recipe, prediction: Prediction, card: Card, flops: float = 1.0) -> float:
+    """One optimizer step, of `flops` times the operations that were counted. The gradients of several cards are summed
+    in a ring, 2 (n - 1) / n of them over each link; that it overlaps with the backward pass is not counted."""
     ring = 2 * (recipe.hardware.gpus - 1) / recipe.hardware.gpus * 4 * prediction.trained / (card.link_gb_s * 1e9)
-    return prediction.step_flops / _rate(recipe, card) + _passes(recipe, prediction, card) + ring + OVERHEAD
+    return flops * prediction.step_flops / _rate(recipe, card) + _passes(recipe, prediction, card) + ring + OVERHEAD
 
 
 def _rate(recipe: Recipe, card: Card) -> float:

@@ -7,25 +7,22 @@ Levers that are on already stay on. Optimizer, precision, clipping and what is t
 named, with what each would save, when nothing fits.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dreambooth.architecture import folder_of, trained_weights
 from dreambooth.cards import fixed_gib
-from dreambooth.choices import Dtype, EmaDevice, OptimizerKind, Weights
+from dreambooth.choices import EmaDevice, Weights
 from dreambooth.errors import DoesNotFit
 from dreambooth.machine import GIB
 from dreambooth.prediction import STEP, Prediction
 from dreambooth.recipe import Recipe
 from dreambooth.schema_memory import Memory
 from dreambooth.vram import predict
+from dreambooth.ways import STATE_BYTES, activations_gib, named
 
 SHARE = 0.95  # of the card that a chosen set may fill
-STATE_BYTES = {  # an element of the optimizer's state
-    OptimizerKind.adamw: 8.0, OptimizerKind.adamw8bit: 2.03, OptimizerKind.paged_adamw8bit: 0.0,
-    OptimizerKind.adafactor: 2.0,
-}
 KEPT = {True: 0.2, False: 1.8}  # GiB of activations a row of 512 px, with and without checkpointing; SD 1.5: 0.26, 2
 KEPT_BY_TWO = {True: 0.08, False: 3.0}  # of SDXL, whose attention is deeper; predicted at 1024 px: 0.08, 3.1
 CHECKPOINTING: dict[str, Any] = {"gradient_checkpointing": True}
@@ -59,10 +56,7 @@ def chosen(recipe: Recipe, rehearse: Callable[[Recipe], Prediction] = predict, p
     Args:
         processes: that train together; None: one on each of hardware.gpus.
     """
-    if processes is not None and processes != recipe.hardware.gpus:
-        hardware = replace(recipe.hardware, gpus=processes)
-        hardware.seal()
-        recipe = replace(recipe, hardware=hardware)
+    recipe = recipe if processes is None else recipe.among(processes)
     limit = recipe.hardware.usable_vram_gib
     if not recipe.memory.auto or recipe.device != "cuda" or limit is None:
         return Choice(recipe, rehearse(recipe), (), "")
@@ -81,7 +75,7 @@ def chosen(recipe: Recipe, rehearse: Callable[[Recipe], Prediction] = predict, p
         needed = card_gib(best.recipe, best.prediction)
         if needed <= room:
             return replace(best, why=_why(best.added, needed, limit))
-        activations[checkpointed] = max(activations[checkpointed], _activations(best.prediction))
+        activations[checkpointed] = max(activations[checkpointed], activations_gib(best.prediction))
     assert best is not None  # the last one is always rehearsed
     needed = card_gib(best.recipe, best.prediction)
     left = f"fills more than {SHARE:.0%} of the card" if needed <= limit else "does not fit"
@@ -121,40 +115,8 @@ def settled(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, float
 def does_not_fit(recipe: Recipe, prediction: Prediction) -> str:
     """One sentence: how much is missing, and what to give up."""
     limit = recipe.hardware.usable_vram_gib or 0.0
-    ways = "; ".join(f"{what} saves about {saved:.1f} GiB" for what, saved in gives(recipe, prediction))
     return (f"this run needs {card_gib(recipe, prediction):.1f} GiB, most of it in {prediction.peak_phase}, and "
-            f"{recipe.hardware.gpu or 'the card'} has {limit:g}: type one of {ways}")
-
-
-def gives(recipe: Recipe, prediction: Prediction) -> Iterator[tuple[str, float]]:
-    """What could be given up, and about how many GiB of the card each saves while it steps."""
-    memory, train, millions = recipe.memory, recipe.train, prediction.trained / GIB
-    state = STATE_BYTES[recipe.optimizer.kind]
-    if recipe.method.low_rank:
-        yield from _smaller_batch(recipe, prediction)
-        return
-    if not memory.offload_optimizer:
-        if recipe.optimizer.kind is OptimizerKind.adamw:
-            yield "optimizer=adamw8bit", millions * (state - STATE_BYTES[OptimizerKind.adamw8bit])
-        yield (f"memory.offload_optimizer=true ({millions * 16:.0f} GiB of host memory, slow)", millions * (state + 2))
-    if memory.weights is Weights.full and recipe.precision.dtype is not Dtype.fp32 and not memory.offload_optimizer:
-        yield "memory.weights=half memory.rounding=stochastic", millions * 2
-    if train.use_ema and memory.ema_device is EmaDevice.same and not memory.offload_optimizer:
-        yield "train.use_ema=false", millions * 4
-    if train.train_text_encoder:
-        frozen = replace(train, train_text_encoder=False)
-        frozen.seal()
-        text = trained_weights(recipe) - trained_weights(replace(recipe, train=frozen))
-        yield "train.train_text_encoder=false", text / GIB * (8 + state)
-    yield from _smaller_batch(recipe, prediction)
-    if memory.weights is Weights.full and not memory.offload_optimizer:
-        yield "method=lora", millions * (6 + state + 4 * (train.use_ema and memory.ema_device is EmaDevice.same))
-
-
-def _smaller_batch(recipe: Recipe, prediction: Prediction) -> Iterator[tuple[str, float]]:
-    size = recipe.train.train_batch_size
-    if size > 1:
-        yield "train.train_batch_size=1", _activations(prediction) * (1 - 1 / size)
+            f"{recipe.hardware.gpu or 'the card'} has {limit:g}: type one of {named(recipe, prediction)}")
 
 
 def _candidates(recipe: Recipe) -> list[dict[str, Any]]:
@@ -164,8 +126,7 @@ def _candidates(recipe: Recipe) -> list[dict[str, Any]]:
         levers = {key: value for key, value in rung.items() if getattr(recipe.memory, key) != value}
         if not recipe.train.use_ema:
             levers.pop("ema_device", None)
-        refused = recipe.train.gradient_accumulation_steps > 1 or recipe.two_passes or recipe.hardware.gpus > 1
-        if levers.get("optimizer_in_backward") and (refused or recipe.memory.offload_optimizer):
+        if levers.get("optimizer_in_backward") and not recipe.may_step_in_backward:
             del levers["optimizer_in_backward"]
         if levers not in found:
             found.append(levers)
@@ -194,12 +155,6 @@ def _kept(recipe: Recipe, checkpointed: bool) -> float:
     two = (folder_of(recipe) / "text_encoder_2").is_dir()
     share = 0.5 if recipe.method.low_rank else 1  # frozen layers keep less
     return share * (KEPT_BY_TWO if two else KEPT)[checkpointed] * rows * (recipe.model.resolution / 512) ** 2
-
-
-def _activations(prediction: Prediction) -> float:
-    """GiB that a forward pass holds when the backward pass begins: so much comes on top of the rest."""
-    usage = prediction.most(*STEP).by_category
-    return usage.get("activations", 0) / GIB
 
 
 def _overrides(levers: dict[str, Any]) -> tuple[str, ...]:

@@ -46,6 +46,9 @@ class MarkedEngine(Engine):
         self.mark("step")
         return super().clip(*args)
 
+    def overflowed(self, found: Tensor) -> bool:
+        return False
+
 
 class MarkedEma(Ema):
     mark: Callable[[str], None]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from dreambooth.choices import Dtype, EmaDevice, LatentCache, OptimizerKind, Weights
+from dreambooth.choices import Dtype, EmaDevice, LatentCache, OptimizerKind
 from dreambooth.recipe import Recipe
 
 
@@ -39,8 +39,7 @@ def _exact(recipe: Recipe) -> Iterator[str]:
         yield "memory.ema_device=cpu"
     if recipe.precision.dtype is not Dtype.fp32 and memory.autocast_cache:
         yield "memory.autocast_cache=false"
-    alone = train.gradient_accumulation_steps == 1 and not memory.offload_optimizer
-    if alone and not memory.optimizer_in_backward:
+    if recipe.may_step_in_backward and not memory.optimizer_in_backward:
         yield "memory.optimizer_in_backward=true"
 
 
@@ -57,7 +56,7 @@ def _concessions(recipe: Recipe) -> Iterator[str]:
         return
     if kind is OptimizerKind.adamw and not memory.offload_optimizer:
         yield "optimizer=adamw8bit"
-    if recipe.device == "cuda" and not memory.offload_optimizer and memory.weights is Weights.full:
+    if recipe.device == "cuda" and not memory.offload_optimizer and recipe.may_offload:
         yield "memory.offload_optimizer=true memory.optimizer_in_backward=false"
     if train.use_ema:
         yield "train.use_ema=false"

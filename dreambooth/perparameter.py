@@ -75,10 +75,10 @@ class PerParameter(Levered):
                 if slot.parameter.grad is not None:
                     measured.note(number, slot)
         norm = measured.norm()
-        taken = engine.judge(measured.found)
-        if taken:
+        if not engine.overflowed(measured.found):
             factor = None if limit is None else torch.clamp(limit / (norm + 1e-6), max=1.0)  # of clip_grad_norm_
             self._take(run, measured, factor, step)
+        taken = engine.judge(measured.found)  # last: the loss scale may grow, and the second pass has the first one's
         self.zero_grad(set_to_none=True)
         return losses, norm, taken
 

@@ -14,6 +14,7 @@ from dreambooth.machine import GIB
 from dreambooth.prediction import STEP, Prediction
 from dreambooth.recipe import Recipe
 from dreambooth.replay import curve
+from dreambooth.ways import ways
 
 CATEGORIES = ("weights", "gradients", "optimizer", "ema", "activations", "temporaries")
 WIDTH = 80  # columns
@@ -45,14 +46,14 @@ class Planned:
         recipe, hardware = self.recipe, self.recipe.hardware
         if _above(self.card, hardware.usable_vram_gib):
             return fitting.does_not_fit(recipe, self.prediction)
-        for what, need, there, ways in (
+        for what, need, there, typed in (
                 ("host memory", host_gib(recipe, self.prediction), hardware.host_ram_gib,
                  "a larger machine of the same card by hardware.instance_type, hardware.host_ram_gib and "
                  "hardware.price_usd_hour"),
                 ("disk", disk_gib(recipe, self.prediction), hardware.disk_gib,
                  "checkpoint.keep=1, or a machine with more by hardware.instance_type and hardware.disk_gib")):
             if _above(need, there):
-                return f"this run needs {need:.1f} GiB of {what} and the machine has {there:g}: type {ways}"
+                return f"this run needs {need:.1f} GiB of {what} and the machine has {there:g}: type {typed}"
         return ""
 
     @property
@@ -77,8 +78,9 @@ def as_json(planned: Planned) -> dict[str, Any]:
                              "reserved_gib": round(usage.reserved / GIB, 3)}
                      for phase, usage in prediction.by_phase.items()},
         "by_category": {kind: round(size / GIB, 3) for kind, size in prediction.peak.by_category.items()},
-        "levers": {"chosen": list(planned.added), "why": planned.why, "could_give_up": {
-            what: round(saved, 2) for what, saved in fitting.gives(recipe, prediction)}},
+        "levers": {"chosen": list(planned.added), "why": planned.why, "could_type": [
+            {"overrides": way.what, "saves_gib": round(way.saves, 2), "seconds_a_step": _rounded(way.seconds),
+             "changes_numbers": not way.exact} for way in ways(recipe, prediction)]},
         "step_flops": prediction.step_flops, "step_seconds": _rounded(time.step_seconds),
         "run_seconds": _rounded(time.run_seconds), "price_usd": _rounded(time.price_usd),
         "spot_price_usd": _rounded(time.spot_price_usd),
@@ -91,9 +93,10 @@ def table(planned: Planned) -> str:
     lines = [_title(recipe), "", *_phases(prediction), "", *_verdict(planned), "", *_cost(planned)]
     if planned.why:
         lines += ["", f"memory=auto: {planned.why}", *(f"  {override}" for override in planned.added)]
-    if recipe.device == "cuda" and (ways := list(fitting.gives(recipe, prediction))):
-        lines += ["", "would save on the card (about, while it steps; each changes the run's numbers)"]
-        lines += [f"  {saved:4.1f} GiB  {what}" for what, saved in ways]
+    if recipe.device == "cuda" and (known := ways(recipe, prediction)):
+        lines += ["", "would save on the card, about; * changes the run's numbers", f"{'GiB':>6}  {'s/step':>6}"]
+        lines += [f"{way.saves:>6.1f}  {_number(way.seconds, '{:+.1f}'):>6} {' ' if way.exact else '*'} {way.what}"
+                  for way in known]
     return "\n".join(fill(line, WIDTH, subsequent_indent="  ") if len(line) > WIDTH else line for line in lines)
 
 

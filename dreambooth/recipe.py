@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth import measures, prompts, rules
-from dreambooth.choices import Device
+from dreambooth.choices import Device, OptimizerKind, Weights
 from dreambooth.errors import ConfigError
 from dreambooth.machine import Machine
 from dreambooth.measures import Evaluate
@@ -98,6 +98,27 @@ class Recipe:
     def two_passes(self) -> bool:
         """Whether photos and class images go through the model one after the other."""
         return self.memory.split_pass or (self.with_prior and self.dataset.buckets)
+
+    def among(self, processes: int) -> "Recipe":
+        """The same run where so many processes train together, whatever hardware.gpus says."""
+        if processes == self.hardware.gpus:
+            return self
+        hardware = replace(self.hardware, gpus=processes)
+        hardware.seal()
+        return replace(self, hardware=hardware)
+
+    @property
+    def may_step_in_backward(self) -> bool:
+        """Whether memory.optimizer_in_backward can be asked for: one process, one pass a step, not compiled."""
+        train, alone = self.train, self.hardware.gpus == 1
+        return (alone and train.gradient_accumulation_steps == 1 and not self.two_passes and not train.compile
+                and not self.memory.offload_optimizer)
+
+    @property
+    def may_offload(self) -> bool:
+        """Whether memory.offload_optimizer can be asked for."""
+        return (self.hardware.gpus == 1 and self.memory.weights is Weights.full and not self.train.channels_last
+                and self.optimizer.kind is not OptimizerKind.paged_adamw8bit)
 
     @property
     def with_prior(self) -> bool:

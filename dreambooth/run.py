@@ -48,7 +48,7 @@ def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = 
         recipe, expected, chosen = engine.share(fitting.settled(recipe, engine.world) if engine.main else None)
         console.table(report.plan(recipe) | ({"memory": chosen} if chosen else {}))
         start = engine.share(resume_point(recipe.run_dir, recipe.checkpoint.resume) if engine.main else None)
-        meter = Meter(engine.device, partial(oom.advice, recipe=recipe), predicted or expected)
+        meter = Meter(engine.device, partial(oom.advice, recipe=recipe.among(engine.world)), predicted or expected)
         setup = assemble(recipe, engine, accelerator, console, meter, stop)
         if start:
             with meter.phase("resume"):

@@ -98,7 +98,7 @@ def class_images_alone(recipe: Recipe, stop: Stop) -> None:
     model.import_libraries()
     engine, _ = accelerated(recipe.device, recipe.precision.dtype, recipe.precision.tf32)
     engine.cache_casts(recipe.memory.autocast_cache)
-    meter = Meter(engine.device, partial(oom.advice, recipe=recipe))
+    meter = Meter(engine.device, partial(oom.advice, recipe=recipe.among(engine.world)))
     with meter.phase("load"):
         pipeline = sampling.build_pipeline(model.load(recipe, engine.device))
     with meter.phase("class_images"):

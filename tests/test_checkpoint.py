@@ -45,6 +45,48 @@ def test_restored_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
 
 
+def test_another_runs_checkpoint_does_not_bring_its_settings(tmp_path: Path) -> None:
+    """checkpoint.resume=PATH with another learning rate: state from there, settings from here."""
+    def made(rate: float, decay: float) -> TrainState:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay)
+        return TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step))
+
+    def step(found: TrainState) -> None:
+        found.model(torch.ones(1, 3)).sum().backward()
+        found.optimizer.step()
+        found.schedule.step()
+        found.step += 1
+
+    first, second = made(1e-2, 0.1), made(1e-4, 0.2)
+    step(first), step(first)
+    checkpoint.restore(save(tmp_path, first), second, second.model, Engine().scaler)
+    [group] = second.optimizer.param_groups
+    assert (group["lr"], group["initial_lr"], group["weight_decay"]) == (1e-4 * 0.25, 1e-4, 0.2)
+    assert second.schedule.get_last_lr() == [1e-4 * 0.25]
+    step(second)
+    assert group["lr"] == 1e-4 * 0.125
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    def made(kind: type[torch.optim.Optimizer]) -> TrainState:
+        model = torch.nn.Linear(3, 2)
+        optimizer = kind(model.parameters(), lr=1e-2)  # type: ignore[call-arg]
+        return TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+
+    path, other = save(tmp_path, made(torch.optim.AdamW)), made(torch.optim.SGD)
+    with pytest.raises(UserError, match=r"another optimizer.*checkpoint\.resume=never"):
+        checkpoint.restore(path, other, other.model, Engine().scaler)
+
+
+def test_a_checkpoint_without_loss_scaling_goes_on_with_it(tmp_path: Path) -> None:
+    path, again = save(tmp_path, train(state(Toy()), 1)), state(Toy())
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    checkpoint.restore(path, again, again.model, scaler)
+    assert (scaler.get_scale(), again.step) == (64.0, 1)
+
+
 def test_a_run_with_channels_innermost_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """The fused kernel would mix up the moments of a weight that lies in memory otherwise than they do."""
     def made() -> TrainState:

@@ -12,9 +12,9 @@ from test_kill import the_run
 from test_recipe import T4, decided
 from torch import Tensor, nn
 
-from dreambooth import door, oom
+from dreambooth import door, oom, rules
 from dreambooth.checkpoint import latest
-from dreambooth.choices import Dtype, EmaDevice, LatentCache, OptimizerKind
+from dreambooth.choices import Dtype, EmaDevice, LatentCache, MethodKind, OptimizerKind, Rounding, Weights
 from dreambooth.data import Latents
 from dreambooth.idle import Idle
 from dreambooth.latents import Keep, digest
@@ -126,6 +126,43 @@ def test_advice_is_what_the_recipe_does_not_use_yet_what_changes_no_number_first
     used = ALL | {"optimizer__kind": OptimizerKind.adafactor}
     assert "memory.offload_optimizer=true" in oom.advice("step", decided(T4, **half, **used))
     assert "optimizer_in_backward=true" not in oom.advice("step", decided(T4, train__gradient_accumulation_steps=2))
+
+
+RUNS: list[dict[str, object]] = [
+    {}, {"dataset__buckets": True}, {"train__compile": True}, {"memory__split_prior": True},
+    {"memory__weights": Weights.half, "memory__rounding": Rounding.stochastic},
+    {"optimizer__kind": OptimizerKind.paged_adamw8bit}, {"train__channels_last": True},
+    {"train__gradient_accumulation_steps": 2}, {"method__kind": MethodKind.lora, "method__name": "lora"},
+]
+
+
+@pytest.mark.parametrize("values", RUNS, ids=str)
+def test_what_is_advised_is_taken_when_it_is_typed(values: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Again and again, until only a larger machine is left."""
+    monkeypatch.setattr(rules, "find_spec", lambda name: True)
+    values = {"precision__dtype": Dtype.fp16} | values
+    seen: list[str] = []
+    while (typed := oom.advice("step", decided(T4, **values))) not in seen:
+        seen.append(typed)
+        if "machine" in typed:
+            return
+        for word in typed.split():
+            key, _, value = word.partition("=")
+            key = "optimizer.kind" if key == "optimizer" else key
+            if key.startswith("memory.ema_device"):
+                values[key.replace(".", "__")] = EmaDevice(value)
+            elif key == "optimizer.kind":
+                values["optimizer__kind"] = OptimizerKind(value)
+            else:
+                values[key.replace(".", "__")] = {"true": True, "false": False}.get(value) if value in (
+                    "true", "false") else int(value)
+    pytest.fail(f"{typed} is advised for ever")
+
+
+def test_several_processes_are_not_told_of_levers_for_one() -> None:
+    asked = decided(T4, precision__dtype=Dtype.fp16)
+    assert "in_backward=true" in oom.advice("step", asked)
+    assert "in_backward=true" not in oom.advice("step", asked.among(2))
 
 
 def test_advice_for_pictures_is_to_make_fewer_at_a_time() -> None:

@@ -177,6 +177,21 @@ def test_under_loss_scaling_a_skipped_step_changes_nothing(lever: str, limit: fl
     assert (other.skipped, other.schedule.last_epoch) == (1, 3)
 
 
+@pytest.mark.parametrize("top", [2.0**126, 2.0**8])
+@pytest.mark.parametrize("lever", LEVERS)
+def test_a_scale_that_grows_between_the_passes_changes_nothing(lever: str, top: float) -> None:
+    """The scale doubles after each good step; from 2**126 on a doubled one would overflow in the second pass."""
+    def engine() -> Engine:
+        scaler = torch.amp.GradScaler("cpu", init_scale=top, growth_interval=1)
+        return Engine(backward=lambda loss: scaler.scale(loss).backward(), scaler=scaler)
+
+    one, other, first, second = state(Memory()), state(LEVERS[lever]), engine(), engine()
+    plain_infos, infos = train(one, engine=first, limit=0.05), train(other, engine=second, limit=0.05)
+    assert [info.skipped for info in infos] == [info.skipped for info in plain_infos]
+    assert first.scaler.state_dict() == second.scaler.state_dict()
+    assert_equal(one, other)
+
+
 # -- split prior pass ---------------------------------------------------------------------------------------------
 
 def gradients(split: bool, weight: float) -> list[Tensor]:

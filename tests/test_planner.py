@@ -36,6 +36,7 @@ from dreambooth.setup import assemble
 from dreambooth.signals import Stop
 from dreambooth.storage_trace import MARK, StorageTrace
 from dreambooth.vram import predict, rehearse
+from dreambooth.ways import named, ways
 
 
 def recipe(name: str = "tiny", **changed: object) -> Recipe:
@@ -363,6 +364,25 @@ def test_auto_does_not_step_in_the_backward_pass_while_gradients_accumulate() ->
     asked = Sized(lambda r: 99.0)
     fitting.chosen(recipe("sd15", train__gradient_accumulation_steps=2, **ROOMY), asked)  # type: ignore[arg-type]
     assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
+
+
+def test_auto_does_not_step_in_the_backward_pass_of_a_compiled_model() -> None:
+    asked = Sized(lambda r: 99.0)
+    fitting.chosen(recipe("sd15", train__compile=True, **ROOMY), asked)  # type: ignore[arg-type]
+    assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
+
+
+def test_what_is_left_to_do_is_said_where_the_run_needs_most() -> None:
+    """Levers that change no number first, with what they cost; of pictures where drawing is what is too large."""
+    asked = recipe("sd15", memory__auto=False, prior__num_class_images=1, sample__every=None)
+    found = ways(asked, predict(asked))
+    assert [way.exact for way in found] == sorted((way.exact for way in found), reverse=True)
+    cost = {way.what: way.seconds for way in found}
+    assert cost["memory.gradient_checkpointing=true"] > 0.1 and cost["memory.ema_device=cpu"] > 0.1  # type: ignore[operator]
+    said = named(asked, predict(asked))
+    assert said.startswith("memory=auto") and said.endswith("hardware=g5")
+    drawing = recipe("sd15", prior__sample_batch_size=32, memory__gradient_checkpointing=True)
+    assert ways(drawing, predict(drawing))[0].what == "prior.sample_batch_size=1"
 
 
 def test_auto_does_not_step_in_the_backward_pass_of_several_processes() -> None:

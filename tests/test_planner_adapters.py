@@ -13,6 +13,7 @@ from dreambooth.choices import BaseWeights, Dtype, MethodKind, Targets
 from dreambooth.machine import GIB
 from dreambooth.prediction import STEP
 from dreambooth.vram import predict, rehearse
+from dreambooth.ways import ways
 
 LORA: dict[str, object] = {"method__kind": MethodKind.lora, "method__name": "lora"}
 DORA: dict[str, object] = {"method__kind": MethodKind.dora, "method__name": "dora", "method__targets": Targets.all}
@@ -52,13 +53,13 @@ def test_sd15_with_an_adapter_is_small_on_a_t4_and_auto_adds_nothing() -> None:
     assert fitting.card_gib(choice.recipe, choice.prediction) < 9.5
     lower = replace(asked, memory=replace(asked.memory, gradient_checkpointing=True))
     assert predict(lower).most(*STEP).reserved / GIB + fixed_gib("T4") < 4
-    assert list(fitting.gives(choice.recipe, choice.prediction)) == []
+    assert all(way.exact for way in ways(choice.recipe, choice.prediction))
 
 
 def test_a_full_run_that_does_not_fit_is_told_of_adapters() -> None:
     asked = recipe("sd15", prior__num_class_images=1, sample__every=None)
-    ways = dict(fitting.gives(asked, predict(asked)))
-    assert ways["method=lora"] > 12
+    found = {way.what: way for way in ways(asked, predict(asked))}
+    assert found["method=lora"].saves > 12 and found["method=lora"].seconds < 0  # type: ignore[operator]
 
 
 def test_four_bits_are_a_quarter_of_sixteen_for_linear_layers() -> None:
