@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
+from safetensors import SafetensorError
 
 from dreambooth import vae
 from dreambooth.components import Components, zero_snr
@@ -64,13 +65,13 @@ def open_pipeline(model: Path | str, device: str, revision: str | None = None, v
     try:
         if other_vae is not None:
             parts["vae"] = vae.on_this_machine(other_vae, dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the VAE {other_vae} that the run was trained with could not be opened ({vae.reason(error)}): "
                         f"put it back, or type base={model} to draw with that model's own") from error
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             model, torch_dtype=dtype, revision=revision, variant=variant, local_files_only=True, **parts)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the model in {model} could not be opened ({vae.reason(error)}): "
                         "train it again, type another run=DIR, or (of an adapter) base=DIR") from error
     if not hasattr(pipeline, "unet"):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from dreambooth.components import half_overflows, says_fixed
 from dreambooth.errors import UserError
@@ -25,7 +26,7 @@ def of_run(recipe: Recipe, dtype: torch.dtype, two_encoders: bool, weights: dict
     if own := recipe.vae_source:
         try:
             return _load(own, dtype, two_encoders, _place(own) | {"local_files_only": recipe.model.offline})
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"the VAE {own} could not be loaded ({reason(error)}): type another model.vae, a folder or "
                             "hub id, or model.vae=null for the base's own") from error
     return _load(recipe.source, dtype, two_encoders, weights | {"subfolder": "vae"})
@@ -35,7 +36,7 @@ def on_this_machine(source: str, dtype: torch.dtype) -> Any:
     """One to draw with, in `dtype`: pipelines of SDXL compute in fp32 where they must.
 
     Raises:
-        OSError, ValueError: it is not here.
+        OSError, ValueError, SafetensorError: it is not here, or broken.
     """
     return _load(source, dtype, False, _place(source) | {"local_files_only": True})
 

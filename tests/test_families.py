@@ -145,7 +145,9 @@ def test_a_base_for_inpainting_or_editing_is_refused_by_every_door(
 
 
 def test_a_vae_that_cannot_be_loaded_is_named_and_not_the_base(base: dict[str, Path], tmp_path: Path) -> None:
-    for vae in (tmp_path / "nowhere", base["sd21"] / "unet"):
+    shutil.copytree(base["sd21"] / "vae", tmp_path / "broken")
+    next((tmp_path / "broken").glob("*.safetensors")).write_text("version https://git-lfs.github.com/spec/v1\n")
+    for vae in (tmp_path / "nowhere", base["sd21"] / "unet", tmp_path / "broken"):
         assert train(tmp_path, *words("sd21", base["sd21"], f"model.vae={vae}"), log=tmp_path / "log") == 1
         text = (tmp_path / "log").read_text()
         assert f"the VAE {vae} could not be loaded" in text and "model.vae=null" in text, text
