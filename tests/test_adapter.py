@@ -294,6 +294,7 @@ def test_merge_is_of_the_export_alone(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_adapters_run_is_promoted_and_opened_from_the_registry(tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
+    from mlflow import MlflowClient
     from mlflow.artifacts import download_artifacts
 
     from dreambooth.packaged import asset
@@ -303,7 +304,9 @@ def test_an_adapters_run_is_promoted_and_opened_from_the_registry(tmp_path: Path
     told = promote("s", tmp_path, Terms())
     server = f"sqlite:///{tmp_path}/mlflow.db"
     pipeline = StableDiffusionPipeline.from_pretrained(asset("package:tiny-sd"))
-    pipeline.load_lora_weights(download_artifacts(told["model_uri"], tracking_uri=server, registry_uri=server))
+    version = MlflowClient(server).get_model_version_by_alias(told["name"], "champion")
+    assert (version.tags["holds"], version.tags["base"]) == ("adapter", "package:tiny-sd")
+    pipeline.load_lora_weights(download_artifacts(version.source, tracking_uri=server, registry_uri=server))
     assert pipeline.get_active_adapters()
 
 

@@ -268,7 +268,8 @@ def test_a_run_that_is_extended_leaves_the_files_of_its_earlier_version(tmp_path
     assert promote("s", tmp_path, Terms())["version"] == 1
     (folder / "model/unet.safetensors").write_bytes(b"after 8 steps")
     result = json.loads((folder / "result.json").read_text())
-    (folder / "result.json").write_text(json.dumps(result | {"step": 8, "exported_step": 8, "objective": 0.1}))
+    (folder / "result.json").write_text(json.dumps(result | {
+        "step": 8, "exported_step": 8, "scores": result["scores"] | {"instance_loss": 0.1}}))
     told = promote("s", tmp_path, Terms())
     assert (told["version"], told["replaced"]) == (2, 1)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
