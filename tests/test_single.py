@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_config import made
 from test_planner import small
 
-from dreambooth import architecture, converting, files, layout, single, sources
+from dreambooth import converting, files, layout, single, sources
 from dreambooth.components import ABLE, half_overflows, zero_snr
 from dreambooth.config import load
 from dreambooth.converting import KNOWN, convert
@@ -30,6 +30,7 @@ from dreambooth.run import execute
 from dreambooth.schema import Config, Model
 from dreambooth.signals import Stop
 from dreambooth.train import converted
+from dreambooth.vae import configuration
 
 LAYOUTS = Path(__file__).with_name("layouts")
 FAMILY = {known: family for family, known in KNOWN.items()}
@@ -472,7 +473,7 @@ def test_only_the_fix_computes_in_half(stem: str, whole: bool, bases: dict[str, 
     folder, facts = vae_folder(bases["sdxl"], file, tmp_path)
     assert half_overflows(facts, two_encoders=True) == whole
     for vae in (file, folder):
-        assert architecture._needs_fp32(str(vae)) == whole
+        assert configuration(str(vae), {})["force_upcast"] == whole
 
 
 def test_a_vae_file_has_the_facts_of_the_base_beside_it(bases: dict[str, Path], tmp_path: Path) -> None:
