@@ -10,8 +10,8 @@
 | alpha | - : `lora_B` holds the scale | `.alpha` = rank: `lora_up` holds the scale |
 
 diffusers 0.42 leaves `dora_scale` out when it reads the kohya layout: a DoRA is read there in diffusers' own. It takes
-both `lora_unet_add_embedding_linear_` for one `add.embedding.linear`, which is no layer: these have the names that kohya's
-trainer gives them.
+both `lora_unet_add_embedding_linear_` for one `add.embedding.linear`, which is no layer: these are named as by kohya's
+trainer.
 """
 
 from collections.abc import Mapping

@@ -9,20 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, make
-from faults import call, train
+from faults import FAST, call, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_config import made
 from test_planner import small
 
 from dreambooth import architecture, converting, files, layout, single, sources
 from dreambooth.components import ABLE, half_overflows, zero_snr
+from dreambooth.config import load
 from dreambooth.converting import KNOWN, convert
 from dreambooth.errors import UserError
 from dreambooth.layout import UNREAD, Family
+from dreambooth.machine import detect
 from dreambooth.opening import blank_parts, open_parts
 from dreambooth.packaged import asset
+from dreambooth.recipe import resolve
 from dreambooth.recognise import Found, opened, recognised
+from dreambooth.run import execute
 from dreambooth.schema import Config, Model
+from dreambooth.signals import Stop
+from dreambooth.train import converted
 
 LAYOUTS = Path(__file__).with_name("layouts")
 FAMILY = {known: family for family, known in KNOWN.items()}
@@ -401,8 +408,25 @@ def test_a_note_of_git_lfs_is_no_weights(part: str, bases: dict[str, Path], tmp_
 
 # -- a run ----------------------------------------------------------------------------------------------------------
 
-def test_the_door_and_a_run_take_a_file(bases: dict[str, Path], tmp_path: Path) -> None:
-    """Trained from a file that was made of the tiny base, a run is the run from its folder."""
+def trained(root: Path, source: str) -> dict[str, torch.Tensor]:
+    """The weights of two steps, in this process. Without class images: their seeds know the base's name."""
+    asked = [*FAST, f"run_root={root}", f"model.source={source}", "dataset.allow_drawings=true",
+             "train.max_train_steps=2", "prior.with_prior_preservation=false", "sample.every=null"]
+    execute(resolve(converted(load(made(*asked))), root / "run", detect()), Stop())
+    return weights(root / "run/model")
+
+
+def test_trained_from_a_file_is_trained_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = asset("package:tiny-sd")
+    monkeypatch.setitem(converting.KNOWN, Family.sd1, tiny)
+    file = convert(tiny, str(tmp_path / "tiny.safetensors"))
+    ours, theirs = trained(tmp_path / "file", str(file)), trained(tmp_path / "folder", "package:tiny-sd")
+    assert same(ours, theirs)
+    base = weights(Path(tiny))
+    assert sum(not ours[name].equal(base[name].float()) for name in base if name in ours) > 100, "nothing was trained"
+
+
+def test_the_door_takes_a_file_and_a_run_of_unknown_shapes_says_what_to_type(tmp_path: Path) -> None:
     tiny = asset("package:tiny-sd")
     assert call("convert", [f"in={tiny}", f"out={tmp_path / 'tiny.safetensors'}", "dtype=fp32"]) == 0
     assert call("convert", [f"in={tmp_path / 'tiny.safetensors'}", f"out={tmp_path / 'tiny'}", f"config={tiny}"]) == 0
