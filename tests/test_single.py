@@ -101,7 +101,7 @@ def test_a_model_that_predicts_the_picture_is_no_such_file(bases: dict[str, Path
     base = shutil.copytree(bases["sd15"], tmp_path / "base")
     path = base / "scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
-    with pytest.raises(UserError, match="this model predicts sample, .*type in=DIR"):
+    with pytest.raises(UserError, match=r"this model predicts sample, .*type in=DIR"):
         convert(str(base), str(tmp_path / "x.safetensors"))
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -324,7 +324,7 @@ def test_what_is_no_model_is_said(names: list[str], words: str, tmp_path: Path) 
 def test_a_model_of_edms_noise_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     file = convert(str(bases["sdxl"]), str(tmp_path / "x.safetensors"))
     save_file({**load_file(file), "edm_vpred.sigma_max": torch.ones(1)}, tmp_path / "cos.safetensors")
-    with pytest.raises(UserError, match="EDM, .*type another file"):
+    with pytest.raises(UserError, match=r"EDM, .*type another file"):
         convert(str(tmp_path / "cos.safetensors"), str(tmp_path / "out"), config=str(bases["sdxl"]))
 
 
