@@ -73,7 +73,8 @@ def only_vae(vae: Any, file: Opened) -> None:
         UserError: it holds no VAE of this shape.
     """
     names = list(vae.state_dict())
-    theirs = {modern(name, names): name for name in file.names}  # in the layout of a folder
+    known = frozenset(names)
+    theirs = {modern(name, known): name for name in file.names}  # in the layout of a folder
     prefix = VAE if any(name.startswith(VAE) for name in file.names) else ""
     state: dict[str, Tensor] = {}
     try:
