@@ -16,8 +16,8 @@ class Card:
     """Peak rates are dense, without sparsity: TFLOP/s in half precision with tensor cores and in fp32; GB/s.
 
     `source` names where such figures are published. Public pages that quote them were read in 2026-11 and agree for the
-    T4, the A100, the L4's fp32 rate and bandwidth and the A10G's bandwidth; of the A10G's rates they have 62.5 to 70 and
-    31 to 35. The L4's rate in half precision was not looked up.
+    T4, the A100, the L4's fp32 rate and bandwidth and the A10G's bandwidth; of the A10G's rates they have 62.5 to 70
+    and 31 to 35. The L4's rate in half precision was not looked up.
     """
 
     name: str
