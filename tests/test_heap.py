@@ -11,8 +11,8 @@ import resource, sys, torch
 from dreambooth import heap
 print(heap.keep() if sys.argv[1] == "kept" else None)
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-def step(): return [torch.ones(2**22) for _ in range(16)]
-step()
+def step(): return [torch.ones(2**24) for _ in range(4)]  # larger than what glibc ever keeps by itself
+for _ in range(8): step()
 before = faults()
 step()
 print(faults() - before)
@@ -31,7 +31,7 @@ def pages(how: str, **environment: str) -> tuple[str, int]:
 def test_freed_memory_is_used_again_without_a_page_fault() -> None:
     said, kept = pages("kept")
     _, mapped = pages("plain")
-    assert said == "True" and kept < mapped / 4 and mapped > 60_000
+    assert said == "True" and kept < mapped / 2 and mapped > 60_000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")

@@ -395,7 +395,7 @@ def test_auto_does_not_step_in_the_backward_pass_of_several_processes() -> None:
 def test_a_finished_run_is_not_planned_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     done = Result(8, 0.5, 1.0, str(tmp_path), "model")
     monkeypatch.setattr(run, "finished", lambda recipe: done)
-    monkeypatch.setattr(run, "tracked", lambda recipe, main: nullcontext())
+    monkeypatch.setattr(run, "tracked", lambda recipe, main, trains: nullcontext())
     monkeypatch.setattr(fitting, "settled", lambda *_: pytest.fail("it was planned"))
     asked = recipe(memory__auto=True, tracking__kind=TrackingKind.none)
     assert run.execute(replace(asked, run_dir=tmp_path), Stop()) is done
