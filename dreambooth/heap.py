@@ -1,8 +1,9 @@
 """Memory of a CPU run that is freed stays the process's own, for the next tensor.
 
-glibc maps a tensor of more than 32 MiB anew and gives it back when it is freed; the kernel then clears each page again. A
-step of Stable Diffusion 1.5 makes and frees gigabytes of gradients and activations: 3.5 of its 19 CPU seconds went there,
-0.1 with this (docs/benchmarks.md). The numbers of a run do not change; its resident memory does not sink between phases.
+glibc maps a tensor of more than 32 MiB anew and gives it back when it is freed; the kernel then clears each page
+again. A step of Stable Diffusion 1.5 makes and frees gigabytes of gradients and activations: 3.5 of its 19 CPU
+seconds went there, 0.1 with this (docs/benchmarks.md). The numbers of a run do not change; its resident memory does
+not sink between phases.
 """
 
 import ctypes
