@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from tools.proof.__main__ import BASE, DEMO, FRESH, RECIPE, ROOT, VIEWS, Arm, Bench, drift
-from tools.proof.report import ADAPTERS, gap, line
+from tools.proof.report import ADAPTERS, HEAD, gap, line
 
 SEEDS = (11, 12)  # of training
 ARMS = (
@@ -25,8 +25,7 @@ By `python -m tools.proof.adapters` on {date}: {recipe} and otherwise the defaul
 subject ({tuned}). Measured from the merged model, with the prompts and
 sampling seeds of the sections above, where every weight trains.
 
-| run | plain | gap closed | scenes | gap closed | class prompt | class drift | training |
-|---|---|---|---|---|---|---|---|
+{head}
 {rows}
 
 | bar | measured | holds |
@@ -51,7 +50,7 @@ def main() -> None:
                 f"{'yes' if found >= least else '**no**'} |")
 
     text = SECTION.format(
-        begin=ADAPTERS[0], end=ADAPTERS[1], date=time.strftime("%Y-%m-%d"), recipe=" ".join(RECIPE),
+        head=HEAD, begin=ADAPTERS[0], end=ADAPTERS[1], date=time.strftime("%Y-%m-%d"), recipe=" ".join(RECIPE),
         tuned=TUNED, share=_share(),
         rows="\n".join(line(name, run, base, reference, drift) for name, some in runs.items() for run in some),
         bars="\n".join(bar(name, of, least) for name in ("LoRA", "DoRA")

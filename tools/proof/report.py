@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 ADAPTERS = "<!-- tools.proof.adapters -->", "<!-- end adapters -->"
 
+HEAD = """| run | plain | gap closed | scenes | gap closed | class prompt | class drift | training |
+|---|---|---|---|---|---|---|---|"""  # above what `line` writes
+
 PAGE = """# Proof
 
 Written by `make proof` on {date}: {versions}, Python {python}, {cores} CPU cores, {minutes} minutes. Nothing here is
@@ -35,8 +38,7 @@ through the VAE: what a perfect UNet could reach. **Class drift** is 1 - cosine 
 
 ## Three training seeds, with and without prior preservation
 
-| run | plain | gap closed | scenes | gap closed | class prompt | class drift | training |
-|---|---|---|---|---|---|---|---|
+{head}
 {rows}
 
 | bar | measured | holds |
@@ -53,8 +55,7 @@ beach, in the snow, on the grass, at night, and the class prompt (4).*
 `memory.weights=half` keeps the trained weights in bf16; nothing is left of most AdamW updates unless they are rounded
 stochastically or compensated (Kahan). One seed each, same settings otherwise.
 
-| run | plain | gap closed | scenes | gap closed | class prompt | class drift | training |
-|---|---|---|---|---|---|---|---|
+{head}
 {half}
 """
 
@@ -88,7 +89,7 @@ def write(path: Path, base: "Measured", reference: float, runs: "Mapping[str, li
             ("training at most 180 s on two cores", f"{slowest:.0f} s", slowest <= 180)]
     _, begin, rest = path.read_text("utf-8").partition(ADAPTERS[0])
     path.write_text(PAGE.format(
-        **facts, cores=os.cpu_count(), base_plain=base.plain, base_scenes=base.scenes, base_class=base.class_similarity,
+        head=HEAD, **facts, cores=os.cpu_count(), base_plain=base.plain, base_scenes=base.scenes, base_class=base.class_similarity,
         reference=reference, sheet=f"images/{sheet.name}", rows="\n".join(lines[main[0]] + lines[main[1]]),
         bars="\n".join(f"| {what} | {value} | {'yes' if holds else '**no**'} |" for what, value, holds in bars),
         half="\n".join(line for name, some in lines.items() if name not in main for line in some))
