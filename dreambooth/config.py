@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -34,10 +34,29 @@ UNCHANGED = {"ema_every": 1, "weights": "full", "rounding": None}  # levers that
 UNSEEN = ("offline", "objective", "promote", "max_class_similarity")  # of evaluate: they choose no weights
 
 
+Asked = TypeVar("Asked")
+
+
 def conf_dir() -> Path:
     """conf/ inside the package once installed, beside it in a checkout."""
     packaged = Path(__file__).with_name("conf")
     return packaged if packaged.is_dir() else Path(__file__).parents[1] / "conf"
+
+
+def asked(cfg: Any, kind: type[Asked]) -> Asked:
+    """What a door that composes no run was asked for, checked.
+
+    Raises:
+        UserError: a value is of the wrong kind, or breaks a rule of its field.
+    """
+    try:
+        found = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    assert isinstance(found, kind)
+    return found
 
 
 def load(cfg: DictConfig) -> Config:

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth import door
-from dreambooth.config import conf_dir
+from dreambooth.config import asked, conf_dir
 from dreambooth.errors import UserError
 from dreambooth.section import Section, require
 
@@ -53,10 +53,10 @@ def read(cfg: DictConfig) -> Convert:
     """
     words = {("source" if key == "in" else str(key)): value for key, value in cfg.items()}
     try:
-        ask: Convert = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Convert), words))  # type: ignore[assignment]
-    except (ValueError, OmegaConfBaseException) as error:
+        merged = OmegaConf.merge(OmegaConf.structured(Convert), words)
+    except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0]) from error
-    return ask
+    return asked(merged, Convert)
 
 
 def _job(ask: Convert) -> None:

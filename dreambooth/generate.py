@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dreambooth import door
-from dreambooth.config import conf_dir
-from dreambooth.errors import UserError
+from dreambooth.config import asked, conf_dir
 from dreambooth.schema_generate import Generate
 
 ConfigStore.instance().store(name="generate_schema", node=Generate, provider="dreambooth")
@@ -21,10 +20,7 @@ def generate(cfg: DictConfig) -> None:
 
 
 def _job(cfg: DictConfig) -> None:
-    try:
-        ask: Generate = OmegaConf.to_object(cfg)  # type: ignore[assignment]
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    ask = asked(cfg, Generate)
     from dreambooth import remote
     from dreambooth.draw import draw
     from dreambooth.model import import_libraries

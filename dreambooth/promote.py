@@ -5,10 +5,10 @@ from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dreambooth import door
-from dreambooth.config import conf_dir
+from dreambooth.config import asked, conf_dir
 from dreambooth.errors import UserError
 from dreambooth.section import Section, finite, require
 
@@ -42,10 +42,7 @@ def promote(cfg: DictConfig) -> None:
 
 
 def _job(cfg: DictConfig) -> None:
-    try:
-        ask: Promote = OmegaConf.to_object(cfg)  # type: ignore[assignment]
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    ask = asked(cfg, Promote)
     sweep = door.given("sweep") or ask.sweep
     if sweep is None:
         raise UserError("the sweep is missing: type sweep=ID, the tag that its runs have in MLflow")
