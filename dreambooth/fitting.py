@@ -18,7 +18,6 @@ from dreambooth.errors import DoesNotFit
 from dreambooth.machine import GIB
 from dreambooth.prediction import STEP, Prediction
 from dreambooth.recipe import Recipe
-from dreambooth.schema_memory import Memory
 from dreambooth.vram import predict
 from dreambooth.ways import STATE_BYTES, activations_gib, named
 
@@ -66,7 +65,7 @@ def chosen(recipe: Recipe, rehearse: Callable[[Recipe], Prediction] = predict, p
     best: Choice | None = None
     candidates = _candidates(recipe)
     for levers in candidates:
-        candidate = replace(recipe, memory=_sealed(replace(recipe.memory, **levers)))
+        candidate = replace(recipe, memory=recipe.memory.changed(**levers))
         checkpointed = candidate.memory.gradient_checkpointing
         last = levers == candidates[-1]
         if not last and _floor(candidate, trained, activations[checkpointed]) > room:
@@ -88,9 +87,7 @@ def _drawing(choice: Choice, room: float, rehearse: Callable[[Recipe], Predictio
     step = choice.prediction.most(*STEP).reserved / GIB + fixed_gib(recipe.hardware.gpu)
     if step > room or card_gib(recipe, choice.prediction) <= room or recipe.prior.sample_batch_size == 1:
         return choice
-    prior = replace(recipe.prior, sample_batch_size=1)
-    prior.seal()
-    slower = replace(recipe, prior=prior)
+    slower = replace(recipe, prior=recipe.prior.changed(sample_batch_size=1))
     return Choice(slower, rehearse(slower), (*choice.added, "prior.sample_batch_size=1"), "")
 
 
@@ -131,11 +128,6 @@ def _candidates(recipe: Recipe) -> list[dict[str, Any]]:
         if levers not in found:
             found.append(levers)
     return found
-
-
-def _sealed(memory: Memory) -> Memory:
-    memory.seal()
-    return memory
 
 
 def _floor(candidate: Recipe, trained: int, activations: float) -> float:

@@ -101,11 +101,7 @@ class Recipe:
 
     def among(self, processes: int) -> "Recipe":
         """The same run where so many processes train together, whatever hardware.gpus says."""
-        if processes == self.hardware.gpus:
-            return self
-        hardware = replace(self.hardware, gpus=processes)
-        hardware.seal()
-        return replace(self, hardware=hardware)
+        return replace(self, hardware=self.hardware.changed(gpus=processes))
 
     @property
     def may_step_in_backward(self) -> bool:
@@ -133,9 +129,7 @@ class Recipe:
         if not self.dataset.concepts:
             return self
         own = {item.name: getattr(subject, item.name) for item in fields(subject) if item.name != "repeats"}
-        dataset = replace(self.dataset, concepts=[], **own)
-        dataset.seal()
-        return replace(self, dataset=dataset, **_folders(subject))  # type: ignore[arg-type]
+        return replace(self, dataset=self.dataset.changed(concepts=[], **own), **_folders(subject))  # type: ignore[arg-type]
 
     def headline(self) -> dict[str, str]:
         """The settings that runs are told apart by: the usual few and whatever was typed. MLflow writes every parameter

@@ -1,7 +1,8 @@
 """What every config group has: values that can be sealed, and rules that name the key they are about."""
 
 import math
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
+from typing import Any, Self
 
 
 class Section:
@@ -9,6 +10,12 @@ class Section:
 
     def seal(self) -> None:
         object.__setattr__(self, "_sealed", True)
+
+    def changed(self, **values: Any) -> Self:
+        """A sealed copy with other values."""
+        made = replace(self, **values)  # type: ignore[type-var]
+        made.seal()
+        return made
 
     def __setattr__(self, name: str, value: object) -> None:
         if "_sealed" in self.__dict__:

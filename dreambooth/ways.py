@@ -5,7 +5,6 @@ Counted from a prediction and not rehearsed, so that every figure is about right
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from dreambooth.architecture import trained_weights
 from dreambooth.cards import Card, card_of, fixed_gib
@@ -60,7 +59,7 @@ def _exact(recipe: Recipe, prediction: Prediction) -> Iterator[Way]:
         cost = _seconds(recipe, prediction, flops=2.0 if known_first else 1.0)
         yield Way("memory.optimizer_in_backward=true", trained, cost, exact=True)
     if recipe.train.use_ema and memory.ema_device is EmaDevice.same and not memory.offload_optimizer:
-        away = replace(recipe, memory=_changed(memory, ema_device=EmaDevice.cpu))
+        away = replace(recipe, memory=memory.changed(ema_device=EmaDevice.cpu))
         yield Way("memory.ema_device=cpu", trained, _seconds(recipe, prediction, away), exact=True)
 
 
@@ -72,20 +71,20 @@ def _given_up(recipe: Recipe, prediction: Prediction) -> Iterator[Way]:
         return
     if not memory.offload_optimizer:
         if recipe.optimizer.kind is OptimizerKind.adamw:
-            eight = replace(recipe, optimizer=_changed(recipe.optimizer, kind=OptimizerKind.adamw8bit))
+            eight = replace(recipe, optimizer=recipe.optimizer.changed(kind=OptimizerKind.adamw8bit))
             yield Way("optimizer=adamw8bit", millions * (state - STATE_BYTES[OptimizerKind.adamw8bit]),
                       _seconds(recipe, prediction, eight))
         if recipe.may_offload:
-            on_host = replace(recipe, memory=_changed(memory, offload_optimizer=True, optimizer_in_backward=False))
+            on_host = replace(recipe, memory=memory.changed(offload_optimizer=True, optimizer_in_backward=False))
             yield Way("memory.offload_optimizer=true" + " memory.optimizer_in_backward=false" *
                       memory.optimizer_in_backward, millions * (state + 2), _seconds(recipe, prediction, on_host))
     if memory.weights is Weights.full and recipe.precision.dtype is not Dtype.fp32 and not memory.offload_optimizer:
         yield Way("memory.weights=half memory.rounding=stochastic", millions * 2, None)
     if train.use_ema and memory.ema_device is EmaDevice.same and not memory.offload_optimizer:
-        none = replace(recipe, train=_changed(train, use_ema=False))
+        none = replace(recipe, train=train.changed(use_ema=False))
         yield Way("train.use_ema=false", millions * 4, _seconds(recipe, prediction, none))
     if train.train_text_encoder:
-        frozen = replace(recipe, train=_changed(train, train_text_encoder=False))
+        frozen = replace(recipe, train=train.changed(train_text_encoder=False))
         text = trained_weights(recipe) - trained_weights(frozen)
         yield Way("train.train_text_encoder=false", text / GIB * (8 + state), None)
     yield from _smaller_batch(recipe, prediction)
@@ -129,9 +128,3 @@ def _seconds(recipe: Recipe, prediction: Prediction, changed: Recipe | None = No
     if card is None:
         return None
     return step_seconds(changed or recipe, prediction, card, flops) - step_seconds(recipe, prediction, card)
-
-
-def _changed(section: Any, **values: Any) -> Any:
-    made = replace(section, **values)
-    made.seal()
-    return made
