@@ -95,8 +95,8 @@ def table(planned: Planned) -> str:
     if planned.why:
         lines += ["", f"memory=auto: {planned.why}", *(f"  {override}" for override in planned.added)]
     if recipe.device == "cuda" and (known := ways(recipe, prediction)):
-        lines += ["", "would save on the card, about; * changes the run's numbers", f"{'GiB':>6}  {'s/step':>6}"]
-        lines += [f"{way.saves:>6.1f}  {_number(way.seconds, '{:+.1f}'):>6} {' ' if way.exact else '*'} {way.what}"
+        lines += ["", "would save on the card, about; * changes the run's numbers", f"{'GiB':>5} {'s/step':>6}"]
+        lines += [f"{way.saves:>5.1f} {_number(way.seconds, '{:+z.1f}'):>6} {' ' if way.exact else '*'} {way.what}"
                   for way in known]
     return "\n".join(fill(line, WIDTH, subsequent_indent="  ") if len(line) > WIDTH else line for line in lines)
 
