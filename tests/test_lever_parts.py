@@ -12,10 +12,12 @@ from test_kill import the_run
 from test_recipe import T4, decided
 from torch import Tensor, nn
 
-from dreambooth import door, oom, rules
+from dreambooth import door, oom, rules, setup
 from dreambooth.checkpoint import latest
 from dreambooth.choices import Dtype, EmaDevice, LatentCache, MethodKind, OptimizerKind, Rounding, Weights
 from dreambooth.data import Latents
+from dreambooth.engine import Engine
+from dreambooth.errors import UserError
 from dreambooth.idle import Idle
 from dreambooth.latents import Keep, digest
 from dreambooth.meter import Meter
@@ -157,6 +159,15 @@ def test_what_is_advised_is_taken_when_it_is_typed(values: dict[str, object], mo
                 values[key.replace(".", "__")] = {"true": True, "false": False}.get(value) if value in (
                     "true", "false") else int(value)
     pytest.fail(f"{typed} is advised for ever")
+
+
+def test_a_machine_of_four_cards_is_not_paid_for_one() -> None:
+    asked = decided(T4, hardware__gpus=4, memory__auto=False)
+    card = torch.device("cuda")
+    with pytest.raises(UserError, match=r"nproc-per-node=4 .* or hardware\.gpus=1"):
+        setup._check_processes(asked, Engine(device=card))
+    setup._check_processes(asked, Engine(device=card, world=8, local_world=4))
+    setup._check_processes(asked, Engine())
 
 
 def test_several_processes_are_not_told_of_levers_for_one() -> None:
