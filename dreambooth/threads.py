@@ -1,7 +1,7 @@
 """How OpenMP's threads wait on a CPU: libgomp reads it from the environment when torch is imported.
 
 A thread that spins is at work at once, and takes its core from whoever else wants it: beside a busy neighbour, threads
-that spin long train at a third of their speed (docs/benchmarks.md). So they spin long only where nobody else is.
+that spin long train at a quarter of their speed (docs/benchmarks.md). So they spin long only where nobody else is.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 STAT = Path("/proc/stat")  # of the machine, also in a container
 BUSY = 0.2  # cores: more than this share of them, used by others, is a neighbour
 SHORTEST = 0.2  # seconds of watching; in less the kernel's clock of 10 ms says nothing
-LONG, SHORT = "10000", "1000"  # turns of libgomp's loop
+LONG, SHORT = "300000", "1000"  # turns of libgomp's loop; the long one is its own default
 
 
 @dataclass(frozen=True)
