@@ -1,5 +1,6 @@
 """Hyperparameters, channels and the machine become the overrides of one run: the blog's names, strictly read."""
 
+import errno
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -274,6 +275,31 @@ def test_a_folder_without_class_images_is_told_and_they_are_made(tmp_path: Path)
     request = asked(BLOG, places=Places(tmp_path))
     assert "dataset.class_dir" not in request.overrides
     assert [notice for notice in request.notices if "holds no class image" in notice]
+
+
+def test_class_images_in_s3_are_used() -> None:
+    request = asked(BLOG | {"class_data_dir": '"s3://bucket/class"'})
+    assert request.overrides["dataset.class_dir"] == "'s3://bucket/class'"
+    assert not [notice for notice in request.notices if "class image" in notice]
+
+
+def test_class_images_that_are_there_and_cannot_be_read_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = Places(tmp_path)
+    places.data.mkdir(parents=True)
+    (places.data / "class_images").write_text("a file", "utf-8")
+    with pytest.raises(UserError, match="class_images is a file, not a folder"):
+        asked(BLOG, places=places)
+    (places.data / "class_images").unlink()
+    (places.data / "class_images").mkdir()
+
+    def stale(folder: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "iterdir", stale)
+    with pytest.raises(UserError, match="class_images cannot be read"):
+        asked(BLOG, places=places)
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:

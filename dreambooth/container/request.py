@@ -15,6 +15,7 @@ from dreambooth.container.places import Places
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.files import whole_folder
 from dreambooth.photos import list_photos
+from dreambooth.schema_storage import is_remote
 
 CHANNELS = {  # of the job -> the key that its folder becomes
     "images": "dataset.instance_dir", "training": "dataset.instance_dir", "train": "dataset.instance_dir",
@@ -144,11 +145,19 @@ def _idle(blog: aliases.Blog, explicit: Mapping[str, str], request: Request) -> 
 
 def _settle_class_images(paths: dict[str, str], places: Places, request: Request) -> None:
     """The blog's folder is where class images are kept, and may hold none yet. What lies under the job's input is
-    read-only, perhaps a stream: a copy is used."""
+    read-only, perhaps a stream: a copy is used. What lies in S3 is fetched as any folder there.
+
+    Raises:
+        UserError: something is there that is no folder, or cannot be read.
+    """
+    if is_remote(paths["dataset.class_dir"]):
+        return
     folder = Path(paths["dataset.class_dir"])
     try:
         count = len(list_photos(folder))
-    except UserError:
+    except UserError as error:
+        if error.__cause__ or folder.is_file():
+            raise
         del paths["dataset.class_dir"]
         request.notices.append(f"{folder} holds no class image: all are made, and kept beside the checkpoints")
         return
