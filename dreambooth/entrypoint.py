@@ -27,8 +27,10 @@ from dreambooth.container.places import Places
 from dreambooth.container.publish import publish
 from dreambooth.container.supervise import End, Supervisor
 from dreambooth.errors import DreamBoothError, UserError
+from dreambooth.packaged import asset
 from dreambooth.photos import list_photos
-from dreambooth.schema import Config
+from dreambooth.schema import Config, Storage
+from dreambooth.schema_storage import is_remote
 
 ENFORCED = {"hydra/launcher": "basic", "hydra.mode": "RUN"}  # an experiment may not make a job start jobs
 
@@ -107,10 +109,24 @@ def composed(words: list[str]) -> tuple[Config, Path]:
 
 
 def _steps(config: Config, world: int) -> int:
-    """save_steps passes over the photos, in steps."""
+    """save_steps passes over the photos, in steps.
+
+    Raises:
+        DreamBoothError: there are no photos, or they cannot be had.
+    """
     train, every = config.train, config.checkpoint.every or 1
-    photos = sum(one.repeats * len(list_photos(Path(one.instance_dir or ""))) for one in config.dataset.subjects)
+    photos = sum(one.repeats * len(list_photos(_photos(one.instance_dir, config.storage)))
+                 for one in config.dataset.subjects if one.instance_dir)  # one without is told when the run is made
     return max(1, every * photos // (train.train_batch_size * train.gradient_accumulation_steps * world))
+
+
+def _photos(folder: str, spec: Storage) -> Path:
+    """The folder on this disk. From S3 it comes to where the run looks for it, which does not fetch it again."""
+    if not is_remote(folder):
+        return Path(asset(folder))
+    from dreambooth import storage
+
+    return storage.download(folder, Path(spec.cache).absolute(), parallel=spec.parallel)
 
 
 def _typed(words: list[str]) -> dict[str, str]:

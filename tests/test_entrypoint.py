@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from jobs import SHORT, failure, lay_out, steps, weights
+from jobs import ASSETS, SHORT, failure, lay_out, steps, weights
+from s3_server import plain, serving
 from test_container import BLOG
 
 from dreambooth.container.supervise import PASSED_ON, End, Supervisor, _deliver
 from dreambooth.errors import Interrupted
 
+PHOTOS = sorted((ASSETS / "demo").glob("*.png"))
 SLEEPY = "import time; print('up', flush=True); time.sleep(60)"
 
 
@@ -68,11 +71,23 @@ def test_a_wrong_hyperparameter_ends_before_anything_is_loaded(tmp_path: Path) -
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_epochs_are_counted_in_steps(tmp_path: Path) -> None:
-    """Five photos, one a step: every second pass is every tenth step."""
-    lay_out(tmp_path, BLOG | {"save_use_epochs": "true", "save_steps": "2"})
-    _, told = ended(start(tmp_path))
-    assert " checkpoint.every=10 " in told
+@pytest.mark.parametrize("asked, photos", [
+    ({}, len(PHOTOS)), ({"dataset": "demo", "dataset.allow_drawings": "true"}, len(PHOTOS)),
+    ({"instance_data_dir": "s3://bucket/photos"}, 3)], ids=["folder", "demo", "S3"])
+def test_epochs_are_counted_in_steps(asked: dict[str, str], photos: int, tmp_path: Path) -> None:
+    """One photo a step: every second pass. It ends for want of a GPU, which is looked for after all that is wrong."""
+    with serving():
+        plain().create_bucket(Bucket="bucket")
+        for photo in PHOTOS[:3]:
+            plain().upload_file(str(photo), "bucket", f"photos/{photo.name}")
+        lay_out(tmp_path, BLOG | {"save_use_epochs": "true", "save_steps": "2", **asked})
+        if "instance_data_dir" in asked:
+            (tmp_path / "input/config/inputdataconfig.json").write_text("{}", "utf-8")
+            shutil.rmtree(tmp_path / "input/data")
+        code, told = ended(start(tmp_path))
+    assert f" checkpoint.every={2 * photos} " in told, told
+    assert (code, failure(tmp_path)) == (1, "hardware=g4dn needs a CUDA GPU and this machine has none: type "
+                                            "hardware=cpu")
 
 
 # -- the process that stands between ---------------------------------------------------------------------------------
@@ -136,10 +151,12 @@ def test_the_sentence_of_the_process_that_meant_it_is_kept(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_the_blogs_job_trains_with_three_overrides(tmp_path: Path) -> None:
     lay_out(tmp_path, BLOG | {"manul_upload_model_path": "", "hardware": "cpu", "model": "tiny",
-                              "train.max_train_steps": "2"})
+                              "save_use_epochs": "true", "save_steps": "1", "train.max_train_steps": "7"})
     code, told = ended(start(tmp_path))
     assert code == 0, told
-    assert json.loads((tmp_path / "model/result.json").read_text("utf-8"))["step"] == 2
+    assert json.loads((tmp_path / "model/result.json").read_text("utf-8"))["step"] == 7
+    saved = {path.name for path in tmp_path.glob("checkpoints/*/checkpoints/step-*")}
+    assert saved == {f"step-{step:06d}" for step in (len(PHOTOS), 7)}
     assert (tmp_path / "model/contact_sheet.png").is_file()
     assert (tmp_path / "model/model/model_index.json").is_file()
     assert [path.name for path in (tmp_path / "checkpoints").glob("aws-trained-dreambooth-model-*")]
