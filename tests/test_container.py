@@ -17,7 +17,7 @@ from dreambooth import entrypoint, manifest
 from dreambooth.config import load
 from dreambooth.container import aliases, cluster, values
 from dreambooth.container.places import Places
-from dreambooth.container.publish import publish
+from dreambooth.container.publish import BESIDE, publish
 from dreambooth.container.request import Request, understand
 from dreambooth.errors import ConfigError, DoesNotFit, UserError
 
@@ -356,3 +356,15 @@ def test_a_run_is_published_whole_and_its_result_last(tmp_path: Path, monkeypatc
     with pytest.raises(DoesNotFit, match=r"kept in .*run"):
         publish(run, target)
     assert not (target / "result.json").exists()
+
+
+def test_what_tells_of_an_earlier_run_is_not_left_beside_another_model(tmp_path: Path) -> None:
+    evaluated, other, target = tmp_path / "evaluated", tmp_path / "other", tmp_path / "model"
+    for run in (evaluated, other):
+        (run / "model").mkdir(parents=True)
+        for name in ("model/model_index.json", "result.json", *(BESIDE if run == evaluated else ())):
+            (run / name).write_text(run.name, "utf-8")
+        publish(run, target)
+    told = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    assert told == {"model/model_index.json", f"model/{manifest.NAME}", "result.json"}
+    assert (target / "result.json").read_text("utf-8") == "other"
