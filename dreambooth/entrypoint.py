@@ -73,7 +73,9 @@ def _job(places: Places, words: list[str], supervisor: Supervisor) -> End:
     publish(run_dir, places.model)
     if request.upload:
         place = f"{request.upload.rstrip('/')}/{run_dir.name}"
-        return supervisor.run([sys.executable, "-m", "dreambooth.storage", "upload", str(places.model), place], {})
+        return supervisor.run([sys.executable, "-m", "dreambooth.storage", "upload", str(places.model), place], {},
+                              stopped=f"stopped after the last step, the model is in {places.model}; start it again to "
+                                      f"send it to {place}")
     return end
 
 

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -17,6 +19,9 @@ from jobs import ASSETS, SHORT, failure, lay_out, steps, weights
 from s3_server import plain, serving
 from test_container import BLOG
 
+from dreambooth import entrypoint
+from dreambooth.container.cluster import Cluster
+from dreambooth.container.places import Places
 from dreambooth.container.supervise import PASSED_ON, End, Supervisor, _deliver
 from dreambooth.errors import Interrupted
 
@@ -144,6 +149,56 @@ def test_the_sentence_of_the_process_that_meant_it_is_kept(tmp_path: Path) -> No
         end = {"rank": rank, "code": 1 + rank, "sentence": f"rank {rank}", "meant": meant}
         (tmp_path / f"{rank}.json").write_text(json.dumps(end), encoding="utf-8")
     assert Supervisor()._end(1, tmp_path) == End(2, "rank 1")
+
+
+def test_a_killed_process_of_a_launcher_is_told_of_and_not_what_it_did_to_the_others(tmp_path: Path) -> None:
+    """Rank 1 runs out of memory; rank 0 is ended by the launcher, and says that it saved."""
+    (tmp_path / "worker.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "folder = pathlib.Path(os.environ['DREAMBOOTH_ENDS'])\n"
+        "def say(*_):\n"
+        "    text = '{\"rank\": 0, \"code\": 5, \"sentence\": \"saved\", \"meant\": true}'\n"
+        "    (folder / '0.json').write_text(text); os._exit(5)\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    signal.signal(signal.SIGTERM, say); (folder / 'ready').touch(); time.sleep(60)\n"
+        "while not (folder / 'ready').exists(): time.sleep(0.02)\n"
+        "os.kill(os.getpid(), 9)\n", "utf-8")
+    command = Cluster(processes=2).command([])
+    end = Supervisor().run([*command[:command.index("-m", 3)], str(tmp_path / "worker.py")], {}, launcher=True)
+    assert end.code == 137
+    assert "host memory ran out" in end.sentence
+
+
+@pytest.mark.parametrize("codes, ended", [
+    ([(1, 0), (-9, 0)], -9),  # its neighbour noticed before the launcher did
+    ([(4, 0), (-9, 110)], 4),  # the launcher killed who did not end
+    ([(3, 0), (-15, 0)], 3), ([(-15, 0), (-9, 1)], -9), ([(-11, 0), (1, 0)], -11), ([(-15, 0), (-15, 0)], -15)])
+def test_a_launcher_ends_as_the_process_that_took_the_others_along(codes: list[tuple[int, int]], ended: int) -> None:
+    from dreambooth.container.launch import first
+
+    assert first([SimpleNamespace(exitcode=code, timestamp=second) for code, second in codes]) == ended
+
+
+@pytest.mark.parametrize("stage", ["published", "sent"])
+def test_a_signal_after_the_last_step_says_where_the_model_is(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the model is put in place, or while a copy of it is sent."""
+    lay_out(tmp_path, SHORT | {"manul_upload_model_path": "s3://bucket/models"})
+    supervisor, places = Supervisor(), Places(tmp_path)
+    real = subprocess.Popen
+
+    def child(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        train = "dreambooth.train" in command
+        return real([sys.executable, "-c", "" if train else f"import os; os.kill({os.getpid()}, 15); {SLEEPY}"],
+                    **options)
+
+    monkeypatch.setattr(subprocess, "Popen", child)
+    monkeypatch.setattr(entrypoint, "publish",
+                        lambda *_: os.kill(os.getpid(), signal.SIGTERM) if stage == "published" else None)
+    end = entrypoint._job(places, [], supervisor)
+    assert end.code == Interrupted.exit_code
+    assert end.sentence.startswith(f"SIGTERM: stopped after the last step, the model is in {places.model}; start it ")
 
 
 # -- jobs that train -------------------------------------------------------------------------------------------------
