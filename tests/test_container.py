@@ -335,6 +335,18 @@ def test_several_cards_and_hosts_start_through_pytorchs_launcher() -> None:
     assert cluster.on_cpu(found).world == 2
 
 
+@pytest.mark.parametrize("names, told, count", [
+    (["nvidia2", "nvidia3", "nvidiactl"], {}, 2), (["nvidiactl", "nvidia-uvm"], {}, 0),
+    ([], {"SM_NUM_GPUS": "4"}, 4), (["nvidia0"], {"SM_NUM_GPUS": "0"}, 0)])
+def test_cards_are_counted_whatever_their_numbers(
+    names: list[str], told: dict[str, str], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(cluster, "COUNT", "print(2)")  # what PyTorch would say
+    assert cluster.gpus(told, tmp_path) == count
+
+
 # -- what is kept ----------------------------------------------------------------------------------------------------
 
 def test_a_run_is_published_whole_and_its_result_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
