@@ -254,9 +254,39 @@ def test_a_channel_beats_a_path_of_the_blogs_and_says_so() -> None:
     assert "pretrained_model_name_or_path is not used: the channel base_model decides that" in request.notices
 
 
-def test_a_dataset_of_its_own_needs_no_channel() -> None:
-    overrides = asked({"dataset": "demo"}, channels={"images": Path("/x")}).overrides
-    assert overrides == {"dataset": "demo"}
+def test_a_base_model_that_was_sent_beats_an_option_of_model() -> None:
+    """Also where one of the blog's names says the same folder."""
+    folder = Path("/opt/ml/input/data/base_model")
+    for more in ({}, {"pretrained_model_name_or_path": str(folder)}):
+        assert asked({"model": "sd15", **more}, {"base_model": folder}).overrides["model.source"] == f"'{folder}'"
+
+
+def test_a_dataset_of_its_own_needs_no_channel_and_no_path_and_says_so() -> None:
+    request = asked({"dataset": "demo", "class_data_dir": "/y"}, channels={"images": Path("/x")})
+    assert request.overrides == {"hardware": "g4dn", "dataset": "demo"}
+    assert set(request.notices) == {"the channel images is not used: dataset=demo decides that",
+                                    "class_data_dir is not used: dataset=demo decides that"}
+
+
+@pytest.mark.parametrize("raw, told", [
+    ({"max_train_steps": "300", "train.max_train_steps": "4"}, "max_train_steps is not used: train.max_train_steps=4"),
+    ({"instance_data_dir": "s3://b/p", "dataset": "s3"}, "instance_data_dir is not used: dataset=s3"),
+    ({"class_data_dir": "/x", "dataset.class_dir": "/y"}, "class_data_dir is not used: dataset.class_dir=/y"),
+    ({"dataset.instance_dir": "/y"}, "the channel images is not used: dataset.instance_dir=/y")])
+def test_every_name_that_is_ignored_is_told(raw: dict[str, str], told: str) -> None:
+    channels = {"images": Path("/x")} if told.startswith("the channel") else {}
+    assert asked(raw, channels).notices == [f"{told} decides that"]
+
+
+def test_two_channels_of_one_setting_are_told() -> None:
+    told = refused({}, channels={"images": Path("/x"), "train": Path("/y")})
+    assert told == "channels images and train are both dataset.instance_dir: send one of them"
+
+
+def test_a_job_that_would_start_jobs_does_not_and_says_so(tmp_path: Path) -> None:
+    request = entrypoint.asked(job(tmp_path, hyperparameters={"hydra/launcher": "sagemaker"}), [], None)
+    assert request.overrides["hydra/launcher"] == "basic"
+    assert "hydra/launcher is not used: a job is one run" in request.notices
 
 
 def test_given_class_images_are_copied_aside_with_their_captions(tmp_path: Path) -> None:
