@@ -89,7 +89,8 @@ def asked(places: Places, words: list[str], hardware: str | None) -> requests.Re
                        for name, raw in places.config("hyperparameters.json").items()}
     request = requests.understand(hyperparameters | _typed(words), places.channels(), hardware, places, GRAMMAR)
     request.notices += [f"{key} is not used: a job is one run" for key in ENFORCED if key in request.overrides]
-    request.overrides = {"run_root": values.quoted(str(places.checkpoints))} | request.overrides | ENFORCED
+    ours = {"run_root": values.quoted(str(places.checkpoints)), "storage.cache": values.quoted(str(places.cache))}
+    request.overrides = ours | request.overrides | ENFORCED
     return request
 
 

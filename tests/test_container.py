@@ -283,6 +283,14 @@ def test_two_channels_of_one_setting_are_told() -> None:
     assert told == "channels images and train are both dataset.instance_dir: send one of them"
 
 
+def test_what_is_read_from_s3_is_not_kept_with_the_checkpoints(tmp_path: Path) -> None:
+    """SageMaker would send it to S3 again, and fetch it before every start."""
+    found, _ = entrypoint.composed(entrypoint.asked(job(tmp_path), [], None).words())
+    assert found.storage.cache == str(tmp_path / "cache")
+    elsewhere, _ = entrypoint.composed(entrypoint.asked(job(tmp_path), ["storage.cache=/x"], None).words())
+    assert elsewhere.storage.cache == "/x"
+
+
 def test_a_job_that_would_start_jobs_does_not_and_says_so(tmp_path: Path) -> None:
     request = entrypoint.asked(job(tmp_path, hyperparameters={"hydra/launcher": "sagemaker"}), [], None)
     assert request.overrides["hydra/launcher"] == "basic"
