@@ -27,8 +27,10 @@ from dreambooth.container.places import Places
 from dreambooth.container.publish import publish
 from dreambooth.container.supervise import End, Supervisor
 from dreambooth.errors import DreamBoothError, UserError
+from dreambooth.packaged import asset
 from dreambooth.photos import list_photos
-from dreambooth.schema import Config
+from dreambooth.schema import Config, Storage
+from dreambooth.schema_storage import is_remote
 
 ENFORCED = {"hydra/launcher": "basic", "hydra.mode": "RUN"}  # an experiment may not make a job start jobs
 
@@ -71,7 +73,9 @@ def _job(places: Places, words: list[str], supervisor: Supervisor) -> End:
     publish(run_dir, places.model)
     if request.upload:
         place = f"{request.upload.rstrip('/')}/{run_dir.name}"
-        return supervisor.run([sys.executable, "-m", "dreambooth.storage", "upload", str(places.model), place], {})
+        return supervisor.run([sys.executable, "-m", "dreambooth.storage", "upload", str(places.model), place], {},
+                              stopped=f"stopped after the last step, the model is in {places.model}; start it again to "
+                                      f"send it to {place}")
     return end
 
 
@@ -84,7 +88,9 @@ def asked(places: Places, words: list[str], hardware: str | None) -> requests.Re
     hyperparameters = {name: raw if isinstance(raw, str) else values.encoded(raw)
                        for name, raw in places.config("hyperparameters.json").items()}
     request = requests.understand(hyperparameters | _typed(words), places.channels(), hardware, places, GRAMMAR)
-    request.overrides = {"run_root": values.quoted(str(places.checkpoints))} | request.overrides | ENFORCED
+    request.notices += [f"{key} is not used: a job is one run" for key in ENFORCED if key in request.overrides]
+    ours = {"run_root": values.quoted(str(places.checkpoints)), "storage.cache": values.quoted(str(places.cache))}
+    request.overrides = ours | request.overrides | ENFORCED
     return request
 
 
@@ -107,10 +113,24 @@ def composed(words: list[str]) -> tuple[Config, Path]:
 
 
 def _steps(config: Config, world: int) -> int:
-    """save_steps passes over the photos, in steps."""
+    """save_steps passes over the photos, in steps.
+
+    Raises:
+        DreamBoothError: there are no photos, or they cannot be had.
+    """
     train, every = config.train, config.checkpoint.every or 1
-    photos = sum(one.repeats * len(list_photos(Path(one.instance_dir or ""))) for one in config.dataset.subjects)
+    photos = sum(one.repeats * len(list_photos(_photos(one.instance_dir, config.storage)))
+                 for one in config.dataset.subjects if one.instance_dir)  # one without is told when the run is made
     return max(1, every * photos // (train.train_batch_size * train.gradient_accumulation_steps * world))
+
+
+def _photos(folder: str, spec: Storage) -> Path:
+    """The folder on this disk. From S3 it comes to where the run looks for it, which does not fetch it again."""
+    if not is_remote(folder):
+        return Path(asset(folder))
+    from dreambooth import storage
+
+    return storage.download(folder, Path(spec.cache).absolute(), parallel=spec.parallel)
 
 
 def _typed(words: list[str]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Hyperparameters, channels and the machine become the overrides of one run: the blog's names, strictly read."""
 
+import errno
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from dreambooth import entrypoint, manifest
 from dreambooth.config import load
 from dreambooth.container import aliases, cluster, values
 from dreambooth.container.places import Places
-from dreambooth.container.publish import publish
+from dreambooth.container.publish import BESIDE, publish
 from dreambooth.container.request import Request, understand
 from dreambooth.errors import ConfigError, DoesNotFit, UserError
 
@@ -253,9 +254,47 @@ def test_a_channel_beats_a_path_of_the_blogs_and_says_so() -> None:
     assert "pretrained_model_name_or_path is not used: the channel base_model decides that" in request.notices
 
 
-def test_a_dataset_of_its_own_needs_no_channel() -> None:
-    overrides = asked({"dataset": "demo"}, channels={"images": Path("/x")}).overrides
-    assert overrides == {"dataset": "demo"}
+def test_a_base_model_that_was_sent_beats_an_option_of_model() -> None:
+    """Also where one of the blog's names says the same folder."""
+    folder = Path("/opt/ml/input/data/base_model")
+    for more in ({}, {"pretrained_model_name_or_path": str(folder)}):
+        assert asked({"model": "sd15", **more}, {"base_model": folder}).overrides["model.source"] == f"'{folder}'"
+
+
+def test_a_dataset_of_its_own_needs_no_channel_and_no_path_and_says_so() -> None:
+    request = asked({"dataset": "demo", "class_data_dir": "/y"}, channels={"images": Path("/x")})
+    assert request.overrides == {"hardware": "g4dn", "dataset": "demo"}
+    assert set(request.notices) == {"the channel images is not used: dataset=demo decides that",
+                                    "class_data_dir is not used: dataset=demo decides that"}
+
+
+@pytest.mark.parametrize("raw, told", [
+    ({"max_train_steps": "300", "train.max_train_steps": "4"}, "max_train_steps is not used: train.max_train_steps=4"),
+    ({"instance_data_dir": "s3://b/p", "dataset": "s3"}, "instance_data_dir is not used: dataset=s3"),
+    ({"class_data_dir": "/x", "dataset.class_dir": "/y"}, "class_data_dir is not used: dataset.class_dir=/y"),
+    ({"dataset.instance_dir": "/y"}, "the channel images is not used: dataset.instance_dir=/y")])
+def test_every_name_that_is_ignored_is_told(raw: dict[str, str], told: str) -> None:
+    channels = {"images": Path("/x")} if told.startswith("the channel") else {}
+    assert asked(raw, channels).notices == [f"{told} decides that"]
+
+
+def test_two_channels_of_one_setting_are_told() -> None:
+    told = refused({}, channels={"images": Path("/x"), "train": Path("/y")})
+    assert told == "channels images and train are both dataset.instance_dir: send one of them"
+
+
+def test_what_is_read_from_s3_is_not_kept_with_the_checkpoints(tmp_path: Path) -> None:
+    """SageMaker would send it to S3 again, and fetch it before every start."""
+    found, _ = entrypoint.composed(entrypoint.asked(job(tmp_path), [], None).words())
+    assert found.storage.cache == str(tmp_path / "cache")
+    elsewhere, _ = entrypoint.composed(entrypoint.asked(job(tmp_path), ["storage.cache=/x"], None).words())
+    assert elsewhere.storage.cache == "/x"
+
+
+def test_a_job_that_would_start_jobs_does_not_and_says_so(tmp_path: Path) -> None:
+    request = entrypoint.asked(job(tmp_path, hyperparameters={"hydra/launcher": "sagemaker"}), [], None)
+    assert request.overrides["hydra/launcher"] == "basic"
+    assert "hydra/launcher is not used: a job is one run" in request.notices
 
 
 def test_given_class_images_are_copied_aside_with_their_captions(tmp_path: Path) -> None:
@@ -274,6 +313,31 @@ def test_a_folder_without_class_images_is_told_and_they_are_made(tmp_path: Path)
     request = asked(BLOG, places=Places(tmp_path))
     assert "dataset.class_dir" not in request.overrides
     assert [notice for notice in request.notices if "holds no class image" in notice]
+
+
+def test_class_images_in_s3_are_used() -> None:
+    request = asked(BLOG | {"class_data_dir": '"s3://bucket/class"'})
+    assert request.overrides["dataset.class_dir"] == "'s3://bucket/class'"
+    assert not [notice for notice in request.notices if "class image" in notice]
+
+
+def test_class_images_that_are_there_and_cannot_be_read_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = Places(tmp_path)
+    places.data.mkdir(parents=True)
+    (places.data / "class_images").write_text("a file", "utf-8")
+    with pytest.raises(UserError, match="class_images is a file, not a folder"):
+        asked(BLOG, places=places)
+    (places.data / "class_images").unlink()
+    (places.data / "class_images").mkdir()
+
+    def stale(folder: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "iterdir", stale)
+    with pytest.raises(UserError, match="class_images cannot be read"):
+        asked(BLOG, places=places)
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
@@ -309,6 +373,18 @@ def test_several_cards_and_hosts_start_through_pytorchs_launcher() -> None:
     assert cluster.on_cpu(found).world == 2
 
 
+@pytest.mark.parametrize("names, told, count", [
+    (["nvidia2", "nvidia3", "nvidiactl"], {}, 2), (["nvidiactl", "nvidia-uvm"], {}, 0),
+    ([], {"SM_NUM_GPUS": "4"}, 4), (["nvidia0"], {"SM_NUM_GPUS": "0"}, 0)])
+def test_cards_are_counted_whatever_their_numbers(
+    names: list[str], told: dict[str, str], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(cluster, "COUNT", "print(2)")  # what PyTorch would say
+    assert cluster.gpus(told, tmp_path) == count
+
+
 # -- what is kept ----------------------------------------------------------------------------------------------------
 
 def test_a_run_is_published_whole_and_its_result_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,3 +406,15 @@ def test_a_run_is_published_whole_and_its_result_last(tmp_path: Path, monkeypatc
     with pytest.raises(DoesNotFit, match=r"kept in .*run"):
         publish(run, target)
     assert not (target / "result.json").exists()
+
+
+def test_what_tells_of_an_earlier_run_is_not_left_beside_another_model(tmp_path: Path) -> None:
+    evaluated, other, target = tmp_path / "evaluated", tmp_path / "other", tmp_path / "model"
+    for run in (evaluated, other):
+        (run / "model").mkdir(parents=True)
+        for name in ("model/model_index.json", "result.json", *(BESIDE if run == evaluated else ())):
+            (run / name).write_text(run.name, "utf-8")
+        publish(run, target)
+    told = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    assert told == {"model/model_index.json", f"model/{manifest.NAME}", "result.json"}
+    assert (target / "result.json").read_text("utf-8") == "other"

@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,16 @@ case "$*" in
     "image inspect"*) [ "$BUILT" = yes ] ;;
     "push "*) [ "$PUSHES" = yes ] ;;
 esac
+"""
+
+NOBODY = f"""#!{sys.executable}
+import os, sys, warnings  # which os.execvp asks for when nothing can be read any more
+words = [word for word in sys.argv[1:] if not word.startswith("--")]
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+os.execvp(words[0], words)
 """
 
 
@@ -100,7 +113,9 @@ def test_a_push_tags_by_version_and_revision_and_prints_the_digest(tmp_path: Pat
     assert code == 0, told
     pushed = [call for call in calls if call.startswith("docker push")]
     assert pushed[0] == f"docker push {REGISTRY}/dreambooth:{__version__}-cpu"
-    assert len(pushed) == 2
+    revision = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"], cwd=ROOT,
+                              capture_output=True, text=True, check=True).stdout.strip()
+    assert pushed[1:] == [f"docker push {REGISTRY}/dreambooth:{revision}-cpu"]
     assert told.splitlines()[-1] == f"pushed {REGISTRY}/dreambooth@sha256:0123"
     assert "told: a-password" in calls
     assert not [call for call in calls if "a-password" in call and not call.startswith("told: ")]
@@ -130,3 +145,48 @@ def test_a_push_that_fails_fails(tmp_path: Path) -> None:
     code, told, _ = called(tmp_path, "push", PUSHES="no")
     assert code != 0
     assert "pushed" not in told
+
+
+# -- the entrypoint, with clients that act in place of root's --------------------------------------------------------
+
+@pytest.fixture
+def readable() -> Iterator[Path]:
+    """A folder that every user may look into, as /opt/ml is."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def entered(folder: Path, **clients: str) -> subprocess.Popen[str]:
+    """The entrypoint as root sees it; what drops root there makes nobody of whoever runs the test, if that is root."""
+    clients = {"id": "#!/bin/sh\necho 0\n", "chown": "#!/bin/sh\n", "python": '#!/bin/sh\necho "trains: $*"\n',
+               "setpriv": NOBODY, **clients}
+    (folder / "bin").mkdir()
+    for name, text in clients.items():
+        (folder / "bin" / name).write_text(text, "utf-8")
+        (folder / "bin" / name).chmod(0o755)
+    (folder / "ml").mkdir(exist_ok=True)
+    return subprocess.Popen([FOLDER / "entrypoint"], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={
+        **os.environ, "SAGEMAKER_BASE_DIR": str(folder / "ml"), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"})
+
+
+def test_an_input_that_cannot_be_read_is_found_however_deep(readable: Path) -> None:
+    weights = readable / "ml/input/data/base_model/model/unet/weights"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    weights.chmod(0)
+    told, _ = entered(readable).communicate(timeout=60)
+    assert f"{weights} cannot be read by the user dreambooth: goes on as 0" in told
+    assert "trains: -m dreambooth.entrypoint" in told
+
+
+def test_a_request_to_stop_while_folders_are_given_away_is_not_lost(readable: Path) -> None:
+    """It trained, and was killed with nothing saved."""
+    job = entered(readable, chown=f"#!/bin/sh\ntouch {readable}/began\nsleep 1\n")
+    while not (readable / "began").exists():
+        assert job.poll() is None
+        time.sleep(0.02)
+    job.terminate()
+    told, _ = job.communicate(timeout=60)
+    assert (job.returncode, told) == (5, "dreambooth: SIGTERM: stopped before the first step; start it again to go on\n")
+    assert told == f"dreambooth: {(readable / 'ml/output/failure').read_text('utf-8')}\n"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,15 +10,22 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
-from jobs import SHORT, failure, lay_out, steps, weights
+from jobs import ASSETS, SHORT, failure, lay_out, steps, weights
+from s3_server import plain, serving
 from test_container import BLOG
 
+from dreambooth import entrypoint
+from dreambooth.container.cluster import Cluster
+from dreambooth.container.places import Places
 from dreambooth.container.supervise import PASSED_ON, End, Supervisor, _deliver
 from dreambooth.errors import Interrupted
 
+PHOTOS = sorted((ASSETS / "demo").glob("*.png"))
 SLEEPY = "import time; print('up', flush=True); time.sleep(60)"
 
 
@@ -68,11 +76,23 @@ def test_a_wrong_hyperparameter_ends_before_anything_is_loaded(tmp_path: Path) -
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_epochs_are_counted_in_steps(tmp_path: Path) -> None:
-    """Five photos, one a step: every second pass is every tenth step."""
-    lay_out(tmp_path, BLOG | {"save_use_epochs": "true", "save_steps": "2"})
-    _, told = ended(start(tmp_path))
-    assert " checkpoint.every=10 " in told
+@pytest.mark.parametrize("asked, photos", [
+    ({}, len(PHOTOS)), ({"dataset": "demo", "dataset.allow_drawings": "true"}, len(PHOTOS)),
+    ({"instance_data_dir": "s3://bucket/photos"}, 3)], ids=["folder", "demo", "S3"])
+def test_epochs_are_counted_in_steps(asked: dict[str, str], photos: int, tmp_path: Path) -> None:
+    """One photo a step: every second pass. It ends for want of a GPU, which is looked for after all that is wrong."""
+    with serving():
+        plain().create_bucket(Bucket="bucket")
+        for photo in PHOTOS[:3]:
+            plain().upload_file(str(photo), "bucket", f"photos/{photo.name}")
+        lay_out(tmp_path, BLOG | {"save_use_epochs": "true", "save_steps": "2", **asked})
+        if "instance_data_dir" in asked:
+            (tmp_path / "input/config/inputdataconfig.json").write_text("{}", "utf-8")
+            shutil.rmtree(tmp_path / "input/data")
+        code, told = ended(start(tmp_path))
+    assert f" checkpoint.every={2 * photos} " in told, told
+    assert (code, failure(tmp_path)) == (1, "hardware=g4dn needs a CUDA GPU and this machine has none: type "
+                                            "hardware=cpu")
 
 
 # -- the process that stands between ---------------------------------------------------------------------------------
@@ -131,15 +151,67 @@ def test_the_sentence_of_the_process_that_meant_it_is_kept(tmp_path: Path) -> No
     assert Supervisor()._end(1, tmp_path) == End(2, "rank 1")
 
 
+def test_a_killed_process_of_a_launcher_is_told_of_and_not_what_it_did_to_the_others(tmp_path: Path) -> None:
+    """Rank 1 runs out of memory; rank 0 is ended by the launcher, and says that it saved."""
+    (tmp_path / "worker.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "folder = pathlib.Path(os.environ['DREAMBOOTH_ENDS'])\n"
+        "def say(*_):\n"
+        "    text = '{\"rank\": 0, \"code\": 5, \"sentence\": \"saved\", \"meant\": true}'\n"
+        "    (folder / '0.json').write_text(text); os._exit(5)\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    signal.signal(signal.SIGTERM, say); (folder / 'ready').touch(); time.sleep(60)\n"
+        "while not (folder / 'ready').exists(): time.sleep(0.02)\n"
+        "os.kill(os.getpid(), 9)\n", "utf-8")
+    command = Cluster(processes=2).command([])
+    end = Supervisor().run([*command[:command.index("-m", 3)], str(tmp_path / "worker.py")], {}, launcher=True)
+    assert end.code == 137
+    assert "host memory ran out" in end.sentence
+
+
+@pytest.mark.parametrize("codes, ended", [
+    ([(1, 0), (-9, 0)], -9),  # its neighbour noticed before the launcher did
+    ([(4, 0), (-9, 110)], 4),  # the launcher killed who did not end
+    ([(3, 0), (-15, 0)], 3), ([(-15, 0), (-9, 1)], -9), ([(-11, 0), (1, 0)], -11), ([(-15, 0), (-15, 0)], -15)])
+def test_a_launcher_ends_as_the_process_that_took_the_others_along(codes: list[tuple[int, int]], ended: int) -> None:
+    from dreambooth.container.launch import first
+
+    assert first([SimpleNamespace(exitcode=code, timestamp=second) for code, second in codes]) == ended
+
+
+@pytest.mark.parametrize("stage", ["published", "sent"])
+def test_a_signal_after_the_last_step_says_where_the_model_is(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the model is put in place, or while a copy of it is sent."""
+    lay_out(tmp_path, SHORT | {"manul_upload_model_path": "s3://bucket/models"})
+    supervisor, places = Supervisor(), Places(tmp_path)
+    real = subprocess.Popen
+
+    def child(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        train = "dreambooth.train" in command
+        return real([sys.executable, "-c", "" if train else f"import os; os.kill({os.getpid()}, 15); {SLEEPY}"],
+                    **options)
+
+    monkeypatch.setattr(subprocess, "Popen", child)
+    monkeypatch.setattr(entrypoint, "publish",
+                        lambda *_: os.kill(os.getpid(), signal.SIGTERM) if stage == "published" else None)
+    end = entrypoint._job(places, [], supervisor)
+    assert end.code == Interrupted.exit_code
+    assert end.sentence.startswith(f"SIGTERM: stopped after the last step, the model is in {places.model}; start it ")
+
+
 # -- jobs that train -------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_the_blogs_job_trains_with_three_overrides(tmp_path: Path) -> None:
     lay_out(tmp_path, BLOG | {"manul_upload_model_path": "", "hardware": "cpu", "model": "tiny",
-                              "train.max_train_steps": "2"})
+                              "save_use_epochs": "true", "save_steps": "1", "train.max_train_steps": "7"})
     code, told = ended(start(tmp_path))
     assert code == 0, told
-    assert json.loads((tmp_path / "model/result.json").read_text("utf-8"))["step"] == 2
+    assert json.loads((tmp_path / "model/result.json").read_text("utf-8"))["step"] == 7
+    saved = {path.name for path in tmp_path.glob("checkpoints/*/checkpoints/step-*")}
+    assert saved == {f"step-{step:06d}" for step in (len(PHOTOS), 7)}
     assert (tmp_path / "model/contact_sheet.png").is_file()
     assert (tmp_path / "model/model/model_index.json").is_file()
     assert [path.name for path in (tmp_path / "checkpoints").glob("aws-trained-dreambooth-model-*")]
@@ -163,7 +235,9 @@ def test_sigterm_saves_and_the_same_job_goes_on_bit_for_bit(tmp_path: Path) -> N
     code, told = ended(start(base))
     assert code == 0, told
     assert "going on after step" in told
-    assert {name for name, bytes_ in weights(base).items() if bytes_ != weights(straight)[name]} == set()
+    resumed, uninterrupted = weights(base), weights(straight)
+    assert resumed and resumed.keys() == uninterrupted.keys()
+    assert {name for name in resumed if resumed[name] != uninterrupted[name]} == set()
     assert not (base / "output/failure").exists()
 
 

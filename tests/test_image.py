@@ -136,7 +136,9 @@ def test_stopped_in_the_middle_it_saves_and_goes_on_bit_for_bit(
     again = image.run("train", base=base)
     assert again.returncode == 0, again.stderr
     assert "going on after step" in again.stdout
-    assert {name for name, bytes_ in weights(base).items() if bytes_ != weights(trained[0])[name]} == set()
+    straight, resumed = weights(trained[0]), weights(base)
+    assert resumed and resumed.keys() == straight.keys()
+    assert {name for name in resumed if resumed[name] != straight[name]} == set()
 
 
 def test_a_broken_photo_is_a_failure(image: Image, base: Path) -> None:

@@ -65,11 +65,14 @@ def on_cpu(cluster: Cluster) -> Cluster:
     return replace(cluster, processes=1)
 
 
-def gpus(environment: Mapping[str, str] = os.environ) -> int:
-    """How many CUDA cards PyTorch sees here: asked in a process of its own, so that this one stays small."""
+def gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
+    """How many CUDA cards PyTorch sees here: asked in a process of its own, so that this one stays small.
+
+    Where there is none, not even that. A container that got some of the host's cards has them by the host's numbers.
+    """
     if said := environment.get("SM_NUM_GPUS"):
         return int(said) if said.isdecimal() else 0
-    if not Path("/dev/nvidia0").exists():
+    if not any(devices.glob("nvidia[0-9]*")):
         return 0
     asked = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, check=False)
     return int(asked.stdout) if asked.stdout.strip().isdecimal() else 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,13 @@ class Places:
     def checkpoints(self) -> Path:
         """Sent to S3 all the time, and there again when a spot instance is replaced: whole runs live here."""
         return self.base / "checkpoints"
+
+    @property
+    def cache(self) -> Path:
+        """What is read from s3://. Not with the checkpoints: it would be sent back to S3, and fetched at every start."""
+        folder = self.base / "cache"
+        writable = os.access(folder if folder.exists() else self.base, os.W_OK)
+        return folder if writable else Path(tempfile.gettempdir()) / "dreambooth-s3"
 
     @property
     def failure(self) -> Path:

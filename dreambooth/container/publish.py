@@ -14,11 +14,14 @@ BESIDE = ("contact_sheet.png", "run.json", "evaluation.json", "result.json")  # 
 def publish(run_dir: Path, target: Path) -> None:
     """`target` gets model/, a diffusers folder with a manifest (in S3 it is a `model.source`), and what tells of it.
 
+    What tells of an earlier run there goes first: it would stand beside another model, and be sent with it.
+
     Raises:
         DoesNotFit: the disk is full; the run's own folder is untouched.
     """
     try:
-        (target / BESIDE[-1]).unlink(missing_ok=True)
+        for name in reversed(BESIDE):
+            (target / name).unlink(missing_ok=True)
         with whole_folder(target / "model") as aside:
             shutil.copytree(run_dir / "model", aside, copy_function=_take, dirs_exist_ok=True)
             manifest.write(aside)

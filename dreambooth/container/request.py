@@ -15,6 +15,7 @@ from dreambooth.container.places import Places
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.files import whole_folder
 from dreambooth.photos import list_photos
+from dreambooth.schema_storage import is_remote
 
 CHANNELS = {  # of the job -> the key that its folder becomes
     "images": "dataset.instance_dir", "training": "dataset.instance_dir", "train": "dataset.instance_dir",
@@ -62,7 +63,7 @@ def understand(
         ConfigError: names are unknown or values are not what their names ask for; all of them together.
     """
     theirs = {name: raw for name, raw in hyperparameters.items() if not name.startswith(SDK)}
-    problems = [*_unknown_names(theirs, grammar), *_unknown_channels(channels)]
+    problems = [*_unknown_names(theirs, grammar), *_wrong_channels(channels)]
     try:
         blog = aliases.read(theirs, places)
     except ConfigError as error:
@@ -72,14 +73,13 @@ def understand(
     explicit = {name.lstrip("+"): _value(name, raw, grammar) for name, raw in theirs.items()
                 if name not in aliases.NAMES}
     request = Request(notices=blog.notices, epochs=blog.epochs, upload=blog.upload)
-    paths = _paths(blog, channels, request)
-    idle = _idle(blog, explicit, request)
+    paths, sent = _paths(blog, channels, request)
+    idle = _idle(blog, sent, explicit, request)
     if request.epochs and "checkpoint.every" in explicit:
         request.epochs = False
         request.notices.append("save_use_epochs is not used: checkpoint.every decides that")
-    if explicit.get("dataset", "folder") != "folder":  # it brings photos of its own
-        paths = {key: path for key, path in paths.items() if not key.startswith("dataset.")}
-    if "dataset.class_dir" in paths.keys() - explicit.keys():
+    paths = {key: path for key, path in paths.items() if key not in idle}
+    if "dataset.class_dir" in paths:
         _settle_class_images(paths, places, request)
     request.overrides = _of_machine(explicit, bool(blog.names), hardware)
     if blog.names or "dataset.instance_dir" in paths:
@@ -100,9 +100,12 @@ def _unknown_names(hyperparameters: Mapping[str, str], grammar: Grammar) -> list
     return problems
 
 
-def _unknown_channels(channels: Mapping[str, Path]) -> list[str]:
-    return [f"channel {name} is not known: name it images, class_images or base_model"
-            for name in channels if name not in CHANNELS and name not in OTHERS]
+def _wrong_channels(channels: Mapping[str, Path]) -> list[str]:
+    unknown = [f"channel {name} is not known: name it images, class_images or base_model"
+               for name in channels if name not in CHANNELS and name not in OTHERS]
+    twice = [f"channels {' and '.join(names)} are both {key}: send one of them" for key in sorted({*CHANNELS.values()})
+             if len(names := [name for name in channels if CHANNELS.get(name) == key]) > 1]
+    return unknown + twice
 
 
 def _value(name: str, raw: str, grammar: Grammar) -> str:
@@ -120,35 +123,51 @@ def _of_machine(explicit: Mapping[str, str], blog: bool, hardware: str | None) -
     return {"hardware": chosen} if chosen else {}
 
 
-def _paths(blog: aliases.Blog, channels: Mapping[str, Path], request: Request) -> dict[str, str]:
-    """What was sent along as a channel beats a path or hub id that one of the blog's names gives."""
-    paths = dict(blog.paths)
+def _paths(
+    blog: aliases.Blog, channels: Mapping[str, Path], request: Request
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Paths and hub ids by their keys, and which of those a channel sent: it beats one of the blog's names."""
+    paths, sent = dict(blog.paths), {}
     for name, folder in channels.items():
         if key := CHANNELS.get(name):
             if paths.get(key, str(folder)).rstrip("/") != str(folder):
-                request.notices.append(f"{blog.names.pop(key)} is not used: the channel {name} decides that")
-            paths[key] = str(folder)
-    return paths
+                request.notices.append(f"{blog.names[key]} is not used: the channel {name} decides that")
+            paths[key], sent[key] = str(folder), f"the channel {name}"
+    return paths, sent
 
 
-def _idle(blog: aliases.Blog, explicit: Mapping[str, str], request: Request) -> set[str]:
-    """The keys that the blog's names ask for in vain, since an override decides more than they."""
-    deciding = {key: group for group, keys in IDLE.items() if group in explicit for key in keys}
+def _idle(
+    blog: aliases.Blog, sent: Mapping[str, str], explicit: Mapping[str, str], request: Request
+) -> set[str]:
+    """The keys that the blog's names or channels ask for in vain, since an override decides that, or more."""
+    names = blog.names | sent
+    deciding = {key: group for group, keys in IDLE.items() if group in explicit for key in keys if key not in sent}
     if explicit.get("hardware") == "cpu":
         deciding |= {key: "hardware" for key, options in CUDA_ONLY.items() if blog.overrides.get(key) in options}
-    idle = {key: group for key, group in deciding.items() if key in blog.names and key not in explicit}
-    for key, group in idle.items():
-        request.notices.append(f"{blog.names[key]} is not used: {group}={explicit[group]} decides that")
+    if explicit.get("dataset", "folder") != "folder":  # it brings photos of its own
+        deciding |= {key: "dataset" for key in (*blog.paths, *sent) if key.startswith("dataset.")}
+    deciding |= {key: key for key in explicit}
+    idle = {key: decider for key, decider in deciding.items() if key in names}
+    for key, decider in idle.items():
+        request.notices.append(f"{names[key]} is not used: {decider}={explicit[decider]} decides that")
     return set(idle)
 
 
 def _settle_class_images(paths: dict[str, str], places: Places, request: Request) -> None:
     """The blog's folder is where class images are kept, and may hold none yet. What lies under the job's input is
-    read-only, perhaps a stream: a copy is used."""
+    read-only, perhaps a stream: a copy is used. What lies in S3 is fetched as any folder there.
+
+    Raises:
+        UserError: something is there that is no folder, or cannot be read.
+    """
+    if is_remote(paths["dataset.class_dir"]):
+        return
     folder = Path(paths["dataset.class_dir"])
     try:
         count = len(list_photos(folder))
-    except UserError:
+    except UserError as error:
+        if error.__cause__ or folder.is_file():
+            raise
         del paths["dataset.class_dir"]
         request.notices.append(f"{folder} holds no class image: all are made, and kept beside the checkpoints")
         return

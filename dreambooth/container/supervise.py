@@ -19,6 +19,7 @@ from dreambooth.errors import Interrupted
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 POLL = 0.2  # seconds
+EARLY = "stopped before the first step; start it again to go on"
 
 
 @dataclass(frozen=True)
@@ -44,42 +45,44 @@ class Supervisor:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked.append(number)
 
-    def run(self, command: Sequence[str], environment: Mapping[str, str], launcher: bool = False) -> End:
+    def run(self, command: Sequence[str], environment: Mapping[str, str], launcher: bool = False,
+            stopped: str = EARLY) -> End:
         """Run the command to its end.
 
         Args:
-            launcher: the command starts processes that are to get the signals in its place. PyTorch's launcher would
-                end its processes one after the other, and have no exit code of theirs.
+            launcher: the command is container.launch, and starts processes that are to get the signals in its place.
+                PyTorch's launcher would end its processes one after the other.
+            stopped: what to say if a signal comes before the command, or ends it before it can say so itself.
         """
         if self._asked:
-            return self._stopped()
+            return self._stopped(stopped)
         with tempfile.TemporaryDirectory() as folder:
             child = subprocess.Popen(command, env={**os.environ, **environment, ENDS: folder}, start_new_session=True)
             delivered = 0
             while True:
                 with suppress(subprocess.TimeoutExpired):
-                    return self._end(child.wait(POLL), Path(folder))
+                    code = child.wait(POLL)
+                    return self._end(128 - code if launcher and code > 128 else code, Path(folder), stopped)
                 if delivered < len(self._asked):
                     _deliver(child.pid, self._asked[delivered], launcher)
                     delivered += 1
 
-    def _end(self, code: int, folder: Path) -> End:
+    def _end(self, code: int, folder: Path, stopped: str = EARLY) -> End:
         told = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-        if code and told:
+        if code and told and code != -signal.SIGKILL:  # whoever is killed tells nothing, and others of its absence
             # What fails one process looks like a fault to the others, who wait for it.
             said = min(told, key=lambda end: (not end["meant"], end["rank"]))
             return End(said["code"], said["sentence"])
         if code < 0 and -code in self._asked:
-            return self._stopped()
+            return self._stopped(stopped)
         if code < 0:
             name = signal.Signals(-code).name
             why = ": most likely host memory ran out; take a larger instance" if -code == signal.SIGKILL else ""
             return _said(128 - code, f"a process of the job was killed by {name}{why}")
         return _said(code, f"the job ended with {code}: the log says why") if code else End()
 
-    def _stopped(self) -> End:
-        name = signal.Signals(self._asked[0]).name
-        return _said(Interrupted.exit_code, f"{name}: stopped before the first step; start it again to go on")
+    def _stopped(self, sentence: str) -> End:
+        return _said(Interrupted.exit_code, f"{signal.Signals(self._asked[0]).name}: {sentence}")
 
 
 def _said(code: int, sentence: str) -> End:
