@@ -29,12 +29,17 @@ class Entry:
     tag: str = ""
     part_size: int = PART
 
-    def is_in(self, size: int, checksum: str | None) -> bool:
-        """Whether this is what S3 says that it holds: base64, with the number of parts if there are several."""
+    def is_in(self, size: int, checksum: str | None) -> bool | None:
+        """Whether this is what S3 says that it holds: base64, with the number of parts if there are several. None: it
+        keeps no SHA-256 of these parts, as of what other tools put there."""
         digests = [bytes.fromhex(part) for part in self.parts]
         whole = digests[0] if len(digests) == 1 else sha256(b"".join(digests)).digest()
         said, _, count = (checksum or "").partition("-")
-        return (size, said) == (self.size, b64encode(whole).decode()) and count in ("", str(len(digests)))
+        if size != self.size:
+            return False
+        if said == b64encode(whole).decode() and count in ("", str(len(digests))):
+            return True
+        return False if said and count == (str(len(digests)) if len(digests) > 1 else "") else None
 
     def spans(self) -> list[tuple[int, int]]:
         """(offset, length) of every part; an empty file has one."""

@@ -1,10 +1,12 @@
 """Folders in S3, against a local server: bytes equal, nothing half, nothing lost, one sentence when it fails."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from faults import FAST
 from s3_server import CHILD, KINDS, PART, Server, in_bucket, model, plain, serving, trial
 
-from dreambooth import bucket, manifest, remote, storage
+from dreambooth import bucket, checkpoint, fetching, manifest, remote, storage
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.schema import Config
 from dreambooth.schema_storage import Storage
@@ -121,14 +123,63 @@ def test_a_complete_folder_is_never_replaced(server: Server, tmp_path: Path, uri
     assert content(storage.download(uri, tmp_path / "cache")) == want
 
 
-def test_somebody_elses_object_is_never_replaced(server: Server, tmp_path: Path, uri: str) -> None:
+@pytest.mark.parametrize("name", ["model_index.json", "unet/weights.safetensors"])
+def test_somebody_elses_object_is_never_replaced(server: Server, tmp_path: Path, uri: str, name: str) -> None:
     model(tmp_path / "model", 1)
-    plain().put_object(Bucket="tests", Key=prefix(uri) + "/model_index.json", Body=b"theirs")
-    with pytest.raises(UserError, match=r"something else as model_index.json"):
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{name}", Body=b"theirs")
+    server.calls.clear()
+    with pytest.raises(UserError, match=f"something else as {name}"):
+        storage.upload(tmp_path / "model", uri)
+    assert in_bucket("tests", prefix(uri)) == {name: b"theirs"}
+    assert [method for method, _ in server.calls if method != "GET" and method != "HEAD"] == [], "bytes were sent"
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/weights.safetensors"])
+def test_somebody_elses_object_that_comes_meanwhile_is_not_replaced(
+        server: Server, tmp_path: Path, uri: str, name: str) -> None:
+    model(tmp_path / "model", 1)
+    came: list[str] = []
+
+    def comes(number: int, method: str) -> None:
+        path = server.calls[number][1]
+        if method in ("PUT", "POST") and f"/{name}" in path and not came:
+            came.append(path)
+            plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{name}", Body=b"theirs")
+
+    server.fault = comes
+    with pytest.raises(UserError, match=f"something else as {name}"):
         storage.upload(tmp_path / "model", uri)
     held = in_bucket("tests", prefix(uri))
-    assert held["model_index.json"] == b"theirs"
+    assert held[name] == b"theirs"
     assert manifest.NAME not in held
+
+
+def test_what_another_tool_copied_gets_a_manifest(server: Server, tmp_path: Path, uri: str) -> None:
+    want = model(tmp_path / "model", 1)
+    for name, text in want.items():
+        plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{name}", Body=text)
+    server.calls.clear()
+    storage.upload(tmp_path / "model", uri)
+    assert sent(server) == [f"/tests/{prefix(uri)}/{manifest.NAME}"]
+    reads = [path for method, path in server.calls if method == "GET" and "unet/weights" in path]
+    assert len(reads) == 6, "what was read is read again"
+    assert content(storage.download(uri, tmp_path / "cache", complete=True)) == want
+
+
+def test_what_another_tool_copied_otherwise_is_refused(server: Server, tmp_path: Path, uri: str) -> None:
+    want = model(tmp_path / "model", 1)["unet/weights.safetensors"]
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/unet/weights.safetensors", Body=want[:-1] + b"?")
+    with pytest.raises(UserError, match=r"something else as unet/weights\.safetensors"):
+        storage.upload(tmp_path / "model", uri)
+
+
+def test_a_file_that_changes_while_it_is_sent_is_not_completed(server: Server, tmp_path: Path, uri: str) -> None:
+    model(tmp_path / "model", 1)
+    before = manifest.of_folder(tmp_path / "model")
+    model(tmp_path / "model", 2)
+    with pytest.raises(UserError, match=r"has changed while it was sent: repeat the command"):
+        storage.upload(tmp_path / "model", uri, entries=before)
+    assert in_bucket("tests", prefix(uri)) == {}
 
 
 def test_an_upload_never_deletes(server: Server, tmp_path: Path, uri: str) -> None:
@@ -240,8 +291,6 @@ def test_no_place() -> None:
 
 def test_a_full_disk_is_said_before_anything_is_fetched(
         server: Server, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dreambooth import fetching
-
     model(tmp_path / "model", 1)
     storage.upload(tmp_path / "model", uri)
     usage = fetching.shutil.disk_usage(".")
@@ -291,7 +340,7 @@ def test_200_mb_up_and_down(running: Server, tmp_path: Path) -> None:
     (tmp_path / "model/small.safetensors").write_bytes(os.urandom(10 * 2**20))
     for words in (["upload", str(tmp_path / "model"), "s3://tests/large"],
                   ["download", "s3://tests/large", str(tmp_path / "cache")]):
-        code = CHILD.format(part=2**24).replace("storage.TIMEOUT = 1;", "")
+        code = CHILD.format(part=2**24, timeout=storage.TIMEOUT)
         assert subprocess.run([sys.executable, "-c", code, *words], check=False).returncode == 0
     [made] = [path for path in (tmp_path / "cache/tests").iterdir() if not path.name.startswith(".")]
     for name in ("weights.safetensors", "small.safetensors"):
@@ -371,9 +420,9 @@ def made_run(folder: Path, steps: int) -> None:
     model(folder / "model", steps)
     (folder / "result.json").write_text("{}")
     for step in range(100, steps + 1, 100):
-        checkpoint = folder / f"checkpoints/step-{step:06d}"
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        (checkpoint / "state.json").write_text(str(step))
+        kept = folder / f"checkpoints/step-{step:06d}"
+        kept.mkdir(parents=True, exist_ok=True)
+        (kept / "state.json").write_text(json.dumps({"step": step, "sizes": {}}))
 
 
 def test_a_result_and_checkpoints_are_copied_and_brought_back(server: Server, tmp_path: Path, uri: str) -> None:
@@ -386,10 +435,57 @@ def test_a_result_and_checkpoints_are_copied_and_brought_back(server: Server, tm
     assert "result.json" in (storage.complete(f"{uri}/run/result-000100") or {})
     other = tmp_path / "elsewhere" / "run"
     with remote.kept(spec, other, "auto"):
-        assert (other / "checkpoints/step-000100/state.json").read_text() == "100"
+        assert json.loads((other / "checkpoints/step-000100/state.json").read_text())["step"] == 100
         assert [entry.name for entry in (other / "checkpoints").glob("step-*")] == ["step-000100"]
     with pytest.raises(UserError, match=r"type checkpoint\.resume=auto"), remote.kept(spec, other, "never"):
         pass
+
+
+def test_a_result_that_another_machine_left_half_there_is_in_nobodys_way(
+        server: Server, tmp_path: Path, uri: str) -> None:
+    """Both machines have the same weights, and what differs from machine to machine: times, folders."""
+    for machine in ("a", "b", "c"):
+        made_run(tmp_path / machine / "run", 100)
+        (tmp_path / machine / "run/result.json").write_text(f'{{"seconds": "{machine}"}}')
+    first, spec = f"{uri}/run/result-000100", Storage(upload=uri)
+    plain().put_object(Bucket="tests", Key=f"{prefix(first)}/result.json", Body=b'{"seconds": "a"}')
+    for machine in ("b", "b", "c"):  # b's command is repeated; c finds it complete
+        with remote.kept(spec, tmp_path / machine / "run", "auto") as keep:
+            keep(SimpleNamespace(step=100))
+    assert in_bucket("tests", prefix(first)) == {"result.json": b'{"seconds": "a"}'}
+    there = in_bucket("tests", f"{prefix(first)}.2")
+    assert there["result.json"] == b'{"seconds": "b"}' and manifest.NAME in there
+    assert in_bucket("tests", f"{prefix(first)}.3") == {}
+
+
+def test_a_result_that_was_stopped_left_nothing_of_this_machine(server: Server, tmp_path: Path, uri: str) -> None:
+    made_run(tmp_path / "run", 100)
+    server.fault = lambda number, method: "denied" if "partNumber=4" in server.calls[number][1] else None
+    with pytest.raises(UserError, match="no permission"), \
+            remote.kept(Storage(upload=uri, parallel=1), tmp_path / "run", "auto") as keep:
+        keep(SimpleNamespace(step=100))
+    assert "result.json" not in in_bucket("tests", prefix(f"{uri}/run/result-000100"))
+
+
+def test_a_result_of_other_weights_is_not_taken_for_this_one(server: Server, tmp_path: Path, uri: str) -> None:
+    made_run(tmp_path / "run", 100)
+    with remote.kept(Storage(upload=uri), tmp_path / "run", "auto") as keep:
+        keep(SimpleNamespace(step=100))
+        model(tmp_path / "run/model", 2)
+        with pytest.raises(UserError, match="holds another complete upload"):
+            keep(SimpleNamespace(step=100))
+
+
+def test_a_checkpoint_that_another_machine_left_half_there_is_in_nobodys_way(
+        server: Server, tmp_path: Path, uri: str) -> None:
+    spec, place = Storage(upload=uri, checkpoints=True), f"{uri}/run/checkpoints"
+    plain().put_object(Bucket="tests", Key=f"{prefix(place)}/step-000100/state.json", Body=b"theirs")
+    with remote.kept(spec, tmp_path / "b/run", "auto"):
+        made_run(tmp_path / "b/run", 100)
+    assert storage.complete_folders(place) == [f"{place}/step-000100.2"]
+    with remote.kept(spec, tmp_path / "c/run", "auto"):
+        assert [entry.name for entry in (tmp_path / "c/run/checkpoints").glob("step-*")] == ["step-000100"]
+    assert len(storage.complete_folders(place)) == 1
 
 
 def test_a_result_that_cannot_be_copied_is_an_error(server: Server, tmp_path: Path, uri: str) -> None:
@@ -406,6 +502,48 @@ def test_a_checkpoint_that_cannot_be_copied_stops_nothing(server: Server, tmp_pa
         made_run(tmp_path / "run", 100)
         server.fault = lambda number, method: "denied" if method == "PUT" else None
     assert "checkpoint step-000100 is not in S3" in caplog.text
+
+
+def test_a_checkpoint_that_cannot_be_copied_is_tried_ever_more_seldom(
+        server: Server, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:
+    now, reads, read = [1000.0], list[Path](), manifest.of_file
+    monkeypatch.setattr(manifest, "of_file", lambda path: reads.append(path) or read(path))
+    monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    made_run(tmp_path / "run", 100)
+    mirror = remote.Mirror(tmp_path / "run", uri, 2)
+    server.fault = lambda number, method: "denied" if method == "PUT" else None
+    tries = []
+    for _ in range(1000):  # looks, LOOK seconds apart
+        server.calls.clear()
+        mirror._turn()
+        tries += [now[0]] if server.calls else []
+        now[0] += remote.LOOK
+    assert [later - sooner for sooner, later in pairwise(tries)] == [
+        10, 20, 40, 80, 160, 320, 600, 600, 600, 600, 600, 600, 600]
+    assert caplog.text.count("checkpoint step-000100 is not in S3") == 1
+    assert len(reads) == 1, "a checkpoint was read again for each attempt"
+    made_run(tmp_path / "run", 200)  # a new one is tried at once, and S3 takes it again
+    server.fault = lambda number, method: None
+    mirror._turn()
+    mirror.start()
+    mirror.finish()
+    assert [place.rpartition("/")[2] for place in storage.complete_folders(f"{uri}/checkpoints")] == [
+        "step-000100", "step-000200"]
+
+
+@pytest.mark.parametrize("damaged", ["step-000100", "step-000300"])
+def test_a_damaged_checkpoint_hides_none_in_s3_and_is_not_copied(
+        server: Server, tmp_path: Path, uri: str, damaged: str) -> None:
+    spec = Storage(upload=uri, checkpoints=True)
+    with remote.kept(spec, tmp_path / "a/run", "auto"):
+        made_run(tmp_path / "a/run", 100)
+    half = tmp_path / "b/run/checkpoints" / damaged
+    half.mkdir(parents=True)
+    (half / "trained.safetensors").write_bytes(b"half")
+    with remote.kept(spec, tmp_path / "b/run", "auto"):
+        assert checkpoint.latest(half.parent) == half.parent / "step-000100"
+    assert storage.complete_folders(f"{uri}/run/checkpoints") == [f"{uri}/run/checkpoints/step-000100"]
 
 
 @pytest.mark.slow
