@@ -100,9 +100,16 @@ def download(uri: str, cache: Path, console: Console | None = None, parallel: in
 
 
 def read_json(uri: str) -> dict[str, Any]:
-    """A small JSON object in S3."""
+    """A small JSON object in S3.
+
+    Raises:
+        UserError: it is not there.
+        ValueError: it is something else.
+    """
     with _opened(uri, None, 1) as bucket:
-        found: dict[str, Any] = json.loads(bucket.read(""))
+        found = json.loads(bucket.read(""))
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
     return found
 
 
@@ -162,6 +169,8 @@ def main() -> None:
     asked = parser().parse_args()
 
     def job() -> None:
+        if not 1 <= asked.parallel <= 64:
+            raise UserError(f"--parallel must be from 1 to 64, not {asked.parallel}")
         if asked.command == "upload":
             if not asked.folder.is_dir():
                 raise UserError(f"{asked.folder} is no folder: type a folder, then the place in S3")

@@ -1,21 +1,25 @@
 """Folders in S3, against a local server: bytes equal, nothing half, nothing lost, one sentence when it fails."""
 
+import errno
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import boto3
 import pytest
+from botocore.config import Config as BotoConfig
 from faults import FAST
 from s3_server import CHILD, KINDS, PART, Server, in_bucket, model, plain, serving, trial
 
-from dreambooth import bucket, checkpoint, fetching, manifest, remote, storage
+from dreambooth import bucket, checkpoint, door, fetching, files, manifest, remote, storage
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.schema import Config
 from dreambooth.schema_storage import Storage
@@ -208,10 +212,38 @@ def test_a_single_object_is_a_file(server: Server, tmp_path: Path, uri: str) -> 
     assert (found.name, found.read_bytes()) == (prefix(uri) + ".txt", b"words")
 
 
-@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/etc/x"])
-def test_a_name_that_leads_out_of_the_folder_is_refused(server: Server, tmp_path: Path, uri: str, name: str) -> None:
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/etc/x", "a\\\\..\\\\evil"])
+@pytest.mark.parametrize("said_by", ["manifest", "key"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(
+        server: Server, tmp_path: Path, uri: str, name: str, said_by: str) -> None:
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{name if said_by == 'key' else 'a'}", Body=b"evil")
+    if said_by == "manifest":
+        hostile = {name: manifest.Entry(4, (sha256(b"evil").hexdigest(),))}
+        plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{manifest.NAME}", Body=manifest.dumped(hostile))
     with pytest.raises(UserError, match="leads out of its folder"):
-        manifest.safe(name, uri)
+        storage.download(uri, tmp_path / "cache")
+    assert content(tmp_path) == {}
+
+
+@pytest.mark.parametrize("told", [
+    {"size": 5, "part_size": 16, "sha256": []}, {"size": 5, "part_size": 16, "sha256": ["0" * 64] * 2},
+    {"size": 5, "part_size": 0, "sha256": ["0" * 64]}, {"size": 5, "part_size": 16, "sha256": ["?"]},
+    {"size": -1, "part_size": 16, "sha256": ["0" * 64]}, {"size": 10**18, "part_size": 1, "sha256": ["0" * 64]},
+    {"size": 5, "part_size": 16, "sha256": [0]}, [],
+])
+def test_a_manifest_that_cannot_be_right_is_refused(server: Server, tmp_path: Path, uri: str, told: Any) -> None:
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/a", Body=b"12345")
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{manifest.NAME}",
+                       Body=json.dumps({"format": manifest.FORMAT, "files": {"a": told}}).encode())
+    with pytest.raises(UserError, match=r"cannot be read .*upload the folder again"):
+        storage.download(uri, tmp_path)
+
+
+def test_json_that_is_none_is_said_to_be_so(server: Server, uri: str) -> None:
+    for text in (b"{", b"[]"):
+        plain().put_object(Bucket="tests", Key=prefix(uri), Body=text)
+        with pytest.raises(ValueError, match=r"JSON|property name"):
+            storage.read_json(uri)
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -231,6 +263,24 @@ def test_damaged_bytes_are_not_taken(server: Server, tmp_path: Path, uri: str) -
     plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/vae/weights.safetensors", Body=b"x" + held[1:])
     with pytest.raises(UserError, match="did not arrive right"):
         storage.download(uri, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("times", [2, 1000])
+@pytest.mark.parametrize("kept", ["MD5", "CRC32", "SHA256"])
+def test_damaged_bytes_of_what_has_no_manifest_are_not_taken(
+        server: Server, tmp_path: Path, uri: str, kept: str, times: int) -> None:
+    config = BotoConfig(request_checksum_calculation="when_required")
+    more: dict[str, Any] = {} if kept == "MD5" else {"ChecksumAlgorithm": kept}
+    boto3.client("s3", config=config).put_object(Bucket="tests", Key=f"{prefix(uri)}/a.jpg", Body=b"photo", **more)
+    left = iter(range(times))
+    server.fault = lambda number, method: "damaged read" if "a.jpg" in server.calls[number][1] and \
+        next(left, None) is not None else None
+    if times == 2:
+        assert content(storage.download(uri, tmp_path)) == {"a.jpg": b"photo"}
+    else:
+        with pytest.raises(UserError, match=r"a\.jpg arrived damaged several times .*: repeat the command"):
+            storage.download(uri, tmp_path)
+        assert [path for path in tmp_path.glob("tests/*") if not path.name.startswith(".")] == []
 
 
 def test_complete_folders_are_listed_by_number(server: Server, tmp_path: Path, uri: str) -> None:
@@ -297,6 +347,81 @@ def test_a_full_disk_is_said_before_anything_is_fetched(
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage._replace(free=10))
     with pytest.raises(DoesNotFit, match=r"storage\.cache=DIR"):
         storage.download(uri, tmp_path / "cache")
+
+
+def test_a_stopped_download_fits_on_the_disk_that_holds_half_of_it(
+        server: Server, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = model(tmp_path / "model", 1)
+    storage.upload(tmp_path / "model", uri)
+    server.calls.clear()
+    server.fault = lambda number, method: "denied" if number > 6 else None
+    with pytest.raises(UserError, match="no permission"):
+        storage.download(uri, tmp_path / "cache", parallel=1)
+    server.fault = lambda number, method: None
+    [aside] = (tmp_path / "cache/tests").glob(".writing-*")
+    half = sum(min(path.stat().st_blocks * 512, path.stat().st_size) for path in aside.rglob("*") if path.is_file())
+    assert half >= PART
+    usage = fetching.shutil.disk_usage(".")
+    free = sum(map(len, want.values())) - half
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage._replace(free=free - 1))
+    with pytest.raises(DoesNotFit):
+        storage.download(uri, tmp_path / "cache")
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage._replace(free=free))
+    assert content(storage.download(uri, tmp_path / "cache")) == want
+
+
+@pytest.mark.parametrize("made_by", ["upload", "another tool"])
+def test_a_disk_that_is_full_meanwhile_is_a_sentence(
+        server: Server, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch, made_by: str) -> None:
+    def full(*words: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model(tmp_path / "model", 1)
+    storage.upload(tmp_path / "model", uri)
+    if made_by == "another tool":
+        plain().delete_object(Bucket="tests", Key=f"{prefix(uri)}/{manifest.NAME}")
+    with monkeypatch.context() as patched, pytest.raises(DoesNotFit, match=r"disk of .* is full: free some space"):
+        patched.setattr(os, "pwrite", full)
+        patched.setattr(files, "sync", full)
+        storage.download(uri, tmp_path / "cache")
+    assert content(storage.download(uri, tmp_path / "cache"))
+
+
+def test_what_a_killed_download_was_writing_is_not_in_the_folder(server: Server, tmp_path: Path, uri: str) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{name}", Body=b"photo")
+    server.fault = lambda number, method: "denied" if "b.jpg" in server.calls[number][1] else None
+    with pytest.raises(UserError, match="no permission"):
+        storage.download(uri, tmp_path)
+    server.fault = lambda number, method: None
+    [aside] = (path for path in tmp_path.glob("tests/.writing-*"))
+    (aside / ".writing-0123abcd-b.jpg").write_bytes(b"pho")  # what SIGKILL leaves
+    assert content(storage.download(uri, tmp_path)) == {"a.jpg": b"photo", "b.jpg": b"photo"}
+
+
+def test_a_cache_that_cannot_be_written_is_a_sentence(server: Server, tmp_path: Path, uri: str) -> None:
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/a.jpg", Body=b"photo")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .*type storage\.cache=DIR"):
+        storage.download(uri, tmp_path / "file")
+
+
+def test_what_is_not_there_is_not_for_whom_may_not_list(server: Server, tmp_path: Path, uri: str) -> None:
+    """AWS answers 403 about an object that is not there to who has no s3:ListBucket."""
+    model(tmp_path / "model", 1)
+    server.fault = lambda number, method: "denied" if method != "PUT" else None
+    with pytest.raises(UserError, match=r"s3:GetObject on .* or it is not there and there is none for s3:ListBucket"):
+        storage.upload(tmp_path / "model", uri)
+
+
+@pytest.mark.parametrize("parallel", ["0", "65"])
+def test_the_number_of_transfers_is_checked(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], parallel: str) -> None:
+    monkeypatch.setattr(door, "_codes", [])
+    monkeypatch.setattr(sys, "argv", ["storage", "upload", str(tmp_path), "s3://b/x", "--parallel", parallel])
+    with pytest.raises(SystemExit, match="1"):
+        storage.main()
+    assert capsys.readouterr().err == f"dreambooth: --parallel must be from 1 to 64, not {parallel}\n"
 
 
 def test_a_bug_keeps_its_traceback(server: Server, uri: str) -> None:
