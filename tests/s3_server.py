@@ -81,7 +81,10 @@ class Server:
                 self._parts[re.sub(r"&?partNumber=\d+&?", "", environ["QUERY_STRING"]), part[1]] = said
         if environ["REQUEST_METHOD"] == "POST" and "HTTP_IF_NONE_MATCH" in environ and self._holds(environ):
             return _error(start, "412 Precondition Failed", "PreconditionFailed")
-        answer = self._ask({**environ, "wsgi.input": BytesIO(body), "CONTENT_LENGTH": str(len(body))}, start, kind)
+        try:
+            answer = self._ask({**environ, "wsgi.input": BytesIO(body), "CONTENT_LENGTH": str(len(body))}, start, kind)
+        except KeyError:  # moto's, of a part that comes when its upload is complete
+            return _error(start, "404 Not Found", "NoSuchUpload")
         return _reset(environ) if kind == "reset after" else answer
 
     def _holds(self, environ: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs/sagemaker.md"
 BEGIN, END = "<!-- tools/proof/s3.py -->\n", "<!-- end -->\n"
-ENDS = {0: "done", 1: "a sentence", -9: "killed"}  # exit code -> what it means
+ENDS = {0: "done", 1: "told why", -9: "killed"}  # exit code -> what it means
 sys.path.insert(0, str(ROOT / "tests"))
 
 from s3_server import KINDS, serving, trial  # noqa: E402
