@@ -12,13 +12,14 @@ ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocati
              "TemporaryRedirect"}
 NETWORK = {"EndpointConnectionError", "ConnectionClosedError", "ConnectTimeoutError", "ReadTimeoutError",
            "ResponseStreamingError", "IncompleteReadError", "HTTPClientError", "ProxyConnectionError", "SSLError",
-           "ProtocolError", "ConnectionError", "ConnectionResetError", "IncompleteRead", "FlexibleChecksumError",
+           "ProtocolError", "ConnectionError", "ConnectionResetError", "IncompleteRead",
            "TimeoutError", "BrokenPipeError", "ResponseParserError"}
 BUSY = {"InternalError", "InternalFailure", "ServiceUnavailable", "SlowDown", "RequestTimeout", "500", "502", "503",
         "504", "Throttling", "ThrottlingException", "TooManyRequestsException", "RequestLimitExceeded",
         "ConditionalRequestConflict"}
 CHANGED = {"PreconditionFailed", "412"}
-DAMAGED = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "InvalidDigest", "XAmzContentChecksumMismatch"}
+DAMAGED = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "InvalidDigest", "XAmzContentChecksumMismatch",
+           "FlexibleChecksumError"}
 LOGIN = ("type aws configure, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role")
 
 
@@ -45,7 +46,7 @@ def no_network(error: BaseException) -> bool:
 def known(error: BaseException) -> bool:
     """Whether AWS or its library said it: anything else is a fault of ours."""
     return hasattr(error, "response") or type(error).__module__.startswith(("botocore", "boto3", "urllib3", "http")) \
-        or code(error) in NETWORK
+        or code(error) in NETWORK | DAMAGED
 
 
 def sentence(error: BaseException, doing: str, where: str, bucket: str | None = None) -> str:
@@ -63,6 +64,9 @@ def sentence(error: BaseException, doing: str, where: str, bucket: str | None = 
         return f"AWS does not accept these credentials ({said}): {LOGIN}"
     if said == "NoSuchBucket":
         return f"there is no bucket {bucket}: type another name, or make it by aws s3 mb s3://{bucket}"
+    if said in DENIED and doing == "s3:GetObject":  # so is answered who may not list and asks for what is not there
+        return (f"no permission for s3:GetObject on {where}, or it is not there and there is none for s3:ListBucket on "
+                f"{bucket}: add both to your policy; docs/sagemaker.md has the whole of it")
     if said in DENIED:
         return f"no permission for {doing} on {where}: add it to your policy; docs/sagemaker.md has the whole of it"
     if said in ELSEWHERE:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from typing import Any, TypeVar
 
 from dreambooth import aws_errors, manifest
@@ -76,6 +77,7 @@ class Bucket:
 
     def __init__(self, place: Place, s3: Any, pool: ThreadPoolExecutor, console: Console) -> None:
         self.place, self.s3, self.pool, self.console = place, s3, pool, console
+        self._read: dict[tuple[str, str], bool] = {}  # name and ETag -> whether it was found to be what it must be
 
     def call(self, doing: str, name: str, call: Callable[[], T]) -> T:
         """One call about an object of the place."""
@@ -111,16 +113,34 @@ class Bucket:
         text = self.call("s3:GetObject", manifest.NAME, get)
         return None if text is None else manifest.parsed(text, str(self.place))
 
-    def has(self, name: str, entry: Entry) -> bool:
-        """Whether S3 holds exactly this."""
+    def part(self, name: str, start: int, size: int, **more: str) -> bytes:
+        """Some bytes of an object."""
+        body: bytes = self.call("s3:GetObject", name, lambda: self.s3.get_object(
+            **self.where(name), Range=f"bytes={start}-{start + size - 1}", **more)["Body"].read())
+        return body
+
+    def compared(self, entries: Entries) -> tuple[Entries, list[str]]:
+        """The files that S3 does not hold, and the names as which it holds something else."""
+        held = dict(zip(entries, self.pool.map(lambda item: self.holds(*item), entries.items()), strict=True))
+        return ({name: entries[name] for name, same in held.items() if same is None},
+                [name for name, same in held.items() if same is False])
+
+    def holds(self, name: str, entry: Entry) -> bool | None:
+        """Whether S3 holds exactly this; None: there is nothing of that name."""
         found = self.call("s3:GetObject", name, lambda: _unless_absent(
             lambda: self.s3.head_object(**self.where(name), ChecksumMode="ENABLED")))
-        return found is not None and entry.is_in(found["ContentLength"], found.get("ChecksumSHA256"))
+        if found is None:
+            return None
+        same = entry.is_in(found["ContentLength"], found.get("ChecksumSHA256"))
+        return self._reads(name, entry, found["ETag"]) if same is None else same
 
-    def lacking(self, entries: Entries) -> Entries:
-        """The files of which S3 does not hold exactly this."""
-        held = self.pool.map(lambda item: self.has(*item), entries.items())
-        return {name: entry for (name, entry), there in zip(entries.items(), held, strict=True) if not there}
+    def _reads(self, name: str, entry: Entry, tag: str) -> bool:
+        """Whether an object is this, found by reading it, once: S3 keeps no SHA-256 of what other tools put there."""
+        if (name, tag) not in self._read:
+            self._read[name, tag] = not entry.size or all(
+                sha256(self.part(name, *span, IfMatch=tag)).hexdigest() == digest
+                for span, digest in zip(entry.spans(), entry.parts, strict=True))
+        return self._read[name, tag]
 
     def listed(self) -> Entries:
         """Every object below the place with what S3 says of it; the place itself, if it is an object, is ''."""

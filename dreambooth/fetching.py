@@ -1,9 +1,10 @@
 """Down from S3: a folder is filled beside its place, checked, then renamed; it is named by its content."""
 
+import errno
 import os
 import shutil
-from base64 import b64encode
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from hashlib import md5, sha256
 from pathlib import Path
@@ -18,6 +19,10 @@ from dreambooth.manifest import Entries, Entry
 GIB = 2**30
 ROUNDS = 3  # of fetching what did not arrive right
 BLOCK = 2**20  # bytes read at a time
+
+
+class BadDigest(Exception):
+    """An object that is not what its tag says; named as S3 names a body that is not what its checksum says."""
 
 
 def fetch(bucket: Bucket, cache: Path, complete: bool) -> Path:
@@ -39,20 +44,36 @@ def fetch(bucket: Bucket, cache: Path, complete: bool) -> Path:
         raise UserError(f"{place} is half uploaded ({', '.join(lost[:3])} missing or cut short): repeat the upload")
     name = place.prefix.rpartition("/")[2]
     folder = cache / place.bucket / f"{name}-{manifest.digest(wanted)}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if not folder.is_dir():
-            _fill(bucket, folder, wanted)
+    with _written(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.is_dir():
+                _fill(bucket, folder, wanted)
     return folder / name if "" in wanted else folder
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """What a disk refuses, in a sentence. What S3 refuses is one already."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DoesNotFit(f"the disk of {folder} is full: free some space and repeat the command, it goes on where "
+                             "it stopped, or type storage.cache=DIR on a larger disk") from error
+        raise UserError(f"{folder} cannot be written ({error}): mend that, or type storage.cache=DIR") from error
 
 
 def _fill(bucket: Bucket, folder: Path, wanted: Entries) -> None:
     aside = folder.with_name(files.ASIDE + folder.name)  # kept after a failure: the next attempt goes on in it
-    needed, free = sum(entry.size for entry in wanted.values()), shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise DoesNotFit(f"{bucket.place} takes {needed / GIB:.1f} GiB and {folder.parent} has {free / GIB:.1f} GiB "
-                         "free: type storage.cache=DIR on a larger disk")
     paths = {aside / (name or bucket.place.prefix.rpartition("/")[2]): (name, entry) for name, entry in wanted.items()}
+    for half in (path for path in aside.rglob(f"{files.ASIDE}*") if path not in paths):
+        half.unlink()  # of a file whose writing was killed
+    here = sum(min(path.stat().st_blocks * 512, entry.size) for path, (_, entry) in paths.items() if path.is_file())
+    needed, free = sum(entry.size for entry in wanted.values()) - here, shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise DoesNotFit(f"{bucket.place} takes {needed / GIB:.1f} GiB more and {folder.parent} has {free / GIB:.1f} "
+                         "GiB free: type storage.cache=DIR on a larger disk")
     for _ in range(ROUNDS):
         with bucket.console.bar(f"from {bucket.place}", sum(len(entry.spans()) for entry in wanted.values())) as bar:
             bucket.each((work for path, (name, entry) in paths.items()
@@ -83,36 +104,27 @@ def _part(bucket: Bucket, path: Path, name: str, digest: str, start: int, size: 
     with path.open("r+b") as file:
         if not size or sha256(os.pread(file.fileno(), size, start)).hexdigest() == digest:
             return
-
-        def get() -> bytes:
-            answer = bucket.s3.get_object(**bucket.where(name), Range=f"bytes={start}-{start + size - 1}")
-            body: bytes = answer["Body"].read()
-            return body
-
-        body = bucket.call("s3:GetObject", name, get)
+        body = bucket.part(name, start, size)
         if sha256(body).hexdigest() == digest:  # else the next round tries again
             os.pwrite(file.fileno(), body, start)
 
 
 def _stream(bucket: Bucket, path: Path, name: str, entry: Entry) -> None:
-    """Fetch an object without a manifest; what S3 knows of its content is checked: SHA-256, or the MD5 in its tag."""
+    """Fetch an object without a manifest; what S3 knows of its content is checked: by boto3 its length and checksum, if
+    S3 keeps one; here the MD5 in its tag, if it is one."""
     if path.is_file():
         return
 
     def get() -> None:
         answer = bucket.s3.get_object(**bucket.where(name), IfMatch=entry.tag, ChecksumMode="ENABLED")
-        sums, length = (sha256(), md5(usedforsecurity=False)), 0
+        total = md5(usedforsecurity=False)
         with files.whole_file(path) as aside, aside.open("wb") as file:
             for block in answer["Body"].iter_chunks(BLOCK):
                 file.write(block)
-                length += len(block)
-                for total in sums:
-                    total.update(block)
-            said, tag = answer.get("ChecksumSHA256", "-"), entry.tag.strip('"')
-            plain = "-" not in tag and "kms" not in answer.get("ServerSideEncryption", "")
-            wrong = length != entry.size or ("-" not in said and said != b64encode(sums[0].digest()).decode())
-            if wrong or (plain and len(tag) == 32 and tag != sums[1].hexdigest()):
-                raise ConnectionError(f"{name} arrived damaged")
+                total.update(block)
+            tag, encrypted = entry.tag.strip('"'), "kms" in answer.get("ServerSideEncryption", "")
+            if len(tag) == 32 and not encrypted and tag != total.hexdigest():
+                raise BadDigest
 
     bucket.call("s3:GetObject", name, get)
 

@@ -6,11 +6,13 @@ the same numbers: of one part, its SHA-256; of several, the SHA-256 of their SHA
 """
 
 import json
+import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from dreambooth import files
 from dreambooth.errors import UserError
@@ -29,12 +31,17 @@ class Entry:
     tag: str = ""
     part_size: int = PART
 
-    def is_in(self, size: int, checksum: str | None) -> bool:
-        """Whether this is what S3 says that it holds: base64, with the number of parts if there are several."""
+    def is_in(self, size: int, checksum: str | None) -> bool | None:
+        """Whether this is what S3 says that it holds: base64, with the number of parts if there are several. None: it
+        keeps no SHA-256 of these parts, as of what other tools put there."""
         digests = [bytes.fromhex(part) for part in self.parts]
         whole = digests[0] if len(digests) == 1 else sha256(b"".join(digests)).digest()
         said, _, count = (checksum or "").partition("-")
-        return (size, said) == (self.size, b64encode(whole).decode()) and count in ("", str(len(digests)))
+        if size != self.size:
+            return False
+        if said == b64encode(whole).decode() and count in ("", str(len(digests))):
+            return True
+        return False if said and count == (str(len(digests)) if len(digests) > 1 else "") else None
 
     def spans(self) -> list[tuple[int, int]]:
         """(offset, length) of every part; an empty file has one."""
@@ -98,10 +105,17 @@ def parsed(text: bytes, where: str) -> Entries:
         told = json.loads(text)
         if told["format"] != FORMAT:
             raise ValueError(f"it has format {told['format']}, this version reads {FORMAT}")
-        return {safe(name, where): Entry(int(item["size"]), tuple(item["sha256"]), part_size=int(item["part_size"]))
-                for name, item in told["files"].items()}
+        return {safe(name, where): _entry(item) for name, item in told["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}/{NAME} cannot be read ({error}): upload the folder again") from error
+
+
+def _entry(item: dict[str, Any]) -> Entry:
+    entry = Entry(int(item["size"]), tuple(item["sha256"]), part_size=int(item["part_size"]))
+    if entry.size < 0 or entry.part_size < 1 or len(entry.parts) != max(1, -(-entry.size // entry.part_size)) \
+            or not all(re.fullmatch("[0-9a-f]{64}", part) for part in entry.parts):
+        raise ValueError(f"{len(entry.parts)} SHA-256 do not fit {entry.size} bytes in parts of {entry.part_size}")
+    return entry
 
 
 def safe(name: str, where: str) -> str:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -16,6 +17,7 @@ from typing import Any
 from dreambooth import files
 from dreambooth.console import Console
 from dreambooth.errors import DreamBoothError, UserError
+from dreambooth.manifest import Entries, of_folder
 from dreambooth.schema import Config, Storage
 from dreambooth.schema_dataset import FOLDERS
 from dreambooth.schema_storage import is_remote, is_single
@@ -27,6 +29,7 @@ MADE = (".hydra", "model", "samples", "contact_sheet.png", "evaluation.json", "m
         "run.json")
 RECORD = "remote.json"
 LOOK = 5.0  # seconds between two looks for a new checkpoint
+LONGEST = 600.0  # seconds until one that could not be copied is tried again
 log = logging.getLogger(__name__)
 
 
@@ -110,38 +113,43 @@ def kept(spec: Storage, run_dir: Path, resume: str) -> Iterator[Callable[[Any], 
 
 def _copy(step: int, run_dir: Path, place: str, parallel: int) -> None:
     """The result, into a folder named by its steps: a run that is extended makes another."""
-    from dreambooth import manifest, storage
+    from dreambooth import storage
 
     console, target = Console(), f"{place}/result-{step:06d}"
-    there = storage.complete(target)
-    if there is None or {name: entry for name, entry in there.items() if name.startswith("model/")} != \
-            manifest.of_folder(run_dir, ("model",)):
-        storage.upload(run_dir, target, console, parallel, only=MADE)
+    target = storage.upload_beside(run_dir, target, of_folder(run_dir, MADE), console, parallel, core="model/")
     console.say(f"complete in {target}")
 
 
 class Mirror(threading.Thread):
-    """Copies each new checkpoint, newest first; one that is rotated away meanwhile is passed over."""
+    """Copies each new checkpoint, newest first; one that is rotated away meanwhile is passed over, as is a damaged one.
+
+    One that cannot be copied is tried again ever more seldom, since each attempt competes with the training.
+    """
 
     def __init__(self, run_dir: Path, place: str, parallel: int) -> None:
         super().__init__(name="checkpoints to S3", daemon=True)
         self._folder, self._place, self._parallel = run_dir / "checkpoints", f"{place}/checkpoints", parallel
         self._done: set[str] = set()
+        self._failed, self._pause, self._again = "", LOOK, 0.0  # the last that could not be copied; when to try again
+        self._read: tuple[Any, Entries] = None, {}  # the last checkpoint that was read, and what it holds
         self._closing = threading.Event()
 
     def bring(self, resume: str) -> None:
-        """Put the newest checkpoint of S3 where the run will look, if this machine has none."""
-        from dreambooth import storage
+        """Put the newest checkpoint of S3 where the run will look, if this machine has none that is whole."""
+        from dreambooth import checkpoint, storage
 
         there = storage.complete_folders(self._place)
         if there and resume != "auto":
             raise UserError(f"{self._place} holds checkpoints of this run: type checkpoint.resume=auto, or another "
                             "storage.upload")
-        if there and not any(self._folder.glob("step-*")):
+        names = [storage.first_of(uri.rpartition("/")[2]) for uri in there]
+        if there and checkpoint.latest(self._folder) is None:
             aside = self._folder / f"{files.ASIDE}s3"
             folder = storage.download(there[-1], aside, Console(), self._parallel, complete=True)
-            files.publish(folder, self._folder / there[-1].rpartition("/")[2])
-        self._done = {uri.rpartition("/")[2] for uri in there}
+            if (self._folder / names[-1]).exists():
+                files.remove_folder(self._folder / names[-1])
+            files.publish(folder, self._folder / names[-1])
+        self._done = set(names)
 
     def run(self) -> None:
         while not self._closing.wait(LOOK):
@@ -151,18 +159,36 @@ class Mirror(threading.Thread):
         """Copy the last one too."""
         self._closing.set()
         self.join()
+        self._again = 0.0
         self._turn()
 
     def _turn(self) -> None:
-        from dreambooth import storage
+        from dreambooth import checkpoint, storage
 
-        new = [path for path in self._folder.glob("step-*") if path.is_dir() and path.name not in self._done]
+        new = [path for path in self._folder.glob("step-*")
+               if path.name not in self._done and checkpoint.intact(path)]
         for path in sorted(new, key=files.number_of)[-1:]:
+            if path.name == self._failed and time.monotonic() < self._again:
+                continue
             try:
-                storage.upload(path, f"{self._place}/{path.name}", None, self._parallel)
+                storage.upload_beside(path, f"{self._place}/{path.name}", self._entries(path), None, self._parallel)
                 self._done.add(path.name)
             except FileNotFoundError:
                 pass
             except DreamBoothError as error:
                 if path.is_dir():
-                    log.warning("checkpoint %s is not in S3: %s", path.name, error)
+                    self._put_off(path.name, error)
+
+    def _entries(self, path: Path) -> Entries:
+        """What a checkpoint holds, read once, not at each attempt."""
+        key = path, path.stat().st_mtime_ns
+        if self._read[0] != key:
+            self._read = key, of_folder(path)
+        return self._read[1]
+
+    def _put_off(self, name: str, error: DreamBoothError) -> None:
+        if name != self._failed:
+            log.warning("checkpoint %s is not in S3: %s", name, error)
+            self._failed, self._pause = name, LOOK
+        self._pause = min(2 * self._pause, LONGEST)
+        self._again = time.monotonic() + self._pause

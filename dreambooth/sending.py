@@ -15,44 +15,62 @@ from dreambooth.manifest import Entries, Entry
 ROUNDS = 3  # of sending what S3 does not hold
 
 
+class Taken(UserError):
+    """Something else is where this was to go, and it is not complete: an upload that was never finished, perhaps."""
+
+
 def send(bucket: Bucket, entries: Entries, folder: Path) -> None:
     """Make these files of a folder complete in S3.
 
     Raises:
         UserError: S3 does not take or keep it, or another complete folder is there, which is never replaced.
+        Taken: there is no complete folder, but a file with other bytes.
     """
     kept = bucket.kept()
     if kept is not None and kept != entries:
         raise UserError(f"{bucket.place} holds another complete upload, and none is ever replaced: type another place")
-    missing = bucket.lacking(entries)
+    missing = _lacking(bucket, entries)
     for _ in range(ROUNDS):
         if not missing:
             break
         _send_all(bucket, folder, missing)
-        missing = bucket.lacking(entries)
+        missing = _lacking(bucket, entries)
     if missing:
-        raise UserError(f"{bucket.place} holds something else as {', '.join(sorted(missing)[:3])}, and nothing there "
-                        "is ever replaced: type another place")
+        raise UserError(f"{bucket.place} took {', '.join(sorted(missing)[:3])} and does not hold it: repeat the "
+                        "command")
     text = manifest.dumped(entries)
-    _put(bucket, manifest.NAME, text)
-    if not bucket.has(manifest.NAME, Entry(len(text), (sha256(text).hexdigest(),))):
+    told = Entry(len(text), (sha256(text).hexdigest(),))
+    _put(bucket, manifest.NAME, text, told)
+    if not bucket.holds(manifest.NAME, told):
         raise UserError(f"somebody else has completed {bucket.place} meanwhile: type another place")
 
 
+def _lacking(bucket: Bucket, entries: Entries) -> Entries:
+    """What S3 does not hold."""
+    missing, other = bucket.compared(entries)
+    if other:
+        raise Taken(f"{bucket.place} holds something else as {', '.join(sorted(other)[:3])}, and nothing there is ever "
+                    "replaced: type another place")
+    return missing
+
+
 def _send_all(bucket: Bucket, folder: Path, missing: Entries) -> None:
+    """The small files last: of a run they are what differs from machine to machine, and sending them takes no time in
+    which to be stopped and leave them in the way of another machine."""
     with bucket.console.bar(f"to {bucket.place}", sum(len(entry.parts) for entry in missing.values())) as bar:
         small = [name for name, entry in missing.items() if len(entry.parts) == 1]
-        bucket.each((partial(_send_small, bucket, folder, name) for name in small), bar.tick)
         for name in sorted(missing.keys() - small):
             _send_parts(bucket, folder / name, name, missing[name], bar.tick)
+        bucket.each((partial(_send_small, bucket, folder / name, name, missing[name]) for name in small), bar.tick)
 
 
-def _send_small(bucket: Bucket, folder: Path, name: str) -> None:
-    _put(bucket, name, (folder / name).read_bytes())
+def _send_small(bucket: Bucket, path: Path, name: str, entry: Entry) -> None:
+    _put(bucket, name, path.read_bytes(), entry)
 
 
-def _put(bucket: Bucket, name: str, body: bytes) -> None:
-    _new(bucket, name, partial(bucket.s3.put_object, **bucket.where(name), Body=body, **_checked(body)))
+def _put(bucket: Bucket, name: str, body: bytes, entry: Entry) -> None:
+    checked = _checked(name, body, entry.parts[0])
+    _new(bucket, name, partial(bucket.s3.put_object, **bucket.where(name), Body=body, **checked))
 
 
 def _new(bucket: Bucket, name: str, call: Callable[..., object]) -> None:
@@ -77,7 +95,7 @@ def _send_parts(bucket: Bucket, path: Path, name: str, entry: Entry, tick: Calla
         with path.open("rb") as file:
             file.seek(start)
             body = file.read(size)
-        checked = _checked(body)
+        checked = _checked(name, body, entry.parts[number - 1])
         answer = bucket.call("s3:PutObject", name, lambda: bucket.s3.upload_part(
             **where, PartNumber=number, Body=body, **checked))
         sent[number] = {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": checked["ChecksumSHA256"]}
@@ -114,6 +132,12 @@ def _base64(digest: str) -> str:
     return b64encode(bytes.fromhex(digest)).decode()
 
 
-def _checked(body: bytes) -> dict[str, str]:
-    """Arguments by which S3 refuses other bytes than these, and keeps their SHA-256."""
-    return {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": b64encode(sha256(body).digest()).decode()}
+def _checked(name: str, body: bytes, digest: str) -> dict[str, str]:
+    """Arguments by which S3 refuses other bytes than these, and keeps their SHA-256.
+
+    Raises:
+        UserError: they are not what the manifest will say.
+    """
+    if sha256(body).hexdigest() != digest:
+        raise UserError(f"{name} has changed while it was sent: repeat the command")
+    return {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": _base64(digest)}

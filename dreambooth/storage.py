@@ -5,9 +5,10 @@ By hand: `python -m dreambooth.storage upload FOLDER s3://BUCKET/PREFIX`. The on
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dreambooth.fetching import fetch
 from dreambooth.manifest import Entries
 from dreambooth.schema_storage import SCHEME as SCHEME
 from dreambooth.schema_storage import is_remote as is_remote
-from dreambooth.sending import send
+from dreambooth.sending import Taken, send
 
 PARALLEL = 8  # transfers at a time
 CONNECT, TIMEOUT = 10, 60  # seconds to connect; without a byte
@@ -42,17 +43,45 @@ def client(service: str, connections: int = 10) -> Any:
 
 
 def upload(folder: Path, uri: str, console: Console | None = None, parallel: int = PARALLEL, *,
-           only: Sequence[str] = ()) -> None:
+           entries: Entries | None = None) -> None:
     """Make a local folder complete at a place; what is there already is not sent again.
 
     Args:
-        only: names right below the folder; empty: all of them.
+        entries: what of the folder; None: all of it.
 
     Raises:
         UserError: S3 does not take or keep it, or another complete folder is there, which is never replaced.
+        Taken: there is no complete folder, but a file with other bytes.
     """
     with _opened(uri, console, parallel) as bucket:
-        send(bucket, manifest.of_folder(folder, only), folder)
+        send(bucket, manifest.of_folder(folder) if entries is None else entries, folder)
+
+
+def upload_beside(folder: Path, uri: str, entries: Entries, console: Console | None, parallel: int, *,
+                  core: str = "") -> str:
+    """`upload` for who cannot be asked for another place: where an upload of something else was begun and never
+    finished, the folder goes to PLACE.2, or on to the first such place that is free.
+
+    Args:
+        core: what the files' names begin with that make a complete folder the same as this one.
+
+    Returns:
+        Where it is complete.
+    """
+    def same(there: Entries) -> bool:
+        one, other = ({name: entry for name, entry in held.items() if name.startswith(core)}
+                      for held in (there, entries))
+        return one == other
+
+    for place in chain([uri], (f"{uri}.{number}" for number in count(2))):
+        there = complete(place)
+        if there is None or not same(there):
+            try:
+                upload(folder, place, console, parallel, entries=entries)
+            except Taken:
+                continue
+        return place
+    raise AssertionError("unreachable")
 
 
 def download(uri: str, cache: Path, console: Console | None = None, parallel: int = PARALLEL, *,
@@ -71,9 +100,16 @@ def download(uri: str, cache: Path, console: Console | None = None, parallel: in
 
 
 def read_json(uri: str) -> dict[str, Any]:
-    """A small JSON object in S3."""
+    """A small JSON object in S3.
+
+    Raises:
+        UserError: it is not there.
+        ValueError: it is something else.
+    """
     with _opened(uri, None, 1) as bucket:
-        found: dict[str, Any] = json.loads(bucket.read(""))
+        found = json.loads(bucket.read(""))
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
     return found
 
 
@@ -89,11 +125,18 @@ def complete(uri: str) -> Entries | None:
 
 
 def complete_folders(uri: str) -> list[str]:
-    """The complete folders right below a place, by the number in their names; none if there is nothing."""
+    """The complete folders right below a place, by the number in their names; none if there is nothing. One beside
+    another (`upload_beside`) has the number of that."""
     with _opened(uri, None, 1) as bucket:
         listed = bucket.listed()
     names = {name.partition("/")[0] for name in listed if name.partition("/")[2] == manifest.NAME}
-    return [f"{uri.rstrip('/')}/{name}" for name in sorted(names, key=lambda name: files.number_of(Path(name)))]
+    numbered = sorted((files.number_of(Path(first_of(name))), name) for name in names)
+    return [f"{uri.rstrip('/')}/{name}" for _, name in numbered]
+
+
+def first_of(name: str) -> str:
+    """step-000100 of step-000100.2: the name that `upload_beside` was asked for."""
+    return name.partition(".")[0]
 
 
 @contextmanager
@@ -126,6 +169,8 @@ def main() -> None:
     asked = parser().parse_args()
 
     def job() -> None:
+        if not 1 <= asked.parallel <= 64:
+            raise UserError(f"--parallel must be from 1 to 64, not {asked.parallel}")
         if asked.command == "upload":
             if not asked.folder.is_dir():
                 raise UserError(f"{asked.folder} is no folder: type a folder, then the place in S3")

@@ -1,5 +1,5 @@
-"""A local S3: moto behind what it does not do (it takes a body that is not what its checksum says; AWS does not), and
-behind faults that a network has. And one upload and download under such a fault, with what must hold afterwards."""
+"""A local S3: moto behind what AWS does and it does not (to refuse a body that is not what its checksum says, and to
+complete an upload where something is already), and behind faults that a network has. And one upload and download under such a fault, with what must hold afterwards."""
 
 import base64
 import hashlib
@@ -26,7 +26,8 @@ KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS
 KINDS = ("500", "reset before", "reset after", "short write", "short read", "damaged read", "slow", "denied", "killed")
 PART = 2**14  # bytes of a part in the child
 CHILD = ("import sys; from dreambooth import bucket, manifest, storage; manifest.PART = {part}; bucket.PAUSE = 0.01;"
-         "storage.TIMEOUT = 1; storage.main()")
+         "storage.TIMEOUT = {timeout}; storage.main()")
+TIMEOUT, SLOW = 1.0, 1.5  # seconds that the child waits; that a slow answer takes
 ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>{}</Message></Error>"
 Fault = Callable[[int, str], str | None]  # number of the request, method -> what goes wrong
 
@@ -72,14 +73,26 @@ class Server:
         if kind == "reset before":
             return _reset(environ)
         if kind == "slow":
-            time.sleep(0.2)
+            time.sleep(SLOW)
         if (said := environ.get("HTTP_X_AMZ_CHECKSUM_SHA256")) and environ["REQUEST_METHOD"] == "PUT":
             if base64.b64encode(hashlib.sha256(body).digest()).decode() != said:
                 return _error(start, "400 Bad Request", "BadDigest")
             if part := re.search(r"partNumber=(\d+)", environ.get("QUERY_STRING", "")):
                 self._parts[re.sub(r"&?partNumber=\d+&?", "", environ["QUERY_STRING"]), part[1]] = said
-        answer = self._ask({**environ, "wsgi.input": BytesIO(body), "CONTENT_LENGTH": str(len(body))}, start, kind)
+        if environ["REQUEST_METHOD"] == "POST" and "HTTP_IF_NONE_MATCH" in environ and self._holds(environ):
+            return _error(start, "412 Precondition Failed", "PreconditionFailed")
+        try:
+            answer = self._ask({**environ, "wsgi.input": BytesIO(body), "CONTENT_LENGTH": str(len(body))}, start, kind)
+        except KeyError:  # moto's, of a part that comes when its upload is complete
+            return _error(start, "404 Not Found", "NoSuchUpload")
         return _reset(environ) if kind == "reset after" else answer
+
+    def _holds(self, environ: dict[str, Any]) -> bool:
+        told: list[str] = []
+        asked = {**environ, "REQUEST_METHOD": "HEAD", "QUERY_STRING": "", "wsgi.input": BytesIO(), "CONTENT_LENGTH": "0"}
+        del asked["HTTP_IF_NONE_MATCH"]
+        list(self._moto(asked, lambda status, headers, info=None: told.append(status)))
+        return told[0].startswith("200")
 
     def _ask(self, environ: dict[str, Any], start: Any, kind: str | None) -> Any:
         told: list[Any] = []
@@ -199,7 +212,7 @@ def trial(server: Server, folder: Path, kind: str, seed: int) -> tuple[int, int]
 def _command(server: Server, dice: random.Random, kind: str | None, words: list[str]) -> int:
     first = len(server.calls)
     moment = dice.randrange(2, 13)
-    child = subprocess.Popen([sys.executable, "-c", CHILD.format(part=PART), *words], stdout=subprocess.DEVNULL,
+    child = subprocess.Popen([sys.executable, "-c", CHILD.format(part=PART, timeout=TIMEOUT), *words], stdout=subprocess.DEVNULL,
                              stderr=subprocess.PIPE, text=True)
 
     def fault(number: int, method: str) -> str | None:

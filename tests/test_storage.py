@@ -1,19 +1,25 @@
 """Folders in S3, against a local server: bytes equal, nothing half, nothing lost, one sentence when it fails."""
 
+import errno
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import boto3
 import pytest
+from botocore.config import Config as BotoConfig
 from faults import FAST
 from s3_server import CHILD, KINDS, PART, Server, in_bucket, model, plain, serving, trial
 
-from dreambooth import bucket, manifest, remote, storage
+from dreambooth import bucket, checkpoint, door, fetching, files, manifest, remote, storage
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.schema import Config
 from dreambooth.schema_storage import Storage
@@ -121,14 +127,63 @@ def test_a_complete_folder_is_never_replaced(server: Server, tmp_path: Path, uri
     assert content(storage.download(uri, tmp_path / "cache")) == want
 
 
-def test_somebody_elses_object_is_never_replaced(server: Server, tmp_path: Path, uri: str) -> None:
+@pytest.mark.parametrize("name", ["model_index.json", "unet/weights.safetensors"])
+def test_somebody_elses_object_is_never_replaced(server: Server, tmp_path: Path, uri: str, name: str) -> None:
     model(tmp_path / "model", 1)
-    plain().put_object(Bucket="tests", Key=prefix(uri) + "/model_index.json", Body=b"theirs")
-    with pytest.raises(UserError, match=r"something else as model_index.json"):
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{name}", Body=b"theirs")
+    server.calls.clear()
+    with pytest.raises(UserError, match=f"something else as {name}"):
+        storage.upload(tmp_path / "model", uri)
+    assert in_bucket("tests", prefix(uri)) == {name: b"theirs"}
+    assert [method for method, _ in server.calls if method != "GET" and method != "HEAD"] == [], "bytes were sent"
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/weights.safetensors"])
+def test_somebody_elses_object_that_comes_meanwhile_is_not_replaced(
+        server: Server, tmp_path: Path, uri: str, name: str) -> None:
+    model(tmp_path / "model", 1)
+    came: list[str] = []
+
+    def comes(number: int, method: str) -> None:
+        path = server.calls[number][1]
+        if method in ("PUT", "POST") and f"/{name}" in path and not came:
+            came.append(path)
+            plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{name}", Body=b"theirs")
+
+    server.fault = comes
+    with pytest.raises(UserError, match=f"something else as {name}"):
         storage.upload(tmp_path / "model", uri)
     held = in_bucket("tests", prefix(uri))
-    assert held["model_index.json"] == b"theirs"
+    assert held[name] == b"theirs"
     assert manifest.NAME not in held
+
+
+def test_what_another_tool_copied_gets_a_manifest(server: Server, tmp_path: Path, uri: str) -> None:
+    want = model(tmp_path / "model", 1)
+    for name, text in want.items():
+        plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{name}", Body=text)
+    server.calls.clear()
+    storage.upload(tmp_path / "model", uri)
+    assert sent(server) == [f"/tests/{prefix(uri)}/{manifest.NAME}"]
+    reads = [path for method, path in server.calls if method == "GET" and "unet/weights" in path]
+    assert len(reads) == 6, "what was read is read again"
+    assert content(storage.download(uri, tmp_path / "cache", complete=True)) == want
+
+
+def test_what_another_tool_copied_otherwise_is_refused(server: Server, tmp_path: Path, uri: str) -> None:
+    want = model(tmp_path / "model", 1)["unet/weights.safetensors"]
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/unet/weights.safetensors", Body=want[:-1] + b"?")
+    with pytest.raises(UserError, match=r"something else as unet/weights\.safetensors"):
+        storage.upload(tmp_path / "model", uri)
+
+
+def test_a_file_that_changes_while_it_is_sent_is_not_completed(server: Server, tmp_path: Path, uri: str) -> None:
+    model(tmp_path / "model", 1)
+    before = manifest.of_folder(tmp_path / "model")
+    model(tmp_path / "model", 2)
+    with pytest.raises(UserError, match=r"has changed while it was sent: repeat the command"):
+        storage.upload(tmp_path / "model", uri, entries=before)
+    assert in_bucket("tests", prefix(uri)) == {}
 
 
 def test_an_upload_never_deletes(server: Server, tmp_path: Path, uri: str) -> None:
@@ -157,10 +212,38 @@ def test_a_single_object_is_a_file(server: Server, tmp_path: Path, uri: str) -> 
     assert (found.name, found.read_bytes()) == (prefix(uri) + ".txt", b"words")
 
 
-@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/etc/x"])
-def test_a_name_that_leads_out_of_the_folder_is_refused(server: Server, tmp_path: Path, uri: str, name: str) -> None:
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/etc/x", "a\\\\..\\\\evil"])
+@pytest.mark.parametrize("said_by", ["manifest", "key"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(
+        server: Server, tmp_path: Path, uri: str, name: str, said_by: str) -> None:
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{name if said_by == 'key' else 'a'}", Body=b"evil")
+    if said_by == "manifest":
+        hostile = {name: manifest.Entry(4, (sha256(b"evil").hexdigest(),))}
+        plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{manifest.NAME}", Body=manifest.dumped(hostile))
     with pytest.raises(UserError, match="leads out of its folder"):
-        manifest.safe(name, uri)
+        storage.download(uri, tmp_path / "cache")
+    assert content(tmp_path) == {}
+
+
+@pytest.mark.parametrize("told", [
+    {"size": 5, "part_size": 16, "sha256": []}, {"size": 5, "part_size": 16, "sha256": ["0" * 64] * 2},
+    {"size": 5, "part_size": 0, "sha256": ["0" * 64]}, {"size": 5, "part_size": 16, "sha256": ["?"]},
+    {"size": -1, "part_size": 16, "sha256": ["0" * 64]}, {"size": 10**18, "part_size": 1, "sha256": ["0" * 64]},
+    {"size": 5, "part_size": 16, "sha256": [0]}, [],
+])
+def test_a_manifest_that_cannot_be_right_is_refused(server: Server, tmp_path: Path, uri: str, told: Any) -> None:
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/a", Body=b"12345")
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{manifest.NAME}",
+                       Body=json.dumps({"format": manifest.FORMAT, "files": {"a": told}}).encode())
+    with pytest.raises(UserError, match=r"cannot be read .*upload the folder again"):
+        storage.download(uri, tmp_path)
+
+
+def test_json_that_is_none_is_said_to_be_so(server: Server, uri: str) -> None:
+    for text in (b"{", b"[]"):
+        plain().put_object(Bucket="tests", Key=prefix(uri), Body=text)
+        with pytest.raises(ValueError, match=r"JSON|property name"):
+            storage.read_json(uri)
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -180,6 +263,24 @@ def test_damaged_bytes_are_not_taken(server: Server, tmp_path: Path, uri: str) -
     plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/vae/weights.safetensors", Body=b"x" + held[1:])
     with pytest.raises(UserError, match="did not arrive right"):
         storage.download(uri, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("times", [2, 1000])
+@pytest.mark.parametrize("kept", ["MD5", "CRC32", "SHA256"])
+def test_damaged_bytes_of_what_has_no_manifest_are_not_taken(
+        server: Server, tmp_path: Path, uri: str, kept: str, times: int) -> None:
+    config = BotoConfig(request_checksum_calculation="when_required")
+    more: dict[str, Any] = {} if kept == "MD5" else {"ChecksumAlgorithm": kept}
+    boto3.client("s3", config=config).put_object(Bucket="tests", Key=f"{prefix(uri)}/a.jpg", Body=b"photo", **more)
+    left = iter(range(times))
+    server.fault = lambda number, method: "damaged read" if "a.jpg" in server.calls[number][1] and \
+        next(left, None) is not None else None
+    if times == 2:
+        assert content(storage.download(uri, tmp_path)) == {"a.jpg": b"photo"}
+    else:
+        with pytest.raises(UserError, match=r"a\.jpg arrived damaged several times .*: repeat the command"):
+            storage.download(uri, tmp_path)
+        assert [path for path in tmp_path.glob("tests/*") if not path.name.startswith(".")] == []
 
 
 def test_complete_folders_are_listed_by_number(server: Server, tmp_path: Path, uri: str) -> None:
@@ -240,14 +341,87 @@ def test_no_place() -> None:
 
 def test_a_full_disk_is_said_before_anything_is_fetched(
         server: Server, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dreambooth import fetching
-
     model(tmp_path / "model", 1)
     storage.upload(tmp_path / "model", uri)
     usage = fetching.shutil.disk_usage(".")
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage._replace(free=10))
     with pytest.raises(DoesNotFit, match=r"storage\.cache=DIR"):
         storage.download(uri, tmp_path / "cache")
+
+
+def test_a_stopped_download_fits_on_the_disk_that_holds_half_of_it(
+        server: Server, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = model(tmp_path / "model", 1)
+    storage.upload(tmp_path / "model", uri)
+    server.calls.clear()
+    server.fault = lambda number, method: "denied" if number > 6 else None
+    with pytest.raises(UserError, match="no permission"):
+        storage.download(uri, tmp_path / "cache", parallel=1)
+    server.fault = lambda number, method: None
+    [aside] = (tmp_path / "cache/tests").glob(".writing-*")
+    half = sum(min(path.stat().st_blocks * 512, path.stat().st_size) for path in aside.rglob("*") if path.is_file())
+    assert half >= PART
+    usage = fetching.shutil.disk_usage(".")
+    free = sum(map(len, want.values())) - half
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage._replace(free=free - 1))
+    with pytest.raises(DoesNotFit):
+        storage.download(uri, tmp_path / "cache")
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage._replace(free=free))
+    assert content(storage.download(uri, tmp_path / "cache")) == want
+
+
+@pytest.mark.parametrize("made_by", ["upload", "another tool"])
+def test_a_disk_that_is_full_meanwhile_is_a_sentence(
+        server: Server, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch, made_by: str) -> None:
+    def full(*words: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model(tmp_path / "model", 1)
+    storage.upload(tmp_path / "model", uri)
+    if made_by == "another tool":
+        plain().delete_object(Bucket="tests", Key=f"{prefix(uri)}/{manifest.NAME}")
+    with monkeypatch.context() as patched, pytest.raises(DoesNotFit, match=r"disk of .* is full: free some space"):
+        patched.setattr(os, "pwrite", full)
+        patched.setattr(files, "sync", full)
+        storage.download(uri, tmp_path / "cache")
+    assert content(storage.download(uri, tmp_path / "cache"))
+
+
+def test_what_a_killed_download_was_writing_is_not_in_the_folder(server: Server, tmp_path: Path, uri: str) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{name}", Body=b"photo")
+    server.fault = lambda number, method: "denied" if "b.jpg" in server.calls[number][1] else None
+    with pytest.raises(UserError, match="no permission"):
+        storage.download(uri, tmp_path)
+    server.fault = lambda number, method: None
+    [aside] = (path for path in tmp_path.glob("tests/.writing-*"))
+    (aside / ".writing-0123abcd-b.jpg").write_bytes(b"pho")  # what SIGKILL leaves
+    assert content(storage.download(uri, tmp_path)) == {"a.jpg": b"photo", "b.jpg": b"photo"}
+
+
+def test_a_cache_that_cannot_be_written_is_a_sentence(server: Server, tmp_path: Path, uri: str) -> None:
+    plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/a.jpg", Body=b"photo")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .*type storage\.cache=DIR"):
+        storage.download(uri, tmp_path / "file")
+
+
+def test_what_is_not_there_is_not_for_whom_may_not_list(server: Server, tmp_path: Path, uri: str) -> None:
+    """AWS answers 403 about an object that is not there to who has no s3:ListBucket."""
+    model(tmp_path / "model", 1)
+    server.fault = lambda number, method: "denied" if method != "PUT" else None
+    with pytest.raises(UserError, match=r"s3:GetObject on .* or it is not there and there is none for s3:ListBucket"):
+        storage.upload(tmp_path / "model", uri)
+
+
+@pytest.mark.parametrize("parallel", ["0", "65"])
+def test_the_number_of_transfers_is_checked(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], parallel: str) -> None:
+    monkeypatch.setattr(door, "_codes", [])
+    monkeypatch.setattr(sys, "argv", ["storage", "upload", str(tmp_path), "s3://b/x", "--parallel", parallel])
+    with pytest.raises(SystemExit, match="1"):
+        storage.main()
+    assert capsys.readouterr().err == f"dreambooth: --parallel must be from 1 to 64, not {parallel}\n"
 
 
 def test_a_bug_keeps_its_traceback(server: Server, uri: str) -> None:
@@ -291,7 +465,7 @@ def test_200_mb_up_and_down(running: Server, tmp_path: Path) -> None:
     (tmp_path / "model/small.safetensors").write_bytes(os.urandom(10 * 2**20))
     for words in (["upload", str(tmp_path / "model"), "s3://tests/large"],
                   ["download", "s3://tests/large", str(tmp_path / "cache")]):
-        code = CHILD.format(part=2**24).replace("storage.TIMEOUT = 1;", "")
+        code = CHILD.format(part=2**24, timeout=storage.TIMEOUT)
         assert subprocess.run([sys.executable, "-c", code, *words], check=False).returncode == 0
     [made] = [path for path in (tmp_path / "cache/tests").iterdir() if not path.name.startswith(".")]
     for name in ("weights.safetensors", "small.safetensors"):
@@ -371,9 +545,9 @@ def made_run(folder: Path, steps: int) -> None:
     model(folder / "model", steps)
     (folder / "result.json").write_text("{}")
     for step in range(100, steps + 1, 100):
-        checkpoint = folder / f"checkpoints/step-{step:06d}"
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        (checkpoint / "state.json").write_text(str(step))
+        kept = folder / f"checkpoints/step-{step:06d}"
+        kept.mkdir(parents=True, exist_ok=True)
+        (kept / "state.json").write_text(json.dumps({"step": step, "sizes": {}}))
 
 
 def test_a_result_and_checkpoints_are_copied_and_brought_back(server: Server, tmp_path: Path, uri: str) -> None:
@@ -386,10 +560,57 @@ def test_a_result_and_checkpoints_are_copied_and_brought_back(server: Server, tm
     assert "result.json" in (storage.complete(f"{uri}/run/result-000100") or {})
     other = tmp_path / "elsewhere" / "run"
     with remote.kept(spec, other, "auto"):
-        assert (other / "checkpoints/step-000100/state.json").read_text() == "100"
+        assert json.loads((other / "checkpoints/step-000100/state.json").read_text())["step"] == 100
         assert [entry.name for entry in (other / "checkpoints").glob("step-*")] == ["step-000100"]
     with pytest.raises(UserError, match=r"type checkpoint\.resume=auto"), remote.kept(spec, other, "never"):
         pass
+
+
+def test_a_result_that_another_machine_left_half_there_is_in_nobodys_way(
+        server: Server, tmp_path: Path, uri: str) -> None:
+    """Both machines have the same weights, and what differs from machine to machine: times, folders."""
+    for machine in ("a", "b", "c"):
+        made_run(tmp_path / machine / "run", 100)
+        (tmp_path / machine / "run/result.json").write_text(f'{{"seconds": "{machine}"}}')
+    first, spec = f"{uri}/run/result-000100", Storage(upload=uri)
+    plain().put_object(Bucket="tests", Key=f"{prefix(first)}/result.json", Body=b'{"seconds": "a"}')
+    for machine in ("b", "b", "c"):  # b's command is repeated; c finds it complete
+        with remote.kept(spec, tmp_path / machine / "run", "auto") as keep:
+            keep(SimpleNamespace(step=100))
+    assert in_bucket("tests", prefix(first)) == {"result.json": b'{"seconds": "a"}'}
+    there = in_bucket("tests", f"{prefix(first)}.2")
+    assert there["result.json"] == b'{"seconds": "b"}' and manifest.NAME in there
+    assert in_bucket("tests", f"{prefix(first)}.3") == {}
+
+
+def test_a_result_that_was_stopped_left_nothing_of_this_machine(server: Server, tmp_path: Path, uri: str) -> None:
+    made_run(tmp_path / "run", 100)
+    server.fault = lambda number, method: "denied" if "partNumber=4" in server.calls[number][1] else None
+    with pytest.raises(UserError, match="no permission"), \
+            remote.kept(Storage(upload=uri, parallel=1), tmp_path / "run", "auto") as keep:
+        keep(SimpleNamespace(step=100))
+    assert "result.json" not in in_bucket("tests", prefix(f"{uri}/run/result-000100"))
+
+
+def test_a_result_of_other_weights_is_not_taken_for_this_one(server: Server, tmp_path: Path, uri: str) -> None:
+    made_run(tmp_path / "run", 100)
+    with remote.kept(Storage(upload=uri), tmp_path / "run", "auto") as keep:
+        keep(SimpleNamespace(step=100))
+        model(tmp_path / "run/model", 2)
+        with pytest.raises(UserError, match="holds another complete upload"):
+            keep(SimpleNamespace(step=100))
+
+
+def test_a_checkpoint_that_another_machine_left_half_there_is_in_nobodys_way(
+        server: Server, tmp_path: Path, uri: str) -> None:
+    spec, place = Storage(upload=uri, checkpoints=True), f"{uri}/run/checkpoints"
+    plain().put_object(Bucket="tests", Key=f"{prefix(place)}/step-000100/state.json", Body=b"theirs")
+    with remote.kept(spec, tmp_path / "b/run", "auto"):
+        made_run(tmp_path / "b/run", 100)
+    assert storage.complete_folders(place) == [f"{place}/step-000100.2"]
+    with remote.kept(spec, tmp_path / "c/run", "auto"):
+        assert [entry.name for entry in (tmp_path / "c/run/checkpoints").glob("step-*")] == ["step-000100"]
+    assert len(storage.complete_folders(place)) == 1
 
 
 def test_a_result_that_cannot_be_copied_is_an_error(server: Server, tmp_path: Path, uri: str) -> None:
@@ -406,6 +627,48 @@ def test_a_checkpoint_that_cannot_be_copied_stops_nothing(server: Server, tmp_pa
         made_run(tmp_path / "run", 100)
         server.fault = lambda number, method: "denied" if method == "PUT" else None
     assert "checkpoint step-000100 is not in S3" in caplog.text
+
+
+def test_a_checkpoint_that_cannot_be_copied_is_tried_ever_more_seldom(
+        server: Server, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:
+    now, reads, read = [1000.0], list[Path](), manifest.of_file
+    monkeypatch.setattr(manifest, "of_file", lambda path: reads.append(path) or read(path))
+    monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    made_run(tmp_path / "run", 100)
+    mirror = remote.Mirror(tmp_path / "run", uri, 2)
+    server.fault = lambda number, method: "denied" if method == "PUT" else None
+    tries = []
+    for _ in range(1000):  # looks, LOOK seconds apart
+        server.calls.clear()
+        mirror._turn()
+        tries += [now[0]] if server.calls else []
+        now[0] += remote.LOOK
+    assert [later - sooner for sooner, later in pairwise(tries)] == [
+        10, 20, 40, 80, 160, 320, 600, 600, 600, 600, 600, 600, 600]
+    assert caplog.text.count("checkpoint step-000100 is not in S3") == 1
+    assert len(reads) == 1, "a checkpoint was read again for each attempt"
+    made_run(tmp_path / "run", 200)  # a new one is tried at once, and S3 takes it again
+    server.fault = lambda number, method: None
+    mirror._turn()
+    mirror.start()
+    mirror.finish()
+    assert [place.rpartition("/")[2] for place in storage.complete_folders(f"{uri}/checkpoints")] == [
+        "step-000100", "step-000200"]
+
+
+@pytest.mark.parametrize("damaged", ["step-000100", "step-000300"])
+def test_a_damaged_checkpoint_hides_none_in_s3_and_is_not_copied(
+        server: Server, tmp_path: Path, uri: str, damaged: str) -> None:
+    spec = Storage(upload=uri, checkpoints=True)
+    with remote.kept(spec, tmp_path / "a/run", "auto"):
+        made_run(tmp_path / "a/run", 100)
+    half = tmp_path / "b/run/checkpoints" / damaged
+    half.mkdir(parents=True)
+    (half / "trained.safetensors").write_bytes(b"half")
+    with remote.kept(spec, tmp_path / "b/run", "auto"):
+        assert checkpoint.latest(half.parent) == half.parent / "step-000100"
+    assert storage.complete_folders(f"{uri}/run/checkpoints") == [f"{uri}/run/checkpoints/step-000100"]
 
 
 @pytest.mark.slow

@@ -1,17 +1,23 @@
-"""`make proof`, S3: a hundred uploads and downloads under faults, against the local server of the tests.
+"""`make proof`, S3: a hundred uploads and downloads under faults, against the local server of the tests. Writes a part
+of docs/sagemaker.md.
 
 Each must end with no manifest over missing bytes, no local file lost and a true exit code, and be completed by the same
-command; see `trial` in tests/s3_server.py. Ends with 1 at the first that does not.
+command; see `trial` in tests/s3_server.py. Ends with 1, and writes nothing, at the first that does not.
 """
 
 import argparse
+import platform
 import sys
 import tempfile
 import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs/sagemaker.md"
+BEGIN, END = "<!-- tools/proof/s3.py -->\n", "<!-- end -->\n"
+ENDS = {0: "done", 1: "told why", -9: "killed"}  # exit code -> what it means
 sys.path.insert(0, str(ROOT / "tests"))
 
 from s3_server import KINDS, serving, trial  # noqa: E402
@@ -22,17 +28,26 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1000, help="of the first trial")
     asked = parser.parse_args()
-    began, counts = time.monotonic(), {kind: Counter[str]() for kind in KINDS}
+    began, counts = time.monotonic(), {kind: (Counter[str](), Counter[str]()) for kind in KINDS}
     with serving() as server:
         for number in range(asked.trials):
             kind = KINDS[number % len(KINDS)]
             with tempfile.TemporaryDirectory() as folder:
                 codes = trial(server, Path(folder), kind, asked.seed + number)
-            counts[kind].update(f"{way} {code}" for way, code in zip(("up", "down"), codes, strict=True))
+            for ends, code in zip(counts[kind], codes, strict=True):
+                ends[ENDS[code]] += 1
             print(f"{number + 1}/{asked.trials}  {kind}  exit codes {codes}", flush=True)
-    for kind, found in counts.items():
-        print(f"{kind:<14}{', '.join(f'{count} x {what}' for what, count in sorted(found.items()))}")
-    print(f"{asked.trials} trials hold, {time.monotonic() - began:.0f} s")
+    rows = [f"| {' | '.join([kind, *map(_told, ways)])} |" for kind, ways in counts.items()]
+    head = (f"{time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, boto3 {version('boto3')}, "
+            f"{time.monotonic() - began:.0f} s; all {asked.trials} hold:")
+    table = "\n".join([head, "", "| fault | uploads under it | downloads under it |", "|---|---|---|", *rows]) + "\n"
+    print(table)
+    before, rest = DOCS.read_text("utf-8").split(BEGIN)
+    DOCS.write_text(before + BEGIN + table + END + rest.split(END, 1)[1], "utf-8")
+
+
+def _told(ends: Counter[str]) -> str:
+    return ", ".join(f"{count} {end}" for end, count in sorted(ends.items()))
 
 
 if __name__ == "__main__":
