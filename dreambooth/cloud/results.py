@@ -53,6 +53,16 @@ def write(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
+def write_some(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Path | None:
+    """The same of a sweep that nobody followed to its end; a file in which more have ended stays as it is."""
+    path = folder / f"results-{sweep}.csv"
+    if path.is_file():
+        with path.open(encoding="utf-8", newline="") as file:
+            if sum(1 for _ in csv.DictReader(file)) > len(table):
+                return None
+    return write(folder, sweep, table) if table else None
+
+
 def track(path: Path, sweep: str, table: Sequence[dict[str, Any]], kind: str, uri: str | None, experiment: str,
           run_root: Path, drawn: Path | None = None) -> None:
     """The sweep as a run in MLflow, with the tag of its trials: the CSV, how many failed, the best objective.
