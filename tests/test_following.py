@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -435,3 +436,25 @@ def test_with_optuna_nobody_is_told_to_follow_again(
     with pytest.raises(Interrupted, match="no command follows these jobs again; to stop them type"):
         launched(tmp_path, monkeypatch, Pressed(), jobs(1), **OPTUNA)
     assert "hydra.launcher.sweep=" not in capsys.readouterr().out
+
+
+def test_a_point_that_a_sweeper_repeats_is_paid_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optuna does that: within a batch, and after another one."""
+    monkeypatch.setattr(_core, "_report", lambda *words: None)
+    cloud = Cloud()
+    same = [replace(job, number=number, name=f"n{number}", usd_hour=1.0) for number, job in enumerate(jobs(1) * 3)]
+    first = launched(tmp_path, monkeypatch, cloud, [same[0], same[1], *jobs(3)[2:]], **OPTUNA)
+    assert (list(cloud.left), [one.return_value for one in first]) == (["n0", "j2"], [0.5] * 3)
+    done: results.Points = {}
+    end = Seen(COMPLETED, billed=3600, result={"objective": 0.5})
+    assert results.unlike(same[:2], done) == same[:1]
+    results.shared(same[:2], same[:1], [end], done)
+    assert results.unlike(same[2:], done) == []
+    table = results.rows(*results.shared(same[2:], [], [], done))
+    assert [(row["number"], row["job"], row["billed_usd"], row["objective"]) for row in table] == [(2, "n0", 0.0, 0.5)]
+
+
+def test_a_point_that_failed_is_tried_again() -> None:
+    done: results.Points = {}
+    results.shared(jobs(1), jobs(1), [Seen(FAILED)], done)
+    assert results.unlike(jobs(1), done) == jobs(1)

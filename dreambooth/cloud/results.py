@@ -4,6 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,24 @@ def settled(seen: Seen) -> Seen:
     if seen.status == COMPLETED and objective(seen) is None:
         seen.status, seen.reason = FAILED, seen.result.get("problem") or "result.json names no objective"
     return seen
+
+
+Points = dict[tuple[str, ...], tuple[Job, Seen]]  # overrides -> the job that ran them, and how it ended
+
+
+def unlike(jobs: Sequence[Job], done: Points) -> list[Job]:
+    """The jobs to run: a sweeper may ask for the same point twice, and it is paid for once."""
+    return list({job.overrides: job for job in reversed(jobs) if job.overrides not in done}.values())[::-1]
+
+
+def shared(jobs: Sequence[Job], ran: Sequence[Job], ends: Sequence[Seen], done: Points) -> tuple[list[Job], list[Seen]]:
+    """All jobs asked for, those of a point that another one ran under that one's name and for nothing; what is done
+    is remembered."""
+    points = done | {job.overrides: (job, seen) for job, seen in zip(ran, ends, strict=True)}
+    done |= {key: (job, seen) for key, (job, seen) in points.items() if seen.status == COMPLETED}
+    found = [(job, *points[job.overrides]) for job in jobs]
+    return ([replace(job, name=first.name) for job, first, _ in found],
+            [seen if job is first else replace(seen, billed=0.0) for job, first, seen in found])
 
 
 def rows(jobs: Sequence[Job], ends: Sequence[Seen]) -> list[dict[str, Any]]:

@@ -151,20 +151,30 @@ def _seen(ran: JobReturn) -> Seen:
 def _away(launcher: "SageMakerLauncher", configs: Sequence[DictConfig], first: int) -> list[JobReturn]:
     assert launcher.config is not None and launcher.sweep is not None
     settings, folder = launcher.settings, Path(str(launcher.config.hydra.sweep.dir))
-    backend = Containers(folder / "jobs") if settings["mode"] == "docker" else TrainingJobs()
-    jobs = _prepare.prepared(configs, launcher.sweep, backend, settings["mode"])
+    most = settings["max_parallel"]
+    backend: Containers | TrainingJobs
+    if settings["mode"] == "docker":
+        backend = Containers(folder / "jobs", resubmit=settings["resubmit"])
+        most = backend.at_once(most)
+    else:
+        backend = TrainingJobs()
+    asked = _prepare.prepared(configs, launcher.sweep, backend, settings["mode"])
+    jobs = results.unlike(asked, launcher.done)
     print("\n".join(_prepare.announced(jobs)), flush=True)
     again = ("Optuna asks for other points the next time, so no command follows these jobs again" if _optuna(launcher)
              else f"the same command with hydra.launcher.sweep={launcher.sweep} follows these jobs again")
     if not launcher.table:  # once, not with every batch
         print(again, flush=True)
-    follower = Follower(backend, jobs, max_parallel=settings["max_parallel"], poll_seconds=settings["poll_seconds"],
+        if most < settings["max_parallel"] and len(jobs) > 1:
+            print("one job at a time: each takes all cards of this machine", flush=True)
+    follower = Follower(backend, jobs, max_parallel=most, poll_seconds=settings["poll_seconds"],
                         stop_on_interrupt=settings["on_interrupt"] == "stop", again=again)
     try:
         ends = [results.settled(seen) for seen in follower.run()]
     except DreamBoothError:
         _report_some(launcher, jobs, [results.settled(seen) for seen in follower.seen])
         raise
+    jobs, ends = results.shared(asked, jobs, ends, launcher.done)
     try:
         _report(launcher, jobs, ends, configs[0])
     except KeyboardInterrupt:
