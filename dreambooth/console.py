@@ -12,7 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-
 EVERY = 60.0  # seconds after which a pipe gets another line: SageMaker reads step and loss there
 
 

@@ -1,10 +1,6 @@
 """Jobs of a sweep when something comes between: Ctrl-C at any moment, a login that ends, a quota that is full."""
 
 import csv
-import json
-import os
-import re
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -65,8 +61,9 @@ class Cloud:
 
 
 def follower(backend: Any, asked: list[Job], **options: Any) -> Follower:
+    turns = iter(range(100))  # a loop that never ends is a failure, too
     return Follower(backend, asked, **({"max_parallel": 4, "poll_seconds": 1, "stop_on_interrupt": False,
-                                        "again": "AGAIN", "sleep": lambda seconds: None} | options))
+                                        "again": "AGAIN", "sleep": lambda seconds: next(turns)} | options))
 
 
 # -- Ctrl-C -------------------------------------------------------------------------------------------------------
@@ -119,7 +116,9 @@ def test_ctrl_c_before_a_lost_submission_is_tried_again_counts_it() -> None:
 
 def test_a_lost_submission_is_tried_again_and_takes_the_place_of_one() -> None:
     class Lost(Cloud):
-        calls: list[str] = []
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[str] = []
 
         def submit(self, job: Job) -> Seen:
             self.calls.append(job.name)
@@ -184,7 +183,7 @@ def test_ctrl_c_keeps_what_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 raise KeyboardInterrupt
             return super().look(job)
 
-    with pytest.raises(Interrupted, match="2 jobs run on: the same command with hydra.launcher.sweep=mine follows"):
+    with pytest.raises(Interrupted, match=r"2 jobs run on: the same command with hydra.launcher.sweep=mine follows"):
         launched(tmp_path, monkeypatch, Half(), jobs(3))
     assert rows(tmp_path) == {"j0": COMPLETED}
 
@@ -203,7 +202,7 @@ def test_ctrl_c_while_results_are_written_says_how_to_get_them(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(_core, "_report", pressed)
-    with pytest.raises(Interrupted, match="all jobs have ended: the same command with hydra.launcher.sweep=mine"):
+    with pytest.raises(Interrupted, match=r"all jobs have ended: the same command with hydra.launcher.sweep=mine"):
         launched(tmp_path, monkeypatch, Cloud(), jobs(1))
 
 
@@ -348,7 +347,7 @@ def test_a_login_in_the_environment_is_not_waited_for() -> None:
         stub.add_client_error("describe_training_job", "ExpiredTokenException", "expired", 400)
         backend = TrainingJobs(client)
         backend.look(job)
-        with pytest.raises(LoggedOut, match="set AWS_ACCESS_KEY_ID, .* anew") as caught:
+        with pytest.raises(LoggedOut, match=r"set AWS_ACCESS_KEY_ID, .* anew") as caught:
             backend.look(job)
     assert caught.value.patience == 0
 
