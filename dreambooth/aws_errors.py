@@ -1,11 +1,13 @@
 """What AWS answers, as one sentence that says what to type. Known by name and code: boto3 is not needed here."""
 
+import os
 from typing import Any
 
-CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError",
-               "UnauthorizedSSOTokenError", "SSOTokenLoadError", "ProfileNotFound"}
-REFUSED_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "ExpiredTokenException", "InvalidToken",
-                "UnrecognizedClientException", "InvalidClientTokenId"}
+CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
+REFUSED_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "UnrecognizedClientException",
+                "InvalidClientTokenId"}
+EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "TokenRetrievalError",
+           "UnauthorizedSSOTokenError", "SSOTokenLoadError", "LoginRefreshRequired", "LoginTokenLoadError"}
 DENIED = {"AccessDenied", "AccessDeniedException", "403", "Forbidden", "AllAccessDisabled", "KMS.DisabledException",
           "UnauthorizedOperation"}
 ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301", "307",
@@ -43,6 +45,16 @@ def no_network(error: BaseException) -> bool:
     return code(error) in NETWORK
 
 
+def logged_out(error: BaseException) -> bool:
+    """Whether a new login may help, and nothing else."""
+    return code(error) in CREDENTIALS | REFUSED_KEYS | EXPIRED
+
+
+def renewable() -> bool:
+    """Whether a login in another terminal reaches this process: its own environment wins over it."""
+    return "AWS_ACCESS_KEY_ID" not in os.environ
+
+
 def known(error: BaseException) -> bool:
     """Whether AWS or its library said it: anything else is a fault of ours."""
     return hasattr(error, "response") or type(error).__module__.startswith(("botocore", "boto3", "urllib3", "http")) \
@@ -62,6 +74,10 @@ def sentence(error: BaseException, doing: str, where: str, bucket: str | None = 
         return f"there are no AWS credentials for {where}: {LOGIN}"
     if said in REFUSED_KEYS:
         return f"AWS does not accept these credentials ({said}): {LOGIN}"
+    if said in EXPIRED:
+        return f"the AWS login has ended ({said}): " + (
+            "type aws sso login in another terminal, or log in there as you did before" if renewable() else
+            "set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN anew")
     if said == "NoSuchBucket":
         return f"there is no bucket {bucket}: type another name, or make it by aws s3 mb s3://{bucket}"
     if said in DENIED and doing == "s3:GetObject":  # so is answered who may not list and asks for what is not there

@@ -12,13 +12,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+EVERY = 60.0  # seconds after which a pipe gets another line: SageMaker reads step and loss there
+
 
 class Bar:
-    """Progress of one thing. On a terminal a bar; elsewhere a line at every tenth and at the end."""
+    """Progress of one thing. On a terminal a bar; elsewhere a line at every tenth, every minute and the end."""
 
     def __init__(self, rich: Rich, title: str, total: int, done: int) -> None:
         self.title, self.total, self.done = title, total, done
-        self._rich, self._start, self._started, self._line = rich, done, time.monotonic(), done * 10 // max(total, 1)
+        self._rich, self._start, self._line = rich, done, done * 10 // max(total, 1)
+        self._started = self._told = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
             TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}"), console=rich,
@@ -40,10 +43,13 @@ class Bar:
         self.done += count
         if self._progress and self._task is not None:
             self._progress.update(self._task, completed=self.done, note=note)
-        elif self.done * 10 // max(self.total, 1) > self._line or self.done == self.total:
-            self._line = self.done * 10 // max(self.total, 1)
-            speed = (self.done - self._start) / max(time.monotonic() - self._started, 1e-9)
-            self._rich.print(f"{self.title} {self.done}/{self.total}  {speed:.1f}/s  {note}".rstrip(), highlight=False)
+            return
+        tenth, now = self.done * 10 // max(self.total, 1), time.monotonic()
+        if tenth > self._line or self.done == self.total or now - self._told >= EVERY:
+            self._line, self._told = tenth, now
+            speed = (self.done - self._start) / max(now - self._started, 1e-9)
+            self._rich.print(f"{self.title} {self.done}/{self.total}  {speed:.1f}/s  {note}".rstrip(), highlight=False,
+                             markup=False)
 
 
 class Console:

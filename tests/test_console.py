@@ -55,6 +55,16 @@ def test_a_resumed_bar_goes_on_where_it_was(capsys):
     assert capsys.readouterr().out.startswith("training 60/100")
 
 
+def test_a_pipe_gets_a_line_a_minute_of_what_takes_hours(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Console().bar("training", 1000) as bar:
+        for _ in range(90):
+            now[0] += 2
+            bar.tick(note="[loss] 0.1")
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["30/1000", "60/1000", "90/1000"]
+
+
 def test_a_terminal_gets_one_bar():
     screen = io.StringIO()
     with Bar(Rich(file=screen, width=80, force_terminal=True, color_system=None), "training", 4, 0) as bar:

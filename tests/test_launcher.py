@@ -130,7 +130,7 @@ def test_launcher_takes_objectives_from_s3_and_one_failing_job_ends_with_1(tmp_p
              "dataset.instance_prompt=a photo of a zwx dog", "dataset.class_prompt=a photo of a dog", "tracking=none",
              "hydra.launcher.image=image", "hydra.launcher.role=arn:aws:iam::123456789012:role/x",
              "hydra.launcher.s3=s3://bucket/out", "hydra.launcher.plan=false", "hydra.launcher.sweep=mine",
-             "hydra.launcher.poll_seconds=0.1", "hydra.launcher.spot=true"]
+             "hydra.launcher.poll_seconds=1", "hydra.launcher.spot=true"]
     with serving():
         plain().create_bucket(Bucket="bucket")
         first = sweep(tmp_path, *words)

@@ -2,23 +2,40 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from rich.console import Console as Rich
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from dreambooth.cloud.job import COMPLETED, FAILED, UNKNOWN, WAITING, Backend, Busy, Job, Seen, Unreachable
+from dreambooth.cloud.job import (
+    COMPLETED,
+    FAILED,
+    SUBMITTING,
+    UNKNOWN,
+    WAITING,
+    Backend,
+    Busy,
+    Job,
+    LoggedOut,
+    Seen,
+    Unreachable,
+)
 from dreambooth.console import Console
 from dreambooth.errors import DreamBoothError, Interrupted, UserError
 
 SLOWEST = 120.0  # seconds between two looks while AWS is busy
-PATIENCE = 3600.0  # seconds without any answer, after which the jobs are left to run on
 HEAD = ("job", "status", "step", "loss", "cost", "overrides")
 
 
 class Follower:
-    """Submits and watches the jobs of a sweep."""
+    """Submits and watches the jobs of a sweep.
+
+    Args:
+        again: a sentence on how the jobs are followed again.
+    """
 
     def __init__(self, backend: Backend, jobs: Sequence[Job], *, max_parallel: int, poll_seconds: float,
                  stop_on_interrupt: bool, again: str, sleep: Callable[[float], None] = time.sleep,
@@ -28,14 +45,14 @@ class Follower:
         self._stop, self._again, self._sleep, self._clock = stop_on_interrupt, again, sleep, clock
         self._rich, self._console, self._told = Rich(soft_wrap=True), Console(), [""] * len(self.jobs)
         self._answered = clock()
-        self._warned = False
+        self._warned: set[str] = set()
 
     def run(self) -> list[Seen]:
         """How each job ended, in order.
 
         Raises:
             Interrupted: Ctrl-C; the jobs were stopped or run on, as told.
-            UserError: AWS has not answered for an hour; the jobs run on.
+            UserError: AWS has not answered for too long; the jobs run on.
         """
         pause = self._poll
         try:
@@ -47,40 +64,55 @@ class Follower:
                         return self.seen
                     self._sleep(pause)
         except KeyboardInterrupt:
-            raise Interrupted(self._interrupted()) from None
+            raise Interrupted(self._stopped() if self._stop else self._left()) from None
+        except Exception as error:
+            if not isinstance(error, DreamBoothError):
+                error.add_note(self._left())  # a fault of ours: what is paid for must be known
+            raise
 
     def _turn(self) -> bool:
         """Look at every running job and begin what may begin; False: somebody was too busy to answer."""
         answered = True
         for number, job in enumerate(self.jobs):
-            before = self.seen[number]
-            if before.ended or before.status == WAITING:
+            if not self.seen[number].billing or self.seen[number].status == SUBMITTING:
                 continue
             try:
                 self._saw(number, self._backend.look(job))
-            except Unreachable as error:
+            except (Unreachable, DreamBoothError) as error:
                 answered = self._lost(error)
+        full: set[str] = set()  # types of instances of which there are no more
         for number, job in enumerate(self.jobs):
-            running = sum(not seen.ended and seen.status != WAITING for seen in self.seen)
-            if self.seen[number].status != WAITING:
-                continue
-            if running >= self._max or not answered:
+            if not answered:
                 break
-            try:
-                self._saw(number, self._backend.submit(job))
-            except Busy as error:
-                if not running:  # nothing of ours would make room
-                    self._saw(number, Seen(FAILED, reason=str(error)))
-                    continue
-                break
-            except Unreachable as error:
-                answered = self._lost(error)
-            except DreamBoothError as error:
-                self._saw(number, Seen(FAILED, reason=str(error)))
+            if self.seen[number].status in (WAITING, SUBMITTING) and job.machine not in full:
+                answered = self._begun(number, job, full)
+        if answered:
+            self._warned.clear()
         return answered
 
+    def _begun(self, number: int, job: Job, full: set[str]) -> bool:
+        """Submit a job if there is room for it; False: nobody answered."""
+        running = sum(seen.billing for other, seen in enumerate(self.seen) if other != number)
+        if running >= self._max:
+            return True
+        self.seen[number] = Seen(SUBMITTING)  # from here on it may be billed, whatever comes between
+        try:
+            self._saw(number, self._backend.submit(job))
+        except Busy as error:
+            self.seen[number] = Seen()
+            full.add(job.machine)
+            if not running:  # nothing of ours would make room
+                self._saw(number, Seen(FAILED, reason=str(error)))
+        except Unreachable as error:
+            if isinstance(error, LoggedOut):
+                self.seen[number] = Seen()
+            return self._lost(error)
+        except DreamBoothError as error:
+            self._saw(number, Seen(FAILED, reason=str(error)))
+        return True
+
     def _saw(self, number: int, seen: Seen) -> None:
-        self._answered, self._warned = self._clock(), False
+        self._answered = self._clock()
         old = self.seen[number]
         self.seen[number] = seen = replace(seen, step=seen.step if seen.step is not None else old.step,
                                            loss=seen.loss if seen.loss is not None else old.loss)
@@ -89,35 +121,49 @@ class Follower:
             self._console.say(said + (f"  {seen.reason}" if seen.reason else ""))
         self._told[number] = said
 
-    def _lost(self, error: Unreachable) -> bool:
+    def _lost(self, error: Unreachable | DreamBoothError) -> bool:
+        """Of a job nothing can be seen: the others, and a later answer, are not given up for it."""
         silent = self._clock() - self._answered
-        if silent > PATIENCE:
-            raise UserError(f"AWS has not answered for {silent / 60:.0f} minutes ({error}); the jobs run on: "
-                            f"{self._again} follows them again")
-        if not self._warned:
-            self._console.say(f"AWS does not answer ({error}): the jobs run on, asking again")
-            self._warned = True
+        if silent >= getattr(error, "patience", Unreachable.patience):
+            since = f"; the last answer came {silent / 60:.0f} minutes ago" if silent >= 60 else ""
+            raise UserError(f"{error}{since}\n{self._left()}")
+        if str(error) not in self._warned:
+            self._console.say(f"{error}; the jobs run on, asking again")
+            self._warned.add(str(error))
         return False
 
-    def _interrupted(self) -> str:
-        begun = [job for job, seen in zip(self.jobs, self.seen, strict=True)
-                 if not seen.ended and seen.status != WAITING]
-        if self._stop:
-            left = []
-            for job in begun:
-                try:
-                    self._backend.stop(job)
-                except (Unreachable, DreamBoothError):
-                    left.append(self._backend.stop_hint(job))
-            words = f"{len(begun) - len(left)} jobs were told to save and stop"
-            return "\n  ".join([words + (", these could not be:" if left else ""), *left])
-        hints = [self._backend.stop_hint(job) for job in begun]
-        return "\n  ".join([f"{len(begun)} jobs run on: {self._again} follows them again; to stop them type", *hints])
+    # -- what runs on when nobody follows -----------------------------------------------------------------------
+
+    def _billed(self) -> list[int]:
+        """The jobs that may cost money; last those of which that is not known."""
+        return sorted((number for number, seen in enumerate(self.seen) if seen.billing),
+                      key=lambda number: self.seen[number].status == SUBMITTING)
+
+    def _stopped(self) -> str:
+        """Tell every job to stop, and say so; a second Ctrl-C waits for none of those that are left."""
+        asked = self._billed()
+        left = asked[:]
+        with suppress(KeyboardInterrupt):
+            for number in asked:
+                with suppress(Unreachable, DreamBoothError):
+                    if self._backend.stop(self.jobs[number]) or self.seen[number].status != SUBMITTING:
+                        left.remove(number)
+        words = f"{len(asked) - len(left)} jobs were told to save and stop"
+        return "\n  ".join([words + (", these may run on; type" if left else ""), *self._hints(left)])
+
+    def _left(self) -> str:
+        left = self._billed()
+        words = f"{len(left)} jobs run on" if left else "no job runs"
+        return "\n  ".join([f"{words}: {self._again}" + ("; to stop them type" if left else ""), *self._hints(left)])
+
+    def _hints(self, numbers: Sequence[int]) -> list[str]:
+        return [self._backend.stop_hint(self.jobs[number]) + (
+            "  # it may have begun" if self.seen[number].status == SUBMITTING else "") for number in numbers]
 
     def _table(self) -> Table:
         table = Table(*HEAD, box=None, pad_edge=False)
         for job, seen in zip(self.jobs, self.seen, strict=True):
-            table.add_row(*row(job, seen))
+            table.add_row(*map(Text, row(job, seen)))  # Text: what a person typed is no markup
         return table
 
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-WAITING, RUNNING, COMPLETED, FAILED, STOPPED, UNKNOWN = (
-    "Waiting", "InProgress", "Completed", "Failed", "Stopped", "Unknown")
+WAITING, SUBMITTING, RUNNING, COMPLETED, FAILED, STOPPED, UNKNOWN = (
+    "Waiting", "Submitting", "InProgress", "Completed", "Failed", "Stopped", "Unknown")
 ENDS = (COMPLETED, FAILED, STOPPED)
 
 
@@ -25,6 +25,11 @@ class Job:
     def spot(self) -> bool:
         return bool(self.request.get("EnableManagedSpotTraining"))
 
+    @property
+    def machine(self) -> str:
+        """Type of its instances, which a quota is for."""
+        return str(self.request.get("ResourceConfig", {}).get("InstanceType", ""))
+
 
 @dataclass
 class Seen:
@@ -43,6 +48,11 @@ class Seen:
     def ended(self) -> bool:
         return self.status in ENDS
 
+    @property
+    def billing(self) -> bool:
+        """Whether it may cost money now: also one that was sent off and got no answer yet."""
+        return not self.ended and self.status != WAITING
+
     def usd(self, job: Job) -> float | None:
         """Billed cost at the end, else the cost so far: of a spot instance at most this."""
         if job.usd_hour is None:
@@ -57,6 +67,16 @@ class Busy(Exception):
 class Unreachable(Exception):
     """Nobody answered; the jobs run on."""
 
+    patience = 3600.0  # seconds without any answer, after which nobody waits for one
+
+
+class LoggedOut(Unreachable):
+    """AWS answers nobody until there is a new login; what was asked for was not begun."""
+
+    def __init__(self, words: str, patience: float) -> None:
+        super().__init__(words)
+        self.patience = patience
+
 
 class Backend(Protocol):
     """Who runs jobs. Every method but `stop_hint` may raise Unreachable, or UserError for good."""
@@ -69,8 +89,8 @@ class Backend(Protocol):
         """How it stands."""
         ...
 
-    def stop(self, job: Job) -> None:
-        """Ask it to save and stop."""
+    def stop(self, job: Job) -> bool:
+        """Ask it to save and stop. False: no such job runs."""
         ...
 
     def stop_hint(self, job: Job) -> str:

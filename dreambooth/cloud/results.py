@@ -4,6 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,24 @@ def settled(seen: Seen) -> Seen:
     if seen.status == COMPLETED and objective(seen) is None:
         seen.status, seen.reason = FAILED, seen.result.get("problem") or "result.json names no objective"
     return seen
+
+
+Points = dict[tuple[str, ...], tuple[Job, Seen]]  # overrides -> the job that ran them, and how it ended
+
+
+def unlike(jobs: Sequence[Job], done: Points) -> list[Job]:
+    """The jobs to run: a sweeper may ask for the same point twice, and it is paid for once."""
+    return list({job.overrides: job for job in reversed(jobs) if job.overrides not in done}.values())[::-1]
+
+
+def shared(jobs: Sequence[Job], ran: Sequence[Job], ends: Sequence[Seen], done: Points) -> tuple[list[Job], list[Seen]]:
+    """All jobs asked for, those of a point that another one ran under that one's name and for nothing; what is done
+    is remembered."""
+    points = done | {job.overrides: (job, seen) for job, seen in zip(ran, ends, strict=True)}
+    done |= {key: (job, seen) for key, (job, seen) in points.items() if seen.status == COMPLETED}
+    found = [(job, *points[job.overrides]) for job in jobs]
+    return ([replace(job, name=first.name) for job, first, _ in found],
+            [seen if job is first else replace(seen, billed=0.0) for job, first, seen in found])
 
 
 def rows(jobs: Sequence[Job], ends: Sequence[Seen]) -> list[dict[str, Any]]:
@@ -51,6 +70,16 @@ def write(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Path:
     with files.whole_file(path) as aside:
         aside.write_text(text.getvalue(), encoding="utf-8")
     return path
+
+
+def write_some(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Path | None:
+    """The same of a sweep that nobody followed to its end; a file in which more have ended stays as it is."""
+    path = folder / f"results-{sweep}.csv"
+    if path.is_file():
+        with path.open(encoding="utf-8", newline="") as file:
+            if sum(1 for _ in csv.DictReader(file)) > len(table):
+                return None
+    return write(folder, sweep, table) if table else None
 
 
 def track(path: Path, sweep: str, table: Sequence[dict[str, Any]], kind: str, uri: str | None, experiment: str,

@@ -1,15 +1,17 @@
 """Jobs on SageMaker, by boto3's own client: create, describe, stop."""
 
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from dreambooth import aws_errors, storage
 from dreambooth.cloud import limits
-from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Busy, Job, Seen, Unreachable
+from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Busy, Job, LoggedOut, Seen, Unreachable
 from dreambooth.errors import UserError
 
 STATUS = {"InProgress": RUNNING, "Stopping": RUNNING, "Deleting": STOPPED, "Completed": COMPLETED, "Failed": FAILED,
           "Stopped": STOPPED}
+NIGHT = 12 * 3600.0  # seconds that a person has for a new login
 THERE = ("ResourceInUse", "ResourceInUseException")  # and a ValidationException that says the name is taken
 
 
@@ -17,7 +19,8 @@ class TrainingJobs:
     """A Backend."""
 
     def __init__(self, client: Any | None = None) -> None:
-        self._client = client or storage.client("sagemaker")
+        self._client, self._given = client or storage.client("sagemaker"), client is not None
+        self._answered = False
 
     def problems(self, request: dict[str, Any]) -> list[str]:
         """What the service would refuse."""
@@ -33,7 +36,8 @@ class TrainingJobs:
             if aws_errors.code(error) == "ResourceLimitExceeded":
                 raise Busy(f"the account may not have more of {job.request['ResourceConfig']['InstanceType']} now: ask "
                            "for more in Service Quotas, 'for training job usage'") from error
-            raise self._said(error, "sagemaker:CreateTrainingJob", job) from error
+            raise self._said(error, "sagemaker:CreateTrainingJob", job.name) from error
+        self._answered = True
         return Seen(RUNNING, "Starting")
 
     def look(self, job: Job) -> Seen:
@@ -51,13 +55,14 @@ class TrainingJobs:
             seen.billed = None
         return seen
 
-    def stop(self, job: Job) -> None:
+    def stop(self, job: Job) -> bool:
         try:
             self._client.stop_training_job(TrainingJobName=job.name)
         except Exception as error:
-            if aws_errors.code(error) == "ValidationException":  # it has ended meanwhile
-                return
-            raise self._said(error, "sagemaker:StopTrainingJob", job) from error
+            if aws_errors.code(error) == "ValidationException":  # it has ended meanwhile, or never began
+                return False
+            raise self._said(error, "sagemaker:StopTrainingJob", job.name) from error
+        return True
 
     def stop_hint(self, job: Job) -> str:
         return f"aws sagemaker stop-training-job --training-job-name {job.name}"
@@ -76,7 +81,8 @@ class TrainingJobs:
         try:
             found: dict[str, Any] = self._client.describe_training_job(TrainingJobName=job.name)
         except Exception as error:
-            raise self._said(error, "sagemaker:DescribeTrainingJob", job) from error
+            raise self._said(error, "sagemaker:DescribeTrainingJob", job.name) from error
+        self._answered = True
         return found
 
     def _taken(self, error: Exception) -> bool:
@@ -91,18 +97,32 @@ class TrainingJobs:
         return self.look(job)
 
     def _result(self, told: dict[str, Any], job: Job) -> dict[str, Any]:
-        folder = told["ModelArtifacts"]["S3ModelArtifacts"].rstrip("/")
+        """What the job left. It is paid for: it has failed only if its result is not there, or is none."""
+        path = f"{told['ModelArtifacts']['S3ModelArtifacts'].rstrip('/')}/result.json"
         try:
-            return storage.read_json(f"{folder}/result.json")
+            return storage.read_json(path)
         except (UserError, ValueError) as error:
-            return {"problem": f"{folder}/result.json cannot be read ({error})"}
+            why = error.__cause__
+            if why is not None and (aws_errors.passing(why) or aws_errors.logged_out(why)):
+                raise self._said(why, "s3:GetObject", path) from error
+            return {"problem": f"{path} cannot be read ({error})"}
 
-    def _said(self, error: Exception, doing: str, job: Job) -> Exception:
+    def _said(self, error: BaseException, doing: str, where: str) -> BaseException:
+        if aws_errors.logged_out(error):
+            self._renew()
+            wait = NIGHT if self._answered and aws_errors.renewable() else 0.0
+            return LoggedOut(aws_errors.sentence(error, doing, where), wait)
         if aws_errors.passing(error):
-            return Unreachable(aws_errors.code(error))
+            return Unreachable(f"AWS does not answer ({aws_errors.code(error)})")
         if aws_errors.known(error):
-            return UserError(aws_errors.sentence(error, doing, job.name))
+            return UserError(aws_errors.sentence(error, doing, where))
         return error
+
+    def _renew(self) -> None:
+        """A client reads its credentials once; another one finds those of a new login."""
+        if not self._given:
+            with suppress(UserError):
+                self._client = storage.client("sagemaker")
 
 
 def _seconds(told: dict[str, Any]) -> float:

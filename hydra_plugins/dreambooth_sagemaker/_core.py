@@ -5,6 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,15 @@ from dreambooth.cloud.docker import Containers
 from dreambooth.cloud.follow import Follower
 from dreambooth.cloud.job import COMPLETED, FAILED, Job, Seen
 from dreambooth.cloud.training_jobs import TrainingJobs
-from dreambooth.errors import ConfigError, DreamBoothError
+from dreambooth.errors import ConfigError, DreamBoothError, Interrupted
 from hydra_plugins.dreambooth_sagemaker import _prepare
 
 if TYPE_CHECKING:
     from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncher
 
 MODES = ("aws", "local", "docker")
+NUMBERS = (("poll_seconds", 1, 3600), ("instance_count", 1, 100), ("max_run_hours", 0.1, 672),
+           ("max_wait_hours", 0.1, 8760))  # at least, at most: SageMaker runs a job for 28 days
 
 
 class JobFailed(CompactHydraException):
@@ -41,12 +44,17 @@ def launch(launcher: "SageMakerLauncher", job_overrides: Sequence[Sequence[str]]
     try:
         _check(launcher)
         configs = [_composed(launcher, overrides, first + i) for i, overrides in enumerate(job_overrides)]
+        _check_numbers(configs)
         if launcher.settings["mode"] == "local":
             return _here(launcher, configs, job_overrides, first)
         return _away(launcher, configs, first)
     except DreamBoothError as error:
         print(f"dreambooth: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        when = "" if launcher.settings["mode"] == "local" else " before anything was submitted"
+        print(f"dreambooth: interrupted{when}: repeat the command", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
 
 
 def _new_name(job: str) -> str:
@@ -65,17 +73,33 @@ def _check(launcher: "SageMakerLauncher") -> None:
         f"hydra.launcher.max_parallel must be 1 or more, not {settings['max_parallel']}": settings["max_parallel"] >= 1,
         "this is a job of a sweep already, and a job submits none: type hydra/launcher=basic":
             settings["mode"] == "local" or "DREAMBOOTH_SWEEP" not in os.environ,
-        "an Optuna study lives in memory and its trials cannot be followed again: leave hydra.launcher.sweep out, or "
-        "give the study a hydra.sweeper.storage": settings.get("sweep") is None or not _optuna_in_memory(launcher),
+        "an Optuna study lives in memory and its trials cannot be followed again: leave hydra.launcher.sweep out":
+            settings.get("sweep") is None or not _optuna(launcher) or _stored(launcher),
     }
     if broken := [sentence for sentence, holds in rules.items() if not holds]:
         raise ConfigError(*broken)
 
 
-def _optuna_in_memory(launcher: "SageMakerLauncher") -> bool:
+def _check_numbers(configs: Sequence[DictConfig]) -> None:
+    """Of each job, because a sweep may vary them; what SageMaker itself limits is checked with the request."""
+    broken = []
+    for config in configs:
+        asked = config.hydra.launcher
+        for key, least, most in NUMBERS:
+            if not least <= asked[key] <= most:  # neither holds of NaN
+                broken.append(f"hydra.launcher.{key} must be from {least} to {most}, not {asked[key]}")
+    if broken:
+        raise ConfigError(*dict.fromkeys(broken))
+
+
+def _optuna(launcher: "SageMakerLauncher") -> bool:
     assert launcher.config is not None
-    sweeper = launcher.config.hydra.sweeper
-    return "optuna" in str(sweeper.get("_target_", "")).lower() and not sweeper.get("storage")
+    return "optuna" in str(launcher.config.hydra.sweeper.get("_target_", "")).lower()
+
+
+def _stored(launcher: "SageMakerLauncher") -> bool:
+    assert launcher.config is not None
+    return bool(launcher.config.hydra.sweeper.get("storage"))
 
 
 def _composed(launcher: "SageMakerLauncher", overrides: Sequence[str], number: int) -> DictConfig:
@@ -95,15 +119,21 @@ def _here(launcher: "SageMakerLauncher", configs: Sequence[DictConfig], job_over
     """One after the other in this process, as Hydra's own launcher does."""
     assert launcher.hydra_context is not None and launcher.task_function is not None and launcher.config is not None
     ran: list[JobReturn] = []
-    for config, overrides in zip(configs, job_overrides, strict=True):
-        print(f"#{first + len(ran)} : {' '.join(filter_overrides(overrides))}", flush=True)
-        ran.append(run_job(hydra_context=launcher.hydra_context, task_function=launcher.task_function, config=config,
-                           job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir"))
-        configure_log(launcher.config.hydra.hydra_logging, launcher.config.hydra.verbose)
-    if "tracking" in launcher.config:  # a sweep of ours, not of another application
-        jobs = [Job(first + i, f"#{first + i}", tuple(filter_overrides(overrides)), {}, 0)
-                for i, overrides in enumerate(job_overrides)]
-        _report(launcher, jobs, [_seen(one) for one in ran], configs[0])
+    try:
+        for config, overrides in zip(configs, job_overrides, strict=True):
+            print(f"#{first + len(ran)} : {' '.join(filter_overrides(overrides))}", flush=True)
+            ran.append(run_job(hydra_context=launcher.hydra_context, task_function=launcher.task_function,
+                               config=config, job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir"))
+            configure_log(launcher.config.hydra.hydra_logging, launcher.config.hydra.verbose)
+    finally:  # also when a run was interrupted, whose door ends the process
+        if "tracking" in launcher.config:  # a sweep of ours, not of another application
+            jobs = [Job(first + i, f"#{first + i}", tuple(filter_overrides(overrides)), {}, 0)
+                    for i, overrides in enumerate(job_overrides[:len(ran)])]
+            ends = [_seen(one) for one in ran]
+            if len(ran) == len(configs):
+                _report(launcher, jobs, ends, configs[0])
+            else:
+                _report_some(launcher, jobs, ends)
     return ran
 
 
@@ -121,14 +151,34 @@ def _seen(ran: JobReturn) -> Seen:
 def _away(launcher: "SageMakerLauncher", configs: Sequence[DictConfig], first: int) -> list[JobReturn]:
     assert launcher.config is not None and launcher.sweep is not None
     settings, folder = launcher.settings, Path(str(launcher.config.hydra.sweep.dir))
-    backend = Containers(folder / "jobs") if settings["mode"] == "docker" else TrainingJobs()
-    jobs = _prepare.prepared(configs, launcher.sweep, backend, settings["mode"])
-    again = f"the same command with hydra.launcher.sweep={launcher.sweep}"
-    print("\n".join(_prepare.announced(jobs)), f"{again} follows these jobs again", sep="\n", flush=True)
-    ends = [results.settled(seen) for seen in Follower(
-        backend, jobs, max_parallel=settings["max_parallel"], poll_seconds=settings["poll_seconds"],
-        stop_on_interrupt=settings["on_interrupt"] == "stop", again=again).run()]
-    _report(launcher, jobs, ends, configs[0])
+    most = settings["max_parallel"]
+    backend: Containers | TrainingJobs
+    if settings["mode"] == "docker":
+        backend = Containers(folder / "jobs", resubmit=settings["resubmit"])
+        most = backend.at_once(most)
+    else:
+        backend = TrainingJobs()
+    asked = _prepare.prepared(configs, launcher.sweep, backend, settings["mode"])
+    jobs = results.unlike(asked, launcher.done)
+    print("\n".join(_prepare.announced(jobs)), flush=True)
+    again = ("Optuna asks for other points the next time, so no command follows these jobs again" if _optuna(launcher)
+             else f"the same command with hydra.launcher.sweep={launcher.sweep} follows these jobs again")
+    if not launcher.table:  # once, not with every batch
+        print(again, flush=True)
+        if most < settings["max_parallel"] and len(jobs) > 1:
+            print("one job at a time: each takes all cards of this machine", flush=True)
+    follower = Follower(backend, jobs, max_parallel=most, poll_seconds=settings["poll_seconds"],
+                        stop_on_interrupt=settings["on_interrupt"] == "stop", again=again)
+    try:
+        ends = [results.settled(seen) for seen in follower.run()]
+    except DreamBoothError:
+        _report_some(launcher, jobs, [results.settled(seen) for seen in follower.seen])
+        raise
+    jobs, ends = results.shared(asked, jobs, ends, launcher.done)
+    try:
+        _report(launcher, jobs, ends, configs[0])
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted while results were written; all jobs have ended: {again}") from None
     return [_returned(config, job, seen) for config, job, seen in zip(configs, jobs, ends, strict=True)]
 
 
@@ -157,3 +207,13 @@ def _report(launcher: "SageMakerLauncher", jobs: Sequence[Job], ends: Sequence[S
     tracking = config.tracking
     results.track(path, launcher.sweep, launcher.table, tracking.kind.value, tracking.uri, tracking.experiment,
                   Path(config.run_root))
+
+
+def _report_some(launcher: "SageMakerLauncher", jobs: Sequence[Job], ends: Sequence[Seen]) -> None:
+    """What has ended when the command ends early, in the CSV alone: MLflow's run of a sweep is of all of it."""
+    assert launcher.config is not None and launcher.sweep is not None
+    done = [number for number, seen in enumerate(ends) if seen.ended]
+    with suppress(KeyboardInterrupt):
+        rows = launcher.table + results.rows([jobs[number] for number in done], [ends[number] for number in done])
+        if path := results.write_some(Path(str(launcher.config.hydra.sweep.dir)), launcher.sweep, rows):
+            print(f"sweep {launcher.sweep}: {len(rows)} have ended: {path}", flush=True)

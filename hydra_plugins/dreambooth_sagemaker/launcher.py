@@ -58,6 +58,7 @@ class SageMakerLauncher(Launcher):
         self.hydra_context: HydraContext | None = None
         self.sweep: str | None = settings.get("sweep")  # name; made up by the first launch
         self.table: list[dict[str, Any]] = []  # results of every launch of this sweep
+        self.done: dict[tuple[str, ...], Any] = {}  # its points that have a result
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
