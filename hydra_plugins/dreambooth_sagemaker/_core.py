@@ -124,7 +124,8 @@ def _away(launcher: "SageMakerLauncher", configs: Sequence[DictConfig], first: i
     backend = Containers(folder / "jobs") if settings["mode"] == "docker" else TrainingJobs()
     jobs = _prepare.prepared(configs, launcher.sweep, backend, settings["mode"])
     again = f"the same command with hydra.launcher.sweep={launcher.sweep}"
-    print("\n".join(_prepare.announced(jobs)), f"{again} follows these jobs again", sep="\n", flush=True)
+    print("\n".join(_prepare.announced(jobs, settings["mode"])), f"{again} follows these jobs again", sep="\n",
+          flush=True)
     ends = [results.settled(seen) for seen in Follower(
         backend, jobs, max_parallel=settings["max_parallel"], poll_seconds=settings["poll_seconds"],
         stop_on_interrupt=settings["on_interrupt"] == "stop", again=again).run()]
@@ -145,7 +146,7 @@ def _returned(config: DictConfig, job: Job, seen: Seen) -> JobReturn:
 
 
 def _report(launcher: "SageMakerLauncher", jobs: Sequence[Job], ends: Sequence[Seen], config: DictConfig) -> None:
-    """Table, CSV and MLflow, with what earlier batches of the same sweep gave."""
+    """Table, CSV and MLflow, with what earlier batches of the same sweep gave. MLflow is the one that the jobs tell."""
     assert launcher.sweep is not None
     launcher.table += results.rows(jobs, ends)
     path = results.write(Path(str(config.hydra.sweep.dir)), launcher.sweep, launcher.table)
@@ -154,6 +155,7 @@ def _report(launcher: "SageMakerLauncher", jobs: Sequence[Job], ends: Sequence[S
         cost = "" if row["billed_usd"] is None else f"  ${row['billed_usd']:.2f}"
         print(f"{row['job']}  {row['status']}  {told}{cost}")
     print(f"sweep {launcher.sweep}: {path}", flush=True)
-    tracking = config.tracking
-    results.track(path, launcher.sweep, launcher.table, tracking.kind.value, tracking.uri, tracking.experiment,
-                  Path(config.run_root))
+    tracking, here = config.tracking, launcher.settings["mode"] == "local"
+    uri = tracking.uri or (None if here else config.hydra.launcher.mlflow_uri)
+    results.track(path, launcher.sweep, launcher.table, tracking.kind.value, uri, tracking.experiment,
+                  Path(config.run_root), results.draw(path.parent, launcher.sweep, launcher.table), here=here)
