@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dreambooth import door, files, manifest
 from dreambooth.bucket import Bucket, Place, calling
@@ -23,6 +23,14 @@ from dreambooth.sending import send
 
 PARALLEL = 8  # transfers at a time
 CONNECT, TIMEOUT = 10, 60  # seconds to connect; without a byte
+
+
+class Held(NamedTuple):
+    """What is at a place in S3."""
+
+    digest: str  # ten hex digits over its content
+    folder: bool  # else one object
+    complete: bool  # by its manifest
 
 
 def client(service: str, connections: int = 10) -> Any:
@@ -80,6 +88,14 @@ def read_json(uri: str) -> dict[str, Any]:
 def digest(folder: Path) -> str:
     """Ten hex digits over the content of a local folder."""
     return manifest.digest(manifest.of_folder(folder))
+
+
+def held(uri: str) -> Held | None:
+    """What is at a place in S3; None: nothing."""
+    with _opened(uri, None, 1) as bucket:
+        kept = bucket.kept()
+        found = bucket.listed() if kept is None else kept
+    return Held(manifest.digest(found), "" not in found, kept is not None) if found else None
 
 
 def complete(uri: str) -> Entries | None:

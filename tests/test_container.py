@@ -253,6 +253,16 @@ def test_a_channel_beats_a_path_of_the_blogs_and_says_so() -> None:
     assert "pretrained_model_name_or_path is not used: the channel base_model decides that" in request.notices
 
 
+def test_the_result_of_a_run_on_a_channel_is_a_base_model(tmp_path: Path) -> None:
+    """s3://.../result-000800 holds the model in a folder beside the pictures of the run."""
+    (tmp_path / "result/model").mkdir(parents=True)
+    (tmp_path / "base/unet").mkdir(parents=True)
+    for name, source in (("result", "result/model"), ("base", "base")):
+        request = asked({}, channels={"model": tmp_path / name})
+        assert request.overrides["model.source"] == values.quoted(str(tmp_path / source))
+        assert request.notices == []
+
+
 def test_a_dataset_of_its_own_needs_no_channel() -> None:
     overrides = asked({"dataset": "demo"}, channels={"images": Path("/x")}).overrides
     assert overrides == {"dataset": "demo"}

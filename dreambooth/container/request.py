@@ -15,6 +15,7 @@ from dreambooth.container.places import Places
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.files import whole_folder
 from dreambooth.photos import list_photos
+from dreambooth.remote import model_in
 
 CHANNELS = {  # of the job -> the key that its folder becomes
     "images": "dataset.instance_dir", "training": "dataset.instance_dir", "train": "dataset.instance_dir",
@@ -127,7 +128,7 @@ def _paths(blog: aliases.Blog, channels: Mapping[str, Path], request: Request) -
         if key := CHANNELS.get(name):
             if paths.get(key, str(folder)).rstrip("/") != str(folder):
                 request.notices.append(f"{blog.names.pop(key)} is not used: the channel {name} decides that")
-            paths[key] = str(folder)
+            paths[key] = str(model_in(folder) if key == "model.source" else folder)
     return paths
 
 
