@@ -62,6 +62,7 @@ def composed(*overrides: str, number: int = 0) -> DictConfig:
 
 
 def jobs_of(*configs: DictConfig, client: Any = None) -> list[Job]:
+    _prepare.refuse_secrets(configs, "sweep-1")
     return _prepare.prepared(configs, "sweep-1", TrainingJobs(client or storage.client("sagemaker")), "aws")
 
 

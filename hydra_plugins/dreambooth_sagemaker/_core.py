@@ -39,8 +39,10 @@ def launch(launcher: "SageMakerLauncher", job_overrides: Sequence[Sequence[str]]
     Path(str(hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
     launcher.sweep = launcher.sweep or _new_name(hydra.job.name)
     try:
-        _check(launcher)
         configs = [_composed(launcher, overrides, first + i) for i, overrides in enumerate(job_overrides)]
+        if launcher.settings["mode"] != "local":
+            _prepare.refuse_secrets(configs, launcher.sweep)
+        _check(launcher)
         if launcher.settings["mode"] == "local":
             return _here(launcher, configs, job_overrides, first)
         return _away(launcher, configs, first)

@@ -28,13 +28,26 @@ from hydra_plugins.dreambooth_sagemaker._inputs import Inputs
 PLAN = ("-m", "dreambooth.plan", "plan.format=json")
 
 
+def refuse_secrets(configs: Sequence[DictConfig], sweep: str) -> None:
+    """Before anything else can end the command, and without a trace: Hydra has kept what was typed already.
+
+    Raises:
+        ConfigError: a request would hold what looks like a credential.
+    """
+    problems = [f"job {config.hydra.job.num}: {problem}" for config in configs for problem in secrets.found_in(
+        request.request(_settings(config), "", sweep, request.hyperparameters(
+            config.hydra.overrides.task, (), sweep), {}, None, None))]
+    if problems:
+        (Path(str(configs[0].hydra.sweep.dir)) / "multirun.yaml").unlink(missing_ok=True)
+        raise ConfigError(*dict.fromkeys(problems))
+
+
 def prepared(configs: Sequence[DictConfig], sweep: str, backend: Any, mode: str) -> list[Job]:
     """Every job of the sweep.
 
     Raises:
         ConfigError: what is wrong with any of them, all of it; nothing was submitted or uploaded.
     """
-    _refuse_secrets(configs, sweep)
     problems: list[str] = []
     checked: list[tuple[DictConfig, Config, dict[str, Any]]] = []
     for config in configs:
@@ -79,20 +92,6 @@ def announced(jobs: Sequence[Job], mode: str = "aws") -> Iterator[str]:
         yield (f"{len(jobs)} jobs{total * bool(known)}"
                + f"; {lacking} without a price: type hydra.launcher.price_usd_hour=PRICE" * bool(lacking)
                + " (estimate: see docs/planner.md)" * bool(known))
-
-
-def _refuse_secrets(configs: Sequence[DictConfig], sweep: str) -> None:
-    """Before anything else, and without a trace: Hydra has kept what was typed beside the runs already.
-
-    Raises:
-        ConfigError: a request would hold what looks like a credential.
-    """
-    problems = [f"job {config.hydra.job.num}: {problem}" for config in configs for problem in secrets.found_in(
-        request.request(_settings(config), "", sweep, request.hyperparameters(
-            config.hydra.overrides.task, (), sweep), {}, None, None))]
-    if problems:
-        (Path(str(configs[0].hydra.sweep.dir)) / "multirun.yaml").unlink(missing_ok=True)
-        raise ConfigError(*dict.fromkeys(problems))
 
 
 def _checked(config: DictConfig, mode: str) -> tuple[Config, dict[str, Any]]:
