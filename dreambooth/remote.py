@@ -47,6 +47,13 @@ def local(path: str | None, cache: str = "runs/s3") -> str | None:
     return str(storage.download(str(path), Path(cache), Console(quiet=not first()), complete=not is_single(path)))
 
 
+def wanted(config: Config) -> list[tuple[str, Any, str, bool]]:
+    """What a run may read from S3: where the key is typed, what holds it, the key, whether it must have a manifest."""
+    found: list[tuple[str, Any, str, bool]] = [
+        (place, subject, key, False) for place, subject in config.dataset.places for key in FOLDERS]
+    return found + [(section, getattr(config, section), key, complete) for (section, key), complete in READ.items()]
+
+
 def fetched(config: Config, run_dir: Path | None) -> Config:
     """The config with local folders for everything that it reads from s3://.
 
@@ -58,10 +65,7 @@ def fetched(config: Config, run_dir: Path | None) -> Config:
     """
     config = deepcopy(config)
     found: dict[str, str] = {}
-    wanted: list[tuple[str, Any, str, bool]] = [
-        (place, subject, key, False) for place, subject in config.dataset.places for key in FOLDERS]
-    wanted += [(section, getattr(config, section), key, complete) for (section, key), complete in READ.items()]
-    for section, part, key, complete in wanted:
+    for section, part, key, complete in wanted(config):
         if is_remote(getattr(part, key)):
             from dreambooth import storage
 
@@ -70,11 +74,16 @@ def fetched(config: Config, run_dir: Path | None) -> Config:
                                       complete=complete and not is_single(getattr(part, key)))
             named = folder.parent if section == "model" and folder.is_file() else folder  # by its content
             found[f"{section}.{key}={getattr(part, key)}"] = named.name
-            inner = folder / "model"  # of a run's result
-            setattr(part, key, str(inner if section == "model" and inner.is_dir() else folder))
+            setattr(part, key, str(model_in(folder) if section == "model" else folder))
     if found and run_dir:
         _remember(found, run_dir, config.checkpoint.resume)
     return config
+
+
+def model_in(folder: Path) -> Path:
+    """The model in a run's result, or the folder itself."""
+    inner = folder / "model"
+    return inner if inner.is_dir() else folder
 
 
 def _remember(found: dict[str, str], run_dir: Path, resume: str) -> None:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dreambooth import door, files, manifest
 from dreambooth.bucket import Bucket, Place, calling
@@ -24,6 +24,14 @@ from dreambooth.sending import Taken, send
 
 PARALLEL = 8  # transfers at a time
 CONNECT, TIMEOUT = 10, 60  # seconds to connect; without a byte
+
+
+class Held(NamedTuple):
+    """What is at a place in S3."""
+
+    digest: str  # ten hex digits over its content
+    folder: bool  # else one object
+    complete: bool  # by its manifest
 
 
 def client(service: str, connections: int = 10) -> Any:
@@ -116,6 +124,14 @@ def read_json(uri: str) -> dict[str, Any]:
 def digest(folder: Path) -> str:
     """Ten hex digits over the content of a local folder."""
     return manifest.digest(manifest.of_folder(folder))
+
+
+def held(uri: str) -> Held | None:
+    """What is at a place in S3; None: nothing."""
+    with _opened(uri, None, 1) as bucket:
+        kept = bucket.kept()
+        found = bucket.listed() if kept is None else kept
+    return Held(manifest.digest(found), "" not in found, kept is not None) if found else None
 
 
 def complete(uri: str) -> Entries | None:

@@ -297,6 +297,16 @@ def test_a_job_that_would_start_jobs_does_not_and_says_so(tmp_path: Path) -> Non
     assert "hydra/launcher is not used: a job is one run" in request.notices
 
 
+def test_the_result_of_a_run_on_a_channel_is_a_base_model(tmp_path: Path) -> None:
+    """s3://.../result-000800 holds the model in a folder beside the pictures of the run."""
+    (tmp_path / "result/model").mkdir(parents=True)
+    (tmp_path / "base/unet").mkdir(parents=True)
+    for name, source in (("result", "result/model"), ("base", "base")):
+        request = asked({}, channels={"model": tmp_path / name})
+        assert request.overrides["model.source"] == values.quoted(str(tmp_path / source))
+        assert request.notices == []
+
+
 def test_given_class_images_are_copied_aside_with_their_captions(tmp_path: Path) -> None:
     given_images = tmp_path / "input/data/class_images"
     given_images.mkdir(parents=True)

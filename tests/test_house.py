@@ -26,7 +26,9 @@ CODE = ("dreambooth", "hydra_plugins", "tools")
 LIGHT = ["config", "recipe", "errors", "train", "generate", "evaluate", "convert", "entrypoint", "promote", "compare",
          "sweeping"]
 # A plug-in asks `python -m dreambooth.plan` in a process of its own; it may import these and no other module.
-OPEN_TO_PLUGINS = {f"dreambooth.{name}" for name in ("config", "errors", "recipe", "schema", "choices", "storage")} | {
+OPEN_TO_PLUGINS = {f"dreambooth.{name}" for name in (
+    "config", "errors", "recipe", "schema", "schema_storage", "choices", "storage", "remote", "console",
+    "sweeping")} | {
     f"dreambooth.cloud.{path.stem}" for path in (PACKAGE / "cloud").glob("*.py")} | {"dreambooth.cloud"}
 # A rule about a module that is gone holds of nothing: these must exist.
 SUBJECTS = ["config", "errors", "recipe", "train", "run", "loop", "step", "loss", "model", "data", "prior",

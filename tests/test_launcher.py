@@ -88,10 +88,20 @@ def test_launcher_runs_a_sweep_of_six_in_which_one_fails(tmp_path: Path) -> None
     (["hardware=g4dn", "dataset=folder", "dataset.instance_dir=nowhere"], "there is no folder nowhere"),
     (["hardware=g4dn", "evaluate.reference_dir=here"], "type evaluate.reference_dir=s3://BUCKET/FOLDER"),
     (["hardware=g4dn", "dataset.mask=here"], "type dataset.mask=s3://BUCKET/FOLDER"),
+    (["hardware=g4dn", "evaluate.lpips=here.safetensors"], "type evaluate.lpips=s3://BUCKET/FILE"),
+    (["hardware=g4dn", "hydra.launcher.mlflow_uri=http://localhost:5000"], "do not reach MLflow at http://localhost"),
 ])
 def test_launcher_says_what_is_wrong_before_anything_runs(tmp_path: Path, words: list[str], sentence: str) -> None:
     done = sweep(tmp_path, *words, "hydra.launcher.plan=false", AWS_DEFAULT_REGION="us-east-1")
     assert (done.returncode, sentence in done.stderr, "Traceback" in done.stderr) == (1, True, False), done.stderr
+
+
+def test_launcher_leaves_no_trace_of_a_typed_credential(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "hardware=g4dn", "+hydra.launcher.environment.WANDB_API_KEY=hidden")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "environment WANDB_API_KEY looks like a credential" in done.stderr
+    assert "hidden" not in done.stdout + done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hidden" in path.read_bytes()]
 
 
 def test_launcher_without_m_says_to_add_it(tmp_path: Path) -> None:
@@ -133,6 +143,7 @@ def test_launcher_takes_objectives_from_s3_and_one_failing_job_ends_with_1(tmp_p
              "hydra.launcher.poll_seconds=1", "hydra.launcher.spot=true"]
     with serving():
         plain().create_bucket(Bucket="bucket")
+        plain().put_object(Bucket="bucket", Key="photos/a.jpg", Body=b"a")
         first = sweep(tmp_path, *words)
         assert first.returncode == 1, first.stdout + first.stderr
         assert "Traceback" not in first.stderr

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import stat
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -20,16 +21,19 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 from s3_server import KEYS, plain, serving
 
-from dreambooth import aws_errors, bucket, storage
+from dreambooth import aws_errors, bucket, entrypoint, storage, sweeping
 from dreambooth.cloud import docker, follow, limits, request, results, secrets
 from dreambooth.cloud.docker import Containers
 from dreambooth.cloud.follow import Follower
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Busy, Job, Seen, Unreachable
 from dreambooth.cloud.training_jobs import TrainingJobs
 from dreambooth.config import conf_dir
+from dreambooth.container.places import Places
 from dreambooth.errors import ConfigError, Interrupted, UserError
-from hydra_plugins.dreambooth_sagemaker import _prepare
+from hydra_plugins.dreambooth_sagemaker import _core, _prepare
+from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncher
 
+HELD = storage.held
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).with_name("golden")
 ROLE = "arn:aws:iam::123456789012:role/dreambooth"
@@ -42,7 +46,7 @@ PHOTOS = ["dataset=s3", "dataset.instance_dir=s3://bucket/photos", "dataset.inst
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_prepare, "whole", lambda uri: True)
+    monkeypatch.setattr(storage, "held", lambda uri: storage.Held("0" * 10, folder=True, complete=True))
     for key, value in KEYS.items():
         monkeypatch.setenv(key, value)
     for key in ("DREAMBOOTH_IMAGE", "DREAMBOOTH_ROLE", "DREAMBOOTH_S3", "DREAMBOOTH_SWEEP", "MLFLOW_TRACKING_URI"):
@@ -58,6 +62,7 @@ def composed(*overrides: str, number: int = 0) -> DictConfig:
 
 
 def jobs_of(*configs: DictConfig, client: Any = None) -> list[Job]:
+    _prepare.refuse_secrets(configs, "sweep-1")
     return _prepare.prepared(configs, "sweep-1", TrainingJobs(client or storage.client("sagemaker")), "aws")
 
 
@@ -74,8 +79,8 @@ CASES = {
                      "hydra.launcher.mlflow_uri=https://mlflow.example.com", "hydra.launcher.mlflow_secret=mlflow",
                      "hydra.launcher.kms_key=arn:aws:kms:us-east-1:123456789012:key/1",
                      "hydra.launcher.subnets=[subnet-1]", "hydra.launcher.security_groups=[sg-1]"],
-    "multi-gpu": ["hardware=g5", *PHOTOS, "hardware.instance_type=ml.g5.12xlarge", "hardware.price_usd_hour=7.09",
-                  "hardware.disk_gib=3800", "hydra.launcher.instance_count=2", "hydra.launcher.keep_alive_minutes=30"],
+    "multi-gpu": ["hardware=g5_12xlarge", *PHOTOS, "hydra.launcher.instance_count=2",
+                  "hydra.launcher.keep_alive_minutes=30"],
 }
 
 
@@ -127,10 +132,58 @@ def test_each_job_has_the_machine_and_price_of_its_own_hardware() -> None:
     assert len({job.name for job in found}) == 2
 
 
-def test_the_price_of_another_instance_is_not_guessed() -> None:
-    [job] = jobs_of(composed("hardware=g5", "hardware.instance_type=ml.g5.12xlarge", *PHOTOS))
-    assert job.usd_hour is None
-    assert "price unknown" in next(iter(_prepare.announced([job])))
+KMS = "hydra.launcher.kms_key=arn:aws:kms:us-east-1:123456789012:key/1"
+
+
+@pytest.mark.parametrize("words, price, disk", [
+    (["hardware=g5"], 1.408, 232),
+    (["hardware=g5", "hydra.launcher.instance_type=ml.g5.xlarge"], 1.408, 232),
+    (["hardware=g5", "hydra.launcher.instance_type=ml.g5.12xlarge"], None, None),
+    (["hardware=g5", "hardware.instance_type=ml.g5.12xlarge"], None, None),
+    (["hardware=g5", "hardware.instance_type=ml.p3.2xlarge", "hardware.price_usd_hour=3.825"], 3.825, None),
+    (["hardware=g5", "hardware.instance_type=ml.g5.12xlarge", "hydra.launcher.price_usd_hour=7.09"], 7.09, None),
+    (["hardware=g5", "hydra.launcher.instance_type=ml.g5.12xlarge", "hydra.launcher.price_usd_hour=7.09",
+      "hydra.launcher.disk_gib=3539"], 7.09, 3539),
+    (["hardware=g5_12xlarge", "hydra.launcher.instance_count=2"], 2 * 7.09, 3539),
+])
+def test_price_and_disk_of_another_instance_are_not_guessed(
+        words: list[str], price: float | None, disk: int | None) -> None:
+    """Where the machine has no disk of its own, the volume is as large as typed and has a key of its own."""
+    [job] = jobs_of(composed(*words, *PHOTOS, KMS, "hydra.launcher.volume_gib=9000"))
+    assert job.usd_hour == price
+    shown = "price unknown" if price is None else f"${price:.4g}/h"
+    assert shown in next(iter(_prepare.announced([job])))
+    asked_for = job.request["ResourceConfig"]
+    assert (asked_for["VolumeSizeInGB"], "VolumeKmsKeyId" in asked_for) == (disk or 9000, disk is None)
+
+
+def test_the_sum_says_of_how_many_jobs_it_is() -> None:
+    resources: dict[str, Any] = {"ResourceConfig": {"InstanceCount": 1, "InstanceType": "ml.g5.xlarge"}}
+    jobs = [Job(0, "a", (), resources, 1, 2.0, 1.5, 2700), Job(1, "b", (), resources, 1, 2.0, 0.25, 450),
+            Job(2, "c", (), resources, 1, None, None, 450)]
+    assert list(_prepare.announced(jobs[:2]))[-1] == "2 jobs, about $1.75 (estimate: see docs/planner.md)"
+    assert list(_prepare.announced(jobs))[-1] == (
+        "3 jobs, about $1.75 for 2 of them; 1 without a price: type hydra.launcher.price_usd_hour=PRICE "
+        "(estimate: see docs/planner.md)")
+    assert "price" not in "".join(_prepare.announced(jobs[2:], "docker")), "nobody pays for a container of this machine"
+    assert list(_prepare.announced(jobs[2:]))[-1] == (
+        "1 jobs; 1 without a price: type hydra.launcher.price_usd_hour=PRICE")
+
+
+def test_without_torch_it_says_that_nobody_looked_whether_the_jobs_fit(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(_prepare, "find_spec", lambda name: None)
+    [job] = jobs_of(composed("hardware=g4dn", *PHOTOS, "hydra.launcher.plan=true"))
+    assert "torch is not installed here: whether the jobs fit was not looked at" in capsys.readouterr().out
+    assert (job.estimate_usd, job.request["ResourceConfig"]["VolumeSizeInGB"]) == (None, 110)
+
+
+@pytest.mark.slow
+def test_the_planner_says_what_a_job_that_fits_costs_and_writes() -> None:
+    [job] = jobs_of(composed("hardware=g4dn", *PHOTOS, "hydra.launcher.plan=true"))
+    assert job.estimate_seconds and job.estimate_usd == pytest.approx(job.estimate_seconds / 3600 * 0.7364)
+    assert 10 < job.request["ResourceConfig"]["VolumeSizeInGB"] < 110
+    assert re.search(r" for \d+\.\d h, about \$\d+\.\d\d ", next(iter(_prepare.announced([job]))))
 
 
 def test_all_jobs_are_checked_before_the_first() -> None:
@@ -151,11 +204,67 @@ def test_a_half_uploaded_base_is_found_before_a_job_begins(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("words", [
     "+hydra.launcher.environment.MLFLOW_TRACKING_PASSWORD=x", "+hydra.launcher.environment.AWS_SECRET_ACCESS_KEY=x",
-    "+hydra.launcher.environment.URL='https://me:secret@host'", "hydra.launcher.mlflow_uri='https://me:secret@host'",
+    "+hydra.launcher.environment.URL='https://me:hidden@host'", "hydra.launcher.mlflow_uri='https://me:hidden@host'",
+    "+hydra.launcher.environment.WANDB_API_KEY=hidden", "+hydra.launcher.environment.URL='https://hidden@host'",
+    "+hydra.launcher.environment.HUB=hf_hiddenhiddenhiddenhidden",
+    "+hydra.launcher.environment.URL='https://h/?token=hidden'",
+    "+hydra.launcher.environment.ID=ASI" + "AHIDDENHIDDEN0000", "+hydra.launcher.tags.note=hf_hiddenhiddenhiddenhidden",
+    "+hydra.launcher.tags.password=hidden", "tracking.uri='https://me:hidden@host'", "train.max_train_steps=0",
+    "hydra.launcher.mlflow_secret='{\"password\": \"hidden\"}'",
+    "hydra.launcher.mlflow_secret=hf_hiddenhiddenhiddenhidden",
 ])
-def test_a_secret_never_gets_into_a_request(words: str) -> None:
-    with pytest.raises(ConfigError, match="Secrets Manager"):
-        asked("hardware=g4dn", *PHOTOS, words)
+def test_a_secret_never_gets_into_a_request_and_stays_nowhere(words: str, tmp_path: Path) -> None:
+    """Whatever else is wrong; Hydra has kept the command in multirun.yaml before the launcher is called."""
+    kept = tmp_path / "multirun.yaml"
+    kept.write_text("typed")
+    mistake = words == "train.max_train_steps=0"
+    with pytest.raises(ConfigError) as caught:
+        asked("hardware=g4dn", f"run_root={tmp_path}", *PHOTOS, words, "train.gradient_accumulation_steps=0")
+    assert ("Secrets Manager" in str(caught.value)) is not mistake
+    assert "hidden" not in str(caught.value).lower()
+    assert kept.exists() is mistake
+
+
+def test_what_only_sounds_like_a_secret_may_be_sent() -> None:
+    sent = asked("hardware=g4dn", *PHOTOS, "+hydra.launcher.environment.TOKENIZERS_PARALLELISM='false'",
+                 "hydra.launcher.mlflow_secret=arn:aws:secretsmanager:us-east-1:123456789012:secret:team/mlflow-a1B2c3",
+                 "+hydra.launcher.tags.team=art")["Environment"]
+    assert sent["TOKENIZERS_PARALLELISM"] == "false"
+    assert sent["DREAMBOOTH_SECRET"].endswith("secret:team/mlflow-a1B2c3")
+
+
+@pytest.mark.parametrize("address, reached", [
+    ("http://127.0.0.1:5000", False), ("http://localhost:5000", False), ("http://[::1]:5000", False),
+    ("sqlite:///mlflow.db", False), ("file:///runs", False), ("runs/mlruns", False),
+    ("https://mlflow.example.com", True), ("http://team-mlflow:5000", True), ("databricks", True),
+    ("arn:aws:sagemaker:us-east-1:123456789012:mlflow-tracking-server/team", True)])
+def test_jobs_are_not_sent_to_an_mlflow_of_the_laptop(
+        address: str, reached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    if reached:
+        assert asked("hardware=g4dn", *PHOTOS)["Environment"]["MLFLOW_TRACKING_URI"] == address
+        return
+    with pytest.raises(ConfigError, match=r"do not reach MLflow .* type hydra\.launcher\.mlflow_uri=https://SERVER"):
+        asked("hardware=g4dn", *PHOTOS)
+    with pytest.raises(ConfigError, match=r"type tracking\.uri=https://SERVER"):
+        asked("hardware=g4dn", *PHOTOS, f"tracking.uri='{address}'")
+    assert "MLFLOW_TRACKING_URI" not in asked("hardware=g4dn", *PHOTOS, "hydra.launcher.mlflow_uri=null")["Environment"]
+    asked("hardware=g4dn", *PHOTOS, "tracking=none")
+
+
+def test_of_a_server_that_sagemaker_manages_the_arn_is_the_address() -> None:
+    arn = "arn:aws:sagemaker:us-east-1:123456789012:mlflow-tracking-server/team"
+    sent = asked("hardware=g4dn", *PHOTOS, f"hydra.launcher.mlflow_uri={arn}")
+    assert sent["Environment"]["MLFLOW_TRACKING_URI"] == arn
+    assert sent["HyperParameters"]["tracking.uri"] == "${oc.env:MLFLOW_TRACKING_URI}"
+
+
+def test_what_is_refused_of_an_environment_is_not_repeated() -> None:
+    good = json.loads((GOLDEN / "sagemaker-g4dn-spot.json").read_text())
+    [told] = TrainingJobs().problems(good | {"Environment": {"A": 17}})
+    assert told == "Environment.A must be a text, not what was typed"
+    [told] = TrainingJobs().problems(good | {"Tags": [{"Key": "a", "Value": "hidden;"}]})
+    assert told.startswith("Tags[0].Value is what was typed, which does not match")
 
 
 def test_a_job_takes_its_credentials_from_secrets_manager(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,10 +299,117 @@ def test_folders_of_the_submitting_machine_are_not_sent() -> None:
 
 
 def test_names_are_the_same_for_the_same_run_and_fit() -> None:
-    name = request.name_of("my sweep, 2026!", 3, ["a=1"])
-    assert name == request.name_of("my sweep, 2026!", 3, ["a=1"])
-    assert name != request.name_of("my sweep, 2026!", 3, ["a=2"])
-    assert re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", request.name_of("x-" * 60, 10**6, ["a=1"], 99))
+    name = request.name_of("my sweep, 2026!", 3, {"a": "1", "b": "2"}, {"model.source": "0a"})
+    assert name == request.name_of(
+        "my sweep, 2026!", 3, {"b": "2", "a": "1", "tracking.uri": "x"}, {"model.source": "0a"})
+    assert name != request.name_of("my sweep, 2026!", 3, {"a": "2", "b": "2"}, {"model.source": "0a"})
+    assert name != request.name_of("my sweep, 2026!", 3, {"a": "1", "b": "2"}, {"model.source": "0b"})
+    assert re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", request.name_of("x-" * 60, 10**6, {"a": "1"}, {}, 99))
+
+
+@pytest.mark.parametrize("mode", ["aws", "docker"])
+def test_jobs_are_found_again_from_another_machine_unless_the_photos_are_others(
+        mode: str, tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def name(machine: str, photo: bytes, *words: str) -> str:
+        folder = tmp_path / machine / f"photos of {machine}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "a.jpg").write_bytes(photo)
+        config = composed("hardware=g4dn", "dataset=folder", f"dataset.instance_dir='{folder}'",
+                          "dataset.instance_prompt=a zwx dog", "dataset.class_prompt=a dog",
+                          f"run_root={tmp_path}/{machine}/runs", f"storage.cache={tmp_path}/{machine}/cache", *words)
+        backend = Containers(tmp_path / "jobs") if mode == "docker" else TrainingJobs()
+        return _prepare.prepared([config], "mine", backend, mode)[0].name
+
+    with serving():
+        plain().create_bucket(Bucket="bucket")
+        mine = name("laptop", b"a")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.com")
+        assert name("desktop", b"a") == mine
+        assert name("desktop", b"a", "tracking.experiment=other", "hardware.price_usd_hour=2") == mine
+        assert name("desktop", b"b") != mine, "the job on the old photos is not the one on the new ones"
+        assert name("laptop", b"a", "train.seed=1") != mine
+
+
+def test_other_photos_at_the_same_place_in_s3_are_another_job() -> None:
+    with pytest.MonkeyPatch.context() as patch, serving():
+        patch.setattr(storage, "held", HELD)
+        plain().create_bucket(Bucket="bucket")
+        names = []
+        for body in (b"a", b"a", b"b"):
+            plain().put_object(Bucket="bucket", Key="photos/a.jpg", Body=body)
+            names.append(jobs_of(composed("hardware=g4dn", *PHOTOS))[0].name)
+    assert names[0] == names[1] != names[2]
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["dataset.instance_dir=s3://bucket/phtos"], "there is nothing in s3://bucket/phtos: type dataset.instance_dir=s3://"),
+    (["dataset.instance_dir=s3://bucket/phot"], "there is nothing in s3://bucket/phot:"),
+    (["dataset.instance_dir=s3://bucket/photos/a.jpg"], "there is nothing in s3://bucket/photos/a.jpg:"),
+    (["dataset.class_dir=s3://bucket/dogs"], "type dataset.class_dir=s3://BUCKET/FOLDER"),
+    (["evaluate.reference_dir=s3://bucket/dogs"], "type evaluate.reference_dir=s3://BUCKET/FOLDER"),
+    (["model.source=s3://bucket/base.ckpt"], "type model.source=s3://BUCKET/FILE"),
+    (["model.vae=s3://bucket/vae"], "type model.vae=s3://BUCKET/FOLDER"),
+    (["evaluate.prompts=s3://bucket/p.txt"], "type evaluate.prompts=s3://BUCKET/FILE"),
+    (["evaluate.lpips=s3://bucket/x.safetensors"], "type evaluate.lpips=s3://BUCKET/FILE"),
+    (["checkpoint.resume=s3://bucket/photos"], "half uploaded"),
+])
+def test_what_is_not_in_s3_is_said_before_anybody_pays(words: list[str], sentence: str) -> None:
+    with pytest.MonkeyPatch.context() as patch, serving():
+        patch.setattr(storage, "held", HELD)
+        plain().create_bucket(Bucket="bucket")
+        plain().put_object(Bucket="bucket", Key="photos/a.jpg", Body=b"a")
+        asked("hardware=g4dn", *PHOTOS)
+        with pytest.raises(ConfigError) as caught:
+            asked("hardware=g4dn", *PHOTOS, *words)
+    assert sentence in str(caught.value)
+
+
+def test_a_base_that_is_one_file_in_s3_goes_by_its_address() -> None:
+    """A channel carries folders; the run itself fetches the file."""
+    with pytest.MonkeyPatch.context() as patch, serving():
+        patch.setattr(storage, "held", HELD)
+        plain().create_bucket(Bucket="bucket")
+        for key in ("photos/a.jpg", "base.safetensors"):
+            plain().put_object(Bucket="bucket", Key=key, Body=b"a")
+        sent = asked("hardware=g4dn", *PHOTOS, "model.source=s3://bucket/base.safetensors")
+    assert sent["HyperParameters"]["model.source"] == "s3://bucket/base.safetensors"
+    assert [channel["ChannelName"] for channel in sent["InputDataConfig"]] == ["images"]
+
+
+@pytest.mark.parametrize("key, name, sentence", [
+    ("model.source", "base.safetensors", "is a file of this machine: type model.source=s3://BUCKET/FILE"),
+    ("model.vae", "vae.safetensors", "is a file of this machine: type model.vae=s3://BUCKET/FILE"),
+    ("model.vae", "vae", "is a folder of this machine: type model.vae=s3://BUCKET/FOLDER"),
+    ("evaluate.prompts", "p.txt", "is a file of this machine: type evaluate.prompts=s3://BUCKET/FILE"),
+    ("evaluate.lpips", "x.safetensors", "is a file of this machine: type evaluate.lpips=s3://BUCKET/FILE"),
+    ("evaluate.dino", "dino", "type evaluate.dino=HUB_ID"),
+])
+def test_paths_of_this_machine_are_not_sent_to_one_that_is_paid_for(
+        key: str, name: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text("a {subject}") if path.suffix else path.mkdir()
+    with pytest.raises(ConfigError) as caught:
+        asked("hardware=g4dn", *PHOTOS, f"{key}={path}", "evaluate.encoder=paper")
+    assert sentence in str(caught.value)
+
+
+def test_what_a_job_finds_by_name_is_sent() -> None:
+    words = ["model.vae=stabilityai/sd-vae-ft-mse", "evaluate.prompts=object", "checkpoint.resume=s3://bucket/step-000100",
+             "evaluate.lpips=s3://bucket/x.safetensors", "evaluate.reference_dir=s3://bucket/dogs"]
+    sent = asked("hardware=g4dn", *PHOTOS, *words)["HyperParameters"]
+    assert {f"{key}={value}" for key, value in sent.items()} >= {*words}
+    assert "evaluate.prompts" in asked("hardware=g4dn", *PHOTOS, "evaluate.prompts=s3://bucket/p.txt")["HyperParameters"]
+
+
+def test_trials_are_named_by_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeping, "_swept", ["train.learning_rate", "train.seed"])
+    sent = asked("hardware=g4dn", *PHOTOS, "train.learning_rate=1e-6", "train.seed=2")["HyperParameters"]
+    assert sent["tracking.run_name"] == "learning_rate=1e-6 seed=2"
+    (tmp_path / "input/config").mkdir(parents=True)
+    (tmp_path / "input/config/hyperparameters.json").write_text(json.dumps(sent))
+    shutil.copytree(ROOT / "dreambooth/assets/demo", tmp_path / "input/data/images")
+    words = entrypoint.asked(Places(tmp_path), [], None).words()
+    assert entrypoint.composed(words)[0].tracking.run_name == "learning_rate=1e-6 seed=2"
 
 
 def test_a_volume_is_as_large_as_the_plan_says_but_no_larger_than_the_machines_own_disk() -> None:
@@ -205,7 +421,8 @@ def test_a_volume_is_as_large_as_the_plan_says_but_no_larger_than_the_machines_o
     assert [volume(None, 41.2), volume(None, None), volume(116, 200.0), volume(116, 20)] == [52, 110, 116, 30]
 
 
-def test_local_photos_are_made_complete_in_s3_once(tmp_path: Path) -> None:
+def test_local_photos_are_made_complete_in_s3_once_and_not_in_silence(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.jpg").write_bytes(b"a")
     words = ["hardware=g4dn", "dataset=folder", f"dataset.instance_dir={tmp_path}/photos",
@@ -213,6 +430,7 @@ def test_local_photos_are_made_complete_in_s3_once(tmp_path: Path) -> None:
     with serving():
         plain().create_bucket(Bucket="bucket")
         found = jobs_of(composed(*words, "train.seed=0"), composed(*words, "train.seed=1", number=1))
+        assert re.search(r"^to s3://bucket/sweeps/inputs/photos-\w+ 1/1 ", capsys.readouterr().out, re.M)
         places = {job.request["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"] for job in found}
         [place] = places
         assert place.startswith("s3://bucket/sweeps/inputs/photos-")
@@ -376,9 +594,22 @@ def test_an_answer_that_was_lost_does_not_begin_the_job_twice(stub: Stubber, job
 
 def test_another_job_of_that_name_is_not_taken_for_ours(stub: Stubber, job: Job) -> None:
     stub.add_client_error("create_training_job", "ResourceInUse", "Training job names must be unique", 400)
-    say(stub, job, "InProgress", "Training", HyperParameters={"hardware": "g5"})
+    say(stub, job, "InProgress", "Training", HyperParameters=job.request["HyperParameters"] | {"hardware": "g5"})
     [end] = followed(stub, job)
-    assert (end.status, "type another hydra.launcher.sweep=NAME" in end.reason) == (FAILED, True)
+    assert end.status == FAILED
+    assert "with another hardware: type another hydra.launcher.sweep=NAME" in end.reason
+
+
+def test_a_job_is_ours_wherever_its_metrics_go(stub: Stubber, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun from a shell with MLFLOW_TRACKING_URI, followed from one without."""
+    monkeypatch.setattr(storage, "read_json", lambda uri: {"objective": 1})
+    theirs = job.request["HyperParameters"] | {
+        "tracking.uri": "${oc.env:MLFLOW_TRACKING_URI}", "tracking.run_name": "x"}
+    stub.add_client_error("create_training_job", "ResourceInUse", "Training job names must be unique", 400)
+    say(stub, job, "InProgress", "Training", HyperParameters=theirs)
+    say(stub, job, "Completed", "Completed", HyperParameters=theirs)
+    [end] = followed(stub, job)
+    assert end.status == COMPLETED
 
 
 def test_a_full_quota_waits_for_our_own_jobs_and_else_says_so(stub: Stubber, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,11 +721,30 @@ def test_results_are_a_csv_with_the_best_first_and_a_run_in_mlflow(tmp_path: Pat
         found = list(csv.DictReader(file))
     assert [(row["job"], row["objective"], row["billed_usd"], row["train.seed"]) for row in found] == [
         ("j2", "0.25", "2.0", "2"), ("j0", "0.5", "1.0", "0"), ("j1", "", "0.0", "1")]
-    results.track(path, "mine", rows, "mlflow", None, "sweeps", tmp_path)
+    drawn = results.draw(tmp_path, "mine", rows)
+    assert json.loads(drawn.read_text())["axes"] == {"seed": ["2", "0"], "objective": [0.25, 0.5]}
+    results.track(path, "mine", rows, "mlflow", None, "sweeps", tmp_path, drawn, here=False)
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("sweeps")
     [run] = client.search_runs([experiment.experiment_id], "tags.sweep = 'mine'")
     assert (run.data.metrics["objective"], run.data.metrics["failed"], run.info.status) == (0.25, 1, "FAILED")
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {path.name, drawn.name}
+    assert "dreambooth.compare" not in run.data.tags["mlflow.note.content"], "there are no run folders here"
+
+
+@pytest.mark.parametrize("mode, typed, uri", [
+    ("aws", [], "https://mlflow.example.com"), ("docker", [], "https://mlflow.example.com"), ("local", [], None),
+    ("aws", ["tracking.uri=https://other.example.com"], "https://other.example.com")])
+def test_a_sweep_is_told_of_where_its_trials_are(
+        mode: str, typed: list[str], uri: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(results, "track", lambda *words, **more: seen.append((words[4], more["here"])))
+    config = composed("hardware=g4dn", f"run_root={tmp_path}", *PHOTOS,
+                      "hydra.launcher.mlflow_uri=https://mlflow.example.com", *typed)
+    launcher: Any = SageMakerLauncher(mode=mode, sweep="mine")
+    launcher.config = config
+    _core._report(launcher, [Job(0, "j0", (), {}, 1)], [Seen(COMPLETED, result={"objective": 0.5})], config)
+    assert seen == [(uri, mode == "local")]
 
 
 # -- containers on this machine -----------------------------------------------------------------------------------
@@ -529,6 +779,7 @@ def test_containers_get_what_sagemaker_gives_and_one_may_fail(engine: str, tmp_p
     backend = Containers(tmp_path / "jobs")
     photos = tmp_path / "photos"
     photos.mkdir()
+    (photos / "a.jpg").write_bytes(b"a")
     words = ["hardware=g4dn", "dataset=folder", f"dataset.instance_dir={photos}", "dataset.instance_prompt=a zwx dog",
              "dataset.class_prompt=a dog"]
     configs = [composed(*words, f"train.seed={i}", number=i) for i in range(6)]
@@ -575,8 +826,8 @@ OF_SAGEMAKER = {  # what the service itself does in the role's name
 
 def policies() -> dict[str, list[dict[str, Any]]]:
     page = (ROOT / "docs/sagemaker.md").read_text(encoding="utf-8")
-    submits, runs = (json.loads(block)["Statement"] for block in re.findall(r"```json\n(.*?)```", page, re.S)[:2])
-    return {"submits": submits, "runs": runs}
+    found = [json.loads(block)["Statement"] for block in re.findall(r"```json\n(.*?)```", page, re.S)]
+    return dict(zip(("submits", "runs", "mlflow"), found, strict=True))
 
 
 def actions(statements: list[dict[str, Any]]) -> set[str]:
@@ -584,6 +835,9 @@ def actions(statements: list[dict[str, Any]]) -> set[str]:
 
 
 MLFLOWS = {"shipping.py", "logged.py", "registry.py", "flavour.py"}  # their client is MLflow's
+OF_MLFLOW = {  # its client's call -> what SageMaker's server asks for; files go to S3 past it, by the run's address
+    "set_terminated": "UpdateRun", "log_artifact": "GetRun", "log_artifacts": "GetRun", "list_artifacts": "GetRun",
+    "log_image": "SetTag"}
 
 
 def called() -> set[str]:
@@ -597,6 +851,27 @@ def called() -> set[str]:
     return found | {known[name] for name in re.findall(r'get_paginator\("(\w+)"\)', code)}
 
 
+def told_to_mlflow() -> set[str]:
+    """The permissions of every call of MLflow's client."""
+    code = "\n".join((ROOT / "dreambooth" / name).read_text(encoding="utf-8") for name in sorted(MLFLOWS))
+    calls = set(re.findall(r"(?:\bclient|_client|_mlflow)\.([a-z]+_[a-z_]+)\(", code))
+    return {f"sagemaker-mlflow:{OF_MLFLOW.get(call, call.title().replace('_', ''))}" for call in calls}
+
+
+def test_the_policy_for_a_server_of_sagemakers_allows_what_is_told_to_mlflow() -> None:
+    [statement] = policies()["mlflow"]
+    assert set(statement["Action"]) == told_to_mlflow()
+    assert {"sagemaker-mlflow:LogBatch", "sagemaker-mlflow:GetExperimentByName",
+            "sagemaker-mlflow:SetRegisteredModelAlias"} <= told_to_mlflow()
+
+
+def test_only_those_files_talk_to_mlflow() -> None:
+    """What `called` leaves out is what the test above reads."""
+    told = re.compile(r"MlflowClient|^\s*import mlflow|client: Any, run_id", re.MULTILINE)
+    found = {path.name for path in (ROOT / "dreambooth").rglob("*.py") if told.search(path.read_text(encoding="utf-8"))}
+    assert found == MLFLOWS
+
+
 def test_the_policies_allow_what_the_code_calls_and_no_more() -> None:
     found = policies()
     ours = called()
@@ -607,7 +882,8 @@ def test_the_policies_allow_what_the_code_calls_and_no_more() -> None:
 
 def test_the_policies_name_no_wildcard_action_and_nothing_that_deletes() -> None:
     for statements in policies().values():
-        assert not [action for action in actions(statements) if "*" in action or "Delete" in action]
+        assert {action for action in actions(statements) if "*" in action or "Delete" in action} <= {
+            "sagemaker-mlflow:DeleteRegisteredModelAlias"}  # of a version that is no candidate any more; it stays
         for statement in statements:
             if statement["Resource"] == "*":  # these two know no resource
                 assert set(statement["Action"]) <= {"ecr:GetAuthorizationToken", "cloudwatch:PutMetricData"}

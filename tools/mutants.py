@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PARTS = ["dreambooth", "conf", "tests", "workflows", "pyproject.toml"]
+PARTS = ["dreambooth", "hydra_plugins", "conf", "tests", "workflows", "pyproject.toml"]
 
 
 def test_of(patch: Path) -> str:

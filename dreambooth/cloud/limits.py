@@ -7,6 +7,8 @@ from typing import Any
 
 UNICODE = {r"\p{L}": "a-zA-ZÀ-￿", r"\p{Z}": " ", r"\p{N}": "0-9"}  # classes that Python's re does not know
 
+HIDDEN = ("Environment", "HyperParameters", "Tags")  # what people put there is not repeated: it may be secret
+
 
 def problems(value: Any, shape: Any, where: str = "") -> Iterator[str]:
     """Every part of a request that its shape does not allow, in a sentence each."""
@@ -34,18 +36,19 @@ def problems(value: Any, shape: Any, where: str = "") -> Iterator[str]:
 
 
 def _text(value: Any, shape: Any, where: str) -> Iterator[str]:
+    shown = "what was typed" if where.startswith(HIDDEN) else repr(value[:80] if isinstance(value, str) else value)
     if not isinstance(value, str):
-        yield f"{where} must be a text, not {value!r}"
+        yield f"{where} must be a text, not {shown}"
         return
     limits = dict(shape.metadata)
     yield from _count(len(value), limits, f"{where} has {len(value)} characters")
     if shape.enum and value not in shape.enum:
-        yield f"{where} is {value!r}, which SageMaker does not offer"
+        yield f"{where} is {shown}, which SageMaker does not offer"
     pattern = limits.get("pattern")
     for unknown, known in UNICODE.items():
         pattern = pattern.replace(unknown, known) if pattern else None
     if pattern and not re.fullmatch(pattern, value, re.DOTALL):
-        yield f"{where} is {value[:80]!r}, which does not match {shape.metadata['pattern']}"
+        yield f"{where} is {shown}, which does not match {shape.metadata['pattern']}"
 
 
 def _count(count: float, limits: Any, what: str) -> Iterator[str]:

@@ -4,12 +4,14 @@ The contract with the container: hyperparameters are overrides as texts; the cha
 carry what lies in S3; results in /opt/ml/model, training state in /opt/ml/checkpoints, both kept in S3 as they are.
 """
 
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
+from urllib.parse import urlsplit
 
 HERE = {"run_root", "storage.cache"}  # folders of the machine that submits
 CHANNELS = {"dataset.instance_dir": "images", "dataset.class_dir": "class_images", "model.source": "model"}
@@ -19,8 +21,7 @@ METRICS = {  # read from what the run prints
 }
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"  # as the blog sets it; both spellings are read by PyTorch
 SPARE_GIB = 10  # of a volume: the image's own scratch, logs, SageMaker's copies
-SECRET = re.compile(r"(?i)password|passwd|secret|token|access_?key|credential|://[^/\s]*:[^/\s]+@")
-ALLOWED = {"DREAMBOOTH_SECRET"}  # names where a secret is, and is none
+UNSEEN = ("tracking.", "hardware.price_usd_hour", "hardware.spot_price_usd_hour")  # say nothing of what is trained
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,29 @@ class Settings:
     mlflow_secret: str | None = None
 
 
-def name_of(sweep: str, number: int, overrides: Sequence[str], attempt: int = 0) -> str:
-    """A job's name: the same for the same run of the same sweep, so that it is never begun twice."""
-    key = sha256("\n".join(overrides).encode()).hexdigest()[:8]
+def name_of(sweep: str, number: int, sent: Mapping[str, str], contents: Mapping[str, str], attempt: int = 0) -> str:
+    """A job's name: the same for the same run of the same sweep, from any machine, so that it is never begun twice.
+
+    Args:
+        sent: its hyperparameters.
+        contents: what is behind the paths that it reads.
+    """
+    key = sha256(json.dumps([trained(sent), contents], sort_keys=True).encode()).hexdigest()[:8]
     word = re.sub(r"[^a-zA-Z0-9]+", "-", sweep).strip("-")[:40].rstrip("-") or "sweep"
     return f"{word}-{number}-{key}" + (f"-{attempt}" if attempt else "")
 
 
-def request(settings: Settings, name: str, sweep: str, overrides: Sequence[str], inputs: Mapping[str, str],
+def trained(sent: Mapping[str, str]) -> dict[str, str]:
+    """The hyperparameters by which two jobs are the same: not where their metrics go, nor prices."""
+    return {key: value for key, value in sent.items() if not key.lstrip("+").startswith(UNSEEN)}
+
+
+def request(settings: Settings, name: str, sweep: str, sent: Mapping[str, str], inputs: Mapping[str, str],
             disk_gib: float | None, needed_gib: float | None, first: str | None = None) -> dict[str, Any]:
     """CreateTrainingJob's arguments.
 
     Args:
+        sent: hyperparameters.
         inputs: channel -> folder in S3.
         disk_gib: the instance's own disk, None if it has none or that is unknown.
         needed_gib: what the run will write, by the planner; None: unknown.
@@ -73,7 +85,7 @@ def request(settings: Settings, name: str, sweep: str, overrides: Sequence[str],
         "AlgorithmSpecification": {
             "TrainingImage": settings.image, "TrainingInputMode": "File",
             "MetricDefinitions": [{"Name": key, "Regex": regex} for key, regex in METRICS.items()]},
-        "HyperParameters": hyperparameters(overrides, inputs, sweep, settings.mlflow_uri),
+        "HyperParameters": dict(sent),
         "OutputDataConfig": {"S3OutputPath": place, "CompressionType": "NONE", **kms},
         "CheckpointConfig": {"S3Uri": f"{place}/{first or name}/checkpoints", "LocalPath": "/opt/ml/checkpoints"},
         "ResourceConfig": _resources(settings, disk_gib, needed_gib),
@@ -95,12 +107,14 @@ def request(settings: Settings, name: str, sweep: str, overrides: Sequence[str],
     return asked
 
 
-def hyperparameters(overrides: Sequence[str], inputs: Mapping[str, str], sweep: str,
-                    mlflow_uri: str | None) -> dict[str, str]:
+def hyperparameters(overrides: Sequence[str], channels: Collection[str], sweep: str, run_name: str | None = None,
+                    mlflow_uri: str | None = None) -> dict[str, str]:
     """Overrides as key and value, without those that a channel stands for."""
-    carried = {key for key, channel in CHANNELS.items() if channel in inputs}
-    dropped = HERE | carried | ({"dataset"} if "images" in inputs else set())
+    carried = {key for key, channel in CHANNELS.items() if channel in channels}
+    dropped = HERE | carried | ({"dataset"} if "images" in channels else set())
     asked = {"tracking.sweep": sweep}
+    if run_name:
+        asked["tracking.run_name"] = run_name
     if mlflow_uri:
         asked["tracking.uri"] = "${oc.env:MLFLOW_TRACKING_URI}"
     for override in overrides:
@@ -110,15 +124,13 @@ def hyperparameters(overrides: Sequence[str], inputs: Mapping[str, str], sweep: 
     return asked
 
 
-def secrets(asked: Mapping[str, Any]) -> Iterator[str]:
-    """What looks like a credential in a request, a sentence each: SageMaker shows all of it to who may describe."""
-    texts = {f"hyperparameter {key}": value for key, value in asked["HyperParameters"].items()}
-    texts |= {f"environment {key}": value for key, value in asked["Environment"].items() if key not in ALLOWED}
-    for where, value in texts.items():
-        name = where.split()[-1]
-        if SECRET.search(name) or re.search(r"://[^/\s]*:[^/\s]+@|(?i:password)=|AKIA[0-9A-Z]{16}", value):
-            yield (f"{where} looks like a credential: keep it in AWS Secrets Manager and type "
-                   "hydra.launcher.mlflow_secret=NAME")
+def only_here(uri: str) -> bool:
+    """Whether an MLflow address means something on the machine that submits alone: its files, its loopback."""
+    parts = urlsplit(uri)
+    host = parts.hostname or ""
+    if host in ("localhost", "::1", "0.0.0.0", "host.docker.internal") or host.startswith("127."):
+        return True
+    return parts.scheme in ("", "file", "sqlite") and uri != "databricks"
 
 
 def _channel(channel: str, uri: str) -> dict[str, Any]:

@@ -82,12 +82,25 @@ def write_some(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Pat
     return write(folder, sweep, table) if table else None
 
 
+def draw(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Path:
+    """`parallel_coordinates.json` of the sweep: what differs between its jobs, then the objective; a value a job that
+    has one, best first."""
+    done = sorted((row for row in table if row["objective"] is not None), key=lambda row: row["objective"])
+    keys = [key for key in dict.fromkeys(key for row in done for key in row)
+            if key not in FIRST and len({row.get(key, "") for row in done}) > 1]
+    axes = {key.rpartition(".")[2]: [row.get(key, "") for row in done] for key in keys}
+    path = folder / f"sweep-{sweep}" / "parallel_coordinates.json"
+    files.write_json(path, {"sweep": sweep, "axes": axes | {"objective": [row["objective"] for row in done]}})
+    return path
+
+
 def track(path: Path, sweep: str, table: Sequence[dict[str, Any]], kind: str, uri: str | None, experiment: str,
-          run_root: Path, drawn: Path | None = None) -> None:
+          run_root: Path, drawn: Path | None = None, *, here: bool = True) -> None:
     """The sweep as a run in MLflow, with the tag of its trials: the CSV, how many failed, the best objective.
 
     Args:
         drawn: the data of its parallel coordinates, kept beside the CSV.
+        here: the run folders of the trials are on this machine.
     """
     from dreambooth.tracked import side_by_side
     from dreambooth.tracking import open_tracker
@@ -101,8 +114,10 @@ def track(path: Path, sweep: str, table: Sequence[dict[str, Any]], kind: str, ur
             f"**A sweep of {len(table)}**: [its trials side by side]({side_by_side(sweep)}), curves and pictures.\n\n"
             + (f"- best: `{best['job']}`, objective {best['objective']:.4f}\n" if best else "")
             + f"- table: the artifact `{path.name}`, best first\n"
-            f"- a page for people without access: `python -m dreambooth.compare sweep={sweep} run_root={run_root}`\n"
-            f"- its best model as champion: `python -m dreambooth.promote sweep={sweep} run_root={run_root}`")})
+            + (f"- a page for people without access: `python -m dreambooth.compare sweep={sweep} run_root={run_root}`\n"
+               f"- its best model as champion: `python -m dreambooth.promote sweep={sweep} run_root={run_root}`" if here
+               else "- models: in the output of each job; with `evaluate.promote=true` each offers its own as champion")
+        )})
         if best:
             tracker.params({"best_job": best["job"]})
             tracker.metrics(0, {"objective": best["objective"]})

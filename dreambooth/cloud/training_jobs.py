@@ -7,6 +7,7 @@ from typing import Any
 from dreambooth import aws_errors, storage
 from dreambooth.cloud import limits
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Busy, Job, LoggedOut, Seen, Unreachable
+from dreambooth.cloud.request import trained
 from dreambooth.errors import UserError
 
 STATUS = {"InProgress": RUNNING, "Stopping": RUNNING, "Deleting": STOPPED, "Completed": COMPLETED, "Failed": FAILED,
@@ -91,9 +92,10 @@ class TrainingJobs:
 
     def _same(self, job: Job) -> Seen:
         """The job of that name, if it is this one: begun by an earlier command, or by a call whose answer was lost."""
-        told = self._describe(job)
-        if told.get("HyperParameters") != job.request["HyperParameters"]:
-            raise UserError(f"there is another job {job.name} already: type another hydra.launcher.sweep=NAME")
+        theirs, ours = (trained(of.get("HyperParameters", {})) for of in (self._describe(job), job.request))
+        if differing := sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)):
+            raise UserError(f"there is another job {job.name} already, with another {', another '.join(differing)}: "
+                            "type another hydra.launcher.sweep=NAME")
         return self.look(job)
 
     def _result(self, told: dict[str, Any], job: Job) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dreambooth.container.places import Places
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.files import whole_folder
 from dreambooth.photos import list_photos
+from dreambooth.remote import model_in
 from dreambooth.schema_storage import is_remote
 
 CHANNELS = {  # of the job -> the key that its folder becomes
@@ -132,7 +133,7 @@ def _paths(
         if key := CHANNELS.get(name):
             if paths.get(key, str(folder)).rstrip("/") != str(folder):
                 request.notices.append(f"{blog.names[key]} is not used: the channel {name} decides that")
-            paths[key], sent[key] = str(folder), f"the channel {name}"
+            paths[key], sent[key] = str(model_in(folder) if key == "model.source" else folder), f"the channel {name}"
     return paths, sent
 
 

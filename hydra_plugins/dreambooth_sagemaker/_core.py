@@ -42,8 +42,10 @@ def launch(launcher: "SageMakerLauncher", job_overrides: Sequence[Sequence[str]]
     Path(str(hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
     launcher.sweep = launcher.sweep or _new_name(hydra.job.name)
     try:
-        _check(launcher)
         configs = [_composed(launcher, overrides, first + i) for i, overrides in enumerate(job_overrides)]
+        if launcher.settings["mode"] != "local":
+            _prepare.refuse_secrets(configs, launcher.sweep)
+        _check(launcher)
         _check_numbers(configs)
         if launcher.settings["mode"] == "local":
             return _here(launcher, configs, job_overrides, first)
@@ -160,7 +162,7 @@ def _away(launcher: "SageMakerLauncher", configs: Sequence[DictConfig], first: i
         backend = TrainingJobs()
     asked = _prepare.prepared(configs, launcher.sweep, backend, settings["mode"])
     jobs = results.unlike(asked, launcher.done)
-    print("\n".join(_prepare.announced(jobs)), flush=True)
+    print("\n".join(_prepare.announced(jobs, settings["mode"])), flush=True)
     again = ("Optuna asks for other points the next time, so no command follows these jobs again" if _optuna(launcher)
              else f"the same command with hydra.launcher.sweep={launcher.sweep} follows these jobs again")
     if not launcher.table:  # once, not with every batch
@@ -195,7 +197,7 @@ def _returned(config: DictConfig, job: Job, seen: Seen) -> JobReturn:
 
 
 def _report(launcher: "SageMakerLauncher", jobs: Sequence[Job], ends: Sequence[Seen], config: DictConfig) -> None:
-    """Table, CSV and MLflow, with what earlier batches of the same sweep gave."""
+    """Table, CSV and MLflow, with what earlier batches of the same sweep gave. MLflow is the one that the jobs tell."""
     assert launcher.sweep is not None
     launcher.table += results.rows(jobs, ends)
     path = results.write(Path(str(config.hydra.sweep.dir)), launcher.sweep, launcher.table)
@@ -204,9 +206,10 @@ def _report(launcher: "SageMakerLauncher", jobs: Sequence[Job], ends: Sequence[S
         cost = "" if row["billed_usd"] is None else f"  ${row['billed_usd']:.2f}"
         print(f"{row['job']}  {row['status']}  {told}{cost}")
     print(f"sweep {launcher.sweep}: {path}", flush=True)
-    tracking = config.tracking
-    results.track(path, launcher.sweep, launcher.table, tracking.kind.value, tracking.uri, tracking.experiment,
-                  Path(config.run_root))
+    tracking, here = config.tracking, launcher.settings["mode"] == "local"
+    uri = tracking.uri or (None if here else config.hydra.launcher.mlflow_uri)
+    results.track(path, launcher.sweep, launcher.table, tracking.kind.value, uri, tracking.experiment,
+                  Path(config.run_root), results.draw(path.parent, launcher.sweep, launcher.table), here=here)
 
 
 def _report_some(launcher: "SageMakerLauncher", jobs: Sequence[Job], ends: Sequence[Seen]) -> None:

@@ -70,7 +70,7 @@ def sdk(version: str, docker: Engine, work: Path) -> str:
                         "SAGEMAKER_USER_CONFIG_OVERRIDE": f"{folder}/sdk.yaml"})
         seconds = time.monotonic() - began
     found = json.loads(told.splitlines()[-1])
-    assert found["files"] and found["refused"], told[-3000:]
+    assert found["files"] and found["refused"] and "use_ema must be true or false" in told, told[-3000:]
     return (f"| SageMaker SDK {found['version']}, local mode, the blog's hyperparameters | {seconds:.0f} | "
             f"a model ({', '.join(found['files'])}); with \"maybe\" for use_ema: {found['refused']} |")
 
@@ -86,7 +86,7 @@ def sweep(docker: Engine) -> str:
             [sys.executable, "-m", "dreambooth.train", "-m", "hydra/launcher=sagemaker", "hydra.launcher.mode=docker",
              f"hydra.launcher.image={TAG}", "hydra.launcher.sweep=six", "hydra.launcher.max_parallel=2",
              "hydra.launcher.poll_seconds=1", f"hydra.launcher.mlflow_uri={uri}", f"run_root={folder}/runs",
-             f"tracking.uri={uri}", *words, "train.max_train_steps=4",
+             *words, "train.max_train_steps=4",
              "train.learning_rate=1e-6,2e-6,5e-6,1e-5,2e-5,1e20"],
             env=os.environ | docker.environment, cwd=folder, capture_output=True, text=True, timeout=1500, check=False)
         seconds = time.monotonic() - began
@@ -98,6 +98,7 @@ def sweep(docker: Engine) -> str:
         runs = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.sweep = 'six'")
     ends = [row["status"] for row in rows]
     assert ends == ["Completed"] * 5 + ["Failed"], told[-5000:]
+    assert len(runs) == 6 + 1, told[-5000:]  # and the sweep itself
     return (f"| `-m hydra/launcher=sagemaker hydra.launcher.mode=docker`, six learning rates, two at a time | "
             f"{seconds:.0f} | five objectives, best {min(float(row['objective']) for row in rows[:5]):.4f}; 1e20 fails "
             f"alone; {len(runs)} runs in MLflow with the tag `sweep` |")

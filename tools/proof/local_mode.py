@@ -5,6 +5,7 @@ Prints one line of JSON: what a job in local mode left, and how one with a bad h
 
 import io
 import json
+import re
 import sys
 import tarfile
 from importlib.metadata import version
@@ -53,8 +54,11 @@ def main() -> None:
     try:
         run(image, asked | {"use_ema": "maybe"}, photos, Path(folder))
         refused = ""
-    except Exception as error:  # whatever the SDK raises
-        refused = type(error).__name__
+    except RuntimeError as error:
+        code = re.search(r"Process exited with code: (\d+)", str(error))  # the SDK's words for a job that failed
+        if code is None:
+            raise
+        refused = f"{type(error).__name__}, exit code {code[1]}"
     print(json.dumps({"version": version("sagemaker"), "files": files if len(files) == len(wanted) else [],
                       "refused": refused}))
 
