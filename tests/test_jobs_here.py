@@ -65,8 +65,9 @@ def ended(backend: Containers) -> Any:
     raise AssertionError("it runs on")
 
 
-def test_a_container_of_an_earlier_command_is_followed(engine: Path, tmp_path: Path) -> None:
-    base, backend = begun_before(tmp_path), Containers(tmp_path / "jobs")
+@pytest.mark.parametrize("resubmit", [False, True])
+def test_a_container_of_an_earlier_command_is_followed(engine: Path, tmp_path: Path, resubmit: bool) -> None:
+    base, backend = begun_before(tmp_path), Containers(tmp_path / "jobs", resubmit=resubmit)
     (engine / "alive").touch()
     assert backend.submit(JOB).status == RUNNING
     seen = backend.look(JOB)
