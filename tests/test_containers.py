@@ -188,5 +188,6 @@ def test_a_request_to_stop_while_folders_are_given_away_is_not_lost(readable: Pa
         time.sleep(0.02)
     job.terminate()
     told, _ = job.communicate(timeout=60)
-    assert (job.returncode, told) == (5, "dreambooth: SIGTERM: stopped before the first step; start it again to go on\n")
+    assert job.returncode == 5
+    assert told == "dreambooth: SIGTERM: stopped before the first step; start it again to go on\n"
     assert told == f"dreambooth: {(readable / 'ml/output/failure').read_text('utf-8')}\n"

@@ -40,7 +40,7 @@ class Places:
 
     @property
     def cache(self) -> Path:
-        """What is read from s3://. Not with the checkpoints: it would be sent back to S3, and fetched at every start."""
+        """What is read from s3://. Not with the checkpoints: that is sent to S3 again, and fetched at every start."""
         folder = self.base / "cache"
         writable = os.access(folder if folder.exists() else self.base, os.W_OK)
         return folder if writable else Path(tempfile.gettempdir()) / "dreambooth-s3"

@@ -141,7 +141,7 @@ def _idle(
     blog: aliases.Blog, sent: Mapping[str, str], explicit: Mapping[str, str], request: Request
 ) -> set[str]:
     """The keys that the blog's names or channels ask for in vain, since an override decides that, or more."""
-    names = blog.names | sent
+    names = {**blog.names, **sent}
     deciding = {key: group for group, keys in IDLE.items() if group in explicit for key in keys if key not in sent}
     if explicit.get("hardware") == "cpu":
         deciding |= {key: "hardware" for key, options in CUDA_ONLY.items() if blog.overrides.get(key) in options}
