@@ -1,5 +1,6 @@
 """A local S3: moto behind what AWS does and it does not (to refuse a body that is not what its checksum says, and to
-complete an upload where something is already), and behind faults that a network has. And one upload and download under such a fault, with what must hold afterwards."""
+complete an upload where something is already), and behind faults that a network has. And one upload and download under
+such a fault, with what must hold afterwards."""
 
 import base64
 import hashlib
@@ -89,7 +90,7 @@ class Server:
 
     def _holds(self, environ: dict[str, Any]) -> bool:
         told: list[str] = []
-        asked = {**environ, "REQUEST_METHOD": "HEAD", "QUERY_STRING": "", "wsgi.input": BytesIO(), "CONTENT_LENGTH": "0"}
+        asked = environ | {"REQUEST_METHOD": "HEAD", "QUERY_STRING": "", "wsgi.input": BytesIO(), "CONTENT_LENGTH": "0"}
         del asked["HTTP_IF_NONE_MATCH"]
         list(self._moto(asked, lambda status, headers, info=None: told.append(status)))
         return told[0].startswith("200")
@@ -212,8 +213,8 @@ def trial(server: Server, folder: Path, kind: str, seed: int) -> tuple[int, int]
 def _command(server: Server, dice: random.Random, kind: str | None, words: list[str]) -> int:
     first = len(server.calls)
     moment = dice.randrange(2, 13)
-    child = subprocess.Popen([sys.executable, "-c", CHILD.format(part=PART, timeout=TIMEOUT), *words], stdout=subprocess.DEVNULL,
-                             stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", CHILD.format(part=PART, timeout=TIMEOUT), *words],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     def fault(number: int, method: str) -> str | None:
         at = number - first
