@@ -23,6 +23,7 @@ from dreambooth.packaged import asset
 from dreambooth.photos import fingerprint
 from dreambooth.schema import Config
 from dreambooth.schema_dataset import ALPHA, FOLDERS
+from dreambooth.schema_storage import is_remote
 
 _SECRET = ("would be kept in .hydra/ with its password: type the address without it and set MLFLOW_TRACKING_USERNAME "
            "and MLFLOW_TRACKING_PASSWORD, or type tracking.uri='${oc.env:MLFLOW_TRACKING_URI}'")
@@ -155,7 +156,7 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     for subject in (chosen["dataset"], *chosen["dataset"].get("concepts", ())):
         for key in FOLDERS:
             if (folder := subject.get(key)) and folder != ALPHA:
-                subject[key] = fingerprint(Path(asset(folder)))
+                subject[key] = _photos(folder)
     if (evaluate := plain("evaluate"))["select"] is not None:
         chosen["evaluate"] = _selection(evaluate) | {
             key: root.sample[key] for key in ("num_inference_steps", "guidance_scale")}
@@ -166,10 +167,15 @@ def _selection(evaluate: dict[str, Any]) -> dict[str, Any]:
     """What decides which weights are exported, once evaluate.select does."""
     kept = {key: value for key, value in evaluate.items() if key not in UNSEEN}
     if folder := kept["reference_dir"]:
-        kept["reference_dir"] = fingerprint(Path(asset(folder)))
+        kept["reference_dir"] = _photos(folder)
     with suppress(ValueError):  # said when the run is resolved
         kept["prompts"] = prompts.read(kept["prompts"])
     return kept
+
+
+def _photos(folder: str) -> str:
+    """A folder by its content; by its address where that would have to be fetched first, see remote.py."""
+    return folder if is_remote(folder) else fingerprint(Path(asset(folder)))
 
 
 def _identity_resolver(place: str = "", *, _root_: DictConfig) -> str:

@@ -150,6 +150,14 @@ def test_identity_counts_steps_only_where_the_schedule_does() -> None:
     assert identity(made(cosine, "train.max_train_steps=9")) != identity(made(cosine))
 
 
+def test_identity_tells_places_in_s3_apart() -> None:
+    """Nothing is fetched to name a run; `remote` remembers what was behind the address."""
+    select = ("evaluate.select=subject_similarity", "evaluate.reference_dir=")
+    for words in (("dataset.instance_dir=",), ("dataset.class_dir=",), select):
+        one, other = (identity(made(*words[:-1], f"{words[-1]}s3://bucket/{name}")) for name in ("a", "b"))
+        assert one != other
+
+
 def test_identity_follows_the_photos_content(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"one")
     before = identity(made(f"dataset.instance_dir={tmp_path}"))
