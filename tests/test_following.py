@@ -161,12 +161,13 @@ def launched(folder: Path, monkeypatch: pytest.MonkeyPatch, cloud: Any, asked: l
     """_core's way to the cloud, with another cloud."""
     monkeypatch.setattr(_core, "TrainingJobs", lambda: cloud)
     monkeypatch.setattr(_prepare, "prepared", lambda *words: asked)
-    monkeypatch.setattr(_prepare, "announced", lambda jobs: ["announced"])
+    monkeypatch.setattr(_prepare, "announced", lambda jobs, mode: ["announced"])
     monkeypatch.setattr(_prepare, "task", lambda config: config)
     launcher = SageMakerLauncher(**vars(SageMakerLauncherConf()) | {"poll_seconds": 0, "sweep": "mine"})
     config = OmegaConf.create({
         "run_root": str(folder), "tracking": {"kind": "none", "uri": None, "experiment": "x"},
-        "hydra": {"sweep": {"dir": str(folder)}, "job": {"name": "train"}, "sweeper": {}} | hydra})
+        "hydra": {"sweep": {"dir": str(folder)}, "job": {"name": "train"}, "sweeper": {},
+                  "launcher": {"mlflow_uri": None}} | hydra})
     launcher.config = config
     return _core._away(launcher, [config] * len(asked), 0)
 
@@ -208,10 +209,10 @@ def test_ctrl_c_while_results_are_written_says_how_to_get_them(
 
 def test_ctrl_c_while_jobs_are_checked_is_a_sentence_and_5(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    def pressed(launcher: Any) -> None:
+    def pressed(*words: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_core, "_check", pressed)
+    monkeypatch.setattr(_core, "_composed", pressed)
     monkeypatch.setattr(_core, "configure_log", lambda *words: None)
     launcher: Any = SageMakerLauncher(**vars(SageMakerLauncherConf()))
     launcher.hydra_context = object()
