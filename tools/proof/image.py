@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from engine import Engine, engine, must  # noqa: E402
 from s3_server import serving  # noqa: E402
+from services import installed  # noqa: E402
 
 from dreambooth import __version__  # noqa: E402
 
@@ -39,6 +40,7 @@ QUIET = "SchemaVersion: '1.0'\nSageMaker:\n  PythonSDK:\n    Modules:\n      Tel
 def main() -> None:
     work = ROOT / "build/proof/image"
     work.mkdir(parents=True, exist_ok=True)
+    installed("docker-compose", "docker-compose")  # by which the SDK runs a job here
     with engine() as docker:
         docker.make("cpu", NAME)
         rows = []
