@@ -53,7 +53,7 @@ def rows(photos: Pictures, script: Pictures, known: Pictures, ours: dict[str, Pi
                                  *((name, pictures, known) for name, pictures in ours.items())):
         values = score(photos, {CLASS: pictures}, [encoder], class_images=pictures, base_class_images=base)
         told = [next(value for key, value in values.items() if key.startswith(role)) for role in ROLES]
-        found.append(f"| {name} | {len(pictures)} | {' | '.join(f'{value:.3f}' for value in told)} |")
+        found.append(f"| {name} | {len(pictures)} | {' | '.join(f'{value:z.3f}' for value in told)} |")
     return found
 
 

@@ -97,7 +97,7 @@ def _table(trials: Sequence[Trial], names: Sequence[str]) -> str:
     for i, (trial, name) in enumerate(zip(trials, names, strict=True)):
         number, told = value(trial), trial.result or {}
         cells = "".join(f'<td class="n{" top" if trial.scores.get(key) == best[key] else ""}">'
-                        f"{f'{trial.scores[key]:.3f}' if key in trial.scores else '-'}</td>" for key in measured)
+                        f"{f'{trial.scores[key]:z.3f}' if key in trial.scores else '-'}</td>" for key in measured)
         rows.append(
             f'<tr data-row="{i}"><td><label><input type="checkbox" checked data-toggle="{i}"><i style="background:'
             f'{colour(i)}"></i>{escape(name)}</label>{_badge(trial, i == first)}</td>'

@@ -60,7 +60,7 @@ def summary(result: Result, recipe: Recipe, tracking: str | None) -> dict[str, s
 def measures(scores: Mapping[str, float], base: Mapping[str, float], recipe: Recipe) -> dict[str, str]:
     """Each measure with the base's value and which way is better."""
     better = {name: "higher" if HIGHER_IS_BETTER[role] else "lower" for name, role in recipe.measured.items()}
-    return {name: f"{value:.3f}  base {base[name]:.3f}, {better[name]} is better" if name in base else f"{value:.3f}"
+    return {name: f"{value:z.3f}  base {base[name]:z.3f}, {better[name]} is better" if name in base else f"{value:z.3f}"
             for name, value in scores.items() if name in better}
 
 
