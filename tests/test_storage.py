@@ -644,6 +644,8 @@ def test_a_checkpoint_that_cannot_be_copied_is_tried_ever_more_seldom(
         mirror._turn()
         tries += [now[0]] if server.calls else []
         now[0] += remote.LOOK
+        if len(tries) > 14:  # too many already
+            break
     assert [later - sooner for sooner, later in pairwise(tries)] == [
         10, 20, 40, 80, 160, 320, 600, 600, 600, 600, 600, 600, 600]
     assert caplog.text.count("checkpoint step-000100 is not in S3") == 1
