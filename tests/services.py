@@ -152,7 +152,7 @@ def browser(server: TrackingServer | None = None) -> Iterator[Any]:
     with sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=path, args=FLAGS)
         try:
-            context = chromium.new_context(viewport={"width": 1500, "height": 950}, http_credentials=login)
+            context = chromium.new_context(viewport={"width": 1680, "height": 1050}, http_credentials=login)
             context.set_default_timeout(60_000)
             yield context.new_page()
         finally:

@@ -209,8 +209,11 @@ def test_the_image_grid_has_four_runs_and_a_slider_of_steps(server: TrackingServ
         window = page.get_by_role("dialog")
         window.locator("img").nth(3).wait_for()
         pictures, slider = window.locator("img"), window.get_by_role("slider")
-        boxes = [picture.bounding_box() for picture in pictures.all()]
-        assert len(boxes) == 4 and len({box["y"] for box in boxes}) == 1, "side by side"
+        until = time.monotonic() + 20  # the window takes its size, then the pictures their places
+        while len(boxes := [picture.bounding_box() for picture in pictures.all()]) != 4 \
+                or len({box["y"] for box in boxes}) != 1:
+            assert time.monotonic() < until, f"not side by side: {boxes}"
+            page.wait_for_timeout(200)
         before = [picture.get_attribute("src") for picture in pictures.all()]
         slider.press("ArrowRight" if slider.get_attribute("aria-valuenow") == "0" else "ArrowLeft")
         page.wait_for_function("old => [...document.querySelectorAll('[role=dialog] img')].filter(i => "
