@@ -7,7 +7,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,19 +50,15 @@ def client(service: str, connections: int = 10) -> Any:
     return calling(lambda: Session().client(service, config=config), service, service)
 
 
-def upload(folder: Path, uri: str, console: Console | None = None, parallel: int = PARALLEL, *,
-           entries: Entries | None = None) -> None:
+def upload(folder: Path, uri: str, console: Console | None = None, parallel: int = PARALLEL) -> None:
     """Make a local folder complete at a place; what is there already is not sent again.
-
-    Args:
-        entries: what of the folder; None: all of it.
 
     Raises:
         UserError: S3 does not take or keep it, or another complete folder is there, which is never replaced.
         Taken: there is no complete folder, but a file with other bytes.
     """
     with _opened(uri, console, parallel) as bucket:
-        send(bucket, manifest.of_folder(folder) if entries is None else entries, folder)
+        send(bucket, manifest.of_folder(folder), folder)
 
 
 def upload_beside(folder: Path, uri: str, entries: Entries, console: Console | None, parallel: int, *,
@@ -71,24 +67,21 @@ def upload_beside(folder: Path, uri: str, entries: Entries, console: Console | N
     finished, the folder goes to PLACE.2, or on to the first such place that is free.
 
     Args:
+        entries: what of the folder.
         core: what the files' names begin with that make a complete folder the same as this one.
 
     Returns:
         Where it is complete.
     """
-    def same(there: Entries) -> bool:
-        one, other = ({name: entry for name, entry in held.items() if name.startswith(core)}
-                      for held in (there, entries))
-        return one == other
+    def of_core(all_of_it: Entries) -> Entries:
+        return {name: entry for name, entry in all_of_it.items() if name.startswith(core)}
 
     for place in chain([uri], (f"{uri}.{number}" for number in count(2))):
-        there = complete(place)
-        if there is None or not same(there):
-            try:
-                upload(folder, place, console, parallel, entries=entries)
-            except Taken:
-                continue
-        return place
+        with _opened(place, console, parallel) as bucket, suppress(Taken):
+            there = bucket.kept()
+            if there is None or of_core(there) != of_core(entries):
+                send(bucket, entries, folder)
+            return place
     raise AssertionError("unreachable")
 
 

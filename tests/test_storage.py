@@ -182,7 +182,7 @@ def test_a_file_that_changes_while_it_is_sent_is_not_completed(server: Server, t
     before = manifest.of_folder(tmp_path / "model")
     model(tmp_path / "model", 2)
     with pytest.raises(UserError, match=r"has changed while it was sent: repeat the command"):
-        storage.upload(tmp_path / "model", uri, entries=before)
+        storage.upload_beside(tmp_path / "model", uri, before, None, 2)
     assert in_bucket("tests", prefix(uri)) == {}
 
 
