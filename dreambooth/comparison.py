@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dreambooth import files
 from dreambooth.cloud import results
 from dreambooth.cloud.job import COMPLETED, FAILED
 from dreambooth.curves import tidy
@@ -51,9 +50,7 @@ def keep(jobs: Sequence[tuple[Path, list[str], float | None]], sweep: str, run_r
     table += [_failed(len(table) + i, words) for i, (folder, words, number) in enumerate(
         job for job in jobs if job[2] is None and job[0].resolve() not in known)]
     path = results.write(run_root, sweep, table)
-    drawn = run_root / f"sweep-{sweep}" / "parallel_coordinates.json"
-    files.write_json(drawn, {"sweep": sweep, "axes": {name: list(column) for name, column in axes(trials).items()}})
-    results.track(path, sweep, table, kind, uri, experiment, run_root, drawn)
+    results.track(path, sweep, table, kind, uri, experiment, run_root, results.draw(run_root, sweep, axes(trials)))
     return path
 
 

@@ -721,7 +721,7 @@ def test_results_are_a_csv_with_the_best_first_and_a_run_in_mlflow(tmp_path: Pat
         found = list(csv.DictReader(file))
     assert [(row["job"], row["objective"], row["billed_usd"], row["train.seed"]) for row in found] == [
         ("j2", "0.25", "2.0", "2"), ("j0", "0.5", "1.0", "0"), ("j1", "", "0.0", "1")]
-    drawn = results.draw(tmp_path, "mine", rows)
+    drawn = results.draw(tmp_path, "mine", results.axes(rows))
     assert json.loads(drawn.read_text())["axes"] == {"seed": ["2", "0"], "objective": [0.25, 0.5]}
     results.track(path, "mine", rows, "mlflow", None, "sweeps", tmp_path, drawn, here=False)
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")

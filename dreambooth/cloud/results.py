@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,20 +82,25 @@ def write_some(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Pat
     return write(folder, sweep, table) if table else None
 
 
-def draw(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Path:
-    """`parallel_coordinates.json` of the sweep: what differs between its jobs, then the objective; a value a job that
-    has one, best first."""
+def axes(table: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Parallel coordinates: what differs between the jobs, then the objective; a value a job that has one, best
+    first."""
     done = sorted((row for row in table if row["objective"] is not None), key=lambda row: row["objective"])
     keys = [key for key in dict.fromkeys(key for row in done for key in row)
             if key not in FIRST and len({row.get(key, "") for row in done}) > 1]
-    axes = {key.rpartition(".")[2]: [row.get(key, "") for row in done] for key in keys}
+    return {key.rpartition(".")[2]: [row.get(key, "") for row in done] for key in keys} | {
+        "objective": [row["objective"] for row in done]}
+
+
+def draw(folder: Path, sweep: str, columns: Mapping[str, Sequence[Any]]) -> Path:
+    """`parallel_coordinates.json` of a sweep, from a column an axis."""
     path = folder / f"sweep-{sweep}" / "parallel_coordinates.json"
-    files.write_json(path, {"sweep": sweep, "axes": axes | {"objective": [row["objective"] for row in done]}})
+    files.write_json(path, {"sweep": sweep, "axes": {name: list(column) for name, column in columns.items()}})
     return path
 
 
 def track(path: Path, sweep: str, table: Sequence[dict[str, Any]], kind: str, uri: str | None, experiment: str,
-          run_root: Path, drawn: Path | None = None, *, here: bool = True) -> None:
+          run_root: Path, drawn: Path, *, here: bool = True) -> None:
     """The sweep as a run in MLflow, with the tag of its trials: the CSV, how many failed, the best objective.
 
     Args:
@@ -124,7 +129,6 @@ def track(path: Path, sweep: str, table: Sequence[dict[str, Any]], kind: str, ur
         tracker.metrics(0, {"jobs": len(table), "failed": len(table) - len(done), "billed_usd": sum(
             row["billed_usd"] or 0.0 for row in table)})
         for file in (path, drawn):
-            if file:
-                tracker.artifact(file)
+            tracker.artifact(file)
     finally:
         tracker.close("FINISHED" if len(done) == len(table) else "FAILED")

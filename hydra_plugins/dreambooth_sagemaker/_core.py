@@ -208,8 +208,9 @@ def _report(launcher: "SageMakerLauncher", jobs: Sequence[Job], ends: Sequence[S
     print(f"sweep {launcher.sweep}: {path}", flush=True)
     tracking, here = config.tracking, launcher.settings["mode"] == "local"
     uri = tracking.uri or (None if here else config.hydra.launcher.mlflow_uri)
+    drawn = results.draw(path.parent, launcher.sweep, results.axes(launcher.table))
     results.track(path, launcher.sweep, launcher.table, tracking.kind.value, uri, tracking.experiment,
-                  Path(config.run_root), results.draw(path.parent, launcher.sweep, launcher.table), here=here)
+                  Path(config.run_root), drawn, here=here)
 
 
 def _report_some(launcher: "SageMakerLauncher", jobs: Sequence[Job], ends: Sequence[Seen]) -> None:
