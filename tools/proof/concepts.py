@@ -13,6 +13,7 @@ from dreambooth.encoders import open_encoder
 from dreambooth.sampling import generate, open_pipeline
 from dreambooth.scoring import to_pixels
 from dreambooth.sheet import grid
+from tools.proof import page
 from tools.proof.__main__ import BASE, DEMO, ROOT, SAMPLER, VIEWS, Bench
 
 SUBJECTS = {"zwx": DEMO, "ohwx": VIEWS / "tuning"}  # rare word -> photos
@@ -92,7 +93,7 @@ def write(similar: dict[str, dict[str, dict[str, float]]], seconds: float) -> No
     rows = [f"| {text} | {name} | " + " | ".join(f"{found[word]:.3f}" for word in SUBJECTS) + " |"
             for text in similar["base"] for name, found in ((name, similar[name][text]) for name in similar)]
     words = " | ".join(f"like {word}'s photos" for word in SUBJECTS)
-    text = f"""{BEGIN}
+    page.put(PAGE, BEGIN, END, f"""
 Trained on {time.strftime("%Y-%m-%d")} with the tiny base on a CPU, one run of {STEPS} steps, {seconds:.0f} s:
 five drawings each of the demo's toy (`zwx`) and of [another](../tools/proof/views) (`ohwx`), both "a toy"; the rest
 is the demo's default. {COUNT} pictures a prompt, seeds from {FIRST} that were used nowhere else. The figures are mean
@@ -103,10 +104,7 @@ cosines of ImageNet EfficientNet-Lite0 features with a subject's photos, as in [
 {chr(10).join(rows)}
 
 ![two subjects](images/{SHEET.name})
-{END}"""
-    page = PAGE.read_text(encoding="utf-8")
-    head, _, rest = page.partition(BEGIN)
-    PAGE.write_text(f"{head}{text}{rest.partition(END)[2]}", encoding="utf-8")
+""")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ hyperparameters of the blog; then by our launcher, a sweep of six in `mode=docke
 import csv
 import json
 import os
-import platform
 import socket
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from s3_server import serving  # noqa: E402
 from services import installed  # noqa: E402
 
 from dreambooth import __version__  # noqa: E402
+from tools.proof import page  # noqa: E402
 
 NAME = "dreambooth-test"
 TAG = f"{NAME}:{__version__}-cpu"
@@ -47,12 +47,9 @@ def main() -> None:
         for ran in (*(partial(sdk, version, docker, work) for version in SDKS), partial(sweep, docker)):
             rows.append(ran())
             print(rows[-1], flush=True)
-    head = f"{time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, the CPU image of this version:"
-    table = "\n".join([head, "",
-                       "| what ran | seconds | seen |", "|---|---|---|", *rows]) + "\n"
-    print(table)
-    before, rest = DOCS.read_text("utf-8").split(BEGIN)
-    DOCS.write_text(before + BEGIN + table + END + rest.split(END, 1)[1], "utf-8")
+    found = page.table("the CPU image of this version", "| what ran | seconds | seen |", rows)
+    print(found)
+    page.put(DOCS, BEGIN, END, found)
 
 
 def sdk(version: str, docker: Engine, work: Path) -> str:

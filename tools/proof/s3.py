@@ -6,7 +6,6 @@ command; see `trial` in tests/s3_server.py. Ends with 1, and writes nothing, at 
 """
 
 import argparse
-import platform
 import sys
 import tempfile
 import time
@@ -21,6 +20,8 @@ ENDS = {0: "done", 1: "told why", -9: "killed"}  # exit code -> what it means
 sys.path.insert(0, str(ROOT / "tests"))
 
 from s3_server import KINDS, serving, trial  # noqa: E402
+
+from tools.proof import page  # noqa: E402
 
 
 def main() -> None:
@@ -38,12 +39,10 @@ def main() -> None:
                 ends[ENDS[code]] += 1
             print(f"{number + 1}/{asked.trials}  {kind}  exit codes {codes}", flush=True)
     rows = [f"| {' | '.join([kind, *map(_told, ways)])} |" for kind, ways in counts.items()]
-    head = (f"{time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, boto3 {version('boto3')}, "
-            f"{time.monotonic() - began:.0f} s; all {asked.trials} hold:")
-    table = "\n".join([head, "", "| fault | uploads under it | downloads under it |", "|---|---|---|", *rows]) + "\n"
-    print(table)
-    before, rest = DOCS.read_text("utf-8").split(BEGIN)
-    DOCS.write_text(before + BEGIN + table + END + rest.split(END, 1)[1], "utf-8")
+    found = page.table(f"boto3 {version('boto3')}, {time.monotonic() - began:.0f} s; all {asked.trials} hold",
+                       "| fault | uploads under it | downloads under it |", rows)
+    print(found)
+    page.put(DOCS, BEGIN, END, found)
 
 
 def _told(ends: Counter[str]) -> str:
