@@ -413,6 +413,18 @@ def test_what_was_typed_is_no_markup() -> None:
     assert "sample.prompts=[a photo of a dog] x=[/]" in seen.get()
 
 
+def test_jobs_are_told_apart_in_80_columns() -> None:
+    from rich.console import Console
+
+    asked = [Job(i, f"train-20261128-151200-{i}-1a2b3c4d", (f"train.learning_rate={i}e-6",), {}, 1) for i in (1, 2)]
+    console = Console(width=80)
+    with console.capture() as seen:
+        console.print(follower(Cloud(), asked)._table())
+    text = seen.get()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    assert all(f"={i}e-6" in text for i in (1, 2))
+
+
 @pytest.mark.parametrize("key, value", [
     ("poll_seconds", -1), ("poll_seconds", 0), ("poll_seconds", float("nan")), ("max_run_hours", float("inf")),
     ("max_run_hours", -1), ("max_wait_hours", float("inf")), ("instance_count", 0)])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rich.console import Console as Rich
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dreambooth.cloud.job import (
@@ -161,7 +161,8 @@ class Follower:
             "  # it may have begun" if self.seen[number].status == SUBMITTING else "") for number in numbers]
 
     def _table(self) -> Table:
-        table = Table(*HEAD, box=None, pad_edge=False)
+        columns = (Column(name, overflow="fold") for name in HEAD)  # cut off, jobs would look alike
+        table = Table(*columns, box=None, pad_edge=False)
         for job, seen in zip(self.jobs, self.seen, strict=True):
             table.add_row(*map(Text, row(job, seen)))  # Text: what a person typed is no markup
         return table
