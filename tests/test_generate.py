@@ -268,7 +268,8 @@ def test_a_run_that_evaluates_reads_its_own_adapter(run: Path, tmp_path: Path) -
     assert again == first
 
 
-def test_mlflow_opens_a_runs_adapter_by_its_diffusers_flavour(tmp_path: Path) -> None:
+def test_mlflow_opens_a_runs_adapter_by_its_diffusers_flavour(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow.diffusers
     from mlflow import MlflowClient
     from safetensors.torch import load_file
@@ -277,12 +278,8 @@ def test_mlflow_opens_a_runs_adapter_by_its_diffusers_flavour(tmp_path: Path) ->
     assert train(tmp_path, *words, log=tmp_path / "log") == 0
     made, uri = the_run(tmp_path), f"sqlite:///{tmp_path}/mlflow.db"
     run_id = json.loads((made / "mlflow.json").read_text())["run_id"]
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(uri)
-    try:
-        found = mlflow.diffusers.load_model(f"runs:/{run_id}/lora")
-    finally:
-        mlflow.set_tracking_uri(before)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # set_tracking_uri would set it for later tests too
+    found = mlflow.diffusers.load_model(f"runs:/{run_id}/lora")
     assert found.base_model == BASE
     [theirs] = Path(found.adapter_path).rglob("*.safetensors")
     ours = load_file(made / "model/pytorch_lora_weights.safetensors")

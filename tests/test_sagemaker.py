@@ -195,6 +195,7 @@ def test_all_jobs_are_checked_before_the_first() -> None:
 
 def test_a_half_uploaded_base_is_found_before_a_job_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with serving():
         plain().create_bucket(Bucket="bucket")
         plain().put_object(Bucket="bucket", Key="base/model_index.json", Body=b"{}")
