@@ -199,12 +199,21 @@ def _no_memory(seed: int) -> None:
     step.Objective.__call__ = objective
 
 
-def _limited() -> None:
-    """Give this process 256 MiB of address space more than it has."""
+def _freed_is_given_back() -> None:
+    """Each freed tensor leaves this process's address space: what earlier steps have freed is no reserve for later."""
+    import ctypes
+
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**17)  # the user's own choice: the product sets up nothing
+    m_mmap_threshold = -3  # of <malloc.h>
+    assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**17) == 1
+
+
+def _limited(mib: int) -> None:
+    """Give this process so much address space more than it has."""
     import resource
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + 2**28
+    limit = pages * resource.getpagesize() + mib * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
@@ -212,11 +221,11 @@ def _little_memory_in_step_3(seed: int) -> None:
     from dreambooth import run
 
     step = run.train_step
-    os.environ["MALLOC_TRIM_THRESHOLD_"] = "131072"  # else what two steps have freed is enough for the third
+    _freed_is_given_back()
 
     def stepping(state: Any, *args: Any, **kwargs: Any) -> Any:
         if state.step == 2:
-            _limited()
+            _limited(256)
         return step(state, *args, **kwargs)
 
     run.train_step = stepping
@@ -226,9 +235,10 @@ def _little_memory_in_class_images(seed: int) -> None:
     from dreambooth import prior
 
     make = prior.make
+    _freed_is_given_back()
 
     def making(*args: Any, **kwargs: Any) -> Any:
-        _limited()
+        _limited(64)
         return make(*args, **kwargs)
 
     prior.make = making
