@@ -3,12 +3,15 @@
 import errno
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from mmap import mmap
 
 import psutil
 import torch
 
 from dreambooth.errors import OutOfMemory
 from dreambooth.machine import GIB
+
+PROBE = 2**30  # bytes; a machine with room for more than this is not full
 
 
 class Meter:
@@ -85,4 +88,14 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
     said = str(error).lower()
     known = ("can't allocate memory", "not enough memory", "cannot allocate memory", "std::bad_alloc",
              "failed to allocate memory", "cublas_status_alloc_failed")
-    return any(words in said for words in known) or _is_out_of_memory(error.__cause__)
+    return any(words in said for words in known) or ("could not create a primitive" in said and _refused()) \
+        or _is_out_of_memory(error.__cause__)
+
+
+def _refused() -> bool:
+    """Whether the system gives no memory now: oneDNN says the same of that as of what it cannot compute."""
+    try:
+        mmap(-1, PROBE).close()
+    except OSError:
+        return True
+    return False

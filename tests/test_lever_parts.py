@@ -203,6 +203,18 @@ def test_every_way_of_saying_so_is_out_of_memory(error: Exception) -> None:
         raise UserError("could not be loaded") from error
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_what_onednn_cannot_create_is_out_of_memory_only_where_there_is_none(
+        full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says the same of a shape that it cannot compute; that is a fault, and keeps its traceback."""
+    from dreambooth import meter
+    from dreambooth.errors import OutOfMemory
+
+    monkeypatch.setattr(meter, "PROBE", 2**62 if full else 2**20)
+    with pytest.raises(OutOfMemory if full else RuntimeError), Meter(CPU).phase("step"):
+        raise RuntimeError("could not create a primitive")
+
+
 def test_other_errors_stay_what_they_are() -> None:
     with pytest.raises(RuntimeError, match="shape"), Meter(CPU).phase("step"):
         raise RuntimeError("shape mismatch")
