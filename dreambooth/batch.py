@@ -14,7 +14,7 @@ class Batch:
     latents: Tensor  # (N, C, h, w), scaled
     noise: Tensor  # (N, C, h, w)
     timesteps: Tensor  # (N,) int64
-    text: Tensor  # (N, L) token ids, or (N, L, D) hidden states when text is cached
+    text: Tensor  # (P, L) token ids, or (P, L, D) hidden states when text is cached: each of the next N / P rows
     instances: int
     mask: Tensor | None = None  # (N, 1, h, w) in [0, 1], what counts of the loss; None: everything
     apart: "Batch | None" = None  # the class rows, if their size is another: then all rows here are instance rows
@@ -32,13 +32,13 @@ class Batch:
         """The instance rows and the class rows, each as a batch of its own."""
         if self.apart is not None:
             return replace(self, apart=None), self.apart
-        return self._rows(slice(None, self.instances)), self._rows(slice(self.instances, None))
+        return self._rows(0, self.instances), self._rows(self.instances, len(self.timesteps))
 
-    def _rows(self, part: slice) -> "Batch":
-        latents, noise, timesteps, text = (
-            tensor[part] for tensor in (self.latents, self.noise, self.timesteps, self.text))
-        return Batch(latents, noise, timesteps, text, instances=len(timesteps),
-                     mask=None if self.mask is None else self.mask[part])
+    def _rows(self, start: int, end: int) -> "Batch":
+        latents, noise, timesteps = (tensor[start:end] for tensor in (self.latents, self.noise, self.timesteps))
+        each = len(self.timesteps) // len(self.text)
+        return Batch(latents, noise, timesteps, self.text[start // each:end // each], instances=len(timesteps),
+                     mask=None if self.mask is None else self.mask[start:end])
 
 
 def joined(parts: Sequence[Batch]) -> Batch:

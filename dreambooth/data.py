@@ -168,6 +168,7 @@ class Batches:
     world: int = 1
     noise_offset: float = 0.0
     dtype: torch.dtype = torch.float32
+    prompts_once: bool = False  # where all rows of each half have one prompt, text holds it once a half
 
     def __call__(self, step: int) -> list[Batch]:
         """The micro-batches of the step that follows `step` completed ones."""
@@ -199,6 +200,13 @@ class Batches:
         found = [whole if part is None else masks.at_latents(part, self._scale) for part in inside]
         return torch.from_numpy(np.stack(found)).unsqueeze(1).to(self.dtype)
 
+    @cached_property
+    def _one_prompt(self) -> bool:
+        """Of each half, in every step: a compiled model takes one shape only."""
+        alike = (len({photo.caption for photo in concept.photos}) == 1 and not concept.prompt_dropout
+                 for concept in self.concepts)
+        return self.prompts_once and all(alike)
+
     @property
     def _scale(self) -> int:
         return self.latents.resolution // self.latent_shape[1]
@@ -222,8 +230,8 @@ class Batches:
             for tensor in (drawn.pixels, drawn.spread, drawn.noise, drawn.timesteps, drawn.mask))
         assert spread is not None and noise is not None and timesteps is not None
         latents = self.latents.sample(concept, drawn.views, spread, pixels).to(self.device, self.dtype)
-        text = torch.cat([self.text("" if view.untold else concept.photos[view.photo].caption)
-                          for view in drawn.views])
+        views = drawn.views[:1] if self._one_prompt else drawn.views
+        text = torch.cat([self.text("" if view.untold else concept.photos[view.photo].caption) for view in views])
         return Batch(latents, noise, timesteps, text, len(timesteps), mask)
 
     def _pinned(self, tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from dreambooth.components import base_schedule, has, keep_vae_whole
 from dreambooth.conditions import Conditions
 from dreambooth.errors import UserError
 from dreambooth.machine import importing
+from dreambooth.pointwise import as_products
 from dreambooth.quantised import quantise
 from dreambooth.recipe import Recipe
 from dreambooth.recompute import recompute
@@ -38,11 +39,14 @@ class Denoiser(nn.Module):
         self.text_encoder_2 = text_encoder_2
 
     def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        """Predict (N, C, h, w) from latents (N, C, h, w), timesteps (N,) and text (N, ...): token ids if text encoders
-        train, what they make of them otherwise; see conditions.py."""
+        """Predict (N, C, h, w) from latents (N, C, h, w), timesteps (N,) and text (P, ...): token ids if text encoders
+        train, what they make of them otherwise; see conditions.py. Each text is of the next N / P rows: a prompt that
+        they share goes through the encoders once, and its gradient is the sum of theirs."""
         if self.text_encoder is not None:
             encoders = [self.text_encoder] if self.text_encoder_2 is None else [self.text_encoder, self.text_encoder_2]
             text = self.conditions.text(encoders, text)
+        if len(text) < len(latents):
+            text = text.repeat_interleave(len(latents) // len(text), 0)
         return self.conditions.predict(self.unet, latents, timesteps, text)
 
 
@@ -135,6 +139,8 @@ def prepare(parts: Components, recipe: Recipe) -> Denoiser:
     set_attention(parts.unet, recipe.attention.kind)
     if recipe.train.channels_last:
         parts.unet.to(memory_format=torch.channels_last)
+    elif recipe.device == "cpu" and recipe.precision.dtype is Dtype.fp32:
+        as_products(parts.unet)
     if recipe.memory.gradient_checkpointing:
         apart = recipe.memory.split_prior and recipe.memory.optimizer_in_backward and recipe.with_prior
         recompute(parts.unet, groups=2 if apart else 1)
