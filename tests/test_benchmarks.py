@@ -110,8 +110,17 @@ def test_every_case_of_ours_composes(speed: ModuleType, tmp_path: Path) -> None:
 
 def test_the_page_has_a_section_for_each_benchmark(speed: ModuleType, page: ModuleType) -> None:
     text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    for name in [*speed.SIZES, "loop", "class"]:
+    for name in [*speed.SIZES, "loop", "class", "pointwise"]:
         assert page.BEGIN.format(name) in text and page.END.format(name) in text
+
+
+def test_each_layer_of_one_pixel_is_measured_and_those_left_alone_say_so(speed: ModuleType) -> None:
+    pointwise = importlib.import_module("pointwise")
+    found = list(pointwise.rows(1, 1))[2:]
+    tiny, full = ([row for row in found if row.startswith(f"| {name} ")] for name in ("tiny", "sd15"))
+    assert sum(pointwise.layers("tiny", 64).values()) == 22 and len(tiny) == len(pointwise.layers("tiny", 64)) + 1
+    assert not any("as it is" in row for row in tiny)
+    assert [row for row in full if "1280 to 1280 | 8 x 8" in row and "as it is" in row]
 
 
 def test_class_images_are_scored_against_the_scripts(speed: ModuleType) -> None:
