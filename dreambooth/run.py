@@ -66,10 +66,11 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
            stop: Stop) -> Result:
     state, last = setup.state, recipe.train.max_train_steps
     if engine.main:
-        files.write_json(recipe.run_dir / "run.json", provenance.origin() | {"settings": recipe.settings()})
+        origin = provenance.origin()
+        files.write_json(recipe.run_dir / "run.json", origin | {"settings": recipe.settings()})
         tracker.artifact(recipe.run_dir / "run.json")
         tracker.params(recipe.headline())
-        tracker.tags(provenance.origin())
+        tracker.tags(origin)
         tracker.metrics(state.step, meter.expected)
     book = SampleBook(recipe, setup.photos, tracker)
     samples = Samples(book, setup, engine, meter, recipe.sample.every, last)
