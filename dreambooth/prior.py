@@ -68,6 +68,8 @@ def make(
 ) -> None:
     """Make this process's share of the missing images; each file is whole or not there.
 
+    Shares go by an image's number: what is missing is another list for a process that looks a little later.
+
     What another run has made meanwhile is passed over: runs that begin at once in one run_root begin at different
     images, and so share the work.
 
@@ -75,7 +77,7 @@ def make(
         generate: seeds -> pictures of the class prompt.
         tick: told how many were made.
     """
-    share = images.missing[rank::world]
+    share = [(path, seed) for path, seed in images.missing if int(path.stem) % world == rank]
     if share and rank == 0:
         files.write_json(images.folder / "origin.json", _origin(recipe))
     size = recipe.prior.sample_batch_size

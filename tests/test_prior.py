@@ -71,6 +71,24 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
     assert sorted(alone) == sorted(seed for _, seed in missing[0::2] + missing[1::2])
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_process_that_looks_later_leaves_no_gap(
+        batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first has made some by then, so the later one sees another list of what is missing."""
+    monkeypatch.setattr("secrets.randbelow", lambda count: 0)
+    asked = recipe(tmp_path, "prior.num_class_images=7", f"prior.sample_batch_size={batch}")
+    later: list[int] = []
+
+    def generate(seeds: list[int]) -> list[Image.Image]:
+        if prior.find(asked).kept and not later:
+            later.extend(fill(asked, rank=1, world=2))
+        return [Image.new("RGB", (4, 4), (seed % 256, 0, 0)) for seed in seeds]
+
+    prior.make(prior.find(asked), asked, generate, lambda count: None, rank=0, world=2)
+    assert len(later) == 3
+    assert not prior.find(asked).missing
+
+
 def test_own_images_come_first(tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()
