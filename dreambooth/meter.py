@@ -3,7 +3,7 @@
 import errno
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from mmap import mmap
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import psutil
 import torch
@@ -95,7 +95,7 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
 def _refused() -> bool:
     """Whether the system gives no memory now: oneDNN says the same of that as of what it cannot compute."""
     try:
-        mmap(-1, PROBE).close()
+        mmap(-1, PROBE, MAP_PRIVATE | MAP_ANONYMOUS).close()  # as malloc asks: shared memory has limits of its own
     except OSError:
         return True
     return False

@@ -174,7 +174,7 @@ class _Rehearsal:
         return TrainState(denoiser, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), ema)
 
     def _batch(self) -> Batch:
-        """A micro-batch as data.Batches makes it, of rows with captions of their own; what is not cached is made here."""
+        """A micro-batch as data.Batches makes it, each row with a caption of its own; what is not cached is made."""
         recipe, square = self.recipe, (self.recipe.model.resolution,) * 2
         sizes = [self._size()] + [square] * recipe.with_prior  # class images are made square
         return joined([self._half(recipe.train.train_batch_size, size) for size in sizes])
