@@ -72,7 +72,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         seed=recipe.train.seed, batch_size=recipe.train.train_batch_size,
         accumulation=recipe.train.gradient_accumulation_steps, device=engine.device,
         rank=engine.rank, world=engine.world, noise_offset=recipe.train.noise_offset,
-        prompts_once=not recipe.method.dropout)  # which drops other values in each row
+        prompts_once=not recipe.method.dropout)  # each row has a dropout of its own
     objective = Objective(schedule, recipe.prior.prior_loss_weight, recipe.train.snr_gamma,
                           recipe.two_passes)
     with meter.phase("state"):

@@ -200,7 +200,7 @@ def _no_memory(seed: int) -> None:
 
 
 def _freed_is_given_back() -> None:
-    """Each freed tensor leaves this process's address space: what earlier steps have freed is no reserve for later."""
+    """A freed tensor of 128 KiB or more leaves the address space: what earlier steps freed is no reserve for later."""
     import ctypes
 
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**17)  # the user's own choice: the product sets up nothing
