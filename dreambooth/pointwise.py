@@ -1,14 +1,14 @@
 """Convolutions of one pixel as what they are, matrix products: on a CPU that is faster.
 
 oneDNN puts weights, pixels and gradients of a convolution into an order of its own at every call, and here there is
-little else to do: forward and backward take 50 to 60 % of the time in the tiny base's layers, 65 to 99 % in those of
-Stable Diffusion 1.5 at 256 px that are computed so (docs/benchmarks.md).
+little else to do: forward and backward of the tiny base's layers take a half to two thirds of the time, all those of
+Stable Diffusion 1.5 at 256 px a tenth to a fifth less (docs/benchmarks.md).
 """
 
 import torch
 from torch import Tensor, nn
 
-CHANNELS_A_PIXEL = 8  # with more, each picture's gradient of the weights is more to write than its pixels
+CHANNELS_A_PIXEL = 8  # measured; with more output channels, each picture's gradient of the weights takes too long
 
 
 class Pointwise(nn.Conv2d):

@@ -119,8 +119,8 @@ def test_each_layer_of_one_pixel_is_measured_and_those_left_alone_say_so(speed: 
     found = list(pointwise.rows(1, 1))[2:]
     tiny, full = ([row for row in found if row.startswith(f"| {name} ")] for name in ("tiny", "sd15"))
     assert sum(pointwise.layers("tiny", 64).values()) == 22 and len(tiny) == len(pointwise.layers("tiny", 64)) + 1
-    assert not any("as it is" in row for row in tiny)
-    assert [row for row in full if "1280 to 1280 | 8 x 8" in row and "as it is" in row]
+    assert not any("x 4 *" in row or "x 8 *" in row for row in tiny)
+    assert [row for row in full if "| 1280 to 1280 | 8 x 8 * |" in row]
 
 
 def test_class_images_are_scored_against_the_scripts(speed: ModuleType) -> None:

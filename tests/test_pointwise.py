@@ -83,7 +83,7 @@ def test_other_convolutions_stay_as_they_are(given: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("words, products", [
     (("hardware=cpu",), True), (("hardware=cpu", "train.channels_last=true"), False),
-    (("hardware=cpu", "precision=bf16"), False), (("hardware=g4dn", "model=tiny"), False)])
+    (("hardware=cpu", "precision=bf16"), False), (("hardware=g4dn", "model=tiny", "precision=fp32"), False)])
 def test_a_cpu_run_in_fp32_computes_them_as_products(words: tuple[str, ...], products: bool) -> None:
     asked = recipe(*words)
     parts = model.load(replace(asked, device="cpu"), torch.device("cpu"))
