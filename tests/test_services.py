@@ -198,8 +198,9 @@ def test_the_charts_show_the_loss_of_all_four(server: TrackingServer, runs: Path
         chart.locator(".js-plotly-plot .scatterlayer .trace").nth(3).wait_for()
         for run in trials(server):
             assert f"{run.info.run_name} (loss_instance)" in chart.inner_text()
-        colours = chart.locator(".scatterlayer .trace path.js-line").evaluate_all("all => all.map(p => p.style.stroke)")
-        assert len(set(colours)) == 4
+        lines = chart.locator(".scatterlayer .trace path.js-line")
+        shapes = lines.evaluate_all("all => all.map(line => line.getAttribute('d'))")
+        assert len(set(shapes)) >= 4  # colours are MLflow's, by chance: two runs may have the same one
         shot(page, "team-charts")
 
 
