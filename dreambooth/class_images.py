@@ -10,7 +10,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from dreambooth import door
+from dreambooth import cli
 from dreambooth.config import conf_dir, load
 from dreambooth.schema import Config
 from dreambooth.train import converted
@@ -21,7 +21,7 @@ NOWHERE = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=non
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def class_images(cfg: DictConfig) -> None:
     """One call: makes what is missing."""
-    door.attempt(lambda: _job(load(cfg)), sweep=False)
+    cli.attempt(lambda: _job(load(cfg)), sweep=False)
 
 
 def _job(config: Config) -> None:
@@ -30,7 +30,7 @@ def _job(config: Config) -> None:
     from dreambooth.recipe import resolve
     from dreambooth.signals import stoppable
 
-    door.allocator(config.memory)
+    cli.allocator(config.memory)
     recipe = resolve(converted(remote.fetched(config, None)), Path(config.run_root), detect())
     with stoppable() as stop:
         from dreambooth.setup import class_images_alone
@@ -42,7 +42,7 @@ def main() -> None:
     """`python -m dreambooth.class_images`."""
     sys.argv[1:] += NOWHERE
     class_images()
-    door.leave()
+    cli.leave()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from dreambooth import door
+from dreambooth import cli
 from dreambooth.config import asked, conf_dir
 from dreambooth.errors import UserError
 from dreambooth.section import Section, require
@@ -32,12 +32,12 @@ ConfigStore.instance().store(name="compare_schema", node=Compare, provider="drea
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="compare")
 def compare(cfg: DictConfig) -> None:
     """One call: a page of a sweep."""
-    door.attempt(lambda: _job(cfg), sweep=False)
+    cli.attempt(lambda: _job(cfg), sweep=False)
 
 
 def _job(cfg: DictConfig) -> None:
     ask = asked(cfg, Compare)
-    sweep = door.given("sweep") or ask.sweep
+    sweep = cli.given("sweep") or ask.sweep
     if sweep is None:
         raise UserError("the sweep is missing: type sweep=ID, the tag that its runs have in MLflow")
     from dreambooth import files
@@ -53,9 +53,9 @@ def _job(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Console script `dreambooth-compare`."""
-    door.take("sweep")  # an ID; conf/sweep/ is a group, whose options Hydra would look for
+    cli.take("sweep")  # an ID; conf/sweep/ is a group, whose options Hydra would look for
     compare()
-    door.leave()
+    cli.leave()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dreambooth import door
+from dreambooth import cli
 from dreambooth.config import asked, conf_dir
 from dreambooth.errors import UserError
 from dreambooth.section import Section, require
@@ -42,7 +42,7 @@ class Convert(Section):
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="convert")
 def convert(cfg: DictConfig) -> None:
     """One call: a file becomes a folder, or a folder a file."""
-    door.attempt(lambda: _job(read(cfg)), sweep=False)
+    cli.attempt(lambda: _job(read(cfg)), sweep=False)
 
 
 def read(cfg: DictConfig) -> Convert:
@@ -73,7 +73,7 @@ def _job(ask: Convert) -> None:
 def main() -> None:
     """Console script `dreambooth-convert`."""
     convert()
-    door.leave()
+    cli.leave()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dreambooth import door
+from dreambooth import cli
 from dreambooth.choices import Device
 from dreambooth.config import conf_dir, load
 from dreambooth.container import cluster as clusters
@@ -48,7 +48,7 @@ def main() -> None:
         end = End(error.exit_code, str(error))
     except Exception as error:
         traceback.print_exc()
-        end = End(1, door.fault(error))
+        end = End(1, cli.fault(error))
     if end.code:
         with suppress(OSError):  # nowhere to write to: the log and the exit code have it
             places.failure.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dreambooth import door
+from dreambooth import cli
 from dreambooth.choices import EncoderKind
 from dreambooth.config import conf_dir, load
 from dreambooth.errors import UserError
@@ -39,7 +39,7 @@ ConfigStore.instance().store(name="evaluate_schema", node=Ask, provider="dreambo
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="evaluate")
 def evaluate(cfg: DictConfig) -> None:
     """One call: measures a run, writes its evaluation.json."""
-    door.attempt(lambda: _job(cfg), sweep=False)
+    cli.attempt(lambda: _job(cfg), sweep=False)
 
 
 def _job(cfg: DictConfig) -> None:
@@ -79,7 +79,7 @@ def composed(run: Path, asked: dict[str, object]) -> DictConfig:
 def main() -> None:
     """Console script `dreambooth-evaluate`."""
     evaluate()
-    door.leave()
+    cli.leave()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from dreambooth import door
+from dreambooth import cli
 from dreambooth.config import asked, conf_dir
 from dreambooth.schema_generate import Generate
 
@@ -16,7 +16,7 @@ ConfigStore.instance().store(name="generate_schema", node=Generate, provider="dr
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="generate")
 def generate(cfg: DictConfig) -> None:
     """One call: writes pictures and a grid."""
-    door.attempt(lambda: _job(cfg), sweep=False)
+    cli.attempt(lambda: _job(cfg), sweep=False)
 
 
 def _job(cfg: DictConfig) -> None:
@@ -36,7 +36,7 @@ def _job(cfg: DictConfig) -> None:
 def main() -> None:
     """Console script `dreambooth-generate`."""
     generate()
-    door.leave()
+    cli.leave()
 
 
 if __name__ == "__main__":

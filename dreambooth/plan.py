@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dreambooth import door
+from dreambooth import cli
 from dreambooth.choices import Device, PlanFormat
 from dreambooth.config import conf_dir, load
 from dreambooth.errors import DoesNotFit, UserError
@@ -31,7 +31,7 @@ _plans: list["Planned"] = []  # of the jobs in this process; a sweep has several
 def plan(cfg: DictConfig) -> float | None:
     """One job: a plan."""
     sweep = HydraConfig.get().mode is RunMode.MULTIRUN
-    return door.attempt(lambda: _job(load(cfg), sweep), sweep)
+    return cli.attempt(lambda: _job(load(cfg), sweep), sweep)
 
 
 def _job(config: Config, sweep: bool) -> float:
@@ -81,7 +81,7 @@ def main() -> None:
 
         asked = any(word == "plan.format=json" for word in sys.argv)
         print(plan_report.dumped(_plans) if asked else plan_report.comparison(_plans))
-    door.leave()
+    cli.leave()
 
 
 if __name__ == "__main__":

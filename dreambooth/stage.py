@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from dreambooth import door
+from dreambooth import cli
 from dreambooth.choices import Device
 from dreambooth.config import search_space
 from dreambooth.container import cluster as clusters
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """One stage."""
-    asked = door.with_overrides(parser())
+    asked = cli.with_overrides(parser())
     asked.out.mkdir(parents=True, exist_ok=True)
     end = End()
 
@@ -62,10 +62,10 @@ def main() -> None:
         if asked.kfp and not end.code:
             components.hand_over(asked.kfp, asked.out)
 
-    door.attempt(job, sweep=False)
+    cli.attempt(job, sweep=False)
     if end.code:
         sys.exit(end.code)
-    door.leave()
+    cli.leave()
 
 
 def _run(asked: argparse.Namespace, supervisor: Supervisor) -> End:

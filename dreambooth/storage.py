@@ -12,7 +12,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dreambooth import door, files, manifest
+from dreambooth import cli, files, manifest
 from dreambooth.bucket import Bucket, Place, calling
 from dreambooth.console import Console
 from dreambooth.errors import UserError
@@ -188,8 +188,8 @@ def main() -> None:
         else:
             print(download(asked.uri, asked.folder, Console(), asked.parallel))
 
-    door.attempt(job, sweep=False)
-    door.leave()
+    cli.attempt(job, sweep=False)
+    cli.leave()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dreambooth import door
+from dreambooth import cli
 from dreambooth.config import conf_dir, load, typed_password
 from dreambooth.errors import UserError
 from dreambooth.schema import Config
@@ -29,7 +29,7 @@ def train(cfg: DictConfig) -> float | None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     typed: Any = OmegaConf.to_container(cfg)
     next_time = f"{again(str(typed['checkpoint']['resume']))} to go on from the last checkpoint"
-    return door.attempt(lambda: _job(cfg, run_dir, sweep), sweep, next_time)
+    return cli.attempt(lambda: _job(cfg, run_dir, sweep), sweep, next_time)
 
 
 def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
@@ -48,7 +48,7 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
         if typed_password(cfg):
             forget_overrides(run_dir)
         config = load(cfg)
-        door.allocator(config.memory)
+        cli.allocator(config.memory)
         config = converted(remote.fetched(config, run_dir))
         recipe = resolve(config, run_dir, detect(), telling(list(HydraConfig.get().overrides.task)))
         with stoppable() as stop, remote.kept(config.storage, run_dir, config.checkpoint.resume) as keep:
@@ -80,7 +80,7 @@ def converted(config: Config) -> Config:
 def main() -> None:
     """Console script `dreambooth-train`."""
     train()
-    door.leave()
+    cli.leave()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dreambooth import __version__, door
+from dreambooth import __version__, cli
 from dreambooth.config import search_space
 from dreambooth.entrypoint import composed
 from dreambooth.errors import UserError
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """`python -m dreambooth.workflows`."""
-    options = door.with_overrides(parser())
+    options = cli.with_overrides(parser())
 
     def job() -> None:
         if not options.overrides and (options.space != SPACE or options.image != IMAGE):
@@ -86,8 +86,8 @@ def main() -> None:
                 (options.to / name).write_text(text, encoding="utf-8")
             print(f"{len(rendered(given))} files in {options.to}")
 
-    door.attempt(job, sweep=False)
-    door.leave()
+    cli.attempt(job, sweep=False)
+    cli.leave()
 
 
 def differing(texts: dict[str, str], folder: Path) -> list[str]:

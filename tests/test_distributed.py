@@ -26,7 +26,7 @@ def test_two_processes_equal_one_in_fp64(tmp_path: Path) -> None:
 
 def test_under_torchrun_the_interpreter_is_not_taken_down_under_running_threads() -> None:
     """Else about one run in ten ends in SIGABRT after its work is done; what is to happen at exit happens."""
-    code = ("import atexit, dreambooth.door as door\n"
+    code = ("import atexit, dreambooth.cli as door\n"
             "class Last:\n    def __del__(self): print('taken down')\n"
             "last = Last()\natexit.register(print, 'at exit')\ndoor._codes.append(6)\ndoor.leave()")
     alone, torchrun = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,

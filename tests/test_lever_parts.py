@@ -12,7 +12,7 @@ from test_kill import the_run
 from test_recipe import T4, decided
 from torch import Tensor, nn
 
-from dreambooth import door, oom, rules, setup
+from dreambooth import cli, oom, rules, setup
 from dreambooth.checkpoint import latest
 from dreambooth.choices import Dtype, EmaDevice, LatentCache, MethodKind, OptimizerKind, Rounding, Weights
 from dreambooth.data import Latents
@@ -103,13 +103,13 @@ def environment() -> Iterator[dict[str, str]]:
 
 
 def test_allocator_settings_are_set_unless_the_user_has_set_some(environment: dict[str, str]) -> None:
-    door.allocator(Memory())
+    cli.allocator(Memory())
     assert "PYTORCH_ALLOC_CONF" not in environment
     environment["PYTORCH_CUDA_ALLOC_CONF"] = "max_split_size_mb:64"
-    door.allocator(Memory(expandable_segments=True))
+    cli.allocator(Memory(expandable_segments=True))
     assert "PYTORCH_ALLOC_CONF" not in environment
     del environment["PYTORCH_CUDA_ALLOC_CONF"]
-    door.allocator(Memory(expandable_segments=True, max_split_size_mb=128))
+    cli.allocator(Memory(expandable_segments=True, max_split_size_mb=128))
     assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True,max_split_size_mb:128"
 
 

@@ -19,7 +19,7 @@ from botocore.config import Config as BotoConfig
 from faults import FAST
 from s3_server import CHILD, KINDS, PART, Server, in_bucket, model, plain, serving, trial
 
-from dreambooth import bucket, checkpoint, door, fetching, files, manifest, remote, storage
+from dreambooth import bucket, checkpoint, cli, fetching, files, manifest, remote, storage
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.schema import Config
 from dreambooth.schema_storage import Storage
@@ -417,7 +417,7 @@ def test_what_is_not_there_is_not_for_whom_may_not_list(server: Server, tmp_path
 @pytest.mark.parametrize("parallel", ["0", "65"])
 def test_the_number_of_transfers_is_checked(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], parallel: str) -> None:
-    monkeypatch.setattr(door, "_codes", [])
+    monkeypatch.setattr(cli, "_codes", [])
     monkeypatch.setattr(sys, "argv", ["storage", "upload", str(tmp_path), "s3://b/x", "--parallel", parallel])
     with pytest.raises(SystemExit, match="1"):
         storage.main()

@@ -78,7 +78,7 @@ def test_check_names_the_file_that_was_changed(tmp_path: Path, capfd: pytest.Cap
     changed = tmp_path / "w/base/volume.yaml"
     changed.write_text(changed.read_text("utf-8").replace("200Gi", "20Gi"), "utf-8")
     monkeypatch.setattr("sys.argv", ["workflows", "check", "--to", str(tmp_path / "w")])
-    monkeypatch.setattr("dreambooth.door._codes", [])
+    monkeypatch.setattr("dreambooth.cli._codes", [])
     with pytest.raises(SystemExit) as end:
         workflows.main()
     assert end.value.code == 1
@@ -111,7 +111,7 @@ def test_a_placeholder_is_not_submitted(
     sent: list[Any] = []
     monkeypatch.setattr(submitting, "submit", lambda *given: sent.append(given))
     monkeypatch.setattr("sys.argv", ["workflows", "submit", "--what", what, *words])
-    monkeypatch.setattr("dreambooth.door._codes", [])
+    monkeypatch.setattr("dreambooth.cli._codes", [])
     with pytest.raises(SystemExit) as end:
         workflows.main()
     assert (end.value.code, sent) == (1, [])

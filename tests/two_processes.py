@@ -6,7 +6,7 @@ import torch
 from test_core import Toy, batches, schedule, state
 
 from dreambooth.choices import Dtype
-from dreambooth.door import leave
+from dreambooth.cli import leave
 from dreambooth.engine import accelerated
 from dreambooth.step import Objective, train_step
 

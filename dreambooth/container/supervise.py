@@ -14,7 +14,7 @@ from types import FrameType
 
 import psutil
 
-from dreambooth.door import ENDS
+from dreambooth.cli import ENDS
 from dreambooth.errors import Interrupted
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dreambooth import door
+from dreambooth import cli
 from dreambooth.loss import Schedule, add_noise, min_snr_weights
 from tools.tiny_base.pictures import Meaning, caption
 
@@ -200,7 +200,7 @@ def main() -> None:
     if trainer.rank == 0:
         trainer.export()
     dist.destroy_process_group()
-    door.leave()
+    cli.leave()
 
 
 if __name__ == "__main__":
