@@ -13,7 +13,7 @@ from statistics import mean, stdev
 from dreambooth.cards import CARDS
 from dreambooth.choices import Device, Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, Weights
 from dreambooth.estimate import step_seconds
-from dreambooth.machine import GIB
+from dreambooth.utils.hardware import GIB
 from dreambooth.model import import_libraries
 from dreambooth.prediction import STEP
 from dreambooth.recipe import Recipe, resolve

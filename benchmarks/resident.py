@@ -14,7 +14,7 @@ import psutil
 
 from dreambooth import model, vram
 from dreambooth.choices import Dtype
-from dreambooth.machine import GIB
+from dreambooth.utils.hardware import GIB
 from dreambooth.prediction import STEP, Prediction
 from dreambooth.recipe import Recipe, resolve
 from dreambooth.schema import Config

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth import rng
+from dreambooth.utils import rng
 from dreambooth.choices import Dtype, MethodKind, Targets
 from dreambooth.dropout import Dropout, follow
 from dreambooth.schema_method import Method

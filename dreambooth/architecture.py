@@ -13,7 +13,7 @@ from dreambooth.components import Components, base_schedule, half_overflows, kee
 from dreambooth.errors import UserError
 from dreambooth.fakes import fake_tensors, to_dtype
 from dreambooth.model import TORCH_DTYPE, denoiser_of, kept_in, trained_modules
-from dreambooth.packaged import asset
+from dreambooth.utils.assets import asset
 from dreambooth.quantised import quantise
 from dreambooth.recipe import Recipe
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dreambooth import adapter, lora_files, model, sampling
-from dreambooth.console import Console
+from dreambooth.utils.console import Console
 from dreambooth.engine import accelerated
 from dreambooth.errors import UserError
 from dreambooth.evaluation import Evaluation, Judge

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dreambooth import files
+from dreambooth.utils import atomic_files
 from dreambooth.ema import swapped
 from dreambooth.errors import DoesNotFit
 from dreambooth.measures import total
@@ -46,7 +46,7 @@ def keep(folder: Path, step: int, model: nn.Module) -> None:
     """
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     try:
-        with files.whole_folder(folder) as aside:
+        with atomic_files.whole_folder(folder) as aside:
             save_file(weights, aside / WEIGHTS)
             state = {"step": step, "size": (aside / WEIGHTS).stat().st_size}
             (aside / STATE).write_text(json.dumps(state), encoding="utf-8")

@@ -9,7 +9,7 @@ from hashlib import sha256
 from typing import Any, TypeVar
 
 from dreambooth import aws_errors, manifest
-from dreambooth.console import Console
+from dreambooth.utils.console import Console
 from dreambooth.errors import UserError
 from dreambooth.manifest import Entries, Entry
 from dreambooth.schema_storage import SCHEME, is_remote

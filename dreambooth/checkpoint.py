@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dreambooth import files
+from dreambooth.utils import atomic_files
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.levered import Levered, settings
 from dreambooth.step import TrainState
@@ -38,7 +38,7 @@ def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.Gr
     target = folder / f"step-{state.step:06d}"
     if not intact(target):
         try:
-            with files.whole_folder(target) as aside:
+            with atomic_files.whole_folder(target) as aside:
                 _write(aside, state, model, scaler)
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a class of its own
             raise DoesNotFit(f"the checkpoint of step {state.step} could not be written to {folder} "
@@ -53,7 +53,7 @@ def rotate(folder: Path, keep: int) -> None:
     kept = [path for path in steps if intact(path)][-keep:]
     for old in steps:
         if old not in kept:
-            files.remove_folder(old)
+            atomic_files.remove_folder(old)
 
 
 def latest(folder: Path) -> Path | None:
@@ -205,4 +205,4 @@ def _load_weights(found: dict[str, Tensor], into: dict[str, Any], path: Path) ->
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted((entry for entry in folder.glob("step-*") if entry.is_dir()), key=files.number_of)
+    return sorted((entry for entry in folder.glob("step-*") if entry.is_dir()), key=atomic_files.number_of)

@@ -26,9 +26,9 @@ def class_images(cfg: DictConfig) -> None:
 
 def _job(config: Config) -> None:
     from dreambooth import remote
-    from dreambooth.machine import detect
+    from dreambooth.utils.hardware import detect
     from dreambooth.recipe import resolve
-    from dreambooth.signals import stoppable
+    from dreambooth.utils.signals import stoppable
 
     cli.allocator(config.memory)
     recipe = resolve(converted(remote.fetched(config, None)), Path(config.run_root), detect())

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dreambooth.packaged import asset
+from dreambooth.utils.assets import asset
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 77

@@ -40,13 +40,13 @@ def _job(cfg: DictConfig) -> None:
     sweep = cli.given("sweep") or ask.sweep
     if sweep is None:
         raise UserError("the sweep is missing: type sweep=ID, the tag that its runs have in MLflow")
-    from dreambooth import files
+    from dreambooth.utils import atomic_files
     from dreambooth.gallery import page
     from dreambooth.trials import of_sweep
 
     text = page(sweep, of_sweep(Path(ask.run_root), sweep), ask.pixels)
     path = Path(ask.out or f"{ask.run_root}/compare-{sweep}.html")
-    with files.whole_file(path) as aside:
+    with atomic_files.whole_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
     print(f"{path}: {len(text) / 2**20:.1f} MiB, opens in any browser, nothing else is needed")
 

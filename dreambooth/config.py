@@ -18,8 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth import prompts
 from dreambooth.errors import ConfigError, UserError
-from dreambooth.files import weights_digest
-from dreambooth.packaged import asset
+from dreambooth.utils.atomic_files import weights_digest
+from dreambooth.utils.assets import asset
 from dreambooth.photos import fingerprint
 from dreambooth.schema import Config
 from dreambooth.schema_dataset import ALPHA, FOLDERS

@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from dreambooth import clip_words, files, remote, single
+from dreambooth import clip_words, remote, single
+from dreambooth.utils import atomic_files
 from dreambooth.components import Components
-from dreambooth.console import Console
+from dreambooth.utils.console import Console
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.layout import Family
 from dreambooth.lora_files import DIFFUSERS as ADAPTER
 from dreambooth.opening import blank_parts, open_parts, read_json
-from dreambooth.packaged import asset
+from dreambooth.utils.assets import asset
 from dreambooth.recognise import opened, recognised
 from dreambooth.schema_storage import is_remote, is_single
 
@@ -51,7 +52,7 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
         single.only_vae(parts.vae, opened(Path(vae)))
     for module in parts.modules if DTYPES[dtype] else ():
         module.to(DTYPES[dtype])
-    with _writing(out), files.whole_folder(Path(out), fresh=True) as aside:
+    with _writing(out), atomic_files.whole_folder(Path(out), fresh=True) as aside:
         _save(parts, aside)
     noise = ", zero terminal SNR" if found.pure_noise else ""
     console.say(f"{out}: {KNOWN[found.family]}; {found.prediction_type}{noise}, by {found.why}; "

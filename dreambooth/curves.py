@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from dreambooth import files
+from dreambooth.utils import atomic_files
 from dreambooth.journal import read
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")  # Okabe and Ito 2008
@@ -99,7 +99,7 @@ def write(run_dir: Path) -> Path | None:
         return None
     path, text = run_dir / "curves.svg", chart("", found, 640, 300, legend=True)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        with files.whole_file(path) as aside:
+        with atomic_files.whole_file(path) as aside:
             aside.write_text(text, encoding="utf-8")
     return path
 

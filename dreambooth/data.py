@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreambooth import masks, rng
+from dreambooth import masks
+from dreambooth.utils import rng
 from dreambooth.batch import Batch, joined
 from dreambooth.buckets import Size
 from dreambooth.latents import Keep, Moments

@@ -13,16 +13,17 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth import files, loras, photos, pngtext, sampling
+from dreambooth.utils import atomic_files
+from dreambooth import loras, photos, pngtext, sampling
 from dreambooth.conditions import check_length
-from dreambooth.console import Console
+from dreambooth.utils.console import Console
 from dreambooth.drawable import Source, find
 from dreambooth.errors import Interrupted, UserError
 from dreambooth.meter import Meter
 from dreambooth.prompts import fill, noun
 from dreambooth.schema_generate import Generate
-from dreambooth.sheet import grid
-from dreambooth.signals import Stop
+from dreambooth.utils.image_grid import grid
+from dreambooth.utils.signals import Stop
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Album:
     def add(self, number: int, prompt: str, seed: int, made: Image.Image) -> None:
         """Write a picture; one of that name is replaced."""
         begin = f"{number:03d}-" * self.many + slug(prompt)
-        with files.whole_file(self.folder / f"{begin}-seed{seed}.png") as aside:
+        with atomic_files.whole_file(self.folder / f"{begin}-seed{seed}.png") as aside:
             made.save(aside, format="PNG", pnginfo=self.inside(prompt, seed, made.size))
 
     def close(self, prompt: str, rows: Sequence[Sequence[Image.Image]], columns: int | None) -> Path:
@@ -44,7 +45,7 @@ class Album:
         count = len(rows[0])
         columns = columns or (count if self.many else math.ceil(math.sqrt(count)))
         sheet = self.folder / ("prompts-grid.png" if self.many else f"{slug(prompt)}-grid.png")
-        with files.whole_file(sheet) as aside:
+        with atomic_files.whole_file(sheet) as aside:
             grid([made for row in rows for made in row], columns).save(aside, format="PNG")
         return sheet
 

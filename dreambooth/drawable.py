@@ -7,7 +7,7 @@ from typing import Any
 
 from dreambooth.errors import UserError
 from dreambooth.lora_files import DIFFUSERS
-from dreambooth.packaged import asset
+from dreambooth.utils.assets import asset
 from dreambooth.schema_generate import Generate
 
 

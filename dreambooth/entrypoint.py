@@ -27,7 +27,7 @@ from dreambooth.container.places import Places
 from dreambooth.container.publish import publish
 from dreambooth.container.supervise import End, Supervisor
 from dreambooth.errors import DreamBoothError, UserError
-from dreambooth.packaged import asset
+from dreambooth.utils.assets import asset
 from dreambooth.photos import list_photos
 from dreambooth.schema import Config, Storage
 from dreambooth.schema_storage import is_remote

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dreambooth.cards import Card
 from dreambooth.choices import Dtype, EmaDevice, OptimizerKind
-from dreambooth.machine import GIB
+from dreambooth.utils.hardware import GIB
 from dreambooth.prediction import Prediction
 from dreambooth.recipe import Recipe
 

@@ -51,7 +51,7 @@ def _job(cfg: DictConfig) -> None:
     run = Path(remote.local(cfg.run) or "")
     config = load(composed(run, asked))
     from dreambooth.assess import assess
-    from dreambooth.machine import detect
+    from dreambooth.utils.hardware import detect
     from dreambooth.recipe import resolve
 
     assess(resolve(remote.fetched(config, run), run, detect()))

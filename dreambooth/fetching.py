@@ -11,7 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from dreambooth import files, manifest
+from dreambooth.utils import atomic_files
+from dreambooth import manifest
 from dreambooth.bucket import Bucket
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.manifest import Entries, Entry
@@ -65,9 +66,9 @@ def _written(folder: Path) -> Iterator[None]:
 
 
 def _fill(bucket: Bucket, folder: Path, wanted: Entries) -> None:
-    aside = folder.with_name(files.ASIDE + folder.name)  # kept after a failure: the next attempt goes on in it
+    aside = folder.with_name(atomic_files.ASIDE + folder.name)  # kept after a failure: the next attempt goes on in it
     paths = {aside / (name or bucket.place.prefix.rpartition("/")[2]): (name, entry) for name, entry in wanted.items()}
-    for half in (path for path in aside.rglob(f"{files.ASIDE}*") if path not in paths):
+    for half in (path for path in aside.rglob(f"{atomic_files.ASIDE}*") if path not in paths):
         half.unlink()  # of a file whose writing was killed
     here = sum(min(path.stat().st_blocks * 512, entry.size) for path, (_, entry) in paths.items() if path.is_file())
     needed, free = sum(entry.size for entry in wanted.values()) - here, shutil.disk_usage(folder.parent).free
@@ -83,8 +84,8 @@ def _fill(bucket: Bucket, folder: Path, wanted: Entries) -> None:
     else:
         raise UserError(f"{bucket.place} did not arrive right several times: repeat the command, or the upload")
     for entry in [*paths, *(path for path in aside.rglob("*") if path.is_dir()), aside]:
-        files.sync(entry)
-    files.publish(aside, folder)
+        atomic_files.sync(entry)
+    atomic_files.publish(aside, folder)
 
 
 def _works(bucket: Bucket, path: Path, name: str, entry: Entry) -> Iterator[partial[None]]:
@@ -118,7 +119,7 @@ def _stream(bucket: Bucket, path: Path, name: str, entry: Entry) -> None:
     def get() -> None:
         answer = bucket.s3.get_object(**bucket.where(name), IfMatch=entry.tag, ChecksumMode="ENABLED")
         total = md5(usedforsecurity=False)
-        with files.whole_file(path) as aside, aside.open("wb") as file:
+        with atomic_files.whole_file(path) as aside, aside.open("wb") as file:
             for block in answer["Body"].iter_chunks(BLOCK):
                 file.write(block)
                 total.update(block)

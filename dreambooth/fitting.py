@@ -15,7 +15,7 @@ from dreambooth.architecture import folder_of, trained_weights
 from dreambooth.cards import fixed_gib
 from dreambooth.choices import EmaDevice, Weights
 from dreambooth.errors import DoesNotFit
-from dreambooth.machine import GIB
+from dreambooth.utils.hardware import GIB
 from dreambooth.prediction import STEP, Prediction
 from dreambooth.recipe import Recipe
 from dreambooth.vram import predict

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors import safe_open
 
 from dreambooth.lora_files import DIFFUSERS, base_of
-from dreambooth.packaged import asset
+from dreambooth.utils.assets import asset
 
 FOLDER = "lora"  # of the run's artifacts
 OF_BASE = "base_model_"  # how keys of an adapter's metadata begin that say which of a base's files it belongs to

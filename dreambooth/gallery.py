@@ -9,11 +9,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreambooth import curves, files
+from dreambooth import curves
+from dreambooth.utils import atomic_files
 from dreambooth.comparison import axes, differing, dumped, ranked, title, value
 from dreambooth.curves import colour, short
 from dreambooth.measures import HIGHER_IS_BETTER
-from dreambooth.packaged import asset
+from dreambooth.utils.assets import asset
 from dreambooth.trials import Trial, over_bound
 
 MAX_STEPS = 16  # on the slider
@@ -50,7 +51,7 @@ def page(sweep: str, trials: Sequence[Trial], pixels: int) -> str:
 
 def _samples(folder: Path) -> dict[int, list[Path]]:
     """step -> a picture a prompt, those that are there."""
-    found = {files.number_of(at): sorted(at.glob("grid-*.png"), key=lambda path: files.number_of(path.with_suffix("")))
+    found = {atomic_files.number_of(at): sorted(at.glob("grid-*.png"), key=lambda path: atomic_files.number_of(path.with_suffix("")))
              for at in (folder / "samples").glob("step-*")}
     return {step: paths for step, paths in found.items() if paths}
 

@@ -24,7 +24,7 @@ def _job(cfg: DictConfig) -> None:
     from dreambooth import remote
     from dreambooth.draw import draw
     from dreambooth.model import import_libraries
-    from dreambooth.signals import stoppable
+    from dreambooth.utils.signals import stoppable
 
     import_libraries()
     ask = replace(ask, run=remote.local(ask.run), base=remote.local(ask.base),

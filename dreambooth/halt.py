@@ -6,7 +6,7 @@ from dreambooth.engine import Engine
 from dreambooth.errors import Interrupted
 from dreambooth.hooks import Save
 from dreambooth.sent import Sent
-from dreambooth.signals import Stop, again
+from dreambooth.utils.signals import Stop, again
 from dreambooth.step import StepInfo
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from dreambooth import adapter, best, checkpoint, measures, model
-from dreambooth.console import Bar
+from dreambooth.utils.console import Bar
 from dreambooth.ema import swapped
 from dreambooth.engine import Engine
 from dreambooth.evaluation import Evaluation
@@ -20,7 +20,7 @@ from dreambooth.recipe import Recipe
 from dreambooth.samples import SampleBook
 from dreambooth.sampling import build_pipeline
 from dreambooth.setup import Setup
-from dreambooth.signals import Stop
+from dreambooth.utils.signals import Stop
 from dreambooth.step import StepInfo
 from dreambooth.tracking import Tracker
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dreambooth import files
+from dreambooth.utils import atomic_files
 from dreambooth.choices import LatentCache
 
 Moments = tuple[Tensor, Tensor]  # mean and standard deviation of the latents, (N, C, h, w) each
@@ -44,7 +44,7 @@ class Keep:
             if not path.is_file():
                 mean, std = _joined(encoded(), torch.device("cpu"))
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with files.whole_file(path) as aside:
+                with atomic_files.whole_file(path) as aside:
                     save_file({"mean": mean.contiguous(), "std": std.contiguous()}, aside)
             return lambda rows: _read(path, rows, self.device)
         mean, std = _joined(encoded(), torch.device("cpu") if self.where is LatentCache.cpu else None)

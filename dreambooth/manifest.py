@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dreambooth import files
+from dreambooth.utils import atomic_files
 from dreambooth.errors import UserError
 
 NAME = "dreambooth-manifest.json"
@@ -74,7 +74,7 @@ def of_folder(folder: Path, only: Sequence[str] = ()) -> Entries:
         UserError: there is nothing in it.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME
-                   and not any(part.startswith(files.ASIDE) for part in path.relative_to(folder).parts))
+                   and not any(part.startswith(atomic_files.ASIDE) for part in path.relative_to(folder).parts))
     found = {path.relative_to(folder).as_posix(): of_file(path) for path in paths
              if not only or path.relative_to(folder).parts[0] in only}
     if not found:
@@ -128,5 +128,5 @@ def safe(name: str, where: str) -> str:
 
 def write(folder: Path) -> None:
     """Put a manifest into a local folder that something else will copy to S3, such as SageMaker its output."""
-    with files.whole_file(folder / NAME) as aside:
+    with atomic_files.whole_file(folder / NAME) as aside:
         aside.write_bytes(dumped(of_folder(folder)))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dreambooth import prompts
 from dreambooth.choices import EncoderKind
-from dreambooth.packaged import asset
+from dreambooth.utils.assets import asset
 from dreambooth.section import Section, require
 
 INSTANCE_LOSS = "instance_loss"  # the objective that needs no picture, see objective.py

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from dreambooth.errors import OutOfMemory
-from dreambooth.machine import GIB
+from dreambooth.utils.hardware import GIB
 
 PROBE = 2**30  # bytes; a machine with room for more than this is not full
 

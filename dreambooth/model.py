@@ -16,12 +16,12 @@ from dreambooth.components import Components as Components
 from dreambooth.components import base_schedule, has, keep_vae_whole
 from dreambooth.conditions import Conditions
 from dreambooth.errors import UserError
-from dreambooth.machine import importing
+from dreambooth.utils.hardware import importing
 from dreambooth.pointwise import as_products
 from dreambooth.quantised import quantise
 from dreambooth.recipe import Recipe
 from dreambooth.recompute import recompute
-from dreambooth.unasked import without_bitsandbytes
+from dreambooth.utils.import_blocker import without_bitsandbytes
 
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
 

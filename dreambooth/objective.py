@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from dreambooth import rng
+from dreambooth.utils import rng
 from dreambooth.batch import Batch
 from dreambooth.data import View
 from dreambooth.sampling import evaluating

@@ -35,7 +35,7 @@ def plan(cfg: DictConfig) -> float | None:
 
 
 def _job(config: Config, sweep: bool) -> float:
-    from dreambooth.machine import detect
+    from dreambooth.utils.hardware import detect
     from dreambooth.recipe import resolve
 
     for number, (_, subject) in enumerate(config.dataset.places):

@@ -10,7 +10,7 @@ from typing import Any
 from dreambooth import fitting
 from dreambooth.cards import card_of, fixed_gib
 from dreambooth.estimate import Estimate, disk_gib, estimate, host_gib
-from dreambooth.machine import GIB
+from dreambooth.utils.hardware import GIB
 from dreambooth.prediction import STEP, Prediction
 from dreambooth.recipe import Recipe
 from dreambooth.replay import curve

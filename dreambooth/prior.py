@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from dreambooth import files, rng
+from dreambooth.utils import atomic_files, rng
 from dreambooth.photos import list_photos
 from dreambooth.recipe import Recipe
 from dreambooth.sampling import Sampler
@@ -79,7 +79,7 @@ def make(
     """
     share = [(path, seed) for path, seed in images.missing if int(path.stem) % world == rank]
     if share and rank == 0:
-        files.write_json(images.folder / "origin.json", _origin(recipe))
+        atomic_files.write_json(images.folder / "origin.json", _origin(recipe))
     size = recipe.prior.sample_batch_size
     chunks = [share[start:start + size] for start in range(0, len(share), size)]
     first = secrets.randbelow(len(chunks)) if chunks else 0
@@ -87,20 +87,20 @@ def make(
         lacking = [(path, seed) for path, seed in chunk if not path.is_file()]
         pictures = generate([seed for _, seed in lacking]) if lacking else []
         for (path, _), picture in zip(lacking, pictures, strict=True):
-            with files.whole_file(path) as aside:
+            with atomic_files.whole_file(path) as aside:
                 picture.save(aside, format="PNG")
         tick(len(chunk))
 
 
 def _origin(recipe: Recipe) -> dict[str, object]:
     more = {"vae": recipe.model.vae, "zero_terminal_snr": recipe.model.zero_terminal_snr,
-            "vae_weights": files.weights_digest(Path(recipe.vae_source)) if recipe.vae_source else None}
+            "vae_weights": atomic_files.weights_digest(Path(recipe.vae_source)) if recipe.vae_source else None}
     return {key: value for key, value in more.items() if value} | {
         "prompt": recipe.class_prompt,
         "source": recipe.model.source,
         "revision": recipe.model.revision,
         "variant": recipe.model.variant,
-        "weights": files.weights_digest(Path(recipe.source)),
+        "weights": atomic_files.weights_digest(Path(recipe.source)),
         "precision": recipe.precision.label,
         "sampler": {"name": "dpmsolver++", **asdict(sampler_of(recipe))},
     }

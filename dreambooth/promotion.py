@@ -22,9 +22,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dreambooth import exported, files
+from dreambooth import exported
+from dreambooth.utils import atomic_files
 from dreambooth.errors import UserError
-from dreambooth.provenance import clean
+from dreambooth.utils.provenance import clean
 from dreambooth.recipe import Recipe
 from dreambooth.registry import CANDIDATE, CHAMPION, Registry, Version
 from dreambooth.report import promoted
@@ -69,7 +70,7 @@ def promote(sweep: str, run_root: Path, terms: Terms) -> dict[str, Any]:
             "; ".join(refused) + ": type max_class_similarity=NUMBER to allow it" if refused else
             f"no finished run measured {text}: type objective=instance_loss"))
     told = _register(best, terms, sweep, alone=False)
-    files.write_json(run_root / "promoted.json", told)
+    atomic_files.write_json(run_root / "promoted.json", told)
     return told
 
 

@@ -14,9 +14,9 @@ from typing import Any
 from dreambooth import measures, prompts, rules
 from dreambooth.choices import Device, OptimizerKind, Weights
 from dreambooth.errors import ConfigError
-from dreambooth.machine import Machine
+from dreambooth.utils.hardware import Machine
 from dreambooth.measures import Evaluate
-from dreambooth.packaged import asset
+from dreambooth.utils.assets import asset
 from dreambooth.schema import (
     Attention,
     Checkpoint,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError
-from dreambooth.provenance import clean
+from dreambooth.utils.provenance import clean
 from dreambooth.refused import LOGIN, REFUSES, refuses
 from dreambooth.shipping import ENVIRONMENT
 

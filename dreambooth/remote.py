@@ -14,8 +14,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from dreambooth import files
-from dreambooth.console import Console
+from dreambooth.utils import atomic_files
+from dreambooth.utils.console import Console
 from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.manifest import Entries, of_folder
 from dreambooth.schema import Config, Storage
@@ -95,7 +95,7 @@ def _remember(found: dict[str, str], run_dir: Path, resume: str) -> None:
             raise UserError(f"{what} holds something else than when {run_dir.name} began: type checkpoint.resume=never "
                             "to start over, or name=NAME for a run of its own")
     if first() and run_dir.is_dir():
-        files.write_json(run_dir / RECORD, found)
+        atomic_files.write_json(run_dir / RECORD, found)
 
 
 @contextmanager
@@ -153,11 +153,11 @@ class Mirror(threading.Thread):
                             "storage.upload")
         names = [storage.first_of(uri.rpartition("/")[2]) for uri in there]
         if there and checkpoint.latest(self._folder) is None:
-            aside = self._folder / f"{files.ASIDE}s3"
+            aside = self._folder / f"{atomic_files.ASIDE}s3"
             folder = storage.download(there[-1], aside, Console(), self._parallel, complete=True)
             if (self._folder / names[-1]).exists():
-                files.remove_folder(self._folder / names[-1])
-            files.publish(folder, self._folder / names[-1])
+                atomic_files.remove_folder(self._folder / names[-1])
+            atomic_files.publish(folder, self._folder / names[-1])
         self._done = set(names)
 
     def run(self) -> None:
@@ -176,7 +176,7 @@ class Mirror(threading.Thread):
 
         new = [path for path in self._folder.glob("step-*")
                if path.name not in self._done and checkpoint.intact(path)]
-        for path in sorted(new, key=files.number_of)[-1:]:
+        for path in sorted(new, key=atomic_files.number_of)[-1:]:
             if path.name == self._failed and time.monotonic() < self._again:
                 continue
             try:

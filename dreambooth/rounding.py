@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreambooth import rng
+from dreambooth.utils import rng
 from dreambooth.choices import Rounding
 
 # Significant bits and the exponent of the smallest step. bf16 could go below 2**-126 only through fp32's subnormals,

@@ -17,7 +17,7 @@ from dreambooth.choices import (
     TrackingKind,
     Weights,
 )
-from dreambooth.machine import Machine
+from dreambooth.utils.hardware import Machine
 from dreambooth.schema import Config
 from dreambooth.schema_dataset import Dataset, Subject
 from dreambooth.schema_method import Method

@@ -6,9 +6,10 @@ from contextlib import nullcontext
 from functools import partial
 from math import nan
 
-from dreambooth import best, checkpoint, export, files, fitting, model, oom, provenance, report
+from dreambooth import best, checkpoint, export, fitting, model, oom, report
+from dreambooth.utils import atomic_files, provenance
 from dreambooth.ahead import Ahead
-from dreambooth.console import Console
+from dreambooth.utils.console import Console
 from dreambooth.engine import Engine, accelerated
 from dreambooth.evaluation import Evaluation
 from dreambooth.halt import Halt
@@ -21,7 +22,7 @@ from dreambooth.recipe import Recipe
 from dreambooth.runfolder import Result, check_disk, finished, judged, locked, resume_point
 from dreambooth.samples import SampleBook
 from dreambooth.setup import Setup, assemble
-from dreambooth.signals import Stop
+from dreambooth.utils.signals import Stop
 from dreambooth.step import train_step
 from dreambooth.tracked import tracked
 from dreambooth.tracking import Tracker
@@ -67,7 +68,7 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
     state, last = setup.state, recipe.train.max_train_steps
     if engine.main:
         origin = provenance.origin()
-        files.write_json(recipe.run_dir / "run.json", origin | {"settings": recipe.settings()})
+        atomic_files.write_json(recipe.run_dir / "run.json", origin | {"settings": recipe.settings()})
         tracker.artifact(recipe.run_dir / "run.json")
         tracker.params(recipe.headline())
         tracker.tags(origin)

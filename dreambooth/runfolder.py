@@ -16,10 +16,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dreambooth import exported, files, measures
+from dreambooth import exported, measures
+from dreambooth.utils import atomic_files
 from dreambooth.checkpoint import latest
 from dreambooth.errors import DoesNotFit, UserError
-from dreambooth.machine import GIB
+from dreambooth.utils.hardware import GIB
 from dreambooth.recipe import Recipe
 
 KEPT = {".hydra", ".lock", "train.log", "remote.json"}  # what stays when an earlier run is set aside
@@ -40,7 +41,7 @@ class Result:
 
     def write(self) -> None:
         """Write result.json, whole or not at all."""
-        files.write_json(Path(self.run_dir) / "result.json", asdict(self))
+        atomic_files.write_json(Path(self.run_dir) / "result.json", asdict(self))
 
 
 def judged(result: Result, recipe: Recipe) -> Result:
@@ -93,9 +94,9 @@ def finished(recipe: Recipe) -> Result | None:
 
 def resume_point(run_dir: Path, resume: str) -> Path | None:
     """The checkpoint to start from. Anything but `auto` first sets an earlier run of this folder aside."""
-    files.sweep(run_dir)
-    files.sweep(run_dir / "checkpoints")
-    files.sweep(run_dir / "samples")
+    atomic_files.sweep(run_dir)
+    atomic_files.sweep(run_dir / "checkpoints")
+    atomic_files.sweep(run_dir / "samples")
     if resume == "auto":
         return latest(run_dir / "checkpoints")
     chosen = None if resume == "never" else Path(resume).absolute()

@@ -5,11 +5,11 @@ from typing import Any
 
 from PIL import Image
 
-from dreambooth import files
+from dreambooth.utils import atomic_files
 from dreambooth.photos import Photo, cut
 from dreambooth.recipe import Recipe
 from dreambooth.sampling import Sampler, generate
-from dreambooth.sheet import columns, contact_sheet, grid, read_samples
+from dreambooth.utils.image_grid import columns, contact_sheet, grid, read_samples
 from dreambooth.tracking import Tracker
 
 
@@ -34,7 +34,7 @@ class SampleBook:
             batches = generate(pipeline, [prompt for prompt, _ in jobs], [seed for _, seed in jobs], self.sampler,
                                self.batch_size, autocast)
             made = [image for batch in batches for image in batch]
-            with files.whole_folder(target) as aside:
+            with atomic_files.whole_folder(target) as aside:
                 for number in range(len(self.prompts)):
                     row = made[number * count:(number + 1) * count]
                     for i, image in enumerate(row):
@@ -46,5 +46,5 @@ class SampleBook:
 
     def _redraw(self) -> None:
         if found := read_samples(self.folder, len(self.prompts)):
-            with files.whole_file(self.sheet) as aside:
+            with atomic_files.whole_file(self.sheet) as aside:
                 contact_sheet(self.photos, found, self.prompts).save(aside, format="PNG")

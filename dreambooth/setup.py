@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dreambooth import latents as kept
 from dreambooth import memory, model, oom, prior, sampling, subjects
 from dreambooth.choices import EmaDevice
-from dreambooth.console import Console
+from dreambooth.utils.console import Console
 from dreambooth.data import Batches, Concept, Latents
 from dreambooth.ema import Ema
 from dreambooth.engine import Engine, accelerated
@@ -23,7 +23,7 @@ from dreambooth.meter import Meter
 from dreambooth.optim import build_schedule, maker
 from dreambooth.photos import Photo, load_photos
 from dreambooth.recipe import Recipe
-from dreambooth.signals import Stop
+from dreambooth.utils.signals import Stop
 from dreambooth.step import Objective, TrainState
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from dreambooth import flavour, logged
 from dreambooth.journal import EXPERIMENT, parcels, read, starts_line
-from dreambooth.provenance import clean
+from dreambooth.utils.provenance import clean
 from dreambooth.refused import REFUSES, refuses, status
 
 WAKE = 2.0  # seconds between two looks at the journal

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dreambooth import files
+from dreambooth.utils import atomic_files
 from dreambooth.components import Components
 from dreambooth.errors import UserError
 from dreambooth.layout import POSITIONS, PREFIX, UNREAD, VAE, ZERO, Entry, Family, Form, V, entries, modern
@@ -112,7 +112,7 @@ def write(parts: Components, path: Path, dtype: torch.dtype | None, with_vae: bo
     if family is not Family.sd2:
         count = parts.text_encoder.config.max_position_embeddings
         tensors[PREFIX[family]["text_encoder"] + POSITIONS] = torch.arange(count)[None]
-    with files.whole_file(path) as aside:
+    with atomic_files.whole_file(path) as aside:
         save_file(tensors, aside, metadata=_modelspec(parts, family, V in marks) | dict(facts))
     return len(tensors)
 

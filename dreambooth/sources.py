@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from dreambooth import files, single
+from dreambooth.utils import atomic_files
+from dreambooth import single
 from dreambooth.components import says_fixed
 from dreambooth.converting import convert
 from dreambooth.errors import UserError
-from dreambooth.packaged import asset
+from dreambooth.utils.assets import asset
 from dreambooth.recognise import opened
 from dreambooth.schema import Config
 from dreambooth.schema_storage import is_single
@@ -41,7 +42,7 @@ def _model(config: Config) -> Path:
     with _place(config, path) as target:
         if not (target / "model_index.json").is_file():
             if target.exists():
-                files.remove_folder(target)  # half of one
+                atomic_files.remove_folder(target)  # half of one
             try:
                 convert(str(path), str(target))
             except UserError as error:
@@ -62,7 +63,7 @@ def _vae(config: Config, source: str) -> Path:
             with torch.device("meta"):
                 vae = AutoencoderKL.from_config(facts)
             single.only_vae(vae, opened(path))
-            with files.whole_folder(target) as aside:
+            with atomic_files.whole_folder(target) as aside:
                 vae.save_pretrained(aside / "vae")
     return target
 
@@ -95,7 +96,7 @@ def _place(config: Config, path: Path, more: str = "") -> Iterator[Path]:
     Its name tells the whole content: two merges of one base can be of one size and alike at both ends.
     """
     stem = re.sub(r"[^A-Za-z0-9_.]+", "-", path.stem)[:60]
-    name = "-".join(filter(None, [stem, files.whole_digest(path)[:10], more]))
+    name = "-".join(filter(None, [stem, atomic_files.whole_digest(path)[:10], more]))
     target = Path(config.run_root).absolute() / "converted" / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{name}.lock")):

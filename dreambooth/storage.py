@@ -12,9 +12,10 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dreambooth import cli, files, manifest
+from dreambooth import cli, manifest
+from dreambooth.utils import atomic_files
 from dreambooth.bucket import Bucket, Place, calling
-from dreambooth.console import Console
+from dreambooth.utils.console import Console
 from dreambooth.errors import UserError
 from dreambooth.fetching import fetch
 from dreambooth.manifest import Entries
@@ -139,7 +140,7 @@ def complete_folders(uri: str) -> list[str]:
     with _opened(uri, None, 1) as bucket:
         listed = bucket.listed()
     names = {name.partition("/")[0] for name in listed if name.partition("/")[2] == manifest.NAME}
-    numbered = sorted((files.number_of(Path(first_of(name))), name) for name in names)
+    numbered = sorted((atomic_files.number_of(Path(first_of(name))), name) for name in names)
     return [f"{uri.rstrip('/')}/{name}" for _, name in numbered]
 
 

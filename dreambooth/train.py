@@ -15,7 +15,7 @@ from dreambooth.config import conf_dir, load, typed_password
 from dreambooth.errors import UserError
 from dreambooth.schema import Config
 from dreambooth.schema_storage import is_single
-from dreambooth.signals import again
+from dreambooth.utils.signals import again
 from dreambooth.sweeping import STARTED, named, telling
 
 
@@ -35,10 +35,10 @@ def train(cfg: DictConfig) -> float | None:
 def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
     from dreambooth import remote
     from dreambooth.cloud import secrets
-    from dreambooth.machine import detect
+    from dreambooth.utils.hardware import detect
     from dreambooth.recipe import resolve
     from dreambooth.runfolder import discard_if_unused, forget_overrides
-    from dreambooth.signals import stoppable
+    from dreambooth.utils.signals import stoppable
 
     try:
         if HydraConfig.get().runtime.choices.get("hydra/launcher", "").startswith("sagemaker") and not sweep \

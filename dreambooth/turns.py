@@ -7,7 +7,7 @@ as everything in data.py is.
 from collections.abc import Sequence
 from functools import lru_cache
 
-from dreambooth import rng
+from dreambooth.utils import rng
 
 
 def turn(counts: Sequence[int], step: int, *key: int | str) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from dreambooth.architecture import trained_weights
 from dreambooth.cards import Card, card_of, fixed_gib
 from dreambooth.choices import Dtype, EmaDevice, OptimizerKind, Weights
 from dreambooth.estimate import step_seconds
-from dreambooth.machine import GIB
+from dreambooth.utils.hardware import GIB
 from dreambooth.prediction import STEP, Prediction
 from dreambooth.recipe import Recipe
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dreambooth.packaged import asset
+from dreambooth.utils.assets import asset
 
 FAMILIES = ("sd15", "sd21", "sdxl")
 HIDDEN = {"sd15": 32, "sd21": 40, "sdxl": 32}

@@ -94,32 +94,35 @@ def _checkpoint_write(seed: int) -> None:
 
 
 def _checkpoint_fsync(seed: int) -> None:
-    from dreambooth import checkpoint, files
+    from dreambooth import checkpoint
+    from dreambooth.utils import atomic_files
 
     save = checkpoint.save
 
     def saving(*args: Any, **kwargs: Any) -> Any:
-        _on(files, "sync", _nothing, after=seed % 4)
+        _on(atomic_files, "sync", _nothing, after=seed % 4)
         return save(*args, **kwargs)
 
     checkpoint.save = saving
 
 
 def _checkpoint_rename(seed: int) -> None:
-    from dreambooth import checkpoint, files
+    from dreambooth import checkpoint
+    from dreambooth.utils import atomic_files
 
     save, saves = checkpoint.save, iter(range(10**9))
 
     def saving(*args: Any, **kwargs: Any) -> Any:
         if next(saves) == 1 + seed % 2:
-            _on(files, "publish", _nothing)
+            _on(atomic_files, "publish", _nothing)
         return save(*args, **kwargs)
 
     checkpoint.save = saving
 
 
 def _checkpoint_rotate(seed: int) -> None:
-    from dreambooth import checkpoint, files
+    from dreambooth import checkpoint
+    from dreambooth.utils import atomic_files
 
     def half_removed(path: Path, **_: Any) -> None:
         next(iter(sorted(path.iterdir()))).unlink()
@@ -127,7 +130,7 @@ def _checkpoint_rotate(seed: int) -> None:
     rotate = checkpoint.rotate
 
     def rotating(*args: Any) -> None:
-        _on(files.shutil, "rmtree", lambda path, **kw: None if kw else half_removed(path), after=1)
+        _on(atomic_files.shutil, "rmtree", lambda path, **kw: None if kw else half_removed(path), after=1)
         rotate(*args)
 
     checkpoint.rotate = rotating

@@ -272,7 +272,7 @@ def test_levers_change_no_number_of_an_adapters_run(lever: str, tmp_path: Path) 
 
 
 def test_merge_is_of_the_export_alone(tmp_path: Path) -> None:
-    from dreambooth.packaged import asset
+    from dreambooth.utils.assets import asset
 
     assert train(tmp_path, "method=lora") == 0
     run = the_run(tmp_path)
@@ -297,7 +297,7 @@ def test_an_adapters_run_is_promoted_and_opened_from_the_registry(tmp_path: Path
     from mlflow import MlflowClient
     from mlflow.artifacts import download_artifacts
 
-    from dreambooth.packaged import asset
+    from dreambooth.utils.assets import asset
     from dreambooth.promotion import Terms, promote
 
     assert train(tmp_path, "method=lora", "tracking.sweep=s") == 0

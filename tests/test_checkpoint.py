@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from test_core import Toy, batches, schedule, state
 
-from dreambooth import checkpoint, files
+from dreambooth import checkpoint
+from dreambooth.utils import atomic_files
 from dreambooth.engine import Engine
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.step import Objective, TrainState, train_step
@@ -111,9 +112,9 @@ def test_a_run_with_channels_innermost_goes_on_bit_for_bit(tmp_path: Path) -> No
 
 def test_rotation_keeps_the_newest_and_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    publish, remove = files.publish, files.remove_folder
-    monkeypatch.setattr(files, "publish", lambda *paths: (events.append("publish"), publish(*paths)))
-    monkeypatch.setattr(files, "remove_folder", lambda path: (events.append("remove_folder"), remove(path)))
+    publish, remove = atomic_files.publish, atomic_files.remove_folder
+    monkeypatch.setattr(atomic_files, "publish", lambda *paths: (events.append("publish"), publish(*paths)))
+    monkeypatch.setattr(atomic_files, "remove_folder", lambda path: (events.append("remove_folder"), remove(path)))
     found = state(Toy())
     for step in (1, 2, 3):
         save(tmp_path, train(found, step), keep=1)
@@ -206,7 +207,7 @@ class Crash(Exception):
 
 @pytest.mark.parametrize("module, function, before", [
     (checkpoint, "save_file", 0), (checkpoint, "save_file", 2),
-    (files, "sync", 0), (files, "sync", 3), (files, "sync", 4), (files, "publish", 0),
+    (atomic_files, "sync", 0), (atomic_files, "sync", 3), (atomic_files, "sync", 4), (atomic_files, "publish", 0),
 ])
 def test_a_crash_while_saving_leaves_the_earlier_checkpoint(
     module: object, function: str, before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -238,22 +239,22 @@ def test_a_crash_while_rotating_leaves_the_new_checkpoint(
             removing.append(path)
             raise Crash
 
-    monkeypatch.setattr(f"dreambooth.files.{function}", crashing)
+    monkeypatch.setattr(f"dreambooth.utils.atomic_files.{function}", crashing)
     with pytest.raises(Crash):
         save(tmp_path, train(state(Toy()), 2), keep=1)
     monkeypatch.undo()
     newest = checkpoint.latest(tmp_path)
     assert (len(removing), newest) == (1, tmp_path / "step-000002")
     assert restored(newest).step == 2
-    files.sweep(tmp_path)
+    atomic_files.sweep(tmp_path)
     save(tmp_path, train(restored(newest), 3), keep=1)
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-000003"], "the next save tidies up"
 
 
 def test_everything_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    sync, replace = files.sync, Path.replace
-    monkeypatch.setattr(files, "sync", lambda path: (events.append(f"sync {path.name}"), sync(path)))
+    sync, replace = atomic_files.sync, Path.replace
+    monkeypatch.setattr(atomic_files, "sync", lambda path: (events.append(f"sync {path.name}"), sync(path)))
     monkeypatch.setattr(Path, "replace", lambda path, to: (events.append(f"rename {to.name}"), replace(path, to)))
     save(tmp_path / "checkpoints", train(state(Toy()), 1))
     whole = ["ema.safetensors", "optimizer.safetensors", "state.json", "trained.safetensors", ".writing-step-000001"]
@@ -350,8 +351,8 @@ def test_any_optimizer_state_survives(entries: dict[int, dict[str, object]]) -> 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "deep/result.json"
-    files.write_json(path, {"a": 1})
-    with pytest.raises(Crash), files.whole_file(path) as aside:
+    atomic_files.write_json(path, {"a": 1})
+    with pytest.raises(Crash), atomic_files.whole_file(path) as aside:
         aside.write_text("half")
         raise Crash
     assert json.loads(path.read_text()) == {"a": 1}
@@ -361,9 +362,9 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
 def test_two_pods_write_one_file_and_each_has_its_own_aside(tmp_path: Path) -> None:
     """Process numbers are equal in containers."""
     path = tmp_path / "a"
-    with files.whole_file(path) as first:
+    with atomic_files.whole_file(path) as first:
         first.write_text("first")
-        with files.whole_file(path) as second:
+        with atomic_files.whole_file(path) as second:
             second.write_text("second")
         assert path.read_text() == "second" and first.is_file()
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"] and path.read_text() == "first"
@@ -371,13 +372,13 @@ def test_two_pods_write_one_file_and_each_has_its_own_aside(tmp_path: Path) -> N
 
 def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "model"
-    with files.whole_folder(path) as aside:
+    with atomic_files.whole_folder(path) as aside:
         (aside / "old").write_text("1")
-    with pytest.raises(Crash), files.whole_folder(path) as aside:
+    with pytest.raises(Crash), atomic_files.whole_folder(path) as aside:
         (aside / "new").write_text("half")
         raise Crash
     assert [entry.name for entry in path.iterdir()] == ["old"]
-    with files.whole_folder(path) as aside:
+    with atomic_files.whole_folder(path) as aside:
         (aside / "new").write_text("2")
     assert [entry.name for entry in path.iterdir()] == ["new"], "replaced, not mixed"
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.config import conf_dir, identity, load
 from dreambooth.errors import ConfigError
-from dreambooth.machine import Machine
+from dreambooth.utils.hardware import Machine
 from dreambooth.recipe import Recipe, resolve
 from dreambooth.schema import Config
 

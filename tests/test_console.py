@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console as Rich
 
 from dreambooth import report
-from dreambooth.console import Bar, Console
+from dreambooth.utils.console import Bar, Console
 from dreambooth.recipe import resolve
 from dreambooth.runfolder import Result
 from dreambooth.schema import Config, Dataset, Prior, Train

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dreambooth import rng
+from dreambooth.utils import rng
 from dreambooth.data import Batch, Batches, Concept, Latents
 from dreambooth.ema import Ema
 from dreambooth.engine import Engine

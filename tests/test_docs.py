@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from dreambooth import compare, convert, errors, evaluate, generate, plan, promote, storage, workflows
 from dreambooth.choices import Device
 from dreambooth.config import conf_dir, load
-from dreambooth.machine import Machine
+from dreambooth.utils.hardware import Machine
 from dreambooth.recipe import resolve
 from dreambooth.schema import Config
 from dreambooth.schema_dataset import Subject

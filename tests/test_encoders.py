@@ -13,7 +13,7 @@ from dreambooth.efficientnet import efficientnet_lite0
 from dreambooth.encoders import Clip, Dino, open_encoder
 from dreambooth.errors import UserError
 from dreambooth.lpips import Lpips, shapes
-from dreambooth.packaged import asset
+from dreambooth.utils.assets import asset
 from dreambooth.photos import list_photos
 from dreambooth.scoring import score, to_pixels
 

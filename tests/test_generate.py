@@ -13,7 +13,7 @@ from faults import call, train
 from PIL import Image
 from test_kill import the_run
 
-from dreambooth.packaged import asset
+from dreambooth.utils.assets import asset
 from dreambooth.pngtext import parameters
 from dreambooth.schema_generate import Generate
 

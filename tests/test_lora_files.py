@@ -15,7 +15,7 @@ from dreambooth import adapter, lora_files, model
 from dreambooth.choices import Dtype, MethodKind, Targets
 from dreambooth.conditions import OneEncoder, TwoEncoders
 from dreambooth.errors import UserError
-from dreambooth.packaged import asset
+from dreambooth.utils.assets import asset
 from dreambooth.schema_method import Method
 
 BASE = asset("package:tiny-sd")

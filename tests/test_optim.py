@@ -12,7 +12,7 @@ from dreambooth.data import Batch
 from dreambooth.engine import Engine
 from dreambooth.model import Components, Denoiser, set_attention
 from dreambooth.optim import build_schedule
-from dreambooth.packaged import asset
+from dreambooth.utils.assets import asset
 from dreambooth.schema import Train
 from dreambooth.step import Objective, TrainState, train_step
 

@@ -33,7 +33,7 @@ from dreambooth.runfolder import Result
 from dreambooth.schema import Config
 from dreambooth.schema_dataset import Subject
 from dreambooth.setup import assemble
-from dreambooth.signals import Stop
+from dreambooth.utils.signals import Stop
 from dreambooth.storage_trace import MARK, StorageTrace
 from dreambooth.vram import predict, rehearse
 from dreambooth.ways import named, ways

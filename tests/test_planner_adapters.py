@@ -10,7 +10,7 @@ from dreambooth import fitting, plan_report
 from dreambooth.architecture import trained_weights
 from dreambooth.cards import fixed_gib
 from dreambooth.choices import BaseWeights, Dtype, MethodKind, Targets
-from dreambooth.machine import GIB
+from dreambooth.utils.hardware import GIB
 from dreambooth.prediction import STEP
 from dreambooth.vram import predict, rehearse
 from dreambooth.ways import ways

@@ -143,11 +143,11 @@ def test_a_shared_prompt_trains_the_encoder_as_its_rows_would(family: str, tmp_p
 
 
 def test_the_encoder_reads_each_prompt_once(tmp_path: Path) -> None:
-    from dreambooth.console import Console
+    from dreambooth.utils.console import Console
     from dreambooth.engine import accelerated
     from dreambooth.meter import Meter
     from dreambooth.setup import assemble
-    from dreambooth.signals import Stop
+    from dreambooth.utils.signals import Stop
 
     for words, prompts in (("train.train_text_encoder=true",), 2), (
             ("method=lora", "method.dropout=0.1", "train.train_text_encoder=true"), 6):

@@ -24,7 +24,7 @@ from dreambooth.choices import (
 )
 from dreambooth.config import load
 from dreambooth.errors import ConfigError
-from dreambooth.machine import Machine
+from dreambooth.utils.hardware import Machine
 from dreambooth.recipe import Recipe, resolve
 from dreambooth.schema import Config
 from dreambooth.section import Section

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from test_kill import assert_same, losses, the_run
 
 from dreambooth.journal import read
-from dreambooth.packaged import asset
-from dreambooth.provenance import origin
+from dreambooth.utils.assets import asset
+from dreambooth.utils.provenance import origin
 
 TWO = ["train.max_train_steps=2", "sample.every=2", "checkpoint.every=2"]
 

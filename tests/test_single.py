@@ -15,20 +15,21 @@ from safetensors.torch import load_file, save_file
 from test_config import made
 from test_planner import small
 
-from dreambooth import converting, files, layout, single, sources
+from dreambooth import converting, layout, single, sources
+from dreambooth.utils import atomic_files
 from dreambooth.components import ABLE, half_overflows, zero_snr
 from dreambooth.config import load
 from dreambooth.converting import KNOWN, convert
 from dreambooth.errors import UserError
 from dreambooth.layout import EDM, UNREAD, Family
-from dreambooth.machine import detect
+from dreambooth.utils.hardware import detect
 from dreambooth.opening import blank_parts, open_parts
-from dreambooth.packaged import asset
+from dreambooth.utils.assets import asset
 from dreambooth.recipe import resolve
 from dreambooth.recognise import Found, opened, recognised
 from dreambooth.run import execute
 from dreambooth.schema import Config, Model
-from dreambooth.signals import Stop
+from dreambooth.utils.signals import Stop
 from dreambooth.train import converted
 from dreambooth.vae import configuration
 
@@ -117,7 +118,7 @@ def test_a_folder_of_an_older_diffusers_is_read(bases: dict[str, Path], tmp_path
     path = old / "text_encoder/model.safetensors"
     save_file({**load_file(path), "text_model.embeddings.position_ids": torch.arange(16)[None]}, path)
     files = [convert(str(folder), str(tmp_path / f"{folder.name}.safetensors")) for folder in (old, bases["sd15"])]
-    assert same(*map(load_file, files))
+    assert same(*map(load_file, atomic_files))
 
 
 @pytest.mark.parametrize("original", [True, False])
@@ -362,7 +363,7 @@ def test_an_empty_folder_is_filled_unless_somebody_was_faster(bases: dict[str, P
     (tmp_path / "out").mkdir()
     folder = convert(str(file), str(tmp_path / "out"), config=str(bases["sd15"]))
     assert (folder / "model_index.json").is_file()
-    with pytest.raises(OSError, match="not empty"), files.whole_folder(folder, fresh=True) as aside:
+    with pytest.raises(OSError, match="not empty"), atomic_files.whole_folder(folder, fresh=True) as aside:
         (aside / "x").touch()
     assert (folder / "model_index.json").is_file()
 
@@ -489,7 +490,7 @@ def test_a_vae_file_has_the_facts_of_the_base_beside_it(bases: dict[str, Path], 
 def test_files_alike_at_both_ends_are_told_apart(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "END", 64)
+    monkeypatch.setattr(atomic_files, "END", 64)
     monkeypatch.setitem(converting.KNOWN, Family.sd1, str(bases["sd15"]))
     file, found = convert(str(bases["sd15"]), str(tmp_path / "merge.safetensors")), []
     tensors = load_file(file)

@@ -19,7 +19,8 @@ from botocore.config import Config as BotoConfig
 from faults import FAST
 from s3_server import CHILD, KINDS, PART, Server, in_bucket, model, plain, serving, trial
 
-from dreambooth import bucket, checkpoint, cli, fetching, files, manifest, remote, storage
+from dreambooth import bucket, checkpoint, cli, fetching, manifest, remote, storage
+from dreambooth.utils import atomic_files
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.schema import Config
 from dreambooth.schema_storage import Storage
@@ -382,7 +383,7 @@ def test_a_disk_that_is_full_meanwhile_is_a_sentence(
         plain().delete_object(Bucket="tests", Key=f"{prefix(uri)}/{manifest.NAME}")
     with monkeypatch.context() as patched, pytest.raises(DoesNotFit, match=r"disk of .* is full: free some space"):
         patched.setattr(os, "pwrite", full)
-        patched.setattr(files, "sync", full)
+        patched.setattr(atomic_files, "sync", full)
         storage.download(uri, tmp_path / "cache")
     assert content(storage.download(uri, tmp_path / "cache"))
 

@@ -23,7 +23,7 @@ from dreambooth.cloud.job import (
     Seen,
     Unreachable,
 )
-from dreambooth.console import Console
+from dreambooth.utils.console import Console
 from dreambooth.errors import DreamBoothError, Interrupted, UserError
 
 SLOWEST = 120.0  # seconds between two looks while AWS is busy

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dreambooth import files
+from dreambooth.utils import atomic_files
 from dreambooth.cloud.job import COMPLETED, FAILED, Job, Seen
 
 FIRST = ("number", "job", "status", "objective", "steps", "seconds", "billed_usd", "reason")
@@ -67,7 +67,7 @@ def write(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Path:
     writer.writeheader()
     writer.writerows(ordered)
     path = folder / f"results-{sweep}.csv"
-    with files.whole_file(path) as aside:
+    with atomic_files.whole_file(path) as aside:
         aside.write_text(text.getvalue(), encoding="utf-8")
     return path
 
@@ -95,7 +95,7 @@ def axes(table: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 def draw(folder: Path, sweep: str, columns: Mapping[str, Sequence[Any]]) -> Path:
     """`parallel_coordinates.json` of a sweep, from a column an axis."""
     path = folder / f"sweep-{sweep}" / "parallel_coordinates.json"
-    files.write_json(path, {"sweep": sweep, "axes": {name: list(column) for name, column in columns.items()}})
+    atomic_files.write_json(path, {"sweep": sweep, "axes": {name: list(column) for name, column in columns.items()}})
     return path
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dreambooth import manifest
 from dreambooth.errors import DoesNotFit
-from dreambooth.files import whole_file, whole_folder
+from dreambooth.utils.atomic_files import whole_file, whole_folder
 
 BESIDE = ("contact_sheet.png", "run.json", "evaluation.json", "result.json")  # the last says that the rest is there
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from dreambooth.container import aliases, values
 from dreambooth.container.places import Places
 from dreambooth.errors import ConfigError, UserError
-from dreambooth.files import whole_folder
+from dreambooth.utils.atomic_files import whole_folder
 from dreambooth.photos import list_photos
 from dreambooth.remote import model_in
 from dreambooth.schema_storage import is_remote

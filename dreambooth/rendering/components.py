@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dreambooth import files
+from dreambooth.utils import atomic_files
 from dreambooth.errors import UserError
 
 MADE_AS = {"Output": "trials"}  # an output's name in the pipeline -> the file of the stage, where they differ
@@ -37,7 +37,7 @@ def hand_over(executor_input: str, out: Path) -> None:
     said = {name: {"artifacts": [_artifact(name, artifact, out) for artifact in told["artifacts"]]}
             for name, told in outputs.get("artifacts", {}).items()}
     if said and outputs.get("outputFile"):
-        files.write_json(Path(outputs["outputFile"]), {"artifacts": said})
+        atomic_files.write_json(Path(outputs["outputFile"]), {"artifacts": said})
 
 
 def local(uri: str) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dreambooth import remote, storage
 from dreambooth.cloud.request import CHANNELS
-from dreambooth.console import Console
+from dreambooth.utils.console import Console
 from dreambooth.schema import Config
 from dreambooth.schema_storage import SCHEME, is_remote, is_single
 from dreambooth.storage import Held

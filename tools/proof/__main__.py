@@ -19,7 +19,7 @@ from dreambooth import metrics
 from dreambooth.encoders import open_encoder
 from dreambooth.sampling import Sampler, generate, open_pipeline
 from dreambooth.scoring import to_pixels
-from dreambooth.sheet import grid
+from dreambooth.utils.image_grid import grid
 from tools.proof import report
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from dreambooth import metrics
 from dreambooth.encoders import open_encoder
 from dreambooth.sampling import generate, open_pipeline
 from dreambooth.scoring import to_pixels
-from dreambooth.sheet import grid
+from dreambooth.utils.image_grid import grid
 from tools.proof import page
 from tools.proof.__main__ import BASE, DEMO, ROOT, SAMPLER, VIEWS, Bench
 

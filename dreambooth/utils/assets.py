@@ -6,4 +6,4 @@ from pathlib import Path
 def asset(source: str) -> str:
     """`package:NAME` is a folder that ships with dreambooth; anything else is taken as it is."""
     scheme, _, name = source.partition(":")
-    return str(Path(__file__).with_name("assets") / name) if scheme == "package" else source
+    return str(Path(__file__).parents[1] / "assets" / name) if scheme == "package" else source

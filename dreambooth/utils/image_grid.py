@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dreambooth import files
+from dreambooth.utils import atomic_files
 
 INK, PAPER, GAP, TITLE = "#222222", "white", 6, 22  # pixels
 MAX_COLUMNS = 8  # steps shown on a sheet
@@ -58,7 +58,7 @@ def contact_sheet(
 def read_samples(folder: Path, prompts: int) -> dict[int, list[list[Image.Image]]]:
     """step -> prompt -> pictures, from `step-000100/prompt-0-1.png` files; steps that lack a prompt are left out."""
     found = {}
-    for entry in sorted(folder.glob("step-*"), key=files.number_of):
+    for entry in sorted(folder.glob("step-*"), key=atomic_files.number_of):
         rows = [[_open(path) for path in sorted(entry.glob(f"prompt-{number}-*.png"))] for number in range(prompts)]
         if rows and all(rows):
             found[int(entry.name.removeprefix("step-"))] = rows

@@ -16,7 +16,7 @@ def origin() -> dict[str, str]:
 
 
 def _revision() -> str:
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     if not (folder.parent / ".git").exists():
         return os.environ.get("DREAMBOOTH_GIT_REVISION", "not a checkout")  # an image knows it from its build
     try:
