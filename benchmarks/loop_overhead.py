@@ -23,13 +23,13 @@ from hydra import compose, initialize_config_dir
 from speed_table import machine, put
 
 from dreambooth.ahead import Ahead
-from dreambooth.config import conf_dir, load
+from dreambooth.config.compose import conf_dir, load
 from dreambooth.utils.console import Console
 from dreambooth.engine import accelerated
 from dreambooth.hooks import All, Log
 from dreambooth.loop import fit
 from dreambooth.meter import Meter
-from dreambooth.recipe import resolve
+from dreambooth.config.recipe import resolve
 from dreambooth.setup import assemble
 from dreambooth.utils.signals import Stop
 from dreambooth.step import train_step

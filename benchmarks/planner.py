@@ -11,13 +11,13 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from dreambooth.cards import CARDS
-from dreambooth.choices import Device, Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, Weights
+from dreambooth.config.enums import (Device, Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, Weights)
 from dreambooth.estimate import step_seconds
 from dreambooth.utils.hardware import GIB
 from dreambooth.model import import_libraries
 from dreambooth.prediction import STEP
-from dreambooth.recipe import Recipe, resolve
-from dreambooth.schema import Config
+from dreambooth.config.recipe import Recipe, resolve
+from dreambooth.config.schema import Config
 from dreambooth.vram import predict
 
 DOCS = Path(__file__).parents[1] / "docs" / "planner.md"

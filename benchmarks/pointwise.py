@@ -20,10 +20,10 @@ from torch import nn
 
 from dreambooth import pointwise as products
 from dreambooth.architecture import blank
-from dreambooth.config import conf_dir, load
+from dreambooth.config.compose import conf_dir, load
 from dreambooth.fakes import fake_tensors
 from dreambooth.model import import_libraries
-from dreambooth.recipe import resolve
+from dreambooth.config.recipe import resolve
 
 Layer = tuple[int, int, int]  # channels in, channels out, pixels of a side
 MODELS = {"tiny": 64, "sd15": 256}  # name -> pixels of a side

@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 
 from dreambooth import model, vram
-from dreambooth.choices import Dtype
+from dreambooth.config.enums import Dtype
 from dreambooth.utils.hardware import GIB
 from dreambooth.prediction import STEP, Prediction
-from dreambooth.recipe import Recipe, resolve
-from dreambooth.schema import Config
+from dreambooth.config.recipe import Recipe, resolve
+from dreambooth.config.schema import Config
 from dreambooth.storage_trace import MARK
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # glibc gives freed blocks back

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.utils import rng
-from dreambooth.choices import Dtype, MethodKind, Targets
+from dreambooth.config.enums import Dtype, MethodKind, Targets
 from dreambooth.dropout import Dropout, follow
-from dreambooth.schema_method import Method
+from dreambooth.config.method import Method
 
 NAME = "default"  # peft's name of the one adapter that trains
 ATTENTION = r"to_[qkv]|to_out\.0|[qkv]_proj|out_proj"

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from dreambooth import adapter, vae
-from dreambooth.choices import AttentionKind, BaseWeights
+from dreambooth.config.enums import AttentionKind, BaseWeights
 from dreambooth.components import Components, base_schedule, half_overflows, keep_vae_whole
 from dreambooth.errors import UserError
 from dreambooth.fakes import fake_tensors, to_dtype
 from dreambooth.model import TORCH_DTYPE, denoiser_of, kept_in, trained_modules
 from dreambooth.utils.assets import asset
 from dreambooth.quantised import quantise
-from dreambooth.recipe import Recipe
+from dreambooth.config.recipe import Recipe
 
 HUB = {  # names under which an architecture that ships here is published
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",

@@ -11,7 +11,7 @@ from dreambooth.utils.console import Console
 from dreambooth.engine import accelerated
 from dreambooth.errors import UserError
 from dreambooth.evaluation import Evaluation, Judge
-from dreambooth.recipe import Recipe
+from dreambooth.config.recipe import Recipe
 from dreambooth.report import measures
 from dreambooth.runfolder import locked
 from dreambooth.tracked import tracked

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dreambooth.utils import atomic_files
 from dreambooth.ema import swapped
 from dreambooth.errors import DoesNotFit
-from dreambooth.measures import total
+from dreambooth.config.evaluate import total
 
 WEIGHTS, STATE = "weights.safetensors", "state.json"
 

@@ -12,7 +12,7 @@ from dreambooth import aws_errors, manifest
 from dreambooth.utils.console import Console
 from dreambooth.errors import UserError
 from dreambooth.manifest import Entries, Entry
-from dreambooth.schema_storage import SCHEME, is_remote
+from dreambooth.config.storage import SCHEME, is_remote
 
 ATTEMPTS = 5  # of one call
 PAUSE = 0.5  # seconds after the first failure, doubling

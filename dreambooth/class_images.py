@@ -11,8 +11,8 @@ import hydra
 from omegaconf import DictConfig
 
 from dreambooth import cli
-from dreambooth.config import conf_dir, load
-from dreambooth.schema import Config
+from dreambooth.config.compose import conf_dir, load
+from dreambooth.config.schema import Config
 from dreambooth.train import converted
 
 NOWHERE = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
@@ -27,7 +27,7 @@ def class_images(cfg: DictConfig) -> None:
 def _job(config: Config) -> None:
     from dreambooth import remote
     from dreambooth.utils.hardware import detect
-    from dreambooth.recipe import resolve
+    from dreambooth.config.recipe import resolve
     from dreambooth.utils.signals import stoppable
 
     cli.allocator(config.memory)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dreambooth import threads
 from dreambooth.errors import DreamBoothError, Interrupted
-from dreambooth.schema import Memory
+from dreambooth.config.schema import Memory
 
 ENDS = "DREAMBOOTH_ENDS"  # a folder in which every failed process leaves RANK.json, for who started them
 _taken: dict[str, str] = {}  # key -> value of words that Hydra does not get to see

@@ -12,7 +12,7 @@ from torch import Tensor
 from dreambooth.conditions import Conditions, OneEncoder, TwoEncoders
 from dreambooth.errors import UserError
 from dreambooth.loss import Schedule
-from dreambooth.recipe import Recipe
+from dreambooth.config.recipe import Recipe
 
 ABLE = "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"  # that know zero terminal SNR
 

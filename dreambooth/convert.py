@@ -8,9 +8,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth import cli
-from dreambooth.config import asked, conf_dir
+from dreambooth.config.compose import asked, conf_dir
 from dreambooth.errors import UserError
-from dreambooth.section import Section, require
+from dreambooth.config.section import Section, require
 
 TYPES = ("epsilon", "v_prediction")
 

@@ -18,7 +18,7 @@ from dreambooth.lora_files import DIFFUSERS as ADAPTER
 from dreambooth.opening import blank_parts, open_parts, read_json
 from dreambooth.utils.assets import asset
 from dreambooth.recognise import opened, recognised
-from dreambooth.schema_storage import is_remote, is_single
+from dreambooth.config.storage import is_remote, is_single
 
 KNOWN = {Family.sd1: "sd15", Family.sd2: "sd21", Family.sdxl: "sdxl"}  # the architecture that files of a family have
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, None: None}

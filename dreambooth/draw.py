@@ -20,8 +20,8 @@ from dreambooth.utils.console import Console
 from dreambooth.drawable import Source, find
 from dreambooth.errors import Interrupted, UserError
 from dreambooth.meter import Meter
-from dreambooth.prompts import fill, noun
-from dreambooth.schema_generate import Generate
+from dreambooth.config.eval_prompts import fill, noun
+from dreambooth.config.generate import Generate
 from dreambooth.utils.image_grid import grid
 from dreambooth.utils.signals import Stop
 

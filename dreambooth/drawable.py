@@ -8,7 +8,7 @@ from typing import Any
 from dreambooth.errors import UserError
 from dreambooth.lora_files import DIFFUSERS
 from dreambooth.utils.assets import asset
-from dreambooth.schema_generate import Generate
+from dreambooth.config.generate import Generate
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ EfficientNet-Lite0 takes for such a batch, measured; the others take less (test)
 """
 
 from dreambooth.allocator import MIB
-from dreambooth.measures import Evaluate
+from dreambooth.config.evaluate import Evaluate
 
 WEIGHTS = {"efficientnet_lite0": 14 * MIB, "dino": 84 * MIB, "clip": 578 * MIB, "lpips": 10 * MIB}
 MOMENT = 96 * MIB

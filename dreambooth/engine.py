@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 from dreambooth import heap
-from dreambooth.choices import Dtype
+from dreambooth.config.enums import Dtype
 from dreambooth.sent import Sent
 
 AUTOCAST = {Dtype.fp32: "no", Dtype.fp16: "fp16", Dtype.bf16: "bf16"}  # accelerate's names

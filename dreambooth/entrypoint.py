@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth import cli
-from dreambooth.choices import Device
-from dreambooth.config import conf_dir, load
+from dreambooth.config.enums import Device
+from dreambooth.config.compose import conf_dir, load
 from dreambooth.container import cluster as clusters
 from dreambooth.container import request as requests
 from dreambooth.container import values
@@ -29,8 +29,8 @@ from dreambooth.container.supervise import End, Supervisor
 from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.utils.assets import asset
 from dreambooth.photos import list_photos
-from dreambooth.schema import Config, Storage
-from dreambooth.schema_storage import is_remote
+from dreambooth.config.schema import Config, Storage
+from dreambooth.config.storage import is_remote
 
 ENFORCED = {"hydra/launcher": "basic", "hydra.mode": "RUN"}  # an experiment may not make a job start jobs
 

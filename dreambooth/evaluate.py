@@ -9,11 +9,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth import cli
-from dreambooth.choices import EncoderKind
-from dreambooth.config import conf_dir, load
+from dreambooth.config.enums import EncoderKind
+from dreambooth.config.compose import conf_dir, load
 from dreambooth.errors import UserError
-from dreambooth.schema import Config
-from dreambooth.section import Section
+from dreambooth.config.schema import Config
+from dreambooth.config.section import Section
 
 
 @dataclass
@@ -52,7 +52,7 @@ def _job(cfg: DictConfig) -> None:
     config = load(composed(run, asked))
     from dreambooth.assess import assess
     from dreambooth.utils.hardware import detect
-    from dreambooth.recipe import resolve
+    from dreambooth.config.recipe import resolve
 
     assess(resolve(remote.fetched(config, run), run, detect()))
 

@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 
 from dreambooth.utils import atomic_files
-from dreambooth import measures
+from dreambooth.config.compose import evaluate
 from dreambooth.encoders import Encoder, open_encoder
 from dreambooth.lpips import Lpips
 from dreambooth.photos import fingerprint, list_photos, load_photos, square
-from dreambooth.recipe import Recipe
+from dreambooth.config.recipe import Recipe
 from dreambooth.sampling import Sampler, generate
 from dreambooth.scoring import score
 from dreambooth.utils.image_grid import columns, grid
@@ -162,7 +162,7 @@ class Evaluation:
         atomic_files.write_json(self.recipe.run_dir / "evaluation.json", {
             "folder": self.folder.relative_to(self.recipe.run_dir).as_posix(),
             "made_with": self.spec,
-            "better": {name: "higher" if measures.HIGHER_IS_BETTER[role] else "lower" for name, role in roles.items()},
+            "better": {name: "higher" if evaluate.HIGHER_IS_BETTER[role] else "lower" for name, role in roles.items()},
             "steps": {str(step): scores for step, scores in every.items()}})
 
 

@@ -16,7 +16,7 @@ from dreambooth.components import zero_snr
 from dreambooth.errors import DoesNotFit
 from dreambooth.flavour import OF_BASE
 from dreambooth.model import Components, exact_frozen, trained_modules
-from dreambooth.recipe import Recipe
+from dreambooth.config.recipe import Recipe
 from dreambooth.sampling import pipeline_over
 
 CARD = """---

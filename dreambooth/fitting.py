@@ -13,11 +13,11 @@ from typing import Any
 
 from dreambooth.architecture import folder_of, trained_weights
 from dreambooth.cards import fixed_gib
-from dreambooth.choices import EmaDevice, Weights
+from dreambooth.config.enums import EmaDevice, Weights
 from dreambooth.errors import DoesNotFit
 from dreambooth.utils.hardware import GIB
 from dreambooth.prediction import STEP, Prediction
-from dreambooth.recipe import Recipe
+from dreambooth.config.recipe import Recipe
 from dreambooth.vram import predict
 from dreambooth.ways import STATE_BYTES, activations_gib, named
 

@@ -13,7 +13,7 @@ from dreambooth import curves
 from dreambooth.utils import atomic_files
 from dreambooth.comparison import axes, differing, dumped, ranked, title, value
 from dreambooth.curves import colour, short
-from dreambooth.measures import HIGHER_IS_BETTER
+from dreambooth.config.evaluate import HIGHER_IS_BETTER
 from dreambooth.utils.assets import asset
 from dreambooth.trials import Trial, over_bound
 

@@ -7,8 +7,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from dreambooth import cli
-from dreambooth.config import asked, conf_dir
-from dreambooth.schema_generate import Generate
+from dreambooth.config.compose import asked, conf_dir
+from dreambooth.config.generate import Generate
 
 ConfigStore.instance().store(name="generate_schema", node=Generate, provider="dreambooth")
 

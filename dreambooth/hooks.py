@@ -10,13 +10,14 @@ from typing import Any, Protocol
 
 import torch
 
-from dreambooth import adapter, best, checkpoint, measures, model
+from dreambooth import adapter, best, checkpoint, model
+from dreambooth.config.compose import evaluate
 from dreambooth.utils.console import Bar
 from dreambooth.ema import swapped
 from dreambooth.engine import Engine
 from dreambooth.evaluation import Evaluation
 from dreambooth.meter import Meter
-from dreambooth.recipe import Recipe
+from dreambooth.config.recipe import Recipe
 from dreambooth.samples import SampleBook
 from dreambooth.sampling import build_pipeline
 from dreambooth.setup import Setup
@@ -191,7 +192,7 @@ class Measure:
         spec = self.recipe.evaluate
         if self.evaluation is None or spec.select is None or spec.every is None:
             return None
-        weights = measures.parse(spec.select, self.recipe.measured)
+        weights = evaluate.parse(spec.select, self.recipe.measured)
         return best.best_step(self.evaluation.scores(), weights, spec.every, last)
 
     @contextmanager

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dreambooth.utils import atomic_files
-from dreambooth.choices import LatentCache
+from dreambooth.config.enums import LatentCache
 
 Moments = tuple[Tensor, Tensor]  # mean and standard deviation of the latents, (N, C, h, w) each
 Rows = Callable[[list[int]], Moments]  # rows -> their moments, on the device that encoded them

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth.formats import Unusable
-from dreambooth.schema_dataset import ALPHA
+from dreambooth.config.dataset import ALPHA
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,12 +14,12 @@ A run, and a prediction of it, call the same three things: `equip(model, make, .
 import torch
 from torch import nn
 
-from dreambooth.choices import Weights
+from dreambooth.config.enums import Weights
 from dreambooth.offload import Offloaded, narrow
 from dreambooth.optim import Make
 from dreambooth.perparameter import PerParameter
 from dreambooth.rounding import Rounder
-from dreambooth.schema import Memory
+from dreambooth.config.schema import Memory
 
 
 def equip(model: nn.Module, make: Make, memory: Memory, half: torch.dtype, seed: int) -> torch.optim.Optimizer:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dreambooth import adapter, vae
-from dreambooth.choices import AttentionKind, BaseWeights, Dtype
+from dreambooth.config.enums import AttentionKind, BaseWeights, Dtype
 from dreambooth.components import Components as Components
 from dreambooth.components import base_schedule, has, keep_vae_whole
 from dreambooth.conditions import Conditions
@@ -19,7 +19,7 @@ from dreambooth.errors import UserError
 from dreambooth.utils.hardware import importing
 from dreambooth.pointwise import as_products
 from dreambooth.quantised import quantise
-from dreambooth.recipe import Recipe
+from dreambooth.config.recipe import Recipe
 from dreambooth.recompute import recompute
 from dreambooth.utils.import_blocker import without_bitsandbytes
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from dreambooth.choices import Dtype, EmaDevice, LatentCache, OptimizerKind
-from dreambooth.recipe import Recipe
+from dreambooth.config.enums import Dtype, EmaDevice, LatentCache, OptimizerKind
+from dreambooth.config.recipe import Recipe
 
 
 def advice(phase: str, recipe: Recipe) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dreambooth.choices import OptimizerKind
-from dreambooth.schema import Optimizer, Train
+from dreambooth.config.enums import OptimizerKind
+from dreambooth.config.schema import Optimizer, Train
 
 BLOCK = 256  # elements that share a scale in 8-bit state
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]  # the planner hands in a memory model instead

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth.choices import OptimizerKind
+from dreambooth.config.enums import OptimizerKind
 from dreambooth.optim import BLOCK
 
 MIN_8BIT = 4096  # elements; below, bitsandbytes keeps fp32 moments (its min_8bit_size)

@@ -14,10 +14,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dreambooth import cli
-from dreambooth.choices import Device, PlanFormat
-from dreambooth.config import conf_dir, load
+from dreambooth.config.enums import Device, PlanFormat
+from dreambooth.config.compose import conf_dir, load
 from dreambooth.errors import DoesNotFit, UserError
-from dreambooth.schema import Config
+from dreambooth.config.schema import Config
 
 if TYPE_CHECKING:
     from dreambooth.plan_report import Planned
@@ -36,7 +36,7 @@ def plan(cfg: DictConfig) -> float | None:
 
 def _job(config: Config, sweep: bool) -> float:
     from dreambooth.utils.hardware import detect
-    from dreambooth.recipe import resolve
+    from dreambooth.config.recipe import resolve
 
     for number, (_, subject) in enumerate(config.dataset.places):
         for key, value in UNSAID.items():

@@ -12,7 +12,7 @@ from dreambooth.cards import card_of, fixed_gib
 from dreambooth.estimate import Estimate, disk_gib, estimate, host_gib
 from dreambooth.utils.hardware import GIB
 from dreambooth.prediction import STEP, Prediction
-from dreambooth.recipe import Recipe
+from dreambooth.config.recipe import Recipe
 from dreambooth.replay import curve
 from dreambooth.report import trained
 from dreambooth.ways import ways

@@ -8,9 +8,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from dreambooth import cli
-from dreambooth.config import asked, conf_dir
+from dreambooth.config.compose import asked, conf_dir
 from dreambooth.errors import UserError
-from dreambooth.section import Section, finite, require
+from dreambooth.config.section import Section, finite, require
 
 
 @dataclass

@@ -26,7 +26,7 @@ from dreambooth import exported
 from dreambooth.utils import atomic_files
 from dreambooth.errors import UserError
 from dreambooth.utils.provenance import clean
-from dreambooth.recipe import Recipe
+from dreambooth.config.recipe import Recipe
 from dreambooth.registry import CANDIDATE, CHAMPION, Registry, Version
 from dreambooth.report import promoted
 from dreambooth.runfolder import locked

@@ -18,9 +18,9 @@ from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
 from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.manifest import Entries, of_folder
-from dreambooth.schema import Config, Storage
-from dreambooth.schema_dataset import FOLDERS
-from dreambooth.schema_storage import is_remote, is_single
+from dreambooth.config.schema import Config, Storage
+from dreambooth.config.dataset import FOLDERS
+from dreambooth.config.storage import is_remote, is_single
 
 READ = {("model", "source"): True, ("model", "vae"): False,
         ("checkpoint", "resume"): True, ("evaluate", "reference_dir"): False, ("evaluate", "prompts"): False,

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dreambooth.measures import HIGHER_IS_BETTER
-from dreambooth.recipe import Recipe
+from dreambooth.config.evaluate import HIGHER_IS_BETTER
+from dreambooth.config.recipe import Recipe
 from dreambooth.runfolder import Result
 
 

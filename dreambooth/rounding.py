@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dreambooth.utils import rng
-from dreambooth.choices import Rounding
+from dreambooth.config.enums import Rounding
 
 # Significant bits and the exponent of the smallest step. bf16 could go below 2**-126 only through fp32's subnormals,
 # which devices flush to zero.

@@ -15,10 +15,10 @@ from dreambooth.evaluation import Evaluation
 from dreambooth.halt import Halt
 from dreambooth.hooks import All, Log, Measure, Samples, Save
 from dreambooth.loop import fit
-from dreambooth.measures import INSTANCE_LOSS
+from dreambooth.config.evaluate import INSTANCE_LOSS
 from dreambooth.meter import Meter
 from dreambooth.objective import instance_loss
-from dreambooth.recipe import Recipe
+from dreambooth.config.recipe import Recipe
 from dreambooth.runfolder import Result, check_disk, finished, judged, locked, resume_point
 from dreambooth.samples import SampleBook
 from dreambooth.setup import Setup, assemble

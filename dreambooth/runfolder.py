@@ -16,12 +16,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dreambooth import exported, measures
+from dreambooth import exported
+from dreambooth.config.compose import evaluate
 from dreambooth.utils import atomic_files
 from dreambooth.checkpoint import latest
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.utils.hardware import GIB
-from dreambooth.recipe import Recipe
+from dreambooth.config.recipe import Recipe
 
 KEPT = {".hydra", ".lock", "train.log", "remote.json"}  # what stays when an earlier run is set aside
 
@@ -50,12 +51,12 @@ def judged(result: Result, recipe: Recipe) -> Result:
     Raises:
         UserError: the run did not measure it.
     """
-    asked, scores = recipe.evaluate.objective, {measures.INSTANCE_LOSS: result.objective} | result.scores
+    asked, scores = recipe.evaluate.objective, {evaluate.INSTANCE_LOSS: result.objective} | result.scores
     try:
-        return replace(result, objective=measures.objective(asked, recipe.measured, scores))
+        return replace(result, objective=evaluate.objective(asked, recipe.measured, scores))
     except KeyError as error:
         raise UserError(f"this run did not measure {error.args[0]}, which evaluate.objective={asked} needs: type "
-                        f"evaluate.objective={measures.INSTANCE_LOSS}, or checkpoint.resume=never to train it anew"
+                        f"evaluate.objective={evaluate.INSTANCE_LOSS}, or checkpoint.resume=never to train it anew"
                         ) from error
 
 

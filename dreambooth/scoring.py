@@ -10,7 +10,7 @@ from torch import Tensor
 from dreambooth import metrics
 from dreambooth.encoders import Encoder
 from dreambooth.lpips import Lpips
-from dreambooth.measures import name
+from dreambooth.config.evaluate import name
 
 Pictures = Sequence[Image.Image]
 

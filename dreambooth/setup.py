@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dreambooth import latents as kept
 from dreambooth import memory, model, oom, prior, sampling, subjects
-from dreambooth.choices import EmaDevice
+from dreambooth.config.enums import EmaDevice
 from dreambooth.utils.console import Console
 from dreambooth.data import Batches, Concept, Latents
 from dreambooth.ema import Ema
@@ -22,7 +22,7 @@ from dreambooth.levered import Levered
 from dreambooth.meter import Meter
 from dreambooth.optim import build_schedule, maker
 from dreambooth.photos import Photo, load_photos
-from dreambooth.recipe import Recipe
+from dreambooth.config.recipe import Recipe
 from dreambooth.utils.signals import Stop
 from dreambooth.step import Objective, TrainState
 

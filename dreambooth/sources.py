@@ -19,8 +19,8 @@ from dreambooth.converting import convert
 from dreambooth.errors import UserError
 from dreambooth.utils.assets import asset
 from dreambooth.recognise import opened
-from dreambooth.schema import Config
-from dreambooth.schema_storage import is_single
+from dreambooth.config.schema import Config
+from dreambooth.config.storage import is_single
 
 
 def as_folders(config: Config) -> Config:

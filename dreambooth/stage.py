@@ -15,13 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from dreambooth import cli
-from dreambooth.choices import Device
-from dreambooth.config import search_space
+from dreambooth.config.enums import Device
+from dreambooth.config.compose import search_space
 from dreambooth.container import cluster as clusters
 from dreambooth.container.supervise import End, Supervisor
 from dreambooth.entrypoint import composed
 from dreambooth.errors import ConfigError, UserError
-from dreambooth.recipe import resolve
+from dreambooth.config.recipe import resolve
 from dreambooth.rendering import components, ending
 from dreambooth.rendering.asked import HERE, SERVER, TRIAL, Space
 from dreambooth.storage import SCHEME

@@ -19,8 +19,8 @@ from dreambooth.utils.console import Console
 from dreambooth.errors import UserError
 from dreambooth.fetching import fetch
 from dreambooth.manifest import Entries
-from dreambooth.schema_storage import SCHEME as SCHEME
-from dreambooth.schema_storage import is_remote as is_remote
+from dreambooth.config.storage import SCHEME as SCHEME
+from dreambooth.config.storage import is_remote as is_remote
 from dreambooth.sending import Taken, send
 
 PARALLEL = 8  # transfers at a time

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dreambooth import buckets
 from dreambooth.errors import UserError
 from dreambooth.photos import Photo, cut, list_photos, load_photos
-from dreambooth.recipe import Recipe
+from dreambooth.config.recipe import Recipe
 
 
 def photos(recipe: Recipe) -> tuple[list[Photo], list[int]]:

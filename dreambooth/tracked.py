@@ -9,7 +9,7 @@ from dreambooth import curves
 from dreambooth.errors import Interrupted
 from dreambooth.journal import EXPERIMENT
 from dreambooth.photos import fingerprint, list_photos
-from dreambooth.recipe import Recipe
+from dreambooth.config.recipe import Recipe
 from dreambooth.tracking import Tracker, open_tracker
 
 

@@ -11,10 +11,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth import cli
-from dreambooth.config import conf_dir, load, typed_password
+from dreambooth.config.compose import conf_dir, load, typed_password
 from dreambooth.errors import UserError
-from dreambooth.schema import Config
-from dreambooth.schema_storage import is_single
+from dreambooth.config.schema import Config
+from dreambooth.config.storage import is_single
 from dreambooth.utils.signals import again
 from dreambooth.sweeping import STARTED, named, telling
 
@@ -36,7 +36,7 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
     from dreambooth import remote
     from dreambooth.cloud import secrets
     from dreambooth.utils.hardware import detect
-    from dreambooth.recipe import resolve
+    from dreambooth.config.recipe import resolve
     from dreambooth.runfolder import discard_if_unused, forget_overrides
     from dreambooth.utils.signals import stoppable
 

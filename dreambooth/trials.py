@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreambooth import exported, measures
-from dreambooth.choices import EncoderKind
+from dreambooth import exported
+from dreambooth.config.compose import evaluate
+from dreambooth.config.enums import EncoderKind
 from dreambooth.errors import UserError
 from dreambooth.journal import read
-from dreambooth.measures import INSTANCE_LOSS, Evaluate
+from dreambooth.config.evaluate import INSTANCE_LOSS, Evaluate
 from dreambooth.photos import NO_FINGERPRINT
 
 ROOM = 0.1  # of class_similarity over the base's, where no bound is given; without a prior it gains 0.2 to 0.4
@@ -49,7 +50,7 @@ class Trial:
     def measured(self) -> dict[str, str]:
         """name -> role of what it measures."""
         told = self.settings
-        return measures.known(Evaluate(
+        return evaluate.known(Evaluate(
             encoder=EncoderKind(told["evaluate.encoder"]), images_per_prompt=int(told["evaluate.images_per_prompt"]),
             lpips=None if told["evaluate.lpips"] == "null" else told["evaluate.lpips"]), told["dataset.class_prompt"])
 
@@ -67,7 +68,7 @@ class Trial:
         if text == INSTANCE_LOSS:
             return self.scores[INSTANCE_LOSS]
         try:
-            return measures.objective(text, self.measured, self.scores)
+            return evaluate.objective(text, self.measured, self.scores)
         except ValueError as error:
             raise UserError(f"objective {error}") from error
         except KeyError:

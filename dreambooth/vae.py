@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 
 from dreambooth.components import half_overflows, says_fixed
 from dreambooth.errors import UserError
-from dreambooth.recipe import Recipe
-from dreambooth.schema_storage import is_single
+from dreambooth.config.recipe import Recipe
+from dreambooth.config.storage import is_single
 
 FIX = "madebyollin/sdxl-vae-fp16-fix"  # SDXL's VAE, trained on until half does not overflow in it
 

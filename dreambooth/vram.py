@@ -20,7 +20,7 @@ from dreambooth import architecture, model
 from dreambooth.allocator import MIB
 from dreambooth.batch import Batch, joined
 from dreambooth.buckets import Size, largest
-from dreambooth.choices import AttentionKind, Dtype, EmaDevice, Weights
+from dreambooth.config.enums import AttentionKind, Dtype, EmaDevice, Weights
 from dreambooth.data import at_a_time
 from dreambooth.encoder_memory import looking
 from dreambooth.engine import Engine
@@ -30,7 +30,7 @@ from dreambooth.memory import equip
 from dreambooth.offload import Offloaded
 from dreambooth.optim_memory import ModelledOptimizer
 from dreambooth.prediction import Prediction
-from dreambooth.recipe import Recipe
+from dreambooth.config.recipe import Recipe
 from dreambooth.step import Objective, TrainState, train_step
 from dreambooth.storage_trace import ACTIVATIONS, HOST, TEMPORARIES, StorageTrace
 

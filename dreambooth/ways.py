@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 from dreambooth.architecture import trained_weights
 from dreambooth.cards import Card, card_of, fixed_gib
-from dreambooth.choices import Dtype, EmaDevice, OptimizerKind, Weights
+from dreambooth.config.enums import Dtype, EmaDevice, OptimizerKind, Weights
 from dreambooth.estimate import step_seconds
 from dreambooth.utils.hardware import GIB
 from dreambooth.prediction import STEP, Prediction
-from dreambooth.recipe import Recipe
+from dreambooth.config.recipe import Recipe
 
 STATE_BYTES = {  # an element of the optimizer's state
     OptimizerKind.adamw: 8.0, OptimizerKind.adamw8bit: 2.03, OptimizerKind.paged_adamw8bit: 0.0,

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from dreambooth import __version__, cli
-from dreambooth.config import search_space
+from dreambooth.config.compose import search_space
 from dreambooth.entrypoint import composed
 from dreambooth.errors import UserError
-from dreambooth.recipe import resolve
+from dreambooth.config.recipe import resolve
 from dreambooth.rendering import submitting
 from dreambooth.rendering.asked import Asked, Space
 from dreambooth.rendering.files import rendered

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from dreambooth import adapter
 from dreambooth.adapter import LowRank, inject, learned, merge
-from dreambooth.choices import BaseWeights, Dtype, MethodKind, Targets
+from dreambooth.config.enums import BaseWeights, Dtype, MethodKind, Targets
 from dreambooth.dropout import Dropout, follow, sample_keys
 from dreambooth.quantised import quantise
-from dreambooth.schema_method import Method
+from dreambooth.config.method import Method
 
 KINDS = [MethodKind.lora, MethodKind.dora]
 U = 2.0**-24

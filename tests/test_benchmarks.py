@@ -95,8 +95,8 @@ def test_a_section_is_replaced_and_nothing_else(speed: ModuleType, page: ModuleT
 def test_every_case_of_ours_composes(speed: ModuleType, tmp_path: Path) -> None:
     from hydra import compose, initialize_config_dir
 
-    from dreambooth.config import conf_dir, load
-    from dreambooth.recipe import resolve
+    from dreambooth.config.compose import conf_dir, load
+    from dreambooth.config.recipe import resolve
 
     (tmp_path / "class").mkdir()
     for model, size in speed.SIZES.items():

@@ -10,11 +10,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from dreambooth.config import conf_dir, identity, load
+from dreambooth.config.compose import conf_dir, identity, load
 from dreambooth.errors import ConfigError
 from dreambooth.utils.hardware import Machine
-from dreambooth.recipe import Recipe, resolve
-from dreambooth.schema import Config
+from dreambooth.config.recipe import Recipe, resolve
+from dreambooth.config.schema import Config
 
 PHOTOS = ["dataset.instance_dir=/photos", "dataset.instance_prompt=a photo of a zwx dog",
           "dataset.class_prompt=a photo of a dog"]

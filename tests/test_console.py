@@ -9,9 +9,9 @@ from rich.console import Console as Rich
 
 from dreambooth import report
 from dreambooth.utils.console import Bar, Console
-from dreambooth.recipe import resolve
+from dreambooth.config.recipe import resolve
 from dreambooth.runfolder import Result
-from dreambooth.schema import Config, Dataset, Prior, Train
+from dreambooth.config.schema import Config, Dataset, Prior, Train
 
 
 def recipe(run_dir: Path, **sections):

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from test_config import made
 
 from dreambooth import entrypoint, manifest
-from dreambooth.config import load
+from dreambooth.config.compose import load
 from dreambooth.container import aliases, cluster, values
 from dreambooth.container.places import Places
 from dreambooth.container.publish import BESIDE, publish

@@ -16,7 +16,7 @@ from test_config import made
 from test_core import Toy, batches, schedule, state, steps
 
 from dreambooth import buckets, formats, masks, photos, subjects
-from dreambooth.config import identity, load
+from dreambooth.config.compose import identity, load
 from dreambooth.data import Batches, Concept
 from dreambooth.engine import Engine
 from dreambooth.errors import ConfigError, UserError
@@ -24,7 +24,7 @@ from dreambooth.latents import Keep
 from dreambooth.loss import dreambooth_loss
 from dreambooth.objective import instance_loss
 from dreambooth.photos import NO_FINGERPRINT, Photo, cut, fingerprint, list_photos, load_photos
-from dreambooth.recipe import Recipe, resolve
+from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.step import Objective, train_step
 
 PROMPT = "a photo of a zwx dog"
@@ -209,7 +209,7 @@ def test_a_step_in_buckets_is_the_same_without_the_steps_before() -> None:
 
 @pytest.mark.parametrize("where", ["device", "disk"])
 def test_cached_latents_of_buckets_are_the_uncached_ones(where: str, tmp_path: Path) -> None:
-    from dreambooth.choices import LatentCache
+    from dreambooth.config.enums import LatentCache
 
     cached, plain = in_buckets(2), in_buckets(2)
     cached.latents.keep = Keep(LatentCache(where), torch.device("cpu"), tmp_path)
@@ -462,7 +462,7 @@ def test_settings_name_the_subjects() -> None:
 
 @pytest.mark.parametrize("on", [True, False])
 def test_tf32_is_of_matrix_products_and_of_convolutions(on: bool) -> None:
-    from dreambooth.choices import Dtype
+    from dreambooth.config.enums import Dtype
     from dreambooth.engine import accelerated
 
     torch.backends.cudnn.allow_tf32 = not on

@@ -17,12 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 
 # The doors register the schemas of conf/<door>.yaml.
 from dreambooth import compare, convert, errors, evaluate, generate, plan, promote, storage, workflows
-from dreambooth.choices import Device
-from dreambooth.config import conf_dir, load
+from dreambooth.config.enums import Device
+from dreambooth.config.compose import conf_dir, load
 from dreambooth.utils.hardware import Machine
-from dreambooth.recipe import resolve
-from dreambooth.schema import Config
-from dreambooth.schema_dataset import Subject
+from dreambooth.config.recipe import resolve
+from dreambooth.config.schema import Config
+from dreambooth.config.dataset import Subject
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncherConf
 
 ROOT = Path(__file__).parents[1]

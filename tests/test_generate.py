@@ -15,7 +15,7 @@ from test_kill import the_run
 
 from dreambooth.utils.assets import asset
 from dreambooth.pngtext import parameters
-from dreambooth.schema_generate import Generate
+from dreambooth.config.generate import Generate
 
 BASE = asset("package:tiny-sd")
 FEW = ["num_images=2", "num_inference_steps=3", "seed=5", "guidance_scale=4"]

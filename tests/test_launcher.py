@@ -16,7 +16,7 @@ from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, Inte
 from pytest import mark
 from s3_server import plain, serving
 
-from dreambooth.config import conf_dir
+from dreambooth.config.compose import conf_dir
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncher, SageMakerLauncherConf
 
 # The suites assume Hydra 1.1's default for chdir, and version_base of other tests leaks through a singleton.

@@ -12,16 +12,17 @@ from test_kill import the_run
 from test_recipe import T4, decided
 from torch import Tensor, nn
 
-from dreambooth import cli, oom, rules, setup
+from dreambooth import cli, oom, setup
+from dreambooth.config.compose import validation
 from dreambooth.checkpoint import latest
-from dreambooth.choices import Dtype, EmaDevice, LatentCache, MethodKind, OptimizerKind, Rounding, Weights
+from dreambooth.config.enums import (Dtype, EmaDevice, LatentCache, MethodKind, OptimizerKind, Rounding, Weights)
 from dreambooth.data import Latents
 from dreambooth.engine import Engine
 from dreambooth.errors import UserError
 from dreambooth.idle import Idle
 from dreambooth.latents import Keep, digest
 from dreambooth.meter import Meter
-from dreambooth.schema import Memory
+from dreambooth.config.schema import Memory
 
 CPU = torch.device("cpu")
 
@@ -141,7 +142,7 @@ RUNS: list[dict[str, object]] = [
 @pytest.mark.parametrize("values", RUNS, ids=str)
 def test_what_is_advised_is_taken_when_it_is_typed(values: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Again and again, until only a larger machine is left."""
-    monkeypatch.setattr(rules, "find_spec", lambda name: True)
+    monkeypatch.setattr(validation, "find_spec", lambda name: True)
     values = {"precision__dtype": Dtype.fp16} | values
     seen: list[str] = []
     while (typed := oom.advice("step", decided(T4, **values))) not in seen:

@@ -10,14 +10,14 @@ from test_core import Toy, batches, schedule
 from torch import Tensor, nn
 
 from dreambooth import checkpoint, memory
-from dreambooth.choices import OptimizerKind, Rounding, Weights
+from dreambooth.config.enums import OptimizerKind, Rounding, Weights
 from dreambooth.data import Batch
 from dreambooth.ema import Ema, swapped
 from dreambooth.engine import Engine
 from dreambooth.levered import Levered
 from dreambooth.optim import Make, maker
 from dreambooth.rounding import FORMATS, stochastic
-from dreambooth.schema import Memory, Optimizer
+from dreambooth.config.schema import Memory, Optimizer
 from dreambooth.step import Objective, StepInfo, TrainState, train_step
 
 BF16 = torch.bfloat16

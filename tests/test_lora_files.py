@@ -12,11 +12,11 @@ from families import make
 from safetensors.torch import load_file
 
 from dreambooth import adapter, lora_files, model
-from dreambooth.choices import Dtype, MethodKind, Targets
+from dreambooth.config.enums import Dtype, MethodKind, Targets
 from dreambooth.conditions import OneEncoder, TwoEncoders
 from dreambooth.errors import UserError
 from dreambooth.utils.assets import asset
-from dreambooth.schema_method import Method
+from dreambooth.config.method import Method
 
 BASE = asset("package:tiny-sd")
 

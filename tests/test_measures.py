@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from test_config import made, recipe
 
-from dreambooth import measures, prompts
+from dreambooth.config.compose import evaluate, eval_prompts
 from dreambooth.best import best_step
-from dreambooth.config import identity
+from dreambooth.config.compose import identity
 from dreambooth.errors import ConfigError, UserError
-from dreambooth.measures import EncoderKind, Evaluate, known, objective, parse
+from dreambooth.config.evaluate import EncoderKind, Evaluate, known, objective, parse
 from dreambooth.runfolder import Result, judged
 
 OFFLINE = known(Evaluate(), "a photo of a toy")
@@ -78,15 +78,15 @@ def test_of_equal_steps_the_earliest_is_best() -> None:
 
 @pytest.mark.parametrize("name, count", [("object", 25), ("live", 25), ("scenes", 6)])
 def test_shipped_lists_have_as_many_different_prompts_as_the_paper(name: str, count: int) -> None:
-    assert len(set(prompts.read(name))) == count
-    head = (prompts.SHIPPED / f"{name}.txt").read_text(encoding="utf-8").splitlines()[0]
+    assert len(set(eval_prompts.read(name))) == count
+    head = (eval_prompts.SHIPPED / f"{name}.txt").read_text(encoding="utf-8").splitlines()[0]
     assert head.startswith("#")
 
 
 def test_the_papers_lists_share_scenes_and_colours_and_name_their_source() -> None:
-    assert len(set(prompts.read("object")) & set(prompts.read("live"))) == 15
+    assert len(set(eval_prompts.read("object")) & set(eval_prompts.read("live"))) == 15
     for name in ("object", "live"):
-        assert "arXiv:2208.12242" in (prompts.SHIPPED / f"{name}.txt").read_text(encoding="utf-8")
+        assert "arXiv:2208.12242" in (eval_prompts.SHIPPED / f"{name}.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("prompt, subject", [
@@ -94,7 +94,7 @@ def test_the_papers_lists_share_scenes_and_colours_and_name_their_source() -> No
     ("zwx toy, from above", "zwx toy, from above"), ("A picture of my dog", "dog"), ("a toy", "a toy"),
 ])
 def test_the_subject_of_a_prompt(prompt: str, subject: str) -> None:
-    assert prompts.noun(prompt) == subject
+    assert eval_prompts.noun(prompt) == subject
 
 
 def test_encoders_read_the_class_where_the_model_reads_the_rare_word() -> None:
@@ -170,5 +170,5 @@ def test_a_result_of_an_earlier_version_has_the_instance_loss() -> None:
 
 
 def test_directions_are_those_of_the_paper() -> None:
-    assert measures.HIGHER_IS_BETTER == {"subject_similarity": True, "text_similarity": True, "diversity": True,
+    assert evaluate.HIGHER_IS_BETTER == {"subject_similarity": True, "text_similarity": True, "diversity": True,
                                          "class_similarity": False, "class_drift": False}

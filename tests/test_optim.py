@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from dreambooth.choices import AttentionKind, LrSchedule
+from dreambooth.config.enums import AttentionKind, LrSchedule
 from dreambooth.conditions import OneEncoder
 from dreambooth.data import Batch
 from dreambooth.engine import Engine
 from dreambooth.model import Components, Denoiser, set_attention
 from dreambooth.optim import build_schedule
 from dreambooth.utils.assets import asset
-from dreambooth.schema import Train
+from dreambooth.config.schema import Train
 from dreambooth.step import Objective, TrainState, train_step
 
 STEPS, WARM = 40, 10

@@ -39,7 +39,7 @@ def environment(folder: Path, *requirement: str | Path) -> Path:
 
 def where(python: Path) -> tuple[Path, Path]:
     """The folders of the package and of conf/, as that interpreter finds them from the root of the disk."""
-    code = "import dreambooth, dreambooth.config as c; print(dreambooth.__file__); print(c.conf_dir())"
+    code = "import dreambooth, dreambooth.config.compose as c; print(dreambooth.__file__); print(c.conf_dir())"
     package, conf = call(python, "-c", code).split("\n")[:2]
     return Path(package).parent, Path(conf)
 

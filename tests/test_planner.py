@@ -17,21 +17,21 @@ from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from dreambooth import architecture, buckets, cards, estimate, fitting, model, plan_report, run, vram
 from dreambooth.allocator import MIB, CachingAllocator
-from dreambooth.choices import Device, Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, TrackingKind, Weights
-from dreambooth.config import conf_dir
+from dreambooth.config.enums import (Device, Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, TrackingKind, Weights)
+from dreambooth.config.compose import conf_dir
 from dreambooth.efficientnet import efficientnet_lite0
 from dreambooth.encoder_memory import looking
 from dreambooth.encoders import EfficientNet
 from dreambooth.engine import Engine, accelerated
 from dreambooth.errors import UserError
 from dreambooth.fakes import fake_tensors
-from dreambooth.measures import Evaluate
+from dreambooth.config.evaluate import Evaluate
 from dreambooth.optim_memory import CODEBOOKS, ModelledOptimizer
 from dreambooth.prediction import Prediction
-from dreambooth.recipe import Recipe, resolve
+from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.runfolder import Result
-from dreambooth.schema import Config
-from dreambooth.schema_dataset import Subject
+from dreambooth.config.schema import Config
+from dreambooth.config.dataset import Subject
 from dreambooth.setup import assemble
 from dreambooth.utils.signals import Stop
 from dreambooth.storage_trace import MARK, StorageTrace

@@ -9,7 +9,7 @@ from test_planner import recipe, small
 from dreambooth import fitting, plan_report
 from dreambooth.architecture import trained_weights
 from dreambooth.cards import fixed_gib
-from dreambooth.choices import BaseWeights, Dtype, MethodKind, Targets
+from dreambooth.config.enums import BaseWeights, Dtype, MethodKind, Targets
 from dreambooth.utils.hardware import GIB
 from dreambooth.prediction import STEP
 from dreambooth.vram import predict, rehearse

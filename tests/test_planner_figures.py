@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_dir
 
 from dreambooth import fitting
 from dreambooth.cards import CARDS
-from dreambooth.config import conf_dir, load
-from dreambooth.recipe import Recipe, resolve
+from dreambooth.config.compose import conf_dir, load
+from dreambooth.config.recipe import Recipe, resolve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import planner

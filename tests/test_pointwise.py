@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dreambooth import model
 from dreambooth.batch import Batch
-from dreambooth.config import load
+from dreambooth.config.compose import load
 from dreambooth.pointwise import CHANNELS_A_PIXEL, Pointwise, as_products
-from dreambooth.recipe import Recipe, resolve
+from dreambooth.config.recipe import Recipe, resolve
 
 UNIT = 2.0**-24
 

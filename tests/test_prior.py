@@ -8,8 +8,8 @@ from PIL import Image
 from test_config import made
 
 from dreambooth import prior
-from dreambooth.config import load
-from dreambooth.recipe import Recipe, resolve
+from dreambooth.config.compose import load
+from dreambooth.config.recipe import Recipe, resolve
 
 
 def recipe(root: Path, *overrides: str) -> Recipe:

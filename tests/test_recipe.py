@@ -10,24 +10,14 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from test_config import made
 
-from dreambooth import rules
-from dreambooth.choices import (
-    AttentionKind,
-    BaseWeights,
-    Device,
-    Dtype,
-    LrSchedule,
-    MethodKind,
-    OptimizerKind,
-    Rounding,
-    Weights,
-)
-from dreambooth.config import load
+from dreambooth.config.compose import validation
+from dreambooth.config.enums import (AttentionKind, BaseWeights, Device, Dtype, LrSchedule, MethodKind, OptimizerKind, Rounding, Weights)
+from dreambooth.config.compose import load
 from dreambooth.errors import ConfigError
 from dreambooth.utils.hardware import Machine
-from dreambooth.recipe import Recipe, resolve
-from dreambooth.schema import Config
-from dreambooth.section import Section
+from dreambooth.config.recipe import Recipe, resolve
+from dreambooth.config.schema import Config
+from dreambooth.config.section import Section
 
 T4, A10G, NONE = Machine("T4", 14.6, 7.5), Machine("A10G", 22.0, 8.6), Machine()
 OF_DOORS = ("run_root", "name", "plan", "storage")  # what no recipe has
@@ -58,7 +48,7 @@ def decided(machine: Machine | None = None, **values: object) -> Recipe:
 @pytest.fixture
 def no_packages(monkeypatch):
     """A machine with neither xformers nor bitsandbytes."""
-    monkeypatch.setattr(rules, "find_spec", lambda name: None)
+    monkeypatch.setattr(validation, "find_spec", lambda name: None)
 
 
 BROKEN = {  # what is broken -> (machine, values, what to type)

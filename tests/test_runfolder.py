@@ -9,9 +9,9 @@ import pytest
 
 from dreambooth import runfolder
 from dreambooth.errors import DoesNotFit, UserError
-from dreambooth.recipe import Recipe, resolve
+from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.runfolder import Result, check_disk, discard_if_unused, finished, locked, resume_point
-from dreambooth.schema import Checkpoint, Config, Dataset, Train
+from dreambooth.config.schema import Checkpoint, Config, Dataset, Train
 
 HOLDER = """
 import sys

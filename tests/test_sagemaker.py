@@ -27,7 +27,7 @@ from dreambooth.cloud.docker import Containers
 from dreambooth.cloud.follow import Follower
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Busy, Job, Seen, Unreachable
 from dreambooth.cloud.training_jobs import TrainingJobs
-from dreambooth.config import conf_dir
+from dreambooth.config.compose import conf_dir
 from dreambooth.container.places import Places
 from dreambooth.errors import ConfigError, Interrupted, UserError
 from hydra_plugins.dreambooth_sagemaker import _core, _prepare

@@ -18,17 +18,17 @@ from test_planner import small
 from dreambooth import converting, layout, single, sources
 from dreambooth.utils import atomic_files
 from dreambooth.components import ABLE, half_overflows, zero_snr
-from dreambooth.config import load
+from dreambooth.config.compose import load
 from dreambooth.converting import KNOWN, convert
 from dreambooth.errors import UserError
 from dreambooth.layout import EDM, UNREAD, Family
 from dreambooth.utils.hardware import detect
 from dreambooth.opening import blank_parts, open_parts
 from dreambooth.utils.assets import asset
-from dreambooth.recipe import resolve
+from dreambooth.config.recipe import resolve
 from dreambooth.recognise import Found, opened, recognised
 from dreambooth.run import execute
-from dreambooth.schema import Config, Model
+from dreambooth.config.schema import Config, Model
 from dreambooth.utils.signals import Stop
 from dreambooth.train import converted
 from dreambooth.vae import configuration

@@ -9,10 +9,10 @@ from test_levers import BF16, KINDS, Mixed, assert_equal, autocast, of, saved, s
 from torch import Tensor, nn
 
 from dreambooth import checkpoint, slot
-from dreambooth.choices import OptimizerKind, Rounding, Weights
+from dreambooth.config.enums import OptimizerKind, Rounding, Weights
 from dreambooth.engine import Engine
 from dreambooth.perparameter import PerParameter
-from dreambooth.schema import Memory
+from dreambooth.config.schema import Memory
 from dreambooth.step import TrainState
 
 SEPARABLE = [kind for kind in KINDS if kind is not OptimizerKind.adafactor]

@@ -22,8 +22,8 @@ from s3_server import CHILD, KINDS, PART, Server, in_bucket, model, plain, servi
 from dreambooth import bucket, checkpoint, cli, fetching, manifest, remote, storage
 from dreambooth.utils import atomic_files
 from dreambooth.errors import DoesNotFit, UserError
-from dreambooth.schema import Config
-from dreambooth.schema_storage import Storage
+from dreambooth.config.schema import Config
+from dreambooth.config.storage import Storage
 
 
 @pytest.fixture(scope="module")

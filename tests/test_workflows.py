@@ -30,10 +30,11 @@ from jobs import steps
 from kubeflow_katib_api.models import V1beta1Experiment
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
-from dreambooth import config, stage, workflows
+from dreambooth.config.compose import compose
+from dreambooth import stage, workflows
 from dreambooth.entrypoint import composed
 from dreambooth.errors import UserError
-from dreambooth.recipe import resolve
+from dreambooth.config.recipe import resolve
 from dreambooth.rendering import components, ending, katib, pipeline, submitting, trainjob
 from dreambooth.rendering.argo import nightly, sweep, train
 from dreambooth.rendering.asked import TRIAL, Space
@@ -44,7 +45,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "workflows"
 Json = dict[str, Any]
 FILES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml"))
-SPACES = sorted(path.stem for path in (config.conf_dir() / "sweep").glob("*.yaml"))
+SPACES = sorted(path.stem for path in (compose.conf_dir() / "sweep").glob("*.yaml"))
 ROUND_TRIP = {
     "WorkflowTemplate": lambda one: hera.WorkflowTemplate.model_validate(one).model_dump(**DUMP),
     "CronWorkflow": lambda one: hera.CronWorkflow.model_validate(one).model_dump(**DUMP),
@@ -348,9 +349,9 @@ def test_every_controller_hands_over_the_same_settings_and_credentials(name: str
 
 @pytest.mark.parametrize("name", SPACES)
 def test_hydra_optuna_argo_and_katib_search_the_same_points(name: str) -> None:
-    values = config.search_space(name)
+    values = compose.search_space(name)
     space = Space(name, values)
-    params = yaml.safe_load((config.conf_dir() / f"sweep/{name}.yaml").read_text("utf-8"))["hydra"]["sweeper"]["params"]
+    params = yaml.safe_load((compose.conf_dir() / f"sweep/{name}.yaml").read_text("utf-8"))["hydra"]["sweeper"]["params"]
     typed = [f"{key}={value}" for key, value in params.items()]
     [jobs] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(typed), None)
     assert [list(trial[1:]) for trial in space.trials()] == jobs
@@ -367,11 +368,11 @@ def test_hydra_optuna_argo_and_katib_search_the_same_points(name: str) -> None:
 def test_a_search_space_is_choices_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep/mine.yaml").write_text(f"hydra: {{sweeper: {{params: {{train.seed: '{text}'}}}}}}", "utf-8")
-    monkeypatch.setattr(config, "conf_dir", lambda: tmp_path)
+    monkeypatch.setattr(compose, "conf_dir", lambda: tmp_path)
     with pytest.raises(UserError, match=r"type choice\(\.\.\.\) there"):
-        config.search_space("mine")
+        compose.search_space("mine")
     with pytest.raises(UserError, match="there is no search space yours: type sweep= one of mine"):
-        config.search_space("yours")
+        compose.search_space("yours")
 
 
 @pytest.mark.slow
@@ -401,7 +402,7 @@ def test_a_key_that_is_typed_is_fixed_as_under_hydras_sweepers() -> None:
 
 def test_a_trial_is_the_run_that_hydras_sweeper_would_make(tmp_path: Path) -> None:
     words = [f"run_root={tmp_path}", "hardware=cpu", "train.max_train_steps=3"]
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(compose.conf_dir()), version_base="1.3"):
         hydra = compose("config", words, return_hydra_config=True).hydra
     _, alone = composed(words)
     _, trial = composed([*words, TRIAL])
@@ -479,7 +480,7 @@ def test_every_run_of_every_machine_fits_by_the_planner(
     name: str, space: str, planned: list[tuple[str, str]], tmp_path: Path
 ) -> None:
     one = workflows.shipped().machines[name]
-    trials = Space(space, config.search_space(space)).trials()
+    trials = Space(space, compose.search_space(space)).trials()
     told = run_stage(tmp_path, "validate", "--words", one.typed, "--space", space, "run_root=/runs")
     assert told.returncode == 0, told.stderr
     assert f"{len(trials)} runs, checked and planned" in told.stdout

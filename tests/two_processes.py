@@ -5,7 +5,7 @@ import sys
 import torch
 from test_core import Toy, batches, schedule, state
 
-from dreambooth.choices import Dtype
+from dreambooth.config.enums import Dtype
 from dreambooth.cli import leave
 from dreambooth.engine import accelerated
 from dreambooth.step import Objective, train_step

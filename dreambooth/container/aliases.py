@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from dreambooth.container import values
 from dreambooth.container.places import Places
 from dreambooth.errors import ConfigError
-from dreambooth.schema_storage import is_remote
+from dreambooth.config.storage import is_remote
 
 SUCCESSORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # withdrawn -> the same
 PRECISIONS = {"no": "fp32", "fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}

@@ -16,7 +16,7 @@ from dreambooth.errors import ConfigError, UserError
 from dreambooth.utils.atomic_files import whole_folder
 from dreambooth.photos import list_photos
 from dreambooth.remote import model_in
-from dreambooth.schema_storage import is_remote
+from dreambooth.config.storage import is_remote
 
 CHANNELS = {  # of the job -> the key that its folder becomes
     "images": "dataset.instance_dir", "training": "dataset.instance_dir", "train": "dataset.instance_dir",

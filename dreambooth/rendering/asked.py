@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dreambooth.schema_hardware import Hardware
+from dreambooth.config.hardware import Hardware
 
 # A run of a sweep lives where Hydra's own sweeper would put it: swept max_train_steps make a run each.
 TRIAL = "hydra.run.dir=${run_root}/${name}-${identity:sweep}"

@@ -6,7 +6,7 @@ as artifacts. Platform settings, in a second document, are read by a cluster onl
 
 from typing import Any
 
-from dreambooth.choices import Device
+from dreambooth.config.enums import Device
 from dreambooth.rendering import pods
 from dreambooth.rendering.asked import Asked
 

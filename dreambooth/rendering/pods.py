@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from dreambooth.choices import Device
-from dreambooth.schema_hardware import Hardware
+from dreambooth.config.enums import Device
+from dreambooth.config.hardware import Hardware
 
 CLAIM = "dreambooth-runs"  # the PersistentVolumeClaim: runs, class images, what the hub sent
 RUNS = "/runs"  # where it is mounted

@@ -7,8 +7,8 @@ from pathlib import Path
 from dreambooth import remote, storage
 from dreambooth.cloud.request import CHANNELS
 from dreambooth.utils.console import Console
-from dreambooth.schema import Config
-from dreambooth.schema_storage import SCHEME, is_remote, is_single
+from dreambooth.config.schema import Config
+from dreambooth.config.storage import SCHEME, is_remote, is_single
 from dreambooth.storage import Held
 
 HUB = ("model.source", "model.vae")  # a hub id, or a path

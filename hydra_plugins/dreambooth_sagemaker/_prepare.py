@@ -12,15 +12,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dreambooth.choices import TrackingKind
+from dreambooth.config.enums import TrackingKind
 from dreambooth.cloud import request, secrets
 from dreambooth.cloud.job import Job
 from dreambooth.cloud.request import Settings
-from dreambooth.config import conf_dir, load
+from dreambooth.config.compose import conf_dir, load
 from dreambooth.errors import ConfigError
-from dreambooth.recipe import resolve
-from dreambooth.schema import Config
-from dreambooth.schema_storage import SCHEME
+from dreambooth.config.recipe import resolve
+from dreambooth.config.schema import Config
+from dreambooth.config.storage import SCHEME
 from dreambooth.sweeping import named
 from hydra_plugins.dreambooth_sagemaker import _inputs
 from hydra_plugins.dreambooth_sagemaker._inputs import Inputs

@@ -66,8 +66,8 @@ def _share() -> float:
     from hydra import compose, initialize_config_dir
 
     from dreambooth.architecture import trained_weights
-    from dreambooth.config import conf_dir, load
-    from dreambooth.recipe import resolve
+    from dreambooth.config.compose import conf_dir, load
+    from dreambooth.config.recipe import resolve
 
     def count(*words: str) -> int:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dreambooth.section import Section, require
+from dreambooth.config.section import Section, require
 
 SCHEME = "s3://"
 SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")

@@ -11,30 +11,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from dreambooth import measures, prompts, rules
-from dreambooth.choices import Device, OptimizerKind, Weights
+from dreambooth.config.compose import evaluate, eval_prompts, validation
+from dreambooth.config.enums import Device, OptimizerKind, Weights
 from dreambooth.errors import ConfigError
 from dreambooth.utils.hardware import Machine
-from dreambooth.measures import Evaluate
+from dreambooth.config.evaluate import Evaluate
 from dreambooth.utils.assets import asset
-from dreambooth.schema import (
-    Attention,
-    Checkpoint,
-    Config,
-    Dataset,
-    Hardware,
-    Memory,
-    Method,
-    Model,
-    Optimizer,
-    Precision,
-    Prior,
-    Sample,
-    Tracking,
-    Train,
-)
-from dreambooth.schema_dataset import Subject
-from dreambooth.section import Section
+from dreambooth.config.schema import (Attention, Checkpoint, Config, Dataset, Hardware, Memory, Method, Model, Optimizer, Precision, Prior, Sample, Tracking, Train)
+from dreambooth.config.dataset import Subject
+from dreambooth.config.section import Section
 
 HEADLINE = ("train.learning_rate", "prior.prior_loss_weight")  # a line of these is as wide as MLflow makes a picture
 
@@ -123,7 +108,7 @@ class Recipe:
     @property
     def measured(self) -> dict[str, str]:
         """name -> role of what this run measures; empty: it does not evaluate."""
-        return measures.known(self.evaluate, self.class_prompt)
+        return evaluate.known(self.evaluate, self.class_prompt)
 
     def _alone(self, subject: Subject) -> "Recipe":
         if not self.dataset.concepts:
@@ -177,7 +162,7 @@ def resolve(config: Config, run_dir: Path, machine: Machine | None = None, typed
     if machine is not None and machine.cuda and hardware.device is not Device.cpu:
         _describe(hardware, machine)
     device = "cuda" if hardware.device is Device.cuda or (hardware.gpu and hardware.device is Device.local) else "cpu"
-    if problems := list(rules.problems(config, device, machine)):
+    if problems := list(validation.problems(config, device, machine)):
         raise ConfigError(*problems)
     for item in fields(config):
         if isinstance(section := getattr(config, item.name), Section):
@@ -215,10 +200,10 @@ def _default_prompts(config: Config) -> list[str]:
 
 
 def _evaluation(config: Config) -> dict[str, Any]:
-    data, templates = config.dataset.subjects[0], prompts.read(config.evaluate.prompts)
-    subject = prompts.noun(data.instance_prompt or "")
+    data, templates = config.dataset.subjects[0], eval_prompts.read(config.evaluate.prompts)
+    subject = eval_prompts.noun(data.instance_prompt or "")
     return {
-        "evaluate_prompts": tuple(prompts.fill(templates, subject)),
-        "evaluate_texts": tuple(prompts.fill(templates, prompts.noun(data.class_prompt or "") or subject)),
+        "evaluate_prompts": tuple(eval_prompts.fill(templates, subject)),
+        "evaluate_texts": tuple(eval_prompts.fill(templates, eval_prompts.noun(data.class_prompt or "") or subject)),
         "reference_dir": Path(asset(config.evaluate.reference_dir or data.instance_dir or "")).absolute(),
     }

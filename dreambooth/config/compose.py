@@ -16,14 +16,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dreambooth import prompts
+from dreambooth.config.compose import eval_prompts
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.utils.atomic_files import weights_digest
 from dreambooth.utils.assets import asset
 from dreambooth.photos import fingerprint
-from dreambooth.schema import Config
-from dreambooth.schema_dataset import ALPHA, FOLDERS
-from dreambooth.schema_storage import is_remote
+from dreambooth.config.schema import Config
+from dreambooth.config.dataset import ALPHA, FOLDERS
+from dreambooth.config.storage import is_remote
 
 _SECRET = ("would be kept in .hydra/ with its password: type the address without it and set MLFLOW_TRACKING_USERNAME "
            "and MLFLOW_TRACKING_PASSWORD, or type tracking.uri='${oc.env:MLFLOW_TRACKING_URI}'")
@@ -40,8 +40,8 @@ Asked = TypeVar("Asked")
 
 def conf_dir() -> Path:
     """conf/ inside the package once installed, beside it in a checkout."""
-    packaged = Path(__file__).with_name("conf")
-    return packaged if packaged.is_dir() else Path(__file__).parents[1] / "conf"
+    packaged = Path(__file__).parents[1] / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "conf"
 
 
 def asked(cfg: Any, kind: type[Asked]) -> Asked:
@@ -169,7 +169,7 @@ def _selection(evaluate: dict[str, Any]) -> dict[str, Any]:
     if folder := kept["reference_dir"]:
         kept["reference_dir"] = _photos(folder)
     with suppress(ValueError):  # said when the run is resolved
-        kept["prompts"] = prompts.read(kept["prompts"])
+        kept["prompts"] = eval_prompts.read(kept["prompts"])
     return kept
 
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-SHIPPED = Path(__file__).with_name("assets") / "prompts"
+SHIPPED = Path(__file__).parents[1] / "assets" / "prompts"
 
 
 def read(source: str) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from dreambooth.section import Section, require
+from dreambooth.config.section import Section, require
 
 ALPHA = "alpha"  # the value of a mask that means the photo's own transparency
 FOLDERS = ("instance_dir", "class_dir", "mask")  # keys that may name a folder

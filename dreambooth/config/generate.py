@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from dreambooth.section import Section, finite, require
+from dreambooth.config.section import Section, finite, require
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from dreambooth.choices import Device
-from dreambooth.section import Section, require
+from dreambooth.config.enums import Device
+from dreambooth.config.section import Section, require
 
 
 @dataclass

@@ -6,21 +6,12 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from dreambooth import measures
-from dreambooth.choices import (
-    AttentionKind,
-    BaseWeights,
-    Dtype,
-    LrSchedule,
-    OptimizerKind,
-    Rounding,
-    TrackingKind,
-    Weights,
-)
+from dreambooth.config.compose import evaluate
+from dreambooth.config.enums import (AttentionKind, BaseWeights, Dtype, LrSchedule, OptimizerKind, Rounding, TrackingKind, Weights)
 from dreambooth.utils.hardware import Machine
-from dreambooth.schema import Config
-from dreambooth.schema_dataset import Dataset, Subject
-from dreambooth.schema_method import Method
+from dreambooth.config.schema import Config
+from dreambooth.config.dataset import Dataset, Subject
+from dreambooth.config.method import Method
 
 
 def problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:
@@ -28,7 +19,7 @@ def problems(config: Config, device: str, machine: Machine | None) -> Iterator[s
     yield from _device_problems(config, device, machine)
     yield from _data_problems(config)
     yield from _training_problems(config)
-    yield from measures.problems(config.evaluate, config.dataset.subjects[0].class_prompt or "")
+    yield from evaluate.problems(config.evaluate, config.dataset.subjects[0].class_prompt or "")
     yield from _memory_problems(config)
     if config.evaluate.promote and config.tracking.kind is TrackingKind.none:
         yield "evaluate.promote=true registers in MLflow: type tracking=mlflow"

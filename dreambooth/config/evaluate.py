@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth import prompts
-from dreambooth.choices import EncoderKind
+from dreambooth.config.compose import eval_prompts
+from dreambooth.config.enums import EncoderKind
 from dreambooth.utils.assets import asset
-from dreambooth.section import Section, require
+from dreambooth.config.section import Section, require
 
 INSTANCE_LOSS = "instance_loss"  # the objective that needs no picture, see objective.py
 
@@ -87,7 +87,7 @@ def known(evaluate: Evaluate, class_prompt: str) -> dict[str, str]:
 def problems(evaluate: Evaluate, class_prompt: str) -> Iterator[str]:
     """Rules between the keys of the section that are broken, one sentence each."""
     try:
-        prompts.read(evaluate.prompts)
+        eval_prompts.read(evaluate.prompts)
     except ValueError as error:
         yield f"evaluate.prompts {error}"
     if evaluate.reference_dir is not None and not Path(asset(evaluate.reference_dir)).is_dir():

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from dreambooth.choices import BaseWeights, MethodKind, Targets
-from dreambooth.section import Section, finite, require
+from dreambooth.config.enums import BaseWeights, MethodKind, Targets
+from dreambooth.config.section import Section, finite, require
 
 
 @dataclass

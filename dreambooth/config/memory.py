@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from dreambooth.choices import EmaDevice, LatentCache, Rounding, Weights
-from dreambooth.section import Section, require
+from dreambooth.config.enums import EmaDevice, LatentCache, Rounding, Weights
+from dreambooth.config.section import Section, require
 
 
 @dataclass
