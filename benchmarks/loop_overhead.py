@@ -25,10 +25,10 @@ from speed_table import machine, put
 from dreambooth.ahead import Ahead
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.utils.console import Console
-from dreambooth.engine import accelerated
+from dreambooth.runtime.engine import accelerated
 from dreambooth.hooks import All, Log
 from dreambooth.loop import fit
-from dreambooth.meter import Meter
+from dreambooth.runtime.memory_meter import Meter
 from dreambooth.config.recipe import resolve
 from dreambooth.setup import assemble
 from dreambooth.utils.signals import Stop

@@ -8,7 +8,7 @@ import torch
 
 from dreambooth import adapter, lora_files, model, sampling
 from dreambooth.utils.console import Console
-from dreambooth.engine import accelerated
+from dreambooth.runtime.engine import accelerated
 from dreambooth.errors import UserError
 from dreambooth.evaluation import Evaluation, Judge
 from dreambooth.config.recipe import Recipe

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from dreambooth import threads
+from dreambooth.runtime import cpu_tuning
 from dreambooth.errors import DreamBoothError, Interrupted
 from dreambooth.config.schema import Memory
 
@@ -27,7 +27,7 @@ def attempt(job: Callable[[], float | None], sweep: bool, again: str = "repeat t
     Args:
         again: what to do after Ctrl-C that nobody waited for.
     """
-    for name, value in threads.waiting().items():
+    for name, value in cpu_tuning.waiting().items():
         os.environ.setdefault(name, value)  # what the user has set wins
     for category in (FutureWarning, DeprecationWarning):  # what libraries tell each other
         warnings.simplefilter("ignore", category)

@@ -19,7 +19,7 @@ from dreambooth.conditions import check_length
 from dreambooth.utils.console import Console
 from dreambooth.drawable import Source, find
 from dreambooth.errors import Interrupted, UserError
-from dreambooth.meter import Meter
+from dreambooth.runtime.memory_meter import Meter
 from dreambooth.config.eval_prompts import fill, noun
 from dreambooth.config.generate import Generate
 from dreambooth.utils.image_grid import grid

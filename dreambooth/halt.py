@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from dreambooth.engine import Engine
+from dreambooth.runtime.engine import Engine
 from dreambooth.errors import Interrupted
 from dreambooth.hooks import Save
-from dreambooth.sent import Sent
+from dreambooth.runtime.async_readback import Sent
 from dreambooth.utils.signals import Stop, again
 from dreambooth.step import StepInfo
 

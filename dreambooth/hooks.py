@@ -14,9 +14,9 @@ from dreambooth import adapter, best, checkpoint, model
 from dreambooth.config.compose import evaluate
 from dreambooth.utils.console import Bar
 from dreambooth.ema import swapped
-from dreambooth.engine import Engine
+from dreambooth.runtime.engine import Engine
 from dreambooth.evaluation import Evaluation
-from dreambooth.meter import Meter
+from dreambooth.runtime.memory_meter import Meter
 from dreambooth.config.recipe import Recipe
 from dreambooth.samples import SampleBook
 from dreambooth.sampling import build_pipeline

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreambooth.engine import Engine
+from dreambooth.runtime.engine import Engine
 
 
 class Levered(torch.optim.Optimizer):

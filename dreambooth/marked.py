@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.ema import Ema
-from dreambooth.engine import Engine
+from dreambooth.runtime.engine import Engine
 from dreambooth.storage_trace import HOST, StorageTrace
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth.engine import Engine
+from dreambooth.runtime.engine import Engine
 from dreambooth.levered import Levered, on_gradient, settings, wide
 from dreambooth.optim import Make
 

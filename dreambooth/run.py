@@ -6,17 +6,18 @@ from contextlib import nullcontext
 from functools import partial
 from math import nan
 
-from dreambooth import best, checkpoint, export, fitting, model, oom, report
+from dreambooth import best, checkpoint, export, fitting, model, report
+from dreambooth.runtime import oom_advice
 from dreambooth.utils import atomic_files, provenance
 from dreambooth.ahead import Ahead
 from dreambooth.utils.console import Console
-from dreambooth.engine import Engine, accelerated
+from dreambooth.runtime.engine import Engine, accelerated
 from dreambooth.evaluation import Evaluation
 from dreambooth.halt import Halt
 from dreambooth.hooks import All, Log, Measure, Samples, Save
 from dreambooth.loop import fit
 from dreambooth.config.evaluate import INSTANCE_LOSS
-from dreambooth.meter import Meter
+from dreambooth.runtime.memory_meter import Meter
 from dreambooth.objective import instance_loss
 from dreambooth.config.recipe import Recipe
 from dreambooth.runfolder import Result, check_disk, finished, judged, locked, resume_point
@@ -49,7 +50,7 @@ def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = 
         recipe, expected, chosen = engine.share(fitting.settled(recipe, engine.world) if engine.main else None)
         console.table(report.plan(recipe) | ({"memory": chosen} if chosen else {}))
         start = engine.share(resume_point(recipe.run_dir, recipe.checkpoint.resume) if engine.main else None)
-        meter = Meter(engine.device, partial(oom.advice, recipe=recipe.among(engine.world)), predicted or expected)
+        meter = Meter(engine.device, partial(oom_advice.advice, recipe=recipe.among(engine.world)), predicted or expected)
         setup = assemble(recipe, engine, accelerator, console, meter, stop)
         if start:
             with meter.phase("resume"):

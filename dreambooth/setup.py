@@ -9,17 +9,18 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dreambooth import latents as kept
-from dreambooth import memory, model, oom, prior, sampling, subjects
+from dreambooth import memory, model, prior, sampling, subjects
+from dreambooth.runtime import oom_advice
 from dreambooth.config.enums import EmaDevice
 from dreambooth.utils.console import Console
 from dreambooth.data import Batches, Concept, Latents
 from dreambooth.ema import Ema
-from dreambooth.engine import Engine, accelerated
+from dreambooth.runtime.engine import Engine, accelerated
 from dreambooth.errors import UserError
 from dreambooth.evaluation import Judge
-from dreambooth.idle import Idle
+from dreambooth.runtime.module_offload import Idle
 from dreambooth.levered import Levered
-from dreambooth.meter import Meter
+from dreambooth.runtime.memory_meter import Meter
 from dreambooth.optim import build_schedule, maker
 from dreambooth.photos import Photo, load_photos
 from dreambooth.config.recipe import Recipe
@@ -99,7 +100,7 @@ def class_images_alone(recipe: Recipe, stop: Stop) -> None:
     model.import_libraries()
     engine, _ = accelerated(recipe.device, recipe.precision.dtype, recipe.precision.tf32)
     engine.cache_casts(recipe.memory.autocast_cache)
-    meter = Meter(engine.device, partial(oom.advice, recipe=recipe.among(engine.world)))
+    meter = Meter(engine.device, partial(oom_advice.advice, recipe=recipe.among(engine.world)))
     with meter.phase("load"):
         pipeline = sampling.build_pipeline(model.load(recipe, engine.device))
     with meter.phase("class_images"):

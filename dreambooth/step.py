@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from dreambooth.batch import Batch
 from dreambooth.ema import Ema
-from dreambooth.engine import Engine
+from dreambooth.runtime.engine import Engine
 from dreambooth.errors import Diverged
 from dreambooth.levered import Levered
 from dreambooth.loss import Losses, Schedule, add_noise, dreambooth_loss, min_snr_weights, target
-from dreambooth.sent import Sent
+from dreambooth.runtime.async_readback import Sent
 
 MAX_SKIPPED_IN_A_ROW = 10
 

@@ -23,7 +23,7 @@ from dreambooth.buckets import Size, largest
 from dreambooth.config.enums import AttentionKind, Dtype, EmaDevice, Weights
 from dreambooth.data import at_a_time
 from dreambooth.encoder_memory import looking
-from dreambooth.engine import Engine
+from dreambooth.runtime.engine import Engine
 from dreambooth.fakes import fake_gpu, fake_tensors, rest, wake, workspace
 from dreambooth.marked import MarkedEma, MarkedEngine, Scaler, gradient_to
 from dreambooth.memory import equip

@@ -12,12 +12,12 @@ from test_core import Toy, batches, schedule, state
 
 from dreambooth.ahead import Ahead
 from dreambooth.data import Batch
-from dreambooth.engine import Engine
+from dreambooth.runtime.engine import Engine
 from dreambooth.errors import Diverged, Interrupted
 from dreambooth.halt import Halt
 from dreambooth.hooks import All
 from dreambooth.loop import fit
-from dreambooth.sent import Sent
+from dreambooth.runtime.async_readback import Sent
 from dreambooth.step import Objective, StepInfo, TrainState, train_step
 
 

@@ -13,7 +13,7 @@ from test_core import Toy, batches, schedule, state
 
 from dreambooth import checkpoint
 from dreambooth.utils import atomic_files
-from dreambooth.engine import Engine
+from dreambooth.runtime.engine import Engine
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.step import Objective, TrainState, train_step
 

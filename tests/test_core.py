@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dreambooth.utils import rng
 from dreambooth.data import Batch, Batches, Concept, Latents
 from dreambooth.ema import Ema
-from dreambooth.engine import Engine
+from dreambooth.runtime.engine import Engine
 from dreambooth.errors import Diverged
 from dreambooth.loop import fit
 from dreambooth.loss import Schedule, add_noise, dreambooth_loss, min_snr_weights, target

@@ -18,7 +18,7 @@ from test_core import Toy, batches, schedule, state, steps
 from dreambooth import buckets, formats, masks, photos, subjects
 from dreambooth.config.compose import identity, load
 from dreambooth.data import Batches, Concept
-from dreambooth.engine import Engine
+from dreambooth.runtime.engine import Engine
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.latents import Keep
 from dreambooth.loss import dreambooth_loss
@@ -463,7 +463,7 @@ def test_settings_name_the_subjects() -> None:
 @pytest.mark.parametrize("on", [True, False])
 def test_tf32_is_of_matrix_products_and_of_convolutions(on: bool) -> None:
     from dreambooth.config.enums import Dtype
-    from dreambooth.engine import accelerated
+    from dreambooth.runtime.engine import accelerated
 
     torch.backends.cudnn.allow_tf32 = not on
     accelerated("cpu", Dtype.fp32, on)

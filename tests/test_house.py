@@ -126,7 +126,7 @@ def test_rule_4_there_is_one_step() -> None:
         path for path, tree in trees.items() for node in ast.walk(tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward"
     }
-    assert walking <= {"dreambooth/step.py", "dreambooth/engine.py"}
+    assert walking <= {"dreambooth/step.py", "dreambooth/runtime/engine.py"}
     if "dreambooth/vram.py" in trees:
         assert "dreambooth.step" in imports(trees["dreambooth/vram.py"])
 

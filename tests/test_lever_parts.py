@@ -12,16 +12,17 @@ from test_kill import the_run
 from test_recipe import T4, decided
 from torch import Tensor, nn
 
-from dreambooth import cli, oom, setup
+from dreambooth import cli, setup
+from dreambooth.runtime import oom_advice
 from dreambooth.config.compose import validation
 from dreambooth.checkpoint import latest
 from dreambooth.config.enums import (Dtype, EmaDevice, LatentCache, MethodKind, OptimizerKind, Rounding, Weights)
 from dreambooth.data import Latents
-from dreambooth.engine import Engine
+from dreambooth.runtime.engine import Engine
 from dreambooth.errors import UserError
-from dreambooth.idle import Idle
+from dreambooth.runtime.module_offload import Idle
 from dreambooth.latents import Keep, digest
-from dreambooth.meter import Meter
+from dreambooth.runtime.memory_meter import Meter
 from dreambooth.config.schema import Memory
 
 CPU = torch.device("cpu")
@@ -122,13 +123,13 @@ ALL = {"memory__gradient_checkpointing": True, "memory__ema_device": EmaDevice.c
 
 def test_advice_is_what_the_recipe_does_not_use_yet_what_changes_no_number_first() -> None:
     half = {"precision__dtype": Dtype.fp16}
-    assert oom.advice("step", decided(T4, **half)) == (
+    assert oom_advice.advice("step", decided(T4, **half)) == (
         "memory.gradient_checkpointing=true memory.ema_device=cpu memory.autocast_cache=false "
         "memory.optimizer_in_backward=true")
-    assert oom.advice("step", decided(T4, **half, **ALL)) == "optimizer=adamw8bit"
+    assert oom_advice.advice("step", decided(T4, **half, **ALL)) == "optimizer=adamw8bit"
     used = ALL | {"optimizer__kind": OptimizerKind.adafactor}
-    assert "memory.offload_optimizer=true" in oom.advice("step", decided(T4, **half, **used))
-    assert "optimizer_in_backward=true" not in oom.advice("step", decided(T4, train__gradient_accumulation_steps=2))
+    assert "memory.offload_optimizer=true" in oom_advice.advice("step", decided(T4, **half, **used))
+    assert "optimizer_in_backward=true" not in oom_advice.advice("step", decided(T4, train__gradient_accumulation_steps=2))
 
 
 RUNS: list[dict[str, object]] = [
@@ -145,7 +146,7 @@ def test_what_is_advised_is_taken_when_it_is_typed(values: dict[str, object], mo
     monkeypatch.setattr(validation, "find_spec", lambda name: True)
     values = {"precision__dtype": Dtype.fp16} | values
     seen: list[str] = []
-    while (typed := oom.advice("step", decided(T4, **values))) not in seen:
+    while (typed := oom_advice.advice("step", decided(T4, **values))) not in seen:
         seen.append(typed)
         if "machine" in typed:
             return
@@ -173,15 +174,15 @@ def test_a_machine_of_four_cards_is_not_paid_for_one() -> None:
 
 def test_several_processes_are_not_told_of_levers_for_one() -> None:
     asked = decided(T4, precision__dtype=Dtype.fp16)
-    assert "in_backward=true" in oom.advice("step", asked)
-    assert "in_backward=true" not in oom.advice("step", asked.among(2))
+    assert "in_backward=true" in oom_advice.advice("step", asked)
+    assert "in_backward=true" not in oom_advice.advice("step", asked.among(2))
 
 
 def test_advice_for_pictures_is_to_make_fewer_at_a_time() -> None:
-    assert oom.advice("class_images", decided(T4)) == "prior.sample_batch_size=1"
-    assert "sample.images_per_prompt=1" in oom.advice("sample", decided(T4))
+    assert oom_advice.advice("class_images", decided(T4)) == "prior.sample_batch_size=1"
+    assert "sample.images_per_prompt=1" in oom_advice.advice("sample", decided(T4))
     one = {"sample__images_per_prompt": 1, "prior__sample_batch_size": 1}
-    assert oom.advice("sample", decided(T4, **one)).startswith("memory.")
+    assert oom_advice.advice("sample", decided(T4, **one)).startswith("memory.")
 
 
 def test_the_sentence_has_the_phase_both_peaks_and_what_to_type() -> None:
@@ -189,7 +190,7 @@ def test_the_sentence_has_the_phase_both_peaks_and_what_to_type() -> None:
 
     meter = Meter(CPU, lambda phase: f"less={phase}", {"step": 12.5})
     words = r"during step \(predicted 12.50 GiB, seen process_rss/step_gib .*type less=step"
-    with pytest.raises(OutOfMemory, match=words), meter.phase("step"):
+    with pytest.raises(OutOfMemory, match=words), memory_meter.phase("step"):
         torch.empty(2**45)
 
 
@@ -208,10 +209,10 @@ def test_every_way_of_saying_so_is_out_of_memory(error: Exception) -> None:
 def test_what_onednn_cannot_create_is_out_of_memory_only_where_there_is_none(
         full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says the same of a shape that it cannot compute; that is a fault, and keeps its traceback."""
-    from dreambooth import meter
+    from dreambooth.runtime import memory_meter
     from dreambooth.errors import OutOfMemory
 
-    monkeypatch.setattr(meter, "PROBE", 2**62 if full else 2**20)
+    monkeypatch.setattr(memory_meter, "PROBE", 2**62 if full else 2**20)
     with pytest.raises(OutOfMemory if full else RuntimeError), Meter(CPU).phase("step"):
         raise RuntimeError("could not create a primitive")
 

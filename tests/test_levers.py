@@ -13,7 +13,7 @@ from dreambooth import checkpoint, memory
 from dreambooth.config.enums import OptimizerKind, Rounding, Weights
 from dreambooth.data import Batch
 from dreambooth.ema import Ema, swapped
-from dreambooth.engine import Engine
+from dreambooth.runtime.engine import Engine
 from dreambooth.levered import Levered
 from dreambooth.optim import Make, maker
 from dreambooth.rounding import FORMATS, stochastic

@@ -9,7 +9,7 @@ from torch import nn
 from dreambooth.config.enums import AttentionKind, LrSchedule
 from dreambooth.conditions import OneEncoder
 from dreambooth.data import Batch
-from dreambooth.engine import Engine
+from dreambooth.runtime.engine import Engine
 from dreambooth.model import Components, Denoiser, set_attention
 from dreambooth.optim import build_schedule
 from dreambooth.utils.assets import asset

@@ -22,7 +22,7 @@ from dreambooth.config.compose import conf_dir
 from dreambooth.efficientnet import efficientnet_lite0
 from dreambooth.encoder_memory import looking
 from dreambooth.encoders import EfficientNet
-from dreambooth.engine import Engine, accelerated
+from dreambooth.runtime.engine import Engine, accelerated
 from dreambooth.errors import UserError
 from dreambooth.fakes import fake_tensors
 from dreambooth.config.evaluate import Evaluate

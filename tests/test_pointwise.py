@@ -144,8 +144,8 @@ def test_a_shared_prompt_trains_the_encoder_as_its_rows_would(family: str, tmp_p
 
 def test_the_encoder_reads_each_prompt_once(tmp_path: Path) -> None:
     from dreambooth.utils.console import Console
-    from dreambooth.engine import accelerated
-    from dreambooth.meter import Meter
+    from dreambooth.runtime.engine import accelerated
+    from dreambooth.runtime.memory_meter import Meter
     from dreambooth.setup import assemble
     from dreambooth.utils.signals import Stop
 

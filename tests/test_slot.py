@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dreambooth import checkpoint, slot
 from dreambooth.config.enums import OptimizerKind, Rounding, Weights
-from dreambooth.engine import Engine
+from dreambooth.runtime.engine import Engine
 from dreambooth.perparameter import PerParameter
 from dreambooth.config.schema import Memory
 from dreambooth.step import TrainState
