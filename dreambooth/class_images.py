@@ -25,13 +25,13 @@ def class_images(cfg: DictConfig) -> None:
 
 
 def _job(config: Config) -> None:
-    from dreambooth import remote
+    from dreambooth.storage import run_inputs
     from dreambooth.utils.hardware import detect
     from dreambooth.config.recipe import resolve
     from dreambooth.utils.signals import stoppable
 
     cli.allocator(config.memory)
-    recipe = resolve(converted(remote.fetched(config, None)), Path(config.run_root), detect())
+    recipe = resolve(converted(run_inputs.fetched(config, None)), Path(config.run_root), detect())
     with stoppable() as stop:
         from dreambooth.setup import class_images_alone
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from dreambooth import clip_words, remote, single
+from dreambooth import clip_words, single
+from dreambooth.storage import run_inputs
 from dreambooth.utils import atomic_files
 from dreambooth.components import Components
 from dreambooth.utils.console import Console
@@ -37,7 +38,7 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
                 {"with_vae": not with_vae, "title": title})
     if vae and not with_vae:
         raise UserError("with_vae=false leaves out what vae names: leave one of them out")
-    source, config, vae = remote.local(source) or "", remote.local(config), remote.local(vae)
+    source, config, vae = run_inputs.local(source) or "", run_inputs.local(config), run_inputs.local(vae)
     console = Console()
     if is_single(out):
         return _to_file(Path(source), Path(out), vae, DTYPES[dtype], with_vae, title, console)

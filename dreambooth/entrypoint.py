@@ -128,9 +128,9 @@ def _photos(folder: str, spec: Storage) -> Path:
     """The folder on this disk. From S3 it comes to where the run looks for it, which does not fetch it again."""
     if not is_remote(folder):
         return Path(asset(folder))
-    from dreambooth import storage
+    from dreambooth.storage import folders
 
-    return storage.download(folder, Path(spec.cache).absolute(), parallel=spec.parallel)
+    return folders.download(folder, Path(spec.cache).absolute(), parallel=spec.parallel)
 
 
 def _typed(words: list[str]) -> dict[str, str]:

@@ -46,15 +46,15 @@ def _job(cfg: DictConfig) -> None:
     asked = {str(key): value for key, value in cfg.items() if key != "run" and value is not None}
     if cfg.run is None:
         raise UserError("the run is missing: type run=runs/NAME, a folder that python -m dreambooth.train made")
-    from dreambooth import remote
+    from dreambooth.storage import run_inputs
 
-    run = Path(remote.local(cfg.run) or "")
+    run = Path(run_inputs.local(cfg.run) or "")
     config = load(composed(run, asked))
     from dreambooth.assess import assess
     from dreambooth.utils.hardware import detect
     from dreambooth.config.recipe import resolve
 
-    assess(resolve(remote.fetched(config, run), run, detect()))
+    assess(resolve(run_inputs.fetched(config, run), run, detect()))
 
 
 def composed(run: Path, asked: dict[str, object]) -> DictConfig:

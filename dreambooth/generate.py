@@ -21,14 +21,14 @@ def generate(cfg: DictConfig) -> None:
 
 def _job(cfg: DictConfig) -> None:
     ask = asked(cfg, Generate)
-    from dreambooth import remote
+    from dreambooth.storage import run_inputs
     from dreambooth.draw import draw
     from dreambooth.model import import_libraries
     from dreambooth.utils.signals import stoppable
 
     import_libraries()
-    ask = replace(ask, run=remote.local(ask.run), base=remote.local(ask.base),
-                  lora=[str(remote.local(lora)) for lora in ask.loras])
+    ask = replace(ask, run=run_inputs.local(ask.run), base=run_inputs.local(ask.base),
+                  lora=[str(run_inputs.local(lora)) for lora in ask.loras])
     with stoppable() as stop:
         draw(ask, stop)
 

@@ -24,7 +24,7 @@ from dreambooth.errors import ConfigError, UserError
 from dreambooth.config.recipe import resolve
 from dreambooth.rendering import components, ending
 from dreambooth.rendering.asked import HERE, SERVER, TRIAL, Space
-from dreambooth.storage import SCHEME
+from dreambooth.storage.folders import SCHEME
 
 STAGES = ("validate", "class-images", "train", "evaluate", "promote", "ended")
 # Planned once, whatever these are. Not `sweep`: a search space may choose the method.

@@ -33,7 +33,7 @@ def train(cfg: DictConfig) -> float | None:
 
 
 def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
-    from dreambooth import remote
+    from dreambooth.storage import run_inputs
     from dreambooth.cloud import secrets
     from dreambooth.utils.hardware import detect
     from dreambooth.config.recipe import resolve
@@ -49,18 +49,18 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
             forget_overrides(run_dir)
         config = load(cfg)
         cli.allocator(config.memory)
-        config = converted(remote.fetched(config, run_dir))
+        config = converted(run_inputs.fetched(config, run_dir))
         recipe = resolve(config, run_dir, detect(), telling(list(HydraConfig.get().overrides.task)))
-        with stoppable() as stop, remote.kept(config.storage, run_dir, config.checkpoint.resume) as keep:
+        with stoppable() as stop, run_inputs.kept(config.storage, run_dir, config.checkpoint.resume) as keep:
             from dreambooth.run import execute
 
             result = execute(recipe, stop)
             keep(result)
-            if recipe.evaluate.promote and remote.first():
+            if recipe.evaluate.promote and run_inputs.first():
                 from dreambooth.promotion import offered
 
                 offered(recipe)
-            if remote.first() and not sys.stdout.isatty():  # for Katib, which reads a trial's log
+            if run_inputs.first() and not sys.stdout.isatty():  # for Katib, which reads a trial's log
                 print(f"objective={result.objective:.6g}", flush=True)
             return result.objective
     finally:

@@ -174,7 +174,7 @@ def trial(server: Server, folder: Path, kind: str, seed: int) -> tuple[int, int]
     A fault that passes comes with a chance of a third for each request, and stays away after the 12th; "denied" begins
     at a random request and stays; "killed" is SIGKILL when a random request arrives.
     """
-    from dreambooth import manifest
+    from dreambooth.storage import manifest
 
     dice, bucket, prefix = random.Random(seed), "faults", f"{kind.replace(' ', '-')}-{seed}"
     server.fault = lambda number, method: None

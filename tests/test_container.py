@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from test_config import made
 
-from dreambooth import entrypoint, manifest
+from dreambooth import entrypoint
+from dreambooth.storage import manifest
 from dreambooth.config.compose import load
 from dreambooth.container import aliases, cluster, values
 from dreambooth.container.places import Places

@@ -16,7 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 # The doors register the schemas of conf/<door>.yaml.
-from dreambooth import compare, convert, errors, evaluate, generate, plan, promote, storage, workflows
+from dreambooth import compare, convert, errors, evaluate, generate, plan, promote, workflows
+from dreambooth.storage import folders
 from dreambooth.config.enums import Device
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.utils.hardware import Machine
@@ -119,7 +120,7 @@ def test_a_command_is_real(command: str) -> None:
         workflows.asked(typed or workflows.DEFAULT, options.space, options.image)
         return
     if words[:3] == ["python", "-m", "dreambooth.storage"]:
-        assert storage.parser().parse_args(words[3:]).uri.startswith("s3://")
+        assert folders.parser().parse_args(words[3:]).uri.startswith("s3://")
         return
     doors = TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT
     assert words[:3] in doors, "neither make nor a door, and not on the list of others"

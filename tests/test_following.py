@@ -14,7 +14,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 from s3_server import KEYS
 
-from dreambooth import aws_errors, storage
+from dreambooth.storage import aws_errors, folders
 from dreambooth.cloud import follow, results
 from dreambooth.cloud.follow import Follower
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, Busy, Job, LoggedOut, Seen, Unreachable
@@ -324,12 +324,12 @@ def told(job: Job, status: str) -> dict[str, Any]:
 def test_an_ended_login_is_looked_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client keeps its credentials: the next one reads those of `aws sso login`."""
     [job] = jobs(1)
-    clients = [storage.client("sagemaker") for _ in range(2)]
+    clients = [folders.client("sagemaker") for _ in range(2)]
     old, new = [Stubber(client) for client in clients]
     old.add_response("describe_training_job", told(job, "InProgress"))
     old.add_client_error("describe_training_job", "ExpiredTokenException", "expired", 400)
     new.add_response("describe_training_job", told(job, "InProgress"))
-    monkeypatch.setattr(storage, "client", lambda service: clients.pop(0))
+    monkeypatch.setattr(folders, "client", lambda service: clients.pop(0))
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with old, new:
         backend = TrainingJobs()
@@ -342,7 +342,7 @@ def test_an_ended_login_is_looked_for_anew(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_login_in_the_environment_is_not_waited_for() -> None:
     [job] = jobs(1)
-    client = storage.client("sagemaker")
+    client = folders.client("sagemaker")
     with Stubber(client) as stub:
         stub.add_response("describe_training_job", told(job, "InProgress"))
         stub.add_client_error("describe_training_job", "ExpiredTokenException", "expired", 400)
@@ -370,8 +370,8 @@ def test_a_result_that_cannot_be_fetched_now_is_fetched_later(monkeypatch: pytes
             raise UserError("AWS did not answer") from answer
         return answer
 
-    monkeypatch.setattr(storage, "read_json", read)
-    client = storage.client("sagemaker")
+    monkeypatch.setattr(folders, "read_json", read)
+    client = folders.client("sagemaker")
     [job] = jobs(1)
     with Stubber(client) as stub:
         for _ in range(2):

@@ -21,7 +21,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 from s3_server import KEYS, plain, serving
 
-from dreambooth import aws_errors, bucket, entrypoint, storage, sweeping
+from dreambooth.storage import aws_errors, s3_bucket, folders
+from dreambooth import entrypoint, sweeping
 from dreambooth.cloud import docker, follow, limits, request, results, secrets
 from dreambooth.cloud.docker import Containers
 from dreambooth.cloud.follow import Follower
@@ -33,7 +34,7 @@ from dreambooth.errors import ConfigError, Interrupted, UserError
 from hydra_plugins.dreambooth_sagemaker import _core, _prepare
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncher
 
-HELD = storage.held
+HELD = folders.held
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).with_name("golden")
 ROLE = "arn:aws:iam::123456789012:role/dreambooth"
@@ -46,7 +47,7 @@ PHOTOS = ["dataset=s3", "dataset.instance_dir=s3://bucket/photos", "dataset.inst
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "held", lambda uri: storage.Held("0" * 10, folder=True, complete=True))
+    monkeypatch.setattr(folders, "held", lambda uri: folders.Held("0" * 10, folder=True, complete=True))
     for key, value in KEYS.items():
         monkeypatch.setenv(key, value)
     for key in ("DREAMBOOTH_IMAGE", "DREAMBOOTH_ROLE", "DREAMBOOTH_S3", "DREAMBOOTH_SWEEP", "MLFLOW_TRACKING_URI"):
@@ -63,7 +64,7 @@ def composed(*overrides: str, number: int = 0) -> DictConfig:
 
 def jobs_of(*configs: DictConfig, client: Any = None) -> list[Job]:
     _prepare.refuse_secrets(configs, "sweep-1")
-    return _prepare.prepared(configs, "sweep-1", TrainingJobs(client or storage.client("sagemaker")), "aws")
+    return _prepare.prepared(configs, "sweep-1", TrainingJobs(client or folders.client("sagemaker")), "aws")
 
 
 def asked(*overrides: str) -> dict[str, Any]:
@@ -269,11 +270,11 @@ def test_what_is_refused_of_an_environment_is_not_repeated() -> None:
 
 
 def test_a_job_takes_its_credentials_from_secrets_manager(monkeypatch: pytest.MonkeyPatch) -> None:
-    client = storage.client("secretsmanager")
+    client = folders.client("secretsmanager")
     monkeypatch.setenv("DREAMBOOTH_SECRET", "mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "")
     monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
-    monkeypatch.setattr(storage, "client", lambda service: client)
+    monkeypatch.setattr(folders, "client", lambda service: client)
     with Stubber(client) as stub:
         stub.add_response("get_secret_value", {"SecretString": '{"username": "me", "password": "p"}'},
                           {"SecretId": "mlflow"})
@@ -333,7 +334,7 @@ def test_jobs_are_found_again_from_another_machine_unless_the_photos_are_others(
 
 def test_other_photos_at_the_same_place_in_s3_are_another_job() -> None:
     with pytest.MonkeyPatch.context() as patch, serving():
-        patch.setattr(storage, "held", HELD)
+        patch.setattr(folders, "held", HELD)
         plain().create_bucket(Bucket="bucket")
         names = []
         for body in (b"a", b"a", b"b"):
@@ -356,7 +357,7 @@ def test_other_photos_at_the_same_place_in_s3_are_another_job() -> None:
 ])
 def test_what_is_not_in_s3_is_said_before_anybody_pays(words: list[str], sentence: str) -> None:
     with pytest.MonkeyPatch.context() as patch, serving():
-        patch.setattr(storage, "held", HELD)
+        patch.setattr(folders, "held", HELD)
         plain().create_bucket(Bucket="bucket")
         plain().put_object(Bucket="bucket", Key="photos/a.jpg", Body=b"a")
         asked("hardware=g4dn", *PHOTOS)
@@ -368,7 +369,7 @@ def test_what_is_not_in_s3_is_said_before_anybody_pays(words: list[str], sentenc
 def test_a_base_that_is_one_file_in_s3_goes_by_its_address() -> None:
     """A channel carries folders; the run itself fetches the file."""
     with pytest.MonkeyPatch.context() as patch, serving():
-        patch.setattr(storage, "held", HELD)
+        patch.setattr(folders, "held", HELD)
         plain().create_bucket(Bucket="bucket")
         for key in ("photos/a.jpg", "base.safetensors"):
             plain().put_object(Bucket="bucket", Key=key, Body=b"a")
@@ -435,7 +436,7 @@ def test_local_photos_are_made_complete_in_s3_once_and_not_in_silence(
         places = {job.request["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"] for job in found}
         [place] = places
         assert place.startswith("s3://bucket/sweeps/inputs/photos-")
-        assert "a.jpg" in (storage.complete(place.rstrip("/")) or {})
+        assert "a.jpg" in (folders.complete(place.rstrip("/")) or {})
     assert "dataset.instance_dir" not in found[0].request["HyperParameters"]
 
 
@@ -449,7 +450,7 @@ def job() -> Job:
 
 @pytest.fixture
 def stub() -> Iterator[Stubber]:
-    client = storage.client("sagemaker")
+    client = folders.client("sagemaker")
     with Stubber(client) as found:
         yield found
         found.assert_no_pending_responses()
@@ -491,7 +492,7 @@ def metrics(step: float, loss: float) -> list[dict[str, Any]]:
 
 def test_in_progress_interrupted_restarting_completed(
         stub: Stubber, job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(storage, "read_json", lambda uri: {"objective": 0.25, "step": 800, "uri": uri})
+    monkeypatch.setattr(folders, "read_json", lambda uri: {"objective": 0.25, "step": 800, "uri": uri})
     created(stub, job)
     start = datetime.now(UTC) - timedelta(hours=2)
     say(stub, job, "InProgress", "Pending")
@@ -528,7 +529,7 @@ def test_failed_and_stopped(stub: Stubber, job: Job, status: str, detail: str, m
 
 
 def test_throttled_is_asked_again_more_slowly(stub: Stubber, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "read_json", lambda uri: {"objective": 1})
+    monkeypatch.setattr(folders, "read_json", lambda uri: {"objective": 1})
     stub.add_client_error("create_training_job", "ThrottlingException", "Rate exceeded", 400)
     created(stub, job)
     for _ in range(3):
@@ -563,7 +564,7 @@ class Offline:
 
 def test_a_lost_network_loses_no_job(stub: Stubber, job: Job, monkeypatch: pytest.MonkeyPatch,
                                      capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(storage, "read_json", lambda uri: {"objective": 1})
+    monkeypatch.setattr(folders, "read_json", lambda uri: {"objective": 1})
     created(stub, job)
     say(stub, job, "InProgress", "Training")
     say(stub, job, "Completed", "Completed")
@@ -585,7 +586,7 @@ def test_a_network_that_stays_away_leaves_the_jobs_running(stub: Stubber, job: J
 
 def test_an_answer_that_was_lost_does_not_begin_the_job_twice(stub: Stubber, job: Job,
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "read_json", lambda uri: {"objective": 1})
+    monkeypatch.setattr(folders, "read_json", lambda uri: {"objective": 1})
     stub.add_client_error("create_training_job", "ResourceInUse", "Training job names must be unique", 400)
     say(stub, job, "InProgress", "Training")
     say(stub, job, "Completed", "Completed")
@@ -603,7 +604,7 @@ def test_another_job_of_that_name_is_not_taken_for_ours(stub: Stubber, job: Job)
 
 def test_a_job_is_ours_wherever_its_metrics_go(stub: Stubber, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Begun from a shell with MLFLOW_TRACKING_URI, followed from one without."""
-    monkeypatch.setattr(storage, "read_json", lambda uri: {"objective": 1})
+    monkeypatch.setattr(folders, "read_json", lambda uri: {"objective": 1})
     theirs = job.request["HyperParameters"] | {
         "tracking.uri": "${oc.env:MLFLOW_TRACKING_URI}", "tracking.run_name": "x"}
     stub.add_client_error("create_training_job", "ResourceInUse", "Training job names must be unique", 400)
@@ -614,7 +615,7 @@ def test_a_job_is_ours_wherever_its_metrics_go(stub: Stubber, job: Job, monkeypa
 
 
 def test_a_full_quota_waits_for_our_own_jobs_and_else_says_so(stub: Stubber, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "read_json", lambda uri: {"objective": 1})
+    monkeypatch.setattr(folders, "read_json", lambda uri: {"objective": 1})
     one, two = jobs_of(composed("hardware=g4dn", *PHOTOS), composed("hardware=g4dn", "train.seed=1", *PHOTOS, number=1))
     created(stub, one)
     stub.add_client_error("create_training_job", "ResourceLimitExceeded", "quota", 400)
@@ -628,7 +629,7 @@ def test_a_full_quota_waits_for_our_own_jobs_and_else_says_so(stub: Stubber, mon
 
 
 def test_one_that_may_not_be_created_fails_alone(stub: Stubber, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "read_json", lambda uri: {"objective": 1})
+    monkeypatch.setattr(folders, "read_json", lambda uri: {"objective": 1})
     one, two = jobs_of(composed("hardware=g4dn", *PHOTOS), composed("hardware=g4dn", "train.seed=1", *PHOTOS, number=1))
     stub.add_client_error("create_training_job", "AccessDeniedException", "no", 403)
     created(stub, two)
@@ -693,7 +694,7 @@ def test_a_result_that_cannot_be_read_is_a_failure(stub: Stubber, job: Job, monk
     def missing(uri: str) -> dict[str, Any]:
         raise UserError("there is nothing")
 
-    monkeypatch.setattr(storage, "read_json", missing)
+    monkeypatch.setattr(folders, "read_json", missing)
     created(stub, job)
     say(stub, job, "Completed", "Completed", BillableTimeInSeconds=60)
     [end] = [results.settled(seen) for seen in followed(stub, job)]
@@ -907,20 +908,20 @@ def test_the_notebooks_commands_compose_and_its_python_is_python() -> None:
                  for word in sweep[3:] if word != "-m"]
         assert asked(*words)["ResourceConfig"]["InstanceType"] == f"ml.{hardware}.xlarge"
     uploads = [words for words in typed if words[2] == "dreambooth.storage"]
-    assert storage.parser().parse_args(uploads[0][3:]).uri == "s3://b/p/photos"
+    assert folders.parser().parse_args(uploads[0][3:]).uri == "s3://b/p/photos"
     for text in code:
         if not text.startswith("!"):
             compile(text, "cell", "exec")
 
 
 def test_limits_know_the_classes_of_unicode_that_python_does_not() -> None:
-    shape = storage.client("sagemaker").meta.service_model.shape_for("TagValue")
+    shape = folders.client("sagemaker").meta.service_model.shape_for("TagValue")
     assert list(limits.problems("größe 1_a:/=+-@", shape, "x")) == []
     assert list(limits.problems("a;b", shape, "x"))
 
 
 def test_nothing_here_waits_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (follow.SLOWEST, bucket.ATTEMPTS) == (120.0, 5)
+    assert (follow.SLOWEST, s3_bucket.ATTEMPTS) == (120.0, 5)
     assert aws_errors.no_network(EndpointConnectionError(endpoint_url="x"))
     for kind in (Busy, Unreachable):
         assert not issubclass(kind, UserError)

@@ -19,7 +19,8 @@ from botocore.config import Config as BotoConfig
 from faults import FAST
 from s3_server import CHILD, KINDS, PART, Server, in_bucket, model, plain, serving, trial
 
-from dreambooth import bucket, checkpoint, cli, fetching, manifest, remote, storage
+from dreambooth.storage import s3_bucket, download, manifest, run_inputs, folders
+from dreambooth import checkpoint, cli
 from dreambooth.utils import atomic_files
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.config.schema import Config
@@ -36,7 +37,7 @@ def running() -> Iterator[Server]:
 
 @pytest.fixture
 def server(running: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(bucket, "PAUSE", 0.01)
+    monkeypatch.setattr(s3_bucket, "PAUSE", 0.01)
     monkeypatch.setattr(manifest, "PART", PART)
     running.calls.clear()
     yield running
@@ -63,22 +64,22 @@ def sent(server: Server) -> list[str]:
 
 def test_a_folder_goes_up_and_comes_down_equal(server: Server, tmp_path: Path, uri: str) -> None:
     want = model(tmp_path / "model", 1)
-    storage.upload(tmp_path / "model", uri)
+    folders.upload(tmp_path / "model", uri)
     assert {name: text for name, text in in_bucket("tests", prefix(uri)).items() if name != manifest.NAME} == want
-    found = storage.download(uri, tmp_path / "cache", complete=True)
+    found = folders.download(uri, tmp_path / "cache", complete=True)
     assert content(found) == want
     assert sent(server)[-1].endswith(manifest.NAME), "the manifest is not last"
 
 
 def test_what_is_there_is_not_sent_or_fetched_again(server: Server, tmp_path: Path, uri: str) -> None:
     model(tmp_path / "model", 1)
-    storage.upload(tmp_path / "model", uri)
-    storage.download(uri, tmp_path / "cache")
+    folders.upload(tmp_path / "model", uri)
+    folders.download(uri, tmp_path / "cache")
     before = len(sent(server))
-    storage.upload(tmp_path / "model", uri)
+    folders.upload(tmp_path / "model", uri)
     assert [path for path in sent(server)[before:] if not path.endswith(manifest.NAME)] == []
     reads = len(server.calls)
-    storage.download(uri, tmp_path / "cache")
+    folders.download(uri, tmp_path / "cache")
     assert [path for method, path in server.calls[reads:] if method == "GET" and ".safetensors" in path] == []
 
 
@@ -86,20 +87,20 @@ def test_an_interrupted_upload_goes_on_with_its_parts(server: Server, tmp_path: 
     want = model(tmp_path / "model", 1)
     server.fault = lambda number, method: "denied" if "partNumber=4" in server.calls[number][1] else None
     with pytest.raises(UserError, match="no permission for s3:PutObject"):
-        storage.upload(tmp_path / "model", uri, parallel=1)
+        folders.upload(tmp_path / "model", uri, parallel=1)
     assert manifest.NAME not in in_bucket("tests", prefix(uri))
     server.fault = lambda number, method: None
     server.calls.clear()
-    storage.upload(tmp_path / "model", uri)
+    folders.upload(tmp_path / "model", uri)
     parts = [path for path in sent(server) if "unet/weights" in path]
     assert parts
     assert all("partNumber=1" not in path for path in parts), "a part that S3 has was sent again"
-    assert content(storage.download(uri, tmp_path / "cache")) == want
+    assert content(folders.download(uri, tmp_path / "cache")) == want
 
 
 def test_an_interrupted_download_goes_on_with_its_parts(server: Server, tmp_path: Path, uri: str) -> None:
     want = model(tmp_path / "model", 1)
-    storage.upload(tmp_path / "model", uri)
+    folders.upload(tmp_path / "model", uri)
     server.calls.clear()
     seen: list[int] = []
 
@@ -109,23 +110,23 @@ def test_an_interrupted_download_goes_on_with_its_parts(server: Server, tmp_path
 
     server.fault = cut
     with pytest.raises(UserError, match="no permission for s3:GetObject"):
-        storage.download(uri, tmp_path / "cache", parallel=1)
+        folders.download(uri, tmp_path / "cache", parallel=1)
     assert [path for path in (tmp_path / "cache").glob("*/*") if not path.name.startswith(".")] == []
     server.fault = lambda number, method: None
     gets = sum("safetensors" in path for _, path in server.calls)
     server.calls.clear()
-    assert content(storage.download(uri, tmp_path / "cache")) == want
+    assert content(folders.download(uri, tmp_path / "cache")) == want
     again = sum("safetensors" in path for _, path in server.calls)
     assert gets > 1 and again < 6 + 2
 
 
 def test_a_complete_folder_is_never_replaced(server: Server, tmp_path: Path, uri: str) -> None:
     want = model(tmp_path / "model", 1)
-    storage.upload(tmp_path / "model", uri)
+    folders.upload(tmp_path / "model", uri)
     model(tmp_path / "model", 2)
     with pytest.raises(UserError, match="type another place"):
-        storage.upload(tmp_path / "model", uri)
-    assert content(storage.download(uri, tmp_path / "cache")) == want
+        folders.upload(tmp_path / "model", uri)
+    assert content(folders.download(uri, tmp_path / "cache")) == want
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "unet/weights.safetensors"])
@@ -134,7 +135,7 @@ def test_somebody_elses_object_is_never_replaced(server: Server, tmp_path: Path,
     plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{name}", Body=b"theirs")
     server.calls.clear()
     with pytest.raises(UserError, match=f"something else as {name}"):
-        storage.upload(tmp_path / "model", uri)
+        folders.upload(tmp_path / "model", uri)
     assert in_bucket("tests", prefix(uri)) == {name: b"theirs"}
     assert [method for method, _ in server.calls if method != "GET" and method != "HEAD"] == [], "bytes were sent"
 
@@ -153,7 +154,7 @@ def test_somebody_elses_object_that_comes_meanwhile_is_not_replaced(
 
     server.fault = comes
     with pytest.raises(UserError, match=f"something else as {name}"):
-        storage.upload(tmp_path / "model", uri)
+        folders.upload(tmp_path / "model", uri)
     held = in_bucket("tests", prefix(uri))
     assert held[name] == b"theirs"
     assert manifest.NAME not in held
@@ -164,18 +165,18 @@ def test_what_another_tool_copied_gets_a_manifest(server: Server, tmp_path: Path
     for name, text in want.items():
         plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{name}", Body=text)
     server.calls.clear()
-    storage.upload(tmp_path / "model", uri)
+    folders.upload(tmp_path / "model", uri)
     assert sent(server) == [f"/tests/{prefix(uri)}/{manifest.NAME}"]
     reads = [path for method, path in server.calls if method == "GET" and "unet/weights" in path]
     assert len(reads) == 6, "what was read is read again"
-    assert content(storage.download(uri, tmp_path / "cache", complete=True)) == want
+    assert content(folders.download(uri, tmp_path / "cache", complete=True)) == want
 
 
 def test_what_another_tool_copied_otherwise_is_refused(server: Server, tmp_path: Path, uri: str) -> None:
     want = model(tmp_path / "model", 1)["unet/weights.safetensors"]
     plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/unet/weights.safetensors", Body=want[:-1] + b"?")
     with pytest.raises(UserError, match=r"something else as unet/weights\.safetensors"):
-        storage.upload(tmp_path / "model", uri)
+        folders.upload(tmp_path / "model", uri)
 
 
 def test_a_file_that_changes_while_it_is_sent_is_not_completed(server: Server, tmp_path: Path, uri: str) -> None:
@@ -183,14 +184,14 @@ def test_a_file_that_changes_while_it_is_sent_is_not_completed(server: Server, t
     before = manifest.of_folder(tmp_path / "model")
     model(tmp_path / "model", 2)
     with pytest.raises(UserError, match=r"has changed while it was sent: repeat the command"):
-        storage.upload_beside(tmp_path / "model", uri, before, None, 2)
+        folders.upload_beside(tmp_path / "model", uri, before, None, 2)
     assert in_bucket("tests", prefix(uri)) == {}
 
 
 def test_an_upload_never_deletes(server: Server, tmp_path: Path, uri: str) -> None:
     model(tmp_path / "model", 1)
     plain().put_object(Bucket="tests", Key=prefix(uri) + "/other", Body=b"theirs")
-    storage.upload(tmp_path / "model", uri)
+    folders.upload(tmp_path / "model", uri)
     assert in_bucket("tests", prefix(uri))["other"] == b"theirs"
     assert not [call for call in server.calls if call[0] == "DELETE" or "?delete" in call[1]]
 
@@ -200,16 +201,16 @@ def test_photos_need_no_manifest_and_follow_the_bucket(server: Server, tmp_path:
         plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{name}", Body=text)
     plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/", Body=b"")
     plain().put_object(Bucket="tests", Key=f"{prefix(uri)}-others/x.jpg", Body=b"x")
-    first = storage.download(uri, tmp_path)
+    first = folders.download(uri, tmp_path)
     assert content(first) == {"a.jpg": b"a" * 40000, "b.jpg": b"b", "sub/c.jpg": b"c"}
     plain().delete_object(Bucket="tests", Key=f"{prefix(uri)}/b.jpg")
-    assert set(content(storage.download(uri, tmp_path))) == {"a.jpg", "sub/c.jpg"}
+    assert set(content(folders.download(uri, tmp_path))) == {"a.jpg", "sub/c.jpg"}
     assert first.is_dir()
 
 
 def test_a_single_object_is_a_file(server: Server, tmp_path: Path, uri: str) -> None:
     plain().put_object(Bucket="tests", Key=prefix(uri) + ".txt", Body=b"words")
-    found = storage.download(uri + ".txt", tmp_path)
+    found = folders.download(uri + ".txt", tmp_path)
     assert (found.name, found.read_bytes()) == (prefix(uri) + ".txt", b"words")
 
 
@@ -222,7 +223,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(
         hostile = {name: manifest.Entry(4, (sha256(b"evil").hexdigest(),))}
         plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{manifest.NAME}", Body=manifest.dumped(hostile))
     with pytest.raises(UserError, match="leads out of its folder"):
-        storage.download(uri, tmp_path / "cache")
+        folders.download(uri, tmp_path / "cache")
     assert content(tmp_path) == {}
 
 
@@ -237,33 +238,33 @@ def test_a_manifest_that_cannot_be_right_is_refused(server: Server, tmp_path: Pa
     plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{manifest.NAME}",
                        Body=json.dumps({"format": manifest.FORMAT, "files": {"a": told}}).encode())
     with pytest.raises(UserError, match=r"cannot be read .*upload the folder again"):
-        storage.download(uri, tmp_path)
+        folders.download(uri, tmp_path)
 
 
 def test_json_that_is_none_is_said_to_be_so(server: Server, uri: str) -> None:
     for text in (b"{", b"[]"):
         plain().put_object(Bucket="tests", Key=prefix(uri), Body=text)
         with pytest.raises(ValueError, match=r"JSON|property name"):
-            storage.read_json(uri)
+            folders.read_json(uri)
 
 
 @pytest.mark.parametrize("complete", [True, False])
 def test_a_half_uploaded_model_is_said_to_be_so(server: Server, tmp_path: Path, uri: str, complete: bool) -> None:
     model(tmp_path / "model", 1)
-    storage.upload(tmp_path / "model", uri)
+    folders.upload(tmp_path / "model", uri)
     gone = manifest.NAME if complete else "vae/weights.safetensors"
     plain().delete_object(Bucket="tests", Key=f"{prefix(uri)}/{gone}")
     with pytest.raises(UserError, match="half uploaded"):
-        storage.download(uri, tmp_path / "cache", complete=complete)
+        folders.download(uri, tmp_path / "cache", complete=complete)
 
 
 def test_damaged_bytes_are_not_taken(server: Server, tmp_path: Path, uri: str) -> None:
     model(tmp_path / "model", 1)
-    storage.upload(tmp_path / "model", uri)
+    folders.upload(tmp_path / "model", uri)
     held = in_bucket("tests", prefix(uri))["vae/weights.safetensors"]
     plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/vae/weights.safetensors", Body=b"x" + held[1:])
     with pytest.raises(UserError, match="did not arrive right"):
-        storage.download(uri, tmp_path / "cache")
+        folders.download(uri, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("times", [2, 1000])
@@ -277,20 +278,20 @@ def test_damaged_bytes_of_what_has_no_manifest_are_not_taken(
     server.fault = lambda number, method: "damaged read" if "a.jpg" in server.calls[number][1] and \
         next(left, None) is not None else None
     if times == 2:
-        assert content(storage.download(uri, tmp_path)) == {"a.jpg": b"photo"}
+        assert content(folders.download(uri, tmp_path)) == {"a.jpg": b"photo"}
     else:
         with pytest.raises(UserError, match=r"a\.jpg arrived damaged several times .*: repeat the command"):
-            storage.download(uri, tmp_path)
+            folders.download(uri, tmp_path)
         assert [path for path in tmp_path.glob("tests/*") if not path.name.startswith(".")] == []
 
 
 def test_complete_folders_are_listed_by_number(server: Server, tmp_path: Path, uri: str) -> None:
-    assert storage.complete_folders(uri) == []
+    assert folders.complete_folders(uri) == []
     model(tmp_path / "model", 1)
     for step in (20, 100):
-        storage.upload(tmp_path / "model", f"{uri}/step-{step}")
+        folders.upload(tmp_path / "model", f"{uri}/step-{step}")
     plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/step-200/x", Body=b"half")
-    assert storage.complete_folders(uri) == [f"{uri}/step-20", f"{uri}/step-100"]
+    assert folders.complete_folders(uri) == [f"{uri}/step-20", f"{uri}/step-100"]
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
@@ -299,76 +300,76 @@ def test_no_credentials(server: Server, tmp_path: Path, uri: str, monkeypatch: p
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     with pytest.raises(UserError, match=r"no AWS credentials.*type aws configure"):
-        storage.download(uri, tmp_path)
+        folders.download(uri, tmp_path)
 
 
 def test_no_bucket(server: Server, tmp_path: Path) -> None:
     model(tmp_path / "model", 1)
     with pytest.raises(UserError, match="no bucket not-there"):
-        storage.download("s3://not-there/x", tmp_path)
+        folders.download("s3://not-there/x", tmp_path)
     with pytest.raises(UserError, match="no bucket not-there"):
-        storage.upload(tmp_path / "model", "s3://not-there/x")
+        folders.upload(tmp_path / "model", "s3://not-there/x")
 
 
 def test_nothing_there(server: Server, tmp_path: Path, uri: str) -> None:
     with pytest.raises(UserError, match="nothing at s3://"):
-        storage.download(uri, tmp_path)
+        folders.download(uri, tmp_path)
 
 
 def test_no_permission(server: Server, tmp_path: Path, uri: str) -> None:
     server.fault = lambda number, method: "denied"
     with pytest.raises(UserError, match="no permission for s3:ListBucket"):
-        storage.download(uri, tmp_path)
+        folders.download(uri, tmp_path)
 
 
 def test_wrong_region(server: Server, tmp_path: Path, uri: str) -> None:
     server.fault = lambda number, method: "elsewhere"
     with pytest.raises(UserError, match="is in the region eu-west-1: set AWS_DEFAULT_REGION"):
-        storage.download(uri, tmp_path)
+        folders.download(uri, tmp_path)
 
 
 def test_no_network(server: Server, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(bucket, "ATTEMPTS", 2)
+    monkeypatch.setattr(s3_bucket, "ATTEMPTS", 2)
     with pytest.raises(UserError, match=r"AWS did not answer.*repeat the command"):
-        storage.download(uri, tmp_path)
+        folders.download(uri, tmp_path)
 
 
 def test_no_place() -> None:
     for text in ("s3://", "s3://bucket", "photos", "s3://bucket//"):
         with pytest.raises(UserError, match="type s3://BUCKET/FOLDER"):
-            bucket.Place.of(text)
+            s3_bucket.Place.of(text)
 
 
 def test_a_full_disk_is_said_before_anything_is_fetched(
         server: Server, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model(tmp_path / "model", 1)
-    storage.upload(tmp_path / "model", uri)
-    usage = fetching.shutil.disk_usage(".")
-    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    folders.upload(tmp_path / "model", uri)
+    usage = download.shutil.disk_usage(".")
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage._replace(free=10))
     with pytest.raises(DoesNotFit, match=r"storage\.cache=DIR"):
-        storage.download(uri, tmp_path / "cache")
+        folders.download(uri, tmp_path / "cache")
 
 
 def test_a_stopped_download_fits_on_the_disk_that_holds_half_of_it(
         server: Server, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     want = model(tmp_path / "model", 1)
-    storage.upload(tmp_path / "model", uri)
+    folders.upload(tmp_path / "model", uri)
     server.calls.clear()
     server.fault = lambda number, method: "denied" if number > 6 else None
     with pytest.raises(UserError, match="no permission"):
-        storage.download(uri, tmp_path / "cache", parallel=1)
+        folders.download(uri, tmp_path / "cache", parallel=1)
     server.fault = lambda number, method: None
     [aside] = (tmp_path / "cache/tests").glob(".writing-*")
     half = sum(min(path.stat().st_blocks * 512, path.stat().st_size) for path in aside.rglob("*") if path.is_file())
     assert half >= PART
-    usage = fetching.shutil.disk_usage(".")
+    usage = download.shutil.disk_usage(".")
     free = sum(map(len, want.values())) - half
-    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage._replace(free=free - 1))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage._replace(free=free - 1))
     with pytest.raises(DoesNotFit):
-        storage.download(uri, tmp_path / "cache")
-    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage._replace(free=free))
-    assert content(storage.download(uri, tmp_path / "cache")) == want
+        folders.download(uri, tmp_path / "cache")
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage._replace(free=free))
+    assert content(folders.download(uri, tmp_path / "cache")) == want
 
 
 @pytest.mark.parametrize("made_by", ["upload", "another tool"])
@@ -378,14 +379,14 @@ def test_a_disk_that_is_full_meanwhile_is_a_sentence(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     model(tmp_path / "model", 1)
-    storage.upload(tmp_path / "model", uri)
+    folders.upload(tmp_path / "model", uri)
     if made_by == "another tool":
         plain().delete_object(Bucket="tests", Key=f"{prefix(uri)}/{manifest.NAME}")
     with monkeypatch.context() as patched, pytest.raises(DoesNotFit, match=r"disk of .* is full: free some space"):
         patched.setattr(os, "pwrite", full)
         patched.setattr(atomic_files, "sync", full)
-        storage.download(uri, tmp_path / "cache")
-    assert content(storage.download(uri, tmp_path / "cache"))
+        folders.download(uri, tmp_path / "cache")
+    assert content(folders.download(uri, tmp_path / "cache"))
 
 
 def test_what_a_killed_download_was_writing_is_not_in_the_folder(server: Server, tmp_path: Path, uri: str) -> None:
@@ -393,18 +394,18 @@ def test_what_a_killed_download_was_writing_is_not_in_the_folder(server: Server,
         plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/{name}", Body=b"photo")
     server.fault = lambda number, method: "denied" if "b.jpg" in server.calls[number][1] else None
     with pytest.raises(UserError, match="no permission"):
-        storage.download(uri, tmp_path)
+        folders.download(uri, tmp_path)
     server.fault = lambda number, method: None
     [aside] = (path for path in tmp_path.glob("tests/.writing-*"))
     (aside / ".writing-0123abcd-b.jpg").write_bytes(b"pho")  # what SIGKILL leaves
-    assert content(storage.download(uri, tmp_path)) == {"a.jpg": b"photo", "b.jpg": b"photo"}
+    assert content(folders.download(uri, tmp_path)) == {"a.jpg": b"photo", "b.jpg": b"photo"}
 
 
 def test_a_cache_that_cannot_be_written_is_a_sentence(server: Server, tmp_path: Path, uri: str) -> None:
     plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/a.jpg", Body=b"photo")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written .*type storage\.cache=DIR"):
-        storage.download(uri, tmp_path / "file")
+        folders.download(uri, tmp_path / "file")
 
 
 def test_what_is_not_there_is_not_for_whom_may_not_list(server: Server, tmp_path: Path, uri: str) -> None:
@@ -412,7 +413,7 @@ def test_what_is_not_there_is_not_for_whom_may_not_list(server: Server, tmp_path
     model(tmp_path / "model", 1)
     server.fault = lambda number, method: "denied" if method != "PUT" else None
     with pytest.raises(UserError, match=r"s3:GetObject on .* or it is not there and there is none for s3:ListBucket"):
-        storage.upload(tmp_path / "model", uri)
+        folders.upload(tmp_path / "model", uri)
 
 
 @pytest.mark.parametrize("parallel", ["0", "65"])
@@ -421,7 +422,7 @@ def test_the_number_of_transfers_is_checked(
     monkeypatch.setattr(cli, "_codes", [])
     monkeypatch.setattr(sys, "argv", ["storage", "upload", str(tmp_path), "s3://b/x", "--parallel", parallel])
     with pytest.raises(SystemExit, match="1"):
-        storage.main()
+        folders.main()
     assert capsys.readouterr().err == f"dreambooth: --parallel must be from 1 to 64, not {parallel}\n"
 
 
@@ -430,7 +431,7 @@ def test_a_bug_keeps_its_traceback(server: Server, uri: str) -> None:
         raise AssertionError
 
     with pytest.raises(AssertionError):
-        bucket.calling(bug, "s3:GetObject", uri)
+        s3_bucket.calling(bug, "s3:GetObject", uri)
 
 
 def test_without_boto3_it_says_what_to_install(tmp_path: Path) -> None:
@@ -466,7 +467,7 @@ def test_200_mb_up_and_down(running: Server, tmp_path: Path) -> None:
     (tmp_path / "model/small.safetensors").write_bytes(os.urandom(10 * 2**20))
     for words in (["upload", str(tmp_path / "model"), "s3://tests/large"],
                   ["download", "s3://tests/large", str(tmp_path / "cache")]):
-        code = CHILD.format(part=2**24, timeout=storage.TIMEOUT)
+        code = CHILD.format(part=2**24, timeout=folders.TIMEOUT)
         assert subprocess.run([sys.executable, "-c", code, *words], check=False).returncode == 0
     [made] = [path for path in (tmp_path / "cache/tests").iterdir() if not path.name.startswith(".")]
     for name in ("weights.safetensors", "small.safetensors"):
@@ -504,10 +505,10 @@ def test_settings_of_storage_are_checked(words: dict[str, Any], sentence: str) -
 
 def test_what_a_run_reads_from_s3_is_fetched(server: Server, tmp_path: Path, uri: str) -> None:
     model(tmp_path / "model", 1)
-    storage.upload(tmp_path / "model", f"{uri}/base")
+    folders.upload(tmp_path / "model", f"{uri}/base")
     plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/photos/a.jpg", Body=b"a")
     config = composed(tmp_path, model__source=f"{uri}/base", dataset__instance_dir=f"{uri}/photos")
-    found = remote.fetched(config, tmp_path / "run")
+    found = run_inputs.fetched(config, tmp_path / "run")
     assert content(Path(found.dataset.instance_dir or "")) == {"a.jpg": b"a"}
     assert (Path(found.model.source) / "model_index.json").is_file()
     assert config.model.source.startswith("s3://"), "the caller's own config was changed"
@@ -516,13 +517,13 @@ def test_what_a_run_reads_from_s3_is_fetched(server: Server, tmp_path: Path, uri
 def test_a_base_model_must_be_complete(server: Server, tmp_path: Path, uri: str) -> None:
     plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/base/model_index.json", Body=b"{}")
     with pytest.raises(UserError, match="half uploaded"):
-        remote.fetched(composed(tmp_path, model__source=f"{uri}/base"), tmp_path / "run")
+        run_inputs.fetched(composed(tmp_path, model__source=f"{uri}/base"), tmp_path / "run")
 
 
 def test_a_model_in_one_file_needs_no_manifest(server: Server, tmp_path: Path, uri: str) -> None:
     plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/toy.safetensors", Body=b"weights")
     config = composed(tmp_path, model__source=f"{uri}/toy.safetensors", model__vae=f"{uri}/toy.safetensors")
-    found = remote.fetched(config, tmp_path / "run").model
+    found = run_inputs.fetched(config, tmp_path / "run").model
     assert Path(found.source).name == "toy.safetensors"
     assert Path(found.source).read_bytes() == Path(found.vae or "").read_bytes() == b"weights"
 
@@ -533,13 +534,13 @@ def test_photos_that_changed_are_not_taken_for_the_same_run(server: Server, tmp_
     run = tmp_path / "run"
     run.mkdir()
     plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/a.jpg", Body=b"a")
-    remote.fetched(config, run)
-    remote.fetched(config, run)
+    run_inputs.fetched(config, run)
+    run_inputs.fetched(config, run)
     plain().put_object(Bucket="tests", Key=f"{prefix(uri)}/a.jpg", Body=b"b")
     with pytest.raises(UserError, match=r"type checkpoint\.resume=never"):
-        remote.fetched(config, run)
+        run_inputs.fetched(config, run)
     config.checkpoint.resume = "never"
-    assert content(Path(remote.fetched(config, run).dataset.instance_dir or "")) == {"a.jpg": b"b"}
+    assert content(Path(run_inputs.fetched(config, run).dataset.instance_dir or "")) == {"a.jpg": b"b"}
 
 
 def made_run(folder: Path, steps: int) -> None:
@@ -553,17 +554,17 @@ def made_run(folder: Path, steps: int) -> None:
 
 def test_a_result_and_checkpoints_are_copied_and_brought_back(server: Server, tmp_path: Path, uri: str) -> None:
     spec, run = Storage(upload=uri, checkpoints=True), tmp_path / "run"
-    with remote.kept(spec, run, "auto") as keep:
+    with run_inputs.kept(spec, run, "auto") as keep:
         made_run(run, 100)
         keep(SimpleNamespace(step=100))
         keep(SimpleNamespace(step=100))  # the command, repeated
-    assert storage.complete_folders(f"{uri}/run/checkpoints") == [f"{uri}/run/checkpoints/step-000100"]
-    assert "result.json" in (storage.complete(f"{uri}/run/result-000100") or {})
+    assert folders.complete_folders(f"{uri}/run/checkpoints") == [f"{uri}/run/checkpoints/step-000100"]
+    assert "result.json" in (folders.complete(f"{uri}/run/result-000100") or {})
     other = tmp_path / "elsewhere" / "run"
-    with remote.kept(spec, other, "auto"):
+    with run_inputs.kept(spec, other, "auto"):
         assert json.loads((other / "checkpoints/step-000100/state.json").read_text())["step"] == 100
         assert [entry.name for entry in (other / "checkpoints").glob("step-*")] == ["step-000100"]
-    with pytest.raises(UserError, match=r"type checkpoint\.resume=auto"), remote.kept(spec, other, "never"):
+    with pytest.raises(UserError, match=r"type checkpoint\.resume=auto"), run_inputs.kept(spec, other, "never"):
         pass
 
 
@@ -576,7 +577,7 @@ def test_a_result_that_another_machine_left_half_there_is_in_nobodys_way(
     first, spec = f"{uri}/run/result-000100", Storage(upload=uri)
     plain().put_object(Bucket="tests", Key=f"{prefix(first)}/result.json", Body=b'{"seconds": "a"}')
     for machine in ("b", "b", "c"):  # b's command is repeated; c finds it complete
-        with remote.kept(spec, tmp_path / machine / "run", "auto") as keep:
+        with run_inputs.kept(spec, tmp_path / machine / "run", "auto") as keep:
             keep(SimpleNamespace(step=100))
     assert in_bucket("tests", prefix(first)) == {"result.json": b'{"seconds": "a"}'}
     there = in_bucket("tests", f"{prefix(first)}.2")
@@ -588,14 +589,14 @@ def test_a_result_that_was_stopped_left_nothing_of_this_machine(server: Server, 
     made_run(tmp_path / "run", 100)
     server.fault = lambda number, method: "denied" if "partNumber=4" in server.calls[number][1] else None
     with pytest.raises(UserError, match="no permission"), \
-            remote.kept(Storage(upload=uri, parallel=1), tmp_path / "run", "auto") as keep:
+            run_inputs.kept(Storage(upload=uri, parallel=1), tmp_path / "run", "auto") as keep:
         keep(SimpleNamespace(step=100))
     assert "result.json" not in in_bucket("tests", prefix(f"{uri}/run/result-000100"))
 
 
 def test_a_result_of_other_weights_is_not_taken_for_this_one(server: Server, tmp_path: Path, uri: str) -> None:
     made_run(tmp_path / "run", 100)
-    with remote.kept(Storage(upload=uri), tmp_path / "run", "auto") as keep:
+    with run_inputs.kept(Storage(upload=uri), tmp_path / "run", "auto") as keep:
         keep(SimpleNamespace(step=100))
         model(tmp_path / "run/model", 2)
         with pytest.raises(UserError, match="holds another complete upload"):
@@ -606,25 +607,25 @@ def test_a_checkpoint_that_another_machine_left_half_there_is_in_nobodys_way(
         server: Server, tmp_path: Path, uri: str) -> None:
     spec, place = Storage(upload=uri, checkpoints=True), f"{uri}/run/checkpoints"
     plain().put_object(Bucket="tests", Key=f"{prefix(place)}/step-000100/state.json", Body=b"theirs")
-    with remote.kept(spec, tmp_path / "b/run", "auto"):
+    with run_inputs.kept(spec, tmp_path / "b/run", "auto"):
         made_run(tmp_path / "b/run", 100)
-    assert storage.complete_folders(place) == [f"{place}/step-000100.2"]
-    with remote.kept(spec, tmp_path / "c/run", "auto"):
+    assert folders.complete_folders(place) == [f"{place}/step-000100.2"]
+    with run_inputs.kept(spec, tmp_path / "c/run", "auto"):
         assert [entry.name for entry in (tmp_path / "c/run/checkpoints").glob("step-*")] == ["step-000100"]
-    assert len(storage.complete_folders(place)) == 1
+    assert len(folders.complete_folders(place)) == 1
 
 
 def test_a_result_that_cannot_be_copied_is_an_error(server: Server, tmp_path: Path, uri: str) -> None:
     made_run(tmp_path / "run", 100)
     server.fault = lambda number, method: "denied" if method == "PUT" else None
     with pytest.raises(UserError, match="no permission"), \
-            remote.kept(Storage(upload=uri), tmp_path / "run", "auto") as keep:
+            run_inputs.kept(Storage(upload=uri), tmp_path / "run", "auto") as keep:
         keep(SimpleNamespace(step=100))
 
 
 def test_a_checkpoint_that_cannot_be_copied_stops_nothing(server: Server, tmp_path: Path, uri: str,
                                                           caplog: pytest.LogCaptureFixture) -> None:
-    with remote.kept(Storage(upload=uri, checkpoints=True), tmp_path / "run", "auto"):
+    with run_inputs.kept(Storage(upload=uri, checkpoints=True), tmp_path / "run", "auto"):
         made_run(tmp_path / "run", 100)
         server.fault = lambda number, method: "denied" if method == "PUT" else None
     assert "checkpoint step-000100 is not in S3" in caplog.text
@@ -635,16 +636,16 @@ def test_a_checkpoint_that_cannot_be_copied_is_tried_ever_more_seldom(
 ) -> None:
     now, reads, read = [1000.0], list[Path](), manifest.of_file
     monkeypatch.setattr(manifest, "of_file", lambda path: reads.append(path) or read(path))
-    monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(run_inputs, "time", SimpleNamespace(monotonic=lambda: now[0]))
     made_run(tmp_path / "run", 100)
-    mirror = remote.Mirror(tmp_path / "run", uri, 2)
+    mirror = run_inputs.Mirror(tmp_path / "run", uri, 2)
     server.fault = lambda number, method: "denied" if method == "PUT" else None
     tries = []
     for _ in range(1000):  # looks, LOOK seconds apart
         server.calls.clear()
         mirror._turn()
         tries += [now[0]] if server.calls else []
-        now[0] += remote.LOOK
+        now[0] += run_inputs.LOOK
         if len(tries) > 14:  # too many already
             break
     assert [later - sooner for sooner, later in pairwise(tries)] == [
@@ -656,7 +657,7 @@ def test_a_checkpoint_that_cannot_be_copied_is_tried_ever_more_seldom(
     mirror._turn()
     mirror.start()
     mirror.finish()
-    assert [place.rpartition("/")[2] for place in storage.complete_folders(f"{uri}/checkpoints")] == [
+    assert [place.rpartition("/")[2] for place in folders.complete_folders(f"{uri}/checkpoints")] == [
         "step-000100", "step-000200"]
 
 
@@ -664,20 +665,20 @@ def test_a_checkpoint_that_cannot_be_copied_is_tried_ever_more_seldom(
 def test_a_damaged_checkpoint_hides_none_in_s3_and_is_not_copied(
         server: Server, tmp_path: Path, uri: str, damaged: str) -> None:
     spec = Storage(upload=uri, checkpoints=True)
-    with remote.kept(spec, tmp_path / "a/run", "auto"):
+    with run_inputs.kept(spec, tmp_path / "a/run", "auto"):
         made_run(tmp_path / "a/run", 100)
     half = tmp_path / "b/run/checkpoints" / damaged
     half.mkdir(parents=True)
     (half / "trained.safetensors").write_bytes(b"half")
-    with remote.kept(spec, tmp_path / "b/run", "auto"):
+    with run_inputs.kept(spec, tmp_path / "b/run", "auto"):
         assert checkpoint.latest(half.parent) == half.parent / "step-000100"
-    assert storage.complete_folders(f"{uri}/run/checkpoints") == [f"{uri}/run/checkpoints/step-000100"]
+    assert folders.complete_folders(f"{uri}/run/checkpoints") == [f"{uri}/run/checkpoints/step-000100"]
 
 
 @pytest.mark.slow
 def test_a_whole_run_from_s3_to_s3_goes_on_on_another_machine(running: Server, tmp_path: Path) -> None:
-    assets = Path(storage.__file__).with_name("assets")
-    storage.upload(assets / "tiny-sd", "s3://tests/whole/base")
+    assets = Path(folders.__file__).with_name("assets")
+    folders.upload(assets / "tiny-sd", "s3://tests/whole/base")
     for photo in (assets / "demo").iterdir():
         plain().upload_file(str(photo), "tests", f"whole/photos/{photo.name}")
     command = [sys.executable, "-m", "dreambooth.train", *FAST, "model.source=s3://tests/whole/base", "dataset=s3",
@@ -694,7 +695,7 @@ def test_a_whole_run_from_s3_to_s3_goes_on_on_another_machine(running: Server, t
     ran("one", "train.max_train_steps=2")
     assert "going on after step 2" in ran("two", "train.max_train_steps=4")
     [name] = {key.split("/")[0] for key in in_bucket("tests", "whole/runs")}
-    assert storage.complete(f"s3://tests/whole/runs/{name}/result-000004")
+    assert folders.complete(f"s3://tests/whole/runs/{name}/result-000004")
     drawn = subprocess.run(
         [sys.executable, "-m", "dreambooth.generate", f"run=s3://tests/whole/runs/{name}/result-000004", "num_images=1",
          "num_inference_steps=2", f"out={tmp_path / 'out'}"], check=False, cwd=tmp_path)

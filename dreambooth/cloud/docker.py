@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dreambooth import storage
+from dreambooth.storage import folders
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Job, Seen, Unreachable
 from dreambooth.cloud.request import METRICS
 from dreambooth.errors import UserError
@@ -73,7 +73,7 @@ class Containers:
         mounts = [f"{base.absolute()}:/opt/ml"]
         for channel in job.request.get("InputDataConfig", ()):
             uri = channel["DataSource"]["S3DataSource"]["S3Uri"].rstrip("/")
-            source = storage.download(uri, self._root / "s3") if storage.is_remote(uri) else Path(uri)
+            source = folders.download(uri, self._root / "s3") if folders.is_remote(uri) else Path(uri)
             mounts.append(f"{source.absolute()}:/opt/ml/input/data/{channel['ChannelName']}:ro")
         for name, content in _configs(job).items():
             (base / "input/config" / name).write_text(json.dumps(content), encoding="utf-8")

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dreambooth import storage
-from dreambooth.bucket import calling
+from dreambooth.storage import folders
+from dreambooth.storage.s3_bucket import calling
 from dreambooth.errors import UserError
 
 NAME = "DREAMBOOTH_SECRET"
@@ -43,7 +43,7 @@ def load() -> None:
     name = os.environ.get(NAME)
     if not name:
         return
-    client = storage.client("secretsmanager")
+    client = folders.client("secretsmanager")
     text = calling(lambda: client.get_secret_value(SecretId=name), "secretsmanager:GetSecretValue", name)
     try:
         found = {FIELDS[key]: str(value) for key, value in json.loads(text["SecretString"]).items()}

@@ -4,7 +4,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from dreambooth import aws_errors, storage
+from dreambooth.storage import aws_errors, folders
 from dreambooth.cloud import limits
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Busy, Job, LoggedOut, Seen, Unreachable
 from dreambooth.cloud.request import trained
@@ -20,7 +20,7 @@ class TrainingJobs:
     """A Backend."""
 
     def __init__(self, client: Any | None = None) -> None:
-        self._client, self._given = client or storage.client("sagemaker"), client is not None
+        self._client, self._given = client or folders.client("sagemaker"), client is not None
         self._answered = False
 
     def problems(self, request: dict[str, Any]) -> list[str]:
@@ -102,7 +102,7 @@ class TrainingJobs:
         """What the job left. It is paid for: it has failed only if its result is not there, or is none."""
         path = f"{told['ModelArtifacts']['S3ModelArtifacts'].rstrip('/')}/result.json"
         try:
-            return storage.read_json(path)
+            return folders.read_json(path)
         except (UserError, ValueError) as error:
             why = error.__cause__
             if why is not None and (aws_errors.passing(why) or aws_errors.logged_out(why)):
@@ -124,7 +124,7 @@ class TrainingJobs:
         """A client reads its credentials once; another one finds those of a new login."""
         if not self._given:
             with suppress(UserError):
-                self._client = storage.client("sagemaker")
+                self._client = folders.client("sagemaker")
 
 
 def _seconds(told: dict[str, Any]) -> float:

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from dreambooth import manifest
+from dreambooth.storage import manifest
 from dreambooth.errors import DoesNotFit
 from dreambooth.utils.atomic_files import whole_file, whole_folder
 

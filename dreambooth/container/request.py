@@ -15,7 +15,7 @@ from dreambooth.container.places import Places
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.utils.atomic_files import whole_folder
 from dreambooth.photos import list_photos
-from dreambooth.remote import model_in
+from dreambooth.storage.run_inputs import model_in
 from dreambooth.config.storage import is_remote
 
 CHANNELS = {  # of the job -> the key that its folder becomes

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 
-from dreambooth import remote, storage
+from dreambooth.storage import run_inputs, folders
 from dreambooth.cloud.request import CHANNELS
 from dreambooth.utils.console import Console
 from dreambooth.config.schema import Config
 from dreambooth.config.storage import SCHEME, is_remote, is_single
-from dreambooth.storage import Held
+from dreambooth.storage.folders import Held
 
 HUB = ("model.source", "model.vae")  # a hub id, or a path
 FILES = ("evaluate.prompts", "evaluate.lpips")
@@ -31,7 +31,7 @@ class Inputs:
             if not is_remote(uri):
                 continue
             if uri not in self._seen:
-                self._seen[uri] = storage.held(uri)
+                self._seen[uri] = folders.held(uri)
             found = self._seen[uri]
             file = is_single(uri) or key in FILES
             if found is None or (not found.folder and not file):
@@ -57,7 +57,7 @@ class Inputs:
         """Make the folders of this machine complete in S3."""
         for folder, place in self._places.items():
             if is_remote(place):
-                storage.upload(Path(folder), place, Console())
+                folders.upload(Path(folder), place, Console())
 
     def _place(self, folder: str, s3: str) -> str:
         if folder not in self._places:
@@ -68,7 +68,7 @@ class Inputs:
 
     def _digest(self, path: str) -> str:
         if path not in self._digests:
-            self._digests[path] = storage.digest(Path(path))
+            self._digests[path] = folders.digest(Path(path))
         return self._digests[path]
 
 
@@ -118,6 +118,6 @@ def _carried(run: Config) -> Mapping[str, str]:
 
 def _read(run: Config) -> Iterator[tuple[str, str, bool]]:
     """Key, path and whether it must have a manifest, of everything that a run reads."""
-    for place, part, key, complete in remote.wanted(run):
+    for place, part, key, complete in run_inputs.wanted(run):
         if path := getattr(part, key):
             yield f"{place}.{key}", str(path), complete

@@ -12,10 +12,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from dreambooth.utils import atomic_files
-from dreambooth import manifest
-from dreambooth.bucket import Bucket
+from dreambooth.storage import manifest
+from dreambooth.storage.s3_bucket import Bucket
 from dreambooth.errors import DoesNotFit, UserError
-from dreambooth.manifest import Entries, Entry
+from dreambooth.storage.manifest import Entries, Entry
 
 GIB = 2**30
 ROUNDS = 3  # of fetching what did not arrive right

@@ -17,7 +17,7 @@ from typing import Any
 from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
 from dreambooth.errors import DreamBoothError, UserError
-from dreambooth.manifest import Entries, of_folder
+from dreambooth.storage.manifest import Entries, of_folder
 from dreambooth.config.schema import Config, Storage
 from dreambooth.config.dataset import FOLDERS
 from dreambooth.config.storage import is_remote, is_single
@@ -42,9 +42,9 @@ def local(path: str | None, cache: str = "runs/s3") -> str | None:
     """The path itself, or the local copy of a complete folder in S3."""
     if not is_remote(path):
         return path
-    from dreambooth import storage
+    from dreambooth.storage import folders
 
-    return str(storage.download(str(path), Path(cache), Console(quiet=not first()), complete=not is_single(path)))
+    return str(folders.download(str(path), Path(cache), Console(quiet=not first()), complete=not is_single(path)))
 
 
 def wanted(config: Config) -> list[tuple[str, Any, str, bool]]:
@@ -67,9 +67,9 @@ def fetched(config: Config, run_dir: Path | None) -> Config:
     found: dict[str, str] = {}
     for section, part, key, complete in wanted(config):
         if is_remote(getattr(part, key)):
-            from dreambooth import storage
+            from dreambooth.storage import folders
 
-            folder = storage.download(getattr(part, key), Path(config.storage.cache).absolute(),
+            folder = folders.download(getattr(part, key), Path(config.storage.cache).absolute(),
                                       Console(quiet=not first()), config.storage.parallel,
                                       complete=complete and not is_single(getattr(part, key)))
             named = folder.parent if section == "model" and folder.is_file() else folder  # by its content
@@ -122,10 +122,10 @@ def kept(spec: Storage, run_dir: Path, resume: str) -> Iterator[Callable[[Any], 
 
 def _copy(step: int, run_dir: Path, place: str, parallel: int) -> None:
     """The result, into a folder named by its steps: a run that is extended makes another."""
-    from dreambooth import storage
+    from dreambooth.storage import folders
 
     console, target = Console(), f"{place}/result-{step:06d}"
-    target = storage.upload_beside(run_dir, target, of_folder(run_dir, MADE), console, parallel, core="model/")
+    target = folders.upload_beside(run_dir, target, of_folder(run_dir, MADE), console, parallel, core="model/")
     console.say(f"complete in {target}")
 
 
@@ -145,16 +145,17 @@ class Mirror(threading.Thread):
 
     def bring(self, resume: str) -> None:
         """Put the newest checkpoint of S3 where the run will look, if this machine has none that is whole."""
-        from dreambooth import checkpoint, storage
+        from dreambooth import checkpoint
+        from dreambooth.storage import folders
 
-        there = storage.complete_folders(self._place)
+        there = folders.complete_folders(self._place)
         if there and resume != "auto":
             raise UserError(f"{self._place} holds checkpoints of this run: type checkpoint.resume=auto, or another "
                             "storage.upload")
-        names = [storage.first_of(uri.rpartition("/")[2]) for uri in there]
+        names = [folders.first_of(uri.rpartition("/")[2]) for uri in there]
         if there and checkpoint.latest(self._folder) is None:
             aside = self._folder / f"{atomic_files.ASIDE}s3"
-            folder = storage.download(there[-1], aside, Console(), self._parallel, complete=True)
+            folder = folders.download(there[-1], aside, Console(), self._parallel, complete=True)
             if (self._folder / names[-1]).exists():
                 atomic_files.remove_folder(self._folder / names[-1])
             atomic_files.publish(folder, self._folder / names[-1])
@@ -172,7 +173,8 @@ class Mirror(threading.Thread):
         self._turn()
 
     def _turn(self) -> None:
-        from dreambooth import checkpoint, storage
+        from dreambooth import checkpoint
+        from dreambooth.storage import folders
 
         new = [path for path in self._folder.glob("step-*")
                if path.name not in self._done and checkpoint.intact(path)]
@@ -180,7 +182,7 @@ class Mirror(threading.Thread):
             if path.name == self._failed and time.monotonic() < self._again:
                 continue
             try:
-                storage.upload_beside(path, f"{self._place}/{path.name}", self._entries(path), None, self._parallel)
+                folders.upload_beside(path, f"{self._place}/{path.name}", self._entries(path), None, self._parallel)
                 self._done.add(path.name)
             except FileNotFoundError:
                 pass

@@ -8,10 +8,10 @@ from functools import partial
 from hashlib import sha256
 from typing import Any, TypeVar
 
-from dreambooth import aws_errors, manifest
+from dreambooth.storage import aws_errors, manifest
 from dreambooth.utils.console import Console
 from dreambooth.errors import UserError
-from dreambooth.manifest import Entries, Entry
+from dreambooth.storage.manifest import Entries, Entry
 from dreambooth.config.storage import SCHEME, is_remote
 
 ATTEMPTS = 5  # of one call
