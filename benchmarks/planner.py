@@ -14,7 +14,7 @@ from dreambooth.cards import CARDS
 from dreambooth.config.enums import (Device, Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, Weights)
 from dreambooth.estimate import step_seconds
 from dreambooth.utils.hardware import GIB
-from dreambooth.model import import_libraries
+from dreambooth.models.loading import import_libraries
 from dreambooth.prediction import STEP
 from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.config.schema import Config

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import psutil
 
-from dreambooth import model, vram
+from dreambooth.models import loading
+from dreambooth import vram
 from dreambooth.config.enums import Dtype
 from dreambooth.utils.hardware import GIB
 from dreambooth.prediction import STEP, Prediction
@@ -75,7 +76,7 @@ def measured(asked: Recipe) -> float:
 if __name__ == "__main__":
     if any(os.environ.get(key) != value for key, value in MALLOC.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
-    model.import_libraries()
+    loading.import_libraries()
     side = int(sys.argv[1]) if len(sys.argv) > 1 else 256
     expected, seen = predicted(vram.predict(recipe(side))), measured(recipe(side))
     print(f"SD 1.5, {side} px, fp32, checkpointing: predicted {expected:.2f} GiB over the weights, "

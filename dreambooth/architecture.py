@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from dreambooth import adapter, vae
+from dreambooth.models import lora, vae
 from dreambooth.config.enums import AttentionKind, BaseWeights
-from dreambooth.components import Components, base_schedule, half_overflows, keep_vae_whole
+from dreambooth.models.components import Components, base_schedule, half_overflows, keep_vae_whole
 from dreambooth.errors import UserError
 from dreambooth.fakes import fake_tensors, to_dtype
-from dreambooth.model import TORCH_DTYPE, denoiser_of, kept_in, trained_modules
+from dreambooth.models.loading import TORCH_DTYPE, denoiser_of, kept_in, trained_modules
 from dreambooth.utils.assets import asset
-from dreambooth.quantised import quantise
+from dreambooth.models.quantization import quantise
 from dreambooth.config.recipe import Recipe
 
 HUB = {  # names under which an architecture that ships here is published
@@ -85,7 +85,7 @@ def trained_weights(recipe: Recipe) -> int:
         parts = blank(recipe)
         model = denoiser_of(parts, recipe).requires_grad_(True)
         if recipe.method.low_rank:
-            adapter.inject(model, recipe.method, recipe.train.seed, recipe.precision.dtype)
+            lora.inject(model, recipe.method, recipe.train.seed, recipe.precision.dtype)
         for module in parts.conditions.unused(parts.encoders):
             module.requires_grad_(False)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from dreambooth import adapter, lora_files, model, sampling
+from dreambooth.models import lora, loading, pipeline
+from dreambooth import lora_files
 from dreambooth.utils.console import Console
 from dreambooth.runtime.engine import accelerated
 from dreambooth.errors import UserError
@@ -26,7 +27,7 @@ def assess(recipe: Recipe) -> dict[str, float]:
     if not recipe.evaluate.encoders:
         raise UserError("the run has evaluate.encoder=none: type encoder=efficientnet_lite0, or encoder=paper")
     step = _exported_step(recipe.run_dir)
-    model.import_libraries()
+    loading.import_libraries()
     engine, _ = accelerated(recipe.device, recipe.precision.dtype, recipe.precision.tf32)
     console, judge = Console(), Judge(recipe)
     with locked(recipe.run_dir), tracked(recipe, main=True, trains=False) as tracker:
@@ -34,7 +35,7 @@ def assess(recipe: Recipe) -> dict[str, float]:
         missing = [number for number in (0, step) if number not in evaluation.scores()]
         with console.bar("pictures", evaluation.count * len(missing)) as bar:
             for number, parts_of in ((0, _base), (step, _own)):
-                pipeline = sampling.build_pipeline(parts_of(recipe, engine.device)) if number in missing else None
+                pipeline = pipeline.build_pipeline(parts_of(recipe, engine.device)) if number in missing else None
                 evaluation.measure(number, pipeline, engine.autocast, tick=bar.tick)
         scores = evaluation.scores()
     console.table(measures(scores[step], scores[0], recipe))
@@ -42,19 +43,19 @@ def assess(recipe: Recipe) -> dict[str, float]:
     return scores[step]
 
 
-def _base(recipe: Recipe, device: torch.device) -> model.Components:
-    return model.load(recipe, device)
+def _base(recipe: Recipe, device: torch.device) -> loading.Components:
+    return loading.load(recipe, device)
 
 
-def _own(recipe: Recipe, device: torch.device) -> model.Components:
+def _own(recipe: Recipe, device: torch.device) -> loading.Components:
     """The run's model in place of the base, or its adapter beside it as it was in training."""
     folder = recipe.run_dir / "model"
     if (folder / "model_index.json").is_file():
-        return model.load(replace(
+        return loading.load(replace(
             recipe, source=str(folder), vae_source=None,
             model=replace(recipe.model, revision=None, variant=None, zero_terminal_snr=False)), device)
-    parts = model.load(recipe, device)
-    adapter.teach(model.prepare(parts, recipe), lora_files.read(folder / lora_files.DIFFUSERS))
+    parts = loading.load(recipe, device)
+    lora.teach(loading.prepare(parts, recipe), lora_files.read(folder / lora_files.DIFFUSERS))
     return parts
 
 

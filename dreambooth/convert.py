@@ -63,7 +63,7 @@ def _job(ask: Convert) -> None:
     if not ask.source or not ask.out:
         raise UserError("type in=MODEL.safetensors out=DIR, or in=DIR out=MODEL.safetensors")
     from dreambooth.converting import convert as work
-    from dreambooth.model import import_libraries
+    from dreambooth.models.loading import import_libraries
 
     import_libraries()
     work(ask.source, ask.out, config=ask.config, vae=ask.vae, with_vae=ask.with_vae, dtype=ask.dtype,

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from dreambooth import clip_words, single
 from dreambooth.storage import run_inputs
 from dreambooth.utils import atomic_files
-from dreambooth.components import Components
+from dreambooth.models.components import Components
 from dreambooth.utils.console import Console
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.layout import Family

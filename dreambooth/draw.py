@@ -14,8 +14,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth.utils import atomic_files
-from dreambooth import loras, photos, pngtext, sampling
-from dreambooth.conditions import check_length
+from dreambooth import loras, photos, pngtext
+from dreambooth.models import pipeline
+from dreambooth.models.text_conditioning import check_length
 from dreambooth.utils.console import Console
 from dreambooth.drawable import Source, find
 from dreambooth.errors import Interrupted, UserError
@@ -70,15 +71,15 @@ def draw(ask: Generate, stop: Stop) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = Meter(device, partial(_advice, ask=ask, device=device.type), kept=f"pictures made before are in {target}")
     with meter.phase("loading"):
-        pipeline = sampling.open_pipeline(source.model, device.type, source.revision, source.variant, source.vae,
+        pipeline = pipeline.open_pipeline(source.model, device.type, source.revision, source.variant, source.vae,
                                           source.zero_terminal_snr)
         _check_lengths(pipeline, [*prompts, ask.negative_prompt or ""])
         loras.apply(pipeline, chosen)
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    sampler = sampling.Sampler(ask.num_inference_steps, scale, int(source.settings.get("model.resolution", side)))
+    sampler = pipeline.Sampler(ask.num_inference_steps, scale, int(source.settings.get("model.resolution", side)))
     start = _start(ask.image, sampler.resolution)
     if start is not None:
-        pipeline = sampling.from_images(pipeline)
+        pipeline = pipeline.from_images(pipeline)
     settings = {"num_inference_steps": ask.num_inference_steps, "guidance_scale": scale,
                 "negative_prompt": ask.negative_prompt, "model": Path(source.model).name if source.own or ask.base
                 else source.folder.name, "strength": ask.strength if ask.image else None}
@@ -91,7 +92,7 @@ def draw(ask: Generate, stop: Stop) -> Path:
     with meter.phase("drawing"), console.bar("pictures", total) as bar:
         for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
             _check(stop, bar.done, total, target)
-            for batch in sampling.generate(pipeline, [prompt] * len(seeds), seeds, sampler, ask.batch_size,
+            for batch in pipeline.generate(pipeline, [prompt] * len(seeds), seeds, sampler, ask.batch_size,
                                            negative_prompt=ask.negative_prompt, start=start, strength=ask.strength):
                 for seed, made in zip(seeds[len(row):], batch, strict=False):
                     album.add(number, prompt, seed, made)

@@ -25,7 +25,7 @@ from dreambooth.encoders import Encoder, open_encoder
 from dreambooth.lpips import Lpips
 from dreambooth.photos import fingerprint, list_photos, load_photos, square
 from dreambooth.config.recipe import Recipe
-from dreambooth.sampling import Sampler, generate
+from dreambooth.models.pipeline import Sampler, generate
 from dreambooth.scoring import score
 from dreambooth.utils.image_grid import columns, grid
 from dreambooth.tracking import Tracker

@@ -10,14 +10,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 import dreambooth
-from dreambooth import adapter, lora_files
+from dreambooth.models import lora
+from dreambooth import lora_files
 from dreambooth.utils import atomic_files
-from dreambooth.components import zero_snr
+from dreambooth.models.components import zero_snr
 from dreambooth.errors import DoesNotFit
 from dreambooth.flavour import OF_BASE
-from dreambooth.model import Components, exact_frozen, trained_modules
+from dreambooth.models.loading import Components, exact_frozen, trained_modules
 from dreambooth.config.recipe import Recipe
-from dreambooth.sampling import pipeline_over
+from dreambooth.models.pipeline import pipeline_over
 
 CARD = """---
 tags:
@@ -63,7 +64,7 @@ def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
             if not recipe.method.low_rank or recipe.method.merge:
                 whole_pipeline(exact_frozen(parts, recipe)).save_pretrained(aside, safe_serialization=True)
             if recipe.method.low_rank:
-                known = adapter.learned(nn.ModuleDict(trained_modules(parts, recipe)))
+                known = lora.learned(nn.ModuleDict(trained_modules(parts, recipe)))
                 lora_files.write(aside, known, re.sub(r"[^\w.-]+", "-", recipe.name), _facts(recipe))
             if sheet.is_file():
                 shutil.copyfile(sheet, aside / "contact_sheet.png")

@@ -23,7 +23,7 @@ def _job(cfg: DictConfig) -> None:
     ask = asked(cfg, Generate)
     from dreambooth.storage import run_inputs
     from dreambooth.draw import draw
-    from dreambooth.model import import_libraries
+    from dreambooth.models.loading import import_libraries
     from dreambooth.utils.signals import stoppable
 
     import_libraries()

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from dreambooth import adapter, best, checkpoint, model
+from dreambooth.models import lora, loading
+from dreambooth import best, checkpoint
 from dreambooth.config.compose import evaluate
 from dreambooth.utils.console import Bar
 from dreambooth.ema import swapped
@@ -19,7 +20,7 @@ from dreambooth.evaluation import Evaluation
 from dreambooth.runtime.memory_meter import Meter
 from dreambooth.config.recipe import Recipe
 from dreambooth.samples import SampleBook
-from dreambooth.sampling import build_pipeline
+from dreambooth.models.pipeline import build_pipeline
 from dreambooth.setup import Setup
 from dreambooth.utils.signals import Stop
 from dreambooth.step import StepInfo
@@ -221,14 +222,14 @@ class Measure:
         """A pipeline of the base. On a card a resumed run has its base's weights in place of the live ones, one by one:
         these wait in host memory, so that the card holds no second model."""
         if self.recipe.method.low_rank:
-            with adapter.absent(self.setup.trained):
+            with lora.absent(self.setup.trained):
                 yield self.setup.pipeline
             return
         if self.engine.device.type != "cuda":
-            yield build_pipeline(model.load(self.recipe, self.engine.device))
+            yield build_pipeline(loading.load(self.recipe, self.engine.device))
             return
-        parts = model.load(self.recipe, torch.device("cpu"))
-        base = model.denoiser_of(parts, self.recipe)
+        parts = loading.load(self.recipe, torch.device("cpu"))
+        base = loading.denoiser_of(parts, self.recipe)
         with swapped(self.setup.trained, dict(base.named_parameters())):
             yield self.setup.pipeline
 

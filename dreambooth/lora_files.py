@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dreambooth.adapter import LowRank, published
+from dreambooth.models.lora import LowRank, published
 from dreambooth.errors import UserError
 from dreambooth.exported import ADAPTER
 

@@ -7,7 +7,7 @@ import torch
 from dreambooth.utils import rng
 from dreambooth.batch import Batch
 from dreambooth.data import View
-from dreambooth.sampling import evaluating
+from dreambooth.models.pipeline import evaluating
 from dreambooth.setup import Setup
 
 LEVELS = 8  # timesteps a photo, the middles of equal parts of the schedule

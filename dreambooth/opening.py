@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dreambooth import clip_words, single
-from dreambooth.components import Components, zero_snr
+from dreambooth.models.components import Components, zero_snr
 from dreambooth.errors import UserError
 from dreambooth.layout import Family, modern
 from dreambooth.recognise import Found

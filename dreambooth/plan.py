@@ -46,7 +46,7 @@ def _job(config: Config, sweep: bool) -> float:
     here = detect() if config.hardware.device is Device.local else None
     recipe = resolve(config, Path(config.run_root), here)
     from dreambooth import fitting, plan_report
-    from dreambooth.model import import_libraries
+    from dreambooth.models.loading import import_libraries
 
     import_libraries()
     choice = fitting.chosen(recipe)

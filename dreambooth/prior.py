@@ -17,7 +17,7 @@ from PIL.Image import Image
 from dreambooth.utils import atomic_files, rng
 from dreambooth.photos import list_photos
 from dreambooth.config.recipe import Recipe
-from dreambooth.sampling import Sampler
+from dreambooth.models.pipeline import Sampler
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from contextlib import nullcontext
 from functools import partial
 from math import nan
 
-from dreambooth import best, checkpoint, export, fitting, model, report
+from dreambooth import best, checkpoint, export, fitting, report
+from dreambooth.models import loading
 from dreambooth.runtime import oom_advice
 from dreambooth.utils import atomic_files, provenance
 from dreambooth.ahead import Ahead
@@ -38,7 +39,7 @@ def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = 
     Raises:
         DreamBoothError: see errors.py. Whatever was saved before stays.
     """
-    model.import_libraries()
+    loading.import_libraries()
     engine, accelerator = accelerated(recipe.device, recipe.precision.dtype, recipe.precision.tf32)
     console = Console(quiet=not engine.main)
     with locked(recipe.run_dir) if engine.main else nullcontext():

@@ -8,7 +8,7 @@ from PIL import Image
 from dreambooth.utils import atomic_files
 from dreambooth.photos import Photo, cut
 from dreambooth.config.recipe import Recipe
-from dreambooth.sampling import Sampler, generate
+from dreambooth.models.pipeline import Sampler, generate
 from dreambooth.utils.image_grid import columns, contact_sheet, grid, read_samples
 from dreambooth.tracking import Tracker
 

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dreambooth import latents as kept
-from dreambooth import memory, model, prior, sampling, subjects
+from dreambooth import memory, prior, subjects
+from dreambooth.models import loading, pipeline
 from dreambooth.runtime import oom_advice
 from dreambooth.config.enums import EmaDevice
 from dreambooth.utils.console import Console
@@ -32,7 +33,7 @@ from dreambooth.step import Objective, TrainState
 class Setup:
     """A run that is ready to train."""
 
-    parts: model.Components
+    parts: loading.Components
     photos: list[Photo]
     batches: Batches
     objective: Objective
@@ -51,9 +52,9 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
     judge = Judge(recipe) if recipe.evaluate.encoders and engine.main else None
     with meter.phase("load"):
         photos, repeats = subjects.photos(recipe)
-        parts = model.load(recipe, engine.device)
+        parts = loading.load(recipe, engine.device)
     _check_prompts(parts, recipe, photos)
-    pipeline = sampling.build_pipeline(parts)
+    pipeline = pipeline.build_pipeline(parts)
     concepts = [_concept(recipe, "instance", photos, repeats)]
     if recipe.with_prior:
         with meter.phase("class_images"):
@@ -77,7 +78,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
     objective = Objective(schedule, recipe.prior.prior_loss_weight, recipe.train.snr_gamma,
                           recipe.two_passes)
     with meter.phase("state"):
-        denoiser = model.prepare(parts, recipe)
+        denoiser = loading.prepare(parts, recipe)
         state = _state(recipe, denoiser, accelerator)
     return Setup(parts, photos, batches, objective, state, denoiser, pipeline, judge, idle)
 
@@ -97,12 +98,12 @@ def class_images_alone(recipe: Recipe, stop: Stop) -> None:
             console.say(f"{images} in {images.folder}")
     if not lacking:
         return
-    model.import_libraries()
+    loading.import_libraries()
     engine, _ = accelerated(recipe.device, recipe.precision.dtype, recipe.precision.tf32)
     engine.cache_casts(recipe.memory.autocast_cache)
     meter = Meter(engine.device, partial(oom_advice.advice, recipe=recipe.among(engine.world)))
     with meter.phase("load"):
-        pipeline = sampling.build_pipeline(model.load(recipe, engine.device))
+        pipeline = pipeline.build_pipeline(loading.load(recipe, engine.device))
     with meter.phase("class_images"):
         for one in lacking:
             _class_images(one, pipeline, engine, console, stop)
@@ -124,7 +125,7 @@ def _check_processes(recipe: Recipe, engine: Engine) -> None:
                             "torchrun")
 
 
-def _check_prompts(parts: model.Components, recipe: Recipe, photos: list[Photo]) -> None:
+def _check_prompts(parts: loading.Components, recipe: Recipe, photos: list[Photo]) -> None:
     captions = {photo.caption for photo in photos}
     for prompt in sorted(captions | set(recipe.sample_prompts) | {one.class_prompt for one in recipe.classes}
                          | set(recipe.evaluate_prompts if recipe.evaluate.encoders else ())):
@@ -143,7 +144,7 @@ def _class_images(recipe: Recipe, pipeline: Any, engine: Engine, console: Consol
     def generate(seeds: list[int]) -> list[Any]:
         stop.check()
         prompts = [recipe.class_prompt] * len(seeds)
-        batches = sampling.generate(
+        batches = pipeline.generate(
             pipeline, prompts, seeds, prior.sampler_of(recipe), len(seeds), engine.autocast)
         return next(batches)
 
@@ -155,7 +156,7 @@ def _class_images(recipe: Recipe, pipeline: Any, engine: Engine, console: Consol
     return load_photos(images.paths, recipe.class_prompt, recipe.model.resolution, recipe.dataset.buckets)
 
 
-def _latents(recipe: Recipe, parts: model.Components, concepts: list[Concept], console: Console) -> Latents:
+def _latents(recipe: Recipe, parts: loading.Components, concepts: list[Concept], console: Console) -> Latents:
     keep = None
     if recipe.memory.cache_latents:
         keep = kept.Keep(recipe.memory.latent_cache, parts.vae.device, recipe.run_root / "latents",
@@ -169,7 +170,7 @@ def _latents(recipe: Recipe, parts: model.Components, concepts: list[Concept], c
     return latents
 
 
-def _text(recipe: Recipe, parts: model.Components, concepts: list[Concept]) -> Any:
+def _text(recipe: Recipe, parts: loading.Components, concepts: list[Concept]) -> Any:
     """prompt -> ids while the text encoder trains, hidden states otherwise; each prompt once if that is cached."""
     encode = parts.tokens if recipe.train.train_text_encoder else parts.hidden_states
     if not (recipe.memory.cache_text or recipe.train.train_text_encoder):
@@ -180,19 +181,19 @@ def _text(recipe: Recipe, parts: model.Components, concepts: list[Concept]) -> A
     return known.__getitem__
 
 
-def _idle(recipe: Recipe, parts: model.Components, engine: Engine) -> Idle:
+def _idle(recipe: Recipe, parts: loading.Components, engine: Engine) -> Idle:
     text_rests = recipe.memory.cache_text and not recipe.train.train_text_encoder
     return Idle([parts.vae] * recipe.memory.cache_latents + parts.encoders * text_rests, engine.device)
 
 
-def _latent_shape(recipe: Recipe, parts: model.Components) -> tuple[int, int, int]:
+def _latent_shape(recipe: Recipe, parts: loading.Components) -> tuple[int, int, int]:
     side = recipe.model.resolution // parts.vae_scale
     return parts.latent_channels, side, side
 
 
-def _state(recipe: Recipe, denoiser: model.Denoiser, accelerator: Accelerator) -> TrainState:
+def _state(recipe: Recipe, denoiser: loading.Denoiser, accelerator: Accelerator) -> TrainState:
     optimizer = memory.equip(denoiser, maker(recipe.optimizer, recipe.train.learning_rate), recipe.memory,
-                             model.TORCH_DTYPE[recipe.precision.dtype], recipe.train.seed)
+                             loading.TORCH_DTYPE[recipe.precision.dtype], recipe.train.seed)
     ema = None
     if recipe.train.use_ema:
         device = torch.device("cpu") if recipe.memory.ema_device is EmaDevice.cpu else None

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dreambooth.utils import atomic_files
-from dreambooth.components import Components
+from dreambooth.models.components import Components
 from dreambooth.errors import UserError
 from dreambooth.layout import POSITIONS, PREFIX, UNREAD, VAE, ZERO, Entry, Family, Form, V, entries, modern
 from dreambooth.recognise import Opened

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from dreambooth.utils import atomic_files
 from dreambooth import single
-from dreambooth.components import says_fixed
+from dreambooth.models.components import says_fixed
 from dreambooth.converting import convert
 from dreambooth.errors import UserError
 from dreambooth.utils.assets import asset
@@ -83,7 +83,7 @@ def _file(key: str, source: str) -> Path:
     path = Path(source)
     if not path.is_file():
         raise UserError(f"there is no file {path}: type model.{key}=FILE, the path of a .safetensors or .ckpt file")
-    from dreambooth.model import import_libraries
+    from dreambooth.models.loading import import_libraries
 
     import_libraries()
     return path

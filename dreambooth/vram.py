@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth import architecture, model
+from dreambooth import architecture
+from dreambooth.models import loading
 from dreambooth.allocator import MIB
 from dreambooth.batch import Batch, joined
 from dreambooth.buckets import Size, largest
@@ -87,7 +88,7 @@ class _Rehearsal:
             gone = [rest(module) for module in resting]
             trace.mark("training")
             trace.add_module(wake(parts.unet, shapes), "weights")
-            denoiser = model.prepare(parts, architecture.known_attention(recipe))
+            denoiser = loading.prepare(parts, architecture.known_attention(recipe))
             state = self._state(denoiser)
             self._steps(state)
             for module, known in zip(resting, gone, strict=True):
@@ -125,7 +126,7 @@ class _Rehearsal:
         dtype = self.recipe.precision.dtype
         if dtype is Dtype.fp32:
             return nullcontext
-        return partial(torch.autocast, "cpu", model.TORCH_DTYPE[dtype], cache_enabled=self.memory.autocast_cache)
+        return partial(torch.autocast, "cpu", loading.TORCH_DTYPE[dtype], cache_enabled=self.memory.autocast_cache)
 
     def _engine(self) -> MarkedEngine:
         trace = self.trace
@@ -153,7 +154,7 @@ class _Rehearsal:
             made.on_state = lambda tensor, paged: trace.add([tensor], HOST if paged or on_host else "optimizer")
             return made
 
-        optimizer = equip(denoiser, make, self.memory, model.TORCH_DTYPE[recipe.precision.dtype], recipe.train.seed)
+        optimizer = equip(denoiser, make, self.memory, loading.TORCH_DTYPE[recipe.precision.dtype], recipe.train.seed)
         trace.add_module(denoiser, "weights")
         masters = optimizer.masters if isinstance(optimizer, Offloaded) else {}
         trace.add(masters.values(), HOST)

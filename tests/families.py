@@ -44,7 +44,7 @@ def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    from dreambooth.components import Components
+    from dreambooth.models.components import Components
     from dreambooth.export import whole_pipeline
 
     known = Path(asset("package:architectures")) / family

@@ -314,9 +314,9 @@ def _evaluation_stopped(seed: int) -> None:
 def _second_batch(act: Callable[[], None]) -> Callable[[int], None]:
     """Before generate has the second batch of its pictures."""
     def fault(seed: int) -> None:
-        from dreambooth import sampling
+        from dreambooth.models import pipeline
 
-        generate = sampling.generate
+        generate = pipeline.generate
 
         def generating(*args: Any, **kwargs: Any) -> Any:
             for number, batch in enumerate(generate(*args, **kwargs)):
@@ -324,7 +324,7 @@ def _second_batch(act: Callable[[], None]) -> Callable[[int], None]:
                     act()
                 yield batch
 
-        sampling.generate = generating
+        pipeline.generate = generating
 
     return fault
 

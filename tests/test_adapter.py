@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from test_kill import KILLED, assert_same, losses, the_run
 from torch import Tensor, nn
 
-from dreambooth import adapter
-from dreambooth.adapter import LowRank, inject, learned, merge
+from dreambooth.models import lora
+from dreambooth.models.lora import LowRank, inject, learned, merge
 from dreambooth.config.enums import BaseWeights, Dtype, MethodKind, Targets
-from dreambooth.dropout import Dropout, follow, sample_keys
-from dreambooth.quantised import quantise
+from dreambooth.models.sample_dropout import Dropout, follow, sample_keys
+from dreambooth.models.quantization import quantise
 from dreambooth.config.method import Method
 
 KINDS = [MethodKind.lora, MethodKind.dora]
@@ -92,21 +92,21 @@ def test_teach_gives_back_what_was_learned(kind: MethodKind) -> None:
     _, model = taught(kind)
     other = Toy()
     inject(other, method(kind), seed=2, dtype=Dtype.fp32)
-    known = {adapter.published(name): low for name, low in learned(model).items()}
-    adapter.teach(other, known)
+    known = {lora.published(name): low for name, low in learned(model).items()}
+    lora.teach(other, known)
     for name, low in learned(other).items():
         for ours, theirs in zip(vars(low).values(), vars(known[name]).values(), strict=True):
             assert ours is theirs or torch.allclose(ours, theirs, rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="rank"):
         inject(another := Toy(), method(kind, rank=2), seed=2, dtype=Dtype.fp32)
-        adapter.teach(another, known)
+        lora.teach(another, known)
 
 
 def test_absent_is_the_base_and_comes_back() -> None:
     base, model = taught(MethodKind.dora)
     x = torch.randn(3, 40)
     before = model.unet["to_q"](x)
-    with adapter.absent(model):
+    with lora.absent(model):
         assert model.unet["to_q"](x).equal(base.unet["to_q"](x))
     assert model.unet["to_q"](x).equal(before)
     assert sum(p.requires_grad for p in model.parameters()) == 6
@@ -131,7 +131,7 @@ def test_all_of_a_frozen_base_is_in_the_compute_precision_and_the_planner_knows(
 
     from dreambooth.architecture import blank
     from dreambooth.fakes import fake_tensors
-    from dreambooth.model import load
+    from dreambooth.models.loading import load
 
     if weights is BaseWeights.nf4:
         pytest.importorskip("bitsandbytes")
@@ -192,9 +192,9 @@ def test_targets_are_chosen_by_their_names() -> None:
 
     attention = ["attn1.to_k", "attn1.to_out.0"]
     transformer = [*attention, "ff.net.0.proj", "ff.net.2"]
-    assert adapter.targets(Part(), Targets.attention) == attention
-    assert adapter.targets(Part(), Targets.transformer) == transformer
-    assert adapter.targets(Part(), Targets.all) == [*transformer, "conv_in"]
+    assert lora.targets(Part(), Targets.attention) == attention
+    assert lora.targets(Part(), Targets.transformer) == transformer
+    assert lora.targets(Part(), Targets.all) == [*transformer, "conv_in"]
 
 
 # -- dropout ------------------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_merge_is_of_the_export_alone(tmp_path: Path) -> None:
     trained = losses(run)
     assert train(tmp_path, "method=lora", "method.merge=true") == 0
     assert the_run(tmp_path) == run and losses(run) == trained, "it was trained again"
-    known = {adapter.published(name): low for name, low in _lora(run).items()}
+    known = {lora.published(name): low for name, low in _lora(run).items()}
     base = load_file(next(Path(asset("package:tiny-sd"), "unet").glob("*.safetensors")))
     merged = load_file(next((run / "model/unet").glob("*.safetensors")))
     for name, weight in base.items():
@@ -355,6 +355,6 @@ def test_a_base_in_four_bits_trains_its_adapter_and_stays_as_it_is() -> None:
     assert losses[-1] < 0.5 * losses[0]
     assert model.unet["to_q"].base_layer.weight.data.equal(codes), "the base was trained"
     wanted = nn.functional.linear(x, exact[0], exact[1])
-    with adapter.absent(model), torch.autocast("cpu", torch.bfloat16):
+    with lora.absent(model), torch.autocast("cpu", torch.bfloat16):
         error = (model.unet["to_q"](x).float() - wanted).norm() / wanted.norm()
     assert 0 < error < 0.15

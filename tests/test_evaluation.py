@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_kill import KILLED, assert_same, the_run
 
-from dreambooth.conditions import OneEncoder
+from dreambooth.models.text_conditioning import OneEncoder
 from dreambooth.hooks import Measure
 from dreambooth.journal import read
 
@@ -331,7 +331,7 @@ def test_a_resumed_run_on_a_card_measures_the_base_in_place_of_its_own_weights(
             seen[step] = {float(value) for p in live.parameters() for value in p.detach().flatten()}
             return super().measure(step, pipeline, *rest)
 
-    monkeypatch.setattr("dreambooth.model.load", load)
+    monkeypatch.setattr("dreambooth.models.loading.load", load)
     noted = Noted({})
     Measure(
         evaluation=noted, engine=SimpleNamespace(device=torch.device("cuda"), autocast=nullcontext),

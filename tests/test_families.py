@@ -17,7 +17,7 @@ from test_kill import assert_same, the_run
 from test_planner import small
 
 from dreambooth.architecture import trained_weights
-from dreambooth.model import denoiser_of, load
+from dreambooth.models.loading import denoiser_of, load
 from dreambooth.vram import predict, rehearse
 
 NEW = ("sd21", "sdxl")
@@ -68,7 +68,7 @@ def test_sdxls_unet_is_told_what_its_pipeline_tells_it(base: dict[str, Path]) ->
     """Prompt states, pooled state and time ids of a training step are those of StableDiffusionXLPipeline."""
     from diffusers import StableDiffusionXLPipeline
 
-    from dreambooth.conditions import TwoEncoders
+    from dreambooth.models.text_conditioning import TwoEncoders
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(base["sdxl"])
     encoders, seen = [pipeline.text_encoder, pipeline.text_encoder_2], {}
@@ -108,7 +108,7 @@ def test_the_planner_records_the_very_step_of_a_family(family: str, text: bool, 
 
 
 def test_sdxls_vae_computes_in_fp32_under_half_autocast(base: dict[str, Path]) -> None:
-    from dreambooth.components import keep_vae_whole
+    from dreambooth.models.components import keep_vae_whole
 
     parts = load(small(model__source=str(base["sdxl"])), torch.device("cpu"))
     pixels, seen = torch.randn(1, 3, 16, 16), []

@@ -11,9 +11,10 @@ import torch
 from families import make
 from safetensors.torch import load_file
 
-from dreambooth import adapter, lora_files, model
+from dreambooth.models import lora, loading
+from dreambooth import lora_files
 from dreambooth.config.enums import Dtype, MethodKind, Targets
-from dreambooth.conditions import OneEncoder, TwoEncoders
+from dreambooth.models.text_conditioning import OneEncoder, TwoEncoders
 from dreambooth.errors import UserError
 from dreambooth.utils.assets import asset
 from dreambooth.config.method import Method
@@ -36,12 +37,12 @@ def draw(pipe: Any) -> np.ndarray:
                     generator=torch.Generator().manual_seed(4), height=64, width=64).images
 
 
-def taught(kind: MethodKind, targets: Targets) -> tuple[Any, dict[str, adapter.LowRank]]:
+def taught(kind: MethodKind, targets: Targets) -> tuple[Any, dict[str, lora.LowRank]]:
     """The base with an adapter that changes its pictures, and what it has learned."""
-    model.import_libraries()
+    loading.import_libraries()
     pipe = pipeline()
-    denoiser = model.Denoiser(OneEncoder(), pipe.unet, pipe.text_encoder)
-    adapter.inject(denoiser, Method(name=kind.value, kind=kind, rank=3, alpha=4.5, targets=targets), 1, Dtype.fp32)
+    denoiser = loading.Denoiser(OneEncoder(), pipe.unet, pipe.text_encoder)
+    lora.inject(denoiser, Method(name=kind.value, kind=kind, rank=3, alpha=4.5, targets=targets), 1, Dtype.fp32)
     torch.manual_seed(5)
     with torch.no_grad():
         for name, parameter in denoiser.named_parameters():
@@ -50,7 +51,7 @@ def taught(kind: MethodKind, targets: Targets) -> tuple[Any, dict[str, adapter.L
             if "magnitude" in name:
                 parameter *= 1 + 0.05 * torch.randn_like(parameter)
     pipe.unet.eval(), pipe.text_encoder.eval()
-    return pipe, adapter.learned(denoiser)
+    return pipe, lora.learned(denoiser)
 
 
 # Pictures are told apart by this much (of 1): far below a step of a byte (1/255), far above what fp32 rounds away.
@@ -75,7 +76,7 @@ def test_both_layouts_draw_the_same_picture_in_diffusers(kind: MethodKind, targe
 def test_merged_draws_what_applied_draws(kind: MethodKind) -> None:
     ours, known = taught(kind, Targets.all)
     merged = pipeline()
-    adapter.merge(model.Denoiser(OneEncoder(), merged.unet, merged.text_encoder), known)
+    lora.merge(loading.Denoiser(OneEncoder(), merged.unet, merged.text_encoder), known)
     assert np.abs(draw(merged) - draw(ours)).max() < SAME
 
 
@@ -98,7 +99,7 @@ def test_kohya_keys_are_those_of_web_uis(tmp_path: Path) -> None:
 
 
 def test_two_text_encoders_have_prefixes_of_their_own() -> None:
-    low = adapter.LowRank(torch.zeros(1, 2), torch.zeros(2, 1))
+    low = lora.LowRank(torch.zeros(1, 2), torch.zeros(2, 1))
     keys = lora_files.kohya_layout({
         "text_encoder.encoder.layers.0.mlp.fc1": low, "text_encoder_2.text_model.encoder.layers.0.mlp.fc1": low})
     assert {key.partition(".")[0] for key in keys} == {
@@ -111,21 +112,21 @@ def test_diffusers_finds_every_layer_of_sdxl_in_both_layouts(targets: Targets, t
 
     base = make("sdxl", tmp_path / "base")
     pipe = StableDiffusionXLPipeline.from_pretrained(base)
-    denoiser = model.Denoiser(TwoEncoders(2), pipe.unet, pipe.text_encoder, pipe.text_encoder_2)
-    adapter.inject(denoiser, Method(name="lora", kind=MethodKind.lora, rank=2, alpha=2, targets=targets), 1, Dtype.fp32)
+    denoiser = loading.Denoiser(TwoEncoders(2), pipe.unet, pipe.text_encoder, pipe.text_encoder_2)
+    lora.inject(denoiser, Method(name="lora", kind=MethodKind.lora, rank=2, alpha=2, targets=targets), 1, Dtype.fp32)
     torch.manual_seed(6)
     with torch.no_grad():
         for name, parameter in denoiser.named_parameters():
             if "lora_B" in name:
                 parameter += torch.randn_like(parameter)
-    known = {adapter.published(name): low for name, low in adapter.learned(denoiser).items()}
+    known = {lora.published(name): low for name, low in lora.learned(denoiser).items()}
     lora_files.write(tmp_path, known, "toy", {"base_model": "tiny"})
     for path in (tmp_path / lora_files.DIFFUSERS, tmp_path / "webui/toy.safetensors"):
         theirs = StableDiffusionXLPipeline.from_pretrained(base)
         theirs.load_lora_weights(path.parent, weight_name=path.name)
-        parts = model.Denoiser(TwoEncoders(2), theirs.unet, theirs.text_encoder, theirs.text_encoder_2)
-        deltas = {adapter.published(name): layer.get_delta_weight(next(iter(layer.lora_A)))
-                  for name, layer in adapter.layers(parts)}
+        parts = loading.Denoiser(TwoEncoders(2), theirs.unet, theirs.text_encoder, theirs.text_encoder_2)
+        deltas = {lora.published(name): layer.get_delta_weight(next(iter(layer.lora_A)))
+                  for name, layer in lora.layers(parts)}
         assert deltas.keys() == known.keys(), path
         assert all(torch.allclose(deltas[name], known[name].delta, atol=1e-5) for name in known), path
 
@@ -136,7 +137,7 @@ def test_a_file_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     found = lora_files.read(tmp_path / lora_files.DIFFUSERS)
     assert len(found) == len(known)
     for name, low in known.items():
-        again = found[adapter.published(name)]
+        again = found[lora.published(name)]
         assert all(a.equal(b) for a, b in zip(vars(low).values(), vars(again).values(), strict=True))
 
 

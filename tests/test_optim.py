@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from dreambooth.config.enums import AttentionKind, LrSchedule
-from dreambooth.conditions import OneEncoder
+from dreambooth.models.text_conditioning import OneEncoder
 from dreambooth.data import Batch
 from dreambooth.runtime.engine import Engine
-from dreambooth.model import Components, Denoiser, set_attention
+from dreambooth.models.loading import Components, Denoiser, set_attention
 from dreambooth.optim import build_schedule
 from dreambooth.utils.assets import asset
 from dreambooth.config.schema import Train

@@ -15,7 +15,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from dreambooth import architecture, buckets, cards, estimate, fitting, model, plan_report, run, vram
+from dreambooth import architecture, buckets, cards, estimate, fitting, plan_report, run, vram
+from dreambooth.models import loading
 from dreambooth.allocator import MIB, CachingAllocator
 from dreambooth.config.enums import (Device, Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, TrackingKind, Weights)
 from dreambooth.config.compose import conf_dir
@@ -119,7 +120,7 @@ def _kept(found: Prediction) -> int:
 
 def test_a_transformer_is_recomputed_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = predict(small(memory__gradient_checkpointing=True))
-    monkeypatch.setattr(model, "recompute", lambda unet, groups: unet.enable_gradient_checkpointing())
+    monkeypatch.setattr(loading, "recompute", lambda unet, groups: unet.enable_gradient_checkpointing())
     theirs = predict(small(memory__gradient_checkpointing=True))
     assert _kept(ours) < 0.75 * _kept(theirs)
 
@@ -128,7 +129,7 @@ def _gradients(rows: int = 1, **changed: object) -> list[torch.Tensor]:
     torch.manual_seed(0)
     asked = small(**changed)
     parts = architecture.blank(asked)
-    denoiser = model.prepare(parts, asked)
+    denoiser = loading.prepare(parts, asked)
     latents, text = torch.randn(rows, 4, 8, 8), torch.randn(rows, 77, parts.text_encoder.config.hidden_size)
     denoiser(latents, torch.arange(3, 3 + rows), text).square().mean().backward()
     return [p.grad for p in denoiser.parameters() if p.grad is not None]
@@ -289,8 +290,8 @@ def test_adamw8bit_keeps_what_bitsandbytes_keeps() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     real = _stepped(lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-3))
     model = _stepped(lambda p: ModelledOptimizer(p, OptimizerKind.adamw8bit))
-    assert _state_bytes(model) == _state_bytes(real, without=("qmap1", "qmap2"))
-    assert _state_bytes(real) - _state_bytes(model) in (0, CODEBOOKS)
+    assert _state_bytes(loading) == _state_bytes(real, without=("qmap1", "qmap2"))
+    assert _state_bytes(real) - _state_bytes(loading) in (0, CODEBOOKS)
 
 
 def test_adafactor_keeps_what_transformers_keeps() -> None:

@@ -11,10 +11,10 @@ from test_config import made
 from test_core import batches, concept
 from torch import Tensor, nn
 
-from dreambooth import model
+from dreambooth.models import loading
 from dreambooth.batch import Batch
 from dreambooth.config.compose import load
-from dreambooth.pointwise import CHANNELS_A_PIXEL, Pointwise, as_products
+from dreambooth.models.pointwise_conv import CHANNELS_A_PIXEL, Pointwise, as_products
 from dreambooth.config.recipe import Recipe, resolve
 
 UNIT = 2.0**-24
@@ -86,9 +86,9 @@ def test_other_convolutions_stay_as_they_are(given: dict[str, int]) -> None:
     (("hardware=cpu", "precision=bf16"), False), (("hardware=g4dn", "model=tiny", "precision=fp32"), False)])
 def test_a_cpu_run_in_fp32_computes_them_as_products(words: tuple[str, ...], products: bool) -> None:
     asked = recipe(*words)
-    parts = model.load(replace(asked, device="cpu"), torch.device("cpu"))
+    parts = loading.load(replace(asked, device="cpu"), torch.device("cpu"))
     names = list(parts.unet.state_dict())
-    denoiser = model.prepare(parts, asked)
+    denoiser = loading.prepare(parts, asked)
     pointwise = [module for module in denoiser.unet.modules() if isinstance(module, Pointwise)]
     assert len(pointwise) == (22 if products else 0)
     assert list(parts.unet.state_dict()) == names
@@ -125,8 +125,8 @@ def test_a_shared_prompt_trains_the_encoder_as_its_rows_would(family: str, tmp_p
     """The gradient of a sum is the sum of gradients: in fp64, equal but for rounding."""
     asked = recipe("hardware=cpu", f"model.source={make(family, tmp_path)}", "model.resolution=16",
                    "train.train_text_encoder=true", "dataset.allow_drawings=true")
-    parts = model.load(asked, torch.device("cpu"))
-    denoiser = model.prepare(parts, asked).double()
+    parts = loading.load(asked, torch.device("cpu"))
+    denoiser = loading.prepare(parts, asked).double()
     torch.manual_seed(0)
     latents, goal = torch.randn(2, 4, 4, 8, 8, dtype=torch.float64)
     steps = torch.tensor([3, 500, 70, 999])

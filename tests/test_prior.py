@@ -182,7 +182,8 @@ def test_enough_own_images_need_no_others(tmp_path: Path) -> None:
 def test_class_images_made_alone_are_computed_as_their_key_says(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """precision=tf32 is in the key, and fp32 pictures would be kept under it."""
-    from dreambooth import model, setup
+    from dreambooth.models import loading
+    from dreambooth import setup
     from dreambooth.runtime.engine import Engine
     from dreambooth.utils.signals import Stop
 
@@ -197,7 +198,7 @@ def test_class_images_made_alone_are_computed_as_their_key_says(
     seen: list[object] = []
     monkeypatch.setattr(setup, "accelerated", lambda *args: (seen.append(args), (
         Engine(cache_casts=seen.append), None))[1])
-    monkeypatch.setattr(model, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     with pytest.raises(EnoughSeen):
         setup.class_images_alone(asked, Stop())
     assert seen == [("cpu", asked.precision.dtype, True), False]

@@ -17,7 +17,7 @@ from test_planner import small
 
 from dreambooth import converting, layout, single, sources
 from dreambooth.utils import atomic_files
-from dreambooth.components import ABLE, half_overflows, zero_snr
+from dreambooth.models.components import ABLE, half_overflows, zero_snr
 from dreambooth.config.compose import load
 from dreambooth.converting import KNOWN, convert
 from dreambooth.errors import UserError
@@ -31,7 +31,7 @@ from dreambooth.run import execute
 from dreambooth.config.schema import Config, Model
 from dreambooth.utils.signals import Stop
 from dreambooth.train import converted
-from dreambooth.vae import configuration
+from dreambooth.models.vae import configuration
 
 LAYOUTS = Path(__file__).with_name("layouts")
 FAMILY = {known: family for family, known in KNOWN.items()}
@@ -397,7 +397,7 @@ def test_an_adapter_is_no_model_yet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_a_note_of_git_lfs_is_no_weights(part: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    from dreambooth import model
+    from dreambooth.models import loading
 
     base = shutil.copytree(bases["sd15"], tmp_path / "base")
     [weights_file] = (base / part).glob("*.safetensors")
@@ -405,7 +405,7 @@ def test_a_note_of_git_lfs_is_no_weights(part: str, bases: dict[str, Path], tmp_
     with pytest.raises(UserError, match=r"damaged, or one of Git LFS's notes .*type git lfs pull"):
         convert(str(base), str(tmp_path / "x.safetensors"))
     with pytest.raises(UserError, match="could not be loaded"):
-        model.load(small(model__source=str(base)), torch.device("cpu"))
+        loading.load(small(model__source=str(base)), torch.device("cpu"))
 
 
 # -- a run ----------------------------------------------------------------------------------------------------------

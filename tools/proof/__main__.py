@@ -17,7 +17,7 @@ from PIL import Image
 
 from dreambooth import metrics
 from dreambooth.encoders import open_encoder
-from dreambooth.sampling import Sampler, generate, open_pipeline
+from dreambooth.models.pipeline import Sampler, generate, open_pipeline
 from dreambooth.scoring import to_pixels
 from dreambooth.utils.image_grid import grid
 from tools.proof import report

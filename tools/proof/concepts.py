@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dreambooth import metrics
 from dreambooth.encoders import open_encoder
-from dreambooth.sampling import generate, open_pipeline
+from dreambooth.models.pipeline import generate, open_pipeline
 from dreambooth.scoring import to_pixels
 from dreambooth.utils.image_grid import grid
 from tools.proof import page

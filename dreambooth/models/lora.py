@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dreambooth.utils import rng
 from dreambooth.config.enums import Dtype, MethodKind, Targets
-from dreambooth.dropout import Dropout, follow
+from dreambooth.models.sample_dropout import Dropout, follow
 from dreambooth.config.method import Method
 
 NAME = "default"  # peft's name of the one adapter that trains

@@ -10,17 +10,17 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dreambooth import adapter, vae
+from dreambooth.models import lora, vae
 from dreambooth.config.enums import AttentionKind, BaseWeights, Dtype
-from dreambooth.components import Components as Components
-from dreambooth.components import base_schedule, has, keep_vae_whole
-from dreambooth.conditions import Conditions
+from dreambooth.models.components import Components as Components
+from dreambooth.models.components import base_schedule, has, keep_vae_whole
+from dreambooth.models.text_conditioning import Conditions
 from dreambooth.errors import UserError
 from dreambooth.utils.hardware import importing
-from dreambooth.pointwise import as_products
-from dreambooth.quantised import quantise
+from dreambooth.models.pointwise_conv import as_products
+from dreambooth.models.quantization import quantise
 from dreambooth.config.recipe import Recipe
-from dreambooth.recompute import recompute
+from dreambooth.models.gradient_checkpointing import recompute
 from dreambooth.utils.import_blocker import without_bitsandbytes
 
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
@@ -126,8 +126,8 @@ def exact_frozen(parts: Components, recipe: Recipe) -> Components:
         return parts
     whole = load(recipe, torch.device("cpu"), frozen=torch.float32)
     if recipe.method.low_rank:
-        known = adapter.learned(nn.ModuleDict(trained_modules(parts, recipe)))
-        adapter.merge(nn.ModuleDict(trained_modules(whole, recipe)), known)
+        known = lora.learned(nn.ModuleDict(trained_modules(parts, recipe)))
+        lora.merge(nn.ModuleDict(trained_modules(whole, recipe)), known)
         return whole
     frozen = {} if recipe.train.train_text_encoder else {
         "text_encoder": whole.text_encoder, "text_encoder_2": whole.text_encoder_2}
@@ -148,7 +148,7 @@ def prepare(parts: Components, recipe: Recipe) -> Denoiser:
             encoder.gradient_checkpointing_enable()
     denoiser = denoiser_of(parts, recipe)
     if recipe.method.low_rank:
-        adapter.inject(denoiser, recipe.method, recipe.train.seed, recipe.precision.dtype)
+        lora.inject(denoiser, recipe.method, recipe.train.seed, recipe.precision.dtype)
     else:
         denoiser.requires_grad_(True)
     for module in parts.conditions.unused(parts.encoders):

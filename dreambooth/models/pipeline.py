@@ -10,8 +10,8 @@ import torch
 from PIL.Image import Image
 from safetensors import SafetensorError
 
-from dreambooth import vae
-from dreambooth.components import Components, zero_snr
+from dreambooth.models import vae
+from dreambooth.models.components import Components, zero_snr
 from dreambooth.errors import UserError
 
 

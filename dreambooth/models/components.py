@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreambooth.conditions import Conditions, OneEncoder, TwoEncoders
+from dreambooth.models.text_conditioning import Conditions, OneEncoder, TwoEncoders
 from dreambooth.errors import UserError
 from dreambooth.loss import Schedule
 from dreambooth.config.recipe import Recipe

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from dreambooth.components import half_overflows, says_fixed
+from dreambooth.models.components import half_overflows, says_fixed
 from dreambooth.errors import UserError
 from dreambooth.config.recipe import Recipe
 from dreambooth.config.storage import is_single
