@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dreambooth.utils import atomic_files
-from dreambooth.ema import swapped
+from dreambooth.optim.ema import swapped
 from dreambooth.errors import DoesNotFit
 from dreambooth.config.evaluate import total
 

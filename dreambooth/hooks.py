@@ -14,7 +14,7 @@ from dreambooth.models import lora, loading
 from dreambooth import best, checkpoint
 from dreambooth.config.compose import evaluate
 from dreambooth.utils.console import Bar
-from dreambooth.ema import swapped
+from dreambooth.optim.ema import swapped
 from dreambooth.runtime.engine import Engine
 from dreambooth.evaluation import Evaluation
 from dreambooth.runtime.memory_meter import Meter

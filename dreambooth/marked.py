@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth.ema import Ema
+from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine
 from dreambooth.storage_trace import HOST, StorageTrace
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.config.enums import OptimizerKind
-from dreambooth.optim import BLOCK
+from dreambooth.optim.optimizers import BLOCK
 
 MIN_8BIT = 4096  # elements; below, bitsandbytes keeps fp32 moments (its min_8bit_size)
 MIN_PAGED = 100_000  # elements; below, bitsandbytes does not page

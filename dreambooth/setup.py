@@ -9,20 +9,21 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dreambooth import latents as kept
-from dreambooth import memory, prior, subjects
+from dreambooth.optim.optimizers import memory_levers
+from dreambooth import prior, subjects
 from dreambooth.models import loading, pipeline
 from dreambooth.runtime import oom_advice
 from dreambooth.config.enums import EmaDevice
 from dreambooth.utils.console import Console
 from dreambooth.data import Batches, Concept, Latents
-from dreambooth.ema import Ema
+from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine, accelerated
 from dreambooth.errors import UserError
 from dreambooth.evaluation import Judge
 from dreambooth.runtime.module_offload import Idle
-from dreambooth.levered import Levered
+from dreambooth.optim.streaming_optimizer import Levered
 from dreambooth.runtime.memory_meter import Meter
-from dreambooth.optim import build_schedule, maker
+from dreambooth.optim.optimizers import build_schedule, maker
 from dreambooth.photos import Photo, load_photos
 from dreambooth.config.recipe import Recipe
 from dreambooth.utils.signals import Stop
@@ -192,7 +193,7 @@ def _latent_shape(recipe: Recipe, parts: loading.Components) -> tuple[int, int, 
 
 
 def _state(recipe: Recipe, denoiser: loading.Denoiser, accelerator: Accelerator) -> TrainState:
-    optimizer = memory.equip(denoiser, maker(recipe.optimizer, recipe.train.learning_rate), recipe.memory,
+    optimizer = memory_levers.equip(denoiser, maker(recipe.optimizer, recipe.train.learning_rate), recipe.memory,
                              loading.TORCH_DTYPE[recipe.precision.dtype], recipe.train.seed)
     ema = None
     if recipe.train.use_ema:

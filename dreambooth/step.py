@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.batch import Batch
-from dreambooth.ema import Ema
+from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine
 from dreambooth.errors import Diverged
-from dreambooth.levered import Levered
+from dreambooth.optim.streaming_optimizer import Levered
 from dreambooth.loss import Losses, Schedule, add_noise, dreambooth_loss, min_snr_weights, target
 from dreambooth.runtime.async_readback import Sent
 

@@ -27,8 +27,8 @@ from dreambooth.encoder_memory import looking
 from dreambooth.runtime.engine import Engine
 from dreambooth.fakes import fake_gpu, fake_tensors, rest, wake, workspace
 from dreambooth.marked import MarkedEma, MarkedEngine, Scaler, gradient_to
-from dreambooth.memory import equip
-from dreambooth.offload import Offloaded
+from dreambooth.optim.memory_levers import equip
+from dreambooth.optim.cpu_offload import Offloaded
 from dreambooth.optim_memory import ModelledOptimizer
 from dreambooth.prediction import Prediction
 from dreambooth.config.recipe import Recipe

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dreambooth.utils import rng
 from dreambooth.data import Batch, Batches, Concept, Latents
-from dreambooth.ema import Ema
+from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine
 from dreambooth.errors import Diverged
 from dreambooth.loop import fit

@@ -9,14 +9,15 @@ import torch
 from test_core import Toy, batches, schedule
 from torch import Tensor, nn
 
-from dreambooth import checkpoint, memory
+from dreambooth import checkpoint
+from dreambooth.optim.optimizers import memory_levers
 from dreambooth.config.enums import OptimizerKind, Rounding, Weights
 from dreambooth.data import Batch
-from dreambooth.ema import Ema, swapped
+from dreambooth.optim.ema import Ema, swapped
 from dreambooth.runtime.engine import Engine
-from dreambooth.levered import Levered
-from dreambooth.optim import Make, maker
-from dreambooth.rounding import FORMATS, stochastic
+from dreambooth.optim.streaming_optimizer import Levered
+from dreambooth.optim.optimizers import Make, maker
+from dreambooth.optim.stochastic_rounding import FORMATS, stochastic
 from dreambooth.config.schema import Memory, Optimizer
 from dreambooth.step import Objective, StepInfo, TrainState, train_step
 
@@ -55,7 +56,7 @@ def state(lever: Memory, make: Make = plain, half: torch.dtype = torch.float32, 
           kind: type[nn.Module] = Mixed) -> TrainState:
     torch.manual_seed(0)
     model = kind()
-    optimizer = memory.equip(model, make, lever, half, seed=5)
+    optimizer = memory_levers.equip(model, make, lever, half, seed=5)
     weights = optimizer.weights() if isinstance(optimizer, Levered) else model
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     return TrainState(model, optimizer, rate, Ema(weights, 0.9, every=every))
@@ -252,7 +253,7 @@ def test_stochastic_rounding_is_to_a_neighbour_and_right_on_average(dtype: torch
 def test_half_weights_learn_what_rounding_to_nearest_would_lose(rounding: Rounding) -> None:
     model = nn.Linear(64, 64, bias=False)
     nn.init.constant_(model.weight, 1.0)
-    optimizer = memory.equip(model, lambda p: torch.optim.SGD(p, lr=1.0),
+    optimizer = memory_levers.equip(model, lambda p: torch.optim.SGD(p, lr=1.0),
                              Memory(weights=Weights.half, rounding=rounding), BF16, 0)
     assert isinstance(optimizer, Levered)
 

@@ -11,7 +11,7 @@ from dreambooth.models.text_conditioning import OneEncoder
 from dreambooth.data import Batch
 from dreambooth.runtime.engine import Engine
 from dreambooth.models.loading import Components, Denoiser, set_attention
-from dreambooth.optim import build_schedule
+from dreambooth.optim.optimizers import build_schedule
 from dreambooth.utils.assets import asset
 from dreambooth.config.schema import Train
 from dreambooth.step import Objective, TrainState, train_step

@@ -8,10 +8,11 @@ import torch
 from test_levers import BF16, KINDS, Mixed, assert_equal, autocast, of, saved, state, train
 from torch import Tensor, nn
 
-from dreambooth import checkpoint, slot
+from dreambooth import checkpoint
+from dreambooth.optim.optimizers import parameter_slot
 from dreambooth.config.enums import OptimizerKind, Rounding, Weights
 from dreambooth.runtime.engine import Engine
-from dreambooth.perparameter import PerParameter
+from dreambooth.optim.per_parameter import PerParameter
 from dreambooth.config.schema import Memory
 from dreambooth.step import TrainState
 
@@ -38,13 +39,13 @@ def slots(found: TrainState) -> dict[str, int]:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slot, "PIECE", 8192)
+    monkeypatch.setattr(parameter_slot, "PIECE", 8192)
 
 
 @pytest.mark.parametrize("kind", SEPARABLE)
 def test_pieces_give_the_numbers_of_the_whole(kind: OptimizerKind, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = half(kind)
-    monkeypatch.setattr(slot, "PIECE", 8192)
+    monkeypatch.setattr(parameter_slot, "PIECE", 8192)
     pieces = half(kind)
     assert slots(pieces) == {"linear.weight": 2}
     train(whole, engine=autocast()), train(pieces, engine=autocast())
@@ -87,7 +88,7 @@ def test_adafactor_sees_whole_matrices() -> None:
 
 
 def test_no_more_than_a_piece_is_wide_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slot, "PIECE", 8192)
+    monkeypatch.setattr(parameter_slot, "PIECE", 8192)
     found, seen = half(OptimizerKind.adamw, Rounding.stochastic), []
     made: Any = found.optimizer
     for one in made.slots:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.runtime.engine import Engine
-from dreambooth.levered import Levered, on_gradient, settings, wide
-from dreambooth.optim import Make
+from dreambooth.optim.streaming_optimizer import Levered, on_gradient, settings, wide
+from dreambooth.optim.optimizers import Make
 
 HOST = torch.device("cpu")
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.runtime.engine import Engine
-from dreambooth.levered import Levered, on_gradient, settings, wide
-from dreambooth.optim import Make
-from dreambooth.rounding import Rounder
-from dreambooth.slot import Slot
+from dreambooth.optim.streaming_optimizer import Levered, on_gradient, settings, wide
+from dreambooth.optim.optimizers import Make
+from dreambooth.optim.stochastic_rounding import Rounder
+from dreambooth.optim.parameter_slot import Slot
 
 
 @dataclass

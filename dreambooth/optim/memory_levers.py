@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from dreambooth.config.enums import Weights
-from dreambooth.offload import Offloaded, narrow
-from dreambooth.optim import Make
-from dreambooth.perparameter import PerParameter
-from dreambooth.rounding import Rounder
+from dreambooth.optim.cpu_offload import Offloaded, narrow
+from dreambooth.optim.optimizers import Make
+from dreambooth.optim.per_parameter import PerParameter
+from dreambooth.optim.stochastic_rounding import Rounder
 from dreambooth.config.schema import Memory
 
 
