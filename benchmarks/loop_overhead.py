@@ -22,7 +22,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from speed_table import machine, put
 
-from dreambooth.ahead import Ahead
+from dreambooth.data.prefetch import Ahead
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.utils.console import Console
 from dreambooth.runtime.engine import accelerated

@@ -14,7 +14,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth.utils import atomic_files
-from dreambooth import loras, photos, pngtext
+from dreambooth import loras, pngtext
+from dreambooth.data.batches import photos
 from dreambooth.models import pipeline
 from dreambooth.models.text_conditioning import check_length
 from dreambooth.utils.console import Console

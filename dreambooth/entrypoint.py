@@ -28,7 +28,7 @@ from dreambooth.container.publish import publish
 from dreambooth.container.supervise import End, Supervisor
 from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.utils.assets import asset
-from dreambooth.photos import list_photos
+from dreambooth.data.photos import list_photos
 from dreambooth.config.schema import Config, Storage
 from dreambooth.config.storage import is_remote
 

@@ -23,7 +23,7 @@ from dreambooth.utils import atomic_files
 from dreambooth.config.compose import evaluate
 from dreambooth.encoders import Encoder, open_encoder
 from dreambooth.lpips import Lpips
-from dreambooth.photos import fingerprint, list_photos, load_photos, square
+from dreambooth.data.photos import fingerprint, list_photos, load_photos, square
 from dreambooth.config.recipe import Recipe
 from dreambooth.models.pipeline import Sampler, generate
 from dreambooth.scoring import score

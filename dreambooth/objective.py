@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from dreambooth.utils import rng
-from dreambooth.batch import Batch
-from dreambooth.data import View
+from dreambooth.data.batch import Batch
+from dreambooth.data.batches import View
 from dreambooth.models.pipeline import evaluating
 from dreambooth.setup import Setup
 

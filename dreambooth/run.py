@@ -10,7 +10,7 @@ from dreambooth import best, checkpoint, export, fitting, report
 from dreambooth.models import loading
 from dreambooth.runtime import oom_advice
 from dreambooth.utils import atomic_files, provenance
-from dreambooth.ahead import Ahead
+from dreambooth.data.prefetch import Ahead
 from dreambooth.utils.console import Console
 from dreambooth.runtime.engine import Engine, accelerated
 from dreambooth.evaluation import Evaluation

@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 
 from dreambooth.utils import atomic_files
-from dreambooth.photos import Photo, cut
+from dreambooth.data.photos import Photo, cut
 from dreambooth.config.recipe import Recipe
 from dreambooth.models.pipeline import Sampler, generate
 from dreambooth.utils.image_grid import columns, contact_sheet, grid, read_samples

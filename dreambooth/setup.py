@@ -8,14 +8,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dreambooth import latents as kept
+from dreambooth.data.batches import latent_cache as kept
 from dreambooth.optim.optimizers import memory_levers
-from dreambooth import prior, subjects
+from dreambooth.data.batches import class_images, subjects
 from dreambooth.models import loading, pipeline
 from dreambooth.runtime import oom_advice
 from dreambooth.config.enums import EmaDevice
 from dreambooth.utils.console import Console
-from dreambooth.data import Batches, Concept, Latents
+from dreambooth.data.batches import Batches, Concept, Latents
 from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine, accelerated
 from dreambooth.errors import UserError
@@ -24,7 +24,7 @@ from dreambooth.runtime.module_offload import Idle
 from dreambooth.optim.streaming_optimizer import Levered
 from dreambooth.runtime.memory_meter import Meter
 from dreambooth.optim.optimizers import build_schedule, maker
-from dreambooth.photos import Photo, load_photos
+from dreambooth.data.photos import Photo, load_photos
 from dreambooth.config.recipe import Recipe
 from dreambooth.utils.signals import Stop
 from dreambooth.step import Objective, TrainState
@@ -92,7 +92,7 @@ def class_images_alone(recipe: Recipe, stop: Stop) -> None:
         return
     lacking = []
     for one in recipe.classes:
-        images = prior.find(one)
+        images = class_images.find(one)
         if images.missing:
             lacking.append(one)
         else:
@@ -139,20 +139,20 @@ def _concept(recipe: Recipe, stream: str, photos: list[Photo], repeats: list[int
 
 
 def _class_images(recipe: Recipe, pipeline: Any, engine: Engine, console: Console, stop: Stop) -> list[Photo]:
-    images = prior.find(recipe)
+    images = class_images.find(recipe)
     console.say(str(images))
 
     def generate(seeds: list[int]) -> list[Any]:
         stop.check()
         prompts = [recipe.class_prompt] * len(seeds)
         batches = pipeline.generate(
-            pipeline, prompts, seeds, prior.sampler_of(recipe), len(seeds), engine.autocast)
+            pipeline, prompts, seeds, class_images.sampler_of(recipe), len(seeds), engine.autocast)
         return next(batches)
 
     if images.missing:
         with console.bar("class images", len(images.missing)) as bar:
             # Shared by the processes of a host, not by hosts: each has a disk of its own.
-            prior.make(images, recipe, generate, bar.tick, engine.local_rank, engine.local_world)
+            class_images.make(images, recipe, generate, bar.tick, engine.local_rank, engine.local_world)
     engine.wait()
     return load_photos(images.paths, recipe.class_prompt, recipe.model.resolution, recipe.dataset.buckets)
 

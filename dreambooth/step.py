@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from dreambooth.batch import Batch
+from dreambooth.data.batch import Batch
 from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine
 from dreambooth.errors import Diverged

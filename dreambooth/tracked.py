@@ -8,7 +8,7 @@ from urllib.parse import quote
 from dreambooth import curves
 from dreambooth.errors import Interrupted
 from dreambooth.journal import EXPERIMENT
-from dreambooth.photos import fingerprint, list_photos
+from dreambooth.data.photos import fingerprint, list_photos
 from dreambooth.config.recipe import Recipe
 from dreambooth.tracking import Tracker, open_tracker
 

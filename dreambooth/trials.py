@@ -13,7 +13,7 @@ from dreambooth.config.enums import EncoderKind
 from dreambooth.errors import UserError
 from dreambooth.journal import read
 from dreambooth.config.evaluate import INSTANCE_LOSS, Evaluate
-from dreambooth.photos import NO_FINGERPRINT
+from dreambooth.data.photos import NO_FINGERPRINT
 
 ROOM = 0.1  # of class_similarity over the base's, where no bound is given; without a prior it gains 0.2 to 0.4
 ROLE = "class_similarity"

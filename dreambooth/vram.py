@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from dreambooth import architecture
 from dreambooth.models import loading
 from dreambooth.allocator import MIB
-from dreambooth.batch import Batch, joined
-from dreambooth.buckets import Size, largest
+from dreambooth.data.batch import Batch, joined
+from dreambooth.data.aspect_buckets import Size, largest
 from dreambooth.config.enums import AttentionKind, Dtype, EmaDevice, Weights
-from dreambooth.data import at_a_time
+from dreambooth.data.batches import at_a_time
 from dreambooth.encoder_memory import looking
 from dreambooth.runtime.engine import Engine
 from dreambooth.fakes import fake_gpu, fake_tensors, rest, wake, workspace

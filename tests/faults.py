@@ -235,16 +235,16 @@ def _little_memory_in_step_3(seed: int) -> None:
 
 
 def _little_memory_in_class_images(seed: int) -> None:
-    from dreambooth import prior
+    from dreambooth.data.batches import class_images
 
-    make = prior.make
+    make = class_images.make
     _freed_is_given_back()
 
     def making(*args: Any, **kwargs: Any) -> Any:
         _limited(64)
         return make(*args, **kwargs)
 
-    prior.make = making
+    class_images.make = making
 
 
 def _no_disk(seed: int) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_core import Toy, batches, schedule, state
 
-from dreambooth.ahead import Ahead
-from dreambooth.data import Batch
+from dreambooth.data.prefetch import Ahead
+from dreambooth.data.batches import Batch
 from dreambooth.runtime.engine import Engine
 from dreambooth.errors import Diverged, Interrupted
 from dreambooth.halt import Halt

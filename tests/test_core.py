@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dreambooth.utils import rng
-from dreambooth.data import Batch, Batches, Concept, Latents
+from dreambooth.data.batches import Batch, Batches, Concept, Latents
 from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine
 from dreambooth.errors import Diverged
 from dreambooth.loop import fit
 from dreambooth.loss import Schedule, add_noise, dreambooth_loss, min_snr_weights, target
-from dreambooth.photos import Photo
+from dreambooth.data.photos import Photo
 from dreambooth.step import Objective, TrainState, train_step
 
 KINDS = ["epsilon", "v_prediction", "sample"]

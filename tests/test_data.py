@@ -15,15 +15,15 @@ from PIL import Image
 from test_config import made
 from test_core import Toy, batches, schedule, state, steps
 
-from dreambooth import buckets, formats, masks, photos, subjects
+from dreambooth.data.batches import aspect_buckets, image_formats, masks, photos, subjects
 from dreambooth.config.compose import identity, load
-from dreambooth.data import Batches, Concept
+from dreambooth.data.batches import Batches, Concept
 from dreambooth.runtime.engine import Engine
 from dreambooth.errors import ConfigError, UserError
-from dreambooth.latents import Keep
+from dreambooth.data.latent_cache import Keep
 from dreambooth.loss import dreambooth_loss
 from dreambooth.objective import instance_loss
-from dreambooth.photos import NO_FINGERPRINT, Photo, cut, fingerprint, list_photos, load_photos
+from dreambooth.data.photos import NO_FINGERPRINT, Photo, cut, fingerprint, list_photos, load_photos
 from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.step import Objective, train_step
 
@@ -99,7 +99,7 @@ def test_the_fingerprint_knows_metadata(tmp_path: Path) -> None:
 
 
 def test_a_heic_photo_is_a_photo_with_the_extra(tmp_path: Path) -> None:
-    assert "HEIF" in formats.readable()
+    assert "HEIF" in image_formats.readable()
     Image.new("RGB", (48, 32), (200, 30, 90)).save(tmp_path / "IMG_1.HEIC", quality=95)
     [photo] = load_photos(list_photos(tmp_path), PROMPT, 32)
     assert photo.pixels.shape == (32, 48, 3)
@@ -107,8 +107,8 @@ def test_a_heic_photo_is_a_photo_with_the_extra(tmp_path: Path) -> None:
 
 
 def test_a_heic_photo_without_the_extra_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Image.new("RGB", (48, 32)).save(tmp_path / "IMG_1.HEIC") if formats.readable() else None
-    monkeypatch.setattr(formats, "readable", lambda: formats.FORMATS)
+    Image.new("RGB", (48, 32)).save(tmp_path / "IMG_1.HEIC") if image_formats.readable() else None
+    monkeypatch.setattr(image_formats, "readable", lambda: image_formats.FORMATS)
     assert "pip install 'dreambooth[heic]'" in told(tmp_path)
 
 
@@ -117,18 +117,18 @@ def test_a_heic_photo_without_the_extra_says_what_to_install(tmp_path: Path, mon
 @given(st.integers(200, 4000), st.floats(0.5, 2.0))
 def test_at_512_no_photo_from_1_2_to_2_1_loses_more_than_5_percent(width: int, aspect: float) -> None:
     height = min(2 * width, max(-(-width // 2), round(width / aspect)))
-    assert buckets.lost(height, width, buckets.nearest(height, width, 512)) <= 0.05
+    assert aspect_buckets.lost(height, width, aspect_buckets.nearest(height, width, 512)) <= 0.05
 
 
 def test_the_most_that_is_lost_at_512_is_what_the_documents_say() -> None:
     shapes = [(round(4096 * 2**(i / 2000)), 4096) for i in range(-2000, 2001)]
-    assert 0.016 < max(buckets.lost(h, w, buckets.nearest(h, w, 512)) for h, w in shapes) <= 0.0165
-    assert 0.16 < max(buckets.lost(h, w, buckets.nearest(h, w, 64)) for h, w in shapes) < 0.17
+    assert 0.016 < max(aspect_buckets.lost(h, w, aspect_buckets.nearest(h, w, 512)) for h, w in shapes) <= 0.0165
+    assert 0.16 < max(aspect_buckets.lost(h, w, aspect_buckets.nearest(h, w, 64)) for h, w in shapes) < 0.17
 
 
 @pytest.mark.parametrize("resolution", [64, 512, 768, 1024])
 def test_sizes_are_in_steps_of_8_pixels_and_no_larger_than_the_square(resolution: int) -> None:
-    found = buckets.sizes(resolution)
+    found = aspect_buckets.sizes(resolution)
     assert (resolution, resolution) in found
     for height, width in found:
         assert height % 8 == width % 8 == 0 and height * width <= resolution**2
@@ -140,7 +140,7 @@ def test_sizes_are_in_steps_of_8_pixels_and_no_larger_than_the_square(resolution
 @given(st.integers(20, 200), st.floats(0.5, 2.0))
 def test_a_loaded_photo_just_covers_its_bucket(width: int, aspect: float) -> None:
     image = Image.new("RGB", (width, max(1, round(width / aspect))))
-    size = buckets.nearest(image.height, image.width, 64)
+    size = aspect_buckets.nearest(image.height, image.width, 64)
     pixels = np.array(photos._resize(image, size))
     assert pixels.shape[0] >= size[0] and pixels.shape[1] >= size[1]
     assert pixels.shape[0] == size[0] or pixels.shape[1] == size[1]

@@ -14,7 +14,7 @@ from dreambooth.encoders import Clip, Dino, open_encoder
 from dreambooth.errors import UserError
 from dreambooth.lpips import Lpips, shapes
 from dreambooth.utils.assets import asset
-from dreambooth.photos import list_photos
+from dreambooth.data.photos import list_photos
 from dreambooth.scoring import score, to_pixels
 
 DEMO = Path(asset("package:demo"))

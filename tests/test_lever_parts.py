@@ -17,11 +17,11 @@ from dreambooth.runtime import oom_advice
 from dreambooth.config.compose import validation
 from dreambooth.checkpoint import latest
 from dreambooth.config.enums import (Dtype, EmaDevice, LatentCache, MethodKind, OptimizerKind, Rounding, Weights)
-from dreambooth.data import Latents
+from dreambooth.data.batches import Latents
 from dreambooth.runtime.engine import Engine
 from dreambooth.errors import UserError
 from dreambooth.runtime.module_offload import Idle
-from dreambooth.latents import Keep, digest
+from dreambooth.data.latent_cache import Keep, digest
 from dreambooth.runtime.memory_meter import Meter
 from dreambooth.config.schema import Memory
 

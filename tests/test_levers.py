@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dreambooth import checkpoint
 from dreambooth.optim.optimizers import memory_levers
 from dreambooth.config.enums import OptimizerKind, Rounding, Weights
-from dreambooth.data import Batch
+from dreambooth.data.batches import Batch
 from dreambooth.optim.ema import Ema, swapped
 from dreambooth.runtime.engine import Engine
 from dreambooth.optim.streaming_optimizer import Levered

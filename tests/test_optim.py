@@ -8,7 +8,7 @@ from torch import nn
 
 from dreambooth.config.enums import AttentionKind, LrSchedule
 from dreambooth.models.text_conditioning import OneEncoder
-from dreambooth.data import Batch
+from dreambooth.data.batches import Batch
 from dreambooth.runtime.engine import Engine
 from dreambooth.models.loading import Components, Denoiser, set_attention
 from dreambooth.optim.optimizers import build_schedule

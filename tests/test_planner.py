@@ -15,7 +15,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from dreambooth import architecture, buckets, cards, estimate, fitting, plan_report, run, vram
+from dreambooth import architecture, cards, estimate, fitting, plan_report, run, vram
+from dreambooth.data.batches import aspect_buckets
 from dreambooth.models import loading
 from dreambooth.allocator import MIB, CachingAllocator
 from dreambooth.config.enums import (Device, Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, TrackingKind, Weights)
@@ -545,7 +546,7 @@ def test_tf32_is_counted_at_half_the_rate_of_half_precision() -> None:
 def test_no_bucket_takes_more_than_the_one_that_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = small(dataset__buckets=True, prior__with_prior_preservation=False)
     planned = max(usage.allocated for usage in predict(asked).by_phase.values())
-    for size in buckets.sizes(asked.model.resolution):
+    for size in aspect_buckets.sizes(asked.model.resolution):
         monkeypatch.setattr(vram, "largest", lambda *_, size=size: size)
         assert max(usage.allocated for usage in predict(asked).by_phase.values()) <= planned, size
 

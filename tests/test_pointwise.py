@@ -12,7 +12,7 @@ from test_core import batches, concept
 from torch import Tensor, nn
 
 from dreambooth.models import loading
-from dreambooth.batch import Batch
+from dreambooth.data.batch import Batch
 from dreambooth.config.compose import load
 from dreambooth.models.pointwise_conv import CHANNELS_A_PIXEL, Pointwise, as_products
 from dreambooth.config.recipe import Recipe, resolve

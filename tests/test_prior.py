@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from test_config import made
 
-from dreambooth import prior
+from dreambooth.data.batches import class_images
 from dreambooth.config.compose import load
 from dreambooth.config.recipe import Recipe, resolve
 
@@ -24,27 +24,27 @@ def fill(asked: Recipe, rank: int = 0, world: int = 1) -> list[int]:
         seeds.extend(batch)
         return [Image.new("RGB", (4, 4), (seed % 256, 0, 0)) for seed in batch]
 
-    prior.make(prior.find(asked), asked, generate, lambda count: None, rank, world)
+    class_images.make(class_images.find(asked), asked, generate, lambda count: None, rank, world)
     return seeds
 
 
 def test_topped_up_not_made_again(tmp_path: Path) -> None:
     first = fill(recipe(tmp_path, "prior.num_class_images=3"))
-    before = {p: p.stat().st_mtime_ns for p in prior.find(recipe(tmp_path, "prior.num_class_images=3")).paths}
+    before = {p: p.stat().st_mtime_ns for p in class_images.find(recipe(tmp_path, "prior.num_class_images=3")).paths}
     more = fill(recipe(tmp_path, "prior.num_class_images=5"))
     assert (len(first), len(more), len(set(first + more))) == (3, 2, 5)
     assert all(p.stat().st_mtime_ns == then for p, then in before.items())
-    assert str(prior.find(recipe(tmp_path, "prior.num_class_images=6"))) == "6 class images: 5 kept, 1 to make"
+    assert str(class_images.find(recipe(tmp_path, "prior.num_class_images=6"))) == "6 class images: 5 kept, 1 to make"
 
 
 def test_another_prompt_or_base_never_finds_them(tmp_path: Path) -> None:
-    usual = prior.find(recipe(tmp_path)).folder.name.rsplit("-", 1)[1]
+    usual = class_images.find(recipe(tmp_path)).folder.name.rsplit("-", 1)[1]
     others = ["dataset.class_prompt=a photo  of a toy", "prior.guidance_scale=2", "prior.num_inference_steps=3",
               "model.resolution=128", "precision=bf16", "model.revision=x"]
-    keys = {prior.find(recipe(tmp_path, other)).folder.name.rsplit("-", 1)[1] for other in others}
+    keys = {class_images.find(recipe(tmp_path, other)).folder.name.rsplit("-", 1)[1] for other in others}
     assert len(keys | {usual}) == len(others) + 1
     for same in ("train.seed=5", "prior.sample_batch_size=7", "dataset.instance_prompt=a zwx"):
-        assert prior.find(recipe(tmp_path, same)).folder.name.rsplit("-", 1)[1] == usual
+        assert class_images.find(recipe(tmp_path, same)).folder.name.rsplit("-", 1)[1] == usual
 
 
 def test_another_models_weights_never_find_them(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_another_models_weights_never_find_them(tmp_path: Path) -> None:
     for content in (b"one", b"two"):
         (tmp_path / "unet.safetensors").write_bytes(content)
         other = dataclasses.replace(recipe(tmp_path), source=str(tmp_path))
-        keys.add(prior.find(other).folder)
+        keys.add(class_images.find(other).folder)
     assert len(keys) == 2
 
 
@@ -60,14 +60,14 @@ def test_another_vaes_weights_never_find_them(tmp_path: Path) -> None:
     keys = set()
     for content in (b"one", b"two"):
         (tmp_path / "vae.safetensors").write_bytes(content)
-        keys.add(prior.find(recipe(tmp_path, f"model.vae={tmp_path}")).folder)
+        keys.add(class_images.find(recipe(tmp_path, f"model.vae={tmp_path}")).folder)
     assert len(keys) == 2
 
 
 def test_processes_share_the_work(tmp_path: Path) -> None:
     asked = "prior.num_class_images=5"
     alone = fill(recipe(tmp_path / "a", asked))
-    missing = prior.find(recipe(tmp_path / "b", asked)).missing
+    missing = class_images.find(recipe(tmp_path / "b", asked)).missing
     assert sorted(alone) == sorted(seed for _, seed in missing[0::2] + missing[1::2])
 
 
@@ -80,13 +80,13 @@ def test_a_process_that_looks_later_leaves_no_gap(
     later: list[int] = []
 
     def generate(seeds: list[int]) -> list[Image.Image]:
-        if prior.find(asked).kept and not later:
+        if class_images.find(asked).kept and not later:
             later.extend(fill(asked, rank=1, world=2))
         return [Image.new("RGB", (4, 4), (seed % 256, 0, 0)) for seed in seeds]
 
-    prior.make(prior.find(asked), asked, generate, lambda count: None, rank=0, world=2)
+    class_images.make(class_images.find(asked), asked, generate, lambda count: None, rank=0, world=2)
     assert len(later) == 3
-    assert not prior.find(asked).missing
+    assert not class_images.find(asked).missing
 
 
 def test_own_images_come_first(tmp_path: Path) -> None:
@@ -94,19 +94,19 @@ def test_own_images_come_first(tmp_path: Path) -> None:
     own.mkdir()
     Image.new("RGB", (9, 9)).save(own / "mine.png")
     asked = recipe(tmp_path, f"dataset.class_dir={own}", "prior.num_class_images=3")
-    found = prior.find(asked)
+    found = class_images.find(asked)
     assert found.paths[0] == own / "mine.png"
     assert str(found) == "3 class images: 1 own, 0 kept, 2 to make"
     fill(asked)
-    assert prior.find(asked).paths == found.paths
-    assert str(prior.find(asked)) == "3 class images: 1 own, 2 kept, 0 to make"
+    assert class_images.find(asked).paths == found.paths
+    assert str(class_images.find(asked)) == "3 class images: 1 own, 2 kept, 0 to make"
 
 
 def test_what_is_kept_stays_byte_for_byte_and_only_the_missing_are_made(tmp_path: Path) -> None:
     asked = recipe(tmp_path, "prior.num_class_images=5")
-    seed_of_2 = prior.find(asked).missing[2][1]
+    seed_of_2 = class_images.find(asked).missing[2][1]
     fill(asked)
-    paths = prior.find(asked).paths
+    paths = class_images.find(asked).paths
     paths[0].write_bytes(b"mine")
     paths[2].unlink()
     assert fill(asked) == [seed_of_2]
@@ -118,7 +118,7 @@ def test_an_image_has_the_same_seed_for_any_batch_size_and_number_of_processes(t
     pictures = []
     for batch, world in [(1, 1), (2, 1), (3, 2), (2, 3), (4, 9)]:
         asked = recipe(tmp_path / f"{batch}-{world}", "prior.num_class_images=7", f"prior.sample_batch_size={batch}")
-        missing, seeds = prior.find(asked), []
+        missing, seeds = class_images.find(asked), []
 
         def generate(chunk: list[int], seen: list[int] = seeds, most: int = batch) -> list[Image.Image]:
             assert len(chunk) <= most
@@ -126,9 +126,9 @@ def test_an_image_has_the_same_seed_for_any_batch_size_and_number_of_processes(t
             return [Image.new("RGB", (1, 1), (s % 251, s % 241, s % 239)) for s in chunk]
 
         for rank in range(world):
-            prior.make(missing, asked, generate, lambda count: None, rank, world)
+            class_images.make(missing, asked, generate, lambda count: None, rank, world)
         assert sorted(seeds) == sorted(seed for _, seed in missing.missing), "shares overlap or leave a gap"
-        pictures.append([path.read_bytes() for path in prior.find(asked).kept])
+        pictures.append([path.read_bytes() for path in class_images.find(asked).kept])
     assert len(pictures[0]) == len(set(pictures[0])) == 7
     assert all(others == pictures[0] for others in pictures)
 
@@ -136,22 +136,22 @@ def test_an_image_has_the_same_seed_for_any_batch_size_and_number_of_processes(t
 def test_runs_that_begin_at_once_share_the_work(tmp_path: Path) -> None:
     """As trials of a search on several nodes do: what one has made, the other does not make again."""
     asked = recipe(tmp_path, "prior.num_class_images=8")
-    both = [prior.find(asked), prior.find(asked)]
+    both = [class_images.find(asked), class_images.find(asked)]
     drawn: list[int] = []
 
     def generate(seeds: list[int]) -> list[Image.Image]:
         drawn.extend(seeds)
         if len(drawn) == 4:  # half way, the other does everything that is left
-            other = prior.find(asked).missing
-            prior.make(both[1], asked, generate, lambda count: None)
+            other = class_images.find(asked).missing
+            class_images.make(both[1], asked, generate, lambda count: None)
             assert set(drawn) >= {seed for _, seed in other}
         return [Image.new("RGB", (4, 4), (seed % 256, 0, 0)) for seed in seeds]
 
     ticks: list[int] = []
-    prior.make(both[0], asked, generate, ticks.append)
+    class_images.make(both[0], asked, generate, ticks.append)
     assert sorted(set(drawn)) == sorted(seed for _, seed in both[0].missing)
     assert len(drawn) == 10, "only what both were drawing is drawn twice"
-    assert sum(ticks) == 8 and not prior.find(asked).missing
+    assert sum(ticks) == 8 and not class_images.find(asked).missing
 
 
 def test_a_half_written_image_is_not_taken_for_one(tmp_path: Path) -> None:
@@ -163,9 +163,9 @@ def test_a_half_written_image_is_not_taken_for_one(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prior.make(prior.find(asked), asked, lambda seeds: [Interrupted() for _ in seeds], lambda count: None)
-    (prior.find(asked).folder / ".writing-99-00000.png").write_bytes(b"half, killed")
-    assert len(prior.find(asked).missing) == 2
+        class_images.make(class_images.find(asked), asked, lambda seeds: [Interrupted() for _ in seeds], lambda count: None)
+    (class_images.find(asked).folder / ".writing-99-00000.png").write_bytes(b"half, killed")
+    assert len(class_images.find(asked).missing) == 2
     assert len(fill(asked)) == 2
 
 
@@ -174,7 +174,7 @@ def test_enough_own_images_need_no_others(tmp_path: Path) -> None:
     own.mkdir()
     for name in ("b.png", "a.png", "c.png"):
         Image.new("RGB", (9, 9)).save(own / name)
-    found = prior.find(recipe(tmp_path, f"dataset.class_dir={own}", "prior.num_class_images=2"))
+    found = class_images.find(recipe(tmp_path, f"dataset.class_dir={own}", "prior.num_class_images=2"))
     assert [path.name for path in found.paths] == ["a.png", "b.png", "c.png"]
     assert str(found) == "3 class images: 3 own, 0 kept, 0 to make"
 

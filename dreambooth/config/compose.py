@@ -20,7 +20,7 @@ from dreambooth.config.compose import eval_prompts
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.utils.atomic_files import weights_digest
 from dreambooth.utils.assets import asset
-from dreambooth.photos import fingerprint
+from dreambooth.data.photos import fingerprint
 from dreambooth.config.schema import Config
 from dreambooth.config.dataset import ALPHA, FOLDERS
 from dreambooth.config.storage import is_remote

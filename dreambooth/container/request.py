@@ -14,7 +14,7 @@ from dreambooth.container import aliases, values
 from dreambooth.container.places import Places
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.utils.atomic_files import whole_folder
-from dreambooth.photos import list_photos
+from dreambooth.data.photos import list_photos
 from dreambooth.storage.run_inputs import model_in
 from dreambooth.config.storage import is_remote
 

@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth import buckets, captions, formats, masks
+from dreambooth.data.batches import aspect_buckets, captions, image_formats, masks
 from dreambooth.errors import UserError
-from dreambooth.formats import Unusable
+from dreambooth.data.image_formats import Unusable
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from PIL import Image
 
-    Decoded = tuple[NDArray[np.uint8], buckets.Size | None, NDArray[np.uint8] | None]  # pixels, size, mask
+    Decoded = tuple[NDArray[np.uint8], aspect_buckets.Size | None, NDArray[np.uint8] | None]  # pixels, size, mask
 
 MAX_PIXELS = 178_956_970  # where Pillow refuses a file as a decompression bomb
 NO_FINGERPRINT = "0" * 64  # of a folder without photos, or with a file that cannot be read
@@ -40,7 +40,7 @@ class Photo:
     path: Path
     pixels: NDArray[np.uint8]  # (H, W, 3) RGB that just covers its size
     caption: str  # see captions.py; else the prompt
-    size: buckets.Size | None = None  # (height, width) that it is cropped to; None: the square of the resolution
+    size: aspect_buckets.Size | None = None  # (height, width) that it is cropped to; None: the square of the resolution
     mask: NDArray[np.uint8] | None = None  # (H, W) of the part that counts, see masks.py; None: all of it
 
 
@@ -137,7 +137,7 @@ def _pixels(path: Path, resolution: int, bucketed: bool, mask: str | None, probl
     except PermissionError:
         reason = "cannot be read: check its permissions"
     except UnidentifiedImageError:
-        reason = formats.what_it_is(path)
+        reason = image_formats.what_it_is(path)
     except Image.DecompressionBombError:
         reason = f"is too large: scale it down to less than {MAX_PIXELS // 10**6} megapixels"
     except MemoryError:
@@ -156,17 +156,17 @@ def _decode(path: Path, resolution: int, bucketed: bool, mask: str | None) -> De
         raise Unusable("is not a file (a broken link?)")
     if path.stat().st_size == 0:
         raise Unusable("is empty (0 bytes): copy it again")
-    if path.suffix.lower() in formats.RAW_SUFFIXES:
+    if path.suffix.lower() in image_formats.RAW_SUFFIXES:
         raise Unusable("is a camera raw file, which is not supported: export it as JPEG")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # large but allowed, untidy EXIF: whatever spoils the pixels is raised
-        with Image.open(path, formats=formats.readable()) as image:
+        with Image.open(path, formats=image_formats.readable()) as image:
             # Lets the JPEG decoder skip detail while the short side stays at least twice the resolution.
             image.draft(None, (2 * resolution, 2 * resolution))
             image.load()
             _turn_upright(image)
             inside = masks.of(path, image, mask)
-            size = buckets.nearest(image.height, image.width, resolution) if bucketed else None
+            size = aspect_buckets.nearest(image.height, image.width, resolution) if bucketed else None
             pixels = _resize(_flatten(image), size or (resolution, resolution))
         return np.array(pixels), size, None if inside is None else np.array(
                 inside.resize(pixels.size, Image.Resampling.BOX))
@@ -212,7 +212,7 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
     return Image.merge("LA", (grey, alpha))
 
 
-def _resize(image: Image.Image, size: buckets.Size) -> Image.Image:
+def _resize(image: Image.Image, size: aspect_buckets.Size) -> Image.Image:
     """Antialiased, so that one side equals that of `size` and the other is no shorter."""
     from PIL import Image
 
@@ -232,7 +232,7 @@ def square(
 
 
 def cut(
-    pixels: NDArray[np.uint8], size: buckets.Size, where: tuple[float, float] | None, flip: bool
+    pixels: NDArray[np.uint8], size: aspect_buckets.Size, where: tuple[float, float] | None, flip: bool
 ) -> NDArray[np.uint8]:
     """A copy of that height and width: the centre, or at fractions in [0, 1) of the free rows and columns."""
     down, across = pixels.shape[0] - size[0], pixels.shape[1] - size[1]  # free rows and columns

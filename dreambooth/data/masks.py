@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth.formats import Unusable
+from dreambooth.data.image_formats import Unusable
 from dreambooth.config.dataset import ALPHA
 
 if TYPE_CHECKING:

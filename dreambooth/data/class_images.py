@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL.Image import Image
 
 from dreambooth.utils import atomic_files, rng
-from dreambooth.photos import list_photos
+from dreambooth.data.photos import list_photos
 from dreambooth.config.recipe import Recipe
 from dreambooth.models.pipeline import Sampler
 

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreambooth import masks
+from dreambooth.data.batches import masks
 from dreambooth.utils import rng
-from dreambooth.batch import Batch, joined
-from dreambooth.buckets import Size
-from dreambooth.latents import Keep, Moments
-from dreambooth.photos import Photo, cut, to_model_range
-from dreambooth.turns import turn
+from dreambooth.data.batch import Batch, joined
+from dreambooth.data.aspect_buckets import Size
+from dreambooth.data.latent_cache import Keep, Moments
+from dreambooth.data.photos import Photo, cut, to_model_range
+from dreambooth.data.bucket_schedule import turn
 
 
 @dataclass(frozen=True)
