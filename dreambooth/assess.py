@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dreambooth.models import lora, loading, pipeline
-from dreambooth import lora_files
+from dreambooth.serialization import lora_files
 from dreambooth.utils.console import Console
 from dreambooth.runtime.engine import accelerated
 from dreambooth.errors import UserError

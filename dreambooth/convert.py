@@ -62,7 +62,7 @@ def read(cfg: DictConfig) -> Convert:
 def _job(ask: Convert) -> None:
     if not ask.source or not ask.out:
         raise UserError("type in=MODEL.safetensors out=DIR, or in=DIR out=MODEL.safetensors")
-    from dreambooth.converting import convert as work
+    from dreambooth.serialization.convert import convert as work
     from dreambooth.models.loading import import_libraries
 
     import_libraries()

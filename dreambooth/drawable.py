@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError
-from dreambooth.lora_files import DIFFUSERS
+from dreambooth.serialization.lora_files import DIFFUSERS
 from dreambooth.utils.assets import asset
 from dreambooth.config.generate import Generate
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dreambooth.lora_files import DIFFUSERS, base_of
+from dreambooth.serialization.lora_files import DIFFUSERS, base_of
 from dreambooth.utils.assets import asset
 
 FOLDER = "lora"  # of the run's artifacts

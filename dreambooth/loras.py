@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dreambooth.errors import UserError
-from dreambooth.lora_files import DIFFUSERS
+from dreambooth.serialization.lora_files import DIFFUSERS
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dreambooth import exported
+from dreambooth.serialization import export_layout
 from dreambooth.utils import atomic_files
 from dreambooth.errors import UserError
 from dreambooth.utils.provenance import clean
@@ -118,7 +118,7 @@ def _register(trial: Trial, terms: Terms, sweep: str | None, alone: bool) -> dic
     value, score, result = trial.objective(text), trial.score(ROLE), trial.result or {}
     name = terms.name or trial.settings.get("name", trial.folder.name)
     tags = {"objective": f"{value:.6g}", "objective_name": text, "run": trial.folder.name, "step": str(result["step"]),
-            "holds": "adapter" if exported.adapter_only(*trial.method) else "model",
+            "holds": "adapter" if export_layout.adapter_only(*trial.method) else "model",
             "base": trial.settings.get("model.source", ""), "exported_step": str(result.get("exported_step") or ""),
             "photos": trial.photos or "", "instance_prompt": trial.settings.get("dataset.instance_prompt", ""),
             **({score[0]: f"{score[1]:.6g}"} if score else {})}

@@ -6,7 +6,8 @@ from contextlib import nullcontext
 from functools import partial
 from math import nan
 
-from dreambooth import best, checkpoint, export, fitting, report
+from dreambooth import best, checkpoint, fitting, report
+from dreambooth.serialization import export
 from dreambooth.models import loading
 from dreambooth.runtime import oom_advice
 from dreambooth.utils import atomic_files, provenance

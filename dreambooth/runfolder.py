@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dreambooth import exported
+from dreambooth.serialization import export_layout
 from dreambooth.config.compose import evaluate
 from dreambooth.utils import atomic_files
 from dreambooth.checkpoint import latest
@@ -89,7 +89,7 @@ def finished(recipe: Recipe) -> Result | None:
         result = Result(**json.loads((run_dir / "result.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    made = exported.whole(run_dir / result.model, recipe.method.kind.value, recipe.method.merge)
+    made = export_layout.whole(run_dir / result.model, recipe.method.kind.value, recipe.method.merge)
     return judged(result, recipe) if result.step >= recipe.train.max_train_steps and made else None
 
 

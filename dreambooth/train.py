@@ -72,7 +72,7 @@ def converted(config: Config) -> Config:
     """The config with a folder in place of each model that is one file."""
     if not (is_single(config.model.source) or is_single(config.model.vae)):
         return config
-    from dreambooth.sources import as_folders
+    from dreambooth.serialization.single_file_sources import as_folders
 
     return as_folders(config)
 

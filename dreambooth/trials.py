@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreambooth import exported
+from dreambooth.serialization import export_layout
 from dreambooth.config.compose import evaluate
 from dreambooth.config.enums import EncoderKind
 from dreambooth.errors import UserError
@@ -32,7 +32,7 @@ class Trial:
     @property
     def finished(self) -> bool:
         """Whether there is a result and the model that it names."""
-        return self.result is not None and exported.whole(self.folder / self.result["model"], *self.method)
+        return self.result is not None and export_layout.whole(self.folder / self.result["model"], *self.method)
 
     @property
     def method(self) -> tuple[str, bool]:

@@ -45,7 +45,7 @@ def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     from dreambooth.models.components import Components
-    from dreambooth.export import whole_pipeline
+    from dreambooth.serialization.export import whole_pipeline
 
     known = Path(asset("package:architectures")) / family
     with torch.random.fork_rng(devices=[]):

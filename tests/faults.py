@@ -143,7 +143,7 @@ def _sample(seed: int) -> None:
 
 
 def _export(seed: int) -> None:
-    from dreambooth import export
+    from dreambooth.serialization import export
 
     _on(export.shutil, "copyfile", _nothing)
 

@@ -311,7 +311,7 @@ def test_an_adapters_run_is_promoted_and_opened_from_the_registry(tmp_path: Path
 
 
 def _lora(run: Path) -> dict[str, LowRank]:
-    from dreambooth import lora_files
+    from dreambooth.serialization import lora_files
 
     return lora_files.read(run / "model/pytorch_lora_weights.safetensors")
 

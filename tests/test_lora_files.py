@@ -12,7 +12,7 @@ from families import make
 from safetensors.torch import load_file
 
 from dreambooth.models import lora, loading
-from dreambooth import lora_files
+from dreambooth.serialization import lora_files
 from dreambooth.config.enums import Dtype, MethodKind, Targets
 from dreambooth.models.text_conditioning import OneEncoder, TwoEncoders
 from dreambooth.errors import UserError

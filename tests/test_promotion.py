@@ -15,7 +15,7 @@ import pytest
 from dreambooth import promotion, report
 from dreambooth.comparison import value
 from dreambooth.errors import UserError
-from dreambooth.exported import ADAPTER
+from dreambooth.serialization.export_layout import ADAPTER
 from dreambooth.gallery import page
 from dreambooth.journal import Journal
 from dreambooth.promotion import Terms, offer, promote

@@ -15,18 +15,18 @@ from safetensors.torch import load_file, save_file
 from test_config import made
 from test_planner import small
 
-from dreambooth import converting, layout, single, sources
+from dreambooth.serialization import convert, ldm_keys, single_file, single_file_sources
 from dreambooth.utils import atomic_files
 from dreambooth.models.components import ABLE, half_overflows, zero_snr
 from dreambooth.config.compose import load
-from dreambooth.converting import KNOWN, convert
+from dreambooth.serialization.convert import KNOWN, convert
 from dreambooth.errors import UserError
-from dreambooth.layout import EDM, UNREAD, Family
+from dreambooth.serialization.ldm_keys import EDM, UNREAD, Family
 from dreambooth.utils.hardware import detect
-from dreambooth.opening import blank_parts, open_parts
+from dreambooth.serialization.load_parts import blank_parts, open_parts
 from dreambooth.utils.assets import asset
 from dreambooth.config.recipe import resolve
-from dreambooth.recognise import Found, opened, recognised
+from dreambooth.serialization.detect_format import Found, opened, recognised
 from dreambooth.run import execute
 from dreambooth.config.schema import Config, Model
 from dreambooth.utils.signals import Stop
@@ -127,7 +127,7 @@ def test_a_vae_of_other_tools_is_read(original: bool, bases: dict[str, Path], tm
     own = load_file(bases["sd15"] / "vae/diffusion_pytorch_model.safetensors")
     if original:
         whole = load_file(convert(str(bases["sd15"]), str(tmp_path / "whole.safetensors")))
-        inside = {name.removeprefix(layout.VAE): value for name, value in whole.items() if name.startswith(layout.VAE)}
+        inside = {name.removeprefix(ldm_keys.VAE): value for name, value in whole.items() if name.startswith(ldm_keys.VAE)}
         other = {name: value[:, :, 0, 0].clone() if ".attn_1." in name and value.dim() == 4 else value
                  for name, value in inside.items()}
         assert [value for name, value in other.items() if name.endswith("attn_1.q.weight") and value.dim() == 2]
@@ -138,7 +138,7 @@ def test_a_vae_of_other_tools_is_read(original: bool, bases: dict[str, Path], tm
         assert other.keys() != own.keys()
     save_file(other, tmp_path / "vae.safetensors")
     vae = blank_parts(bases["sd15"], None).vae
-    single.only_vae(vae, opened(tmp_path / "vae.safetensors"))
+    single_file.only_vae(vae, opened(tmp_path / "vae.safetensors"))
     assert same(vae.state_dict(), own)
 
 
@@ -157,13 +157,13 @@ def published(name: str) -> dict[str, tuple[int, ...]]:
     return {key: tuple(map(int, shape)) for key, *shape in rows}
 
 
-def full_size(name: str) -> tuple[single.Components, dict[str, tuple[int, ...]]]:
+def full_size(name: str) -> tuple[single_file.Components, dict[str, tuple[int, ...]]]:
     """Parts of the published size without memory, and the keys and shapes of their file."""
     parts = blank_parts(Path(asset("package:architectures")) / name, FOUND[name])
     shapes = {part: {key: tuple(value.shape) for key, value in getattr(parts, part).state_dict().items()}
               for part in ("unet", "vae", "text_encoder", "text_encoder_2") if getattr(parts, part) is not None}
     return parts, {entry.original: entry.shape([shapes[entry.part][key] for key in entry.names])
-                   for entry in single.all_entries(parts, FAMILY[name])}
+                   for entry in single_file.all_entries(parts, FAMILY[name])}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -420,7 +420,7 @@ def trained(root: Path, source: str) -> dict[str, torch.Tensor]:
 
 def test_trained_from_a_file_is_trained_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = asset("package:tiny-sd")
-    monkeypatch.setitem(converting.KNOWN, Family.sd1, tiny)
+    monkeypatch.setitem(convert.KNOWN, Family.sd1, tiny)
     file = convert(tiny, str(tmp_path / "tiny.safetensors"))
     ours, theirs = trained(tmp_path / "file", str(file)), trained(tmp_path / "folder", "package:tiny-sd")
     assert same(ours, theirs)
@@ -443,25 +443,25 @@ def test_the_door_takes_a_file_and_a_run_of_unknown_shapes_says_what_to_type(tmp
 def test_a_file_as_source_becomes_a_folder_once(
     family: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(converting.KNOWN, FAMILY[family], str(bases[family]))
+    monkeypatch.setitem(convert.KNOWN, FAMILY[family], str(bases[family]))
     file = convert(str(bases[family]), str(tmp_path / "a model.safetensors"))
     vae = tmp_path / "vae-fp16.ckpt"
     torch.save({"state_dict": load_file(bases[family] / "vae/diffusion_pytorch_model.safetensors")}, vae)
     config = Config(run_root=str(tmp_path / "runs"), model=Model(family, str(file), vae=str(vae)))
-    found = sources.as_folders(config).model
+    found = single_file_sources.as_folders(config).model
     assert same(weights(Path(found.source)), weights(bases[family]))
     assert same(weights(Path(found.vae or "")), {name: value for name, value in weights(bases[family]).items()
                                                  if name.startswith("vae.")})
     before = Path(found.source, "model_index.json").stat().st_mtime_ns
-    assert sources.as_folders(config).model.source == found.source
+    assert single_file_sources.as_folders(config).model.source == found.source
     assert Path(found.source, "model_index.json").stat().st_mtime_ns == before
     Path(found.source, "model_index.json").unlink()
-    sources.as_folders(config)
+    single_file_sources.as_folders(config)
     assert same(weights(Path(found.source)), weights(bases[family]))
 
 
 def vae_folder(base: Path, file: Path, root: Path) -> tuple[Path, dict[str, object]]:
-    found = sources.as_folders(Config(run_root=str(root), model=Model("sdxl", str(base), vae=str(file)))).model
+    found = single_file_sources.as_folders(Config(run_root=str(root), model=Model("sdxl", str(base), vae=str(file)))).model
     return Path(found.vae or ""), json.loads(Path(found.vae or "", "vae/config.json").read_text())
 
 
@@ -491,25 +491,25 @@ def test_files_alike_at_both_ends_are_told_apart(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(atomic_files, "END", 64)
-    monkeypatch.setitem(converting.KNOWN, Family.sd1, str(bases["sd15"]))
+    monkeypatch.setitem(convert.KNOWN, Family.sd1, str(bases["sd15"]))
     file, found = convert(str(bases["sd15"]), str(tmp_path / "merge.safetensors")), []
     tensors = load_file(file)
     for value in (0.0, 1.0):
         tensors["model.diffusion_model.out.0.weight"].fill_(value)
         save_file(tensors, file)
-        made = sources.as_folders(Config(run_root=str(tmp_path), model=Model("sd15", str(file)))).model.source
+        made = single_file_sources.as_folders(Config(run_root=str(tmp_path), model=Model("sd15", str(file)))).model.source
         found.append(weights(Path(made))["unet.conv_norm_out.weight"].max().item())
     assert found == [0.0, 1.0]
 
 
 def test_clips_tokenizer_ships_with_the_package() -> None:
-    from dreambooth import clip_words
+    from dreambooth.serialization import clip_tokenizer
 
-    made = clip_words.tokenizer()
+    made = clip_tokenizer.tokenizer()
     assert made("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert len(made) == 49408
-    assert clip_words.tokenizer("!")("a", padding="max_length").input_ids == [49406, 320, 49407, *[0] * 74]
+    assert clip_tokenizer.tokenizer("!")("a", padding="max_length").input_ids == [49406, 320, 49407, *[0] * 74]
 
 
 def test_layout_knows_no_torch() -> None:
-    assert "torch" not in vars(layout)
+    assert "torch" not in vars(ldm_keys)

@@ -13,12 +13,12 @@ import torch
 from filelock import FileLock
 
 from dreambooth.utils import atomic_files
-from dreambooth import single
+from dreambooth.serialization import single_file
 from dreambooth.models.components import says_fixed
-from dreambooth.converting import convert
+from dreambooth.serialization.convert import convert
 from dreambooth.errors import UserError
 from dreambooth.utils.assets import asset
-from dreambooth.recognise import opened
+from dreambooth.serialization.detect_format import opened
 from dreambooth.config.schema import Config
 from dreambooth.config.storage import is_single
 
@@ -62,7 +62,7 @@ def _vae(config: Config, source: str) -> Path:
         if not (target / "vae/config.json").is_file():
             with torch.device("meta"):
                 vae = AutoencoderKL.from_config(facts)
-            single.only_vae(vae, opened(path))
+            single_file.only_vae(vae, opened(path))
             with atomic_files.whole_folder(target) as aside:
                 vae.save_pretrained(aside / "vae")
     return target

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dreambooth.models.lora import LowRank, published
 from dreambooth.errors import UserError
-from dreambooth.exported import ADAPTER
+from dreambooth.serialization.export_layout import ADAPTER
 
 DIFFUSERS = ADAPTER  # the file in that layout
 LABELS = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}  # of kohya's UNet

@@ -11,7 +11,7 @@ from torch import nn
 
 import dreambooth
 from dreambooth.models import lora
-from dreambooth import lora_files
+from dreambooth.serialization import lora_files
 from dreambooth.utils import atomic_files
 from dreambooth.models.components import zero_snr
 from dreambooth.errors import DoesNotFit

@@ -9,11 +9,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dreambooth import clip_words, single
+from dreambooth.serialization import clip_tokenizer, single_file
 from dreambooth.models.components import Components, zero_snr
 from dreambooth.errors import UserError
-from dreambooth.layout import Family, modern
-from dreambooth.recognise import Found
+from dreambooth.serialization.ldm_keys import Family, modern
+from dreambooth.serialization.detect_format import Found
 
 
 def blank_parts(folder: Path, found: Found | None) -> Components:
@@ -29,7 +29,7 @@ def blank_parts(folder: Path, found: Found | None) -> Components:
     try:
         vae, unet = (read_json(folder / part / "config.json") for part in ("vae", "unet"))
         schedule = read_json(folder / "scheduler/scheduler_config.json")
-        pad = "!" if found and found.family is Family.sd2 else clip_words.END
+        pad = "!" if found and found.family is Family.sd2 else clip_tokenizer.END
         two = found.family is Family.sdxl if found else (folder / "text_encoder_2").is_dir()
         if found:
             unet["sample_size"] = found.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
@@ -57,7 +57,7 @@ def _schedule(config: dict[str, Any], found: Found) -> dict[str, Any]:
 
 def _tokenizer(folder: Path, name: str, pad: str) -> Any:
     if not (folder / name).is_dir():
-        return clip_words.tokenizer(pad)
+        return clip_tokenizer.tokenizer(pad)
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(folder, subfolder=name)
@@ -70,7 +70,7 @@ def open_parts(folder: Path) -> Components:
         UserError: it lacks one.
     """
     parts = blank_parts(folder, None)
-    for name, module in single.modules(parts):
+    for name, module in single_file.modules(parts):
         paths = sorted((folder / name).glob("*.safetensors"))
         plain = [path for path in paths if ".fp16." not in path.name] or paths
         known = module.state_dict().keys()

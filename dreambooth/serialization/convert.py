@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from dreambooth import clip_words, single
+from dreambooth.serialization import clip_tokenizer, single_file
 from dreambooth.storage import run_inputs
 from dreambooth.utils import atomic_files
 from dreambooth.models.components import Components
 from dreambooth.utils.console import Console
 from dreambooth.errors import DoesNotFit, UserError
-from dreambooth.layout import Family
-from dreambooth.lora_files import DIFFUSERS as ADAPTER
-from dreambooth.opening import blank_parts, open_parts, read_json
+from dreambooth.serialization.ldm_keys import Family
+from dreambooth.serialization.lora_files import DIFFUSERS as ADAPTER
+from dreambooth.serialization.load_parts import blank_parts, open_parts, read_json
 from dreambooth.utils.assets import asset
-from dreambooth.recognise import opened, recognised
+from dreambooth.serialization.detect_format import opened, recognised
 from dreambooth.config.storage import is_remote, is_single
 
 KNOWN = {Family.sd1: "sd15", Family.sd2: "sd21", Family.sdxl: "sdxl"}  # the architecture that files of a family have
@@ -46,11 +46,11 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
     found = recognised(file, prediction_type, resolution)
     folder = Path(config) if config else Path(asset("package:architectures")) / KNOWN[found.family]
     parts = blank_parts(folder, found)
-    if strange := single.fill(parts, file, found.family):
+    if strange := single_file.fill(parts, file, found.family):
         console.say(f"{len(strange)} tensors of {source} are not of this model and were left out: "
                     f"{', '.join(strange[:3])}" + (", ..." if len(strange) > 3 else ""))
     if vae:
-        single.only_vae(parts.vae, opened(Path(vae)))
+        single_file.only_vae(parts.vae, opened(Path(vae)))
     for module in parts.modules if DTYPES[dtype] else ():
         module.to(DTYPES[dtype])
     with _writing(out), atomic_files.whole_folder(Path(out), fresh=True) as aside:
@@ -97,12 +97,12 @@ def _writing(out: str | Path) -> Iterator[None]:
 
 
 def _save(parts: Components, folder: Path) -> None:
-    from dreambooth.export import whole_pipeline
+    from dreambooth.serialization.export import whole_pipeline
 
     whole_pipeline(parts).save_pretrained(folder, safe_serialization=True)
     for name, tokenizer in (("tokenizer", parts.tokenizer), ("tokenizer_2", parts.tokenizer_2)):
         if tokenizer is not None:
-            clip_words.save(tokenizer, folder / name)
+            clip_tokenizer.save(tokenizer, folder / name)
 
 
 def _to_file(source: Path, out: Path, vae: str | None, dtype: torch.dtype | None, with_vae: bool, title: str | None,
@@ -110,10 +110,10 @@ def _to_file(source: Path, out: Path, vae: str | None, dtype: torch.dtype | None
     folder, settings = _model_in(source)
     parts = open_parts(folder)
     if vae:
-        single.only_vae(parts.vae, opened(Path(vae)))
+        single_file.only_vae(parts.vae, opened(Path(vae)))
     facts = {"modelspec.title": title or settings.get("name") or source.absolute().name} | _facts(settings)
     with _writing(out):
-        count = single.write(parts, out, dtype, with_vae, facts)
+        count = single_file.write(parts, out, dtype, with_vae, facts)
     console.say(f"{out}: {count} tensors, {out.stat().st_size / 2**20:.1f} MiB")
     return out
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from dreambooth.utils import atomic_files
 from dreambooth.models.components import Components
 from dreambooth.errors import UserError
-from dreambooth.layout import POSITIONS, PREFIX, UNREAD, VAE, ZERO, Entry, Family, Form, V, entries, modern
-from dreambooth.recognise import Opened
+from dreambooth.serialization.ldm_keys import (POSITIONS, PREFIX, UNREAD, VAE, ZERO, Entry, Family, Form, V, entries, modern)
+from dreambooth.serialization.detect_format import Opened
 
 ARCHITECTURE = {Family.sd1: "stable-diffusion-v1", Family.sd2: "stable-diffusion-v2-768-v",
                 Family.sdxl: "stable-diffusion-xl-v1-base"}

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dreambooth.errors import UserError
-from dreambooth.layout import EDM, UNET, ZERO, Family, V
+from dreambooth.serialization.ldm_keys import EDM, UNET, ZERO, Family, V
 
 OLD_CLIP = re.compile(r"cond_stage_model\.transformer\.(?!text_model\.)")  # files that leave a level out
 BASE_STEPS = 875000  # of the 2.x checkpoints that predict noise at 512 px, as diffusers tells them too
