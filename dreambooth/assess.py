@@ -13,8 +13,8 @@ from dreambooth.runtime.engine import accelerated
 from dreambooth.errors import UserError
 from dreambooth.evaluation import Evaluation, Judge
 from dreambooth.config.recipe import Recipe
-from dreambooth.report import measures
-from dreambooth.runfolder import locked
+from dreambooth.runs.report import measures
+from dreambooth.runs.run_folder import locked
 from dreambooth.tracked import tracked
 
 

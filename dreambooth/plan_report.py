@@ -14,7 +14,7 @@ from dreambooth.utils.hardware import GIB
 from dreambooth.prediction import STEP, Prediction
 from dreambooth.config.recipe import Recipe
 from dreambooth.replay import curve
-from dreambooth.report import trained
+from dreambooth.runs.report import trained
 from dreambooth.ways import ways
 
 CATEGORIES = ("weights", "gradients", "optimizer", "ema", "activations", "temporaries")

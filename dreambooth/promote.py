@@ -47,7 +47,7 @@ def _job(cfg: DictConfig) -> None:
     if sweep is None:
         raise UserError("the sweep is missing: type sweep=ID, the tag that its runs have in MLflow")
     from dreambooth import promotion
-    from dreambooth.report import promoted
+    from dreambooth.runs.report import promoted
 
     terms = promotion.Terms(ask.uri, ask.experiment, ask.name, ask.objective, ask.max_class_similarity, ask.replace,
                             ask.default_uri)

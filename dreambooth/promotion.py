@@ -28,8 +28,8 @@ from dreambooth.errors import UserError
 from dreambooth.utils.provenance import clean
 from dreambooth.config.recipe import Recipe
 from dreambooth.registry import CANDIDATE, CHAMPION, Registry, Version
-from dreambooth.report import promoted
-from dreambooth.runfolder import locked
+from dreambooth.runs.report import promoted
+from dreambooth.runs.run_folder import locked
 from dreambooth.tracking import open_tracker
 from dreambooth.trials import ROLE, Trial, of_sweep, open_trial, over_bound
 

@@ -6,7 +6,8 @@ from contextlib import nullcontext
 from functools import partial
 from math import nan
 
-from dreambooth import best, checkpoint, fitting, report
+from dreambooth import best, checkpoint, fitting
+from dreambooth.runs import report
 from dreambooth.serialization import export
 from dreambooth.models import loading
 from dreambooth.runtime import oom_advice
@@ -22,7 +23,7 @@ from dreambooth.config.evaluate import INSTANCE_LOSS
 from dreambooth.runtime.memory_meter import Meter
 from dreambooth.objective import instance_loss
 from dreambooth.config.recipe import Recipe
-from dreambooth.runfolder import Result, check_disk, finished, judged, locked, resume_point
+from dreambooth.runs.run_folder import Result, check_disk, finished, judged, locked, resume_point
 from dreambooth.samples import SampleBook
 from dreambooth.setup import Setup, assemble
 from dreambooth.utils.signals import Stop

@@ -37,7 +37,7 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
     from dreambooth.cloud import secrets
     from dreambooth.utils.hardware import detect
     from dreambooth.config.recipe import resolve
-    from dreambooth.runfolder import discard_if_unused, forget_overrides
+    from dreambooth.runs.run_folder import discard_if_unused, forget_overrides
     from dreambooth.utils.signals import stoppable
 
     try:

@@ -149,7 +149,7 @@ def _export(seed: int) -> None:
 
 
 def _result(seed: int) -> None:
-    from dreambooth.runfolder import Result
+    from dreambooth.runs.run_folder import Result
 
     _on(Result, "write", _nothing)
 
@@ -248,10 +248,10 @@ def _little_memory_in_class_images(seed: int) -> None:
 
 
 def _no_disk(seed: int) -> None:
-    from dreambooth import runfolder
+    from dreambooth.runs import run_folder
 
-    usage = runfolder.shutil.disk_usage(".")
-    runfolder.shutil.disk_usage = lambda path: usage._replace(free=10**6)
+    usage = run_folder.shutil.disk_usage(".")
+    run_folder.shutil.disk_usage = lambda path: usage._replace(free=10**6)
 
 
 def _bug(seed: int) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console as Rich
 
-from dreambooth import report
+from dreambooth.runs import report
 from dreambooth.utils.console import Bar, Console
 from dreambooth.config.recipe import resolve
-from dreambooth.runfolder import Result
+from dreambooth.runs.run_folder import Result
 from dreambooth.config.schema import Config, Dataset, Prior, Train
 
 

@@ -10,7 +10,7 @@ from dreambooth.best import best_step
 from dreambooth.config.compose import identity
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.config.evaluate import EncoderKind, Evaluate, known, objective, parse
-from dreambooth.runfolder import Result, judged
+from dreambooth.runs.run_folder import Result, judged
 
 OFFLINE = known(Evaluate(), "a photo of a toy")
 PAPER = known(Evaluate(encoder=EncoderKind.paper, lpips="x"), "a photo of a toy")

@@ -31,7 +31,7 @@ from dreambooth.config.evaluate import Evaluate
 from dreambooth.optim_memory import CODEBOOKS, ModelledOptimizer
 from dreambooth.prediction import Prediction
 from dreambooth.config.recipe import Recipe, resolve
-from dreambooth.runfolder import Result
+from dreambooth.runs.run_folder import Result
 from dreambooth.config.schema import Config
 from dreambooth.config.dataset import Subject
 from dreambooth.setup import assemble

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from dreambooth import promotion, report
+from dreambooth import promotion
+from dreambooth.runs import report
 from dreambooth.comparison import value
 from dreambooth.errors import UserError
 from dreambooth.serialization.export_layout import ADAPTER

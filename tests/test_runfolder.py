@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth import runfolder
+from dreambooth.runs import run_folder
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.config.recipe import Recipe, resolve
-from dreambooth.runfolder import Result, check_disk, discard_if_unused, finished, locked, resume_point
+from dreambooth.runs.run_folder import Result, check_disk, discard_if_unused, finished, locked, resume_point
 from dreambooth.config.schema import Checkpoint, Config, Dataset, Train
 
 HOLDER = """
@@ -137,7 +137,7 @@ def test_resume_never_sets_the_earlier_run_aside_and_deletes_nothing(tmp_path):
 
 def test_an_earlier_run_set_aside_stays_where_it_is(tmp_path, monkeypatch):
     for second in ("10", "11"):
-        monkeypatch.setattr(runfolder.time, "strftime", lambda form, now=second: f"earlier-{now}")
+        monkeypatch.setattr(run_folder.time, "strftime", lambda form, now=second: f"earlier-{now}")
         checkpoint(tmp_path, int(second))
         resume_point(tmp_path, "never")
     assert (tmp_path / "earlier-10/checkpoints/step-000010/state.json").is_file()
@@ -188,7 +188,7 @@ def test_a_folder_that_holds_work_is_kept(tmp_path, work):
 
 
 def test_two_new_starts_in_one_second_keep_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runfolder.time, "strftime", lambda form: "earlier-20261124-120000")
+    monkeypatch.setattr(run_folder.time, "strftime", lambda form: "earlier-20261124-120000")
     for step in (1, 2):
         checkpoint(tmp_path, step)
         assert resume_point(tmp_path, "never") is None

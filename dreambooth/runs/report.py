@@ -5,7 +5,7 @@ from typing import Any
 
 from dreambooth.config.evaluate import HIGHER_IS_BETTER
 from dreambooth.config.recipe import Recipe
-from dreambooth.runfolder import Result
+from dreambooth.runs.run_folder import Result
 
 
 def plan(recipe: Recipe) -> dict[str, str]:
