@@ -33,7 +33,7 @@ from dreambooth.config.recipe import resolve
 from dreambooth.setup import assemble
 from dreambooth.utils.signals import Stop
 from dreambooth.step import train_step
-from dreambooth.tracked import tracked
+from dreambooth.tracking.run_tracker import tracked
 
 Clocks = tuple[float, float]  # wall, CPU of all threads
 

@@ -15,7 +15,7 @@ from dreambooth.evaluation import Evaluation, Judge
 from dreambooth.config.recipe import Recipe
 from dreambooth.runs.report import measures
 from dreambooth.runs.run_folder import locked
-from dreambooth.tracked import tracked
+from dreambooth.tracking.run_tracker import tracked
 
 
 def assess(recipe: Recipe) -> dict[str, float]:

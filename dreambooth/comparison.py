@@ -8,7 +8,7 @@ from typing import Any
 
 from dreambooth.cloud import results
 from dreambooth.cloud.job import COMPLETED, FAILED
-from dreambooth.curves import tidy
+from dreambooth.tracking.svg_charts import tidy
 from dreambooth.trials import Trial, find
 
 SAME = {"name", "device", "sample_prompts", "evaluate.promote"}  # settings that tell nobody what a trial is

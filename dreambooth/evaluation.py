@@ -28,7 +28,7 @@ from dreambooth.config.recipe import Recipe
 from dreambooth.models.pipeline import Sampler, generate
 from dreambooth.scoring import score
 from dreambooth.utils.image_grid import columns, grid
-from dreambooth.tracking import Tracker
+from dreambooth.tracking.tracker import Tracker
 
 SCORES, MADE_WITH = "scores.json", "made_with.json"
 Rows = list[list[Image.Image]]  # a row a prompt; last the class, if there is one

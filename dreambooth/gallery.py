@@ -9,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreambooth import curves
+from dreambooth.tracking.tracker import svg_charts
 from dreambooth.utils import atomic_files
 from dreambooth.comparison import axes, differing, dumped, ranked, title, value
-from dreambooth.curves import colour, short
+from dreambooth.tracking.svg_charts import colour, short
 from dreambooth.config.evaluate import HIGHER_IS_BETTER
 from dreambooth.utils.assets import asset
 from dreambooth.trials import Trial, over_bound
@@ -41,7 +41,7 @@ def page(sweep: str, trials: Sequence[Trial], pixels: int) -> str:
         "TITLE": escape(f"Sweep {sweep}"), "ABOUT": _about(trials, keys), "TABLE": _table(trials, names),
         "GRID": _grid(names, prompts, shown, steps), "STEPS": dumped(steps),
         "PICTURES": dumped(shown), "LAST": str(max(0, len(steps) - 1)), "HIDDEN": "" if steps else "hidden",
-        "CHARTS": _charts(trials, names), "PARALLEL": curves.parallel(axes(trials)), "PHOTOS": _photos(trials),
+        "CHARTS": _charts(trials, names), "PARALLEL": svg_charts.parallel(axes(trials)), "PHOTOS": _photos(trials),
         "SETTINGS": _settings(trials, names, keys)}
     text = (Path(__file__).parent / "assets" / "compare.html").read_text(encoding="utf-8")
     for name, part in parts.items():
@@ -133,13 +133,13 @@ def _grid(names: Sequence[str], prompts: Sequence[str], shown: Sequence[Mapping[
 
 
 def _charts(trials: Sequence[Trial], names: Sequence[str]) -> str:
-    found = [curves.history(trial.folder / "metrics.jsonl", *CHARTS) for trial in trials]
+    found = [svg_charts.history(trial.folder / "metrics.jsonl", *CHARTS) for trial in trials]
     with_prior = any("loss_prior" in one for one in found)
     drawn = []
     for metric, words in CHARTS.items():
         lines = {name: one.get(metric, []) for name, one in zip(names, found, strict=True)}
         if any(lines.values()) and (metric != "loss" or with_prior):
-            drawn.append(curves.chart(words, lines, 366))
+            drawn.append(svg_charts.chart(words, lines, 366))
     return "".join(f"<figure>{svg}</figure>" for svg in drawn)
 
 

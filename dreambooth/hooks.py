@@ -24,7 +24,7 @@ from dreambooth.models.pipeline import build_pipeline
 from dreambooth.setup import Setup
 from dreambooth.utils.signals import Stop
 from dreambooth.step import StepInfo
-from dreambooth.tracking import Tracker
+from dreambooth.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 

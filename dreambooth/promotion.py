@@ -27,10 +27,10 @@ from dreambooth.utils import atomic_files
 from dreambooth.errors import UserError
 from dreambooth.utils.provenance import clean
 from dreambooth.config.recipe import Recipe
-from dreambooth.registry import CANDIDATE, CHAMPION, Registry, Version
+from dreambooth.tracking.model_registry import CANDIDATE, CHAMPION, Registry, Version
 from dreambooth.runs.report import promoted
 from dreambooth.runs.run_folder import locked
-from dreambooth.tracking import open_tracker
+from dreambooth.tracking.tracker import open_tracker
 from dreambooth.trials import ROLE, Trial, of_sweep, open_trial, over_bound
 
 log = logging.getLogger(__name__)

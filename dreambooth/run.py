@@ -28,8 +28,8 @@ from dreambooth.samples import SampleBook
 from dreambooth.setup import Setup, assemble
 from dreambooth.utils.signals import Stop
 from dreambooth.step import train_step
-from dreambooth.tracked import tracked
-from dreambooth.tracking import Tracker
+from dreambooth.tracking.run_tracker import tracked
+from dreambooth.tracking.tracker import Tracker
 
 
 def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = None) -> Result:

@@ -10,7 +10,7 @@ from dreambooth.data.photos import Photo, cut
 from dreambooth.config.recipe import Recipe
 from dreambooth.models.pipeline import Sampler, generate
 from dreambooth.utils.image_grid import columns, contact_sheet, grid, read_samples
-from dreambooth.tracking import Tracker
+from dreambooth.tracking.tracker import Tracker
 
 
 class SampleBook:

@@ -66,6 +66,6 @@ def telling(overrides: list[str]) -> list[str]:
 def named(overrides: list[str]) -> str | None:
     """A trial by what differs, learning_rate=1e-4 prior_loss_weight=0; None: nothing that is known does."""
     pairs = [word.lstrip("+").partition("=")[::2] for word in overrides]
-    from dreambooth.curves import tidy
+    from dreambooth.tracking.svg_charts import tidy
 
     return " ".join(f"{key.rpartition('.')[2]}={tidy(value)}" for key, value in pairs if key in _swept) or None

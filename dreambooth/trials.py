@@ -11,7 +11,7 @@ from dreambooth.serialization import export_layout
 from dreambooth.config.compose import evaluate
 from dreambooth.config.enums import EncoderKind
 from dreambooth.errors import UserError
-from dreambooth.journal import read
+from dreambooth.tracking.journal import read
 from dreambooth.config.evaluate import INSTANCE_LOSS, Evaluate
 from dreambooth.data.photos import NO_FINGERPRINT
 

@@ -155,7 +155,7 @@ def _result(seed: int) -> None:
 
 
 def _metrics_flush(seed: int) -> None:
-    from dreambooth import journal
+    from dreambooth.tracking.tracker import journal
 
     class HalfWriting:
         """os, but the write of a line stops in its middle."""

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import dreambooth
-from dreambooth.journal import read
+from dreambooth.tracking.journal import read
 
 ASSETS = Path(dreambooth.__file__).parent / "assets"
 PROMPTS = {"dataset.instance_prompt": "a photo of a zwx toy", "dataset.class_prompt": "a photo of a toy"}

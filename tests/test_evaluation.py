@@ -15,7 +15,7 @@ from test_kill import KILLED, assert_same, the_run
 
 from dreambooth.models.text_conditioning import OneEncoder
 from dreambooth.hooks import Measure
-from dreambooth.journal import read
+from dreambooth.tracking.journal import read
 
 SUBJECT, DRIFT = "subject_similarity_efficientnet_lite0", "class_drift_efficientnet_lite0"
 ON = ["evaluate.encoder=efficientnet_lite0", "evaluate.class_images=2", "evaluate.prompts={prompts}",

@@ -294,16 +294,16 @@ def test_mlflow_pins_the_revision_that_the_run_has_pinned(tmp_path: Path) -> Non
     import yaml
     from safetensors.torch import save_file
 
-    from dreambooth import flavour
+    from dreambooth.tracking.tracker import mlflow_flavor
 
     facts = {"base_model": BASE, "base_model_revision": "0123abc", "base_model_variant": "fp16"}
-    save_file({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / flavour.DIFFUSERS, facts)
+    save_file({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / mlflow_flavor.DIFFUSERS, facts)
 
     class Client:
         def log_artifacts(self, run_id: str, folder: str) -> None:
             shutil.copytree(folder, tmp_path / run_id)
 
-    flavour.log(Client(), "found", tmp_path / flavour.DIFFUSERS, None)
+    mlflow_flavor.log(Client(), "found", tmp_path / mlflow_flavor.DIFFUSERS, None)
     found = yaml.safe_load((tmp_path / "found/lora/MLmodel").read_text())
     assert found["flavors"]["diffusers"]["base_model_revision"] == "0123abc"
     assert found["metadata"] == {key: facts[key] for key in ("base_model_revision", "base_model_variant")}

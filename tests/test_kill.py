@@ -7,7 +7,7 @@ import pytest
 from faults import FAULTS, train
 from safetensors.torch import load_file
 
-from dreambooth.journal import read
+from dreambooth.tracking.journal import read
 
 KILLED = -9
 PLACES = [name for name in FAULTS if name != "random_moment"]

@@ -18,9 +18,9 @@ from dreambooth.comparison import value
 from dreambooth.errors import UserError
 from dreambooth.serialization.export_layout import ADAPTER
 from dreambooth.gallery import page
-from dreambooth.journal import Journal
+from dreambooth.tracking.journal import Journal
 from dreambooth.promotion import Terms, offer, promote
-from dreambooth.registry import CANDIDATE, CHAMPION, Version
+from dreambooth.tracking.model_registry import CANDIDATE, CHAMPION, Version
 from dreambooth.trials import find
 
 CLASS = "class_similarity_efficientnet_lite0"

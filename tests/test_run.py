@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_kill import assert_same, losses, the_run
 
-from dreambooth.journal import read
+from dreambooth.tracking.journal import read
 from dreambooth.utils.assets import asset
 from dreambooth.utils.provenance import origin
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from services import TrackingServer, browser, team
 
-from dreambooth.journal import EXPERIMENT, read
-from dreambooth.tracked import side_by_side
+from dreambooth.tracking.journal import EXPERIMENT, read
+from dreambooth.tracking.run_tracker import side_by_side
 
 pytestmark = pytest.mark.services
 SHOTS = os.environ.get("DREAMBOOTH_SHOTS")  # a folder for screenshots; docs/images has those of a longer sweep

@@ -18,19 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dreambooth import shipping, tracking
+from dreambooth.tracking.tracker import mlflow_shipper, tracker
 from dreambooth.errors import UserError
-from dreambooth.journal import Journal, parcels, read
-from dreambooth.registry import Registry
-from dreambooth.tracking import MlflowTracker, NullTracker, open_tracker
+from dreambooth.tracking.journal import Journal, parcels, read
+from dreambooth.tracking.model_registry import Registry
+from dreambooth.tracking.tracker import MlflowTracker, NullTracker, open_tracker
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "PATIENT", False)
-    monkeypatch.setattr(shipping, "WAKE", 0.05)
-    monkeypatch.setattr(shipping, "BACKOFF", (0.05, 0.2))
-    monkeypatch.setattr(shipping, "CLOSE_REMOTE", 1.0)
+    monkeypatch.setattr(tracker, "PATIENT", False)
+    monkeypatch.setattr(mlflow_shipper, "WAKE", 0.05)
+    monkeypatch.setattr(mlflow_shipper, "BACKOFF", (0.05, 0.2))
+    monkeypatch.setattr(mlflow_shipper, "CLOSE_REMOTE", 1.0)
     for name, value in {"REQUEST_TIMEOUT": "1", "REQUEST_MAX_RETRIES": "0"}.items():
         monkeypatch.setenv(f"MLFLOW_HTTP_{name}", value)
 
@@ -360,7 +360,7 @@ def test_a_deleted_run_is_made_anew(tmp_path: Path, uri: str) -> None:
 
 
 def test_two_processes_open_one_fresh_database(tmp_path: Path) -> None:
-    code = ("import sys; from pathlib import Path; from dreambooth.tracking import open_tracker;"
+    code = ("import sys; from pathlib import Path; from dreambooth.tracking.tracker import open_tracker;"
             "root = Path(sys.argv[1]);"
             "t = open_tracker('mlflow', root / sys.argv[2], run_root=root, run_name='r', required=True);"
             "t.metrics(1, {'loss': 1.0}); t.close('FINISHED')")
@@ -489,7 +489,7 @@ def test_what_a_user_may_not_send_is_kept_and_sent_by_one_who_may(
         patch.setattr(MlflowClient, "log_batch", refuse)
         tracker = mlflow_tracker(tmp_path / "run", uri, warnings)
         tracker.metrics(1, {"loss": 1.0})
-        wait_for(lambda: tracker._shipper._failures > shipping.TRIES + 1)
+        wait_for(lambda: tracker._shipper._failures > mlflow_shipper.TRIES + 1)
         drop(tracker)
     assert len(warnings) == 1 and "refuses this user (" in warnings[0]
     mlflow_tracker(tmp_path / "run", uri).close("FINISHED")
@@ -533,7 +533,7 @@ def test_a_password_is_never_shown(tmp_path: Path, capfd: pytest.CaptureFixture[
 
 
 def test_leaving_without_close_ends_at_once(tmp_path: Path) -> None:
-    code = ("import sys, time; from pathlib import Path; from dreambooth.tracking import open_tracker;"
+    code = ("import sys, time; from pathlib import Path; from dreambooth.tracking.tracker import open_tracker;"
             "r = Path(sys.argv[1]); t = open_tracker('mlflow', r / 'a', run_root=r, run_name='r', uri=sys.argv[2]);"
             "t.metrics(1, {'loss': 1.0}); time.sleep(4)")
     with listening(None) as (port, _):

@@ -107,8 +107,8 @@ def track(path: Path, sweep: str, table: Sequence[dict[str, Any]], kind: str, ur
         drawn: the data of its parallel coordinates, kept beside the CSV.
         here: the run folders of the trials are on this machine.
     """
-    from dreambooth.tracked import side_by_side
-    from dreambooth.tracking import open_tracker
+    from dreambooth.tracking.run_tracker import side_by_side
+    from dreambooth.tracking.tracker import open_tracker
 
     done = [row for row in table if row["objective"] is not None]
     best = min(done, key=lambda row: row["objective"], default=None)

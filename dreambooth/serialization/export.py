@@ -15,7 +15,7 @@ from dreambooth.serialization import lora_files
 from dreambooth.utils import atomic_files
 from dreambooth.models.components import zero_snr
 from dreambooth.errors import DoesNotFit
-from dreambooth.flavour import OF_BASE
+from dreambooth.tracking.mlflow_flavor import OF_BASE
 from dreambooth.models.loading import Components, exact_frozen, trained_modules
 from dreambooth.config.recipe import Recipe
 from dreambooth.models.pipeline import pipeline_over

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreambooth import flavour, logged
-from dreambooth.journal import EXPERIMENT, parcels, read, starts_line
+from dreambooth.tracking.tracker import mlflow_flavor, mlflow_media
+from dreambooth.tracking.journal import EXPERIMENT, parcels, read, starts_line
 from dreambooth.utils.provenance import clean
-from dreambooth.refused import REFUSES, refuses, status
+from dreambooth.tracking.mlflow_auth import REFUSES, refuses, status
 
 WAKE = 2.0  # seconds between two looks at the journal
 BACKOFF = (5.0, 60.0)  # seconds to the next attempt after a failure: the first, doubling up to the last
@@ -178,14 +178,14 @@ class Shipper(threading.Thread):
         run_id, folder = self._state["run_id"], self._journal.parent
         if "image" in entry:
             if self._images is None:  # ask once what is there, so that none is sent twice
-                self._images = logged.names(self._client, run_id)
-            logged.image(self._client, run_id, entry, folder / entry["image"], self._images)
+                self._images = mlflow_media.names(self._client, run_id)
+            mlflow_media.image(self._client, run_id, entry, folder / entry["image"], self._images)
         elif "artifact" in entry:
             if not (folder / entry["artifact"]).exists():
                 raise ValueError("there is no such file")
-            flavour.log(self._client, run_id, folder / entry["artifact"], entry["folder"] or None)
+            mlflow_flavor.log(self._client, run_id, folder / entry["artifact"], entry["folder"] or None)
         elif "input" in entry:
-            logged.dataset(self._client, run_id, entry["input"])
+            mlflow_media.dataset(self._client, run_id, entry["input"])
         elif entry.get("status") == "RUNNING":
             self._client.update_run(run_id, status="RUNNING")
         elif "status" in entry:

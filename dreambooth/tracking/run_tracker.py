@@ -5,12 +5,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
-from dreambooth import curves
+from dreambooth.tracking.tracker import svg_charts
 from dreambooth.errors import Interrupted
-from dreambooth.journal import EXPERIMENT
+from dreambooth.tracking.journal import EXPERIMENT
 from dreambooth.data.photos import fingerprint, list_photos
 from dreambooth.config.recipe import Recipe
-from dreambooth.tracking import Tracker, open_tracker
+from dreambooth.tracking.tracker import Tracker, open_tracker
 
 
 class Muted:
@@ -58,7 +58,7 @@ def tracked(recipe: Recipe, main: bool, trains: bool = True) -> Iterator[Tracker
         raise
     finally:
         with suppress(OSError):
-            if main and (drawn := curves.write(recipe.run_dir)):
+            if main and (drawn := svg_charts.write(recipe.run_dir)):
                 tracker.artifact(drawn)
         tracker.close(status)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError
-from dreambooth.journal import NullTracker, Tracker
-from dreambooth.refused import LOGIN, REFUSES
-from dreambooth.shipping import Shipper, Warn, log_warning
+from dreambooth.tracking.journal import NullTracker, Tracker
+from dreambooth.tracking.mlflow_auth import LOGIN, REFUSES
+from dreambooth.tracking.mlflow_shipper import Shipper, Warn, log_warning
 
 __all__ = ["MlflowTracker", "NullTracker", "Tracker", "open_tracker"]
 PATIENT = True  # start shipping with the first training step, not before
