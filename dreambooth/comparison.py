@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dreambooth.cloud import results
+from dreambooth.cloud import sweep_results
 from dreambooth.cloud.job import COMPLETED, FAILED
 from dreambooth.tracking.svg_charts import tidy
 from dreambooth.trials import Trial, find
@@ -49,8 +49,8 @@ def keep(jobs: Sequence[tuple[Path, list[str], float | None]], sweep: str, run_r
     known = {trial.folder.resolve() for trial in trials}
     table += [_failed(len(table) + i, words) for i, (folder, words, number) in enumerate(
         job for job in jobs if job[2] is None and job[0].resolve() not in known)]
-    path = results.write(run_root, sweep, table)
-    results.track(path, sweep, table, kind, uri, experiment, run_root, results.draw(run_root, sweep, axes(trials)))
+    path = sweep_results.write(run_root, sweep, table)
+    sweep_results.track(path, sweep, table, kind, uri, experiment, run_root, sweep_results.draw(run_root, sweep, axes(trials)))
     return path
 
 

@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from s3_server import KEYS
 
 from dreambooth.storage import aws_errors, folders
-from dreambooth.cloud import follow, results
-from dreambooth.cloud.follow import Follower
+from dreambooth.cloud import follower, sweep_results
+from dreambooth.cloud.follower import Follower
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, Busy, Job, LoggedOut, Seen, Unreachable
-from dreambooth.cloud.training_jobs import NIGHT, TrainingJobs
+from dreambooth.cloud.sagemaker_backend import NIGHT, TrainingJobs
 from dreambooth.errors import ConfigError, Interrupted, UserError
 from hydra_plugins.dreambooth_sagemaker import _core, _prepare
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncher, SageMakerLauncherConf
@@ -191,10 +191,10 @@ def test_ctrl_c_keeps_what_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_ctrl_c_does_not_replace_a_table_in_which_more_have_ended(tmp_path: Path) -> None:
     ends = [Seen(COMPLETED, result={"objective": 0.5})] * 3
-    results.write(tmp_path, "mine", results.rows(jobs(3), ends))
-    assert results.write_some(tmp_path, "mine", results.rows(jobs(2), ends[:2])) is None
+    sweep_results.write(tmp_path, "mine", sweep_results.rows(jobs(3), ends))
+    assert sweep_results.write_some(tmp_path, "mine", sweep_results.rows(jobs(2), ends[:2])) is None
     assert len(rows(tmp_path)) == 3
-    assert results.write_some(tmp_path, "other", []) is None
+    assert sweep_results.write_some(tmp_path, "other", []) is None
 
 
 def test_ctrl_c_while_results_are_written_says_how_to_get_them(
@@ -284,7 +284,7 @@ def test_who_waits_in_vain_is_told_what_runs_on(error: Exception, hours: int) ->
 
     with pytest.raises(UserError) as caught:
         follower(Ending(error, 10**6), jobs(2), sleep=slept, clock=lambda: now[0]).run()
-    assert hours * 3600 <= now[0] <= hours * 3600 + 2 * follow.SLOWEST
+    assert hours * 3600 <= now[0] <= hours * 3600 + 2 * follower.SLOWEST
     words, *hints = str(caught.value).splitlines()[-3:]
     assert str(error) in str(caught.value)
     assert (words, hints) == ("2 jobs run on: AGAIN; to stop them type", ["  stop j0", "  stop j1"])
@@ -379,7 +379,7 @@ def test_a_result_that_cannot_be_fetched_now_is_fetched_later(monkeypatch: pytes
         backend = TrainingJobs(client)
         with pytest.raises(Unreachable):
             backend.look(job)
-        assert results.objective(backend.look(job)) == 0.5
+        assert sweep_results.objective(backend.look(job)) == 0.5
 
 
 # -- quotas, tables, numbers --------------------------------------------------------------------------------------
@@ -457,16 +457,16 @@ def test_a_point_that_a_sweeper_repeats_is_paid_for_once(tmp_path: Path, monkeyp
     same = [replace(job, number=number, name=f"n{number}", usd_hour=1.0) for number, job in enumerate(jobs(1) * 3)]
     first = launched(tmp_path, monkeypatch, cloud, [same[0], same[1], *jobs(3)[2:]], **OPTUNA)
     assert (list(cloud.left), [one.return_value for one in first]) == (["n0", "j2"], [0.5] * 3)
-    done: results.Points = {}
+    done: sweep_results.Points = {}
     end = Seen(COMPLETED, billed=3600, result={"objective": 0.5})
-    assert results.unlike(same[:2], done) == same[:1]
-    results.shared(same[:2], same[:1], [end], done)
-    assert results.unlike(same[2:], done) == []
-    table = results.rows(*results.shared(same[2:], [], [], done))
+    assert sweep_results.unlike(same[:2], done) == same[:1]
+    sweep_results.shared(same[:2], same[:1], [end], done)
+    assert sweep_results.unlike(same[2:], done) == []
+    table = sweep_results.rows(*sweep_results.shared(same[2:], [], [], done))
     assert [(row["number"], row["job"], row["billed_usd"], row["objective"]) for row in table] == [(2, "n0", 0.0, 0.5)]
 
 
 def test_a_point_that_failed_is_tried_again() -> None:
-    done: results.Points = {}
-    results.shared(jobs(1), jobs(1), [Seen(FAILED)], done)
-    assert results.unlike(jobs(1), done) == jobs(1)
+    done: sweep_results.Points = {}
+    sweep_results.shared(jobs(1), jobs(1), [Seen(FAILED)], done)
+    assert sweep_results.unlike(jobs(1), done) == jobs(1)

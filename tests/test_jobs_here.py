@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dreambooth.cloud import docker
-from dreambooth.cloud.docker import Containers
+from dreambooth.cloud import docker_backend
+from dreambooth.cloud.docker_backend import Containers
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Job, Unreachable
 from dreambooth.errors import UserError
 
@@ -48,7 +48,7 @@ def calls(engine: Path) -> list[str]:
 
 def begun_before(tmp_path: Path, **texts: str) -> Path:
     base = tmp_path / "jobs/job"
-    for folder in docker.FOLDERS:
+    for folder in docker_backend.FOLDERS:
         (base / folder).mkdir(parents=True)
     (base / "log.txt").write_text("training 1/2  9.9/s  loss 0.25\n")
     for name, text in texts.items():
@@ -143,7 +143,7 @@ def test_stopping_is_true_about_what_the_engine_says(
 
 def test_nobody_waits_for_a_container_that_saves(
         engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(docker, "REFUSES", 0.2)
+    monkeypatch.setattr(docker_backend, "REFUSES", 0.2)
     (engine / "alive").touch()
     (engine / "slow").touch()
     begin = time.monotonic()
@@ -153,7 +153,7 @@ def test_nobody_waits_for_a_container_that_saves(
 
 def test_a_container_gets_the_login_without_its_value_in_the_command(
         engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in docker.LOGIN:
+    for key in docker_backend.LOGIN:
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
     backend = Containers(tmp_path / "jobs")

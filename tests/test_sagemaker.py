@@ -23,11 +23,11 @@ from s3_server import KEYS, plain, serving
 
 from dreambooth.storage import aws_errors, s3_bucket, folders
 from dreambooth import entrypoint, sweeping
-from dreambooth.cloud import docker, follow, limits, request, results, secrets
-from dreambooth.cloud.docker import Containers
-from dreambooth.cloud.follow import Follower
+from dreambooth.cloud import docker_backend, follower, request_validation, training_job_request, sweep_results, secrets
+from dreambooth.cloud.docker_backend import Containers
+from dreambooth.cloud.follower import Follower
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Busy, Job, Seen, Unreachable
-from dreambooth.cloud.training_jobs import TrainingJobs
+from dreambooth.cloud.sagemaker_backend import TrainingJobs
 from dreambooth.config.compose import conf_dir
 from dreambooth.container.places import Places
 from dreambooth.errors import ConfigError, Interrupted, UserError
@@ -301,12 +301,12 @@ def test_folders_of_the_submitting_machine_are_not_sent() -> None:
 
 
 def test_names_are_the_same_for_the_same_run_and_fit() -> None:
-    name = request.name_of("my sweep, 2026!", 3, {"a": "1", "b": "2"}, {"model.source": "0a"})
-    assert name == request.name_of(
+    name = training_job_request.name_of("my sweep, 2026!", 3, {"a": "1", "b": "2"}, {"model.source": "0a"})
+    assert name == training_job_request.name_of(
         "my sweep, 2026!", 3, {"b": "2", "a": "1", "tracking.uri": "x"}, {"model.source": "0a"})
-    assert name != request.name_of("my sweep, 2026!", 3, {"a": "2", "b": "2"}, {"model.source": "0a"})
-    assert name != request.name_of("my sweep, 2026!", 3, {"a": "1", "b": "2"}, {"model.source": "0b"})
-    assert re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", request.name_of("x-" * 60, 10**6, {"a": "1"}, {}, 99))
+    assert name != training_job_request.name_of("my sweep, 2026!", 3, {"a": "2", "b": "2"}, {"model.source": "0a"})
+    assert name != training_job_request.name_of("my sweep, 2026!", 3, {"a": "1", "b": "2"}, {"model.source": "0b"})
+    assert re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", training_job_request.name_of("x-" * 60, 10**6, {"a": "1"}, {}, 99))
 
 
 @pytest.mark.parametrize("mode", ["aws", "docker"])
@@ -415,10 +415,10 @@ def test_trials_are_named_by_what_differs(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_volume_is_as_large_as_the_plan_says_but_no_larger_than_the_machines_own_disk() -> None:
-    settings = request.Settings(IMAGE, ROLE, "s3://b/p", "ml.g4dn.xlarge")
+    settings = training_job_request.Settings(IMAGE, ROLE, "s3://b/p", "ml.g4dn.xlarge")
 
     def volume(disk: float | None, needed: float | None) -> int:
-        return int(request.request(settings, "n", "s", [], {}, disk, needed)["ResourceConfig"]["VolumeSizeInGB"])
+        return int(training_job_request.request(settings, "n", "s", [], {}, disk, needed)["ResourceConfig"]["VolumeSizeInGB"])
 
     assert [volume(None, 41.2), volume(None, None), volume(116, 200.0), volume(116, 20)] == [52, 110, 116, 30]
 
@@ -504,7 +504,7 @@ def test_in_progress_interrupted_restarting_completed(
     [end] = followed(stub, job)
     assert (end.status, end.step, end.loss) == (COMPLETED, 800, 0.2)
     assert end.result["uri"] == f"s3://bucket/sweeps/{job.name}/output/model/result.json"
-    assert results.objective(end) == 0.25
+    assert sweep_results.objective(end) == 0.25
     assert end.usd(job) == pytest.approx(0.7364 / 2), "a spot job is billed by its billable seconds"
     told_of = [line for line in capsys.readouterr().out.splitlines() if line.startswith(job.name)]
     assert told_of[:7] == [f"{job.name}  InProgress  {detail}" for detail in (
@@ -525,7 +525,7 @@ def test_failed_and_stopped(stub: Stubber, job: Job, status: str, detail: str, m
     say(stub, job, status, detail, BillableTimeInSeconds=60, **more)
     [end] = followed(stub, job)
     assert (end.status, end.reason) == (FAILED if status == "Failed" else STOPPED, reason)
-    assert results.objective(end) is None
+    assert sweep_results.objective(end) is None
 
 
 def test_throttled_is_asked_again_more_slowly(stub: Stubber, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -687,7 +687,7 @@ def test_until_its_end_a_job_shows_its_cost_so_far(stub: Stubber, job: Job) -> N
     say(stub, job, "InProgress", "Restarting", TrainingTimeInSeconds=3600, BillableTimeInSeconds=60)
     say(stub, job, "Stopped", "Stopped", TrainingTimeInSeconds=3600, BillableTimeInSeconds=1800)
     backend = TrainingJobs(stub.client)
-    assert [follow.row(job, backend.look(job))[4] for _ in range(2)] == ["$0.74 so far", "$0.37"]
+    assert [follower.row(job, backend.look(job))[4] for _ in range(2)] == ["$0.74 so far", "$0.37"]
 
 
 def test_a_result_that_cannot_be_read_is_a_failure(stub: Stubber, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -697,7 +697,7 @@ def test_a_result_that_cannot_be_read_is_a_failure(stub: Stubber, job: Job, monk
     monkeypatch.setattr(folders, "read_json", missing)
     created(stub, job)
     say(stub, job, "Completed", "Completed", BillableTimeInSeconds=60)
-    [end] = [results.settled(seen) for seen in followed(stub, job)]
+    [end] = [sweep_results.settled(seen) for seen in followed(stub, job)]
     assert end.status == FAILED
     assert "result.json cannot be read" in end.reason
 
@@ -717,15 +717,15 @@ def test_results_are_a_csv_with_the_best_first_and_a_run_in_mlflow(tmp_path: Pat
     jobs = [Job(i, f"j{i}", (f"train.seed={i}",), {}, 1, usd_hour=2.0) for i in range(3)]
     ends = [Seen(COMPLETED, billed=1800, result={"objective": 0.5}), Seen(FAILED, billed=0, reason="no, it did not"),
             Seen(COMPLETED, billed=3600, result={"objective": 0.25})]
-    rows = results.rows(jobs, ends)
-    path = results.write(tmp_path, "mine", rows)
+    rows = sweep_results.rows(jobs, ends)
+    path = sweep_results.write(tmp_path, "mine", rows)
     with path.open() as file:
         found = list(csv.DictReader(file))
     assert [(row["job"], row["objective"], row["billed_usd"], row["train.seed"]) for row in found] == [
         ("j2", "0.25", "2.0", "2"), ("j0", "0.5", "1.0", "0"), ("j1", "", "0.0", "1")]
-    drawn = results.draw(tmp_path, "mine", results.axes(rows))
+    drawn = sweep_results.draw(tmp_path, "mine", sweep_results.axes(rows))
     assert json.loads(drawn.read_text())["axes"] == {"seed": ["2", "0"], "objective": [0.25, 0.5]}
-    results.track(path, "mine", rows, "mlflow", None, "sweeps", tmp_path, drawn, here=False)
+    sweep_results.track(path, "mine", rows, "mlflow", None, "sweeps", tmp_path, drawn, here=False)
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("sweeps")
     [run] = client.search_runs([experiment.experiment_id], "tags.sweep = 'mine'")
@@ -740,7 +740,7 @@ def test_results_are_a_csv_with_the_best_first_and_a_run_in_mlflow(tmp_path: Pat
 def test_a_sweep_is_told_of_where_its_trials_are(
         mode: str, typed: list[str], uri: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(results, "track", lambda *words, **more: seen.append((words[4], more["here"])))
+    monkeypatch.setattr(sweep_results, "track", lambda *words, **more: seen.append((words[4], more["here"])))
     config = composed("hardware=g4dn", f"run_root={tmp_path}", *PHOTOS,
                       "hydra.launcher.mlflow_uri=https://mlflow.example.com", *typed)
     launcher: Any = SageMakerLauncher(mode=mode, sweep="mine")
@@ -786,11 +786,11 @@ def test_containers_get_what_sagemaker_gives_and_one_may_fail(engine: str, tmp_p
              "dataset.class_prompt=a dog"]
     configs = [composed(*words, f"train.seed={i}", number=i) for i in range(6)]
     jobs = _prepare.prepared(configs, "six", backend, "docker")
-    ends = [results.settled(seen) for seen in Follower(
+    ends = [sweep_results.settled(seen) for seen in Follower(
         backend, jobs, max_parallel=2, poll_seconds=0.05, stop_on_interrupt=False, again="").run()]
     assert [end.status for end in ends] == [COMPLETED] * 3 + [FAILED] + [COMPLETED] * 2
     assert ends[3].reason == "exit code 1: photo.jpg is broken"
-    assert (ends[0].step, ends[0].loss, results.objective(ends[0])) == (2, 0.125, 0.5)
+    assert (ends[0].step, ends[0].loss, sweep_results.objective(ends[0])) == (2, 0.125, 0.5)
     config = tmp_path / "jobs" / jobs[0].name / "input/config"
     assert json.loads((config / "hyperparameters.json").read_text())["train.seed"] == "0"
     assert list(json.loads((config / "inputdataconfig.json").read_text())) == ["images"]
@@ -802,12 +802,12 @@ def test_containers_get_what_sagemaker_gives_and_one_may_fail(engine: str, tmp_p
     ("https://mlflow.example.com", []), ("http://[::1]:5000", ["--network", "host"]),
     ("arn:aws:sagemaker:us-east-1:123456789012:mlflow-tracking-server/x", [])])
 def test_a_container_reaches_a_server_of_this_machine(uri: str, words: list[str]) -> None:
-    assert docker.network({"MLFLOW_TRACKING_URI": uri, "DREAMBOOTH_SWEEP": "six"}) == words
+    assert docker_backend.network({"MLFLOW_TRACKING_URI": uri, "DREAMBOOTH_SWEEP": "six"}) == words
 
 
 def test_without_an_engine_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "install it" in docker.Containers(tmp_path).problems({})[0]
+    assert "install it" in docker_backend.Containers(tmp_path).problems({})[0]
 
 
 # -- permissions --------------------------------------------------------------------------------------------------
@@ -916,12 +916,12 @@ def test_the_notebooks_commands_compose_and_its_python_is_python() -> None:
 
 def test_limits_know_the_classes_of_unicode_that_python_does_not() -> None:
     shape = folders.client("sagemaker").meta.service_model.shape_for("TagValue")
-    assert list(limits.problems("größe 1_a:/=+-@", shape, "x")) == []
-    assert list(limits.problems("a;b", shape, "x"))
+    assert list(request_validation.problems("größe 1_a:/=+-@", shape, "x")) == []
+    assert list(request_validation.problems("a;b", shape, "x"))
 
 
 def test_nothing_here_waits_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (follow.SLOWEST, s3_bucket.ATTEMPTS) == (120.0, 5)
+    assert (follower.SLOWEST, s3_bucket.ATTEMPTS) == (120.0, 5)
     assert aws_errors.no_network(EndpointConnectionError(endpoint_url="x"))
     for kind in (Busy, Unreachable):
         assert not issubclass(kind, UserError)

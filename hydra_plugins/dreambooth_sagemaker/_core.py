@@ -13,11 +13,11 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrid
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dreambooth.cloud import results
-from dreambooth.cloud.docker import Containers
-from dreambooth.cloud.follow import Follower
+from dreambooth.cloud import sweep_results
+from dreambooth.cloud.docker_backend import Containers
+from dreambooth.cloud.follower import Follower
 from dreambooth.cloud.job import COMPLETED, FAILED, Job, Seen
-from dreambooth.cloud.training_jobs import TrainingJobs
+from dreambooth.cloud.sagemaker_backend import TrainingJobs
 from dreambooth.errors import ConfigError, DreamBoothError, Interrupted
 from hydra_plugins.dreambooth_sagemaker import _prepare
 
@@ -142,7 +142,7 @@ def _here(launcher: "SageMakerLauncher", configs: Sequence[DictConfig], job_over
 def _seen(ran: JobReturn) -> Seen:
     if ran.status is JobStatus.FAILED:
         return Seen(FAILED, reason=str(ran._return_value))
-    seen = results.settled(Seen(COMPLETED, result={"objective": ran.return_value}))
+    seen = sweep_results.settled(Seen(COMPLETED, result={"objective": ran.return_value}))
     if seen.status == FAILED:
         seen.reason = "the run said why"
     return seen
@@ -161,7 +161,7 @@ def _away(launcher: "SageMakerLauncher", configs: Sequence[DictConfig], first: i
     else:
         backend = TrainingJobs()
     asked = _prepare.prepared(configs, launcher.sweep, backend, settings["mode"])
-    jobs = results.unlike(asked, launcher.done)
+    jobs = sweep_results.unlike(asked, launcher.done)
     print("\n".join(_prepare.announced(jobs, settings["mode"])), flush=True)
     again = ("Optuna asks for other points the next time, so no command follows these jobs again" if _optuna(launcher)
              else f"the same command with hydra.launcher.sweep={launcher.sweep} follows these jobs again")
@@ -172,11 +172,11 @@ def _away(launcher: "SageMakerLauncher", configs: Sequence[DictConfig], first: i
     follower = Follower(backend, jobs, max_parallel=most, poll_seconds=settings["poll_seconds"],
                         stop_on_interrupt=settings["on_interrupt"] == "stop", again=again)
     try:
-        ends = [results.settled(seen) for seen in follower.run()]
+        ends = [sweep_results.settled(seen) for seen in follower.run()]
     except DreamBoothError:
-        _report_some(launcher, jobs, [results.settled(seen) for seen in follower.seen])
+        _report_some(launcher, jobs, [sweep_results.settled(seen) for seen in follower.seen])
         raise
-    jobs, ends = results.shared(asked, jobs, ends, launcher.done)
+    jobs, ends = sweep_results.shared(asked, jobs, ends, launcher.done)
     try:
         _report(launcher, jobs, ends, configs[0])
     except KeyboardInterrupt:
@@ -191,7 +191,7 @@ def _returned(config: DictConfig, job: Job, seen: Seen) -> JobReturn:
         overrides=list(job.overrides), cfg=_prepare.task(config), hydra_cfg=OmegaConf.masked_copy(config, ["hydra"]),
         task_name=config.hydra.job.name, working_dir=str(config.hydra.sweep.dir),
         status=JobStatus.COMPLETED if done else JobStatus.FAILED)
-    ran.return_value = results.objective(seen) if done else JobFailed(
+    ran.return_value = sweep_results.objective(seen) if done else JobFailed(
         f"dreambooth: job {job.name} {seen.status.lower()}: {seen.reason}")
     return ran
 
@@ -199,8 +199,8 @@ def _returned(config: DictConfig, job: Job, seen: Seen) -> JobReturn:
 def _report(launcher: "SageMakerLauncher", jobs: Sequence[Job], ends: Sequence[Seen], config: DictConfig) -> None:
     """Table, CSV and MLflow, with what earlier batches of the same sweep gave. MLflow is the one that the jobs tell."""
     assert launcher.sweep is not None
-    launcher.table += results.rows(jobs, ends)
-    path = results.write(Path(str(config.hydra.sweep.dir)), launcher.sweep, launcher.table)
+    launcher.table += sweep_results.rows(jobs, ends)
+    path = sweep_results.write(Path(str(config.hydra.sweep.dir)), launcher.sweep, launcher.table)
     for row in launcher.table[-len(jobs):]:
         told = f"{row['objective']:.4f}" if row["objective"] is not None else row["reason"]
         cost = "" if row["billed_usd"] is None else f"  ${row['billed_usd']:.2f}"
@@ -208,8 +208,8 @@ def _report(launcher: "SageMakerLauncher", jobs: Sequence[Job], ends: Sequence[S
     print(f"sweep {launcher.sweep}: {path}", flush=True)
     tracking, here = config.tracking, launcher.settings["mode"] == "local"
     uri = tracking.uri or (None if here else config.hydra.launcher.mlflow_uri)
-    drawn = results.draw(path.parent, launcher.sweep, results.axes(launcher.table))
-    results.track(path, launcher.sweep, launcher.table, tracking.kind.value, uri, tracking.experiment,
+    drawn = sweep_results.draw(path.parent, launcher.sweep, sweep_results.axes(launcher.table))
+    sweep_results.track(path, launcher.sweep, launcher.table, tracking.kind.value, uri, tracking.experiment,
                   Path(config.run_root), drawn, here=here)
 
 
@@ -218,6 +218,6 @@ def _report_some(launcher: "SageMakerLauncher", jobs: Sequence[Job], ends: Seque
     assert launcher.config is not None and launcher.sweep is not None
     done = [number for number, seen in enumerate(ends) if seen.ended]
     with suppress(KeyboardInterrupt):
-        rows = launcher.table + results.rows([jobs[number] for number in done], [ends[number] for number in done])
-        if path := results.write_some(Path(str(launcher.config.hydra.sweep.dir)), launcher.sweep, rows):
+        rows = launcher.table + sweep_results.rows([jobs[number] for number in done], [ends[number] for number in done])
+        if path := sweep_results.write_some(Path(str(launcher.config.hydra.sweep.dir)), launcher.sweep, rows):
             print(f"sweep {launcher.sweep}: {len(rows)} have ended: {path}", flush=True)

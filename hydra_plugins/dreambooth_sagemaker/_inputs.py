@@ -5,7 +5,7 @@ from copy import deepcopy
 from pathlib import Path
 
 from dreambooth.storage import run_inputs, folders
-from dreambooth.cloud.request import CHANNELS
+from dreambooth.cloud.training_job_request import CHANNELS
 from dreambooth.utils.console import Console
 from dreambooth.config.schema import Config
 from dreambooth.config.storage import SCHEME, is_remote, is_single

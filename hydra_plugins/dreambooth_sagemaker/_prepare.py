@@ -13,9 +13,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.config.enums import TrackingKind
-from dreambooth.cloud import request, secrets
+from dreambooth.cloud import training_job_request, secrets
 from dreambooth.cloud.job import Job
-from dreambooth.cloud.request import Settings
+from dreambooth.cloud.training_job_request import Settings
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.errors import ConfigError
 from dreambooth.config.recipe import resolve
@@ -35,7 +35,7 @@ def refuse_secrets(configs: Sequence[DictConfig], sweep: str) -> None:
         ConfigError: a request would hold what looks like a credential.
     """
     problems = [f"job {config.hydra.job.num}: {problem}" for config in configs for problem in secrets.found_in(
-        request.request(_settings(config), "", sweep, request.hyperparameters(
+        training_job_request.request(_settings(config), "", sweep, training_job_request.hyperparameters(
             config.hydra.overrides.task, (), sweep), {}, None, None))]
     if problems:
         (Path(str(configs[0].hydra.sweep.dir)) / "multirun.yaml").unlink(missing_ok=True)
@@ -116,7 +116,7 @@ def _checked(config: DictConfig, mode: str) -> tuple[Config, dict[str, Any]]:
             missing.append(f"there is no folder {folder}: type dataset.{key}=DIR")
     missing += _inputs.unsent(run)
     address = run.tracking.uri or launcher.mlflow_uri
-    if mode == "aws" and address and run.tracking.kind is TrackingKind.mlflow and request.only_here(address):
+    if mode == "aws" and address and run.tracking.kind is TrackingKind.mlflow and training_job_request.only_here(address):
         key = "tracking.uri" if run.tracking.uri else "hydra.launcher.mlflow_uri"
         missing.append(f"jobs on AWS do not reach MLflow at {address}: type {key}=https://SERVER, or {key}=null, which "
                        "keeps their metrics in their own folders")
@@ -153,15 +153,15 @@ def _job(config: DictConfig, run: Config, plan: Mapping[str, Any], sweep: str, b
     settings, launcher = _settings(config), config.hydra.launcher
     number, overrides = config.hydra.job.num, tuple(config.hydra.overrides.task)
     channels, contents = inputs.channels(run, settings.s3), inputs.contents(run)
-    sent = request.hyperparameters(overrides, channels, sweep, named(list(overrides)),
+    sent = training_job_request.hyperparameters(overrides, channels, sweep, named(list(overrides)),
                                    settings.mlflow_uri if run.tracking.uri is None else None)
-    name = first = request.name_of(sweep, number, sent, contents)
+    name = first = training_job_request.name_of(sweep, number, sent, contents)
     if last and launcher.resubmit and mode == "aws":
         attempt = 0
         while backend.ended_badly(name):
             attempt += 1
-            name = request.name_of(sweep, number, sent, contents, attempt)
-    asked = request.request(settings, name, sweep, sent, channels, _of_machine(config, "disk_gib"),
+            name = training_job_request.name_of(sweep, number, sent, contents, attempt)
+    asked = training_job_request.request(settings, name, sweep, sent, channels, _of_machine(config, "disk_gib"),
                             plan.get("disk_gib"), first)
     price = _of_machine(config, "price_usd_hour")
     hourly = None if price is None or mode == "docker" else price * settings.instance_count

@@ -5,9 +5,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dreambooth.storage import aws_errors, folders
-from dreambooth.cloud import limits
+from dreambooth.cloud import request_validation
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Busy, Job, LoggedOut, Seen, Unreachable
-from dreambooth.cloud.request import trained
+from dreambooth.cloud.training_job_request import trained
 from dreambooth.errors import UserError
 
 STATUS = {"InProgress": RUNNING, "Stopping": RUNNING, "Deleting": STOPPED, "Completed": COMPLETED, "Failed": FAILED,
@@ -26,7 +26,7 @@ class TrainingJobs:
     def problems(self, request: dict[str, Any]) -> list[str]:
         """What the service would refuse."""
         shape = self._client.meta.service_model.operation_model("CreateTrainingJob").input_shape
-        return list(limits.problems(request, shape))
+        return list(request_validation.problems(request, shape))
 
     def submit(self, job: Job) -> Seen:
         try:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from dreambooth.storage import folders
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Job, Seen, Unreachable
-from dreambooth.cloud.request import METRICS
+from dreambooth.cloud.training_job_request import METRICS
 from dreambooth.errors import UserError
 
 FOLDERS = ("input/config", "input/data", "model", "checkpoints", "output")
