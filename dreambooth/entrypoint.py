@@ -21,11 +21,11 @@ from dreambooth import cli
 from dreambooth.config.enums import Device
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.container import cluster as clusters
-from dreambooth.container import request as requests
-from dreambooth.container import values
-from dreambooth.container.places import Places
-from dreambooth.container.publish import publish
-from dreambooth.container.supervise import End, Supervisor
+from dreambooth.container import hyperparameters as requests
+from dreambooth.container import hyperparameter_values
+from dreambooth.container.sagemaker_paths import Places
+from dreambooth.container.publish_model import publish
+from dreambooth.container.supervisor import End, Supervisor
 from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.utils.assets import asset
 from dreambooth.data.photos import list_photos
@@ -85,11 +85,11 @@ def asked(places: Places, words: list[str], hardware: str | None) -> requests.Re
     Raises:
         ConfigError: names are unknown or values are not what their names ask for.
     """
-    hyperparameters = {name: raw if isinstance(raw, str) else values.encoded(raw)
+    hyperparameters = {name: raw if isinstance(raw, str) else hyperparameter_values.encoded(raw)
                        for name, raw in places.config("hyperparameters.json").items()}
     request = requests.understand(hyperparameters | _typed(words), places.channels(), hardware, places, GRAMMAR)
     request.notices += [f"{key} is not used: a job is one run" for key in ENFORCED if key in request.overrides]
-    ours = {"run_root": values.quoted(str(places.checkpoints)), "storage.cache": values.quoted(str(places.cache))}
+    ours = {"run_root": hyperparameter_values.quoted(str(places.checkpoints)), "storage.cache": hyperparameter_values.quoted(str(places.cache))}
     request.overrides = ours | request.overrides | ENFORCED
     return request
 

@@ -18,7 +18,7 @@ from dreambooth import cli
 from dreambooth.config.enums import Device
 from dreambooth.config.compose import search_space
 from dreambooth.container import cluster as clusters
-from dreambooth.container.supervise import End, Supervisor
+from dreambooth.container.supervisor import End, Supervisor
 from dreambooth.entrypoint import composed
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.config.recipe import resolve

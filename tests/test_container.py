@@ -16,10 +16,10 @@ from test_config import made
 from dreambooth import entrypoint
 from dreambooth.storage import manifest
 from dreambooth.config.compose import load
-from dreambooth.container import aliases, cluster, values
-from dreambooth.container.places import Places
-from dreambooth.container.publish import BESIDE, publish
-from dreambooth.container.request import Request, understand
+from dreambooth.container import blog_hyperparameters, cluster, hyperparameter_values
+from dreambooth.container.sagemaker_paths import Places
+from dreambooth.container.publish_model import BESIDE, publish
+from dreambooth.container.hyperparameters import Request, understand
 from dreambooth.errors import ConfigError, DoesNotFit, UserError
 
 BLOG: dict[str, str] = json.loads((Path(__file__).parent / "golden/blog_hyperparameters.json").read_text("utf-8"))
@@ -47,7 +47,7 @@ def refused(hyperparameters: dict[str, str], **more: Any) -> str:
 
 def test_every_name_of_the_blog_has_its_place() -> None:
     assert len(BLOG) == 28
-    assert set(BLOG) == set(aliases.NAMES)
+    assert set(BLOG) == set(blog_hyperparameters.NAMES)
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["encoded", "plain"])
@@ -81,7 +81,7 @@ def test_every_name_of_the_blog_changes_something() -> None:
 @pytest.mark.parametrize("raw", ['"photo\\\\ of\\\\ a\\\\ cat toy"', "photo\\ of\\ a\\ cat toy", "photo of a cat toy",
                                  '"photo of a cat toy"', '"photo\\ of a\\ cat toy"'])
 def test_a_prompt_with_escaped_blanks_is_the_prompt(raw: str) -> None:
-    assert values.text(raw) == "photo of a cat toy"
+    assert hyperparameter_values.text(raw) == "photo of a cat toy"
 
 
 def test_a_withdrawn_model_goes_to_its_successor_and_says_so() -> None:
@@ -170,20 +170,20 @@ def test_a_chosen_hardware_or_experiment_beats_the_instance_type() -> None:
 
 @given(TEXTS.filter(lambda text: "\\" not in text))
 def test_any_text_comes_through_encoded(text: str) -> None:
-    assert values.text(json.dumps(text)) == text
-    assert values.text(json.dumps(text, ensure_ascii=False).replace(" ", "\\\\ ")) == text
+    assert hyperparameter_values.text(json.dumps(text)) == text
+    assert hyperparameter_values.text(json.dumps(text, ensure_ascii=False).replace(" ", "\\\\ ")) == text
 
 
 @SLOWLY
 @given(TEXTS)
 @example("it's $\\${x} 'a\\' ${y}\\\\")
 def test_a_quoted_text_means_itself_to_hydra(text: str) -> None:
-    parsed = OverridesParser.create().parse_override(f"dataset.instance_prompt={values.quoted(text)}")
+    parsed = OverridesParser.create().parse_override(f"dataset.instance_prompt={hyperparameter_values.quoted(text)}")
     assert OmegaConf.create({"prompt": parsed.value()}).prompt == text
 
 
 @SLOWLY
-@given(TEXTS.filter(lambda text: values.decoded(text) is None and text.strip()))
+@given(TEXTS.filter(lambda text: hyperparameter_values.decoded(text) is None and text.strip()))
 def test_a_prompt_as_an_override_is_one_value(text: str) -> None:
     """Whatever it holds: commas, brackets, quotes. What reads as Hydra's grammar keeps its meaning there."""
     word = asked({"dataset.instance_prompt": text}).words()[-1]
@@ -192,29 +192,29 @@ def test_a_prompt_as_an_override_is_one_value(text: str) -> None:
 
 @given(st.text())
 def test_only_true_and_false_are_booleans(text: str) -> None:
-    if values.text(text).strip().lower() in ("true", "false"):
-        assert values.truth(text) is (values.text(text).strip().lower() == "true")
+    if hyperparameter_values.text(text).strip().lower() in ("true", "false"):
+        assert hyperparameter_values.truth(text) is (hyperparameter_values.text(text).strip().lower() == "true")
     else:
         with pytest.raises(ValueError, match="true or false"):
-            values.truth(text)
+            hyperparameter_values.truth(text)
 
 
 @given(st.integers())
 def test_any_whole_number_comes_through(number: int) -> None:
-    assert values.whole(str(number)) == values.whole(json.dumps(str(number))) == number
+    assert hyperparameter_values.whole(str(number)) == hyperparameter_values.whole(json.dumps(str(number))) == number
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_any_number_comes_through(number: float) -> None:
-    assert values.number(repr(number)) == values.number(json.dumps(repr(number))) == number
+    assert hyperparameter_values.number(repr(number)) == hyperparameter_values.number(json.dumps(repr(number))) == number
 
 
 @pytest.mark.parametrize("raw", ["nan", "NaN", "inf", "1e999", "0x10", "1_000", "", "١"])
 def test_what_is_no_number_is_refused(raw: str) -> None:
     with pytest.raises(ValueError, match="must be a number"):
-        values.number(raw)
+        hyperparameter_values.number(raw)
     with pytest.raises(ValueError, match="must be a whole number"):
-        values.whole(raw)
+        hyperparameter_values.whole(raw)
 
 
 # -- places, channels, hosts ------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def test_the_result_of_a_run_on_a_channel_is_a_base_model(tmp_path: Path) -> Non
     (tmp_path / "base/unet").mkdir(parents=True)
     for name, source in (("result", "result/model"), ("base", "base")):
         request = asked({}, channels={"model": tmp_path / name})
-        assert request.overrides["model.source"] == values.quoted(str(tmp_path / source))
+        assert request.overrides["model.source"] == hyperparameter_values.quoted(str(tmp_path / source))
         assert request.notices == []
 
 
@@ -375,7 +375,7 @@ def test_several_cards_and_hosts_start_through_pytorchs_launcher() -> None:
     command = found.command(["a=1"], {})
     assert found.world == 8
     assert not found.first
-    assert command[1:3] == ["-m", "dreambooth.container.launch"]
+    assert command[1:3] == ["-m", "dreambooth.container.torchrun"]
     for option, value in (("--nproc-per-node", "4"), ("--nnodes", "2"), ("--node-rank", "1"),
                           ("--master-addr", "algo-1")):
         assert command[command.index(option) + 1] == value
@@ -413,7 +413,7 @@ def test_a_run_is_published_whole_and_its_result_last(tmp_path: Path, monkeypatc
     def full(source: str, to: str) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("dreambooth.container.publish._take", full)
+    monkeypatch.setattr("dreambooth.container.publish_model._take", full)
     with pytest.raises(DoesNotFit, match=r"kept in .*run"):
         publish(run, target)
     assert not (target / "result.json").exists()

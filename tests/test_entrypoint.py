@@ -21,8 +21,8 @@ from test_container import BLOG
 
 from dreambooth import entrypoint
 from dreambooth.container.cluster import Cluster
-from dreambooth.container.places import Places
-from dreambooth.container.supervise import PASSED_ON, End, Supervisor, _deliver
+from dreambooth.container.sagemaker_paths import Places
+from dreambooth.container.supervisor import PASSED_ON, End, Supervisor, _deliver
 from dreambooth.errors import Interrupted
 
 PHOTOS = sorted((ASSETS / "demo").glob("*.png"))
@@ -174,7 +174,7 @@ def test_a_killed_process_of_a_launcher_is_told_of_and_not_what_it_did_to_the_ot
     ([(4, 0), (-9, 110)], 4),  # the launcher killed who did not end
     ([(3, 0), (-15, 0)], 3), ([(-15, 0), (-9, 1)], -9), ([(-11, 0), (1, 0)], -11), ([(-15, 0), (-15, 0)], -15)])
 def test_a_launcher_ends_as_the_process_that_took_the_others_along(codes: list[tuple[int, int]], ended: int) -> None:
-    from dreambooth.container.launch import first
+    from dreambooth.container.torchrun import first
 
     assert first([SimpleNamespace(exitcode=code, timestamp=second) for code, second in codes]) == ended
 

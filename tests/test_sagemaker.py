@@ -29,7 +29,7 @@ from dreambooth.cloud.follower import Follower
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Busy, Job, Seen, Unreachable
 from dreambooth.cloud.sagemaker_backend import TrainingJobs
 from dreambooth.config.compose import conf_dir
-from dreambooth.container.places import Places
+from dreambooth.container.sagemaker_paths import Places
 from dreambooth.errors import ConfigError, Interrupted, UserError
 from hydra_plugins.dreambooth_sagemaker import _core, _prepare
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncher

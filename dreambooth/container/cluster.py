@@ -37,7 +37,7 @@ class Cluster:
         door = ["-m", "dreambooth.train", *words]
         if self.world == 1:
             return [sys.executable, *door]
-        launcher = [sys.executable, "-m", "dreambooth.container.launch", "--nproc-per-node", str(self.processes),
+        launcher = [sys.executable, "-m", "dreambooth.container.torchrun", "--nproc-per-node", str(self.processes),
                     "--shutdown-timeout", PATIENCE]
         if len(self.hosts) == 1:
             return [*launcher, "--standalone", *door]

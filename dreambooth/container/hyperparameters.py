@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dreambooth.container import aliases, values
-from dreambooth.container.places import Places
+from dreambooth.container import blog_hyperparameters, hyperparameter_values
+from dreambooth.container.sagemaker_paths import Places
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.utils.atomic_files import whole_folder
 from dreambooth.data.photos import list_photos
@@ -66,13 +66,13 @@ def understand(
     theirs = {name: raw for name, raw in hyperparameters.items() if not name.startswith(SDK)}
     problems = [*_unknown_names(theirs, grammar), *_wrong_channels(channels)]
     try:
-        blog = aliases.read(theirs, places)
+        blog = blog_hyperparameters.read(theirs, places)
     except ConfigError as error:
         problems += error.problems
     if problems:
         raise ConfigError(*problems)
     explicit = {name.lstrip("+"): _value(name, raw, grammar) for name, raw in theirs.items()
-                if name not in aliases.NAMES}
+                if name not in blog_hyperparameters.NAMES}
     request = Request(notices=blog.notices, epochs=blog.epochs, upload=blog.upload)
     paths, sent = _paths(blog, channels, request)
     idle = _idle(blog, sent, explicit, request)
@@ -85,7 +85,7 @@ def understand(
     request.overrides = _of_machine(explicit, bool(blog.names), hardware)
     if blog.names or "dataset.instance_dir" in paths:
         request.overrides["dataset"] = "folder"
-    wanted = {key: values.quoted(path) for key, path in paths.items()} | blog.overrides
+    wanted = {key: hyperparameter_values.quoted(path) for key, path in paths.items()} | blog.overrides
     request.overrides |= {key: value for key, value in wanted.items() if key not in idle} | explicit
     return request
 
@@ -93,9 +93,9 @@ def understand(
 def _unknown_names(hyperparameters: Mapping[str, str], grammar: Grammar) -> list[str]:
     problems = []
     for name in hyperparameters:
-        if name in aliases.NAMES or grammar.known(name.lstrip("+")):
+        if name in blog_hyperparameters.NAMES or grammar.known(name.lstrip("+")):
             continue
-        near = difflib.get_close_matches(name, (*aliases.NAMES, *grammar.keys), n=1)
+        near = difflib.get_close_matches(name, (*blog_hyperparameters.NAMES, *grammar.keys), n=1)
         hint = f"did you mean {near[0]}?" if near else "give an override, such as train.max_train_steps"
         problems.append(f"hyperparameter {name} is not known: {hint}")
     return problems
@@ -111,10 +111,10 @@ def _wrong_channels(channels: Mapping[str, Path]) -> list[str]:
 
 def _value(name: str, raw: str, grammar: Grammar) -> str:
     """A value as Hydra's grammar has it; what that grammar would not read, or as several values, is a plain text."""
-    found = values.decoded(raw)
+    found = hyperparameter_values.decoded(raw)
     if isinstance(found, str):
         raw = found
-    return raw if grammar.plain(f"{name}={raw}") else values.quoted(raw)
+    return raw if grammar.plain(f"{name}={raw}") else hyperparameter_values.quoted(raw)
 
 
 def _of_machine(explicit: Mapping[str, str], blog: bool, hardware: str | None) -> dict[str, str]:
@@ -125,7 +125,7 @@ def _of_machine(explicit: Mapping[str, str], blog: bool, hardware: str | None) -
 
 
 def _paths(
-    blog: aliases.Blog, channels: Mapping[str, Path], request: Request
+    blog: blog_hyperparameters.Blog, channels: Mapping[str, Path], request: Request
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Paths and hub ids by their keys, and which of those a channel sent: it beats one of the blog's names."""
     paths, sent = dict(blog.paths), {}
@@ -138,7 +138,7 @@ def _paths(
 
 
 def _idle(
-    blog: aliases.Blog, sent: Mapping[str, str], explicit: Mapping[str, str], request: Request
+    blog: blog_hyperparameters.Blog, sent: Mapping[str, str], explicit: Mapping[str, str], request: Request
 ) -> set[str]:
     """The keys that the blog's names or channels ask for in vain, since an override decides that, or more."""
     names = {**blog.names, **sent}

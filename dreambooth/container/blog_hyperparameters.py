@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from dreambooth.container import values
-from dreambooth.container.places import Places
+from dreambooth.container import hyperparameter_values
+from dreambooth.container.sagemaker_paths import Places
 from dreambooth.errors import ConfigError
 from dreambooth.config.storage import is_remote
 
@@ -29,28 +29,28 @@ Reader = Callable[[str], str]  # as it came -> value in Hydra's grammar
 
 
 def _word(raw: str) -> str:
-    return values.quoted(values.text(raw))
+    return hyperparameter_values.quoted(hyperparameter_values.text(raw))
 
 
 def _truth(raw: str) -> str:
-    return str(values.truth(raw)).lower()
+    return str(hyperparameter_values.truth(raw)).lower()
 
 
 def _opposite(raw: str) -> str:
-    return str(not values.truth(raw)).lower()
+    return str(not hyperparameter_values.truth(raw)).lower()
 
 
 def _whole(raw: str) -> str:
-    return str(values.whole(raw))
+    return str(hyperparameter_values.whole(raw))
 
 
 def _number(raw: str) -> str:
-    return repr(values.number(raw))
+    return repr(hyperparameter_values.number(raw))
 
 
 def _one_of(known: Mapping[str, str]) -> Reader:
     def read(raw: str) -> str:
-        word = values.text(raw)
+        word = hyperparameter_values.text(raw)
         if word not in known:
             raise ValueError(f"must be one of {', '.join(known)}, not {word!r}")
         return known[word]
@@ -58,7 +58,7 @@ def _one_of(known: Mapping[str, str]) -> Reader:
 
 
 def _adam(raw: str) -> str:
-    return "adamw8bit" if values.truth(raw) else "adamw"
+    return "adamw8bit" if hyperparameter_values.truth(raw) else "adamw"
 
 
 TABLE: dict[str, tuple[str, Reader]] = {  # the blog's name -> key here, how its value is read
@@ -109,7 +109,7 @@ def read(hyperparameters: Mapping[str, str], places: Places) -> Blog:
                 blog.overrides[key], blog.names[key] = reader(raw), name
             elif name in PATHS:
                 key = PATHS[name]
-                blog.paths[key], blog.names[key] = _path(blog, values.text(raw), places), name
+                blog.paths[key], blog.names[key] = _path(blog, hyperparameter_values.text(raw), places), name
             elif name in APART:
                 problems += _apart(blog, name, raw, places)
         except ValueError as error:
@@ -127,10 +127,10 @@ def _path(blog: Blog, path: str, places: Places) -> str:
 
 def _apart(blog: Blog, name: str, raw: str, places: Places) -> Iterator[str]:
     if name == "save_use_epochs":
-        blog.epochs = values.truth(raw)
+        blog.epochs = hyperparameter_values.truth(raw)
     elif name == "manul_upload_model_path":
-        blog.upload = values.text(raw) or None
+        blog.upload = hyperparameter_values.text(raw) or None
         if blog.upload and not is_remote(blog.upload):
             yield f"{name} must be a folder in S3, such as s3://BUCKET/PREFIX, not {blog.upload!r}"
-    elif places.meant(values.text(raw)).rstrip("/") != str(places.model):
-        yield f"{name} must be {places.model}, which SageMaker keeps, not {values.text(raw)!r}"
+    elif places.meant(hyperparameter_values.text(raw)).rstrip("/") != str(places.model):
+        yield f"{name} must be {places.model}, which SageMaker keeps, not {hyperparameter_values.text(raw)!r}"
