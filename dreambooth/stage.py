@@ -22,8 +22,8 @@ from dreambooth.container.supervisor import End, Supervisor
 from dreambooth.entrypoint import composed
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.config.recipe import resolve
-from dreambooth.rendering import components, ending
-from dreambooth.rendering.asked import HERE, SERVER, TRIAL, Space
+from dreambooth.kubernetes import components, ending
+from dreambooth.kubernetes.workflow_spec import HERE, SERVER, TRIAL, Space
 from dreambooth.storage.folders import SCHEME
 
 STAGES = ("validate", "class-images", "train", "evaluate", "promote", "ended")

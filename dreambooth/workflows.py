@@ -13,9 +13,9 @@ from dreambooth.config.compose import search_space
 from dreambooth.entrypoint import composed
 from dreambooth.errors import UserError
 from dreambooth.config.recipe import resolve
-from dreambooth.rendering import submitting
-from dreambooth.rendering.asked import Asked, Space
-from dreambooth.rendering.files import rendered
+from dreambooth.kubernetes import submitting
+from dreambooth.kubernetes.workflow_spec import Asked, Space
+from dreambooth.kubernetes.render import rendered
 
 FOLDER = Path("workflows")
 SPACE = "subject"

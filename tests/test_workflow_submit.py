@@ -14,7 +14,7 @@ from engine import must
 from kubernetes_api import Cluster, cluster, find_kubectl
 
 from dreambooth import workflows
-from dreambooth.rendering import argo, katib, trainjob
+from dreambooth.kubernetes import argo, katib, trainjob
 
 pytestmark = pytest.mark.container  # kubectl is installed where there is none
 

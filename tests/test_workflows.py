@@ -35,10 +35,10 @@ from dreambooth import stage, workflows
 from dreambooth.entrypoint import composed
 from dreambooth.errors import UserError
 from dreambooth.config.recipe import resolve
-from dreambooth.rendering import components, ending, katib, pipeline, submitting, trainjob
-from dreambooth.rendering.argo import nightly, sweep, train
-from dreambooth.rendering.asked import TRIAL, Space
-from dreambooth.rendering.files import rendered
+from dreambooth.kubernetes import components, ending, katib, pipeline, submitting, trainjob
+from dreambooth.kubernetes.argo import nightly, sweep, train
+from dreambooth.kubernetes.workflow_spec import TRIAL, Space
+from dreambooth.kubernetes.render import rendered
 from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
 
 ROOT = Path(__file__).parents[1]

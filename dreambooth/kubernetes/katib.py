@@ -4,8 +4,8 @@ import shlex
 from typing import Any
 
 from dreambooth.errors import Diverged, DoesNotFit, OutOfMemory, UserError
-from dreambooth.rendering import pods
-from dreambooth.rendering.asked import TRIAL, Asked, run_words
+from dreambooth.kubernetes import pods
+from dreambooth.kubernetes.workflow_spec import TRIAL, Asked, run_words
 
 API = "kubeflow.org/v1beta1"
 OBJECTIVE = r"(objective)=([+-]?\d+(?:\.\d+)?(?:[Ee][+-]?\d+)?)"  # train's last line; Katib asks for two groups

@@ -6,8 +6,8 @@ from contextlib import suppress
 from typing import Any
 
 from dreambooth.errors import UserError
-from dreambooth.rendering import argo, katib, trainjob
-from dreambooth.rendering.asked import Asked
+from dreambooth.kubernetes import argo, katib, trainjob
+from dreambooth.kubernetes.workflow_spec import Asked
 
 KINDS = ("train", "sweep", "trainjob", "trainjob-multi", "katib")
 NEEDS = "needs a package: pip install 'dreambooth[workflows]'"

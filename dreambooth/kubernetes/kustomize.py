@@ -4,8 +4,8 @@ from typing import Any
 
 import yaml
 
-from dreambooth.rendering import argo, pods
-from dreambooth.rendering.asked import Asked
+from dreambooth.kubernetes import argo, pods
+from dreambooth.kubernetes.workflow_spec import Asked
 
 NAMESPACE = "dreambooth"
 SUBMITTER = "dreambooth-submitter"

@@ -5,8 +5,8 @@ import shlex
 from typing import Any
 
 from dreambooth.errors import Interrupted
-from dreambooth.rendering import pods
-from dreambooth.rendering.asked import Asked
+from dreambooth.kubernetes import pods
+from dreambooth.kubernetes.workflow_spec import Asked
 
 API = "argoproj.io/v1alpha1"
 OUT = "/tmp/stage"  # where a stage leaves what Argo reads

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from dreambooth.errors import UserError
-from dreambooth.rendering import pods
-from dreambooth.rendering.asked import Asked, run_words
+from dreambooth.kubernetes import pods
+from dreambooth.kubernetes.workflow_spec import Asked, run_words
 
 API = "trainer.kubeflow.org/v1alpha1"
 NAME = "dreambooth"

@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
-from dreambooth.rendering import argo, cluster, katib, pipeline, trainjob
-from dreambooth.rendering.asked import Asked
+from dreambooth.kubernetes import argo, cluster, katib, pipeline, trainjob
+from dreambooth.kubernetes.workflow_spec import Asked
 
 HEAD = "# Written from conf/ by python -m dreambooth.workflows render, which overwrites what is changed here.\n"
 

@@ -7,8 +7,8 @@ as artifacts. Platform settings, in a second document, are read by a cluster onl
 from typing import Any
 
 from dreambooth.config.enums import Device
-from dreambooth.rendering import pods
-from dreambooth.rendering.asked import Asked
+from dreambooth.kubernetes import pods
+from dreambooth.kubernetes.workflow_spec import Asked
 
 NAME = "dreambooth-sweep"
 WORKSPACE = "{{$.workspace_path}}"
