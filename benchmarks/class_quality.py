@@ -15,8 +15,8 @@ from PIL import Image
 from speed import CLASS, INSTANCE
 from speed_table import SAME_GUIDANCE, put
 
-from dreambooth.encoders import open_encoder
-from dreambooth.scoring import Pictures, score
+from dreambooth.evaluation.encoders import open_encoder
+from dreambooth.evaluation.scoring import Pictures, score
 
 ROLES = ("diversity", "class_similarity", "class_drift")
 

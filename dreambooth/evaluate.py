@@ -50,7 +50,7 @@ def _job(cfg: DictConfig) -> None:
 
     run = Path(run_inputs.local(cfg.run) or "")
     config = load(composed(run, asked))
-    from dreambooth.assess import assess
+    from dreambooth.evaluation.evaluate_run import assess
     from dreambooth.utils.hardware import detect
     from dreambooth.config.recipe import resolve
 

@@ -16,7 +16,7 @@ from dreambooth.config.compose import evaluate
 from dreambooth.utils.console import Bar
 from dreambooth.optim.ema import swapped
 from dreambooth.runtime.engine import Engine
-from dreambooth.evaluation import Evaluation
+from dreambooth.evaluation.evaluator import Evaluation
 from dreambooth.runtime.memory_meter import Meter
 from dreambooth.config.recipe import Recipe
 from dreambooth.samples import SampleBook

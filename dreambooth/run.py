@@ -15,7 +15,7 @@ from dreambooth.utils import atomic_files, provenance
 from dreambooth.data.prefetch import Ahead
 from dreambooth.utils.console import Console
 from dreambooth.runtime.engine import Engine, accelerated
-from dreambooth.evaluation import Evaluation
+from dreambooth.evaluation.evaluator import Evaluation
 from dreambooth.halt import Halt
 from dreambooth.hooks import All, Log, Measure, Samples, Save
 from dreambooth.loop import fit

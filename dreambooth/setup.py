@@ -19,7 +19,7 @@ from dreambooth.data.batches import Batches, Concept, Latents
 from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine, accelerated
 from dreambooth.errors import UserError
-from dreambooth.evaluation import Judge
+from dreambooth.evaluation.evaluator import Judge
 from dreambooth.runtime.module_offload import Idle
 from dreambooth.optim.streaming_optimizer import Levered
 from dreambooth.runtime.memory_meter import Meter

@@ -281,15 +281,15 @@ def _signal_at_step(number: int) -> Callable[[int], None]:
 
 
 def _evaluation_between(seed: int) -> None:
-    from dreambooth.evaluation import Evaluation
+    from dreambooth.evaluation.evaluator import Evaluation
 
     _on(Evaluation, "measure", _nothing, after=2)
 
 
 def _evaluation_half(seed: int) -> None:
-    from dreambooth import evaluation
+    from dreambooth.evaluation.evaluator import evaluator
 
-    _on(evaluation, "grid", _nothing, after=7)
+    _on(evaluator, "grid", _nothing, after=7)
 
 
 def _evaluation_unkept(seed: int) -> None:
@@ -299,16 +299,16 @@ def _evaluation_unkept(seed: int) -> None:
 
 
 def _evaluation_stopped(seed: int) -> None:
-    from dreambooth import evaluation
+    from dreambooth.evaluation.evaluator import evaluator
 
-    generate, calls = evaluation.generate, iter(range(10**9))
+    generate, calls = evaluator.generate, iter(range(10**9))
 
     def generating(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == 2:  # after the base and the first step that is measured
             os.kill(os.getpid(), signal.SIGTERM)
         return generate(*args, **kwargs)
 
-    evaluation.generate = generating
+    evaluator.generate = generating
 
 
 def _second_batch(act: Callable[[], None]) -> Callable[[int], None]:

@@ -80,10 +80,10 @@ def test_scores_and_scored_pictures_are_tracked(plain: Path) -> None:
 
 
 def test_scores_are_those_of_the_pictures_that_are_kept(plain: Path) -> None:
-    from dreambooth.encoders import open_encoder
+    from dreambooth.evaluation.encoders import open_encoder
     from dreambooth.utils.assets import asset
     from dreambooth.data.photos import list_photos, load_photos
-    from dreambooth.scoring import score
+    from dreambooth.evaluation.scoring import score
 
     [folder] = (plain / "evaluation").iterdir()
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from dreambooth import metrics
-from dreambooth.lpips import CHANNELS, Lpips, shapes
+from dreambooth.evaluation.evaluator import metrics
+from dreambooth.evaluation.lpips import CHANNELS, Lpips, shapes
 
 E, N = torch.eye(4), pytest.approx
 

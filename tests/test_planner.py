@@ -21,9 +21,9 @@ from dreambooth.models import loading
 from dreambooth.allocator import MIB, CachingAllocator
 from dreambooth.config.enums import (Device, Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, TrackingKind, Weights)
 from dreambooth.config.compose import conf_dir
-from dreambooth.efficientnet import efficientnet_lite0
+from dreambooth.evaluation.efficientnet import efficientnet_lite0
 from dreambooth.encoder_memory import looking
-from dreambooth.encoders import EfficientNet
+from dreambooth.evaluation.encoders import EfficientNet
 from dreambooth.runtime.engine import Engine, accelerated
 from dreambooth.errors import UserError
 from dreambooth.fakes import fake_tensors

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dreambooth import metrics
-from dreambooth.encoders import open_encoder
+from dreambooth.evaluation.evaluator import metrics
+from dreambooth.evaluation.encoders import open_encoder
 from dreambooth.models.pipeline import Sampler, generate, open_pipeline
-from dreambooth.scoring import to_pixels
+from dreambooth.evaluation.scoring import to_pixels
 from dreambooth.utils.image_grid import grid
 from tools.proof import report
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dreambooth import metrics
-from dreambooth.encoders import open_encoder
+from dreambooth.evaluation.evaluator import metrics
+from dreambooth.evaluation.encoders import open_encoder
 from dreambooth.models.pipeline import generate, open_pipeline
-from dreambooth.scoring import to_pixels
+from dreambooth.evaluation.scoring import to_pixels
 from dreambooth.utils.image_grid import grid
 from tools.proof import page
 from tools.proof.__main__ import BASE, DEMO, ROOT, SAMPLER, VIEWS, Bench

@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from dreambooth.encoders import open_encoder
+from dreambooth.evaluation.encoders import open_encoder
 from tools.tiny_base import art, autoencoder
 from tools.tiny_base.pictures import compose
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, max_pool2d, relu
 
-from dreambooth import metrics
+from dreambooth.evaluation.evaluator import metrics
 from dreambooth.errors import UserError
 
 CHANNELS = (64, 192, 384, 256, 256)

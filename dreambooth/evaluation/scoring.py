@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreambooth import metrics
-from dreambooth.encoders import Encoder
-from dreambooth.lpips import Lpips
+from dreambooth.evaluation.evaluator import metrics
+from dreambooth.evaluation.encoders import Encoder
+from dreambooth.evaluation.lpips import Lpips
 from dreambooth.config.evaluate import name
 
 Pictures = Sequence[Image.Image]

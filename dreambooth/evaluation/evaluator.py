@@ -21,12 +21,12 @@ from PIL import Image
 
 from dreambooth.utils import atomic_files
 from dreambooth.config.compose import evaluate
-from dreambooth.encoders import Encoder, open_encoder
-from dreambooth.lpips import Lpips
+from dreambooth.evaluation.encoders import Encoder, open_encoder
+from dreambooth.evaluation.lpips import Lpips
 from dreambooth.data.photos import fingerprint, list_photos, load_photos, square
 from dreambooth.config.recipe import Recipe
 from dreambooth.models.pipeline import Sampler, generate
-from dreambooth.scoring import score
+from dreambooth.evaluation.scoring import score
 from dreambooth.utils.image_grid import columns, grid
 from dreambooth.tracking.tracker import Tracker
 

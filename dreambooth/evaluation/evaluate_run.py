@@ -11,7 +11,7 @@ from dreambooth.serialization import lora_files
 from dreambooth.utils.console import Console
 from dreambooth.runtime.engine import accelerated
 from dreambooth.errors import UserError
-from dreambooth.evaluation import Evaluation, Judge
+from dreambooth.evaluation.evaluator import Evaluation, Judge
 from dreambooth.config.recipe import Recipe
 from dreambooth.runs.report import measures
 from dreambooth.runs.run_folder import locked

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from dreambooth.efficientnet import efficientnet_lite0
+from dreambooth.evaluation.efficientnet import efficientnet_lite0
 from dreambooth.errors import UserError
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
