@@ -22,7 +22,7 @@ def generate(cfg: DictConfig) -> None:
 def _job(cfg: DictConfig) -> None:
     ask = asked(cfg, Generate)
     from dreambooth.storage import run_inputs
-    from dreambooth.draw import draw
+    from dreambooth.inference.generate_images import draw
     from dreambooth.models.loading import import_libraries
     from dreambooth.utils.signals import stoppable
 

@@ -14,7 +14,7 @@ from PIL import Image
 from test_kill import the_run
 
 from dreambooth.utils.assets import asset
-from dreambooth.pngtext import parameters
+from dreambooth.inference.png_metadata import parameters
 from dreambooth.config.generate import Generate
 
 BASE = asset("package:tiny-sd")
@@ -126,14 +126,14 @@ def test_pictures_that_were_made_outlive_an_end_before_the_last(fault: str, tmp_
     ("cuda", Generate(num_images=8, batch_size=1), "CUDA_VISIBLE_DEVICES="),
     ("cpu", Generate(num_images=1), "more memory")])
 def test_what_to_type_when_memory_runs_out(device: str, ask: Generate, typed: str) -> None:
-    from dreambooth.draw import _advice
+    from dreambooth.inference.generate_images import _advice
 
     assert typed in _advice("drawing", ask, device)
     assert "batch_size" not in _advice("loading", ask, device)
 
 
 def test_names_tell_prompts_apart() -> None:
-    from dreambooth.draw import slug
+    from dreambooth.inference.generate_images import slug
 
     assert slug("a photo of a zwx toy, at night!") == "a-photo-of-a-zwx-toy-at-night"
     long = "a photo of a zwx toy " * 4

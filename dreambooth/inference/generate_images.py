@@ -14,12 +14,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth.utils import atomic_files
-from dreambooth import loras, pngtext
+from dreambooth.inference import loras, png_metadata
 from dreambooth.data.batches import photos
 from dreambooth.models import pipeline
 from dreambooth.models.text_conditioning import check_length
 from dreambooth.utils.console import Console
-from dreambooth.drawable import Source, find
+from dreambooth.inference.model_sources import Source, find
 from dreambooth.errors import Interrupted, UserError
 from dreambooth.runtime.memory_meter import Meter
 from dreambooth.config.eval_prompts import fill, noun
@@ -85,7 +85,7 @@ def draw(ask: Generate, stop: Stop) -> Path:
                 "negative_prompt": ask.negative_prompt, "model": Path(source.model).name if source.own or ask.base
                 else source.folder.name, "strength": ask.strength if ask.image else None}
     used = [(lora.name, lora.scale) for lora in chosen]
-    album = Album(target, len(prompts) > 1, lambda prompt, seed, size: pngtext.info(
+    album = Album(target, len(prompts) > 1, lambda prompt, seed, size: png_metadata.info(
         prompt, seed, size, used, settings) if ask.metadata else None)
     seeds = [ask.seed + number for number in range(ask.num_images)]
     console, total = Console(), len(prompts) * len(seeds)
