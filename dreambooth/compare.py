@@ -41,8 +41,8 @@ def _job(cfg: DictConfig) -> None:
     if sweep is None:
         raise UserError("the sweep is missing: type sweep=ID, the tag that its runs have in MLflow")
     from dreambooth.utils import atomic_files
-    from dreambooth.gallery import page
-    from dreambooth.trials import of_sweep
+    from dreambooth.sweeps.html_page import page
+    from dreambooth.sweeps.trials import of_sweep
 
     text = page(sweep, of_sweep(Path(ask.run_root), sweep), ask.pixels)
     path = Path(ask.out or f"{ask.run_root}/compare-{sweep}.html")

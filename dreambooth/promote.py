@@ -46,7 +46,7 @@ def _job(cfg: DictConfig) -> None:
     sweep = cli.given("sweep") or ask.sweep
     if sweep is None:
         raise UserError("the sweep is missing: type sweep=ID, the tag that its runs have in MLflow")
-    from dreambooth import promotion
+    from dreambooth.sweeps import promotion
     from dreambooth.runs.report import promoted
 
     terms = promotion.Terms(ask.uri, ask.experiment, ask.name, ask.objective, ask.max_class_similarity, ask.replace,

@@ -16,7 +16,7 @@ from dreambooth.errors import UserError
 from dreambooth.config.schema import Config
 from dreambooth.config.storage import is_single
 from dreambooth.utils.signals import again
-from dreambooth.sweeping import STARTED, named, telling
+from dreambooth.sweeps.hydra_callbacks import STARTED, named, telling
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
@@ -57,7 +57,7 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
             result = execute(recipe, stop)
             keep(result)
             if recipe.evaluate.promote and run_inputs.first():
-                from dreambooth.promotion import offered
+                from dreambooth.sweeps.promotion import offered
 
                 offered(recipe)
             if run_inputs.first() and not sys.stdout.isatty():  # for Katib, which reads a trial's log

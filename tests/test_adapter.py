@@ -298,7 +298,7 @@ def test_an_adapters_run_is_promoted_and_opened_from_the_registry(tmp_path: Path
     from mlflow.artifacts import download_artifacts
 
     from dreambooth.utils.assets import asset
-    from dreambooth.promotion import Terms, promote
+    from dreambooth.sweeps.promotion import Terms, promote
 
     assert train(tmp_path, "method=lora", "tracking.sweep=s") == 0
     told = promote("s", tmp_path, Terms())

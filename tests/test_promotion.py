@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from dreambooth import promotion
+from dreambooth.sweeps import promotion
 from dreambooth.runs import report
-from dreambooth.comparison import value
+from dreambooth.sweeps.summary import value
 from dreambooth.errors import UserError
 from dreambooth.serialization.export_layout import ADAPTER
-from dreambooth.gallery import page
+from dreambooth.sweeps.html_page import page
 from dreambooth.tracking.journal import Journal
-from dreambooth.promotion import Terms, offer, promote
+from dreambooth.sweeps.promotion import Terms, offer, promote
 from dreambooth.tracking.model_registry import CANDIDATE, CHAMPION, Version
-from dreambooth.trials import find
+from dreambooth.sweeps.trials import find
 
 CLASS = "class_similarity_efficientnet_lite0"
 SETTINGS = {"name": "demo-tiny-full", "evaluate.encoder": "efficientnet_lite0", "evaluate.images_per_prompt": "2",

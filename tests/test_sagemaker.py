@@ -22,7 +22,8 @@ from omegaconf import DictConfig, open_dict
 from s3_server import KEYS, plain, serving
 
 from dreambooth.storage import aws_errors, s3_bucket, folders
-from dreambooth import entrypoint, sweeping
+from dreambooth import entrypoint
+from dreambooth.sweeps import hydra_callbacks
 from dreambooth.cloud import docker_backend, follower, request_validation, training_job_request, sweep_results, secrets
 from dreambooth.cloud.docker_backend import Containers
 from dreambooth.cloud.follower import Follower
@@ -404,7 +405,7 @@ def test_what_a_job_finds_by_name_is_sent() -> None:
 
 
 def test_trials_are_named_by_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeping, "_swept", ["train.learning_rate", "train.seed"])
+    monkeypatch.setattr(hydra_callbacks, "_swept", ["train.learning_rate", "train.seed"])
     sent = asked("hardware=g4dn", *PHOTOS, "train.learning_rate=1e-6", "train.seed=2")["HyperParameters"]
     assert sent["tracking.run_name"] == "learning_rate=1e-6 seed=2"
     (tmp_path / "input/config").mkdir(parents=True)

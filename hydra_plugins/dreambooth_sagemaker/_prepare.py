@@ -21,7 +21,7 @@ from dreambooth.errors import ConfigError
 from dreambooth.config.recipe import resolve
 from dreambooth.config.schema import Config
 from dreambooth.config.storage import SCHEME
-from dreambooth.sweeping import named
+from dreambooth.sweeps.hydra_callbacks import named
 from hydra_plugins.dreambooth_sagemaker import _inputs
 from hydra_plugins.dreambooth_sagemaker._inputs import Inputs
 

@@ -31,7 +31,7 @@ from dreambooth.tracking.model_registry import CANDIDATE, CHAMPION, Registry, Ve
 from dreambooth.runs.report import promoted
 from dreambooth.runs.run_folder import locked
 from dreambooth.tracking.tracker import open_tracker
-from dreambooth.trials import ROLE, Trial, of_sweep, open_trial, over_bound
+from dreambooth.sweeps.trials import ROLE, Trial, of_sweep, open_trial, over_bound
 
 log = logging.getLogger(__name__)
 

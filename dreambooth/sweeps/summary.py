@@ -9,7 +9,7 @@ from typing import Any
 from dreambooth.cloud import sweep_results
 from dreambooth.cloud.job import COMPLETED, FAILED
 from dreambooth.tracking.svg_charts import tidy
-from dreambooth.trials import Trial, find
+from dreambooth.sweeps.trials import Trial, find
 
 SAME = {"name", "device", "sample_prompts", "evaluate.promote"}  # settings that tell nobody what a trial is
 

@@ -49,10 +49,10 @@ class Sweep(Callback):
             print(f"dreambooth: the table of the sweep is not complete: {error}", file=sys.stderr)
 
     def _keep(self, config: DictConfig) -> None:
-        from dreambooth import comparison
+        from dreambooth.sweeps import summary
 
         tracking = config.tracking
-        path = comparison.keep(
+        path = summary.keep(
             self._jobs, tracking.sweep or STARTED, Path(str(config.run_root)), kind=tracking.kind.value,
             uri=tracking.uri, experiment=tracking.experiment)
         print(f"sweep {tracking.sweep or STARTED}: {path}", flush=True)

@@ -11,11 +11,11 @@ from PIL import Image
 
 from dreambooth.tracking.tracker import svg_charts
 from dreambooth.utils import atomic_files
-from dreambooth.comparison import axes, differing, dumped, ranked, title, value
+from dreambooth.sweeps.summary import axes, differing, dumped, ranked, title, value
 from dreambooth.tracking.svg_charts import colour, short
 from dreambooth.config.evaluate import HIGHER_IS_BETTER
 from dreambooth.utils.assets import asset
-from dreambooth.trials import Trial, over_bound
+from dreambooth.sweeps.trials import Trial, over_bound
 
 MAX_STEPS = 16  # on the slider
 CHARTS = {"loss_instance": "instance loss", "loss_prior": "prior loss", "loss": "loss"}
@@ -43,7 +43,7 @@ def page(sweep: str, trials: Sequence[Trial], pixels: int) -> str:
         "PICTURES": dumped(shown), "LAST": str(max(0, len(steps) - 1)), "HIDDEN": "" if steps else "hidden",
         "CHARTS": _charts(trials, names), "PARALLEL": svg_charts.parallel(axes(trials)), "PHOTOS": _photos(trials),
         "SETTINGS": _settings(trials, names, keys)}
-    text = (Path(__file__).parent / "assets" / "compare.html").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "assets" / "compare.html").read_text(encoding="utf-8")
     for name, part in parts.items():
         text = text.replace(f"<!--{name}-->", part)
     return text
