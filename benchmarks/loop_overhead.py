@@ -26,13 +26,13 @@ from dreambooth.data.prefetch import Ahead
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.utils.console import Console
 from dreambooth.runtime.engine import accelerated
-from dreambooth.hooks import All, Log
-from dreambooth.loop import fit
+from dreambooth.training.hooks import All, Log
+from dreambooth.training.loop import fit
 from dreambooth.runtime.memory_meter import Meter
 from dreambooth.config.recipe import resolve
-from dreambooth.setup import assemble
+from dreambooth.training.setup import assemble
 from dreambooth.utils.signals import Stop
-from dreambooth.step import train_step
+from dreambooth.training.step import train_step
 from dreambooth.tracking.run_tracker import tracked
 
 Clocks = tuple[float, float]  # wall, CPU of all threads

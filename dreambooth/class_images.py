@@ -33,7 +33,7 @@ def _job(config: Config) -> None:
     cli.allocator(config.memory)
     recipe = resolve(converted(run_inputs.fetched(config, None)), Path(config.run_root), detect())
     with stoppable() as stop:
-        from dreambooth.setup import class_images_alone
+        from dreambooth.training.setup import class_images_alone
 
         class_images_alone(recipe, stop)
 

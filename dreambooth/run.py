@@ -6,7 +6,8 @@ from contextlib import nullcontext
 from functools import partial
 from math import nan
 
-from dreambooth import best, checkpoint, fitting
+from dreambooth.training import best_weights, checkpoint
+from dreambooth import fitting
 from dreambooth.runs import report
 from dreambooth.serialization import export
 from dreambooth.models import loading
@@ -16,18 +17,18 @@ from dreambooth.data.prefetch import Ahead
 from dreambooth.utils.console import Console
 from dreambooth.runtime.engine import Engine, accelerated
 from dreambooth.evaluation.evaluator import Evaluation
-from dreambooth.halt import Halt
-from dreambooth.hooks import All, Log, Measure, Samples, Save
-from dreambooth.loop import fit
+from dreambooth.training.stop_hook import Halt
+from dreambooth.training.hooks import All, Log, Measure, Samples, Save
+from dreambooth.training.loop import fit
 from dreambooth.config.evaluate import INSTANCE_LOSS
 from dreambooth.runtime.memory_meter import Meter
-from dreambooth.objective import instance_loss
+from dreambooth.training.instance_loss import instance_loss
 from dreambooth.config.recipe import Recipe
 from dreambooth.runs.run_folder import Result, check_disk, finished, judged, locked, resume_point
-from dreambooth.samples import SampleBook
-from dreambooth.setup import Setup, assemble
+from dreambooth.training.sample_images import SampleBook
+from dreambooth.training.setup import Setup, assemble
 from dreambooth.utils.signals import Stop
-from dreambooth.step import train_step
+from dreambooth.training.step import train_step
 from dreambooth.tracking.run_tracker import tracked
 from dreambooth.tracking.tracker import Tracker
 
@@ -97,7 +98,7 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
 
 def _needed_bytes(recipe: Recipe, setup: Setup) -> int:
     kept = checkpoint.needed_bytes(setup.state, setup.trained, recipe.checkpoint.keep)
-    best_weights = best.needed_bytes(setup.trained) if recipe.evaluate.select else 0
+    best_weights = best_weights.needed_bytes(setup.trained) if recipe.evaluate.select else 0
     return kept + best_weights + export.size_bytes(setup.parts, recipe)
 
 

@@ -32,7 +32,7 @@ from dreambooth.optim.cpu_offload import Offloaded
 from dreambooth.optim_memory import ModelledOptimizer
 from dreambooth.prediction import Prediction
 from dreambooth.config.recipe import Recipe
-from dreambooth.step import Objective, TrainState, train_step
+from dreambooth.training.step import Objective, TrainState, train_step
 from dreambooth.storage_trace import ACTIVATIONS, HOST, TEMPORARIES, StorageTrace
 
 CUBLAS = 8 * MIB + 128 * 1024  # its workspace, 8320 KiB: PyTorch's default :4096:2:16:8

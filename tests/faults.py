@@ -88,13 +88,13 @@ def _class_image(seed: int) -> None:
 
 
 def _checkpoint_write(seed: int) -> None:
-    from dreambooth import checkpoint
+    from dreambooth.training import checkpoint
 
     _on(checkpoint, "save_file", lambda tensors, path: Path(path).write_bytes(b"half"), after=1 + 3 * (seed % 3))
 
 
 def _checkpoint_fsync(seed: int) -> None:
-    from dreambooth import checkpoint
+    from dreambooth.training import checkpoint
     from dreambooth.utils import atomic_files
 
     save = checkpoint.save
@@ -107,7 +107,7 @@ def _checkpoint_fsync(seed: int) -> None:
 
 
 def _checkpoint_rename(seed: int) -> None:
-    from dreambooth import checkpoint
+    from dreambooth.training import checkpoint
     from dreambooth.utils import atomic_files
 
     save, saves = checkpoint.save, iter(range(10**9))
@@ -121,7 +121,7 @@ def _checkpoint_rename(seed: int) -> None:
 
 
 def _checkpoint_rotate(seed: int) -> None:
-    from dreambooth import checkpoint
+    from dreambooth.training import checkpoint
     from dreambooth.utils import atomic_files
 
     def half_removed(path: Path, **_: Any) -> None:
@@ -137,9 +137,9 @@ def _checkpoint_rotate(seed: int) -> None:
 
 
 def _sample(seed: int) -> None:
-    from dreambooth import samples
+    from dreambooth.training import sample_images
 
-    _on(samples, "grid", _nothing, after=seed % 5)
+    _on(sample_images, "grid", _nothing, after=seed % 5)
 
 
 def _export(seed: int) -> None:
@@ -194,7 +194,7 @@ def _random_moment(seed: int) -> None:
 def _no_memory(seed: int) -> None:
     import torch
 
-    from dreambooth import step
+    from dreambooth.training import step
 
     def objective(*args: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
@@ -293,9 +293,9 @@ def _evaluation_half(seed: int) -> None:
 
 
 def _evaluation_unkept(seed: int) -> None:
-    from dreambooth import best
+    from dreambooth.training import best_weights
 
-    _on(best, "keep", _nothing)
+    _on(best_weights, "keep", _nothing)
 
 
 def _evaluation_stopped(seed: int) -> None:

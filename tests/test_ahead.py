@@ -14,11 +14,11 @@ from dreambooth.data.prefetch import Ahead
 from dreambooth.data.batches import Batch
 from dreambooth.runtime.engine import Engine
 from dreambooth.errors import Diverged, Interrupted
-from dreambooth.halt import Halt
-from dreambooth.hooks import All
-from dreambooth.loop import fit
+from dreambooth.training.stop_hook import Halt
+from dreambooth.training.hooks import All
+from dreambooth.training.loop import fit
 from dreambooth.runtime.async_readback import Sent
-from dreambooth.step import Objective, StepInfo, TrainState, train_step
+from dreambooth.training.step import Objective, StepInfo, TrainState, train_step
 
 
 def step(found: TrainState, parts: list[Batch]) -> StepInfo:

@@ -14,10 +14,10 @@ from dreambooth.data.batches import Batch, Batches, Concept, Latents
 from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine
 from dreambooth.errors import Diverged
-from dreambooth.loop import fit
-from dreambooth.loss import Schedule, add_noise, dreambooth_loss, min_snr_weights, target
+from dreambooth.training.loop import fit
+from dreambooth.training.loss import Schedule, add_noise, dreambooth_loss, min_snr_weights, target
 from dreambooth.data.photos import Photo
-from dreambooth.step import Objective, TrainState, train_step
+from dreambooth.training.step import Objective, TrainState, train_step
 
 KINDS = ["epsilon", "v_prediction", "sample"]
 
@@ -297,7 +297,7 @@ def test_the_training_step_runs_on_fake_tensors() -> None:
 def test_the_sweeps_objective_is_the_same_for_every_snr_gamma() -> None:
     from types import SimpleNamespace
 
-    from dreambooth.objective import instance_loss
+    from dreambooth.training.instance_loss import instance_loss
 
     model = Toy()
     state(model)

@@ -21,11 +21,11 @@ from dreambooth.data.batches import Batches, Concept
 from dreambooth.runtime.engine import Engine
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.data.latent_cache import Keep
-from dreambooth.loss import dreambooth_loss
-from dreambooth.objective import instance_loss
+from dreambooth.training.loss import dreambooth_loss
+from dreambooth.training.instance_loss import instance_loss
 from dreambooth.data.photos import NO_FINGERPRINT, Photo, cut, fingerprint, list_photos, load_photos
 from dreambooth.config.recipe import Recipe, resolve
-from dreambooth.step import Objective, train_step
+from dreambooth.training.step import Objective, train_step
 
 PROMPT = "a photo of a zwx dog"
 TWO = ("dataset=concepts", "dataset.concepts.0.instance_dir=A",

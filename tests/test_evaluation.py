@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_kill import KILLED, assert_same, the_run
 
 from dreambooth.models.text_conditioning import OneEncoder
-from dreambooth.hooks import Measure
+from dreambooth.training.hooks import Measure
 from dreambooth.tracking.journal import read
 
 SUBJECT, DRIFT = "subject_similarity_efficientnet_lite0", "class_drift_efficientnet_lite0"

@@ -116,7 +116,7 @@ def test_rule_2_below_the_doors_nobody_knows_hydra() -> None:
 
 
 def test_rule_3_the_loop_receives_objects_and_callables() -> None:
-    names = imports(sources("dreambooth")["dreambooth/loop.py"])
+    names = imports(sources("dreambooth")["dreambooth/training/loop.py"])
     assert not names & {f"dreambooth.{name}" for name in ("tracking", "export", "model", "data")}
 
 
@@ -126,9 +126,9 @@ def test_rule_4_there_is_one_step() -> None:
         path for path, tree in trees.items() for node in ast.walk(tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward"
     }
-    assert walking <= {"dreambooth/step.py", "dreambooth/runtime/engine.py"}
+    assert walking <= {"dreambooth/training/step.py", "dreambooth/runtime/engine.py"}
     if "dreambooth/vram.py" in trees:
-        assert "dreambooth.step" in imports(trees["dreambooth/vram.py"])
+        assert "dreambooth.training.step" in imports(trees["dreambooth/vram.py"])
 
 
 def test_rule_5_the_package_knows_no_plug_in() -> None:

@@ -12,10 +12,11 @@ from test_kill import the_run
 from test_recipe import T4, decided
 from torch import Tensor, nn
 
-from dreambooth import cli, setup
+from dreambooth import cli
+from dreambooth.training import setup
 from dreambooth.runtime import oom_advice
 from dreambooth.config.compose import validation
-from dreambooth.checkpoint import latest
+from dreambooth.training.checkpoint import latest
 from dreambooth.config.enums import (Dtype, EmaDevice, LatentCache, MethodKind, OptimizerKind, Rounding, Weights)
 from dreambooth.data.batches import Latents
 from dreambooth.runtime.engine import Engine

@@ -9,7 +9,7 @@ import torch
 from test_core import Toy, batches, schedule
 from torch import Tensor, nn
 
-from dreambooth import checkpoint
+from dreambooth.training import checkpoint
 from dreambooth.optim.optimizers import memory_levers
 from dreambooth.config.enums import OptimizerKind, Rounding, Weights
 from dreambooth.data.batches import Batch
@@ -19,7 +19,7 @@ from dreambooth.optim.streaming_optimizer import Levered
 from dreambooth.optim.optimizers import Make, maker
 from dreambooth.optim.stochastic_rounding import FORMATS, stochastic
 from dreambooth.config.schema import Memory, Optimizer
-from dreambooth.step import Objective, StepInfo, TrainState, train_step
+from dreambooth.training.step import Objective, StepInfo, TrainState, train_step
 
 BF16 = torch.bfloat16
 KINDS = [kind for kind in OptimizerKind if kind is not OptimizerKind.paged_adamw8bit]  # pages on CUDA only

@@ -6,7 +6,7 @@ import pytest
 from test_config import made, recipe
 
 from dreambooth.config.compose import evaluate, eval_prompts
-from dreambooth.best import best_step
+from dreambooth.training.best_weights import best_step
 from dreambooth.config.compose import identity
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.config.evaluate import EncoderKind, Evaluate, known, objective, parse

@@ -14,7 +14,7 @@ from dreambooth.models.loading import Components, Denoiser, set_attention
 from dreambooth.optim.optimizers import build_schedule
 from dreambooth.utils.assets import asset
 from dreambooth.config.schema import Train
-from dreambooth.step import Objective, TrainState, train_step
+from dreambooth.training.step import Objective, TrainState, train_step
 
 STEPS, WARM = 40, 10
 

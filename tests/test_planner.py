@@ -34,7 +34,7 @@ from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.runs.run_folder import Result
 from dreambooth.config.schema import Config
 from dreambooth.config.dataset import Subject
-from dreambooth.setup import assemble
+from dreambooth.training.setup import assemble
 from dreambooth.utils.signals import Stop
 from dreambooth.storage_trace import MARK, StorageTrace
 from dreambooth.vram import predict, rehearse

@@ -146,7 +146,7 @@ def test_the_encoder_reads_each_prompt_once(tmp_path: Path) -> None:
     from dreambooth.utils.console import Console
     from dreambooth.runtime.engine import accelerated
     from dreambooth.runtime.memory_meter import Meter
-    from dreambooth.setup import assemble
+    from dreambooth.training.setup import assemble
     from dreambooth.utils.signals import Stop
 
     for words, prompts in (("train.train_text_encoder=true",), 2), (

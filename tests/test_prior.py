@@ -183,7 +183,7 @@ def test_class_images_made_alone_are_computed_as_their_key_says(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """precision=tf32 is in the key, and fp32 pictures would be kept under it."""
     from dreambooth.models import loading
-    from dreambooth import setup
+    from dreambooth.training import setup
     from dreambooth.runtime.engine import Engine
     from dreambooth.utils.signals import Stop
 

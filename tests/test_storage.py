@@ -20,7 +20,8 @@ from faults import FAST
 from s3_server import CHILD, KINDS, PART, Server, in_bucket, model, plain, serving, trial
 
 from dreambooth.storage import s3_bucket, download, manifest, run_inputs, folders
-from dreambooth import checkpoint, cli
+from dreambooth.training import checkpoint
+from dreambooth import cli
 from dreambooth.utils import atomic_files
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.config.schema import Config

@@ -8,7 +8,7 @@ from test_core import Toy, batches, schedule, state
 from dreambooth.config.enums import Dtype
 from dreambooth.cli import leave
 from dreambooth.runtime.engine import accelerated
-from dreambooth.step import Objective, train_step
+from dreambooth.training.step import Objective, train_step
 
 engine, accelerator = accelerated("cpu", Dtype.fp32)
 model = Toy()

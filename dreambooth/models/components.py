@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dreambooth.models.text_conditioning import Conditions, OneEncoder, TwoEncoders
 from dreambooth.errors import UserError
-from dreambooth.loss import Schedule
+from dreambooth.training.loss import Schedule
 from dreambooth.config.recipe import Recipe
 
 ABLE = "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"  # that know zero terminal SNR

@@ -145,7 +145,7 @@ class Mirror(threading.Thread):
 
     def bring(self, resume: str) -> None:
         """Put the newest checkpoint of S3 where the run will look, if this machine has none that is whole."""
-        from dreambooth import checkpoint
+        from dreambooth.training import checkpoint
         from dreambooth.storage import folders
 
         there = folders.complete_folders(self._place)
@@ -173,7 +173,7 @@ class Mirror(threading.Thread):
         self._turn()
 
     def _turn(self) -> None:
-        from dreambooth import checkpoint
+        from dreambooth.training import checkpoint
         from dreambooth.storage import folders
 
         new = [path for path in self._folder.glob("step-*")

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from dreambooth.runtime.engine import Engine
 from dreambooth.errors import Interrupted
-from dreambooth.hooks import Save
+from dreambooth.training.hooks import Save
 from dreambooth.runtime.async_readback import Sent
 from dreambooth.utils.signals import Stop, again
-from dreambooth.step import StepInfo
+from dreambooth.training.step import StepInfo
 
 
 @dataclass

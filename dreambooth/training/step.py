@@ -14,7 +14,7 @@ from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine
 from dreambooth.errors import Diverged
 from dreambooth.optim.streaming_optimizer import Levered
-from dreambooth.loss import Losses, Schedule, add_noise, dreambooth_loss, min_snr_weights, target
+from dreambooth.training.loss import Losses, Schedule, add_noise, dreambooth_loss, min_snr_weights, target
 from dreambooth.runtime.async_readback import Sent
 
 MAX_SKIPPED_IN_A_ROW = 10

@@ -8,7 +8,7 @@ from dreambooth.utils import rng
 from dreambooth.data.batch import Batch
 from dreambooth.data.batches import View
 from dreambooth.models.pipeline import evaluating
-from dreambooth.setup import Setup
+from dreambooth.training.setup import Setup
 
 LEVELS = 8  # timesteps a photo, the middles of equal parts of the schedule
 

@@ -27,7 +27,7 @@ from dreambooth.optim.optimizers import build_schedule, maker
 from dreambooth.data.photos import Photo, load_photos
 from dreambooth.config.recipe import Recipe
 from dreambooth.utils.signals import Stop
-from dreambooth.step import Objective, TrainState
+from dreambooth.training.step import Objective, TrainState
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dreambooth.utils import atomic_files
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.optim.streaming_optimizer import Levered, settings
-from dreambooth.step import TrainState
+from dreambooth.training.step import TrainState
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from dreambooth.models import lora, loading
-from dreambooth import best, checkpoint
+from dreambooth.training import best_weights, checkpoint
 from dreambooth.config.compose import evaluate
 from dreambooth.utils.console import Bar
 from dreambooth.optim.ema import swapped
@@ -19,11 +19,11 @@ from dreambooth.runtime.engine import Engine
 from dreambooth.evaluation.evaluator import Evaluation
 from dreambooth.runtime.memory_meter import Meter
 from dreambooth.config.recipe import Recipe
-from dreambooth.samples import SampleBook
+from dreambooth.training.sample_images import SampleBook
 from dreambooth.models.pipeline import build_pipeline
-from dreambooth.setup import Setup
+from dreambooth.training.setup import Setup
 from dreambooth.utils.signals import Stop
-from dreambooth.step import StepInfo
+from dreambooth.training.step import StepInfo
 from dreambooth.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ class Measure:
                 measured = self._measure(step, self.setup.pipeline)
             if measured and every and step % every == 0 and step == self.best(step):
                 with averaged(self.setup, exact=True):
-                    best.keep(self.kept, step, self.setup.trained)
+                    best_weights.keep(self.kept, step, self.setup.trained)
 
     @property
     def kept(self) -> Path:
@@ -194,7 +194,7 @@ class Measure:
         if self.evaluation is None or spec.select is None or spec.every is None:
             return None
         weights = evaluate.parse(spec.select, self.recipe.measured)
-        return best.best_step(self.evaluation.scores(), weights, spec.every, last)
+        return best_weights.best_step(self.evaluation.scores(), weights, spec.every, last)
 
     @contextmanager
     def exported(self, exact: bool = False) -> Iterator[int]:
@@ -205,12 +205,12 @@ class Measure:
         """
         step = self.setup.state.step
         chosen = self.best(step) or step
-        if chosen != step and best.kept_step(self.kept) != chosen:
+        if chosen != step and best_weights.kept_step(self.kept) != chosen:
             log.warning("step %d is the best and its weights are not in %s any more: step %d is exported",
                         chosen, self.kept, step)
             chosen = step
         last = averaged(self.setup, exact)
-        with last if chosen == step else best.swapped_into(self.kept, self.setup.trained, exact):
+        with last if chosen == step else best_weights.swapped_into(self.kept, self.setup.trained, exact):
             yield chosen
 
     def scores(self, step: int) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from dreambooth.step import StepInfo, TrainState
+from dreambooth.training.step import StepInfo, TrainState
 
 B = TypeVar("B")
 
