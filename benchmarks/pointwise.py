@@ -19,9 +19,9 @@ from speed_table import machine, put
 from torch import nn
 
 from dreambooth.models import pointwise_conv as products
-from dreambooth.architecture import blank
+from dreambooth.planner.skeleton_models import blank
 from dreambooth.config.compose import conf_dir, load
-from dreambooth.fakes import fake_tensors
+from dreambooth.planner.fake_cuda import fake_tensors
 from dreambooth.models.loading import import_libraries
 from dreambooth.config.recipe import resolve
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import psutil
 
 from dreambooth.models import loading
-from dreambooth import vram
+from dreambooth.planner import rehearsal
 from dreambooth.config.enums import Dtype
 from dreambooth.utils.hardware import GIB
-from dreambooth.prediction import STEP, Prediction
+from dreambooth.planner.prediction import STEP, Prediction
 from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.config.schema import Config
-from dreambooth.storage_trace import MARK
+from dreambooth.planner.allocation_trace import MARK
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # glibc gives freed blocks back
 
@@ -50,7 +50,7 @@ def predicted(found: Prediction) -> float:
 def measured(asked: Recipe) -> float:
     """GiB that the process grows by during the step. The modelled optimizer's state is never touched."""
     process, seen, done, start = psutil.Process(), [0], threading.Event(), [0]
-    equip = vram.equip
+    equip = rehearsal.equip
 
     def equipped(*args: object) -> object:
         start[0] = process.memory_info().rss  # VAE and text encoder are gone, the step is not there
@@ -62,11 +62,11 @@ def measured(asked: Recipe) -> float:
             seen[0] = max(seen[0], process.memory_info().rss)
             time.sleep(0.005)
 
-    vram.equip = equipped  # type: ignore[assignment]
+    rehearsal.equip = equipped  # type: ignore[assignment]
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        vram.rehearse(asked)
+        rehearsal.rehearse(asked)
     finally:
         done.set()
         watcher.join()
@@ -78,6 +78,6 @@ if __name__ == "__main__":
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
     loading.import_libraries()
     side = int(sys.argv[1]) if len(sys.argv) > 1 else 256
-    expected, seen = predicted(vram.predict(recipe(side))), measured(recipe(side))
+    expected, seen = predicted(rehearsal.predict(recipe(side))), measured(recipe(side))
     print(f"SD 1.5, {side} px, fp32, checkpointing: predicted {expected:.2f} GiB over the weights, "
           f"resident memory grew by {seen:.2f} ({expected / seen - 1:+.1%})")

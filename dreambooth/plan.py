@@ -20,7 +20,7 @@ from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.config.schema import Config
 
 if TYPE_CHECKING:
-    from dreambooth.plan_report import Planned
+    from dreambooth.planner.report import Planned
 
 NOWHERE = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 UNSAID = {"instance_dir": "photos", "instance_prompt": "a photo of a zwx thing", "class_prompt": "a photo of a thing"}
@@ -45,18 +45,18 @@ def _job(config: Config, sweep: bool) -> float:
     config.dataset.allow_drawings = True  # nothing is trained
     here = detect() if config.hardware.device is Device.local else None
     recipe = resolve(config, Path(config.run_root), here)
-    from dreambooth import fitting, plan_report
+    from dreambooth.planner import auto_memory, report
     from dreambooth.models.loading import import_libraries
 
     import_libraries()
-    choice = fitting.chosen(recipe)
-    planned = plan_report.Planned(choice.recipe, choice.prediction, choice.added, choice.why)
+    choice = auto_memory.chosen(recipe)
+    planned = report.Planned(choice.recipe, choice.prediction, choice.added, choice.why)
     _plans.append(planned)
     if not sweep:
         _show(config)
     if config.plan.plot:
         try:
-            plan_report.plot(planned, Path(config.plan.plot))
+            report.plot(planned, Path(config.plan.plot))
         except (OSError, ValueError) as error:
             raise UserError(f"the picture could not be written ({error}): type another plan.plot=FILE.png") from error
     if not planned.fits:
@@ -65,9 +65,9 @@ def _job(config: Config, sweep: bool) -> float:
 
 
 def _show(config: Config) -> None:
-    from dreambooth import plan_report
+    from dreambooth.planner import report
 
-    print(plan_report.dumped(_plans) if config.plan.format is PlanFormat.json else plan_report.table(_plans[0]),
+    print(report.dumped(_plans) if config.plan.format is PlanFormat.json else report.table(_plans[0]),
           flush=True)
 
 
@@ -77,10 +77,10 @@ def main() -> None:
         sys.argv[1:] += [*NOWHERE, f"hydra.sweep.dir={aside}"]
         plan()
     if len(_plans) > 1 or any(word in ("-m", "--multirun") for word in sys.argv):
-        from dreambooth import plan_report
+        from dreambooth.planner import report
 
         asked = any(word == "plan.format=json" for word in sys.argv)
-        print(plan_report.dumped(_plans) if asked else plan_report.comparison(_plans))
+        print(report.dumped(_plans) if asked else report.comparison(_plans))
     cli.leave()
 
 

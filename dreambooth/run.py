@@ -7,7 +7,7 @@ from functools import partial
 from math import nan
 
 from dreambooth.training import best_weights, checkpoint
-from dreambooth import fitting
+from dreambooth.planner import auto_memory
 from dreambooth.runs import report
 from dreambooth.serialization import export
 from dreambooth.models import loading
@@ -51,7 +51,7 @@ def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = 
             with tracked(recipe, engine.main, trains=False):  # sends what a server missed
                 console.say(report.already(done, recipe))
                 return done
-        recipe, expected, chosen = engine.share(fitting.settled(recipe, engine.world) if engine.main else None)
+        recipe, expected, chosen = engine.share(auto_memory.settled(recipe, engine.world) if engine.main else None)
         console.table(report.plan(recipe) | ({"memory": chosen} if chosen else {}))
         start = engine.share(resume_point(recipe.run_dir, recipe.checkpoint.resume) if engine.main else None)
         meter = Meter(engine.device, partial(oom_advice.advice, recipe=recipe.among(engine.world)), predicted or expected)

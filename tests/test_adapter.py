@@ -129,8 +129,8 @@ def test_all_of_a_frozen_base_is_in_the_compute_precision_and_the_planner_knows(
     """Norms and embeddings too: what is loaded, what is planned and what the docs say are one thing."""
     from test_planner import small
 
-    from dreambooth.architecture import blank
-    from dreambooth.fakes import fake_tensors
+    from dreambooth.planner.skeleton_models import blank
+    from dreambooth.planner.fake_cuda import fake_tensors
     from dreambooth.models.loading import load
 
     if weights is BaseWeights.nf4:

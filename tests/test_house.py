@@ -127,8 +127,8 @@ def test_rule_4_there_is_one_step() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward"
     }
     assert walking <= {"dreambooth/training/step.py", "dreambooth/runtime/engine.py"}
-    if "dreambooth/vram.py" in trees:
-        assert "dreambooth.training.step" in imports(trees["dreambooth/vram.py"])
+    if "dreambooth/planner/rehearsal.py" in trees:
+        assert "dreambooth.training.step" in imports(trees["dreambooth/planner/rehearsal.py"])
 
 
 def test_rule_5_the_package_knows_no_plug_in() -> None:

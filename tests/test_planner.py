@@ -15,30 +15,31 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from dreambooth import architecture, cards, estimate, fitting, plan_report, run, vram
+from dreambooth.planner import skeleton_models, gpu_specs, time_and_cost, auto_memory, report, rehearsal
+from dreambooth import run
 from dreambooth.data.batches import aspect_buckets
 from dreambooth.models import loading
-from dreambooth.allocator import MIB, CachingAllocator
+from dreambooth.planner.caching_allocator import MIB, CachingAllocator
 from dreambooth.config.enums import (Device, Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, TrackingKind, Weights)
 from dreambooth.config.compose import conf_dir
 from dreambooth.evaluation.efficientnet import efficientnet_lite0
-from dreambooth.encoder_memory import looking
+from dreambooth.planner.encoder_memory import looking
 from dreambooth.evaluation.encoders import EfficientNet
 from dreambooth.runtime.engine import Engine, accelerated
 from dreambooth.errors import UserError
-from dreambooth.fakes import fake_tensors
+from dreambooth.planner.fake_cuda import fake_tensors
 from dreambooth.config.evaluate import Evaluate
-from dreambooth.optim_memory import CODEBOOKS, ModelledOptimizer
-from dreambooth.prediction import Prediction
+from dreambooth.planner.optimizer_memory import CODEBOOKS, ModelledOptimizer
+from dreambooth.planner.prediction import Prediction
 from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.runs.run_folder import Result
 from dreambooth.config.schema import Config
 from dreambooth.config.dataset import Subject
 from dreambooth.training.setup import assemble
 from dreambooth.utils.signals import Stop
-from dreambooth.storage_trace import MARK, StorageTrace
-from dreambooth.vram import predict, rehearse
-from dreambooth.ways import named, ways
+from dreambooth.planner.allocation_trace import MARK, StorageTrace
+from dreambooth.planner.rehearsal import predict, rehearse
+from dreambooth.planner.memory_options import named, ways
 
 
 def recipe(name: str = "tiny", **changed: object) -> Recipe:
@@ -129,7 +130,7 @@ def test_a_transformer_is_recomputed_as_a_whole(monkeypatch: pytest.MonkeyPatch)
 def _gradients(rows: int = 1, **changed: object) -> list[torch.Tensor]:
     torch.manual_seed(0)
     asked = small(**changed)
-    parts = architecture.blank(asked)
+    parts = skeleton_models.blank(asked)
     denoiser = loading.prepare(parts, asked)
     latents, text = torch.randn(rows, 4, 8, 8), torch.randn(rows, 77, parts.text_encoder.config.hidden_size)
     denoiser(latents, torch.arange(3, 3 + rows), text).square().mean().backward()
@@ -323,20 +324,20 @@ class Sized:
 
 
 def test_auto_adds_nothing_where_everything_fits() -> None:
-    choice = fitting.chosen(recipe("sd15", **ROOMY), Sized(lambda r: 10.0))  # type: ignore[arg-type]
+    choice = auto_memory.chosen(recipe("sd15", **ROOMY), Sized(lambda r: 10.0))  # type: ignore[arg-type]
     assert choice.added == ()
 
 
 def test_auto_takes_the_first_rung_that_fits_95_percent_of_the_card() -> None:
     needed = Sized(lambda r: 75.0 if r.memory.gradient_checkpointing else 75.5)  # of 76, and 0.74 beside it
-    choice = fitting.chosen(recipe("sd15", **ROOMY), needed)  # type: ignore[arg-type]
+    choice = auto_memory.chosen(recipe("sd15", **ROOMY), needed)  # type: ignore[arg-type]
     assert choice.added == ("memory.gradient_checkpointing=true",)
 
 
 def test_auto_never_touches_what_changes_numbers() -> None:
     asked = Sized(lambda r: 99.0)
     plain = recipe("sd15", prior__sample_batch_size=1, **ROOMY)
-    fitting.chosen(plain, asked)  # type: ignore[arg-type]
+    auto_memory.chosen(plain, asked)  # type: ignore[arg-type]
     assert len(asked.asked) > 3
     for candidate in asked.asked:
         assert replace(candidate, memory=plain.memory) == plain
@@ -346,31 +347,31 @@ def test_auto_never_touches_what_changes_numbers() -> None:
 
 def test_what_cannot_fit_is_counted_out_and_not_rehearsed() -> None:
     asked = Sized(lambda r: 12.0)
-    fitting.chosen(recipe("sd15", memory__auto=True), asked)  # type: ignore[arg-type]
+    auto_memory.chosen(recipe("sd15", memory__auto=True), asked)  # type: ignore[arg-type]
     assert asked.asked[0].memory.gradient_checkpointing, "20 bytes a weight are more than a T4 has"
 
 
 def test_pictures_are_drawn_one_at_a_time_where_only_drawing_does_not_fit() -> None:
     asked = Sized(lambda r: 79.0 if r.prior.sample_batch_size > 1 else 70.0)
-    choice = fitting.chosen(recipe("sd15", **ROOMY), asked)  # type: ignore[arg-type]
+    choice = auto_memory.chosen(recipe("sd15", **ROOMY), asked)  # type: ignore[arg-type]
     assert choice.added == ("prior.sample_batch_size=1",)
 
 
 def test_auto_leaves_on_what_the_user_switched_on() -> None:
     asked = recipe("sd15", memory__gradient_checkpointing=True, **ROOMY)
-    choice = fitting.chosen(asked, Sized(lambda r: 1.0))  # type: ignore[arg-type]
+    choice = auto_memory.chosen(asked, Sized(lambda r: 1.0))  # type: ignore[arg-type]
     assert choice.recipe.memory.gradient_checkpointing
 
 
 def test_auto_does_not_step_in_the_backward_pass_while_gradients_accumulate() -> None:
     asked = Sized(lambda r: 99.0)
-    fitting.chosen(recipe("sd15", train__gradient_accumulation_steps=2, **ROOMY), asked)  # type: ignore[arg-type]
+    auto_memory.chosen(recipe("sd15", train__gradient_accumulation_steps=2, **ROOMY), asked)  # type: ignore[arg-type]
     assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
 
 
 def test_auto_does_not_step_in_the_backward_pass_of_a_compiled_model() -> None:
     asked = Sized(lambda r: 99.0)
-    fitting.chosen(recipe("sd15", train__compile=True, **ROOMY), asked)  # type: ignore[arg-type]
+    auto_memory.chosen(recipe("sd15", train__compile=True, **ROOMY), asked)  # type: ignore[arg-type]
     assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
 
 
@@ -390,7 +391,7 @@ def test_what_is_left_to_do_is_said_where_the_run_needs_most() -> None:
 
 def test_auto_does_not_step_in_the_backward_pass_of_several_processes() -> None:
     asked = Sized(lambda r: 99.0)
-    fitting.chosen(recipe("sd15", **ROOMY), asked, processes=2)  # type: ignore[arg-type]
+    auto_memory.chosen(recipe("sd15", **ROOMY), asked, processes=2)  # type: ignore[arg-type]
     assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
 
 
@@ -398,7 +399,7 @@ def test_a_finished_run_is_not_planned_again(monkeypatch: pytest.MonkeyPatch, tm
     done = Result(8, 0.5, 1.0, str(tmp_path), "model")
     monkeypatch.setattr(run, "finished", lambda recipe: done)
     monkeypatch.setattr(run, "tracked", lambda recipe, main, trains: nullcontext())
-    monkeypatch.setattr(fitting, "settled", lambda *_: pytest.fail("it was planned"))
+    monkeypatch.setattr(auto_memory, "settled", lambda *_: pytest.fail("it was planned"))
     asked = recipe(memory__auto=True, tracking__kind=TrackingKind.none)
     assert run.execute(replace(asked, run_dir=tmp_path), Stop()) is done
 
@@ -435,7 +436,7 @@ def test_a_chosen_recipe_travels_between_processes() -> None:
 
 def test_a_run_on_the_cpu_has_nothing_to_choose() -> None:
     plain = small(memory__auto=True)
-    assert fitting.settled(plain) == (plain, {}, "")
+    assert auto_memory.settled(plain) == (plain, {}, "")
 
 
 # -- the door -----------------------------------------------------------------------------------------------------
@@ -443,42 +444,42 @@ def test_a_run_on_the_cpu_has_nothing_to_choose() -> None:
 @pytest.mark.parametrize("name, card", [("Tesla T4", "T4"), ("NVIDIA A10G", "A10G"), ("NVIDIA L4", "L4"),
                                         ("NVIDIA A100-SXM4-40GB", "A100")])
 def test_a_card_is_known_by_its_drivers_name(name: str, card: str) -> None:
-    found = cards.card_of(name)
+    found = gpu_specs.card_of(name)
     assert found is not None and found.name == card
 
 
 def test_only_the_average_gets_cheaper_when_it_is_updated_less_often() -> None:
     alone, averaged = (small(memory__offload_optimizer=True, memory__ema_every=4, train__use_ema=ema)
                        for ema in (False, True))
-    found, t4 = predict(alone), cards.CARDS["T4"]
+    found, t4 = predict(alone), gpu_specs.CARDS["T4"]
     every = [replace(r, memory=replace(r.memory, ema_every=1)) for r in (alone, averaged)]
-    each = [estimate.step_seconds(r, found, t4) for r in every]
-    fourth = [estimate.step_seconds(r, found, t4) for r in (alone, averaged)]
+    each = [time_and_cost.step_seconds(r, found, t4) for r in every]
+    fourth = [time_and_cost.step_seconds(r, found, t4) for r in (alone, averaged)]
     assert fourth[0] == each[0]
     assert fourth[1] - fourth[0] == pytest.approx((each[1] - each[0]) / 4)
 
 
 def test_an_unknown_card_has_no_speed() -> None:
-    assert cards.card_of("Voodoo 3") is None
-    assert cards.card_of(None) is None
+    assert gpu_specs.card_of("Voodoo 3") is None
+    assert gpu_specs.card_of(None) is None
 
 
 def test_a_plan_has_the_keys_that_programs_read() -> None:
-    planned = plan_report.Planned(small(), predict(small()), (), "")
-    found = json.loads(plan_report.dumped([planned]))
+    planned = report.Planned(small(), predict(small()), (), "")
+    found = json.loads(report.dumped([planned]))
     assert found.keys() >= {"fits", "card_gib", "reserved_gib", "allocated_gib", "usable_vram_gib", "by_phase",
                             "by_category", "levers", "step_seconds", "run_seconds", "price_usd"}
     assert found["by_phase"].keys() >= {"load", "forward", "backward", "step", "ema", "save"}
 
 
 def test_a_table_fits_80_columns() -> None:
-    planned = plan_report.Planned(small(), predict(small()), ("memory.gradient_checkpointing=true",), "why not")
-    assert max(map(len, plan_report.table(planned).splitlines())) <= 80
-    assert max(map(len, plan_report.comparison([planned, planned]).splitlines())) <= 80
+    planned = report.Planned(small(), predict(small()), ("memory.gradient_checkpointing=true",), "why not")
+    assert max(map(len, report.table(planned).splitlines())) <= 80
+    assert max(map(len, report.comparison([planned, planned]).splitlines())) <= 80
 
 
 def test_the_picture_of_a_step_is_written(tmp_path: Path) -> None:
-    plan_report.plot(plan_report.Planned(small(), predict(small()), (), ""), tmp_path / "step.png")
+    report.plot(report.Planned(small(), predict(small()), (), ""), tmp_path / "step.png")
     assert (tmp_path / "step.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -489,15 +490,15 @@ def test_a_vae_of_its_own_is_planned_in_the_precision_that_it_is_loaded_in(
         vae: str | None, dtype: torch.dtype) -> None:
     """Half overflows in SDXL's VAE, whoever publishes it; its fix is known by name."""
     with fake_tensors():
-        assert architecture.blank(recipe("sdxl", model__vae=vae)).vae.dtype is dtype
+        assert skeleton_models.blank(recipe("sdxl", model__vae=vae)).vae.dtype is dtype
 
 
 @pytest.mark.parametrize("upcast", [True, False])
 def test_a_folder_of_a_vae_says_itself_whether_half_overflows(upcast: bool, tmp_path: Path) -> None:
-    known = Path(architecture.asset("package:architectures")) / "sdxl/vae/config.json"
+    known = Path(skeleton_models.asset("package:architectures")) / "sdxl/vae/config.json"
     (tmp_path / "config.json").write_text(json.dumps(json.loads(known.read_text()) | {"force_upcast": upcast}))
     with fake_tensors():
-        found = architecture.blank(recipe("sdxl", model__vae=str(tmp_path))).vae
+        found = skeleton_models.blank(recipe("sdxl", model__vae=str(tmp_path))).vae
     assert found.dtype is (torch.float32 if upcast else torch.float16)
 
 
@@ -511,7 +512,7 @@ def test_a_model_of_unknown_shape_is_refused_with_what_to_type() -> None:
 def test_every_card_on_file_is_known_and_has_a_price(option: str) -> None:
     text = (conf_dir() / "hardware" / f"{option}.yaml").read_text("utf-8")
     gpu = next(line.split()[1] for line in text.splitlines() if line.startswith("gpu:"))
-    assert cards.card_of(gpu) is not None
+    assert gpu_specs.card_of(gpu) is not None
     assert "price_usd_hour: null" not in text.replace("spot_price_usd_hour", "spot")
 
 
@@ -525,20 +526,20 @@ def test_data_parallel_holds_the_gradients_a_second_time() -> None:
 
 def test_several_cards_are_planned_without_levers_that_work_in_one_process() -> None:
     asked = Sized(lambda r: 99.0)
-    fitting.chosen(recipe("sd15", hardware__gpus=4, **ROOMY), asked)  # type: ignore[arg-type]
+    auto_memory.chosen(recipe("sd15", hardware__gpus=4, **ROOMY), asked)  # type: ignore[arg-type]
     assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
 
 
 def test_gradients_of_several_cards_take_time_on_the_link() -> None:
-    found, a10g = predict(small()), cards.CARDS["A10G"]
-    one, four = (estimate.step_seconds(small(hardware__gpus=count), found, a10g) for count in (1, 4))
+    found, a10g = predict(small()), gpu_specs.CARDS["A10G"]
+    one, four = (time_and_cost.step_seconds(small(hardware__gpus=count), found, a10g) for count in (1, 4))
     assert four - one == pytest.approx(1.5 * found.trained * 4 / 10e9)
 
 
 def test_tf32_is_counted_at_half_the_rate_of_half_precision() -> None:
-    found, a100 = predict(small()), cards.CARDS["A100"]
+    found, a100 = predict(small()), gpu_specs.CARDS["A100"]
     asked = small()
-    plain, fast = (estimate.step_seconds(replace(asked, precision=replace(asked.precision, tf32=on)), found, a100)
+    plain, fast = (time_and_cost.step_seconds(replace(asked, precision=replace(asked.precision, tf32=on)), found, a100)
                    for on in (False, True))
     assert fast < plain
 
@@ -547,7 +548,7 @@ def test_no_bucket_takes_more_than_the_one_that_is_planned(monkeypatch: pytest.M
     asked = small(dataset__buckets=True, prior__with_prior_preservation=False)
     planned = max(usage.allocated for usage in predict(asked).by_phase.values())
     for size in aspect_buckets.sizes(asked.model.resolution):
-        monkeypatch.setattr(vram, "largest", lambda *_, size=size: size)
+        monkeypatch.setattr(rehearsal, "largest", lambda *_, size=size: size)
         assert max(usage.allocated for usage in predict(asked).by_phase.values()) <= planned, size
 
 
@@ -561,5 +562,5 @@ def test_two_subjects_have_class_images_of_their_own_to_draw() -> None:
     two = replace(one, dataset=replace(one.dataset, concepts=[
         Subject("a", "a zwx toy", None, "a toy"), Subject("b", "a ohwx cup", None, "a cup")]))
     found = predict(one)
-    seconds = [estimate.estimate(asked, found, cards.CARDS["T4"]).run_seconds or 0.0 for asked in (one, two)]
+    seconds = [time_and_cost.estimate(asked, found, gpu_specs.CARDS["T4"]).run_seconds or 0.0 for asked in (one, two)]
     assert seconds[1] > seconds[0]

@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 from test_planner import recipe, small
 
-from dreambooth import fitting, plan_report
-from dreambooth.architecture import trained_weights
-from dreambooth.cards import fixed_gib
+from dreambooth.planner import auto_memory, report
+from dreambooth.planner.skeleton_models import trained_weights
+from dreambooth.planner.gpu_specs import fixed_gib
 from dreambooth.config.enums import BaseWeights, Dtype, MethodKind, Targets
 from dreambooth.utils.hardware import GIB
-from dreambooth.prediction import STEP
-from dreambooth.vram import predict, rehearse
-from dreambooth.ways import ways
+from dreambooth.planner.prediction import STEP
+from dreambooth.planner.rehearsal import predict, rehearse
+from dreambooth.planner.memory_options import ways
 
 LORA: dict[str, object] = {"method__kind": MethodKind.lora, "method__name": "lora"}
 DORA: dict[str, object] = {"method__kind": MethodKind.dora, "method__name": "dora", "method__targets": Targets.all}
@@ -47,10 +47,10 @@ def test_sd15_with_an_adapter_is_small_on_a_t4_and_auto_adds_nothing() -> None:
     """Predicted, not measured: 9.4 GiB; with checkpointing 7.4, all of it but 4 for drawing four pictures at a time."""
     asked = recipe("sd15", **LORA, train__train_text_encoder=True, memory__auto=True)
     assert asked.method.rank == 16
-    choice = fitting.chosen(asked)
+    choice = auto_memory.chosen(asked)
     assert choice.added == ()
     assert trained_weights(asked) == 9_437_184  # of 983 million
-    assert fitting.card_gib(choice.recipe, choice.prediction) < 9.5
+    assert auto_memory.card_gib(choice.recipe, choice.prediction) < 9.5
     lower = replace(asked, memory=replace(asked.memory, gradient_checkpointing=True))
     assert predict(lower).most(*STEP).reserved / GIB + fixed_gib("T4") < 4
     assert all(way.exact for way in ways(choice.recipe, choice.prediction))
@@ -73,5 +73,5 @@ def test_four_bits_are_a_quarter_of_sixteen_for_linear_layers() -> None:
 
 def test_host_memory_that_is_too_small_is_said_and_not_the_card() -> None:
     asked = recipe("sd15", method__kind=MethodKind.lora, hardware__host_ram_gib=1)
-    planned = plan_report.Planned(asked, predict(asked), (), "")
+    planned = report.Planned(asked, predict(asked), (), "")
     assert re.match(r"this run needs [\d.]+ GiB of host memory and the machine has 1: type a larger", planned.lacks)

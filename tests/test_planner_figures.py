@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from dreambooth import fitting
-from dreambooth.cards import CARDS
+from dreambooth.planner import auto_memory
+from dreambooth.planner.gpu_specs import CARDS
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.config.recipe import Recipe, resolve
 
@@ -28,8 +28,8 @@ def blog(*overrides: str) -> Recipe:
 @pytest.mark.parametrize("limit", ["1.0", "null"])
 def test_the_blogs_run_fits_a_t4_with_nothing_trained_differently(limit: str) -> None:
     asked = blog(f"train.max_grad_norm={limit}")
-    choice = fitting.chosen(asked)
-    assert fitting.card_gib(choice.recipe, choice.prediction) <= 0.95 * 14.6
+    choice = auto_memory.chosen(asked)
+    assert auto_memory.card_gib(choice.recipe, choice.prediction) <= 0.95 * 14.6
     assert replace(choice.recipe, memory=asked.memory) == asked
 
 
@@ -45,5 +45,5 @@ def test_everything_trained_fits_its_budget(
 
 def test_the_blogs_run_would_not_fit_as_the_blog_ran_it() -> None:
     as_it_was = blog("memory=fast", "memory.gradient_checkpointing=true", "memory.cache_latents=false")
-    choice = fitting.chosen(as_it_was)
-    assert fitting.card_gib(choice.recipe, choice.prediction) > 14.6
+    choice = auto_memory.chosen(as_it_was)
+    assert auto_memory.card_gib(choice.recipe, choice.prediction) > 14.6

@@ -65,7 +65,7 @@ def _share() -> float:
     """Trained weights of the LoRA, of all that `method=full` trains."""
     from hydra import compose, initialize_config_dir
 
-    from dreambooth.architecture import trained_weights
+    from dreambooth.planner.skeleton_models import trained_weights
     from dreambooth.config.compose import conf_dir, load
     from dreambooth.config.recipe import resolve
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from dreambooth import fitting
-from dreambooth.cards import card_of, fixed_gib
-from dreambooth.estimate import Estimate, disk_gib, estimate, host_gib
+from dreambooth.planner import auto_memory
+from dreambooth.planner.gpu_specs import card_of, fixed_gib
+from dreambooth.planner.time_and_cost import Estimate, disk_gib, estimate, host_gib
 from dreambooth.utils.hardware import GIB
-from dreambooth.prediction import STEP, Prediction
+from dreambooth.planner.prediction import STEP, Prediction
 from dreambooth.config.recipe import Recipe
-from dreambooth.replay import curve
+from dreambooth.planner.trace_replay import curve
 from dreambooth.runs.report import trained
-from dreambooth.ways import ways
+from dreambooth.planner.memory_options import ways
 
 CATEGORIES = ("weights", "gradients", "optimizer", "ema", "activations", "temporaries")
 WIDTH = 80  # columns
@@ -34,7 +34,7 @@ class Planned:
     @property
     def card(self) -> float | None:
         """GiB; None for a run without a card."""
-        return fitting.card_gib(self.recipe, self.prediction) if self.recipe.device == "cuda" else None
+        return auto_memory.card_gib(self.recipe, self.prediction) if self.recipe.device == "cuda" else None
 
     @property
     def fits(self) -> bool:
@@ -46,7 +46,7 @@ class Planned:
         """One sentence about what does not fit, and what to type; empty: all does."""
         recipe, hardware = self.recipe, self.recipe.hardware
         if _above(self.card, hardware.usable_vram_gib):
-            return fitting.does_not_fit(recipe, self.prediction)
+            return auto_memory.does_not_fit(recipe, self.prediction)
         for what, need, there, typed in (
                 ("host memory", host_gib(recipe, self.prediction), hardware.host_ram_gib,
                  "a larger machine of the same card by hardware.instance_type, hardware.host_ram_gib and "

@@ -6,12 +6,12 @@ Counted from a prediction and not rehearsed, so that every figure is about right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from dreambooth.architecture import trained_weights
-from dreambooth.cards import Card, card_of, fixed_gib
+from dreambooth.planner.skeleton_models import trained_weights
+from dreambooth.planner.gpu_specs import Card, card_of, fixed_gib
 from dreambooth.config.enums import Dtype, EmaDevice, OptimizerKind, Weights
-from dreambooth.estimate import step_seconds
+from dreambooth.planner.time_and_cost import step_seconds
 from dreambooth.utils.hardware import GIB
-from dreambooth.prediction import STEP, Prediction
+from dreambooth.planner.prediction import STEP, Prediction
 from dreambooth.config.recipe import Recipe
 
 STATE_BYTES = {  # an element of the optimizer's state

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine
-from dreambooth.storage_trace import HOST, StorageTrace
+from dreambooth.planner.allocation_trace import HOST, StorageTrace
 
 
 @dataclass

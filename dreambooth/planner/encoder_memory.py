@@ -4,7 +4,7 @@ All encoders of a run are there together, fp32, and look at 16 pictures at a tim
 EfficientNet-Lite0 takes for such a batch, measured; the others take less (test).
 """
 
-from dreambooth.allocator import MIB
+from dreambooth.planner.caching_allocator import MIB
 from dreambooth.config.evaluate import Evaluate
 
 WEIGHTS = {"efficientnet_lite0": 14 * MIB, "dino": 84 * MIB, "clip": 578 * MIB, "lpips": 10 * MIB}

@@ -9,10 +9,10 @@ peaks. No torch.
 
 from dataclasses import dataclass
 
-from dreambooth.cards import Card
+from dreambooth.planner.gpu_specs import Card
 from dreambooth.config.enums import Dtype, EmaDevice, OptimizerKind
 from dreambooth.utils.hardware import GIB
-from dreambooth.prediction import Prediction
+from dreambooth.planner.prediction import Prediction
 from dreambooth.config.recipe import Recipe
 
 EFFICIENCY = {True: 0.21, False: 0.42}  # share of the peak rate: with tensor cores (half), without (fp32)

@@ -11,7 +11,7 @@ from dreambooth.models import lora, vae
 from dreambooth.config.enums import AttentionKind, BaseWeights
 from dreambooth.models.components import Components, base_schedule, half_overflows, keep_vae_whole
 from dreambooth.errors import UserError
-from dreambooth.fakes import fake_tensors, to_dtype
+from dreambooth.planner.fake_cuda import fake_tensors, to_dtype
 from dreambooth.models.loading import TORCH_DTYPE, denoiser_of, kept_in, trained_modules
 from dreambooth.utils.assets import asset
 from dreambooth.models.quantization import quantise

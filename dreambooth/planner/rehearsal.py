@@ -16,24 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth import architecture
+from dreambooth.planner import skeleton_models
 from dreambooth.models import loading
-from dreambooth.allocator import MIB
+from dreambooth.planner.caching_allocator import MIB
 from dreambooth.data.batch import Batch, joined
 from dreambooth.data.aspect_buckets import Size, largest
 from dreambooth.config.enums import AttentionKind, Dtype, EmaDevice, Weights
 from dreambooth.data.batches import at_a_time
-from dreambooth.encoder_memory import looking
+from dreambooth.planner.encoder_memory import looking
 from dreambooth.runtime.engine import Engine
-from dreambooth.fakes import fake_gpu, fake_tensors, rest, wake, workspace
-from dreambooth.marked import MarkedEma, MarkedEngine, Scaler, gradient_to
+from dreambooth.planner.fake_cuda import fake_gpu, fake_tensors, rest, wake, workspace
+from dreambooth.planner.phase_markers import MarkedEma, MarkedEngine, Scaler, gradient_to
 from dreambooth.optim.memory_levers import equip
 from dreambooth.optim.cpu_offload import Offloaded
-from dreambooth.optim_memory import ModelledOptimizer
-from dreambooth.prediction import Prediction
+from dreambooth.planner.optimizer_memory import ModelledOptimizer
+from dreambooth.planner.prediction import Prediction
 from dreambooth.config.recipe import Recipe
 from dreambooth.training.step import Objective, TrainState, train_step
-from dreambooth.storage_trace import ACTIVATIONS, HOST, TEMPORARIES, StorageTrace
+from dreambooth.planner.allocation_trace import ACTIVATIONS, HOST, TEMPORARIES, StorageTrace
 
 CUBLAS = 8 * MIB + 128 * 1024  # its workspace, 8320 KiB: PyTorch's default :4096:2:16:8
 
@@ -61,7 +61,7 @@ class _Rehearsal:
         self.recipe = recipe
         self.memory = recipe.memory
         self.trace = StorageTrace(workspace)
-        self.parts = architecture.blank(recipe)
+        self.parts = skeleton_models.blank(recipe)
         self.objective = Objective(self.parts.noise_schedule(), recipe.prior.prior_loss_weight,
                                    recipe.train.snr_gamma, recipe.two_passes)
         self.autocast = self._autocast()
@@ -88,7 +88,7 @@ class _Rehearsal:
             gone = [rest(module) for module in resting]
             trace.mark("training")
             trace.add_module(wake(parts.unet, shapes), "weights")
-            denoiser = loading.prepare(parts, architecture.known_attention(recipe))
+            denoiser = loading.prepare(parts, skeleton_models.known_attention(recipe))
             state = self._state(denoiser)
             self._steps(state)
             for module, known in zip(resting, gone, strict=True):

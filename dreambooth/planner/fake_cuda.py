@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreambooth.hollow import HollowTensors
+from dreambooth.planner.hollow_tensors import HollowTensors
 
 FLASH_CAPABILITY = 8.0  # PyTorch's flash kernel needs Ampere; a T4 (7.5) gets the memory-efficient one
 _TO_FP32 = ("group_norm", "layer_norm", "native_layer_norm", "exp", "pow.Tensor_Scalar", "rsqrt", "upsample_nearest2d")
