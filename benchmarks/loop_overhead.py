@@ -22,18 +22,18 @@ import torch
 from hydra import compose, initialize_config_dir
 from speed_table import machine, put
 
-from dreambooth.data.prefetch import Ahead
 from dreambooth.config.compose import conf_dir, load
-from dreambooth.utils.console import Console
+from dreambooth.config.recipe import resolve
+from dreambooth.data.prefetch import Ahead
 from dreambooth.runtime.engine import accelerated
+from dreambooth.runtime.memory_meter import Meter
+from dreambooth.tracking.run_tracker import tracked
 from dreambooth.training.hooks import All, Log
 from dreambooth.training.loop import fit
-from dreambooth.runtime.memory_meter import Meter
-from dreambooth.config.recipe import resolve
 from dreambooth.training.setup import assemble
-from dreambooth.utils.signals import Stop
 from dreambooth.training.step import train_step
-from dreambooth.tracking.run_tracker import tracked
+from dreambooth.utils.console import Console
+from dreambooth.utils.signals import Stop
 
 Clocks = tuple[float, float]  # wall, CPU of all threads
 

@@ -10,15 +10,15 @@ import time
 from pathlib import Path
 from statistics import mean, stdev
 
-from dreambooth.planner.gpu_specs import CARDS
-from dreambooth.config.enums import (Device, Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, Weights)
-from dreambooth.planner.time_and_cost import step_seconds
-from dreambooth.utils.hardware import GIB
-from dreambooth.models.loading import import_libraries
-from dreambooth.planner.prediction import STEP
+from dreambooth.config.enums import Device, Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, Weights
 from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.config.schema import Config
+from dreambooth.models.loading import import_libraries
+from dreambooth.planner.gpu_specs import CARDS
+from dreambooth.planner.prediction import STEP
 from dreambooth.planner.rehearsal import predict
+from dreambooth.planner.time_and_cost import step_seconds
+from dreambooth.utils.hardware import GIB
 
 DOCS = Path(__file__).parents[1] / "docs" / "planner.md"
 BEGIN, END = "<!-- benchmarks/planner.py -->\n", "<!-- end -->\n"

@@ -2,7 +2,8 @@
 
 Forward and backward of every such layer of the tiny base at 64 px and of Stable Diffusion 1.5 at 256 px, with the
 inputs that the UNet gives it (seen in a pass on fake tensors). Both ways alternate in one process; medians of wall
-time. `dreambooth/models/pointwise_conv.py` leaves a layer with more than 8 output channels a pixel to the convolution: marked *.
+time. `dreambooth/models/pointwise_conv.py` leaves a layer with more than 8 output channels a pixel to the convolution:
+marked *.
 """
 
 import argparse
@@ -18,12 +19,12 @@ from hydra import compose, initialize_config_dir
 from speed_table import machine, put
 from torch import nn
 
-from dreambooth.models import pointwise_conv as products
-from dreambooth.planner.skeleton_models import blank
 from dreambooth.config.compose import conf_dir, load
-from dreambooth.planner.fake_cuda import fake_tensors
-from dreambooth.models.loading import import_libraries
 from dreambooth.config.recipe import resolve
+from dreambooth.models import pointwise_conv as products
+from dreambooth.models.loading import import_libraries
+from dreambooth.planner.fake_cuda import fake_tensors
+from dreambooth.planner.skeleton_models import blank
 
 Layer = tuple[int, int, int]  # channels in, channels out, pixels of a side
 MODELS = {"tiny": 64, "sd15": 256}  # name -> pixels of a side

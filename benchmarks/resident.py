@@ -12,14 +12,14 @@ from pathlib import Path
 
 import psutil
 
-from dreambooth.models import loading
-from dreambooth.planner import rehearsal
 from dreambooth.config.enums import Dtype
-from dreambooth.utils.hardware import GIB
-from dreambooth.planner.prediction import STEP, Prediction
 from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.config.schema import Config
+from dreambooth.models import loading
+from dreambooth.planner import rehearsal
 from dreambooth.planner.allocation_trace import MARK
+from dreambooth.planner.prediction import STEP, Prediction
+from dreambooth.utils.hardware import GIB
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # glibc gives freed blocks back
 

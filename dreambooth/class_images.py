@@ -25,9 +25,9 @@ def class_images(cfg: DictConfig) -> None:
 
 
 def _job(config: Config) -> None:
+    from dreambooth.config.recipe import resolve
     from dreambooth.storage import run_inputs
     from dreambooth.utils.hardware import detect
-    from dreambooth.config.recipe import resolve
     from dreambooth.utils.signals import stoppable
 
     cli.allocator(config.memory)

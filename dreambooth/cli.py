@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from dreambooth.runtime import cpu_tuning
-from dreambooth.errors import DreamBoothError, Interrupted
 from dreambooth.config.schema import Memory
+from dreambooth.errors import DreamBoothError, Interrupted
+from dreambooth.runtime import cpu_tuning
 
 ENDS = "DREAMBOOTH_ENDS"  # a folder in which every failed process leaves RANK.json, for who started them
 _taken: dict[str, str] = {}  # key -> value of words that Hydra does not get to see

@@ -9,8 +9,8 @@ from omegaconf import DictConfig
 
 from dreambooth import cli
 from dreambooth.config.compose import asked, conf_dir
-from dreambooth.errors import UserError
 from dreambooth.config.section import Section, require
+from dreambooth.errors import UserError
 
 
 @dataclass
@@ -40,9 +40,9 @@ def _job(cfg: DictConfig) -> None:
     sweep = cli.given("sweep") or ask.sweep
     if sweep is None:
         raise UserError("the sweep is missing: type sweep=ID, the tag that its runs have in MLflow")
-    from dreambooth.utils import atomic_files
     from dreambooth.sweeps.html_page import page
     from dreambooth.sweeps.trials import of_sweep
+    from dreambooth.utils import atomic_files
 
     text = page(sweep, of_sweep(Path(ask.run_root), sweep), ask.pixels)
     path = Path(ask.out or f"{ask.run_root}/compare-{sweep}.html")

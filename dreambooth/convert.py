@@ -9,8 +9,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth import cli
 from dreambooth.config.compose import asked, conf_dir
-from dreambooth.errors import UserError
 from dreambooth.config.section import Section, require
+from dreambooth.errors import UserError
 
 TYPES = ("epsilon", "v_prediction")
 
@@ -62,8 +62,8 @@ def read(cfg: DictConfig) -> Convert:
 def _job(ask: Convert) -> None:
     if not ask.source or not ask.out:
         raise UserError("type in=MODEL.safetensors out=DIR, or in=DIR out=MODEL.safetensors")
-    from dreambooth.serialization.convert import convert as work
     from dreambooth.models.loading import import_libraries
+    from dreambooth.serialization.convert import convert as work
 
     import_libraries()
     work(ask.source, ask.out, config=ask.config, vae=ask.vae, with_vae=ask.with_vae, dtype=ask.dtype,

@@ -18,19 +18,19 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth import cli
-from dreambooth.config.enums import Device
 from dreambooth.config.compose import conf_dir, load
-from dreambooth.container import cluster as clusters
-from dreambooth.container import hyperparameters as requests
-from dreambooth.container import hyperparameter_values
-from dreambooth.container.sagemaker_paths import Places
-from dreambooth.container.publish_model import publish
-from dreambooth.container.supervisor import End, Supervisor
-from dreambooth.errors import DreamBoothError, UserError
-from dreambooth.utils.assets import asset
-from dreambooth.data.photos import list_photos
+from dreambooth.config.enums import Device
 from dreambooth.config.schema import Config, Storage
 from dreambooth.config.storage import is_remote
+from dreambooth.container import cluster as clusters
+from dreambooth.container import hyperparameter_values
+from dreambooth.container import hyperparameters as requests
+from dreambooth.container.publish_model import publish
+from dreambooth.container.sagemaker_paths import Places
+from dreambooth.container.supervisor import End, Supervisor
+from dreambooth.data.photos import list_photos
+from dreambooth.errors import DreamBoothError, UserError
+from dreambooth.utils.assets import asset
 
 ENFORCED = {"hydra/launcher": "basic", "hydra.mode": "RUN"}  # an experiment may not make a job start jobs
 
@@ -89,7 +89,8 @@ def asked(places: Places, words: list[str], hardware: str | None) -> requests.Re
                        for name, raw in places.config("hyperparameters.json").items()}
     request = requests.understand(hyperparameters | _typed(words), places.channels(), hardware, places, GRAMMAR)
     request.notices += [f"{key} is not used: a job is one run" for key in ENFORCED if key in request.overrides]
-    ours = {"run_root": hyperparameter_values.quoted(str(places.checkpoints)), "storage.cache": hyperparameter_values.quoted(str(places.cache))}
+    ours = {"run_root": hyperparameter_values.quoted(str(places.checkpoints)),
+            "storage.cache": hyperparameter_values.quoted(str(places.cache))}
     request.overrides = ours | request.overrides | ENFORCED
     return request
 

@@ -9,11 +9,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth import cli
-from dreambooth.config.enums import EncoderKind
 from dreambooth.config.compose import conf_dir, load
-from dreambooth.errors import UserError
+from dreambooth.config.enums import EncoderKind
 from dreambooth.config.schema import Config
 from dreambooth.config.section import Section
+from dreambooth.errors import UserError
 
 
 @dataclass
@@ -50,9 +50,9 @@ def _job(cfg: DictConfig) -> None:
 
     run = Path(run_inputs.local(cfg.run) or "")
     config = load(composed(run, asked))
+    from dreambooth.config.recipe import resolve
     from dreambooth.evaluation.evaluate_run import assess
     from dreambooth.utils.hardware import detect
-    from dreambooth.config.recipe import resolve
 
     assess(resolve(run_inputs.fetched(config, run), run, detect()))
 

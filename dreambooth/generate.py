@@ -21,9 +21,9 @@ def generate(cfg: DictConfig) -> None:
 
 def _job(cfg: DictConfig) -> None:
     ask = asked(cfg, Generate)
-    from dreambooth.storage import run_inputs
     from dreambooth.inference.generate_images import draw
     from dreambooth.models.loading import import_libraries
+    from dreambooth.storage import run_inputs
     from dreambooth.utils.signals import stoppable
 
     import_libraries()

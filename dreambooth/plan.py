@@ -14,10 +14,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dreambooth import cli
-from dreambooth.config.enums import Device, PlanFormat
 from dreambooth.config.compose import conf_dir, load
-from dreambooth.errors import DoesNotFit, UserError
+from dreambooth.config.enums import Device, PlanFormat
 from dreambooth.config.schema import Config
+from dreambooth.errors import DoesNotFit, UserError
 
 if TYPE_CHECKING:
     from dreambooth.planner.report import Planned
@@ -35,8 +35,8 @@ def plan(cfg: DictConfig) -> float | None:
 
 
 def _job(config: Config, sweep: bool) -> float:
-    from dreambooth.utils.hardware import detect
     from dreambooth.config.recipe import resolve
+    from dreambooth.utils.hardware import detect
 
     for number, (_, subject) in enumerate(config.dataset.places):
         for key, value in UNSAID.items():
@@ -45,8 +45,8 @@ def _job(config: Config, sweep: bool) -> float:
     config.dataset.allow_drawings = True  # nothing is trained
     here = detect() if config.hardware.device is Device.local else None
     recipe = resolve(config, Path(config.run_root), here)
-    from dreambooth.planner import auto_memory, report
     from dreambooth.models.loading import import_libraries
+    from dreambooth.planner import auto_memory, report
 
     import_libraries()
     choice = auto_memory.chosen(recipe)

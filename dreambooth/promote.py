@@ -9,8 +9,8 @@ from omegaconf import DictConfig
 
 from dreambooth import cli
 from dreambooth.config.compose import asked, conf_dir
-from dreambooth.errors import UserError
 from dreambooth.config.section import Section, finite, require
+from dreambooth.errors import UserError
 
 
 @dataclass
@@ -46,8 +46,8 @@ def _job(cfg: DictConfig) -> None:
     sweep = cli.given("sweep") or ask.sweep
     if sweep is None:
         raise UserError("the sweep is missing: type sweep=ID, the tag that its runs have in MLflow")
-    from dreambooth.sweeps import promotion
     from dreambooth.runs.report import promoted
+    from dreambooth.sweeps import promotion
 
     terms = promotion.Terms(ask.uri, ask.experiment, ask.name, ask.objective, ask.max_class_similarity, ask.replace,
                             ask.default_uri)

@@ -6,31 +6,31 @@ from contextlib import nullcontext
 from functools import partial
 from math import nan
 
-from dreambooth.training import best_weights, checkpoint
+from dreambooth.config.evaluate import INSTANCE_LOSS
+from dreambooth.config.recipe import Recipe
+from dreambooth.data.prefetch import Ahead
+from dreambooth.evaluation.evaluator import Evaluation
+from dreambooth.models import loading
 from dreambooth.planner import auto_memory
 from dreambooth.runs import report
-from dreambooth.serialization import export
-from dreambooth.models import loading
-from dreambooth.runtime import oom_advice
-from dreambooth.utils import atomic_files, provenance
-from dreambooth.data.prefetch import Ahead
-from dreambooth.utils.console import Console
-from dreambooth.runtime.engine import Engine, accelerated
-from dreambooth.evaluation.evaluator import Evaluation
-from dreambooth.training.stop_hook import Halt
-from dreambooth.training.hooks import All, Log, Measure, Samples, Save
-from dreambooth.training.loop import fit
-from dreambooth.config.evaluate import INSTANCE_LOSS
-from dreambooth.runtime.memory_meter import Meter
-from dreambooth.training.instance_loss import instance_loss
-from dreambooth.config.recipe import Recipe
 from dreambooth.runs.run_folder import Result, check_disk, finished, judged, locked, resume_point
-from dreambooth.training.sample_images import SampleBook
-from dreambooth.training.setup import Setup, assemble
-from dreambooth.utils.signals import Stop
-from dreambooth.training.step import train_step
+from dreambooth.runtime import oom_advice
+from dreambooth.runtime.engine import Engine, accelerated
+from dreambooth.runtime.memory_meter import Meter
+from dreambooth.serialization import export
 from dreambooth.tracking.run_tracker import tracked
 from dreambooth.tracking.tracker import Tracker
+from dreambooth.training import best_weights, checkpoint
+from dreambooth.training.hooks import All, Log, Measure, Samples, Save
+from dreambooth.training.instance_loss import instance_loss
+from dreambooth.training.loop import fit
+from dreambooth.training.sample_images import SampleBook
+from dreambooth.training.setup import Setup, assemble
+from dreambooth.training.step import train_step
+from dreambooth.training.stop_hook import Halt
+from dreambooth.utils import atomic_files, provenance
+from dreambooth.utils.console import Console
+from dreambooth.utils.signals import Stop
 
 
 def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = None) -> Result:
@@ -54,7 +54,8 @@ def execute(recipe: Recipe, stop: Stop, predicted: Mapping[str, float] | None = 
         recipe, expected, chosen = engine.share(auto_memory.settled(recipe, engine.world) if engine.main else None)
         console.table(report.plan(recipe) | ({"memory": chosen} if chosen else {}))
         start = engine.share(resume_point(recipe.run_dir, recipe.checkpoint.resume) if engine.main else None)
-        meter = Meter(engine.device, partial(oom_advice.advice, recipe=recipe.among(engine.world)), predicted or expected)
+        advice = partial(oom_advice.advice, recipe=recipe.among(engine.world))
+        meter = Meter(engine.device, advice, predicted or expected)
         setup = assemble(recipe, engine, accelerator, console, meter, stop)
         if start:
             with meter.phase("resume"):
@@ -98,8 +99,8 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
 
 def _needed_bytes(recipe: Recipe, setup: Setup) -> int:
     kept = checkpoint.needed_bytes(setup.state, setup.trained, recipe.checkpoint.keep)
-    best_weights = best_weights.needed_bytes(setup.trained) if recipe.evaluate.select else 0
-    return kept + best_weights + export.size_bytes(setup.parts, recipe)
+    best = best_weights.needed_bytes(setup.trained) if recipe.evaluate.select else 0
+    return kept + best + export.size_bytes(setup.parts, recipe)
 
 
 def _finish(recipe: Recipe, engine: Engine, setup: Setup, measure: Measure, tracker: Tracker, meter: Meter,

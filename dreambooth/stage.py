@@ -15,14 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from dreambooth import cli
-from dreambooth.config.enums import Device
 from dreambooth.config.compose import search_space
+from dreambooth.config.enums import Device
+from dreambooth.config.recipe import resolve
 from dreambooth.container import cluster as clusters
 from dreambooth.container.supervisor import End, Supervisor
 from dreambooth.entrypoint import composed
 from dreambooth.errors import ConfigError, UserError
-from dreambooth.config.recipe import resolve
-from dreambooth.kubernetes import components, ending
+from dreambooth.kubernetes import exit_report, kfp_components
 from dreambooth.kubernetes.workflow_spec import HERE, SERVER, TRIAL, Space
 from dreambooth.storage.folders import SCHEME
 
@@ -56,11 +56,11 @@ def main() -> None:
     def job() -> None:
         nonlocal end
         if asked.stage == "ended":
-            print("\n".join(ending.told(asked.status, asked.failures)))
+            print("\n".join(exit_report.told(asked.status, asked.failures)))
             return
         end = _run(asked, Supervisor())
         if asked.kfp and not end.code:
-            components.hand_over(asked.kfp, asked.out)
+            kfp_components.hand_over(asked.kfp, asked.out)
 
     cli.attempt(job, sweep=False)
     if end.code:

@@ -12,11 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from dreambooth import cli
 from dreambooth.config.compose import conf_dir, load, typed_password
-from dreambooth.errors import UserError
 from dreambooth.config.schema import Config
 from dreambooth.config.storage import is_single
-from dreambooth.utils.signals import again
+from dreambooth.errors import UserError
 from dreambooth.sweeps.hydra_callbacks import STARTED, named, telling
+from dreambooth.utils.signals import again
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
@@ -33,11 +33,11 @@ def train(cfg: DictConfig) -> float | None:
 
 
 def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
-    from dreambooth.storage import run_inputs
     from dreambooth.cloud import secrets
-    from dreambooth.utils.hardware import detect
     from dreambooth.config.recipe import resolve
     from dreambooth.runs.run_folder import discard_if_unused, forget_overrides
+    from dreambooth.storage import run_inputs
+    from dreambooth.utils.hardware import detect
     from dreambooth.utils.signals import stoppable
 
     try:

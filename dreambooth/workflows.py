@@ -10,12 +10,12 @@ from pathlib import Path
 
 from dreambooth import __version__, cli
 from dreambooth.config.compose import search_space
+from dreambooth.config.recipe import resolve
 from dreambooth.entrypoint import composed
 from dreambooth.errors import UserError
-from dreambooth.config.recipe import resolve
-from dreambooth.kubernetes import submitting
-from dreambooth.kubernetes.workflow_spec import Asked, Space
+from dreambooth.kubernetes import submit
 from dreambooth.kubernetes.render import rendered
+from dreambooth.kubernetes.workflow_spec import Asked, Space
 
 FOLDER = Path("workflows")
 SPACE = "subject"
@@ -52,15 +52,15 @@ def parser() -> argparse.ArgumentParser:
     words = "KEY=VALUE, a word each, are overrides of every run; none: those of the committed files"
     render = commands.add_parser("render", help="write the files", epilog=words)
     check = commands.add_parser("check", help="say which files are not what conf/ says", epilog=words)
-    submit = commands.add_parser("submit", help="send a workflow, TrainJob or Experiment to a cluster", epilog=words)
-    for one in (render, check, submit):
+    send = commands.add_parser("submit", help="send a workflow, TrainJob or Experiment to a cluster", epilog=words)
+    for one in (render, check, send):
         one.add_argument("--space", default=SPACE, help="search space, a file of conf/sweep")
         one.add_argument("--image", default=IMAGE, help="where nodes find the image, such as REGISTRY/dreambooth:0.1.0")
     for one in (render, check):
         one.add_argument("--to", type=Path, default=FOLDER, help="folder of the files")
-    submit.add_argument("--what", choices=submitting.KINDS, default="sweep")
-    submit.add_argument("--namespace", default="dreambooth")
-    submit.add_argument("--name", help="of the TrainJob or Experiment; Argo makes one up")
+    send.add_argument("--what", choices=submit.KINDS, default="sweep")
+    send.add_argument("--namespace", default="dreambooth")
+    send.add_argument("--name", help="of the TrainJob or Experiment; Argo makes one up")
     return found
 
 
@@ -76,7 +76,7 @@ def main() -> None:
         if options.command == "submit":
             if unfilled := [word for word in given.overrides if "s3://BUCKET" in word]:
                 raise UserError(f"{unfilled[0]} is a placeholder: type the overrides of your run after submit")
-            print(submitting.submit(given, options.what, options.namespace, options.name))
+            print(submit.submit(given, options.what, options.namespace, options.name))
         elif options.command == "check":
             if stale := differing(rendered(given), options.to):
                 raise UserError(f"not what conf/ says: {', '.join(stale)}: type python -m dreambooth.workflows render")

@@ -155,7 +155,7 @@ def _result(seed: int) -> None:
 
 
 def _metrics_flush(seed: int) -> None:
-    from dreambooth.tracking.tracker import journal
+    from dreambooth.tracking import journal
 
     class HalfWriting:
         """os, but the write of a line stops in its middle."""
@@ -235,7 +235,7 @@ def _little_memory_in_step_3(seed: int) -> None:
 
 
 def _little_memory_in_class_images(seed: int) -> None:
-    from dreambooth.data.batches import class_images
+    from dreambooth.data import class_images
 
     make = class_images.make
     _freed_is_given_back()
@@ -287,7 +287,7 @@ def _evaluation_between(seed: int) -> None:
 
 
 def _evaluation_half(seed: int) -> None:
-    from dreambooth.evaluation.evaluator import evaluator
+    from dreambooth.evaluation import evaluator
 
     _on(evaluator, "grid", _nothing, after=7)
 
@@ -299,24 +299,24 @@ def _evaluation_unkept(seed: int) -> None:
 
 
 def _evaluation_stopped(seed: int) -> None:
-    from dreambooth.evaluation.evaluator import evaluator
+    from dreambooth.evaluation import evaluator
 
-    generate, calls = evaluator.generate, iter(range(10**9))
+    generate, calls = evaluator.generate_images, iter(range(10**9))
 
     def generating(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == 2:  # after the base and the first step that is measured
             os.kill(os.getpid(), signal.SIGTERM)
         return generate(*args, **kwargs)
 
-    evaluator.generate = generating
+    evaluator.generate_images = generating
 
 
 def _second_batch(act: Callable[[], None]) -> Callable[[int], None]:
     """Before generate has the second batch of its pictures."""
     def fault(seed: int) -> None:
-        from dreambooth.models import pipeline
+        from dreambooth.inference import generate_images as drawing
 
-        generate = pipeline.generate
+        generate = drawing.generate_images
 
         def generating(*args: Any, **kwargs: Any) -> Any:
             for number, batch in enumerate(generate(*args, **kwargs)):
@@ -324,7 +324,7 @@ def _second_batch(act: Callable[[], None]) -> Callable[[int], None]:
                     act()
                 yield batch
 
-        pipeline.generate = generating
+        drawing.generate_images = generating
 
     return fault
 

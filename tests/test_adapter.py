@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from test_kill import KILLED, assert_same, losses, the_run
 from torch import Tensor, nn
 
+from dreambooth.config.enums import BaseWeights, Dtype, MethodKind, Targets
+from dreambooth.config.method import Method
 from dreambooth.models import lora
 from dreambooth.models.lora import LowRank, inject, learned, merge
-from dreambooth.config.enums import BaseWeights, Dtype, MethodKind, Targets
-from dreambooth.models.sample_dropout import Dropout, follow, sample_keys
 from dreambooth.models.quantization import quantise
-from dreambooth.config.method import Method
+from dreambooth.models.sample_dropout import Dropout, follow, sample_keys
 
 KINDS = [MethodKind.lora, MethodKind.dora]
 U = 2.0**-24
@@ -129,9 +129,9 @@ def test_all_of_a_frozen_base_is_in_the_compute_precision_and_the_planner_knows(
     """Norms and embeddings too: what is loaded, what is planned and what the docs say are one thing."""
     from test_planner import small
 
-    from dreambooth.planner.skeleton_models import blank
-    from dreambooth.planner.fake_cuda import fake_tensors
     from dreambooth.models.loading import load
+    from dreambooth.planner.fake_cuda import fake_tensors
+    from dreambooth.planner.skeleton_models import blank
 
     if weights is BaseWeights.nf4:
         pytest.importorskip("bitsandbytes")
@@ -297,8 +297,8 @@ def test_an_adapters_run_is_promoted_and_opened_from_the_registry(tmp_path: Path
     from mlflow import MlflowClient
     from mlflow.artifacts import download_artifacts
 
-    from dreambooth.utils.assets import asset
     from dreambooth.sweeps.promotion import Terms, promote
+    from dreambooth.utils.assets import asset
 
     assert train(tmp_path, "method=lora", "tracking.sweep=s") == 0
     told = promote("s", tmp_path, Terms())

@@ -10,15 +10,15 @@ import pytest
 import torch
 from test_core import Toy, batches, schedule, state
 
-from dreambooth.data.prefetch import Ahead
 from dreambooth.data.batches import Batch
-from dreambooth.runtime.engine import Engine
+from dreambooth.data.prefetch import Ahead
 from dreambooth.errors import Diverged, Interrupted
-from dreambooth.training.stop_hook import Halt
+from dreambooth.runtime.async_readback import Sent
+from dreambooth.runtime.engine import Engine
 from dreambooth.training.hooks import All
 from dreambooth.training.loop import fit
-from dreambooth.runtime.async_readback import Sent
 from dreambooth.training.step import Objective, StepInfo, TrainState, train_step
+from dreambooth.training.stop_hook import Halt
 
 
 def step(found: TrainState, parts: list[Batch]) -> StepInfo:

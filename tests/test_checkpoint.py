@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from test_core import Toy, batches, schedule, state
 
-from dreambooth.training import checkpoint
-from dreambooth.utils import atomic_files
-from dreambooth.runtime.engine import Engine
 from dreambooth.errors import DoesNotFit, UserError
+from dreambooth.runtime.engine import Engine
+from dreambooth.training import checkpoint
 from dreambooth.training.step import Objective, TrainState, train_step
+from dreambooth.utils import atomic_files
 
 
 def train(found: TrainState, until: int) -> TrainState:

@@ -11,10 +11,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.config.compose import conf_dir, identity, load
-from dreambooth.errors import ConfigError
-from dreambooth.utils.hardware import Machine
 from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.config.schema import Config
+from dreambooth.errors import ConfigError
+from dreambooth.utils.hardware import Machine
 
 PHOTOS = ["dataset.instance_dir=/photos", "dataset.instance_prompt=a photo of a zwx dog",
           "dataset.class_prompt=a photo of a dog"]

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console as Rich
 
-from dreambooth.runs import report
-from dreambooth.utils.console import Bar, Console
 from dreambooth.config.recipe import resolve
-from dreambooth.runs.run_folder import Result
 from dreambooth.config.schema import Config, Dataset, Prior, Train
+from dreambooth.runs import report
+from dreambooth.runs.run_folder import Result
+from dreambooth.utils.console import Bar, Console
 
 
 def recipe(run_dir: Path, **sections):

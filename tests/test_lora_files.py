@@ -11,13 +11,13 @@ import torch
 from families import make
 from safetensors.torch import load_file
 
-from dreambooth.models import lora, loading
-from dreambooth.serialization import lora_files
 from dreambooth.config.enums import Dtype, MethodKind, Targets
-from dreambooth.models.text_conditioning import OneEncoder, TwoEncoders
-from dreambooth.errors import UserError
-from dreambooth.utils.assets import asset
 from dreambooth.config.method import Method
+from dreambooth.errors import UserError
+from dreambooth.models import loading, lora
+from dreambooth.models.text_conditioning import OneEncoder, TwoEncoders
+from dreambooth.serialization import lora_files
+from dreambooth.utils.assets import asset
 
 BASE = asset("package:tiny-sd")
 

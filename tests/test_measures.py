@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from test_config import made, recipe
 
-from dreambooth.config.compose import evaluate, eval_prompts
-from dreambooth.training.best_weights import best_step
+from dreambooth.config import eval_prompts, evaluate
 from dreambooth.config.compose import identity
-from dreambooth.errors import ConfigError, UserError
 from dreambooth.config.evaluate import EncoderKind, Evaluate, known, objective, parse
+from dreambooth.errors import ConfigError, UserError
 from dreambooth.runs.run_folder import Result, judged
+from dreambooth.training.best_weights import best_step
 
 OFFLINE = known(Evaluate(), "a photo of a toy")
 PAPER = known(Evaluate(encoder=EncoderKind.paper, lpips="x"), "a photo of a toy")

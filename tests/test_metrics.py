@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dreambooth.evaluation.evaluator import metrics
+from dreambooth.evaluation import metrics
 from dreambooth.evaluation.lpips import CHANNELS, Lpips, shapes
 
 E, N = torch.eye(4), pytest.approx

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from dreambooth.config.enums import AttentionKind, LrSchedule
-from dreambooth.models.text_conditioning import OneEncoder
-from dreambooth.data.batches import Batch
-from dreambooth.runtime.engine import Engine
-from dreambooth.models.loading import Components, Denoiser, set_attention
-from dreambooth.optim.optimizers import build_schedule
-from dreambooth.utils.assets import asset
 from dreambooth.config.schema import Train
+from dreambooth.data.batches import Batch
+from dreambooth.models.loading import Components, Denoiser, set_attention
+from dreambooth.models.text_conditioning import OneEncoder
+from dreambooth.optim.optimizers import build_schedule
+from dreambooth.runtime.engine import Engine
 from dreambooth.training.step import Objective, TrainState, train_step
+from dreambooth.utils.assets import asset
 
 STEPS, WARM = 40, 10
 

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dreambooth.data.batches import photos
+from dreambooth.data import photos
+from dreambooth.data.photos import NO_FINGERPRINT, fingerprint, list_photos, load_photos, square, to_model_range
 from dreambooth.errors import UserError
-from dreambooth.data.photos import (NO_FINGERPRINT, fingerprint, list_photos, load_photos, square, to_model_range)
 
 PROMPT = "a photo of sks dog"
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)
@@ -512,7 +512,8 @@ def test_the_model_range_is_minus_one_to_one_channels_first():
 
 
 def test_importing_photos_loads_neither_torch_numpy_pillow_nor_hydra():
-    code = "import sys, dreambooth.data.photos; print({'torch', 'numpy', 'PIL', 'hydra', 'omegaconf'} & set(sys.modules))"
+    code = ("import sys, dreambooth.data.photos; "
+            "print({'torch', 'numpy', 'PIL', 'hydra', 'omegaconf'} & set(sys.modules))")
     ran = subprocess.run([sys.executable, "-c", code], cwd=Path(photos.__file__).parents[1],
                          capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "set()"

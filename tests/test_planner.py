@@ -15,31 +15,40 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from dreambooth.planner import skeleton_models, gpu_specs, time_and_cost, auto_memory, report, rehearsal
 from dreambooth import run
-from dreambooth.data.batches import aspect_buckets
-from dreambooth.models import loading
-from dreambooth.planner.caching_allocator import MIB, CachingAllocator
-from dreambooth.config.enums import (Device, Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, TrackingKind, Weights)
 from dreambooth.config.compose import conf_dir
-from dreambooth.evaluation.efficientnet import efficientnet_lite0
-from dreambooth.planner.encoder_memory import looking
-from dreambooth.evaluation.encoders import EfficientNet
-from dreambooth.runtime.engine import Engine, accelerated
-from dreambooth.errors import UserError
-from dreambooth.planner.fake_cuda import fake_tensors
+from dreambooth.config.dataset import Subject
+from dreambooth.config.enums import (
+    Device,
+    Dtype,
+    EmaDevice,
+    EncoderKind,
+    OptimizerKind,
+    Rounding,
+    TrackingKind,
+    Weights,
+)
 from dreambooth.config.evaluate import Evaluate
+from dreambooth.config.recipe import Recipe, resolve
+from dreambooth.config.schema import Config
+from dreambooth.data import aspect_buckets
+from dreambooth.errors import UserError
+from dreambooth.evaluation.efficientnet import efficientnet_lite0
+from dreambooth.evaluation.encoders import EfficientNet
+from dreambooth.models import loading
+from dreambooth.planner import auto_memory, gpu_specs, rehearsal, report, skeleton_models, time_and_cost
+from dreambooth.planner.allocation_trace import MARK, StorageTrace
+from dreambooth.planner.caching_allocator import MIB, CachingAllocator
+from dreambooth.planner.encoder_memory import looking
+from dreambooth.planner.fake_cuda import fake_tensors
+from dreambooth.planner.memory_options import named, ways
 from dreambooth.planner.optimizer_memory import CODEBOOKS, ModelledOptimizer
 from dreambooth.planner.prediction import Prediction
-from dreambooth.config.recipe import Recipe, resolve
+from dreambooth.planner.rehearsal import predict, rehearse
 from dreambooth.runs.run_folder import Result
-from dreambooth.config.schema import Config
-from dreambooth.config.dataset import Subject
+from dreambooth.runtime.engine import Engine, accelerated
 from dreambooth.training.setup import assemble
 from dreambooth.utils.signals import Stop
-from dreambooth.planner.allocation_trace import MARK, StorageTrace
-from dreambooth.planner.rehearsal import predict, rehearse
-from dreambooth.planner.memory_options import named, ways
 
 
 def recipe(name: str = "tiny", **changed: object) -> Recipe:
@@ -292,8 +301,8 @@ def test_adamw8bit_keeps_what_bitsandbytes_keeps() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     real = _stepped(lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-3))
     model = _stepped(lambda p: ModelledOptimizer(p, OptimizerKind.adamw8bit))
-    assert _state_bytes(loading) == _state_bytes(real, without=("qmap1", "qmap2"))
-    assert _state_bytes(real) - _state_bytes(loading) in (0, CODEBOOKS)
+    assert _state_bytes(model) == _state_bytes(real, without=("qmap1", "qmap2"))
+    assert _state_bytes(real) - _state_bytes(model) in (0, CODEBOOKS)
 
 
 def test_adafactor_keeps_what_transformers_keeps() -> None:

@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 from test_planner import recipe, small
 
-from dreambooth.planner import auto_memory, report
-from dreambooth.planner.skeleton_models import trained_weights
-from dreambooth.planner.gpu_specs import fixed_gib
 from dreambooth.config.enums import BaseWeights, Dtype, MethodKind, Targets
-from dreambooth.utils.hardware import GIB
+from dreambooth.planner import auto_memory, report
+from dreambooth.planner.gpu_specs import fixed_gib
+from dreambooth.planner.memory_options import ways
 from dreambooth.planner.prediction import STEP
 from dreambooth.planner.rehearsal import predict, rehearse
-from dreambooth.planner.memory_options import ways
+from dreambooth.planner.skeleton_models import trained_weights
+from dreambooth.utils.hardware import GIB
 
 LORA: dict[str, object] = {"method__kind": MethodKind.lora, "method__name": "lora"}
 DORA: dict[str, object] = {"method__kind": MethodKind.dora, "method__name": "dora", "method__targets": Targets.all}

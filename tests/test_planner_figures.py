@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from dreambooth.planner import auto_memory
-from dreambooth.planner.gpu_specs import CARDS
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.config.recipe import Recipe, resolve
+from dreambooth.planner import auto_memory
+from dreambooth.planner.gpu_specs import CARDS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import planner

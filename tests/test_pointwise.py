@@ -11,11 +11,11 @@ from test_config import made
 from test_core import batches, concept
 from torch import Tensor, nn
 
-from dreambooth.models import loading
-from dreambooth.data.batch import Batch
 from dreambooth.config.compose import load
-from dreambooth.models.pointwise_conv import CHANNELS_A_PIXEL, Pointwise, as_products
 from dreambooth.config.recipe import Recipe, resolve
+from dreambooth.data.batch import Batch
+from dreambooth.models import loading
+from dreambooth.models.pointwise_conv import CHANNELS_A_PIXEL, Pointwise, as_products
 
 UNIT = 2.0**-24
 
@@ -143,10 +143,10 @@ def test_a_shared_prompt_trains_the_encoder_as_its_rows_would(family: str, tmp_p
 
 
 def test_the_encoder_reads_each_prompt_once(tmp_path: Path) -> None:
-    from dreambooth.utils.console import Console
     from dreambooth.runtime.engine import accelerated
     from dreambooth.runtime.memory_meter import Meter
     from dreambooth.training.setup import assemble
+    from dreambooth.utils.console import Console
     from dreambooth.utils.signals import Stop
 
     for words, prompts in (("train.train_text_encoder=true",), 2), (

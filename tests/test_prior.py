@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from test_config import made
 
-from dreambooth.data.batches import class_images
 from dreambooth.config.compose import load
 from dreambooth.config.recipe import Recipe, resolve
+from dreambooth.data import class_images
 
 
 def recipe(root: Path, *overrides: str) -> Recipe:
@@ -163,7 +163,8 @@ def test_a_half_written_image_is_not_taken_for_one(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        class_images.make(class_images.find(asked), asked, lambda seeds: [Interrupted() for _ in seeds], lambda count: None)
+        class_images.make(
+            class_images.find(asked), asked, lambda seeds: [Interrupted() for _ in seeds], lambda count: None)
     (class_images.find(asked).folder / ".writing-99-00000.png").write_bytes(b"half, killed")
     assert len(class_images.find(asked).missing) == 2
     assert len(fill(asked)) == 2
@@ -183,8 +184,8 @@ def test_class_images_made_alone_are_computed_as_their_key_says(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """precision=tf32 is in the key, and fp32 pictures would be kept under it."""
     from dreambooth.models import loading
-    from dreambooth.training import setup
     from dreambooth.runtime.engine import Engine
+    from dreambooth.training import setup
     from dreambooth.utils.signals import Stop
 
     class EnoughSeen(Exception):

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from dreambooth.sweeps import promotion
-from dreambooth.runs import report
-from dreambooth.sweeps.summary import value
 from dreambooth.errors import UserError
+from dreambooth.runs import report
 from dreambooth.serialization.export_layout import ADAPTER
+from dreambooth.sweeps import promotion
 from dreambooth.sweeps.html_page import page
-from dreambooth.tracking.journal import Journal
 from dreambooth.sweeps.promotion import Terms, offer, promote
-from dreambooth.tracking.model_registry import CANDIDATE, CHAMPION, Version
+from dreambooth.sweeps.summary import value
 from dreambooth.sweeps.trials import find
+from dreambooth.tracking.journal import Journal
+from dreambooth.tracking.model_registry import CANDIDATE, CHAMPION, Version
 
 CLASS = "class_similarity_efficientnet_lite0"
 SETTINGS = {"name": "demo-tiny-full", "evaluate.encoder": "efficientnet_lite0", "evaluate.images_per_prompt": "2",

@@ -10,14 +10,24 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from test_config import made
 
-from dreambooth.config.compose import validation
-from dreambooth.config.enums import (AttentionKind, BaseWeights, Device, Dtype, LrSchedule, MethodKind, OptimizerKind, Rounding, Weights)
+from dreambooth.config import validation
 from dreambooth.config.compose import load
-from dreambooth.errors import ConfigError
-from dreambooth.utils.hardware import Machine
+from dreambooth.config.enums import (
+    AttentionKind,
+    BaseWeights,
+    Device,
+    Dtype,
+    LrSchedule,
+    MethodKind,
+    OptimizerKind,
+    Rounding,
+    Weights,
+)
 from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.config.schema import Config
 from dreambooth.config.section import Section
+from dreambooth.errors import ConfigError
+from dreambooth.utils.hardware import Machine
 
 T4, A10G, NONE = Machine("T4", 14.6, 7.5), Machine("A10G", 22.0, 8.6), Machine()
 OF_DOORS = ("run_root", "name", "plan", "storage")  # what no recipe has

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth.runs import run_folder
-from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.config.recipe import Recipe, resolve
-from dreambooth.runs.run_folder import Result, check_disk, discard_if_unused, finished, locked, resume_point
 from dreambooth.config.schema import Checkpoint, Config, Dataset, Train
+from dreambooth.errors import DoesNotFit, UserError
+from dreambooth.runs import run_folder
+from dreambooth.runs.run_folder import Result, check_disk, discard_if_unused, finished, locked, resume_point
 
 HOLDER = """
 import sys

@@ -21,10 +21,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 from s3_server import KEYS, plain, serving
 
-from dreambooth.storage import aws_errors, s3_bucket, folders
 from dreambooth import entrypoint
-from dreambooth.sweeps import hydra_callbacks
-from dreambooth.cloud import docker_backend, follower, request_validation, training_job_request, sweep_results, secrets
+from dreambooth.cloud import docker_backend, follower, request_validation, secrets, sweep_results, training_job_request
 from dreambooth.cloud.docker_backend import Containers
 from dreambooth.cloud.follower import Follower
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Busy, Job, Seen, Unreachable
@@ -32,6 +30,8 @@ from dreambooth.cloud.sagemaker_backend import TrainingJobs
 from dreambooth.config.compose import conf_dir
 from dreambooth.container.sagemaker_paths import Places
 from dreambooth.errors import ConfigError, Interrupted, UserError
+from dreambooth.storage import aws_errors, folders, s3_bucket
+from dreambooth.sweeps import hydra_callbacks
 from hydra_plugins.dreambooth_sagemaker import _core, _prepare
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncher
 
@@ -307,7 +307,8 @@ def test_names_are_the_same_for_the_same_run_and_fit() -> None:
         "my sweep, 2026!", 3, {"b": "2", "a": "1", "tracking.uri": "x"}, {"model.source": "0a"})
     assert name != training_job_request.name_of("my sweep, 2026!", 3, {"a": "2", "b": "2"}, {"model.source": "0a"})
     assert name != training_job_request.name_of("my sweep, 2026!", 3, {"a": "1", "b": "2"}, {"model.source": "0b"})
-    assert re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", training_job_request.name_of("x-" * 60, 10**6, {"a": "1"}, {}, 99))
+    name = training_job_request.name_of("x-" * 60, 10**6, {"a": "1"}, {}, 99)
+    assert re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", name)
 
 
 @pytest.mark.parametrize("mode", ["aws", "docker"])
@@ -419,7 +420,8 @@ def test_a_volume_is_as_large_as_the_plan_says_but_no_larger_than_the_machines_o
     settings = training_job_request.Settings(IMAGE, ROLE, "s3://b/p", "ml.g4dn.xlarge")
 
     def volume(disk: float | None, needed: float | None) -> int:
-        return int(training_job_request.request(settings, "n", "s", [], {}, disk, needed)["ResourceConfig"]["VolumeSizeInGB"])
+        body = training_job_request.request(settings, "n", "s", [], {}, disk, needed)
+        return int(body["ResourceConfig"]["VolumeSizeInGB"])
 
     assert [volume(None, 41.2), volume(None, None), volume(116, 200.0), volume(116, 20)] == [52, 110, 116, 30]
 

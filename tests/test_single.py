@@ -15,23 +15,23 @@ from safetensors.torch import load_file, save_file
 from test_config import made
 from test_planner import small
 
-from dreambooth.serialization import convert, ldm_keys, single_file, single_file_sources
-from dreambooth.utils import atomic_files
-from dreambooth.models.components import ABLE, half_overflows, zero_snr
 from dreambooth.config.compose import load
-from dreambooth.serialization.convert import KNOWN, convert
-from dreambooth.errors import UserError
-from dreambooth.serialization.ldm_keys import EDM, UNREAD, Family
-from dreambooth.utils.hardware import detect
-from dreambooth.serialization.load_parts import blank_parts, open_parts
-from dreambooth.utils.assets import asset
 from dreambooth.config.recipe import resolve
-from dreambooth.serialization.detect_format import Found, opened, recognised
-from dreambooth.run import execute
 from dreambooth.config.schema import Config, Model
-from dreambooth.utils.signals import Stop
-from dreambooth.train import converted
+from dreambooth.errors import UserError
+from dreambooth.models.components import ABLE, half_overflows, zero_snr
 from dreambooth.models.vae import configuration
+from dreambooth.run import execute
+from dreambooth.serialization import ldm_keys, single_file, single_file_sources
+from dreambooth.serialization.convert import KNOWN, convert
+from dreambooth.serialization.detect_format import Found, opened, recognised
+from dreambooth.serialization.ldm_keys import EDM, UNREAD, Family
+from dreambooth.serialization.load_parts import blank_parts, open_parts
+from dreambooth.train import converted
+from dreambooth.utils import atomic_files
+from dreambooth.utils.assets import asset
+from dreambooth.utils.hardware import detect
+from dreambooth.utils.signals import Stop
 
 LAYOUTS = Path(__file__).with_name("layouts")
 FAMILY = {known: family for family, known in KNOWN.items()}
@@ -118,7 +118,7 @@ def test_a_folder_of_an_older_diffusers_is_read(bases: dict[str, Path], tmp_path
     path = old / "text_encoder/model.safetensors"
     save_file({**load_file(path), "text_model.embeddings.position_ids": torch.arange(16)[None]}, path)
     files = [convert(str(folder), str(tmp_path / f"{folder.name}.safetensors")) for folder in (old, bases["sd15"])]
-    assert same(*map(load_file, atomic_files))
+    assert same(*map(load_file, files))
 
 
 @pytest.mark.parametrize("original", [True, False])
@@ -127,7 +127,8 @@ def test_a_vae_of_other_tools_is_read(original: bool, bases: dict[str, Path], tm
     own = load_file(bases["sd15"] / "vae/diffusion_pytorch_model.safetensors")
     if original:
         whole = load_file(convert(str(bases["sd15"]), str(tmp_path / "whole.safetensors")))
-        inside = {name.removeprefix(ldm_keys.VAE): value for name, value in whole.items() if name.startswith(ldm_keys.VAE)}
+        inside = {name.removeprefix(ldm_keys.VAE): value for name, value in whole.items()
+                  if name.startswith(ldm_keys.VAE)}
         other = {name: value[:, :, 0, 0].clone() if ".attn_1." in name and value.dim() == 4 else value
                  for name, value in inside.items()}
         assert [value for name, value in other.items() if name.endswith("attn_1.q.weight") and value.dim() == 2]
@@ -420,7 +421,7 @@ def trained(root: Path, source: str) -> dict[str, torch.Tensor]:
 
 def test_trained_from_a_file_is_trained_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = asset("package:tiny-sd")
-    monkeypatch.setitem(convert.KNOWN, Family.sd1, tiny)
+    monkeypatch.setitem(KNOWN, Family.sd1, tiny)
     file = convert(tiny, str(tmp_path / "tiny.safetensors"))
     ours, theirs = trained(tmp_path / "file", str(file)), trained(tmp_path / "folder", "package:tiny-sd")
     assert same(ours, theirs)
@@ -443,7 +444,7 @@ def test_the_door_takes_a_file_and_a_run_of_unknown_shapes_says_what_to_type(tmp
 def test_a_file_as_source_becomes_a_folder_once(
     family: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(convert.KNOWN, FAMILY[family], str(bases[family]))
+    monkeypatch.setitem(KNOWN, FAMILY[family], str(bases[family]))
     file = convert(str(bases[family]), str(tmp_path / "a model.safetensors"))
     vae = tmp_path / "vae-fp16.ckpt"
     torch.save({"state_dict": load_file(bases[family] / "vae/diffusion_pytorch_model.safetensors")}, vae)
@@ -461,7 +462,8 @@ def test_a_file_as_source_becomes_a_folder_once(
 
 
 def vae_folder(base: Path, file: Path, root: Path) -> tuple[Path, dict[str, object]]:
-    found = single_file_sources.as_folders(Config(run_root=str(root), model=Model("sdxl", str(base), vae=str(file)))).model
+    config = Config(run_root=str(root), model=Model("sdxl", str(base), vae=str(file)))
+    found = single_file_sources.as_folders(config).model
     return Path(found.vae or ""), json.loads(Path(found.vae or "", "vae/config.json").read_text())
 
 
@@ -491,13 +493,14 @@ def test_files_alike_at_both_ends_are_told_apart(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(atomic_files, "END", 64)
-    monkeypatch.setitem(convert.KNOWN, Family.sd1, str(bases["sd15"]))
+    monkeypatch.setitem(KNOWN, Family.sd1, str(bases["sd15"]))
     file, found = convert(str(bases["sd15"]), str(tmp_path / "merge.safetensors")), []
     tensors = load_file(file)
     for value in (0.0, 1.0):
         tensors["model.diffusion_model.out.0.weight"].fill_(value)
         save_file(tensors, file)
-        made = single_file_sources.as_folders(Config(run_root=str(tmp_path), model=Model("sd15", str(file)))).model.source
+        config = Config(run_root=str(tmp_path), model=Model("sd15", str(file)))
+        made = single_file_sources.as_folders(config).model.source
         found.append(weights(Path(made))["unet.conv_norm_out.weight"].max().item())
     assert found == [0.0, 1.0]
 

@@ -8,12 +8,12 @@ import torch
 from test_levers import BF16, KINDS, Mixed, assert_equal, autocast, of, saved, state, train
 from torch import Tensor, nn
 
-from dreambooth.training import checkpoint
-from dreambooth.optim.optimizers import parameter_slot
 from dreambooth.config.enums import OptimizerKind, Rounding, Weights
-from dreambooth.runtime.engine import Engine
-from dreambooth.optim.per_parameter import PerParameter
 from dreambooth.config.schema import Memory
+from dreambooth.optim import parameter_slot
+from dreambooth.optim.per_parameter import PerParameter
+from dreambooth.runtime.engine import Engine
+from dreambooth.training import checkpoint
 from dreambooth.training.step import TrainState
 
 SEPARABLE = [kind for kind in KINDS if kind is not OptimizerKind.adafactor]

@@ -19,13 +19,13 @@ from botocore.config import Config as BotoConfig
 from faults import FAST
 from s3_server import CHILD, KINDS, PART, Server, in_bucket, model, plain, serving, trial
 
-from dreambooth.storage import s3_bucket, download, manifest, run_inputs, folders
-from dreambooth.training import checkpoint
 from dreambooth import cli
-from dreambooth.utils import atomic_files
-from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.config.schema import Config
 from dreambooth.config.storage import Storage
+from dreambooth.errors import DoesNotFit, UserError
+from dreambooth.storage import download, folders, manifest, run_inputs, s3_bucket
+from dreambooth.training import checkpoint
+from dreambooth.utils import atomic_files
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dreambooth.tracking.tracker import mlflow_shipper, tracker
 from dreambooth.errors import UserError
+from dreambooth.tracking import mlflow_shipper, tracker
 from dreambooth.tracking.journal import Journal, parcels, read
 from dreambooth.tracking.model_registry import Registry
 from dreambooth.tracking.tracker import MlflowTracker, NullTracker, open_tracker

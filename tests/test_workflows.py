@@ -23,22 +23,23 @@ import pytest
 import schemas
 import yaml
 from hera.workflows import models as hera
-from hydra import compose, initialize_config_dir
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from jobs import steps
 from kubeflow_katib_api.models import V1beta1Experiment
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
-from dreambooth.config.compose import compose
 from dreambooth import stage, workflows
+from dreambooth.config import compose
+from dreambooth.config.recipe import resolve
 from dreambooth.entrypoint import composed
 from dreambooth.errors import UserError
-from dreambooth.config.recipe import resolve
-from dreambooth.kubernetes import components, ending, katib, pipeline, submitting, trainjob
+from dreambooth.kubernetes import exit_report, katib, kfp_components, kfp_pipeline, submit, trainjob
 from dreambooth.kubernetes.argo import nightly, sweep, train
-from dreambooth.kubernetes.workflow_spec import TRIAL, Space
 from dreambooth.kubernetes.render import rendered
+from dreambooth.kubernetes.workflow_spec import TRIAL, Space
 from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
 
 ROOT = Path(__file__).parents[1]
@@ -105,12 +106,12 @@ def test_render_says_what_is_wrong_and_writes_nothing(tmp_path: Path, words: lis
 
 @pytest.mark.parametrize("words", [[], ["hardware=g5", "dataset=s3", "dataset.instance_dir=s3://BUCKET/photos",
                                         "dataset.instance_prompt=a zwx dog", "dataset.class_prompt=a dog"]])
-@pytest.mark.parametrize("what", submitting.KINDS)
+@pytest.mark.parametrize("what", submit.KINDS)
 def test_a_placeholder_is_not_submitted(
     what: str, words: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[Any] = []
-    monkeypatch.setattr(submitting, "submit", lambda *given: sent.append(given))
+    monkeypatch.setattr(submit, "submit", lambda *given: sent.append(given))
     monkeypatch.setattr("sys.argv", ["workflows", "submit", "--what", what, *words])
     monkeypatch.setattr("dreambooth.cli._codes", [])
     with pytest.raises(SystemExit) as end:
@@ -278,7 +279,7 @@ def test_a_run_that_is_preempted_after_days_is_repeated(render: Any) -> None:
     strategy = {"limit": "5", "expression": 'lastRetry.status == "Failed"', "backoff": {"maxDuration": "2h"}}
     assert not argo.again({"retryStrategy": strategy}, 5, 0, after=days)
     assert argo.again({"retryStrategy": strategy}, 5, 0, after=7000)
-    tasks = pipeline.pipeline(workflows.asked())[0]["components"]["comp-trials"]["dag"]["tasks"]
+    tasks = kfp_pipeline.pipeline(workflows.asked())[0]["components"]["comp-trials"]["dag"]["tasks"]
     assert float(tasks["train"]["retryPolicy"]["backoffMaxDuration"].removesuffix("s")) > days
 
 
@@ -351,7 +352,8 @@ def test_every_controller_hands_over_the_same_settings_and_credentials(name: str
 def test_hydra_optuna_argo_and_katib_search_the_same_points(name: str) -> None:
     values = compose.search_space(name)
     space = Space(name, values)
-    params = yaml.safe_load((compose.conf_dir() / f"sweep/{name}.yaml").read_text("utf-8"))["hydra"]["sweeper"]["params"]
+    text = (compose.conf_dir() / f"sweep/{name}.yaml").read_text("utf-8")
+    params = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
     typed = [f"{key}={value}" for key, value in params.items()]
     [jobs] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(typed), None)
     assert [list(trial[1:]) for trial in space.trials()] == jobs
@@ -403,7 +405,7 @@ def test_a_key_that_is_typed_is_fixed_as_under_hydras_sweepers() -> None:
 def test_a_trial_is_the_run_that_hydras_sweeper_would_make(tmp_path: Path) -> None:
     words = [f"run_root={tmp_path}", "hardware=cpu", "train.max_train_steps=3"]
     with initialize_config_dir(str(compose.conf_dir()), version_base="1.3"):
-        hydra = compose("config", words, return_hydra_config=True).hydra
+        hydra = hydra_compose("config", words, return_hydra_config=True).hydra
     _, alone = composed(words)
     _, trial = composed([*words, TRIAL])
     _, longer = composed([*words[:2], "train.max_train_steps=4", TRIAL])
@@ -457,8 +459,8 @@ def test_files_and_templates_carry_the_words_that_are_checked_here() -> None:
         [template] = documents(f"argo/{name}.yaml")
         given = {item["name"]: item["value"] for item in template["spec"]["arguments"]["parameters"]}
         assert (one, shlex.split(given["overrides"])) == (one, list(workflows.DEFAULT))
-    pipeline, _ = documents("kubeflow/pipeline.yaml")
-    given = pipeline["root"]["inputDefinitions"]["parameters"]
+    spec, _ = documents("kubeflow/pipeline.yaml")
+    given = spec["root"]["inputDefinitions"]["parameters"]
     assert shlex.split(given["overrides"]["defaultValue"]) == list(workflows.DEFAULT)
 
 
@@ -606,12 +608,12 @@ def test_a_preempted_stage_saves_ends_with_5_and_goes_on(tmp_path: Path) -> None
 
 def test_the_end_says_what_failed_and_what_to_do() -> None:
     failures = json.dumps([{"displayName": "trials(3)", "message": "Error (exit code 6)"}])
-    lines = list(ending.told("Failed", failures))
+    lines = list(exit_report.told("Failed", failures))
     assert lines == ["the workflow ended: Failed", "trials(3): Error (exit code 6) (the loss is no longer a number: "
                      "a lower train.learning_rate)"]
-    assert list(ending.told("Failed", json.dumps(failures))) == lines  # quoted once more, as Argo has it
-    assert list(ending.told("Succeeded", "null")) == ["the workflow ended: Succeeded"]
-    assert list(ending.told("Succeeded", "{{workflow.failures}}")) == ["the workflow ended: Succeeded"]
+    assert list(exit_report.told("Failed", json.dumps(failures))) == lines  # quoted once more, as Argo has it
+    assert list(exit_report.told("Succeeded", "null")) == ["the workflow ended: Succeeded"]
+    assert list(exit_report.told("Succeeded", "{{workflow.failures}}")) == ["the workflow ended: Succeeded"]
 
 
 def test_a_stage_hands_over_to_kubeflow_pipelines(tmp_path: Path) -> None:
@@ -623,8 +625,8 @@ def test_a_stage_hands_over_to_kubeflow_pipelines(tmp_path: Path) -> None:
         "parameters": {"objective": {"outputFile": f"{tmp_path}/p/objective"}, "run": {"outputFile": "unused"}},
         "artifacts": {"metrics": {"artifacts": [{"name": "metrics", "uri": f"{tmp_path}/metrics"}]}},
         "outputFile": f"{tmp_path}/said.json"}}
-    components.hand_over(json.dumps(told), out)
+    kfp_components.hand_over(json.dumps(told), out)
     assert (tmp_path / "p/objective").read_text("utf-8") == "0.25"
     said = json.loads((tmp_path / "said.json").read_text("utf-8"))
     assert said["artifacts"]["metrics"]["artifacts"][0]["metadata"] == {"objective": 0.25, "dino": 0.5}
-    assert components.local("s3://bucket/a/b") == Path("/s3/bucket/a/b")
+    assert kfp_components.local("s3://bucket/a/b") == Path("/s3/bucket/a/b")

@@ -5,8 +5,8 @@ import sys
 import torch
 from test_core import Toy, batches, schedule, state
 
-from dreambooth.config.enums import Dtype
 from dreambooth.cli import leave
+from dreambooth.config.enums import Dtype
 from dreambooth.runtime.engine import accelerated
 from dreambooth.training.step import Objective, train_step
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dreambooth.storage import folders
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Job, Seen, Unreachable
 from dreambooth.cloud.training_job_request import METRICS
 from dreambooth.errors import UserError
+from dreambooth.storage import folders
 
 FOLDERS = ("input/config", "input/data", "model", "checkpoints", "output")
 PATIENCE = 120  # seconds between SIGTERM and SIGKILL, as SageMaker has it

@@ -23,8 +23,8 @@ from dreambooth.cloud.job import (
     Seen,
     Unreachable,
 )
-from dreambooth.utils.console import Console
 from dreambooth.errors import DreamBoothError, Interrupted, UserError
+from dreambooth.utils.console import Console
 
 SLOWEST = 120.0  # seconds between two looks while AWS is busy
 HEAD = ("job", "status", "step", "loss", "cost", "overrides")

@@ -4,11 +4,11 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from dreambooth.storage import aws_errors, folders
 from dreambooth.cloud import request_validation
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Busy, Job, LoggedOut, Seen, Unreachable
 from dreambooth.cloud.training_job_request import trained
 from dreambooth.errors import UserError
+from dreambooth.storage import aws_errors, folders
 
 STATUS = {"InProgress": RUNNING, "Stopping": RUNNING, "Deleting": STOPPED, "Completed": COMPLETED, "Failed": FAILED,
           "Stopped": STOPPED}

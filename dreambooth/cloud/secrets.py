@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dreambooth.errors import UserError
 from dreambooth.storage import folders
 from dreambooth.storage.s3_bucket import calling
-from dreambooth.errors import UserError
 
 NAME = "DREAMBOOTH_SECRET"
 FIELDS = {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD",

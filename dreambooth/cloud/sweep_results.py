@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dreambooth.utils import atomic_files
 from dreambooth.cloud.job import COMPLETED, FAILED, Job, Seen
+from dreambooth.utils import atomic_files
 
 FIRST = ("number", "job", "status", "objective", "steps", "seconds", "billed_usd", "reason")
 

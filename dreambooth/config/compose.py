@@ -16,14 +16,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dreambooth.config.compose import eval_prompts
-from dreambooth.errors import ConfigError, UserError
-from dreambooth.utils.atomic_files import weights_digest
-from dreambooth.utils.assets import asset
-from dreambooth.data.photos import fingerprint
-from dreambooth.config.schema import Config
+from dreambooth.config import eval_prompts
 from dreambooth.config.dataset import ALPHA, FOLDERS
+from dreambooth.config.schema import Config
 from dreambooth.config.storage import is_remote
+from dreambooth.data.photos import fingerprint
+from dreambooth.errors import ConfigError, UserError
+from dreambooth.utils.assets import asset
+from dreambooth.utils.atomic_files import weights_digest
 
 _SECRET = ("would be kept in .hydra/ with its password: type the address without it and set MLFLOW_TRACKING_USERNAME "
            "and MLFLOW_TRACKING_PASSWORD, or type tracking.uri='${oc.env:MLFLOW_TRACKING_URI}'")

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth.config.compose import eval_prompts
+from dreambooth.config import eval_prompts
 from dreambooth.config.enums import EncoderKind
-from dreambooth.utils.assets import asset
 from dreambooth.config.section import Section, require
+from dreambooth.utils.assets import asset
 
 INSTANCE_LOSS = "instance_loss"  # the objective that needs no picture, see objective.py
 

@@ -11,15 +11,30 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from dreambooth.config.compose import evaluate, eval_prompts, validation
-from dreambooth.config.enums import Device, OptimizerKind, Weights
-from dreambooth.errors import ConfigError
-from dreambooth.utils.hardware import Machine
-from dreambooth.config.evaluate import Evaluate
-from dreambooth.utils.assets import asset
-from dreambooth.config.schema import (Attention, Checkpoint, Config, Dataset, Hardware, Memory, Method, Model, Optimizer, Precision, Prior, Sample, Tracking, Train)
+from dreambooth.config import eval_prompts, evaluate, validation
 from dreambooth.config.dataset import Subject
+from dreambooth.config.enums import Device, OptimizerKind, Weights
+from dreambooth.config.evaluate import Evaluate
+from dreambooth.config.schema import (
+    Attention,
+    Checkpoint,
+    Config,
+    Dataset,
+    Hardware,
+    Memory,
+    Method,
+    Model,
+    Optimizer,
+    Precision,
+    Prior,
+    Sample,
+    Tracking,
+    Train,
+)
 from dreambooth.config.section import Section
+from dreambooth.errors import ConfigError
+from dreambooth.utils.assets import asset
+from dreambooth.utils.hardware import Machine
 
 HEADLINE = ("train.learning_rate", "prior.prior_loss_weight")  # a line of these is as wide as MLflow makes a picture
 

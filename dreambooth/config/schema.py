@@ -3,14 +3,14 @@ YAML files in conf/ choose values and explain each key; these classes say which 
 
 from dataclasses import dataclass, field
 
-from dreambooth.config.enums import (AttentionKind, Dtype, LrSchedule, OptimizerKind, PlanFormat, TrackingKind)
-from dreambooth.config.evaluate import Evaluate
 from dreambooth.config.dataset import Dataset as Dataset
+from dreambooth.config.enums import AttentionKind, Dtype, LrSchedule, OptimizerKind, PlanFormat, TrackingKind
+from dreambooth.config.evaluate import Evaluate
 from dreambooth.config.hardware import Hardware as Hardware
 from dreambooth.config.memory import Memory as Memory
 from dreambooth.config.method import Method as Method
-from dreambooth.config.storage import Storage as Storage
 from dreambooth.config.section import Section, finite, require
+from dreambooth.config.storage import Storage as Storage
 
 
 @dataclass

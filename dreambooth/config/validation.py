@@ -6,12 +6,21 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from dreambooth.config.compose import evaluate
-from dreambooth.config.enums import (AttentionKind, BaseWeights, Dtype, LrSchedule, OptimizerKind, Rounding, TrackingKind, Weights)
-from dreambooth.utils.hardware import Machine
-from dreambooth.config.schema import Config
+from dreambooth.config import evaluate
 from dreambooth.config.dataset import Dataset, Subject
+from dreambooth.config.enums import (
+    AttentionKind,
+    BaseWeights,
+    Dtype,
+    LrSchedule,
+    OptimizerKind,
+    Rounding,
+    TrackingKind,
+    Weights,
+)
 from dreambooth.config.method import Method
+from dreambooth.config.schema import Config
+from dreambooth.utils.hardware import Machine
 
 
 def problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:

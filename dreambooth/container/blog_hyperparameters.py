@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from dreambooth.config.storage import is_remote
 from dreambooth.container import hyperparameter_values
 from dreambooth.container.sagemaker_paths import Places
 from dreambooth.errors import ConfigError
-from dreambooth.config.storage import is_remote
 
 SUCCESSORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # withdrawn -> the same
 PRECISIONS = {"no": "fp32", "fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dreambooth.config.storage import is_remote
 from dreambooth.container import blog_hyperparameters, hyperparameter_values
 from dreambooth.container.sagemaker_paths import Places
-from dreambooth.errors import ConfigError, UserError
-from dreambooth.utils.atomic_files import whole_folder
 from dreambooth.data.photos import list_photos
+from dreambooth.errors import ConfigError, UserError
 from dreambooth.storage.run_inputs import model_in
-from dreambooth.config.storage import is_remote
+from dreambooth.utils.atomic_files import whole_folder
 
 CHANNELS = {  # of the job -> the key that its folder becomes
     "images": "dataset.instance_dir", "training": "dataset.instance_dir", "train": "dataset.instance_dir",

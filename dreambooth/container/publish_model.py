@@ -4,8 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
-from dreambooth.storage import manifest
 from dreambooth.errors import DoesNotFit
+from dreambooth.storage import manifest
 from dreambooth.utils.atomic_files import whole_file, whole_folder
 
 BESIDE = ("contact_sheet.png", "run.json", "evaluation.json", "result.json")  # the last says that the rest is there

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreambooth.data.batches import masks
-from dreambooth.utils import rng
-from dreambooth.data.batch import Batch, joined
+from dreambooth.data import masks
 from dreambooth.data.aspect_buckets import Size
+from dreambooth.data.batch import Batch, joined
+from dreambooth.data.bucket_schedule import turn
 from dreambooth.data.latent_cache import Keep, Moments
 from dreambooth.data.photos import Photo, cut, to_model_range
-from dreambooth.data.bucket_schedule import turn
+from dreambooth.utils import rng
 
 
 @dataclass(frozen=True)

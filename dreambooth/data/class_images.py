@@ -14,10 +14,10 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from dreambooth.utils import atomic_files, rng
-from dreambooth.data.photos import list_photos
 from dreambooth.config.recipe import Recipe
+from dreambooth.data.photos import list_photos
 from dreambooth.models.pipeline import Sampler
+from dreambooth.utils import atomic_files, rng
 
 
 @dataclass(frozen=True)

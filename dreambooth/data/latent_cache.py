@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dreambooth.utils import atomic_files
 from dreambooth.config.enums import LatentCache
+from dreambooth.utils import atomic_files
 
 Moments = tuple[Tensor, Tensor]  # mean and standard deviation of the latents, (N, C, h, w) each
 Rows = Callable[[list[int]], Moments]  # rows -> their moments, on the device that encoded them

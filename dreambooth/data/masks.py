@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth.data.image_formats import Unusable
 from dreambooth.config.dataset import ALPHA
+from dreambooth.data.image_formats import Unusable
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth.data.batches import aspect_buckets, captions, image_formats, masks
-from dreambooth.errors import UserError
+from dreambooth.data import aspect_buckets, captions, image_formats, masks
 from dreambooth.data.image_formats import Unusable
+from dreambooth.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -3,10 +3,10 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from dreambooth.data.batches import aspect_buckets
-from dreambooth.errors import UserError
-from dreambooth.data.photos import Photo, cut, list_photos, load_photos
 from dreambooth.config.recipe import Recipe
+from dreambooth.data import aspect_buckets
+from dreambooth.data.photos import Photo, cut, list_photos, load_photos
+from dreambooth.errors import UserError
 
 
 def photos(recipe: Recipe) -> tuple[list[Photo], list[int]]:
@@ -36,5 +36,6 @@ def shapes(found: Sequence[Photo]) -> str:
     """How many photos are in which bucket, and how much of one is cropped at most."""
     counts = Counter(photo.size for photo in found if photo.size)
     told = ", ".join(f"{count} of {size[1]} x {size[0]}" for size, count in counts.most_common())
-    most = max(aspect_buckets.lost(photo.pixels.shape[0], photo.pixels.shape[1], photo.size) for photo in found if photo.size)
+    most = max(aspect_buckets.lost(photo.pixels.shape[0], photo.pixels.shape[1], photo.size)
+               for photo in found if photo.size)
     return f"buckets: {told}; at most {most:.1%} of a photo is cropped"

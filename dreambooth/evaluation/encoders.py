@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from dreambooth.evaluation.efficientnet import efficientnet_lite0
 from dreambooth.errors import UserError
+from dreambooth.evaluation.efficientnet import efficientnet_lite0
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

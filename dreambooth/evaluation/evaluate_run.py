@@ -6,16 +6,17 @@ from pathlib import Path
 
 import torch
 
-from dreambooth.models import lora, loading, pipeline
-from dreambooth.serialization import lora_files
-from dreambooth.utils.console import Console
-from dreambooth.runtime.engine import accelerated
+from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
 from dreambooth.evaluation.evaluator import Evaluation, Judge
-from dreambooth.config.recipe import Recipe
+from dreambooth.models import loading, lora
+from dreambooth.models.pipeline import build_pipeline
 from dreambooth.runs.report import measures
 from dreambooth.runs.run_folder import locked
+from dreambooth.runtime.engine import accelerated
+from dreambooth.serialization import lora_files
 from dreambooth.tracking.run_tracker import tracked
+from dreambooth.utils.console import Console
 
 
 def assess(recipe: Recipe) -> dict[str, float]:
@@ -35,7 +36,7 @@ def assess(recipe: Recipe) -> dict[str, float]:
         missing = [number for number in (0, step) if number not in evaluation.scores()]
         with console.bar("pictures", evaluation.count * len(missing)) as bar:
             for number, parts_of in ((0, _base), (step, _own)):
-                pipeline = pipeline.build_pipeline(parts_of(recipe, engine.device)) if number in missing else None
+                pipeline = build_pipeline(parts_of(recipe, engine.device)) if number in missing else None
                 evaluation.measure(number, pipeline, engine.autocast, tick=bar.tick)
         scores = evaluation.scores()
     console.table(measures(scores[step], scores[0], recipe))

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dreambooth.utils import atomic_files
-from dreambooth.config.compose import evaluate
+from dreambooth.config import evaluate
+from dreambooth.config.recipe import Recipe
+from dreambooth.data.photos import fingerprint, list_photos, load_photos, square
 from dreambooth.evaluation.encoders import Encoder, open_encoder
 from dreambooth.evaluation.lpips import Lpips
-from dreambooth.data.photos import fingerprint, list_photos, load_photos, square
-from dreambooth.config.recipe import Recipe
-from dreambooth.models.pipeline import Sampler, generate
 from dreambooth.evaluation.scoring import score
-from dreambooth.utils.image_grid import columns, grid
+from dreambooth.models.pipeline import Sampler, generate_images
 from dreambooth.tracking.tracker import Tracker
+from dreambooth.utils import atomic_files
+from dreambooth.utils.image_grid import columns, grid
 
 SCORES, MADE_WITH = "scores.json", "made_with.json"
 Rows = list[list[Image.Image]]  # a row a prompt; last the class, if there is one
@@ -117,7 +117,7 @@ class Evaluation:
         spec, sample = self.recipe.evaluate, self.recipe.sample
         sampler = Sampler(sample.num_inference_steps, sample.guidance_scale, self.recipe.model.resolution)
         pairs = [(prompt, spec.seed + i) for prompt, count in self.jobs for i in range(count)]
-        return generate(pipeline, [prompt for prompt, _ in pairs], [seed for _, seed in pairs], sampler,
+        return generate_images(pipeline, [prompt for prompt, _ in pairs], [seed for _, seed in pairs], sampler,
                         self.recipe.prior.sample_batch_size, autocast)
 
     def _rows(self, made: list[Image.Image]) -> Rows:

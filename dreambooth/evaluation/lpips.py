@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, max_pool2d, relu
 
-from dreambooth.evaluation.evaluator import metrics
 from dreambooth.errors import UserError
+from dreambooth.evaluation import metrics
 
 CHANNELS = (64, 192, 384, 256, 256)
 # place in AlexNet's features, channels in, kernel, stride, padding, whether a max-pooling comes before

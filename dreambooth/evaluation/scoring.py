@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreambooth.evaluation.evaluator import metrics
+from dreambooth.config.evaluate import name
+from dreambooth.evaluation import metrics
 from dreambooth.evaluation.encoders import Encoder
 from dreambooth.evaluation.lpips import Lpips
-from dreambooth.config.evaluate import name
 
 Pictures = Sequence[Image.Image]
 

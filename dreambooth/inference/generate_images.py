@@ -13,17 +13,17 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth.utils import atomic_files
-from dreambooth.inference import loras, png_metadata
-from dreambooth.data.batches import photos
-from dreambooth.models import pipeline
-from dreambooth.models.text_conditioning import check_length
-from dreambooth.utils.console import Console
-from dreambooth.inference.model_sources import Source, find
-from dreambooth.errors import Interrupted, UserError
-from dreambooth.runtime.memory_meter import Meter
 from dreambooth.config.eval_prompts import fill, noun
 from dreambooth.config.generate import Generate
+from dreambooth.data import photos
+from dreambooth.errors import Interrupted, UserError
+from dreambooth.inference import loras, png_metadata
+from dreambooth.inference.model_sources import Source, find
+from dreambooth.models.pipeline import Sampler, from_images, generate_images, open_pipeline
+from dreambooth.models.text_conditioning import check_length
+from dreambooth.runtime.memory_meter import Meter
+from dreambooth.utils import atomic_files
+from dreambooth.utils.console import Console
 from dreambooth.utils.image_grid import grid
 from dreambooth.utils.signals import Stop
 
@@ -72,15 +72,15 @@ def draw(ask: Generate, stop: Stop) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = Meter(device, partial(_advice, ask=ask, device=device.type), kept=f"pictures made before are in {target}")
     with meter.phase("loading"):
-        pipeline = pipeline.open_pipeline(source.model, device.type, source.revision, source.variant, source.vae,
+        pipeline = open_pipeline(source.model, device.type, source.revision, source.variant, source.vae,
                                           source.zero_terminal_snr)
         _check_lengths(pipeline, [*prompts, ask.negative_prompt or ""])
         loras.apply(pipeline, chosen)
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    sampler = pipeline.Sampler(ask.num_inference_steps, scale, int(source.settings.get("model.resolution", side)))
+    sampler = Sampler(ask.num_inference_steps, scale, int(source.settings.get("model.resolution", side)))
     start = _start(ask.image, sampler.resolution)
     if start is not None:
-        pipeline = pipeline.from_images(pipeline)
+        pipeline = from_images(pipeline)
     settings = {"num_inference_steps": ask.num_inference_steps, "guidance_scale": scale,
                 "negative_prompt": ask.negative_prompt, "model": Path(source.model).name if source.own or ask.base
                 else source.folder.name, "strength": ask.strength if ask.image else None}
@@ -93,7 +93,7 @@ def draw(ask: Generate, stop: Stop) -> Path:
     with meter.phase("drawing"), console.bar("pictures", total) as bar:
         for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
             _check(stop, bar.done, total, target)
-            for batch in pipeline.generate(pipeline, [prompt] * len(seeds), seeds, sampler, ask.batch_size,
+            for batch in generate_images(pipeline, [prompt] * len(seeds), seeds, sampler, ask.batch_size,
                                            negative_prompt=ask.negative_prompt, start=start, strength=ask.strength):
                 for seed, made in zip(seeds[len(row):], batch, strict=False):
                     album.add(number, prompt, seed, made)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dreambooth.config.generate import Generate
 from dreambooth.errors import UserError
 from dreambooth.serialization.lora_files import DIFFUSERS
 from dreambooth.utils.assets import asset
-from dreambooth.config.generate import Generate
 
 
 @dataclass(frozen=True)

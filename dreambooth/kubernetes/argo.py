@@ -5,7 +5,7 @@ import shlex
 from typing import Any
 
 from dreambooth.errors import Interrupted
-from dreambooth.kubernetes import pods
+from dreambooth.kubernetes import pod_spec
 from dreambooth.kubernetes.workflow_spec import Asked
 
 API = "argoproj.io/v1alpha1"
@@ -60,19 +60,19 @@ def _template(name: str, asked: Asked, templates: list[dict[str, Any]], more: di
     return {
         "apiVersion": API, "kind": "WorkflowTemplate", "metadata": {"name": name},
         "spec": {
-            "entrypoint": "run", "onExit": "ended", "serviceAccountName": pods.ACCOUNT,
+            "entrypoint": "run", "onExit": "ended", "serviceAccountName": pod_spec.ACCOUNT,
             "arguments": {"parameters": [{"name": key, "value": value} for key, value in parameters.items()]},
             "parallelism": 4,
             "ttlStrategy": {"secondsAfterSuccess": 7 * DAYS, "secondsAfterFailure": 30 * DAYS},
             "podGC": {"strategy": "OnPodSuccess"},
-            "podSpecPatch": json.dumps({"terminationGracePeriodSeconds": pods.SAVING}),
-            "securityContext": pods.security(), "volumes": pods.volumes(), "templates": templates}}
+            "podSpecPatch": json.dumps({"terminationGracePeriodSeconds": pod_spec.SAVING}),
+            "securityContext": pod_spec.security(), "volumes": pod_spec.volumes(), "templates": templates}}
 
 
 def _stages(asked: Asked, space: str) -> list[dict[str, Any]]:
     """A template a stage. `space`: the search space's name, or how Argo finds it."""
     words = ["--words", "{{workflow.parameters.overrides}}"]
-    place, tag = f"run_root={pods.RUNS}", "tracking.sweep={{workflow.name}}"
+    place, tag = f"run_root={pod_spec.RUNS}", "tracking.sweep={{workflow.name}}"
     trials = ["--space", space] if space else []
     return [
         _stage(asked, "validate", [*words, *trials, place], outputs=_values("trials")),
@@ -97,9 +97,9 @@ def _stage(asked: Asked, name: str, words: list[str], inputs: list[str] | None =
     card = name in WITH_A_CARD
     if name != "ended":
         made["retryStrategy"] = RETRIES
-    return made | (pods.placement(asked.hardware) if card else {}) | {"container": pods.container(
+    return made | (pod_spec.placement(asked.hardware) if card else {}) | {"container": pod_spec.container(
         "{{workflow.parameters.image}}", ["python", "-m", "dreambooth.stage"], [name, "--out", OUT, *words],
-    ) | {"resources": pods.resources(asked.hardware) if card else pods.LITTLE}}
+    ) | {"resources": pod_spec.resources(asked.hardware) if card else pod_spec.LITTLE}}
 
 
 def _values(*names: str) -> dict[str, Any]:

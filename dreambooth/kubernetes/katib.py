@@ -4,7 +4,7 @@ import shlex
 from typing import Any
 
 from dreambooth.errors import Diverged, DoesNotFit, OutOfMemory, UserError
-from dreambooth.kubernetes import pods
+from dreambooth.kubernetes import pod_spec
 from dreambooth.kubernetes.workflow_spec import TRIAL, Asked, run_words
 
 API = "kubeflow.org/v1beta1"
@@ -53,11 +53,12 @@ def _number(text: str) -> bool:
 def _trial(asked: Asked, names: dict[str, str]) -> dict[str, Any]:
     """A Job that begins again after a lost node, and not after what would end the same."""
     chosen = [f"{key}=${{trialParameters.{name.replace('-', '_')}}}" for key, name in names.items()]
-    words = [*run_words(asked, pods.RUNS), TRIAL, f"sweep={asked.space.name}",
+    words = [*run_words(asked, pod_spec.RUNS), TRIAL, f"sweep={asked.space.name}",
              f"tracking.sweep=katib-{asked.space.name}", *chosen]
     # Katib puts the words of a command in a row for a shell of its own, as they are: a prompt would fall apart, and
     # ${...} be the shell's. A command that is a shell's already it leaves in one piece, and only adds to its end.
-    container = pods.container(asked.image, ["sh", "-c"], [shlex.join(["python", "-m", "dreambooth.train", *words])])
+    command = shlex.join(["python", "-m", "dreambooth.train", *words])
+    container = pod_spec.container(asked.image, ["sh", "-c"], [command])
     return {
         "apiVersion": "batch/v1", "kind": "Job",
         "spec": {
@@ -67,7 +68,7 @@ def _trial(asked: Asked, names: dict[str, str]) -> dict[str, Any]:
                 {"action": "FailJob", "onExitCodes": {
                     "containerName": CONTAINER, "operator": "In", "values": HOPELESS}}]},
             "template": {"spec": {
-                "restartPolicy": "Never", "serviceAccountName": pods.ACCOUNT, "automountServiceAccountToken": False,
-                "terminationGracePeriodSeconds": pods.SAVING, "securityContext": pods.security(),
-                **pods.placement(asked.hardware), "volumes": pods.volumes(),
-                "containers": [{"name": CONTAINER, **container, "resources": pods.resources(asked.hardware)}]}}}}
+                "restartPolicy": "Never", "serviceAccountName": pod_spec.ACCOUNT, "automountServiceAccountToken": False,
+                "terminationGracePeriodSeconds": pod_spec.SAVING, "securityContext": pod_spec.security(),
+                **pod_spec.placement(asked.hardware), "volumes": pod_spec.volumes(),
+                "containers": [{"name": CONTAINER, **container, "resources": pod_spec.resources(asked.hardware)}]}}}}

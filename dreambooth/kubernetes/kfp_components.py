@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dreambooth.utils import atomic_files
 from dreambooth.errors import UserError
+from dreambooth.utils import atomic_files
 
 MADE_AS = {"Output": "trials"}  # an output's name in the pipeline -> the file of the stage, where they differ
 MOUNTED = {"gs://": "/gcs/", "s3://": "/s3/", "minio://": "/minio/"}  # where the launcher sees object stores

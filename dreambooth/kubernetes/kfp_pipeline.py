@@ -7,7 +7,7 @@ as artifacts. Platform settings, in a second document, are read by a cluster onl
 from typing import Any
 
 from dreambooth.config.enums import Device
-from dreambooth.kubernetes import pods
+from dreambooth.kubernetes import pod_spec
 from dreambooth.kubernetes.workflow_spec import Asked
 
 NAME = "dreambooth-sweep"
@@ -113,12 +113,12 @@ def _container(asked: Asked, name: str) -> dict[str, Any]:
     made: dict[str, Any] = {
         "image": asked.image, "command": ["python", "-m", "dreambooth.stage"],
         "args": [*args, *(["--kfp", "{{$}}"] if parameters or artifacts else [])],
-        "env": [{"name": "HF_HOME", "value": f"{pods.WORKSPACE}/huggingface"}]}
+        "env": [{"name": "HF_HOME", "value": f"{pod_spec.WORKSPACE}/huggingface"}]}
     if name in WITH_A_CARD and asked.hardware.device is not Device.cpu:
-        needed = pods.resources(asked.hardware)["limits"]
+        needed = pod_spec.resources(asked.hardware)["limits"]
         made["resources"] = {
             "resourceMemoryLimit": needed["memory"], "resourceMemoryRequest": needed["memory"],
-            "accelerator": {"resourceType": pods.GPU, "resourceCount": needed[pods.GPU]}}
+            "accelerator": {"resourceType": pod_spec.GPU, "resourceCount": needed[pod_spec.GPU]}}
     return made
 
 
@@ -128,11 +128,11 @@ def _given(name: str) -> str:
 
 def _platform(asked: Asked) -> dict[str, Any]:
     """Nodes and tolerations, credentials by reference, the size of the workspace."""
-    place = pods.placement(asked.hardware)
-    keys = [{"secretKey": key, "envVar": key} for key in pods.SECRET_KEYS]
-    every = {"secretAsEnv": [{"secretName": pods.SECRETS, "keyToEnv": keys, "optional": True}],
-             "configMapAsEnv": [{"configMapName": pods.SETTINGS, "optional": True, "keyToEnv": [
-                 {"configMapKey": key, "envVar": key} for key in pods.SETTING_KEYS]}]}
+    place = pod_spec.placement(asked.hardware)
+    keys = [{"secretKey": key, "envVar": key} for key in pod_spec.SECRET_KEYS]
+    every = {"secretAsEnv": [{"secretName": pod_spec.SECRETS, "keyToEnv": keys, "optional": True}],
+             "configMapAsEnv": [{"configMapName": pod_spec.SETTINGS, "optional": True, "keyToEnv": [
+                 {"configMapKey": key, "envVar": key} for key in pod_spec.SETTING_KEYS]}]}
     nodes: dict[str, Any] = {}
     if "nodeSelector" in place:
         nodes["nodeSelector"] = {"labels": place["nodeSelector"]}

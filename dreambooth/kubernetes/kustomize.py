@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from dreambooth.kubernetes import argo, pods
+from dreambooth.kubernetes import argo, pod_spec
 from dreambooth.kubernetes.workflow_spec import Asked
 
 NAMESPACE = "dreambooth"
@@ -27,11 +27,11 @@ def rbac() -> list[dict[str, Any]]:
         {"apiGroups": [""], "resources": ["pods", "pods/log", "events"], "verbs": ["get", "list", "watch"]},
     ]
     return [
-        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": pods.ACCOUNT}},
-        _role(pods.ACCOUNT, executor),
-        {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": {"name": pods.ACCOUNT},
-         "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": pods.ACCOUNT},
-         "subjects": [{"kind": "ServiceAccount", "name": pods.ACCOUNT, "namespace": NAMESPACE}]},
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": pod_spec.ACCOUNT}},
+        _role(pod_spec.ACCOUNT, executor),
+        {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": {"name": pod_spec.ACCOUNT},
+         "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": pod_spec.ACCOUNT},
+         "subjects": [{"kind": "ServiceAccount", "name": pod_spec.ACCOUNT, "namespace": NAMESPACE}]},
         _role(SUBMITTER, person),
     ]
 
@@ -43,7 +43,7 @@ def _role(name: str, rules: list[dict[str, Any]]) -> dict[str, Any]:
 def volume() -> list[dict[str, Any]]:
     """The volume of runs: runs of a sweep on several nodes share it."""
     return [{
-        "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": pods.CLAIM},
+        "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": pod_spec.CLAIM},
         "spec": {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "200Gi"}}}}]
 
 

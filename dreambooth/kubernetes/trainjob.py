@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dreambooth.errors import UserError
-from dreambooth.kubernetes import pods
+from dreambooth.kubernetes import pod_spec
 from dreambooth.kubernetes.workflow_spec import Asked, run_words
 
 API = "trainer.kubeflow.org/v1alpha1"
@@ -43,16 +43,17 @@ def _job(asked: Asked, name: str, command: list[str], before: list[str], cards: 
         "spec": {
             "runtimeRef": {"name": RUNTIME},
             "trainer": {
-                "image": asked.image, "command": command, "args": [*before, *run_words(asked, pods.RUNS)],
-                "numNodes": 1, "numProcPerNode": cards, "env": [*pods.environment(), *pods.named()],
-                "resourcesPerNode": pods.resources(asked.hardware, cards)},
+                "image": asked.image, "command": command, "args": [*before, *run_words(asked, pod_spec.RUNS)],
+                "numNodes": 1, "numProcPerNode": cards, "env": [*pod_spec.environment(), *pod_spec.named()],
+                "resourcesPerNode": pod_spec.resources(asked.hardware, cards)},
             "runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": _patch(asked)}]}}
 
 
 def _patch(asked: Asked) -> dict[str, Any]:
     """What the runtime's pod template lacks: nodes, the volume, the user, the account. `node` is what trains."""
-    pod = {**pods.placement(asked.hardware), "serviceAccountName": pods.ACCOUNT, "securityContext": pods.security(),
-           "terminationGracePeriodSeconds": pods.SAVING, "volumes": pods.volumes(),
-           "containers": [{"name": "node", "volumeMounts": pods.mounts()}]}
+    pod = {**pod_spec.placement(asked.hardware), "serviceAccountName": pod_spec.ACCOUNT,
+           "securityContext": pod_spec.security(),
+           "terminationGracePeriodSeconds": pod_spec.SAVING, "volumes": pod_spec.volumes(),
+           "containers": [{"name": "node", "volumeMounts": pod_spec.mounts()}]}
     return {"template": {"spec": {"replicatedJobs": [{"name": "node", "template": {"spec": {"template": {
         "spec": pod}}}}]}}}

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreambooth.models.text_conditioning import Conditions, OneEncoder, TwoEncoders
-from dreambooth.errors import UserError
-from dreambooth.training.loss import Schedule
 from dreambooth.config.recipe import Recipe
+from dreambooth.errors import UserError
+from dreambooth.models.text_conditioning import Conditions, OneEncoder, TwoEncoders
+from dreambooth.training.loss import Schedule
 
 ABLE = "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"  # that know zero terminal SNR
 

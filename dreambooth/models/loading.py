@@ -10,17 +10,17 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dreambooth.models import lora, vae
 from dreambooth.config.enums import AttentionKind, BaseWeights, Dtype
+from dreambooth.config.recipe import Recipe
+from dreambooth.errors import UserError
+from dreambooth.models import lora, vae
 from dreambooth.models.components import Components as Components
 from dreambooth.models.components import base_schedule, has, keep_vae_whole
-from dreambooth.models.text_conditioning import Conditions
-from dreambooth.errors import UserError
-from dreambooth.utils.hardware import importing
+from dreambooth.models.gradient_checkpointing import recompute
 from dreambooth.models.pointwise_conv import as_products
 from dreambooth.models.quantization import quantise
-from dreambooth.config.recipe import Recipe
-from dreambooth.models.gradient_checkpointing import recompute
+from dreambooth.models.text_conditioning import Conditions
+from dreambooth.utils.hardware import importing
 from dreambooth.utils.import_blocker import without_bitsandbytes
 
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth.utils import rng
 from dreambooth.config.enums import Dtype, MethodKind, Targets
-from dreambooth.models.sample_dropout import Dropout, follow
 from dreambooth.config.method import Method
+from dreambooth.models.sample_dropout import Dropout, follow
+from dreambooth.utils import rng
 
 NAME = "default"  # peft's name of the one adapter that trains
 ATTENTION = r"to_[qkv]|to_out\.0|[qkv]_proj|out_proj"

@@ -10,9 +10,9 @@ import torch
 from PIL.Image import Image
 from safetensors import SafetensorError
 
+from dreambooth.errors import UserError
 from dreambooth.models import vae
 from dreambooth.models.components import Components, zero_snr
-from dreambooth.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def from_images(pipeline: Any) -> Any:
     return made
 
 
-def generate(
+def generate_images(
     pipeline: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from dreambooth.models.components import half_overflows, says_fixed
-from dreambooth.errors import UserError
 from dreambooth.config.recipe import Recipe
 from dreambooth.config.storage import is_single
+from dreambooth.errors import UserError
+from dreambooth.models.components import half_overflows, says_fixed
 
 FIX = "madebyollin/sdxl-vae-fp16-fix"  # SDXL's VAE, trained on until half does not overflow in it
 

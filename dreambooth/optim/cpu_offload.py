@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth.runtime.engine import Engine
-from dreambooth.optim.streaming_optimizer import Levered, on_gradient, settings, wide
 from dreambooth.optim.optimizers import Make
+from dreambooth.optim.streaming_optimizer import Levered, on_gradient, settings, wide
+from dreambooth.runtime.engine import Engine
 
 HOST = torch.device("cpu")
 

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from dreambooth.config.enums import Weights
+from dreambooth.config.schema import Memory
 from dreambooth.optim.cpu_offload import Offloaded, narrow
 from dreambooth.optim.optimizers import Make
 from dreambooth.optim.per_parameter import PerParameter
 from dreambooth.optim.stochastic_rounding import Rounder
-from dreambooth.config.schema import Memory
 
 
 def equip(model: nn.Module, make: Make, memory: Memory, half: torch.dtype, seed: int) -> torch.optim.Optimizer:

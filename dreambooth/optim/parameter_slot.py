@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth.optim.streaming_optimizer import settings
 from dreambooth.optim.optimizers import BLOCK, Make, separable
 from dreambooth.optim.stochastic_rounding import Rounder
+from dreambooth.optim.streaming_optimizer import settings
 
 PIECE = 2**22  # elements at a time, at most; 16 MiB in fp32
 SHARED = {"step", "qmap1", "qmap2"}  # of an optimizer's state: the same for each piece

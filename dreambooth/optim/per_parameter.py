@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth.runtime.engine import Engine
-from dreambooth.optim.streaming_optimizer import Levered, on_gradient, settings, wide
 from dreambooth.optim.optimizers import Make
-from dreambooth.optim.stochastic_rounding import Rounder
 from dreambooth.optim.parameter_slot import Slot
+from dreambooth.optim.stochastic_rounding import Rounder
+from dreambooth.optim.streaming_optimizer import Levered, on_gradient, settings, wide
+from dreambooth.runtime.engine import Engine
 
 
 @dataclass

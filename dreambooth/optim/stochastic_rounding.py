@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreambooth.utils import rng
 from dreambooth.config.enums import Rounding
+from dreambooth.utils import rng
 
 # Significant bits and the exponent of the smallest step. bf16 could go below 2**-126 only through fp32's subnormals,
 # which devices flush to zero.

@@ -11,15 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dreambooth.planner.skeleton_models import folder_of, trained_weights
-from dreambooth.planner.gpu_specs import fixed_gib
 from dreambooth.config.enums import EmaDevice, Weights
-from dreambooth.errors import DoesNotFit
-from dreambooth.utils.hardware import GIB
-from dreambooth.planner.prediction import STEP, Prediction
 from dreambooth.config.recipe import Recipe
-from dreambooth.planner.rehearsal import predict
+from dreambooth.errors import DoesNotFit
+from dreambooth.planner.gpu_specs import fixed_gib
 from dreambooth.planner.memory_options import STATE_BYTES, activations_gib, named
+from dreambooth.planner.prediction import STEP, Prediction
+from dreambooth.planner.rehearsal import predict
+from dreambooth.planner.skeleton_models import folder_of, trained_weights
+from dreambooth.utils.hardware import GIB
 
 SHARE = 0.95  # of the card that a chosen set may fill
 KEPT = {True: 0.2, False: 1.8}  # GiB of activations a row of 512 px, with and without checkpointing; SD 1.5: 0.26, 2

@@ -4,8 +4,8 @@ All encoders of a run are there together, fp32, and look at 16 pictures at a tim
 EfficientNet-Lite0 takes for such a batch, measured; the others take less (test).
 """
 
-from dreambooth.planner.caching_allocator import MIB
 from dreambooth.config.evaluate import Evaluate
+from dreambooth.planner.caching_allocator import MIB
 
 WEIGHTS = {"efficientnet_lite0": 14 * MIB, "dino": 84 * MIB, "clip": 578 * MIB, "lpips": 10 * MIB}
 MOMENT = 96 * MIB

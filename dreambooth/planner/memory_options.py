@@ -6,13 +6,13 @@ Counted from a prediction and not rehearsed, so that every figure is about right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from dreambooth.planner.skeleton_models import trained_weights
-from dreambooth.planner.gpu_specs import Card, card_of, fixed_gib
 from dreambooth.config.enums import Dtype, EmaDevice, OptimizerKind, Weights
+from dreambooth.config.recipe import Recipe
+from dreambooth.planner.gpu_specs import Card, card_of, fixed_gib
+from dreambooth.planner.prediction import STEP, Prediction
+from dreambooth.planner.skeleton_models import trained_weights
 from dreambooth.planner.time_and_cost import step_seconds
 from dreambooth.utils.hardware import GIB
-from dreambooth.planner.prediction import STEP, Prediction
-from dreambooth.config.recipe import Recipe
 
 STATE_BYTES = {  # an element of the optimizer's state
     OptimizerKind.adamw: 8.0, OptimizerKind.adamw8bit: 2.03, OptimizerKind.paged_adamw8bit: 0.0,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.optim.ema import Ema
-from dreambooth.runtime.engine import Engine
 from dreambooth.planner.allocation_trace import HOST, StorageTrace
+from dreambooth.runtime.engine import Engine
 
 
 @dataclass

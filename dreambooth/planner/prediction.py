@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from dreambooth.planner.allocation_trace import HOST, StorageTrace
 from dreambooth.planner.caching_allocator import CachingAllocator
 from dreambooth.planner.trace_replay import Usage, replay
-from dreambooth.planner.allocation_trace import HOST, StorageTrace
 
 STEP = ("forward", "backward", "step", "ema")  # the phases of a training step
 EMPTIED = frozenset({"caching", "training"})  # a run empties the allocator's cache when one of these begins

@@ -16,24 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth.planner import skeleton_models
-from dreambooth.models import loading
-from dreambooth.planner.caching_allocator import MIB
-from dreambooth.data.batch import Batch, joined
-from dreambooth.data.aspect_buckets import Size, largest
 from dreambooth.config.enums import AttentionKind, Dtype, EmaDevice, Weights
-from dreambooth.data.batches import at_a_time
-from dreambooth.planner.encoder_memory import looking
-from dreambooth.runtime.engine import Engine
-from dreambooth.planner.fake_cuda import fake_gpu, fake_tensors, rest, wake, workspace
-from dreambooth.planner.phase_markers import MarkedEma, MarkedEngine, Scaler, gradient_to
-from dreambooth.optim.memory_levers import equip
-from dreambooth.optim.cpu_offload import Offloaded
-from dreambooth.planner.optimizer_memory import ModelledOptimizer
-from dreambooth.planner.prediction import Prediction
 from dreambooth.config.recipe import Recipe
-from dreambooth.training.step import Objective, TrainState, train_step
+from dreambooth.data.aspect_buckets import Size, largest
+from dreambooth.data.batch import Batch, joined
+from dreambooth.data.batches import at_a_time
+from dreambooth.models import loading
+from dreambooth.optim.cpu_offload import Offloaded
+from dreambooth.optim.memory_levers import equip
+from dreambooth.planner import skeleton_models
 from dreambooth.planner.allocation_trace import ACTIVATIONS, HOST, TEMPORARIES, StorageTrace
+from dreambooth.planner.caching_allocator import MIB
+from dreambooth.planner.encoder_memory import looking
+from dreambooth.planner.fake_cuda import fake_gpu, fake_tensors, rest, wake, workspace
+from dreambooth.planner.optimizer_memory import ModelledOptimizer
+from dreambooth.planner.phase_markers import MarkedEma, MarkedEngine, Scaler, gradient_to
+from dreambooth.planner.prediction import Prediction
+from dreambooth.runtime.engine import Engine
+from dreambooth.training.step import Objective, TrainState, train_step
 
 CUBLAS = 8 * MIB + 128 * 1024  # its workspace, 8320 KiB: PyTorch's default :4096:2:16:8
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from dreambooth.config.recipe import Recipe
 from dreambooth.planner import auto_memory
 from dreambooth.planner.gpu_specs import card_of, fixed_gib
-from dreambooth.planner.time_and_cost import Estimate, disk_gib, estimate, host_gib
-from dreambooth.utils.hardware import GIB
+from dreambooth.planner.memory_options import ways
 from dreambooth.planner.prediction import STEP, Prediction
-from dreambooth.config.recipe import Recipe
+from dreambooth.planner.time_and_cost import Estimate, disk_gib, estimate, host_gib
 from dreambooth.planner.trace_replay import curve
 from dreambooth.runs.report import trained
-from dreambooth.planner.memory_options import ways
+from dreambooth.utils.hardware import GIB
 
 CATEGORIES = ("weights", "gradients", "optimizer", "ema", "activations", "temporaries")
 WIDTH = 80  # columns

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from dreambooth.models import lora, vae
 from dreambooth.config.enums import AttentionKind, BaseWeights
-from dreambooth.models.components import Components, base_schedule, half_overflows, keep_vae_whole
-from dreambooth.errors import UserError
-from dreambooth.planner.fake_cuda import fake_tensors, to_dtype
-from dreambooth.models.loading import TORCH_DTYPE, denoiser_of, kept_in, trained_modules
-from dreambooth.utils.assets import asset
-from dreambooth.models.quantization import quantise
 from dreambooth.config.recipe import Recipe
+from dreambooth.errors import UserError
+from dreambooth.models import lora, vae
+from dreambooth.models.components import Components, base_schedule, half_overflows, keep_vae_whole
+from dreambooth.models.loading import TORCH_DTYPE, denoiser_of, kept_in, trained_modules
+from dreambooth.models.quantization import quantise
+from dreambooth.planner.fake_cuda import fake_tensors, to_dtype
+from dreambooth.utils.assets import asset
 
 HUB = {  # names under which an architecture that ships here is published
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",

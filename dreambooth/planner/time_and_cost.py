@@ -9,11 +9,11 @@ peaks. No torch.
 
 from dataclasses import dataclass
 
-from dreambooth.planner.gpu_specs import Card
 from dreambooth.config.enums import Dtype, EmaDevice, OptimizerKind
-from dreambooth.utils.hardware import GIB
-from dreambooth.planner.prediction import Prediction
 from dreambooth.config.recipe import Recipe
+from dreambooth.planner.gpu_specs import Card
+from dreambooth.planner.prediction import Prediction
+from dreambooth.utils.hardware import GIB
 
 EFFICIENCY = {True: 0.21, False: 0.42}  # share of the peak rate: with tensor cores (half), without (fp32)
 OVERHEAD = 0.40  # seconds a step: launches and small operators

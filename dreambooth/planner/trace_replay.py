@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dreambooth.planner.caching_allocator import CachingAllocator
 from dreambooth.planner.allocation_trace import HOST, MARK, Event
+from dreambooth.planner.caching_allocator import CachingAllocator
 
 
 @dataclass

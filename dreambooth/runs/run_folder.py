@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dreambooth.serialization import export_layout
-from dreambooth.config.compose import evaluate
+from dreambooth.config import evaluate
 from dreambooth.utils import atomic_files
 from dreambooth.training.checkpoint import latest
 from dreambooth.errors import DoesNotFit, UserError

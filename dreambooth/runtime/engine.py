@@ -16,8 +16,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-from dreambooth.runtime import host_allocator
 from dreambooth.config.enums import Dtype
+from dreambooth.runtime import host_allocator
 from dreambooth.runtime.async_readback import Sent
 
 AUTOCAST = {Dtype.fp32: "no", Dtype.fp16: "fp16", Dtype.bf16: "bf16"}  # accelerate's names

@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from dreambooth.config.storage import is_remote, is_single
+from dreambooth.errors import DoesNotFit, UserError
+from dreambooth.models.components import Components
 from dreambooth.serialization import clip_tokenizer, single_file
+from dreambooth.serialization.detect_format import opened, recognised
+from dreambooth.serialization.ldm_keys import Family
+from dreambooth.serialization.load_parts import blank_parts, open_parts, read_json
+from dreambooth.serialization.lora_files import DIFFUSERS as ADAPTER
 from dreambooth.storage import run_inputs
 from dreambooth.utils import atomic_files
-from dreambooth.models.components import Components
-from dreambooth.utils.console import Console
-from dreambooth.errors import DoesNotFit, UserError
-from dreambooth.serialization.ldm_keys import Family
-from dreambooth.serialization.lora_files import DIFFUSERS as ADAPTER
-from dreambooth.serialization.load_parts import blank_parts, open_parts, read_json
 from dreambooth.utils.assets import asset
-from dreambooth.serialization.detect_format import opened, recognised
-from dreambooth.config.storage import is_remote, is_single
+from dreambooth.utils.console import Console
 
 KNOWN = {Family.sd1: "sd15", Family.sd2: "sd21", Family.sdxl: "sdxl"}  # the architecture that files of a family have
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, None: None}

@@ -10,15 +10,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 import dreambooth
-from dreambooth.models import lora
-from dreambooth.serialization import lora_files
-from dreambooth.utils import atomic_files
-from dreambooth.models.components import zero_snr
-from dreambooth.errors import DoesNotFit
-from dreambooth.tracking.mlflow_flavor import OF_BASE
-from dreambooth.models.loading import Components, exact_frozen, trained_modules
 from dreambooth.config.recipe import Recipe
+from dreambooth.errors import DoesNotFit
+from dreambooth.models import lora
+from dreambooth.models.components import zero_snr
+from dreambooth.models.loading import Components, exact_frozen, trained_modules
 from dreambooth.models.pipeline import pipeline_over
+from dreambooth.serialization import lora_files
+from dreambooth.tracking.mlflow_flavor import OF_BASE
+from dreambooth.utils import atomic_files
 
 CARD = """---
 tags:

@@ -9,11 +9,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dreambooth.serialization import clip_tokenizer, single_file
-from dreambooth.models.components import Components, zero_snr
 from dreambooth.errors import UserError
-from dreambooth.serialization.ldm_keys import Family, modern
+from dreambooth.models.components import Components, zero_snr
+from dreambooth.serialization import clip_tokenizer, single_file
 from dreambooth.serialization.detect_format import Found
+from dreambooth.serialization.ldm_keys import Family, modern
 
 
 def blank_parts(folder: Path, found: Found | None) -> Components:

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dreambooth.models.lora import LowRank, published
 from dreambooth.errors import UserError
+from dreambooth.models.lora import LowRank, published
 from dreambooth.serialization.export_layout import ADAPTER
 
 DIFFUSERS = ADAPTER  # the file in that layout

@@ -10,11 +10,23 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dreambooth.utils import atomic_files
-from dreambooth.models.components import Components
 from dreambooth.errors import UserError
-from dreambooth.serialization.ldm_keys import (POSITIONS, PREFIX, UNREAD, VAE, ZERO, Entry, Family, Form, V, entries, modern)
+from dreambooth.models.components import Components
 from dreambooth.serialization.detect_format import Opened
+from dreambooth.serialization.ldm_keys import (
+    POSITIONS,
+    PREFIX,
+    UNREAD,
+    VAE,
+    ZERO,
+    Entry,
+    Family,
+    Form,
+    V,
+    entries,
+    modern,
+)
+from dreambooth.utils import atomic_files
 
 ARCHITECTURE = {Family.sd1: "stable-diffusion-v1", Family.sd2: "stable-diffusion-v2-768-v",
                 Family.sdxl: "stable-diffusion-xl-v1-base"}

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from dreambooth.utils import atomic_files
-from dreambooth.serialization import single_file
-from dreambooth.models.components import says_fixed
-from dreambooth.serialization.convert import convert
-from dreambooth.errors import UserError
-from dreambooth.utils.assets import asset
-from dreambooth.serialization.detect_format import opened
 from dreambooth.config.schema import Config
 from dreambooth.config.storage import is_single
+from dreambooth.errors import UserError
+from dreambooth.models.components import says_fixed
+from dreambooth.serialization import single_file
+from dreambooth.serialization.convert import convert
+from dreambooth.serialization.detect_format import opened
+from dreambooth.utils import atomic_files
+from dreambooth.utils.assets import asset
 
 
 def as_folders(config: Config) -> Config:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from dreambooth.utils import atomic_files
-from dreambooth.storage import manifest
-from dreambooth.storage.s3_bucket import Bucket
 from dreambooth.errors import DoesNotFit, UserError
+from dreambooth.storage import manifest
 from dreambooth.storage.manifest import Entries, Entry
+from dreambooth.storage.s3_bucket import Bucket
+from dreambooth.utils import atomic_files
 
 GIB = 2**30
 ROUNDS = 3  # of fetching what did not arrive right

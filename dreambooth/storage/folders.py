@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dreambooth import cli
-from dreambooth.storage import manifest
-from dreambooth.utils import atomic_files
-from dreambooth.storage.s3_bucket import Bucket, Place, calling
-from dreambooth.utils.console import Console
-from dreambooth.errors import UserError
-from dreambooth.storage.download import fetch
-from dreambooth.storage.manifest import Entries
 from dreambooth.config.storage import SCHEME as SCHEME
 from dreambooth.config.storage import is_remote as is_remote
+from dreambooth.errors import UserError
+from dreambooth.storage import manifest
+from dreambooth.storage.download import fetch
+from dreambooth.storage.manifest import Entries
+from dreambooth.storage.s3_bucket import Bucket, Place, calling
 from dreambooth.storage.upload import Taken, send
+from dreambooth.utils import atomic_files
+from dreambooth.utils.console import Console
 
 PARALLEL = 8  # transfers at a time
 CONNECT, TIMEOUT = 10, 60  # seconds to connect; without a byte

@@ -14,8 +14,8 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dreambooth.utils import atomic_files
 from dreambooth.errors import UserError
+from dreambooth.utils import atomic_files
 
 NAME = "dreambooth-manifest.json"
 PART = 16 * 2**20  # bytes of a part; S3 takes 10,000 parts an object: 156 GiB

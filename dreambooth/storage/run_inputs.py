@@ -14,13 +14,13 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from dreambooth.utils import atomic_files
-from dreambooth.utils.console import Console
+from dreambooth.config.dataset import FOLDERS
+from dreambooth.config.schema import Config, Storage
+from dreambooth.config.storage import is_remote, is_single
 from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.storage.manifest import Entries, of_folder
-from dreambooth.config.schema import Config, Storage
-from dreambooth.config.dataset import FOLDERS
-from dreambooth.config.storage import is_remote, is_single
+from dreambooth.utils import atomic_files
+from dreambooth.utils.console import Console
 
 READ = {("model", "source"): True, ("model", "vae"): False,
         ("checkpoint", "resume"): True, ("evaluate", "reference_dir"): False, ("evaluate", "prompts"): False,
@@ -145,8 +145,8 @@ class Mirror(threading.Thread):
 
     def bring(self, resume: str) -> None:
         """Put the newest checkpoint of S3 where the run will look, if this machine has none that is whole."""
-        from dreambooth.training import checkpoint
         from dreambooth.storage import folders
+        from dreambooth.training import checkpoint
 
         there = folders.complete_folders(self._place)
         if there and resume != "auto":
@@ -173,8 +173,8 @@ class Mirror(threading.Thread):
         self._turn()
 
     def _turn(self) -> None:
-        from dreambooth.training import checkpoint
         from dreambooth.storage import folders
+        from dreambooth.training import checkpoint
 
         new = [path for path in self._folder.glob("step-*")
                if path.name not in self._done and checkpoint.intact(path)]

@@ -8,11 +8,11 @@ from functools import partial
 from hashlib import sha256
 from typing import Any, TypeVar
 
-from dreambooth.storage import aws_errors, manifest
-from dreambooth.utils.console import Console
-from dreambooth.errors import UserError
-from dreambooth.storage.manifest import Entries, Entry
 from dreambooth.config.storage import SCHEME, is_remote
+from dreambooth.errors import UserError
+from dreambooth.storage import aws_errors, manifest
+from dreambooth.storage.manifest import Entries, Entry
+from dreambooth.utils.console import Console
 
 ATTEMPTS = 5  # of one call
 PAUSE = 0.5  # seconds after the first failure, doubling

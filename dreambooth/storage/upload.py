@@ -7,10 +7,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from dreambooth.storage import aws_errors, manifest
-from dreambooth.storage.s3_bucket import Bucket
 from dreambooth.errors import UserError
+from dreambooth.storage import aws_errors, manifest
 from dreambooth.storage.manifest import Entries, Entry
+from dreambooth.storage.s3_bucket import Bucket
 
 ROUNDS = 3  # of sending what S3 does not hold
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreambooth.tracking.tracker import svg_charts
-from dreambooth.utils import atomic_files
-from dreambooth.sweeps.summary import axes, differing, dumped, ranked, title, value
-from dreambooth.tracking.svg_charts import colour, short
 from dreambooth.config.evaluate import HIGHER_IS_BETTER
-from dreambooth.utils.assets import asset
+from dreambooth.sweeps.summary import axes, differing, dumped, ranked, title, value
 from dreambooth.sweeps.trials import Trial, over_bound
+from dreambooth.tracking import svg_charts
+from dreambooth.tracking.svg_charts import colour, short
+from dreambooth.utils import atomic_files
+from dreambooth.utils.assets import asset
 
 MAX_STEPS = 16  # on the slider
 CHARTS = {"loss_instance": "instance loss", "loss_prior": "prior loss", "loss": "loss"}
@@ -51,7 +51,8 @@ def page(sweep: str, trials: Sequence[Trial], pixels: int) -> str:
 
 def _samples(folder: Path) -> dict[int, list[Path]]:
     """step -> a picture a prompt, those that are there."""
-    found = {atomic_files.number_of(at): sorted(at.glob("grid-*.png"), key=lambda path: atomic_files.number_of(path.with_suffix("")))
+    found = {atomic_files.number_of(at): sorted(
+        at.glob("grid-*.png"), key=lambda path: atomic_files.number_of(path.with_suffix("")))
              for at in (folder / "samples").glob("step-*")}
     return {step: paths for step, paths in found.items() if paths}
 

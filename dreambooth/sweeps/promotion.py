@@ -22,16 +22,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dreambooth.serialization import export_layout
-from dreambooth.utils import atomic_files
-from dreambooth.errors import UserError
-from dreambooth.utils.provenance import clean
 from dreambooth.config.recipe import Recipe
-from dreambooth.tracking.model_registry import CANDIDATE, CHAMPION, Registry, Version
+from dreambooth.errors import UserError
 from dreambooth.runs.report import promoted
 from dreambooth.runs.run_folder import locked
-from dreambooth.tracking.tracker import open_tracker
+from dreambooth.serialization import export_layout
 from dreambooth.sweeps.trials import ROLE, Trial, of_sweep, open_trial, over_bound
+from dreambooth.tracking.model_registry import CANDIDATE, CHAMPION, Registry, Version
+from dreambooth.tracking.tracker import open_tracker
+from dreambooth.utils import atomic_files
+from dreambooth.utils.provenance import clean
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from dreambooth.cloud import sweep_results
 from dreambooth.cloud.job import COMPLETED, FAILED
-from dreambooth.tracking.svg_charts import tidy
 from dreambooth.sweeps.trials import Trial, find
+from dreambooth.tracking.svg_charts import tidy
 
 SAME = {"name", "device", "sample_prompts", "evaluate.promote"}  # settings that tell nobody what a trial is
 
@@ -50,7 +50,8 @@ def keep(jobs: Sequence[tuple[Path, list[str], float | None]], sweep: str, run_r
     table += [_failed(len(table) + i, words) for i, (folder, words, number) in enumerate(
         job for job in jobs if job[2] is None and job[0].resolve() not in known)]
     path = sweep_results.write(run_root, sweep, table)
-    sweep_results.track(path, sweep, table, kind, uri, experiment, run_root, sweep_results.draw(run_root, sweep, axes(trials)))
+    picture = sweep_results.draw(run_root, sweep, axes(trials))
+    sweep_results.track(path, sweep, table, kind, uri, experiment, run_root, picture)
     return path
 
 

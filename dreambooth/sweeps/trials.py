@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreambooth.serialization import export_layout
-from dreambooth.config.compose import evaluate
+from dreambooth.config import evaluate
 from dreambooth.config.enums import EncoderKind
-from dreambooth.errors import UserError
-from dreambooth.tracking.journal import read
 from dreambooth.config.evaluate import INSTANCE_LOSS, Evaluate
 from dreambooth.data.photos import NO_FINGERPRINT
+from dreambooth.errors import UserError
+from dreambooth.serialization import export_layout
+from dreambooth.tracking.journal import read
 
 ROOM = 0.1  # of class_similarity over the base's, where no bound is given; without a prior it gains 0.2 to 0.4
 ROLE = "class_similarity"

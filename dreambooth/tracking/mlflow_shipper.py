@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreambooth.tracking.tracker import mlflow_flavor, mlflow_media
+from dreambooth.tracking import mlflow_flavor, mlflow_media
 from dreambooth.tracking.journal import EXPERIMENT, parcels, read, starts_line
-from dreambooth.utils.provenance import clean
 from dreambooth.tracking.mlflow_auth import REFUSES, refuses, status
+from dreambooth.utils.provenance import clean
 
 WAKE = 2.0  # seconds between two looks at the journal
 BACKOFF = (5.0, 60.0)  # seconds to the next attempt after a failure: the first, doubling up to the last

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError
-from dreambooth.utils.provenance import clean
 from dreambooth.tracking.mlflow_auth import LOGIN, REFUSES, refuses
 from dreambooth.tracking.mlflow_shipper import ENVIRONMENT
+from dreambooth.utils.provenance import clean
 
 CHAMPION, CANDIDATE = "champion", "candidate"
 UPLOAD = "600"  # seconds that a server has to store one file of a model

@@ -5,11 +5,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
-from dreambooth.tracking.tracker import svg_charts
-from dreambooth.errors import Interrupted
-from dreambooth.tracking.journal import EXPERIMENT
-from dreambooth.data.photos import fingerprint, list_photos
 from dreambooth.config.recipe import Recipe
+from dreambooth.data.photos import fingerprint, list_photos
+from dreambooth.errors import Interrupted
+from dreambooth.tracking import svg_charts
+from dreambooth.tracking.journal import EXPERIMENT
 from dreambooth.tracking.tracker import Tracker, open_tracker
 
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from dreambooth.utils import atomic_files
 from dreambooth.tracking.journal import read
+from dreambooth.utils import atomic_files
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")  # Okabe and Ito 2008
 LOSSES = ("loss_instance", "loss_prior", "loss")  # of a run without a prior, only some differ

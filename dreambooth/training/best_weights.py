@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dreambooth.utils import atomic_files
-from dreambooth.optim.ema import swapped
-from dreambooth.errors import DoesNotFit
 from dreambooth.config.evaluate import total
+from dreambooth.errors import DoesNotFit
+from dreambooth.optim.ema import swapped
+from dreambooth.utils import atomic_files
 
 WEIGHTS, STATE = "weights.safetensors", "state.json"
 

@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dreambooth.utils import atomic_files
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.optim.streaming_optimizer import Levered, settings
 from dreambooth.training.step import TrainState
+from dreambooth.utils import atomic_files
 
 log = logging.getLogger(__name__)
 

@@ -10,21 +10,21 @@ from typing import Any, Protocol
 
 import torch
 
-from dreambooth.models import lora, loading
-from dreambooth.training import best_weights, checkpoint
-from dreambooth.config.compose import evaluate
-from dreambooth.utils.console import Bar
+from dreambooth.config import evaluate
+from dreambooth.config.recipe import Recipe
+from dreambooth.evaluation.evaluator import Evaluation
+from dreambooth.models import loading, lora
+from dreambooth.models.pipeline import build_pipeline
 from dreambooth.optim.ema import swapped
 from dreambooth.runtime.engine import Engine
-from dreambooth.evaluation.evaluator import Evaluation
 from dreambooth.runtime.memory_meter import Meter
-from dreambooth.config.recipe import Recipe
-from dreambooth.training.sample_images import SampleBook
-from dreambooth.models.pipeline import build_pipeline
-from dreambooth.training.setup import Setup
-from dreambooth.utils.signals import Stop
-from dreambooth.training.step import StepInfo
 from dreambooth.tracking.tracker import Tracker
+from dreambooth.training import best_weights, checkpoint
+from dreambooth.training.sample_images import SampleBook
+from dreambooth.training.setup import Setup
+from dreambooth.training.step import StepInfo
+from dreambooth.utils.console import Bar
+from dreambooth.utils.signals import Stop
 
 log = logging.getLogger(__name__)
 

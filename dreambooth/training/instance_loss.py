@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import torch
 
-from dreambooth.utils import rng
 from dreambooth.data.batch import Batch
 from dreambooth.data.batches import View
 from dreambooth.models.pipeline import evaluating
 from dreambooth.training.setup import Setup
+from dreambooth.utils import rng
 
 LEVELS = 8  # timesteps a photo, the middles of equal parts of the schedule
 

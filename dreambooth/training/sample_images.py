@@ -5,12 +5,12 @@ from typing import Any
 
 from PIL import Image
 
-from dreambooth.utils import atomic_files
-from dreambooth.data.photos import Photo, cut
 from dreambooth.config.recipe import Recipe
-from dreambooth.models.pipeline import Sampler, generate
-from dreambooth.utils.image_grid import columns, contact_sheet, grid, read_samples
+from dreambooth.data.photos import Photo, cut
+from dreambooth.models.pipeline import Sampler, generate_images
 from dreambooth.tracking.tracker import Tracker
+from dreambooth.utils import atomic_files
+from dreambooth.utils.image_grid import columns, contact_sheet, grid, read_samples
 
 
 class SampleBook:
@@ -31,8 +31,9 @@ class SampleBook:
         if not target.is_dir():
             count = self.spec.images_per_prompt
             jobs = [(prompt, self.spec.seed + i) for prompt in self.prompts for i in range(count)]
-            batches = generate(pipeline, [prompt for prompt, _ in jobs], [seed for _, seed in jobs], self.sampler,
-                               self.batch_size, autocast)
+            batches = generate_images(
+                pipeline, [prompt for prompt, _ in jobs], [seed for _, seed in jobs], self.sampler,
+                self.batch_size, autocast)
             made = [image for batch in batches for image in batch]
             with atomic_files.whole_folder(target) as aside:
                 for number in range(len(self.prompts)):

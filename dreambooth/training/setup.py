@@ -8,26 +8,27 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dreambooth.data.batches import latent_cache as kept
-from dreambooth.optim.optimizers import memory_levers
-from dreambooth.data.batches import class_images, subjects
-from dreambooth.models import loading, pipeline
-from dreambooth.runtime import oom_advice
 from dreambooth.config.enums import EmaDevice
-from dreambooth.utils.console import Console
+from dreambooth.config.recipe import Recipe
+from dreambooth.data import class_images, subjects
+from dreambooth.data import latent_cache as kept
 from dreambooth.data.batches import Batches, Concept, Latents
-from dreambooth.optim.ema import Ema
-from dreambooth.runtime.engine import Engine, accelerated
+from dreambooth.data.photos import Photo, load_photos
 from dreambooth.errors import UserError
 from dreambooth.evaluation.evaluator import Judge
-from dreambooth.runtime.module_offload import Idle
-from dreambooth.optim.streaming_optimizer import Levered
-from dreambooth.runtime.memory_meter import Meter
+from dreambooth.models import loading
+from dreambooth.models.pipeline import build_pipeline, generate_images
+from dreambooth.optim import memory_levers
+from dreambooth.optim.ema import Ema
 from dreambooth.optim.optimizers import build_schedule, maker
-from dreambooth.data.photos import Photo, load_photos
-from dreambooth.config.recipe import Recipe
-from dreambooth.utils.signals import Stop
+from dreambooth.optim.streaming_optimizer import Levered
+from dreambooth.runtime import oom_advice
+from dreambooth.runtime.engine import Engine, accelerated
+from dreambooth.runtime.memory_meter import Meter
+from dreambooth.runtime.module_offload import Idle
 from dreambooth.training.step import Objective, TrainState
+from dreambooth.utils.console import Console
+from dreambooth.utils.signals import Stop
 
 
 @dataclass
@@ -55,7 +56,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         photos, repeats = subjects.photos(recipe)
         parts = loading.load(recipe, engine.device)
     _check_prompts(parts, recipe, photos)
-    pipeline = pipeline.build_pipeline(parts)
+    pipeline = build_pipeline(parts)
     concepts = [_concept(recipe, "instance", photos, repeats)]
     if recipe.with_prior:
         with meter.phase("class_images"):
@@ -104,7 +105,7 @@ def class_images_alone(recipe: Recipe, stop: Stop) -> None:
     engine.cache_casts(recipe.memory.autocast_cache)
     meter = Meter(engine.device, partial(oom_advice.advice, recipe=recipe.among(engine.world)))
     with meter.phase("load"):
-        pipeline = pipeline.build_pipeline(loading.load(recipe, engine.device))
+        pipeline = build_pipeline(loading.load(recipe, engine.device))
     with meter.phase("class_images"):
         for one in lacking:
             _class_images(one, pipeline, engine, console, stop)
@@ -145,7 +146,7 @@ def _class_images(recipe: Recipe, pipeline: Any, engine: Engine, console: Consol
     def generate(seeds: list[int]) -> list[Any]:
         stop.check()
         prompts = [recipe.class_prompt] * len(seeds)
-        batches = pipeline.generate(
+        batches = generate_images(
             pipeline, prompts, seeds, class_images.sampler_of(recipe), len(seeds), engine.autocast)
         return next(batches)
 

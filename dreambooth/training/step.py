@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.data.batch import Batch
-from dreambooth.optim.ema import Ema
-from dreambooth.runtime.engine import Engine
 from dreambooth.errors import Diverged
+from dreambooth.optim.ema import Ema
 from dreambooth.optim.streaming_optimizer import Levered
-from dreambooth.training.loss import Losses, Schedule, add_noise, dreambooth_loss, min_snr_weights, target
 from dreambooth.runtime.async_readback import Sent
+from dreambooth.runtime.engine import Engine
+from dreambooth.training.loss import Losses, Schedule, add_noise, dreambooth_loss, min_snr_weights, target
 
 MAX_SKIPPED_IN_A_ROW = 10
 

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from dreambooth.runtime.engine import Engine
 from dreambooth.errors import Interrupted
-from dreambooth.training.hooks import Save
 from dreambooth.runtime.async_readback import Sent
-from dreambooth.utils.signals import Stop, again
+from dreambooth.runtime.engine import Engine
+from dreambooth.training.hooks import Save
 from dreambooth.training.step import StepInfo
+from dreambooth.utils.signals import Stop, again
 
 
 @dataclass

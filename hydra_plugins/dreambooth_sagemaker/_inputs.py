@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 
-from dreambooth.storage import run_inputs, folders
 from dreambooth.cloud.training_job_request import CHANNELS
-from dreambooth.utils.console import Console
 from dreambooth.config.schema import Config
 from dreambooth.config.storage import SCHEME, is_remote, is_single
+from dreambooth.storage import folders, run_inputs
 from dreambooth.storage.folders import Held
+from dreambooth.utils.console import Console
 
 HUB = ("model.source", "model.vae")  # a hub id, or a path
 FILES = ("evaluate.prompts", "evaluate.lpips")

@@ -12,15 +12,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dreambooth.config.enums import TrackingKind
-from dreambooth.cloud import training_job_request, secrets
+from dreambooth.cloud import secrets, training_job_request
 from dreambooth.cloud.job import Job
 from dreambooth.cloud.training_job_request import Settings
 from dreambooth.config.compose import conf_dir, load
-from dreambooth.errors import ConfigError
+from dreambooth.config.enums import TrackingKind
 from dreambooth.config.recipe import resolve
 from dreambooth.config.schema import Config
 from dreambooth.config.storage import SCHEME
+from dreambooth.errors import ConfigError
 from dreambooth.sweeps.hydra_callbacks import named
 from hydra_plugins.dreambooth_sagemaker import _inputs
 from hydra_plugins.dreambooth_sagemaker._inputs import Inputs
@@ -116,7 +116,8 @@ def _checked(config: DictConfig, mode: str) -> tuple[Config, dict[str, Any]]:
             missing.append(f"there is no folder {folder}: type dataset.{key}=DIR")
     missing += _inputs.unsent(run)
     address = run.tracking.uri or launcher.mlflow_uri
-    if mode == "aws" and address and run.tracking.kind is TrackingKind.mlflow and training_job_request.only_here(address):
+    tracked = run.tracking.kind is TrackingKind.mlflow
+    if mode == "aws" and address and tracked and training_job_request.only_here(address):
         key = "tracking.uri" if run.tracking.uri else "hydra.launcher.mlflow_uri"
         missing.append(f"jobs on AWS do not reach MLflow at {address}: type {key}=https://SERVER, or {key}=null, which "
                        "keeps their metrics in their own folders")

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dreambooth.evaluation.evaluator import metrics
+from dreambooth.evaluation import metrics
 from dreambooth.evaluation.encoders import open_encoder
-from dreambooth.models.pipeline import Sampler, generate, open_pipeline
 from dreambooth.evaluation.scoring import to_pixels
+from dreambooth.models.pipeline import Sampler, generate_images, open_pipeline
 from dreambooth.utils.image_grid import grid
 from tools.proof import report
 
@@ -188,7 +188,7 @@ class Bench:
             if not all(path.is_file() for path in paths):
                 pipeline = pipeline or open_pipeline(model, "cpu")
                 seeds = [self.first + 100 * number + i for i in range(count)]
-                batches = generate(pipeline, [prompt] * count, seeds, SAMPLER, 16)
+                batches = generate_images(pipeline, [prompt] * count, seeds, SAMPLER, 16)
                 made = [picture for batch in batches for picture in batch]
                 paths[0].parent.mkdir(parents=True, exist_ok=True)
                 for path, picture in zip(paths, made, strict=True):

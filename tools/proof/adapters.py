@@ -65,9 +65,9 @@ def _share() -> float:
     """Trained weights of the LoRA, of all that `method=full` trains."""
     from hydra import compose, initialize_config_dir
 
-    from dreambooth.planner.skeleton_models import trained_weights
     from dreambooth.config.compose import conf_dir, load
     from dreambooth.config.recipe import resolve
+    from dreambooth.planner.skeleton_models import trained_weights
 
     def count(*words: str) -> int:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):

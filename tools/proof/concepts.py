@@ -8,10 +8,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dreambooth.evaluation.evaluator import metrics
+from dreambooth.evaluation import metrics
 from dreambooth.evaluation.encoders import open_encoder
-from dreambooth.models.pipeline import generate, open_pipeline
 from dreambooth.evaluation.scoring import to_pixels
+from dreambooth.models.pipeline import generate_images, open_pipeline
 from dreambooth.utils.image_grid import grid
 from tools.proof import page
 from tools.proof.__main__ import BASE, DEMO, ROOT, SAMPLER, VIEWS, Bench
@@ -54,7 +54,7 @@ def drawn(folder: Path, model: Path) -> dict[str, list[Image.Image]]:
     found = {}
     for number, text in enumerate([*map(prompt, SUBJECTS), CLASS]):
         seeds = [FIRST + 100 * number + i for i in range(COUNT)]
-        found[text] = next(generate(pipeline, [text] * COUNT, seeds, SAMPLER, COUNT))
+        found[text] = next(generate_images(pipeline, [text] * COUNT, seeds, SAMPLER, COUNT))
     return found
 
 
