@@ -13,9 +13,12 @@ from omegaconf import DictConfig
 from dreambooth import cli
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.config.schema import Config
+from dreambooth.runs import identity
 from dreambooth.train import converted
 
 NOWHERE = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+
+identity.register_resolver()
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")

@@ -12,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dreambooth.config.schema import Memory
-from dreambooth.errors import DreamBoothError, Interrupted
+from dreambooth.errors import ENDS, DreamBoothError, Interrupted
 from dreambooth.runtime import cpu_tuning
 
-ENDS = "DREAMBOOTH_ENDS"  # a folder in which every failed process leaves RANK.json, for who started them
 _taken: dict[str, str] = {}  # key -> value of words that Hydra does not get to see
 _codes: list[int] = []  # of the jobs in this process; a sweep has several
 

@@ -30,9 +30,12 @@ from dreambooth.container.sagemaker_paths import Places
 from dreambooth.container.supervisor import End, Supervisor
 from dreambooth.data.photos import list_photos
 from dreambooth.errors import DreamBoothError, UserError
+from dreambooth.runs import identity
 from dreambooth.utils.assets import asset
 
 ENFORCED = {"hydra/launcher": "basic", "hydra.mode": "RUN"}  # an experiment may not make a job start jobs
+
+identity.register_resolver()
 
 
 def main() -> None:

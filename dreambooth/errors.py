@@ -12,6 +12,8 @@
 Anything else that escapes is an internal fault: it keeps its traceback and also ends with 1.
 """
 
+ENDS = "DREAMBOOTH_ENDS"  # a folder in which every failed process leaves RANK.json, for who started them
+
 
 class DreamBoothError(Exception):
     """Base of every error whose message is meant for the user. The text is one clear sentence."""

@@ -18,6 +18,7 @@ from dreambooth.config.compose import conf_dir, load
 from dreambooth.config.enums import Device, PlanFormat
 from dreambooth.config.schema import Config
 from dreambooth.errors import DoesNotFit, UserError
+from dreambooth.runs import identity
 
 if TYPE_CHECKING:
     from dreambooth.planner.report import Planned
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 NOWHERE = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 UNSAID = {"instance_dir": "photos", "instance_prompt": "a photo of a zwx thing", "class_prompt": "a photo of a thing"}
 _plans: list["Planned"] = []  # of the jobs in this process; a sweep has several
+
+identity.register_resolver()
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")

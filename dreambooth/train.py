@@ -15,8 +15,11 @@ from dreambooth.config.compose import conf_dir, load, typed_password
 from dreambooth.config.schema import Config
 from dreambooth.config.storage import is_single
 from dreambooth.errors import UserError
+from dreambooth.runs import identity
 from dreambooth.sweeps.hydra_callbacks import STARTED, named, telling
 from dreambooth.utils.signals import again
+
+identity.register_resolver()
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
@@ -35,6 +38,7 @@ def train(cfg: DictConfig) -> float | None:
 def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
     from dreambooth.cloud import secrets
     from dreambooth.config.recipe import resolve
+    from dreambooth.runs import remote_mirror
     from dreambooth.runs.run_folder import discard_if_unused, forget_overrides
     from dreambooth.storage import run_inputs
     from dreambooth.utils.hardware import detect
@@ -51,7 +55,7 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
         cli.allocator(config.memory)
         config = converted(run_inputs.fetched(config, run_dir))
         recipe = resolve(config, run_dir, detect(), telling(list(HydraConfig.get().overrides.task)))
-        with stoppable() as stop, run_inputs.kept(config.storage, run_dir, config.checkpoint.resume) as keep:
+        with stoppable() as stop, remote_mirror.kept(config.storage, run_dir, config.checkpoint.resume) as keep:
             from dreambooth.run import execute
 
             result = execute(recipe, stop)

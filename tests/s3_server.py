@@ -26,8 +26,8 @@ KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS
         "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
 KINDS = ("500", "reset before", "reset after", "short write", "short read", "damaged read", "slow", "denied", "killed")
 PART = 2**14  # bytes of a part in the child
-CHILD = ("import sys; from dreambooth import bucket, manifest, storage; manifest.PART = {part}; bucket.PAUSE = 0.01;"
-         "storage.TIMEOUT = {timeout}; storage.main()")
+CHILD = ("import sys; from dreambooth.storage import __main__, folders, manifest, s3_bucket; manifest.PART = {part};"
+         "s3_bucket.PAUSE = 0.01; folders.TIMEOUT = {timeout}; __main__.main()")
 TIMEOUT, SLOW = 1.0, 1.5  # seconds that the child waits; that a slow answer takes
 ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>{}</Message></Error>"
 Fault = Callable[[int, str], str | None]  # number of the request, method -> what goes wrong

@@ -10,10 +10,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from dreambooth.config.compose import conf_dir, identity, load
+from dreambooth.config.compose import conf_dir, load
 from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.config.schema import Config
 from dreambooth.errors import ConfigError
+from dreambooth.runs.identity import identity
 from dreambooth.utils.hardware import Machine
 
 PHOTOS = ["dataset.instance_dir=/photos", "dataset.instance_prompt=a photo of a zwx dog",

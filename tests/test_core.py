@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from dreambooth.data.batches import Batch, Batches, Concept, Latents
 from dreambooth.data.photos import Photo
 from dreambooth.errors import Diverged
+from dreambooth.models.noise_schedule import Schedule, add_noise, min_snr_weights, target
 from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.loop import fit
-from dreambooth.training.loss import Schedule, add_noise, dreambooth_loss, min_snr_weights, target
+from dreambooth.training.loss import dreambooth_loss
 from dreambooth.training.step import Objective, TrainState, train_step
 from dreambooth.utils import rng
 

@@ -15,13 +15,14 @@ from PIL import Image
 from test_config import made
 from test_core import Toy, batches, schedule, state, steps
 
-from dreambooth.config.compose import identity, load
+from dreambooth.config.compose import load
 from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.data import aspect_buckets, image_formats, masks, photos, subjects
 from dreambooth.data.batches import Batches, Concept
 from dreambooth.data.latent_cache import Keep
 from dreambooth.data.photos import NO_FINGERPRINT, Photo, cut, fingerprint, list_photos, load_photos
 from dreambooth.errors import ConfigError, UserError
+from dreambooth.runs.identity import identity
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.instance_loss import instance_loss
 from dreambooth.training.loss import dreambooth_loss

@@ -22,7 +22,7 @@ from dreambooth.config.dataset import Subject
 from dreambooth.config.enums import Device
 from dreambooth.config.recipe import resolve
 from dreambooth.config.schema import Config
-from dreambooth.storage import folders
+from dreambooth.storage import __main__ as storage_command
 from dreambooth.utils.hardware import Machine
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncherConf
 
@@ -120,7 +120,7 @@ def test_a_command_is_real(command: str) -> None:
         workflows.asked(typed or workflows.DEFAULT, options.space, options.image)
         return
     if words[:3] == ["python", "-m", "dreambooth.storage"]:
-        assert folders.parser().parse_args(words[3:]).uri.startswith("s3://")
+        assert storage_command.parser().parse_args(words[3:]).uri.startswith("s3://")
         return
     doors = TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT
     assert words[:3] in doors, "neither make nor a door, and not on the list of others"

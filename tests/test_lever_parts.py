@@ -19,12 +19,12 @@ from dreambooth.config.schema import Memory
 from dreambooth.data.batches import Latents
 from dreambooth.data.latent_cache import Keep, digest
 from dreambooth.errors import UserError
+from dreambooth.runs.checkpoint_files import latest
 from dreambooth.runtime import oom_advice
 from dreambooth.runtime.engine import Engine
 from dreambooth.runtime.memory_meter import Meter
 from dreambooth.runtime.module_offload import Idle
 from dreambooth.training import setup
-from dreambooth.training.checkpoint import latest
 
 CPU = torch.device("cpu")
 

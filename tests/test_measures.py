@@ -6,9 +6,9 @@ import pytest
 from test_config import made, recipe
 
 from dreambooth.config import eval_prompts, evaluate
-from dreambooth.config.compose import identity
 from dreambooth.config.evaluate import EncoderKind, Evaluate, known, objective, parse
 from dreambooth.errors import ConfigError, UserError
+from dreambooth.runs.identity import identity
 from dreambooth.runs.run_folder import Result, judged
 from dreambooth.training.best_weights import best_step
 

@@ -30,6 +30,7 @@ from dreambooth.cloud.sagemaker_backend import TrainingJobs
 from dreambooth.config.compose import conf_dir
 from dreambooth.container.sagemaker_paths import Places
 from dreambooth.errors import ConfigError, Interrupted, UserError
+from dreambooth.storage import __main__ as storage_command
 from dreambooth.storage import aws_errors, folders, s3_bucket
 from dreambooth.sweeps import hydra_callbacks
 from hydra_plugins.dreambooth_sagemaker import _core, _prepare
@@ -911,7 +912,7 @@ def test_the_notebooks_commands_compose_and_its_python_is_python() -> None:
                  for word in sweep[3:] if word != "-m"]
         assert asked(*words)["ResourceConfig"]["InstanceType"] == f"ml.{hardware}.xlarge"
     uploads = [words for words in typed if words[2] == "dreambooth.storage"]
-    assert folders.parser().parse_args(uploads[0][3:]).uri == "s3://b/p/photos"
+    assert storage_command.parser().parse_args(uploads[0][3:]).uri == "s3://b/p/photos"
     for text in code:
         if not text.startswith("!"):
             compile(text, "cell", "exec")

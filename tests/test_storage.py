@@ -23,6 +23,8 @@ from dreambooth import cli
 from dreambooth.config.schema import Config
 from dreambooth.config.storage import Storage
 from dreambooth.errors import DoesNotFit, UserError
+from dreambooth.runs import remote_mirror
+from dreambooth.storage import __main__ as storage_command
 from dreambooth.storage import download, folders, manifest, run_inputs, s3_bucket
 from dreambooth.training import checkpoint
 from dreambooth.utils import atomic_files
@@ -423,7 +425,7 @@ def test_the_number_of_transfers_is_checked(
     monkeypatch.setattr(cli, "_codes", [])
     monkeypatch.setattr(sys, "argv", ["storage", "upload", str(tmp_path), "s3://b/x", "--parallel", parallel])
     with pytest.raises(SystemExit, match="1"):
-        folders.main()
+        storage_command.main()
     assert capsys.readouterr().err == f"dreambooth: --parallel must be from 1 to 64, not {parallel}\n"
 
 
@@ -437,7 +439,7 @@ def test_a_bug_keeps_its_traceback(server: Server, uri: str) -> None:
 
 def test_without_boto3_it_says_what_to_install(tmp_path: Path) -> None:
     code = ("import sys; sys.modules['boto3'] = None; sys.argv = ['storage', 'download', 's3://b/x', '.']; "
-            "from dreambooth import storage; storage.main()")
+            "from dreambooth.storage.__main__ import main; main()")
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (ran.returncode, ran.stderr) == (
         1, "dreambooth: s3:// and SageMaker need a package: pip install 'dreambooth[aws]'\n")
@@ -555,17 +557,17 @@ def made_run(folder: Path, steps: int) -> None:
 
 def test_a_result_and_checkpoints_are_copied_and_brought_back(server: Server, tmp_path: Path, uri: str) -> None:
     spec, run = Storage(upload=uri, checkpoints=True), tmp_path / "run"
-    with run_inputs.kept(spec, run, "auto") as keep:
+    with remote_mirror.kept(spec, run, "auto") as keep:
         made_run(run, 100)
         keep(SimpleNamespace(step=100))
         keep(SimpleNamespace(step=100))  # the command, repeated
     assert folders.complete_folders(f"{uri}/run/checkpoints") == [f"{uri}/run/checkpoints/step-000100"]
     assert "result.json" in (folders.complete(f"{uri}/run/result-000100") or {})
     other = tmp_path / "elsewhere" / "run"
-    with run_inputs.kept(spec, other, "auto"):
+    with remote_mirror.kept(spec, other, "auto"):
         assert json.loads((other / "checkpoints/step-000100/state.json").read_text())["step"] == 100
         assert [entry.name for entry in (other / "checkpoints").glob("step-*")] == ["step-000100"]
-    with pytest.raises(UserError, match=r"type checkpoint\.resume=auto"), run_inputs.kept(spec, other, "never"):
+    with pytest.raises(UserError, match=r"type checkpoint\.resume=auto"), remote_mirror.kept(spec, other, "never"):
         pass
 
 
@@ -578,7 +580,7 @@ def test_a_result_that_another_machine_left_half_there_is_in_nobodys_way(
     first, spec = f"{uri}/run/result-000100", Storage(upload=uri)
     plain().put_object(Bucket="tests", Key=f"{prefix(first)}/result.json", Body=b'{"seconds": "a"}')
     for machine in ("b", "b", "c"):  # b's command is repeated; c finds it complete
-        with run_inputs.kept(spec, tmp_path / machine / "run", "auto") as keep:
+        with remote_mirror.kept(spec, tmp_path / machine / "run", "auto") as keep:
             keep(SimpleNamespace(step=100))
     assert in_bucket("tests", prefix(first)) == {"result.json": b'{"seconds": "a"}'}
     there = in_bucket("tests", f"{prefix(first)}.2")
@@ -590,14 +592,14 @@ def test_a_result_that_was_stopped_left_nothing_of_this_machine(server: Server, 
     made_run(tmp_path / "run", 100)
     server.fault = lambda number, method: "denied" if "partNumber=4" in server.calls[number][1] else None
     with pytest.raises(UserError, match="no permission"), \
-            run_inputs.kept(Storage(upload=uri, parallel=1), tmp_path / "run", "auto") as keep:
+            remote_mirror.kept(Storage(upload=uri, parallel=1), tmp_path / "run", "auto") as keep:
         keep(SimpleNamespace(step=100))
     assert "result.json" not in in_bucket("tests", prefix(f"{uri}/run/result-000100"))
 
 
 def test_a_result_of_other_weights_is_not_taken_for_this_one(server: Server, tmp_path: Path, uri: str) -> None:
     made_run(tmp_path / "run", 100)
-    with run_inputs.kept(Storage(upload=uri), tmp_path / "run", "auto") as keep:
+    with remote_mirror.kept(Storage(upload=uri), tmp_path / "run", "auto") as keep:
         keep(SimpleNamespace(step=100))
         model(tmp_path / "run/model", 2)
         with pytest.raises(UserError, match="holds another complete upload"):
@@ -608,10 +610,10 @@ def test_a_checkpoint_that_another_machine_left_half_there_is_in_nobodys_way(
         server: Server, tmp_path: Path, uri: str) -> None:
     spec, place = Storage(upload=uri, checkpoints=True), f"{uri}/run/checkpoints"
     plain().put_object(Bucket="tests", Key=f"{prefix(place)}/step-000100/state.json", Body=b"theirs")
-    with run_inputs.kept(spec, tmp_path / "b/run", "auto"):
+    with remote_mirror.kept(spec, tmp_path / "b/run", "auto"):
         made_run(tmp_path / "b/run", 100)
     assert folders.complete_folders(place) == [f"{place}/step-000100.2"]
-    with run_inputs.kept(spec, tmp_path / "c/run", "auto"):
+    with remote_mirror.kept(spec, tmp_path / "c/run", "auto"):
         assert [entry.name for entry in (tmp_path / "c/run/checkpoints").glob("step-*")] == ["step-000100"]
     assert len(folders.complete_folders(place)) == 1
 
@@ -620,13 +622,13 @@ def test_a_result_that_cannot_be_copied_is_an_error(server: Server, tmp_path: Pa
     made_run(tmp_path / "run", 100)
     server.fault = lambda number, method: "denied" if method == "PUT" else None
     with pytest.raises(UserError, match="no permission"), \
-            run_inputs.kept(Storage(upload=uri), tmp_path / "run", "auto") as keep:
+            remote_mirror.kept(Storage(upload=uri), tmp_path / "run", "auto") as keep:
         keep(SimpleNamespace(step=100))
 
 
 def test_a_checkpoint_that_cannot_be_copied_stops_nothing(server: Server, tmp_path: Path, uri: str,
                                                           caplog: pytest.LogCaptureFixture) -> None:
-    with run_inputs.kept(Storage(upload=uri, checkpoints=True), tmp_path / "run", "auto"):
+    with remote_mirror.kept(Storage(upload=uri, checkpoints=True), tmp_path / "run", "auto"):
         made_run(tmp_path / "run", 100)
         server.fault = lambda number, method: "denied" if method == "PUT" else None
     assert "checkpoint step-000100 is not in S3" in caplog.text
@@ -637,16 +639,16 @@ def test_a_checkpoint_that_cannot_be_copied_is_tried_ever_more_seldom(
 ) -> None:
     now, reads, read = [1000.0], list[Path](), manifest.of_file
     monkeypatch.setattr(manifest, "of_file", lambda path: reads.append(path) or read(path))
-    monkeypatch.setattr(run_inputs, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(remote_mirror, "time", SimpleNamespace(monotonic=lambda: now[0]))
     made_run(tmp_path / "run", 100)
-    mirror = run_inputs.Mirror(tmp_path / "run", uri, 2)
+    mirror = remote_mirror.Mirror(tmp_path / "run", uri, 2)
     server.fault = lambda number, method: "denied" if method == "PUT" else None
     tries = []
     for _ in range(1000):  # looks, LOOK seconds apart
         server.calls.clear()
         mirror._turn()
         tries += [now[0]] if server.calls else []
-        now[0] += run_inputs.LOOK
+        now[0] += remote_mirror.LOOK
         if len(tries) > 14:  # too many already
             break
     assert [later - sooner for sooner, later in pairwise(tries)] == [
@@ -666,12 +668,12 @@ def test_a_checkpoint_that_cannot_be_copied_is_tried_ever_more_seldom(
 def test_a_damaged_checkpoint_hides_none_in_s3_and_is_not_copied(
         server: Server, tmp_path: Path, uri: str, damaged: str) -> None:
     spec = Storage(upload=uri, checkpoints=True)
-    with run_inputs.kept(spec, tmp_path / "a/run", "auto"):
+    with remote_mirror.kept(spec, tmp_path / "a/run", "auto"):
         made_run(tmp_path / "a/run", 100)
     half = tmp_path / "b/run/checkpoints" / damaged
     half.mkdir(parents=True)
     (half / "trained.safetensors").write_bytes(b"half")
-    with run_inputs.kept(spec, tmp_path / "b/run", "auto"):
+    with remote_mirror.kept(spec, tmp_path / "b/run", "auto"):
         assert checkpoint.latest(half.parent) == half.parent / "step-000100"
     assert folders.complete_folders(f"{uri}/run/checkpoints") == [f"{uri}/run/checkpoints/step-000100"]
 

@@ -14,8 +14,7 @@ from types import FrameType
 
 import psutil
 
-from dreambooth.cli import ENDS
-from dreambooth.errors import Interrupted
+from dreambooth.errors import ENDS, Interrupted
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 POLL = 0.2  # seconds

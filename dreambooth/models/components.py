@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
+from dreambooth.models.noise_schedule import Schedule
 from dreambooth.models.text_conditioning import Conditions, OneEncoder, TwoEncoders
-from dreambooth.training.loss import Schedule
 
 ABLE = "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"  # that know zero terminal SNR
 

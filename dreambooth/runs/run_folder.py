@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from dreambooth.serialization import export_layout
 from dreambooth.config import evaluate
 from dreambooth.utils import atomic_files
-from dreambooth.training.checkpoint import latest
+from dreambooth.runs.checkpoint_files import latest
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.utils.hardware import GIB
 from dreambooth.config.recipe import Recipe

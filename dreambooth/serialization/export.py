@@ -17,7 +17,6 @@ from dreambooth.models.components import zero_snr
 from dreambooth.models.loading import Components, exact_frozen, trained_modules
 from dreambooth.models.pipeline import pipeline_over
 from dreambooth.serialization import lora_files
-from dreambooth.tracking.mlflow_flavor import OF_BASE
 from dreambooth.utils import atomic_files
 
 CARD = """---
@@ -104,7 +103,7 @@ def _facts(recipe: Recipe) -> dict[str, str]:
     """Metadata of an adapter's files; the keys that begin with modelspec are those of the ModelSpec standard."""
     return {"base_model": recipe.model.source, "method": recipe.method.kind.value, "modelspec.title": recipe.name,
             "modelspec.trigger_phrase": recipe.instance_prompt} | {
-                OF_BASE + key: value for key, value in _base(recipe).items()}
+                lora_files.OF_BASE + key: value for key, value in _base(recipe).items()}
 
 
 def _opening(recipe: Recipe) -> str:

@@ -26,6 +26,7 @@ from dreambooth.errors import UserError
 from dreambooth.models.lora import LowRank, published
 from dreambooth.serialization.export_layout import ADAPTER
 
+OF_BASE = "base_model_"  # how keys of an adapter's metadata begin that say which of a base's files it belongs to
 DIFFUSERS = ADAPTER  # the file in that layout
 LABELS = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}  # of kohya's UNet
 DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"

@@ -3,7 +3,6 @@
 By hand: `python -m dreambooth.storage upload FOLDER s3://BUCKET/PREFIX`. The only file, with cloud/, that knows boto3.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,6 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dreambooth import cli
 from dreambooth.config.storage import SCHEME as SCHEME
 from dreambooth.config.storage import is_remote as is_remote
 from dreambooth.errors import UserError
@@ -158,41 +156,3 @@ def _opened(uri: str, console: Console | None, parallel: int) -> Iterator[Bucket
         yield Bucket(place, client("s3", parallel + 2), pool, console or Console(quiet=True))
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def parser() -> argparse.ArgumentParser:
-    """What `python -m dreambooth.storage` understands."""
-    found = argparse.ArgumentParser(prog="python -m dreambooth.storage", description=(__doc__ or "").split("\n")[0])
-    commands = found.add_subparsers(dest="command", required=True)
-    up = commands.add_parser("upload", help="make a folder complete in S3")
-    up.add_argument("folder", type=Path)
-    up.add_argument("uri", metavar="s3://BUCKET/PREFIX")
-    down = commands.add_parser("download", help="fetch a folder from S3 and say where it is")
-    down.add_argument("uri", metavar="s3://BUCKET/PREFIX")
-    down.add_argument("folder", type=Path, help="a folder is made in it, named by its content")
-    for one in (up, down):
-        one.add_argument("--parallel", type=int, default=PARALLEL, help="transfers at a time")
-    return found
-
-
-def main() -> None:
-    """`python -m dreambooth.storage`."""
-    asked = parser().parse_args()
-
-    def job() -> None:
-        if not 1 <= asked.parallel <= 64:
-            raise UserError(f"--parallel must be from 1 to 64, not {asked.parallel}")
-        if asked.command == "upload":
-            if not asked.folder.is_dir():
-                raise UserError(f"{asked.folder} is no folder: type a folder, then the place in S3")
-            upload(asked.folder, asked.uri, Console(), asked.parallel)
-            print(f"{asked.uri} is complete")
-        else:
-            print(download(asked.uri, asked.folder, Console(), asked.parallel))
-
-    cli.attempt(job, sweep=False)
-    cli.leave()
-
-
-if __name__ == "__main__":
-    main()

@@ -6,11 +6,10 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dreambooth.serialization.lora_files import DIFFUSERS, base_of
+from dreambooth.serialization.lora_files import DIFFUSERS, OF_BASE, base_of
 from dreambooth.utils.assets import asset
 
 FOLDER = "lora"  # of the run's artifacts
-OF_BASE = "base_model_"  # how keys of an adapter's metadata begin that say which of a base's files it belongs to
 REVISION = OF_BASE + "revision"  # MLflow's name too
 
 

@@ -5,7 +5,6 @@ No pickle: tensors are safetensors, the rest is JSON. What a checkpoint holds is
 """
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,11 @@ from torch import Tensor, nn
 
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.optim.streaming_optimizer import Levered, settings
+from dreambooth.runs.checkpoint_files import STATE, intact, rotate
 from dreambooth.training.step import TrainState
 from dreambooth.utils import atomic_files
 
-log = logging.getLogger(__name__)
-
 FORMAT = 1
-STATE = "state.json"
 
 
 def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.GradScaler, keep: int) -> Path:
@@ -45,33 +42,6 @@ def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.Gr
                              f"({error}): free some space and repeat the command") from error
     rotate(folder, keep)
     return target
-
-
-def rotate(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` intact checkpoints; a damaged one is never kept in the place of a good one."""
-    steps = _steps(folder)
-    kept = [path for path in steps if intact(path)][-keep:]
-    for old in steps:
-        if old not in kept:
-            atomic_files.remove_folder(old)
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest intact checkpoint, or None. A damaged one is passed over with a warning."""
-    for candidate in reversed(_steps(folder)):
-        if intact(candidate):
-            return candidate
-        log.warning("checkpoint %s is damaged and is passed over", candidate)
-    return None
-
-
-def intact(path: Path) -> bool:
-    """True if every file of the checkpoint has the size it was written with."""
-    try:
-        sizes = json.loads((path / STATE).read_text(encoding="utf-8"))["sizes"]
-        return all((path / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.GradScaler) -> None:
@@ -101,11 +71,6 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
         raise UserError(f"checkpoint {path} cannot be resumed here ({error}): type checkpoint.resume=never") from error
     state.step, state.skipped, state.skipped_in_row = (
         numbers[key] for key in ("step", "skipped", "skipped_in_row"))
-
-
-def step_of(path: Path) -> int:
-    """How many completed steps a checkpoint folder holds."""
-    return int(json.loads((path / STATE).read_text(encoding="utf-8"))["step"])
 
 
 def needed_bytes(state: TrainState, model: nn.Module, keep: int) -> int:
@@ -202,7 +167,3 @@ def _load_weights(found: dict[str, Tensor], into: dict[str, Any], path: Path) ->
         raise ValueError(f"{len(other)} weights of {path.name} do not match this model")
     for name, tensor in found.items():
         wanted[name].copy_(tensor)
-
-
-def _steps(folder: Path) -> list[Path]:
-    return sorted((entry for entry in folder.glob("step-*") if entry.is_dir()), key=atomic_files.number_of)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from dreambooth.data.batch import Batch
 from dreambooth.errors import Diverged
+from dreambooth.models.noise_schedule import Schedule, add_noise, min_snr_weights, target
 from dreambooth.optim.ema import Ema
 from dreambooth.optim.streaming_optimizer import Levered
 from dreambooth.runtime.async_readback import Sent
 from dreambooth.runtime.engine import Engine
-from dreambooth.training.loss import Losses, Schedule, add_noise, dreambooth_loss, min_snr_weights, target
+from dreambooth.training.loss import Losses, dreambooth_loss
 
 MAX_SKIPPED_IN_A_ROW = 10
 

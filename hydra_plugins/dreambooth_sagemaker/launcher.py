@@ -12,6 +12,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from hydra_plugins.dreambooth_sagemaker._sweep import Sweep
+
 
 @dataclass
 class SageMakerLauncherConf:
@@ -52,21 +54,15 @@ class SageMakerLauncher(Launcher):
     """Runs the jobs of a sweep elsewhere and returns what they were to find out."""
 
     def __init__(self, **settings: Any) -> None:
-        self.settings = settings  # of the sweep; what may differ between jobs is read from each job's own config
-        self.config: DictConfig | None = None
-        self.task_function: TaskFunction | None = None
-        self.hydra_context: HydraContext | None = None
-        self.sweep: str | None = settings.get("sweep")  # name; made up by the first launch
-        self.table: list[dict[str, Any]] = []  # results of every launch of this sweep
-        self.done: dict[tuple[str, ...], Any] = {}  # its points that have a result
+        self.sweep = Sweep(settings, settings.get("sweep"))
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+        self.sweep.hydra_context, self.sweep.task_function, self.sweep.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from hydra_plugins.dreambooth_sagemaker import _core
 
-        return _core.launch(self, job_overrides, initial_job_idx)
+        return _core.launch(self.sweep, job_overrides, initial_job_idx)
 
 
 ConfigStore.instance().store(

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from dreambooth.evaluation.scoring import to_pixels
 from dreambooth.models.pipeline import Sampler, generate_images, open_pipeline
 from dreambooth.utils.image_grid import grid
 from tools.proof import report
+from tools.proof.measured import Measured
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "dreambooth/assets/tiny-sd"
@@ -54,19 +55,6 @@ ARMS = (
     Arm("half weights, stochastic rounding", (*HALF, "memory.rounding=stochastic"), SEEDS[:1]),
     Arm("half weights, Kahan summation", (*HALF, "memory.rounding=kahan"), SEEDS[:1]),
 )
-
-
-@dataclass
-class Measured:
-    """Similarities to the photos, and the class's mean feature."""
-
-    plain: float
-    scenes: float
-    class_similarity: float
-    class_features: torch.Tensor
-    seconds: float = 0.0
-    seed: int = 0
-    pictures: dict[str, list[Image.Image]] = field(default_factory=dict)
 
 
 def main() -> None:

@@ -5,10 +5,8 @@ import os
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from tools.proof.__main__ import Measured
+from tools.proof.measured import Measured
 
 ADAPTERS = "<!-- tools.proof.adapters -->", "<!-- end adapters -->"
 
@@ -65,16 +63,16 @@ def gap(value: float, base: float, reference: float) -> float:
     return (value - base) / (reference - base)
 
 
-def line(name: str, run: "Measured", base: "Measured", reference: float,
-         drift: "Callable[[Measured, Measured], float]") -> str:
+def line(name: str, run: Measured, base: Measured, reference: float,
+         drift: Callable[[Measured, Measured], float]) -> str:
     """A row of a table."""
     return (f"| {name}, seed {run.seed} | {run.plain:.3f} | {gap(run.plain, base.plain, reference):.0%} "
             f"| {run.scenes:.3f} | {gap(run.scenes, base.scenes, reference):.0%} | {run.class_similarity:.3f} "
             f"| {drift(run, base):.3f} | {run.seconds:.0f} s |")
 
 
-def write(path: Path, base: "Measured", reference: float, runs: "Mapping[str, list[Measured]]",
-          drift: "Callable[[Measured, Measured], float]", sheet: Path, facts: dict[str, str]) -> None:
+def write(path: Path, base: Measured, reference: float, runs: Mapping[str, list[Measured]],
+          drift: Callable[[Measured, Measured], float], sheet: Path, facts: dict[str, str]) -> None:
     """Write the page; the section of tools.proof.adapters stays."""
     lines = {name: [line(name, run, base, reference, drift) for run in measured] for name, measured in runs.items()}
     main = ("with prior preservation", "without")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dreambooth import cli
-from dreambooth.training.loss import Schedule, add_noise, min_snr_weights
+from dreambooth.models.noise_schedule import Schedule, add_noise, min_snr_weights
 from tools.tiny_base.pictures import Meaning, caption
 
 BATCH = 24  # pictures a step and process
