@@ -4,8 +4,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from engine import engine
-from image import NAME, Image
+
+from tests.support.docker_engine import engine
+from tests.support.image import NAME, Image
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def sdk(version: str, docker: Engine, work: Path) -> str:
     if not python.exists():
         must(sys.executable, "-m", "venv", work / f"sdk{version}")
         must(python, "-m", "pip", "install", "--quiet", SDKS[version], timeout=1500)
-    blog = json.loads((ROOT / "tests/golden/blog_hyperparameters.json").read_text())
+    blog = json.loads((ROOT / "tests/support/golden/blog_hyperparameters.json").read_text())
     asked = blog | SHORT | {"manul_upload_model_path": '""', "train.max_train_steps": "2", "tracking": "none"}
     with tempfile.TemporaryDirectory() as folder, serving():
         (Path(folder) / "sdk.yaml").write_text(QUIET)

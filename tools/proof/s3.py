@@ -2,7 +2,7 @@
 of docs/sagemaker.md.
 
 Each must end with no manifest over missing bytes, no local file lost and a true exit code, and be completed by the same
-command; see `trial` in tests/s3_server.py. Ends with 1, and writes nothing, at the first that does not.
+command; see `trial` in tests/support/s3_server.py. Ends with 1, and writes nothing, at the first that does not.
 """
 
 import argparse

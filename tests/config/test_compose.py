@@ -1,0 +1,294 @@
+"""Every shipped configuration composes and resolves; what beats what; the seed blog's run."""
+
+import copy
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from dreambooth.config.compose import conf_dir, load
+from dreambooth.config.schema import Config
+from dreambooth.errors import ConfigError
+from dreambooth.runs.identity import identity
+from dreambooth.utils.hardware import Machine
+from tests.support.configs import made, recipe
+
+PHOTOS = ["dataset.instance_dir=/photos", "dataset.instance_prompt=a photo of a zwx dog",
+          "dataset.class_prompt=a photo of a dog"]
+FILES = sorted((path.parent.name, path.stem) for path in conf_dir().glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("group, name", FILES)
+def test_every_file_composes_and_resolves(group: str, name: str) -> None:
+    extra = ["hardware=g4dn"] if name in ("fp16", "xformers", "paged_adamw8bit") else []
+    extra = ["hardware=g5"] if name == "tf32" else extra
+    of_each = [word.replace("dataset.", f"dataset.concepts.{i}.").replace("zwx", f"zwx{i}")
+               for i in (0, 1) for word in PHOTOS]
+    recipe(f"{group}={name}", *extra, *(of_each if name == "concepts" else PHOTOS))
+
+
+@pytest.mark.parametrize("hardware", [name for group, name in FILES if group == "hardware"])
+@pytest.mark.parametrize("preset", ["person", "pet", "object", "style"])
+def test_a_preset_goes_with_every_machine_and_keeps_its_numbers(preset: str, hardware: str) -> None:
+    found = recipe(f"experiment={preset}", f"hardware={hardware}", *PHOTOS)
+    assert (found.model.name, found.hardware.name) == ("sd15", hardware)
+    rate, steps = {"person": (1e-6, 1200), "pet": (5e-6, 800), "object": (5e-6, 400), "style": (1e-6, 2000)}[preset]
+    assert (found.train.learning_rate, found.train.max_train_steps) == (rate, steps)
+
+
+@pytest.mark.parametrize("group, name", FILES)
+def test_every_key_of_a_group_has_a_comment(group: str, name: str) -> None:
+    check_comments(conf_dir() / group / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("name", ["config", "generate", "evaluate", "convert"])
+def test_every_key_of_an_entry_file_has_a_comment(name: str) -> None:
+    check_comments(conf_dir() / f"{name}.yaml")
+
+
+def check_comments(path: Path) -> None:
+    own, _, _ = path.read_text().partition("\nhydra:")  # Hydra's own keys are in Hydra's documentation
+    lines = own.splitlines()
+    keys = [line for line in lines if ": " in line and not line.lstrip().startswith(("#", "-"))]
+    plain = [line for line in keys if "#" not in line and line.split(":")[0].strip() not in ("name", "device")]
+    assert plain == []
+
+
+def test_default_is_the_demo_on_the_tiny_base() -> None:
+    found = recipe()
+    assert (found.model.name, found.dataset.name, found.device) == ("tiny", "demo", "cpu")
+    train = found.train
+    assert (train.learning_rate, train.max_train_steps, train.train_text_encoder) == (3e-4, 200, True)
+
+
+def test_g4dn_alone_is_sd15() -> None:
+    found = recipe("hardware=g4dn", *PHOTOS)
+    assert (found.model.name, found.model.resolution, found.precision.dtype.value) == ("sd15", 512, "fp16")
+    assert (found.train.learning_rate, found.train.max_train_steps) == (5e-6, 800)
+
+
+def test_command_line_beats_experiment_beats_config() -> None:
+    assert recipe("experiment=blog_g4dn", *PHOTOS).train.max_train_steps == 300
+    assert recipe("experiment=blog_g4dn", "train.max_train_steps=7", *PHOTOS).train.max_train_steps == 7
+    assert recipe("hardware=g4dn", "model=tiny", "precision=fp32").model.name == "tiny"
+
+
+def test_blog_g4dn_is_the_seed_blogs_run() -> None:
+    r = recipe("experiment=blog_g4dn", "dataset.instance_dir=/photos")
+    assert r.model.source == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert (r.model.resolution, r.precision.dtype.value, r.attention.kind.value) == (512, "fp16", "xformers")
+    t, p, m = r.train, r.prior, r.memory
+    assert (t.learning_rate, t.lr_scheduler.value, t.lr_warmup_steps, t.max_train_steps) == (2e-6, "constant", 0, 300)
+    assert (t.train_batch_size, t.gradient_accumulation_steps, t.use_ema, t.train_text_encoder) == (1, 1, True, False)
+    assert (p.with_prior_preservation, p.prior_loss_weight) == (True, 0.5)
+    assert (p.num_class_images, p.sample_batch_size) == (50, 1)
+    assert (m.gradient_checkpointing, m.cache_latents, r.optimizer.kind.value) == (True, False, "adamw")
+    assert (r.instance_prompt, r.class_prompt, r.checkpoint.every) == ("photo of zwx toy", "photo of a cat toy", 100)
+
+
+@pytest.mark.parametrize("overrides, machine, words", [
+    (["hardware=g4dn", "precision=bf16", *PHOTOS], None, "type precision=fp16"),
+    (["hardware=g4dn", *PHOTOS], Machine(), "type hardware=cpu"),
+    (["hardware=cpu", "precision=fp16"], None, "type precision=fp32"),
+    (["hardware=g4dn"], None, "dataset.allow_drawings=true"),
+    (["dataset=folder"], None, "type dataset.instance_dir=DIR"),
+    (["prior.num_class_images=0"], None, "prior.num_class_images=100"),
+    (["dataset.center_crop=false"], None, "memory.cache_latents=false"),
+    (["train.lr_warmup_steps=5"], None, "constant_with_warmup"),
+])
+def test_broken_rules_say_what_to_type(overrides: list[str], machine: Machine | None, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        recipe(*overrides, machine=machine)
+
+
+def test_bf16_is_fine_on_an_a10g_and_all_problems_come_together() -> None:
+    recipe("hardware=g5", *PHOTOS)
+    with pytest.raises(ConfigError) as caught:
+        load(made("train.learning_rate=-1", "train.train_batch_size=0", "checkpoint.keep=0"))
+    assert len(caught.value.problems) == 3
+
+
+def test_a_recipe_cannot_be_changed_and_its_settings_hold_no_server() -> None:
+    found = recipe("tracking.uri='${oc.env:NOT_SET_HERE,\"http://user:secret@host\"}'")
+    with pytest.raises(AttributeError):
+        found.train.seed = 1
+    assert "secret" not in str(found.settings())
+    assert found.settings()["train.seed"] == "0"
+
+
+SAME = ["hardware=cpu", "memory=low", "tracking=none", "sample.every=7", "checkpoint.keep=9", "run_root=/x",
+        "train.max_train_steps=9", "prior.sample_batch_size=1", "memory=lowest", "memory.offload_optimizer=true"]
+OTHER = ["train.learning_rate=1", "train.seed=1", "dataset.instance_prompt=a zwx", "model.resolution=128",
+         "precision=bf16", "prior.prior_loss_weight=9", "train.lr_scheduler=cosine", "optimizer.eps=1",
+         "memory.weights=half", "memory.rounding=kahan", "memory.ema_every=2"]
+
+
+@pytest.mark.parametrize("override", SAME)
+def test_identity_is_that_of_the_result(override: str) -> None:
+    assert identity(made(override)) == identity(made())
+
+
+@pytest.mark.parametrize("override", OTHER)
+def test_identity_changes_with_the_result(override: str) -> None:
+    assert identity(made(override)) != identity(made())
+
+
+def test_identity_counts_steps_only_where_the_schedule_does() -> None:
+    cosine = "train.lr_scheduler=cosine"
+    assert identity(made(cosine, "train.max_train_steps=9")) != identity(made(cosine))
+
+
+def test_identity_tells_places_in_s3_apart() -> None:
+    """Nothing is fetched to name a run; `remote` remembers what was behind the address."""
+    select = ("evaluate.select=subject_similarity", "evaluate.reference_dir=")
+    for words in (("dataset.instance_dir=",), ("dataset.class_dir=",), select):
+        one, other = (identity(made(*words[:-1], f"{words[-1]}s3://bucket/{name}")) for name in ("a", "b"))
+        assert one != other
+
+
+def test_identity_follows_the_photos_content(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"one")
+    before = identity(made(f"dataset.instance_dir={tmp_path}"))
+    (tmp_path / "a.png").write_bytes(b"two")
+    assert identity(made(f"dataset.instance_dir={tmp_path}")) != before
+
+
+def test_nothing_is_hidden_in_the_schema() -> None:
+    """Every key of the schema stands in a YAML file, where its comment is."""
+    text = "\n".join(path.read_text() for path in conf_dir().rglob("*.yaml"))
+    for section, node in OmegaConf.to_container(made(), resolve=False).items():  # type: ignore[union-attr]
+        for key in node if isinstance(node, dict) else [section]:
+            assert f"{key}:" in text, f"{section}.{key}"
+
+
+def yaml_keys(found: object, prefix: str = "") -> set[str]:
+    """Every key of nested maps, with dots."""
+    if not isinstance(found, dict):
+        return set()
+    return {f"{prefix}{key}" for key in found}.union(
+        *(yaml_keys(value, f"{prefix}{key}.") for key, value in found.items()))
+
+
+@pytest.mark.parametrize("group, name", [found for found in FILES if found[0] not in ("experiment", "sweep")])
+def test_every_key_of_its_section_is_in_every_file_of_a_group(group: str, name: str) -> None:
+    """Else the file's reader does not see a key, and a value of the schema applies unseen."""
+    keys = yaml_keys(OmegaConf.to_container(OmegaConf.load(conf_dir() / group / f"{name}.yaml"), resolve=False))
+    own = {key.removeprefix(f"{group}.") for key in keys}
+    assert {item.name for item in fields(getattr(Config(), group))} <= own
+
+
+def test_every_key_without_a_group_is_in_config_yaml() -> None:
+    keys = yaml_keys(OmegaConf.to_container(OmegaConf.load(conf_dir() / "config.yaml"), resolve=False))
+    schema = yaml_keys(OmegaConf.to_container(OmegaConf.structured(Config), resolve=False))
+    groups = {group for group, _ in FILES}
+    assert {key for key in schema if key.partition(".")[0] not in groups} <= keys
+
+
+def test_an_experiment_beats_model_files_too() -> None:
+    """num_class_images: 100 in config.yaml, 200 in sd15.yaml."""
+    assert made("hardware=g4dn").prior.num_class_images == 200
+    assert made("experiment=blog_g4dn").prior.num_class_images == 50
+    assert made("experiment=blog_g4dn", "prior.num_class_images=7").prior.num_class_images == 7
+
+
+def test_the_command_line_beats_what_hardware_chooses() -> None:
+    assert made("hardware=g4dn").memory.auto
+    found = made("hardware=g4dn", "model=tiny", "precision=fp32", "memory=fast")
+    assert (found.hardware.name, found.model.name, found.precision.dtype.value) == ("g4dn", "tiny", "fp32")
+    assert not found.memory.auto
+
+
+@pytest.mark.parametrize("text, truth", [("False", False), ("'False'", False), ("false", False), ("True", True)])
+def test_false_is_false(text: str, truth: bool) -> None:
+    assert load(made(f"train.use_ema={text}")).train.use_ema is truth
+
+
+@pytest.mark.parametrize("override, words", [
+    ("train.use_ema=maybe", "'maybe' is not a valid bool"),
+    ("train.use_ema=''", "not a valid bool"),
+    ("train.max_train_steps=abc", "could not be converted to Integer"),
+    ("train.max_train_steps=1.5", "could not be converted to Integer"),
+    ("train.learning_rate=fast", "could not be converted to Float"),
+    ("train.learning_rate=null", "is not Optional"),
+    ("train.lr_scheduler=stairs", "expected one of"),
+    ("train.max_train_stepz=3", "max_train_stepz"),
+    ("precision=fp8", "Available options in 'precision'"),
+    ("experiment=nope", "Available options in 'experiment'"),
+])
+def test_what_cannot_be_meant_is_hydras_few_lines(override: str, words: str) -> None:
+    with pytest.raises(HydraException) as caught:
+        made(override)
+    assert words in f"{caught.value} {caught.value.__cause__}"
+    assert len(str(caught.value).splitlines()) < 20
+
+
+def test_a_bad_interpolation_is_a_sentence_that_names_the_key() -> None:
+    with pytest.raises(ConfigError, match=r"train\.max_train_steps"):
+        load(made("train.max_train_steps=${name}"))
+
+
+@pytest.mark.parametrize("override", ["tracking.uri=http://x", "checkpoint.resume=never", "hardware.gpu=T4",
+                                      "checkpoint.every=3", "sample.prompts=[a]", "model.offline=false"])
+def test_identity_leaves_out_what_does_not_change_the_result(override: str) -> None:
+    assert identity(made(override)) == identity(made())
+
+
+def test_identity_does_not_depend_on_where_the_photos_lie(tmp_path: Path) -> None:
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        (folder / "a.png").write_bytes(b"one")
+    first, second = (identity(made(f"dataset.instance_dir={tmp_path / name}")) for name in "ab")
+    assert first == second
+    (tmp_path / "b/a.txt").write_text("a caption")
+    assert identity(made(f"dataset.instance_dir={tmp_path / 'b'}")) != first
+
+
+def test_the_run_folder_carries_the_identity() -> None:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        found = compose("config", return_hydra_config=True)
+    assert found.hydra.run.dir == f"runs/demo-tiny-full-{identity(found)}"
+    assert f"{found.hydra.sweep.dir}/{found.hydra.sweep.subdir}" == found.hydra.run.dir
+
+
+def test_identity_knows_the_weights_in_a_local_base(tmp_path: Path) -> None:
+    found = set()
+    for content in (b"one", b"two"):
+        (tmp_path / "unet.safetensors").write_bytes(content)
+        found.add(identity(made(f"model.source={tmp_path}")))
+    assert len(found) == 2
+
+
+def test_identity_knows_the_weights_in_a_local_vae(tmp_path: Path) -> None:
+    file, found = tmp_path / "vae.safetensors", {identity(made()), identity(made("model.vae=somebody/vae"))}
+    for content in (b"one", b"two"):
+        file.write_bytes(content)
+        found |= {identity(made(f"model.vae={place}")) for place in (file, tmp_path)}
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize("uri", ["http://me:secret@host:5000", "postgresql://me:se@cret@host/db",
+                                 "mysql://host/db?password=secret"])
+def test_a_password_in_an_address_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD"):
+        load(made(f"tracking.uri='{uri}'"))
+
+
+@pytest.mark.parametrize("uri", ["http://host:5000", "postgresql://me@host/db", "'${oc.env:MLFLOW_TRACKING_URI}'"])
+def test_an_address_without_a_typed_password_is_fine(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
+    assert "host" in str(load(made(f"tracking.uri={uri}")).tracking.uri)
+
+
+def test_a_cpu_stays_a_cpu() -> None:
+    assert recipe("hardware=cpu", "hardware.gpu=T4").device == "cpu"
+
+
+def test_hydras_store_of_schemas_is_not_copied_and_what_is_loaded_from_it_is() -> None:
+    """--help asks it about a hundred times; copying it each time took longer than all the rest."""
+    store = ConfigStore.instance()
+    assert copy.deepcopy(store) is store
+    assert store.load("schema.yaml").node is not store.load("schema.yaml").node

@@ -1,0 +1,273 @@
+"""Rules: one sentence for each broken one, all of them together, each with what to type."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from dreambooth.config import validation
+from dreambooth.config.compose import load
+from dreambooth.config.enums import (
+    AttentionKind,
+    BaseWeights,
+    Device,
+    Dtype,
+    LrSchedule,
+    MethodKind,
+    OptimizerKind,
+    Rounding,
+    Weights,
+)
+from dreambooth.config.recipe import resolve
+from dreambooth.config.schema import Config
+from dreambooth.config.section import Section
+from dreambooth.errors import ConfigError
+from dreambooth.utils.hardware import Machine
+from tests.support.configs import made
+from tests.support.decided import A10G, NONE, T4, config, decided
+
+OF_DOORS = ("run_root", "name", "plan", "storage")  # what no recipe has
+SECTIONS = [item.name for item in dataclasses.fields(Config) if item.name not in OF_DOORS]
+
+
+def problems(machine: Machine | None = None, **values: object) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        resolve(config(**values), Path("runs/x"), machine)
+    return list(caught.value.problems)
+
+
+@pytest.fixture
+def no_packages(monkeypatch):
+    """A machine with neither xformers nor bitsandbytes."""
+    monkeypatch.setattr(validation, "find_spec", lambda name: None)
+
+
+BROKEN = {  # what is broken -> (machine, values, what to type)
+    "a GPU is asked for and there is none": (NONE, {"hardware__device": Device.cuda}, "hardware=cpu"),
+    "bf16 on a T4": (T4, {"precision__dtype": Dtype.bf16}, "precision=fp16"),
+    "fp16 on a CPU": (NONE, {"precision__dtype": Dtype.fp16}, "precision=fp32"),
+    "xformers on a CPU": (NONE, {"attention__kind": AttentionKind.xformers}, "attention=sdpa"),
+    "xformers is not installed": (T4, {"attention__kind": AttentionKind.xformers}, "pip install 'dreambooth[cuda]'"),
+    "bitsandbytes is not installed": (NONE, {"optimizer__kind": OptimizerKind.adamw8bit}, "optimizer=adamw"),
+    "TF32 on a T4": (T4, {"precision__tf32": True}, "precision=fp32"),
+    "TF32 on a CPU": (NONE, {"precision__tf32": True}, "precision=fp32"),
+    "no photos": (None, {"dataset__instance_dir": None}, "dataset.instance_dir=DIR"),
+    "no instance prompt": (None, {"dataset__instance_prompt": " "}, "dataset.instance_prompt="),
+    "drawings for a hub model": (None, {"model__source": "me/model"}, "dataset.allow_drawings=true"),
+    "no class prompt": (None, {"dataset__class_prompt": None}, "dataset.class_prompt="),
+    "no class images": (None, {"prior__num_class_images": 0}, "prior.num_class_images=100"),
+    "a frozen random crop": (None, {"dataset__center_crop": False}, "memory.cache_latents=false"),
+    "warm-up of a constant rate": (None, {"train__lr_warmup_steps": 5}, "train.lr_scheduler=constant_with_warmup"),
+    "a warm-up longer than the run": (
+        None, {"train__lr_warmup_steps": 900, "train__lr_scheduler": LrSchedule.cosine}, "train.lr_warmup_steps=800"),
+    "accumulation with the optimizer in backward": (
+        None, {"memory__optimizer_in_backward": True, "train__gradient_accumulation_steps": 2},
+        "train.gradient_accumulation_steps=1"),
+    "a split prior pass with the optimizer in backward and nothing recomputed": (
+        None, {"memory__optimizer_in_backward": True, "memory__split_prior": True},
+        "memory.gradient_checkpointing=true"),
+    "offload with the optimizer in backward": (
+        None, {"memory__optimizer_in_backward": True, "memory__offload_optimizer": True},
+        "memory.offload_optimizer=false"),
+    "half weights in fp32": (
+        None, {"memory__weights": Weights.half, "memory__rounding": Rounding.kahan}, "precision=bf16"),
+    "half weights rounded to nearest": (
+        None, {"memory__weights": Weights.half, "precision__dtype": Dtype.bf16}, "memory.rounding=stochastic"),
+    "half weights and offload": (
+        None, {"memory__weights": Weights.half, "precision__dtype": Dtype.bf16, "memory__rounding": Rounding.kahan,
+               "memory__offload_optimizer": True}, "memory.weights=full"),
+    "rounding of full weights": (None, {"memory__rounding": Rounding.kahan}, "memory.weights=half"),
+    "an average that misses the last steps": (None, {"memory__ema_every": 3}, "memory.ema_every=1"),
+    "paging on a CPU": (None, {"optimizer__kind": OptimizerKind.paged_adamw8bit}, "optimizer=adamw8bit"),
+    "a quantised base on a CPU": (
+        NONE, {"method__kind": MethodKind.lora, "method__base_weights": BaseWeights.nf4}, "method.base_weights=half"),
+    "a quantised base without its package": (
+        T4, {"method__kind": MethodKind.lora, "method__base_weights": BaseWeights.nf4}, "pip install"),
+    "dropout in a compiled step": (
+        None, {"method__kind": MethodKind.lora, "method__dropout": 0.1, "train__compile": True}, "train.compile=false"),
+    "half weights of an adapter": (
+        T4, {"method__kind": MethodKind.lora, "memory__weights": Weights.half, "memory__rounding": Rounding.stochastic,
+             "precision__dtype": Dtype.fp16}, "memory.weights=full"),
+    "the small optimizer of an adapter in host memory": (
+        None, {"method__kind": MethodKind.dora, "memory__offload_optimizer": True}, "memory.offload_optimizer=false"),
+    "the rank of an adapter that is not there": (None, {"method__rank": 64}, "method=lora"),
+    "several settings of an adapter that is not there": (
+        NONE, {"method__base_weights": BaseWeights.nf4, "method__merge": True, "method__alpha": 8.0}, "method=lora"),
+    "a checkpoint that is not there": (None, {"checkpoint__resume": "/nowhere"}, "checkpoint.resume=auto"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_each_broken_rule_is_one_sentence_that_says_what_to_type(what, no_packages):
+    machine, values, typed = BROKEN[what]
+    [sentence] = problems(machine, **values)
+    assert typed in sentence.partition(": ")[2]
+    assert "\n" not in sentence
+
+
+def test_settings_of_an_adapter_without_one_are_named():
+    assert problems(method__dropout=0.1) == [
+        "method.dropout is of adapters, and method=full trains every weight: type method=lora"]
+    [sentence] = problems(method__rank=8, method__merge=True)
+    assert sentence.startswith("method.rank and method.merge are of adapters, and")
+    assert not decided(method__rank=16, method__dropout=0.0).method.low_rank, "what changes nothing may stand"
+
+
+def test_the_file_of_the_full_method_has_what_the_schema_has():
+    assert decided().method == resolve(load(made()), Path("runs/x")).method
+
+
+def test_all_broken_rules_are_reported_together(no_packages):
+    together = ["bf16 on a T4", "xformers is not installed", "no photos", "no instance prompt", "no class prompt",
+                "no class images", "a frozen random crop", "a checkpoint that is not there",
+                "bitsandbytes is not installed", "warm-up of a constant rate"]
+    values = {key: value for what in together for key, value in BROKEN[what][1].items()}
+    assert len(problems(T4, **values)) == len(together)
+
+
+def test_precision_follows_the_cards_capability():
+    assert decided(A10G, precision__dtype=Dtype.bf16).device == "cuda"
+    assert decided(NONE, precision__dtype=Dtype.bf16).device == "cpu"
+    assert decided(T4, precision__dtype=Dtype.fp16).hardware.gpu == "T4"
+    declared = {"hardware__device": Device.cuda, "hardware__gpu": "T4", "hardware__compute_capability": 7.5}
+    assert problems(None, precision__dtype=Dtype.bf16, **declared), "a run meant for a T4 elsewhere"
+    assert decided(A10G, precision__dtype=Dtype.bf16, **declared), "the card that is there counts"
+
+
+def test_hardware_cpu_uses_no_card():
+    assert decided(T4, hardware__device=Device.cpu).device == "cpu"
+    assert decided(T4).device == "cuda"
+    assert decided(NONE).device == "cpu"
+
+
+def test_what_is_declared_of_the_card_stays_and_the_rest_is_detected():
+    assert decided(T4).hardware.usable_vram_gib == 14.6
+    assert decided(T4, hardware__usable_vram_gib=8.0).hardware.usable_vram_gib == 8.0
+
+
+def test_drawings_may_train_what_ships_or_what_is_asked_for():
+    assert decided().source.endswith("assets/tiny-sd")
+    assert decided(model__source="me/model", dataset__allow_drawings=True).source == "me/model"
+    assert decided(model__source="me/model", dataset__instance_dir="/photos").instance_dir == Path("/photos")
+
+
+def test_without_prior_preservation_nothing_of_the_class_is_asked_for():
+    found = decided(prior__with_prior_preservation=False, prior__num_class_images=0, dataset__class_prompt=None)
+    assert (found.with_prior, found.class_prompt) == (False, "")
+    assert found.sample_prompts == ("a zwx toy", "a zwx toy on the beach")
+
+
+def test_own_class_images_need_no_generated_ones(tmp_path):
+    assert decided(prior__num_class_images=0, dataset__class_dir=str(tmp_path)).class_dir == tmp_path
+
+
+def test_sample_prompts_are_the_usual_three_or_the_users():
+    assert decided().sample_prompts == ("a zwx toy", "a zwx toy on the beach", "a toy")
+    assert decided(sample__prompts=["one", "two"]).sample_prompts == ("one", "two")
+
+
+def test_a_recipe_and_its_sections_are_frozen_and_the_config_is_not():
+    given_config = config()
+    found = resolve(given_config, Path("runs/x"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.name = "other"
+    for name in SECTIONS:
+        section = getattr(found, name)
+        for key in vars(getattr(Config(), name)):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(section, key, None)
+    given_config.train.seed = 5
+    assert found.train.seed == 0
+
+
+def test_settings_hold_every_key_but_nothing_of_the_tracking_server():
+    found = decided(tracking__uri="https://user:secret@host", checkpoint__every=None)
+    keys = {f"{name}.{key}" for name in SECTIONS if name != "tracking" for key in vars(getattr(Config(), name))}
+    assert found.settings().keys() == keys | {"name", "device", "sample_prompts"}
+    assert "secret" not in str(found.settings())
+    assert found.settings()["checkpoint.every"] == "null"
+    assert found.settings()["precision.dtype"] == "fp32"
+    assert all(isinstance(value, str) for value in found.settings().values())
+
+
+NAN, INF = math.nan, math.inf
+below_0 = st.one_of(st.integers(max_value=-1), st.sampled_from([NAN, INF, -INF]), st.floats(-1e9, -1e-9))
+not_above_0 = below_0 | st.just(0.0)
+positive = st.floats(max_value=0) | st.just(NAN)
+outside_0_1 = st.floats(max_value=-1e-9) | st.floats(min_value=1) | st.just(NAN)
+less_than_1 = st.integers(max_value=0)
+negative = st.integers(max_value=-1)
+no_seed = st.integers(max_value=-1) | st.integers(min_value=2**63)
+no_steps = st.integers(max_value=0) | st.integers(min_value=1001)
+BOUNDS = {
+    "model.resolution": st.integers(max_value=7) | st.integers(min_value=2049) | st.sampled_from([9, 100, 513]),
+    "optimizer.beta1": outside_0_1, "optimizer.beta2": outside_0_1, "optimizer.eps": not_above_0,
+    "optimizer.weight_decay": below_0,
+    "model.adapter_learning_rate": not_above_0, "method.rank": less_than_1, "method.alpha": not_above_0,
+    "method.dropout": outside_0_1,
+    "dataset.prompt_dropout": outside_0_1,
+    "prior.prior_loss_weight": below_0, "prior.num_class_images": negative, "prior.sample_batch_size": less_than_1,
+    "prior.num_inference_steps": no_steps, "prior.guidance_scale": below_0,
+    "train.max_train_steps": less_than_1, "train.train_batch_size": less_than_1,
+    "train.gradient_accumulation_steps": less_than_1, "train.learning_rate": not_above_0,
+    "train.lr_warmup_steps": negative, "train.max_grad_norm": positive, "train.seed": no_seed,
+    "train.ema_decay": outside_0_1, "train.snr_gamma": positive, "train.noise_offset": below_0,
+    "sample.every": less_than_1, "sample.num_inference_steps": no_steps, "sample.guidance_scale": below_0,
+    "sample.seed": no_seed, "sample.images_per_prompt": less_than_1,
+    "memory.ema_every": less_than_1, "memory.max_split_size_mb": st.integers(max_value=20),
+    "checkpoint.every": less_than_1, "checkpoint.keep": less_than_1,
+    "evaluate.every": less_than_1, "evaluate.images_per_prompt": less_than_1, "evaluate.class_images": less_than_1,
+    "evaluate.seed": no_seed, "evaluate.max_class_similarity": st.floats(min_value=1.1, max_value=9),
+}
+BASE = OmegaConf.structured(Config)
+
+
+def test_every_number_has_bounds():
+    """A new number of the schema without bounds shows up here. Facts of the card are not checked."""
+    numbers = {f"{name}.{item.name}" for name in SECTIONS if name != "hardware"
+               for item in dataclasses.fields(getattr(Config(), name))
+               if item.type in (int, float, int | None, float | None)}
+    assert numbers == BOUNDS.keys()
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.data())
+def test_numbers_out_of_bounds_are_each_named_in_a_sentence(data):
+    chosen = data.draw(st.lists(st.sampled_from(sorted(BOUNDS)), min_size=1, max_size=4, unique=True))
+    broken = BASE.copy()
+    for key in chosen:
+        OmegaConf.update(broken, key, data.draw(BOUNDS[key], label=key))
+    with pytest.raises(ConfigError) as caught:
+        load(broken)
+    lines = str(caught.value).splitlines()
+    assert sorted(line.split(" must be ")[0] for line in lines) == sorted(chosen)
+
+
+@pytest.mark.parametrize("key, edge", [
+    ("model.resolution", 8), ("model.resolution", 2048), ("optimizer.beta1", 0.0), ("prior.num_class_images", 0),
+    ("prior.prior_loss_weight", 0.0), ("train.max_grad_norm", None), ("train.snr_gamma", None),
+    ("train.seed", 2**63 - 1), ("train.ema_decay", 0.0), ("sample.every", None), ("sample.num_inference_steps", 1000),
+    ("checkpoint.every", None),
+])
+def test_values_on_the_bounds_are_allowed(key, edge):
+    allowed = BASE.copy()
+    OmegaConf.update(allowed, key, edge)
+    assert OmegaConf.select(OmegaConf.structured(load(allowed)), key) == edge
+
+
+def test_every_section_of_the_config_can_be_sealed():
+    assert all(isinstance(getattr(Config(), name), Section) for name in SECTIONS)
+
+
+def test_a_key_that_nobody_reads_is_refused_even_with_a_plus():
+    """Hydra's own advice for a misspelt key is to put a + before it."""
+    with pytest.raises(ConfigError, match=r"^train\.learnig_rate is not a setting") as caught:
+        load(made("+train.learnig_rate=1", "train.seed=-1"))
+    assert len(caught.value.problems) == 2
+    with pytest.raises(ConfigError, match=r"^other is not a setting"):
+        load(made("+other.key=1"))
+    load(made("+hardware.node_selector.pool=gpu"))

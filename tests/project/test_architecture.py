@@ -1,0 +1,278 @@
+"""The rules of the house: who may know whom, how long a file may be, what never appears in one.
+
+Source is read as syntax trees, so that a rule covers imports inside functions too, and bites on the day a file appears.
+"""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence, Set
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "dreambooth"
+DOORS = {"train", "generate", "plan", "evaluate", "entrypoint", "promote", "compare", "class_images", "stage",
+         "workflows", "convert"}
+HEAVY = {"torch", "diffusers", "transformers", "mlflow", "boto3", "accelerate", "PIL", "numpy"}
+BY_NAME = {"import_module", "importlib.import_module", "__import__"}
+CODE = ("dreambooth", "hydra_plugins", "tools")
+# What `--help`, a submitting laptop and the small process before a training one import.
+LIGHT = ["config", "recipe", "errors", "train", "generate", "evaluate", "convert", "entrypoint", "promote", "compare",
+         "sweeping"]
+# A plug-in asks `python -m dreambooth.plan` in a process of its own; it may import these and no other module.
+OPEN_TO_PLUGINS = {f"dreambooth.{name}" for name in (
+    "config", "errors", "recipe", "schema", "schema_storage", "choices", "storage", "remote", "console",
+    "sweeping")} | {
+    f"dreambooth.cloud.{path.stem}" for path in (PACKAGE / "cloud").glob("*.py")} | {"dreambooth.cloud"}
+# A rule about a module that is gone holds of nothing: these must exist.
+SUBJECTS = ["config", "errors", "recipe", "train", "run", "loop", "step", "loss", "model", "data", "prior",
+            "checkpoint", "tracking", "export", "generate"]  # fmt: skip
+
+
+def sources(*folders: str) -> dict[str, ast.Module]:
+    """Path below the root -> syntax tree, of every Python file in the folders."""
+    paths = (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
+    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text("utf-8"), str(path)) for path in paths}
+
+
+def module_name(path: str) -> str:
+    """dreambooth/cloud/job.py -> cloud.job"""
+    return path.removeprefix("dreambooth/").removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imports(tree: ast.AST, package: str = "dreambooth") -> set[str]:
+    """Every dotted name a tree imports, at any depth; `from a import b` counts as a and as a.b."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, [package if node.level else "", node.module]))
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME:
+            found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)}
+    return found
+
+
+def top(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def breaches(
+    forbidden: set[str], *, but: Set[str] = frozenset(), folders: Sequence[str] = ("dreambooth",)
+) -> dict[str, set[str]]:
+    """The files, other than the modules `but`, that import a forbidden package, with what they import of it."""
+    found = {
+        path: {name for name in imports(tree) if name.partition(".")[0] in forbidden}
+        for path, tree in sources(*folders).items()
+        if module_name(path).partition(".")[0] not in but
+    }
+    return {path: names for path, names in found.items() if names}
+
+
+def loaded(module: str) -> set[str]:
+    """The top-level packages in sys.modules of a new process that has imported only `module`."""
+    code = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+def tracked() -> list[Path]:
+    """The files that git has or would take."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if result.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in result.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_the_modules_that_the_rules_are_about_exist(name: str) -> None:
+    assert (PACKAGE / f"{name}.py").is_file()
+
+
+# -- who may know whom --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_rule_1_borders_and_doors_import_nothing_heavy(name: str) -> None:
+    assert not loaded(f"dreambooth.{name}") & HEAVY
+
+
+def test_rule_1_holds_of_doors_yet_to_come() -> None:
+    for name in sorted(DOORS - set(LIGHT)):
+        if (PACKAGE / f"{name}.py").is_file():
+            assert not loaded(f"dreambooth.{name}") & HEAVY, name
+
+
+def test_rule_2_below_the_doors_nobody_knows_hydra() -> None:
+    assert breaches({"hydra", "omegaconf"}, but=DOORS | {"config", "sweeping"}) == {}
+
+
+def test_rule_3_the_loop_receives_objects_and_callables() -> None:
+    names = imports(sources("dreambooth")["dreambooth/training/loop.py"])
+    assert not names & {f"dreambooth.{name}" for name in ("tracking", "export", "model", "data")}
+
+
+def test_rule_4_there_is_one_step() -> None:
+    trees = sources("dreambooth")
+    walking = {
+        path for path, tree in trees.items() for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward"
+    }
+    assert walking <= {"dreambooth/training/step.py", "dreambooth/runtime/engine.py"}
+    if "dreambooth/planner/rehearsal.py" in trees:
+        assert "dreambooth.training.step" in imports(trees["dreambooth/planner/rehearsal.py"])
+
+
+def test_rule_5_the_package_knows_no_plug_in() -> None:
+    assert breaches({"hydra_plugins"}) == {}
+
+
+def test_rule_5_plug_ins_know_no_torch_and_no_training_module() -> None:
+    assert breaches(HEAVY, folders=("hydra_plugins",)) == {}
+    modules = {f"dreambooth.{module_name(path)}" for path in sources("dreambooth")} - {"dreambooth.__init__"}
+    for path, tree in sources("hydra_plugins").items():
+        assert not imports(tree, "hydra_plugins") & (modules - OPEN_TO_PLUGINS), path
+
+
+def test_rule_5_what_plug_ins_may_import_loads_nothing_heavy() -> None:
+    names = sorted(OPEN_TO_PLUGINS - {"dreambooth.cloud.__init__"})
+    assert not loaded(", ".join(names)) & HEAVY
+
+
+def test_rule_5_a_plug_in_loads_nothing_heavy() -> None:
+    plugins = [path for path in (ROOT / "hydra_plugins").iterdir() if (path / "__init__.py").is_file()]
+    assert plugins
+    for plugin in plugins:
+        assert not loaded(f"hydra_plugins.{plugin.name}") & HEAVY
+
+
+def test_rule_6_few_know_mlflow() -> None:
+    assert breaches({"mlflow"}, but={"shipping", "registry", "logged", "flavour"}) == {}
+
+
+def test_rule_6_only_cloud_and_storage_know_aws() -> None:
+    assert breaches({"boto3", "botocore", "s3transfer", "sagemaker"}, but={"cloud", "storage"}) == {}
+
+
+def test_rule_6_few_know_diffusers_pipelines() -> None:
+    knowing = set()
+    for path, tree in sources("dreambooth").items():
+        names = {name for name in imports(tree) if name.partition(".")[0] == "diffusers"}
+        if "diffusers" in names:  # then diffusers.SomePipeline is at hand without an import of its own
+            names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        if any(name.endswith("Pipeline") or ".pipelines" in name for name in names):
+            knowing.add(module_name(path))
+    assert knowing <= {"model", "prior", "sampling", "export", "generate"}
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+def test_no_source_file_is_over_250_lines() -> None:
+    paths = [path for folder in ("dreambooth", "hydra_plugins") for path in (ROOT / folder).rglob("*.py")]
+    lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text("utf-8").splitlines()) for path in paths}
+    assert {path: length for path, length in lengths.items() if length > 250} == {}
+
+
+def test_the_composition_root_is_a_page() -> None:
+    assert len((PACKAGE / "run.py").read_text("utf-8").splitlines()) <= 120
+
+
+def test_no_pickle() -> None:
+    assert breaches({"pickle", "dill", "cloudpickle", "joblib", "shelve"}, folders=CODE) == {}
+
+
+def calls(tree: ast.AST, *functions: str) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in functions]
+
+
+def says(call: ast.Call, keyword: str, value: bool) -> bool:
+    """Whether the call has keyword=value, written out."""
+    return any(k.arg == keyword and isinstance(k.value, ast.Constant) and k.value.value is value for k in call.keywords)
+
+
+def test_no_torch_save_and_torch_load_reads_weights_only() -> None:
+    wrong = []
+    for path, tree in sources(*CODE).items():
+        safe = {call.func for call in calls(tree, "torch.load") if says(call, "weights_only", True)}
+        used = {node for node in ast.walk(tree) if ast.unparse(node) in {"torch.load", "torch.save"}}
+        wrong += [f"{path}:{node.lineno}" for node in used - safe if isinstance(node, ast.Attribute)]
+        wrong += [path] if imports(tree) & {"torch.save", "torch.load", "torch.serialization"} else []
+    assert wrong == []
+
+
+def test_no_shell() -> None:
+    wrong = []
+    for path, tree in sources(*CODE).items():
+        every = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        given = [call for call in every if any(k.arg == "shell" for k in call.keywords)]
+        bad = [call for call in given if not says(call, "shell", False)] + calls(tree, "os.system", "os.popen")
+        wrong += [f"{path}:{call.lineno}" for call in bad]
+    assert wrong == []
+
+
+def test_no_file_names_a_private_host_a_machines_path_or_a_key() -> None:
+    # Written in halves: this file is scanned as well.
+    private = re.compile("|".join([
+        r"(?<![\w.])/wor" + r"k/",  # not a part of a longer path
+        r"file:///" + r"opt",
+        r"(?<![\w.])/(?:root|home/\w+|Users/\w+)" + r"/",
+        r"//(?:[^/\s@]+@)?(?:10\.\d+\.|192\.168\.|172\.(?:1[6-9]|2\d|3[01])\.)",
+        r"//[\w.-]+\.(?:internal|corp|lan|intranet)\b",
+        r"\b(?:AKIA|ASIA)(?!IOSFODNN7EXAMPLE)[0-9A-Z]{16}\b",
+        r"-----BEGIN [A-Z ]*PRIVATE " + r"KEY-----",
+    ]))  # fmt: skip
+    found = []
+    for path in tracked():
+        raw = path.read_bytes()
+        if b"\0" in raw[:8192]:
+            continue
+        for number, line in enumerate(raw.decode("utf-8", "replace").splitlines(), 1):
+            found += [f"{path.relative_to(ROOT)}:{number}: {hit[0]}" for hit in private.finditer(line)]
+    assert found == []
+
+
+def test_the_folder_mlflow_holds_no_module() -> None:
+    """Without MLflow installed it would import as an empty namespace package."""
+    assert list((ROOT / "mlflow").rglob("*.py")) == []
+
+
+def test_hydra_plugins_is_a_namespace() -> None:
+    """An __init__.py in it would hide every other distribution's plug-ins."""
+    assert not (ROOT / "hydra_plugins" / "__init__.py").exists()
+
+
+# -- packaging facts that cost nothing to check -------------------------------------------------------------------
+
+def requirements() -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    return [Requirement(text) for group in (project["dependencies"], extras["dev"], extras["cuda"]) for text in group]
+
+
+def test_constraints_pin_every_requirement_inside_its_bounds() -> None:
+    lines = (line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if line and line[0] != "#")
+    pins = dict(line.split("==") for line in lines)
+    assert pins["torch"] == "2.13.0"  # plain: no local version, so pip may take the CPU or the CUDA wheel
+    assert not [name for name in pins if name.startswith(("nvidia-", "cuda-", "triton"))]
+    loose = [str(need) for need in requirements() if not need.specifier.contains(pins.get(need.name, "0"))]
+    assert loose == []
+
+
+def test_make_alone_lists_the_targets() -> None:
+    env = {key: value for key, value in os.environ.items() if key not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}}
+    result = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True, env=env)
+    listed = [line.split()[1] for line in result.stdout.splitlines()]
+    assert listed == ["help", "setup", "demo", "test", "test-all", "test-container", "test-services", "image", "lint",
+                      "ci", "mlflow-ui", "proof", "tiny-base", "mutants"]
+
+
+def test_the_ci_script_can_be_run() -> None:
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)

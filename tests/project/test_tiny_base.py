@@ -1,0 +1,82 @@
+"""The recipe of the shipped base: pictures, words, and the encoder that is computed, not learned."""
+
+import json
+import random
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tools.tiny_base import art, autoencoder, pictures, pretrain, words
+
+ROOT = Path(__file__).parents[2]
+
+
+def sprite(seed: int = 0) -> art.Sprite:
+    dice = np.random.default_rng(seed)
+    return art.Sprite("dog", "cartoon", dice.integers(0, 256, (art.SIDE, art.SIDE, 4), dtype=np.uint8))
+
+
+def some_pictures(count: int) -> tuple[np.ndarray, list[pictures.Meaning]]:
+    dice = np.random.default_rng(1)
+    made = [pictures.compose(sprite(i), dice) for i in range(count)]
+    return np.stack([picture for picture, _ in made]), [meaning for _, meaning in made]
+
+
+def test_captions_never_hold_a_word_that_is_kept_free_for_subjects() -> None:
+    dice = random.Random(0)
+    meanings = [pictures.Meaning(concept, "cartoon", ground) for concept in art.concepts()
+                for ground in ("white", "red", "beach")]
+    said = {word for meaning in meanings for _ in range(20) for word in pictures.caption(meaning, dice).split()}
+    assert not said & set(pictures.FREE) and said & set(pictures.RARE)
+
+
+@pytest.mark.parametrize("ground", ["white", *pictures.COLOURS, *pictures.SCENES])
+def test_every_ground_makes_a_picture_and_words(ground: str) -> None:
+    picture, meaning = pictures.compose(sprite(), np.random.default_rng(0), ground)
+    assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8 and meaning.ground == ground
+    assert pictures.caption(meaning, random.Random(0)).startswith("a ")
+
+
+def test_encoder_is_the_linear_code_of_its_pictures() -> None:
+    drawn, _ = some_pictures(40)
+    vae = autoencoder.analytic(drawn)
+    latents = autoencoder.encode(vae, drawn)
+    inputs = torch.from_numpy(autoencoder.patches(drawn)).double()
+    codes = latents.permute(0, 2, 3, 1).reshape(-1, autoencoder.CODE).double()
+    inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], 1)
+    best = torch.linalg.lstsq(inputs, codes, driver="gelsd").solution
+    # GroupNorm divides by the root of (4 LARGE^2 + 2 a^2 + 2 b^2) / 8 in place of 4 LARGE^2 / 8: a code a is too small
+    # by a share of (a^2 + b^2) / (4 LARGE^2), to first order.
+    bound = 2 * float(codes.abs().max()) ** 3 / (4 * autoencoder.LARGE**2)
+    assert float((inputs @ best - codes).abs().max()) < bound
+    assert float(codes.std()) > 0.5
+
+
+def test_rare_words_and_classes_are_single_tokens(tmp_path: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    words.build(tmp_path)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    for word in (*pictures.RARE, "toy", "dog", "beach"):
+        assert len(tokenizer(word).input_ids) == 3, word
+    assert tokenizer.model_max_length == words.LENGTH
+
+
+@pytest.mark.slow
+def test_pretraining_goes_on_from_where_it_was_killed(tmp_path: Path) -> None:
+    drawn, meanings = some_pictures(30)
+    vae = autoencoder.analytic(drawn)
+    words.build(tmp_path / "tokenizer")
+    np.save(tmp_path / "latents.npy", autoencoder.encode(vae, drawn).numpy())
+    (tmp_path / "meanings.json").write_text(json.dumps([asdict(meaning) for meaning in meanings]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1",
+               "-m", "tools.tiny_base.pretrain", str(tmp_path)]
+    subprocess.run([*command, "--steps=8"], cwd=ROOT, check=True)
+    ran = subprocess.run([*command, "--steps=16"], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert pretrain.saved_step(tmp_path / "state-0.safetensors") == 16, ran.stdout
+    assert (tmp_path / "trained/unet/diffusion_pytorch_model.safetensors").is_file()

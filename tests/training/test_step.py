@@ -1,0 +1,251 @@
+"""The numerical core on toy models: objective, draws, accumulation, EMA, scaler, fake tensors."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dreambooth.data.batches import Batch
+from dreambooth.errors import Diverged
+from dreambooth.models.noise_schedule import Schedule, add_noise, min_snr_weights, target
+from dreambooth.optim.ema import Ema
+from dreambooth.runtime.engine import Engine
+from dreambooth.training.loop import fit
+from dreambooth.training.loss import dreambooth_loss
+from dreambooth.training.step import Objective, TrainState, train_step
+from dreambooth.utils import rng
+from tests.support.toy_model import Toy, batches, concept, schedule, state, steps
+
+KINDS = ["epsilon", "v_prediction", "sample"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_and_target_are_those_of_diffusers(kind: str) -> None:
+    from diffusers import DDPMScheduler
+
+    theirs = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    theirs.alphas_cumprod = theirs.alphas_cumprod.double()
+    x, noise, t = torch.randn(9, 1, 2, 2).double(), torch.randn(9, 1, 2, 2).double(), torch.arange(0, 999, 111)
+    assert torch.allclose(add_noise(x, noise, t, schedule(kind)), theirs.add_noise(x, noise, t), atol=1e-12)
+    expected = {"epsilon": noise, "sample": x, "v_prediction": theirs.get_velocity(x, noise, t)}[kind]
+    assert torch.allclose(target(x, noise, t, schedule(kind)), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_min_snr_by_prediction_type(kind: str, zero_snr: bool) -> None:
+    found = schedule(kind, zero_snr)
+    times = torch.tensor([1, 100, 500, 999])
+    for weight, t in zip(min_snr_weights(times, 5.0, found).tolist(), times.tolist(), strict=True):
+        a = float(found.alphas_cumprod[t])
+        snr = a / (1 - a)
+        divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}[kind]
+        assert weight == pytest.approx(min(snr, 5.0) / divisor if divisor else 1.0, rel=1e-12)
+
+
+def test_loss_is_instance_mean_plus_lambda_times_prior_mean_and_both_halves_are_weighted() -> None:
+    p, g, w = torch.randn(6, 1, 4, 4).double(), torch.randn(6, 1, 4, 4).double(), torch.rand(6).double()
+    rows = [float(((p[i] - g[i]) ** 2).mean() * w[i]) for i in range(6)]
+    losses = dreambooth_loss(p, g, 3, 0.7, w)
+    assert float(losses.instance) == pytest.approx(sum(rows[:3]) / 3, rel=1e-12)
+    assert float(losses.prior) == pytest.approx(sum(rows[3:]) / 3, rel=1e-12)  # type: ignore[arg-type]
+    assert float(losses.total) == pytest.approx(sum(rows[:3]) / 3 + 0.7 * sum(rows[3:]) / 3, rel=1e-12)
+
+
+def test_objective_weights_the_class_half_by_its_own_timesteps() -> None:
+    batch = batches(batch=3)(0)[0]
+    model = Toy()
+    state(model)
+    with torch.no_grad():
+        _weights_reach_the_class_half(model, batch)
+
+
+def _weights_reach_the_class_half(model: nn.Module, batch: Batch) -> None:
+    plain, weighted = (Objective(schedule(), 1.0, gamma)(model, batch) for gamma in (None, 0.05))
+    assert weighted.prior is not None and plain.prior is not None
+    noisy = add_noise(batch.latents, batch.noise, batch.timesteps, schedule())
+    errors = (model(noisy, batch.timesteps, batch.text) - batch.noise).square().flatten(1).mean(1)
+    weights = min_snr_weights(batch.timesteps, 0.05, schedule())
+    assert float(weighted.prior) == pytest.approx(float((errors * weights)[3:].mean()), rel=1e-12)
+    assert float(weighted.prior) != pytest.approx(float(plain.prior), rel=1e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 50))
+def test_a_sample_is_the_same_however_a_step_is_cut(batch: int, accumulation: int, world: int, step: int) -> None:
+    whole = batches(batch=batch * accumulation * world)(step)[0]
+    parts = [micro for rank in range(world) for micro in batches(batch, accumulation, world, rank)(step)]
+    for field in ("latents", "noise", "timesteps", "text"):
+        for half in (slice(None, batch), slice(batch, None)):
+            cut = torch.cat([getattr(part, field)[half] for part in parts]).flatten(1) if field not in (
+                "timesteps",) else torch.cat([getattr(part, field)[half] for part in parts]).unsqueeze(1)
+            full = getattr(whole, field)
+            mine = full[:len(full) // 2] if half.start is None else full[len(full) // 2:]
+            mine = mine.flatten(1) if mine.dim() > 1 else mine.unsqueeze(1)
+            assert sorted(map(tuple, cut.tolist())) == sorted(map(tuple, mine.tolist()))
+
+
+def test_every_photo_once_a_round_in_a_new_order() -> None:
+    one = concept()
+    rounds = [[one.view(0, step, 0, 1).photo for step in range(r * 5, r * 5 + 5)] for r in range(4)]
+    assert all(sorted(found) == list(range(5)) for found in rounds)
+    assert len({tuple(found) for found in rounds}) > 1
+
+
+def test_photos_may_run_out_in_the_middle_of_a_step() -> None:
+    """5 photos, 8 micro-batches: nothing ends early, the next round goes on where this one stopped."""
+    made = batches(batch=1, accumulation=8, concepts=[concept(count=5)])
+    drawn = [micro.text for step in range(5) for micro in made(step)]
+    assert len(drawn) == 40
+    rounds = torch.cat(drawn).view(8, 5)
+    assert all(sorted(found) == list(range(5)) for found in rounds.tolist())
+
+
+def test_crop_and_flip_differ_between_steps() -> None:
+    one = concept(count=1, center_crop=False, flip=True)
+    views = [one.view(0, step, 0, 1) for step in range(20)]
+    assert len({view.crop for view in views}) == 20
+    assert {view.flip for view in views} == {True, False}
+
+
+def test_cached_latents_are_the_uncached_ones_and_each_draw_differs() -> None:
+    one = [concept(flip=True)]
+    cached, plain = batches(cache=True, concepts=one), batches(concepts=one)
+    for step in range(6):
+        assert cached(step)[0].latents.equal(plain(step)[0].latents)
+    single = [concept(count=1)]
+    draws = torch.stack([batches(batch=1, cache=True, concepts=single)(s)[0].latents for s in range(200)])
+    assert float(draws.std(0).mean()) == pytest.approx(0.25 * 0.5, rel=0.05)
+
+
+def test_latents_are_scaled_by_the_models_factor() -> None:
+    a, b = (batches(scale=scale)(0)[0].latents for scale in (0.18215, 0.13025))
+    assert torch.allclose(a / 0.18215, b / 0.13025, atol=1e-12)
+
+
+def test_offset_noise_is_one_number_a_channel() -> None:
+    difference = batches(noise_offset=0.1)(0)[0].noise - batches()(0)[0].noise
+    assert torch.allclose(difference, difference[:, :, :1, :1].expand_as(difference), atol=1e-6)
+    assert float(difference.abs().min()) > 0
+
+
+def test_accumulation_equals_one_batch_in_fp64() -> None:
+    """Sums of at most 8 x 64 fp64 terms reordered: an error of 512 eps a gradient. AdamW divides a gradient by its
+    size, so a step of lr = 1e-2 differs by about lr x 512 eps / |g|, below 1e-9 for gradients over 1e-6."""
+    whole, cut = Toy(), Toy()
+    a, b = steps(whole, batches(batch=8), 3), steps(cut, batches(batch=1, accumulation=8), 3)
+    assert a.schedule.last_epoch == b.schedule.last_epoch == 3, "one schedule step a step"
+    for x, y in zip(whole.parameters(), cut.parameters(), strict=True):
+        assert torch.allclose(x, y, atol=1e-9, rtol=0)
+    assert b.ema is not None and b.ema.updates == 3, "the EMA is stepped once a step"
+
+
+def test_accumulated_gradient_is_the_mean_not_the_sum() -> None:
+    """AdamW hides a gradient's size, so the norm before clipping is compared: 512 reordered fp64 terms, 1e-12."""
+    norms = [float(train_step(state(model), made(0), Objective(schedule(), 0.5), Engine(), None).grad_norm)
+             for model, made in ((Toy(), batches(batch=8)), (Toy(), batches(batch=1, accumulation=8)))]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-12)
+
+
+def test_every_trained_part_learns() -> None:
+    before, after = Toy(), Toy()
+    state(before)
+    steps(after, batches(), 1)
+    assert all(not x.equal(y) for x, y in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_ema_decay_and_precision() -> None:
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    ema, expected = Ema(model, 0.9999), float(model.weight.detach())
+    for t in range(1, 200):
+        with torch.no_grad():
+            model.weight.fill_(1 + t / 256)
+        ema.update(model)
+        decay = min(0.9999, (1 + t) / (10 + t))
+        expected = decay * expected + (1 - decay) * float(model.weight.detach())
+    assert ema.average["weight"].dtype is torch.float32
+    assert float(ema.average["weight"]) == pytest.approx(expected, rel=1e-5)
+    assert Ema(model, 0.5).decay_at(1000) == 0.5
+
+
+def test_ema_swap_gives_the_very_weights_back() -> None:
+    model = Toy()
+    found = steps(model, batches(), 2)
+    before = [p.clone() for p in model.parameters()]
+    assert found.ema is not None
+    with pytest.raises(KeyError), found.ema.swapped_into(model):
+        assert not model.unet.weight.equal(before[0])
+        raise KeyError
+    assert all(p.equal(b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_skipped_step_counts_nowhere_and_ten_in_a_row_stop() -> None:
+    model = Toy()
+    found = state(model)
+    before = [p.clone() for p in model.parameters()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+
+    def overflow(loss: Tensor) -> None:
+        (scaler.scale(loss) * math.inf).backward()
+
+    engine = Engine(backward=overflow, scaler=scaler)
+    with pytest.raises(Diverged, match="10 steps in a row, the last is step 10"):
+        for info in fit(found, batches(), lambda s, b: train_step(s, b, Objective(schedule()), engine, 1.0), 50):
+            assert info.skipped
+    assert found.skipped == 10
+    assert found.schedule.last_epoch == 0
+    assert found.ema is not None and found.ema.updates == 0
+    assert all(p.equal(b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_the_first_non_finite_number_stops_the_run_with_its_step(where: str) -> None:
+    found, seen = state(Toy()), []
+
+    def broken(made: TrainState, parts: list[Batch]) -> object:
+        if made.step == 2 and where == "loss":
+            parts[0].latents.fill_(math.nan)
+        spoil = made.step == 2 and where == "gradient"
+        engine = Engine(backward=lambda loss: (loss * math.inf).backward()) if spoil else Engine()
+        return train_step(made, parts, Objective(schedule()), engine, 1.0)
+
+    with pytest.raises(Diverged, match=f"{where} of step 3 is"):
+        for info in fit(found, batches(), broken, 9):  # type: ignore[arg-type]
+            seen.append(info.step)
+    assert seen == [1, 2]
+
+
+def test_the_training_step_runs_on_fake_tensors() -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = Toy()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+        found = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1.0))
+        x = torch.empty(4, 1, 8, 8, dtype=torch.float64)
+        batch = Batch(x, x.clone(), torch.zeros(4, dtype=torch.long), torch.zeros(4, 1, dtype=torch.long), 2)
+        fixed = Schedule(torch.full((1000,), 0.5, dtype=torch.float64), "epsilon")
+        info = train_step(found, [batch, batch], Objective(fixed), Engine(), None)
+    assert isinstance(info.losses, FakeTensor)
+    assert info.losses.shape == (3,)
+
+
+def test_the_sweeps_objective_is_the_same_for_every_snr_gamma() -> None:
+    from types import SimpleNamespace
+
+    from dreambooth.training.instance_loss import instance_loss
+
+    model = Toy()
+    state(model)
+    made = [instance_loss(SimpleNamespace(batches=batches(), objective=Objective(schedule(), 1.0, gamma),
+                                          trained=model)) for gamma in (None, 5.0, 0.1)]  # type: ignore[arg-type]
+    assert made[0] == made[1] == made[2] > 0
+
+
+def test_streams_are_independent_and_repeatable() -> None:
+    assert rng.normal((4,), 1, 2, "noise").equal(rng.normal((4,), 1, 2, "noise"))
+    assert not rng.normal((4,), 1, 2, "noise").equal(rng.normal((4,), 1, 2, "latents"))
+    assert not rng.normal((4,), 1, 2, "instance").equal(rng.normal((4,), 1, 2, "class"))
