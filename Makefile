@@ -37,7 +37,7 @@ test: $(STAMP)  ## the fast tests: offline, at most 10 minutes
 
 test-all: lint  ## lint, every test, every mutant, the services, the image
 	@$(TEST) -m 'not container and not services'
-	@$(BIN)/python tools/mutants.py --seen-green
+	@$(BIN)/python tests/mutants/run.py --seen-green
 	@$(MAKE) --no-print-directory test-services
 	@$(MAKE) --no-print-directory test-container
 
@@ -75,4 +75,4 @@ tiny-base: $(STAMP)  ## train the shipped base again (hours; needs npm)
 	@$(BIN)/python -m tools.tiny_base
 
 mutants: $(STAMP)  ## break the code on purpose, once for each known trap: each must turn a test red
-	@$(BIN)/python tools/mutants.py
+	@$(BIN)/python tests/mutants/run.py

@@ -27,8 +27,7 @@ from dreambooth.config.schema import Config
 from dreambooth.config.section import Section
 from dreambooth.errors import ConfigError
 from dreambooth.utils.hardware import Machine
-from tests.support.configs import made
-from tests.support.decided import A10G, NONE, T4, config, decided
+from tests.support.configs import A10G, NONE, T4, decided, demo_config, made
 
 OF_DOORS = ("run_root", "name", "plan", "storage")  # what no recipe has
 SECTIONS = [item.name for item in dataclasses.fields(Config) if item.name not in OF_DOORS]
@@ -36,7 +35,7 @@ SECTIONS = [item.name for item in dataclasses.fields(Config) if item.name not in
 
 def problems(machine: Machine | None = None, **values: object) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        resolve(config(**values), Path("runs/x"), machine)
+        resolve(demo_config(**values), Path("runs/x"), machine)
     return list(caught.value.problems)
 
 
@@ -171,7 +170,7 @@ def test_sample_prompts_are_the_usual_three_or_the_users():
 
 
 def test_a_recipe_and_its_sections_are_frozen_and_the_config_is_not():
-    given_config = config()
+    given_config = demo_config()
     found = resolve(given_config, Path("runs/x"))
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.name = "other"

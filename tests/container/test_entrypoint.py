@@ -21,7 +21,7 @@ from dreambooth.container.cluster import Cluster
 from dreambooth.container.sagemaker_paths import Places
 from dreambooth.container.supervisor import PASSED_ON, End, Supervisor, _deliver
 from dreambooth.errors import Interrupted
-from tests.support.blog import BLOG
+from tests.support.configs import BLOG
 from tests.support.s3_server import plain, serving
 from tests.support.sagemaker_job import ASSETS, SHORT, failure, lay_out, steps, weights
 

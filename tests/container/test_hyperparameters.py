@@ -20,8 +20,7 @@ from dreambooth.container.publish_model import BESIDE, publish
 from dreambooth.container.sagemaker_paths import Places
 from dreambooth.errors import ConfigError, DoesNotFit, UserError
 from dreambooth.storage import manifest
-from tests.support.blog import BLOG
-from tests.support.configs import made
+from tests.support.configs import BLOG, made
 
 ML = Places(Path("/opt/ml"))
 SLOWLY = settings(deadline=None)

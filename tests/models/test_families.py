@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from dreambooth.models.loading import denoiser_of, load
 from dreambooth.planner.rehearsal import predict, rehearse
 from dreambooth.planner.skeleton_models import trained_weights
+from tests.support.configs import small
 from tests.support.faults import call, train
 from tests.support.runs import assert_same, the_run
-from tests.support.small_recipes import small
 from tests.support.tiny_models import SECOND, make
 
 NEW = ("sd21", "sdxl")

@@ -130,7 +130,7 @@ def test_all_of_a_frozen_base_is_in_the_compute_precision_and_the_planner_knows(
     from dreambooth.models.loading import load
     from dreambooth.planner.fake_cuda import fake_tensors
     from dreambooth.planner.skeleton_models import blank
-    from tests.support.small_recipes import small
+    from tests.support.configs import small
 
     if weights is BaseWeights.nf4:
         pytest.importorskip("bitsandbytes")

@@ -13,7 +13,7 @@ from dreambooth.planner.prediction import STEP
 from dreambooth.planner.rehearsal import predict, rehearse
 from dreambooth.planner.skeleton_models import trained_weights
 from dreambooth.utils.hardware import GIB
-from tests.support.small_recipes import recipe, small
+from tests.support.configs import demo_recipe, small
 
 LORA: dict[str, object] = {"method__kind": MethodKind.lora, "method__name": "lora"}
 DORA: dict[str, object] = {"method__kind": MethodKind.dora, "method__name": "dora", "method__targets": Targets.all}
@@ -45,7 +45,7 @@ def test_a_frozen_base_is_in_half_precision() -> None:
 
 def test_sd15_with_an_adapter_is_small_on_a_t4_and_auto_adds_nothing() -> None:
     """Predicted, not measured: 9.4 GiB; with checkpointing 7.4, all of it but 4 for drawing four pictures at a time."""
-    asked = recipe("sd15", **LORA, train__train_text_encoder=True, memory__auto=True)
+    asked = demo_recipe("sd15", **LORA, train__train_text_encoder=True, memory__auto=True)
     assert asked.method.rank == 16
     choice = auto_memory.chosen(asked)
     assert choice.added == ()
@@ -57,14 +57,14 @@ def test_sd15_with_an_adapter_is_small_on_a_t4_and_auto_adds_nothing() -> None:
 
 
 def test_a_full_run_that_does_not_fit_is_told_of_adapters() -> None:
-    asked = recipe("sd15", prior__num_class_images=1, sample__every=None)
+    asked = demo_recipe("sd15", prior__num_class_images=1, sample__every=None)
     found = {way.what: way for way in ways(asked, predict(asked))}
     assert found["method=lora"].saves > 12 and found["method=lora"].seconds < 0  # type: ignore[operator]
 
 
 def test_four_bits_are_a_quarter_of_sixteen_for_linear_layers() -> None:
     pytest.importorskip("bitsandbytes")
-    half, nf4 = (predict(recipe("sd15", **LORA, method__base_weights=weights, prior__num_class_images=1,
+    half, nf4 = (predict(demo_recipe("sd15", **LORA, method__base_weights=weights, prior__num_class_images=1,
                                 sample__every=None)).by_phase["step"].by_category["weights"]
                  for weights in (BaseWeights.half, BaseWeights.nf4))
     linear = 2 * 2.6e8  # at least, bytes in half precision of the UNet's linear layers
@@ -72,6 +72,6 @@ def test_four_bits_are_a_quarter_of_sixteen_for_linear_layers() -> None:
 
 
 def test_host_memory_that_is_too_small_is_said_and_not_the_card() -> None:
-    asked = recipe("sd15", method__kind=MethodKind.lora, hardware__host_ram_gib=1)
+    asked = demo_recipe("sd15", method__kind=MethodKind.lora, hardware__host_ram_gib=1)
     planned = report.Planned(asked, predict(asked), (), "")
     assert re.match(r"this run needs [\d.]+ GiB of host memory and the machine has 1: type a larger", planned.lacks)

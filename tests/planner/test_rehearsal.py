@@ -47,7 +47,7 @@ from dreambooth.runs.run_folder import Result
 from dreambooth.runtime.engine import Engine, accelerated
 from dreambooth.training.setup import assemble
 from dreambooth.utils.signals import Stop
-from tests.support.small_recipes import recipe, small
+from tests.support.configs import demo_recipe, small
 
 # -- recording ----------------------------------------------------------------------------------------------------
 
@@ -142,7 +142,7 @@ def test_a_transformer_recomputed_apart_holds_half_of_its_tensors() -> None:
     full = {"memory__optimizer_in_backward": True, "memory__gradient_checkpointing": True, "train__use_ema": False,
             "sample__every": None, "evaluate__encoder": EncoderKind.none, "prior__num_class_images": 1,
             "prior__sample_batch_size": 1}
-    halves, together = (predict(recipe("sd15", **full, memory__split_prior=split)) for split in (True, False))
+    halves, together = (predict(demo_recipe("sd15", **full, memory__split_prior=split)) for split in (True, False))
     held = [found.by_phase["backward"].by_category["temporaries"] for found in (halves, together)]
     assert held[1] - held[0] > 50 * 2**20  # predicted bytes
 
@@ -308,19 +308,19 @@ class Sized:
 
 
 def test_auto_adds_nothing_where_everything_fits() -> None:
-    choice = auto_memory.chosen(recipe("sd15", **ROOMY), Sized(lambda r: 10.0))  # type: ignore[arg-type]
+    choice = auto_memory.chosen(demo_recipe("sd15", **ROOMY), Sized(lambda r: 10.0))  # type: ignore[arg-type]
     assert choice.added == ()
 
 
 def test_auto_takes_the_first_rung_that_fits_95_percent_of_the_card() -> None:
     needed = Sized(lambda r: 75.0 if r.memory.gradient_checkpointing else 75.5)  # of 76, and 0.74 beside it
-    choice = auto_memory.chosen(recipe("sd15", **ROOMY), needed)  # type: ignore[arg-type]
+    choice = auto_memory.chosen(demo_recipe("sd15", **ROOMY), needed)  # type: ignore[arg-type]
     assert choice.added == ("memory.gradient_checkpointing=true",)
 
 
 def test_auto_never_touches_what_changes_numbers() -> None:
     asked = Sized(lambda r: 99.0)
-    plain = recipe("sd15", prior__sample_batch_size=1, **ROOMY)
+    plain = demo_recipe("sd15", prior__sample_batch_size=1, **ROOMY)
     auto_memory.chosen(plain, asked)  # type: ignore[arg-type]
     assert len(asked.asked) > 3
     for candidate in asked.asked:
@@ -331,51 +331,51 @@ def test_auto_never_touches_what_changes_numbers() -> None:
 
 def test_what_cannot_fit_is_counted_out_and_not_rehearsed() -> None:
     asked = Sized(lambda r: 12.0)
-    auto_memory.chosen(recipe("sd15", memory__auto=True), asked)  # type: ignore[arg-type]
+    auto_memory.chosen(demo_recipe("sd15", memory__auto=True), asked)  # type: ignore[arg-type]
     assert asked.asked[0].memory.gradient_checkpointing, "20 bytes a weight are more than a T4 has"
 
 
 def test_pictures_are_drawn_one_at_a_time_where_only_drawing_does_not_fit() -> None:
     asked = Sized(lambda r: 79.0 if r.prior.sample_batch_size > 1 else 70.0)
-    choice = auto_memory.chosen(recipe("sd15", **ROOMY), asked)  # type: ignore[arg-type]
+    choice = auto_memory.chosen(demo_recipe("sd15", **ROOMY), asked)  # type: ignore[arg-type]
     assert choice.added == ("prior.sample_batch_size=1",)
 
 
 def test_auto_leaves_on_what_the_user_switched_on() -> None:
-    asked = recipe("sd15", memory__gradient_checkpointing=True, **ROOMY)
+    asked = demo_recipe("sd15", memory__gradient_checkpointing=True, **ROOMY)
     choice = auto_memory.chosen(asked, Sized(lambda r: 1.0))  # type: ignore[arg-type]
     assert choice.recipe.memory.gradient_checkpointing
 
 
 def test_auto_does_not_step_in_the_backward_pass_while_gradients_accumulate() -> None:
     asked = Sized(lambda r: 99.0)
-    auto_memory.chosen(recipe("sd15", train__gradient_accumulation_steps=2, **ROOMY), asked)  # type: ignore[arg-type]
+    auto_memory.chosen(demo_recipe("sd15", train__gradient_accumulation_steps=2, **ROOMY), asked)  # type: ignore[arg-type]
     assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
 
 
 def test_auto_does_not_step_in_the_backward_pass_of_a_compiled_model() -> None:
     asked = Sized(lambda r: 99.0)
-    auto_memory.chosen(recipe("sd15", train__compile=True, **ROOMY), asked)  # type: ignore[arg-type]
+    auto_memory.chosen(demo_recipe("sd15", train__compile=True, **ROOMY), asked)  # type: ignore[arg-type]
     assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
 
 
 def test_what_is_left_to_do_is_said_where_the_run_needs_most() -> None:
     """Levers that change no number first, with what they cost; of pictures where drawing is what is too large."""
-    asked = recipe("sd15", memory__auto=False, prior__num_class_images=1, sample__every=None)
+    asked = demo_recipe("sd15", memory__auto=False, prior__num_class_images=1, sample__every=None)
     found = ways(asked, predict(asked))
     assert [way.exact for way in found] == sorted((way.exact for way in found), reverse=True)
     cost = {way.what: way.seconds for way in found}
     assert cost["memory.gradient_checkpointing=true"] > 0.1 and cost["memory.ema_device=cpu"] > 0.1  # type: ignore[operator]
     said = named(asked, predict(asked))
     assert said.startswith("memory=auto") and said.endswith("hardware=g5")
-    drawing = recipe("sd15", prior__sample_batch_size=32, sample__images_per_prompt=1,
+    drawing = demo_recipe("sd15", prior__sample_batch_size=32, sample__images_per_prompt=1,
                      memory__gradient_checkpointing=True)
     assert ways(drawing, predict(drawing))[0].what == "prior.sample_batch_size=1"
 
 
 def test_auto_does_not_step_in_the_backward_pass_of_several_processes() -> None:
     asked = Sized(lambda r: 99.0)
-    auto_memory.chosen(recipe("sd15", **ROOMY), asked, processes=2)  # type: ignore[arg-type]
+    auto_memory.chosen(demo_recipe("sd15", **ROOMY), asked, processes=2)  # type: ignore[arg-type]
     assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
 
 
@@ -384,7 +384,7 @@ def test_a_finished_run_is_not_planned_again(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(run, "finished", lambda recipe: done)
     monkeypatch.setattr(run, "tracked", lambda recipe, main, trains: nullcontext())
     monkeypatch.setattr(auto_memory, "settled", lambda *_: pytest.fail("it was planned"))
-    asked = recipe(memory__auto=True, tracking__kind=TrackingKind.none)
+    asked = demo_recipe(memory__auto=True, tracking__kind=TrackingKind.none)
     assert run.execute(replace(asked, run_dir=tmp_path), Stop()) is done
 
 
@@ -414,7 +414,7 @@ def test_a_run_tells_the_engine_whether_to_keep_the_autocast_cache(kept: bool) -
 
 
 def test_a_chosen_recipe_travels_between_processes() -> None:
-    asked = recipe("sd15")
+    asked = demo_recipe("sd15")
     assert pickle.loads(pickle.dumps(asked)) == asked  # as engine.share sends it, from our own process
 
 
@@ -474,7 +474,7 @@ def test_a_vae_of_its_own_is_planned_in_the_precision_that_it_is_loaded_in(
         vae: str | None, dtype: torch.dtype) -> None:
     """Half overflows in SDXL's VAE, whoever publishes it; its fix is known by name."""
     with fake_tensors():
-        assert skeleton_models.blank(recipe("sdxl", model__vae=vae)).vae.dtype is dtype
+        assert skeleton_models.blank(demo_recipe("sdxl", model__vae=vae)).vae.dtype is dtype
 
 
 @pytest.mark.parametrize("upcast", [True, False])
@@ -482,12 +482,12 @@ def test_a_folder_of_a_vae_says_itself_whether_half_overflows(upcast: bool, tmp_
     known = Path(skeleton_models.asset("package:architectures")) / "sdxl/vae/config.json"
     (tmp_path / "config.json").write_text(json.dumps(json.loads(known.read_text()) | {"force_upcast": upcast}))
     with fake_tensors():
-        found = skeleton_models.blank(recipe("sdxl", model__vae=str(tmp_path))).vae
+        found = skeleton_models.blank(demo_recipe("sdxl", model__vae=str(tmp_path))).vae
     assert found.dtype is (torch.float32 if upcast else torch.float16)
 
 
 def test_a_model_of_unknown_shape_is_refused_with_what_to_type() -> None:
-    strange = recipe("sd15", model__name="other", model__source="somebody/other")
+    strange = demo_recipe("sd15", model__name="other", model__source="somebody/other")
     with pytest.raises(UserError, match=r"type model\.source=DIR"):
         predict(strange)
 
@@ -510,7 +510,7 @@ def test_data_parallel_holds_the_gradients_a_second_time() -> None:
 
 def test_several_cards_are_planned_without_levers_that_work_in_one_process() -> None:
     asked = Sized(lambda r: 99.0)
-    auto_memory.chosen(recipe("sd15", hardware__gpus=4, **ROOMY), asked)  # type: ignore[arg-type]
+    auto_memory.chosen(demo_recipe("sd15", hardware__gpus=4, **ROOMY), asked)  # type: ignore[arg-type]
     assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
 
 

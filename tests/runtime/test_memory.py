@@ -21,7 +21,7 @@ from dreambooth.runtime.engine import Engine
 from dreambooth.runtime.memory_meter import Meter
 from dreambooth.runtime.module_offload import Idle
 from dreambooth.training import setup
-from tests.support.decided import T4, decided
+from tests.support.configs import T4, decided
 from tests.support.faults import train
 from tests.support.runs import the_run
 from tests.support.toy_model import batches, concept, encode

@@ -28,9 +28,8 @@ from dreambooth.utils import atomic_files
 from dreambooth.utils.assets import asset
 from dreambooth.utils.hardware import detect
 from dreambooth.utils.signals import Stop
-from tests.support.configs import made
+from tests.support.configs import made, small
 from tests.support.faults import FAST, call, train
-from tests.support.small_recipes import small
 from tests.support.tiny_models import FAMILIES, make
 
 LAYOUTS = Path(__file__).parents[1] / "support/layouts"
