@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 from dreambooth.config.enums import Dtype
-from dreambooth.runtime import host_allocator
+from dreambooth.runtime import cpu_tuning
 from dreambooth.runtime.async_readback import Sent
 
 AUTOCAST = {Dtype.fp32: "no", Dtype.fp16: "fp16", Dtype.bf16: "bf16"}  # accelerate's names
@@ -108,7 +108,7 @@ def accelerated(device: str, dtype: Dtype, tf32: bool = False) -> tuple[Engine, 
     from accelerate.utils import AutocastKwargs, broadcast_object_list
 
     if device == "cpu":
-        host_allocator.keep()
+        cpu_tuning.keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     casts = AutocastKwargs()  # read at each use
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=AUTOCAST[dtype], kwargs_handlers=[casts])

@@ -3,9 +3,10 @@
 A mutant is a table in one of the .toml files beside this one: the trap, the test, and edits that replace a text which
 stands once in its file. The test must pass on an unbroken copy first: one that fails anyway would find every mutant.
 
-    python tests/mutants/run.py [--seen-green] [NAME ...]
+    python tests/mutants/run.py [--seen-green | --check] [NAME ...]
 
 --seen-green: all tests have just passed here, so that they are not run on unbroken code again.
+--check: only look whether every text stands once in its file.
 """
 
 import contextlib
@@ -50,11 +51,14 @@ def mutants() -> list[Mutant]:
             edits = tuple((edit["file"], edit["before"], edit["after"]) for edit in table["edits"])
             found.append(Mutant(name, table["test"], edits))
     stale = [f"{mutant.name}: its text stands {count} times in {file}" for mutant in found
-             for file, before, _ in mutant.edits
-             if (count := (ROOT / file).read_text(encoding="utf-8").count(before) if (ROOT / file).is_file() else 0) != 1]
+             for file, before, _ in mutant.edits if (count := _count(before, ROOT / file)) != 1]
     if stale:
         raise SystemExit("\n".join(stale))
     return sorted(found, key=lambda mutant: mutant.name)
+
+
+def _count(text: str, file: Path) -> int:
+    return file.read_text(encoding="utf-8").count(text) if file.is_file() else 0
 
 
 def results(jobs: Iterable[tuple[str, Mutant | None]]) -> Iterator[tuple[str, Mutant | None, int, str]]:
@@ -103,6 +107,8 @@ def _test(test: str, mutant: Mutant | None, folder: Path) -> int:
 def main() -> None:
     seen_green, names = "--seen-green" in sys.argv[1:], {word for word in sys.argv[1:] if not word.startswith("-")}
     chosen = [mutant for mutant in mutants() if not names or mutant.name in names]
+    if "--check" in sys.argv[1:]:
+        return
     os.environ |= {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
     for module in PRELOADED:
         with contextlib.suppress(ImportError):
