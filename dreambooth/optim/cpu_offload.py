@@ -1,7 +1,8 @@
-"""Optimizer, fp32 weights and (with them) the EMA in host memory; the device computes with a copy.
+"""memory.offload_optimizer: optimizer state, fp32 master weights and the EMA in host memory.
 
-Each gradient goes to the host as soon as it is there and is added up in fp32. The copy holds in half precision exactly
-what autocast would cast to it anyway, so that the numbers are those of the plain optimizer.
+The device computes with a copy of the weights. Each gradient is moved to the host as soon as it exists and accumulated
+there in fp32. The device's copy holds in half precision exactly what autocast would cast the weights to, so the results
+are those of the plain optimizer.
 """
 
 from collections.abc import Callable
@@ -11,82 +12,96 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth.optim.optimizers import Make
-from dreambooth.optim.streaming_optimizer import Levered, on_gradient, settings, wide
+from dreambooth.optim.optimizers import OptimizerFactory
+from dreambooth.optim.streaming_optimizer import (
+    StreamingOptimizer,
+    hyperparameters,
+    register_gradient_hook,
+    upcast_half,
+)
 from dreambooth.runtime.engine import Engine
 
 HOST = torch.device("cpu")
 
 
-class Offloaded(Levered):
-    """`make`'s optimizer over fp32 copies, in host memory, of the trained parameters of `model`."""
+class OffloadedOptimizer(StreamingOptimizer):
+    """An optimizer over fp32 copies, in host memory, of the trained parameters of `model`.
 
-    def __init__(self, model: nn.Module, make: Make, half: torch.dtype) -> None:
-        self.masters = {name: nn.Parameter(wide(p.detach()).to(HOST, copy=True))
+    Args:
+        model: its trained matrices are put into `half`; see `cast_to_half`.
+        factory: makes the optimizer of the fp32 copies.
+        half: the compute precision.
+    """
+
+    def __init__(self, model: nn.Module, factory: OptimizerFactory, half: torch.dtype) -> None:
+        self.masters = {name: nn.Parameter(upcast_half(p.detach()).to(HOST, copy=True))
                         for name, p in model.named_parameters() if p.requires_grad}
-        narrow(model, half)
-        self.copies = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        for name, copy in self.copies.items():
-            on_gradient(copy, partial(_stream, self.masters[name]))
-        self.inner = make(list(self.masters.values()))
-        super().__init__(list(self.masters.values()), settings(self.inner.param_groups[0]))
-        self._share()
+        cast_to_half(model, half)
+        self.device_weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for name, weight in self.device_weights.items():
+            register_gradient_hook(weight, partial(_move_gradient, self.masters[name]))
+        self.inner = factory(list(self.masters.values()))
+        super().__init__(list(self.masters.values()), hyperparameters(self.inner.param_groups[0]))
+        self._share_state()
 
-    def update(self, run: Callable[[], Tensor], engine: Engine, limit: float | None,
+    def update(self, forward_backward: Callable[[], Tensor], engine: Engine, max_grad_norm: float | None,
                step: int) -> tuple[Tensor, Tensor, bool]:
-        self._opt_called = True  # else the schedule warns that nobody called `step`
-        losses = run()
-        norm = engine.clip(self.inner, self.masters.values(), limit)
-        taken = engine.step(self.inner)
+        self._opt_called = True  # otherwise the learning-rate schedule warns that `step` was never called
+        losses = forward_backward()
+        norm = engine.clip(self.inner, self.masters.values(), max_grad_norm)
+        stepped = engine.step(self.inner)
         self.inner.zero_grad(set_to_none=True)
-        if taken:
-            self.loaded()
-        return losses, norm, taken
+        if stepped:
+            self.sync_weights()
+        return losses, norm, stepped
 
     def weights(self) -> dict[str, Tensor]:
         return dict(self.masters)
 
     @torch.no_grad()
-    def loaded(self) -> None:
-        """Send the weights to the device."""
-        for name, copy in self.copies.items():
-            copy.copy_(self.masters[name])
+    def sync_weights(self) -> None:
+        """Copy the master weights to the device."""
+        for name, weight in self.device_weights.items():
+            weight.copy_(self.masters[name])
 
     def state_dict(self) -> dict[str, Any]:
         return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.inner.load_state_dict(state_dict)
-        self._share()
+        self._share_state()
 
-    def _share(self) -> None:
-        """Schedules write the learning rate here; the optimizer inside reads it."""
+    def _share_state(self) -> None:
+        """Share groups and state with the inner optimizer: schedules set the learning rate here, it reads it there."""
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
 
 
-def narrow(model: nn.Module, half: torch.dtype, embeddings: bool = False) -> None:
-    """Put the trained weights of linear and convolution layers into `half`; norms stay as they are.
+def cast_to_half(model: nn.Module, half: torch.dtype, embeddings: bool = False) -> None:
+    """Put the trained weights of linear and convolution layers into `half`; normalisation layers stay as they are.
 
-    These are what autocast casts at every use. Parameters are replaced, not changed: optimizers come after.
+    Autocast casts exactly these weights at every use. The parameters are replaced by new ones, so optimizers have to be
+    made afterwards.
 
     Args:
-        embeddings: theirs too; what they look up is handed on in fp32, so that the sums after it stay fp32.
+        half: fp32 changes nothing.
+        embeddings: also cast embedding tables. Their output is cast back to fp32, so that sums after it stay fp32.
     """
     for module in model.modules():
-        looks_up = embeddings and isinstance(module, nn.Embedding)
-        if (looks_up or isinstance(module, (nn.Linear, nn.Conv2d))) and half.itemsize < 4:
-            if looks_up:
-                module.register_forward_hook(lambda _, given, found: found.float())
+        is_embedding = embeddings and isinstance(module, nn.Embedding)
+        if (is_embedding or isinstance(module, (nn.Linear, nn.Conv2d))) and half.itemsize < 4:
+            if is_embedding:
+                module.register_forward_hook(lambda _, inputs, output: output.float())
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.requires_grad:
                     setattr(module, name, nn.Parameter(parameter.detach().to(half)))
 
 
 @torch.no_grad()
-def _stream(master: nn.Parameter, copy: Tensor) -> None:
-    assert copy.grad is not None
-    gradient = wide(copy.grad.to(HOST))
-    copy.grad = None
+def _move_gradient(master: nn.Parameter, weight: Tensor) -> None:
+    """Add the gradient of a device weight to that of its master in host memory, and free it on the device."""
+    assert weight.grad is not None
+    gradient = upcast_half(weight.grad.to(HOST))
+    weight.grad = None
     if master.grad is None:
         master.grad = gradient
     else:

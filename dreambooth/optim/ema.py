@@ -1,10 +1,10 @@
-"""Exponential moving average of every trained weight, in fp32.
+"""Exponential moving average (EMA) of every trained weight, in fp32.
 
-decay_t = min(ema_decay, (1 + t) / (10 + t)) at the t-th step, t = 1, 2, ...: fast at first, then slow.
+The decay of step t = 1, 2, ... is min(ema_decay, (1 + t) / (10 + t)): fast at first, then slow.
 
-With `every` = k the weights are folded in after each k-th step only, with the decay of all k: with d the product of
-their decays, average = d * average + (1 - d) * weights. The same as every step if the weights had kept, for k steps,
-the value that they have at the end of them; so the weights of the steps between are not in the average.
+With `every` = k the weights are averaged after each k-th step only, with the decay of all k steps: if d is the product
+of their decays, average = d * average + (1 - d) * weights. This equals averaging after every step if the weights had
+their final value during all k steps. The weights of the steps between do not enter the average.
 """
 
 import math
@@ -16,13 +16,20 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Averages of trained weights, by name: of a module's parameters, or of tensors by name."""
+    """Averages, by name, of the trained parameters of a module or of a mapping of tensors.
+
+    Args:
+        weights: the module or the tensors by name; only those with requires_grad are averaged.
+        decay: the largest decay.
+        device: where the averages are kept; None: beside each weight.
+        every: average after each `every`-th step only.
+    """
 
     def __init__(self, weights: nn.Module | Mapping[str, Tensor], decay: float, device: torch.device | None = None,
                  every: int = 1) -> None:
         self.decay = decay
         self.every = every
-        self.updates = 0  # optimizer steps seen
+        self.updates = 0  # optimizer steps so far
         self.average: dict[str, Tensor] = {
             name: parameter.detach().to(device=device, dtype=torch.float32, copy=True)
             for name, parameter in _named(weights).items() if parameter.requires_grad
@@ -34,46 +41,50 @@ class Ema:
 
     @torch.no_grad()
     def update(self, weights: nn.Module | Mapping[str, Tensor]) -> None:
-        """Fold the weights after an optimizer step into the averages, if it is a step to do so."""
+        """Count an optimizer step; after each `every`-th one, average the weights that it produced."""
         self.updates += 1
         if self.updates % self.every:
             return
         weight = 1 - math.prod(self.decay_at(self.updates - back) for back in range(self.every))
-        alike: tuple[list[Tensor], list[Tensor]] = [], []  # in one call, which on a GPU is a few kernels
+        # Averages and weights of the same device and dtype: one foreach call, which is a few kernels on a GPU.
+        averages: list[Tensor] = []
+        lives: list[Tensor] = []
         for name, parameter in _named(weights).items():
             if name in self.average:
                 average, live = self.average[name], parameter.detach()
                 if live.device == average.device and live.dtype == average.dtype:
-                    alike[0].append(average)
-                    alike[1].append(live)
-                else:  # one at a time: a copy of each is made
+                    averages.append(average)
+                    lives.append(live)
+                else:  # one at a time, because each needs a temporary copy
                     average.lerp_(live.to(average), weight)
-        if alike[0]:
-            torch._foreach_lerp_(*alike, weight)
+        if averages:
+            torch._foreach_lerp_(averages, lives, weight)
 
-    def swapped_into(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Let the module compute with the averages; its own weights come back untouched, bit for bit."""
-        return swapped(model, self.average)
+    def swap_into(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Make the module compute with the averages; on exit its own weights are restored bit for bit."""
+        return swap_weights(model, self.average)
 
 
 @contextmanager
-def swapped(model: nn.Module, weights: Mapping[str, Tensor], exact: bool = False) -> Iterator[None]:
-    """Other weights in a module for a while; its own come back untouched, bit for bit.
+def swap_weights(model: nn.Module, weights: Mapping[str, Tensor], exact: bool = False) -> Iterator[None]:
+    """Put other weights into a module; on exit its own weights are restored bit for bit.
 
     Args:
-        exact: in the precision and on the device that `weights` have: to be written, not computed with.
+        exact: keep the precision and the device of `weights`, to write them to a file. By default they are cast and
+            moved to the module's, to compute with them.
     """
     live = {name: parameter for name, parameter in model.named_parameters() if name in weights}
-    where = {name: parameter.device for name, parameter in live.items()}
-    kept: dict[str, Tensor] = {}
+    devices = {name: parameter.device for name, parameter in live.items()}
+    saved: dict[str, Tensor] = {}
     try:
         for name, parameter in live.items():
-            kept[name] = parameter.data.to(weights[name].device)  # averages from the host: the device holds one set
+            # If the averages are in host memory, the live weights move there: the device holds only one set.
+            saved[name] = parameter.data.to(weights[name].device)
             parameter.data = weights[name].detach() if exact else weights[name].detach().to(parameter)
         yield
     finally:
-        for name, data in kept.items():
-            live[name].data = data.to(where[name])
+        for name, data in saved.items():
+            live[name].data = data.to(devices[name])
 
 
 def _named(weights: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -1,9 +1,9 @@
-"""One optimizer a parameter: stepped in the backward pass, or over weights in half precision.
+"""One optimizer per parameter: stepped during the backward pass, or after it on half-precision weights.
 
-In the backward pass a gradient is used and released as soon as it is there, so that one exists at a time. Where the
-whole gradient must be known first (its norm for clipping, overflow in fp16) a first pass only measures it and the
-second one steps: about twice the forward and backward time, the same numbers. Both passes compute the same gradient
-as far as the device's kernels are deterministic; a skipped fp16 step has no second pass and changes nothing.
+During the backward pass a gradient is used and released as soon as it exists, so that only one exists at a time. When
+the whole gradient has to be known first (its norm for clipping, overflow in fp16), a first pass measures it and a
+second pass steps. This takes about twice the forward and backward time and gives the same numbers, as far as the
+device's kernels are deterministic. A skipped fp16 step has no second pass and changes nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,108 +15,114 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth.optim.optimizers import Make
-from dreambooth.optim.parameter_slot import Slot
+from dreambooth.optim.optimizers import OptimizerFactory
+from dreambooth.optim.parameter_updater import ParameterUpdater
 from dreambooth.optim.stochastic_rounding import Rounder
-from dreambooth.optim.streaming_optimizer import Levered, on_gradient, settings, wide
+from dreambooth.optim.streaming_optimizer import (
+    StreamingOptimizer,
+    hyperparameters,
+    register_gradient_hook,
+    upcast_half,
+)
 from dreambooth.runtime.engine import Engine
 
 
 @dataclass
-class Measured:
-    """What is known of a gradient: norms by parameter and whether one overflowed."""
+class GradientStatistics:
+    """Norms of the gradients by parameter, and whether one of them overflowed."""
 
-    inverse: Tensor | None  # 1 / loss scale, (1,)
-    found: Tensor  # (1,): above 0 once a gradient was not finite
+    inverse_scale: Tensor | None  # 1 / loss scale, (1,); None: no loss scaling
+    found_inf: Tensor  # (1,): above 0 once a gradient was not finite
     norms: dict[int, Tensor] = field(default_factory=dict)
 
-    def unscaled(self, gradient: Tensor) -> Tensor:
-        """The gradient without the loss scale; what is not finite is noted."""
-        if self.inverse is None:
-            return wide(gradient)
-        gradient = wide(gradient) if gradient.element_size() < 4 else gradient.clone()
-        torch._amp_foreach_non_finite_check_and_unscale_([gradient], self.found, self.inverse)
+    def unscale(self, gradient: Tensor) -> Tensor:
+        """The gradient divided by the loss scale; records in `found_inf` whether it is finite."""
+        if self.inverse_scale is None:
+            return upcast_half(gradient)
+        gradient = upcast_half(gradient) if gradient.element_size() < 4 else gradient.clone()
+        torch._amp_foreach_non_finite_check_and_unscale_([gradient], self.found_inf, self.inverse_scale)
         return gradient
 
-    def note(self, number: int, slot: Slot) -> None:
-        """The norm of a gradient, or of its pieces' norms."""
-        norms = [torch._foreach_norm([self.unscaled(piece)])[0] for piece in slot.gradients()]
+    def record(self, number: int, updater: ParameterUpdater) -> None:
+        """Record the norm of the gradient of parameter `number`."""
+        norms = [torch._foreach_norm([self.unscale(piece)])[0] for piece in updater.gradients()]
         self.norms[number] = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
-    def norm(self) -> Tensor:
-        """The global norm, as clip_grad_norm_ computes it: the norm of norms in the order of the parameters."""
+    def global_norm(self) -> Tensor:
+        """The norm of the norms in the order of the parameters, which is how clip_grad_norm_ computes it (0-d)."""
         norm: Tensor = torch.linalg.vector_norm(torch.stack([self.norms[number] for number in sorted(self.norms)]))
         return norm
 
 
-class PerParameter(Levered):
-    """An optimizer for each of `trained`."""
+class PerParameterOptimizer(StreamingOptimizer):
+    """An optimizer for each of the parameters `trained`.
 
-    def __init__(self, trained: dict[str, nn.Parameter], make: Make, in_backward: bool,
+    Args:
+        in_backward: step during the backward pass, not after it.
+        rounder: stores the results in half-precision parameters.
+    """
+
+    def __init__(self, trained: dict[str, nn.Parameter], factory: OptimizerFactory, in_backward: bool,
                  rounder: Rounder | None) -> None:
-        self.slots = [Slot(name, parameter, make, rounder) for name, parameter in trained.items()]
+        self.updaters = [ParameterUpdater(name, parameter, factory, rounder) for name, parameter in trained.items()]
         self.in_backward = in_backward
-        super().__init__(list(trained.values()), settings(self.slots[0].optimizers[0].param_groups[0]))
+        super().__init__(list(trained.values()), hyperparameters(self.updaters[0].optimizers[0].param_groups[0]))
 
-    def update(self, run: Callable[[], Tensor], engine: Engine, limit: float | None,
+    def update(self, forward_backward: Callable[[], Tensor], engine: Engine, max_grad_norm: float | None,
                step: int) -> tuple[Tensor, Tensor, bool]:
-        self._opt_called = True  # else the schedule warns that nobody called `step`
-        measured = self._measured(engine)
-        if self.in_backward and limit is None and not engine.scaler.is_enabled():
-            with self._on_gradient(partial(self._note_and_step, measured, step)):
-                losses = run()
-            return losses, measured.norm(), True
+        self._opt_called = True  # otherwise the learning-rate schedule warns that `step` was never called
+        statistics = self._new_statistics(engine)
+        if self.in_backward and max_grad_norm is None and not engine.scaler.is_enabled():
+            with self._on_each_gradient(partial(self._record_and_step, statistics, step)):
+                losses = forward_backward()
+            return losses, statistics.global_norm(), True
         if self.in_backward:
-            with self._on_gradient(partial(self._note, measured)):
-                losses = run()
+            with self._on_each_gradient(partial(self._record_and_release, statistics)):
+                losses = forward_backward()
         else:
-            losses = run()
-            for number, slot in enumerate(self.slots):
-                if slot.parameter.grad is not None:
-                    measured.note(number, slot)
-        norm = measured.norm()
-        if not engine.overflowed(measured.found):
-            factor = None if limit is None else torch.clamp(limit / (norm + 1e-6), max=1.0)  # of clip_grad_norm_
-            self._take(run, measured, factor, step)
-        taken = engine.judge(measured.found)  # last: the loss scale may grow, and the second pass has the first one's
+            losses = forward_backward()
+            for number, updater in enumerate(self.updaters):
+                if updater.parameter.grad is not None:
+                    statistics.record(number, updater)
+        norm = statistics.global_norm()
+        if not engine.overflowed(statistics.found_inf):
+            factor = None
+            if max_grad_norm is not None:  # the formula of clip_grad_norm_
+                factor = torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0)
+            self._step_all(forward_backward, statistics, factor, step)
+        # Last, because it may raise the loss scale, and the second pass needs that of the first.
+        stepped = engine.update_scaler(statistics.found_inf)
         self.zero_grad(set_to_none=True)
-        return losses, norm, taken
+        return losses, norm, stepped
 
     def weights(self) -> dict[str, Tensor]:
-        return {slot.name: slot.parameter for slot in self.slots}
+        return {updater.name: updater.parameter for updater in self.updaters}
 
     def state_dict(self) -> dict[str, Any]:
-        states = (slot.state() for slot in self.slots)
-        return {"state": {number: state for number, state in enumerate(states) if state},
-                "param_groups": [settings(self.param_groups[0]) | {"params": list(range(len(self.slots)))}]}
+        states = (updater.state() for updater in self.updaters)
+        group = hyperparameters(self.param_groups[0]) | {"params": list(range(len(self.updaters)))}
+        return {"state": {number: state for number, state in enumerate(states) if state}, "param_groups": [group]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         [group] = state_dict["param_groups"]
-        if len(group["params"]) != len(self.slots):
+        if len(group["params"]) != len(self.updaters):
             raise ValueError("the optimizer has another number of parameters")
-        self.param_groups[0].update(settings(group))
-        for number, slot in enumerate(self.slots):
-            slot.load(state_dict["state"].get(number, {}), group)
+        self.param_groups[0].update(hyperparameters(group))
+        for number, updater in enumerate(self.updaters):
+            updater.load(state_dict["state"].get(number, {}), group)
 
-    def _measured(self, engine: Engine) -> Measured:
-        device = self.slots[0].parameter.device
+    def _new_statistics(self, engine: Engine) -> GradientStatistics:
+        device = self.updaters[0].parameter.device
         scale = engine.scaler.get_scale() if engine.scaler.is_enabled() else None
-        inverse = None if scale is None else torch.tensor([1 / scale], dtype=torch.float32, device=device)
-        return Measured(inverse, torch.zeros(1, device=device))
-
-    def _take(self, run: Callable[[], Tensor], measured: Measured, factor: Tensor | None, step: int) -> None:
-        if self.in_backward:
-            with self._on_gradient(partial(self._step, measured, factor, step)):
-                run()
-            return
-        for number, slot in enumerate(self.slots):
-            if slot.parameter.grad is not None:
-                self._step(measured, factor, step, number, slot)
+        inverse_scale = None if scale is None else torch.tensor([1 / scale], dtype=torch.float32, device=device)
+        return GradientStatistics(inverse_scale, torch.zeros(1, device=device))
 
     @contextmanager
-    def _on_gradient(self, act: Callable[[int, Slot], None]) -> Iterator[None]:
-        handles = [on_gradient(slot.parameter, lambda _, n=n, slot=slot: act(n, slot))  # type: ignore[misc]
-                   for n, slot in enumerate(self.slots)]
+    def _on_each_gradient(self, act: Callable[[int, ParameterUpdater], None]) -> Iterator[None]:
+        """Call `act` with each parameter as soon as a backward pass has computed its gradient."""
+        handles = [register_gradient_hook(
+            updater.parameter, lambda _, n=number, updater=updater: act(n, updater))  # type: ignore[misc]
+            for number, updater in enumerate(self.updaters)]
         try:
             yield
         finally:
@@ -124,19 +130,32 @@ class PerParameter(Levered):
                 handle.remove()
 
     @torch.no_grad()
-    def _note(self, measured: Measured, number: int, slot: Slot) -> None:
-        measured.note(number, slot)
-        slot.parameter.grad = None
+    def _record_and_step(self, statistics: GradientStatistics, step: int, number: int,
+                         updater: ParameterUpdater) -> None:
+        statistics.record(number, updater)
+        updater.step(upcast_half, self.param_groups[0]["lr"], step)
 
     @torch.no_grad()
-    def _step(self, measured: Measured, factor: Tensor | None, step: int, number: int, slot: Slot) -> None:
-        def ready(piece: Tensor) -> Tensor:
-            gradient = measured.unscaled(piece)
+    def _record_and_release(self, statistics: GradientStatistics, number: int, updater: ParameterUpdater) -> None:
+        statistics.record(number, updater)
+        updater.parameter.grad = None
+
+    def _step_all(self, forward_backward: Callable[[], Tensor], statistics: GradientStatistics,
+                  factor: Tensor | None, step: int) -> None:
+        """Step every parameter: in a second pass, or with the gradients that exist."""
+        if self.in_backward:
+            with self._on_each_gradient(partial(self._step_one, statistics, factor, step)):
+                forward_backward()
+            return
+        for number, updater in enumerate(self.updaters):
+            if updater.parameter.grad is not None:
+                self._step_one(statistics, factor, step, number, updater)
+
+    @torch.no_grad()
+    def _step_one(self, statistics: GradientStatistics, factor: Tensor | None, step: int, number: int,
+                  updater: ParameterUpdater) -> None:
+        def unscale_and_clip(piece: Tensor) -> Tensor:
+            gradient = statistics.unscale(piece)
             return gradient if factor is None else gradient.mul_(factor.to(gradient))
 
-        slot.step(ready, self.param_groups[0]["lr"], step)
-
-    @torch.no_grad()
-    def _note_and_step(self, measured: Measured, step: int, number: int, slot: Slot) -> None:
-        measured.note(number, slot)
-        slot.step(wide, self.param_groups[0]["lr"], step)
+        updater.step(unscale_and_clip, self.param_groups[0]["lr"], step)

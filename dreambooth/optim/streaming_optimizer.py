@@ -1,4 +1,4 @@
-"""What the optimizers of the levers have in common: they run forward and backward themselves."""
+"""The interface of the optimizers behind the memory levers: they run the forward and backward pass themselves."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -10,45 +10,46 @@ from torch import Tensor
 from dreambooth.runtime.engine import Engine
 
 
-class Levered(torch.optim.Optimizer):
-    """An optimizer that takes gradients as they are produced, so that they never all exist at once.
+class StreamingOptimizer(torch.optim.Optimizer):
+    """An optimizer that consumes gradients while they are produced, so that they never all exist at once.
 
-    To schedules and checkpoints it looks like the plain optimizer over the same parameters: one group, the same
-    `state_dict`, so that a run may resume under other levers.
+    To schedules and checkpoints it looks like the plain optimizer over the same parameters: it has one parameter group
+    and the same `state_dict`. A run may therefore resume under other memory levers.
     """
 
     @abstractmethod
-    def update(self, run: Callable[[], Tensor], engine: Engine, limit: float | None,
+    def update(self, forward_backward: Callable[[], Tensor], engine: Engine, max_grad_norm: float | None,
                step: int) -> tuple[Tensor, Tensor, bool]:
-        """Make a step out of `run`, which does forward and backward and returns losses.
+        """Make one optimizer step.
 
         Args:
-            limit: of the gradient's global norm; None: no clipping.
-            step: completed steps, a key of random numbers.
+            forward_backward: runs the forward and backward pass of the whole batch and returns the losses.
+            max_grad_norm: limit of the global gradient norm; None: no clipping.
+            step: number of completed steps; it seeds the random numbers of stochastic rounding.
 
         Returns:
-            the losses; the gradient's norm before clipping, 0-d; False if an overflow skipped the step, which then
-            changed nothing.
+            The losses; the gradient norm before clipping (0-d); False if a gradient overflowed. In that case the step
+            was skipped and nothing has changed.
         """
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """The trained weights by name in the precision in which they are trained, wherever they live."""
+        """The trained weights by name, in the precision in which they are trained and on the device that holds them."""
 
-    def loaded(self) -> None:
-        """Called after `weights()` were filled from a checkpoint."""
+    def sync_weights(self) -> None:
+        """Copy `weights()` to where the model computes, if that is elsewhere: after a step and after a checkpoint."""
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor itself, or in fp32 if it is in half precision."""
+def upcast_half(tensor: Tensor) -> Tensor:
+    """A half-precision tensor in fp32; any other tensor as it is."""
     return tensor.float() if tensor.element_size() < 4 else tensor
 
 
-def settings(group: dict[str, Any]) -> dict[str, Any]:
+def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
     """A parameter group without its parameters."""
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def on_gradient(parameter: Tensor, act: Callable[[Tensor], None]) -> Any:
-    """Call `act(parameter)` each time a backward pass has added to its gradient; returns a handle to remove it."""
-    return parameter.register_post_accumulate_grad_hook(act)  # type: ignore[no-untyped-call]
+def register_gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> Any:
+    """Call `hook(parameter)` after each backward pass has accumulated its gradient; returns a handle to remove it."""
+    return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.config.enums import OptimizerKind
-from dreambooth.optim.optimizers import BLOCK
+from dreambooth.optim.optimizers import BLOCK_SIZE
 
 MIN_8BIT = 4096  # elements; below, bitsandbytes keeps fp32 moments (its min_8bit_size)
 MIN_PAGED = 100_000  # elements; below, bitsandbytes does not page
@@ -72,7 +72,7 @@ def _eight_bit(parameter: Tensor) -> dict[str, Tensor]:
     count = parameter.numel()
     if count < MIN_8BIT:
         return {name: torch.empty(count, dtype=torch.float32) for name in ("state1", "state2")}
-    blocks = (count + BLOCK - 1) // BLOCK
+    blocks = (count + BLOCK_SIZE - 1) // BLOCK_SIZE
     return {"state1": torch.empty(count, dtype=torch.uint8), "state2": torch.empty(count, dtype=torch.uint8),
             "absmax1": torch.empty(blocks, dtype=torch.float32), "absmax2": torch.empty(blocks, dtype=torch.float32)}
 

@@ -18,19 +18,19 @@ from torch import Tensor, nn
 
 from dreambooth.config.enums import AttentionKind, Dtype, EmaDevice, Weights
 from dreambooth.config.recipe import Recipe
-from dreambooth.data.aspect_buckets import Size, largest
-from dreambooth.data.batch import Batch, joined
-from dreambooth.data.batches import at_a_time
+from dreambooth.data.aspect_buckets import Size, largest_bucket
+from dreambooth.data.batch import Batch, join_batches
+from dreambooth.data.batches import encode_batch_size
 from dreambooth.models import loading
-from dreambooth.optim.cpu_offload import Offloaded
-from dreambooth.optim.memory_levers import equip
+from dreambooth.optim.cpu_offload import OffloadedOptimizer
+from dreambooth.optim.memory_levers import build_training_optimizer
 from dreambooth.planner import skeleton_models
 from dreambooth.planner.allocation_trace import ACTIVATIONS, HOST, TEMPORARIES, StorageTrace
 from dreambooth.planner.caching_allocator import MIB
-from dreambooth.planner.encoder_memory import looking
-from dreambooth.planner.fake_cuda import fake_gpu, fake_tensors, rest, wake, workspace
+from dreambooth.planner.encoder_memory import encoder_tensor_bytes
+from dreambooth.planner.fake_cuda import fake_gpu, fake_tensors, offload_weights, reload_weights, attention_workspace_bytes
 from dreambooth.planner.optimizer_memory import ModelledOptimizer
-from dreambooth.planner.phase_markers import MarkedEma, MarkedEngine, Scaler, gradient_to
+from dreambooth.planner.phase_markers import PhaseMarkingEma, PhaseMarkingEngine, FakeGradScaler, make_gradient_hook
 from dreambooth.planner.prediction import Prediction
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.step import Objective, TrainState, train_step
@@ -60,7 +60,7 @@ class _Rehearsal:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.memory = recipe.memory
-        self.trace = StorageTrace(workspace)
+        self.trace = StorageTrace(attention_workspace_bytes)
         self.parts = skeleton_models.blank(recipe)
         self.objective = Objective(self.parts.noise_schedule(), recipe.prior.prior_loss_weight,
                                    recipe.train.snr_gamma, recipe.two_passes)
@@ -80,26 +80,26 @@ class _Rehearsal:
                 trace.add_module(module, "weights")
             if recipe.with_prior and recipe.prior.num_class_images:
                 self._draw("class_images", recipe.prior.sample_batch_size, recipe.prior.guidance_scale)
-            shapes = rest(parts.unet)
+            shapes = offload_weights(parts.unet)
             with trace.whole("caching"):
                 self._cache()
             resting = [parts.vae] * self.memory.cache_latents
             resting += parts.encoders * (self.memory.cache_text and not recipe.train.train_text_encoder)
-            gone = [rest(module) for module in resting]
+            gone = [offload_weights(module) for module in resting]
             trace.mark("training")
-            trace.add_module(wake(parts.unet, shapes), "weights")
+            trace.add_module(reload_weights(parts.unet, shapes), "weights")
             denoiser = loading.prepare(parts, skeleton_models.known_attention(recipe))
             state = self._state(denoiser)
             self._steps(state)
             for module, known in zip(resting, gone, strict=True):
-                trace.add_module(wake(module, known), "weights")
+                trace.add_module(reload_weights(module, known), "weights")
             if recipe.sample.every is not None:
                 size = max(recipe.sample.images_per_prompt, recipe.prior.sample_batch_size)
                 self._draw("sample", size, recipe.sample.guidance_scale)
             if recipe.evaluate.encoders:
                 self._draw("evaluate", recipe.prior.sample_batch_size, recipe.sample.guidance_scale)
                 with trace.whole("evaluate"):
-                    seen = [torch.empty(size, dtype=torch.uint8) for size in looking(
+                    seen = [torch.empty(size, dtype=torch.uint8) for size in encoder_tensor_bytes(
                         recipe.evaluate, recipe.model.resolution)]
                     del seen
             trace.mark("save")
@@ -128,9 +128,9 @@ class _Rehearsal:
             return nullcontext
         return partial(torch.autocast, "cpu", loading.TORCH_DTYPE[dtype], cache_enabled=self.memory.autocast_cache)
 
-    def _engine(self) -> MarkedEngine:
+    def _engine(self) -> PhaseMarkingEngine:
         trace = self.trace
-        scaler = Scaler(self.recipe.precision.dtype is Dtype.fp16, torch.ones(()))
+        scaler = FakeGradScaler(self.recipe.precision.dtype is Dtype.fp16, torch.ones(()))
         walk = Engine().backward
 
         def forward() -> AbstractContextManager[Any]:
@@ -143,7 +143,7 @@ class _Rehearsal:
             trace.mark("backward")
             walk(loss)
 
-        return MarkedEngine(autocast=forward, backward=backward, scaler=scaler, mark=trace.mark)  # type: ignore[arg-type]
+        return PhaseMarkingEngine(autocast=forward, backward=backward, scaler=scaler, mark=trace.mark)  # type: ignore[arg-type]
 
     def _state(self, denoiser: nn.Module) -> TrainState:
         trace, recipe = self.trace, self.recipe
@@ -154,21 +154,21 @@ class _Rehearsal:
             made.on_state = lambda tensor, paged: trace.add([tensor], HOST if paged or on_host else "optimizer")
             return made
 
-        optimizer = equip(denoiser, make, self.memory, loading.TORCH_DTYPE[recipe.precision.dtype], recipe.train.seed)
+        optimizer = build_training_optimizer(denoiser, make, self.memory, loading.TORCH_DTYPE[recipe.precision.dtype], recipe.train.seed)
         trace.add_module(denoiser, "weights")
-        masters = optimizer.masters if isinstance(optimizer, Offloaded) else {}
+        masters = optimizer.masters if isinstance(optimizer, OffloadedOptimizer) else {}
         trace.add(masters.values(), HOST)
         for name, parameter in denoiser.named_parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    gradient_to(trace, masters.get(name)))
+                    make_gradient_hook(trace, masters.get(name)))
         if recipe.hardware.gpus > 1:  # data parallel sums gradients in buckets of its own
             self.summed = [torch.empty_like(p) for p in denoiser.parameters() if p.requires_grad]
             trace.add(self.summed, "gradients")
         ema = None
         if recipe.train.use_ema:
             weights = masters or denoiser
-            ema = MarkedEma(weights, recipe.train.ema_decay, every=self.memory.ema_every)
+            ema = PhaseMarkingEma(weights, recipe.train.ema_decay, every=self.memory.ema_every)
             ema.mark = trace.mark
             away = on_host or self.memory.ema_device is EmaDevice.cpu
             trace.add(ema.average.values(), HOST if away else "ema")
@@ -178,7 +178,7 @@ class _Rehearsal:
         """A micro-batch as data.Batches makes it, each row with a caption of its own; what is not cached is made."""
         recipe, square = self.recipe, (self.recipe.model.resolution,) * 2
         sizes = [self._size()] + [square] * recipe.with_prior  # class images are made square
-        return joined([self._half(recipe.train.train_batch_size, size) for size in sizes])
+        return join_batches([self._half(recipe.train.train_batch_size, size) for size in sizes])
 
     def _half(self, count: int, size: Size) -> Batch:
         recipe = self.recipe
@@ -199,7 +199,7 @@ class _Rehearsal:
         """The largest chunk of photos through the VAE, one prompt through the text encoder."""
         if self.memory.cache_latents:
             side = self.recipe.model.resolution  # of the square: no bucket has more pixels
-            before, size = self.trace.total_flops, at_a_time(side)
+            before, size = self.trace.total_flops, encode_batch_size(side)
             self.parts.encode(torch.empty(size, 3, side, side))
             self.encode_flops = (self.trace.total_flops - before) // size
         if self.memory.cache_text and not self.recipe.train.train_text_encoder:
@@ -244,7 +244,7 @@ class _Rehearsal:
     def _size(self) -> Size:
         """Of a photo: with buckets the one that takes most, since no photos are read."""
         side, levels = self.recipe.model.resolution, len(self.parts.unet.config.block_out_channels)
-        return largest(side, self.parts.vae_scale, levels) if self.recipe.dataset.buckets else (side, side)
+        return largest_bucket(side, self.parts.vae_scale, levels) if self.recipe.dataset.buckets else (side, side)
 
     def _latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
         height, width = (side // self.parts.vae_scale for side in size or (self.recipe.model.resolution,) * 2)

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dreambooth.config.evaluate import total
+from dreambooth.config.evaluate import weighted_sum
 from dreambooth.errors import DoesNotFit
-from dreambooth.optim.ema import swapped
+from dreambooth.optim.ema import swap_weights
 from dreambooth.utils import atomic_files
 
 WEIGHTS, STATE = "weights.safetensors", "state.json"
@@ -26,7 +26,7 @@ def best_step(scores: Mapping[int, Mapping[str, float]], weights: Mapping[str, f
               last: int) -> int | None:
     """The evaluated step with the greatest weighted sum, the earliest of equals; never step 0, none after `last`."""
     steps = sorted(step for step in scores if 0 < step <= last and (step % every == 0 or step == last))
-    return max(steps, key=lambda step: total(weights, scores[step]), default=None)
+    return max(steps, key=lambda step: weighted_sum(weights, scores[step]), default=None)
 
 
 def kept_step(folder: Path) -> int | None:
@@ -46,7 +46,7 @@ def keep(folder: Path, step: int, model: nn.Module) -> None:
     """
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     try:
-        with atomic_files.whole_folder(folder) as aside:
+        with atomic_files.write_folder(folder) as aside:
             save_file(weights, aside / WEIGHTS)
             state = {"step": step, "size": (aside / WEIGHTS).stat().st_size}
             (aside / STATE).write_text(json.dumps(state), encoding="utf-8")
@@ -64,5 +64,5 @@ def needed_bytes(model: nn.Module) -> int:
 def swapped_into(folder: Path, model: nn.Module, exact: bool = False) -> Iterator[None]:
     """Let the module compute with the kept weights, or hold them exactly to be written; its own come back untouched."""
     weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
-    with swapped(model, weights, exact):
+    with swap_weights(model, weights, exact):
         yield

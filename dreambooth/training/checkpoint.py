@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dreambooth.errors import DoesNotFit, UserError
-from dreambooth.optim.streaming_optimizer import Levered, settings
+from dreambooth.optim.streaming_optimizer import StreamingOptimizer, hyperparameters
 from dreambooth.runs.checkpoint_files import STATE, intact, rotate
 from dreambooth.training.step import TrainState
 from dreambooth.utils import atomic_files
@@ -35,7 +35,7 @@ def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.Gr
     target = folder / f"step-{state.step:06d}"
     if not intact(target):
         try:
-            with atomic_files.whole_folder(target) as aside:
+            with atomic_files.write_folder(target) as aside:
                 _write(aside, state, model, scaler)
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a class of its own
             raise DoesNotFit(f"the checkpoint of step {state.step} could not be written to {folder} "
@@ -62,8 +62,8 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
         state.optimizer.load_state_dict(
             _unflatten(load_file(path / "optimizer.safetensors"), numbers["optimizer"]))
         _laid_out(state.optimizer)
-        if isinstance(state.optimizer, Levered):
-            state.optimizer.loaded()
+        if isinstance(state.optimizer, StreamingOptimizer):
+            state.optimizer.sync_weights()
         _go_on(state, numbers["schedule"])
         if numbers["scaler"]:  # empty: trained without loss scaling, so that its scale begins here
             scaler.load_state_dict(numbers["scaler"])
@@ -134,7 +134,7 @@ def _unflatten(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, An
 
 def _own_settings(saved: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """The saved groups' parameters with the settings that this run was given."""
-    own = [settings(group) for group in optimizer.param_groups]
+    own = [hyperparameters(group) for group in optimizer.param_groups]
     if [group.keys() - {"params"} for group in saved] != [group.keys() for group in own]:
         raise ValueError("it was trained with another optimizer")
     return [group | {"params": kept["params"]} for group, kept in zip(own, saved, strict=True)]

@@ -15,16 +15,16 @@ from dreambooth.config.recipe import Recipe
 from dreambooth.evaluation.evaluator import Evaluation
 from dreambooth.models import loading, lora
 from dreambooth.models.pipeline import build_pipeline
-from dreambooth.optim.ema import swapped
+from dreambooth.optim.ema import swap_weights
 from dreambooth.runtime.engine import Engine
-from dreambooth.runtime.memory_meter import Meter
+from dreambooth.runtime.memory_meter import MemoryMeter
 from dreambooth.tracking.tracker import Tracker
 from dreambooth.training import best_weights, checkpoint
 from dreambooth.training.sample_images import SampleBook
 from dreambooth.training.setup import Setup
 from dreambooth.training.step import StepInfo
 from dreambooth.utils.console import Bar
-from dreambooth.utils.signals import Stop
+from dreambooth.utils.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Log:
 
     tracker: Tracker
     bar: Bar
-    meter: Meter
+    meter: MemoryMeter
     _then: float = field(default_factory=time.monotonic)
 
     def due(self, step: int) -> bool:
@@ -91,7 +91,7 @@ class Samples:
     book: SampleBook
     setup: Setup
     engine: Engine
-    meter: Meter
+    meter: MemoryMeter
     every: int | None
     last: int
 
@@ -104,7 +104,7 @@ class Samples:
 
     def now(self, step: int) -> None:
         """Sample after `step` completed steps."""
-        with self.meter.phase("sample"), self.setup.idle.present(), averaged(self.setup):
+        with self.meter.phase("sample"), self.setup.idle.on_device(), averaged(self.setup):
             self.book.add(step, self.setup.pipeline, self.engine.autocast)
 
 
@@ -114,7 +114,7 @@ class Save:
 
     setup: Setup
     engine: Engine
-    meter: Meter
+    meter: MemoryMeter
     recipe: Recipe
 
     def due(self, step: int) -> bool:
@@ -146,9 +146,9 @@ class Measure:
     evaluation: Evaluation | None  # None: no evaluation
     setup: Setup
     engine: Engine
-    meter: Meter
+    meter: MemoryMeter
     recipe: Recipe
-    stop: Stop
+    stop: StopRequest
 
     def due(self, step: int) -> bool:
         spec, last = self.recipe.evaluate, self.recipe.train.max_train_steps
@@ -163,7 +163,7 @@ class Measure:
         the base."""
         step = self.setup.state.step
         if step == 0 and self.evaluation is not None and self.engine.device.type == "cuda":
-            with self.meter.phase("evaluate"), self.setup.idle.present(), averaged(self.setup):
+            with self.meter.phase("evaluate"), self.setup.idle.on_device(), averaged(self.setup):
                 self._measure(0, self.setup.pipeline)
         elif step > 0 and self.due(step):
             self.now(step)
@@ -173,7 +173,7 @@ class Measure:
         if self.evaluation is None:
             return
         every = self.recipe.evaluate.every
-        with self.meter.phase("evaluate"), self.setup.idle.present():
+        with self.meter.phase("evaluate"), self.setup.idle.on_device():
             if 0 not in self.evaluation.scores():
                 with self._base() as pipeline:
                     self._measure(0, pipeline)
@@ -193,7 +193,7 @@ class Measure:
         spec = self.recipe.evaluate
         if self.evaluation is None or spec.select is None or spec.every is None:
             return None
-        weights = evaluate.parse(spec.select, self.recipe.measured)
+        weights = evaluate.parse_sum(spec.select, self.recipe.measure_roles)
         return best_weights.best_step(self.evaluation.scores(), weights, spec.every, last)
 
     @contextmanager
@@ -230,14 +230,14 @@ class Measure:
             return
         parts = loading.load(self.recipe, torch.device("cpu"))
         base = loading.denoiser_of(parts, self.recipe)
-        with swapped(self.setup.trained, dict(base.named_parameters())):
+        with swap_weights(self.setup.trained, dict(base.named_parameters())):
             yield self.setup.pipeline
 
     def _measure(self, step: int, pipeline: Any) -> bool:
         """False: somebody asked to stop meanwhile, and nothing was kept."""
         assert self.evaluation is not None
         return self.evaluation.measure(
-            step, pipeline, self.engine.autocast, lambda: self.stop.requested is not None) is not None
+            step, pipeline, self.engine.autocast, lambda: self.stop.signal_name is not None) is not None
 
 
 def averaged(setup: Setup, exact: bool = False) -> AbstractContextManager[Any]:
@@ -247,5 +247,5 @@ def averaged(setup: Setup, exact: bool = False) -> AbstractContextManager[Any]:
         exact: to be written, not computed with: in their own precision, and without an EMA the weights as trained.
     """
     if setup.state.ema is not None:
-        return swapped(setup.trained, setup.state.ema.average, exact)
-    return swapped(setup.trained, setup.state.weights(setup.trained), exact) if exact else nullcontext()
+        return swap_weights(setup.trained, setup.state.ema.average, exact)
+    return swap_weights(setup.trained, setup.state.weights(setup.trained), exact) if exact else nullcontext()

@@ -6,11 +6,11 @@ from typing import Any
 from PIL import Image
 
 from dreambooth.config.recipe import Recipe
-from dreambooth.data.photos import Photo, cut
+from dreambooth.data.photos import Photo, crop_to_size
 from dreambooth.models.pipeline import Sampler, generate_images
 from dreambooth.tracking.tracker import Tracker
 from dreambooth.utils import atomic_files
-from dreambooth.utils.image_grid import columns, contact_sheet, grid, read_samples
+from dreambooth.utils.image_grid import square_columns, contact_sheet, grid, read_samples
 
 
 class SampleBook:
@@ -22,7 +22,7 @@ class SampleBook:
         self.prompts, self.spec, side = recipe.sample_prompts, recipe.sample, recipe.model.resolution
         self.sampler = Sampler(self.spec.num_inference_steps, self.spec.guidance_scale, side)
         self.batch_size = max(self.spec.images_per_prompt, recipe.prior.sample_batch_size)
-        self.photos = [Image.fromarray(cut(photo.pixels, photo.size or (side, side), None, False)) for photo in photos]
+        self.photos = [Image.fromarray(crop_to_size(photo.pixels, photo.size or (side, side), None, False)) for photo in photos]
         self.tracker = tracker
 
     def add(self, step: int, pipeline: Any, autocast: Callable[[], Any]) -> None:
@@ -35,17 +35,17 @@ class SampleBook:
                 pipeline, [prompt for prompt, _ in jobs], [seed for _, seed in jobs], self.sampler,
                 self.batch_size, autocast)
             made = [image for batch in batches for image in batch]
-            with atomic_files.whole_folder(target) as aside:
+            with atomic_files.write_folder(target) as aside:
                 for number in range(len(self.prompts)):
                     row = made[number * count:(number + 1) * count]
                     for i, image in enumerate(row):
                         image.save(aside / f"prompt-{number}-{i}.png")
-                    grid(row, columns(count)).save(aside / f"grid-{number}.png")
+                    grid(row, square_columns(count)).save(aside / f"grid-{number}.png")
         for number in range(len(self.prompts)):
             self.tracker.image(step, f"samples/prompt_{number}", target / f"grid-{number}.png")
         self._redraw()
 
     def _redraw(self) -> None:
         if found := read_samples(self.folder, len(self.prompts)):
-            with atomic_files.whole_file(self.sheet) as aside:
+            with atomic_files.write_file(self.sheet) as aside:
                 contact_sheet(self.photos, found, self.prompts).save(aside, format="PNG")

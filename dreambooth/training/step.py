@@ -13,8 +13,8 @@ from dreambooth.data.batch import Batch
 from dreambooth.errors import Diverged
 from dreambooth.models.noise_schedule import Schedule, add_noise, min_snr_weights, target
 from dreambooth.optim.ema import Ema
-from dreambooth.optim.streaming_optimizer import Levered
-from dreambooth.runtime.async_readback import Sent
+from dreambooth.optim.streaming_optimizer import StreamingOptimizer
+from dreambooth.runtime.async_readback import AsyncReadback
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.loss import Losses, dreambooth_loss
 
@@ -35,7 +35,7 @@ class TrainState:
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The trained weights of `model`, unwrapped, by name, in the precision in which they are trained."""
-        if isinstance(self.optimizer, Levered):
+        if isinstance(self.optimizer, StreamingOptimizer):
             return self.optimizer.weights()
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -77,8 +77,8 @@ class StepInfo:
         _ = self._sent
 
     @cached_property
-    def _sent(self) -> Sent:
-        return Sent(torch.cat([self.losses.float(), self.grad_norm.float().view(1)]))
+    def _sent(self) -> AsyncReadback:
+        return AsyncReadback(torch.cat([self.losses.float(), self.grad_norm.float().view(1)]))
 
     @cached_property
     def numbers(self) -> dict[str, float]:
@@ -113,18 +113,18 @@ def train_step(
     """
     learning_rate = state.optimizer.param_groups[0]["lr"]
     run = partial(_accumulate, state, batches, objective, engine)
-    if isinstance(state.optimizer, Levered):
+    if isinstance(state.optimizer, StreamingOptimizer):
         losses, norm, taken = state.optimizer.update(run, engine, max_grad_norm, state.step)
     else:
         losses = run()
         norm = engine.clip(state.optimizer, [p for p in state.model.parameters() if p.requires_grad], max_grad_norm)
         taken = engine.step(state.optimizer)
         state.optimizer.zero_grad(set_to_none=True)
-    losses = engine.mean(losses)
+    losses = engine.all_reduce_mean(losses)
     _advance(state, taken, engine)
     return StepInfo(
         step=state.step, losses=losses, grad_norm=norm, learning_rate=learning_rate,
-        images=sum(batch.count for batch in batches) * engine.world, with_prior=batches[0].with_prior,
+        images=sum(batch.count for batch in batches) * engine.world_size, with_prior=batches[0].with_prior,
         skipped=not taken, skipped_in_row=state.skipped_in_row)
 
 

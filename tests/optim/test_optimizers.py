@@ -1,4 +1,4 @@
-"""Learning-rate schedules by name, and the real architecture through the training step on fake tensors."""
+"""Learning-rate schedules by name, and a training step of the real architecture on fake tensors."""
 
 import math
 
@@ -14,29 +14,29 @@ from dreambooth.models.text_conditioning import OneEncoder
 from dreambooth.optim.optimizers import build_schedule
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.step import Objective, TrainState, train_step
-from dreambooth.utils.assets import asset
+from dreambooth.utils.assets import resolve_asset
 
-STEPS, WARM = 40, 10
+STEPS, WARMUP = 40, 10
 
 
 def expected(kind: str, step: int) -> float:
-    """The rate of step `step` (from 0) as a fraction, from the formulas in diffusers' documentation."""
-    warming = min(1.0, step / WARM)
-    along = max(0.0, (step - WARM) / (STEPS - WARM))
+    """The learning rate of step `step` (from 0) as a fraction, by the formulas in the documentation of diffusers."""
+    warmup = min(1.0, step / WARMUP)
+    progress = max(0.0, (step - WARMUP) / (STEPS - WARMUP))
     return {
         "constant": 1.0,
-        "constant_with_warmup": warming,
-        "linear": warming if step < WARM else 1 - along,
-        "cosine": warming if step < WARM else 0.5 * (1 + math.cos(math.pi * along)),
-        "cosine_with_restarts": warming if step < WARM else 0.5 * (1 + math.cos(math.pi * (along % 1))),
-        "polynomial": warming if step < WARM else 1e-7 + (1 - 1e-7) * (1 - along),
+        "constant_with_warmup": warmup,
+        "linear": warmup if step < WARMUP else 1 - progress,
+        "cosine": warmup if step < WARMUP else 0.5 * (1 + math.cos(math.pi * progress)),
+        "cosine_with_restarts": warmup if step < WARMUP else 0.5 * (1 + math.cos(math.pi * (progress % 1))),
+        "polynomial": warmup if step < WARMUP else 1e-7 + (1 - 1e-7) * (1 - progress),
     }[kind]
 
 
 @pytest.mark.parametrize("kind", [each.value for each in LrSchedule])
-def test_schedules_are_stepped_once_a_step_and_end_with_the_run(kind: str) -> None:
+def test_schedules_follow_their_formula_to_the_end_of_the_run(kind: str) -> None:
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
-    spec = Train(lr_scheduler=LrSchedule(kind), lr_warmup_steps=WARM, max_train_steps=STEPS)
+    spec = Train(lr_scheduler=LrSchedule(kind), lr_warmup_steps=WARMUP, max_train_steps=STEPS)
     schedule = build_schedule(optimizer, spec)
     for step in range(STEPS):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected(kind, step), abs=1e-6), step
@@ -61,7 +61,7 @@ def test_the_real_unet_and_text_encoder_train_on_fake_tensors(checkpointing: boo
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    base = asset("package:tiny-sd")
+    base = resolve_asset("package:tiny-sd")
     text_config = CLIPTextConfig.from_pretrained(base, subfolder="text_encoder")
     schedule = Components(None, None, None, None, {}).noise_schedule()
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -1,4 +1,4 @@
-"""Training a toy model with levers."""
+"""Helpers that train a toy model with memory levers."""
 
 from pathlib import Path
 
@@ -11,25 +11,23 @@ from dreambooth.config.schema import Memory, Optimizer
 from dreambooth.data.batches import Batch
 from dreambooth.optim import memory_levers
 from dreambooth.optim.ema import Ema
-from dreambooth.optim.optimizers import Make, maker
-from dreambooth.optim.streaming_optimizer import Levered
+from dreambooth.optim.optimizers import OptimizerFactory, optimizer_factory
+from dreambooth.optim.streaming_optimizer import StreamingOptimizer
 from dreambooth.runtime.engine import Engine
 from dreambooth.training import checkpoint
 from dreambooth.training.step import Objective, StepInfo, TrainState, train_step
 from tests.support.toy_model import batches, schedule
 
 BF16 = torch.bfloat16
+KINDS = [kind for kind in OptimizerKind if kind is not OptimizerKind.paged_adamw8bit]  # needs CUDA
 
 
-KINDS = [kind for kind in OptimizerKind if kind is not OptimizerKind.paged_adamw8bit]  # pages on CUDA only
-
-
-def plain(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def plain_adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2, fused=True)
 
 
 class Mixed(nn.Module):
-    """Every kind of layer that autocast treats apart; large enough for 8-bit state (4096 elements)."""
+    """One layer of each kind that autocast treats differently; large enough for 8-bit state (4096 elements)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,52 +43,54 @@ class Mixed(nn.Module):
         return self.unet(torch.nn.functional.silu(hidden))
 
 
-def of(kind: OptimizerKind) -> Make:
+def factory_for(kind: OptimizerKind) -> OptimizerFactory:
     if kind.value.endswith("8bit"):
         pytest.importorskip("bitsandbytes")
-    return maker(Optimizer(kind=kind, beta1=0.0 if kind is OptimizerKind.adafactor else 0.9), 1e-2)
+    return optimizer_factory(Optimizer(kind=kind, beta1=0.0 if kind is OptimizerKind.adafactor else 0.9), 1e-2)
 
 
-def state(lever: Memory, make: Make = plain, half: torch.dtype = torch.float32, every: int = 1,
-          kind: type[nn.Module] = Mixed) -> TrainState:
+def build_state(memory: Memory, factory: OptimizerFactory = plain_adamw, half: torch.dtype = torch.float32,
+                every: int = 1, kind: type[nn.Module] = Mixed) -> TrainState:
     torch.manual_seed(0)
     model = kind()
-    optimizer = memory_levers.equip(model, make, lever, half, seed=5)
-    weights = optimizer.weights() if isinstance(optimizer, Levered) else model
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    return TrainState(model, optimizer, rate, Ema(weights, 0.9, every=every))
+    optimizer = memory_levers.build_training_optimizer(model, factory, memory, half, seed=5)
+    weights = optimizer.weights() if isinstance(optimizer, StreamingOptimizer) else model
+    lr_schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    return TrainState(model, optimizer, lr_schedule, Ema(weights, 0.9, every=every))
 
 
 def autocast(dtype: torch.dtype = BF16, cache: bool = True) -> Engine:
     return Engine(autocast=lambda: torch.autocast("cpu", dtype, cache_enabled=cache))
 
 
-def train(found: TrainState, until: int = 4, engine: Engine | None = None, limit: float | None = None,
+def train(state: TrainState, until: int = 4, engine: Engine | None = None, limit: float | None = None,
           split: bool = False, dtype: torch.dtype = torch.float32) -> list[StepInfo]:
+    """Train until `until` steps are completed; `limit` is the maximum gradient norm."""
     infos = []
-    while found.step < until:
-        infos.append(train_step(found, data(found.step, dtype), Objective(schedule(), 0.5, split_prior=split),
+    while state.step < until:
+        infos.append(train_step(state, toy_batches(state.step, dtype), Objective(schedule(), 0.5, split_prior=split),
                                 engine or Engine(), limit))
     return infos
 
 
 def assert_equal(one: TrainState, other: TrainState) -> None:
-    first, second = everything(one), everything(other)
+    """Both states hold the same numbers, bit for bit."""
+    first, second = all_tensors(one), all_tensors(other)
     assert first.keys() == second.keys()
     assert [key for key in first if not first[key].equal(second[key])] == []
 
 
-def saved(found: TrainState, folder: Path) -> Path:
-    return checkpoint.save(folder, found, found.model, Engine().scaler, 2)
+def save_checkpoint(state: TrainState, folder: Path) -> Path:
+    return checkpoint.save(folder, state, state.model, Engine().scaler, 2)
 
 
-def data(step: int, dtype: torch.dtype = torch.float32) -> list[Batch]:
+def toy_batches(step: int, dtype: torch.dtype = torch.float32) -> list[Batch]:
     return [Batch(b.latents.to(dtype), b.noise.to(dtype), b.timesteps, b.text, b.instances) for b in batches()(step)]
 
 
-def everything(found: TrainState) -> dict[str, Tensor]:
-    """Weights as trained, averages, optimizer state."""
-    assert found.ema is not None
-    flat, _ = checkpoint._flatten(found.optimizer.state_dict())
-    return {**{f"weight {k}": v for k, v in found.weights(found.model).items()},
-            **{f"ema {k}": v for k, v in found.ema.average.items()}, **{f"state {k}": v for k, v in flat.items()}}
+def all_tensors(state: TrainState) -> dict[str, Tensor]:
+    """Trained weights, EMA and optimizer state by name."""
+    assert state.ema is not None
+    flat, _ = checkpoint._flatten(state.optimizer.state_dict())
+    return {**{f"weight {k}": v for k, v in state.weights(state.model).items()},
+            **{f"ema {k}": v for k, v in state.ema.average.items()}, **{f"state {k}": v for k, v in flat.items()}}

@@ -1,0 +1,136 @@
+"""One trained parameter and the optimizers that update it. A large parameter in half precision is updated in pieces.
+
+A step temporarily needs the weight and its gradient in fp32: 0.22 GiB for the largest convolution of SD 1.5, which is
+more than the activations of its backward pass. Adam treats each element by itself, and its 8-bit form each block of 256
+elements (Dettmers et al. 2022, arXiv:2110.02861), so pieces of whole blocks give the same numbers. Adafactor factorises
+whole matrices, so its weights are never split.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dreambooth.optim.optimizers import BLOCK_SIZE, OptimizerFactory, can_step_in_pieces
+from dreambooth.optim.stochastic_rounding import Rounder
+from dreambooth.optim.streaming_optimizer import hyperparameters
+
+PIECE_SIZE = 2**22  # maximum number of elements of a piece; 16 MiB in fp32
+SHARED_STATE = {"step", "qmap1", "qmap2"}  # entries of an optimizer's state that are the same for each piece
+
+
+class ParameterUpdater:
+    """Updates `parameter` with optimizers of its own: one, or one per piece.
+
+    Full-precision parameters are stepped in place. Half-precision ones are stepped on fp32 copies, `targets`, which
+    hold memory only during the step.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, factory: OptimizerFactory, rounder: Rounder | None) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.rounder = rounder if parameter.element_size() < 4 else None
+        self.targets = [parameter]
+        if self.rounder is not None:
+            self.targets = [_empty_copy(parameter)]
+        self.optimizers = [factory(self.targets)]
+        splits = self.rounder is not None and can_step_in_pieces(self.optimizers[0])
+        self.spans = _spans(parameter) if splits else [None]
+        for _ in self.spans[1:]:
+            self.targets.append(_empty_copy(parameter))
+            self.optimizers.append(factory(self.targets[-1:]))
+
+    def gradients(self) -> Iterator[Tensor]:
+        """The gradient, as a whole or piece by piece."""
+        assert self.parameter.grad is not None
+        whole = self.parameter.grad
+        yield from (whole if span is None else whole.reshape(-1)[span] for span in self.spans)
+
+    @torch.no_grad()
+    def step(self, prepare: Callable[[Tensor], Tensor], learning_rate: Any, step: int) -> None:
+        """Step with the gradient and release it.
+
+        Args:
+            prepare: turns a piece of the gradient into what the optimizer receives (fp32).
+            step: number of completed steps, for the rounding.
+        """
+        if len(self.spans) == 1:
+            gradient = prepare(next(self.gradients()))
+            self.parameter.grad = None
+            self._step_piece(0, gradient, learning_rate, step)
+            return
+        for number, piece in enumerate(self.gradients()):
+            self._step_piece(number, prepare(piece), learning_rate, step)
+        self.parameter.grad = None
+
+    def state(self) -> dict[str, Any]:
+        """The optimizer's state as if the parameter were stepped as a whole; {} before the first step."""
+        states = [optimizer.state_dict()["state"].get(0, {}) for optimizer in self.optimizers]
+        if len(states) == 1 or not states[0]:
+            return dict(states[0])
+        return {key: _join([state[key] for state in states], key, self.parameter) for key in states[0]}
+
+    def load(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+        """Load what `state` returned, with the hyperparameters of `group`."""
+        for optimizer, span in zip(self.optimizers, self.spans, strict=True):
+            piece = {key: value if span is None else _cut(value, key, span, self.parameter)
+                     for key, value in state.items()}
+            optimizer.load_state_dict({"state": {0: piece} if piece else {},
+                                       "param_groups": [hyperparameters(dict(group)) | {"params": [0]}]})
+
+    def _step_piece(self, number: int, gradient: Tensor, learning_rate: Any, step: int) -> None:
+        target, optimizer, span = self.targets[number], self.optimizers[number], self.spans[number]
+        optimizer.param_groups[0]["lr"] = learning_rate
+        if self.rounder is None:
+            target.grad = gradient
+            optimizer.step()
+            target.grad = None
+            return
+        stored = self.parameter if span is None else self.parameter.view(-1)[span]
+        target.data = self.rounder.to_fp32(stored, optimizer.state.get(target, {}))
+        target.grad = gradient
+        optimizer.step()
+        target.grad = None
+        name = self.name if not number else f"{self.name}[{number}]"
+        self.rounder.store(stored, target.detach(), optimizer.state[target], step, name)
+        target.data = torch.empty(0, dtype=torch.float32, device=self.parameter.device)
+
+
+def _empty_copy(parameter: nn.Parameter) -> nn.Parameter:
+    """An fp32 parameter without elements on the same device; a step puts the values into it."""
+    return nn.Parameter(torch.empty(0, dtype=torch.float32, device=parameter.device))
+
+
+def _spans(parameter: Tensor) -> list[slice | None]:
+    """The ranges of elements of the pieces, of about the same size and of whole blocks; [None]: not split."""
+    count = -(-parameter.numel() // PIECE_SIZE)
+    if count == 1 or not parameter.is_contiguous():
+        return [None]
+    length = -(-parameter.numel() // count // BLOCK_SIZE) * BLOCK_SIZE
+    return [slice(begin, min(begin + length, parameter.numel())) for begin in range(0, parameter.numel(), length)]
+
+
+def _join(pieces: list[Any], key: str, parameter: Tensor) -> Any:
+    """One entry of the state of the whole parameter, from that of its pieces.
+
+    The tensors have one number per element or one per block. bitsandbytes nests its own in a dict.
+    """
+    if key in SHARED_STATE:
+        return pieces[0]
+    if isinstance(pieces[0], dict):
+        return {name: _join([piece[name] for piece in pieces], name, parameter) for name in pieces[0]}
+    joined = torch.cat([piece.reshape(-1) for piece in pieces])
+    return joined.view(parameter.shape) if joined.numel() == parameter.numel() else joined
+
+
+def _cut(value: Any, key: str, span: slice, parameter: Tensor) -> Any:
+    """The reverse of `_join`: one entry of the state of the piece at `span`."""
+    if key in SHARED_STATE:
+        return value
+    if isinstance(value, dict):
+        return {name: _cut(inner, name, span, parameter) for name, inner in value.items()}
+    flat = value.reshape(-1)
+    if flat.numel() == parameter.numel():
+        return flat[span]
+    return flat[span.start // BLOCK_SIZE:-(-span.stop // BLOCK_SIZE)]
