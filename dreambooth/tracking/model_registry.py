@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError
-from dreambooth.tracking.mlflow_auth import LOGIN, REFUSES, refuses
-from dreambooth.tracking.mlflow_shipper import ENVIRONMENT
-from dreambooth.utils.provenance import clean
+from dreambooth.tracking.mlflow_client import DEFAULTS, LOGIN_HINT, REFUSES_USER, is_refusal, set_default_environment
+from dreambooth.utils.provenance import remove_credentials
 
 CHAMPION, CANDIDATE = "champion", "candidate"
-UPLOAD = "600"  # seconds that a server has to store one file of a model
-_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+UPLOAD_TIMEOUT = "600"  # seconds that a server has to store one file of a model
+_TIMEOUT_VARIABLE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 
 @dataclass(frozen=True)
@@ -28,93 +27,94 @@ class Version:
 
 
 class Registry:
-    """The registry at a tracking server or database.
+    """The model registry of a tracking server or database.
 
-    Every method raises UserError when it does not answer or does not take what it is given.
+    Every method raises UserError if the server does not answer or rejects the request.
     """
 
     def __init__(self, uri: str) -> None:
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        self._uri, self._mlflow = uri, self._asked(lambda: _client(uri))
+        set_default_environment()
+        self._uri, self._client = uri, self._call(lambda: _open_client(uri))
 
-    def holder(self, name: str, alias: str) -> Version | None:
-        """The version that has an alias."""
-        if all(model.name != name for model in self._models(name)):
+    def get_by_alias(self, name: str, alias: str) -> Version | None:
+        """The version of a model that has an alias; None if no version has it."""
+        if all(model.name != name for model in self._search_models(name)):
             return None
-        model = self._asked(lambda: self._mlflow.get_registered_model(name))
+        model = self._call(lambda: self._client.get_registered_model(name))
         number = model.aliases.get(alias)
-        return None if number is None else self._version(self._asked(
-            lambda: self._mlflow.get_model_version(name, str(number))))
+        return None if number is None else _to_version(self._call(
+            lambda: self._client.get_model_version(name, str(number))))
 
     def register(self, name: str, run_id: str, folder: Path, tags: dict[str, str]) -> Version:
-        """Copy a model folder to the artifacts of its run and register it; the same one twice is one.
+        """Copy a model folder to the artifacts of its run and register it as a version of the model `name`.
 
-        The copy has a place of its own by the tags holds, step and exported_step: a run that is extended makes other
-        files, and those of its earlier version stay.
+        If the run has a version with these tags already, that one is returned. The artifact folder is named by the tags
+        holds, step and exported_step, so the files of an earlier version stay when the run is extended.
         """
-        known = [found for found in self._versions(name, run_id) if tags.items() <= found.tags.items()]
-        if known:
-            return known[-1]
-        place = "-".join([tags.get("holds", "model"), *(tags[key] for key in ("step", "exported_step") if key in tags)])
-        with _patient():
-            self._asked(lambda: self._mlflow.log_artifacts(run_id, str(folder), place))
-        if all(model.name != name for model in self._models(name)):
-            self._asked(lambda: self._mlflow.create_registered_model(name))
-        source = self._asked(lambda: self._mlflow.get_run(run_id)).info.artifact_uri.rstrip("/") + f"/{place}"
-        return self._version(self._asked(lambda: self._mlflow.create_model_version(
-            name, source, run_id, tags=tags, await_creation_for=0)))
+        existing = [version for version in self._search_versions(name, run_id) if tags.items() <= version.tags.items()]
+        if existing:
+            return existing[-1]
+        artifact_folder = "-".join([
+            tags.get("holds", "model"), *(tags[key] for key in ("step", "exported_step") if key in tags)])
+        with _upload_timeout():
+            self._call(lambda: self._client.log_artifacts(run_id, str(folder), artifact_folder))
+        if all(model.name != name for model in self._search_models(name)):
+            self._call(lambda: self._client.create_registered_model(name))
+        artifacts = self._call(lambda: self._client.get_run(run_id)).info.artifact_uri.rstrip("/")
+        return _to_version(self._call(lambda: self._client.create_model_version(
+            name, f"{artifacts}/{artifact_folder}", run_id, tags=tags, await_creation_for=0)))
 
-    def name_holder(self, version: Version, alias: str) -> None:
-        """Give a version an alias; who had it loses it and stays."""
-        self._asked(lambda: self._mlflow.set_registered_model_alias(version.name, alias, str(version.number)))
+    def set_alias(self, version: Version, alias: str) -> None:
+        """Give a version an alias; the previous holder loses the alias, its version is kept."""
+        self._call(lambda: self._client.set_registered_model_alias(version.name, alias, str(version.number)))
 
-    def drop(self, name: str, alias: str) -> None:
-        """Take an alias from who has it."""
-        self._asked(lambda: self._mlflow.delete_registered_model_alias(name, alias))
+    def delete_alias(self, name: str, alias: str) -> None:
+        """Take an alias away from the version that has it."""
+        self._call(lambda: self._client.delete_registered_model_alias(name, alias))
 
-    def _models(self, name: str) -> Any:
-        return self._asked(lambda: self._mlflow.search_registered_models(f"name='{_quoted(name)}'"))
+    def _search_models(self, name: str) -> Any:
+        if "'" in name:  # the filter has no way to quote it
+            raise UserError(f"the name of a registered model must not contain a quote: {name!r} does, type another "
+                            "name=")
+        return self._call(lambda: self._client.search_registered_models(f"name='{name}'"))
 
-    def _versions(self, name: str, run_id: str) -> list[Version]:
-        found = self._asked(lambda: self._mlflow.search_model_versions(f"run_id='{run_id}'"))
-        return sorted((self._version(item) for item in found if item.name == name), key=lambda item: item.number)
+    def _search_versions(self, name: str, run_id: str) -> list[Version]:
+        found = self._call(lambda: self._client.search_model_versions(f"run_id='{run_id}'"))
+        return sorted((_to_version(item) for item in found if item.name == name), key=lambda item: item.number)
 
-    def _asked(self, call: Callable[[], Any]) -> Any:
+    def _call(self, request: Callable[[], Any]) -> Any:
         try:
-            return call()
-        except Exception as error:  # MLflow's own, requests', the database driver's
-            reason, shown = clean(" ".join(str(error).split()), self._uri)[:300], clean(self._uri, self._uri)
-            if refuses(error):
-                raise UserError(f"MLflow at {shown} {REFUSES} ({reason}): {LOGIN}") from error
-            raise UserError(f"MLflow at {shown} refuses this or does not answer ({reason}): start the server, or type "
+            return request()
+        except Exception as error:  # of MLflow, of requests, or of the database driver
+            reason = remove_credentials(" ".join(str(error).split()), self._uri)[:300]
+            server = f"MLflow at {remove_credentials(self._uri, self._uri)}"
+            if is_refusal(error):
+                raise UserError(f"{server} {REFUSES_USER} ({reason}): {LOGIN_HINT}") from error
+            raise UserError(f"{server} refuses this or does not answer ({reason}): start the server, or type "
                             "uri=ADDRESS of one that answers") from error
 
-    @staticmethod
-    def _version(found: Any) -> Version:
-        return Version(found.name, int(found.version), found.run_id, dict(found.tags))
 
-
-def _client(uri: str) -> Any:
+def _open_client(uri: str) -> Any:
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
 
 
-def _quoted(name: str) -> str:
-    if "'" in name:
-        raise UserError(f"a registered model's name has no quotes: {name!r} does, type another name=")
-    return name
+def _to_version(item: Any) -> Version:
+    return Version(item.name, int(item.version), item.run_id, dict(item.tags))
 
 
 @contextmanager
-def _patient() -> Iterator[None]:
-    """Files of a model may be gigabytes, and tracking's own patience is for small requests; what the user set wins."""
-    before = os.environ.get(_TIMEOUT)
-    if before == ENVIRONMENT[_TIMEOUT]:
-        os.environ[_TIMEOUT] = UPLOAD
+def _upload_timeout() -> Iterator[None]:
+    """Give uploads more time than small requests, since files of a model may be gigabytes.
+
+    A timeout that the user has set wins.
+    """
+    before = os.environ.get(_TIMEOUT_VARIABLE)
+    if before == DEFAULTS[_TIMEOUT_VARIABLE]:
+        os.environ[_TIMEOUT_VARIABLE] = UPLOAD_TIMEOUT
     try:
         yield
     finally:
         if before is not None:
-            os.environ[_TIMEOUT] = before
+            os.environ[_TIMEOUT_VARIABLE] = before

@@ -1,110 +1,175 @@
-"""Trackers: where a run's metrics, images and settings go besides its folder. The only file that knows MLflow.
+"""Trackers: where the metrics, images and settings of a run go besides its folder. `open_tracker` chooses one.
 
-Everything is journalled first (`metrics.jsonl`, see journal.py). A background thread ships the journal to MLflow and
-keeps in `mlflow.json` how far it got, so a dead or slow server never stops or slows the run: what it missed is sent
-when it is back, by this process or by the next one on the same run folder, into the same MLflow run. Sending an entry
-twice (a kill between the server's answer and mlflow.json) changes nothing: steps and times come from the journal.
+Everything is written to the journal first (`metrics.jsonl`, see journal.py). A background thread sends the journal to
+MLflow and records in `mlflow.json` how far it got, so a dead or slow server neither stops nor slows the run. Entries
+that the server missed are sent when it is reachable again: by this process, or by the next one that opens the same run
+folder, and into the same MLflow run. Sending an entry twice (after a kill between the server's answer and the update of
+mlflow.json) changes nothing, because steps and times come from the journal.
 """
 
 import atexit
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dreambooth.errors import UserError
-from dreambooth.tracking.journal import NullTracker, Tracker
-from dreambooth.tracking.mlflow_auth import LOGIN, REFUSES
+from dreambooth.tracking.journal import Journal
+from dreambooth.tracking.mlflow_client import LOGIN_HINT, REFUSES_USER
 from dreambooth.tracking.mlflow_shipper import Shipper, Warn, log_warning
 
-__all__ = ["MlflowTracker", "NullTracker", "Tracker", "open_tracker"]
-PATIENT = True  # start shipping with the first training step, not before
-START = 60.0  # seconds that a required server has to answer at the start
+SHIP_FROM_FIRST_STEP = True  # start the shipping thread with the first training step; False: when the tracker is opened
+START_TIMEOUT = 60.0  # seconds that a required server has to answer when the tracker is opened
+
+
+class Tracker(Protocol):
+    """Receives what a run reports. The `log_*` and `set_tags` methods return False if nothing was new."""
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> bool: ...
+    def log_image(self, step: int, key: str, path: Path) -> bool: ...
+    def log_artifact(self, path: Path, folder: str = "") -> bool: ...
+    def log_params(self, values: Mapping[str, str]) -> bool: ...
+    def set_tags(self, values: Mapping[str, str]) -> bool: ...
+    def log_dataset(self, values: Mapping[str, str]) -> bool: ...
+    def url(self) -> str | None: ...
+    def close(self, status: str) -> None: ...
 
 
 def open_tracker(kind: str, run_dir: Path, *, run_root: Path, run_name: str, uri: str | None = None,
                  experiment: str = "dreambooth", required: bool = False, warn: Warn = log_warning,
-                 trains: bool = True) -> Tracker:
-    """The tracker of `tracking.kind`: "mlflow" or "none". A uri of None is `mlflow.db` in the run root.
+                 update_status: bool = True) -> Tracker:
+    """Open the tracker of `tracking.kind`: "mlflow" or "none".
 
     Args:
-        trains: see NullTracker.
+        uri: address of the tracking server; None: `mlflow.db` in the run root.
+        update_status: see JournalTracker.
 
     Raises:
-        UserError: `required` and the server does not answer.
+        UserError: `required` is set and the server does not answer.
     """
     if kind == "none":
-        return NullTracker(run_dir, trains)
+        return JournalTracker(run_dir, update_status)
     root = run_root.resolve()
     return MlflowTracker(run_dir, uri=uri or f"sqlite:///{root}/mlflow.db", experiment=experiment, run_name=run_name,
                          required=required, artifact_root=None if uri else root / "mlartifacts", warn=warn,
-                         trains=trains)
+                         update_status=update_status)
 
 
-class MlflowTracker(NullTracker):
-    """Journals in the caller's thread, ships in a thread of its own: no call waits for MLflow but close().
+class NoOpTracker:
+    """Records nothing: the tracker of every process except the first."""
 
-    With `required`, a server that does not answer raises UserError: here, or at the next call (which is journalled).
-    `warn` is called in the shipping thread too.
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> bool:
+        return False
+
+    def log_image(self, step: int, key: str, path: Path) -> bool:
+        return False
+
+    def log_artifact(self, path: Path, folder: str = "") -> bool:
+        return False
+
+    def log_params(self, values: Mapping[str, str]) -> bool:
+        return False
+
+    def set_tags(self, values: Mapping[str, str]) -> bool:
+        return False
+
+    def log_dataset(self, values: Mapping[str, str]) -> bool:
+        return False
+
+    def url(self) -> str | None:
+        return None
+
+    def close(self, status: str) -> None:
+        return None
+
+
+class JournalTracker(Journal):
+    """Writes `metrics.jsonl` and nothing else. A later MlflowTracker on the same folder sends all of it.
+
+    Args:
+        update_status: False for commands that only read a run (evaluate, promote): if the run has ended, its status and
+            end time stay as they are.
+    """
+
+    def __init__(self, run_dir: Path, update_status: bool = True) -> None:
+        super().__init__(run_dir / "metrics.jsonl")
+        self._update_status = update_status
+
+    def close(self, status: str | None = None) -> None:
+        super().close(status if self._update_status or not self.ended else None)
+
+    def url(self) -> str | None:
+        return None
+
+
+class MlflowTracker(JournalTracker):
+    """Writes the journal in the caller's thread and sends it to MLflow from another: only close() waits for MLflow.
+
+    With `required`, a server that does not answer raises UserError: here, or at the next call (whose entry is in the
+    journal all the same). `warn` is also called from the shipping thread.
     """
 
     def __init__(self, run_dir: Path, *, uri: str, experiment: str, run_name: str, required: bool = False,
-                 artifact_root: Path | None = None, warn: Warn = log_warning, trains: bool = True) -> None:
-        super().__init__(run_dir, trains)
+                 artifact_root: Path | None = None, warn: Warn = log_warning, update_status: bool = True) -> None:
+        super().__init__(run_dir, update_status)
         self._required, self._warn, self._closed = required, warn, False
         self._shipper = Shipper(self.path, uri, experiment, run_name, artifact_root, warn)
-        if required or not PATIENT:
-            self._begin()
-        if required and not (self._shipper.attempted.wait(START) and self._shipper.outage is None):
+        if required or not SHIP_FROM_FIRST_STEP:
+            self._start_shipping()
+        if required and not (self._shipper.attempted.wait(START_TIMEOUT) and self._shipper.outage is None):
             self._shipper.stop(0.0)
             super().close()
             raise self._unreachable()
-        if trains:
-            self.status("RUNNING")
+        if update_status:
+            self.set_status("RUNNING")
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> bool:
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> bool:
         if step > 0:
-            self._begin()
-        return super().metrics(step, values)
+            self._start_shipping()
+        return super().log_metrics(step, values)
 
-    def _begin(self) -> None:
-        """Start shipping, once. Importing MLflow and making its tables takes seconds of CPU, so the first training
-        step comes first."""
+    def _start_shipping(self) -> None:
+        """Start the thread, once.
+
+        Importing MLflow and creating its tables takes seconds of CPU time, so the first training step comes first.
+        """
         if self._shipper.ident is None:
-            atexit.register(self._shipper.stop, 1.0)  # a thread inside C code while Python goes down may crash it
+            atexit.register(self._shipper.stop, 1.0)  # a thread in C code during interpreter shutdown may crash it
             self._shipper.start()
 
     def url(self) -> str | None:
         return self._shipper.url()
 
     def close(self, status: str | None = "FINISHED") -> None:
-        """Send what is left, waiting a bounded time, and end the run with `status`. A second call does nothing."""
+        """Send the rest, waiting a bounded time, and end the run with `status`. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
-        self._begin()
+        self._start_shipping()
         try:
             super().close(status)
         finally:
             self._shipper.finish()
             atexit.unregister(self._shipper.stop)
-        waiting = self._shipper.waiting()
-        if waiting and self._required and status == "FINISHED":
+        unsent = self._shipper.count_unsent()
+        if unsent and self._required and status == "FINISHED":
             raise self._unreachable()
-        if waiting:
-            self._warn(f"{waiting} entries of {self.path} are not in MLflow yet: repeat the command when "
-                       f"{self._shipper.shown} {'takes this user' if self._refused else 'answers'}, and they are sent")
+        if unsent:
+            self._warn(f"{unsent} entries of {self.path} are not in MLflow yet: repeat the command when "
+                       f"{self._shipper.display_uri} {'accepts this user' if self._refused else 'answers'}, and they "
+                       "are sent")
 
     def _append(self, body: dict[str, Any]) -> bool:
-        new = super()._append(body)
+        appended = super()._append(body)
         if self._required and not self._closed and self._shipper.outage is not None:
             raise self._unreachable()
-        return new
+        return appended
 
     @property
     def _refused(self) -> bool:
-        return (self._shipper.outage or "").startswith(REFUSES)
+        return (self._shipper.outage or "").startswith(REFUSES_USER)
 
     def _unreachable(self) -> UserError:
-        way = LOGIN if self._refused else "start the server (mlflow server --port ...)"
-        return UserError(f"MLflow at {self._shipper.shown} {self._shipper.outage or 'does not answer'}: {way}, or go "
-                         "on without it by tracking.required=false")
+        remedy = LOGIN_HINT if self._refused else "start the server (mlflow server --port ...)"
+        problem = self._shipper.outage or "does not answer"
+        return UserError(f"MLflow at {self._shipper.display_uri} {problem}: {remedy}, or go on without it by "
+                         "tracking.required=false")

@@ -1,6 +1,6 @@
-"""What a team runs, for real, on this machine: PostgreSQL, a local S3, the tracking server of mlflow/, a browser.
+"""Services of a team on this machine, for tests: PostgreSQL, a local S3, the tracking server of mlflow/, a browser.
 
-What is missing is installed: Debian's postgresql and chromium. Everything lives in a folder that is removed.
+Missing programs are installed: Debian's postgresql and chromium. All files are in a folder that is removed.
 """
 
 import getpass
@@ -28,7 +28,7 @@ WAIT = 120.0  # seconds that a service has to start
 
 
 def installed(program: str, package: str) -> str:
-    """Path of a program; Debian's package is installed if it is missing."""
+    """Path of a program; if it is missing, Debian's package is installed first."""
     if not (found := _find(program)) and os.geteuid() == 0 and shutil.which("apt-get"):
         for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", package]):
             subprocess.run(["apt-get", *words], check=True, capture_output=True, timeout=600,
@@ -51,7 +51,7 @@ def free_port() -> int:
 
 @contextmanager
 def postgres() -> Iterator[dict[str, str]]:
-    """A server with an empty database mlflow; yields libpq's variables."""
+    """Start a server with an empty database `mlflow`; yield the environment variables of libpq."""
     initdb, control = installed("initdb", "postgresql"), installed("pg_ctl", "postgresql")
     root = getpass.getuser() == "root"
     folder = Path(tempfile.mkdtemp(prefix="pg-"))
@@ -61,31 +61,31 @@ def postgres() -> Iterator[dict[str, str]]:
         for path in (folder, folder / "password"):
             shutil.chown(path, "postgres")
 
-    def must(*words: str) -> None:
+    def run(*words: str) -> None:
         subprocess.run([*(["runuser", "-u", "postgres", "--"] if root else []), *words], check=True, cwd=folder,
                        stdout=subprocess.DEVNULL, timeout=WAIT)
 
     data = str(folder / "data")
     try:
-        must(initdb, "-D", data, "-U", "mlflow", "-A", "scram-sha-256", f"--pwfile={folder}/password", "--no-sync")
-        must(control, "-D", data, "-w", "-l", str(folder / "log"), "start", "-o",
+        run(initdb, "-D", data, "-U", "mlflow", "-A", "scram-sha-256", f"--pwfile={folder}/password", "--no-sync")
+        run(control, "-D", data, "-w", "-l", str(folder / "log"), "start", "-o",
              f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off")
-        found = {"PGHOST": "127.0.0.1", "PGPORT": str(port), "PGUSER": "mlflow", "PGPASSWORD": password}
+        variables = {"PGHOST": "127.0.0.1", "PGPORT": str(port), "PGUSER": "mlflow", "PGPASSWORD": password}
         import psycopg2
 
         connection = psycopg2.connect(host="127.0.0.1", port=port, user="mlflow", password=password, dbname="postgres")
         connection.autocommit = True
         connection.cursor().execute("CREATE DATABASE mlflow")
         connection.close()
-        yield found | {"PGDATABASE": "mlflow"}
+        yield variables | {"PGDATABASE": "mlflow"}
     finally:
         with suppress(subprocess.SubprocessError):
-            must(control, "-D", data, "-m", "immediate", "stop")
+            run(control, "-D", data, "-m", "immediate", "stop")
         shutil.rmtree(folder, ignore_errors=True)
 
 
 class TrackingServer:
-    """The server that mlflow/entrypoint starts, as its container would."""
+    """The tracking server, started by mlflow/entrypoint as in its container."""
 
     def __init__(self, folder: Path, database: dict[str, str], artifacts: str) -> None:
         self.port, self.password, self.log = free_port(), secrets.token_hex(12), folder / "server.log"
@@ -99,7 +99,7 @@ class TrackingServer:
 
     @property
     def credentials(self) -> dict[str, str]:
-        """What a client sets."""
+        """The environment variables of a client."""
         return {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": self.password}
 
     def start(self) -> None:
@@ -117,7 +117,7 @@ class TrackingServer:
         return False
 
     def kill(self) -> None:
-        """At once, and all of its workers."""
+        """Kill the server and all of its workers."""
         if self._process:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -127,7 +127,7 @@ class TrackingServer:
 
 @contextmanager
 def team(folder: Path) -> Iterator[TrackingServer]:
-    """The whole: the environment of this process has the keys of S3 and of the server meanwhile."""
+    """Start all services; meanwhile the environment of this process holds the credentials of S3 and the server."""
     with postgres() as database, serving():
         plain().create_bucket(Bucket="team")
         server = TrackingServer(folder, database, "s3://team/mlflow")
@@ -144,7 +144,7 @@ def team(folder: Path) -> Iterator[TrackingServer]:
 
 @contextmanager
 def browser(server: TrackingServer | None = None) -> Iterator[Any]:
-    """A page of Chromium, logged in if there is a server."""
+    """Yield a page of Chromium, logged in if a server is given."""
     from playwright.sync_api import sync_playwright
 
     path = installed("chromium", "chromium")

@@ -1,4 +1,4 @@
-"""The journal and the trackers: nothing lost, nothing twice, and no server can stop or slow a run."""
+"""The journal and the trackers: no entry is lost or sent twice, and no server can stop or slow a run."""
 
 import contextlib
 import json
@@ -20,15 +20,15 @@ from PIL import Image
 
 from dreambooth.errors import UserError
 from dreambooth.tracking import mlflow_shipper, tracker
-from dreambooth.tracking.journal import Journal, parcels, read
+from dreambooth.tracking.journal import Journal, batches, read
 from dreambooth.tracking.model_registry import Registry
-from dreambooth.tracking.tracker import MlflowTracker, NullTracker, open_tracker
+from dreambooth.tracking.tracker import JournalTracker, MlflowTracker, open_tracker
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracker, "PATIENT", False)
-    monkeypatch.setattr(mlflow_shipper, "WAKE", 0.05)
+    monkeypatch.setattr(tracker, "SHIP_FROM_FIRST_STEP", False)
+    monkeypatch.setattr(mlflow_shipper, "POLL_INTERVAL", 0.05)
     monkeypatch.setattr(mlflow_shipper, "BACKOFF", (0.05, 0.2))
     monkeypatch.setattr(mlflow_shipper, "CLOSE_REMOTE", 1.0)
     for name, value in {"REQUEST_TIMEOUT": "1", "REQUEST_MAX_RETRIES": "0"}.items():
@@ -37,7 +37,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def empty_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with its tables: creating one takes MLflow seconds, so the tests copy this one."""
+    """A database with its tables. MLflow takes seconds to create one, so the tests copy this one."""
     from mlflow import MlflowClient
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
@@ -64,7 +64,7 @@ def wait_for(true: Callable[[], object], seconds: float = 30) -> None:
 
 
 def drop(tracker: MlflowTracker) -> None:
-    """What SIGKILL does: the thread is gone, nothing is closed or sent any more."""
+    """Simulate SIGKILL: the thread ends; nothing is closed or sent any more."""
     tracker._shipper.stop(10)
 
 
@@ -85,8 +85,8 @@ def points(uri: str, key: str) -> list[tuple[int, float]]:
 def images(uri: str) -> list[str]:
     from mlflow import MlflowClient
 
-    found = MlflowClient(uri).list_artifacts(only_run(uri).info.run_id, "images")
-    return [file.path for file in found if file.path.endswith(".png")]
+    files = MlflowClient(uri).list_artifacts(only_run(uri).info.run_id, "images")
+    return [file.path for file in files if file.path.endswith(".png")]
 
 
 def picture(folder: Path, name: str = "a.png") -> Path:
@@ -97,7 +97,10 @@ def picture(folder: Path, name: str = "a.png") -> Path:
 
 @contextlib.contextmanager
 def listening(answer: bytes | None) -> Iterator[tuple[int, list[bytes]]]:
-    """A server at a port: answers every request alike, or (None) accepts and never answers."""
+    """A server that gives every request the same answer; None: it accepts connections and never answers.
+
+    Yields its port and the requests so far.
+    """
     requests: list[bytes] = []
     held: list[socket.socket] = []
     server = socket.create_server(("127.0.0.1", 0))
@@ -131,16 +134,16 @@ def closed_port() -> int:
 
 def fill(journal: Journal, steps: int) -> None:
     for step in range(steps):
-        journal.metrics(step, {"loss": step / 7, "grad": math.inf if step % 2 else math.nan})
-        journal.image(step, "samples/ä\n", journal.path.parent / f"{step}.png")
-    journal.params({"lr": "1e-4", "prompt": "a\nb"})
+        journal.log_metrics(step, {"loss": step / 7, "grad": math.inf if step % 2 else math.nan})
+        journal.log_image(step, "samples/ä\n", journal.path.parent / f"{step}.png")
+    journal.log_params({"lr": "1e-4", "prompt": "a\nb"})
 
 
 def test_journal_form(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "metrics.jsonl")
-    journal.metrics(3, {"loss": -math.inf})
-    journal.image(3, "k", tmp_path / "samples" / "3.png")
-    journal.artifact(Path("/etc/hostname"), "machine")
+    journal.log_metrics(3, {"loss": -math.inf})
+    journal.log_image(3, "k", tmp_path / "samples" / "3.png")
+    journal.log_artifact(Path("/etc/hostname"), "machine")
     first, second, third = [json.loads(line) for line in journal.path.read_text().splitlines()]
     assert first == {"time": first["time"], "step": 3, "metrics": {"loss": "-inf"}}
     assert abs(first["time"] / 1000 - time.time()) < 60
@@ -151,7 +154,7 @@ def test_journal_form(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_any_cut_leaves_a_prefix_that_goes_on(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_a_journal_cut_at_any_byte_is_continued(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.mktemp("cut") / "metrics.jsonl"
     fill(Journal(path), 4)
     whole = path.read_bytes()
@@ -168,65 +171,65 @@ def test_any_cut_leaves_a_prefix_that_goes_on(tmp_path_factory: pytest.TempPathF
     assert [next(read(path, offset))[1] for offset in offsets[:-1]] == offsets[1:]
 
 
-def test_one_point_a_step_and_key(tmp_path: Path) -> None:
+def test_one_point_per_step_and_key(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "metrics.jsonl")
-    assert journal.metrics(1, {"loss": 1.0}) and not journal.metrics(1, {"loss": 2.0})
-    assert journal.metrics(1, {"loss": 3.0, "lr": 0.5})
+    assert journal.log_metrics(1, {"loss": 1.0}) and not journal.log_metrics(1, {"loss": 2.0})
+    assert journal.log_metrics(1, {"loss": 3.0, "lr": 0.5})
     assert [entry["metrics"] for entry, _ in read(journal.path)] == [{"loss": 1.0}, {"lr": 0.5}]
 
 
-def test_repeats_are_not_journalled_again(tmp_path: Path) -> None:
+def test_repeated_entries_are_not_written_again(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     file.write_text("1")
     for first in (True, False):
         journal = Journal(tmp_path / "metrics.jsonl")
-        assert journal.params({"a": "1"}) is journal.tags({"a": "1"}) is journal.artifact(file) is first
-        assert journal.image(0, "k", file) is first
+        assert journal.log_params({"a": "1"}) is journal.set_tags({"a": "1"}) is journal.log_artifact(file) is first
+        assert journal.log_image(0, "k", file) is first
     file.write_text("22")
-    assert journal.artifact(file) and not journal.artifact(file) and journal.artifact(file, "copy")
-    assert journal.params({"a": "2"})
+    assert journal.log_artifact(file) and not journal.log_artifact(file) and journal.log_artifact(file, "copy")
+    assert journal.log_params({"a": "2"})
     with pytest.raises(ValueError, match="FINISHED"):
-        journal.status("DONE")
+        journal.set_status("DONE")
 
 
 def test_a_failed_write_leaves_the_journal_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal, write = Journal(tmp_path / "metrics.jsonl"), os.write
-    journal.metrics(1, {"loss": 1.0})
+    journal.log_metrics(1, {"loss": 1.0})
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda file, line: write(file, line[:9]))  # the disk is full after 9 bytes
         with pytest.raises(OSError, match="No space"):
-            journal.metrics(2, {"loss": 2.0})
-    assert journal.metrics(2, {"loss": 2.0})
+            journal.log_metrics(2, {"loss": 2.0})
+    assert journal.log_metrics(2, {"loss": 2.0})
     assert [entry["step"] for entry, _ in read(journal.path)] == [1, 2]
 
 
-def test_a_damaged_line_is_passed_over(tmp_path: Path) -> None:
+def test_a_damaged_line_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    Journal(path).metrics(1, {"a": 1.0})
+    Journal(path).log_metrics(1, {"a": 1.0})
     with path.open("ab") as file:
         file.write(b"\0\0\0\n[1]\n7\n")
     journal = Journal(path)
-    journal.metrics(2, {"a": 1.0})
+    journal.log_metrics(2, {"a": 1.0})
     assert [entry["step"] for entry, _ in read(path)] == [1, 2]
 
 
 @given(st.lists(st.one_of(st.just("status"), st.integers(1, 1500)), max_size=12))
-def test_parcels_keep_order_and_stay_small(kinds: list[Any]) -> None:
+def test_batches_keep_order_and_stay_small(kinds: list[Any]) -> None:
     entries = [({"status": "RUNNING"} if k == "status" else {"metrics": dict.fromkeys(map(str, range(k)), 0.0)}, i)
                for i, k in enumerate(kinds)]
-    sent = list(parcels(entries))
-    assert [entry for parcel, _ in sent for entry in parcel] == [entry for entry, _ in entries]
-    for parcel, after in sent:
-        assert entries[after][0] is parcel[-1]
-        assert len(parcel) == 1 or sum(len(entry["metrics"]) for entry in parcel) <= 1000
+    sent = list(batches(entries))
+    assert [entry for batch, _ in sent for entry in batch] == [entry for entry, _ in entries]
+    for batch, after in sent:
+        assert entries[after][0] is batch[-1]
+        assert len(batch) == 1 or sum(len(entry["metrics"]) for entry in batch) <= 1000
 
 
-# ---- MLflow, alive
+# ---- MLflow with a server that works
 
 
 def test_null_tracker_only_journals(tmp_path: Path) -> None:
     tracker = open_tracker("none", tmp_path / "run", run_root=tmp_path, run_name="r")
-    assert isinstance(tracker, NullTracker) and tracker.metrics(1, {"loss": 1.0}) and tracker.url() is None
+    assert isinstance(tracker, JournalTracker) and tracker.log_metrics(1, {"loss": 1.0}) and tracker.url() is None
     tracker.close("FINISHED")
     tracker.close("FINISHED")
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
@@ -235,24 +238,24 @@ def test_null_tracker_only_journals(tmp_path: Path) -> None:
 def test_sqlite_end_to_end(tmp_path: Path, uri: str) -> None:
     root, run, warnings = tmp_path, tmp_path / "run", list[str]()
     tracker = open_tracker("mlflow", run, run_root=root, run_name="r", experiment="e", warn=warnings.append)
-    tracker.params({"lr": "1e-4", "long": "x" * 7000})
-    tracker.tags({"git": "abc"})
+    tracker.log_params({"lr": "1e-4", "long": "x" * 7000})
+    tracker.set_tags({"git": "abc"})
     for step in range(1, 1301):
-        tracker.metrics(step, {"loss": 1 / step, "lr": 1.0})
-    tracker.image(5, "samples/prompt_0", picture(run / "samples"))
+        tracker.log_metrics(step, {"loss": 1 / step, "lr": 1.0})
+    tracker.log_image(5, "samples/prompt_0", picture(run / "samples"))
     (run / "result.json").write_text("{}")
-    tracker.artifact(run / "result.json", "out")
+    tracker.log_artifact(run / "result.json", "out")
     tracker.close("FINISHED")
     tracker.close("FAILED")
-    found = only_run(uri)
+    mlflow_run = only_run(uri)
     assert points(uri, "loss") == [(step, 1 / step) for step in range(1, 1301)]
-    assert found.data.params == {"lr": "1e-4", "long": "x" * 6000} and found.data.tags["git"] == "abc"
-    assert (found.info.status, found.info.run_name, warnings) == ("FINISHED", "r", [])
+    assert mlflow_run.data.params == {"lr": "1e-4", "long": "x" * 6000} and mlflow_run.data.tags["git"] == "abc"
+    assert (mlflow_run.info.status, mlflow_run.info.run_name, warnings) == ("FINISHED", "r", [])
     (image,) = images(uri)
     assert image.startswith("images/samples~prompt_0+step+5+timestamp+")
     from mlflow import MlflowClient
-    assert [f.path for f in MlflowClient(uri).list_artifacts(found.info.run_id, "out")] == ["out/result.json"]
-    assert found.info.artifact_uri.startswith((root / "mlartifacts").as_uri())
+    assert [f.path for f in MlflowClient(uri).list_artifacts(mlflow_run.info.run_id, "out")] == ["out/result.json"]
+    assert mlflow_run.info.artifact_uri.startswith((root / "mlartifacts").as_uri())
 
 
 @pytest.mark.parametrize("lost", ["nothing", "mlflow.json", "offset"])
@@ -260,21 +263,21 @@ def test_a_killed_run_goes_on_in_the_same_mlflow_run(tmp_path: Path, uri: str, l
     run, state = tmp_path / "run", tmp_path / "run" / "mlflow.json"
     tracker = mlflow_tracker(run, uri)
     for step in range(5):
-        tracker.metrics(step, {"loss": float(step)})
-    tracker.image(1, "k", picture(run))
-    wait_for(lambda: tracker._shipper.waiting() == 0)
-    tracker.metrics(5, {"loss": 5.0})
+        tracker.log_metrics(step, {"loss": float(step)})
+    tracker.log_image(1, "k", picture(run))
+    wait_for(lambda: tracker._shipper.count_unsent() == 0)
+    tracker.log_metrics(5, {"loss": 5.0})
     drop(tracker)
     before = json.loads(state.read_text())
-    if lost == "mlflow.json":  # killed between the creation of the run and the note of it
+    if lost == "mlflow.json":  # killed after the run was created, before its ID was saved
         state.write_text(json.dumps({"token": before["token"]}))
-    elif lost == "offset":  # killed between the server's answer and the note of it
+    elif lost == "offset":  # killed after the server's answer, before the offset was saved
         state.write_text(json.dumps(before | {"offset": 0}))
     again = mlflow_tracker(run, uri)
-    for step in range(3, 8):  # from the checkpoint of step 2, other values: the first ones stay
-        again.metrics(step, {"loss": float(step) + (0.5 if step < 6 else 0)})
-    again.image(1, "k", run / "a.png")
-    wait_for(lambda: again._shipper.waiting() == 0)
+    for step in range(3, 8):  # resumed at step 2, with other values: the first ones stay
+        again.log_metrics(step, {"loss": float(step) + (0.5 if step < 6 else 0)})
+    again.log_image(1, "k", run / "a.png")
+    wait_for(lambda: again._shipper.count_unsent() == 0)
     assert only_run(uri).info.status == "RUNNING"
     again.close("FINISHED")
     assert only_run(uri).info.run_id == before["run_id"] and only_run(uri).info.status == "FINISHED"
@@ -292,45 +295,45 @@ def test_a_finished_run_that_is_continued_is_running(tmp_path: Path, uri: str) -
 
 @pytest.mark.parametrize("first", ["FINISHED", "KILLED", None])
 @pytest.mark.parametrize("kind", ["mlflow", "none"])
-def test_who_only_looks_at_a_run_does_not_change_how_and_when_it_ended(
+def test_reading_an_ended_run_keeps_its_status_and_end_time(
     tmp_path: Path, uri: str, kind: str, first: str | None
 ) -> None:
     def opened(**more: Any) -> Any:
         return open_tracker(kind, tmp_path / "run", run_root=tmp_path, run_name="r", experiment="e", **more)
 
     trained = opened()
-    trained.status("RUNNING")
+    trained.set_status("RUNNING")
     trained.close(first)
     before = [entry for entry, _ in read(trained.path) if "status" in entry]
     time.sleep(0.01)
-    looks = opened(trains=False)
-    looks.metrics(9, {"subject_similarity": 0.5})
-    looks.close("FAILED")
-    told = [entry for entry, _ in read(trained.path) if "status" in entry]
-    assert told == before if first else [entry["status"] for entry in told] == [
-        *(entry["status"] for entry in before), "FAILED"], "a run that was lost did not say how it ended"
+    reader = opened(update_status=False)
+    reader.log_metrics(9, {"subject_similarity": 0.5})
+    reader.close("FAILED")
+    statuses = [entry for entry, _ in read(trained.path) if "status" in entry]
+    assert statuses == before if first else [entry["status"] for entry in statuses] == [
+        *(entry["status"] for entry in before), "FAILED"], "a run without a final status gets one"
     if kind == "mlflow":
         run = only_run(uri)
-        assert (run.info.status, run.info.end_time) == (told[-1]["status"], told[-1]["time"])
+        assert (run.info.status, run.info.end_time) == (statuses[-1]["status"], statuses[-1]["time"])
         assert points(uri, "subject_similarity") == [(9, 0.5)]
 
 
 def test_a_refused_entry_does_not_block_the_rest(tmp_path: Path, uri: str) -> None:
     warnings: list[str] = []
     tracker = mlflow_tracker(tmp_path / "run", uri, warnings)
-    tracker.params({"lr": "1", "batch": "1"})
-    tracker.params({"lr": "2", "seed": "7"})
-    tracker.image(1, "k", tmp_path / "missing.png")
-    tracker.metrics(1, {"loss": 1.0, "bad\tname": 2.0, "lr": 3.0})
+    tracker.log_params({"lr": "1", "batch": "1"})
+    tracker.log_params({"lr": "2", "seed": "7"})
+    tracker.log_image(1, "k", tmp_path / "missing.png")
+    tracker.log_metrics(1, {"loss": 1.0, "bad\tname": 2.0, "lr": 3.0})
     tracker.close("FINISHED")
-    found = only_run(uri)
-    assert found.data.params == {"lr": "1", "batch": "1", "seed": "7"}
-    assert found.data.metrics == {"loss": 1.0, "lr": 3.0} and found.info.status == "FINISHED"
+    mlflow_run = only_run(uri)
+    assert mlflow_run.data.params == {"lr": "1", "batch": "1", "seed": "7"}
+    assert mlflow_run.data.metrics == {"loss": 1.0, "lr": 3.0} and mlflow_run.info.status == "FINISHED"
     assert len(warnings) == 3
     assert all(name in text for name, text in zip(("param lr", "missing.png", "bad\tname"), warnings, strict=True))
 
 
-def test_an_entry_that_breaks_the_server_is_passed_over(tmp_path: Path, uri: str,
+def test_an_entry_that_the_server_keeps_failing_on_is_skipped(tmp_path: Path, uri: str,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
@@ -340,21 +343,21 @@ def test_an_entry_that_breaks_the_server_is_passed_over(tmp_path: Path, uri: str
     monkeypatch.setattr(MlflowClient, "log_artifact", fail)
     warnings: list[str] = []
     tracker = mlflow_tracker(tmp_path / "run", uri, warnings)
-    tracker.artifact(picture(tmp_path))
+    tracker.log_artifact(picture(tmp_path))
     tracker.close("FINISHED")
     assert only_run(uri).info.status == "FINISHED"
     assert "fails (no bucket)" in warnings[0] and "a.png" in warnings[1] and "is back" in warnings[2]
 
 
-def test_a_deleted_run_is_made_anew(tmp_path: Path, uri: str) -> None:
+def test_a_deleted_run_is_created_again(tmp_path: Path, uri: str) -> None:
     from mlflow import MlflowClient
 
     tracker = mlflow_tracker(tmp_path / "run", uri)
-    tracker.metrics(1, {"loss": 1.0})
-    wait_for(lambda: tracker._shipper.waiting() == 0)
+    tracker.log_metrics(1, {"loss": 1.0})
+    wait_for(lambda: tracker._shipper.count_unsent() == 0)
     old = only_run(uri).info.run_id
     MlflowClient(uri).delete_run(old)
-    tracker.metrics(2, {"loss": 2.0})
+    tracker.log_metrics(2, {"loss": 2.0})
     tracker.close("FINISHED")
     assert only_run(uri).info.run_id != old and points(uri, "loss") == [(1, 1.0), (2, 2.0)]
 
@@ -363,18 +366,18 @@ def test_two_processes_open_one_fresh_database(tmp_path: Path) -> None:
     code = ("import sys; from pathlib import Path; from dreambooth.tracking.tracker import open_tracker;"
             "root = Path(sys.argv[1]);"
             "t = open_tracker('mlflow', root / sys.argv[2], run_root=root, run_name='r', required=True);"
-            "t.metrics(1, {'loss': 1.0}); t.close('FINISHED')")
+            "t.log_metrics(1, {'loss': 1.0}); t.close('FINISHED')")
     runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], stderr=subprocess.PIPE, text=True)
             for name in ("a", "b")]
     ends = [(run.communicate(timeout=100)[1], run.returncode) for run in runs]
     assert ends == [("", 0), ("", 0)]
     from mlflow import MlflowClient
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    found = client.search_runs([client.get_experiment_by_name("dreambooth").experiment_id])
-    assert [run.info.status for run in found] == ["FINISHED"] * 2
+    finished = client.search_runs([client.get_experiment_by_name("dreambooth").experiment_id])
+    assert [run.info.status for run in finished] == ["FINISHED"] * 2
 
 
-# ---- MLflow, dead or slow
+# ---- MLflow with a dead or slow server
 
 
 def test_what_a_dead_server_missed_is_sent_later(tmp_path: Path, uri: str) -> None:
@@ -382,8 +385,8 @@ def test_what_a_dead_server_missed_is_sent_later(tmp_path: Path, uri: str) -> No
     tracker = mlflow_tracker(tmp_path / "run", f"http://127.0.0.1:{closed_port()}", warnings)
     wait_for(lambda: tracker._shipper._failures > 2)
     for step in range(20):
-        tracker.metrics(step, {"loss": float(step)})
-    tracker.image(3, "k", picture(tmp_path / "run"))
+        tracker.log_metrics(step, {"loss": float(step)})
+    tracker.log_image(3, "k", picture(tmp_path / "run"))
     tracker.close("FINISHED")
     assert len(warnings) == 2 and "does not answer ([Errno 111] Connection refused)" in warnings[0]
     assert "repeat the command" in warnings[1] and "23 entries" in warnings[1]
@@ -392,7 +395,7 @@ def test_what_a_dead_server_missed_is_sent_later(tmp_path: Path, uri: str) -> No
     assert only_run(uri).info.status == "FINISHED"
 
 
-def test_a_run_that_no_server_answered_knows_where_it_belongs(tmp_path: Path) -> None:
+def test_a_run_that_no_server_answered_records_its_server(tmp_path: Path) -> None:
     port = closed_port()
     tracker = mlflow_tracker(tmp_path / "run", f"http://u:s3cret@127.0.0.1:{port}")
     wait_for(lambda: tracker._shipper._failures > 1)
@@ -401,7 +404,7 @@ def test_a_run_that_no_server_answered_knows_where_it_belongs(tmp_path: Path) ->
     assert (state["uri"], state["run_id"]) == (f"http://127.0.0.1:{port}", None)
 
 
-def test_a_server_that_comes_back_is_told_everything_at_once(tmp_path: Path, uri: str,
+def test_a_server_that_comes_back_receives_everything_at_once(tmp_path: Path, uri: str,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
@@ -418,7 +421,7 @@ def test_a_server_that_comes_back_is_told_everything_at_once(tmp_path: Path, uri
     monkeypatch.setattr(MlflowClient, "log_batch", flaky(log_batch))
     monkeypatch.setattr(MlflowClient, "get_run", flaky(MlflowClient.get_run))
     tracker = mlflow_tracker(tmp_path / "run", uri, warnings)
-    tracker.metrics(1, {"loss": 1.0})
+    tracker.log_metrics(1, {"loss": 1.0})
     wait_for(lambda: tracker._shipper._failures > 2)
     down.clear()
     wait_for(lambda: len(warnings) == 2)
@@ -434,7 +437,7 @@ def test_a_server_that_hangs_does_not_block(tmp_path: Path) -> None:
         wait_for(lambda: requests)
         begin = time.perf_counter()
         for step in range(1000):
-            tracker.metrics(step, {"loss": 1.0})
+            tracker.log_metrics(step, {"loss": 1.0})
         assert time.perf_counter() - begin < 1
         begin = time.perf_counter()
         tracker.close("FINISHED")
@@ -451,14 +454,14 @@ def test_the_caller_never_calls_mlflow(tmp_path: Path, uri: str, monkeypatch: py
         monkeypatch.setattr(MlflowClient, name, lambda *args, _method=method, **kwargs: (
             callers.add(threading.current_thread().name), _method(*args, **kwargs))[1])
     tracker = mlflow_tracker(tmp_path / "run", uri, required=True)
-    tracker.metrics(1, {"loss": 1.0})
-    tracker.image(1, "k", picture(tmp_path))
+    tracker.log_metrics(1, {"loss": 1.0})
+    tracker.log_image(1, "k", picture(tmp_path))
     tracker.close("FINISHED")
     assert callers == {"mlflow"}
 
 
 @pytest.mark.parametrize("code, text", [(401, "You are not authenticated"), (403, "Permission denied")])
-def test_a_server_that_refuses_the_user_is_not_called_dead(tmp_path: Path, code: int, text: str) -> None:
+def test_a_server_that_refuses_the_user_is_not_reported_as_dead(tmp_path: Path, code: int, text: str) -> None:
     answer = f"HTTP/1.1 {code} X\r\nContent-Length: {len(text)}\r\nConnection: close\r\n\r\n{text}".encode()
     with listening(answer) as (port, _):
         warnings: list[str] = []
@@ -466,17 +469,17 @@ def test_a_server_that_refuses_the_user_is_not_called_dead(tmp_path: Path, code:
         wait_for(lambda: warnings)
         tracker.close("FINISHED")
         assert warnings[0].startswith(f"MLflow at http://127.0.0.1:{port} refuses this user (") and text in warnings[0]
-        assert f"repeat the command when http://127.0.0.1:{port} takes this user" in warnings[-1]
+        assert f"repeat the command when http://127.0.0.1:{port} accepts this user" in warnings[-1]
         with pytest.raises(UserError, match=r"refuses this user .*: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING"):
             mlflow_tracker(tmp_path / "run", f"http://127.0.0.1:{port}", required=True)
         with pytest.raises(UserError, match=r"refuses this user .*: set MLFLOW_TRACKING_USERNAME"):
-            Registry(f"http://127.0.0.1:{port}").holder("model", "champion")
+            Registry(f"http://127.0.0.1:{port}").get_by_alias("model", "champion")
 
 
-def test_what_a_user_may_not_send_is_kept_and_sent_by_one_who_may(
+def test_entries_refused_for_one_user_are_sent_later_by_another(
     tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As of somebody else's run with READ: it is there, and refuses every entry."""
+    """The user has READ permission on the run: it exists, and the server refuses every entry."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
@@ -488,8 +491,8 @@ def test_what_a_user_may_not_send_is_kept_and_sent_by_one_who_may(
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_batch", refuse)
         tracker = mlflow_tracker(tmp_path / "run", uri, warnings)
-        tracker.metrics(1, {"loss": 1.0})
-        wait_for(lambda: tracker._shipper._failures > mlflow_shipper.TRIES + 1)
+        tracker.log_metrics(1, {"loss": 1.0})
+        wait_for(lambda: tracker._shipper._failures > mlflow_shipper.MAX_ATTEMPTS + 1)
         drop(tracker)
     assert len(warnings) == 1 and "refuses this user (" in warnings[0]
     mlflow_tracker(tmp_path / "run", uri).close("FINISHED")
@@ -505,12 +508,12 @@ def test_required_and_dead_is_a_user_error(tmp_path: Path) -> None:
 def test_required_and_gone_later_is_a_user_error_at_the_next_call(tmp_path: Path, uri: str,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = mlflow_tracker(tmp_path / "run", uri, required=True)
-    wait_for(lambda: tracker._shipper.waiting() == 0)
+    wait_for(lambda: tracker._shipper.count_unsent() == 0)
     (tmp_path / "mlflow.db").write_bytes(b"no database any more" * 1000)
-    tracker.metrics(1, {"loss": 1.0})
+    tracker.log_metrics(1, {"loss": 1.0})
     wait_for(lambda: tracker._shipper.outage is not None)
     with pytest.raises(UserError, match="does not answer"):
-        tracker.metrics(2, {"loss": 1.0})
+        tracker.log_metrics(2, {"loss": 1.0})
     assert [entry["step"] for entry, _ in read(tracker.path) if "step" in entry] == [1, 2]
     tracker.close("FAILED")
 
@@ -535,7 +538,7 @@ def test_a_password_is_never_shown(tmp_path: Path, capfd: pytest.CaptureFixture[
 def test_leaving_without_close_ends_at_once(tmp_path: Path) -> None:
     code = ("import sys, time; from pathlib import Path; from dreambooth.tracking.tracker import open_tracker;"
             "r = Path(sys.argv[1]); t = open_tracker('mlflow', r / 'a', run_root=r, run_name='r', uri=sys.argv[2]);"
-            "t.metrics(1, {'loss': 1.0}); time.sleep(4)")
+            "t.log_metrics(1, {'loss': 1.0}); time.sleep(4)")
     with listening(None) as (port, _):
         args = [sys.executable, "-c", code, str(tmp_path), f"http://127.0.0.1:{port}"]
         done = subprocess.run(args, timeout=30, capture_output=True, text=True, check=False)

@@ -1,0 +1,28 @@
+"""Settings of MLflow's client, and the errors by which a server refuses a user. Imports no MLflow."""
+
+import os
+
+DEFAULTS = {  # MLflow's own defaults wait minutes for a dead server; a variable that the user has set wins
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+REFUSES_USER = "refuses this user"
+LOGIN_HINT = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of a user with EDIT permission there"
+
+
+def set_default_environment() -> None:
+    """Set the environment variables of DEFAULTS that are not set yet."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the server answered but does not know the user, or does not allow the user to do this."""
+    return http_status(error) in (401, 403)
+
+
+def http_status(error: Exception) -> int:
+    """HTTP status of an error of MLflow or requests; 0 if there was no answer."""
+    response = getattr(error, "response", None)
+    return int(getattr(error, "get_http_status_code", lambda: getattr(response, "status_code", 0))())

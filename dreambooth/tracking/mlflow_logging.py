@@ -1,0 +1,96 @@
+"""Calls of MLflow's client that log one journal entry: an image, a dataset, or an artifact such as a LoRA."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from dreambooth.serialization.lora_files import DIFFUSERS, OF_BASE, base_of
+from dreambooth.utils.assets import resolve_asset
+
+LORA_FOLDER = "lora"  # of the run's artifacts
+REVISION = OF_BASE + "revision"  # MLflow's own name of this key, too
+
+
+def list_image_names(client: Any, run_id: str) -> set[str]:
+    """File names of the images that the run has in MLflow."""
+    return {Path(file.path).name for file in client.list_artifacts(run_id, "images")}
+
+
+def log_image(client: Any, run_id: str, entry: Mapping[str, Any], path: Path, existing: set[str]) -> None:
+    """Log the image of a journal entry, unless MLflow has it already.
+
+    Args:
+        existing: what `list_image_names` returned. The check is needed because MLflow gives each copy a new name.
+
+    Raises:
+        ValueError: there is no image at `path`.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            picture = file.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise ValueError(str(error)) from error
+    prefix = f"{entry['key'].replace('/', '~')}+step+{entry['step']}+timestamp+{entry['time']}+"
+    if any(name.startswith(prefix) and name.endswith("webp") for name in existing):
+        client.set_tag(run_id, "mlflow.loggedImages", "True")
+    else:
+        client.log_image(run_id, picture, key=entry["key"], step=entry["step"], timestamp=entry["time"],
+                         synchronous=True)
+
+
+def log_dataset(client: Any, run_id: str, values: Mapping[str, str]) -> None:
+    """Log the training photos as a dataset input; MLflow stores the same dataset once.
+
+    Args:
+        values: name, digest (of the photos' content), source (a folder or address) and photos (their number).
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = values["source"]
+    source_type = source.partition("://")[0] if "://" in source else "local"
+    dataset = Dataset(values["name"], values["digest"][:36], source_type, json.dumps({"uri": source}),
+                      profile=json.dumps({"photos": int(values["photos"])}))
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+
+def log_artifact(client: Any, run_id: str, path: Path, folder: str | None) -> None:
+    """Log a file or folder of the run. A LoRA file becomes a model that `mlflow.diffusers.load_model` opens.
+
+    mlflow.diffusers stores a LoRA together with the name of its base model. It asks the hub for the newest revision of
+    that base, and does without one if the hub does not answer. If the run pinned a revision, this function stores that
+    one instead. The run's other choices for the base (variant, VAE ...) become metadata of the model. A whole model is
+    logged as plain files, because MLflow has no flavour for it.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not path.exists():
+        raise ValueError("there is no such file")
+    if path.name != DIFFUSERS:
+        client.log_artifact(run_id, str(path), folder)
+        return
+    import mlflow.diffusers
+    from mlflow.models import Model
+
+    metadata = _base_metadata(path)
+    with tempfile.TemporaryDirectory() as temporary:
+        model_folder = Path(temporary) / LORA_FOLDER
+        mlflow.diffusers.save_model(str(path), str(model_folder), resolve_asset(base_of(path)),
+                                    metadata=metadata or None)
+        if REVISION in metadata:
+            model = Model.load(str(model_folder))
+            model.flavors[mlflow.diffusers.FLAVOR_NAME][REVISION] = metadata[REVISION]
+            model.save(str(model_folder / "MLmodel"))
+        client.log_artifacts(run_id, temporary)
+
+
+def _base_metadata(path: Path) -> dict[str, str]:
+    """The entries of a LoRA file's metadata that describe its base model."""
+    with safe_open(path, "pt") as file:
+        return {key: value for key, value in (file.metadata() or {}).items() if key.startswith(OF_BASE)}
