@@ -1,4 +1,4 @@
-# Everything a developer types. `make` alone lists the targets.
+# The commands of a developer. `make` alone lists the targets.
 # Another interpreter or environment: make test PYTHON=python3.12 VENV=.venv-3.12
 
 PYTHON  ?= python3
@@ -7,14 +7,14 @@ PORT    ?= 5000
 WORKERS ?= 2
 
 BIN   := $(VENV)/bin
-# One stamp an interpreter, so that another PYTHON gets a clean environment, not a mixture.
+# One stamp file per interpreter, so that another PYTHON gets a clean environment.
 STAMP := $(VENV)/.ready-$(notdir $(PYTHON))
-# Workers share the cores: one thread each. Nothing is reported to anyone.
+# Workers share the cores, so each uses one thread. Telemetry is off.
 TEST  := OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-container test-services image lint ci mlflow-ui mutants proof tiny-base
+.PHONY: help setup demo test test-slow test-all test-container test-services image lint ci mlflow-ui mutants proof tiny-base
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -32,11 +32,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## teach the shipped tiny model the shipped subject, on CPU, in minutes
 	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m dreambooth.train
 
-test: $(STAMP)  ## the fast tests: offline, at most 10 minutes
+test: $(STAMP)  ## the fast tests: offline, at most 5 minutes on 2 cores
 	@$(TEST) -m 'not slow and not container and not services'
 
-test-all: lint  ## lint, every test, every mutant, the services, the image
-	@$(TEST) -m 'not container and not services'
+test-slow: $(STAMP)  ## the tests that take longer: kills, data parallel, every plan, wheels
+	@$(TEST) -m 'slow and not container and not services'
+
+test-all:  ## what the CI runs: test, lint, test-slow, mutants, test-services, test-container
+	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory test-slow
 	@$(BIN)/python tests/mutants/run.py --seen-green
 	@$(MAKE) --no-print-directory test-services
 	@$(MAKE) --no-print-directory test-container
@@ -74,5 +79,5 @@ tiny-base: $(STAMP)  ## train the shipped base again (hours; needs npm)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[base]'
 	@$(BIN)/python -m tools.tiny_base
 
-mutants: $(STAMP)  ## break the code on purpose, once for each known trap: each must turn a test red
+mutants: $(STAMP)  ## put each known bug into the code, one at a time: the test it names must fail
 	@$(BIN)/python tests/mutants/run.py

@@ -393,7 +393,7 @@ def test_make_alone_lists_the_targets() -> None:
     env = {key: value for key, value in os.environ.items() if key not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}}
     result = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True, env=env)
     listed = [line.split()[1] for line in result.stdout.splitlines()]
-    assert listed == ["help", "setup", "demo", "test", "test-all", "test-container", "test-services", "image", "lint",
+    assert listed == ["help", "setup", "demo", "test", "test-slow", "test-all", "test-container", "test-services", "image", "lint",
                       "ci", "mlflow-ui", "proof", "tiny-base", "mutants"]
 
 
