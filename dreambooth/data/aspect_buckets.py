@@ -1,48 +1,53 @@
-"""Aspect-ratio buckets: photos keep their shape, in a few sizes of about the area of the square. No torch.
+"""Aspect-ratio buckets: the image sizes that keep a photo's shape at about the area of the square. No torch.
 
-Sizes are (height, width).
+A size is (height, width) in pixels.
 """
 
 import math
 from functools import cache
 
-STEP = 8  # pixels; a latent of Stable Diffusion
-WIDEST = 2  # long side to short side
+SIDE_MULTIPLE = 8  # pixels, of which every side is a multiple; Stable Diffusion's VAE makes one latent of 8 x 8 pixels
+MAX_ASPECT_RATIO = 2  # long side to short side
 
 Size = tuple[int, int]
 
 
 @cache
-def sizes(resolution: int) -> tuple[Size, ...]:
-    """All sizes in multiples of STEP from 1:2 to 2:1; for each width the largest height within the square's area."""
-    found = set()
-    for width in range(STEP, WIDEST * resolution + 1, STEP):
-        height = resolution**2 // width // STEP * STEP
-        if height and max(width, height) <= WIDEST * min(width, height):
-            found |= {(height, width), (width, height)}
-    return tuple(sorted(found))
+def bucket_sizes(resolution: int) -> tuple[Size, ...]:
+    """Return all bucket sizes from 1:2 to 2:1, sorted.
+
+    Sides are multiples of SIDE_MULTIPLE. Each width has the largest height that stays within the area of the square.
+    """
+    sizes = set()
+    for width in range(SIDE_MULTIPLE, MAX_ASPECT_RATIO * resolution + 1, SIDE_MULTIPLE):
+        height = resolution**2 // width // SIDE_MULTIPLE * SIDE_MULTIPLE
+        if height and max(width, height) <= MAX_ASPECT_RATIO * min(width, height):
+            sizes |= {(height, width), (width, height)}
+    return tuple(sorted(sizes))
 
 
-def nearest(height: int, width: int, resolution: int) -> Size:
-    """The size that crops least of a picture."""
-    return min(sizes(resolution), key=lambda size: (lost(height, width, size), size))
+def nearest_bucket(height: int, width: int, resolution: int) -> Size:
+    """Return the bucket size that crops the smallest fraction of an image."""
+    return min(bucket_sizes(resolution), key=lambda size: (cropped_fraction(height, width, size), size))
 
 
-def lost(height: int, width: int, size: Size) -> float:
-    """The share of a picture that is cropped to have the shape of `size`."""
+def cropped_fraction(height: int, width: int, size: Size) -> float:
+    """Return the fraction of an image's area that is cropped to give it the shape of `size`."""
     shape = (width * size[0]) / (height * size[1])
     return 1 - min(shape, 1 / shape)
 
 
 @cache
-def largest(resolution: int, scale: int, levels: int) -> Size:
-    """The size that takes most memory in a step: most positions over a UNet's levels, whose odd sides are rounded up.
+def largest_bucket(resolution: int, scale: int, levels: int) -> Size:
+    """Return the bucket size whose training step takes the most memory.
+
+    It is the one with the most positions over all levels of the UNet. Each level rounds odd sides up.
 
     Args:
-        scale: pixels of a side per latent.
-        levels: of the UNet, each half the size of the one before.
+        scale: pixels per latent along one side.
+        levels: number of UNet levels; each has half the side length of the level before.
     """
     def positions(size: Size) -> int:
         return sum(math.prod(-(-side // (scale * 2**level)) for side in size) for level in range(levels))
 
-    return max(sizes(resolution), key=lambda size: (positions(size), size))
+    return max(bucket_sizes(resolution), key=lambda size: (positions(size), size))

@@ -1,14 +1,15 @@
-"""Photos and prompts -> batches. A batch is a function of (seed, step, process), nothing else.
+"""Training batches: which photos, crops, noise and timesteps each step uses, as a function of (seed, step, process).
 
-Sample `index` of step `step` is the same photo, crop, flip, noise and timestep whether it is computed in one
-batch, in micro-batches or on another process; a resumed run needs no state from here.
+Sample `index` of step `step` has the same photo, crop, flip, noise and timestep whether it is computed in one batch, in
+several micro-batches or on another process. A resumed run therefore needs no saved state from this file.
 
-A batch is made in two parts: `draw` is chance, on the host, and may run in a thread ahead of its step (ahead.py);
-`place` is what needs the device, in the step's own thread.
+A batch is made in two stages. `Batches.draw` takes the random choices and prepares tensors on the host; it may run in a
+background thread ahead of its step (prefetch.py). `Batches.to_device` does what needs the device, in the thread of the
+training loop.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 
@@ -18,228 +19,305 @@ from torch import Tensor
 
 from dreambooth.data import masks
 from dreambooth.data.aspect_buckets import Size
-from dreambooth.data.batch import Batch, joined
-from dreambooth.data.bucket_schedule import turn
-from dreambooth.data.latent_cache import Keep, Moments
-from dreambooth.data.photos import Photo, cut, to_model_range
+from dreambooth.data.bucket_schedule import bucket_at
+from dreambooth.data.latent_cache import LatentStore, Moments, ReadRows
+from dreambooth.data.photos import Photo, crop_to_size, to_model_range
 from dreambooth.utils import rng
 
 
 @dataclass(frozen=True)
-class View:
-    """One look at a photo. `crop` is None for the centre, else fractions of the free range, (vertical, horizontal)."""
+class Batch:
+    """One micro-batch on the training device: instance rows first, then as many class rows.
 
-    photo: int
-    flip: bool
-    crop: tuple[float, float] | None
-    untold: bool = False  # the empty prompt in place of its caption
+    All rows have one size. Class rows whose size differs from that of the instance rows are in `class_batch`.
+    """
+
+    latents: Tensor  # (N, C, h, w), scaled
+    noise: Tensor  # (N, C, h, w)
+    timesteps: Tensor  # (N,) int64
+    text: Tensor  # (P, L) token ids, or (P, L, D) hidden states if text is cached; each belongs to the next N / P rows
+    num_instances: int  # instance rows
+    mask: Tensor | None = None  # (N, 1, h, w) in [0, 1]: weight of each latent in the loss; None: all count fully
+    class_batch: "Batch | None" = None  # class rows of another size; then all rows of this batch are instance rows
+
+    @property
+    def num_samples(self) -> int:
+        """Number of rows, instance and class."""
+        return len(self.timesteps) + (self.class_batch.num_samples if self.class_batch else 0)
+
+    @property
+    def with_prior(self) -> bool:
+        """Whether there are class rows."""
+        return self.num_samples > self.num_instances
+
+    def halves(self) -> tuple["Batch", "Batch"]:
+        """Return the instance rows and the class rows, each as a batch of its own."""
+        if self.class_batch is not None:
+            return replace(self, class_batch=None), self.class_batch
+        return self._rows(0, self.num_instances), self._rows(self.num_instances, len(self.timesteps))
+
+    def _rows(self, start: int, end: int) -> "Batch":
+        latents, noise, timesteps = (tensor[start:end] for tensor in (self.latents, self.noise, self.timesteps))
+        rows_per_text = len(self.timesteps) // len(self.text)
+        return Batch(latents, noise, timesteps, self.text[start // rows_per_text:end // rows_per_text],
+                     num_instances=len(timesteps), mask=None if self.mask is None else self.mask[start:end])
+
+
+def join_batches(parts: Sequence[Batch]) -> Batch:
+    """Join the instance rows and, if there are any, the class rows into one batch."""
+    first = parts[0]
+    if len(parts) > 1 and parts[1].latents.shape[1:] != first.latents.shape[1:]:
+        return replace(first, class_batch=parts[1])
+    latents, noise, timesteps, text = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "noise", "timesteps", "text"))
+    mask = None
+    if any(part.mask is not None for part in parts):
+        mask = torch.cat([torch.ones_like(part.latents[:, :1]) if part.mask is None else part.mask for part in parts])
+    return Batch(latents, noise, timesteps, text, first.num_instances, mask)
 
 
 @dataclass(frozen=True)
-class Concept:
-    """The photos of one half of a batch: of subjects, or of classes. `stream` keeps its random numbers apart."""
+class View:
+    """How one sample shows a photo."""
 
-    stream: str
+    photo: int  # index into PhotoSet.photos
+    flip: bool  # mirrored
+    crop: tuple[float, float] | None  # (vertical, horizontal), as fractions of the free range; None: the centre
+    drop_prompt: bool = False  # use the empty prompt instead of the caption
+
+
+@dataclass(frozen=True)
+class PhotoSet:
+    """The photos of one half of a batch, instance or class, and how samples are drawn from them."""
+
+    name: str  # "instance" or "class": part of the key of every random number, so that the two halves differ
     photos: Sequence[Photo]
     center_crop: bool
     random_flip: bool
-    repeats: Sequence[int] | None = None  # how often each photo comes in a round; None: once
+    repeats: Sequence[int] | None = None  # how often each photo is used per round; None: once
     prompt_dropout: float = 0.0  # probability of the empty prompt
 
     def view(self, seed: int, step: int, index: int, batch: int) -> View:
-        """Sample `index` of `batch` samples of a step. Photos come in a new random order each time round; those of a
-        step have one size."""
-        group, steps = turn([len(photos) for photos in self._rounds.values()], step, seed, self.stream)
-        size, photos = list(self._rounds.items())[group]
+        """Return the view that sample `index` of a step shows.
+
+        Photos come in a new random order in each round. All photos of a step have one size.
+
+        Args:
+            batch: samples per step over all micro-batches and processes.
+        """
+        bucket, steps = bucket_at([len(photos) for photos in self._rounds.values()], step, seed, self.name)
+        size, photos = list(self._rounds.items())[bucket]
         epoch, position = divmod(steps * batch + index, len(photos))
-        order = rng.order(len(photos), seed, epoch, self.stream, "order", *(size or ()))
-        dice = rng.stream(seed, step, index, self.stream, "view")
-        up, left, mirror = dice.random(3)
-        untold = rng.stream(seed, step, index, self.stream, "untold").random() if self.prompt_dropout else 1.0
+        order = rng.permutation(len(photos), seed, epoch, self.name, "order", *(size or ()))
+        generator = rng.stream(seed, step, index, self.name, "view")
+        up, left, mirror = generator.random(3)
+        # "untold" names the random stream: another word would change the prompts that existing runs drop.
+        dropout = rng.stream(seed, step, index, self.name, "untold").random() if self.prompt_dropout else 1.0
         return View(
             photo=photos[order[position]],
             flip=self.random_flip and bool(mirror < 0.5),
             crop=None if self.center_crop else (float(up), float(left)),
-            untold=untold < self.prompt_dropout,
+            drop_prompt=dropout < self.prompt_dropout,
         )
 
     @cached_property
     def _rounds(self) -> dict[Size | None, list[int]]:
-        """size -> its photos, each as often as it comes in a round."""
-        found: dict[Size | None, list[int]] = {}
+        """Bucket size -> the photos of one round, each index as often as its photo is repeated."""
+        rounds: dict[Size | None, list[int]] = {}
         for number, (photo, times) in enumerate(zip(self.photos, self.repeats or [1] * len(self.photos), strict=True)):
-            found.setdefault(photo.size, []).extend([number] * times)
-        return found
+            rounds.setdefault(photo.size, []).extend([number] * times)
+        return rounds
 
 
-def at_a_time(resolution: int) -> int:
-    """Photos that are encoded at a time: a million pixels, at most 16; the VAE's memory grows with them."""
+def encode_batch_size(resolution: int) -> int:
+    """Return how many photos the VAE encodes at once: about a million pixels, at most 16, to limit its memory."""
     return max(1, min(16, 2**20 // resolution**2))
 
 
 class Latents:
-    """Latents of views, through `encode` each time or from a cache of the distribution's moments.
+    """Makes latents of views: the VAE encodes them each time, or their cached distribution is sampled.
 
-    The cache is keyed by photo and mirroring, never by step, and lives where `keep` puts it.
+    The cache holds mean and standard deviation per photo and flip, independent of the step. `store` decides where.
     """
 
     def __init__(self, encode: Callable[[Tensor], Moments], resolution: int, scaling_factor: float,
-                 keep: Keep | None = None) -> None:
+                 store: LatentStore | None = None) -> None:
+        """Args:
+            encode: images (N, 3, H, W) in [-1, 1] -> mean and standard deviation of their latents.
+            resolution: side of the square in pixels.
+            scaling_factor: of the VAE.
+            store: where cached latents are kept; None: on the device.
+        """
         self.encode = encode
-        self.keep = keep or Keep()
+        self.store = store or LatentStore()
         self.resolution = resolution
         self.scaling_factor = scaling_factor
-        self._rows: dict[tuple[str, int, bool], int] = {}
-        self._kept: dict[tuple[str, Size | None], Callable[[list[int]], Moments]] = {}
+        self._rows: dict[tuple[str, int, bool], int] = {}  # (photo set, photo, flip) -> row in the cache of its size
+        self._cached: dict[tuple[str, Size | None], ReadRows] = {}
 
-    def fill(self, concept: Concept, tick: Callable[[int], None], size: int | None = None) -> None:
-        """Encode every photo of a centre-cropped concept once, mirrored too if it may be mirrored."""
-        for shape in dict.fromkeys(photo.size for photo in concept.photos):
-            self._fill(concept, tick, size or at_a_time(self.resolution), shape)
+    def fill(self, photo_set: PhotoSet, tick: Callable[[int], None], size: int | None = None) -> None:
+        """Encode every photo of a centre-cropped photo set into the cache; with random flips, mirrored too.
 
-    def _fill(self, concept: Concept, tick: Callable[[int], None], size: int, shape: Size | None) -> None:
-        views = [View(i, flip, None) for i, photo in enumerate(concept.photos) if photo.size == shape
-                 for flip in ((False, True) if concept.random_flip else (False,))]
-        self._rows |= {(concept.stream, view.photo, view.flip): row for row, view in enumerate(views)}
+        Args:
+            tick: called with the number of photos encoded since the last call.
+            size: photos per call of the VAE; None: see `encode_batch_size`.
+        """
+        for shape in dict.fromkeys(photo.size for photo in photo_set.photos):
+            self._fill_bucket(photo_set, tick, size or encode_batch_size(self.resolution), shape)
 
-        def encoded() -> Iterator[Moments]:
+    def _fill_bucket(self, photo_set: PhotoSet, tick: Callable[[int], None], size: int, shape: Size | None) -> None:
+        views = [View(i, flip, None) for i, photo in enumerate(photo_set.photos) if photo.size == shape
+                 for flip in ((False, True) if photo_set.random_flip else (False,))]
+        self._rows |= {(photo_set.name, view.photo, view.flip): row for row, view in enumerate(views)}
+
+        def encode_chunks() -> Iterator[Moments]:
             for start in range(0, len(views), size):
                 chunk = views[start:start + size]
-                yield self.encode(self.pixels(concept, chunk))
+                yield self.encode(self.pixels(photo_set, chunk))
                 tick(len(chunk))
 
         content = [f"{shape or self.resolution}", *(
-            sha256(concept.photos[v.photo].pixels.tobytes()).hexdigest() + str(v.flip) for v in views)]
-        self._kept[concept.stream, shape] = self.keep(content, encoded)
+            sha256(photo_set.photos[v.photo].pixels.tobytes()).hexdigest() + str(v.flip) for v in views)]
+        self._cached[photo_set.name, shape] = self.store(content, encode_chunks)
 
     @property
     def cached(self) -> bool:
-        return bool(self._kept)
+        """Whether latents come from the cache."""
+        return bool(self._cached)
 
-    def sample(self, concept: Concept, views: Sequence[View], noise: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """Draw latents (N, C, h, w) for `views` of one size; the cache keeps the distribution, so each draw differs.
+    def sample(self, photo_set: PhotoSet, views: Sequence[View], noise: Tensor, pixels: Tensor | None = None) -> Tensor:
+        """Draw latents (N, C, h, w) for `views` of one size: mean + std * noise, scaled.
+
+        The cache holds the distribution, so that draws with different noise differ.
 
         Args:
-            pixels: of `views`, to encode where nothing is cached; None: made here.
+            noise: standard normal, (N, C, h, w).
+            pixels: images of `views`, encoded if nothing is cached; None: cropped here.
         """
-        if self._kept:
-            kept = self._kept[concept.stream, concept.photos[views[0].photo].size]
-            mean, std = kept([self._rows[concept.stream, v.photo, v.flip] for v in views])
+        if self._cached:
+            read_rows = self._cached[photo_set.name, photo_set.photos[views[0].photo].size]
+            mean, std = read_rows([self._rows[photo_set.name, v.photo, v.flip] for v in views])
         else:
-            mean, std = self.encode(self.pixels(concept, views) if pixels is None else pixels)
+            mean, std = self.encode(self.pixels(photo_set, views) if pixels is None else pixels)
         return (mean + std * noise.to(mean)) * self.scaling_factor
 
-    def pixels(self, concept: Concept, views: Sequence[View]) -> Tensor:
-        """(N, 3, H, W) in [-1, 1], on the host."""
-        crops = [cut(photo.pixels, self.size(photo), v.crop, v.flip)
-                 for v in views for photo in (concept.photos[v.photo],)]
+    def pixels(self, photo_set: PhotoSet, views: Sequence[View]) -> Tensor:
+        """Return the cropped images, (N, 3, H, W) in [-1, 1], on the host."""
+        crops = [crop_to_size(photo.pixels, self.size(photo), v.crop, v.flip)
+                 for v in views for photo in (photo_set.photos[v.photo],)]
         return torch.from_numpy(np.stack([to_model_range(pixels) for pixels in crops]))
 
     def size(self, photo: Photo) -> Size:
-        """Height and width in pixels that a photo is cropped to."""
+        """Return the height and width in pixels to which a photo is cropped."""
         return photo.size or (self.resolution, self.resolution)
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What chance decides for the samples of one concept in a micro-batch; tensors are on the host."""
+class HostSamples:
+    """The samples of one photo set in a micro-batch before they are on the device. Tensors are on the host."""
 
     views: Sequence[View]
-    pixels: Tensor | None  # (n, 3, H, W) to encode; None: their latents are cached
-    spread: Tensor  # (n, C, h, w) standard normal: where in its distribution a latent is drawn
-    noise: Tensor  # (n, C, h, w)
+    pixels: Tensor | None  # (n, 3, H, W), to encode; None: the latents are cached
+    latent_noise: Tensor  # (n, C, h, w) standard normal: draws latents from their distribution
+    noise: Tensor  # (n, C, h, w): the noise that the model predicts
     timesteps: Tensor  # (n,) int64
-    mask: Tensor | None = None  # (n, 1, h, w) of the loss
+    mask: Tensor | None = None  # (n, 1, h, w): weight of each latent in the loss
 
 
 @dataclass
 class Batches:
-    """Makes the micro-batches of a step for one process."""
+    """Makes the micro-batches of a step for one process. Call it with the number of completed steps."""
 
-    concepts: Sequence[Concept]  # the subjects, then their classes if there is prior preservation
+    photo_sets: Sequence[PhotoSet]  # instance photos, then class images if there is prior preservation
     latents: Latents
-    text: Callable[[str], Tensor]  # prompt -> (1, L) ids or (1, L, D) hidden states on the device
-    latent_shape: tuple[int, int, int]  # of the square
-    timesteps: int  # T of the noise schedule
+    encode_prompt: Callable[[str], Tensor]  # prompt -> (1, L) ids or (1, L, D) hidden states on the device
+    latent_shape: tuple[int, int, int]  # (C, h, w) of the square
+    num_timesteps: int  # T of the noise schedule
     seed: int
-    batch_size: int
-    accumulation: int
+    batch_size: int  # samples per photo set, micro-batch and process
+    accumulation: int  # micro-batches per step
     device: torch.device
     rank: int = 0
-    world: int = 1
+    world_size: int = 1  # number of processes
     noise_offset: float = 0.0
     dtype: torch.dtype = torch.float32
-    prompts_once: bool = False  # where all rows of each half have one prompt, text holds it once a half
+    share_prompts: bool = False  # if all rows of each half have one prompt, Batch.text has it once per half
 
     def __call__(self, step: int) -> list[Batch]:
-        """The micro-batches of the step that follows `step` completed ones."""
-        return self.place(self.draw(step))
+        """Return the micro-batches of the step that follows `step` completed ones."""
+        return self.to_device(self.draw(step))
 
-    def draw(self, step: int) -> list[list[Drawn]]:
-        """The host's part of a step's batches: for each micro-batch, each concept's samples."""
-        starts = [(micro * self.world + self.rank) * self.batch_size for micro in range(self.accumulation)]
-        return [[self._draw(concept, step, range(start, start + self.batch_size)) for concept in self.concepts]
-                for start in starts]
+    def draw(self, step: int) -> list[list[HostSamples]]:
+        """Draw a step's samples on the host: for each micro-batch, the samples of each photo set."""
+        starts = [(micro * self.world_size + self.rank) * self.batch_size for micro in range(self.accumulation)]
+        return [[self._draw_samples(photo_set, step, range(start, start + self.batch_size))
+                 for photo_set in self.photo_sets] for start in starts]
 
-    def place(self, drawn: Sequence[Sequence[Drawn]]) -> list[Batch]:
-        """The device's part: copy, encode what is not cached. The copies do not wait for the device."""
-        return [joined([self._place(concept, part) for concept, part in zip(self.concepts, micro, strict=True)])
-                for micro in drawn]
+    def to_device(self, samples: Sequence[Sequence[HostSamples]]) -> list[Batch]:
+        """Copy drawn samples to the device and encode what is not cached. The copies do not wait for the device."""
+        return [join_batches([self._make_batch(photo_set, part)
+                              for photo_set, part in zip(self.photo_sets, micro, strict=True)]) for micro in samples]
 
-    def shape(self, photo: Photo) -> tuple[int, int, int]:
-        """Of a photo's latents."""
+    def latent_shape_of(self, photo: Photo) -> tuple[int, int, int]:
+        """Return the shape (C, h, w) of a photo's latents."""
         height, width = (side // self._scale for side in self.latents.size(photo))
         return self.latent_shape[0], height, width
 
-    def mask(self, concept: Concept, views: Sequence[View]) -> Tensor | None:
-        """(N, 1, h, w) of `views`, on the host: the share of each latent that counts; None: all of every photo."""
-        inside = [None if photo.mask is None else cut(photo.mask, self.latents.size(photo), view.crop, view.flip)
-                  for view in views for photo in (concept.photos[view.photo],)]
-        if all(photo.mask is None for photo in concept.photos):
+    def loss_mask(self, photo_set: PhotoSet, views: Sequence[View]) -> Tensor | None:
+        """Return the weight of each latent of `views` in the loss, (N, 1, h, w) on the host.
+
+        None if no photo of the set has a mask. A photo without one counts fully.
+        """
+        photos = [photo_set.photos[view.photo] for view in views]
+        crops = [None if photo.mask is None else crop_to_size(photo.mask, self.latents.size(photo), v.crop, v.flip)
+                 for v, photo in zip(views, photos, strict=True)]
+        if all(photo.mask is None for photo in photo_set.photos):
             return None
-        whole = np.ones(self.shape(concept.photos[views[0].photo])[1:], dtype=np.float32)
-        found = [whole if part is None else masks.at_latents(part, self._scale) for part in inside]
-        return torch.from_numpy(np.stack(found)).unsqueeze(1).to(self.dtype)
+        ones = np.ones(self.latent_shape_of(photos[0])[1:], dtype=np.float32)
+        weights = [ones if crop is None else masks.downscale_to_latents(crop, self._scale) for crop in crops]
+        return torch.from_numpy(np.stack(weights)).unsqueeze(1).to(self.dtype)
 
     @cached_property
-    def _one_prompt(self) -> bool:
-        """Of each half, in every step: a compiled model takes one shape only."""
-        alike = (len({photo.caption for photo in concept.photos}) == 1 and not concept.prompt_dropout
-                 for concept in self.concepts)
-        return self.prompts_once and all(alike)
+    def _one_prompt_per_half(self) -> bool:
+        """Whether each half has one prompt in every step, not by chance in some: a compiled model takes one shape."""
+        alike = (len({photo.caption for photo in photo_set.photos}) == 1 and not photo_set.prompt_dropout
+                 for photo_set in self.photo_sets)
+        return self.share_prompts and all(alike)
 
     @property
     def _scale(self) -> int:
+        """Pixels per latent along one side."""
         return self.latents.resolution // self.latent_shape[1]
 
-    def _draw(self, concept: Concept, step: int, indices: range) -> Drawn:
-        total = self.batch_size * self.accumulation * self.world
-        views = [concept.view(self.seed, step, index, total) for index in indices]
-        keys = [(self.seed, step, index, concept.stream) for index in indices]
-        shape = self.shape(concept.photos[views[0].photo])
-        spread = torch.stack([rng.normal(shape, *key, "latents") for key in keys])
-        noise = torch.stack([self._noise(shape, key) for key in keys])
-        timesteps = torch.tensor([int(rng.stream(*key, "timestep").integers(self.timesteps)) for key in keys])
-        pixels = None if self.latents.cached else self._pinned(self.latents.pixels(concept, views))
-        mask = self.mask(concept, views)
-        return Drawn(views, pixels, self._pinned(spread), self._pinned(noise.to(self.dtype)), self._pinned(timesteps),
-                     None if mask is None else self._pinned(mask))
+    def _draw_samples(self, photo_set: PhotoSet, step: int, indices: range) -> HostSamples:
+        total = self.batch_size * self.accumulation * self.world_size
+        views = [photo_set.view(self.seed, step, index, total) for index in indices]
+        keys = [(self.seed, step, index, photo_set.name) for index in indices]
+        shape = self.latent_shape_of(photo_set.photos[views[0].photo])
+        latent_noise = torch.stack([rng.normal(shape, *key, "latents") for key in keys])
+        noise = torch.stack([self._draw_noise(shape, key) for key in keys])
+        timesteps = torch.tensor([int(rng.stream(*key, "timestep").integers(self.num_timesteps)) for key in keys])
+        pixels = None if self.latents.cached else self._pinned(self.latents.pixels(photo_set, views))
+        mask = self.loss_mask(photo_set, views)
+        return HostSamples(views, pixels, self._pinned(latent_noise), self._pinned(noise.to(self.dtype)),
+                           self._pinned(timesteps), None if mask is None else self._pinned(mask))
 
-    def _place(self, concept: Concept, drawn: Drawn) -> Batch:
-        pixels, spread, noise, timesteps, mask = (
-            None if tensor is None else tensor.to(self.device, non_blocking=True)
-            for tensor in (drawn.pixels, drawn.spread, drawn.noise, drawn.timesteps, drawn.mask))
-        assert spread is not None and noise is not None and timesteps is not None
-        latents = self.latents.sample(concept, drawn.views, spread, pixels).to(self.device, self.dtype)
-        views = drawn.views[:1] if self._one_prompt else drawn.views
-        text = torch.cat([self.text("" if view.untold else concept.photos[view.photo].caption) for view in views])
-        return Batch(latents, noise, timesteps, text, len(timesteps), mask)
-
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
-
-    def _noise(self, shape: tuple[int, int, int], key: rng.Key) -> Tensor:
+    def _draw_noise(self, shape: tuple[int, int, int], key: rng.Key) -> Tensor:
         noise = rng.normal(shape, *key, "noise")
         if self.noise_offset:
             noise += self.noise_offset * rng.normal((shape[0], 1, 1), *key, "offset")
         return noise
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def _make_batch(self, photo_set: PhotoSet, samples: HostSamples) -> Batch:
+        pixels, latent_noise, noise, timesteps, mask = (
+            None if tensor is None else tensor.to(self.device, non_blocking=True)
+            for tensor in (samples.pixels, samples.latent_noise, samples.noise, samples.timesteps, samples.mask))
+        assert latent_noise is not None and noise is not None and timesteps is not None
+        latents = self.latents.sample(photo_set, samples.views, latent_noise, pixels).to(self.device, self.dtype)
+        views = samples.views[:1] if self._one_prompt_per_half else samples.views
+        text = torch.cat([self.encode_prompt("" if view.drop_prompt else photo_set.photos[view.photo].caption)
+                          for view in views])
+        return Batch(latents, noise, timesteps, text, len(timesteps), mask)

@@ -1,7 +1,8 @@
-"""The words of a photo: photo.txt beside it, its line in metadata.jsonl, else the prompt. No torch.
+"""The caption of a photo: from photo.txt beside it, from its line in metadata.jsonl, or the prompt. No torch.
 
-metadata.jsonl is the convention of Hugging Face `datasets`' imagefolder: one JSON object a line, {"file_name": "a.jpg",
-"text": "a caption"}. What makes a caption unusable is appended to `problems`, a sentence each.
+metadata.jsonl follows the convention of Hugging Face `datasets`' imagefolder: one JSON object per line, such as
+{"file_name": "a.jpg", "text": "a caption"}. Functions that take `problems` append one sentence for each caption that
+cannot be used, so that the user sees all of them at once.
 """
 
 import json
@@ -11,22 +12,23 @@ from pathlib import Path
 METADATA = "metadata.jsonl"
 
 
-def sources(photo: Path) -> Iterator[Path]:
-    """The files beside a photo that its caption may stand in."""
-    beside = next(filter(Path.is_file, map(photo.with_suffix, (".txt", ".TXT"))), None)
-    if beside is not None:
-        yield beside
-    if (listed := photo.with_name(METADATA)).is_file():
-        yield listed
+def caption_files(photo: Path) -> Iterator[Path]:
+    """Yield the existing files beside a photo that may hold its caption."""
+    text_file = next(filter(Path.is_file, map(photo.with_suffix, (".txt", ".TXT"))), None)
+    if text_file is not None:
+        yield text_file
+    if (metadata := photo.with_name(METADATA)).is_file():
+        yield metadata
 
 
-def listed(folder: Path, problems: list[str]) -> dict[str, str]:
-    """File name -> caption of the folder's metadata.jsonl; empty if there is none."""
+def read_metadata(folder: Path, problems: list[str]) -> dict[str, str]:
+    """Read the folder's metadata.jsonl as file name -> caption; empty if there is no such file."""
     path = folder / METADATA
     if not path.is_file():
         return {}
-    found: dict[str, str] = {}
-    for number, line in enumerate((_read(path, problems) or "").split("\n"), start=1):  # JSON allows other line ends
+    captions: dict[str, str] = {}
+    # Not splitlines(): JSON strings may contain other line separators, such as U+2028.
+    for number, line in enumerate((_read(path, problems) or "").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -38,28 +40,29 @@ def listed(folder: Path, problems: list[str]) -> dict[str, str]:
         if not text:
             problems.append(f"{METADATA} line {number} has an empty text: write a caption, or remove the line")
         elif not isinstance(name, str) or not (folder / name).is_file():
-            problems.append(f"{METADATA} line {number} names {name}, which is not there: remove the line")
-        elif found.setdefault(name, text) != text:
+            problems.append(f"{METADATA} line {number} names {name}, which does not exist: remove the line")
+        elif captions.setdefault(name, text) != text:
             problems.append(f"{METADATA} line {number} gives {name} a second caption: remove one")
-    return found
+    return captions
 
 
-def caption(photo: Path, prompt: str, known: Mapping[str, str], problems: list[str]) -> str | None:
-    """The caption of a photo on one line, or None and one more problem.
+def read_caption(photo: Path, prompt: str, metadata: Mapping[str, str], problems: list[str]) -> str | None:
+    """Return the caption of a photo on one line; None if it cannot be used, which adds a problem.
 
     Args:
-        known: what `listed` found in its folder.
+        prompt: used if the photo has no caption.
+        metadata: what `read_metadata` returned for the photo's folder.
     """
-    path = next((path for path in sources(photo) if path.name != METADATA), None)
+    path = next((path for path in caption_files(photo) if path.name != METADATA), None)
     if path is None:
-        return known.get(photo.name, prompt)
+        return metadata.get(photo.name, prompt)
     content = _read(path, problems)
     if content is None:
         return None
     text = " ".join(content.split())
     if not text:
         problems.append(f"{path.name} is empty: write the caption into it, or remove it to use the prompt")
-    elif known.get(photo.name, text) != text:
+    elif metadata.get(photo.name, text) != text:
         problems.append(f"{photo.name} has a caption in {path.name} and another in {METADATA}: remove one")
         return None
     return text or None

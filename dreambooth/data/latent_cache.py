@@ -1,6 +1,6 @@
-"""Where cached latents live: on the device, in host memory, or memory-mapped from a file that later runs find again.
+"""Storage for cached latents: on the device, in host memory, or in files on disk that later runs reuse.
 
-What is cached is the distribution (mean and standard deviation), not a sample of it.
+The cache holds the distribution of the latents (mean and standard deviation), not a sample of it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,56 +17,58 @@ from dreambooth.config.enums import LatentCache
 from dreambooth.utils import atomic_files
 
 Moments = tuple[Tensor, Tensor]  # mean and standard deviation of the latents, (N, C, h, w) each
-Rows = Callable[[list[int]], Moments]  # rows -> their moments, on the device that encoded them
+ReadRows = Callable[[list[int]], Moments]  # row numbers -> their moments, on the device of LatentStore
 
 
 @dataclass(frozen=True)
-class Keep:
-    """Takes the moments of a set of pictures into the cache.
+class LatentStore:
+    """Stores the moments of a set of images.
 
-    A file is named by its pictures' content and size, in order, and by the encoder's weights: another photo, crop or
-    VAE is another file, and the same ones are encoded once for all runs.
+    On disk, the file name is a hash of the images' content and size, in order, and of the encoder's weights. Another
+    photo, crop or VAE gives another file, and the same images are encoded once for all runs.
     """
 
     where: LatentCache = LatentCache.device
-    device: torch.device | None = None  # that latents are handed out on; None: where they were made
+    device: torch.device | None = None  # on which rows are returned; None: where the encoder put them
     folder: Path | None = None  # of the files, for `disk`
-    encoder: str = ""  # digest of the encoder
+    encoder: str = ""  # digest of the encoder's weights
 
-    def __call__(self, content: Sequence[str], encoded: Callable[[], Iterator[Moments]]) -> Rows:
-        """Args:
-            content: what tells these pictures from others.
-            encoded: encodes them, chunk by chunk.
+    def __call__(self, content: Sequence[str], encode_chunks: Callable[[], Iterator[Moments]]) -> ReadRows:
+        """Store the moments of one set of images and return a function that reads rows of them.
+
+        Args:
+            content: identifies the images, such as their hashes.
+            encode_chunks: encodes the images chunk by chunk; not called if the file exists already.
         """
         if self.where is LatentCache.disk and self.folder is not None:
             name = sha256("\n".join([self.encoder, *content]).encode()).hexdigest()[:20]
             path = self.folder / f"{name}.safetensors"
             if not path.is_file():
-                mean, std = _joined(encoded(), torch.device("cpu"))
+                mean, std = _concatenate(encode_chunks(), torch.device("cpu"))
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_files.whole_file(path) as aside:
-                    save_file({"mean": mean.contiguous(), "std": std.contiguous()}, aside)
-            return lambda rows: _read(path, rows, self.device)
-        mean, std = _joined(encoded(), torch.device("cpu") if self.where is LatentCache.cpu else None)
+                with atomic_files.write_file(path) as temporary:
+                    save_file({"mean": mean.contiguous(), "std": std.contiguous()}, temporary)
+            return lambda rows: _read_rows(path, rows, self.device)
+        mean, std = _concatenate(encode_chunks(), torch.device("cpu") if self.where is LatentCache.cpu else None)
         return lambda rows: (mean[rows].to(self.device), std[rows].to(self.device))
 
 
 def digest(module: nn.Module) -> str:
-    """Hex digits over every weight of a module and its precision."""
-    found = sha256()
+    """Return the hex SHA-256 of every weight of a module and its precision."""
+    total = sha256()
     for name, tensor in module.state_dict().items():
-        found.update(f"{name} {tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        total.update(f"{name} {tensor.dtype}".encode())
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
-def _joined(chunks: Iterator[Moments], device: torch.device | None) -> Moments:
+def _concatenate(chunks: Iterator[Moments], device: torch.device | None) -> Moments:
     means, stds = zip(*((mean.to(device), std.to(device)) for mean, std in chunks), strict=True)
     return torch.cat(means), torch.cat(stds)
 
 
-def _read(path: Path, rows: list[int], device: torch.device | None) -> Moments:
-    """Only these rows are read; the file is mapped anew each time, the system keeps its pages."""
-    with safe_open(path, "pt") as found:
-        mean, std = (torch.stack([found.get_slice(name)[row] for row in rows]) for name in ("mean", "std"))
+def _read_rows(path: Path, rows: list[int], device: torch.device | None) -> Moments:
+    """Read only these rows. The file is mapped again on each call; the system keeps its pages in memory."""
+    with safe_open(path, "pt") as file:
+        mean, std = (torch.stack([file.get_slice(name)[row] for row in rows]) for name in ("mean", "std"))
     return mean.to(device), std.to(device)

@@ -1,7 +1,8 @@
-"""Masks: the part of a photo whose loss counts. White is inside, black outside, grey in between. No torch.
+"""Masks: which part of a photo counts in the loss. White counts, black does not, grey counts partly. No torch.
 
-A mask is the photo's own transparency, or a picture of its size and name (but for the suffix) in a folder of masks.
-It is resized, cropped and mirrored with its photo; a latent counts by the share of its pixels that lie inside.
+A mask is the photo's own transparency, or an image in a folder of masks with the photo's size and name; the suffix may
+differ. It is resized, cropped and mirrored with its photo. The weight of a latent in the loss is the share of its
+pixels that lie inside the mask.
 """
 
 from __future__ import annotations
@@ -10,33 +11,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth.config.dataset import ALPHA
-from dreambooth.data.image_formats import Unusable
+from dreambooth.data.image_formats import UnusablePhoto
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from PIL import Image
 
-SUFFIXES = (".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # a JPEG's edges are not exact
+SUFFIXES = (".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # not JPEG: its edges are not exact
 
 
-def file_of(photo: Path, mask: str | None) -> Path | None:
-    """The mask's own file, if there is one.
+def mask_file(photo: Path, mask: str | None) -> Path | None:
+    """Return the image file that holds a photo's mask, or None.
 
     Args:
-        mask: a folder, "alpha", or None for no mask.
+        mask: a folder of masks, "alpha" for the photo's transparency, or None for no mask.
     """
     if mask is None or mask == ALPHA:
         return None
-    named = (Path(mask) / f"{photo.stem}{suffix}" for suffix in SUFFIXES)
-    return next(filter(Path.is_file, named), None)
+    candidates = (Path(mask) / f"{photo.stem}{suffix}" for suffix in SUFFIXES)
+    return next(filter(Path.is_file, candidates), None)
 
 
-def of(photo: Path, image: Image.Image, mask: str | None) -> Image.Image | None:
-    """The mask of an upright photo in the photo's size, 8-bit grey.
+def load_mask(photo: Path, image: Image.Image, mask: str | None) -> Image.Image | None:
+    """Load the mask of a photo as 8-bit grey; None if `mask` is None.
+
+    Args:
+        image: the decoded photo, upright.
+        mask: see `mask_file`.
 
     Raises:
-        Unusable: there is none, or it is empty or of another shape.
+        UnusablePhoto: there is no mask for this photo, or it is empty or has another shape.
     """
     from PIL import Image
 
@@ -44,25 +49,33 @@ def of(photo: Path, image: Image.Image, mask: str | None) -> Image.Image | None:
         return None
     if mask == ALPHA:
         if not image.has_transparency_data:
-            raise Unusable("has no transparency: cut the subject out, or type mask=DIR with a folder of masks")
-        found = image.convert("RGBA").getchannel("A")
+            raise UnusablePhoto("has no transparency: cut the subject out, or type mask=DIR with a folder of masks")
+        loaded = image.convert("RGBA").getchannel("A")
     else:
-        path = file_of(photo, mask)
+        path = mask_file(photo, mask)
         if path is None:
-            raise Unusable(f"has no mask: put {photo.stem}.png into {mask}, white where the subject is")
+            raise UnusablePhoto(f"has no mask: put {photo.stem}.png into {mask}, white where the subject is")
         with Image.open(path, formats=("PNG", "WEBP", "BMP", "TIFF", "GIF")) as opened:
-            found = opened.convert("L")
-        shape = image.width * found.height / (image.height * found.width)
-        if not 0.99 < shape < 1.01:
-            raise Unusable(f"has {image.width} x {image.height} pixels and its mask {path.name} {found.width} x "
-                           f"{found.height}: save the mask in the photo's size")
-    if found.getextrema()[1] == 0:
-        raise Unusable("has an empty mask: nothing of it would be learned; paint the subject white")
-    return found
+            loaded = opened.convert("L")
+        aspect_ratio = image.width * loaded.height / (image.height * loaded.width)  # of the photo to that of its mask
+        if not 0.99 < aspect_ratio < 1.01:
+            raise UnusablePhoto(f"has {image.width} x {image.height} pixels and its mask {path.name} {loaded.width} x "
+                                f"{loaded.height}: save the mask in the photo's size")
+    if loaded.getextrema()[1] == 0:
+        raise UnusablePhoto("has an empty mask, so nothing of it would be learned: paint the subject white")
+    return loaded
 
 
-def at_latents(mask: NDArray[np.uint8], scale: int) -> NDArray[np.float32]:
-    """Pixels (H, W) to the share of each latent that lies inside, (H / scale, W / scale); 0 exactly where none does."""
+def downscale_to_latents(mask: NDArray[np.uint8], scale: int) -> NDArray[np.float32]:
+    """Return for each latent the share of its pixels that lie inside the mask; exactly 0 where none does.
+
+    Args:
+        mask: (H, W), 0 to 255.
+        scale: pixels per latent along one side.
+
+    Returns:
+        (H / scale, W / scale) in [0, 1].
+    """
     import numpy as np
 
     height, width = mask.shape

@@ -1,50 +1,51 @@
-"""Prepares the next step's samples in a thread while a step is computed.
+"""Prepares the next step's samples in a background thread while the current step is computed.
 
-What a step's samples are depends on its number alone (data.py), so it does not matter when they are drawn.
+A step's samples are a function of its number (batches.py), so it does not matter when they are drawn.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
-D = TypeVar("D")
-B = TypeVar("B", covariant=True)
+Samples = TypeVar("Samples")
+BatchT = TypeVar("BatchT", covariant=True)
 
 
-class Source(Protocol[D, B]):
-    """What makes batches in two parts; data.Batches is one."""
+class BatchSource(Protocol[Samples, BatchT]):
+    """Makes a step's batches in two stages. `Batches` in batches.py is one."""
 
-    def draw(self, step: int, /) -> D:
-        """The host's part; called in a thread, one call at a time."""
+    def draw(self, step: int, /) -> Samples:
+        """Draw the samples on the host; called in the background thread, one call at a time."""
 
-    def place(self, drawn: D, /) -> B:
-        """The device's part; called where Ahead is."""
+    def to_device(self, samples: Samples, /) -> BatchT:
+        """Make batches on the device; called in the thread that calls the Prefetcher."""
 
 
-class Ahead(Generic[D, B]):
-    """Called with a step it returns that step's batches and begins to draw the next one's.
+class Prefetcher(Generic[Samples, BatchT]):
+    """Returns a step's batches and starts to draw the samples of the next step.
 
-    Any order of steps works; it only waits where a step is not the one after the last. What `draw` raises is raised
-    where its step is asked for.
+    Steps may be requested in any order; a step that does not follow the last one is drawn while the caller waits. An
+    exception of `draw` is raised when its step is requested. Use it as a context manager, which ends the thread.
     """
 
-    def __init__(self, source: Source[D, B], steps: int) -> None:
+    def __init__(self, source: BatchSource[Samples, BatchT], steps: int) -> None:
         """Args:
-            steps: of the whole run; nothing is drawn for a step beyond them.
+            source: makes the batches.
+            steps: length of the whole run; no samples are drawn for later steps.
         """
         self._source, self._steps = source, steps
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
-        self._waiting: tuple[int, Future[D]] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._pending: tuple[int, Future[Samples]] | None = None
 
-    def __call__(self, step: int) -> B:
-        waiting, self._waiting = self._waiting, None
-        future = waiting[1] if waiting and waiting[0] == step else self._thread.submit(self._source.draw, step)
-        drawn = future.result()
+    def __call__(self, step: int) -> BatchT:
+        pending, self._pending = self._pending, None
+        future = pending[1] if pending and pending[0] == step else self._thread.submit(self._source.draw, step)
+        samples = future.result()
         if step + 1 < self._steps:
-            self._waiting = step + 1, self._thread.submit(self._source.draw, step + 1)
-        return self._source.place(drawn)
+            self._pending = step + 1, self._thread.submit(self._source.draw, step + 1)
+        return self._source.to_device(samples)
 
-    def __enter__(self) -> "Ahead[D, B]":
+    def __enter__(self) -> "Prefetcher[Samples, BatchT]":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,

@@ -1,41 +1,48 @@
-"""The photos of all subjects of a run, as one list."""
+"""Loads the photos of all subjects of a run as one list."""
 
 from collections import Counter
 from collections.abc import Sequence
 
 from dreambooth.config.recipe import Recipe
 from dreambooth.data import aspect_buckets
-from dreambooth.data.photos import Photo, cut, list_photos, load_photos
+from dreambooth.data.photos import Photo, crop_to_size, list_photos, load_photos
 from dreambooth.errors import UserError
 
 
-def photos(recipe: Recipe) -> tuple[list[Photo], list[int]]:
-    """Every photo, subject by subject, and how often each comes in a round.
+def load_subject_photos(recipe: Recipe) -> tuple[list[Photo], list[int]]:
+    """Load every photo, subject by subject.
+
+    Returns:
+        The photos, and how often each is used per round.
 
     Raises:
-        UserError: a folder or file cannot be used, or a mask has nothing of the centre that is trained on.
+        UserError: a folder or file cannot be used, or a photo's mask is empty inside the centre crop.
     """
-    found: list[Photo] = []
+    photos: list[Photo] = []
     repeats: list[int] = []
-    for one, subject in zip(recipe.subjects, recipe.dataset.subjects, strict=True):
-        some = load_photos(list_photos(one.instance_dir), one.instance_prompt, recipe.model.resolution,
-                           recipe.dataset.buckets, one.dataset.mask)
-        found += some
-        repeats += [subject.repeats] * len(some)
-    side = recipe.model.resolution
+    for subject_recipe, subject in zip(recipe.subject_recipes, recipe.dataset.subjects, strict=True):
+        loaded = load_photos(
+            list_photos(subject_recipe.instance_dir), subject_recipe.instance_prompt, recipe.model.resolution,
+            recipe.dataset.buckets, subject_recipe.dataset.mask)
+        photos += loaded
+        repeats += [subject.repeats] * len(loaded)
     if recipe.dataset.center_crop:
-        missed = [photo.path.name for photo in found
-                  if photo.mask is not None and not cut(photo.mask, photo.size or (side, side), None, False).any()]
-        if missed:
-            raise UserError(f"the mask of {', '.join(missed)} is outside the centre that is trained on: crop the photo "
-                            "around the subject, or type dataset.buckets=true to keep its shape")
-    return found, repeats
+        _check_masks(photos, recipe.model.resolution)
+    return photos, repeats
 
 
-def shapes(found: Sequence[Photo]) -> str:
-    """How many photos are in which bucket, and how much of one is cropped at most."""
-    counts = Counter(photo.size for photo in found if photo.size)
-    told = ", ".join(f"{count} of {size[1]} x {size[0]}" for size, count in counts.most_common())
-    most = max(aspect_buckets.lost(photo.pixels.shape[0], photo.pixels.shape[1], photo.size)
-               for photo in found if photo.size)
-    return f"buckets: {told}; at most {most:.1%} of a photo is cropped"
+def _check_masks(photos: Sequence[Photo], resolution: int) -> None:
+    outside = [photo.path.name for photo in photos if photo.mask is not None
+               and not crop_to_size(photo.mask, photo.size or (resolution, resolution), None, False).any()]
+    if outside:
+        raise UserError(f"the mask of {', '.join(outside)} is outside the centre that is trained on: crop the photo "
+                        "around the subject, or type dataset.buckets=true to keep its shape")
+
+
+def describe_buckets(photos: Sequence[Photo]) -> str:
+    """Say how many photos are in which bucket, and the largest fraction that is cropped of a photo."""
+    counts = Counter(photo.size for photo in photos if photo.size)
+    buckets = ", ".join(f"{count} of {size[1]} x {size[0]}" for size, count in counts.most_common())
+    most = max(aspect_buckets.cropped_fraction(photo.pixels.shape[0], photo.pixels.shape[1], photo.size)
+               for photo in photos if photo.size)
+    return f"buckets: {buckets}; at most {most:.1%} of a photo is cropped"

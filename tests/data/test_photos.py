@@ -1,4 +1,4 @@
-"""What reaches training from a folder of photos, as its owner sees them in a viewer."""
+"""Loading photos: training gets the pixels that a viewer shows, with the right captions."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dreambooth.data import photos
-from dreambooth.data.photos import NO_FINGERPRINT, fingerprint, list_photos, load_photos, square, to_model_range
+from dreambooth.data.photos import NO_FINGERPRINT, crop_to_square, fingerprint, list_photos, load_photos, to_model_range
 from dreambooth.errors import UserError
 
 PROMPT = "a photo of sks dog"
@@ -42,7 +42,7 @@ def folder(tmp_path):
     return path
 
 
-def solid(path, color=RED, size=(8, 8), mode="RGB"):
+def save_solid(path, color=RED, size=(8, 8), mode="RGB"):
     Image.new(mode, size, color).save(path)
     return path
 
@@ -59,7 +59,7 @@ def problem(folder, resolution=8):
 
 
 def four_corners(size=(16, 24)):
-    """Wider than high or not, no two corners alike: no rotation or mirroring leaves it unchanged."""
+    """An image whose corners all differ, so that every rotation or mirroring changes it."""
     width, height = size
     picture = Image.new("RGB", size, RED)
     picture.paste(GREEN, (width // 2, 0, width, height // 2))
@@ -68,42 +68,42 @@ def four_corners(size=(16, 24)):
     return picture
 
 
-# --- which files count ----------------------------------------------------------------------------------------------
+# --- which files are photos -----------------------------------------------------------------------------------------
 
 
-def test_photos_are_sorted_by_the_bytes_of_their_names_whatever_order_they_were_made_in(folder, monkeypatch):
+def test_photos_are_sorted_by_the_bytes_of_their_names_not_by_directory_order(folder, monkeypatch):
     names = ["b.png", "é.png", "a10.png", "Z.png", "a2.png", "a.png"]
     for name in names:
-        solid(folder / name)
+        save_solid(folder / name)
     on_disk = [folder / name for name in names]
     monkeypatch.setattr(Path, "iterdir", lambda self: iter(on_disk))
     assert [path.name for path in list_photos(folder)] == ["Z.png", "a.png", "a10.png", "a2.png", "b.png", "é.png"]
 
 
-def test_what_desktops_leave_behind_is_passed_over(folder):
+def test_files_that_desktops_create_are_ignored(folder):
     for name in (".DS_Store", "._x.jpg", ".hidden.png", "Thumbs.db", "thumbs.db", "Desktop.ini", "x.txt", "m.JSON"):
         (folder / name).write_bytes(b"junk")
     (folder / "__MACOSX").mkdir()
     (folder / "more.png").mkdir()
-    solid(folder / "x.JPG")
+    save_solid(folder / "x.JPG")
     assert [path.name for path in list_photos(folder)] == ["x.JPG"]
     assert len(load_photos(list_photos(folder), PROMPT, 8)) == 1
 
 
 def test_a_link_to_a_photo_is_a_photo(folder, tmp_path):
-    (folder / "link.png").symlink_to(solid(tmp_path / "real.png"))
+    (folder / "link.png").symlink_to(save_solid(tmp_path / "real.png"))
     assert tuple(pixels_of(folder, 8)[0, 0]) == RED
 
 
-@pytest.mark.parametrize("make, told", [
+@pytest.mark.parametrize("make, words", [
     (lambda path: None, "does not exist"),
     (lambda path: path.write_bytes(b"x"), "is a file"),
     (lambda path: path.mkdir(), "holds no photo"),
 ])
-def test_a_folder_without_photos_is_an_error_that_says_what_to_type(tmp_path, make, told):
+def test_a_folder_without_photos_is_an_error_that_says_what_to_type(tmp_path, make, words):
     path = tmp_path / "dog"
     make(path)
-    with pytest.raises(UserError, match=told) as raised:
+    with pytest.raises(UserError, match=words) as raised:
         list_photos(path)
     assert str(path) in str(raised.value) and "dataset.instance_dir=" in str(raised.value)
 
@@ -112,7 +112,7 @@ def test_a_folder_without_photos_is_an_error_that_says_what_to_type(tmp_path, ma
 
 
 def test_all_bad_files_are_listed_together_each_with_its_reason(folder):
-    solid(folder / "good.png")
+    save_solid(folder / "good.png")
     (folder / "text.jpg").write_text("this is not a photo")
     (folder / "notes.docx").write_bytes(b"PK\x03\x04")
     (folder / "empty.png").touch()
@@ -142,7 +142,7 @@ def png_header(width, height):
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".gif", ".bmp", ".tiff"])
-def test_a_photo_cut_short_is_unusable(folder, suffix):
+def test_a_truncated_photo_is_unusable(folder, suffix):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     path = folder / f"half{suffix}"
     Image.fromarray(noise).save(path)
@@ -150,24 +150,24 @@ def test_a_photo_cut_short_is_unusable(folder, suffix):
     assert path.name in problem(folder)
 
 
-def test_a_truncated_jpeg_is_named_as_such_even_when_decoded_small(folder):
+def test_a_truncated_jpeg_is_reported_even_if_it_is_decoded_downscaled(folder):
     path = folder / "half.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:20_000])
     assert "half.jpg is damaged or truncated" in problem(folder, 16)
 
 
-def test_a_strip_that_would_fill_the_memory_when_enlarged_is_named(folder):
-    solid(folder / "strip.png", size=(60_000, 1))
+def test_a_narrow_photo_whose_resized_version_would_be_huge_is_reported(folder):
+    save_solid(folder / "strip.png", size=(60_000, 1))
     assert "strip.png is too narrow (60000 x 1 pixels)" in problem(folder, 512)
 
 
-# --- true colours, right way up -------------------------------------------------------------------------------------
+# --- colours and orientation ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tiff"])
 @pytest.mark.parametrize("orientation", STORED_AS)
-def test_every_exif_orientation_comes_out_upright(folder, orientation, suffix):
+def test_every_exif_orientation_is_applied(folder, orientation, suffix):
     upright = four_corners()
     stored = upright if STORED_AS[orientation] is None else upright.transpose(STORED_AS[orientation])
     exif = Image.Exif()
@@ -180,13 +180,13 @@ def test_every_exif_orientation_comes_out_upright(folder, orientation, suffix):
         assert np.abs(loaded[row, column].astype(int) - expected).max() <= 12, (row, column)
 
 
-def test_broken_exif_does_not_spoil_a_photo(folder):
+def test_a_photo_with_broken_exif_data_is_loaded(folder):
     Image.new("RGB", (8, 8), RED).save(folder / "a.jpg", exif=b"Exif\0\0garbage", quality=100)
     assert np.abs(pixels_of(folder, 8).astype(int) - RED).max() <= 3
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".tiff"])
-def test_colours_hidden_under_alpha_become_white(folder, suffix):
+def test_transparent_pixels_become_white(folder, suffix):
     picture = Image.new("RGBA", (8, 8), (*RED, 0))
     picture.paste((*BLUE, 255), (0, 0, 4, 8))
     picture.save(folder / f"cut-out{suffix}", lossless=True, exact=True)
@@ -194,13 +194,13 @@ def test_colours_hidden_under_alpha_become_white(folder, suffix):
     assert (loaded[:, :4] == BLUE).all() and (loaded[:, 4:] == WHITE).all()
 
 
-def test_half_transparent_is_half_white(folder):
-    solid(folder / "glass.png", (255, 0, 0, 128), mode="RGBA")
+def test_half_transparent_pixels_are_blended_with_white(folder):
+    save_solid(folder / "glass.png", (255, 0, 0, 128), mode="RGBA")
     assert (pixels_of(folder, 8) == (255, 127, 127)).all()
 
 
 @pytest.mark.parametrize("resolution", [8, 100])
-def test_hidden_colours_do_not_bleed_into_edges_when_resized(folder, resolution):
+def test_colours_of_transparent_pixels_do_not_bleed_into_edges_when_resized(folder, resolution):
     picture = Image.new("RGBA", (30, 30), (0, 255, 0, 0))  # hidden green around white: nothing may look green
     picture.paste((*WHITE, 255), (7, 7, 22, 22))
     picture.save(folder / "a.png")
@@ -208,7 +208,7 @@ def test_hidden_colours_do_not_bleed_into_edges_when_resized(folder, resolution)
 
 
 @pytest.mark.parametrize("mode, color, hidden", [("L", 60, 60), ("RGB", RED, RED), ("P", 0, 0), ("1", 0, 0)])
-def test_a_colour_marked_transparent_becomes_white(folder, mode, color, hidden):
+def test_a_colour_that_is_declared_transparent_becomes_white(folder, mode, color, hidden):
     picture = Image.new(mode, (8, 8), color)
     if mode == "P":
         picture.putpalette([10, 200, 30, 0, 0, 255])
@@ -224,7 +224,7 @@ def test_palette_with_several_alphas_and_grey_with_alpha_are_put_on_white(folder
     picture.putpalette([255, 0, 0, 0, 0, 255])
     picture.paste(1, (4, 0, 8, 8))
     picture.save(folder / "palette.png", transparency=bytes([0, 255]))
-    solid(folder / "grey.png", (0, 0), mode="LA")
+    save_solid(folder / "grey.png", (0, 0), mode="LA")
     grey, palette = (photo.pixels for photo in load_photos(list_photos(folder), PROMPT, 8))
     assert (palette[:, :4] == WHITE).all() and (palette[:, 4:] == BLUE).all()
     assert (grey == 255).all()
@@ -243,7 +243,7 @@ def test_palette_one_bit_and_grey_become_rgb(folder, mode, color, seen):
 
 @pytest.mark.parametrize("suffix", [".jpg", ".tiff"])
 @pytest.mark.parametrize("color", [(200, 30, 90), (20, 160, 220), (250, 250, 250), (5, 5, 5)])
-def test_cmyk_keeps_its_colours(folder, suffix, color):
+def test_cmyk_is_converted_with_the_right_colours(folder, suffix, color):
     Image.new("RGB", (16, 16), color).convert("CMYK").save(folder / f"print{suffix}")
     assert np.abs(pixels_of(folder, 16).astype(int) - color).max() <= 4
 
@@ -275,7 +275,7 @@ def test_float_tiff_is_scaled_by_its_range(folder, white):
     assert np.abs(pixels_of(folder, 8)[0, :, 0] - np.linspace(0, 255, 8)).max() <= 1
 
 
-def test_an_animation_gives_its_first_frame(folder):
+def test_the_first_frame_of_an_animation_is_used(folder):
     first, *others = [Image.new("RGB", (8, 8), color) for color in (BLUE, RED, GREEN)]
     for name in ("a.gif", "b.png", "c.webp"):
         first.save(folder / name, save_all=True, append_images=others, duration=40, lossless=True)
@@ -298,18 +298,18 @@ def test_a_transparent_gif_is_put_on_white(folder):
     ((3, 5), 64, (107, 64)), ((2000, 10), 16, (16, 3200)), ((10, 2000), 16, (3200, 16)), ((1, 1), 8, (8, 8)),
     ((640, 480), 512, (512, 683)), ((101, 100), 8, (8, 8)),
 ])
-def test_the_short_side_becomes_the_resolution_and_the_shape_stays(folder, size, resolution, shape):
-    solid(folder / "a.png", size=size)
+def test_the_short_side_becomes_the_resolution_and_the_aspect_ratio_stays(folder, size, resolution, shape):
+    save_solid(folder / "a.png", size=size)
     assert pixels_of(folder, resolution).shape == (*shape, 3)
 
 
-def test_shrinking_is_antialiased(folder):
+def test_downscaling_is_antialiased(folder):
     checks = (np.indices((256, 256)).sum(axis=0) % 2 * 255).astype(np.uint8)
     Image.fromarray(checks).save(folder / "checks.png")
     assert np.abs(pixels_of(folder, 32).astype(int) - 127).max() <= 8
 
 
-def test_a_photo_of_the_right_size_is_not_touched(folder):
+def test_a_photo_of_the_right_size_is_unchanged(folder):
     noise = np.random.default_rng(1).integers(0, 256, (16, 20, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "a.png")
     loaded = pixels_of(folder, 16)
@@ -328,11 +328,11 @@ def test_a_108_megapixel_photo_works_without_a_warning(folder, suffix):
 
 
 @pytest.mark.parametrize("size, resolution", [((1600, 1200), 64), ((1600, 1200), 300), ((1600, 1200), 600)])
-def test_a_jpeg_is_decoded_small_only_while_it_stays_twice_the_resolution(folder, monkeypatch, size, resolution):
+def test_a_jpeg_is_decoded_downscaled_to_at_least_twice_the_resolution(folder, monkeypatch, size, resolution):
     seen = []
     flatten = photos._flatten
     monkeypatch.setattr(photos, "_flatten", lambda image: seen.append(image.size) or flatten(image))
-    solid(folder / "a.jpg", size=size)
+    save_solid(folder / "a.jpg", size=size)
     pixels_of(folder, resolution)
     short = min(seen[0])
     assert short >= min(2 * resolution, min(size))
@@ -344,7 +344,7 @@ def test_each_photo_is_decoded_once(folder, monkeypatch):
     opener = Image.open
     monkeypatch.setattr(Image, "open", lambda path, **kw: opened.append(path.name) or opener(path, **kw))
     for name in ("a.png", "b.png"):
-        solid(folder / name)
+        save_solid(folder / name)
     load_photos(list_photos(folder), PROMPT, 8)
     assert opened == ["a.png", "b.png"]
 
@@ -352,7 +352,7 @@ def test_each_photo_is_decoded_once(folder, monkeypatch):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(8, 48),
        st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"]))
-def test_any_size_and_mode_gives_rgb_with_the_short_side_at_the_resolution(width, height, resolution, mode):
+def test_any_size_and_mode_becomes_rgb_with_the_short_side_at_the_resolution(width, height, resolution, mode):
     with tempfile.TemporaryDirectory() as folder:
         Image.new(mode, (width, height)).save(Path(folder) / ("a.tiff" if mode in ("CMYK", "I", "F") else "a.png"))
         loaded = pixels_of(Path(folder), resolution)
@@ -369,32 +369,32 @@ def test_any_size_and_mode_gives_rgb_with_the_short_side_at_the_resolution(width
     (b"\xef\xbb\xbfa dog\r\n", "a dog"),
     ("  a café\nat night \n\n".encode(), "a café at night"),
 ])
-def test_a_caption_beside_the_photo_is_read_on_one_line(folder, content, caption):
-    solid(folder / "my.dog.png")
+def test_a_caption_file_is_read_as_one_line(folder, content, caption):
+    save_solid(folder / "my.dog.png")
     (folder / "my.dog.txt").write_bytes(content)
     [photo] = load_photos(list_photos(folder), PROMPT, 8)
     assert photo.caption == caption and photo.path == folder / "my.dog.png"
 
 
-def test_a_photo_without_caption_gets_the_prompt_and_others_keep_theirs(folder):
+def test_only_a_photo_without_a_caption_gets_the_prompt(folder):
     for name in ("a.png", "b.png", "c.PNG"):
-        solid(folder / name)
+        save_solid(folder / name)
     (folder / "b.txt").write_text("mine")
     (folder / "c.TXT").write_text("from Windows")
     assert [photo.caption for photo in load_photos(list_photos(folder), PROMPT, 8)] == [PROMPT, "mine", "from Windows"]
 
 
-@pytest.mark.parametrize("content, told", [
+@pytest.mark.parametrize("content, words", [
     (b"", "is empty"), (b" \n", "is empty"), (b"\xef\xbb\xbf", "is empty"), ("café".encode("latin-1"), "UTF-8"),
     ("a dog".encode("utf-16"), "UTF-8"),
 ])
-def test_an_unusable_caption_is_named(folder, content, told):
-    solid(folder / "dog.png")
+def test_an_unusable_caption_is_reported(folder, content, words):
+    save_solid(folder / "dog.png")
     (folder / "dog.txt").write_bytes(content)
-    assert "dog.txt" in problem(folder) and told in problem(folder)
+    assert "dog.txt" in problem(folder) and words in problem(folder)
 
 
-def test_a_bad_photo_and_its_bad_caption_are_both_named(folder):
+def test_a_bad_photo_and_its_bad_caption_are_both_reported(folder):
     (folder / "dog.png").write_text("no photo")
     (folder / "dog.txt").touch()
     assert "dog.png" in problem(folder) and "dog.txt" in problem(folder)
@@ -404,8 +404,8 @@ def test_a_bad_photo_and_its_bad_caption_are_both_named(folder):
 
 
 @pytest.mark.parametrize("change", [
-    lambda folder: solid(folder / "a.png", BLUE),
-    lambda folder: solid(folder / "c.png"),
+    lambda folder: save_solid(folder / "a.png", BLUE),
+    lambda folder: save_solid(folder / "c.png"),
     lambda folder: (folder / "b.png").unlink(),
     lambda folder: (folder / "b.png").rename(folder / "c.png"),
     lambda folder: (folder / "a.txt").write_text("another"),
@@ -424,14 +424,14 @@ def test_the_fingerprint_changes_when_training_data_changes(folder, change):
     lambda folder: (folder / ".DS_Store").write_bytes(b"x"),
     lambda folder: (folder / "README.txt").write_text("caption of nothing"),
 ], ids=["mtime", "desktop file", "stray text"])
-def test_the_fingerprint_ignores_what_training_ignores(folder, change):
+def test_the_fingerprint_does_not_change_with_files_that_training_ignores(folder, change):
     before = fingerprint(two_photos(folder))
     change(folder)
     assert fingerprint(folder) == before
     assert len(bytes.fromhex(before)) == hashlib.sha256().digest_size
 
 
-def test_the_fingerprint_does_not_depend_on_where_the_folder_lies(folder, tmp_path):
+def test_the_fingerprint_does_not_depend_on_the_folders_path(folder, tmp_path):
     shutil.copytree(two_photos(folder), tmp_path / "elsewhere" / "deep")
     assert fingerprint(tmp_path / "elsewhere" / "deep") == fingerprint(folder) != NO_FINGERPRINT
 
@@ -447,28 +447,28 @@ def test_the_fingerprint_never_raises(folder, tmp_path):
 
 
 def two_photos(folder):
-    solid(folder / "a.png")
-    solid(folder / "b.png")
+    save_solid(folder / "a.png")
+    save_solid(folder / "b.png")
     (folder / "a.txt").write_text("a caption")
     return folder
 
 
 # --- crops and ranges -----------------------------------------------------------------------------------------------
 
-UNIT = st.floats(0, 1, exclude_max=True)
+FRACTION = st.floats(0, 1, exclude_max=True)
 SIZE = st.integers(1, 40)
 
 
 def coordinates(height, width):
-    """Pixels that say where they come from: (row, column, 7)."""
+    """An image whose pixels are (row, column, 7), so that a crop shows where it was taken."""
     rows, columns = np.indices((height, width))
     return np.stack([rows, columns, np.full_like(rows, 7)], axis=-1).astype(np.uint8)
 
 
-@given(SIZE, SIZE, SIZE, st.none() | st.tuples(UNIT, UNIT), st.booleans())
-def test_a_crop_is_a_square_of_neighbouring_pixels_inside_the_picture(resolution, more_h, more_w, where, flip):
+@given(SIZE, SIZE, SIZE, st.none() | st.tuples(FRACTION, FRACTION), st.booleans())
+def test_a_crop_is_a_contiguous_square_inside_the_image(resolution, more_h, more_w, offset, flip):
     pixels = coordinates(resolution + more_h - 1, resolution + more_w - 1)
-    crop = square(pixels, resolution, where, flip)
+    crop = crop_to_square(pixels, resolution, offset, flip)
     assert crop.shape == (resolution, resolution, 3) and crop.dtype == np.uint8 and crop.flags.c_contiguous
     top, left = crop[0, 0, 0], crop[0].min(axis=0)[1]
     expected = pixels[top:top + resolution, left:left + resolution]
@@ -476,29 +476,29 @@ def test_a_crop_is_a_square_of_neighbouring_pixels_inside_the_picture(resolution
 
 
 @given(SIZE, SIZE, SIZE)
-def test_flipping_a_flipped_crop_gives_the_crop(resolution, more_h, more_w):
+def test_flipping_a_crop_twice_gives_the_crop(resolution, more_h, more_w):
     pixels = coordinates(resolution + more_h, resolution + more_w)
-    crop = square(pixels, resolution, (0.3, 0.9), False)
-    flipped = square(pixels, resolution, (0.3, 0.9), True)
-    assert (square(flipped, resolution, None, True) == crop).all()
+    crop = crop_to_square(pixels, resolution, (0.3, 0.9), False)
+    flipped = crop_to_square(pixels, resolution, (0.3, 0.9), True)
+    assert (crop_to_square(flipped, resolution, None, True) == crop).all()
     assert (flipped[:, 0] == crop[:, -1]).all()
 
 
-def test_the_crop_reaches_every_position_and_the_first_fraction_is_vertical():
+def test_crops_reach_every_position_and_the_first_fraction_is_vertical():
     pixels = coordinates(10, 13)
-    tops = {int(square(pixels, 8, (u, 0.0), False)[0, 0, 0]) for u in np.arange(0, 1, 0.01)}
-    lefts = {int(square(pixels, 8, (0.0, v), False)[0, 0, 1]) for v in np.arange(0, 1, 0.01)}
+    tops = {int(crop_to_square(pixels, 8, (u, 0.0), False)[0, 0, 0]) for u in np.arange(0, 1, 0.01)}
+    lefts = {int(crop_to_square(pixels, 8, (0.0, v), False)[0, 0, 1]) for v in np.arange(0, 1, 0.01)}
     assert (tops, lefts) == ({0, 1, 2}, {0, 1, 2, 3, 4, 5})
-    assert tuple(square(pixels, 8, (1 - 2**-53, 1 - 2**-53), False)[0, 0, :2]) == (2, 5)
+    assert tuple(crop_to_square(pixels, 8, (1 - 2**-53, 1 - 2**-53), False)[0, 0, :2]) == (2, 5)
 
 
 def test_the_centre_crop_is_centred():
-    assert tuple(square(coordinates(8, 20), 8, None, False)[0, 0, :2]) == (0, 6)
+    assert tuple(crop_to_square(coordinates(8, 20), 8, None, False)[0, 0, :2]) == (0, 6)
 
 
 def test_a_crop_is_a_copy():
     pixels = coordinates(8, 8)
-    square(pixels, 8, None, False)[:] = 0
+    crop_to_square(pixels, 8, None, False)[:] = 0
     assert (pixels == coordinates(8, 8)).all()
 
 
@@ -511,9 +511,9 @@ def test_the_model_range_is_minus_one_to_one_channels_first():
     assert (tensor[0] == -1).all() and (tensor[1] == 1).all() and tensor[2] == pytest.approx(-0.6)
 
 
-def test_importing_photos_loads_neither_torch_numpy_pillow_nor_hydra():
+def test_importing_photos_does_not_import_torch_numpy_pillow_or_hydra():
     code = ("import sys, dreambooth.data.photos; "
             "print({'torch', 'numpy', 'PIL', 'hydra', 'omegaconf'} & set(sys.modules))")
-    ran = subprocess.run([sys.executable, "-c", code], cwd=Path(photos.__file__).parents[2],
-                         capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "set()"
+    completed = subprocess.run([sys.executable, "-c", code], cwd=Path(photos.__file__).parents[2],
+                               capture_output=True, text=True, check=True)
+    assert completed.stdout.strip() == "set()"
