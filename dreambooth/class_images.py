@@ -1,7 +1,7 @@
-"""The door `python -m dreambooth.class_images`: the class images of a run, from the overrides that train it.
+"""Command `python -m dreambooth.class_images`: generates the class images of a run, from the run's overrides.
 
-Once for many: runs that share class prompt, base, precision and sampler find them in run_root. Nothing heavy is
-imported here.
+Several runs can share them: runs with the same class prompt, base model, precision and sampler find them in run_root.
+Torch is imported only when the job runs, so that --help is fast.
 """
 
 import sys
@@ -14,38 +14,36 @@ from dreambooth import cli
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.config.schema import Config
 from dreambooth.runs import identity
-from dreambooth.train import converted
-
-NOWHERE = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+from dreambooth.train import convert_single_files
 
 identity.register_resolver()
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def class_images(cfg: DictConfig) -> None:
-    """One call: makes what is missing."""
-    cli.attempt(lambda: _job(load(cfg)), sweep=False)
+    """Generate the class images that are missing."""
+    cli.run_job(lambda: _job(load(cfg)), sweep=False)
 
 
 def _job(config: Config) -> None:
     from dreambooth.config.recipe import resolve
     from dreambooth.storage import run_inputs
-    from dreambooth.utils.hardware import detect
-    from dreambooth.utils.signals import stoppable
+    from dreambooth.utils.hardware import detect_machine
+    from dreambooth.utils.signals import catch_stop_signals
 
-    cli.allocator(config.memory)
-    recipe = resolve(converted(run_inputs.fetched(config, None)), Path(config.run_root), detect())
-    with stoppable() as stop:
-        from dreambooth.training.setup import class_images_alone
+    cli.configure_allocator(config.memory)
+    recipe = resolve(convert_single_files(run_inputs.fetch_inputs(config, None)), Path(config.run_root), detect_machine())
+    with catch_stop_signals() as stop:
+        from dreambooth.training.setup import make_class_images
 
-        class_images_alone(recipe, stop)
+        make_class_images(recipe, stop)
 
 
 def main() -> None:
-    """`python -m dreambooth.class_images`."""
-    sys.argv[1:] += NOWHERE
+    """Entry point of `python -m dreambooth.class_images`."""
+    sys.argv[1:] += cli.NO_RUN_FOLDER
     class_images()
-    cli.leave()
+    cli.exit_process()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The door `python -m dreambooth.evaluate`: measures what a run has made. Nothing heavy is imported here."""
+"""Command `python -m dreambooth.evaluate`: generates evaluation images with the model of a run, and scores them.
+
+Torch is imported only when the job runs, so that --help is fast.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +20,8 @@ from dreambooth.errors import UserError
 
 
 @dataclass
-class Ask(Section):
-    """What to measure; see conf/evaluate.yaml. None: as the run has it."""
+class EvaluateOptions(Section):
+    """Which run to evaluate, and how; conf/evaluate.yaml explains each key. None: the value of the run."""
 
     run: str | None = None
     encoder: EncoderKind | None = None
@@ -33,42 +36,46 @@ class Ask(Section):
     offline: bool | None = None
 
 
-ConfigStore.instance().store(name="evaluate_schema", node=Ask, provider="dreambooth")
+ConfigStore.instance().store(name="evaluate_schema", node=EvaluateOptions, provider="dreambooth")
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="evaluate")
 def evaluate(cfg: DictConfig) -> None:
-    """One call: measures a run, writes its evaluation.json."""
-    cli.attempt(lambda: _job(cfg), sweep=False)
+    """Evaluate a run, and write its evaluation.json."""
+    cli.run_job(lambda: _job(cfg), sweep=False)
 
 
 def _job(cfg: DictConfig) -> None:
-    asked = {str(key): value for key, value in cfg.items() if key != "run" and value is not None}
+    options = {str(key): value for key, value in cfg.items() if key != "run" and value is not None}
     if cfg.run is None:
-        raise UserError("the run is missing: type run=runs/NAME, a folder that python -m dreambooth.train made")
+        raise UserError("the run is missing: type run=runs/NAME, a folder that python -m dreambooth.train wrote")
     from dreambooth.storage import run_inputs
 
-    run = Path(run_inputs.local(cfg.run) or "")
-    config = load(composed(run, asked))
+    run = Path(run_inputs.download_if_remote(cfg.run) or "")
+    config = load(compose_from_run(run, options))
     from dreambooth.config.recipe import resolve
-    from dreambooth.evaluation.evaluate_run import assess
-    from dreambooth.utils.hardware import detect
+    from dreambooth.evaluation.evaluate_run import evaluate_run
+    from dreambooth.utils.hardware import detect_machine
 
-    assess(resolve(run_inputs.fetched(config, run), run, detect()))
+    evaluate_run(resolve(run_inputs.fetch_inputs(config, run), run, detect_machine()))
 
 
-def composed(run: Path, asked: dict[str, object]) -> DictConfig:
-    """The run's own configuration, from Hydra's record in its folder, with what is asked for in `evaluate`.
+def compose_from_run(run: Path, options: dict[str, object]) -> DictConfig:
+    """The configuration of a run, as Hydra recorded it in the run's folder, with other values in the group evaluate.
+
+    Args:
+        run: folder of the run.
+        options: the other values.
 
     Raises:
-        UserError: it is no run, or its record cannot be read.
+        UserError: there is no run in the folder, or its record cannot be read.
     """
     record = run / ".hydra" / "config.yaml"
     if not (run / "run.json").is_file() or not record.is_file():
-        raise UserError(f"there is no run in {run}: type run=runs/NAME, a folder that python -m dreambooth.train made")
+        raise UserError(f"there is no run in {run}: type run=runs/NAME, a folder that python -m dreambooth.train wrote")
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(record), {"evaluate": {
-            **asked, "select": None, "every": None, "objective": "instance_loss"}})
+            **options, "select": None, "every": None, "objective": "instance_loss"}})
     except (OSError, OmegaConfBaseException) as error:
         raise UserError(f"the record of the run in {record} cannot be read ({str(error).splitlines()[0]}): "
                         "repeat the run's command, then type this again") from error
@@ -79,7 +86,7 @@ def composed(run: Path, asked: dict[str, object]) -> DictConfig:
 def main() -> None:
     """Console script `dreambooth-evaluate`."""
     evaluate()
-    cli.leave()
+    cli.exit_process()
 
 
 if __name__ == "__main__":

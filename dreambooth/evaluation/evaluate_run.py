@@ -1,4 +1,4 @@
-"""Measures what a finished run has made, beside what its base makes of the same prompts and seeds."""
+"""Evaluation of a finished run and of its base model, with the same prompts and seeds (`dreambooth.evaluate`)."""
 
 import json
 from dataclasses import replace
@@ -8,48 +8,50 @@ import torch
 
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
-from dreambooth.evaluation.evaluator import Evaluation, Judge
+from dreambooth.evaluation.evaluator import Evaluator, Scorer
 from dreambooth.models import loading, lora
 from dreambooth.models.pipeline import build_pipeline
-from dreambooth.runs.report import measures
+from dreambooth.runs.report import score_table
 from dreambooth.runs.run_folder import locked
-from dreambooth.runtime.engine import accelerated
+from dreambooth.runtime.engine import create_engine
 from dreambooth.serialization import lora_files
-from dreambooth.tracking.run_tracker import tracked
+from dreambooth.tracking.run_tracker import track_run
 from dreambooth.utils.console import Console
 
 
-def assess(recipe: Recipe) -> dict[str, float]:
-    """Draw, score, log, and show the scores; what was measured before, in the run or here, is not drawn again.
+def evaluate_run(recipe: Recipe) -> dict[str, float]:
+    """Generate and score images of the run, track the scores and print them. Returns the scores.
+
+    A step that was evaluated before, by the run or by this command, is not evaluated again.
 
     Raises:
-        UserError: the run is not finished, or nothing is to measure with.
+        UserError: the run is not finished, or has no encoder.
     """
     if not recipe.evaluate.encoders:
         raise UserError("the run has evaluate.encoder=none: type encoder=efficientnet_lite0, or encoder=paper")
     step = _exported_step(recipe.run_dir)
     loading.import_libraries()
-    engine, _ = accelerated(recipe.device, recipe.precision.dtype, recipe.precision.tf32)
-    console, judge = Console(), Judge(recipe)
-    with locked(recipe.run_dir), tracked(recipe, main=True, trains=False) as tracker:
-        evaluation = Evaluation(recipe, judge, tracker, engine.device)
-        missing = [number for number in (0, step) if number not in evaluation.scores()]
-        with console.bar("pictures", evaluation.count * len(missing)) as bar:
-            for number, parts_of in ((0, _base), (step, _own)):
-                pipeline = build_pipeline(parts_of(recipe, engine.device)) if number in missing else None
-                evaluation.measure(number, pipeline, engine.autocast, tick=bar.tick)
-        scores = evaluation.scores()
-    console.table(measures(scores[step], scores[0], recipe))
-    console.say(f"pictures and scores in {evaluation.folder}")
+    engine, _ = create_engine(recipe.device, recipe.precision.dtype, recipe.precision.tf32)
+    console, scorer = Console(), Scorer(recipe)
+    with locked(recipe.run_dir), track_run(recipe, main=True, update_status=False) as tracker:
+        evaluator = Evaluator(recipe, scorer, tracker, engine.device)
+        missing = [number for number in (0, step) if number not in evaluator.scores()]
+        with console.bar("images", evaluator.num_images * len(missing)) as bar:
+            for number, load_parts in ((0, _load_base), (step, _load_trained)):
+                pipeline = build_pipeline(load_parts(recipe, engine.device)) if number in missing else None
+                evaluator.evaluate(number, pipeline, engine.autocast, tick=bar.tick)
+        scores = evaluator.scores()
+    console.table(score_table(scores[step], scores[0], recipe))
+    console.say(f"images and scores in {evaluator.folder}")
     return scores[step]
 
 
-def _base(recipe: Recipe, device: torch.device) -> loading.Components:
+def _load_base(recipe: Recipe, device: torch.device) -> loading.Components:
     return loading.load(recipe, device)
 
 
-def _own(recipe: Recipe, device: torch.device) -> loading.Components:
-    """The run's model in place of the base, or its adapter beside it as it was in training."""
+def _load_trained(recipe: Recipe, device: torch.device) -> loading.Components:
+    """The exported model of the run: a whole model, or the base with the run's adapter attached as in training."""
     folder = recipe.run_dir / "model"
     if (folder / "model_index.json").is_file():
         return loading.load(replace(

@@ -1,7 +1,7 @@
-"""LPIPS (Zhang et al. 2018, arXiv:1801.03924), version 0.1 on AlexNet: how different two pictures look.
+"""LPIPS (Zhang et al. 2018, arXiv:1801.03924), version 0.1 on AlexNet: how different two images look.
 
-The weights are not shipped. A safetensors file of them, keys as in `lpips.LPIPS(net="alex").state_dict()` of the
-authors' package, is made once where that package works: docs/evaluate.md shows how.
+The weights are not shipped. docs/evaluate.md shows how to write them to a safetensors file with the authors' package;
+its keys are those of `lpips.LPIPS(net="alex").state_dict()`.
 """
 
 from pathlib import Path
@@ -17,33 +17,34 @@ from dreambooth.errors import UserError
 from dreambooth.evaluation import metrics
 
 CHANNELS = (64, 192, 384, 256, 256)
-# place in AlexNet's features, channels in, kernel, stride, padding, whether a max-pooling comes before
+# Index in AlexNet's `features`, input channels, kernel, stride, padding, whether max-pooling comes before.
 _LAYERS = ((0, 3, 11, 4, 2, False), (3, 64, 5, 1, 2, True), (6, 192, 3, 1, 1, True), (8, 384, 3, 1, 1, False),
            (10, 256, 3, 1, 1, False))
-_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's mean and spread for pixels in [-1, 1]
+# Mean and standard deviation of ImageNet for pixels in [-1, 1].
+_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 class Lpips(nn.Module):
-    """Distances between pictures, each (N, 3, H, W) in [0, 1]."""
+    """Distances between images (N, 3, H, W) in [0, 1]."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
-        for number, (place, *_) in enumerate(_LAYERS):
-            layer = f"net.slice{number + 1}.{place}"
+        for number, (index, *_) in enumerate(_LAYERS):
+            layer = f"net.slice{number + 1}.{index}"
             self.register_buffer(f"kernel{number}", weights[f"{layer}.weight"])
             self.register_buffer(f"bias{number}", weights[f"{layer}.bias"])
             self.register_buffer(f"linear{number}", weights[f"lin{number}.model.1.weight"].flatten())
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read the weights from a safetensors file.
+        """Load the weights from a safetensors file.
 
         Raises:
             UserError: there is no such file, or it does not hold LPIPS on AlexNet.
         """
         try:
             weights = load_file(path)
-            wrong = [key for key, shape in shapes().items() if key not in weights or weights[key].shape != shape]
+            wrong = [key for key, shape in weight_shapes().items() if key not in weights or weights[key].shape != shape]
         except (OSError, SafetensorError) as error:
             raise UserError(f"LPIPS weights could not be read from {path} ({error}): "
                             "type evaluate.lpips=FILE.safetensors, or evaluate.lpips=null") from error
@@ -54,32 +55,32 @@ class Lpips(nn.Module):
 
     @torch.no_grad()
     def distances(self, pixels: Tensor) -> Tensor:
-        """The distance between every two of N pictures: a table (N, N), on the CPU."""
+        """The distance between every two of N images: a matrix (N, N), on the CPU."""
         features = self.features(pixels.to(next(self.buffers()).device))
-        table = torch.zeros(len(pixels), len(pixels), dtype=torch.float64)
+        matrix = torch.zeros(len(pixels), len(pixels), dtype=torch.float64)
         weights = [getattr(self, f"linear{number}") for number in range(len(_LAYERS))]
         for row in range(len(pixels) - 1):
-            one = [layer[row:row + 1].expand(len(pixels) - row - 1, -1, -1, -1) for layer in features]
-            table[row, row + 1:] = metrics.lpips(one, [layer[row + 1:] for layer in features], weights).cpu()
-        return table + table.T
+            image = [layer[row:row + 1].expand(len(pixels) - row - 1, -1, -1, -1) for layer in features]
+            matrix[row, row + 1:] = metrics.lpips(image, [layer[row + 1:] for layer in features], weights).cpu()
+        return matrix + matrix.T
 
     def features(self, pixels: Tensor) -> list[Tensor]:
-        """What AlexNet's five convolutions make of pictures, after their ReLU: (N, C, h, w) each."""
+        """The outputs of AlexNet's five convolutions after their ReLU, (N, C, h, w) each."""
         shift, scale = (torch.tensor(values).to(pixels).view(1, 3, 1, 1) for values in (_SHIFT, _SCALE))
         x = (2 * pixels - 1 - shift) / scale
-        found = []
+        features = []
         for number, (_, _, _, stride, padding, pooled) in enumerate(_LAYERS):
             x = max_pool2d(x, 3, 2) if pooled else x
             x = relu(conv2d(x, getattr(self, f"kernel{number}"), getattr(self, f"bias{number}"), stride, padding))
-            found.append(x)
-        return found
+            features.append(x)
+        return features
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
-    """Every tensor that a weight file must hold."""
-    found: dict[str, tuple[int, ...]] = {}
-    for number, (place, before, kernel, *_) in enumerate(_LAYERS):
-        layer, channels = f"net.slice{number + 1}.{place}", CHANNELS[number]
-        found |= {f"{layer}.weight": (channels, before, kernel, kernel), f"{layer}.bias": (channels,),
-                  f"lin{number}.model.1.weight": (1, channels, 1, 1)}
-    return found
+def weight_shapes() -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the tensors in a weight file."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for number, (index, inputs, kernel, *_) in enumerate(_LAYERS):
+        layer, channels = f"net.slice{number + 1}.{index}", CHANNELS[number]
+        shapes |= {f"{layer}.weight": (channels, inputs, kernel, kernel), f"{layer}.bias": (channels,),
+                   f"lin{number}.model.1.weight": (1, channels, 1, 1)}
+    return shapes

@@ -7,8 +7,8 @@ Ruiz et al. 2023, arXiv:2208.12242, sections 4.1 (evaluation metrics) and 4.3 (a
     PRES          mean_similarity(class images, real)   collapse of the class onto the subject, lower is better
     DIV           mean_distance(LPIPS within a prompt)  diversity, higher is better
 
-Which encoder made an embedding is not known here: a measure gets its name where its encoder is known (scoring.py).
-Embeddings need not be normalised. Numbers are computed in fp64; every result is a 0-d fp64 tensor.
+These functions do not know which encoder made an embedding; scoring.py does, and names the measures. Embeddings need
+not be normalised. All is computed in fp64, and every measure is a 0-d fp64 tensor.
 """
 
 from collections.abc import Sequence
@@ -19,75 +19,75 @@ from torch.nn.functional import normalize
 
 
 def mean_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Mean cosine over all pairs of a row of `a` (N, D) and a row of `b` (M, D), in [-1, 1].
+    """Mean cosine similarity over all pairs of a row of `a` (N, D) and a row of `b` (M, D), in [-1, 1].
 
-    With DINO embeddings of generated and real pictures of the subject this is the paper's DINO, with CLIP embeddings
-    its CLIP-I (section 4.1); with DINO embeddings of pictures of the class and real pictures of the subject, its PRES
-    (section 4.3).
+    With DINO embeddings of generated and real images of the subject this is the paper's DINO; with CLIP embeddings it
+    is CLIP-I (section 4.1). With DINO embeddings of generated images of the class and real images of the subject it is
+    PRES (section 4.3).
 
     Raises:
-        ValueError: there is no row, or the widths differ.
+        ValueError: an argument has no rows, or the widths differ.
     """
     _check(a, b)
     return (_unit(a) @ _unit(b).T).mean()
 
 
 def prompt_similarity(images: Tensor, prompts: Tensor) -> Tensor:
-    """Mean cosine of each picture (N, D) with its own prompt (N, D), in [-1, 1]: CLIP-T of section 4.1.
+    """Mean cosine similarity of each image (N, D) and its own prompt (N, D), in [-1, 1]: CLIP-T of section 4.1.
 
     Raises:
-        ValueError: not one prompt a picture.
+        ValueError: there is not one prompt per image.
     """
     _check(images, prompts)
     if len(images) != len(prompts):
-        raise ValueError(f"{len(images)} pictures and {len(prompts)} prompts do not go together")
+        raise ValueError(f"{len(images)} images and {len(prompts)} prompts do not go together")
     return (_unit(images) * _unit(prompts)).sum(1).mean()
 
 
 def mean_distance(distances: Tensor) -> Tensor:
-    """Mean over the pairs of different pictures of a symmetric table of distances (N, N), N >= 2.
+    """Mean over the pairs of different images of a symmetric matrix of distances (N, N), N >= 2.
 
-    With LPIPS distances between pictures of the subject from the same prompt it is DIV of section 4.3. (The paper says
-    "average LPIPS cosine similarity"; LPIPS is a distance and its table counts more as more diverse, as here.)
+    With LPIPS distances between images of the subject from one prompt it is DIV of section 4.3. The paper calls it
+    "average LPIPS cosine similarity", but LPIPS is a distance, and higher means more diverse in its table, as here.
 
     Raises:
-        ValueError: the table is not square, or there is no pair.
+        ValueError: the matrix is not square, or there is no pair.
     """
     if distances.ndim != 2 or distances.shape[0] != distances.shape[1] or len(distances) < 2:
-        raise ValueError(f"a square table of at least two pictures is needed, not {tuple(distances.shape)}")
+        raise ValueError(f"a square matrix of at least two images is needed, not {tuple(distances.shape)}")
     rows, columns = torch.triu_indices(len(distances), len(distances), offset=1)
     return distances.double()[rows, columns].mean()
 
 
 def cosine_distances(embeddings: Tensor) -> Tensor:
-    """1 - cosine between every two rows of (N, D): a table (N, N) in [0, 2], for `mean_distance`.
+    """1 - cosine similarity of every two rows of (N, D): a matrix (N, N) in [0, 2], for `mean_distance`.
 
-    Not LPIPS, hence not the paper's DIV: what diversity is measured by where LPIPS weights are missing.
+    This is how diversity is measured without LPIPS weights. It is not the paper's DIV.
     """
     unit = _unit(embeddings)
     return 1 - unit @ unit.T
 
 
 def class_drift(now: Tensor, base: Tensor) -> Tensor:
-    """1 - cosine between the mean directions of pictures of the class now (N, D) and before training (M, D).
+    """1 - cosine similarity of the mean directions of class images now (N, D) and before training (M, D).
 
-    0: the class looks as it did; in [0, 2], lower is better. Ours, not the paper's: unlike PRES it needs no photo of
-    the subject, and also sees a drift that does not go towards it.
+    It is in [0, 2] and lower is better; 0 means that the class looks as before. This measure is not from the paper.
+    Unlike PRES it needs no photo of the subject, and it also detects a drift that is not towards the subject.
 
     Raises:
-        ValueError: there is no row, or the widths differ.
+        ValueError: an argument has no rows, or the widths differ.
     """
     _check(now, base)
     return (1 - normalize(_unit(now).mean(0), dim=0) @ normalize(_unit(base).mean(0), dim=0)).clamp(min=0)
 
 
 def lpips(first: Sequence[Tensor], second: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """LPIPS distance of N pairs of pictures, (N,), 0 for equal ones (Zhang et al. 2018, arXiv:1801.03924, equation 1).
+    """LPIPS distance of N pairs of images, (N,), 0 for equal ones (Zhang et al. 2018, arXiv:1801.03924, equation 1).
 
-        d(x, y) = sum over layers l of  mean over places (h, w) of  w_l . (x_l / |x_l| - y_l / |y_l|)^2
+        d(x, y) = sum over layers l of  mean over positions (h, w) of  w_l . (x_l / |x_l| - y_l / |y_l|)^2
 
     Args:
-        first, second: the features of each layer, (N, C_l, H_l, W_l), of the first and the second pictures.
+        first, second: the features of each layer, (N, C_l, H_l, W_l), of the first and the second images.
         weights: w_l of each layer, (C_l,), not negative.
     """
     return torch.stack([
@@ -96,10 +96,11 @@ def lpips(first: Sequence[Tensor], second: Sequence[Tensor], weights: Sequence[T
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    """Along dimension 1 to length 1, in fp64."""
+    """Normalise along dimension 1 to length 1, in fp64."""
     return normalize(vectors.double(), dim=1, eps=1e-10)
 
 
 def _check(a: Tensor, b: Tensor) -> None:
     if a.ndim != 2 or b.ndim != 2 or not len(a) or not len(b) or a.shape[1] != b.shape[1]:
-        raise ValueError(f"two tables of embeddings of equal width are needed, not {tuple(a.shape)}, {tuple(b.shape)}")
+        raise ValueError(
+            f"two matrices of embeddings of equal width are needed, not {tuple(a.shape)} and {tuple(b.shape)}")

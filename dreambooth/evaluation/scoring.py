@@ -1,4 +1,4 @@
-"""Pictures -> measures: what a run, the door `evaluate` and a proof call to score pictures."""
+"""Scoring of images: from images, prompts and encoders to named measures. For runs, the evaluate command and tools."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,76 +7,77 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreambooth.config.evaluate import name
+from dreambooth.config.evaluate import measure_name
 from dreambooth.evaluation import metrics
 from dreambooth.evaluation.encoders import Encoder
 from dreambooth.evaluation.lpips import Lpips
 
-Pictures = Sequence[Image.Image]
+Images = Sequence[Image.Image]
 
 
 def score(
-    reference: Pictures, generated: Mapping[str, Pictures], encoders: Sequence[Encoder], *,
-    class_images: Pictures = (), base_class_images: Pictures = (), lpips: Lpips | None = None,
+    reference: Images, generated: Mapping[str, Images], encoders: Sequence[Encoder], *,
+    class_images: Images = (), base_class_images: Images = (), lpips: Lpips | None = None,
 ) -> dict[str, float]:
-    """Measure pictures of a subject; names and definitions are in measures.py and metrics.py.
+    """Measure images of a subject. config/evaluate.py has the names of the measures and metrics.py their definitions.
 
     Args:
-        reference: real pictures of the subject.
-        generated: prompt -> pictures of the subject made from it; the prompt in words that an encoder can know, that
-            is with "toy" for "zwx toy". Two or more pictures a prompt for diversity.
-        encoders: from encoders.open_encoder, on the device that is to compute.
-        class_images: pictures made from the class prompt, without the subject's word; none: class measures left out.
-        base_class_images: the same prompt and seeds before training; none: class_drift left out.
-        lpips: measures DIV; None: diversity is 1 - cosine of the encoders' embeddings, and is named so.
+        reference: real images of the subject.
+        generated: prompt -> images of the subject generated from it. The prompt is in words that an encoder knows, such
+            as "toy" for "zwx toy". Diversity needs two or more images per prompt.
+        encoders: from encoders.open_encoder, on the device that computes.
+        class_images: images generated from the class prompt, without the word of the subject; none: no class measures.
+        base_class_images: images of the same prompt and seeds before training; none: no class_drift.
+        lpips: measures DIV. Without it, diversity is measured by the cosine of the encoders' embeddings, under other
+            names.
 
     Returns:
         name -> value, such as {"dino": 0.61, ...} or {"subject_similarity_efficientnet_lite0": 0.7, ...}.
     """
-    found: dict[str, float] = {}
-    texts = [prompt for prompt, pictures in generated.items() for _ in pictures]
-    several = [pictures for pictures in generated.values() if len(pictures) > 1]
+    scores: dict[str, float] = {}
+    prompt_of_image = [prompt for prompt, images in generated.items() for _ in images]
+    groups = [images for images in generated.values() if len(images) > 1]  # for diversity
     for encoder in encoders:
-        known = _Embeddings(encoder)
-        photos, subject = known(reference), known([image for pictures in generated.values() for image in pictures])
+        embed = _CachedEmbeddings(encoder)
+        photos, subject = embed(reference), embed([image for images in generated.values() for image in images])
         values = {"subject_similarity": metrics.mean_similarity(subject, photos)}
-        if (prompts := encoder.texts(list(generated))) is not None:
-            rows = [list(generated).index(text) for text in texts]
+        if (prompts := encoder.embed_texts(list(generated))) is not None:
+            rows = [list(generated).index(prompt) for prompt in prompt_of_image]
             values["text_similarity"] = metrics.prompt_similarity(subject, prompts.cpu()[rows])
-        if several:
-            values["diversity"] = _mean([metrics.cosine_distances(known(pictures)) for pictures in several])
+        if groups:
+            values["diversity"] = _mean_diversity([metrics.cosine_distances(embed(images)) for images in groups])
         if class_images:
-            values["class_similarity"] = metrics.mean_similarity(known(class_images), photos)
+            values["class_similarity"] = metrics.mean_similarity(embed(class_images), photos)
         if class_images and base_class_images:
-            values["class_drift"] = metrics.class_drift(known(class_images), known(base_class_images))
-        found |= {name(role, encoder.name): float(value) for role, value in values.items()}
-    if lpips is not None and several:
-        found[name("diversity", "lpips")] = float(_mean(
-            [lpips.distances(to_pixels(pictures)) for pictures in several]))
-    return found
+            values["class_drift"] = metrics.class_drift(embed(class_images), embed(base_class_images))
+        scores |= {measure_name(role, encoder.name): float(value) for role, value in values.items()}
+    if lpips is not None and groups:
+        distances = [lpips.distances(to_pixels(images)) for images in groups]
+        scores[measure_name("diversity", "lpips")] = float(_mean_diversity(distances))
+    return scores
 
 
-def to_pixels(pictures: Pictures) -> Tensor:
-    """Equal RGB pictures as (N, 3, H, W), fp32 in [0, 1]."""
+def to_pixels(pictures: Images) -> Tensor:
+    """Images of equal size as a tensor (N, 3, H, W), fp32 in [0, 1]."""
     stacked = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
 
 
-class _Embeddings:
-    """Pictures through an encoder, each once."""
+class _CachedEmbeddings:
+    """Embeds images with an encoder, each image object only once."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._known: dict[int, Tensor] = {}
+        self._cache: dict[int, Tensor] = {}
 
-    def __call__(self, pictures: Pictures) -> Tensor:
-        new = [picture for picture in pictures if id(picture) not in self._known]
+    def __call__(self, images: Images) -> Tensor:
+        new = [image for image in images if id(image) not in self._cache]
         if new:
-            rows = self._encoder.images(to_pixels(new)).cpu()
-            self._known |= {id(picture): row for picture, row in zip(new, rows, strict=True)}
-        return torch.stack([self._known[id(picture)] for picture in pictures])
+            rows = self._encoder.embed_images(to_pixels(new)).cpu()
+            self._cache |= {id(image): row for image, row in zip(new, rows, strict=True)}
+        return torch.stack([self._cache[id(image)] for image in images])
 
 
-def _mean(tables: Sequence[Tensor]) -> Tensor:
-    """Mean over prompts of the mean distance within a prompt."""
-    return torch.stack([metrics.mean_distance(table) for table in tables]).mean()
+def _mean_diversity(distances: Sequence[Tensor]) -> Tensor:
+    """The mean over prompts of the mean distance between the images of a prompt."""
+    return torch.stack([metrics.mean_distance(matrix) for matrix in distances]).mean()

@@ -1,8 +1,9 @@
-"""The best weights of a run so far, by evaluate.select: `best/` in the run folder, beside the checkpoints.
+"""The best weights of a run so far, by evaluate.select: the folder `best/` of the run, beside its checkpoints.
 
-Only what is sampled and exported is kept there (the EMA where there is one), fp32, and rotation never touches it. Steps
-that evaluate.every names are candidates, and the last one; the last is never taken from here, so that a run that is
-extended later chooses as one that had all its steps from the start.
+Only the weights that are sampled and exported are saved there, in fp32: the EMA, or the trained weights if there is no
+EMA. Checkpoint rotation never removes them. Candidates are the steps that evaluate.every names, and the last step. The
+last step is exported from memory, never from this folder, so a run that is extended later selects the same step as one
+that had all its steps from the start.
 """
 
 import json
@@ -24,12 +25,19 @@ WEIGHTS, STATE = "weights.safetensors", "state.json"
 
 def best_step(scores: Mapping[int, Mapping[str, float]], weights: Mapping[str, float], every: int,
               last: int) -> int | None:
-    """The evaluated step with the greatest weighted sum, the earliest of equals; never step 0, none after `last`."""
+    """The candidate step with the greatest weighted sum of scores, and of equals the earliest; None: no candidate.
+
+    Args:
+        scores: the measures of every evaluated step.
+        weights: the weight of each measure in the sum.
+        every: evaluate.every.
+        last: candidates are up to this step, which is one itself; step 0, the base, never is.
+    """
     steps = sorted(step for step in scores if 0 < step <= last and (step % every == 0 or step == last))
     return max(steps, key=lambda step: weighted_sum(weights, scores[step]), default=None)
 
 
-def kept_step(folder: Path) -> int | None:
+def saved_step(folder: Path) -> int | None:
     """The step whose weights are in `folder`, or None."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -38,31 +46,35 @@ def kept_step(folder: Path) -> int | None:
         return None
 
 
-def keep(folder: Path, step: int, model: nn.Module) -> None:
-    """Replace what is in `folder` by the trained weights of the module as they are now.
+def save(folder: Path, step: int, model: nn.Module) -> None:
+    """Replace the contents of `folder` with the current weights of the trained module.
 
     Raises:
-        DoesNotFit: the disk is full; what was there stays.
+        DoesNotFit: the disk is full; the previous contents stay.
     """
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     try:
-        with atomic_files.write_folder(folder) as aside:
-            save_file(weights, aside / WEIGHTS)
-            state = {"step": step, "size": (aside / WEIGHTS).stat().st_size}
-            (aside / STATE).write_text(json.dumps(state), encoding="utf-8")
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a class of its own
+        with atomic_files.write_folder(folder) as temporary:
+            save_file(weights, temporary / WEIGHTS)
+            state = {"step": step, "size": (temporary / WEIGHTS).stat().st_size}
+            (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
+    except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError, which is not an OSError
         raise DoesNotFit(f"the best weights so far, of step {step}, could not be written to {folder} ({error}): "
                          "free some space and repeat the command") from error
 
 
 def needed_bytes(model: nn.Module) -> int:
-    """Disk that the kept weights take, and once more while better ones are written."""
+    """Disk space of the best weights, twice: the previous ones stay until better ones are written."""
     return 2 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @contextmanager
-def swapped_into(folder: Path, model: nn.Module, exact: bool = False) -> Iterator[None]:
-    """Let the module compute with the kept weights, or hold them exactly to be written; its own come back untouched."""
+def swap_into(folder: Path, model: nn.Module, exact: bool = False) -> Iterator[None]:
+    """Put the saved weights into the module; on exit its own weights are restored bit for bit.
+
+    Args:
+        exact: see `ema.swap_weights`.
+    """
     weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
     with swap_weights(model, weights, exact):
         yield

@@ -1,7 +1,7 @@
-"""Training state on disk: `checkpoints/step-000100/`, written atomically, rotated, resumed bit for bit.
+"""Checkpoints of the training state: `checkpoints/step-000100/`, written atomically, rotated, resumed bit for bit.
 
-No pickle: tensors are safetensors, the rest is JSON. What a checkpoint holds is listed once, in `_tensors` and
-`_numbers`; the data order and all random numbers are functions of (seed, step) and need no state.
+Tensors are stored as safetensors and the rest as JSON; there is no pickle. `_tensors` and `_numbers` list what a
+checkpoint contains. The order of the data and all random numbers are functions of (seed, step) and need no state.
 """
 
 import json
@@ -23,10 +23,10 @@ FORMAT = 1
 
 
 def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.GradScaler, keep: int) -> Path:
-    """Write the state of `state.step` completed steps, then rotate to the newest `keep`.
+    """Write a checkpoint of `state`, then remove all but the newest `keep`. Returns its folder.
 
     Args:
-        folder: the run's `checkpoints` folder.
+        folder: the `checkpoints` folder of the run.
         model: the trained module itself, unwrapped.
 
     Raises:
@@ -35,9 +35,9 @@ def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.Gr
     target = folder / f"step-{state.step:06d}"
     if not intact(target):
         try:
-            with atomic_files.write_folder(target) as aside:
-                _write(aside, state, model, scaler)
-        except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a class of its own
+            with atomic_files.write_folder(target) as temporary:
+                _write(temporary, state, model, scaler)
+        except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError, which is not an OSError
             raise DoesNotFit(f"the checkpoint of step {state.step} could not be written to {folder} "
                              f"({error}): free some space and repeat the command") from error
     rotate(folder, keep)
@@ -45,7 +45,10 @@ def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.Gr
 
 
 def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.GradScaler) -> None:
-    """Load a checkpoint into `state`. Learning rate, betas and the like stay those of `state`'s own run.
+    """Load a checkpoint into `state`. Hyperparameters such as the learning rate stay those of the current run.
+
+    Args:
+        model: the trained module itself, unwrapped.
 
     Raises:
         UserError: the checkpoint belongs to another model or optimizer, or is not readable.
@@ -58,14 +61,15 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
         if state.ema is not None:
             _load_weights(load_file(path / "ema.safetensors"), state.ema.average, path)
             state.ema.updates = numbers["ema_updates"]
-        numbers["optimizer"]["param_groups"] = _own_settings(numbers["optimizer"]["param_groups"], state.optimizer)
+        groups = _use_current_hyperparameters(numbers["optimizer"]["param_groups"], state.optimizer)
+        numbers["optimizer"]["param_groups"] = groups
         state.optimizer.load_state_dict(
             _unflatten(load_file(path / "optimizer.safetensors"), numbers["optimizer"]))
-        _laid_out(state.optimizer)
+        _match_strides(state.optimizer)
         if isinstance(state.optimizer, StreamingOptimizer):
             state.optimizer.sync_weights()
-        _go_on(state, numbers["schedule"])
-        if numbers["scaler"]:  # empty: trained without loss scaling, so that its scale begins here
+        _restore_lr_scheduler(state, numbers["schedule"])
+        if numbers["scaler"]:  # empty if the checkpoint is from a run without loss scaling; the scale then starts anew
             scaler.load_state_dict(numbers["scaler"])
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} cannot be resumed here ({error}): type checkpoint.resume=never") from error
@@ -74,7 +78,7 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
 
 
 def needed_bytes(state: TrainState, model: nn.Module, keep: int) -> int:
-    """Disk that `keep` checkpoints take, and one more while it is written: fp32 weights, EMA, two Adam moments."""
+    """Disk space of `keep` checkpoints and of one more during writing: fp32 weights, EMA and two Adam moments."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return (keep + 1) * 4 * trained * (3 + (state.ema is not None))
 
@@ -98,15 +102,15 @@ def _numbers(state: TrainState, scaler: torch.amp.GradScaler) -> dict[str, Any]:
     return {
         "format": FORMAT, "step": state.step, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row,
         "ema_updates": state.ema.updates if state.ema is not None else 0,
-        "schedule": state.schedule.state_dict(), "scaler": scaler.state_dict(),
+        "schedule": state.lr_scheduler.state_dict(), "scaler": scaler.state_dict(),
     }
 
 
 def _flatten(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by 'parameter.name', and the rest as JSON.
+    """Split an optimizer's state into tensors, by 'parameter.name', and the rest, which becomes JSON.
 
-    bitsandbytes puts part of a parameter's state into a dict of its own, and reads it back without; its table of 8-bit
-    values is one tensor for all parameters, which safetensors does not take.
+    bitsandbytes nests part of a parameter's state in a dict, and also reads it without the nesting. Its table of 8-bit
+    values is one tensor shared by all parameters. safetensors does not write shared tensors, so copies are made.
     """
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {"param_groups": state_dict["param_groups"], "state": {}}
@@ -116,15 +120,16 @@ def _flatten(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
         outer = [item for item in entries.items() if not isinstance(item[1], dict)]
         for name, value in outer + inner:
             if isinstance(value, Tensor):
-                place = value.untyped_storage()._cdata
-                tensors[f"{index}.{name}"] = value.detach().clone() if place in seen else value.detach().contiguous()
-                seen.add(place)
+                storage = value.untyped_storage()._cdata
+                tensors[f"{index}.{name}"] = value.detach().clone() if storage in seen else value.detach().contiguous()
+                seen.add(storage)
             else:
                 rest["state"].setdefault(str(index), {})[name] = value
     return tensors, rest
 
 
 def _unflatten(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    """The reverse of `_flatten`."""
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in rest["state"].items()}
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
@@ -132,27 +137,31 @@ def _unflatten(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, An
     return {"param_groups": rest["param_groups"], "state": state}
 
 
-def _own_settings(saved: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The saved groups' parameters with the settings that this run was given."""
-    own = [hyperparameters(group) for group in optimizer.param_groups]
-    if [group.keys() - {"params"} for group in saved] != [group.keys() for group in own]:
+def _use_current_hyperparameters(saved: list[dict[str, Any]],
+                                 optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The saved parameter groups with the hyperparameters of the current run."""
+    current = [hyperparameters(group) for group in optimizer.param_groups]
+    if [group.keys() - {"params"} for group in saved] != [group.keys() for group in current]:
         raise ValueError("it was trained with another optimizer")
-    return [group | {"params": kept["params"]} for group, kept in zip(own, saved, strict=True)]
+    return [group | {"params": old["params"]} for group, old in zip(current, saved, strict=True)]
 
 
-def _go_on(state: TrainState, saved: dict[str, Any]) -> None:
-    """The schedule at the saved step, from this run's own learning rate."""
-    schedule: Any = state.schedule
-    schedule.load_state_dict(saved | {"base_lrs": schedule.base_lrs})
-    if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # all of diffusers' are
-        schedule._last_lr = [rate * factor(schedule.last_epoch)
-                             for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-        for group, rate in zip(state.optimizer.param_groups, schedule._last_lr, strict=True):
+def _restore_lr_scheduler(state: TrainState, saved: dict[str, Any]) -> None:
+    """Continue the learning-rate schedule at the saved step, from the learning rate of the current run."""
+    scheduler: Any = state.lr_scheduler
+    scheduler.load_state_dict(saved | {"base_lrs": scheduler.base_lrs})
+    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):  # every schedule of diffusers is one
+        scheduler._last_lr = [rate * factor(scheduler.last_epoch)
+                              for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(state.optimizer.param_groups, scheduler._last_lr, strict=True):
             group["lr"] = rate
 
 
-def _laid_out(optimizer: torch.optim.Optimizer) -> None:
-    """Files are contiguous; fused kernels walk weights and state side by side as they lie in memory."""
+def _match_strides(optimizer: torch.optim.Optimizer) -> None:
+    """Give each state tensor the strides of its parameter.
+
+    Tensors from files are contiguous, but fused kernels assume that a weight and its state have the same memory layout.
+    """
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
@@ -160,10 +169,11 @@ def _laid_out(optimizer: torch.optim.Optimizer) -> None:
 
 
 @torch.no_grad()
-def _load_weights(found: dict[str, Tensor], into: dict[str, Any], path: Path) -> None:
-    wanted = {name: t for name, t in into.items() if not isinstance(t, nn.Parameter) or t.requires_grad}
-    if other := [name for name in found.keys() | wanted.keys()
-                 if name not in found or name not in wanted or found[name].shape != wanted[name].shape]:
-        raise ValueError(f"{len(other)} weights of {path.name} do not match this model")
-    for name, tensor in found.items():
-        wanted[name].copy_(tensor)
+def _load_weights(saved: dict[str, Tensor], into: dict[str, Any], path: Path) -> None:
+    """Copy saved tensors into trained ones; ValueError if names or shapes differ."""
+    trained = {name: t for name, t in into.items() if not isinstance(t, nn.Parameter) or t.requires_grad}
+    if mismatched := [name for name in saved.keys() | trained.keys()
+                      if name not in saved or name not in trained or saved[name].shape != trained[name].shape]:
+        raise ValueError(f"{len(mismatched)} weights of {path.name} do not match this model")
+    for name, tensor in saved.items():
+        trained[name].copy_(tensor)

@@ -1,40 +1,50 @@
-"""The training loop: a generator of what happened. Logging, sampling and saving are hooks of its caller."""
+"""The training loop: a generator that yields the result of each step. Its caller logs, samples and saves."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from dreambooth.training.step import StepInfo, TrainState
 
-B = TypeVar("B")
+BatchT = TypeVar("BatchT")
 
 
 def fit(
     state: TrainState,
-    batches: Callable[[int], Sequence[B]],
-    step: Callable[[TrainState, Sequence[B]], StepInfo],
+    batches: Callable[[int], Sequence[BatchT]],
+    step: Callable[[TrainState, Sequence[BatchT]], StepInfo],
     max_train_steps: int,
-    needed: Callable[[int], bool] = lambda step: True,
+    needs_state: Callable[[int], bool] = lambda step: True,
 ) -> Iterator[StepInfo]:
-    """Train until `state.step` completed steps reach `max_train_steps`, one StepInfo a step, in order.
+    """Train until `max_train_steps` steps are completed, and yield the StepInfo of each step, in order.
 
-    A step's numbers are read one step late, so that the host gives the device its next step before it waits for the
-    last one's. Then `info.step < state.step`, and the state may hold a step that nobody has checked: it must not be
-    saved or shown.
+    A step is checked and yielded only after the next one was started, so that the device always has work while the host
+    waits for the numbers of a step. `info.step < state.step` then: the state includes a step that is not checked yet,
+    and the caller must neither save it nor show it.
+
+    Where the caller needs the state, and after the last step, the StepInfo is yielded before the next step is started.
+    Then `info.step == state.step`, and every step so far is checked.
 
     Args:
-        needed: whether somebody needs the state after a step, asked when it was computed. Its StepInfo, as that of the
-            last step, then comes at once, with `info.step == state.step` and every step up to it checked.
+        state: what is trained; each step advances it in place.
+        batches: from a number of completed steps to the micro-batches of the next step.
+        step: makes one training step.
+        max_train_steps: number of completed steps to reach; a resumed `state` begins at `state.step`.
+        needs_state: whether the caller needs the state after this step. It is called once per step, right after the
+            step was started.
 
     Raises:
-        Diverged: before the caller sees the broken step, so that nothing broken is ever saved.
+        Diverged: the loss or the gradient of a step is not finite. It is raised in place of yielding that step, so that
+            its state is never saved.
     """
-    late: StepInfo | None = None
+    pending: StepInfo | None = None  # started, but not checked yet
     while state.step < max_train_steps:
         info = step(state, batches(state.step))
-        info.send()
-        if late is not None:
-            yield late.checked()
-        late = info
-        if needed(info.step) or info.step == max_train_steps:
-            yield late.checked()
-            late = None
+        info.start_readback()
+        if pending is not None:
+            pending.check()
+            yield pending
+        pending = info
+        if needs_state(info.step) or info.step == max_train_steps:
+            pending.check()
+            yield pending
+            pending = None

@@ -1,7 +1,7 @@
-"""The DreamBooth objective as pure tensor functions: noise and timesteps are arguments.
+"""The DreamBooth loss as pure tensor functions.
 
-L = L_instance + prior_loss_weight * L_prior (Ruiz et al. 2023, arXiv:2208.12242, eq. 2), each term a mean over
-its own half of the batch, so that prior_loss_weight means the same at every batch size.
+L = L_instance + prior_loss_weight * L_prior (Ruiz et al. 2023, arXiv:2208.12242, eq. 2). Each term is a mean over its
+own half of the batch, so that prior_loss_weight means the same at every batch size.
 """
 
 from dataclasses import dataclass
@@ -23,14 +23,15 @@ def dreambooth_loss(
     prediction: Tensor, goal: Tensor, instances: int, prior_loss_weight: float, weights: Tensor | None = None,
     mask: Tensor | None = None
 ) -> Losses:
-    """The objective over a batch whose first `instances` rows are instance samples and the rest class samples.
+    """The loss of a batch whose first `instances` rows are instance samples and whose other rows are class samples.
 
     Args:
-        prediction, goal: (N, C, H, W).
-        instances: how many rows belong to the subject.
-        prior_loss_weight: lambda.
-        weights: (N,) per-sample weights for both halves, or None.
-        mask: (N, 1, H, W) in [0, 1], the share of each position that counts, or None for everything.
+        prediction: the model's prediction, (N, C, H, W).
+        goal: what it should predict, (N, C, H, W).
+        instances: number of instance rows.
+        prior_loss_weight: lambda in the paper.
+        weights: (N,) weight of each row of both halves; None: all 1.
+        mask: (N, 1, H, W) in [0, 1], weight of each position; None: all 1.
     """
     squares = (prediction - goal).square()
     errors = squares.flatten(1).mean(1) if mask is None else masked_mean(squares, mask)
@@ -44,10 +45,10 @@ def dreambooth_loss(
 
 
 def masked_mean(squares: Tensor, mask: Tensor) -> Tensor:
-    """Means (N,) of squared errors (N, C, H, W) inside the mask: sum m e / (C sum m).
+    """Means (N,) of squared errors e (N, C, H, W) inside the mask m (N, 1, H, W): sum m e / (C sum m).
 
-    A small subject counts as much as a large one. Where the mask is 0 the gradient is exactly 0; a row whose whole mask
-    is 0 (a crop that missed the subject) has loss 0.
+    A small subject counts as much as a large one. Where the mask is 0, the gradient is exactly 0. A row whose mask is 0
+    everywhere (a crop that does not contain the subject) has loss 0.
     """
     inside = squares.shape[1] * mask.flatten(1).sum(1)
     return (squares * mask).flatten(1).sum(1) / inside.clamp(min=torch.finfo(inside.dtype).tiny)

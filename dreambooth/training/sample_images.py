@@ -1,4 +1,4 @@
-"""Samples during training: the same prompts and seeds each time, from the EMA weights, as files and on a sheet."""
+"""Sample images during training, from the same prompts and seeds each time: files, a contact sheet and the tracker."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,11 +10,15 @@ from dreambooth.data.photos import Photo, crop_to_size
 from dreambooth.models.pipeline import Sampler, generate_images
 from dreambooth.tracking.tracker import Tracker
 from dreambooth.utils import atomic_files
-from dreambooth.utils.image_grid import square_columns, contact_sheet, grid, read_samples
+from dreambooth.utils.image_grid import contact_sheet, grid, read_samples, square_columns
 
 
-class SampleBook:
-    """The `samples` folder of a run: `step-000100/prompt-0-1.png`, one row a prompt, `contact_sheet.png`."""
+class SampleRecorder:
+    """Generates the samples of a run and writes them to its folder.
+
+    Files are `samples/step-000100/prompt-0-1.png` (second image of the first prompt), `grid-0.png` beside it with all
+    images of a prompt, and `contact_sheet.png` with the samples of all steps.
+    """
 
     def __init__(self, recipe: Recipe, photos: Sequence[Photo], tracker: Tracker) -> None:
         self.folder = recipe.run_dir / "samples"
@@ -22,11 +26,15 @@ class SampleBook:
         self.prompts, self.spec, side = recipe.sample_prompts, recipe.sample, recipe.model.resolution
         self.sampler = Sampler(self.spec.num_inference_steps, self.spec.guidance_scale, side)
         self.batch_size = max(self.spec.images_per_prompt, recipe.prior.sample_batch_size)
-        self.photos = [Image.fromarray(crop_to_size(photo.pixels, photo.size or (side, side), None, False)) for photo in photos]
+        self.photos = [Image.fromarray(crop_to_size(photo.pixels, photo.size or (side, side), None, False))
+                       for photo in photos]
         self.tracker = tracker
 
-    def add(self, step: int, pipeline: Any, autocast: Callable[[], Any]) -> None:
-        """Sample every prompt after `step` completed steps, unless that was done already; log and redraw the sheet."""
+    def record(self, step: int, pipeline: Any, autocast: Callable[[], Any]) -> None:
+        """Write and track the samples of every prompt after `step` completed steps, and redraw the contact sheet.
+
+        Samples that exist already are not generated again.
+        """
         target = self.folder / f"step-{step:06d}"
         if not target.is_dir():
             count = self.spec.images_per_prompt
@@ -34,18 +42,18 @@ class SampleBook:
             batches = generate_images(
                 pipeline, [prompt for prompt, _ in jobs], [seed for _, seed in jobs], self.sampler,
                 self.batch_size, autocast)
-            made = [image for batch in batches for image in batch]
-            with atomic_files.write_folder(target) as aside:
+            images = [image for batch in batches for image in batch]
+            with atomic_files.write_folder(target) as temporary:
                 for number in range(len(self.prompts)):
-                    row = made[number * count:(number + 1) * count]
+                    row = images[number * count:(number + 1) * count]
                     for i, image in enumerate(row):
-                        image.save(aside / f"prompt-{number}-{i}.png")
-                    grid(row, square_columns(count)).save(aside / f"grid-{number}.png")
+                        image.save(temporary / f"prompt-{number}-{i}.png")
+                    grid(row, square_columns(count)).save(temporary / f"grid-{number}.png")
         for number in range(len(self.prompts)):
-            self.tracker.image(step, f"samples/prompt_{number}", target / f"grid-{number}.png")
-        self._redraw()
+            self.tracker.log_image(step, f"samples/prompt_{number}", target / f"grid-{number}.png")
+        self._draw_contact_sheet()
 
-    def _redraw(self) -> None:
-        if found := read_samples(self.folder, len(self.prompts)):
-            with atomic_files.write_file(self.sheet) as aside:
-                contact_sheet(self.photos, found, self.prompts).save(aside, format="PNG")
+    def _draw_contact_sheet(self) -> None:
+        if samples := read_samples(self.folder, len(self.prompts)):
+            with atomic_files.write_file(self.sheet) as temporary:
+                contact_sheet(self.photos, samples, self.prompts).save(temporary, format="PNG")

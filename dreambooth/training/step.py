@@ -1,4 +1,4 @@
-"""One training step, and the state that it advances. `state.step` counts completed steps."""
+"""One training step, and the state that it advances. `step` always counts completed steps."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from dreambooth.data.batch import Batch
+from dreambooth.data.batches import Batch
 from dreambooth.errors import Diverged
 from dreambooth.models.noise_schedule import Schedule, add_noise, min_snr_weights, target
 from dreambooth.optim.ema import Ema
@@ -23,18 +23,22 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 @dataclass
 class TrainState:
-    """Everything that training changes. What is not here is a function of the recipe."""
+    """Everything that training changes. All else is a function of the recipe and need not be saved."""
 
-    model: nn.Module  # (latents, timesteps, text) -> prediction; perhaps wrapped for data parallel
+    model: nn.Module  # (latents, timesteps, text) -> prediction; may be wrapped for data parallel
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: Ema | None = None
-    step: int = 0
-    skipped: int = 0  # fp16 steps that the loss scaler skipped, ever
-    skipped_in_row: int = 0
+    step: int = 0  # completed steps
+    skipped: int = 0  # fp16 steps that the loss scaler skipped, in total
+    skipped_in_row: int = 0  # and without a good step since
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """The trained weights of `model`, unwrapped, by name, in the precision in which they are trained."""
+        """The trained weights by name, in the precision in which they are trained.
+
+        Args:
+            model: the trained module itself, unwrapped.
+        """
         if isinstance(self.optimizer, StreamingOptimizer):
             return self.optimizer.weights()
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -42,138 +46,146 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Objective:
-    """How a prediction is judged."""
+    """The training objective: the DreamBooth loss of a model's prediction for a noised batch."""
 
     noise_schedule: Schedule
     prior_loss_weight: float = 1.0
-    snr_gamma: float | None = None
-    split_prior: bool = False  # forward and backward of the two halves of a batch one after the other
+    snr_gamma: float | None = None  # of Min-SNR weighting; None: every timestep counts alike
+    split_prior: bool = False  # run forward and backward of the instance rows first, then those of the class rows
 
     def __call__(self, model: Callable[..., Tensor], batch: Batch) -> Losses:
-        """Noise the batch, predict, compare."""
+        """Add noise to the latents, predict, and compare the prediction with its target."""
         noisy = add_noise(batch.latents, batch.noise, batch.timesteps, self.noise_schedule)
         prediction = model(noisy, batch.timesteps, batch.text).to(batch.latents.dtype)
         goal = target(batch.latents, batch.noise, batch.timesteps, self.noise_schedule)
         weights = None if self.snr_gamma is None else min_snr_weights(
             batch.timesteps, self.snr_gamma, self.noise_schedule).to(goal.dtype)
-        return dreambooth_loss(prediction, goal, batch.instances, self.prior_loss_weight, weights, batch.mask)
+        return dreambooth_loss(prediction, goal, batch.num_instances, self.prior_loss_weight, weights, batch.mask)
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What happened in a step; `step` counts completed steps, this one included. Its tensors stay on the device."""
+    """The result of one step. Its tensors stay on the device until `numbers` is read."""
 
-    step: int
+    step: int  # completed steps, including this one
     losses: Tensor  # (3,): total, instance, prior; means over micro-batches and processes
     grad_norm: Tensor  # 0-d, before clipping
     learning_rate: float
-    images: int  # instance and class samples, all processes
+    images: int  # instance and class samples, of all processes
     with_prior: bool
-    skipped: bool  # the loss scaler skipped the optimizer
+    skipped: bool  # the loss scaler skipped the optimizer step
     skipped_in_row: int
 
-    def send(self) -> None:
-        """Begin to copy the numbers to the host: behind the work of this step, not behind that of later ones."""
-        _ = self._sent
+    def start_readback(self) -> None:
+        """Start to copy the numbers to the host. The copy waits for this step only, not for later ones."""
+        _ = self._readback
 
     @cached_property
-    def _sent(self) -> AsyncReadback:
+    def _readback(self) -> AsyncReadback:
         return AsyncReadback(torch.cat([self.losses.float(), self.grad_norm.float().view(1)]))
 
     @cached_property
     def numbers(self) -> dict[str, float]:
-        """Metrics by name, read from the device once."""
-        loss, instance, prior, norm = self._sent.read()
+        """Metrics by name. Reading them waits for the device."""
+        loss, instance, prior, norm = self._readback.read()
         metrics = {"loss": loss, "loss_instance": instance, "grad_norm": norm, "learning_rate": self.learning_rate}
         return metrics | ({"loss_prior": prior} if self.with_prior else {})
 
-    def checked(self) -> "StepInfo":
-        """Itself, once it is checked."""
-        self.check()
-        return self
-
     def check(self) -> None:
-        """Raise Diverged if this step shows that training is broken."""
-        found = self.numbers
-        if not math.isfinite(found["loss"]):
-            raise Diverged(_advice(f"the loss of step {self.step} is {found['loss']}"))
-        if not self.skipped and not math.isfinite(found["grad_norm"]):
-            raise Diverged(_advice(f"the gradient of step {self.step} is {found['grad_norm']}"))
+        """Check that the step did not break training.
+
+        Raises:
+            Diverged: the loss or the gradient is not finite, or too many steps in a row were skipped.
+        """
+        loss, norm = self.numbers["loss"], self.numbers["grad_norm"]
+        if not math.isfinite(loss):
+            raise Diverged(_divergence_message(f"the loss of step {self.step} is {loss}"))
+        if not self.skipped and not math.isfinite(norm):
+            raise Diverged(_divergence_message(f"the gradient of step {self.step} is {norm}"))
         if self.skipped_in_row >= MAX_SKIPPED_IN_A_ROW:
-            raise Diverged(_advice(f"fp16 gradients overflowed in {self.skipped_in_row} steps in a row, "
-                                   f"the last is step {self.step}"))
+            raise Diverged(_divergence_message(f"fp16 gradients overflowed in {self.skipped_in_row} steps in a row, "
+                                               f"the last is step {self.step}"))
+
+
+def _divergence_message(what: str) -> str:
+    return (f"{what}: the run diverged and was stopped; earlier checkpoints are kept. "
+            "Type a lower train.learning_rate, or precision=fp32")
 
 
 def train_step(
     state: TrainState, batches: Sequence[Batch], objective: Objective, engine: Engine, max_grad_norm: float | None
 ) -> StepInfo:
-    """Average the gradient over `batches` and over processes, clip it, step optimizer, schedule and EMA.
+    """Average the gradient over micro-batches and processes, clip it, and step optimizer, learning rate and EMA.
 
-    Nothing is read back from the device here, so the same code runs on fake tensors.
+    Nothing is read back from the device here, so that the same code runs on fake tensors.
+
+    Args:
+        state: advanced in place.
+        batches: micro-batches of equal size.
+        max_grad_norm: limit of the global gradient norm; None: no clipping.
     """
     learning_rate = state.optimizer.param_groups[0]["lr"]
-    run = partial(_accumulate, state, batches, objective, engine)
+    forward_backward = partial(_forward_backward, state, batches, objective, engine)
     if isinstance(state.optimizer, StreamingOptimizer):
-        losses, norm, taken = state.optimizer.update(run, engine, max_grad_norm, state.step)
+        losses, norm, stepped = state.optimizer.update(forward_backward, engine, max_grad_norm, state.step)
     else:
-        losses = run()
+        losses = forward_backward()
         norm = engine.clip(state.optimizer, [p for p in state.model.parameters() if p.requires_grad], max_grad_norm)
-        taken = engine.step(state.optimizer)
+        stepped = engine.step(state.optimizer)
         state.optimizer.zero_grad(set_to_none=True)
     losses = engine.all_reduce_mean(losses)
-    _advance(state, taken, engine)
+    _advance(state, stepped, engine)
     return StepInfo(
         step=state.step, losses=losses, grad_norm=norm, learning_rate=learning_rate,
-        images=sum(batch.count for batch in batches) * engine.world_size, with_prior=batches[0].with_prior,
-        skipped=not taken, skipped_in_row=state.skipped_in_row)
+        images=sum(batch.num_samples for batch in batches) * engine.world_size, with_prior=batches[0].with_prior,
+        skipped=not stepped, skipped_in_row=state.skipped_in_row)
 
 
-def _accumulate(state: TrainState, batches: Sequence[Batch], objective: Objective, engine: Engine) -> Tensor:
-    """Add up the gradients of equal micro-batches; returns the means of (total, instance, prior), shape (3,)."""
-    seen: list[Tensor] = []
+def _forward_backward(state: TrainState, batches: Sequence[Batch], objective: Objective, engine: Engine) -> Tensor:
+    """Accumulate the gradients of the micro-batches. Returns the mean losses (total, instance, prior), shape (3,)."""
+    all_losses: list[Tensor] = []
     for number, batch in enumerate(batches, start=1):
+        # Data parallel averages gradients over processes once, in the backward pass of the last micro-batch.
         with nullcontext() if number == len(batches) else engine.no_sync(state.model):
-            if (objective.split_prior and batch.with_prior) or batch.apart is not None:
-                losses = _halves(state.model, batch, objective, engine, len(batches))
+            if (objective.split_prior and batch.with_prior) or batch.class_batch is not None:
+                losses = _forward_backward_halves(state.model, batch, objective, engine, len(batches))
             else:
                 with engine.autocast():
                     losses = objective(state.model, batch)
                 engine.backward(losses.total / len(batches))
         prior = torch.zeros_like(losses.total) if losses.prior is None else losses.prior
-        seen.append(torch.stack([losses.total, losses.instance, prior]).detach())
-    return torch.stack(seen).mean(0)
+        all_losses.append(torch.stack([losses.total, losses.instance, prior]).detach())
+    return torch.stack(all_losses).mean(0)
 
 
-def _halves(model: nn.Module, batch: Batch, objective: Objective, engine: Engine, batches: int) -> Losses:
-    """Forward and backward of the instance rows, then of the class rows.
+def _forward_backward_halves(model: nn.Module, batch: Batch, objective: Objective, engine: Engine,
+                             num_batches: int) -> Losses:
+    """Forward and backward of the instance rows, then of the class rows, so that half as many activations exist.
 
-    The gradient of a sum is the sum of gradients, and a row's noise and timestep are its own: with exact numbers it is
-    that of the whole batch. In floating point the rows' terms are added in another order. With u the unit roundoff
-    (2**-24 in fp32) and n terms a sum, |difference| <= 2 n u * sum |terms| (Higham 2002, eq. 4.4, for either order).
+    The gradient of a sum is the sum of the gradients, and each row has noise and a timestep of its own, so in exact
+    arithmetic this gives the gradient of the whole batch. In floating point the terms of the rows are added in another
+    order. With unit roundoff u (2**-24 in fp32) and n terms per sum, the two results differ by at most
+    2 n u * sum |terms| (Higham 2002, eq. 4.4, applied to either order).
     """
-    of_subject, of_class = batch.halves()
+    instance_batch, class_batch = batch.halves()
     with engine.no_sync(model):
         with engine.autocast():
-            instance = objective(model, of_subject).instance
-        engine.backward(instance / batches)
+            instance = objective(model, instance_batch).instance
+        engine.backward(instance / num_batches)
     with engine.autocast():
-        prior = objective(model, of_class).instance
-    engine.backward(objective.prior_loss_weight * prior / batches)
+        prior = objective(model, class_batch).instance  # all its rows count as instance rows
+    engine.backward(objective.prior_loss_weight * prior / num_batches)
     return Losses(instance + objective.prior_loss_weight * prior, instance, prior)
 
 
-def _advance(state: TrainState, taken: bool, engine: Engine) -> None:
+def _advance(state: TrainState, stepped: bool, engine: Engine) -> None:
+    """Count the step; a skipped one advances neither the learning rate nor the EMA."""
     state.step += 1
-    if not taken:
+    if not stepped:
         state.skipped += 1
         state.skipped_in_row += 1
         return
     state.skipped_in_row = 0
-    state.schedule.step()
+    state.lr_scheduler.step()
     if state.ema is not None:
         state.ema.update(state.weights(engine.unwrap(state.model)))
-
-
-def _advice(what: str) -> str:
-    return (f"{what}: the run diverged and was stopped; earlier checkpoints are kept. "
-            "Type a lower train.learning_rate, or precision=fp32")

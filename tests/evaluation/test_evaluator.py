@@ -1,4 +1,4 @@
-"""Evaluation inside whole runs, and through the door `evaluate`: what is scored, kept, exported and returned."""
+"""Evaluation inside whole runs, and with the command `evaluate`: what is scored, stored, exported and returned."""
 
 import json
 import shutil
@@ -13,19 +13,20 @@ from safetensors.torch import load_file
 
 from dreambooth.models.text_conditioning import OneEncoder
 from dreambooth.tracking.journal import read
-from dreambooth.training.hooks import Measure
+from dreambooth.training.evaluation_hook import EvaluationHook
 from tests.support.faults import call, train
 from tests.support.runs import KILLED, assert_same, the_run
 
 SUBJECT, DRIFT = "subject_similarity_efficientnet_lite0", "class_drift_efficientnet_lite0"
 ON = ["evaluate.encoder=efficientnet_lite0", "evaluate.class_images=2", "evaluate.prompts={prompts}",
       "prior.with_prior_preservation=false", "sample.every=null"]
-WORST = ["evaluate.every=2", "evaluate.select=class_drift", "train.learning_rate=1e-3"]  # the first step drifts least
+# The first evaluated step drifts least, so it is the best one.
+SELECT_FIRST = ["evaluate.every=2", "evaluate.select=class_drift", "train.learning_rate=1e-3"]
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two prompts, to be quick."""
+    """Two prompts, for speed."""
     path = tmp_path_factory.mktemp("prompts") / "two.txt"
     path.write_text("a photo of a {subject}\na photo of a {subject} on the beach\n", encoding="utf-8")
     return path
@@ -45,10 +46,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory, on: list[str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def chosen(tmp_path_factory: pytest.TempPathFactory, on: list[str]) -> Path:
+def selected(tmp_path_factory: pytest.TempPathFactory, on: list[str]) -> Path:
     """A run that exports the step that drifted least, with MLflow."""
-    root = tmp_path_factory.mktemp("chosen")
-    assert train(root, *on, *WORST, "tracking=mlflow", "checkpoint.keep=1", log=root / "out.txt") == 0
+    root = tmp_path_factory.mktemp("selected")
+    assert train(root, *on, *SELECT_FIRST, "tracking=mlflow", "checkpoint.keep=1", log=root / "out.txt") == 0
     return the_run(root)
 
 
@@ -66,38 +67,38 @@ def result(run: Path) -> dict[str, object]:
     return json.loads((run / "result.json").read_text())  # type: ignore[no-any-return]
 
 
-def test_base_steps_between_and_the_end_are_scored(plain: Path) -> None:
+def test_the_base_intermediate_steps_and_the_last_step_are_scored(plain: Path) -> None:
     assert list(evaluation(plain)) == [0, 4, 8]
     assert evaluation(plain)[0][DRIFT] == pytest.approx(0, abs=1e-6)
     assert evaluation(plain)[8][DRIFT] > 1e-3
 
 
-def test_scores_and_scored_pictures_are_tracked(plain: Path) -> None:
+def test_scores_and_scored_images_are_tracked(plain: Path) -> None:
     scores = evaluation(plain)
     assert metric(plain, f"evaluate/{SUBJECT}") == {step: scores[step][SUBJECT] for step in scores}
     images = [(entry["key"], entry["step"]) for entry, _ in read(plain / "metrics.jsonl") if "image" in entry]
     assert set(images) == {(f"evaluate/{name}", step) for name in ("prompt_0", "prompt_1", "class") for step in scores}
 
 
-def test_scores_are_those_of_the_pictures_that_are_kept(plain: Path) -> None:
+def test_scores_are_those_of_the_stored_images(plain: Path) -> None:
     from dreambooth.data.photos import list_photos, load_photos
     from dreambooth.evaluation.encoders import open_encoder
     from dreambooth.evaluation.scoring import score
-    from dreambooth.utils.assets import asset
+    from dreambooth.utils.assets import resolve_asset
 
     [folder] = (plain / "evaluation").iterdir()
 
     def pictures(step: int, name: str) -> list[Image.Image]:
         return [Image.open(path) for path in sorted((folder / f"step-{step:06d}").glob(f"{name}-*.png"))]
 
-    photos = [Image.fromarray(p.pixels) for p in load_photos(list_photos(Path(asset("package:demo"))), "x", 64)]
+    photos = [Image.fromarray(p.pixels) for p in load_photos(list_photos(Path(resolve_asset("package:demo"))), "x", 64)]
     found = score(photos, {"a": pictures(8, "prompt-0"), "b": pictures(8, "prompt-1")},
                   [open_encoder("efficientnet_lite0")], class_images=pictures(8, "class"),
                   base_class_images=pictures(0, "class"))
     assert found == pytest.approx(evaluation(plain)[8], abs=1e-6)
 
 
-def test_without_a_choice_the_last_step_is_exported(plain: Path) -> None:
+def test_without_select_the_last_step_is_exported(plain: Path) -> None:
     assert result(plain)["exported_step"] == 8
     assert not (plain / "best").exists()
     assert exported(plain)["conv_in.weight"].equal(checkpoint(plain, 8)["unet.conv_in.weight"])
@@ -115,85 +116,85 @@ def test_evaluation_does_not_change_training(plain: Path, on: list[str], tmp_pat
     off = [item for item in on if not item.startswith("evaluate.")]
     assert train(tmp_path, *off, "evaluate.encoder=none", "checkpoint.every=4", "train.learning_rate=1e-3") == 0
     bare = the_run(tmp_path)
-    assert bare.name == plain.name, "evaluation that selects nothing changed the identity"
+    assert bare.name == plain.name, "evaluation without select changed the identity of the run"
     assert not (bare / "evaluation.json").exists()
     assert_same(bare, plain)
 
 
-def test_the_best_step_is_exported_and_survives_rotation(chosen: Path, on: list[str], tmp_path: Path) -> None:
-    """keep=1 leaves only the last checkpoint; the exported weights are those of the best step nevertheless."""
-    scores = evaluation(chosen)
+def test_the_best_step_is_exported_and_survives_rotation(selected: Path, on: list[str], tmp_path: Path) -> None:
+    """keep=1 leaves only the last checkpoint, but the exported weights are those of the best step."""
+    scores = evaluation(selected)
     best = min((step for step in scores if step), key=lambda step: scores[step][DRIFT])
     assert best != 8
-    assert (result(chosen)["step"], result(chosen)["exported_step"]) == (8, best)
-    assert [p.name for p in (chosen / "checkpoints").iterdir()] == ["step-000008"]
+    assert (result(selected)["step"], result(selected)["exported_step"]) == (8, best)
+    assert [p.name for p in (selected / "checkpoints").iterdir()] == ["step-000008"]
     assert train(tmp_path, *on, "train.learning_rate=1e-3", f"train.max_train_steps={best}") == 0
     short = the_run(tmp_path)
-    assert all(tensor.equal(exported(short)[name]) for name, tensor in exported(chosen).items())
-    assert f"after {best} steps" in (chosen / "model/README.md").read_text()
+    assert all(tensor.equal(exported(short)[name]) for name, tensor in exported(selected).items())
+    assert f"after {best} steps" in (selected / "model/README.md").read_text()
 
 
-def test_the_result_has_the_scores_of_what_is_exported(chosen: Path) -> None:
-    found, scores = result(chosen), evaluation(chosen)
+def test_the_result_has_the_scores_of_the_exported_step(selected: Path) -> None:
+    found, scores = result(selected), evaluation(selected)
     assert found["base_scores"] == scores[0]
-    kept = {key: value for key, value in found["scores"].items() if key != "instance_loss"}  # type: ignore[attr-defined]
-    assert kept == scores[found["exported_step"]]  # type: ignore[index]
+    scored = {key: value for key, value in found["scores"].items() if key != "instance_loss"}  # type: ignore[attr-defined]
+    assert scored == scores[found["exported_step"]]  # type: ignore[index]
 
 
-def test_mlflow_has_scores_pictures_and_the_exported_step(chosen: Path) -> None:
+def test_mlflow_has_scores_images_and_the_exported_step(selected: Path) -> None:
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{chosen.parent}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{selected.parent}/mlflow.db")
     [found] = client.search_runs([client.get_experiment_by_name("dreambooth").experiment_id])
     history = client.get_metric_history(found.info.run_id, f"evaluate/{SUBJECT}")
     assert {point.step: point.value for point in history} == {
-        step: pytest.approx(scores[SUBJECT]) for step, scores in evaluation(chosen).items()}
-    assert found.data.metrics["exported_step"] == result(chosen)["exported_step"]
+        step: pytest.approx(scores[SUBJECT]) for step, scores in evaluation(selected).items()}
+    assert found.data.metrics["exported_step"] == result(selected)["exported_step"]
     assert {"objective", "instance_loss"} <= found.data.metrics.keys()
     assert [item for item in client.list_artifacts(found.info.run_id, "images") if "evaluate" in item.path]
 
 
-def test_the_summary_tells_which_step_and_how_good(chosen: Path) -> None:
-    told = (chosen.parent / "out.txt").read_text()
-    assert f"step {result(chosen)['exported_step']}, the best by class_drift" in told
-    assert "lower is better" in told
+def test_the_summary_names_the_exported_step_and_its_scores(selected: Path) -> None:
+    output = (selected.parent / "out.txt").read_text()
+    assert f"step {result(selected)['exported_step']}, the best by class_drift" in output
+    assert "lower is better" in output
 
 
 @pytest.mark.parametrize("fault", ["unkept", *(pytest.param(f, marks=pytest.mark.slow) for f in ("between", "half"))])
-def test_killed_while_it_evaluates_it_comes_to_the_same_end(
-        fault: str, chosen: Path, on: list[str], tmp_path: Path) -> None:
-    assert train(tmp_path, *on, *WORST, "checkpoint.keep=1", fault=f"evaluation_{fault}") == KILLED
-    assert train(tmp_path, *on, *WORST, "checkpoint.keep=1") == 0
+def test_a_run_killed_during_evaluation_gives_the_same_result(
+        fault: str, selected: Path, on: list[str], tmp_path: Path) -> None:
+    assert train(tmp_path, *on, *SELECT_FIRST, "checkpoint.keep=1", fault=f"evaluation_{fault}") == KILLED
+    assert train(tmp_path, *on, *SELECT_FIRST, "checkpoint.keep=1") == 0
     run = the_run(tmp_path)
-    assert_same(run, chosen)
-    assert evaluation(run) == evaluation(chosen)
-    assert result(run)["exported_step"] == result(chosen)["exported_step"]
-    assert metric(run, f"evaluate/{DRIFT}") == metric(chosen, f"evaluate/{DRIFT}")
+    assert_same(run, selected)
+    assert evaluation(run) == evaluation(selected)
+    assert result(run)["exported_step"] == result(selected)["exported_step"]
+    assert metric(run, f"evaluate/{DRIFT}") == metric(selected, f"evaluate/{DRIFT}")
 
 
-def test_stopped_while_it_evaluates_it_saves_this_step_and_measures_it_later(
-        chosen: Path, on: list[str], tmp_path: Path) -> None:
-    spare = [*on, *WORST, "checkpoint.every=null", "checkpoint.keep=1"]
-    assert train(tmp_path, *spare, fault="evaluation_stopped") == 5
+def test_a_run_stopped_during_evaluation_saves_the_step_and_evaluates_it_later(
+        selected: Path, on: list[str], tmp_path: Path) -> None:
+    overrides = [*on, *SELECT_FIRST, "checkpoint.every=null", "checkpoint.keep=1"]
+    assert train(tmp_path, *overrides, fault="evaluation_stopped") == 5
     run = the_run(tmp_path)
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000004"]
     assert list(evaluation(run)) == [0, 2]
-    assert train(tmp_path, *spare) == 0
-    assert_same(run, chosen)
-    assert evaluation(run) == evaluation(chosen)
+    assert train(tmp_path, *overrides) == 0
+    assert_same(run, selected)
+    assert evaluation(run) == evaluation(selected)
 
 
 @pytest.mark.slow
-def test_more_steps_choose_as_if_they_had_been_there_from_the_start(
-        chosen: Path, on: list[str], tmp_path: Path) -> None:
-    """A run of 5 steps measures step 5, its last; extended, that is no candidate."""
-    assert train(tmp_path, *on, *WORST, "train.max_train_steps=5") == 0
-    assert train(tmp_path, *on, *WORST) == 0
-    assert_same(the_run(tmp_path), chosen)
+def test_an_extended_run_selects_the_same_step_as_an_uninterrupted_one(
+        selected: Path, on: list[str], tmp_path: Path) -> None:
+    """A run of 5 steps evaluates step 5, its last one. In the extended run that step is not a candidate."""
+    assert train(tmp_path, *on, *SELECT_FIRST, "train.max_train_steps=5") == 0
+    assert train(tmp_path, *on, *SELECT_FIRST) == 0
+    assert_same(the_run(tmp_path), selected)
 
 
 @pytest.mark.slow
-def test_evaluation_turned_on_later_still_knows_the_base(plain: Path, on: list[str], tmp_path: Path) -> None:
+def test_evaluation_enabled_later_still_measures_the_base(plain: Path, on: list[str], tmp_path: Path) -> None:
     slow = ["train.learning_rate=1e-3", "checkpoint.every=4"]
     off = [item for item in on if not item.startswith("evaluate.")]
     assert train(tmp_path, *off, *slow, "train.max_train_steps=4") == 0
@@ -204,10 +205,10 @@ def test_evaluation_turned_on_later_still_knows_the_base(plain: Path, on: list[s
     assert found[8] == pytest.approx(theirs[8], abs=1e-6)
 
 
-# -- the door -------------------------------------------------------------------------------------------------------
+# -- the command -------------------------------------------------------------------------------------------------------
 
-def test_the_door_measures_what_the_run_measured(plain: Path, tmp_path: Path) -> None:
-    """Drawn again from the exported model and from the base, and the same numbers."""
+def test_the_command_gives_the_scores_of_the_run(plain: Path, tmp_path: Path) -> None:
+    """Images are generated again from the exported model and from the base, with the same scores."""
     run = tmp_path / plain.name
     shutil.copytree(plain, run)
     shutil.rmtree(run / "evaluation")
@@ -219,7 +220,7 @@ def test_the_door_measures_what_the_run_measured(plain: Path, tmp_path: Path) ->
     assert f"{SUBJECT}  {found[8][SUBJECT]:.3f}" in log.read_text()
 
 
-def test_the_door_with_other_prompts_adds_and_replaces_nothing(plain: Path, tmp_path: Path) -> None:
+def test_the_command_with_other_prompts_adds_scores_and_replaces_none(plain: Path, tmp_path: Path) -> None:
     before = metric(plain, f"evaluate/{SUBJECT}")
     (tmp_path / "one.txt").write_text("a photo of a {subject} in the snow\n", encoding="utf-8")
     assert call("evaluate", [f"run={plain}", f"prompts={tmp_path}/one.txt"]) == 0
@@ -241,7 +242,8 @@ def test_the_door_with_other_prompts_adds_and_replaces_nothing(plain: Path, tmp_
     (["run={run}", "encoder=none"], "encoder=paper"),
     (["run={run}", "encodr=none"], "encodr"),
 ])
-def test_wrong_input_is_one_sentence(arguments: list[str], words: str, plain: Path, tmp_path: Path) -> None:
+def test_wrong_input_is_an_error_without_traceback(
+        arguments: list[str], words: str, plain: Path, tmp_path: Path) -> None:
     (tmp_path / "half").mkdir()
     log = tmp_path / "out.txt"
     assert call("evaluate", [item.format(run=plain, tmp=tmp_path) for item in arguments], log=log) == 1
@@ -249,7 +251,7 @@ def test_wrong_input_is_one_sentence(arguments: list[str], words: str, plain: Pa
     assert "Traceback" not in log.read_text()
 
 
-def test_an_unfinished_run_is_not_measured(plain: Path, tmp_path: Path) -> None:
+def test_an_unfinished_run_is_not_evaluated(plain: Path, tmp_path: Path) -> None:
     shutil.copytree(plain, tmp_path / "run")
     (tmp_path / "run/result.json").unlink()
     log = tmp_path / "out.txt"
@@ -257,20 +259,20 @@ def test_an_unfinished_run_is_not_measured(plain: Path, tmp_path: Path) -> None:
     assert "is not finished" in log.read_text()
 
 
-def test_encoders_are_looked_for_before_anything_is_trained(on: list[str], tmp_path: Path) -> None:
+def test_encoders_are_loaded_before_training(on: list[str], tmp_path: Path) -> None:
     log = tmp_path / "out.txt"
-    asked = [*on, "evaluate.encoder=dino", f"evaluate.dino={tmp_path}"]
-    assert train(tmp_path / "runs", *asked, log=log) == 1
+    overrides = [*on, "evaluate.encoder=dino", f"evaluate.dino={tmp_path}"]
+    assert train(tmp_path / "runs", *overrides, log=log) == 1
     assert "evaluate.dino=DIR" in log.read_text()
     assert not list((tmp_path / "runs").glob("demo-*")), "an empty run is left behind"
 
 
 @pytest.mark.slow
-def test_a_run_that_overfits_shows_it_and_does_not_export_its_last_step(tmp_path: Path) -> None:
+def test_evaluation_detects_overfitting_and_exports_an_earlier_step(tmp_path: Path) -> None:
     """`experiment=overfit_demo`, shortened: similarity of class and photos (PRES) and drift rise, diversity falls."""
-    asked = ["experiment=overfit_demo", f"run_root={tmp_path}", "hardware=cpu", "tracking=none",
-             "train.max_train_steps=120"]
-    assert call("train", asked) == 0
+    overrides = ["experiment=overfit_demo", f"run_root={tmp_path}", "hardware=cpu", "tracking=none",
+                 "train.max_train_steps=120"]
+    assert call("train", overrides) == 0
     run = the_run(tmp_path)
     curve = evaluation(run)
     pres = [curve[step]["class_similarity_efficientnet_lite0"] for step in (0, 40, 80, 120)]
@@ -281,34 +283,34 @@ def test_a_run_that_overfits_shows_it_and_does_not_export_its_last_step(tmp_path
     assert result(run)["exported_step"] == 40
 
 
-class _Card:
-    """An evaluation that writes down what is measured, on something that looks like a card."""
+class _FakeEvaluator:
+    """An Evaluator that only records which steps are evaluated."""
 
     def __init__(self, scored: dict[int, dict[str, float]]) -> None:
-        self.scored, self.asked = scored, []
+        self.scored, self.calls = scored, []
 
     def scores(self) -> dict[int, dict[str, float]]:
         return self.scored
 
-    def measure(self, step: int, pipeline: object, *_: object) -> dict[str, float]:
-        self.asked.append((step, pipeline))
+    def evaluate(self, step: int, pipeline: object, *_: object) -> dict[str, float]:
+        self.calls.append((step, pipeline))
         return {}
 
 
-def beginning(kind: str, step: int) -> list[tuple[int, object]]:
-    """(step, pipeline) of what a run that begins with `step` on a device of this kind measures before it trains."""
-    noted = _Card({})
+def evaluated_before_training(device: str, step: int) -> list[tuple[int, object]]:
+    """(step, pipeline) of the evaluations of a run before its first step, if it continues after `step`."""
+    evaluator = _FakeEvaluator({})
     setup = SimpleNamespace(state=SimpleNamespace(step=step, ema=None), pipeline="live", trained=None,
-                            idle=SimpleNamespace(present=nullcontext))
-    Measure(
-        evaluation=noted, setup=setup, engine=SimpleNamespace(device=torch.device(kind), autocast=nullcontext),
+                            idle=SimpleNamespace(on_device=nullcontext))
+    EvaluationHook(
+        evaluator=evaluator, setup=setup, engine=SimpleNamespace(device=torch.device(device), autocast=nullcontext),
         meter=SimpleNamespace(phase=lambda name: nullcontext()),
         recipe=SimpleNamespace(evaluate=SimpleNamespace(every=None), train=SimpleNamespace(max_train_steps=8)),
-        stop=SimpleNamespace(requested=None)).begin()
-    return noted.asked
+        stop=SimpleNamespace(signal_name=None)).before_training()
+    return evaluator.calls
 
 
-class _Halves(torch.nn.Module):
+class _TwoParts(torch.nn.Module):
     def __init__(self, value: float) -> None:
         super().__init__()
         self.unet, self.text_encoder = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
@@ -317,35 +319,33 @@ class _Halves(torch.nn.Module):
             torch.nn.init.constant_(parameter, value)
 
 
-def test_a_resumed_run_on_a_card_measures_the_base_in_place_of_its_own_weights(
-    monkeypatch: pytest.MonkeyPatch
-) -> None:
-    live, loaded, seen = _Halves(7.0), [], {}
+def test_a_resumed_run_on_a_gpu_puts_the_base_into_the_trained_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    live, loaded, seen = _TwoParts(7.0), [], {}
 
-    def load(recipe: object, device: torch.device) -> _Halves:
+    def load(recipe: object, device: torch.device) -> _TwoParts:
         loaded.append(device)
-        return _Halves(1.0)
+        return _TwoParts(1.0)
 
-    class Noted(_Card):
-        def measure(self, step: int, pipeline: object, *rest: object) -> dict[str, float]:
+    class Recording(_FakeEvaluator):
+        def evaluate(self, step: int, pipeline: object, *rest: object) -> dict[str, float]:
             seen[step] = {float(value) for p in live.parameters() for value in p.detach().flatten()}
-            return super().measure(step, pipeline, *rest)
+            return super().evaluate(step, pipeline, *rest)
 
     monkeypatch.setattr("dreambooth.models.loading.load", load)
-    noted = Noted({})
-    Measure(
-        evaluation=noted, engine=SimpleNamespace(device=torch.device("cuda"), autocast=nullcontext),
+    evaluator = Recording({})
+    EvaluationHook(
+        evaluator=evaluator, engine=SimpleNamespace(device=torch.device("cuda"), autocast=nullcontext),
         setup=SimpleNamespace(state=SimpleNamespace(step=3, ema=None), pipeline="live", trained=live,
-                              idle=SimpleNamespace(present=nullcontext)),
-        meter=SimpleNamespace(phase=lambda name: nullcontext()), stop=SimpleNamespace(requested=None),
+                              idle=SimpleNamespace(on_device=nullcontext)),
+        meter=SimpleNamespace(phase=lambda name: nullcontext()), stop=SimpleNamespace(signal_name=None),
         recipe=SimpleNamespace(evaluate=SimpleNamespace(every=None),
                                train=SimpleNamespace(train_text_encoder=True),
-                               method=SimpleNamespace(low_rank=False))).now(3)
-    assert noted.asked == [(0, "live"), (3, "live")]
+                               method=SimpleNamespace(low_rank=False))).evaluate(3)
+    assert evaluator.calls == [(0, "live"), (3, "live")]
     assert loaded == [torch.device("cpu")]
     assert seen == {0: {1.0}, 3: {7.0}}
 
 
-def test_on_a_card_the_base_is_the_live_model_before_the_first_step_and_never_a_second_one() -> None:
-    assert beginning("cuda", 0) == [(0, "live")]
-    assert beginning("cuda", 3) == beginning("cpu", 0) == []
+def test_on_a_gpu_the_base_is_measured_before_the_first_step_and_never_loaded_twice() -> None:
+    assert evaluated_before_training("cuda", 0) == [(0, "live")]
+    assert evaluated_before_training("cuda", 3) == evaluated_before_training("cpu", 0) == []

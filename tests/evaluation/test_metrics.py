@@ -1,4 +1,4 @@
-"""The measures on hand-made embeddings whose answers are known, to 1e-6."""
+"""The measures on hand-made embeddings with known results, to 1e-6."""
 
 import math
 
@@ -6,67 +6,67 @@ import pytest
 import torch
 
 from dreambooth.evaluation import metrics
-from dreambooth.evaluation.lpips import CHANNELS, Lpips, shapes
+from dreambooth.evaluation.lpips import CHANNELS, Lpips, weight_shapes
 
 E, N = torch.eye(4), pytest.approx
 
 
-def at(*degrees: float) -> torch.Tensor:
-    """Unit vectors in a plane."""
+def unit_vectors(*degrees: float) -> torch.Tensor:
+    """Unit vectors in a plane, at the given angles."""
     angles = torch.tensor(degrees).double().deg2rad()
     return torch.stack([angles.cos(), angles.sin()], dim=1)
 
 
 def test_similarity_is_the_mean_over_all_pairs() -> None:
-    """cos 0, cos 60, cos 90, cos 30: every generated picture with every real one, not row by row."""
-    found = metrics.mean_similarity(at(0, 90), at(0, 60))
-    assert float(found) == N((1 + 0.5 + 0 + math.sqrt(3) / 2) / 4, abs=1e-6)
+    """cos 0, cos 60, cos 90, cos 30: every generated image is compared with every real one, not row by row."""
+    similarity = metrics.mean_similarity(unit_vectors(0, 90), unit_vectors(0, 60))
+    assert float(similarity) == N((1 + 0.5 + 0 + math.sqrt(3) / 2) / 4, abs=1e-6)
 
 
-def test_similarity_does_not_see_the_length_of_embeddings() -> None:
-    assert float(metrics.mean_similarity(1e3 * at(0), 1e-3 * at(60))) == N(0.5, abs=1e-6)
+def test_similarity_ignores_the_length_of_embeddings() -> None:
+    assert float(metrics.mean_similarity(1e3 * unit_vectors(0), 1e-3 * unit_vectors(60))) == N(0.5, abs=1e-6)
 
 
-def test_equal_pictures_are_1_and_opposite_ones_minus_1() -> None:
-    assert float(metrics.mean_similarity(at(20, 20), at(20))) == N(1, abs=1e-6)
-    assert float(metrics.mean_similarity(at(0), at(180))) == N(-1, abs=1e-6)
+def test_equal_images_have_similarity_1_and_opposite_ones_minus_1() -> None:
+    assert float(metrics.mean_similarity(unit_vectors(20, 20), unit_vectors(20))) == N(1, abs=1e-6)
+    assert float(metrics.mean_similarity(unit_vectors(0), unit_vectors(180))) == N(-1, abs=1e-6)
 
 
-def test_a_picture_is_compared_with_its_own_prompt_only() -> None:
+def test_an_image_is_compared_with_its_own_prompt_only() -> None:
     """All pairs would give (1 + 0 + 0 + 1) / 4."""
-    assert float(metrics.prompt_similarity(at(0, 90), at(0, 90))) == N(1, abs=1e-6)
-    assert float(metrics.prompt_similarity(at(0, 90), at(60, 150))) == N(0.5, abs=1e-6)
+    assert float(metrics.prompt_similarity(unit_vectors(0, 90), unit_vectors(0, 90))) == N(1, abs=1e-6)
+    assert float(metrics.prompt_similarity(unit_vectors(0, 90), unit_vectors(60, 150))) == N(0.5, abs=1e-6)
 
 
-def test_mean_distance_leaves_out_a_picture_with_itself() -> None:
-    table = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 6.0], [2.0, 6.0, 0.0]])
-    assert float(metrics.mean_distance(table)) == N(3, abs=1e-6)
+def test_mean_distance_excludes_the_diagonal() -> None:
+    matrix = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 6.0], [2.0, 6.0, 0.0]])
+    assert float(metrics.mean_distance(matrix)) == N(3, abs=1e-6)
 
 
 def test_cosine_distances_of_known_angles() -> None:
-    table = metrics.cosine_distances(at(0, 60, 90))
-    assert table.tolist() == [N(row, abs=1e-6) for row in (
+    matrix = metrics.cosine_distances(unit_vectors(0, 60, 90))
+    assert matrix.tolist() == [N(row, abs=1e-6) for row in (
         [0, 0.5, 1], [0.5, 0, 1 - math.sqrt(3) / 2], [1, 1 - math.sqrt(3) / 2, 0])]
-    assert float(metrics.mean_distance(table)) == N((0.5 + 1 + 1 - math.sqrt(3) / 2) / 3, abs=1e-6)
+    assert float(metrics.mean_distance(matrix)) == N((0.5 + 1 + 1 - math.sqrt(3) / 2) / 3, abs=1e-6)
 
 
 def test_drift_is_between_mean_directions() -> None:
-    """The means lie at 45 and at 105 degrees; a long vector counts no more than a short one."""
-    scaled = torch.tensor([[5.0], [1.0]]) * at(0, 90)
-    assert float(metrics.class_drift(scaled, at(60, 150))) == N(0.5, abs=1e-6)
+    """The mean directions are at 45 and at 105 degrees; the length of a vector does not matter."""
+    scaled = torch.tensor([[5.0], [1.0]]) * unit_vectors(0, 90)
+    assert float(metrics.class_drift(scaled, unit_vectors(60, 150))) == N(0.5, abs=1e-6)
 
 
-def test_a_class_that_looks_as_before_has_no_drift() -> None:
-    assert float(metrics.class_drift(at(10, 50), at(50, 10))) == N(0, abs=1e-6)
+def test_an_unchanged_class_has_no_drift() -> None:
+    assert float(metrics.class_drift(unit_vectors(10, 50), unit_vectors(50, 10))) == N(0, abs=1e-6)
 
 
 def test_lpips_on_hand_made_features() -> None:
-    """Layer 1: (1, 0) against (0, 1) at one of two places, weights 1 and 3: (1 + 3) / 2. Layer 2: equal directions."""
+    """Layer 1: (1, 0) and (0, 1) at one of two positions, weights 1 and 3: (1 + 3) / 2. Layer 2: equal directions."""
     one = torch.tensor([[[[2.0, 1.0]], [[0.0, 0.0]]]])  # N=1, C=2, H=1, W=2
     other = torch.tensor([[[[0.0, 7.0]], [[5.0, 0.0]]]])
     same = torch.ones(1, 3, 2, 2)
-    found = metrics.lpips([one, same], [other, 4 * same], [torch.tensor([1.0, 3.0]), torch.ones(3)])
-    assert found.tolist() == [N(2, abs=1e-6)]
+    distances = metrics.lpips([one, same], [other, 4 * same], [torch.tensor([1.0, 3.0]), torch.ones(3)])
+    assert distances.tolist() == [N(2, abs=1e-6)]
 
 
 @pytest.mark.parametrize("broken", [
@@ -77,33 +77,33 @@ def test_lpips_on_hand_made_features() -> None:
     lambda: metrics.mean_distance(torch.zeros(2, 3)),
     lambda: metrics.class_drift(E, torch.zeros(0, 4)),
 ])
-def test_what_cannot_be_measured_is_an_error_not_a_number(broken) -> None:  # type: ignore[no-untyped-def]
+def test_invalid_shapes_are_an_error(broken) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=r"needed|together"):
         broken()
 
 
-# -- LPIPS's network ------------------------------------------------------------------------------------------------
+# -- the network of LPIPS ------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def alexnet() -> Lpips:
-    """LPIPS's true architecture with random weights."""
-    dice = torch.Generator().manual_seed(0)
-    weights = {key: torch.randn(shape, generator=dice) * 0.1 for key, shape in shapes().items()}
+    """LPIPS in its real architecture with random weights."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {key: torch.randn(shape, generator=generator) * 0.1 for key, shape in weight_shapes().items()}
     return Lpips({key: tensor.abs() if key.startswith("lin") else tensor for key, tensor in weights.items()})
 
 
-def test_lpips_of_pictures_is_a_table_of_distances(alexnet: Lpips) -> None:
+def test_lpips_of_images_is_a_matrix_of_distances(alexnet: Lpips) -> None:
     pixels = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    table = alexnet.distances(torch.cat([pixels, pixels[:1]]))
-    assert torch.equal(table, table.T)
-    assert table.diagonal().tolist() == [0] * 4
-    assert table[0, 3] == N(0, abs=1e-6)
-    assert (table[:3, :3] + torch.eye(3) > 1e-3).all()
+    matrix = alexnet.distances(torch.cat([pixels, pixels[:1]]))
+    assert torch.equal(matrix, matrix.T)
+    assert matrix.diagonal().tolist() == [0] * 4
+    assert matrix[0, 3] == N(0, abs=1e-6)
+    assert (matrix[:3, :3] + torch.eye(3) > 1e-3).all()
 
 
-def test_lpips_has_alexnets_layers(alexnet: Lpips) -> None:
+def test_lpips_has_the_layers_of_alexnet(alexnet: Lpips) -> None:
     features = alexnet.features(torch.rand(1, 3, 64, 64))
     assert [tuple(layer.shape[1:]) for layer in features] == [
         (CHANNELS[0], 15, 15), (CHANNELS[1], 7, 7), (CHANNELS[2], 3, 3), (CHANNELS[3], 3, 3), (CHANNELS[4], 3, 3)]
     alone = [tensor.numel() for key, tensor in alexnet.named_buffers() if not key.startswith("linear")]
-    assert sum(alone) == 2_469_696  # AlexNet's features
+    assert sum(alone) == 2_469_696  # the parameters of AlexNet's `features`

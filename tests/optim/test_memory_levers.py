@@ -28,7 +28,7 @@ from tests.support.levers import (
     toy_batches,
     train,
 )
-from tests.support.toy_model import Toy, batches, schedule
+from tests.support.toy_model import ToyModel, make_batches, make_schedule
 
 LEVERS = {name: Memory(**{name: True}) for name in ("optimizer_in_backward", "offload_optimizer")}
 
@@ -81,7 +81,7 @@ def test_offloading_leaves_half_weights_and_no_gradient_on_the_device() -> None:
 def test_offloaded_gradients_of_micro_batches_add_up() -> None:
     one, other = build_state(Memory()), build_state(LEVERS["offload_optimizer"])
     for state in (one, other):
-        train_step(state, toy_batches(0) + toy_batches(1), Objective(schedule()), Engine(), 0.05)
+        train_step(state, toy_batches(0) + toy_batches(1), Objective(make_schedule()), Engine(), 0.05)
     assert_equal(one, other)
 
 
@@ -103,7 +103,7 @@ def skipped_steps(state: TrainState, engine: Engine, limit: float | None) -> lis
         [batch] = toy_batches(step)
         handle = state.model.text_encoder.weight.register_hook(  # type: ignore[union-attr]
             lambda g, step=step: torch.full_like(g, float("inf")) if step == 1 else g)
-        skipped.append(train_step(state, [batch], Objective(schedule()), engine, limit).skipped)
+        skipped.append(train_step(state, [batch], Objective(make_schedule()), engine, limit).skipped)
         handle.remove()
     return skipped
 
@@ -116,7 +116,7 @@ def test_under_loss_scaling_a_skipped_step_changes_nothing(lever: str, limit: fl
     assert skipped_steps(one, engine, limit) == skipped_steps(other, other_engine, limit) == [False, True, False, False]
     assert_equal(one, other)
     assert engine.scaler.state_dict() == other_engine.scaler.state_dict()
-    assert (other.skipped, other.schedule.last_epoch) == (1, 3)
+    assert (other.skipped, other.lr_scheduler.last_epoch) == (1, 3)
 
 
 @pytest.mark.parametrize("top", [2.0**126, 2.0**8])
@@ -138,7 +138,7 @@ def test_a_scale_that_grows_between_the_passes_changes_nothing(lever: str, top: 
 
 def gradients(split: bool, weight: float) -> list[Tensor]:
     torch.manual_seed(0)
-    model = Toy()
+    model = ToyModel()
     recorded: list[Tensor] = []
 
     class RecordingSGD(torch.optim.SGD):
@@ -147,7 +147,7 @@ def gradients(split: bool, weight: float) -> list[Tensor]:
 
     optimizer = RecordingSGD(model.parameters(), lr=1.0)
     state = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
-    train_step(state, batches()(0) + batches()(1), Objective(schedule(), weight, split_prior=split), Engine(), None)
+    train_step(state, make_batches()(0) + make_batches()(1), Objective(make_schedule(), weight, split_prior=split), Engine(), None)
     return recorded
 
 
@@ -285,5 +285,5 @@ def test_the_step_runs_on_fake_tensors_under_a_lever(lever: Memory) -> None:
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         state = build_state(lever, lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False), BF16)
-        train_step(state, toy_batches(0), Objective(schedule()), autocast(), 1.0)
+        train_step(state, toy_batches(0), Objective(make_schedule()), autocast(), 1.0)
         assert all(isinstance(weight, FakeTensor) for weight in state.weights(state.model).values())

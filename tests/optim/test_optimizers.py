@@ -11,7 +11,7 @@ from dreambooth.config.schema import Train
 from dreambooth.data.batches import Batch
 from dreambooth.models.loading import Components, Denoiser, set_attention
 from dreambooth.models.text_conditioning import OneEncoder
-from dreambooth.optim.optimizers import build_schedule
+from dreambooth.optim.optimizers import build_lr_scheduler
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.step import Objective, TrainState, train_step
 from dreambooth.utils.assets import resolve_asset
@@ -37,7 +37,7 @@ def expected(kind: str, step: int) -> float:
 def test_schedules_follow_their_formula_to_the_end_of_the_run(kind: str) -> None:
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
     spec = Train(lr_scheduler=LrSchedule(kind), lr_warmup_steps=WARMUP, max_train_steps=STEPS)
-    schedule = build_schedule(optimizer, spec)
+    schedule = build_lr_scheduler(optimizer, spec)
     for step in range(STEPS):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected(kind, step), abs=1e-6), step
         optimizer.step()

@@ -1,29 +1,30 @@
-"""Runs the real door in a child process and kills it with SIGKILL at a chosen moment.
+"""Runs a command in a process of its own and kills it with SIGKILL, or makes it fail, at a chosen moment.
 
-Children come from a fork server that has imported the libraries already, so that a run costs a second, not ten.
-The product code has no hooks for this: each fault replaces one function of it inside the child.
+The processes are forked by tests/support/warm_python.py, so that a run costs a second, not ten.
+The product code has no hooks for this: each fault replaces one function of it inside the process.
 """
 
 import importlib
-import multiprocessing
+import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.support.warm_python import PYTHON
+
+ROOT = Path(__file__).parents[2]
 FAST = [
     "hardware=cpu", "tracking=none", "train.max_train_steps=8", "train.train_batch_size=1", "checkpoint.every=2",
     "prior.num_class_images=4", "prior.sample_batch_size=2", "prior.num_inference_steps=2",
     "sample.every=4", "sample.num_inference_steps=2", "sample.images_per_prompt=1",
     "evaluate.encoder=none",
 ]
-
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch", "dreambooth.run", "diffusers.models.unets.unet_2d_condition"])
 
 
 def train(run_root: Path, *overrides: str, fault: str | None = None, seed: int = 0, log: Path | None = None) -> int:
@@ -34,29 +35,20 @@ def train(run_root: Path, *overrides: str, fault: str | None = None, seed: int =
 def call(
     door: str, arguments: Sequence[str], fault: str | None = None, seed: int = 0, log: Path | None = None
 ) -> int:
-    """Any door with exactly these arguments; what it prints goes to `log`."""
-    child = _server.Process(target=_child, args=(door, list(arguments), fault, seed, log))
-    child.start()
-    child.join(300)
-    if child.exitcode is None:
-        child.kill()
-        child.join()
-        raise AssertionError(f"{door} did not end within 300 s: {arguments}")
-    assert child.exitcode is not None
-    return child.exitcode
+    """Run `python -m dreambooth.DOOR` with exactly these arguments; what it prints is appended to `log`."""
+    command = [PYTHON, "-m", "tests.support.faults", door, fault or "", str(seed), json.dumps(list(arguments))]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if log is None:
+        return subprocess.run(command, env=environment, timeout=600, check=False).returncode
+    with log.open("ab") as file:
+        return subprocess.run(command, env=environment, timeout=600, check=False, stdout=file, stderr=file).returncode
 
 
-def _child(door: str, arguments: list[str], fault: str | None, seed: int, log: Path | None) -> None:
-    if log:
-        with log.open("ab") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-    import torch
-
-    torch.set_num_threads(1)
-    sys.argv = [f"dreambooth/{door}.py", *arguments]
+def main(door: str, fault: str, seed: str, arguments: str) -> None:
+    """In the process: put the fault in, then run the command."""
+    sys.argv = [f"dreambooth/{door}.py", *json.loads(arguments)]
     if fault:
-        (FAULTS | EVALUATING | OTHERS)[fault](seed)
+        (FAULTS | EVALUATING | OTHERS)[fault](int(seed))
     importlib.import_module(f"dreambooth.{door}").main()
 
 
@@ -237,14 +229,14 @@ def _little_memory_in_step_3(seed: int) -> None:
 def _little_memory_in_class_images(seed: int) -> None:
     from dreambooth.data import class_images
 
-    make = class_images.make
+    make = class_images.generate_missing
     _freed_is_given_back()
 
     def making(*args: Any, **kwargs: Any) -> Any:
         _limited(64)
         return make(*args, **kwargs)
 
-    class_images.make = making
+    class_images.generate_missing = making
 
 
 def _no_disk(seed: int) -> None:
@@ -281,9 +273,9 @@ def _signal_at_step(number: int) -> Callable[[int], None]:
 
 
 def _evaluation_between(seed: int) -> None:
-    from dreambooth.evaluation.evaluator import Evaluation
+    from dreambooth.evaluation.evaluator import Evaluator
 
-    _on(Evaluation, "measure", _nothing, after=2)
+    _on(Evaluator, "evaluate", _nothing, after=2)
 
 
 def _evaluation_half(seed: int) -> None:
@@ -295,7 +287,7 @@ def _evaluation_half(seed: int) -> None:
 def _evaluation_unkept(seed: int) -> None:
     from dreambooth.training import best_weights
 
-    _on(best_weights, "keep", _nothing)
+    _on(best_weights, "save", _nothing)
 
 
 def _evaluation_stopped(seed: int) -> None:
@@ -378,3 +370,6 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "metrics_flush": _metrics_flush,
     "random_moment": _random_moment,
 }
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -141,7 +141,7 @@ class Bench:
         with torch.no_grad():
             through = vae.decode(vae.encode(views * 2 - 1).latent_dist.mean).sample.clamp(-1, 1) / 2 + 0.5
         known = self._features([Image.open(path) for path in sorted(photos.glob("*.png"))])
-        return float(metrics.mean_similarity(self.encoder.images(through), known))
+        return float(metrics.mean_similarity(self.encoder.embed_images(through), known))
 
     def sheet(self, base: Measured, runs: dict[str, list[Measured]]) -> Path:
         """One picture: a row an arm, columns are the prompts."""
@@ -185,7 +185,7 @@ class Bench:
         return found
 
     def _features(self, pictures: list[Image.Image]) -> torch.Tensor:
-        return self.encoder.images(to_pixels(pictures))
+        return self.encoder.embed_images(to_pixels(pictures))
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ def drawn(folder: Path, model: Path) -> dict[str, list[Image.Image]]:
 def resemblance(pictures: list[Image.Image]) -> dict[str, float]:
     """Rare word -> mean similarity of the pictures to that subject's photos."""
     encoder = open_encoder("efficientnet_lite0")
-    seen = encoder.images(to_pixels(pictures))
-    return {word: float(metrics.mean_similarity(seen, encoder.images(to_pixels(photos(word))))) for word in SUBJECTS}
+    seen = encoder.embed_images(to_pixels(pictures))
+    return {word: float(metrics.mean_similarity(seen, encoder.embed_images(to_pixels(photos(word))))) for word in SUBJECTS}
 
 
 def photos(word: str) -> list[Image.Image]:

@@ -42,7 +42,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     installed("docker-compose", "docker-compose")  # by which the SDK runs a job here
     with engine() as docker:
-        docker.make("cpu", NAME)
+        docker.build("cpu", NAME)
         rows = []
         for ran in (*(partial(sdk, version, docker, work) for version in SDKS), partial(sweep, docker)):
             rows.append(ran())

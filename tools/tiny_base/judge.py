@@ -66,7 +66,7 @@ class Classifier:
 
     def _features(self, pictures: Bytes) -> NDArray[np.float32]:
         chunks = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(255).split(32)
-        return np.concatenate([self.encoder.images(chunk).numpy() for chunk in chunks])
+        return np.concatenate([self.encoder.embed_images(chunk).numpy() for chunk in chunks])
 
     @torch.no_grad()
     def _pictures(self, packages: tuple[art.Package, ...], folder: Path, views: int) -> tuple[Bytes, list[str]]:

@@ -1,0 +1,142 @@
+"""Evaluation during training: measures the base model and some of the steps, and selects the weights to export."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreambooth.config import evaluate
+from dreambooth.config.recipe import Recipe
+from dreambooth.evaluation.evaluator import Evaluator
+from dreambooth.models import loading, lora
+from dreambooth.models.pipeline import build_pipeline
+from dreambooth.optim.ema import swap_weights
+from dreambooth.runtime.engine import Engine
+from dreambooth.runtime.memory_meter import MemoryMeter
+from dreambooth.training import best_weights
+from dreambooth.training.hooks import is_due_or_last, swap_in_ema
+from dreambooth.training.setup import Setup
+from dreambooth.training.step import StepInfo
+from dreambooth.utils.signals import StopRequest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class EvaluationHook:
+    """Evaluates every `evaluate.every` steps and after the last one, and saves the best weights so far.
+
+    It is called after CheckpointHook. If the process is killed during an evaluation, a checkpoint of that step exists,
+    and `before_training` of the resumed run makes up for the evaluation.
+
+    The base model is measured too, as step 0. By default this happens before the first evaluation, with a second copy
+    of the base, so that the first step does not wait for it. On a GPU a second model may not fit beside the optimizer's
+    state, so there the base is measured before the first step, while the trained module still is the base.
+    """
+
+    evaluator: Evaluator | None  # None: no evaluation
+    setup: Setup
+    engine: Engine
+    meter: MemoryMeter
+    recipe: Recipe
+    stop: StopRequest
+
+    def due(self, step: int) -> bool:
+        return is_due_or_last(step, self.recipe.evaluate.every, self.recipe.train.max_train_steps)
+
+    def __call__(self, info: StepInfo) -> None:
+        if self.due(info.step):
+            self.evaluate(info.step)
+
+    def before_training(self) -> None:
+        """Evaluate what is due before the first step of this process.
+
+        This is the base, if a new run starts on a GPU, or the step that a resumed run continues from, if it was due and
+        has not been evaluated.
+        """
+        step = self.setup.state.step
+        if step == 0 and self.evaluator is not None and self.engine.device.type == "cuda":
+            with self.meter.phase("evaluate"), self.setup.idle.on_device(), swap_in_ema(self.setup):
+                self._measure(0, self.setup.pipeline)
+        elif step > 0 and self.due(step):
+            self.evaluate(step)
+
+    def evaluate(self, step: int) -> None:
+        """Measure the base, unless that was done, and the state after `step` completed steps; save the best weights."""
+        if self.evaluator is None:
+            return
+        every = self.recipe.evaluate.every
+        with self.meter.phase("evaluate"), self.setup.idle.on_device():
+            if 0 not in self.evaluator.scores():
+                with self._base_pipeline() as pipeline:
+                    self._measure(0, pipeline)
+            with swap_in_ema(self.setup):
+                measured = self._measure(step, self.setup.pipeline)
+            if measured and every and step % every == 0 and step == self.best_step(step):
+                with swap_in_ema(self.setup, exact=True):
+                    best_weights.save(self.best_folder, step, self.setup.trained)
+
+    @property
+    def best_folder(self) -> Path:
+        """The folder of the best weights."""
+        return self.recipe.run_dir / "best"
+
+    def best_step(self, last: int) -> int | None:
+        """The best of the evaluated steps up to `last`; None without evaluate.select."""
+        spec = self.recipe.evaluate
+        if self.evaluator is None or spec.select is None or spec.every is None:
+            return None
+        weights = evaluate.parse_sum(spec.select, self.recipe.measure_roles)
+        return best_weights.best_step(self.evaluator.scores(), weights, spec.every, last)
+
+    @contextmanager
+    def exported_weights(self, exact: bool = False) -> Iterator[int]:
+        """Put the weights to export into the trained module, and yield their step: the best one, or the last one.
+
+        Args:
+            exact: to write the weights, not to compute with them; see `swap_in_ema`.
+        """
+        last = self.setup.state.step
+        step = self.best_step(last) or last
+        if step != last and best_weights.saved_step(self.best_folder) != step:
+            log.warning("step %d is the best and its weights are not in %s any more: step %d is exported",
+                        step, self.best_folder, last)
+            step = last
+        weights: AbstractContextManager[None] = swap_in_ema(self.setup, exact)
+        if step != last:
+            weights = best_weights.swap_into(self.best_folder, self.setup.trained, exact)
+        with weights:
+            yield step
+
+    def scores(self, step: int) -> dict[str, float]:
+        """The measures of the state after `step` steps; empty if it was not evaluated."""
+        return self.evaluator.scores().get(step, {}) if self.evaluator else {}
+
+    @contextmanager
+    def _base_pipeline(self) -> Iterator[Any]:
+        """A pipeline of the base model.
+
+        A resumed run on a GPU puts the base's weights into the trained module, one by one. The trained weights wait in
+        host memory, so that the GPU never holds a second model.
+        """
+        if self.recipe.method.low_rank:
+            with lora.absent(self.setup.trained):
+                yield self.setup.pipeline
+            return
+        if self.engine.device.type != "cuda":
+            yield build_pipeline(loading.load(self.recipe, self.engine.device))
+            return
+        parts = loading.load(self.recipe, torch.device("cpu"))
+        base = loading.denoiser_of(parts, self.recipe)
+        with swap_weights(self.setup.trained, dict(base.named_parameters())):
+            yield self.setup.pipeline
+
+    def _measure(self, step: int, pipeline: Any) -> bool:
+        """Evaluate a pipeline as step `step`. Returns False, and saves nothing, if a stop was requested meanwhile."""
+        assert self.evaluator is not None
+        return self.evaluator.evaluate(
+            step, pipeline, self.engine.autocast, lambda: self.stop.signal_name is not None) is not None
