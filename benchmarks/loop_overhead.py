@@ -1,12 +1,13 @@
-"""What our loop adds to the bare work: python benchmarks/loop_overhead.py [--steps 60] [--write]
+"""Measures the overhead of our training loop: python benchmarks/loop_overhead.py [--steps 60] [--write]
 
-Two kinds of step alternate in one process over the same modules and optimizer, on batches of the tiny base:
+Two kinds of steps alternate in one process, with the same modules and optimizer, on batches of the tiny base:
 
-- bare: forward, backward, clipping, fused AdamW, written out in ten lines below, on a batch made beforehand;
-- ours: `loop.fit` as run.py calls it: samples drawn in a thread and placed, the step with its schedule, losses and norm
-  read a step late and checked, metrics journalled.
+- bare: forward, backward, clipping and fused AdamW on a prepared batch, in the ten lines of `bare_step`;
+- ours: `loop.fit` as run.py calls it. A thread prepares the batches. The step has a learning-rate schedule, losses and
+  gradient norm are read one step later and checked, and metrics are written to the journal.
 
-Reported: medians of both in wall and CPU time, and their quotients. EMA is off: it is work of its own, not overhead.
+The result is the median of both in wall and CPU time, and their quotient. EMA is off, because it is work of its own and
+not overhead.
 """
 
 import argparse
@@ -20,35 +21,35 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from speed_table import machine, put
+from speed_table import describe_machine, write_section
 
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.config.recipe import resolve
-from dreambooth.data.prefetch import Ahead
-from dreambooth.runtime.engine import accelerated
-from dreambooth.runtime.memory_meter import Meter
-from dreambooth.tracking.run_tracker import tracked
-from dreambooth.training.hooks import All, Log
+from dreambooth.data.prefetch import Prefetcher
+from dreambooth.runtime.engine import create_engine
+from dreambooth.runtime.memory_meter import MemoryMeter
+from dreambooth.tracking.run_tracker import track_run
+from dreambooth.training.hooks import HookList, LogHook
 from dreambooth.training.loop import fit
 from dreambooth.training.setup import assemble
 from dreambooth.training.step import train_step
 from dreambooth.utils.console import Console
-from dreambooth.utils.signals import Stop
+from dreambooth.utils.signals import StopRequest
 
-Clocks = tuple[float, float]  # wall, CPU of all threads
+Clocks = tuple[float, float]  # seconds of wall time and of CPU time of all threads
 
 
-def clocks() -> Clocks:
+def read_clocks() -> Clocks:
     return time.perf_counter(), time.process_time()
 
 
-def bare(setup: Any, batch: Any) -> None:
-    """The work itself, without us."""
+def bare_step(setup: Any, batch: Any) -> None:
+    """One training step without our loop."""
     optimizer, schedule = setup.state.optimizer, setup.objective.noise_schedule
     alpha = schedule.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * batch.latents + (1 - alpha).sqrt() * batch.noise
     errors = (setup.trained(noisy, batch.timesteps, batch.text) - batch.noise).square()
-    loss = errors[:batch.instances].mean() + setup.objective.prior_loss_weight * errors[batch.instances:].mean()
+    loss = errors[:batch.num_instances].mean() + setup.objective.prior_loss_weight * errors[batch.num_instances:].mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(setup.trained.parameters(), 1.0)
     optimizer.step()
@@ -56,56 +57,57 @@ def bare(setup: Any, batch: Any) -> None:
 
 
 def measure(steps: int, folder: Path) -> tuple[list[Clocks], list[Clocks]]:
-    """Durations of bare and of our steps."""
+    """The durations of the bare steps and of our steps."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = load(compose("config", [
             f"run_root={folder}", "hardware=cpu", "tracking=none", "train.use_ema=false",
             f"train.max_train_steps={steps}", "prior.num_class_images=4", "prior.num_inference_steps=1",
             "sample.every=null", "evaluate.encoder=none"]))
     recipe = resolve(config, folder / "run")
-    engine, accelerator = accelerated(recipe.device, recipe.precision.dtype)
-    meter, console = Meter(engine.device), Console(quiet=True)
-    setup = assemble(recipe, engine, accelerator, console, meter, Stop())
+    engine, accelerator = create_engine(recipe.device, recipe.precision.dtype)
+    meter, console = MemoryMeter(engine.device), Console(quiet=True)
+    setup = assemble(recipe, engine, accelerator, console, meter, StopRequest())
     [batch] = setup.batches(0)
-    seen: tuple[list[Clocks], list[Clocks]] = [], []
+    bare: list[Clocks] = []
+    ours: list[Clocks] = []
 
-    def timed(into: list[Clocks], began: Clocks) -> Clocks:
-        ended = clocks()
-        into.append((ended[0] - began[0], ended[1] - began[1]))
-        return ended
+    def record(durations: list[Clocks], start: Clocks) -> Clocks:
+        end = read_clocks()
+        durations.append((end[0] - start[0], end[1] - start[1]))
+        return end
 
     step = partial(train_step, objective=setup.objective, engine=engine, max_grad_norm=recipe.train.max_grad_norm)
-    with tracked(recipe, True) as tracker, console.bar("training", steps) as bar, \
-            Ahead(setup.batches, steps) as ahead:
-        hooks = All([Log(tracker, bar, meter)])
-        began = clocks()
-        for info in fit(setup.state, ahead, step, steps, hooks.due):
+    with track_run(recipe, True) as tracker, console.bar("training", steps) as bar, \
+            Prefetcher(setup.batches, steps) as prefetcher:
+        hooks = HookList([LogHook(tracker, bar, meter)])
+        start = read_clocks()
+        for info in fit(setup.state, prefetcher, step, steps, hooks.due):
             hooks(info)
-            began = timed(seen[1], began)
-            bare(setup, batch)
-            began = timed(seen[0], began)
-    return seen
+            start = record(ours, start)
+            bare_step(setup, batch)
+            start = record(bare, start)
+    return bare, ours
 
 
-def rows(seen: tuple[list[Clocks], list[Clocks]], warm: int = 5) -> list[str]:
-    """A table of the medians, the first steps left out."""
-    found = ["| clock | bare, ms | ours, ms | ours / bare |", "|---|---|---|---|"]
+def table_rows(bare: list[Clocks], ours: list[Clocks], warm_up: int = 5) -> list[str]:
+    """Rows of a Markdown table with the medians of all steps after the first `warm_up`."""
+    rows = ["| clock | bare, ms | ours, ms | ours / bare |", "|---|---|---|---|"]
     for number, clock in enumerate(("wall", "CPU")):
-        plain, ours = (median(times[number] for times in kind[warm:]) for kind in seen)
-        found.append(f"| {clock} | {1000 * plain:.1f} | {1000 * ours:.1f} | {ours / plain:.3f} |")
-    return found
+        without, with_loop = (median(durations[number] for durations in steps[warm_up:]) for steps in (bare, ours))
+        rows.append(f"| {clock} | {1000 * without:.1f} | {1000 * with_loop:.1f} | {with_loop / without:.3f} |")
+    return rows
 
 
 def main() -> None:
-    ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ask.add_argument("--steps", type=int, default=60)
-    ask.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
-    given = ask.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--write", action="store_true", help="write the table to docs/benchmarks.md")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = [machine(torch.get_num_threads()), "", *rows(measure(given.steps, Path(folder)))]
-    print("\n".join(found))
-    if given.write:
-        put("loop", found)
+        rows = [describe_machine(torch.get_num_threads()), "", *table_rows(*measure(options.steps, Path(folder)))]
+    print("\n".join(rows))
+    if options.write:
+        write_section("loop", rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Writes a base in fp32 that both trainers load: python benchmarks/make_base.py tiny|full FOLDER
+"""Writes a base model in fp32 that both trainers can load: python benchmarks/make_base.py tiny|full FOLDER
 
-tiny: the shipped base, whose files are fp16. full: Stable Diffusion 1.5's architecture (the published config.json files
-of UNet, VAE and text encoder) with random weights, and the tiny base's tokenizer padded to 77.
+`tiny` is the shipped base, whose files are fp16. `full` has the architecture of Stable Diffusion 1.5 (the published
+config.json files of UNet, VAE and text encoder) with random weights, and the tiny base's tokenizer padded to 77 tokens.
 """
 
 import sys
@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dreambooth.utils.assets import asset
+from dreambooth.utils.assets import resolve_asset
 
 UNET: dict[str, Any] = {
     "sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "cross_attention_dim": 768,
@@ -27,14 +27,14 @@ TEXT: dict[str, Any] = {
     "max_position_embeddings": 77, "projection_dim": 768, "vocab_size": 49408, "hidden_act": "quick_gelu"}
 
 
-def full() -> StableDiffusionPipeline:
-    """SD 1.5 as its config files describe it, random weights from seed 0."""
+def build_full_size() -> StableDiffusionPipeline:
+    """SD 1.5 as its config files describe it, with random weights from seed 0."""
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(asset("package:tiny-sd"), subfolder="tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(resolve_asset("package:tiny-sd"), subfolder="tokenizer")
     tokenizer.model_max_length = 77
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
            "pad_token_id": tokenizer.pad_token_id}
-    scheduler = PNDMScheduler.from_pretrained(asset("package:tiny-sd"), subfolder="scheduler")
+    scheduler = PNDMScheduler.from_pretrained(resolve_asset("package:tiny-sd"), subfolder="scheduler")
     return StableDiffusionPipeline(
         unet=UNet2DConditionModel(**UNET), vae=AutoencoderKL(**VAE), tokenizer=tokenizer, scheduler=scheduler,
         text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT, **ids)), safety_checker=None,  # type: ignore[arg-type]
@@ -43,10 +43,10 @@ def full() -> StableDiffusionPipeline:
 
 def main() -> None:
     kind, folder = sys.argv[1:]
-    made = full() if kind == "full" else StableDiffusionPipeline.from_pretrained(
-        asset("package:tiny-sd"), dtype=torch.float32)
-    made.text_encoder.float()
-    made.save_pretrained(Path(folder))
+    pipeline = build_full_size() if kind == "full" else StableDiffusionPipeline.from_pretrained(
+        resolve_asset("package:tiny-sd"), dtype=torch.float32)
+    pipeline.text_encoder.float()
+    pipeline.save_pretrained(Path(folder))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""diffusers' train_dreambooth.py against `python -m dreambooth.train`: the same model, photos and work.
+"""Compares the speed of diffusers' train_dreambooth.py and of `python -m dreambooth.train` on the same work.
 
     python benchmarks/speed.py --peer CHECKOUT/examples/dreambooth/train_dreambooth.py --write
 
-Runs alternate, one process at a time, and each appends a line to WORK/trials.jsonl; the table is of all lines there.
-Both trainers read the same folder of fp32 weights, the same photos and the same class images, with the same threads,
-and train UNet and text encoder in fp32 with AdamW, batch n photos + n class images, clipping at 1, without EMA,
-samples, evaluation, checkpoints or trackers. Speeds are medians over the steps after the first three.
+The trainers run alternately, one process at a time. Each process appends one line to WORK/trials.jsonl, and the table
+summarises all lines of that file. Both trainers read the same folder of fp32 weights, the same photos and the same
+class images, and use the same number of threads. They train UNet and text encoder in fp32 with AdamW, a batch of
+n photos and n class images, and clipping at 1, without EMA, samples, evaluation, checkpoints or trackers. Speeds are
+medians over the steps after the first three.
 """
 
 import argparse
@@ -20,23 +21,33 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from speed_table import CLASSES, SAME_GUIDANCE, Trial, machine, put, table, text, trials_of
-from watched import watch
+from process_monitor import run_monitored
+from speed_table import (
+    CLASS_IMAGE_CASES,
+    SAME_GUIDANCE,
+    Trial,
+    describe_machine,
+    format_number,
+    format_table,
+    read_trials,
+    write_section,
+)
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 INSTANCE, CLASS = "a photo of a zwx toy", "a photo of a toy"
-WARM = 3  # steps that no speed counts
-Clock = Callable[[float], float]  # moment -> seconds: its own, or CPU seconds until then
+WARM_UP_STEPS = 3  # not part of any speed
+Clock = Callable[[float], float]  # wall time in seconds -> the same, or the CPU seconds until then
 
 
-def wall(moment: float) -> float:
+def wall_clock(moment: float) -> float:
+    """The clock that measures wall time."""
     return moment
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained, and how long."""
+    """The size of a training run."""
 
     resolution: int
     batch: int  # photos, and as many class images
@@ -45,7 +56,7 @@ class Size:
 
 
 SIZES = {"tiny": Size(64, 4, 40, 8), "full": Size(256, 1, 4, 2)}
-OURS = {  # overrides beside the common ones
+OUR_CASES = {  # case -> overrides in addition to the common ones
     "same work": ["memory.cache_latents=false"],
     "caches": [],
     "compiled": ["train.compile=true"],
@@ -55,86 +66,102 @@ OURS = {  # overrides beside the common ones
 }
 
 
-def peer_command(script: Path, work: Path, size: Size, notes: Path, making: int) -> list[str]:
-    """diffusers' script with our settings. `making`: class images to make, 0 to use those that are there."""
-    folder = work / ("peer_class" if making else "class")
+def peer_command(script: Path, work: Path, size: Size, log: Path, new_class_images: int) -> list[str]:
+    """The command that runs diffusers' script with our settings.
+
+    Args:
+        log: where run_diffusers_script.py writes the times of the progress bars.
+        new_class_images: class images to generate; 0: use those in the folder `class`.
+    """
+    folder = work / ("peer_class" if new_class_images else "class")
     return [
-        sys.executable, str(HERE / "peer.py"), str(notes), str(script),
+        sys.executable, str(HERE / "run_diffusers_script.py"), str(log), str(script),
         f"--pretrained_model_name_or_path={work / 'base'}", f"--instance_data_dir={work / 'photos'}",
         f"--instance_prompt={INSTANCE}", f"--class_prompt={CLASS}", "--with_prior_preservation",
         "--prior_loss_weight=0.5", f"--class_data_dir={folder}",
-        f"--num_class_images={making or size.class_images}", f"--sample_batch_size={size.batch}",
+        f"--num_class_images={new_class_images or size.class_images}", f"--sample_batch_size={size.batch}",
         f"--output_dir={work / 'peer'}", f"--resolution={size.resolution}", "--center_crop", "--train_text_encoder",
-        f"--train_batch_size={size.batch}", f"--max_train_steps={1 if making else size.steps}",
+        f"--train_batch_size={size.batch}", f"--max_train_steps={1 if new_class_images else size.steps}",
         "--learning_rate=1e-5", "--lr_scheduler=constant", "--lr_warmup_steps=0", "--seed=0",
         "--checkpointing_steps=1000000"]
 
 
-def our_command(work: Path, size: Size, more: list[str], making: int) -> list[str]:
-    """Our door with the same settings."""
-    given = [] if making else [f"dataset.class_dir={work / 'class'}"]
+def our_command(work: Path, size: Size, overrides: list[str], new_class_images: int) -> list[str]:
+    """The command that runs `python -m dreambooth.train` with the same settings."""
+    class_dir = [] if new_class_images else [f"dataset.class_dir={work / 'class'}"]
     return [
         sys.executable, "-m", "dreambooth.train", f"run_root={work / 'runs'}", "hardware=cpu", "tracking=none",
         f"model.source={work / 'base'}", f"model.resolution={size.resolution}", "dataset.allow_drawings=true",
         f"dataset.instance_dir={work / 'photos'}", f"dataset.instance_prompt={INSTANCE}",
-        f"dataset.class_prompt={CLASS}", *given, f"prior.num_class_images={making or size.class_images}",
+        f"dataset.class_prompt={CLASS}", *class_dir, f"prior.num_class_images={new_class_images or size.class_images}",
         "prior.prior_loss_weight=0.5", "train.train_text_encoder=true", f"train.train_batch_size={size.batch}",
-        f"train.max_train_steps={1 if making else size.steps}", "train.learning_rate=1e-5", "sample.every=null",
-        "checkpoint.every=null", "evaluate.encoder=none", "train.use_ema=false", *more]
+        f"train.max_train_steps={1 if new_class_images else size.steps}", "train.learning_rate=1e-5",
+        "sample.every=null", "checkpoint.every=null", "evaluate.encoder=none", "train.use_ema=false", *overrides]
 
 
-def step_ends(path: Path) -> list[float]:
-    """Times, seconds since 1970, at which steps ended: from the peer's notes or from our metrics.jsonl."""
+def step_end_times(path: Path) -> list[float]:
+    """The times, in seconds since 1970, at which steps ended: from the script's log or from our metrics.jsonl."""
     entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     ours = [entry["time"] / 1000 for entry in entries if "loss" in entry.get("metrics", {})]
     return ours or [entry["time"] for entry in entries if entry.get("bar") == "Steps"]
 
 
-def class_rate(folder: Path, clock: Clock = wall) -> float | None:
-    """Images a second by the files' times, from the end of the first batch to the end of the last."""
+def class_rate(folder: Path, clock: Clock = wall_clock) -> float | None:
+    """Class images per second by the files' times, from the end of the first batch to the end of the last one.
+
+    None: there is only one batch.
+    """
     times = sorted(path.stat().st_mtime for path in folder.rglob("*") if path.suffix in (".png", ".jpg"))
-    gap = 0.5 * max((later - sooner for sooner, later in pairwise(times)), default=0.0)
-    first = next((number for number, (sooner, later) in enumerate(pairwise(times), 1) if later - sooner > gap), None)
+    gap = 0.5 * max((later - earlier for earlier, later in pairwise(times)), default=0.0)
+    first = next((number for number, (earlier, later) in enumerate(pairwise(times), 1) if later - earlier > gap), None)
     return None if first is None else (len(times) - first) / (clock(times[-1]) - clock(times[first - 1]))
 
 
-def step_rate(ends: list[float], images: int, clock: Clock = wall) -> float | None:
-    """Images a second, the median over the steps that count; a step begins where the last one ended."""
-    steps = [clock(later) - clock(sooner) for sooner, later in pairwise(ends)]
-    counted = steps[min(WARM, len(steps) // 2):]
+def step_rate(end_times: list[float], images: int, clock: Clock = wall_clock) -> float | None:
+    """Trained images per second: the median over the steps after the warm-up.
+
+    A step begins where the previous one ended. None: there are fewer than two steps.
+    """
+    durations = [clock(later) - clock(earlier) for earlier, later in pairwise(end_times)]
+    counted = durations[min(WARM_UP_STEPS, len(durations) // 2):]
     return images / median(counted) if counted else None
 
 
-def trial(case: str, model: str, number: int, size: Size, peer: Path, work: Path, threads: int, making: int) -> Trial:
-    """One process of `case` in round `number`."""
-    notes, runs = work / "notes.jsonl", work / "runs"
-    notes.unlink(missing_ok=True)
-    for folder in (runs, work / "peer", work / "inductor", *([work / "peer_class"] if case in CLASSES else [])):
+def run_trial(case: str, model: str, number: int, size: Size, peer: Path, work: Path, threads: int,
+              new_class_images: int) -> Trial:
+    """Run one process of `case` in round `number`, and measure it."""
+    log, runs = work / "notes.jsonl", work / "runs"
+    log.unlink(missing_ok=True)
+    for folder in (runs, work / "peer", work / "inductor",
+                   *([work / "peer_class"] if case in CLASS_IMAGE_CASES else [])):
         shutil.rmtree(folder, ignore_errors=True)
-    made = making if case in CLASSES else 0
-    if case.startswith("peer"):
-        command = peer_command(peer, work, size, notes, made)
+    generated = new_class_images if case in CLASS_IMAGE_CASES else 0
+    is_peer = case.startswith("peer")
+    if is_peer:
+        command = peer_command(peer, work, size, log, generated)
     else:
-        command = our_command(work, size, OURS.get(case, []), made)
+        command = our_command(work, size, OUR_CASES.get(case, []), generated)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT),
-                                "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}  # empty: each run compiles anew
-    seen = watch(command, ROOT, environment, work / f"{case.replace(' ', '_')}.log")
-    ends = step_ends(notes if case.startswith("peer") else next(runs.glob("*/metrics.jsonl")))
-    found = Trial(case, model, number, step_rate(ends, 2 * size.batch), step_rate(ends, 2 * size.batch, seen.cpu),
-                  ends[0] - seen.began, seen.cpu(ends[0]), seen.peak_rss_gib, seen.cpu_seconds)
-    if made:
-        pictures = work / "peer_class" if case.startswith("peer") else runs / "class_images"
-        found.class_images_per_second, found.class_images_per_cpu = class_rate(pictures), class_rate(pictures, seen.cpu)
-        shutil.copytree(pictures, work / case, dirs_exist_ok=True)  # for class_quality.py
-    return found
+                                "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}  # empty: every run compiles anew
+    usage = run_monitored(command, ROOT, environment, work / f"{case.replace(' ', '_')}.log")
+    clock = usage.cpu_seconds_until
+    end_times = step_end_times(log if is_peer else next(runs.glob("*/metrics.jsonl")))
+    trial = Trial(case, model, number, step_rate(end_times, 2 * size.batch),
+                  step_rate(end_times, 2 * size.batch, clock), end_times[0] - usage.started, clock(end_times[0]),
+                  usage.peak_rss_gib, usage.cpu_seconds)
+    if generated:
+        images = work / "peer_class" if is_peer else runs / "class_images"
+        trial.class_images_per_second, trial.class_images_per_cpu = class_rate(images), class_rate(images, clock)
+        shutil.copytree(images, work / case, dirs_exist_ok=True)  # for class_quality.py
+    return trial
 
 
 def prepare(model: str, work: Path, size: Size) -> None:
-    """The folder of fp32 weights, photos and class images that both trainers read."""
+    """Create the folder of fp32 weights, photos and class images that both trainers read."""
     work.mkdir(parents=True, exist_ok=True)
     shutil.copytree(ROOT / "dreambooth" / "assets" / "demo", work / "photos", dirs_exist_ok=True)
     for number, photo in enumerate(sorted((work / "photos").glob("*.png"))[:size.class_images]):
-        (work / "class").mkdir(exist_ok=True)  # speed does not depend on what they show
+        (work / "class").mkdir(exist_ok=True)  # their content has no effect on the speed
         shutil.copy(photo, work / "class" / f"{number}.png")
     for number in range(len(list((work / "class").iterdir())), size.class_images):
         shutil.copy(work / "class" / "0.png", work / "class" / f"{number}.png")
@@ -144,35 +171,38 @@ def prepare(model: str, work: Path, size: Size) -> None:
 
 
 def main() -> None:
-    ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ask.add_argument("--peer", type=Path, required=True, help="diffusers' examples/dreambooth/train_dreambooth.py")
-    ask.add_argument("--model", choices=SIZES, default="tiny")
-    ask.add_argument("--cases", nargs="+", default=["peer", "same work", "caches"],
-                     help=f"peer, {', '.join(OURS)}, {', '.join(sorted(CLASSES))}")
-    ask.add_argument("--repeats", type=int, default=3, help="rounds; in each, every case once")
-    ask.add_argument("--steps", type=int, help="training steps a process")
-    ask.add_argument("--making", type=int, default=64, help="class images that a class image case makes")
-    ask.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    ask.add_argument("--work", type=Path, default=ROOT / "outputs" / "speed", help="what both trainers read and write")
-    ask.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
-    given = ask.parse_args()
-    size = SIZES[given.model]
-    size = Size(size.resolution, size.batch, given.steps or size.steps, size.class_images)
-    work = (given.work / given.model).absolute()
-    prepare(given.model, work, size)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peer", type=Path, required=True, help="diffusers' examples/dreambooth/train_dreambooth.py")
+    parser.add_argument("--model", choices=SIZES, default="tiny")
+    parser.add_argument("--cases", nargs="+", default=["peer", "same work", "caches"],
+                        help=f"peer, {', '.join(OUR_CASES)}, {', '.join(sorted(CLASS_IMAGE_CASES))}")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds; each runs every case once")
+    parser.add_argument("--steps", type=int, help="training steps per process")
+    parser.add_argument("--making", type=int, default=64, help="class images that a class image case generates")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "speed",
+                        help="folder that both trainers read and write")
+    parser.add_argument("--write", action="store_true", help="write the table to docs/benchmarks.md")
+    options = parser.parse_args()
+    size = SIZES[options.model]
+    size = Size(size.resolution, size.batch, options.steps or size.steps, size.class_images)
+    work = (options.work / options.model).absolute()
+    prepare(options.model, work, size)
     path = work / "trials.jsonl"
-    begun = max((entry.round for entry in trials_of(path)), default=0)
-    for number in range(begun + 1, begun + 1 + given.repeats):
-        for case in given.cases:
-            done = trial(case, given.model, number, size, given.peer.absolute(), work, given.threads, given.making)
+    last_round = max((trial.round for trial in read_trials(path)), default=0)
+    for number in range(last_round + 1, last_round + 1 + options.repeats):
+        for case in options.cases:
+            trial = run_trial(case, options.model, number, size, options.peer.absolute(), work, options.threads,
+                              options.making)
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(done)) + "\n")
-            print(f"{case}: {text(done.images_per_second)} images/s, first step {text(done.first_step_s)} s, "
-                  f"peak {done.peak_rss_gib:.2f} GiB, class images/s {text(done.class_images_per_second)}", flush=True)
-    rows = [machine(given.threads), "", *table(trials_of(path))]
+                file.write(json.dumps(asdict(trial)) + "\n")
+            print(f"{case}: {format_number(trial.images_per_second)} images/s, "
+                  f"first step {format_number(trial.first_step_s)} s, peak {trial.peak_rss_gib:.2f} GiB, "
+                  f"class images/s {format_number(trial.class_images_per_second)}", flush=True)
+    rows = [describe_machine(options.threads), "", *format_table(read_trials(path))]
     print("\n".join(rows))
-    if given.write:
-        put(given.model, rows)
+    if options.write:
+        write_section(options.model, rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What speed.py measured, as a table in docs/benchmarks.md."""
+"""Formats the measurements of speed.py as a table, and writes sections of docs/benchmarks.md."""
 
 import json
 import os
@@ -10,34 +10,34 @@ from pathlib import Path
 from statistics import median
 
 SAME_GUIDANCE = "class images, the script's guidance"
-CLASSES = {"peer class images", "class images", SAME_GUIDANCE}  # cases that make class images, one training step
+CLASS_IMAGE_CASES = {"peer class images", "class images", SAME_GUIDANCE}  # generate class images and train one step
 BEGIN, END = "<!-- benchmarks/speed.py {} -->\n", "<!-- end {} -->\n"
 
 
 @dataclass
 class Trial:
-    """What one process showed."""
+    """The measurements of one process."""
 
     case: str
     model: str
-    round: int = 0  # in a round every case runs once; quotients are taken within it
+    round: int = 0  # every case runs once per round; quotients compare cases of the same round
     images_per_second: float | None = None
-    images_per_cpu: float | None = None  # a CPU second
+    images_per_cpu: float | None = None  # per CPU second
     first_step_s: float | None = None  # from the start of the process to the end of its first step
-    first_step_cpu: float | None = None
+    first_step_cpu: float | None = None  # CPU seconds of the same
     peak_rss_gib: float = 0.0
     cpu_seconds: float = 0.0
     class_images_per_second: float | None = None
     class_images_per_cpu: float | None = None
 
 
-def trials_of(path: Path) -> list[Trial]:
-    """What was measured so far."""
+def read_trials(path: Path) -> list[Trial]:
+    """The trials in a file of JSON lines; none if there is no file."""
     return [Trial(**json.loads(line)) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
 
 
-def machine(threads: int) -> str:
-    """A line that says where and with what the figures were measured."""
+def describe_machine(threads: int) -> str:
+    """One line with the date, the processor and the versions of a measurement."""
     import diffusers
     import torch
     import transformers
@@ -49,36 +49,36 @@ def machine(threads: int) -> str:
             f"{threads} thread{'s' * (threads > 1)}; Python {platform.python_version()}, {versions}.")
 
 
-def table(trials: list[Trial]) -> Iterator[str]:
-    """Markdown rows: medians over the trials of a case, the range, and the median quotients within a round.
+def format_table(trials: list[Trial]) -> Iterator[str]:
+    """Rows of a Markdown table, one per case: medians over its trials, ranges, and median quotients within a round.
 
-    Images are what is trained on, or class images in the cases that make them.
+    The images counted are those that are trained on, or class images in the cases that generate them.
     """
-    yield ("| what | runs | images/s | range | quotient | images a CPU second | quotient | first step, s | its CPU | "
+    yield ("| what | runs | images/s | range | quotient | images per CPU second | quotient | first step, s | its CPU | "
            "peak RSS, GiB |")
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for case in dict.fromkeys(t.case for t in trials):
-        mine = [t for t in trials if t.case == case]
-        kind = "class_images" if case in CLASSES else "images"
-        row = [case, f"{len(mine)}"]
-        for what in (f"{kind}_per_second", f"{kind}_per_cpu"):
-            rates = [rate for t in mine if (rate := getattr(t, what)) is not None]
-            row.append(text(_median(rates)))
-            if what.endswith("second"):
+        of_case = [t for t in trials if t.case == case]
+        kind = "class_images" if case in CLASS_IMAGE_CASES else "images"
+        row = [case, f"{len(of_case)}"]
+        for field in (f"{kind}_per_second", f"{kind}_per_cpu"):
+            rates = [rate for t in of_case if (rate := getattr(t, field)) is not None]
+            row.append(format_number(_median(rates)))
+            if field.endswith("second"):
                 row.append(f"{min(rates):.2f}-{max(rates):.2f}" if rates else "-")
-            quotients = _quotients(trials, case, what)
+            quotients = _quotients(trials, case, field)
             row.append(f"{median(quotients):.2f}x" if quotients else "-")
-        row += [text(_median([getattr(t, what) for t in mine]))
-                for what in ("first_step_s", "first_step_cpu", "peak_rss_gib")]
+        row += [format_number(_median([getattr(t, field) for t in of_case]))
+                for field in ("first_step_s", "first_step_cpu", "peak_rss_gib")]
         yield f"| {' | '.join(row)} |"
 
 
-def _quotients(trials: list[Trial], case: str, what: str) -> list[float]:
-    """Of `what`, this case by the script's, for each round that has both."""
-    base = "peer class images" if case in CLASSES else "peer"
-    script = {t.round: getattr(t, what) for t in trials if t.case == base}
-    return [getattr(t, what) / script[t.round] for t in trials
-            if t.case == case and getattr(t, what) and script.get(t.round)]
+def _quotients(trials: list[Trial], case: str, field: str) -> list[float]:
+    """A field of this case divided by that of diffusers' script, for each round that has both."""
+    script_case = "peer class images" if case in CLASS_IMAGE_CASES else "peer"
+    script = {t.round: getattr(t, field) for t in trials if t.case == script_case}
+    return [getattr(t, field) / script[t.round] for t in trials
+            if t.case == case and getattr(t, field) and script.get(t.round)]
 
 
 def _median(values: Sequence[float | None]) -> float | None:
@@ -86,18 +86,22 @@ def _median(values: Sequence[float | None]) -> float | None:
     return median(known) if known else None
 
 
-def text(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def put(name: str, rows: list[str]) -> None:
+def write_section(name: str, rows: list[str]) -> None:
     """Write rows into section `name` of docs/benchmarks.md."""
     page = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-    page.write_text(written(page.read_text("utf-8"), name, rows), encoding="utf-8")
+    page.write_text(replace_section(page.read_text("utf-8"), name, rows), encoding="utf-8")
 
 
-def written(text: str, name: str, rows: list[str]) -> str:
-    """A page with `rows` between the marks of section `name`."""
+def replace_section(text: str, name: str, rows: list[str]) -> str:
+    """The text of a page with `rows` between the marks of section `name`.
+
+    Raises:
+        SystemExit: the page has no such section.
+    """
     begin, end = BEGIN.format(name), END.format(name)
     head, _, rest = text.partition(begin)
     if not rest or end not in rest:

@@ -1,7 +1,7 @@
-"""Records every storage that comes and goes while tensors compute: the raw material of a memory prediction.
+"""Records the allocation and release of every tensor storage: the input of a memory prediction.
 
-Works the same on fake and on real tensors. A storage is known by what it turns out to be (weights, gradients,
-activations, ...), so its category is the last one that it was given; when it lived is in `events`.
+It works the same on fake and on real tensors. The purpose of a storage (weights, gradients, activations, ...) is often
+known only after it was allocated. The category of a storage is therefore the last one that was assigned to it.
 """
 
 import weakref
@@ -15,19 +15,23 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-HOST = "host"  # category of what would be in host memory
+HOST = "host"  # category of storages that a real run keeps in host memory
 TEMPORARIES, ACTIVATIONS = "temporaries", "activations"
-Event = tuple[int, int]  # (serial, +bytes) comes, (serial, -bytes) goes, (MARK, n) the n-th mark is passed
+Event = tuple[int, int]  # (serial, +bytes): allocated; (serial, -bytes): released; (MARK, n): the n-th mark
 MARK = -1
-Workspace = Callable[[str, tuple[Any, ...]], int]  # operator's name and arguments -> bytes that its kernel takes
+Workspace = Callable[[str, tuple[Any, ...]], int]  # operator name and arguments -> bytes of the kernel's workspace
 _DEVICE = torch.ops.prim.device.default
 
 
 class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A dispatch mode; enter it around what is to be recorded.
+    """A dispatch mode that records all operators inside its `with` block.
 
-    `events` are in the order of time, `category` is by serial number, `marks` are what `mark` was told. `flops` counts
-    floating-point operations of matrix products, convolutions and attention, by mark (one multiply-add is two).
+    Attributes:
+        events: allocations, releases and marks in the order in which they happened.
+        category: serial number of a storage -> its category.
+        marks: the phases that `mark` was called with.
+        flops: phase -> floating-point operations of its matrix products, convolutions and attention. One multiply-add
+            counts as two operations.
     """
 
     def __init__(self, workspace: Workspace | None = None) -> None:
@@ -36,7 +40,7 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.category: dict[int, str] = {}
         self.marks: list[str] = []
         self.flops: dict[str, int] = {}
-        self._live: dict[int, tuple[int, int]] = {}  # address of the storage object -> (serial, bytes)
+        self._live: dict[int, tuple[int, int]] = {}  # storage address -> (serial, bytes)
         self._references: dict[int, weakref.ref[Any]] = {}
         self._serial = 0
         self._phase = ""
@@ -44,59 +48,66 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._references.clear()  # what goes later is not recorded
+        self._references.clear()  # later releases are not recorded
 
     def mark(self, phase: str) -> None:
-        """What follows belongs to `phase`."""
+        """Begin `phase`: it contains all later events."""
         self.events.append((MARK, len(self.marks)))
         self.marks.append(phase)
         self._phase = phase
 
     def add(self, tensors: Iterable[Tensor], category: str) -> None:
-        """Say what tensors are, whether they were seen before or not."""
+        """Assign a category to the storages of tensors, and record those that are new."""
         for tensor in tensors:
-            serial = self._see(tensor)
+            serial = self._record(tensor)
             if serial is not None:
                 self.category[serial] = category
 
     def add_module(self, module: nn.Module | None, category: str) -> None:
-        """Parameters and buffers of a module."""
+        """Assign a category to the parameters and buffers of a module."""
         if module is not None:
             self.add([*module.parameters(), *module.buffers()], category)
 
-    def rename_live(self, old: str, new: str) -> None:
-        """Whatever is alive and counted as `old` is `new` from its beginning."""
+    def recategorize_live(self, old: str, new: str) -> None:
+        """Change the category of all live storages of category `old` to `new`, from their allocation on."""
         for serial, _ in self._live.values():
             if self.category[serial] == old:
                 self.category[serial] = new
 
     def repeat(self, start: int, end: int, marks: bool = True) -> None:
-        """events[start:end] happen once more, without what is still alive after them: that is there already."""
+        """Append events[start:end] once more, as if the same code ran again.
+
+        Storages that are still live at `end` exist already and are not allocated a second time.
+
+        Args:
+            marks: whether to repeat the marks too.
+        """
         events, offset = self.events[start:end], self._serial
-        dead = {serial for serial, size in events if serial != MARK and size < 0}
-        born = {serial for serial, size in events if serial != MARK and size > 0}
+        released = {serial for serial, size in events if serial != MARK and size < 0}
+        allocated = {serial for serial, size in events if serial != MARK and size > 0}
         for serial, size in events:
             if serial == MARK and marks:
                 self.events.append((MARK, size))
-            elif serial in born and serial in dead:
+            elif serial in allocated and serial in released:
                 self.category[serial + offset] = self.category[serial]
                 self.events.append((serial + offset, size))
         self._serial = 2 * offset
 
     @property
     def total_flops(self) -> int:
+        """Floating-point operations of all phases so far."""
         return sum(self.flops.values())
 
     @contextmanager
-    def whole(self, phase: str) -> Iterator[None]:
-        """A phase with an end: what comes after belongs to `idle`."""
-        self.mark(phase)
+    def phase(self, name: str) -> Iterator[None]:
+        """A phase that ends with the `with` block: later events belong to the phase `idle`."""
+        self.mark(name)
         yield
         self.mark("idle")
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else each call pays for a guard against a compiler that is not there
+        return False  # otherwise every call pays for a guard against torch.compile, which is not used here
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -105,7 +116,7 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _DEVICE:
             return out
         for tensor in _tensors(out):
-            self._see(tensor)
+            self._record(tensor)
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.flops[self._phase] = self.flops.get(self._phase, 0) + count(*args, **(kwargs or {}), out_val=out)
@@ -115,8 +126,8 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.events += [(self._serial, size), (self._serial, -size)]
         return out
 
-    def _see(self, tensor: Tensor) -> int | None:
-        """The serial number of a tensor's storage; None for one without bytes."""
+    def _record(self, tensor: Tensor) -> int | None:
+        """The serial number of a tensor's storage, recorded now if it is new; None for a storage without bytes."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
@@ -127,12 +138,12 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._serial += 1
         serial = self._serial
         self._live[key] = serial, size
-        self._references[key] = weakref.ref(storage, partial(self._gone, key, serial))
+        self._references[key] = weakref.ref(storage, partial(self._record_release, key, serial))
         self.category[serial] = TEMPORARIES
         self.events.append((serial, size))
         return serial
 
-    def _gone(self, key: int, serial: int, _: object) -> None:
+    def _record_release(self, key: int, serial: int, _: object) -> None:
         entry = self._live.get(key)
         if entry is not None and entry[0] == serial:
             del self._live[key], self._references[key]
@@ -140,6 +151,7 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _tensors(out: Any) -> Iterator[Tensor]:
+    """The tensors in the output of an operator."""
     if isinstance(out, Tensor):
         yield out
     elif isinstance(out, tuple | list):

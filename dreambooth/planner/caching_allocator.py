@@ -1,9 +1,16 @@
-"""A model of PyTorch's caching allocator: what `torch.cuda.max_memory_reserved` would show for a list of events.
+"""A model of PyTorch's caching CUDA allocator: it computes the reserved memory for a sequence of allocations.
 
-Sizes and rules are those of c10/cuda/CUDACachingAllocator.cpp with its default settings and one stream: blocks of 512
-bytes; a small pool (up to 1 MiB) fed by segments of 2 MiB; a large pool fed by 20 MiB below 10 MiB and by multiples of
-2 MiB above; the smallest block that fits; a rest is split off from 512 bytes (small) or above 1 MiB (large). With
-`expandable_segments` a pool is one growing range of pages. Not modelled: garbage collection and roundup settings.
+The result corresponds to `torch.cuda.memory_reserved`. Sizes and rules are those of c10/cuda/CUDACachingAllocator.cpp
+with its default settings and one stream:
+
+- Block sizes are multiples of 512 bytes.
+- The small pool serves blocks up to 1 MiB from segments of 2 MiB. The large pool serves blocks below 10 MiB from
+  segments of 20 MiB, and larger blocks from segments of their own, whose size is a multiple of 2 MiB.
+- A request takes the smallest free block that is large enough. The remainder is split off if it has at least 512 bytes
+  (small pool) or more than 1 MiB (large pool).
+- With `expandable_segments` each pool is one growing range of pages.
+
+Garbage collection and roundup settings are not modelled.
 """
 
 from bisect import bisect_left, insort
@@ -15,6 +22,8 @@ KIB, MIB = 2**10, 2**20
 
 @dataclass(slots=True)
 class _Block:
+    """A part of a segment. `previous` and `following` are the numbers of its neighbours in the segment."""
+
     size: int
     large: bool
     free: bool = True
@@ -23,135 +32,144 @@ class _Block:
 
 
 class CachingAllocator:
-    """Bytes in and out: `allocated` and `reserved`, now."""
+    """Simulates allocations. `allocated` and `reserved` are the current numbers of bytes."""
 
     SMALL: ClassVar = MIB
     SEGMENT: ClassVar = (2 * MIB, 20 * MIB)  # of the small and of the large pool
 
     def __init__(self, expandable: bool = False, max_split: int | None = None) -> None:
-        """`max_split`: blocks above it (bytes) are never split and only serve about their own size."""
+        """Start with an empty cache.
+
+        Args:
+            expandable: PyTorch's setting expandable_segments.
+            max_split: PyTorch's setting max_split_size_mb, in bytes: larger blocks are never split, and serve only
+                requests of about their own size.
+        """
         self.allocated = 0
         self.reserved = 0
         self._expandable = expandable
         self._max_split = max_split
         self._blocks: dict[int, _Block] = {}
         self._free: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
-        self._last: list[int | None] = [None, None]  # the end of each pool's range, if it can grow
+        self._last: list[int | None] = [None, None]  # the last block of each pool's range, with expandable segments
         self._next = 0
 
     def malloc(self, size: int) -> int:
-        """Take a block of at least `size` bytes; returns its name."""
+        """Allocate a block of at least `size` bytes; returns its number."""
         size = max(512, (size + 511) // 512 * 512)
         large = size > self.SMALL
-        name = self._found(size, large)
-        if name is None:
-            name = self._grown(size, large) if self._expandable else self._segment(size, large)
-        block = self._blocks[name]
-        self._split(name, block, size)
+        number = self._take_free_block(size, large)
+        if number is None:
+            number = self._extend_range(size, large) if self._expandable else self._new_segment(size, large)
+        block = self._blocks[number]
+        self._split(number, block, size)
         block.free = False
         self.allocated += block.size
-        return name
+        return number
 
-    def release(self, name: int) -> None:
-        """Give a block back to its pool, joined with free neighbours."""
-        block = self._blocks[name]
+    def release(self, number: int) -> None:
+        """Return a block to its pool, merged with its free neighbours."""
+        block = self._blocks[number]
         self.allocated -= block.size
         block.free = True
-        name = self._join(block.previous, name) if self._is_free(block.previous) else name
-        block = self._blocks[name]
+        number = self._join(block.previous, number) if self._is_free(block.previous) else number
+        block = self._blocks[number]
         if self._is_free(block.following):
-            self._join(name, block.following)
-        insort(self._free[block.large], (self._blocks[name].size, name))
+            self._join(number, block.following)
+        insort(self._free[block.large], (self._blocks[number].size, number))
 
     def empty_cache(self) -> None:
-        """Give whole segments without a used block, or whole free pages, back to the card (torch.cuda.empty_cache)."""
+        """Return segments without a used block, or whole free pages, to the card (torch.cuda.empty_cache)."""
         for large in (False, True):
-            for size, name in list(self._free[large]):
-                block = self._blocks[name]
+            for size, number in list(self._free[large]):
+                block = self._blocks[number]
                 if self._expandable:
-                    self._unmap(name, block)
+                    self._unmap(number, block)
                 elif block.previous is None and block.following is None:
-                    self._take(name, block)
-                    del self._blocks[name]
+                    self._remove_from_pool(number, block)
+                    del self._blocks[number]
                     self.reserved -= size
 
-    def _found(self, size: int, large: bool) -> int | None:
+    def _take_free_block(self, size: int, large: bool) -> int | None:
+        """Remove the smallest free block that is large enough from its pool; None: there is none."""
         pool = self._free[large]
-        place = bisect_left(pool, (size, -1))
-        if place == len(pool):
+        index = bisect_left(pool, (size, -1))
+        if index == len(pool):
             return None
-        found, name = pool[place]
+        block_size, number = pool[index]
         if self._max_split is not None and large:
             oversize = size >= self._max_split
-            if (not oversize and found >= self._max_split) or (oversize and found >= size + 20 * MIB):
+            if (not oversize and block_size >= self._max_split) or (oversize and block_size >= size + 20 * MIB):
                 return None
-        pool.pop(place)
-        return name
+        pool.pop(index)
+        return number
 
-    def _segment(self, size: int, large: bool) -> int:
+    def _new_segment(self, size: int, large: bool) -> int:
+        """Reserve a segment for a block of `size` bytes; returns the number of its only block."""
         if not large:
-            room = self.SEGMENT[0]
+            reserved = self.SEGMENT[0]
         elif size < 10 * MIB:
-            room = self.SEGMENT[1]
+            reserved = self.SEGMENT[1]
         else:
-            room = (size + 2 * MIB - 1) // (2 * MIB) * (2 * MIB)
-        self.reserved += room
-        return self._new(_Block(room, large))
+            reserved = (size + 2 * MIB - 1) // (2 * MIB) * (2 * MIB)
+        self.reserved += reserved
+        return self._new(_Block(reserved, large))
 
-    def _grown(self, size: int, large: bool) -> int:
-        """Map more pages at the end of the pool's range, after a free rest that may be there."""
+    def _extend_range(self, size: int, large: bool) -> int:
+        """Map more pages at the end of the pool's range; a free block there becomes part of the new block."""
         page, last = self.SEGMENT[large], self._last[large]
         rest = self._blocks[last].size if last is not None and self._blocks[last].free else 0
         pages = (size - rest + page - 1) // page * page
         self.reserved += pages
         if last is not None and rest:
-            self._take(last, self._blocks[last])
+            self._remove_from_pool(last, self._blocks[last])
             self._blocks[last].size += pages
             return last
-        name = self._new(_Block(pages, large, previous=last))
+        number = self._new(_Block(pages, large, previous=last))
         if last is not None:
-            self._blocks[last].following = name
-        self._last[large] = name
-        return name
+            self._blocks[last].following = number
+        self._last[large] = number
+        return number
 
-    def _unmap(self, name: int, block: _Block) -> None:
-        """Give the whole pages of a free block of a growing range back; what is mapped later comes at its end."""
+    def _unmap(self, number: int, block: _Block) -> None:
+        """Return the whole pages of a free block of an expandable range; pages mapped later are added at its end."""
         pages = block.size // self.SEGMENT[block.large] * self.SEGMENT[block.large]
         if not pages:
             return
-        self._take(name, block)
+        self._remove_from_pool(number, block)
         self.reserved -= pages
         block.size -= pages
         if block.size:
-            insort(self._free[block.large], (block.size, name))
+            insort(self._free[block.large], (block.size, number))
             return
         for neighbour, side in ((block.previous, "following"), (block.following, "previous")):
             if neighbour is not None:
                 setattr(self._blocks[neighbour], side, None)
-        if self._last[block.large] == name:
+        if self._last[block.large] == number:
             self._last[block.large] = block.previous
-        del self._blocks[name]
+        del self._blocks[number]
 
-    def _split(self, name: int, block: _Block, size: int) -> None:
+    def _split(self, number: int, block: _Block, size: int) -> None:
+        """Cut a block to `size` bytes and put the remainder into its pool, if the rules allow it."""
         rest = block.size - size
         if rest <= MIB if block.large else rest < 512:
             return
         if self._max_split is not None and block.large and size >= self._max_split:
             return
-        new = self._new(_Block(rest, block.large, previous=name, following=block.following))
+        new = self._new(_Block(rest, block.large, previous=number, following=block.following))
         if block.following is not None:
             self._blocks[block.following].previous = new
         block.following, block.size = new, size
-        if self._last[block.large] == name:
+        if self._last[block.large] == number:
             self._last[block.large] = new
         insort(self._free[block.large], (rest, new))
 
     def _join(self, first: int | None, second: int | None) -> int:
-        """Merge two neighbours into the first; whichever of them is in the pool leaves it."""
+        """Merge two neighbouring blocks into the first one, outside the pool; returns its number."""
         assert first is not None and second is not None
         left, right = self._blocks[first], self._blocks[second]
-        for name, block in ((first, left), (second, right)):
-            self._take(name, block)
+        for number, block in ((first, left), (second, right)):
+            self._remove_from_pool(number, block)
         left.size += right.size
         left.following = right.following
         if right.following is not None:
@@ -161,16 +179,17 @@ class CachingAllocator:
         del self._blocks[second]
         return first
 
-    def _take(self, name: int, block: _Block) -> None:
+    def _remove_from_pool(self, number: int, block: _Block) -> None:
+        """Remove a block from its pool, if it is there."""
         pool = self._free[block.large]
-        place = bisect_left(pool, (block.size, name))
-        if place < len(pool) and pool[place] == (block.size, name):
-            pool.pop(place)
+        index = bisect_left(pool, (block.size, number))
+        if index < len(pool) and pool[index] == (block.size, number):
+            pool.pop(index)
 
     def _new(self, block: _Block) -> int:
         self._next += 1
         self._blocks[self._next] = block
         return self._next
 
-    def _is_free(self, name: int | None) -> bool:
-        return name is not None and self._blocks[name].free
+    def _is_free(self, number: int | None) -> bool:
+        return number is not None and self._blocks[number].free

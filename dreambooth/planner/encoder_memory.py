@@ -12,7 +12,7 @@ MOMENT = 96 * MIB
 BATCH = 16
 
 
-def looking(evaluate: Evaluate, resolution: int) -> list[int]:
+def encoder_tensor_bytes(evaluate: Evaluate, resolution: int) -> list[int]:
     """Bytes of tensors that are there together while pictures of that many pixels a side are scored."""
     there = [*evaluate.encoders, *(["lpips"] if evaluate.lpips else [])]
     return [*(WEIGHTS[name] for name in there), BATCH * 3 * resolution**2 * 4, MOMENT]

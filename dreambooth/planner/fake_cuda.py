@@ -1,9 +1,9 @@
-"""A GPU that is not there: fake tensors that follow CUDA's rules for dtypes and attention.
+"""Emulates a CUDA GPU on tensors without data: CUDA's rules for autocast dtypes and the choice of attention kernel.
 
-Device `cpu` stands for the GPU, since a CPU build of PyTorch cannot run autograd on a fake `cuda` tensor. CUDA's
-autocast rules are put on the CPU's autocast key for as long as the context lasts, and attention goes to the kernel
-that the card would choose. A forward pass of SD 1.5 under real CUDA autocast dispatch and under this emulation gives
-the same sequence of operators, shapes and dtypes.
+The device of the tensors is `cpu`, because a CPU build of PyTorch cannot run autograd on a fake `cuda` tensor. Inside
+the context `fake_gpu`, the CPU's autocast key has CUDA's autocast rules, and attention is dispatched to the kernel that
+the card would choose. A forward pass of SD 1.5 under this emulation has the same sequence of operators, shapes and
+dtypes as under real CUDA autocast dispatch.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreambooth.planner.hollow_tensors import HollowTensors
+from dreambooth.planner.dataless_tensors import DatalessTensorMode
 
-FLASH_CAPABILITY = 8.0  # PyTorch's flash kernel needs Ampere; a T4 (7.5) gets the memory-efficient one
+FLASH_CAPABILITY = 8.0  # PyTorch's flash kernel needs Ampere; a T4 (7.5) uses the memory-efficient kernel
 _TO_FP32 = ("group_norm", "layer_norm", "native_layer_norm", "exp", "pow.Tensor_Scalar", "rsqrt", "upsample_nearest2d")
 _FP32_RESULT = ("softmax.int", "log_softmax.int", "sum", "sum.dim_IntList")
 _EFFICIENT_BACKWARD = "aten::_scaled_dot_product_efficient_attention_backward"
@@ -25,7 +25,11 @@ _FLASH_BACKWARD = "aten::_scaled_dot_product_flash_attention_backward"
 
 @contextmanager
 def fake_gpu(capability: float | None) -> Iterator[None]:
-    """Inside, tensors are fake and compute as on a CUDA card of that compute capability (None: as on a T4)."""
+    """A context in which tensors have no data and operators behave as on a CUDA card.
+
+    Args:
+        capability: CUDA compute capability of the card; None: as on a T4.
+    """
     with ExitStack() as stack:
         stack.enter_context(cuda_autocast())
         stack.enter_context(cuda_attention((capability or 0) >= FLASH_CAPABILITY))
@@ -35,16 +39,16 @@ def fake_gpu(capability: float | None) -> Iterator[None]:
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Inside, tensors have shapes and dtypes and no memory."""
-    with HollowTensors():
+    """A context in which new tensors have a shape, a dtype and a storage size, but no memory."""
+    with DatalessTensorMode():
         yield
 
 
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
-    """CUDA's autocast policy on the CPU's autocast key."""
-    make: Any = torch.library.Library
-    library = make("aten", "IMPL")
+    """A context in which the CPU's autocast key has CUDA's autocast rules."""
+    make_library: Any = torch.library.Library
+    library = make_library("aten", "IMPL")
     try:
         for name in _TO_FP32:
             library.impl(name, _to_fp32(_operator(name)), "AutocastCPU")
@@ -57,20 +61,33 @@ def cuda_autocast() -> Iterator[None]:
 
 @contextmanager
 def cuda_attention(flash: bool) -> Iterator[None]:
-    """F.scaled_dot_product_attention as CUDA dispatches it: flash where the card, dtype and mask allow it, else the
-    memory-efficient kernel, which is also xformers'."""
-    plain = F.scaled_dot_product_attention
+    """A context in which F.scaled_dot_product_attention is dispatched as on CUDA.
+
+    The flash kernel runs where card, dtype and mask allow it, and otherwise the memory-efficient kernel, which xformers
+    uses too.
+
+    Args:
+        flash: whether the card supports the flash kernel.
+    """
+    original = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = _attention(flash)
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = plain
+        F.scaled_dot_product_attention = original
 
 
-def workspace(name: str, args: tuple[Any, ...]) -> int:
-    """Bytes that a CUDA attention kernel's backward pass takes for itself: its fp32 accumulators of dq (and of dk, dv
-    for heads above 128 in the memory-efficient kernel); flash pads queries to 128 and heads to 32 or 64, and keeps
-    a row sum."""
+def attention_workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
+    """Bytes of the temporary workspace of a CUDA attention kernel's backward pass; 0 for other operators.
+
+    The memory-efficient kernel needs fp32 accumulators of dq, and for head dimensions above 128 of dk and dv too. The
+    flash kernel pads the queries to a multiple of 128 and the head dimension to a multiple of 32 or 64, and stores one
+    sum per row.
+
+    Args:
+        name: the operator's schema name.
+        args: its arguments; the second is the query (batch, heads, queries, head dimension).
+    """
     if name not in (_EFFICIENT_BACKWARD, _FLASH_BACKWARD):
         return 0
     batch, heads, queries, width = args[1].shape
@@ -82,62 +99,68 @@ def workspace(name: str, args: tuple[Any, ...]) -> int:
 
 
 def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """module.to(dtype) for fake parameters, which `Module.to` cannot swap: they are made anew."""
-    for part in module.modules():
-        for name, parameter in list(part._parameters.items()):
+    """module.to(dtype) for fake parameters: `Module.to` cannot swap their data, so this creates new parameters."""
+    for submodule in module.modules():
+        for name, parameter in list(submodule._parameters.items()):
             if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
-                part._parameters[name] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
-        for name, buffer in list(part._buffers.items()):
+                submodule._parameters[name] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+        for name, buffer in list(submodule._buffers.items()):
             if buffer is not None and buffer.is_floating_point() and buffer.dtype != dtype:
-                part._buffers[name] = buffer.to(dtype)
+                submodule._buffers[name] = buffer.to(dtype)
     return module
 
 
-def rest(module: nn.Module) -> dict[str, torch.Size]:
-    """Let a module's weights leave the device; returns what `wake` needs."""
+def offload_weights(module: nn.Module) -> dict[str, torch.Size]:
+    """Free a module's weights, as moving them to the host does on a GPU; returns their shapes for `reload_weights`."""
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     for parameter in module.parameters():
         parameter.data = torch.empty(0, dtype=parameter.dtype)
     return shapes
 
 
-def wake(module: nn.Module, shapes: dict[str, torch.Size]) -> nn.Module:
-    """The weights are back, their values are not; returns the module."""
+def reload_weights(module: nn.Module, shapes: dict[str, torch.Size]) -> nn.Module:
+    """Allocate the weights again, with undefined values; returns the module."""
     for name, parameter in module.named_parameters():
         parameter.data = torch.empty(shapes[name], dtype=parameter.dtype)
     return module
 
 
 def _operator(name: str) -> Any:
+    """The ATen operator of a name such as `softmax.int`."""
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.aten, packet), overload or "default")
 
 
-def _below_autocast() -> Any:
+def _without_autocast() -> Any:
+    """A guard that excludes the autocast key, so that the operator below it runs."""
     return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU))
 
 
-def _raised(value: Any) -> Any:
+def _cast_to_fp32(value: Any) -> Any:
+    """Cast floating-point tensors, also those in lists and tuples; other values stay as they are."""
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() and value.dtype != torch.float32 else value
-    return type(value)(map(_raised, value)) if isinstance(value, list | tuple) else value
+    return type(value)(map(_cast_to_fp32, value)) if isinstance(value, list | tuple) else value
 
 
 def _to_fp32(operator: Any) -> Callable[..., Any]:
+    """Autocast rule: cast the inputs to fp32."""
     def compute(*args: Any, **kwargs: Any) -> Any:
-        with _below_autocast():
-            return operator(*map(_raised, args), **{key: _raised(value) for key, value in kwargs.items()})
+        with _without_autocast():
+            return operator(*map(_cast_to_fp32, args), **{key: _cast_to_fp32(value) for key, value in kwargs.items()})
 
     return compute
 
 
 def _fp32_result(operator: Any, softmax: bool) -> Callable[..., Any]:
+    """Autocast rule: compute the result in fp32 unless the caller names a dtype."""
     def compute(*args: Any, **kwargs: Any) -> Any:
-        with _below_autocast():
-            wanted = kwargs.get("dtype", args[2] if softmax and len(args) > 2 else None)
-            if softmax and args[0].dtype == torch.half and wanted in (None, torch.float32):
-                return torch.ops.aten._softmax.default(args[0], args[1], True)  # CUDA fuses: no fp32 copy of the input
-            if wanted is None and args[0].is_floating_point():
+        with _without_autocast():
+            dtype = kwargs.get("dtype", args[2] if softmax and len(args) > 2 else None)
+            if softmax and args[0].dtype == torch.half and dtype in (None, torch.float32):
+                # CUDA's softmax converts inside its kernel: there is no fp32 copy of the input.
+                return torch.ops.aten._softmax.default(args[0], args[1], True)
+            if dtype is None and args[0].is_floating_point():
                 kwargs["dtype"] = torch.float32
             return operator(*args, **kwargs)
 
@@ -145,6 +168,7 @@ def _fp32_result(operator: Any, softmax: bool) -> Callable[..., Any]:
 
 
 def _attention(flash: bool) -> Callable[..., Tensor]:
+    """A replacement of F.scaled_dot_product_attention that calls the CUDA kernels' operators."""
     def compute(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
                 is_causal: bool = False, scale: float | None = None, **_: Any) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
@@ -152,16 +176,16 @@ def _attention(flash: bool) -> Callable[..., Tensor]:
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         half = query.dtype in (torch.float16, torch.bfloat16)
         if flash and half and attn_mask is None:
-            found: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
+            output: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
                 query, key, value, dropout_p, is_causal, scale=scale)[0]
-            return found
+            return output
         if attn_mask is not None:
             if attn_mask.dtype == torch.bool:
                 attn_mask = torch.where(attn_mask, 0.0, float("-inf"))
             attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
-        trains = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        found = torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, trains, dropout_p, is_causal, scale=scale)[0]
-        return found
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        output = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, needs_grad, dropout_p, is_causal, scale=scale)[0]
+        return output
 
     return compute

@@ -1,23 +1,22 @@
-"""What is known of a card beside its memory, each figure with its source. No torch.
+"""Published speeds of GPUs, each with its source, and the memory that a CUDA process needs besides PyTorch's.
 
-`fixed_gib` is what a process takes of a card beyond PyTorch's reserved memory: CUDA context, cuBLAS and cuDNN, driver.
-It is fitted once, on the nine rows that ShivamShrirao/diffusers' DreamBooth README publishes for a T4 (GB taken as 1e9
-bytes): the mean of published minus predicted reserved memory; docs/planner.md shows it with one row left out at a time.
-No such table is published for the other cards; they are given the T4's constant.
+`cuda_overhead_gib` is the memory of a card that a process takes in addition to PyTorch's reserved memory: the CUDA
+context, cuBLAS, cuDNN and the driver. It is fitted once, on the nine rows that the DreamBooth README of
+ShivamShrirao/diffusers (read 2026-11) publishes for a T4, with GB taken as 1e9 bytes: it is the mean of published minus
+predicted reserved memory. docs/planner.md shows the fit with one row left out at a time. No such table is published for
+the other cards, so they use the T4's constant. This file does not import torch.
 """
 
 from dataclasses import dataclass
 
-FIXED_SOURCE = "fitted on 9 published T4 rows (ShivamShrirao/diffusers README, read 2026-11)"
-
 
 @dataclass(frozen=True)
 class Card:
-    """Peak rates are dense, without sparsity: TFLOP/s in half precision with tensor cores and in fp32; GB/s.
+    """Peak rates of a GPU without sparsity: TFLOP/s in half precision with tensor cores and in fp32, and GB/s.
 
-    `source` names where such figures are published. Public pages that quote them were read in 2026-11 and agree for the
-    T4, the A100, the L4's fp32 rate and bandwidth and the A10G's bandwidth; of the A10G's rates they have 62.5 to 70
-    and 31 to 35. The L4's rate in half precision was not looked up.
+    `source` names the publication of these figures. Public pages that quote them were read in 2026-11. They agree for
+    the T4, the A100, the L4's fp32 rate and bandwidth, and the A10G's bandwidth. For the A10G's rates they state 62.5
+    to 70 and 31 to 35. The L4's rate in half precision was not looked up.
     """
 
     name: str
@@ -25,9 +24,9 @@ class Card:
     fp32_tflops: float
     bandwidth_gb_s: float
     source: str
-    fixed_gib: float = 0.74
-    link_gb_s: float = 10.0  # between cards of one machine that a sum of gradients reaches: PCIe, an assumption
-    calibrated: bool = False  # True: published training speeds of this very card went into estimate.py
+    cuda_overhead_gib: float = 0.74
+    link_gb_s: float = 10.0  # between cards of one machine, reached by a sum of gradients; PCIe, an assumption
+    calibrated: bool = False  # True: time_and_cost.py is fitted on published training speeds of this card
 
 
 CARDS = {
@@ -38,13 +37,13 @@ CARDS = {
 }
 
 
-def card_of(gpu: str | None) -> Card | None:
-    """The card of that name; names as a driver gives them ("Tesla T4", "NVIDIA A10G") are understood. None: unknown."""
+def find_card(gpu: str | None) -> Card | None:
+    """The card with this name, which may be a driver's ("Tesla T4", "NVIDIA A10G"); None if it is unknown."""
     words = (gpu or "").replace("-", " ").split()
     return next((card for name, card in CARDS.items() if name in words), None)
 
 
-def fixed_gib(gpu: str | None) -> float:
-    """GiB of the card that are gone before PyTorch takes any."""
-    card = card_of(gpu)
-    return card.fixed_gib if card else CARDS["T4"].fixed_gib
+def cuda_overhead_gib(gpu: str | None) -> float:
+    """GiB of the card that a process takes before PyTorch allocates anything."""
+    card = find_card(gpu)
+    return card.cuda_overhead_gib if card else CARDS["T4"].cuda_overhead_gib

@@ -1,6 +1,7 @@
-"""What would take less of the card, with what each way saves and costs: for a plan, and for a run that does not fit.
+"""Lists the overrides that would reduce a run's GPU memory, with what each saves and how much time it costs.
 
-Counted from a prediction and not rehearsed, so that every figure is about right and no more.
+A plan shows this list, and the error message of a run that does not fit contains it. The figures are computed from one
+prediction, without rehearsing each option, so they are approximate.
 """
 
 from collections.abc import Iterator
@@ -8,123 +9,146 @@ from dataclasses import dataclass, replace
 
 from dreambooth.config.enums import Dtype, EmaDevice, OptimizerKind, Weights
 from dreambooth.config.recipe import Recipe
-from dreambooth.planner.gpu_specs import Card, card_of, fixed_gib
-from dreambooth.planner.prediction import STEP, Prediction
+from dreambooth.planner.gpu_specs import Card, cuda_overhead_gib, find_card
+from dreambooth.planner.prediction import STEP_PHASES, Prediction
 from dreambooth.planner.skeleton_models import trained_weights
 from dreambooth.planner.time_and_cost import step_seconds
 from dreambooth.utils.hardware import GIB
 
-STATE_BYTES = {  # an element of the optimizer's state
+OPTIMIZER_STATE_BYTES = {  # per trained parameter
     OptimizerKind.adamw: 8.0, OptimizerKind.adamw8bit: 2.03, OptimizerKind.paged_adamw8bit: 0.0,
     OptimizerKind.adafactor: 2.0,
 }
-KEPT_SHARE = 0.12  # of the activations, with checkpointing: SD 1.5 at 512 px, 0.26 of 2 GiB a row
-LEAST = 0.05  # GiB; what saves less is not worth a line
-AGAIN = 4 / 3  # operations of a step whose forward pass is computed twice
+CHECKPOINTED_SHARE = 0.12  # of the activations remain with checkpointing: SD 1.5 at 512 px, 0.26 of 2 GiB per row
+MIN_SAVED_GIB = 0.05  # options that save less are not listed
+RECOMPUTED_FORWARD = 4 / 3  # operations of a step that computes its forward pass twice, relative to a plain step
 
 
 @dataclass(frozen=True)
-class Way:
-    """Overrides to type."""
+class MemoryOption:
+    """One or more overrides that reduce GPU memory."""
 
-    what: str
-    saves: float  # GiB of the card, about
-    seconds: float | None  # more a step (below 0: less); None: nothing is known of the card's speed, or of this
-    exact: bool = False  # changes no number of the run
-
-
-def ways(recipe: Recipe, prediction: Prediction) -> list[Way]:
-    """What is left to do: for pictures where these need most, then for a step, what changes no number first."""
-    found = [*_fewer_pictures(recipe, prediction), *_exact(recipe, prediction), *_given_up(recipe, prediction)]
-    return [way for way in found if way.saves >= LEAST]
+    overrides: str
+    saved_gib: float  # approximate
+    extra_seconds: float | None  # per step, negative if faster; None: the card's speed or the effect is unknown
+    exact: bool = False  # True: the results of the run do not change
 
 
-def named(recipe: Recipe, prediction: Prediction) -> str:
-    """The same in a sentence's words, of a run that does not fit; of a step only if it is what does not."""
-    auto = [] if recipe.memory.auto else ["memory=auto (levers that change no number)"]
-    step = prediction.most(*STEP).reserved / GIB + fixed_gib(recipe.hardware.gpu)
-    fits = step <= (recipe.hardware.usable_vram_gib or 0)
-    known = list(_fewer_pictures(recipe, prediction)) if fits else ways(recipe, prediction)
-    told = [f"{way.what} (saves about {way.saves:.1f} GiB)" for way in known]
-    return "; ".join([*auto, *told, "a larger card, such as hardware=g5"])
+def list_memory_options(recipe: Recipe, prediction: Prediction) -> list[MemoryOption]:
+    """The options for this run that save at least MIN_SAVED_GIB.
+
+    If generating images needs the most memory, options for that come first. Options for a training step follow, those
+    that do not change the results before those that do.
+    """
+    options = [*_sampling_options(recipe, prediction), *_exact_options(recipe, prediction),
+               *_inexact_options(recipe, prediction)]
+    return [option for option in options if option.saved_gib >= MIN_SAVED_GIB]
 
 
-def _exact(recipe: Recipe, prediction: Prediction) -> Iterator[Way]:
-    memory, trained = recipe.memory, 4 * prediction.trained / GIB
+def describe_memory_options(recipe: Recipe, prediction: Prediction) -> str:
+    """The options as part of an error message about a run that does not fit.
+
+    If a training step fits and only generating images does not, only the options for generating images are named.
+    """
+    auto = [] if recipe.memory.auto else ["memory=auto (saves memory without changing the results)"]
+    step_gib = prediction.peak_over(*STEP_PHASES).reserved / GIB + cuda_overhead_gib(recipe.hardware.gpu)
+    step_fits = step_gib <= (recipe.hardware.usable_vram_gib or 0)
+    options = list(_sampling_options(recipe, prediction)) if step_fits else list_memory_options(recipe, prediction)
+    phrases = [f"{option.overrides} (saves about {option.saved_gib:.1f} GiB)" for option in options]
+    return "; ".join([*auto, *phrases, "a larger card, such as hardware=g5"])
+
+
+def _sampling_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOption]:
+    """Options for a run in which generating images needs more memory than a training step."""
+    if prediction.peak_phase in STEP_PHASES:
+        return
+    peak, batch_size = prediction.peak, recipe.prior.sample_batch_size
+    per_batch = (peak.by_category.get("temporaries", 0) + peak.by_category.get("activations", 0)) / GIB
+    if prediction.peak_phase == "sample" and recipe.sample.images_per_prompt > 1:
+        batch_size = max(batch_size, recipe.sample.images_per_prompt)
+        yield MemoryOption("sample.images_per_prompt=1 prior.sample_batch_size=1", per_batch * (1 - 1 / batch_size),
+                           None, exact=True)
+    elif batch_size > 1:
+        yield MemoryOption("prior.sample_batch_size=1", per_batch * (1 - 1 / batch_size), None, exact=True)
+    if (side := recipe.model.resolution) > 512:
+        yield MemoryOption("model.resolution=512", per_batch * (1 - (512 / side) ** 2), None)
+
+
+def _exact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOption]:
+    """Options for a training step that do not change the results."""
+    memory, fp32_gib = recipe.memory, 4 * prediction.trained_parameters / GIB
     if not memory.gradient_checkpointing:
-        saved = activations_gib(prediction) * (1 - KEPT_SHARE)
-        yield Way("memory.gradient_checkpointing=true", saved, _seconds(recipe, prediction, flops=AGAIN), exact=True)
-    if recipe.may_step_in_backward and not memory.optimizer_in_backward:
-        known_first = recipe.train.max_grad_norm is not None or recipe.precision.dtype is Dtype.fp16
-        cost = _seconds(recipe, prediction, flops=2.0 if known_first else 1.0)
-        yield Way("memory.optimizer_in_backward=true", trained, cost, exact=True)
+        saved = activations_gib(prediction) * (1 - CHECKPOINTED_SHARE)
+        cost = _extra_seconds(recipe, prediction, flops=RECOMPUTED_FORWARD)
+        yield MemoryOption("memory.gradient_checkpointing=true", saved, cost, exact=True)
+    if recipe.allows_optimizer_in_backward and not memory.optimizer_in_backward:
+        # Clipping and fp16's overflow check need all gradients before the first update: a second backward pass.
+        two_passes = recipe.train.max_grad_norm is not None or recipe.precision.dtype is Dtype.fp16
+        cost = _extra_seconds(recipe, prediction, flops=2.0 if two_passes else 1.0)
+        yield MemoryOption("memory.optimizer_in_backward=true", fp32_gib, cost, exact=True)
     if recipe.train.use_ema and memory.ema_device is EmaDevice.same and not memory.offload_optimizer:
-        away = replace(recipe, memory=memory.changed(ema_device=EmaDevice.cpu))
-        yield Way("memory.ema_device=cpu", trained, _seconds(recipe, prediction, away), exact=True)
+        on_cpu = replace(recipe, memory=memory.copy_with(ema_device=EmaDevice.cpu))
+        yield MemoryOption("memory.ema_device=cpu", fp32_gib, _extra_seconds(recipe, prediction, on_cpu), exact=True)
 
 
-def _given_up(recipe: Recipe, prediction: Prediction) -> Iterator[Way]:
-    memory, train, millions = recipe.memory, recipe.train, prediction.trained / GIB
-    state = STATE_BYTES[recipe.optimizer.kind]
+def _inexact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOption]:
+    """Options for a training step that change the results."""
+    memory, train = recipe.memory, recipe.train
+    gib_per_byte = prediction.trained_parameters / GIB  # GiB of one byte per trained parameter
+    state = OPTIMIZER_STATE_BYTES[recipe.optimizer.kind]
     if recipe.method.low_rank:
-        yield from _smaller_batch(recipe, prediction)
+        yield from _batch_options(recipe, prediction)
         return
     if not memory.offload_optimizer:
         if recipe.optimizer.kind is OptimizerKind.adamw:
-            eight = replace(recipe, optimizer=recipe.optimizer.changed(kind=OptimizerKind.adamw8bit))
-            yield Way("optimizer=adamw8bit", millions * (state - STATE_BYTES[OptimizerKind.adamw8bit]),
-                      _seconds(recipe, prediction, eight))
-        if recipe.may_offload:
-            on_host = replace(recipe, memory=memory.changed(offload_optimizer=True, optimizer_in_backward=False))
-            yield Way("memory.offload_optimizer=true" + " memory.optimizer_in_backward=false" *
-                      memory.optimizer_in_backward, millions * (state + 2), _seconds(recipe, prediction, on_host))
+            eight_bit = replace(recipe, optimizer=recipe.optimizer.copy_with(kind=OptimizerKind.adamw8bit))
+            yield MemoryOption("optimizer=adamw8bit",
+                               gib_per_byte * (state - OPTIMIZER_STATE_BYTES[OptimizerKind.adamw8bit]),
+                               _extra_seconds(recipe, prediction, eight_bit))
+        if recipe.allows_offload_optimizer:
+            offloaded = replace(recipe, memory=memory.copy_with(offload_optimizer=True, optimizer_in_backward=False))
+            yield MemoryOption("memory.offload_optimizer=true" + " memory.optimizer_in_backward=false" *
+                               memory.optimizer_in_backward, gib_per_byte * (state + 2),
+                               _extra_seconds(recipe, prediction, offloaded))
     if memory.weights is Weights.full and recipe.precision.dtype is not Dtype.fp32 and not memory.offload_optimizer:
-        yield Way("memory.weights=half memory.rounding=stochastic", millions * 2, None)
+        yield MemoryOption("memory.weights=half memory.rounding=stochastic", gib_per_byte * 2, None)
     if train.use_ema and memory.ema_device is EmaDevice.same and not memory.offload_optimizer:
-        none = replace(recipe, train=train.changed(use_ema=False))
-        yield Way("train.use_ema=false", millions * 4, _seconds(recipe, prediction, none))
+        without_ema = replace(recipe, train=train.copy_with(use_ema=False))
+        yield MemoryOption("train.use_ema=false", gib_per_byte * 4, _extra_seconds(recipe, prediction, without_ema))
     if train.train_text_encoder:
-        frozen = replace(recipe, train=train.changed(train_text_encoder=False))
-        text = trained_weights(recipe) - trained_weights(frozen)
-        yield Way("train.train_text_encoder=false", text / GIB * (8 + state), None)
-    yield from _smaller_batch(recipe, prediction)
+        frozen = replace(recipe, train=train.copy_with(train_text_encoder=False))
+        text_parameters = trained_weights(recipe) - trained_weights(frozen)
+        yield MemoryOption("train.train_text_encoder=false", text_parameters / GIB * (8 + state), None)
+    yield from _batch_options(recipe, prediction)
     if memory.weights is Weights.full and not memory.offload_optimizer:
-        yield Way("method=lora", millions * (6 + state + 4 * (train.use_ema and memory.ema_device is EmaDevice.same)),
-                  _seconds(recipe, prediction, flops=2 / 3))
+        ema_bytes = 4 * (train.use_ema and memory.ema_device is EmaDevice.same)
+        yield MemoryOption("method=lora", gib_per_byte * (6 + state + ema_bytes),
+                           _extra_seconds(recipe, prediction, flops=2 / 3))
 
 
-def _smaller_batch(recipe: Recipe, prediction: Prediction) -> Iterator[Way]:
+def _batch_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOption]:
+    """Options that make the batch of a training step smaller."""
     size = recipe.train.train_batch_size
     if size > 1:
-        yield Way("train.train_batch_size=1", activations_gib(prediction) * (1 - 1 / size),
-                  _seconds(recipe, prediction, flops=1 / size))
-    if (side := recipe.model.resolution) > 512 and prediction.peak_phase in STEP:
-        yield Way("model.resolution=512", activations_gib(prediction) * (1 - (512 / side) ** 2), None)
-
-
-def _fewer_pictures(recipe: Recipe, prediction: Prediction) -> Iterator[Way]:
-    """Where drawing takes more than a step does."""
-    if prediction.peak_phase in STEP:
-        return
-    peak, size = prediction.peak, recipe.prior.sample_batch_size
-    passing = (peak.by_category.get("temporaries", 0) + peak.by_category.get("activations", 0)) / GIB
-    if prediction.peak_phase == "sample" and recipe.sample.images_per_prompt > 1:
-        size = max(size, recipe.sample.images_per_prompt)
-        yield Way("sample.images_per_prompt=1 prior.sample_batch_size=1", passing * (1 - 1 / size), None, exact=True)
-    elif size > 1:
-        yield Way("prior.sample_batch_size=1", passing * (1 - 1 / size), None, exact=True)
-    if (side := recipe.model.resolution) > 512:
-        yield Way("model.resolution=512", passing * (1 - (512 / side) ** 2), None)
+        yield MemoryOption("train.train_batch_size=1", activations_gib(prediction) * (1 - 1 / size),
+                           _extra_seconds(recipe, prediction, flops=1 / size))
+    if (side := recipe.model.resolution) > 512 and prediction.peak_phase in STEP_PHASES:
+        yield MemoryOption("model.resolution=512", activations_gib(prediction) * (1 - (512 / side) ** 2), None)
 
 
 def activations_gib(prediction: Prediction) -> float:
-    """GiB that a forward pass holds when the backward pass begins: so much comes on top of the rest."""
-    return prediction.most(*STEP).by_category.get("activations", 0) / GIB
+    """GiB of activations that are stored when the backward pass begins, in addition to weights and states."""
+    return prediction.peak_over(*STEP_PHASES).by_category.get("activations", 0) / GIB
 
 
-def _seconds(recipe: Recipe, prediction: Prediction, changed: Recipe | None = None, flops: float = 1.0) -> float | None:
-    """A step of the changed run less one of this run; `flops`: its operations as a share of this run's."""
-    card: Card | None = card_of(recipe.hardware.gpu)
+def _extra_seconds(recipe: Recipe, prediction: Prediction, changed: Recipe | None = None,
+                   flops: float = 1.0) -> float | None:
+    """How many seconds longer a step takes with the changed recipe; None if the card is unknown.
+
+    Args:
+        flops: operations of the changed step relative to this run's step.
+    """
+    card: Card | None = find_card(recipe.hardware.gpu)
     if card is None:
         return None
     return step_seconds(changed or recipe, prediction, card, flops) - step_seconds(recipe, prediction, card)

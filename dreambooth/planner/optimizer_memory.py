@@ -1,16 +1,16 @@
-"""What an optimizer keeps and what its step needs for a moment: a stand-in that computes nothing.
+"""Models the memory of each optimizer: its persistent state and the temporary tensors of its step.
 
-The planner trains with it, because most real optimizers have kernels that fake tensors cannot run. Each model is held
-against the real optimizer byte for byte in tests/test_vram.py.
+A rehearsal trains with this optimizer, because most real optimizers have kernels that do not run on fake tensors. It
+computes no updates. tests/planner/test_rehearsal.py compares the state with that of the real optimizers, byte for byte.
 
-| optimizer | state of a weight of n elements | for a moment in a step |
+| optimizer | state of a parameter with n elements | temporary tensors of a step |
 |---|---|---|
-| AdamW, fused | two moments in its dtype, a 4-byte step count | nothing |
-| AdamW, foreach | the same | the square root of every second moment, all at once |
-| AdamW, one by one | the same | that of one weight |
-| AdamW8bit | n uint8 twice, an fp32 maximum a block of 256 twice; below 4096 elements two fp32 moments | nothing |
-| paged AdamW8bit | the same in pageable memory: on the host, if the card is full | nothing |
-| Adafactor | fp32: rows and columns of the last two dimensions, or n if there is one dimension only | one fp32 update |
+| AdamW, fused | two moments in the parameter's dtype, a 4-byte step count | none |
+| AdamW, foreach | the same | the square roots of all second moments at once |
+| AdamW, one parameter at a time | the same | the square root of one second moment |
+| AdamW8bit | twice n uint8 and one fp32 maximum per block of 256; below 4096 elements two fp32 moments | none |
+| paged AdamW8bit | the same in pageable memory, which moves to the host if the card is full | none |
+| Adafactor | fp32: rows and columns of the last two dimensions; n for a one-dimensional parameter | one fp32 update |
 """
 
 from collections.abc import Callable, Iterable
@@ -22,27 +22,32 @@ from torch import Tensor, nn
 from dreambooth.config.enums import OptimizerKind
 from dreambooth.optim.optimizers import BLOCK_SIZE
 
-MIN_8BIT = 4096  # elements; below, bitsandbytes keeps fp32 moments (its min_8bit_size)
-MIN_PAGED = 100_000  # elements; below, bitsandbytes does not page
-CODEBOOKS = 2 * 256 * 4  # bytes of the two quantisation maps, once an optimizer
+MIN_8BIT = 4096  # elements; bitsandbytes keeps fp32 moments for smaller parameters (its min_8bit_size)
+MIN_PAGED = 100_000  # elements; bitsandbytes does not page the state of smaller parameters
+CODEBOOK_BYTES = 2 * 256 * 4  # the two quantisation maps, once per optimizer
 
 
 class ModelledOptimizer(torch.optim.Optimizer):
-    """Takes memory as an optimizer of `kind` does; `form` is AdamW's: fused, foreach or single."""
+    """Allocates the memory that an optimizer of `kind` allocates.
+
+    Attributes:
+        form: the implementation of AdamW: fused, foreach or single.
+        on_state: called for each new tensor of state, with whether it is paged.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter], kind: OptimizerKind, learning_rate: float = 1e-6,
                  form: str = "fused") -> None:
         super().__init__(list(parameters), {"lr": learning_rate})
         self.kind = kind
         self.form = form
-        self.on_state: Callable[[Tensor, bool], None] = lambda tensor, paged: None  # told of each tensor of state
+        self.on_state: Callable[[Tensor, bool], None] = lambda tensor, paged: None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take the state of weights that have a gradient, if it is not there, then the momentary tensors."""
+        """Allocate missing state of the parameters that have a gradient, then the temporary tensors of a step."""
         trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter in trained:
-            self._keep(parameter)
+            self._allocate_state(parameter)
         if self.kind is OptimizerKind.adamw and self.form == "foreach":
             torch._foreach_sqrt([self.state[parameter]["exp_avg_sq"] for parameter in trained])
         elif self.kind is OptimizerKind.adamw and self.form == "single":
@@ -51,10 +56,10 @@ class ModelledOptimizer(torch.optim.Optimizer):
         elif self.kind is OptimizerKind.adafactor:
             for parameter in trained:
                 assert parameter.grad is not None
-                update = parameter.grad.square()  # in fp32, as the gradients of all our weights are
+                update = parameter.grad.square()  # fp32, like the gradients of all trained weights
                 update.add(1e-30)
 
-    def _keep(self, parameter: nn.Parameter) -> None:
+    def _allocate_state(self, parameter: nn.Parameter) -> None:
         if self.state[parameter]:
             return
         self.state[parameter] = _STATE[self.kind](parameter)

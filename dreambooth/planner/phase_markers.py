@@ -1,4 +1,4 @@
-"""Stand-ins for parts of a run that a rehearsal needs to see through: the same parts, which say when a phase begins."""
+"""Variants of the engine, the EMA and the gradient scaler that tell a StorageTrace when a phase of the step begins."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from dreambooth.runtime.engine import Engine
 
 
 @dataclass
-class Scaler:
-    """What a GradScaler does to memory: a scaled loss. It unscales in place and never skips."""
+class FakeGradScaler:
+    """Uses the memory that a GradScaler uses: one scaled loss. It unscales in place and never skips a step."""
 
     enabled: bool
     factor: Tensor
@@ -37,8 +37,8 @@ class Scaler:
 
 
 @dataclass
-class MarkedEngine(Engine):
-    """An Engine that says when a phase begins."""
+class PhaseMarkingEngine(Engine):
+    """An Engine that marks the beginning of the phase `step`; the rehearsal passes the other marks."""
 
     mark: Callable[[str], None] = lambda phase: None
 
@@ -50,7 +50,9 @@ class MarkedEngine(Engine):
         return False
 
 
-class MarkedEma(Ema):
+class PhaseMarkingEma(Ema):
+    """An Ema that marks the beginning of the phase `ema`."""
+
     mark: Callable[[str], None]
 
     def update(self, weights: nn.Module | Mapping[str, Tensor]) -> None:
@@ -58,8 +60,12 @@ class MarkedEma(Ema):
         super().update(weights)
 
 
-def gradient_to(trace: StorageTrace, master: nn.Parameter | None) -> Callable[[Tensor], None]:
-    """A hook that says what a new gradient is. The one of a master weight is in host memory."""
+def make_gradient_hook(trace: StorageTrace, master: nn.Parameter | None) -> Callable[[Tensor], None]:
+    """A hook, called after a gradient is accumulated, that assigns the gradient its category in the trace.
+
+    Args:
+        master: the fp32 copy of the weight in host memory, with a gradient of its own; None without offloading.
+    """
     def label(parameter: Tensor) -> None:
         if parameter.grad is not None:
             trace.add([parameter.grad], "gradients")

@@ -1,4 +1,4 @@
-"""What a rehearsal of a run showed: memory by phase and category, work by phase. Plain numbers, in bytes."""
+"""The result of a rehearsal: memory by phase and category, and operations by phase. Plain numbers, in bytes."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -7,60 +7,65 @@ from dreambooth.planner.allocation_trace import HOST, StorageTrace
 from dreambooth.planner.caching_allocator import CachingAllocator
 from dreambooth.planner.trace_replay import Usage, replay
 
-STEP = ("forward", "backward", "step", "ema")  # the phases of a training step
-EMPTIED = frozenset({"caching", "training"})  # a run empties the allocator's cache when one of these begins
+STEP_PHASES = ("forward", "backward", "step", "ema")  # the phases of a training step
+CACHE_CLEARED_BEFORE = frozenset({"caching", "training"})  # a run empties the allocator's cache before these phases
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A recorded run. A step's phases are seen twice, the second time with the optimizer's state there."""
+    """What a run needs, from its recorded trace.
+
+    The trace contains two training steps. The optimizer state exists from the start of the second one.
+    """
 
     trace: StorageTrace = field(repr=False)
-    trained: int  # weights
-    frozen: int  # weights
-    trained_bytes: int  # on the card
-    picture_flops: tuple[int, int]  # of a class image: one denoising step, decoding
-    encode_flops: int  # of one photo
+    trained_parameters: int  # elements
+    frozen_parameters: int  # elements
+    trained_bytes: int  # of the trained parameters on the card
+    picture_flops: tuple[int, int]  # for one class image: one denoising step, decoding
+    encode_flops: int  # for one photo
     expandable: bool = False
     max_split: int | None = None
 
     @cached_property
     def by_phase(self) -> dict[str, Usage]:
-        """Usage at the fullest moment of each phase."""
-        found = replay(self.trace.events, self.trace.category, self.trace.marks,
-                       CachingAllocator(self.expandable, self.max_split), EMPTIED)
-        return {phase: usage for phase, usage in found.items() if phase not in ("idle", "training")}
+        """Peak usage of each phase."""
+        usage = replay(self.trace.events, self.trace.category, self.trace.marks,
+                       CachingAllocator(self.expandable, self.max_split), CACHE_CLEARED_BEFORE)
+        return {phase: peak for phase, peak in usage.items() if phase not in ("idle", "training")}
 
     @property
     def reserved(self) -> int:
+        """The most that the allocator reserves in any phase."""
         return max(usage.reserved for usage in self.by_phase.values())
 
     @property
     def peak_phase(self) -> str:
-        """The phase that needs most."""
+        """The phase with the most allocated memory."""
         return max(self.by_phase, key=lambda phase: self.by_phase[phase].allocated)
 
     @property
     def peak(self) -> Usage:
+        """The usage of the peak phase."""
         return self.by_phase[self.peak_phase]
 
-    def most(self, *phases: str) -> Usage:
-        """Some phases as one: the most that is reserved in any, and what is there at the fullest moment."""
-        found = [usage for phase, usage in self.by_phase.items() if phase in phases]
-        fullest = max(found, key=lambda usage: usage.allocated)
-        return replace(fullest, reserved=max(usage.reserved for usage in found))
+    def peak_over(self, *phases: str) -> Usage:
+        """The usage of the phase with the most allocated memory, and the most that any of the phases reserves."""
+        usages = [usage for phase, usage in self.by_phase.items() if phase in phases]
+        peak = max(usages, key=lambda usage: usage.allocated)
+        return replace(peak, reserved=max(usage.reserved for usage in usages))
 
     @property
     def step_flops(self) -> int:
-        """Floating-point operations of one optimizer step, all micro-batches."""
-        return sum(self.trace.flops.get(phase, 0) for phase in STEP)
+        """Floating-point operations of one optimizer step, over all its micro-batches."""
+        return sum(self.trace.flops.get(phase, 0) for phase in STEP_PHASES)
 
     @cached_property
-    def host(self) -> int:
-        """Bytes in host memory instead of on the card: EMA, optimizer, fp32 weights, gradients."""
-        now = most = 0
+    def host_bytes(self) -> int:
+        """Bytes that live in host memory instead of on the card: EMA, optimizer state, fp32 weights, gradients."""
+        live = peak = 0
         for serial, size in self.trace.events:
             if serial > 0 and self.trace.category[serial] == HOST:
-                now += size
-                most = max(most, now)
-        return most
+                live += size
+                peak = max(peak, live)
+        return peak

@@ -1,4 +1,4 @@
-"""The words and figures of a plan: a table of 80 columns, one of several cards, JSON, a picture."""
+"""Presents plans: as a table of 80 columns, as a comparison of several machines, as JSON, and as a plot."""
 
 import json
 from collections.abc import Sequence
@@ -9,68 +9,69 @@ from typing import Any
 
 from dreambooth.config.recipe import Recipe
 from dreambooth.planner import auto_memory
-from dreambooth.planner.gpu_specs import card_of, fixed_gib
-from dreambooth.planner.memory_options import ways
-from dreambooth.planner.prediction import STEP, Prediction
+from dreambooth.planner.gpu_specs import cuda_overhead_gib, find_card
+from dreambooth.planner.memory_options import list_memory_options
+from dreambooth.planner.prediction import STEP_PHASES, Prediction
 from dreambooth.planner.time_and_cost import Estimate, disk_gib, estimate, host_gib
-from dreambooth.planner.trace_replay import curve
-from dreambooth.runs.report import trained
+from dreambooth.planner.trace_replay import memory_curve
+from dreambooth.runs.report import describe_trained_weights
 from dreambooth.utils.hardware import GIB
 
 CATEGORIES = ("weights", "gradients", "optimizer", "ema", "activations", "temporaries")
-WIDTH = 80  # columns
-PHASES = ("load", "class_images", "caching", *STEP, "sample", "evaluate", "save")
+WIDTH = 80  # columns of a table
+PHASES = ("load", "class_images", "caching", *STEP_PHASES, "sample", "evaluate", "save")
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A recipe, what it will take and what that costs."""
+class Plan:
+    """A recipe, what it needs, and what it costs."""
 
     recipe: Recipe
     prediction: Prediction
     added: tuple[str, ...]  # overrides that memory=auto chose
-    why: str
+    why: str  # the explanation of memory=auto; empty without it
 
     @property
-    def card(self) -> float | None:
-        """GiB; None for a run without a card."""
+    def card_gib(self) -> float | None:
+        """GiB of the card that the run needs; None for a run on a CPU."""
         return auto_memory.card_gib(self.recipe, self.prediction) if self.recipe.device == "cuda" else None
 
     @property
     def fits(self) -> bool:
-        """Card, host memory and disk, as far as they are known."""
-        return not self.lacks
+        """Whether card, host memory and disk suffice, as far as their sizes are known."""
+        return not self.shortfall
 
     @property
-    def lacks(self) -> str:
-        """One sentence about what does not fit, and what to type; empty: all does."""
+    def shortfall(self) -> str:
+        """One sentence that says what does not fit and what to type; empty if everything fits."""
         recipe, hardware = self.recipe, self.recipe.hardware
-        if _above(self.card, hardware.usable_vram_gib):
+        if _exceeds(self.card_gib, hardware.usable_vram_gib):
             return auto_memory.does_not_fit(recipe, self.prediction)
-        for what, need, there, typed in (
+        for resource, needed, available, advice in (
                 ("host memory", host_gib(recipe, self.prediction), hardware.host_ram_gib,
-                 "a larger machine of the same card by hardware.instance_type, hardware.host_ram_gib and "
-                 "hardware.price_usd_hour"),
+                 "hardware.instance_type, hardware.host_ram_gib and hardware.price_usd_hour of a larger machine with "
+                 "the same card"),
                 ("disk", disk_gib(recipe, self.prediction), hardware.disk_gib,
-                 "checkpoint.keep=1, or a machine with more by hardware.instance_type and hardware.disk_gib")):
-            if _above(need, there):
-                return f"this run needs {need:.1f} GiB of {what} and the machine has {there:g}: type {typed}"
+                 "checkpoint.keep=1, or hardware.instance_type and hardware.disk_gib of a machine with a larger disk")):
+            if _exceeds(needed, available):
+                return f"this run needs {needed:.1f} GiB of {resource} and the machine has {available:g}: type {advice}"
         return ""
 
     @property
     def estimate(self) -> Estimate:
-        return estimate(self.recipe, self.prediction, card_of(self.recipe.hardware.gpu))
+        """The time and price of the run."""
+        return estimate(self.recipe, self.prediction, find_card(self.recipe.hardware.gpu))
 
 
-def _above(need: float | None, there: float | None) -> bool:
-    return need is not None and there is not None and need > there
+def _exceeds(needed: float | None, available: float | None) -> bool:
+    return needed is not None and available is not None and needed > available
 
 
-def as_json(planned: Planned) -> dict[str, Any]:
-    """Figures for programs: GiB, seconds, US dollars; null where a card or price is unknown."""
-    recipe, prediction, time = planned.recipe, planned.prediction, planned.estimate
+def plan_as_dict(plan: Plan) -> dict[str, Any]:
+    """The figures of a plan as JSON values, in GiB, seconds and US dollars; None where a card or price is unknown."""
+    recipe, prediction, time = plan.recipe, plan.prediction, plan.estimate
     return {
-        "hardware": recipe.hardware.name, "fits": planned.fits, "card_gib": _rounded(planned.card),
+        "hardware": recipe.hardware.name, "fits": plan.fits, "card_gib": _round(plan.card_gib),
         "reserved_gib": round(prediction.reserved / GIB, 3),
         "allocated_gib": round(prediction.peak.allocated / GIB, 3),
         "usable_vram_gib": recipe.hardware.usable_vram_gib,
@@ -79,52 +80,54 @@ def as_json(planned: Planned) -> dict[str, Any]:
                              "reserved_gib": round(usage.reserved / GIB, 3)}
                      for phase, usage in prediction.by_phase.items()},
         "by_category": {kind: round(size / GIB, 3) for kind, size in prediction.peak.by_category.items()},
-        "levers": {"chosen": list(planned.added), "why": planned.why, "could_type": [
-            {"overrides": way.what, "saves_gib": round(way.saves, 2), "seconds_a_step": _rounded(way.seconds),
-             "changes_numbers": not way.exact} for way in ways(recipe, prediction)]},
-        "step_flops": prediction.step_flops, "step_seconds": _rounded(time.step_seconds),
-        "run_seconds": _rounded(time.run_seconds), "price_usd": _rounded(time.price_usd),
-        "spot_price_usd": _rounded(time.spot_price_usd),
+        "levers": {"chosen": list(plan.added), "why": plan.why, "could_type": [
+            {"overrides": option.overrides, "saves_gib": round(option.saved_gib, 2),
+             "seconds_a_step": _round(option.extra_seconds), "changes_numbers": not option.exact}
+            for option in list_memory_options(recipe, prediction)]},
+        "step_flops": prediction.step_flops, "step_seconds": _round(time.step_seconds),
+        "run_seconds": _round(time.run_seconds), "price_usd": _round(time.price_usd),
+        "spot_price_usd": _round(time.spot_price_usd),
     }
 
 
-def table(planned: Planned) -> str:
-    """One plan, at most 80 columns."""
-    recipe, prediction = planned.recipe, planned.prediction
-    lines = [_title(recipe), "", *_phases(prediction), "", *_verdict(planned), "", *_cost(planned)]
-    if planned.why:
-        lines += ["", f"memory=auto: {planned.why}", *(f"  {override}" for override in planned.added)]
-    if recipe.device == "cuda" and (known := ways(recipe, prediction)):
-        lines += ["", "would save on the card, about; * changes the run's numbers", f"{'GiB':>5} {'s/step':>6}"]
-        lines += [f"{way.saves:>5.1f} {_number(way.seconds, '{:+z.1f}'):>6} {' ' if way.exact else '*'} {way.what}"
-                  for way in known]
+def format_plan(plan: Plan) -> str:
+    """One plan as text of at most 80 columns."""
+    recipe, prediction = plan.recipe, plan.prediction
+    lines = [_title(recipe), "", *_phase_table(prediction), "", *_resource_lines(plan), "", *_cost_lines(plan)]
+    if plan.why:
+        lines += ["", f"memory=auto: {plan.why}", *(f"  {override}" for override in plan.added)]
+    if recipe.device == "cuda" and (options := list_memory_options(recipe, prediction)):
+        lines += ["", "options to save memory on the card (approximate); * changes the results",
+                  f"{'GiB':>5} {'s/step':>6}"]
+        lines += [f"{option.saved_gib:>5.1f} {_format_number(option.extra_seconds, '{:+z.1f}'):>6} "
+                  f"{' ' if option.exact else '*'} {option.overrides}" for option in options]
     return "\n".join(fill(line, WIDTH, subsequent_indent="  ") if len(line) > WIDTH else line for line in lines)
 
 
-def comparison(plans: Sequence[Planned]) -> str:
-    """Several plans, a row each."""
+def format_comparison(plans: Sequence[Plan]) -> str:
+    """Several plans as a table with one row per plan."""
     rows = [("hardware", "card", "needs", "of", "fits", "s/step", "run", "price", "levers added")]
-    for planned in plans:
-        time, hardware = planned.estimate, planned.recipe.hardware
+    for plan in plans:
+        time, hardware = plan.estimate, plan.recipe.hardware
         rows.append((
-            hardware.name, hardware.gpu or "-", _number(planned.card, "{:.1f}"),
-            _number(hardware.usable_vram_gib, "{:g}"),
-            "yes" if planned.fits else "NO", _number(time.step_seconds, "{:.1f}"), _clock(time.run_seconds),
-            _number(time.price_usd, "${:.2f}"), str(len(planned.added))))
+            hardware.name, hardware.gpu or "-", _format_number(plan.card_gib, "{:.1f}"),
+            _format_number(hardware.usable_vram_gib, "{:g}"),
+            "yes" if plan.fits else "NO", _format_number(time.step_seconds, "{:.1f}"),
+            _format_duration(time.run_seconds), _format_number(time.price_usd, "${:.2f}"), str(len(plan.added))))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "GiB predicted, never measured; time and price are estimates: see docs/planner.md"])
+    return "\n".join([*lines, "GiB are predicted, not measured; time and price are estimates: see docs/planner.md"])
 
 
-def plot(planned: Planned, path: Path) -> None:
-    """Memory over the second step, by category, as a picture."""
+def plot_step_memory(plan: Plan, path: Path) -> None:
+    """Plot memory over the second training step, by category, and write the picture to `path`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    trace = planned.prediction.trace
-    moments = list(curve(trace.events, trace.category, trace.marks))
+    trace = plan.prediction.trace
+    moments = list(memory_curve(trace.events, trace.category, trace.marks))
     starts = [i for i, moment in enumerate(moments) if moment.phase == "forward" and moments[i - 1].phase == "idle"]
     begin = starts[-1]
     end = next((i for i in range(begin, len(moments)) if moments[i].phase == "idle"), len(moments))
@@ -133,30 +136,33 @@ def plot(planned: Planned, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(10, 5))
     axes.stackplot(range(len(window)), *([m.by_category.get(kind, 0) / GIB for m in window] for kind in kinds),
                    labels=kinds)
-    if limit := planned.recipe.hardware.usable_vram_gib:
-        axes.axhline(limit - fixed_gib(planned.recipe.hardware.gpu), color="black", linestyle="--", label="card")
-    axes.set(xlabel="a training step, operator by operator", ylabel="GiB", title=_title(planned.recipe))
+    if limit := plan.recipe.hardware.usable_vram_gib:
+        available = limit - cuda_overhead_gib(plan.recipe.hardware.gpu)
+        axes.axhline(available, color="black", linestyle="--", label="card")
+    axes.set(xlabel="a training step, operator by operator", ylabel="GiB", title=_title(plan.recipe))
     axes.legend(loc="upper left", ncols=2)
     figure.savefig(path, dpi=100, bbox_inches="tight")
     pyplot.close(figure)
 
 
-def dumped(plans: Sequence[Planned]) -> str:
-    """One object, or a list of them for several cards."""
-    found = [as_json(planned) for planned in plans]
-    return json.dumps(found[0] if len(found) == 1 else found, indent=2)
+def plans_as_json(plans: Sequence[Plan]) -> str:
+    """JSON text: one object, or a list of objects for several plans."""
+    objects = [plan_as_dict(plan) for plan in plans]
+    return json.dumps(objects[0] if len(objects) == 1 else objects, indent=2)
 
 
 def _title(recipe: Recipe) -> str:
+    """The run in one line: model, resolution, card, trained parts, batch, precision and optimizer."""
     size = recipe.train.train_batch_size
     return (f"{recipe.model.name} {recipe.model.resolution} px on {recipe.hardware.gpu or 'the CPU'}: "
-            f"{trained(recipe)}, batch {size}{f'+{size}' if recipe.with_prior else ''}, {recipe.precision.label}, "
+            f"{describe_trained_weights(recipe)}, batch {size}{f'+{size}' if recipe.with_prior else ''}, {recipe.precision.label}, "
             f"{recipe.optimizer.kind.value}")
 
 
-def _phases(prediction: Prediction) -> list[str]:
+def _phase_table(prediction: Prediction) -> list[str]:
+    """A table of the peak memory of each phase, by category."""
     heads = ("weights", "gradients", "optimizer", "EMA", "activ.", "other")
-    lines = [f"{'GiB, fullest':<14}{'total':>6}" + "".join(f"{head:>10}" for head in heads)]
+    lines = [f"{'GiB at peak':<14}{'total':>6}" + "".join(f"{head:>10}" for head in heads)]
     for phase in PHASES:
         if usage := prediction.by_phase.get(phase):
             parts = {kind: usage.by_category.get(kind, 0) for kind in CATEGORIES[:-1]}
@@ -167,29 +173,32 @@ def _phases(prediction: Prediction) -> list[str]:
     return lines
 
 
-def _verdict(planned: Planned) -> list[str]:
-    recipe, prediction, hardware = planned.recipe, planned.prediction, planned.recipe.hardware
+def _resource_lines(plan: Plan) -> list[str]:
+    """What the run needs of card, host memory and disk, and whether that fits."""
+    recipe, prediction, hardware = plan.recipe, plan.prediction, plan.recipe.hardware
     rows: list[tuple[str, float, float | None, str]] = []
-    if planned.card is not None:
-        rows = [("card", planned.card, hardware.usable_vram_gib,
-                 f"{prediction.reserved / GIB:.2f} reserved, {fixed_gib(hardware.gpu):g} CUDA")]
+    if plan.card_gib is not None:
+        rows = [("card", plan.card_gib, hardware.usable_vram_gib,
+                 f"{prediction.reserved / GIB:.2f} reserved, {cuda_overhead_gib(hardware.gpu):g} CUDA")]
     rows += [("host memory", host_gib(recipe, prediction), hardware.host_ram_gib, ""),
              ("disk", disk_gib(recipe, prediction), hardware.disk_gib, "checkpoints, model, base")]
-    return [f"{name:<12}{need:>7.1f} GiB{_of(need, there)}" + (f"  ({note})" if note else "")
-            for name, need, there, note in rows]
+    return [f"{name:<12}{needed:>7.1f} GiB{_limit_text(needed, available)}" + (f"  ({note})" if note else "")
+            for name, needed, available, note in rows]
 
 
-def _of(need: float, there: float | None) -> str:
-    return "" if there is None else f" of {there:g}: {'fits' if need <= there else 'DOES NOT FIT'}"
+def _limit_text(needed: float, available: float | None) -> str:
+    return "" if available is None else f" of {available:g}: {'fits' if needed <= available else 'DOES NOT FIT'}"
 
 
-def _cost(planned: Planned) -> list[str]:
-    time, hardware, card = planned.estimate, planned.recipe.hardware, card_of(planned.recipe.hardware.gpu)
-    flops = f"{planned.prediction.step_flops / 1e12:.1f} TFLOP a step"
+def _cost_lines(plan: Plan) -> list[str]:
+    """The operations, time and price of the run."""
+    time, hardware, card = plan.estimate, plan.recipe.hardware, find_card(plan.recipe.hardware.gpu)
+    flops = f"{plan.prediction.step_flops / 1e12:.1f} TFLOP per step"
     if card is None or time.step_seconds is None:
-        return [f"{flops}; no estimate of time: nothing is known of {hardware.gpu or 'this CPU'}'s speed"]
-    told = "on published T4 speeds" if card.calibrated else "shares of its peak taken over from the T4"
-    lines = [f"{flops}, about {time.step_seconds:.1f} s a step, {_clock(time.run_seconds)} in all (estimate: {told})"]
+        return [f"{flops}; no time estimate: the speed of {hardware.gpu or 'this CPU'} is unknown"]
+    basis = "based on published T4 speeds" if card.calibrated else "assuming the T4's shares of peak rates"
+    lines = [f"{flops}, about {time.step_seconds:.1f} s per step, {_format_duration(time.run_seconds)} in total "
+             f"(estimate: {basis})"]
     if time.price_usd is not None:
         lines.append(f"about ${time.price_usd:.2f} on {hardware.instance_type} at ${hardware.price_usd_hour:g}/h "
                      "(us-east-1, as quoted in 2026-11)")
@@ -198,16 +207,15 @@ def _cost(planned: Planned) -> list[str]:
     return lines
 
 
-def _clock(seconds: float | None) -> str:
+def _format_duration(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min"
 
 
-def _number(value: float | None, form: str) -> str:
+def _format_number(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _rounded(value: float | None) -> float | None:
+def _round(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
-

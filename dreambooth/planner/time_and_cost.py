@@ -1,10 +1,11 @@
-"""How long and how much: a stated model over a prediction's operations and bytes. Nothing here was measured on a GPU.
+"""Estimates the time and the price of a run from the operations and bytes of its prediction.
 
     step = operations / (peak x efficiency) + passes over weights / bandwidth + host link + sum over cards + OVERHEAD
 
-EFFICIENCY and OVERHEAD are fitted on the published T4 speeds of ShivamShrirao/diffusers' DreamBooth README (batch 1 and
-2, with and without checkpointing, fp16 and fp32; read 2026-11). Other cards are given the same shares of their own
-peaks. No torch.
+Nothing in this model was measured on a GPU by this project. EFFICIENCY and OVERHEAD are fitted on the T4 speeds that
+the DreamBooth README of ShivamShrirao/diffusers publishes (batch 1 and 2, with and without checkpointing, fp16 and
+fp32; read 2026-11). Other cards are assumed to reach the same shares of their own peak rates. This file does not import
+torch.
 """
 
 from dataclasses import dataclass
@@ -15,15 +16,15 @@ from dreambooth.planner.gpu_specs import Card
 from dreambooth.planner.prediction import Prediction
 from dreambooth.utils.hardware import GIB
 
-EFFICIENCY = {True: 0.21, False: 0.42}  # share of the peak rate: with tensor cores (half), without (fp32)
-OVERHEAD = 0.40  # seconds a step: launches and small operators
-BANDWIDTH_SHARE = 0.75  # of the card's memory bandwidth that long passes reach: an assumption
-HOST_LINK = 10e9  # bytes a second between card and host, PCIe 3 x16: an assumption
-HOST_MEMORY = 15e9  # bytes a second that an optimizer on a few host cores passes: an assumption
-START_UP = 120.0  # seconds of imports and loading from a local disk, an assumption; downloads come on top
-PROCESS_GIB = 3.5  # host memory of Python, PyTorch and CUDA's libraries: an assumption
+EFFICIENCY = {True: 0.21, False: 0.42}  # share of the peak rate; True: half precision (tensor cores), False: fp32
+OVERHEAD = 0.40  # seconds per step: kernel launches and small operators
+BANDWIDTH_SHARE = 0.75  # of the card's memory bandwidth, reached by passes over all weights; an assumption
+HOST_LINK = 10e9  # bytes per second between card and host, PCIe 3 x16; an assumption
+HOST_MEMORY = 15e9  # bytes per second that an optimizer on a few host cores processes; an assumption
+START_UP = 120.0  # seconds of imports and loading from a local disk, without downloads; an assumption
+PROCESS_GIB = 3.5  # host memory of Python, PyTorch and CUDA's libraries; an assumption
 
-STATE_PASSES = {  # bytes an element that a step of the optimizer reads and writes, fp32 weight and gradient included
+STATE_PASSES = {  # bytes that an optimizer step reads and writes per parameter, fp32 weight and gradient included
     OptimizerKind.adamw: 28, OptimizerKind.adamw8bit: 16, OptimizerKind.paged_adamw8bit: 16,
     OptimizerKind.adafactor: 24,
 }
@@ -31,7 +32,7 @@ STATE_PASSES = {  # bytes an element that a step of the optimizer reads and writ
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds and US dollars; None where the card or its price is unknown."""
+    """Time in seconds and prices in US dollars; None where the card or its price is unknown."""
 
     step_seconds: float | None
     run_seconds: float | None
@@ -40,53 +41,69 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estimate:
-    """Time and price of the whole run with class images, samples, evaluation's pictures and start-up; not scoring."""
+    """Time and price of the whole run.
+
+    Included are start-up, class images, samples and the images of the evaluation, but not their scoring.
+    """
     if card is None:
         return Estimate(None, None, None, None)
     step = step_seconds(recipe, prediction, card)
-    pictures, photos = recipe.prior.num_class_images * len(recipe.classes) if recipe.with_prior else 0, 20
-    drawing = _rate(recipe, card)
+    class_images = recipe.prior.num_class_images * len(recipe.class_recipes) if recipe.with_prior else 0
+    photos = 20  # an assumption, since a plan reads no photos
+    rate = _flops_per_second(recipe, card)
     denoise, decode = prediction.picture_flops
     seconds = START_UP + step * recipe.train.max_train_steps
-    seconds += pictures * (denoise * recipe.prior.num_inference_steps + decode) / drawing / recipe.hardware.gpus
+    seconds += class_images * (denoise * recipe.prior.num_inference_steps + decode) / rate / recipe.hardware.gpus
     if recipe.memory.cache_latents:
-        seconds += (pictures + photos) * prediction.encode_flops / drawing
+        seconds += (class_images + photos) * prediction.encode_flops / rate
     if recipe.sample.every is not None:
         rounds = 1 + -(-recipe.train.max_train_steps // recipe.sample.every)
         count = rounds * len(recipe.sample_prompts) * recipe.sample.images_per_prompt
-        seconds += count * (denoise * recipe.sample.num_inference_steps + decode) / drawing
+        seconds += count * (denoise * recipe.sample.num_inference_steps + decode) / rate
     if recipe.evaluate.encoders:
         every = recipe.evaluate.every or recipe.train.max_train_steps
         rounds = 1 + -(-recipe.train.max_train_steps // every)
         count = rounds * (len(recipe.evaluate_prompts) * recipe.evaluate.images_per_prompt
                           + recipe.evaluate.class_images * bool(recipe.class_prompt.strip()))
-        seconds += count * (denoise * recipe.sample.num_inference_steps + decode) / drawing
+        seconds += count * (denoise * recipe.sample.num_inference_steps + decode) / rate
 
-    def price(an_hour: float | None) -> float | None:
-        return None if an_hour is None else seconds / 3600 * an_hour
+    def price(per_hour: float | None) -> float | None:
+        return None if per_hour is None else seconds / 3600 * per_hour
 
     return Estimate(step, seconds, price(recipe.hardware.price_usd_hour), price(recipe.hardware.spot_price_usd_hour))
 
 
 def step_seconds(recipe: Recipe, prediction: Prediction, card: Card, flops: float = 1.0) -> float:
-    """One optimizer step, of `flops` times the operations that were counted. The gradients of several cards are summed
-    in a ring, 2 (n - 1) / n of them over each link; that it overlaps with the backward pass is not counted."""
-    ring = 2 * (recipe.hardware.gpus - 1) / recipe.hardware.gpus * 4 * prediction.trained / (card.link_gb_s * 1e9)
-    return flops * prediction.step_flops / _rate(recipe, card) + _passes(recipe, prediction, card) + ring + OVERHEAD
+    """Seconds of one optimizer step.
+
+    With n cards, each link carries 2 (n - 1) / n of the gradients: a ring all-reduce. Its overlap with the backward
+    pass is not taken into account.
+
+    Args:
+        flops: operations relative to those of the predicted step.
+    """
+    cards, gradients = recipe.hardware.gpus, 4 * prediction.trained_parameters
+    all_reduce = 2 * (cards - 1) / cards * gradients / (card.link_gb_s * 1e9)
+    compute = flops * prediction.step_flops / _flops_per_second(recipe, card)
+    return compute + _weight_pass_seconds(recipe, prediction, card) + all_reduce + OVERHEAD
 
 
-def _rate(recipe: Recipe, card: Card) -> float:
+def _flops_per_second(recipe: Recipe, card: Card) -> float:
+    """The operations per second that the run is assumed to reach."""
     half = recipe.precision.dtype is not Dtype.fp32
-    if recipe.precision.tf32 and not half:  # TF32 has half the rate of half precision on every card that has it
+    if recipe.precision.tf32 and not half:  # half the rate of half precision on every card that has TF32
         return card.half_tflops / 2 * 1e12 * EFFICIENCY[True]
     return (card.half_tflops if half else card.fp32_tflops) * 1e12 * EFFICIENCY[half]
 
 
-def _passes(recipe: Recipe, prediction: Prediction, card: Card) -> float:
-    """Seconds for what is done once a weight and step: casts, unscaling, norm, clipping, optimizer, EMA."""
-    memory, weights = recipe.memory, prediction.trained
+def _weight_pass_seconds(recipe: Recipe, prediction: Prediction, card: Card) -> float:
+    """Seconds per step of the passes over all weights: casts, unscaling, norm, clipping, optimizer, EMA.
+
+    `on_card`, `link` and `on_host` count bytes per trained parameter.
+    """
+    memory = recipe.memory
     half = recipe.precision.dtype is not Dtype.fp32
-    on_card = 12.0 * half * recipe.train.gradient_accumulation_steps  # cast each way, forward and backward
+    on_card = 12.0 * half * recipe.train.gradient_accumulation_steps  # casts in both directions, forward and backward
     on_card += 8 * (recipe.precision.dtype is Dtype.fp16) + 4 + 8 * (recipe.train.max_grad_norm is not None)
     on_host = link = 0.0
     if memory.offload_optimizer:
@@ -101,21 +118,28 @@ def _passes(recipe: Recipe, prediction: Prediction, card: Card) -> float:
         else:
             on_card += 12
     on_card /= card.bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE
-    return weights * (on_card + link / HOST_LINK + on_host / HOST_MEMORY)
+    return prediction.trained_parameters * (on_card + link / HOST_LINK + on_host / HOST_MEMORY)
 
 
 def host_gib(recipe: Recipe, prediction: Prediction) -> float:
-    """Host memory: the process, what the card has given away, and the trained weights in fp32 while they are loaded or
-    written; with an adapter the base's, read in the compute precision, or in fp32 where it is merged."""
+    """GiB of host memory: the process, everything that is kept on the host instead of the card, and weights.
+
+    Trained weights are in host memory in fp32 while they are loaded or written. With an adapter the weights of the base
+    are there too, in the compute precision, or in fp32 if the adapter is merged at the end.
+    """
     method = recipe.method
     half = recipe.precision.dtype is not Dtype.fp32 and not method.merge
-    base = prediction.frozen * method.low_rank * (2 if half else 4)
-    return PROCESS_GIB + (prediction.host + 4 * prediction.trained + base) / GIB
+    base = prediction.frozen_parameters * method.low_rank * (2 if half else 4)
+    return PROCESS_GIB + (prediction.host_bytes + 4 * prediction.trained_parameters + base) / GIB
 
 
 def disk_gib(recipe: Recipe, prediction: Prediction) -> float:
-    """Disk: checkpoints (one more than kept while one is written), the exported model, the base."""
-    trained, every = 4 * prediction.trained, 4 * (prediction.trained + prediction.frozen)
-    a_checkpoint = trained * (3 + recipe.train.use_ema)
-    model = 2 * trained if recipe.method.low_rank and not recipe.method.merge else every
-    return ((recipe.checkpoint.keep + 1) * a_checkpoint + model + every) / GIB
+    """GiB of disk: checkpoints, the exported model and the base.
+
+    While a checkpoint is written there is one more than `checkpoint.keep`.
+    """
+    trained = 4 * prediction.trained_parameters
+    base = trained + 4 * prediction.frozen_parameters
+    checkpoint = trained * (3 + recipe.train.use_ema)
+    model = 2 * trained if recipe.method.low_rank and not recipe.method.merge else base
+    return ((recipe.checkpoint.keep + 1) * checkpoint + model + base) / GIB

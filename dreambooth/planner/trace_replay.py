@@ -1,4 +1,4 @@
-"""Plays recorded storage events through the allocator's model: how much of what is there at the peak of each phase."""
+"""Replays recorded storage events through the allocator model to find the peak memory of each phase."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from dreambooth.planner.caching_allocator import CachingAllocator
 
 @dataclass
 class Usage:
-    """Bytes at the fullest moment of a phase: the allocator's blocks and segments, plain storages by category."""
+    """Peak memory of a phase in bytes: `allocated` blocks, `reserved` segments, and storages by category."""
 
     allocated: int = 0
     reserved: int = 0
@@ -18,54 +18,59 @@ class Usage:
 
 @dataclass(frozen=True)
 class Moment:
-    """A point of the curve of memory over time: bytes by category after an event of `phase`."""
+    """One point on the curve of memory over time: bytes by category after an event of `phase`."""
 
     phase: str
     by_category: Mapping[str, int]
 
 
 def replay(events: Sequence[Event], category: Mapping[int, str], marks: Sequence[str],
-           allocator: CachingAllocator, emptied_before: frozenset[str] = frozenset()) -> dict[str, Usage]:
-    """Usage by phase. `emptied_before`: phases at whose beginning the run calls torch.cuda.empty_cache."""
+           allocator: CachingAllocator, cache_cleared_before: frozenset[str] = frozenset()) -> dict[str, Usage]:
+    """Peak usage by phase.
+
+    Args:
+        events, category, marks: of a StorageTrace.
+        cache_cleared_before: phases at whose beginning the run calls torch.cuda.empty_cache.
+    """
     usage: dict[str, Usage] = {}
-    blocks: dict[int, int] = {}
-    now: dict[str, int] = {}
+    blocks: dict[int, int] = {}  # serial number of a storage -> block of the allocator
+    live: dict[str, int] = {}
     phase = ""
     current = Usage()
     for serial, size in events:
         if serial == MARK:
             phase = marks[size]
-            if phase in emptied_before:
+            if phase in cache_cleared_before:
                 allocator.empty_cache()
             current = usage.setdefault(phase, Usage())
-            _note(current, allocator, now)
+            _update_peak(current, allocator, live)
             continue
         kind = category[serial]
         if kind == HOST:
             continue
-        now[kind] = now.get(kind, 0) + size
+        live[kind] = live.get(kind, 0) + size
         if size > 0:
             blocks[serial] = allocator.malloc(size)
-            _note(current, allocator, now)
+            _update_peak(current, allocator, live)
         else:
             allocator.release(blocks.pop(serial))
     return usage
 
 
-def curve(events: Sequence[Event], category: Mapping[int, str], marks: Sequence[str]) -> Iterator[Moment]:
-    """Memory over time, by category, without the allocator."""
-    now: dict[str, int] = {}
+def _update_peak(usage: Usage, allocator: CachingAllocator, live: Mapping[str, int]) -> None:
+    usage.reserved = max(usage.reserved, allocator.reserved)
+    if allocator.allocated > usage.allocated:
+        usage.allocated = allocator.allocated
+        usage.by_category = {kind: size for kind, size in live.items() if size}
+
+
+def memory_curve(events: Sequence[Event], category: Mapping[int, str], marks: Sequence[str]) -> Iterator[Moment]:
+    """Memory over time, by category, without the allocator's rounding and caching."""
+    live: dict[str, int] = {}
     phase = ""
     for serial, size in events:
         if serial == MARK:
             phase = marks[size]
         elif category[serial] != HOST:
-            now[category[serial]] = now.get(category[serial], 0) + size
-        yield Moment(phase, dict(now))
-
-
-def _note(usage: Usage, allocator: CachingAllocator, now: Mapping[str, int]) -> None:
-    usage.reserved = max(usage.reserved, allocator.reserved)
-    if allocator.allocated > usage.allocated:
-        usage.allocated = allocator.allocated
-        usage.by_category = {kind: size for kind, size in now.items() if size}
+            live[category[serial]] = live.get(category[serial], 0) + size
+        yield Moment(phase, dict(live))

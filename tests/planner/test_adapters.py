@@ -7,9 +7,9 @@ import pytest
 
 from dreambooth.config.enums import BaseWeights, Dtype, MethodKind, Targets
 from dreambooth.planner import auto_memory, report
-from dreambooth.planner.gpu_specs import fixed_gib
-from dreambooth.planner.memory_options import ways
-from dreambooth.planner.prediction import STEP
+from dreambooth.planner.gpu_specs import cuda_overhead_gib
+from dreambooth.planner.memory_options import list_memory_options
+from dreambooth.planner.prediction import STEP_PHASES
 from dreambooth.planner.rehearsal import predict, rehearse
 from dreambooth.planner.skeleton_models import trained_weights
 from dreambooth.utils.hardware import GIB
@@ -29,12 +29,12 @@ def test_fake_and_real_tensors_give_the_same_trace_byte_for_byte(changed: dict[s
 
 def test_only_the_adapter_has_gradients_state_and_average() -> None:
     whole, found = predict(small()), predict(small(**LORA))
-    assert found.trained < 0.1 * whole.trained
-    assert found.trained == trained_weights(small(**LORA))
+    assert found.trained_parameters < 0.1 * whole.trained_parameters
+    assert found.trained_parameters == trained_weights(small(**LORA))
     category = {kind: max(u.by_category.get(kind, 0) for u in found.by_phase.values())
                 for kind in ("gradients", "optimizer", "ema")}
-    assert category["gradients"] == category["ema"] == 4 * found.trained
-    assert category["optimizer"] < 9 * found.trained
+    assert category["gradients"] == category["ema"] == 4 * found.trained_parameters
+    assert category["optimizer"] < 9 * found.trained_parameters
 
 
 def test_a_frozen_base_is_in_half_precision() -> None:
@@ -52,13 +52,13 @@ def test_sd15_with_an_adapter_is_small_on_a_t4_and_auto_adds_nothing() -> None:
     assert trained_weights(asked) == 9_437_184  # of 983 million
     assert auto_memory.card_gib(choice.recipe, choice.prediction) < 9.5
     lower = replace(asked, memory=replace(asked.memory, gradient_checkpointing=True))
-    assert predict(lower).most(*STEP).reserved / GIB + fixed_gib("T4") < 4
-    assert all(way.exact for way in ways(choice.recipe, choice.prediction))
+    assert predict(lower).peak_over(*STEP_PHASES).reserved / GIB + cuda_overhead_gib("T4") < 4
+    assert all(way.exact for way in list_memory_options(choice.recipe, choice.prediction))
 
 
 def test_a_full_run_that_does_not_fit_is_told_of_adapters() -> None:
     asked = demo_recipe("sd15", prior__num_class_images=1, sample__every=None)
-    found = {way.what: way for way in ways(asked, predict(asked))}
+    found = {way.what: way for way in list_memory_options(asked, predict(asked))}
     assert found["method=lora"].saves > 12 and found["method=lora"].seconds < 0  # type: ignore[operator]
 
 
@@ -73,5 +73,6 @@ def test_four_bits_are_a_quarter_of_sixteen_for_linear_layers() -> None:
 
 def test_host_memory_that_is_too_small_is_said_and_not_the_card() -> None:
     asked = demo_recipe("sd15", method__kind=MethodKind.lora, hardware__host_ram_gib=1)
-    planned = report.Planned(asked, predict(asked), (), "")
-    assert re.match(r"this run needs [\d.]+ GiB of host memory and the machine has 1: type a larger", planned.lacks)
+    planned = report.Plan(asked, predict(asked), (), "")
+    expected = r"this run needs [\d.]+ GiB of host memory and the machine has 1: type hardware\.instance_type"
+    assert re.match(expected, planned.shortfall)

@@ -38,9 +38,9 @@ def test_the_blogs_run_fits_a_t4_with_nothing_trained_differently(limit: str) ->
 def test_everything_trained_fits_its_budget(
     aim: float, name: str, changed: dict[str, Any], limit: float | None
 ) -> None:
-    asked = planner.recipe(**(planner.LOWEST | changed | {
+    asked = planner.make_recipe(**(planner.LOWEST_MEMORY | changed | {
         "train__train_text_encoder": True, "train__use_ema": True, "train__max_grad_norm": limit}))
-    assert planner.reserved(asked)[0] + CARDS["T4"].fixed_gib <= aim
+    assert planner.predict_step(asked)[0] + CARDS["T4"].cuda_overhead_gib <= aim
 
 
 def test_the_blogs_run_would_not_fit_as_the_blog_ran_it() -> None:

@@ -37,16 +37,16 @@ from dreambooth.models import loading
 from dreambooth.planner import auto_memory, gpu_specs, rehearsal, report, skeleton_models, time_and_cost
 from dreambooth.planner.allocation_trace import MARK, StorageTrace
 from dreambooth.planner.caching_allocator import MIB, CachingAllocator
-from dreambooth.planner.encoder_memory import looking
+from dreambooth.planner.encoder_memory import encoder_tensor_bytes
 from dreambooth.planner.fake_cuda import fake_tensors
-from dreambooth.planner.memory_options import named, ways
-from dreambooth.planner.optimizer_memory import CODEBOOKS, ModelledOptimizer
+from dreambooth.planner.memory_options import describe_memory_options, list_memory_options
+from dreambooth.planner.optimizer_memory import CODEBOOK_BYTES, ModelledOptimizer
 from dreambooth.planner.prediction import Prediction
 from dreambooth.planner.rehearsal import predict, rehearse
 from dreambooth.runs.run_folder import Result
-from dreambooth.runtime.engine import Engine, accelerated
+from dreambooth.runtime.engine import Engine, create_engine
 from dreambooth.training.setup import assemble
-from dreambooth.utils.signals import Stop
+from dreambooth.utils.signals import StopRequest
 from tests.support.configs import demo_recipe, small
 
 # -- recording ----------------------------------------------------------------------------------------------------
@@ -95,9 +95,9 @@ def test_gradients_and_optimizer_state_have_the_size_of_the_weights(dtype: Dtype
     found = predict(small(precision__dtype=dtype, train__use_ema=True))
     category = {kind: max(u.by_category.get(kind, 0) for u in found.by_phase.values())
                 for kind in ("gradients", "optimizer", "ema")}
-    assert category["gradients"] == found.trained * size
-    assert category["ema"] == found.trained * 4
-    assert 0 <= category["optimizer"] - found.trained * 8 <= 4 * 1000  # and a step count a weight
+    assert category["gradients"] == found.trained_parameters * size
+    assert category["ema"] == found.trained_parameters * 4
+    assert 0 <= category["optimizer"] - found.trained_parameters * 8 <= 4 * 1000  # and a step count a weight
 
 
 def _kept(found: Prediction) -> int:
@@ -131,7 +131,7 @@ APART = {"memory__gradient_checkpointing": True, "memory__optimizer_in_backward"
 
 
 def test_transformers_recomputed_apart_for_photos_and_class_images_give_the_same_gradient() -> None:
-    """Up to the order of sums: 2 n u of the sum of magnitudes (step._halves), here far below 1e-5 of the largest."""
+    """Up to the order of sums: the bound of step._forward_backward_halves, here far below 1e-5 of the largest."""
     plain, apart = _gradients(2), _gradients(2, **APART)
     assert len(plain) == len(apart) > 100
     for one, other in zip(plain, apart, strict=True):
@@ -149,14 +149,14 @@ def test_a_transformer_recomputed_apart_holds_half_of_its_tensors() -> None:
 
 def test_the_unet_waits_in_host_memory_while_photos_are_encoded() -> None:
     found = predict(small())
-    unet = found.trained * 4
+    unet = found.trained_parameters * 4
     assert found.by_phase["load"].by_category["weights"] - found.by_phase["caching"].by_category["weights"] == unet
 
 
 def test_an_average_in_host_memory_is_not_on_the_card() -> None:
     found = predict(small(memory__ema_device=EmaDevice.cpu))
     assert all("ema" not in usage.by_category for usage in found.by_phase.values())
-    assert found.host == found.trained * 4
+    assert found.host_bytes == found.trained_parameters * 4
 
 
 def _peak(trace: StorageTrace) -> int:
@@ -180,7 +180,7 @@ def without_weights(kind: Callable[..., nn.Module], config: object) -> nn.Module
 def test_an_encoder_takes_what_the_table_says(
     encoder: EncoderKind, side: int, make: Callable[[], nn.Module]
 ) -> None:
-    weights, pixels, moment = looking(Evaluate(encoder=encoder), side)
+    weights, pixels, moment = encoder_tensor_bytes(Evaluate(encoder=encoder), side)
     network = make().eval()
     with fake_tensors():
         trace, pictures = StorageTrace(), torch.empty(16, 3, side, side)
@@ -194,7 +194,7 @@ def test_an_encoder_takes_what_the_table_says(
 def test_evaluation_is_a_phase_of_its_own() -> None:
     seen, unseen = predict(small(evaluate__encoder=EncoderKind.clip)), predict(small())
     assert "evaluate" not in unseen.by_phase
-    more = sum(looking(Evaluate(encoder=EncoderKind.clip), 64))
+    more = sum(encoder_tensor_bytes(Evaluate(encoder=EncoderKind.clip), 64))
     assert seen.by_phase["evaluate"].allocated - seen.by_phase["load"].allocated > more
     assert seen.by_phase["evaluate"].allocated == seen.by_phase["save"].allocated + more
 
@@ -277,7 +277,7 @@ def test_adamw8bit_keeps_what_bitsandbytes_keeps() -> None:
     real = _stepped(lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-3))
     model = _stepped(lambda p: ModelledOptimizer(p, OptimizerKind.adamw8bit))
     assert _state_bytes(model) == _state_bytes(real, without=("qmap1", "qmap2"))
-    assert _state_bytes(real) - _state_bytes(model) in (0, CODEBOOKS)
+    assert _state_bytes(real) - _state_bytes(model) in (0, CODEBOOK_BYTES)
 
 
 def test_adafactor_keeps_what_transformers_keeps() -> None:
@@ -303,8 +303,9 @@ class Sized:
         self.asked.append(asked)
         base = predict(small())
         size = int(self.needed(asked) * 2**30)
-        return type("Found", (), {"reserved": size, "trained": base.trained, "by_phase": base.by_phase,
-                                  "most": base.most, "peak_phase": "backward"})()
+        return type("Found", (), {"reserved": size, "trained_parameters": base.trained_parameters,
+                                  "by_phase": base.by_phase, "peak_over": base.peak_over,
+                                  "peak_phase": "backward"})()
 
 
 def test_auto_adds_nothing_where_everything_fits() -> None:
@@ -362,15 +363,15 @@ def test_auto_does_not_step_in_the_backward_pass_of_a_compiled_model() -> None:
 def test_what_is_left_to_do_is_said_where_the_run_needs_most() -> None:
     """Levers that change no number first, with what they cost; of pictures where drawing is what is too large."""
     asked = demo_recipe("sd15", memory__auto=False, prior__num_class_images=1, sample__every=None)
-    found = ways(asked, predict(asked))
+    found = list_memory_options(asked, predict(asked))
     assert [way.exact for way in found] == sorted((way.exact for way in found), reverse=True)
     cost = {way.what: way.seconds for way in found}
     assert cost["memory.gradient_checkpointing=true"] > 0.1 and cost["memory.ema_device=cpu"] > 0.1  # type: ignore[operator]
-    said = named(asked, predict(asked))
+    said = describe_memory_options(asked, predict(asked))
     assert said.startswith("memory=auto") and said.endswith("hardware=g5")
     drawing = demo_recipe("sd15", prior__sample_batch_size=32, sample__images_per_prompt=1,
                      memory__gradient_checkpointing=True)
-    assert ways(drawing, predict(drawing))[0].what == "prior.sample_batch_size=1"
+    assert list_memory_options(drawing, predict(drawing))[0].what == "prior.sample_batch_size=1"
 
 
 def test_auto_does_not_step_in_the_backward_pass_of_several_processes() -> None:
@@ -385,15 +386,15 @@ def test_a_finished_run_is_not_planned_again(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(run, "tracked", lambda recipe, main, trains: nullcontext())
     monkeypatch.setattr(auto_memory, "settled", lambda *_: pytest.fail("it was planned"))
     asked = demo_recipe(memory__auto=True, tracking__kind=TrackingKind.none)
-    assert run.execute(replace(asked, run_dir=tmp_path), Stop()) is done
+    assert run.execute(replace(asked, run_dir=tmp_path), StopRequest()) is done
 
 
 def test_the_choice_of_the_autocast_cache_comes_after_the_engine() -> None:
     AcceleratorState._reset_state()  # one precision a process
-    engine, _ = accelerated("cpu", Dtype.bf16)
+    engine, _ = create_engine("cpu", Dtype.bf16)
     seen = []
     for enabled in (True, False):
-        engine.cache_casts(enabled)
+        engine.set_autocast_cache(enabled)
         with engine.autocast():
             seen.append(torch.is_autocast_cache_enabled())
     AcceleratorState._reset_state()
@@ -405,12 +406,12 @@ def test_a_run_tells_the_engine_whether_to_keep_the_autocast_cache(kept: bool) -
     class Told(Exception):
         pass
 
-    def cache_casts(enabled: bool) -> None:
+    def set_autocast_cache(enabled: bool) -> None:
         raise Told(enabled)
 
     nothing: Any = None
     with pytest.raises(Told, match=str(kept)):
-        assemble(small(memory__autocast_cache=kept), Engine(cache_casts=cache_casts), *[nothing] * 4)
+        assemble(small(memory__autocast_cache=kept), Engine(set_autocast_cache=set_autocast_cache), *[nothing] * 4)
 
 
 def test_a_chosen_recipe_travels_between_processes() -> None:
@@ -428,7 +429,7 @@ def test_a_run_on_the_cpu_has_nothing_to_choose() -> None:
 @pytest.mark.parametrize("name, card", [("Tesla T4", "T4"), ("NVIDIA A10G", "A10G"), ("NVIDIA L4", "L4"),
                                         ("NVIDIA A100-SXM4-40GB", "A100")])
 def test_a_card_is_known_by_its_drivers_name(name: str, card: str) -> None:
-    found = gpu_specs.card_of(name)
+    found = gpu_specs.find_card(name)
     assert found is not None and found.name == card
 
 
@@ -444,26 +445,26 @@ def test_only_the_average_gets_cheaper_when_it_is_updated_less_often() -> None:
 
 
 def test_an_unknown_card_has_no_speed() -> None:
-    assert gpu_specs.card_of("Voodoo 3") is None
-    assert gpu_specs.card_of(None) is None
+    assert gpu_specs.find_card("Voodoo 3") is None
+    assert gpu_specs.find_card(None) is None
 
 
 def test_a_plan_has_the_keys_that_programs_read() -> None:
-    planned = report.Planned(small(), predict(small()), (), "")
-    found = json.loads(report.dumped([planned]))
+    planned = report.Plan(small(), predict(small()), (), "")
+    found = json.loads(report.plans_as_json([planned]))
     assert found.keys() >= {"fits", "card_gib", "reserved_gib", "allocated_gib", "usable_vram_gib", "by_phase",
                             "by_category", "levers", "step_seconds", "run_seconds", "price_usd"}
     assert found["by_phase"].keys() >= {"load", "forward", "backward", "step", "ema", "save"}
 
 
 def test_a_table_fits_80_columns() -> None:
-    planned = report.Planned(small(), predict(small()), ("memory.gradient_checkpointing=true",), "why not")
-    assert max(map(len, report.table(planned).splitlines())) <= 80
-    assert max(map(len, report.comparison([planned, planned]).splitlines())) <= 80
+    planned = report.Plan(small(), predict(small()), ("memory.gradient_checkpointing=true",), "why not")
+    assert max(map(len, report.format_plan(planned).splitlines())) <= 80
+    assert max(map(len, report.format_comparison([planned, planned]).splitlines())) <= 80
 
 
 def test_the_picture_of_a_step_is_written(tmp_path: Path) -> None:
-    report.plot(report.Planned(small(), predict(small()), (), ""), tmp_path / "step.png")
+    report.plot_step_memory(report.Plan(small(), predict(small()), (), ""), tmp_path / "step.png")
     assert (tmp_path / "step.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -479,7 +480,7 @@ def test_a_vae_of_its_own_is_planned_in_the_precision_that_it_is_loaded_in(
 
 @pytest.mark.parametrize("upcast", [True, False])
 def test_a_folder_of_a_vae_says_itself_whether_half_overflows(upcast: bool, tmp_path: Path) -> None:
-    known = Path(skeleton_models.asset("package:architectures")) / "sdxl/vae/config.json"
+    known = Path(skeleton_models.resolve_asset("package:architectures")) / "sdxl/vae/config.json"
     (tmp_path / "config.json").write_text(json.dumps(json.loads(known.read_text()) | {"force_upcast": upcast}))
     with fake_tensors():
         found = skeleton_models.blank(demo_recipe("sdxl", model__vae=str(tmp_path))).vae
@@ -496,7 +497,7 @@ def test_a_model_of_unknown_shape_is_refused_with_what_to_type() -> None:
 def test_every_card_on_file_is_known_and_has_a_price(option: str) -> None:
     text = (conf_dir() / "hardware" / f"{option}.yaml").read_text("utf-8")
     gpu = next(line.split()[1] for line in text.splitlines() if line.startswith("gpu:"))
-    assert gpu_specs.card_of(gpu) is not None
+    assert gpu_specs.find_card(gpu) is not None
     assert "price_usd_hour: null" not in text.replace("spot_price_usd_hour", "spot")
 
 
@@ -505,7 +506,7 @@ def test_every_card_on_file_is_known_and_has_a_price(option: str) -> None:
 def test_data_parallel_holds_the_gradients_a_second_time() -> None:
     one, four = (predict(small(hardware__gpus=count)) for count in (1, 4))
     held = [found.by_phase["step"].by_category["gradients"] for found in (one, four)]
-    assert held[1] - held[0] == one.trained * 4
+    assert held[1] - held[0] == one.trained_parameters * 4
 
 
 def test_several_cards_are_planned_without_levers_that_work_in_one_process() -> None:
@@ -517,7 +518,7 @@ def test_several_cards_are_planned_without_levers_that_work_in_one_process() -> 
 def test_gradients_of_several_cards_take_time_on_the_link() -> None:
     found, a10g = predict(small()), gpu_specs.CARDS["A10G"]
     one, four = (time_and_cost.step_seconds(small(hardware__gpus=count), found, a10g) for count in (1, 4))
-    assert four - one == pytest.approx(1.5 * found.trained * 4 / 10e9)
+    assert four - one == pytest.approx(1.5 * found.trained_parameters * 4 / 10e9)
 
 
 def test_tf32_is_counted_at_half_the_rate_of_half_precision() -> None:
@@ -531,7 +532,7 @@ def test_tf32_is_counted_at_half_the_rate_of_half_precision() -> None:
 def test_no_bucket_takes_more_than_the_one_that_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = small(dataset__buckets=True, prior__with_prior_preservation=False)
     planned = max(usage.allocated for usage in predict(asked).by_phase.values())
-    for size in aspect_buckets.sizes(asked.model.resolution):
+    for size in aspect_buckets.bucket_sizes(asked.model.resolution):
         monkeypatch.setattr(rehearsal, "largest", lambda *_, size=size: size)
         assert max(usage.allocated for usage in predict(asked).by_phase.values()) <= planned, size
 

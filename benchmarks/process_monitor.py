@@ -1,0 +1,59 @@
+"""Runs a command and records its wall time, its CPU time over its run, and its peak resident memory."""
+
+import os
+import subprocess
+import sys
+import time
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from pathlib import Path
+
+KIB, GIB = 2**10, 2**30
+SAMPLE_INTERVAL = 0.02  # seconds between samples of the CPU time; one takes a few microseconds
+
+
+@dataclass
+class ProcessUsage:
+    """Resources that one process used. Times are in seconds since 1970."""
+
+    started: float
+    peak_rss_gib: float = 0.0
+    cpu_seconds: float = 0.0  # of all its threads and children
+    cpu_samples: list[tuple[float, float]] = field(default_factory=list)  # time, CPU seconds of its threads so far
+
+    def cpu_seconds_until(self, moment: float) -> float:
+        """CPU seconds from the start until `moment`, interpolated between samples.
+
+        On a shared machine CPU time is the better measure of work: wall time also depends on other processes.
+        """
+        index = bisect_left(self.cpu_samples, (moment, 0.0))
+        if not 0 < index < len(self.cpu_samples):
+            return self.cpu_samples[min(index, len(self.cpu_samples) - 1)][1]
+        (earlier, used), (later, used_later) = self.cpu_samples[index - 1:index + 1]
+        return used + (used_later - used) * (moment - earlier) / (later - earlier)
+
+
+def run_monitored(command: list[str], folder: Path, environment: dict[str, str], log: Path) -> ProcessUsage:
+    """Run `command` in `folder` and write its output to `log`.
+
+    Raises:
+        SystemExit: the command failed; the message ends with its last output.
+    """
+    usage = ProcessUsage(time.time())
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=file)
+        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+            usage.cpu_samples.append((time.time(), _cpu_seconds(process.pid)))
+            time.sleep(SAMPLE_INTERVAL)
+    _, status, resources = ended
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}\nended with {process.returncode}:\n{log.read_text(errors='replace')[-3000:]}")
+    usage.peak_rss_gib, usage.cpu_seconds = resources.ru_maxrss * KIB / GIB, resources.ru_utime + resources.ru_stime
+    return usage
+
+
+def _cpu_seconds(pid: int) -> float:
+    """CPU seconds of a process so far, ended threads included: fields 14 and 15 of /proc/PID/stat, in clock ticks."""
+    fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
