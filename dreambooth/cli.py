@@ -1,4 +1,4 @@
-"""What every door does with how a run ends: one sentence on stderr, the exit code, never a lost traceback."""
+"""What all commands share: error messages on stderr, exit codes, and arguments that Hydra must not see."""
 
 import argparse
 import atexit
@@ -12,92 +12,69 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dreambooth.config.schema import Memory
-from dreambooth.errors import ENDS, DreamBoothError, Interrupted
+from dreambooth.errors import EXIT_REPORT_DIR, DreamBoothError, Interrupted
 from dreambooth.runtime import cpu_tuning
 
-_taken: dict[str, str] = {}  # key -> value of words that Hydra does not get to see
-_codes: list[int] = []  # of the jobs in this process; a sweep has several
+# Hydra arguments for a command that writes no run folder.
+NO_RUN_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+
+_intercepted: dict[str, str] = {}  # key -> value of the overrides that Hydra does not get to see
+_exit_codes: list[int] = []  # of the failed jobs of this process; a sweep runs several jobs
 
 
-def attempt(job: Callable[[], float | None], sweep: bool, again: str = "repeat the command") -> float | None:
-    """Run a job. A failed one gives NaN, its exit code is kept for `leave`, and a sweep goes on with the next;
-    an interrupted one ends the sweep too.
+def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "repeat the command") -> float | None:
+    """Run a job and return its result. If it fails, print why, record its exit code for `exit_process`, return NaN.
+
+    A sweep continues with its next job after a failed one, but ends if a job was interrupted.
 
     Args:
-        again: what to do after Ctrl-C that nobody waited for.
+        job: the work of a command.
+        sweep: whether the job is one of several.
+        resume_hint: what the user is told to do after a Ctrl-C that ended the job at once.
     """
-    for name, value in cpu_tuning.waiting().items():
-        os.environ.setdefault(name, value)  # what the user has set wins
-    for category in (FutureWarning, DeprecationWarning):  # what libraries tell each other
+    for name, value in cpu_tuning.openmp_environment().items():
+        os.environ.setdefault(name, value)  # the user's own settings take precedence
+    for category in (FutureWarning, DeprecationWarning):  # addressed to libraries, not to users
         warnings.simplefilter("ignore", category)
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
     try:
         return job()
     except DreamBoothError as error:
         print(f"dreambooth: {error}", file=sys.stderr)
-        _ended(error.exit_code, str(error))
+        _record_failure(error.exit_code, str(error))
     except KeyboardInterrupt:
-        sentence = f"interrupted; {again}"
+        sentence = f"interrupted; {resume_hint}"
         print(f"dreambooth: {sentence}", file=sys.stderr)
-        _ended(Interrupted.exit_code, sentence)
+        _record_failure(Interrupted.exit_code, sentence)
     except Exception as error:
         traceback.print_exc()
-        _ended(1, fault(error), meant=False)
-    if sweep and _codes[-1] == Interrupted.exit_code:
+        _record_failure(1, describe_fault(error), user_error=False)
+    if sweep and _exit_codes[-1] == Interrupted.exit_code:
         sys.exit(Interrupted.exit_code)
     return math.nan
 
 
-def fault(error: Exception) -> str:
-    """An internal fault in a sentence, for whoever does not see its traceback."""
-    return f"a fault of dreambooth, the log has its traceback: {type(error).__name__}: {error}"
+def describe_fault(error: Exception) -> str:
+    """One sentence about an internal fault, for reports that do not include the traceback."""
+    return f"internal error of dreambooth, its traceback is in the log: {type(error).__name__}: {error}"
 
 
-def with_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Options, and as `overrides` the words key=value among them, wherever they stand."""
-    options, words = parser.parse_known_args()
-    if wrong := [word for word in words if "=" not in word or word.startswith("-")]:
-        parser.error(f"{wrong[0]} is neither an option nor KEY=VALUE")
-    options.overrides = words
-    return options
+def _record_failure(code: int, sentence: str, user_error: bool = True) -> None:
+    """Remember an exit code, and write a report for the process that started this one, if it asks for reports."""
+    _exit_codes.append(code)
+    if folder := os.environ.get(EXIT_REPORT_DIR):
+        rank = int(os.environ.get("RANK", "0"))  # set by PyTorch's launcher
+        report = {"rank": rank, "code": code, "sentence": sentence, "meant": user_error}
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(report), encoding="utf-8")
 
 
-def take(key: str) -> None:
-    """Keep the words `key=value` from Hydra, which would look for an option of the group of that name in conf/."""
-    words = [word for word in sys.argv[1:] if word.startswith(f"{key}=")]
-    sys.argv[1:] = [word for word in sys.argv[1:] if word not in words]
-    _taken[key] = words[-1].partition("=")[2].strip("'\"") if words else ""
+def exit_process() -> None:
+    """End the process with the exit code of the first job that failed, or 0.
 
-
-def given(key: str) -> str | None:
-    """The value of the last word that `take` took; None: there was none."""
-    return _taken.get(key) or None
-
-
-def _ended(code: int, sentence: str, meant: bool = True) -> None:
-    _codes.append(code)
-    if folder := os.environ.get(ENDS):
-        rank = int(os.environ.get("RANK", "0"))  # as PyTorch's launcher sets it
-        end = {"rank": rank, "code": code, "sentence": sentence, "meant": meant}
-        (Path(folder) / f"{rank}.json").write_text(json.dumps(end), encoding="utf-8")
-
-
-def allocator(memory: Memory) -> None:
-    """Settings of PyTorch's CUDA allocator, which it reads when torch is imported; what the user has set wins."""
-    chosen = {"expandable_segments": "True" if memory.expandable_segments else None,
-              "max_split_size_mb": memory.max_split_size_mb}
-    text = ",".join(f"{key}:{value}" for key, value in chosen.items() if value is not None)
-    if text and not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
-        os.environ["PYTORCH_ALLOC_CONF"] = text
-
-
-def leave() -> None:
-    """End the process with the code of the first job that failed, or 0.
-
-    Under torchrun the interpreter is not taken down piece by piece: torch's threads of communication then ask for its
-    lock, and about one finished run in ten ended in SIGABRT or SIGSEGV (gloo, torch 2.13).
+    Under torchrun the interpreter is not finalised. Otherwise torch's communication threads ask for the interpreter's
+    lock during finalisation, and about one finished run in ten ended in SIGABRT or SIGSEGV (gloo, torch 2.13).
     """
-    code = _codes[0] if _codes else 0
+    code = _exit_codes[0] if _exit_codes else 0
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         sys.stdout.flush()
         sys.exit(code)
@@ -105,3 +82,36 @@ def leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def configure_allocator(memory: Memory) -> None:
+    """Set PyTorch's CUDA allocator options, which it reads when torch is imported, unless the user has set some."""
+    options = {"expandable_segments": "True" if memory.expandable_segments else None,
+               "max_split_size_mb": memory.max_split_size_mb}
+    text = ",".join(f"{key}:{value}" for key, value in options.items() if value is not None)
+    if text and not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = text
+
+
+def parse_with_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse options mixed with overrides KEY=VALUE; the overrides go into the attribute `overrides`."""
+    options, overrides = parser.parse_known_args()
+    if invalid := [word for word in overrides if "=" not in word or word.startswith("-")]:
+        parser.error(f"{invalid[0]} is neither an option nor KEY=VALUE")
+    options.overrides = overrides
+    return options
+
+
+def intercept_override(key: str) -> None:
+    """Remove the overrides `key=value` from sys.argv before Hydra reads it, and keep the last value.
+
+    For a key that is also the name of a group in conf/: Hydra would look for an option of that group.
+    """
+    overrides = [word for word in sys.argv[1:] if word.startswith(f"{key}=")]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word not in overrides]
+    _intercepted[key] = overrides[-1].partition("=")[2].strip("'\"") if overrides else ""
+
+
+def intercepted_override(key: str) -> str | None:
+    """The value that `intercept_override` kept, or None if there was none."""
+    return _intercepted.get(key) or None

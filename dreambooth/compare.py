@@ -1,4 +1,4 @@
-"""The door `python -m dreambooth.compare`: one HTML page of a sweep. Nothing heavy is imported here."""
+"""Command `python -m dreambooth.compare`: writes an HTML page that compares the runs of a sweep."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +8,14 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from dreambooth import cli
-from dreambooth.config.compose import asked, conf_dir
+from dreambooth.config.compose import conf_dir, to_dataclass
 from dreambooth.config.section import Section, require
 from dreambooth.errors import UserError
 
 
 @dataclass
 class Compare(Section):
-    """Which sweep, and where its page goes; see conf/compare.yaml."""
+    """Which sweep, and where to write the page; conf/compare.yaml explains each key."""
 
     sweep: str | None = None
     run_root: str = "runs"
@@ -31,31 +31,31 @@ ConfigStore.instance().store(name="compare_schema", node=Compare, provider="drea
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="compare")
 def compare(cfg: DictConfig) -> None:
-    """One call: a page of a sweep."""
-    cli.attempt(lambda: _job(cfg), sweep=False)
+    """Write the page of a sweep."""
+    cli.run_job(lambda: _job(cfg), sweep=False)
 
 
 def _job(cfg: DictConfig) -> None:
-    ask = asked(cfg, Compare)
-    sweep = cli.given("sweep") or ask.sweep
+    options = to_dataclass(cfg, Compare)
+    sweep = cli.intercepted_override("sweep") or options.sweep
     if sweep is None:
         raise UserError("the sweep is missing: type sweep=ID, the tag that its runs have in MLflow")
-    from dreambooth.sweeps.html_page import page
-    from dreambooth.sweeps.trials import of_sweep
+    from dreambooth.sweeps.html_page import render_page
+    from dreambooth.sweeps.trials import load_trials
     from dreambooth.utils import atomic_files
 
-    text = page(sweep, of_sweep(Path(ask.run_root), sweep), ask.pixels)
-    path = Path(ask.out or f"{ask.run_root}/compare-{sweep}.html")
-    with atomic_files.whole_file(path) as aside:
-        aside.write_text(text, encoding="utf-8")
-    print(f"{path}: {len(text) / 2**20:.1f} MiB, opens in any browser, nothing else is needed")
+    text = render_page(sweep, load_trials(Path(options.run_root), sweep), options.pixels)
+    path = Path(options.out or f"{options.run_root}/compare-{sweep}.html")
+    with atomic_files.write_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"{path}: {len(text) / 2**20:.1f} MiB in one file, opens in any browser")
 
 
 def main() -> None:
     """Console script `dreambooth-compare`."""
-    cli.take("sweep")  # an ID; conf/sweep/ is a group, whose options Hydra would look for
+    cli.intercept_override("sweep")  # an ID here, but for Hydra an option of the group conf/sweep/
     compare()
-    cli.leave()
+    cli.exit_process()
 
 
 if __name__ == "__main__":

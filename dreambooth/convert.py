@@ -1,5 +1,7 @@
-"""The door `python -m dreambooth.convert`: a model in one file to a diffusers folder, and back. Nothing heavy is
-imported here."""
+"""Command `python -m dreambooth.convert`: converts a single-file model to a diffusers folder, and back.
+
+Torch is imported only when the job runs, so that --help is fast.
+"""
 
 from dataclasses import dataclass
 
@@ -8,16 +10,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth import cli
-from dreambooth.config.compose import asked, conf_dir
+from dreambooth.config.compose import conf_dir, to_dataclass
 from dreambooth.config.section import Section, require
 from dreambooth.errors import UserError
 
-TYPES = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 @dataclass
 class Convert(Section):
-    """What to convert; see conf/convert.yaml. `in` is a word of Python's: here it is `source`."""
+    """What to convert; conf/convert.yaml explains each key. The key `in` is called `source` here, because `in` is a
+    keyword of Python."""
 
     source: str | None = None
     out: str | None = None
@@ -31,9 +34,9 @@ class Convert(Section):
 
     def __post_init__(self) -> None:
         require("", {
-            "dtype": (self.dtype in (None, "fp16", "fp32"), f"fp16 or fp32, or null for as it is, not {self.dtype}"),
-            "prediction_type": (self.prediction_type in (None, *TYPES),
-                                f"epsilon or v_prediction, or null for what the file says, not {self.prediction_type}"),
+            "dtype": (self.dtype in (None, "fp16", "fp32"), f"fp16 or fp32, or null to keep it, not {self.dtype}"),
+            "prediction_type": (self.prediction_type in (None, *PREDICTION_TYPES),
+                                f"epsilon or v_prediction, or null for that of the file, not {self.prediction_type}"),
             "resolution": (self.resolution is None or (8 <= self.resolution <= 2048 and self.resolution % 8 == 0),
                            f"a multiple of 8 from 8 to 2048 pixels, or null, not {self.resolution}"),
         })
@@ -41,39 +44,40 @@ class Convert(Section):
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="convert")
 def convert(cfg: DictConfig) -> None:
-    """One call: a file becomes a folder, or a folder a file."""
-    cli.attempt(lambda: _job(read(cfg)), sweep=False)
+    """Convert a file to a folder, or a folder to a file."""
+    cli.run_job(lambda: _job(parse_options(cfg)), sweep=False)
 
 
-def read(cfg: DictConfig) -> Convert:
-    """What was asked for, checked.
+def parse_options(cfg: DictConfig) -> Convert:
+    """The options of the command.
 
     Raises:
-        UserError: a value is of the wrong kind.
+        UserError: a value has the wrong type, or breaks a rule of its field.
     """
-    words = {("source" if key == "in" else str(key)): value for key, value in cfg.items()}
+    values = {("source" if key == "in" else str(key)): value for key, value in cfg.items()}
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Convert), words)
+        merged = OmegaConf.merge(OmegaConf.structured(Convert), values)
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0]) from error
-    return asked(merged, Convert)
+    return to_dataclass(merged, Convert)
 
 
-def _job(ask: Convert) -> None:
-    if not ask.source or not ask.out:
+def _job(options: Convert) -> None:
+    if not options.source or not options.out:
         raise UserError("type in=MODEL.safetensors out=DIR, or in=DIR out=MODEL.safetensors")
     from dreambooth.models.loading import import_libraries
-    from dreambooth.serialization.convert import convert as work
+    from dreambooth.serialization.convert import convert as convert_model
 
     import_libraries()
-    work(ask.source, ask.out, config=ask.config, vae=ask.vae, with_vae=ask.with_vae, dtype=ask.dtype,
-         prediction_type=ask.prediction_type, resolution=ask.resolution, title=ask.title)
+    convert_model(options.source, options.out, config=options.config, vae=options.vae, with_vae=options.with_vae,
+                  dtype=options.dtype, prediction_type=options.prediction_type, resolution=options.resolution,
+                  title=options.title)
 
 
 def main() -> None:
     """Console script `dreambooth-convert`."""
     convert()
-    cli.leave()
+    cli.exit_process()
 
 
 if __name__ == "__main__":

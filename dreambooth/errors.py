@@ -1,4 +1,4 @@
-"""The ends of a run that a user can act on, and the exit code of each.
+"""Errors that a user can act on, and the exit code of each.
 
 | code | meaning |
 |---|---|
@@ -9,14 +9,15 @@
 | 5 | interrupted, state saved |
 | 6 | diverged: non-finite loss, or too many skipped fp16 steps |
 
-Anything else that escapes is an internal fault: it keeps its traceback and also ends with 1.
+Every other exception is an internal fault: its traceback is printed, and the exit code is 1.
 """
 
-ENDS = "DREAMBOOTH_ENDS"  # a folder in which every failed process leaves RANK.json, for who started them
+# Environment variable: a folder in which every failed process writes RANK.json, for the process that started it.
+EXIT_REPORT_DIR = "DREAMBOOTH_ENDS"
 
 
 class DreamBoothError(Exception):
-    """Base of every error whose message is meant for the user. The text is one clear sentence."""
+    """Base class of every error whose message is meant for the user. The message is one clear sentence."""
 
     exit_code = 1
 
@@ -26,7 +27,7 @@ class UserError(DreamBoothError):
 
 
 class ConfigError(UserError):
-    """One or more configuration rules are broken; one sentence a line, all of them together."""
+    """One or more configuration rules are broken; the message has one sentence per line for each of them."""
 
     def __init__(self, *problems: str) -> None:
         self.problems = problems
@@ -34,7 +35,7 @@ class ConfigError(UserError):
 
 
 class DoesNotFit(DreamBoothError):
-    """The run needs more of something (disk, VRAM) than this machine has."""
+    """The run needs more disk, host memory or VRAM than this machine has."""
 
     exit_code = 3
 
@@ -46,12 +47,12 @@ class OutOfMemory(DreamBoothError):
 
 
 class Interrupted(DreamBoothError):
-    """SIGTERM or Ctrl-C; what can be saved has been saved."""
+    """The run received SIGTERM or Ctrl-C; everything that can be saved has been saved."""
 
     exit_code = 5
 
 
 class Diverged(DreamBoothError):
-    """The loss is no longer a number, or fp16 gradients overflow step after step."""
+    """The loss is no longer a finite number, or fp16 gradients overflow step after step."""
 
     exit_code = 6

@@ -1,4 +1,7 @@
-"""The door `python -m dreambooth.generate`: draws with what a run has made. Nothing heavy is imported here."""
+"""Command `python -m dreambooth.generate`: generates images with the model of a run.
+
+Torch is imported only when the job runs, so that --help is fast.
+"""
 
 from dataclasses import replace
 
@@ -7,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from dreambooth import cli
-from dreambooth.config.compose import asked, conf_dir
+from dreambooth.config.compose import conf_dir, to_dataclass
 from dreambooth.config.generate import Generate
 
 ConfigStore.instance().store(name="generate_schema", node=Generate, provider="dreambooth")
@@ -15,28 +18,28 @@ ConfigStore.instance().store(name="generate_schema", node=Generate, provider="dr
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="generate")
 def generate(cfg: DictConfig) -> None:
-    """One call: writes pictures and a grid."""
-    cli.attempt(lambda: _job(cfg), sweep=False)
+    """Write images and a grid of them."""
+    cli.run_job(lambda: _job(cfg), sweep=False)
 
 
 def _job(cfg: DictConfig) -> None:
-    ask = asked(cfg, Generate)
+    options = to_dataclass(cfg, Generate)
     from dreambooth.inference.generate_images import draw
     from dreambooth.models.loading import import_libraries
     from dreambooth.storage import run_inputs
-    from dreambooth.utils.signals import stoppable
+    from dreambooth.utils.signals import catch_stop_signals
 
     import_libraries()
-    ask = replace(ask, run=run_inputs.local(ask.run), base=run_inputs.local(ask.base),
-                  lora=[str(run_inputs.local(lora)) for lora in ask.loras])
-    with stoppable() as stop:
-        draw(ask, stop)
+    options = replace(options, run=run_inputs.download_if_remote(options.run), base=run_inputs.download_if_remote(options.base),
+                      lora=[str(run_inputs.download_if_remote(lora)) for lora in options.loras])
+    with catch_stop_signals() as stop:
+        draw(options, stop)
 
 
 def main() -> None:
     """Console script `dreambooth-generate`."""
     generate()
-    cli.leave()
+    cli.exit_process()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The door `python -m dreambooth.promote`: registers the best model of a sweep. Nothing heavy is imported here."""
+"""Command `python -m dreambooth.promote`: registers the best model of a sweep in MLflow's model registry."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +8,14 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from dreambooth import cli
-from dreambooth.config.compose import asked, conf_dir
+from dreambooth.config.compose import conf_dir, to_dataclass
 from dreambooth.config.section import Section, finite, require
 from dreambooth.errors import UserError
 
 
 @dataclass
 class Promote(Section):
-    """Which sweep, and the rule; see conf/promote.yaml."""
+    """Which sweep, and the rule of promotion; conf/promote.yaml explains each key."""
 
     sweep: str | None = None
     run_root: str = "runs"
@@ -37,28 +37,28 @@ ConfigStore.instance().store(name="promote_schema", node=Promote, provider="drea
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="promote")
 def promote(cfg: DictConfig) -> None:
-    """One call: a champion in MLflow, promoted.json in the folder of the runs."""
-    cli.attempt(lambda: _job(cfg), sweep=False)
+    """Register a champion in MLflow, and write promoted.json to the folder of the runs."""
+    cli.run_job(lambda: _job(cfg), sweep=False)
 
 
 def _job(cfg: DictConfig) -> None:
-    ask = asked(cfg, Promote)
-    sweep = cli.given("sweep") or ask.sweep
+    options = to_dataclass(cfg, Promote)
+    sweep = cli.intercepted_override("sweep") or options.sweep
     if sweep is None:
         raise UserError("the sweep is missing: type sweep=ID, the tag that its runs have in MLflow")
-    from dreambooth.runs.report import promoted
+    from dreambooth.runs.report import promotion_message
     from dreambooth.sweeps import promotion
 
-    terms = promotion.Terms(ask.uri, ask.experiment, ask.name, ask.objective, ask.max_class_similarity, ask.replace,
-                            ask.default_uri)
-    print(promoted(promotion.promote(sweep, Path(ask.run_root), terms)))
+    print(promotion_message(promotion.promote(sweep, Path(options.run_root), promotion.PromotionOptions(
+        options.uri, options.experiment, options.name, options.objective, options.max_class_similarity,
+        options.replace, options.default_uri))))
 
 
 def main() -> None:
     """Console script `dreambooth-promote`."""
-    cli.take("sweep")  # an ID; conf/sweep/ is a group, whose options Hydra would look for
+    cli.intercept_override("sweep")  # an ID here, but for Hydra an option of the group conf/sweep/
     promote()
-    cli.leave()
+    cli.exit_process()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The door `python -m dreambooth.train`: composes a run with Hydra and trains it. Nothing heavy is imported here."""
+"""Command `python -m dreambooth.train`: composes a run with Hydra and trains it.
+
+Torch is imported only when the job runs, so that --help is fast.
+"""
 
 import os
 import sys
@@ -11,70 +14,71 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth import cli
-from dreambooth.config.compose import conf_dir, load, typed_password
+from dreambooth.config.compose import conf_dir, load, uri_has_password
 from dreambooth.config.schema import Config
-from dreambooth.config.storage import is_single
+from dreambooth.config.storage import is_single_file
 from dreambooth.errors import UserError
 from dreambooth.runs import identity
-from dreambooth.sweeps.hydra_callbacks import STARTED, named, telling
-from dreambooth.utils.signals import again
+from dreambooth.sweeps.hydra_callbacks import DEFAULT_SWEEP_ID, distinguishing_overrides, trial_name
+from dreambooth.utils.signals import how_to_resume
 
 identity.register_resolver()
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def train(cfg: DictConfig) -> float | None:
-    """One job: trains and returns the objective for sweepers (lower is better)."""
+    """Train one run. Returns the objective for sweepers; lower is better."""
     sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     if sweep:
-        cfg.tracking.sweep = cfg.tracking.sweep or STARTED
-        cfg.tracking.run_name = cfg.tracking.run_name or named(list(HydraConfig.get().overrides.task))
+        cfg.tracking.sweep = cfg.tracking.sweep or DEFAULT_SWEEP_ID
+        cfg.tracking.run_name = cfg.tracking.run_name or trial_name(list(HydraConfig.get().overrides.task))
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    typed: Any = OmegaConf.to_container(cfg)
-    next_time = f"{again(str(typed['checkpoint']['resume']))} to go on from the last checkpoint"
-    return cli.attempt(lambda: _job(cfg, run_dir, sweep), sweep, next_time)
+    values: Any = OmegaConf.to_container(cfg)
+    resume_hint = f"{how_to_resume(str(values['checkpoint']['resume']))} to go on from the last checkpoint"
+    return cli.run_job(lambda: _job(cfg, run_dir, sweep), sweep, resume_hint)
 
 
 def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
     from dreambooth.cloud import secrets
     from dreambooth.config.recipe import resolve
     from dreambooth.runs import remote_mirror
-    from dreambooth.runs.run_folder import discard_if_unused, forget_overrides
+    from dreambooth.runs.run_folder import remove_if_unused, remove_hydra_record
     from dreambooth.storage import run_inputs
-    from dreambooth.utils.hardware import detect
-    from dreambooth.utils.signals import stoppable
+    from dreambooth.utils.hardware import detect_machine
+    from dreambooth.utils.signals import catch_stop_signals
 
     try:
         if HydraConfig.get().runtime.choices.get("hydra/launcher", "").startswith("sagemaker") and not sweep \
                 and "DREAMBOOTH_SWEEP" not in os.environ:
-            raise UserError("hydra/launcher=sagemaker works on sweeps, and a sweep of one is one too: add -m")
+            raise UserError("hydra/launcher=sagemaker runs sweeps only, and a single run is a sweep of one: add -m")
         secrets.load()
-        if typed_password(cfg):
-            forget_overrides(run_dir)
+        if uri_has_password(cfg):
+            remove_hydra_record(run_dir)
         config = load(cfg)
-        cli.allocator(config.memory)
-        config = converted(run_inputs.fetched(config, run_dir))
-        recipe = resolve(config, run_dir, detect(), telling(list(HydraConfig.get().overrides.task)))
-        with stoppable() as stop, remote_mirror.kept(config.storage, run_dir, config.checkpoint.resume) as keep:
+        cli.configure_allocator(config.memory)
+        config = convert_single_files(run_inputs.fetch_inputs(config, run_dir))
+        overrides = distinguishing_overrides(list(HydraConfig.get().overrides.task))
+        recipe = resolve(config, run_dir, detect_machine(), overrides)
+        with catch_stop_signals() as stop, \
+                remote_mirror.mirror_run(config.storage, run_dir, config.checkpoint.resume) as keep:
             from dreambooth.run import execute
 
             result = execute(recipe, stop)
             keep(result)
-            if recipe.evaluate.promote and run_inputs.first():
-                from dreambooth.sweeps.promotion import offered
+            if recipe.evaluate.promote and run_inputs.is_main_process():
+                from dreambooth.sweeps.promotion import register_finished_run
 
-                offered(recipe)
-            if run_inputs.first() and not sys.stdout.isatty():  # for Katib, which reads a trial's log
+                register_finished_run(recipe)
+            if run_inputs.is_main_process() and not sys.stdout.isatty():  # Katib reads it from the log of a trial
                 print(f"objective={result.objective:.6g}", flush=True)
             return result.objective
     finally:
-        discard_if_unused(run_dir)
+        remove_if_unused(run_dir)
 
 
-
-def converted(config: Config) -> Config:
-    """The config with a folder in place of each model that is one file."""
-    if not (is_single(config.model.source) or is_single(config.model.vae)):
+def convert_single_files(config: Config) -> Config:
+    """Convert each model that is a single file to a diffusers folder; returns the config with the folders' paths."""
+    if not (is_single_file(config.model.source) or is_single_file(config.model.vae)):
         return config
     from dreambooth.serialization.single_file_sources import as_folders
 
@@ -84,7 +88,7 @@ def converted(config: Config) -> Config:
 def main() -> None:
     """Console script `dreambooth-train`."""
     train()
-    cli.leave()
+    cli.exit_process()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Where Hydra's composed configuration becomes plain dataclasses, and where conf/ is found. No torch.
+"""Turns Hydra's composed configuration into plain dataclasses, and finds the folder conf/.
 
-`load` is the border: a DictConfig goes in, dataclasses come out. Below the doors nobody knows Hydra.
+`load` is the border: it takes a DictConfig and returns dataclasses. Apart from the commands, only this module,
+runs/identity.py and sweeps/hydra_callbacks.py import Hydra or OmegaConf. Does not import torch.
 """
 
 import re
@@ -16,43 +17,44 @@ from omegaconf.errors import OmegaConfBaseException
 from dreambooth.config.schema import Config
 from dreambooth.errors import ConfigError, UserError
 
-_SECRET = ("would be kept in .hydra/ with its password: type the address without it and set MLFLOW_TRACKING_USERNAME "
-           "and MLFLOW_TRACKING_PASSWORD, or type tracking.uri='${oc.env:MLFLOW_TRACKING_URI}'")
+_PASSWORD_IN_URI = (
+    "contains a password, which would be stored in .hydra/: type the address without it and set "
+    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or type tracking.uri='${oc.env:MLFLOW_TRACKING_URI}'")
 
-Asked = TypeVar("Asked")
+Options = TypeVar("Options")
 
 
 def conf_dir() -> Path:
-    """conf/ inside the package once installed, beside it in a checkout."""
+    """The folder conf/: inside the package when it is installed, beside the package in a checkout."""
     packaged = Path(__file__).parents[1] / "conf"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "conf"
 
 
-def asked(cfg: Any, kind: type[Asked]) -> Asked:
-    """What a door that composes no run was asked for, checked.
+def to_dataclass(cfg: Any, kind: type[Options]) -> Options:
+    """The options of a command that composes no run, as a dataclass of type `kind`.
 
     Raises:
-        UserError: a value is of the wrong kind, or breaks a rule of its field.
+        UserError: a value has the wrong type, or breaks a rule of its field.
     """
     try:
-        found = OmegaConf.to_object(cfg)
+        options = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0]) from error
     except ValueError as error:
         raise UserError(str(error)) from error
-    assert isinstance(found, kind)
-    return found
+    assert isinstance(options, kind)
+    return options
 
 
 def load(cfg: DictConfig) -> Config:
-    """Turn a composed DictConfig into a Config.
+    """The Config of a composed DictConfig.
 
     Raises:
-        ConfigError: a value breaks a rule of its own field, or +key=value added a key that nobody reads;
-            each sentence names the key.
+        ConfigError: values break rules of their own fields, or +key=value added a key that is not in the schema; one
+            sentence for each, which names the key.
     """
-    problems = [f"tracking.uri {_SECRET}"] * typed_password(cfg)
-    problems += [f"{key} is not a setting: type a key that --cfg job shows" for key in _unknown(cfg)]
+    problems = [f"tracking.uri {_PASSWORD_IN_URI}"] * uri_has_password(cfg)
+    problems += [f"{key} is not a setting: type a key that --cfg job shows" for key in _unknown_keys(cfg)]
     sections: dict[str, Any] = {}
     for item in fields(Config):
         try:
@@ -66,40 +68,43 @@ def load(cfg: DictConfig) -> Config:
 
 
 def search_space(name: str) -> dict[str, tuple[str, ...]]:
-    """conf/sweep/NAME.yaml as key -> its values, each as Hydra's own sweeper would type it.
+    """The search space conf/sweep/NAME.yaml as key -> values, each written as Hydra's basic sweeper would write it.
+
+    Only choice(...) is allowed. Sweepers disagree about other forms: Optuna includes the end of a range and the basic
+    sweeper does not, and the basic sweeper has no intervals.
 
     Raises:
-        UserError: there is no such file, or it says anything but choice(...): the end of a range belongs to it for
-            Optuna and not for the basic sweeper, which does not know an interval at all.
+        UserError: there is no such file, or it contains anything but choice(...).
     """
     file = conf_dir() / "sweep" / f"{name}.yaml"
     if not file.is_file():
-        options = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
-        raise UserError(f"there is no search space {name}: type sweep= one of {options}")
-    found = {}
+        available = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
+        raise UserError(f"there is no search space {name}: type sweep= one of {available}")
+    space = {}
     for key, text in (OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params") or {}).items():
         override = OverridesParser.create().parse_override(f"{key}={text}")
         if not override.is_choice_sweep():
             raise UserError(f"sweep={name} has {key}: {text}: type choice(...) there, which every sweeper understands")
-        found[str(key)] = tuple(value for value in override.sweep_string_iterator())
-    return found
+        space[str(key)] = tuple(value for value in override.sweep_string_iterator())
+    return space
 
 
-def typed_password(cfg: DictConfig) -> bool:
-    """True if tracking.uri was typed with a password in it, which Hydra would keep in .hydra/."""
+def uri_has_password(cfg: DictConfig) -> bool:
+    """Whether tracking.uri, as typed, contains a password. Hydra would store it in .hydra/."""
     uri = str(OmegaConf.to_container(cfg).get("tracking", {}).get("uri"))  # type: ignore[union-attr]
     return bool(re.search(r"://[^/\s]*:[^/\s]+@|password=.", re.sub(r"\$\{[^}]*\}", "", uri)))
 
 
-def _unknown(cfg: DictConfig) -> list[str]:
-    known: dict[str, Any] = {item.name: vars(item.default_factory()) if is_dataclass(item.default_factory) else None
-                             for item in fields(Config)}
-    return [*(str(key) for key in cfg if key not in known),
-            *(f"{name}.{key}" for name, keys in known.items() if keys and name in cfg
+def _unknown_keys(cfg: DictConfig) -> list[str]:
+    """The keys of `cfg` that are not in the schema."""
+    schema: dict[str, Any] = {item.name: vars(item.default_factory()) if is_dataclass(item.default_factory) else None
+                              for item in fields(Config)}
+    return [*(str(key) for key in cfg if key not in schema),
+            *(f"{name}.{key}" for name, keys in schema.items() if keys and name in cfg
               for key in cfg[name] if key not in keys)]
 
 
 ConfigStore.instance().store(name="schema", node=Config, provider="dreambooth")
-# Hydra copies what it asks, this store of all schemas included, about a hundred times for --help: half of its time. The
-# store is one for the process, and what is loaded from it is a copy already.
+# For --help, Hydra deep-copies its config repository about a hundred times, and with it this store of all schemas. That
+# took half of the time. The store is a singleton, and its `load` returns copies, so that no copy of it is needed.
 ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]

@@ -1,17 +1,17 @@
-"""The config group `dataset`: the subjects, their photos and words. No torch, no Hydra."""
+"""The config group `dataset`: the subjects with their photos and prompts. No torch, no Hydra."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from dreambooth.config.section import Section, require
 
-ALPHA = "alpha"  # the value of a mask that means the photo's own transparency
-FOLDERS = ("instance_dir", "class_dir", "mask")  # keys that may name a folder
+ALPHA = "alpha"  # value of `mask`: the alpha channel of each photo is its mask
+FOLDERS = ("instance_dir", "class_dir", "mask")  # keys whose value may be a folder
 
 
 @dataclass
 class Subject:
-    """One of the things that a run teaches."""
+    """One subject of a run. The fields are those of Dataset."""
 
     instance_dir: str | None = None
     instance_prompt: str | None = None
@@ -26,7 +26,7 @@ class Subject:
 
 @dataclass
 class Dataset(Section):
-    """The photos of the subject and the words they are bound to; or several subjects, in `concepts`."""
+    """The photos and prompts of one subject, or in `concepts` those of several subjects."""
 
     name: str = "demo"
     instance_dir: str | None = None
@@ -47,13 +47,13 @@ class Dataset(Section):
 
     @property
     def subjects(self) -> list[Subject]:
-        """What is taught: the concepts, or the one that the keys beside them describe."""
+        """The subjects: `concepts`, or if that is empty the one subject that the other keys describe."""
         return self.concepts or [
             Subject(self.instance_dir, self.instance_prompt, self.class_dir, self.class_prompt, self.mask)]
 
     @property
-    def places(self) -> Iterator[tuple[str, "Subject | Dataset"]]:
-        """Where the keys of each subject are typed, such as dataset.concepts.0, and what holds them."""
+    def keyed_subjects(self) -> Iterator[tuple[str, "Subject | Dataset"]]:
+        """For each subject the prefix of its keys, such as dataset.concepts.0, and the object with its values."""
         if self.concepts:
             yield from ((f"dataset.concepts.{number}", subject) for number, subject in enumerate(self.concepts))
         else:

@@ -1,4 +1,4 @@
-"""The values that named options of a run can take."""
+"""Enums: the values that named options of a run can have. The files in conf/ explain each value."""
 
 from enum import Enum
 
@@ -6,7 +6,7 @@ from enum import Enum
 class Device(Enum):
     cpu = "cpu"
     cuda = "cuda"
-    local = "local"  # whatever this machine has
+    local = "local"  # cuda if this machine has a CUDA GPU, else cpu
 
 
 class Dtype(Enum):
@@ -29,14 +29,14 @@ class MethodKind(Enum):
 
 
 class Targets(Enum):
-    attention = "attention"  # projections of queries, keys, values and outputs
-    transformer = "transformer"  # also feed-forward layers and projections into and out of transformers
-    all = "all"  # every linear layer and convolution
+    attention = "attention"  # query, key, value and output projections of attention
+    transformer = "transformer"  # also feed-forward layers and the input and output projections of transformer blocks
+    all = "all"  # all linear layers and convolutions
 
 
 class BaseWeights(Enum):
-    half = "half"  # the compute precision
-    nf4 = "nf4"  # 4 bits, bitsandbytes
+    half = "half"  # in the compute precision
+    nf4 = "nf4"  # quantised to 4 bits by bitsandbytes
 
 
 class OptimizerKind(Enum):
@@ -57,15 +57,15 @@ class TrackingKind(Enum):
 
 
 class EmaDevice(Enum):
-    same = "same"  # beside the weights
+    same = "same"  # on the device of the weights
     cpu = "cpu"
 
 
 class EncoderKind(Enum):
-    efficientnet_lite0 = "efficientnet_lite0"  # offline
+    efficientnet_lite0 = "efficientnet_lite0"  # installed with the package, works offline
     dino = "dino"
     clip = "clip"
-    paper = "paper"  # dino and clip
+    paper = "paper"  # both dino and clip
     none = "none"
 
 
@@ -77,7 +77,7 @@ class LatentCache(Enum):
 
 class Weights(Enum):
     full = "full"  # fp32
-    half = "half"  # the compute precision's format
+    half = "half"  # the format of the compute precision
 
 
 class Rounding(Enum):

@@ -1,8 +1,8 @@
-"""What can be measured, by name, and which way is better; the section `evaluate` of a run. No torch.
+"""The config group `evaluate`, and the measures: their names, their directions, and sums of them. No torch, no Hydra.
 
-A measure has a role, such as subject_similarity, and a name that says how it was measured: `dino`, or
-`subject_similarity_efficientnet_lite0`. What the paper defines (Ruiz et al. 2023, arXiv:2208.12242, sections 4.1 and
-4.3) has the paper's name, and only if it was measured with the paper's encoder.
+A measure has a role, such as subject_similarity, and a name that tells how it was measured, such as
+`subject_similarity_efficientnet_lite0`. A measure that the DreamBooth paper defines (Ruiz et al. 2023,
+arXiv:2208.12242, sections 4.1 and 4.3) has the paper's name, such as `dino`, only if the paper's encoder computed it.
 """
 
 import re
@@ -13,18 +13,18 @@ from pathlib import Path
 from dreambooth.config import eval_prompts
 from dreambooth.config.enums import EncoderKind
 from dreambooth.config.section import Section, require
-from dreambooth.utils.assets import asset
+from dreambooth.utils.assets import resolve_asset
 
-INSTANCE_LOSS = "instance_loss"  # the objective that needs no picture, see objective.py
+INSTANCE_LOSS = "instance_loss"  # an objective that needs no generated images, see training/instance_loss.py
 
-HIGHER_IS_BETTER = {
-    "subject_similarity": True,  # pictures of the subject to its photos
-    "text_similarity": True,  # pictures to their prompts
-    "diversity": True,  # pictures of one prompt to each other
-    "class_similarity": False,  # pictures of the class to photos of the subject: it collapsed onto it
-    "class_drift": False,  # pictures of the class now to those before training
+HIGHER_IS_BETTER = {  # by role
+    "subject_similarity": True,  # of generated images of the subject to its photos
+    "text_similarity": True,  # of generated images to their prompts
+    "diversity": True,  # distance between the images of one prompt
+    "class_similarity": False,  # of images of the class to photos of the subject; high if the class collapsed
+    "class_drift": False,  # distance of images of the class to those that the base model generates
 }
-_PAPER = {
+_PAPER_NAMES = {  # (role, encoder) -> name in the paper
     ("subject_similarity", "dino"): "dino", ("class_similarity", "dino"): "pres",
     ("subject_similarity", "clip"): "clip_i", ("text_similarity", "clip"): "clip_t",
     ("diversity", "lpips"): "div",
@@ -33,7 +33,7 @@ _PAPER = {
 
 @dataclass
 class Evaluate(Section):
-    """How well a run did: pictures of evaluation prompts and of the class, scored by an encoder."""
+    """Evaluation: images of evaluation prompts and of the class are generated and scored by encoders."""
 
     encoder: EncoderKind = EncoderKind.efficientnet_lite0
     every: int | None = None
@@ -64,34 +64,34 @@ class Evaluate(Section):
 
     @property
     def encoders(self) -> tuple[str, ...]:
-        """Names of what looks; none: there is no evaluation."""
+        """Names of the encoders; empty if there is no evaluation."""
         kind = self.encoder
         return ("dino", "clip") if kind is EncoderKind.paper else (kind.value,) * (kind is not EncoderKind.none)
 
 
-def name(role: str, encoder: str) -> str:
-    """class_drift seen through dino -> class_drift_dino; the paper's names for what the paper defines."""
-    return _PAPER.get((role, encoder), f"{role}_{encoder}")
+def measure_name(role: str, encoder: str) -> str:
+    """The name of a role measured with an encoder: the paper's own, or such as class_drift_dino."""
+    return _PAPER_NAMES.get((role, encoder), f"{role}_{encoder}")
 
 
-def known(evaluate: Evaluate, class_prompt: str) -> dict[str, str]:
-    """name -> role of everything that a run measures, in the order in which a role finds its name."""
-    looks = evaluate.encoders
-    seen = ("lpips",) * (evaluate.lpips is not None and bool(looks)) + looks
-    return {name(role, encoder): role for encoder in seen for role in HIGHER_IS_BETTER
+def measure_roles(evaluate: Evaluate, class_prompt: str) -> dict[str, str]:
+    """The measures of a run, name -> role. Where a role has several measures, `parse_sum` uses the first one."""
+    encoders = evaluate.encoders
+    encoders = ("lpips",) * (evaluate.lpips is not None and bool(encoders)) + encoders
+    return {measure_name(role, encoder): role for encoder in encoders for role in HIGHER_IS_BETTER
             if (encoder != "lpips" or role == "diversity") and (encoder == "clip" or role != "text_similarity")
             and (role != "diversity" or evaluate.images_per_prompt > 1)
             and (bool(class_prompt.strip()) or not role.startswith("class_"))}
 
 
 def problems(evaluate: Evaluate, class_prompt: str) -> Iterator[str]:
-    """Rules between the keys of the section that are broken, one sentence each."""
+    """The broken rules between keys of the section, one sentence each."""
     try:
-        eval_prompts.read(evaluate.prompts)
+        eval_prompts.read_templates(evaluate.prompts)
     except ValueError as error:
         yield f"evaluate.prompts {error}"
-    if evaluate.reference_dir is not None and not Path(asset(evaluate.reference_dir)).is_dir():
-        yield (f"evaluate.reference_dir={evaluate.reference_dir} is no folder: type a folder with photos of the "
+    if evaluate.reference_dir is not None and not Path(resolve_asset(evaluate.reference_dir)).is_dir():
+        yield (f"evaluate.reference_dir={evaluate.reference_dir} is not a folder: type a folder with photos of the "
                "subject, or evaluate.reference_dir=null for the training photos")
     if evaluate.select is not None and evaluate.every is None:
         yield "evaluate.select chooses among checkpoints: type evaluate.every=50, steps between evaluations"
@@ -99,41 +99,52 @@ def problems(evaluate: Evaluate, class_prompt: str) -> Iterator[str]:
         if text is None or (key == "objective" and text == INSTANCE_LOSS):
             continue
         try:
-            parse(text, known(evaluate, class_prompt))
+            parse_sum(text, measure_roles(evaluate, class_prompt))
         except ValueError as error:
             yield f"evaluate.{key} {error}"
 
 
-def parse(text: str, measured: Mapping[str, str]) -> dict[str, float]:
-    """`subject_similarity+0.5*class_drift`, roles or names, as name -> signed weight; the greater the sum, the better.
+def parse_sum(text: str, measured: Mapping[str, str]) -> dict[str, float]:
+    """Parse a weighted sum of measures, such as `subject_similarity+0.5*class_drift`. A higher sum is better.
 
-    Each measure counts in the direction that is better, so that weights are always positive.
+    The weights in the text are positive. In the result, a measure for which lower is better has a negative weight.
 
     Args:
-        measured: name -> role of what is measured, see `known`.
+        text: terms `MEASURE` or `WEIGHT*MEASURE`, where MEASURE is a role or a name.
+        measured: the measures of the run, name -> role, see `measure_roles`.
+
+    Returns:
+        name -> signed weight.
 
     Raises:
-        ValueError: a term is not `measure` or `weight*measure`, or is not measured; completes the sentence "KEY ...".
+        ValueError: a term has another form, or its measure is not one of the run's; the message completes the sentence
+            "KEY ...".
     """
-    found: dict[str, float] = {}
+    weights: dict[str, float] = {}
     for term in text.replace(" ", "").split("+"):
         match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)\*)?([a-z]\w*)", term)
         if not match:
-            raise ValueError(f"is a sum such as subject_similarity+0.5*class_drift, not {text!r}")
+            raise ValueError(f"must be a sum such as subject_similarity+0.5*class_drift, not {text!r}")
         measure = next((key for key, role in measured.items() if match[2] in (key, role)), None)
         if measure is None:
-            others = f"one of {', '.join(measured)}" if measured else "evaluate.encoder=efficientnet_lite0"
-            raise ValueError(f"names {match[2]}, which this run does not measure: type {others}")
+            available = f"one of {', '.join(measured)}" if measured else "evaluate.encoder=efficientnet_lite0"
+            raise ValueError(f"names {match[2]}, which this run does not measure: type {available}")
         sign = 1 if HIGHER_IS_BETTER[measured[measure]] else -1
-        found[measure] = found.get(measure, 0.0) + sign * float(match[1] or 1)
-    return found
+        weights[measure] = weights.get(measure, 0.0) + sign * float(match[1] or 1)
+    return weights
 
 
-def objective(text: str, measured: Mapping[str, str], scores: Mapping[str, float]) -> float:
-    """What a sweep minimises: the instance loss, or minus the weighted sum of measures."""
-    return scores[text] if text == INSTANCE_LOSS else -total(parse(text, measured), scores)
+def compute_objective(text: str, measured: Mapping[str, str], scores: Mapping[str, float]) -> float:
+    """The number that a sweep minimises: the instance loss, or minus the weighted sum of measures.
+
+    Args:
+        text: evaluate.objective.
+        measured: the measures of the run, name -> role.
+        scores: name -> value.
+    """
+    return scores[text] if text == INSTANCE_LOSS else -weighted_sum(parse_sum(text, measured), scores)
 
 
-def total(weights: Mapping[str, float], scores: Mapping[str, float]) -> float:
+def weighted_sum(weights: Mapping[str, float], scores: Mapping[str, float]) -> float:
     """The weighted sum of scores."""
     return sum(weight * scores[measure] for measure, weight in weights.items())

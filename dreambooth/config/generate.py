@@ -1,4 +1,4 @@
-"""What `python -m dreambooth.generate` is asked for: keys, defaults and one-field checks. No torch, no Hydra."""
+"""The options of `python -m dreambooth.generate`. No torch, no Hydra."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,12 +8,12 @@ from dreambooth.config.section import Section, finite, require
 
 @dataclass
 class Generate(Section):
-    """What to draw; see conf/generate.yaml."""
+    """Which images to generate; conf/generate.yaml explains each key."""
 
     run: str | None = None
     base: str | None = None
-    lora: Any = None  # a text, or a list of them
-    lora_scale: Any = 1.0  # a number, or a list of them
+    lora: Any = None  # a string, or a list of strings
+    lora_scale: Any = 1.0  # a number, or a list of numbers
     prompt: str | None = None
     prompts: str | None = None
     negative_prompt: str | None = None
@@ -46,22 +46,22 @@ class Generate(Section):
             "columns": (self.columns is None or self.columns >= 1, f"1 or more, or null, not {self.columns}"),
         })
         if self.image is not None and round(self.num_inference_steps * self.strength) < 1:
-            raise ValueError(f"strength={self.strength} of num_inference_steps={self.num_inference_steps} is no step: "
-                             "type a higher strength, or more steps")
+            raise ValueError(f"strength={self.strength} of num_inference_steps={self.num_inference_steps} leaves no "
+                             "step: type a higher strength, or more steps")
 
     @property
     def loras(self) -> list[str]:
-        """The LoRAs beside the run's own."""
+        """The additional LoRAs, without the run's own, as a list."""
         return [] if self.lora is None else [*self.lora] if isinstance(self.lora, list) else [self.lora]
 
     def scales(self, count: int) -> list[float]:
-        """One for each of `count` LoRAs.
+        """The scale of each of `count` LoRAs.
 
         Raises:
-            ValueError: another number of them was given.
+            ValueError: `lora_scale` is a list of another length.
         """
-        given = self.lora_scale
-        if isinstance(given, list) and len(given) != count:
-            raise ValueError(f"lora_scale has {len(given)} numbers and there are {count} LoRAs, the run's own first: "
-                             "type a number for each, or one for all")
-        return [float(scale) for scale in given] if isinstance(given, list) else [float(given)] * count
+        scales = self.lora_scale
+        if isinstance(scales, list) and len(scales) != count:
+            raise ValueError(f"lora_scale has {len(scales)} numbers and there are {count} LoRAs, the run's own first: "
+                             "type one number per LoRA, or one for all")
+        return [float(scale) for scale in scales] if isinstance(scales, list) else [float(scales)] * count

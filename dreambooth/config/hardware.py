@@ -1,4 +1,4 @@
-"""The section `hardware` of the schema. No torch, no Hydra."""
+"""The config group `hardware`: the machine of a run. No torch, no Hydra."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from dreambooth.config.section import Section, require
 
 @dataclass
 class Hardware(Section):
-    """The machine a run is meant for. Figures are GiB (2**30 bytes)."""
+    """The machine that a run is meant for. Sizes are in GiB (2**30 bytes), prices in US dollars per hour."""
 
     name: str = "local"
     device: Device = Device.local

@@ -1,4 +1,4 @@
-"""The config group `memory`: the levers, defaults and one-field checks. No torch, no Hydra."""
+"""The config group `memory`: options that save GPU memory. No torch, no Hydra."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,10 @@ from dreambooth.config.section import Section, require
 
 @dataclass
 class Memory(Section):
-    """Levers that change how a run is computed, never what is trained; the last three may change its numbers."""
+    """Options that change how a run is computed, never what is trained.
+
+    `ema_every`, `weights` and `rounding` may change the results; the others do not.
+    """
 
     auto: bool = False
     gradient_checkpointing: bool = False
@@ -28,7 +31,7 @@ class Memory(Section):
 
     @property
     def split_pass(self) -> bool:
-        """Photos and class images pass through the whole model one after the other: two backward passes."""
+        """Whether a step runs a forward and a backward pass for the photos, then another one for the class images."""
         return self.split_prior and not self.optimizer_in_backward
 
     def __post_init__(self) -> None:

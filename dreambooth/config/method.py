@@ -1,4 +1,4 @@
-"""The config group `method`: what is trained, defaults and one-field checks. No torch, no Hydra."""
+"""The config group `method`: which weights are trained. No torch, no Hydra."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,10 @@ from dreambooth.config.section import Section, finite, require
 
 @dataclass
 class Method(Section):
-    """What is trained: every weight, or (lora, dora) a low-rank adapter, to which everything after `kind` belongs."""
+    """Which weights are trained: all of them (full), or a low-rank adapter (lora, dora).
+
+    The fields after `kind` apply to adapters only.
+    """
 
     name: str = "full"
     kind: MethodKind = MethodKind.full
@@ -29,10 +32,10 @@ class Method(Section):
 
     @property
     def low_rank(self) -> bool:
-        """An adapter is trained and the base is frozen."""
+        """Whether an adapter is trained and the base model is frozen."""
         return self.kind is not MethodKind.full
 
     @property
     def scale_alpha(self) -> float:
-        """alpha as a number."""
+        """`alpha` as a number: the rank if it is None."""
         return float(self.rank if self.alpha is None else self.alpha)

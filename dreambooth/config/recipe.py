@@ -1,6 +1,6 @@
-"""Config -> Recipe: every decision of a run made, every rule between groups checked. Pure, no torch.
+"""The resolved run: `resolve` turns a Config into a Recipe, in which every default is decided and every rule checked.
 
-`resolve` reports all broken rules together. A Recipe cannot be changed: what it says is what runs.
+A Recipe is immutable, and the run does exactly what it says. No torch, no Hydra.
 """
 
 import json
@@ -33,28 +33,40 @@ from dreambooth.config.schema import (
 )
 from dreambooth.config.section import Section
 from dreambooth.errors import ConfigError
-from dreambooth.utils.assets import asset
+from dreambooth.utils.assets import resolve_asset
 from dreambooth.utils.hardware import Machine
 
-HEADLINE = ("train.learning_rate", "prior.prior_loss_weight")  # a line of these is as wide as MLflow makes a picture
+TRACKED_KEYS = ("train.learning_rate", "prior.prior_loss_weight")  # two fit into the width of an image in MLflow
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run, decided. The sections are sealed copies of the config's."""
+    """A resolved run. The sections are sealed copies of those of the Config.
+
+    Attributes:
+        device: cpu or cuda.
+        source: hub id or folder of the base model.
+        vae_source: hub id or folder of a VAE that replaces the base model's; None if it is not replaced.
+        instance_dir, class_dir: photos and own class images of the first subject.
+        evaluate_prompts: prompts from which the model generates evaluation images.
+        evaluate_texts: the same with the class in place of the subject, for a text encoder, which does not know the
+            rare word.
+        reference_dir: photos that generated images are compared with.
+        overrides: the Hydra overrides that the run was composed with.
+    """
 
     name: str
     run_root: Path
     run_dir: Path
-    device: str  # cpu or cuda
-    source: str  # hub id or folder of the base model
-    vae_source: str | None  # the same of a VAE to use in place of the base's
+    device: str
+    source: str
+    vae_source: str | None
     instance_dir: Path
     class_dir: Path | None
     sample_prompts: tuple[str, ...]
-    evaluate_prompts: tuple[str, ...]  # as the model reads them
-    evaluate_texts: tuple[str, ...]  # the same with the class in place of the subject, as an encoder knows it
-    reference_dir: Path  # photos that pictures are compared with
+    evaluate_prompts: tuple[str, ...]
+    evaluate_texts: tuple[str, ...]
+    reference_dir: Path
     hardware: Hardware
     model: Model
     method: Method
@@ -69,78 +81,83 @@ class Recipe:
     checkpoint: Checkpoint
     evaluate: Evaluate
     tracking: Tracking
-    typed: tuple[str, ...] = ()  # Hydra overrides
+    overrides: tuple[str, ...] = ()
 
     @property
     def instance_prompt(self) -> str:
-        """Of the first subject, if there are several."""
+        """The instance prompt of the first subject."""
         return self.dataset.subjects[0].instance_prompt or ""
 
     @property
     def class_prompt(self) -> str:
-        """Of the first subject, if there are several."""
+        """The class prompt of the first subject."""
         return self.dataset.subjects[0].class_prompt or ""
 
     @property
-    def subjects(self) -> tuple["Recipe", ...]:
-        """The run of each subject as if it were the only one: its folders, its prompts."""
-        return tuple(map(self._alone, self.dataset.subjects))
+    def subject_recipes(self) -> tuple["Recipe", ...]:
+        """One recipe per subject, with its folders and prompts, as if it were the only subject."""
+        return tuple(map(self._for_subject, self.dataset.subjects))
 
     @property
-    def classes(self) -> tuple["Recipe", ...]:
-        """The subjects with a class of its own each: two toys share the class images of "a photo of a toy"."""
-        found: dict[tuple[str, Path | None], Recipe] = {}
-        for one in self.subjects:
-            found.setdefault((one.class_prompt, one.class_dir), one)
-        return tuple(found.values())
+    def class_recipes(self) -> tuple["Recipe", ...]:
+        """One recipe per class: two subjects with the prompt "a photo of a toy" share its class images."""
+        recipes: dict[tuple[str, Path | None], Recipe] = {}
+        for recipe in self.subject_recipes:
+            recipes.setdefault((recipe.class_prompt, recipe.class_dir), recipe)
+        return tuple(recipes.values())
 
     @property
     def two_passes(self) -> bool:
-        """Whether photos and class images go through the model one after the other."""
+        """Whether a step passes the photos and the class images through the model one after the other."""
         return self.memory.split_pass or (self.with_prior and self.dataset.buckets)
 
-    def among(self, processes: int) -> "Recipe":
-        """The same run where so many processes train together, whatever hardware.gpus says."""
-        return replace(self, hardware=self.hardware.changed(gpus=processes))
+    def with_processes(self, processes: int) -> "Recipe":
+        """The same run with that many processes training together, whatever hardware.gpus says."""
+        return replace(self, hardware=self.hardware.copy_with(gpus=processes))
 
     @property
-    def may_step_in_backward(self) -> bool:
-        """Whether memory.optimizer_in_backward can be asked for: one process, one pass a step, not compiled."""
-        train, alone = self.train, self.hardware.gpus == 1
-        return (alone and train.gradient_accumulation_steps == 1 and not self.two_passes and not train.compile
+    def allows_optimizer_in_backward(self) -> bool:
+        """Whether memory.optimizer_in_backward=true is possible: one process, one pass per step, not compiled."""
+        train, one_process = self.train, self.hardware.gpus == 1
+        return (one_process and train.gradient_accumulation_steps == 1 and not self.two_passes and not train.compile
                 and not self.memory.offload_optimizer)
 
     @property
-    def may_offload(self) -> bool:
-        """Whether memory.offload_optimizer can be asked for."""
+    def allows_offload_optimizer(self) -> bool:
+        """Whether memory.offload_optimizer=true is possible."""
         return (self.hardware.gpus == 1 and self.memory.weights is Weights.full and not self.train.channels_last
                 and self.optimizer.kind is not OptimizerKind.paged_adamw8bit)
 
     @property
     def with_prior(self) -> bool:
+        """Whether prior preservation is on."""
         return self.prior.with_prior_preservation
 
     @property
-    def measured(self) -> dict[str, str]:
-        """name -> role of what this run measures; empty: it does not evaluate."""
-        return evaluate.known(self.evaluate, self.class_prompt)
+    def measure_roles(self) -> dict[str, str]:
+        """The measures of this run, name -> role; empty if it does not evaluate."""
+        return evaluate.measure_roles(self.evaluate, self.class_prompt)
 
-    def _alone(self, subject: Subject) -> "Recipe":
+    def _for_subject(self, subject: Subject) -> "Recipe":
         if not self.dataset.concepts:
             return self
-        own = {item.name: getattr(subject, item.name) for item in fields(subject) if item.name != "repeats"}
-        return replace(self, dataset=self.dataset.changed(concepts=[], **own), **_folders(subject))  # type: ignore[arg-type]
+        values = {item.name: getattr(subject, item.name) for item in fields(subject) if item.name != "repeats"}
+        dataset = self.dataset.copy_with(concepts=[], **values)
+        return replace(self, dataset=dataset, **_subject_folders(subject))  # type: ignore[arg-type]
 
-    def headline(self) -> dict[str, str]:
-        """The settings that runs are told apart by: the usual few and whatever was typed. MLflow writes every parameter
-        above every picture, so all of them would hide the pictures; `settings` goes along as a file."""
-        typed = [word.lstrip("+~").partition("=")[0] for word in self.typed]
-        chosen = {*HEADLINE, *typed, *(f"{group}.name" for group in typed)}
-        return {key: value for key, value in self.settings().items() if key in chosen}
+    def tracked_settings(self) -> dict[str, str]:
+        """The settings that are sent to the tracker as parameters: TRACKED_KEYS and those that were overridden.
+
+        MLflow shows all parameters above each image, so that sending every setting would hide the images. `settings`
+        is stored as a file instead.
+        """
+        overridden = [word.lstrip("+~").partition("=")[0] for word in self.overrides]
+        tracked = {*TRACKED_KEYS, *overridden, *(f"{group}.name" for group in overridden)}
+        return {key: value for key, value in self.settings().items() if key in tracked}
 
     def settings(self) -> dict[str, str]:
-        """Every setting as text by its override key, such as train.learning_rate; the tracking server left out,
-        since its address may hold a password."""
+        """Every setting as text, by its override key such as train.learning_rate. Without the group tracking, because
+        the address of the server may contain a password."""
         flat = {"name": self.name, "device": self.device, "sample_prompts": json.dumps(self.sample_prompts)}
         for item in fields(self):
             section = getattr(self, item.name)
@@ -155,27 +172,28 @@ def _text(value: object) -> str:
     return "null" if value is None else str(value.value if isinstance(value, Enum) else value)
 
 
-def _folders(subject: Subject) -> dict[str, Path | None]:
-    return {"instance_dir": Path(asset(subject.instance_dir or "")).absolute(),
-            "class_dir": Path(asset(subject.class_dir)).absolute() if subject.class_dir else None}
+def _subject_folders(subject: Subject) -> dict[str, Path | None]:
+    return {"instance_dir": Path(resolve_asset(subject.instance_dir or "")).absolute(),
+            "class_dir": Path(resolve_asset(subject.class_dir)).absolute() if subject.class_dir else None}
 
 
-def resolve(config: Config, run_dir: Path, machine: Machine | None = None, typed: Sequence[str] = ()) -> Recipe:
-    """Decide a run.
+def resolve(config: Config, run_dir: Path, machine: Machine | None = None,
+            overrides: Sequence[str] = ()) -> Recipe:
+    """Resolve a run: decide every default and check every rule.
 
     Args:
-        config: what the user composed.
-        run_dir: the run's own folder.
-        typed: the overrides that it was composed with, kept to tell runs apart.
-        machine: the machine that will run it; None when it will run elsewhere (only the declared hardware counts).
+        config: the configuration that the user composed. It is not changed.
+        run_dir: the folder of the run.
+        machine: the machine that will run it; None if it will run elsewhere, so that only the declared hardware counts.
+        overrides: the overrides that the run was composed with.
 
     Raises:
-        ConfigError: rules are broken; one sentence each, all of them.
+        ConfigError: rules are broken; one sentence for each of them.
     """
     config = deepcopy(config)
     hardware = config.hardware
     if machine is not None and machine.cuda and hardware.device is not Device.cpu:
-        _describe(hardware, machine)
+        _use_detected_gpu(hardware, machine)
     device = "cuda" if hardware.device is Device.cuda or (hardware.gpu and hardware.device is Device.local) else "cpu"
     if problems := list(validation.problems(config, device, machine)):
         raise ConfigError(*problems)
@@ -187,19 +205,19 @@ def resolve(config: Config, run_dir: Path, machine: Machine | None = None, typed
         run_root=Path(config.run_root).absolute(),
         run_dir=run_dir.absolute(),
         device=device,
-        source=asset(config.model.source),
-        vae_source=asset(config.model.vae) if config.model.vae else None,
-        typed=tuple(typed),
+        source=resolve_asset(config.model.source),
+        vae_source=resolve_asset(config.model.vae) if config.model.vae else None,
+        overrides=tuple(overrides),
         sample_prompts=tuple(config.sample.prompts or _default_prompts(config)),
-        **_folders(config.dataset.subjects[0]),  # type: ignore[arg-type]
-        **_evaluation(config),
+        **_subject_folders(config.dataset.subjects[0]),  # type: ignore[arg-type]
+        **_evaluation_inputs(config),
         **{item.name: getattr(config, item.name) for item in fields(config)
            if isinstance(getattr(config, item.name), Section) and item.name not in ("plan", "storage")},
     )
 
 
-def _describe(hardware: Hardware, machine: Machine) -> None:
-    """The card that is there replaces what `hardware=local` leaves open, and every declared capability."""
+def _use_detected_gpu(hardware: Hardware, machine: Machine) -> None:
+    """Set GPU name and compute capability to the detected ones, and the usable VRAM if it is not declared."""
     hardware.gpu = machine.gpu
     hardware.compute_capability = machine.compute_capability
     if hardware.usable_vram_gib is None:
@@ -207,18 +225,20 @@ def _describe(hardware: Hardware, machine: Machine) -> None:
 
 
 def _default_prompts(config: Config) -> list[str]:
-    found: list[str] = []
-    for one in config.dataset.subjects:
-        subject = one.instance_prompt or ""
-        found += [subject, f"{subject} on the beach", *([one.class_prompt] if one.class_prompt else [])]
-    return list(dict.fromkeys(found))
+    """For each subject the instance prompt, the same on the beach, and the class prompt, without duplicates."""
+    prompts: list[str] = []
+    for subject in config.dataset.subjects:
+        prompt = subject.instance_prompt or ""
+        prompts += [prompt, f"{prompt} on the beach", *([subject.class_prompt] if subject.class_prompt else [])]
+    return list(dict.fromkeys(prompts))
 
 
-def _evaluation(config: Config) -> dict[str, Any]:
-    data, templates = config.dataset.subjects[0], eval_prompts.read(config.evaluate.prompts)
-    subject = eval_prompts.noun(data.instance_prompt or "")
+def _evaluation_inputs(config: Config) -> dict[str, Any]:
+    first, templates = config.dataset.subjects[0], eval_prompts.read_templates(config.evaluate.prompts)
+    subject = eval_prompts.extract_subject(first.instance_prompt or "")
+    class_name = eval_prompts.extract_subject(first.class_prompt or "") or subject
     return {
-        "evaluate_prompts": tuple(eval_prompts.fill(templates, subject)),
-        "evaluate_texts": tuple(eval_prompts.fill(templates, eval_prompts.noun(data.class_prompt or "") or subject)),
-        "reference_dir": Path(asset(config.evaluate.reference_dir or data.instance_dir or "")).absolute(),
+        "evaluate_prompts": tuple(eval_prompts.fill_templates(templates, subject)),
+        "evaluate_texts": tuple(eval_prompts.fill_templates(templates, class_name)),
+        "reference_dir": Path(resolve_asset(config.evaluate.reference_dir or first.instance_dir or "")).absolute(),
     }

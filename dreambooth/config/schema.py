@@ -1,5 +1,8 @@
-"""The schema of a run: one dataclass a Hydra group, defaults and one-field checks. No torch, no Hydra.
-YAML files in conf/ choose values and explain each key; these classes say which keys exist, their types and bounds."""
+"""The schema of a run: one dataclass per config group, with types, defaults and rules about single fields.
+
+Larger groups have a file each in this folder. The YAML files in conf/ set the values and explain each key. No torch, no
+Hydra.
+"""
 
 from dataclasses import dataclass, field
 
@@ -15,7 +18,7 @@ from dreambooth.config.storage import Storage as Storage
 
 @dataclass
 class Model(Section):
-    """The base model: where its weights come from and the size it is trained at."""
+    """The base model: the source of its weights, and the resolution that it is trained at."""
 
     name: str = "tiny"
     source: str = "package:tiny-sd"
@@ -29,7 +32,7 @@ class Model(Section):
 
     def __post_init__(self) -> None:
         require("model", {
-            "source": (bool(self.source.strip()), "a hub id or a folder"),
+            "source": (bool(self.source.strip()), "a hub id, a folder or a file"),
             "resolution": (8 <= self.resolution <= 2048 and self.resolution % 8 == 0,
                            f"a multiple of 8 from 8 to 2048 pixels, not {self.resolution}"),
             "adapter_learning_rate": (finite(self.adapter_learning_rate, 0) and self.adapter_learning_rate > 0,
@@ -39,27 +42,27 @@ class Model(Section):
 
 @dataclass
 class Precision(Section):
-    """Compute precision. Trained weights, optimizer and EMA stay fp32 in every case."""
+    """Precision of computations. It does not change the format of trained weights, optimizer state and EMA: fp32."""
 
     dtype: Dtype = Dtype.fp32
     tf32: bool = False
 
     @property
     def label(self) -> str:
-        """What pictures are known by to be made in."""
+        """The precision as text, by which images generated in different precisions are told apart."""
         return f"{self.dtype.value}, tf32" if self.tf32 else self.dtype.value
 
 
 @dataclass
 class Attention(Section):
-    """How attention is computed."""
+    """Which implementation computes attention."""
 
     kind: AttentionKind = AttentionKind.sdpa
 
 
 @dataclass
 class Optimizer(Section):
-    """The optimizer (Loshchilov & Hutter 2019, arXiv:1711.05101) and its constants."""
+    """The optimizer (AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101) and its hyperparameters."""
 
     kind: OptimizerKind = OptimizerKind.adamw
     beta1: float = 0.9
@@ -78,7 +81,7 @@ class Optimizer(Section):
 
 @dataclass
 class Prior(Section):
-    """Prior preservation (Ruiz et al. 2023, arXiv:2208.12242, section 3.3)."""
+    """Prior preservation and its class images (Ruiz et al. 2023, arXiv:2208.12242, section 3.3)."""
 
     with_prior_preservation: bool = True
     prior_loss_weight: float = 1.0
@@ -101,7 +104,7 @@ class Prior(Section):
 
 @dataclass
 class Train(Section):
-    """The optimisation. A step is one optimizer step; `step` counts completed steps."""
+    """The optimisation. A step is one optimizer step, and `step` counts completed steps."""
 
     max_train_steps: int = 800
     train_batch_size: int = 1
@@ -140,7 +143,7 @@ class Train(Section):
 
 @dataclass
 class Sample(Section):
-    """Pictures made during training, with the same prompts and seeds each time."""
+    """Sample images generated during training, with the same prompts and seeds each time."""
 
     prompts: list[str] | None = None
     every: int | None = 100
@@ -163,7 +166,7 @@ class Sample(Section):
 
 @dataclass
 class Checkpoint(Section):
-    """Saved training state, from which a run resumes bit for bit."""
+    """Checkpoints: saved training state, from which a run resumes bit for bit."""
 
     every: int | None = 100
     keep: int = 2
@@ -180,7 +183,7 @@ class Checkpoint(Section):
 
 @dataclass
 class Tracking(Section):
-    """Where metrics and images go besides the run folder."""
+    """Where metrics and images are sent, besides the run folder."""
 
     kind: TrackingKind = TrackingKind.mlflow
     uri: str | None = None
@@ -192,7 +195,7 @@ class Tracking(Section):
 
 @dataclass
 class Plan(Section):
-    """What `python -m dreambooth.plan` prints; training does not read it."""
+    """Output of `python -m dreambooth.plan`; training does not read it."""
 
     format: PlanFormat = PlanFormat.table
     plot: str | None = None
@@ -200,7 +203,7 @@ class Plan(Section):
 
 @dataclass
 class Config:
-    """A whole run as the user composed it."""
+    """The whole configuration of a run, as the user composed it."""
 
     run_root: str = "runs"
     name: str = "demo-tiny-full"

@@ -1,4 +1,4 @@
-"""What every config group has: values that can be sealed, and rules that name the key they are about."""
+"""Base class of the config groups, and helpers for rules about single fields."""
 
 import math
 from dataclasses import FrozenInstanceError, replace
@@ -6,16 +6,17 @@ from typing import Any, Self
 
 
 class Section:
-    """A config group: mutable while Hydra composes it, read-only once `seal`ed into a Recipe."""
+    """A config group: mutable while Hydra composes it, read-only after `seal`, as in every Recipe."""
 
     def seal(self) -> None:
+        """Make the section read-only."""
         object.__setattr__(self, "_sealed", True)
 
-    def changed(self, **values: Any) -> Self:
+    def copy_with(self, **values: Any) -> Self:
         """A sealed copy with other values."""
-        made = replace(self, **values)  # type: ignore[type-var]
-        made.seal()
-        return made
+        copy = replace(self, **values)  # type: ignore[type-var]
+        copy.seal()
+        return copy
 
     def __setattr__(self, name: str, value: object) -> None:
         if "_sealed" in self.__dict__:
@@ -24,12 +25,21 @@ class Section:
 
 
 def require(section: str, rules: dict[str, tuple[bool, str]]) -> None:
-    """Raise one ValueError that names every key of `section` whose rule does not hold."""
+    """Check rules about the fields of a section.
+
+    Args:
+        section: name of the section, or "" if its keys have no prefix.
+        rules: key -> whether its rule holds, and the rule as the end of the sentence "KEY must be ...".
+
+    Raises:
+        ValueError: rules are broken; one line for each.
+    """
     prefix = f"{section}." if section else ""
-    broken = [f"{prefix}{key} must be {what}" for key, (holds, what) in rules.items() if not holds]
+    broken = [f"{prefix}{key} must be {rule}" for key, (holds, rule) in rules.items() if not holds]
     if broken:
         raise ValueError("\n".join(broken))
 
 
 def finite(value: float, low: float, high: float = math.inf) -> bool:
+    """Whether a number is finite and from `low` to `high`."""
     return math.isfinite(value) and low <= value <= high

@@ -1,27 +1,26 @@
-"""The section `storage` of the schema. No torch, no Hydra."""
+"""The config group `storage`, and how paths name S3 addresses and single-file models. No torch, no Hydra."""
 
 from dataclasses import dataclass
 
 from dreambooth.config.section import Section, require
 
-SCHEME = "s3://"
-SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+S3_SCHEME = "s3://"
+SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 def is_remote(path: str | None) -> bool:
-    """Whether a path is a place in S3."""
-    return (path or "").startswith(SCHEME)
+    """Whether a path is an S3 address."""
+    return (path or "").startswith(S3_SCHEME)
 
 
-
-def is_single(path: str | None) -> bool:
-    """Whether a path names a model that is one file."""
-    return (path or "").lower().endswith(SINGLE)
+def is_single_file(path: str | None) -> bool:
+    """Whether a path names a model that is a single file, by its suffix."""
+    return (path or "").lower().endswith(SINGLE_FILE_SUFFIXES)
 
 
 @dataclass
 class Storage(Section):
-    """S3: where a run's result goes, where what it reads from s3:// is kept."""
+    """S3: where the result of a run is uploaded to, and where inputs from s3:// are cached."""
 
     upload: str | None = None
     checkpoints: bool = False
@@ -29,10 +28,10 @@ class Storage(Section):
     parallel: int = 8
 
     def __post_init__(self) -> None:
-        place = (self.upload or f"{SCHEME}b/p").removeprefix(SCHEME)
+        bucket_and_folder = (self.upload or f"{S3_SCHEME}b/p").removeprefix(S3_SCHEME)
         require("storage", {
-            "upload": (self.upload is None or (is_remote(self.upload) and all(place.partition("/")[::2])),
+            "upload": (self.upload is None or (is_remote(self.upload) and all(bucket_and_folder.partition("/")[::2])),
                        f"s3://BUCKET/FOLDER, or null for none, not {self.upload}"),
-            "checkpoints": (not self.checkpoints or self.upload is not None, "false unless storage.upload says where"),
+            "checkpoints": (not self.checkpoints or self.upload is not None, "false unless storage.upload is set"),
             "parallel": (1 <= self.parallel <= 64, f"from 1 to 64, not {self.parallel}"),
         })

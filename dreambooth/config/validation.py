@@ -1,4 +1,4 @@
-"""The rules between config groups: what one choice asks of another. No torch."""
+"""Rules that involve several config groups. No torch, no Hydra."""
 
 import os
 import shutil
@@ -24,7 +24,12 @@ from dreambooth.utils.hardware import Machine
 
 
 def problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:
-    """Every broken rule between groups, a sentence each that says what to type."""
+    """The broken rules, one sentence each that says what to type.
+
+    Args:
+        device: cpu or cuda.
+        machine: the machine that will run it; None if it will run elsewhere.
+    """
     yield from _device_problems(config, device, machine)
     yield from _data_problems(config)
     yield from _training_problems(config)
@@ -44,8 +49,8 @@ def _device_problems(config: Config, device: str, machine: Machine | None) -> It
         yield (f"precision=bf16 needs a GPU of compute capability 8.0 and the {hardware.gpu} has {capability}: "
                "type precision=fp16")
     if config.precision.tf32 and (device == "cpu" or (capability is not None and capability < 8)):
-        has = f"the {hardware.gpu} has {capability}" if device == "cuda" else "this run is on a CPU"
-        yield f"precision=tf32 needs a GPU of compute capability 8.0 and {has}: type precision=fp32"
+        available = f"the {hardware.gpu} has {capability}" if device == "cuda" else "this run is on a CPU"
+        yield f"precision=tf32 needs a GPU of compute capability 8.0 and {available}: type precision=fp32"
     if device == "cpu" and dtype is Dtype.fp16:
         yield "precision=fp16 needs a CUDA GPU: type precision=fp32, or precision=bf16 for speed"
     if config.attention.kind is AttentionKind.xformers:
@@ -58,41 +63,41 @@ def _device_problems(config: Config, device: str, machine: Machine | None) -> It
         if machine is not None and find_spec("bitsandbytes") is None:
             yield f"optimizer={kind.value} needs a package: pip install 'dreambooth[cuda]', or type optimizer=adamw"
         if kind is OptimizerKind.paged_adamw8bit and (device == "cpu" or config.memory.offload_optimizer):
-            yield ("optimizer=paged_adamw8bit pages between a CUDA GPU and host memory: type optimizer=adamw8bit "
-                   "for a state in host memory")
+            yield ("optimizer=paged_adamw8bit pages its state between a CUDA GPU and host memory: type "
+                   "optimizer=adamw8bit for a state in host memory")
 
 
 def _data_problems(config: Config) -> Iterator[str]:
     data, prior = config.dataset, config.prior
-    for place, subject in data.places:
-        yield from _subject_problems(config, place, subject)
+    for prefix, subject in data.keyed_subjects:
+        yield from _subject_problems(config, prefix, subject)
     yield from _concept_problems(data)
     if data.buckets and prior.with_prior_preservation and config.memory.optimizer_in_backward:
-        yield ("dataset.buckets=true passes photos and class images one after the other, and "
-               "memory.optimizer_in_backward steps after one pass: type memory.optimizer_in_backward=false, or "
+        yield ("dataset.buckets=true needs one backward pass for photos and one for class images, and "
+               "memory.optimizer_in_backward=true steps after one: type memory.optimizer_in_backward=false, or "
                "dataset.buckets=false")
     if data.buckets and config.train.compile:
-        yield ("dataset.buckets=true has photos of several sizes, and train.compile=true compiles for one: type "
+        yield ("dataset.buckets=true has photos of several sizes, and train.compile=true compiles for one size: type "
                "train.compile=false, or dataset.buckets=false")
     if config.memory.cache_latents and not data.center_crop:
-        yield ("cached latents would freeze the random crop: type memory.cache_latents=false, "
-               "or dataset.center_crop=true")
+        yield ("memory.cache_latents=true would repeat one random crop for ever: type "
+               "memory.cache_latents=false, or dataset.center_crop=true")
 
 
-def _subject_problems(config: Config, place: str, subject: Subject | Dataset) -> Iterator[str]:
-    """What one subject lacks; `place` is where its keys are typed."""
+def _subject_problems(config: Config, prefix: str, subject: Subject | Dataset) -> Iterator[str]:
+    """The missing settings of one subject; `prefix` is that of its keys, such as dataset.concepts.0."""
     data, prior = config.dataset, config.prior
     if not subject.instance_dir:
-        yield f"the photos are missing: type {place}.instance_dir=DIR"
+        yield f"the photos are missing: type {prefix}.instance_dir=DIR"
     if not (subject.instance_prompt or "").strip():
-        yield f'the instance prompt is missing: type {place}.instance_prompt="a photo of a zwx dog"'
+        yield f'the instance prompt is missing: type {prefix}.instance_prompt="a photo of a zwx dog"'
     drawings = (subject.instance_dir or "").startswith("package:")
     if drawings and not config.model.source.startswith("package:") and not data.allow_drawings:
-        yield (f"model={config.model.name} makes photos and dataset={data.name} is a few drawings: type dataset=folder "
-               "dataset.instance_dir=DIR for your photos, or dataset.allow_drawings=true if you mean it")
+        yield (f"model={config.model.name} generates photos and dataset={data.name} is a few drawings: type "
+               "dataset=folder dataset.instance_dir=DIR for your photos, or dataset.allow_drawings=true if you mean it")
     if prior.with_prior_preservation:
         if not (subject.class_prompt or "").strip():
-            yield (f'prior preservation needs a class prompt: type {place}.class_prompt="a photo of a dog", '
+            yield (f'prior preservation needs a class prompt: type {prefix}.class_prompt="a photo of a dog", '
                    "or prior.with_prior_preservation=false")
         if prior.num_class_images == 0 and not subject.class_dir:
             yield ("prior preservation needs class images: type prior.num_class_images=100, "
@@ -100,15 +105,15 @@ def _subject_problems(config: Config, place: str, subject: Subject | Dataset) ->
 
 
 def _concept_problems(data: Dataset) -> Iterator[str]:
-    """Several subjects: each has keys of its own, and a prompt that no other has."""
+    """Several subjects: each needs its own prompt, and the keys of a single subject must be null."""
     if not data.concepts:
         return
-    if beside := [key for key in ("instance_dir", "instance_prompt", "class_dir", "class_prompt", "mask")
+    if unused := [key for key in ("instance_dir", "instance_prompt", "class_dir", "class_prompt", "mask")
                   if getattr(data, key) is not None]:
-        yield (f"dataset.concepts has the subjects, and dataset.{beside[0]} is of none of them: type "
-               f"dataset.{beside[0]}=null, or dataset.concepts=[]")
-    known = [subject.instance_prompt for subject in data.concepts if subject.instance_prompt]
-    for prompt in sorted({prompt for prompt in known if known.count(prompt) > 1}):
+        yield (f"dataset.concepts lists the subjects, and dataset.{unused[0]} belongs to none of them: type "
+               f"dataset.{unused[0]}=null, or dataset.concepts=[]")
+    prompts = [subject.instance_prompt for subject in data.concepts if subject.instance_prompt]
+    for prompt in sorted({prompt for prompt in prompts if prompts.count(prompt) > 1}):
         yield (f"two subjects have the prompt {prompt!r} and would become one: type another word in "
                "dataset.concepts.1.instance_prompt")
 
@@ -129,51 +134,51 @@ def _training_problems(config: Config) -> Iterator[str]:
 def _speed_problems(config: Config) -> Iterator[str]:
     train, memory = config.train, config.memory
     if train.compile and memory.optimizer_in_backward:
-        yield ("train.compile=true makes all gradients at once, and memory.optimizer_in_backward saves nothing then: "
-               "type train.compile=false, or memory.optimizer_in_backward=false")
+        yield ("train.compile=true computes all gradients at once, so that memory.optimizer_in_backward=true saves no "
+               "memory: type train.compile=false, or memory.optimizer_in_backward=false")
     if train.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
         yield "train.compile=true needs a C++ compiler: install g++, or type train.compile=false"
     if train.channels_last and (memory.weights is Weights.half or memory.offload_optimizer):
-        yield ("train.channels_last=true was not tried with half weights or an optimizer in host memory: "
+        yield ("train.channels_last=true is not tested with half weights or an optimizer in host memory: "
                "type train.channels_last=false")
 
 
 def _memory_problems(config: Config) -> Iterator[str]:
     memory, train = config.memory, config.train
-    for needed, other in ((train.gradient_accumulation_steps > 1, "train.gradient_accumulation_steps=1"),
-                          (memory.offload_optimizer, "memory.offload_optimizer=false")):
-        if memory.optimizer_in_backward and needed:
-            yield ("memory.optimizer_in_backward steps after one backward pass and has its gradients to itself: "
-                   f"type memory.optimizer_in_backward=false, or {other}")
+    for conflict, alternative in ((train.gradient_accumulation_steps > 1, "train.gradient_accumulation_steps=1"),
+                                  (memory.offload_optimizer, "memory.offload_optimizer=false")):
+        if memory.optimizer_in_backward and conflict:
+            yield ("memory.optimizer_in_backward=true uses and frees each gradient during one backward pass: "
+                   f"type memory.optimizer_in_backward=false, or {alternative}")
     if memory.optimizer_in_backward and memory.split_prior and not memory.gradient_checkpointing:
-        yield ("memory.split_prior beside memory.optimizer_in_backward splits what is recomputed: "
+        yield ("memory.split_prior with memory.optimizer_in_backward splits only what checkpointing recomputes: "
                "type memory.gradient_checkpointing=true, or memory.split_prior=false")
     half = memory.weights is Weights.half
     if half and config.precision.dtype is Dtype.fp32:
-        yield ("memory.weights=half takes the compute precision: type precision=bf16, precision=fp16 "
+        yield ("memory.weights=half stores weights in the compute precision: type precision=bf16, precision=fp16 "
                "or memory.weights=full")
     if half and memory.rounding is None:
-        yield ("memory.weights=half loses small updates when it rounds to nearest: type memory.rounding=stochastic "
+        yield ("memory.weights=half loses small updates by rounding to nearest: type memory.rounding=stochastic "
                "or memory.rounding=kahan")
     if half and memory.offload_optimizer:
-        yield ("memory.offload_optimizer computes with half weights and keeps fp32 ones in host memory: "
+        yield ("memory.offload_optimizer=true computes with half weights already, beside fp32 weights in host memory: "
                "type memory.weights=full memory.rounding=null")
     if half and memory.rounding is Rounding.kahan and config.optimizer.kind is OptimizerKind.adafactor:
-        yield "memory.rounding=kahan was not tried with optimizer=adafactor: type memory.rounding=stochastic"
+        yield "memory.rounding=kahan is not tested with optimizer=adafactor: type memory.rounding=stochastic"
     if memory.rounding is not None and not half:
-        yield "memory.rounding is of half weights: type memory.weights=half, or memory.rounding=null"
+        yield "memory.rounding applies to half weights only: type memory.weights=half, or memory.rounding=null"
     if train.use_ema and train.max_train_steps % memory.ema_every:
-        yield (f"memory.ema_every={memory.ema_every} would leave the last steps out of the average: type a "
+        yield (f"memory.ema_every={memory.ema_every} would leave the last steps out of the EMA: type a "
                "train.max_train_steps that is a multiple of it, or memory.ema_every=1")
 
 
 def _adapter_problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:
     method, memory = config.method, config.memory
     if not method.low_rank:
-        if typed := [f"method.{key}" for key, value in vars(Method(method.name, method.kind)).items()
-                     if getattr(method, key) != value]:
-            yield (f"{' and '.join(typed)} {'are' if typed[1:] else 'is'} of adapters, and method={method.name} trains "
-                   "every weight: type method=lora")
+        if changed := [f"method.{key}" for key, value in vars(Method(method.name, method.kind)).items()
+                       if getattr(method, key) != value]:
+            yield (f"{' and '.join(changed)} {'apply' if changed[1:] else 'applies'} to adapters only, and "
+                   f"method={method.name} trains every weight: type method=lora")
         return
     if method.base_weights is BaseWeights.nf4 and device == "cpu":
         yield "method.base_weights=nf4 needs a CUDA GPU: type method.base_weights=half"
@@ -181,10 +186,10 @@ def _adapter_problems(config: Config, device: str, machine: Machine | None) -> I
         yield ("method.base_weights=nf4 needs a package: pip install 'dreambooth[cuda]', or type "
                "method.base_weights=half")
     if method.dropout and config.train.compile:
-        yield "method.dropout was not tried with train.compile=true: type method.dropout=0, or train.compile=false"
+        yield "method.dropout is not tested with train.compile=true: type method.dropout=0, or train.compile=false"
     if memory.weights is Weights.half:
-        yield (f"memory.weights=half would round the few weights of method={method.name} and save nothing: type "
+        yield (f"memory.weights=half would round the few weights of method={method.name} and save no memory: type "
                "memory.weights=full memory.rounding=null")
     if memory.offload_optimizer:
-        yield (f"memory.offload_optimizer=true saves nothing with the few weights of method={method.name}: type "
+        yield (f"memory.offload_optimizer=true saves no memory with the few weights of method={method.name}: type "
                "memory.offload_optimizer=false")

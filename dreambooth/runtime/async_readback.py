@@ -1,21 +1,32 @@
-"""Numbers on their way from the device to the host, without either waiting for the other."""
+"""Reading numbers back from the device without stopping it."""
 
 import torch
 from torch import Tensor
 
 
-class Sent:
-    """A copy of a small tensor that was begun when this was made: behind the work given to the device until then, not
-    behind what is given to it later. On a CPU there is nothing to wait for."""
+class AsyncReadback:
+    """An asynchronous copy of a small tensor from the device to the host, started on construction.
 
-    def __init__(self, numbers: Tensor) -> None:
-        self._numbers, self._arrived = numbers, None
-        if numbers.device.type != "cpu":
-            self._numbers, self._arrived = numbers.to("cpu", non_blocking=True), torch.Event(numbers.device.type)
-            self._arrived.record()
+    Kernels are queued: the host runs ahead of the device, and the device stays busy as long as its queue is not empty.
+    Reading a loss with `.item()` at the end of every step breaks this. The host waits until the queue is empty, and the
+    device then idles while the host draws the next batch and launches its first kernels.
+
+    Here the copy is queued behind the work launched so far, and an event is recorded behind the copy. `read` waits for
+    that event only, not for work launched later. Called one step later, it finds the copy finished, and the queue never
+    runs empty. On a CPU there is no queue, and nothing is copied.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        """Args:
+            values: (n,), on any device.
+        """
+        self._values, self._copied = values, None
+        if values.device.type != "cpu":
+            self._values, self._copied = values.to("cpu", non_blocking=True), torch.Event(values.device.type)
+            self._copied.record()
 
     def read(self) -> list[float]:
-        """The numbers; waits until they are there."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return [float(number) for number in self._numbers.tolist()]
+        """The values. Waits until the copy has finished."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return [float(value) for value in self._values.tolist()]

@@ -16,31 +16,43 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-STAT = Path("/proc/stat")  # of the machine, also in a container
-BUSY = 0.2  # cores: more than this share of them, used by others, is a neighbour
+PROC_STAT = Path("/proc/stat")  # covers the whole machine, also inside a container
+BUSY_CORES = 0.2  # cores: if other processes use more, the machine counts as shared
+MIN_WATCH_SECONDS = 0.2  # in less, the kernel's clock of 10 ms is too coarse to tell
+LONG_SPIN, SHORT_SPIN = "300000", "1000"  # iterations of libgomp's spin loop; the long one is libgomp's own default
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
 MALLOC_SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
-SHORTEST = 0.2  # seconds of watching; in less the kernel's clock of 10 ms says nothing
-LONG, SHORT = "300000", "1000"  # turns of libgomp's loop; the long one is its own default
 
 
 @dataclass(frozen=True)
-class Moment:
-    """Seconds at a moment: of the clock, of all cores together that were not idle, of this process."""
+class CpuTimes:
+    """Clocks read at one moment, in seconds.
+
+    Attributes:
+        clock: the monotonic clock.
+        busy: time that all cores together were not idle; None if the system does not report it.
+        own: CPU time of this process.
+    """
 
     clock: float
-    busy: float | None  # None: the system does not tell
+    busy: float | None
     own: float
 
 
-def now() -> Moment:
-    return Moment(time.monotonic(), _busy(), time.process_time())
+def read_cpu_times() -> CpuTimes:
+    """Read the clocks now."""
+    return CpuTimes(time.monotonic(), _busy_seconds(), time.process_time())
 
 
-def waiting(since: Moment | None = None, until: Moment | None = None) -> dict[str, str]:
-    """Environment variables, for libraries that look before we can tell them."""
-    alone = _alone(since or BEGAN, until or now())
-    return {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": LONG if alone else SHORT}
+def openmp_environment(since: CpuTimes | None = None, until: CpuTimes | None = None) -> dict[str, str]:
+    """The environment variables that set how long OpenMP threads spin. To be set before torch is imported.
+
+    Args:
+        since, until: the interval in which the load by other processes is measured; from the import of this module
+            until now if None.
+    """
+    cores_idle = _cores_idle(since or PROCESS_START, until or read_cpu_times())
+    return {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": LONG_SPIN if cores_idle else SHORT_SPIN}
 
 
 def keep_freed_memory() -> bool:
@@ -51,20 +63,21 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
 
 
-def _alone(since: Moment, until: Moment) -> bool:
-    watched = until.clock - since.clock
-    if since.busy is None or until.busy is None or watched < SHORTEST:
+def _cores_idle(since: CpuTimes, until: CpuTimes) -> bool:
+    """Whether other processes used next to nothing; False if that cannot be told."""
+    seconds = until.clock - since.clock
+    if since.busy is None or until.busy is None or seconds < MIN_WATCH_SECONDS:
         return False
-    return until.busy - since.busy - (until.own - since.own) < BUSY * watched
+    return until.busy - since.busy - (until.own - since.own) < BUSY_CORES * seconds
 
 
-def _busy() -> float | None:
+def _busy_seconds() -> float | None:
     try:
-        name, *ticks = STAT.read_text(encoding="ascii").split("\n", 1)[0].split()
+        name, *ticks = PROC_STAT.read_text(encoding="ascii").split("\n", 1)[0].split()
         user, nice, system, _, _, interrupts, soft, stolen = map(int, ticks[:8])
     except (OSError, ValueError):
         return None
     return (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK") if name == "cpu" else None
 
 
-BEGAN = now()  # as the door is opened; Hydra composes meanwhile
+PROCESS_START = read_cpu_times()  # when the command starts; Hydra composes the configuration in the meantime

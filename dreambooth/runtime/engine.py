@@ -1,7 +1,8 @@
-"""How a step is computed: devices, mixed precision, data parallel. The step only sees this object.
+"""The engine of a training step: device, mixed precision, and the processes that train together.
 
-`accelerated` builds it from accelerate for a run; a plain `Engine()` computes in one process as it is, which is
-what tests and fake tensors use. The same step runs under both.
+The step sees only the `Engine` object. `create_engine` builds one from accelerate for a run. A plain `Engine()`
+computes in one process, on the CPU, without autocast; tests and the planner's fake tensors use it. The same step runs
+under both.
 """
 
 import os
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 from dreambooth.config.enums import Dtype
 from dreambooth.runtime import cpu_tuning
-from dreambooth.runtime.async_readback import Sent
+from dreambooth.runtime.async_readback import AsyncReadback
 
 AUTOCAST = {Dtype.fp32: "no", Dtype.fp16: "fp16", Dtype.bf16: "bf16"}  # accelerate's names
 
@@ -29,26 +30,44 @@ def _backward(loss: Tensor) -> None:
 
 @dataclass
 class Engine:
-    """Autocast, backward and loss scaler as objects, and what several processes need."""
+    """Autocast, backward pass, loss scaler and collective operations, as objects that a step calls.
+
+    Attributes:
+        autocast: context manager of a forward pass.
+        backward: runs the backward pass of a 0-d loss, scaled if there is loss scaling.
+        scaler: the loss scaler; disabled unless the precision is fp16.
+        no_sync: context manager in which data parallel does not average the gradients of a model.
+        all_reduce_mean: mean of a tensor over all processes.
+        device: of this process.
+        rank: number of this process among all of them.
+        world_size: number of all processes.
+        local_rank: number of this process among those of its host.
+        local_world_size: number of processes of this host.
+        unwrap: the model inside its data-parallel wrapper.
+        barrier: waits until all processes have called it.
+        broadcast: returns the object of the main process in every process.
+        set_autocast_cache: whether autocast keeps half-precision copies of all weights during a forward pass.
+    """
 
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     backward: Callable[[Tensor], None] = _backward
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
     no_sync: Callable[[nn.Module], AbstractContextManager[Any]] = lambda model: nullcontext()
-    mean: Callable[[Tensor], Tensor] = lambda values: values
+    all_reduce_mean: Callable[[Tensor], Tensor] = lambda values: values
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
-    world: int = 1
-    local_rank: int = 0  # among the processes of this host
-    local_world: int = 1
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
     unwrap: Callable[[nn.Module], nn.Module] = lambda model: model
-    wait: Callable[[], None] = lambda: None
-    share: Callable[[Any], Any] = lambda thing: thing
-    cache_casts: Callable[[bool], None] = lambda enabled: None  # half-precision copies of all weights, a forward pass
-    _scale: float | None = None  # the loss scaler's after the last step; reading it waits for the device
+    barrier: Callable[[], None] = lambda: None
+    broadcast: Callable[[Any], Any] = lambda value: value
+    set_autocast_cache: Callable[[bool], None] = lambda enabled: None
+    _loss_scale: float | None = None  # after the last step; kept because reading it waits for the device
 
     @property
-    def main(self) -> bool:
+    def is_main_process(self) -> bool:
+        """Whether this process writes the files of the run."""
         return self.rank == 0
 
     def clip(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], limit: float | None) -> Tensor:
@@ -61,48 +80,63 @@ class Engine:
         return norm
 
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Step the optimizer. False: the loss scaler skipped it, since a gradient overflowed.
+        """Step the optimizer. Returns False if the loss scaler skipped it, because a gradient overflowed.
 
-        Only with loss scaling (fp16) the host waits for the device here: schedule and EMA do not count a skipped step.
+        With loss scaling (fp16), and only then, the host waits for the device here: the learning-rate schedule and the
+        EMA must not count a skipped step.
         """
         if not self.scaler.is_enabled():
             optimizer.step()
             return True
-        before = self.scaler.get_scale() if self._scale is None else self._scale
+        before = self.scaler.get_scale() if self._loss_scale is None else self._loss_scale
         self.scaler.step(optimizer)
         self.scaler.update()
-        self._scale = self.scaler.get_scale()
-        return self._scale >= before
+        self._loss_scale = self.scaler.get_scale()
+        return self._loss_scale >= before
 
-    def overflowed(self, found: Tensor) -> bool:
-        """Whether `found`, (1,), says so; the host waits for the device, and only with loss scaling."""
-        return self.scaler.is_enabled() and bool(found)
-
-    def judge(self, found: Tensor) -> bool:
-        """Tell the loss scaler whether gradients that it did not see overflowed. False: the step is to be skipped.
+    def overflowed(self, found_inf: Tensor) -> bool:
+        """Whether a gradient overflowed. Always False without loss scaling; with it, the host waits for the device.
 
         Args:
-            found: (1,), above 0 if a gradient was not finite.
+            found_inf: (1,), above 0 if a gradient was not finite.
+        """
+        return self.scaler.is_enabled() and bool(found_inf)
+
+    def update_scaler(self, found_inf: Tensor) -> bool:
+        """Update the loss scaler for gradients that it has not seen itself. Returns False if the step is to be skipped.
+
+        Args:
+            found_inf: (1,), above 0 if a gradient was not finite.
         """
         if not self.scaler.is_enabled():
             return True
-        witness = nn.Parameter(torch.zeros_like(found))
-        witness.grad = torch.where(found > 0, float("inf"), 0.0)
-        optimizer = torch.optim.SGD([witness], lr=0.0)
+        dummy = nn.Parameter(torch.zeros_like(found_inf))  # the scaler accepts gradients of an optimizer only
+        dummy.grad = torch.where(found_inf > 0, float("inf"), 0.0)
+        optimizer = torch.optim.SGD([dummy], lr=0.0)
         self.scaler.unscale_(optimizer)
         return self.step(optimizer)
 
-    def ask(self, flag: bool) -> Sent:
-        """Above 0 if the flag is set on any process; every process asks the same number of times."""
-        return Sent(self.mean(torch.full((1,), float(flag), device=self.device)))
+    def reduce_flag(self, flag: bool) -> AsyncReadback:
+        """Start to combine a flag over all processes; the result is above 0 if it is set in any of them.
+
+        A collective operation: every process must call it equally often.
+        """
+        return AsyncReadback(self.all_reduce_mean(torch.full((1,), float(flag), device=self.device)))
+
+    def run_on_main(self, function: Callable[[], Any]) -> Any:
+        """Call `function` in the main process only, and return its result in every process."""
+        return self.broadcast(function() if self.is_main_process else None)
 
 
-def accelerated(device: str, dtype: Dtype, tf32: bool = False) -> tuple[Engine, "Accelerator"]:
-    """An Engine for this process, alone or under torchrun.
+def create_engine(device: str, dtype: Dtype, tf32: bool = False) -> tuple[Engine, "Accelerator"]:
+    """An Engine for this process, which runs alone or under torchrun, and the accelerator that it is built from.
 
     Args:
-        tf32: of the whole process: fp32 products on tensor cores, with inputs of 10 bits of mantissa. PyTorch's own
-            default has it on in convolutions and off in matrix products; here both are what was asked for.
+        device: cpu or cuda.
+        dtype: the precision of autocast.
+        tf32: whether fp32 matrix products and convolutions of this process run on tensor cores, with inputs rounded
+            to 10 bits of mantissa. PyTorch's own default is on for convolutions and off for matrix products; here
+            one value applies to both.
     """
     from accelerate import Accelerator
     from accelerate.utils import AutocastKwargs, broadcast_object_list
@@ -110,20 +144,20 @@ def accelerated(device: str, dtype: Dtype, tf32: bool = False) -> tuple[Engine, 
     if device == "cpu":
         cpu_tuning.keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    casts = AutocastKwargs()  # read at each use
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=AUTOCAST[dtype], kwargs_handlers=[casts])
+    autocast_options = AutocastKwargs()  # the accelerator reads it each time that autocast is entered
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=AUTOCAST[dtype], kwargs_handlers=[autocast_options])
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
 
     def backward(loss: Tensor) -> None:
         _backward(scaler.scale(loss))
 
-    def share(thing: Any) -> Any:
-        return broadcast_object_list([thing])[0]
+    def broadcast(value: Any) -> Any:
+        return broadcast_object_list([value])[0]
 
-    def cache_casts(enabled: bool) -> None:
-        casts.cache_enabled = enabled
+    def set_autocast_cache(enabled: bool) -> None:
+        autocast_options.cache_enabled = enabled
 
-    def mean(values: Tensor) -> Tensor:
+    def all_reduce_mean(values: Tensor) -> Tensor:
         reduced: Tensor = accelerator.reduce(values, reduction="mean")
         return reduced
 
@@ -132,14 +166,14 @@ def accelerated(device: str, dtype: Dtype, tf32: bool = False) -> tuple[Engine, 
         backward=backward,
         scaler=scaler,
         no_sync=accelerator.no_sync,
-        mean=mean,
+        all_reduce_mean=all_reduce_mean,
         device=accelerator.device,
         rank=accelerator.process_index,
-        world=accelerator.num_processes,
+        world_size=accelerator.num_processes,
         local_rank=accelerator.local_process_index,
-        local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),  # as PyTorch's launcher sets it
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),  # set by PyTorch's launcher
         unwrap=accelerator.unwrap_model,
-        wait=accelerator.wait_for_everyone,
-        share=share,
-        cache_casts=cache_casts,
+        barrier=accelerator.wait_for_everyone,
+        broadcast=broadcast,
+        set_autocast_cache=set_autocast_cache,
     ), accelerator

@@ -1,4 +1,4 @@
-"""Parts that the training step does not use: in host memory while it runs, on the device while somebody needs them."""
+"""Moving modules that the training step does not use between host memory and the device."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,32 +9,39 @@ from torch import nn
 
 
 @dataclass
-class Idle:
-    """The VAE once latents are cached, the frozen text encoder once texts are; the UNet meanwhile.
-    On a CPU the moves cost nothing."""
+class ModuleOffload:
+    """Modules that are kept in host memory, and moved to the device only when they are needed.
+
+    During training these are the VAE, if latents are cached, and the frozen text encoder, if its outputs are cached.
+    While the caches are filled it is the UNet. On a CPU the moves cost nothing.
+
+    Attributes:
+        modules: the modules.
+        device: the device that the run trains on.
+    """
 
     modules: Sequence[nn.Module]
-    device: torch.device  # that the run trains on
+    device: torch.device
 
-    def rest(self) -> None:
-        """Free the device of them."""
+    def to_host(self) -> None:
+        """Move the modules to host memory."""
         self._move(torch.device("cpu"))
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # else what they leave stays cut into pieces of their size
+            torch.cuda.empty_cache()  # otherwise the freed memory stays divided into blocks of the modules' sizes
 
     @contextmanager
-    def present(self) -> Iterator[None]:
-        """All of them on the device, to sample with."""
+    def on_device(self) -> Iterator[None]:
+        """Have the modules on the device inside the block, for sampling; in host memory afterwards."""
         self._move(self.device)
         try:
             yield
         finally:
-            self.rest()
+            self.to_host()
 
     @contextmanager
-    def absent(self) -> Iterator[None]:
-        """None of them on the device, while others need the room."""
-        self.rest()
+    def on_host(self) -> Iterator[None]:
+        """Have the modules in host memory inside the block, to make room for others; on the device afterwards."""
+        self.to_host()
         try:
             yield
         finally:

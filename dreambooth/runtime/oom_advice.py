@@ -1,4 +1,5 @@
-"""What to type when memory ran out: what this recipe does not use yet, what changes no number first."""
+"""Which overrides to type after memory ran out: options that the run does not use yet, first those that leave its
+results unchanged."""
 
 from collections.abc import Iterator
 
@@ -6,26 +7,28 @@ from dreambooth.config.enums import Dtype, EmaDevice, LatentCache, OptimizerKind
 from dreambooth.config.recipe import Recipe
 
 
-def advice(phase: str, recipe: Recipe) -> str:
+def suggest_overrides(phase: str, recipe: Recipe) -> str:
     """The overrides to type after memory ran out in `phase` of the run that `recipe` describes.
 
-    For training: every lever that is left and changes no number, in one go; after those, one thing to give up.
+    For training these are all remaining memory options that leave the results unchanged. If none is left, it is one
+    setting to give up.
     """
     if phase in ("class_images", "evaluate") and recipe.prior.sample_batch_size > 1:
         return "prior.sample_batch_size=1"
     if phase == "sample" and recipe.sample.images_per_prompt > 1:
-        return "sample.images_per_prompt=1 prior.sample_batch_size=1"  # a batch holds at least as many
+        # Both: a batch has at least images_per_prompt pictures.
+        return "sample.images_per_prompt=1 prior.sample_batch_size=1"
     if phase == "sample" and recipe.prior.sample_batch_size > 1:
         return "prior.sample_batch_size=1"
     if phase in ("class_images", "sample", "evaluate") and recipe.model.resolution > 512:
         return "model.resolution=512"
-    if exact := list(_exact(recipe)):
+    if exact := list(_exact_options(recipe)):
         return " ".join(exact)
     return next(_concessions(recipe), "hardware=g5, or another machine with more memory")
 
 
-def _exact(recipe: Recipe) -> Iterator[str]:
-    """What saves memory and changes no number."""
+def _exact_options(recipe: Recipe) -> Iterator[str]:
+    """Options that save memory and leave the results unchanged."""
     memory, train = recipe.memory, recipe.train
     if not memory.gradient_checkpointing:
         yield "memory.gradient_checkpointing=true"
@@ -39,16 +42,16 @@ def _exact(recipe: Recipe) -> Iterator[str]:
         yield "memory.ema_device=cpu"
     if recipe.precision.dtype is not Dtype.fp32 and memory.autocast_cache:
         yield "memory.autocast_cache=false"
-    if recipe.may_step_in_backward and not memory.optimizer_in_backward:
+    if recipe.allows_optimizer_in_backward and not memory.optimizer_in_backward:
         yield "memory.optimizer_in_backward=true"
 
 
 def _concessions(recipe: Recipe) -> Iterator[str]:
-    """What to give up, the least first."""
+    """Settings to give up, those with the smallest loss first."""
     memory, train, kind = recipe.memory, recipe.train, recipe.optimizer.kind
     if train.train_batch_size > 1:
         yield "train.train_batch_size=1"
-    if recipe.method.low_rank:  # its weights, optimizer and average are next to nothing
+    if recipe.method.low_rank:  # weights, optimizer state and EMA of an adapter are too small to save anything
         if recipe.with_prior and not memory.split_prior:
             yield "memory.split_prior=true memory.optimizer_in_backward=false"
         if recipe.model.resolution > 512:
@@ -56,14 +59,14 @@ def _concessions(recipe: Recipe) -> Iterator[str]:
         return
     if kind is OptimizerKind.adamw and not memory.offload_optimizer:
         yield "optimizer=adamw8bit"
-    if recipe.device == "cuda" and not memory.offload_optimizer and recipe.may_offload:
+    if recipe.device == "cuda" and not memory.offload_optimizer and recipe.allows_offload_optimizer:
         yield "memory.offload_optimizer=true memory.optimizer_in_backward=false"
     if train.use_ema:
         yield "train.use_ema=false"
     if train.train_text_encoder:
         yield "train.train_text_encoder=false"
     if recipe.with_prior and not memory.split_prior:
-        apart = memory.optimizer_in_backward and not memory.gradient_checkpointing
-        yield "memory.split_prior=true" + (" memory.optimizer_in_backward=false" if apart else "")
+        conflict = memory.optimizer_in_backward and not memory.gradient_checkpointing
+        yield "memory.split_prior=true" + (" memory.optimizer_in_backward=false" if conflict else "")
     if recipe.model.resolution > 512:
         yield "model.resolution=512"

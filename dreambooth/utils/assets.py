@@ -1,9 +1,10 @@
-"""What ships with the package: the tiny base and the demo photos, named package:NAME in conf/."""
+"""Paths of the files that ship with the package, such as the tiny base model and the demo photos."""
 
 from pathlib import Path
 
 
-def asset(source: str) -> str:
-    """`package:NAME` is a folder that ships with dreambooth; anything else is taken as it is."""
+def resolve_asset(source: str) -> str:
+    """The path of `package:NAME`, which names a folder or file in dreambooth/assets/; any other text is returned as it
+    is."""
     scheme, _, name = source.partition(":")
     return str(Path(__file__).parents[1] / "assets" / name) if scheme == "package" else source

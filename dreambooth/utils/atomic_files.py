@@ -1,4 +1,8 @@
-"""Files that are either whole or not there: written aside, synced to disk, then renamed into place."""
+"""Atomic files and folders: written under a temporary name, synced to disk, then renamed into place.
+
+A reader sees the old content or the new content, never a part of it, also after a crash. This module also has the
+digests by which model files are recognised.
+"""
 
 import json
 import os
@@ -10,56 +14,56 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-ASIDE = ".writing-"
-GONE = ".removing-"
-END = 2**20  # bytes read at each end of a weight file to know it by
+TEMPORARY_PREFIX = ".writing-"  # of files and folders that are being written
+REMOVED_PREFIX = ".removing-"  # of folders that are being removed
+END_BYTES = 2**20  # bytes that `quick_digest` reads at each end of a file
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Write to the yielded path; it becomes `path` once all of it is on disk.
+def write_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; after the block it is synced to disk and renamed to `path`.
 
-    Its name is nobody else's: pods that share a volume have the same process numbers.
+    The temporary name is random, not the process number: pods that share a volume may have the same process numbers.
     """
-    aside = path.with_name(f"{ASIDE}{secrets.token_hex(4)}-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield aside
-        sync(aside)
-        publish(aside, path)
+        yield temporary
+        sync(temporary)
+        publish(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def whole_folder(path: Path, fresh: bool = False) -> Iterator[Path]:
-    """Fill the yielded folder; it replaces `path` once all of it is on disk.
+def write_folder(path: Path, fresh: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder to fill; after the block it is synced to disk and replaces `path`.
 
     Args:
-        fresh: nothing is replaced but an empty folder.
+        fresh: replace nothing but an empty folder.
 
     Raises:
-        OSError: `fresh`, and something is there.
+        OSError: with `fresh`, if `path` exists and is not an empty folder.
     """
-    aside = path.with_name(ASIDE + path.name)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        yield aside
-        for entry in sorted(aside.rglob("*")):
+        yield temporary
+        for entry in sorted(temporary.rglob("*")):
             sync(entry)
-        sync(aside)
+        sync(temporary)
         if path.exists() and not fresh:
             remove_folder(path)
-        publish(aside, path)
+        publish(temporary, path)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A JSON file, whole or not there."""
-    with whole_file(path) as aside:
-        aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Write a JSON file atomically."""
+    with write_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def sync(path: Path) -> None:
@@ -71,56 +75,56 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def publish(aside: Path, path: Path) -> None:
-    """Rename into place and make the rename durable."""
-    aside.replace(path)
+def publish(temporary: Path, path: Path) -> None:
+    """Rename `temporary` to `path`, and sync the parent folder so that the rename survives a crash."""
+    temporary.replace(path)
     sync(path.parent)
 
 
 def remove_folder(path: Path) -> None:
-    """Take a folder out of sight first, so that nobody ever reads half of it."""
-    gone = path.with_name(GONE + path.name)
-    shutil.rmtree(gone, ignore_errors=True)
-    path.replace(gone)
-    shutil.rmtree(gone)
+    """Remove a folder. It is renamed first, so that no reader ever finds a part of it under its own name."""
+    removed = path.with_name(REMOVED_PREFIX + path.name)
+    shutil.rmtree(removed, ignore_errors=True)
+    path.replace(removed)
+    shutil.rmtree(removed)
 
 
-def number_of(folder: Path) -> int:
-    """100 for `step-000100`, to sort by; -1 for a name without a number."""
-    digits = folder.name.rpartition("-")[2]
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files and folders that a killed process left in `folder`."""
+    for entry in folder.glob(".*"):
+        if entry.name.startswith((TEMPORARY_PREFIX, REMOVED_PREFIX)):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+def trailing_number(path: Path) -> int:
+    """The number at the end of a name, to sort by: 100 for `step-000100`, -1 for a name without one."""
+    digits = path.name.rpartition("-")[2]
     return int(digits) if digits.isdecimal() else -1
 
 
-def weights_digest(folder: Path) -> str | None:
-    """What tells a local model's weights from others: sizes and both ends of every weight file. None for a hub id."""
-    if folder.is_file():
-        return ends_digest([folder], folder.parent)
-    if not folder.is_dir():
+def weights_digest(source: Path) -> str | None:
+    """A quick digest of a local model's weight files, to tell models apart. None if `source` is a hub id."""
+    if source.is_file():
+        return quick_digest([source], source.parent)
+    if not source.is_dir():
         return None
-    return ends_digest(sorted(folder.rglob("*.safetensors")), folder)
+    return quick_digest(sorted(source.rglob("*.safetensors")), source)
 
 
-def whole_digest(path: Path) -> str:
-    """What tells a file from all others, hex: every byte is read."""
+def full_digest(path: Path) -> str:
+    """The SHA-256 of a whole file, in hex."""
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
 
 
-def ends_digest(paths: Iterable[Path], folder: Path) -> str:
-    """The same of some files below `folder`."""
+def quick_digest(paths: Iterable[Path], folder: Path) -> str:
+    """A SHA-256, in hex, of each file's path below `folder`, its size, and END_BYTES at both of its ends."""
     digest = sha256()
     for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()}:{size}".encode())
         with path.open("rb") as file:
-            digest.update(file.read(END))
-            file.seek(max(0, size - END))
-            digest.update(file.read(END))
+            digest.update(file.read(END_BYTES))
+            file.seek(max(0, size - END_BYTES))
+            digest.update(file.read(END_BYTES))
     return digest.hexdigest()
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left half done in `folder`."""
-    for entry in folder.glob(".*"):
-        if entry.name.startswith((ASIDE, GONE)):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: a short plan, one progress bar, a summary. Plain lines when piped."""
+"""Terminal output: lines, tables and progress bars with rich. Plain lines if stdout is not a terminal."""
 
 import sys
 import time
@@ -7,21 +7,28 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console as Rich
+from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-EVERY = 60.0  # seconds after which a pipe gets another line: SageMaker reads step and loss there
+LINE_INTERVAL = 60.0  # seconds: without a terminal, a line is printed this often; SageMaker reads the loss there
 
 
 class Bar:
-    """Progress of one thing. On a terminal a bar; elsewhere a line at every tenth, every minute and the end."""
+    """Progress of one task: a bar on a terminal; elsewhere a line at each tenth, each minute and at the end.
 
-    def __init__(self, rich: Rich, title: str, total: int, done: int) -> None:
+    Args:
+        rich: the console to write to.
+        title: name of the task.
+        total: number of items.
+        done: number of items that were done before.
+    """
+
+    def __init__(self, rich: RichConsole, title: str, total: int, done: int) -> None:
         self.title, self.total, self.done = title, total, done
-        self._rich, self._start, self._line = rich, done, done * 10 // max(total, 1)
-        self._started = self._told = time.monotonic()
+        self._rich, self._start, self._last_tenth = rich, done, done * 10 // max(total, 1)
+        self._start_time = self._last_line_time = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
             TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}"), console=rich,
@@ -39,31 +46,36 @@ class Bar:
             self._progress.stop()
 
     def tick(self, count: int = 1, note: str = "") -> None:
-        """`count` more are done; `note` is shown beside them."""
+        """Advance by `count` items, and show `note` beside the numbers."""
         self.done += count
         if self._progress and self._task is not None:
             self._progress.update(self._task, completed=self.done, note=note)
             return
         tenth, now = self.done * 10 // max(self.total, 1), time.monotonic()
-        if tenth > self._line or self.done == self.total or now - self._told >= EVERY:
-            self._line, self._told = tenth, now
-            speed = (self.done - self._start) / max(now - self._started, 1e-9)
+        if tenth > self._last_tenth or self.done == self.total or now - self._last_line_time >= LINE_INTERVAL:
+            self._last_tenth, self._last_line_time = tenth, now
+            speed = (self.done - self._start) / max(now - self._start_time, 1e-9)
             self._rich.print(f"{self.title} {self.done}/{self.total}  {speed:.1f}/s  {note}".rstrip(), highlight=False,
                              markup=False)
 
 
 class Console:
-    """Writes to stdout. `quiet` for every process but the first."""
+    """Writes to stdout.
+
+    Args:
+        quiet: write nothing; for every process except the first.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
-        self._rich = Rich(file=sys.stdout, quiet=quiet, soft_wrap=not sys.stdout.isatty())
+        self._rich = RichConsole(file=sys.stdout, quiet=quiet, soft_wrap=not sys.stdout.isatty())
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print a line of plain text."""
         self._rich.print(Text(text))
 
     def table(self, rows: Mapping[str, str]) -> None:
-        """Names and values, two columns; a path stays in one piece where there is no terminal to fold it."""
+        """Print names and values in two columns. Values are wrapped only on a terminal, so that a piped path stays
+        whole."""
         if not self._rich.is_terminal:
             width = max(map(len, rows), default=0)
             for key, value in rows.items():
@@ -79,6 +91,6 @@ class Console:
 
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:
-        """A progress bar for `total` things, `done` of which were done before."""
+        """Show a progress bar for `total` items, of which `done` were done before."""
         with Bar(self._rich, title, total, done) as bar:
             yield bar

@@ -1,16 +1,21 @@
-"""What this machine is. The one place that asks torch about devices before a run exists."""
+"""Facts about this machine's GPU. Before a run starts, this is the only module that queries devices through torch."""
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-GIB = 2**30
+from dreambooth.utils.imports import without_garbage_collection
+
+GIB = 2**30  # bytes
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Facts of the machine; VRAM in GiB."""
+    """The first CUDA GPU of a machine; every field is None where there is none.
+
+    Attributes:
+        gpu: name of the GPU.
+        vram_gib: its memory in GiB.
+        compute_capability: such as 7.5.
+    """
 
     gpu: str | None = None
     vram_gib: float | None = None
@@ -18,25 +23,16 @@ class Machine:
 
     @property
     def cuda(self) -> bool:
+        """Whether the machine has a CUDA GPU."""
         return self.gpu is not None
 
 
-@contextmanager
-def importing() -> Iterator[None]:
-    """Import large libraries here: without the garbage collector, which finds nothing then, it is a fifth faster."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def detect() -> Machine:
-    """Look at this machine's first CUDA card, if there is one."""
-    with importing():
+def detect_machine() -> Machine:
+    """Query this machine's first CUDA GPU. Imports torch."""
+    with without_garbage_collection():
         import torch
 
     if not torch.cuda.is_available():
         return Machine()
-    card = torch.cuda.get_device_properties(0)
-    return Machine(gpu=card.name, vram_gib=card.total_memory / GIB, compute_capability=card.major + card.minor / 10)
+    gpu = torch.cuda.get_device_properties(0)
+    return Machine(gpu=gpu.name, vram_gib=gpu.total_memory / GIB, compute_capability=gpu.major + gpu.minor / 10)

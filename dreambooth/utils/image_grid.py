@@ -1,4 +1,4 @@
-"""Pictures of pictures: rows, grids and the contact sheet that shows a whole run at a glance."""
+"""Image grids, and the contact sheet that shows the samples of a whole run in one image."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dreambooth.utils import atomic_files
 
-INK, PAPER, GAP, TITLE = "#222222", "white", 6, 22  # pixels
-MAX_COLUMNS = 8  # steps shown on a sheet
+INK, PAPER = "#222222", "white"  # colours of text and background
+GAP, TITLE = 6, 22  # pixels: between cells; height of a line of text
+MAX_COLUMNS = 8  # steps shown on a contact sheet
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Equal pictures in `columns` columns, left to right, top to bottom."""
+    """Images of equal size in one image, left to right, top to bottom.
+
+    Args:
+        columns: number of columns.
+        gap: pixels between images.
+    """
     width, height = images[0].size
     rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), PAPER)
@@ -26,12 +32,12 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Ima
 def contact_sheet(
     photos: Sequence[Image.Image], samples: Mapping[int, Sequence[Sequence[Image.Image]]], prompts: Sequence[str]
 ) -> Image.Image:
-    """Real photos on top; below, a row a prompt and a column a step.
+    """The training photos in the top row; below, one row per prompt and one column per step.
 
     Args:
         photos: the subject's training photos, square.
-        samples: step -> prompt -> pictures.
-        prompts: as they were typed.
+        samples: step -> prompt number -> images.
+        prompts: the title of each row.
     """
     steps = _spread(sorted(samples))
     cell = _cell_size(samples[steps[0]][0])
@@ -48,7 +54,7 @@ def contact_sheet(
         _label(draw, (GAP, y + 3), prompt, width)
         for column, step in enumerate(steps):
             pictures = samples[step][row]
-            tile = grid(pictures, columns(len(pictures)))
+            tile = grid(pictures, square_columns(len(pictures)))
             sheet.paste(_fit(tile, cell), (GAP + column * (cell + GAP), y + TITLE))
     for column, step in enumerate(steps):
         _label(draw, (GAP + column * (cell + GAP), sheet.height - TITLE + 3), f"step {step}", cell)
@@ -56,13 +62,17 @@ def contact_sheet(
 
 
 def read_samples(folder: Path, prompts: int) -> dict[int, list[list[Image.Image]]]:
-    """step -> prompt -> pictures, from `step-000100/prompt-0-1.png` files; steps that lack a prompt are left out."""
-    found = {}
-    for entry in sorted(folder.glob("step-*"), key=atomic_files.number_of):
+    """Sample images by step and prompt number, from files such as `step-000100/prompt-0-1.png`.
+
+    Args:
+        prompts: number of prompts; a step without images of all of them is left out.
+    """
+    samples = {}
+    for entry in sorted(folder.glob("step-*"), key=atomic_files.trailing_number):
         rows = [[_open(path) for path in sorted(entry.glob(f"prompt-{number}-*.png"))] for number in range(prompts)]
         if rows and all(rows):
-            found[int(entry.name.removeprefix("step-"))] = rows
-    return found
+            samples[int(entry.name.removeprefix("step-"))] = rows
+    return samples
 
 
 def _open(path: Path) -> Image.Image:
@@ -71,24 +81,26 @@ def _open(path: Path) -> Image.Image:
 
 
 def _spread(steps: Sequence[int]) -> list[int]:
-    """At most MAX_COLUMNS of them, first and last included."""
+    """At most MAX_COLUMNS of the steps, evenly spread, including the first and the last."""
     if len(steps) <= MAX_COLUMNS:
         return list(steps)
     picks = {round(i * (len(steps) - 1) / (MAX_COLUMNS - 1)) for i in range(MAX_COLUMNS)}
     return [steps[i] for i in sorted(picks)]
 
 
-def columns(count: int) -> int:
+def square_columns(count: int) -> int:
+    """The number of columns that makes a grid of `count` images about square."""
     return math.ceil(math.sqrt(count))
 
 
 def _cell_size(pictures: Sequence[Image.Image]) -> int:
-    """Small pictures are shown twice as large, large ones shrunk to 256 pixels a cell."""
-    side = columns(len(pictures)) * pictures[0].width
+    """Pixels of a side of a cell, from 192 to 256: small grids are enlarged to 192, large ones reduced to 256."""
+    side = square_columns(len(pictures)) * pictures[0].width
     return 256 if side >= 256 else max(side, 192)
 
 
 def _fit(image: Image.Image, side: int) -> Image.Image:
+    """The image scaled to fit into a square of `side` pixels."""
     scale = side / max(image.size)
     kind = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
     small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), kind)
@@ -98,6 +110,7 @@ def _fit(image: Image.Image, side: int) -> Image.Image:
 
 
 def _label(draw: ImageDraw.ImageDraw, where: tuple[int, int], text: str, width: int) -> None:
+    """Draw one line of text, cut off with an ellipsis at `width` pixels."""
     font = ImageFont.load_default(13)
     while text and draw.textlength(text, font=font) > width - 2 * GAP:
         text = text[:-2].rstrip(".… ") + "…" if len(text) > 2 else ""

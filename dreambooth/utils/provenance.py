@@ -1,4 +1,4 @@
-"""Where a run came from: code version, git revision, command."""
+"""Provenance of a run: code version, git revision, command line."""
 
 import os
 import re
@@ -11,34 +11,38 @@ import dreambooth
 
 
 def origin() -> dict[str, str]:
-    """Version, git revision of the code (of a checkout or an image) and the command as it was typed."""
-    return {"version": dreambooth.__version__, "git_revision": _revision(), "command": _command()}
+    """Version, git revision and command line of this process, with credentials removed."""
+    return {"version": dreambooth.__version__, "git_revision": _git_revision(), "command": _command()}
 
 
-def _revision() -> str:
+def _git_revision() -> str:
     folder = Path(__file__).parents[1]
     if not (folder.parent / ".git").exists():
-        return os.environ.get("DREAMBOOTH_GIT_REVISION", "not a checkout")  # an image knows it from its build
+        return os.environ.get("DREAMBOOTH_GIT_REVISION", "not a checkout")  # set when an image is built
     try:
-        told = subprocess.run(["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"],
-                              capture_output=True, text=True, timeout=10, check=True)
+        described = subprocess.run(["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"],
+                                   capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return told.stdout.strip()
+    return described.stdout.strip()
 
 
 def _command() -> str:
-    """As it was typed, but for credentials in an address."""
+    """The command as it was typed, without the credentials in its addresses."""
     script = Path(sys.argv[0])
-    words = [clean(word) for word in sys.argv[1:]]
+    arguments = [remove_credentials(word) for word in sys.argv[1:]]
     return shlex.join([*([script.name] if script.suffix != ".py" else ["python", "-m", f"dreambooth.{script.stem}"]),
-                       *words])
+                       *arguments])
 
 
-def clean(text: str, uri: str = "") -> str:
-    """The text without user:password@ and password= of any address in it, nor the bare password of `uri`."""
-    found = re.match(r"[\w+.-]+://([^/\s]*)@", uri)
+def remove_credentials(text: str, uri: str = "") -> str:
+    """The text without `user:password@` and `password=...` of any address in it.
+
+    Args:
+        uri: an address whose user and password are also removed where they stand alone.
+    """
+    match = re.match(r"[\w+.-]+://([^/\s]*)@", uri)
     text = re.sub(r"(?<=://)[^/\s]*@", "", text)
-    for secret in (found[1] + "@", found[1].partition(":")[2]) if found else ():
+    for secret in (match[1] + "@", match[1].partition(":")[2]) if match else ():
         text = text.replace(secret, "") if secret else text
     return re.sub(r"(password|token)=[^&\s]+", r"\1=***", text)

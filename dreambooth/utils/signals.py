@@ -1,4 +1,5 @@
-"""SIGTERM (spot instances, Kubernetes, SageMaker) and Ctrl-C ask a run to save and stop; a second one does not wait."""
+"""Stop requests: the first SIGTERM (spot instances, Kubernetes, SageMaker) or Ctrl-C asks a run to save its state and
+stop; the second one interrupts it at once."""
 
 import signal
 from collections.abc import Iterator
@@ -8,40 +9,50 @@ from types import FrameType
 from dreambooth.errors import Interrupted
 
 
-def again(resume: str) -> str:
-    """What goes on with a run that was saved; `never`, or a path, would begin where it began this time.
+class StopRequest:
+    """Whether the run was asked to stop.
 
-    Args:
-        resume: checkpoint.resume.
+    Attributes:
+        signal_name: name of the signal that was received, such as SIGTERM; None so far.
     """
-    return "repeat the command" if resume == "auto" else "repeat the command without checkpoint.resume"
-
-
-class Stop:
-    """Set once somebody asked the run to stop."""
 
     def __init__(self) -> None:
-        self.requested: str | None = None  # name of the signal
+        self.signal_name: str | None = None
 
     def check(self) -> None:
-        """Raise Interrupted where there is nothing to save yet."""
-        if self.requested:
-            raise Interrupted(f"{self.requested}: stopped before the first step; repeat the command to go on")
+        """Raise Interrupted if a stop was requested. For the time before the first step, when nothing can be saved."""
+        if self.signal_name:
+            raise Interrupted(f"{self.signal_name}: stopped before the first step; repeat the command to go on")
 
 
 @contextmanager
-def stoppable() -> Iterator[Stop]:
-    """Catch SIGTERM and SIGINT for a while."""
-    stop = Stop()
+def catch_stop_signals() -> Iterator[StopRequest]:
+    """Record SIGTERM and SIGINT in the yielded StopRequest while the block runs.
+
+    Raises:
+        KeyboardInterrupt: inside the block, at the second signal.
+    """
+    stop = StopRequest()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.requested:
+        if stop.signal_name:
             raise KeyboardInterrupt
-        stop.requested = signal.Signals(number).name
+        stop.signal_name = signal.Signals(number).name
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def how_to_resume(resume: str) -> str:
+    """What to do to continue a run that was saved, as the start of a sentence.
+
+    With checkpoint.resume=never, or a path, the same command would start from the same point again.
+
+    Args:
+        resume: the run's checkpoint.resume.
+    """
+    return "repeat the command" if resume == "auto" else "repeat the command without checkpoint.resume"

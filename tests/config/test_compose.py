@@ -1,4 +1,4 @@
-"""Every shipped configuration composes and resolves; what beats what; the seed blog's run."""
+"""Tests of the shipped configuration: every file composes and resolves, precedence, and the identity of a run."""
 
 import copy
 from dataclasses import fields
@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.config.schema import Config
 from dreambooth.errors import ConfigError
-from dreambooth.runs.identity import identity
+from dreambooth.runs.identity import identity, register_resolver
 from dreambooth.utils.hardware import Machine
-from tests.support.configs import made, recipe
+from tests.support.configs import compose_config, recipe
 
 PHOTOS = ["dataset.instance_dir=/photos", "dataset.instance_prompt=a photo of a zwx dog",
           "dataset.class_prompt=a photo of a dog"]
@@ -34,10 +34,10 @@ def test_every_file_composes_and_resolves(group: str, name: str) -> None:
 @pytest.mark.parametrize("hardware", [name for group, name in FILES if group == "hardware"])
 @pytest.mark.parametrize("preset", ["person", "pet", "object", "style"])
 def test_a_preset_goes_with_every_machine_and_keeps_its_numbers(preset: str, hardware: str) -> None:
-    found = recipe(f"experiment={preset}", f"hardware={hardware}", *PHOTOS)
-    assert (found.model.name, found.hardware.name) == ("sd15", hardware)
+    resolved = recipe(f"experiment={preset}", f"hardware={hardware}", *PHOTOS)
+    assert (resolved.model.name, resolved.hardware.name) == ("sd15", hardware)
     rate, steps = {"person": (1e-6, 1200), "pet": (5e-6, 800), "object": (5e-6, 400), "style": (1e-6, 2000)}[preset]
-    assert (found.train.learning_rate, found.train.max_train_steps) == (rate, steps)
+    assert (resolved.train.learning_rate, resolved.train.max_train_steps) == (rate, steps)
 
 
 @pytest.mark.parametrize("group, name", FILES)
@@ -59,16 +59,16 @@ def check_comments(path: Path) -> None:
 
 
 def test_default_is_the_demo_on_the_tiny_base() -> None:
-    found = recipe()
-    assert (found.model.name, found.dataset.name, found.device) == ("tiny", "demo", "cpu")
-    train = found.train
+    resolved = recipe()
+    assert (resolved.model.name, resolved.dataset.name, resolved.device) == ("tiny", "demo", "cpu")
+    train = resolved.train
     assert (train.learning_rate, train.max_train_steps, train.train_text_encoder) == (3e-4, 200, True)
 
 
 def test_g4dn_alone_is_sd15() -> None:
-    found = recipe("hardware=g4dn", *PHOTOS)
-    assert (found.model.name, found.model.resolution, found.precision.dtype.value) == ("sd15", 512, "fp16")
-    assert (found.train.learning_rate, found.train.max_train_steps) == (5e-6, 800)
+    resolved = recipe("hardware=g4dn", *PHOTOS)
+    assert (resolved.model.name, resolved.model.resolution, resolved.precision.dtype.value) == ("sd15", 512, "fp16")
+    assert (resolved.train.learning_rate, resolved.train.max_train_steps) == (5e-6, 800)
 
 
 def test_command_line_beats_experiment_beats_config() -> None:
@@ -108,16 +108,16 @@ def test_broken_rules_say_what_to_type(overrides: list[str], machine: Machine | 
 def test_bf16_is_fine_on_an_a10g_and_all_problems_come_together() -> None:
     recipe("hardware=g5", *PHOTOS)
     with pytest.raises(ConfigError) as caught:
-        load(made("train.learning_rate=-1", "train.train_batch_size=0", "checkpoint.keep=0"))
+        load(compose_config("train.learning_rate=-1", "train.train_batch_size=0", "checkpoint.keep=0"))
     assert len(caught.value.problems) == 3
 
 
 def test_a_recipe_cannot_be_changed_and_its_settings_hold_no_server() -> None:
-    found = recipe("tracking.uri='${oc.env:NOT_SET_HERE,\"http://user:secret@host\"}'")
+    resolved = recipe("tracking.uri='${oc.env:NOT_SET_HERE,\"http://user:secret@host\"}'")
     with pytest.raises(AttributeError):
-        found.train.seed = 1
-    assert "secret" not in str(found.settings())
-    assert found.settings()["train.seed"] == "0"
+        resolved.train.seed = 1
+    assert "secret" not in str(resolved.settings())
+    assert resolved.settings()["train.seed"] == "0"
 
 
 SAME = ["hardware=cpu", "memory=low", "tracking=none", "sample.every=7", "checkpoint.keep=9", "run_root=/x",
@@ -129,53 +129,53 @@ OTHER = ["train.learning_rate=1", "train.seed=1", "dataset.instance_prompt=a zwx
 
 @pytest.mark.parametrize("override", SAME)
 def test_identity_is_that_of_the_result(override: str) -> None:
-    assert identity(made(override)) == identity(made())
+    assert identity(compose_config(override)) == identity(compose_config())
 
 
 @pytest.mark.parametrize("override", OTHER)
 def test_identity_changes_with_the_result(override: str) -> None:
-    assert identity(made(override)) != identity(made())
+    assert identity(compose_config(override)) != identity(compose_config())
 
 
 def test_identity_counts_steps_only_where_the_schedule_does() -> None:
     cosine = "train.lr_scheduler=cosine"
-    assert identity(made(cosine, "train.max_train_steps=9")) != identity(made(cosine))
+    assert identity(compose_config(cosine, "train.max_train_steps=9")) != identity(compose_config(cosine))
 
 
 def test_identity_tells_places_in_s3_apart() -> None:
-    """Nothing is fetched to name a run; `remote` remembers what was behind the address."""
+    """The identity uses the address: naming a run downloads nothing."""
     select = ("evaluate.select=subject_similarity", "evaluate.reference_dir=")
     for words in (("dataset.instance_dir=",), ("dataset.class_dir=",), select):
-        one, other = (identity(made(*words[:-1], f"{words[-1]}s3://bucket/{name}")) for name in ("a", "b"))
+        one, other = (identity(compose_config(*words[:-1], f"{words[-1]}s3://bucket/{name}")) for name in ("a", "b"))
         assert one != other
 
 
 def test_identity_follows_the_photos_content(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"one")
-    before = identity(made(f"dataset.instance_dir={tmp_path}"))
+    before = identity(compose_config(f"dataset.instance_dir={tmp_path}"))
     (tmp_path / "a.png").write_bytes(b"two")
-    assert identity(made(f"dataset.instance_dir={tmp_path}")) != before
+    assert identity(compose_config(f"dataset.instance_dir={tmp_path}")) != before
 
 
-def test_nothing_is_hidden_in_the_schema() -> None:
-    """Every key of the schema stands in a YAML file, where its comment is."""
+def test_every_key_of_the_schema_is_in_a_yaml_file() -> None:
+    """Every key of the schema is in a YAML file, which has a comment for it."""
     text = "\n".join(path.read_text() for path in conf_dir().rglob("*.yaml"))
-    for section, node in OmegaConf.to_container(made(), resolve=False).items():  # type: ignore[union-attr]
+    for section, node in OmegaConf.to_container(compose_config(), resolve=False).items():  # type: ignore[union-attr]
         for key in node if isinstance(node, dict) else [section]:
             assert f"{key}:" in text, f"{section}.{key}"
 
 
-def yaml_keys(found: object, prefix: str = "") -> set[str]:
-    """Every key of nested maps, with dots."""
-    if not isinstance(found, dict):
+def yaml_keys(node: object, prefix: str = "") -> set[str]:
+    """The keys of nested dictionaries, joined with dots."""
+    if not isinstance(node, dict):
         return set()
-    return {f"{prefix}{key}" for key in found}.union(
-        *(yaml_keys(value, f"{prefix}{key}.") for key, value in found.items()))
+    return {f"{prefix}{key}" for key in node}.union(
+        *(yaml_keys(value, f"{prefix}{key}.") for key, value in node.items()))
 
 
-@pytest.mark.parametrize("group, name", [found for found in FILES if found[0] not in ("experiment", "sweep")])
+@pytest.mark.parametrize("group, name", [file for file in FILES if file[0] not in ("experiment", "sweep")])
 def test_every_key_of_its_section_is_in_every_file_of_a_group(group: str, name: str) -> None:
-    """Else the file's reader does not see a key, and a value of the schema applies unseen."""
+    """Otherwise the schema's default would apply, without being visible in the file."""
     keys = yaml_keys(OmegaConf.to_container(OmegaConf.load(conf_dir() / group / f"{name}.yaml"), resolve=False))
     own = {key.removeprefix(f"{group}.") for key in keys}
     assert {item.name for item in fields(getattr(Config(), group))} <= own
@@ -189,22 +189,22 @@ def test_every_key_without_a_group_is_in_config_yaml() -> None:
 
 
 def test_an_experiment_beats_model_files_too() -> None:
-    """num_class_images: 100 in config.yaml, 200 in sd15.yaml."""
-    assert made("hardware=g4dn").prior.num_class_images == 200
-    assert made("experiment=blog_g4dn").prior.num_class_images == 50
-    assert made("experiment=blog_g4dn", "prior.num_class_images=7").prior.num_class_images == 7
+    """num_class_images is 100 in config.yaml and 200 in sd15.yaml."""
+    assert compose_config("hardware=g4dn").prior.num_class_images == 200
+    assert compose_config("experiment=blog_g4dn").prior.num_class_images == 50
+    assert compose_config("experiment=blog_g4dn", "prior.num_class_images=7").prior.num_class_images == 7
 
 
 def test_the_command_line_beats_what_hardware_chooses() -> None:
-    assert made("hardware=g4dn").memory.auto
-    found = made("hardware=g4dn", "model=tiny", "precision=fp32", "memory=fast")
-    assert (found.hardware.name, found.model.name, found.precision.dtype.value) == ("g4dn", "tiny", "fp32")
-    assert not found.memory.auto
+    assert compose_config("hardware=g4dn").memory.auto
+    cfg = compose_config("hardware=g4dn", "model=tiny", "precision=fp32", "memory=fast")
+    assert (cfg.hardware.name, cfg.model.name, cfg.precision.dtype.value) == ("g4dn", "tiny", "fp32")
+    assert not cfg.memory.auto
 
 
 @pytest.mark.parametrize("text, truth", [("False", False), ("'False'", False), ("false", False), ("True", True)])
 def test_false_is_false(text: str, truth: bool) -> None:
-    assert load(made(f"train.use_ema={text}")).train.use_ema is truth
+    assert load(compose_config(f"train.use_ema={text}")).train.use_ema is truth
 
 
 @pytest.mark.parametrize("override, words", [
@@ -219,68 +219,70 @@ def test_false_is_false(text: str, truth: bool) -> None:
     ("precision=fp8", "Available options in 'precision'"),
     ("experiment=nope", "Available options in 'experiment'"),
 ])
-def test_what_cannot_be_meant_is_hydras_few_lines(override: str, words: str) -> None:
+def test_an_invalid_override_gives_hydras_own_short_message(override: str, words: str) -> None:
     with pytest.raises(HydraException) as caught:
-        made(override)
+        compose_config(override)
     assert words in f"{caught.value} {caught.value.__cause__}"
     assert len(str(caught.value).splitlines()) < 20
 
 
 def test_a_bad_interpolation_is_a_sentence_that_names_the_key() -> None:
     with pytest.raises(ConfigError, match=r"train\.max_train_steps"):
-        load(made("train.max_train_steps=${name}"))
+        load(compose_config("train.max_train_steps=${name}"))
 
 
 @pytest.mark.parametrize("override", ["tracking.uri=http://x", "checkpoint.resume=never", "hardware.gpu=T4",
                                       "checkpoint.every=3", "sample.prompts=[a]", "model.offline=false"])
 def test_identity_leaves_out_what_does_not_change_the_result(override: str) -> None:
-    assert identity(made(override)) == identity(made())
+    assert identity(compose_config(override)) == identity(compose_config())
 
 
 def test_identity_does_not_depend_on_where_the_photos_lie(tmp_path: Path) -> None:
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
         (folder / "a.png").write_bytes(b"one")
-    first, second = (identity(made(f"dataset.instance_dir={tmp_path / name}")) for name in "ab")
+    first, second = (identity(compose_config(f"dataset.instance_dir={tmp_path / name}")) for name in "ab")
     assert first == second
     (tmp_path / "b/a.txt").write_text("a caption")
-    assert identity(made(f"dataset.instance_dir={tmp_path / 'b'}")) != first
+    assert identity(compose_config(f"dataset.instance_dir={tmp_path / 'b'}")) != first
 
 
 def test_the_run_folder_carries_the_identity() -> None:
+    register_resolver()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        found = compose("config", return_hydra_config=True)
-    assert found.hydra.run.dir == f"runs/demo-tiny-full-{identity(found)}"
-    assert f"{found.hydra.sweep.dir}/{found.hydra.sweep.subdir}" == found.hydra.run.dir
+        cfg = compose("config", return_hydra_config=True)
+    assert cfg.hydra.run.dir == f"runs/demo-tiny-full-{identity(cfg)}"
+    assert f"{cfg.hydra.sweep.dir}/{cfg.hydra.sweep.subdir}" == cfg.hydra.run.dir
 
 
 def test_identity_knows_the_weights_in_a_local_base(tmp_path: Path) -> None:
-    found = set()
+    identities = set()
     for content in (b"one", b"two"):
         (tmp_path / "unet.safetensors").write_bytes(content)
-        found.add(identity(made(f"model.source={tmp_path}")))
-    assert len(found) == 2
+        identities.add(identity(compose_config(f"model.source={tmp_path}")))
+    assert len(identities) == 2
 
 
 def test_identity_knows_the_weights_in_a_local_vae(tmp_path: Path) -> None:
-    file, found = tmp_path / "vae.safetensors", {identity(made()), identity(made("model.vae=somebody/vae"))}
+    file = tmp_path / "vae.safetensors"
+    identities = {identity(compose_config()), identity(compose_config("model.vae=somebody/vae"))}
     for content in (b"one", b"two"):
         file.write_bytes(content)
-        found |= {identity(made(f"model.vae={place}")) for place in (file, tmp_path)}
-    assert len(found) == 6
+        identities |= {identity(compose_config(f"model.vae={path}")) for path in (file, tmp_path)}
+    assert len(identities) == 6
 
 
 @pytest.mark.parametrize("uri", ["http://me:secret@host:5000", "postgresql://me:se@cret@host/db",
                                  "mysql://host/db?password=secret"])
 def test_a_password_in_an_address_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD"):
-        load(made(f"tracking.uri='{uri}'"))
+        load(compose_config(f"tracking.uri='{uri}'"))
 
 
 @pytest.mark.parametrize("uri", ["http://host:5000", "postgresql://me@host/db", "'${oc.env:MLFLOW_TRACKING_URI}'"])
 def test_an_address_without_a_typed_password_is_fine(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
-    assert "host" in str(load(made(f"tracking.uri={uri}")).tracking.uri)
+    assert "host" in str(load(compose_config(f"tracking.uri={uri}")).tracking.uri)
 
 
 def test_a_cpu_stays_a_cpu() -> None:
@@ -288,7 +290,7 @@ def test_a_cpu_stays_a_cpu() -> None:
 
 
 def test_hydras_store_of_schemas_is_not_copied_and_what_is_loaded_from_it_is() -> None:
-    """--help asks it about a hundred times; copying it each time took longer than all the rest."""
+    """For --help, Hydra would copy it about a hundred times, which took longer than all the rest."""
     store = ConfigStore.instance()
     assert copy.deepcopy(store) is store
     assert store.load("schema.yaml").node is not store.load("schema.yaml").node

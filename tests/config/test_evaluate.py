@@ -1,19 +1,19 @@
-"""Names of measures, sums of them, prompt lists, and what the section `evaluate` allows."""
+"""Tests of the config group `evaluate`: names of measures, weighted sums, prompt lists, rules, objectives."""
 
 from pathlib import Path
 
 import pytest
 
 from dreambooth.config import eval_prompts, evaluate
-from dreambooth.config.evaluate import EncoderKind, Evaluate, known, objective, parse
+from dreambooth.config.evaluate import EncoderKind, Evaluate, compute_objective, measure_roles, parse_sum
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.runs.identity import identity
-from dreambooth.runs.run_folder import Result, judged
+from dreambooth.runs.run_folder import Result, with_objective
 from dreambooth.training.best_weights import best_step
-from tests.support.configs import made, recipe
+from tests.support.configs import compose_config, recipe
 
-OFFLINE = known(Evaluate(), "a photo of a toy")
-PAPER = known(Evaluate(encoder=EncoderKind.paper, lpips="x"), "a photo of a toy")
+OFFLINE = measure_roles(Evaluate(), "a photo of a toy")
+PAPER = measure_roles(Evaluate(encoder=EncoderKind.paper, lpips="x"), "a photo of a toy")
 CHOOSING = ["evaluate.every=50", "evaluate.select=subject_similarity"]
 
 
@@ -25,47 +25,47 @@ def test_only_the_papers_encoders_measure_by_the_papers_names() -> None:
 
 
 def test_without_lpips_weights_nothing_is_called_div() -> None:
-    found = known(Evaluate(encoder=EncoderKind.paper), "a toy")
-    assert "div" not in found
-    assert found["diversity_dino"] == "diversity"
+    roles = measure_roles(Evaluate(encoder=EncoderKind.paper), "a toy")
+    assert "div" not in roles
+    assert roles["diversity_dino"] == "diversity"
 
 
 def test_a_run_without_a_class_prompt_measures_no_class() -> None:
-    assert not [name for name in known(Evaluate(), "") if "class" in name]
+    assert not [name for name in measure_roles(Evaluate(), "") if "class" in name]
 
 
 def test_a_role_finds_the_first_encoder_that_has_it() -> None:
-    assert parse("subject_similarity", PAPER) == {"dino": 1.0}
-    assert parse("diversity", PAPER) == {"div": 1.0}
-    assert parse("text_similarity+clip_i", PAPER) == {"clip_t": 1.0, "clip_i": 1.0}
+    assert parse_sum("subject_similarity", PAPER) == {"dino": 1.0}
+    assert parse_sum("diversity", PAPER) == {"div": 1.0}
+    assert parse_sum("text_similarity+clip_i", PAPER) == {"clip_t": 1.0, "clip_i": 1.0}
 
 
 def test_each_measure_counts_in_the_direction_that_is_better() -> None:
-    assert parse("dino + 0.5*pres + 2*class_drift", PAPER) == {"dino": 1.0, "pres": -0.5, "class_drift_dino": -2.0}
+    assert parse_sum("dino + 0.5*pres + 2*class_drift", PAPER) == {"dino": 1.0, "pres": -0.5, "class_drift_dino": -2.0}
 
 
 @pytest.mark.parametrize("text", ["", "+dino", "dino-pres", "2", "2*", "-1*dino", "dino*2"])
-def test_what_is_no_sum_is_refused(text: str) -> None:
+def test_an_invalid_sum_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"subject_similarity\+0.5\*class_drift"):
-        parse(text, PAPER)
+        parse_sum(text, PAPER)
 
 
-def test_a_measure_that_the_run_has_not_is_refused_with_those_it_has() -> None:
+def test_an_unknown_measure_is_refused_and_the_message_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="subject_similarity_efficientnet_lite0"):
-        parse("text_similarity", OFFLINE)
+        parse_sum("text_similarity", OFFLINE)
 
 
 def test_an_objective_is_lower_where_the_measure_is_better() -> None:
-    assert objective("dino", PAPER, {"dino": 0.6}) == -0.6
-    assert objective("pres", PAPER, {"pres": 0.6}) == 0.6
-    assert objective("dino+pres", PAPER, {"dino": 0.6, "pres": 0.2}) == pytest.approx(-0.4)
-    assert objective("instance_loss", OFFLINE, {"instance_loss": 0.1}) == 0.1
+    assert compute_objective("dino", PAPER, {"dino": 0.6}) == -0.6
+    assert compute_objective("pres", PAPER, {"pres": 0.6}) == 0.6
+    assert compute_objective("dino+pres", PAPER, {"dino": 0.6, "pres": 0.2}) == pytest.approx(-0.4)
+    assert compute_objective("instance_loss", OFFLINE, {"instance_loss": 0.1}) == 0.1
 
 
 def test_the_best_step_is_a_candidate_that_training_made() -> None:
     scores = {step: {"dino": value} for step, value in {0: 0.9, 50: 0.5, 70: 0.8, 100: 0.6, 130: 0.7}.items()}
     assert best_step(scores, {"dino": 1.0}, every=50, last=130) == 130
-    assert best_step(scores, {"dino": 1.0}, every=50, last=150) == 100  # 130 was the end of a shorter run
+    assert best_step(scores, {"dino": 1.0}, every=50, last=150) == 100  # 130 was the last step of a shorter run
     assert best_step(scores, {"dino": -1.0}, every=50, last=130) == 50
     assert best_step({0: {"dino": 1.0}}, {"dino": 1.0}, every=50, last=50) is None
 
@@ -78,15 +78,15 @@ def test_of_equal_steps_the_earliest_is_best() -> None:
 
 @pytest.mark.parametrize("name, count", [("object", 25), ("live", 25), ("scenes", 6)])
 def test_shipped_lists_have_as_many_different_prompts_as_the_paper(name: str, count: int) -> None:
-    assert len(set(eval_prompts.read(name))) == count
-    head = (eval_prompts.SHIPPED / f"{name}.txt").read_text(encoding="utf-8").splitlines()[0]
+    assert len(set(eval_prompts.read_templates(name))) == count
+    head = (eval_prompts.PROMPT_DIR / f"{name}.txt").read_text(encoding="utf-8").splitlines()[0]
     assert head.startswith("#")
 
 
 def test_the_papers_lists_share_scenes_and_colours_and_name_their_source() -> None:
-    assert len(set(eval_prompts.read("object")) & set(eval_prompts.read("live"))) == 15
+    assert len(set(eval_prompts.read_templates("object")) & set(eval_prompts.read_templates("live"))) == 15
     for name in ("object", "live"):
-        assert "arXiv:2208.12242" in (eval_prompts.SHIPPED / f"{name}.txt").read_text(encoding="utf-8")
+        assert "arXiv:2208.12242" in (eval_prompts.PROMPT_DIR / f"{name}.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("prompt, subject", [
@@ -94,13 +94,13 @@ def test_the_papers_lists_share_scenes_and_colours_and_name_their_source() -> No
     ("zwx toy, from above", "zwx toy, from above"), ("A picture of my dog", "dog"), ("a toy", "a toy"),
 ])
 def test_the_subject_of_a_prompt(prompt: str, subject: str) -> None:
-    assert eval_prompts.noun(prompt) == subject
+    assert eval_prompts.extract_subject(prompt) == subject
 
 
 def test_encoders_read_the_class_where_the_model_reads_the_rare_word() -> None:
-    found = recipe()
-    assert found.evaluate_prompts[1] == "a photo of a zwx toy on the beach"
-    assert found.evaluate_texts[1] == "a photo of a toy on the beach"
+    resolved = recipe()
+    assert resolved.evaluate_prompts[1] == "a photo of a zwx toy on the beach"
+    assert resolved.evaluate_texts[1] == "a photo of a toy on the beach"
 
 
 def test_prompts_of_your_own(tmp_path: Path) -> None:
@@ -133,40 +133,40 @@ def test_broken_rules_say_what_to_type(overrides: list[str], words: str, tmp_pat
 
 @pytest.mark.parametrize("override", ["evaluate.every=7", "evaluate.prompts=object", "evaluate.encoder=none",
                                       "evaluate.objective=class_drift", "evaluate.images_per_prompt=9"])
-def test_what_is_only_looked_at_is_no_part_of_the_identity(override: str) -> None:
-    assert identity(made(override)) == identity(made())
+def test_evaluation_that_selects_nothing_is_not_part_of_the_identity(override: str) -> None:
+    assert identity(compose_config(override)) == identity(compose_config())
 
 
 @pytest.mark.parametrize("override", ["evaluate.every=7", "evaluate.prompts=object", "evaluate.class_images=9",
                                       "evaluate.select=class_drift", "sample.guidance_scale=9"])
-def test_what_selects_the_exported_weights_is(override: str) -> None:
-    assert identity(made(*CHOOSING)) != identity(made())
-    assert identity(made(*CHOOSING, override)) != identity(made(*CHOOSING))
+def test_what_selects_the_exported_weights_is_part_of_the_identity(override: str) -> None:
+    assert identity(compose_config(*CHOOSING)) != identity(compose_config())
+    assert identity(compose_config(*CHOOSING, override)) != identity(compose_config(*CHOOSING))
 
 
 @pytest.mark.parametrize("override", ["evaluate.objective=class_drift", "evaluate.offline=false", "sample.every=9",
                                       "train.max_train_steps=400"])
-def test_what_does_not_select_is_not_even_then(override: str) -> None:
-    assert identity(made(*CHOOSING, override)) == identity(made(*CHOOSING))
+def test_what_does_not_select_weights_is_never_part_of_the_identity(override: str) -> None:
+    assert identity(compose_config(*CHOOSING, override)) == identity(compose_config(*CHOOSING))
 
 
 def test_the_encoder_asks_the_hub_only_if_the_model_may() -> None:
-    assert made().evaluate.offline is True
-    assert made("hardware=g4dn").evaluate.offline is False
+    assert compose_config().evaluate.offline is True
+    assert compose_config("hardware=g4dn").evaluate.offline is False
 
 
 # -- a result and its objective -------------------------------------------------------------------------------------
 
 def test_a_finished_run_is_judged_by_the_objective_that_is_asked_for() -> None:
-    done = Result(8, 0.1, 1.0, "runs/x", "model", 8, {"instance_loss": 0.1, "class_drift_efficientnet_lite0": 0.3})
-    assert judged(done, recipe("evaluate.objective=class_drift")).objective == 0.3
-    assert judged(done, recipe()).objective == 0.1
+    result = Result(8, 0.1, 1.0, "runs/x", "model", 8, {"instance_loss": 0.1, "class_drift_efficientnet_lite0": 0.3})
+    assert with_objective(result, recipe("evaluate.objective=class_drift")).objective == 0.3
+    assert with_objective(result, recipe()).objective == 0.1
     with pytest.raises(UserError, match=r"evaluate\.objective=instance_loss"):
-        judged(done, recipe("evaluate.objective=subject_similarity"))
+        with_objective(result, recipe("evaluate.objective=subject_similarity"))
 
 
 def test_a_result_of_an_earlier_version_has_the_instance_loss() -> None:
-    assert judged(Result(8, 0.1, 1.0, "runs/x", "model"), recipe()).objective == 0.1
+    assert with_objective(Result(8, 0.1, 1.0, "runs/x", "model"), recipe()).objective == 0.1
 
 
 def test_directions_are_those_of_the_paper() -> None:

@@ -1,4 +1,4 @@
-"""Rules: one sentence for each broken one, all of them together, each with what to type."""
+"""Tests of `resolve`: rules between config groups, detected hardware, immutability, and bounds of single fields."""
 
 import dataclasses
 import math
@@ -27,10 +27,10 @@ from dreambooth.config.schema import Config
 from dreambooth.config.section import Section
 from dreambooth.errors import ConfigError
 from dreambooth.utils.hardware import Machine
-from tests.support.configs import A10G, NONE, T4, decided, demo_config, made
+from tests.support.configs import A10G, NONE, T4, compose_config, decided, demo_config
 
-OF_DOORS = ("run_root", "name", "plan", "storage")  # what no recipe has
-SECTIONS = [item.name for item in dataclasses.fields(Config) if item.name not in OF_DOORS]
+NOT_IN_RECIPES = ("run_root", "name", "plan", "storage")  # fields of a Config that are no section of a Recipe
+SECTIONS = [item.name for item in dataclasses.fields(Config) if item.name not in NOT_IN_RECIPES]
 
 
 def problems(machine: Machine | None = None, **values: object) -> list[str]:
@@ -41,12 +41,12 @@ def problems(machine: Machine | None = None, **values: object) -> list[str]:
 
 @pytest.fixture
 def no_packages(monkeypatch):
-    """A machine with neither xformers nor bitsandbytes."""
+    """Neither xformers nor bitsandbytes is installed."""
     monkeypatch.setattr(validation, "find_spec", lambda name: None)
 
 
-BROKEN = {  # what is broken -> (machine, values, what to type)
-    "a GPU is asked for and there is none": (NONE, {"hardware__device": Device.cuda}, "hardware=cpu"),
+BROKEN = {  # broken rule -> (machine, values by key, what the message says to type)
+    "a GPU is required and there is none": (NONE, {"hardware__device": Device.cuda}, "hardware=cpu"),
     "bf16 on a T4": (T4, {"precision__dtype": Dtype.bf16}, "precision=fp16"),
     "fp16 on a CPU": (NONE, {"precision__dtype": Dtype.fp16}, "precision=fp32"),
     "xformers on a CPU": (NONE, {"attention__kind": AttentionKind.xformers}, "attention=sdpa"),
@@ -80,7 +80,7 @@ BROKEN = {  # what is broken -> (machine, values, what to type)
         None, {"memory__weights": Weights.half, "precision__dtype": Dtype.bf16, "memory__rounding": Rounding.kahan,
                "memory__offload_optimizer": True}, "memory.weights=full"),
     "rounding of full weights": (None, {"memory__rounding": Rounding.kahan}, "memory.weights=half"),
-    "an average that misses the last steps": (None, {"memory__ema_every": 3}, "memory.ema_every=1"),
+    "an EMA that misses the last steps": (None, {"memory__ema_every": 3}, "memory.ema_every=1"),
     "paging on a CPU": (None, {"optimizer__kind": OptimizerKind.paged_adamw8bit}, "optimizer=adamw8bit"),
     "a quantised base on a CPU": (
         NONE, {"method__kind": MethodKind.lora, "method__base_weights": BaseWeights.nf4}, "method.base_weights=half"),
@@ -93,10 +93,10 @@ BROKEN = {  # what is broken -> (machine, values, what to type)
              "precision__dtype": Dtype.fp16}, "memory.weights=full"),
     "the small optimizer of an adapter in host memory": (
         None, {"method__kind": MethodKind.dora, "memory__offload_optimizer": True}, "memory.offload_optimizer=false"),
-    "the rank of an adapter that is not there": (None, {"method__rank": 64}, "method=lora"),
-    "several settings of an adapter that is not there": (
+    "the rank of an adapter without an adapter": (None, {"method__rank": 64}, "method=lora"),
+    "several settings of an adapter without an adapter": (
         NONE, {"method__base_weights": BaseWeights.nf4, "method__merge": True, "method__alpha": 8.0}, "method=lora"),
-    "a checkpoint that is not there": (None, {"checkpoint__resume": "/nowhere"}, "checkpoint.resume=auto"),
+    "a missing checkpoint": (None, {"checkpoint__resume": "/nowhere"}, "checkpoint.resume=auto"),
 }
 
 
@@ -110,19 +110,19 @@ def test_each_broken_rule_is_one_sentence_that_says_what_to_type(what, no_packag
 
 def test_settings_of_an_adapter_without_one_are_named():
     assert problems(method__dropout=0.1) == [
-        "method.dropout is of adapters, and method=full trains every weight: type method=lora"]
+        "method.dropout applies to adapters only, and method=full trains every weight: type method=lora"]
     [sentence] = problems(method__rank=8, method__merge=True)
-    assert sentence.startswith("method.rank and method.merge are of adapters, and")
-    assert not decided(method__rank=16, method__dropout=0.0).method.low_rank, "what changes nothing may stand"
+    assert sentence.startswith("method.rank and method.merge apply to adapters only, and")
+    assert not decided(method__rank=16, method__dropout=0.0).method.low_rank, "defaults are allowed"
 
 
 def test_the_file_of_the_full_method_has_what_the_schema_has():
-    assert decided().method == resolve(load(made()), Path("runs/x")).method
+    assert decided().method == resolve(load(compose_config()), Path("runs/x")).method
 
 
 def test_all_broken_rules_are_reported_together(no_packages):
     together = ["bf16 on a T4", "xformers is not installed", "no photos", "no instance prompt", "no class prompt",
-                "no class images", "a frozen random crop", "a checkpoint that is not there",
+                "no class images", "a frozen random crop", "a missing checkpoint",
                 "bitsandbytes is not installed", "warm-up of a constant rate"]
     values = {key: value for what in together for key, value in BROKEN[what][1].items()}
     assert len(problems(T4, **values)) == len(together)
@@ -133,8 +133,8 @@ def test_precision_follows_the_cards_capability():
     assert decided(NONE, precision__dtype=Dtype.bf16).device == "cpu"
     assert decided(T4, precision__dtype=Dtype.fp16).hardware.gpu == "T4"
     declared = {"hardware__device": Device.cuda, "hardware__gpu": "T4", "hardware__compute_capability": 7.5}
-    assert problems(None, precision__dtype=Dtype.bf16, **declared), "a run meant for a T4 elsewhere"
-    assert decided(A10G, precision__dtype=Dtype.bf16, **declared), "the card that is there counts"
+    assert problems(None, precision__dtype=Dtype.bf16, **declared), "a run for a T4 of another machine"
+    assert decided(A10G, precision__dtype=Dtype.bf16, **declared), "the detected GPU counts"
 
 
 def test_hardware_cpu_uses_no_card():
@@ -143,21 +143,21 @@ def test_hardware_cpu_uses_no_card():
     assert decided(NONE).device == "cpu"
 
 
-def test_what_is_declared_of_the_card_stays_and_the_rest_is_detected():
+def test_declared_vram_stays_and_the_rest_is_detected():
     assert decided(T4).hardware.usable_vram_gib == 14.6
     assert decided(T4, hardware__usable_vram_gib=8.0).hardware.usable_vram_gib == 8.0
 
 
-def test_drawings_may_train_what_ships_or_what_is_asked_for():
+def test_drawings_may_train_the_shipped_model_or_with_allow_drawings():
     assert decided().source.endswith("assets/tiny-sd")
     assert decided(model__source="me/model", dataset__allow_drawings=True).source == "me/model"
     assert decided(model__source="me/model", dataset__instance_dir="/photos").instance_dir == Path("/photos")
 
 
-def test_without_prior_preservation_nothing_of_the_class_is_asked_for():
-    found = decided(prior__with_prior_preservation=False, prior__num_class_images=0, dataset__class_prompt=None)
-    assert (found.with_prior, found.class_prompt) == (False, "")
-    assert found.sample_prompts == ("a zwx toy", "a zwx toy on the beach")
+def test_without_prior_preservation_no_class_settings_are_needed():
+    recipe = decided(prior__with_prior_preservation=False, prior__num_class_images=0, dataset__class_prompt=None)
+    assert (recipe.with_prior, recipe.class_prompt) == (False, "")
+    assert recipe.sample_prompts == ("a zwx toy", "a zwx toy on the beach")
 
 
 def test_own_class_images_need_no_generated_ones(tmp_path):
@@ -170,27 +170,27 @@ def test_sample_prompts_are_the_usual_three_or_the_users():
 
 
 def test_a_recipe_and_its_sections_are_frozen_and_the_config_is_not():
-    given_config = demo_config()
-    found = resolve(given_config, Path("runs/x"))
+    config = demo_config()
+    recipe = resolve(config, Path("runs/x"))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        found.name = "other"
+        recipe.name = "other"
     for name in SECTIONS:
-        section = getattr(found, name)
+        section = getattr(recipe, name)
         for key in vars(getattr(Config(), name)):
             with pytest.raises(dataclasses.FrozenInstanceError):
                 setattr(section, key, None)
-    given_config.train.seed = 5
-    assert found.train.seed == 0
+    config.train.seed = 5
+    assert recipe.train.seed == 0
 
 
 def test_settings_hold_every_key_but_nothing_of_the_tracking_server():
-    found = decided(tracking__uri="https://user:secret@host", checkpoint__every=None)
+    recipe = decided(tracking__uri="https://user:secret@host", checkpoint__every=None)
     keys = {f"{name}.{key}" for name in SECTIONS if name != "tracking" for key in vars(getattr(Config(), name))}
-    assert found.settings().keys() == keys | {"name", "device", "sample_prompts"}
-    assert "secret" not in str(found.settings())
-    assert found.settings()["checkpoint.every"] == "null"
-    assert found.settings()["precision.dtype"] == "fp32"
-    assert all(isinstance(value, str) for value in found.settings().values())
+    assert recipe.settings().keys() == keys | {"name", "device", "sample_prompts"}
+    assert "secret" not in str(recipe.settings())
+    assert recipe.settings()["checkpoint.every"] == "null"
+    assert recipe.settings()["precision.dtype"] == "fp32"
+    assert all(isinstance(value, str) for value in recipe.settings().values())
 
 
 NAN, INF = math.nan, math.inf
@@ -226,7 +226,7 @@ BASE = OmegaConf.structured(Config)
 
 
 def test_every_number_has_bounds():
-    """A new number of the schema without bounds shows up here. Facts of the card are not checked."""
+    """Every number in the schema is in BOUNDS, except the facts about the hardware."""
     numbers = {f"{name}.{item.name}" for name in SECTIONS if name != "hardware"
                for item in dataclasses.fields(getattr(Config(), name))
                if item.type in (int, float, int | None, float | None)}
@@ -262,11 +262,11 @@ def test_every_section_of_the_config_can_be_sealed():
     assert all(isinstance(getattr(Config(), name), Section) for name in SECTIONS)
 
 
-def test_a_key_that_nobody_reads_is_refused_even_with_a_plus():
-    """Hydra's own advice for a misspelt key is to put a + before it."""
+def test_an_unknown_key_is_refused_even_with_a_plus():
+    """Hydra's own message about a misspelt key suggests a + before it."""
     with pytest.raises(ConfigError, match=r"^train\.learnig_rate is not a setting") as caught:
-        load(made("+train.learnig_rate=1", "train.seed=-1"))
+        load(compose_config("+train.learnig_rate=1", "train.seed=-1"))
     assert len(caught.value.problems) == 2
     with pytest.raises(ConfigError, match=r"^other is not a setting"):
-        load(made("+other.key=1"))
-    load(made("+hardware.node_selector.pool=gpu"))
+        load(compose_config("+other.key=1"))
+    load(compose_config("+hardware.node_selector.pool=gpu"))

@@ -1,4 +1,4 @@
-"""CPU tuning: OpenMP threads spin long only on idle cores, and freed memory stays with the process."""
+"""Tests of CPU tuning: OpenMP threads spin long only on idle cores, and freed memory stays with the process."""
 
 import os
 import subprocess
@@ -8,28 +8,28 @@ from pathlib import Path
 import pytest
 
 from dreambooth.runtime import cpu_tuning
-from dreambooth.runtime.cpu_tuning import LONG, SHORT, Moment
+from dreambooth.runtime.cpu_tuning import LONG_SPIN, SHORT_SPIN, CpuTimes
 
-BEGAN = Moment(clock=10.0, busy=100.0, own=1.0)
+START = CpuTimes(clock=10.0, busy=100.0, own=1.0)
 
 
 @pytest.mark.parametrize("until, spins", [
-    (Moment(11.0, 100.95, 1.9), LONG),  # this process alone
-    (Moment(11.0, 101.9, 1.9), SHORT),  # a neighbour takes a core
-    (Moment(10.1, 100.1, 1.1), SHORT),  # too short to tell
-    (Moment(11.0, None, 1.9), SHORT),  # no /proc
+    (CpuTimes(11.0, 100.95, 1.9), LONG_SPIN),  # only this process
+    (CpuTimes(11.0, 101.9, 1.9), SHORT_SPIN),  # another process uses a core
+    (CpuTimes(10.1, 100.1, 1.1), SHORT_SPIN),  # too short an interval
+    (CpuTimes(11.0, None, 1.9), SHORT_SPIN),  # no /proc
 ])
-def test_who_else_is_at_work_decides(until: Moment, spins: str) -> None:
-    assert cpu_tuning.waiting(BEGAN, until) == {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": spins}
+def test_threads_spin_long_only_if_other_processes_are_idle(until: CpuTimes, spins: str) -> None:
+    assert cpu_tuning.openmp_environment(START, until) == {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": spins}
 
 
-def test_the_kernels_seconds_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy_time_is_read_from_proc_stat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stat").write_text("cpu  100 200 300 9999 8888 10 20 30 0 0\ncpu0 1 2 3 4 5 6 7 8 9 0\n", "ascii")
-    monkeypatch.setattr(cpu_tuning, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(cpu_tuning, "PROC_STAT", tmp_path / "stat")
     monkeypatch.setattr(cpu_tuning.os, "sysconf", lambda name: 100)
-    assert cpu_tuning.now().busy == pytest.approx(6.6)
-    monkeypatch.setattr(cpu_tuning, "STAT", tmp_path / "none")
-    assert cpu_tuning.now().busy is None
+    assert cpu_tuning.read_cpu_times().busy == pytest.approx(6.6)
+    monkeypatch.setattr(cpu_tuning, "PROC_STAT", tmp_path / "none")
+    assert cpu_tuning.read_cpu_times().busy is None
 
 
 SCRIPT = """
@@ -37,7 +37,7 @@ import resource, sys, torch
 from dreambooth.runtime import cpu_tuning
 print(cpu_tuning.keep_freed_memory() if sys.argv[1] == "kept" else None)
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-def step(): return [torch.ones(2**24) for _ in range(4)]  # larger than what glibc ever keeps by itself
+def step(): return [torch.ones(2**24) for _ in range(4)]  # larger than any block that glibc keeps by default
 for _ in range(8): step()
 before = faults()
 step()
@@ -46,20 +46,20 @@ print(faults() - before)
 
 
 def pages(how: str, **environment: str) -> tuple[str, int]:
-    """What `keep` said, and how many pages the kernel made for 256 MiB of tensors that had been there before."""
-    ran = subprocess.run([sys.executable, "-c", SCRIPT, how], capture_output=True, text=True, check=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
-    said, count = ran.stdout.split()
-    return said, int(count)
+    """What keep_freed_memory returned, and the page faults of allocating 256 MiB of tensors again."""
+    process = subprocess.run([sys.executable, "-c", SCRIPT, how], capture_output=True, text=True, check=True,
+                             env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+    returned, count = process.stdout.split()
+    return returned, int(count)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
 def test_freed_memory_is_used_again_without_a_page_fault() -> None:
-    said, kept = pages("kept")
+    returned, kept = pages("kept")
     _, mapped = pages("plain")
-    assert said == "True" and kept < mapped / 2 and mapped > 60_000
+    assert returned == "True" and kept < mapped / 2 and mapped > 60_000
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
-def test_what_the_user_has_set_wins() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+def test_the_users_malloc_settings_take_precedence() -> None:
     assert pages("kept", MALLOC_TRIM_THRESHOLD_="1000000")[0] == "False"

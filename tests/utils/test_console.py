@@ -1,11 +1,11 @@
-"""What a person reads: plain lines in a pipe, and a plan and a summary that fit a terminal of 80 columns."""
+"""Tests of terminal output: plain lines in a pipe; tables that fit a terminal of 80 columns."""
 
 import io
 import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console as Rich
+from rich.console import Console as RichConsole
 
 from dreambooth.config.recipe import resolve
 from dreambooth.config.schema import Config, Dataset, Prior, Train
@@ -20,9 +20,9 @@ def recipe(run_dir: Path, **sections):
 
 
 def on_a_terminal(rows) -> str:
-    """What a terminal of 80 columns shows of a table."""
+    """The text that a terminal of 80 columns shows for a table."""
     console, screen = Console(), io.StringIO()
-    console._rich = Rich(file=screen, width=80, force_terminal=True, color_system=None)
+    console._rich = RichConsole(file=screen, width=80, force_terminal=True, color_system=None)
     console.table(rows)
     return screen.getvalue()
 
@@ -50,7 +50,7 @@ def test_the_last_line_says_that_all_is_done(capsys, total, done, ticks, last):
 def test_a_resumed_bar_goes_on_where_it_was(capsys):
     with Console().bar("training", 100, done=55) as bar:
         bar.tick()
-        assert capsys.readouterr().out == "", "tenths that an earlier run has shown"
+        assert capsys.readouterr().out == "", "shown by an earlier run"
         bar.tick(4)
     assert capsys.readouterr().out.startswith("training 60/100")
 
@@ -67,7 +67,7 @@ def test_a_pipe_gets_a_line_a_minute_of_what_takes_hours(capsys, monkeypatch):
 
 def test_a_terminal_gets_one_bar():
     screen = io.StringIO()
-    with Bar(Rich(file=screen, width=80, force_terminal=True, color_system=None), "training", 4, 0) as bar:
+    with Bar(RichConsole(file=screen, width=80, force_terminal=True, color_system=None), "training", 4, 0) as bar:
         bar.tick(4, note="loss 0.1")
     assert "4/4" in screen.getvalue()
     assert "loss 0.1" in screen.getvalue()
@@ -94,10 +94,10 @@ def test_plan_and_summary_fit_80_columns(tmp_path, monkeypatch):
     run_dir = tmp_path / "runs/demo-tiny-full-0123456789"
     run_dir.mkdir(parents=True)
     (run_dir / "contact_sheet.png").touch()
-    asked = recipe(run_dir, train=Train(train_batch_size=4, train_text_encoder=True))
-    plan = on_a_terminal(report.plan(asked))
+    resolved = recipe(run_dir, train=Train(train_batch_size=4, train_text_encoder=True))
+    plan = on_a_terminal(report.plan_table(resolved))
     result = Result(800, 0.123456, 1234.5, str(run_dir), "model")
-    summary = on_a_terminal(report.summary(result, asked, "sqlite:////very/long/path/of/a/home/folder/runs/mlflow.db"))
+    summary = on_a_terminal(report.summary_table(result, resolved, "sqlite:////very/long/path/of/a/home/folder/runs/mlflow.db"))
     for shown in (plan, summary):
         assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
     for words in (
@@ -108,18 +108,18 @@ def test_plan_and_summary_fit_80_columns(tmp_path, monkeypatch):
 
 
 def test_plan_says_when_there_is_no_prior_preservation(tmp_path):
-    plan = report.plan(recipe(tmp_path, prior=Prior(with_prior_preservation=False)))
+    plan = report.plan_table(recipe(tmp_path, prior=Prior(with_prior_preservation=False)))
     assert plan["class"] == "no prior preservation"
     assert plan["trains"] == "UNet"
 
 
 def test_a_finished_run_says_how_to_get_more(tmp_path):
     result = Result(400, 0.1, 1.0, str(tmp_path), "model")
-    said = report.already(result, recipe(tmp_path, train=Train(max_train_steps=400)))
-    assert "this run is finished: 400 steps," in said
-    assert "train.max_train_steps=800" in said
-    assert "checkpoint.resume=never" in said
-    assert "(you asked for 300)" in report.already(result, recipe(tmp_path, train=Train(max_train_steps=300)))
+    message = report.already_finished(result, recipe(tmp_path, train=Train(max_train_steps=400)))
+    assert "this run is finished: 400 steps," in message
+    assert "train.max_train_steps=800" in message
+    assert "checkpoint.resume=never" in message
+    assert "(you asked for 300)" in report.already_finished(result, recipe(tmp_path, train=Train(max_train_steps=300)))
 
 
 def test_the_console_writes_to_stdout_only(capsys):
