@@ -1,21 +1,20 @@
-# One image for a laptop, SageMaker, Argo and Kubeflow: containers/build makes it, docs/container.md tells the rest.
-# No `# syntax=` line: it would pull a frontend from a hub, which a build behind a mirror has not got.
+# One image for a laptop, SageMaker, Argo and Kubeflow. Build it with containers/build; see docs/container.md.
+# There is no `# syntax=` line: it would pull a frontend from a hub that a build behind a mirror cannot reach.
 
-# Python 3.11 or newer with venv, and setpriv. No CUDA in it: PyTorch's wheels bring their own, the host its driver.
+# Needs Python 3.11 or newer with venv, and setpriv; no CUDA, which PyTorch's wheels contain. The driver is the host's.
 ARG BASE_IMAGE=python:3.11.14-slim-bookworm
 
-# -- environment: what the project needs -----------------------------------------------------------------------------
+# -- environment: the dependencies -----------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS environment
 
-# cu126 has kernels for T4 (7.5), A100 (8.0), A10G (8.6) and, by those of 8.6, L4 (8.9); the host needs driver 525 or
-# newer. The wheel of xformers is built for CUDA 12 too: under cu130 it does not load. cpu: no CUDA at all.
+# cu126 has kernels for T4 (7.5), A100 (8.0) and A10G (8.6); L4 (8.9) runs those of 8.6. The host needs driver 525 or
+# newer. The xformers wheel is built for CUDA 12 as well, and does not load under cu130. cpu: a build without CUDA.
 ARG CUDA=cu126
 ARG TORCH_VERSION=2.13.0
-# Where PyTorch publishes its builds, a folder a CUDA version. Empty: pip's own index, whatever build it has.
+# Index of PyTorch's builds, with one folder per CUDA version. Empty: use pip's own index and the build that it has.
 ARG TORCH_INDEX=https://download.pytorch.org/whl
 
-# pip's own settings, for mirrors: given as build arguments, or as a pip.conf in the build secret `pip_conf`, which
-# no layer keeps.
+# pip's own settings, for mirrors: build arguments, or a pip.conf in the build secret `pip_conf`, which no layer keeps.
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
@@ -26,7 +25,7 @@ ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 
 WORKDIR /build
-# By its real name: a link to the environment may later take the place of python3 in a PATH.
+# Resolve links: if python3 in PATH later becomes a link into the environment, a venv made from it would be circular.
 RUN "$(readlink -f "$(command -v python3)")" -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 
@@ -57,16 +56,16 @@ COPY dreambooth dreambooth
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     pip wheel --no-deps --wheel-dir /wheels .
 
-# -- the image: both, and an entrypoint; no source, no pip setting ---------------------------------------------------
+# -- final image: environment, wheel and entrypoint; no source, no pip settings --------------------------------------
 FROM ${BASE_IMAGE}
 
-# A change of code leaves this layer, nearly all of the image, as it is.
+# This layer is nearly all of the image, and does not change with the code.
 COPY --from=environment /opt/venv /opt/venv
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     /opt/venv/bin/pip install --no-cache-dir --no-index --no-deps /wheels/*.whl \
     && /opt/venv/bin/pip check
 COPY containers/entrypoint /usr/local/bin/dreambooth-entrypoint
-# A login shell (`bash -lc`, as some drivers have it) sets PATH anew: the profile puts the environment back.
+# A login shell (`bash -lc`, which some drivers use) resets PATH: the profile adds the environment again.
 # hadolint ignore=SC2016
 RUN useradd --uid 1000 --create-home --shell /usr/sbin/nologin dreambooth \
     && mkdir -p /opt/ml \

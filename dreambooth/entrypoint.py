@@ -1,9 +1,10 @@
-"""The door `python -m dreambooth.entrypoint`: what the image runs to train. SageMaker's contract in, one run out.
+"""The command `python -m dreambooth.entrypoint`, which the image runs to train: one SageMaker training job.
 
-Reads hyperparameters, channels and hosts below /opt/ml, trains in a process or several of its own, keeps the result.
-Words after the command are overrides, and beat everything else. Nothing heavy is imported here.
+Reads hyperparameters, channels and hosts below /opt/ml, trains in one or several child processes, and publishes the
+result. Arguments are overrides and take precedence over everything else. Nothing heavy is imported here.
 """
 
+import json
 import sys
 import traceback
 from contextlib import suppress
@@ -22,91 +23,107 @@ from dreambooth.config.compose import conf_dir, load
 from dreambooth.config.enums import Device
 from dreambooth.config.schema import Config, Storage
 from dreambooth.config.storage import is_remote
-from dreambooth.container import cluster as clusters
-from dreambooth.container import hyperparameter_values
-from dreambooth.container import hyperparameters as requests
+from dreambooth.container.cluster import count_gpus, limit_to_one_process, parse_resource_config
+from dreambooth.container.hyperparameter_values import quote
+from dreambooth.container.hyperparameters import OverrideGrammar, RunRequest, build_request
 from dreambooth.container.publish_model import publish
-from dreambooth.container.sagemaker_paths import Places
-from dreambooth.container.supervisor import End, Supervisor
+from dreambooth.container.sagemaker_paths import SageMakerPaths
+from dreambooth.container.supervisor import ExitStatus, Supervisor
 from dreambooth.data.photos import list_photos
 from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.runs import identity
-from dreambooth.utils.assets import asset
+from dreambooth.utils.assets import resolve_asset
 
-ENFORCED = {"hydra/launcher": "basic", "hydra.mode": "RUN"}  # an experiment may not make a job start jobs
+FORCED_OVERRIDES = {"hydra/launcher": "basic", "hydra.mode": "RUN"}  # a job must not start further jobs
 
 identity.register_resolver()
 
 
 def main() -> None:
-    """One job. What ends it badly is also written to output/failure."""
-    supervisor, places = Supervisor(), Places.found()
+    """Run one job. The reason of a failure is also written to output/failure."""
+    supervisor, paths = Supervisor(), SageMakerPaths.from_environment()
     with suppress(OSError):
-        places.failure.unlink(missing_ok=True)
+        paths.failure.unlink(missing_ok=True)
     try:
-        places.check()
-        end = _job(places, sys.argv[1:], supervisor)
+        paths.check_writable()
+        status = _run_job(paths, sys.argv[1:], supervisor)
     except DreamBoothError as error:
         print(f"dreambooth: {error}", file=sys.stderr)
-        end = End(error.exit_code, str(error))
+        status = ExitStatus(error.exit_code, str(error))
     except Exception as error:
         traceback.print_exc()
-        end = End(1, cli.fault(error))
-    if end.code:
-        with suppress(OSError):  # nowhere to write to: the log and the exit code have it
-            places.failure.parent.mkdir(parents=True, exist_ok=True)
-            places.failure.write_text(end.sentence, encoding="utf-8")
-    sys.exit(end.code)
+        status = ExitStatus(1, cli.describe_fault(error))
+    if status.code:
+        with suppress(OSError):  # if nothing can be written, the log and the exit code still report the failure
+            paths.failure.parent.mkdir(parents=True, exist_ok=True)
+            paths.failure.write_text(status.message, encoding="utf-8")
+    sys.exit(status.code)
 
 
-def _job(places: Places, words: list[str], supervisor: Supervisor) -> End:
-    cluster = clusters.cluster(places.config("resourceconfig.json"), clusters.gpus() or 1)
-    request = asked(places, words, _hardware_of(cluster.instance_type))
-    config, run_dir = composed(request.words())
+def _run_job(paths: SageMakerPaths, args: list[str], supervisor: Supervisor) -> ExitStatus:
+    cluster = parse_resource_config(paths.read_config("resourceconfig.json"), count_gpus() or 1)
+    request = read_request(paths, args, _find_hardware_option(cluster.instance_type))
+    config, run_dir = compose_run(request.to_args())
     if config.hardware.device is Device.cpu:
-        cluster = clusters.on_cpu(cluster)
-    if request.epochs:
-        request.overrides["checkpoint.every"] = str(_steps(config, cluster.world))
+        cluster = limit_to_one_process(cluster)
+    if request.save_by_epochs:
+        request.overrides["checkpoint.every"] = str(_epochs_to_steps(config, cluster.world_size))
     for notice in request.notices:
         print(f"dreambooth: {notice}", flush=True)
-    print(f"dreambooth: python -m dreambooth.train {' '.join(request.words())}", flush=True)
-    end = supervisor.run(cluster.command(request.words()), cluster.environment(), launcher=cluster.world > 1)
-    if end.code or not cluster.first:
-        return end
-    publish(run_dir, places.model)
-    if request.upload:
-        place = f"{request.upload.rstrip('/')}/{run_dir.name}"
-        return supervisor.run([sys.executable, "-m", "dreambooth.storage", "upload", str(places.model), place], {},
-                              stopped=f"stopped after the last step, the model is in {places.model}; start it again to "
-                                      f"send it to {place}")
-    return end
+    print(f"dreambooth: python -m dreambooth.train {' '.join(request.to_args())}", flush=True)
+    status = supervisor.run(cluster.train_command(request.to_args()), cluster.network_environment(),
+                            launcher=cluster.world_size > 1)
+    if status.code or not cluster.is_first_host:
+        return status
+    publish(run_dir, paths.model)
+    if request.upload_uri:
+        uri = f"{request.upload_uri.rstrip('/')}/{run_dir.name}"
+        return supervisor.run([sys.executable, "-m", "dreambooth.storage", "upload", str(paths.model), uri], {},
+                              stopped=f"stopped after the last step, the model is in {paths.model}; start it again to "
+                                      f"upload it to {uri}")
+    return status
 
 
-def asked(places: Places, words: list[str], hardware: str | None) -> requests.Request:
-    """The run that a job asks for, and where it is to live.
+def read_request(paths: SageMakerPaths, args: list[str], hardware: str | None) -> RunRequest:
+    """The run that a job asks for, with its run folder below `checkpoints`.
+
+    Args:
+        args: overrides from the command line.
+        hardware: option of the group hardware for this machine; None if there is none.
 
     Raises:
-        ConfigError: names are unknown or values are not what their names ask for.
+        ConfigError: names are unknown or values have the wrong type.
     """
-    hyperparameters = {name: raw if isinstance(raw, str) else hyperparameter_values.encoded(raw)
-                       for name, raw in places.config("hyperparameters.json").items()}
-    request = requests.understand(hyperparameters | _typed(words), places.channels(), hardware, places, GRAMMAR)
-    request.notices += [f"{key} is not used: a job is one run" for key in ENFORCED if key in request.overrides]
-    ours = {"run_root": hyperparameter_values.quoted(str(places.checkpoints)),
-            "storage.cache": hyperparameter_values.quoted(str(places.cache))}
-    request.overrides = ours | request.overrides | ENFORCED
+    hyperparameters = {name: raw if isinstance(raw, str) else json.dumps(raw)
+                       for name, raw in paths.read_config("hyperparameters.json").items()}
+    request = build_request(hyperparameters | _parse_args(args), paths.channels(), hardware, paths, GRAMMAR)
+    request.notices += [f"{key} is ignored: a job is one run" for key in FORCED_OVERRIDES if key in request.overrides]
+    defaults = {"run_root": quote(str(paths.checkpoints)), "storage.cache": quote(str(paths.cache))}
+    request.overrides = defaults | request.overrides | FORCED_OVERRIDES
     return request
 
 
-def composed(words: list[str]) -> tuple[Config, Path]:
-    """The run's configuration and its folder.
+def _parse_args(args: list[str]) -> dict[str, str]:
+    """Overrides from the command line, as key -> value.
+
+    Raises:
+        UserError: an argument is not KEY=VALUE.
+    """
+    if invalid := [arg for arg in args if "=" not in arg]:
+        raise UserError(f"{invalid[0]} is not a valid override: type key=value after train, such as "
+                        "train.max_train_steps=300")
+    return {key: value for key, _, value in (arg.partition("=") for arg in args)}
+
+
+def compose_run(overrides: list[str]) -> tuple[Config, Path]:
+    """The configuration of the run with these overrides, and its run folder.
 
     Raises:
         UserError: the overrides do not compose.
     """
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = compose("config", words, return_hydra_config=True)
+            cfg = compose("config", overrides, return_hydra_config=True)
         run_dir = Path(cfg.hydra.run.dir)
     except (HydraException, OmegaConfBaseException) as error:
         causes = [error, *filter(None, [error.__cause__])]
@@ -116,61 +133,30 @@ def composed(words: list[str]) -> tuple[Config, Path]:
     return load(cfg), run_dir
 
 
-def _steps(config: Config, world: int) -> int:
-    """save_steps passes over the photos, in steps.
+def _epochs_to_steps(config: Config, world_size: int) -> int:
+    """Convert `checkpoint.every`, given in passes over the photos, to steps.
 
     Raises:
-        DreamBoothError: there are no photos, or they cannot be had.
+        DreamBoothError: there are no photos, or they cannot be downloaded.
     """
-    train, every = config.train, config.checkpoint.every or 1
-    photos = sum(one.repeats * len(list_photos(_photos(one.instance_dir, config.storage)))
-                 for one in config.dataset.subjects if one.instance_dir)  # one without is told when the run is made
-    return max(1, every * photos // (train.train_batch_size * train.gradient_accumulation_steps * world))
+    train, epochs = config.train, config.checkpoint.every or 1
+    photos = sum(subject.repeats * len(list_photos(_to_local_folder(subject.instance_dir, config.storage)))
+                 for subject in config.dataset.subjects
+                 if subject.instance_dir)  # the run itself reports a missing instance_dir
+    return max(1, epochs * photos // (train.train_batch_size * train.gradient_accumulation_steps * world_size))
 
 
-def _photos(folder: str, spec: Storage) -> Path:
-    """The folder on this disk. From S3 it comes to where the run looks for it, which does not fetch it again."""
+def _to_local_folder(folder: str, storage: Storage) -> Path:
+    """A folder on this disk. One in S3 is downloaded to the run's own cache, so that the run does not repeat it."""
     if not is_remote(folder):
-        return Path(asset(folder))
+        return Path(resolve_asset(folder))
     from dreambooth.storage import folders
 
-    return folders.download(folder, Path(spec.cache).absolute(), parallel=spec.parallel)
+    return folders.download(folder, Path(storage.cache).absolute(), parallel=storage.parallel)
 
 
-def _typed(words: list[str]) -> dict[str, str]:
-    """Overrides as they are typed.
-
-    Raises:
-        UserError: a word is none.
-    """
-    if wrong := [word for word in words if "=" not in word]:
-        raise UserError(f"{wrong[0]} is no override: type key=value after train, such as train.max_train_steps=300")
-    return {key: value for key, _, value in (word.partition("=") for word in words)}
-
-
-@cache
-def _keys() -> frozenset[str]:
-    """Every setting, such as train.seed, and every group."""
-    parts = vars(Config())
-    settings = {f"{name}.{key}" for name, part in parts.items() if is_dataclass(part) for key in vars(part)}
-    single = {name for name, part in parts.items() if not is_dataclass(part)}
-    return frozenset({*settings, *single, *(folder.name for folder in conf_dir().iterdir() if folder.is_dir())})
-
-
-def _known(name: str) -> bool:
-    return name in _keys() or name.startswith(("hydra.", "hydra/", "hardware.node_selector.", "dataset.concepts."))
-
-
-def _plain(override: str) -> bool:
-    try:
-        parsed = OverridesParser.create().parse_override(override)
-    except HydraException:
-        return False
-    return not parsed.is_sweep_override()
-
-
-def _hardware_of(instance_type: str | None) -> str | None:
-    """The option of group hardware for an instance type, else for its family, such as g5 for ml.g5.2xlarge."""
+def _find_hardware_option(instance_type: str | None) -> str | None:
+    """The option of the group hardware for an instance type, else for its family, such as g5 for ml.g5.2xlarge."""
     family = (instance_type or "").rpartition(".")[0]
     options = {path.stem: OmegaConf.load(path) for path in sorted((conf_dir() / "hardware").glob("*.yaml"))}
     exact = (name for name, option in options.items() if instance_type and option.instance_type == instance_type)
@@ -178,7 +164,30 @@ def _hardware_of(instance_type: str | None) -> str | None:
                  if family and (option.instance_type or "").rpartition(".")[0] == family), None)
 
 
-GRAMMAR = requests.Grammar(_known, tuple(sorted(_keys())), _plain)
+@cache
+def _config_keys() -> frozenset[str]:
+    """Every setting, such as train.seed, and every group."""
+    sections = vars(Config())
+    settings = {f"{name}.{key}" for name, section in sections.items() if is_dataclass(section) for key in vars(section)}
+    top_level = {name for name, section in sections.items() if not is_dataclass(section)}
+    groups = (folder.name for folder in conf_dir().iterdir() if folder.is_dir())
+    return frozenset({*settings, *top_level, *groups})
+
+
+def _is_known_key(name: str) -> bool:
+    prefixes = ("hydra.", "hydra/", "hardware.node_selector.", "dataset.concepts.")
+    return name in _config_keys() or name.startswith(prefixes)
+
+
+def _is_single_value(override: str) -> bool:
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return not parsed.is_sweep_override()
+
+
+GRAMMAR = OverrideGrammar(_is_known_key, tuple(sorted(_config_keys())), _is_single_value)
 
 
 if __name__ == "__main__":

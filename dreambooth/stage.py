@@ -1,8 +1,8 @@
-"""The door `python -m dreambooth.stage`: one stage of a workflow, in the image. Nothing heavy is imported here.
+"""The command `python -m dreambooth.stage`, which a workflow engine runs in the image: one stage of a workflow.
 
-A workflow engine hands over overrides as one text, and reads files afterwards. The stage types the words of a door
-(`train`, `evaluate`, ...), runs it, passes signals on, and keeps its exit code: an engine may then repeat what was
-interrupted and nothing else.
+The engine passes overrides as one text, and afterwards reads files. A stage runs another command (`train`, `evaluate`,
+...) as a child process, forwards signals to it, and ends with its exit code, so that the engine can repeat a stage
+that was interrupted, and no other. Nothing heavy is imported here.
 """
 
 import argparse
@@ -18,142 +18,157 @@ from dreambooth import cli
 from dreambooth.config.compose import search_space
 from dreambooth.config.enums import Device
 from dreambooth.config.recipe import resolve
-from dreambooth.container import cluster as clusters
-from dreambooth.container.supervisor import End, Supervisor
-from dreambooth.entrypoint import composed
+from dreambooth.container.cluster import count_gpus, limit_to_one_process, parse_resource_config
+from dreambooth.container.supervisor import ExitStatus, Supervisor
+from dreambooth.entrypoint import compose_run
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.kubernetes import exit_report, kfp_components
-from dreambooth.kubernetes.workflow_spec import HERE, SERVER, TRIAL, Space
-from dreambooth.storage.folders import SCHEME
+from dreambooth.kubernetes.workflow_spec import TRACKING_OVERRIDE, TRACKING_URI, TRIAL_RUN_DIR, SearchSpace
+from dreambooth.storage.folders import S3_SCHEME
 
 STAGES = ("validate", "class-images", "train", "evaluate", "promote", "ended")
-# Planned once, whatever these are. Not `sweep`: a search space may choose the method.
-SAME_MEMORY = {"train.learning_rate", "train.max_train_steps", "prior.prior_loss_weight", "method.alpha"}
-LEFT = ("result.json", "contact_sheet.png", "evaluation.json")  # what a run leaves for who looks at it
+# Keys that do not change how much memory a run needs: trials that differ in them alone are planned once. `sweep` is
+# not one of them, because a search space may choose the method.
+MEMORY_NEUTRAL_KEYS = {"train.learning_rate", "train.max_train_steps", "prior.prior_loss_weight", "method.alpha"}
+RUN_FILES = ("result.json", "contact_sheet.png", "evaluation.json")  # files of a run that the engine keeps as artifacts
 
 
 def parser() -> argparse.ArgumentParser:
-    """What `python -m dreambooth.stage` understands."""
-    found = argparse.ArgumentParser(prog="python -m dreambooth.stage", description=(__doc__ or "").split("\n")[0],
-                                    epilog="KEY=VALUE, a word each, are overrides too; they beat the texts")
-    found.add_argument("stage", choices=STAGES)
-    found.add_argument("--words", default="", help="overrides as one text, as they are typed into a shell")
-    found.add_argument("--trial", default="", help="overrides of this run of a sweep, as one text")
-    found.add_argument("--space", default="", help="search space whose runs are checked and listed")
-    found.add_argument("--out", type=Path, default=Path("stage"), help="folder for what an engine reads")
-    found.add_argument("--kfp", default="", help="Kubeflow Pipelines' executor input, as JSON")
-    found.add_argument("--status", default="", help="how the workflow ended")
-    found.add_argument("--failures", default="null", help="Argo's list of what failed, as JSON")
-    return found
+    """The command line of `python -m dreambooth.stage`."""
+    command_line = argparse.ArgumentParser(
+        prog="python -m dreambooth.stage", description=(__doc__ or "").split("\n")[0],
+        epilog="arguments KEY=VALUE are overrides too, and take precedence over --words and --trial")
+    command_line.add_argument("stage", choices=STAGES)
+    command_line.add_argument("--words", default="", help="overrides as one text, quoted as for a shell")
+    command_line.add_argument("--trial", default="", help="overrides of one trial of a sweep, as one text")
+    command_line.add_argument("--space", default="", help="search space whose trials are checked and listed")
+    command_line.add_argument("--out", type=Path, default=Path("stage"), help="folder for files that the engine reads")
+    command_line.add_argument("--kfp", default="", help="executor input of Kubeflow Pipelines, as JSON")
+    command_line.add_argument("--status", default="", help="final status of the workflow")
+    command_line.add_argument("--failures", default="null", help="Argo's list of failed pods, as JSON")
+    return command_line
 
 
 def main() -> None:
-    """One stage."""
-    asked = cli.with_overrides(parser())
-    asked.out.mkdir(parents=True, exist_ok=True)
-    end = End()
+    """Run one stage and exit with its code."""
+    options = cli.parse_with_overrides(parser())
+    options.out.mkdir(parents=True, exist_ok=True)
+    status = ExitStatus()
 
     def job() -> None:
-        nonlocal end
-        if asked.stage == "ended":
-            print("\n".join(exit_report.told(asked.status, asked.failures)))
+        nonlocal status
+        if options.stage == "ended":
+            print("\n".join(exit_report.format_report(options.status, options.failures)))
             return
-        end = _run(asked, Supervisor())
-        if asked.kfp and not end.code:
-            kfp_components.hand_over(asked.kfp, asked.out)
+        status = _run_stage(options, Supervisor())
+        if options.kfp and not status.code:
+            kfp_components.write_outputs(options.kfp, options.out)
 
-    cli.attempt(job, sweep=False)
-    if end.code:
-        sys.exit(end.code)
-    cli.leave()
-
-
-def _run(asked: argparse.Namespace, supervisor: Supervisor) -> End:
-    words = [*_split(asked.words), *asked.overrides]
-    if asked.stage == "validate":
-        return _validate(words, asked.space, asked.out, supervisor)
-    if asked.stage == "evaluate":
-        run = Path(next((word[4:] for word in words if word.startswith("run=")), ""))
-        return _kept(supervisor.run(_door("evaluate", words), {}), run, asked.out)
-    if asked.stage == "promote":
-        return _promote(words, asked.out, supervisor)
-    words = _words(words, _split(asked.trial))
-    if asked.stage == "class-images":
-        return supervisor.run(_door("class_images", words), {})
-    config, run_dir = composed(words)
-    cluster = clusters.cluster({}, clusters.gpus() or 1)
-    if config.hardware.device is Device.cpu:
-        cluster = clusters.on_cpu(cluster)
-    print(f"dreambooth: python -m dreambooth.train {shlex.join(words)}", flush=True)
-    return _kept(supervisor.run(cluster.command(words), {}, launcher=cluster.world > 1), run_dir, asked.out)
+    cli.run_job(job, sweep=False)
+    if status.code:
+        sys.exit(status.code)
+    cli.exit_process()
 
 
-def _validate(words: list[str], space: str, out: Path, supervisor: Supervisor) -> End:
-    """Compose, resolve and plan every run before the first is paid for; list them.
-
-    Raises:
-        ConfigError: what is wrong with any of them.
-    """
-    trials = Space(space, search_space(space)).without(words).trials() if space else [()]
-    problems: list[str] = []
-    plans: dict[tuple[str, ...], None] = {}
-    for trial in trials:
-        try:
-            config, run_dir = composed(_words(words, trial))
-            resolve(config, run_dir)
-        except UserError as error:
-            problems += error.problems if isinstance(error, ConfigError) else [str(error)]
-        plans[tuple(word for word in trial if word.partition("=")[0] not in SAME_MEMORY)] = None
-    if problems:
-        raise ConfigError(*dict.fromkeys(problems))
-    for trial in plans:
-        end = supervisor.run(_door("plan", [word for word in (*words, *trial) if SCHEME not in word]), {})
-        if end.code:
-            return end
-    (out / "trials").write_text(json.dumps([shlex.join(trial) for trial in trials]), encoding="utf-8")
-    print(f"{len(trials)} run{'s' * (len(trials) > 1)}, checked and planned")
-    return End()
+def _run_stage(options: argparse.Namespace, supervisor: Supervisor) -> ExitStatus:
+    overrides = [*_split_overrides(options.words), *options.overrides]
+    if options.stage == "validate":
+        return _validate(overrides, options.space, options.out, supervisor)
+    if options.stage == "evaluate":
+        status = supervisor.run(_module_command("evaluate", overrides), {})
+        run_dir = Path(next((override[4:] for override in overrides if override.startswith("run=")), ""))
+        return _copy_outputs(status, run_dir, options.out)
+    if options.stage == "promote":
+        return _promote(overrides, options.out, supervisor)
+    overrides = _run_overrides(overrides, _split_overrides(options.trial))
+    if options.stage == "class-images":
+        return supervisor.run(_module_command("class_images", overrides), {})
+    return _train(overrides, options.out, supervisor)
 
 
-def _promote(words: list[str], out: Path, supervisor: Supervisor) -> End:
-    """Draw the page of the sweep, for whoever cannot look into MLflow, then promote the best."""
-    root = Path(next((word[9:] for word in reversed(words) if word.startswith("run_root=")), "runs"))
-    both = [word for word in words if word.startswith(("sweep=", "run_root="))]
-    supervisor.run(_door("compare", [*both, f"out={out / 'compare.html'}"]), {})
-    end = supervisor.run(_door("promote", [f"default_uri={HERE}", *words]), {})
-    if not end.code:
-        shutil.copyfile(root / "promoted.json", out / "promoted.json")
-    return end
-
-
-def _words(words: Sequence[str], trial: Sequence[str]) -> list[str]:
-    """The overrides of a run; those that are typed beat what a workflow adds. A trial is named by what differs."""
-    pairs = [word.partition("=") for word in trial if not word.startswith("sweep=")]
-    named = " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
-    return [SERVER, *([TRIAL, f'tracking.run_name="{named}"'] if named else ()), *words, *trial]
-
-
-def _split(text: str) -> list[str]:
+def _split_overrides(text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise UserError(f"these overrides cannot be read ({error}): type them as into a shell, {text}") from error
+        raise UserError(f"these overrides cannot be read ({error}): quote them as for a shell, {text}") from error
 
 
-def _door(name: str, words: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", f"dreambooth.{name}", *words]
+def _run_overrides(overrides: Sequence[str], trial: Sequence[str]) -> list[str]:
+    """The overrides of a run. Those of the user come after those that a workflow adds, and so take precedence.
+
+    A trial is named in MLflow by the overrides that distinguish it.
+    """
+    pairs = [override.partition("=") for override in trial if not override.startswith("sweep=")]
+    run_name = " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
+    trial_overrides = (TRIAL_RUN_DIR, f'tracking.run_name="{run_name}"') if run_name else ()
+    return [TRACKING_OVERRIDE, *trial_overrides, *overrides, *trial]
 
 
-def _kept(end: End, run: Path, out: Path) -> End:
-    """Copy what an engine reads: the run's folder and objective as texts, its results as files."""
-    for name in LEFT:
-        if (run / name).is_file():
-            shutil.copyfile(run / name, out / name)
-    (out / "run").write_text(str(run.absolute()), encoding="utf-8")
+def _validate(overrides: list[str], space: str, out: Path, supervisor: Supervisor) -> ExitStatus:
+    """Compose, resolve and plan every run before the first GPU is paid for; write the list of trials.
+
+    Raises:
+        ConfigError: the problems of all runs.
+    """
+    trials = SearchSpace(space, search_space(space)).without_overridden(overrides).trials() if space else [()]
+    problems: list[str] = []
+    plans: dict[tuple[str, ...], None] = {}  # the distinct trials to plan, in order
+    for trial in trials:
+        try:
+            config, run_dir = compose_run(_run_overrides(overrides, trial))
+            resolve(config, run_dir)
+        except UserError as error:
+            problems += error.problems if isinstance(error, ConfigError) else [str(error)]
+        plans[tuple(override for override in trial if override.partition("=")[0] not in MEMORY_NEUTRAL_KEYS)] = None
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    for trial in plans:
+        local = [override for override in (*overrides, *trial) if S3_SCHEME not in override]
+        status = supervisor.run(_module_command("plan", local), {})
+        if status.code:
+            return status
+    (out / "trials").write_text(json.dumps([shlex.join(trial) for trial in trials]), encoding="utf-8")
+    print(f"{len(trials)} run{'s' * (len(trials) > 1)}, checked and planned")
+    return ExitStatus()
+
+
+def _train(overrides: list[str], out: Path, supervisor: Supervisor) -> ExitStatus:
+    config, run_dir = compose_run(overrides)
+    cluster = parse_resource_config({}, count_gpus() or 1)
+    if config.hardware.device is Device.cpu:
+        cluster = limit_to_one_process(cluster)
+    print(f"dreambooth: python -m dreambooth.train {shlex.join(overrides)}", flush=True)
+    status = supervisor.run(cluster.train_command(overrides), {}, launcher=cluster.world_size > 1)
+    return _copy_outputs(status, run_dir, out)
+
+
+def _promote(overrides: list[str], out: Path, supervisor: Supervisor) -> ExitStatus:
+    """Write the comparison page of the sweep, for users without access to MLflow, then promote the best model."""
+    prefix = "run_root="
+    run_root = Path(next((override.removeprefix(prefix) for override in reversed(overrides)
+                          if override.startswith(prefix)), "runs"))
+    shared = [override for override in overrides if override.startswith(("sweep=", prefix))]
+    supervisor.run(_module_command("compare", [*shared, f"out={out / 'compare.html'}"]), {})
+    status = supervisor.run(_module_command("promote", [f"default_uri={TRACKING_URI}", *overrides]), {})
+    if not status.code:
+        shutil.copyfile(run_root / "promoted.json", out / "promoted.json")
+    return status
+
+
+def _module_command(name: str, overrides: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", f"dreambooth.{name}", *overrides]
+
+
+def _copy_outputs(status: ExitStatus, run_dir: Path, out: Path) -> ExitStatus:
+    """Write what an engine reads: run folder and objective as texts, results as files. Return the status unchanged."""
+    for name in RUN_FILES:
+        if (run_dir / name).is_file():
+            shutil.copyfile(run_dir / name, out / name)
+    (out / "run").write_text(str(run_dir.absolute()), encoding="utf-8")
     with suppress(FileNotFoundError):
-        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
         (out / "objective").write_text(str(result["objective"]), encoding="utf-8")
-    return end
+    return status
 
 
 if __name__ == "__main__":

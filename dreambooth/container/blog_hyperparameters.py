@@ -1,136 +1,141 @@
-"""The names that the seed blog's notebook sends, and what each is called here: one table."""
+"""Hyperparameters of the original blog post's notebook, translated to configuration keys."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from dreambooth.config.storage import is_remote
 from dreambooth.container import hyperparameter_values
-from dreambooth.container.sagemaker_paths import Places
+from dreambooth.container.sagemaker_paths import SageMakerPaths
 from dreambooth.errors import ConfigError
 
-SUCCESSORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # withdrawn -> the same
+SUCCESSORS = {  # model that was withdrawn from the hub -> the same model under its new name
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 PRECISIONS = {"no": "fp32", "fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
 ATTENTIONS = {"default": "sdpa", "sdpa": "sdpa", "xformers": "xformers", "sliced": "sliced", "eager": "eager"}
 
 
 @dataclass
-class Blog:
-    """What the blog's names ask for."""
+class BlogSettings:
+    """The settings that a job's blog hyperparameters ask for."""
 
     overrides: dict[str, str] = field(default_factory=dict)  # key -> value in Hydra's grammar
-    names: dict[str, str] = field(default_factory=dict)  # key -> the blog's name that asked for it
+    names: dict[str, str] = field(default_factory=dict)  # key -> name of the hyperparameter that sets it
     paths: dict[str, str] = field(default_factory=dict)  # key -> a folder, or a hub id
     notices: list[str] = field(default_factory=list)
-    epochs: bool = False  # checkpoint.every counts passes over the photos
-    upload: str | None = None  # an S3 folder for a copy of the model
+    save_by_epochs: bool = False  # checkpoint.every counts passes over the photos
+    upload_uri: str | None = None  # S3 folder for a copy of the model
 
 
-Reader = Callable[[str], str]  # as it came -> value in Hydra's grammar
+Converter = Callable[[str], str]  # raw hyperparameter -> value in Hydra's grammar
 
 
-def _word(raw: str) -> str:
-    return hyperparameter_values.quoted(hyperparameter_values.text(raw))
+def _format_text(raw: str) -> str:
+    return hyperparameter_values.quote(hyperparameter_values.parse_text(raw))
 
 
-def _truth(raw: str) -> str:
-    return str(hyperparameter_values.truth(raw)).lower()
+def _format_bool(raw: str) -> str:
+    return str(hyperparameter_values.parse_bool(raw)).lower()
 
 
-def _opposite(raw: str) -> str:
-    return str(not hyperparameter_values.truth(raw)).lower()
+def _format_negated_bool(raw: str) -> str:
+    return str(not hyperparameter_values.parse_bool(raw)).lower()
 
 
-def _whole(raw: str) -> str:
-    return str(hyperparameter_values.whole(raw))
+def _format_int(raw: str) -> str:
+    return str(hyperparameter_values.parse_int(raw))
 
 
-def _number(raw: str) -> str:
-    return repr(hyperparameter_values.number(raw))
+def _format_float(raw: str) -> str:
+    return repr(hyperparameter_values.parse_float(raw))
 
 
-def _one_of(known: Mapping[str, str]) -> Reader:
-    def read(raw: str) -> str:
-        word = hyperparameter_values.text(raw)
-        if word not in known:
-            raise ValueError(f"must be one of {', '.join(known)}, not {word!r}")
-        return known[word]
-    return read
+def _choose_from(options: Mapping[str, str]) -> Converter:
+    def choose(raw: str) -> str:
+        text = hyperparameter_values.parse_text(raw)
+        if text not in options:
+            raise ValueError(f"must be one of {', '.join(options)}, not {text!r}")
+        return options[text]
+    return choose
 
 
-def _adam(raw: str) -> str:
-    return "adamw8bit" if hyperparameter_values.truth(raw) else "adamw"
+def _choose_optimizer(raw: str) -> str:
+    return "adamw8bit" if hyperparameter_values.parse_bool(raw) else "adamw"
 
 
-TABLE: dict[str, tuple[str, Reader]] = {  # the blog's name -> key here, how its value is read
-    "model_name": ("name", _word),
-    "mixed_precision": ("precision", _one_of(PRECISIONS)),
-    "with_prior_preservation": ("prior.with_prior_preservation", _truth),
-    "instance_prompt": ("dataset.instance_prompt", _word),
-    "class_prompt": ("dataset.class_prompt", _word),
-    "resolution": ("model.resolution", _whole),
-    "train_batch_size": ("train.train_batch_size", _whole),
-    "sample_batch_size": ("prior.sample_batch_size", _whole),
-    "gradient_accumulation_steps": ("train.gradient_accumulation_steps", _whole),
-    "learning_rate": ("train.learning_rate", _number),
-    "lr_scheduler": ("train.lr_scheduler", _word),
-    "lr_warmup_steps": ("train.lr_warmup_steps", _whole),
-    "num_class_images": ("prior.num_class_images", _whole),
-    "max_train_steps": ("train.max_train_steps", _whole),
-    "save_steps": ("checkpoint.every", _whole),
-    "attention": ("attention", _one_of(ATTENTIONS)),
-    "prior_loss_weight": ("prior.prior_loss_weight", _number),
-    "use_ema": ("train.use_ema", _truth),
-    "train_text_encoder": ("train.train_text_encoder", _truth),
-    "not_cache_latents": ("memory.cache_latents", _opposite),
-    "gradient_checkpointing": ("memory.gradient_checkpointing", _truth),
-    "use_8bit_adam": ("optimizer", _adam),
+ALIASES: dict[str, tuple[str, Converter]] = {  # blog hyperparameter -> configuration key, how its value is converted
+    "model_name": ("name", _format_text),
+    "mixed_precision": ("precision", _choose_from(PRECISIONS)),
+    "with_prior_preservation": ("prior.with_prior_preservation", _format_bool),
+    "instance_prompt": ("dataset.instance_prompt", _format_text),
+    "class_prompt": ("dataset.class_prompt", _format_text),
+    "resolution": ("model.resolution", _format_int),
+    "train_batch_size": ("train.train_batch_size", _format_int),
+    "sample_batch_size": ("prior.sample_batch_size", _format_int),
+    "gradient_accumulation_steps": ("train.gradient_accumulation_steps", _format_int),
+    "learning_rate": ("train.learning_rate", _format_float),
+    "lr_scheduler": ("train.lr_scheduler", _format_text),
+    "lr_warmup_steps": ("train.lr_warmup_steps", _format_int),
+    "num_class_images": ("prior.num_class_images", _format_int),
+    "max_train_steps": ("train.max_train_steps", _format_int),
+    "save_steps": ("checkpoint.every", _format_int),
+    "attention": ("attention", _choose_from(ATTENTIONS)),
+    "prior_loss_weight": ("prior.prior_loss_weight", _format_float),
+    "use_ema": ("train.use_ema", _format_bool),
+    "train_text_encoder": ("train.train_text_encoder", _format_bool),
+    "not_cache_latents": ("memory.cache_latents", _format_negated_bool),
+    "gradient_checkpointing": ("memory.gradient_checkpointing", _format_bool),
+    "use_8bit_adam": ("optimizer", _choose_optimizer),
 }
-PATHS = {
+PATH_ALIASES = {
     "pretrained_model_name_or_path": "model.source",
     "instance_data_dir": "dataset.instance_dir",
     "class_data_dir": "dataset.class_dir",
 }
-APART = ("models_path", "manul_upload_model_path", "save_use_epochs")  # no key here; the blog spells it so
-NAMES = (*TABLE, *PATHS, *APART)
+# Hyperparameters without a configuration key of their own. The misspelling "manul" is the blog's.
+KEYLESS = ("models_path", "manul_upload_model_path", "save_use_epochs")
+NAMES = (*ALIASES, *PATH_ALIASES, *KEYLESS)
 
 
-def read(hyperparameters: Mapping[str, str], places: Places) -> Blog:
-    """What those hyperparameters ask for that have the blog's names.
+def parse(hyperparameters: Mapping[str, str], paths: SageMakerPaths) -> BlogSettings:
+    """Translate those hyperparameters that have a blog name; ignore the others.
 
     Raises:
-        ConfigError: values are not what their names ask for; all of them, each by its name.
+        ConfigError: values have the wrong type; one problem per hyperparameter, all of them together.
     """
-    blog = Blog()
+    settings = BlogSettings()
     problems: list[str] = []
     for name, raw in hyperparameters.items():
         try:
-            if name in TABLE:
-                key, reader = TABLE[name]
-                blog.overrides[key], blog.names[key] = reader(raw), name
-            elif name in PATHS:
-                key = PATHS[name]
-                blog.paths[key], blog.names[key] = _path(blog, hyperparameter_values.text(raw), places), name
-            elif name in APART:
-                problems += _apart(blog, name, raw, places)
+            if name in ALIASES:
+                key, convert = ALIASES[name]
+                settings.overrides[key], settings.names[key] = convert(raw), name
+            elif name in PATH_ALIASES:
+                key = PATH_ALIASES[name]
+                path = _resolve_path(settings, hyperparameter_values.parse_text(raw), paths)
+                settings.paths[key], settings.names[key] = path, name
+            elif name in KEYLESS:
+                problems += _parse_keyless(settings, name, raw, paths)
         except ValueError as error:
             problems.append(f"{name} {error}")
     if problems:
         raise ConfigError(*problems)
-    return blog
+    return settings
 
 
-def _path(blog: Blog, path: str, places: Places) -> str:
+def _resolve_path(settings: BlogSettings, path: str, paths: SageMakerPaths) -> str:
     if path in SUCCESSORS:
-        blog.notices.append(f"{path} was withdrawn from the hub: {SUCCESSORS[path]} is the same model, and is taken")
-    return places.meant(SUCCESSORS.get(path, path))
+        settings.notices.append(f"{path} was withdrawn from the hub: using {SUCCESSORS[path]}, the same model")
+    return paths.relocate(SUCCESSORS.get(path, path))
 
 
-def _apart(blog: Blog, name: str, raw: str, places: Places) -> Iterator[str]:
+def _parse_keyless(settings: BlogSettings, name: str, raw: str, paths: SageMakerPaths) -> Iterator[str]:
     if name == "save_use_epochs":
-        blog.epochs = hyperparameter_values.truth(raw)
+        settings.save_by_epochs = hyperparameter_values.parse_bool(raw)
     elif name == "manul_upload_model_path":
-        blog.upload = hyperparameter_values.text(raw) or None
-        if blog.upload and not is_remote(blog.upload):
-            yield f"{name} must be a folder in S3, such as s3://BUCKET/PREFIX, not {blog.upload!r}"
-    elif places.meant(hyperparameter_values.text(raw)).rstrip("/") != str(places.model):
-        yield f"{name} must be {places.model}, which SageMaker keeps, not {hyperparameter_values.text(raw)!r}"
+        settings.upload_uri = hyperparameter_values.parse_text(raw) or None
+        if settings.upload_uri and not is_remote(settings.upload_uri):
+            yield f"{name} must be a folder in S3, such as s3://BUCKET/PREFIX, not {settings.upload_uri!r}"
+    else:
+        path = hyperparameter_values.parse_text(raw)
+        if paths.relocate(path).rstrip("/") != str(paths.model):
+            yield f"{name} must be {paths.model}, the folder that SageMaker uploads, not {path!r}"

@@ -1,4 +1,4 @@
-"""How many processes train, where, and the command that starts them."""
+"""The hosts and processes of a job, and the command that starts training on this host."""
 
 import os
 import subprocess
@@ -8,71 +8,76 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-PORT = "29500"  # PyTorch's own default
-COUNT = "import torch; print(torch.cuda.device_count())"
-PATIENCE = "110"  # seconds that PyTorch's launcher waits for processes to save; SageMaker kills after 120
+MASTER_PORT = "29500"  # PyTorch's default
+COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
+# Seconds that PyTorch's launcher waits for processes to save a checkpoint. SageMaker kills the job after 120.
+SHUTDOWN_TIMEOUT = "110"
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The hosts of a job, and this one's processes."""
+    """The hosts of a job, and the number of training processes on each."""
 
     hosts: tuple[str, ...] = ("localhost",)
-    host: str = "localhost"
-    processes: int = 1  # on each host
-    interface: str | None = None  # network interface between hosts
+    host: str = "localhost"  # this host
+    processes_per_host: int = 1
+    network_interface: str | None = None  # between hosts
     instance_type: str | None = None
 
     @property
-    def first(self) -> bool:
-        """True on the host that keeps the result."""
+    def is_first_host(self) -> bool:
+        """Whether this host publishes the result."""
         return self.host == self.hosts[0]
 
     @property
-    def world(self) -> int:
-        return len(self.hosts) * self.processes
+    def world_size(self) -> int:
+        """Number of training processes on all hosts."""
+        return len(self.hosts) * self.processes_per_host
 
-    def command(self, words: list[str], environment: Mapping[str, str] = os.environ) -> list[str]:
-        """Trains with those overrides: one process, or data parallel through PyTorch's launcher."""
-        door = ["-m", "dreambooth.train", *words]
-        if self.world == 1:
-            return [sys.executable, *door]
-        launcher = [sys.executable, "-m", "dreambooth.container.torchrun", "--nproc-per-node", str(self.processes),
-                    "--shutdown-timeout", PATIENCE]
+    def train_command(self, overrides: list[str], environment: Mapping[str, str] = os.environ) -> list[str]:
+        """The command that trains with these overrides: one process, or data parallel through PyTorch's launcher."""
+        train = ["-m", "dreambooth.train", *overrides]
+        if self.world_size == 1:
+            return [sys.executable, *train]
+        launcher = [sys.executable, "-m", "dreambooth.container.torchrun",
+                    "--nproc-per-node", str(self.processes_per_host), "--shutdown-timeout", SHUTDOWN_TIMEOUT]
         if len(self.hosts) == 1:
-            return [*launcher, "--standalone", *door]
+            return [*launcher, "--standalone", *train]
         return [*launcher, "--nnodes", str(len(self.hosts)), "--node-rank", str(self.hosts.index(self.host)),
-                "--master-addr", self.hosts[0], "--master-port", environment.get("MASTER_PORT", PORT), *door]
+                "--master-addr", self.hosts[0], "--master-port", environment.get("MASTER_PORT", MASTER_PORT), *train]
 
-    def environment(self) -> dict[str, str]:
-        """What NCCL and gloo ask for to find the other hosts."""
-        if len(self.hosts) == 1 or not self.interface:
+    def network_environment(self) -> dict[str, str]:
+        """Environment variables by which NCCL and Gloo find the other hosts."""
+        if len(self.hosts) == 1 or not self.network_interface:
             return {}
-        return {"NCCL_SOCKET_IFNAME": self.interface, "GLOO_SOCKET_IFNAME": self.interface}
+        return {"NCCL_SOCKET_IFNAME": self.network_interface, "GLOO_SOCKET_IFNAME": self.network_interface}
 
 
-def cluster(told: Mapping[str, Any], processes: int) -> Cluster:
-    """The cluster that resourceconfig.json tells of; without one, this machine."""
-    if not told.get("hosts"):
-        return Cluster(processes=processes, instance_type=told.get("current_instance_type"))
-    hosts = tuple(sorted(told["hosts"]))  # the same order everywhere
-    return Cluster(hosts, told.get("current_host", hosts[0]), processes, told.get("network_interface_name"),
-                   told.get("current_instance_type"))
+def parse_resource_config(resource_config: Mapping[str, Any], processes_per_host: int) -> Cluster:
+    """The cluster that resourceconfig.json describes; this machine alone if the file names no hosts."""
+    if not resource_config.get("hosts"):
+        return Cluster(processes_per_host=processes_per_host,
+                       instance_type=resource_config.get("current_instance_type"))
+    hosts = tuple(sorted(resource_config["hosts"]))  # the same order on every host
+    return Cluster(hosts, resource_config.get("current_host", hosts[0]), processes_per_host,
+                   resource_config.get("network_interface_name"), resource_config.get("current_instance_type"))
 
 
-def on_cpu(cluster: Cluster) -> Cluster:
-    """The same with one process a host: the cards are not used."""
-    return replace(cluster, processes=1)
+def limit_to_one_process(cluster: Cluster) -> Cluster:
+    """The same cluster with one process per host, for a run that does not use the GPUs."""
+    return replace(cluster, processes_per_host=1)
 
 
-def gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
-    """How many CUDA cards PyTorch sees here: asked in a process of its own, so that this one stays small.
+def count_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
+    """Number of CUDA devices on this host.
 
-    Where there is none, not even that. A container that got some of the host's cards has them by the host's numbers.
+    SM_NUM_GPUS decides if it is set. Otherwise PyTorch counts, in a separate process, so that this one need not import
+    torch. Without any /dev/nvidiaN PyTorch is not asked at all. Device files only show that there are GPUs: a
+    container that was given some of the host's GPUs sees them under the host's numbers.
     """
-    if said := environment.get("SM_NUM_GPUS"):
-        return int(said) if said.isdecimal() else 0
+    if gpus := environment.get("SM_NUM_GPUS"):
+        return int(gpus) if gpus.isdecimal() else 0
     if not any(devices.glob("nvidia[0-9]*")):
         return 0
-    asked = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, check=False)
-    return int(asked.stdout) if asked.stdout.strip().isdecimal() else 0
+    process = subprocess.run([sys.executable, "-c", COUNT_GPUS], capture_output=True, text=True, check=False)
+    return int(process.stdout) if process.stdout.strip().isdecimal() else 0

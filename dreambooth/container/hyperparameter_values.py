@@ -1,6 +1,7 @@
-"""Hyperparameters arrive as text, plain or JSON-encoded. They are read strictly: "False" is false, "maybe" an error.
+"""Strict parsers for the values of hyperparameters, which arrive as text, plain or JSON-encoded.
 
-Each reader raises ValueError with the end of a sentence that begins with the hyperparameter's name.
+"False" is false and "maybe" is an error. Each parser raises ValueError with the second half of a sentence whose
+subject is the hyperparameter's name.
 """
 
 import json
@@ -9,58 +10,53 @@ import re
 from typing import Any
 
 
-def text(raw: str) -> str:
-    """A text. A blank may be escaped by a backslash, as the blog's notebook does for its shell."""
-    found = decoded(raw)
-    if isinstance(found, str):
-        raw = found
-    elif len(raw) > 1 and raw[0] == raw[-1] == '"':  # quoted, but a backslash in it is no JSON
+def parse_text(raw: str) -> str:
+    """Parse a text. Remove the backslashes that the blog's notebook puts before spaces for its shell."""
+    value = decode_json(raw)
+    if isinstance(value, str):
+        raw = value
+    elif len(raw) > 1 and raw[0] == raw[-1] == '"':  # quoted, but a backslash in it makes it invalid JSON
         raw = raw[1:-1]
     return re.sub(r"\\(?=\s)", "", raw)
 
 
-def truth(raw: str) -> bool:
-    """true or false, in any case of letters."""
-    word = text(raw).strip().lower()
+def parse_bool(raw: str) -> bool:
+    """Parse true or false, in upper or lower case."""
+    word = parse_text(raw).strip().lower()
     if word not in ("true", "false"):
-        raise ValueError(f"must be true or false, not {text(raw)!r}")
+        raise ValueError(f"must be true or false, not {parse_text(raw)!r}")
     return word == "true"
 
 
-def whole(raw: str) -> int:
-    """A whole number."""
-    word = text(raw).strip()
+def parse_int(raw: str) -> int:
+    """Parse a whole number."""
+    word = parse_text(raw).strip()
     if not re.fullmatch(r"[+-]?[0-9]+", word):
-        raise ValueError(f"must be a whole number, not {text(raw)!r}")
+        raise ValueError(f"must be a whole number, not {parse_text(raw)!r}")
     return int(word)
 
 
-def number(raw: str) -> float:
-    """A finite number."""
-    word = text(raw).strip()
+def parse_float(raw: str) -> float:
+    """Parse a finite number."""
+    word = parse_text(raw).strip()
     if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", word) or math.isinf(float(word)):
-        raise ValueError(f"must be a number, not {text(raw)!r}")
+        raise ValueError(f"must be a number, not {parse_text(raw)!r}")
     return float(word)
 
 
-def decoded(raw: str) -> Any:
-    """What the text says as JSON; None if it is none."""
+def decode_json(raw: str) -> Any:
+    """The value that a JSON text encodes; None if the text is not JSON."""
     try:
         return json.loads(raw)
     except (ValueError, RecursionError):
         return None
 
 
-def encoded(value: Any) -> str:
-    """As JSON, as a hyperparameter that is no text would have come."""
-    return json.dumps(value)
+def quote(text: str) -> str:
+    """Quote a text so that Hydra's override grammar reads exactly this text.
 
-
-def quoted(plain: str) -> str:
-    """A text in the grammar of Hydra's overrides, where it means itself and nothing else.
-
-    A backslash counts there only before a quote and before ${, which would ask for another setting.
+    In that grammar a backslash is an escape only before a quote and before ${, which starts an interpolation.
     """
-    plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", plain)
-    ended = re.sub(r"(\\+)$", r"\1\1", re.sub(r"(\\*)'", r"\1\1\\'", plain))
-    return f"'{ended}'"
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    escaped = re.sub(r"(\\+)$", r"\1\1", re.sub(r"(\\*)'", r"\1\1\\'", text))
+    return f"'{escaped}'"

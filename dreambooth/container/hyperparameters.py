@@ -1,7 +1,7 @@
-"""Hyperparameters, channels and the machine -> the overrides of one run.
+"""Turns the hyperparameters and channels of a job into the overrides of one run.
 
-Later beats earlier: what the machine and the channels say, the blog's names, overrides. An override may make one of the
-blog's names idle; that is told, never silent.
+Precedence, lowest first: the instance type, blog hyperparameters, channels, overrides. An override may leave a blog
+hyperparameter or a channel without effect; a notice in the log then says so.
 """
 
 import difflib
@@ -12,169 +12,180 @@ from pathlib import Path
 
 from dreambooth.config.storage import is_remote
 from dreambooth.container import blog_hyperparameters, hyperparameter_values
-from dreambooth.container.sagemaker_paths import Places
+from dreambooth.container.blog_hyperparameters import BlogSettings
+from dreambooth.container.sagemaker_paths import SageMakerPaths
 from dreambooth.data.photos import list_photos
 from dreambooth.errors import ConfigError, UserError
-from dreambooth.storage.run_inputs import model_in
-from dreambooth.utils.atomic_files import whole_folder
+from dreambooth.storage.run_inputs import model_folder
+from dreambooth.utils.atomic_files import write_folder
 
-CHANNELS = {  # of the job -> the key that its folder becomes
+CHANNEL_KEYS = {  # channel of the job -> configuration key that its folder sets
     "images": "dataset.instance_dir", "training": "dataset.instance_dir", "train": "dataset.instance_dir",
     "class_images": "dataset.class_dir", "base_model": "model.source", "model": "model.source",
 }
-OTHERS = ("code", "sm_drivers")  # channels in which the SageMaker SDK sends files of its own
-SDK = ("sagemaker_", "_tuning_")  # hyperparameters that it adds for containers of its own start like this
-IDLE = {"model": ("model.source", "model.resolution")}  # an override -> what of the blog's it decides instead
-CUDA_ONLY = {"precision": ("fp16",), "attention": ("xformers",)}  # what hardware=cpu cannot do
+SDK_CHANNELS = ("code", "sm_drivers")  # channels in which the SageMaker SDK sends files of its own
+SDK_PREFIXES = ("sagemaker_", "_tuning_")  # of hyperparameters that the SDK adds for its own containers
+SUPERSEDED = {"model": ("model.source", "model.resolution")}  # overridden group -> keys that it then decides
+CUDA_ONLY = {"precision": ("fp16",), "attention": ("xformers",)}  # options that hardware=cpu does not support
 BLOG_HARDWARE = "g4dn"
 
 
 @dataclass
-class Request:
-    """One run, as it was asked for."""
+class RunRequest:
+    """The run that a job asks for."""
 
     overrides: dict[str, str] = field(default_factory=dict)  # key -> value in Hydra's grammar, in this order
     notices: list[str] = field(default_factory=list)
-    epochs: bool = False  # checkpoint.every counts passes over the photos
-    upload: str | None = None  # an S3 folder for a copy of the model
+    save_by_epochs: bool = False  # checkpoint.every counts passes over the photos
+    upload_uri: str | None = None  # S3 folder for a copy of the model
 
-    def words(self) -> list[str]:
+    def to_args(self) -> list[str]:
+        """The overrides as command-line arguments."""
         return [f"{key}={value}" for key, value in self.overrides.items()]
 
 
 @dataclass(frozen=True)
-class Grammar:
-    """What the door knows of the configuration."""
+class OverrideGrammar:
+    """What Hydra and the schema know about override names and values.
 
-    known: Callable[[str], bool]  # is this the key of a setting or group?
-    keys: tuple[str, ...]  # to suggest one
-    plain: Callable[[str], bool]  # does Hydra read this override, as one value?
+    The caller provides it, because this folder does not import Hydra.
+    """
+
+    is_known: Callable[[str], bool]  # whether a name is the key of a setting or group
+    keys: tuple[str, ...]  # known keys, to suggest one for a misspelt name
+    is_single_value: Callable[[str], bool]  # whether Hydra parses an override, and not as a sweep
 
 
-def understand(
-    hyperparameters: Mapping[str, str], channels: Mapping[str, Path], hardware: str | None, places: Places,
-    grammar: Grammar,
-) -> Request:
-    """The run that is asked for.
+def build_request(
+    hyperparameters: Mapping[str, str], channels: Mapping[str, Path], hardware: str | None, paths: SageMakerPaths,
+    grammar: OverrideGrammar,
+) -> RunRequest:
+    """Translate hyperparameters and channels to the overrides of one run.
 
     Args:
-        hardware: the option for this machine; None: not one that is known.
+        hardware: option of the group hardware for this machine; None if there is none.
 
     Raises:
-        ConfigError: names are unknown or values are not what their names ask for; all of them together.
+        ConfigError: names are unknown or values have the wrong type; all problems together.
     """
-    theirs = {name: raw for name, raw in hyperparameters.items() if not name.startswith(SDK)}
-    problems = [*_unknown_names(theirs, grammar), *_wrong_channels(channels)]
+    user_hyperparameters = {name: raw for name, raw in hyperparameters.items() if not name.startswith(SDK_PREFIXES)}
+    problems = [*_check_names(user_hyperparameters, grammar), *_check_channels(channels)]
     try:
-        blog = blog_hyperparameters.read(theirs, places)
+        blog = blog_hyperparameters.parse(user_hyperparameters, paths)
     except ConfigError as error:
         problems += error.problems
     if problems:
         raise ConfigError(*problems)
-    explicit = {name.lstrip("+"): _value(name, raw, grammar) for name, raw in theirs.items()
+    explicit = {name.lstrip("+"): _to_override_value(name, raw, grammar) for name, raw in user_hyperparameters.items()
                 if name not in blog_hyperparameters.NAMES}
-    request = Request(notices=blog.notices, epochs=blog.epochs, upload=blog.upload)
-    paths, sent = _paths(blog, channels, request)
-    idle = _idle(blog, sent, explicit, request)
-    if request.epochs and "checkpoint.every" in explicit:
-        request.epochs = False
-        request.notices.append("save_use_epochs is not used: checkpoint.every decides that")
-    paths = {key: path for key, path in paths.items() if key not in idle}
-    if "dataset.class_dir" in paths:
-        _settle_class_images(paths, places, request)
-    request.overrides = _of_machine(explicit, bool(blog.names), hardware)
-    if blog.names or "dataset.instance_dir" in paths:
+    request = RunRequest(notices=blog.notices, save_by_epochs=blog.save_by_epochs, upload_uri=blog.upload_uri)
+    inputs, channel_names = _merge_inputs(blog, channels, request)
+    superseded = _find_superseded(blog, channel_names, explicit, request)
+    if request.save_by_epochs and "checkpoint.every" in explicit:
+        request.save_by_epochs = False
+        request.notices.append("save_use_epochs is ignored: checkpoint.every decides instead")
+    inputs = {key: path for key, path in inputs.items() if key not in superseded}
+    if "dataset.class_dir" in inputs:
+        _prepare_class_images(inputs, paths, request)
+    request.overrides = _choose_hardware(explicit, bool(blog.names), hardware)
+    if blog.names or "dataset.instance_dir" in inputs:
         request.overrides["dataset"] = "folder"
-    wanted = {key: hyperparameter_values.quoted(path) for key, path in paths.items()} | blog.overrides
-    request.overrides |= {key: value for key, value in wanted.items() if key not in idle} | explicit
+    implied = {key: hyperparameter_values.quote(path) for key, path in inputs.items()} | blog.overrides
+    request.overrides |= {key: value for key, value in implied.items() if key not in superseded} | explicit
     return request
 
 
-def _unknown_names(hyperparameters: Mapping[str, str], grammar: Grammar) -> list[str]:
+def _check_names(hyperparameters: Mapping[str, str], grammar: OverrideGrammar) -> list[str]:
     problems = []
     for name in hyperparameters:
-        if name in blog_hyperparameters.NAMES or grammar.known(name.lstrip("+")):
+        if name in blog_hyperparameters.NAMES or grammar.is_known(name.lstrip("+")):
             continue
-        near = difflib.get_close_matches(name, (*blog_hyperparameters.NAMES, *grammar.keys), n=1)
-        hint = f"did you mean {near[0]}?" if near else "give an override, such as train.max_train_steps"
+        similar = difflib.get_close_matches(name, (*blog_hyperparameters.NAMES, *grammar.keys), n=1)
+        hint = f"did you mean {similar[0]}?" if similar else "give an override, such as train.max_train_steps"
         problems.append(f"hyperparameter {name} is not known: {hint}")
     return problems
 
 
-def _wrong_channels(channels: Mapping[str, Path]) -> list[str]:
+def _check_channels(channels: Mapping[str, Path]) -> list[str]:
     unknown = [f"channel {name} is not known: name it images, class_images or base_model"
-               for name in channels if name not in CHANNELS and name not in OTHERS]
-    twice = [f"channels {' and '.join(names)} are both {key}: send one of them" for key in sorted({*CHANNELS.values()})
-             if len(names := [name for name in channels if CHANNELS.get(name) == key]) > 1]
-    return unknown + twice
+               for name in channels if name not in CHANNEL_KEYS and name not in SDK_CHANNELS]
+    duplicates = [f"channels {' and '.join(names)} both set {key}: send one of them"
+                  for key in sorted({*CHANNEL_KEYS.values()})
+                  if len(names := [name for name in channels if CHANNEL_KEYS.get(name) == key]) > 1]
+    return unknown + duplicates
 
 
-def _value(name: str, raw: str, grammar: Grammar) -> str:
-    """A value as Hydra's grammar has it; what that grammar would not read, or as several values, is a plain text."""
-    found = hyperparameter_values.decoded(raw)
-    if isinstance(found, str):
-        raw = found
-    return raw if grammar.plain(f"{name}={raw}") else hyperparameter_values.quoted(raw)
+def _to_override_value(name: str, raw: str, grammar: OverrideGrammar) -> str:
+    """A value in Hydra's grammar. A text that Hydra cannot parse, or would parse as a sweep, is quoted."""
+    value = hyperparameter_values.decode_json(raw)
+    if isinstance(value, str):
+        raw = value
+    return raw if grammar.is_single_value(f"{name}={raw}") else hyperparameter_values.quote(raw)
 
 
-def _of_machine(explicit: Mapping[str, str], blog: bool, hardware: str | None) -> dict[str, str]:
-    if explicit.keys() & {"hardware", "experiment"}:
-        return {}
-    chosen = hardware or (BLOG_HARDWARE if blog else None)
-    return {"hardware": chosen} if chosen else {}
-
-
-def _paths(
-    blog: blog_hyperparameters.Blog, channels: Mapping[str, Path], request: Request
+def _merge_inputs(
+    blog: BlogSettings, channels: Mapping[str, Path], request: RunRequest
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Paths and hub ids by their keys, and which of those a channel sent: it beats one of the blog's names."""
-    paths, sent = dict(blog.paths), {}
+    """Input folders and hub ids by key, and the channel of each key that has one. A channel beats a blog name."""
+    inputs, channel_names = dict(blog.paths), {}
     for name, folder in channels.items():
-        if key := CHANNELS.get(name):
-            if paths.get(key, str(folder)).rstrip("/") != str(folder):
-                request.notices.append(f"{blog.names[key]} is not used: the channel {name} decides that")
-            paths[key], sent[key] = str(model_in(folder) if key == "model.source" else folder), f"the channel {name}"
-    return paths, sent
+        if key := CHANNEL_KEYS.get(name):
+            if inputs.get(key, str(folder)).rstrip("/") != str(folder):
+                request.notices.append(f"{blog.names[key]} is ignored: the channel {name} decides instead")
+            inputs[key] = str(model_folder(folder) if key == "model.source" else folder)
+            channel_names[key] = f"the channel {name}"
+    return inputs, channel_names
 
 
-def _idle(
-    blog: blog_hyperparameters.Blog, sent: Mapping[str, str], explicit: Mapping[str, str], request: Request
+def _find_superseded(
+    blog: BlogSettings, channel_names: Mapping[str, str], explicit: Mapping[str, str], request: RunRequest
 ) -> set[str]:
-    """The keys that the blog's names or channels ask for in vain, since an override decides that, or more."""
-    names = {**blog.names, **sent}
-    deciding = {key: group for group, keys in IDLE.items() if group in explicit for key in keys if key not in sent}
+    """The keys set by a blog name or a channel that an override decides instead; add a notice for each."""
+    sources = {**blog.names, **channel_names}
+    deciders = {key: group for group, keys in SUPERSEDED.items() if group in explicit
+                for key in keys if key not in channel_names}
     if explicit.get("hardware") == "cpu":
-        deciding |= {key: "hardware" for key, options in CUDA_ONLY.items() if blog.overrides.get(key) in options}
-    if explicit.get("dataset", "folder") != "folder":  # it brings photos of its own
-        deciding |= {key: "dataset" for key in (*blog.paths, *sent) if key.startswith("dataset.")}
-    deciding |= {key: key for key in explicit}
-    idle = {key: decider for key, decider in deciding.items() if key in names}
-    for key, decider in idle.items():
-        request.notices.append(f"{names[key]} is not used: {decider}={explicit[decider]} decides that")
-    return set(idle)
+        deciders |= {key: "hardware" for key, options in CUDA_ONLY.items() if blog.overrides.get(key) in options}
+    if explicit.get("dataset", "folder") != "folder":  # every other dataset option brings its own photos
+        deciders |= {key: "dataset" for key in (*blog.paths, *channel_names) if key.startswith("dataset.")}
+    deciders |= {key: key for key in explicit}
+    superseded = {key: decider for key, decider in deciders.items() if key in sources}
+    for key, decider in superseded.items():
+        request.notices.append(f"{sources[key]} is ignored: {decider}={explicit[decider]} decides instead")
+    return set(superseded)
 
 
-def _settle_class_images(paths: dict[str, str], places: Places, request: Request) -> None:
-    """The blog's folder is where class images are kept, and may hold none yet. What lies under the job's input is
-    read-only, perhaps a stream: a copy is used. What lies in S3 is fetched as any folder there.
+def _prepare_class_images(inputs: dict[str, str], paths: SageMakerPaths, request: RunRequest) -> None:
+    """Make `dataset.class_dir` usable: drop an empty folder, copy one below the job's input.
+
+    The blog's folder is where class images are stored, and may still be empty. The job's input is read-only and may be
+    streamed. A folder in S3 stays as it is: the run downloads it like any other.
 
     Raises:
-        UserError: something is there that is no folder, or cannot be read.
+        UserError: the path is not a folder, or cannot be read.
     """
-    if is_remote(paths["dataset.class_dir"]):
+    if is_remote(inputs["dataset.class_dir"]):
         return
-    folder = Path(paths["dataset.class_dir"])
+    folder = Path(inputs["dataset.class_dir"])
     try:
         count = len(list_photos(folder))
     except UserError as error:
         if error.__cause__ or folder.is_file():
             raise
-        del paths["dataset.class_dir"]
-        request.notices.append(f"{folder} holds no class image: all are made, and kept beside the checkpoints")
+        del inputs["dataset.class_dir"]
+        request.notices.append(f"{folder} holds no class images: the run generates all of them and keeps them beside "
+                               "the checkpoints")
         return
-    if folder.is_relative_to(places.data):
-        copy = places.checkpoints / "given_class_images"
-        with whole_folder(copy) as aside:
-            shutil.copytree(folder, aside, copy_function=shutil.copyfile, dirs_exist_ok=True)
-        paths["dataset.class_dir"] = str(copy)
-        request.notices.append(f"{count} class images are used from {copy}, a copy of {folder}")
+    if folder.is_relative_to(paths.data):
+        copy = paths.checkpoints / "given_class_images"
+        with write_folder(copy) as temporary:
+            shutil.copytree(folder, temporary, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        inputs["dataset.class_dir"] = str(copy)
+        request.notices.append(f"using {count} class images from {copy}, a copy of {folder}")
+
+
+def _choose_hardware(explicit: Mapping[str, str], from_blog: bool, hardware: str | None) -> dict[str, str]:
+    if explicit.keys() & {"hardware", "experiment"}:
+        return {}
+    option = hardware or (BLOG_HARDWARE if from_blog else None)
+    return {"hardware": option} if option else {}

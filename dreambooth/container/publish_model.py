@@ -1,4 +1,4 @@
-"""What is kept of a finished run: copied from its folder to where SageMaker takes the model from."""
+"""Copies the result of a finished run to the folder that SageMaker uploads as the model."""
 
 import os
 import shutil
@@ -6,36 +6,38 @@ from pathlib import Path
 
 from dreambooth.errors import DoesNotFit
 from dreambooth.storage import manifest
-from dreambooth.utils.atomic_files import whole_file, whole_folder
+from dreambooth.utils.atomic_files import write_file, write_folder
 
-BESIDE = ("contact_sheet.png", "run.json", "evaluation.json", "result.json")  # the last says that the rest is there
+# Files of a run that are published beside its model. result.json is last: it marks a complete result.
+RUN_FILES = ("contact_sheet.png", "run.json", "evaluation.json", "result.json")
 
 
 def publish(run_dir: Path, target: Path) -> None:
-    """`target` gets model/, a diffusers folder with a manifest (in S3 it is a `model.source`), and what tells of it.
+    """Publish the run's model and the files that describe it to `target`.
 
-    What tells of an earlier run there goes first: it would stand beside another model, and be sent with it.
+    `target`/model becomes a diffusers folder with a manifest; uploaded to S3 it can be a `model.source`. Files of an
+    earlier run in `target` are removed first: otherwise they would describe the wrong model.
 
     Raises:
-        DoesNotFit: the disk is full; the run's own folder is untouched.
+        DoesNotFit: the disk is full; the run's own folder is unchanged.
     """
     try:
-        for name in reversed(BESIDE):
+        for name in reversed(RUN_FILES):
             (target / name).unlink(missing_ok=True)
-        with whole_folder(target / "model") as aside:
-            shutil.copytree(run_dir / "model", aside, copy_function=_take, dirs_exist_ok=True)
-            manifest.write(aside)
-        for name in BESIDE:
+        with write_folder(target / "model") as temporary:
+            shutil.copytree(run_dir / "model", temporary, copy_function=_link_or_copy, dirs_exist_ok=True)
+            manifest.write(temporary)
+        for name in RUN_FILES:
             if (run_dir / name).is_file():
-                with whole_file(target / name) as aside:
-                    shutil.copyfile(run_dir / name, aside)
+                with write_file(target / name) as temporary:
+                    shutil.copyfile(run_dir / name, temporary)
     except (OSError, shutil.Error) as error:
         raise DoesNotFit(f"the model could not be written to {target} ({error}): it is kept in {run_dir}; "
                          "give the job a larger volume and repeat it") from error
 
 
-def _take(source: str, target: str) -> None:
-    """A second name for a file takes no room, where both folders are on one disk; else a copy."""
+def _link_or_copy(source: str, target: str) -> None:
+    """Hard-link a file, which takes no space; copy it if both folders are not on one disk."""
     try:
         os.link(source, target)
     except OSError:

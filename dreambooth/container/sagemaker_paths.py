@@ -1,4 +1,4 @@
-"""Where SageMaker puts things and takes them from; all of it below one folder, which SAGEMAKER_BASE_DIR may move."""
+"""The folders and configuration files of SageMaker's training contract, below /opt/ml or SAGEMAKER_BASE_DIR."""
 
 import json
 import os
@@ -10,51 +10,54 @@ from typing import Any
 
 from dreambooth.errors import UserError
 
-BASE = "/opt/ml"
+DEFAULT_BASE = "/opt/ml"
 
 
 @dataclass(frozen=True)
-class Places:
-    """The folders of a job."""
+class SageMakerPaths:
+    """The folders of a training job, all below one base folder."""
 
     base: Path
 
     @classmethod
-    def found(cls, environment: Mapping[str, str] = os.environ) -> "Places":
-        return cls(Path(environment.get("SAGEMAKER_BASE_DIR") or BASE).absolute())
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "SageMakerPaths":
+        return cls(Path(environment.get("SAGEMAKER_BASE_DIR") or DEFAULT_BASE).absolute())
 
     @property
     def data(self) -> Path:
-        """A folder a channel; read-only."""
+        """Input data, one folder per channel; read-only."""
         return self.base / "input/data"
 
     @property
     def model(self) -> Path:
-        """What is kept of a finished job."""
+        """SageMaker uploads this folder when the job has finished."""
         return self.base / "model"
 
     @property
     def checkpoints(self) -> Path:
-        """Sent to S3 all the time, and there again when a spot instance is replaced: whole runs live here."""
+        """SageMaker keeps this folder in sync with S3 and restores it when a spot instance is replaced.
+
+        Run folders are therefore created here.
+        """
         return self.base / "checkpoints"
 
     @property
     def cache(self) -> Path:
-        """What is read from s3://. Not with the checkpoints: that is sent to S3 again, and fetched at every start."""
+        """Downloads from s3://. Not below `checkpoints`: SageMaker would upload and restore them as well."""
         folder = self.base / "cache"
         writable = os.access(folder if folder.exists() else self.base, os.W_OK)
         return folder if writable else Path(tempfile.gettempdir()) / "dreambooth-s3"
 
     @property
     def failure(self) -> Path:
-        """Why the job failed; SageMaker shows the first 1024 characters."""
+        """File with the reason of a failure; SageMaker shows its first 1024 characters."""
         return self.base / "output/failure"
 
-    def check(self) -> None:
-        """Make sure that what comes out can be written.
+    def check_writable(self) -> None:
+        """Check that the output folders can be written; create them if they are missing.
 
         Raises:
-            UserError: it cannot.
+            UserError: one cannot be created or written.
         """
         for folder in (self.model, self.checkpoints):
             try:
@@ -63,38 +66,38 @@ class Places:
             except OSError:
                 writable = False
             if not writable:
-                raise UserError(f"{folder} cannot be written by user {os.getuid()}: give a folder that it owns, "
-                                f"such as docker run -v ./out:{self.base}")
+                raise UserError(f"{folder} cannot be written by user {os.getuid()}: mount a folder that this user "
+                                f"owns, such as docker run -v ./out:{self.base}")
 
-    def meant(self, path: str) -> str:
-        """A path below /opt/ml is meant below the base folder."""
-        inside = Path(path).is_absolute() and Path(path).is_relative_to(BASE)
-        return str(self.base / Path(path).relative_to(BASE)) if inside else path
+    def relocate(self, path: str) -> str:
+        """Move a path below /opt/ml to the base folder; return any other path unchanged."""
+        inside = Path(path).is_absolute() and Path(path).is_relative_to(DEFAULT_BASE)
+        return str(self.base / Path(path).relative_to(DEFAULT_BASE)) if inside else path
 
-    def config(self, name: str) -> dict[str, Any]:
-        """A JSON file of input/config; empty where there is none, as on a laptop.
+    def read_config(self, name: str) -> dict[str, Any]:
+        """Read a JSON file of input/config; empty if it does not exist, as on a laptop.
 
         Raises:
-            UserError: it is not a JSON object.
+            UserError: the file does not hold a JSON object.
         """
         path = self.base / "input/config" / name
         try:
-            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}): give a JSON object") from error
-        if not isinstance(found, dict):
-            raise UserError(f"{path} holds no JSON object: give names and values, such as {{\"hardware\": \"cpu\"}}")
-        return found
+        if not isinstance(config, dict):
+            raise UserError(f"{path} is not a JSON object: give names and values, such as {{\"hardware\": \"cpu\"}}")
+        return config
 
     def channels(self) -> dict[str, Path]:
-        """Name -> folder of the data that came along: as inputdataconfig.json has it, else the folders that are there.
+        """Folder of each channel by its name: those of inputdataconfig.json, else every folder in input/data.
 
         Raises:
-            UserError: a channel streams, which photos cannot.
+            UserError: a channel has the input mode Pipe, which streams and has no files.
         """
-        told = self.config("inputdataconfig.json")
-        for name, settings in told.items():
+        config = self.read_config("inputdataconfig.json")
+        for name, settings in config.items():
             if isinstance(settings, dict) and settings.get("TrainingInputMode") == "Pipe":
                 raise UserError(f"channel {name} has the input mode Pipe: give it File, or FastFile")
-        there = [entry.name for entry in self.data.iterdir() if entry.is_dir()] if self.data.is_dir() else []
-        return {name: self.data / name for name in sorted(told or there)}
+        folders = [entry.name for entry in self.data.iterdir() if entry.is_dir()] if self.data.is_dir() else []
+        return {name: self.data / name for name in sorted(config or folders)}

@@ -1,4 +1,4 @@
-"""Runs a command as a child: passes signals on once each, and learns how it ended, also when it was killed."""
+"""Runs a command as a child process: forwards signals to it and reports how it ended, also if it was killed."""
 
 import json
 import os
@@ -14,83 +14,95 @@ from types import FrameType
 
 import psutil
 
-from dreambooth.errors import ENDS, Interrupted
+from dreambooth.errors import EXIT_REPORT_DIR, Interrupted
 
-PASSED_ON = (signal.SIGTERM, signal.SIGINT)
-POLL = 0.2  # seconds
-EARLY = "stopped before the first step; start it again to go on"
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+POLL_INTERVAL = 0.2  # seconds
+STOPPED_EARLY = "stopped before the first step; start it again to continue"
 
 
 @dataclass(frozen=True)
-class End:
+class ExitStatus:
     """How a command ended."""
 
     code: int = 0
-    sentence: str = ""  # why, if not with 0
+    message: str = ""  # the reason, unless the code is 0
 
 
 class Supervisor:
-    """Stands between the container's signals and the processes that train.
+    """Runs the commands of a job, and stands between the container's signals and the processes that train.
 
-    It stays when a child is killed for want of memory, and can tell. A child has a session of its own, so that a
-    terminal's Ctrl-C comes through here and not twice.
+    The supervisor survives when the child is killed because memory ran out, and can report it. Each child gets a
+    session of its own, so that Ctrl-C in a terminal reaches it once, through the supervisor.
     """
 
     def __init__(self) -> None:
-        self._asked: list[int] = []
-        for number in PASSED_ON:
-            signal.signal(number, self._ask)
+        self._signals: list[int] = []  # received so far
+        for number in FORWARDED_SIGNALS:
+            signal.signal(number, self._record_signal)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked.append(number)
+    def _record_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals.append(number)
 
     def run(self, command: Sequence[str], environment: Mapping[str, str], launcher: bool = False,
-            stopped: str = EARLY) -> End:
-        """Run the command to its end.
+            stopped: str = STOPPED_EARLY) -> ExitStatus:
+        """Run a command and wait for its end; forward each signal once.
 
         Args:
-            launcher: the command is container.launch, and starts processes that are to get the signals in its place.
-                PyTorch's launcher would end its processes one after the other.
-            stopped: what to say if a signal comes before the command, or ends it before it can say so itself.
+            launcher: the command is container/torchrun.py. Signals then go to the processes that it started, not to
+                the launcher itself, because PyTorch's launcher ends its processes one after the other.
+            stopped: message for a signal that arrives before the command starts, or that ends the command before it
+                can report by itself.
         """
-        if self._asked:
-            return self._stopped(stopped)
+        if self._signals:
+            return self._report_interruption(stopped)
         with tempfile.TemporaryDirectory() as folder:
-            child = subprocess.Popen(command, env={**os.environ, **environment, ENDS: folder}, start_new_session=True)
-            delivered = 0
+            variables = {**os.environ, **environment, EXIT_REPORT_DIR: folder}
+            child = subprocess.Popen(command, env=variables, start_new_session=True)
+            forwarded = 0
             while True:
                 with suppress(subprocess.TimeoutExpired):
-                    code = child.wait(POLL)
-                    return self._end(128 - code if launcher and code > 128 else code, Path(folder), stopped)
-                if delivered < len(self._asked):
-                    _deliver(child.pid, self._asked[delivered], launcher)
-                    delivered += 1
+                    code = child.wait(POLL_INTERVAL)
+                    signed_code = 128 - code if launcher and code > 128 else code
+                    return self._exit_status(signed_code, Path(folder), stopped)
+                if forwarded < len(self._signals):
+                    _send_signal(child.pid, self._signals[forwarded], launcher)
+                    forwarded += 1
 
-    def _end(self, code: int, folder: Path, stopped: str = EARLY) -> End:
-        told = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-        if code and told and code != -signal.SIGKILL:  # whoever is killed tells nothing, and others of its absence
-            # What fails one process looks like a fault to the others, who wait for it.
-            said = min(told, key=lambda end: (not end["meant"], end["rank"]))
-            return End(said["code"], said["sentence"])
-        if code < 0 and -code in self._asked:
-            return self._stopped(stopped)
+    def _exit_status(self, code: int, folder: Path, stopped: str = STOPPED_EARLY) -> ExitStatus:
+        """The status of a child.
+
+        Args:
+            code: exit code, negative for a signal.
+            folder: reports of the child's processes (cli.py writes them).
+        """
+        reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+        # A killed process writes no report, and reports of the others only describe the consequences.
+        if code and reports and code != -signal.SIGKILL:
+            # Processes that wait for the failed one report an internal error: prefer a user-facing error ("meant").
+            report = min(reports, key=lambda report: (not report["meant"], report["rank"]))
+            return ExitStatus(report["code"], report["sentence"])
+        if code < 0 and -code in self._signals:
+            return self._report_interruption(stopped)
         if code < 0:
             name = signal.Signals(-code).name
-            why = ": most likely host memory ran out; take a larger instance" if -code == signal.SIGKILL else ""
-            return _said(128 - code, f"a process of the job was killed by {name}{why}")
-        return _said(code, f"the job ended with {code}: the log says why") if code else End()
+            advice = ": most likely host memory ran out; take a larger instance" if -code == signal.SIGKILL else ""
+            return _report(128 - code, f"a process of the job was killed by {name}{advice}")
+        if code:
+            return _report(code, f"the job ended with exit code {code}: see its log for the reason")
+        return ExitStatus()
 
-    def _stopped(self, sentence: str) -> End:
-        return _said(Interrupted.exit_code, f"{signal.Signals(self._asked[0]).name}: {sentence}")
-
-
-def _said(code: int, sentence: str) -> End:
-    """An end that nobody else has told of."""
-    print(f"dreambooth: {sentence}", file=sys.stderr)
-    return End(code, sentence)
+    def _report_interruption(self, message: str) -> ExitStatus:
+        return _report(Interrupted.exit_code, f"{signal.Signals(self._signals[0]).name}: {message}")
 
 
-def _deliver(pid: int, number: int, launcher: bool) -> None:
+def _report(code: int, message: str) -> ExitStatus:
+    """Print a message that no child process has printed."""
+    print(f"dreambooth: {message}", file=sys.stderr)
+    return ExitStatus(code, message)
+
+
+def _send_signal(pid: int, number: int, launcher: bool) -> None:
     with suppress(psutil.NoSuchProcess, ProcessLookupError):
         workers = [child.pid for child in psutil.Process(pid).children()] if launcher else []
         for target in workers or [pid]:

@@ -1,6 +1,7 @@
-"""PyTorch's launcher as it is, without its traceback: the process that failed has said why in one sentence.
+"""PyTorch's launcher without its traceback: the training process that failed has already printed one sentence.
 
-It ends as that process did: with its code, or 128 and the signal that killed it, as a shell has it.
+It exits with the code of the process that failed first, or with 128 plus the number of the signal that killed it, as a
+shell does.
 """
 
 import signal
@@ -11,14 +12,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.run import main
 
 
-def first(failures: Collection[ProcessFailure]) -> int:
-    """How the process ended that took the others along.
+def root_exit_code(failures: Collection[ProcessFailure]) -> int:
+    """The exit code of the process that caused the other failures; negative for a signal.
 
-    A killed one says nothing, and the others fail with it at once for want of it: it counts before them. The launcher
-    itself ends who is left by SIGTERM, and much later by SIGKILL.
+    A process killed by SIGKILL prints nothing, and the others fail at once because they wait for it: it counts before
+    them. The launcher itself ends the remaining processes by SIGTERM, and much later by SIGKILL.
     """
-    began = min(failure.timestamp for failure in failures)
-    codes = [failure.exitcode for failure in failures if failure.timestamp <= began + 1]  # whole seconds
+    first_failure = min(failure.timestamp for failure in failures)
+    # Timestamps are whole seconds: failures within one second may have happened in any order.
+    codes = [failure.exitcode for failure in failures if failure.timestamp <= first_failure + 1]
     return min(codes, key=lambda code: (code != -signal.SIGKILL, code == -signal.SIGTERM, code > 0))
 
 
@@ -26,5 +28,5 @@ if __name__ == "__main__":
     try:
         main()
     except ChildFailedError as error:
-        ended = first(error.failures.values())
-        sys.exit(ended if ended > 0 else 128 - ended)
+        exit_code = root_exit_code(error.failures.values())
+        sys.exit(exit_code if exit_code > 0 else 128 - exit_code)

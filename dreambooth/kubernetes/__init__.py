@@ -1,4 +1,5 @@
-"""Workflow files from conf/: Argo, Kubeflow Trainer, Katib, Kubeflow Pipelines, kustomize. No Hydra, no torch.
+"""Workflow files for Kubernetes, made from conf/: Argo, Kubeflow Trainer, Katib, Kubeflow Pipelines, kustomize.
 
-Every file is a plain dict until the last moment; nothing is templated as text.
+Files are built as dicts and dumped as YAML in render.py; none is a text template. May import folders from errors to
+container; no Hydra, no torch.
 """

@@ -1,4 +1,7 @@
-"""Argo: a run and a sweep as WorkflowTemplates, and a run every night. Stages are `python -m dreambooth.stage`."""
+"""Argo Workflows: WorkflowTemplates of a run and of a sweep, and a CronWorkflow that runs every night.
+
+Each stage is one container that runs `python -m dreambooth.stage`.
+"""
 
 import json
 import shlex
@@ -6,124 +9,130 @@ from typing import Any
 
 from dreambooth.errors import Interrupted
 from dreambooth.kubernetes import pod_spec
-from dreambooth.kubernetes.workflow_spec import Asked
+from dreambooth.kubernetes.workflow_spec import WorkflowSpec
 
-API = "argoproj.io/v1alpha1"
-OUT = "/tmp/stage"  # where a stage leaves what Argo reads
+API_VERSION = "argoproj.io/v1alpha1"
+OUTPUT_FOLDER = "/tmp/stage"  # where a stage writes what Argo reads
 TRAIN, SWEEP, NIGHTLY = "dreambooth-train", "dreambooth-sweep", "dreambooth-nightly"
-DAYS = 86400  # seconds
-SIGTERM = 143  # exit code of what was stopped before it could say so
-# A pod that was lost with its node, a run that was stopped and saved. Not: wrong input, too little memory, divergence.
-AGAIN = f'lastRetry.status == "Error" || asInt(lastRetry.exitCode) in [{Interrupted.exit_code}, {SIGTERM}]'
-# No maxDuration: Argo counts it from the start of the first try, so that a run of many hours would never be repeated.
-RETRIES = {"limit": "5", "retryPolicy": "Always", "expression": AGAIN, "backoff": {"duration": "30s", "factor": "2"}}
-# A folder a night, named by the workflow: photos in S3 may have changed, which an earlier run's folder refuses, and a
-# stage that is repeated finds the checkpoints of its own night.
-NIGHT = "hydra.run.dir=${run_root}/${name}-${tracking.sweep}"
-WITH_A_CARD = ("class-images", "train", "evaluate")  # stages that draw or train
+DAY = 86400  # seconds
+SIGTERM = 143  # exit code of a process that was stopped before it could exit by itself
+# Retry a pod that was lost with its node, or a run that was stopped and has saved its state. Do not retry wrong input,
+# too little memory or divergence: the result would be the same.
+RETRY_IF = f'lastRetry.status == "Error" || asInt(lastRetry.exitCode) in [{Interrupted.exit_code}, {SIGTERM}]'
+# No maxDuration: Argo counts it from the start of the first attempt, so a run of many hours would never be retried.
+RETRY = {"limit": "5", "retryPolicy": "Always", "expression": RETRY_IF, "backoff": {"duration": "30s", "factor": "2"}}
+# One run folder per night, named after the workflow. Photos in S3 may have changed since the last night, which the
+# folder of an earlier run would refuse. A stage that is retried finds the checkpoints of its own night.
+NIGHTLY_RUN_DIR = "hydra.run.dir=${run_root}/${name}-${tracking.sweep}"
 
 
-def train(asked: Asked) -> dict[str, Any]:
-    """One run: validate -> class images once -> train -> evaluate -> promote."""
-    chain = [_task("validate"), _task("class-images", "validate"), _task("train", "class-images", trial=""),
-             _task("evaluate", "train", run=_from("train", "run")), _task("promote", "evaluate")]
-    return _template(TRAIN, asked, [{"name": "run", "dag": {"tasks": chain}}, *_stages(asked, "")], {})
+def build_train_template(spec: WorkflowSpec) -> dict[str, Any]:
+    """The WorkflowTemplate of one run: validate -> class-images -> train -> evaluate -> promote."""
+    tasks = [_task("validate"), _task("class-images", "validate"), _task("train", "class-images", trial=""),
+             _task("evaluate", "train", run=_output_of("train", "run")), _task("promote", "evaluate")]
+    return _workflow_template(TRAIN, spec, [{"name": "run", "dag": {"tasks": tasks}}, *_stages(spec, "")], {})
 
 
-def sweep(asked: Asked) -> dict[str, Any]:
-    """A run for each point of a search space: the best is promoted, also if some failed."""
-    fan = _task("trials", "class-images", template="trial", trial="{{item}}")
-    fan["withParam"] = _from("validate", "trials")
-    chain = [_task("validate"), _task("class-images", "validate"), fan,
+def build_sweep_template(spec: WorkflowSpec) -> dict[str, Any]:
+    """The WorkflowTemplate of a sweep, one run per point of the search space. Failed trials do not stop promotion."""
+    trials = _task("trials", "class-images", template="trial", trial="{{item}}")
+    trials["withParam"] = _output_of("validate", "trials")
+    tasks = [_task("validate"), _task("class-images", "validate"), trials,
              {**_task("promote"), "depends": "trials.AnySucceeded"}]
-    trial = [_task("train", trial="{{inputs.parameters.trial}}"),
-             _task("evaluate", "train", run=_from("train", "run"))]
-    return _template(SWEEP, asked, [
-        {"name": "run", "dag": {"failFast": False, "tasks": chain}},
-        {"name": "trial", "inputs": {"parameters": [{"name": "trial"}]}, "dag": {"tasks": trial}},
-        *_stages(asked, "{{workflow.parameters.sweep}}")], {"sweep": asked.space.name})
+    trial_tasks = [_task("train", trial="{{inputs.parameters.trial}}"),
+                   _task("evaluate", "train", run=_output_of("train", "run"))]
+    return _workflow_template(SWEEP, spec, [
+        {"name": "run", "dag": {"failFast": False, "tasks": tasks}},
+        {"name": "trial", "inputs": {"parameters": [{"name": "trial"}]}, "dag": {"tasks": trial_tasks}},
+        *_stages(spec, "{{workflow.parameters.sweep}}")], {"sweep": spec.space.name})
 
 
-def nightly(asked: Asked) -> dict[str, Any]:
-    """An example: the run, every night, on whatever photos are there then; its model replaces the last champion."""
+def build_nightly_workflow(spec: WorkflowSpec) -> dict[str, Any]:
+    """An example CronWorkflow: train on the current photos every night; the new model replaces the champion."""
     return {
-        "apiVersion": API, "kind": "CronWorkflow", "metadata": {"name": NIGHTLY},
+        "apiVersion": API_VERSION, "kind": "CronWorkflow", "metadata": {"name": NIGHTLY},
         "spec": {
             "schedules": ["30 2 * * *"], "timezone": "Etc/UTC", "concurrencyPolicy": "Forbid", "suspend": True,
             "startingDeadlineSeconds": 3600, "successfulJobsHistoryLimit": 3, "failedJobsHistoryLimit": 3,
             "workflowSpec": {"workflowTemplateRef": {"name": TRAIN}, "arguments": _arguments(
-                overrides=shlex.join([*asked.overrides, NIGHT]), promote="replace=true")}}}
+                overrides=shlex.join([*spec.overrides, NIGHTLY_RUN_DIR]), promote="replace=true")}}}
 
 
-def _template(name: str, asked: Asked, templates: list[dict[str, Any]], more: dict[str, str]) -> dict[str, Any]:
-    parameters = {"image": asked.image, "overrides": asked.typed, **more, "evaluate": "", "promote": ""}
+def _workflow_template(
+    name: str, spec: WorkflowSpec, templates: list[dict[str, Any]], more: dict[str, str]
+) -> dict[str, Any]:
+    parameters = {"image": spec.image, "overrides": spec.overrides_text, **more, "evaluate": "", "promote": ""}
     return {
-        "apiVersion": API, "kind": "WorkflowTemplate", "metadata": {"name": name},
+        "apiVersion": API_VERSION, "kind": "WorkflowTemplate", "metadata": {"name": name},
         "spec": {
-            "entrypoint": "run", "onExit": "ended", "serviceAccountName": pod_spec.ACCOUNT,
+            "entrypoint": "run", "onExit": "ended", "serviceAccountName": pod_spec.SERVICE_ACCOUNT,
             "arguments": {"parameters": [{"name": key, "value": value} for key, value in parameters.items()]},
             "parallelism": 4,
-            "ttlStrategy": {"secondsAfterSuccess": 7 * DAYS, "secondsAfterFailure": 30 * DAYS},
+            "ttlStrategy": {"secondsAfterSuccess": 7 * DAY, "secondsAfterFailure": 30 * DAY},
             "podGC": {"strategy": "OnPodSuccess"},
-            "podSpecPatch": json.dumps({"terminationGracePeriodSeconds": pod_spec.SAVING}),
-            "securityContext": pod_spec.security(), "volumes": pod_spec.volumes(), "templates": templates}}
+            "podSpecPatch": json.dumps({"terminationGracePeriodSeconds": pod_spec.GRACE_PERIOD}),
+            "securityContext": pod_spec.security_context(), "volumes": pod_spec.volumes(), "templates": templates}}
 
 
-def _stages(asked: Asked, space: str) -> list[dict[str, Any]]:
-    """A template a stage. `space`: the search space's name, or how Argo finds it."""
-    words = ["--words", "{{workflow.parameters.overrides}}"]
-    place, tag = f"run_root={pod_spec.RUNS}", "tracking.sweep={{workflow.name}}"
-    trials = ["--space", space] if space else []
+def _stages(spec: WorkflowSpec, space: str) -> list[dict[str, Any]]:
+    """One template per stage.
+
+    Args:
+        space: name of the search space, or the Argo parameter that holds it; empty for a single run.
+    """
+    overrides = ["--words", "{{workflow.parameters.overrides}}"]
+    run_root, sweep_tag = f"run_root={pod_spec.RUNS_MOUNT}", "tracking.sweep={{workflow.name}}"
+    space_args = ["--space", space] if space else []
     return [
-        _stage(asked, "validate", [*words, *trials, place], outputs=_values("trials")),
-        _stage(asked, "class-images", [*words, place]),
-        _stage(asked, "train", [*words, "--trial", "{{inputs.parameters.trial}}", place, tag], ["trial"],
-               {**_values("run", "objective"), **_files("result.json", "contact_sheet.png")}),
-        _stage(asked, "evaluate", ["--words", "{{workflow.parameters.evaluate}}", "run={{inputs.parameters.run}}"],
-               ["run"], _files("evaluation.json")),
-        _stage(asked, "promote", ["--words", "{{workflow.parameters.promote}}", "sweep={{workflow.name}}", place],
-               outputs=_files("promoted.json", "compare.html")),
-        _stage(asked, "ended", ["--status", "{{workflow.status}}", "--failures", "{{workflow.failures}}"]),
+        _stage(spec, "validate", [*overrides, *space_args, run_root], outputs=_output_parameters("trials")),
+        _stage(spec, "class-images", [*overrides, run_root]),
+        _stage(spec, "train", [*overrides, "--trial", "{{inputs.parameters.trial}}", run_root, sweep_tag], ["trial"],
+               {**_output_parameters("run", "objective"), **_output_artifacts("result.json", "contact_sheet.png")}),
+        _stage(spec, "evaluate", ["--words", "{{workflow.parameters.evaluate}}", "run={{inputs.parameters.run}}"],
+               ["run"], _output_artifacts("evaluation.json")),
+        _stage(spec, "promote", ["--words", "{{workflow.parameters.promote}}", "sweep={{workflow.name}}", run_root],
+               outputs=_output_artifacts("promoted.json", "compare.html")),
+        _stage(spec, "ended", ["--status", "{{workflow.status}}", "--failures", "{{workflow.failures}}"]),
     ]
 
 
-def _stage(asked: Asked, name: str, words: list[str], inputs: list[str] | None = None,
+def _stage(spec: WorkflowSpec, name: str, args: list[str], inputs: list[str] | None = None,
            outputs: dict[str, Any] | None = None) -> dict[str, Any]:
-    made: dict[str, Any] = {"name": name}
+    template: dict[str, Any] = {"name": name}
     if inputs:
-        made["inputs"] = {"parameters": [{"name": key} for key in inputs]}
+        template["inputs"] = {"parameters": [{"name": key} for key in inputs]}
     if outputs:
-        made["outputs"] = outputs
-    card = name in WITH_A_CARD
+        template["outputs"] = outputs
     if name != "ended":
-        made["retryStrategy"] = RETRIES
-    return made | (pod_spec.placement(asked.hardware) if card else {}) | {"container": pod_spec.container(
-        "{{workflow.parameters.image}}", ["python", "-m", "dreambooth.stage"], [name, "--out", OUT, *words],
-    ) | {"resources": pod_spec.resources(asked.hardware) if card else pod_spec.LITTLE}}
+        template["retryStrategy"] = RETRY
+    needs_gpu = name in pod_spec.GPU_STAGES
+    return template | (pod_spec.placement(spec.hardware) if needs_gpu else {}) | {"container": pod_spec.container(
+        "{{workflow.parameters.image}}", ["python", "-m", "dreambooth.stage"], [name, "--out", OUTPUT_FOLDER, *args],
+    ) | {"resources": pod_spec.resources(spec.hardware) if needs_gpu else pod_spec.SMALL_RESOURCES}}
 
 
-def _values(*names: str) -> dict[str, Any]:
-    return {"parameters": [{"name": name, "valueFrom": {"path": f"{OUT}/{name}"}} for name in names]}
+def _output_parameters(*names: str) -> dict[str, Any]:
+    return {"parameters": [{"name": name, "valueFrom": {"path": f"{OUTPUT_FOLDER}/{name}"}} for name in names]}
 
 
-def _files(*names: str) -> dict[str, Any]:
-    """Artifacts as they are, not in a tar; optional, for a run may make no contact sheet."""
-    return {"artifacts": [{"name": name.partition(".")[0].replace("_", "-"), "path": f"{OUT}/{name}",
+def _output_artifacts(*names: str) -> dict[str, Any]:
+    """Artifacts as single files, not as tar archives. They are optional: a run may make no contact sheet."""
+    return {"artifacts": [{"name": name.partition(".")[0].replace("_", "-"), "path": f"{OUTPUT_FOLDER}/{name}",
                            "archive": {"none": {}}, "optional": True} for name in names]}
 
 
-def _task(name: str, *after: str, template: str | None = None, **parameters: str) -> dict[str, Any]:
-    made: dict[str, Any] = {"name": name, "template": template or name}
-    if after:
-        made["depends"] = " && ".join(f"{task}.Succeeded" for task in after)
+def _task(name: str, *dependencies: str, template: str | None = None, **parameters: str) -> dict[str, Any]:
+    task: dict[str, Any] = {"name": name, "template": template or name}
+    if dependencies:
+        task["depends"] = " && ".join(f"{dependency}.Succeeded" for dependency in dependencies)
     if parameters:
-        made["arguments"] = _arguments(**parameters)
-    return made
+        task["arguments"] = _arguments(**parameters)
+    return task
 
 
 def _arguments(**parameters: str) -> dict[str, Any]:
     return {"parameters": [{"name": key, "value": value} for key, value in parameters.items()]}
 
 
-def _from(task: str, output: str) -> str:
+def _output_of(task: str, output: str) -> str:
     return f"{{{{tasks.{task}.outputs.parameters.{output}}}}}"

@@ -1,35 +1,40 @@
-"""What a workflow says at its end: which stages failed, in words, with what to do."""
+"""The report at the end of an Argo workflow: which stages failed, why, and what to do."""
 
 import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
-MEANING = {
-    "1": "wrong input, or a fault: its log says which",
-    "3": "the run does not fit the card, the host or the disk: its log says what to type",
-    "4": "memory ran out: its log says what to type",
-    "5": "interrupted again and again: submit the same workflow once more, and it goes on",
-    "6": "the loss is no longer a number: a lower train.learning_rate",
-    "137": "killed, most likely for want of host memory: a larger instance",
+ADVICE = {  # by exit code
+    "1": "wrong input, or an internal error: see its log",
+    "3": "the run does not fit the GPU, the host or the disk: its log says what to type",
+    "4": "out of memory: its log says what to type",
+    "5": "interrupted several times: submit the same workflow again to resume the run",
+    "6": "the loss is no longer a number: lower train.learning_rate",
+    "137": "killed, most likely because host memory ran out: use a larger instance",
 }
 
 
-def told(status: str, failures: str) -> Iterator[str]:
-    """The workflow's status, then a line a failed pod, from Argo's `workflow.failures`."""
-    yield f"the workflow ended: {status or 'without a word'}"
+def format_report(status: str, failures: str) -> Iterator[str]:
+    """Lines of the report: the workflow's status, then one line per failed pod.
+
+    Args:
+        status: Argo's `workflow.status`.
+        failures: Argo's `workflow.failures`, as JSON. If the workflow did not fail, it may be null or not JSON at all.
+    """
+    yield f"the workflow ended: {status or 'without a status'}"
     try:
-        found = json.loads(failures)
-        found = json.loads(found) if isinstance(found, str) else found  # Argo quotes it once more
+        pods = json.loads(failures)
+        pods = json.loads(pods) if isinstance(pods, str) else pods  # Argo encodes the list twice
     except ValueError:
-        found = []
-    for failure in found or ():
-        yield _line(failure)
+        pods = []
+    for pod in pods or ():
+        yield _format_failure(pod)
 
 
-def _line(failure: dict[str, Any]) -> str:
-    said = str(failure.get("message", ""))
-    found = re.search(r"exit code (\d+)", said)
-    code = found[1] if found else ""
-    return f"{failure.get('displayName', 'a stage')}: {said or 'failed'}" + (
-        f" ({MEANING[code]})" if code in MEANING else "")
+def _format_failure(pod: dict[str, Any]) -> str:
+    message = str(pod.get("message", ""))
+    match = re.search(r"exit code (\d+)", message)
+    code = match[1] if match else ""
+    return f"{pod.get('displayName', 'a stage')}: {message or 'failed'}" + (
+        f" ({ADVICE[code]})" if code in ADVICE else "")

@@ -1,48 +1,50 @@
-"""Katib: a search space as an Experiment whose trials are Jobs; the objective is read from what a run prints."""
+"""Katib: a search space as an Experiment whose trials are Jobs. Katib reads the objective from a run's output."""
 
 import shlex
 from typing import Any
 
 from dreambooth.errors import Diverged, DoesNotFit, OutOfMemory, UserError
 from dreambooth.kubernetes import pod_spec
-from dreambooth.kubernetes.workflow_spec import TRIAL, Asked, run_words
+from dreambooth.kubernetes.workflow_spec import TRIAL_RUN_DIR, WorkflowSpec, run_overrides
 
-API = "kubeflow.org/v1beta1"
-OBJECTIVE = r"(objective)=([+-]?\d+(?:\.\d+)?(?:[Ee][+-]?\d+)?)"  # train's last line; Katib asks for two groups
-HOPELESS = [kind.exit_code for kind in (UserError, DoesNotFit, OutOfMemory, Diverged)]  # a repetition ends the same
+API_VERSION = "kubeflow.org/v1beta1"
+# Matches the last line that training prints; Katib requires two groups, name and value.
+OBJECTIVE = r"(objective)=([+-]?\d+(?:\.\d+)?(?:[Ee][+-]?\d+)?)"
+# Exit codes after which a retry would end the same.
+FATAL_EXIT_CODES = [error.exit_code for error in (UserError, DoesNotFit, OutOfMemory, Diverged)]
 CONTAINER = "train"
 
 
-def experiment(asked: Asked) -> dict[str, Any]:
-    """The grid, four points at a time.
+def build_experiment(spec: WorkflowSpec) -> dict[str, Any]:
+    """The Experiment: the whole grid, four trials at a time.
 
-    Not TPE: with trials in parallel it proposes a point that is being tried, and two trials of one point are one run,
-    which the second finds locked.
+    Not TPE: with parallel trials it may propose a point that is already being tried. Both trials would be the same
+    run, and the second would find its folder locked.
     """
-    names = {key: key.rpartition(".")[2].replace("_", "-") for key in asked.space.values}
+    names = {key: key.rpartition(".")[2].replace("_", "-") for key in spec.space.values}
     return {
-        "apiVersion": API, "kind": "Experiment", "metadata": {"name": f"dreambooth-{asked.space.name}"},
+        "apiVersion": API_VERSION, "kind": "Experiment", "metadata": {"name": f"dreambooth-{spec.space.name}"},
         "spec": {
             "objective": {"type": "minimize", "objectiveMetricName": "objective"},
             "algorithm": {"algorithmName": "grid"},
-            "parallelTrialCount": 4, "maxTrialCount": len(asked.space.trials()), "maxFailedTrialCount": 4,
+            "parallelTrialCount": 4, "maxTrialCount": len(spec.space.trials()), "maxFailedTrialCount": 4,
             "metricsCollectorSpec": {
                 "collector": {"kind": "StdOut"}, "source": {"filter": {"metricsFormat": [OBJECTIVE]}}},
-            "parameters": [_parameter(names[key], values) for key, values in asked.space.values.items()],
+            "parameters": [_parameter(names[key], values) for key, values in spec.space.values.items()],
             "trialTemplate": {
                 "primaryContainerName": CONTAINER, "retain": True,
                 "trialParameters": [{"name": name.replace("-", "_"), "reference": name, "description": key}
                                     for key, name in names.items()],
-                "trialSpec": _trial(asked, names)}}}
+                "trialSpec": _trial_job(spec, names)}}}
 
 
 def _parameter(name: str, values: tuple[str, ...]) -> dict[str, Any]:
-    """Texts as they are typed, so that a trial is the very run that Hydra would have made."""
-    kind = "discrete" if all(_number(value) for value in values) else "categorical"
+    """A parameter whose values are the typed texts, so that a trial is the same run as under Hydra's sweeper."""
+    kind = "discrete" if all(_is_number(value) for value in values) else "categorical"
     return {"name": name, "parameterType": kind, "feasibleSpace": {"list": list(values)}}
 
 
-def _number(text: str) -> bool:
+def _is_number(text: str) -> bool:
     try:
         float(text)
     except ValueError:
@@ -50,15 +52,15 @@ def _number(text: str) -> bool:
     return True
 
 
-def _trial(asked: Asked, names: dict[str, str]) -> dict[str, Any]:
-    """A Job that begins again after a lost node, and not after what would end the same."""
-    chosen = [f"{key}=${{trialParameters.{name.replace('-', '_')}}}" for key, name in names.items()]
-    words = [*run_words(asked, pod_spec.RUNS), TRIAL, f"sweep={asked.space.name}",
-             f"tracking.sweep=katib-{asked.space.name}", *chosen]
-    # Katib puts the words of a command in a row for a shell of its own, as they are: a prompt would fall apart, and
-    # ${...} be the shell's. A command that is a shell's already it leaves in one piece, and only adds to its end.
-    command = shlex.join(["python", "-m", "dreambooth.train", *words])
-    container = pod_spec.container(asked.image, ["sh", "-c"], [command])
+def _trial_job(spec: WorkflowSpec, names: dict[str, str]) -> dict[str, Any]:
+    """The Job of a trial. It is retried if its node was lost, and not if a retry would end the same."""
+    parameters = [f"{key}=${{trialParameters.{name.replace('-', '_')}}}" for key, name in names.items()]
+    overrides = [*run_overrides(spec, pod_spec.RUNS_MOUNT), TRIAL_RUN_DIR, f"sweep={spec.space.name}",
+                 f"tracking.sweep=katib-{spec.space.name}", *parameters]
+    # Katib joins command and args by spaces, without quoting, and runs the result in a shell: a prompt would be split,
+    # and that shell would expand ${...}. If the command already is a shell, Katib only appends to its script.
+    script = shlex.join(["python", "-m", "dreambooth.train", *overrides])
+    container = pod_spec.container(spec.image, ["sh", "-c"], [script])
     return {
         "apiVersion": "batch/v1", "kind": "Job",
         "spec": {
@@ -66,9 +68,10 @@ def _trial(asked: Asked, names: dict[str, str]) -> dict[str, Any]:
             "podFailurePolicy": {"rules": [
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
                 {"action": "FailJob", "onExitCodes": {
-                    "containerName": CONTAINER, "operator": "In", "values": HOPELESS}}]},
+                    "containerName": CONTAINER, "operator": "In", "values": FATAL_EXIT_CODES}}]},
             "template": {"spec": {
-                "restartPolicy": "Never", "serviceAccountName": pod_spec.ACCOUNT, "automountServiceAccountToken": False,
-                "terminationGracePeriodSeconds": pod_spec.SAVING, "securityContext": pod_spec.security(),
-                **pod_spec.placement(asked.hardware), "volumes": pod_spec.volumes(),
-                "containers": [{"name": CONTAINER, **container, "resources": pod_spec.resources(asked.hardware)}]}}}}
+                "restartPolicy": "Never", "serviceAccountName": pod_spec.SERVICE_ACCOUNT,
+                "automountServiceAccountToken": False, "terminationGracePeriodSeconds": pod_spec.GRACE_PERIOD,
+                "securityContext": pod_spec.security_context(),
+                **pod_spec.placement(spec.hardware), "volumes": pod_spec.volumes(),
+                "containers": [{"name": CONTAINER, **container, "resources": pod_spec.resources(spec.hardware)}]}}}}

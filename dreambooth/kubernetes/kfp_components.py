@@ -1,7 +1,7 @@
-"""Kubeflow Pipelines' side of a stage: what it made becomes parameters and artifacts with metrics.
+"""Hands the results of a stage to Kubeflow Pipelines: output parameters, and artifacts with metadata.
 
-A container component is told where in its executor input (`{{$}}`): a file for each parameter, a place for each
-artifact, and a file for what is said about them.
+A container component receives its executor input (`{{$}}`), which names a file for each output parameter, an address
+for each artifact, and a file for the artifacts' metadata.
 """
 
 import base64
@@ -13,71 +13,79 @@ from typing import Any
 from dreambooth.errors import UserError
 from dreambooth.utils import atomic_files
 
-MADE_AS = {"Output": "trials"}  # an output's name in the pipeline -> the file of the stage, where they differ
-MOUNTED = {"gs://": "/gcs/", "s3://": "/s3/", "minio://": "/minio/"}  # where the launcher sees object stores
-PAGE = '<!doctype html><title>dreambooth</title><img alt="contact sheet" src="data:image/png;base64,{picture}">'
+OUTPUT_FILES = {"Output": "trials"}  # output parameter -> file of the stage, where the names differ
+MOUNT_POINTS = {"gs://": "/gcs/", "s3://": "/s3/", "minio://": "/minio/"}  # where the launcher mounts object stores
+HTML_PAGE = '<!doctype html><title>dreambooth</title><img alt="contact sheet" src="data:image/png;base64,{picture}">'
 
 
-def hand_over(executor_input: str, out: Path) -> None:
-    """Write a stage's outputs where Kubeflow Pipelines looks for them.
+def write_outputs(executor_input: str, stage_folder: Path) -> None:
+    """Write the outputs of a stage to the files that Kubeflow Pipelines reads.
+
+    Args:
+        executor_input: JSON, from the placeholder `{{$}}`.
+        stage_folder: the folder with the stage's own output files.
 
     Raises:
-        UserError: the executor input is none.
+        UserError: the executor input is not JSON.
     """
     try:
         outputs: dict[str, Any] = json.loads(executor_input).get("outputs", {})
     except ValueError as error:
         raise UserError("--kfp takes the executor input of Kubeflow Pipelines: type '{{$}}' in the pipeline") from error
-    for name, told in outputs.get("parameters", {}).items():
-        made = out / MADE_AS.get(name, name)
-        if made.is_file():
-            target = Path(told["outputFile"])
+    for name, parameter in outputs.get("parameters", {}).items():
+        source = stage_folder / OUTPUT_FILES.get(name, name)
+        if source.is_file():
+            target = Path(parameter["outputFile"])
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(made, target)
-    said = {name: {"artifacts": [_artifact(name, artifact, out) for artifact in told["artifacts"]]}
-            for name, told in outputs.get("artifacts", {}).items()}
-    if said and outputs.get("outputFile"):
-        atomic_files.write_json(Path(outputs["outputFile"]), {"artifacts": said})
+            shutil.copyfile(source, target)
+    artifacts = {
+        name: {"artifacts": [_write_artifact(name, artifact, stage_folder) for artifact in output["artifacts"]]}
+        for name, output in outputs.get("artifacts", {}).items()}
+    if artifacts and outputs.get("outputFile"):
+        atomic_files.write_json(Path(outputs["outputFile"]), {"artifacts": artifacts})
 
 
-def local(uri: str) -> Path:
-    """Where an artifact's address is in the container."""
-    for scheme, folder in MOUNTED.items():
+def to_local_path(uri: str) -> Path:
+    """The path of an artifact in the container."""
+    for scheme, folder in MOUNT_POINTS.items():
         if uri.startswith(scheme):
             return Path(folder + uri.removeprefix(scheme))
     return Path(uri)
 
 
-def _artifact(name: str, artifact: dict[str, Any], out: Path) -> dict[str, Any]:
-    made = {key: artifact[key] for key in ("name", "uri") if key in artifact}
-    return made | {"metadata": WRITERS[name](local(artifact["uri"]), out) or {}}
+def _write_artifact(name: str, artifact: dict[str, Any], stage_folder: Path) -> dict[str, Any]:
+    entry = {key: artifact[key] for key in ("name", "uri") if key in artifact}
+    return entry | {"metadata": WRITERS[name](to_local_path(artifact["uri"]), stage_folder) or {}}
 
 
-def _metrics(target: Path, out: Path) -> dict[str, float]:
-    """Objective and measures of a result: MLMD keeps them, the UI compares them."""
-    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+def _read_result_metrics(target: Path, stage_folder: Path) -> dict[str, float]:
+    """Objective and scores of a run, which ML Metadata stores and the UI compares."""
+    result = json.loads((stage_folder / "result.json").read_text(encoding="utf-8"))
     return {"objective": result["objective"], **result.get("scores", {})}
 
 
-def _measures(target: Path, out: Path) -> dict[str, float]:
-    """What an evaluation says of the exported weights, the last that it looked at."""
-    steps: dict[str, dict[str, float]] = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["steps"]
+def _read_evaluation_metrics(target: Path, stage_folder: Path) -> dict[str, float]:
+    """Scores of the last evaluated step: those of the exported weights."""
+    evaluation = json.loads((stage_folder / "evaluation.json").read_text(encoding="utf-8"))
+    steps: dict[str, dict[str, float]] = evaluation["steps"]
     return steps[max(steps, key=int)]
 
 
-def _sheet(target: Path, out: Path) -> None:
-    """The contact sheet as a page that the UI shows."""
+def _write_contact_sheet(target: Path, stage_folder: Path) -> None:
+    """Write the contact sheet as an HTML page, which the UI can show."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    picture = out / "contact_sheet.png"
+    picture = stage_folder / "contact_sheet.png"
     encoded = base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else ""
-    target.write_text(PAGE.format(picture=encoded), encoding="utf-8")
+    target.write_text(HTML_PAGE.format(picture=encoded), encoding="utf-8")
 
 
-def _model(target: Path, out: Path) -> dict[str, Any]:
-    """The promoted model's folder, and what promoted.json says."""
-    promoted: dict[str, Any] = json.loads((out / "promoted.json").read_text(encoding="utf-8"))
+def _write_model(target: Path, stage_folder: Path) -> dict[str, Any]:
+    """Copy the folder of the promoted model; return what promoted.json says about it."""
+    promoted: dict[str, Any] = json.loads((stage_folder / "promoted.json").read_text(encoding="utf-8"))
     shutil.copytree(promoted["model"], target, dirs_exist_ok=True)
     return {key: value for key, value in promoted.items() if isinstance(value, str | int | float)}
 
 
-WRITERS = {"metrics": _metrics, "measures": _measures, "contact_sheet": _sheet, "model": _model}
+WRITERS = {  # artifact -> writes its file, if it has one, and returns its metadata
+    "metrics": _read_result_metrics, "measures": _read_evaluation_metrics, "contact_sheet": _write_contact_sheet,
+    "model": _write_model}

@@ -1,21 +1,39 @@
-"""Plain Kubernetes objects around workflows, and kustomizations: a base, and an overlay a machine."""
+"""Kustomizations, and the plain Kubernetes objects of the base: namespace, roles, volume. One overlay per machine."""
 
 from typing import Any
 
 import yaml
 
 from dreambooth.kubernetes import argo, pod_spec
-from dreambooth.kubernetes.workflow_spec import Asked
+from dreambooth.kubernetes.workflow_spec import WorkflowSpec
 
 NAMESPACE = "dreambooth"
-SUBMITTER = "dreambooth-submitter"
-KUSTOMIZE = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
+SUBMITTER_ROLE = "dreambooth-submitter"
+RBAC_API_VERSION = "rbac.authorization.k8s.io/v1"
+KUSTOMIZATION = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
 
 
-def rbac() -> list[dict[str, Any]]:
-    """What a workflow's pods may do (say how they ended), and what a person needs who submits."""
-    executor = [{"apiGroups": ["argoproj.io"], "resources": ["workflowtaskresults"], "verbs": ["create", "patch"]}]
-    person = [
+def build_argo_kustomization() -> dict[str, Any]:
+    """The kustomization of the WorkflowTemplates."""
+    return KUSTOMIZATION | {"resources": [f"{name}.yaml" for name in (argo.TRAIN, argo.SWEEP)]}
+
+
+def build_base_kustomization() -> dict[str, Any]:
+    """The kustomization of everything that all machines share."""
+    return KUSTOMIZATION | {"namespace": NAMESPACE,
+                            "resources": ["namespace.yaml", "rbac.yaml", "volume.yaml", "../argo"]}
+
+
+def build_namespace() -> list[dict[str, Any]]:
+    """The namespace of all objects."""
+    return [{"apiVersion": "v1", "kind": "Namespace", "metadata": {
+        "name": NAMESPACE, "labels": {"pod-security.kubernetes.io/enforce": "baseline"}}}]
+
+
+def build_rbac() -> list[dict[str, Any]]:
+    """A role for workflow pods, which report their results, and a role for users who submit workflows."""
+    pod_rules = [{"apiGroups": ["argoproj.io"], "resources": ["workflowtaskresults"], "verbs": ["create", "patch"]}]
+    submitter_rules = [
         {"apiGroups": ["argoproj.io"], "resources": ["workflows", "workflowtemplates", "cronworkflows"],
          "verbs": ["get", "list", "watch", "create", "update", "patch", "delete"]},
         {"apiGroups": ["trainer.kubeflow.org"], "resources": ["trainjobs"],
@@ -26,76 +44,63 @@ def rbac() -> list[dict[str, Any]]:
          "verbs": ["get", "list", "watch", "create", "patch", "delete"]},
         {"apiGroups": [""], "resources": ["pods", "pods/log", "events"], "verbs": ["get", "list", "watch"]},
     ]
+    account = pod_spec.SERVICE_ACCOUNT
     return [
-        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": pod_spec.ACCOUNT}},
-        _role(pod_spec.ACCOUNT, executor),
-        {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": {"name": pod_spec.ACCOUNT},
-         "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": pod_spec.ACCOUNT},
-         "subjects": [{"kind": "ServiceAccount", "name": pod_spec.ACCOUNT, "namespace": NAMESPACE}]},
-        _role(SUBMITTER, person),
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": account}},
+        _role(account, pod_rules),
+        {"apiVersion": RBAC_API_VERSION, "kind": "RoleBinding", "metadata": {"name": account},
+         "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": account},
+         "subjects": [{"kind": "ServiceAccount", "name": account, "namespace": NAMESPACE}]},
+        _role(SUBMITTER_ROLE, submitter_rules),
     ]
 
 
 def _role(name: str, rules: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": {"name": name}, "rules": rules}
+    return {"apiVersion": RBAC_API_VERSION, "kind": "Role", "metadata": {"name": name}, "rules": rules}
 
 
-def volume() -> list[dict[str, Any]]:
-    """The volume of runs: runs of a sweep on several nodes share it."""
+def build_volume() -> list[dict[str, Any]]:
+    """The PersistentVolumeClaim of runs, which pods on several nodes share."""
     return [{
         "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": pod_spec.CLAIM},
         "spec": {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "200Gi"}}}}]
 
 
-def namespace() -> list[dict[str, Any]]:
-    """Where all of it lives."""
-    return [{"apiVersion": "v1", "kind": "Namespace", "metadata": {
-        "name": NAMESPACE, "labels": {"pod-security.kubernetes.io/enforce": "baseline"}}}]
-
-
-def base() -> dict[str, Any]:
-    return KUSTOMIZE | {"namespace": NAMESPACE,
-                        "resources": ["namespace.yaml", "rbac.yaml", "volume.yaml", "../argo"]}
-
-
-def templates() -> dict[str, Any]:
-    return KUSTOMIZE | {"resources": [f"{name}.yaml" for name in (argo.TRAIN, argo.SWEEP)]}
-
-
-def overlay(before: Asked, after: Asked) -> dict[str, Any]:
-    """The base for another machine: what differs between the same templates, as JSON patches."""
+def build_overlay(base: WorkflowSpec, machine: WorkflowSpec) -> dict[str, Any]:
+    """The kustomization of another machine: its differences from the base's templates, as JSON patches."""
     patches = []
-    for render in (argo.train, argo.sweep):
-        old, new = render(before), render(after)
-        changes = list(_changes(old, new, ""))
-        if changes:
-            patches.append({"target": {"kind": old["kind"], "name": old["metadata"]["name"]},
-                            "patch": _dumped(changes)})
-    return KUSTOMIZE | {"resources": ["../../base"], **({"patches": patches} if patches else {})}
+    for build in (argo.build_train_template, argo.build_sweep_template):
+        base_template = build(base)
+        operations = _diff(base_template, build(machine), "")
+        if operations:
+            patches.append({
+                "target": {"kind": base_template["kind"], "name": base_template["metadata"]["name"]},
+                "patch": _dump_patch(operations)})
+    return KUSTOMIZATION | {"resources": ["../../base"], **({"patches": patches} if patches else {})}
 
 
-def _changes(old: Any, new: Any, path: str) -> list[dict[str, Any]]:
-    """RFC 6902 operations that make one of the other; lists of the same length go item by item."""
+def _diff(old: Any, new: Any, path: str) -> list[dict[str, Any]]:
+    """JSON Patch (RFC 6902) operations that turn `old` into `new`. Lists of equal length are compared item by item."""
     if old == new:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
-        found = []
+        operations = []
         for key in [*old, *(key for key in new if key not in old)]:
-            place = f"{path}/{key.replace('~', '~0').replace('/', '~1')}"
+            pointer = f"{path}/{key.replace('~', '~0').replace('/', '~1')}"
             if key not in new:
-                found.append({"op": "remove", "path": place})
+                operations.append({"op": "remove", "path": pointer})
             elif key not in old:
-                found.append({"op": "add", "path": place, "value": new[key]})
+                operations.append({"op": "add", "path": pointer, "value": new[key]})
             else:
-                found += _changes(old[key], new[key], place)
-        return found
+                operations += _diff(old[key], new[key], pointer)
+        return operations
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [change for i, (one, other) in enumerate(zip(old, new, strict=True))
-                for change in _changes(one, other, f"{path}/{i}")]
+        return [operation for i, (old_item, new_item) in enumerate(zip(old, new, strict=True))
+                for operation in _diff(old_item, new_item, f"{path}/{i}")]
     return [{"op": "replace", "path": path, "value": new}]
 
 
-def _dumped(changes: list[dict[str, Any]]) -> str:
-    """kustomize takes a patch as a text."""
-    text: str = yaml.safe_dump(changes, sort_keys=False, width=120)
+def _dump_patch(operations: list[dict[str, Any]]) -> str:
+    """A patch as the text that kustomize expects."""
+    text: str = yaml.safe_dump(operations, sort_keys=False, width=120)
     return text

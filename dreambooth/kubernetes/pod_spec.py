@@ -1,4 +1,4 @@
-"""What every pod has: a card where it needs one, a node that has it, the volume of runs, credentials by reference."""
+"""Parts of a pod that all workflow files share: GPU, node selector, volume of runs, settings and credentials."""
 
 import math
 from typing import Any
@@ -6,72 +6,78 @@ from typing import Any
 from dreambooth.config.enums import Device
 from dreambooth.config.hardware import Hardware
 
-CLAIM = "dreambooth-runs"  # the PersistentVolumeClaim: runs, class images, what the hub sent
-RUNS = "/runs"  # where it is mounted
-WORKSPACE = "/kfp-workspace"  # the same, of a pipeline
-ACCOUNT = "dreambooth"  # ServiceAccount of workflow pods
-SETTINGS, SECRETS = "dreambooth", "dreambooth-secrets"  # ConfigMap and Secret, either of which may be missing
-SETTING_KEYS = ("MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION")
+CLAIM = "dreambooth-runs"  # PersistentVolumeClaim with runs, class images and downloads from the hub
+RUNS_MOUNT = "/runs"  # mount path of that volume
+KFP_WORKSPACE = "/kfp-workspace"  # mount path of the workspace of a Kubeflow pipeline
+SERVICE_ACCOUNT = "dreambooth"  # of workflow pods
+CONFIG_MAP, SECRET = "dreambooth", "dreambooth-secrets"  # both are optional
+CONFIG_MAP_KEYS = ("MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION")
 SECRET_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
                "AWS_SESSION_TOKEN")
-USER = 1000  # the image's user
-SAVING = 120  # seconds between SIGTERM and SIGKILL, as SageMaker has it
-GPU = "nvidia.com/gpu"
-MEMORY = 0.75  # of the host's, since the node keeps some for itself
-LITTLE = {"requests": {"cpu": "500m", "memory": "2Gi"}, "limits": {"memory": "6Gi"}}  # a step without a card
+USER_ID = 1000  # the image's user
+GRACE_PERIOD = 120  # seconds between SIGTERM and SIGKILL, as under SageMaker
+GPU_RESOURCE = "nvidia.com/gpu"
+GPU_STAGES = ("class-images", "train", "evaluate")  # stages that generate images or train
+MEMORY_SHARE = 0.75  # of the host's memory: the node reserves some for itself
+SMALL_RESOURCES = {  # of a stage without a GPU
+    "requests": {"cpu": "500m", "memory": "2Gi"}, "limits": {"memory": "6Gi"}}
 
 
-def resources(hardware: Hardware, cards: int = 1) -> dict[str, Any]:
-    """Requests and limits of a pod that trains. Quantities are texts."""
-    memory = f"{math.floor((hardware.host_ram_gib or 8) * MEMORY)}Gi"
-    found: dict[str, Any] = {"requests": {"cpu": "2", "memory": memory}, "limits": {"memory": memory}}
+def resources(hardware: Hardware, gpus: int = 1) -> dict[str, Any]:
+    """Requests and limits of a pod that trains, as Kubernetes quantities (texts)."""
+    memory = f"{math.floor((hardware.host_ram_gib or 8) * MEMORY_SHARE)}Gi"
+    quantities: dict[str, Any] = {"requests": {"cpu": "2", "memory": memory}, "limits": {"memory": memory}}
     if hardware.device is not Device.cpu:
-        found["limits"][GPU] = str(cards)
-    return found
+        quantities["limits"][GPU_RESOURCE] = str(gpus)
+    return quantities
 
 
 def placement(hardware: Hardware) -> dict[str, Any]:
-    """Node selector and tolerations: nodes with cards are usually tainted with the resource's name."""
+    """Node selector and tolerations. GPU nodes usually have a taint with the name of the GPU resource."""
     if hardware.device is Device.cpu:
         return {}
-    found: dict[str, Any] = {"tolerations": [{"key": GPU, "operator": "Exists", "effect": "NoSchedule"}]}
-    return {"nodeSelector": dict(hardware.node_selector), **found} if hardware.node_selector else found
+    tolerations = [{"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"}]
+    if not hardware.node_selector:
+        return {"tolerations": tolerations}
+    return {"nodeSelector": dict(hardware.node_selector), "tolerations": tolerations}
 
 
-def security() -> dict[str, Any]:
-    """Of a pod: not root, and the volume is the user's."""
-    return {"runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER,
+def security_context() -> dict[str, Any]:
+    """Security context of a pod: not root; the volume belongs to the image's user."""
+    return {"runAsNonRoot": True, "runAsUser": USER_ID, "runAsGroup": USER_ID, "fsGroup": USER_ID,
             "seccompProfile": {"type": "RuntimeDefault"}}
 
 
 def volumes() -> list[dict[str, Any]]:
+    """The volume of runs."""
     return [{"name": "runs", "persistentVolumeClaim": {"claimName": CLAIM}}]
 
 
-def mounts() -> list[dict[str, Any]]:
-    return [{"name": "runs", "mountPath": RUNS}]
+def volume_mounts() -> list[dict[str, Any]]:
+    """Where the volume of runs is mounted."""
+    return [{"name": "runs", "mountPath": RUNS_MOUNT}]
 
 
-def environment() -> list[dict[str, Any]]:
-    """A base from the hub is fetched once, into the volume."""
-    return [{"name": "HF_HOME", "value": f"{RUNS}/huggingface"}]
+def env() -> list[dict[str, Any]]:
+    """Put the hub's cache on the volume, so that a base model is downloaded once."""
+    return [{"name": "HF_HOME", "value": f"{RUNS_MOUNT}/huggingface"}]
 
 
-def named() -> list[dict[str, Any]]:
-    """The same settings and credentials one by one, for what takes no `envFrom`."""
-    sources = dict.fromkeys(SETTING_KEYS, ("configMapKeyRef", SETTINGS)) | dict.fromkeys(
-        SECRET_KEYS, ("secretKeyRef", SECRETS))
+def env_from() -> list[dict[str, Any]]:
+    """All settings of the ConfigMap and all credentials of the Secret, as far as they exist."""
+    return [{"configMapRef": {"name": CONFIG_MAP, "optional": True}},
+            {"secretRef": {"name": SECRET, "optional": True}}]
+
+
+def env_by_key() -> list[dict[str, Any]]:
+    """The same settings and credentials one by one, for objects that do not support `envFrom`."""
+    sources = dict.fromkeys(CONFIG_MAP_KEYS, ("configMapKeyRef", CONFIG_MAP)) | dict.fromkeys(
+        SECRET_KEYS, ("secretKeyRef", SECRET))
     return [{"name": key, "valueFrom": {kind: {"name": name, "key": key, "optional": True}}}
             for key, (kind, name) in sources.items()]
 
 
-def references() -> list[dict[str, Any]]:
-    """MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME, AWS_DEFAULT_REGION and the like, where they are set."""
-    return [{"configMapRef": {"name": SETTINGS, "optional": True}},
-            {"secretRef": {"name": SECRETS, "optional": True}}]
-
-
 def container(image: str, command: list[str], args: list[str]) -> dict[str, Any]:
-    """Image, words, credentials and the volume."""
-    return {"image": image, "command": command, "args": args, "env": environment(), "envFrom": references(),
-            "volumeMounts": mounts()}
+    """A container with image, command, credentials and the volume of runs."""
+    return {"image": image, "command": command, "args": args, "env": env(), "envFrom": env_from(),
+            "volumeMounts": volume_mounts()}

@@ -1,4 +1,4 @@
-"""Every workflow file by its path, as text."""
+"""Renders all workflow files as YAML."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,42 +6,47 @@ from typing import Any
 import yaml
 
 from dreambooth.kubernetes import argo, katib, kfp_pipeline, kustomize, trainjob
-from dreambooth.kubernetes.workflow_spec import Asked
+from dreambooth.kubernetes.workflow_spec import WorkflowSpec
 
-HEAD = "# Written from conf/ by python -m dreambooth.workflows render, which overwrites what is changed here.\n"
+HEADER = "# Written from conf/ by python -m dreambooth.workflows render, which overwrites what is changed here.\n"
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """No anchors; texts of several lines as they are."""
+    """Dumps without anchors, and texts of several lines as block literals."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
 
 
-_Dumper.add_representer(str, _text)
+_Dumper.add_representer(str, _represent_text)
 
 
-def rendered(asked: Asked) -> dict[str, str]:
-    """path below workflows/ -> text."""
-    documents: Mapping[str, Sequence[dict[str, Any]]] = {
-        "argo/kustomization.yaml": [kustomize.templates()],
-        f"argo/{argo.TRAIN}.yaml": [argo.train(asked)],
-        f"argo/{argo.SWEEP}.yaml": [argo.sweep(asked)],
-        f"argo/{argo.NIGHTLY}.yaml": [argo.nightly(asked)],
-        "base/kustomization.yaml": [kustomize.base()],
-        "base/namespace.yaml": kustomize.namespace(),
-        "base/rbac.yaml": kustomize.rbac(),
-        "base/volume.yaml": kustomize.volume(),
-        **{f"overlays/{name}/kustomization.yaml": [kustomize.overlay(asked, other)]
-           for name, other in asked.machines.items()},
-        "kubeflow/trainjob.yaml": [trainjob.single(asked)],
-        **({"kubeflow/trainjob-4gpu.yaml": [trainjob.multi(asked)]} if asked.hardware.name in trainjob.LARGER else {}),
-        "kubeflow/katib-experiment.yaml": [katib.experiment(asked)],
-        "kubeflow/pipeline.yaml": kfp_pipeline.pipeline(asked),
+def render_files(spec: WorkflowSpec) -> dict[str, str]:
+    """All files: path below workflows/ -> text."""
+    files: Mapping[str, Sequence[dict[str, Any]]] = {
+        "argo/kustomization.yaml": [kustomize.build_argo_kustomization()],
+        f"argo/{argo.TRAIN}.yaml": [argo.build_train_template(spec)],
+        f"argo/{argo.SWEEP}.yaml": [argo.build_sweep_template(spec)],
+        f"argo/{argo.NIGHTLY}.yaml": [argo.build_nightly_workflow(spec)],
+        "base/kustomization.yaml": [kustomize.build_base_kustomization()],
+        "base/namespace.yaml": kustomize.build_namespace(),
+        "base/rbac.yaml": kustomize.build_rbac(),
+        "base/volume.yaml": kustomize.build_volume(),
+        **{f"overlays/{name}/kustomization.yaml": [kustomize.build_overlay(spec, machine)]
+           for name, machine in spec.overlays.items()},
+        "kubeflow/trainjob.yaml": [trainjob.build_trainjob(spec)],
+        **({"kubeflow/trainjob-4gpu.yaml": [trainjob.build_multi_gpu_trainjob(spec)]}
+           if spec.hardware.name in trainjob.MULTI_GPU_MACHINES else {}),
+        "kubeflow/katib-experiment.yaml": [katib.build_experiment(spec)],
+        "kubeflow/pipeline.yaml": kfp_pipeline.build_pipeline(spec),
     }
-    return {path: HEAD + yaml.dump_all(found, Dumper=_Dumper, sort_keys=False, width=120, default_flow_style=False)
-            for path, found in documents.items()}
+    return {path: HEADER + _dump(documents) for path, documents in files.items()}
+
+
+def _dump(documents: Sequence[dict[str, Any]]) -> str:
+    text: str = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=120, default_flow_style=False)
+    return text

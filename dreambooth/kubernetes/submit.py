@@ -1,4 +1,4 @@
-"""Sends a workflow to a cluster: Argo through hera, Kubeflow through its own SDK; what is sent is as rendered."""
+"""Submits a workflow to a cluster, as rendered: Argo through hera, Kubeflow through its own SDK."""
 
 import json
 import os
@@ -7,70 +7,79 @@ from typing import Any
 
 from dreambooth.errors import UserError
 from dreambooth.kubernetes import argo, katib, trainjob
-from dreambooth.kubernetes.workflow_spec import Asked
+from dreambooth.kubernetes.workflow_spec import WorkflowSpec
 
 KINDS = ("train", "sweep", "trainjob", "trainjob-multi", "katib")
-NEEDS = "needs a package: pip install 'dreambooth[workflows]'"
-SERVER, TOKEN = "ARGO_SERVER", "ARGO_TOKEN"  # as the argo command has them
+MISSING_PACKAGE = "needs a package: pip install 'dreambooth[workflows]'"
+ARGO_SERVER, ARGO_TOKEN = "ARGO_SERVER", "ARGO_TOKEN"  # environment variables, those of the argo command
 
 
-def submit(asked: Asked, what: str, namespace: str, name: str | None = None) -> str:
-    """Submit, and say what was made.
+def submit(spec: WorkflowSpec, kind: str, namespace: str, name: str | None = None) -> str:
+    """Submit a workflow and return a sentence that names the created object.
+
+    Args:
+        kind: one of KINDS.
+        name: of the TrainJob or Experiment; None: the rendered name. Argo generates its own.
 
     Raises:
-        UserError: a package or the cluster's address is missing, or the cluster refuses.
+        UserError: a package or the server's address is missing, or the cluster rejects the workflow.
     """
-    if what in ("train", "sweep"):
-        return f"workflow {_argo(asked, what, namespace)} in {namespace}"
-    made = {"trainjob": trainjob.single, "trainjob-multi": trainjob.multi, "katib": katib.experiment}[what](asked)
+    if kind in ("train", "sweep"):
+        return f"workflow {_submit_to_argo(spec, kind, namespace)} in {namespace}"
+    builders = {"trainjob": trainjob.build_trainjob, "trainjob-multi": trainjob.build_multi_gpu_trainjob,
+                "katib": katib.build_experiment}
+    manifest = builders[kind](spec)
     if name:
-        made["metadata"]["name"] = name
-    return f"{made['kind']} {_kubeflow(made, namespace)} in {namespace}"
+        manifest["metadata"]["name"] = name
+    return f"{manifest['kind']} {_create_kubeflow_object(manifest, namespace)} in {namespace}"
 
 
-def _argo(asked: Asked, what: str, namespace: str) -> str:
-    """A Workflow of the template that the cluster holds, with these overrides."""
+def _submit_to_argo(spec: WorkflowSpec, kind: str, namespace: str) -> str:
+    """Submit a Workflow of the WorkflowTemplate in the cluster, with these overrides; return its name."""
     try:
         from hera.workflows import WorkflowsService
         from hera.workflows.models import WorkflowSubmitRequest
     except ImportError as error:
-        raise UserError(f"--what {what} {NEEDS}") from error
-    if not (host := os.environ.get(SERVER)):
-        raise UserError(f"the address of Argo's server is missing: set {SERVER}=https://HOST:2746 and {TOKEN}")
-    parameters = {"image": asked.image, "overrides": asked.typed}
-    if what == "sweep":
-        parameters["sweep"] = asked.space.name
+        raise UserError(f"--what {kind} {MISSING_PACKAGE}") from error
+    if not (host := os.environ.get(ARGO_SERVER)):
+        raise UserError("the address of the Argo server is missing: "
+                        f"set {ARGO_SERVER}=https://HOST:2746 and {ARGO_TOKEN}")
+    parameters = {"image": spec.image, "overrides": spec.overrides_text}
+    if kind == "sweep":
+        parameters["sweep"] = spec.space.name
     request = WorkflowSubmitRequest.model_validate({
         "namespace": namespace, "resourceKind": "WorkflowTemplate",
-        "resourceName": argo.SWEEP if what == "sweep" else argo.TRAIN,
+        "resourceName": argo.SWEEP if kind == "sweep" else argo.TRAIN,
         "submitOptions": {"parameters": [f"{key}={value}" for key, value in parameters.items()]}})
     try:
-        service = WorkflowsService(host=host, token=os.environ.get(TOKEN), namespace=namespace)
-        made = service.submit_workflow(request, namespace=namespace)
-    except Exception as error:  # hera has one class an HTTP status, requests its own
-        raise UserError(f"Argo at {host} did not take the workflow ({_short(error)})") from error
-    return str(made.metadata.name)
+        service = WorkflowsService(host=host, token=os.environ.get(ARGO_TOKEN), namespace=namespace)
+        workflow = service.submit_workflow(request, namespace=namespace)
+    except Exception as error:  # hera has one class per HTTP status, requests has others
+        raise UserError(f"Argo at {host} rejected the workflow ({_short_message(error)}): check {ARGO_SERVER} and "
+                        f"{ARGO_TOKEN}") from error
+    return str(workflow.metadata.name)
 
 
-def _kubeflow(made: dict[str, Any], namespace: str) -> str:
-    """Create a TrainJob or an Experiment through the Kubeflow SDK's connection to the cluster."""
+def _create_kubeflow_object(manifest: dict[str, Any], namespace: str) -> str:
+    """Create a TrainJob or an Experiment through the Kubeflow SDK's connection to the cluster; return its name."""
     try:
         from kubeflow.common.types import KubernetesBackendConfig
         from kubeflow.trainer import TrainerClient
     except ImportError as error:
-        raise UserError(f"--what trainjob {NEEDS}") from error
-    group, version = made["apiVersion"].split("/")
+        raise UserError(f"--what trainjob {MISSING_PACKAGE}") from error
+    group, version = manifest["apiVersion"].split("/")
     try:
         api = TrainerClient(KubernetesBackendConfig(namespace=namespace)).backend.custom_api
-        answer = api.create_namespaced_custom_object(group, version, namespace, f"{made['kind'].lower()}s", made)
+        created = api.create_namespaced_custom_object(
+            group, version, namespace, f"{manifest['kind'].lower()}s", manifest)
     except Exception as error:
-        raise UserError(f"the cluster did not take the {made['kind']} ({_short(error)}): look with kubectl, and at "
-                        "KUBECONFIG") from error
-    return str(answer["metadata"]["name"])
+        raise UserError(f"the cluster rejected the {manifest['kind']} ({_short_message(error)}): check "
+                        "KUBECONFIG, and the cluster with kubectl") from error
+    return str(created["metadata"]["name"])
 
 
-def _short(error: Exception) -> str:
-    """What a server said, or the first words of the error."""
+def _short_message(error: Exception) -> str:
+    """The server's message, or the first 300 characters of the error."""
     cause = error.__cause__ if getattr(error, "body", None) is None and error.__cause__ else error
     with suppress(ValueError, TypeError, KeyError):
         return str(json.loads(getattr(cause, "body", ""))["message"] or getattr(cause, "reason", ""))

@@ -1,6 +1,6 @@
-"""Kubeflow Trainer v2: a run as a TrainJob, on one card or data parallel on several.
+"""Kubeflow Trainer v2: a run as a TrainJob, on one GPU or data parallel on several.
 
-The runtime `torch-distributed` sets PET_* in the environment; torchrun reads them.
+The runtime `torch-distributed` sets PET_* environment variables, which torchrun reads.
 """
 
 from dataclasses import replace
@@ -8,52 +8,57 @@ from typing import Any
 
 from dreambooth.errors import UserError
 from dreambooth.kubernetes import pod_spec
-from dreambooth.kubernetes.workflow_spec import Asked, run_words
+from dreambooth.kubernetes.workflow_spec import WorkflowSpec, run_overrides
 
-API = "trainer.kubeflow.org/v1alpha1"
+API_VERSION = "trainer.kubeflow.org/v1alpha1"
 NAME = "dreambooth"
 RUNTIME = "torch-distributed"
-MANAGER = "dreambooth.workflows"  # who owns the patch
-LARGER = {"g4dn": ("12xlarge", 4, 192), "g5": ("12xlarge", 4, 192), "g6": ("12xlarge", 4, 192)}  # cards, GiB
+MANAGER = "dreambooth.workflows"  # owner of the runtime patch
+MULTI_GPU_MACHINES = {  # option of hardware -> size of its larger machine, GPUs, host memory in GiB
+    "g4dn": ("12xlarge", 4, 192), "g5": ("12xlarge", 4, 192), "g6": ("12xlarge", 4, 192)}
 
 
-def single(asked: Asked) -> dict[str, Any]:
-    """A run in one process."""
-    return _job(asked, NAME, ["python", "-m", "dreambooth.train"], [], 1)
+def build_trainjob(spec: WorkflowSpec) -> dict[str, Any]:
+    """The TrainJob of a run in one process."""
+    return _trainjob(spec, NAME, ["python", "-m", "dreambooth.train"], [], 1)
 
 
-def multi(asked: Asked) -> dict[str, Any]:
-    """A run on the larger machine of the same family, a process a card.
+def build_multi_gpu_trainjob(spec: WorkflowSpec) -> dict[str, Any]:
+    """The TrainJob of a run on the larger machine of the same family, with one process per GPU.
 
     Raises:
-        UserError: no larger one is known.
+        UserError: no machine of this family with several GPUs is known.
     """
-    if asked.hardware.name not in LARGER:
-        raise UserError(f"no machine with several cards is known for hardware={asked.hardware.name}: type hardware= "
-                        f"one of {', '.join(LARGER)}")
-    size, cards, memory = LARGER[asked.hardware.name]
-    nodes = dict.fromkeys(asked.hardware.node_selector, f"{asked.hardware.name}.{size}")
-    larger = replace(asked, hardware=replace(asked.hardware, node_selector=nodes, host_ram_gib=memory))
-    return _job(larger, f"{NAME}-{cards}gpu", ["torchrun"], ["-m", "dreambooth.train"], cards)
+    if spec.hardware.name not in MULTI_GPU_MACHINES:
+        raise UserError(f"no machine with several GPUs is known for hardware={spec.hardware.name}: type hardware= "
+                        f"one of {', '.join(MULTI_GPU_MACHINES)}")
+    size, gpus, memory = MULTI_GPU_MACHINES[spec.hardware.name]
+    node_selector = dict.fromkeys(spec.hardware.node_selector, f"{spec.hardware.name}.{size}")
+    larger = replace(spec, hardware=replace(spec.hardware, node_selector=node_selector, host_ram_gib=memory))
+    return _trainjob(larger, f"{NAME}-{gpus}gpu", ["torchrun"], ["-m", "dreambooth.train"], gpus)
 
 
-def _job(asked: Asked, name: str, command: list[str], before: list[str], cards: int) -> dict[str, Any]:
+def _trainjob(spec: WorkflowSpec, name: str, command: list[str], module_args: list[str], gpus: int) -> dict[str, Any]:
     return {
-        "apiVersion": API, "kind": "TrainJob", "metadata": {"name": name},
+        "apiVersion": API_VERSION, "kind": "TrainJob", "metadata": {"name": name},
         "spec": {
             "runtimeRef": {"name": RUNTIME},
             "trainer": {
-                "image": asked.image, "command": command, "args": [*before, *run_words(asked, pod_spec.RUNS)],
-                "numNodes": 1, "numProcPerNode": cards, "env": [*pod_spec.environment(), *pod_spec.named()],
-                "resourcesPerNode": pod_spec.resources(asked.hardware, cards)},
-            "runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": _patch(asked)}]}}
+                "image": spec.image, "command": command,
+                "args": [*module_args, *run_overrides(spec, pod_spec.RUNS_MOUNT)],
+                "numNodes": 1, "numProcPerNode": gpus, "env": [*pod_spec.env(), *pod_spec.env_by_key()],
+                "resourcesPerNode": pod_spec.resources(spec.hardware, gpus)},
+            "runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": _runtime_patch(spec)}]}}
 
 
-def _patch(asked: Asked) -> dict[str, Any]:
-    """What the runtime's pod template lacks: nodes, the volume, the user, the account. `node` is what trains."""
-    pod = {**pod_spec.placement(asked.hardware), "serviceAccountName": pod_spec.ACCOUNT,
-           "securityContext": pod_spec.security(),
-           "terminationGracePeriodSeconds": pod_spec.SAVING, "volumes": pod_spec.volumes(),
-           "containers": [{"name": "node", "volumeMounts": pod_spec.mounts()}]}
+def _runtime_patch(spec: WorkflowSpec) -> dict[str, Any]:
+    """What the runtime's pod template lacks: node selector, volume, user, service account.
+
+    `node` is the runtime's name for the replicated job, and for the container, that trains.
+    """
+    pod = {**pod_spec.placement(spec.hardware), "serviceAccountName": pod_spec.SERVICE_ACCOUNT,
+           "securityContext": pod_spec.security_context(),
+           "terminationGracePeriodSeconds": pod_spec.GRACE_PERIOD, "volumes": pod_spec.volumes(),
+           "containers": [{"name": "node", "volumeMounts": pod_spec.volume_mounts()}]}
     return {"template": {"spec": {"replicatedJobs": [{"name": "node", "template": {"spec": {"template": {
         "spec": pod}}}}]}}}

@@ -1,4 +1,4 @@
-"""What workflow files are made from: overrides, a search space, a machine, an image."""
+"""What workflow files are rendered from: overrides, a search space, a machine and an image."""
 
 import itertools
 import shlex
@@ -7,46 +7,47 @@ from dataclasses import dataclass, field
 
 from dreambooth.config.hardware import Hardware
 
-# A run of a sweep lives where Hydra's own sweeper would put it: swept max_train_steps make a run each.
-TRIAL = "hydra.run.dir=${run_root}/${name}-${identity:sweep}"
-HERE = "${oc.env:MLFLOW_TRACKING_URI,null}"  # sqlite in run_root where there is no server
-SERVER = f"tracking.uri={HERE}"
+# Run folder of a trial, as Hydra's sweeper names it. The hash includes max_train_steps, so that trials which differ in
+# it alone are separate runs.
+TRIAL_RUN_DIR = "hydra.run.dir=${run_root}/${name}-${identity:sweep}"
+TRACKING_URI = "${oc.env:MLFLOW_TRACKING_URI,null}"  # without a server: SQLite in run_root
+TRACKING_OVERRIDE = f"tracking.uri={TRACKING_URI}"
 
 
 @dataclass(frozen=True)
-class Space:
+class SearchSpace:
     """A search space, conf/sweep/NAME.yaml."""
 
     name: str
-    values: Mapping[str, tuple[str, ...]]  # key -> as they are typed
+    values: Mapping[str, tuple[str, ...]]  # key -> values, as they are typed in an override
 
-    def without(self, words: Sequence[str]) -> "Space":
-        """The same without the keys that are typed: they are fixed, as under Hydra's sweepers."""
-        typed = {word.partition("=")[0].lstrip("+") for word in words}
-        return Space(self.name, {key: values for key, values in self.values.items() if key not in typed})
+    def without_overridden(self, overrides: Sequence[str]) -> "SearchSpace":
+        """The space without the keys of these overrides: an override fixes its key, as under Hydra's sweepers."""
+        fixed = {override.partition("=")[0].lstrip("+") for override in overrides}
+        return SearchSpace(self.name, {key: values for key, values in self.values.items() if key not in fixed})
 
     def trials(self) -> list[tuple[str, ...]]:
         """The overrides of each run of the grid, in the order of Hydra's basic sweeper."""
-        words = [[f"{key}={value}" for value in values] for key, values in self.values.items()]
-        return [(f"sweep={self.name}", *chosen) for chosen in itertools.product(*words)]
+        choices = [[f"{key}={value}" for value in values] for key, values in self.values.items()]
+        return [(f"sweep={self.name}", *trial) for trial in itertools.product(*choices)]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One set of files."""
+class WorkflowSpec:
+    """The inputs of one set of workflow files."""
 
     overrides: tuple[str, ...]  # of every run
-    space: Space
+    space: SearchSpace
     hardware: Hardware
     image: str
-    machines: Mapping[str, "Asked"] = field(default_factory=dict)  # overlay -> the same for another machine
+    overlays: Mapping[str, "WorkflowSpec"] = field(default_factory=dict)  # overlay -> the spec of another machine
 
     @property
-    def typed(self) -> str:
-        """The overrides as one text, as they are typed into a shell."""
+    def overrides_text(self) -> str:
+        """The overrides as one text, quoted for a shell."""
         return shlex.join(self.overrides)
 
 
-def run_words(asked: Asked, root: str, trial: Sequence[str] = ()) -> list[str]:
-    """The overrides of a run, or of a trial, one a word."""
-    return [*asked.overrides, f"run_root={root}", SERVER, *trial, *([TRIAL] if trial else ())]
+def run_overrides(spec: WorkflowSpec, run_root: str) -> list[str]:
+    """The overrides of a run, one per argument."""
+    return [*spec.overrides, f"run_root={run_root}", TRACKING_OVERRIDE]

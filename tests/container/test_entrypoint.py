@@ -1,4 +1,4 @@
-"""`python -m dreambooth.entrypoint` under a folder laid out as SageMaker does: what it leaves, says and ends with."""
+"""`python -m dreambooth.entrypoint` in a folder with SageMaker's layout: its files, messages and exit codes."""
 
 import json
 import os
@@ -18,8 +18,8 @@ import pytest
 
 from dreambooth import entrypoint
 from dreambooth.container.cluster import Cluster
-from dreambooth.container.sagemaker_paths import Places
-from dreambooth.container.supervisor import PASSED_ON, End, Supervisor, _deliver
+from dreambooth.container.sagemaker_paths import SageMakerPaths
+from dreambooth.container.supervisor import FORWARDED_SIGNALS, ExitStatus, Supervisor, _send_signal
 from dreambooth.errors import Interrupted
 from tests.support.configs import BLOG
 from tests.support.s3_server import plain, serving
@@ -31,23 +31,24 @@ SLEEPY = "import time; print('up', flush=True); time.sleep(60)"
 
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """A Supervisor takes the signals of its process, which here is the tests' own."""
-    before = {number: signal.getsignal(number) for number in PASSED_ON}
+    """Restore the signal handlers that a Supervisor installs in the test process."""
+    before = {number: signal.getsignal(number) for number in FORWARDED_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def start(base: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+def start(base: Path, *overrides: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "dreambooth.entrypoint", *words], cwd=base, text=True, stdout=subprocess.PIPE,
+        [sys.executable, "-m", "dreambooth.entrypoint", *overrides], cwd=base, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, env=os.environ | {
             "SAGEMAKER_BASE_DIR": str(base), "PYTHONPATH": str(Path(__file__).parents[2]), **environment})
 
 
-def ended(job: subprocess.Popen[str], timeout: float = 300) -> tuple[int, str]:
-    told, _ = job.communicate(timeout=timeout)
-    return job.returncode, told
+def wait(job: subprocess.Popen[str], timeout: float = 300) -> tuple[int, str]:
+    """The exit code and the output."""
+    output, _ = job.communicate(timeout=timeout)
+    return job.returncode, output
 
 
 def wait_for(base: Path, step: int, job: subprocess.Popen[str]) -> None:
@@ -60,67 +61,69 @@ def wait_for(base: Path, step: int, job: subprocess.Popen[str]) -> None:
 
 # -- jobs that end before they train ---------------------------------------------------------------------------------
 
-def test_the_blogs_job_on_a_cpu_ends_in_one_sentence(tmp_path: Path) -> None:
+def test_the_blogs_job_on_a_cpu_fails_with_one_sentence(tmp_path: Path) -> None:
     lay_out(tmp_path, BLOG | {"manul_upload_model_path": ""})
-    code, told = ended(start(tmp_path))
-    assert code == 1, told
+    code, output = wait(start(tmp_path))
+    assert code == 1, output
     assert failure(tmp_path) == "hardware=g4dn needs a CUDA GPU and this machine has none: type hardware=cpu"
-    assert f"dreambooth: {failure(tmp_path)}\n" in told
-    assert "Traceback" not in told
+    assert f"dreambooth: {failure(tmp_path)}\n" in output
+    assert "Traceback" not in output
 
 
-def test_a_wrong_hyperparameter_ends_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_a_wrong_hyperparameter_fails_before_anything_is_loaded(tmp_path: Path) -> None:
     lay_out(tmp_path, BLOG | {"use_ema": "maybe"})
-    code, told = ended(start(tmp_path))
-    assert (code, failure(tmp_path)) == (1, "use_ema must be true or false, not 'maybe'"), told
+    code, output = wait(start(tmp_path))
+    assert (code, failure(tmp_path)) == (1, "use_ema must be true or false, not 'maybe'"), output
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-@pytest.mark.parametrize("asked, photos", [
+@pytest.mark.parametrize("hyperparameters, photos", [
     ({}, len(PHOTOS)), ({"dataset": "demo", "dataset.allow_drawings": "true"}, len(PHOTOS)),
     ({"instance_data_dir": "s3://bucket/photos"}, 3)], ids=["folder", "demo", "S3"])
-def test_epochs_are_counted_in_steps(asked: dict[str, str], photos: int, tmp_path: Path) -> None:
-    """One photo a step: every second pass. It ends for want of a GPU, which is looked for after all that is wrong."""
+def test_save_use_epochs_is_converted_to_steps(hyperparameters: dict[str, str], photos: int, tmp_path: Path) -> None:
+    """One photo per step, saved every second epoch. The job fails because it has no GPU, which is checked last."""
     with serving():
         plain().create_bucket(Bucket="bucket")
         for photo in PHOTOS[:3]:
             plain().upload_file(str(photo), "bucket", f"photos/{photo.name}")
-        lay_out(tmp_path, BLOG | {"save_use_epochs": "true", "save_steps": "2", **asked})
-        if "instance_data_dir" in asked:
+        lay_out(tmp_path, BLOG | {"save_use_epochs": "true", "save_steps": "2", **hyperparameters})
+        if "instance_data_dir" in hyperparameters:
             (tmp_path / "input/config/inputdataconfig.json").write_text("{}", "utf-8")
             shutil.rmtree(tmp_path / "input/data")
-        code, told = ended(start(tmp_path))
-    assert f" checkpoint.every={2 * photos} " in told, told
+        code, output = wait(start(tmp_path))
+    assert f" checkpoint.every={2 * photos} " in output, output
     assert (code, failure(tmp_path)) == (1, "hardware=g4dn needs a CUDA GPU and this machine has none: type "
                                             "hardware=cpu")
 
 
-# -- the process that stands between ---------------------------------------------------------------------------------
+# -- the supervisor ---------------------------------------------------------------------------------------------------
 
-def test_a_killed_process_is_told_of() -> None:
-    end = Supervisor().run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], {})
-    assert end.code == 137
-    assert "host memory ran out" in end.sentence
+def test_a_killed_process_is_reported() -> None:
+    status = Supervisor().run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], {})
+    assert status.code == 137
+    assert "host memory ran out" in status.message
 
 
 def test_an_exit_code_is_passed_on() -> None:
     assert Supervisor().run([sys.executable, "-c", "raise SystemExit(4)"], {}).code == 4
-    assert Supervisor().run([sys.executable, "-c", ""], {}) == End(0, "")
+    assert Supervisor().run([sys.executable, "-c", ""], {}) == ExitStatus(0, "")
 
 
-def test_a_child_that_an_asked_for_signal_ends_is_interrupted_not_killed(tmp_path: Path) -> None:
-    """It had no time to install a handler: nothing is lost, and it may be started again."""
+def test_a_child_ended_by_a_forwarded_signal_counts_as_interrupted(tmp_path: Path) -> None:
+    """It had not installed a handler yet: nothing is lost, and the job may be started again."""
     supervisor = Supervisor()
-    supervisor._ask(signal.SIGTERM, None)
-    assert supervisor._end(-signal.SIGTERM, tmp_path).code == Interrupted.exit_code
-    assert supervisor._end(-signal.SIGKILL, tmp_path).code == 128 + signal.SIGKILL
+    supervisor._record_signal(signal.SIGTERM, None)
+    assert supervisor._exit_status(-signal.SIGTERM, tmp_path).code == Interrupted.exit_code
+    assert supervisor._exit_status(-signal.SIGKILL, tmp_path).code == 128 + signal.SIGKILL
 
 
-@pytest.mark.parametrize("launcher, told", [(True, "worker"), (False, "launcher")])
-def test_the_processes_of_a_launcher_are_signalled_in_its_place(launcher: bool, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher, receiver", [(True, "worker"), (False, "launcher")])
+def test_signals_go_to_the_launchers_processes_and_not_to_the_launcher(
+    launcher: bool, receiver: str, tmp_path: Path
+) -> None:
     worker = ("import pathlib, signal, sys, time\n"
-              "def say(*_): pathlib.Path(sys.argv[1], sys.argv[2]).touch(); sys.exit()\n"
-              "signal.signal(signal.SIGTERM, say); pathlib.Path(sys.argv[1], sys.argv[2] + '-ready').touch()\n")
+              "def report(*_): pathlib.Path(sys.argv[1], sys.argv[2]).touch(); sys.exit()\n"
+              "signal.signal(signal.SIGTERM, report); pathlib.Path(sys.argv[1], sys.argv[2] + '-ready').touch()\n")
     start = "import subprocess\nchild = subprocess.Popen([sys.executable, '-c', sys.argv[3], sys.argv[1], 'worker'])\n"
     parent = subprocess.Popen([sys.executable, "-c", worker + start + "child.wait()", str(tmp_path), "launcher",
                                worker + "time.sleep(60)"])
@@ -129,76 +132,78 @@ def test_the_processes_of_a_launcher_are_signalled_in_its_place(launcher: bool, 
         while not (tmp_path / "worker-ready").exists():
             time.sleep(0.02)
         workers = psutil.Process(parent.pid).children()
-        _deliver(parent.pid, signal.SIGTERM, launcher)
+        _send_signal(parent.pid, signal.SIGTERM, launcher)
         parent.wait(30)
-        assert {path.name for path in tmp_path.iterdir() if "ready" not in path.name} == {told}
+        assert {path.name for path in tmp_path.iterdir() if "ready" not in path.name} == {receiver}
     finally:
         for process in workers:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
 
-def test_a_signal_before_the_child_is_not_lost() -> None:
+def test_a_signal_before_the_child_starts_is_not_lost() -> None:
     supervisor = Supervisor()
     os.kill(os.getpid(), signal.SIGTERM)
     assert supervisor.run([sys.executable, "-c", SLEEPY], {}).code == Interrupted.exit_code
 
 
-def test_the_sentence_of_the_process_that_meant_it_is_kept(tmp_path: Path) -> None:
+def test_a_user_error_is_reported_before_internal_errors_of_other_ranks(tmp_path: Path) -> None:
     for rank, meant in ((0, False), (1, True)):
-        end = {"rank": rank, "code": 1 + rank, "sentence": f"rank {rank}", "meant": meant}
-        (tmp_path / f"{rank}.json").write_text(json.dumps(end), encoding="utf-8")
-    assert Supervisor()._end(1, tmp_path) == End(2, "rank 1")
+        report = {"rank": rank, "code": 1 + rank, "sentence": f"rank {rank}", "meant": meant}
+        (tmp_path / f"{rank}.json").write_text(json.dumps(report), encoding="utf-8")
+    assert Supervisor()._exit_status(1, tmp_path) == ExitStatus(2, "rank 1")
 
 
-def test_a_killed_process_of_a_launcher_is_told_of_and_not_what_it_did_to_the_others(tmp_path: Path) -> None:
-    """Rank 1 runs out of memory; rank 0 is ended by the launcher, and says that it saved."""
+def test_a_killed_rank_is_reported_and_not_the_failures_that_it_caused(tmp_path: Path) -> None:
+    """Rank 1 runs out of memory; the launcher ends rank 0, which reports that it has saved."""
     (tmp_path / "worker.py").write_text(
         "import os, pathlib, signal, sys, time\n"
         "folder = pathlib.Path(os.environ['DREAMBOOTH_ENDS'])\n"
-        "def say(*_):\n"
+        "def report(*_):\n"
         "    text = '{\"rank\": 0, \"code\": 5, \"sentence\": \"saved\", \"meant\": true}'\n"
         "    (folder / '0.json').write_text(text); os._exit(5)\n"
         "if os.environ['RANK'] == '0':\n"
-        "    signal.signal(signal.SIGTERM, say); (folder / 'ready').touch(); time.sleep(60)\n"
+        "    signal.signal(signal.SIGTERM, report); (folder / 'ready').touch(); time.sleep(60)\n"
         "while not (folder / 'ready').exists(): time.sleep(0.02)\n"
         "os.kill(os.getpid(), 9)\n", "utf-8")
-    command = Cluster(processes=2).command([])
-    end = Supervisor().run([*command[:command.index("-m", 3)], str(tmp_path / "worker.py")], {}, launcher=True)
-    assert end.code == 137
-    assert "host memory ran out" in end.sentence
+    command = Cluster(processes_per_host=2).train_command([])
+    status = Supervisor().run([*command[:command.index("-m", 3)], str(tmp_path / "worker.py")], {}, launcher=True)
+    assert status.code == 137
+    assert "host memory ran out" in status.message
 
 
-@pytest.mark.parametrize("codes, ended", [
-    ([(1, 0), (-9, 0)], -9),  # its neighbour noticed before the launcher did
-    ([(4, 0), (-9, 110)], 4),  # the launcher killed who did not end
+@pytest.mark.parametrize("codes, exit_code", [
+    ([(1, 0), (-9, 0)], -9),  # the other rank failed before the launcher noticed the killed one
+    ([(4, 0), (-9, 110)], 4),  # the launcher killed a rank that did not end
     ([(3, 0), (-15, 0)], 3), ([(-15, 0), (-9, 1)], -9), ([(-11, 0), (1, 0)], -11), ([(-15, 0), (-15, 0)], -15)])
-def test_a_launcher_ends_as_the_process_that_took_the_others_along(codes: list[tuple[int, int]], ended: int) -> None:
-    from dreambooth.container.torchrun import first
+def test_the_launcher_exits_with_the_code_of_the_rank_that_failed_first(
+    codes: list[tuple[int, int]], exit_code: int
+) -> None:
+    from dreambooth.container.torchrun import root_exit_code
 
-    assert first([SimpleNamespace(exitcode=code, timestamp=second) for code, second in codes]) == ended
+    assert root_exit_code([SimpleNamespace(exitcode=code, timestamp=second) for code, second in codes]) == exit_code
 
 
-@pytest.mark.parametrize("stage", ["published", "sent"])
+@pytest.mark.parametrize("stage", ["publish", "upload"])
 def test_a_signal_after_the_last_step_says_where_the_model_is(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the model is put in place, or while a copy of it is sent."""
+    """While the model is published, or while a copy of it is uploaded."""
     lay_out(tmp_path, SHORT | {"manul_upload_model_path": "s3://bucket/models"})
-    supervisor, places = Supervisor(), Places(tmp_path)
-    real = subprocess.Popen
+    supervisor, paths = Supervisor(), SageMakerPaths(tmp_path)
+    original = subprocess.Popen
 
-    def child(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    def start_child(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         train = "dreambooth.train" in command
-        return real([sys.executable, "-c", "" if train else f"import os; os.kill({os.getpid()}, 15); {SLEEPY}"],
+        return original([sys.executable, "-c", "" if train else f"import os; os.kill({os.getpid()}, 15); {SLEEPY}"],
                     **options)
 
-    monkeypatch.setattr(subprocess, "Popen", child)
+    monkeypatch.setattr(subprocess, "Popen", start_child)
     monkeypatch.setattr(entrypoint, "publish",
-                        lambda *_: os.kill(os.getpid(), signal.SIGTERM) if stage == "published" else None)
-    end = entrypoint._job(places, [], supervisor)
-    assert end.code == Interrupted.exit_code
-    assert end.sentence.startswith(f"SIGTERM: stopped after the last step, the model is in {places.model}; start it ")
+                        lambda *_: os.kill(os.getpid(), signal.SIGTERM) if stage == "publish" else None)
+    status = entrypoint._run_job(paths, [], supervisor)
+    assert status.code == Interrupted.exit_code
+    assert status.message.startswith(f"SIGTERM: stopped after the last step, the model is in {paths.model}; start it ")
 
 
 # -- jobs that train -------------------------------------------------------------------------------------------------
@@ -207,8 +212,8 @@ def test_a_signal_after_the_last_step_says_where_the_model_is(
 def test_the_blogs_job_trains_with_three_overrides(tmp_path: Path) -> None:
     lay_out(tmp_path, BLOG | {"manul_upload_model_path": "", "hardware": "cpu", "model": "tiny",
                               "save_use_epochs": "true", "save_steps": "1", "train.max_train_steps": "7"})
-    code, told = ended(start(tmp_path))
-    assert code == 0, told
+    code, output = wait(start(tmp_path))
+    assert code == 0, output
     assert json.loads((tmp_path / "model/result.json").read_text("utf-8"))["step"] == 7
     saved = {path.name for path in tmp_path.glob("checkpoints/*/checkpoints/step-*")}
     assert saved == {f"step-{step:06d}" for step in (len(PHOTOS), 7)}
@@ -219,30 +224,31 @@ def test_the_blogs_job_trains_with_three_overrides(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_job_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    base, straight = tmp_path / "ml", tmp_path / "straight"  # one place: class images are those of a base model there
+def test_sigterm_saves_and_the_same_job_resumes_bit_for_bit(tmp_path: Path) -> None:
+    base, uninterrupted_base = tmp_path / "ml", tmp_path / "uninterrupted"
+    # Both jobs run in the same folder, because class images depend on the path of the base model.
     lay_out(base, SHORT | {"train.max_train_steps": "30"})
-    code, told = ended(start(base))
-    assert code == 0, told
-    base.rename(straight)
+    code, output = wait(start(base))
+    assert code == 0, output
+    base.rename(uninterrupted_base)
     lay_out(base, SHORT | {"train.max_train_steps": "30"})
     job = start(base)
     wait_for(base, 3, job)
     job.send_signal(signal.SIGTERM)
-    code, told = ended(job, 120)
-    assert code == Interrupted.exit_code, told
+    code, output = wait(job, 120)
+    assert code == Interrupted.exit_code, output
     assert "SIGTERM: stopped and saved after step" in failure(base)
-    code, told = ended(start(base))
-    assert code == 0, told
-    assert "going on after step" in told
-    resumed, uninterrupted = weights(base), weights(straight)
+    code, output = wait(start(base))
+    assert code == 0, output
+    assert "going on after step" in output
+    resumed, uninterrupted = weights(base), weights(uninterrupted_base)
     assert resumed and resumed.keys() == uninterrupted.keys()
     assert {name for name in resumed if resumed[name] != uninterrupted[name]} == set()
     assert not (base / "output/failure").exists()
 
 
 @pytest.mark.slow
-def test_two_hosts_train_data_parallel_stop_together_and_the_first_keeps_the_result(tmp_path: Path) -> None:
+def test_two_hosts_train_data_parallel_stop_together_and_the_first_publishes(tmp_path: Path) -> None:
     hosts = ("127.0.0.1", "localhost")
     bases = [tmp_path / host for host in hosts]
     for base, host in zip(bases, hosts, strict=True):
@@ -251,29 +257,28 @@ def test_two_hosts_train_data_parallel_stop_together_and_the_first_keeps_the_res
     wait_for(bases[0], 3, jobs[0])
     for job in jobs:
         job.send_signal(signal.SIGTERM)
-    ends = [ended(job, 120) for job in jobs]
-    assert [code for code, _ in ends] == [Interrupted.exit_code] * 2, ends
+    results = [wait(job, 120) for job in jobs]
+    assert [code for code, _ in results] == [Interrupted.exit_code] * 2, results
     assert "stopped and saved after step" in failure(bases[0])
     [saved] = bases[0].glob("checkpoints/*/checkpoints/step-*")
     other = bases[1] / saved.parent.relative_to(bases[0])
-    other.mkdir(parents=True, exist_ok=True)  # SageMaker gives every host what is in S3
-    saved_there = other / saved.name
-    subprocess.run(["cp", "-r", saved, saved_there], check=True)
-    ends = [ended(job) for job in [start(base, MASTER_PORT="29672") for base in bases]]
-    assert [code for code, _ in ends] == [0, 0], ends
+    other.mkdir(parents=True, exist_ok=True)  # SageMaker restores the checkpoints in S3 on every host
+    subprocess.run(["cp", "-r", saved, other / saved.name], check=True)
+    results = [wait(job) for job in [start(base, MASTER_PORT="29672") for base in bases]]
+    assert [code for code, _ in results] == [0, 0], results
     assert (bases[0] / "model/result.json").is_file()
     assert not (bases[1] / "model/result.json").exists()
 
 
 @pytest.mark.slow
-def test_two_processes_of_a_host_are_stopped_once_and_both_have_saved(tmp_path: Path) -> None:
-    """PyTorch's launcher would pass SIGTERM on as well, and a second one does not wait for the checkpoint."""
+def test_two_processes_of_a_host_get_sigterm_once_and_both_save(tmp_path: Path) -> None:
+    """PyTorch's launcher would forward SIGTERM as well, and a process does not save after a second one."""
     lay_out(tmp_path, SHORT | {"hardware": "local", "train.max_train_steps": "200", "checkpoint.every": "null"})
     job = start(tmp_path, SM_NUM_GPUS="2", CUDA_VISIBLE_DEVICES="")
     wait_for(tmp_path, 3, job)
     job.send_signal(signal.SIGTERM)
-    code, told = ended(job, 120)
-    assert code == Interrupted.exit_code, told
+    code, output = wait(job, 120)
+    assert code == Interrupted.exit_code, output
     assert "SIGTERM: stopped and saved after step" in failure(tmp_path)
-    assert "ChildFailedError" not in told
+    assert "ChildFailedError" not in output
     assert len(list(tmp_path.glob("checkpoints/*/checkpoints/step-*/state.json"))) == 1

@@ -1,7 +1,7 @@
-"""A Docker engine for the tests of the image: the one that is there, else Debian's own, installed and started here.
+"""A Docker engine for the tests of the image: a running one, else Debian's, which is installed and started here.
 
-The one started here has no network and no registry: its base image comes from Debian's packages, and pip's index, where
-it is a folder of this machine, is served to the build on loopback. What takes long to make is kept below CACHE.
+The engine started here has no network and no registry. Its base image is made from Debian's packages. If pip's index is
+a folder of this machine, it is served to the build on loopback. Slow results are cached in CACHE.
 """
 
 import ast
@@ -27,18 +27,18 @@ ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreambooth-image"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 PACKAGES = {"dockerd": "docker.io", "debootstrap": "debootstrap"}  # command -> Debian package
-PLACES = ("index-url", "extra-index-url", "find-links")  # pip's settings that may be folders
-KEPT = ("trusted-host", "timeout", "no-index")
+LOCATION_SETTINGS = ("index-url", "extra-index-url", "find-links")  # pip's settings that may be folders
+OTHER_SETTINGS = ("trusted-host", "timeout", "no-index")
 
 
 def run(*command: str | Path, timeout: float = 900, **more: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command; what it prints is in the result."""
-    words = [str(word) for word in command]
-    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False, **more)
+    """Run a command and capture its output."""
+    args = [str(arg) for arg in command]
+    return subprocess.run(args, capture_output=True, text=True, timeout=timeout, check=False, **more)
 
 
 def must(*command: str | Path, timeout: float = 900, **more: Any) -> str:
-    """The same, of a command that must succeed."""
+    """Run a command that must succeed; return its output."""
     result = run(*command, timeout=timeout, **more)
     assert result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     return result.stdout
@@ -46,57 +46,57 @@ def must(*command: str | Path, timeout: float = 900, **more: Any) -> str:
 
 @dataclass(frozen=True)
 class Engine:
-    """A client, and what a build is given besides."""
+    """A Docker client, its environment, and additional arguments of a build."""
 
     client: str = "docker"
     environment: dict[str, str] = field(default_factory=dict)
-    build: tuple[str, ...] = ()
+    build_args: tuple[str, ...] = ()
 
-    def __call__(self, *words: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        return run(self.client, *words, timeout=timeout, env=os.environ | self.environment)
+    def __call__(self, *args: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        return run(self.client, *args, timeout=timeout, env=os.environ | self.environment)
 
-    def must(self, *words: str | Path, timeout: float = 300) -> str:
-        return must(self.client, *words, timeout=timeout, env=os.environ | self.environment)
+    def must(self, *args: str | Path, timeout: float = 300) -> str:
+        return must(self.client, *args, timeout=timeout, env=os.environ | self.environment)
 
-    def make(self, kind: str, image: str) -> None:
-        """containers/build, with pip's settings of this machine and none of its PIP_ variables."""
+    def build(self, kind: str, image: str) -> None:
+        """Run containers/build with this machine's pip settings, but without its PIP_ variables."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
-        with _pip_configuration() as file:
+        with _write_pip_conf() as file:
             environment |= self.environment | {"DOCKER": self.client, "IMAGE": image, "PIP_CONFIG_FILE": str(file)}
             if _has_torch():
                 environment["TORCH_INDEX"] = ""
-            must(ROOT / "containers/build", kind, *self.build, env=environment, timeout=1500)
+            must(ROOT / "containers/build", kind, *self.build_args, env=environment, timeout=1500)
 
 
 @contextmanager
 def engine() -> Iterator[Engine]:
-    """An engine for as long as it is needed."""
+    """Provide an engine; stop it at the end if it was started here."""
     if run("docker", "info").returncode == 0:
-        yield Engine(build=("--network", "host"))
+        yield Engine(build_args=("--network", "host"))
         return
     assert os.geteuid() == 0 and shutil.which("apt-get"), \
-        "no Docker engine answers here: start one, or run this as root on Debian, where one is installed"
+        "no Docker engine is running: start one, or run this as root on Debian, to install one"
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "lock"):
         _install()
-        with _started() as host:
-            found = Engine("/usr/bin/docker", {"DOCKER_HOST": host})
-            base = _base(found)
-            yield Engine(found.client, found.environment | {"BASE_IMAGE": base}, ("--network", "host"))
-            found("image", "prune", "--force")
-            found("builder", "prune", "--force", "--keep-storage", "8GB")
+        with _start_daemon() as host:
+            docker = Engine("/usr/bin/docker", {"DOCKER_HOST": host})
+            base_image = _make_base_image(docker)
+            yield Engine(docker.client, docker.environment | {"BASE_IMAGE": base_image}, ("--network", "host"))
+            docker("image", "prune", "--force")
+            docker("builder", "prune", "--force", "--keep-storage", "8GB")
 
 
 def _install() -> None:
     if missing := [package for command, package in PACKAGES.items() if not shutil.which(command)]:
         quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        run("apt-get", "update", "-qq", env=quiet)  # a source that fails is not always one that is needed
+        run("apt-get", "update", "-qq", env=quiet)  # fails if any package source fails, also one that is not needed
         must("apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing, env=quiet)
 
 
 @contextmanager
-def _started() -> Iterator[str]:
-    """dockerd by hand: nothing of the host's network is touched, and nothing of it stays but its cache."""
+def _start_daemon() -> Iterator[str]:
+    """Start dockerd without touching the host's network. Only its cache remains afterwards."""
     with tempfile.TemporaryDirectory(prefix="dockerd-") as folder, (Path(folder) / "log").open("w") as log:
         host = f"unix://{folder}/docker.sock"
         daemon = subprocess.Popen(
@@ -104,21 +104,21 @@ def _started() -> Iterator[str]:
              host, "--storage-driver", "overlay2", "--iptables=false", "--ip6tables=false", "--bridge=none"],
             stdout=log, stderr=subprocess.STDOUT)
         try:
-            until = time.monotonic() + 60
+            deadline = time.monotonic() + 60
             while run("/usr/bin/docker", "info", env=os.environ | {"DOCKER_HOST": host}).returncode:
-                told = (Path(folder) / "log").read_text()[-3000:]
-                assert daemon.poll() is None and time.monotonic() < until, told
+                log_tail = (Path(folder) / "log").read_text()[-3000:]
+                assert daemon.poll() is None and time.monotonic() < deadline, log_tail
                 time.sleep(0.5)
             yield host
         finally:
             daemon.terminate()
             daemon.wait(60)
-            for namespace in Path(folder).glob("exec/netns/*"):  # containers in the host's network leave a mount
+            for namespace in Path(folder).glob("exec/netns/*"):  # containers in the host's network leave mounts behind
                 run("umount", namespace)
 
 
-def _base(docker: Engine) -> str:
-    """Debian with Python, by its packages; its certificates are this machine's, for mirrors with one of their own."""
+def _make_base_image(docker: Engine) -> str:
+    """A Debian image with Python, made by debootstrap, with this machine's certificates, which mirrors may need."""
     suite = must("sh", "-c", '. /etc/os-release; echo "$VERSION_CODENAME"').strip()
     key = sha256(CERTIFICATES.read_bytes()).hexdigest()[:8] if CERTIFICATES.is_file() else "none"
     name = f"dreambooth-test-base:{suite}-{key}"
@@ -133,16 +133,16 @@ def _base(docker: Engine) -> str:
     return name
 
 
-# -- pip's settings of this machine, as a build can use them --------------------------------------------------------
+# -- this machine's pip settings, in a form that a build can use ----------------------------------------------------
 
-def _settings() -> dict[str, str]:
+def _read_pip_settings() -> dict[str, str]:
     lines = must(sys.executable, "-m", "pip", "config", "list").splitlines()
-    found = [line.partition("=") for line in reversed(lines) if "=" in line]  # :env:, which wins, is listed first
-    return {name.rpartition(".")[2]: str(ast.literal_eval(value)) for name, _, value in found}
+    pairs = [line.partition("=") for line in reversed(lines) if "=" in line]  # :env: wins, and is listed first
+    return {name.rpartition(".")[2]: str(ast.literal_eval(value)) for name, _, value in pairs}
 
 
 def _has_torch() -> bool:
-    """Whether pip's own settings lead to a CPU build of torch, so that PyTorch's index need not be asked."""
+    """Whether pip's own index has a CPU build of torch, so that PyTorch's index is not needed."""
     version = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
     return run(sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed",
                f"{version}+cpu").returncode == 0
@@ -150,13 +150,13 @@ def _has_torch() -> bool:
 
 class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 @contextmanager
-def _pip_configuration() -> Iterator[Path]:
-    """A pip.conf in which folders of this machine are addresses on loopback."""
-    settings = _settings()
+def _write_pip_conf() -> Iterator[Path]:
+    """Write a pip.conf in which folders of this machine are replaced by addresses on loopback, and serve these."""
+    settings = _read_pip_settings()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (folder / "www").mkdir()
@@ -165,22 +165,22 @@ def _pip_configuration() -> Iterator[Path]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         stack.callback(server.shutdown)
         lines = ["[global]"]
-        for key in PLACES:
+        for key in LOCATION_SETTINGS:
             if key in settings:
-                places = [_served(place, folder / "www", server.server_port) for place in settings[key].split()]
-                lines.append(f"{key} = {' '.join(places)}")
-        lines += [f"{key} = {settings[key]}" for key in KEPT if key in settings]
+                urls = [_serve(location, folder / "www", server.server_port) for location in settings[key].split()]
+                lines.append(f"{key} = {' '.join(urls)}")
+        lines += [f"{key} = {settings[key]}" for key in OTHER_SETTINGS if key in settings]
         if CERTIFICATES.is_file():
             lines.append(f"cert = {CERTIFICATES}")
         (folder / "pip.conf").write_text("\n".join(lines) + "\n")
         yield folder / "pip.conf"
 
 
-def _served(place: str, www: Path, port: int) -> str:
-    """A folder, whose pages may lead to its sister folders, at an address; an address stays."""
-    local = Path(place.removeprefix("file://"))
+def _serve(location: str, www: Path, port: int) -> str:
+    """The address of a folder. Its parent is served, because its pages may link to sibling folders. Keep an address."""
+    local = Path(location.removeprefix("file://"))
     if not local.is_absolute():
-        return place
+        return location
     name = str(len(list(www.iterdir())))
     (www / name).symlink_to(local.parent)
     return f"http://127.0.0.1:{port}/{name}/{local.name}/"

@@ -1,4 +1,4 @@
-"""The CPU image as tests run it; the fixture `image` (conftest.py) builds it once for all of them."""
+"""Runs the CPU image in tests; the fixture `image` (conftest.py) builds it once per session."""
 
 import json
 import subprocess
@@ -14,32 +14,34 @@ NAME = "dreambooth-test"
 
 @dataclass
 class Image:
-    """The CPU image, and how to run it."""
+    """The CPU image of a Docker engine."""
 
     docker: Engine
     tag: str = f"{NAME}:{__version__}-cpu"
 
     def run(
-        self, *words: str, base: Path | None = None, options: tuple[str, ...] = ()
+        self, *args: str, base: Path | None = None, options: tuple[str, ...] = ()
     ) -> subprocess.CompletedProcess[str]:
+        """Run a command in a new container; `base` is mounted at /opt/ml."""
         mount = ("--volume", f"{base}:/opt/ml") if base else ()
-        return self.docker("run", "--rm", "--network", "none", *mount, *options, self.tag, *words)
+        return self.docker("run", "--rm", "--network", "none", *mount, *options, self.tag, *args)
 
     def labels(self) -> dict[str, str]:
-        found: dict[str, str] = json.loads(self.docker.must("inspect", "--format", "{{json .Config.Labels}}", self.tag))
-        return found
+        text = self.docker.must("inspect", "--format", "{{json .Config.Labels}}", self.tag)
+        labels: dict[str, str] = json.loads(text)
+        return labels
 
     def start(self, base: Path) -> str:
-        """`train`, in the background; the name of the container."""
+        """Run `train` in the background; return the name of the container."""
         name = f"{NAME}-{uuid4().hex[:8]}"
         self.docker.must("run", "--detach", "--network", "none", "--name", name, "--volume", f"{base}:/opt/ml",
                          self.tag, "train")
         return name
 
     def log(self, name: str) -> str:
-        found = self.docker("logs", name)
-        return found.stdout + found.stderr
+        logs = self.docker("logs", name)
+        return logs.stdout + logs.stderr
 
-    def code(self, name: str) -> int:
-        """Wait for the end; the exit code."""
+    def wait(self, name: str) -> int:
+        """Wait for the end of a container; return its exit code."""
         return int(self.docker.must("wait", name).strip())

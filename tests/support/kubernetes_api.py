@@ -1,4 +1,4 @@
-"""A Kubernetes API in memory (kmock), for the real kubectl and Kubeflow client; no controller runs behind it."""
+"""A Kubernetes API in memory (kmock) for the real kubectl and Kubeflow client; no controllers run."""
 
 import asyncio
 import os
@@ -18,7 +18,7 @@ from tests.support.docker_engine import must, run
 
 Json = dict[str, Any]
 VERBS = {"get", "list", "watch", "create", "update", "patch", "delete"}
-RESOURCES = {  # plural, version and group -> kind, in a namespace or not
+RESOURCES = {  # plural, version and group -> kind, whether it is namespaced
     "v1/namespaces": ("Namespace", False), "v1/pods": ("Pod", True), "v1/configmaps": ("ConfigMap", True),
     "v1/serviceaccounts": ("ServiceAccount", True), "v1/persistentvolumeclaims": ("PersistentVolumeClaim", True),
     "roles.v1.rbac.authorization.k8s.io": ("Role", True),
@@ -30,7 +30,7 @@ RESOURCES = {  # plural, version and group -> kind, in a namespace or not
     "clustertrainingruntimes.v1alpha1.trainer.kubeflow.org": ("ClusterTrainingRuntime", False),
     "experiments.v1beta1.kubeflow.org": ("Experiment", True),
 }
-RUNTIME = {  # as Kubeflow Trainer installs it, in short
+RUNTIME = {  # a shortened version of the one that Kubeflow Trainer installs
     "apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "ClusterTrainingRuntime",
     "metadata": {"name": "torch-distributed", "labels": {"trainer.kubeflow.org/framework": "torch"}},
     "spec": {"mlPolicy": {"numNodes": 1, "torch": {}}, "template": {"spec": {"replicatedJobs": [{
@@ -40,7 +40,7 @@ RUNTIME = {  # as Kubeflow Trainer installs it, in short
 
 
 class _Api(kmock.KubernetesEmulator):
-    """Adds to a new object what a server adds."""
+    """Adds the metadata to a new object that a server would add."""
 
     async def _handle(self, request: Any) -> Any:
         if request.resource is not None and request.action == kmock.action.CREATE:
@@ -53,22 +53,22 @@ class _Api(kmock.KubernetesEmulator):
 
 @dataclass
 class Cluster:
-    """The API's address, a kubeconfig, and what is in it."""
+    """Address and kubeconfig of the API, and its objects."""
 
     url: str
     kubeconfig: Path
     api: Any
     environment: dict[str, str] = field(default_factory=dict)
 
-    def kubectl(self, *words: str | Path) -> str:
-        """The real one."""
-        return must("kubectl", *words, env=os.environ | {"KUBECONFIG": str(self.kubeconfig)}, timeout=60)
+    def kubectl(self, *args: str | Path) -> str:
+        """Run the real kubectl; it must succeed. Return its output."""
+        return must("kubectl", *args, env=os.environ | {"KUBECONFIG": str(self.kubeconfig)}, timeout=60)
 
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[Cluster]:
-    """An API for as long as it is needed, with the runtime that Kubeflow Trainer installs."""
-    ready, end, made = threading.Event(), threading.Event(), {}
+    """Serve an API, with the runtime that Kubeflow Trainer installs, until the context ends."""
+    ready, stop, server_info = threading.Event(), threading.Event(), {}
 
     async def serve() -> None:
         async with _Api() as api, kmock.Server(api) as server:
@@ -78,14 +78,14 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             api.objects["clustertrainingruntimes.v1alpha1.trainer.kubeflow.org", None, "torch-distributed"] = RUNTIME
             api.objects["v1/configmaps", "kubeflow-system", "kubeflow-trainer-public"] = {
                 "metadata": {"name": "kubeflow-trainer-public"}, "data": {"kubeflow_trainer_version": "v2.3.0"}}
-            api["get /api/v1"] << {  # kmock itself calls this group /v1, which kubectl does not know
+            api["get /api/v1"] << {  # kmock names this group /v1, which kubectl does not know
                 "apiVersion": "v1", "kind": "APIResourceList", "groupVersion": "v1", "resources": [
                     {"name": name.rpartition("/")[2], "kind": kind, "singularName": kind.lower(),
                      "verbs": sorted(VERBS), "namespaced": namespaced}
                     for name, (kind, namespaced) in RESOURCES.items() if "/" in name]}
-            made["api"], made["url"] = api, str(server.url).rstrip("/")
+            server_info["api"], server_info["url"] = api, str(server.url).rstrip("/")
             ready.set()
-            while not end.is_set():
+            while not stop.is_set():
                 await asyncio.sleep(0.05)
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
@@ -94,18 +94,18 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     config = folder / "kubeconfig"
     config.write_text(yaml.safe_dump({
         "apiVersion": "v1", "kind": "Config", "current-context": "test",
-        "clusters": [{"name": "test", "cluster": {"server": made["url"]}}],
+        "clusters": [{"name": "test", "cluster": {"server": server_info["url"]}}],
         "users": [{"name": "test", "user": {"token": "none"}}],
         "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test", "namespace": "dreambooth"}}]}))
     try:
-        yield Cluster(made["url"], config, made["api"])
+        yield Cluster(server_info["url"], config, server_info["api"])
     finally:
-        end.set()
+        stop.set()
         thread.join(10)
 
 
-def find_kubectl() -> None:
-    """The one that is there, else Debian's."""
+def install_kubectl() -> None:
+    """Install Debian's kubectl if there is none."""
     if shutil.which("kubectl") is None:
         quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
         run("apt-get", "update", "-qq", env=quiet)

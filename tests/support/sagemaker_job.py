@@ -1,4 +1,4 @@
-"""A job laid out as SageMaker does, for tests of the entrypoint and of the image."""
+"""A training job with SageMaker's folder layout, for tests of the entrypoint and of the image."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ SHORT = PROMPTS | {
 
 def lay_out(base: Path, hyperparameters: dict[str, str], host: str = "algo-1", hosts: tuple[str, ...] = ("algo-1",),
             broken: bool = False) -> None:
-    """Photos and base model as channels, the three files of input/config, empty folders for what comes out."""
+    """Write photos and base model as channels, the three files of input/config, and empty output folders."""
     photos = base / "input/data/images"
     photos.mkdir(parents=True, exist_ok=True)
     for picture in sorted((ASSETS / "demo").glob("*.png")):
@@ -39,18 +39,19 @@ def lay_out(base: Path, hyperparameters: dict[str, str], host: str = "algo-1", h
 
 
 def failure(base: Path) -> str:
+    """The content of output/failure."""
     return (base / "output/failure").read_text(encoding="utf-8")
 
 
 def steps(base: Path) -> int:
-    """How many steps the job's run has logged."""
+    """Number of steps that the job's run has logged."""
     journals = list((base / "checkpoints").glob("*/metrics.jsonl"))
     return max((entry.get("step", 0) for journal in journals for entry, _ in read(journal)
                 if "loss" in entry.get("metrics", ())), default=0)
 
 
 def weights(base: Path) -> dict[str, bytes]:
-    """Every file of weights of the result and of the last checkpoint."""
+    """The content of every weight file of the result and of the last checkpoint."""
     last = sorted((base / "checkpoints").glob("*/checkpoints/step-*"))[-1]
     return {f"{folder.name}/{path.relative_to(folder)}": path.read_bytes()
             for folder in (base / "model/model", last) for path in sorted(folder.rglob("*.safetensors"))}

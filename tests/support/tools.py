@@ -1,4 +1,4 @@
-"""Programs that check files."""
+"""Paths of the linters that are installed with the extra `dev`."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,6 @@ BIN = Path(sys.executable).parent
 
 
 def tool(name: str) -> Path:
-    """A linter of the extra `dev`."""
-    assert (BIN / name).is_file(), f"{name} is missing: make setup"
+    """The path of a linter; fail if it is not installed."""
+    assert (BIN / name).is_file(), f"{name} is missing: type make setup"
     return BIN / name
