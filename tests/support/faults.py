@@ -1,7 +1,7 @@
-"""Runs a command in a process of its own and kills it with SIGKILL, or makes it fail, at a chosen moment.
+"""Runs a command in a process of its own and kills it with SIGKILL, or makes it fail, at a chosen point.
 
-The processes are forked by tests/support/warm_python.py, so that a run costs a second, not ten.
-The product code has no hooks for this: each fault replaces one function of it inside the process.
+The processes are forked by tests/support/warm_python.py, so that a run takes one second instead of ten.
+The product code has no hooks for this: each fault replaces one of its functions inside the process.
 """
 
 import importlib
@@ -28,36 +28,36 @@ FAST = [
 
 
 def train(run_root: Path, *overrides: str, fault: str | None = None, seed: int = 0, log: Path | None = None) -> int:
-    """Run `python -m dreambooth.train` with FAST settings; returns the exit code (-9 when it was killed)."""
+    """Run `python -m dreambooth.train` with FAST settings. Returns the exit code, -9 if it was killed."""
     return call("train", [f"run_root={run_root}", *FAST, *overrides], fault, seed, log)
 
 
 def call(
-    door: str, arguments: Sequence[str], fault: str | None = None, seed: int = 0, log: Path | None = None
+    command: str, arguments: Sequence[str], fault: str | None = None, seed: int = 0, log: Path | None = None
 ) -> int:
-    """Run `python -m dreambooth.DOOR` with exactly these arguments; what it prints is appended to `log`."""
-    command = [PYTHON, "-m", "tests.support.faults", door, fault or "", str(seed), json.dumps(list(arguments))]
+    """Run `python -m dreambooth.COMMAND` with exactly these arguments. Returns the exit code; output goes to `log`."""
+    words = [PYTHON, "-m", "tests.support.faults", command, fault or "", str(seed), json.dumps(list(arguments))]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     if log is None:
-        return subprocess.run(command, env=environment, timeout=600, check=False).returncode
+        return subprocess.run(words, env=environment, timeout=600, check=False).returncode
     with log.open("ab") as file:
-        return subprocess.run(command, env=environment, timeout=600, check=False, stdout=file, stderr=file).returncode
+        return subprocess.run(words, env=environment, timeout=600, check=False, stdout=file, stderr=file).returncode
 
 
-def main(door: str, fault: str, seed: str, arguments: str) -> None:
-    """In the process: put the fault in, then run the command."""
-    sys.argv = [f"dreambooth/{door}.py", *json.loads(arguments)]
+def main(command: str, fault: str, seed: str, arguments: str) -> None:
+    """Inside the process: install the fault and run the command."""
+    sys.argv = [f"dreambooth/{command}.py", *json.loads(arguments)]
     if fault:
         (FAULTS | EVALUATING | OTHERS)[fault](int(seed))
-    importlib.import_module(f"dreambooth.{door}").main()
+    importlib.import_module(f"dreambooth.{command}").main()
 
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _on(module: Any, name: str, act: Callable[..., None], after: int = 0) -> None:
-    """Before call number `after` + 1 of module.name, act on its arguments and die."""
+def _die_at(module: Any, name: str, act: Callable[..., None], after: int = 0) -> None:
+    """Replace module.name so that call number `after` + 1 passes its arguments to `act` and then kills the process."""
     original, calls = getattr(module, name), iter(range(10**9))
 
     def replaced(*args: Any, **kwargs: Any) -> Any:
@@ -76,13 +76,13 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 def _class_image(seed: int) -> None:
     from PIL import Image
 
-    _on(Image.Image, "save", lambda image, path, **_: Path(path).write_bytes(b"\x89PNG half"), after=seed % 4)
+    _die_at(Image.Image, "save", lambda image, path, **_: Path(path).write_bytes(b"\x89PNG half"), after=seed % 4)
 
 
 def _checkpoint_write(seed: int) -> None:
     from dreambooth.training import checkpoint
 
-    _on(checkpoint, "save_file", lambda tensors, path: Path(path).write_bytes(b"half"), after=1 + 3 * (seed % 3))
+    _die_at(checkpoint, "save_file", lambda tensors, path: Path(path).write_bytes(b"half"), after=1 + 3 * (seed % 3))
 
 
 def _checkpoint_fsync(seed: int) -> None:
@@ -92,7 +92,7 @@ def _checkpoint_fsync(seed: int) -> None:
     save = checkpoint.save
 
     def saving(*args: Any, **kwargs: Any) -> Any:
-        _on(atomic_files, "sync", _nothing, after=seed % 4)
+        _die_at(atomic_files, "sync", _nothing, after=seed % 4)
         return save(*args, **kwargs)
 
     checkpoint.save = saving
@@ -106,7 +106,7 @@ def _checkpoint_rename(seed: int) -> None:
 
     def saving(*args: Any, **kwargs: Any) -> Any:
         if next(saves) == 1 + seed % 2:
-            _on(atomic_files, "publish", _nothing)
+            _die_at(atomic_files, "publish", _nothing)
         return save(*args, **kwargs)
 
     checkpoint.save = saving
@@ -122,7 +122,7 @@ def _checkpoint_rotate(seed: int) -> None:
     rotate = checkpoint.rotate
 
     def rotating(*args: Any) -> None:
-        _on(atomic_files.shutil, "rmtree", lambda path, **kw: None if kw else half_removed(path), after=1)
+        _die_at(atomic_files.shutil, "rmtree", lambda path, **kw: None if kw else half_removed(path), after=1)
         rotate(*args)
 
     checkpoint.rotate = rotating
@@ -131,26 +131,26 @@ def _checkpoint_rotate(seed: int) -> None:
 def _sample(seed: int) -> None:
     from dreambooth.training import sample_images
 
-    _on(sample_images, "grid", _nothing, after=seed % 5)
+    _die_at(sample_images, "grid", _nothing, after=seed % 5)
 
 
 def _export(seed: int) -> None:
     from dreambooth.serialization import export
 
-    _on(export.shutil, "copyfile", _nothing)
+    _die_at(export.shutil, "copyfile", _nothing)
 
 
 def _result(seed: int) -> None:
     from dreambooth.runs.run_folder import Result
 
-    _on(Result, "write", _nothing)
+    _die_at(Result, "write", _nothing)
 
 
 def _metrics_flush(seed: int) -> None:
     from dreambooth.tracking import journal
 
     class HalfWriting:
-        """os, but the write of a line stops in its middle."""
+        """The module os, but one write of a line stops halfway and kills the process."""
 
         def __init__(self) -> None:
             self.lines = 0
@@ -171,8 +171,8 @@ def _metrics_flush(seed: int) -> None:
 def _random_moment(seed: int) -> None:
     from dreambooth import run
 
-    step, dice = run.train_step, random.Random(seed)
-    first, delay = dice.randrange(1, 8), dice.random() * 0.4
+    step, generator = run.train_step, random.Random(seed)
+    first, delay = generator.randrange(1, 8), generator.random() * 0.4
 
     def stepping(state: Any, *args: Any, **kwargs: Any) -> Any:
         info = step(state, *args, **kwargs)
@@ -194,17 +194,17 @@ def _no_memory(seed: int) -> None:
     step.Objective.__call__ = objective
 
 
-def _freed_is_given_back() -> None:
-    """A freed tensor of 128 KiB or more leaves the address space: what earlier steps freed is no reserve for later."""
+def _return_freed_memory() -> None:
+    """Make malloc return freed tensors of 128 KiB or more to the system, so that later steps cannot reuse them."""
     import ctypes
 
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**17)  # the user's own choice: the product sets up nothing
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**17)  # set by the user, so that the product sets nothing itself
     m_mmap_threshold = -3  # of <malloc.h>
     assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**17) == 1
 
 
-def _limited(mib: int) -> None:
-    """Give this process so much address space more than it has."""
+def _limit_memory(mib: int) -> None:
+    """Limit the address space of this process to `mib` MiB more than it uses now."""
     import resource
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -216,11 +216,11 @@ def _little_memory_in_step_3(seed: int) -> None:
     from dreambooth import run
 
     step = run.train_step
-    _freed_is_given_back()
+    _return_freed_memory()
 
     def stepping(state: Any, *args: Any, **kwargs: Any) -> Any:
         if state.step == 2:
-            _limited(256)
+            _limit_memory(256)
         return step(state, *args, **kwargs)
 
     run.train_step = stepping
@@ -230,10 +230,10 @@ def _little_memory_in_class_images(seed: int) -> None:
     from dreambooth.data import class_images
 
     make = class_images.generate_missing
-    _freed_is_given_back()
+    _return_freed_memory()
 
     def making(*args: Any, **kwargs: Any) -> Any:
-        _limited(64)
+        _limit_memory(64)
         return make(*args, **kwargs)
 
     class_images.generate_missing = making
@@ -250,7 +250,7 @@ def _bug(seed: int) -> None:
     from dreambooth import run
 
     def broken(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("a bug of ours")
+        raise AssertionError("a simulated bug")
 
     run.train_step = broken
 
@@ -275,19 +275,19 @@ def _signal_at_step(number: int) -> Callable[[int], None]:
 def _evaluation_between(seed: int) -> None:
     from dreambooth.evaluation.evaluator import Evaluator
 
-    _on(Evaluator, "evaluate", _nothing, after=2)
+    _die_at(Evaluator, "evaluate", _nothing, after=2)
 
 
 def _evaluation_half(seed: int) -> None:
     from dreambooth.evaluation import evaluator
 
-    _on(evaluator, "grid", _nothing, after=7)
+    _die_at(evaluator, "grid", _nothing, after=7)
 
 
-def _evaluation_unkept(seed: int) -> None:
+def _evaluation_unsaved(seed: int) -> None:
     from dreambooth.training import best_weights
 
-    _on(best_weights, "save", _nothing)
+    _die_at(best_weights, "save", _nothing)
 
 
 def _evaluation_stopped(seed: int) -> None:
@@ -296,19 +296,19 @@ def _evaluation_stopped(seed: int) -> None:
     generate, calls = evaluator.generate_images, iter(range(10**9))
 
     def generating(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == 2:  # after the base and the first step that is measured
+        if next(calls) == 2:  # after the base and the first evaluated step
             os.kill(os.getpid(), signal.SIGTERM)
         return generate(*args, **kwargs)
 
     evaluator.generate_images = generating
 
 
-def _second_batch(act: Callable[[], None]) -> Callable[[int], None]:
-    """Before generate has the second batch of its pictures."""
+def _before_second_batch(act: Callable[[], None]) -> Callable[[int], None]:
+    """A fault that calls `act` before the command generate receives its second batch of images."""
     def fault(seed: int) -> None:
-        from dreambooth.inference import generate_images as drawing
+        from dreambooth.inference import generate_images as generate_command
 
-        generate = drawing.generate_images
+        generate = generate_command.generate_images
 
         def generating(*args: Any, **kwargs: Any) -> Any:
             for number, batch in enumerate(generate(*args, **kwargs)):
@@ -316,27 +316,27 @@ def _second_batch(act: Callable[[], None]) -> Callable[[int], None]:
                     act()
                 yield batch
 
-        drawing.generate_images = generating
+        generate_command.generate_images = generating
 
     return fault
 
 
-def _asked_to_stop() -> None:
+def _request_stop() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def _asked_twice() -> None:
-    _asked_to_stop()
-    _asked_to_stop()
+def _request_stop_twice() -> None:
+    _request_stop()
+    _request_stop()
 
 
-def _card_is_full() -> None:
+def _fill_gpu() -> None:
     import torch
 
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
 
-# Ends that are not kills.
+# Failures and stop requests other than SIGKILL.
 OTHERS: dict[str, Callable[[int], None]] = {
     "no_memory": _no_memory,
     "no_disk": _no_disk,
@@ -346,16 +346,16 @@ OTHERS: dict[str, Callable[[int], None]] = {
     "sigterm": _signal_at_step(signal.SIGTERM),
     "ctrl_c": _signal_at_step(signal.SIGINT),
     "evaluation_stopped": _evaluation_stopped,
-    "drawing_stopped": _second_batch(_asked_to_stop),
-    "drawing_stopped_twice": _second_batch(_asked_twice),
-    "no_memory_to_draw": _second_batch(_card_is_full),
+    "generation_stopped": _before_second_batch(_request_stop),
+    "generation_stopped_twice": _before_second_batch(_request_stop_twice),
+    "no_memory_to_generate": _before_second_batch(_fill_gpu),
 }
 
-# Kills in runs that evaluate.
+# Kills during evaluation.
 EVALUATING: dict[str, Callable[[int], None]] = {
     "evaluation_between": _evaluation_between,
     "evaluation_half": _evaluation_half,
-    "evaluation_unkept": _evaluation_unkept,
+    "evaluation_unsaved": _evaluation_unsaved,
 }
 
 FAULTS: dict[str, Callable[[int], None]] = {
