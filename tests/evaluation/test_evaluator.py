@@ -160,7 +160,7 @@ def test_the_summary_names_the_exported_step_and_its_scores(selected: Path) -> N
     assert "lower is better" in output
 
 
-@pytest.mark.parametrize("fault", ["unkept", *(pytest.param(f, marks=pytest.mark.slow) for f in ("between", "half"))])
+@pytest.mark.parametrize("fault", ["unsaved", *(pytest.param(f, marks=pytest.mark.slow) for f in ("between", "half"))])
 def test_a_run_killed_during_evaluation_gives_the_same_result(
         fault: str, selected: Path, on: list[str], tmp_path: Path) -> None:
     assert train(tmp_path, *on, *SELECT_FIRST, "checkpoint.keep=1", fault=f"evaluation_{fault}") == KILLED

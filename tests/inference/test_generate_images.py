@@ -13,11 +13,11 @@ from PIL import Image
 
 from dreambooth.config.generate import Generate
 from dreambooth.inference.png_metadata import parameters
-from dreambooth.utils.assets import asset
+from dreambooth.utils.assets import resolve_asset
 from tests.support.faults import call, train
 from tests.support.runs import the_run
 
-BASE = asset("package:tiny-sd")
+BASE = resolve_asset("package:tiny-sd")
 FEW = ["num_images=2", "num_inference_steps=3", "seed=5", "guidance_scale=4"]
 PROMPT = "prompt=a photo of a zwx toy"
 
@@ -66,9 +66,9 @@ def test_several_loras_add_up(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_picture_to_begin_with_is_kept_as_far_as_strength_says(run: Path, tmp_path: Path) -> None:
-    photo = asset("package:demo/00.png")
+    photo = resolve_asset("package:demo/00.png")
     if not Path(photo).is_file():
-        photo = str(sorted(Path(asset("package:demo")).glob("*.png"))[0])
+        photo = str(sorted(Path(resolve_asset("package:demo")).glob("*.png"))[0])
     words = [f"base={BASE}", PROMPT, f"image={photo}", "num_inference_steps=10"]
     begin = np.asarray(Image.open(photo).convert("RGB").resize((64, 64))).astype(int)
     little, much = (drawn(tmp_path / name, *words, f"strength={strength}")
@@ -78,7 +78,7 @@ def test_a_picture_to_begin_with_is_kept_as_far_as_strength_says(run: Path, tmp_
 
 def test_what_stands_beside_the_picture_to_begin_with_is_not_read(tmp_path: Path) -> None:
     """An empty caption, or a line of metadata.jsonl for a photo that is gone, is of training."""
-    shutil.copyfile(sorted(Path(asset("package:demo")).glob("*.png"))[0], tmp_path / "sketch.png")
+    shutil.copyfile(sorted(Path(resolve_asset("package:demo")).glob("*.png"))[0], tmp_path / "sketch.png")
     (tmp_path / "sketch.txt").write_text("")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "a toy"}\n')
     assert drawn(tmp_path / "out", f"base={BASE}", PROMPT, f"image={tmp_path / 'sketch.png'}")
@@ -101,10 +101,10 @@ def test_prompts_of_a_file_are_the_rows_of_one_grid(run: Path, tmp_path: Path) -
 
 
 ENDS: dict[str, tuple[int, int, str]] = {  # fault -> exit code, pictures on disk, what is said
-    "drawing_stopped": (
+    "generation_stopped": (
         5, 4, "SIGINT: stopped after 4 of 8 pictures, which are in {out}; repeat the command to draw all"),
-    "drawing_stopped_twice": (5, 2, "interrupted; repeat the command\n"),
-    "no_memory_to_draw": (4, 2, "; pictures made before are in {out}: type batch_size=1\n"),
+    "generation_stopped_twice": (5, 2, "interrupted; repeat the command\n"),
+    "no_memory_to_generate": (4, 2, "; pictures made before are in {out}: type batch_size=1\n"),
 }
 
 
@@ -149,7 +149,7 @@ def test_a_file_of_prompts_names_the_subject_of_a_run_of_several(tmp_path: Path)
     words = ["dataset=concepts", "name=demo-two"]
     for number, name in enumerate(("zwx", "qpr")):
         words += [f"dataset.concepts.{number}.{word}" for word in (
-            f"instance_dir={asset('package:demo')}", f"instance_prompt=a photo of a {name} toy",
+            f"instance_dir={resolve_asset('package:demo')}", f"instance_prompt=a photo of a {name} toy",
             "class_prompt=a photo of a toy")]
     assert train(tmp_path, *words, "train.max_train_steps=1", "sample.every=null", log=tmp_path / "log") == 0, \
         (tmp_path / "log").read_text()
@@ -294,16 +294,16 @@ def test_mlflow_pins_the_revision_that_the_run_has_pinned(tmp_path: Path) -> Non
     import yaml
     from safetensors.torch import save_file
 
-    from dreambooth.tracking import mlflow_flavor
+    from dreambooth.tracking import mlflow_logging
 
     facts = {"base_model": BASE, "base_model_revision": "0123abc", "base_model_variant": "fp16"}
-    save_file({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / mlflow_flavor.DIFFUSERS, facts)
+    save_file({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / mlflow_logging.DIFFUSERS, facts)
 
     class Client:
         def log_artifacts(self, run_id: str, folder: str) -> None:
             shutil.copytree(folder, tmp_path / run_id)
 
-    mlflow_flavor.log(Client(), "found", tmp_path / mlflow_flavor.DIFFUSERS, None)
+    mlflow_logging.log_artifact(Client(), "found", tmp_path / mlflow_logging.DIFFUSERS, None)
     found = yaml.safe_load((tmp_path / "found/lora/MLmodel").read_text())
     assert found["flavors"]["diffusers"]["base_model_revision"] == "0123abc"
     assert found["metadata"] == {key: facts[key] for key in ("base_model_revision", "base_model_variant")}

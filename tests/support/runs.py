@@ -1,4 +1,4 @@
-"""Run folders, read and compared."""
+"""Reads and compares run folders."""
 
 import json
 from pathlib import Path
@@ -11,32 +11,34 @@ KILLED = -9
 
 
 def the_run(root: Path) -> Path:
+    """The only demo run in a folder of runs."""
     [run] = root.glob("demo-*")
     return run
 
 
 def losses(run: Path) -> dict[int, float]:
-    found: dict[int, float] = {}
+    """The loss of each step, from the journal."""
+    by_step: dict[int, float] = {}
     for entry, _ in read(run / "metrics.jsonl"):
         if "loss" in entry.get("metrics", ()):
-            assert entry["step"] not in found, "a step has two points"
-            found[entry["step"]] = entry["metrics"]["loss"]
-    return found
+            assert entry["step"] not in by_step, "a step has two losses"
+            by_step[entry["step"]] = entry["metrics"]["loss"]
+    return by_step
 
 
-def assert_same(run: Path, straight: Path) -> None:
-    """Every weight, the whole training state, every loss and every sample."""
-    last = sorted((straight / "checkpoints").iterdir())[-1].name
+def assert_same(run: Path, expected: Path) -> None:
+    """Two runs have the same weights, training state, losses and samples, bit for bit."""
+    last = sorted((expected / "checkpoints").iterdir())[-1].name
     folders = [Path("model/unet"), Path("model/text_encoder"), Path("model/vae"), Path("checkpoints") / last]
-    for path in [p for folder in folders for p in sorted((straight / folder).glob("*.safetensors"))]:
-        ours, theirs = load_file(run / path.relative_to(straight)), load_file(path)
+    for path in [p for folder in folders for p in sorted((expected / folder).glob("*.safetensors"))]:
+        ours, theirs = load_file(run / path.relative_to(expected)), load_file(path)
         assert ours.keys() == theirs.keys()
         different = [name for name in theirs if not ours[name].equal(theirs[name])]
-        assert not different, f"{path.relative_to(straight)}: {different[:3]}"
-    assert losses(run) == losses(straight)
-    for path in sorted((straight / "samples").rglob("*.png")):
-        assert (run / path.relative_to(straight)).read_bytes() == path.read_bytes(), path
-    ours, theirs = (json.loads((r / "result.json").read_text()) for r in (run, straight))
+        assert not different, f"{path.relative_to(expected)}: {different[:3]}"
+    assert losses(run) == losses(expected)
+    for path in sorted((expected / "samples").rglob("*.png")):
+        assert (run / path.relative_to(expected)).read_bytes() == path.read_bytes(), path
+    ours, theirs = (json.loads((r / "result.json").read_text()) for r in (run, expected))
     assert (ours["step"], ours["objective"]) == (theirs["step"], theirs["objective"])
-    left = [p for p in run.rglob(".*") if p.name.startswith((".writing-", ".removing-"))]
-    assert not left, "something half done was left behind"
+    leftovers = [p for p in run.rglob(".*") if p.name.startswith((".writing-", ".removing-"))]
+    assert not leftovers, "a temporary file or folder was left behind"

@@ -1,4 +1,4 @@
-"""Kill -9 anywhere, repeat the command: the result is bit for bit that of the uninterrupted run."""
+"""A run killed with SIGKILL at any point and repeated gives the result of an uninterrupted run, bit for bit."""
 
 from pathlib import Path
 
@@ -7,41 +7,41 @@ import pytest
 from tests.support.faults import FAULTS, train
 from tests.support.runs import KILLED, assert_same, the_run
 
-PLACES = [name for name in FAULTS if name != "random_moment"]
+FAULT_POINTS = [name for name in FAULTS if name != "random_moment"]
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
-    root = tmp_path_factory.mktemp("straight")
+    root = tmp_path_factory.mktemp("uninterrupted")
     assert train(root) == 0
     return the_run(root)
 
 
-def kill_and_repeat(tmp_path: Path, straight: Path, *faults: tuple[str, int]) -> None:
+def kill_and_repeat(tmp_path: Path, uninterrupted: Path, *faults: tuple[str, int]) -> None:
     for fault, seed in faults:
-        assert train(tmp_path, fault=fault, seed=seed) == KILLED, f"{fault} never came"
+        assert train(tmp_path, fault=fault, seed=seed) == KILLED, f"the fault {fault} did not happen"
     assert train(tmp_path) == 0
-    assert_same(the_run(tmp_path), straight)
+    assert_same(the_run(tmp_path), uninterrupted)
 
 
 @pytest.mark.parametrize("fault", ["checkpoint_rename", "random_moment"])
-def test_killed_run_repeated_is_bit_equal(fault: str, tmp_path: Path, straight: Path) -> None:
-    kill_and_repeat(tmp_path, straight, (fault, 3))
+def test_killed_run_repeated_is_bit_equal(fault: str, tmp_path: Path, uninterrupted: Path) -> None:
+    kill_and_repeat(tmp_path, uninterrupted, (fault, 3))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", PLACES)
-def test_killed_at_a_fault_point(fault: str, tmp_path: Path, straight: Path) -> None:
-    kill_and_repeat(tmp_path, straight, (fault, 0))
+@pytest.mark.parametrize("fault", FAULT_POINTS)
+def test_killed_at_a_fault_point(fault: str, tmp_path: Path, uninterrupted: Path) -> None:
+    kill_and_repeat(tmp_path, uninterrupted, (fault, 0))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
-def test_killed_at_a_random_moment(seed: int, tmp_path: Path, straight: Path) -> None:
-    kill_and_repeat(tmp_path, straight, ("random_moment", seed))
+def test_killed_at_a_random_moment(seed: int, tmp_path: Path, uninterrupted: Path) -> None:
+    kill_and_repeat(tmp_path, uninterrupted, ("random_moment", seed))
 
 
 @pytest.mark.slow
-def test_killed_twice(tmp_path: Path, straight: Path) -> None:
-    kill_and_repeat(tmp_path, straight, ("checkpoint_write", 0), ("checkpoint_rotate", 0))
+def test_killed_twice(tmp_path: Path, uninterrupted: Path) -> None:
+    kill_and_repeat(tmp_path, uninterrupted, ("checkpoint_write", 0), ("checkpoint_rotate", 0))

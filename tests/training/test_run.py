@@ -1,4 +1,4 @@
-"""Whole runs through the real door, two to eight steps each: what a user sees, keeps and gets back."""
+"""Whole runs of the real command, two to eight steps each: output, files, resuming and errors."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dreambooth.tracking.journal import read
-from dreambooth.utils.assets import asset
+from dreambooth.utils.assets import resolve_asset
 from dreambooth.utils.provenance import origin
 from tests.support.faults import FAST, call, train
 from tests.support.runs import assert_same, losses, the_run
@@ -21,17 +21,17 @@ TWO = ["train.max_train_steps=2", "sample.every=2", "checkpoint.every=2"]
 
 
 @pytest.fixture(scope="module")
-def pulse(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps end to end with MLflow."""
-    root = tmp_path_factory.mktemp("pulse")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two steps with MLflow."""
+    root = tmp_path_factory.mktemp("short_run")
     assert train(root, *TWO, "tracking=mlflow", log=root / "out.txt") == 0
     return root
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight steps at once."""
-    root = tmp_path_factory.mktemp("straight")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of eight steps."""
+    root = tmp_path_factory.mktemp("uninterrupted")
     assert train(root) == 0
     return the_run(root)
 
@@ -44,28 +44,28 @@ def entries(run: Path, kind: str) -> list[dict[str, object]]:
     return [entry for entry, _ in read(run / "metrics.jsonl") if kind in entry]
 
 
-def test_result_opens_with_diffusers_and_has_a_card(pulse: Path) -> None:
+def test_the_result_loads_with_diffusers_and_has_a_model_card(short_run: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    run = the_run(pulse)
+    run = the_run(short_run)
     pipeline = StableDiffusionPipeline.from_pretrained(run / "model")
     trained = load_file(run / "checkpoints/step-000002/ema.safetensors")
-    assert pipeline.unet.conv_in.weight.equal(trained["unet.conv_in.weight"]), "exported weights are not the EMA's"
+    assert pipeline.unet.conv_in.weight.equal(trained["unet.conv_in.weight"]), "exported weights are not the EMA"
     for part in ("unet", "text_encoder"):
-        base = next(Path(asset("package:tiny-sd"), part).glob("*.safetensors"))
+        base = next(Path(resolve_asset("package:tiny-sd"), part).glob("*.safetensors"))
         ours = load_file(next((run / "model" / part).glob("*.safetensors")))
-        moved = [name for name, theirs in load_file(base).items() if not ours[name].equal(theirs.to(ours[name]))]
-        assert len(moved) > len(ours) * 0.9, f"{part} was left out of training"
+        changed = [name for name, theirs in load_file(base).items() if not ours[name].equal(theirs.to(ours[name]))]
+        assert len(changed) > len(ours) * 0.9, f"{part} was not trained"
     card = (run / "model/README.md").read_text()
     assert "a photo of a zwx toy" in card
     assert (run / "model/contact_sheet.png").is_file()
     assert json.loads((run / "result.json").read_text())["step"] == 2
 
 
-def test_metrics_images_and_settings_are_in_mlflow(pulse: Path, tmp_path: Path) -> None:
+def test_metrics_images_and_settings_are_in_mlflow(short_run: Path, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{pulse}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{short_run}/mlflow.db")
     [found] = client.search_runs([client.get_experiment_by_name("dreambooth").experiment_id])
     assert found.info.status == "FINISHED"
     for name in ("loss", "loss_instance", "loss_prior", "grad_norm", "learning_rate", "images_per_second"):
@@ -73,9 +73,9 @@ def test_metrics_images_and_settings_are_in_mlflow(pulse: Path, tmp_path: Path) 
     assert {"process_rss/load_gib", "process_rss/step_gib", "process_rss/sample_gib", "process_rss/save_gib",
             "process_rss/class_images_gib", "objective"} <= found.data.metrics.keys()
     assert found.data.params["train.learning_rate"] == "0.0003"
-    assert len(found.data.params) < 20  # MLflow writes each of them above each picture
-    kept = client.download_artifacts(found.info.run_id, "run.json", str(tmp_path))
-    assert json.loads(Path(kept).read_text())["settings"]["dataset.instance_prompt"] == "a photo of a zwx toy"
+    assert len(found.data.params) < 20  # MLflow shows all of them above each image
+    artifact = client.download_artifacts(found.info.run_id, "run.json", str(tmp_path))
+    assert json.loads(Path(artifact).read_text())["settings"]["dataset.instance_prompt"] == "a photo of a zwx toy"
     assert {"version", "git_revision", "command", "model"} <= found.data.tags.keys()
     names = [item.path for item in client.list_artifacts(found.info.run_id, "images")]
     for prompt in range(3):
@@ -85,56 +85,56 @@ def test_metrics_images_and_settings_are_in_mlflow(pulse: Path, tmp_path: Path) 
     assert {"contact_sheet.png", "run.json"} <= {item.path for item in client.list_artifacts(found.info.run_id)}
 
 
-def test_terminal_shows_plan_progress_and_where_results_are(pulse: Path) -> None:
-    told = (pulse / "out.txt").read_text()
-    for words in ("a photo of a zwx toy", "4 class images: 0 kept, 4 to make", "training 2/2", "contact_sheet.png",
-                  "python -m dreambooth.generate"):
-        assert words in told
-    assert "Warning" not in told
-    assert "\x1b" not in told, "control characters in a pipe"
-    assert "Loading" not in told
+def test_the_terminal_shows_plan_progress_and_results(short_run: Path) -> None:
+    output = (short_run / "out.txt").read_text()
+    for words in ("a photo of a zwx toy", "4 class images: 0 existing, 4 to generate", "training 2/2",
+                  "contact_sheet.png", "python -m dreambooth.generate"):
+        assert words in output
+    assert "Warning" not in output
+    assert "\x1b" not in output, "control characters in a pipe"
+    assert "Loading" not in output
 
 
-def test_contact_sheet_shows_prompts_by_steps(pulse: Path) -> None:
-    run = the_run(pulse)
+def test_contact_sheet_shows_prompts_by_steps(short_run: Path) -> None:
+    run = the_run(short_run)
     assert [p.name for p in sorted((run / "samples").iterdir())] == ["step-000000", "step-000002"]
     with Image.open(run / "contact_sheet.png") as sheet:
         assert sheet.width > 200
         assert sheet.height > 600
 
 
-def test_repeating_a_finished_run_says_so(pulse: Path) -> None:
-    before = (the_run(pulse) / "result.json").stat().st_mtime_ns
-    log = pulse / "again.txt"
-    assert train(pulse, *TWO, "tracking=mlflow", log=log) == 0
+def test_repeating_a_finished_run_reports_that_it_is_finished(short_run: Path) -> None:
+    before = (the_run(short_run) / "result.json").stat().st_mtime_ns
+    log = short_run / "again.txt"
+    assert train(short_run, *TWO, "tracking=mlflow", log=log) == 0
     assert "this run is finished: 2 steps" in log.read_text()
-    assert (the_run(pulse) / "result.json").stat().st_mtime_ns == before
+    assert (the_run(short_run) / "result.json").stat().st_mtime_ns == before
 
 
-def test_generate_draws_with_the_run(pulse: Path) -> None:
-    log = pulse / "draw.txt"
-    run = the_run(pulse)
-    ask = [f"run={run}", "prompt=a photo of a zwx toy", "num_images=3", "batch_size=2", "num_inference_steps=2"]
-    assert call("generate", ask, log=log) == 0, log.read_text()
+def test_generate_uses_the_run(short_run: Path) -> None:
+    log = short_run / "draw.txt"
+    run = the_run(short_run)
+    arguments = [f"run={run}", "prompt=a photo of a zwx toy", "num_images=3", "batch_size=2", "num_inference_steps=2"]
+    assert call("generate", arguments, log=log) == 0, log.read_text()
     found = sorted(p.name for p in (run / "generated").iterdir())
     assert found == ["a-photo-of-a-zwx-toy-grid.png", *(f"a-photo-of-a-zwx-toy-seed{i}.png" for i in range(3))]
-    made = [pixels(run / f"generated/a-photo-of-a-zwx-toy-seed{i}.png") for i in range(3)]
-    assert all(np.abs(made[i] - made[i - 1]).max() > 100 for i in range(3))
+    images = [pixels(run / f"generated/a-photo-of-a-zwx-toy-seed{i}.png") for i in range(3)]
+    assert all(np.abs(images[i] - images[i - 1]).max() > 100 for i in range(3))
     for seed in (1, 2):
-        alone = [*ask[:2], "num_images=1", f"seed={seed}", "num_inference_steps=2", f"out={pulse}/o"]
-        assert call("generate", alone) == 0
-        drawn = pixels(pulse / f"o/a-photo-of-a-zwx-toy-seed{seed}.png")
-        assert np.abs(drawn - made[seed]).max() <= 2, "a picture depends on its seed alone, up to a batch's rounding"
+        single = [*arguments[:2], "num_images=1", f"seed={seed}", "num_inference_steps=2", f"out={short_run}/o"]
+        assert call("generate", single) == 0
+        image = pixels(short_run / f"o/a-photo-of-a-zwx-toy-seed{seed}.png")
+        assert np.abs(image - images[seed]).max() <= 2, "an image depends on more than its seed"
 
 
-def test_more_steps_extend_a_finished_run(tmp_path: Path, straight: Path) -> None:
+def test_more_steps_extend_a_finished_run(tmp_path: Path, uninterrupted: Path) -> None:
     assert train(tmp_path, "train.max_train_steps=4") == 0
     assert train(tmp_path) == 0
-    assert_same(the_run(tmp_path), straight)
+    assert_same(the_run(tmp_path), uninterrupted)
 
 
 @pytest.mark.parametrize("how", ["sigterm", "ctrl_c"])
-def test_stopped_run_saves_and_goes_on(how: str, tmp_path: Path, straight: Path) -> None:
+def test_a_stopped_run_saves_and_can_be_resumed(how: str, tmp_path: Path, uninterrupted: Path) -> None:
     log = tmp_path / "out.txt"
     assert train(tmp_path, fault=how, log=log) == 5
     run = the_run(tmp_path)
@@ -143,13 +143,13 @@ def test_stopped_run_saves_and_goes_on(how: str, tmp_path: Path, straight: Path)
     assert "Traceback" not in log.read_text()
     assert entries(run, "status")[-1]["status"] == "KILLED"
     assert train(tmp_path) == 0
-    assert losses(run) == losses(straight)
+    assert losses(run) == losses(uninterrupted)
     last = "checkpoints/step-000008/trained.safetensors"
-    ours, theirs = load_file(run / last), load_file(straight / last)
+    ours, theirs = load_file(run / last), load_file(uninterrupted / last)
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
-def test_never_starts_over_and_loses_nothing(tmp_path: Path) -> None:
+def test_resume_never_starts_over_and_keeps_the_old_files(tmp_path: Path) -> None:
     assert train(tmp_path, *TWO) == 0
     assert train(tmp_path, *TWO, "checkpoint.resume=never") == 0
     run = the_run(tmp_path)
@@ -159,11 +159,11 @@ def test_never_starts_over_and_loses_nothing(tmp_path: Path) -> None:
     assert losses(run) == losses(aside)
 
 
-def test_resume_from_a_path(tmp_path: Path, straight: Path) -> None:
-    start = straight / "checkpoints/step-000006"
+def test_resume_from_a_path(tmp_path: Path, uninterrupted: Path) -> None:
+    start = uninterrupted / "checkpoints/step-000006"
     assert train(tmp_path, f"checkpoint.resume={start}") == 0
     last = "checkpoints/step-000008/trained.safetensors"
-    ours, theirs = load_file(the_run(tmp_path) / last), load_file(straight / last)
+    ours, theirs = load_file(the_run(tmp_path) / last), load_file(uninterrupted / last)
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
@@ -173,7 +173,7 @@ def test_a_changed_setting_is_another_run(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("demo-*"))) == 2
 
 
-def test_sampling_and_saving_do_not_touch_training(tmp_path: Path) -> None:
+def test_sampling_and_saving_do_not_change_training(tmp_path: Path) -> None:
     assert train(tmp_path / "a", "train.max_train_steps=4", "sample.every=1", "checkpoint.every=1") == 0
     assert train(tmp_path / "b", "train.max_train_steps=4", "sample.every=null", "checkpoint.every=null") == 0
     for part in ("trained", "ema"):
@@ -197,19 +197,20 @@ def test_a_sweep_makes_runs_side_by_side_and_shares_class_images(tmp_path: Path)
     assert len(list((tmp_path / "class_images").iterdir())) == 1
 
 
-DEAD = "tracking.uri='${oc.env:NOT_SET_HERE,\"http://user:secret@127.0.0.1:9\"}'"  # as a variable would give it
+# The address is interpolated, as if it came from an environment variable.
+UNREACHABLE = "tracking.uri='${oc.env:NOT_SET_HERE,\"http://user:secret@127.0.0.1:9\"}'"
 
 
-def test_a_dead_mlflow_server_costs_a_warning(tmp_path: Path) -> None:
+def test_an_unreachable_mlflow_server_is_a_warning(tmp_path: Path) -> None:
     log = tmp_path / "out.txt"
-    assert train(tmp_path, *TWO, "tracking=mlflow", DEAD, log=log) == 0
+    assert train(tmp_path, *TWO, "tracking=mlflow", UNREACHABLE, log=log) == 0
     assert "does not answer" in log.read_text()
     assert "secret" not in log.read_text()
     assert "secret" not in (the_run(tmp_path) / "metrics.jsonl").read_text()
     assert len(losses(the_run(tmp_path))) == 2
 
 
-def test_a_required_mlflow_server_that_is_dead_is_an_error(tmp_path: Path) -> None:
+def test_an_unreachable_required_mlflow_server_is_an_error(tmp_path: Path) -> None:
     log = tmp_path / "out.txt"
     required = ["tracking=mlflow", "tracking.uri=http://127.0.0.1:9", "tracking.required=true"]
     assert train(tmp_path, *TWO, *required, log=log) == 1
@@ -219,23 +220,23 @@ def test_a_required_mlflow_server_that_is_dead_is_an_error(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("word", [
     "tracking.uri=http://user:se@cret@host:5000", "tracking.uri=postgresql://host/db?password=se@cret"])
-def test_the_recorded_command_holds_no_credentials(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recorded_command_has_no_credentials(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["dreambooth/train.py", word])
-    told = origin()["command"]
-    assert "cret" not in told
-    assert "host" in told
+    command = origin()["command"]
+    assert "cret" not in command
+    assert "host" in command
 
 
-def test_a_typed_password_stays_nowhere(tmp_path: Path) -> None:
+def test_a_typed_password_is_not_stored(tmp_path: Path) -> None:
     log = tmp_path / "out.txt"
     assert train(tmp_path / "runs", *TWO) == 0
     assert train(tmp_path / "runs", *TWO, "tracking=mlflow", "tracking.uri='http://me:cret@host'", log=log) == 1
     assert "MLFLOW_TRACKING_PASSWORD" in log.read_text()
-    kept = [path for path in (tmp_path / "runs").rglob("*") if path.is_file() and b"cret" in path.read_bytes()]
-    assert not kept
+    leaks = [path for path in (tmp_path / "runs").rglob("*") if path.is_file() and b"cret" in path.read_bytes()]
+    assert not leaks
 
 
-def test_swept_steps_make_a_run_each(tmp_path: Path) -> None:
+def test_a_sweep_over_steps_makes_one_run_per_value(tmp_path: Path) -> None:
     arguments = ["-m", f"run_root={tmp_path}", *FAST, *TWO, "prior.with_prior_preservation=false", "sample.every=null"]
     assert call("train", [word for word in arguments if "max_train" not in word] + ["train.max_train_steps=1,2"]) == 0
     found = [json.loads(path.read_text())["step"] for path in sorted(tmp_path.glob("*/result.json"))]
@@ -246,14 +247,14 @@ def test_swept_steps_make_a_run_each(tmp_path: Path) -> None:
     ("no_memory", 4, "out of memory during step"),
     ("no_disk", 3, "run_root=DIR"),
 ])
-def test_ends_of_the_machine(how: str, code: int, words: str, tmp_path: Path) -> None:
+def test_running_out_of_memory_or_disk_has_its_own_exit_code(how: str, code: int, words: str, tmp_path: Path) -> None:
     log = tmp_path / "out.txt"
     assert train(tmp_path, *TWO, fault=how, log=log) == code
     assert words in log.read_text()
     assert "Traceback" not in log.read_text()
 
 
-def test_divergence_stops_at_its_step_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     log = tmp_path / "out.txt"
     assert train(tmp_path, "train.learning_rate=1e12", "checkpoint.every=1", log=log) == 6
     assert "the run diverged" in log.read_text()
@@ -264,22 +265,22 @@ def test_divergence_stops_at_its_step_and_keeps_the_last_checkpoint(tmp_path: Pa
     assert entries(run, "status")[-1]["status"] == "FAILED"
 
 
-def test_an_internal_fault_keeps_its_traceback(tmp_path: Path) -> None:
+def test_an_internal_error_keeps_its_traceback(tmp_path: Path) -> None:
     log = tmp_path / "out.txt"
     assert train(tmp_path, *TWO, fault="bug", log=log) == 1
-    assert "AssertionError: a bug of ours" in log.read_text()
+    assert "AssertionError: a simulated bug" in log.read_text()
 
 
 def base_with(folder: Path, part: str, **changes: object) -> Path:
-    """The tiny base with another setting in one part's config."""
+    """A copy of the tiny base with changes in the config of one part."""
     base = folder / "base"
-    shutil.copytree(asset("package:tiny-sd"), base)
+    shutil.copytree(resolve_asset("package:tiny-sd"), base)
     file = next((base / part).glob("*config.json"))
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     return base
 
 
-def test_prediction_type_of_the_base_is_trained_and_kept(tmp_path: Path) -> None:
+def test_the_prediction_type_of_the_base_is_used_and_exported(tmp_path: Path) -> None:
     base = base_with(tmp_path, "scheduler", prediction_type="v_prediction")
     assert train(tmp_path / "runs", *TWO, f"model.source={base}", "dataset.allow_drawings=true") == 0
     saved = json.loads((the_run(tmp_path / "runs") / "model/scheduler/scheduler_config.json").read_text())
@@ -287,7 +288,7 @@ def test_prediction_type_of_the_base_is_trained_and_kept(tmp_path: Path) -> None
     assert saved["_class_name"] == "PNDMScheduler"
 
 
-def test_safety_checker_of_the_base_is_kept(tmp_path: Path) -> None:
+def test_the_safety_checker_of_the_base_is_exported(tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
@@ -295,14 +296,14 @@ def test_safety_checker_of_the_base_is_kept(tmp_path: Path) -> None:
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     checker = StableDiffusionSafetyChecker(CLIPConfig(
         text_config=small, vision_config=small | {"image_size": 32, "patch_size": 16}, projection_dim=8))
-    pipeline = StableDiffusionPipeline.from_pretrained(asset("package:tiny-sd"))
+    pipeline = StableDiffusionPipeline.from_pretrained(resolve_asset("package:tiny-sd"))
     pipeline.register_modules(safety_checker=checker, feature_extractor=CLIPImageProcessor(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}))
     pipeline.save_pretrained(tmp_path / "base")
     assert train(tmp_path / "runs", *TWO, f"model.source={tmp_path}/base", "dataset.allow_drawings=true") == 0
-    back = StableDiffusionPipeline.from_pretrained(the_run(tmp_path / "runs") / "model")
-    assert back.safety_checker is not None
-    assert back.safety_checker.concept_embeds.equal(checker.concept_embeds)
+    exported = StableDiffusionPipeline.from_pretrained(the_run(tmp_path / "runs") / "model")
+    assert exported.safety_checker is not None
+    assert exported.safety_checker.concept_embeds.equal(checker.concept_embeds)
 
 
 @pytest.fixture
@@ -335,23 +336,24 @@ FOLDER = ["dataset=folder", "dataset.instance_prompt=a photo of a zwx toy", "dat
     (["checkpoint.resume=/no/such/checkpoint"], "checkpoint.resume=auto"),
     (["train.train_text_encoder=maybe"], "maybe"),
 ])
-def test_wrong_input_is_one_sentence(overrides: list[str], words: str, photos: Path, tmp_path: Path) -> None:
+def test_wrong_input_is_an_error_without_traceback(
+        overrides: list[str], words: str, photos: Path, tmp_path: Path) -> None:
     (photos / "texts").mkdir()
     (photos / "texts" / "text.jpg").write_text("not a photo")
     log = tmp_path / "out.txt"
     fast = [item for item in FAST if not item.startswith("hardware") or not overrides[0].startswith("hardware")]
     code = call("train", [f"run_root={tmp_path}/runs", *fast, *(o.format(photos=photos) for o in overrides)], log=log)
-    told = log.read_text()
-    assert code == 1, told
-    assert words in told
-    assert "Traceback" not in told
-    assert "Error executing job" not in told
+    output = log.read_text()
+    assert code == 1, output
+    assert words in output
+    assert "Traceback" not in output
+    assert "Error executing job" not in output
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("*-*")), "an empty run is left behind"
 
 
-def test_starting_imports_no_bitsandbytes_nor_torchs_compiler() -> None:
-    """They cost every start most of a second, and only an optimizer that was asked for needs them."""
+def test_startup_imports_neither_bitsandbytes_nor_the_compiler_of_torch() -> None:
+    """They would take most of a second at every start, and only some optimizers and settings need them."""
     code = ("import sys; from dreambooth.models import loading; loading.import_libraries();"
             "print([name for name in ('bitsandbytes', 'torch._inductor.compile_fx') if name in sys.modules])")
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert told.stdout == "[]\n"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert result.stdout == "[]\n"

@@ -1,6 +1,8 @@
-"""The numerical core on toy models: objective, draws, accumulation, EMA, scaler, fake tensors."""
+"""The numerical core on toy models: objective, sampling of data, accumulation, EMA, loss scaling, fake tensors."""
 
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +15,12 @@ from dreambooth.errors import Diverged
 from dreambooth.models.noise_schedule import Schedule, add_noise, min_snr_weights, target
 from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine
+from dreambooth.training.instance_loss import instance_loss
 from dreambooth.training.loop import fit
 from dreambooth.training.loss import dreambooth_loss
 from dreambooth.training.step import Objective, TrainState, train_step
 from dreambooth.utils import rng
-from tests.support.toy_model import Toy, batches, concept, schedule, state, steps
+from tests.support.toy_model import ToyModel, make_batches, make_photo_set, make_schedule, make_state, train_steps
 
 KINDS = ["epsilon", "v_prediction", "sample"]
 
@@ -29,18 +32,18 @@ def test_noise_and_target_are_those_of_diffusers(kind: str) -> None:
     theirs = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     theirs.alphas_cumprod = theirs.alphas_cumprod.double()
     x, noise, t = torch.randn(9, 1, 2, 2).double(), torch.randn(9, 1, 2, 2).double(), torch.arange(0, 999, 111)
-    assert torch.allclose(add_noise(x, noise, t, schedule(kind)), theirs.add_noise(x, noise, t), atol=1e-12)
+    assert torch.allclose(add_noise(x, noise, t, make_schedule(kind)), theirs.add_noise(x, noise, t), atol=1e-12)
     expected = {"epsilon": noise, "sample": x, "v_prediction": theirs.get_velocity(x, noise, t)}[kind]
-    assert torch.allclose(target(x, noise, t, schedule(kind)), expected, atol=1e-12)
+    assert torch.allclose(target(x, noise, t, make_schedule(kind)), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_min_snr_by_prediction_type(kind: str, zero_snr: bool) -> None:
-    found = schedule(kind, zero_snr)
+    schedule = make_schedule(kind, zero_snr)
     times = torch.tensor([1, 100, 500, 999])
-    for weight, t in zip(min_snr_weights(times, 5.0, found).tolist(), times.tolist(), strict=True):
-        a = float(found.alphas_cumprod[t])
+    for weight, t in zip(min_snr_weights(times, 5.0, schedule).tolist(), times.tolist(), strict=True):
+        a = float(schedule.alphas_cumprod[t])
         snr = a / (1 - a)
         divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}[kind]
         assert weight == pytest.approx(min(snr, 5.0) / divisor if divisor else 1.0, rel=1e-12)
@@ -56,104 +59,105 @@ def test_loss_is_instance_mean_plus_lambda_times_prior_mean_and_both_halves_are_
 
 
 def test_objective_weights_the_class_half_by_its_own_timesteps() -> None:
-    batch = batches(batch=3)(0)[0]
-    model = Toy()
-    state(model)
+    batch = make_batches(batch=3)(0)[0]
+    model = ToyModel()
+    make_state(model)
     with torch.no_grad():
-        _weights_reach_the_class_half(model, batch)
-
-
-def _weights_reach_the_class_half(model: nn.Module, batch: Batch) -> None:
-    plain, weighted = (Objective(schedule(), 1.0, gamma)(model, batch) for gamma in (None, 0.05))
+        plain, weighted = (Objective(make_schedule(), 1.0, gamma)(model, batch) for gamma in (None, 0.05))
+        noisy = add_noise(batch.latents, batch.noise, batch.timesteps, make_schedule())
+        errors = (model(noisy, batch.timesteps, batch.text) - batch.noise).square().flatten(1).mean(1)
     assert weighted.prior is not None and plain.prior is not None
-    noisy = add_noise(batch.latents, batch.noise, batch.timesteps, schedule())
-    errors = (model(noisy, batch.timesteps, batch.text) - batch.noise).square().flatten(1).mean(1)
-    weights = min_snr_weights(batch.timesteps, 0.05, schedule())
+    weights = min_snr_weights(batch.timesteps, 0.05, make_schedule())
     assert float(weighted.prior) == pytest.approx(float((errors * weights)[3:].mean()), rel=1e-12)
     assert float(weighted.prior) != pytest.approx(float(plain.prior), rel=1e-6)
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 50))
-def test_a_sample_is_the_same_however_a_step_is_cut(batch: int, accumulation: int, world: int, step: int) -> None:
-    whole = batches(batch=batch * accumulation * world)(step)[0]
-    parts = [micro for rank in range(world) for micro in batches(batch, accumulation, world, rank)(step)]
+def test_samples_do_not_depend_on_how_a_step_is_divided(batch: int, accumulation: int, world: int, step: int) -> None:
+    whole = make_batches(batch=batch * accumulation * world)(step)[0]
+    parts = [micro for rank in range(world) for micro in make_batches(batch, accumulation, world, rank)(step)]
     for field in ("latents", "noise", "timesteps", "text"):
         for half in (slice(None, batch), slice(batch, None)):
-            cut = torch.cat([getattr(part, field)[half] for part in parts]).flatten(1) if field not in (
-                "timesteps",) else torch.cat([getattr(part, field)[half] for part in parts]).unsqueeze(1)
+            divided = torch.cat([getattr(part, field)[half] for part in parts])
+            divided = divided.flatten(1) if divided.dim() > 1 else divided.unsqueeze(1)
             full = getattr(whole, field)
-            mine = full[:len(full) // 2] if half.start is None else full[len(full) // 2:]
-            mine = mine.flatten(1) if mine.dim() > 1 else mine.unsqueeze(1)
-            assert sorted(map(tuple, cut.tolist())) == sorted(map(tuple, mine.tolist()))
+            expected = full[:len(full) // 2] if half.start is None else full[len(full) // 2:]
+            expected = expected.flatten(1) if expected.dim() > 1 else expected.unsqueeze(1)
+            assert sorted(map(tuple, divided.tolist())) == sorted(map(tuple, expected.tolist()))
 
 
-def test_every_photo_once_a_round_in_a_new_order() -> None:
-    one = concept()
-    rounds = [[one.view(0, step, 0, 1).photo for step in range(r * 5, r * 5 + 5)] for r in range(4)]
-    assert all(sorted(found) == list(range(5)) for found in rounds)
-    assert len({tuple(found) for found in rounds}) > 1
+def test_each_round_uses_every_photo_once_in_a_new_order() -> None:
+    photo_set = make_photo_set()
+    rounds = [[photo_set.view(0, step, 0, 1).photo for step in range(r * 5, r * 5 + 5)] for r in range(4)]
+    assert all(sorted(photos) == list(range(5)) for photos in rounds)
+    assert len({tuple(photos) for photos in rounds}) > 1
 
 
-def test_photos_may_run_out_in_the_middle_of_a_step() -> None:
-    """5 photos, 8 micro-batches: nothing ends early, the next round goes on where this one stopped."""
-    made = batches(batch=1, accumulation=8, concepts=[concept(count=5)])
-    drawn = [micro.text for step in range(5) for micro in made(step)]
+def test_a_round_of_photos_may_end_in_the_middle_of_a_step() -> None:
+    """5 photos and 8 micro-batches: the next round starts within the same step."""
+    batches = make_batches(batch=1, accumulation=8, photo_sets=[make_photo_set(count=5)])
+    drawn = [micro.text for step in range(5) for micro in batches(step)]
     assert len(drawn) == 40
     rounds = torch.cat(drawn).view(8, 5)
-    assert all(sorted(found) == list(range(5)) for found in rounds.tolist())
+    assert all(sorted(photos) == list(range(5)) for photos in rounds.tolist())
 
 
 def test_crop_and_flip_differ_between_steps() -> None:
-    one = concept(count=1, center_crop=False, flip=True)
-    views = [one.view(0, step, 0, 1) for step in range(20)]
+    photo_set = make_photo_set(count=1, center_crop=False, flip=True)
+    views = [photo_set.view(0, step, 0, 1) for step in range(20)]
     assert len({view.crop for view in views}) == 20
     assert {view.flip for view in views} == {True, False}
 
 
-def test_cached_latents_are_the_uncached_ones_and_each_draw_differs() -> None:
-    one = [concept(flip=True)]
-    cached, plain = batches(cache=True, concepts=one), batches(concepts=one)
+def test_cached_latents_equal_uncached_ones_and_differ_in_each_draw() -> None:
+    flipped = [make_photo_set(flip=True)]
+    cached, plain = make_batches(cache=True, photo_sets=flipped), make_batches(photo_sets=flipped)
     for step in range(6):
         assert cached(step)[0].latents.equal(plain(step)[0].latents)
-    single = [concept(count=1)]
-    draws = torch.stack([batches(batch=1, cache=True, concepts=single)(s)[0].latents for s in range(200)])
+    single = [make_photo_set(count=1)]
+    draws = torch.stack([make_batches(batch=1, cache=True, photo_sets=single)(s)[0].latents for s in range(200)])
     assert float(draws.std(0).mean()) == pytest.approx(0.25 * 0.5, rel=0.05)
 
 
 def test_latents_are_scaled_by_the_models_factor() -> None:
-    a, b = (batches(scale=scale)(0)[0].latents for scale in (0.18215, 0.13025))
+    a, b = (make_batches(scale=scale)(0)[0].latents for scale in (0.18215, 0.13025))
     assert torch.allclose(a / 0.18215, b / 0.13025, atol=1e-12)
 
 
-def test_offset_noise_is_one_number_a_channel() -> None:
-    difference = batches(noise_offset=0.1)(0)[0].noise - batches()(0)[0].noise
+def test_offset_noise_is_one_number_per_channel() -> None:
+    difference = make_batches(noise_offset=0.1)(0)[0].noise - make_batches()(0)[0].noise
     assert torch.allclose(difference, difference[:, :, :1, :1].expand_as(difference), atol=1e-6)
     assert float(difference.abs().min()) > 0
 
 
 def test_accumulation_equals_one_batch_in_fp64() -> None:
-    """Sums of at most 8 x 64 fp64 terms reordered: an error of 512 eps a gradient. AdamW divides a gradient by its
-    size, so a step of lr = 1e-2 differs by about lr x 512 eps / |g|, below 1e-9 for gradients over 1e-6."""
-    whole, cut = Toy(), Toy()
-    a, b = steps(whole, batches(batch=8), 3), steps(cut, batches(batch=1, accumulation=8), 3)
-    assert a.schedule.last_epoch == b.schedule.last_epoch == 3, "one schedule step a step"
-    for x, y in zip(whole.parameters(), cut.parameters(), strict=True):
+    """Sums of at most 8 x 64 fp64 terms are reordered: an error of 512 eps per gradient.
+
+    AdamW divides a gradient by its magnitude, so a step with lr = 1e-2 differs by about lr x 512 eps / |g|, below 1e-9
+    for gradients above 1e-6.
+    """
+    whole, accumulated = ToyModel(), ToyModel()
+    a = train_steps(whole, make_batches(batch=8), 3)
+    b = train_steps(accumulated, make_batches(batch=1, accumulation=8), 3)
+    assert a.lr_scheduler.last_epoch == b.lr_scheduler.last_epoch == 3, "one scheduler step per step"
+    for x, y in zip(whole.parameters(), accumulated.parameters(), strict=True):
         assert torch.allclose(x, y, atol=1e-9, rtol=0)
-    assert b.ema is not None and b.ema.updates == 3, "the EMA is stepped once a step"
+    assert b.ema is not None and b.ema.updates == 3, "one EMA update per step"
 
 
 def test_accumulated_gradient_is_the_mean_not_the_sum() -> None:
-    """AdamW hides a gradient's size, so the norm before clipping is compared: 512 reordered fp64 terms, 1e-12."""
-    norms = [float(train_step(state(model), made(0), Objective(schedule(), 0.5), Engine(), None).grad_norm)
-             for model, made in ((Toy(), batches(batch=8)), (Toy(), batches(batch=1, accumulation=8)))]
+    """Compares the norm before clipping, as AdamW hides the size of a gradient: 512 reordered fp64 terms, 1e-12."""
+    objective = Objective(make_schedule(), 0.5)
+    norms = [float(train_step(make_state(ToyModel()), batches(0), objective, Engine(), None).grad_norm)
+             for batches in (make_batches(batch=8), make_batches(batch=1, accumulation=8))]
     assert norms[0] == pytest.approx(norms[1], rel=1e-12)
 
 
 def test_every_trained_part_learns() -> None:
-    before, after = Toy(), Toy()
-    state(before)
-    steps(after, batches(), 1)
+    before, after = ToyModel(), ToyModel()
+    make_state(before)
+    train_steps(after, make_batches(), 1)
     assert all(not x.equal(y) for x, y in zip(before.parameters(), after.parameters(), strict=True))
 
 
@@ -171,20 +175,20 @@ def test_ema_decay_and_precision() -> None:
     assert Ema(model, 0.5).decay_at(1000) == 0.5
 
 
-def test_ema_swap_gives_the_very_weights_back() -> None:
-    model = Toy()
-    found = steps(model, batches(), 2)
+def test_swapping_in_the_ema_restores_the_weights() -> None:
+    model = ToyModel()
+    state = train_steps(model, make_batches(), 2)
     before = [p.clone() for p in model.parameters()]
-    assert found.ema is not None
-    with pytest.raises(KeyError), found.ema.swapped_into(model):
+    assert state.ema is not None
+    with pytest.raises(KeyError), state.ema.swap_into(model):
         assert not model.unet.weight.equal(before[0])
         raise KeyError
     assert all(p.equal(b) for p, b in zip(model.parameters(), before, strict=True))
 
 
-def test_a_skipped_step_counts_nowhere_and_ten_in_a_row_stop() -> None:
-    model = Toy()
-    found = state(model)
+def test_skipped_steps_are_not_counted_and_ten_in_a_row_stop_the_run() -> None:
+    model = ToyModel()
+    state = make_state(model)
     before = [p.clone() for p in model.parameters()]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
 
@@ -193,27 +197,28 @@ def test_a_skipped_step_counts_nowhere_and_ten_in_a_row_stop() -> None:
 
     engine = Engine(backward=overflow, scaler=scaler)
     with pytest.raises(Diverged, match="10 steps in a row, the last is step 10"):
-        for info in fit(found, batches(), lambda s, b: train_step(s, b, Objective(schedule()), engine, 1.0), 50):
+        step = partial(train_step, objective=Objective(make_schedule()), engine=engine, max_grad_norm=1.0)
+        for info in fit(state, make_batches(), step, 50):
             assert info.skipped
-    assert found.skipped == 10
-    assert found.schedule.last_epoch == 0
-    assert found.ema is not None and found.ema.updates == 0
+    assert state.skipped == 10
+    assert state.lr_scheduler.last_epoch == 0
+    assert state.ema is not None and state.ema.updates == 0
     assert all(p.equal(b) for p, b in zip(model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_the_first_non_finite_number_stops_the_run_with_its_step(where: str) -> None:
-    found, seen = state(Toy()), []
+def test_the_first_non_finite_number_stops_the_run_and_names_its_step(where: str) -> None:
+    state, seen = make_state(ToyModel()), []
 
-    def broken(made: TrainState, parts: list[Batch]) -> object:
-        if made.step == 2 and where == "loss":
-            parts[0].latents.fill_(math.nan)
-        spoil = made.step == 2 and where == "gradient"
-        engine = Engine(backward=lambda loss: (loss * math.inf).backward()) if spoil else Engine()
-        return train_step(made, parts, Objective(schedule()), engine, 1.0)
+    def diverge(state: TrainState, batches: list[Batch]) -> object:
+        if state.step == 2 and where == "loss":
+            batches[0].latents.fill_(math.nan)
+        is_broken = state.step == 2 and where == "gradient"
+        engine = Engine(backward=lambda loss: (loss * math.inf).backward()) if is_broken else Engine()
+        return train_step(state, batches, Objective(make_schedule()), engine, 1.0)
 
     with pytest.raises(Diverged, match=f"{where} of step 3 is"):
-        for info in fit(found, batches(), broken, 9):  # type: ignore[arg-type]
+        for info in fit(state, make_batches(), diverge, 9):  # type: ignore[arg-type]
             seen.append(info.step)
     assert seen == [1, 2]
 
@@ -222,30 +227,26 @@ def test_the_training_step_runs_on_fake_tensors() -> None:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = Toy()
+        model = ToyModel()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
-        found = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1.0))
+        state = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1.0))
         x = torch.empty(4, 1, 8, 8, dtype=torch.float64)
         batch = Batch(x, x.clone(), torch.zeros(4, dtype=torch.long), torch.zeros(4, 1, dtype=torch.long), 2)
         fixed = Schedule(torch.full((1000,), 0.5, dtype=torch.float64), "epsilon")
-        info = train_step(found, [batch, batch], Objective(fixed), Engine(), None)
+        info = train_step(state, [batch, batch], Objective(fixed), Engine(), None)
     assert isinstance(info.losses, FakeTensor)
     assert info.losses.shape == (3,)
 
 
-def test_the_sweeps_objective_is_the_same_for_every_snr_gamma() -> None:
-    from types import SimpleNamespace
-
-    from dreambooth.training.instance_loss import instance_loss
-
-    model = Toy()
-    state(model)
-    made = [instance_loss(SimpleNamespace(batches=batches(), objective=Objective(schedule(), 1.0, gamma),
-                                          trained=model)) for gamma in (None, 5.0, 0.1)]  # type: ignore[arg-type]
-    assert made[0] == made[1] == made[2] > 0
+def test_the_default_sweep_objective_does_not_depend_on_snr_gamma() -> None:
+    model = ToyModel()
+    make_state(model)
+    losses = [instance_loss(SimpleNamespace(batches=make_batches(), objective=Objective(make_schedule(), 1.0, gamma),
+                                            trained=model)) for gamma in (None, 5.0, 0.1)]  # type: ignore[arg-type]
+    assert losses[0] == losses[1] == losses[2] > 0
 
 
-def test_streams_are_independent_and_repeatable() -> None:
+def test_random_streams_are_independent_and_repeatable() -> None:
     assert rng.normal((4,), 1, 2, "noise").equal(rng.normal((4,), 1, 2, "noise"))
     assert not rng.normal((4,), 1, 2, "noise").equal(rng.normal((4,), 1, 2, "latents"))
     assert not rng.normal((4,), 1, 2, "instance").equal(rng.normal((4,), 1, 2, "class"))
