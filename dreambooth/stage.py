@@ -18,13 +18,13 @@ from dreambooth import cli
 from dreambooth.config.compose import search_space
 from dreambooth.config.enums import Device
 from dreambooth.config.recipe import resolve
+from dreambooth.config.storage import S3_SCHEME
 from dreambooth.container.cluster import count_gpus, limit_to_one_process, parse_resource_config
 from dreambooth.container.supervisor import ExitStatus, Supervisor
 from dreambooth.entrypoint import compose_run
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.kubernetes import exit_report, kfp_components
 from dreambooth.kubernetes.workflow_spec import TRACKING_OVERRIDE, TRACKING_URI, TRIAL_RUN_DIR, SearchSpace
-from dreambooth.storage.folders import S3_SCHEME
 
 STAGES = ("validate", "class-images", "train", "evaluate", "promote", "ended")
 # Keys that do not change how much memory a run needs: trials that differ in them alone are planned once. `sweep` is

@@ -339,9 +339,7 @@ def test_class_images_in_s3_are_used() -> None:
     assert not [notice for notice in request.notices if "class image" in notice]
 
 
-def test_unreadable_class_images_are_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_class_images_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = SageMakerPaths(tmp_path)
     paths.data.mkdir(parents=True)
     (paths.data / "class_images").write_text("a file", "utf-8")

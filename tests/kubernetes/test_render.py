@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +40,7 @@ from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_override
 from tests.support import argo_runner as argo
 from tests.support import workflow_schemas as schemas
 from tests.support.sagemaker_job import steps
+from tests.support.warm_python import PYTHON
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "workflows"
@@ -75,7 +75,7 @@ def test_the_committed_files_match_conf() -> None:
 
 
 def test_check_names_the_changed_file(tmp_path: Path, capfd: pytest.CaptureFixture[str],
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(FOLDER, tmp_path / "w")
     changed = tmp_path / "w/base/volume.yaml"
     changed.write_text(changed.read_text("utf-8").replace("200Gi", "20Gi"), "utf-8")
@@ -97,7 +97,7 @@ def test_check_names_the_changed_file(tmp_path: Path, capfd: pytest.CaptureFixtu
     (["--image", "mine:1"], "--space and --image go with overrides: type them after render, such as hardware=cpu"),
 ])
 def test_render_rejects_wrong_overrides_and_writes_nothing(tmp_path: Path, args: list[str], message: str) -> None:
-    command = [sys.executable, "-m", "dreambooth.workflows", "render", "--to", str(tmp_path / "w"), *args]
+    command = [PYTHON, "-m", "dreambooth.workflows", "render", "--to", str(tmp_path / "w"), *args]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, "Traceback" in result.stderr) == (1, False), result.stderr
     assert message in result.stderr
@@ -310,9 +310,9 @@ def test_a_trials_arguments_survive_katibs_shell(tmp_path: Path) -> None:
     (tmp_path / "python").write_text('#!/bin/sh\nfor arg; do echo "$arg"; done\n', "utf-8")
     (tmp_path / "python").chmod(0o755)
     script = " ".join([*args, f"1>{tmp_path}/metrics.log 2>&1", "&&", "echo completed"])
-    ran = subprocess.run([*shell, script], capture_output=True, text=True, check=False,
-                         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
-    assert (ran.returncode, ran.stdout) == (0, "completed\n"), ran.stderr
+    result = subprocess.run([*shell, script], capture_output=True, text=True, check=False,
+                            env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert (result.returncode, result.stdout) == (0, "completed\n"), result.stderr
     received = (tmp_path / "metrics.log").read_text("utf-8").splitlines()
     assert received[:2] == ["-m", "dreambooth.train"]
     assert {"dataset.instance_prompt=a photo of a zwx dog", TRIAL_RUN_DIR,
@@ -386,12 +386,12 @@ def test_optuna_searches_a_space_and_the_best_is_promoted(tmp_path: Path) -> Non
                  "prior.num_inference_steps=1", "sample.every=null", "sample.num_inference_steps=1",
                  "evaluate.images_per_prompt=1", "evaluate.class_images=2", "tracking.sweep=mine", "hardware=cpu",
                  f"run_root={tmp_path}"]
-    sweep = subprocess.run([sys.executable, "-m", "dreambooth.train", "-m", *overrides], capture_output=True, text=True,
+    sweep = subprocess.run([PYTHON, "-m", "dreambooth.train", "-m", *overrides], capture_output=True, text=True,
                            check=False, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert sweep.returncode == 0, sweep.stderr
     best = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text("utf-8"))
     assert set(best["best_params"]) == {"train.learning_rate", "prior.prior_loss_weight", "train.train_text_encoder"}
-    promotion = subprocess.run([sys.executable, "-m", "dreambooth.promote", "sweep=mine", f"run_root={tmp_path}"],
+    promotion = subprocess.run([PYTHON, "-m", "dreambooth.promote", "sweep=mine", f"run_root={tmp_path}"],
                                capture_output=True, text=True, check=False, cwd=tmp_path)
     assert promotion.returncode == 0, promotion.stderr
     promoted = json.loads((tmp_path / "promoted.json").read_text("utf-8"))
@@ -506,7 +506,7 @@ def test_the_planner_fits_every_run_of_kubeflow(origin: str) -> None:
                  for name, overrides in runs() if name.partition(" ")[0] == origin}
     assert len(different) == (2 if origin == "katib" else 1)  # with and without the text encoder
     for overrides in different:
-        plan = subprocess.run([sys.executable, "-m", "dreambooth.plan", *overrides, "plan.format=json"], check=False,
+        plan = subprocess.run([PYTHON, "-m", "dreambooth.plan", *overrides, "plan.format=json"], check=False,
                               capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert plan.returncode == 0, plan.stderr
         assert json.loads(plan.stdout)["fits"] is True
@@ -515,7 +515,7 @@ def test_the_planner_fits_every_run_of_kubeflow(origin: str) -> None:
 # -- a stage -------------------------------------------------------------------------------------------------------
 
 def run_stage(folder: Path, name: str, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dreambooth.stage", name, "--out", str(folder / "out"), *args]
+    command = [PYTHON, "-m", "dreambooth.stage", name, "--out", str(folder / "out"), *args]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -597,7 +597,7 @@ def test_a_stage_trains_on_prepared_class_images_and_copies_results(tmp_path: Pa
 def test_a_preempted_stage_saves_exits_with_5_and_resumes(tmp_path: Path) -> None:
     """As when a node is preempted: the stage receives SIGTERM and forwards it."""
     root = tmp_path / "checkpoints"  # where `steps` looks
-    command = [sys.executable, "-m", "dreambooth.stage", "train", "--out", str(tmp_path / "out"), f"run_root={root}",
+    command = [PYTHON, "-m", "dreambooth.stage", "train", "--out", str(tmp_path / "out"), f"run_root={root}",
                "--words", "hardware=cpu prior.with_prior_preservation=false train.train_batch_size=1 tracking=none "
                "evaluate.encoder=none sample.every=null train.max_train_steps=40", "--trial", "train.seed=3"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
