@@ -72,7 +72,7 @@ proof: $(STAMP)  ## measure what takes long, and write docs/proof.md and docs/pr
 	@$(BIN)/python -m tools.proof
 	@$(BIN)/python -m tools.proof.concepts
 	@$(BIN)/python -m tools.proof.s3
-	@$(BIN)/python -m tools.proof.image
+	@$(BIN)/python -m tools.proof.container_image
 	@$(BIN)/python -m tools.proof.sweeps
 
 tiny-base: $(STAMP)  ## train the shipped base again (hours; needs npm)

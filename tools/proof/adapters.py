@@ -1,5 +1,7 @@
-"""`python -m tools.proof.adapters`: do LoRA and DoRA learn the demo subject? Trains, measures as the proof does, and
-writes the section of docs/proof.md that is between its marks."""
+"""`python -m tools.proof.adapters`: measures whether LoRA and DoRA learn the demo subject.
+
+It trains and measures like the proof of full training, and writes a section of docs/proof.md.
+"""
 
 # ruff: noqa: E501  lines of the page
 
@@ -8,29 +10,28 @@ import statistics
 import time
 from pathlib import Path
 
-from tools.proof.__main__ import BASE, DEMO, FRESH, RECIPE, ROOT, VIEWS, Arm, Bench, drift
-from tools.proof.report import ADAPTERS, HEAD, gap, line
+from tools.proof.experiment import BASE, DEMO, FIRST_SEED, RECIPE, ROOT, VIEWS, Experiment, Variant, gap
+from tools.proof.report import ADAPTERS_SECTION, TABLE_HEAD, format_row
 
-SEEDS = (11, 12)  # of training
-ARMS = (
-    Arm("LoRA", ("method=lora", "method.merge=true"), SEEDS),
-    Arm("DoRA", ("method=dora", "method.merge=true"), SEEDS),
+VARIANTS = (
+    Variant("LoRA", ("method=lora", "method.merge=true"), seeds=(11, 12)),
+    Variant("DoRA", ("method=dora", "method.merge=true"), seeds=(11, 12)),
 )
-TUNED = "scenes there: 47 %; attention alone with 1e-3, 2e-3 (DoRA), 3e-3: 36, 46, 42 %; every weight: 59 %"
+TUNING = "scenes there: 47 %; attention alone with 1e-3, 2e-3 (DoRA), 3e-3: 36, 46, 42 %; every weight: 59 %"
 SECTION = """{begin}
 ## Adapters
 
 By `python -m tools.proof.adapters` on {date}: {recipe} and otherwise the defaults of `method=lora` and
-`method=dora`: rank 16 beside the transformers of UNet and text encoder, {share:.0%} of the weights, learning rate 2e-3, chosen on the tuning
-subject ({tuned}). Measured from the merged model, with the prompts and
-sampling seeds of the sections above, where every weight trains.
+`method=dora`, which are adapters of rank 16 in the transformers of UNet and text encoder. They are {share:.0%} of the weights. The
+learning rate of 2e-3 was chosen on the tuning subject ({tuning}). The merged model is
+measured with the prompts and sampling seeds of the sections above, where every weight is trained.
 
 {head}
 {rows}
 
-| bar | measured | holds |
+| target | measured | met |
 |---|---|---|
-{bars}
+{targets}
 {end}
 """
 
@@ -38,42 +39,43 @@ sampling seeds of the sections above, where every weight trains.
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.proof.adapters", description=__doc__)
     parser.add_argument("--folder", type=Path, default=ROOT / "build/proof-adapters")
-    bench = Bench(parser.parse_args().folder, FRESH)
-    base, reference = bench.measure("base", BASE, DEMO), bench.reference(DEMO, VIEWS / "demo-held-out")
-    runs = {arm.name: [bench.run(arm, seed) for seed in arm.seeds] for arm in ARMS}
+    experiment = Experiment(parser.parse_args().folder, FIRST_SEED)
+    base, reference = experiment.measure("base", BASE, DEMO), experiment.reference(DEMO, VIEWS / "demo-held-out")
+    runs = {variant.name: [experiment.run_variant(variant, seed) for seed in variant.seeds] for variant in VARIANTS}
 
-    def bar(name: str, of: str, least: float) -> str:
-        values = [gap(getattr(run, of), getattr(base, of), reference) for run in runs[name]]
-        found = statistics.mean(values)
-        prompts = "plain prompt" if of == "plain" else of
-        return (f"| {name} closes at least {least:.0%} of the gap, {prompts} | {found:.0%} | "
-                f"{'yes' if found >= least else '**no**'} |")
+    def target(name: str, field: str, minimum: float) -> str:
+        share = statistics.mean(gap(getattr(run, field), getattr(base, field), reference) for run in runs[name])
+        prompts = "plain prompt" if field == "plain" else field
+        return (f"| {name} closes at least {minimum:.0%} of the gap, {prompts} | {share:.0%} | "
+                f"{'yes' if share >= minimum else '**no**'} |")
 
     text = SECTION.format(
-        head=HEAD, begin=ADAPTERS[0], end=ADAPTERS[1], date=time.strftime("%Y-%m-%d"), recipe=" ".join(RECIPE),
-        tuned=TUNED, share=_share(),
-        rows="\n".join(line(name, run, base, reference, drift) for name, some in runs.items() for run in some),
-        bars="\n".join(bar(name, of, least) for name in ("LoRA", "DoRA")
-                       for of, least in (("plain", 0.65), ("scenes", 0.35))))
+        head=TABLE_HEAD, begin=ADAPTERS_SECTION[0], end=ADAPTERS_SECTION[1], date=time.strftime("%Y-%m-%d"),
+        recipe=" ".join(RECIPE), tuning=TUNING, share=_trained_share(),
+        rows="\n".join(format_row(name, run, base, reference) for name, some in runs.items() for run in some),
+        targets="\n".join(target(name, field, minimum) for name in ("LoRA", "DoRA")
+                          for field, minimum in (("plain", 0.65), ("scenes", 0.35))))
     page = ROOT / "docs/proof.md"
-    before, _, rest = page.read_text("utf-8").partition(ADAPTERS[0])
-    page.write_text(before.rstrip() + "\n\n" + text + rest.partition(ADAPTERS[1])[2].lstrip("\n"), encoding="utf-8")
+    before, _, rest = page.read_text("utf-8").partition(ADAPTERS_SECTION[0])
+    rest = rest.partition(ADAPTERS_SECTION[1])[2].lstrip("\n")
+    page.write_text(before.rstrip() + "\n\n" + text + rest, encoding="utf-8")
     print("wrote docs/proof.md")
 
 
-def _share() -> float:
-    """Trained weights of the LoRA, of all that `method=full` trains."""
+def _trained_share() -> float:
+    """The number of weights that the LoRA trains, divided by the number that `method=full` trains."""
     from hydra import compose, initialize_config_dir
 
     from dreambooth.config.compose import conf_dir, load
     from dreambooth.config.recipe import resolve
     from dreambooth.planner.skeleton_models import trained_weights
 
-    def count(*words: str) -> int:
+    def count(*overrides: str) -> int:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return trained_weights(resolve(load(compose("config", [*words, "hardware=cpu", "name=x"])), Path("x")))
+            config = load(compose("config", [*overrides, "hardware=cpu", "name=x"]))
+        return trained_weights(resolve(config, Path("x")))
 
-    return count(*ARMS[0].overrides) / count()
+    return count(*VARIANTS[0].overrides) / count()
 
 
 if __name__ == "__main__":

@@ -1,33 +1,33 @@
-"""What `make proof` measured, as a page."""
+"""Writes the page docs/proof.md from the measurements of `make proof`."""
 
 # ruff: noqa: E501  lines of the page
 import os
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from tools.proof.measured import Measured
+from tools.proof.experiment import Measurement, drift, gap
 
-ADAPTERS = "<!-- tools.proof.adapters -->", "<!-- end adapters -->"
+ADAPTERS_SECTION = "<!-- tools.proof.adapters -->", "<!-- end adapters -->"
 
-HEAD = """| run | plain | gap closed | scenes | gap closed | class prompt | class drift | training |
-|---|---|---|---|---|---|---|---|"""  # above what `line` writes
+TABLE_HEAD = """| run | plain | gap closed | scenes | gap closed | class prompt | class drift | training |
+|---|---|---|---|---|---|---|---|"""  # above the rows of `format_row`
 
 PAGE = """# Proof
 
-Written by `make proof` on {date}: {versions}, Python {python}, {cores} CPU cores, {minutes} minutes. Nothing here is
-edited by hand; what fails a bar says so.
+Written by `make proof` on {date}: {versions}, Python {python}, {cores} CPU cores, {minutes} minutes. Nothing on this page is
+edited by hand; a target that is missed says so.
 
-Every number is of the shipped tiny base and the demo subject, on the demo's default settings with {recipe},
-but for the training seed and what an arm changes. The recipe is the best of thirteen by scenes on another
-subject (tools/proof/views/tuning; `python -m tools.proof --tune` and settings). Training and sampling seeds (from {fresh}) were not
-used before. Samples: {sampler}.
+Every number is of the shipped tiny base and the demo subject. The settings are the demo's defaults with {recipe}; only the
+training seed and the settings of a variant differ. This recipe had the best similarity in scenes of thirteen recipes on another
+subject (tools/proof/views/tuning; `python -m tools.proof --tune` and settings). The training seeds and the sampling seeds (from
+{first_seed}) were not used before. Samples: {sampler}.
 
-**Similarity** is the mean pairwise cosine of ImageNet EfficientNet-Lite0 features with the five photos, which is what the
-paper does with DINO: it is not DINO, and its numbers compare with nothing outside this page. **Gap closed** is the way from the
-untrained base's samples of the same prompts and seeds to the reference, which is three held-out views of the subject
-through the VAE: what a perfect UNet could reach. **Class drift** is 1 - cosine between the mean feature of 32 pictures of
-"a photo of a toy" and that of the base's, same seeds.
+**Similarity** is the mean pairwise cosine of ImageNet EfficientNet-Lite0 features with the five photos. The paper computes the
+same measure with DINO features, so these numbers cannot be compared with numbers outside this page. **Gap closed** is the share of
+the way from the samples of the untrained base, with the same prompts and seeds, to the reference. The reference is three held-out
+views of the subject, encoded and decoded by the VAE: what a perfect UNet could reach. **Class drift** is 1 - cosine between the
+mean feature of 32 pictures of "a photo of a toy" and that of the base's pictures with the same seeds.
 
 | | plain prompt | scenes | class prompt |
 |---|---|---|---|
@@ -39,9 +39,9 @@ through the VAE: what a perfect UNet could reach. **Class drift** is 1 - cosine 
 {head}
 {rows}
 
-| bar | measured | holds |
+| target | measured | met |
 |---|---|---|
-{bars}
+{targets}
 
 ![samples]({sheet})
 
@@ -50,45 +50,48 @@ beach, in the snow, on the grass, at night, and the class prompt (4).*
 
 ## Half-precision weights
 
-`memory.weights=half` keeps the trained weights in bf16; nothing is left of most AdamW updates unless they are rounded
-stochastically or compensated (Kahan). One seed each, same settings otherwise.
+`memory.weights=half` keeps the trained weights in bf16. Most AdamW updates are too small to change a bf16 weight, unless they are
+rounded stochastically or compensated (Kahan). One seed each, with the same settings otherwise.
 
 {head}
 {half}
 """
 
 
-def gap(value: float, base: float, reference: float) -> float:
-    """The share of the way from base to reference."""
-    return (value - base) / (reference - base)
-
-
-def line(name: str, run: Measured, base: Measured, reference: float,
-         drift: Callable[[Measured, Measured], float]) -> str:
-    """A row of a table."""
+def format_row(name: str, run: Measurement, base: Measurement, reference: float) -> str:
+    """The row of one run in a table with TABLE_HEAD."""
     return (f"| {name}, seed {run.seed} | {run.plain:.3f} | {gap(run.plain, base.plain, reference):.0%} "
             f"| {run.scenes:.3f} | {gap(run.scenes, base.scenes, reference):.0%} | {run.class_similarity:.3f} "
             f"| {drift(run, base):.3f} | {run.seconds:.0f} s |")
 
 
-def write(path: Path, base: Measured, reference: float, runs: Mapping[str, list[Measured]],
-          drift: Callable[[Measured, Measured], float], sheet: Path, facts: dict[str, str]) -> None:
-    """Write the page; the section of tools.proof.adapters stays."""
-    lines = {name: [line(name, run, base, reference, drift) for run in measured] for name, measured in runs.items()}
+def write(path: Path, base: Measurement, reference: float, runs: Mapping[str, list[Measurement]],
+          sheet: Path, facts: dict[str, str]) -> None:
+    """Write the page. The section that tools.proof.adapters wrote is kept.
+
+    Args:
+        reference: similarity of the held-out views.
+        runs: variant -> its measurements.
+        sheet: the picture with samples.
+        facts: values of further placeholders of PAGE.
+    """
+    rows = {name: [format_row(name, run, base, reference) for run in some] for name, some in runs.items()}
     main = ("with prior preservation", "without")
-    kept, lost = runs[main[0]], runs[main[1]]
-    plain = statistics.mean(gap(run.plain, base.plain, reference) for run in kept)
-    scenes = statistics.mean(gap(run.scenes, base.scenes, reference) for run in kept)
-    ratio = statistics.mean(drift(run, base) for run in kept) / statistics.mean(drift(run, base) for run in lost)
-    slowest = max(run.seconds for run in kept)
-    bars = [("subject closes at least 65 % of the gap, plain prompt", f"{plain:.0%}", plain >= 0.65),
-            ("subject closes at least 35 % of the gap, scenes", f"{scenes:.0%}", scenes >= 0.35),
-            ("class drift with prior preservation at most 30 % of that without", f"{ratio:.0%}", ratio <= 0.30),
-            ("training at most 180 s on two cores", f"{slowest:.0f} s", slowest <= 180)]
-    _, begin, rest = path.read_text("utf-8").partition(ADAPTERS[0])
+    with_prior, without_prior = runs[main[0]], runs[main[1]]
+    plain = statistics.mean(gap(run.plain, base.plain, reference) for run in with_prior)
+    scenes = statistics.mean(gap(run.scenes, base.scenes, reference) for run in with_prior)
+    ratio = (statistics.mean(drift(run, base) for run in with_prior)
+             / statistics.mean(drift(run, base) for run in without_prior))
+    slowest = max(run.seconds for run in with_prior)
+    targets = [("subject closes at least 65 % of the gap, plain prompt", f"{plain:.0%}", plain >= 0.65),
+               ("subject closes at least 35 % of the gap, scenes", f"{scenes:.0%}", scenes >= 0.35),
+               ("class drift with prior preservation at most 30 % of that without", f"{ratio:.0%}", ratio <= 0.30),
+               ("training at most 180 s on two cores", f"{slowest:.0f} s", slowest <= 180)]
+    _, begin, rest = path.read_text("utf-8").partition(ADAPTERS_SECTION[0])
     path.write_text(PAGE.format(
-        head=HEAD, **facts, cores=os.cpu_count(), base_plain=base.plain, base_scenes=base.scenes, base_class=base.class_similarity,
-        reference=reference, sheet=f"images/{sheet.name}", rows="\n".join(lines[main[0]] + lines[main[1]]),
-        bars="\n".join(f"| {what} | {value} | {'yes' if holds else '**no**'} |" for what, value, holds in bars),
-        half="\n".join(line for name, some in lines.items() if name not in main for line in some))
+        head=TABLE_HEAD, **facts, cores=os.cpu_count(), base_plain=base.plain, base_scenes=base.scenes,
+        base_class=base.class_similarity, reference=reference, sheet=f"images/{sheet.name}",
+        rows="\n".join(rows[main[0]] + rows[main[1]]),
+        targets="\n".join(f"| {target} | {value} | {'yes' if met else '**no**'} |" for target, value, met in targets),
+        half="\n".join(row for name, some in rows.items() if name not in main for row in some))
         + (f"\n{begin}{rest}" if begin else ""))

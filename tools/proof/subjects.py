@@ -1,6 +1,7 @@
-"""Our own drawings of two subjects that no base has seen: `python -m tools.proof.subjects` renders them again.
+"""Draws the tuning subject, which no base model has seen: `python -m tools.proof.subjects` renders its views.
 
-The recipe is fixed on the tuning subject; the demo subject is only measured. Views 0 to 4 train, the rest are held out.
+Training recipes are chosen on the tuning subject, and the demo subject is used for measurements only. Views 0 to 4 are
+for training, and the rest are held out.
 """
 
 # ruff: noqa: E501  lines of SVG
@@ -12,16 +13,16 @@ import resvg_py
 from PIL import Image
 
 SIDE = 64  # pixels
-TUNING: tuple[dict[str, Any], ...] = (
+TUNING_VIEWS: tuple[dict[str, Any], ...] = (  # arguments of `draw_tuning_subject`
     {}, {"lean": -9, "look": 4, "ear": 6}, {"lean": 8, "look": -4, "ground": "#eef0e2", "scale": 0.92},
     {"lean": 3, "look": 2, "ground": "#e3ecf7", "scale": 0.86, "shift": 5}, {"lean": -5, "look": -2, "ear": -8, "scale": 0.95},
     {"lean": 5, "look": 3, "scale": 0.9}, {"lean": -4, "look": -3, "ear": 5, "scale": 0.97}, {"lean": 2, "shift": 3},
 )
 
 
-def tuning(lean: float = 0, look: float = 0, ear: float = 0, ground: str = "#ffffff", scale: float = 1,
-           shift: float = 0) -> str:
-    """A purple square toy with green aerials, two eyes, a yellow star on its belly and red feet."""
+def draw_tuning_subject(lean: float = 0, look: float = 0, ear: float = 0, ground: str = "#ffffff", scale: float = 1,
+                        shift: float = 0) -> str:
+    """An SVG of a purple square toy with green aerials, two eyes, a yellow star on its belly and red feet."""
     body = f"""<g transform="translate({64 + shift},68) scale({scale}) rotate({lean})">
 <g stroke="#3c9d3f" stroke-width="5" stroke-linecap="round"><path d="M-18 -38 L{-26 - ear} -56"/><path d="M18 -38 L{26 + ear} -56"/></g>
 <circle cx="{-26 - ear}" cy="-57" r="6" fill="#6fd54a"/><circle cx="{26 + ear}" cy="-57" r="6" fill="#6fd54a"/>
@@ -36,17 +37,17 @@ def tuning(lean: float = 0, look: float = 0, ear: float = 0, ground: str = "#fff
 
 
 def render(svg: str) -> Image.Image:
-    """SIDE x SIDE, RGB."""
-    drawn = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGB")
-    return drawn.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    """Render an SVG to an RGB picture of SIDE x SIDE pixels."""
+    picture = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGB")
+    return picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
 def main() -> None:
     folder = Path(__file__).with_name("views")
-    for number, view in enumerate(TUNING):
+    for number, view in enumerate(TUNING_VIEWS):
         target = folder / ("tuning" if number < 5 else "tuning-held-out") / f"{number:02d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
-        render(tuning(**view)).save(target)
+        render(draw_tuning_subject(**view)).save(target)
 
 
 if __name__ == "__main__":
