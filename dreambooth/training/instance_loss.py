@@ -1,4 +1,4 @@
-"""The default objective of a sweep (evaluate.objective): the loss of the instance photos on fixed noise and timesteps."""
+"""The default objective of a sweep (evaluate.objective): the loss of the photos on fixed noise and timesteps."""
 
 from dataclasses import replace
 

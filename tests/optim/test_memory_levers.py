@@ -147,7 +147,8 @@ def gradients(split: bool, weight: float) -> list[Tensor]:
 
     optimizer = RecordingSGD(model.parameters(), lr=1.0)
     state = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
-    train_step(state, make_batches()(0) + make_batches()(1), Objective(make_schedule(), weight, split_prior=split), Engine(), None)
+    batches = make_batches()(0) + make_batches()(1)
+    train_step(state, batches, Objective(make_schedule(), weight, split_prior=split), Engine(), None)
     return recorded
 
 

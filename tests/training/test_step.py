@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dreambooth.data.batches import Batch
 from dreambooth.errors import Diverged
-from dreambooth.models.noise_schedule import Schedule, add_noise, min_snr_weights, target
+from dreambooth.models.noise_schedule import DiffusionSchedule
 from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.instance_loss import instance_loss
@@ -32,9 +32,10 @@ def test_noise_and_target_are_those_of_diffusers(kind: str) -> None:
     theirs = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     theirs.alphas_cumprod = theirs.alphas_cumprod.double()
     x, noise, t = torch.randn(9, 1, 2, 2).double(), torch.randn(9, 1, 2, 2).double(), torch.arange(0, 999, 111)
-    assert torch.allclose(add_noise(x, noise, t, make_schedule(kind)), theirs.add_noise(x, noise, t), atol=1e-12)
+    schedule = make_schedule(kind)
+    assert torch.allclose(schedule.add_noise(x, noise, t), theirs.add_noise(x, noise, t), atol=1e-12)
     expected = {"epsilon": noise, "sample": x, "v_prediction": theirs.get_velocity(x, noise, t)}[kind]
-    assert torch.allclose(target(x, noise, t, make_schedule(kind)), expected, atol=1e-12)
+    assert torch.allclose(schedule.target(x, noise, t), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -42,7 +43,7 @@ def test_noise_and_target_are_those_of_diffusers(kind: str) -> None:
 def test_min_snr_by_prediction_type(kind: str, zero_snr: bool) -> None:
     schedule = make_schedule(kind, zero_snr)
     times = torch.tensor([1, 100, 500, 999])
-    for weight, t in zip(min_snr_weights(times, 5.0, schedule).tolist(), times.tolist(), strict=True):
+    for weight, t in zip(schedule.min_snr_weights(times, 5.0).tolist(), times.tolist(), strict=True):
         a = float(schedule.alphas_cumprod[t])
         snr = a / (1 - a)
         divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}[kind]
@@ -64,10 +65,10 @@ def test_objective_weights_the_class_half_by_its_own_timesteps() -> None:
     make_state(model)
     with torch.no_grad():
         plain, weighted = (Objective(make_schedule(), 1.0, gamma)(model, batch) for gamma in (None, 0.05))
-        noisy = add_noise(batch.latents, batch.noise, batch.timesteps, make_schedule())
+        noisy = make_schedule().add_noise(batch.latents, batch.noise, batch.timesteps)
         errors = (model(noisy, batch.timesteps, batch.text) - batch.noise).square().flatten(1).mean(1)
     assert weighted.prior is not None and plain.prior is not None
-    weights = min_snr_weights(batch.timesteps, 0.05, make_schedule())
+    weights = make_schedule().min_snr_weights(batch.timesteps, 0.05)
     assert float(weighted.prior) == pytest.approx(float((errors * weights)[3:].mean()), rel=1e-12)
     assert float(weighted.prior) != pytest.approx(float(plain.prior), rel=1e-6)
 
@@ -232,8 +233,8 @@ def test_the_training_step_runs_on_fake_tensors() -> None:
         state = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1.0))
         x = torch.empty(4, 1, 8, 8, dtype=torch.float64)
         batch = Batch(x, x.clone(), torch.zeros(4, dtype=torch.long), torch.zeros(4, 1, dtype=torch.long), 2)
-        fixed = Schedule(torch.full((1000,), 0.5, dtype=torch.float64), "epsilon")
-        info = train_step(state, [batch, batch], Objective(fixed), Engine(), None)
+        schedule = DiffusionSchedule(torch.full((1000,), 0.5, dtype=torch.float64), "epsilon")
+        info = train_step(state, [batch, batch], Objective(schedule), Engine(), None)
     assert isinstance(info.losses, FakeTensor)
     assert info.losses.shape == (3,)
 
