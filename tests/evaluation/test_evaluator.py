@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreambooth.models.text_conditioning import OneEncoder
 from dreambooth.tracking.journal import read
 from dreambooth.training.evaluation_hook import EvaluationHook
 from tests.support.faults import call, train
@@ -311,10 +310,11 @@ def evaluated_before_training(device: str, step: int) -> list[tuple[int, object]
 
 
 class _TwoParts(torch.nn.Module):
+    """A denoiser and a text encoder whose weights all have one value."""
+
     def __init__(self, value: float) -> None:
         super().__init__()
         self.unet, self.text_encoder = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-        self.conditions, self.text_encoder_2 = OneEncoder(), None
         for parameter in self.parameters():
             torch.nn.init.constant_(parameter, value)
 
@@ -322,9 +322,12 @@ class _TwoParts(torch.nn.Module):
 def test_a_resumed_run_on_a_gpu_puts_the_base_into_the_trained_module(monkeypatch: pytest.MonkeyPatch) -> None:
     live, loaded, seen = _TwoParts(7.0), [], {}
 
-    def load(recipe: object, device: torch.device) -> _TwoParts:
+    def load(recipe: object, device: torch.device) -> SimpleNamespace:
         loaded.append(device)
-        return _TwoParts(1.0)
+        base = _TwoParts(1.0)
+        family = SimpleNamespace(denoiser=SimpleNamespace(name="unet"))
+        return SimpleNamespace(family=family, denoiser=base.unet, encoders_by_name={"text_encoder": base.text_encoder},
+                               vae_scale=8)
 
     class Recording(_FakeEvaluator):
         def evaluate(self, step: int, pipeline: object, *rest: object) -> dict[str, float]:
