@@ -1,4 +1,4 @@
-"""Draws with a run's model, any diffusers folder and LoRAs: pictures with their settings inside, and a grid."""
+"""Draws with a run's model, any diffusers folder, and LoRAs: pictures that record their settings, and a grid."""
 
 import json
 import math
@@ -8,177 +8,175 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth.config.eval_prompts import fill, noun
+from dreambooth.config.eval_prompts import extract_subject, fill_templates
 from dreambooth.config.generate import Generate
 from dreambooth.data import photos
 from dreambooth.errors import Interrupted, UserError
 from dreambooth.inference import loras, png_metadata
-from dreambooth.inference.model_sources import Source, find
-from dreambooth.models.pipeline import Sampler, from_images, generate_images, open_pipeline
-from dreambooth.models.text_conditioning import check_length
-from dreambooth.runtime.memory_meter import Meter
+from dreambooth.inference.model_sources import Source, find_source
+from dreambooth.models.pipeline import Sampler, generate_images, open_pipeline, without_bar
+from dreambooth.runtime.memory_meter import MemoryMeter
 from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
 from dreambooth.utils.image_grid import grid
-from dreambooth.utils.signals import Stop
+from dreambooth.utils.signals import StopRequest
 
 
 @dataclass(frozen=True)
-class Album:
-    """Where pictures go, and what each says of itself."""
+class PictureFolder:
+    """The folder that pictures are written to, with their names and metadata."""
 
     folder: Path
-    many: bool  # prompts, by whose numbers names begin
-    inside: Callable[[str, int, tuple[int, int]], PngInfo | None]  # of prompt, seed, size
+    several_prompts: bool  # then names begin with the number of the prompt
+    metadata: Callable[[str, int, tuple[int, int]], PngInfo | None]  # of prompt, seed, size
 
-    def add(self, number: int, prompt: str, seed: int, made: Image.Image) -> None:
-        """Write a picture; one of that name is replaced."""
-        begin = f"{number:03d}-" * self.many + slug(prompt)
-        with atomic_files.whole_file(self.folder / f"{begin}-seed{seed}.png") as aside:
-            made.save(aside, format="PNG", pnginfo=self.inside(prompt, seed, made.size))
+    def write(self, number: int, prompt: str, seed: int, picture: Image.Image) -> None:
+        """Write a picture of prompt `number`; one of that name is replaced."""
+        start = f"{number:03d}-" * self.several_prompts + slug(prompt)
+        with atomic_files.write_file(self.folder / f"{start}-seed{seed}.png") as aside:
+            picture.save(aside, format="PNG", pnginfo=self.metadata(prompt, seed, picture.size))
 
-    def close(self, prompt: str, rows: Sequence[Sequence[Image.Image]], columns: int | None) -> Path:
-        """Write the grid of all."""
+    def write_grid(self, prompt: str, rows: Sequence[Sequence[Image.Image]], columns: int | None) -> Path:
+        """Write the grid of all pictures, one row per prompt; return its path."""
         count = len(rows[0])
-        columns = columns or (count if self.many else math.ceil(math.sqrt(count)))
-        sheet = self.folder / ("prompts-grid.png" if self.many else f"{slug(prompt)}-grid.png")
-        with atomic_files.whole_file(sheet) as aside:
-            grid([made for row in rows for made in row], columns).save(aside, format="PNG")
-        return sheet
+        columns = columns or (count if self.several_prompts else math.ceil(math.sqrt(count)))
+        path = self.folder / ("prompts-grid.png" if self.several_prompts else f"{slug(prompt)}-grid.png")
+        with atomic_files.write_file(path) as aside:
+            grid([picture for row in rows for picture in row], columns).save(aside, format="PNG")
+        return path
 
 
-def draw(ask: Generate, stop: Stop) -> Path:
-    """Write `num_images` pictures of each prompt with seeds from `seed` up, each batch as it is made, and in the end
-    their grid; returns the grid's path.
+def draw(config: Generate, stop: StopRequest) -> Path:
+    """Write `num_images` pictures of each prompt, with seeds from `seed` up, and a grid of all; return its path.
+
+    Each batch is written as soon as it is drawn.
 
     Raises:
-        UserError: there is no model, no prompt, or something that does not fit it.
-        OutOfMemory, Interrupted: pictures that were made before are kept.
+        UserError: there is no model or no prompt, or something does not fit the model.
+        OutOfMemory, Interrupted: pictures that were drawn before are kept.
     """
     import torch
 
-    source = find(ask)
-    prompts = _prompts(ask, source)
-    chosen = _loras(ask, source)
-    scale = ask.guidance_scale
-    if scale is None:
-        scale = float(source.settings.get("sample.guidance_scale", 7.5))
-    target = Path(ask.out) if ask.out else source.folder / "generated"
+    source = find_source(config)
+    prompts = _read_prompts(config, source)
+    used_loras = _find_loras(config, source)
+    guidance_scale = config.guidance_scale
+    if guidance_scale is None:
+        guidance_scale = float(source.settings.get("sample.guidance_scale", 7.5))
+    target = Path(config.out) if config.out else source.folder / "generated"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    meter = Meter(device, partial(_advice, ask=ask, device=device.type), kept=f"pictures made before are in {target}")
+    meter = MemoryMeter(device, partial(_advice, config=config, device=device.type),
+                        saved_notice=f"pictures made before are in {target}")
     with meter.phase("loading"):
-        pipeline = open_pipeline(source.model, device.type, source.revision, source.variant, source.vae,
-                                          source.zero_terminal_snr)
-        _check_lengths(pipeline, [*prompts, ask.negative_prompt or ""])
-        loras.apply(pipeline, chosen)
-    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    sampler = Sampler(ask.num_inference_steps, scale, int(source.settings.get("model.resolution", side)))
-    start = _start(ask.image, sampler.resolution)
+        pipeline, family = open_pipeline(source.model, device.type, source.revision, source.variant, source.vae,
+                                         source.zero_terminal_snr)
+        tokenizers = [getattr(pipeline, name) for name in family.tokenizers]
+        for prompt in (*prompts, config.negative_prompt or ""):
+            family.check_prompt(tokenizers, prompt)  # the pipeline would cut what the text encoder does not read
+        loras.apply(pipeline, used_loras)
+    side = family.native_side(getattr(pipeline, family.denoiser.name), pipeline.vae_scale_factor)
+    sampler = Sampler(config.num_inference_steps, guidance_scale, int(source.settings.get("model.resolution", side)))
+    start = _load_start(config.image, sampler.resolution)
     if start is not None:
-        pipeline = from_images(pipeline)
-    settings = {"num_inference_steps": ask.num_inference_steps, "guidance_scale": scale,
-                "negative_prompt": ask.negative_prompt, "model": Path(source.model).name if source.own or ask.base
-                else source.folder.name, "strength": ask.strength if ask.image else None}
-    used = [(lora.name, lora.scale) for lora in chosen]
-    album = Album(target, len(prompts) > 1, lambda prompt, seed, size: png_metadata.info(
-        prompt, seed, size, used, settings) if ask.metadata else None)
-    seeds = [ask.seed + number for number in range(ask.num_images)]
+        pipeline = without_bar(family.image_to_image(pipeline))
+    settings = {"num_inference_steps": config.num_inference_steps, "guidance_scale": guidance_scale,
+                "negative_prompt": config.negative_prompt,
+                "model": Path(source.model).name if source.adapter or config.base else source.folder.name,
+                "strength": config.strength if config.image else None}
+    lora_scales = [(lora.name, lora.scale) for lora in used_loras]
+    pictures = PictureFolder(target, len(prompts) > 1, lambda prompt, seed, size: png_metadata.info(
+        prompt, seed, size, lora_scales, settings) if config.metadata else None)
+    seeds = [config.seed + number for number in range(config.num_images)]
     console, total = Console(), len(prompts) * len(seeds)
     rows: list[list[Image.Image]] = [[] for _ in prompts]
     with meter.phase("drawing"), console.bar("pictures", total) as bar:
         for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-            _check(stop, bar.done, total, target)
-            for batch in generate_images(pipeline, [prompt] * len(seeds), seeds, sampler, ask.batch_size,
-                                           negative_prompt=ask.negative_prompt, start=start, strength=ask.strength):
-                for seed, made in zip(seeds[len(row):], batch, strict=False):
-                    album.add(number, prompt, seed, made)
+            _check_stop(stop, bar.done, total, target)
+            for batch in generate_images(pipeline, [prompt] * len(seeds), seeds, sampler, config.batch_size,
+                                         negative_prompt=config.negative_prompt, start=start,
+                                         strength=config.strength):
+                for seed, picture in zip(seeds[len(row):], batch, strict=False):
+                    pictures.write(number, prompt, seed, picture)
                 row += batch
                 bar.tick(len(batch))
-                _check(stop, bar.done, total, target)
-    written = album.close(prompts[0], rows, ask.columns)
+                _check_stop(stop, bar.done, total, target)
+    grid_path = pictures.write_grid(prompts[0], rows, config.columns)
     what = repr(prompts[0]) if len(prompts) == 1 else f"{len(prompts)} prompts"
-    console.say(f"{total} pictures of {what} in {target}, all on {written}")
-    return written
+    console.say(f"{total} pictures of {what} in {target}, all on {grid_path}")
+    return grid_path
 
 
 def slug(prompt: str) -> str:
-    """A prompt as the beginning of a file's name; where words are lost in it, with a digest of the prompt."""
+    """Return the beginning of a file's name for a prompt; with a digest of the prompt if characters are lost."""
     plain = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
     if prompt.isascii() and 0 < len(plain) <= 60:
         return plain
     return "-".join(filter(None, [plain[:60].strip("-"), sha256(prompt.encode()).hexdigest()[:8]]))
 
 
-def _advice(phase: str, ask: Generate, device: str) -> str:
-    """What to type after memory ran out."""
-    if phase == "drawing" and min(ask.batch_size, ask.num_images) > 1:
+def _advice(phase: str, config: Generate, device: str) -> str:
+    """Return what to type after memory ran out."""
+    if phase == "drawing" and min(config.batch_size, config.num_images) > 1:
         return "batch_size=1"
     if device == "cuda":
         return "CUDA_VISIBLE_DEVICES= before the command, which then draws on the CPU"
     return "the same on a machine with more memory"
 
 
-def _check(stop: Stop, done: int, total: int, target: Path) -> None:
-    if stop.requested and done < total:
-        told = f"after {done} of {total} pictures, which are in {target}" if done else "before the first picture"
-        raise Interrupted(f"{stop.requested}: stopped {told}; repeat the command to draw all of them")
+def _check_stop(stop: StopRequest, done: int, total: int, target: Path) -> None:
+    if stop.signal_name and done < total:
+        when = f"after {done} of {total} pictures, which are in {target}" if done else "before the first picture"
+        raise Interrupted(f"{stop.signal_name}: stopped {when}; repeat the command to draw all of them")
 
 
-def _prompts(ask: Generate, source: Source) -> list[str]:
-    """One prompt, or those of a file; {subject} in it stands for the run's subject."""
-    subject, several = source.setting("dataset.instance_prompt"), json.loads(source.setting("dataset.concepts") or "[]")
-    if ask.prompts is None:
-        if not ask.prompt and several:
-            known = " or ".join(f'prompt="{one["instance_prompt"]}"' for one in several)
-            raise UserError(f"this run has several subjects: type {known}")
-        if not (prompt := ask.prompt or subject):
+def _read_prompts(config: Generate, source: Source) -> list[str]:
+    """Return the one prompt, or those of a file, in which {subject} stands for the run's subject."""
+    subject = source.setting("dataset.instance_prompt")
+    concepts = json.loads(source.setting("dataset.concepts") or "[]")
+    if config.prompts is None:
+        if not config.prompt and concepts:
+            choices = " or ".join(f'prompt="{concept["instance_prompt"]}"' for concept in concepts)
+            raise UserError(f"this run has several subjects: type {choices}")
+        if not (prompt := config.prompt or subject):
             raise UserError('the prompt is missing: type prompt="a photo of a zwx toy"')
         return [prompt]
     try:
-        lines = [line.strip() for line in Path(ask.prompts).read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in Path(config.prompts).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the prompts in {ask.prompts} cannot be read: type prompts=FILE, a text file with a prompt a "
-                        "line") from error
+        raise UserError(f"the prompts in {config.prompts} cannot be read: type prompts=FILE, a text file with one "
+                        "prompt per line") from error
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
-        raise UserError(f"there is no prompt in {ask.prompts}: write one a line")
-    open_lines = any("{subject}" in line for line in lines)
-    if several and open_lines:
-        raise UserError(f"{ask.prompts} speaks of {{subject}} and this run has several subjects: write the subject "
+        raise UserError(f"there is no prompt in {config.prompts}: write one per line")
+    has_templates = any("{subject}" in line for line in lines)
+    if concepts and has_templates:
+        raise UserError(f"{config.prompts} contains {{subject}} and this run has several subjects: write the subject "
                         "itself")
-    if not subject and open_lines:
-        raise UserError(f"{ask.prompts} speaks of {{subject}} and run.json, which names it, is not there: write the "
+    if not subject and has_templates:
+        raise UserError(f"{config.prompts} contains {{subject}} and there is no run.json that names it: write the "
                         "subject itself")
-    return fill(lines, noun(subject)) if subject else lines
+    return fill_templates(lines, extract_subject(subject)) if subject else lines
 
 
-def _check_lengths(pipeline: Any, prompts: Sequence[str]) -> None:
-    """Pipelines cut what a text encoder does not read."""
-    for name in ("tokenizer", "tokenizer_2"):
-        for prompt in prompts if getattr(pipeline, name, None) is not None else ():
-            check_length(getattr(pipeline, name), prompt)
-
-
-def _loras(ask: Generate, source: Source) -> list[loras.Lora]:
-    asked = [*([source.own] if source.own else []), *ask.loras]
-    if not asked and ask.lora_scale != 1.0:
+def _find_loras(config: Generate, source: Source) -> list[loras.Lora]:
+    sources = [*([source.adapter] if source.adapter else []), *config.loras]
+    if not sources and config.lora_scale != 1.0:
         raise UserError("lora_scale is of LoRAs and there is none: type lora=FILE, or leave lora_scale out; a run with "
                         "method.merge=true has its adapter inside its model")
     try:
-        return loras.found(asked, ask.scales(len(asked)))
+        return loras.find_loras(sources, config.scales(len(sources)))
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _start(path: str | None, side: int) -> Image.Image | None:
-    """The picture to begin with, its centre as a square of `side` pixels."""
+def _load_start(path: str | None, side: int) -> Image.Image | None:
+    """Load the picture to start from: its centre as a square of `side` pixels."""
     if path is None:
         return None
     if not Path(path).is_file():
         raise UserError(f"there is no picture at {path}: type image=FILE")
-    return Image.fromarray(photos.square(photos.picture(Path(path), side), side, None, False))
+    return Image.fromarray(photos.crop_to_square(photos.load_image(Path(path), side), side, None, False))

@@ -18,17 +18,18 @@ class MemoryMeter:
     """Measures peak memory by phase: of the CUDA allocator on a GPU, the process's resident set size on a CPU."""
 
     def __init__(self, device: torch.device, advice: Callable[[str], str] = lambda phase: "memory=lowest",
-                 predicted: Mapping[str, float] | None = None, kept: str = "earlier checkpoints are kept") -> None:
+                 predicted: Mapping[str, float] | None = None,
+                 saved_notice: str = "earlier checkpoints are kept") -> None:
         """Args:
             device: the device whose memory is measured.
             advice: phase -> the overrides to type if memory runs out in it.
             predicted: peaks by phase in GiB, from the planner; phases may be missing.
-            kept: part of the out-of-memory message that says what is not lost.
+            saved_notice: part of the out-of-memory message that says what is not lost.
         """
         self.device = device
         self.advice = advice
         self.predicted = predicted or {}
-        self.kept = kept
+        self.saved_notice = saved_notice
         self.peaks: dict[str, float] = {}  # GiB by metric name
         self._process = psutil.Process()  # created once, because it looks up the process's start time
 
@@ -74,7 +75,8 @@ class MemoryMeter:
         predicted = f"predicted {self.predicted[name]:.2f} GiB, " if name in self.predicted else ""
         self.read(name)
         measured = ", ".join(f"{key} {value:.2f}" for key, value in self.peaks.items() if f"/{name}" in key)
-        return f"out of memory during {name} ({predicted}measured {measured}); {self.kept}: type {self.advice(name)}"
+        return (f"out of memory during {name} ({predicted}measured {measured}); {self.saved_notice}: "
+                f"type {self.advice(name)}")
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
