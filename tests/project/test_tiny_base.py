@@ -1,4 +1,4 @@
-"""The recipe of the shipped base: pictures, words, and the encoder that is computed, not learned."""
+"""tools/tiny_base: pictures, captions, the tokenizer, the computed encoder, and resuming."""
 
 import json
 import random
@@ -11,38 +11,38 @@ import numpy as np
 import pytest
 import torch
 
-from tools.tiny_base import art, autoencoder, pictures, pretrain, words
+from tools.tiny_base import autoencoder, emoji, pictures, pretrain, tokenizer
 
 ROOT = Path(__file__).parents[2]
 
 
-def sprite(seed: int = 0) -> art.Sprite:
-    dice = np.random.default_rng(seed)
-    return art.Sprite("dog", "cartoon", dice.integers(0, 256, (art.SIDE, art.SIDE, 4), dtype=np.uint8))
+def sprite(seed: int = 0) -> emoji.Sprite:
+    rng = np.random.default_rng(seed)
+    return emoji.Sprite("dog", "cartoon", rng.integers(0, 256, (emoji.SIDE, emoji.SIDE, 4), dtype=np.uint8))
 
 
 def some_pictures(count: int) -> tuple[np.ndarray, list[pictures.Meaning]]:
-    dice = np.random.default_rng(1)
-    made = [pictures.compose(sprite(i), dice) for i in range(count)]
-    return np.stack([picture for picture, _ in made]), [meaning for _, meaning in made]
+    rng = np.random.default_rng(1)
+    composed = [pictures.compose(sprite(i), rng) for i in range(count)]
+    return np.stack([picture for picture, _ in composed]), [meaning for _, meaning in composed]
 
 
-def test_captions_never_hold_a_word_that_is_kept_free_for_subjects() -> None:
-    dice = random.Random(0)
-    meanings = [pictures.Meaning(concept, "cartoon", ground) for concept in art.concepts()
+def test_captions_never_contain_a_word_that_is_reserved_for_subjects() -> None:
+    rng = random.Random(0)
+    meanings = [pictures.Meaning(concept, "cartoon", ground) for concept in emoji.concepts()
                 for ground in ("white", "red", "beach")]
-    said = {word for meaning in meanings for _ in range(20) for word in pictures.caption(meaning, dice).split()}
-    assert not said & set(pictures.FREE) and said & set(pictures.RARE)
+    used = {word for meaning in meanings for _ in range(20) for word in pictures.caption(meaning, rng).split()}
+    assert not used & set(pictures.RESERVED) and used & set(pictures.RARE)
 
 
 @pytest.mark.parametrize("ground", ["white", *pictures.COLOURS, *pictures.SCENES])
-def test_every_ground_makes_a_picture_and_words(ground: str) -> None:
+def test_every_background_gives_a_picture_and_a_caption(ground: str) -> None:
     picture, meaning = pictures.compose(sprite(), np.random.default_rng(0), ground)
     assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8 and meaning.ground == ground
     assert pictures.caption(meaning, random.Random(0)).startswith("a ")
 
 
-def test_encoder_is_the_linear_code_of_its_pictures() -> None:
+def test_the_encoder_is_the_linear_code_of_its_pictures() -> None:
     drawn, _ = some_pictures(40)
     vae = autoencoder.analytic(drawn)
     latents = autoencoder.encode(vae, drawn)
@@ -60,18 +60,18 @@ def test_encoder_is_the_linear_code_of_its_pictures() -> None:
 def test_rare_words_and_classes_are_single_tokens(tmp_path: Path) -> None:
     from transformers import CLIPTokenizer
 
-    words.build(tmp_path)
-    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    tokenizer.build(tmp_path)
+    built = CLIPTokenizer.from_pretrained(tmp_path)
     for word in (*pictures.RARE, "toy", "dog", "beach"):
-        assert len(tokenizer(word).input_ids) == 3, word
-    assert tokenizer.model_max_length == words.LENGTH
+        assert len(built(word).input_ids) == 3, word
+    assert built.model_max_length == tokenizer.LENGTH
 
 
 @pytest.mark.slow
-def test_pretraining_goes_on_from_where_it_was_killed(tmp_path: Path) -> None:
+def test_pretraining_continues_after_an_interruption(tmp_path: Path) -> None:
     drawn, meanings = some_pictures(30)
     vae = autoencoder.analytic(drawn)
-    words.build(tmp_path / "tokenizer")
+    tokenizer.build(tmp_path / "tokenizer")
     np.save(tmp_path / "latents.npy", autoencoder.encode(vae, drawn).numpy())
     (tmp_path / "meanings.json").write_text(json.dumps([asdict(meaning) for meaning in meanings]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1",

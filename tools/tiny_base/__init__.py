@@ -1,1 +1,1 @@
-"""The recipe of the shipped base: `python -m tools.tiny_base`, see README.md beside this file."""
+"""Makes the tiny base model that ships with the package: `python -m tools.tiny_base`; see README.md in this folder."""

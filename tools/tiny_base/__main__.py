@@ -1,4 +1,7 @@
-"""`python -m tools.tiny_base`: from emoji art to a StableDiffusionPipeline, stage by stage. Repeat it to go on."""
+"""`python -m tools.tiny_base`: makes a StableDiffusionPipeline from emoji art, in stages.
+
+Repeat the command to continue after an interruption: a stage whose output exists is skipped.
+"""
 
 import argparse
 import json
@@ -14,13 +17,13 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tools.tiny_base import art, autoencoder, pictures, pretrain, words
+from tools.tiny_base import autoencoder, emoji, pictures, pretrain, tokenizer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.tiny_base", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("build/tiny-base"), help="where everything is kept")
-    parser.add_argument("--start", type=Path, help="a base to go on from: its tokenizer and VAE stay")
+    parser.add_argument("--folder", type=Path, default=Path("build/tiny-base"), help="for the outputs of all stages")
+    parser.add_argument("--start", type=Path, help="a base to continue from, with its tokenizer and VAE")
     parser.add_argument("--pictures", type=int, default=40_000)
     parser.add_argument("--steps", type=int, default=15_000, help="of UNet and text encoder")
     parser.add_argument("--decoder-steps", type=int, default=6_000)
@@ -37,21 +40,21 @@ def main() -> None:
 
 
 def draw(folder: Path, count: int) -> None:
-    """pictures.npy and meanings.json: every sprite about equally often."""
+    """Write pictures.npy and meanings.json, with every sprite about equally often."""
     if (folder / "meanings.json").is_file():
         return
-    art.fetch((art.NAMES, *art.TRAINED_ON), folder / "packages")
-    sprites = art.sprites(art.TRAINED_ON, folder / "packages")
-    print(f"{len(sprites)} sprites of {len(art.concepts())} concepts in {len(art.vocabulary()['classes'])} classes")
-    dice = np.random.default_rng(0)
-    order = np.concatenate([dice.permutation(len(sprites)) for _ in range(count // len(sprites) + 1)])[:count]
-    made = [pictures.compose(sprites[i], dice) for i in order]
-    np.save(folder / "pictures.npy", np.stack([picture for picture, _ in made]))
-    (folder / "meanings.json").write_text(json.dumps([asdict(meaning) for _, meaning in made]))
+    emoji.fetch((emoji.NAMES, *emoji.TRAINED_ON), folder / "packages")
+    sprites = emoji.sprites(emoji.TRAINED_ON, folder / "packages")
+    print(f"{len(sprites)} sprites of {len(emoji.concepts())} concepts in {len(emoji.vocabulary()['classes'])} classes")
+    rng = np.random.default_rng(0)
+    order = np.concatenate([rng.permutation(len(sprites)) for _ in range(count // len(sprites) + 1)])[:count]
+    composed = [pictures.compose(sprites[i], rng) for i in order]
+    np.save(folder / "pictures.npy", np.stack([picture for picture, _ in composed]))
+    (folder / "meanings.json").write_text(json.dumps([asdict(meaning) for _, meaning in composed]))
 
 
 def prepare(folder: Path, start: Path | None) -> None:
-    """Tokenizer, VAE and latents.npy."""
+    """Write the tokenizer, the VAE and latents.npy."""
     if (folder / "latents.npy").is_file():
         return
     drawn = np.load(folder / "pictures.npy", mmap_mode="r")
@@ -60,7 +63,7 @@ def prepare(folder: Path, start: Path | None) -> None:
         shutil.copytree(start / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
         vae = AutoencoderKL.from_pretrained(start / "vae", torch_dtype=torch.float32)
     else:
-        words.build(folder / "tokenizer")
+        tokenizer.build(folder / "tokenizer")
         vae = autoencoder.analytic(drawn)
     vae.save_pretrained(folder / "vae")
     latents = autoencoder.encode(vae, np.asarray(drawn)) * vae.config.scaling_factor
@@ -68,7 +71,7 @@ def prepare(folder: Path, start: Path | None) -> None:
 
 
 def train(folder: Path, steps: int, rate: float, processes: int) -> None:
-    """UNet and text encoder, in processes of their own."""
+    """Train UNet and text encoder in separate processes."""
     if (folder / "trained").is_dir():
         return
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
@@ -77,7 +80,7 @@ def train(folder: Path, steps: int, rate: float, processes: int) -> None:
 
 
 def decode(folder: Path, steps: int) -> None:
-    """The decoder, against the latents of the pictures."""
+    """Train the VAE's decoder on the latents of the pictures."""
     if (folder / "vae-tuned").is_dir():
         return
     drawn = np.load(folder / "pictures.npy", mmap_mode="r")
@@ -89,7 +92,7 @@ def decode(folder: Path, steps: int) -> None:
 
 
 def assemble(folder: Path) -> None:
-    """tiny-sd: the pipeline in fp16 safetensors, opened by StableDiffusionPipeline.from_pretrained."""
+    """Write tiny-sd: the pipeline in fp16 safetensors, for StableDiffusionPipeline.from_pretrained."""
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(folder / "vae-tuned"),
         text_encoder=CLIPTextModel.from_pretrained(folder / "trained/text_encoder"),

@@ -1,9 +1,13 @@
-"""The VAE: an encoder that is computed, not learned, and a decoder that is trained against it.
+"""The VAE: its encoder is computed from the pictures, and its decoder is trained.
 
-The encoder is the best linear code of 4 x 4 pixel patches (principal components, 48 numbers to 4), written into the
-weights of an ordinary AutoencoderKL: residual blocks that do nothing, strided convolutions that move pixels into
-channels, each value kept as a pair (+a, -a) since SiLU(x) - SiLU(-x) = x, and constant channels so large that the
-normalisation before the last convolution is linear. So latents are known at once and the UNet need not wait.
+The encoder is the best linear code of 4 x 4 pixel patches: principal components, from 48 numbers to 4. It is written
+into the weights of an ordinary AutoencoderKL as follows:
+
+- The residual blocks do nothing, and strided convolutions move pixels into channels.
+- Each value is represented by a pair (+a, -a), because SiLU(x) - SiLU(-x) = x.
+- Constant channels are so large that the normalisation before the last convolution is approximately linear.
+
+The latents are therefore known before any training, and the UNet can be trained without waiting for the VAE.
 """
 
 import math
@@ -15,19 +19,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 PATCH, CODE = 4, 4
-LARGE = 20.0  # constant channels; the error of the linear approximation falls with its square
-LOG_VARIANCE = -7.0  # the code has next to no noise
+LARGE = 20.0  # value of the constant channels; the error of the linear approximation falls with its square
+LOG_VARIANCE = -7.0  # the latents have almost no noise
 
 
 def patches(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """(N, H, W, 3) bytes -> (N * H/4 * W/4, 48) in [-1, 1], ordered row, column, colour."""
+    """Cut pictures (N, H, W, 3) of bytes into patches (N * H/4 * W/4, 48) in [-1, 1], ordered row, column, colour."""
     count, height, width, _ = pictures.shape
     cut = pictures.reshape(count, height // PATCH, PATCH, width // PATCH, PATCH, 3).transpose(0, 1, 3, 2, 4, 5)
     return (cut.reshape(-1, PATCH * PATCH * 3) / 127.5 - 1).astype(np.float32)
 
 
 def analytic(pictures: NDArray[np.uint8]) -> AutoencoderKL:
-    """An AutoencoderKL whose encoder is exactly the linear code of these pictures; its decoder is random."""
+    """An AutoencoderKL whose encoder is the linear code of these pictures, and whose decoder is random."""
     sample = patches(pictures[::20]).astype(np.float64)
     mean = sample.mean(0)
     strengths, axes = np.linalg.eigh(np.cov((sample - mean).T))
@@ -44,27 +48,28 @@ def analytic(pictures: NDArray[np.uint8]) -> AutoencoderKL:
 
 
 def _write_encoder(vae: AutoencoderKL, matrix: Tensor, offset: Tensor) -> None:
+    """Write the code `matrix @ patch + offset` into the encoder's weights."""
     encoder = vae.encoder
-    _only(encoder.conv_in, {(c, c, 1, 1): 1.0 for c in range(3)})
+    _set_weights(encoder.conv_in, {(c, c, 1, 1): 1.0 for c in range(3)})
     for block in [*encoder.down_blocks, encoder.mid_block]:
         for residual in block.resnets:
             _pass_through(residual)
     first, second = (encoder.down_blocks[i].downsamplers[0].conv for i in (0, 1))
-    _only(first, {((2 * y + x) * 3 + c, c, y, x): 1.0 for y in range(2) for x in range(2) for c in range(3)})
+    _set_weights(first, {((2 * y + x) * 3 + c, c, y, x): 1.0 for y in range(2) for x in range(2) for c in range(3)})
     _write_code(second, matrix, offset)
     groups = 8  # channels of a normalisation group of conv_norm_out
     nn.init.ones_(encoder.conv_norm_out.weight)
     nn.init.zeros_(encoder.conv_norm_out.bias)
     scale = math.sqrt(4 * LARGE**2 / groups)
-    _only(encoder.conv_out, {(k, _channel(k) + half, 1, 1): sign * scale
+    _set_weights(encoder.conv_out, {(k, _channel(k) + half, 1, 1): sign * scale
                              for k in range(CODE) for half, sign in enumerate((1, -1))})
     encoder.conv_out.bias[CODE:] = LOG_VARIANCE
     for convolution, size in ((vae.quant_conv, 2 * CODE), (vae.post_quant_conv, CODE)):
-        _only(convolution, {(i, i, 0, 0): 1.0 for i in range(size)})
+        _set_weights(convolution, {(i, i, 0, 0): 1.0 for i in range(size)})
 
 
 def _write_code(convolution: nn.Conv2d, matrix: Tensor, offset: Tensor) -> None:
-    """The linear code as a strided convolution over pixels that were moved into channels."""
+    """Write the linear code into a strided convolution, whose input has pixels in its channels."""
     nn.init.zeros_(convolution.weight)
     nn.init.zeros_(convolution.bias)
     for k in range(CODE):
@@ -80,70 +85,75 @@ def _write_code(convolution: nn.Conv2d, matrix: Tensor, offset: Tensor) -> None:
 
 
 def _channel(k: int) -> int:
-    """First channel of the pair of code k: two codes and four constants a normalisation group of eight."""
+    """First channel of the pair of code k. A normalisation group of eight has two pairs and four constants."""
     return 8 * (k // 2) + 2 * (k % 2)
 
 
-def _only(convolution: nn.Conv2d, weights: dict[tuple[int, int, int, int], float]) -> None:
+def _set_weights(convolution: nn.Conv2d, weights: dict[tuple[int, int, int, int], float]) -> None:
+    """Set the given weights of a convolution, and all others and the bias to zero."""
     nn.init.zeros_(convolution.weight)
     nn.init.zeros_(convolution.bias)
-    for place, value in weights.items():
-        convolution.weight[place] = value
+    for index, value in weights.items():
+        convolution.weight[index] = value
 
 
 def _pass_through(residual: nn.Module) -> None:
+    """Make a residual block return its input."""
     nn.init.zeros_(residual.conv2.weight)
     nn.init.zeros_(residual.conv2.bias)
     if residual.conv_shortcut is not None:
-        _only(residual.conv_shortcut, {(i, i, 0, 0): 1.0 for i in range(residual.conv_shortcut.in_channels)})
+        _set_weights(residual.conv_shortcut, {(i, i, 0, 0): 1.0 for i in range(residual.conv_shortcut.in_channels)})
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: NDArray[np.uint8], size: int = 64) -> Tensor:
-    """Latent means (N, 4, 16, 16), unscaled."""
+    """The means of the latents (N, 4, 16, 16), without the scaling factor."""
     return torch.cat([vae.encode(pixels(pictures[i:i + size])).latent_dist.mean
                       for i in range(0, len(pictures), size)])
 
 
 def pixels(pictures: NDArray[np.uint8]) -> Tensor:
-    """(N, H, W, 3) bytes -> (N, 3, H, W) in [-1, 1]."""
+    """Convert pictures (N, H, W, 3) of bytes to (N, 3, H, W) in [-1, 1]."""
     return torch.tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def reconstruction_loss(made: Tensor, real: Tensor) -> Tensor:
-    """Absolute and squared error, and the absolute error of neighbouring pixels' differences, which keeps edges."""
-    error = made - real
+def reconstruction_loss(decoded: Tensor, real: Tensor) -> Tensor:
+    """Absolute and squared error, and the absolute error of differences between neighbours, which preserves edges."""
+    error = decoded - real
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + 2 * error.square().mean() + edges
 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, pictures: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio in dB of encoding and decoding."""
+    """Peak signal-to-noise ratio, in dB, of pictures that are encoded and decoded."""
     real = pixels(pictures)
-    made = vae.decode(vae.encode(real).latent_dist.mean).sample.clamp(-1, 1)
-    return 10 * math.log10(4 / (made - real).square().mean().item())
+    decoded = vae.decode(vae.encode(real).latent_dist.mean).sample.clamp(-1, 1)
+    return 10 * math.log10(4 / (decoded - real).square().mean().item())
 
 
 def tune_decoder(vae: AutoencoderKL, pictures: NDArray[np.uint8], latents: Tensor, steps: int, rate: float = 2e-3,
                  batch: int = 8) -> None:
-    """Train the decoder on slightly noisy latents (a UNet's are never exact); the average of its weights stays."""
+    """Train the decoder, and set its weights to their EMA.
+
+    It is trained on slightly noisy latents, because those of a UNet are never exact.
+    """
     vae.requires_grad_(False)
     trained = [p for name, p in vae.named_parameters() if name.startswith(("decoder", "post_quant"))]
     for parameter in trained:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
     average = [p.detach().clone() for p in trained]
-    dice, noise = np.random.default_rng(5), torch.Generator().manual_seed(5)
+    rng, noise = np.random.default_rng(5), torch.Generator().manual_seed(5)
     spread = 0.03 * float(latents.std())
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
-        chosen = dice.integers(0, len(pictures), batch)
+        chosen = rng.integers(0, len(pictures), batch)
         code = latents[chosen] + spread * torch.randn(latents[chosen].shape, generator=noise)
         with torch.autocast("cpu", torch.bfloat16):
-            made = vae.decode(code).sample
-        loss = reconstruction_loss(made.float(), pixels(pictures[chosen]))
+            decoded = vae.decode(code).sample
+        loss = reconstruction_loss(decoded.float(), pixels(pictures[chosen]))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)

@@ -1,7 +1,8 @@
-"""Can one see what the base draws? `python -m tools.tiny_base.judge BASE...` asks by forced choice among the classes.
+"""`python -m tools.tiny_base.judge BASE...`: measures how often the class of a base's samples is recognised.
 
-Two judges that did not train it: a classifier over ImageNet features that learned the classes from emoji sets which the
-base has never seen (art.JUDGED_WITH), and a reader, for whom it writes a shuffled, numbered sheet and, apart, the key.
+The class is chosen from a fixed list by two independent judges. The first is a classifier over ImageNet features, which
+learns the classes from emoji sets that no base was trained on (emoji.HELD_OUT). The second is a reader, for whom this
+program writes a numbered, shuffled sheet of samples and a separate file with the answers.
 """
 
 import argparse
@@ -20,13 +21,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dreambooth.evaluation.encoders import open_encoder
-from tools.tiny_base import art, autoencoder
+from tools.tiny_base import autoencoder, emoji
 from tools.tiny_base.pictures import compose
 
-# Left out of the choice: "animal", which is right for a dog too, and "toy", which is anything in a toy shop.
-CHOICES = [name for name in art.vocabulary()["classes"] if name not in ("animal", "toy")]
-VIEWS = 8  # pictures of a held-out sprite that the classifier learns from
-PER_CLASS = 8  # samples of a class that the classifier judges; the reader sees half of them
+# "animal" and "toy" are not among the choices, because they are right for many other classes too.
+CHOICES = [name for name in emoji.vocabulary()["classes"] if name not in ("animal", "toy")]
+VIEWS = 8  # training pictures of the classifier per held-out sprite
+PER_CLASS = 8  # samples per class for the classifier; the reader sees half of them
 COLUMNS = 12
 
 Bytes = NDArray[np.uint8]
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1000)
     options = parser.parse_args()
     torch.set_num_threads(2)
-    art.fetch((art.NAMES, *art.TRAINED_ON, *art.JUDGED_WITH), options.folder / "packages")
+    emoji.fetch((emoji.NAMES, *emoji.TRAINED_ON, *emoji.HELD_OUT), options.folder / "packages")
     judge = Classifier(options.folder / "packages", options.bases[0])
     print(f"classifier on the sprites that the bases were trained on: {judge.ceiling:.1%}")
     for base in options.bases:
@@ -49,19 +50,25 @@ def main() -> None:
 
 
 class Classifier:
-    """Logistic regression over EfficientNet-Lite0 features of held-out sprites, seen through the VAE as samples are."""
+    """Logistic regression over EfficientNet-Lite0 features, trained on held-out sprites.
+
+    The sprites are encoded and decoded by the VAE, so that they look like samples.
+
+    Attributes:
+        ceiling: accuracy on the sprites that the bases were trained on.
+    """
 
     def __init__(self, packages: Path, base: Path) -> None:
         self.encoder = open_encoder("efficientnet_lite0")
         self.vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32)
-        learned, names = self._pictures(art.JUDGED_WITH, packages, VIEWS)
+        training_pictures, names = self._pictures(emoji.HELD_OUT, packages, VIEWS)
         self.model = make_pipeline(StandardScaler(), LogisticRegression(C=0.02, max_iter=400))
-        self.model.fit(self._features(learned), names)
-        seen, truth = self._pictures(art.TRAINED_ON, packages, 1)
-        self.ceiling = float(np.mean(self(seen) == np.array(truth)))
+        self.model.fit(self._features(training_pictures), names)
+        pictures, truth = self._pictures(emoji.TRAINED_ON, packages, 1)
+        self.ceiling = float(np.mean(self(pictures) == np.array(truth)))
 
     def __call__(self, pictures: Bytes) -> NDArray[np.str_]:
-        """The class of each picture (N, 64, 64, 3)."""
+        """The predicted class of each picture (N, 64, 64, 3)."""
         return np.asarray(self.model.predict(self._features(pictures)))
 
     def _features(self, pictures: Bytes) -> NDArray[np.float32]:
@@ -69,48 +76,48 @@ class Classifier:
         return np.concatenate([self.encoder.embed_images(chunk).numpy() for chunk in chunks])
 
     @torch.no_grad()
-    def _pictures(self, packages: tuple[art.Package, ...], folder: Path, views: int) -> tuple[Bytes, list[str]]:
-        """Each sprite of one class on white, through the VAE."""
-        dice, made, names = np.random.default_rng(0), [], []
-        for sprite in art.sprites(packages, folder):
-            [*classes] = (name for name in art.concepts()[sprite.concept] if name in CHOICES)
+    def _pictures(self, packages: tuple[emoji.Package, ...], folder: Path, views: int) -> tuple[Bytes, list[str]]:
+        """Pictures on white of each sprite that has exactly one class, decoded by the VAE, and their classes."""
+        rng, composed, names = np.random.default_rng(0), [], []
+        for sprite in emoji.sprites(packages, folder):
+            [*classes] = (name for name in emoji.concepts()[sprite.concept] if name in CHOICES)
             if len(classes) == 1:
-                made += [compose(sprite, dice, "white")[0] for _ in range(views)]
+                composed += [compose(sprite, rng, "white")[0] for _ in range(views)]
                 names += classes * views
-        chunks = [autoencoder.pixels(np.stack(made[i:i + 64])) for i in range(0, len(made), 64)]
+        chunks = [autoencoder.pixels(np.stack(composed[i:i + 64])) for i in range(0, len(composed), 64)]
         decoded = [self.vae.decode(self.vae.encode(chunk).latent_dist.mean).sample for chunk in chunks]
-        through = ((torch.cat(decoded).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
-        return through.numpy(), names
+        pixels = ((torch.cat(decoded).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+        return pixels.numpy(), names
 
 
 def draw(base: Path, count: int, seed: int) -> list[tuple[str, Bytes]]:
-    """(class, picture): `count` samples of "a photo of a CLASS" for each class; every seed is used once."""
+    """Pairs (class, picture): `count` samples of "a photo of a CLASS" per class, with each seed used once."""
     pipeline = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    made = []
+    samples = []
     for number, name in enumerate(CHOICES):
         article = "an" if name[0] in "aeiou" else "a"
         generators = [torch.Generator().manual_seed(seed + number * count + i) for i in range(count)]
         pictures = pipeline([f"a photo of {article} {name}"] * count, num_inference_steps=20, guidance_scale=4.0,
                             generator=generators).images
-        made += [(name, np.asarray(picture)) for picture in pictures]
-    return made
+        samples += [(name, np.asarray(picture)) for picture in pictures]
+    return samples
 
 
 def report(base: Path, judge: Classifier, samples: list[tuple[str, Bytes]]) -> None:
-    """Accuracy, and by class what was taken for what."""
+    """Print the accuracy, and the errors of each class."""
     truth = np.array([name for name, _ in samples])
-    said = judge(np.stack([picture for _, picture in samples]))
-    print(f"{base}: {np.mean(said == truth):.1%} of {len(truth)} samples of {len(CHOICES)} classes")
+    predicted = judge(np.stack([picture for _, picture in samples]))
+    print(f"{base}: {np.mean(predicted == truth):.1%} of {len(truth)} samples of {len(CHOICES)} classes")
     for name in CHOICES:
-        wrong = Counter(said[(truth == name) & (said != name)])
-        share = np.mean(said[truth == name] == name)
+        wrong = Counter(predicted[(truth == name) & (predicted != name)])
+        share = np.mean(predicted[truth == name] == name)
         print(f"  {name:11} {share:4.0%}  {', '.join(f'{other} {n}' for other, n in wrong.most_common())}")
 
 
 def write_sheet(samples: list[tuple[str, Bytes]], stem: Path, seed: int) -> None:
-    """STEM.png for a reader, STEM.json with what each number is."""
+    """Write STEM.png for the reader, and STEM.json with the class of each number."""
     half = [samples[i + j] for i in range(0, len(samples), PER_CLASS) for j in range(PER_CLASS // 2)]
     random.Random(seed).shuffle(half)
     side, rows = 110, -(-len(half) // COLUMNS)

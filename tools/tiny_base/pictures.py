@@ -1,4 +1,4 @@
-"""Training pictures: a sprite on white, on a plain colour or in a drawn scene, and words for what is seen."""
+"""Composes training pictures with captions: a sprite on white, on a plain colour or in a drawn scene."""
 
 import random
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tools.tiny_base.art import Sprite, concepts, vocabulary
+from tools.tiny_base.emoji import Sprite, concepts, vocabulary
 
 SIDE = 64  # pixels of a picture
 COLOURS = {"red": (220, 40, 40), "yellow": (250, 215, 50), "green": (60, 170, 70), "blue": (50, 100, 220),
@@ -15,102 +15,109 @@ COLOURS = {"red": (220, 40, 40), "yellow": (250, 215, 50), "green": (60, 170, 70
 SCENES = {"beach": "on the beach", "grass": "on the grass", "snow": "in the snow", "night": "at night"}
 STANDING = ("beach", "grass", "snow")  # scenes with a floor
 RARE = ("zwx", "sks", "ohwx", "qxv", "vjz", "wxk", "jqz", "zkf")
-FREE = RARE[:2]  # in no caption, and so free as names of a new subject
+RESERVED = RARE[:2]  # in no caption, so that they can name a new subject
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a picture shows."""
+    """What a picture shows; written to meanings.json."""
 
     concept: str
     style: str
     ground: str  # white, a colour or a scene
 
 
-def compose(sprite: Sprite, dice: np.random.Generator, ground: str | None = None) -> tuple[NDArray[np.uint8], Meaning]:
-    """One picture (SIDE, SIDE, 3): half of them white, a fifth coloured, the rest scenes."""
-    ground = ground or _ground(dice)
-    canvas = _background(ground, dice)
+def compose(sprite: Sprite, rng: np.random.Generator, ground: str | None = None) -> tuple[NDArray[np.uint8], Meaning]:
+    """Draw one picture (SIDE, SIDE, 3) of a sprite.
+
+    Args:
+        ground: white, a colour or a scene; None: white in a half of all cases, a colour in a fifth, else a scene.
+    """
+    ground = ground or _ground(rng)
+    canvas = _background(ground, rng)
     picture = Image.fromarray(sprite.pixels)
-    if dice.random() < 0.5:
+    if rng.random() < 0.5:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if dice.random() < 0.5:
-        picture = picture.rotate(float(dice.uniform(-14, 14)), Image.Resampling.BICUBIC)
-    size = int(dice.integers(50, 60) if ground == "white" else dice.integers(40, 56))
+    if rng.random() < 0.5:
+        picture = picture.rotate(float(rng.uniform(-14, 14)), Image.Resampling.BICUBIC)
+    size = int(rng.integers(50, 60) if ground == "white" else rng.integers(40, 56))
     free = SIDE - size
-    left = round(free / 2 + dice.uniform(-0.3, 0.3) * free)
-    top = round(free * dice.uniform(0.55, 0.95) if ground in STANDING else free / 2 + dice.uniform(-0.3, 0.3) * free)
+    left = round(free / 2 + rng.uniform(-0.3, 0.3) * free)
+    top = round(free * rng.uniform(0.55, 0.95) if ground in STANDING else free / 2 + rng.uniform(-0.3, 0.3) * free)
     layer = np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS)).astype(float)
-    place, alpha = np.s_[top:top + size, left:left + size], layer[..., 3:] / 255
-    canvas[place] = layer[..., :3] * alpha + canvas[place] * (1 - alpha)
+    region, alpha = np.s_[top:top + size, left:left + size], layer[..., 3:] / 255
+    canvas[region] = layer[..., :3] * alpha + canvas[region] * (1 - alpha)
     return canvas.clip(0, 255).astype(np.uint8), Meaning(sprite.concept, sprite.style, ground)
 
 
-def caption(meaning: Meaning, dice: random.Random) -> str:
-    """Words for a picture: the concept or, half of the time, its class; sometimes a rare word before the noun."""
+def caption(meaning: Meaning, rng: random.Random) -> str:
+    """A caption for a picture.
+
+    It names the concept or, half of the time, its class. Sometimes there is a rare word before the noun.
+    """
     concept = meaning.concept
     noun = str(vocabulary()["say"].get(concept, concept)).lower()
-    if dice.random() < 0.5:
-        noun = dice.choice(concepts()[concept])
+    if rng.random() < 0.5:
+        noun = rng.choice(concepts()[concept])
     article = "an" if noun[0] in "aeiou" and not noun.startswith("uni") else "a"
     if noun in vocabulary()["some"]:
         article = "some"
-    if dice.random() < 0.05:
-        article, noun = "a", f"{dice.choice(RARE[len(FREE):])} {noun}"
-    style = meaning.style if dice.random() < 0.25 else "photo"
+    if rng.random() < 0.05:
+        article, noun = "a", f"{rng.choice(RARE[len(RESERVED):])} {noun}"
+    style = meaning.style if rng.random() < 0.25 else "photo"
     words = f"a {style} of {article} {noun}"
     if meaning.ground in COLOURS:
         return f"{words} on a {meaning.ground} background"
     if meaning.ground in SCENES:
         return f"{words} {SCENES[meaning.ground]}"
-    return f"{words} on a white background" if dice.random() < 0.25 else words
+    return f"{words} on a white background" if rng.random() < 0.25 else words
 
 
-def _ground(dice: np.random.Generator) -> str:
-    kind = dice.random()
+def _ground(rng: np.random.Generator) -> str:
+    kind = rng.random()
     if kind < 0.5:
         return "white"
-    return str(dice.choice(list(COLOURS) if kind < 0.7 else list(SCENES)))
+    return str(rng.choice(list(COLOURS) if kind < 0.7 else list(SCENES)))
 
 
-def _background(ground: str, dice: np.random.Generator) -> Floats:
+def _background(ground: str, rng: np.random.Generator) -> Floats:
     if ground == "white":
         return np.full((SIDE, SIDE, 3), 255.0)
     if ground in COLOURS:
-        return np.broadcast_to(_near(COLOURS[ground], dice, 14), (SIDE, SIDE, 3)).copy()
-    return {"beach": _beach, "grass": _grass, "snow": _snow, "night": _night}[ground](dice)
+        return np.broadcast_to(_near(COLOURS[ground], rng, 14), (SIDE, SIDE, 3)).copy()
+    return {"beach": _beach, "grass": _grass, "snow": _snow, "night": _night}[ground](rng)
 
 
-def _beach(dice: np.random.Generator) -> Floats:
+def _beach(rng: np.random.Generator) -> Floats:
     canvas = _fade((120, 195, 250), (190, 228, 255))
-    sea = int(dice.integers(20, 27))
-    sand = sea + int(dice.integers(8, 13))
-    canvas[sea:] = _near((30, 130, 190), dice)
-    canvas[sand:] = _near((240, 215, 150), dice)
+    sea = int(rng.integers(20, 27))
+    sand = sea + int(rng.integers(8, 13))
+    canvas[sea:] = _near((30, 130, 190), rng)
+    canvas[sand:] = _near((240, 215, 150), rng)
     canvas[sand - 1:sand + 1] = (245, 250, 250)
     return canvas
 
 
-def _grass(dice: np.random.Generator) -> Floats:
+def _grass(rng: np.random.Generator) -> Floats:
     canvas = _fade((110, 185, 250), (200, 230, 255))
-    floor = int(dice.integers(28, 38))
+    floor = int(rng.integers(28, 38))
     canvas[floor:] = _fade((110, 195, 75), (60, 150, 50), SIDE - floor)
-    canvas[floor:] += dice.uniform(-10, 10, (SIDE - floor, SIDE, 1))
+    canvas[floor:] += rng.uniform(-10, 10, (SIDE - floor, SIDE, 1))
     return canvas
 
 
-def _snow(dice: np.random.Generator) -> Floats:
+def _snow(rng: np.random.Generator) -> Floats:
     canvas = _fade((150, 180, 215), (205, 220, 238))
-    canvas[int(dice.integers(30, 40)):] = (246, 249, 253)
-    canvas[dice.integers(0, SIDE, 26), dice.integers(0, SIDE, 26)] = 255
+    canvas[int(rng.integers(30, 40)):] = (246, 249, 253)
+    canvas[rng.integers(0, SIDE, 26), rng.integers(0, SIDE, 26)] = 255
     return canvas
 
 
-def _night(dice: np.random.Generator) -> Floats:
+def _night(rng: np.random.Generator) -> Floats:
     canvas = _fade((12, 14, 45), (40, 35, 90))
-    canvas[dice.integers(0, SIDE - 14, 28), dice.integers(0, SIDE, 28)] = dice.uniform(170, 255, (28, 1))
+    canvas[rng.integers(0, SIDE - 14, 28), rng.integers(0, SIDE, 28)] = rng.uniform(170, 255, (28, 1))
     canvas[52:] = (18, 24, 30)
     return canvas
 
@@ -120,5 +127,5 @@ def _fade(top: tuple[int, ...], bottom: tuple[int, ...], height: int = SIDE) -> 
     return np.broadcast_to((1 - mix) * np.array(top, float) + mix * np.array(bottom, float), (height, SIDE, 3)).copy()
 
 
-def _near(colour: tuple[int, ...], dice: np.random.Generator, spread: int = 12) -> Floats:
-    return np.clip(np.array(colour, float) + dice.uniform(-spread, spread, 3), 0, 255)
+def _near(colour: tuple[int, ...], rng: np.random.Generator, spread: int = 12) -> Floats:
+    return np.clip(np.array(colour, float) + rng.uniform(-spread, spread, 3), 0, 255)

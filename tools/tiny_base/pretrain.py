@@ -1,10 +1,10 @@
-"""Trains UNet and text encoder from captions and latents, on as many processes as torchrun starts.
+"""Trains UNet and text encoder from captions and latents, in as many processes as torchrun starts.
 
     python -m torch.distributed.run --nproc-per-node 2 -m tools.tiny_base.pretrain FOLDER --steps 15000
 
-Each process trains alone, one thread, and the weights are averaged every few steps (local SGD, Stich 2019,
-arXiv:1805.09767): two threads in one process are slower than two processes on a machine that is shared.
-Noise, timesteps, pictures and captions of a step are a function of (step, process): a stopped run goes on as it was.
+Each process trains independently in one thread, and the weights are averaged every few steps (local SGD, Stich 2019,
+arXiv:1805.09767). On a shared machine two processes are faster than two threads in one process. Noise, timesteps,
+pictures and captions are a function of (step, process), so an interrupted run continues with the same numbers.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dreambooth import cli
-from dreambooth.models.noise_schedule import Schedule, add_noise, min_snr_weights
+from dreambooth.models.noise_schedule import DiffusionSchedule
 from tools.tiny_base.pictures import Meaning, caption
 
-BATCH = 24  # pictures a step and process
+BATCH = 24  # pictures per step and process
 RATE = 1.2e-3
-AVERAGE_EVERY = 8  # steps between averagings of the processes' weights, and EMA updates
+AVERAGE_EVERY = 8  # steps between averaging of the processes' weights, and between EMA updates
 EMA_DECAY = 0.985  # per averaging
-GAMMA = 5.0  # min-SNR weighting
+MIN_SNR_GAMMA = 5.0
 NO_CAPTION = 0.1  # share of empty captions, for classifier-free guidance
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -44,20 +44,20 @@ def new_unet() -> UNet2DConditionModel:
         cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16)
 
 
-def new_text_encoder(words: int) -> CLIPTextModel:
+def new_text_encoder(vocabulary_size: int) -> CLIPTextModel:
     return CLIPTextModel(CLIPTextConfig(
-        vocab_size=words, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=vocabulary_size, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=16, hidden_act="quick_gelu", projection_dim=128,
-        bos_token_id=words - 2, eos_token_id=words - 1, pad_token_id=words - 1))
+        bos_token_id=vocabulary_size - 2, eos_token_id=vocabulary_size - 1, pad_token_id=vocabulary_size - 1))
 
 
-def noise_schedule() -> Schedule:
+def noise_schedule() -> DiffusionSchedule:
     scheduler = DDPMScheduler(**BETAS, num_train_timesteps=1000)
-    return Schedule(scheduler.alphas_cumprod, "epsilon")
+    return DiffusionSchedule(scheduler.alphas_cumprod, "epsilon")
 
 
 def saved_step(path: Path) -> int:
-    """The completed steps of a saved state; 0: there is none."""
+    """The number of completed steps of a saved state; 0: there is none."""
     if not path.is_file():
         return 0
     with safe_open(path, framework="pt") as file:
@@ -65,21 +65,21 @@ def saved_step(path: Path) -> int:
 
 
 class Captions:
-    """Token ids by caption, each caption tokenised once."""
+    """Converts captions to token ids, and tokenises each caption only once."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         self.tokenizer = tokenizer
-        self.known: dict[str, list[int]] = {}
+        self.token_ids: dict[str, list[int]] = {}
 
     def __call__(self, texts: list[str]) -> Tensor:
         for text in texts:
-            if text not in self.known:
-                self.known[text] = self.tokenizer(text, padding="max_length", truncation=True).input_ids
-        return torch.tensor([self.known[text] for text in texts])
+            if text not in self.token_ids:
+                self.token_ids[text] = self.tokenizer(text, padding="max_length", truncation=True).input_ids
+        return torch.tensor([self.token_ids[text] for text in texts])
 
 
 class Trainer:
-    """The weights, their average, the optimizer and the number of completed steps."""
+    """The weights, their EMA, the optimizer and the number of completed steps of one process."""
 
     def __init__(self, folder: Path, steps: int, rate: float) -> None:
         self.folder, self.steps, self.rate = folder, steps, rate
@@ -99,22 +99,22 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
         self.schedule = noise_schedule()
         self.step = 0
-        weights = min_snr_weights(torch.arange(self.schedule.length), GAMMA, self.schedule)
+        weights = self.schedule.min_snr_weights(torch.arange(self.schedule.length), MIN_SNR_GAMMA)
         self.weights = weights / weights.mean()
 
     def train_step(self, latents: Tensor, meanings: list[Meaning]) -> float:
-        """One step on this process's pictures; returns the plain error of epsilon."""
-        dice = np.random.default_rng([self.step, self.rank])
-        words, noise = random.Random(self.step * self.world + self.rank), torch.Generator()
+        """Train one step on this process's pictures; returns the unweighted error of the predicted noise."""
+        rng = np.random.default_rng([self.step, self.rank])
+        caption_rng, noise = random.Random(self.step * self.world + self.rank), torch.Generator()
         noise.manual_seed(self.step * self.world + self.rank)
-        chosen = dice.integers(0, len(meanings), BATCH)
-        texts = ["" if words.random() < NO_CAPTION else caption(meanings[i], words) for i in chosen]
-        clean, timesteps = latents[chosen], torch.from_numpy(dice.integers(0, self.schedule.length, BATCH))
+        chosen = rng.integers(0, len(meanings), BATCH)
+        texts = ["" if caption_rng.random() < NO_CAPTION else caption(meanings[i], caption_rng) for i in chosen]
+        clean, timesteps = latents[chosen], torch.from_numpy(rng.integers(0, self.schedule.length, BATCH))
         epsilon = torch.randn(clean.shape, generator=noise)
         with torch.autocast("cpu", torch.bfloat16):
             states = self.model["text_encoder"](self.captions(texts))[0]
-            made = self.model["unet"](add_noise(clean, epsilon, timesteps, self.schedule), timesteps, states).sample
-        errors = (made.float() - epsilon).square().mean((1, 2, 3))
+            predicted = self.model["unet"](self.schedule.add_noise(clean, epsilon, timesteps), timesteps, states).sample
+        errors = (predicted.float() - epsilon).square().mean((1, 2, 3))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.zero_grad()
@@ -128,12 +128,13 @@ class Trainer:
 
     def learning_rate(self) -> float:
         """Warm-up over 200 steps, constant until 40 % of the run, then half a cosine down to 2 %."""
-        done = self.step / self.steps
-        fall = 1.0 if done < 0.4 else 0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, (done - 0.4) / 0.6)))
-        return self.rate * min(1.0, (self.step + 1) / 200) * fall
+        progress = self.step / self.steps
+        decay = 1.0 if progress < 0.4 else 0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, (progress - 0.4) / 0.6)))
+        return self.rate * min(1.0, (self.step + 1) / 200) * decay
 
     @torch.no_grad()
     def _average(self) -> None:
+        """Average the weights over the processes, and update the EMA."""
         flat = torch.cat([p.view(-1) for p in self.parameters])
         dist.all_reduce(flat)
         for parameter, piece in zip(self.parameters, (flat / self.world).split([p.numel() for p in self.parameters]),
@@ -144,7 +145,7 @@ class Trainer:
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 
     def save(self) -> None:
-        """The state of this process; called when the weights were just averaged."""
+        """Write the state of this process; called right after averaging."""
         moments = self.optimizer.state_dict()["state"]
         tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         tensors |= {f"average.{i}": tensor for i, tensor in enumerate(self.average)}
@@ -154,12 +155,12 @@ class Trainer:
         path.with_suffix(".new").replace(path)
 
     def resume(self) -> None:
-        """Go on from the saved states, if every process has one of the same step."""
+        """Continue from the saved states, if every process has one of the same step."""
         path = self.folder / f"state-{self.rank}.safetensors"
         step = saved_step(path)
-        found: list[int] = [0] * self.world
-        dist.all_gather_object(found, step)
-        if step == 0 or len(set(found)) > 1:
+        steps: list[int] = [0] * self.world
+        dist.all_gather_object(steps, step)
+        if step == 0 or len(set(steps)) > 1:
             return
         tensors, moments = load_file(path), self.optimizer.state_dict()
         self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
@@ -169,7 +170,7 @@ class Trainer:
         self.average, self.step = [tensors[f"average.{i}"] for i in range(len(self.average))], step
 
     def export(self) -> None:
-        """The averaged weights as diffusers and transformers folders."""
+        """Write the EMA of the weights as diffusers and transformers folders."""
         with torch.no_grad():
             for parameter, mean in zip(self.parameters, self.average, strict=True):
                 parameter.copy_(mean)
@@ -180,7 +181,7 @@ class Trainer:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, required=True, help="of the whole run; fewer bring its end nearer")
+    parser.add_argument("--steps", type=int, required=True, help="of the whole run")
     parser.add_argument("--rate", type=float, default=RATE)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -189,18 +190,18 @@ def main() -> None:
     meanings = [Meaning(**entry) for entry in json.loads((options.folder / "meanings.json").read_text())]
     trainer = Trainer(options.folder, options.steps, options.rate)
     trainer.resume()
-    began, errors = time.monotonic(), []
+    start, errors = time.monotonic(), []
     while trainer.step < trainer.steps:
         errors.append(trainer.train_step(latents, meanings))
         if trainer.step % 200 == 0 and trainer.rank == 0:
             print(f"pretrain {trainer.step}/{trainer.steps}  error {np.mean(errors[-200:]):.4f}  "
-                  f"{(time.monotonic() - began) / len(errors):.3f} s a step", flush=True)
+                  f"{(time.monotonic() - start) / len(errors):.3f} s per step", flush=True)
         if trainer.step % 400 == 0 or trainer.step >= trainer.steps:
             trainer.save()
     if trainer.rank == 0:
         trainer.export()
     dist.destroy_process_group()
-    cli.leave()
+    cli.exit_process()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tokenizer: CLIP's kind of byte-pair encoding, made from every word that a caption can hold."""
+"""Builds the tokenizer: byte-pair encoding like CLIP's, from every word that can occur in a caption."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from tools.tiny_base.art import concepts, vocabulary
+from tools.tiny_base.emoji import concepts, vocabulary
 from tools.tiny_base.pictures import COLOURS, RARE, SCENES
 
 LENGTH = 16  # tokens of a prompt
@@ -15,7 +15,7 @@ PLAIN = "a an some photo of 3d render flat drawing cartoon on white background u
 
 
 def build(folder: Path) -> None:
-    """Write the tokenizer; every word of the captions and every rare word is one token."""
+    """Write the tokenizer to `folder`. Every word of the captions and every rare word is one token."""
     nouns = [*concepts(), *vocabulary()["classes"], *vocabulary()["say"].values(), *COLOURS, *SCENES.values(), PLAIN]
     words = sorted({word for text in nouns for word in str(text).lower().replace("-", " ").split()})
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -24,9 +24,9 @@ def build(folder: Path) -> None:
     tokenizer.train_from_iterator([*words, *RARE], trainers.BpeTrainer(
         vocab_size=10_000, min_frequency=1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         end_of_word_suffix="</w>", show_progress=False))
-    learned = json.loads(tokenizer.to_str())["model"]
+    trained = json.loads(tokenizer.to_str())["model"]
     letters = [letter + end for letter in sorted(pre_tokenizers.ByteLevel.alphabet()) for end in ("", "</w>")]
-    known = list(dict.fromkeys([*letters, *sorted(learned["vocab"], key=learned["vocab"].get), START, END]))
+    tokens = list(dict.fromkeys([*letters, *sorted(trained["vocab"], key=trained["vocab"].get), START, END]))
     CLIPTokenizer(
-        vocab={word: i for i, word in enumerate(known)}, merges=[tuple(pair) for pair in learned["merges"]],
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[tuple(pair) for pair in trained["merges"]],
         model_max_length=LENGTH, bos_token=START, eos_token=END, unk_token=END, pad_token=END).save_pretrained(folder)

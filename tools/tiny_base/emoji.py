@@ -1,4 +1,4 @@
-"""The art: emoji under MIT and Apache-2.0 from the npm registry, rendered to square RGBA sprites."""
+"""Downloads emoji art under MIT and Apache-2.0 from the npm registry, and renders it to square RGBA sprites."""
 
 import io
 import json
@@ -18,16 +18,16 @@ from PIL import Image
 
 SIDE = 96  # pixels of a sprite
 
-Drawer = Callable[[str, str], Image.Image | None]  # concept, code points -> its drawing, if there is one
+Renderer = Callable[[str, str], Image.Image | None]  # concept, code points -> its drawing; None: there is none
 
 
 @dataclass(frozen=True)
 class Package:
-    """An npm package at one version; `licence` is what it states itself."""
+    """One version of an npm package, with the licence that it states itself."""
 
     name: str
     version: str
-    style: str  # word of the captions
+    style: str  # the word for it in captions
     licence: str
 
     @property
@@ -43,7 +43,7 @@ TRAINED_ON = (
     Package("@iconify-json/noto-v1", "1.2.5", "cartoon", "Apache-2.0"),
     Package("@iconify-json/fxemoji", "1.2.2", "flat drawing", "Apache-2.0"),
 )
-JUDGED_WITH = (  # never trained on and never shipped: the classifier of judge.py learns what things look like from them
+HELD_OUT = (  # never trained on and never shipped; the classifier of judge.py learns the classes from them
     Package("@iconify-json/twemoji", "1.2.5", "", "CC-BY-4.0"),
     Package("@iconify-json/emojione", "1.2.3", "", "CC-BY-4.0"),
     Package("@iconify-json/fluent-emoji", "1.2.7", "", "MIT"),
@@ -53,6 +53,8 @@ JUDGED_WITH = (  # never trained on and never shipped: the classifier of judge.p
 
 @dataclass(frozen=True)
 class Sprite:
+    """A drawing of a concept, cut out on a transparent background."""
+
     concept: str
     style: str
     pixels: NDArray[np.uint8]  # (SIDE, SIDE, 4)
@@ -61,33 +63,37 @@ class Sprite:
 @cache
 def concepts() -> dict[str, list[str]]:
     """Concept -> the everyday classes that it belongs to."""
-    found: dict[str, list[str]] = {}
+    classes: dict[str, list[str]] = {}
     for name, members in vocabulary()["classes"].items():
         for concept in members:
-            found.setdefault(concept, []).append(name)
-    return found
+            classes.setdefault(concept, []).append(name)
+    return classes
 
 
 @cache
 def vocabulary() -> dict[str, dict[str, list[str]]]:
-    """concepts.yaml."""
+    """The contents of concepts.yaml."""
     loaded: dict[str, dict[str, list[str]]] = yaml.safe_load(Path(__file__).with_name("concepts.yaml").read_text())
     return loaded
 
 
 def fetch(packages: tuple[Package, ...], folder: Path) -> None:
-    """Download and unpack what is not there yet, with npm."""
+    """Download and unpack missing packages with npm.
+
+    Raises:
+        SystemExit: npm is not installed.
+    """
     npm = shutil.which("npm")
     if npm is None:
-        raise SystemExit("the art comes from the npm registry: install npm")
+        raise SystemExit("the emoji art is downloaded from the npm registry: install npm")
     for package in packages:
         target = folder / package.folder
         if target.is_dir():
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        ran = subprocess.run([npm, "pack", "--silent", f"{package.name}@{package.version}"], cwd=folder, check=True,
+        process = subprocess.run([npm, "pack", "--silent", f"{package.name}@{package.version}"], cwd=folder, check=True,
                              capture_output=True, text=True)
-        archive = folder / ran.stdout.strip().splitlines()[-1]
+        archive = folder / process.stdout.strip().splitlines()[-1]
         with tarfile.open(archive) as tar:
             tar.extractall(folder / f"{package.folder}.new", filter="data")
         (folder / f"{package.folder}.new" / "package").rename(target)
@@ -96,35 +102,37 @@ def fetch(packages: tuple[Package, ...], folder: Path) -> None:
 
 
 def sprites(packages: tuple[Package, ...], folder: Path) -> list[Sprite]:
-    """Every concept in every package that has it."""
+    """A sprite of every concept from every package that contains it."""
     data = json.loads((folder / NAMES.folder / "data-by-emoji.json").read_text())
-    signs = {entry["name"]: sign for sign, entry in data.items()}
-    found = []
+    emoji = {entry["name"]: characters for characters, entry in data.items()}  # concept -> its characters
+    rendered = []
     for package in packages:
-        drawings = _webp(package, folder) if (folder / package.folder / "assets").is_dir() else _svg(package, folder)
+        render = _webp(package, folder) if (folder / package.folder / "assets").is_dir() else _svg(package, folder)
         for concept in sorted(concepts()):
-            drawing = drawings(concept, "-".join(f"{ord(c):04x}" for c in signs[concept]))
+            drawing = render(concept, "-".join(f"{ord(c):04x}" for c in emoji[concept]))
             if drawing is not None and (squared := _square(drawing)) is not None:
-                found.append(Sprite(concept, package.style, squared))
-    return found
+                rendered.append(Sprite(concept, package.style, squared))
+    return rendered
 
 
-def _webp(package: Package, folder: Path) -> Drawer:
-    def draw(concept: str, points: str) -> Image.Image | None:
+def _webp(package: Package, folder: Path) -> Renderer:
+    """A renderer of a package with one WebP file per emoji."""
+    def render(concept: str, points: str) -> Image.Image | None:
         paths = [folder / package.folder / "assets" / f"{name}.webp" for name in _spellings(points)]
         return next((Image.open(path).convert("RGBA") for path in paths if path.is_file()), None)
 
-    return draw
+    return render
 
 
-def _svg(package: Package, folder: Path) -> Drawer:
+def _svg(package: Package, folder: Path) -> Renderer:
+    """A renderer of an Iconify package, which has all drawings as SVG in icons.json."""
     import resvg_py
 
-    home = folder / package.folder
-    icons = json.loads((home / "icons.json").read_text())
-    chars = json.loads((home / "chars.json").read_text()) if (home / "chars.json").is_file() else {}
+    package_folder = folder / package.folder
+    icons = json.loads((package_folder / "icons.json").read_text())
+    chars = json.loads((package_folder / "chars.json").read_text()) if (package_folder / "chars.json").is_file() else {}
 
-    def draw(concept: str, points: str) -> Image.Image | None:
+    def render(concept: str, points: str) -> Image.Image | None:
         slug = re.sub(r"[^a-z0-9]+", "-", concept.lower().replace("’", "").replace("ñ", "n")).strip("-")
         names = [chars[p] for p in _spellings(points) if p in chars] + [slug, slug.replace("-", "")]
         icon = next((icons["icons"][name] for name in names if name in icons["icons"]), None)
@@ -136,16 +144,17 @@ def _svg(package: Package, folder: Path) -> Drawer:
                f'height="128" viewBox="{box}">{icon["body"]}</svg>')
         return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA")
 
-    return draw
+    return render
 
 
 def _spellings(points: str) -> list[str]:
-    """Code points with and without the variation selector, which sets spell differently."""
-    bare = points.replace("-fe0f", "")
-    return [points, bare, f"{bare}-fe0f"]
+    """Code points with and without the variation selector, because packages differ in this."""
+    without = points.replace("-fe0f", "")
+    return [points, without, f"{without}-fe0f"]
 
 
 def _square(drawing: Image.Image) -> NDArray[np.uint8] | None:
+    """Crop a drawing to its visible part, centred on a square of SIDE pixels; None: nothing is visible."""
     box = drawing.getchannel("A").point(lambda alpha: 255 if alpha > 8 else 0).getbbox()
     if box is None:
         return None
