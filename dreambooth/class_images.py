@@ -32,7 +32,8 @@ def _job(config: Config) -> None:
     from dreambooth.utils.signals import catch_stop_signals
 
     cli.configure_allocator(config.memory)
-    recipe = resolve(convert_single_files(run_inputs.fetch_inputs(config, None)), Path(config.run_root), detect_machine())
+    config = convert_single_files(run_inputs.fetch_inputs(config, None))
+    recipe = resolve(config, Path(config.run_root), detect_machine())
     with catch_stop_signals() as stop:
         from dreambooth.training.setup import make_class_images
 

@@ -30,8 +30,9 @@ def _job(cfg: DictConfig) -> None:
     from dreambooth.utils.signals import catch_stop_signals
 
     import_libraries()
-    options = replace(options, run=run_inputs.download_if_remote(options.run), base=run_inputs.download_if_remote(options.base),
-                      lora=[str(run_inputs.download_if_remote(lora)) for lora in options.loras])
+    download = run_inputs.download_if_remote
+    options = replace(options, run=download(options.run), base=download(options.base),
+                      lora=[str(download(lora)) for lora in options.loras])
     with catch_stop_signals() as stop:
         draw(options, stop)
 

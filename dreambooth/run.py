@@ -11,8 +11,8 @@ from dreambooth.data.prefetch import Prefetcher
 from dreambooth.evaluation.evaluator import Evaluator
 from dreambooth.models import loading
 from dreambooth.planner import auto_memory
-from dreambooth.runs import report
-from dreambooth.runs.run_folder import Result, check_disk_space, load_finished, with_objective, locked, find_resume_point
+from dreambooth.runs import report, run_folder
+from dreambooth.runs.run_folder import Result, find_resume_point, load_finished, locked
 from dreambooth.runtime import oom_advice
 from dreambooth.runtime.engine import Engine, create_engine
 from dreambooth.runtime.memory_meter import MemoryMeter
@@ -59,8 +59,8 @@ def execute(recipe: Recipe, stop: StopRequest) -> Result:
             console.say(f"going on after step {setup.state.step} from {start.name}")
         if engine.is_main_process:
             best = best_weights.needed_bytes(setup.trained) if recipe.evaluate.select else 0
-            check_disk_space(recipe.run_dir, best + export.size_bytes(setup.parts, recipe)
-                       + checkpoint.needed_bytes(setup.state, setup.trained, recipe.checkpoint.keep))
+            checkpoints = checkpoint.needed_bytes(setup.state, setup.trained, recipe.checkpoint.keep)
+            run_folder.check_disk_space(recipe.run_dir, checkpoints + best + export.size_bytes(setup.parts, recipe))
         with track_run(recipe, engine.is_main_process) as tracker:  # no MLflow run if the input is wrong
             result = _train(recipe, engine, setup, console, meter, tracker, stop)
         console.table(report.summary_table(result, recipe, tracker.url()))
@@ -106,7 +106,7 @@ def _finish(recipe: Recipe, engine: Engine, setup: Setup, evaluation: Evaluation
         result = Result(step, nan, seconds, str(recipe.run_dir), "model", exported, scores, evaluation.scores(0))
         if not engine.is_main_process:
             return result
-        result = with_objective(result, recipe)
+        result = run_folder.with_objective(result, recipe)
         with evaluation.exported_weights(exact=True):
             folder = export.export(setup.parts, recipe, exported, recipe.run_dir / "contact_sheet.png")
     tracker.log_metrics(step, meter.peaks | {

@@ -42,7 +42,7 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
     from dreambooth.cloud import secrets
     from dreambooth.config.recipe import resolve
     from dreambooth.runs import remote_mirror
-    from dreambooth.runs.run_folder import remove_if_unused, remove_hydra_record
+    from dreambooth.runs.run_folder import remove_hydra_record, remove_if_unused
     from dreambooth.storage import run_inputs
     from dreambooth.utils.hardware import detect_machine
     from dreambooth.utils.signals import catch_stop_signals
