@@ -106,7 +106,7 @@ def format_plan(plan: Plan) -> str:
 
 def format_comparison(plans: Sequence[Plan]) -> str:
     """Several plans as a table with one row per plan."""
-    rows = [("hardware", "card", "needs", "of", "fits", "s/step", "run", "price", "levers added")]
+    rows = [("hardware", "card", "needs", "of", "fits", "s/step", "run", "price", "options added")]
     for plan in plans:
         time, hardware = plan.estimate, plan.recipe.hardware
         rows.append((
