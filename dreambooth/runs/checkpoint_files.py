@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk: which are whole, which is the newest, which may go. No torch."""
+"""Checkpoint folders on disk: which ones are intact, which is the newest, which are removed. No torch."""
 
 import json
 import logging
@@ -8,40 +8,40 @@ from dreambooth.utils import atomic_files
 
 log = logging.getLogger(__name__)
 
-STATE = "state.json"
+STATE_FILE = "state.json"
 
 
 def rotate(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` intact checkpoints; a damaged one is never kept in the place of a good one."""
-    steps = _steps(folder)
-    kept = [path for path in steps if intact(path)][-keep:]
-    for old in steps:
-        if old not in kept:
-            atomic_files.remove_folder(old)
+    """Remove all but the newest `keep` intact checkpoints. Damaged checkpoints do not count, and are removed."""
+    checkpoints = _list_checkpoints(folder)
+    kept = [path for path in checkpoints if is_intact(path)][-keep:]
+    for path in checkpoints:
+        if path not in kept:
+            atomic_files.remove_folder(path)
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest intact checkpoint, or None. A damaged one is passed over with a warning."""
-    for candidate in reversed(_steps(folder)):
-        if intact(candidate):
-            return candidate
-        log.warning("checkpoint %s is damaged and is passed over", candidate)
+    """Return the newest intact checkpoint, or None. A damaged one is skipped with a warning."""
+    for path in reversed(_list_checkpoints(folder)):
+        if is_intact(path):
+            return path
+        log.warning("checkpoint %s is damaged and is skipped", path)
     return None
 
 
-def intact(path: Path) -> bool:
-    """True if every file of the checkpoint has the size it was written with."""
+def is_intact(path: Path) -> bool:
+    """Whether every file of a checkpoint has the size with which it was written."""
     try:
-        sizes = json.loads((path / STATE).read_text(encoding="utf-8"))["sizes"]
+        sizes = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["sizes"]
         return all((path / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError):
         return False
 
 
 def step_of(path: Path) -> int:
-    """How many completed steps a checkpoint folder holds."""
-    return int(json.loads((path / STATE).read_text(encoding="utf-8"))["step"])
+    """Return the number of completed steps of a checkpoint."""
+    return int(json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["step"])
 
 
-def _steps(folder: Path) -> list[Path]:
-    return sorted((entry for entry in folder.glob("step-*") if entry.is_dir()), key=atomic_files.number_of)
+def _list_checkpoints(folder: Path) -> list[Path]:
+    return sorted((entry for entry in folder.glob("step-*") if entry.is_dir()), key=atomic_files.trailing_number)

@@ -1,4 +1,4 @@
-"""What a run makes, copied to S3 while it runs and after."""
+"""Copies a run to S3: its checkpoints while it trains, its result at the end."""
 
 import logging
 import threading
@@ -10,114 +10,133 @@ from typing import Any
 
 from dreambooth.config.schema import Storage
 from dreambooth.errors import DreamBoothError, UserError
-from dreambooth.runs.checkpoint_files import intact, latest
+from dreambooth.runs.checkpoint_files import is_intact, latest
 from dreambooth.storage import folders
-from dreambooth.storage.manifest import Entries, of_folder
-from dreambooth.storage.run_inputs import first
+from dreambooth.storage.manifest import Entries, hash_folder
+from dreambooth.storage.run_inputs import is_main_process
 from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
 
-MADE = (".hydra", "model", "samples", "contact_sheet.png", "evaluation.json", "metrics.jsonl", "result.json",
-        "run.json")
-LOOK = 5.0  # seconds between two looks for a new checkpoint
-LONGEST = 600.0  # seconds until one that could not be copied is tried again
+RESULT_FILES = (".hydra", "model", "samples", "contact_sheet.png", "evaluation.json", "metrics.jsonl", "result.json",
+                "run.json")
+POLL_SECONDS = 5.0  # between two looks for a new checkpoint
+MAX_RETRY_SECONDS = 600.0  # longest time until a checkpoint that could not be copied is tried again
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def kept(spec: Storage, run_dir: Path, resume: str) -> Iterator[Callable[[Any], None]]:
-    """Copy to `storage.upload` what a run makes: checkpoints as they come, and what the yielded function is told of.
+def mirror_run(spec: Storage, run_dir: Path, resume: str) -> Iterator[Callable[[Any], None]]:
+    """Copy a run to `storage.upload`: checkpoints as they are written, and the result when it exists.
+
+    If this machine has no intact checkpoint of the run, the newest one in S3 is downloaded first.
+
+    Yields:
+        A function that copies the run's Result; the caller calls it at the end.
 
     Raises:
-        UserError: the result could not be copied. A checkpoint that could not be is a warning: the run goes on.
+        UserError: the result could not be copied. A checkpoint that could not be copied is only a warning, and the run
+            continues.
     """
-    if spec.upload is None or not first():
+    if spec.upload is None or not is_main_process():
         yield lambda result: None
         return
-    place = f"{spec.upload.rstrip('/')}/{run_dir.name}"
-    mirror = Mirror(run_dir, place, spec.parallel) if spec.checkpoints else None
+    uri = f"{spec.upload.rstrip('/')}/{run_dir.name}"
+    mirror = CheckpointMirror(run_dir, uri, spec.parallel) if spec.checkpoints else None
     if mirror:
-        mirror.bring(resume)
+        mirror.download_latest(resume)
         mirror.start()
     try:
-        yield lambda result: _copy(result.step, run_dir, place, spec.parallel)
+        yield lambda result: _copy_result(result.step, run_dir, uri, spec.parallel)
     finally:
         if mirror:
             mirror.finish()
 
 
-def _copy(step: int, run_dir: Path, place: str, parallel: int) -> None:
-    """The result, into a folder named by its steps: a run that is extended makes another."""
-    console, target = Console(), f"{place}/result-{step:06d}"
-    target = folders.upload_beside(run_dir, target, of_folder(run_dir, MADE), console, parallel, core="model/")
+def _copy_result(step: int, run_dir: Path, uri: str, parallel: int) -> None:
+    """Copy the result into a folder that is named by its steps: a run that is extended has several results."""
+    console, target = Console(), f"{uri}/result-{step:06d}"
+    entries = hash_folder(run_dir, RESULT_FILES)
+    target = folders.upload_with_fallback(run_dir, target, entries, console, parallel, core="model/")
     console.say(f"complete in {target}")
 
 
-class Mirror(threading.Thread):
-    """Copies each new checkpoint, newest first; one that is rotated away meanwhile is passed over, as is a damaged one.
+class CheckpointMirror(threading.Thread):
+    """Copies each new checkpoint to S3, newest first.
 
-    One that cannot be copied is tried again ever more seldom, since each attempt competes with the training.
+    A checkpoint that is damaged, or that is removed meanwhile, is skipped. One that cannot be copied is retried at
+    growing intervals, because each attempt competes with the training.
     """
 
-    def __init__(self, run_dir: Path, place: str, parallel: int) -> None:
+    def __init__(self, run_dir: Path, uri: str, parallel: int) -> None:
+        """Args:
+            uri: S3 address of the run; checkpoints are below it in `checkpoints`.
+            parallel: number of parallel transfers.
+        """
         super().__init__(name="checkpoints to S3", daemon=True)
-        self._folder, self._place, self._parallel = run_dir / "checkpoints", f"{place}/checkpoints", parallel
-        self._done: set[str] = set()
-        self._failed, self._pause, self._again = "", LOOK, 0.0  # the last that could not be copied; when to try again
-        self._read: tuple[Any, Entries] = None, {}  # the last checkpoint that was read, and what it holds
+        self._folder, self._uri, self._parallel = run_dir / "checkpoints", f"{uri}/checkpoints", parallel
+        self._copied: set[str] = set()
+        self._failed = ""  # name of the last checkpoint that could not be copied
+        self._retry_pause, self._retry_time = POLL_SECONDS, 0.0
+        self._hashed: tuple[Any, Entries] = None, {}  # the last checkpoint that was hashed, and its entries
         self._closing = threading.Event()
 
-    def bring(self, resume: str) -> None:
-        """Put the newest checkpoint of S3 where the run will look, if this machine has none that is whole."""
-        there = folders.complete_folders(self._place)
-        if there and resume != "auto":
-            raise UserError(f"{self._place} holds checkpoints of this run: type checkpoint.resume=auto, or another "
+    def download_latest(self, resume: str) -> None:
+        """Download the newest checkpoint of S3 into the run folder, if this machine has no intact one.
+
+        Raises:
+            UserError: S3 has checkpoints and `checkpoint.resume` is not auto.
+        """
+        remote = folders.list_complete_folders(self._uri)
+        if remote and resume != "auto":
+            raise UserError(f"{self._uri} holds checkpoints of this run: type checkpoint.resume=auto, or another "
                             "storage.upload")
-        names = [folders.first_of(uri.rpartition("/")[2]) for uri in there]
-        if there and latest(self._folder) is None:
-            aside = self._folder / f"{atomic_files.ASIDE}s3"
-            folder = folders.download(there[-1], aside, Console(), self._parallel, complete=True)
+        names = [folders.strip_fallback_number(uri.rpartition("/")[2]) for uri in remote]
+        if remote and latest(self._folder) is None:
+            cache = self._folder / f"{atomic_files.TEMPORARY_PREFIX}s3"
+            downloaded = folders.download(remote[-1], cache, Console(), self._parallel, complete=True)
             if (self._folder / names[-1]).exists():
                 atomic_files.remove_folder(self._folder / names[-1])
-            atomic_files.publish(folder, self._folder / names[-1])
-        self._done = set(names)
+            atomic_files.publish(downloaded, self._folder / names[-1])
+        self._copied = set(names)
 
     def run(self) -> None:
-        while not self._closing.wait(LOOK):
-            self._turn()
+        """Look for new checkpoints until `finish` is called."""
+        while not self._closing.wait(POLL_SECONDS):
+            self._copy_newest()
 
     def finish(self) -> None:
-        """Copy the last one too."""
+        """End the thread, and copy the last checkpoint too."""
         self._closing.set()
         self.join()
-        self._again = 0.0
-        self._turn()
+        self._retry_time = 0.0
+        self._copy_newest()
 
-    def _turn(self) -> None:
+    def _copy_newest(self) -> None:
         new = [path for path in self._folder.glob("step-*")
-               if path.name not in self._done and intact(path)]
-        for path in sorted(new, key=atomic_files.number_of)[-1:]:
-            if path.name == self._failed and time.monotonic() < self._again:
+               if path.name not in self._copied and is_intact(path)]
+        for path in sorted(new, key=atomic_files.trailing_number)[-1:]:
+            if path.name == self._failed and time.monotonic() < self._retry_time:
                 continue
             try:
-                folders.upload_beside(path, f"{self._place}/{path.name}", self._entries(path), None, self._parallel)
-                self._done.add(path.name)
-            except FileNotFoundError:
+                folders.upload_with_fallback(
+                    path, f"{self._uri}/{path.name}", self._entries(path), None, self._parallel)
+                self._copied.add(path.name)
+            except FileNotFoundError:  # it was removed meanwhile
                 pass
             except DreamBoothError as error:
                 if path.is_dir():
-                    self._put_off(path.name, error)
+                    self._schedule_retry(path.name, error)
 
     def _entries(self, path: Path) -> Entries:
-        """What a checkpoint holds, read once, not at each attempt."""
+        """Return the entries of a checkpoint; it is hashed once, not at each attempt."""
         key = path, path.stat().st_mtime_ns
-        if self._read[0] != key:
-            self._read = key, of_folder(path)
-        return self._read[1]
+        if self._hashed[0] != key:
+            self._hashed = key, hash_folder(path)
+        return self._hashed[1]
 
-    def _put_off(self, name: str, error: DreamBoothError) -> None:
+    def _schedule_retry(self, name: str, error: DreamBoothError) -> None:
         if name != self._failed:
             log.warning("checkpoint %s is not in S3: %s", name, error)
-            self._failed, self._pause = name, LOOK
-        self._pause = min(2 * self._pause, LONGEST)
-        self._again = time.monotonic() + self._pause
+            self._failed, self._retry_pause = name, POLL_SECONDS
+        self._retry_pause = min(2 * self._retry_pause, MAX_RETRY_SECONDS)
+        self._retry_time = time.monotonic() + self._retry_pause

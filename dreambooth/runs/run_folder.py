@@ -1,4 +1,6 @@
-"""The folder of a run: who may use it, whether it is finished, what was there before.
+"""A run's folder: locking it, finding out whether the run is finished, and where to resume.
+
+What it holds:
 
     config of the run         run.json            metrics and images     metrics.jsonl, samples/, contact_sheet.png
     training state            checkpoints/        the result             model/, result.json
@@ -16,56 +18,56 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dreambooth.serialization import export_layout
 from dreambooth.config import evaluate
-from dreambooth.utils import atomic_files
-from dreambooth.runs.checkpoint_files import latest
-from dreambooth.errors import DoesNotFit, UserError
-from dreambooth.utils.hardware import GIB
 from dreambooth.config.recipe import Recipe
+from dreambooth.errors import DoesNotFit, UserError
+from dreambooth.runs.checkpoint_files import latest
+from dreambooth.serialization import export_layout
+from dreambooth.utils import atomic_files
+from dreambooth.utils.hardware import GIB
 
-KEPT = {".hydra", ".lock", "train.log", "remote.json"}  # what stays when an earlier run is set aside
+KEPT_ON_RESTART = {".hydra", ".lock", "train.log", "remote.json"}  # files that stay when an earlier run is moved away
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run made; also `result.json`."""
+    """The result of a finished run; also the content of `result.json`."""
 
     step: int  # completed steps
-    objective: float  # of a sweep, lower is better: the instance loss, or what evaluate.objective names
+    objective: float  # of sweeps, lower is better: the instance loss, or the measure that evaluate.objective names
     seconds: float  # of training, in this process
     run_dir: str
     model: str  # folder of the exported model, inside run_dir
-    exported_step: int | None = None  # completed steps of its weights; fewer than `step` if evaluate.select chose them
-    scores: dict[str, float] = field(default_factory=dict)  # of its weights: measures by name, and instance_loss
+    exported_step: int | None = None  # steps of the exported weights; fewer than `step` if evaluate.select chose
+    scores: dict[str, float] = field(default_factory=dict)  # of the exported weights: measures, and instance_loss
     base_scores: dict[str, float] = field(default_factory=dict)  # measures before training
 
     def write(self) -> None:
-        """Write result.json, whole or not at all."""
+        """Write result.json atomically."""
         atomic_files.write_json(Path(self.run_dir) / "result.json", asdict(self))
 
 
-def judged(result: Result, recipe: Recipe) -> Result:
-    """The same result with the objective that is asked for.
+def with_objective(result: Result, recipe: Recipe) -> Result:
+    """Return the result with the objective that evaluate.objective names.
 
     Raises:
         UserError: the run did not measure it.
     """
-    asked, scores = recipe.evaluate.objective, {evaluate.INSTANCE_LOSS: result.objective} | result.scores
+    name, scores = recipe.evaluate.objective, {evaluate.INSTANCE_LOSS: result.objective} | result.scores
     try:
-        return replace(result, objective=evaluate.objective(asked, recipe.measured, scores))
+        return replace(result, objective=evaluate.compute_objective(name, recipe.measure_roles, scores))
     except KeyError as error:
-        raise UserError(f"this run did not measure {error.args[0]}, which evaluate.objective={asked} needs: type "
-                        f"evaluate.objective={evaluate.INSTANCE_LOSS}, or checkpoint.resume=never to train it anew"
+        raise UserError(f"this run did not measure {error.args[0]}, which evaluate.objective={name} needs: type "
+                        f"evaluate.objective={evaluate.INSTANCE_LOSS}, or checkpoint.resume=never to train it again"
                         ) from error
 
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder.
+    """Lock the run folder for this process.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process has locked it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / ".lock")
@@ -73,15 +75,15 @@ def locked(run_dir: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"another process is training in {run_dir}: wait for it, "
-                        "or change a setting (such as train.seed) for a run of its own") from error
+                        "or change a setting (such as train.seed) for another run") from error
     try:
         yield
     finally:
         lock.release()
 
 
-def finished(recipe: Recipe) -> Result | None:
-    """The result, if the run has all the steps that are asked for and is not to start over."""
+def load_finished(recipe: Recipe) -> Result | None:
+    """Return the result if the run has at least train.max_train_steps steps and is not to start over; else None."""
     run_dir = recipe.run_dir
     if recipe.checkpoint.resume != "auto":
         return None
@@ -89,54 +91,62 @@ def finished(recipe: Recipe) -> Result | None:
         result = Result(**json.loads((run_dir / "result.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    made = export_layout.whole(run_dir / result.model, recipe.method.kind.value, recipe.method.merge)
-    return judged(result, recipe) if result.step >= recipe.train.max_train_steps and made else None
+    exported = export_layout.is_exported(run_dir / result.model, recipe.method.kind.value, recipe.method.merge)
+    return with_objective(result, recipe) if result.step >= recipe.train.max_train_steps and exported else None
 
 
-def resume_point(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint to start from. Anything but `auto` first sets an earlier run of this folder aside."""
-    atomic_files.sweep(run_dir)
-    atomic_files.sweep(run_dir / "checkpoints")
-    atomic_files.sweep(run_dir / "samples")
+def find_resume_point(run_dir: Path, resume: str) -> Path | None:
+    """Return the checkpoint to start from, or None to start at step 0.
+
+    Removes what a killed process has left half done. Unless `resume` is auto, an earlier run in this folder is moved
+    into `earlier-TIME/` first.
+
+    Args:
+        resume: auto, never, or the path of a checkpoint.
+    """
+    atomic_files.remove_leftovers(run_dir)
+    atomic_files.remove_leftovers(run_dir / "checkpoints")
+    atomic_files.remove_leftovers(run_dir / "samples")
     if resume == "auto":
         return latest(run_dir / "checkpoints")
-    chosen = None if resume == "never" else Path(resume).absolute()
-    aside = _set_aside(run_dir)
-    if aside and chosen and chosen.is_relative_to(run_dir):
-        chosen = aside / chosen.relative_to(run_dir)
-    return chosen
+    checkpoint = None if resume == "never" else Path(resume).absolute()
+    earlier = _move_earlier_run(run_dir)
+    if earlier and checkpoint and checkpoint.is_relative_to(run_dir):
+        checkpoint = earlier / checkpoint.relative_to(run_dir)
+    return checkpoint
 
 
-def _set_aside(run_dir: Path) -> Path | None:
-    """Move an earlier run's files into `earlier-TIME/`: nothing is ever deleted for a new start."""
-    old = [entry for entry in run_dir.iterdir() if entry.name not in KEPT and not entry.name.startswith("earlier-")]
-    if not old:
+def _move_earlier_run(run_dir: Path) -> Path | None:
+    """Move an earlier run's files into `earlier-TIME/`, so that starting over never deletes anything."""
+    entries = [entry for entry in run_dir.iterdir()
+               if entry.name not in KEPT_ON_RESTART and not entry.name.startswith("earlier-")]
+    if not entries:
         return None
     stamp = time.strftime("earlier-%Y%m%d-%H%M%S")
-    names = (stamp if again == 1 else f"{stamp}-{again}" for again in itertools.count(1))
-    aside = next(run_dir / name for name in names if not (run_dir / name).exists())
-    aside.mkdir()
-    for entry in old:
-        entry.replace(aside / entry.name)
-    return aside
+    names = (stamp if number == 1 else f"{stamp}-{number}" for number in itertools.count(1))
+    earlier = next(run_dir / name for name in names if not (run_dir / name).exists())
+    earlier.mkdir()
+    for entry in entries:
+        entry.replace(earlier / entry.name)
+    return earlier
 
 
-def check_disk(run_dir: Path, needed: int) -> None:
-    """Raise DoesNotFit when the disk has fewer than `needed` bytes free."""
+def check_disk_space(run_dir: Path, needed: int) -> None:
+    """Raise DoesNotFit if the disk has fewer than `needed` bytes free."""
     free = shutil.disk_usage(run_dir).free
     if free < needed:
         raise DoesNotFit(f"checkpoints and model need {needed / GIB:.1f} GiB and {run_dir} has {free / GIB:.1f} GiB "
                          "free: type run_root=DIR on a larger disk, or checkpoint.keep=1")
 
 
-def forget_overrides(run_dir: Path) -> None:
-    """Remove Hydra's record of what was typed, for it holds a secret."""
+def remove_hydra_record(run_dir: Path) -> None:
+    """Remove Hydra's record of the overrides, because one of them contains a secret."""
     shutil.rmtree(run_dir / ".hydra", ignore_errors=True)
     (run_dir.parent / "multirun.yaml").unlink(missing_ok=True)
 
 
-def discard_if_unused(run_dir: Path) -> None:
-    """Remove a run folder in which nothing happened, unless another process is at its beginning there."""
-    if run_dir.is_dir() and {entry.name for entry in run_dir.iterdir()} <= KEPT:
+def remove_if_unused(run_dir: Path) -> None:
+    """Remove a run folder that holds no work, unless another process is starting a run in it."""
+    if run_dir.is_dir() and {entry.name for entry in run_dir.iterdir()} <= KEPT_ON_RESTART:
         with suppress(UserError), locked(run_dir):
             shutil.rmtree(run_dir, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""`python -m dreambooth.storage`: upload a folder to S3, or download one."""
+"""The command `python -m dreambooth.storage`: upload a folder to S3, or download one."""
 
 import argparse
 from pathlib import Path
@@ -10,38 +10,38 @@ from dreambooth.utils.console import Console
 
 
 def parser() -> argparse.ArgumentParser:
-    """What `python -m dreambooth.storage` understands."""
+    """Build the argument parser of `python -m dreambooth.storage`."""
     description = (folders.__doc__ or "").split("\n")[0]
-    found = argparse.ArgumentParser(prog="python -m dreambooth.storage", description=description)
-    commands = found.add_subparsers(dest="command", required=True)
-    up = commands.add_parser("upload", help="make a folder complete in S3")
-    up.add_argument("folder", type=Path)
-    up.add_argument("uri", metavar="s3://BUCKET/PREFIX")
-    down = commands.add_parser("download", help="fetch a folder from S3 and say where it is")
-    down.add_argument("uri", metavar="s3://BUCKET/PREFIX")
-    down.add_argument("folder", type=Path, help="a folder is made in it, named by its content")
-    for one in (up, down):
-        one.add_argument("--parallel", type=int, default=folders.PARALLEL, help="transfers at a time")
-    return found
+    parser = argparse.ArgumentParser(prog="python -m dreambooth.storage", description=description)
+    commands = parser.add_subparsers(dest="command", required=True)
+    upload = commands.add_parser("upload", help="upload a folder to S3, or continue an upload")
+    upload.add_argument("folder", type=Path)
+    upload.add_argument("uri", metavar="s3://BUCKET/PREFIX")
+    download = commands.add_parser("download", help="download a folder from S3 and print its path")
+    download.add_argument("uri", metavar="s3://BUCKET/PREFIX")
+    download.add_argument("folder", type=Path, help="where to create a folder that is named by its content")
+    for command in (upload, download):
+        command.add_argument("--parallel", type=int, default=folders.PARALLEL, help="number of parallel transfers")
+    return parser
 
 
 def main() -> None:
-    """`python -m dreambooth.storage`."""
-    asked = parser().parse_args()
+    """Run `python -m dreambooth.storage`."""
+    options = parser().parse_args()
 
     def job() -> None:
-        if not 1 <= asked.parallel <= 64:
-            raise UserError(f"--parallel must be from 1 to 64, not {asked.parallel}")
-        if asked.command == "upload":
-            if not asked.folder.is_dir():
-                raise UserError(f"{asked.folder} is no folder: type a folder, then the place in S3")
-            folders.upload(asked.folder, asked.uri, Console(), asked.parallel)
-            print(f"{asked.uri} is complete")
+        if not 1 <= options.parallel <= 64:
+            raise UserError(f"--parallel must be from 1 to 64, not {options.parallel}")
+        if options.command == "upload":
+            if not options.folder.is_dir():
+                raise UserError(f"{options.folder} is not a folder: type a folder, then its S3 address")
+            folders.upload(options.folder, options.uri, Console(), options.parallel)
+            print(f"{options.uri} is complete")
         else:
-            print(folders.download(asked.uri, asked.folder, Console(), asked.parallel))
+            print(folders.download(options.uri, options.folder, Console(), options.parallel))
 
-    cli.attempt(job, sweep=False)
-    cli.leave()
+    cli.run_job(job, sweep=False)
+    cli.exit_process()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Down from S3: a folder is filled beside its place, checked, then renamed; it is named by its content."""
+"""Downloads a folder from S3 into a local cache, where folders are named by their content.
+
+A folder is filled under a temporary name, verified, then renamed.
+"""
 
 import errno
 import os
@@ -18,120 +21,132 @@ from dreambooth.storage.s3_bucket import Bucket
 from dreambooth.utils import atomic_files
 
 GIB = 2**30
-ROUNDS = 3  # of fetching what did not arrive right
+ROUNDS = 3  # attempts to download the files that did not arrive correctly
 BLOCK = 2**20  # bytes read at a time
 
 
 class BadDigest(Exception):
-    """An object that is not what its tag says; named as S3 names a body that is not what its checksum says."""
+    """An object's content differs from its ETag. Named like the error code of S3 for a wrong checksum."""
 
 
 def fetch(bucket: Bucket, cache: Path, complete: bool) -> Path:
-    """The local folder with exactly what is at the place, or the local file if the place is an object.
+    """Download a folder, or an object, unless the cache has it.
+
+    Args:
+        complete: require a manifest.
+
+    Returns:
+        A local folder with exactly the files of the S3 folder, or a local file if the location is an object.
 
     Raises:
-        UserError: it is not complete, or did not arrive right.
+        UserError: it is not there, not complete, or did not arrive correctly.
         DoesNotFit: the disk is too small.
     """
-    place, listed = bucket.place, bucket.listed()
+    location, listed = bucket.location, bucket.list_objects()
     if not listed:
-        raise UserError(f"there is nothing at {place}: type another place")
-    entries = bucket.kept() if manifest.NAME in listed else None
+        raise UserError(f"there is nothing at {location}: type another S3 address")
+    entries = bucket.read_manifest() if manifest.NAME in listed else None
     if entries is None and complete:
-        raise UserError(f"{place} has no {manifest.NAME}: it is half uploaded, or something else put it there; type "
-                        f"python -m dreambooth.storage upload FOLDER {place}")
+        raise UserError(f"{location} has no {manifest.NAME}, so that it is half uploaded or was uploaded by another "
+                        f"tool: type python -m dreambooth.storage upload FOLDER {location}")
     wanted = listed if entries is None else entries
-    if lost := [name for name, entry in wanted.items() if name not in listed or listed[name].size != entry.size]:
-        raise UserError(f"{place} is half uploaded ({', '.join(lost[:3])} missing or cut short): repeat the upload")
-    name = place.prefix.rpartition("/")[2]
-    folder = cache / place.bucket / f"{name}-{manifest.digest(wanted)}"
-    with _written(folder.parent):
+    if broken := [name for name, entry in wanted.items() if name not in listed or listed[name].size != entry.size]:
+        raise UserError(f"{location} is half uploaded ({', '.join(broken[:3])} missing or truncated): repeat the "
+                        "upload")
+    name = location.prefix.rpartition("/")[2]
+    folder = cache / location.bucket / f"{name}-{manifest.digest(wanted)}"
+    with _translate_disk_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not folder.is_dir():
-                _fill(bucket, folder, wanted)
+                _download_files(bucket, folder, wanted)
     return folder / name if "" in wanted else folder
 
 
 @contextmanager
-def _written(folder: Path) -> Iterator[None]:
-    """What a disk refuses, in a sentence. What S3 refuses is one already."""
+def _translate_disk_errors(folder: Path) -> Iterator[None]:
+    """Turn errors of the disk into one sentence. Errors of S3 already are."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DoesNotFit(f"the disk of {folder} is full: free some space and repeat the command, it goes on where "
-                             "it stopped, or type storage.cache=DIR on a larger disk") from error
-        raise UserError(f"{folder} cannot be written ({error}): mend that, or type storage.cache=DIR") from error
+            raise DoesNotFit(f"the disk of {folder} is full: free some space and repeat the command, which continues "
+                             "where it stopped, or type storage.cache=DIR on a larger disk") from error
+        raise UserError(f"{folder} cannot be written ({error}): fix that, or type storage.cache=DIR") from error
 
 
-def _fill(bucket: Bucket, folder: Path, wanted: Entries) -> None:
-    aside = folder.with_name(atomic_files.ASIDE + folder.name)  # kept after a failure: the next attempt goes on in it
-    paths = {aside / (name or bucket.place.prefix.rpartition("/")[2]): (name, entry) for name, entry in wanted.items()}
-    for half in (path for path in aside.rglob(f"{atomic_files.ASIDE}*") if path not in paths):
-        half.unlink()  # of a file whose writing was killed
-    here = sum(min(path.stat().st_blocks * 512, entry.size) for path, (_, entry) in paths.items() if path.is_file())
-    needed, free = sum(entry.size for entry in wanted.values()) - here, shutil.disk_usage(folder.parent).free
+def _download_files(bucket: Bucket, folder: Path, wanted: Entries) -> None:
+    # Kept after a failure, so that the next attempt continues in it.
+    temporary = folder.with_name(atomic_files.TEMPORARY_PREFIX + folder.name)
+    paths = {temporary / (name or bucket.location.prefix.rpartition("/")[2]): (name, entry)
+             for name, entry in wanted.items()}
+    for leftover in (path for path in temporary.rglob(f"{atomic_files.TEMPORARY_PREFIX}*") if path not in paths):
+        leftover.unlink()  # a file that a killed process was writing
+    present = sum(min(path.stat().st_blocks * 512, entry.size) for path, (_, entry) in paths.items() if path.is_file())
+    needed, free = sum(entry.size for entry in wanted.values()) - present, shutil.disk_usage(folder.parent).free
     if needed > free:
-        raise DoesNotFit(f"{bucket.place} takes {needed / GIB:.1f} GiB more and {folder.parent} has {free / GIB:.1f} "
-                         "GiB free: type storage.cache=DIR on a larger disk")
+        raise DoesNotFit(f"{bucket.location} needs {needed / GIB:.1f} GiB more and {folder.parent} has "
+                         f"{free / GIB:.1f} GiB free: type storage.cache=DIR on a larger disk")
     for _ in range(ROUNDS):
-        with bucket.console.bar(f"from {bucket.place}", sum(len(entry.spans()) for entry in wanted.values())) as bar:
-            bucket.each((work for path, (name, entry) in paths.items()
-                         for work in _works(bucket, path, name, entry)), bar.tick)
-        if all(_right(path, entry) for path, (_, entry) in paths.items()):
+        parts = sum(len(entry.spans()) for entry in wanted.values())
+        with bucket.console.bar(f"from {bucket.location}", parts) as bar:
+            bucket.run_all((task for path, (name, entry) in paths.items()
+                            for task in _file_tasks(bucket, path, name, entry)), bar.tick)
+        if all(_is_correct(path, entry) for path, (_, entry) in paths.items()):
             break
     else:
-        raise UserError(f"{bucket.place} did not arrive right several times: repeat the command, or the upload")
-    for entry in [*paths, *(path for path in aside.rglob("*") if path.is_dir()), aside]:
+        raise UserError(f"{bucket.location} did not arrive correctly several times: repeat the command, or the upload")
+    for entry in [*paths, *(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
         atomic_files.sync(entry)
-    atomic_files.publish(aside, folder)
+    atomic_files.publish(temporary, folder)
 
 
-def _works(bucket: Bucket, path: Path, name: str, entry: Entry) -> Iterator[partial[None]]:
-    """What has to be done for one file: a part each, or the whole if only S3 knows its parts."""
+def _file_tasks(bucket: Bucket, path: Path, name: str, entry: Entry) -> Iterator[partial[None]]:
+    """Yield the tasks that download one file: one per part, or one in all if its parts are not known."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not entry.parts:
-        yield partial(_stream, bucket, path, name, entry)
+        yield partial(_download_whole, bucket, path, name, entry)
         return
     with path.open("ab") as file:
         file.truncate(entry.size)
     for number, (start, size) in enumerate(entry.spans()):
-        yield partial(_part, bucket, path, name, entry.parts[number], start, size)
+        yield partial(_download_part, bucket, path, name, entry.parts[number], start, size)
 
 
-def _part(bucket: Bucket, path: Path, name: str, digest: str, start: int, size: int) -> None:
-    """Fetch a part, unless an earlier attempt left it there."""
+def _download_part(bucket: Bucket, path: Path, name: str, digest: str, start: int, size: int) -> None:
+    """Download a part, unless an earlier attempt did."""
     with path.open("r+b") as file:
         if not size or sha256(os.pread(file.fileno(), size, start)).hexdigest() == digest:
             return
-        body = bucket.part(name, start, size)
-        if sha256(body).hexdigest() == digest:  # else the next round tries again
+        body = bucket.read_range(name, start, size)
+        if sha256(body).hexdigest() == digest:  # otherwise the next round tries again
             os.pwrite(file.fileno(), body, start)
 
 
-def _stream(bucket: Bucket, path: Path, name: str, entry: Entry) -> None:
-    """Fetch an object without a manifest; what S3 knows of its content is checked: by boto3 its length and checksum, if
-    S3 keeps one; here the MD5 in its tag, if it is one."""
+def _download_whole(bucket: Bucket, path: Path, name: str, entry: Entry) -> None:
+    """Download an object that has no manifest, and check what S3 knows of its content.
+
+    boto3 checks the length, and the checksum if S3 stores one. The ETag is checked here if it is an MD5.
+    """
     if path.is_file():
         return
 
     def get() -> None:
-        answer = bucket.s3.get_object(**bucket.where(name), IfMatch=entry.tag, ChecksumMode="ENABLED")
+        response = bucket.s3.get_object(**bucket.object_arguments(name), IfMatch=entry.etag, ChecksumMode="ENABLED")
         total = md5(usedforsecurity=False)
-        with atomic_files.whole_file(path) as aside, aside.open("wb") as file:
-            for block in answer["Body"].iter_chunks(BLOCK):
+        with atomic_files.write_file(path) as temporary, temporary.open("wb") as file:
+            for block in response["Body"].iter_chunks(BLOCK):
                 file.write(block)
                 total.update(block)
-            tag, encrypted = entry.tag.strip('"'), "kms" in answer.get("ServerSideEncryption", "")
-            if len(tag) == 32 and not encrypted and tag != total.hexdigest():
+            etag, encrypted = entry.etag.strip('"'), "kms" in response.get("ServerSideEncryption", "")
+            if len(etag) == 32 and not encrypted and etag != total.hexdigest():
                 raise BadDigest
 
     bucket.call("s3:GetObject", name, get)
 
 
-def _right(path: Path, entry: Entry) -> bool:
-    """Whether the file on disk is what it must be, read from the disk again."""
+def _is_correct(path: Path, entry: Entry) -> bool:
+    """Whether a file has the expected size and content, read from the disk again."""
     if path.stat().st_size != entry.size:
         return False
     if not entry.parts:

@@ -1,6 +1,7 @@
-"""Folders in S3: parallel, resumable, verified on both sides, never half there. Nothing in S3 is ever deleted.
+"""Uploads and downloads folders of S3: parallel, resumable, verified at both ends. Nothing in S3 is ever deleted.
 
-By hand: `python -m dreambooth.storage upload FOLDER s3://BUCKET/PREFIX`. The only file, with cloud/, that knows boto3.
+By hand: `python -m dreambooth.storage upload FOLDER s3://BUCKET/PREFIX`. Only this file and dreambooth/cloud/ use
+boto3.
 """
 
 import json
@@ -11,31 +12,29 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dreambooth.config.storage import SCHEME as SCHEME
-from dreambooth.config.storage import is_remote as is_remote
 from dreambooth.errors import UserError
 from dreambooth.storage import manifest
 from dreambooth.storage.download import fetch
 from dreambooth.storage.manifest import Entries
-from dreambooth.storage.s3_bucket import Bucket, Place, calling
-from dreambooth.storage.upload import Taken, send
+from dreambooth.storage.s3_bucket import Bucket, S3Location, call_with_retries
+from dreambooth.storage.upload import DestinationOccupied, upload_entries
 from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
 
 PARALLEL = 8  # transfers at a time
-CONNECT, TIMEOUT = 10, 60  # seconds to connect; without a byte
+CONNECT_TIMEOUT, READ_TIMEOUT = 10, 60  # seconds to connect; seconds without receiving a byte
 
 
-class Held(NamedTuple):
-    """What is at a place in S3."""
+class RemoteContent(NamedTuple):
+    """What an S3 address contains."""
 
-    digest: str  # ten hex digits over its content
-    folder: bool  # else one object
-    complete: bool  # by its manifest
+    digest: str  # ten hex digits over the content
+    is_folder: bool  # False: one object
+    is_complete: bool  # it has a manifest
 
 
 def client(service: str, connections: int = 10) -> Any:
-    """A client of boto3 that asks again when AWS is busy.
+    """Create a boto3 client that retries when AWS is busy.
 
     Raises:
         UserError: boto3 is not installed, or there is no region.
@@ -46,113 +45,120 @@ def client(service: str, connections: int = 10) -> Any:
     except ImportError as error:
         raise UserError("s3:// and SageMaker need a package: pip install 'dreambooth[aws]'") from error
     config = Config(retries={"mode": "standard", "total_max_attempts": 3}, max_pool_connections=connections,
-                    connect_timeout=CONNECT, read_timeout=TIMEOUT)
-    return calling(lambda: Session().client(service, config=config), service, service)
+                    connect_timeout=CONNECT_TIMEOUT, read_timeout=READ_TIMEOUT)
+    return call_with_retries(lambda: Session().client(service, config=config), service, service)
 
 
 def upload(folder: Path, uri: str, console: Console | None = None, parallel: int = PARALLEL) -> None:
-    """Make a local folder complete at a place; what is there already is not sent again.
+    """Upload a local folder; what S3 already has is not sent again.
 
     Raises:
-        UserError: S3 does not take or keep it, or another complete folder is there, which is never replaced.
-        Taken: there is no complete folder, but a file with other bytes.
+        UserError: S3 does not accept or keep a file, or the address has another complete folder.
+        DestinationOccupied: the address has no complete folder, but a file with other content.
     """
-    with _opened(uri, console, parallel) as bucket:
-        send(bucket, manifest.of_folder(folder), folder)
+    with _open_bucket(uri, console, parallel) as bucket:
+        upload_entries(bucket, manifest.hash_folder(folder), folder)
 
 
-def upload_beside(folder: Path, uri: str, entries: Entries, console: Console | None, parallel: int, *,
-                  core: str = "") -> str:
-    """`upload` for who cannot be asked for another place: where an upload of something else was begun and never
-    finished, the folder goes to PLACE.2, or on to the first such place that is free.
+def upload_with_fallback(folder: Path, uri: str, entries: Entries, console: Console | None, parallel: int, *,
+                         core: str = "") -> str:
+    """Upload a folder to `uri`, or to the first free one of URI.2, URI.3 and so on.
+
+    For callers that cannot ask the user for another address. An address is not free if it has an unfinished upload of
+    something else.
 
     Args:
-        entries: what of the folder.
-        core: what the files' names begin with that make a complete folder the same as this one.
+        entries: which files of the folder to upload.
+        core: prefix of file names. A complete folder with the same files under this prefix counts as this one, and is
+            left as it is.
 
     Returns:
-        Where it is complete.
+        The address of the complete folder.
     """
-    def of_core(all_of_it: Entries) -> Entries:
-        return {name: entry for name, entry in all_of_it.items() if name.startswith(core)}
+    def of_core(all_entries: Entries) -> Entries:
+        return {name: entry for name, entry in all_entries.items() if name.startswith(core)}
 
-    for place in chain([uri], (f"{uri}.{number}" for number in count(2))):
-        with _opened(place, console, parallel) as bucket, suppress(Taken):
-            there = bucket.kept()
-            if there is None or of_core(there) != of_core(entries):
-                send(bucket, entries, folder)
-            return place
+    for candidate in chain([uri], (f"{uri}.{number}" for number in count(2))):
+        with _open_bucket(candidate, console, parallel) as bucket, suppress(DestinationOccupied):
+            existing = bucket.read_manifest()
+            if existing is None or of_core(existing) != of_core(entries):
+                upload_entries(bucket, entries, folder)
+            return candidate
     raise AssertionError("unreachable")
+
+
+def strip_fallback_number(name: str) -> str:
+    """Return the folder name that `upload_with_fallback` was called with: step-000100 for step-000100.2."""
+    return name.partition(".")[0]
 
 
 def download(uri: str, cache: Path, console: Console | None = None, parallel: int = PARALLEL, *,
              complete: bool = False) -> Path:
-    """A local copy, below `cache`, of a folder or file in S3.
+    """Download a folder or object of S3 into a folder below `cache`, and return its path.
 
     Args:
-        complete: take only what has a manifest, as a model must.
+        complete: require a manifest, as for a model.
 
     Raises:
-        UserError: it is not there, not complete or did not arrive right.
+        UserError: it is not there, not complete, or did not arrive correctly.
         DoesNotFit: the disk is too small.
     """
-    with _opened(uri, console, parallel) as bucket:
+    with _open_bucket(uri, console, parallel) as bucket:
         return fetch(bucket, cache, complete)
 
 
 def read_json(uri: str) -> dict[str, Any]:
-    """A small JSON object in S3.
+    """Read a small JSON object from S3.
 
     Raises:
-        UserError: it is not there.
-        ValueError: it is something else.
+        UserError: it does not exist.
+        ValueError: it is not a JSON object.
     """
-    with _opened(uri, None, 1) as bucket:
-        found = json.loads(bucket.read(""))
-    if not isinstance(found, dict):
-        raise ValueError("it is no JSON object")
-    return found
+    with _open_bucket(uri, None, 1) as bucket:
+        content = json.loads(bucket.read_object(""))
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content
 
 
 def digest(folder: Path) -> str:
-    """Ten hex digits over the content of a local folder."""
-    return manifest.digest(manifest.of_folder(folder))
+    """Return ten hex digits over the content of a local folder."""
+    return manifest.digest(manifest.hash_folder(folder))
 
 
-def held(uri: str) -> Held | None:
-    """What is at a place in S3; None: nothing."""
-    with _opened(uri, None, 1) as bucket:
-        kept = bucket.kept()
-        found = bucket.listed() if kept is None else kept
-    return Held(manifest.digest(found), "" not in found, kept is not None) if found else None
+def inspect(uri: str) -> RemoteContent | None:
+    """Find out what an S3 address contains; None if nothing."""
+    with _open_bucket(uri, None, 1) as bucket:
+        complete = bucket.read_manifest()
+        entries = bucket.list_objects() if complete is None else complete
+    if not entries:
+        return None
+    return RemoteContent(manifest.digest(entries), is_folder="" not in entries, is_complete=complete is not None)
 
 
-def complete(uri: str) -> Entries | None:
-    """What a complete folder holds; None: there is none, or not all of it."""
-    with _opened(uri, None, 1) as bucket:
-        return bucket.kept()
+def read_manifest(uri: str) -> Entries | None:
+    """Return the files of a complete folder; None if there is no complete folder."""
+    with _open_bucket(uri, None, 1) as bucket:
+        return bucket.read_manifest()
 
 
-def complete_folders(uri: str) -> list[str]:
-    """The complete folders right below a place, by the number in their names; none if there is nothing. One beside
-    another (`upload_beside`) has the number of that."""
-    with _opened(uri, None, 1) as bucket:
-        listed = bucket.listed()
+def list_complete_folders(uri: str) -> list[str]:
+    """List the addresses of the complete folders directly below an address, by the number in their names.
+
+    A folder that `upload_with_fallback` uploaded to another name has the number of the name it was called with.
+    """
+    with _open_bucket(uri, None, 1) as bucket:
+        listed = bucket.list_objects()
     names = {name.partition("/")[0] for name in listed if name.partition("/")[2] == manifest.NAME}
-    numbered = sorted((atomic_files.number_of(Path(first_of(name))), name) for name in names)
+    numbered = sorted((atomic_files.trailing_number(Path(strip_fallback_number(name))), name) for name in names)
     return [f"{uri.rstrip('/')}/{name}" for _, name in numbered]
 
 
-def first_of(name: str) -> str:
-    """step-000100 of step-000100.2: the name that `upload_beside` was asked for."""
-    return name.partition(".")[0]
-
-
 @contextmanager
-def _opened(uri: str, console: Console | None, parallel: int) -> Iterator[Bucket]:
-    place = Place.of(uri)
+def _open_bucket(uri: str, console: Console | None, parallel: int) -> Iterator[Bucket]:
+    location = S3Location.parse(uri)
     pool = ThreadPoolExecutor(parallel, thread_name_prefix="s3")
     try:
-        yield Bucket(place, client("s3", parallel + 2), pool, console or Console(quiet=True))
+        yield Bucket(location, client("s3", parallel + 2), pool, console or Console(quiet=True))
     finally:
         pool.shutdown(cancel_futures=True)

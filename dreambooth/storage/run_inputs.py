@@ -1,6 +1,7 @@
-"""s3:// in a run: what it reads is fetched before, what it makes is copied there while it runs and after.
+"""The S3 inputs of a run: everything that it reads from s3:// is downloaded before it starts.
 
-A run folder is named by the text s3://..., so `remote.json` in it remembers which content that was.
+A run folder's name depends on the text s3://... only. `remote.json` in it records the content that was downloaded, so
+that a run is not resumed with other content.
 """
 
 import json
@@ -12,77 +13,88 @@ from typing import Any
 
 from dreambooth.config.dataset import FOLDERS
 from dreambooth.config.schema import Config
-from dreambooth.config.storage import is_remote, is_single
+from dreambooth.config.storage import is_remote, is_single_file
 from dreambooth.errors import UserError
 from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
 
-READ = {("model", "source"): True, ("model", "vae"): False,
-        ("checkpoint", "resume"): True, ("evaluate", "reference_dir"): False, ("evaluate", "prompts"): False,
-        ("evaluate", "lpips"): False}  # key -> whether it must have a manifest
-RECORD = "remote.json"
+REMOTE_KEYS = {
+    ("model", "source"): True, ("model", "vae"): False,
+    ("checkpoint", "resume"): True, ("evaluate", "reference_dir"): False, ("evaluate", "prompts"): False,
+    ("evaluate", "lpips"): False}  # (section, key) -> whether the S3 folder must have a manifest
+RECORD_FILE = "remote.json"
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the first of the processes that train together."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def local(path: str | None, cache: str = "runs/s3") -> str | None:
-    """The path itself, or the local copy of a complete folder in S3."""
+def download_if_remote(path: str | None, cache: str = "runs/s3") -> str | None:
+    """Return the path itself, or the local copy of a complete S3 folder."""
     if not is_remote(path):
         return path
     from dreambooth.storage import folders
 
-    return str(folders.download(str(path), Path(cache), Console(quiet=not first()), complete=not is_single(path)))
+    console = Console(quiet=not is_main_process())
+    return str(folders.download(str(path), Path(cache), console, complete=not is_single_file(path)))
 
 
-def wanted(config: Config) -> list[tuple[str, Any, str, bool]]:
-    """What a run may read from S3: where the key is typed, what holds it, the key, whether it must have a manifest."""
-    found: list[tuple[str, Any, str, bool]] = [
-        (place, subject, key, False) for place, subject in config.dataset.places for key in FOLDERS]
-    return found + [(section, getattr(config, section), key, complete) for (section, key), complete in READ.items()]
+def possible_inputs(config: Config) -> list[tuple[str, Any, str, bool]]:
+    """List the keys of a config that may name an S3 address.
+
+    Returns:
+        The section as a user types it, the object that holds the key, the key, and whether a manifest is required.
+    """
+    inputs: list[tuple[str, Any, str, bool]] = [
+        (section, subject, key, False) for section, subject in config.dataset.keyed_subjects for key in FOLDERS]
+    return inputs + [(section, getattr(config, section), key, complete)
+                     for (section, key), complete in REMOTE_KEYS.items()]
 
 
-def fetched(config: Config, run_dir: Path | None) -> Config:
-    """The config with local folders for everything that it reads from s3://.
+def fetch_inputs(config: Config, run_dir: Path | None) -> Config:
+    """Download everything that a run reads from s3://.
 
     Args:
-        run_dir: where to remember what that was; None: nowhere.
+        run_dir: the run folder in which to record the downloaded content; None: do not record it.
+
+    Returns:
+        A copy of the config with local folders in place of S3 addresses.
 
     Raises:
-        UserError: it cannot be had, or is not what this run folder began with.
+        UserError: an input cannot be downloaded, or differs from the one that this run folder started with.
     """
     config = deepcopy(config)
-    found: dict[str, str] = {}
-    for section, part, key, complete in wanted(config):
-        if is_remote(getattr(part, key)):
+    contents: dict[str, str] = {}
+    for section, owner, key, complete in possible_inputs(config):
+        if is_remote(uri := getattr(owner, key)):
             from dreambooth.storage import folders
 
-            folder = folders.download(getattr(part, key), Path(config.storage.cache).absolute(),
-                                      Console(quiet=not first()), config.storage.parallel,
-                                      complete=complete and not is_single(getattr(part, key)))
-            named = folder.parent if section == "model" and folder.is_file() else folder  # by its content
-            found[f"{section}.{key}={getattr(part, key)}"] = named.name
-            setattr(part, key, str(model_in(folder) if section == "model" else folder))
-    if found and run_dir:
-        _remember(found, run_dir, config.checkpoint.resume)
+            folder = folders.download(uri, Path(config.storage.cache).absolute(),
+                                      Console(quiet=not is_main_process()), config.storage.parallel,
+                                      complete=complete and not is_single_file(uri))
+            # The name of a downloaded folder has a hash of its content; a single file is inside such a folder.
+            named_by_content = folder.parent if section == "model" and folder.is_file() else folder
+            contents[f"{section}.{key}={uri}"] = named_by_content.name
+            setattr(owner, key, str(model_folder(folder) if section == "model" else folder))
+    if contents and run_dir:
+        _record_contents(contents, run_dir, config.checkpoint.resume)
     return config
 
 
-def model_in(folder: Path) -> Path:
-    """The model in a run's result, or the folder itself."""
+def model_folder(folder: Path) -> Path:
+    """Return the model inside a run's result, or the folder itself if it is a model."""
     inner = folder / "model"
     return inner if inner.is_dir() else folder
 
 
-def _remember(found: dict[str, str], run_dir: Path, resume: str) -> None:
-    known: dict[str, str] = {}
+def _record_contents(contents: dict[str, str], run_dir: Path, resume: str) -> None:
+    recorded: dict[str, str] = {}
     with suppress(OSError, ValueError):
-        known = json.loads((run_dir / RECORD).read_text(encoding="utf-8"))
-    for what, content in found.items():
-        if resume == "auto" and known.get(what, content) != content:
-            raise UserError(f"{what} holds something else than when {run_dir.name} began: type checkpoint.resume=never "
-                            "to start over, or name=NAME for a run of its own")
-    if first() and run_dir.is_dir():
-        atomic_files.write_json(run_dir / RECORD, found)
+        recorded = json.loads((run_dir / RECORD_FILE).read_text(encoding="utf-8"))
+    for override, content in contents.items():
+        if resume == "auto" and recorded.get(override, content) != content:
+            raise UserError(f"{override} has other content than when {run_dir.name} started: type "
+                            "checkpoint.resume=never to start over, or name=NAME for another run")
+    if is_main_process() and run_dir.is_dir():
+        atomic_files.write_json(run_dir / RECORD_FILE, contents)

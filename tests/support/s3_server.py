@@ -1,6 +1,8 @@
-"""A local S3: moto behind what AWS does and it does not (to refuse a body that is not what its checksum says, and to
-complete an upload where something is already), and behind faults that a network has. And one upload and download under
-such a fault, with what must hold afterwards."""
+"""A local S3 server for tests, with faults on request, and a trial of one upload and download under a fault.
+
+It is moto with two behaviours of AWS that moto lacks: a body that differs from its checksum is rejected, and so is the
+completion of a multipart upload if the object exists already.
+"""
 
 import base64
 import hashlib
@@ -10,7 +12,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,22 +20,25 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from tests.support.warm_python import PYTHON
+
 os.environ["MOTO_S3_CUSTOM_ENDPOINTS"] = ""
-os.environ["S3_UPLOAD_PART_MIN_SIZE"] = "1"  # moto's; AWS wants 5 MiB, and so has the product
+os.environ["S3_UPLOAD_PART_MIN_SIZE"] = "1"  # of moto; AWS requires 5 MiB, and the package uses larger parts
 
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
-KINDS = ("500", "reset before", "reset after", "short write", "short read", "damaged read", "slow", "denied", "killed")
-PART = 2**14  # bytes of a part in the child
-CHILD = ("import sys; from dreambooth.storage import __main__, folders, manifest, s3_bucket; manifest.PART = {part};"
-         "s3_bucket.PAUSE = 0.01; folders.TIMEOUT = {timeout}; __main__.main()")
-TIMEOUT, SLOW = 1.0, 1.5  # seconds that the child waits; that a slow answer takes
+FAULTS = ("500", "reset before", "reset after", "short write", "short read", "damaged read", "slow", "denied", "killed")
+PART_SIZE = 2**14  # bytes of a part in the command under test
+COMMAND = ("import sys; from dreambooth.storage import __main__, folders, manifest, s3_bucket;"
+           "manifest.PART_SIZE = {part_size}; s3_bucket.PAUSE = 0.01; folders.READ_TIMEOUT = {timeout};"
+           "__main__.main()")  # with a small part size and short waits
+READ_TIMEOUT, SLOW = 1.0, 1.5  # seconds that the command waits; seconds that a slow response takes
 ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>{}</Message></Error>"
-Fault = Callable[[int, str], str | None]  # number of the request, method -> what goes wrong
+Fault = Callable[[int, str], str | None]  # number of the request, method -> kind of fault, or None
 
 
 class Server:
-    """S3 on a free port."""
+    """An S3 server on a free port of this machine."""
 
     def __init__(self) -> None:
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -50,7 +54,7 @@ class Server:
         self.fault: Fault = lambda number, method: None
         self.calls: list[tuple[str, str]] = []  # method and path with query
         self._lock = threading.Lock()
-        self._parts: dict[tuple[str, str], str] = {}  # (upload, number) -> checksum: moto forgets it
+        self._parts: dict[tuple[str, str], str] = {}  # (upload, number) -> checksum, which moto does not store
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
@@ -75,35 +79,37 @@ class Server:
             return _reset(environ)
         if kind == "slow":
             time.sleep(SLOW)
-        if (said := environ.get("HTTP_X_AMZ_CHECKSUM_SHA256")) and environ["REQUEST_METHOD"] == "PUT":
-            if base64.b64encode(hashlib.sha256(body).digest()).decode() != said:
+        if (checksum := environ.get("HTTP_X_AMZ_CHECKSUM_SHA256")) and environ["REQUEST_METHOD"] == "PUT":
+            if base64.b64encode(hashlib.sha256(body).digest()).decode() != checksum:
                 return _error(start, "400 Bad Request", "BadDigest")
             if part := re.search(r"partNumber=(\d+)", environ.get("QUERY_STRING", "")):
-                self._parts[re.sub(r"&?partNumber=\d+&?", "", environ["QUERY_STRING"]), part[1]] = said
-        if environ["REQUEST_METHOD"] == "POST" and "HTTP_IF_NONE_MATCH" in environ and self._holds(environ):
+                self._parts[re.sub(r"&?partNumber=\d+&?", "", environ["QUERY_STRING"]), part[1]] = checksum
+        if environ["REQUEST_METHOD"] == "POST" and "HTTP_IF_NONE_MATCH" in environ and self._object_exists(environ):
             return _error(start, "412 Precondition Failed", "PreconditionFailed")
         try:
-            answer = self._ask({**environ, "wsgi.input": BytesIO(body), "CONTENT_LENGTH": str(len(body))}, start, kind)
-        except KeyError:  # moto's, of a part that comes when its upload is complete
+            request = {**environ, "wsgi.input": BytesIO(body), "CONTENT_LENGTH": str(len(body))}
+            response = self._forward(request, start, kind)
+        except KeyError:  # raised by moto for a part that arrives after its upload was completed
             return _error(start, "404 Not Found", "NoSuchUpload")
-        return _reset(environ) if kind == "reset after" else answer
+        return _reset(environ) if kind == "reset after" else response
 
-    def _holds(self, environ: dict[str, Any]) -> bool:
-        told: list[str] = []
-        asked = environ | {"REQUEST_METHOD": "HEAD", "QUERY_STRING": "", "wsgi.input": BytesIO(), "CONTENT_LENGTH": "0"}
-        del asked["HTTP_IF_NONE_MATCH"]
-        list(self._moto(asked, lambda status, headers, info=None: told.append(status)))
-        return told[0].startswith("200")
+    def _object_exists(self, environ: dict[str, Any]) -> bool:
+        statuses: list[str] = []
+        head = environ | {"REQUEST_METHOD": "HEAD", "QUERY_STRING": "", "wsgi.input": BytesIO(), "CONTENT_LENGTH": "0"}
+        del head["HTTP_IF_NONE_MATCH"]
+        list(self._moto(head, lambda status, headers, info=None: statuses.append(status)))
+        return statuses[0].startswith("200")
 
-    def _ask(self, environ: dict[str, Any], start: Any, kind: str | None) -> Any:
-        told: list[Any] = []
-        text = b"".join(self._moto(environ, lambda status, headers, info=None: told.append((status, headers))))
-        status, headers = told[0]
+    def _forward(self, environ: dict[str, Any], start: Any, kind: str | None) -> Any:
+        """Let moto answer a request, add the checksums of parts to a list of parts, and apply a fault of reading."""
+        responses: list[Any] = []
+        text = b"".join(self._moto(environ, lambda status, headers, info=None: responses.append((status, headers))))
+        status, headers = responses[0]
         if "uploadId=" in environ["QUERY_STRING"] and environ["REQUEST_METHOD"] == "GET":
             upload = re.search(r"uploadId=[^&]+", environ["QUERY_STRING"])
             assert upload
-            text = re.sub(rb"<PartNumber>(\d+)</PartNumber>", lambda found: found[0] + (
-                f"<ChecksumSHA256>{self._parts[upload[0], found[1].decode()]}</ChecksumSHA256>".encode()), text)
+            text = re.sub(rb"<PartNumber>(\d+)</PartNumber>", lambda match: match[0] + (
+                f"<ChecksumSHA256>{self._parts[upload[0], match[1].decode()]}</ChecksumSHA256>".encode()), text)
             headers = [(name, str(len(text)) if name.lower() == "content-length" else value) for name, value in headers]
         start(status, headers)
         if kind == "short read" and environ["REQUEST_METHOD"] == "GET":
@@ -128,7 +134,7 @@ def _reset(environ: dict[str, Any]) -> list[bytes]:
 
 @contextmanager
 def serving() -> Iterator[Server]:
-    """A server, and an environment in which boto3 finds it."""
+    """Run a server, with environment variables that make boto3 use it."""
     server = Server()
     before = dict(os.environ)
     os.environ.update(KEYS, AWS_ENDPOINT_URL=server.url)
@@ -140,18 +146,21 @@ def serving() -> Iterator[Server]:
         server.close()
 
 
-def plain() -> Any:
-    """A client of the test's own."""
+def plain_client() -> Any:
+    """A boto3 client that does not go through the package."""
     import boto3
 
     return boto3.client("s3")
 
 
-def model(folder: Path, seed: int) -> dict[str, bytes]:
-    """A small folder like a model's: weights of several parts, a few small files, an empty one."""
+def write_model(folder: Path, seed: int) -> dict[str, bytes]:
+    """Write a small folder like that of a model: weights of several parts, a few small files, an empty one.
+
+    Returns its content by file name.
+    """
     dice = random.Random(seed)
-    content = {"unet/weights.safetensors": dice.randbytes(5 * PART + dice.randrange(PART)),
-               "vae/weights.safetensors": dice.randbytes(2 * PART), "model_index.json": b'{"a": 1}',
+    content = {"unet/weights.safetensors": dice.randbytes(5 * PART_SIZE + dice.randrange(PART_SIZE)),
+               "vae/weights.safetensors": dice.randbytes(2 * PART_SIZE), "model_index.json": b'{"a": 1}',
                "unet/config.json": dice.randbytes(100), "empty.txt": b""}
     for name, text in content.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -160,52 +169,54 @@ def model(folder: Path, seed: int) -> dict[str, bytes]:
 
 
 def in_bucket(bucket: str, prefix: str) -> dict[str, bytes]:
-    """Every object below a prefix, asked for without faults."""
-    s3 = plain()
+    """Return every object below a prefix. Call it while no fault is set."""
+    s3 = plain_client()
     found = s3.list_objects_v2(Bucket=bucket, Prefix=prefix + "/").get("Contents", ())
     return {item["Key"].removeprefix(prefix + "/"): s3.get_object(Bucket=bucket, Key=item["Key"])["Body"].read()
             for item in found}
 
 
 def trial(server: Server, folder: Path, kind: str, seed: int) -> tuple[int, int]:
-    """One upload under a fault, what must hold, the same again without; then down under a fault, and again without.
-    Returns the exit codes of the two commands under a fault.
+    """Upload under a fault, check, and repeat without the fault; then the same for a download.
 
-    A fault that passes comes with a chance of a third for each request, and stays away after the 12th; "denied" begins
-    at a random request and stays; "killed" is SIGKILL when a random request arrives.
+    "denied" applies from a random request on. "killed" sends SIGKILL when a random request arrives. Any other fault
+    applies to each of the first 12 requests with probability 1/3.
+
+    Returns:
+        The exit codes of the upload and the download under the fault.
     """
     from dreambooth.storage import manifest
 
     dice, bucket, prefix = random.Random(seed), "faults", f"{kind.replace(' ', '-')}-{seed}"
     server.fault = lambda number, method: None
-    plain().create_bucket(Bucket=bucket)
-    content = model(folder / "model", seed)
+    plain_client().create_bucket(Bucket=bucket)
+    content = write_model(folder / "model", seed)
     uri = f"s3://{bucket}/{prefix}"
 
-    def whole() -> bool:
+    def is_complete() -> bool:
         held = in_bucket(bucket, prefix)
         if manifest.NAME not in held:
             return False
         assert {name: held.get(name) for name in content} == content, f"{kind} {seed}: a manifest over missing bytes"
         return True
 
-    def local() -> None:
+    def check_local_files() -> None:
         assert {name: (folder / "model" / name).read_bytes() for name in content} == content, "a local file was lost"
 
     code = _command(server, dice, kind, ["upload", str(folder / "model"), uri])
-    local()
-    assert (code == 0) == whole() or kind == "killed", f"{kind} {seed}: exit code {code}"
+    check_local_files()
+    assert (code == 0) == is_complete() or kind == "killed", f"{kind} {seed}: exit code {code}"
     again = _command(server, dice, None, ["upload", str(folder / "model"), uri])
-    assert again == 0 and whole(), f"{kind} {seed}: the command, repeated, gives {again}"
-    local()
+    assert again == 0 and is_complete(), f"{kind} {seed}: the repeated command ends with {again}"
+    check_local_files()
     cache = folder / "cache"
     down = _command(server, dice, kind, ["download", uri, str(cache)])
-    made = [path for path in cache.glob("*/*") if not path.name.startswith(".")]
-    assert len(made) == 1 if down == 0 else kind == "killed" or not made, f"{kind} {seed}: exit code {down}"
+    downloaded = [path for path in cache.glob("*/*") if not path.name.startswith(".")]
+    assert len(downloaded) == 1 if down == 0 else kind == "killed" or not downloaded, f"{kind} {seed}: exit code {down}"
     assert _command(server, dice, None, ["download", uri, str(cache)]) == 0
-    [made_folder] = [path for path in cache.glob("*/*") if not path.name.startswith(".")]
-    arrived = {path.relative_to(made_folder).as_posix(): path.read_bytes()
-               for path in made_folder.rglob("*") if path.is_file()}
+    [downloaded_folder] = [path for path in cache.glob("*/*") if not path.name.startswith(".")]
+    arrived = {path.relative_to(downloaded_folder).as_posix(): path.read_bytes()
+               for path in downloaded_folder.rglob("*") if path.is_file()}
     assert arrived == content, f"{kind} {seed}: other bytes arrived"
     return code, down
 
@@ -213,24 +224,24 @@ def trial(server: Server, folder: Path, kind: str, seed: int) -> tuple[int, int]
 def _command(server: Server, dice: random.Random, kind: str | None, words: list[str]) -> int:
     first = len(server.calls)
     moment = dice.randrange(2, 13)
-    child = subprocess.Popen([sys.executable, "-c", CHILD.format(part=PART, timeout=TIMEOUT), *words],
+    child = subprocess.Popen([PYTHON, "-c", COMMAND.format(part_size=PART_SIZE, timeout=READ_TIMEOUT), *words],
                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     def fault(number: int, method: str) -> str | None:
-        at = number - first
+        request = number - first
         if kind == "killed":
-            if at == moment:
+            if request == moment:
                 child.send_signal(signal.SIGKILL)
             return None
         if kind == "denied":
-            return kind if at >= moment else None
-        return kind if kind and at < 12 and dice.random() < 1 / 3 else None
+            return kind if request >= moment else None
+        return kind if kind and request < 12 and dice.random() < 1 / 3 else None
 
     server.fault = fault
-    _, told = child.communicate(timeout=120)
+    _, errors = child.communicate(timeout=120)
     server.fault = lambda number, method: None
-    assert "Traceback" not in told, told
-    assert child.returncode in (0, 1, -9), told
+    assert "Traceback" not in errors, errors
+    assert child.returncode in (0, 1, -9), errors
     if child.returncode == 1:
-        assert re.fullmatch(r"dreambooth: [^\n]+\n", told), told
+        assert re.fullmatch(r"dreambooth: [^\n]+\n", errors), errors
     return child.returncode
