@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.optim.streaming_optimizer import StreamingOptimizer, hyperparameters
-from dreambooth.runs.checkpoint_files import STATE, intact, rotate
+from dreambooth.runs.checkpoint_files import STATE_FILE, is_intact, rotate
 from dreambooth.training.step import TrainState
 from dreambooth.utils import atomic_files
 
@@ -33,7 +33,7 @@ def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.Gr
         DoesNotFit: the disk is full; earlier checkpoints are untouched.
     """
     target = folder / f"step-{state.step:06d}"
-    if not intact(target):
+    if not is_intact(target):
         try:
             with atomic_files.write_folder(target) as temporary:
                 _write(temporary, state, model, scaler)
@@ -54,7 +54,7 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
         UserError: the checkpoint belongs to another model or optimizer, or is not readable.
     """
     try:
-        numbers = json.loads((path / STATE).read_text(encoding="utf-8"))
+        numbers = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         if numbers["format"] != FORMAT:
             raise ValueError(f"it has format {numbers['format']}, this version reads {FORMAT}")
         _load_weights(load_file(path / "trained.safetensors"), state.weights(model), path)
@@ -89,7 +89,7 @@ def _write(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.
         save_file(tensors, folder / name)
     sizes = {entry.name: entry.stat().st_size for entry in folder.iterdir()}
     numbers = _numbers(state, scaler) | {"optimizer": optimizer, "sizes": sizes}
-    (folder / STATE).write_text(json.dumps(numbers), encoding="utf-8")
+    (folder / STATE_FILE).write_text(json.dumps(numbers), encoding="utf-8")
 
 
 def _tensors(state: TrainState, model: nn.Module, optimizer: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

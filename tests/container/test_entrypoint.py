@@ -22,7 +22,7 @@ from dreambooth.container.sagemaker_paths import SageMakerPaths
 from dreambooth.container.supervisor import FORWARDED_SIGNALS, ExitStatus, Supervisor, _send_signal
 from dreambooth.errors import Interrupted
 from tests.support.configs import BLOG
-from tests.support.s3_server import plain, serving
+from tests.support.s3_server import plain_client, serving
 from tests.support.sagemaker_job import ASSETS, SHORT, failure, lay_out, steps, weights
 
 PHOTOS = sorted((ASSETS / "demo").glob("*.png"))
@@ -83,9 +83,9 @@ def test_a_wrong_hyperparameter_fails_before_anything_is_loaded(tmp_path: Path) 
 def test_save_use_epochs_is_converted_to_steps(hyperparameters: dict[str, str], photos: int, tmp_path: Path) -> None:
     """One photo per step, saved every second epoch. The job fails because it has no GPU, which is checked last."""
     with serving():
-        plain().create_bucket(Bucket="bucket")
+        plain_client().create_bucket(Bucket="bucket")
         for photo in PHOTOS[:3]:
-            plain().upload_file(str(photo), "bucket", f"photos/{photo.name}")
+            plain_client().upload_file(str(photo), "bucket", f"photos/{photo.name}")
         lay_out(tmp_path, BLOG | {"save_use_epochs": "true", "save_steps": "2", **hyperparameters})
         if "instance_data_dir" in hyperparameters:
             (tmp_path / "input/config/inputdataconfig.json").write_text("{}", "utf-8")

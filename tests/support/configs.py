@@ -16,13 +16,13 @@ BLOG: dict[str, str] = json.loads((
     Path(__file__).parents[1] / "support/golden/blog_hyperparameters.json").read_text("utf-8"))
 
 
-def made(*overrides: str) -> DictConfig:
+def compose_config(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("config", list(overrides))
 
 
 def recipe(*overrides: str, machine: Machine | None = None) -> Recipe:
-    return resolve(load(made(*overrides)), Path("runs/x"), machine)
+    return resolve(load(compose_config(*overrides)), Path("runs/x"), machine)
 
 
 T4, A10G, NONE = Machine("T4", 14.6, 7.5), Machine("A10G", 22.0, 8.6), Machine()

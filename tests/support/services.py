@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tests.support.s3_server import plain, serving
+from tests.support.s3_server import plain_client, serving
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -129,7 +129,7 @@ class TrackingServer:
 def team(folder: Path) -> Iterator[TrackingServer]:
     """Start all services; meanwhile the environment of this process holds the credentials of S3 and the server."""
     with postgres() as database, serving():
-        plain().create_bucket(Bucket="team")
+        plain_client().create_bucket(Bucket="team")
         server = TrackingServer(folder, database, "s3://team/mlflow")
         before = {name: os.environ.get(name) for name in server.credentials}
         os.environ.update(server.credentials)

@@ -275,7 +275,7 @@ def test_damage_is_detected_and_reported(damage: str, tmp_path: Path, caplog: py
     else:
         (weights if damage == "gone" else numbers).unlink()
     assert checkpoint_files.latest(tmp_path) == first
-    assert "step-000002 is damaged and is passed over" in caplog.text
+    assert "step-000002 is damaged and is skipped" in caplog.text
 
 
 def test_a_damaged_checkpoint_does_not_count_in_rotation(tmp_path: Path) -> None:
