@@ -15,7 +15,7 @@ from dreambooth.config.schema import Config
 from dreambooth.errors import ConfigError
 from dreambooth.runs.identity import identity, register_resolver
 from dreambooth.utils.hardware import Machine
-from tests.support.configs import compose_config, recipe
+from tests.support.configs import compose_config, compose_recipe
 
 PHOTOS = ["dataset.instance_dir=/photos", "dataset.instance_prompt=a photo of a zwx dog",
           "dataset.class_prompt=a photo of a dog"]
@@ -28,13 +28,13 @@ def test_every_file_composes_and_resolves(group: str, name: str) -> None:
     extra = ["hardware=g5"] if name == "tf32" else extra
     of_each = [word.replace("dataset.", f"dataset.concepts.{i}.").replace("zwx", f"zwx{i}")
                for i in (0, 1) for word in PHOTOS]
-    recipe(f"{group}={name}", *extra, *(of_each if name == "concepts" else PHOTOS))
+    compose_recipe(f"{group}={name}", *extra, *(of_each if name == "concepts" else PHOTOS))
 
 
 @pytest.mark.parametrize("hardware", [name for group, name in FILES if group == "hardware"])
 @pytest.mark.parametrize("preset", ["person", "pet", "object", "style"])
 def test_a_preset_goes_with_every_machine_and_keeps_its_numbers(preset: str, hardware: str) -> None:
-    resolved = recipe(f"experiment={preset}", f"hardware={hardware}", *PHOTOS)
+    resolved = compose_recipe(f"experiment={preset}", f"hardware={hardware}", *PHOTOS)
     assert (resolved.model.name, resolved.hardware.name) == ("sd15", hardware)
     rate, steps = {"person": (1e-6, 1200), "pet": (5e-6, 800), "object": (5e-6, 400), "style": (1e-6, 2000)}[preset]
     assert (resolved.train.learning_rate, resolved.train.max_train_steps) == (rate, steps)
@@ -59,26 +59,26 @@ def check_comments(path: Path) -> None:
 
 
 def test_default_is_the_demo_on_the_tiny_base() -> None:
-    resolved = recipe()
+    resolved = compose_recipe()
     assert (resolved.model.name, resolved.dataset.name, resolved.device) == ("tiny", "demo", "cpu")
     train = resolved.train
     assert (train.learning_rate, train.max_train_steps, train.train_text_encoder) == (3e-4, 200, True)
 
 
 def test_g4dn_alone_is_sd15() -> None:
-    resolved = recipe("hardware=g4dn", *PHOTOS)
+    resolved = compose_recipe("hardware=g4dn", *PHOTOS)
     assert (resolved.model.name, resolved.model.resolution, resolved.precision.dtype.value) == ("sd15", 512, "fp16")
     assert (resolved.train.learning_rate, resolved.train.max_train_steps) == (5e-6, 800)
 
 
 def test_command_line_beats_experiment_beats_config() -> None:
-    assert recipe("experiment=blog_g4dn", *PHOTOS).train.max_train_steps == 300
-    assert recipe("experiment=blog_g4dn", "train.max_train_steps=7", *PHOTOS).train.max_train_steps == 7
-    assert recipe("hardware=g4dn", "model=tiny", "precision=fp32").model.name == "tiny"
+    assert compose_recipe("experiment=blog_g4dn", *PHOTOS).train.max_train_steps == 300
+    assert compose_recipe("experiment=blog_g4dn", "train.max_train_steps=7", *PHOTOS).train.max_train_steps == 7
+    assert compose_recipe("hardware=g4dn", "model=tiny", "precision=fp32").model.name == "tiny"
 
 
 def test_blog_g4dn_is_the_seed_blogs_run() -> None:
-    r = recipe("experiment=blog_g4dn", "dataset.instance_dir=/photos")
+    r = compose_recipe("experiment=blog_g4dn", "dataset.instance_dir=/photos")
     assert r.model.source == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert (r.model.resolution, r.precision.dtype.value, r.attention.kind.value) == (512, "fp16", "xformers")
     t, p, m = r.train, r.prior, r.memory
@@ -102,18 +102,18 @@ def test_blog_g4dn_is_the_seed_blogs_run() -> None:
 ])
 def test_broken_rules_say_what_to_type(overrides: list[str], machine: Machine | None, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        recipe(*overrides, machine=machine)
+        compose_recipe(*overrides, machine=machine)
 
 
 def test_bf16_is_fine_on_an_a10g_and_all_problems_come_together() -> None:
-    recipe("hardware=g5", *PHOTOS)
+    compose_recipe("hardware=g5", *PHOTOS)
     with pytest.raises(ConfigError) as caught:
         load(compose_config("train.learning_rate=-1", "train.train_batch_size=0", "checkpoint.keep=0"))
     assert len(caught.value.problems) == 3
 
 
 def test_a_recipe_cannot_be_changed_and_its_settings_hold_no_server() -> None:
-    resolved = recipe("tracking.uri='${oc.env:NOT_SET_HERE,\"http://user:secret@host\"}'")
+    resolved = compose_recipe("tracking.uri='${oc.env:NOT_SET_HERE,\"http://user:secret@host\"}'")
     with pytest.raises(AttributeError):
         resolved.train.seed = 1
     assert "secret" not in str(resolved.settings())
@@ -286,7 +286,7 @@ def test_an_address_without_a_typed_password_is_fine(uri: str, monkeypatch: pyte
 
 
 def test_a_cpu_stays_a_cpu() -> None:
-    assert recipe("hardware=cpu", "hardware.gpu=T4").device == "cpu"
+    assert compose_recipe("hardware=cpu", "hardware.gpu=T4").device == "cpu"
 
 
 def test_hydras_store_of_schemas_is_not_copied_and_what_is_loaded_from_it_is() -> None:

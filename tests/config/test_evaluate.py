@@ -10,7 +10,7 @@ from dreambooth.errors import ConfigError, UserError
 from dreambooth.runs.identity import identity
 from dreambooth.runs.run_folder import Result, with_objective
 from dreambooth.training.best_weights import best_step
-from tests.support.configs import compose_config, recipe
+from tests.support.configs import compose_config, compose_recipe
 
 OFFLINE = measure_roles(Evaluate(), "a photo of a toy")
 PAPER = measure_roles(Evaluate(encoder=EncoderKind.paper, lpips="x"), "a photo of a toy")
@@ -98,14 +98,14 @@ def test_the_subject_of_a_prompt(prompt: str, subject: str) -> None:
 
 
 def test_encoders_read_the_class_where_the_model_reads_the_rare_word() -> None:
-    resolved = recipe()
+    resolved = compose_recipe()
     assert resolved.evaluate_prompts[1] == "a photo of a zwx toy on the beach"
     assert resolved.evaluate_texts[1] == "a photo of a toy on the beach"
 
 
 def test_prompts_of_your_own(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("# remarks\n\n a {subject} on the moon\n", encoding="utf-8")
-    assert recipe(f"evaluate.prompts={tmp_path}/mine.txt").evaluate_prompts == ("a zwx toy on the moon",)
+    assert compose_recipe(f"evaluate.prompts={tmp_path}/mine.txt").evaluate_prompts == ("a zwx toy on the moon",)
 
 
 # -- rules ----------------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_broken_rules_say_what_to_type(overrides: list[str], words: str, tmp_pat
     (tmp_path / "none.txt").write_text("a toy\n", encoding="utf-8")
     (tmp_path / "empty.txt").write_text("# nothing\n", encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
-        recipe(*(override.format(tmp=tmp_path) for override in overrides))
+        compose_recipe(*(override.format(tmp=tmp_path) for override in overrides))
     assert words.format() in str(caught.value)
 
 
@@ -159,14 +159,14 @@ def test_the_encoder_asks_the_hub_only_if_the_model_may() -> None:
 
 def test_a_finished_run_is_judged_by_the_objective_that_is_asked_for() -> None:
     result = Result(8, 0.1, 1.0, "runs/x", "model", 8, {"instance_loss": 0.1, "class_drift_efficientnet_lite0": 0.3})
-    assert with_objective(result, recipe("evaluate.objective=class_drift")).objective == 0.3
-    assert with_objective(result, recipe()).objective == 0.1
+    assert with_objective(result, compose_recipe("evaluate.objective=class_drift")).objective == 0.3
+    assert with_objective(result, compose_recipe()).objective == 0.1
     with pytest.raises(UserError, match=r"evaluate\.objective=instance_loss"):
-        with_objective(result, recipe("evaluate.objective=subject_similarity"))
+        with_objective(result, compose_recipe("evaluate.objective=subject_similarity"))
 
 
 def test_a_result_of_an_earlier_version_has_the_instance_loss() -> None:
-    assert with_objective(Result(8, 0.1, 1.0, "runs/x", "model"), recipe()).objective == 0.1
+    assert with_objective(Result(8, 0.1, 1.0, "runs/x", "model"), compose_recipe()).objective == 0.1
 
 
 def test_directions_are_those_of_the_paper() -> None:

@@ -27,7 +27,7 @@ from dreambooth.config.schema import Config
 from dreambooth.config.section import Section
 from dreambooth.errors import ConfigError
 from dreambooth.utils.hardware import Machine
-from tests.support.configs import A10G, NONE, T4, compose_config, decided, demo_config
+from tests.support.configs import A10G, NONE, T4, compose_config, demo_config, resolve_demo
 
 NOT_IN_RECIPES = ("run_root", "name", "plan", "storage")  # fields of a Config that are no section of a Recipe
 SECTIONS = [item.name for item in dataclasses.fields(Config) if item.name not in NOT_IN_RECIPES]
@@ -113,11 +113,11 @@ def test_settings_of_an_adapter_without_one_are_named():
         "method.dropout applies to adapters only, and method=full trains every weight: type method=lora"]
     [sentence] = problems(method__rank=8, method__merge=True)
     assert sentence.startswith("method.rank and method.merge apply to adapters only, and")
-    assert not decided(method__rank=16, method__dropout=0.0).method.low_rank, "defaults are allowed"
+    assert not resolve_demo(method__rank=16, method__dropout=0.0).method.low_rank, "defaults are allowed"
 
 
 def test_the_file_of_the_full_method_has_what_the_schema_has():
-    assert decided().method == resolve(load(compose_config()), Path("runs/x")).method
+    assert resolve_demo().method == resolve(load(compose_config()), Path("runs/x")).method
 
 
 def test_all_broken_rules_are_reported_together(no_packages):
@@ -129,44 +129,44 @@ def test_all_broken_rules_are_reported_together(no_packages):
 
 
 def test_precision_follows_the_cards_capability():
-    assert decided(A10G, precision__dtype=Dtype.bf16).device == "cuda"
-    assert decided(NONE, precision__dtype=Dtype.bf16).device == "cpu"
-    assert decided(T4, precision__dtype=Dtype.fp16).hardware.gpu == "T4"
+    assert resolve_demo(A10G, precision__dtype=Dtype.bf16).device == "cuda"
+    assert resolve_demo(NONE, precision__dtype=Dtype.bf16).device == "cpu"
+    assert resolve_demo(T4, precision__dtype=Dtype.fp16).hardware.gpu == "T4"
     declared = {"hardware__device": Device.cuda, "hardware__gpu": "T4", "hardware__compute_capability": 7.5}
     assert problems(None, precision__dtype=Dtype.bf16, **declared), "a run for a T4 of another machine"
-    assert decided(A10G, precision__dtype=Dtype.bf16, **declared), "the detected GPU counts"
+    assert resolve_demo(A10G, precision__dtype=Dtype.bf16, **declared), "the detected GPU counts"
 
 
 def test_hardware_cpu_uses_no_card():
-    assert decided(T4, hardware__device=Device.cpu).device == "cpu"
-    assert decided(T4).device == "cuda"
-    assert decided(NONE).device == "cpu"
+    assert resolve_demo(T4, hardware__device=Device.cpu).device == "cpu"
+    assert resolve_demo(T4).device == "cuda"
+    assert resolve_demo(NONE).device == "cpu"
 
 
 def test_declared_vram_stays_and_the_rest_is_detected():
-    assert decided(T4).hardware.usable_vram_gib == 14.6
-    assert decided(T4, hardware__usable_vram_gib=8.0).hardware.usable_vram_gib == 8.0
+    assert resolve_demo(T4).hardware.usable_vram_gib == 14.6
+    assert resolve_demo(T4, hardware__usable_vram_gib=8.0).hardware.usable_vram_gib == 8.0
 
 
 def test_drawings_may_train_the_shipped_model_or_with_allow_drawings():
-    assert decided().source.endswith("assets/tiny-sd")
-    assert decided(model__source="me/model", dataset__allow_drawings=True).source == "me/model"
-    assert decided(model__source="me/model", dataset__instance_dir="/photos").instance_dir == Path("/photos")
+    assert resolve_demo().source.endswith("assets/tiny-sd")
+    assert resolve_demo(model__source="me/model", dataset__allow_drawings=True).source == "me/model"
+    assert resolve_demo(model__source="me/model", dataset__instance_dir="/photos").instance_dir == Path("/photos")
 
 
 def test_without_prior_preservation_no_class_settings_are_needed():
-    recipe = decided(prior__with_prior_preservation=False, prior__num_class_images=0, dataset__class_prompt=None)
+    recipe = resolve_demo(prior__with_prior_preservation=False, prior__num_class_images=0, dataset__class_prompt=None)
     assert (recipe.with_prior, recipe.class_prompt) == (False, "")
     assert recipe.sample_prompts == ("a zwx toy", "a zwx toy on the beach")
 
 
 def test_own_class_images_need_no_generated_ones(tmp_path):
-    assert decided(prior__num_class_images=0, dataset__class_dir=str(tmp_path)).class_dir == tmp_path
+    assert resolve_demo(prior__num_class_images=0, dataset__class_dir=str(tmp_path)).class_dir == tmp_path
 
 
 def test_sample_prompts_are_the_usual_three_or_the_users():
-    assert decided().sample_prompts == ("a zwx toy", "a zwx toy on the beach", "a toy")
-    assert decided(sample__prompts=["one", "two"]).sample_prompts == ("one", "two")
+    assert resolve_demo().sample_prompts == ("a zwx toy", "a zwx toy on the beach", "a toy")
+    assert resolve_demo(sample__prompts=["one", "two"]).sample_prompts == ("one", "two")
 
 
 def test_a_recipe_and_its_sections_are_frozen_and_the_config_is_not():
@@ -184,7 +184,7 @@ def test_a_recipe_and_its_sections_are_frozen_and_the_config_is_not():
 
 
 def test_settings_hold_every_key_but_nothing_of_the_tracking_server():
-    recipe = decided(tracking__uri="https://user:secret@host", checkpoint__every=None)
+    recipe = resolve_demo(tracking__uri="https://user:secret@host", checkpoint__every=None)
     keys = {f"{name}.{key}" for name in SECTIONS if name != "tracking" for key in vars(getattr(Config(), name))}
     assert recipe.settings().keys() == keys | {"name", "device", "sample_prompts"}
     assert "secret" not in str(recipe.settings())

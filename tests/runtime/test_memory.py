@@ -21,7 +21,7 @@ from dreambooth.runtime.engine import Engine
 from dreambooth.runtime.memory_meter import MemoryMeter
 from dreambooth.runtime.module_offload import ModuleOffload
 from dreambooth.training import setup
-from tests.support.configs import T4, decided
+from tests.support.configs import T4, resolve_demo
 from tests.support.faults import train
 from tests.support.runs import the_run
 from tests.support.toy_model import encode_pixels, make_batches, make_photo_set
@@ -128,13 +128,13 @@ ALL = {"memory__gradient_checkpointing": True, "memory__ema_device": EmaDevice.c
 
 def test_advice_names_unused_options_first_those_that_leave_the_results_unchanged() -> None:
     half = {"precision__dtype": Dtype.fp16}
-    assert oom_advice.suggest_overrides("step", decided(T4, **half)) == (
+    assert oom_advice.suggest_overrides("step", resolve_demo(T4, **half)) == (
         "memory.gradient_checkpointing=true memory.ema_device=cpu memory.autocast_cache=false "
         "memory.optimizer_in_backward=true")
-    assert oom_advice.suggest_overrides("step", decided(T4, **half, **ALL)) == "optimizer=adamw8bit"
+    assert oom_advice.suggest_overrides("step", resolve_demo(T4, **half, **ALL)) == "optimizer=adamw8bit"
     used = ALL | {"optimizer__kind": OptimizerKind.adafactor}
-    assert "memory.offload_optimizer=true" in oom_advice.suggest_overrides("step", decided(T4, **half, **used))
-    accumulating = decided(T4, train__gradient_accumulation_steps=2)
+    assert "memory.offload_optimizer=true" in oom_advice.suggest_overrides("step", resolve_demo(T4, **half, **used))
+    accumulating = resolve_demo(T4, train__gradient_accumulation_steps=2)
     assert "optimizer_in_backward=true" not in oom_advice.suggest_overrides("step", accumulating)
 
 
@@ -152,7 +152,7 @@ def test_advised_overrides_are_valid(values: dict[str, object], monkeypatch: pyt
     monkeypatch.setattr(validation, "find_spec", lambda name: True)
     values = {"precision__dtype": Dtype.fp16} | values
     previous: list[str] = []
-    while (typed := oom_advice.suggest_overrides("step", decided(T4, **values))) not in previous:
+    while (typed := oom_advice.suggest_overrides("step", resolve_demo(T4, **values))) not in previous:
         previous.append(typed)
         if "machine" in typed:
             return
@@ -170,7 +170,7 @@ def test_advised_overrides_are_valid(values: dict[str, object], monkeypatch: pyt
 
 
 def test_a_machine_with_four_gpus_is_not_used_for_one_process() -> None:
-    recipe = decided(T4, hardware__gpus=4, memory__auto=False)
+    recipe = resolve_demo(T4, hardware__gpus=4, memory__auto=False)
     cuda = torch.device("cuda")
     with pytest.raises(UserError, match=r"nproc-per-node=4 .* or hardware\.gpus=1"):
         setup._check_processes(recipe, Engine(device=cuda))
@@ -179,16 +179,16 @@ def test_a_machine_with_four_gpus_is_not_used_for_one_process() -> None:
 
 
 def test_advice_for_several_processes_has_no_options_for_a_single_process() -> None:
-    recipe = decided(T4, precision__dtype=Dtype.fp16)
+    recipe = resolve_demo(T4, precision__dtype=Dtype.fp16)
     assert "in_backward=true" in oom_advice.suggest_overrides("step", recipe)
     assert "in_backward=true" not in oom_advice.suggest_overrides("step", recipe.with_processes(2))
 
 
 def test_advice_for_generating_images_is_a_smaller_batch() -> None:
-    assert oom_advice.suggest_overrides("class_images", decided(T4)) == "prior.sample_batch_size=1"
-    assert "sample.images_per_prompt=1" in oom_advice.suggest_overrides("sample", decided(T4))
+    assert oom_advice.suggest_overrides("class_images", resolve_demo(T4)) == "prior.sample_batch_size=1"
+    assert "sample.images_per_prompt=1" in oom_advice.suggest_overrides("sample", resolve_demo(T4))
     one = {"sample__images_per_prompt": 1, "prior__sample_batch_size": 1}
-    assert oom_advice.suggest_overrides("sample", decided(T4, **one)).startswith("memory.")
+    assert oom_advice.suggest_overrides("sample", resolve_demo(T4, **one)).startswith("memory.")
 
 
 def test_the_message_has_the_phase_both_peaks_and_what_to_type() -> None:

@@ -1,4 +1,4 @@
-"""Composed configurations and recipes for tests."""
+"""Configs and recipes for tests."""
 
 import json
 from pathlib import Path
@@ -17,34 +17,37 @@ BLOG: dict[str, str] = json.loads((
 
 
 def compose_config(*overrides: str) -> DictConfig:
+    """Compose the config of a training run with Hydra."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("config", list(overrides))
 
 
-def recipe(*overrides: str, machine: Machine | None = None) -> Recipe:
+def compose_recipe(*overrides: str, machine: Machine | None = None) -> Recipe:
+    """Compose and resolve the config of a training run."""
     return resolve(load(compose_config(*overrides)), Path("runs/x"), machine)
 
 
 T4, A10G, NONE = Machine("T4", 14.6, 7.5), Machine("A10G", 22.0, 8.6), Machine()
 
 
-def decided(machine: Machine | None = None, **values: object) -> Recipe:
+def resolve_demo(machine: Machine | None = None, **values: object) -> Recipe:
+    """Resolve the config of `demo_config`."""
     return resolve(demo_config(**values), Path("runs/x"), machine)
 
 
 def demo_config(**values: object) -> Config:
-    """The schema's defaults with the demo's photos; values by key, such as train__seed=1."""
-    found = Config()
-    found.dataset.instance_dir = "package:demo"
-    found.dataset.instance_prompt, found.dataset.class_prompt = "a zwx toy", "a toy"
+    """The schema's defaults with the demo photos; values by key, such as train__seed=1."""
+    config = Config()
+    config.dataset.instance_dir = "package:demo"
+    config.dataset.instance_prompt, config.dataset.class_prompt = "a zwx toy", "a toy"
     for key, value in values.items():
         section, _, name = key.partition("__")
-        setattr(getattr(found, section), name, value)
-    return found
+        setattr(getattr(config, section), name, value)
+    return config
 
 
-def demo_recipe(name: str = "tiny", **changed: object) -> Recipe:
-    """The demo, or a model whose architecture ships, with `section__key` changed."""
+def demo_recipe(name: str = "tiny", **values: object) -> Recipe:
+    """The recipe of the demo, or of a model whose architecture is packaged; values by key, as in `demo_config`."""
     config = Config()
     config.dataset.instance_dir, config.dataset.allow_drawings = "package:demo", True
     config.dataset.instance_prompt, config.dataset.class_prompt = "a zwx toy", "a toy"
@@ -54,13 +57,13 @@ def demo_recipe(name: str = "tiny", **changed: object) -> Recipe:
         config.hardware.device, config.hardware.gpu = Device.cuda, "T4"
         config.hardware.compute_capability, config.hardware.usable_vram_gib = 7.5, 14.6
         config.precision.dtype = Dtype.fp16
-    for key, value in changed.items():
+    for key, value in values.items():
         section, _, field = key.partition("__")
         setattr(getattr(config, section), field, value)
     return resolve(config, Path("runs/plan"))
 
 
-def small(**changed: object) -> Recipe:
-    """A tiny run without drawing."""
+def small_recipe(**values: object) -> Recipe:
+    """The recipe of a tiny run that generates no sample or evaluation images."""
     return demo_recipe(**{"sample__every": None, "evaluate__encoder": EncoderKind.none, "prior__num_class_images": 1,
-                     "prior__sample_batch_size": 1, "train__train_batch_size": 1, **changed})
+                          "prior__sample_batch_size": 1, "train__train_batch_size": 1, **values})
