@@ -47,8 +47,8 @@ def execute(recipe: Recipe, stop: StopRequest) -> Result:
             with track_run(recipe, engine.is_main_process, update_status=False):  # sends metrics not yet delivered
                 console.say(report.already_finished(done, recipe))
                 return done
-        recipe, predicted, chosen = engine.run_on_main(partial(auto_memory.settled, recipe, engine.world_size))
-        console.table(report.plan_table(recipe) | ({"memory": chosen} if chosen else {}))
+        recipe, predicted, note = engine.run_on_main(partial(auto_memory.apply_auto_memory, recipe, engine.world_size))
+        console.table(report.plan_table(recipe) | ({"memory": note} if note else {}))
         start = engine.run_on_main(partial(find_resume_point, recipe.run_dir, recipe.checkpoint.resume))
         advice = partial(oom_advice.suggest_overrides, recipe=recipe.with_processes(engine.world_size))
         meter = MemoryMeter(engine.device, advice, predicted)
