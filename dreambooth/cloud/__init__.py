@@ -1,1 +1,4 @@
-"""Runs on other machines: what a SageMaker training job is asked for, and how jobs are followed. No Hydra, no torch."""
+"""Jobs on other machines: the SageMaker request, the backends (SageMaker, Docker), following jobs, and sweep results.
+
+May import tracking and the folders to its left; imports neither Hydra nor torch.
+"""

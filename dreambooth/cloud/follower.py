@@ -1,11 +1,11 @@
-"""Jobs from the first submission to the last end: at most so many at a time, one live table, nothing lost on Ctrl-C."""
+"""Submits the jobs of a sweep and follows them to their end, with a limit on parallel jobs and a live table."""
 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from rich.console import Console as Rich
+from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
@@ -17,161 +17,180 @@ from dreambooth.cloud.job import (
     UNKNOWN,
     WAITING,
     Backend,
-    Busy,
     Job,
-    LoggedOut,
-    Seen,
+    JobState,
+    LoginRequired,
+    QuotaExceeded,
     Unreachable,
 )
 from dreambooth.errors import DreamBoothError, Interrupted, UserError
 from dreambooth.utils.console import Console
 
-SLOWEST = 120.0  # seconds between two looks while AWS is busy
-HEAD = ("job", "status", "step", "loss", "cost", "overrides")
+MAX_PAUSE = 120.0  # seconds between two polls while AWS does not answer
+COLUMNS = ("job", "status", "step", "loss", "cost", "overrides")
 
 
 class Follower:
-    """Submits and watches the jobs of a sweep.
+    """Submits and follows the jobs of a sweep.
 
     Args:
-        again: a sentence on how the jobs are followed again.
+        max_parallel: greatest number of jobs that run at the same time.
+        poll_seconds: pause between two polls.
+        stop_on_interrupt: on Ctrl-C, stop the jobs; False: leave them running.
+        follow_hint: a clause for messages that says how to follow the jobs again.
     """
 
     def __init__(self, backend: Backend, jobs: Sequence[Job], *, max_parallel: int, poll_seconds: float,
-                 stop_on_interrupt: bool, again: str, sleep: Callable[[float], None] = time.sleep,
+                 stop_on_interrupt: bool, follow_hint: str, sleep: Callable[[float], None] = time.sleep,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        self.jobs, self.seen = list(jobs), [Seen() for _ in jobs]
-        self._backend, self._max, self._poll = backend, max_parallel, poll_seconds
-        self._stop, self._again, self._sleep, self._clock = stop_on_interrupt, again, sleep, clock
-        self._rich, self._console, self._told = Rich(soft_wrap=True), Console(), [""] * len(self.jobs)
-        self._answered = clock()
-        self._warned: set[str] = set()
+        self.jobs, self.states = list(jobs), [JobState() for _ in jobs]
+        self._backend, self._max_parallel, self._poll_seconds = backend, max_parallel, poll_seconds
+        self._stop_on_interrupt, self._follow_hint, self._sleep, self._clock = (
+            stop_on_interrupt, follow_hint, sleep, clock)
+        self._rich, self._console = RichConsole(soft_wrap=True), Console()
+        self._last_lines = [""] * len(self.jobs)  # what was printed last about each job
+        self._last_answer = clock()
+        self._printed_errors: set[str] = set()
 
-    def run(self) -> list[Seen]:
-        """How each job ended, in order.
+    def run(self) -> list[JobState]:
+        """Follow all jobs until they have ended; returns their final states in order.
 
         Raises:
-            Interrupted: Ctrl-C; the jobs were stopped or run on, as told.
-            UserError: AWS has not answered for too long; the jobs run on.
+            Interrupted: Ctrl-C; the jobs were stopped or left running, see stop_on_interrupt.
+            UserError: AWS has not answered for too long; the jobs continue to run.
         """
-        pause = self._poll
+        pause = self._poll_seconds
         try:
             with Live(self._table(), console=self._rich, auto_refresh=False) as live:
                 while True:
-                    pause = self._poll if self._turn() else min(pause * 2, SLOWEST)
+                    pause = self._poll_seconds if self._update_jobs() else min(pause * 2, MAX_PAUSE)
                     live.update(self._table(), refresh=self._rich.is_terminal)
-                    if all(seen.ended for seen in self.seen):
-                        return self.seen
+                    if all(state.ended for state in self.states):
+                        return self.states
                     self._sleep(pause)
         except KeyboardInterrupt:
-            raise Interrupted(self._stopped() if self._stop else self._left()) from None
+            message = self._stop_jobs() if self._stop_on_interrupt else self._describe_running_jobs()
+            raise Interrupted(message) from None
         except Exception as error:
-            if not isinstance(error, DreamBoothError):
-                error.add_note(self._left())  # a fault of ours: what is paid for must be known
+            if not isinstance(error, DreamBoothError):  # a bug: the user must still learn which jobs cost money
+                error.add_note(self._describe_running_jobs())
             raise
 
-    def _turn(self) -> bool:
-        """Look at every running job and begin what may begin; False: somebody was too busy to answer."""
+    def _update_jobs(self) -> bool:
+        """Poll every running job and start those for which there is room. False: the backend did not answer."""
         answered = True
         for number, job in enumerate(self.jobs):
-            if not self.seen[number].billing or self.seen[number].status == SUBMITTING:
+            if not self.states[number].may_be_billed or self.states[number].status == SUBMITTING:
                 continue
             try:
-                self._saw(number, self._backend.look(job))
+                self._set_state(number, self._backend.poll(job))
             except (Unreachable, DreamBoothError) as error:
-                answered = self._lost(error)
-        full: set[str] = set()  # types of instances of which there are no more
+                answered = self._handle_no_answer(error)
+        exhausted: set[str] = set()  # instance types whose quota is used up
         for number, job in enumerate(self.jobs):
             if not answered:
                 break
-            if self.seen[number].status in (WAITING, SUBMITTING) and job.machine not in full:
-                answered = self._begun(number, job, full)
+            if self.states[number].status in (WAITING, SUBMITTING) and job.instance_type not in exhausted:
+                answered = self._submit(number, job, exhausted)
         if answered:
-            self._warned.clear()
+            self._printed_errors.clear()
         return answered
 
-    def _begun(self, number: int, job: Job, full: set[str]) -> bool:
-        """Submit a job if there is room for it; False: nobody answered."""
-        running = sum(seen.billing for other, seen in enumerate(self.seen) if other != number)
-        if running >= self._max:
+    def _submit(self, number: int, job: Job, exhausted: set[str]) -> bool:
+        """Submit a job if fewer than max_parallel run. False: the backend did not answer."""
+        running = sum(state.may_be_billed for other, state in enumerate(self.states) if other != number)
+        if running >= self._max_parallel:
             return True
-        self.seen[number] = Seen(SUBMITTING)  # from here on it may be billed, whatever comes between
+        self.states[number] = JobState(SUBMITTING)  # set first: from here on the job may be billed, whatever happens
         try:
-            self._saw(number, self._backend.submit(job))
-        except Busy as error:
-            self.seen[number] = Seen()
-            full.add(job.machine)
-            if not running:  # nothing of ours would make room
-                self._saw(number, Seen(FAILED, reason=str(error)))
+            self._set_state(number, self._backend.submit(job))
+        except QuotaExceeded as error:
+            self.states[number] = JobState()
+            exhausted.add(job.instance_type)
+            if not running:  # no job of this sweep could make room by ending
+                self._set_state(number, JobState(FAILED, reason=str(error)))
         except Unreachable as error:
-            if isinstance(error, LoggedOut):
-                self.seen[number] = Seen()
-            return self._lost(error)
+            if isinstance(error, LoginRequired):
+                self.states[number] = JobState()
+            return self._handle_no_answer(error)
         except DreamBoothError as error:
-            self._saw(number, Seen(FAILED, reason=str(error)))
+            self._set_state(number, JobState(FAILED, reason=str(error)))
         return True
 
-    def _saw(self, number: int, seen: Seen) -> None:
-        self._answered = self._clock()
-        old = self.seen[number]
-        self.seen[number] = seen = replace(seen, step=seen.step if seen.step is not None else old.step,
-                                           loss=seen.loss if seen.loss is not None else old.loss)
-        said = f"{self.jobs[number].name}  {seen.status}  {seen.detail}"
-        if said != self._told[number] and not self._rich.is_terminal:
-            self._console.say(said + (f"  {seen.reason}" if seen.reason else ""))
-        self._told[number] = said
+    def _set_state(self, number: int, state: JobState) -> None:
+        """Record a new state and print it if it has changed. Step and loss are kept where the new state has none."""
+        self._last_answer = self._clock()
+        old = self.states[number]
+        self.states[number] = state = replace(state, step=state.step if state.step is not None else old.step,
+                                              loss=state.loss if state.loss is not None else old.loss)
+        line = f"{self.jobs[number].name}  {state.status}  {state.detail}"
+        if line != self._last_lines[number] and not self._rich.is_terminal:
+            self._console.say(line + (f"  {state.reason}" if state.reason else ""))
+        self._last_lines[number] = line
 
-    def _lost(self, error: Unreachable | DreamBoothError) -> bool:
-        """Of a job nothing can be seen: the others, and a later answer, are not given up for it."""
-        silent = self._clock() - self._answered
-        if silent >= getattr(error, "patience", Unreachable.patience):
-            since = f"; the last answer came {silent / 60:.0f} minutes ago" if silent >= 60 else ""
-            raise UserError(f"{error}{since}\n{self._left()}")
-        if str(error) not in self._warned:
-            self._console.say(f"{error}; the jobs run on, asking again")
-            self._warned.add(str(error))
+    def _handle_no_answer(self, error: Unreachable | DreamBoothError) -> bool:
+        """Print the error once. After too long without any answer, raise; until then, return False to try again.
+
+        One job that cannot be polled does not end the following of the others.
+        """
+        silence = self._clock() - self._last_answer
+        if silence >= getattr(error, "patience", Unreachable.patience):
+            since = f"; the last answer came {silence / 60:.0f} minutes ago" if silence >= 60 else ""
+            raise UserError(f"{error}{since}\n{self._describe_running_jobs()}")
+        if str(error) not in self._printed_errors:
+            self._console.say(f"{error}; the jobs continue to run, trying again")
+            self._printed_errors.add(str(error))
         return False
 
-    # -- what runs on when nobody follows -----------------------------------------------------------------------
+    # -- jobs that are still running when following ends ------------------------------------------------------------
 
-    def _billed(self) -> list[int]:
-        """The jobs that may cost money; last those of which that is not known."""
-        return sorted((number for number, seen in enumerate(self.seen) if seen.billing),
-                      key=lambda number: self.seen[number].status == SUBMITTING)
+    def _running(self) -> list[int]:
+        """Numbers of the jobs that may cost money; last those that may not have started."""
+        return sorted((number for number, state in enumerate(self.states) if state.may_be_billed),
+                      key=lambda number: self.states[number].status == SUBMITTING)
 
-    def _stopped(self) -> str:
-        """Tell every job to stop, and say so; a second Ctrl-C waits for none of those that are left."""
-        asked = self._billed()
-        left = asked[:]
+    def _stop_jobs(self) -> str:
+        """Ask every job to stop, and describe the outcome. A second Ctrl-C skips the jobs that are left."""
+        running = self._running()
+        left = running[:]
         with suppress(KeyboardInterrupt):
-            for number in asked:
+            for number in running:
                 with suppress(Unreachable, DreamBoothError):
-                    if self._backend.stop(self.jobs[number]) or self.seen[number].status != SUBMITTING:
+                    if self._backend.stop(self.jobs[number]) or self.states[number].status != SUBMITTING:
                         left.remove(number)
-        words = f"{len(asked) - len(left)} jobs were told to save and stop"
-        return "\n  ".join([words + (", these may run on; type" if left else ""), *self._hints(left)])
+        message = f"{_count(len(running) - len(left))} asked to save and stop"
+        return "\n  ".join([message + ("; these may still be running, to stop them type" if left else ""),
+                            *self._stop_commands(left)])
 
-    def _left(self) -> str:
-        left = self._billed()
-        words = f"{len(left)} jobs run on" if left else "no job runs"
-        return "\n  ".join([f"{words}: {self._again}" + ("; to stop them type" if left else ""), *self._hints(left)])
+    def _describe_running_jobs(self) -> str:
+        running = self._running()
+        if not running:
+            return f"no jobs are running: {self._follow_hint}"
+        return "\n  ".join([f"{_count(len(running))} still running: {self._follow_hint}; to stop them type",
+                            *self._stop_commands(running)])
 
-    def _hints(self, numbers: Sequence[int]) -> list[str]:
-        return [self._backend.stop_hint(self.jobs[number]) + (
-            "  # it may have begun" if self.seen[number].status == SUBMITTING else "") for number in numbers]
+    def _stop_commands(self, numbers: Sequence[int]) -> list[str]:
+        return [self._backend.stop_command(self.jobs[number]) + (
+            "  # it may have started" if self.states[number].status == SUBMITTING else "") for number in numbers]
 
     def _table(self) -> Table:
-        columns = (Column(name, overflow="fold") for name in HEAD)  # cut off, jobs would look alike
+        columns = (Column(name, overflow="fold") for name in COLUMNS)  # if names were cut off, jobs would look alike
         table = Table(*columns, box=None, pad_edge=False)
-        for job, seen in zip(self.jobs, self.seen, strict=True):
-            table.add_row(*map(Text, row(job, seen)))  # Text: what a person typed is no markup
+        for job, state in zip(self.jobs, self.states, strict=True):
+            table.add_row(*map(Text, table_row(job, state)))  # Text: overrides are not markup
         return table
 
 
-def row(job: Job, seen: Seen) -> tuple[str, ...]:
-    """A line of the table."""
-    cost = seen.usd(job)
-    note = "" if cost is None else f"${cost:.2f}" + ("" if seen.billed is not None else " so far")
-    return (job.name, seen.detail if seen.status not in (COMPLETED, FAILED, UNKNOWN) and seen.detail else seen.status,
-            "" if seen.step is None else f"{seen.step}/{job.steps}", "" if seen.loss is None else f"{seen.loss:.4f}",
-            note, " ".join(job.overrides))
+def table_row(job: Job, state: JobState) -> tuple[str, ...]:
+    """The cells of a job in the table, in the order of COLUMNS."""
+    cost = state.cost_usd(job)
+    show_detail = state.detail and state.status not in (COMPLETED, FAILED, UNKNOWN)
+    return (job.name, state.detail if show_detail else state.status,
+            "" if state.step is None else f"{state.step}/{job.steps}",
+            "" if state.loss is None else f"{state.loss:.4f}",
+            "" if cost is None else f"${cost:.2f}" + ("" if state.billed_seconds is not None else " so far"),
+            " ".join(job.overrides))
+
+
+def _count(number: int) -> str:
+    return f"{number} job" if number == 1 else f"{number} jobs"

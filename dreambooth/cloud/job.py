@@ -1,23 +1,23 @@
-"""A run as a job: what is asked for, what it looks like while it runs, and who runs it."""
+"""A job of a sweep, its state, the interface of the backends that run jobs, and their exceptions."""
 
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 WAITING, SUBMITTING, RUNNING, COMPLETED, FAILED, STOPPED, UNKNOWN = (
     "Waiting", "Submitting", "InProgress", "Completed", "Failed", "Stopped", "Unknown")
-ENDS = (COMPLETED, FAILED, STOPPED)
+FINAL_STATUSES = (COMPLETED, FAILED, STOPPED)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep."""
+    """One run of a sweep, as it is submitted."""
 
     number: int  # in the sweep
     name: str
-    overrides: tuple[str, ...]  # as they were typed
-    request: dict[str, Any]  # of CreateTrainingJob
-    steps: int  # that it will train
-    usd_hour: float | None = None  # of all its instances, on demand; None: unknown
+    overrides: tuple[str, ...]  # as the user typed them
+    request: dict[str, Any]  # arguments of CreateTrainingJob
+    steps: int  # train.max_train_steps
+    usd_hour: float | None = None  # on-demand price of all its instances per hour; None: unknown
     estimate_usd: float | None = None  # by the planner; None: unknown
     estimate_seconds: float | None = None
 
@@ -26,73 +26,80 @@ class Job:
         return bool(self.request.get("EnableManagedSpotTraining"))
 
     @property
-    def machine(self) -> str:
-        """Type of its instances, which a quota is for."""
+    def instance_type(self) -> str:
+        """Type of its instances; AWS has a quota for each type."""
         return str(self.request.get("ResourceConfig", {}).get("InstanceType", ""))
 
 
 @dataclass
-class Seen:
-    """How a job stands."""
+class JobState:
+    """The state of a job when it was polled last."""
 
     status: str = WAITING
     detail: str = ""  # SageMaker's secondary status
     step: int | None = None
     loss: float | None = None
     seconds: float = 0.0  # of training so far
-    billed: float | None = None  # seconds, at the end
-    reason: str = ""  # of a failure
+    billed_seconds: float | None = None  # None until the job has ended
+    reason: str = ""  # why it failed or was stopped
     result: dict[str, Any] = field(default_factory=dict)  # result.json
 
     @property
     def ended(self) -> bool:
-        return self.status in ENDS
+        return self.status in FINAL_STATUSES
 
     @property
-    def billing(self) -> bool:
-        """Whether it may cost money now: also one that was sent off and got no answer yet."""
+    def may_be_billed(self) -> bool:
+        """Whether the job may cost money now. True also if it was submitted and the answer has not arrived."""
         return not self.ended and self.status != WAITING
 
-    def usd(self, job: Job) -> float | None:
-        """Billed cost at the end, else the cost so far: of a spot instance at most this."""
+    def cost_usd(self, job: Job) -> float | None:
+        """Billed cost of a job that has ended, else the cost so far, which is an upper bound for a spot instance."""
         if job.usd_hour is None:
             return None
-        return (self.seconds if self.billed is None else self.billed) / 3600 * job.usd_hour
+        return (self.seconds if self.billed_seconds is None else self.billed_seconds) / 3600 * job.usd_hour
 
 
-class Busy(Exception):
-    """No job more can begin just now; one may when another has ended."""
+class QuotaExceeded(Exception):
+    """No further job can start now; one may when another has ended."""
 
 
 class Unreachable(Exception):
-    """Nobody answered; the jobs run on."""
+    """The backend did not answer. The jobs continue to run."""
 
-    patience = 3600.0  # seconds without any answer, after which nobody waits for one
+    patience = 3600.0  # seconds without an answer after which following the jobs ends with an error
 
 
-class LoggedOut(Unreachable):
-    """AWS answers nobody until there is a new login; what was asked for was not begun."""
+class LoginRequired(Unreachable):
+    """AWS rejects the credentials until the user logs in again. The request had no effect."""
 
-    def __init__(self, words: str, patience: float) -> None:
-        super().__init__(words)
+    def __init__(self, message: str, patience: float) -> None:
+        super().__init__(message)
         self.patience = patience
 
 
 class Backend(Protocol):
-    """Who runs jobs. Every method but `stop_hint` may raise Unreachable, or UserError for good."""
+    """Runs jobs.
 
-    def submit(self, job: Job) -> Seen:
-        """Begin a job, or find the one that was begun before. Raises Busy."""
+    Every method except `stop_command` may raise Unreachable, or UserError if trying again is useless.
+    """
+
+    def submit(self, job: Job) -> JobState:
+        """Start a job, or find it if an earlier command has started it.
+
+        Raises:
+            QuotaExceeded: it cannot start now.
+        """
         ...
 
-    def look(self, job: Job) -> Seen:
-        """How it stands."""
+    def poll(self, job: Job) -> JobState:
+        """The current state of a job."""
         ...
 
     def stop(self, job: Job) -> bool:
-        """Ask it to save and stop. False: no such job runs."""
+        """Ask a job to save and stop. False: it does not run."""
         ...
 
-    def stop_hint(self, job: Job) -> str:
-        """The command that stops it, for a person."""
+    def stop_command(self, job: Job) -> str:
+        """The command by which a user stops the job."""
         ...

@@ -1,62 +1,69 @@
-"""What AWS would refuse, found before a request is sent: patterns, lengths and enums of botocore's own model of the
-service, which botocore itself does not check."""
+"""Checks a request against botocore's model of the service before it is sent.
+
+The model has patterns, lengths and enums of every parameter; botocore itself does not check them.
+"""
 
 import re
 from collections.abc import Iterator
 from typing import Any
 
-UNICODE = {r"\p{L}": "a-zA-ZÀ-￿", r"\p{Z}": " ", r"\p{N}": "0-9"}  # classes that Python's re does not know
+UNICODE_CLASSES = {r"\p{L}": "a-zA-ZÀ-￿", r"\p{Z}": " ", r"\p{N}": "0-9"}  # which Python's re does not know
+CONFIDENTIAL = ("Environment", "HyperParameters", "Tags")  # values of these may be secret and are not shown
 
-HIDDEN = ("Environment", "HyperParameters", "Tags")  # what people put there is not repeated: it may be secret
 
+def find_problems(value: Any, shape: Any, path: str = "") -> Iterator[str]:
+    """Yield one sentence for each part of a request that its shape does not allow.
 
-def problems(value: Any, shape: Any, where: str = "") -> Iterator[str]:
-    """Every part of a request that its shape does not allow, in a sentence each."""
+    Args:
+        shape: botocore's model of the value.
+        path: where the value is in the request, such as "Tags[0].Key".
+    """
     kind, limits = shape.type_name, shape.metadata
     if kind == "structure":
-        yield from (f"{_at(where, name)} is missing" for name in shape.required_members if name not in value)
+        yield from (f"{_join(path, name)} is missing" for name in shape.required_members if name not in value)
         for name, item in value.items():
             if name not in shape.members:
-                yield f"{_at(where, name)} is not known to SageMaker"
+                yield f"{_join(path, name)} is not known to SageMaker"
             else:
-                yield from problems(item, shape.members[name], _at(where, name))
+                yield from find_problems(item, shape.members[name], _join(path, name))
     elif kind in ("list", "map"):
-        yield from _count(len(value), limits, f"{where} has {len(value)} entries")
+        yield from _check_limits(len(value), limits, f"{path} has {len(value)} entries")
         if kind == "list":
             for number, item in enumerate(value):
-                yield from problems(item, shape.member, f"{where}[{number}]")
+                yield from find_problems(item, shape.member, f"{path}[{number}]")
         else:
             for key, item in value.items():
-                yield from problems(key, shape.key, f"{where} key {key[:40]}")
-                yield from problems(item, shape.value, _at(where, key))
+                yield from find_problems(key, shape.key, f"{path} key {key[:40]}")
+                yield from find_problems(item, shape.value, _join(path, key))
     elif kind == "string":
-        yield from _text(value, shape, where)
+        yield from _check_string(value, shape, path)
     elif kind in ("integer", "long", "float", "double"):
-        yield from _count(value, limits, f"{where} is {value}")
+        yield from _check_limits(value, limits, f"{path} is {value}")
 
 
-def _text(value: Any, shape: Any, where: str) -> Iterator[str]:
-    shown = "what was typed" if where.startswith(HIDDEN) else repr(value[:80] if isinstance(value, str) else value)
-    if not isinstance(value, str):
-        yield f"{where} must be a text, not {shown}"
+def _check_string(value: Any, shape: Any, path: str) -> Iterator[str]:
+    is_string = isinstance(value, str)
+    shown = "the typed value" if path.startswith(CONFIDENTIAL) else repr(value[:80] if is_string else value)
+    if not is_string:
+        yield f"{path} must be a string, not {shown}"
         return
     limits = dict(shape.metadata)
-    yield from _count(len(value), limits, f"{where} has {len(value)} characters")
+    yield from _check_limits(len(value), limits, f"{path} has {len(value)} characters")
     if shape.enum and value not in shape.enum:
-        yield f"{where} is {shown}, which SageMaker does not offer"
+        yield f"{path} is {shown}, which SageMaker does not offer"
     pattern = limits.get("pattern")
-    for unknown, known in UNICODE.items():
-        pattern = pattern.replace(unknown, known) if pattern else None
+    for unicode_class, characters in UNICODE_CLASSES.items():
+        pattern = pattern.replace(unicode_class, characters) if pattern else None
     if pattern and not re.fullmatch(pattern, value, re.DOTALL):
-        yield f"{where} is {shown}, which does not match {shape.metadata['pattern']}"
+        yield f"{path} is {shown}, which does not match {shape.metadata['pattern']}"
 
 
-def _count(count: float, limits: Any, what: str) -> Iterator[str]:
+def _check_limits(count: float, limits: Any, description: str) -> Iterator[str]:
     if count < limits.get("min", count):
-        yield f"{what}, at least {limits['min']} are needed"
+        yield f"{description}, at least {limits['min']} are needed"
     if count > limits.get("max", count):
-        yield f"{what}, at most {limits['max']} are allowed"
+        yield f"{description}, at most {limits['max']} are allowed"
 
 
-def _at(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

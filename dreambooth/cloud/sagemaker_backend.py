@@ -1,135 +1,168 @@
-"""Jobs on SageMaker, by boto3's own client: create, describe, stop."""
+"""Backend that runs jobs on SageMaker, by boto3's client: create, describe and stop training jobs."""
 
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from dreambooth.cloud import request_validation
-from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Busy, Job, LoggedOut, Seen, Unreachable
-from dreambooth.cloud.training_job_request import trained
+from dreambooth.cloud.job import (
+    COMPLETED,
+    FAILED,
+    RUNNING,
+    STOPPED,
+    Job,
+    JobState,
+    LoginRequired,
+    QuotaExceeded,
+    Unreachable,
+)
+from dreambooth.cloud.training_job_request import identifying_hyperparameters
 from dreambooth.errors import UserError
 from dreambooth.storage import aws_errors, folders
 
 STATUS = {"InProgress": RUNNING, "Stopping": RUNNING, "Deleting": STOPPED, "Completed": COMPLETED, "Failed": FAILED,
           "Stopped": STOPPED}
-NIGHT = 12 * 3600.0  # seconds that a person has for a new login
-THERE = ("ResourceInUse", "ResourceInUseException")  # and a ValidationException that says the name is taken
+LOGIN_PATIENCE = 12 * 3600.0  # seconds that the user has to log in again: a night
+NAME_TAKEN_CODES = ("ResourceInUse", "ResourceInUseException")  # and a ValidationException that says so
 
 
-class TrainingJobs:
-    """A Backend."""
+class SageMakerBackend:
+    """A Backend that runs SageMaker training jobs.
+
+    Args:
+        client: boto3's client of SageMaker; None: a new one, which is replaced when its credentials expire.
+    """
 
     def __init__(self, client: Any | None = None) -> None:
-        self._client, self._given = client or folders.client("sagemaker"), client is not None
-        self._answered = False
+        self._client, self._is_own_client = client or folders.client("sagemaker"), client is None
+        self._has_answered = False
 
-    def problems(self, request: dict[str, Any]) -> list[str]:
-        """What the service would refuse."""
+    def find_problems(self, request: dict[str, Any]) -> list[str]:
+        """What the service would reject in a request, one sentence each."""
         shape = self._client.meta.service_model.operation_model("CreateTrainingJob").input_shape
-        return list(request_validation.problems(request, shape))
+        return list(request_validation.find_problems(request, shape))
 
-    def submit(self, job: Job) -> Seen:
+    def submit(self, job: Job) -> JobState:
         try:
             self._client.create_training_job(**job.request)
         except Exception as error:
-            if self._taken(error):
-                return self._same(job)
-            if aws_errors.code(error) == "ResourceLimitExceeded":
-                raise Busy(f"the account may not have more of {job.request['ResourceConfig']['InstanceType']} now: ask "
-                           "for more in Service Quotas, 'for training job usage'") from error
-            raise self._said(error, "sagemaker:CreateTrainingJob", job.name) from error
-        self._answered = True
-        return Seen(RUNNING, "Starting")
+            if _is_name_taken(error):
+                return self._poll_existing(job)
+            if aws_errors.error_code(error) == "ResourceLimitExceeded":
+                raise QuotaExceeded(f"the account's quota for {job.instance_type} is used up: ask for more in Service "
+                                    "Quotas, 'for training job usage'") from error
+            raise self._translate(error, "sagemaker:CreateTrainingJob", job.name) from error
+        self._has_answered = True
+        return JobState(RUNNING, "Starting")
 
-    def look(self, job: Job) -> Seen:
-        told = self._describe(job)
-        metrics = {item["MetricName"]: item["Value"] for item in told.get("FinalMetricDataList", ())}
-        seen = Seen(
-            STATUS.get(told["TrainingJobStatus"], RUNNING), told.get("SecondaryStatus", ""),
-            step=int(metrics["step"]) if "step" in metrics else None, loss=metrics.get("loss"), seconds=_seconds(told),
-            billed=told.get("BillableTimeInSeconds"), reason=told.get("FailureReason", ""))
-        if seen.status == COMPLETED:
-            seen.result = self._result(told, job)
-        if seen.status == STOPPED and not seen.reason:
-            seen.reason = f"it was stopped ({seen.detail})"
-        if not seen.ended:
-            seen.billed = None
-        return seen
+    def poll(self, job: Job) -> JobState:
+        description = self._describe(job)
+        metrics = {item["MetricName"]: item["Value"] for item in description.get("FinalMetricDataList", ())}
+        state = JobState(
+            STATUS.get(description["TrainingJobStatus"], RUNNING), description.get("SecondaryStatus", ""),
+            step=int(metrics["step"]) if "step" in metrics else None, loss=metrics.get("loss"),
+            seconds=_training_seconds(description), billed_seconds=description.get("BillableTimeInSeconds"),
+            reason=description.get("FailureReason", ""))
+        if state.status == COMPLETED:
+            state.result = self._read_result(description, job)
+        if state.status == STOPPED and not state.reason:
+            state.reason = f"it was stopped ({state.detail})"
+        if not state.ended:
+            state.billed_seconds = None
+        return state
 
     def stop(self, job: Job) -> bool:
         try:
             self._client.stop_training_job(TrainingJobName=job.name)
         except Exception as error:
-            if aws_errors.code(error) == "ValidationException":  # it has ended meanwhile, or never began
+            if aws_errors.error_code(error) == "ValidationException":  # it has ended meanwhile, or was never created
                 return False
-            raise self._said(error, "sagemaker:StopTrainingJob", job.name) from error
+            raise self._translate(error, "sagemaker:StopTrainingJob", job.name) from error
         return True
 
-    def stop_hint(self, job: Job) -> str:
+    def stop_command(self, job: Job) -> str:
         return f"aws sagemaker stop-training-job --training-job-name {job.name}"
 
-    def ended_badly(self, name: str) -> bool:
-        """Whether there is a job of that name which failed or was stopped."""
+    def has_failed(self, name: str) -> bool:
+        """Whether a job of that name exists, and has failed or was stopped."""
         try:
-            told = self._client.describe_training_job(TrainingJobName=name)
+            description = self._client.describe_training_job(TrainingJobName=name)
         except Exception as error:
-            if aws_errors.code(error) in ("ValidationException", "ResourceNotFound"):
+            if aws_errors.error_code(error) in ("ValidationException", "ResourceNotFound"):
                 return False
-            raise UserError(aws_errors.sentence(error, "sagemaker:DescribeTrainingJob", name)) from error
-        return told["TrainingJobStatus"] in ("Failed", "Stopped")
+            raise UserError(aws_errors.describe_error(error, "sagemaker:DescribeTrainingJob", name)) from error
+        return description["TrainingJobStatus"] in ("Failed", "Stopped")
 
     def _describe(self, job: Job) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = self._client.describe_training_job(TrainingJobName=job.name)
+            description: dict[str, Any] = self._client.describe_training_job(TrainingJobName=job.name)
         except Exception as error:
-            raise self._said(error, "sagemaker:DescribeTrainingJob", job.name) from error
-        self._answered = True
-        return found
+            raise self._translate(error, "sagemaker:DescribeTrainingJob", job.name) from error
+        self._has_answered = True
+        return description
 
-    def _taken(self, error: Exception) -> bool:
-        return aws_errors.code(error) in THERE or (
-            aws_errors.code(error) == "ValidationException" and "already" in str(error).lower())
+    def _poll_existing(self, job: Job) -> JobState:
+        """Poll the existing job of that name, if it is the same run.
 
-    def _same(self, job: Job) -> Seen:
-        """The job of that name, if it is this one: begun by an earlier command, or by a call whose answer was lost."""
-        theirs, ours = (trained(of.get("HyperParameters", {})) for of in (self._describe(job), job.request))
-        if differing := sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)):
-            raise UserError(f"there is another job {job.name} already, with another {', another '.join(differing)}: "
-                            "type another hydra.launcher.sweep=NAME")
-        return self.look(job)
+        An earlier command created it, or an earlier call whose answer was lost.
 
-    def _result(self, told: dict[str, Any], job: Job) -> dict[str, Any]:
-        """What the job left. It is paid for: it has failed only if its result is not there, or is none."""
-        path = f"{told['ModelArtifacts']['S3ModelArtifacts'].rstrip('/')}/result.json"
+        Raises:
+            UserError: it is another run.
+        """
+        existing, own = (identifying_hyperparameters(item.get("HyperParameters", {}))
+                         for item in (self._describe(job), job.request))
+        differing = sorted(key for key in existing.keys() | own.keys() if existing.get(key) != own.get(key))
+        if differing:
+            raise UserError(f"a job {job.name} exists already and differs in {', '.join(differing)}: type another "
+                            "hydra.launcher.sweep=NAME")
+        return self.poll(job)
+
+    def _read_result(self, description: dict[str, Any], job: Job) -> dict[str, Any]:
+        """The content of result.json in the job's output; if it is missing or invalid, {"problem": reason}.
+
+        A failure of the network raises, so that it is read again later: the job is paid for.
+        """
+        path = f"{description['ModelArtifacts']['S3ModelArtifacts'].rstrip('/')}/result.json"
         try:
             return folders.read_json(path)
         except (UserError, ValueError) as error:
-            why = error.__cause__
-            if why is not None and (aws_errors.passing(why) or aws_errors.logged_out(why)):
-                raise self._said(why, "s3:GetObject", path) from error
+            cause = error.__cause__
+            if cause is not None and (aws_errors.is_transient(cause) or aws_errors.needs_login(cause)):
+                raise self._translate(cause, "s3:GetObject", path) from error
             return {"problem": f"{path} cannot be read ({error})"}
 
-    def _said(self, error: BaseException, doing: str, where: str) -> BaseException:
-        if aws_errors.logged_out(error):
-            self._renew()
-            wait = NIGHT if self._answered and aws_errors.renewable() else 0.0
-            return LoggedOut(aws_errors.sentence(error, doing, where), wait)
-        if aws_errors.passing(error):
-            return Unreachable(f"AWS does not answer ({aws_errors.code(error)})")
-        if aws_errors.known(error):
-            return UserError(aws_errors.sentence(error, doing, where))
+    def _translate(self, error: BaseException, permission: str, resource: str) -> BaseException:
+        """The exception of Backend for an error of AWS; any other error is returned as it is.
+
+        Args:
+            permission: the action that the call needs.
+            resource: what it is called on.
+        """
+        if aws_errors.needs_login(error):
+            self._renew_client()
+            patience = LOGIN_PATIENCE if self._has_answered and aws_errors.login_can_be_renewed() else 0.0
+            return LoginRequired(aws_errors.describe_error(error, permission, resource), patience)
+        if aws_errors.is_transient(error):
+            return Unreachable(f"AWS does not answer ({aws_errors.error_code(error)})")
+        if aws_errors.is_aws_error(error):
+            return UserError(aws_errors.describe_error(error, permission, resource))
         return error
 
-    def _renew(self) -> None:
-        """A client reads its credentials once; another one finds those of a new login."""
-        if not self._given:
+    def _renew_client(self) -> None:
+        """Create a new client: a client reads its credentials once, a new one finds those of a new login."""
+        if self._is_own_client:
             with suppress(UserError):
                 self._client = folders.client("sagemaker")
 
 
-def _seconds(told: dict[str, Any]) -> float:
-    """Of training so far: SageMaker's own number once there is one."""
-    if "TrainingTimeInSeconds" in told:
-        return float(told["TrainingTimeInSeconds"])
-    start = told.get("TrainingStartTime")
+def _is_name_taken(error: Exception) -> bool:
+    code = aws_errors.error_code(error)
+    return code in NAME_TAKEN_CODES or (code == "ValidationException" and "already" in str(error).lower())
+
+
+def _training_seconds(description: dict[str, Any]) -> float:
+    """Seconds of training so far: SageMaker's own number if there is one, else the time since the start."""
+    if "TrainingTimeInSeconds" in description:
+        return float(description["TrainingTimeInSeconds"])
+    start = description.get("TrainingStartTime")
     return max(0.0, (datetime.now(UTC) - start).total_seconds()) if start else 0.0

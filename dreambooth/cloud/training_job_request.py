@@ -1,7 +1,8 @@
-"""The request of a SageMaker training job, from a run's overrides and the launcher's settings. Pure.
+"""Builds the request of a SageMaker training job from a run's overrides and the launcher's settings. No side effects.
 
-The contract with the container: hyperparameters are overrides as texts; the channels images, class_images and model
-carry what lies in S3; results in /opt/ml/model, training state in /opt/ml/checkpoints, both kept in S3 as they are.
+The contract with the container: hyperparameters are overrides as strings; the channels images, class_images and model
+are folders in S3; results are written to /opt/ml/model and training state to /opt/ml/checkpoints, and SageMaker copies
+both to S3 file by file.
 """
 
 import json
@@ -13,20 +14,21 @@ from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
 
-HERE = {"run_root", "storage.cache"}  # folders of the machine that submits
+LOCAL_KEYS = {"run_root", "storage.cache"}  # folders of the submitting machine, not sent to jobs
 CHANNELS = {"dataset.instance_dir": "images", "dataset.class_dir": "class_images", "model.source": "model"}
-METRICS = {  # read from what the run prints
+METRICS = {  # name -> pattern in the lines that a run prints
     "step": r"training (\d+)/\d+ ",
     "loss": r"training .*loss ([0-9.]+)",
 }
-ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"  # as the blog sets it; both spellings are read by PyTorch
-SPARE_GIB = 10  # of a volume: the image's own scratch, logs, SageMaker's copies
-UNSEEN = ("tracking.", "hardware.price_usd_hour", "hardware.spot_price_usd_hour")  # say nothing of what is trained
+ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"  # as in the blog post; PyTorch also reads PYTORCH_ALLOC_CONF
+SPARE_GIB = 10  # of a volume: scratch space of the image, logs, SageMaker's copies
+# Prefixes of keys that do not change what is trained.
+IGNORED_KEYS = ("tracking.", "hardware.price_usd_hour", "hardware.spot_price_usd_hour")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How jobs run, as the launcher's conf/ has it; hours, minutes and GiB as a person says them."""
+class JobSettings:
+    """The launcher's settings of a job, from conf/hydra/launcher/sagemaker.yaml, which explains each."""
 
     image: str
     role: str
@@ -49,45 +51,64 @@ class Settings:
     mlflow_secret: str | None = None
 
 
-def name_of(sweep: str, number: int, sent: Mapping[str, str], contents: Mapping[str, str], attempt: int = 0) -> str:
-    """A job's name: the same for the same run of the same sweep, from any machine, so that it is never begun twice.
+def build_hyperparameters(overrides: Sequence[str], channels: Collection[str], sweep: str, run_name: str | None = None,
+                          mlflow_uri: str | None = None) -> dict[str, str]:
+    """Hyperparameters of a job: overrides as key and value, without those that a channel replaces."""
+    replaced = {key for key, channel in CHANNELS.items() if channel in channels}
+    dropped = LOCAL_KEYS | replaced | ({"dataset"} if "images" in channels else set())
+    hyperparameters = {"tracking.sweep": sweep}
+    if run_name:
+        hyperparameters["tracking.run_name"] = run_name
+    if mlflow_uri:
+        hyperparameters["tracking.uri"] = "${oc.env:MLFLOW_TRACKING_URI}"
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.lstrip("+") not in dropped:
+            hyperparameters[key] = value
+    return hyperparameters
+
+
+def job_name(sweep: str, number: int, hyperparameters: Mapping[str, str], contents: Mapping[str, str],
+             attempt: int = 0) -> str:
+    """Name of a job: the same for the same run of a sweep on any machine, so that no run is started twice.
 
     Args:
-        sent: its hyperparameters.
-        contents: what is behind the paths that it reads.
+        contents: digests of what is behind the paths that the run reads.
+        attempt: greater than 0 if the job is run again after a failure.
     """
-    key = sha256(json.dumps([trained(sent), contents], sort_keys=True).encode()).hexdigest()[:8]
+    identity = [identifying_hyperparameters(hyperparameters), contents]
+    key = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     word = re.sub(r"[^a-zA-Z0-9]+", "-", sweep).strip("-")[:40].rstrip("-") or "sweep"
     return f"{word}-{number}-{key}" + (f"-{attempt}" if attempt else "")
 
 
-def trained(sent: Mapping[str, str]) -> dict[str, str]:
-    """The hyperparameters by which two jobs are the same: not where their metrics go, nor prices."""
-    return {key: value for key, value in sent.items() if not key.lstrip("+").startswith(UNSEEN)}
+def identifying_hyperparameters(hyperparameters: Mapping[str, str]) -> dict[str, str]:
+    """The hyperparameters by which two jobs are the same run: without tracking and prices."""
+    return {key: value for key, value in hyperparameters.items() if not key.lstrip("+").startswith(IGNORED_KEYS)}
 
 
-def request(settings: Settings, name: str, sweep: str, sent: Mapping[str, str], inputs: Mapping[str, str],
-            disk_gib: float | None, needed_gib: float | None, first: str | None = None) -> dict[str, Any]:
-    """CreateTrainingJob's arguments.
+def build_request(settings: JobSettings, name: str, sweep: str, hyperparameters: Mapping[str, str],
+                  inputs: Mapping[str, str], disk_gib: float | None, needed_gib: float | None,
+                  first_name: str | None = None) -> dict[str, Any]:
+    """Arguments of CreateTrainingJob.
 
     Args:
-        sent: hyperparameters.
         inputs: channel -> folder in S3.
-        disk_gib: the instance's own disk, None if it has none or that is unknown.
+        disk_gib: the instance's own disk; None: it has none, or that is unknown.
         needed_gib: what the run will write, by the planner; None: unknown.
-        first: the name under which the run was begun first, whose checkpoints it goes on from; None: this is the first.
+        first_name: name of the first attempt, whose checkpoints the job resumes from; None: this is the first attempt.
     """
-    place = f"{settings.s3.rstrip('/')}/{sweep}"
+    output = f"{settings.s3.rstrip('/')}/{sweep}"
     kms = {"KmsKeyId": settings.kms_key} if settings.kms_key else {}
-    asked: dict[str, Any] = {
+    request: dict[str, Any] = {
         "TrainingJobName": name,
         "RoleArn": settings.role,
         "AlgorithmSpecification": {
             "TrainingImage": settings.image, "TrainingInputMode": "File",
             "MetricDefinitions": [{"Name": key, "Regex": regex} for key, regex in METRICS.items()]},
-        "HyperParameters": dict(sent),
-        "OutputDataConfig": {"S3OutputPath": place, "CompressionType": "NONE", **kms},
-        "CheckpointConfig": {"S3Uri": f"{place}/{first or name}/checkpoints", "LocalPath": "/opt/ml/checkpoints"},
+        "HyperParameters": dict(hyperparameters),
+        "OutputDataConfig": {"S3OutputPath": output, "CompressionType": "NONE", **kms},
+        "CheckpointConfig": {"S3Uri": f"{output}/{first_name or name}/checkpoints", "LocalPath": "/opt/ml/checkpoints"},
         "ResourceConfig": _resources(settings, disk_gib, needed_gib),
         "StoppingCondition": {"MaxRuntimeInSeconds": round(settings.max_run_hours * 3600)},
         "Environment": _environment(settings, sweep),
@@ -95,37 +116,20 @@ def request(settings: Settings, name: str, sweep: str, sent: Mapping[str, str], 
             "dreambooth:sweep": sweep, **settings.tags}.items()],
     }
     if inputs:
-        asked["InputDataConfig"] = [_channel(*item) for item in sorted(inputs.items())]
+        request["InputDataConfig"] = [_channel(*item) for item in sorted(inputs.items())]
     if settings.spot:
-        asked["EnableManagedSpotTraining"] = True
-        asked["StoppingCondition"]["MaxWaitTimeInSeconds"] = round(
+        request["EnableManagedSpotTraining"] = True
+        request["StoppingCondition"]["MaxWaitTimeInSeconds"] = round(
             max(settings.max_wait_hours, settings.max_run_hours) * 3600)
     if settings.attempts:
-        asked["RetryStrategy"] = {"MaximumRetryAttempts": settings.attempts}
+        request["RetryStrategy"] = {"MaximumRetryAttempts": settings.attempts}
     if settings.subnets:
-        asked["VpcConfig"] = {"Subnets": list(settings.subnets), "SecurityGroupIds": list(settings.security_groups)}
-    return asked
+        request["VpcConfig"] = {"Subnets": list(settings.subnets), "SecurityGroupIds": list(settings.security_groups)}
+    return request
 
 
-def hyperparameters(overrides: Sequence[str], channels: Collection[str], sweep: str, run_name: str | None = None,
-                    mlflow_uri: str | None = None) -> dict[str, str]:
-    """Overrides as key and value, without those that a channel stands for."""
-    carried = {key for key, channel in CHANNELS.items() if channel in channels}
-    dropped = HERE | carried | ({"dataset"} if "images" in channels else set())
-    asked = {"tracking.sweep": sweep}
-    if run_name:
-        asked["tracking.run_name"] = run_name
-    if mlflow_uri:
-        asked["tracking.uri"] = "${oc.env:MLFLOW_TRACKING_URI}"
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key.lstrip("+") not in dropped:
-            asked[key] = value
-    return asked
-
-
-def only_here(uri: str) -> bool:
-    """Whether an MLflow address means something on the machine that submits alone: its files, its loopback."""
+def is_local_uri(uri: str) -> bool:
+    """Whether an MLflow address is valid on the submitting machine only: a file, a database, or a loopback address."""
     parts = urlsplit(uri)
     host = parts.hostname or ""
     if host in ("localhost", "::1", "0.0.0.0", "host.docker.internal") or host.startswith("127."):
@@ -138,20 +142,21 @@ def _channel(channel: str, uri: str) -> dict[str, Any]:
         "S3DataType": "S3Prefix", "S3Uri": uri.rstrip("/") + "/", "S3DataDistributionType": "FullyReplicated"}}}
 
 
-def _resources(settings: Settings, disk_gib: float | None, needed_gib: float | None) -> dict[str, Any]:
+def _resources(settings: JobSettings, disk_gib: float | None, needed_gib: float | None) -> dict[str, Any]:
     volume = settings.volume_gib or math.ceil((100 if needed_gib is None else needed_gib) + SPARE_GIB)
-    if disk_gib is not None:  # instances with a disk of their own use it, and refuse a larger volume
+    if disk_gib is not None:  # instances with a disk of their own use it, and reject a larger volume
         volume = min(volume, int(disk_gib))
-    found: dict[str, Any] = {"InstanceType": settings.instance_type, "InstanceCount": settings.instance_count,
-                             "VolumeSizeInGB": volume}
-    if settings.kms_key and disk_gib is None:  # a disk of its own is encrypted by the machine
-        found["VolumeKmsKeyId"] = settings.kms_key
+    resources: dict[str, Any] = {"InstanceType": settings.instance_type, "InstanceCount": settings.instance_count,
+                                 "VolumeSizeInGB": volume}
+    if settings.kms_key and disk_gib is None:  # the instance encrypts a disk of its own
+        resources["VolumeKmsKeyId"] = settings.kms_key
     if settings.keep_alive_minutes:
-        found["KeepAlivePeriodInSeconds"] = settings.keep_alive_minutes * 60
-    return found
+        resources["KeepAlivePeriodInSeconds"] = settings.keep_alive_minutes * 60
+    return resources
 
 
-def _environment(settings: Settings, sweep: str) -> dict[str, str]:
-    found = {"DREAMBOOTH_SWEEP": sweep, ALLOCATOR: settings.allocator, "MLFLOW_TRACKING_URI": settings.mlflow_uri,
-             "DREAMBOOTH_SECRET": settings.mlflow_secret, **settings.environment}
-    return {key: str(value) for key, value in found.items() if value is not None}
+def _environment(settings: JobSettings, sweep: str) -> dict[str, str]:
+    environment = {"DREAMBOOTH_SWEEP": sweep, ALLOCATOR_VARIABLE: settings.allocator,
+                   "MLFLOW_TRACKING_URI": settings.mlflow_uri, "DREAMBOOTH_SECRET": settings.mlflow_secret,
+                   **settings.environment}
+    return {key: str(value) for key, value in environment.items() if value is not None}

@@ -1,7 +1,7 @@
-"""What Hydra calls around a sweep on this machine: trials are named by what differs, and their table is kept.
+"""Hydra's callbacks around a sweep on this machine: they name its trials and write the table of its results.
 
-conf/config.yaml names `Sweep` as a callback, so that it works under every sweeper (basic, Optuna). The SageMaker
-launcher keeps a table of its own.
+conf/config.yaml names `Sweep` as a callback, so it works with every sweeper (basic, Optuna). The SageMaker launcher
+writes its own table.
 """
 
 import math
@@ -14,28 +14,28 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-STARTED = time.strftime("%Y-%m-%d_%H-%M-%S")  # the sweep's id, unless tracking.sweep names one
-_swept: list[str] = []  # the keys that the sweep of this process varies
+DEFAULT_SWEEP_ID = time.strftime("%Y-%m-%d_%H-%M-%S")  # the sweep's ID, unless tracking.sweep is set
+_varied_keys: list[str] = []  # the keys that the sweep of this process varies
 
 
 class Sweep(Callback):
-    """Collects what the jobs of a sweep return; at its end writes results-ID.csv and a run in MLflow."""
+    """Collects the results of the jobs of a sweep; at its end writes results-ID.csv and a run in MLflow."""
 
     def __init__(self) -> None:
-        self._jobs: list[tuple[Path, list[str], float | None]] = []
+        self._jobs: list[tuple[Path, list[str], float | None]] = []  # run folder, overrides, objective
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        words = [str(word) for word in config.hydra.overrides.task]
-        parsed = OverridesParser.create().parse_overrides(words)
+        overrides = [str(override) for override in config.hydra.overrides.task]
+        parsed = OverridesParser.create().parse_overrides(overrides)
         spaces = [OmegaConf.select(config, f"hydra.sweeper.{name}") or {} for name in ("params", "search_space")]
-        _swept[:] = dict.fromkeys([*(item.get_key_element().lstrip("+") for item in parsed if item.is_sweep_override()),
-                                   *(str(key) for space in spaces for key in space)])
+        typed = [item.get_key_element().lstrip("+") for item in parsed if item.is_sweep_override()]
+        _varied_keys[:] = dict.fromkeys([*typed, *(str(key) for space in spaces for key in space)])
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         value = job_return._return_value
-        number = float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+        objective = float(value) if isinstance(value, int | float) and math.isfinite(value) else None
         folder = Path(str(OmegaConf.select(job_return.hydra_cfg, "hydra.runtime.output_dir")))
-        self._jobs.append((folder, list(job_return.overrides or ()), number))
+        self._jobs.append((folder, list(job_return.overrides or ()), objective))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         launcher = str(config.hydra.runtime.choices.get("hydra/launcher"))
@@ -44,28 +44,35 @@ class Sweep(Callback):
         from dreambooth.errors import DreamBoothError
 
         try:
-            self._keep(config)
+            self._write_summary(config)
         except DreamBoothError as error:
             print(f"dreambooth: the table of the sweep is not complete: {error}", file=sys.stderr)
 
-    def _keep(self, config: DictConfig) -> None:
+    def _write_summary(self, config: DictConfig) -> None:
         from dreambooth.sweeps import summary
 
         tracking = config.tracking
-        path = summary.keep(
-            self._jobs, tracking.sweep or STARTED, Path(str(config.run_root)), kind=tracking.kind.value,
-            uri=tracking.uri, experiment=tracking.experiment)
-        print(f"sweep {tracking.sweep or STARTED}: {path}", flush=True)
+        sweep = tracking.sweep or DEFAULT_SWEEP_ID
+        path = summary.write_summary(self._jobs, sweep, Path(str(config.run_root)), kind=tracking.kind.value,
+                                     uri=tracking.uri, experiment=tracking.experiment)
+        print(f"sweep {sweep}: {path}", flush=True)
 
 
-def telling(overrides: list[str]) -> list[str]:
-    """The overrides that runs are told apart by: in a sweep those that it varies, otherwise all."""
-    return [word for word in overrides if word.lstrip("+").partition("=")[0] in _swept] or overrides
+def distinguishing_overrides(overrides: list[str]) -> list[str]:
+    """The overrides that distinguish a run from others: in a sweep those that it varies, otherwise all."""
+    return [override for override in overrides if _key(override) in _varied_keys] or overrides
 
 
-def named(overrides: list[str]) -> str | None:
-    """A trial by what differs, learning_rate=1e-4 prior_loss_weight=0; None: nothing that is known does."""
-    pairs = [word.lstrip("+").partition("=")[::2] for word in overrides]
-    from dreambooth.tracking.svg_charts import tidy
+def trial_name(overrides: list[str]) -> str | None:
+    """Name of a trial by the settings that the sweep varies, such as "learning_rate=1e-4 prior_loss_weight=0".
 
-    return " ".join(f"{key.rpartition('.')[2]}={tidy(value)}" for key, value in pairs if key in _swept) or None
+    None if the overrides contain none of them.
+    """
+    from dreambooth.tracking.svg_charts import format_setting
+
+    return " ".join(f"{_key(override).rpartition('.')[2]}={format_setting(override.partition('=')[2])}"
+                    for override in overrides if _key(override) in _varied_keys) or None
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+").partition("=")[0]

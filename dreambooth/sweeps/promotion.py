@@ -1,15 +1,16 @@
-"""Promotion: which model of a sweep the team uses from now on, by a rule.
+"""Promotion: registers the best model of a sweep in MLflow's model registry as the one that the team uses.
 
-A model becomes `champion` of its name in MLflow's registry when
+A model becomes `champion` of its name if
 
-1. its objective is a number, lower than every other trial's, and lower than that of the champion there is;
-2. that champion was trained on the same photos: of others no objective says which model is better;
-3. pictures of the class look like photos of the subject at most as much as the bound allows (`class_similarity`, the
-   paper's PRES by whichever encoder looked): max_class_similarity, or ROOM over what the base had before training.
+1. its objective is a number, lower than that of every other trial and of the current champion;
+2. the current champion was trained on the same photos, because objectives on other photos cannot be compared;
+3. its class similarity is within the bound (`class_similarity`, PRES in the DreamBooth paper, by whichever encoder
+   measured it): images of the class must not resemble photos of the subject. The bound is max_class_similarity, or
+   CLASS_SIMILARITY_MARGIN over the value before training.
 
-With `replace` it takes the place of whatever champion there is, and only the third holds. A former champion keeps its
-version and loses the alias. A run with evaluate.promote=true offers its model when it ends: it becomes champion by the
-same rule, or `candidate`.
+With `replace`, the best model replaces any champion, and only rule 3 holds. The previous holder loses the alias; its
+version is kept. A run with evaluate.promote=true registers its own model when it ends: as champion by the same rules,
+or else as `candidate`.
 """
 
 import json
@@ -24,169 +25,200 @@ from typing import Any
 
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
-from dreambooth.runs.report import promoted
+from dreambooth.runs.report import promotion_message
 from dreambooth.runs.run_folder import locked
 from dreambooth.serialization import export_layout
-from dreambooth.sweeps.trials import ROLE, Trial, of_sweep, open_trial, over_bound
+from dreambooth.sweeps.trials import CLASS_SIMILARITY, Trial, load_trial, load_trials, reason_over_bound
 from dreambooth.tracking.model_registry import CANDIDATE, CHAMPION, Registry, Version
 from dreambooth.tracking.tracker import open_tracker
 from dreambooth.utils import atomic_files
-from dreambooth.utils.provenance import clean
+from dreambooth.utils.provenance import remove_credentials
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Terms:
-    """Where models are registered and what they are judged by; None: as the runs have it."""
+class PromotionOptions:
+    """Where a model is registered, and by which rules."""
 
-    uri: str | None = None
+    uri: str | None = None  # tracking server; None: the server that has the run, else default_uri
     experiment: str = "dreambooth"
-    name: str | None = None
-    objective: str | None = None
-    max_class_similarity: float | None = None
-    replace: bool = False  # whatever champion there is, without a comparison
+    name: str | None = None  # of the registered model; None: the name of the run
+    objective: str | None = None  # None: evaluate.objective of the run
+    max_class_similarity: float | None = None  # None: the bound of the run, see reason_over_bound
+    replace: bool = False  # replace any champion, without a comparison
     default_uri: str | None = None  # for runs that no server has; None: sqlite in the folder of the runs
 
 
-def promote(sweep: str, run_root: Path, terms: Terms) -> dict[str, Any]:
-    """Make the best finished trial of a sweep the champion, and write `promoted.json` into the folder of the runs.
+def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, Any]:
+    """Make the best finished trial of a sweep the champion.
+
+    Returns:
+        What was registered; also written to `promoted.json` in the folder of the runs.
 
     Raises:
-        UserError: no trial satisfies the rule, there is no such sweep, or MLflow does not answer.
+        UserError: no trial satisfies the rules, there is no such sweep, or MLflow does not answer.
     """
-    trials = of_sweep(run_root, sweep)
+    trials = load_trials(run_root, sweep)
     finished = [trial for trial in trials if trial.finished]
     if not finished:
         raise UserError(f"none of the {len(trials)} runs of the sweep {sweep} is finished: repeat its command")
-    text = _common(finished, terms.objective)
-    terms = replace(terms, objective=text)
-    ordered = sorted((trial for trial in finished if math.isfinite(trial.objective(text))),
-                     key=lambda trial: trial.objective(text))
-    refused = [reason for trial in ordered if (reason := over_bound(trial, terms.max_class_similarity))]
-    best = next((trial for trial in ordered if not over_bound(trial, terms.max_class_similarity)), None)
+    objective = _common_objective(finished, options.objective)
+    options = replace(options, objective=objective)
+    ranked = sorted((trial for trial in finished if math.isfinite(trial.objective(objective))),
+                    key=lambda trial: trial.objective(objective))
+    reasons = [reason_over_bound(trial, options.max_class_similarity) for trial in ranked]
+    best = next((trial for trial, reason in zip(ranked, reasons, strict=True) if not reason), None)
     if best is None:
         raise UserError(f"nothing to promote in the sweep {sweep}: " + (
-            "; ".join(refused) + ": type max_class_similarity=NUMBER to allow it" if refused else
-            f"no finished run measured {text}: type objective=instance_loss"))
-    told = _register(best, terms, sweep, alone=False)
-    atomic_files.write_json(run_root / "promoted.json", told)
-    return told
+            "; ".join(filter(None, reasons)) + ": type max_class_similarity=NUMBER to allow it" if ranked else
+            f"no finished run measured {objective}: type objective=instance_loss"))
+    record = _register(best, options, sweep, as_candidate=False)
+    atomic_files.write_json(run_root / "promoted.json", record)
+    return record
 
 
-def offer(run_dir: Path, terms: Terms) -> dict[str, Any]:
-    """A finished run's own model: registered as champion if it satisfies the rule, else as candidate.
+def register_run(run_dir: Path, options: PromotionOptions) -> dict[str, Any]:
+    """Register the model of a finished run: as champion if it satisfies the rules, else as candidate.
+
+    Returns:
+        What was registered.
 
     Raises:
         UserError: it is over the bound, did not measure its objective, or MLflow does not answer.
     """
-    trial = open_trial(run_dir)
-    terms = replace(terms, objective=terms.objective or trial.asked)
-    if not math.isfinite(trial.objective(str(terms.objective))):
-        raise UserError(f"the model is not registered: {trial.folder.name} did not measure {terms.objective}")
-    if reason := over_bound(trial, terms.max_class_similarity):
+    trial = load_trial(run_dir)
+    options = replace(options, objective=options.objective or trial.objective_name)
+    if not math.isfinite(trial.objective(str(options.objective))):
+        raise UserError(f"the model is not registered: {trial.folder.name} did not measure {options.objective}")
+    if reason := reason_over_bound(trial, options.max_class_similarity):
         raise UserError(f"the model is not registered: {reason}")
-    return _register(trial, terms, None, alone=True)
+    return _register(trial, options, None, as_candidate=True)
 
 
-def offered(recipe: Recipe) -> None:
-    """Offer a run that has just finished and say what came of it; a warning if nothing could, since the run is done."""
-    spec, own = recipe.tracking, recipe.evaluate
-    if reason := over_bound(open_trial(recipe.run_dir), own.max_class_similarity):
+def register_finished_run(recipe: Recipe) -> None:
+    """Register the model of a run that has just ended, and print the result.
+
+    If MLflow does not answer, logs a warning unless tracking.required is set, because the run itself has succeeded.
+    """
+    tracking, evaluate = recipe.tracking, recipe.evaluate
+    if reason := reason_over_bound(load_trial(recipe.run_dir), evaluate.max_class_similarity):
         print(f"the model is not registered: {reason}")
         return
     try:
-        print(promoted(offer(recipe.run_dir, Terms(
-            spec.uri, spec.experiment, objective=own.objective, max_class_similarity=own.max_class_similarity))))
+        print(promotion_message(register_run(recipe.run_dir, PromotionOptions(
+            tracking.uri, tracking.experiment, objective=evaluate.objective,
+            max_class_similarity=evaluate.max_class_similarity))))
     except UserError as error:
-        if spec.required:
+        if tracking.required:
             raise
         log.warning("%s; repeat the command to try again", error)
 
 
-def _common(trials: Sequence[Trial], asked: str | None) -> str:
-    """The one objective that trials compare by."""
-    texts = {asked} if asked else {trial.asked for trial in trials}
-    if len(texts) > 1:
-        raise UserError(f"the runs have several objectives ({', '.join(sorted(map(str, texts)))}): type objective=ONE")
-    return str(texts.pop())
+def _common_objective(trials: Sequence[Trial], given: str | None) -> str:
+    """The objective by which all trials are compared."""
+    names = {given} if given else {trial.objective_name for trial in trials}
+    if len(names) > 1:
+        raise UserError(f"the runs have several objectives ({', '.join(sorted(map(str, names)))}): type objective=ONE")
+    return str(names.pop())
 
 
-def _register(trial: Trial, terms: Terms, sweep: str | None, alone: bool) -> dict[str, Any]:
-    uri, run_id = _sent(trial, terms)
-    registry, text = Registry(uri), terms.objective or trial.asked
-    value, score, result = trial.objective(text), trial.score(ROLE), trial.result or {}
-    name = terms.name or trial.settings.get("name", trial.folder.name)
-    tags = {"objective": f"{value:.6g}", "objective_name": text, "run": trial.folder.name, "step": str(result["step"]),
-            "holds": "adapter" if export_layout.adapter_only(*trial.method) else "model",
-            "base": trial.settings.get("model.source", ""), "exported_step": str(result.get("exported_step") or ""),
-            "photos": trial.photos or "", "instance_prompt": trial.settings.get("dataset.instance_prompt", ""),
-            **({score[0]: f"{score[1]:.6g}"} if score else {})}
-    tags = {key: told for key, told in tags.items() if told}
-    before = registry.holder(name, CHAMPION)
-    mine = before is not None and before.run_id == run_id and before.tags.get("step") == str(result["step"])
-    reason = None if before is None or mine or terms.replace else _kept(before, trial, text, tags)
-    if reason and not alone:
+def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_candidate: bool) -> dict[str, Any]:
+    """Register the model of a trial and give it an alias.
+
+    Args:
+        as_candidate: a model that is not better than the champion becomes candidate; False: raise UserError.
+    """
+    uri, run_id = _send_to_mlflow(trial, options)
+    registry = Registry(uri)
+    objective = options.objective or trial.objective_name
+    value, score, result = trial.objective(objective), trial.score(CLASS_SIMILARITY), trial.result or {}
+    name = options.name or trial.settings.get("name", trial.folder.name)
+    tags = _version_tags(trial, objective)
+    champion = registry.get_by_alias(name, CHAMPION)
+    is_champion = (champion is not None and champion.run_id == run_id
+                   and champion.tags.get("step") == str(result["step"]))
+    reason = None if champion is None or is_champion or options.replace else _reason_to_keep(
+        champion, trial, objective, tags)
+    if reason and not as_candidate:
         raise UserError(f"nothing to promote in the sweep {sweep}: {reason}")
     version = registry.register(name, run_id, trial.folder / result["model"], tags)
     alias = CANDIDATE if reason else CHAMPION
-    registry.name_holder(version, alias)
-    _tidy(registry, version, alias)
+    registry.set_alias(version, alias)
+    if alias == CHAMPION:
+        _drop_candidate_alias(registry, version)
     return {
         "sweep": sweep, "run": trial.folder.name, "run_dir": str(trial.folder), "model": str(
             trial.folder / result["model"]), "alias": alias, "name": name, "version": version.number,
-        "model_uri": f"models:/{name}@{alias}", "server": clean(uri, uri), "objective": value, "objective_name": text,
-        ROLE: score and {"name": score[0], "value": score[1], "base": score[2]},
-        "replaced": before.number if before and not (mine or reason) else None, "mlflow_run_id": run_id,
+        "model_uri": f"models:/{name}@{alias}", "server": remove_credentials(uri, uri), "objective": value,
+        "objective_name": objective,
+        CLASS_SIMILARITY: score and {"name": score[0], "value": score[1], "base": score[2]},
+        "replaced": champion.number if champion and not (is_champion or reason) else None, "mlflow_run_id": run_id,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
-def _tidy(registry: Registry, version: Version, alias: str) -> None:
-    """A champion is no candidate any more, if whoever promotes may say so: taking an alias away wants MANAGE."""
-    waiting = registry.holder(version.name, CANDIDATE)
-    if alias == CHAMPION and waiting and waiting.number == version.number:
-        with suppress(UserError):
-            registry.drop(version.name, CANDIDATE)
+def _send_to_mlflow(trial: Trial, options: PromotionOptions) -> tuple[str, str]:
+    """Send MLflow what it does not have of the run yet. Returns the server's address and the ID of the run there."""
+    root, known_uri = trial.folder.parent, str(_read_mlflow_state(trial.folder).get("uri", ""))
+    # The address of a server is still valid; a database may have been moved together with the folder.
+    uri = options.uri or (known_uri if known_uri.startswith("http") else options.default_uri) or None
+    with locked(trial.folder):
+        open_tracker("mlflow", trial.folder, run_root=root, run_name=trial.folder.name, uri=uri,
+                     experiment=options.experiment, required=True, update_status=False).close("FINISHED")
+    return uri or f"sqlite:///{root.resolve()}/mlflow.db", str(_read_mlflow_state(trial.folder)["run_id"])
 
 
-def _kept(champion: Version, trial: Trial, text: str, tags: dict[str, str]) -> str | None:
-    """Why a trial does not replace a champion, and what to type; None: it does."""
+def _read_mlflow_state(folder: Path) -> dict[str, Any]:
+    """The content of mlflow.json in a run folder; empty if there is none."""
+    with suppress(OSError, ValueError):
+        state = json.loads((folder / "mlflow.json").read_text(encoding="utf-8"))
+        return state if isinstance(state, dict) else {}
+    return {}
+
+
+def _version_tags(trial: Trial, objective: str) -> dict[str, str]:
+    """Tags of a registered version; those without a value are left out."""
+    score, result = trial.score(CLASS_SIMILARITY), trial.result or {}
+    tags = {
+        "objective": f"{trial.objective(objective):.6g}", "objective_name": objective, "run": trial.folder.name,
+        "step": str(result["step"]), "holds": "adapter" if export_layout.adapter_only(*trial.method) else "model",
+        "base": trial.settings.get("model.source", ""), "exported_step": str(result.get("exported_step") or ""),
+        "photos": trial.photos or "", "instance_prompt": trial.settings.get("dataset.instance_prompt", ""),
+        **({score[0]: f"{score[1]:.6g}"} if score else {})}
+    return {key: value for key, value in tags.items() if value}
+
+
+def _reason_to_keep(champion: Version, trial: Trial, objective: str, tags: dict[str, str]) -> str | None:
+    """Why a trial does not replace the champion, and what to type; None: it does."""
     who = f"the champion of {champion.name}, version {champion.number},"
-    own = "name=NAME for a model of its own, or replace=true"
-    judged_by, theirs = champion.tags.get("objective_name"), math.nan
+    remedy = "name=NAME for a model of its own, or replace=true"
+    champion_objective, champion_value = champion.tags.get("objective_name"), math.nan
     with suppress(ValueError):
-        theirs = float(champion.tags.get("objective", ""))
-    if judged_by is None or not math.isfinite(theirs):
-        return f"{who} was not registered by dreambooth, so that nothing says how good it is: type {own}"
-    if _of_other_photos(champion.tags, tags):
-        return f"{who} is of other photos: type {own}"
-    if judged_by != text:
-        return f"{who} was chosen by {judged_by}, not by {text}: type objective={judged_by}, {own}"
-    mine = float(tags["objective"])
-    return None if mine < theirs else f"{trial.folder.name} has {text} {mine:.4f} and {who} {theirs:.4f}: type {own}"
+        champion_value = float(champion.tags.get("objective", ""))
+    if champion_objective is None or not math.isfinite(champion_value):
+        return f"{who} was not registered by dreambooth, so its objective is not known: type {remedy}"
+    if _has_other_photos(champion.tags, tags):
+        return f"{who} was trained on other photos: type {remedy}"
+    if champion_objective != objective:
+        return (f"{who} was chosen by {champion_objective}, not by {objective}: type objective={champion_objective}, "
+                f"{remedy}")
+    value = float(tags["objective"])
+    if value < champion_value:
+        return None
+    return f"{trial.folder.name} has {objective} {value:.4f} and {who} {champion_value:.4f}: type {remedy}"
 
 
-def _of_other_photos(theirs: dict[str, str], tags: dict[str, str]) -> bool:
-    """By the digest of the photos, or else by the instance prompt."""
+def _has_other_photos(champion_tags: dict[str, str], tags: dict[str, str]) -> bool:
+    """Compare the digests of the photos, or if they are not known, the instance prompts."""
     for key in ("photos", "instance_prompt"):
-        if key in theirs and key in tags:
-            return theirs[key] != tags[key]
+        if key in champion_tags and key in tags:
+            return champion_tags[key] != tags[key]
     return False
 
 
-def _sent(trial: Trial, terms: Terms) -> tuple[str, str]:
-    """Send what MLflow does not have yet of the run. Returns the server's address and the run's id there."""
-    root, known = trial.folder.parent, str(_known(trial.folder).get("uri", ""))
-    # A database may have moved with its folder; a server has not.
-    address = terms.uri or (known if known.startswith("http") else terms.default_uri) or None
-    with locked(trial.folder):
-        open_tracker("mlflow", trial.folder, run_root=root, run_name=trial.folder.name, uri=address,
-                     experiment=terms.experiment, required=True, trains=False).close("FINISHED")
-    return address or f"sqlite:///{root.resolve()}/mlflow.db", str(_known(trial.folder)["run_id"])
-
-
-def _known(folder: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        found = json.loads((folder / "mlflow.json").read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    return {}
+def _drop_candidate_alias(registry: Registry, version: Version) -> None:
+    """Remove the alias `candidate` from a new champion, if the user is allowed to: it needs MANAGE permission."""
+    candidate = registry.get_by_alias(version.name, CANDIDATE)
+    if candidate and candidate.number == version.number:
+        with suppress(UserError):
+            registry.delete_alias(version.name, CANDIDATE)

@@ -1,4 +1,4 @@
-"""A sweep as a whole: what differs between its trials, the table of how they ended, and what MLflow is told of it."""
+"""Summary of a sweep: what differs between its trials, the table of results, and the sweep's own run in MLflow."""
 
 import json
 import math
@@ -8,84 +8,90 @@ from typing import Any
 
 from dreambooth.cloud import sweep_results
 from dreambooth.cloud.job import COMPLETED, FAILED
-from dreambooth.sweeps.trials import Trial, find
-from dreambooth.tracking.svg_charts import tidy
+from dreambooth.sweeps.trials import Trial, find_trials
+from dreambooth.tracking.svg_charts import format_setting
 
-SAME = {"name", "device", "sample_prompts", "evaluate.promote"}  # settings that tell nobody what a trial is
-
-
-def differing(trials: Sequence[Trial]) -> list[str]:
-    """Keys of the settings that are not alike in all trials; what was typed comes first."""
-    keys = dict.fromkeys(key for trial in trials for key in (*trial.params, *trial.settings))
-    return [key for key in keys if key not in SAME and len({trial.settings.get(key) for trial in trials}) > 1]
+IGNORED_SETTINGS = {"name", "device", "sample_prompts", "evaluate.promote"}  # do not characterise a trial
 
 
-def title(trial: Trial, keys: Sequence[str]) -> str:
-    """A trial by what differs, or the name of its folder."""
-    return " ".join(f"{key.rpartition('.')[2]}={tidy(trial.settings.get(key, '?'))}" for key in keys[:4]) \
-        or trial.folder.name
-
-
-def value(trial: Trial) -> float | None:
-    """The objective of a finished trial, None if it has none that is a number."""
-    number = (trial.result or {}).get("objective") if trial.finished else None
-    return float(number) if isinstance(number, int | float) and math.isfinite(number) else None
-
-
-def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """Best first, what is not finished last."""
-    return sorted(trials, key=lambda trial: math.inf if (number := value(trial)) is None else number)
-
-
-def keep(jobs: Sequence[tuple[Path, list[str], float | None]], sweep: str, run_root: Path, *, kind: str,
-         uri: str | None, experiment: str) -> Path:
-    """Write `results-SWEEP.csv`, and tell MLflow of the sweep in a run of its own.
+def write_summary(jobs: Sequence[tuple[Path, list[str], float | None]], sweep: str, run_root: Path, *, kind: str,
+                  uri: str | None, experiment: str) -> Path:
+    """Write `results-SWEEP.csv`, and log the sweep to MLflow as a run of its own.
 
     Args:
-        jobs: folder, overrides and objective of what this process ran; None: it failed.
+        jobs: run folder, overrides and objective (None: it failed) of each run of this process.
+        kind: tracking.kind.
     """
-    trials = find(run_root, sweep)
-    table = _rows(trials)
+    trials = find_trials(run_root, sweep)
+    table = _trial_rows(trials)
     known = {trial.folder.resolve() for trial in trials}
-    table += [_failed(len(table) + i, words) for i, (folder, words, number) in enumerate(
-        job for job in jobs if job[2] is None and job[0].resolve() not in known)]
-    path = sweep_results.write(run_root, sweep, table)
-    picture = sweep_results.draw(run_root, sweep, axes(trials))
-    sweep_results.track(path, sweep, table, kind, uri, experiment, run_root, picture)
+    unrecorded = [job for job in jobs if job[2] is None and job[0].resolve() not in known]
+    table += [_failed_row(len(table) + i, overrides) for i, (_, overrides, _) in enumerate(unrecorded)]
+    path = sweep_results.write_table(run_root, sweep, table)
+    plot = sweep_results.write_parallel_coordinates(run_root, sweep, parallel_axes(trials))
+    sweep_results.log_sweep(path, sweep, table, kind, uri, experiment, run_root, plot)
     return path
 
 
-def axes(trials: Sequence[Trial]) -> dict[str, list[str | float]]:
-    """Parallel coordinates: what differs, then the measures, then the objective; a value a finished trial."""
-    done = [trial for trial in ranked(trials) if value(trial) is not None]
-    columns: dict[str, list[str | float]] = {
-        key.rpartition(".")[2]: [trial.settings.get(key, "") for trial in done] for key in differing(done)}
+def varied_settings(trials: Sequence[Trial]) -> list[str]:
+    """Keys of the settings that differ between trials; those that MLflow shows as params come first."""
+    keys = dict.fromkeys(key for trial in trials for key in (*trial.params, *trial.settings))
+    return [key for key in keys
+            if key not in IGNORED_SETTINGS and len({trial.settings.get(key) for trial in trials}) > 1]
+
+
+def trial_title(trial: Trial, keys: Sequence[str]) -> str:
+    """Title of a trial, such as "learning_rate=1e-4 seed=2": the first four keys, or the name of its folder."""
+    return " ".join(f"{key.rpartition('.')[2]}={format_setting(trial.settings.get(key, '?'))}" for key in keys[:4]) \
+        or trial.folder.name
+
+
+def finished_objective(trial: Trial) -> float | None:
+    """The objective of a finished trial; None if it is not finished or has no finite objective."""
+    value = (trial.result or {}).get("objective") if trial.finished else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def rank_trials(trials: Sequence[Trial]) -> list[Trial]:
+    """Sort trials by objective, best first, unfinished ones last."""
+    return sorted(trials, key=lambda trial: math.inf if (value := finished_objective(trial)) is None else value)
+
+
+def parallel_axes(trials: Sequence[Trial]) -> dict[str, list[str | float]]:
+    """Axes of a parallel coordinates plot: the settings that differ, the measures, and the objective.
+
+    Each axis has one value per finished trial, best first. Empty if no trial is finished.
+    """
+    done = [trial for trial in rank_trials(trials) if finished_objective(trial) is not None]
+    axes: dict[str, list[str | float]] = {
+        key.rpartition(".")[2]: [trial.settings.get(key, "") for trial in done] for key in varied_settings(done)}
     for role in ("subject_similarity", "class_similarity"):
         scores = [trial.score(role) for trial in done]
         if done and all(scores):
-            columns[role] = [round(score[1], 5) for score in scores if score]
-    return columns | {"objective": [float(value(trial) or 0.0) for trial in done]} if done else {}
+            axes[role] = [round(score[1], 5) for score in scores if score]
+    return axes | {"objective": [float(finished_objective(trial) or 0.0) for trial in done]} if done else {}
 
 
-def _rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    keys, rows = differing(trials), []
+def to_script_json(content: object) -> str:
+    """JSON that can be embedded in a <script> element."""
+    return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _trial_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    keys, rows = varied_settings(trials), []
     for number, trial in enumerate(trials):
-        told, objective = trial.result or {}, value(trial)
+        result, objective = trial.result or {}, finished_objective(trial)
         rows.append({
             "number": number, "job": trial.folder.name, "status": FAILED if objective is None else COMPLETED,
-            "objective": objective, "steps": told.get("step"), "seconds": told.get("seconds"), "billed_usd": None,
-            "reason": "" if objective is not None else "the run said why",
+            "objective": objective, "steps": result.get("step"), "seconds": result.get("seconds"), "billed_usd": None,
+            "reason": "" if objective is not None else sweep_results.SEE_OUTPUT,
             **{key: trial.settings.get(key, "") for key in keys},
-            **{name: round(score, 6) for name, score in told.get("scores", {}).items()}})
+            **{name: round(score, 6) for name, score in result.get("scores", {}).items()}})
     return rows
 
 
-def _failed(number: int, overrides: list[str]) -> dict[str, Any]:
+def _failed_row(number: int, overrides: list[str]) -> dict[str, Any]:
+    """Row of a run that failed before it had a journal."""
     return {"number": number, "job": f"#{number}", "status": FAILED, "objective": None, "steps": None, "seconds": None,
-            "billed_usd": None, "reason": "the run said why",
-            **dict(word.lstrip("+").partition("=")[::2] for word in overrides)}
-
-
-def dumped(content: object) -> str:
-    """JSON that may stand inside a script of a page."""
-    return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
+            "billed_usd": None, "reason": sweep_results.SEE_OUTPUT,
+            **dict(override.lstrip("+").partition("=")[::2] for override in overrides)}

@@ -1,4 +1,4 @@
-"""The trials of a sweep, read from their run folders: what each was asked, how it ended, what it measured. No torch."""
+"""The trials of a sweep, read from their run folders: settings, result and measures. Imports no torch."""
 
 import json
 import math
@@ -15,140 +15,155 @@ from dreambooth.errors import UserError
 from dreambooth.serialization import export_layout
 from dreambooth.tracking.journal import read
 
-ROOM = 0.1  # of class_similarity over the base's, where no bound is given; without a prior it gains 0.2 to 0.4
-ROLE = "class_similarity"
+CLASS_SIMILARITY = "class_similarity"
+# How far class_similarity may exceed its value before training if no bound is given. Without prior preservation it
+# rises by 0.2 to 0.4.
+CLASS_SIMILARITY_MARGIN = 0.1
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A run folder that carries the tag of a sweep."""
+    """A run folder that belongs to a sweep."""
 
     folder: Path
-    params: dict[str, str] = field(default_factory=dict)  # what it is told apart by, as MLflow has it
-    settings: dict[str, str] = field(default_factory=dict)  # all of them, by override key
+    params: dict[str, str] = field(default_factory=dict)  # the settings that MLflow shows, which distinguish runs
+    settings: dict[str, str] = field(default_factory=dict)  # all settings, by override key
     result: dict[str, Any] | None = None  # result.json; None: not finished
-    photos: str | None = None  # digest of what it was trained on; None: its journal does not say
+    photos: str | None = None  # digest of the training photos; None: the journal has none
 
     @property
     def finished(self) -> bool:
-        """Whether there is a result and the model that it names."""
-        return self.result is not None and export_layout.whole(self.folder / self.result["model"], *self.method)
+        """Whether there is a result, and the model that it names is complete."""
+        return self.result is not None and export_layout.is_exported(self.folder / self.result["model"], *self.method)
 
     @property
     def method(self) -> tuple[str, bool]:
-        """method.kind and method.merge, by which `exported` knows what its model is."""
+        """method.kind and method.merge, which decide what the run exports."""
         return self.settings.get("method.kind", "full"), self.settings.get("method.merge") == "True"
 
     @property
     def scores(self) -> dict[str, float]:
-        """Measures of the exported weights by name, and instance_loss."""
+        """Name -> value of each measure of the exported weights, with instance_loss."""
         result = self.result or {}
         scores: dict[str, float] = {INSTANCE_LOSS: result.get("objective", math.nan), **result.get("scores", {})}
         return scores
 
     @property
-    def measured(self) -> dict[str, str]:
-        """name -> role of what it measures."""
-        told = self.settings
-        return evaluate.known(Evaluate(
-            encoder=EncoderKind(told["evaluate.encoder"]), images_per_prompt=int(told["evaluate.images_per_prompt"]),
-            lpips=None if told["evaluate.lpips"] == "null" else told["evaluate.lpips"]), told["dataset.class_prompt"])
+    def measure_roles(self) -> dict[str, str]:
+        """Name of each measure -> its role, such as class_similarity."""
+        settings = self.settings
+        return evaluate.measure_roles(Evaluate(
+            encoder=EncoderKind(settings["evaluate.encoder"]),
+            images_per_prompt=int(settings["evaluate.images_per_prompt"]),
+            lpips=None if settings["evaluate.lpips"] == "null" else settings["evaluate.lpips"]),
+            settings["dataset.class_prompt"])
 
     @property
-    def asked(self) -> str:
-        """The text of evaluate.objective that it was trained with."""
+    def objective_name(self) -> str:
+        """The value of evaluate.objective in this run."""
         return self.settings.get("evaluate.objective", INSTANCE_LOSS)
 
-    def objective(self, text: str) -> float:
-        """Lower is better; not a number if it was not measured.
+    def objective(self, name: str) -> float:
+        """The value of an objective, lower is better; nan if it was not measured.
+
+        Args:
+            name: instance_loss, a measure, or a sum of measures, as in evaluate.objective.
 
         Raises:
-            UserError: the text names nothing that this trial measures.
+            UserError: this trial has no such measure.
         """
-        if text == INSTANCE_LOSS:
+        if name == INSTANCE_LOSS:
             return self.scores[INSTANCE_LOSS]
         try:
-            return evaluate.objective(text, self.measured, self.scores)
+            return evaluate.compute_objective(name, self.measure_roles, self.scores)
         except ValueError as error:
             raise UserError(f"objective {error}") from error
         except KeyError:
             return math.nan
 
     def score(self, role: str) -> tuple[str, float, float] | None:
-        """Name, value and the base's value of the first measure of a role; None: it was not measured."""
+        """Name, value, and value before training, of the first measure with a role; None: it was not measured."""
         base = (self.result or {}).get("base_scores", {})
-        names = [name for name, of in self.measured.items() if of == role and name in self.scores]
+        names = [name for name, own_role in self.measure_roles.items() if own_role == role and name in self.scores]
         return (names[0], self.scores[names[0]], base.get(names[0], math.nan)) if names else None
 
 
-def find(run_root: Path, sweep: str) -> list[Trial]:
-    """The trials of a sweep in a folder of runs, oldest first."""
-    found = [(journal.parent, _told(journal)) for journal in run_root.glob("*/metrics.jsonl")]
-    mine = [(folder, told) for folder, told in found if sweep in told.sweeps]
-    return [_opened(folder, told) for folder, told in sorted(mine, key=lambda item: (item[1].began, item[0]))]
-
-
-def of_sweep(run_root: Path, sweep: str) -> list[Trial]:
-    """As find.
+def load_trials(run_root: Path, sweep: str) -> list[Trial]:
+    """The trials of a sweep in a folder of runs, oldest first.
 
     Raises:
         UserError: there is none.
     """
-    if not (trials := find(run_root, sweep)):
+    if not (trials := find_trials(run_root, sweep)):
         raise UserError(f"no run in {run_root} belongs to the sweep {sweep}: type sweep=ID, the value of "
                         "tracking.sweep and of the tag sweep in MLflow, and run_root=DIR where its runs are")
     return trials
 
 
-def open_trial(folder: Path) -> Trial:
-    """A run folder as a trial."""
-    return _opened(folder, _told(folder / "metrics.jsonl"))
+def find_trials(run_root: Path, sweep: str) -> list[Trial]:
+    """As load_trials, but an empty list if there is none."""
+    summaries = [(journal.parent, _summarize(journal)) for journal in run_root.glob("*/metrics.jsonl")]
+    own = [(folder, summary) for folder, summary in summaries if sweep in summary.sweeps]
+    return [_to_trial(folder, summary) for folder, summary in sorted(own, key=lambda item: (item[1].start, item[0]))]
 
 
-def _opened(folder: Path, told: "_Told") -> Trial:
-    run = _json(folder / "run.json") or {}
-    return Trial(folder, told.params, run.get("settings", {}), _json(folder / "result.json"), told.photos)
+def load_trial(folder: Path) -> Trial:
+    """Read a run folder as a trial, whether it belongs to a sweep or not."""
+    return _to_trial(folder, _summarize(folder / "metrics.jsonl"))
 
 
-def over_bound(trial: Trial, bound: float | None) -> str | None:
-    """Why the class of a trial is too much like the subject; None: it is not, or it was not measured and no bound is
-    given."""
-    own = trial.settings.get("evaluate.max_class_similarity", "null")
-    asked = bound if bound is not None else None if own == "null" else float(own)
-    score = trial.score(ROLE)
+def reason_over_bound(trial: Trial, bound: float | None) -> str | None:
+    """Why a trial must not be promoted: its images of the class resemble the subject too much.
+
+    Args:
+        bound: greatest class_similarity; None: evaluate.max_class_similarity of the run, or else the value before
+            training plus CLASS_SIMILARITY_MARGIN.
+
+    Returns:
+        None if it is within the bound, or if it was not measured and no bound is given.
+    """
+    run_bound = trial.settings.get("evaluate.max_class_similarity", "null")
+    given = bound if bound is not None else None if run_bound == "null" else float(run_bound)
+    score = trial.score(CLASS_SIMILARITY)
     if score is None:
-        return None if asked is None else f"{trial.folder.name} did not measure {ROLE}"
+        return None if given is None else f"{trial.folder.name} did not measure {CLASS_SIMILARITY}"
     name, value, base = score
-    limit = asked if asked is not None else base + ROOM
+    limit = given if given is not None else base + CLASS_SIMILARITY_MARGIN
     return f"{trial.folder.name} has {name} {value:.3f}, over {limit:.3f}" if value > limit else None
 
 
 @dataclass
-class _Told:
-    """What a journal says of its run."""
+class _JournalSummary:
+    """What the journal of a run says about it."""
 
-    began: int = 0  # milliseconds since 1970
-    sweeps: set[str] = field(default_factory=set)  # those that it was part of
+    start: int = 0  # milliseconds since 1970
+    sweeps: set[str] = field(default_factory=set)  # the sweeps that the run was part of
     params: dict[str, str] = field(default_factory=dict)
     photos: str | None = None
 
 
-def _told(journal: Path) -> _Told:
-    """Read one. A sweep's own run is no trial of it."""
-    told = _Told()
+def _summarize(journal: Path) -> _JournalSummary:
+    """Read a journal. The run that describes a sweep as a whole is not a trial of it, so it gets no sweeps."""
+    summary = _JournalSummary()
     with suppress(OSError):
         for entry, _ in read(journal):
-            told.began = told.began or entry["time"]
+            summary.start = summary.start or entry["time"]
             tags, photos = entry.get("tags", {}), entry.get("input", {}).get("digest", NO_FINGERPRINT)
             if tags.get("kind") == "sweep":
-                return _Told(told.began)
-            told.sweeps |= {tags["sweep"]} if "sweep" in tags else set()
-            told.params |= entry.get("params", {})
-            told.photos = photos if photos != NO_FINGERPRINT else told.photos
-    return told
+                return _JournalSummary(summary.start)
+            summary.sweeps |= {tags["sweep"]} if "sweep" in tags else set()
+            summary.params |= entry.get("params", {})
+            summary.photos = photos if photos != NO_FINGERPRINT else summary.photos
+    return summary
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _to_trial(folder: Path, summary: _JournalSummary) -> Trial:
+    run = _read_json(folder / "run.json") or {}
+    return Trial(folder, summary.params, run.get("settings", {}), _read_json(folder / "result.json"), summary.photos)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None if it cannot be read or is not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

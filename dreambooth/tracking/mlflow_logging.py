@@ -8,11 +8,12 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dreambooth.serialization.lora_files import DIFFUSERS, OF_BASE, base_of
+from dreambooth.serialization.export_layout import ADAPTER
+from dreambooth.serialization.lora_files import BASE_KEY_PREFIX, read_base_model
 from dreambooth.utils.assets import resolve_asset
 
 LORA_FOLDER = "lora"  # of the run's artifacts
-REVISION = OF_BASE + "revision"  # MLflow's own name of this key, too
+REVISION = BASE_KEY_PREFIX + "revision"  # MLflow's own name of this key, too
 
 
 def list_image_names(client: Any, run_id: str) -> set[str]:
@@ -72,7 +73,7 @@ def log_artifact(client: Any, run_id: str, path: Path, folder: str | None) -> No
     """
     if not path.exists():
         raise ValueError("there is no such file")
-    if path.name != DIFFUSERS:
+    if path.name != ADAPTER:
         client.log_artifact(run_id, str(path), folder)
         return
     import mlflow.diffusers
@@ -81,7 +82,7 @@ def log_artifact(client: Any, run_id: str, path: Path, folder: str | None) -> No
     metadata = _base_metadata(path)
     with tempfile.TemporaryDirectory() as temporary:
         model_folder = Path(temporary) / LORA_FOLDER
-        mlflow.diffusers.save_model(str(path), str(model_folder), resolve_asset(base_of(path)),
+        mlflow.diffusers.save_model(str(path), str(model_folder), resolve_asset(read_base_model(path)),
                                     metadata=metadata or None)
         if REVISION in metadata:
             model = Model.load(str(model_folder))
@@ -93,4 +94,4 @@ def log_artifact(client: Any, run_id: str, path: Path, folder: str | None) -> No
 def _base_metadata(path: Path) -> dict[str, str]:
     """The entries of a LoRA file's metadata that describe its base model."""
     with safe_open(path, "pt") as file:
-        return {key: value for key, value in (file.metadata() or {}).items() if key.startswith(OF_BASE)}
+        return {key: value for key, value in (file.metadata() or {}).items() if key.startswith(BASE_KEY_PREFIX)}

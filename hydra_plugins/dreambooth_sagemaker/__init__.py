@@ -1,4 +1,4 @@
-"""`hydra/launcher=sagemaker`: the jobs of a sweep on SageMaker, in containers of this machine, or in this process.
+"""`hydra/launcher=sagemaker`: runs the jobs of a sweep on SageMaker, in containers on this machine, or in this process.
 
-Hydra executes this package at every start: nothing heavy is imported here, and nothing of dreambooth.
+Hydra executes this package at every start, so it imports nothing heavy, and nothing of dreambooth.
 """

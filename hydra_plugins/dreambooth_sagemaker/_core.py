@@ -1,4 +1,4 @@
-"""What the launcher does: compose every job, then run them here (mode=local), or check them all and follow them."""
+"""Implementation of the launcher: composes all jobs, then runs them in this process or submits and follows them."""
 
 import os
 import re
@@ -13,40 +13,44 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dreambooth.cloud import sweep_results
-from dreambooth.cloud.docker_backend import Containers
+from dreambooth.cloud.docker_backend import DockerBackend
 from dreambooth.cloud.follower import Follower
-from dreambooth.cloud.job import COMPLETED, FAILED, Job, Seen
-from dreambooth.cloud.sagemaker_backend import TrainingJobs
+from dreambooth.cloud.job import COMPLETED, FAILED, Job, JobState
+from dreambooth.cloud.sagemaker_backend import SageMakerBackend
 from dreambooth.errors import ConfigError, DreamBoothError, Interrupted
 from hydra_plugins.dreambooth_sagemaker import _prepare
-from hydra_plugins.dreambooth_sagemaker._sweep import Sweep
+from hydra_plugins.dreambooth_sagemaker._sweep import SweepState
 
 MODES = ("aws", "local", "docker")
-NUMBERS = (("poll_seconds", 1, 3600), ("instance_count", 1, 100), ("max_run_hours", 0.1, 672),
-           ("max_wait_hours", 0.1, 8760))  # at least, at most: SageMaker runs a job for 28 days
+NUMBER_RANGES = (("poll_seconds", 1, 3600), ("instance_count", 1, 100), ("max_run_hours", 0.1, 672),
+                 ("max_wait_hours", 0.1, 8760))  # key, least, greatest; SageMaker runs a job for at most 28 days
 
 
 class JobFailed(CompactHydraException):
-    """A job of a sweep, after all others have ended. Hydra prints the sentence and ends with 1."""
+    """A job of the sweep failed. Raised after all jobs have ended; Hydra prints the message and ends with 1."""
 
 
-def launch(sweep: Sweep, job_overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
-    """One JobReturn a job, in order; what is wrong before anything runs ends the command with one sentence."""
+def launch(sweep: SweepState, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[JobReturn]:
+    """Run the jobs of one batch; returns one JobReturn per job, in order.
+
+    A DreamBoothError or Ctrl-C ends the process with one sentence and its exit code. All jobs are checked before the
+    first is run.
+    """
     setup_globals()
     assert sweep.config is not None and sweep.hydra_context is not None
     hydra = sweep.config.hydra
     configure_log(hydra.hydra_logging, hydra.verbose)
     Path(str(hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
-    sweep.name = sweep.name or _new_name(hydra.job.name)
+    sweep.name = sweep.name or _new_sweep_name(hydra.job.name)
     try:
-        configs = [_composed(sweep, overrides, first + i) for i, overrides in enumerate(job_overrides)]
+        configs = [_compose_job(sweep, overrides, first_number + i) for i, overrides in enumerate(job_overrides)]
         if sweep.settings["mode"] != "local":
             _prepare.refuse_secrets(configs, sweep.name)
-        _check(sweep)
+        _check_settings(sweep)
         _check_numbers(configs)
         if sweep.settings["mode"] == "local":
-            return _here(sweep, configs, job_overrides, first)
-        return _away(sweep, configs, first)
+            return _run_in_process(sweep, configs, job_overrides, first_number)
+        return _run_on_backend(sweep, configs)
     except DreamBoothError as error:
         print(f"dreambooth: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -56,52 +60,12 @@ def launch(sweep: Sweep, job_overrides: Sequence[Sequence[str]], first: int) -> 
         sys.exit(Interrupted.exit_code)
 
 
-def _new_name(job: str) -> str:
+def _new_sweep_name(job: str) -> str:
     word = re.sub(r"[^A-Za-z0-9]+", "-", job).strip("-")[:20].strip("-") or "sweep"
     return f"{word}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _check(sweep: Sweep) -> None:
-    settings = sweep.settings
-    rules = {
-        f"hydra.launcher.mode must be {', '.join(MODES)}, not {settings['mode']}": settings["mode"] in MODES,
-        f"hydra.launcher.on_interrupt must be leave or stop, not {settings['on_interrupt']}":
-            settings["on_interrupt"] in ("leave", "stop"),
-        f"hydra.launcher.sweep must be 1 to 40 letters, digits and hyphens, not {sweep.name}":
-            re.fullmatch(r"[A-Za-z0-9](-*[A-Za-z0-9]){0,39}", sweep.name or "") is not None,
-        f"hydra.launcher.max_parallel must be 1 or more, not {settings['max_parallel']}": settings["max_parallel"] >= 1,
-        "this is a job of a sweep already, and a job submits none: type hydra/launcher=basic":
-            settings["mode"] == "local" or "DREAMBOOTH_SWEEP" not in os.environ,
-        "an Optuna study lives in memory and its trials cannot be followed again: leave hydra.launcher.sweep out":
-            settings.get("sweep") is None or not _optuna(sweep) or _stored(sweep),
-    }
-    if broken := [sentence for sentence, holds in rules.items() if not holds]:
-        raise ConfigError(*broken)
-
-
-def _check_numbers(configs: Sequence[DictConfig]) -> None:
-    """Of each job, because a sweep may vary them; what SageMaker itself limits is checked with the request."""
-    broken = []
-    for config in configs:
-        asked = config.hydra.launcher
-        for key, least, most in NUMBERS:
-            if not least <= asked[key] <= most:  # neither holds of NaN
-                broken.append(f"hydra.launcher.{key} must be from {least} to {most}, not {asked[key]}")
-    if broken:
-        raise ConfigError(*dict.fromkeys(broken))
-
-
-def _optuna(sweep: Sweep) -> bool:
-    assert sweep.config is not None
-    return "optuna" in str(sweep.config.hydra.sweeper.get("_target_", "")).lower()
-
-
-def _stored(sweep: Sweep) -> bool:
-    assert sweep.config is not None
-    return bool(sweep.config.hydra.sweeper.get("storage"))
-
-
-def _composed(sweep: Sweep, overrides: Sequence[str], number: int) -> DictConfig:
+def _compose_job(sweep: SweepState, overrides: Sequence[str], number: int) -> DictConfig:
     assert sweep.hydra_context is not None and sweep.config is not None
     config = sweep.hydra_context.config_loader.load_sweep_config(sweep.config, list(overrides))
     with open_dict(config):
@@ -111,110 +75,173 @@ def _composed(sweep: Sweep, overrides: Sequence[str], number: int) -> DictConfig
     return config
 
 
-# -- here -----------------------------------------------------------------------------------------------------------
+def _check_settings(sweep: SweepState) -> None:
+    """Check the launcher's settings that hold for the whole sweep.
 
-def _here(sweep: Sweep, configs: Sequence[DictConfig], job_overrides: Sequence[Sequence[str]],
-          first: int) -> list[JobReturn]:
-    """One after the other in this process, as Hydra's own launcher does."""
+    Raises:
+        ConfigError: all problems.
+    """
+    settings = sweep.settings
+    rules = {
+        f"hydra.launcher.mode must be {', '.join(MODES)}, not {settings['mode']}": settings["mode"] in MODES,
+        f"hydra.launcher.on_interrupt must be leave or stop, not {settings['on_interrupt']}":
+            settings["on_interrupt"] in ("leave", "stop"),
+        f"hydra.launcher.sweep must be 1 to 40 letters, digits and hyphens, not {sweep.name}":
+            re.fullmatch(r"[A-Za-z0-9](-*[A-Za-z0-9]){0,39}", sweep.name or "") is not None,
+        f"hydra.launcher.max_parallel must be 1 or more, not {settings['max_parallel']}": settings["max_parallel"] >= 1,
+        "this process is itself a job of a sweep, and a job submits no jobs: type hydra/launcher=basic":
+            settings["mode"] == "local" or "DREAMBOOTH_SWEEP" not in os.environ,
+        "an Optuna study in memory is lost when the command ends, so its jobs cannot be followed again: leave "
+        "hydra.launcher.sweep out": settings.get("sweep") is None or not _uses_optuna(sweep) or _has_storage(sweep),
+    }
+    if problems := [problem for problem, holds in rules.items() if not holds]:
+        raise ConfigError(*problems)
+
+
+def _check_numbers(configs: Sequence[DictConfig]) -> None:
+    """Check the numbers in every job's settings, because a sweep may vary them.
+
+    The limits of SageMaker itself are checked with the request.
+
+    Raises:
+        ConfigError: all problems.
+    """
+    problems = []
+    for config in configs:
+        settings = config.hydra.launcher
+        for key, least, greatest in NUMBER_RANGES:
+            if not least <= settings[key] <= greatest:  # also refuses NaN
+                problems.append(f"hydra.launcher.{key} must be from {least} to {greatest}, not {settings[key]}")
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+
+
+def _uses_optuna(sweep: SweepState) -> bool:
+    assert sweep.config is not None
+    return "optuna" in str(sweep.config.hydra.sweeper.get("_target_", "")).lower()
+
+
+def _has_storage(sweep: SweepState) -> bool:
+    """Whether the Optuna study is stored in a database."""
+    assert sweep.config is not None
+    return bool(sweep.config.hydra.sweeper.get("storage"))
+
+
+# -- jobs in this process -------------------------------------------------------------------------------------------
+
+def _run_in_process(sweep: SweepState, configs: Sequence[DictConfig], job_overrides: Sequence[Sequence[str]],
+                    first_number: int) -> list[JobReturn]:
+    """Run the jobs one after another in this process, as Hydra's basic launcher does."""
     assert sweep.hydra_context is not None and sweep.task_function is not None and sweep.config is not None
-    ran: list[JobReturn] = []
+    returns: list[JobReturn] = []
     try:
         for config, overrides in zip(configs, job_overrides, strict=True):
-            print(f"#{first + len(ran)} : {' '.join(filter_overrides(overrides))}", flush=True)
-            ran.append(run_job(hydra_context=sweep.hydra_context, task_function=sweep.task_function,
-                               config=config, job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir"))
+            print(f"#{first_number + len(returns)} : {' '.join(filter_overrides(overrides))}", flush=True)
+            returns.append(run_job(hydra_context=sweep.hydra_context, task_function=sweep.task_function,
+                                   config=config, job_dir_key="hydra.sweep.dir",
+                                   job_subdir_key="hydra.sweep.subdir"))
             configure_log(sweep.config.hydra.hydra_logging, sweep.config.hydra.verbose)
-    finally:  # also when a run was interrupted, whose door ends the process
-        if "tracking" in sweep.config:  # a sweep of ours, not of another application
-            jobs = [Job(first + i, f"#{first + i}", tuple(filter_overrides(overrides)), {}, 0)
-                    for i, overrides in enumerate(job_overrides[:len(ran)])]
-            ends = [_seen(one) for one in ran]
-            if len(ran) == len(configs):
-                _report(sweep, jobs, ends, configs[0])
+    finally:  # an interrupted run ends the process by SystemExit: the results so far are written first
+        if "tracking" in sweep.config:  # the launcher may also run another application
+            jobs = [Job(first_number + i, f"#{first_number + i}", tuple(filter_overrides(overrides)), {}, 0)
+                    for i, overrides in enumerate(job_overrides[:len(returns)])]
+            states = [_job_state(job_return) for job_return in returns]
+            if len(returns) == len(configs):
+                _report(sweep, jobs, states, configs[0])
             else:
-                _report_some(sweep, jobs, ends)
-    return ran
+                _report_partial(sweep, jobs, states)
+    return returns
 
 
-def _seen(ran: JobReturn) -> Seen:
-    if ran.status is JobStatus.FAILED:
-        return Seen(FAILED, reason=str(ran._return_value))
-    seen = sweep_results.settled(Seen(COMPLETED, result={"objective": ran.return_value}))
-    if seen.status == FAILED:
-        seen.reason = "the run said why"
-    return seen
+def _job_state(job_return: JobReturn) -> JobState:
+    """The final state of a job that Hydra ran in this process."""
+    if job_return.status is JobStatus.FAILED:
+        return JobState(FAILED, reason=str(job_return._return_value))
+    state = sweep_results.fail_without_objective(JobState(COMPLETED, result={"objective": job_return.return_value}))
+    if state.status == FAILED:
+        state.reason = sweep_results.SEE_OUTPUT
+    return state
 
 
-# -- away -----------------------------------------------------------------------------------------------------------
+# -- jobs on SageMaker or in containers -----------------------------------------------------------------------------
 
-def _away(sweep: Sweep, configs: Sequence[DictConfig], first: int) -> list[JobReturn]:
+def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig]) -> list[JobReturn]:
+    """Submit the jobs, follow them to their end, and report the results."""
     assert sweep.config is not None and sweep.name is not None
     settings, folder = sweep.settings, Path(str(sweep.config.hydra.sweep.dir))
-    most = settings["max_parallel"]
-    backend: Containers | TrainingJobs
+    max_parallel = settings["max_parallel"]
+    backend: DockerBackend | SageMakerBackend
     if settings["mode"] == "docker":
-        backend = Containers(folder / "jobs", resubmit=settings["resubmit"])
-        most = backend.at_once(most)
+        backend = DockerBackend(folder / "jobs", resubmit=settings["resubmit"])
+        max_parallel = backend.limit_parallel(max_parallel)
     else:
-        backend = TrainingJobs()
-    asked = _prepare.prepared(configs, sweep.name, backend, settings["mode"])
-    jobs = sweep_results.unlike(asked, sweep.done)
-    print("\n".join(_prepare.announced(jobs, settings["mode"])), flush=True)
-    again = ("Optuna asks for other points the next time, so no command follows these jobs again" if _optuna(sweep)
-             else f"the same command with hydra.launcher.sweep={sweep.name} follows these jobs again")
-    if not sweep.table:  # once, not with every batch
-        print(again, flush=True)
-        if most < settings["max_parallel"] and len(jobs) > 1:
-            print("one job at a time: each takes all cards of this machine", flush=True)
-    follower = Follower(backend, jobs, max_parallel=most, poll_seconds=settings["poll_seconds"],
-                        stop_on_interrupt=settings["on_interrupt"] == "stop", again=again)
+        backend = SageMakerBackend()
+    all_jobs = _prepare.prepare_jobs(configs, sweep.name, backend, settings["mode"])
+    jobs = sweep_results.jobs_to_run(all_jobs, sweep.done)
+    print("\n".join(_prepare.describe_jobs(jobs, settings["mode"])), flush=True)
+    follow_hint = (
+        "Optuna suggests other points the next time, so no command follows these jobs again" if _uses_optuna(sweep)
+        else f"the same command with hydra.launcher.sweep={sweep.name} follows these jobs again")
+    if not sweep.table:  # printed once, not for every batch
+        print(follow_hint, flush=True)
+        if max_parallel < settings["max_parallel"] and len(jobs) > 1:
+            print("one job at a time: each uses all GPUs of this machine", flush=True)
+    follower = Follower(backend, jobs, max_parallel=max_parallel, poll_seconds=settings["poll_seconds"],
+                        stop_on_interrupt=settings["on_interrupt"] == "stop", follow_hint=follow_hint)
     try:
-        ends = [sweep_results.settled(seen) for seen in follower.run()]
+        states = [sweep_results.fail_without_objective(state) for state in follower.run()]
     except DreamBoothError:
-        _report_some(sweep, jobs, [sweep_results.settled(seen) for seen in follower.seen])
+        _report_partial(sweep, jobs, [sweep_results.fail_without_objective(state) for state in follower.states])
         raise
-    jobs, ends = sweep_results.shared(asked, jobs, ends, sweep.done)
+    all_jobs, states = sweep_results.share_results(all_jobs, jobs, states, sweep.done)
     try:
-        _report(sweep, jobs, ends, configs[0])
+        _report(sweep, all_jobs, states, configs[0])
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted while results were written; all jobs have ended: {again}") from None
-    return [_returned(config, job, seen) for config, job, seen in zip(configs, jobs, ends, strict=True)]
+        raise Interrupted(f"interrupted while results were written; all jobs have ended: {follow_hint}") from None
+    return [_job_return(config, job, state) for config, job, state in zip(configs, all_jobs, states, strict=True)]
 
 
-def _returned(config: DictConfig, job: Job, seen: Seen) -> JobReturn:
-    """What a sweeper reads: the objective, or the exception of a job that failed."""
-    done = seen.status == COMPLETED
-    ran = JobReturn(
-        overrides=list(job.overrides), cfg=_prepare.task(config), hydra_cfg=OmegaConf.masked_copy(config, ["hydra"]),
-        task_name=config.hydra.job.name, working_dir=str(config.hydra.sweep.dir),
-        status=JobStatus.COMPLETED if done else JobStatus.FAILED)
-    ran.return_value = sweep_results.objective(seen) if done else JobFailed(
-        f"dreambooth: job {job.name} {seen.status.lower()}: {seen.reason}")
-    return ran
+def _job_return(config: DictConfig, job: Job, state: JobState) -> JobReturn:
+    """What a sweeper reads: the objective of a job, or the exception of a job that failed."""
+    completed = state.status == COMPLETED
+    job_return = JobReturn(
+        overrides=list(job.overrides), cfg=_prepare.task_config(config),
+        hydra_cfg=OmegaConf.masked_copy(config, ["hydra"]), task_name=config.hydra.job.name,
+        working_dir=str(config.hydra.sweep.dir), status=JobStatus.COMPLETED if completed else JobStatus.FAILED)
+    job_return.return_value = sweep_results.objective(state) if completed else JobFailed(
+        f"dreambooth: job {job.name} {state.status.lower()}: {state.reason}")
+    return job_return
 
 
-def _report(sweep: Sweep, jobs: Sequence[Job], ends: Sequence[Seen], config: DictConfig) -> None:
-    """Table, CSV and MLflow, with what earlier batches of the same sweep gave. MLflow is the one that the jobs tell."""
+# -- results --------------------------------------------------------------------------------------------------------
+
+def _report(sweep: SweepState, jobs: Sequence[Job], states: Sequence[JobState], config: DictConfig) -> None:
+    """Print the results, and write them with those of earlier batches to the CSV file and to the MLflow of the jobs."""
     assert sweep.name is not None
-    sweep.table += sweep_results.rows(jobs, ends)
-    path = sweep_results.write(Path(str(config.hydra.sweep.dir)), sweep.name, sweep.table)
+    sweep.table += sweep_results.result_rows(jobs, states)
+    path = sweep_results.write_table(Path(str(config.hydra.sweep.dir)), sweep.name, sweep.table)
     for row in sweep.table[-len(jobs):]:
-        told = f"{row['objective']:.4f}" if row["objective"] is not None else row["reason"]
+        outcome = f"{row['objective']:.4f}" if row["objective"] is not None else row["reason"]
         cost = "" if row["billed_usd"] is None else f"  ${row['billed_usd']:.2f}"
-        print(f"{row['job']}  {row['status']}  {told}{cost}")
+        print(f"{row['job']}  {row['status']}  {outcome}{cost}")
     print(f"sweep {sweep.name}: {path}", flush=True)
-    tracking, here = config.tracking, sweep.settings["mode"] == "local"
-    uri = tracking.uri or (None if here else config.hydra.launcher.mlflow_uri)
-    drawn = sweep_results.draw(path.parent, sweep.name, sweep_results.axes(sweep.table))
-    sweep_results.track(path, sweep.name, sweep.table, tracking.kind.value, uri, tracking.experiment,
-                  Path(config.run_root), drawn, here=here)
+    tracking, local = config.tracking, sweep.settings["mode"] == "local"
+    uri = tracking.uri or (None if local else config.hydra.launcher.mlflow_uri)
+    plot = sweep_results.write_parallel_coordinates(path.parent, sweep.name, sweep_results.parallel_axes(sweep.table))
+    sweep_results.log_sweep(path, sweep.name, sweep.table, tracking.kind.value, uri, tracking.experiment,
+                            Path(config.run_root), plot, local=local)
 
 
-def _report_some(sweep: Sweep, jobs: Sequence[Job], ends: Sequence[Seen]) -> None:
-    """What has ended when the command ends early, in the CSV alone: MLflow's run of a sweep is of all of it."""
+def _report_partial(sweep: SweepState, jobs: Sequence[Job], states: Sequence[JobState]) -> None:
+    """Write the jobs that have ended to the CSV file when the command ends early.
+
+    MLflow gets nothing: its run of the sweep describes all jobs.
+    """
     assert sweep.config is not None and sweep.name is not None
-    done = [number for number, seen in enumerate(ends) if seen.ended]
+    ended = [number for number, state in enumerate(states) if state.ended]
     with suppress(KeyboardInterrupt):
-        rows = sweep.table + sweep_results.rows([jobs[number] for number in done], [ends[number] for number in done])
-        if path := sweep_results.write_some(Path(str(sweep.config.hydra.sweep.dir)), sweep.name, rows):
-            print(f"sweep {sweep.name}: {len(rows)} have ended: {path}", flush=True)
+        rows = sweep.table + sweep_results.result_rows([jobs[number] for number in ended],
+                                                       [states[number] for number in ended])
+        folder = Path(str(sweep.config.hydra.sweep.dir))
+        if path := sweep_results.write_partial_table(folder, sweep.name, rows):
+            print(f"sweep {sweep.name}: {len(rows)} jobs have ended: {path}", flush=True)

@@ -1,4 +1,4 @@
-"""What jobs read: a folder of this machine is made complete in S3, a place in S3 is looked at before anybody pays."""
+"""Inputs of jobs: checks that paths in S3 exist, and uploads local folders that jobs read through channels."""
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -6,65 +6,65 @@ from pathlib import Path
 
 from dreambooth.cloud.training_job_request import CHANNELS
 from dreambooth.config.schema import Config
-from dreambooth.config.storage import SCHEME, is_remote, is_single
+from dreambooth.config.storage import S3_SCHEME, is_remote, is_single_file
 from dreambooth.storage import folders, run_inputs
-from dreambooth.storage.folders import Held
+from dreambooth.storage.folders import RemoteContent
 from dreambooth.utils.console import Console
 
-HUB = ("model.source", "model.vae")  # a hub id, or a path
-FILES = ("evaluate.prompts", "evaluate.lpips")
-WORDS = {"mask": ("alpha",), "resume": ("auto", "never")}  # no paths
+HUB_KEYS = ("model.source", "model.vae")  # may be a hub id or a path
+FILE_KEYS = ("evaluate.prompts", "evaluate.lpips")
+KEYWORDS = {"mask": ("alpha",), "resume": ("auto", "never")}  # last part of a key -> values that are not paths
 
 
 class Inputs:
-    """Of all jobs of a sweep: each folder is read once, and each place in S3 looked at once."""
+    """Inputs of all jobs of a sweep. Each local folder is hashed once, and each path in S3 inspected once."""
 
     def __init__(self, mode: str) -> None:
-        self._here = mode == "docker"  # jobs find the folders of this machine where they are
-        self._digests: dict[str, str] = {}  # folder of this machine, or place in S3 -> its content
-        self._places: dict[str, str] = {}  # folder of this machine -> where jobs find it
-        self._seen: dict[str, Held | None] = {}
+        self._jobs_are_local = mode == "docker"  # containers on this machine read local folders directly
+        self._digests: dict[str, str] = {}  # local folder or S3 path -> digest of its content
+        self._job_paths: dict[str, str] = {}  # local folder -> where jobs read it
+        self._remote_contents: dict[str, RemoteContent | None] = {}
 
-    def problems(self, run: Config) -> Iterator[str]:
-        """What is not in S3 as the run reads it."""
-        for key, uri, complete in _read(run):
+    def find_problems(self, run: Config) -> Iterator[str]:
+        """Yield one sentence for each input of a run that S3 does not have as the run reads it."""
+        for key, uri, needs_manifest in _input_paths(run):
             if not is_remote(uri):
                 continue
-            if uri not in self._seen:
-                self._seen[uri] = folders.held(uri)
-            found = self._seen[uri]
-            file = is_single(uri) or key in FILES
-            if found is None or (not found.folder and not file):
-                yield f"there is nothing in {uri}: type {key}=s3://BUCKET/{'FILE' if file else 'FOLDER'}"
-            elif complete and not found.complete and not file:
-                yield (f"{uri} is half uploaded, or was put there by something else: type python -m dreambooth.storage "
+            if uri not in self._remote_contents:
+                self._remote_contents[uri] = folders.inspect(uri)
+            content = self._remote_contents[uri]
+            is_file = is_single_file(uri) or key in FILE_KEYS
+            if content is None or (not content.is_folder and not is_file):
+                yield f"there is nothing in {uri}: type {key}=s3://BUCKET/{'FILE' if is_file else 'FOLDER'}"
+            elif needs_manifest and not content.is_complete and not is_file:
+                yield (f"{uri} is half uploaded, or was not uploaded by dreambooth: type python -m dreambooth.storage "
                        f"upload FOLDER {uri}")
             else:
-                self._digests[uri] = found.digest
+                self._digests[uri] = content.digest
 
     def channels(self, run: Config, s3: str) -> dict[str, str]:
-        """Channel -> the folder that it carries."""
-        return {CHANNELS[key]: path if is_remote(path) else self._place(path, s3)
-                for key, path in _carried(run).items()}
+        """Channel -> the folder that the job gets through it."""
+        return {CHANNELS[key]: path if is_remote(path) else self._job_path(path, s3)
+                for key, path in _channel_folders(run).items()}
 
     def contents(self, run: Config) -> dict[str, str]:
-        """Key -> what is behind it, whatever its path is called."""
-        for path in _carried(run).values():
+        """Key -> digest of what is behind its path, whatever the path is."""
+        for path in _channel_folders(run).values():
             self._digest(path)
-        return {key: self._digests[path] for key, path, _ in _read(run) if path in self._digests}
+        return {key: self._digests[path] for key, path, _ in _input_paths(run) if path in self._digests}
 
     def upload(self) -> None:
-        """Make the folders of this machine complete in S3."""
-        for folder, place in self._places.items():
-            if is_remote(place):
-                folders.upload(Path(folder), place, Console())
+        """Upload the local folders to S3, as far as they are not there yet."""
+        for folder, path in self._job_paths.items():
+            if is_remote(path):
+                folders.upload(Path(folder), path, Console())
 
-    def _place(self, folder: str, s3: str) -> str:
-        if folder not in self._places:
+    def _job_path(self, folder: str, s3: str) -> str:
+        if folder not in self._job_paths:
             path = Path(folder).absolute()
-            self._places[folder] = str(path) if self._here else (
+            self._job_paths[folder] = str(path) if self._jobs_are_local else (
                 f"{s3.rstrip('/')}/inputs/{path.name}-{self._digest(folder)}")
-        return self._places[folder]
+        return self._job_paths[folder]
 
     def _digest(self, path: str) -> str:
         if path not in self._digests:
@@ -72,52 +72,49 @@ class Inputs:
         return self._digests[path]
 
 
-def unsent(run: Config) -> Iterator[str]:
-    """Paths of this machine that no channel carries: a job would look for them, at the price of its instance."""
-    carried = _carried(run)
-    for key, path, _ in _read(run):
-        if not elsewhere(path) and key not in carried and _path_here(key, path):
-            kind = "file" if Path(path).is_file() or is_single(path) else "folder"
+def find_local_paths(run: Config) -> Iterator[str]:
+    """Yield one sentence for each path of this machine that a job could not read, since no channel replaces it."""
+    replaced = _channel_folders(run)
+    for key, path, _ in _input_paths(run):
+        if not is_portable(path) and key not in replaced and _is_local_path(key, path):
+            kind = "file" if Path(path).is_file() or is_single_file(path) else "folder"
             yield f"{key}={path} is a {kind} of this machine: type {key}=s3://BUCKET/{kind.upper()}"
     for encoder in sorted({"dino", "clip"} & {*run.evaluate.encoders}):
         path = getattr(run.evaluate, encoder)
         if is_remote(path) or Path(path).exists():
-            yield f"evaluate.{encoder}={path} is nothing that a job can read: type evaluate.{encoder}=HUB_ID"
+            yield f"a job cannot read evaluate.{encoder}={path}: type evaluate.{encoder}=HUB_ID"
 
 
-def without_s3(run: Config) -> Config:
-    """A run as its rules may look at it here, where nothing of S3 is fetched."""
+def without_s3_paths(run: Config) -> Config:
+    """A copy whose S3 paths in `checkpoint` and `evaluate` are defaults: the rules are checked without downloads."""
     run = deepcopy(run)
     for section in (run.checkpoint, run.evaluate):
-        for key, value in vars(type(section)()).items():
+        for key, default in vars(type(section)()).items():
             if isinstance(path := getattr(section, key), str) and is_remote(path):
-                setattr(section, key, value)
+                setattr(section, key, default)
     return run
 
 
-def elsewhere(path: str) -> bool:
-    """Whether a path means the same on every machine."""
-    return path.startswith((SCHEME, "package:"))
+def is_portable(path: str) -> bool:
+    """Whether a path has the same meaning on every machine."""
+    return path.startswith((S3_SCHEME, "package:"))
 
 
-def _path_here(key: str, path: str) -> bool:
-    if key in HUB or key == "evaluate.prompts":  # else a hub id, the name of a list
+def _is_local_path(key: str, path: str) -> bool:
+    if key in HUB_KEYS or key == "evaluate.prompts":  # otherwise a hub id, or the name of a list of prompts
         return Path(path).exists()
-    return key not in CHANNELS and path not in WORDS.get(key.rpartition(".")[2], ())
+    return key not in CHANNELS and path not in KEYWORDS.get(key.rpartition(".")[2], ())
 
 
-def _carried(run: Config) -> Mapping[str, str]:
-    """Key -> folder of this machine or of S3, of what a channel carries. One file goes by its address."""
-    found = {}
-    for key, path, _ in _read(run):
-        if key in CHANNELS and not path.startswith("package:") and (
-                Path(path).is_dir() or (is_remote(path) and not is_single(path))):
-            found[key] = path
-    return found
+def _channel_folders(run: Config) -> Mapping[str, str]:
+    """Key -> local or S3 folder that the job gets through a channel. A single file is passed by its address."""
+    return {key: path for key, path, _ in _input_paths(run)
+            if key in CHANNELS and not path.startswith("package:") and (
+                Path(path).is_dir() or (is_remote(path) and not is_single_file(path)))}
 
 
-def _read(run: Config) -> Iterator[tuple[str, str, bool]]:
-    """Key, path and whether it must have a manifest, of everything that a run reads."""
-    for place, part, key, complete in run_inputs.wanted(run):
-        if path := getattr(part, key):
-            yield f"{place}.{key}", str(path), complete
+def _input_paths(run: Config) -> Iterator[tuple[str, str, bool]]:
+    """Yield key, path, and whether it needs a manifest, of everything that a run reads."""
+    for section_name, section, key, needs_manifest in run_inputs.possible_inputs(run):
+        if path := getattr(section, key):
+            yield f"{section_name}.{key}", str(path), needs_manifest

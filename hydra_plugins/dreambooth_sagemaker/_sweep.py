@@ -1,4 +1,4 @@
-"""A sweep that the launcher runs: what Hydra gave it, and its results so far."""
+"""The state of a sweep that the launcher runs."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,13 +8,13 @@ from omegaconf import DictConfig
 
 
 @dataclass
-class Sweep:
-    """State of one launcher. Hydra's sweepers may call `launch` several times, once per batch of jobs."""
+class SweepState:
+    """Settings and results of a sweep. Hydra's sweepers may call `launch` several times, once per batch of jobs."""
 
-    settings: dict[str, Any]  # of the sweep; what may differ between jobs is read from each job's own config
-    name: str | None = None  # made up by the first launch if none was typed
+    settings: dict[str, Any]  # of the sweep; settings that may differ between jobs are read from each job's own config
+    name: str | None = None  # set by the first launch if the user gave none
     config: DictConfig | None = None
     task_function: TaskFunction | None = None
     hydra_context: HydraContext | None = None
-    table: list[dict[str, Any]] = field(default_factory=list)  # results of every launch of this sweep
-    done: dict[tuple[str, ...], Any] = field(default_factory=dict)  # its points that have a result
+    table: list[dict[str, Any]] = field(default_factory=list)  # result rows of every launch so far
+    done: dict[tuple[str, ...], Any] = field(default_factory=dict)  # overrides -> job and state of completed jobs

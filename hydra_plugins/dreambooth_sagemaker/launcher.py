@@ -1,7 +1,7 @@
-"""The launcher as Hydra sees it: its settings and its class. What it does is in _core.py, imported when it is used."""
+"""The launcher's class and settings for Hydra. The implementation is in _core.py, which is imported when it is used."""
 
-# No `from __future__ import annotations` here: Hydra's scanner executes this file before it is in sys.modules, and a
-# dataclass would bring all of Hydra down.
+# No `from __future__ import annotations` here: Hydra's scanner executes this file before it is in sys.modules, where
+# dataclasses look up string annotations. Hydra itself would fail to start.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +12,12 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from hydra_plugins.dreambooth_sagemaker._sweep import Sweep
+from hydra_plugins.dreambooth_sagemaker._sweep import SweepState
 
 
 @dataclass
 class SageMakerLauncherConf:
-    """What conf/hydra/launcher/sagemaker.yaml may say; each key is explained there."""
+    """Schema of conf/hydra/launcher/sagemaker.yaml, which explains each key."""
 
     _target_: str = "hydra_plugins.dreambooth_sagemaker.launcher.SageMakerLauncher"
     mode: str = "aws"
@@ -51,10 +51,10 @@ class SageMakerLauncherConf:
 
 
 class SageMakerLauncher(Launcher):
-    """Runs the jobs of a sweep elsewhere and returns what they were to find out."""
+    """Runs the jobs of a sweep and returns their objectives to the sweeper."""
 
     def __init__(self, **settings: Any) -> None:
-        self.sweep = Sweep(settings, settings.get("sweep"))
+        self.sweep = SweepState(settings, settings.get("sweep"))
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.sweep.hydra_context, self.sweep.task_function, self.sweep.config = hydra_context, task_function, config

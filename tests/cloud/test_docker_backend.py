@@ -1,4 +1,4 @@
-"""`mode=docker`: jobs in containers of this machine, of an earlier command too, by a stand-in for the engine."""
+"""`mode=docker`: jobs in containers on this machine, with a fake container engine."""
 
 import os
 import time
@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from dreambooth.cloud import docker_backend
-from dreambooth.cloud.docker_backend import Containers
+from dreambooth.cloud.docker_backend import DockerBackend
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Job, Unreachable
 from dreambooth.errors import UserError
 
 ENGINE = """#!/bin/sh
-# Stands for docker: one container, which runs while the file `alive` is there.
+# Fake docker with one container, which runs while the file `alive` exists.
 here=$(dirname "$0")
 echo "$@" >> "$here/calls"
 [ ! -f "$here/down" ] || { echo "Cannot connect to the daemon" >&2; exit 1; }
@@ -33,7 +33,7 @@ JOB = Job(0, "job", (), {
 
 @pytest.fixture
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the engine."""
+    """Put the fake engine on PATH; returns its folder."""
     path = tmp_path / "bin" / "docker"
     path.parent.mkdir()
     path.write_text(ENGINE)
@@ -46,7 +46,8 @@ def calls(engine: Path) -> list[str]:
     return [line.split()[0] for line in (engine / "calls").read_text().splitlines()]
 
 
-def begun_before(tmp_path: Path, **texts: str) -> Path:
+def start_earlier(tmp_path: Path, **texts: str) -> Path:
+    """Make the folder of a job that an earlier command has started."""
     base = tmp_path / "jobs/job"
     for folder in docker_backend.FOLDERS:
         (base / folder).mkdir(parents=True)
@@ -56,123 +57,123 @@ def begun_before(tmp_path: Path, **texts: str) -> Path:
     return base
 
 
-def ended(backend: Containers) -> Any:
+def wait_for_end(backend: DockerBackend) -> Any:
     for _ in range(200):
-        seen = backend.look(JOB)
-        if seen.ended:
-            return seen
+        state = backend.poll(JOB)
+        if state.ended:
+            return state
         time.sleep(0.05)
-    raise AssertionError("it runs on")
+    raise AssertionError("it did not end")
 
 
 @pytest.mark.parametrize("resubmit", [False, True])
 def test_a_container_of_an_earlier_command_is_followed(engine: Path, tmp_path: Path, resubmit: bool) -> None:
-    base, backend = begun_before(tmp_path), Containers(tmp_path / "jobs", resubmit=resubmit)
+    base, backend = start_earlier(tmp_path), DockerBackend(tmp_path / "jobs", resubmit=resubmit)
     (engine / "alive").touch()
     assert backend.submit(JOB).status == RUNNING
-    seen = backend.look(JOB)
-    assert (seen.status, seen.step, seen.loss) == (RUNNING, 1, 0.25)
+    state = backend.poll(JOB)
+    assert (state.status, state.step, state.loss) == (RUNNING, 1, 0.25)
     (base / "model/result.json").write_text('{"objective": 0.5}')
-    assert backend.look(JOB).status == RUNNING, "it is not done before its container is gone"
+    assert backend.poll(JOB).status == RUNNING, "it is completed only when its container has ended"
     (engine / "alive").unlink()
-    assert (backend.look(JOB).status, backend.look(JOB).result) == (COMPLETED, {"objective": 0.5})
+    assert (backend.poll(JOB).status, backend.poll(JOB).result) == (COMPLETED, {"objective": 0.5})
     assert "run" not in calls(engine)
 
 
-def test_an_engine_that_does_not_answer_is_no_end_of_a_job(engine: Path, tmp_path: Path) -> None:
-    begun_before(tmp_path)
+def test_a_job_does_not_end_because_the_engine_does_not_answer(engine: Path, tmp_path: Path) -> None:
+    start_earlier(tmp_path)
     (engine / "down").touch()
-    backend = Containers(tmp_path / "jobs")
-    for ask in (backend.submit, backend.look):
+    backend = DockerBackend(tmp_path / "jobs")
+    for method in (backend.submit, backend.poll):
         with pytest.raises(Unreachable, match=r"docker does not answer \(Cannot connect"):
-            ask(JOB)
+            method(JOB)
 
 
-def test_what_failed_runs_again_only_if_told(engine: Path, tmp_path: Path) -> None:
-    base = begun_before(tmp_path, failure="photo.jpg is broken")
-    seen = Containers(tmp_path / "jobs").submit(JOB)
-    assert (seen.status, seen.reason) == (
-        FAILED, "it ended without a result: photo.jpg is broken; hydra.launcher.resubmit=true begins it again")
+def test_a_failed_job_runs_again_only_with_resubmit(engine: Path, tmp_path: Path) -> None:
+    base = start_earlier(tmp_path, failure="photo.jpg is broken")
+    state = DockerBackend(tmp_path / "jobs").submit(JOB)
+    assert (state.status, state.reason) == (
+        FAILED, "it ended without a result: photo.jpg is broken; hydra.launcher.resubmit=true runs it again")
     assert "run" not in calls(engine)
-    backend = Containers(tmp_path / "jobs", resubmit=True)
+    backend = DockerBackend(tmp_path / "jobs", resubmit=True)
     assert backend.submit(JOB).status == RUNNING
     assert (base / "output-1/failure").read_text() == "photo.jpg is broken"
-    assert ended(backend).reason.startswith("exit code 1: training 1/2")
+    assert wait_for_end(backend).reason.startswith("exit code 1: training 1/2")
 
 
-def test_another_users_output_is_renamed_not_written_to(
+def test_output_of_another_user_is_renamed(
         engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The image gives `output` to its own user: a host user of another number may not delete in it."""
-    base = begun_before(tmp_path, failure="broken")
-    real = Path.unlink
+    """`output` belongs to the user of the image: a host user with another ID may not delete files in it."""
+    base = start_earlier(tmp_path, failure="broken")
+    unlink = Path.unlink
 
-    def refused(path: Path, missing_ok: bool = False) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
         if path.parent == base / "output":
             raise PermissionError(13, "Permission denied", str(path))
-        real(path, missing_ok)
+        unlink(path, missing_ok)
 
-    monkeypatch.setattr(Path, "unlink", refused)
-    assert Containers(tmp_path / "jobs", resubmit=True).submit(JOB).status == RUNNING
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert DockerBackend(tmp_path / "jobs", resubmit=True).submit(JOB).status == RUNNING
 
 
-def test_a_folder_that_cannot_be_used_is_a_sentence(engine: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_used_is_a_user_error(engine: Path, tmp_path: Path) -> None:
     (tmp_path / "jobs").write_text("in the way")
-    with pytest.raises(UserError, match=r"jobs/job cannot be used .*: give it to yourself, or type"):
-        Containers(tmp_path / "jobs").submit(JOB)
+    with pytest.raises(UserError, match=r"jobs/job cannot be used .*: make yourself its owner, or type"):
+        DockerBackend(tmp_path / "jobs").submit(JOB)
 
 
-def test_a_result_that_is_no_json_is_a_failure_with_a_reason(engine: Path, tmp_path: Path) -> None:
-    begun_before(tmp_path, result="{")
-    seen = Containers(tmp_path / "jobs").submit(JOB)
-    assert "result.json cannot be read" in seen.result["problem"]
+def test_a_result_that_is_not_json_is_reported(engine: Path, tmp_path: Path) -> None:
+    start_earlier(tmp_path, result="{")
+    state = DockerBackend(tmp_path / "jobs").submit(JOB)
+    assert "result.json cannot be read" in state.result["problem"]
 
 
-def test_stopping_is_true_about_what_the_engine_says(
+def test_stop_reports_what_the_engine_says(
         engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun_before(tmp_path)
-    backend = Containers(tmp_path / "jobs")
+    start_earlier(tmp_path)
+    backend = DockerBackend(tmp_path / "jobs")
     assert not backend.stop(JOB), "there is no such container"
     (engine / "alive").touch()
     assert backend.stop(JOB)
     (engine / "alive").unlink()
-    assert backend.look(JOB).status == STOPPED
+    assert backend.poll(JOB).status == STOPPED
     (engine / "down").touch()
     with pytest.raises(UserError, match=r"docker does not stop job \(Cannot connect to the daemon\)"):
         backend.stop(JOB)
 
 
-def test_nobody_waits_for_a_container_that_saves(
+def test_stop_does_not_wait_for_the_container_to_save(
         engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(docker_backend, "REFUSES", 0.2)
+    monkeypatch.setattr(docker_backend, "STOP_REPLY_TIMEOUT", 0.2)
     (engine / "alive").touch()
     (engine / "slow").touch()
     begin = time.monotonic()
-    assert Containers(tmp_path / "jobs").stop(JOB)
+    assert DockerBackend(tmp_path / "jobs").stop(JOB)
     assert time.monotonic() - begin < 3
 
 
-def test_a_container_gets_the_login_without_its_value_in_the_command(
+def test_credentials_are_passed_without_their_values_in_the_command(
         engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in docker_backend.LOGIN:
+    for key in docker_backend.CREDENTIAL_VARIABLES:
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
-    backend = Containers(tmp_path / "jobs")
+    backend = DockerBackend(tmp_path / "jobs")
     backend.submit(JOB)
-    ended(backend)
-    [typed] = [line for line in (engine / "calls").read_text().splitlines() if line.startswith("run ")]
-    assert "--env AWS_SECRET_ACCESS_KEY --env DREAMBOOTH_SWEEP=mine" in typed
-    assert "AWS_ACCESS_KEY_ID" not in typed
-    assert "hidden" not in typed
+    wait_for_end(backend)
+    [command] = [line for line in (engine / "calls").read_text().splitlines() if line.startswith("run ")]
+    assert "--env AWS_SECRET_ACCESS_KEY --env DREAMBOOTH_SWEEP=mine" in command
+    assert "AWS_ACCESS_KEY_ID" not in command
+    assert "hidden" not in command
 
 
-def test_jobs_do_not_share_a_card(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_do_not_share_a_gpu(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(engine))
-    backend = Containers(tmp_path / "jobs")
-    assert backend.at_once(4) == 4
+    backend = DockerBackend(tmp_path / "jobs")
+    assert backend.limit_parallel(4) == 4
     (engine / "nvidia-smi").touch(0o755)
-    assert backend.at_once(4) == 1
+    assert backend.limit_parallel(4) == 1
 
 
-def test_several_hosts_are_refused_with_all_else(engine: Path, tmp_path: Path) -> None:
-    assert Containers(tmp_path).problems({"ResourceConfig": {"InstanceCount": 2}}) == [
+def test_several_hosts_are_refused(engine: Path, tmp_path: Path) -> None:
+    assert DockerBackend(tmp_path).find_problems({"ResourceConfig": {"InstanceCount": 2}}) == [
         "mode=docker runs one host: type hydra.launcher.instance_count=1"]

@@ -1,4 +1,4 @@
-"""Jobs of a sweep when something comes between: Ctrl-C at any moment, a login that ends, a quota that is full."""
+"""Following jobs through interruptions: Ctrl-C at any moment, an expired login, a used-up quota."""
 
 import csv
 import sys
@@ -15,12 +15,13 @@ from omegaconf import OmegaConf
 
 from dreambooth.cloud import follower, sweep_results
 from dreambooth.cloud.follower import Follower
-from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, Busy, Job, LoggedOut, Seen, Unreachable
-from dreambooth.cloud.sagemaker_backend import NIGHT, TrainingJobs
+from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, Job, JobState, LoginRequired, QuotaExceeded, Unreachable
+from dreambooth.cloud.sagemaker_backend import LOGIN_PATIENCE, SageMakerBackend
 from dreambooth.errors import ConfigError, Interrupted, UserError
 from dreambooth.storage import aws_errors, folders
 from hydra_plugins.dreambooth_sagemaker import _core, _prepare
-from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncher, SageMakerLauncherConf
+from hydra_plugins.dreambooth_sagemaker._sweep import SweepState
+from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncherConf
 from tests.support.s3_server import KEYS
 
 HYPER = {"train.seed": "1"}
@@ -38,44 +39,48 @@ def jobs(count: int, machine: Callable[[int], str] = lambda number: "ml.g4dn.xla
         for i in range(count)]
 
 
+def sweep_state(**settings: Any) -> Any:
+    return SweepState(vars(SageMakerLauncherConf()) | settings, settings.get("sweep"))
+
+
 class Cloud:
-    """A Backend. `looks`: how often each job is looked at before it is done."""
+    """A backend in memory. `polls`: how often each job is polled before it is completed."""
 
-    def __init__(self, looks: int = 1) -> None:
-        self.looks, self.left, self.stopped = looks, dict[str, int](), list[str]()
+    def __init__(self, polls: int = 1) -> None:
+        self.polls, self.left, self.stopped = polls, dict[str, int](), list[str]()
 
-    def submit(self, job: Job) -> Seen:
-        self.left.setdefault(job.name, self.looks)
-        return Seen(RUNNING, "Training")
+    def submit(self, job: Job) -> JobState:
+        self.left.setdefault(job.name, self.polls)
+        return JobState(RUNNING, "Training")
 
-    def look(self, job: Job) -> Seen:
+    def poll(self, job: Job) -> JobState:
         self.left[job.name] -= 1
-        return Seen(RUNNING) if self.left[job.name] > 0 else Seen(COMPLETED, result={"objective": 0.5})
+        return JobState(RUNNING) if self.left[job.name] > 0 else JobState(COMPLETED, result={"objective": 0.5})
 
     def stop(self, job: Job) -> bool:
         self.stopped.append(job.name)
         return job.name in self.left
 
-    def stop_hint(self, job: Job) -> str:
+    def stop_command(self, job: Job) -> str:
         return f"stop {job.name}"
 
 
-def following(backend: Any, asked: list[Job], **options: Any) -> Follower:
-    turns = iter(range(100))  # a loop that never ends is a failure, too
-    return Follower(backend, asked, **({"max_parallel": 4, "poll_seconds": 1, "stop_on_interrupt": False,
-                                        "again": "AGAIN", "sleep": lambda seconds: next(turns)} | options))
+def make_follower(backend: Any, jobs: list[Job], **options: Any) -> Follower:
+    turns = iter(range(100))  # ends a loop that never would
+    return Follower(backend, jobs, **({"max_parallel": 4, "poll_seconds": 1, "stop_on_interrupt": False,
+                                       "follow_hint": "AGAIN", "sleep": lambda seconds: next(turns)} | options))
 
 
 # -- Ctrl-C -------------------------------------------------------------------------------------------------------
 
-class Pressed(Cloud):
-    """Ctrl-C while the last of four is being submitted. `arrived`: the service has got it."""
+class InterruptedSubmit(Cloud):
+    """Ctrl-C while the fourth job is being submitted. `arrived`: the service has received the request."""
 
     def __init__(self, arrived: bool) -> None:
-        super().__init__(looks=9)
+        super().__init__(polls=9)
         self.arrived = arrived
 
-    def submit(self, job: Job) -> Seen:
+    def submit(self, job: Job) -> JobState:
         if job.number < 3:
             return super().submit(job)
         if self.arrived:
@@ -84,236 +89,240 @@ class Pressed(Cloud):
 
 
 def test_ctrl_c_while_a_job_is_submitted_stops_that_one_too() -> None:
-    cloud = Pressed(arrived=True)
+    cloud = InterruptedSubmit(arrived=True)
     with pytest.raises(Interrupted) as caught:
-        following(cloud, jobs(5), stop_on_interrupt=True).run()
-    assert (str(caught.value), cloud.stopped) == ("4 jobs were told to save and stop", ["j0", "j1", "j2", "j3"])
+        make_follower(cloud, jobs(5), stop_on_interrupt=True).run()
+    assert (str(caught.value), cloud.stopped) == ("4 jobs asked to save and stop", ["j0", "j1", "j2", "j3"])
 
 
-def test_ctrl_c_while_a_job_is_submitted_says_how_to_stop_what_nobody_knows_of() -> None:
+def test_ctrl_c_while_a_job_is_submitted_says_how_to_stop_a_job_that_may_run() -> None:
     with pytest.raises(Interrupted) as caught:
-        following(Pressed(arrived=False), jobs(5), stop_on_interrupt=True).run()
+        make_follower(InterruptedSubmit(arrived=False), jobs(5), stop_on_interrupt=True).run()
     assert str(caught.value).splitlines() == [
-        "3 jobs were told to save and stop, these may run on; type", "  stop j3  # it may have begun"]
+        "3 jobs asked to save and stop; these may still be running, to stop them type",
+        "  stop j3  # it may have started"]
     with pytest.raises(Interrupted) as caught:
-        following(Pressed(arrived=False), jobs(5)).run()
+        make_follower(InterruptedSubmit(arrived=False), jobs(5)).run()
     assert str(caught.value).splitlines() == [
-        "4 jobs run on: AGAIN; to stop them type", "  stop j0", "  stop j1", "  stop j2",
-        "  stop j3  # it may have begun"]
+        "4 jobs still running: AGAIN; to stop them type", "  stop j0", "  stop j1", "  stop j2",
+        "  stop j3  # it may have started"]
 
 
-def test_ctrl_c_before_a_lost_submission_is_tried_again_counts_it() -> None:
+def test_ctrl_c_after_an_unanswered_submission_counts_that_job() -> None:
     class Silent(Cloud):
-        def submit(self, job: Job) -> Seen:
+        def submit(self, job: Job) -> JobState:
             raise Unreachable("AWS does not answer (ReadTimeoutError)")
 
-    def pressed(seconds: float) -> None:
+    def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match="1 jobs run on: AGAIN; to stop them type\n  stop j0  # it may have begun"):
-        following(Silent(), jobs(2), sleep=pressed).run()
+    message = "1 job still running: AGAIN; to stop them type\n  stop j0  # it may have started"
+    with pytest.raises(Interrupted, match=message):
+        make_follower(Silent(), jobs(2), sleep=interrupt).run()
 
 
-def test_a_lost_submission_is_tried_again_and_takes_the_place_of_one() -> None:
+def test_an_unanswered_submission_is_repeated_and_counts_as_running() -> None:
     class Lost(Cloud):
         def __init__(self) -> None:
             super().__init__()
             self.calls: list[str] = []
 
-        def submit(self, job: Job) -> Seen:
+        def submit(self, job: Job) -> JobState:
             self.calls.append(job.name)
             if len(self.calls) == 1:
                 raise Unreachable("AWS does not answer (ReadTimeoutError)")
             return super().submit(job)
 
     cloud = Lost()
-    assert [end.status for end in following(cloud, jobs(2), max_parallel=1).run()] == [COMPLETED] * 2
+    assert [state.status for state in make_follower(cloud, jobs(2), max_parallel=1).run()] == [COMPLETED] * 2
     assert cloud.calls == ["j0", "j0", "j1"]
 
 
-def test_a_second_ctrl_c_lists_what_was_not_stopped() -> None:
+def test_a_second_ctrl_c_lists_the_jobs_that_were_not_stopped() -> None:
     class Slow(Cloud):
         def stop(self, job: Job) -> bool:
             if job.number == 1:
                 raise KeyboardInterrupt
             return super().stop(job)
 
-    def pressed(seconds: float) -> None:
+    def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(Interrupted) as caught:
-        following(Slow(9), jobs(3), stop_on_interrupt=True, sleep=pressed).run()
+        make_follower(Slow(9), jobs(3), stop_on_interrupt=True, sleep=interrupt).run()
     assert str(caught.value).splitlines() == [
-        "1 jobs were told to save and stop, these may run on; type", "  stop j1", "  stop j2"]
+        "1 job asked to save and stop; these may still be running, to stop them type", "  stop j1", "  stop j2"]
 
 
-def test_a_fault_of_ours_says_which_jobs_run_on() -> None:
+def test_an_unexpected_error_says_which_jobs_are_still_running() -> None:
     class Broken(Cloud):
-        def look(self, job: Job) -> Seen:
+        def poll(self, job: Job) -> JobState:
             raise KeyError("status")
 
     with pytest.raises(KeyError) as caught:
-        following(Broken(), jobs(1)).run()
-    assert caught.value.__notes__ == ["1 jobs run on: AGAIN; to stop them type\n  stop j0"]
+        make_follower(Broken(), jobs(1)).run()
+    assert caught.value.__notes__ == ["1 job still running: AGAIN; to stop them type\n  stop j0"]
 
 
-def launched(folder: Path, monkeypatch: pytest.MonkeyPatch, cloud: Any, asked: list[Job], **hydra: Any) -> list[Any]:
-    """_core's way to the cloud, with another cloud."""
-    monkeypatch.setattr(_core, "TrainingJobs", lambda: cloud)
-    monkeypatch.setattr(_prepare, "prepared", lambda *words: asked)
-    monkeypatch.setattr(_prepare, "announced", lambda jobs, mode: ["announced"])
-    monkeypatch.setattr(_prepare, "task", lambda config: config)
-    launcher = SageMakerLauncher(**vars(SageMakerLauncherConf()) | {"poll_seconds": 0, "sweep": "mine"})
+def run_on(cloud: Any, jobs: list[Job], folder: Path, monkeypatch: pytest.MonkeyPatch, **hydra: Any) -> list[Any]:
+    """Run jobs by the launcher's code for backends, on a backend of the test."""
+    monkeypatch.setattr(_core, "SageMakerBackend", lambda: cloud)
+    monkeypatch.setattr(_prepare, "prepare_jobs", lambda *args: jobs)
+    monkeypatch.setattr(_prepare, "describe_jobs", lambda jobs, mode: ["description"])
+    monkeypatch.setattr(_prepare, "task_config", lambda config: config)
+    sweep = sweep_state(poll_seconds=0, sweep="mine")
     config = OmegaConf.create({
         "run_root": str(folder), "tracking": {"kind": "none", "uri": None, "experiment": "x"},
         "hydra": {"sweep": {"dir": str(folder)}, "job": {"name": "train"}, "sweeper": {},
                   "launcher": {"mlflow_uri": None}} | hydra})
-    launcher.config = config
-    return _core._away(launcher, [config] * len(asked), 0)
+    sweep.config = config
+    return _core._run_on_backend(sweep, [config] * len(jobs))
 
 
-def rows(folder: Path) -> dict[str, str]:
+def read_table(folder: Path) -> dict[str, str]:
     with (folder / "results-mine.csv").open() as file:
         return {row["job"]: row["status"] for row in csv.DictReader(file)}
 
 
-def test_ctrl_c_keeps_what_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_writes_the_results_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Half(Cloud):
-        def look(self, job: Job) -> Seen:
+        def poll(self, job: Job) -> JobState:
             if job.number:
                 raise KeyboardInterrupt
-            return super().look(job)
+            return super().poll(job)
 
-    with pytest.raises(Interrupted, match=r"2 jobs run on: the same command with hydra.launcher.sweep=mine follows"):
-        launched(tmp_path, monkeypatch, Half(), jobs(3))
-    assert rows(tmp_path) == {"j0": COMPLETED}
+    with pytest.raises(Interrupted, match=r"2 jobs still running: the same command with hydra.launcher.sweep=mine"):
+        run_on(Half(), jobs(3), tmp_path, monkeypatch)
+    assert read_table(tmp_path) == {"j0": COMPLETED}
 
 
-def test_ctrl_c_does_not_replace_a_table_in_which_more_have_ended(tmp_path: Path) -> None:
-    ends = [Seen(COMPLETED, result={"objective": 0.5})] * 3
-    sweep_results.write(tmp_path, "mine", sweep_results.rows(jobs(3), ends))
-    assert sweep_results.write_some(tmp_path, "mine", sweep_results.rows(jobs(2), ends[:2])) is None
-    assert len(rows(tmp_path)) == 3
-    assert sweep_results.write_some(tmp_path, "other", []) is None
+def test_ctrl_c_does_not_replace_a_table_with_more_results(tmp_path: Path) -> None:
+    states = [JobState(COMPLETED, result={"objective": 0.5})] * 3
+    sweep_results.write_table(tmp_path, "mine", sweep_results.result_rows(jobs(3), states))
+    assert sweep_results.write_partial_table(tmp_path, "mine", sweep_results.result_rows(jobs(2), states[:2])) is None
+    assert len(read_table(tmp_path)) == 3
+    assert sweep_results.write_partial_table(tmp_path, "other", []) is None
 
 
 def test_ctrl_c_while_results_are_written_says_how_to_get_them(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pressed(*words: Any) -> None:
+    def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_core, "_report", pressed)
+    monkeypatch.setattr(_core, "_report", interrupt)
     with pytest.raises(Interrupted, match=r"all jobs have ended: the same command with hydra.launcher.sweep=mine"):
-        launched(tmp_path, monkeypatch, Cloud(), jobs(1))
+        run_on(Cloud(), jobs(1), tmp_path, monkeypatch)
 
 
-def test_ctrl_c_while_jobs_are_checked_is_a_sentence_and_5(
+def test_ctrl_c_while_jobs_are_checked_ends_with_a_sentence_and_5(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    def pressed(*words: Any) -> None:
+    def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_core, "_composed", pressed)
-    monkeypatch.setattr(_core, "configure_log", lambda *words: None)
-    launcher: Any = SageMakerLauncher(**vars(SageMakerLauncherConf()))
-    launcher.hydra_context = object()
-    launcher.config = OmegaConf.create({"hydra": {
+    monkeypatch.setattr(_core, "_compose_job", interrupt)
+    monkeypatch.setattr(_core, "configure_log", lambda *args: None)
+    sweep = sweep_state()
+    sweep.hydra_context = object()
+    sweep.config = OmegaConf.create({"hydra": {
         "hydra_logging": {}, "verbose": False, "sweep": {"dir": str(tmp_path)}, "job": {"name": "train"}}})
     with pytest.raises(SystemExit) as caught:
-        _core.launch(launcher, [["a=1"]], 0)
+        _core.launch(sweep, [["a=1"]], 0)
     assert caught.value.code == 5
     assert capsys.readouterr().err == "dreambooth: interrupted before anything was submitted: repeat the command\n"
 
 
-def test_ctrl_c_in_this_process_keeps_what_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The door of a run that was interrupted ends the process."""
-    ran: list[Any] = []
+def test_an_interrupted_run_in_this_process_keeps_the_results_so_far(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command of an interrupted run ends the process."""
+    calls: list[Any] = []
 
-    def run_job(**words: Any) -> JobReturn:
-        if ran:
+    def run_job(**arguments: Any) -> JobReturn:
+        if calls:
             sys.exit(5)
-        ran.append(words)
-        done = JobReturn(status=JobStatus.COMPLETED)
-        done.return_value = 0.5
-        return done
+        calls.append(arguments)
+        job_return = JobReturn(status=JobStatus.COMPLETED)
+        job_return.return_value = 0.5
+        return job_return
 
     monkeypatch.setattr(_core, "run_job", run_job)
-    monkeypatch.setattr(_core, "configure_log", lambda *words: None)
-    launcher: Any = SageMakerLauncher(**vars(SageMakerLauncherConf()) | {"mode": "local", "sweep": "mine"})
-    launcher.hydra_context, launcher.task_function = object(), print
-    launcher.config = OmegaConf.create({"tracking": {}, "hydra": {
+    monkeypatch.setattr(_core, "configure_log", lambda *args: None)
+    sweep = sweep_state(mode="local", sweep="mine")
+    sweep.hydra_context, sweep.task_function = object(), print
+    sweep.config = OmegaConf.create({"tracking": {}, "hydra": {
         "hydra_logging": {}, "verbose": False, "sweep": {"dir": str(tmp_path)}}})
     with pytest.raises(SystemExit):
-        _core._here(launcher, [launcher.config] * 3, [[f"train.seed={i}"] for i in range(3)], 0)
-    assert rows(tmp_path) == {"#0": COMPLETED}
+        _core._run_in_process(sweep, [sweep.config] * 3, [[f"train.seed={i}"] for i in range(3)], 0)
+    assert read_table(tmp_path) == {"#0": COMPLETED}
 
 
-# -- a login that ends, a refusal ---------------------------------------------------------------------------------
+# -- an expired login, a refusal ----------------------------------------------------------------------------------
 
-class Ending(Cloud):
-    """Nothing may be seen for some looks."""
+class Failing(Cloud):
+    """A backend whose first `times` polls raise an error."""
 
     def __init__(self, error: Exception, times: int) -> None:
         super().__init__()
         self.error, self.times = error, times
 
-    def look(self, job: Job) -> Seen:
+    def poll(self, job: Job) -> JobState:
         self.times -= 1
         if self.times >= 0:
             raise self.error
-        return super().look(job)
+        return super().poll(job)
 
 
-@pytest.mark.parametrize("error", [LoggedOut("the AWS login has ended: type aws sso login", NIGHT),
+@pytest.mark.parametrize("error", [LoginRequired("the AWS login has ended: type aws sso login", LOGIN_PATIENCE),
                                    UserError("no permission for sagemaker:DescribeTrainingJob on j0")])
-def test_a_sweep_outlives_its_login_and_a_refusal(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_continues_after_an_expired_login_and_a_refusal(
+        error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     waits: list[float] = []
-    ends = following(Ending(error, 6), jobs(2), sleep=waits.append).run()
-    assert [end.status for end in ends] == [COMPLETED] * 2
-    assert capsys.readouterr().out.count(f"{error}; the jobs run on, asking again") == 1
-    assert waits == [1, 2, 4, 8], "it is asked more slowly"
+    states = make_follower(Failing(error, 6), jobs(2), sleep=waits.append).run()
+    assert [state.status for state in states] == [COMPLETED] * 2
+    assert capsys.readouterr().out.count(f"{error}; the jobs continue to run, trying again") == 1
+    assert waits == [1, 2, 4, 8], "the pauses grow"
 
 
 @pytest.mark.parametrize("error, hours", [
-    (LoggedOut("the AWS login has ended", NIGHT), 12), (UserError("no permission"), 1),
-    (Unreachable("AWS does not answer"), 1), (LoggedOut("the AWS login has ended", 0.0), 0)])
-def test_who_waits_in_vain_is_told_what_runs_on(error: Exception, hours: int) -> None:
+    (LoginRequired("the AWS login has ended", LOGIN_PATIENCE), 12), (UserError("no permission"), 1),
+    (Unreachable("AWS does not answer"), 1), (LoginRequired("the AWS login has ended", 0.0), 0)])
+def test_after_a_long_silence_the_command_ends_and_names_the_running_jobs(error: Exception, hours: int) -> None:
     now = [0.0]
 
-    def slept(seconds: float) -> None:
+    def sleep(seconds: float) -> None:
         now[0] += seconds
 
     with pytest.raises(UserError) as caught:
-        following(Ending(error, 10**6), jobs(2), sleep=slept, clock=lambda: now[0]).run()
-    assert hours * 3600 <= now[0] <= hours * 3600 + 2 * follower.SLOWEST
-    words, *hints = str(caught.value).splitlines()[-3:]
+        make_follower(Failing(error, 10**6), jobs(2), sleep=sleep, clock=lambda: now[0]).run()
+    assert hours * 3600 <= now[0] <= hours * 3600 + 2 * follower.MAX_PAUSE
+    message, *commands = str(caught.value).splitlines()[-3:]
     assert str(error) in str(caught.value)
-    assert (words, hints) == ("2 jobs run on: AGAIN; to stop them type", ["  stop j0", "  stop j1"])
+    assert (message, commands) == ("2 jobs still running: AGAIN; to stop them type", ["  stop j0", "  stop j1"])
 
 
-def test_a_login_that_is_refused_from_the_first_begins_and_fails_nothing() -> None:
+def test_credentials_refused_from_the_start_start_no_job_and_fail_none() -> None:
     class Refused(Cloud):
-        def submit(self, job: Job) -> Seen:
-            raise LoggedOut("AWS does not accept these credentials", 0.0)
+        def submit(self, job: Job) -> JobState:
+            raise LoginRequired("AWS does not accept these credentials", 0.0)
 
-    watching = following(Refused(), jobs(2))
-    with pytest.raises(UserError, match="AWS does not accept these credentials\nno job runs: AGAIN"):
-        watching.run()
-    assert not any(seen.ended for seen in watching.seen)
+    follower = make_follower(Refused(), jobs(2))
+    with pytest.raises(UserError, match="AWS does not accept these credentials\nno jobs are running: AGAIN"):
+        follower.run()
+    assert not any(state.ended for state in follower.states)
 
 
-def test_what_ended_before_aws_fell_silent_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_before_a_silence_of_aws_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Half(Cloud):
-        def look(self, job: Job) -> Seen:
+        def poll(self, job: Job) -> JobState:
             if job.number:
-                raise LoggedOut("the AWS login has ended", 0.0)
-            return super().look(job)
+                raise LoginRequired("the AWS login has ended", 0.0)
+            return super().poll(job)
 
-    with pytest.raises(UserError, match="2 jobs run on"):
-        launched(tmp_path, monkeypatch, Half(), jobs(3))
-    assert rows(tmp_path) == {"j0": COMPLETED}
+    with pytest.raises(UserError, match="2 jobs still running"):
+        run_on(Half(), jobs(3), tmp_path, monkeypatch)
+    assert read_table(tmp_path) == {"j0": COMPLETED}
 
 
-def told(job: Job, status: str) -> dict[str, Any]:
+def description(job: Job, status: str) -> dict[str, Any]:
     return {"TrainingJobName": job.name, "TrainingJobArn": "arn:aws:sagemaker:us-east-1:123456789012:training-job/x",
             "ModelArtifacts": {"S3ModelArtifacts": f"s3://bucket/{job.name}/output/model/"}, "CreationTime": 0,
             "TrainingJobStatus": status, "SecondaryStatus": status, "HyperParameters": HYPER,
@@ -321,47 +330,47 @@ def told(job: Job, status: str) -> dict[str, Any]:
             "ResourceConfig": {"VolumeSizeInGB": 1}}
 
 
-def test_an_ended_login_is_looked_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client keeps its credentials: the next one reads those of `aws sso login`."""
+def test_an_expired_login_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client keeps its credentials: a new client reads those of `aws sso login`."""
     [job] = jobs(1)
     clients = [folders.client("sagemaker") for _ in range(2)]
     old, new = [Stubber(client) for client in clients]
-    old.add_response("describe_training_job", told(job, "InProgress"))
+    old.add_response("describe_training_job", description(job, "InProgress"))
     old.add_client_error("describe_training_job", "ExpiredTokenException", "expired", 400)
-    new.add_response("describe_training_job", told(job, "InProgress"))
+    new.add_response("describe_training_job", description(job, "InProgress"))
     monkeypatch.setattr(folders, "client", lambda service: clients.pop(0))
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with old, new:
-        backend = TrainingJobs()
-        backend.look(job)
-        with pytest.raises(LoggedOut, match="type aws sso login in another terminal") as caught:
-            backend.look(job)
-        assert caught.value.patience == NIGHT
-        assert backend.look(job).status == RUNNING
+        backend = SageMakerBackend()
+        backend.poll(job)
+        with pytest.raises(LoginRequired, match="type aws sso login in another terminal") as caught:
+            backend.poll(job)
+        assert caught.value.patience == LOGIN_PATIENCE
+        assert backend.poll(job).status == RUNNING
 
 
-def test_a_login_in_the_environment_is_not_waited_for() -> None:
+def test_an_expired_login_in_the_environment_is_not_waited_for() -> None:
     [job] = jobs(1)
     client = folders.client("sagemaker")
     with Stubber(client) as stub:
-        stub.add_response("describe_training_job", told(job, "InProgress"))
+        stub.add_response("describe_training_job", description(job, "InProgress"))
         stub.add_client_error("describe_training_job", "ExpiredTokenException", "expired", 400)
-        backend = TrainingJobs(client)
-        backend.look(job)
-        with pytest.raises(LoggedOut, match=r"set AWS_ACCESS_KEY_ID, .* anew") as caught:
-            backend.look(job)
+        backend = SageMakerBackend(client)
+        backend.poll(job)
+        with pytest.raises(LoginRequired, match=r"set AWS_ACCESS_KEY_ID, .* again") as caught:
+            backend.poll(job)
     assert caught.value.patience == 0
 
 
 @pytest.mark.parametrize("code", sorted(aws_errors.EXPIRED))
-def test_a_login_that_has_ended_is_not_one_that_was_never_there(code: str) -> None:
+def test_an_expired_login_is_described_as_expired(code: str) -> None:
     error = type(code, (Exception,), {})()
-    assert "the AWS login has ended" in aws_errors.sentence(error, "s3:GetObject", "here")
-    assert aws_errors.logged_out(error)
+    assert "the AWS login has expired" in aws_errors.describe_error(error, "s3:GetObject", "here")
+    assert aws_errors.needs_login(error)
 
 
 def test_a_result_that_cannot_be_fetched_now_is_fetched_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job is paid for: only a result that is not there makes it fail."""
+    """The job is paid for: it fails only if its result does not exist."""
     answers: list[Any] = [ConnectTimeoutError(endpoint_url="x"), {"objective": 0.5}]
 
     def read(uri: str) -> Any:
@@ -375,52 +384,53 @@ def test_a_result_that_cannot_be_fetched_now_is_fetched_later(monkeypatch: pytes
     [job] = jobs(1)
     with Stubber(client) as stub:
         for _ in range(2):
-            stub.add_response("describe_training_job", told(job, "Completed"))
-        backend = TrainingJobs(client)
+            stub.add_response("describe_training_job", description(job, "Completed"))
+        backend = SageMakerBackend(client)
         with pytest.raises(Unreachable):
-            backend.look(job)
-        assert sweep_results.objective(backend.look(job)) == 0.5
+            backend.poll(job)
+        assert sweep_results.objective(backend.poll(job)) == 0.5
 
 
 # -- quotas, tables, numbers --------------------------------------------------------------------------------------
 
-def test_a_full_quota_of_one_type_holds_up_no_other() -> None:
+def test_a_used_up_quota_does_not_delay_other_instance_types() -> None:
     class NoG5(Cloud):
         most = 0
 
-        def submit(self, job: Job) -> Seen:
-            if job.machine == "ml.g5.xlarge":
-                raise Busy("no quota for ml.g5.xlarge")
+        def submit(self, job: Job) -> JobState:
+            if job.instance_type == "ml.g5.xlarge":
+                raise QuotaExceeded("no quota for ml.g5.xlarge")
             return super().submit(job)
 
-        def look(self, job: Job) -> Seen:
+        def poll(self, job: Job) -> JobState:
             self.most = max(self.most, sum(left > 0 for left in self.left.values()))
-            return super().look(job)
+            return super().poll(job)
 
     cloud = NoG5()
-    ends = following(cloud, jobs(6, lambda number: f"ml.{'g4dn' if number % 2 else 'g5'}.xlarge")).run()
-    assert [end.status for end in ends] == [FAILED, COMPLETED] * 3
+    states = make_follower(cloud, jobs(6, lambda number: f"ml.{'g4dn' if number % 2 else 'g5'}.xlarge")).run()
+    assert [state.status for state in states] == [FAILED, COMPLETED] * 3
     assert cloud.most == 3
 
 
-def test_what_was_typed_is_no_markup() -> None:
+def test_overrides_are_not_rendered_as_markup() -> None:
     from rich.console import Console
 
     job = Job(0, "j0", ("sample.prompts=[a photo of a dog]", "x=[/]"), {}, 1)
     console = Console(width=200)
-    with console.capture() as seen:
-        console.print(following(Cloud(), [job])._table())
-    assert "sample.prompts=[a photo of a dog] x=[/]" in seen.get()
+    with console.capture() as capture:
+        console.print(make_follower(Cloud(), [job])._table())
+    assert "sample.prompts=[a photo of a dog] x=[/]" in capture.get()
 
 
-def test_jobs_are_told_apart_in_80_columns() -> None:
+def test_jobs_are_distinguishable_in_80_columns() -> None:
     from rich.console import Console
 
-    asked = [Job(i, f"train-20261128-151200-{i}-1a2b3c4d", (f"train.learning_rate={i}e-6",), {}, 1) for i in (1, 2)]
+    long_named = [Job(i, f"train-20261128-151200-{i}-1a2b3c4d", (f"train.learning_rate={i}e-6",), {}, 1)
+                  for i in (1, 2)]
     console = Console(width=80)
-    with console.capture() as seen:
-        console.print(following(Cloud(), asked)._table())
-    text = seen.get()
+    with console.capture() as capture:
+        console.print(make_follower(Cloud(), long_named)._table())
+    text = capture.get()
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
     assert all(f"={i}e-6" in text for i in (1, 2))
 
@@ -428,7 +438,7 @@ def test_jobs_are_told_apart_in_80_columns() -> None:
 @pytest.mark.parametrize("key, value", [
     ("poll_seconds", -1), ("poll_seconds", 0), ("poll_seconds", float("nan")), ("max_run_hours", float("inf")),
     ("max_run_hours", -1), ("max_wait_hours", float("inf")), ("instance_count", 0)])
-def test_a_number_that_cannot_be_is_refused_before_anything_is_submitted(key: str, value: float) -> None:
+def test_a_number_out_of_range_is_refused_before_anything_is_submitted(key: str, value: float) -> None:
     good = OmegaConf.create({"hydra": {"launcher": vars(SageMakerLauncherConf())}})
     _core._check_numbers([good])
     bad = OmegaConf.merge(good, {"hydra": {"launcher": {key: value}}})
@@ -439,34 +449,34 @@ def test_a_number_that_cannot_be_is_refused_before_anything_is_submitted(key: st
 OPTUNA = {"sweeper": {"_target_": "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper", "storage": None}}
 
 
-def test_with_optuna_nobody_is_told_to_follow_again(
+def test_with_optuna_following_again_is_not_suggested(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    class Pressed(Cloud):
-        def look(self, job: Job) -> Seen:
+    class InterruptedPoll(Cloud):
+        def poll(self, job: Job) -> JobState:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match="no command follows these jobs again; to stop them type"):
-        launched(tmp_path, monkeypatch, Pressed(), jobs(1), **OPTUNA)
+        run_on(InterruptedPoll(), jobs(1), tmp_path, monkeypatch, **OPTUNA)
     assert "hydra.launcher.sweep=" not in capsys.readouterr().out
 
 
-def test_a_point_that_a_sweeper_repeats_is_paid_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Optuna does that: within a batch, and after another one."""
-    monkeypatch.setattr(_core, "_report", lambda *words: None)
+def test_overrides_that_a_sweeper_repeats_are_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optuna repeats points within a batch, and in a later one."""
+    monkeypatch.setattr(_core, "_report", lambda *args: None)
     cloud = Cloud()
     same = [replace(job, number=number, name=f"n{number}", usd_hour=1.0) for number, job in enumerate(jobs(1) * 3)]
-    first = launched(tmp_path, monkeypatch, cloud, [same[0], same[1], *jobs(3)[2:]], **OPTUNA)
-    assert (list(cloud.left), [one.return_value for one in first]) == (["n0", "j2"], [0.5] * 3)
-    done: sweep_results.Points = {}
-    end = Seen(COMPLETED, billed=3600, result={"objective": 0.5})
-    assert sweep_results.unlike(same[:2], done) == same[:1]
-    sweep_results.shared(same[:2], same[:1], [end], done)
-    assert sweep_results.unlike(same[2:], done) == []
-    table = sweep_results.rows(*sweep_results.shared(same[2:], [], [], done))
+    returns = run_on(cloud, [same[0], same[1], *jobs(3)[2:]], tmp_path, monkeypatch, **OPTUNA)
+    assert (list(cloud.left), [item.return_value for item in returns]) == (["n0", "j2"], [0.5] * 3)
+    done: sweep_results.Results = {}
+    state = JobState(COMPLETED, billed_seconds=3600, result={"objective": 0.5})
+    assert sweep_results.jobs_to_run(same[:2], done) == same[:1]
+    sweep_results.share_results(same[:2], same[:1], [state], done)
+    assert sweep_results.jobs_to_run(same[2:], done) == []
+    table = sweep_results.result_rows(*sweep_results.share_results(same[2:], [], [], done))
     assert [(row["number"], row["job"], row["billed_usd"], row["objective"]) for row in table] == [(2, "n0", 0.0, 0.5)]
 
 
-def test_a_point_that_failed_is_tried_again() -> None:
-    done: sweep_results.Points = {}
-    sweep_results.shared(jobs(1), jobs(1), [Seen(FAILED)], done)
-    assert sweep_results.unlike(jobs(1), done) == jobs(1)
+def test_overrides_that_failed_are_run_again() -> None:
+    done: sweep_results.Results = {}
+    sweep_results.share_results(jobs(1), jobs(1), [JobState(FAILED)], done)
+    assert sweep_results.jobs_to_run(jobs(1), done) == jobs(1)

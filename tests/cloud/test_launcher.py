@@ -1,12 +1,10 @@
-"""`hydra/launcher=sagemaker`: Hydra's own contract for launchers, sweeps in this process, and what is checked first."""
+"""`hydra/launcher=sagemaker`: Hydra's test suites for launchers, sweeps in this process, and checks before a sweep."""
 
 import csv
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hydra.core.plugins import Plugins
@@ -17,34 +15,35 @@ from pytest import mark
 from dreambooth.config.compose import conf_dir
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncher, SageMakerLauncherConf
 from tests.support.faults import FAST
-from tests.support.s3_server import plain, serving
+from tests.support.s3_server import plain_client, serving
+from tests.support.warm_python import PYTHON
 
-# The suites assume Hydra 1.1's default for chdir, and version_base of other tests leaks through a singleton.
+# The suites assume Hydra 1.1's default for chdir; version_base of other tests persists in a singleton.
 LOCAL = ["hydra.launcher.mode=local", "hydra.job.chdir=true"]
 
 
 def test_hydra_finds_the_launcher() -> None:
-    assert SageMakerLauncher.__name__ in [found.__name__ for found in Plugins.instance().discover(Launcher)]
+    assert SageMakerLauncher.__name__ in [plugin.__name__ for plugin in Plugins.instance().discover(Launcher)]
 
 
 @mark.parametrize("launcher_name, overrides", [("sagemaker_schema", LOCAL)])
 class TestLauncher(LauncherTestSuite):
-    """Hydra's suite."""
+    """Hydra's own test suite."""
 
 
 @mark.parametrize("launcher_name, overrides", [("sagemaker_schema", [*LOCAL, "hydra.sweeper.max_batch_size=2"])])
 class TestLauncherInBatches(BatchedSweeperTestSuite):
-    """Hydra's suite."""
+    """Hydra's own test suite."""
 
 
 @mark.parametrize("task_launcher_cfg, extra_flags", [({}, ["-m", "hydra/launcher=sagemaker_schema", *LOCAL])])
 class TestLauncherIntegration(IntegrationTestSuite):
-    """Hydra's suite."""
+    """Hydra's own test suite."""
 
 
 def sweep(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "dreambooth.train", "-m", "hydra/launcher=sagemaker", f"run_root={folder}", *words],
+        [PYTHON, "-m", "dreambooth.train", "-m", "hydra/launcher=sagemaker", f"run_root={folder}", *words],
         capture_output=True, text=True, check=False, cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", **environment})
 
@@ -69,15 +68,15 @@ def test_launcher_runs_a_sweep_of_six_in_which_one_fails(tmp_path: Path) -> None
     assert [row["status"] for row in rows] == ["Completed"] * 5 + ["Failed"]
     assert float(rows[0]["objective"]) <= float(rows[1]["objective"])
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    [experiment] = [found for found in client.search_experiments() if found.name == "sweeps"]
+    [experiment] = [item for item in client.search_experiments() if item.name == "sweeps"]
     runs = client.search_runs([experiment.experiment_id], "tags.sweep = 'six'")
-    assert len(runs) == 5 + 1  # and the sweep itself; the run that failed never began
+    assert len(runs) == 5 + 1  # with the run of the sweep; the failed trial never opened a tracker
 
 
 @mark.parametrize("words, sentence", [
     (["hardware=g4dn"], "the image is missing: type hydra.launcher.image="),
     (["hardware=g4dn"], "the execution role is missing: type hydra.launcher.role="),
-    (["hardware=g4dn"], "the place for results is missing: type hydra.launcher.s3="),
+    (["hardware=g4dn"], "the S3 folder for results is missing: type hydra.launcher.s3="),
     (["hardware=cpu"], "the instance type is missing: type hydra.launcher.instance_type="),
     (["hardware=g4dn", "precision=bf16"], "type precision=fp16"),
     (["hydra.launcher.mode=cloud"], "hydra.launcher.mode must be aws, local, docker, not cloud"),
@@ -91,7 +90,7 @@ def test_launcher_runs_a_sweep_of_six_in_which_one_fails(tmp_path: Path) -> None
     (["hardware=g4dn", "evaluate.lpips=here.safetensors"], "type evaluate.lpips=s3://BUCKET/FILE"),
     (["hardware=g4dn", "hydra.launcher.mlflow_uri=http://localhost:5000"], "do not reach MLflow at http://localhost"),
 ])
-def test_launcher_says_what_is_wrong_before_anything_runs(tmp_path: Path, words: list[str], sentence: str) -> None:
+def test_launcher_reports_mistakes_before_anything_runs(tmp_path: Path, words: list[str], sentence: str) -> None:
     done = sweep(tmp_path, *words, "hydra.launcher.plan=false", AWS_DEFAULT_REGION="us-east-1")
     assert (done.returncode, sentence in done.stderr, "Traceback" in done.stderr) == (1, True, False), done.stderr
 
@@ -104,18 +103,18 @@ def test_launcher_leaves_no_trace_of_a_typed_credential(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hidden" in path.read_bytes()]
 
 
-def test_launcher_without_m_says_to_add_it(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "dreambooth.train", "hydra/launcher=sagemaker", "hardware=cpu"],
+def test_launcher_without_multirun_says_to_add_it(tmp_path: Path) -> None:
+    done = subprocess.run([PYTHON, "-m", "dreambooth.train", "hydra/launcher=sagemaker", "hardware=cpu"],
                           capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (
-        1, "dreambooth: hydra/launcher=sagemaker works on sweeps, and a sweep of one is one too: add -m\n")
+        1, "dreambooth: hydra/launcher=sagemaker runs sweeps only, and a single run is a sweep of one: add -m\n")
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
 
 
 def test_a_job_of_the_launcher_submits_no_jobs(tmp_path: Path) -> None:
     done = sweep(tmp_path, "hardware=g4dn", DREAMBOOTH_SWEEP="outer")
     assert done.returncode == 1
-    assert "a job submits none" in done.stderr
+    assert "a job submits no jobs" in done.stderr
 
 
 def test_launcher_says_that_an_optuna_study_cannot_be_followed_again() -> None:
@@ -124,26 +123,26 @@ def test_launcher_says_that_an_optuna_study_cannot_be_followed_again() -> None:
     from dreambooth.errors import ConfigError
     from hydra_plugins.dreambooth_sagemaker import _core
 
-    launcher: Any = SageMakerLauncher(mode="aws", on_interrupt="leave", max_parallel=1, sweep="mine")
-    launcher.config = OmegaConf.create({"hydra": {"sweeper": {
+    state = SageMakerLauncher(mode="aws", on_interrupt="leave", max_parallel=1, sweep="mine").sweep
+    state.config = OmegaConf.create({"hydra": {"sweeper": {
         "_target_": "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper", "storage": None}}})
-    with pytest.raises(ConfigError, match="lives in memory"):
-        _core._check(launcher)
-    launcher.config.hydra.sweeper.storage = "sqlite:///study.db"
-    _core._check(launcher)
+    with pytest.raises(ConfigError, match="an Optuna study in memory"):
+        _core._check_settings(state)
+    state.config.hydra.sweeper.storage = "sqlite:///study.db"
+    _core._check_settings(state)
 
 
 @mark.slow
-def test_launcher_takes_objectives_from_s3_and_one_failing_job_ends_with_1(tmp_path: Path) -> None:
-    """The whole door against moto, whose jobs end at once; the third has no result."""
+def test_launcher_reads_objectives_from_s3_and_a_failed_job_ends_with_1(tmp_path: Path) -> None:
+    """The whole command against moto, whose jobs end at once; the third has no result."""
     words = ["hardware=g4dn,g5", "train.learning_rate=1e-6,2e-6", "dataset=s3", "dataset.instance_dir=s3://bucket/photos",
              "dataset.instance_prompt=a photo of a zwx dog", "dataset.class_prompt=a photo of a dog", "tracking=none",
              "hydra.launcher.image=image", "hydra.launcher.role=arn:aws:iam::123456789012:role/x",
              "hydra.launcher.s3=s3://bucket/out", "hydra.launcher.plan=false", "hydra.launcher.sweep=mine",
              "hydra.launcher.poll_seconds=1", "hydra.launcher.spot=true"]
     with serving():
-        plain().create_bucket(Bucket="bucket")
-        plain().put_object(Bucket="bucket", Key="photos/a.jpg", Body=b"a")
+        plain_client().create_bucket(Bucket="bucket")
+        plain_client().put_object(Bucket="bucket", Key="photos/a.jpg", Body=b"a")
         first = sweep(tmp_path, *words)
         assert first.returncode == 1, first.stdout + first.stderr
         assert "Traceback" not in first.stderr
@@ -154,7 +153,8 @@ def test_launcher_takes_objectives_from_s3_and_one_failing_job_ends_with_1(tmp_p
             where = re.search(r"s3://bucket/(\S+/result\.json)", row["reason"])
             assert where and row["job"] in where[1]
             if number != 2:
-                plain().put_object(Bucket="bucket", Key=where[1], Body=f'{{"objective": 0.{number + 1}}}'.encode())
+                body = f'{{"objective": 0.{number + 1}}}'.encode()
+                plain_client().put_object(Bucket="bucket", Key=where[1], Body=body)
         again = sweep(tmp_path, *words)
         assert again.returncode == 1, again.stdout + again.stderr
     rows = table(tmp_path)
@@ -177,5 +177,5 @@ def test_launcher_refuses_a_job_that_does_not_fit(tmp_path: Path) -> None:
 
 def test_every_setting_of_the_launcher_is_in_conf_with_a_comment() -> None:
     lines = (conf_dir() / "hydra/launcher/sagemaker.yaml").read_text(encoding="utf-8").splitlines()
-    told = {line.partition(":")[0]: "  # " in line for line in lines if re.match(r"[a-z]\w*: ", line)}
-    assert told == dict.fromkeys(vars(SageMakerLauncherConf()).keys() - {"_target_"}, True)
+    documented = {line.partition(":")[0]: "  # " in line for line in lines if re.match(r"[a-z]\w*: ", line)}
+    assert documented == dict.fromkeys(vars(SageMakerLauncherConf()).keys() - {"_target_"}, True)
