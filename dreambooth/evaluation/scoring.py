@@ -57,9 +57,9 @@ def score(
     return scores
 
 
-def to_pixels(pictures: Images) -> Tensor:
+def to_pixels(images: Images) -> Tensor:
     """Images of equal size as a tensor (N, 3, H, W), fp32 in [0, 1]."""
-    stacked = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+    stacked = np.stack([np.asarray(image.convert("RGB")) for image in images])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
 
 
