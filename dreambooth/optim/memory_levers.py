@@ -33,7 +33,7 @@ def build_training_optimizer(model: nn.Module, factory: OptimizerFactory, memory
     offload_optimizer and are cast with weights=half.
 
     Args:
-        model: the Denoiser itself (no wrapper), on the training device, with requires_grad set on what trains.
+        model: the TrainedModel itself (no wrapper), on the training device, with requires_grad set on what trains.
         factory: makes an optimizer from a list of parameters.
         half: the compute precision; fp32 leaves weights as they are.
         seed: seed of stochastic rounding.

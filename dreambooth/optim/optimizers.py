@@ -49,7 +49,7 @@ def can_step_in_pieces(optimizer: torch.optim.Optimizer) -> bool:
     return getattr(optimizer, "kind", None) is not OptimizerKind.adafactor and type(optimizer).__name__ != "Adafactor"
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, train: Train) -> torch.optim.lr_scheduler.LRScheduler:
+def build_lr_scheduler(optimizer: torch.optim.Optimizer, train: Train) -> torch.optim.lr_scheduler.LRScheduler:
     """The schedule of that name from diffusers over max_train_steps; skipped optimizer steps do not advance it."""
     from diffusers.optimization import get_scheduler
 
