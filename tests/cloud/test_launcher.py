@@ -60,7 +60,8 @@ def test_launcher_runs_a_sweep_of_six_in_which_one_fails(tmp_path: Path) -> None
 
     words = [word for word in FAST if not word.startswith(("tracking", "train.max", "sample.every"))]
     done = sweep(tmp_path, "hydra.launcher.mode=local", "hydra.launcher.sweep=six", *words, "train.max_train_steps=4",
-                 "sample.every=null", "tracking.experiment=sweeps", "train.lr_scheduler=constant_with_warmup",
+                 "sample.every=null", "prior.with_prior_preservation=false", "checkpoint.every=null",
+                 "tracking.experiment=sweeps", "train.lr_scheduler=constant_with_warmup",
                  "train.lr_warmup_steps=0,1,2,3,4,99")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "train.lr_warmup_steps=99 is longer than the run" in done.stderr

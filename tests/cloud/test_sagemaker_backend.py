@@ -38,6 +38,7 @@ from dreambooth.sweeps import hydra_callbacks
 from hydra_plugins.dreambooth_sagemaker import _core, _prepare
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncher
 from tests.support.s3_server import KEYS, plain_client, serving
+from tests.support.warm_python import PYTHON
 
 INSPECT = folders.inspect
 ROOT = Path(__file__).parents[2]
@@ -192,7 +193,8 @@ def test_without_torch_it_says_that_memory_was_not_checked(
 
 
 @pytest.mark.slow
-def test_cost_and_volume_of_a_job_come_from_the_planner() -> None:
+def test_cost_and_volume_of_a_job_come_from_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", PYTHON)
     [job] = jobs_of(config_of("hardware=g4dn", *PHOTOS, "hydra.launcher.plan=true"))
     assert job.estimate_seconds and job.estimate_usd == pytest.approx(job.estimate_seconds / 3600 * 0.7364)
     assert 10 < job.request["ResourceConfig"]["VolumeSizeInGB"] < 110

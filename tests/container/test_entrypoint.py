@@ -24,9 +24,13 @@ from dreambooth.errors import Interrupted
 from tests.support.configs import BLOG
 from tests.support.s3_server import plain_client, serving
 from tests.support.sagemaker_job import ASSETS, SHORT, failure, lay_out, steps, weights
+from tests.support.services import free_port
+from tests.support.warm_python import PYTHON
 
 PHOTOS = sorted((ASSETS / "demo").glob("*.png"))
-SLEEPY = "import time; print('up', flush=True); time.sleep(60)"
+SLEEPY = "import time; print('up', flush=True); time.sleep(600)"
+# PyTorch's launcher starts its workers with it. The launcher itself must be the process that the supervisor started.
+FORKED_WORKERS = {"PYTHON_EXEC": PYTHON}
 
 
 @pytest.fixture(autouse=True)
@@ -38,25 +42,25 @@ def signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def start(base: Path, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+def start(base: Path, python: str = PYTHON, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "dreambooth.entrypoint", *overrides], cwd=base, text=True, stdout=subprocess.PIPE,
+        [python, "-m", "dreambooth.entrypoint"], cwd=base, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, env=os.environ | {
             "SAGEMAKER_BASE_DIR": str(base), "PYTHONPATH": str(Path(__file__).parents[2]), **environment})
 
 
-def wait(job: subprocess.Popen[str], timeout: float = 300) -> tuple[int, str]:
+def wait(job: subprocess.Popen[str]) -> tuple[int, str]:
     """The exit code and the output."""
-    output, _ = job.communicate(timeout=timeout)
+    output, _ = job.communicate(timeout=900)
     return job.returncode, output
 
 
 def wait_for(base: Path, step: int, job: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + 240
+    until = time.monotonic() + 900
     while steps(base) < step:
         assert job.poll() is None, job.communicate()[0]
         assert time.monotonic() < until
-        time.sleep(0.2)
+        time.sleep(0.05)
 
 
 # -- jobs that end before they train ---------------------------------------------------------------------------------
@@ -126,14 +130,14 @@ def test_signals_go_to_the_launchers_processes_and_not_to_the_launcher(
               "signal.signal(signal.SIGTERM, report); pathlib.Path(sys.argv[1], sys.argv[2] + '-ready').touch()\n")
     start = "import subprocess\nchild = subprocess.Popen([sys.executable, '-c', sys.argv[3], sys.argv[1], 'worker'])\n"
     parent = subprocess.Popen([sys.executable, "-c", worker + start + "child.wait()", str(tmp_path), "launcher",
-                               worker + "time.sleep(60)"])
+                               worker + "time.sleep(600)"])
     workers: list[psutil.Process] = []
     try:
         while not (tmp_path / "worker-ready").exists():
             time.sleep(0.02)
         workers = psutil.Process(parent.pid).children()
         _send_signal(parent.pid, signal.SIGTERM, launcher)
-        parent.wait(30)
+        parent.wait(600)
         assert {path.name for path in tmp_path.iterdir() if "ready" not in path.name} == {receiver}
     finally:
         for process in workers:
@@ -163,7 +167,7 @@ def test_a_killed_rank_is_reported_and_not_the_failures_that_it_caused(tmp_path:
         "    text = '{\"rank\": 0, \"code\": 5, \"sentence\": \"saved\", \"meant\": true}'\n"
         "    (folder / '0.json').write_text(text); os._exit(5)\n"
         "if os.environ['RANK'] == '0':\n"
-        "    signal.signal(signal.SIGTERM, report); (folder / 'ready').touch(); time.sleep(60)\n"
+        "    signal.signal(signal.SIGTERM, report); (folder / 'ready').touch(); time.sleep(600)\n"
         "while not (folder / 'ready').exists(): time.sleep(0.02)\n"
         "os.kill(os.getpid(), 9)\n", "utf-8")
     command = Cluster(processes_per_host=2).train_command([])
@@ -211,7 +215,9 @@ def test_a_signal_after_the_last_step_says_where_the_model_is(
 @pytest.mark.slow
 def test_the_blogs_job_trains_with_three_overrides(tmp_path: Path) -> None:
     lay_out(tmp_path, BLOG | {"manul_upload_model_path": "", "hardware": "cpu", "model": "tiny",
-                              "save_use_epochs": "true", "save_steps": "1", "train.max_train_steps": "7"})
+                              "save_use_epochs": "true", "save_steps": "1", "train.max_train_steps": "7",
+                              "num_class_images": "4", "prior.num_inference_steps": "1",
+                              "sample.num_inference_steps": "1", "evaluate.encoder": "none"})
     code, output = wait(start(tmp_path))
     assert code == 0, output
     assert json.loads((tmp_path / "model/result.json").read_text("utf-8"))["step"] == 7
@@ -235,7 +241,7 @@ def test_sigterm_saves_and_the_same_job_resumes_bit_for_bit(tmp_path: Path) -> N
     job = start(base)
     wait_for(base, 3, job)
     job.send_signal(signal.SIGTERM)
-    code, output = wait(job, 120)
+    code, output = wait(job)
     assert code == Interrupted.exit_code, output
     assert "SIGTERM: stopped and saved after step" in failure(base)
     code, output = wait(start(base))
@@ -251,20 +257,27 @@ def test_sigterm_saves_and_the_same_job_resumes_bit_for_bit(tmp_path: Path) -> N
 def test_two_hosts_train_data_parallel_stop_together_and_the_first_publishes(tmp_path: Path) -> None:
     hosts = ("127.0.0.1", "localhost")
     bases = [tmp_path / host for host in hosts]
+    settings = SHORT | {"checkpoint.every": "null", "prior.with_prior_preservation": "false"}
     for base, host in zip(bases, hosts, strict=True):
-        lay_out(base, SHORT | {"train.max_train_steps": "30", "checkpoint.every": "null"}, host=host, hosts=hosts)
-    jobs = [start(base, MASTER_PORT="29671") for base in bases]
+        lay_out(base, settings | {"train.max_train_steps": "1000"}, host=host, hosts=hosts)
+    port = str(free_port())
+    jobs = [start(base, sys.executable, MASTER_PORT=port, **FORKED_WORKERS) for base in bases]
     wait_for(bases[0], 3, jobs[0])
     for job in jobs:
         job.send_signal(signal.SIGTERM)
-    results = [wait(job, 120) for job in jobs]
+    results = [wait(job) for job in jobs]
     assert [code for code, _ in results] == [Interrupted.exit_code] * 2, results
     assert "stopped and saved after step" in failure(bases[0])
     [saved] = bases[0].glob("checkpoints/*/checkpoints/step-*")
     other = bases[1] / saved.parent.relative_to(bases[0])
     other.mkdir(parents=True, exist_ok=True)  # SageMaker restores the checkpoints in S3 on every host
     subprocess.run(["cp", "-r", saved, other / saved.name], check=True)
-    results = [wait(job) for job in [start(base, MASTER_PORT="29672") for base in bases]]
+    for base, host in zip(bases, hosts, strict=True):
+        step = int(saved.name.removeprefix("step-"))
+        lay_out(base, settings | {"train.max_train_steps": str(step + 1)}, host=host, hosts=hosts)
+    port = str(free_port())
+    jobs = [start(base, sys.executable, MASTER_PORT=port, **FORKED_WORKERS) for base in bases]
+    results = [wait(job) for job in jobs]
     assert [code for code, _ in results] == [0, 0], results
     assert (bases[0] / "model/result.json").is_file()
     assert not (bases[1] / "model/result.json").exists()
@@ -273,11 +286,12 @@ def test_two_hosts_train_data_parallel_stop_together_and_the_first_publishes(tmp
 @pytest.mark.slow
 def test_two_processes_of_a_host_get_sigterm_once_and_both_save(tmp_path: Path) -> None:
     """PyTorch's launcher would forward SIGTERM as well, and a process does not save after a second one."""
-    lay_out(tmp_path, SHORT | {"hardware": "local", "train.max_train_steps": "200", "checkpoint.every": "null"})
-    job = start(tmp_path, SM_NUM_GPUS="2", CUDA_VISIBLE_DEVICES="")
+    lay_out(tmp_path, SHORT | {"hardware": "local", "train.max_train_steps": "1000", "checkpoint.every": "null",
+                               "prior.with_prior_preservation": "false"})
+    job = start(tmp_path, sys.executable, SM_NUM_GPUS="2", CUDA_VISIBLE_DEVICES="", **FORKED_WORKERS)
     wait_for(tmp_path, 3, job)
     job.send_signal(signal.SIGTERM)
-    code, output = wait(job, 120)
+    code, output = wait(job)
     assert code == Interrupted.exit_code, output
     assert "SIGTERM: stopped and saved after step" in failure(tmp_path)
     assert "ChildFailedError" not in output

@@ -30,7 +30,8 @@ VARIABLE = "DREAMBOOTH_WARM_PYTHON"
 PYTHON = os.environ.get(VARIABLE, sys.executable)
 # No command of the package: a command's module is imported anew in each process, as its state is that of a process.
 LIBRARIES = ("torch", "accelerate", "peft", "hydra.main", "hydra._internal.hydra", "PIL.Image", "safetensors.torch",
-             "mlflow", "mlflow.diffusers", "mlflow.store.tracking.sqlalchemy_store", "boto3", "dreambooth.run")
+             "boto3", "dreambooth.run")
+TRACKING = ("mlflow", "mlflow.diffusers", "mlflow.store.tracking.sqlalchemy_store")
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 # Run by an isolated interpreter without site-packages, which is up in 20 ms.
@@ -104,7 +105,7 @@ class Server:
     def __init__(self, listening: socket.socket, alive: int, python: str) -> None:
         self.listening, self.alive, self.python = listening, alive, python
         self.children: dict[int, socket.socket] = {}
-        self.loaded = False
+        self.imported: set[str] = set()
 
     def serve(self, log: Path) -> None:
         """Until the tests' process ends."""
@@ -147,8 +148,7 @@ class Server:
         header, streams, *_ = socket.recv_fds(connection, 8, 3)
         with connection.makefile("rb") as file:
             words, folder, environment = json.loads(file.read(int.from_bytes(header, sys.byteorder)))
-        if not self.loaded:
-            self._load()
+        self._import("\n".join(words))
         if not (child := os.fork()):
             self.ready.close()
             self.listening.close()
@@ -166,15 +166,20 @@ class Server:
             self.ready.unregister(connection)
             os.kill(child, signal.SIGKILL)
 
-    def _load(self) -> None:
-        self.loaded = True
-        for library in LIBRARIES:
+    def _import(self, command: str) -> None:
+        """Import what this command and later ones use: MLflow takes two CPU seconds, and most runs do without it."""
+        tracked = "mlflow" in command or "tracking=none" not in command
+        missing = [name for name in (*LIBRARIES, *(TRACKING if tracked else ())) if name not in self.imported]
+        self.imported.update(missing)
+        for library in missing:
             with suppress(Exception):  # the command fails as it would in a fresh interpreter
                 importlib.import_module(library)
-        with suppress(Exception):
-            importlib.import_module("dreambooth.models.loading").import_libraries()
-        gc.collect()
-        gc.freeze()
+        if "dreambooth.run" in missing:
+            with suppress(Exception):
+                importlib.import_module("dreambooth.models.loading").import_libraries()
+        if missing:
+            gc.collect()
+            gc.freeze()
 
 
 def _run(words: list[str], folder: str, environment: dict[str, str], streams: list[int], python: str) -> None:
