@@ -53,7 +53,7 @@ def _job(config: Config, sweep: bool) -> float:
     from dreambooth.planner import auto_memory, report
 
     import_libraries()
-    choice = auto_memory.chosen(recipe)
+    choice = auto_memory.choose_memory_options(recipe)
     planned = report.Plan(choice.recipe, choice.prediction, choice.added, choice.why)
     _plans.append(planned)
     if not sweep:

@@ -1,10 +1,12 @@
-"""memory=auto: the fastest set of levers that fits the card and changes no number of the run.
+"""Implements memory=auto: the fastest combination of memory options that fits the card and does not change the results.
 
-Candidates are in the order of what they cost. Weights, optimizer state, EMA and gradients are counted first (`_floor`),
-which rules most of them out; the next one is rehearsed, and what its activations take sharpens the count for the rest.
-If a set fits the step and not the drawing of pictures, these are drawn one at a time.
-Levers that are on already stay on. Optimizer, precision, clipping and what is trained are never touched: they are only
-named, with what each would save, when nothing fits.
+`CANDIDATES` is ordered by the time that the combinations cost. The lower bound `_minimum_gib` rules most of them out:
+weights, optimizer state, EMA and gradients, and at least some activations. The next candidate is rehearsed, and its
+measured activations improve the bound for the others. If a training step fits and only generating images does not,
+images are generated one at a time.
+
+Options that are already on stay on. Optimizer, precision, clipping and the trained parts never change. If nothing fits,
+the error message lists changes to them and what each would save.
 """
 
 from collections.abc import Callable
@@ -14,150 +16,167 @@ from typing import Any
 from dreambooth.config.enums import EmaDevice, Weights
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import DoesNotFit
-from dreambooth.planner.gpu_specs import fixed_gib
-from dreambooth.planner.memory_options import STATE_BYTES, activations_gib, named
-from dreambooth.planner.prediction import STEP, Prediction
+from dreambooth.planner.gpu_specs import cuda_overhead_gib
+from dreambooth.planner.memory_options import OPTIMIZER_STATE_BYTES, activations_gib, describe_memory_options
+from dreambooth.planner.prediction import STEP_PHASES, Prediction
 from dreambooth.planner.rehearsal import predict
-from dreambooth.planner.skeleton_models import folder_of, trained_weights
+from dreambooth.planner.skeleton_models import find_architecture, trained_weights
 from dreambooth.utils.hardware import GIB
 
-SHARE = 0.95  # of the card that a chosen set may fill
-KEPT = {True: 0.2, False: 1.8}  # GiB of activations a row of 512 px, with and without checkpointing; SD 1.5: 0.26, 2
-KEPT_BY_TWO = {True: 0.08, False: 3.0}  # of SDXL, whose attention is deeper; predicted at 1024 px: 0.08, 3.1
+MAX_CARD_SHARE = 0.95  # of the card that a chosen candidate may use
 CHECKPOINTING: dict[str, Any] = {"gradient_checkpointing": True}
 IN_BACKWARD: dict[str, Any] = {"optimizer_in_backward": True, "autocast_cache": False}
-EMA_AWAY: dict[str, Any] = {"ema_device": EmaDevice.cpu}
-LADDER: tuple[dict[str, Any], ...] = (  # by cost on a T4: checkpointing a quarter of a step, two passes, the host link
-    {}, CHECKPOINTING, IN_BACKWARD, CHECKPOINTING | IN_BACKWARD, EMA_AWAY, CHECKPOINTING | EMA_AWAY,
-    IN_BACKWARD | EMA_AWAY, CHECKPOINTING | IN_BACKWARD | EMA_AWAY)
+EMA_ON_CPU: dict[str, Any] = {"ema_device": EmaDevice.cpu}
+# In the order of their cost on a T4: checkpointing takes a quarter of a step, a step in the backward pass needs two
+# passes, and the EMA on the CPU needs copies between card and host.
+CANDIDATES: tuple[dict[str, Any], ...] = (
+    {}, CHECKPOINTING, IN_BACKWARD, CHECKPOINTING | IN_BACKWARD, EMA_ON_CPU, CHECKPOINTING | EMA_ON_CPU,
+    IN_BACKWARD | EMA_ON_CPU, CHECKPOINTING | IN_BACKWARD | EMA_ON_CPU)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a run will use and take. `added` are the overrides that were chosen."""
+    """The recipe that a run will use, with its prediction."""
 
     recipe: Recipe
     prediction: Prediction
-    added: tuple[str, ...]
-    why: str
+    added: tuple[str, ...]  # the chosen overrides
+    why: str  # an explanation; empty if there was nothing to choose
 
 
-def card_gib(recipe: Recipe, prediction: Prediction) -> float:
-    """GiB of the card that a run takes at its fullest: reserved memory, and what is gone before."""
-    return prediction.reserved / GIB + fixed_gib(recipe.hardware.gpu)
-
-
-def chosen(recipe: Recipe, rehearse: Callable[[Recipe], Prediction] = predict, processes: int | None = None) -> Choice:
-    """Choose levers where memory.auto asks for it and a card's size is known; rehearse the run as it is otherwise.
-
-    If nothing fits, the smallest set is returned, which then does not fit either.
+def apply_auto_memory(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, float], str]:
+    """Choose memory options for a run that is about to start.
 
     Args:
-        processes: that train together; None: one on each of hardware.gpus.
-    """
-    recipe = recipe if processes is None else recipe.among(processes)
-    limit = recipe.hardware.usable_vram_gib
-    if not recipe.memory.auto or recipe.device != "cuda" or limit is None:
-        return Choice(recipe, rehearse(recipe), (), "")
-    room = SHARE * limit
-    trained = trained_weights(recipe)
-    activations = {kept: _kept(recipe, kept) for kept in (True, False)}  # GiB at least, with and without checkpointing
-    best: Choice | None = None
-    candidates = _candidates(recipe)
-    for levers in candidates:
-        candidate = replace(recipe, memory=recipe.memory.changed(**levers))
-        checkpointed = candidate.memory.gradient_checkpointing
-        last = levers == candidates[-1]
-        if not last and _floor(candidate, trained, activations[checkpointed]) > room:
-            continue
-        best = _drawing(Choice(candidate, rehearse(candidate), _overrides(levers), ""), room, rehearse)
-        needed = card_gib(best.recipe, best.prediction)
-        if needed <= room:
-            return replace(best, why=_why(best.added, needed, limit))
-        activations[checkpointed] = max(activations[checkpointed], activations_gib(best.prediction))
-    assert best is not None  # the last one is always rehearsed
-    needed = card_gib(best.recipe, best.prediction)
-    left = f"fills more than {SHARE:.0%} of the card" if needed <= limit else "does not fit"
-    return replace(best, why=f"the smallest set that changes no number {left}: {needed:.1f} of {limit:g} GiB")
+        processes: number of processes that train together.
 
-
-def _drawing(choice: Choice, room: float, rehearse: Callable[[Recipe], Prediction]) -> Choice:
-    """The same with pictures drawn one at a time, if the step fits and drawing does not."""
-    recipe = choice.recipe
-    step = choice.prediction.most(*STEP).reserved / GIB + fixed_gib(recipe.hardware.gpu)
-    if step > room or card_gib(recipe, choice.prediction) <= room or recipe.prior.sample_batch_size == 1:
-        return choice
-    slower = replace(recipe, prior=recipe.prior.changed(sample_batch_size=1))
-    return Choice(slower, rehearse(slower), (*choice.added, "prior.sample_batch_size=1"), "")
-
-
-def settled(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, float], str]:
-    """For a run: its recipe with the levers chosen, reserved GiB by phase of meter.py, and a sentence; nothing is
-    predicted where there is nothing to choose.
+    Returns:
+        The recipe with the chosen options; the predicted reserved GiB by phase of memory_meter.py; and a message for
+        the user. If there is nothing to choose, nothing is predicted, and the last two are empty.
 
     Raises:
-        DoesNotFit: nothing fits; the sentence lists what could be given up and what each saves.
+        DoesNotFit: no combination fits. The message lists further options and what each saves.
     """
     if not recipe.memory.auto or recipe.device != "cuda" or recipe.hardware.usable_vram_gib is None:
         return recipe, {}, ""
-    choice = chosen(recipe, processes=processes)
+    choice = choose_memory_options(recipe, processes=processes)
     if card_gib(choice.recipe, choice.prediction) > recipe.hardware.usable_vram_gib:
-        raise DoesNotFit(does_not_fit(choice.recipe, choice.prediction))
+        raise DoesNotFit(describe_shortfall(choice.recipe, choice.prediction))
     phases = choice.prediction.by_phase
-    expected = {phase: usage.reserved / GIB for phase, usage in phases.items() if phase not in STEP}
-    expected["step"] = choice.prediction.most(*STEP).reserved / GIB
+    expected = {phase: usage.reserved / GIB for phase, usage in phases.items() if phase not in STEP_PHASES}
+    expected["step"] = choice.prediction.peak_over(*STEP_PHASES).reserved / GIB
     return choice.recipe, expected, f"memory=auto: {choice.why} {' '.join(choice.added)}".rstrip()
 
 
-def does_not_fit(recipe: Recipe, prediction: Prediction) -> str:
-    """One sentence: how much is missing, and what to give up."""
+def choose_memory_options(recipe: Recipe, rehearse: Callable[[Recipe], Prediction] = predict,
+                          processes: int | None = None) -> Choice:
+    """Choose the first candidate that fits.
+
+    Without memory.auto, on a CPU, or if the size of the card is unknown, the recipe is rehearsed unchanged. If nothing
+    fits, the last candidate, which needs the least memory, is returned.
+
+    Args:
+        rehearse: predicts the memory of a recipe.
+        processes: number of processes that train together; None: one on each of hardware.gpus.
+    """
+    recipe = recipe if processes is None else recipe.with_processes(processes)
+    limit = recipe.hardware.usable_vram_gib
+    if not recipe.memory.auto or recipe.device != "cuda" or limit is None:
+        return Choice(recipe, rehearse(recipe), (), "")
+    allowed = MAX_CARD_SHARE * limit
+    trained = trained_weights(recipe)
+    # Lower bounds in GiB, with and without checkpointing.
+    activations = {checkpointed: _min_activations_gib(recipe, checkpointed) for checkpointed in (True, False)}
+    best: Choice | None = None
+    candidates = _candidates(recipe)
+    for options in candidates:
+        candidate = replace(recipe, memory=recipe.memory.copy_with(**options))
+        checkpointed = candidate.memory.gradient_checkpointing
+        is_last = options == candidates[-1]
+        if not is_last and _minimum_gib(candidate, trained, activations[checkpointed]) > allowed:
+            continue
+        choice = Choice(candidate, rehearse(candidate), _overrides(options), "")
+        best = _with_smaller_sample_batch(choice, allowed, rehearse)
+        needed = card_gib(best.recipe, best.prediction)
+        if needed <= allowed:
+            return replace(best, why=_explain(best.added, needed, limit))
+        activations[checkpointed] = max(activations[checkpointed], activations_gib(best.prediction))
+    assert best is not None  # the last candidate is always rehearsed
+    needed = card_gib(best.recipe, best.prediction)
+    problem = f"fills more than {MAX_CARD_SHARE:.0%} of the card" if needed <= limit else "does not fit"
+    return replace(best, why=f"the smallest set that changes no number {problem}: {needed:.1f} of {limit:g} GiB")
+
+
+def card_gib(recipe: Recipe, prediction: Prediction) -> float:
+    """Peak GiB of the card that a run uses: PyTorch's reserved memory and the overhead of the process."""
+    return prediction.reserved / GIB + cuda_overhead_gib(recipe.hardware.gpu)
+
+
+def describe_shortfall(recipe: Recipe, prediction: Prediction) -> str:
+    """One sentence that says how much memory the run needs, and what to type instead."""
     limit = recipe.hardware.usable_vram_gib or 0.0
     return (f"this run needs {card_gib(recipe, prediction):.1f} GiB, most of it in {prediction.peak_phase}, and "
-            f"{recipe.hardware.gpu or 'the card'} has {limit:g}: type one of {named(recipe, prediction)}")
+            f"{recipe.hardware.gpu or 'the card'} has {limit:g}: "
+            f"type one of {describe_memory_options(recipe, prediction)}")
 
 
 def _candidates(recipe: Recipe) -> list[dict[str, Any]]:
-    """The ladder, without what would do nothing or break a rule of this run."""
-    found: list[dict[str, Any]] = []
-    for rung in LADDER:
-        levers = {key: value for key, value in rung.items() if getattr(recipe.memory, key) != value}
+    """The candidates for this run, without options that have no effect or that the run does not allow."""
+    candidates: list[dict[str, Any]] = []
+    for combination in CANDIDATES:
+        options = {key: value for key, value in combination.items() if getattr(recipe.memory, key) != value}
         if not recipe.train.use_ema:
-            levers.pop("ema_device", None)
-        if levers.get("optimizer_in_backward") and not recipe.may_step_in_backward:
-            del levers["optimizer_in_backward"]
-        if levers not in found:
-            found.append(levers)
-    return found
+            options.pop("ema_device", None)
+        if options.get("optimizer_in_backward") and not recipe.allows_optimizer_in_backward:
+            del options["optimizer_in_backward"]
+        if options not in candidates:
+            candidates.append(options)
+    return candidates
 
 
-def _floor(candidate: Recipe, trained: int, activations: float) -> float:
-    """GiB that must be there at once in a step: activations at its beginning, gradients at its end."""
-    memory = candidate.memory
-    size = 4.0 + (0 if memory.offload_optimizer else STATE_BYTES[candidate.optimizer.kind])
-    size += 4.0 if candidate.train.use_ema and memory.ema_device is EmaDevice.same else 0.0
-    if memory.offload_optimizer or memory.weights is Weights.half:
-        size -= 2.0
-    gradients = 0.0 if memory.optimizer_in_backward or memory.offload_optimizer else 4.0 * trained / GIB
-    return size * trained / GIB + max(activations, gradients) + fixed_gib(candidate.hardware.gpu)
-
-
-def _kept(recipe: Recipe, checkpointed: bool) -> float:
-    """GiB of activations that any forward pass of a Stable Diffusion UNet keeps."""
+def _min_activations_gib(recipe: Recipe, checkpointed: bool) -> float:
+    """Return a lower bound in GiB for the activations that a forward pass of the denoiser keeps."""
     rows = recipe.train.train_batch_size * (2 if recipe.with_prior and not recipe.two_passes else 1)
-    two = (folder_of(recipe) / "text_encoder_2").is_dir()
+    family, _ = find_architecture(recipe)
     share = 0.5 if recipe.method.low_rank else 1  # frozen layers keep less
-    return share * (KEPT_BY_TWO if two else KEPT)[checkpointed] * rows * (recipe.model.resolution / 512) ** 2
+    return share * family.activations_gib[checkpointed] * rows * (recipe.model.resolution / 512) ** 2
 
 
-def _overrides(levers: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(f"memory.{key}={_plain(value)}" for key, value in levers.items())
+def _minimum_gib(candidate: Recipe, trained: int, activations: float) -> float:
+    """A lower bound in GiB for a training step: activations are live at its beginning, gradients at its end.
+
+    Args:
+        trained: number of trained weights.
+        activations: GiB of activations.
+    """
+    memory = candidate.memory
+    bytes_per_weight = 4.0 + (0 if memory.offload_optimizer else OPTIMIZER_STATE_BYTES[candidate.optimizer.kind])
+    bytes_per_weight += 4.0 if candidate.train.use_ema and memory.ema_device is EmaDevice.same else 0.0
+    if memory.offload_optimizer or memory.weights is Weights.half:
+        bytes_per_weight -= 2.0
+    gradients = 0.0 if memory.optimizer_in_backward or memory.offload_optimizer else 4.0 * trained / GIB
+    return bytes_per_weight * trained / GIB + max(activations, gradients) + cuda_overhead_gib(candidate.hardware.gpu)
 
 
-def _plain(value: Any) -> str:
+def _with_smaller_sample_batch(choice: Choice, allowed: float, rehearse: Callable[[Recipe], Prediction]) -> Choice:
+    """Generate images one at a time, if a training step fits into `allowed` GiB and generating images does not."""
+    recipe = choice.recipe
+    step = choice.prediction.peak_over(*STEP_PHASES).reserved / GIB + cuda_overhead_gib(recipe.hardware.gpu)
+    if step > allowed or card_gib(recipe, choice.prediction) <= allowed or recipe.prior.sample_batch_size == 1:
+        return choice
+    one_at_a_time = replace(recipe, prior=recipe.prior.copy_with(sample_batch_size=1))
+    return Choice(one_at_a_time, rehearse(one_at_a_time), (*choice.added, "prior.sample_batch_size=1"), "")
+
+
+def _overrides(options: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(f"memory.{key}={_format_value(value)}" for key, value in options.items())
+
+
+def _format_value(value: Any) -> str:
     return str(getattr(value, "value", value)).lower()
 
 
-def _why(added: tuple[str, ...], needed: float, limit: float) -> str:
+def _explain(added: tuple[str, ...], needed: float, limit: float) -> str:
     if not added:
         return f"nothing was needed: {needed:.1f} of {limit:g} GiB"
     return f"the fastest set that fits and changes no number: {needed:.1f} of {limit:g} GiB"

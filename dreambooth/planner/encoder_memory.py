@@ -1,18 +1,23 @@
-"""What looking at pictures takes of a device: a table, since a plan opens no encoder. No torch.
+"""Models the memory of the evaluation's encoders with a table, because a plan loads no encoder.
 
-All encoders of a run are there together, fp32, and look at 16 pictures at a time (encoders.py). MOMENT is what
-EfficientNet-Lite0 takes for such a batch, measured; the others take less (test).
+All encoders of a run are on the device at the same time, in fp32, and process 16 images at a time
+(evaluation/encoders.py). ACTIVATIONS is the measured peak of EfficientNet-Lite0 for such a batch; the other encoders
+need less, which a test verifies. This file does not import torch.
 """
 
 from dreambooth.config.evaluate import Evaluate
 from dreambooth.planner.caching_allocator import MIB
 
 WEIGHTS = {"efficientnet_lite0": 14 * MIB, "dino": 84 * MIB, "clip": 578 * MIB, "lpips": 10 * MIB}
-MOMENT = 96 * MIB
-BATCH = 16
+ACTIVATIONS = 96 * MIB
+BATCH_SIZE = 16
 
 
 def encoder_tensor_bytes(evaluate: Evaluate, resolution: int) -> list[int]:
-    """Bytes of tensors that are there together while pictures of that many pixels a side are scored."""
-    there = [*evaluate.encoders, *(["lpips"] if evaluate.lpips else [])]
-    return [*(WEIGHTS[name] for name in there), BATCH * 3 * resolution**2 * 4, MOMENT]
+    """The sizes, in bytes, of tensors that exist at the same time while images are scored.
+
+    Args:
+        resolution: side of the images in pixels.
+    """
+    encoders = [*evaluate.encoders, *(["lpips"] if evaluate.lpips else [])]
+    return [*(WEIGHTS[name] for name in encoders), BATCH_SIZE * 3 * resolution**2 * 4, ACTIVATIONS]

@@ -21,7 +21,6 @@ class Prediction:
     trace: StorageTrace = field(repr=False)
     trained_parameters: int  # elements
     frozen_parameters: int  # elements
-    trained_bytes: int  # of the trained parameters on the card
     picture_flops: tuple[int, int]  # for one class image: one denoising step, decoding
     encode_flops: int  # for one photo
     expandable: bool = False

@@ -46,7 +46,7 @@ class Plan:
         """One sentence that says what does not fit and what to type; empty if everything fits."""
         recipe, hardware = self.recipe, self.recipe.hardware
         if _exceeds(self.card_gib, hardware.usable_vram_gib):
-            return auto_memory.does_not_fit(recipe, self.prediction)
+            return auto_memory.describe_shortfall(recipe, self.prediction)
         for resource, needed, available, advice in (
                 ("host memory", host_gib(recipe, self.prediction), hardware.host_ram_gib,
                  "hardware.instance_type, hardware.host_ram_gib and hardware.price_usd_hour of a larger machine with "
@@ -155,8 +155,8 @@ def _title(recipe: Recipe) -> str:
     """The run in one line: model, resolution, card, trained parts, batch, precision and optimizer."""
     size = recipe.train.train_batch_size
     return (f"{recipe.model.name} {recipe.model.resolution} px on {recipe.hardware.gpu or 'the CPU'}: "
-            f"{describe_trained_weights(recipe)}, batch {size}{f'+{size}' if recipe.with_prior else ''}, {recipe.precision.label}, "
-            f"{recipe.optimizer.kind.value}")
+            f"{describe_trained_weights(recipe)}, batch {size}{f'+{size}' if recipe.with_prior else ''}, "
+            f"{recipe.precision.label}, {recipe.optimizer.kind.value}")
 
 
 def _phase_table(prediction: Prediction) -> list[str]:

@@ -13,7 +13,7 @@ from dreambooth.planner.prediction import STEP_PHASES
 from dreambooth.planner.rehearsal import predict, rehearse
 from dreambooth.planner.skeleton_models import trained_weights
 from dreambooth.utils.hardware import GIB
-from tests.support.configs import demo_recipe, small
+from tests.support.configs import demo_recipe, small_recipe
 
 LORA: dict[str, object] = {"method__kind": MethodKind.lora, "method__name": "lora"}
 DORA: dict[str, object] = {"method__kind": MethodKind.dora, "method__name": "dora", "method__targets": Targets.all}
@@ -22,15 +22,15 @@ DORA: dict[str, object] = {"method__kind": MethodKind.dora, "method__name": "dor
 @pytest.mark.parametrize("changed", [LORA, DORA | {"memory__gradient_checkpointing": True},
                                      LORA | {"method__dropout": 0.1, "train__train_text_encoder": True}])
 def test_fake_and_real_tensors_give_the_same_trace_byte_for_byte(changed: dict[str, object]) -> None:
-    fake, real = predict(small(**changed)).trace, rehearse(small(**changed)).trace
+    fake, real = predict(small_recipe(**changed)).trace, rehearse(small_recipe(**changed)).trace
     assert fake.events == real.events
     assert fake.category == real.category
 
 
 def test_only_the_adapter_has_gradients_state_and_average() -> None:
-    whole, found = predict(small()), predict(small(**LORA))
+    whole, found = predict(small_recipe()), predict(small_recipe(**LORA))
     assert found.trained_parameters < 0.1 * whole.trained_parameters
-    assert found.trained_parameters == trained_weights(small(**LORA))
+    assert found.trained_parameters == trained_weights(small_recipe(**LORA))
     category = {kind: max(u.by_category.get(kind, 0) for u in found.by_phase.values())
                 for kind in ("gradients", "optimizer", "ema")}
     assert category["gradients"] == category["ema"] == 4 * found.trained_parameters
@@ -38,7 +38,7 @@ def test_only_the_adapter_has_gradients_state_and_average() -> None:
 
 
 def test_a_frozen_base_is_in_half_precision() -> None:
-    fp32, bf16 = (predict(small(**LORA, precision__dtype=dtype)) for dtype in (Dtype.fp32, Dtype.bf16))
+    fp32, bf16 = (predict(small_recipe(**LORA, precision__dtype=dtype)) for dtype in (Dtype.fp32, Dtype.bf16))
     weights = [found.by_phase["step"].by_category["weights"] for found in (fp32, bf16)]
     assert weights[1] < 0.55 * weights[0]
 
@@ -47,7 +47,7 @@ def test_sd15_with_an_adapter_is_small_on_a_t4_and_auto_adds_nothing() -> None:
     """Predicted, not measured: 9.4 GiB; with checkpointing 7.4, all of it but 4 for drawing four pictures at a time."""
     asked = demo_recipe("sd15", **LORA, train__train_text_encoder=True, memory__auto=True)
     assert asked.method.rank == 16
-    choice = auto_memory.chosen(asked)
+    choice = auto_memory.choose_memory_options(asked)
     assert choice.added == ()
     assert trained_weights(asked) == 9_437_184  # of 983 million
     assert auto_memory.card_gib(choice.recipe, choice.prediction) < 9.5

@@ -28,7 +28,7 @@ def blog(*overrides: str) -> Recipe:
 @pytest.mark.parametrize("limit", ["1.0", "null"])
 def test_the_blogs_run_fits_a_t4_with_nothing_trained_differently(limit: str) -> None:
     asked = blog(f"train.max_grad_norm={limit}")
-    choice = auto_memory.chosen(asked)
+    choice = auto_memory.choose_memory_options(asked)
     assert auto_memory.card_gib(choice.recipe, choice.prediction) <= 0.95 * 14.6
     assert replace(choice.recipe, memory=asked.memory) == asked
 
@@ -45,5 +45,5 @@ def test_everything_trained_fits_its_budget(
 
 def test_the_blogs_run_would_not_fit_as_the_blog_ran_it() -> None:
     as_it_was = blog("memory=fast", "memory.gradient_checkpointing=true", "memory.cache_latents=false")
-    choice = auto_memory.chosen(as_it_was)
+    choice = auto_memory.choose_memory_options(as_it_was)
     assert auto_memory.card_gib(choice.recipe, choice.prediction) > 14.6

@@ -47,7 +47,7 @@ from dreambooth.runs.run_folder import Result
 from dreambooth.runtime.engine import Engine, create_engine
 from dreambooth.training.setup import assemble
 from dreambooth.utils.signals import StopRequest
-from tests.support.configs import demo_recipe, small
+from tests.support.configs import demo_recipe, small_recipe
 
 # -- recording ----------------------------------------------------------------------------------------------------
 
@@ -68,14 +68,14 @@ LEVERED = {"memory__gradient_checkpointing": True, "memory__optimizer_in_backwar
 
 @pytest.mark.parametrize("changed", [{}, LEVERED])
 def test_fake_and_real_tensors_give_the_same_trace_byte_for_byte(changed: dict[str, object]) -> None:
-    fake, real = predict(small(**changed)).trace, rehearse(small(**changed)).trace
+    fake, real = predict(small_recipe(**changed)).trace, rehearse(small_recipe(**changed)).trace
     assert fake.events == real.events
     assert fake.category == real.category
     assert fake.flops == real.flops
 
 
 def test_hollow_tensors_give_the_trace_of_pytorchs_fake_tensors() -> None:
-    halves = small(**LEVERED, memory__autocast_cache=False, memory__weights=Weights.half,
+    halves = small_recipe(**LEVERED, memory__autocast_cache=False, memory__weights=Weights.half,
                    memory__rounding=Rounding.stochastic, precision__dtype=Dtype.bf16)
     hollow = predict(halves).trace
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -92,7 +92,7 @@ def test_the_value_of_a_hollow_tensor_cannot_be_read() -> None:
 
 @pytest.mark.parametrize("dtype, size", [(Dtype.fp32, 4), (Dtype.bf16, 4)])
 def test_gradients_and_optimizer_state_have_the_size_of_the_weights(dtype: Dtype, size: int) -> None:
-    found = predict(small(precision__dtype=dtype, train__use_ema=True))
+    found = predict(small_recipe(precision__dtype=dtype, train__use_ema=True))
     category = {kind: max(u.by_category.get(kind, 0) for u in found.by_phase.values())
                 for kind in ("gradients", "optimizer", "ema")}
     assert category["gradients"] == found.trained_parameters * size
@@ -105,18 +105,18 @@ def _kept(found: Prediction) -> int:
 
 
 def test_a_transformer_is_recomputed_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = predict(small(memory__gradient_checkpointing=True))
+    ours = predict(small_recipe(memory__gradient_checkpointing=True))
     monkeypatch.setattr(loading, "recompute", lambda unet, groups: unet.enable_gradient_checkpointing())
-    theirs = predict(small(memory__gradient_checkpointing=True))
+    theirs = predict(small_recipe(memory__gradient_checkpointing=True))
     assert _kept(ours) < 0.75 * _kept(theirs)
 
 
 def _gradients(rows: int = 1, **changed: object) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    asked = small(**changed)
-    parts = skeleton_models.blank(asked)
+    asked = small_recipe(**changed)
+    parts = skeleton_models.build_skeleton(asked)
     denoiser = loading.prepare(parts, asked)
-    latents, text = torch.randn(rows, 4, 8, 8), torch.randn(rows, 77, parts.text_encoder.config.hidden_size)
+    latents, text = torch.randn(rows, 4, 8, 8), torch.randn(rows, 77, parts.encoders[0].config.hidden_size)
     denoiser(latents, torch.arange(3, 3 + rows), text).square().mean().backward()
     return [p.grad for p in denoiser.parameters() if p.grad is not None]
 
@@ -148,13 +148,13 @@ def test_a_transformer_recomputed_apart_holds_half_of_its_tensors() -> None:
 
 
 def test_the_unet_waits_in_host_memory_while_photos_are_encoded() -> None:
-    found = predict(small())
+    found = predict(small_recipe())
     unet = found.trained_parameters * 4
     assert found.by_phase["load"].by_category["weights"] - found.by_phase["caching"].by_category["weights"] == unet
 
 
 def test_an_average_in_host_memory_is_not_on_the_card() -> None:
-    found = predict(small(memory__ema_device=EmaDevice.cpu))
+    found = predict(small_recipe(memory__ema_device=EmaDevice.cpu))
     assert all("ema" not in usage.by_category for usage in found.by_phase.values())
     assert found.host_bytes == found.trained_parameters * 4
 
@@ -192,7 +192,7 @@ def test_an_encoder_takes_what_the_table_says(
 
 
 def test_evaluation_is_a_phase_of_its_own() -> None:
-    seen, unseen = predict(small(evaluate__encoder=EncoderKind.clip)), predict(small())
+    seen, unseen = predict(small_recipe(evaluate__encoder=EncoderKind.clip)), predict(small_recipe())
     assert "evaluate" not in unseen.by_phase
     more = sum(encoder_tensor_bytes(Evaluate(encoder=EncoderKind.clip), 64))
     assert seen.by_phase["evaluate"].allocated - seen.by_phase["load"].allocated > more
@@ -301,7 +301,7 @@ class Sized:
 
     def __call__(self, asked: Recipe) -> object:
         self.asked.append(asked)
-        base = predict(small())
+        base = predict(small_recipe())
         size = int(self.needed(asked) * 2**30)
         return type("Found", (), {"reserved": size, "trained_parameters": base.trained_parameters,
                                   "by_phase": base.by_phase, "peak_over": base.peak_over,
@@ -309,20 +309,20 @@ class Sized:
 
 
 def test_auto_adds_nothing_where_everything_fits() -> None:
-    choice = auto_memory.chosen(demo_recipe("sd15", **ROOMY), Sized(lambda r: 10.0))  # type: ignore[arg-type]
+    choice = auto_memory.choose_memory_options(demo_recipe("sd15", **ROOMY), Sized(lambda r: 10.0))  # type: ignore[arg-type]
     assert choice.added == ()
 
 
 def test_auto_takes_the_first_rung_that_fits_95_percent_of_the_card() -> None:
     needed = Sized(lambda r: 75.0 if r.memory.gradient_checkpointing else 75.5)  # of 76, and 0.74 beside it
-    choice = auto_memory.chosen(demo_recipe("sd15", **ROOMY), needed)  # type: ignore[arg-type]
+    choice = auto_memory.choose_memory_options(demo_recipe("sd15", **ROOMY), needed)  # type: ignore[arg-type]
     assert choice.added == ("memory.gradient_checkpointing=true",)
 
 
 def test_auto_never_touches_what_changes_numbers() -> None:
     asked = Sized(lambda r: 99.0)
     plain = demo_recipe("sd15", prior__sample_batch_size=1, **ROOMY)
-    auto_memory.chosen(plain, asked)  # type: ignore[arg-type]
+    auto_memory.choose_memory_options(plain, asked)  # type: ignore[arg-type]
     assert len(asked.asked) > 3
     for candidate in asked.asked:
         assert replace(candidate, memory=plain.memory) == plain
@@ -332,31 +332,31 @@ def test_auto_never_touches_what_changes_numbers() -> None:
 
 def test_what_cannot_fit_is_counted_out_and_not_rehearsed() -> None:
     asked = Sized(lambda r: 12.0)
-    auto_memory.chosen(demo_recipe("sd15", memory__auto=True), asked)  # type: ignore[arg-type]
+    auto_memory.choose_memory_options(demo_recipe("sd15", memory__auto=True), asked)  # type: ignore[arg-type]
     assert asked.asked[0].memory.gradient_checkpointing, "20 bytes a weight are more than a T4 has"
 
 
 def test_pictures_are_drawn_one_at_a_time_where_only_drawing_does_not_fit() -> None:
     asked = Sized(lambda r: 79.0 if r.prior.sample_batch_size > 1 else 70.0)
-    choice = auto_memory.chosen(demo_recipe("sd15", **ROOMY), asked)  # type: ignore[arg-type]
+    choice = auto_memory.choose_memory_options(demo_recipe("sd15", **ROOMY), asked)  # type: ignore[arg-type]
     assert choice.added == ("prior.sample_batch_size=1",)
 
 
 def test_auto_leaves_on_what_the_user_switched_on() -> None:
     asked = demo_recipe("sd15", memory__gradient_checkpointing=True, **ROOMY)
-    choice = auto_memory.chosen(asked, Sized(lambda r: 1.0))  # type: ignore[arg-type]
+    choice = auto_memory.choose_memory_options(asked, Sized(lambda r: 1.0))  # type: ignore[arg-type]
     assert choice.recipe.memory.gradient_checkpointing
 
 
 def test_auto_does_not_step_in_the_backward_pass_while_gradients_accumulate() -> None:
     asked = Sized(lambda r: 99.0)
-    auto_memory.chosen(demo_recipe("sd15", train__gradient_accumulation_steps=2, **ROOMY), asked)  # type: ignore[arg-type]
+    auto_memory.choose_memory_options(demo_recipe("sd15", train__gradient_accumulation_steps=2, **ROOMY), asked)  # type: ignore[arg-type]
     assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
 
 
 def test_auto_does_not_step_in_the_backward_pass_of_a_compiled_model() -> None:
     asked = Sized(lambda r: 99.0)
-    auto_memory.chosen(demo_recipe("sd15", train__compile=True, **ROOMY), asked)  # type: ignore[arg-type]
+    auto_memory.choose_memory_options(demo_recipe("sd15", train__compile=True, **ROOMY), asked)  # type: ignore[arg-type]
     assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
 
 
@@ -376,15 +376,15 @@ def test_what_is_left_to_do_is_said_where_the_run_needs_most() -> None:
 
 def test_auto_does_not_step_in_the_backward_pass_of_several_processes() -> None:
     asked = Sized(lambda r: 99.0)
-    auto_memory.chosen(demo_recipe("sd15", **ROOMY), asked, processes=2)  # type: ignore[arg-type]
+    auto_memory.choose_memory_options(demo_recipe("sd15", **ROOMY), asked, processes=2)  # type: ignore[arg-type]
     assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
 
 
 def test_a_finished_run_is_not_planned_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     done = Result(8, 0.5, 1.0, str(tmp_path), "model")
-    monkeypatch.setattr(run, "finished", lambda recipe: done)
-    monkeypatch.setattr(run, "tracked", lambda recipe, main, trains: nullcontext())
-    monkeypatch.setattr(auto_memory, "settled", lambda *_: pytest.fail("it was planned"))
+    monkeypatch.setattr(run, "load_finished", lambda recipe: done)
+    monkeypatch.setattr(run, "track_run", lambda recipe, main, update_status: nullcontext())
+    monkeypatch.setattr(auto_memory, "apply_auto_memory", lambda *_: pytest.fail("it was planned"))
     asked = demo_recipe(memory__auto=True, tracking__kind=TrackingKind.none)
     assert run.execute(replace(asked, run_dir=tmp_path), StopRequest()) is done
 
@@ -411,7 +411,8 @@ def test_a_run_tells_the_engine_whether_to_keep_the_autocast_cache(kept: bool) -
 
     nothing: Any = None
     with pytest.raises(Told, match=str(kept)):
-        assemble(small(memory__autocast_cache=kept), Engine(set_autocast_cache=set_autocast_cache), *[nothing] * 4)
+        engine = Engine(set_autocast_cache=set_autocast_cache)
+        assemble(small_recipe(memory__autocast_cache=kept), engine, *[nothing] * 4)
 
 
 def test_a_chosen_recipe_travels_between_processes() -> None:
@@ -420,8 +421,8 @@ def test_a_chosen_recipe_travels_between_processes() -> None:
 
 
 def test_a_run_on_the_cpu_has_nothing_to_choose() -> None:
-    plain = small(memory__auto=True)
-    assert auto_memory.settled(plain) == (plain, {}, "")
+    plain = small_recipe(memory__auto=True)
+    assert auto_memory.apply_auto_memory(plain) == (plain, {}, "")
 
 
 # -- the door -----------------------------------------------------------------------------------------------------
@@ -434,7 +435,7 @@ def test_a_card_is_known_by_its_drivers_name(name: str, card: str) -> None:
 
 
 def test_only_the_average_gets_cheaper_when_it_is_updated_less_often() -> None:
-    alone, averaged = (small(memory__offload_optimizer=True, memory__ema_every=4, train__use_ema=ema)
+    alone, averaged = (small_recipe(memory__offload_optimizer=True, memory__ema_every=4, train__use_ema=ema)
                        for ema in (False, True))
     found, t4 = predict(alone), gpu_specs.CARDS["T4"]
     every = [replace(r, memory=replace(r.memory, ema_every=1)) for r in (alone, averaged)]
@@ -450,7 +451,7 @@ def test_an_unknown_card_has_no_speed() -> None:
 
 
 def test_a_plan_has_the_keys_that_programs_read() -> None:
-    planned = report.Plan(small(), predict(small()), (), "")
+    planned = report.Plan(small_recipe(), predict(small_recipe()), (), "")
     found = json.loads(report.plans_as_json([planned]))
     assert found.keys() >= {"fits", "card_gib", "reserved_gib", "allocated_gib", "usable_vram_gib", "by_phase",
                             "by_category", "levers", "step_seconds", "run_seconds", "price_usd"}
@@ -458,13 +459,13 @@ def test_a_plan_has_the_keys_that_programs_read() -> None:
 
 
 def test_a_table_fits_80_columns() -> None:
-    planned = report.Plan(small(), predict(small()), ("memory.gradient_checkpointing=true",), "why not")
+    planned = report.Plan(small_recipe(), predict(small_recipe()), ("memory.gradient_checkpointing=true",), "why not")
     assert max(map(len, report.format_plan(planned).splitlines())) <= 80
     assert max(map(len, report.format_comparison([planned, planned]).splitlines())) <= 80
 
 
 def test_the_picture_of_a_step_is_written(tmp_path: Path) -> None:
-    report.plot_step_memory(report.Plan(small(), predict(small()), (), ""), tmp_path / "step.png")
+    report.plot_step_memory(report.Plan(small_recipe(), predict(small_recipe()), (), ""), tmp_path / "step.png")
     assert (tmp_path / "step.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -475,7 +476,7 @@ def test_a_vae_of_its_own_is_planned_in_the_precision_that_it_is_loaded_in(
         vae: str | None, dtype: torch.dtype) -> None:
     """Half overflows in SDXL's VAE, whoever publishes it; its fix is known by name."""
     with fake_tensors():
-        assert skeleton_models.blank(demo_recipe("sdxl", model__vae=vae)).vae.dtype is dtype
+        assert skeleton_models.build_skeleton(demo_recipe("sdxl", model__vae=vae)).vae.dtype is dtype
 
 
 @pytest.mark.parametrize("upcast", [True, False])
@@ -483,7 +484,7 @@ def test_a_folder_of_a_vae_says_itself_whether_half_overflows(upcast: bool, tmp_
     known = Path(skeleton_models.resolve_asset("package:architectures")) / "sdxl/vae/config.json"
     (tmp_path / "config.json").write_text(json.dumps(json.loads(known.read_text()) | {"force_upcast": upcast}))
     with fake_tensors():
-        found = skeleton_models.blank(demo_recipe("sdxl", model__vae=str(tmp_path))).vae
+        found = skeleton_models.build_skeleton(demo_recipe("sdxl", model__vae=str(tmp_path))).vae
     assert found.dtype is (torch.float32 if upcast else torch.float16)
 
 
@@ -504,33 +505,33 @@ def test_every_card_on_file_is_known_and_has_a_price(option: str) -> None:
 # -- several cards, buckets, several subjects ---------------------------------------------------------------------
 
 def test_data_parallel_holds_the_gradients_a_second_time() -> None:
-    one, four = (predict(small(hardware__gpus=count)) for count in (1, 4))
+    one, four = (predict(small_recipe(hardware__gpus=count)) for count in (1, 4))
     held = [found.by_phase["step"].by_category["gradients"] for found in (one, four)]
     assert held[1] - held[0] == one.trained_parameters * 4
 
 
 def test_several_cards_are_planned_without_levers_that_work_in_one_process() -> None:
     asked = Sized(lambda r: 99.0)
-    auto_memory.chosen(demo_recipe("sd15", hardware__gpus=4, **ROOMY), asked)  # type: ignore[arg-type]
+    auto_memory.choose_memory_options(demo_recipe("sd15", hardware__gpus=4, **ROOMY), asked)  # type: ignore[arg-type]
     assert not any(candidate.memory.optimizer_in_backward for candidate in asked.asked)
 
 
 def test_gradients_of_several_cards_take_time_on_the_link() -> None:
-    found, a10g = predict(small()), gpu_specs.CARDS["A10G"]
-    one, four = (time_and_cost.step_seconds(small(hardware__gpus=count), found, a10g) for count in (1, 4))
+    found, a10g = predict(small_recipe()), gpu_specs.CARDS["A10G"]
+    one, four = (time_and_cost.step_seconds(small_recipe(hardware__gpus=count), found, a10g) for count in (1, 4))
     assert four - one == pytest.approx(1.5 * found.trained_parameters * 4 / 10e9)
 
 
 def test_tf32_is_counted_at_half_the_rate_of_half_precision() -> None:
-    found, a100 = predict(small()), gpu_specs.CARDS["A100"]
-    asked = small()
+    found, a100 = predict(small_recipe()), gpu_specs.CARDS["A100"]
+    asked = small_recipe()
     plain, fast = (time_and_cost.step_seconds(replace(asked, precision=replace(asked.precision, tf32=on)), found, a100)
                    for on in (False, True))
     assert fast < plain
 
 
 def test_no_bucket_takes_more_than_the_one_that_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = small(dataset__buckets=True, prior__with_prior_preservation=False)
+    asked = small_recipe(dataset__buckets=True, prior__with_prior_preservation=False)
     planned = max(usage.allocated for usage in predict(asked).by_phase.values())
     for size in aspect_buckets.bucket_sizes(asked.model.resolution):
         monkeypatch.setattr(rehearsal, "largest", lambda *_, size=size: size)
@@ -538,12 +539,12 @@ def test_no_bucket_takes_more_than_the_one_that_is_planned(monkeypatch: pytest.M
 
 
 def test_with_buckets_photos_and_class_images_pass_one_after_the_other() -> None:
-    kept = [_kept(predict(small(dataset__buckets=on))) for on in (False, True)]
+    kept = [_kept(predict(small_recipe(dataset__buckets=on))) for on in (False, True)]
     assert kept[1] < 0.75 * kept[0]
 
 
 def test_two_subjects_have_class_images_of_their_own_to_draw() -> None:
-    one = small(hardware__gpu="T4")
+    one = small_recipe(hardware__gpu="T4")
     two = replace(one, dataset=replace(one.dataset, concepts=[
         Subject("a", "a zwx toy", None, "a toy"), Subject("b", "a ohwx cup", None, "a cup")]))
     found = predict(one)
