@@ -54,8 +54,8 @@ def format_table(trials: list[Trial]) -> Iterator[str]:
 
     The images counted are those that are trained on, or class images in the cases that generate them.
     """
-    yield ("| what | runs | images/s | range | quotient | images per CPU second | quotient | first step, s | its CPU | "
-           "peak RSS, GiB |")
+    yield ("| case | runs | images/s | range | speed-up | images per CPU second | speed-up | first step, s | "
+           "first step, CPU s | peak RSS, GiB |")
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for case in dict.fromkeys(t.case for t in trials):
         of_case = [t for t in trials if t.case == case]
