@@ -24,7 +24,7 @@ from dreambooth.config.recipe import resolve
 from dreambooth.models import pointwise_conv
 from dreambooth.models.loading import import_libraries
 from dreambooth.planner.fake_cuda import fake_tensors
-from dreambooth.planner.skeleton_models import blank
+from dreambooth.planner.skeleton_models import build_skeleton
 
 Layer = tuple[int, int, int]  # input channels, output channels, side in pixels
 MODELS = {"tiny": 64, "sd15": 256}  # name -> side of an image in pixels
@@ -41,15 +41,14 @@ def count_layers(model: str, pixels: int) -> Counter[Layer]:
         layers[module.in_channels, module.out_channels, inputs[0].shape[-1]] += 1
 
     with fake_tensors():
-        parts = blank(resolve(config, Path("runs/benchmark")))
-        pointwise_conv.as_products(parts.unet)
-        for module in parts.unet.modules():
+        parts = build_skeleton(resolve(config, Path("runs/benchmark")))
+        pointwise_conv.as_products(parts.denoiser)
+        for module in parts.denoiser.modules():
             if isinstance(module, pointwise_conv.Pointwise):
                 module.register_forward_hook(count)
         side = pixels // parts.vae_scale
-        text = parts.conditions.blank_text(parts.encoders, 1)
-        parts.conditions.predict(parts.unet, torch.empty(1, parts.latent_channels, side, side),
-                                 torch.zeros(1, dtype=torch.long), text)
+        text = parts.blank_text(1)
+        parts.predict(torch.empty(1, parts.latent_channels, side, side), torch.zeros(1, dtype=torch.long), text)
     return layers
 
 

@@ -7,9 +7,8 @@ from dreambooth.config.storage import is_remote
 from dreambooth.container import hyperparameter_values
 from dreambooth.container.sagemaker_paths import SageMakerPaths
 from dreambooth.errors import ConfigError
+from dreambooth.models import families
 
-SUCCESSORS = {  # model that was withdrawn from the hub -> the same model under its new name
-    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 PRECISIONS = {"no": "fp32", "fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
 ATTENTIONS = {"default": "sdpa", "sdpa": "sdpa", "xformers": "xformers", "sliced": "sliced", "eager": "eager"}
 
@@ -123,9 +122,9 @@ def parse(hyperparameters: Mapping[str, str], paths: SageMakerPaths) -> BlogSett
 
 
 def _resolve_path(settings: BlogSettings, path: str, paths: SageMakerPaths) -> str:
-    if path in SUCCESSORS:
-        settings.notices.append(f"{path} was withdrawn from the hub: using {SUCCESSORS[path]}, the same model")
-    return paths.relocate(SUCCESSORS.get(path, path))
+    if renamed := families.renamed_hub_id(path):
+        settings.notices.append(f"{path} was withdrawn from the hub: using {renamed}, the same model")
+    return paths.relocate(renamed or path)
 
 
 def _parse_keyless(settings: BlogSettings, name: str, raw: str, paths: SageMakerPaths) -> Iterator[str]:

@@ -6,7 +6,7 @@ A size is (height, width) in pixels.
 import math
 from functools import cache
 
-SIDE_MULTIPLE = 8  # pixels, of which every side is a multiple; Stable Diffusion's VAE makes one latent of 8 x 8 pixels
+SIDE_MULTIPLE = 8  # pixels, of which every side is a multiple; a VAE here makes one latent of at most 8 x 8 pixels
 MAX_ASPECT_RATIO = 2  # long side to short side
 
 Size = tuple[int, int]

@@ -15,6 +15,7 @@ from dreambooth.runs.report import score_table
 from dreambooth.runs.run_folder import locked
 from dreambooth.runtime.engine import create_engine
 from dreambooth.serialization import lora_files
+from dreambooth.serialization.export_layout import ADAPTER
 from dreambooth.tracking.run_tracker import track_run
 from dreambooth.utils.console import Console
 
@@ -58,7 +59,8 @@ def _load_trained(recipe: Recipe, device: torch.device) -> loading.Components:
             recipe, source=str(folder), vae_source=None,
             model=replace(recipe.model, revision=None, variant=None, zero_terminal_snr=False)), device)
     parts = loading.load(recipe, device)
-    lora.teach(loading.prepare(parts, recipe), lora_files.read(folder / lora_files.DIFFUSERS))
+    model = loading.prepare(parts, recipe)
+    lora.load_adapter_weights(model, lora_files.read(folder / ADAPTER), parts.family.published_name)
     return parts
 
 

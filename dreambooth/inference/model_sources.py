@@ -1,4 +1,4 @@
-"""What can be drawn with: a run, any diffusers folder, or a base beside which LoRAs are used."""
+"""Finds the model to draw with: a run's, any diffusers folder, or the base of a run's adapter."""
 
 import json
 from dataclasses import dataclass
@@ -7,19 +7,19 @@ from typing import Any
 
 from dreambooth.config.generate import Generate
 from dreambooth.errors import UserError
-from dreambooth.serialization.lora_files import DIFFUSERS
-from dreambooth.utils.assets import asset
+from dreambooth.serialization.export_layout import ADAPTER
+from dreambooth.utils.assets import resolve_asset
 
 
 @dataclass(frozen=True)
 class Source:
     """A diffusers model, and a run's own adapter if it has one."""
 
-    folder: Path  # that was asked for
+    folder: Path  # of the run
     model: str  # a folder, or a hub id
-    own: str | None  # the run's adapter, not merged
-    settings: dict[str, Any]  # of the run, as text; empty: it is no run
-    base_typed: bool = False  # in place of the run's, of which the run then says nothing
+    adapter: str | None  # the run's adapter, not merged
+    settings: dict[str, Any]  # of the run, as texts; empty if there is no run
+    base_typed: bool = False  # the user has typed another base than the run's, of which the settings say nothing
 
     @property
     def revision(self) -> str | None:
@@ -31,57 +31,57 @@ class Source:
 
     @property
     def vae(self) -> str | None:
-        """In place of the base's: a folder, or a hub id."""
-        other = self._of_base("model.vae")
-        return asset(other) if other else None
+        """The VAE that replaces the base's: a folder or a hub id."""
+        replacement = self._of_base("model.vae")
+        return resolve_asset(replacement) if replacement else None
 
     @property
     def zero_terminal_snr(self) -> bool:
-        """The adapter was trained so, whichever base it is used beside."""
-        return self.own is not None and self.settings.get("model.zero_terminal_snr") == "True"
+        """Whether the adapter was trained with a rescaled noise schedule; it then needs one beside any base."""
+        return self.adapter is not None and self.settings.get("model.zero_terminal_snr") == "True"
 
     def setting(self, key: str) -> str | None:
-        """A setting of the run as it was before run.json made it a text."""
+        """Return a setting of the run; run.json stores None as the text null."""
         text = self.settings.get(key)
         return None if text in (None, "null") else str(text)
 
     def _of_base(self, key: str) -> str | None:
-        return None if self.own is None or self.base_typed else self.setting(key)
+        return None if self.adapter is None or self.base_typed else self.setting(key)
 
 
-def find(ask: Generate) -> Source:
-    """The model that is asked for, and the settings of its run.
+def find_source(config: Generate) -> Source:
+    """Find the model to draw with, and the settings of its run.
 
     Raises:
         UserError: there is none.
     """
-    if not ask.run and not ask.base:
+    if not config.run and not config.base:
         raise UserError("the run is missing: type run=runs/NAME, a folder that python -m dreambooth.train made")
-    if not ask.run:
-        return Source(Path(), asset(ask.base or ""), None, {})
-    folder = Path(ask.run)
-    settings = _settings(folder)
+    if not config.run:
+        return Source(Path(), resolve_asset(config.base or ""), None, {})
+    folder = Path(config.run)
+    settings = _read_settings(folder)
     for model in (folder / "model", folder):
-        own = str(model / DIFFUSERS) if (model / DIFFUSERS).is_file() else None
-        if (model / "model_index.json").is_file() and not ask.base:
+        adapter = str(model / ADAPTER) if (model / ADAPTER).is_file() else None
+        if (model / "model_index.json").is_file() and not config.base:
             return Source(folder, str(model), None, settings)
-        base = ask.base or settings.get("model.source")
-        if own and base:
-            return Source(folder, asset(base), own, settings, base_typed=bool(ask.base))
-        if own:
-            raise UserError(f"{ask.run} holds an adapter and does not say of which model: type base=DIR, the model "
+        base = config.base or settings.get("model.source")
+        if adapter and base:
+            return Source(folder, resolve_asset(base), adapter, settings, base_typed=bool(config.base))
+        if adapter:
+            raise UserError(f"{config.run} holds an adapter and does not say of which model: type base=DIR, the model "
                             "that it was trained on")
-        if ask.base and (model / "model_index.json").is_file():
-            raise UserError(f"{ask.run} is a model of its own: type run=null to draw with base={ask.base}, or leave "
-                            "base out")
+        if config.base and (model / "model_index.json").is_file():
+            raise UserError(f"{config.run} is a model of its own: type run=null to draw with base={config.base}, or "
+                            "leave base out")
     if (folder / "run.json").is_file():
-        raise UserError(f"the run in {ask.run} is not finished: repeat its command first, "
+        raise UserError(f"the run in {config.run} is not finished: repeat its command first, "
                         "python -m dreambooth.train ...")
-    raise UserError(f"there is no model in {ask.run}: type run=runs/NAME, a folder that "
+    raise UserError(f"there is no model in {config.run}: type run=runs/NAME, a folder that "
                     "python -m dreambooth.train made")
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def _read_settings(folder: Path) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError):

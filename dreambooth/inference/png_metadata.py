@@ -1,6 +1,7 @@
-"""What a picture was made with, as text in its PNG file.
+"""Records in a PNG file what the picture was drawn with.
 
-`parameters` is the text that AUTOMATIC1111 writes and reads (its "PNG Info"); `dreambooth` is JSON with all of it.
+The entry `parameters` has the format that AUTOMATIC1111 writes and reads ("PNG Info"); the entry `dreambooth` is JSON
+with everything.
 """
 
 import json
@@ -14,25 +15,25 @@ import dreambooth
 
 def info(prompt: str, seed: int, size: tuple[int, int], loras: Sequence[tuple[str, float]],
          settings: Mapping[str, Any]) -> PngInfo:
-    """The texts of one picture.
+    """Return the text entries of one picture.
 
     Args:
         size: width and height in pixels.
         loras: name and scale of each.
-        settings: num_inference_steps, guidance_scale, negative_prompt, model, strength (None: not from an image).
+        settings: num_inference_steps, guidance_scale, negative_prompt, model, strength (None: no start picture).
     """
-    found = PngInfo()
-    found.add_text("parameters", parameters(prompt, seed, size, loras, settings))
+    entries = PngInfo()
+    entries.add_text("parameters", parameters(prompt, seed, size, loras, settings))
     everything = {"prompt": prompt, "seed": seed, "width": size[0], "height": size[1],
                   "loras": [{"name": name, "scale": scale} for name, scale in loras],
                   **settings, "version": dreambooth.__version__}
-    found.add_text("dreambooth", json.dumps(everything))
-    return found
+    entries.add_text("dreambooth", json.dumps(everything))
+    return entries
 
 
 def parameters(prompt: str, seed: int, size: tuple[int, int], loras: Sequence[tuple[str, float]],
                settings: Mapping[str, Any]) -> str:
-    """The prompt with its LoRAs, the negative prompt, the settings: a line each."""
+    """Return three lines: the prompt with its LoRAs, the negative prompt if there is one, the settings."""
     lines = [" ".join([prompt, *(f"<lora:{name}:{scale:g}>" for name, scale in loras)])]
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")

@@ -1,8 +1,7 @@
-"""The parts of a base model, and what they say about it."""
+"""The parts of a base model, and the operations on them that depend on its family."""
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,128 +10,120 @@ from torch import Tensor
 
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
-from dreambooth.models.noise_schedule import Schedule
-from dreambooth.models.text_conditioning import Conditions, OneEncoder, TwoEncoders
-
-ABLE = "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"  # that know zero terminal SNR
+from dreambooth.models.families.family import Family
+from dreambooth.models.noise_schedule import NoiseSchedule
 
 
 @dataclass
 class Components:
-    """The parts of a StableDiffusionPipeline or, with a second text encoder, of a StableDiffusionXLPipeline, each on
-    the training device."""
+    """The parts of a base model, each on the training device. What differs between families is asked of `family`."""
 
-    unet: Any
-    text_encoder: Any
+    family: Family
+    denoiser: Any
+    encoders: Sequence[Any]  # text encoders, in the family's order
     vae: Any
-    tokenizer: Any
+    tokenizers: Sequence[Any]  # in the family's order
     scheduler_config: dict[str, Any]
-    safety_checker: Any = None
-    feature_extractor: Any = None
-    text_encoder_2: Any = None
-    tokenizer_2: Any = None
-
-    @property
-    def encoders(self) -> list[Any]:
-        """The text encoders, in order."""
-        return [self.text_encoder] if self.text_encoder_2 is None else [self.text_encoder, self.text_encoder_2]
+    extras: dict[str, Any] = field(default_factory=dict)  # exported with the model and not trained: a safety checker
 
     @property
     def modules(self) -> list[Any]:
-        """Everything with weights that a run computes with."""
-        return [self.unet, *self.encoders, self.vae]
+        """All modules with weights that a run computes with."""
+        return [self.denoiser, *self.encoders, self.vae]
 
     @property
-    def conditions(self) -> Conditions:
-        """How prompts reach the UNet."""
-        return OneEncoder() if self.text_encoder_2 is None else TwoEncoders(self.vae_scale)
+    def encoders_by_name(self) -> dict[str, Any]:
+        """The text encoders by the names of their parts."""
+        return {part.name: module for part, module in zip(self.family.encoders, self.encoders, strict=True)}
+
+    @property
+    def modules_by_name(self) -> dict[str, Any]:
+        """The same modules as `modules`, by the names of their parts."""
+        return {self.family.denoiser.name: self.denoiser, self.family.vae.name: self.vae} | self.encoders_by_name
+
+    @property
+    def tokenizers_by_name(self) -> dict[str, Any]:
+        """The tokenizers by their names."""
+        return dict(zip(self.family.tokenizers, self.tokenizers, strict=True))
 
     @property
     def latent_channels(self) -> int:
-        return int(self.unet.config.in_channels)
+        return self.family.latent_channels(self.denoiser)
 
     @property
     def vae_scale(self) -> int:
-        """Pixels of a side per latent: 8 for Stable Diffusion."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        """Pixels per latent along one side."""
+        return self.family.vae_scale(self.vae.config)
 
     @property
     def scaling_factor(self) -> float:
-        return float(self.vae.config.scaling_factor)
+        """Factor between the VAE's latents and those that the denoiser sees."""
+        return self.family.scaling_factor(self.vae.config)
 
-    def noise_schedule(self) -> Schedule:
-        """The forward process that the base was trained with, after any zero-terminal-SNR rescale."""
-        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
-        scheduler = DDPMScheduler.from_config(self.scheduler_config, clip_sample=False)
-        return Schedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+    def noise_schedule(self) -> NoiseSchedule:
+        """Return the forward process that the base was trained with."""
+        return self.family.noise_schedule(self.scheduler_config)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (N, C, h, w), fp32, of the latents of `pixels` (N, 3, H, W) in [-1, 1]."""
-        with torch.no_grad():
-            moments = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        return moments.mean.float(), moments.std.float()
+        """Return mean and standard deviation (N, C, h, w), fp32, of the latents of pixels (N, 3, H, W) in [-1, 1]."""
+        return self.family.encode(self.vae, pixels)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pixels (N, 3, H, W) of unscaled latents (N, C, h, w)."""
+        return self.family.decode(self.vae, latents)
 
     def tokens(self, prompt: str) -> Tensor:
-        """Token ids with a first dimension of 1, padded to the length that the base was trained with.
+        """Return token ids with a first dimension of 1, padded to the length that the base was trained with.
 
         Raises:
             UserError: the prompt has more tokens than the model reads.
         """
-        tokenizers = [self.tokenizer] if self.tokenizer_2 is None else [self.tokenizer, self.tokenizer_2]
-        return self.conditions.tokens(tokenizers, prompt).to(self.text_encoder.device)
+        return self.family.tokens(self.tokenizers, prompt).to(self.encoders[0].device)
 
-    def hidden_states(self, prompt: str) -> Tensor:
-        """What the frozen text encoders make of a prompt, with a first dimension of 1, fp32."""
+    def blank_tokens(self, count: int) -> Tensor:
+        """Return token ids of `count` prompts with the right shape and any values."""
+        return self.family.blank_tokens(self.encoders, count)
+
+    def text(self, tokens: Tensor) -> Tensor:
+        """Return what the text encoders compute from token ids (P, ...): one tensor (P, ...)."""
+        return self.family.text(self.encoders, tokens)
+
+    def frozen_text(self, prompt: str) -> Tensor:
+        """Return what the frozen text encoders compute from a prompt, with a first dimension of 1, fp32."""
         with torch.no_grad():
-            return self.conditions.text(self.encoders, self.tokens(prompt)).float()
+            return self.text(self.tokens(prompt)).float()
+
+    def blank_text(self, count: int) -> Tensor:
+        """Return a tensor of the shape of `text` for `count` prompts, fp32, without computing it."""
+        return self.family.blank_text(self.encoders, count)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        """Return the denoiser's prediction (N, C, h, w); see Family.predict."""
+        return self.family.predict(self.denoiser, latents, timesteps, text, self.vae_scale)
 
 
-def half_overflows(config: Mapping[str, Any], two_encoders: bool) -> bool:
-    """Whether a VAE gives NaN in fp16: SDXL's does and says so by `force_upcast`, its fp16 fix says that it does not.
-    Older VAEs say nothing, and are fine."""
-    return two_encoders and bool(config.get("force_upcast", True))
-
-
-def says_fixed(name: str) -> bool:
-    """Whether the name of a VAE's file says that fp16 does not overflow in it, which nothing else in the file does:
-    sdxl-vae-fp16-fix. A VAE that is merely kept in half says fp16 too."""
-    return bool(re.search(r"fp16[-_. ]?fix|fix[-_. ]?fp16", name, re.IGNORECASE))
-
-
-def has(index: Mapping[str, Any], part: str) -> bool:
-    """Whether a base has a part, by its model_index.json."""
-    return (index.get(part) or [None])[0] is not None
-
-
-def base_schedule(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """The base's scheduler, rescaled to zero terminal SNR if the recipe asks for it (Lin et al. 2023, arXiv:2305.08891,
-    algorithm 1); pictures then begin at the last timestep (section 3.3).
+def training_scheduler(family: Family, config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Return the configuration of the base's scheduler, rescaled to zero terminal SNR if the recipe asks for it.
 
     Raises:
-        UserError: the base predicts noise, and at the last timestep there is nothing else to see (section 3.2).
+        UserError: the base predicts noise; at the last timestep, where there is only noise, nothing is left to predict
+            (Lin et al. 2023, arXiv:2305.08891, section 3.2).
     """
     if not recipe.model.zero_terminal_snr:
         return config
     if config.get("prediction_type", "epsilon") == "epsilon":
         raise UserError("model.zero_terminal_snr=true needs a base that predicts v, and this one predicts noise: type "
                         "model.zero_terminal_snr=false")
-    return zero_snr(config)
+    return family.rescale_to_zero_snr(config)
 
 
-def zero_snr(config: dict[str, Any]) -> dict[str, Any]:
-    """The same scheduler rescaled to zero terminal SNR, or one that can be, with timesteps that begin at the last."""
-    able = config if config.get("_class_name") in ABLE else config | {"_class_name": ABLE[0]}
-    return able | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-
-
-def keep_vae_whole(parts: Components) -> None:
-    """Under autocast too, let a VAE that is kept in fp32 because half overflows in it compute in fp32."""
+def disable_vae_autocast(parts: Components) -> None:
+    """Make a VAE that is kept in fp32 because fp16 overflows in it compute in fp32 under autocast, too."""
     vae = parts.vae
-    if vae.dtype is torch.float32 and half_overflows(vae.config, parts.text_encoder_2 is not None):
-        vae.encode, vae.decode = partial(_whole, vae.encode), partial(_whole, vae.decode)
+    if vae.dtype is torch.float32 and parts.family.half_overflows(vae.config):
+        vae.encode, vae.decode = partial(_in_fp32, vae.encode), partial(_in_fp32, vae.decode)
 
 
-def _whole(compute: Any, values: Tensor, *more: Any, **named: Any) -> Any:
+def _in_fp32(compute: Any, values: Tensor, *args: Any, **kwargs: Any) -> Any:
     with torch.autocast(values.device.type, enabled=False):
-        return compute(values.float(), *more, **named)
+        return compute(values.float(), *args, **kwargs)

@@ -6,7 +6,7 @@ a whole, from its input, which a neighbour keeps anyway. The same operators on t
 
 In groups, a transformer is recomputed for the photos, then for the class images: its own tensors exist for one group at
 a time. The gradient of a weight is the sum over both, which autograd hands on once. Its terms are added in another
-order, with the bound of step._halves.
+order, with the bound of step._forward_backward_halves.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Loads the base model's parts and applies precision, attention and checkpointing."""
+"""Loads the parts of a base model, and prepares them for training: precision, attention, checkpointing, adapters."""
 
 import logging
 import os
@@ -10,56 +10,80 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dreambooth.config.enums import AttentionKind, BaseWeights, Dtype
+from dreambooth.config.enums import BaseWeights, Dtype
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
-from dreambooth.models import lora, vae
+from dreambooth.models import families, lora, vae
 from dreambooth.models.components import Components as Components
-from dreambooth.models.components import base_schedule, has, keep_vae_whole
-from dreambooth.models.gradient_checkpointing import recompute
+from dreambooth.models.components import disable_vae_autocast, training_scheduler
+from dreambooth.models.families.family import Family
 from dreambooth.models.pointwise_conv import as_products
 from dreambooth.models.quantization import quantise
-from dreambooth.models.text_conditioning import Conditions
-from dreambooth.utils.hardware import importing
-from dreambooth.utils.import_blocker import without_bitsandbytes
+from dreambooth.utils.imports import without_bitsandbytes, without_garbage_collection
 
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
 
 
-class Denoiser(nn.Module):
-    """UNet and, if they train too, text encoders as one module, so that accumulation, data parallel, EMA and
-    checkpoints always cover every trained weight."""
+class TrainedModel(nn.Module):
+    """The denoiser and, if they train too, the text encoders as one module.
 
-    def __init__(self, conditions: Conditions, unet: nn.Module, text_encoder: nn.Module | None = None,
-                 text_encoder_2: nn.Module | None = None) -> None:
+    Gradient accumulation, data parallel, EMA and checkpoints then always cover every trained weight. The parts have
+    the names of their family, which are the prefixes of their weights: `unet.`, `text_encoder.`, ...
+    """
+
+    def __init__(self, family: Family, modules: dict[str, nn.Module], vae_scale: int) -> None:
+        """Args:
+            modules: the denoiser and the text encoders that train, by name, as `trained_modules` returns them.
+            vae_scale: pixels per latent along one side.
+        """
         super().__init__()
-        self.conditions = conditions
-        self.unet = unet
-        self.text_encoder = text_encoder
-        self.text_encoder_2 = text_encoder_2
+        self.family = family
+        self.vae_scale = vae_scale
+        self.encoder_names = [name for name in modules if name != family.denoiser.name]
+        for name, module in modules.items():
+            self.add_module(name, module)
 
     def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        """Predict (N, C, h, w) from latents (N, C, h, w), timesteps (N,) and text (P, ...): token ids if text encoders
-        train, what they make of them otherwise; see conditions.py. Each text is of the next N / P rows: a prompt that
-        they share goes through the encoders once, and its gradient is the sum of theirs."""
-        if self.text_encoder is not None:
-            encoders = [self.text_encoder] if self.text_encoder_2 is None else [self.text_encoder, self.text_encoder_2]
-            text = self.conditions.text(encoders, text)
+        """Return the prediction (N, C, h, w).
+
+        Args:
+            latents: (N, C, h, w), noisy.
+            timesteps: (N,).
+            text: (P, ...): token ids if the text encoders train, else what they compute from them. Each of the P texts
+                belongs to the next N / P rows: a prompt that rows share passes through the encoders once, and its
+                gradient is the sum of theirs.
+        """
+        if self.encoder_names:
+            text = self.family.text([getattr(self, name) for name in self.encoder_names], text)
         if len(text) < len(latents):
             text = text.repeat_interleave(len(latents) // len(text), 0)
-        return self.conditions.predict(self.unet, latents, timesteps, text)
+        denoiser = getattr(self, self.family.denoiser.name)
+        return self.family.predict(denoiser, latents, timesteps, text, self.vae_scale)
 
 
-def denoiser_of(parts: Components, recipe: Recipe) -> Denoiser:
-    """The module to train, over the live parts."""
-    return Denoiser(parts.conditions, **trained_modules(parts, recipe))
+def trained_model(parts: Components, recipe: Recipe) -> TrainedModel:
+    """Return the module to train, over the live parts."""
+    return TrainedModel(parts.family, trained_modules(parts, recipe), parts.vae_scale)
 
 
-def kept_in(recipe: Recipe, frozen: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """The precision of the UNet and of the text encoders: fp32 of what trains, `frozen` of all else.
+def trained_modules(parts: Components, recipe: Recipe) -> dict[str, nn.Module]:
+    """Return the modules that train, or get adapters, by the names of their parts."""
+    encoders = parts.encoders_by_name if recipe.train.train_text_encoder else {}
+    return {parts.family.denoiser.name: parts.denoiser} | encoders
 
-    The base of an adapter is frozen. Matrices and convolutions are kept in what autocast casts them to at every use, so
-    that changes no number; norms and embeddings are rounded too, once, if the base's weights are finer than `frozen`.
+
+def idle_modules(parts: Components, recipe: Recipe) -> list[nn.Module]:
+    """Return the modules that the training step does not use: their outputs are cached, so they leave the device."""
+    text_is_cached = recipe.memory.cache_text and not recipe.train.train_text_encoder
+    return [parts.vae] * recipe.memory.cache_latents + list(parts.encoders) * text_is_cached
+
+
+def part_dtypes(recipe: Recipe, frozen: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """Return the precision of the denoiser and of the text encoders: fp32 for what trains, `frozen` for the rest.
+
+    The base of an adapter is frozen. Its matrices and convolutions are kept in the precision that autocast casts them
+    to at every use, so that this changes no number. Norms and embeddings are rounded as well, once, if the base's
+    weights are finer than `frozen`.
     """
     trained = frozen if recipe.method.low_rank else torch.float32
     return trained, trained if recipe.train.train_text_encoder else frozen
@@ -69,36 +93,26 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
     """Load the base: trained parts in fp32, frozen parts in the compute precision, or in `frozen`.
 
     Raises:
-        UserError: the model is not where the recipe says, or lacks a part.
+        UserError: the model is not where the recipe says, is of no family here, or lacks a part.
     """
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     base_weights = recipe.method.base_weights if frozen is None else BaseWeights.half
     frozen = frozen or TORCH_DTYPE[recipe.precision.dtype]
-    unet_dtype, text_dtype = kept_in(recipe, frozen)
-    source: dict[str, Any] = {"revision": recipe.model.revision, "local_files_only": recipe.model.offline}
-    weights = source | {"variant": recipe.model.variant}
+    denoiser_dtype, text_dtype = part_dtypes(recipe, frozen)
+    options: dict[str, Any] = {"revision": recipe.model.revision, "local_files_only": recipe.model.offline}
+    weights = options | {"variant": recipe.model.variant}
     try:
-        index: dict[str, Any] = DiffusionPipeline.load_config(recipe.source, **source)  # type: ignore[assignment]
+        family, layout = families.of_source(recipe.source, **options)
+        scheduler_config = dict(DDPMScheduler.load_config(recipe.source, subfolder="scheduler", **options))
         parts = Components(
-            unet=UNet2DConditionModel.from_pretrained(
-                recipe.source, subfolder="unet", torch_dtype=unet_dtype, **weights),
-            text_encoder=CLIPTextModel.from_pretrained(
-                recipe.source, subfolder="text_encoder", dtype=text_dtype, **weights),
-            vae=vae.of_run(recipe, frozen, has(index, "text_encoder_2"), weights),
-            tokenizer=CLIPTokenizer.from_pretrained(recipe.source, subfolder="tokenizer", **source),
-            scheduler_config=base_schedule(
-                dict(DDPMScheduler.load_config(recipe.source, subfolder="scheduler", **source)), recipe),
-        )
-        if has(index, "text_encoder_2"):
-            parts.text_encoder_2 = CLIPTextModelWithProjection.from_pretrained(
-                recipe.source, subfolder="text_encoder_2", dtype=text_dtype, **weights)
-            parts.tokenizer_2 = CLIPTokenizer.from_pretrained(recipe.source, subfolder="tokenizer_2", **source)
-        if has(index, "safety_checker"):
-            parts.safety_checker, parts.feature_extractor = _safety(recipe.source, frozen, weights)
+            family=family,
+            denoiser=family.denoiser.load(recipe.source, denoiser_dtype, subfolder=family.denoiser.name, **weights),
+            encoders=[part.load(recipe.source, text_dtype, subfolder=part.name, **weights) for part in family.encoders],
+            vae=vae.load_for_run(recipe, family, frozen, weights),
+            tokenizers=[family.load_tokenizer(name, recipe.source, **options) for name in family.tokenizers],
+            scheduler_config=training_scheduler(family, scheduler_config, recipe),
+            extras=family.load_extras(recipe.source, layout, frozen, **weights))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(_missing(recipe, error)) from error
     if recipe.method.low_rank and base_weights is BaseWeights.nf4:
@@ -106,74 +120,57 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
             quantise(module, frozen)
     for module in parts.modules:
         module.requires_grad_(False).eval().to(device)
-    keep_vae_whole(parts)
-    vae.check(parts.unet, parts.vae, vae.other_base(recipe))
+    disable_vae_autocast(parts)
+    vae.check_channels(family, parts.denoiser, parts.vae, vae.another_base(recipe))
     _check_resolution(recipe, parts)
     return parts
 
 
-def trained_modules(parts: Components, recipe: Recipe) -> dict[str, nn.Module]:
-    """The modules that train, or get adapters, by their name in the Denoiser."""
-    encoders = {"text_encoder": parts.text_encoder, "text_encoder_2": parts.text_encoder_2}
-    trained = {name: module for name, module in encoders.items() if module is not None}
-    return {"unet": parts.unet} | (trained if recipe.train.train_text_encoder else {})
-
-
 def exact_frozen(parts: Components, recipe: Recipe) -> Components:
-    """The same parts, the frozen ones in fp32 as the base has them: half is for computing, not for keeping. What an
-    adapter has learned is merged into the base."""
+    """Return the parts to export: trained parts as they are, frozen ones in fp32 as the base has them.
+
+    Half precision is for computing, not for storing. An adapter's weights are merged into the base.
+    """
     if recipe.precision.dtype is Dtype.fp32 and not recipe.method.low_rank:
         return parts
     whole = load(recipe, torch.device("cpu"), frozen=torch.float32)
     if recipe.method.low_rank:
-        known = lora.learned(nn.ModuleDict(trained_modules(parts, recipe)))
-        lora.merge(nn.ModuleDict(trained_modules(whole, recipe)), known)
+        weights = lora.adapter_weights(nn.ModuleDict(trained_modules(parts, recipe)))
+        lora.merge(nn.ModuleDict(trained_modules(whole, recipe)), weights)
         return whole
-    frozen = {} if recipe.train.train_text_encoder else {
-        "text_encoder": whole.text_encoder, "text_encoder_2": whole.text_encoder_2}
-    return replace(parts, vae=whole.vae, safety_checker=whole.safety_checker, **frozen)
+    encoders = parts.encoders if recipe.train.train_text_encoder else whole.encoders
+    return replace(parts, vae=whole.vae, extras=whole.extras, encoders=encoders)
 
 
-def prepare(parts: Components, recipe: Recipe) -> Denoiser:
-    """Choose what trains, set attention and gradient checkpointing; returns the module to train."""
-    set_attention(parts.unet, recipe.attention.kind)
+def prepare(parts: Components, recipe: Recipe) -> TrainedModel:
+    """Choose what trains, set attention and gradient checkpointing; return the module to train."""
+    family, denoiser = parts.family, parts.denoiser
+    family.set_attention(denoiser, recipe.attention.kind)
     if recipe.train.channels_last:
-        parts.unet.to(memory_format=torch.channels_last)
+        denoiser.to(memory_format=torch.channels_last)
     elif recipe.device == "cpu" and recipe.precision.dtype is Dtype.fp32:
-        as_products(parts.unet)
+        as_products(denoiser)
     if recipe.memory.gradient_checkpointing:
         apart = recipe.memory.split_prior and recipe.memory.optimizer_in_backward and recipe.with_prior
-        recompute(parts.unet, groups=2 if apart else 1)
+        family.recompute_activations(denoiser, groups=2 if apart else 1)
         for encoder in parts.encoders if recipe.train.train_text_encoder else ():
             encoder.gradient_checkpointing_enable()
-    denoiser = denoiser_of(parts, recipe)
+    model = trained_model(parts, recipe)
     if recipe.method.low_rank:
-        lora.inject(denoiser, recipe.method, recipe.train.seed, recipe.precision.dtype)
+        lora.inject(model, recipe.method, family.adapter_targets, recipe.train.seed, recipe.precision.dtype)
     else:
-        denoiser.requires_grad_(True)
-    for module in parts.conditions.unused(parts.encoders):
+        model.requires_grad_(True)
+    for module in family.untrainable(parts.encoders):
         module.requires_grad_(False)
-    return denoiser.train()
-
-
-def set_attention(unet: Any, kind: AttentionKind) -> None:
-    """Switch the UNet's attention kernels."""
-    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-
-    match kind:
-        case AttentionKind.sdpa:
-            unet.set_attn_processor(AttnProcessor2_0())
-        case AttentionKind.eager:
-            unet.set_attn_processor(AttnProcessor())
-        case AttentionKind.sliced:
-            unet.set_attention_slice("max")
-        case AttentionKind.xformers:
-            unet.enable_xformers_memory_efficient_attention()
+    return model.train()
 
 
 def import_libraries() -> None:
-    """Everything that loading a model needs, at once, and without progress bars beside ours; downloads keep theirs."""
-    with importing():
+    """Import everything that loading a model needs, and switch off the libraries' progress bars except for downloads.
+
+    In one place: it then runs without the garbage collector, and without what bitsandbytes would import.
+    """
+    with without_garbage_collection():
         import diffusers
         import transformers
 
@@ -181,29 +178,20 @@ def import_libraries() -> None:
             library.utils.logging.disable_progress_bar()
             if variable not in os.environ:
                 library.utils.logging.set_verbosity_error()  # their advice is not for our users
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks up for 4-bit kernels that nobody asks for
+        # It warns that kernels for 4 bits are missing, which most runs do not use.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         with without_bitsandbytes():
-            import diffusers.models.unets.unet_2d_condition
-            import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
-
-
-def _safety(source: str, dtype: torch.dtype, weights: dict[str, Any]) -> tuple[Any, Any]:
-    """The base's safety checker and its image processor."""
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-    from transformers import CLIPImageProcessor
-
-    checker = StableDiffusionSafetyChecker.from_pretrained(
-        source, subfolder="safety_checker", dtype=dtype, **weights)
-    plain = {key: value for key, value in weights.items() if key != "variant"}
-    return checker, CLIPImageProcessor.from_pretrained(source, subfolder="feature_extractor", **plain)
+            families.import_common_classes()
 
 
 def _missing(recipe: Recipe, error: Exception) -> str:
-    reason = vae.reason(error)
+    """Return the message about a base that could not be loaded, and what to type."""
+    reason = vae.first_line(error)
     if recipe.source.startswith((".", "/", "~")) or Path(recipe.source).exists():
-        half = not recipe.model.variant and any(Path(recipe.source).glob("unet/*.fp16.safetensors"))
-        hint = "type model.variant=fp16" if half else (
-            "type model.source=DIR, a folder with unet, vae, text_encoder, tokenizer and scheduler")
+        denoisers = {family.denoiser.name for family in families.FAMILIES}
+        half = any(any(Path(recipe.source).glob(f"{name}/*.fp16.safetensors")) for name in denoisers)
+        hint = "type model.variant=fp16" if half and not recipe.model.variant else (
+            "type model.source=DIR, a diffusers folder (model_index.json and a folder for each part)")
     elif recipe.model.offline:
         hint = "type model.offline=false to ask the hub, or model.source=DIR"
     else:

@@ -1,4 +1,4 @@
-"""The VAE of a run: the base's own, or the one that model.vae puts in its place."""
+"""The VAE of a run: the base's own, or the one that model.vae names in its place."""
 
 from pathlib import Path
 from typing import Any
@@ -7,54 +7,52 @@ import torch
 from safetensors import SafetensorError
 
 from dreambooth.config.recipe import Recipe
-from dreambooth.config.storage import is_single
 from dreambooth.errors import UserError
-from dreambooth.models.components import half_overflows, says_fixed
-
-FIX = "madebyollin/sdxl-vae-fp16-fix"  # SDXL's VAE, trained on until half does not overflow in it
+from dreambooth.models.families.family import Family
 
 
-def of_run(recipe: Recipe, dtype: torch.dtype, two_encoders: bool, weights: dict[str, Any]) -> Any:
-    """In `dtype`; in fp32 where fp16 overflows in it.
+def load_for_run(recipe: Recipe, family: Family, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    """Load the VAE in `dtype`, or in fp32 if fp16 overflows in it.
 
     Args:
-        weights: where the base's weights are, as diffusers takes it.
+        options: revision, variant and local_files_only of the base.
 
     Raises:
-        UserError: the one that model.vae names cannot be loaded; of the base's own, what diffusers raises.
+        UserError: the VAE that model.vae names cannot be loaded.
+        OSError, ValueError, SafetensorError: the base's own VAE cannot be loaded.
     """
-    if own := recipe.vae_source:
+    if source := recipe.vae_source:
         try:
-            return _load(own, dtype, two_encoders, _place(own) | {"local_files_only": recipe.model.offline})
+            return _load(family, source, dtype, _location(source) | {"local_files_only": recipe.model.offline})
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"the VAE {own} could not be loaded ({reason(error)}): type another model.vae, a folder or "
-                            "hub id, or model.vae=null for the base's own") from error
-    return _load(recipe.source, dtype, two_encoders, weights | {"subfolder": "vae"})
+            raise UserError(f"the VAE {source} could not be loaded ({first_line(error)}): type another model.vae, a "
+                            "folder or hub id, or model.vae=null for the base's own") from error
+    return _load(family, recipe.source, dtype, options | {"subfolder": family.vae.name})
 
 
-def on_this_machine(source: str, dtype: torch.dtype) -> Any:
-    """One to draw with, in `dtype`: pipelines of SDXL compute in fp32 where they must.
+def load_for_pipeline(source: str, family: Family, dtype: torch.dtype) -> Any:
+    """Load a VAE from this machine in `dtype`, to draw with. Pipelines compute in fp32 where fp16 overflows.
 
     Raises:
-        OSError, ValueError, SafetensorError: it is not here, or broken.
+        OSError, ValueError, SafetensorError: it is not here, or is damaged.
     """
-    return _load(source, dtype, False, _place(source) | {"local_files_only": True})
+    return family.vae.load(source, dtype, **_location(source), local_files_only=True)
 
 
-def configuration(source: str, base: dict[str, Any]) -> dict[str, Any]:
-    """That of a VAE in place of a base's, for a plan: a folder's own; elsewhere the base's, in which half overflows
-    unless the name is that of SDXL's fix, or of a file that says so, as for its conversion."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+def planned_configuration(source: str, family: Family, base: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of the VAE that replaces the base's, for a plan, which downloads nothing.
 
-    for place in (Path(source) / "vae", Path(source)):
-        if (place / "config.json").is_file():
-            return dict(AutoencoderKL.load_config(place))
-    fixed = says_fixed(Path(source).stem) if is_single(source) else source == FIX
-    return base | {"force_upcast": not fixed}
+    A folder says its own. Of a hub id or a single file it is the base's; fp16 counts as overflowing in it unless its
+    name says that it does not (as in its conversion, see single_file_sources.py).
+    """
+    for folder in (Path(source) / "vae", Path(source)):
+        if (folder / "config.json").is_file():
+            return family.vae.configuration(folder)
+    return family.mark_half_safe(base, family.is_half_safe(source))
 
 
-def check(unet: Any, vae: Any, instead: str) -> None:
-    """A UNet that is told of a picture or a mask too cannot be trained or drawn with here.
+def check_channels(family: Family, denoiser: Any, vae: Any, instead: str) -> None:
+    """Refuse a denoiser that also reads a picture or a mask: it can be neither trained nor drawn with here.
 
     Args:
         instead: what to type, the rest of a sentence.
@@ -62,30 +60,29 @@ def check(unet: Any, vae: Any, instead: str) -> None:
     Raises:
         UserError: it is one.
     """
-    reads, made = unet.config.in_channels, vae.config.latent_channels
-    if reads != made:
-        raise UserError(f"this model reads {reads} channels where its VAE makes {made}, as those for inpainting and "
+    reads, makes = family.latent_channels(denoiser), family.vae_channels(vae.config)
+    if reads != makes:
+        raise UserError(f"this model reads {reads} channels where its VAE makes {makes}, as those for inpainting and "
                         f"editing do: type {instead}")
 
 
-def other_base(recipe: Recipe) -> str:
-    """What to type in training where the base does not do."""
+def another_base(recipe: Recipe) -> str:
+    """Return what to type if the base of a run cannot be trained."""
     return "model.source=DIR, a model that draws from text alone" + ", or model.vae=null" * bool(recipe.vae_source)
 
 
-def reason(error: Exception) -> str:
-    """The first line of what a library says."""
+def first_line(error: Exception) -> str:
+    """Return the first line of a library's message, shortened."""
     return str(error).strip().partition("\n")[0][:200]
 
 
-def _load(source: str, dtype: torch.dtype, two_encoders: bool, place: dict[str, Any]) -> Any:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+def _load(family: Family, source: str, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    configuration = family.vae.configuration(
+        source, **{key: value for key, value in options.items() if key != "variant"})
+    overflows = dtype is torch.float16 and family.half_overflows(configuration)
+    return family.vae.load(source, torch.float32 if overflows else dtype, **options)
 
-    config = AutoencoderKL.load_config(source, **{key: value for key, value in place.items() if key != "variant"})
-    overflows = dtype is torch.float16 and half_overflows(dict(config), two_encoders)
-    return AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32 if overflows else dtype, **place)
 
-
-def _place(source: str) -> dict[str, Any]:
-    """Inside a folder or hub id of its own: a whole model's folder has it in vae/."""
+def _location(source: str) -> dict[str, Any]:
+    """Return where in a folder or hub id the VAE is: a folder with a whole model has it in vae/."""
     return {"subfolder": "vae"} if (Path(source) / "vae/config.json").is_file() else {}

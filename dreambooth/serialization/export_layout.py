@@ -1,9 +1,12 @@
-"""What a run's `model/` is: a whole pipeline, or (method=lora, dora without merge) an adapter's files. No torch."""
+"""What a run's folder `model/` holds: a whole pipeline, or an adapter's files. Imports no torch.
+
+It is an adapter's with method=lora or dora and without method.merge.
+"""
 
 from pathlib import Path
 
-WHOLE = "model_index.json"
-ADAPTER = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights(folder) looks for
+INDEX = "model_index.json"  # of a whole pipeline
+ADAPTER = "pytorch_lora_weights.safetensors"  # in diffusers' layout; load_lora_weights(folder) looks for this name
 
 
 def adapter_only(kind: str, merge: bool) -> bool:
@@ -11,6 +14,6 @@ def adapter_only(kind: str, merge: bool) -> bool:
     return kind != "full" and not merge
 
 
-def whole(folder: Path, kind: str, merge: bool) -> bool:
-    """Whether the folder holds the model that was asked for: it appears all at once, so one file tells."""
-    return (folder / (ADAPTER if adapter_only(kind, merge) else WHOLE)).is_file()
+def is_exported(folder: Path, kind: str, merge: bool) -> bool:
+    """Whether the folder holds the result of such a run. It appears all at once, so one file is enough to tell."""
+    return (folder / (ADAPTER if adapter_only(kind, merge) else INDEX)).is_file()

@@ -1,4 +1,4 @@
-"""The parts of a local diffusers folder: by their shapes alone, or with their weights."""
+"""The parts of a local diffusers folder: built from its configurations alone, or loaded with their weights."""
 
 import json
 from pathlib import Path
@@ -10,72 +10,57 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dreambooth.errors import UserError
-from dreambooth.models.components import Components, zero_snr
-from dreambooth.serialization import clip_tokenizer, single_file
-from dreambooth.serialization.detect_format import Found
-from dreambooth.serialization.ldm_keys import Family, modern
+from dreambooth.models import families
+from dreambooth.models.components import Components
+from dreambooth.serialization.detect_format import DetectedModel
 
 
-def blank_parts(folder: Path, found: Found | None) -> Components:
-    """Parts without memory, built from the configurations of a folder and told what was found in a file.
+def build_parts(folder: Path, detected: DetectedModel | None = None) -> Components:
+    """Build parts without memory (on the device `meta`) from the configurations of a folder.
+
+    Args:
+        detected: of a single file: its family, and facts that replace those of the folder; None: the folder's own.
 
     Raises:
-        UserError: the folder lacks one.
+        UserError: the folder lacks a configuration, or is of no family here.
     """
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
     try:
-        vae, unet = (read_json(folder / part / "config.json") for part in ("vae", "unet"))
-        schedule = read_json(folder / "scheduler/scheduler_config.json")
-        pad = "!" if found and found.family is Family.sd2 else clip_tokenizer.END
-        two = found.family is Family.sdxl if found else (folder / "text_encoder_2").is_dir()
-        if found:
-            unet["sample_size"] = found.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
-            schedule = _schedule(schedule, found)
+        family = detected.family if detected else families.of_folder(folder)
+        if family is None:
+            raise ValueError(f"it is no model of {families.titles()}")
+        configurations = {part.name: part.configuration(folder, subfolder=part.name) for part in family.parts()}
+        scheduler = read_json(folder / "scheduler/scheduler_config.json")
+        if detected:
+            latent_side = detected.resolution // family.vae_scale(configurations[family.vae.name])
+            name = family.denoiser.name
+            configurations[name] = family.with_native_side(configurations[name], latent_side)
+            scheduler = scheduler | {"prediction_type": detected.prediction_type}
+            scheduler = family.rescale_to_zero_snr(scheduler) if detected.is_rescaled else scheduler
+        tokenizers = [family.load_tokenizer(name, folder) if (folder / name).is_dir()
+                      else family.packaged_tokenizer(name) for name in family.tokenizers]
         with torch.device("meta"):
-            parts = Components(
-                unet=UNet2DConditionModel.from_config(unet), vae=AutoencoderKL.from_config(vae),
-                text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")),
-                tokenizer=_tokenizer(folder, "tokenizer", pad),
-                scheduler_config=schedule)
-            if two:
-                parts.text_encoder_2 = CLIPTextModelWithProjection(
-                    CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder_2"))
-                parts.tokenizer_2 = _tokenizer(folder, "tokenizer_2", "!")
+            modules = {part.name: part.build(configurations[part.name]) for part in family.parts()}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} is no diffusers folder of this family ({str(error).splitlines()[0][:120]}): type "
-                        f"another {'config' if found else 'in'}=DIR") from error
-    return parts
+                        f"another {'config' if detected else 'in'}=DIR") from error
+    return Components(
+        family=family, denoiser=modules[family.denoiser.name], vae=modules[family.vae.name],
+        encoders=[modules[part.name] for part in family.encoders], tokenizers=tokenizers, scheduler_config=scheduler)
 
 
-def _schedule(config: dict[str, Any], found: Found) -> dict[str, Any]:
-    config = config | {"prediction_type": found.prediction_type}
-    return zero_snr(config) if found.pure_noise else config
-
-
-def _tokenizer(folder: Path, name: str, pad: str) -> Any:
-    if not (folder / name).is_dir():
-        return clip_tokenizer.tokenizer(pad)
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer.from_pretrained(folder, subfolder=name)
-
-
-def open_parts(folder: Path) -> Components:
-    """The parts of a local diffusers folder, each weight in the precision in which it is kept.
+def load_parts(folder: Path) -> Components:
+    """Load the parts of a local diffusers folder, each weight in the precision in which it is stored.
 
     Raises:
-        UserError: it lacks one.
+        UserError: the folder lacks a part, or is of no family here.
     """
-    parts = blank_parts(folder, None)
-    for name, module in single_file.modules(parts):
+    parts = build_parts(folder)
+    for name, module in parts.modules_by_name.items():
         paths = sorted((folder / name).glob("*.safetensors"))
         plain = [path for path in paths if ".fp16." not in path.name] or paths
-        known = module.state_dict().keys()
-        state = {modern(key, known): value for path in plain for key, value in _weights(path).items()
-                 if not key.endswith("position_ids")}
+        names = module.state_dict().keys()
+        state = {parts.family.current_name(key, names): value
+                 for path in plain for key, value in _load_weights(path).items() if not key.endswith("position_ids")}
         try:
             module.load_state_dict(state, assign=True)
         except RuntimeError as error:
@@ -84,7 +69,7 @@ def open_parts(folder: Path) -> Components:
     return parts
 
 
-def _weights(path: Path) -> dict[str, Tensor]:
+def _load_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -93,5 +78,6 @@ def _weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    """Read a JSON object."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

@@ -3,15 +3,14 @@
 | | diffusers | kohya (AUTOMATIC1111, ComfyUI) |
 |---|---|---|
 | UNet | `unet.mid_block.attentions.0.proj_in` | `lora_unet_mid_block_attentions_0_proj_in` |
-| SDXL's size and pooled text | `unet.add_embedding.linear_1`, `_2` | `lora_unet_label_emb_0_0`, `_0_2` |
-| text encoder | `text_encoder.text_model.encoder...` | `lora_te_text_model_encoder...`; of two: `lora_te1_`, ... |
+| text encoder | `text_encoder.text_model.encoder...` | `lora_te_text_model_encoder...` |
 | down, up | `.lora_A.weight`, `.lora_B.weight` | `.lora_down.weight`, `.lora_up.weight` |
 | row lengths (DoRA) | `.lora_magnitude_vector.weight` (out,), (1, out, 1, 1) | `.dora_scale` (out, 1), (out, 1, 1, 1) |
 | alpha | - : `lora_B` holds the scale | `.alpha` = rank: `lora_up` holds the scale |
 
-diffusers 0.42 leaves `dora_scale` out when it reads the kohya layout: a DoRA is read there in diffusers' own. It takes
-both `lora_unet_add_embedding_linear_` for one `add.embedding.linear`, which is no layer: these are named as by kohya's
-trainer.
+The names of modules in both layouts are the family's (Family.published_name, Family.kohya_name).
+
+diffusers 0.42 ignores `dora_scale` when it reads kohya's layout, so a DoRA has to be read in diffusers' own.
 """
 
 from collections.abc import Mapping
@@ -23,65 +22,72 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dreambooth.errors import UserError
-from dreambooth.models.lora import LowRank, published
+from dreambooth.models.families.family import Family
+from dreambooth.models.lora import LowRank
 from dreambooth.serialization.export_layout import ADAPTER
 
-OF_BASE = "base_model_"  # how keys of an adapter's metadata begin that say which of a base's files it belongs to
-DIFFUSERS = ADAPTER  # the file in that layout
-LABELS = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}  # of kohya's UNet
+BASE_KEY_PREFIX = "base_model_"  # of the metadata keys that say which of the base's files an adapter was trained on
 DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"
 
 
-def diffusers_layout(known: Mapping[str, LowRank]) -> dict[str, Tensor]:
-    """Tensors by key."""
-    found: dict[str, Tensor] = {}
-    for name, low in known.items():
-        name = published(name)
-        found |= {name + DOWN: low.down, name + UP: low.up}
-        if low.magnitude is not None:
-            found[name + MAGNITUDE] = low.magnitude.view(-1) if low.down.dim() == 2 else low.magnitude.view(1, -1, 1, 1)
-    return {key: tensor.contiguous() for key, tensor in found.items()}
-
-
-def kohya_layout(known: Mapping[str, LowRank]) -> dict[str, Tensor]:
-    """Tensors by key."""
-    two = any(name.startswith("text_encoder_2.") for name in known)
-    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if two else "lora_te_", "text_encoder_2": "lora_te2_"}
-    found: dict[str, Tensor] = {}
-    for name, low in known.items():
-        part, _, rest = published(name).partition(".")
-        key = prefixes[part] + LABELS.get(rest, rest).replace(".", "_")
-        found |= {f"{key}.lora_down.weight": low.down, f"{key}.lora_up.weight": low.up,
-                  f"{key}.alpha": torch.tensor(float(low.down.shape[0]))}
-        if low.magnitude is not None:
-            found[f"{key}.dora_scale"] = low.magnitude.view(-1, *[1] * (low.down.dim() - 1))
-    return {key: tensor.contiguous() for key, tensor in found.items()}
-
-
-def write(folder: Path, known: Mapping[str, LowRank], title: str, facts: Mapping[str, str]) -> None:
-    """`folder`/pytorch_lora_weights.safetensors and `folder`/webui/`title`.safetensors, whose name is what a user
-    of a web UI types.
+def diffusers_layout(weights: Mapping[str, LowRank], family: Family) -> dict[str, Tensor]:
+    """Return the tensors of diffusers' layout by key.
 
     Args:
-        facts: metadata of both files, texts.
+        weights: by module name in the TrainedModel.
+    """
+    tensors: dict[str, Tensor] = {}
+    for module, low in weights.items():
+        name = family.published_name(module)
+        tensors |= {name + DOWN: low.down, name + UP: low.up}
+        if low.magnitude is not None:
+            shape = (-1,) if low.down.dim() == 2 else (1, -1, 1, 1)
+            tensors[name + MAGNITUDE] = low.magnitude.view(shape)
+    return {key: tensor.contiguous() for key, tensor in tensors.items()}
+
+
+def kohya_layout(weights: Mapping[str, LowRank], family: Family) -> dict[str, Tensor]:
+    """Return the tensors of kohya's layout by key.
+
+    Args:
+        weights: by module name in the TrainedModel.
+    """
+    tensors: dict[str, Tensor] = {}
+    for module, low in weights.items():
+        key = family.kohya_name(module)
+        tensors |= {f"{key}.lora_down.weight": low.down, f"{key}.lora_up.weight": low.up,
+                    f"{key}.alpha": torch.tensor(float(low.down.shape[0]))}
+        if low.magnitude is not None:
+            tensors[f"{key}.dora_scale"] = low.magnitude.view(-1, *[1] * (low.down.dim() - 1))
+    return {key: tensor.contiguous() for key, tensor in tensors.items()}
+
+
+def write(folder: Path, weights: Mapping[str, LowRank], family: Family, title: str,
+          metadata: Mapping[str, str]) -> None:
+    """Write `folder`/pytorch_lora_weights.safetensors (diffusers) and `folder`/webui/`title`.safetensors (kohya).
+
+    Args:
+        weights: by module name in the TrainedModel.
+        title: users of web UIs type it in prompts.
+        metadata: of both files.
     """
     (folder / "webui").mkdir(exist_ok=True)
-    plain = {"format": "pt"} | dict(facts)
-    save_file(diffusers_layout(known), folder / DIFFUSERS, plain)
-    rank = next(iter(known.values())).down.shape[0]
-    save_file(kohya_layout(known), folder / "webui" / f"{title}.safetensors", plain | {
+    common = {"format": "pt"} | dict(metadata)
+    save_file(diffusers_layout(weights, family), folder / ADAPTER, common)
+    rank = next(iter(weights.values())).down.shape[0]
+    save_file(kohya_layout(weights, family), folder / "webui" / f"{title}.safetensors", common | {
         "ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(float(rank)),
         "ss_output_name": title})
 
 
-def base_of(file: Path) -> str:
-    """The base of an adapter that a run has written."""
+def read_base_model(file: Path) -> str:
+    """Read from an adapter's file which base the run trained it on."""
     with safe_open(file, "pt") as opened:
         return str((opened.metadata() or {})["base_model"])
 
 
 def read(file: Path) -> dict[str, LowRank]:
-    """What a file in diffusers' layout holds, by published module name.
+    """Read a file in diffusers' layout: each layer's adapter by the module's name in files.
 
     Raises:
         UserError: it is not such a file.

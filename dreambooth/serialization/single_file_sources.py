@@ -1,4 +1,4 @@
-"""Models and VAEs of a run that are one file each: turned into folders below run_root, once."""
+"""Converts models and VAEs of a run that are single files to folders below run_root, once per file."""
 
 import json
 import re
@@ -13,73 +13,77 @@ import torch
 from filelock import FileLock
 
 from dreambooth.config.schema import Config
-from dreambooth.config.storage import is_single
+from dreambooth.config.storage import is_single_file
 from dreambooth.errors import UserError
-from dreambooth.models.components import says_fixed
+from dreambooth.models import families
+from dreambooth.models.families.family import Family
 from dreambooth.serialization import single_file
 from dreambooth.serialization.convert import convert
-from dreambooth.serialization.detect_format import opened
+from dreambooth.serialization.detect_format import open_model_file
+from dreambooth.serialization.load_parts import read_json
 from dreambooth.utils import atomic_files
-from dreambooth.utils.assets import asset
+from dreambooth.utils.assets import resolve_asset
 
 
 def as_folders(config: Config) -> Config:
-    """The config with folders in place of model.source and model.vae that are one file each; a file is converted once.
+    """Return the config with folders in place of single files in model.source and model.vae.
 
     Raises:
         UserError: a file cannot be converted.
     """
     config = deepcopy(config)
-    if is_single(config.model.source):
-        config.model.source = str(_model(config))
-    if is_single(config.model.vae):
-        config.model.vae = str(_vae(config, config.model.vae or ""))
+    if is_single_file(config.model.source):
+        config.model.source = str(_convert_model(config))
+    if is_single_file(config.model.vae):
+        config.model.vae = str(_convert_vae(config, config.model.vae or ""))
     return config
 
 
-def _model(config: Config) -> Path:
-    path = _file("source", config.model.source)
-    with _place(config, path) as target:
+def _convert_model(config: Config) -> Path:
+    path = _check_file("source", config.model.source)
+    with _locked_folder(config, path) as target:
         if not (target / "model_index.json").is_file():
             if target.exists():
-                atomic_files.remove_folder(target)  # half of one
+                atomic_files.remove_folder(target)  # incomplete
             try:
                 convert(str(path), str(target))
             except UserError as error:
-                door = f"python -m dreambooth.convert in={path} out=DIR config=DIR, then model.source=DIR"
-                raise UserError(str(error).replace("type config=DIR", f"type {door}")) from error
+                command = f"python -m dreambooth.convert in={path} out=DIR config=DIR, then model.source=DIR"
+                raise UserError(str(error).replace("type config=DIR", f"type {command}")) from error
     return target
 
 
-def _vae(config: Config, source: str) -> Path:
-    """A VAE file takes the shape and facts of the base's own VAE: beside another base it is another folder."""
-    path = _file("vae", source)
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    facts = _facts(config, path)
-    key = sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
-    with _place(config, path, key) as target:
+def _convert_vae(config: Config, source: str) -> Path:
+    """Convert a file of a VAE. It takes its configuration from the base's own VAE, so it is converted once per such
+    configuration."""
+    path = _check_file("vae", source)
+    family, configuration = _vae_configuration(config, path)
+    key = sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:8]
+    with _locked_folder(config, path, key) as target:
         if not (target / "vae/config.json").is_file():
             with torch.device("meta"):
-                vae = AutoencoderKL.from_config(facts)
-            single_file.only_vae(vae, opened(path))
-            with atomic_files.whole_folder(target) as aside:
+                vae = family.vae.build(configuration)
+            single_file.fill_vae(vae, family, open_model_file(path))
+            with atomic_files.write_folder(target) as aside:
                 vae.save_pretrained(aside / "vae")
     return target
 
 
-def _facts(config: Config, path: Path) -> dict[str, Any]:
-    """The configuration of the VAE in a file."""
-    places = [Path(asset(config.model.source)), Path(asset("package:architectures")) / config.model.name]
-    place = next((found for place in places if (found := place / "vae/config.json").is_file()), None)
-    if place is None:
+def _vae_configuration(config: Config, path: Path) -> tuple[Family, dict[str, Any]]:
+    """Return the family of the base, and the configuration of the VAE in a file."""
+    folders = [Path(resolve_asset(config.model.source)),
+               Path(resolve_asset("package:architectures")) / config.model.name]
+    base = next((folder for folder in folders if (folder / "vae/config.json").is_file()), None)
+    family = None if base is None else families.of_folder(base)
+    if base is None or family is None:
         raise UserError(f"the shape of {path} is not known here: type model.vae=DIR, a folder with its config.json")
-    known = json.loads(place.read_text(encoding="utf-8"))
-    facts = {key: value for key, value in known.items() if not key.startswith("_")}  # not who has written it
-    return facts | ({"force_upcast": False} if says_fixed(path.stem) else {})
+    # Without who has written it: keys that begin with an underscore.
+    configuration = {key: value for key, value in read_json(base / "vae/config.json").items() if key[0] != "_"}
+    safe = family.is_half_safe(str(path))
+    return family, family.mark_half_safe(configuration, True) if safe else configuration
 
 
-def _file(key: str, source: str) -> Path:
+def _check_file(key: str, source: str) -> Path:
     path = Path(source)
     if not path.is_file():
         raise UserError(f"there is no file {path}: type model.{key}=FILE, the path of a .safetensors or .ckpt file")
@@ -90,13 +94,13 @@ def _file(key: str, source: str) -> Path:
 
 
 @contextmanager
-def _place(config: Config, path: Path, more: str = "") -> Iterator[Path]:
-    """The folder that a file is converted to, held for as long as it may be made.
+def _locked_folder(config: Config, path: Path, suffix: str = "") -> Iterator[Path]:
+    """Yield the folder that a file is converted to, locked against other processes.
 
-    Its name tells the whole content: two merges of one base can be of one size and alike at both ends.
+    Its name depends on the file's whole content: two merges of one base can have one size and equal both ends.
     """
     stem = re.sub(r"[^A-Za-z0-9_.]+", "-", path.stem)[:60]
-    name = "-".join(filter(None, [stem, atomic_files.whole_digest(path)[:10], more]))
+    name = "-".join(filter(None, [stem, atomic_files.full_digest(path)[:10], suffix]))
     target = Path(config.run_root).absolute() / "converted" / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{name}.lock")):

@@ -12,10 +12,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dreambooth.models.loading import denoiser_of, load
+from dreambooth.models import families
+from dreambooth.models.loading import load, trained_model
 from dreambooth.planner.rehearsal import predict, rehearse
 from dreambooth.planner.skeleton_models import trained_weights
-from tests.support.configs import small
+from tests.support.configs import small_recipe
 from tests.support.faults import call, train
 from tests.support.runs import assert_same, the_run
 from tests.support.tiny_models import SECOND, make
@@ -68,11 +69,9 @@ def test_sdxls_unet_is_told_what_its_pipeline_tells_it(base: dict[str, Path]) ->
     """Prompt states, pooled state and time ids of a training step are those of StableDiffusionXLPipeline."""
     from diffusers import StableDiffusionXLPipeline
 
-    from dreambooth.models.text_conditioning import TwoEncoders
-
     pipeline = StableDiffusionXLPipeline.from_pretrained(base["sdxl"])
     encoders, seen = [pipeline.text_encoder, pipeline.text_encoder_2], {}
-    conditions = TwoEncoders(pipeline.vae_scale_factor)
+    family = families.of_architecture("sdxl")
     plain = pipeline.unet.forward
 
     def look(*args: object, **kwargs: object) -> object:
@@ -84,8 +83,9 @@ def test_sdxls_unet_is_told_what_its_pipeline_tells_it(base: dict[str, Path]) ->
         pipeline("a photo of a toy", num_inference_steps=1, height=16, width=16, guidance_scale=1.0,
                  output_type="latent")
         theirs = dict(seen)
-        text = conditions.text(encoders, conditions.tokens([pipeline.tokenizer] * 2, "a photo of a toy"))
-        conditions.predict(pipeline.unet, torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.long), text)
+        text = family.text(encoders, family.tokens([pipeline.tokenizer] * 2, "a photo of a toy"))
+        family.predict(pipeline.unet, torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.long), text,
+                       pipeline.vae_scale_factor)
     assert text.shape == (1, 17, 32 + SECOND)
     assert seen["text"].equal(theirs["text"])
     for name in ("text_embeds", "time_ids"):
@@ -96,30 +96,30 @@ def test_sdxls_unet_is_told_what_its_pipeline_tells_it(base: dict[str, Path]) ->
 @pytest.mark.parametrize("family", NEW)
 def test_the_planner_records_the_very_step_of_a_family(family: str, text: bool, base: dict[str, Path]) -> None:
     """The same storages and the same work on hollow tensors and on real ones; these VAEs have attention."""
-    ask = small(model__source=str(base[family]), model__name=family, model__resolution=16,
+    ask = small_recipe(model__source=str(base[family]), model__name=family, model__resolution=16,
                 train__train_text_encoder=text, memory__gradient_checkpointing=True)
     hollow, real = predict(ask), rehearse(ask)
     assert hollow.trace.events == real.trace.events
     assert hollow.trace.category == real.trace.category
     assert hollow.trace.flops == real.trace.flops
-    live = denoiser_of(load(ask, torch.device("cpu")), ask).requires_grad_(True)
-    frozen = sum(p.numel() for m in live.conditions.unused([live.text_encoder]) for p in m.parameters()) if text else 0
-    assert hollow.trained == sum(p.numel() for p in live.parameters()) - frozen == trained_weights(ask)
+    live = trained_model(load(ask, torch.device("cpu")), ask).requires_grad_(True)
+    frozen = sum(p.numel() for m in live.family.untrainable([live.text_encoder]) for p in m.parameters()) if text else 0
+    assert hollow.trained_parameters == sum(p.numel() for p in live.parameters()) - frozen == trained_weights(ask)
 
 
 def test_sdxls_vae_computes_in_fp32_under_half_autocast(base: dict[str, Path]) -> None:
-    from dreambooth.models.components import keep_vae_whole
+    from dreambooth.models.components import disable_vae_autocast
 
-    parts = load(small(model__source=str(base["sdxl"])), torch.device("cpu"))
+    parts = load(small_recipe(model__source=str(base["sdxl"])), torch.device("cpu"))
     pixels, seen = torch.randn(1, 3, 16, 16), []
     parts.vae.encoder.conv_in.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         parts.encode(pixels)
     assert seen == [torch.float32]
-    fixed = load(small(model__source=str(base["sdxl"])), torch.device("cpu"))
+    fixed = load(small_recipe(model__source=str(base["sdxl"])), torch.device("cpu"))
     del fixed.vae.encode
     fixed.vae.register_to_config(force_upcast=False)
-    keep_vae_whole(fixed)
+    disable_vae_autocast(fixed)
     assert "encode" not in vars(fixed.vae)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dreambooth.config.enums import BaseWeights, Dtype, MethodKind, Targets
 from dreambooth.config.method import Method
-from dreambooth.models import lora
-from dreambooth.models.lora import LowRank, inject, learned, merge
+from dreambooth.models import families, lora
+from dreambooth.models.lora import LowRank, adapter_weights, inject, merge
 from dreambooth.models.quantization import quantise
 from dreambooth.models.sample_dropout import Dropout, follow, sample_keys
 from tests.support.faults import train
@@ -21,6 +21,8 @@ from tests.support.runs import KILLED, assert_same, losses, the_run
 
 KINDS = [MethodKind.lora, MethodKind.dora]
 U = 2.0**-24
+FAMILY = families.of_architecture("sd15")
+TARGETS = FAMILY.adapter_targets
 
 
 class Toy(nn.Module):
@@ -40,7 +42,7 @@ def taught(kind: MethodKind, **more: Any) -> tuple[Toy, Toy]:
     torch.manual_seed(0)
     base, model = Toy(), Toy()
     model.load_state_dict(base.state_dict())
-    inject(model, method(kind, **more), seed=1, dtype=Dtype.fp32)
+    inject(model, method(kind, **more), TARGETS, seed=1, dtype=Dtype.fp32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -57,7 +59,7 @@ def test_an_untrained_adapter_is_the_base_exactly(kind: MethodKind) -> None:
     torch.manual_seed(0)
     base, model = Toy(), Toy()
     model.load_state_dict(base.state_dict())
-    inject(model, method(kind), seed=1, dtype=Dtype.fp32)
+    inject(model, method(kind), TARGETS, seed=1, dtype=Dtype.fp32)
     x = torch.randn(3, 40)
     assert model.unet["to_q"](x).equal(base.unet["to_q"](x))
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -68,7 +70,7 @@ def test_an_untrained_adapter_is_the_base_exactly(kind: MethodKind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_is_applied_within_the_bound_of_the_docstring(kind: MethodKind) -> None:
     base, model = taught(kind)
-    known = learned(model)
+    known = adapter_weights(model)
     merge(base, known)
     with torch.no_grad():
         for name, x in (("to_q", torch.randn(50, 40)), ("proj_in", torch.randn(5, 6, 9, 9))):
@@ -88,25 +90,25 @@ def test_merged_is_applied_within_the_bound_of_the_docstring(kind: MethodKind) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_teach_gives_back_what_was_learned(kind: MethodKind) -> None:
+def test_loaded_weights_are_those_of_the_adapter(kind: MethodKind) -> None:
     _, model = taught(kind)
     other = Toy()
-    inject(other, method(kind), seed=2, dtype=Dtype.fp32)
-    known = {lora.published(name): low for name, low in learned(model).items()}
-    lora.teach(other, known)
-    for name, low in learned(other).items():
+    inject(other, method(kind), TARGETS, seed=2, dtype=Dtype.fp32)
+    known = {FAMILY.published_name(name): low for name, low in adapter_weights(model).items()}
+    lora.load_adapter_weights(other, known)
+    for name, low in adapter_weights(other).items():
         for ours, theirs in zip(vars(low).values(), vars(known[name]).values(), strict=True):
             assert ours is theirs or torch.allclose(ours, theirs, rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="rank"):
-        inject(another := Toy(), method(kind, rank=2), seed=2, dtype=Dtype.fp32)
-        lora.teach(another, known)
+        inject(another := Toy(), method(kind, rank=2), TARGETS, seed=2, dtype=Dtype.fp32)
+        lora.load_adapter_weights(another, known)
 
 
 def test_absent_is_the_base_and_comes_back() -> None:
     base, model = taught(MethodKind.dora)
     x = torch.randn(3, 40)
     before = model.unet["to_q"](x)
-    with lora.absent(model):
+    with lora.disabled(model):
         assert model.unet["to_q"](x).equal(base.unet["to_q"](x))
     assert model.unet["to_q"](x).equal(before)
     assert sum(p.requires_grad for p in model.parameters()) == 6
@@ -129,27 +131,28 @@ def test_all_of_a_frozen_base_is_in_the_compute_precision_and_the_planner_knows(
     """Norms and embeddings too: what is loaded, what is planned and what the docs say are one thing."""
     from dreambooth.models.loading import load
     from dreambooth.planner.fake_cuda import fake_tensors
-    from dreambooth.planner.skeleton_models import blank
-    from tests.support.configs import small
+    from dreambooth.planner.skeleton_models import build_skeleton
+    from tests.support.configs import small_recipe
 
     if weights is BaseWeights.nf4:
         pytest.importorskip("bitsandbytes")
-    asked = small(method__kind=MethodKind.lora, precision__dtype=Dtype.bf16, train__train_text_encoder=text)
+    asked = small_recipe(method__kind=MethodKind.lora, precision__dtype=Dtype.bf16, train__train_text_encoder=text)
     asked = replace(asked, method=replace(asked.method, base_weights=weights))  # on a CPU no run may
     loaded = load(asked, torch.device("cpu"))
     with fake_tensors():
-        planned = blank(asked)
+        planned = build_skeleton(asked)
     for ours, theirs in zip(loaded.modules, planned.modules, strict=True):
         found = {name: (parameter.dtype, parameter.shape) for name, parameter in ours.named_parameters()}
         assert found == {name: (parameter.dtype, parameter.shape) for name, parameter in theirs.named_parameters()}
         assert {dtype for dtype, _ in found.values()} <= {torch.bfloat16, torch.uint8}
-    norms = [module for module in loaded.unet.modules() if isinstance(module, nn.GroupNorm | nn.LayerNorm)]
+    norms = [module for module in loaded.denoiser.modules() if isinstance(module, nn.GroupNorm | nn.LayerNorm)]
     assert norms and all(module.weight.dtype is torch.bfloat16 for module in norms)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_an_adapter_of_every_layer_trains_beside_norms_in_half(kind: str, tmp_path: Path) -> None:
-    words = [f"method={kind}", "method.targets=all", "precision=bf16", "train.max_train_steps=2"]
+    words = [f"method={kind}", "method.targets=all", "precision=bf16", "train.max_train_steps=2", "sample.every=null",
+             "prior.with_prior_preservation=false"]
     assert train(tmp_path, *words, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
 
 
@@ -159,7 +162,7 @@ def test_an_adapter_of_a_base_in_half_is_fp32_and_begins_as_the_base(kind: Metho
     base, model = Toy(), Toy()
     model.load_state_dict(base.state_dict())
     model.to(torch.bfloat16)
-    inject(model, method(kind), seed=1, dtype=Dtype.bf16)
+    inject(model, method(kind), TARGETS, seed=1, dtype=Dtype.bf16)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
     with torch.autocast("cpu", torch.bfloat16):
@@ -171,11 +174,11 @@ def test_an_adapter_of_a_base_in_half_is_fp32_and_begins_as_the_base(kind: Metho
 def test_what_an_adapter_begins_with_is_a_function_of_seed_and_name() -> None:
     first, second, third = Toy(), Toy(), Toy()
     before = torch.get_rng_state()
-    inject(first, method(MethodKind.lora), seed=1, dtype=Dtype.fp32)
+    inject(first, method(MethodKind.lora), TARGETS, seed=1, dtype=Dtype.fp32)
     assert torch.get_rng_state().equal(before), "the process's random numbers were used"
-    inject(second, method(MethodKind.lora, targets=Targets.attention), seed=1, dtype=Dtype.fp32)
-    inject(third, method(MethodKind.lora), seed=2, dtype=Dtype.fp32)
-    ours, alike, other = (learned(model)["unet.to_q"].down for model in (first, second, third))
+    inject(second, method(MethodKind.lora, targets=Targets.attention), TARGETS, seed=1, dtype=Dtype.fp32)
+    inject(third, method(MethodKind.lora), TARGETS, seed=2, dtype=Dtype.fp32)
+    ours, alike, other = (adapter_weights(model)["unet.to_q"].down for model in (first, second, third))
     assert ours.equal(alike) and not ours.equal(other)
     assert float(ours.abs().max()) <= 40**-0.5
 
@@ -191,9 +194,9 @@ def test_targets_are_chosen_by_their_names() -> None:
 
     attention = ["attn1.to_k", "attn1.to_out.0"]
     transformer = [*attention, "ff.net.0.proj", "ff.net.2"]
-    assert lora.targets(Part(), Targets.attention) == attention
-    assert lora.targets(Part(), Targets.transformer) == transformer
-    assert lora.targets(Part(), Targets.all) == [*transformer, "conv_in"]
+    assert lora.target_layers(Part(), TARGETS[Targets.attention]) == attention
+    assert lora.target_layers(Part(), TARGETS[Targets.transformer]) == transformer
+    assert lora.target_layers(Part(), TARGETS[Targets.all]) == [*transformer, "conv_in"]
 
 
 # -- dropout ------------------------------------------------------------------------------------------------------
@@ -239,7 +242,8 @@ def test_two_layers_drop_differently() -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_an_adapters_run_is_small_and_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
-    words = [f"method={kind}", "method.dropout=0.1", "method.rank=4"]
+    words = [f"method={kind}", "method.dropout=0.1", "method.rank=4", "train.max_train_steps=4", "checkpoint.every=1",
+             "sample.every=null"]
     assert train(tmp_path / "straight", *words) == 0
     straight = the_run(tmp_path / "straight")
     assert train(tmp_path / "killed", *words, fault="checkpoint_rename", seed=3) == KILLED
@@ -248,46 +252,55 @@ def test_an_adapters_run_is_small_and_resumes_bit_for_bit(kind: str, tmp_path: P
     ours, theirs = (load_file(run / "model/pytorch_lora_weights.safetensors")
                     for run in (straight, the_run(tmp_path / "killed")))
     assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
-    trained = load_file(straight / "checkpoints/step-000008/trained.safetensors")
+    trained = load_file(straight / "checkpoints/step-000004/trained.safetensors")
     assert all("lora_" in name for name in trained), "the base is in the checkpoint"
     assert {name.split(".")[0] for name in trained} == {"unet", "text_encoder"}
-    size = sum(path.stat().st_size for path in (straight / "checkpoints/step-000008").iterdir())
+    size = sum(path.stat().st_size for path in (straight / "checkpoints/step-000004").iterdir())
     assert size < 5_000_000  # fp32 of the base alone: 24 MB; of 4 copies that a full checkpoint holds: 96 MB
-    average = load_file(straight / "checkpoints/step-000008/ema.safetensors")
+    average = load_file(straight / "checkpoints/step-000004/ema.safetensors")
     name = next(name for name in average if "lora_A" in name)
     assert ours[name.replace(".default", "").replace("text_encoder.", "text_encoder.text_model.")].equal(average[name])
 
 
+LEVERLESS = ["method=lora", "method.dropout=0.1", "train.max_train_steps=2", "sample.every=null", "memory=fast"]
+
+
+@pytest.fixture(scope="module")
+def without_levers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("without_levers")
+    assert train(root, *LEVERLESS) == 0
+    return the_run(root)
+
+
 @pytest.mark.parametrize("lever", ["memory.gradient_checkpointing=true", "memory.optimizer_in_backward=true",
                                    "memory.ema_device=cpu"])
-def test_levers_change_no_number_of_an_adapters_run(lever: str, tmp_path: Path) -> None:
-    words = ["method=lora", "method.dropout=0.1", "train.max_train_steps=2", "sample.every=null"]
-    for name, more in (("plain", ["memory=fast"]), ("lever", ["memory=fast", lever])):
-        assert train(tmp_path / name, *words, *more) == 0
-    plain, levered = the_run(tmp_path / "plain"), the_run(tmp_path / "lever")
+def test_levers_change_no_number_of_an_adapters_run(lever: str, without_levers: Path, tmp_path: Path) -> None:
+    assert train(tmp_path, *LEVERLESS, lever) == 0
+    plain, levered = without_levers, the_run(tmp_path)
     assert losses(plain) == losses(levered)
     ours, theirs = (load_file(run / "checkpoints/step-000002/trained.safetensors") for run in (plain, levered))
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
 def test_merge_is_of_the_export_alone(tmp_path: Path) -> None:
-    from dreambooth.utils.assets import asset
+    from dreambooth.utils.assets import resolve_asset
 
-    assert train(tmp_path, "method=lora") == 0
+    words = ["method=lora", "train.max_train_steps=2", "sample.every=null", "prior.with_prior_preservation=false"]
+    assert train(tmp_path, *words) == 0
     run = the_run(tmp_path)
     assert not (run / "model/model_index.json").exists()
     trained = losses(run)
-    assert train(tmp_path, "method=lora", "method.merge=true") == 0
+    assert train(tmp_path, *words, "method.merge=true") == 0
     assert the_run(tmp_path) == run and losses(run) == trained, "it was trained again"
-    known = {lora.published(name): low for name, low in _lora(run).items()}
-    base = load_file(next(Path(asset("package:tiny-sd"), "unet").glob("*.safetensors")))
+    known = {FAMILY.published_name(name): low for name, low in _lora(run).items()}
+    base = load_file(next(Path(resolve_asset("package:tiny-sd"), "unet").glob("*.safetensors")))
     merged = load_file(next((run / "model/unet").glob("*.safetensors")))
     for name, weight in base.items():
         low = known.get(f"unet.{name.removesuffix('.weight')}")
         wanted = weight.float() if low is None or name.endswith("bias") else low.merged(weight.float())
         assert merged[name].equal(wanted), name
     result = json.loads((run / "result.json").read_text())
-    assert result["step"] == 8
+    assert result["step"] == 2
 
 
 @pytest.mark.slow
@@ -296,13 +309,13 @@ def test_an_adapters_run_is_promoted_and_opened_from_the_registry(tmp_path: Path
     from mlflow import MlflowClient
     from mlflow.artifacts import download_artifacts
 
-    from dreambooth.sweeps.promotion import Terms, promote
-    from dreambooth.utils.assets import asset
+    from dreambooth.sweeps.promotion import PromotionOptions, promote
+    from dreambooth.utils.assets import resolve_asset
 
     assert train(tmp_path, "method=lora", "tracking.sweep=s") == 0
-    told = promote("s", tmp_path, Terms())
+    told = promote("s", tmp_path, PromotionOptions())
     server = f"sqlite:///{tmp_path}/mlflow.db"
-    pipeline = StableDiffusionPipeline.from_pretrained(asset("package:tiny-sd"))
+    pipeline = StableDiffusionPipeline.from_pretrained(resolve_asset("package:tiny-sd"))
     version = MlflowClient(server).get_model_version_by_alias(told["name"], "champion")
     assert (version.tags["holds"], version.tags["base"]) == ("adapter", "package:tiny-sd")
     pipeline.load_lora_weights(download_artifacts(version.source, tracking_uri=server, registry_uri=server))
@@ -336,7 +349,7 @@ def test_a_base_in_four_bits_trains_its_adapter_and_stays_as_it_is() -> None:
     model.unet.to("cpu")
     assert isinstance(model.unet["to_q"], Linear4bit)
     assert model.unet["to_q"].weight.numel() == 128 * 64 // 2, "two weights a byte"
-    inject(model, method(MethodKind.lora, targets=Targets.attention), seed=1, dtype=Dtype.bf16)
+    inject(model, method(MethodKind.lora, targets=Targets.attention), TARGETS, seed=1, dtype=Dtype.bf16)
     codes = model.unet["to_q"].base_layer.weight.data.clone()
     x = torch.randn(5, 128)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -354,6 +367,6 @@ def test_a_base_in_four_bits_trains_its_adapter_and_stays_as_it_is() -> None:
     assert losses[-1] < 0.5 * losses[0]
     assert model.unet["to_q"].base_layer.weight.data.equal(codes), "the base was trained"
     wanted = nn.functional.linear(x, exact[0], exact[1])
-    with lora.absent(model), torch.autocast("cpu", torch.bfloat16):
+    with lora.disabled(model), torch.autocast("cpu", torch.bfloat16):
         error = (model.unet["to_q"](x).float() - wanted).norm() / wanted.norm()
     assert 0 < error < 0.15

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from dreambooth.config.compose import load
 from dreambooth.config.recipe import Recipe, resolve
-from dreambooth.data.batch import Batch
+from dreambooth.data.batches import Batch
 from dreambooth.models import loading
 from dreambooth.models.pointwise_conv import CHANNELS_A_PIXEL, Pointwise, as_products
-from tests.support.configs import made
+from tests.support.configs import compose_config
 from tests.support.tiny_models import make
-from tests.support.toy_model import batches, concept
+from tests.support.toy_model import make_batches, make_photo_set
 
 UNIT = 2.0**-24
 
 
 def recipe(*overrides: str) -> Recipe:
-    return resolve(load(made(*overrides)), Path("runs/x"))
+    return resolve(load(compose_config(*overrides)), Path("runs/x"))
 
 
 def convolution(count: int, side: int, before: int = 24, after: int = 40, bias: bool = True) -> tuple[Any, Tensor]:
@@ -87,21 +87,21 @@ def test_other_convolutions_stay_as_they_are(given: dict[str, int]) -> None:
 def test_a_cpu_run_in_fp32_computes_them_as_products(words: tuple[str, ...], products: bool) -> None:
     asked = recipe(*words)
     parts = loading.load(replace(asked, device="cpu"), torch.device("cpu"))
-    names = list(parts.unet.state_dict())
+    names = list(parts.denoiser.state_dict())
     denoiser = loading.prepare(parts, asked)
     pointwise = [module for module in denoiser.unet.modules() if isinstance(module, Pointwise)]
     assert len(pointwise) == (22 if products else 0)
-    assert list(parts.unet.state_dict()) == names
+    assert list(parts.denoiser.state_dict()) == names
 
 
 # -- prompts that rows share ----------------------------------------------------------------------------------------
 
 def test_a_prompt_of_all_rows_of_a_half_is_given_once() -> None:
-    concepts = [concept(), concept("class", 7)]
+    photo_sets = [make_photo_set(), make_photo_set("class", 7)]
     same = [replace(one, photos=[replace(photo, caption=f"prompt {number}") for photo in one.photos])
-            for number, one in enumerate(concepts)]
-    [once] = batches(batch=3, concepts=same, prompts_once=True)(0)
-    [rows] = batches(batch=3, concepts=same)(0)
+            for number, one in enumerate(photo_sets)]
+    [once] = make_batches(batch=3, photo_sets=same, share_prompts=True)(0)
+    [rows] = make_batches(batch=3, photo_sets=same)(0)
     assert once.text.tolist() == [[0], [1]]
     assert rows.text.tolist() == [[0]] * 3 + [[1]] * 3
     for half, whole in zip(once.halves(), rows.halves(), strict=True):
@@ -111,13 +111,14 @@ def test_a_prompt_of_all_rows_of_a_half_is_given_once() -> None:
 
 @pytest.mark.parametrize("change", [
     {"prompt_dropout": 0.5}, {"photos": [replace(photo, caption=f"a {number}") for number, photo
-                                         in enumerate(concept().photos)]}])
+                                         in enumerate(make_photo_set().photos)]}])
 def test_prompts_that_differ_are_given_row_by_row(change: dict[str, Any]) -> None:
     """In every step, though rows of some agree by chance: a compiled model takes one shape only."""
-    plain = replace(concept(), photos=[replace(photo, caption="a 1") for photo in concept().photos])
-    made_of = batches(batch=3, concepts=[replace(plain, **change), replace(plain, stream="class")], prompts_once=True)
-    made_of.text = lambda prompt: torch.zeros(1, 1)
-    assert {len(made_of(step)[0].text) for step in range(4)} == {6}
+    plain = replace(make_photo_set(), photos=[replace(photo, caption="a 1") for photo in make_photo_set().photos])
+    photo_sets = [replace(plain, **change), replace(plain, name="class")]
+    batches = make_batches(batch=3, photo_sets=photo_sets, share_prompts=True)
+    batches.encode_prompt = lambda prompt: torch.zeros(1, 1)
+    assert {len(batches(step)[0].text) for step in range(4)} == {6}
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -143,23 +144,23 @@ def test_a_shared_prompt_trains_the_encoder_as_its_rows_would(family: str, tmp_p
 
 
 def test_the_encoder_reads_each_prompt_once(tmp_path: Path) -> None:
-    from dreambooth.runtime.engine import accelerated
-    from dreambooth.runtime.memory_meter import Meter
+    from dreambooth.runtime.engine import create_engine
+    from dreambooth.runtime.memory_meter import MemoryMeter
     from dreambooth.training.setup import assemble
     from dreambooth.utils.console import Console
-    from dreambooth.utils.signals import Stop
+    from dreambooth.utils.signals import StopRequest
 
     for words, prompts in (("train.train_text_encoder=true",), 2), (
             ("method=lora", "method.dropout=0.1", "train.train_text_encoder=true"), 6):
-        asked = resolve(load(made(
+        asked = resolve(load(compose_config(
             "hardware=cpu", "tracking=none", "train.train_batch_size=3", "prior.num_class_images=3",
             "prior.num_inference_steps=1", "evaluate.encoder=none", f"run_root={tmp_path}", *words)), tmp_path / "run")
-        engine, accelerator = accelerated(asked.device, asked.precision.dtype)
-        found = assemble(asked, engine, accelerator, Console(quiet=True), Meter(engine.device), Stop())
+        engine, accelerator = create_engine(asked.device, asked.precision.dtype)
+        found = assemble(asked, engine, accelerator, Console(quiet=True), MemoryMeter(engine.device), StopRequest())
         seen: list[int] = []
-        found.parts.text_encoder.register_forward_pre_hook(lambda _, given, to=seen: to.append(len(given[0])))
+        found.parts.encoders[0].register_forward_pre_hook(lambda _, given, to=seen: to.append(len(given[0])))
         batch: Batch
         [batch] = found.batches(0)
-        assert batch.count == 6
+        assert batch.num_samples == 6
         found.objective(found.trained, batch)
         assert seen == [prompts]

@@ -9,13 +9,14 @@ from torch import nn
 from dreambooth.config.enums import AttentionKind, LrSchedule
 from dreambooth.config.schema import Train
 from dreambooth.data.batches import Batch
-from dreambooth.models.loading import Components, Denoiser, set_attention
-from dreambooth.models.text_conditioning import OneEncoder
+from dreambooth.models import families
+from dreambooth.models.loading import TrainedModel
 from dreambooth.optim.optimizers import build_lr_scheduler
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.step import Objective, TrainState, train_step
 from dreambooth.utils.assets import resolve_asset
 
+FAMILY = families.of_architecture("sd15")
 STEPS, WARMUP = 40, 10
 
 
@@ -47,7 +48,7 @@ def test_schedules_follow_their_formula_to_the_end_of_the_run(kind: str) -> None
 def test_the_noise_schedule_is_taken_after_the_zero_terminal_snr_rescale() -> None:
     config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
               "prediction_type": "v_prediction"}
-    plain, rescaled = (Components(None, None, None, None, config | {"rescale_betas_zero_snr": zero}).noise_schedule()
+    plain, rescaled = (FAMILY.noise_schedule(config | {"rescale_betas_zero_snr": zero})
                        for zero in (False, True))
     assert float(plain.alphas_cumprod[-1]) > 1e-3
     assert float(rescaled.alphas_cumprod[-1]) < 1e-6
@@ -63,13 +64,14 @@ def test_the_real_unet_and_text_encoder_train_on_fake_tensors(checkpointing: boo
 
     base = resolve_asset("package:tiny-sd")
     text_config = CLIPTextConfig.from_pretrained(base, subfolder="text_encoder")
-    schedule = Components(None, None, None, None, {}).noise_schedule()
+    schedule = FAMILY.noise_schedule({})
     with FakeTensorMode(allow_non_fake_inputs=True):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base, subfolder="unet"))
-        set_attention(unet, AttentionKind.sdpa)
+        FAMILY.set_attention(unet, AttentionKind.sdpa)
         if checkpointing:
             unet.enable_gradient_checkpointing()
-        model = Denoiser(OneEncoder(), unet.train(), CLIPTextModel(text_config).train() if text_trains else None)
+        encoders = {"text_encoder": CLIPTextModel(text_config).train()} if text_trains else {}
+        model = TrainedModel(FAMILY, {"unet": unet.train()} | encoders, vae_scale=8)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
         state = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
         latents = torch.empty(4, unet.config.in_channels, 8, 8)

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,26 +17,28 @@ from dreambooth.config.compose import load
 from dreambooth.config.recipe import resolve
 from dreambooth.config.schema import Config, Model
 from dreambooth.errors import UserError
-from dreambooth.models.components import ABLE, half_overflows, zero_snr
-from dreambooth.models.vae import configuration
+from dreambooth.models import families
+from dreambooth.models.families import ldm_keys
+from dreambooth.models.families.latent_unet import RESCALABLE_SCHEDULERS
+from dreambooth.models.families.ldm_keys import EDM, IGNORED
+from dreambooth.models.vae import planned_configuration
 from dreambooth.run import execute
-from dreambooth.serialization import ldm_keys, single_file, single_file_sources
-from dreambooth.serialization.convert import KNOWN, convert
-from dreambooth.serialization.detect_format import Found, opened, recognised
-from dreambooth.serialization.ldm_keys import EDM, UNREAD, Family
-from dreambooth.serialization.load_parts import blank_parts, open_parts
-from dreambooth.train import converted
+from dreambooth.serialization import single_file, single_file_sources
+from dreambooth.serialization.convert import convert
+from dreambooth.serialization.detect_format import DetectedModel, detect, open_model_file
+from dreambooth.serialization.load_parts import build_parts, load_parts
+from dreambooth.train import convert_single_files
 from dreambooth.utils import atomic_files
-from dreambooth.utils.assets import asset
-from dreambooth.utils.hardware import detect
-from dreambooth.utils.signals import Stop
-from tests.support.configs import made, small
+from dreambooth.utils.assets import resolve_asset
+from dreambooth.utils.hardware import detect_machine
+from dreambooth.utils.signals import StopRequest
+from tests.support.configs import compose_config, small_recipe
 from tests.support.faults import FAST, call, train
 from tests.support.tiny_models import FAMILIES, make
 
 LAYOUTS = Path(__file__).parents[1] / "support/layouts"
-FAMILY = {known: family for family, known in KNOWN.items()}
-FOUND = {name: Found(FAMILY[name], "epsilon", 512, False, "a test") for name in FAMILIES}
+FAMILY = {name: families.of_architecture(name) for name in FAMILIES}
+FOUND = {name: DetectedModel(FAMILY[name], "epsilon", 512, False, "a test") for name in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +74,9 @@ def test_diffusers_opens_our_file_with_equal_weights(family: str, bases: dict[st
     file = convert(str(bases[family]), str(tmp_path / "model.safetensors"))
     pipeline = (StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline).from_single_file(
         str(file), config=str(bases[family]), local_files_only=True)
-    ours = open_parts(bases[family])
+    ours = load_parts(bases[family])
     for name in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if family == "sdxl" else [])):
-        assert same(getattr(pipeline, name).state_dict(), getattr(ours, name).state_dict()), name
+        assert same(getattr(pipeline, name).state_dict(), ours.modules_by_name[name].state_dict()), name
 
 
 @pytest.mark.parametrize("zero", [False, True])
@@ -84,7 +88,7 @@ def test_what_it_predicts_and_at_which_noise_survives_the_file(
     base = shutil.copytree(bases[family], tmp_path / "base")
     path = base / "scheduler/scheduler_config.json"
     facts = json.loads(path.read_text()) | {"prediction_type": "v_prediction"}
-    path.write_text(json.dumps(zero_snr(facts) if zero else facts))
+    path.write_text(json.dumps(FAMILY[family].rescale_to_zero_snr(facts) if zero else facts))
     file = convert(str(base), str(tmp_path / "x.safetensors"))
     marks = {name: value.numel() for name, value in load_file(file).items() if "." not in name}
     assert marks == ({"v_pred": 0, "ztsnr": 0} if zero else {"v_pred": 0})
@@ -92,8 +96,8 @@ def test_what_it_predicts_and_at_which_noise_survives_the_file(
     found = json.loads((inside / "scheduler/scheduler_config.json").read_text())
     assert found["prediction_type"] == "v_prediction"
     assert (found.get("rescale_betas_zero_snr", False), found["timestep_spacing"] == "trailing") == (zero, zero)
-    assert not zero or found["_class_name"] in ABLE
-    assert open_parts(inside).noise_schedule().alphas_cumprod[-1].eq(0) == zero
+    assert not zero or found["_class_name"] in RESCALABLE_SCHEDULERS
+    assert load_parts(inside).noise_schedule().alphas_cumprod[-1].eq(0) == zero
     again = load_file(convert(str(inside), str(tmp_path / "again.safetensors")))
     assert same(again, load_file(file))
 
@@ -137,8 +141,8 @@ def test_a_vae_of_other_tools_is_read(original: bool, bases: dict[str, Path], tm
                  for name, value in own.items()}
         assert other.keys() != own.keys()
     save_file(other, tmp_path / "vae.safetensors")
-    vae = blank_parts(bases["sd15"], None).vae
-    single_file.only_vae(vae, opened(tmp_path / "vae.safetensors"))
+    vae = build_parts(bases["sd15"]).vae
+    single_file.fill_vae(vae, FAMILY["sd15"], open_model_file(tmp_path / "vae.safetensors"))
     assert same(vae.state_dict(), own)
 
 
@@ -159,11 +163,11 @@ def published(name: str) -> dict[str, tuple[int, ...]]:
 
 def full_size(name: str) -> tuple[single_file.Components, dict[str, tuple[int, ...]]]:
     """Parts of the published size without memory, and the keys and shapes of their file."""
-    parts = blank_parts(Path(asset("package:architectures")) / name, FOUND[name])
-    shapes = {part: {key: tuple(value.shape) for key, value in getattr(parts, part).state_dict().items()}
-              for part in ("unet", "vae", "text_encoder", "text_encoder_2") if getattr(parts, part) is not None}
-    return parts, {entry.original: entry.shape([shapes[entry.part][key] for key in entry.names])
-                   for entry in single_file.all_entries(parts, FAMILY[name])}
+    parts = build_parts(Path(resolve_asset("package:architectures")) / name, FOUND[name])
+    shapes = {part: {key: tuple(value.shape) for key, value in module.state_dict().items()}
+              for part, module in parts.modules_by_name.items()}
+    return parts, {entry.key: entry.shape([shapes[entry.part][key] for key in entry.names])
+                   for entry in single_file.all_entries(parts)}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -171,7 +175,7 @@ def test_every_key_and_shape_is_that_of_the_published_file(name: str) -> None:
     _, ours = full_size(name)
     last = r"cond_stage_model\.model\.transformer\.resblocks\.23\..*"  # 2.x: a layer that it does not look at
     theirs = {key: shape for key, shape in published(name).items()  # sd-mecha's list is of CosXL too
-              if not UNREAD.fullmatch(key) and not re.fullmatch(last, key) and not key.startswith(EDM)}
+              if not IGNORED.fullmatch(key) and not re.fullmatch(last, key) and not key.startswith(EDM)}
     assert ours == theirs
     assert len(ours) > 1000
 
@@ -183,16 +187,16 @@ def test_diffusers_expects_the_same_of_a_full_size_unet_and_vae(name: str) -> No
     parts, ours = full_size(name)
     file = {key: torch.empty(shape, device="meta") for key, shape in ours.items()}
     for part, change in (("unet", convert_ldm_unet_checkpoint), ("vae", convert_ldm_vae_checkpoint)):
-        module = getattr(parts, part)
-        made = {key: value.shape for key, value in change(dict(file), config=dict(module.config)).items()}
+        module = parts.modules_by_name[part]
+        converted = {key: value.shape for key, value in change(dict(file), config=dict(module.config)).items()}
         theirs = {key: value.shape for key, value in module.state_dict().items()}
-        assert made.keys() == theirs.keys()
-        assert all(made[key].numel() == theirs[key].numel() for key in theirs)  # it makes linear layers of 1 x 1 later
+        assert converted.keys() == theirs.keys()
+        assert all(converted[key].numel() == theirs[key].numel() for key in theirs)  # made linear later
 
 
 def test_published_sizes_are_those_of_the_architectures() -> None:
     """Weights, as the models' cards and papers count them."""
-    counts = {name: {part: sum(p.numel() for p in getattr(full_size(name)[0], part).parameters())
+    counts = {name: {part: sum(p.numel() for p in full_size(name)[0].modules_by_name[part].parameters())
                      for part in ("unet", "text_encoder")} for name in FAMILIES}
     assert counts["sd15"] == {"unet": 859_520_964, "text_encoder": 123_060_480}
     assert counts["sd21"] == {"unet": 865_910_724, "text_encoder": 340_387_840}
@@ -216,8 +220,8 @@ def test_a_checkpoint_of_2x_is_known_by_steps_name_or_custom(
     stem: str, more: dict[str, object], kind: str, side: int, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     path = checkpoint(bases["sd21"], tmp_path / f"{stem}.ckpt", **more)
-    found = recognised(opened(path))
-    assert (found.family, found.prediction_type, found.resolution) == (Family.sd2, kind, side)
+    found = detect(open_model_file(path))
+    assert (found.family, found.prediction_type, found.resolution) == (FAMILY["sd21"], kind, side)
     folder = convert(str(path), str(tmp_path / "out"), config=str(bases["sd21"]))
     assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["prediction_type"] == kind
     assert json.loads((folder / "unet/config.json").read_text())["sample_size"] == side // 2  # of this tiny VAE
@@ -256,11 +260,11 @@ def test_a_run_says_its_prompt_and_its_pixels(bases: dict[str, Path], tmp_path: 
     concepts = json.dumps([{"instance_prompt": prompt} for prompt in ("a zwx toy", "a qvy cup")])
     two = finished(tmp_path / "two", bases["sd15"], dataset__instance_prompt="null", dataset__concepts=concepts)
     none = finished(tmp_path / "none", bases["sd15"], dataset__instance_prompt="null")
-    facts = {run.name: opened(convert(str(run), str(tmp_path / f"{run.name}.safetensors"))).facts
+    facts = {run.name: open_model_file(convert(str(run), str(tmp_path / f"{run.name}.safetensors"))).metadata
              for run in (one, two, none)}
     assert [found.get("modelspec.trigger_phrase") for found in facts.values()] == ["a zwx toy", "a zwx toy", None]
     assert [found["modelspec.resolution"] for found in facts.values()] == ["640x640", "16x16", "16x16"]
-    assert recognised(opened(tmp_path / "one.safetensors")).resolution == 640
+    assert detect(open_model_file(tmp_path / "one.safetensors")).resolution == 640
 
 
 def test_the_file_says_itself_what_it_is(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -270,7 +274,7 @@ def test_the_file_says_itself_what_it_is(bases: dict[str, Path], tmp_path: Path)
     assert facts["modelspec.architecture"] == "stable-diffusion-v2-768-v"
     assert (facts["modelspec.prediction_type"], facts["modelspec.title"]) == ("v", "A toy")
     assert facts["modelspec.resolution"] == "16x16"
-    assert recognised(opened(file)).prediction_type == "v_prediction"  # more than its name
+    assert detect(open_model_file(file)).prediction_type == "v_prediction"  # more than its name
     assert {value.dtype for value in load_file(file).values()} == {torch.float16}
 
 
@@ -300,7 +304,7 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path) -> None:
     weight = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}
     torch.save({"state_dict": weight, "more": Malice(witness)}, path)
     with pytest.raises(UserError, match="nothing of it was run: type a"):
-        opened(path)
+        open_model_file(path)
     assert not witness.exists()
     torch.load(path, weights_only=False)
     assert witness.exists(), "it was harmless: the test shows nothing"
@@ -311,7 +315,7 @@ def test_a_damaged_checkpoint_is_not_called_malicious(tmp_path: Path) -> None:
     for content in (b"", b"PK\x03\x04 and no more", b"<html>not found</html>", b"\x80\x02"):
         path.write_bytes(content)
         with pytest.raises(UserError, match="is damaged"):
-            opened(path)
+            open_model_file(path)
 
 
 @pytest.mark.parametrize(("names", "words"), [
@@ -320,7 +324,7 @@ def test_a_damaged_checkpoint_is_not_called_malicious(tmp_path: Path) -> None:
 def test_what_is_no_model_is_said(names: list[str], words: str, tmp_path: Path) -> None:
     save_file({name: torch.zeros(1) for name in names}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=words):
-        recognised(opened(tmp_path / "x.safetensors"))
+        detect(open_model_file(tmp_path / "x.safetensors"))
 
 
 def test_a_model_of_edms_noise_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -337,7 +341,7 @@ def test_another_architecture_and_damage_are_said(bases: dict[str, Path], tmp_pa
     assert not (tmp_path / "out").exists()
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="is damaged"):
-        opened(file)
+        open_model_file(file)
     with pytest.raises(UserError, match="one of in and out"):
         convert("a.ckpt", "b.safetensors")
 
@@ -363,7 +367,7 @@ def test_an_empty_folder_is_filled_unless_somebody_was_faster(bases: dict[str, P
     (tmp_path / "out").mkdir()
     folder = convert(str(file), str(tmp_path / "out"), config=str(bases["sd15"]))
     assert (folder / "model_index.json").is_file()
-    with pytest.raises(OSError, match="not empty"), atomic_files.whole_folder(folder, fresh=True) as aside:
+    with pytest.raises(OSError, match="not empty"), atomic_files.write_folder(folder, fresh=True) as aside:
         (aside / "x").touch()
     assert (folder / "model_index.json").is_file()
 
@@ -405,7 +409,7 @@ def test_a_note_of_git_lfs_is_no_weights(part: str, bases: dict[str, Path], tmp_
     with pytest.raises(UserError, match=r"damaged, or one of Git LFS's notes .*type git lfs pull"):
         convert(str(base), str(tmp_path / "x.safetensors"))
     with pytest.raises(UserError, match="could not be loaded"):
-        loading.load(small(model__source=str(base)), torch.device("cpu"))
+        loading.load(small_recipe(model__source=str(base)), torch.device("cpu"))
 
 
 # -- a run ----------------------------------------------------------------------------------------------------------
@@ -414,13 +418,13 @@ def trained(root: Path, source: str) -> dict[str, torch.Tensor]:
     """The weights of two steps, in this process. Without class images: their seeds know the base's name."""
     asked = [*FAST, f"run_root={root}", f"model.source={source}", "dataset.allow_drawings=true",
              "train.max_train_steps=2", "prior.with_prior_preservation=false", "sample.every=null"]
-    execute(resolve(converted(load(made(*asked))), root / "run", detect()), Stop())
+    execute(resolve(convert_single_files(load(compose_config(*asked))), root / "run", detect_machine()), StopRequest())
     return weights(root / "run/model")
 
 
 def test_trained_from_a_file_is_trained_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = asset("package:tiny-sd")
-    monkeypatch.setitem(KNOWN, Family.sd1, tiny)
+    tiny = resolve_asset("package:tiny-sd")
+    monkeypatch.setattr(type(FAMILY["sd15"]), "architecture", tiny)
     file = convert(tiny, str(tmp_path / "tiny.safetensors"))
     ours, theirs = trained(tmp_path / "file", str(file)), trained(tmp_path / "folder", "package:tiny-sd")
     assert same(ours, theirs)
@@ -429,7 +433,7 @@ def test_trained_from_a_file_is_trained_from_its_folder(tmp_path: Path, monkeypa
 
 
 def test_the_door_takes_a_file_and_a_run_of_unknown_shapes_says_what_to_type(tmp_path: Path) -> None:
-    tiny = asset("package:tiny-sd")
+    tiny = resolve_asset("package:tiny-sd")
     assert call("convert", [f"in={tiny}", f"out={tmp_path / 'tiny.safetensors'}", "dtype=fp32"]) == 0
     assert call("convert", [f"in={tmp_path / 'tiny.safetensors'}", f"out={tmp_path / 'tiny'}", f"config={tiny}"]) == 0
     assert (tmp_path / "tiny/model_index.json").is_file()
@@ -443,7 +447,7 @@ def test_the_door_takes_a_file_and_a_run_of_unknown_shapes_says_what_to_type(tmp
 def test_a_file_as_source_becomes_a_folder_once(
     family: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(KNOWN, FAMILY[family], str(bases[family]))
+    monkeypatch.setattr(type(FAMILY[family]), "architecture", str(bases[family]))
     file = convert(str(bases[family]), str(tmp_path / "a model.safetensors"))
     vae = tmp_path / "vae-fp16.ckpt"
     torch.save({"state_dict": load_file(bases[family] / "vae/diffusion_pytorch_model.safetensors")}, vae)
@@ -473,9 +477,9 @@ def test_only_the_fix_computes_in_half(stem: str, whole: bool, bases: dict[str, 
     file = tmp_path / f"{stem}.safetensors"
     shutil.copy(bases["sdxl"] / "vae/diffusion_pytorch_model.safetensors", file)
     folder, facts = vae_folder(bases["sdxl"], file, tmp_path)
-    assert half_overflows(facts, two_encoders=True) == whole
+    assert FAMILY["sdxl"].half_overflows(facts) == whole
     for vae in (file, folder):
-        assert configuration(str(vae), {})["force_upcast"] == whole
+        assert planned_configuration(str(vae), FAMILY["sdxl"], {})["force_upcast"] == whole
 
 
 def test_a_vae_file_has_the_facts_of_the_base_beside_it(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -491,27 +495,29 @@ def test_a_vae_file_has_the_facts_of_the_base_beside_it(bases: dict[str, Path], 
 def test_files_alike_at_both_ends_are_told_apart(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(atomic_files, "END", 64)
-    monkeypatch.setitem(KNOWN, Family.sd1, str(bases["sd15"]))
+    monkeypatch.setattr(atomic_files, "END_BYTES", 64)
+    monkeypatch.setattr(type(FAMILY["sd15"]), "architecture", str(bases["sd15"]))
     file, found = convert(str(bases["sd15"]), str(tmp_path / "merge.safetensors")), []
     tensors = load_file(file)
     for value in (0.0, 1.0):
         tensors["model.diffusion_model.out.0.weight"].fill_(value)
         save_file(tensors, file)
         config = Config(run_root=str(tmp_path), model=Model("sd15", str(file)))
-        made = single_file_sources.as_folders(config).model.source
-        found.append(weights(Path(made))["unet.conv_norm_out.weight"].max().item())
+        source = single_file_sources.as_folders(config).model.source
+        found.append(weights(Path(source))["unet.conv_norm_out.weight"].max().item())
     assert found == [0.0, 1.0]
 
 
 def test_clips_tokenizer_ships_with_the_package() -> None:
-    from dreambooth.serialization import clip_tokenizer
+    from dreambooth.models.families import clip_tokenizer
 
-    made = clip_tokenizer.tokenizer()
-    assert made("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
-    assert len(made) == 49408
-    assert clip_tokenizer.tokenizer("!")("a", padding="max_length").input_ids == [49406, 320, 49407, *[0] * 74]
+    tokenizer = clip_tokenizer.build()
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert len(tokenizer) == 49408
+    assert clip_tokenizer.build("!")("a", padding="max_length").input_ids == [49406, 320, 49407, *[0] * 74]
 
 
-def test_layout_knows_no_torch() -> None:
-    assert "torch" not in vars(ldm_keys)
+def test_families_are_imported_without_torch() -> None:
+    """The container asks them about hub ids in the small process before a run."""
+    code = "import sys, dreambooth.models.families; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dreambooth.utils.assets import asset
+from dreambooth.utils.assets import resolve_asset
 
 FAMILIES = ("sd15", "sd21", "sdxl")
 HIDDEN = {"sd15": 32, "sd21": 40, "sdxl": 32}
@@ -44,25 +44,27 @@ def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+    from dreambooth.models import families
     from dreambooth.models.components import Components
     from dreambooth.serialization.export import whole_pipeline
 
-    known = Path(asset("package:architectures")) / family
+    known = Path(resolve_asset("package:architectures")) / family
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(FAMILIES.index(family))
         vae = AutoencoderKL(
             sample_size=16, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
             down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
             scaling_factor=json.loads((known / "vae/config.json").read_text()).get("scaling_factor", 0.18215))
-        parts = Components(
-            unet=UNet2DConditionModel(**unet_config(family)), vae=vae,
-            text_encoder=CLIPTextModel(text_config(
-                HIDDEN[family], "gelu" if family == "sd21" else "quick_gelu", 2 + (family == "sdxl"))),
-            tokenizer=CLIPTokenizer.from_pretrained(asset("package:tiny-sd"), subfolder="tokenizer"),
-            scheduler_config=json.loads((known / "scheduler/scheduler_config.json").read_text()))
+        unet = UNet2DConditionModel(**unet_config(family))
+        encoders = [CLIPTextModel(text_config(
+            HIDDEN[family], "gelu" if family == "sd21" else "quick_gelu", 2 + (family == "sdxl")))]
         if family == "sdxl":
-            parts.text_encoder_2 = CLIPTextModelWithProjection(text_config(SECOND, "gelu", 3))
-            parts.tokenizer_2 = parts.tokenizer
+            encoders.append(CLIPTextModelWithProjection(text_config(SECOND, "gelu", 3)))
+    tokenizer = CLIPTokenizer.from_pretrained(resolve_asset("package:tiny-sd"), subfolder="tokenizer")
+    parts = Components(
+        family=families.of_architecture(family), denoiser=unet, vae=vae, encoders=encoders,
+        tokenizers=[tokenizer] * len(encoders),
+        scheduler_config=json.loads((known / "scheduler/scheduler_config.json").read_text()))
     for module in parts.modules:
         module.to(dtype)
     whole_pipeline(parts).save_pretrained(folder)

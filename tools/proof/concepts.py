@@ -55,7 +55,7 @@ def prompt(word: str) -> str:
 
 def draw_samples(model: Path) -> Samples:
     """Sample the prompt of each subject and of the class."""
-    pipeline = open_pipeline(model, "cpu")
+    pipeline, _ = open_pipeline(model, "cpu")
     samples = {}
     for number, text in enumerate([*map(prompt, SUBJECTS), CLASS_PROMPT]):
         seeds = [FIRST_SEED + 100 * number + i for i in range(COUNT)]

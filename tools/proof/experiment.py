@@ -111,7 +111,7 @@ class Experiment:
 
     def reference(self, photos: Path, held_out: Path) -> float:
         """The similarity that a perfect UNet could reach: of held-out views, encoded and decoded by the VAE."""
-        vae = open_pipeline(BASE, "cpu").vae
+        vae = open_pipeline(BASE, "cpu")[0].vae
         views = to_pixels([Image.open(path) for path in sorted(held_out.glob("*.png"))])
         with torch.no_grad():
             decoded = vae.decode(vae.encode(views * 2 - 1).latent_dist.mean).sample.clamp(-1, 1) / 2 + 0.5
@@ -137,7 +137,7 @@ class Experiment:
         for number, (prompt, count) in enumerate((PLAIN | SCENES | CLASS_SAMPLES).items()):
             paths = [self.folder / "samples" / name / f"{number}-{i:02d}.png" for i in range(count)]
             if not all(path.is_file() for path in paths):
-                pipeline = pipeline or open_pipeline(model, "cpu")
+                pipeline = pipeline or open_pipeline(model, "cpu")[0]
                 seeds = [self.first_seed + 100 * number + i for i in range(count)]
                 batches = generate_images(pipeline, [prompt] * count, seeds, SAMPLER, 16)
                 pictures = [picture for batch in batches for picture in batch]

@@ -1,0 +1,100 @@
+"""Model families: one file per family (sd1.py, sd2.py, sdxl.py), behind the interface of family.py.
+
+Shared by several families: latent_unet.py, clip_text.py, clip_tokenizer.py, ldm_keys.py. The functions below find the
+family of a model. This folder imports from the folders to the left of models/, and from models/noise_schedule.py and
+models/gradient_checkpointing.py. Importing it imports no torch.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dreambooth.models.families import sd1, sd2, sdxl
+from dreambooth.models.families.family import Family, Layout
+
+FAMILIES: tuple[Family, ...] = (sd1.FAMILY, sd2.FAMILY, sdxl.FAMILY)
+
+
+def titles() -> str:
+    """Return the names of all families, for messages: 'A, B or C'."""
+    *others, last = (family.title for family in FAMILIES)
+    return f"{', '.join(others)} or {last}"
+
+
+def of_architecture(name: str) -> Family | None:
+    """Return the family of a folder of assets/architectures."""
+    return next((family for family in FAMILIES if family.architecture == name), None)
+
+
+def of_layout(layout: Layout) -> Family | None:
+    """Return the family of a diffusers folder or hub id, or None if it is of none."""
+    return next((family for family in FAMILIES if family.matches(layout)), None)
+
+
+def of_folder(folder: Path) -> Family | None:
+    """Return the family of a diffusers folder by the configurations in it; it needs no weights and no index."""
+    parts = [path.parent.name for path in folder.glob("*/config.json")]
+    return of_layout(Layout(parts, lambda part: _read(folder / part / "config.json")))
+
+
+def of_source(source: str | Path, **options: Any) -> tuple[Family, Layout]:
+    """Return the family of a diffusers folder or hub id by its model_index.json, and its layout.
+
+    Args:
+        options: revision, local_files_only.
+
+    Raises:
+        OSError, ValueError: there is no index, or the model is of no family here.
+    """
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from transformers import PreTrainedConfig
+
+    index: Mapping[str, Any] = DiffusionPipeline.load_config(source, **options)  # type: ignore[assignment]
+    parts = [name for name, value in index.items() if isinstance(value, list | tuple) and value[0] is not None]
+
+    def configuration(part: str) -> Mapping[str, Any]:
+        try:
+            found: dict[str, Any] = PreTrainedConfig.get_config_dict(source, subfolder=part, **options)[0]
+        except (OSError, ValueError):
+            return {}  # loading the part says what is missing
+        return found
+
+    layout = Layout(parts, configuration)
+    if (family := of_layout(layout)) is None:
+        raise ValueError(f"it is no model of {titles()}")
+    return family, layout
+
+
+def of_keys(names: frozenset[str]) -> Family | None:
+    """Return the family of a single file by its keys."""
+    return next((family for family in FAMILIES if family.single_file.matches(names)), None)
+
+
+def canonical_key(name: str) -> str:
+    """Return a single file's key as its format writes it now."""
+    for family in FAMILIES:
+        name = family.single_file.canonical_key(name)
+    return name
+
+
+def architecture_of(hub_id: str) -> str | None:
+    """Return the folder of assets/architectures that has the configurations of a published model."""
+    return next((family.architecture for family in FAMILIES if hub_id in family.hub_ids), None)
+
+
+def renamed_hub_id(hub_id: str) -> str | None:
+    """Return the id that a model has now on the hub, if the one given was withdrawn."""
+    return next((family.renamed_hub_ids[hub_id] for family in FAMILIES if hub_id in family.renamed_hub_ids), None)
+
+
+def import_common_classes() -> None:
+    """Import the classes of diffusers that every run needs, in one place and before a progress bar is drawn."""
+    _ = FAMILIES[0].denoiser.type, FAMILIES[0].pipeline_type
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

@@ -1,0 +1,54 @@
+"""CLIP text encoders: their parts, tokens and names. Shared by the families that have them; imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dreambooth.errors import UserError
+from dreambooth.models.families.family import TransformersPart
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FIRST = TransformersPart("text_encoder", "transformers", "CLIPTextModel")
+SECOND = TransformersPart("text_encoder_2", "transformers", "CLIPTextModelWithProjection")
+
+
+def check_length(tokenizer: Any, prompt: str) -> int:
+    """Return the number of tokens that the model reads.
+
+    Raises:
+        UserError: the prompt has more.
+    """
+    length: int = tokenizer.model_max_length
+    ids = tokenizer(prompt).input_ids
+    if len(ids) > length:
+        raise UserError(f"this model reads {length} tokens and the prompt has {len(ids)}: shorten {prompt!r}")
+    return length
+
+
+def tokenize(tokenizer: Any, prompt: str) -> Tensor:
+    """Return token ids (1, L), padded to the length that the base was trained with.
+
+    Raises:
+        UserError: the prompt has more tokens than the model reads.
+    """
+    import torch
+
+    length = check_length(tokenizer, prompt)
+    padded = tokenizer(prompt, padding="max_length", max_length=length, return_tensors="pt").input_ids
+    return torch.as_tensor(padded)
+
+
+def published_name(name: str) -> str:
+    """Return a module's name as LoRA files have it: older transformers put a text encoder's layers into
+    `text_model`."""
+    part, _, rest = name.partition(".")
+    if part.startswith("text_encoder") and rest.startswith(("encoder.", "embeddings.")):
+        return f"{part}.text_model.{rest}"
+    return name
+
+
+def without_level(name: str) -> str:
+    """Return a weight's name without the level `text_model` of older transformers."""
+    return name.removeprefix("text_model.")

@@ -1,0 +1,236 @@
+"""What families with a UNet, an AutoencoderKL and CLIP text encoders share. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dreambooth.config.enums import AttentionKind, Targets
+from dreambooth.config.storage import is_single_file
+from dreambooth.models.families import clip_text, clip_tokenizer
+from dreambooth.models.families.family import DiffusersPart, Family, Layout, Part
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from dreambooth.models.noise_schedule import NoiseSchedule
+
+# Schedulers of diffusers that can be rescaled to zero terminal SNR.
+RESCALABLE_SCHEDULERS = "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"
+ATTENTION_LAYERS = r"to_[qkv]|to_out\.0|[qkv]_proj|out_proj"
+# Layers of a VAE's attention as older versions of diffusers named them -> as they are named now.
+OLD_VAE_LAYERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+class LatentUNet(Family):
+    """A UNet that denoises the latents of an AutoencoderKL, conditioned by one CLIP text encoder or several.
+
+    The defaults are for one text encoder, whose last hidden states the UNet is given.
+    """
+
+    denoiser = DiffusersPart("unet", "diffusers.models.unets.unet_2d_condition", "UNet2DConditionModel")
+    vae = DiffusersPart("vae", "diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL")
+    encoders: tuple[Part, ...] = (clip_text.FIRST,)
+    tokenizers: tuple[str, ...] = ("tokenizer",)
+    tags = ("stable-diffusion",)
+    adapter_targets = {  # by the end of a layer's name: in a UNet of diffusers and in text encoders of transformers
+        Targets.attention: re.compile(rf"(.*\.)?({ATTENTION_LAYERS})"),
+        Targets.transformer: re.compile(rf"(.*\.)?({ATTENTION_LAYERS}|ff\.net\.(0\.proj|2)|proj_in|proj_out|fc[12])"),
+        Targets.all: re.compile(".*"),
+    }
+    pad_tokens: Mapping[str, str]  # name of a tokenizer -> its padding token
+    pipeline_module = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
+    pipeline_name = "StableDiffusionPipeline"
+    # Name of a part -> how its keys begin in kohya's LoRA layout.
+    kohya_prefixes: Mapping[str, str] = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+    kohya_layers: Mapping[str, str] = {}  # layers of the UNet that have another name there
+    half_safe_vaes: tuple[str, ...] = ()  # hub ids of VAEs in which fp16 does not overflow
+    activations_gib = {True: 0.2, False: 1.8}  # the planner predicts 0.26 and 2 for 1.5 at 512 px
+
+    # -- parts -----------------------------------------------------------------------------------------------------
+
+    def load_tokenizer(self, name: str, source: str | Path, **options: Any) -> Any:
+        from transformers import CLIPTokenizer
+
+        return CLIPTokenizer.from_pretrained(source, subfolder=name, **options)
+
+    def packaged_tokenizer(self, name: str) -> Any:
+        return clip_tokenizer.build(self.pad_tokens[name])
+
+    def save_tokenizer(self, tokenizer: Any, folder: Path) -> None:
+        clip_tokenizer.save(tokenizer, folder)
+
+    def load_extras(self, source: str, layout: Layout, dtype: torch.dtype, **options: Any) -> dict[str, Any]:
+        """Load the base's safety checker and its image processor."""
+        if "safety_checker" not in layout.parts:
+            return {}
+        from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+        from transformers import CLIPImageProcessor
+
+        checker = StableDiffusionSafetyChecker.from_pretrained(
+            source, subfolder="safety_checker", dtype=dtype, **options)
+        options.pop("variant", None)
+        return {"safety_checker": checker,
+                "feature_extractor": CLIPImageProcessor.from_pretrained(
+                    source, subfolder="feature_extractor", **options)}
+
+    def current_name(self, name: str, names: Collection[str]) -> str:
+        before, _, end = name.rpartition(".")
+        *outer, last = before.split(".")
+        renamed = ".".join([*outer, OLD_VAE_LAYERS.get(last, last), end])
+        for candidate in (name, clip_text.without_level(name), f"text_model.{name}", renamed):
+            if candidate in names:
+                return candidate
+        return name
+
+    # -- prompts to conditions: one text encoder -------------------------------------------------------------------
+
+    def check_prompt(self, tokenizers: Sequence[Any], prompt: str) -> None:
+        for tokenizer in tokenizers:
+            clip_text.check_length(tokenizer, prompt)
+
+    def tokens(self, tokenizers: Sequence[Any], prompt: str) -> Tensor:
+        """Token ids (1, L)."""
+        return clip_text.tokenize(tokenizers[0], prompt)
+
+    def blank_tokens(self, encoders: Sequence[Any], count: int) -> Tensor:
+        import torch
+
+        return torch.zeros(count, encoders[0].config.max_position_embeddings, dtype=torch.long)
+
+    def text(self, encoders: Sequence[Any], tokens: Tensor) -> Tensor:
+        """The last hidden states, normed: (P, L, D) of token ids (P, L)."""
+        states: Tensor = encoders[0](tokens)[0]
+        return states
+
+    def blank_text(self, encoders: Sequence[Any], count: int) -> Tensor:
+        import torch
+
+        config = encoders[0].config
+        return torch.empty(count, config.max_position_embeddings, config.hidden_size)
+
+    # -- the denoiser ----------------------------------------------------------------------------------------------
+
+    def predict(self, denoiser: Any, latents: Tensor, timesteps: Tensor, text: Tensor, vae_scale: int) -> Tensor:
+        prediction: Tensor = denoiser(latents, timesteps, text, return_dict=False)[0]
+        return prediction
+
+    def set_attention(self, denoiser: Any, kind: AttentionKind) -> None:
+        from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+        match kind:
+            case AttentionKind.sdpa:
+                denoiser.set_attn_processor(AttnProcessor2_0())
+            case AttentionKind.eager:
+                denoiser.set_attn_processor(AttnProcessor())
+            case AttentionKind.sliced:
+                denoiser.set_attention_slice("max")
+            case AttentionKind.xformers:
+                denoiser.enable_xformers_memory_efficient_attention()
+
+    def recompute_activations(self, denoiser: Any, groups: int) -> None:
+        from dreambooth.models.gradient_checkpointing import recompute
+
+        recompute(denoiser, groups)
+
+    def latent_channels(self, denoiser: Any) -> int:
+        return int(denoiser.config.in_channels)
+
+    def levels(self, denoiser: Any) -> int:
+        return len(denoiser.config.block_out_channels)
+
+    def native_side(self, denoiser: Any, vae_scale: int) -> int:
+        side: int = denoiser.config.sample_size * vae_scale
+        return side
+
+    def with_native_side(self, configuration: Mapping[str, Any], latent_side: int) -> dict[str, Any]:
+        return {**configuration, "sample_size": latent_side}
+
+    # -- pixels to latents -----------------------------------------------------------------------------------------
+
+    def encode(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        import torch
+
+        with torch.no_grad():
+            moments = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        return moments.mean.float(), moments.std.float()
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        pixels: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return pixels
+
+    def vae_scale(self, vae_configuration: Mapping[str, Any]) -> int:
+        """8 for the published VAEs."""
+        return int(2 ** (len(vae_configuration["block_out_channels"]) - 1))
+
+    def scaling_factor(self, vae_configuration: Mapping[str, Any]) -> float:
+        return float(vae_configuration["scaling_factor"])
+
+    def vae_channels(self, vae_configuration: Mapping[str, Any]) -> int:
+        return int(vae_configuration["latent_channels"])
+
+    def is_half_safe(self, source: str) -> bool:
+        """A file counts as half-safe if its name says fp16-fix; a VAE that is merely stored in half says fp16 too."""
+        if not is_single_file(source):
+            return source in self.half_safe_vaes
+        return bool(re.search(r"fp16[-_. ]?fix|fix[-_. ]?fp16", Path(source).stem, re.IGNORECASE))
+
+    def mark_half_safe(self, vae_configuration: Mapping[str, Any], safe: bool) -> dict[str, Any]:
+        return {**vae_configuration, "force_upcast": not safe}
+
+    # -- noise -----------------------------------------------------------------------------------------------------
+
+    def noise_schedule(self, scheduler_config: Mapping[str, Any]) -> NoiseSchedule:
+        """The schedule that the base was trained with, after any zero-terminal-SNR rescale."""
+        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+        from dreambooth.models.noise_schedule import DiffusionSchedule
+
+        scheduler = DDPMScheduler.from_config(scheduler_config, clip_sample=False)
+        return DiffusionSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+
+    def rescale_to_zero_snr(self, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+        """Rescale by Lin et al. 2023 (arXiv:2305.08891), algorithm 1; pictures then start at the last timestep
+        (section 3.3). A scheduler that cannot be rescaled is replaced by one that can."""
+        config = dict(scheduler_config)
+        if config.get("_class_name") not in RESCALABLE_SCHEDULERS:
+            config["_class_name"] = RESCALABLE_SCHEDULERS[0]
+        return config | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+    def sampling_scheduler(self, scheduler_config: Mapping[str, Any]) -> Any:
+        """DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095)."""
+        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+        return DPMSolverMultistepScheduler.from_config(scheduler_config)
+
+    # -- pipelines -------------------------------------------------------------------------------------------------
+
+    @property
+    def pipeline_type(self) -> Any:
+        return getattr(import_module(self.pipeline_module), self.pipeline_name)
+
+    def build_pipeline(self, parts: Mapping[str, Any], scheduler: Any) -> Any:
+        safety = {name: parts.get(name) for name in ("safety_checker", "feature_extractor")}
+        return self.pipeline_type(**{**parts, **safety}, scheduler=scheduler,
+                                  requires_safety_checker=safety["safety_checker"] is not None)
+
+    def image_to_image(self, pipeline: Any) -> Any:
+        """A pipeline that starts from a picture (SDEdit, Meng et al. 2021, arXiv:2108.01073)."""
+        import diffusers
+
+        checks = {key: pipeline.config[key] for key in ("requires_safety_checker",) if key in pipeline.config}
+        kind = self.pipeline_name.replace("Pipeline", "Img2ImgPipeline")
+        return getattr(diffusers, kind)(**pipeline.components, **checks)
+
+    # -- adapters --------------------------------------------------------------------------------------------------
+
+    def published_name(self, name: str) -> str:
+        return clip_text.published_name(name)
+
+    def kohya_name(self, name: str) -> str:
+        part, _, rest = self.published_name(name).partition(".")
+        return self.kohya_prefixes[part] + self.kohya_layers.get(rest, rest).replace(".", "_")

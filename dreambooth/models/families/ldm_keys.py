@@ -1,0 +1,225 @@
+"""The original single-file format of latent diffusion models, as CompVis and Stability AI published it.
+
+Each tensor of such a file is one tensor of a diffusers folder, or three that are stacked in the file. `LdmFormat` pairs
+them by name; serialization/single_file.py converts one side into the other and back, bit for bit. Sources: the modules
+and attributes of CompVis/stable-diffusion, Stability-AI/generative-models and mlfoundations/open_clip. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dreambooth.errors import UserError
+from dreambooth.models.families import clip_text
+from dreambooth.models.families.file_format import Entry, Form, ModelFile, SingleFileFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+# Empty tensors whose names alone carry information: the model predicts v; its noise schedule has zero terminal SNR.
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
+# How names begin in files of models trained with noise as by Karras et al. 2022 (CosXL, Playground v2.5).
+EDM = "edm_"
+POSITIONS = "transformer.text_model.embeddings.position_ids"  # 0, 1, 2, ...: a constant in files with CLIP
+# Keys of published files that are not needed: averaged weights, constants, what nothing is computed from.
+IGNORED = re.compile(
+    r"(model_ema|first_stage_model\.(loss|model_ema))\..*|(\w+_)?alphas_cumprod(_prev)?|betas|posterior_\w+|logvar"
+    r"|lvlb_weights|denoiser\.sigmas|.*\.(position_ids|logit_scale|attn_mask)|cond_stage_model\.model\.text_projection"
+    r"|v_pred|ztsnr")
+
+
+class LdmFormat(SingleFileFormat):
+    """The original layout. Subclasses say where the text encoders are, and what their files leave open."""
+
+    denoiser_key = f"{UNET}input_blocks.0.0.weight"
+    vae_prefix = VAE
+    marks = frozenset({V_PREDICTION, ZERO_SNR})
+    text_key: str  # how the keys begin that tell this family's files from others
+    text_prefixes: Mapping[str, str]  # name of a text encoder -> how its keys begin
+    openclip: frozenset[str] = frozenset()  # text encoders that are stored as by OpenCLIP
+    side: int  # pixels of a side of the published model
+    architecture: str  # in ModelSpec metadata
+    implementation: str  # in ModelSpec metadata
+
+    def matches(self, names: frozenset[str]) -> bool:
+        return self.denoiser_key in names and any(name.startswith(self.text_key) for name in names)
+
+    def check(self, file: ModelFile) -> None:
+        if any(name.startswith(EDM) for name in file.names):
+            raise UserError(f"{file.path} was trained with noise of another kind (EDM, as CosXL and Playground v2.5), "
+                            "which is not supported: type another file")
+
+    def prediction_type(self, file: ModelFile) -> tuple[str, str]:
+        kind = file.metadata.get("modelspec.prediction_type", "")
+        return prediction_name(V_PREDICTION in file.names or kind == "v"), "its keys"
+
+    def resolution(self, file: ModelFile, prediction_type: str, typed: bool) -> tuple[int, str]:
+        return self.side, "its keys"
+
+    def is_zero_terminal_snr(self, file: ModelFile) -> bool:
+        return ZERO_SNR in file.names
+
+    def entries(self, part: str, names: Iterable[str], config: Any) -> Iterator[Entry]:
+        names = list(names)
+        if part == "unet":
+            yield from _unet_entries(part, names, config.layers_per_block)
+        elif part == "vae":
+            yield from _vae_entries(part, names)
+        elif part in self.openclip:
+            yield from _openclip_entries(part, names, self.text_prefixes[part])
+        else:
+            for name in names:
+                key = f"{self.text_prefixes[part]}transformer.text_model.{clip_text.without_level(name)}"
+                yield Entry(key, part, (name,))
+
+    def is_ignored(self, key: str, encoders: Sequence[Any]) -> bool:
+        return bool(IGNORED.fullmatch(key))
+
+    def constants(self, encoders: Sequence[Any]) -> dict[str, Tensor]:
+        """Return the positions of the first text encoder, which is CLIP's."""
+        import torch
+
+        count = encoders[0].config.max_position_embeddings
+        return {self.text_prefixes["text_encoder"] + POSITIONS: torch.arange(count)[None]}
+
+    def marks_of(self, scheduler_config: Mapping[str, Any]) -> set[str]:
+        kind = scheduler_config.get("prediction_type", "epsilon")
+        if kind not in ("epsilon", "v_prediction"):
+            raise UserError(f"this model predicts {kind}, which a file of this layout cannot say: type in=DIR, a model "
+                            "that predicts noise (epsilon) or v (v_prediction)")
+        zero = bool(scheduler_config.get("rescale_betas_zero_snr"))
+        return {mark for mark, holds in ((V_PREDICTION, kind == "v_prediction"), (ZERO_SNR, zero)) if holds}
+
+    def modelspec(self, prediction_type: str) -> dict[str, str]:
+        return {"modelspec.architecture": self.architecture, "modelspec.implementation": self.implementation,
+                "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon"}
+
+
+def prediction_name(v: bool) -> str:
+    """Return the name in diffusers of a prediction of v, or of noise."""
+    return "v_prediction" if v else "epsilon"
+
+
+# -- UNet -----------------------------------------------------------------------------------------------------------
+
+RESIDUAL = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+            "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+UNET_ENDS = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
+             "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+             "add_embedding.linear_2": "label_emb.0.2", "conv_norm_out": "out.0", "conv_out": "out.2",
+             "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+             "mid_block.resnets.1": "middle_block.2"}
+
+
+def _unet_entries(part: str, names: Sequence[str], layers_per_block: int) -> Iterator[Entry]:
+    attending = {name.split(".")[1] for name in names if re.match(r"up_blocks\.\d+\.attentions", name)}
+    for name in names:
+        yield Entry(UNET + _unet_key(name, layers_per_block, attending), part, (name,))
+
+
+def _unet_key(name: str, layers_per_block: int, attending: set[str]) -> str:
+    """Return the key of a UNet's weight.
+
+    In a file the layers of all blocks are numbered in one sequence: a residual layer and the attention layer behind it
+    have one number, and the block's up- or downsampler has the next.
+
+    Args:
+        attending: numbers of the up blocks that have attention.
+    """
+    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name)
+    if not match:
+        return _replace_start(_residual_key(name) if ".resnets." in name else name, UNET_ENDS)
+    side, block, kind, number, rest = match.groups()
+    sampler = kind in ("downsamplers", "upsamplers")
+    position = int(block) * (layers_per_block + 1) + (layers_per_block if sampler else int(number)) + (side == "down")
+    slot = 1 if kind == "attentions" else 0
+    if sampler and side == "up":
+        slot = 1 + (block in attending)
+    elif sampler:
+        rest = rest.replace("conv.", "op.")
+    return f"{'in' if side == 'down' else 'out'}put_blocks.{position}.{slot}." + (
+        _residual_key(rest) if kind == "resnets" else rest)
+
+
+def _residual_key(name: str) -> str:
+    *before, layer, end = name.split(".")
+    return ".".join([*before, RESIDUAL[layer], end])
+
+
+# -- VAE ------------------------------------------------------------------------------------------------------------
+
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def _vae_entries(part: str, names: Sequence[str]) -> Iterator[Entry]:
+    blocks = 1 + max(int(name.split(".")[2]) for name in names if name.startswith("decoder.up_blocks."))
+    for name in names:
+        linear = re.search(r"attentions\.0\.to_.*weight$", name)
+        yield Entry(VAE + _vae_key(name, blocks), part, (name,), Form.convolution if linear else Form.plain)
+
+
+def _vae_key(name: str, blocks: int) -> str:
+    """Return the key of a VAE's weight. A file numbers the decoder's blocks from the picture, a folder from the
+    latents."""
+    name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+    if match := re.fullmatch(r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name):
+        side, block, kind, number, rest = match.groups()
+        level = f"{side}.down.{block}" if side == "encoder" else f"{side}.up.{blocks - 1 - int(block)}"
+        if kind == "resnets":
+            return f"{level}.block.{number}.{rest}"
+        return f"{level}.{kind.removesuffix('rs')}.{rest}"
+    if match := re.fullmatch(r"(encoder|decoder)\.mid_block\.resnets\.(\d)\.(.*)", name):
+        return f"{match[1]}.mid.block_{int(match[2]) + 1}.{match[3]}"
+    if match := re.fullmatch(r"(encoder|decoder)\.mid_block\.attentions\.0\.(.*)\.(\w+)", name):
+        return f"{match[1]}.mid.attn_1.{VAE_ATTENTION[match[2]]}.{match[3]}"
+    return name
+
+
+# -- OpenCLIP -------------------------------------------------------------------------------------------------------
+
+OPENCLIP_LAYERS = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+                   "self_attn.out_proj": "attn.out_proj"}
+OPENCLIP_ENDS = {"embeddings.token_embedding.weight": "token_embedding.weight",
+                 "embeddings.position_embedding.weight": "positional_embedding",
+                 "final_layer_norm": "ln_final"}
+
+
+def _openclip_entries(part: str, names: Sequence[str], prefix: str) -> Iterator[Entry]:
+    """Yield the entries of a text encoder of OpenCLIP, which stacks the projections of queries, keys and values."""
+    for name in names:
+        inner = clip_text.without_level(name)
+        if inner == "text_projection.weight":
+            yield Entry(f"{prefix}text_projection", part, (name,), Form.transposed)
+        elif ".k_proj." in inner or ".v_proj." in inner:
+            continue  # part of the entry of q_proj
+        elif ".q_proj." in inner:
+            three = tuple(name.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv")
+            yield Entry(prefix + _openclip_key(inner), part, three, Form.stacked)
+        else:
+            yield Entry(prefix + _openclip_key(inner), part, (name,))
+
+
+def _openclip_key(name: str) -> str:
+    match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.*)", name)
+    if not match:
+        return _replace_start(name, OPENCLIP_ENDS)
+    number, rest = match.groups()
+    if rest.startswith("self_attn.q_proj."):
+        return f"transformer.resblocks.{number}.attn.in_proj_{rest.rpartition('.')[2]}"
+    return f"transformer.resblocks.{number}.{_replace_start(rest, OPENCLIP_LAYERS)}"
+
+
+def _replace_start(name: str, replacements: Mapping[str, str]) -> str:
+    """Return the name with its first components replaced.
+
+    Raises:
+        KeyError: no replacement fits.
+    """
+    for start, replacement in replacements.items():
+        if name == start or name.startswith(start + "."):
+            return replacement + name[len(start):]
+    raise KeyError(name)

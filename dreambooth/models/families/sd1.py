@@ -1,0 +1,42 @@
+"""Stable Diffusion 1.x: a UNet of 860 million weights and CLIP ViT-L, 512 pixels; it predicts noise."""
+
+import re
+
+from dreambooth.models.families import clip_tokenizer
+from dreambooth.models.families.family import Layout
+from dreambooth.models.families.latent_unet import LatentUNet
+from dreambooth.models.families.ldm_keys import LdmFormat
+
+OLD_CLIP = re.compile(r"cond_stage_model\.transformer\.(?!text_model\.)")  # keys that leave a level out
+
+
+class Sd1Format(LdmFormat):
+    """Single files of Stable Diffusion 1.x."""
+
+    text_key = "cond_stage_model.transformer."
+    text_prefixes = {"text_encoder": "cond_stage_model."}
+    side = 512
+    architecture = "stable-diffusion-v1"
+    implementation = "https://github.com/CompVis/stable-diffusion"
+
+    def canonical_key(self, name: str) -> str:
+        return OLD_CLIP.sub("cond_stage_model.transformer.text_model.", name)
+
+
+class StableDiffusion1(LatentUNet):
+    """Stable Diffusion 1.x, and models of that architecture in other sizes."""
+
+    title = "Stable Diffusion 1.x"
+    architecture = "sd15"
+    hub_ids = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5",
+               "CompVis/stable-diffusion-v1-4")
+    renamed_hub_ids = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+    pad_tokens = {"tokenizer": clip_tokenizer.END}
+    single_file = Sd1Format()
+
+    def matches(self, layout: Layout) -> bool:
+        return ("unet" in layout.parts and "text_encoder_2" not in layout.parts
+                and layout.configuration("text_encoder").get("hidden_act", "quick_gelu") != "gelu")
+
+
+FAMILY = StableDiffusion1()

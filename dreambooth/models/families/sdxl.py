@@ -1,0 +1,123 @@
+"""Stable Diffusion XL base: two text encoders (CLIP ViT-L, OpenCLIP ViT-bigG), a UNet of 2.6 billion weights, 1024
+pixels; it predicts noise (Podell et al. 2023, arXiv:2307.01952)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dreambooth.models.families import clip_text, clip_tokenizer
+from dreambooth.models.families.family import Layout
+from dreambooth.models.families.latent_unet import LatentUNet
+from dreambooth.models.families.ldm_keys import LdmFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+MICRO_CONDITIONS = 6  # numbers that the UNet is given about a picture's size and crop
+
+
+class SdxlFormat(LdmFormat):
+    """Single files of SDXL."""
+
+    text_key = "conditioner.embedders.1.model."
+    text_prefixes = {"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1.model."}
+    openclip = frozenset({"text_encoder_2"})
+    side = 1024
+    architecture = "stable-diffusion-xl-v1-base"
+    implementation = "sgm"
+
+
+class StableDiffusionXL(LatentUNet):
+    """SDXL base, and models of that architecture in other sizes.
+
+    A prompt is token ids (P, 2, L) and text (P, L + 1, D1 + D2): the first L rows are both encoders' states before
+    their last layer, side by side (section 2); the last row begins with the second encoder's pooled, projected state.
+
+    The UNet is also given the size of the picture, where it was cropped, and the size that is wanted (section 2.2).
+    These are derived from the latents: a training picture counts as one of its own size that was not cropped, which is
+    what the pipeline says of pictures that it draws.
+    """
+
+    title = "SDXL"
+    architecture = "sdxl"
+    hub_ids = ("stabilityai/stable-diffusion-xl-base-1.0",)
+    encoders = (clip_text.FIRST, clip_text.SECOND)
+    tokenizers = ("tokenizer", "tokenizer_2")
+    pad_tokens = {"tokenizer": clip_tokenizer.END, "tokenizer_2": "!"}
+    pipeline_module = "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl"
+    pipeline_name = "StableDiffusionXLPipeline"
+    kohya_prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    # diffusers takes both `lora_unet_add_embedding_linear_N` for a layer `add.embedding.linear`, which does not exist:
+    # they are named as by kohya's trainer.
+    kohya_layers = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+    half_safe_vaes = ("madebyollin/sdxl-vae-fp16-fix",)  # SDXL's VAE, trained on until fp16 does not overflow in it
+    activations_gib = {True: 0.08, False: 3.0}  # its attention is deeper; the planner predicts 0.08 and 3.1 at 1024 px
+    single_file = SdxlFormat()
+
+    def matches(self, layout: Layout) -> bool:
+        return "unet" in layout.parts and "text_encoder_2" in layout.parts
+
+    # -- prompts to conditions -------------------------------------------------------------------------------------
+
+    def tokens(self, tokenizers: Sequence[Any], prompt: str) -> Tensor:
+        import torch
+
+        return torch.stack([clip_text.tokenize(tokenizer, prompt) for tokenizer in tokenizers], 1)
+
+    def blank_tokens(self, encoders: Sequence[Any], count: int) -> Tensor:
+        import torch
+
+        return torch.zeros(count, len(encoders), encoders[0].config.max_position_embeddings, dtype=torch.long)
+
+    def text(self, encoders: Sequence[Any], tokens: Tensor) -> Tensor:
+        import torch
+        import torch.nn.functional as F
+
+        first = encoders[0](tokens[:, 0], output_hidden_states=True)
+        second = encoders[1](tokens[:, 1], output_hidden_states=True)
+        states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
+        pooled: Tensor = second.text_embeds
+        row = F.pad(pooled, (0, states.shape[-1] - pooled.shape[-1])).unsqueeze(1)
+        return torch.cat([states, row.to(states.dtype)], 1)
+
+    def blank_text(self, encoders: Sequence[Any], count: int) -> Tensor:
+        import torch
+
+        width = sum(encoder.config.hidden_size for encoder in encoders)
+        return torch.empty(count, encoders[0].config.max_position_embeddings + 1, width)
+
+    def untrainable(self, encoders: Sequence[Any]) -> list[nn.Module]:
+        """The first encoder's last layer and norm: the state before them is used."""
+        inside = getattr(encoders[0], "text_model", encoders[0])
+        return [inside.encoder.layers[-1], inside.final_layer_norm]
+
+    # -- the denoiser ----------------------------------------------------------------------------------------------
+
+    def predict(self, denoiser: Any, latents: Tensor, timesteps: Tensor, text: Tensor, vae_scale: int) -> Tensor:
+        import torch
+
+        config = denoiser.config
+        numbers = MICRO_CONDITIONS * config.addition_time_embed_dim
+        pooled = text[:, -1, :config.projection_class_embeddings_input_dim - numbers]
+        height, width = (float(side * vae_scale) for side in latents.shape[-2:])
+        sizes = [latents.new_full((len(latents),), side) for side in (height, width, 0.0, 0.0, height, width)]
+        added = {"text_embeds": pooled, "time_ids": torch.stack(sizes, 1)}
+        prediction: Tensor = denoiser(latents, timesteps, text[:, :-1], added_cond_kwargs=added, return_dict=False)[0]
+        return prediction
+
+    # -- pixels to latents -----------------------------------------------------------------------------------------
+
+    def half_overflows(self, vae_configuration: Mapping[str, Any]) -> bool:
+        """The published VAE overflows in fp16 and says so by `force_upcast`; its fp16 fix says that it does not."""
+        return bool(vae_configuration.get("force_upcast", True))
+
+    # -- pipelines -------------------------------------------------------------------------------------------------
+
+    def build_pipeline(self, parts: Mapping[str, Any], scheduler: Any) -> Any:
+        pipeline_parts = {name: part for name, part in parts.items() if name != "safety_checker"}
+        return self.pipeline_type(**{"feature_extractor": None, **pipeline_parts}, scheduler=scheduler,
+                                  add_watermarker=False)
+
+
+FAMILY = StableDiffusionXL()
