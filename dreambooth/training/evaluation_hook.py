@@ -124,14 +124,14 @@ class EvaluationHook:
         host memory, so that the GPU never holds a second model.
         """
         if self.recipe.method.low_rank:
-            with lora.absent(self.setup.trained):
+            with lora.disabled(self.setup.trained):
                 yield self.setup.pipeline
             return
         if self.engine.device.type != "cuda":
             yield build_pipeline(loading.load(self.recipe, self.engine.device))
             return
         parts = loading.load(self.recipe, torch.device("cpu"))
-        base = loading.denoiser_of(parts, self.recipe)
+        base = loading.trained_model(parts, self.recipe)
         with swap_weights(self.setup.trained, dict(base.named_parameters())):
             yield self.setup.pipeline
 

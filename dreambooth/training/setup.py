@@ -39,7 +39,7 @@ class Setup:
     batches: Batches
     objective: Objective
     state: TrainState
-    trained: nn.Module  # the Denoiser itself, without wrappers
+    trained: nn.Module  # the TrainedModel itself, without wrappers
     pipeline: Any  # a diffusers pipeline over `parts`, which training changes
     scorer: Scorer | None  # for evaluation; None: no evaluation, or not the main process
     idle: ModuleOffload  # parts that a training step does not use
@@ -64,14 +64,14 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
     if recipe.with_prior:
         with meter.phase("class_images"):
             photo_sets.append(_build_photo_set(recipe, "class", [
-                photo for one in recipe.class_recipes
-                for photo in _load_class_images(one, pipeline, engine, console, stop)]))
+                photo for class_recipe in recipe.class_recipes
+                for photo in _load_class_images(class_recipe, pipeline, engine, console, stop)]))
     if recipe.dataset.buckets:
         console.say(subjects.describe_buckets(photos))
-    with meter.phase("caching"), ModuleOffload([parts.unet], engine.device).on_host():
+    with meter.phase("caching"), ModuleOffload([parts.denoiser], engine.device).on_host():
         latents = _build_latents(recipe, parts, photo_sets, console)
         encode_prompt = _build_prompt_encoder(recipe, parts, photo_sets)
-        idle = _idle(recipe, parts, engine)
+        idle = _build_idle(recipe, parts, engine)
         idle.to_host()
     schedule = parts.noise_schedule()
     batches = Batches(
@@ -83,9 +83,9 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         share_prompts=not recipe.method.dropout)  # with dropout, each row drops other elements
     objective = Objective(schedule, recipe.prior.prior_loss_weight, recipe.train.snr_gamma, recipe.two_passes)
     with meter.phase("state"):
-        denoiser = loading.prepare(parts, recipe)
-        state = _build_state(recipe, denoiser, accelerator)
-    return Setup(parts, photos, batches, objective, state, denoiser, pipeline, scorer, idle)
+        model = loading.prepare(parts, recipe)
+        state = _build_state(recipe, model, accelerator)
+    return Setup(parts, photos, batches, objective, state, model, pipeline, scorer, idle)
 
 
 def make_class_images(recipe: Recipe, stop: StopRequest) -> None:
@@ -95,10 +95,10 @@ def make_class_images(recipe: Recipe, stop: StopRequest) -> None:
         console.say("no class images: prior preservation is off")
         return
     incomplete = []
-    for one in recipe.class_recipes:
-        images = class_images.find(one)
+    for class_recipe in recipe.class_recipes:
+        images = class_images.find(class_recipe)
         if images.missing:
-            incomplete.append(one)
+            incomplete.append(class_recipe)
         else:
             console.say(f"{images} in {images.folder}")
     if not incomplete:
@@ -111,8 +111,8 @@ def make_class_images(recipe: Recipe, stop: StopRequest) -> None:
     with meter.phase("load"):
         pipeline = build_pipeline(loading.load(recipe, engine.device))
     with meter.phase("class_images"):
-        for one in incomplete:
-            _load_class_images(one, pipeline, engine, console, stop)
+        for class_recipe in incomplete:
+            _load_class_images(class_recipe, pipeline, engine, console, stop)
 
 
 def _check_processes(recipe: Recipe, engine: Engine) -> None:
@@ -189,7 +189,7 @@ def _build_prompt_encoder(recipe: Recipe, parts: loading.Components, photo_sets:
 
     Token ids, and hidden states if they are cached, are computed once per prompt.
     """
-    encode = parts.tokens if recipe.train.train_text_encoder else parts.hidden_states
+    encode = parts.tokens if recipe.train.train_text_encoder else parts.frozen_text
     if not (recipe.memory.cache_text or recipe.train.train_text_encoder):
         return encode
     empty_prompt = [""] * (recipe.dataset.prompt_dropout > 0)
@@ -198,9 +198,8 @@ def _build_prompt_encoder(recipe: Recipe, parts: loading.Components, photo_sets:
     return cache.__getitem__
 
 
-def _idle(recipe: Recipe, parts: loading.Components, engine: Engine) -> ModuleOffload:
-    text_is_cached = recipe.memory.cache_text and not recipe.train.train_text_encoder
-    return ModuleOffload([parts.vae] * recipe.memory.cache_latents + parts.encoders * text_is_cached, engine.device)
+def _build_idle(recipe: Recipe, parts: loading.Components, engine: Engine) -> ModuleOffload:
+    return ModuleOffload(loading.idle_modules(parts, recipe), engine.device)
 
 
 def _latent_shape(recipe: Recipe, parts: loading.Components) -> tuple[int, int, int]:
@@ -208,16 +207,16 @@ def _latent_shape(recipe: Recipe, parts: loading.Components) -> tuple[int, int, 
     return parts.latent_channels, side, side
 
 
-def _build_state(recipe: Recipe, denoiser: loading.Denoiser, accelerator: Accelerator) -> TrainState:
+def _build_state(recipe: Recipe, model: loading.TrainedModel, accelerator: Accelerator) -> TrainState:
     optimizer = memory_levers.build_training_optimizer(
-        denoiser, optimizer_factory(recipe.optimizer, recipe.train.learning_rate), recipe.memory,
+        model, optimizer_factory(recipe.optimizer, recipe.train.learning_rate), recipe.memory,
         loading.TORCH_DTYPE[recipe.precision.dtype], recipe.train.seed)
     ema = None
     if recipe.train.use_ema:
         device = torch.device("cpu") if recipe.memory.ema_device is EmaDevice.cpu else None
-        weights = optimizer.weights() if isinstance(optimizer, StreamingOptimizer) else denoiser
+        weights = optimizer.weights() if isinstance(optimizer, StreamingOptimizer) else model
         ema = Ema(weights, recipe.train.ema_decay, device, recipe.memory.ema_every)
-    wrapped: nn.Module = accelerator.prepare_model(denoiser)
+    wrapped: nn.Module = accelerator.prepare_model(model)
     if recipe.train.compile:
-        denoiser.compile(dynamic=False)  # in place; the pipeline calls the parts, which are not compiled
+        model.compile(dynamic=False)  # in place; the pipeline calls the parts, which are not compiled
     return TrainState(wrapped, optimizer, build_lr_scheduler(optimizer, recipe.train), ema)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dreambooth.data.batches import Batch
 from dreambooth.errors import Diverged
-from dreambooth.models.noise_schedule import Schedule, add_noise, min_snr_weights, target
+from dreambooth.models.noise_schedule import NoiseSchedule
 from dreambooth.optim.ema import Ema
 from dreambooth.optim.streaming_optimizer import StreamingOptimizer
 from dreambooth.runtime.async_readback import AsyncReadback
@@ -48,18 +48,20 @@ class TrainState:
 class Objective:
     """The training objective: the DreamBooth loss of a model's prediction for a noised batch."""
 
-    noise_schedule: Schedule
+    noise_schedule: NoiseSchedule
     prior_loss_weight: float = 1.0
     snr_gamma: float | None = None  # of Min-SNR weighting; None: every timestep counts alike
     split_prior: bool = False  # run forward and backward of the instance rows first, then those of the class rows
 
     def __call__(self, model: Callable[..., Tensor], batch: Batch) -> Losses:
         """Add noise to the latents, predict, and compare the prediction with its target."""
-        noisy = add_noise(batch.latents, batch.noise, batch.timesteps, self.noise_schedule)
-        prediction = model(noisy, batch.timesteps, batch.text).to(batch.latents.dtype)
-        goal = target(batch.latents, batch.noise, batch.timesteps, self.noise_schedule)
-        weights = None if self.snr_gamma is None else min_snr_weights(
-            batch.timesteps, self.snr_gamma, self.noise_schedule).to(goal.dtype)
+        schedule = self.noise_schedule
+        noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+        times = schedule.denoiser_timesteps(batch.timesteps)
+        prediction = model(noisy, times, batch.text).to(batch.latents.dtype)
+        goal = schedule.target(batch.latents, batch.noise, batch.timesteps)
+        weights = None if self.snr_gamma is None else schedule.min_snr_weights(
+            batch.timesteps, self.snr_gamma).to(goal.dtype)
         return dreambooth_loss(prediction, goal, batch.num_instances, self.prior_loss_weight, weights, batch.mask)
 
 
