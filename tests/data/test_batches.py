@@ -65,8 +65,8 @@ def test_captions_are_read_from_metadata_jsonl_as_in_datasets(tmp_path: Path) ->
     write_metadata(
         tmp_path, {"file_name": "a.png", "text": "a zwx dog\n asleep"}, "", {"file_name": "b.png", "text": "two"})
     (tmp_path / "b.txt").write_text("two")
-    found = [photo.caption for photo in load_photos(list_photos(tmp_path), PROMPT, 16)]
-    assert found == ["a zwx dog asleep", "two", PROMPT]
+    captions = [photo.caption for photo in load_photos(list_photos(tmp_path), PROMPT, 16)]
+    assert captions == ["a zwx dog asleep", "two", PROMPT]
 
 
 @pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85"])
@@ -197,7 +197,7 @@ def test_sizes_have_another_order_in_each_round() -> None:
     photo_set = bucketed_set()
     rounds = [[photo_set.photos[photo_set.view(0, step, 0, 1).photo].size for step in range(r * 6, r * 6 + 6)]
               for r in range(5)]
-    assert all(Counter(found) == Counter(SHAPES) for found in rounds)
+    assert all(Counter(sizes) == Counter(SHAPES) for sizes in rounds)
     assert len(set(map(tuple, rounds))) > 1
 
 
@@ -251,13 +251,13 @@ def test_with_one_bucket_batches_equal_those_without_buckets() -> None:
 def masked_set(count: int = 3, name: str = "instance") -> PhotoSet:
     """Photos of 8 x 12 whose mask is the left part of the image, without the last columns of its centre crop."""
     generator = np.random.default_rng(2)
-    found = []
+    photos = []
     for i in range(count):
         mask = np.zeros((8, 12), dtype=np.uint8)
         mask[:, :5 + i] = 255
         pixels = generator.integers(0, 256, (8, 12, 3), dtype=np.uint8)
-        found.append(Photo(Path(f"{i}.png"), pixels, f"caption {i}", None, mask))
-    return PhotoSet(name, found, True, False)
+        photos.append(Photo(Path(f"{i}.png"), pixels, f"caption {i}", None, mask))
+    return PhotoSet(name, photos, True, False)
 
 
 @pytest.mark.parametrize("gamma", [None, 5.0])
@@ -401,12 +401,13 @@ def test_a_dropped_prompt_is_empty_and_changes_nothing_else() -> None:
 # -- several subjects ---------------------------------------------------------------------------------------------
 
 def test_each_subject_has_its_own_folder_prompts_and_class() -> None:
-    found = recipe(*TWO, "dataset.concepts.1.repeats=3", "dataset.concepts.1.class_dir=C")
-    assert [one.instance_prompt for one in found.subject_recipes] == ["a photo of a zwx dog", "a photo of a ohwx dog"]
-    assert [one.instance_dir.name for one in found.subject_recipes] == ["A", "B"]
-    assert [one.class_dir and one.class_dir.name for one in found.subject_recipes] == [None, "C"]
-    assert "a photo of a ohwx dog on the beach" in found.sample_prompts
-    assert len(found.class_recipes) == 2
+    resolved = recipe(*TWO, "dataset.concepts.1.repeats=3", "dataset.concepts.1.class_dir=C")
+    first, second = resolved.subject_recipes
+    assert [first.instance_prompt, second.instance_prompt] == ["a photo of a zwx dog", "a photo of a ohwx dog"]
+    assert [first.instance_dir.name, second.instance_dir.name] == ["A", "B"]
+    assert first.class_dir is None and second.class_dir is not None and second.class_dir.name == "C"
+    assert "a photo of a ohwx dog on the beach" in resolved.sample_prompts
+    assert len(resolved.class_recipes) == 2
 
 
 def test_subjects_of_one_class_share_its_images() -> None:
@@ -415,8 +416,8 @@ def test_subjects_of_one_class_share_its_images() -> None:
 
 
 def test_with_one_subject_its_recipe_is_that_of_the_run() -> None:
-    found = recipe()
-    assert found.subject_recipes == (found,)
+    resolved = recipe()
+    assert resolved.subject_recipes == (resolved,)
 
 
 def test_photos_of_all_subjects_have_their_own_captions_and_repeats(tmp_path: Path) -> None:
@@ -424,12 +425,12 @@ def test_photos_of_all_subjects_have_their_own_captions_and_repeats(tmp_path: Pa
         (tmp_path / folder).mkdir()
         for i in range(count):
             save_noise(tmp_path / folder / f"{i}.png", seed=i)
-    found, repeats = subjects.load_subject_photos(recipe(
+    loaded, repeats = subjects.load_subject_photos(recipe(
         *TWO, f"dataset.concepts.0.instance_dir={tmp_path / 'A'}", f"dataset.concepts.1.instance_dir={tmp_path / 'B'}",
         "dataset.concepts.1.repeats=3"))
-    assert [photo.caption for photo in found] == ["a photo of a zwx dog"] * 3 + ["a photo of a ohwx dog"]
+    assert [photo.caption for photo in loaded] == ["a photo of a zwx dog"] * 3 + ["a photo of a ohwx dog"]
     assert repeats == [1, 1, 1, 3]
-    photo_set = PhotoSet("instance", found, True, False, repeats)
+    photo_set = PhotoSet("instance", loaded, True, False, repeats)
     seen = Counter(photo_set.view(0, step, 0, 1).photo for step in range(12))
     assert seen == {0: 2, 1: 2, 2: 2, 3: 6}
 

@@ -96,11 +96,11 @@ def test_the_users_own_images_come_first(tmp_path: Path) -> None:
     own.mkdir()
     Image.new("RGB", (9, 9)).save(own / "mine.png")
     recipe = make_recipe(tmp_path, f"dataset.class_dir={own}", "prior.num_class_images=3")
-    found = class_images.find(recipe)
-    assert found.paths[0] == own / "mine.png"
-    assert str(found) == "3 class images: 1 own, 0 existing, 2 to generate"
+    images = class_images.find(recipe)
+    assert images.paths[0] == own / "mine.png"
+    assert str(images) == "3 class images: 1 own, 0 existing, 2 to generate"
     generate_all(recipe)
-    assert class_images.find(recipe).paths == found.paths
+    assert class_images.find(recipe).paths == images.paths
     assert str(class_images.find(recipe)) == "3 class images: 1 own, 2 existing, 0 to generate"
 
 
@@ -178,9 +178,9 @@ def test_with_enough_own_images_none_are_generated(tmp_path: Path) -> None:
     own.mkdir()
     for name in ("b.png", "a.png", "c.png"):
         Image.new("RGB", (9, 9)).save(own / name)
-    found = class_images.find(make_recipe(tmp_path, f"dataset.class_dir={own}", "prior.num_class_images=2"))
-    assert [path.name for path in found.paths] == ["a.png", "b.png", "c.png"]
-    assert str(found) == "3 class images: 3 own, 0 existing, 0 to generate"
+    images = class_images.find(make_recipe(tmp_path, f"dataset.class_dir={own}", "prior.num_class_images=2"))
+    assert [path.name for path in images.paths] == ["a.png", "b.png", "c.png"]
+    assert str(images) == "3 class images: 3 own, 0 existing, 0 to generate"
 
 
 def test_the_class_images_command_uses_the_precision_that_is_in_the_key(

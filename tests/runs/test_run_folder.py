@@ -154,10 +154,10 @@ def test_a_run_that_was_moved_away_is_not_moved_again(tmp_path, monkeypatch):
 def test_a_resume_path_inside_the_run_folder_follows_the_move(tmp_path):
     path = write_checkpoint(tmp_path, 2)
     write_checkpoint(tmp_path, 4)
-    found = find_resume_point(tmp_path, str(path))
+    checkpoint = find_resume_point(tmp_path, str(path))
     [earlier] = tmp_path.glob("earlier-*")
-    assert found == earlier / "checkpoints/step-000002"
-    assert (found / "state.json").is_file()
+    assert checkpoint == earlier / "checkpoints/step-000002"
+    assert (checkpoint / "state.json").is_file()
     assert (earlier / "checkpoints/step-000004/state.json").is_file()
 
 
@@ -199,6 +199,6 @@ def test_starting_over_twice_in_one_second_keeps_both_runs(tmp_path: Path, monke
     for step in (1, 2):
         write_checkpoint(tmp_path, step)
         assert find_resume_point(tmp_path, "never") is None
-    kept = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("earlier-*/checkpoints/step-*"))
-    assert kept == [f"earlier-20261124-120000{name}" for name in (
+    paths = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("earlier-*/checkpoints/step-*"))
+    assert paths == [f"earlier-20261124-120000{name}" for name in (
         "-2/checkpoints/step-000002", "/checkpoints/step-000001")]

@@ -171,9 +171,9 @@ def write_model(folder: Path, seed: int) -> dict[str, bytes]:
 def in_bucket(bucket: str, prefix: str) -> dict[str, bytes]:
     """Return every object below a prefix. Call it while no fault is set."""
     s3 = plain_client()
-    found = s3.list_objects_v2(Bucket=bucket, Prefix=prefix + "/").get("Contents", ())
+    listed = s3.list_objects_v2(Bucket=bucket, Prefix=prefix + "/").get("Contents", ())
     return {item["Key"].removeprefix(prefix + "/"): s3.get_object(Bucket=bucket, Key=item["Key"])["Body"].read()
-            for item in found}
+            for item in listed}
 
 
 def trial(server: Server, folder: Path, kind: str, seed: int) -> tuple[int, int]:
@@ -194,10 +194,10 @@ def trial(server: Server, folder: Path, kind: str, seed: int) -> tuple[int, int]
     uri = f"s3://{bucket}/{prefix}"
 
     def is_complete() -> bool:
-        held = in_bucket(bucket, prefix)
-        if manifest.NAME not in held:
+        objects = in_bucket(bucket, prefix)
+        if manifest.NAME not in objects:
             return False
-        assert {name: held.get(name) for name in content} == content, f"{kind} {seed}: a manifest over missing bytes"
+        assert {name: objects.get(name) for name in content} == content, f"{kind} {seed}: a manifest over missing bytes"
         return True
 
     def check_local_files() -> None:
