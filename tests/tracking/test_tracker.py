@@ -23,7 +23,6 @@ from dreambooth.tracking import mlflow_shipper, tracker
 from dreambooth.tracking.journal import Journal, batches, read
 from dreambooth.tracking.model_registry import Registry
 from dreambooth.tracking.tracker import JournalTracker, MlflowTracker, open_tracker
-from tests.support.warm_python import PYTHON
 
 
 @pytest.fixture(autouse=True)
@@ -368,8 +367,8 @@ def test_two_processes_open_one_fresh_database(tmp_path: Path) -> None:
             "root = Path(sys.argv[1]);"
             "t = open_tracker('mlflow', root / sys.argv[2], run_root=root, run_name='r', required=True);"
             "t.log_metrics(1, {'loss': 1.0}); t.close('FINISHED')")
-    runs = [subprocess.Popen([PYTHON, "-c", code, str(tmp_path), name], stderr=subprocess.PIPE, text=True)
-            for name in ("a", "b")]
+    runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], stderr=subprocess.PIPE, text=True)
+            for name in ("a", "b")]  # fresh interpreters: MLflow reads its log level when it is imported
     ends = [(run.communicate(timeout=600)[1], run.returncode) for run in runs]
     assert ends == [("", 0), ("", 0)]
     from mlflow import MlflowClient
