@@ -42,9 +42,9 @@ def count_layers(model: str, pixels: int) -> Counter[Layer]:
 
     with fake_tensors():
         parts = build_skeleton(resolve(config, Path("runs/benchmark")))
-        pointwise_conv.as_products(parts.denoiser)
+        pointwise_conv.use_matrix_products(parts.denoiser)
         for module in parts.denoiser.modules():
-            if isinstance(module, pointwise_conv.Pointwise):
+            if isinstance(module, pointwise_conv.PointwiseConv2d):
                 module.register_forward_hook(count)
         side = pixels // parts.vae_scale
         text = parts.blank_text(1)
@@ -56,17 +56,17 @@ def measure(layer: Layer, count: int, repeats: int) -> tuple[float, float]:
     """Milliseconds of a forward and backward pass for `count` images: as a convolution, and as a matrix product."""
     channels_in, channels_out, side = layer
     plain, product = nn.Conv2d(channels_in, channels_out, 1), nn.Conv2d(channels_in, channels_out, 1)
-    pointwise_conv.as_products(product)
+    pointwise_conv.use_matrix_products(product)
     inputs, gradient = torch.randn(count, channels_in, side, side), torch.randn(count, channels_out, side, side)
     durations: dict[nn.Module, list[float]] = {plain: [], product: []}
-    limit, pointwise_conv.CHANNELS_A_PIXEL = pointwise_conv.CHANNELS_A_PIXEL, channels_out
+    limit, pointwise_conv.MAX_CHANNELS_PER_PIXEL = pointwise_conv.MAX_CHANNELS_PER_PIXEL, channels_out
     for _ in range(repeats + 2):
         for module, times in durations.items():
             start = time.perf_counter()
             module(inputs.detach().requires_grad_()).backward(gradient)
             times.append(1000 * (time.perf_counter() - start))
             module.zero_grad()
-    pointwise_conv.CHANNELS_A_PIXEL = limit
+    pointwise_conv.MAX_CHANNELS_PER_PIXEL = limit
     return median(durations[plain][2:]), median(durations[product][2:])
 
 
@@ -78,7 +78,7 @@ def table_rows(count: int, repeats: int) -> Iterator[str]:
         total = [0.0, 0.0]
         for layer, number in sorted(count_layers(model, pixels).items()):
             plain, product = measure(layer, count, repeats)
-            as_convolution = layer[1] > pointwise_conv.CHANNELS_A_PIXEL * layer[2] ** 2
+            as_convolution = layer[1] > pointwise_conv.MAX_CHANNELS_PER_PIXEL * layer[2] ** 2
             total = [total[0] + number * plain, total[1] + number * (plain if as_convolution else product)]
             yield (f"| {model} | {layer[0]} to {layer[1]} | {layer[2]} x {layer[2]}{' *' * as_convolution} | "
                    f"{number} | {plain:.2f} | {product:.2f} | {plain / product:.2f}x |")

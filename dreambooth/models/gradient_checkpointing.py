@@ -1,12 +1,13 @@
-"""Gradient checkpointing: activations are computed again in the backward pass instead of being kept.
+"""Gradient checkpointing of a UNet of diffusers: activations are recomputed in the backward pass instead of stored.
 
-diffusers recomputes the layers inside a transformer and keeps what its norm and projections need: 25 MiB for each at 64
-x 64 latents in half precision, half of all that a checkpointed forward pass keeps. Here a transformer is recomputed as
-a whole, from its input, which a neighbour keeps anyway. The same operators on the same values: no number changes.
+diffusers recomputes the layers inside a transformer and stores what its norm and projections need: 25 MiB for each at
+64 x 64 latents in half precision, half of everything that a checkpointed forward pass stores. Here a transformer is
+recomputed as a whole from its input, which the neighbouring block stores anyway. The same operators run on the same
+values, so no number changes.
 
-In groups, a transformer is recomputed for the photos, then for the class images: its own tensors exist for one group at
-a time. The gradient of a weight is the sum over both, which autograd hands on once. Its terms are added in another
-order, with the bound of step._forward_backward_halves.
+In groups, a transformer is recomputed for the photos first and then for the class images, so that its own tensors exist
+for one group at a time. The gradient of a weight is the sum over both, which autograd passes on once. Its terms are
+added in another order, with the error bound of step._forward_backward_halves.
 """
 
 from collections.abc import Callable
@@ -19,24 +20,29 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recompute(unet: Any, groups: int = 1) -> None:
-    """Switch it on for a UNet: each residual block and each transformer is a unit, for `groups` parts of a batch."""
+    """Switch checkpointing on: each residual block and each transformer is recomputed as one unit.
+
+    Args:
+        groups: parts of a batch that are recomputed one after the other.
+    """
     unet.enable_gradient_checkpointing()
     for module in unet.modules():
         if hasattr(module, "transformer_blocks"):
             module.gradient_checkpointing = False  # of the layers inside
-            module.forward = partial(_recomputed, module.forward, groups)
+            module.forward = partial(_checkpointed, module.forward, groups)
 
 
-def _recomputed(forward: Callable[..., Any], groups: int, *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(forward: Callable[..., Any], groups: int, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     if groups == 1:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    parts = zip(*(_chunks(value, groups) for value in (*args, *kwargs.values())), strict=True)
-    found = [checkpoint(forward, *part[:len(args)], use_reentrant=False,
-                        **dict(zip(kwargs, part[len(args):], strict=True))) for part in parts]
-    return tuple(torch.cat(rows) for rows in zip(*found, strict=True))
+    parts = zip(*(_split(value, groups) for value in (*args, *kwargs.values())), strict=True)
+    outputs = [checkpoint(forward, *part[:len(args)], use_reentrant=False,
+                          **dict(zip(kwargs, part[len(args):], strict=True))) for part in parts]
+    return tuple(torch.cat(rows) for rows in zip(*outputs, strict=True))
 
 
-def _chunks(value: Any, groups: int) -> list[Any]:
+def _split(value: Any, groups: int) -> list[Any]:
+    """Split a tensor into parts of the batch; repeat any other value."""
     return list(value.chunk(groups)) if isinstance(value, Tensor) else [value] * groups

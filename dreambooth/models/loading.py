@@ -17,7 +17,7 @@ from dreambooth.models import families, lora, vae
 from dreambooth.models.components import Components as Components
 from dreambooth.models.components import disable_vae_autocast, training_scheduler
 from dreambooth.models.families.family import Family
-from dreambooth.models.pointwise_conv import as_products
+from dreambooth.models.pointwise_conv import use_matrix_products
 from dreambooth.models.quantization import quantise
 from dreambooth.utils.imports import without_bitsandbytes, without_garbage_collection
 
@@ -149,7 +149,7 @@ def prepare(parts: Components, recipe: Recipe) -> TrainedModel:
     if recipe.train.channels_last:
         denoiser.to(memory_format=torch.channels_last)
     elif recipe.device == "cpu" and recipe.precision.dtype is Dtype.fp32:
-        as_products(denoiser)
+        use_matrix_products(denoiser)
     if recipe.memory.gradient_checkpointing:
         apart = recipe.memory.split_prior and recipe.memory.optimizer_in_backward and recipe.with_prior
         family.recompute_activations(denoiser, groups=2 if apart else 1)

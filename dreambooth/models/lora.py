@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dreambooth.config.enums import Dtype, MethodKind, Targets
 from dreambooth.config.method import Method
-from dreambooth.models.sample_dropout import Dropout, follow
+from dreambooth.models.sample_dropout import Dropout, set_keys_before_forward
 from dreambooth.utils import rng
 
 NAME = "default"  # peft's name of the one adapter that trains
@@ -99,7 +99,7 @@ def inject(model: nn.Module, method: Method, targets: Mapping[Targets, re.Patter
             layer.lora_dropout[NAME] = Dropout(method.dropout, rng.seed(name, "dropout"))
             dropouts.append(layer.lora_dropout[NAME])
     if dropouts:
-        follow(model, dropouts)
+        set_keys_before_forward(model, dropouts)
 
 
 def target_layers(part: nn.Module, pattern: re.Pattern[str]) -> list[str]:

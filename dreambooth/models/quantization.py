@@ -6,21 +6,22 @@ import torch
 from torch import nn
 
 
-def quantise(part: nn.Module, half: torch.dtype) -> None:
-    """Put the linear layers of a frozen module into nf4: 4 bits a weight and an fp32 maximum for each 64 of them.
+def quantise(part: nn.Module, compute_dtype: torch.dtype) -> None:
+    """Convert the linear layers of a frozen module to nf4: 4 bits per weight, and an fp32 maximum for each 64 weights.
 
-    They are computed with in `half`, a layer at a time. The codes are made when the module goes to its device.
+    A layer is dequantised when it computes, in `compute_dtype`. bitsandbytes packs the weights when the module moves to
+    its device.
     """
-    import bitsandbytes.nn as layers
+    import bitsandbytes.nn
 
-    four_bits: Any = layers
+    layers: Any = bitsandbytes.nn
     for module in list(part.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
-                small = four_bits.Linear4bit(child.in_features, child.out_features, child.bias is not None,
-                                             compute_dtype=half, quant_type="nf4", compress_statistics=False,
-                                             device="meta")
-                small.weight = four_bits.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4",
+                quantised = layers.Linear4bit(child.in_features, child.out_features, child.bias is not None,
+                                              compute_dtype=compute_dtype, quant_type="nf4", compress_statistics=False,
+                                              device="meta")
+                quantised.weight = layers.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4",
                                                      compress_statistics=False)
-                small.bias = child.bias
-                setattr(module, name, small)
+                quantised.bias = child.bias
+                setattr(module, name, quantised)

@@ -15,7 +15,7 @@ from dreambooth.config.method import Method
 from dreambooth.models import families, lora
 from dreambooth.models.lora import LowRank, adapter_weights, inject, merge
 from dreambooth.models.quantization import quantise
-from dreambooth.models.sample_dropout import Dropout, follow, sample_keys
+from dreambooth.models.sample_dropout import Dropout, sample_keys, set_keys_before_forward
 from tests.support.faults import train
 from tests.support.runs import KILLED, assert_same, losses, the_run
 
@@ -205,7 +205,7 @@ class Dropping(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.dropout = Dropout(0.25, 7)
-        follow(self, [self.dropout])
+        set_keys_before_forward(self, [self.dropout])
 
     def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         return self.dropout(text)

@@ -12,7 +12,7 @@ from dreambooth.config.compose import load
 from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.data.batches import Batch
 from dreambooth.models import loading
-from dreambooth.models.pointwise_conv import CHANNELS_A_PIXEL, Pointwise, as_products
+from dreambooth.models.pointwise_conv import MAX_CHANNELS_PER_PIXEL, PointwiseConv2d, use_matrix_products
 from tests.support.configs import compose_config
 from tests.support.tiny_models import make
 from tests.support.toy_model import make_batches, make_photo_set
@@ -35,8 +35,8 @@ def convolution(count: int, side: int, before: int = 24, after: int = 40, bias: 
 def test_a_product_is_the_convolution_but_for_the_order_of_its_sums(bias: bool) -> None:
     layer, pixels = convolution(3, 8, bias=bias)
     plain, inputs = layer(pixels), layer.in_channels
-    as_products(layer)
-    assert type(layer) is Pointwise
+    use_matrix_products(layer)
+    assert type(layer) is PointwiseConv2d
     found = layer(pixels)
     gamma = (inputs + 1) * UNIT / (1 - (inputs + 1) * UNIT)
     whole = torch.einsum("oi,nihw->nohw", layer.weight[..., 0, 0].abs(), pixels.abs())
@@ -54,7 +54,7 @@ def test_its_gradients_are_the_convolutions() -> None:
         (layer(pixels) * goal).sum().backward()
         seen.append([pixels.grad, layer.weight.grad, layer.bias.grad])
         pixels.grad = layer.weight.grad = layer.bias.grad = None
-        as_products(layer)
+        use_matrix_products(layer)
     for plain, product in zip(*seen, strict=True):
         torch.testing.assert_close(product, plain, rtol=1e-13, atol=1e-13)
 
@@ -63,9 +63,9 @@ def test_more_channels_than_pixels_stay_a_convolution(monkeypatch: pytest.Monkey
     def refuse(*_: object) -> None:
         raise AssertionError("a product")
 
-    layer, pixels = convolution(2, 2, after=4 * CHANNELS_A_PIXEL + 1)
+    layer, pixels = convolution(2, 2, after=4 * MAX_CHANNELS_PER_PIXEL + 1)
     plain = layer(pixels)
-    as_products(layer)
+    use_matrix_products(layer)
     monkeypatch.setattr(torch, "baddbmm", refuse)
     assert torch.equal(layer(pixels), plain)
     with pytest.raises(AssertionError, match="a product"):
@@ -77,7 +77,7 @@ def test_more_channels_than_pixels_stay_a_convolution(monkeypatch: pytest.Monkey
     {"kernel_size": 1, "groups": 2}])
 def test_other_convolutions_stay_as_they_are(given: dict[str, int]) -> None:
     layer = nn.Conv2d(8, 8, **given)  # type: ignore[arg-type]
-    as_products(layer)
+    use_matrix_products(layer)
     assert type(layer) is nn.Conv2d
 
 
@@ -89,7 +89,7 @@ def test_a_cpu_run_in_fp32_computes_them_as_products(words: tuple[str, ...], pro
     parts = loading.load(replace(asked, device="cpu"), torch.device("cpu"))
     names = list(parts.denoiser.state_dict())
     denoiser = loading.prepare(parts, asked)
-    pointwise = [module for module in denoiser.unet.modules() if isinstance(module, Pointwise)]
+    pointwise = [module for module in denoiser.unet.modules() if isinstance(module, PointwiseConv2d)]
     assert len(pointwise) == (22 if products else 0)
     assert list(parts.denoiser.state_dict()) == names
 
