@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from tests.support.s3_server import (
-    Server,
-)
+from tests.support.s3_server import Server
 
 
 def prefix(uri: str) -> str:

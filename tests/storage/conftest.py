@@ -6,12 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from dreambooth.storage import manifest, s3_bucket
-from tests.support.s3_server import (
-    PART_SIZE,
-    Server,
-    plain_client,
-    serving,
-)
+from tests.support.s3_server import PART_SIZE, Server, plain_client, serving
 
 
 @pytest.fixture(scope="module")

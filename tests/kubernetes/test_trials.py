@@ -1,0 +1,194 @@
+"""A search space has one definition, and every override in every file composes to a run that fits."""
+
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from dreambooth import stage, workflows
+from dreambooth.config import compose
+from dreambooth.config.recipe import resolve
+from dreambooth.entrypoint import compose_run
+from dreambooth.errors import UserError
+from dreambooth.kubernetes import katib
+from dreambooth.kubernetes.argo import build_nightly_workflow, build_train_template
+from dreambooth.kubernetes.workflow_spec import TRIAL_RUN_DIR, SearchSpace
+from tests.kubernetes.workflow_files import SPACES, documents, run_stage
+from tests.support import argo_runner as argo
+from tests.support.warm_python import PYTHON
+
+# -- one definition of a search space ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", SPACES)
+def test_hydra_optuna_argo_and_katib_search_the_same_points(name: str) -> None:
+    from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
+
+    values = compose.search_space(name)
+    space = SearchSpace(name, values)
+    text = (compose.conf_dir() / f"sweep/{name}.yaml").read_text("utf-8")
+    params = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
+    overrides = [f"{key}={value}" for key, value in params.items()]
+    [jobs] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
+    assert [list(trial[1:]) for trial in space.trials()] == jobs
+    distributions, fixed = create_params_from_overrides(overrides)
+    assert fixed == {}
+    assert {key: [float(value) for value in one.choices] for key, one in distributions.items()} == {
+        key: [float({"True": "1", "False": "0"}.get(value, value)) for value in one] for key, one in values.items()}
+    experiment = katib.build_experiment(workflows.build_spec(space=name))
+    listed = [one["feasibleSpace"]["list"] for one in experiment["spec"]["parameters"]]
+    assert listed == [list(one) for one in values.values()]
+
+
+@pytest.mark.parametrize("text", ["range(1,4)", "interval(1,4)", "3"])
+def test_a_search_space_allows_choices_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/mine.yaml").write_text(f"hydra: {{sweeper: {{params: {{train.seed: '{text}'}}}}}}", "utf-8")
+    monkeypatch.setattr(compose, "conf_dir", lambda: tmp_path)
+    with pytest.raises(UserError, match=r"type choice\(\.\.\.\) there"):
+        compose.search_space("mine")
+    with pytest.raises(UserError, match="there is no search space yours: type sweep= one of mine"):
+        compose.search_space("yours")
+
+
+@pytest.mark.slow
+def test_optuna_searches_a_space_and_the_best_is_promoted(tmp_path: Path) -> None:
+    overrides = ["sweep=tiny", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=0",
+                 "train.max_train_steps=1", "train.train_batch_size=1", "prior.num_class_images=2",
+                 "prior.num_inference_steps=1", "sample.every=null", "sample.num_inference_steps=1",
+                 "evaluate.images_per_prompt=1", "evaluate.class_images=2", "tracking.sweep=mine", "hardware=cpu",
+                 f"run_root={tmp_path}"]
+    sweep = subprocess.run([PYTHON, "-m", "dreambooth.train", "-m", *overrides], capture_output=True, text=True,
+                           check=False, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert sweep.returncode == 0, sweep.stderr
+    best = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text("utf-8"))
+    assert set(best["best_params"]) == {"train.learning_rate", "prior.prior_loss_weight", "train.train_text_encoder"}
+    promotion = subprocess.run([PYTHON, "-m", "dreambooth.promote", "sweep=mine", f"run_root={tmp_path}"],
+                               capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert promotion.returncode == 0, promotion.stderr
+    promoted = json.loads((tmp_path / "promoted.json").read_text("utf-8"))
+    assert promoted["objective"] == pytest.approx(best["best_value"])
+
+
+def test_an_override_fixes_its_key_as_under_hydras_sweepers() -> None:
+    space = SearchSpace("mine", {"train.seed": ("1", "2"), "train.learning_rate": ("1e-06", "2e-06")})
+    assert space.without_overridden(["train.seed=5", "hardware=cpu"]).trials() == [
+        ("sweep=mine", "train.learning_rate=1e-06"), ("sweep=mine", "train.learning_rate=2e-06")]
+
+
+def test_a_trial_is_the_run_that_hydras_sweeper_would_start(tmp_path: Path) -> None:
+    overrides = [f"run_root={tmp_path}", "hardware=cpu", "train.max_train_steps=3"]
+    with initialize_config_dir(str(compose.conf_dir()), version_base="1.3"):
+        hydra = hydra_compose("config", overrides, return_hydra_config=True).hydra
+    _, single = compose_run(overrides)
+    _, trial = compose_run([*overrides, TRIAL_RUN_DIR])
+    _, longer = compose_run([*overrides[:2], "train.max_train_steps=4", TRIAL_RUN_DIR])
+    assert trial == Path(hydra.sweep.dir) / hydra.sweep.subdir
+    assert len({single, trial, longer}) == 3
+
+
+def test_each_night_has_its_own_run_folder_which_a_retry_resumes() -> None:
+    """A run folder rejects photos in S3 that have changed since its run began."""
+    workflow = build_nightly_workflow(workflows.build_spec())["spec"]["workflowSpec"]
+    template = build_train_template(workflows.build_spec())
+    assert workflow["workflowTemplateRef"] == {"name": template["metadata"]["name"]}
+    arguments = argo.parameters(workflow, "arguments")
+    assert arguments.keys() <= argo.parameters(template["spec"], "arguments").keys()
+    overrides = shlex.split(arguments["overrides"]["value"])
+    assert overrides[:-1] == list(workflows.DEFAULT_OVERRIDES)
+    folders = {compose_run([*overrides, "run_root=/runs", f"tracking.sweep={name}"])[1]
+               for name in ("mon", "tue", "mon")}
+    assert {path.name for path in folders} == {"s3-sd15-full-mon", "s3-sd15-full-tue"}
+    stages = argo.by_name(template["spec"]["templates"])
+    assert "tracking.sweep={{workflow.name}}" in stages["train"]["container"]["args"]  # the same for a retry
+    assert arguments["promote"]["value"] == "replace=true"
+    assert "{{workflow.parameters.promote}}" in stages["promote"]["container"]["args"]
+
+
+# -- every override in every file ----------------------------------------------------------------------------------
+
+def runs() -> Iterator[tuple[str, list[str]]]:
+    """The origin and the overrides of every run that a file would start."""
+    for name, one in workflows.build_shipped_spec().overlays.items():  # g4dn is the base
+        for number, trial in enumerate([(), *one.space.trials()]):
+            yield f"{name} {number}", [*one.overrides, "run_root=/runs", *trial]
+    for name in ("trainjob", "trainjob-4gpu"):
+        [job] = documents(f"kubeflow/{name}.yaml")
+        yield name, [arg for arg in job["spec"]["trainer"]["args"] if arg not in ("-m", "dreambooth.train")]
+    [experiment] = documents("kubeflow/katib-experiment.yaml")
+    spec = experiment["spec"]
+    [script] = spec["trialTemplate"]["trialSpec"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    args = shlex.split(script)[3:]
+    lists = {one["name"]: one["feasibleSpace"]["list"] for one in spec["parameters"]}
+    references = {one["name"]: one["reference"] for one in spec["trialTemplate"]["trialParameters"]}
+    for number, point in enumerate(itertools.product(*lists.values())):
+        values = dict(zip(lists, point, strict=True))
+        yield f"katib {number}", [
+            re.sub(r"\$\{trialParameters\.(\w+)\}", lambda match, values=values: values[references[match[1]]], arg)
+            for arg in args]
+
+
+RUNS = [pytest.param(overrides, id=origin) for origin, overrides in runs()]
+
+
+def test_templates_and_pipeline_contain_the_default_overrides() -> None:
+    for name in ("dreambooth-train", "dreambooth-sweep"):
+        [template] = documents(f"argo/{name}.yaml")
+        parameters = {item["name"]: item["value"] for item in template["spec"]["arguments"]["parameters"]}
+        assert shlex.split(parameters["overrides"]) == list(workflows.DEFAULT_OVERRIDES)
+    spec, _ = documents("kubeflow/pipeline.yaml")
+    parameters = spec["root"]["inputDefinitions"]["parameters"]
+    assert shlex.split(parameters["overrides"]["defaultValue"]) == list(workflows.DEFAULT_OVERRIDES)
+
+
+@pytest.mark.parametrize("overrides", RUNS)
+def test_every_override_composes_and_resolves(overrides: list[str]) -> None:
+    config, run_dir = compose_run(overrides)
+    recipe = resolve(config, run_dir)
+    assert recipe.run_dir.parent == Path("/runs")
+
+
+# The runs of sweep=subject that are planned: the others need the same memory as one of them.
+BOTH = [("UNet", ""), ("UNet and text encoder", "")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, space, planned", [
+    ("g4dn", "subject", BOTH), ("g5", "subject", BOTH), ("cpu", "tiny", [("UNet and text encoder", "")]),
+    ("g4dn", "lora", [("UNet", f"lora of rank {rank}") for rank in (4, 16, 64)])])
+def test_the_planner_fits_every_run_of_every_machine(
+    name: str, space: str, planned: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    spec = workflows.build_shipped_spec().overlays[name]
+    trials = SearchSpace(space, compose.search_space(space)).trials()
+    result = run_stage(tmp_path, "validate", "--words", spec.overrides_text, "--space", space, "run_root=/runs")
+    assert result.returncode == 0, result.stderr
+    assert f"{len(trials)} runs, checked and planned" in result.stdout
+    assert len(json.loads((tmp_path / "out/trials").read_text("utf-8"))) == len(trials)
+    titles = re.findall(r"^\w+ \d+ px on [^:]*: ([^,]*)(?:,\s+(lora of rank \d+))?", result.stdout, re.M)
+    assert sorted(titles) == sorted(planned), result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("origin", ["trainjob", "trainjob-4gpu", "katib"])
+def test_the_planner_fits_every_run_of_kubeflow(origin: str) -> None:
+    different = {tuple(override for override in overrides
+                       if override.partition("=")[0] not in stage.MEMORY_NEUTRAL_KEYS
+                       and "s3://" not in override and "MLFLOW" not in override)
+                 for name, overrides in runs() if name.partition(" ")[0] == origin}
+    assert len(different) == (2 if origin == "katib" else 1)  # with and without the text encoder
+    for overrides in different:
+        plan = subprocess.run([PYTHON, "-m", "dreambooth.plan", *overrides, "plan.format=json"], check=False,
+                              capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert plan.returncode == 0, plan.stderr
+        assert json.loads(plan.stdout)["fits"] is True
