@@ -1,7 +1,7 @@
 """Models the memory of each optimizer: its persistent state and the temporary tensors of its step.
 
 A rehearsal trains with this optimizer, because most real optimizers have kernels that do not run on fake tensors. It
-computes no updates. tests/planner/test_rehearsal.py compares the state with that of the real optimizers, byte for byte.
+computes no updates. tests/planner/test_optimizer_memory.py compares the state with the real optimizers, byte by byte.
 
 | optimizer | state of a parameter with n elements | temporary tensors of a step |
 |---|---|---|

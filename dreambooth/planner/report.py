@@ -116,7 +116,7 @@ def format_comparison(plans: Sequence[Plan]) -> str:
             _format_duration(time.run_seconds), _format_number(time.price_usd, "${:.2f}"), str(len(plan.added))))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "GiB are predicted, not measured; time and price are estimates: see docs/planner.md"])
+    return "\n".join([*lines, "GiB are predicted, not measured; time and price are estimated: docs/planner.md"])
 
 
 def plot_step_memory(plan: Plan, path: Path) -> None:

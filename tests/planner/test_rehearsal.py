@@ -13,7 +13,7 @@ from dreambooth.config.evaluate import Evaluate
 from dreambooth.data import aspect_buckets
 from dreambooth.evaluation.efficientnet import efficientnet_lite0
 from dreambooth.evaluation.encoders import EfficientNet
-from dreambooth.models import loading
+from dreambooth.models import gradient_checkpointing, loading
 from dreambooth.planner import rehearsal
 from dreambooth.planner.allocation_trace import MARK, StorageTrace
 from dreambooth.planner.encoder_memory import encoder_tensor_bytes
@@ -79,7 +79,7 @@ def test_gradients_and_optimizer_state_have_the_size_of_the_weights(dtype: Dtype
 
 def test_a_transformer_is_recomputed_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = predict(small_recipe(memory__gradient_checkpointing=True))
-    monkeypatch.setattr(loading, "recompute", lambda unet, groups: unet.enable_gradient_checkpointing())
+    monkeypatch.setattr(gradient_checkpointing, "recompute", lambda unet, groups: unet.enable_gradient_checkpointing())
     diffusers = predict(small_recipe(memory__gradient_checkpointing=True))
     assert _activations(ours) < 0.75 * _activations(diffusers)
 

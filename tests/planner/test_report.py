@@ -1,0 +1,89 @@
+"""GPU specifications, estimates of time and price, and the output of a plan."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dreambooth.config.compose import conf_dir
+from dreambooth.config.dataset import Subject
+from dreambooth.planner.gpu_specs import CARDS, find_card
+from dreambooth.planner.rehearsal import predict
+from dreambooth.planner.report import Plan, format_comparison, format_plan, plans_as_json, plot_step_memory
+from dreambooth.planner.time_and_cost import estimate, step_seconds
+from tests.support.configs import small_recipe
+
+# -- cards, time and price ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, card", [("Tesla T4", "T4"), ("NVIDIA A10G", "A10G"), ("NVIDIA L4", "L4"),
+                                        ("NVIDIA A100-SXM4-40GB", "A100")])
+def test_a_card_is_found_by_its_drivers_name(name: str, card: str) -> None:
+    found = find_card(name)
+    assert found is not None and found.name == card
+
+
+def test_an_unknown_card_is_not_found() -> None:
+    assert find_card("Voodoo 3") is None
+    assert find_card(None) is None
+
+
+@pytest.mark.parametrize("option", ["g4dn", "g5", "g6", "g5_12xlarge", "g6_12xlarge", "p4d"])
+def test_every_configured_machine_has_a_known_card_and_a_price(option: str) -> None:
+    text = (conf_dir() / "hardware" / f"{option}.yaml").read_text("utf-8")
+    gpu = next(line.split()[1] for line in text.splitlines() if line.startswith("gpu:"))
+    assert find_card(gpu) is not None
+    assert "price_usd_hour: null" not in text.replace("spot_price_usd_hour", "spot")
+
+
+def test_a_less_frequent_ema_update_makes_only_the_ema_cheaper() -> None:
+    without_ema, with_ema = (small_recipe(memory__offload_optimizer=True, memory__ema_every=4, train__use_ema=ema)
+                             for ema in (False, True))
+    prediction, t4 = predict(without_ema), CARDS["T4"]
+    at_each_step = [step_seconds(replace(recipe, memory=replace(recipe.memory, ema_every=1)), prediction, t4)
+                    for recipe in (without_ema, with_ema)]
+    at_each_fourth = [step_seconds(recipe, prediction, t4) for recipe in (without_ema, with_ema)]
+    assert at_each_fourth[0] == at_each_step[0]
+    assert at_each_fourth[1] - at_each_fourth[0] == pytest.approx((at_each_step[1] - at_each_step[0]) / 4)
+
+
+def test_reducing_gradients_over_several_cards_takes_time() -> None:
+    prediction, a10g = predict(small_recipe()), CARDS["A10G"]
+    one, four = (step_seconds(small_recipe(hardware__gpus=count), prediction, a10g) for count in (1, 4))
+    assert four - one == pytest.approx(1.5 * prediction.trained_parameters * 4 / 10e9)
+
+
+def test_tf32_is_faster_than_fp32() -> None:
+    prediction, a100, recipe = predict(small_recipe()), CARDS["A100"], small_recipe()
+    fp32, tf32 = (step_seconds(replace(recipe, precision=replace(recipe.precision, tf32=on)), prediction, a100)
+                  for on in (False, True))
+    assert tf32 < fp32
+
+
+def test_the_second_subject_needs_more_class_images() -> None:
+    one = small_recipe(hardware__gpu="T4")
+    two = replace(one, dataset=replace(one.dataset, concepts=[
+        Subject("a", "a zwx toy", None, "a toy"), Subject("b", "a ohwx cup", None, "a cup")]))
+    prediction = predict(one)
+    seconds = [estimate(recipe, prediction, CARDS["T4"]).run_seconds or 0.0 for recipe in (one, two)]
+    assert seconds[1] > seconds[0]
+
+
+# -- output -------------------------------------------------------------------------------------------------------
+
+def test_the_json_of_a_plan_has_the_documented_keys() -> None:
+    plan = json.loads(plans_as_json([Plan(small_recipe(), predict(small_recipe()), (), "")]))
+    assert plan.keys() >= {"fits", "card_gib", "reserved_gib", "allocated_gib", "usable_vram_gib", "by_phase",
+                           "by_category", "levers", "step_seconds", "run_seconds", "price_usd"}
+    assert plan["by_phase"].keys() >= {"load", "forward", "backward", "step", "ema", "save"}
+
+
+def test_a_table_fits_80_columns() -> None:
+    plan = Plan(small_recipe(), predict(small_recipe()), ("memory.gradient_checkpointing=true",), "an explanation")
+    assert max(map(len, format_plan(plan).splitlines())) <= 80
+    assert max(map(len, format_comparison([plan, plan]).splitlines())) <= 80
+
+
+def test_the_plot_of_a_step_is_written(tmp_path: Path) -> None:
+    plot_step_memory(Plan(small_recipe(), predict(small_recipe()), (), ""), tmp_path / "step.png")
+    assert (tmp_path / "step.png").read_bytes()[:4] == b"\x89PNG"
