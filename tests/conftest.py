@@ -1,9 +1,12 @@
 """What several test files share: the image, built once, and a Python that starts at once."""
 
+import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.support import warm_python
 from tests.support.docker_engine import engine
@@ -24,3 +27,17 @@ def image() -> Iterator[Image]:
         made = Image(docker)
         yield made
         docker("image", "rm", f"{NAME}:{made.labels()['org.opencontainers.image.revision']}-cpu")  # one tag is enough
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps that all workers of pytest-xdist share: to be read only."""
+    from tests.support.faults import train  # not before the warm Python has its name
+    from tests.support.runs import the_run
+
+    folder = tmp_path_factory.getbasetemp()
+    shared = (folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder) / "uninterrupted"
+    with FileLock(f"{shared}.lock"):
+        if not list(shared.glob("demo-*/result.json")):
+            assert train(shared) == 0
+    return the_run(shared)
