@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from dreambooth.models import families
 from dreambooth.models.loading import load, trained_model
 from dreambooth.planner.rehearsal import predict, rehearse
-from dreambooth.planner.skeleton_models import trained_weights
+from dreambooth.planner.skeleton_models import count_trained_weights
 from tests.support.configs import small_recipe
 from tests.support.faults import call, train
 from tests.support.runs import assert_same, the_run
@@ -95,16 +95,16 @@ def test_sdxls_unet_is_told_what_its_pipeline_tells_it(base: dict[str, Path]) ->
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("family", NEW)
 def test_the_planner_records_the_very_step_of_a_family(family: str, text: bool, base: dict[str, Path]) -> None:
-    """The same storages and the same work on hollow tensors and on real ones; these VAEs have attention."""
+    """The same storages and the same work on tensors without data and on real ones; these VAEs have attention."""
     ask = small_recipe(model__source=str(base[family]), model__name=family, model__resolution=16,
                 train__train_text_encoder=text, memory__gradient_checkpointing=True)
-    hollow, real = predict(ask), rehearse(ask)
-    assert hollow.trace.events == real.trace.events
-    assert hollow.trace.category == real.trace.category
-    assert hollow.trace.flops == real.trace.flops
+    fake, real = predict(ask), rehearse(ask)
+    assert fake.trace.events == real.trace.events
+    assert fake.trace.category == real.trace.category
+    assert fake.trace.flops == real.trace.flops
     live = trained_model(load(ask, torch.device("cpu")), ask).requires_grad_(True)
     frozen = sum(p.numel() for m in live.family.untrainable([live.text_encoder]) for p in m.parameters()) if text else 0
-    assert hollow.trained_parameters == sum(p.numel() for p in live.parameters()) - frozen == trained_weights(ask)
+    assert fake.trained_parameters == sum(p.numel() for p in live.parameters()) - frozen == count_trained_weights(ask)
 
 
 def test_sdxls_vae_computes_in_fp32_under_half_autocast(base: dict[str, Path]) -> None:
@@ -218,3 +218,12 @@ def test_zero_terminal_snr_is_refused_where_noise_is_predicted(base: dict[str, P
     ask = words("sdxl", base["sdxl"], "model.zero_terminal_snr=true")
     assert train(tmp_path, *ask, log=log) == 1
     assert "type model.zero_terminal_snr=false" in log.read_text()
+
+
+def test_clips_tokenizer_ships_with_the_package() -> None:
+    from dreambooth.models.families import clip_tokenizer
+
+    tokenizer = clip_tokenizer.build()
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert len(tokenizer) == 49408
+    assert clip_tokenizer.build("!")("a", padding="max_length").input_ids == [49406, 320, 49407, *[0] * 74]

@@ -1,6 +1,8 @@
 """Nothing outside models/families/ names a model family: adding one is then one file there."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,9 @@ def test_a_family_answers_everything(family: Family) -> None:
     assert [families.architecture_of(name) for name in family.hub_ids] == [family.architecture] * len(family.hub_ids)
     assert (ROOT / f"conf/model/{family.architecture}.yaml").is_file()
     assert [each for each in families.FAMILIES if each.title == family.title] == [family]
+
+
+def test_families_are_imported_without_torch() -> None:
+    """The container asks them about hub ids in the small process before a run."""
+    code = "import sys, dreambooth.models.families; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
