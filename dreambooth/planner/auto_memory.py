@@ -20,7 +20,7 @@ from dreambooth.planner.gpu_specs import cuda_overhead_gib
 from dreambooth.planner.memory_options import OPTIMIZER_STATE_BYTES, activations_gib, describe_memory_options
 from dreambooth.planner.prediction import STEP_PHASES, Prediction
 from dreambooth.planner.rehearsal import predict
-from dreambooth.planner.skeleton_models import find_architecture, trained_weights
+from dreambooth.planner.skeleton_models import count_trained_weights, find_architecture
 from dreambooth.utils.hardware import GIB
 
 MAX_CARD_SHARE = 0.95  # of the card that a chosen candidate may use
@@ -84,7 +84,7 @@ def choose_memory_options(recipe: Recipe, rehearse: Callable[[Recipe], Predictio
     if not recipe.memory.auto or recipe.device != "cuda" or limit is None:
         return Choice(recipe, rehearse(recipe), (), "")
     allowed = MAX_CARD_SHARE * limit
-    trained = trained_weights(recipe)
+    trained = count_trained_weights(recipe)
     # Lower bounds in GiB, with and without checkpointing.
     activations = {checkpointed: _min_activations_gib(recipe, checkpointed) for checkpointed in (True, False)}
     best: Choice | None = None

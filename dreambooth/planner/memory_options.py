@@ -11,7 +11,7 @@ from dreambooth.config.enums import Dtype, EmaDevice, OptimizerKind, Weights
 from dreambooth.config.recipe import Recipe
 from dreambooth.planner.gpu_specs import Card, cuda_overhead_gib, find_card
 from dreambooth.planner.prediction import STEP_PHASES, Prediction
-from dreambooth.planner.skeleton_models import trained_weights
+from dreambooth.planner.skeleton_models import count_trained_weights
 from dreambooth.planner.time_and_cost import step_seconds
 from dreambooth.utils.hardware import GIB
 
@@ -117,7 +117,7 @@ def _inexact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryO
         yield MemoryOption("train.use_ema=false", gib_per_byte * 4, _extra_seconds(recipe, prediction, without_ema))
     if train.train_text_encoder:
         frozen = replace(recipe, train=train.copy_with(train_text_encoder=False))
-        text_parameters = trained_weights(recipe) - trained_weights(frozen)
+        text_parameters = count_trained_weights(recipe) - count_trained_weights(frozen)
         yield MemoryOption("train.train_text_encoder=false", text_parameters / GIB * (8 + state), None)
     yield from _batch_options(recipe, prediction)
     if memory.weights is Weights.full and not memory.offload_optimizer:

@@ -93,7 +93,7 @@ class _Rehearsal:
             idle_shapes = [offload_weights(module) for module in idle_modules]
             trace.mark("training")
             trace.add_module(reload_weights(parts.denoiser, shapes), "weights")
-            denoiser = loading.prepare(parts, skeleton_models.known_attention(recipe))
+            denoiser = loading.prepare(parts, skeleton_models.without_xformers(recipe))
             state = self._state(denoiser)
             self._steps(state)
             for module, module_shapes in zip(idle_modules, idle_shapes, strict=True):

@@ -69,7 +69,7 @@ def build_skeleton(recipe: Recipe) -> Components:
     return parts
 
 
-def trained_weights(recipe: Recipe) -> int:
+def count_trained_weights(recipe: Recipe) -> int:
     """Return the number of weights that the recipe trains."""
     with fake_tensors():
         parts = build_skeleton(recipe)
@@ -82,7 +82,7 @@ def trained_weights(recipe: Recipe) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def known_attention(recipe: Recipe) -> Recipe:
+def without_xformers(recipe: Recipe) -> Recipe:
     """Return the recipe with sdpa in place of xformers, which is not installed everywhere.
 
     PyTorch's memory-efficient kernel is xformers' own and takes the same memory.

@@ -11,7 +11,7 @@ from dreambooth.planner.gpu_specs import cuda_overhead_gib
 from dreambooth.planner.memory_options import list_memory_options
 from dreambooth.planner.prediction import STEP_PHASES
 from dreambooth.planner.rehearsal import predict, rehearse
-from dreambooth.planner.skeleton_models import trained_weights
+from dreambooth.planner.skeleton_models import count_trained_weights
 from dreambooth.utils.hardware import GIB
 from tests.support.configs import demo_recipe, small_recipe
 
@@ -30,7 +30,7 @@ def test_fake_and_real_tensors_give_the_same_trace_byte_for_byte(changed: dict[s
 def test_only_the_adapter_has_gradients_state_and_ema() -> None:
     full, adapter = predict(small_recipe()), predict(small_recipe(**LORA))
     assert adapter.trained_parameters < 0.1 * full.trained_parameters
-    assert adapter.trained_parameters == trained_weights(small_recipe(**LORA))
+    assert adapter.trained_parameters == count_trained_weights(small_recipe(**LORA))
     peaks = {kind: max(usage.by_category.get(kind, 0) for usage in adapter.by_phase.values())
              for kind in ("gradients", "optimizer", "ema")}
     assert peaks["gradients"] == peaks["ema"] == 4 * adapter.trained_parameters
@@ -49,7 +49,7 @@ def test_sd15_with_an_adapter_fits_a_t4_and_auto_adds_nothing() -> None:
     assert recipe.method.rank == 16
     choice = auto_memory.choose_memory_options(recipe)
     assert choice.added == ()
-    assert trained_weights(recipe) == 9_437_184  # of 983 million
+    assert count_trained_weights(recipe) == 9_437_184  # of 983 million
     assert auto_memory.card_gib(choice.recipe, choice.prediction) < 9.5
     checkpointed = replace(recipe, memory=replace(recipe.memory, gradient_checkpointing=True))
     assert predict(checkpointed).peak_over(*STEP_PHASES).reserved / GIB + cuda_overhead_gib("T4") < 4
