@@ -29,11 +29,15 @@ def services_are_read_once() -> Iterator[None]:
 
 
 @pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    content = folders.RemoteContent("0" * 10, is_folder=True, is_complete=True)
-    monkeypatch.setattr(folders, "inspect", lambda uri: content)
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in KEYS.items():
         monkeypatch.setenv(key, value)
+
+
+@pytest.fixture
+def environment(credentials: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = folders.RemoteContent("0" * 10, is_folder=True, is_complete=True)
+    monkeypatch.setattr(folders, "inspect", lambda uri: content)
     for key in ("DREAMBOOTH_IMAGE", "DREAMBOOTH_ROLE", "DREAMBOOTH_S3", "DREAMBOOTH_SWEEP", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(key, raising=False)
 

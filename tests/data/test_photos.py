@@ -1,7 +1,5 @@
-"""Loading photos: training gets the pixels that a viewer shows, with the right captions."""
+"""Loading photos: training gets the pixels that a viewer shows, and unusable files are named."""
 
-import hashlib
-import os
 import shutil
 import struct
 import subprocess
@@ -17,12 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dreambooth.data import photos
-from dreambooth.data.photos import NO_FINGERPRINT, crop_to_square, fingerprint, list_photos, load_photos, to_model_range
+from dreambooth.data.photos import list_photos, load_photos
 from dreambooth.errors import UserError
+from tests.data.solid_photos import BLUE, GREEN, ORIENTATION, PROMPT, RED, WHITE, pixels_of, problem, save_solid
 
-PROMPT = "a photo of sks dog"
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)
-ORIENTATION = 0x0112
 STORED_AS = {  # orientation -> how a camera stores the upright picture (each is the inverse of what a viewer does)
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -33,29 +29,6 @@ STORED_AS = {  # orientation -> how a camera stores the upright picture (each is
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-
-
-@pytest.fixture
-def folder(tmp_path):
-    path = tmp_path / "photos"
-    path.mkdir()
-    return path
-
-
-def save_solid(path, color=RED, size=(8, 8), mode="RGB"):
-    Image.new(mode, size, color).save(path)
-    return path
-
-
-def pixels_of(folder, resolution):
-    [photo] = load_photos(list_photos(folder), PROMPT, resolution)
-    return photo.pixels
-
-
-def problem(folder, resolution=8):
-    with pytest.raises(UserError) as raised:
-        load_photos(list_photos(folder), PROMPT, resolution)
-    return str(raised.value)
 
 
 def four_corners(size=(16, 24)):
@@ -359,156 +332,6 @@ def test_any_size_and_mode_becomes_rgb_with_the_short_side_at_the_resolution(wid
     assert loaded.dtype == np.uint8 and loaded.ndim == 3 and loaded.shape[2] == 3
     assert min(loaded.shape[:2]) == resolution
     assert (width >= height) == (loaded.shape[1] >= loaded.shape[0]) or loaded.shape[0] == loaded.shape[1]
-
-
-# --- captions -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("content, caption", [
-    (b"a red dog", "a red dog"),
-    (b"\xef\xbb\xbfa dog\r\n", "a dog"),
-    ("  a café\nat night \n\n".encode(), "a café at night"),
-])
-def test_a_caption_file_is_read_as_one_line(folder, content, caption):
-    save_solid(folder / "my.dog.png")
-    (folder / "my.dog.txt").write_bytes(content)
-    [photo] = load_photos(list_photos(folder), PROMPT, 8)
-    assert photo.caption == caption and photo.path == folder / "my.dog.png"
-
-
-def test_only_a_photo_without_a_caption_gets_the_prompt(folder):
-    for name in ("a.png", "b.png", "c.PNG"):
-        save_solid(folder / name)
-    (folder / "b.txt").write_text("mine")
-    (folder / "c.TXT").write_text("from Windows")
-    assert [photo.caption for photo in load_photos(list_photos(folder), PROMPT, 8)] == [PROMPT, "mine", "from Windows"]
-
-
-@pytest.mark.parametrize("content, words", [
-    (b"", "is empty"), (b" \n", "is empty"), (b"\xef\xbb\xbf", "is empty"), ("café".encode("latin-1"), "UTF-8"),
-    ("a dog".encode("utf-16"), "UTF-8"),
-])
-def test_an_unusable_caption_is_reported(folder, content, words):
-    save_solid(folder / "dog.png")
-    (folder / "dog.txt").write_bytes(content)
-    assert "dog.txt" in problem(folder) and words in problem(folder)
-
-
-def test_a_bad_photo_and_its_bad_caption_are_both_reported(folder):
-    (folder / "dog.png").write_text("no photo")
-    (folder / "dog.txt").touch()
-    assert "dog.png" in problem(folder) and "dog.txt" in problem(folder)
-
-
-# --- fingerprint ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("change", [
-    lambda folder: save_solid(folder / "a.png", BLUE),
-    lambda folder: save_solid(folder / "c.png"),
-    lambda folder: (folder / "b.png").unlink(),
-    lambda folder: (folder / "b.png").rename(folder / "c.png"),
-    lambda folder: (folder / "a.txt").write_text("another"),
-    lambda folder: (folder / "a.txt").unlink(),
-    lambda folder: (folder / "b.txt").write_text("new"),
-    lambda folder: (folder / "a.txt").rename(folder / "b.txt"),
-], ids=["content", "added", "removed", "renamed", "caption", "caption gone", "caption added", "caption moved"])
-def test_the_fingerprint_changes_when_training_data_changes(folder, change):
-    before = fingerprint(two_photos(folder))
-    change(folder)
-    assert before != fingerprint(folder) != NO_FINGERPRINT
-
-
-@pytest.mark.parametrize("change", [
-    lambda folder: os.utime(folder / "a.png", (1, 1)),
-    lambda folder: (folder / ".DS_Store").write_bytes(b"x"),
-    lambda folder: (folder / "README.txt").write_text("caption of nothing"),
-], ids=["mtime", "desktop file", "stray text"])
-def test_the_fingerprint_does_not_change_with_files_that_training_ignores(folder, change):
-    before = fingerprint(two_photos(folder))
-    change(folder)
-    assert fingerprint(folder) == before
-    assert len(bytes.fromhex(before)) == hashlib.sha256().digest_size
-
-
-def test_the_fingerprint_does_not_depend_on_the_folders_path(folder, tmp_path):
-    shutil.copytree(two_photos(folder), tmp_path / "elsewhere" / "deep")
-    assert fingerprint(tmp_path / "elsewhere" / "deep") == fingerprint(folder) != NO_FINGERPRINT
-
-
-def test_the_fingerprint_never_raises(folder, tmp_path):
-    assert fingerprint(tmp_path / "missing") == fingerprint(folder) == NO_FINGERPRINT
-    two_photos(folder)
-    (folder / "gone.png").symlink_to("nowhere.png")
-    assert fingerprint(folder) == NO_FINGERPRINT
-    (folder / "gone.png").unlink()
-    os.mkfifo(folder / "pipe.png")
-    assert fingerprint(folder) == NO_FINGERPRINT
-
-
-def two_photos(folder):
-    save_solid(folder / "a.png")
-    save_solid(folder / "b.png")
-    (folder / "a.txt").write_text("a caption")
-    return folder
-
-
-# --- crops and ranges -----------------------------------------------------------------------------------------------
-
-FRACTION = st.floats(0, 1, exclude_max=True)
-SIZE = st.integers(1, 40)
-
-
-def coordinates(height, width):
-    """An image whose pixels are (row, column, 7), so that a crop shows where it was taken."""
-    rows, columns = np.indices((height, width))
-    return np.stack([rows, columns, np.full_like(rows, 7)], axis=-1).astype(np.uint8)
-
-
-@given(SIZE, SIZE, SIZE, st.none() | st.tuples(FRACTION, FRACTION), st.booleans())
-def test_a_crop_is_a_contiguous_square_inside_the_image(resolution, more_h, more_w, offset, flip):
-    pixels = coordinates(resolution + more_h - 1, resolution + more_w - 1)
-    crop = crop_to_square(pixels, resolution, offset, flip)
-    assert crop.shape == (resolution, resolution, 3) and crop.dtype == np.uint8 and crop.flags.c_contiguous
-    top, left = crop[0, 0, 0], crop[0].min(axis=0)[1]
-    expected = pixels[top:top + resolution, left:left + resolution]
-    assert (crop == (expected[:, ::-1] if flip else expected)).all()
-
-
-@given(SIZE, SIZE, SIZE)
-def test_flipping_a_crop_twice_gives_the_crop(resolution, more_h, more_w):
-    pixels = coordinates(resolution + more_h, resolution + more_w)
-    crop = crop_to_square(pixels, resolution, (0.3, 0.9), False)
-    flipped = crop_to_square(pixels, resolution, (0.3, 0.9), True)
-    assert (crop_to_square(flipped, resolution, None, True) == crop).all()
-    assert (flipped[:, 0] == crop[:, -1]).all()
-
-
-def test_crops_reach_every_position_and_the_first_fraction_is_vertical():
-    pixels = coordinates(10, 13)
-    tops = {int(crop_to_square(pixels, 8, (u, 0.0), False)[0, 0, 0]) for u in np.arange(0, 1, 0.01)}
-    lefts = {int(crop_to_square(pixels, 8, (0.0, v), False)[0, 0, 1]) for v in np.arange(0, 1, 0.01)}
-    assert (tops, lefts) == ({0, 1, 2}, {0, 1, 2, 3, 4, 5})
-    assert tuple(crop_to_square(pixels, 8, (1 - 2**-53, 1 - 2**-53), False)[0, 0, :2]) == (2, 5)
-
-
-def test_the_centre_crop_is_centred():
-    assert tuple(crop_to_square(coordinates(8, 20), 8, None, False)[0, 0, :2]) == (0, 6)
-
-
-def test_a_crop_is_a_copy():
-    pixels = coordinates(8, 8)
-    crop_to_square(pixels, 8, None, False)[:] = 0
-    assert (pixels == coordinates(8, 8)).all()
-
-
-def test_the_model_range_is_minus_one_to_one_channels_first():
-    pixels = np.zeros((4, 6, 3), dtype=np.uint8)
-    pixels[..., 1] = 255
-    pixels[..., 2] = 51
-    tensor = to_model_range(pixels)
-    assert tensor.shape == (3, 4, 6) and tensor.dtype == np.float32 and tensor.flags.c_contiguous
-    assert (tensor[0] == -1).all() and (tensor[1] == 1).all() and tensor[2] == pytest.approx(-0.6)
 
 
 def test_importing_photos_does_not_import_torch_numpy_pillow_or_hydra():

@@ -1,0 +1,33 @@
+"""Short waits, and an MLflow database for each test."""
+
+from pathlib import Path
+
+import pytest
+
+from dreambooth.tracking import mlflow_shipper, tracker
+
+
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracker, "SHIP_FROM_FIRST_STEP", False)
+    monkeypatch.setattr(mlflow_shipper, "POLL_INTERVAL", 0.05)
+    monkeypatch.setattr(mlflow_shipper, "BACKOFF", (0.05, 0.2))
+    monkeypatch.setattr(mlflow_shipper, "CLOSE_REMOTE", 1.0)
+    for name, value in {"REQUEST_TIMEOUT": "1", "REQUEST_MAX_RETRIES": "0"}.items():
+        monkeypatch.setenv(f"MLFLOW_HTTP_{name}", value)
+
+
+@pytest.fixture(scope="session")
+def empty_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with its tables. MLflow takes seconds to create one, so the tests copy this one."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def uri(tmp_path: Path, empty_db: Path) -> str:
+    (tmp_path / "mlflow.db").write_bytes(empty_db.read_bytes())
+    return f"sqlite:///{tmp_path}/mlflow.db"
