@@ -102,13 +102,13 @@ def write(similarities: dict[str, dict[str, dict[str, float]]], seconds: float) 
     """
     rows = [f"| {text} | {name} | " + " | ".join(f"{of_model[text][word]:.3f}" for word in SUBJECTS) + " |"
             for text in similarities["base"] for name, of_model in similarities.items()]
-    heads = " | ".join(f"like {word}'s photos" for word in SUBJECTS)
+    heads = " | ".join(f"similarity to {word}'s photos" for word in SUBJECTS)
     write_section(PAGE, BEGIN, END, f"""
-Trained on {time.strftime("%Y-%m-%d")} with the tiny base on a CPU, in one run of {STEPS} steps and {seconds:.0f} s. The
-subjects are the demo's toy (`zwx`) and [another one](../tools/proof/views) (`ohwx`), with five drawings each;
-both are "a toy". The other settings are the demo's defaults. There are {COUNT} pictures per prompt, with seeds
-from {FIRST_SEED} that were used nowhere else. The figures are mean cosines of ImageNet EfficientNet-Lite0
-features with a subject's photos, as in [the proof](proof.md).
+Trained on {time.strftime("%Y-%m-%d")} with the tiny base model on a CPU, in one run of {STEPS} steps and
+{seconds:.0f} s. The subjects are the demo's toy (`zwx`) and [another one](../tools/proof/views) (`ohwx`), with five
+drawings each; both are "a toy". The other settings are the demo's defaults. There are {COUNT} pictures per prompt,
+with seeds of {FIRST_SEED} and up, which were not used elsewhere. The figures are mean cosines of ImageNet
+EfficientNet-Lite0 features with a subject's photos, as in [the proof](proof.md).
 
 | prompt | model | {heads} |
 |---|---|---|{"---|" * len(SUBJECTS)}

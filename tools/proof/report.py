@@ -16,22 +16,27 @@ TABLE_HEAD = """| run | plain | gap closed | scenes | gap closed | class prompt 
 PAGE = """# Proof
 
 Written by `make proof` on {date}: {versions}, Python {python}, {cores} CPU cores, {minutes} minutes. Nothing on this page is
-edited by hand; a target that is missed says so.
+edited by hand; a missed target is marked **no**.
 
-Every number is of the shipped tiny base and the demo subject. The settings are the demo's defaults with {recipe}; only the
-training seed and the settings of a variant differ. This recipe had the best similarity in scenes of thirteen recipes on another
-subject (tools/proof/views/tuning; `python -m tools.proof --tune` and settings). The training seeds and the sampling seeds (from
-{first_seed}) were not used before. Samples: {sampler}.
+All numbers were measured with the shipped tiny base model and the demo subject. The settings are the demo's defaults with
+{recipe}; only the training seed and the settings of a variant differ. These settings were chosen on another subject
+(tools/proof/views/tuning), where they had the best similarity in scenes of thirteen recipes. To measure a recipe on that subject,
+add its settings to `python -m tools.proof --tune`. The training seeds and the sampling seeds ({first_seed} and up) were not used
+before. Samples: {sampler}.
+
+The **plain prompt** is "a photo of a zwx toy". **Scenes** are the same prompt with "on the beach", "in the snow", "on the grass"
+and "at night". The **class prompt** is "a photo of a toy".
 
 **Similarity** is the mean pairwise cosine of ImageNet EfficientNet-Lite0 features with the five photos. The paper computes the
-same measure with DINO features, so these numbers cannot be compared with numbers outside this page. **Gap closed** is the share of
-the way from the samples of the untrained base, with the same prompts and seeds, to the reference. The reference is three held-out
-views of the subject, encoded and decoded by the VAE: what a perfect UNet could reach. **Class drift** is 1 - cosine between the
-mean feature of 32 pictures of "a photo of a toy" and that of the base's pictures with the same seeds.
+same measure with DINO features, so these numbers cannot be compared with numbers outside this page. **Gap closed** is
+(similarity - base) / (reference - base). Here "base" is the similarity of samples of the base model before training, with the same
+prompts and seeds. "Reference" is the similarity of three held-out views of the subject, encoded and decoded by the VAE, which is
+what a perfect UNet could reach. **Class drift** is 1 - cosine between the mean feature of 32 pictures of the class prompt and that of
+the base model's pictures with the same seeds.
 
 | | plain prompt | scenes | class prompt |
 |---|---|---|---|
-| base, untrained | {base_plain:.3f} | {base_scenes:.3f} | {base_class:.3f} |
+| base model before training | {base_plain:.3f} | {base_scenes:.3f} | {base_class:.3f} |
 | reference | {reference:.3f} | {reference:.3f} | - |
 
 ## Three training seeds, with and without prior preservation
@@ -39,19 +44,21 @@ mean feature of 32 pictures of "a photo of a toy" and that of the base's picture
 {head}
 {rows}
 
+The percentages below are calculated from means over the three seeds; the time is that of the slowest run with prior preservation.
+
 | target | measured | met |
 |---|---|---|
 {targets}
 
 ![samples]({sheet})
 
-*Rows: the untrained base; three seeds with prior preservation; three without. Columns: the plain prompt (4 pictures), on the
-beach, in the snow, on the grass, at night, and the class prompt (4).*
+*Rows: the base model before training; three seeds with prior preservation; three without. Columns: the plain prompt (4
+pictures), on the beach, in the snow, on the grass, at night, and the class prompt (4).*
 
 ## Half-precision weights
 
 `memory.weights=half` keeps the trained weights in bf16. Most AdamW updates are too small to change a bf16 weight, unless they are
-rounded stochastically or compensated (Kahan). One seed each, with the same settings otherwise.
+rounded stochastically or compensated (Kahan). One run of each, with the same settings otherwise.
 
 {head}
 {half}

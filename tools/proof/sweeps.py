@@ -18,18 +18,17 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 SWEEPERS = {  # name -> overrides
-    "basic": (),
+    "Hydra's basic sweeper": (),
     "Optuna (TPE)": ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=8", "hydra.sweeper.sampler.seed=0"),
 }
 OVERRIDES = ("hardware=cpu", "sample.every=null", "checkpoint.every=null")
 TRIALS = 8
 PAGE = """# Proof: sweeps
 
-Written by `python -m tools.proof.sweeps`, a part of `make proof`, on {date}. `sweep=tiny` on the shipped tiny base and the demo
-subject, on two CPU cores: {trials} trials by each sweeper. The objective is minus the sum of
-subject similarity and class similarity, each in the direction that is better, so lower is better. There is one training seed
-and one sampler seed, so the best point says little about other subjects. The page shows that both searches run and end with a
-champion.
+Written by `python -m tools.proof.sweeps`, a part of `make proof`, on {date}. Each of two sweepers ran {trials} trials of
+`sweep=tiny` with the shipped tiny base model and the demo subject, on two CPU cores. The objective is the class similarity minus
+the subject similarity; lower is better. There is one training seed and one sampler seed, so the best point says little about other
+subjects. The page shows that both searches run and end with a champion.
 
 {sweeps}
 """
@@ -106,7 +105,7 @@ def _format_section(name: str, trials: list[Trial], promoted: dict[str, Any], se
     points = len({trial.run for trial in trials})
     repeated = "" if points == len(trials) else f", {points} different points: a repeated point is not trained again"
     return "\n".join([*lines, "", f"{len(trials)} trials in {seconds / 60:.0f} minutes{repeated}. Promoted: `{promoted['name']}` version "
-                      f"{promoted['version']}, {promoted['objective_name']} {promoted['objective']:.4f}."])
+                      f"{promoted['version']}, with an objective of {promoted['objective']:.4f} (`{promoted['objective_name']}`)."])
 
 
 if __name__ == "__main__":
