@@ -13,8 +13,8 @@ import yaml
 
 from dreambooth import workflows
 from dreambooth.kubernetes import argo, katib, trainjob
+from tests.kubernetes.kubernetes_api import Cluster, cluster, install_kubectl
 from tests.support.docker_engine import must
-from tests.support.kubernetes_api import Cluster, cluster, install_kubectl
 
 pytestmark = pytest.mark.container  # installs kubectl if it is missing
 
