@@ -221,8 +221,8 @@ def test_a_dora_in_kohyas_layout_is_refused_rather_than_half_read(tmp_path: Path
 
 
 OTHERS = {  # keys of LoRAs of other models, as diffusers and kohya's trainer write them
-    "without a UNet": ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
-                       "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight"],
+    "a model with a transformer": ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
+                                   "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight"],
     "does not fit this base": ["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",
                                "lora_unet_double_blocks_0_img_attn_proj.lora_up.weight",
                                "lora_unet_double_blocks_0_img_attn_proj.alpha"],
@@ -297,13 +297,13 @@ def test_mlflow_pins_the_revision_that_the_run_has_pinned(tmp_path: Path) -> Non
     from dreambooth.tracking import mlflow_logging
 
     facts = {"base_model": BASE, "base_model_revision": "0123abc", "base_model_variant": "fp16"}
-    save_file({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / mlflow_logging.DIFFUSERS, facts)
+    save_file({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / mlflow_logging.ADAPTER, facts)
 
     class Client:
         def log_artifacts(self, run_id: str, folder: str) -> None:
             shutil.copytree(folder, tmp_path / run_id)
 
-    mlflow_logging.log_artifact(Client(), "found", tmp_path / mlflow_logging.DIFFUSERS, None)
+    mlflow_logging.log_artifact(Client(), "found", tmp_path / mlflow_logging.ADAPTER, None)
     found = yaml.safe_load((tmp_path / "found/lora/MLmodel").read_text())
     assert found["flavors"]["diffusers"]["base_model_revision"] == "0123abc"
     assert found["metadata"] == {key: facts[key] for key in ("base_model_revision", "base_model_variant")}
