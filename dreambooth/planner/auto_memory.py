@@ -104,7 +104,7 @@ def choose_memory_options(recipe: Recipe, rehearse: Callable[[Recipe], Predictio
     assert best is not None  # the last candidate is always rehearsed
     needed = card_gib(best.recipe, best.prediction)
     problem = f"fills more than {MAX_CARD_SHARE:.0%} of the card" if needed <= limit else "does not fit"
-    return replace(best, why=f"the smallest set that changes no result {problem}: {needed:.1f} of {limit:g} GiB")
+    return replace(best, why=f"the smallest set that changes no number {problem}: {needed:.1f} of {limit:g} GiB")
 
 
 def card_gib(recipe: Recipe, prediction: Prediction) -> float:
@@ -179,4 +179,4 @@ def _format_value(value: Any) -> str:
 def _explain(added: tuple[str, ...], needed: float, limit: float) -> str:
     if not added:
         return f"nothing was needed: {needed:.1f} of {limit:g} GiB"
-    return f"the fastest set that fits and changes no result: {needed:.1f} of {limit:g} GiB"
+    return f"the fastest set that fits and changes no number: {needed:.1f} of {limit:g} GiB"
