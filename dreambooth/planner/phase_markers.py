@@ -46,7 +46,7 @@ class PhaseMarkingEngine(Engine):
         self.mark("step")
         return super().clip(*args)
 
-    def overflowed(self, found: Tensor) -> bool:
+    def overflowed(self, found_inf: Tensor) -> bool:
         return False
 
 

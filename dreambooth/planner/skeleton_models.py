@@ -31,7 +31,7 @@ def find_architecture(recipe: Recipe) -> tuple[Family, Path]:
     for folder in (Path(recipe.source), *packaged):
         if family := families.of_folder(folder):
             return family, folder
-    raise UserError(f"the shape of {recipe.source} is not known here: type model.source=DIR, a folder with its "
+    raise UserError(f"the architecture of {recipe.source} is unknown: type model.source=DIR, a folder with its "
                     "unet/config.json, vae/config.json and text_encoder/config.json")
 
 
@@ -41,7 +41,7 @@ def build_skeleton(recipe: Recipe) -> Components:
     Call it under fake tensors, or for models small enough to build with real ones.
 
     Raises:
-        UserError: the architecture of the base is not known here.
+        UserError: the architecture of the base is unknown.
     """
     family, folder = find_architecture(recipe)
     configurations, scheduler_config = _read_configurations(family, folder)
