@@ -1,4 +1,4 @@
-"""The composition root: connects all parts of a run, from Recipe to Result. It makes no decisions itself."""
+"""The composition root of a training run: connects its parts, from Recipe to Result, and makes no decisions itself."""
 
 import time
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ from dreambooth.utils.signals import StopRequest
 
 
 def execute(recipe: Recipe, stop: StopRequest) -> Result:
-    """Start or resume the run that `recipe` describes, or report it if it is finished already.
+    """Start or resume the run that `recipe` describes, and return its result. If it is already finished, report that.
 
     Raises:
         DreamBoothError: see errors.py. Everything that was saved before is kept.
@@ -56,12 +56,12 @@ def execute(recipe: Recipe, stop: StopRequest) -> Result:
         if start:
             with meter.phase("resume"):
                 checkpoint.restore(start, setup.state, setup.trained, engine.scaler)
-            console.say(f"going on after step {setup.state.step} from {start.name}")
+            console.say(f"resuming after step {setup.state.step} from {start.name}")
         if engine.is_main_process:
             best = best_weights.needed_bytes(setup.trained) if recipe.evaluate.select else 0
             checkpoints = checkpoint.needed_bytes(setup.state, setup.trained, recipe.checkpoint.keep)
             run_folder.check_disk_space(recipe.run_dir, checkpoints + best + export.size_bytes(setup.parts, recipe))
-        with track_run(recipe, engine.is_main_process) as tracker:  # no MLflow run if the input is wrong
+        with track_run(recipe, engine.is_main_process) as tracker:  # wrong input creates no MLflow run
             result = _train(recipe, engine, setup, console, meter, tracker, stop)
         console.table(report.summary_table(result, recipe, tracker.url()))
         return result
@@ -98,7 +98,7 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
 
 def _finish(recipe: Recipe, engine: Engine, setup: Setup, evaluation: EvaluationHook, tracker: Tracker,
             meter: MemoryMeter, seconds: float) -> Result:
-    """Score and export the best weights, or else the last ones; those of the EMA, if there is one."""
+    """Score and export the weights: the best ones with evaluate.select, else the last ones, averaged by the EMA."""
     step = setup.state.step
     with meter.phase("export"):
         with evaluation.exported_weights() as exported, engine.autocast():
