@@ -20,8 +20,8 @@ from dreambooth.storage import folders
 
 FOLDERS = ("input/config", "input/data", "model", "checkpoints", "output")
 STOP_TIMEOUT = 120  # seconds between SIGTERM and SIGKILL, as on SageMaker
-STOP_REPLY_TIMEOUT = 3.0  # seconds within which an engine that cannot stop a container says so
-# Passed on by name if they are set, so that no value appears in a command line.
+STOP_REPLY_TIMEOUT = 3.0  # seconds to wait for the engine's error if it cannot stop a container
+# Variables that are passed to the container by name if they are set, so that no value appears in a command line.
 CREDENTIAL_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION",
                         "AWS_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 
@@ -32,7 +32,7 @@ class DockerBackend:
     Args:
         root: folder of the jobs; /opt/ml of a job is the folder below it with the job's name.
         engine: name of the program, docker or one with the same options.
-        resubmit: run a job again that has failed before.
+        resubmit: run a job again if it failed before.
     """
 
     def __init__(self, root: Path, engine: str = "docker", resubmit: bool = False) -> None:
@@ -41,7 +41,7 @@ class DockerBackend:
         self._stopped: set[str] = set()
 
     def find_problems(self, request: dict[str, Any]) -> list[str]:
-        """What prevents a job from running on this machine, one sentence each."""
+        """Return the reasons why a job cannot run on this machine, one sentence each."""
         problems = []
         if shutil.which(self._engine) is None:
             problems.append(f"{self._engine} is not installed on this machine: install it, or type "
@@ -51,7 +51,7 @@ class DockerBackend:
         return problems
 
     def limit_parallel(self, max_parallel: int) -> int:
-        """How many jobs may run at the same time: one on a machine with GPUs, because a job uses all of them."""
+        """Return how many jobs may run at the same time: one on a machine with GPUs, because a job uses all of them."""
         return 1 if _gpu_options() else max_parallel
 
     def submit(self, job: Job) -> JobState:
@@ -72,7 +72,7 @@ class DockerBackend:
         return JobState(RUNNING, "Training")
 
     def _start(self, job: Job, folder: Path) -> None:
-        _rename_if_not_empty(folder / "output")  # of an earlier attempt; its files belong to the user of the image
+        _rename_if_not_empty(folder / "output")  # an earlier attempt's files belong to the image's user
         for name in FOLDERS:
             (folder / name).mkdir(parents=True, exist_ok=True)
         mounts = [f"{folder.absolute()}:/opt/ml"]
@@ -120,10 +120,10 @@ class DockerBackend:
         return state
 
     def stop(self, job: Job) -> bool:
-        """Ask a job to save and stop; does not wait until it has. False: it does not run.
+        """Tell a job to save and stop, without waiting for it. Return False if the job is not running.
 
         Raises:
-            UserError: the engine refuses to stop it.
+            UserError: the engine cannot stop the job.
         """
         self._stopped.add(job.name)
         process = subprocess.Popen(
@@ -141,7 +141,7 @@ class DockerBackend:
         return f"{self._engine} stop --time {STOP_TIMEOUT} {job.name}"
 
     def _is_running(self, job: Job) -> bool:
-        """Whether the container of a job runs, also if another command has started it."""
+        """Return whether the container of a job is running, even if another command has started it."""
         inspect = subprocess.run([self._engine, "container", "inspect", "--format", "{{.State.Running}}", job.name],
                                  capture_output=True, text=True, check=False)
         if inspect.returncode and not _is_no_such_container(inspect.stderr):
@@ -150,7 +150,7 @@ class DockerBackend:
 
 
 def network_options(environment: Mapping[str, str]) -> list[str]:
-    """The host's network if a variable is an address of this machine, so that the job reaches it; else the default."""
+    """Return options for the host's network if a variable holds an address of this machine; else no options."""
     hosts = {urlsplit(value).hostname for value in environment.values() if "://" in value}
     return ["--network", "host"] if hosts & {"localhost", "127.0.0.1", "::1"} else []
 
@@ -164,14 +164,14 @@ def _is_no_such_container(message: str) -> bool:
 
 
 def _rename_if_not_empty(folder: Path) -> None:
-    """Give a folder with content another name. Unlike deleting, this needs no permissions in the folder."""
+    """Rename a folder that is not empty. Unlike deleting it, this needs no permissions in the folder."""
     if folder.is_dir() and any(folder.iterdir()):
         names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
         folder.rename(next(name for name in names if not name.exists()))
 
 
 def _read_result(path: Path) -> dict[str, Any]:
-    """The content of result.json; if it cannot be read, {"problem": reason}."""
+    """Return the content of result.json; if it cannot be read, {"problem": reason}."""
     try:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -180,7 +180,7 @@ def _read_result(path: Path) -> dict[str, Any]:
 
 
 def _config_files(job: Job) -> dict[str, Any]:
-    """Name -> content of the files that SageMaker writes into /opt/ml/input/config."""
+    """Return name -> content of the files that SageMaker writes into /opt/ml/input/config."""
     channels = {channel["ChannelName"]: {"TrainingInputMode": "File", "S3DistributionType": "FullyReplicated",
                                          "RecordWrapperType": "None"}
                 for channel in job.request.get("InputDataConfig", ())}

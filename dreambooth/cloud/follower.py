@@ -37,7 +37,7 @@ class Follower:
         max_parallel: greatest number of jobs that run at the same time.
         poll_seconds: pause between two polls.
         stop_on_interrupt: on Ctrl-C, stop the jobs; False: leave them running.
-        follow_hint: a clause for messages that says how to follow the jobs again.
+        follow_hint: part of messages, which explains how to follow the jobs again.
     """
 
     def __init__(self, backend: Backend, jobs: Sequence[Job], *, max_parallel: int, poll_seconds: float,
@@ -48,12 +48,12 @@ class Follower:
         self._stop_on_interrupt, self._follow_hint, self._sleep, self._clock = (
             stop_on_interrupt, follow_hint, sleep, clock)
         self._rich, self._console = RichConsole(soft_wrap=True), Console()
-        self._last_lines = [""] * len(self.jobs)  # what was printed last about each job
+        self._last_lines = [""] * len(self.jobs)  # the last line that was printed about each job
         self._last_answer = clock()
         self._printed_errors: set[str] = set()
 
     def run(self) -> list[JobState]:
-        """Follow all jobs until they have ended; returns their final states in order.
+        """Follow all jobs until they have ended, and return their final states in order.
 
         Raises:
             Interrupted: Ctrl-C; the jobs were stopped or left running, see stop_on_interrupt.
@@ -77,7 +77,7 @@ class Follower:
             raise
 
     def _update_jobs(self) -> bool:
-        """Poll every running job and start those for which there is room. False: the backend did not answer."""
+        """Poll every running job, then submit waiting jobs. Return False if the backend did not answer."""
         answered = True
         for number, job in enumerate(self.jobs):
             if not self.states[number].may_be_billed or self.states[number].status == SUBMITTING:
@@ -97,7 +97,7 @@ class Follower:
         return answered
 
     def _submit(self, number: int, job: Job, exhausted: set[str]) -> bool:
-        """Submit a job if fewer than max_parallel run. False: the backend did not answer."""
+        """Submit a job if fewer than max_parallel are running. Return False if the backend did not answer."""
         running = sum(state.may_be_billed for other, state in enumerate(self.states) if other != number)
         if running >= self._max_parallel:
             return True
@@ -118,7 +118,7 @@ class Follower:
         return True
 
     def _set_state(self, number: int, state: JobState) -> None:
-        """Record a new state and print it if it has changed. Step and loss are kept where the new state has none."""
+        """Record a new state and print it if it has changed. If it has no step or loss, the old one is kept."""
         self._last_answer = self._clock()
         old = self.states[number]
         self.states[number] = state = replace(state, step=state.step if state.step is not None else old.step,
@@ -129,9 +129,9 @@ class Follower:
         self._last_lines[number] = line
 
     def _handle_no_answer(self, error: Unreachable | DreamBoothError) -> bool:
-        """Print the error once. After too long without any answer, raise; until then, return False to try again.
+        """Print an error once and return False. If there has been no answer for too long, raise UserError instead.
 
-        One job that cannot be polled does not end the following of the others.
+        A single job that cannot be polled does not stop the following of other jobs.
         """
         silence = self._clock() - self._last_answer
         if silence >= getattr(error, "patience", Unreachable.patience):
@@ -145,12 +145,12 @@ class Follower:
     # -- jobs that are still running when following ends ------------------------------------------------------------
 
     def _running(self) -> list[int]:
-        """Numbers of the jobs that may cost money; last those that may not have started."""
+        """Return the numbers of the jobs that may cost money. Those that may not have started come last."""
         return sorted((number for number, state in enumerate(self.states) if state.may_be_billed),
                       key=lambda number: self.states[number].status == SUBMITTING)
 
     def _stop_jobs(self) -> str:
-        """Ask every job to stop, and describe the outcome. A second Ctrl-C skips the jobs that are left."""
+        """Tell every job to stop, and return a message about the outcome. A second Ctrl-C skips the remaining jobs."""
         running = self._running()
         left = running[:]
         with suppress(KeyboardInterrupt):
@@ -182,7 +182,7 @@ class Follower:
 
 
 def table_row(job: Job, state: JobState) -> tuple[str, ...]:
-    """The cells of a job in the table, in the order of COLUMNS."""
+    """Return the cells of a job in the table, in the order of COLUMNS."""
     cost = state.cost_usd(job)
     show_detail = state.detail and state.status not in (COMPLETED, FAILED, UNKNOWN)
     return (job.name, state.detail if show_detail else state.status,

@@ -10,15 +10,15 @@ FINAL_STATUSES = (COMPLETED, FAILED, STOPPED)
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep, as it is submitted."""
+    """One run of a sweep, as it is submitted to a backend."""
 
-    number: int  # in the sweep
+    number: int  # position in the sweep
     name: str
     overrides: tuple[str, ...]  # as the user typed them
     request: dict[str, Any]  # arguments of CreateTrainingJob
     steps: int  # train.max_train_steps
     usd_hour: float | None = None  # on-demand price of all its instances per hour; None: unknown
-    estimate_usd: float | None = None  # by the planner; None: unknown
+    estimate_usd: float | None = None  # the planner's estimate; None: unknown
     estimate_seconds: float | None = None
 
     @property
@@ -27,19 +27,19 @@ class Job:
 
     @property
     def instance_type(self) -> str:
-        """Type of its instances; AWS has a quota for each type."""
+        """Type of the job's instances. AWS has a quota for each type."""
         return str(self.request.get("ResourceConfig", {}).get("InstanceType", ""))
 
 
 @dataclass
 class JobState:
-    """The state of a job when it was polled last."""
+    """The state of a job when it was last polled."""
 
     status: str = WAITING
     detail: str = ""  # SageMaker's secondary status
     step: int | None = None
     loss: float | None = None
-    seconds: float = 0.0  # of training so far
+    seconds: float = 0.0  # training time so far
     billed_seconds: float | None = None  # None until the job has ended
     reason: str = ""  # why it failed or was stopped
     result: dict[str, Any] = field(default_factory=dict)  # result.json
@@ -61,7 +61,7 @@ class JobState:
 
 
 class QuotaExceeded(Exception):
-    """No further job can start now; one may when another has ended."""
+    """The quota allows no further job now. A job may start when another one has ended."""
 
 
 class Unreachable(Exception):
@@ -79,7 +79,7 @@ class LoginRequired(Unreachable):
 
 
 class Backend(Protocol):
-    """Runs jobs.
+    """Interface of backends, which run jobs.
 
     Every method except `stop_command` may raise Unreachable, or UserError if trying again is useless.
     """
@@ -88,18 +88,18 @@ class Backend(Protocol):
         """Start a job, or find it if an earlier command has started it.
 
         Raises:
-            QuotaExceeded: it cannot start now.
+            QuotaExceeded: the job cannot start now.
         """
         ...
 
     def poll(self, job: Job) -> JobState:
-        """The current state of a job."""
+        """Return the current state of a job."""
         ...
 
     def stop(self, job: Job) -> bool:
-        """Ask a job to save and stop. False: it does not run."""
+        """Tell a job to save and stop. Return False if the job is not running."""
         ...
 
     def stop_command(self, job: Job) -> str:
-        """The command by which a user stops the job."""
+        """Return the command with which a user can stop the job."""
         ...

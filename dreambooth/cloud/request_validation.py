@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-UNICODE_CLASSES = {r"\p{L}": "a-zA-ZÀ-￿", r"\p{Z}": " ", r"\p{N}": "0-9"}  # which Python's re does not know
-CONFIDENTIAL = ("Environment", "HyperParameters", "Tags")  # values of these may be secret and are not shown
+UNICODE_CLASSES = {r"\p{L}": "a-zA-ZÀ-￿", r"\p{Z}": " ", r"\p{N}": "0-9"}  # unknown to Python's re
+CONFIDENTIAL = ("Environment", "HyperParameters", "Tags")  # parameters whose values may be secret: not shown
 
 
 def find_problems(value: Any, shape: Any, path: str = "") -> Iterator[str]:

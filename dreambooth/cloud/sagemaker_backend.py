@@ -1,4 +1,4 @@
-"""Backend that runs jobs on SageMaker, by boto3's client: create, describe and stop training jobs."""
+"""Backend that runs jobs on SageMaker with boto3's client: create, describe and stop training jobs."""
 
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -22,15 +22,15 @@ from dreambooth.storage import aws_errors, folders
 
 STATUS = {"InProgress": RUNNING, "Stopping": RUNNING, "Deleting": STOPPED, "Completed": COMPLETED, "Failed": FAILED,
           "Stopped": STOPPED}
-LOGIN_PATIENCE = 12 * 3600.0  # seconds that the user has to log in again: a night
-NAME_TAKEN_CODES = ("ResourceInUse", "ResourceInUseException")  # and a ValidationException that says so
+LOGIN_PATIENCE = 12 * 3600.0  # seconds to wait for the user to log in again, long enough for a night
+NAME_TAKEN_CODES = ("ResourceInUse", "ResourceInUseException")  # a ValidationException can mean the same
 
 
 class SageMakerBackend:
     """A Backend that runs SageMaker training jobs.
 
     Args:
-        client: boto3's client of SageMaker; None: a new one, which is replaced when its credentials expire.
+        client: boto3's client of SageMaker; None: create one, and replace it when its credentials expire.
     """
 
     def __init__(self, client: Any | None = None) -> None:
@@ -38,7 +38,7 @@ class SageMakerBackend:
         self._has_answered = False
 
     def find_problems(self, request: dict[str, Any]) -> list[str]:
-        """What the service would reject in a request, one sentence each."""
+        """Return the errors that the service would find in a request, one sentence each."""
         shape = self._client.meta.service_model.operation_model("CreateTrainingJob").input_shape
         return list(request_validation.find_problems(request, shape))
 
@@ -49,8 +49,8 @@ class SageMakerBackend:
             if _is_name_taken(error):
                 return self._poll_existing(job)
             if aws_errors.error_code(error) == "ResourceLimitExceeded":
-                raise QuotaExceeded(f"the account's quota for {job.instance_type} is used up: ask for more in Service "
-                                    "Quotas, 'for training job usage'") from error
+                raise QuotaExceeded(f"the account's quota for {job.instance_type} is used up: request an increase in "
+                                    "Service Quotas, 'for training job usage'") from error
             raise self._translate(error, "sagemaker:CreateTrainingJob", job.name) from error
         self._has_answered = True
         return JobState(RUNNING, "Starting")
@@ -84,7 +84,7 @@ class SageMakerBackend:
         return f"aws sagemaker stop-training-job --training-job-name {job.name}"
 
     def has_failed(self, name: str) -> bool:
-        """Whether a job of that name exists, and has failed or was stopped."""
+        """Return whether a job of this name exists, and has failed or was stopped."""
         try:
             description = self._client.describe_training_job(TrainingJobName=name)
         except Exception as error:
@@ -102,12 +102,12 @@ class SageMakerBackend:
         return description
 
     def _poll_existing(self, job: Job) -> JobState:
-        """Poll the existing job of that name, if it is the same run.
+        """Poll the existing job of this name, if it is the same run.
 
-        An earlier command created it, or an earlier call whose answer was lost.
+        The job was created by an earlier command, or by an earlier call whose response was lost.
 
         Raises:
-            UserError: it is another run.
+            UserError: the existing job is another run.
         """
         existing, own = (identifying_hyperparameters(item.get("HyperParameters", {}))
                          for item in (self._describe(job), job.request))
@@ -118,9 +118,9 @@ class SageMakerBackend:
         return self.poll(job)
 
     def _read_result(self, description: dict[str, Any], job: Job) -> dict[str, Any]:
-        """The content of result.json in the job's output; if it is missing or invalid, {"problem": reason}.
+        """Return the content of result.json in the job's output; {"problem": reason} if it is missing or invalid.
 
-        A failure of the network raises, so that it is read again later: the job is paid for.
+        A failure of the network raises an exception, so that the file is read again later: the job has been paid for.
         """
         path = f"{description['ModelArtifacts']['S3ModelArtifacts'].rstrip('/')}/result.json"
         try:
@@ -132,11 +132,11 @@ class SageMakerBackend:
             return {"problem": f"{path} cannot be read ({error})"}
 
     def _translate(self, error: BaseException, permission: str, resource: str) -> BaseException:
-        """The exception of Backend for an error of AWS; any other error is returned as it is.
+        """Return the exception that Backend specifies for an AWS error; return any other error unchanged.
 
         Args:
             permission: the action that the call needs.
-            resource: what it is called on.
+            resource: the job or object of the call.
         """
         if aws_errors.needs_login(error):
             self._renew_client()
@@ -149,7 +149,7 @@ class SageMakerBackend:
         return error
 
     def _renew_client(self) -> None:
-        """Create a new client: a client reads its credentials once, a new one finds those of a new login."""
+        """Create a new client, because a client reads its credentials only once and would not notice a new login."""
         if self._is_own_client:
             with suppress(UserError):
                 self._client = folders.client("sagemaker")
@@ -161,7 +161,7 @@ def _is_name_taken(error: Exception) -> bool:
 
 
 def _training_seconds(description: dict[str, Any]) -> float:
-    """Seconds of training so far: SageMaker's own number if there is one, else the time since the start."""
+    """Return the seconds of training so far: SageMaker's own number if there is one, else the time since the start."""
     if "TrainingTimeInSeconds" in description:
         return float(description["TrainingTimeInSeconds"])
     start = description.get("TrainingStartTime")

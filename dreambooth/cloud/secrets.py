@@ -25,7 +25,7 @@ SECRET_NAME = re.compile(r"(arn:aws[a-z-]*:secretsmanager:[a-z0-9-]+:\d{12}:secr
 
 
 def find_credentials(request: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one sentence for each value of a request that looks like a credential. The sentence does not repeat it.
+    """Yield one sentence for each value of a request that looks like a credential, without showing the value.
 
     SageMaker shows the whole request to everyone who may describe the job.
     """
@@ -44,9 +44,9 @@ def find_credentials(request: Mapping[str, Any]) -> Iterator[str]:
 
 
 def load() -> None:
-    """Load the secret that DREAMBOOTH_SECRET names into environment variables of this process, if it is set.
+    """Load the secret that DREAMBOOTH_SECRET names into environment variables. Does nothing if it is not set.
 
-    Variables that are set already keep their values.
+    Environment variables that are already set keep their values.
 
     Raises:
         UserError: the secret cannot be read or has another format.

@@ -17,20 +17,20 @@ Results = dict[tuple[str, ...], tuple[Job, JobState]]  # overrides -> the job th
 
 
 def objective(state: JobState) -> float | None:
-    """The objective of a completed job; None if it has no finite one."""
+    """Return the objective of a completed job; None if it has no finite objective."""
     value = state.result.get("objective") if state.status == COMPLETED else None
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def fail_without_objective(state: JobState) -> JobState:
-    """Mark a completed job as failed if it has no objective; changes and returns the state."""
+    """Mark a completed job as failed if it has no objective. Changes the state in place and returns it."""
     if state.status == COMPLETED and objective(state) is None:
         state.status, state.reason = FAILED, state.result.get("problem") or "result.json names no objective"
     return state
 
 
 def jobs_to_run(jobs: Sequence[Job], done: Results) -> list[Job]:
-    """The jobs without duplicates and without those that have a result already.
+    """Return the jobs without duplicates, and without jobs that already have a result.
 
     A sweeper may suggest the same overrides twice; they are run and paid for once.
     """
@@ -39,13 +39,13 @@ def jobs_to_run(jobs: Sequence[Job], done: Results) -> list[Job]:
 
 def share_results(jobs: Sequence[Job], ran: Sequence[Job], states: Sequence[JobState],
                   done: Results) -> tuple[list[Job], list[JobState]]:
-    """Give every job a result. One whose overrides another job ran gets that job's name and result, at no cost.
+    """Assign a result to every job. A duplicate gets the name and result of the job that ran its overrides, at no cost.
 
     Args:
         jobs: all jobs that the sweeper suggested.
-        ran: those that ran, see jobs_to_run.
+        ran: the jobs that ran, see jobs_to_run.
         states: final states of `ran`.
-        done: results of earlier calls; the completed ones of this call are added.
+        done: completed results of earlier calls; those of this call are added.
 
     Returns:
         Jobs and final states, in the order of `jobs`.
@@ -58,7 +58,7 @@ def share_results(jobs: Sequence[Job], ran: Sequence[Job], states: Sequence[JobS
 
 
 def result_rows(jobs: Sequence[Job], states: Sequence[JobState]) -> list[dict[str, Any]]:
-    """One row per job: FIXED_COLUMNS, and one column per override."""
+    """Return one row per job: FIXED_COLUMNS, and one column per override."""
     rows = []
     for job, state in zip(jobs, states, strict=True):
         cost = state.cost_usd(job) if state.billed_seconds is not None else None
@@ -85,9 +85,9 @@ def write_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Pa
 
 
 def write_partial_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Path | None:
-    """As write_table, for a sweep that was not followed to its end.
+    """Write the table of a sweep that was not followed to its end, see write_table.
 
-    A file with more rows is kept, and nothing is written if there are none. Returns None in both cases.
+    If the existing file has more rows, or if there are no rows, writes nothing and returns None.
     """
     path = folder / f"results-{sweep}.csv"
     if path.is_file():
@@ -98,7 +98,7 @@ def write_partial_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]
 
 
 def parallel_axes(table: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Axes of a parallel coordinates plot: the overrides that differ between jobs, then the objective.
+    """Return the axes of a parallel coordinates plot: the overrides that differ between jobs, then the objective.
 
     Each axis has one value per job with an objective, best first.
     """
@@ -118,12 +118,12 @@ def write_parallel_coordinates(folder: Path, sweep: str, axes: Mapping[str, Sequ
 
 def log_sweep(table_path: Path, sweep: str, table: Sequence[dict[str, Any]], kind: str, uri: str | None,
               experiment: str, run_root: Path, plot: Path, *, local: bool = True) -> None:
-    """Log the sweep to MLflow as a run of its own, with the tag of its trials: table, counts and best objective.
+    """Log a sweep to MLflow as a run of its own: table, counts and best objective. It has the sweep tag of the trials.
 
     Args:
         table_path: the CSV file of the table.
         kind: tracking.kind.
-        plot: the file of write_parallel_coordinates.
+        plot: the file that write_parallel_coordinates wrote.
         local: whether the run folders of the trials are on this machine.
     """
     from dreambooth.tracking.run_tracker import trials_link

@@ -20,8 +20,8 @@ METRICS = {  # name -> pattern in the lines that a run prints
     "step": r"training (\d+)/\d+ ",
     "loss": r"training .*loss ([0-9.]+)",
 }
-ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"  # as in the blog post; PyTorch also reads PYTORCH_ALLOC_CONF
-SPARE_GIB = 10  # of a volume: scratch space of the image, logs, SageMaker's copies
+ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"  # the AWS blog post's name (docs/container.md); also: PYTORCH_ALLOC_CONF
+SPARE_GIB = 10  # added to a volume for the image's scratch space, logs and SageMaker's copies
 # Prefixes of keys that do not change what is trained.
 IGNORED_KEYS = ("tracking.", "hardware.price_usd_hour", "hardware.spot_price_usd_hour")
 
@@ -53,7 +53,7 @@ class JobSettings:
 
 def build_hyperparameters(overrides: Sequence[str], channels: Collection[str], sweep: str, run_name: str | None = None,
                           mlflow_uri: str | None = None) -> dict[str, str]:
-    """Hyperparameters of a job: overrides as key and value, without those that a channel replaces."""
+    """Return the hyperparameters of a job: its overrides as key and value, without those that a channel replaces."""
     replaced = {key for key, channel in CHANNELS.items() if channel in channels}
     dropped = LOCAL_KEYS | replaced | ({"dataset"} if "images" in channels else set())
     hyperparameters = {"tracking.sweep": sweep}
@@ -70,10 +70,10 @@ def build_hyperparameters(overrides: Sequence[str], channels: Collection[str], s
 
 def job_name(sweep: str, number: int, hyperparameters: Mapping[str, str], contents: Mapping[str, str],
              attempt: int = 0) -> str:
-    """Name of a job: the same for the same run of a sweep on any machine, so that no run is started twice.
+    """Return the name of a job. It is equal for the same run of a sweep on any machine, so that no run starts twice.
 
     Args:
-        contents: digests of what is behind the paths that the run reads.
+        contents: digests of the folders and files that the run reads.
         attempt: greater than 0 if the job is run again after a failure.
     """
     identity = [identifying_hyperparameters(hyperparameters), contents]
@@ -83,20 +83,20 @@ def job_name(sweep: str, number: int, hyperparameters: Mapping[str, str], conten
 
 
 def identifying_hyperparameters(hyperparameters: Mapping[str, str]) -> dict[str, str]:
-    """The hyperparameters by which two jobs are the same run: without tracking and prices."""
+    """Return the hyperparameters that identify a run, which are all except tracking and prices."""
     return {key: value for key, value in hyperparameters.items() if not key.lstrip("+").startswith(IGNORED_KEYS)}
 
 
 def build_request(settings: JobSettings, name: str, sweep: str, hyperparameters: Mapping[str, str],
                   inputs: Mapping[str, str], disk_gib: float | None, needed_gib: float | None,
                   first_name: str | None = None) -> dict[str, Any]:
-    """Arguments of CreateTrainingJob.
+    """Return the arguments of CreateTrainingJob.
 
     Args:
         inputs: channel -> folder in S3.
-        disk_gib: the instance's own disk; None: it has none, or that is unknown.
-        needed_gib: what the run will write, by the planner; None: unknown.
-        first_name: name of the first attempt, whose checkpoints the job resumes from; None: this is the first attempt.
+        disk_gib: size of the instance's own disk; None: it has none, or its size is unknown.
+        needed_gib: the planner's estimate of what the run will write; None: unknown.
+        first_name: name of the first attempt, from whose checkpoints the job resumes; None: this is the first attempt.
     """
     output = f"{settings.s3.rstrip('/')}/{sweep}"
     kms = {"KmsKeyId": settings.kms_key} if settings.kms_key else {}
@@ -129,7 +129,7 @@ def build_request(settings: JobSettings, name: str, sweep: str, hyperparameters:
 
 
 def is_local_uri(uri: str) -> bool:
-    """Whether an MLflow address is valid on the submitting machine only: a file, a database, or a loopback address."""
+    """Return whether an MLflow address is valid only on the submitting machine: a file, database or loopback host."""
     parts = urlsplit(uri)
     host = parts.hostname or ""
     if host in ("localhost", "::1", "0.0.0.0", "host.docker.internal") or host.startswith("127."):

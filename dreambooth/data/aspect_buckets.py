@@ -1,12 +1,12 @@
-"""Aspect-ratio buckets: the image sizes that keep a photo's shape at about the area of the square. No torch.
+"""Aspect-ratio buckets: image sizes that keep a photo's aspect ratio, with about the area of the square crop.
 
-A size is (height, width) in pixels.
+A size is (height, width) in pixels. The square crop is resolution x resolution. Imports no torch.
 """
 
 import math
 from functools import cache
 
-SIDE_MULTIPLE = 8  # pixels, of which every side is a multiple; a VAE here makes one latent of at most 8 x 8 pixels
+SIDE_MULTIPLE = 8  # pixels; every side is a multiple of it, because the VAEs encode up to 8 x 8 pixels into one latent
 MAX_ASPECT_RATIO = 2  # long side to short side
 
 Size = tuple[int, int]
@@ -16,7 +16,8 @@ Size = tuple[int, int]
 def bucket_sizes(resolution: int) -> tuple[Size, ...]:
     """Return all bucket sizes from 1:2 to 2:1, sorted.
 
-    Sides are multiples of SIDE_MULTIPLE. Each width has the largest height that stays within the area of the square.
+    Sides are multiples of SIDE_MULTIPLE. For each width, the height is the largest that keeps the area within that of
+    the square crop.
     """
     sizes = set()
     for width in range(SIDE_MULTIPLE, MAX_ASPECT_RATIO * resolution + 1, SIDE_MULTIPLE):
@@ -27,7 +28,7 @@ def bucket_sizes(resolution: int) -> tuple[Size, ...]:
 
 
 def nearest_bucket(height: int, width: int, resolution: int) -> Size:
-    """Return the bucket size that crops the smallest fraction of an image."""
+    """Return the bucket size for which the smallest fraction of an image is cropped."""
     return min(bucket_sizes(resolution), key=lambda size: (cropped_fraction(height, width, size), size))
 
 
@@ -41,7 +42,7 @@ def cropped_fraction(height: int, width: int, size: Size) -> float:
 def largest_bucket(resolution: int, scale: int, levels: int) -> Size:
     """Return the bucket size whose training step takes the most memory.
 
-    It is the one with the most positions over all levels of the UNet. Each level rounds odd sides up.
+    It is the size with the most latent positions, summed over all levels of the UNet. Halving an odd side rounds it up.
 
     Args:
         scale: pixels per latent along one side.

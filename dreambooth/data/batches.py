@@ -1,11 +1,11 @@
 """Training batches: which photos, crops, noise and timesteps each step uses, as a function of (seed, step, process).
 
 Sample `index` of step `step` has the same photo, crop, flip, noise and timestep whether it is computed in one batch, in
-several micro-batches or on another process. A resumed run therefore needs no saved state from this file.
+several micro-batches or on another process. A resumed run therefore needs no saved state of its batches.
 
-A batch is made in two stages. `Batches.draw` takes the random choices and prepares tensors on the host; it may run in a
-background thread ahead of its step (prefetch.py). `Batches.to_device` does what needs the device, in the thread of the
-training loop.
+A batch is created in two stages. `Batches.draw` makes the random choices and prepares tensors on the host; it may run
+in a background thread ahead of its step (prefetch.py). `Batches.to_device` copies them to the device and encodes
+images; it runs in the thread of the training loop.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,14 +35,14 @@ class Batch:
     latents: Tensor  # (N, C, h, w), scaled
     noise: Tensor  # (N, C, h, w)
     timesteps: Tensor  # (N,) int64
-    text: Tensor  # (P, L) token ids, or (P, L, D) hidden states if text is cached; each belongs to the next N / P rows
-    num_instances: int  # instance rows
-    mask: Tensor | None = None  # (N, 1, h, w) in [0, 1]: weight of each latent in the loss; None: all count fully
-    class_batch: "Batch | None" = None  # class rows of another size; then all rows of this batch are instance rows
+    text: Tensor  # prompts: (P, L) token ids or (P, L, D) cached hidden states; each applies to N / P consecutive rows
+    num_instances: int  # number of instance rows
+    mask: Tensor | None = None  # (N, 1, h, w) in [0, 1]: weight of each latent in the loss; None: all weights are 1
+    class_batch: "Batch | None" = None  # class rows of another size; all rows of this batch are then instance rows
 
     @property
     def num_samples(self) -> int:
-        """Number of rows, instance and class."""
+        """Number of instance rows and class rows, including those of `class_batch`."""
         return len(self.timesteps) + (self.class_batch.num_samples if self.class_batch else 0)
 
     @property
@@ -78,11 +78,11 @@ def join_batches(parts: Sequence[Batch]) -> Batch:
 
 @dataclass(frozen=True)
 class View:
-    """How one sample shows a photo."""
+    """One random view of a photo: which photo a sample uses, and its flip, crop and prompt dropout."""
 
     photo: int  # index into PhotoSet.photos
     flip: bool  # mirrored
-    crop: tuple[float, float] | None  # (vertical, horizontal), as fractions of the free range; None: the centre
+    crop: tuple[float, float] | None  # offsets (vertical, horizontal) in [0, 1), see `crop_to_size`; None: the centre
     drop_prompt: bool = False  # use the empty prompt instead of the caption
 
 
@@ -90,15 +90,15 @@ class View:
 class PhotoSet:
     """The photos of one half of a batch, instance or class, and how samples are drawn from them."""
 
-    name: str  # "instance" or "class": part of the key of every random number, so that the two halves differ
+    name: str  # "instance" or "class": part of the key of every random stream, so that the halves differ
     photos: Sequence[Photo]
     center_crop: bool
     random_flip: bool
-    repeats: Sequence[int] | None = None  # how often each photo is used per round; None: once
+    repeats: Sequence[int] | None = None  # how often each photo is used per round (one pass over the set); None: once
     prompt_dropout: float = 0.0  # probability of the empty prompt
 
     def view(self, seed: int, step: int, index: int, batch: int) -> View:
-        """Return the view that sample `index` of a step shows.
+        """Return the view of a photo that sample `index` of a step uses.
 
         Photos come in a new random order in each round. All photos of a step have one size.
 
@@ -111,7 +111,7 @@ class PhotoSet:
         order = rng.permutation(len(photos), seed, epoch, self.name, "order", *(size or ()))
         generator = rng.stream(seed, step, index, self.name, "view")
         up, left, mirror = generator.random(3)
-        # "untold" names the random stream: another word would change the prompts that existing runs drop.
+        # "untold" names the random stream: another name would change which prompts existing runs drop.
         dropout = rng.stream(seed, step, index, self.name, "untold").random() if self.prompt_dropout else 1.0
         return View(
             photo=photos[order[position]],
@@ -122,7 +122,7 @@ class PhotoSet:
 
     @cached_property
     def _rounds(self) -> dict[Size | None, list[int]]:
-        """Bucket size -> the photos of one round, each index as often as its photo is repeated."""
+        """Bucket size -> indices of the photos of one round; each index occurs as often as its photo is repeated."""
         rounds: dict[Size | None, list[int]] = {}
         for number, (photo, times) in enumerate(zip(self.photos, self.repeats or [1] * len(self.photos), strict=True)):
             rounds.setdefault(photo.size, []).extend([number] * times)
@@ -130,14 +130,14 @@ class PhotoSet:
 
 
 def encode_batch_size(resolution: int) -> int:
-    """Return how many photos the VAE encodes at once: about a million pixels, at most 16, to limit its memory."""
+    """Return how many photos the VAE encodes at once: at most 16, and about a million pixels, to limit its memory."""
     return max(1, min(16, 2**20 // resolution**2))
 
 
 class Latents:
-    """Makes latents of views: the VAE encodes them each time, or their cached distribution is sampled.
+    """Computes the latents of views: encodes them with the VAE each time, or samples their cached distribution.
 
-    The cache holds mean and standard deviation per photo and flip, independent of the step. `store` decides where.
+    The cache holds mean and standard deviation per photo and flip. They do not depend on the step.
     """
 
     def __init__(self, encode: Callable[[Tensor], Moments], resolution: int, scaling_factor: float,
@@ -145,8 +145,8 @@ class Latents:
         """Args:
             encode: images (N, 3, H, W) in [-1, 1] -> mean and standard deviation of their latents.
             resolution: side of the square in pixels.
-            scaling_factor: of the VAE.
-            store: where cached latents are kept; None: on the device.
+            scaling_factor: the VAE's factor by which latents are multiplied.
+            store: stores cached latents; None: on the device.
         """
         self.encode = encode
         self.store = store or LatentStore()
@@ -156,7 +156,7 @@ class Latents:
         self._cached: dict[tuple[str, Size | None], ReadRows] = {}
 
     def fill(self, photo_set: PhotoSet, tick: Callable[[int], None], size: int | None = None) -> None:
-        """Encode every photo of a centre-cropped photo set into the cache; with random flips, mirrored too.
+        """Encode every photo of a centre-cropped photo set into the cache; with random flips, also its mirror image.
 
         Args:
             tick: called with the number of photos encoded since the last call.
@@ -188,11 +188,11 @@ class Latents:
     def sample(self, photo_set: PhotoSet, views: Sequence[View], noise: Tensor, pixels: Tensor | None = None) -> Tensor:
         """Draw latents (N, C, h, w) for `views` of one size: mean + std * noise, scaled.
 
-        The cache holds the distribution, so that draws with different noise differ.
+        The cache holds the distribution, so draws with different noise give different latents.
 
         Args:
             noise: standard normal, (N, C, h, w).
-            pixels: images of `views`, encoded if nothing is cached; None: cropped here.
+            pixels: the cropped images of `views`, encoded if nothing is cached; None: crop them in this call.
         """
         if self._cached:
             read_rows = self._cached[photo_set.name, photo_set.photos[views[0].photo].size]
@@ -214,11 +214,11 @@ class Latents:
 
 @dataclass(frozen=True)
 class HostSamples:
-    """The samples of one photo set in a micro-batch before they are on the device. Tensors are on the host."""
+    """The samples of one photo set in a micro-batch, before the copy to the device. All tensors are on the host."""
 
     views: Sequence[View]
-    pixels: Tensor | None  # (n, 3, H, W), to encode; None: the latents are cached
-    latent_noise: Tensor  # (n, C, h, w) standard normal: draws latents from their distribution
+    pixels: Tensor | None  # (n, 3, H, W) images to encode; None: the latents are cached
+    latent_noise: Tensor  # (n, C, h, w) standard normal, to sample latents from their distribution
     noise: Tensor  # (n, C, h, w): the noise that the model predicts
     timesteps: Tensor  # (n,) int64
     mask: Tensor | None = None  # (n, 1, h, w): weight of each latent in the loss
@@ -226,7 +226,7 @@ class HostSamples:
 
 @dataclass
 class Batches:
-    """Makes the micro-batches of a step for one process. Call it with the number of completed steps."""
+    """Creates the micro-batches of a step for one process. Call an instance with the number of completed steps."""
 
     photo_sets: Sequence[PhotoSet]  # instance photos, then class images if there is prior preservation
     latents: Latents
@@ -241,10 +241,10 @@ class Batches:
     world_size: int = 1  # number of processes
     noise_offset: float = 0.0
     dtype: torch.dtype = torch.float32
-    share_prompts: bool = False  # if all rows of each half have one prompt, Batch.text has it once per half
+    share_prompts: bool = False  # if each half always has a single prompt, store it once per half in Batch.text
 
     def __call__(self, step: int) -> list[Batch]:
-        """Return the micro-batches of the step that follows `step` completed ones."""
+        """Return the micro-batches of the next step, after `step` completed steps."""
         return self.to_device(self.draw(step))
 
     def draw(self, step: int) -> list[list[HostSamples]]:
@@ -254,7 +254,7 @@ class Batches:
                  for photo_set in self.photo_sets] for start in starts]
 
     def to_device(self, samples: Sequence[Sequence[HostSamples]]) -> list[Batch]:
-        """Copy drawn samples to the device and encode what is not cached. The copies do not wait for the device."""
+        """Copy drawn samples to the device asynchronously, and encode images whose latents are not cached."""
         return [join_batches([self._make_batch(photo_set, part)
                               for photo_set, part in zip(self.photo_sets, micro, strict=True)]) for micro in samples]
 
@@ -266,7 +266,7 @@ class Batches:
     def loss_mask(self, photo_set: PhotoSet, views: Sequence[View]) -> Tensor | None:
         """Return the weight of each latent of `views` in the loss, (N, 1, h, w) on the host.
 
-        None if no photo of the set has a mask. A photo without one counts fully.
+        Return None if no photo of the set has a mask. Otherwise all weights of a photo without a mask are 1.
         """
         photos = [photo_set.photos[view.photo] for view in views]
         crops = [None if photo.mask is None else crop_to_size(photo.mask, self.latents.size(photo), v.crop, v.flip)
@@ -279,7 +279,7 @@ class Batches:
 
     @cached_property
     def _one_prompt_per_half(self) -> bool:
-        """Whether each half has one prompt in every step, not by chance in some: a compiled model takes one shape."""
+        """Whether each half has a single prompt in every step. A compiled model needs the same shape in all steps."""
         alike = (len({photo.caption for photo in photo_set.photos}) == 1 and not photo_set.prompt_dropout
                  for photo_set in self.photo_sets)
         return self.share_prompts and all(alike)

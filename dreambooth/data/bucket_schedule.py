@@ -1,4 +1,4 @@
-"""Which aspect-ratio bucket each training step uses.
+"""Schedule of aspect-ratio buckets: determines which bucket each training step uses.
 
 All samples of a step have one size, because they form one tensor. The size is a function of the seed and the step, so
 it does not depend on the batch size or the number of processes, and a resumed run needs no saved state.
@@ -13,8 +13,8 @@ from dreambooth.utils import rng
 def bucket_at(counts: Sequence[int], step: int, *key: int | str) -> tuple[int, int]:
     """Return the bucket of a step, and how many earlier steps used the same bucket.
 
-    One round has sum(counts) steps. In it each bucket gets as many steps as it has photos, so that all photos are used
-    equally often. Each round has a new random order.
+    One round has sum(counts) steps. In a round, each bucket gets as many steps as it has photos, so that all photos are
+    used equally often. Each round has a new random order.
 
     Args:
         counts: number of photos in each bucket.

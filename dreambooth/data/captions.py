@@ -1,4 +1,4 @@
-"""The caption of a photo: from photo.txt beside it, from its line in metadata.jsonl, or the prompt. No torch.
+"""Captions of photos: read from NAME.txt beside NAME.jpg or from metadata.jsonl, or else the prompt. Imports no torch.
 
 metadata.jsonl follows the convention of Hugging Face `datasets`' imagefolder: one JSON object per line, such as
 {"file_name": "a.jpg", "text": "a caption"}. Functions that take `problems` append one sentence for each caption that
@@ -22,7 +22,7 @@ def caption_files(photo: Path) -> Iterator[Path]:
 
 
 def read_metadata(folder: Path, problems: list[str]) -> dict[str, str]:
-    """Read the folder's metadata.jsonl as file name -> caption; empty if there is no such file."""
+    """Read a folder's metadata.jsonl into a dictionary of file name -> caption; empty if there is no such file."""
     path = folder / METADATA
     if not path.is_file():
         return {}
@@ -47,11 +47,11 @@ def read_metadata(folder: Path, problems: list[str]) -> dict[str, str]:
 
 
 def read_caption(photo: Path, prompt: str, metadata: Mapping[str, str], problems: list[str]) -> str | None:
-    """Return the caption of a photo on one line; None if it cannot be used, which adds a problem.
+    """Return the caption of a photo as one line. If it cannot be used, append a problem and return None.
 
     Args:
         prompt: used if the photo has no caption.
-        metadata: what `read_metadata` returned for the photo's folder.
+        metadata: the result of `read_metadata` for the photo's folder.
     """
     path = next((path for path in caption_files(photo) if path.name != METADATA), None)
     if path is None:

@@ -1,4 +1,4 @@
-"""Which image files can be read as photos, and what to do about the others. No torch.
+"""Image formats: which files can be read as photos, and advice for files that cannot. Imports no torch.
 
 Pillow is imported where it is used, because a config resolver imports this file.
 """
@@ -10,7 +10,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 # Raw files are TIFF containers: Pillow would open the thumbnail inside as if it were the photo.
 RAW_SUFFIXES = {".3fr", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"}
-_BRANDS = {b"he": "HEIC", b"mi": "HEIC", b"ms": "HEIC", b"av": "AVIF"}  # of ISO media files: heic, mif1, msf1, avif
+_BRANDS = {b"he": "HEIC", b"mi": "HEIC", b"ms": "HEIC", b"av": "AVIF"}  # start of an ISO media brand -> format
 
 
 class UnusablePhoto(Exception):
@@ -21,8 +21,8 @@ class UnusablePhoto(Exception):
 def readable_formats() -> tuple[str, ...]:
     """Return Pillow's names of the formats that can be read; HEIF is one of them if the extra `heic` is installed.
 
-    HEIC is an extra and not a dependency: its wheels hold libheif and codecs under LGPL and GPL, which no other part of
-    this package has.
+    HEIC is an optional extra, because its wheels contain libheif and codecs under LGPL and GPL. No other part of this
+    package has these licences.
     """
     try:
         from pillow_heif import register_heif_opener
@@ -33,7 +33,7 @@ def readable_formats() -> tuple[str, ...]:
 
 
 def describe_unreadable(path: Path) -> str:
-    """Say what a file in no readable format is and what to do; completes the sentence "photo.heic ..."."""
+    """Describe a file whose format cannot be read, and what to do. The result completes "photo.heic ..."."""
     with path.open("rb") as file:
         head = file.read(12)
     if head[4:8] != b"ftyp":

@@ -17,28 +17,28 @@ from dreambooth.config.enums import LatentCache
 from dreambooth.utils import atomic_files
 
 Moments = tuple[Tensor, Tensor]  # mean and standard deviation of the latents, (N, C, h, w) each
-ReadRows = Callable[[list[int]], Moments]  # row numbers -> their moments, on the device of LatentStore
+ReadRows = Callable[[list[int]], Moments]  # row numbers -> their moments, on LatentStore.device
 
 
 @dataclass(frozen=True)
 class LatentStore:
     """Stores the moments of a set of images.
 
-    On disk, the file name is a hash of the images' content and size, in order, and of the encoder's weights. Another
-    photo, crop or VAE gives another file, and the same images are encoded once for all runs.
+    On disk, the file name is a hash of the images' content and size, in order, and of the encoder's weights. A
+    different photo, crop or VAE therefore gives a different file, and the same images are encoded once for all runs.
     """
 
     where: LatentCache = LatentCache.device
-    device: torch.device | None = None  # on which rows are returned; None: where the encoder put them
-    folder: Path | None = None  # of the files, for `disk`
+    device: torch.device | None = None  # device of the returned rows; None: the device where they are stored
+    folder: Path | None = None  # folder of the files, for LatentCache.disk
     encoder: str = ""  # digest of the encoder's weights
 
     def __call__(self, content: Sequence[str], encode_chunks: Callable[[], Iterator[Moments]]) -> ReadRows:
         """Store the moments of one set of images and return a function that reads rows of them.
 
         Args:
-            content: identifies the images, such as their hashes.
-            encode_chunks: encodes the images chunk by chunk; not called if the file exists already.
+            content: strings that identify the images, such as their hashes.
+            encode_chunks: encodes the images and yields their moments chunk by chunk; not called if the file exists.
         """
         if self.where is LatentCache.disk and self.folder is not None:
             name = sha256("\n".join([self.encoder, *content]).encode()).hexdigest()[:20]
@@ -54,7 +54,7 @@ class LatentStore:
 
 
 def digest(module: nn.Module) -> str:
-    """Return the hex SHA-256 of every weight of a module and its precision."""
+    """Return one hex SHA-256 over the names, precisions and values of all weights of a module."""
     total = sha256()
     for name, tensor in module.state_dict().items():
         total.update(f"{name} {tensor.dtype}".encode())
@@ -68,7 +68,7 @@ def _concatenate(chunks: Iterator[Moments], device: torch.device | None) -> Mome
 
 
 def _read_rows(path: Path, rows: list[int], device: torch.device | None) -> Moments:
-    """Read only these rows. The file is mapped again on each call; the system keeps its pages in memory."""
+    """Read only these rows. The file is mapped again on each call; the operating system caches its pages."""
     with safe_open(path, "pt") as file:
         mean, std = (torch.stack([file.get_slice(name)[row] for row in rows]) for name in ("mean", "std"))
     return mean.to(device), std.to(device)

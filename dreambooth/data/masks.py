@@ -1,8 +1,8 @@
-"""Masks: which part of a photo counts in the loss. White counts, black does not, grey counts partly. No torch.
+"""Masks: which part of a photo counts in the loss. White counts, black does not, grey counts partly.
 
-A mask is the photo's own transparency, or an image in a folder of masks with the photo's size and name; the suffix may
-differ. It is resized, cropped and mirrored with its photo. The weight of a latent in the loss is the share of its
-pixels that lie inside the mask.
+A mask is the photo's own transparency, or an image from a folder of masks. Such an image has the photo's size and name;
+its suffix may differ. A mask is resized, cropped and mirrored with its photo. The weight of a latent in the loss is the
+share of its pixels that lie inside the mask. Imports no torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def load_mask(photo: Path, image: Image.Image, mask: str | None) -> Image.Image 
         mask: see `mask_file`.
 
     Raises:
-        UnusablePhoto: there is no mask for this photo, or it is empty or has another shape.
+        UnusablePhoto: the photo has no mask, or the mask is empty or has another aspect ratio.
     """
     from PIL import Image
 
@@ -57,17 +57,17 @@ def load_mask(photo: Path, image: Image.Image, mask: str | None) -> Image.Image 
             raise UnusablePhoto(f"has no mask: put {photo.stem}.png into {mask}, white where the subject is")
         with Image.open(path, formats=("PNG", "WEBP", "BMP", "TIFF", "GIF")) as opened:
             loaded = opened.convert("L")
-        aspect_ratio = image.width * loaded.height / (image.height * loaded.width)  # of the photo to that of its mask
+        aspect_ratio = image.width * loaded.height / (image.height * loaded.width)  # the photo's, divided by its mask's
         if not 0.99 < aspect_ratio < 1.01:
-            raise UnusablePhoto(f"has {image.width} x {image.height} pixels and its mask {path.name} {loaded.width} x "
-                                f"{loaded.height}: save the mask in the photo's size")
+            raise UnusablePhoto(f"has {image.width} x {image.height} pixels, but its mask {path.name} has "
+                                f"{loaded.width} x {loaded.height}: save the mask in the photo's size")
     if loaded.getextrema()[1] == 0:
         raise UnusablePhoto("has an empty mask, so nothing of it would be learned: paint the subject white")
     return loaded
 
 
 def downscale_to_latents(mask: NDArray[np.uint8], scale: int) -> NDArray[np.float32]:
-    """Return for each latent the share of its pixels that lie inside the mask; exactly 0 where none does.
+    """Return for each latent the share of its pixels that lie inside the mask; exactly 0 if none does.
 
     Args:
         mask: (H, W), 0 to 255.

@@ -1,4 +1,4 @@
-"""Loads a folder of photos as RGB pixels with captions. The only file that decodes photos. No torch.
+"""Loads a folder of photos as RGB pixels with captions. No other file decodes photos. Imports no torch.
 
 A photo is decoded once: upright, 8-bit RGB, transparent parts on white. It is resized so that its short side equals the
 resolution, or so that it just covers its bucket. Crops and flips are applied at each use (`crop_to_size`). Pillow and
@@ -45,10 +45,10 @@ class Photo:
 
 
 def list_photos(folder: Path) -> list[Path]:
-    """List every file of `folder` that is meant as a photo, sorted by the bytes of its name on every system.
+    """List the photo files of a folder, sorted by the bytes of their names, which is the same order on every system.
 
-    Ignores subfolders, hidden files, files that desktops create, captions and JSON. Any other file counts as a photo,
-    so that loading reports the ones that are unusable.
+    Ignores subfolders, hidden files, files that file managers create, captions and JSON. Any other file counts as a
+    photo, so that loading reports unusable files.
 
     Raises:
         UserError: the folder does not exist, is a file, cannot be read, or holds no photo.
@@ -74,7 +74,8 @@ def _is_photo_candidate(path: Path) -> bool:
 def fingerprint(folder: Path) -> str:
     """Return the hex SHA-256 over names and content of a folder's photos and captions. Never raises.
 
-    It does not depend on where the folder is. A folder without photos or with an unreadable file has NO_FINGERPRINT.
+    The value does not depend on the folder's path. For a folder without photos or with an unreadable file, it is
+    NO_FINGERPRINT.
     """
     total = hashlib.sha256()
     try:
@@ -96,7 +97,7 @@ def load_photos(paths: Sequence[Path], prompt: str, resolution: int, bucketed: b
     Args:
         prompt: the caption of photos that have none.
         resolution: side of the square in pixels.
-        bucketed: resize each photo for the bucket of its shape; False: for the square.
+        bucketed: resize each photo for its aspect-ratio bucket; False: for the square.
         mask: a folder of masks, "alpha", or None, see masks.py.
 
     Raises:
@@ -119,10 +120,10 @@ def load_photos(paths: Sequence[Path], prompt: str, resolution: int, bucketed: b
 
 
 def load_image(path: Path, resolution: int) -> NDArray[np.uint8]:
-    """Decode one image (H, W, 3) so that it just covers the square; captions and masks beside it are ignored.
+    """Decode one image as (H, W, 3), resized to just cover the square. Captions and masks are ignored.
 
     Raises:
-        UserError: it is unusable.
+        UserError: the image is unusable.
     """
     problems: list[str] = []
     decoded = _try_decode(path, resolution, False, None, problems)
@@ -132,7 +133,7 @@ def load_image(path: Path, resolution: int) -> NDArray[np.uint8]:
 
 
 def _try_decode(path: Path, resolution: int, bucketed: bool, mask: str | None, problems: list[str]) -> Decoded | None:
-    """Decode a photo; if it is unusable, add a problem and return None."""
+    """Decode a photo; if it is unusable, append the reason to `problems` and return None."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -164,7 +165,7 @@ def _decode(path: Path, resolution: int, bucketed: bool, mask: str | None) -> De
     if path.suffix.lower() in image_formats.RAW_SUFFIXES:
         raise UnusablePhoto("is a camera raw file, which is not supported: export it as JPEG")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about large files and malformed EXIF: what damages the pixels is raised
+        warnings.simplefilter("ignore")  # about large files and malformed EXIF; damaged pixels raise an exception
         with Image.open(path, formats=image_formats.readable_formats()) as image:
             # The JPEG decoder may downscale, as long as the short side stays at least twice the resolution.
             image.draft(None, (2 * resolution, 2 * resolution))
@@ -185,9 +186,9 @@ def _turn_upright(image: Image.Image) -> None:
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """Convert to 8-bit RGB on white.
+    """Convert an image to 8-bit RGB, with transparent parts on white.
 
-    Must come before any resize: colours hidden under transparent pixels would bleed into the edges.
+    Must be called before any resize: colours hidden under transparent pixels would bleed into the edges.
     """
     from PIL import Image
 
@@ -202,7 +203,7 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bit(image: Image.Image) -> Image.Image:
-    """Convert 16-bit, 32-bit or float greyscale to mode L or LA; Pillow's convert("L") would clip it.
+    """Convert 16-bit, 32-bit or float greyscale to mode L or LA. Pillow's convert("L") would clip the values.
 
     Integers keep their high byte. Floats are scaled by their range.
     """
@@ -224,7 +225,7 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _resize(image: Image.Image, size: aspect_buckets.Size) -> Image.Image:
-    """Resize with antialiasing so that one side equals that of `size` and the other is no shorter."""
+    """Resize with antialiasing so that one side equals that of `size` and the other is at least as long."""
     from PIL import Image
 
     target, side = min(((size[0], image.height), (size[1], image.width)), key=lambda pair: pair[1] / pair[0])
@@ -245,7 +246,7 @@ def crop_to_square(
 def crop_to_size(
     pixels: NDArray[np.uint8], size: aspect_buckets.Size, offset: tuple[float, float] | None, flip: bool
 ) -> NDArray[np.uint8]:
-    """Return a copy cropped to a height and width.
+    """Return a copy of the pixels, cropped to `size` and optionally mirrored.
 
     Args:
         offset: (vertical, horizontal) as fractions in [0, 1) of the free rows and columns; None: the centre.
@@ -260,7 +261,7 @@ def crop_to_size(
 
 
 def to_model_range(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Convert (H, W, 3) bytes to contiguous (3, H, W) in [-1, 1]."""
+    """Convert 8-bit pixels (H, W, 3) to a contiguous float array (3, H, W) in [-1, 1]."""
     import numpy as np
 
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(127.5) - np.float32(1)

@@ -12,26 +12,26 @@ BatchT = TypeVar("BatchT", covariant=True)
 
 
 class BatchSource(Protocol[Samples, BatchT]):
-    """Makes a step's batches in two stages. `Batches` in batches.py is one."""
+    """Interface of objects that create a step's batches in two stages, such as `Batches` in batches.py."""
 
     def draw(self, step: int, /) -> Samples:
         """Draw the samples on the host; called in the background thread, one call at a time."""
 
     def to_device(self, samples: Samples, /) -> BatchT:
-        """Make batches on the device; called in the thread that calls the Prefetcher."""
+        """Create the batches on the device; called in the thread that calls the Prefetcher."""
 
 
 class Prefetcher(Generic[Samples, BatchT]):
-    """Returns a step's batches and starts to draw the samples of the next step.
+    """Callable that returns a step's batches and starts drawing the next step's samples in a background thread.
 
     Steps may be requested in any order; a step that does not follow the last one is drawn while the caller waits. An
-    exception of `draw` is raised when its step is requested. Use it as a context manager, which ends the thread.
+    exception in `draw` is raised when its step is requested. Use the object as a context manager, to end the thread.
     """
 
     def __init__(self, source: BatchSource[Samples, BatchT], steps: int) -> None:
         """Args:
-            source: makes the batches.
-            steps: length of the whole run; no samples are drawn for later steps.
+            source: creates the batches.
+            steps: number of steps of the whole run; no samples are drawn for later steps.
         """
         self._source, self._steps = source, steps
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")

@@ -1,4 +1,4 @@
-"""Loads the photos of all subjects of a run as one list."""
+"""Loads the photos of all subjects of a run into one list."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def _check_masks(photos: Sequence[Photo], resolution: int) -> None:
 
 
 def describe_buckets(photos: Sequence[Photo]) -> str:
-    """Say how many photos are in which bucket, and the largest fraction that is cropped of a photo."""
+    """Describe how many photos each bucket has, and the largest fraction of a photo that is cropped."""
     counts = Counter(photo.size for photo in photos if photo.size)
     buckets = ", ".join(f"{count} of {size[1]} x {size[0]}" for size, count in counts.most_common())
     most = max(aspect_buckets.cropped_fraction(photo.pixels.shape[0], photo.pixels.shape[1], photo.size)

@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk: which ones are intact, which is the newest, which are removed. No torch."""
+"""Checkpoint folders on disk: finds the newest intact one, and removes old and damaged ones. Imports no torch."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether every file of a checkpoint has the size with which it was written."""
+    """Return whether every file of a checkpoint has the size that was recorded when it was written."""
     try:
         sizes = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["sizes"]
         return all((path / name).stat().st_size == size for name, size in sizes.items())

@@ -1,4 +1,4 @@
-"""A run's identity: ten hex digits over everything that changes its result, part of its folder's name. No torch.
+"""A run's identity: a hash of everything that changes its result, which is part of its folder's name. Imports no torch.
 
 The hash must stay the same for a run that was started with an earlier version: otherwise its folder would not be found
 and it would not be resumed. Config keys that were added later are therefore left out of the hash while they have the
@@ -23,8 +23,8 @@ from dreambooth.utils.atomic_files import weights_digest
 LATER_KEYS: dict[str, Any] = {
     "dataset.mask": None, "dataset.concepts": [], "dataset.buckets": False, "dataset.prompt_dropout": 0.0,
     "precision.tf32": False}  # keys added after the first runs, with the value at which they are left out
-NEUTRAL_VALUES = {"ema_every": 1, "weights": "full", "rounding": None}  # memory levers at which no number changes
-NOT_SELECTING = ("offline", "objective", "promote", "max_class_similarity")  # keys of evaluate that select no weights
+NEUTRAL_VALUES = {"ema_every": 1, "weights": "full", "rounding": None}  # memory settings that change no number
+NOT_SELECTING = ("offline", "objective", "promote", "max_class_similarity")  # evaluate keys that select no weights
 
 
 def register_resolver() -> None:
@@ -39,11 +39,11 @@ def _identity_resolver(kind: str = "", *, _root_: DictConfig) -> str:
 
 
 def identity(root: DictConfig, swept: bool = False) -> str:
-    """Return ten hex digits over everything that changes the result of a run, including the content of its photos.
+    """Return a hash (ten hex digits) of everything that changes a run's result, including the content of its photos.
 
-    Left out are:
-    - how it is computed: hardware, and the memory levers that change no number;
-    - what only observes: sample, tracking, checkpoint, and evaluate unless it selects the exported weights;
+    The hash does not include:
+    - how the run is computed: hardware, and the memory settings that change no number;
+    - settings that only observe: sample, tracking, checkpoint, and evaluate unless it selects the exported weights;
     - `max_train_steps`, unless the learning rate depends on it, so that more steps extend a run.
 
     Args:
@@ -101,7 +101,7 @@ def _selection(evaluate: dict[str, Any]) -> dict[str, Any]:
 
 
 def _folder_content(folder: str) -> str:
-    """Return the fingerprint of a local folder; for a folder in S3, which is not downloaded yet, its address.
+    """Return the fingerprint of a local folder, or the address of a folder in S3, which is not downloaded yet.
 
     storage/run_inputs.py checks the content of S3 folders.
     """

@@ -19,14 +19,14 @@ from dreambooth.utils.console import Console
 
 RESULT_FILES = (".hydra", "model", "samples", "contact_sheet.png", "evaluation.json", "metrics.jsonl", "result.json",
                 "run.json")
-POLL_SECONDS = 5.0  # between two looks for a new checkpoint
-MAX_RETRY_SECONDS = 600.0  # longest time until a checkpoint that could not be copied is tried again
+POLL_SECONDS = 5.0  # seconds between two checks for new checkpoints
+MAX_RETRY_SECONDS = 600.0  # longest pause before copying a checkpoint is retried
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def mirror_run(spec: Storage, run_dir: Path, resume: str) -> Iterator[Callable[[Any], None]]:
-    """Copy a run to `storage.upload`: checkpoints as they are written, and the result when it exists.
+    """Copy a run to `storage.upload`: checkpoints as they are written, and the result at the end.
 
     If this machine has no intact checkpoint of the run, the newest one in S3 is downloaded first.
 
@@ -34,7 +34,7 @@ def mirror_run(spec: Storage, run_dir: Path, resume: str) -> Iterator[Callable[[
         A function that copies the run's Result; the caller calls it at the end.
 
     Raises:
-        UserError: the result could not be copied. A checkpoint that could not be copied is only a warning, and the run
+        UserError: the result could not be copied. If a checkpoint cannot be copied, a warning is logged and the run
             continues.
     """
     if spec.upload is None or not is_main_process():
@@ -53,18 +53,18 @@ def mirror_run(spec: Storage, run_dir: Path, resume: str) -> Iterator[Callable[[
 
 
 def _copy_result(step: int, run_dir: Path, uri: str, parallel: int) -> None:
-    """Copy the result into a folder that is named by its steps: a run that is extended has several results."""
+    """Copy the result into a folder named by the number of steps, because an extended run has several results."""
     console, target = Console(), f"{uri}/result-{step:06d}"
     entries = hash_folder(run_dir, RESULT_FILES)
     target = folders.upload_with_fallback(run_dir, target, entries, console, parallel, core="model/")
-    console.say(f"complete in {target}")
+    console.say(f"the result is complete in {target}")
 
 
 class CheckpointMirror(threading.Thread):
-    """Copies each new checkpoint to S3, newest first.
+    """Background thread that copies each new checkpoint to S3, newest first.
 
-    A checkpoint that is damaged, or that is removed meanwhile, is skipped. One that cannot be copied is retried at
-    growing intervals, because each attempt competes with the training.
+    A checkpoint that is damaged, or that is removed meanwhile, is skipped. A failed copy is retried at growing
+    intervals, because each attempt competes with the training for the machine.
     """
 
     def __init__(self, run_dir: Path, uri: str, parallel: int) -> None:
@@ -81,7 +81,7 @@ class CheckpointMirror(threading.Thread):
         self._closing = threading.Event()
 
     def download_latest(self, resume: str) -> None:
-        """Download the newest checkpoint of S3 into the run folder, if this machine has no intact one.
+        """Download the newest checkpoint from S3 into the run folder, if this machine has no intact one.
 
         Raises:
             UserError: S3 has checkpoints and `checkpoint.resume` is not auto.
@@ -100,12 +100,12 @@ class CheckpointMirror(threading.Thread):
         self._copied = set(names)
 
     def run(self) -> None:
-        """Look for new checkpoints until `finish` is called."""
+        """Copy new checkpoints until `finish` is called."""
         while not self._closing.wait(POLL_SECONDS):
             self._copy_newest()
 
     def finish(self) -> None:
-        """End the thread, and copy the last checkpoint too."""
+        """End the thread, then copy the last checkpoint."""
         self._closing.set()
         self.join()
         self._retry_time = 0.0
@@ -121,14 +121,14 @@ class CheckpointMirror(threading.Thread):
                 folders.upload_with_fallback(
                     path, f"{self._uri}/{path.name}", self._entries(path), None, self._parallel)
                 self._copied.add(path.name)
-            except FileNotFoundError:  # it was removed meanwhile
+            except FileNotFoundError:  # the checkpoint was removed meanwhile
                 pass
             except DreamBoothError as error:
                 if path.is_dir():
                     self._schedule_retry(path.name, error)
 
     def _entries(self, path: Path) -> Entries:
-        """Return the entries of a checkpoint; it is hashed once, not at each attempt."""
+        """Return the manifest entries of a checkpoint. It is hashed once, not at each attempt."""
         key = path, path.stat().st_mtime_ns
         if self._hashed[0] != key:
             self._hashed = key, hash_folder(path)

@@ -1,4 +1,4 @@
-"""What a run prints for the user: its plan before it starts, its summary at the end."""
+"""Tables and messages that a run prints: its plan before it starts, its summary at the end."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from dreambooth.runs.run_folder import Result
 
 
 def plan_table(recipe: Recipe) -> dict[str, str]:
-    """Return what the run is going to do, as rows of a table."""
+    """Return the plan of a run as rows of a table, label -> content."""
     train, prior = recipe.train, recipe.prior
     photos = train.train_batch_size * train.gradient_accumulation_steps
     subjects = "; ".join(f"{subject.instance_prompt!r}, photos in {_short_path(str(subject.instance_dir))}"
@@ -22,7 +22,7 @@ def plan_table(recipe: Recipe) -> dict[str, str]:
                  if recipe.with_prior else "no prior preservation",
         "base": f"{recipe.model.source}, {recipe.model.resolution} px",
         "trains": describe_trained_weights(recipe),
-        "steps": f"{train.max_train_steps} of {photos} photo{'s' if photos > 1 else ''} per process, "
+        "steps": f"{train.max_train_steps}, {photos} photo{'s' if photos > 1 else ''} per step and process, "
                  f"learning rate {train.learning_rate:g} {train.lr_scheduler.value}",
         "on": f"{recipe.hardware.gpu or 'CPU'}, {recipe.precision.label}, {recipe.optimizer.kind.value}, "
               f"{recipe.attention.kind.value} attention",
@@ -31,14 +31,14 @@ def plan_table(recipe: Recipe) -> dict[str, str]:
 
 
 def describe_trained_weights(recipe: Recipe) -> str:
-    """Say which weights are trained."""
+    """Describe which weights a run trains."""
     parts = "UNet and text encoder" if recipe.train.train_text_encoder else "UNet"
     method = recipe.method
     return f"{parts}, {method.kind.value} of rank {method.rank}" if method.low_rank else parts
 
 
 def already_finished(result: Result, recipe: Recipe) -> str:
-    """Say that there is nothing to do because the run was finished before, and what to type for more."""
+    """Return the message that the run was finished before, with what to type to train more."""
     requested = recipe.train.max_train_steps
     note = "" if result.step == requested else f" (you asked for {requested})"
     return (f"this run is finished: {result.step} steps{note}, model in {_short_path(result.run_dir)}/{result.model}. "
@@ -46,7 +46,7 @@ def already_finished(result: Result, recipe: Recipe) -> str:
 
 
 def summary_table(result: Result, recipe: Recipe, tracking: str | None) -> dict[str, str]:
-    """Return the result of a run and where its files are, as rows of a table.
+    """Return the result of a run and the paths of its files as rows of a table, label -> content.
 
     Args:
         tracking: address of the MLflow server or database; None if the run was not tracked.
@@ -65,17 +65,17 @@ def summary_table(result: Result, recipe: Recipe, tracking: str | None) -> dict[
 
 
 def score_table(scores: Mapping[str, float], base: Mapping[str, float], recipe: Recipe) -> dict[str, str]:
-    """Return each measure with its value, that of the base model, and whether higher or lower is better."""
+    """Return for each measure its value, the base model's value, and whether higher or lower is better."""
     better = {name: "higher" if HIGHER_IS_BETTER[role] else "lower" for name, role in recipe.measure_roles.items()}
     return {name: f"{value:z.3f}  base {base[name]:z.3f}, {better[name]} is better" if name in base else f"{value:z.3f}"
             for name, value in scores.items() if name in better}
 
 
 def promotion_message(promotion: Mapping[str, Any]) -> str:
-    """Say in one sentence what a promotion did.
+    """Describe the outcome of a promotion in one sentence.
 
     Args:
-        promotion: see sweeps/promotion.py.
+        promotion: the record that `promote` or `register_run` returned, see sweeps/promotion.py.
     """
     measure = promotion["class_similarity"]
     similarity = f", {measure['name']} {measure['value']:.3f}" if measure else ", class_similarity not measured"
@@ -86,6 +86,6 @@ def promotion_message(promotion: Mapping[str, Any]) -> str:
 
 
 def _short_path(path: str) -> str:
-    """Return a path relative to the working directory if it is inside it."""
+    """Return a path relative to the working directory if the path is inside it; otherwise unchanged."""
     working_dir = Path.cwd()
     return str(Path(path).relative_to(working_dir)) if Path(path).is_relative_to(working_dir) else path

@@ -1,8 +1,8 @@
-"""A run's folder: locking it, finding out whether the run is finished, and where to resume.
+"""A run's folder: its lock, the result of a finished run, and the checkpoint from which a run resumes.
 
-What it holds:
+Content of the folder:
 
-    config of the run         run.json            metrics and images     metrics.jsonl, samples/, contact_sheet.png
+    configuration             run.json            metrics and images     metrics.jsonl, samples/, contact_sheet.png
     training state            checkpoints/        the result             model/, result.json
     evaluation                evaluation/, evaluation.json, best/
 """
@@ -34,12 +34,12 @@ class Result:
     """The result of a finished run; also the content of `result.json`."""
 
     step: int  # completed steps
-    objective: float  # of sweeps, lower is better: the instance loss, or the measure that evaluate.objective names
-    seconds: float  # of training, in this process
+    objective: float  # what a sweep minimises: the instance loss, or the value that evaluate.objective names
+    seconds: float  # training time in this process
     run_dir: str
     model: str  # folder of the exported model, inside run_dir
-    exported_step: int | None = None  # steps of the exported weights; fewer than `step` if evaluate.select chose
-    scores: dict[str, float] = field(default_factory=dict)  # of the exported weights: measures, and instance_loss
+    exported_step: int | None = None  # steps of the exported weights; may be fewer than `step`, see evaluate.select
+    scores: dict[str, float] = field(default_factory=dict)  # measures and instance_loss of the exported weights
     base_scores: dict[str, float] = field(default_factory=dict)  # measures before training
 
     def write(self) -> None:
@@ -48,10 +48,10 @@ class Result:
 
 
 def with_objective(result: Result, recipe: Recipe) -> Result:
-    """Return the result with the objective that evaluate.objective names.
+    """Return a copy of the result whose objective is the one that evaluate.objective names.
 
     Raises:
-        UserError: the run did not measure it.
+        UserError: the run did not measure this objective.
     """
     name, scores = recipe.evaluate.objective, {evaluate.INSTANCE_LOSS: result.objective} | result.scores
     try:
@@ -67,7 +67,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     """Lock the run folder for this process.
 
     Raises:
-        UserError: another process has locked it.
+        UserError: another process has locked the folder.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / ".lock")
@@ -83,7 +83,10 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def load_finished(recipe: Recipe) -> Result | None:
-    """Return the result if the run has at least train.max_train_steps steps and is not to start over; else None."""
+    """Return the result if the run is finished; else None.
+
+    A run is finished if it has train.max_train_steps steps or more, and its exported model is complete. With
+    checkpoint.resume other than auto, the run starts over, so that it is never finished."""
     run_dir = recipe.run_dir
     if recipe.checkpoint.resume != "auto":
         return None
@@ -98,8 +101,8 @@ def load_finished(recipe: Recipe) -> Result | None:
 def find_resume_point(run_dir: Path, resume: str) -> Path | None:
     """Return the checkpoint to start from, or None to start at step 0.
 
-    Removes what a killed process has left half done. Unless `resume` is auto, an earlier run in this folder is moved
-    into `earlier-TIME/` first.
+    Removes unfinished files of a killed process. Unless `resume` is auto, then moves an earlier run in this folder
+    into `earlier-TIME/`.
 
     Args:
         resume: auto, never, or the path of a checkpoint.
@@ -146,7 +149,7 @@ def remove_hydra_record(run_dir: Path) -> None:
 
 
 def remove_if_unused(run_dir: Path) -> None:
-    """Remove a run folder that holds no work, unless another process is starting a run in it."""
+    """Remove a run folder without results or checkpoints, unless another process is starting a run in it."""
     if run_dir.is_dir() and {entry.name for entry in run_dir.iterdir()} <= KEPT_ON_RESTART:
         with suppress(UserError), locked(run_dir):
             shutil.rmtree(run_dir, ignore_errors=True)

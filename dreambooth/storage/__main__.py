@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     upload.add_argument("uri", metavar="s3://BUCKET/PREFIX")
     download = commands.add_parser("download", help="download a folder from S3 and print its path")
     download.add_argument("uri", metavar="s3://BUCKET/PREFIX")
-    download.add_argument("folder", type=Path, help="where to create a folder that is named by its content")
+    download.add_argument("folder", type=Path, help="parent of the new folder, whose name has a hash of its content")
     for command in (upload, download):
         command.add_argument("--parallel", type=int, default=folders.PARALLEL, help="number of parallel transfers")
     return parser

@@ -1,4 +1,4 @@
-"""Turns errors of AWS into one sentence that says what to type.
+"""Turns AWS errors into messages of one sentence that ends in what to type.
 
 Errors are recognised by class name and error code, so that this file does not need boto3.
 """
@@ -38,28 +38,28 @@ def error_code(error: BaseException) -> str:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may succeed a moment later."""
+    """Return whether the same call may succeed a moment later."""
     status = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return error_code(error) in NETWORK | BUSY | DAMAGED or 500 <= status < 600
 
 
 def is_network_error(error: BaseException) -> bool:
-    """Whether there was no response."""
+    """Return whether the call failed without a response, so that the network is the cause."""
     return error_code(error) in NETWORK
 
 
 def needs_login(error: BaseException) -> bool:
-    """Whether the credentials are missing, invalid or expired, so that only a new login helps."""
+    """Return whether the credentials are missing, invalid or expired, so that only a new login helps."""
     return error_code(error) in NO_CREDENTIALS | INVALID_KEYS | EXPIRED
 
 
 def login_can_be_renewed() -> bool:
-    """Whether a login in another terminal takes effect in this process. Environment variables would override it."""
+    """Return whether a login in another terminal takes effect here. Environment variables would override it."""
     return "AWS_ACCESS_KEY_ID" not in os.environ
 
 
 def is_aws_error(error: BaseException) -> bool:
-    """Whether the error comes from AWS or its client libraries; any other error is a bug of this package."""
+    """Return whether the error comes from AWS or its client libraries; any other error is a bug of this package."""
     return hasattr(error, "response") or type(error).__module__.startswith(("botocore", "boto3", "urllib3", "http")) \
         or error_code(error) in NETWORK | DAMAGED
 
@@ -68,7 +68,7 @@ def describe_error(error: BaseException, permission: str, where: str, bucket: st
     """Return one sentence: why a call failed, and what to type.
 
     Args:
-        permission: which the call needs, such as s3:GetObject.
+        permission: the IAM action that the call needs, such as s3:GetObject.
         where: the object or service of the call.
         bucket: the bucket, if it was a call to S3.
     """
@@ -83,7 +83,7 @@ def describe_error(error: BaseException, permission: str, where: str, bucket: st
             "set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN again")
     if code == "NoSuchBucket":
         return f"bucket {bucket} does not exist: type another name, or create it with aws s3 mb s3://{bucket}"
-    # Without permission for s3:ListBucket, this is also the answer for an object that does not exist.
+    # Without permission for s3:ListBucket, AWS returns the same error for an object that does not exist.
     if code in DENIED and permission == "s3:GetObject":
         return (f"no permission for s3:GetObject on {where}, or it does not exist and there is no permission for "
                 f"s3:ListBucket on {bucket}: add both to your policy; docs/sagemaker.md has the complete policy")

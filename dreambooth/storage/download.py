@@ -1,6 +1,6 @@
-"""Downloads a folder from S3 into a local cache, where folders are named by their content.
+"""Downloads a folder from S3 into a local cache. A folder's name in the cache contains a hash of its content.
 
-A folder is filled under a temporary name, verified, then renamed.
+Files are downloaded into a folder with a temporary name. It is renamed after its files have been verified.
 """
 
 import errno
@@ -26,11 +26,11 @@ BLOCK = 2**20  # bytes read at a time
 
 
 class BadDigest(Exception):
-    """An object's content differs from its ETag. Named like the error code of S3 for a wrong checksum."""
+    """An object's content differs from its ETag. The class has the name of S3's error code for a wrong checksum."""
 
 
 def fetch(bucket: Bucket, cache: Path, complete: bool) -> Path:
-    """Download a folder, or an object, unless the cache has it.
+    """Download an S3 folder or object into the cache, unless the cache has it already.
 
     Args:
         complete: require a manifest.
@@ -39,7 +39,7 @@ def fetch(bucket: Bucket, cache: Path, complete: bool) -> Path:
         A local folder with exactly the files of the S3 folder, or a local file if the location is an object.
 
     Raises:
-        UserError: it is not there, not complete, or did not arrive correctly.
+        UserError: the location is empty or not complete, or its files did not arrive correctly.
         DoesNotFit: the disk is too small.
     """
     location, listed = bucket.location, bucket.list_objects()
@@ -47,8 +47,8 @@ def fetch(bucket: Bucket, cache: Path, complete: bool) -> Path:
         raise UserError(f"there is nothing at {location}: type another S3 address")
     entries = bucket.read_manifest() if manifest.NAME in listed else None
     if entries is None and complete:
-        raise UserError(f"{location} has no {manifest.NAME}, so that it is half uploaded or was uploaded by another "
-                        f"tool: type python -m dreambooth.storage upload FOLDER {location}")
+        raise UserError(f"{location} has no {manifest.NAME}, so it is half uploaded or was uploaded by another tool: "
+                        f"type python -m dreambooth.storage upload FOLDER {location}")
     wanted = listed if entries is None else entries
     if broken := [name for name, entry in wanted.items() if name not in listed or listed[name].size != entry.size]:
         raise UserError(f"{location} is half uploaded ({', '.join(broken[:3])} missing or truncated): repeat the "
@@ -65,7 +65,7 @@ def fetch(bucket: Bucket, cache: Path, complete: bool) -> Path:
 
 @contextmanager
 def _translate_disk_errors(folder: Path) -> Iterator[None]:
-    """Turn errors of the disk into one sentence. Errors of S3 already are."""
+    """Turn errors of the disk into messages of one sentence. Errors of S3 are translated in s3_bucket.py."""
     try:
         yield
     except OSError as error:
@@ -76,7 +76,7 @@ def _translate_disk_errors(folder: Path) -> Iterator[None]:
 
 
 def _download_files(bucket: Bucket, folder: Path, wanted: Entries) -> None:
-    # Kept after a failure, so that the next attempt continues in it.
+    # This folder is kept after a failure, so that the next attempt continues in it.
     temporary = folder.with_name(atomic_files.TEMPORARY_PREFIX + folder.name)
     paths = {temporary / (name or bucket.location.prefix.rpartition("/")[2]): (name, entry)
              for name, entry in wanted.items()}
@@ -102,7 +102,7 @@ def _download_files(bucket: Bucket, folder: Path, wanted: Entries) -> None:
 
 
 def _file_tasks(bucket: Bucket, path: Path, name: str, entry: Entry) -> Iterator[partial[None]]:
-    """Yield the tasks that download one file: one per part, or one in all if its parts are not known."""
+    """Yield the tasks that download one file: one per part, or a single one if its parts are not known."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not entry.parts:
         yield partial(_download_whole, bucket, path, name, entry)
@@ -114,7 +114,7 @@ def _file_tasks(bucket: Bucket, path: Path, name: str, entry: Entry) -> Iterator
 
 
 def _download_part(bucket: Bucket, path: Path, name: str, digest: str, start: int, size: int) -> None:
-    """Download a part, unless an earlier attempt did."""
+    """Download one part of a file, unless the local file contains it already."""
     with path.open("r+b") as file:
         if not size or sha256(os.pread(file.fileno(), size, start)).hexdigest() == digest:
             return
@@ -124,7 +124,7 @@ def _download_part(bucket: Bucket, path: Path, name: str, digest: str, start: in
 
 
 def _download_whole(bucket: Bucket, path: Path, name: str, entry: Entry) -> None:
-    """Download an object that has no manifest, and check what S3 knows of its content.
+    """Download an object that is in no manifest, and check its content as far as S3's metadata allows.
 
     boto3 checks the length, and the checksum if S3 stores one. The ETag is checked here if it is an MD5.
     """
@@ -146,7 +146,7 @@ def _download_whole(bucket: Bucket, path: Path, name: str, entry: Entry) -> None
 
 
 def _is_correct(path: Path, entry: Entry) -> bool:
-    """Whether a file has the expected size and content, read from the disk again."""
+    """Return whether a file has the expected size and content, read from the disk again."""
     if path.stat().st_size != entry.size:
         return False
     if not entry.parts:

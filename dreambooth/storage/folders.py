@@ -1,7 +1,7 @@
-"""Uploads and downloads folders of S3: parallel, resumable, verified at both ends. Nothing in S3 is ever deleted.
+"""Uploads and downloads S3 folders: in parallel, resumable, verified at both ends. Nothing in S3 is ever deleted.
 
-By hand: `python -m dreambooth.storage upload FOLDER s3://BUCKET/PREFIX`. Only this file and dreambooth/cloud/ use
-boto3.
+From the command line: `python -m dreambooth.storage upload FOLDER s3://BUCKET/PREFIX`. Only this file and
+dreambooth/cloud/ use boto3.
 """
 
 import json
@@ -26,11 +26,11 @@ CONNECT_TIMEOUT, READ_TIMEOUT = 10, 60  # seconds to connect; seconds without re
 
 
 class RemoteContent(NamedTuple):
-    """What an S3 address contains."""
+    """Summary of the content of an S3 address."""
 
-    digest: str  # ten hex digits over the content
+    digest: str  # hash of the content, ten hex digits
     is_folder: bool  # False: one object
-    is_complete: bool  # it has a manifest
+    is_complete: bool  # whether it has a manifest
 
 
 def client(service: str, connections: int = 10) -> Any:
@@ -50,11 +50,11 @@ def client(service: str, connections: int = 10) -> Any:
 
 
 def upload(folder: Path, uri: str, console: Console | None = None, parallel: int = PARALLEL) -> None:
-    """Upload a local folder; what S3 already has is not sent again.
+    """Upload a local folder. Files that S3 already has are not sent again.
 
     Raises:
-        UserError: S3 does not accept or keep a file, or the address has another complete folder.
-        DestinationOccupied: the address has no complete folder, but a file with other content.
+        UserError: S3 does not accept or keep a file, or the address has a complete folder with other content.
+        DestinationOccupied: the address has no complete folder, but it has a file with other content.
     """
     with _open_bucket(uri, console, parallel) as bucket:
         upload_entries(bucket, manifest.hash_folder(folder), folder)
@@ -64,13 +64,13 @@ def upload_with_fallback(folder: Path, uri: str, entries: Entries, console: Cons
                          core: str = "") -> str:
     """Upload a folder to `uri`, or to the first free one of URI.2, URI.3 and so on.
 
-    For callers that cannot ask the user for another address. An address is not free if it has an unfinished upload of
-    something else.
+    For callers that cannot prompt the user for another address. An address is not free if it has an unfinished upload
+    of other content.
 
     Args:
-        entries: which files of the folder to upload.
-        core: prefix of file names. A complete folder with the same files under this prefix counts as this one, and is
-            left as it is.
+        entries: the files to upload.
+        core: prefix of file names. A complete folder in S3 with the same files under this prefix counts as already
+            uploaded, and is not changed.
 
     Returns:
         The address of the complete folder.
@@ -88,19 +88,19 @@ def upload_with_fallback(folder: Path, uri: str, entries: Entries, console: Cons
 
 
 def strip_fallback_number(name: str) -> str:
-    """Return the folder name that `upload_with_fallback` was called with: step-000100 for step-000100.2."""
+    """Return the folder name without the number that `upload_with_fallback` added: step-000100 for step-000100.2."""
     return name.partition(".")[0]
 
 
 def download(uri: str, cache: Path, console: Console | None = None, parallel: int = PARALLEL, *,
              complete: bool = False) -> Path:
-    """Download a folder or object of S3 into a folder below `cache`, and return its path.
+    """Download an S3 folder or object into a folder below `cache`, and return its local path.
 
     Args:
         complete: require a manifest, as for a model.
 
     Raises:
-        UserError: it is not there, not complete, or did not arrive correctly.
+        UserError: the address is empty or not complete, or its files did not arrive correctly.
         DoesNotFit: the disk is too small.
     """
     with _open_bucket(uri, console, parallel) as bucket:
@@ -111,8 +111,8 @@ def read_json(uri: str) -> dict[str, Any]:
     """Read a small JSON object from S3.
 
     Raises:
-        UserError: it does not exist.
-        ValueError: it is not a JSON object.
+        UserError: the object does not exist.
+        ValueError: its content is not a JSON object.
     """
     with _open_bucket(uri, None, 1) as bucket:
         content = json.loads(bucket.read_object(""))
@@ -122,12 +122,12 @@ def read_json(uri: str) -> dict[str, Any]:
 
 
 def digest(folder: Path) -> str:
-    """Return ten hex digits over the content of a local folder."""
+    """Return a hash of the content of a local folder, ten hex digits."""
     return manifest.digest(manifest.hash_folder(folder))
 
 
 def inspect(uri: str) -> RemoteContent | None:
-    """Find out what an S3 address contains; None if nothing."""
+    """Return a summary of the content of an S3 address; None if it is empty."""
     with _open_bucket(uri, None, 1) as bucket:
         complete = bucket.read_manifest()
         entries = bucket.list_objects() if complete is None else complete
@@ -137,15 +137,15 @@ def inspect(uri: str) -> RemoteContent | None:
 
 
 def read_manifest(uri: str) -> Entries | None:
-    """Return the files of a complete folder; None if there is no complete folder."""
+    """Return the entries of the manifest of an S3 folder; None if the folder is not complete."""
     with _open_bucket(uri, None, 1) as bucket:
         return bucket.read_manifest()
 
 
 def list_complete_folders(uri: str) -> list[str]:
-    """List the addresses of the complete folders directly below an address, by the number in their names.
+    """List the addresses of the complete folders directly below an address, sorted by the number in their names.
 
-    A folder that `upload_with_fallback` uploaded to another name has the number of the name it was called with.
+    For a folder that `upload_with_fallback` uploaded under a fallback name, the number in the original name counts.
     """
     with _open_bucket(uri, None, 1) as bucket:
         listed = bucket.list_objects()

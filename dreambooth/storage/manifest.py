@@ -1,8 +1,9 @@
 """Manifests: size and SHA-256 of every file of a complete S3 folder, part by part, in `dreambooth-manifest.json`.
 
-The manifest is written last, so a folder without one is not complete. A download whose bytes differ from the manifest
-is rejected. Checksums are those that S3 itself stores (SHA-256 additional checksums), so that both sides compare the
-same values: for an object of one part, its SHA-256; for one of several parts, the SHA-256 of the parts' SHA-256s.
+The manifest is uploaded last, so a folder without one is not complete. A download whose bytes differ from the manifest
+is rejected. The checksums are those that S3 itself stores (SHA-256 additional checksums), so that both sides compare
+the same values. For an object of one part this is its SHA-256. For an object of several parts it is the SHA-256 over
+the SHA-256s of the parts.
 """
 
 import json
@@ -32,14 +33,14 @@ class Entry:
     part_size: int = PART_SIZE
 
     def matches(self, size: int, checksum: str | None) -> bool | None:
-        """Compare with the size and checksum that S3 stores for an object.
+        """Compare this entry with the size and checksum that S3 stores for an object.
 
         Args:
             checksum: S3's SHA-256 in base64, followed by "-" and the number of parts if there are several.
 
         Returns:
-            Whether the content is the same. None: S3 has no SHA-256 of these parts, such as for objects that other
-            tools uploaded.
+            Whether the content is the same. None: S3 has no SHA-256 of these parts, for example because another tool
+            uploaded the object.
         """
         digests = [bytes.fromhex(part) for part in self.parts]
         total = digests[0] if len(digests) == 1 else sha256(b"".join(digests)).digest()
@@ -51,13 +52,13 @@ class Entry:
         return False if stored and count == (str(len(digests)) if len(digests) > 1 else "") else None
 
     def spans(self) -> list[tuple[int, int]]:
-        """Return (offset, length) of every part; an empty file has one."""
+        """Return (offset, length) of every part; an empty file has one part."""
         if not self.size:
             return [(0, 0)]
         return [(start, min(self.part_size, self.size - start)) for start in range(0, self.size, self.part_size)]
 
 
-Entries = dict[str, Entry]  # path below the folder, with forward slashes -> file
+Entries = dict[str, Entry]  # path below the folder, with forward slashes -> its entry
 
 
 def hash_file(path: Path) -> Entry:
@@ -78,7 +79,7 @@ def hash_folder(folder: Path, only: Sequence[str] = ()) -> Entries:
         only: names of files and folders directly in the folder; empty: all of them.
 
     Raises:
-        UserError: there are no files.
+        UserError: there are no files to upload.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME
                    and not any(part.startswith(atomic_files.TEMPORARY_PREFIX)
@@ -91,26 +92,26 @@ def hash_folder(folder: Path, only: Sequence[str] = ()) -> Entries:
 
 
 def digest(entries: Mapping[str, Entry]) -> str:
-    """Return ten hex digits that change when a name or the content of a file changes."""
+    """Return a hash of the names and contents of all files, ten hex digits."""
     content = [[name, entry.size, entry.parts or entry.etag] for name, entry in sorted(entries.items())]
     return sha256(json.dumps(content).encode()).hexdigest()[:10]
 
 
 def serialize(entries: Mapping[str, Entry]) -> bytes:
-    """Return the text of a manifest file."""
+    """Return the content of a manifest file, which is JSON."""
     files = {name: {"size": entry.size, "part_size": entry.part_size, "sha256": entry.parts}
              for name, entry in sorted(entries.items())}
     return (json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n").encode()
 
 
 def parse(text: bytes, where: str) -> Entries:
-    """Read the text of a manifest file.
+    """Parse the content of a manifest file.
 
     Args:
         where: the folder, for error messages.
 
     Raises:
-        UserError: it is not a manifest that this version reads, or it names a file outside its folder.
+        UserError: this version cannot read the manifest, or the manifest names a file outside its folder.
     """
     try:
         content = json.loads(text)
@@ -130,10 +131,10 @@ def _parse_entry(item: dict[str, Any]) -> Entry:
 
 
 def check_name(name: str, where: str) -> str:
-    """Return the name of a file below a folder unchanged.
+    """Return a file name unchanged after checking that it is inside its folder.
 
     Raises:
-        UserError: its path would be outside the folder.
+        UserError: the file would be outside the folder.
     """
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
@@ -143,6 +144,6 @@ def check_name(name: str, where: str) -> str:
 
 
 def write(folder: Path) -> None:
-    """Write a manifest into a local folder that another tool uploads, such as SageMaker its output."""
+    """Write a manifest into a local folder that another tool uploads, as SageMaker uploads the output of a job."""
     with atomic_files.write_file(folder / NAME) as temporary:
         temporary.write_bytes(serialize(hash_folder(folder)))

@@ -1,7 +1,7 @@
-"""The S3 inputs of a run: everything that it reads from s3:// is downloaded before it starts.
+"""The S3 inputs of a run: downloads everything that the run reads from s3:// before it starts.
 
-A run folder's name depends on the text s3://... only. `remote.json` in it records the content that was downloaded, so
-that a run is not resumed with other content.
+The name of a run folder depends only on the S3 addresses, not on their content. `remote.json` in the run folder records
+hashes of the downloaded content, so that a run is not resumed with other content.
 """
 
 import json
@@ -26,12 +26,12 @@ RECORD_FILE = "remote.json"
 
 
 def is_main_process() -> bool:
-    """Whether this is the first of the processes that train together."""
+    """Return whether this process is the first (rank 0) of the processes of a distributed run."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def download_if_remote(path: str | None, cache: str = "runs/s3") -> str | None:
-    """Return the path itself, or the local copy of a complete S3 folder."""
+    """Return a local path unchanged. Download an S3 address, which must be complete, and return the local path."""
     if not is_remote(path):
         return path
     from dreambooth.storage import folders
@@ -44,7 +44,8 @@ def possible_inputs(config: Config) -> list[tuple[str, Any, str, bool]]:
     """List the keys of a config that may name an S3 address.
 
     Returns:
-        The section as a user types it, the object that holds the key, the key, and whether a manifest is required.
+        For each key: its section as a user types it, the object that holds it, the key, and whether the S3 folder must
+        have a manifest.
     """
     inputs: list[tuple[str, Any, str, bool]] = [
         (section, subject, key, False) for section, subject in config.dataset.keyed_subjects for key in FOLDERS]

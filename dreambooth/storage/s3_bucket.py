@@ -32,7 +32,7 @@ class S3Location:
         """Parse s3://BUCKET/PREFIX.
 
         Raises:
-            UserError: it is not such an address.
+            UserError: `uri` is not such an address.
         """
         bucket, _, prefix = uri.removeprefix(S3_SCHEME).partition("/")
         if not is_remote(uri) or not bucket or not prefix.strip("/"):
@@ -51,12 +51,12 @@ def call_with_retries(call: Callable[[], T], permission: str, where: object, buc
     """Return the result of a call to AWS; retry it after a transient error.
 
     Args:
-        permission: which the call needs, such as s3:GetObject.
+        permission: the IAM action that the call needs, such as s3:GetObject.
         where: the object or service of the call, for error messages.
         bucket: the bucket, if it is a call to S3.
 
     Raises:
-        UserError: the error of AWS in one sentence.
+        UserError: the call failed; the message is one sentence.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -89,14 +89,14 @@ class Bucket:
             console: shows progress.
         """
         self.location, self.s3, self.pool, self.console = location, s3, pool, console
-        self._verified: dict[tuple[str, str], bool] = {}  # (name, ETag) -> whether reading it gave the expected content
+        self._verified: dict[tuple[str, str], bool] = {}  # (name, ETag) -> whether its bytes are as expected
 
     def object_arguments(self, name: str) -> dict[str, Any]:
         """Return the arguments of an S3 call that name an object."""
         return {"Bucket": self.location.bucket, "Key": self.location.key(name)}
 
     def call(self, permission: str, name: str, call: Callable[[], T]) -> T:
-        """Make a call about an object, with retries, see `call_with_retries`."""
+        """Call AWS for one object, with retries, see `call_with_retries`."""
         where = f"{S3_SCHEME}{self.location.bucket}/{self.location.key(name)}"
         return call_with_retries(call, permission, where, self.location.bucket)
 
@@ -128,7 +128,7 @@ class Bucket:
         return body
 
     def read_manifest(self) -> Entries | None:
-        """Read the manifest; None if there is none, so that the folder is not complete."""
+        """Read the manifest; None if there is none, which means that the folder is not complete."""
         def get() -> bytes | None:
             response = _none_if_not_found(
                 lambda: self.s3.get_object(**self.object_arguments(manifest.NAME), ChecksumMode="ENABLED"))
@@ -160,7 +160,7 @@ class Bucket:
                 [name for name, same in results.items() if same is False])
 
     def holds(self, name: str, entry: Entry) -> bool | None:
-        """Whether S3 has exactly this content under a name; None: there is no object of that name."""
+        """Return whether S3 has exactly this content under a name; None: there is no object of that name."""
         head = self.call("s3:GetObject", name, lambda: _none_if_not_found(
             lambda: self.s3.head_object(**self.object_arguments(name), ChecksumMode="ENABLED")))
         if head is None:
@@ -169,7 +169,7 @@ class Bucket:
         return self._content_matches(name, entry, head["ETag"]) if same is None else same
 
     def _content_matches(self, name: str, entry: Entry, etag: str) -> bool:
-        """Read an object, once, and compare: S3 stores no SHA-256 of objects that other tools uploaded."""
+        """Download an object once and compare it, because S3 stores no SHA-256 of objects that other tools uploaded."""
         if (name, etag) not in self._verified:
             self._verified[name, etag] = not entry.size or all(
                 sha256(self.read_range(name, *span, IfMatch=etag)).hexdigest() == digest

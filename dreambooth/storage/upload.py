@@ -16,15 +16,15 @@ ROUNDS = 3  # attempts to send the files that S3 does not have
 
 
 class DestinationOccupied(UserError):
-    """The destination has other content without a manifest, such as an upload that was never finished."""
+    """The destination has files with other content and no manifest, such as another upload that was never finished."""
 
 
 def upload_entries(bucket: Bucket, entries: Entries, folder: Path) -> None:
-    """Upload these files of a folder and write their manifest.
+    """Upload the files of a folder that `entries` names, then their manifest.
 
     Raises:
-        UserError: S3 does not accept or keep a file, or the destination has another complete folder.
-        DestinationOccupied: the destination has no complete folder, but a file with other content.
+        UserError: S3 does not accept or keep a file, or the destination is a complete folder with other content.
+        DestinationOccupied: the destination is not a complete folder, but has a file with other content.
     """
     existing = bucket.read_manifest()
     if existing is not None and existing != entries:
@@ -57,8 +57,9 @@ def _missing_entries(bucket: Bucket, entries: Entries) -> Entries:
 def _upload_files(bucket: Bucket, folder: Path, missing: Entries) -> None:
     """Upload large files first, in parts, and then the small files in parallel.
 
-    The small files of a run are those that differ between machines. Sent last, and within a moment, they are unlikely
-    to be left behind by an interrupted upload, where they would block the upload of another machine.
+    If two machines compute the same run, only the small files differ. They are sent last and within a short time. An
+    interrupted upload is therefore unlikely to leave some of them in S3, where they would block the upload of another
+    machine.
     """
     with bucket.console.bar(f"to {bucket.location}", sum(len(entry.parts) for entry in missing.values())) as bar:
         small = [name for name, entry in missing.items() if len(entry.parts) == 1]
@@ -81,8 +82,8 @@ def _put(bucket: Bucket, name: str, body: bytes, entry: Entry) -> None:
 def _create_object(bucket: Bucket, name: str, call: Callable[..., object]) -> None:
     """Create an object unless one of that name exists.
 
-    An existing object is no error here. It may be ours, from an attempt whose response was lost; all objects are
-    compared when everything is sent.
+    An existing object is no error here: an earlier attempt, whose response was lost, may have created it. All objects
+    are compared after everything has been sent.
     """
     def create() -> None:
         try:
@@ -122,7 +123,7 @@ def _find_or_create_upload(bucket: Bucket, name: str, entry: Entry) -> tuple[str
     """Find an unfinished upload of the object whose parts are all correct, or create one.
 
     Returns:
-        Its id, and its parts by number.
+        The upload's ID, and its parts by number.
     """
     arguments = bucket.object_arguments(name)
     uploads = bucket.call("s3:ListBucketMultipartUploads", name, lambda: bucket.s3.list_multipart_uploads(
@@ -146,7 +147,7 @@ def _base64(digest: str) -> str:
 
 
 def _checksum_arguments(name: str, body: bytes, digest: str) -> dict[str, str]:
-    """Return arguments with which S3 rejects a body of other bytes, and stores its SHA-256.
+    """Return the arguments that make S3 verify the body and store its SHA-256.
 
     Raises:
         UserError: the body does not have the digest that the manifest will name.

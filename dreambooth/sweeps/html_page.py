@@ -1,4 +1,4 @@
-"""A self-contained HTML page of a sweep: images and curves are embedded, so it opens offline and can be mailed."""
+"""Renders a sweep as one HTML file with embedded images and curves, which opens offline and can be sent by e-mail."""
 
 import base64
 import io
@@ -56,14 +56,14 @@ def render_page(sweep: str, trials: Sequence[Trial], pixels: int) -> str:
 
 
 def _unique_names(trials: Sequence[Trial], keys: Sequence[str]) -> list[str]:
-    """Titles of the trials; where several have the same title, the hash of the run folder is added."""
+    """Return the trials' titles. If several are equal, the hash of the run folder is added to each."""
     names = [trial_title(trial, keys) for trial in trials]
     return [name if names.count(name) == 1 else f"{name} {trial.folder.name.rpartition('-')[2]}"
             for name, trial in zip(names, trials, strict=True)]
 
 
 def _find_sample_grids(folder: Path) -> dict[int, list[Path]]:
-    """Step -> files of the sample grids of a run, one per prompt; steps without any are left out."""
+    """Return step -> files of a run's sample grids, one per prompt; steps without grids are left out."""
     grids = {atomic_files.trailing_number(step_folder): sorted(
         step_folder.glob("grid-*.png"), key=lambda path: atomic_files.trailing_number(path.with_suffix("")))
         for step_folder in (folder / "samples").glob("step-*")}
@@ -71,7 +71,7 @@ def _find_sample_grids(folder: Path) -> dict[int, list[Path]]:
 
 
 def _choose_steps(steps: Sequence[int]) -> list[int]:
-    """At most MAX_STEPS of the steps, evenly spaced, with the first and the last."""
+    """Return at most MAX_STEPS of the steps, evenly spaced, including the first and the last."""
     if len(steps) <= MAX_STEPS:
         return list(steps)
     indices = {round(i * (len(steps) - 1) / (MAX_STEPS - 1)) for i in range(MAX_STEPS)}
@@ -79,7 +79,7 @@ def _choose_steps(steps: Sequence[int]) -> list[int]:
 
 
 def _embed_image(path: Path, pixels: int) -> str:
-    """An image as a data URL."""
+    """Return an image as a data URL, at most `pixels` wide and high."""
     with Image.open(path) as file:
         image = file.convert("RGB")
     image.thumbnail((pixels, pixels))
@@ -89,7 +89,7 @@ def _embed_image(path: Path, pixels: int) -> str:
 
 
 def _about(trials: Sequence[Trial], keys: Sequence[str]) -> str:
-    """The line below the title: subject, model, number of trials, and what differs."""
+    """Return the line below the title: prompt, model, number of trials, and the settings that differ."""
     settings = trials[0].settings
     done = sum(finished_objective(trial) is not None for trial in trials)
     parts = [f"<b>{escape(settings.get('dataset.instance_prompt', '?'))}</b>, "
@@ -101,7 +101,7 @@ def _about(trials: Sequence[Trial], keys: Sequence[str]) -> str:
 
 
 def _table(trials: Sequence[Trial], names: Sequence[str]) -> str:
-    """The table of objectives and measures, one row per trial."""
+    """Return the table of objectives and measures, one row per trial."""
     roles: dict[str, str] = {}
     for trial in trials:
         roles |= trial.measure_roles if trial.settings and trial.finished else {}
@@ -129,7 +129,7 @@ def _table(trials: Sequence[Trial], names: Sequence[str]) -> str:
 
 
 def _badge(trial: Trial, best: bool) -> str:
-    """A label that shows whether the trial would be promoted."""
+    """Return a label: "best", "over the bound" (the trial cannot be promoted), or nothing."""
     if best:
         return "<em>best</em>"
     reason = reason_over_bound(trial, None) if finished_objective(trial) is not None else None
@@ -138,9 +138,9 @@ def _badge(trial: Trial, best: bool) -> str:
 
 def _image_grid(names: Sequence[str], prompts: Sequence[str], images: Sequence[Mapping[int, Sequence[str]]],
                 steps: Sequence[int]) -> str:
-    """The table of sample images: one row per prompt, one column per trial."""
+    """Return the table of sample images: one row per prompt, one column per trial."""
     if not steps:
-        return "<p>These trials made no samples (sample.every=null).</p>"
+        return "<p>These trials generated no samples (sample.every=null).</p>"
     heads = "".join(f'<th data-col="{i}"><i style="background:{colour(i)}"></i>{escape(name)}<small data-at="{i}">'
                     "</small></th>" for i, name in enumerate(names))
     style = f'style="min-width:{118 + 132 * len(names)}px"'
@@ -156,7 +156,7 @@ def _image_grid(names: Sequence[str], prompts: Sequence[str], images: Sequence[M
 
 
 def _charts(trials: Sequence[Trial], names: Sequence[str]) -> str:
-    """Loss curves. Without prior preservation `loss` equals the instance loss and has no chart of its own."""
+    """Return charts of the losses. Without prior preservation, `loss` equals the instance loss and has no chart."""
     histories = [svg_charts.read_history(trial.folder / "metrics.jsonl", *CHARTS) for trial in trials]
     with_prior = any("loss_prior" in history for history in histories)
     charts = []
@@ -168,7 +168,7 @@ def _charts(trials: Sequence[Trial], names: Sequence[str]) -> str:
 
 
 def _photos(trials: Sequence[Trial]) -> str:
-    """The first eight training photos."""
+    """Return the first eight training photos as HTML."""
     folder = Path(resolve_asset(trials[0].settings.get("dataset.instance_dir", "")))
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     images = [f'<img alt="photo {i + 1}" src="{_embed_image(path, 160)}">' for i, path in enumerate(paths[:8])]
@@ -176,7 +176,7 @@ def _photos(trials: Sequence[Trial]) -> str:
 
 
 def _settings(trials: Sequence[Trial], names: Sequence[str], keys: Sequence[str]) -> str:
-    """The table of the settings that differ, and of the run folders."""
+    """Return the table of the settings that differ, and of the run folders."""
     heads = "".join(f"<th><i style='background:{colour(i)}'></i>{escape(name)}</th>" for i, name in enumerate(names))
     rows = [f"<tr><th scope=row><code>{escape(key)}</code></th>" + "".join(
         f"<td>{escape(trial.settings.get(key, '-'))}</td>" for trial in trials) + "</tr>" for key in keys]

@@ -1,4 +1,4 @@
-"""Hydra's callbacks around a sweep on this machine: they name its trials and write the table of its results.
+"""Hydra callbacks for a sweep on this machine: they determine the names of its trials and write its table of results.
 
 conf/config.yaml names `Sweep` as a callback, so it works with every sweeper (basic, Optuna). The SageMaker launcher
 writes its own table.
@@ -15,11 +15,11 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 DEFAULT_SWEEP_ID = time.strftime("%Y-%m-%d_%H-%M-%S")  # the sweep's ID, unless tracking.sweep is set
-_varied_keys: list[str] = []  # the keys that the sweep of this process varies
+_varied_keys: list[str] = []  # keys that the sweep of this process varies
 
 
 class Sweep(Callback):
-    """Collects the results of the jobs of a sweep; at its end writes results-ID.csv and a run in MLflow."""
+    """Callback that collects the results of a sweep's jobs. At its end, writes results-ID.csv and a run in MLflow."""
 
     def __init__(self) -> None:
         self._jobs: list[tuple[Path, list[str], float | None]] = []  # run folder, overrides, objective
@@ -59,14 +59,14 @@ class Sweep(Callback):
 
 
 def distinguishing_overrides(overrides: list[str]) -> list[str]:
-    """The overrides that distinguish a run from others: in a sweep those that it varies, otherwise all."""
+    """Return the overrides that distinguish a run from others: in a sweep the varied ones, otherwise all."""
     return [override for override in overrides if _key(override) in _varied_keys] or overrides
 
 
 def trial_name(overrides: list[str]) -> str | None:
-    """Name of a trial by the settings that the sweep varies, such as "learning_rate=1e-4 prior_loss_weight=0".
+    """Return a trial's name from the settings that the sweep varies: "learning_rate=1e-4 prior_loss_weight=0".
 
-    None if the overrides contain none of them.
+    Returns None if the overrides contain none of these settings.
     """
     from dreambooth.tracking.svg_charts import format_setting
 

@@ -1,16 +1,16 @@
-"""Promotion: registers the best model of a sweep in MLflow's model registry as the one that the team uses.
+"""Promotion: registers the best model of a sweep in MLflow's model registry under the alias `champion`.
 
-A model becomes `champion` of its name if
+A model becomes the champion of its registered name if
 
-1. its objective is a number, lower than that of every other trial and of the current champion;
+1. its objective is a finite number, lower than that of every other trial and of the current champion;
 2. the current champion was trained on the same photos, because objectives on other photos cannot be compared;
-3. its class similarity is within the bound (`class_similarity`, PRES in the DreamBooth paper, by whichever encoder
-   measured it): images of the class must not resemble photos of the subject. The bound is max_class_similarity, or
-   CLASS_SIMILARITY_MARGIN over the value before training.
+3. its class similarity is within the bound (`class_similarity`, PRES in the DreamBooth paper, measured with any
+   encoder): images of the class must not resemble photos of the subject. The bound is max_class_similarity, or else
+   the value before training plus CLASS_SIMILARITY_MARGIN.
 
-With `replace`, the best model replaces any champion, and only rule 3 holds. The previous holder loses the alias; its
-version is kept. A run with evaluate.promote=true registers its own model when it ends: as champion by the same rules,
-or else as `candidate`.
+With `replace`, the best model of the sweep replaces any champion; only rule 3 is applied. The alias is removed from the
+previous champion, whose version is kept. A run with evaluate.promote=true registers its own model when it ends: as
+champion by the same rules, or else as `candidate`.
 """
 
 import json
@@ -39,13 +39,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PromotionOptions:
-    """Where a model is registered, and by which rules."""
+    """Options of a promotion: where the model is registered, and by which rules."""
 
     uri: str | None = None  # tracking server; None: the server that has the run, else default_uri
     experiment: str = "dreambooth"
-    name: str | None = None  # of the registered model; None: the name of the run
-    objective: str | None = None  # None: evaluate.objective of the run
-    max_class_similarity: float | None = None  # None: the bound of the run, see reason_over_bound
+    name: str | None = None  # name of the registered model; None: the name of the run
+    objective: str | None = None  # objective by which models are compared; None: evaluate.objective of the run
+    max_class_similarity: float | None = None  # None: the run's own bound, see reason_over_bound
     replace: bool = False  # replace any champion, without a comparison
     default_uri: str | None = None  # for runs that no server has; None: sqlite in the folder of the runs
 
@@ -54,7 +54,7 @@ def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, 
     """Make the best finished trial of a sweep the champion.
 
     Returns:
-        What was registered; also written to `promoted.json` in the folder of the runs.
+        A record of the registered version; also written to `promoted.json` in `run_root`.
 
     Raises:
         UserError: no trial satisfies the rules, there is no such sweep, or MLflow does not answer.
@@ -82,10 +82,10 @@ def register_run(run_dir: Path, options: PromotionOptions) -> dict[str, Any]:
     """Register the model of a finished run: as champion if it satisfies the rules, else as candidate.
 
     Returns:
-        What was registered.
+        A record of the registered version.
 
     Raises:
-        UserError: it is over the bound, did not measure its objective, or MLflow does not answer.
+        UserError: the run is over the bound or did not measure its objective, or MLflow does not answer.
     """
     trial = load_trial(run_dir)
     options = replace(options, objective=options.objective or trial.objective_name)
@@ -99,7 +99,7 @@ def register_run(run_dir: Path, options: PromotionOptions) -> dict[str, Any]:
 def register_finished_run(recipe: Recipe) -> None:
     """Register the model of a run that has just ended, and print the result.
 
-    If MLflow does not answer, logs a warning unless tracking.required is set, because the run itself has succeeded.
+    If registering fails, log a warning, because the run itself has succeeded. With tracking.required, raise UserError.
     """
     tracking, evaluate = recipe.tracking, recipe.evaluate
     if reason := reason_over_bound(load_trial(recipe.run_dir), evaluate.max_class_similarity):
@@ -116,7 +116,7 @@ def register_finished_run(recipe: Recipe) -> None:
 
 
 def _common_objective(trials: Sequence[Trial], given: str | None) -> str:
-    """The objective by which all trials are compared."""
+    """Return the objective by which all trials are compared."""
     names = {given} if given else {trial.objective_name for trial in trials}
     if len(names) > 1:
         raise UserError(f"the runs have several objectives ({', '.join(sorted(map(str, names)))}): type objective=ONE")
@@ -127,7 +127,7 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
     """Register the model of a trial and give it an alias.
 
     Args:
-        as_candidate: a model that is not better than the champion becomes candidate; False: raise UserError.
+        as_candidate: if the model is not better than the champion, register it as candidate; False: raise UserError.
     """
     uri, run_id = _send_to_mlflow(trial, options)
     registry = Registry(uri)
@@ -158,7 +158,7 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
 
 
 def _send_to_mlflow(trial: Trial, options: PromotionOptions) -> tuple[str, str]:
-    """Send MLflow what it does not have of the run yet. Returns the server's address and the ID of the run there."""
+    """Send the run's missing entries to MLflow, and return the server's address and the run's ID there."""
     root, known_uri = trial.folder.parent, str(_read_mlflow_state(trial.folder).get("uri", ""))
     # The address of a server is still valid; a database may have been moved together with the folder.
     uri = options.uri or (known_uri if known_uri.startswith("http") else options.default_uri) or None
@@ -169,7 +169,7 @@ def _send_to_mlflow(trial: Trial, options: PromotionOptions) -> tuple[str, str]:
 
 
 def _read_mlflow_state(folder: Path) -> dict[str, Any]:
-    """The content of mlflow.json in a run folder; empty if there is none."""
+    """Return the content of mlflow.json in a run folder; empty if there is none."""
     with suppress(OSError, ValueError):
         state = json.loads((folder / "mlflow.json").read_text(encoding="utf-8"))
         return state if isinstance(state, dict) else {}
@@ -177,7 +177,7 @@ def _read_mlflow_state(folder: Path) -> dict[str, Any]:
 
 
 def _version_tags(trial: Trial, objective: str) -> dict[str, str]:
-    """Tags of a registered version; those without a value are left out."""
+    """Return the tags of a registered version; tags without a value are left out."""
     score, result = trial.score(CLASS_SIMILARITY), trial.result or {}
     tags = {
         "objective": f"{trial.objective(objective):.6g}", "objective_name": objective, "run": trial.folder.name,
@@ -189,7 +189,7 @@ def _version_tags(trial: Trial, objective: str) -> dict[str, str]:
 
 
 def _reason_to_keep(champion: Version, trial: Trial, objective: str, tags: dict[str, str]) -> str | None:
-    """Why a trial does not replace the champion, and what to type; None: it does."""
+    """Return why a trial does not replace the champion, and what to type; None if it does."""
     who = f"the champion of {champion.name}, version {champion.number},"
     remedy = "name=NAME for a model of its own, or replace=true"
     champion_objective, champion_value = champion.tags.get("objective_name"), math.nan
@@ -209,7 +209,7 @@ def _reason_to_keep(champion: Version, trial: Trial, objective: str, tags: dict[
 
 
 def _has_other_photos(champion_tags: dict[str, str], tags: dict[str, str]) -> bool:
-    """Compare the digests of the photos, or if they are not known, the instance prompts."""
+    """Return whether two versions have different photos, by the photos' digests, or else by the instance prompts."""
     for key in ("photos", "instance_prompt"):
         if key in champion_tags and key in tags:
             return champion_tags[key] != tags[key]
@@ -217,7 +217,7 @@ def _has_other_photos(champion_tags: dict[str, str], tags: dict[str, str]) -> bo
 
 
 def _drop_candidate_alias(registry: Registry, version: Version) -> None:
-    """Remove the alias `candidate` from a new champion, if the user is allowed to: it needs MANAGE permission."""
+    """Remove the alias `candidate` from a new champion. Skipped without MANAGE permission."""
     candidate = registry.get_by_alias(version.name, CANDIDATE)
     if candidate and candidate.number == version.number:
         with suppress(UserError):

@@ -1,4 +1,4 @@
-"""Summary of a sweep: what differs between its trials, the table of results, and the sweep's own run in MLflow."""
+"""Summary of a sweep: the settings that differ between its trials, the results table, and the sweep's run in MLflow."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from dreambooth.cloud.job import COMPLETED, FAILED
 from dreambooth.sweeps.trials import Trial, find_trials
 from dreambooth.tracking.svg_charts import format_setting
 
-IGNORED_SETTINGS = {"name", "device", "sample_prompts", "evaluate.promote"}  # do not characterise a trial
+IGNORED_SETTINGS = {"name", "device", "sample_prompts", "evaluate.promote"}  # settings that do not characterise a trial
 
 
 def write_summary(jobs: Sequence[tuple[Path, list[str], float | None]], sweep: str, run_root: Path, *, kind: str,
@@ -34,20 +34,20 @@ def write_summary(jobs: Sequence[tuple[Path, list[str], float | None]], sweep: s
 
 
 def varied_settings(trials: Sequence[Trial]) -> list[str]:
-    """Keys of the settings that differ between trials; those that MLflow shows as params come first."""
+    """Return the keys of the settings that differ between trials; those that MLflow shows as params come first."""
     keys = dict.fromkeys(key for trial in trials for key in (*trial.params, *trial.settings))
     return [key for key in keys
             if key not in IGNORED_SETTINGS and len({trial.settings.get(key) for trial in trials}) > 1]
 
 
 def trial_title(trial: Trial, keys: Sequence[str]) -> str:
-    """Title of a trial, such as "learning_rate=1e-4 seed=2": the first four keys, or the name of its folder."""
+    """Return a trial's title, such as "learning_rate=1e-4 seed=2": its first four keys, or the name of its folder."""
     return " ".join(f"{key.rpartition('.')[2]}={format_setting(trial.settings.get(key, '?'))}" for key in keys[:4]) \
         or trial.folder.name
 
 
 def finished_objective(trial: Trial) -> float | None:
-    """The objective of a finished trial; None if it is not finished or has no finite objective."""
+    """Return the objective of a finished trial; None if the trial is not finished or its objective not finite."""
     value = (trial.result or {}).get("objective") if trial.finished else None
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
@@ -58,9 +58,9 @@ def rank_trials(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def parallel_axes(trials: Sequence[Trial]) -> dict[str, list[str | float]]:
-    """Axes of a parallel coordinates plot: the settings that differ, the measures, and the objective.
+    """Return the axes of a parallel coordinates plot: the settings that differ, the measures, and the objective.
 
-    Each axis has one value per finished trial, best first. Empty if no trial is finished.
+    Each axis has one value per finished trial, best first. Returns an empty dictionary if no trial is finished.
     """
     done = [trial for trial in rank_trials(trials) if finished_objective(trial) is not None]
     axes: dict[str, list[str | float]] = {
@@ -73,7 +73,7 @@ def parallel_axes(trials: Sequence[Trial]) -> dict[str, list[str | float]]:
 
 
 def to_script_json(content: object) -> str:
-    """JSON that can be embedded in a <script> element."""
+    """Return JSON that can be embedded in a <script> element."""
     return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -91,7 +91,7 @@ def _trial_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
 
 def _failed_row(number: int, overrides: list[str]) -> dict[str, Any]:
-    """Row of a run that failed before it had a journal."""
+    """Return the table row of a run that failed before it had a journal."""
     return {"number": number, "job": f"#{number}", "status": FAILED, "objective": None, "steps": None, "seconds": None,
             "billed_usd": None, "reason": sweep_results.SEE_OUTPUT,
             **dict(override.lstrip("+").partition("=")[::2] for override in overrides)}

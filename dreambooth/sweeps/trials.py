@@ -26,19 +26,19 @@ class Trial:
     """A run folder that belongs to a sweep."""
 
     folder: Path
-    params: dict[str, str] = field(default_factory=dict)  # the settings that MLflow shows, which distinguish runs
+    params: dict[str, str] = field(default_factory=dict)  # settings that MLflow shows as params
     settings: dict[str, str] = field(default_factory=dict)  # all settings, by override key
     result: dict[str, Any] | None = None  # result.json; None: not finished
     photos: str | None = None  # digest of the training photos; None: the journal has none
 
     @property
     def finished(self) -> bool:
-        """Whether there is a result, and the model that it names is complete."""
+        """Whether the trial has a result, and its exported model is complete."""
         return self.result is not None and export_layout.is_exported(self.folder / self.result["model"], *self.method)
 
     @property
     def method(self) -> tuple[str, bool]:
-        """method.kind and method.merge, which decide what the run exports."""
+        """method.kind and method.merge, which determine what the run exports."""
         return self.settings.get("method.kind", "full"), self.settings.get("method.merge") == "True"
 
     @property
@@ -64,7 +64,7 @@ class Trial:
         return self.settings.get("evaluate.objective", INSTANCE_LOSS)
 
     def objective(self, name: str) -> float:
-        """The value of an objective, lower is better; nan if it was not measured.
+        """Return the value of an objective (lower is better); nan if it was not measured.
 
         Args:
             name: instance_loss, a measure, or a sum of measures, as in evaluate.objective.
@@ -82,17 +82,17 @@ class Trial:
             return math.nan
 
     def score(self, role: str) -> tuple[str, float, float] | None:
-        """Name, value, and value before training, of the first measure with a role; None: it was not measured."""
+        """Return name, value, and value before training of the first measure with a role; None if not measured."""
         base = (self.result or {}).get("base_scores", {})
         names = [name for name, own_role in self.measure_roles.items() if own_role == role and name in self.scores]
         return (names[0], self.scores[names[0]], base.get(names[0], math.nan)) if names else None
 
 
 def load_trials(run_root: Path, sweep: str) -> list[Trial]:
-    """The trials of a sweep in a folder of runs, oldest first.
+    """Return the trials of a sweep in a folder of runs, oldest first.
 
     Raises:
-        UserError: there is none.
+        UserError: there are no trials.
     """
     if not (trials := find_trials(run_root, sweep)):
         raise UserError(f"no run in {run_root} belongs to the sweep {sweep}: type sweep=ID, the value of "
@@ -101,7 +101,7 @@ def load_trials(run_root: Path, sweep: str) -> list[Trial]:
 
 
 def find_trials(run_root: Path, sweep: str) -> list[Trial]:
-    """As load_trials, but an empty list if there is none."""
+    """Return the trials of a sweep in a folder of runs, oldest first; an empty list if there are none."""
     summaries = [(journal.parent, _summarize(journal)) for journal in run_root.glob("*/metrics.jsonl")]
     own = [(folder, summary) for folder, summary in summaries if sweep in summary.sweeps]
     return [_to_trial(folder, summary) for folder, summary in sorted(own, key=lambda item: (item[1].start, item[0]))]
@@ -113,14 +113,14 @@ def load_trial(folder: Path) -> Trial:
 
 
 def reason_over_bound(trial: Trial, bound: float | None) -> str | None:
-    """Why a trial must not be promoted: its images of the class resemble the subject too much.
+    """Return why a trial must not be promoted: its images of the class resemble the subject too much.
 
     Args:
         bound: greatest class_similarity; None: evaluate.max_class_similarity of the run, or else the value before
             training plus CLASS_SIMILARITY_MARGIN.
 
     Returns:
-        None if it is within the bound, or if it was not measured and no bound is given.
+        None if class_similarity is within the bound, or if it was not measured and no bound is given.
     """
     run_bound = trial.settings.get("evaluate.max_class_similarity", "null")
     given = bound if bound is not None else None if run_bound == "null" else float(run_bound)
@@ -134,7 +134,7 @@ def reason_over_bound(trial: Trial, bound: float | None) -> str | None:
 
 @dataclass
 class _JournalSummary:
-    """What the journal of a run says about it."""
+    """Values from a run's journal that describe the run."""
 
     start: int = 0  # milliseconds since 1970
     sweeps: set[str] = field(default_factory=set)  # the sweeps that the run was part of
@@ -143,7 +143,7 @@ class _JournalSummary:
 
 
 def _summarize(journal: Path) -> _JournalSummary:
-    """Read a journal. The run that describes a sweep as a whole is not a trial of it, so it gets no sweeps."""
+    """Read a journal. For the run that represents a whole sweep in MLflow, `sweeps` is empty: it is no trial."""
     summary = _JournalSummary()
     with suppress(OSError):
         for entry, _ in read(journal):
@@ -163,7 +163,7 @@ def _to_trial(folder: Path, summary: _JournalSummary) -> Trial:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None if it cannot be read or is not an object."""
+    """Return the object in a JSON file; None if it cannot be read or is not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
 """The journal of a run, `metrics.jsonl`: an append-only log of metrics, images and settings, one JSON object per line.
 
-The journal is the source of truth; trackers send copies of it elsewhere and remember how far they got. Every line has
+The journal is the source of truth; trackers send copies of it elsewhere and record how far they got. Every line has
 "time" (milliseconds since 1970) and one of:
 
     {"time": ..., "step": 5, "metrics": {"loss": 0.25, "lr": "nan"}}       nan, inf, -inf are strings
@@ -10,7 +10,7 @@ The journal is the source of truth; trackers send copies of it elsewhere and rem
     {"time": ..., "input": {"name": ..., "digest": ..., "source": ..., "photos": "5"}}
 
 A path is relative to the run folder when the file is inside it. Each line is written with one system call. If a kill
-cut the last line short, opening the journal again removes it. A resumed run that repeats a step adds no second point.
+cut the last line short, opening the journal again removes it. A resumed run that repeats a step adds no second value.
 """
 
 import errno
@@ -25,7 +25,7 @@ from typing import Any
 
 EXPERIMENT = "EXPERIMENT_ID"  # placeholder in a tag's value: replaced by MLflow's ID of the experiment, for links
 STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED")
-MAX_BATCH = 1000  # metric values that are sent in one call
+MAX_BATCH = 1000  # metric values that are sent in one call, at most
 
 
 class Journal:
@@ -54,14 +54,14 @@ class Journal:
             return bool(new) and self._append({"step": step, "metrics": new})
 
     def log_image(self, step: int, key: str, path: Path) -> bool:
-        """Write an image file under a key; there is one image per key and step."""
+        """Write the path of an image file under a key, unless the journal has an image for this key and step."""
         with self._lock:
             if step in self._steps.get(("image", key), ()):
                 return False
             return self._append({"step": step, "image": self._relative(path), "key": key})
 
     def log_artifact(self, path: Path, folder: str = "") -> bool:
-        """Write a file or folder to keep with the run; written again if it has changed since."""
+        """Write the path of an artifact, which is a file or folder, if it is new or has changed."""
         with self._lock:
             name, state = self._relative(path), _file_state(path)
             if self._latest.get(("artifact", f"{folder}:{name}")) == state:
@@ -77,7 +77,7 @@ class Journal:
         return self._append_changed("tags", values)
 
     def log_dataset(self, values: Mapping[str, str]) -> bool:
-        """Write what the run is trained on, if it has changed.
+        """Write the description of the training photos, if it has changed.
 
         Args:
             values: name, digest (of the photos' content), source (a folder or address) and photos (their number).
@@ -94,7 +94,7 @@ class Journal:
 
     @property
     def ended(self) -> bool:
-        """Whether the last status says that the run is over."""
+        """Whether the run has a final status."""
         return self._latest.get(("status", ""), "RUNNING") != "RUNNING"
 
     def close(self, status: str | None = None) -> None:
@@ -190,9 +190,9 @@ def batches(entries: Iterable[tuple[dict[str, Any], int]]) -> Iterator[tuple[lis
 
 
 def is_line_start(path: Path, offset: int) -> bool:
-    """Whether a line of the journal begins at this byte.
+    """Return whether a line of the journal begins at this byte.
 
-    False means that the offset is of another journal, or that the file has lost its end.
+    False means that the offset belongs to another journal, or that the end of the file was lost.
     """
     with path.open("rb") as file:
         file.seek(max(offset - 1, 0))
@@ -200,7 +200,7 @@ def is_line_start(path: Path, offset: int) -> bool:
 
 
 def _size_of_whole_lines(path: Path) -> int:
-    """Size in bytes of the file up to the end of its last complete line."""
+    """Return the size in bytes of the file up to the end of its last complete line."""
     return path.read_bytes().rfind(b"\n") + 1
 
 
@@ -211,15 +211,15 @@ def _status_entry(value: str) -> dict[str, Any]:
 
 
 def _json_number(value: float) -> float | str:
-    """The number; as a string if it is not finite, since JSON has no nan and inf."""
+    """Return the number, or a string if it is not finite, because JSON has no nan and inf."""
     value = float(value)
     return value if math.isfinite(value) else str(value)
 
 
 def _file_state(path: Path) -> list[int]:
-    """[total size in bytes, newest modification time in ns] of a file or folder, to detect changes.
+    """Return [total size in bytes, newest modification time in ns] of a file or folder, to detect changes.
 
-    [-1, 0] for a file that does not exist.
+    Returns [-1, 0] if a file does not exist.
     """
     files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
     try:

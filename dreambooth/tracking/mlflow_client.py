@@ -1,8 +1,8 @@
-"""Settings of MLflow's client, and the errors by which a server refuses a user. Imports no MLflow."""
+"""Settings of MLflow's client, and functions that detect whether a server refused a user. Imports no MLflow."""
 
 import os
 
-DEFAULTS = {  # MLflow's own defaults wait minutes for a dead server; a variable that the user has set wins
+DEFAULTS = {  # MLflow's own defaults wait minutes for a dead server; the user's own variables take precedence
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -18,11 +18,11 @@ def set_default_environment() -> None:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether the server answered but does not know the user, or does not allow the user to do this."""
+    """Return whether the server responded, but does not know the user or does not allow this request."""
     return http_status(error) in (401, 403)
 
 
 def http_status(error: Exception) -> int:
-    """HTTP status of an error of MLflow or requests; 0 if there was no answer."""
+    """Return the HTTP status of an error of MLflow or requests; 0 if there was no response."""
     response = getattr(error, "response", None)
     return int(getattr(error, "get_http_status_code", lambda: getattr(response, "status_code", 0))())

@@ -1,4 +1,4 @@
-"""Calls of MLflow's client that log one journal entry: an image, a dataset, or an artifact such as a LoRA."""
+"""Functions that log one journal entry with MLflow's client: an image, a dataset, or an artifact such as a LoRA."""
 
 import json
 import tempfile
@@ -12,12 +12,12 @@ from dreambooth.serialization.export_layout import ADAPTER
 from dreambooth.serialization.lora_files import BASE_KEY_PREFIX, read_base_model
 from dreambooth.utils.assets import resolve_asset
 
-LORA_FOLDER = "lora"  # of the run's artifacts
-REVISION = BASE_KEY_PREFIX + "revision"  # MLflow's own name of this key, too
+LORA_FOLDER = "lora"  # folder in the run's artifacts
+REVISION = BASE_KEY_PREFIX + "revision"  # MLflow uses the same name
 
 
 def list_image_names(client: Any, run_id: str) -> set[str]:
-    """File names of the images that the run has in MLflow."""
+    """Return the file names of the run's images in MLflow."""
     return {Path(file.path).name for file in client.list_artifacts(run_id, "images")}
 
 
@@ -25,7 +25,7 @@ def log_image(client: Any, run_id: str, entry: Mapping[str, Any], path: Path, ex
     """Log the image of a journal entry, unless MLflow has it already.
 
     Args:
-        existing: what `list_image_names` returned. The check is needed because MLflow gives each copy a new name.
+        existing: the result of `list_image_names`. Without it, MLflow would store a second copy under a new name.
 
     Raises:
         ValueError: there is no image at `path`.
@@ -61,12 +61,12 @@ def log_dataset(client: Any, run_id: str, values: Mapping[str, str]) -> None:
 
 
 def log_artifact(client: Any, run_id: str, path: Path, folder: str | None) -> None:
-    """Log a file or folder of the run. A LoRA file becomes a model that `mlflow.diffusers.load_model` opens.
+    """Log a file or folder as an artifact of the run. A LoRA file becomes a model for `mlflow.diffusers.load_model`.
 
-    mlflow.diffusers stores a LoRA together with the name of its base model. It asks the hub for the newest revision of
-    that base, and does without one if the hub does not answer. If the run pinned a revision, this function stores that
-    one instead. The run's other choices for the base (variant, VAE ...) become metadata of the model. A whole model is
-    logged as plain files, because MLflow has no flavour for it.
+    mlflow.diffusers stores a LoRA together with the name of its base model and the newest revision of the base model
+    on the hub, or no revision if the hub does not answer. If the run pinned a revision, this function stores the pinned
+    revision instead. The run's other settings of the base model (variant, VAE ...) become metadata of the MLflow model.
+    A complete model is logged as plain files, because MLflow has no flavour for it.
 
     Raises:
         ValueError: there is no such file.
@@ -92,6 +92,6 @@ def log_artifact(client: Any, run_id: str, path: Path, folder: str | None) -> No
 
 
 def _base_metadata(path: Path) -> dict[str, str]:
-    """The entries of a LoRA file's metadata that describe its base model."""
+    """Return the entries of a LoRA file's metadata that describe its base model."""
     with safe_open(path, "pt") as file:
         return {key: value for key, value in (file.metadata() or {}).items() if key.startswith(BASE_KEY_PREFIX)}

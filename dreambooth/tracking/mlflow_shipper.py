@@ -17,10 +17,10 @@ from dreambooth.tracking.mlflow_client import REFUSES_USER, http_status, is_refu
 from dreambooth.utils.provenance import remove_credentials
 
 POLL_INTERVAL = 2.0  # seconds between two reads of the journal
-BACKOFF = (5.0, 60.0)  # seconds to the next attempt after a failure: the first, doubling up to the last
+BACKOFF = (5.0, 60.0)  # seconds before a failed attempt is repeated: first value, doubled up to the second
 MAX_ATTEMPTS = 5  # an entry that fails this often while the server answers is skipped
-CLOSE_LOCAL, CLOSE_REMOTE = 60.0, 15.0  # seconds that close() waits for the rest to be sent
-SENT_ALONE = ("image", "artifact", "input", "status")  # kinds of entries that take a call each
+CLOSE_LOCAL, CLOSE_REMOTE = 60.0, 15.0  # seconds that close() waits for the remaining entries to be sent
+SENT_ALONE = ("image", "artifact", "input", "status")  # kinds of entries that are sent in one call each
 Warn = Callable[[str], None]
 log_warning: Warn = logging.getLogger(__name__).warning
 
@@ -29,7 +29,8 @@ class Shipper(threading.Thread):
     """Sends the journal to one MLflow run. Only finish, stop, count_unsent and url run in the caller's thread.
 
     Args:
-        artifact_root: folder for the artifacts of a new experiment; None: beside a sqlite database, else the server's.
+        artifact_root: folder for the artifacts of a new experiment; None: beside a sqlite database, or
+            the server's default.
     """
 
     def __init__(self, journal: Path, uri: str, experiment: str, run_name: str, artifact_root: Path | None,
@@ -38,9 +39,9 @@ class Shipper(threading.Thread):
         self._journal, self._uri, self._experiment, self._run_name = journal, uri, experiment, run_name
         self._artifact_root, self._warn, self.display_uri = artifact_root, warn, remove_credentials(uri, uri)
         self.attempted, self._wake = threading.Event(), threading.Event()
-        self.outage: str | None = None  # how the server failed the last time that it did: "does not answer (...)"
+        self.outage: str | None = None  # the last failure of the server, such as "does not answer (...)"
         self._stopped = self._closing = self._down = False
-        self._failures = self._attempts = 0  # rounds that failed in a row; attempts at the next entry
+        self._failures = self._attempts = 0  # consecutive failed rounds; failed attempts at the next entry
         self._client: Any = None
         self._images: set[str] | None = None  # names of the images on the server; None: not listed yet
         self._state_file = journal.with_name("mlflow.json")
@@ -48,13 +49,13 @@ class Shipper(threading.Thread):
         with contextlib.suppress(OSError, ValueError):
             self._state |= json.loads(self._state_file.read_text())
         if not is_line_start(journal, self._state["offset"]):
-            self._state["offset"] = 0  # another journal, or one that lost its end in a power failure: send all again
+            self._state["offset"] = 0  # another journal, or its end was lost in a power failure: send all again
         set_default_environment()
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns of every retry
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # urllib3 warns of every retry
 
     def run(self) -> None:
         while not self._stopped:
-            closing = self._closing  # read first: this round then includes what close() wrote to the journal
+            closing = self._closing  # read first, so that this round includes what close() wrote to the journal
             delivered = self._send_new_entries()
             self.attempted.set()
             if closing and (delivered or (self._down and self._failures > 1)):
@@ -64,30 +65,30 @@ class Shipper(threading.Thread):
             self._wake.clear()
 
     def finish(self) -> None:
-        """Send the rest at once and end the thread; waits at most CLOSE_LOCAL or CLOSE_REMOTE seconds."""
+        """Send the remaining entries at once and end the thread; wait at most CLOSE_LOCAL or CLOSE_REMOTE seconds."""
         self._closing = True
         self.stop(CLOSE_LOCAL if self._uri.startswith(("sqlite:", "file:", "/")) else CLOSE_REMOTE, now=False)
         self._stopped = True
 
     def stop(self, timeout: float, now: bool = True) -> None:
-        """Wake the thread and wait for its end, at most `timeout` seconds. `now`: it sends nothing more."""
+        """Wake the thread and wait at most `timeout` seconds for its end. With `now`, it sends nothing more."""
         self._stopped = now
         self._wake.set()
         self.join(timeout)
 
     def count_unsent(self) -> int:
-        """Number of journal entries that MLflow does not have yet."""
+        """Return the number of journal entries that MLflow does not have yet."""
         return sum(1 for _ in read(self._journal, self._state["offset"]))
 
     def url(self) -> str | None:
-        """Address of the run's page; None before the run exists, and for a database without a server."""
+        """Return the address of the run's page; None before the run exists, and for a database without a server."""
         if self._state["run_id"] is None or not self._uri.startswith("http"):
             return None
         return (f"{self.display_uri.rstrip('/')}/#/experiments/{self._state['experiment_id']}"
                 f"/runs/{self._state['run_id']}")
 
     def _send_new_entries(self) -> bool:
-        """Send what the journal has beyond the recorded offset. False: something failed."""
+        """Send the journal's entries after the recorded offset. Return False if anything failed."""
         try:
             if self._client is None:
                 self._connect()
@@ -115,8 +116,9 @@ class Shipper(threading.Thread):
         if not answers:
             self._client, self.outage = None, description
         if self._failures == 1 and not self._stopped:
-            self._warn(f"MLflow at {self.display_uri} {description}; the run goes on, {self._journal.name} keeps "
-                       f"everything and is sent when it {'accepts this user' if refused else 'is back'}")
+            self._warn(f"MLflow at {self.display_uri} {description}; the run continues, and "
+                       f"{self._journal.name} keeps everything and is sent when MLflow "
+                       f"{'accepts this user' if refused else 'is back'}")
 
     def _connect(self) -> None:
         """Create the client, and find or create the run."""
@@ -124,7 +126,7 @@ class Shipper(threading.Thread):
 
         with _database_lock(self._uri):  # two runs that start at the same time would both create the tables
             client = MlflowClient(self._uri)
-        # The token is stored first: it finds the run again if the server creates it but the answer is lost.
+        # The token is stored first, so that the run is found again if the server creates it but its response is lost.
         self._save_state(uri=self.display_uri)
         token, experiment = self._state["token"], self._experiment_id(client)
         found = client.search_runs([experiment], f"tags.`dreambooth.token` = '{token}'", max_results=1)
@@ -137,7 +139,7 @@ class Shipper(threading.Thread):
         self._client = client
 
     def _experiment_id(self, client: Any) -> str:
-        """ID of the experiment, which is created if it does not exist."""
+        """Return the ID of the experiment; create the experiment if it does not exist."""
         from mlflow.exceptions import MlflowException
 
         root = self._artifact_root or (
@@ -205,9 +207,9 @@ class Shipper(threading.Thread):
         self._warn(f"MLflow does not accept {name} ({self._reason(error)}); it stays in {self._journal.name}")
 
     def _is_permanent(self, error: Exception) -> bool:
-        """Whether sending the entry again is useless, although the server works.
+        """Return whether sending the entry again is useless, although the server works.
 
-        That is so if the server calls the request wrong, or if the entry has failed MAX_ATTEMPTS times.
+        This is the case if the entry is rejected as invalid, or if it has failed MAX_ATTEMPTS times.
         """
         status = http_status(error)
         rejected = 400 <= status < 500 and status not in (401, 403, 408, 409, 429)
@@ -216,7 +218,7 @@ class Shipper(threading.Thread):
         return (rejected or failed) and self._is_run_active()
 
     def _is_run_active(self) -> bool:
-        """Whether the server answers for this run, and the run has not been deleted there."""
+        """Return whether the server returns this run, and the run has not been deleted there."""
         try:
             return bool(self._client.get_run(self._state["run_id"]).info.lifecycle_stage == "active")
         except Exception:
@@ -245,7 +247,7 @@ def _database_file(uri: str) -> Path:
 
 
 def _database_lock(uri: str) -> contextlib.AbstractContextManager[Any]:
-    """A file lock beside a sqlite database; nothing for a server."""
+    """Return a file lock beside a sqlite database, or a context manager without effect for a server."""
     if not uri.startswith("sqlite:"):
         return contextlib.nullcontext()
     from filelock import FileLock

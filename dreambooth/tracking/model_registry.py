@@ -12,7 +12,7 @@ from dreambooth.tracking.mlflow_client import DEFAULTS, LOGIN_HINT, REFUSES_USER
 from dreambooth.utils.provenance import remove_credentials
 
 CHAMPION, CANDIDATE = "champion", "candidate"
-UPLOAD_TIMEOUT = "600"  # seconds that a server has to store one file of a model
+UPLOAD_TIMEOUT = "600"  # seconds within which a server must store one file of a model
 _TIMEOUT_VARIABLE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 
@@ -37,7 +37,7 @@ class Registry:
         self._uri, self._client = uri, self._call(lambda: _open_client(uri))
 
     def get_by_alias(self, name: str, alias: str) -> Version | None:
-        """The version of a model that has an alias; None if no version has it."""
+        """Return the version of a model that has an alias; None if no version has it."""
         if all(model.name != name for model in self._search_models(name)):
             return None
         model = self._call(lambda: self._client.get_registered_model(name))
@@ -48,8 +48,9 @@ class Registry:
     def register(self, name: str, run_id: str, folder: Path, tags: dict[str, str]) -> Version:
         """Copy a model folder to the artifacts of its run and register it as a version of the model `name`.
 
-        If the run has a version with these tags already, that one is returned. The artifact folder is named by the tags
-        holds, step and exported_step, so the files of an earlier version stay when the run is extended.
+        If a version of this run with these tags exists, it is returned instead. The name of the artifact folder
+        consists of the tags holds, step and exported_step, so that extending the run keeps the files of an earlier
+        version.
         """
         existing = [version for version in self._search_versions(name, run_id) if tags.items() <= version.tags.items()]
         if existing:
@@ -65,15 +66,15 @@ class Registry:
             name, f"{artifacts}/{artifact_folder}", run_id, tags=tags, await_creation_for=0)))
 
     def set_alias(self, version: Version, alias: str) -> None:
-        """Give a version an alias; the previous holder loses the alias, its version is kept."""
+        """Set an alias on a version. The alias is removed from the version that had it before, which is kept."""
         self._call(lambda: self._client.set_registered_model_alias(version.name, alias, str(version.number)))
 
     def delete_alias(self, name: str, alias: str) -> None:
-        """Take an alias away from the version that has it."""
+        """Remove an alias from the version that has it."""
         self._call(lambda: self._client.delete_registered_model_alias(name, alias))
 
     def _search_models(self, name: str) -> Any:
-        if "'" in name:  # the filter has no way to quote it
+        if "'" in name:  # MLflow's filter syntax cannot escape it
             raise UserError(f"the name of a registered model must not contain a quote: {name!r} does, type another "
                             "name=")
         return self._call(lambda: self._client.search_registered_models(f"name='{name}'"))
@@ -85,12 +86,12 @@ class Registry:
     def _call(self, request: Callable[[], Any]) -> Any:
         try:
             return request()
-        except Exception as error:  # of MLflow, of requests, or of the database driver
+        except Exception as error:  # raised by MLflow, requests or the database driver
             reason = remove_credentials(" ".join(str(error).split()), self._uri)[:300]
             server = f"MLflow at {remove_credentials(self._uri, self._uri)}"
             if is_refusal(error):
                 raise UserError(f"{server} {REFUSES_USER} ({reason}): {LOGIN_HINT}") from error
-            raise UserError(f"{server} refuses this or does not answer ({reason}): start the server, or type "
+            raise UserError(f"{server} rejects the request or does not answer ({reason}): start the server, or type "
                             "uri=ADDRESS of one that answers") from error
 
 
@@ -108,7 +109,7 @@ def _to_version(item: Any) -> Version:
 def _upload_timeout() -> Iterator[None]:
     """Give uploads more time than small requests, since files of a model may be gigabytes.
 
-    A timeout that the user has set wins.
+    A timeout that the user has set takes precedence.
     """
     before = os.environ.get(_TIMEOUT_VARIABLE)
     if before == DEFAULTS[_TIMEOUT_VARIABLE]:

@@ -17,8 +17,8 @@ def track_run(recipe: Recipe, main: bool, update_status: bool = True) -> Iterato
     """Open the run's tracker; close it with the status FINISHED, KILLED (the user stopped the run) or FAILED.
 
     Args:
-        main: whether this is the first process; the others record nothing.
-        update_status: False if the run is over already: its status and end time then stay as they are.
+        main: whether this is the first process (rank 0); other processes record nothing.
+        update_status: False if the run has already ended, so that its status and end time do not change.
     """
     tracker = _open(recipe, update_status) if main else NoOpTracker()
     status = "FAILED"
@@ -52,20 +52,20 @@ def _open(recipe: Recipe, update_status: bool) -> Tracker:
 
 
 def describe_run(recipe: Recipe) -> str:
-    """The description that MLflow shows at the top of a run, in Markdown: what it is, where to look, what to type."""
+    """Return the Markdown description that MLflow shows at the top of a run: prompt, artifacts, and what to type."""
     folder, sweep = recipe.run_dir, recipe.tracking.sweep
     lines = [f"**{recipe.instance_prompt}**, {recipe.model.name} at {recipe.model.resolution} px, "
              f"method {recipe.method.name}", ""]
     if sweep:
-        lines.append(f"- one trial of the sweep {sweep}: [all of them side by side]({trials_link(sweep)})")
+        lines.append(f"- one trial of the sweep {sweep}: [all trials side by side]({trials_link(sweep)})")
     return "\n".join([
-        *lines, "- look at the artifacts `contact_sheet.png` (photos, then samples by step) and `curves.svg`",
-        f"- the model is in `{folder / 'model'}`; draw with it:",
+        *lines, "- see the artifacts `contact_sheet.png` (photos, then samples by step) and `curves.svg`",
+        f"- the model is in `{folder / 'model'}`; generate images with it:",
         f'  `python -m dreambooth.generate run={folder} prompt="{recipe.instance_prompt}"`'])
 
 
 def trials_link(sweep: str) -> str:
-    """Address, within MLflow's pages, of the charts and images of all trials of a sweep."""
+    """Return the address, within MLflow's pages, of the charts and images of all trials of a sweep."""
     search_filter = quote(f'tags.sweep = "{sweep}" and tags.kind = "trial"')
     return ("#/experiments/" + EXPERIMENT + "/runs?workflowType=machine_learning&compareRunsMode=CHART&searchFilter="
             + search_filter)

@@ -1,4 +1,4 @@
-"""Line charts and parallel coordinates as SVG text, for files and HTML pages. Needs no plotting library."""
+"""Line charts and parallel coordinates plots as SVG strings, for files and HTML pages. Needs no plotting library."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ Points = Sequence[tuple[float, float]]
 
 
 def write_loss_curves(run_dir: Path) -> Path | None:
-    """Write `curves.svg` into the run folder, unless it is up to date; None if the run has logged no loss yet."""
+    """Write `curves.svg` into the run folder, unless it is up to date; return None if the run has logged no loss."""
     losses = read_history(run_dir / "metrics.jsonl", *LOSSES)
     if not losses:
         return None
@@ -39,9 +39,10 @@ def read_history(journal: Path, *names: str) -> dict[str, list[tuple[float, floa
 
 def line_chart(title: str, series: Mapping[str, Points], width: int = 460, height: int = 220,
                legend: bool = False) -> str:
-    """A chart of metrics over steps: a thin line for the values, a thick one for their running mean.
+    """Return a chart of metrics over steps: a thin line for the values, a thick one for their running mean.
 
-    Each series is a group with the attribute `data-series`, its number. Empty if there are no points.
+    Each series is an SVG group whose attribute `data-series` is the number of the series. Returns an empty string if
+    there are no points.
     """
     points = [point for line in series.values() for point in line]
     if not points:
@@ -75,7 +76,7 @@ def line_chart(title: str, series: Mapping[str, Points], width: int = 460, heigh
 
 
 def smooth(points: Points, share: float = 0.08) -> list[tuple[float, float]]:
-    """Centred running mean over a share of the points; fewer than 8 points are returned as they are."""
+    """Return the centred running mean over a share of the points; fewer than 8 points are returned unchanged."""
     reach = max(1, round(len(points) * share / 2))
     if len(points) < 8:
         return list(points)
@@ -84,9 +85,10 @@ def smooth(points: Points, share: float = 0.08) -> list[tuple[float, float]]:
 
 
 def parallel_coordinates(axes: Mapping[str, Sequence[str | float]], width: int = 1180, height: int = 250) -> str:
-    """A parallel coordinates plot: one axis per column, one line per row.
+    """Return a parallel coordinates plot: one axis per column, one line per row.
 
-    Numbers are placed by value, strings at equal distances. Empty if there are fewer than two axes, or no rows.
+    Numbers are placed by value, strings at equal distances. Returns an empty string if there are fewer than two axes,
+    or no rows.
     """
     rows = len(next(iter(axes.values()), ()))
     if len(axes) < 2 or not rows:
@@ -111,12 +113,12 @@ def parallel_coordinates(axes: Mapping[str, Sequence[str | float]], width: int =
 
 
 def colour(number: int) -> str:
-    """Colour of a series, by its number."""
+    """Return the colour of a series by its number."""
     return COLOURS[number % len(COLOURS)]
 
 
 def format_number(value: float) -> str:
-    """A number in its shortest usual form: 0.0915, 1e-4, 800."""
+    """Format a number in its shortest usual form: 0.0915, 1e-4, 800."""
     if 0 < abs(value) < 0.001:
         digits, _, power = f"{value:.2e}".partition("e")
         return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
@@ -124,7 +126,7 @@ def format_number(value: float) -> str:
 
 
 def format_setting(text: str) -> str:
-    """A setting in its shortest usual form: 3e-4 for 0.0003, 1 for 1.0; text that is not a number is unchanged."""
+    """Format a setting in its shortest usual form: 3e-4 for 0.0003, 1 for 1.0. Only numbers are changed."""
     try:
         return format_number(float(text))
     except ValueError:
@@ -132,7 +134,7 @@ def format_setting(text: str) -> str:
 
 
 def _frame(title: str, width: int, height: int) -> str:
-    """The opening tag of an SVG image, its styles and its title."""
+    """Return the opening tag of an SVG image, its styles and its title."""
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
             'font-family="system-ui, sans-serif" font-size="11" fill="#555">'
             '<style>.axis{stroke:#bbb}.grid{stroke:#e8e8e8}.name{font-weight:600;fill:#222}'
@@ -141,7 +143,7 @@ def _frame(title: str, width: int, height: int) -> str:
 
 
 def _grid(xs: tuple[float, float], ys: tuple[float, float], width: int, height: int) -> list[str]:
-    """Horizontal lines with their values, and three steps below."""
+    """Return horizontal grid lines with their values, and three labels of steps below the chart."""
     parts = []
     for i in range(4):
         y = TOP + i / 3 * (height - TOP - BOTTOM)
@@ -157,7 +159,7 @@ def _grid(xs: tuple[float, float], ys: tuple[float, float], width: int, height: 
 
 def _place_on_axis(values: Sequence[str | float], top: float,
                    bottom: float) -> tuple[list[float | None], dict[str, float]]:
-    """The height of each value on a vertical axis (None if it is not finite), and label -> height of the ticks."""
+    """Return each value's height on a vertical axis (None if it is not finite), and the ticks, label -> height."""
     try:
         numbers = [float(value) for value in values]
     except ValueError:
@@ -167,7 +169,7 @@ def _place_on_axis(values: Sequence[str | float], top: float,
         return [ticks[str(value)] for value in values], ticks
     finite = [number for number in numbers if math.isfinite(number)]
     low, high = _value_range(finite)
-    if min(finite, default=0) > 0 and high > 20 * min(finite):  # a log scale: learning rates are tried in powers
+    if min(finite, default=0) > 0 and high > 20 * min(finite):  # a log scale, as for learning rates
         low, high, numbers = math.log(min(finite)), math.log(max(finite)), [
             math.log(n) if math.isfinite(n) else n for n in numbers]
         finite = [number for number in numbers if math.isfinite(number)]
@@ -180,18 +182,18 @@ def _place_on_axis(values: Sequence[str | float], top: float,
 
 
 def _value_range(values: Sequence[float]) -> tuple[float, float]:
-    """Least and greatest value, widened if they are equal; (0, 1) without values."""
+    """Return the least and greatest value, widened if they are equal; (0, 1) if there are no values."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     return (low, high) if high > low else (low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1))
 
 
 def _without_outliers(values: Sequence[float]) -> list[float]:
-    """The values without the greatest 1 %: a single outlier would flatten every curve."""
+    """Return the values, sorted, without the greatest 1 %: a single outlier would flatten every curve."""
     ordered = sorted(values)
     return ordered[:max(2, math.ceil(len(ordered) * 0.99))]
 
 
 def _downsample(line: Points, most: int = 400) -> list[tuple[float, float]]:
-    """Evenly spaced points of a line, at most about `most` of them, with its last point."""
+    """Return at most about `most` evenly spaced points of a line, always with its last point."""
     stride = max(1, math.ceil(len(line) / most))
     return [*line[::stride], *([line[-1]] if (len(line) - 1) % stride else [])]

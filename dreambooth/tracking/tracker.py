@@ -1,10 +1,10 @@
-"""Trackers: where the metrics, images and settings of a run go besides its folder. `open_tracker` chooses one.
+"""Trackers: record a run's metrics, images and settings in its folder and in MLflow. `open_tracker` chooses one.
 
 Everything is written to the journal first (`metrics.jsonl`, see journal.py). A background thread sends the journal to
 MLflow and records in `mlflow.json` how far it got, so a dead or slow server neither stops nor slows the run. Entries
-that the server missed are sent when it is reachable again: by this process, or by the next one that opens the same run
-folder, and into the same MLflow run. Sending an entry twice (after a kill between the server's answer and the update of
-mlflow.json) changes nothing, because steps and times come from the journal.
+that the server missed are sent to the same MLflow run when the server is reachable again: by this process, or by the
+next one that opens the same run folder. Sending an entry twice (after a kill between the server's answer and the
+update of mlflow.json) changes nothing, because steps and times come from the journal.
 """
 
 import atexit
@@ -17,12 +17,12 @@ from dreambooth.tracking.journal import Journal
 from dreambooth.tracking.mlflow_client import LOGIN_HINT, REFUSES_USER
 from dreambooth.tracking.mlflow_shipper import Shipper, Warn, log_warning
 
-SHIP_FROM_FIRST_STEP = True  # start the shipping thread with the first training step; False: when the tracker is opened
-START_TIMEOUT = 60.0  # seconds that a required server has to answer when the tracker is opened
+SHIP_FROM_FIRST_STEP = True  # start the sending thread after the first training step; False: when the tracker is opened
+START_TIMEOUT = 60.0  # seconds within which a required server must answer when the tracker is opened
 
 
 class Tracker(Protocol):
-    """Receives what a run reports. The `log_*` and `set_tags` methods return False if nothing was new."""
+    """Interface of trackers, which record a run. The `log_*` and `set_tags` methods return False if nothing was new."""
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> bool: ...
     def log_image(self, step: int, key: str, path: Path) -> bool: ...
@@ -83,7 +83,7 @@ class NoOpTracker:
 
 
 class JournalTracker(Journal):
-    """Writes `metrics.jsonl` and nothing else. A later MlflowTracker on the same folder sends all of it.
+    """Writes only `metrics.jsonl`. If an MlflowTracker is opened on the same folder later, it sends the whole file.
 
     Args:
         update_status: False for commands that only read a run (evaluate, promote): if the run has ended, its status and
@@ -104,8 +104,8 @@ class JournalTracker(Journal):
 class MlflowTracker(JournalTracker):
     """Writes the journal in the caller's thread and sends it to MLflow from another: only close() waits for MLflow.
 
-    With `required`, a server that does not answer raises UserError: here, or at the next call (whose entry is in the
-    journal all the same). `warn` is also called from the shipping thread.
+    With `required`, UserError is raised if the server does not answer: by the constructor, or by the next call, whose
+    entry is still written to the journal. `warn` is also called from the thread that sends.
     """
 
     def __init__(self, run_dir: Path, *, uri: str, experiment: str, run_name: str, required: bool = False,
@@ -128,9 +128,9 @@ class MlflowTracker(JournalTracker):
         return super().log_metrics(step, values)
 
     def _start_shipping(self) -> None:
-        """Start the thread, once.
+        """Start the thread that sends the journal, unless it has been started.
 
-        Importing MLflow and creating its tables takes seconds of CPU time, so the first training step comes first.
+        Importing MLflow and creating its tables takes seconds of CPU time, so this waits for the first training step.
         """
         if self._shipper.ident is None:
             atexit.register(self._shipper.stop, 1.0)  # a thread in C code during interpreter shutdown may crash it
@@ -140,7 +140,7 @@ class MlflowTracker(JournalTracker):
         return self._shipper.url()
 
     def close(self, status: str | None = "FINISHED") -> None:
-        """Send the rest, waiting a bounded time, and end the run with `status`. A second call does nothing."""
+        """Send the remaining entries, within a limited time, and set the final status. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -171,5 +171,5 @@ class MlflowTracker(JournalTracker):
     def _unreachable(self) -> UserError:
         remedy = LOGIN_HINT if self._refused else "start the server (mlflow server --port ...)"
         problem = self._shipper.outage or "does not answer"
-        return UserError(f"MLflow at {self._shipper.display_uri} {problem}: {remedy}, or go on without it by "
-                         "tracking.required=false")
+        return UserError(f"MLflow at {self._shipper.display_uri} {problem}: {remedy}, or continue without it: "
+                         "type tracking.required=false")

@@ -132,7 +132,7 @@ def test_a_photo_without_a_usable_mask_is_named(tmp_path: Path) -> None:
     sentence = loading_error(tmp_path, mask=str(tmp_path / "m"))
     assert "none.png has no mask: put none.png into" in sentence
     assert "black.png has an empty mask" in sentence
-    assert "other.png has 32 x 24 pixels and its mask other.png 24 x 32" in sentence
+    assert "other.png has 32 x 24 pixels, but its mask other.png has 24 x 32" in sentence
     assert "none.png has no transparency" in loading_error(tmp_path, mask="alpha")
 
 

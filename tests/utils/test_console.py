@@ -101,7 +101,7 @@ def test_plan_and_summary_fit_80_columns(tmp_path, monkeypatch):
     for shown in (plan, summary):
         assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
     for words in (
-            "a photo of a zwx toy", "a photo of a toy", "UNet and text encoder", "800 of 4", "fp32", "CPU"):
+            "a photo of a zwx toy", "a photo of a toy", "UNet and text encoder", "800, 4 photos", "fp32", "CPU"):
         assert words in plan
     for words in ("800 steps", "0.1235", "contact_sheet.png", "model", "metrics.jsonl", "dreambooth.generate"):
         assert words in summary
