@@ -30,14 +30,33 @@ def image() -> Iterator[Image]:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of pytest-xdist share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder
+
+
+@pytest.fixture(scope="session")
+def empty_db(shared: Path) -> Path:
+    """An MLflow database with its tables, which take seconds to create: for tests to copy to RUN_ROOT/mlflow.db."""
+    path = shared / "empty.db"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            from mlflow import MlflowClient
+
+            MlflowClient(f"sqlite:///{path}.new")
+            Path(f"{path}.new").rename(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(shared: Path) -> Path:
     """A run of 8 steps that all workers of pytest-xdist share: to be read only."""
     from tests.support.faults import train  # not before the warm Python has its name
     from tests.support.runs import the_run
 
-    folder = tmp_path_factory.getbasetemp()
-    shared = (folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder) / "uninterrupted"
-    with FileLock(f"{shared}.lock"):
-        if not list(shared.glob("demo-*/result.json")):
-            assert train(shared) == 0
-    return the_run(shared)
+    folder = shared / "uninterrupted"
+    with FileLock(f"{folder}.lock"):
+        if not list(folder.glob("demo-*/result.json")):
+            assert train(folder) == 0
+    return the_run(folder)

@@ -107,11 +107,11 @@ def test_a_single_file_base_in_s3_is_passed_by_its_address() -> None:
 
 
 @pytest.mark.parametrize("key, name, sentence", [
-    ("model.source", "base.safetensors", "is a file of this machine: type model.source=s3://BUCKET/FILE"),
-    ("model.vae", "vae.safetensors", "is a file of this machine: type model.vae=s3://BUCKET/FILE"),
-    ("model.vae", "vae", "is a folder of this machine: type model.vae=s3://BUCKET/FOLDER"),
-    ("evaluate.prompts", "p.txt", "is a file of this machine: type evaluate.prompts=s3://BUCKET/FILE"),
-    ("evaluate.lpips", "x.safetensors", "is a file of this machine: type evaluate.lpips=s3://BUCKET/FILE"),
+    ("model.source", "base.safetensors", "is a file on this machine: type model.source=s3://BUCKET/FILE"),
+    ("model.vae", "vae.safetensors", "is a file on this machine: type model.vae=s3://BUCKET/FILE"),
+    ("model.vae", "vae", "is a folder on this machine: type model.vae=s3://BUCKET/FOLDER"),
+    ("evaluate.prompts", "p.txt", "is a file on this machine: type evaluate.prompts=s3://BUCKET/FILE"),
+    ("evaluate.lpips", "x.safetensors", "is a file on this machine: type evaluate.lpips=s3://BUCKET/FILE"),
     ("evaluate.dino", "dino", "type evaluate.dino=HUB_ID"),
 ])
 def test_local_paths_that_a_job_cannot_read_are_refused(

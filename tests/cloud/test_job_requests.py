@@ -126,7 +126,7 @@ def test_without_torch_it_says_that_memory_was_not_checked(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(_prepare, "find_spec", lambda name: None)
     [job] = jobs_of(config_of("hardware=g4dn", *PHOTOS, "hydra.launcher.plan=true"))
-    assert "torch is not installed here: not checked whether the jobs fit in memory" in capsys.readouterr().out
+    assert "torch is not installed here: it is not checked whether the jobs fit in memory" in capsys.readouterr().out
     assert (job.estimate_usd, job.request["ResourceConfig"]["VolumeSizeInGB"]) == (None, 110)
 
 
@@ -188,7 +188,7 @@ def test_an_mlflow_address_that_jobs_cannot_reach_is_refused(
     if reached:
         assert request_of("hardware=g4dn", *PHOTOS)["Environment"]["MLFLOW_TRACKING_URI"] == address
         return
-    with pytest.raises(ConfigError, match=r"do not reach MLflow .* type hydra\.launcher\.mlflow_uri=https://SERVER"):
+    with pytest.raises(ConfigError, match=r"cannot reach MLflow .* type hydra\.launcher\.mlflow_uri=https://SERVER"):
         request_of("hardware=g4dn", *PHOTOS)
     with pytest.raises(ConfigError, match=r"type tracking\.uri=https://SERVER"):
         request_of("hardware=g4dn", *PHOTOS, f"tracking.uri='{address}'")

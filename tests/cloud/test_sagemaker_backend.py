@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -308,13 +309,14 @@ def test_has_failed_finds_jobs_that_failed(stub: Stubber, job: Job) -> None:
 
 # -- results -----------------------------------------------------------------------------------------------------
 
-def test_results_are_a_csv_with_the_best_first_and_a_run_in_mlflow(tmp_path: Path) -> None:
+def test_results_are_a_csv_with_the_best_first_and_a_run_in_mlflow(empty_db: Path, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     jobs = [Job(i, f"j{i}", (f"train.seed={i}",), {}, 1, usd_hour=2.0) for i in range(3)]
     states = [JobState(COMPLETED, billed_seconds=1800, result={"objective": 0.5}),
               JobState(FAILED, billed_seconds=0, reason="no, it did not"),
               JobState(COMPLETED, billed_seconds=3600, result={"objective": 0.25})]
+    shutil.copy(empty_db, tmp_path / "mlflow.db")
     rows = sweep_results.result_rows(jobs, states)
     path = sweep_results.write_table(tmp_path, "mine", rows)
     with path.open() as file:

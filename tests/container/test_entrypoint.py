@@ -246,7 +246,7 @@ def test_sigterm_saves_and_the_same_job_resumes_bit_for_bit(tmp_path: Path) -> N
     assert "SIGTERM: stopped and saved after step" in failure(base)
     code, output = wait(start(base))
     assert code == 0, output
-    assert "going on after step" in output
+    assert "resuming after step" in output
     resumed, uninterrupted = weights(base), weights(uninterrupted_base)
     assert resumed and resumed.keys() == uninterrupted.keys()
     assert {name for name in resumed if resumed[name] != uninterrupted[name]} == set()

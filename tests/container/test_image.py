@@ -135,7 +135,7 @@ def test_a_stopped_job_saves_and_resumes_bit_for_bit(
     assert duration < 120
     resumed_run = image.run("train", base=base)
     assert resumed_run.returncode == 0, resumed_run.stderr
-    assert "going on after step" in resumed_run.stdout
+    assert "resuming after step" in resumed_run.stdout
     uninterrupted, resumed = weights(trained_job[0]), weights(base)
     assert resumed and resumed.keys() == uninterrupted.keys()
     assert {name for name in resumed if resumed[name] != uninterrupted[name]} == set()

@@ -174,7 +174,7 @@ def test_an_unreadable_input_file_is_found_at_any_depth(readable: Path) -> None:
     weights.parent.mkdir(parents=True)
     weights.touch()
     weights.chmod(0)
-    output, _ = start_entrypoint(readable).communicate(timeout=60)
+    output, _ = start_entrypoint(readable).communicate(timeout=600)
     assert f"{weights} cannot be read by the user dreambooth: continuing as 0" in output
     assert "python -m dreambooth.entrypoint" in output
 
@@ -186,7 +186,7 @@ def test_sigterm_during_chown_is_not_lost(readable: Path) -> None:
         assert job.poll() is None
         time.sleep(0.02)
     job.terminate()
-    output, _ = job.communicate(timeout=60)
+    output, _ = job.communicate(timeout=600)
     assert job.returncode == 5
-    assert output == "dreambooth: SIGTERM: stopped before the first step; start it again to continue\n"
+    assert output == "dreambooth: SIGTERM: stopped before the first step; start the job again to continue\n"
     assert output == f"dreambooth: {(readable / 'ml/output/failure').read_text('utf-8')}\n"

@@ -45,9 +45,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory, on: list[str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def selected(tmp_path_factory: pytest.TempPathFactory, on: list[str]) -> Path:
+def selected(tmp_path_factory: pytest.TempPathFactory, on: list[str], empty_db: Path) -> Path:
     """A run that exports the step that drifted least, with MLflow."""
     root = tmp_path_factory.mktemp("selected")
+    shutil.copy(empty_db, root / "mlflow.db")
     assert train(root, *on, *SELECT_FIRST, "tracking=mlflow", "checkpoint.keep=1", log=root / "out.txt") == 0
     return the_run(root)
 

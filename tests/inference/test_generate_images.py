@@ -269,11 +269,12 @@ def test_a_run_that_evaluates_reads_its_own_adapter(run: Path, tmp_path: Path) -
 
 
 def test_mlflow_opens_a_runs_adapter_by_its_diffusers_flavour(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        empty_db: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow.diffusers
     from mlflow import MlflowClient
     from safetensors.torch import load_file
 
+    shutil.copy(empty_db, tmp_path / "mlflow.db")
     words = ["method=lora", "tracking=mlflow", "train.max_train_steps=2", "sample.every=null"]
     assert train(tmp_path, *words, log=tmp_path / "log") == 0
     made, uri = the_run(tmp_path), f"sqlite:///{tmp_path}/mlflow.db"

@@ -45,8 +45,8 @@ def test_check_names_the_changed_file(tmp_path: Path, capfd: pytest.CaptureFixtu
     (["hardware=g4dn", "precision=bf16"], "type precision=fp16"),
     (["--space", "none", "hardware=cpu"], "there is no search space none"),
     (["hardware=cpu", "train.learning_rate=-1"], "train.learning_rate must be above 0"),
-    (["--space", "tiny"], "--space and --image go with overrides: type them after render, such as hardware=cpu"),
-    (["--image", "mine:1"], "--space and --image go with overrides: type them after render, such as hardware=cpu"),
+    (["--space", "tiny"], "--space and --image need overrides: type them after render, such as hardware=cpu"),
+    (["--image", "mine:1"], "--space and --image need overrides: type them after render, such as hardware=cpu"),
 ])
 def test_render_rejects_wrong_overrides_and_writes_nothing(tmp_path: Path, args: list[str], message: str) -> None:
     command = [PYTHON, "-m", "dreambooth.workflows", "render", "--to", str(tmp_path / "w"), *args]

@@ -30,7 +30,7 @@ def api(tmp_path: Path) -> Iterator[Cluster]:
 
 def submit(api: Cluster, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dreambooth.workflows", "submit", *args]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120,
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600,
                           env=os.environ | {"KUBECONFIG": str(api.kubeconfig), **environment})
 
 
@@ -106,7 +106,7 @@ def test_hera_submits_a_workflow_of_the_template(api: Cluster) -> None:
     ("sweep", "set ARGO_SERVER=https://HOST:2746 and ARGO_TOKEN"), ("trainjob", "the cluster rejected the TrainJob")])
 def test_without_a_cluster_one_sentence_says_what_is_missing(tmp_path: Path, option: str, message: str) -> None:
     command = [sys.executable, "-m", "dreambooth.workflows", "submit", "--what", option, "hardware=cpu"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env={
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env={
         key: value for key, value in os.environ.items() if not key.startswith("ARGO")} | {
             "KUBECONFIG": str(tmp_path / "none")})
     assert (result.returncode, "Traceback" in result.stderr) == (1, False)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,17 +58,18 @@ def test_a_search_space_allows_choices_only(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(compose, "conf_dir", lambda: tmp_path)
     with pytest.raises(UserError, match=r"type choice\(\.\.\.\) there"):
         compose.search_space("mine")
-    with pytest.raises(UserError, match="there is no search space yours: type sweep= one of mine"):
+    with pytest.raises(UserError, match="there is no search space yours: type sweep=NAME with one of mine"):
         compose.search_space("yours")
 
 
 @pytest.mark.slow
-def test_optuna_searches_a_space_and_the_best_is_promoted(tmp_path: Path) -> None:
+def test_optuna_searches_a_space_and_the_best_is_promoted(empty_db: Path, tmp_path: Path) -> None:
     overrides = ["sweep=tiny", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=0",
                  "train.max_train_steps=1", "train.train_batch_size=1", "prior.num_class_images=2",
                  "prior.num_inference_steps=1", "sample.every=null", "sample.num_inference_steps=1",
                  "evaluate.images_per_prompt=1", "evaluate.class_images=2", "tracking.sweep=mine", "hardware=cpu",
                  f"run_root={tmp_path}"]
+    shutil.copy(empty_db, tmp_path / "mlflow.db")
     sweep = subprocess.run([PYTHON, "-m", "dreambooth.train", "-m", *overrides], capture_output=True, text=True,
                            check=False, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert sweep.returncode == 0, sweep.stderr

@@ -93,8 +93,9 @@ def test_the_kubeflow_pipeline_runs_in_containers_and_promotes_a_champion(
 ) -> None:
     """By kfp.local.DockerRunner, Kubeflow Pipelines' own."""
     parameters = [f"overrides={SHORT}", "sweep=tiny", "evaluate="]
+    script = Path(__file__).parent / "kfp_local.py"
     process = subprocess.run(
-        [kfp, ROOT / "tests/kubernetes/kfp_local.py", FOLDER / "kubeflow/pipeline.yaml", image.tag, tmp_path, *parameters],
+        [kfp, script, FOLDER / "kubeflow/pipeline.yaml", image.tag, tmp_path, *parameters],
         capture_output=True, text=True, timeout=900, check=False, env=os.environ | image.docker.environment)
     assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-3000:]
     artifacts = {(path.parents[1].name, path.parent.name): json.loads(path.read_text("utf-8"))["artifacts"]

@@ -1,6 +1,7 @@
 """LoRA and DoRA: what trains, what is kept, what comes out."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -304,7 +305,7 @@ def test_merge_is_of_the_export_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_adapters_run_is_promoted_and_opened_from_the_registry(tmp_path: Path) -> None:
+def test_an_adapters_run_is_promoted_and_opened_from_the_registry(empty_db: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
     from mlflow import MlflowClient
     from mlflow.artifacts import download_artifacts
@@ -312,7 +313,9 @@ def test_an_adapters_run_is_promoted_and_opened_from_the_registry(tmp_path: Path
     from dreambooth.sweeps.promotion import PromotionOptions, promote
     from dreambooth.utils.assets import resolve_asset
 
-    assert train(tmp_path, "method=lora", "tracking.sweep=s") == 0
+    shutil.copy(empty_db, tmp_path / "mlflow.db")
+    words = ["method=lora", "train.max_train_steps=2", "sample.every=null", "prior.with_prior_preservation=false"]
+    assert train(tmp_path, *words, "tracking.sweep=s") == 0
     told = promote("s", tmp_path, PromotionOptions())
     server = f"sqlite:///{tmp_path}/mlflow.db"
     pipeline = StableDiffusionPipeline.from_pretrained(resolve_asset("package:tiny-sd"))

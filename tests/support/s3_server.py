@@ -238,7 +238,7 @@ def _command(server: Server, dice: random.Random, kind: str | None, words: list[
         return kind if kind and request < 12 and dice.random() < 1 / 3 else None
 
     server.fault = fault
-    _, errors = child.communicate(timeout=120)
+    _, errors = child.communicate(timeout=600)
     server.fault = lambda number, method: None
     assert "Traceback" not in errors, errors
     assert child.returncode in (0, 1, -9), errors

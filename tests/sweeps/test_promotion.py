@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -243,11 +244,12 @@ def test_the_command_says_what_to_type(tmp_path: Path, words: list[str], sentenc
     assert re.search(sentence, process.stderr)
 
 
-def test_mlflow_has_version_alias_and_model(tmp_path: Path) -> None:
+def test_mlflow_has_version_alias_and_model(empty_db: Path, tmp_path: Path) -> None:
     """With the real registry, on sqlite; a run that MLflow does not have is sent first."""
     from mlflow import MlflowClient
     from mlflow.artifacts import download_artifacts
 
+    shutil.copy(empty_db, tmp_path / "mlflow.db")
     trial(tmp_path, "a", 0.2)
     record = promote("s", tmp_path, PromotionOptions())
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -261,10 +263,11 @@ def test_mlflow_has_version_alias_and_model(tmp_path: Path) -> None:
     assert len(client.search_model_versions("name='demo-tiny-full'")) == 2
 
 
-def test_an_extended_run_keeps_the_files_of_its_earlier_version(tmp_path: Path) -> None:
+def test_an_extended_run_keeps_the_files_of_its_earlier_version(empty_db: Path, tmp_path: Path) -> None:
     from mlflow import MlflowClient
     from mlflow.artifacts import download_artifacts
 
+    shutil.copy(empty_db, tmp_path / "mlflow.db")
     folder = trial(tmp_path, "a", 0.2)
     (folder / "model/unet.safetensors").write_bytes(b"after 4 steps")
     assert promote("s", tmp_path, PromotionOptions())["version"] == 1

@@ -17,16 +17,6 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"MLFLOW_HTTP_{name}", value)
 
 
-@pytest.fixture(scope="session")
-def empty_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with its tables. MLflow takes seconds to create one, so the tests copy this one."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
 def uri(tmp_path: Path, empty_db: Path) -> str:
     (tmp_path / "mlflow.db").write_bytes(empty_db.read_bytes())

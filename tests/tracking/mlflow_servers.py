@@ -18,7 +18,7 @@ def mlflow_tracker(folder: Path, uri: str, warnings: list[str] | None = None, **
     return MlflowTracker(folder, uri=uri, experiment="e", run_name="r", warn=warn, **options)
 
 
-def wait_for(true: Callable[[], object], seconds: float = 30) -> None:
+def wait_for(true: Callable[[], object], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "did not happen in time"

@@ -18,7 +18,7 @@ def test_two_processes_equal_one_in_fp64(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                str(root / "tests/training/two_processes.py"), str(tmp_path / "weights.pt")]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200,
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900,
                             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)})
     assert result.returncode == 0, result.stderr[-3000:]
     single = ToyModel()
@@ -32,7 +32,7 @@ def test_under_torchrun_the_interpreter_is_not_torn_down_while_threads_run() -> 
     code = ("import atexit, dreambooth.cli as cli\n"
             "class Last:\n    def __del__(self): print('torn down')\n"
             "last = Last()\natexit.register(print, 'at exit')\ncli._exit_codes.append(6)\ncli.exit_process()")
-    plain, torchrun = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+    plain, torchrun = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600,
                                       env=os.environ | extra) for extra in ({}, {"TORCHELASTIC_RUN_ID": "none"}))
     assert (plain.returncode, plain.stdout.split("\n")[:2]) == (6, ["at exit", "torn down"])
     assert (torchrun.returncode, torchrun.stdout) == (6, "at exit\n")

@@ -93,8 +93,8 @@ def test_a_stop_request_saves_the_state_after_the_step_in_which_it_came() -> Non
 
 
 @pytest.mark.parametrize("resume, words", [
-    ("auto", "repeat the command to go on"), ("never", "repeat the command without checkpoint.resume to go on"),
-    ("runs/x/checkpoints/step-000002", "repeat the command without checkpoint.resume to go on")])
+    ("auto", "repeat the command to continue"), ("never", "repeat the command without checkpoint.resume to continue"),
+    ("runs/x/checkpoints/step-000002", "repeat the command without checkpoint.resume to continue")])
 def test_the_message_of_a_stop_says_which_command_resumes_from_here(resume: str, words: str) -> None:
     """With another checkpoint.resume than auto, the same command would start over, or from that path, again."""
     checkpoint_hook = fake_checkpoint_hook(make_state(ToyModel()), [], resume)

@@ -175,7 +175,8 @@ def test_sampling_and_saving_do_not_change_training(tmp_path: Path) -> None:
     assert not (the_run(tmp_path / "b") / "samples").exists()
 
 
-def test_a_sweep_makes_runs_side_by_side_and_shares_class_images(tmp_path: Path) -> None:
+def test_a_sweep_makes_runs_side_by_side_and_shares_class_images(empty_db: Path, tmp_path: Path) -> None:
+    shutil.copy(empty_db, tmp_path / "mlflow.db")
     log = tmp_path / "out.txt"
     assert train(tmp_path, *TWO, "tracking=mlflow", "prior.prior_loss_weight=0,1", "-m", log=log) == 0, log.read_text()
     from mlflow import MlflowClient
@@ -349,5 +350,5 @@ def test_startup_imports_neither_bitsandbytes_nor_the_compiler_of_torch() -> Non
     """They would take most of a second at every start, and only some optimizers and settings need them."""
     code = ("import sys; from dreambooth.models import loading; loading.import_libraries();"
             "print([name for name in ('bitsandbytes', 'torch._inductor.compile_fx') if name in sys.modules])")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
     assert result.stdout == "[]\n"
