@@ -150,7 +150,10 @@ class DockerBackend:
 
 
 def network_options(environment: Mapping[str, str]) -> list[str]:
-    """Return options for the host's network if a variable holds an address of this machine; else no options."""
+    """Return options for the host's network if a variable holds an address of this machine, else no options.
+
+    A container reaches this machine by such an address only on the host's network.
+    """
     hosts = {urlsplit(value).hostname for value in environment.values() if "://" in value}
     return ["--network", "host"] if hosts & {"localhost", "127.0.0.1", "::1"} else []
 

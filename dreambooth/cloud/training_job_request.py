@@ -20,7 +20,8 @@ METRICS = {  # name -> pattern in the lines that a run prints
     "step": r"training (\d+)/\d+ ",
     "loss": r"training .*loss ([0-9.]+)",
 }
-ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"  # the AWS blog post's name (docs/container.md); also: PYTORCH_ALLOC_CONF
+# The variable that the AWS blog post sets (docs/container.md). PyTorch also reads PYTORCH_ALLOC_CONF.
+ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
 SPARE_GIB = 10  # added to a volume for the image's scratch space, logs and SageMaker's copies
 # Prefixes of keys that do not change what is trained.
 IGNORED_KEYS = ("tracking.", "hardware.price_usd_hour", "hardware.spot_price_usd_hour")

@@ -85,8 +85,8 @@ def locked(run_dir: Path) -> Iterator[None]:
 def load_finished(recipe: Recipe) -> Result | None:
     """Return the result if the run is finished; else None.
 
-    A run is finished if it has train.max_train_steps steps or more, and its exported model is complete. With
-    checkpoint.resume other than auto, the run starts over, so that it is never finished."""
+    A run is finished if it has train.max_train_steps steps or more, and its exported model is complete. An earlier
+    result counts only if checkpoint.resume is auto."""
     run_dir = recipe.run_dir
     if recipe.checkpoint.resume != "auto":
         return None
@@ -149,7 +149,7 @@ def remove_hydra_record(run_dir: Path) -> None:
 
 
 def remove_if_unused(run_dir: Path) -> None:
-    """Remove a run folder without results or checkpoints, unless another process is starting a run in it."""
+    """Remove a run folder with no files except KEPT_ON_RESTART, unless another process is starting a run in it."""
     if run_dir.is_dir() and {entry.name for entry in run_dir.iterdir()} <= KEPT_ON_RESTART:
         with suppress(UserError), locked(run_dir):
             shutil.rmtree(run_dir, ignore_errors=True)

@@ -31,7 +31,10 @@ def is_main_process() -> bool:
 
 
 def download_if_remote(path: str | None, cache: str = "runs/s3") -> str | None:
-    """Return a local path unchanged. Download an S3 address, which must be complete, and return the local path."""
+    """Return a local path unchanged, or download an S3 address and return its local path.
+
+    An S3 folder must be complete; a single file needs no manifest.
+    """
     if not is_remote(path):
         return path
     from dreambooth.storage import folders

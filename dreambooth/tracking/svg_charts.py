@@ -169,7 +169,7 @@ def _place_on_axis(values: Sequence[str | float], top: float,
         return [ticks[str(value)] for value in values], ticks
     finite = [number for number in numbers if math.isfinite(number)]
     low, high = _value_range(finite)
-    if min(finite, default=0) > 0 and high > 20 * min(finite):  # a log scale, as for learning rates
+    if min(finite, default=0) > 0 and high > 20 * min(finite):  # log scale: learning rates vary by factors
         low, high, numbers = math.log(min(finite)), math.log(max(finite)), [
             math.log(n) if math.isfinite(n) else n for n in numbers]
         finite = [number for number in numbers if math.isfinite(number)]
