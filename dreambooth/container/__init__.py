@@ -1,5 +1,6 @@
-"""What runs inside the image: the SageMaker training contract, the processes that train, the published model.
+"""Code that runs inside the container image: reads the inputs of a SageMaker job and starts the training processes.
 
-Hyperparameters (hyperparameters.py), folders (sagemaker_paths.py), hosts and GPUs (cluster.py), the child process
-(supervisor.py). May import folders from errors to cloud; no Hydra, and torch in torchrun.py only.
+Main files: hyperparameters.py, sagemaker_paths.py (folders), cluster.py (hosts and GPUs), supervisor.py (child
+processes), publish_model.py. May import cloud and the folders to its left; imports no Hydra, and torch in torchrun.py
+only.
 """

@@ -1,4 +1,4 @@
-"""Hyperparameters of the original blog post's notebook, translated to configuration keys."""
+"""Translates hyperparameters of a blog post's notebook, from which this project grew, to configuration keys."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,13 +15,13 @@ ATTENTIONS = {"default": "sdpa", "sdpa": "sdpa", "xformers": "xformers", "sliced
 
 @dataclass
 class BlogSettings:
-    """The settings that a job's blog hyperparameters ask for."""
+    """The configuration settings that a job's blog hyperparameters select."""
 
     overrides: dict[str, str] = field(default_factory=dict)  # key -> value in Hydra's grammar
     names: dict[str, str] = field(default_factory=dict)  # key -> name of the hyperparameter that sets it
-    paths: dict[str, str] = field(default_factory=dict)  # key -> a folder, or a hub id
-    notices: list[str] = field(default_factory=list)
-    save_by_epochs: bool = False  # checkpoint.every counts passes over the photos
+    paths: dict[str, str] = field(default_factory=dict)  # key -> folder or hub id
+    notices: list[str] = field(default_factory=list)  # messages for the log
+    save_by_epochs: bool = False  # whether checkpoint.every counts passes over the photos, not steps
     upload_uri: str | None = None  # S3 folder for a copy of the model
 
 
@@ -61,7 +61,7 @@ def _choose_optimizer(raw: str) -> str:
     return "adamw8bit" if hyperparameter_values.parse_bool(raw) else "adamw"
 
 
-ALIASES: dict[str, tuple[str, Converter]] = {  # blog hyperparameter -> configuration key, how its value is converted
+ALIASES: dict[str, tuple[str, Converter]] = {  # blog hyperparameter -> configuration key, converter of the value
     "model_name": ("name", _format_text),
     "mixed_precision": ("precision", _choose_from(PRECISIONS)),
     "with_prior_preservation": ("prior.with_prior_preservation", _format_bool),
@@ -85,7 +85,7 @@ ALIASES: dict[str, tuple[str, Converter]] = {  # blog hyperparameter -> configur
     "gradient_checkpointing": ("memory.gradient_checkpointing", _format_bool),
     "use_8bit_adam": ("optimizer", _choose_optimizer),
 }
-PATH_ALIASES = {
+PATH_ALIASES = {  # blog hyperparameter -> configuration key of a folder or hub id
     "pretrained_model_name_or_path": "model.source",
     "instance_data_dir": "dataset.instance_dir",
     "class_data_dir": "dataset.class_dir",
@@ -96,10 +96,10 @@ NAMES = (*ALIASES, *PATH_ALIASES, *KEYLESS)
 
 
 def parse(hyperparameters: Mapping[str, str], paths: SageMakerPaths) -> BlogSettings:
-    """Translate those hyperparameters that have a blog name; ignore the others.
+    """Translate the hyperparameters that have a blog name; ignore the others.
 
     Raises:
-        ConfigError: values have the wrong type; one problem per hyperparameter, all of them together.
+        ConfigError: values are not valid. The error lists one problem per invalid hyperparameter.
     """
     settings = BlogSettings()
     problems: list[str] = []

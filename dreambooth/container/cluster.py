@@ -10,7 +10,7 @@ from typing import Any
 
 MASTER_PORT = "29500"  # PyTorch's default
 COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
-# Seconds that PyTorch's launcher waits for processes to save a checkpoint. SageMaker kills the job after 120.
+# Seconds that PyTorch's launcher gives its processes to save a checkpoint. SageMaker kills the job after 120 seconds.
 SHUTDOWN_TIMEOUT = "110"
 
 
@@ -21,7 +21,7 @@ class Cluster:
     hosts: tuple[str, ...] = ("localhost",)
     host: str = "localhost"  # this host
     processes_per_host: int = 1
-    network_interface: str | None = None  # between hosts
+    network_interface: str | None = None  # interface for traffic between hosts
     instance_type: str | None = None
 
     @property
@@ -35,7 +35,10 @@ class Cluster:
         return len(self.hosts) * self.processes_per_host
 
     def train_command(self, overrides: list[str], environment: Mapping[str, str] = os.environ) -> list[str]:
-        """The command that trains with these overrides: one process, or data parallel through PyTorch's launcher."""
+        """Return the command that trains with these overrides.
+
+        The command is a single process, or PyTorch's launcher for data parallel training.
+        """
         train = ["-m", "dreambooth.train", *overrides]
         if self.world_size == 1:
             return [sys.executable, *train]
@@ -47,14 +50,14 @@ class Cluster:
                 "--master-addr", self.hosts[0], "--master-port", environment.get("MASTER_PORT", MASTER_PORT), *train]
 
     def network_environment(self) -> dict[str, str]:
-        """Environment variables by which NCCL and Gloo find the other hosts."""
+        """Return the environment variables that tell NCCL and Gloo which interface reaches the other hosts."""
         if len(self.hosts) == 1 or not self.network_interface:
             return {}
         return {"NCCL_SOCKET_IFNAME": self.network_interface, "GLOO_SOCKET_IFNAME": self.network_interface}
 
 
 def parse_resource_config(resource_config: Mapping[str, Any], processes_per_host: int) -> Cluster:
-    """The cluster that resourceconfig.json describes; this machine alone if the file names no hosts."""
+    """Return the cluster that resourceconfig.json describes, or this machine alone if the file names no hosts."""
     if not resource_config.get("hosts"):
         return Cluster(processes_per_host=processes_per_host,
                        instance_type=resource_config.get("current_instance_type"))
@@ -64,16 +67,16 @@ def parse_resource_config(resource_config: Mapping[str, Any], processes_per_host
 
 
 def limit_to_one_process(cluster: Cluster) -> Cluster:
-    """The same cluster with one process per host, for a run that does not use the GPUs."""
+    """Return the same cluster with one process per host, for a run that does not use the GPUs."""
     return replace(cluster, processes_per_host=1)
 
 
 def count_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
-    """Number of CUDA devices on this host.
+    """Return the number of CUDA devices on this host.
 
-    SM_NUM_GPUS decides if it is set. Otherwise PyTorch counts, in a separate process, so that this one need not import
-    torch. Without any /dev/nvidiaN PyTorch is not asked at all. Device files only show that there are GPUs: a
-    container that was given some of the host's GPUs sees them under the host's numbers.
+    SM_NUM_GPUS decides if it is set. Otherwise PyTorch counts the devices in a separate process, so that this process
+    need not import torch. If there is no file /dev/nvidiaN, the result is 0 without starting PyTorch. These files only
+    show that GPUs exist: in a container with access to some of the host's GPUs, the files have the host's numbers.
     """
     if gpus := environment.get("SM_NUM_GPUS"):
         return int(gpus) if gpus.isdecimal() else 0

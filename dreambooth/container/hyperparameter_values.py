@@ -1,7 +1,7 @@
-"""Strict parsers for the values of hyperparameters, which arrive as text, plain or JSON-encoded.
+"""Strict parsers for the values of hyperparameters. Each value is a string, either plain or JSON-encoded.
 
-"False" is false and "maybe" is an error. Each parser raises ValueError with the second half of a sentence whose
-subject is the hyperparameter's name.
+`parse_bool` returns False for "False" and raises an error for "maybe". Each parser raises ValueError with a message
+such as "must be a whole number, not 'x'". The caller puts the hyperparameter's name before it.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def parse_text(raw: str) -> str:
-    """Parse a text. Remove the backslashes that the blog's notebook puts before spaces for its shell."""
+    """Parse a string. Remove the backslashes that the blog's notebook puts before spaces to escape them for a shell."""
     value = decode_json(raw)
     if isinstance(value, str):
         raw = value
@@ -45,7 +45,7 @@ def parse_float(raw: str) -> float:
 
 
 def decode_json(raw: str) -> Any:
-    """The value that a JSON text encodes; None if the text is not JSON."""
+    """Return the value that a JSON string encodes, or None if the string is not JSON."""
     try:
         return json.loads(raw)
     except (ValueError, RecursionError):
@@ -53,9 +53,10 @@ def decode_json(raw: str) -> Any:
 
 
 def quote(text: str) -> str:
-    """Quote a text so that Hydra's override grammar reads exactly this text.
+    """Quote a string so that Hydra's override parser returns exactly this string.
 
-    In that grammar a backslash is an escape only before a quote and before ${, which starts an interpolation.
+    In Hydra's grammar, a backslash is an escape character only before a quote and before ${, which starts an
+    interpolation.
     """
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     escaped = re.sub(r"(\\+)$", r"\1\1", re.sub(r"(\\*)'", r"\1\1\\'", text))

@@ -1,7 +1,7 @@
-"""Turns the hyperparameters and channels of a job into the overrides of one run.
+"""Converts the hyperparameters and channels of a SageMaker job to the Hydra overrides of one run.
 
-Precedence, lowest first: the instance type, blog hyperparameters, channels, overrides. An override may leave a blog
-hyperparameter or a channel without effect; a notice in the log then says so.
+Precedence, lowest first: the instance type, blog hyperparameters, channels, hyperparameters that are overrides. If an
+override makes a blog hyperparameter or a channel ineffective, a notice is added to the log.
 """
 
 import difflib
@@ -23,37 +23,37 @@ CHANNEL_KEYS = {  # channel of the job -> configuration key that its folder sets
     "images": "dataset.instance_dir", "training": "dataset.instance_dir", "train": "dataset.instance_dir",
     "class_images": "dataset.class_dir", "base_model": "model.source", "model": "model.source",
 }
-SDK_CHANNELS = ("code", "sm_drivers")  # channels in which the SageMaker SDK sends files of its own
-SDK_PREFIXES = ("sagemaker_", "_tuning_")  # of hyperparameters that the SDK adds for its own containers
-SUPERSEDED = {"model": ("model.source", "model.resolution")}  # overridden group -> keys that it then decides
+SDK_CHANNELS = ("code", "sm_drivers")  # channels that the SageMaker SDK adds for its own files
+SDK_PREFIXES = ("sagemaker_", "_tuning_")  # prefixes of hyperparameters that the SDK adds for its own containers
+SUPERSEDED = {"model": ("model.source", "model.resolution")}  # config group -> keys that an override of it also sets
 CUDA_ONLY = {"precision": ("fp16",), "attention": ("xformers",)}  # options that hardware=cpu does not support
-BLOG_HARDWARE = "g4dn"
+BLOG_HARDWARE = "g4dn"  # for blog hyperparameters on an unknown instance type
 
 
 @dataclass
 class RunRequest:
-    """The run that a job asks for."""
+    """The overrides of the run that a job requests, and what happens around the run."""
 
     overrides: dict[str, str] = field(default_factory=dict)  # key -> value in Hydra's grammar, in this order
     notices: list[str] = field(default_factory=list)
-    save_by_epochs: bool = False  # checkpoint.every counts passes over the photos
+    save_by_epochs: bool = False  # whether checkpoint.every counts passes over the photos, not steps
     upload_uri: str | None = None  # S3 folder for a copy of the model
 
     def to_args(self) -> list[str]:
-        """The overrides as command-line arguments."""
+        """Return the overrides as command-line arguments."""
         return [f"{key}={value}" for key, value in self.overrides.items()]
 
 
 @dataclass(frozen=True)
 class OverrideGrammar:
-    """What Hydra and the schema know about override names and values.
+    """Checks of override names and values against Hydra's grammar and the configuration schema.
 
-    The caller provides it, because this folder does not import Hydra.
+    The caller provides these functions, because this folder does not import Hydra.
     """
 
     is_known: Callable[[str], bool]  # whether a name is the key of a setting or group
     keys: tuple[str, ...]  # known keys, to suggest one for a misspelt name
-    is_single_value: Callable[[str], bool]  # whether Hydra parses an override, and not as a sweep
+    is_single_value: Callable[[str], bool]  # whether Hydra parses an override as one value: no error and no sweep
 
 
 def build_request(
@@ -63,10 +63,10 @@ def build_request(
     """Translate hyperparameters and channels to the overrides of one run.
 
     Args:
-        hardware: option of the group hardware for this machine; None if there is none.
+        hardware: option of the config group `hardware` for this machine; None if the machine has no option.
 
     Raises:
-        ConfigError: names are unknown or values have the wrong type; all problems together.
+        ConfigError: names are unknown or values are not valid. The error lists all problems.
     """
     user_hyperparameters = {name: raw for name, raw in hyperparameters.items() if not name.startswith(SDK_PREFIXES)}
     problems = [*_check_names(user_hyperparameters, grammar), *_check_channels(channels)]
@@ -116,7 +116,7 @@ def _check_channels(channels: Mapping[str, Path]) -> list[str]:
 
 
 def _to_override_value(name: str, raw: str, grammar: OverrideGrammar) -> str:
-    """A value in Hydra's grammar. A text that Hydra cannot parse, or would parse as a sweep, is quoted."""
+    """Return a value in Hydra's grammar. Quote a string that Hydra cannot parse or would parse as a sweep."""
     value = hyperparameter_values.decode_json(raw)
     if isinstance(value, str):
         raw = value
@@ -126,7 +126,10 @@ def _to_override_value(name: str, raw: str, grammar: OverrideGrammar) -> str:
 def _merge_inputs(
     blog: BlogSettings, channels: Mapping[str, Path], request: RunRequest
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Input folders and hub ids by key, and the channel of each key that has one. A channel beats a blog name."""
+    """Return the input folder or hub id of each key, and the channel of each key that a channel sets.
+
+    A channel takes precedence over a blog hyperparameter.
+    """
     inputs, channel_names = dict(blog.paths), {}
     for name, folder in channels.items():
         if key := CHANNEL_KEYS.get(name):
@@ -140,13 +143,13 @@ def _merge_inputs(
 def _find_superseded(
     blog: BlogSettings, channel_names: Mapping[str, str], explicit: Mapping[str, str], request: RunRequest
 ) -> set[str]:
-    """The keys set by a blog name or a channel that an override decides instead; add a notice for each."""
+    """Return the keys whose blog hyperparameter or channel is ineffective due to an override; add a notice for each."""
     sources = {**blog.names, **channel_names}
     deciders = {key: group for group, keys in SUPERSEDED.items() if group in explicit
                 for key in keys if key not in channel_names}
     if explicit.get("hardware") == "cpu":
         deciders |= {key: "hardware" for key, options in CUDA_ONLY.items() if blog.overrides.get(key) in options}
-    if explicit.get("dataset", "folder") != "folder":  # every other dataset option brings its own photos
+    if explicit.get("dataset", "folder") != "folder":  # other dataset options define their own photos
         deciders |= {key: "dataset" for key in (*blog.paths, *channel_names) if key.startswith("dataset.")}
     deciders |= {key: key for key in explicit}
     superseded = {key: decider for key, decider in deciders.items() if key in sources}
@@ -156,10 +159,10 @@ def _find_superseded(
 
 
 def _prepare_class_images(inputs: dict[str, str], paths: SageMakerPaths, request: RunRequest) -> None:
-    """Make `dataset.class_dir` usable: drop an empty folder, copy one below the job's input.
+    """Make `dataset.class_dir` usable: remove the key of an empty folder, and copy a folder below the job's input.
 
-    The blog's folder is where class images are stored, and may still be empty. The job's input is read-only and may be
-    streamed. A folder in S3 stays as it is: the run downloads it like any other.
+    In the blog's notebook, this folder also receives generated class images, so it may still be empty. The job's input
+    is read-only and may be streamed. A folder in S3 is left as it is: the run downloads it like any other S3 folder.
 
     Raises:
         UserError: the path is not a folder, or cannot be read.

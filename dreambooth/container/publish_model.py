@@ -13,10 +13,10 @@ RUN_FILES = ("contact_sheet.png", "run.json", "evaluation.json", "result.json")
 
 
 def publish(run_dir: Path, target: Path) -> None:
-    """Publish the run's model and the files that describe it to `target`.
+    """Copy the run's model, and the files that describe the run, to `target`.
 
-    `target`/model becomes a diffusers folder with a manifest; uploaded to S3 it can be a `model.source`. Files of an
-    earlier run in `target` are removed first: otherwise they would describe the wrong model.
+    `target`/model becomes a diffusers folder with a manifest. Uploaded to S3, the folder can be used as `model.source`.
+    Files of an earlier run in `target` are removed first: otherwise they would describe the wrong model.
 
     Raises:
         DoesNotFit: the disk is full; the run's own folder is unchanged.
@@ -32,12 +32,12 @@ def publish(run_dir: Path, target: Path) -> None:
                 with write_file(target / name) as temporary:
                     shutil.copyfile(run_dir / name, temporary)
     except (OSError, shutil.Error) as error:
-        raise DoesNotFit(f"the model could not be written to {target} ({error}): it is kept in {run_dir}; "
-                         "give the job a larger volume and repeat it") from error
+        raise DoesNotFit(f"the model could not be written to {target} ({error}) and is kept in {run_dir}: "
+                         "give the job a larger volume and repeat the job") from error
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """Hard-link a file, which takes no space; copy it if both folders are not on one disk."""
+    """Hard-link a file, which takes no disk space. Copy the file if the two folders are on different disks."""
     try:
         os.link(source, target)
     except OSError:

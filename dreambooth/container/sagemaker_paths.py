@@ -30,34 +30,34 @@ class SageMakerPaths:
 
     @property
     def model(self) -> Path:
-        """SageMaker uploads this folder when the job has finished."""
+        """Output folder that SageMaker uploads as the model when the job has finished."""
         return self.base / "model"
 
     @property
     def checkpoints(self) -> Path:
-        """SageMaker keeps this folder in sync with S3 and restores it when a spot instance is replaced.
+        """Folder that SageMaker keeps in sync with S3 and restores when a spot instance is replaced.
 
-        Run folders are therefore created here.
+        Run folders are therefore created in it.
         """
         return self.base / "checkpoints"
 
     @property
     def cache(self) -> Path:
-        """Downloads from s3://. Not below `checkpoints`: SageMaker would upload and restore them as well."""
+        """Folder of downloads from S3. It is not below `checkpoints`, where SageMaker would upload and restore it."""
         folder = self.base / "cache"
         writable = os.access(folder if folder.exists() else self.base, os.W_OK)
         return folder if writable else Path(tempfile.gettempdir()) / "dreambooth-s3"
 
     @property
     def failure(self) -> Path:
-        """File with the reason of a failure; SageMaker shows its first 1024 characters."""
+        """File for the reason of a failure, of which SageMaker shows the first 1024 characters."""
         return self.base / "output/failure"
 
     def check_writable(self) -> None:
         """Check that the output folders can be written; create them if they are missing.
 
         Raises:
-            UserError: one cannot be created or written.
+            UserError: an output folder cannot be created or written.
         """
         for folder in (self.model, self.checkpoints):
             try:
@@ -70,15 +70,15 @@ class SageMakerPaths:
                                 f"owns, such as docker run -v ./out:{self.base}")
 
     def relocate(self, path: str) -> str:
-        """Move a path below /opt/ml to the base folder; return any other path unchanged."""
+        """Return a path below /opt/ml as the same path below the base folder, and any other path unchanged."""
         inside = Path(path).is_absolute() and Path(path).is_relative_to(DEFAULT_BASE)
         return str(self.base / Path(path).relative_to(DEFAULT_BASE)) if inside else path
 
     def read_config(self, name: str) -> dict[str, Any]:
-        """Read a JSON file of input/config; empty if it does not exist, as on a laptop.
+        """Read a JSON file from input/config. Return {} if the file does not exist, as outside SageMaker.
 
         Raises:
-            UserError: the file does not hold a JSON object.
+            UserError: the file does not contain a JSON object.
         """
         path = self.base / "input/config" / name
         try:
@@ -90,14 +90,14 @@ class SageMakerPaths:
         return config
 
     def channels(self) -> dict[str, Path]:
-        """Folder of each channel by its name: those of inputdataconfig.json, else every folder in input/data.
+        """Return the folder of each channel by name: those in inputdataconfig.json, or else all folders in input/data.
 
         Raises:
-            UserError: a channel has the input mode Pipe, which streams and has no files.
+            UserError: a channel has the input mode Pipe, which streams data instead of providing files.
         """
         config = self.read_config("inputdataconfig.json")
         for name, settings in config.items():
             if isinstance(settings, dict) and settings.get("TrainingInputMode") == "Pipe":
-                raise UserError(f"channel {name} has the input mode Pipe: give it File, or FastFile")
+                raise UserError(f"channel {name} has the input mode Pipe: use the input mode File, or FastFile")
         folders = [entry.name for entry in self.data.iterdir() if entry.is_dir()] if self.data.is_dir() else []
         return {name: self.data / name for name in sorted(config or folders)}

@@ -1,4 +1,4 @@
-"""Runs a command as a child process: forwards signals to it and reports how it ended, also if it was killed."""
+"""Runs a command as a child process, forwards signals to it, and reports how it ended, even if it was killed."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from dreambooth.errors import EXIT_REPORT_DIR, Interrupted
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_INTERVAL = 0.2  # seconds
-STOPPED_EARLY = "stopped before the first step; start it again to continue"
+STOPPED_EARLY = "stopped before the first step; start the job again to continue"
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class ExitStatus:
     """How a command ended."""
 
     code: int = 0
-    message: str = ""  # the reason, unless the code is 0
+    message: str = ""  # the reason of a failure; empty if the code is 0
 
 
 class Supervisor:
-    """Runs the commands of a job, and stands between the container's signals and the processes that train.
+    """Runs the commands of a job, and forwards the container's signals to the training processes.
 
-    The supervisor survives when the child is killed because memory ran out, and can report it. Each child gets a
-    session of its own, so that Ctrl-C in a terminal reaches it once, through the supervisor.
+    If a child process is killed because memory ran out, the supervisor survives and reports it. Each child runs in its
+    own session, so that Ctrl-C in a terminal reaches the child once, through the supervisor.
     """
 
     def __init__(self) -> None:
@@ -49,10 +49,10 @@ class Supervisor:
         """Run a command and wait for its end; forward each signal once.
 
         Args:
-            launcher: the command is container/torchrun.py. Signals then go to the processes that it started, not to
-                the launcher itself, because PyTorch's launcher ends its processes one after the other.
-            stopped: message for a signal that arrives before the command starts, or that ends the command before it
-                can report by itself.
+            launcher: whether the command is container/torchrun.py. If so, signals are sent to its worker processes and
+                not to the launcher itself, because PyTorch's launcher stops its workers one after the other.
+            stopped: message for a signal that arrives before the command starts, or that ends the command before the
+                command can write its own report.
         """
         if self._signals:
             return self._report_interruption(stopped)
@@ -70,23 +70,23 @@ class Supervisor:
                     forwarded += 1
 
     def _exit_status(self, code: int, folder: Path, stopped: str = STOPPED_EARLY) -> ExitStatus:
-        """The status of a child.
+        """Return the exit status of a child process.
 
         Args:
             code: exit code, negative for a signal.
-            folder: reports of the child's processes (cli.py writes them).
+            folder: contains the exit reports that the child's processes wrote (in cli.py).
         """
         reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
         # A killed process writes no report, and reports of the others only describe the consequences.
         if code and reports and code != -signal.SIGKILL:
-            # Processes that wait for the failed one report an internal error: prefer a user-facing error ("meant").
+            # Processes that wait for the failed one report internal errors: prefer a user-facing error ("meant").
             report = min(reports, key=lambda report: (not report["meant"], report["rank"]))
             return ExitStatus(report["code"], report["sentence"])
         if code < 0 and -code in self._signals:
             return self._report_interruption(stopped)
         if code < 0:
             name = signal.Signals(-code).name
-            advice = ": most likely host memory ran out; take a larger instance" if -code == signal.SIGKILL else ""
+            advice = ": most likely host memory ran out; use a larger instance" if -code == signal.SIGKILL else ""
             return _report(128 - code, f"a process of the job was killed by {name}{advice}")
         if code:
             return _report(code, f"the job ended with exit code {code}: see its log for the reason")
@@ -97,7 +97,7 @@ class Supervisor:
 
 
 def _report(code: int, message: str) -> ExitStatus:
-    """Print a message that no child process has printed."""
+    """Print a message that no child process has printed, and return the exit status."""
     print(f"dreambooth: {message}", file=sys.stderr)
     return ExitStatus(code, message)
 

@@ -1,7 +1,7 @@
-"""PyTorch's launcher without its traceback: the training process that failed has already printed one sentence.
+"""PyTorch's launcher without its traceback: the failed training process has already printed its error message.
 
-It exits with the code of the process that failed first, or with 128 plus the number of the signal that killed it, as a
-shell does.
+The launcher exits with the code of the process that failed first. If a signal killed that process, the code is 128 plus
+the signal's number, as in a shell.
 """
 
 import signal
@@ -13,10 +13,10 @@ from torch.distributed.run import main
 
 
 def root_exit_code(failures: Collection[ProcessFailure]) -> int:
-    """The exit code of the process that caused the other failures; negative for a signal.
+    """Return the exit code of the process that caused the other failures; the code is negative for a signal.
 
-    A process killed by SIGKILL prints nothing, and the others fail at once because they wait for it: it counts before
-    them. The launcher itself ends the remaining processes by SIGTERM, and much later by SIGKILL.
+    A process killed by SIGKILL prints nothing, and the processes that wait for it fail at once, so it takes precedence
+    over them. The launcher itself ends the remaining processes by SIGTERM, and much later by SIGKILL.
     """
     first_failure = min(failure.timestamp for failure in failures)
     # Timestamps are whole seconds: failures within one second may have happened in any order.

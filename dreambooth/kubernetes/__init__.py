@@ -1,5 +1,5 @@
-"""Workflow files for Kubernetes, made from conf/: Argo, Kubeflow Trainer, Katib, Kubeflow Pipelines, kustomize.
+"""Workflow files for Kubernetes, generated from conf/: Argo, Kubeflow Trainer, Katib, Kubeflow Pipelines, kustomize.
 
-Files are built as dicts and dumped as YAML in render.py; none is a text template. May import folders from errors to
-container; no Hydra, no torch.
+Files are built as dicts, which render.py writes as YAML; there are no text templates. May import container and the
+folders to its left; imports neither Hydra nor torch.
 """

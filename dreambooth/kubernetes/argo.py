@@ -12,29 +12,32 @@ from dreambooth.kubernetes import pod_spec
 from dreambooth.kubernetes.workflow_spec import WorkflowSpec
 
 API_VERSION = "argoproj.io/v1alpha1"
-OUTPUT_FOLDER = "/tmp/stage"  # where a stage writes what Argo reads
+OUTPUT_FOLDER = "/tmp/stage"  # a stage writes its outputs for Argo into this folder
 TRAIN, SWEEP, NIGHTLY = "dreambooth-train", "dreambooth-sweep", "dreambooth-nightly"
 DAY = 86400  # seconds
-SIGTERM = 143  # exit code of a process that was stopped before it could exit by itself
+SIGTERM = 143  # exit code of a process that was killed by SIGTERM (128 + 15)
 # Retry a pod that was lost with its node, or a run that was stopped and has saved its state. Do not retry wrong input,
 # too little memory or divergence: the result would be the same.
 RETRY_IF = f'lastRetry.status == "Error" || asInt(lastRetry.exitCode) in [{Interrupted.exit_code}, {SIGTERM}]'
 # No maxDuration: Argo counts it from the start of the first attempt, so a run of many hours would never be retried.
 RETRY = {"limit": "5", "retryPolicy": "Always", "expression": RETRY_IF, "backoff": {"duration": "30s", "factor": "2"}}
-# One run folder per night, named after the workflow. Photos in S3 may have changed since the last night, which the
-# folder of an earlier run would refuse. A stage that is retried finds the checkpoints of its own night.
+# One run folder per night, named after the workflow. The photos in S3 may have changed since the last night, and a run
+# folder refuses to resume with other photos. A stage that is retried finds the checkpoints of its own night.
 NIGHTLY_RUN_DIR = "hydra.run.dir=${run_root}/${name}-${tracking.sweep}"
 
 
 def build_train_template(spec: WorkflowSpec) -> dict[str, Any]:
-    """The WorkflowTemplate of one run: validate -> class-images -> train -> evaluate -> promote."""
+    """Build the WorkflowTemplate of one run: validate -> class-images -> train -> evaluate -> promote."""
     tasks = [_task("validate"), _task("class-images", "validate"), _task("train", "class-images", trial=""),
              _task("evaluate", "train", run=_output_of("train", "run")), _task("promote", "evaluate")]
     return _workflow_template(TRAIN, spec, [{"name": "run", "dag": {"tasks": tasks}}, *_stages(spec, "")], {})
 
 
 def build_sweep_template(spec: WorkflowSpec) -> dict[str, Any]:
-    """The WorkflowTemplate of a sweep, one run per point of the search space. Failed trials do not stop promotion."""
+    """Build the WorkflowTemplate of a sweep, with one run per point of the search space.
+
+    Failed trials do not prevent promotion.
+    """
     trials = _task("trials", "class-images", template="trial", trial="{{item}}")
     trials["withParam"] = _output_of("validate", "trials")
     tasks = [_task("validate"), _task("class-images", "validate"), trials,
@@ -48,7 +51,7 @@ def build_sweep_template(spec: WorkflowSpec) -> dict[str, Any]:
 
 
 def build_nightly_workflow(spec: WorkflowSpec) -> dict[str, Any]:
-    """An example CronWorkflow: train on the current photos every night; the new model replaces the champion."""
+    """Build an example CronWorkflow that trains on the current photos every night and replaces the champion."""
     return {
         "apiVersion": API_VERSION, "kind": "CronWorkflow", "metadata": {"name": NIGHTLY},
         "spec": {
@@ -75,10 +78,10 @@ def _workflow_template(
 
 
 def _stages(spec: WorkflowSpec, space: str) -> list[dict[str, Any]]:
-    """One template per stage.
+    """Build one template per stage.
 
     Args:
-        space: name of the search space, or the Argo parameter that holds it; empty for a single run.
+        space: name of the search space, or the Argo parameter that contains it; empty for a single run.
     """
     overrides = ["--words", "{{workflow.parameters.overrides}}"]
     run_root, sweep_tag = f"run_root={pod_spec.RUNS_MOUNT}", "tracking.sweep={{workflow.name}}"
@@ -116,7 +119,7 @@ def _output_parameters(*names: str) -> dict[str, Any]:
 
 
 def _output_artifacts(*names: str) -> dict[str, Any]:
-    """Artifacts as single files, not as tar archives. They are optional: a run may make no contact sheet."""
+    """Build artifacts that are single files, not tar archives. They are optional: a run may write no contact sheet."""
     return {"artifacts": [{"name": name.partition(".")[0].replace("_", "-"), "path": f"{OUTPUT_FOLDER}/{name}",
                            "archive": {"none": {}}, "optional": True} for name in names]}
 

@@ -1,14 +1,14 @@
-"""The report at the end of an Argo workflow: which stages failed, why, and what to do."""
+"""Formats the report at the end of an Argo workflow: which stages failed, why, and what to do."""
 
 import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
-ADVICE = {  # by exit code
+ADVICE = {  # exit code -> explanation and advice
     "1": "wrong input, or an internal error: see its log",
-    "3": "the run does not fit the GPU, the host or the disk: its log says what to type",
-    "4": "out of memory: its log says what to type",
+    "3": "the run does not fit into GPU memory, host memory or the disk: see its log for advice",
+    "4": "out of memory: see its log for advice",
     "5": "interrupted several times: submit the same workflow again to resume the run",
     "6": "the loss is no longer a number: lower train.learning_rate",
     "137": "killed, most likely because host memory ran out: use a larger instance",
@@ -16,11 +16,11 @@ ADVICE = {  # by exit code
 
 
 def format_report(status: str, failures: str) -> Iterator[str]:
-    """Lines of the report: the workflow's status, then one line per failed pod.
+    """Yield the lines of the report: the workflow's status, then one line per failed pod.
 
     Args:
         status: Argo's `workflow.status`.
-        failures: Argo's `workflow.failures`, as JSON. If the workflow did not fail, it may be null or not JSON at all.
+        failures: Argo's `workflow.failures`, as JSON. If the workflow did not fail, the value may be null or not JSON.
     """
     yield f"the workflow ended: {status or 'without a status'}"
     try:

@@ -1,7 +1,7 @@
-"""Hands the results of a stage to Kubeflow Pipelines: output parameters, and artifacts with metadata.
+"""Passes the results of a stage to Kubeflow Pipelines: output parameters, and artifacts with metadata.
 
-A container component receives its executor input (`{{$}}`), which names a file for each output parameter, an address
-for each artifact, and a file for the artifacts' metadata.
+A container component receives its executor input (`{{$}}`), which names a file for each output parameter, a URI for
+each artifact, and a file for the artifacts' metadata.
 """
 
 import base64
@@ -13,7 +13,7 @@ from typing import Any
 from dreambooth.errors import UserError
 from dreambooth.utils import atomic_files
 
-OUTPUT_FILES = {"Output": "trials"}  # output parameter -> file of the stage, where the names differ
+OUTPUT_FILES = {"Output": "trials"}  # output parameter -> file of the stage, if the names differ
 MOUNT_POINTS = {"gs://": "/gcs/", "s3://": "/s3/", "minio://": "/minio/"}  # where the launcher mounts object stores
 HTML_PAGE = '<!doctype html><title>dreambooth</title><img alt="contact sheet" src="data:image/png;base64,{picture}">'
 
@@ -46,7 +46,7 @@ def write_outputs(executor_input: str, stage_folder: Path) -> None:
 
 
 def to_local_path(uri: str) -> Path:
-    """The path of an artifact in the container."""
+    """Return the local path of an artifact inside the container."""
     for scheme, folder in MOUNT_POINTS.items():
         if uri.startswith(scheme):
             return Path(folder + uri.removeprefix(scheme))
@@ -59,13 +59,13 @@ def _write_artifact(name: str, artifact: dict[str, Any], stage_folder: Path) -> 
 
 
 def _read_result_metrics(target: Path, stage_folder: Path) -> dict[str, float]:
-    """Objective and scores of a run, which ML Metadata stores and the UI compares."""
+    """Return the objective and scores of a run, which ML Metadata stores and the UI compares."""
     result = json.loads((stage_folder / "result.json").read_text(encoding="utf-8"))
     return {"objective": result["objective"], **result.get("scores", {})}
 
 
 def _read_evaluation_metrics(target: Path, stage_folder: Path) -> dict[str, float]:
-    """Scores of the last evaluated step: those of the exported weights."""
+    """Return the scores of the last evaluated step, which are the scores of the exported weights."""
     evaluation = json.loads((stage_folder / "evaluation.json").read_text(encoding="utf-8"))
     steps: dict[str, dict[str, float]] = evaluation["steps"]
     return steps[max(steps, key=int)]
@@ -80,12 +80,12 @@ def _write_contact_sheet(target: Path, stage_folder: Path) -> None:
 
 
 def _write_model(target: Path, stage_folder: Path) -> dict[str, Any]:
-    """Copy the folder of the promoted model; return what promoted.json says about it."""
+    """Copy the folder of the promoted model, and return the strings and numbers of promoted.json."""
     promoted: dict[str, Any] = json.loads((stage_folder / "promoted.json").read_text(encoding="utf-8"))
     shutil.copytree(promoted["model"], target, dirs_exist_ok=True)
     return {key: value for key, value in promoted.items() if isinstance(value, str | int | float)}
 
 
-WRITERS = {  # artifact -> writes its file, if it has one, and returns its metadata
+WRITERS = {  # artifact -> function that writes the artifact's file, if there is one, and returns its metadata
     "metrics": _read_result_metrics, "measures": _read_evaluation_metrics, "contact_sheet": _write_contact_sheet,
     "model": _write_model}

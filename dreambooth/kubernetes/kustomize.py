@@ -1,4 +1,4 @@
-"""Kustomizations, and the plain Kubernetes objects of the base: namespace, roles, volume. One overlay per machine."""
+"""Builds kustomizations: a base and one overlay per machine. The base also contains namespace, roles and volume."""
 
 from typing import Any
 
@@ -14,24 +14,24 @@ KUSTOMIZATION = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kusto
 
 
 def build_argo_kustomization() -> dict[str, Any]:
-    """The kustomization of the WorkflowTemplates."""
+    """Build the kustomization of the WorkflowTemplates."""
     return KUSTOMIZATION | {"resources": [f"{name}.yaml" for name in (argo.TRAIN, argo.SWEEP)]}
 
 
 def build_base_kustomization() -> dict[str, Any]:
-    """The kustomization of everything that all machines share."""
+    """Build the base kustomization: everything that all machines share."""
     return KUSTOMIZATION | {"namespace": NAMESPACE,
                             "resources": ["namespace.yaml", "rbac.yaml", "volume.yaml", "../argo"]}
 
 
 def build_namespace() -> list[dict[str, Any]]:
-    """The namespace of all objects."""
+    """Build the namespace of all objects."""
     return [{"apiVersion": "v1", "kind": "Namespace", "metadata": {
         "name": NAMESPACE, "labels": {"pod-security.kubernetes.io/enforce": "baseline"}}}]
 
 
 def build_rbac() -> list[dict[str, Any]]:
-    """A role for workflow pods, which report their results, and a role for users who submit workflows."""
+    """Build a role for workflow pods, which report their results, and a role for users who submit workflows."""
     pod_rules = [{"apiGroups": ["argoproj.io"], "resources": ["workflowtaskresults"], "verbs": ["create", "patch"]}]
     submitter_rules = [
         {"apiGroups": ["argoproj.io"], "resources": ["workflows", "workflowtemplates", "cronworkflows"],
@@ -60,14 +60,14 @@ def _role(name: str, rules: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def build_volume() -> list[dict[str, Any]]:
-    """The PersistentVolumeClaim of runs, which pods on several nodes share."""
+    """Build the PersistentVolumeClaim for run folders, which pods on several nodes share."""
     return [{
         "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": pod_spec.CLAIM},
         "spec": {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "200Gi"}}}}]
 
 
 def build_overlay(base: WorkflowSpec, machine: WorkflowSpec) -> dict[str, Any]:
-    """The kustomization of another machine: its differences from the base's templates, as JSON patches."""
+    """Build the overlay of another machine: its differences from the base's templates, as JSON patches."""
     patches = []
     for build in (argo.build_train_template, argo.build_sweep_template):
         base_template = build(base)
@@ -80,7 +80,10 @@ def build_overlay(base: WorkflowSpec, machine: WorkflowSpec) -> dict[str, Any]:
 
 
 def _diff(old: Any, new: Any, path: str) -> list[dict[str, Any]]:
-    """JSON Patch (RFC 6902) operations that turn `old` into `new`. Lists of equal length are compared item by item."""
+    """Return JSON Patch (RFC 6902) operations that turn `old` into `new`.
+
+    Lists of equal length are compared item by item.
+    """
     if old == new:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
@@ -101,6 +104,6 @@ def _diff(old: Any, new: Any, path: str) -> list[dict[str, Any]]:
 
 
 def _dump_patch(operations: list[dict[str, Any]]) -> str:
-    """A patch as the text that kustomize expects."""
+    """Return a patch as the YAML string that kustomize expects."""
     text: str = yaml.safe_dump(operations, sort_keys=False, width=120)
     return text

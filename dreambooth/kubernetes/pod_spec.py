@@ -1,4 +1,4 @@
-"""Parts of a pod that all workflow files share: GPU, node selector, volume of runs, settings and credentials."""
+"""Parts of a pod that all workflow files share: GPU, node selector, runs volume, settings and credentials."""
 
 import math
 from typing import Any
@@ -9,22 +9,22 @@ from dreambooth.config.hardware import Hardware
 CLAIM = "dreambooth-runs"  # PersistentVolumeClaim with runs, class images and downloads from the hub
 RUNS_MOUNT = "/runs"  # mount path of that volume
 KFP_WORKSPACE = "/kfp-workspace"  # mount path of the workspace of a Kubeflow pipeline
-SERVICE_ACCOUNT = "dreambooth"  # of workflow pods
+SERVICE_ACCOUNT = "dreambooth"  # service account of workflow pods
 CONFIG_MAP, SECRET = "dreambooth", "dreambooth-secrets"  # both are optional
 CONFIG_MAP_KEYS = ("MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION")
 SECRET_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
                "AWS_SESSION_TOKEN")
-USER_ID = 1000  # the image's user
+USER_ID = 1000  # user of the container image
 GRACE_PERIOD = 120  # seconds between SIGTERM and SIGKILL, as under SageMaker
 GPU_RESOURCE = "nvidia.com/gpu"
 GPU_STAGES = ("class-images", "train", "evaluate")  # stages that generate images or train
-MEMORY_SHARE = 0.75  # of the host's memory: the node reserves some for itself
-SMALL_RESOURCES = {  # of a stage without a GPU
+MEMORY_SHARE = 0.75  # share of host memory for the pod, because the node reserves some memory for itself
+SMALL_RESOURCES = {  # resources of a stage without a GPU
     "requests": {"cpu": "500m", "memory": "2Gi"}, "limits": {"memory": "6Gi"}}
 
 
 def resources(hardware: Hardware, gpus: int = 1) -> dict[str, Any]:
-    """Requests and limits of a pod that trains, as Kubernetes quantities (texts)."""
+    """Return the requests and limits of a pod that trains, as Kubernetes quantities (strings)."""
     memory = f"{math.floor((hardware.host_ram_gib or 8) * MEMORY_SHARE)}Gi"
     quantities: dict[str, Any] = {"requests": {"cpu": "2", "memory": memory}, "limits": {"memory": memory}}
     if hardware.device is not Device.cpu:
@@ -33,7 +33,7 @@ def resources(hardware: Hardware, gpus: int = 1) -> dict[str, Any]:
 
 
 def placement(hardware: Hardware) -> dict[str, Any]:
-    """Node selector and tolerations. GPU nodes usually have a taint with the name of the GPU resource."""
+    """Return the node selector and tolerations. GPU nodes usually have a taint named after the GPU resource."""
     if hardware.device is Device.cpu:
         return {}
     tolerations = [{"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"}]
@@ -43,34 +43,34 @@ def placement(hardware: Hardware) -> dict[str, Any]:
 
 
 def security_context() -> dict[str, Any]:
-    """Security context of a pod: not root; the volume belongs to the image's user."""
+    """Return the security context of a pod: it does not run as root, and the image's user owns the volume."""
     return {"runAsNonRoot": True, "runAsUser": USER_ID, "runAsGroup": USER_ID, "fsGroup": USER_ID,
             "seccompProfile": {"type": "RuntimeDefault"}}
 
 
 def volumes() -> list[dict[str, Any]]:
-    """The volume of runs."""
+    """Return the volume of run folders."""
     return [{"name": "runs", "persistentVolumeClaim": {"claimName": CLAIM}}]
 
 
 def volume_mounts() -> list[dict[str, Any]]:
-    """Where the volume of runs is mounted."""
+    """Return the mount of the volume of run folders."""
     return [{"name": "runs", "mountPath": RUNS_MOUNT}]
 
 
 def env() -> list[dict[str, Any]]:
-    """Put the hub's cache on the volume, so that a base model is downloaded once."""
+    """Return the environment variable that puts the hub cache on the volume: base models are downloaded only once."""
     return [{"name": "HF_HOME", "value": f"{RUNS_MOUNT}/huggingface"}]
 
 
 def env_from() -> list[dict[str, Any]]:
-    """All settings of the ConfigMap and all credentials of the Secret, as far as they exist."""
+    """Return references to all settings of the ConfigMap and all credentials of the Secret. Both are optional."""
     return [{"configMapRef": {"name": CONFIG_MAP, "optional": True}},
             {"secretRef": {"name": SECRET, "optional": True}}]
 
 
 def env_by_key() -> list[dict[str, Any]]:
-    """The same settings and credentials one by one, for objects that do not support `envFrom`."""
+    """Return the same settings and credentials as one reference per key, for objects that do not support `envFrom`."""
     sources = dict.fromkeys(CONFIG_MAP_KEYS, ("configMapKeyRef", CONFIG_MAP)) | dict.fromkeys(
         SECRET_KEYS, ("secretKeyRef", SECRET))
     return [{"name": key, "valueFrom": {kind: {"name": name, "key": key, "optional": True}}}
@@ -78,6 +78,6 @@ def env_by_key() -> list[dict[str, Any]]:
 
 
 def container(image: str, command: list[str], args: list[str]) -> dict[str, Any]:
-    """A container with image, command, credentials and the volume of runs."""
+    """Return a container with image, command, settings, credentials and the volume of run folders."""
     return {"image": image, "command": command, "args": args, "env": env(), "envFrom": env_from(),
             "volumeMounts": volume_mounts()}

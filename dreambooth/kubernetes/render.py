@@ -12,7 +12,7 @@ HEADER = "# Written from conf/ by python -m dreambooth.workflows render, which o
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Dumps without anchors, and texts of several lines as block literals."""
+    """YAML dumper that writes no anchors, and writes strings of several lines as block literals."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -26,7 +26,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def render_files(spec: WorkflowSpec) -> dict[str, str]:
-    """All files: path below workflows/ -> text."""
+    """Render all files. Return a dict: path below workflows/ -> YAML content."""
     files: Mapping[str, Sequence[dict[str, Any]]] = {
         "argo/kustomization.yaml": [kustomize.build_argo_kustomization()],
         f"argo/{argo.TRAIN}.yaml": [argo.build_train_template(spec)],

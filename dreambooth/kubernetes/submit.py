@@ -1,4 +1,4 @@
-"""Submits a workflow to a cluster, as rendered: Argo through hera, Kubeflow through its own SDK."""
+"""Submits a rendered workflow to a cluster: to Argo through hera, to Kubeflow through Kubeflow's SDK."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from dreambooth.kubernetes.workflow_spec import WorkflowSpec
 
 KINDS = ("train", "sweep", "trainjob", "trainjob-multi", "katib")
 MISSING_PACKAGE = "needs a package: pip install 'dreambooth[workflows]'"
-ARGO_SERVER, ARGO_TOKEN = "ARGO_SERVER", "ARGO_TOKEN"  # environment variables, those of the argo command
+ARGO_SERVER, ARGO_TOKEN = "ARGO_SERVER", "ARGO_TOKEN"  # environment variables, as for the argo command
 
 
 def submit(spec: WorkflowSpec, kind: str, namespace: str, name: str | None = None) -> str:
@@ -19,7 +19,7 @@ def submit(spec: WorkflowSpec, kind: str, namespace: str, name: str | None = Non
 
     Args:
         kind: one of KINDS.
-        name: of the TrainJob or Experiment; None: the rendered name. Argo generates its own.
+        name: name of the TrainJob or Experiment; None: the rendered name. Argo ignores it and generates a name.
 
     Raises:
         UserError: a package or the server's address is missing, or the cluster rejects the workflow.
@@ -35,7 +35,7 @@ def submit(spec: WorkflowSpec, kind: str, namespace: str, name: str | None = Non
 
 
 def _submit_to_argo(spec: WorkflowSpec, kind: str, namespace: str) -> str:
-    """Submit a Workflow of the WorkflowTemplate in the cluster, with these overrides; return its name."""
+    """Submit a Workflow from the cluster's WorkflowTemplate, with the overrides of `spec`; return its name."""
     try:
         from hera.workflows import WorkflowsService
         from hera.workflows.models import WorkflowSubmitRequest
@@ -54,14 +54,18 @@ def _submit_to_argo(spec: WorkflowSpec, kind: str, namespace: str) -> str:
     try:
         service = WorkflowsService(host=host, token=os.environ.get(ARGO_TOKEN), namespace=namespace)
         workflow = service.submit_workflow(request, namespace=namespace)
-    except Exception as error:  # hera has one class per HTTP status, requests has others
+    except Exception as error:  # hera raises one class per HTTP status; requests raises others
         raise UserError(f"Argo at {host} rejected the workflow ({_short_message(error)}): check {ARGO_SERVER} and "
                         f"{ARGO_TOKEN}") from error
     return str(workflow.metadata.name)
 
 
 def _create_kubeflow_object(manifest: dict[str, Any], namespace: str) -> str:
-    """Create a TrainJob or an Experiment through the Kubeflow SDK's connection to the cluster; return its name."""
+    """Create a TrainJob or an Experiment through the Kubeflow SDK's connection to the cluster; return its name.
+
+    Raises:
+        UserError: the SDK is not installed, or the cluster rejects the object.
+    """
     try:
         from kubeflow.common.types import KubernetesBackendConfig
         from kubeflow.trainer import TrainerClient
@@ -79,7 +83,7 @@ def _create_kubeflow_object(manifest: dict[str, Any], namespace: str) -> str:
 
 
 def _short_message(error: Exception) -> str:
-    """The server's message, or the first 300 characters of the error."""
+    """Return the server's message, or the first 300 characters of the error."""
     cause = error.__cause__ if getattr(error, "body", None) is None and error.__cause__ else error
     with suppress(ValueError, TypeError, KeyError):
         return str(json.loads(getattr(cause, "body", ""))["message"] or getattr(cause, "reason", ""))

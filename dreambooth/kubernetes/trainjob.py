@@ -1,4 +1,4 @@
-"""Kubeflow Trainer v2: a run as a TrainJob, on one GPU or data parallel on several.
+"""Kubeflow Trainer v2: builds the TrainJob of a run, on one GPU or data parallel on several GPUs.
 
 The runtime `torch-distributed` sets PET_* environment variables, which torchrun reads.
 """
@@ -14,17 +14,17 @@ API_VERSION = "trainer.kubeflow.org/v1alpha1"
 NAME = "dreambooth"
 RUNTIME = "torch-distributed"
 MANAGER = "dreambooth.workflows"  # owner of the runtime patch
-MULTI_GPU_MACHINES = {  # option of hardware -> size of its larger machine, GPUs, host memory in GiB
+MULTI_GPU_MACHINES = {  # hardware option -> size of a larger machine of that family, GPUs, host memory in GiB
     "g4dn": ("12xlarge", 4, 192), "g5": ("12xlarge", 4, 192), "g6": ("12xlarge", 4, 192)}
 
 
 def build_trainjob(spec: WorkflowSpec) -> dict[str, Any]:
-    """The TrainJob of a run in one process."""
+    """Build the TrainJob of a run in one process."""
     return _trainjob(spec, NAME, ["python", "-m", "dreambooth.train"], [], 1)
 
 
 def build_multi_gpu_trainjob(spec: WorkflowSpec) -> dict[str, Any]:
-    """The TrainJob of a run on the larger machine of the same family, with one process per GPU.
+    """Build the TrainJob of a run on a larger machine of the same family, with one process per GPU.
 
     Raises:
         UserError: no machine of this family with several GPUs is known.
@@ -52,9 +52,9 @@ def _trainjob(spec: WorkflowSpec, name: str, command: list[str], module_args: li
 
 
 def _runtime_patch(spec: WorkflowSpec) -> dict[str, Any]:
-    """What the runtime's pod template lacks: node selector, volume, user, service account.
+    """Build a patch that adds node selector, volume, user and service account to the runtime's pod template.
 
-    `node` is the runtime's name for the replicated job, and for the container, that trains.
+    In the runtime, the replicated job that trains and its container are both named `node`.
     """
     pod = {**pod_spec.placement(spec.hardware), "serviceAccountName": pod_spec.SERVICE_ACCOUNT,
            "securityContext": pod_spec.security_context(),

@@ -1,8 +1,8 @@
-"""memory.offload_optimizer: optimizer state, fp32 master weights and the EMA in host memory.
+"""memory.offload_optimizer: keeps optimizer state, fp32 master weights and the EMA in host memory.
 
 The device computes with a copy of the weights. Each gradient is moved to the host as soon as it exists and accumulated
-there in fp32. The device's copy holds in half precision exactly what autocast would cast the weights to, so the results
-are those of the plain optimizer.
+there in fp32. The half-precision weights in the device's copy are exactly those to which autocast would cast the master
+weights, so the results are the same as with the plain optimizer.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ class OffloadedOptimizer(StreamingOptimizer):
     """An optimizer over fp32 copies, in host memory, of the trained parameters of `model`.
 
     Args:
-        model: its trained matrices are put into `half`; see `cast_to_half`.
-        factory: makes the optimizer of the fp32 copies.
+        model: the model on the device; its trained matrices are cast to `half`, see `cast_to_half`.
+        factory: creates the optimizer of the fp32 copies.
         half: the compute precision.
     """
 
@@ -72,19 +72,22 @@ class OffloadedOptimizer(StreamingOptimizer):
         self._share_state()
 
     def _share_state(self) -> None:
-        """Share groups and state with the inner optimizer: schedules set the learning rate here, it reads it there."""
+        """Share parameter groups and state with the inner optimizer.
+
+        A schedule sets the learning rate of this optimizer, and the inner optimizer has to use it.
+        """
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
 
 
 def cast_to_half(model: nn.Module, half: torch.dtype, embeddings: bool = False) -> None:
-    """Put the trained weights of linear and convolution layers into `half`; normalisation layers stay as they are.
+    """Cast the trained weights of linear and convolution layers to `half`; leave normalisation layers unchanged.
 
     Autocast casts exactly these weights at every use. The parameters are replaced by new ones, so optimizers have to be
-    made afterwards.
+    created afterwards.
 
     Args:
-        half: fp32 changes nothing.
-        embeddings: also cast embedding tables. Their output is cast back to fp32, so that sums after it stay fp32.
+        half: the compute precision; fp32 changes nothing.
+        embeddings: also cast embedding tables. Their output is cast back to fp32, so that later sums stay fp32.
     """
     for module in model.modules():
         is_embedding = embeddings and isinstance(module, nn.Embedding)
@@ -98,7 +101,7 @@ def cast_to_half(model: nn.Module, half: torch.dtype, embeddings: bool = False) 
 
 @torch.no_grad()
 def _move_gradient(master: nn.Parameter, weight: Tensor) -> None:
-    """Add the gradient of a device weight to that of its master in host memory, and free it on the device."""
+    """Add the gradient of a device weight to its master's gradient in host memory, and free it on the device."""
     assert weight.grad is not None
     gradient = upcast_half(weight.grad.to(HOST))
     weight.grad = None

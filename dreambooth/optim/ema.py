@@ -4,7 +4,7 @@ The decay of step t = 1, 2, ... is min(ema_decay, (1 + t) / (10 + t)): fast at f
 
 With `every` = k the weights are averaged after each k-th step only, with the decay of all k steps: if d is the product
 of their decays, average = d * average + (1 - d) * weights. This equals averaging after every step if the weights had
-their final value during all k steps. The weights of the steps between do not enter the average.
+their final value during all k steps. The weights of the steps in between do not enter the average.
 """
 
 import math
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Averages, by name, of the trained parameters of a module or of a mapping of tensors.
+    """Exponential moving averages, by name, of the trained parameters of a module or of a mapping of tensors.
 
     Args:
         weights: the module or the tensors by name; only those with requires_grad are averaged.
         decay: the largest decay.
-        device: where the averages are kept; None: beside each weight.
+        device: device of the averages; None: each average is on the device of its weight.
         every: average after each `every`-th step only.
     """
 
@@ -36,17 +36,17 @@ class Ema:
         }
 
     def decay_at(self, update: int) -> float:
-        """The decay of step `update`, counted from 1."""
+        """Return the decay of step `update`, counted from 1."""
         return min(self.decay, (1 + update) / (10 + update))
 
     @torch.no_grad()
     def update(self, weights: nn.Module | Mapping[str, Tensor]) -> None:
-        """Count an optimizer step; after each `every`-th one, average the weights that it produced."""
+        """Count an optimizer step; after each `every`-th step, update the averages with the current weights."""
         self.updates += 1
         if self.updates % self.every:
             return
         weight = 1 - math.prod(self.decay_at(self.updates - back) for back in range(self.every))
-        # Averages and weights of the same device and dtype: one foreach call, which is a few kernels on a GPU.
+        # Weights on the device and in the dtype of their averages: one foreach call, which is a few kernels on a GPU.
         averages: list[Tensor] = []
         lives: list[Tensor] = []
         for name, parameter in _named(weights).items():
@@ -55,7 +55,7 @@ class Ema:
                 if live.device == average.device and live.dtype == average.dtype:
                     averages.append(average)
                     lives.append(live)
-                else:  # one at a time, because each needs a temporary copy
+                else:  # one weight at a time, because each needs a temporary copy
                     average.lerp_(live.to(average), weight)
         if averages:
             torch._foreach_lerp_(averages, lives, weight)
@@ -70,15 +70,15 @@ def swap_weights(model: nn.Module, weights: Mapping[str, Tensor], exact: bool = 
     """Put other weights into a module; on exit its own weights are restored bit for bit.
 
     Args:
-        exact: keep the precision and the device of `weights`, to write them to a file. By default they are cast and
-            moved to the module's, to compute with them.
+        exact: keep the precision and the device of `weights`, to write them to a file. By default the weights are cast
+            to the module's precision and moved to its device, to compute with them.
     """
     live = {name: parameter for name, parameter in model.named_parameters() if name in weights}
     devices = {name: parameter.device for name, parameter in live.items()}
     saved: dict[str, Tensor] = {}
     try:
         for name, parameter in live.items():
-            # If the averages are in host memory, the live weights move there: the device holds only one set.
+            # If the averages are in host memory, the live weights move there: the device holds only one set of weights.
             saved[name] = parameter.data.to(weights[name].device)
             parameter.data = weights[name].detach() if exact else weights[name].detach().to(parameter)
         yield

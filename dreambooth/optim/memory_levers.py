@@ -10,7 +10,7 @@
 
 A training run and the planner's rehearsal of it both call `build_training_optimizer(model, factory, ...)`, then
 `TrainState(model, optimizer, schedule, ema)`, then `train_step`. A run gets its factory from optimizers.py. The planner
-passes one whose optimizers only take the memory: any torch.optim.Optimizer with a `step` will do.
+passes a factory of optimizers that only allocate memory: any torch.optim.Optimizer with a `step` works.
 """
 
 import torch
@@ -26,15 +26,15 @@ from dreambooth.optim.stochastic_rounding import Rounder
 
 def build_training_optimizer(model: nn.Module, factory: OptimizerFactory, memory: Memory, half: torch.dtype,
                              seed: int) -> torch.optim.Optimizer:
-    """The optimizer of the trained parameters of `model` under the levers of `memory`.
+    """Build the optimizer of the trained parameters of `model`, as selected by the levers in `memory`.
 
-    With weights=half or offload_optimizer this also casts the model's trained matrices to `half`, as autocast would do
-    at every use. Normalisation layers stay fp32, as autocast computes them. Embeddings stay fp32 under
-    offload_optimizer and are cast with weights=half.
+    With weights=half or offload_optimizer, this function also casts the model's trained matrices to `half`, as autocast
+    would do at every use. Normalisation layers stay fp32, because autocast computes them in fp32. Embeddings stay fp32
+    with offload_optimizer, and are cast with weights=half.
 
     Args:
-        model: the TrainedModel itself (no wrapper), on the training device, with requires_grad set on what trains.
-        factory: makes an optimizer from a list of parameters.
+        model: the TrainedModel itself (no wrapper), on the training device; its trained parameters have requires_grad.
+        factory: creates an optimizer of a list of parameters.
         half: the compute precision; fp32 leaves weights as they are.
         seed: seed of stochastic rounding.
     """

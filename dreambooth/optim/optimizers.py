@@ -1,4 +1,4 @@
-"""The optimizer and the learning-rate schedule that the config names."""
+"""Builds the optimizer and the learning-rate schedule that the configuration selects."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,23 +11,27 @@ from dreambooth.config.enums import OptimizerKind
 from dreambooth.config.schema import Optimizer, Train
 
 BLOCK_SIZE = 256  # elements that share one scale in 8-bit optimizer state
-# The planner passes a factory that makes models of an optimizer's memory.
+# Creates the optimizer of a list of parameters. The planner passes a factory of optimizers that only allocate memory.
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 def optimizer_factory(spec: Optimizer, learning_rate: float) -> OptimizerFactory:
-    """A factory of `spec`'s optimizer. It is called once with all trained weights, or once for each of them."""
+    """Return a factory of the optimizer of `spec`.
+
+    The factory is called once with all trained weights, or once per trained weight.
+    """
     return partial(build_optimizer, spec=spec, learning_rate=learning_rate)
 
 
 def build_optimizer(parameters: list[nn.Parameter], spec: Optimizer, learning_rate: float) -> torch.optim.Optimizer:
-    """The optimizer over `parameters`.
+    """Build the optimizer of `parameters`.
 
-    - adamw: PyTorch's, with fp32 state. Fused, because the foreach form makes temporaries as large as the model.
-    - adamw8bit, paged_adamw8bit: bitsandbytes', with 8-bit state (Dettmers et al. 2022, arXiv:2110.02861).
-    - adafactor: transformers' (Shazeer & Stern 2018, arXiv:1804.04235), without relative steps and parameter scaling,
-      so that the learning rate means the same as with the other optimizers. torch.optim.Adafactor always multiplies it
-      by the root mean square of the weights.
+    - adamw: PyTorch's AdamW, with fp32 state. It is fused, because the foreach implementation allocates temporary
+      tensors as large as the model.
+    - adamw8bit, paged_adamw8bit: bitsandbytes' AdamW, with 8-bit state (Dettmers et al. 2022, arXiv:2110.02861).
+    - adafactor: transformers' Adafactor (Shazeer & Stern 2018, arXiv:1804.04235), without relative steps and parameter
+      scaling, so that the learning rate means the same as with the other optimizers. torch.optim.Adafactor always
+      multiplies the learning rate by the root mean square of the weights.
     """
     arguments: dict[str, Any] = {"lr": learning_rate, "weight_decay": spec.weight_decay}
     if spec.kind is OptimizerKind.adafactor:
@@ -45,12 +49,15 @@ def build_optimizer(parameters: list[nn.Parameter], spec: Optimizer, learning_ra
 
 
 def can_step_in_pieces(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether pieces of a weight, made of whole blocks, can be stepped like separate weights: not with Adafactor."""
+    """Return whether the optimizer can update pieces of a weight (whole blocks) as separate weights: not Adafactor."""
     return getattr(optimizer, "kind", None) is not OptimizerKind.adafactor and type(optimizer).__name__ != "Adafactor"
 
 
 def build_lr_scheduler(optimizer: torch.optim.Optimizer, train: Train) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule of that name from diffusers over max_train_steps; skipped optimizer steps do not advance it."""
+    """Build diffusers' learning-rate schedule `train.lr_scheduler` over max_train_steps.
+
+    Skipped optimizer steps do not advance the schedule.
+    """
     from diffusers.optimization import get_scheduler
 
     schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(

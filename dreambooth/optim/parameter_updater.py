@@ -1,9 +1,9 @@
-"""One trained parameter and the optimizers that update it. A large parameter in half precision is updated in pieces.
+"""Updates one trained parameter with its own optimizers. A large parameter in half precision is updated in pieces.
 
 A step temporarily needs the weight and its gradient in fp32: 0.22 GiB for the largest convolution of SD 1.5, which is
-more than the activations of its backward pass. Adam treats each element by itself, and its 8-bit form each block of 256
+more than the activations of its backward pass. Adam treats each element independently, and 8-bit Adam each block of 256
 elements (Dettmers et al. 2022, arXiv:2110.02861), so pieces of whole blocks give the same numbers. Adafactor factorises
-whole matrices, so its weights are never split.
+whole matrices, so weights are never split with Adafactor.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,10 +21,10 @@ SHARED_STATE = {"step", "qmap1", "qmap2"}  # entries of an optimizer's state tha
 
 
 class ParameterUpdater:
-    """Updates `parameter` with optimizers of its own: one, or one per piece.
+    """Updates `parameter` with its own optimizers: one for the whole parameter, or one per piece.
 
-    Full-precision parameters are stepped in place. Half-precision ones are stepped on fp32 copies, `targets`, which
-    hold memory only during the step.
+    Full-precision parameters are updated in place. Half-precision parameters are updated through fp32 copies,
+    `targets`, which occupy memory only during the step.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, factory: OptimizerFactory, rounder: Rounder | None) -> None:
@@ -42,18 +42,18 @@ class ParameterUpdater:
             self.optimizers.append(factory(self.targets[-1:]))
 
     def gradients(self) -> Iterator[Tensor]:
-        """The gradient, as a whole or piece by piece."""
+        """Yield the gradient, as a whole or piece by piece."""
         assert self.parameter.grad is not None
         whole = self.parameter.grad
         yield from (whole if span is None else whole.reshape(-1)[span] for span in self.spans)
 
     @torch.no_grad()
     def step(self, prepare: Callable[[Tensor], Tensor], learning_rate: Any, step: int) -> None:
-        """Step with the gradient and release it.
+        """Update the parameter with its gradient, and release the gradient.
 
         Args:
-            prepare: turns a piece of the gradient into what the optimizer receives (fp32).
-            step: number of completed steps, for the rounding.
+            prepare: converts a piece of the gradient to the fp32 tensor that the optimizer receives.
+            step: number of completed steps; it seeds the stochastic rounding.
         """
         if len(self.spans) == 1:
             gradient = prepare(next(self.gradients()))
@@ -65,14 +65,14 @@ class ParameterUpdater:
         self.parameter.grad = None
 
     def state(self) -> dict[str, Any]:
-        """The optimizer's state as if the parameter were stepped as a whole; {} before the first step."""
+        """Return the optimizer's state as if the parameter were updated as a whole; {} before the first step."""
         states = [optimizer.state_dict()["state"].get(0, {}) for optimizer in self.optimizers]
         if len(states) == 1 or not states[0]:
             return dict(states[0])
         return {key: _join([state[key] for state in states], key, self.parameter) for key in states[0]}
 
     def load(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> None:
-        """Load what `state` returned, with the hyperparameters of `group`."""
+        """Load a state that `state` returned, with the hyperparameters of `group`."""
         for optimizer, span in zip(self.optimizers, self.spans, strict=True):
             piece = {key: value if span is None else _cut(value, key, span, self.parameter)
                      for key, value in state.items()}
@@ -98,12 +98,15 @@ class ParameterUpdater:
 
 
 def _empty_copy(parameter: nn.Parameter) -> nn.Parameter:
-    """An fp32 parameter without elements on the same device; a step puts the values into it."""
+    """Return an fp32 parameter without elements on the same device. A step sets its values."""
     return nn.Parameter(torch.empty(0, dtype=torch.float32, device=parameter.device))
 
 
 def _spans(parameter: Tensor) -> list[slice | None]:
-    """The ranges of elements of the pieces, of about the same size and of whole blocks; [None]: not split."""
+    """Return the range of elements of each piece; [None] if the parameter is not split.
+
+    The pieces have about the same size and consist of whole blocks.
+    """
     count = -(-parameter.numel() // PIECE_SIZE)
     if count == 1 or not parameter.is_contiguous():
         return [None]
@@ -112,9 +115,9 @@ def _spans(parameter: Tensor) -> list[slice | None]:
 
 
 def _join(pieces: list[Any], key: str, parameter: Tensor) -> Any:
-    """One entry of the state of the whole parameter, from that of its pieces.
+    """Return one state entry of the whole parameter, joined from the same entry of its pieces.
 
-    The tensors have one number per element or one per block. bitsandbytes nests its own in a dict.
+    State tensors have one number per element or one per block. bitsandbytes nests its tensors in a dict.
     """
     if key in SHARED_STATE:
         return pieces[0]
@@ -125,7 +128,7 @@ def _join(pieces: list[Any], key: str, parameter: Tensor) -> Any:
 
 
 def _cut(value: Any, key: str, span: slice, parameter: Tensor) -> Any:
-    """The reverse of `_join`: one entry of the state of the piece at `span`."""
+    """Return one state entry of the piece at `span`, cut from the entry of the whole parameter (reverse of `_join`)."""
     if key in SHARED_STATE:
         return value
     if isinstance(value, dict):

@@ -1,9 +1,10 @@
-"""One optimizer per parameter: stepped during the backward pass, or after it on half-precision weights.
+"""An optimizer made of one optimizer per parameter, for memory.optimizer_in_backward and memory.weights=half.
 
-During the backward pass a gradient is used and released as soon as it exists, so that only one exists at a time. When
-the whole gradient has to be known first (its norm for clipping, overflow in fp16), a first pass measures it and a
-second pass steps. This takes about twice the forward and backward time and gives the same numbers, as far as the
-device's kernels are deterministic. A skipped fp16 step has no second pass and changes nothing.
+With optimizer_in_backward, each gradient is used and released as soon as the backward pass has computed it, so that
+only one gradient exists at a time. Clipping needs the norm of all gradients before the step, and fp16 needs to know
+whether one of them overflowed. In these cases a first forward and backward pass measures the gradients, and a second
+one updates the parameters. This takes about twice the forward and backward time. It gives the same numbers as far as
+the device's kernels are deterministic. A skipped fp16 step has no second pass and changes nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,14 +30,14 @@ from dreambooth.runtime.engine import Engine
 
 @dataclass
 class GradientStatistics:
-    """Norms of the gradients by parameter, and whether one of them overflowed."""
+    """The norm of each parameter's gradient, and whether a gradient overflowed."""
 
     inverse_scale: Tensor | None  # 1 / loss scale, (1,); None: no loss scaling
     found_inf: Tensor  # (1,): above 0 once a gradient was not finite
-    norms: dict[int, Tensor] = field(default_factory=dict)
+    norms: dict[int, Tensor] = field(default_factory=dict)  # number of the parameter -> norm of its gradient
 
     def unscale(self, gradient: Tensor) -> Tensor:
-        """The gradient divided by the loss scale; records in `found_inf` whether it is finite."""
+        """Return the gradient divided by the loss scale; record in `found_inf` whether it is finite."""
         if self.inverse_scale is None:
             return upcast_half(gradient)
         gradient = upcast_half(gradient) if gradient.element_size() < 4 else gradient.clone()
@@ -49,16 +50,18 @@ class GradientStatistics:
         self.norms[number] = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     def global_norm(self) -> Tensor:
-        """The norm of the norms in the order of the parameters, which is how clip_grad_norm_ computes it (0-d)."""
+        """Return the norm of all norms in parameter order (0-d), as clip_grad_norm_ computes the global norm."""
         norm: Tensor = torch.linalg.vector_norm(torch.stack([self.norms[number] for number in sorted(self.norms)]))
         return norm
 
 
 class PerParameterOptimizer(StreamingOptimizer):
-    """An optimizer for each of the parameters `trained`.
+    """An optimizer that updates each parameter with an optimizer of its own.
 
     Args:
-        in_backward: step during the backward pass, not after it.
+        trained: the trained parameters by name.
+        factory: creates the optimizer of a list of parameters.
+        in_backward: update during the backward pass, not after it.
         rounder: stores the results in half-precision parameters.
     """
 
@@ -90,7 +93,7 @@ class PerParameterOptimizer(StreamingOptimizer):
             if max_grad_norm is not None:  # the formula of clip_grad_norm_
                 factor = torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0)
             self._step_all(forward_backward, statistics, factor, step)
-        # Last, because it may raise the loss scale, and the second pass needs that of the first.
+        # This call comes last, because it may raise the loss scale, and both passes need the same scale.
         stepped = engine.update_scaler(statistics.found_inf)
         self.zero_grad(set_to_none=True)
         return losses, norm, stepped
@@ -106,7 +109,7 @@ class PerParameterOptimizer(StreamingOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         [group] = state_dict["param_groups"]
         if len(group["params"]) != len(self.updaters):
-            raise ValueError("the optimizer has another number of parameters")
+            raise ValueError("it has the optimizer state of a different number of parameters")
         self.param_groups[0].update(hyperparameters(group))
         for number, updater in enumerate(self.updaters):
             updater.load(state_dict["state"].get(number, {}), group)
@@ -119,7 +122,7 @@ class PerParameterOptimizer(StreamingOptimizer):
 
     @contextmanager
     def _on_each_gradient(self, act: Callable[[int, ParameterUpdater], None]) -> Iterator[None]:
-        """Call `act` with each parameter as soon as a backward pass has computed its gradient."""
+        """Call `act` for each parameter as soon as a backward pass has computed the parameter's gradient."""
         handles = [register_gradient_hook(
             updater.parameter, lambda _, n=number, updater=updater: act(n, updater))  # type: ignore[misc]
             for number, updater in enumerate(self.updaters)]
@@ -142,7 +145,7 @@ class PerParameterOptimizer(StreamingOptimizer):
 
     def _step_all(self, forward_backward: Callable[[], Tensor], statistics: GradientStatistics,
                   factor: Tensor | None, step: int) -> None:
-        """Step every parameter: in a second pass, or with the gradients that exist."""
+        """Update every parameter: in a second forward and backward pass, or with the gradients that are stored."""
         if self.in_backward:
             with self._on_each_gradient(partial(self._step_one, statistics, factor, step)):
                 forward_backward()

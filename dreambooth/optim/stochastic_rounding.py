@@ -1,7 +1,7 @@
-"""memory.rounding: how half-precision weights learn from small updates, by stochastic rounding or Kahan summation.
+"""memory.rounding: lets half-precision weights learn from small updates, by stochastic rounding or Kahan summation.
 
-An update is often smaller than half the distance between a half-precision weight and its neighbour. Rounding to nearest
-then loses it every time (Zamirai et al. 2021, arXiv:2010.06192).
+An update is often smaller than half the distance between a half-precision weight and the next representable value.
+Rounding to nearest then loses the update every time (Zamirai et al. 2021, arXiv:2010.06192).
 """
 
 from collections.abc import MutableMapping
@@ -13,7 +13,7 @@ from torch import Tensor
 from dreambooth.config.enums import Rounding
 from dreambooth.utils import rng
 
-# Significant bits, and the exponent of the smallest step between neighbours. bf16 reaches below 2**-126 only through
+# dtype -> significant bits, exponent of the smallest step between neighbours. In bf16, steps below 2**-126 would need
 # fp32 subnormals, which devices flush to zero.
 HALF_FORMATS = {torch.float16: (11, -24), torch.bfloat16: (8, -126)}
 
@@ -23,10 +23,10 @@ CHUNK_SIZE = 2**20  # elements rounded at a time; rounding temporarily takes sev
 def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Round `values` (fp32) to `dtype`, up or down at random, so that the expected result is the value itself.
 
-    Rounds down to a multiple of the step between neighbours, and one step up with the probability of the remainder
-    (Gupta et al. 2015, arXiv:1502.02551, section 3). This is exact in fp32, because a step is a power of two.
-    |result - value| is less than one step: 2**-7 of the value for bf16 and 2**-10 for fp16, or 2**-24 if that is more.
-    Values that are too large become the largest number of `dtype`.
+    A value is rounded down to a multiple of the step between neighbours. With a probability equal to the remainder, in
+    steps, it is rounded one step up instead (Gupta et al. 2015, arXiv:1502.02551, section 3). This is exact in fp32,
+    because a step is a power of two. |result - value| is less than one step: 2**-7 of the value for bf16, and 2**-10
+    for fp16, or 2**-24 if that is more. Values beyond the range of `dtype` become its largest number.
     """
     digits, smallest = HALF_FORMATS[dtype]
     exponent = torch.frexp(values).exponent
@@ -41,8 +41,8 @@ class Rounder:
 
     - stochastic: the random numbers are a function of (seed, step, name of the parameter), so that a resumed run rounds
       in the same way.
-    - kahan: what rounding to nearest lost is stored in half precision as `kahan` in the optimizer's state, and added
-      to the weight before the next step. Together they hold a weight to a relative precision of 2**-16 (bf16) or
+    - kahan: the error of rounding to nearest is stored in half precision as `kahan` in the optimizer's state, and added
+      to the weight before the next step. Weight and error together have a relative precision of 2**-16 (bf16) or
       2**-22 (fp16).
     """
 
@@ -51,7 +51,7 @@ class Rounder:
         self.seed = seed
 
     def to_fp32(self, parameter: Tensor, state: MutableMapping[str, Any]) -> Tensor:
-        """The value of `parameter` in fp32, with Kahan's compensation if there is one."""
+        """Return the value of `parameter` in fp32, with Kahan's compensation if there is one."""
         value = parameter.detach().float()
         return value + state["kahan"].float() if "kahan" in state else value
 

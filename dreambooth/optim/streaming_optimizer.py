@@ -1,4 +1,4 @@
-"""The interface of the optimizers behind the memory levers: they run the forward and backward pass themselves."""
+"""The interface of optimizers that save memory by running the forward and backward pass themselves."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -11,16 +11,16 @@ from dreambooth.runtime.engine import Engine
 
 
 class StreamingOptimizer(torch.optim.Optimizer):
-    """An optimizer that consumes gradients while they are produced, so that they never all exist at once.
+    """An optimizer that can use each gradient as soon as it is computed, so that not all gradients exist at once.
 
-    To schedules and checkpoints it looks like the plain optimizer over the same parameters: it has one parameter group
-    and the same `state_dict`. A run may therefore resume under other memory levers.
+    For schedules and checkpoints it is like the plain optimizer of the same parameters: it has one parameter group and
+    the same `state_dict`. A run may therefore resume with other memory settings.
     """
 
     @abstractmethod
     def update(self, forward_backward: Callable[[], Tensor], engine: Engine, max_grad_norm: float | None,
                step: int) -> tuple[Tensor, Tensor, bool]:
-        """Make one optimizer step.
+        """Perform one optimizer step.
 
         Args:
             forward_backward: runs the forward and backward pass of the whole batch and returns the losses.
@@ -34,22 +34,25 @@ class StreamingOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """The trained weights by name, in the precision in which they are trained and on the device that holds them."""
+        """Return the trained weights by name, in the precision in which they are trained, on the device they are on."""
 
     def sync_weights(self) -> None:
-        """Copy `weights()` to where the model computes, if that is elsewhere: after a step and after a checkpoint."""
+        """Copy `weights()` to the model's own parameters, if these are separate.
+
+        This is called after a step, and after a checkpoint was loaded.
+        """
 
 
 def upcast_half(tensor: Tensor) -> Tensor:
-    """A half-precision tensor in fp32; any other tensor as it is."""
+    """Return a half-precision tensor in fp32, and any other tensor unchanged."""
     return tensor.float() if tensor.element_size() < 4 else tensor
 
 
 def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    """A parameter group without its parameters."""
+    """Return a parameter group without its parameters."""
     return {key: value for key, value in group.items() if key != "params"}
 
 
 def register_gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> Any:
-    """Call `hook(parameter)` after each backward pass has accumulated its gradient; returns a handle to remove it."""
+    """Call `hook(parameter)` after each backward pass has accumulated its gradient; return a handle to remove it."""
     return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]

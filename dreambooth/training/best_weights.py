@@ -1,9 +1,9 @@
-"""The best weights of a run so far, by evaluate.select: the folder `best/` of the run, beside its checkpoints.
+"""Saves the best weights of a run so far, by evaluate.select, in the run's folder `best/`, beside its checkpoints.
 
 Only the weights that are sampled and exported are saved there, in fp32: the EMA, or the trained weights if there is no
-EMA. Checkpoint rotation never removes them. Candidates are the steps that evaluate.every names, and the last step. The
-last step is exported from memory, never from this folder, so a run that is extended later selects the same step as one
-that had all its steps from the start.
+EMA. Checkpoint rotation never removes them. Candidates are every `evaluate.every`-th step, and the last step. The last
+step is exported from memory, never from this folder, so a run that is extended later selects the same step as a run
+that had the larger number of steps from the start.
 """
 
 import json
@@ -25,20 +25,22 @@ WEIGHTS, STATE = "weights.safetensors", "state.json"
 
 def best_step(scores: Mapping[int, Mapping[str, float]], weights: Mapping[str, float], every: int,
               last: int) -> int | None:
-    """The candidate step with the greatest weighted sum of scores, and of equals the earliest; None: no candidate.
+    """Return the candidate step with the greatest weighted sum of scores, or None if there is no candidate.
+
+    Of steps with equal sums, return the earliest.
 
     Args:
         scores: the measures of every evaluated step.
         weights: the weight of each measure in the sum.
         every: evaluate.every.
-        last: candidates are up to this step, which is one itself; step 0, the base, never is.
+        last: the last candidate. Step 0, the base model, is never a candidate.
     """
     steps = sorted(step for step in scores if 0 < step <= last and (step % every == 0 or step == last))
     return max(steps, key=lambda step: weighted_sum(weights, scores[step]), default=None)
 
 
 def saved_step(folder: Path) -> int | None:
-    """The step whose weights are in `folder`, or None."""
+    """Return the step whose weights are in `folder`, or None if the folder has no complete weights."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         return int(state["step"]) if (folder / WEIGHTS).stat().st_size == state["size"] else None
@@ -50,7 +52,7 @@ def save(folder: Path, step: int, model: nn.Module) -> None:
     """Replace the contents of `folder` with the current weights of the trained module.
 
     Raises:
-        DoesNotFit: the disk is full; the previous contents stay.
+        DoesNotFit: the disk is full; the previous contents are kept.
     """
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     try:
@@ -64,7 +66,7 @@ def save(folder: Path, step: int, model: nn.Module) -> None:
 
 
 def needed_bytes(model: nn.Module) -> int:
-    """Disk space of the best weights, twice: the previous ones stay until better ones are written."""
+    """Return the disk space of two sets of weights: the previous ones are kept until better ones are written."""
     return 2 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

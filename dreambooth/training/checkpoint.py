@@ -1,4 +1,4 @@
-"""Checkpoints of the training state: `checkpoints/step-000100/`, written atomically, rotated, resumed bit for bit.
+"""Checkpoints of the training state in `checkpoints/step-000100/`: written atomically, rotated, resumed bit for bit.
 
 Tensors are stored as safetensors and the rest as JSON; there is no pickle. `_tensors` and `_numbers` list what a
 checkpoint contains. The order of the data and all random numbers are functions of (seed, step) and need no state.
@@ -23,14 +23,14 @@ FORMAT = 1
 
 
 def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.GradScaler, keep: int) -> Path:
-    """Write a checkpoint of `state`, then remove all but the newest `keep`. Returns its folder.
+    """Write a checkpoint of `state`, and return its folder. Then remove all but the newest `keep` checkpoints.
 
     Args:
         folder: the `checkpoints` folder of the run.
         model: the trained module itself, unwrapped.
 
     Raises:
-        DoesNotFit: the disk is full; earlier checkpoints are untouched.
+        DoesNotFit: the disk is full; earlier checkpoints are unchanged.
     """
     target = folder / f"step-{state.step:06d}"
     if not is_intact(target):
@@ -45,7 +45,7 @@ def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.Gr
 
 
 def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.GradScaler) -> None:
-    """Load a checkpoint into `state`. Hyperparameters such as the learning rate stay those of the current run.
+    """Load a checkpoint into `state`. Hyperparameters such as the learning rate are those of the current run.
 
     Args:
         model: the trained module itself, unwrapped.
@@ -69,7 +69,7 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
         if isinstance(state.optimizer, StreamingOptimizer):
             state.optimizer.sync_weights()
         _restore_lr_scheduler(state, numbers["schedule"])
-        if numbers["scaler"]:  # empty if the checkpoint is from a run without loss scaling; the scale then starts anew
+        if numbers["scaler"]:  # empty if the checkpoint's run had no loss scaling; the scale then has its initial value
             scaler.load_state_dict(numbers["scaler"])
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} cannot be resumed here ({error}): type checkpoint.resume=never") from error
@@ -78,7 +78,10 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
 
 
 def needed_bytes(state: TrainState, model: nn.Module, keep: int) -> int:
-    """Disk space of `keep` checkpoints and of one more during writing: fp32 weights, EMA and two Adam moments."""
+    """Return the disk space of `keep` checkpoints and of one more during writing.
+
+    A checkpoint contains fp32 weights, two Adam moments, and the EMA if there is one.
+    """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return (keep + 1) * 4 * trained * (3 + (state.ema is not None))
 
@@ -107,10 +110,10 @@ def _numbers(state: TrainState, scaler: torch.amp.GradScaler) -> dict[str, Any]:
 
 
 def _flatten(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split an optimizer's state into tensors, by 'parameter.name', and the rest, which becomes JSON.
+    """Split an optimizer's state into tensors, with keys such as '0.exp_avg' (parameter 0), and JSON values.
 
-    bitsandbytes nests part of a parameter's state in a dict, and also reads it without the nesting. Its table of 8-bit
-    values is one tensor shared by all parameters. safetensors does not write shared tensors, so copies are made.
+    bitsandbytes nests part of a parameter's state in a dict, and can also load it without the nesting. Its table of
+    8-bit values is one tensor shared by all parameters. safetensors does not write shared tensors, so they are copied.
     """
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {"param_groups": state_dict["param_groups"], "state": {}}
@@ -129,7 +132,7 @@ def _flatten(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
 
 
 def _unflatten(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    """The reverse of `_flatten`."""
+    """Return the optimizer's state that `_flatten` split."""
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in rest["state"].items()}
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
@@ -139,7 +142,7 @@ def _unflatten(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, An
 
 def _use_current_hyperparameters(saved: list[dict[str, Any]],
                                  optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The saved parameter groups with the hyperparameters of the current run."""
+    """Return the saved parameter groups with the hyperparameters of the current run."""
     current = [hyperparameters(group) for group in optimizer.param_groups]
     if [group.keys() - {"params"} for group in saved] != [group.keys() for group in current]:
         raise ValueError("it was trained with another optimizer")
@@ -150,7 +153,7 @@ def _restore_lr_scheduler(state: TrainState, saved: dict[str, Any]) -> None:
     """Continue the learning-rate schedule at the saved step, from the learning rate of the current run."""
     scheduler: Any = state.lr_scheduler
     scheduler.load_state_dict(saved | {"base_lrs": scheduler.base_lrs})
-    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):  # every schedule of diffusers is one
+    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):  # every schedule of diffusers is a LambdaLR
         scheduler._last_lr = [rate * factor(scheduler.last_epoch)
                               for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
         for group, rate in zip(state.optimizer.param_groups, scheduler._last_lr, strict=True):
@@ -170,7 +173,11 @@ def _match_strides(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def _load_weights(saved: dict[str, Tensor], into: dict[str, Any], path: Path) -> None:
-    """Copy saved tensors into trained ones; ValueError if names or shapes differ."""
+    """Copy saved tensors into the trained tensors.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
     trained = {name: t for name, t in into.items() if not isinstance(t, nn.Parameter) or t.requires_grad}
     if mismatched := [name for name in saved.keys() | trained.keys()
                       if name not in saved or name not in trained or saved[name].shape != trained[name].shape]:

@@ -1,4 +1,4 @@
-"""Evaluation during training: measures the base model and some of the steps, and selects the weights to export."""
+"""Evaluation during training: scores the base model and some of the steps, and selects the weights to export."""
 
 import logging
 from collections.abc import Iterator
@@ -30,12 +30,13 @@ log = logging.getLogger(__name__)
 class EvaluationHook:
     """Evaluates every `evaluate.every` steps and after the last one, and saves the best weights so far.
 
-    It is called after CheckpointHook. If the process is killed during an evaluation, a checkpoint of that step exists,
-    and `before_training` of the resumed run makes up for the evaluation.
+    The hook is called after CheckpointHook. If the process is killed during an evaluation, a checkpoint of that step
+    exists, and `before_training` of the resumed run repeats the evaluation.
 
-    The base model is measured too, as step 0. By default this happens before the first evaluation, with a second copy
-    of the base, so that the first step does not wait for it. On a GPU a second model may not fit beside the optimizer's
-    state, so there the base is measured before the first step, while the trained module still is the base.
+    The base model is evaluated too, as step 0. By default this happens just before the first evaluation, with a second
+    copy of the base model, so that the first training step does not wait. On a GPU a second model may not fit beside
+    the optimizer's state. The base model is then evaluated before the first training step, while the trained module
+    still has the base weights.
     """
 
     evaluator: Evaluator | None  # None: no evaluation
@@ -53,10 +54,10 @@ class EvaluationHook:
             self.evaluate(info.step)
 
     def before_training(self) -> None:
-        """Evaluate what is due before the first step of this process.
+        """Run the evaluation that is due before the first training step of this process, if there is one.
 
-        This is the base, if a new run starts on a GPU, or the step that a resumed run continues from, if it was due and
-        has not been evaluated.
+        A new run on a GPU evaluates the base model. A resumed run evaluates the step from which it resumes, if an
+        evaluation of this step was due and is missing.
         """
         step = self.setup.state.step
         if step == 0 and self.evaluator is not None and self.engine.device.type == "cuda":
@@ -66,7 +67,10 @@ class EvaluationHook:
             self.evaluate(step)
 
     def evaluate(self, step: int) -> None:
-        """Measure the base, unless that was done, and the state after `step` completed steps; save the best weights."""
+        """Evaluate the state after `step` completed steps, and save its weights if they are the best so far.
+
+        If the base model has not been evaluated yet, evaluate it first.
+        """
         if self.evaluator is None:
             return
         every = self.recipe.evaluate.every
@@ -86,7 +90,7 @@ class EvaluationHook:
         return self.recipe.run_dir / "best"
 
     def best_step(self, last: int) -> int | None:
-        """The best of the evaluated steps up to `last`; None without evaluate.select."""
+        """Return the best of the evaluated steps up to `last`, or None without evaluate.select."""
         spec = self.recipe.evaluate
         if self.evaluator is None or spec.select is None or spec.every is None:
             return None
@@ -95,15 +99,15 @@ class EvaluationHook:
 
     @contextmanager
     def exported_weights(self, exact: bool = False) -> Iterator[int]:
-        """Put the weights to export into the trained module, and yield their step: the best one, or the last one.
+        """Put the weights to export into the trained module, and yield their step: the best or the last step.
 
         Args:
-            exact: to write the weights, not to compute with them; see `swap_in_ema`.
+            exact: keep the precision of the weights, to write them to a file; see `swap_in_ema`.
         """
         last = self.setup.state.step
         step = self.best_step(last) or last
         if step != last and best_weights.saved_step(self.best_folder) != step:
-            log.warning("step %d is the best and its weights are not in %s any more: step %d is exported",
+            log.warning("step %d is the best, but its weights are no longer in %s: step %d is exported",
                         step, self.best_folder, last)
             step = last
         weights: AbstractContextManager[None] = swap_in_ema(self.setup, exact)
@@ -113,15 +117,15 @@ class EvaluationHook:
             yield step
 
     def scores(self, step: int) -> dict[str, float]:
-        """The measures of the state after `step` steps; empty if it was not evaluated."""
+        """Return the scores of the state after `step` completed steps; {} if it was not evaluated."""
         return self.evaluator.scores().get(step, {}) if self.evaluator else {}
 
     @contextmanager
     def _base_pipeline(self) -> Iterator[Any]:
-        """A pipeline of the base model.
+        """Yield a pipeline of the base model.
 
-        A resumed run on a GPU puts the base's weights into the trained module, one by one. The trained weights wait in
-        host memory, so that the GPU never holds a second model.
+        A resumed run on a GPU copies the base weights into the trained module, one by one. The trained weights are in
+        host memory meanwhile, so that the GPU never holds a second model.
         """
         if self.recipe.method.low_rank:
             with lora.disabled(self.setup.trained):
@@ -136,7 +140,7 @@ class EvaluationHook:
             yield self.setup.pipeline
 
     def _measure(self, step: int, pipeline: Any) -> bool:
-        """Evaluate a pipeline as step `step`. Returns False, and saves nothing, if a stop was requested meanwhile."""
+        """Evaluate a pipeline as step `step`. Return False, and save nothing, if a stop was requested meanwhile."""
         assert self.evaluator is not None
         return self.evaluator.evaluate(
             step, pipeline, self.engine.autocast, lambda: self.stop.signal_name is not None) is not None

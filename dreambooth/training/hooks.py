@@ -1,4 +1,4 @@
-"""Hooks: what happens after a step besides training. Logging, sampling and checkpoints are here.
+"""Hooks, which are called after every training step: logging, sampling and checkpoints.
 
 EvaluationHook is in evaluation_hook.py, StopHook in stop_hook.py. Each hook is called with the StepInfo of every step.
 """
@@ -23,26 +23,29 @@ from dreambooth.utils.console import Bar
 
 
 class Hook(Protocol):
-    """Something to do after steps."""
+    """The interface of a hook, which is called after every training step."""
 
     def due(self, step: int) -> bool:
-        """Whether the hook needs the state after this step, and not only its numbers.
+        """Return whether the hook needs the training state after this step, not only the StepInfo.
 
-        It is called once per step, right after the step was started.
+        This method is called once per step, right after the step was started.
         """
 
     def __call__(self, info: StepInfo) -> None:
-        """Called with every step, in order. If the hook was not due, the state may already be one step further."""
+        """Process a step. Steps come in order. If the hook was not due, the state may already be one step further."""
 
 
 class HookList:
-    """Several hooks as one."""
+    """A hook that calls several hooks in order."""
 
     def __init__(self, hooks: Sequence[Hook], *more: Hook) -> None:
         self.hooks = [*hooks, *more]
 
     def due(self, step: int) -> bool:
-        """Whether one of the hooks is due. Every hook is called, because StopHook needs the call after each step."""
+        """Return whether one of the hooks is due.
+
+        `due` of every hook is called, even after one returned True, because StopHook needs this call after each step.
+        """
         return sum(hook.due(step) for hook in self.hooks) > 0
 
     def __call__(self, info: StepInfo) -> None:
@@ -51,12 +54,12 @@ class HookList:
 
 
 def is_due(step: int, every: int | None, last: int) -> bool:
-    """Whether `step` is a multiple of `every`, or the last step; False if `every` is None."""
+    """Return whether `step` is a multiple of `every`, or the last step; False if `every` is None."""
     return every is not None and (step % every == 0 or step == last)
 
 
 def is_due_or_last(step: int, every: int | None, last: int) -> bool:
-    """Whether `step` is a multiple of `every`, or the last step, also if `every` is None."""
+    """Return whether `step` is a multiple of `every`, or the last step, which is due even if `every` is None."""
     return step == last or is_due(step, every, last)
 
 
@@ -70,7 +73,7 @@ class LogHook:
     _last_call: float = field(default_factory=time.monotonic)
 
     def due(self, step: int) -> bool:
-        """Always on a CPU, where reading the numbers one step late saves no time."""
+        """Return True on a CPU, where reading the metrics one step late saves no time."""
         return self.meter.device.type == "cpu"
 
     def __call__(self, info: StepInfo) -> None:
@@ -123,7 +126,7 @@ class CheckpointHook:
             self.save()
 
     def save(self) -> Path:
-        """Save the current state. Returns the folder of the checkpoint."""
+        """Save the current state, and return the folder of the checkpoint."""
         with self.meter.phase("save"):
             return checkpoint.save(
                 self.recipe.run_dir / "checkpoints", self.setup.state, self.setup.trained, self.engine.scaler,
@@ -134,8 +137,8 @@ def swap_in_ema(setup: Setup, exact: bool = False) -> AbstractContextManager[Any
     """Put the EMA weights into the trained module, if there is an EMA; on exit its own weights are restored.
 
     Args:
-        exact: to write the weights, not to compute with them: they keep their own precision. Without an EMA these are
-            the weights as they are trained.
+        exact: keep the precision of the weights, to write them to a file, not to compute with them. Without an EMA,
+            this puts the trained weights into the module in the precision in which they are trained.
     """
     if setup.state.ema is not None:
         return swap_weights(setup.trained, setup.state.ema.average, exact)

@@ -9,14 +9,14 @@ from dreambooth.models.pipeline import evaluating
 from dreambooth.training.setup import Setup
 from dreambooth.utils import rng
 
-TIMESTEPS_PER_PHOTO = 8  # the midpoints of as many equal parts of the noise schedule
+TIMESTEPS_PER_PHOTO = 8  # they are the midpoints of 8 equal parts of the noise schedule
 
 
 def instance_loss(setup: Setup) -> float:
-    """Mean squared error of the model's predictions over the instance photos, with the weights that it has now.
+    """Return the mean squared error of the model's predictions for the instance photos, with its current weights.
 
-    Photos, noise and timesteps are the same in every run on a model of this size, whatever its seed, and the error is
-    never weighted by SNR, so that trials with different train.snr_gamma can be compared.
+    Photos, noise and timesteps are the same in every run with a model of this size, and do not depend on the seed. The
+    error is never weighted by SNR, so that trials with different train.snr_gamma can be compared.
     """
     batches, schedule = setup.batches, setup.objective.noise_schedule
     photo_set, count = batches.photo_sets[0], TIMESTEPS_PER_PHOTO
@@ -33,7 +33,7 @@ def instance_loss(setup: Setup) -> float:
             latents=latents.to(batches.device).expand(count, -1, -1, -1), noise=noise.to(batches.device),
             timesteps=timesteps.to(batches.device), text=text.expand(count, *text.shape[1:]), num_instances=count,
             mask=None if mask is None else mask.to(batches.device))
-        # `forward`, because calling the module would compile it for this one use, which takes minutes.
+        # Call `forward`, because calling the module would compile it for this one use, which takes minutes.
         with torch.no_grad(), evaluating(setup.trained):
             total += float(unweighted(setup.trained.forward, batch).instance)
     return total / len(photo_set.photos)

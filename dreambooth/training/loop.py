@@ -17,24 +17,24 @@ def fit(
 ) -> Iterator[StepInfo]:
     """Train until `max_train_steps` steps are completed, and yield the StepInfo of each step, in order.
 
-    A step is checked and yielded only after the next one was started, so that the device always has work while the host
-    waits for the numbers of a step. `info.step < state.step` then: the state includes a step that is not checked yet,
-    and the caller must neither save it nor show it.
+    A step is checked and yielded only after the next step was started, so that the device always has work while the
+    host waits for the metrics of a step. In this case `info.step < state.step`: the state includes a step that is not
+    checked yet, and the caller must neither save this state nor generate images with it.
 
-    Where the caller needs the state, and after the last step, the StepInfo is yielded before the next step is started.
-    Then `info.step == state.step`, and every step so far is checked.
+    If the caller needs the state, and after the last step, the StepInfo is yielded before the next step is started.
+    In this case `info.step == state.step`, and every step so far is checked.
 
     Args:
-        state: what is trained; each step advances it in place.
-        batches: from a number of completed steps to the micro-batches of the next step.
-        step: makes one training step.
+        state: the training state; each step advances it in place.
+        batches: returns the micro-batches of the next step for a number of completed steps.
+        step: performs one training step.
         max_train_steps: number of completed steps to reach; a resumed `state` begins at `state.step`.
-        needs_state: whether the caller needs the state after this step. It is called once per step, right after the
-            step was started.
+        needs_state: returns whether the caller needs the state after this step. It is called once per step, right
+            after the step was started.
 
     Raises:
-        Diverged: the loss or the gradient of a step is not finite. It is raised in place of yielding that step, so that
-            its state is never saved.
+        Diverged: the loss or the gradient of a step is not finite. It is raised instead of yielding that step, so that
+            the state after that step is never saved.
     """
     pending: StepInfo | None = None  # started, but not checked yet
     while state.step < max_train_steps:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Losses:
-    """0-d tensors. `prior` is None without prior preservation."""
+    """The total loss and its two terms, as 0-d tensors. `prior` is None without prior preservation."""
 
     total: Tensor
     instance: Tensor
@@ -23,15 +23,15 @@ def dreambooth_loss(
     prediction: Tensor, goal: Tensor, instances: int, prior_loss_weight: float, weights: Tensor | None = None,
     mask: Tensor | None = None
 ) -> Losses:
-    """The loss of a batch whose first `instances` rows are instance samples and whose other rows are class samples.
+    """Return the loss of a batch. Its first `instances` rows are instance samples, and the others class samples.
 
     Args:
         prediction: the model's prediction, (N, C, H, W).
-        goal: what it should predict, (N, C, H, W).
+        goal: the target of the prediction, (N, C, H, W).
         instances: number of instance rows.
         prior_loss_weight: lambda in the paper.
-        weights: (N,) weight of each row of both halves; None: all 1.
-        mask: (N, 1, H, W) in [0, 1], weight of each position; None: all 1.
+        weights: weight of each row of both halves, (N,); None: all 1.
+        mask: weight of each position in [0, 1], (N, 1, H, W); None: all 1.
     """
     squares = (prediction - goal).square()
     errors = squares.flatten(1).mean(1) if mask is None else masked_mean(squares, mask)
@@ -45,7 +45,7 @@ def dreambooth_loss(
 
 
 def masked_mean(squares: Tensor, mask: Tensor) -> Tensor:
-    """Means (N,) of squared errors e (N, C, H, W) inside the mask m (N, 1, H, W): sum m e / (C sum m).
+    """Return the means (N,) of squared errors e (N, C, H, W) inside the mask m (N, 1, H, W): sum m e / (C sum m).
 
     A small subject counts as much as a large one. Where the mask is 0, the gradient is exactly 0. A row whose mask is 0
     everywhere (a crop that does not contain the subject) has loss 0.

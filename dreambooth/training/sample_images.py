@@ -1,4 +1,4 @@
-"""Sample images during training, from the same prompts and seeds each time: files, a contact sheet and the tracker."""
+"""Generates, stores and tracks sample images during training, from the same prompts and seeds each time."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,7 +31,7 @@ class SampleRecorder:
         self.tracker = tracker
 
     def record(self, step: int, pipeline: Any, autocast: Callable[[], Any]) -> None:
-        """Write and track the samples of every prompt after `step` completed steps, and redraw the contact sheet.
+        """Generate, write and track the samples of every prompt after `step` completed steps; update the contact sheet.
 
         Samples that exist already are not generated again.
         """

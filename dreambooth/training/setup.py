@@ -1,4 +1,4 @@
-"""Assembly of a run before its first step: photos, base model, class images, caches, batches and training state."""
+"""Prepares a run before its first step: photos, base model, class images, caches, batches and training state."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -40,14 +40,16 @@ class Setup:
     objective: Objective
     state: TrainState
     trained: nn.Module  # the TrainedModel itself, without wrappers
-    pipeline: Any  # a diffusers pipeline over `parts`, which training changes
+    pipeline: Any  # a diffusers pipeline of `parts`, so training changes its weights
     scorer: Scorer | None  # for evaluation; None: no evaluation, or not the main process
     idle: ModuleOffload  # parts that a training step does not use
 
 
 def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: Console, meter: MemoryMeter,
              stop: StopRequest) -> Setup:
-    """Load and build everything. Photos are checked before the model is loaded, so that errors in them show early.
+    """Load all inputs of a run and build its objects.
+
+    Photos are checked before the model is loaded, so that errors in photos are reported early.
 
     Raises:
         UserError: a photo, a prompt, the model or the number of processes does not fit the recipe.
@@ -80,7 +82,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         seed=recipe.train.seed, batch_size=recipe.train.train_batch_size,
         accumulation=recipe.train.gradient_accumulation_steps, device=engine.device,
         rank=engine.rank, world_size=engine.world_size, noise_offset=recipe.train.noise_offset,
-        share_prompts=not recipe.method.dropout)  # with dropout, each row drops other elements
+        share_prompts=not recipe.method.dropout)  # with dropout, each row drops different elements
     objective = Objective(schedule, recipe.prior.prior_loss_weight, recipe.train.snr_gamma, recipe.two_passes)
     with meter.phase("state"):
         model = loading.prepare(parts, recipe)
@@ -89,7 +91,10 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
 
 
 def make_class_images(recipe: Recipe, stop: StopRequest) -> None:
-    """Generate the missing class images of a run, and nothing else. The base is loaded only if some are missing."""
+    """Generate the missing class images of a run, and do nothing else.
+
+    The base model is loaded only if class images are missing.
+    """
     console = Console()
     if not recipe.with_prior:
         console.say("no class images: prior preservation is off")
@@ -118,15 +123,16 @@ def make_class_images(recipe: Recipe, stop: StopRequest) -> None:
 def _check_processes(recipe: Recipe, engine: Engine) -> None:
     """Check that the number of processes fits the hardware and the memory levers.
 
-    A machine with several GPUs is paid for as a whole, so training on fewer of them is an error. Data parallel averages
-    gradients after the backward pass, when two of the memory levers have already consumed them.
+    A machine with several GPUs is paid for as a whole, so training on only some of its GPUs is an error. Data parallel
+    training averages gradients after the backward pass. optimizer_in_backward and offload_optimizer use and release the
+    gradients before that, so they work in one process only.
 
     Raises:
-        UserError: it does not fit.
+        UserError: the number of processes does not fit.
     """
     gpus = recipe.hardware.gpus
     if engine.device.type == "cuda" and engine.local_world_size < gpus:
-        raise UserError(f"hardware.gpus={gpus}, and {engine.local_world_size} of them would train: type torchrun "
+        raise UserError(f"hardware.gpus={gpus}, but only {engine.local_world_size} of them would train: type torchrun "
                         f"--standalone --nproc-per-node={gpus} -m dreambooth.train ..., or "
                         f"hardware.gpus={engine.local_world_size}")
     for lever in ("optimizer_in_backward", "offload_optimizer"):
@@ -136,7 +142,11 @@ def _check_processes(recipe: Recipe, engine: Engine) -> None:
 
 
 def _check_prompts(parts: loading.Components, recipe: Recipe, photos: list[Photo]) -> None:
-    """Tokenize every prompt of the run, which raises UserError if one is too long."""
+    """Check every prompt of the run by tokenizing it.
+
+    Raises:
+        UserError: a prompt is too long.
+    """
     captions = {photo.caption for photo in photos}
     for prompt in sorted(captions | set(recipe.sample_prompts) | {one.class_prompt for one in recipe.class_recipes}
                          | set(recipe.evaluate_prompts if recipe.evaluate.encoders else ())):
@@ -150,7 +160,7 @@ def _build_photo_set(recipe: Recipe, name: str, photos: list[Photo], repeats: li
 
 def _load_class_images(recipe: Recipe, pipeline: Any, engine: Engine, console: Console,
                        stop: StopRequest) -> list[Photo]:
-    """The class images of a recipe; missing ones are generated first."""
+    """Return the class images of a recipe. Missing images are generated first."""
     images = class_images.find(recipe)
     console.say(str(images))
 
@@ -185,9 +195,9 @@ def _build_latents(recipe: Recipe, parts: loading.Components, photo_sets: list[P
 
 
 def _build_prompt_encoder(recipe: Recipe, parts: loading.Components, photo_sets: list[PhotoSet]) -> Any:
-    """A function from a prompt to token ids, if the text encoder is trained, or else to hidden states.
+    """Build a function from a prompt to token ids, if the text encoder is trained, or else to hidden states.
 
-    Token ids, and hidden states if they are cached, are computed once per prompt.
+    The function computes token ids once per prompt, and hidden states too if memory.cache_text is on.
     """
     encode = parts.tokens if recipe.train.train_text_encoder else parts.frozen_text
     if not (recipe.memory.cache_text or recipe.train.train_text_encoder):
@@ -218,5 +228,5 @@ def _build_state(recipe: Recipe, model: loading.TrainedModel, accelerator: Accel
         ema = Ema(weights, recipe.train.ema_decay, device, recipe.memory.ema_every)
     wrapped: nn.Module = accelerator.prepare_model(model)
     if recipe.train.compile:
-        model.compile(dynamic=False)  # in place; the pipeline calls the parts, which are not compiled
+        model.compile(dynamic=False)  # in place; the pipeline calls the model's parts, which are not compiled
     return TrainState(wrapped, optimizer, build_lr_scheduler(optimizer, recipe.train), ema)

@@ -1,4 +1,4 @@
-"""One training step, and the state that it advances. `step` always counts completed steps."""
+"""One training step, and the state that it advances. `step` always is the number of completed steps."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 @dataclass
 class TrainState:
-    """Everything that training changes. All else is a function of the recipe and need not be saved."""
+    """Everything that training changes. Everything else is a function of the recipe and need not be saved."""
 
     model: nn.Module  # (latents, timesteps, text) -> prediction; may be wrapped for data parallel
     optimizer: torch.optim.Optimizer
@@ -31,10 +31,10 @@ class TrainState:
     ema: Ema | None = None
     step: int = 0  # completed steps
     skipped: int = 0  # fp16 steps that the loss scaler skipped, in total
-    skipped_in_row: int = 0  # and without a good step since
+    skipped_in_row: int = 0  # fp16 steps skipped since the last step that was not skipped
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """The trained weights by name, in the precision in which they are trained.
+        """Return the trained weights by name, in the precision in which they are trained.
 
         Args:
             model: the trained module itself, unwrapped.
@@ -50,11 +50,11 @@ class Objective:
 
     noise_schedule: NoiseSchedule
     prior_loss_weight: float = 1.0
-    snr_gamma: float | None = None  # of Min-SNR weighting; None: every timestep counts alike
+    snr_gamma: float | None = None  # gamma of Min-SNR weighting; None: all timesteps have the same weight
     split_prior: bool = False  # run forward and backward of the instance rows first, then those of the class rows
 
     def __call__(self, model: Callable[..., Tensor], batch: Batch) -> Losses:
-        """Add noise to the latents, predict, and compare the prediction with its target."""
+        """Return the losses of a batch: add noise to its latents, predict, and compare prediction and target."""
         schedule = self.noise_schedule
         noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
         times = schedule.denoiser_timesteps(batch.timesteps)
@@ -73,13 +73,13 @@ class StepInfo:
     losses: Tensor  # (3,): total, instance, prior; means over micro-batches and processes
     grad_norm: Tensor  # 0-d, before clipping
     learning_rate: float
-    images: int  # instance and class samples, of all processes
+    images: int  # number of instance and class samples of all processes
     with_prior: bool
     skipped: bool  # the loss scaler skipped the optimizer step
     skipped_in_row: int
 
     def start_readback(self) -> None:
-        """Start to copy the numbers to the host. The copy waits for this step only, not for later ones."""
+        """Start to copy the metrics to the host. The copy waits for this step only, not for later steps."""
         _ = self._readback
 
     @cached_property
@@ -88,13 +88,13 @@ class StepInfo:
 
     @cached_property
     def numbers(self) -> dict[str, float]:
-        """Metrics by name. Reading them waits for the device."""
+        """Metrics by name. Reading this property waits for the device."""
         loss, instance, prior, norm = self._readback.read()
         metrics = {"loss": loss, "loss_instance": instance, "grad_norm": norm, "learning_rate": self.learning_rate}
         return metrics | ({"loss_prior": prior} if self.with_prior else {})
 
     def check(self) -> None:
-        """Check that the step did not break training.
+        """Check that training has not diverged.
 
         Raises:
             Diverged: the loss or the gradient is not finite, or too many steps in a row were skipped.
@@ -109,15 +109,17 @@ class StepInfo:
                                                f"the last is step {self.step}"))
 
 
-def _divergence_message(what: str) -> str:
-    return (f"{what}: the run diverged and was stopped; earlier checkpoints are kept. "
+def _divergence_message(reason: str) -> str:
+    return (f"{reason}: the run diverged and was stopped; earlier checkpoints are kept. "
             "Type a lower train.learning_rate, or precision=fp32")
 
 
 def train_step(
     state: TrainState, batches: Sequence[Batch], objective: Objective, engine: Engine, max_grad_norm: float | None
 ) -> StepInfo:
-    """Average the gradient over micro-batches and processes, clip it, and step optimizer, learning rate and EMA.
+    """Perform one training step: average the gradient over micro-batches and processes, clip it, update the weights.
+
+    Then update the learning rate and the EMA.
 
     Nothing is read back from the device here, so that the same code runs on fake tensors.
 
@@ -144,10 +146,10 @@ def train_step(
 
 
 def _forward_backward(state: TrainState, batches: Sequence[Batch], objective: Objective, engine: Engine) -> Tensor:
-    """Accumulate the gradients of the micro-batches. Returns the mean losses (total, instance, prior), shape (3,)."""
+    """Accumulate the gradients of the micro-batches. Return the mean losses (total, instance, prior), shape (3,)."""
     all_losses: list[Tensor] = []
     for number, batch in enumerate(batches, start=1):
-        # Data parallel averages gradients over processes once, in the backward pass of the last micro-batch.
+        # Gradients are averaged over processes only once, in the backward pass of the last micro-batch.
         with nullcontext() if number == len(batches) else engine.no_sync(state.model):
             if (objective.split_prior and batch.with_prior) or batch.class_batch is not None:
                 losses = _forward_backward_halves(state.model, batch, objective, engine, len(batches))
@@ -162,10 +164,10 @@ def _forward_backward(state: TrainState, batches: Sequence[Batch], objective: Ob
 
 def _forward_backward_halves(model: nn.Module, batch: Batch, objective: Objective, engine: Engine,
                              num_batches: int) -> Losses:
-    """Forward and backward of the instance rows, then of the class rows, so that half as many activations exist.
+    """Run forward and backward on the instance rows, then on the class rows, so that half as many activations exist.
 
-    The gradient of a sum is the sum of the gradients, and each row has noise and a timestep of its own, so in exact
-    arithmetic this gives the gradient of the whole batch. In floating point the terms of the rows are added in another
+    The gradient of a sum is the sum of the gradients, and each row has its own noise and timestep. In exact arithmetic
+    this therefore gives the gradient of the whole batch. In floating point the terms of the rows are added in another
     order. With unit roundoff u (2**-24 in fp32) and n terms per sum, the two results differ by at most
     2 n u * sum |terms| (Higham 2002, eq. 4.4, applied to either order).
     """
@@ -181,7 +183,7 @@ def _forward_backward_halves(model: nn.Module, batch: Batch, objective: Objectiv
 
 
 def _advance(state: TrainState, stepped: bool, engine: Engine) -> None:
-    """Count the step; a skipped one advances neither the learning rate nor the EMA."""
+    """Count the step. A skipped step advances neither the learning rate nor the EMA."""
     state.step += 1
     if not stepped:
         state.skipped += 1
