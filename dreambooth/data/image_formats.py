@@ -10,7 +10,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 # Raw files are TIFF containers: Pillow would open the thumbnail inside as if it were the photo.
 RAW_SUFFIXES = {".3fr", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"}
-_BRANDS = {b"he": "HEIC", b"mi": "HEIC", b"ms": "HEIC", b"av": "AVIF"}  # start of an ISO media brand: heic, mif1, msf1, avif
+_BRANDS = {b"he": "HEIC", b"mi": "HEIC", b"ms": "HEIC", b"av": "AVIF"}  # start of an ISO brand: heic, mif1, msf1, avif
 
 
 class UnusablePhoto(Exception):
