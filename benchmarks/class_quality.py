@@ -1,4 +1,4 @@
-"""Compares the quality of our class images with that of diffusers' script.
+"""Compares the quality of our class images with those that diffusers' script generates.
 
     python benchmarks/class_quality.py WORK [--write]
 
@@ -26,10 +26,10 @@ MEASURES = ("diversity", "class_similarity", "class_drift")
 
 
 def load_images(folder: Path) -> list[Image.Image]:
-    """The images of a folder and its subfolders, sorted by path.
+    """Load the images of a folder and its subfolders, sorted by path.
 
     Raises:
-        SystemExit: there are fewer than four.
+        SystemExit: the folder contains fewer than four images.
     """
     images = [Image.open(path).convert("RGB") for path in sorted(folder.rglob("*")) if path.suffix in (".png", ".jpg")]
     if len(images) < 4:
@@ -38,7 +38,7 @@ def load_images(folder: Path) -> list[Image.Image]:
 
 
 def reference_images(work: Path, count: int) -> list[Image.Image]:
-    """Class images by DDIM, from the folder WORK/exact or generated into it."""
+    """Load the class images by DDIM from the folder WORK/exact; generate them if they are missing."""
     folder = work / "exact"
     folder.mkdir(exist_ok=True)
     if len(list(folder.glob("*.png"))) < count:
@@ -53,7 +53,7 @@ def reference_images(work: Path, count: int) -> list[Image.Image]:
 
 
 def table_rows(photos: Images, script: Images, reference: Images, ours: dict[str, Images]) -> list[str]:
-    """Rows of a Markdown table, one per set of images."""
+    """Score each set of images, and return the rows of a Markdown table, one row per set."""
     encoder, half = open_encoder("efficientnet_lite0"), len(reference) // 2
     rows = [f"| images | number | {' | '.join(MEASURES)} |", "|---|---|---|---|---|"]
     for name, images, base in (("DDIM, first half", reference[:half], reference[half:]),
@@ -68,7 +68,7 @@ def table_rows(photos: Images, script: Images, reference: Images, ours: dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("work", type=Path, help=f"folder of speed.py, whose photos are of {INSTANCE!r}")
+    parser.add_argument("work", type=Path, help=f"folder that speed.py wrote; the prompt of its photos is {INSTANCE!r}")
     parser.add_argument("--write", action="store_true", help="write the table to docs/benchmarks.md")
     options = parser.parse_args()
     ours = {name: load_images(options.work / name) for name in ("class images", SAME_GUIDANCE)

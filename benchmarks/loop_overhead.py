@@ -3,11 +3,11 @@
 Two kinds of steps alternate in one process, with the same modules and optimizer, on batches of the tiny base:
 
 - bare: forward, backward, clipping and fused AdamW on a prepared batch, in the ten lines of `bare_step`;
-- ours: `loop.fit` as run.py calls it. A thread prepares the batches. The step has a learning-rate schedule, losses and
-  gradient norm are read one step later and checked, and metrics are written to the journal.
+- ours: `loop.fit` as run.py calls it. A thread prepares the batches, the learning rate has a schedule, losses and
+  gradient norm are read and checked one step later, and metrics are written to the journal.
 
-The result is the median of both in wall and CPU time, and their quotient. EMA is off, because it is work of its own and
-not overhead.
+The table contains the median wall time and CPU time of both kinds, and their quotients. EMA is off, because its
+cost is not overhead of the loop.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def read_clocks() -> Clocks:
 
 
 def bare_step(setup: Any, batch: Any) -> None:
-    """One training step without our loop."""
+    """Run one training step without our loop."""
     optimizer, schedule = setup.state.optimizer, setup.objective.noise_schedule
     alpha = schedule.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * batch.latents + (1 - alpha).sqrt() * batch.noise
@@ -57,7 +57,7 @@ def bare_step(setup: Any, batch: Any) -> None:
 
 
 def measure(steps: int, folder: Path) -> tuple[list[Clocks], list[Clocks]]:
-    """The durations of the bare steps and of our steps."""
+    """Run both kinds of steps; return the durations of the bare steps and of our steps."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = load(compose("config", [
             f"run_root={folder}", "hardware=cpu", "tracking=none", "train.use_ema=false",
@@ -90,7 +90,7 @@ def measure(steps: int, folder: Path) -> tuple[list[Clocks], list[Clocks]]:
 
 
 def table_rows(bare: list[Clocks], ours: list[Clocks], warm_up: int = 5) -> list[str]:
-    """Rows of a Markdown table with the medians of all steps after the first `warm_up`."""
+    """Return the rows of a Markdown table with the medians of all steps after the first `warm_up`."""
     rows = ["| clock | bare, ms | ours, ms | ours / bare |", "|---|---|---|---|"]
     for number, clock in enumerate(("wall", "CPU")):
         without, with_loop = (median(durations[number] for durations in steps[warm_up:]) for steps in (bare, ours))

@@ -1,7 +1,8 @@
-"""Writes a base model in fp32 that both trainers can load: python benchmarks/make_base.py tiny|full FOLDER
+"""Writes a base model in fp32 for the trainers of speed.py: python benchmarks/make_base.py tiny|full FOLDER
 
-`tiny` is the shipped base, whose files are fp16. `full` has the architecture of Stable Diffusion 1.5 (the published
-config.json files of UNet, VAE and text encoder) with random weights, and the tiny base's tokenizer padded to 77 tokens.
+`tiny` is the shipped base model, converted from fp16. `full` has the architecture of Stable Diffusion 1.5 (the
+published config.json files of UNet, VAE and text encoder) with random weights, and the tokenizer of the tiny base model
+padded to 77 tokens.
 """
 
 import sys
@@ -28,7 +29,7 @@ TEXT: dict[str, Any] = {
 
 
 def build_full_size() -> StableDiffusionPipeline:
-    """SD 1.5 as its config files describe it, with random weights from seed 0."""
+    """Build SD 1.5 as its config files describe it, with random weights from seed 0."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(resolve_asset("package:tiny-sd"), subfolder="tokenizer")
     tokenizer.model_max_length = 77

@@ -1,8 +1,9 @@
 """Compares the planner's predictions with published memory figures: python benchmarks/planner.py [--write]
 
 Every row is predicted by the same code with the same constants; no setting is specific to a row. The only fitted number
-is the memory of a T4 that a process uses in addition to PyTorch's. For each row, it is fitted again on the other eight.
-The tables also show how long each prediction takes. `--write` writes them to docs/planner.md.
+is the memory of a T4 that a process uses in addition to PyTorch's. For each row of the T4 table, this number is fitted
+again on the other eight rows. The tables also show how long each prediction takes. `--write` writes them to
+docs/planner.md.
 """
 
 import sys
@@ -52,10 +53,10 @@ PUBLISHED_SDXL = [  # decimal GB, name, settings; UNet, batch 1, 1024 px, latent
 
 
 def make_recipe(**overrides: object) -> Recipe:
-    """SD 1.5 at 512 px on a T4 with given class images, cached latents and text, and no sampling.
+    """Build a recipe: SD 1.5 at 512 px on a T4, with existing class images, cached latents and text, and no sampling.
 
     Args:
-        overrides: `section__key=value`.
+        overrides: changes to the configuration, as `section__key=value`.
     """
     config = Config()
     config.model.name, config.model.resolution, config.model.source = "sd15", 512, "runwayml/stable-diffusion-v1-5"
@@ -72,7 +73,7 @@ def make_recipe(**overrides: object) -> Recipe:
 
 
 def predict_step(recipe: Recipe) -> tuple[float, float, float]:
-    """The predicted reserved GiB of a step, its estimated seconds, and the CPU seconds of the prediction."""
+    """Return the predicted reserved GiB of a step, its estimated seconds, and the CPU seconds of the prediction."""
     start = time.process_time()
     prediction = predict(recipe)
     usage = prediction.peak_over(*STEP_PHASES)
@@ -80,7 +81,7 @@ def predict_step(recipe: Recipe) -> tuple[float, float, float]:
 
 
 def published_tables() -> list[str]:
-    """Tables of published against predicted figures for SD 1.5."""
+    """Return tables that compare published with predicted figures for SD 1.5."""
     rows, speeds = [], ["| T4, published | s per step | estimated | error |", "|---|---|---|---|"]
     for gigabytes, rate, batch, accumulation, checkpointing, dtype, kind in PUBLISHED_T4:
         value, step, seconds = predict_step(make_recipe(
@@ -117,7 +118,10 @@ def published_tables() -> list[str]:
 
 
 def sdxl_table() -> list[str]:
-    """SDXL with its whole UNet trained; the T4's constant stands for the unknown overhead of its card and driver."""
+    """Return the table for training the whole UNet of SDXL.
+
+    The overhead of the card and driver is unknown; the T4's constant is used instead.
+    """
     lines = ["| SDXL's whole UNet, fused Adafactor, published | GiB | reserved | predicted | error | CPU s |",
              "|---|---|---|---|---|---|"]
     for gigabytes, name, changed in PUBLISHED_SDXL:
@@ -130,7 +134,7 @@ def sdxl_table() -> list[str]:
 
 
 def budget_table() -> list[str]:
-    """The memory of runs that train all weights, compared with the targets of this project."""
+    """Return a table that compares the memory of runs that train all weights with the targets of this project."""
     lines = ["| all weights trained, SD 1.5, fp16, T4 | target, GiB | with clipping | without clipping | CPU s |",
              "|---|---|---|---|---|"]
     for aim, name, changed in BUDGETS:

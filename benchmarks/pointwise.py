@@ -2,8 +2,8 @@
 
 It measures the forward and backward pass of every 1x1 convolution of the tiny base at 64 px and of Stable Diffusion 1.5
 at 256 px. A pass on fake tensors determines the sizes of their inputs. Both implementations alternate in one process,
-and the table contains medians of wall time. `dreambooth/models/pointwise_conv.py` computes a layer with more than 8
-output channels per pixel as a convolution; the table marks these layers with *.
+and the table contains medians of wall time. `dreambooth/models/pointwise_conv.py` uses matrix products, except for
+layers with more than 8 output channels per pixel, which stay convolutions; the table marks these layers with *.
 """
 
 import argparse
@@ -31,7 +31,7 @@ MODELS = {"tiny": 64, "sd15": 256}  # name -> side of an image in pixels
 
 
 def count_layers(model: str, pixels: int) -> Counter[Layer]:
-    """The number of 1x1 convolutions of each kind in the UNet."""
+    """Count the 1x1 convolutions of each kind in the UNet."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = load(compose("config", [
             "hardware=cpu", f"model={model}", f"model.resolution={pixels}", "dataset.allow_drawings=true"]))
@@ -53,7 +53,10 @@ def count_layers(model: str, pixels: int) -> Counter[Layer]:
 
 
 def measure(layer: Layer, count: int, repeats: int) -> tuple[float, float]:
-    """Milliseconds of a forward and backward pass for `count` images: as a convolution, and as a matrix product."""
+    """Measure a forward and backward pass for `count` images.
+
+    Return the milliseconds as a convolution and as a matrix product.
+    """
     channels_in, channels_out, side = layer
     plain, product = nn.Conv2d(channels_in, channels_out, 1), nn.Conv2d(channels_in, channels_out, 1)
     pointwise_conv.use_matrix_products(product)
@@ -71,7 +74,7 @@ def measure(layer: Layer, count: int, repeats: int) -> tuple[float, float]:
 
 
 def table_rows(count: int, repeats: int) -> Iterator[str]:
-    """Rows of a Markdown table: one per kind of layer, and one with the time of all layers in a step."""
+    """Yield the rows of a Markdown table: one per kind of layer, and one with the time of all layers in a step."""
     yield "| UNet | channels | pixels | layers | convolution, ms | product, ms | quotient |"
     yield "|---|---|---|---|---|---|---|"
     for model, pixels in MODELS.items():

@@ -1,4 +1,4 @@
-"""Runs a command and records its wall time, its CPU time over its run, and its peak resident memory."""
+"""Runs a command and records its start, its CPU time at short intervals, and its peak resident memory."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ class ProcessUsage:
     cpu_samples: list[tuple[float, float]] = field(default_factory=list)  # time, CPU seconds of its threads so far
 
     def cpu_seconds_until(self, moment: float) -> float:
-        """CPU seconds from the start until `moment`, interpolated between samples.
+        """Return the CPU seconds from the start until `moment`, interpolated between samples.
 
         On a shared machine CPU time is the better measure of work: wall time also depends on other processes.
         """
@@ -48,12 +48,13 @@ def run_monitored(command: list[str], folder: Path, environment: dict[str, str],
     _, status, resources = ended
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit(f"{' '.join(command)}\nended with {process.returncode}:\n{log.read_text(errors='replace')[-3000:]}")
+        sys.exit(f"{' '.join(command)}\nended with exit code {process.returncode}:\n"
+                 f"{log.read_text(errors='replace')[-3000:]}")
     usage.peak_rss_gib, usage.cpu_seconds = resources.ru_maxrss * KIB / GIB, resources.ru_utime + resources.ru_stime
     return usage
 
 
 def _cpu_seconds(pid: int) -> float:
-    """CPU seconds of a process so far, ended threads included: fields 14 and 15 of /proc/PID/stat, in clock ticks."""
+    """Return the CPU seconds of a process so far, including ended threads (fields 14 and 15 of /proc/PID/stat)."""
     fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

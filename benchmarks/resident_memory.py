@@ -1,8 +1,8 @@
 """Compares the planner's prediction with a real step on the CPU: python benchmarks/resident_memory.py [PIXELS]
 
-The model is SD 1.5 with random weights. While a real forward and backward pass of the training step run, the resident
-memory of the process grows beyond its weights. This growth is compared with the prediction of the rehearsal on fake
-tensors. It needs about 8 GB and a few minutes.
+The model is SD 1.5 with random weights. The benchmark measures by how much the resident memory of the process grows
+during a real training step, and compares this growth with the prediction of a rehearsal on fake tensors. It needs about
+8 GB of memory and a few minutes.
 """
 
 import os
@@ -23,11 +23,11 @@ from dreambooth.planner.allocation_trace import MARK
 from dreambooth.planner.prediction import STEP_PHASES, Prediction
 from dreambooth.utils.hardware import GIB
 
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # glibc returns freed blocks
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # make glibc return freed blocks
 
 
 def make_recipe(pixels: int) -> Recipe:
-    """fp32, checkpointing, a batch of one photo, no prior preservation, no EMA, cached latents and text."""
+    """Build a recipe: fp32, checkpointing, batch size 1, no prior preservation, no EMA, cached latents and text."""
     config = Config()
     config.model.name, config.model.source, config.model.resolution = "sd15", "runwayml/stable-diffusion-v1-5", pixels
     config.dataset.instance_dir, config.dataset.instance_prompt = "photos", "a photo of a zwx dog"
@@ -37,7 +37,7 @@ def make_recipe(pixels: int) -> Recipe:
 
 
 def predicted_gib(prediction: Prediction) -> float:
-    """Peak GiB of gradients, activations and temporaries in a step."""
+    """Return the predicted peak GiB of gradients, activations and temporaries in a step."""
     live = peak = 0
     phase = ""
     for serial, size in prediction.trace.events:
@@ -50,7 +50,7 @@ def predicted_gib(prediction: Prediction) -> float:
 
 
 def measured_gib(recipe: Recipe) -> float:
-    """GiB by which the process grows during a real step.
+    """Run a real step, and return the GiB by which the process grows.
 
     The state of the modelled optimizer is allocated but never written to, so it does not become resident.
     """
@@ -59,7 +59,7 @@ def measured_gib(recipe: Recipe) -> float:
     build_training_optimizer = rehearsal.build_training_optimizer
 
     def measure_start(*args: Any) -> Any:
-        """The rehearsal builds the optimizer after VAE and text encoder are released, and right before the step."""
+        """Record the memory right before the step: the rehearsal releases VAE and text encoder before this call."""
         nonlocal start, peak
         start, peak = process.memory_info().rss, 0
         return build_training_optimizer(*args)

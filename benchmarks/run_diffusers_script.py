@@ -3,8 +3,8 @@
     python benchmarks/run_diffusers_script.py LOG.jsonl path/to/train_dreambooth.py ARGUMENTS...
 
 The script is not part of this repository. It needs torchvision.transforms, and torchvision is not installed here. This
-file therefore provides replacements of the few transforms that the script uses, made with Pillow, which torchvision
-itself uses for images. Diffusers and transformers are imported first, so that they do not detect the replacement as a
+file therefore provides replacements of the few transforms that the script uses. They call Pillow, as torchvision does
+for images. Diffusers and transformers are imported first, so that they do not detect the replacement as a
 real torchvision. The times come from the script's own progress bars.
 """
 
@@ -70,7 +70,7 @@ class CenterCrop(RandomCrop):
 
 
 class ToTensor:
-    """An RGB image as a tensor (3, H, W) in [0, 1]."""
+    """Convert an RGB image to a tensor (3, H, W) in [0, 1]."""
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8, copy=True))

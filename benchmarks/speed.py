@@ -1,4 +1,4 @@
-"""Compares the speed of diffusers' train_dreambooth.py and of `python -m dreambooth.train` on the same work.
+"""Compares the training speed of diffusers' train_dreambooth.py ("peer") and of our `python -m dreambooth.train`.
 
     python benchmarks/speed.py --peer CHECKOUT/examples/dreambooth/train_dreambooth.py --write
 
@@ -36,12 +36,12 @@ from speed_table import (
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 INSTANCE, CLASS = "a photo of a zwx toy", "a photo of a toy"
-WARM_UP_STEPS = 3  # not part of any speed
-Clock = Callable[[float], float]  # wall time in seconds -> the same, or the CPU seconds until then
+WARM_UP_STEPS = 3  # not included in the speeds
+Clock = Callable[[float], float]  # wall time in seconds -> the same value, or the CPU seconds until this moment
 
 
 def wall_clock(moment: float) -> float:
-    """The clock that measures wall time."""
+    """Return `moment`: the Clock that measures wall time."""
     return moment
 
 
@@ -50,7 +50,7 @@ class Size:
     """The size of a training run."""
 
     resolution: int
-    batch: int  # photos, and as many class images
+    batch: int  # photos per batch; a batch contains as many class images
     steps: int
     class_images: int
 
@@ -67,7 +67,7 @@ OUR_CASES = {  # case -> overrides in addition to the common ones
 
 
 def peer_command(script: Path, work: Path, size: Size, log: Path, new_class_images: int) -> list[str]:
-    """The command that runs diffusers' script with our settings.
+    """Return the command that runs diffusers' script with our settings.
 
     Args:
         log: where run_diffusers_script.py writes the times of the progress bars.
@@ -87,7 +87,7 @@ def peer_command(script: Path, work: Path, size: Size, log: Path, new_class_imag
 
 
 def our_command(work: Path, size: Size, overrides: list[str], new_class_images: int) -> list[str]:
-    """The command that runs `python -m dreambooth.train` with the same settings."""
+    """Return the command that runs `python -m dreambooth.train` with the same settings."""
     class_dir = [] if new_class_images else [f"dataset.class_dir={work / 'class'}"]
     return [
         sys.executable, "-m", "dreambooth.train", f"run_root={work / 'runs'}", "hardware=cpu", "tracking=none",
@@ -100,16 +100,16 @@ def our_command(work: Path, size: Size, overrides: list[str], new_class_images: 
 
 
 def step_end_times(path: Path) -> list[float]:
-    """The times, in seconds since 1970, at which steps ended: from the script's log or from our metrics.jsonl."""
+    """Read the times at which steps ended, in seconds since 1970, from the script's log or our metrics.jsonl."""
     entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     ours = [entry["time"] / 1000 for entry in entries if "loss" in entry.get("metrics", {})]
     return ours or [entry["time"] for entry in entries if entry.get("bar") == "Steps"]
 
 
 def class_rate(folder: Path, clock: Clock = wall_clock) -> float | None:
-    """Class images per second by the files' times, from the end of the first batch to the end of the last one.
+    """Return the class images per second, from the end of the first batch to the end of the last one.
 
-    None: there is only one batch.
+    The modification times of the files are the ends of the batches. None: there is only one batch.
     """
     times = sorted(path.stat().st_mtime for path in folder.rglob("*") if path.suffix in (".png", ".jpg"))
     gap = 0.5 * max((later - earlier for earlier, later in pairwise(times)), default=0.0)
@@ -118,7 +118,7 @@ def class_rate(folder: Path, clock: Clock = wall_clock) -> float | None:
 
 
 def step_rate(end_times: list[float], images: int, clock: Clock = wall_clock) -> float | None:
-    """Trained images per second: the median over the steps after the warm-up.
+    """Return the trained images per second: the median over the steps after the warm-up.
 
     A step begins where the previous one ended. None: there are fewer than two steps.
     """
@@ -129,7 +129,7 @@ def step_rate(end_times: list[float], images: int, clock: Clock = wall_clock) ->
 
 def run_trial(case: str, model: str, number: int, size: Size, peer: Path, work: Path, threads: int,
               new_class_images: int) -> Trial:
-    """Run one process of `case` in round `number`, and measure it."""
+    """Run `case` in a new process in round `number`, and return its measurements."""
     log, runs = work / "notes.jsonl", work / "runs"
     log.unlink(missing_ok=True)
     for folder in (runs, work / "peer", work / "inductor",
@@ -142,7 +142,7 @@ def run_trial(case: str, model: str, number: int, size: Size, peer: Path, work: 
     else:
         command = our_command(work, size, OUR_CASES.get(case, []), generated)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT),
-                                "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}  # empty: every run compiles anew
+                                "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}  # an empty cache: every run compiles
     usage = run_monitored(command, ROOT, environment, work / f"{case.replace(' ', '_')}.log")
     clock = usage.cpu_seconds_until
     end_times = step_end_times(log if is_peer else next(runs.glob("*/metrics.jsonl")))
@@ -157,7 +157,7 @@ def run_trial(case: str, model: str, number: int, size: Size, peer: Path, work: 
 
 
 def prepare(model: str, work: Path, size: Size) -> None:
-    """Create the folder of fp32 weights, photos and class images that both trainers read."""
+    """Create the fp32 weights, photos and class images that both trainers read."""
     work.mkdir(parents=True, exist_ok=True)
     shutil.copytree(ROOT / "dreambooth" / "assets" / "demo", work / "photos", dirs_exist_ok=True)
     for number, photo in enumerate(sorted((work / "photos").glob("*.png"))[:size.class_images]):

@@ -24,7 +24,7 @@ class Trial:
     images_per_second: float | None = None
     images_per_cpu: float | None = None  # per CPU second
     first_step_s: float | None = None  # from the start of the process to the end of its first step
-    first_step_cpu: float | None = None  # CPU seconds of the same
+    first_step_cpu: float | None = None  # CPU seconds of the same period
     peak_rss_gib: float = 0.0
     cpu_seconds: float = 0.0
     class_images_per_second: float | None = None
@@ -32,12 +32,12 @@ class Trial:
 
 
 def read_trials(path: Path) -> list[Trial]:
-    """The trials in a file of JSON lines; none if there is no file."""
+    """Read the trials from a file of JSON lines; return an empty list if there is no file."""
     return [Trial(**json.loads(line)) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
 
 
 def describe_machine(threads: int) -> str:
-    """One line with the date, the processor and the versions of a measurement."""
+    """Return one line with the date, the processor, the number of threads and the versions of a measurement."""
     import diffusers
     import torch
     import transformers
@@ -50,9 +50,10 @@ def describe_machine(threads: int) -> str:
 
 
 def format_table(trials: list[Trial]) -> Iterator[str]:
-    """Rows of a Markdown table, one per case: medians over its trials, ranges, and median quotients within a round.
+    """Yield the rows of a Markdown table, one per case: medians and ranges over its trials, and speed-ups.
 
-    The images counted are those that are trained on, or class images in the cases that generate them.
+    A speed-up is the median of the quotients within a round. The images per second count training images, or generated
+    class images in the cases that generate them.
     """
     yield ("| case | runs | images/s | range | speed-up | images per CPU second | speed-up | first step, s | "
            "first step, CPU s | peak RSS, GiB |")
@@ -74,7 +75,7 @@ def format_table(trials: list[Trial]) -> Iterator[str]:
 
 
 def _quotients(trials: list[Trial], case: str, field: str) -> list[float]:
-    """A field of this case divided by that of diffusers' script, for each round that has both."""
+    """Return a field of this case divided by the field of diffusers' script, for each round that has both."""
     script_case = "peer class images" if case in CLASS_IMAGE_CASES else "peer"
     script = {t.round: getattr(t, field) for t in trials if t.case == script_case}
     return [getattr(t, field) / script[t.round] for t in trials
@@ -97,7 +98,7 @@ def write_section(name: str, rows: list[str]) -> None:
 
 
 def replace_section(text: str, name: str, rows: list[str]) -> str:
-    """The text of a page with `rows` between the marks of section `name`.
+    """Return the text of a page with `rows` between the marks of section `name`.
 
     Raises:
         SystemExit: the page has no such section.

@@ -1,7 +1,7 @@
 """Records the allocation and release of every tensor storage: the input of a memory prediction.
 
-It works the same on fake and on real tensors. The purpose of a storage (weights, gradients, activations, ...) is often
-known only after it was allocated. The category of a storage is therefore the last one that was assigned to it.
+StorageTrace records fake and real tensors in the same way. The purpose of a storage (weights, gradients, activations,
+...) is often known only after its allocation. Its category is therefore the last category that was assigned to it.
 """
 
 import weakref
@@ -24,12 +24,12 @@ _DEVICE = torch.ops.prim.device.default
 
 
 class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A dispatch mode that records all operators inside its `with` block.
+    """A dispatch mode that records allocations, releases and operations inside its `with` block.
 
     Attributes:
         events: allocations, releases and marks in the order in which they happened.
         category: serial number of a storage -> its category.
-        marks: the phases that `mark` was called with.
+        marks: the names of the phases, in the order in which they were marked.
         flops: phase -> floating-point operations of its matrix products, convolutions and attention. One multiply-add
             counts as two operations.
     """
@@ -51,13 +51,13 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._references.clear()  # later releases are not recorded
 
     def mark(self, phase: str) -> None:
-        """Begin `phase`: it contains all later events."""
+        """Begin `phase`: later events belong to it, until the next mark."""
         self.events.append((MARK, len(self.marks)))
         self.marks.append(phase)
         self._phase = phase
 
     def add(self, tensors: Iterable[Tensor], category: str) -> None:
-        """Assign a category to the storages of tensors, and record those that are new."""
+        """Assign a category to the storages of tensors, and record the storages that were not recorded before."""
         for tensor in tensors:
             serial = self._record(tensor)
             if serial is not None:
@@ -80,7 +80,7 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         Storages that are still live at `end` exist already and are not allocated a second time.
 
         Args:
-            marks: whether to repeat the marks too.
+            marks: also repeat the marks.
         """
         events, offset = self.events[start:end], self._serial
         released = {serial for serial, size in events if serial != MARK and size < 0}
@@ -100,14 +100,14 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A phase that ends with the `with` block: later events belong to the phase `idle`."""
+        """Mark a phase that ends with the `with` block; events after the block belong to the phase `idle`."""
         self.mark(name)
         yield
         self.mark("idle")
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # otherwise every call pays for a guard against torch.compile, which is not used here
+        return False  # otherwise a guard against torch.compile, which is not used here, slows down every call
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -127,7 +127,7 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _record(self, tensor: Tensor) -> int | None:
-        """The serial number of a tensor's storage, recorded now if it is new; None for a storage without bytes."""
+        """Return the serial number of a tensor's storage, and record a new storage; None for a storage of 0 bytes."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
@@ -151,7 +151,7 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _tensors(out: Any) -> Iterator[Tensor]:
-    """The tensors in the output of an operator."""
+    """Yield the tensors in the output of an operator."""
     if isinstance(out, Tensor):
         yield out
     elif isinstance(out, tuple | list):

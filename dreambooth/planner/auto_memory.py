@@ -1,12 +1,13 @@
-"""Implements memory=auto: the fastest combination of memory options that fits the card and does not change the results.
+"""Implements memory=auto: it chooses the fastest memory options that fit the card and do not change the results.
 
-`CANDIDATES` is ordered by the time that the combinations cost. The lower bound `_minimum_gib` rules most of them out:
-weights, optimizer state, EMA and gradients, and at least some activations. The next candidate is rehearsed, and its
-measured activations improve the bound for the others. If a training step fits and only generating images does not,
-images are generated one at a time.
+`CANDIDATES` lists combinations of options, fastest first. They are tried in this order. `_minimum_gib` is a lower bound
+of a candidate's memory, calculated from weights, optimizer state, EMA, gradients and a minimum of activations. It rules
+out most candidates without a rehearsal. The others are rehearsed until one fits. The activations of a candidate that
+does not fit raise the bound of the next candidates with the same checkpointing. If a training step fits and generating
+images does not, images are generated one at a time.
 
 Options that are already on stay on. Optimizer, precision, clipping and the trained parts never change. If nothing fits,
-the error message lists changes to them and what each would save.
+the error message lists changes to these settings, and the memory that each change would save.
 """
 
 from collections.abc import Callable
@@ -23,12 +24,12 @@ from dreambooth.planner.rehearsal import predict
 from dreambooth.planner.skeleton_models import count_trained_weights, find_architecture
 from dreambooth.utils.hardware import GIB
 
-MAX_CARD_SHARE = 0.95  # of the card that a chosen candidate may use
+MAX_CARD_SHARE = 0.95  # largest share of the card that a chosen candidate may use
 CHECKPOINTING: dict[str, Any] = {"gradient_checkpointing": True}
 IN_BACKWARD: dict[str, Any] = {"optimizer_in_backward": True, "autocast_cache": False}
 EMA_ON_CPU: dict[str, Any] = {"ema_device": EmaDevice.cpu}
-# In the order of their cost on a T4: checkpointing takes a quarter of a step, a step in the backward pass needs two
-# passes, and the EMA on the CPU needs copies between card and host.
+# Ordered by cost on a T4: checkpointing takes a quarter of a step's time, an optimizer step inside the backward pass
+# needs two backward passes, and the EMA on the CPU needs copies between card and host.
 CANDIDATES: tuple[dict[str, Any], ...] = (
     {}, CHECKPOINTING, IN_BACKWARD, CHECKPOINTING | IN_BACKWARD, EMA_ON_CPU, CHECKPOINTING | EMA_ON_CPU,
     IN_BACKWARD | EMA_ON_CPU, CHECKPOINTING | IN_BACKWARD | EMA_ON_CPU)
@@ -41,7 +42,7 @@ class Choice:
     recipe: Recipe
     prediction: Prediction
     added: tuple[str, ...]  # the chosen overrides
-    why: str  # an explanation; empty if there was nothing to choose
+    why: str  # explanation of the choice; empty if there was nothing to choose
 
 
 def apply_auto_memory(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, float], str]:
@@ -51,11 +52,12 @@ def apply_auto_memory(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[
         processes: number of processes that train together.
 
     Returns:
-        The recipe with the chosen options; the predicted reserved GiB by phase of memory_meter.py; and a message for
-        the user. If there is nothing to choose, nothing is predicted, and the last two are empty.
+        The recipe with the chosen options; the predicted reserved GiB of each phase that runtime/memory_meter.py
+        measures; and a message for the user. If there is nothing to choose, nothing is predicted, and the last two are
+        empty.
 
     Raises:
-        DoesNotFit: no combination fits. The message lists further options and what each saves.
+        DoesNotFit: no combination fits. The message lists further options and the memory that each saves.
     """
     if not recipe.memory.auto or recipe.device != "cuda" or recipe.hardware.usable_vram_gib is None:
         return recipe, {}, ""
@@ -70,14 +72,14 @@ def apply_auto_memory(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[
 
 def choose_memory_options(recipe: Recipe, rehearse: Callable[[Recipe], Prediction] = predict,
                           processes: int | None = None) -> Choice:
-    """Choose the first candidate that fits.
+    """Return the first candidate that fits.
 
     Without memory.auto, on a CPU, or if the size of the card is unknown, the recipe is rehearsed unchanged. If nothing
-    fits, the last candidate, which needs the least memory, is returned.
+    fits, return the last candidate, which needs the least memory.
 
     Args:
         rehearse: predicts the memory of a recipe.
-        processes: number of processes that train together; None: one on each of hardware.gpus.
+        processes: number of processes that train together; None: as many as hardware.gpus.
     """
     recipe = recipe if processes is None else recipe.with_processes(processes)
     limit = recipe.hardware.usable_vram_gib
@@ -85,7 +87,7 @@ def choose_memory_options(recipe: Recipe, rehearse: Callable[[Recipe], Predictio
         return Choice(recipe, rehearse(recipe), (), "")
     allowed = MAX_CARD_SHARE * limit
     trained = count_trained_weights(recipe)
-    # Lower bounds in GiB, with and without checkpointing.
+    # Lower bounds of the activations in GiB, with and without checkpointing.
     activations = {checkpointed: _min_activations_gib(recipe, checkpointed) for checkpointed in (True, False)}
     best: Choice | None = None
     candidates = _candidates(recipe)
@@ -108,12 +110,12 @@ def choose_memory_options(recipe: Recipe, rehearse: Callable[[Recipe], Predictio
 
 
 def card_gib(recipe: Recipe, prediction: Prediction) -> float:
-    """Peak GiB of the card that a run uses: PyTorch's reserved memory and the overhead of the process."""
+    """Return the peak GiB that a run uses on the card: PyTorch's reserved memory and the overhead of the process."""
     return prediction.reserved / GIB + cuda_overhead_gib(recipe.hardware.gpu)
 
 
 def describe_shortfall(recipe: Recipe, prediction: Prediction) -> str:
-    """One sentence that says how much memory the run needs, and what to type instead."""
+    """Return one sentence with the memory that the run needs and the overrides that the user can type."""
     limit = recipe.hardware.usable_vram_gib or 0.0
     return (f"this run needs {card_gib(recipe, prediction):.1f} GiB, most of it in {prediction.peak_phase}, and "
             f"{recipe.hardware.gpu or 'the card'} has {limit:g}: "
@@ -121,7 +123,7 @@ def describe_shortfall(recipe: Recipe, prediction: Prediction) -> str:
 
 
 def _candidates(recipe: Recipe) -> list[dict[str, Any]]:
-    """The candidates for this run, without options that have no effect or that the run does not allow."""
+    """Return the candidates for this run, without options that have no effect or that the run does not allow."""
     candidates: list[dict[str, Any]] = []
     for combination in CANDIDATES:
         options = {key: value for key, value in combination.items() if getattr(recipe.memory, key) != value}
@@ -138,12 +140,14 @@ def _min_activations_gib(recipe: Recipe, checkpointed: bool) -> float:
     """Return a lower bound in GiB for the activations that a forward pass of the denoiser keeps."""
     rows = recipe.train.train_batch_size * (2 if recipe.with_prior and not recipe.two_passes else 1)
     family, _ = find_architecture(recipe)
-    share = 0.5 if recipe.method.low_rank else 1  # frozen layers keep less
+    share = 0.5 if recipe.method.low_rank else 1  # frozen layers keep fewer activations
     return share * family.activations_gib[checkpointed] * rows * (recipe.model.resolution / 512) ** 2
 
 
 def _minimum_gib(candidate: Recipe, trained: int, activations: float) -> float:
-    """A lower bound in GiB for a training step: activations are live at its beginning, gradients at its end.
+    """Return a lower bound in GiB for the card memory of a training step.
+
+    Of activations and gradients, only the larger counts: activations are released while gradients are computed.
 
     Args:
         trained: number of trained weights.
@@ -159,7 +163,7 @@ def _minimum_gib(candidate: Recipe, trained: int, activations: float) -> float:
 
 
 def _with_smaller_sample_batch(choice: Choice, allowed: float, rehearse: Callable[[Recipe], Prediction]) -> Choice:
-    """Generate images one at a time, if a training step fits into `allowed` GiB and generating images does not."""
+    """Return the choice; if only generating images exceeds `allowed` GiB, set it to generate one image at a time."""
     recipe = choice.recipe
     step = choice.prediction.peak_over(*STEP_PHASES).reserved / GIB + cuda_overhead_gib(recipe.hardware.gpu)
     if step > allowed or card_gib(recipe, choice.prediction) <= allowed or recipe.prior.sample_batch_size == 1:

@@ -32,10 +32,10 @@ class _Block:
 
 
 class CachingAllocator:
-    """Simulates allocations. `allocated` and `reserved` are the current numbers of bytes."""
+    """Simulates PyTorch's allocator. `allocated` and `reserved` are the current numbers of bytes."""
 
     SMALL: ClassVar = MIB
-    SEGMENT: ClassVar = (2 * MIB, 20 * MIB)  # of the small and of the large pool
+    SEGMENT: ClassVar = (2 * MIB, 20 * MIB)  # bytes of a segment of the small and of the large pool
 
     def __init__(self, expandable: bool = False, max_split: int | None = None) -> None:
         """Start with an empty cache.
@@ -55,7 +55,7 @@ class CachingAllocator:
         self._next = 0
 
     def malloc(self, size: int) -> int:
-        """Allocate a block of at least `size` bytes; returns its number."""
+        """Allocate a block of at least `size` bytes; return its number."""
         size = max(512, (size + 511) // 512 * 512)
         large = size > self.SMALL
         number = self._take_free_block(size, large)
@@ -91,7 +91,7 @@ class CachingAllocator:
                     self.reserved -= size
 
     def _take_free_block(self, size: int, large: bool) -> int | None:
-        """Remove the smallest free block that is large enough from its pool; None: there is none."""
+        """Remove the smallest suitable free block from its pool; return its number, or None if there is none."""
         pool = self._free[large]
         index = bisect_left(pool, (size, -1))
         if index == len(pool):
@@ -105,7 +105,7 @@ class CachingAllocator:
         return number
 
     def _new_segment(self, size: int, large: bool) -> int:
-        """Reserve a segment for a block of `size` bytes; returns the number of its only block."""
+        """Reserve a segment for a block of `size` bytes; return the number of its only block."""
         if not large:
             reserved = self.SEGMENT[0]
         elif size < 10 * MIB:
@@ -116,7 +116,10 @@ class CachingAllocator:
         return self._new(_Block(reserved, large))
 
     def _extend_range(self, size: int, large: bool) -> int:
-        """Map more pages at the end of the pool's range; a free block there becomes part of the new block."""
+        """Map more pages at the end of the pool's range; return the number of the new block.
+
+        A free block at the end of the range becomes part of the new block.
+        """
         page, last = self.SEGMENT[large], self._last[large]
         rest = self._blocks[last].size if last is not None and self._blocks[last].free else 0
         pages = (size - rest + page - 1) // page * page
@@ -165,7 +168,7 @@ class CachingAllocator:
         insort(self._free[block.large], (rest, new))
 
     def _join(self, first: int | None, second: int | None) -> int:
-        """Merge two neighbouring blocks into the first one, outside the pool; returns its number."""
+        """Merge two neighbouring blocks into the first one, outside the pool; return the number of the first one."""
         assert first is not None and second is not None
         left, right = self._blocks[first], self._blocks[second]
         for number, block in ((first, left), (second, right)):
@@ -180,7 +183,7 @@ class CachingAllocator:
         return first
 
     def _remove_from_pool(self, number: int, block: _Block) -> None:
-        """Remove a block from its pool, if it is there."""
+        """Remove a block from its pool, if the pool contains it."""
         pool = self._free[block.large]
         index = bisect_left(pool, (block.size, number))
         if index < len(pool) and pool[index] == (block.size, number):

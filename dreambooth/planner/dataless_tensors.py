@@ -1,10 +1,10 @@
 """Tensors without data: plain CPU tensors whose storages report their size but use no memory.
 
 A dispatch mode answers every operator with an empty result of the right shape, strides and dtype. Autograd, autocast
-and hooks run as usual, but nothing is computed. For each combination of operator, shapes, strides, dtypes and numbers
-the result comes once from PyTorch's FakeTensorMode, and is cached. FakeTensor itself is not used for the tensors,
-because it runs Python code for every call and for every access to `.device`: rehearsing a step would take several times
-as long.
+and hooks run as usual, but nothing is computed. PyTorch's FakeTensorMode infers each result once per combination of
+operator, shapes, strides, dtypes and numbers; then a cache answers. The tensors themselves are not FakeTensors, because
+a FakeTensor runs Python code for every call and for every access to `.device`: rehearsing a step would take several
+times as long.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ class _ArgumentStorage:
     """Template of a result that is an argument itself, or a view into an argument's storage."""
 
     def __init__(self, tensor: Tensor, index: int, is_argument: bool) -> None:
-        self.index = index  # of the argument among the tensors of the call
+        self.index = index  # position of the argument among the tensor arguments of the call
         self.is_argument = is_argument
         self.layout = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
@@ -47,7 +47,7 @@ class DatalessTensorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # otherwise every call pays for a guard against torch.compile, which is not used here
+        return False  # otherwise a guard against torch.compile, which is not used here, slows down every call
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -72,7 +72,7 @@ class DatalessTensorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _reads_no_data(func: Any) -> bool:
-    """Whether an operator returns a view of an argument, or has nothing to do with tensors, as the profiler's."""
+    """Return whether an operator only creates a view of an argument, or is an operator of the profiler."""
     if func.namespace == "profiler":
         return True
     aliases = [argument.alias_info for argument in func._schema.arguments if argument.alias_info is not None]
@@ -80,7 +80,7 @@ def _reads_no_data(func: Any) -> bool:
 
 
 def _works_in_place(func: Any) -> bool:
-    """Whether an operator writes to its first argument and returns it."""
+    """Return whether an operator writes to its first argument and returns this argument."""
     arguments, results = func._schema.arguments, func._schema.returns
     if not arguments or len(results) != 1:
         return False
@@ -105,7 +105,7 @@ def _describe(arguments: Any, tensors: list[Tensor], key: list[Any]) -> None:
 
 
 def _infer_template(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> tuple[Any, int]:
-    """The template of a call's result, by FakeTensorMode, and how many storages the call allocates."""
+    """Return the template of a call's result, inferred by FakeTensorMode, and the number of storages it allocates."""
     if _works_in_place(func):
         return _ArgumentStorage(tensors[0], 0, is_argument=True), 0
     fake = FakeTensorMode()
@@ -132,11 +132,11 @@ def _infer_template(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) ->
 
 
 def _with_real_strides(func: Any, args: Any, tensors: list[Tensor], result: Any) -> Any:
-    """Give the result of a pointwise operation of a tensor and a number the strides of the real result.
+    """Return `result` with the strides of the real result, if a pointwise operator combined a tensor with a number.
 
     In a dimension of size 1, PyTorch keeps the stride of the input, while a fake tensor gets an arbitrary one. This
-    stride has no effect on where elements are, but it decides whether a later operator takes the layout for
-    channels_last or makes a copy.
+    stride has no effect on the position of elements. But later operators depend on it: whether they treat the layout
+    as channels_last, and whether they copy the tensor.
     """
     with_number = any(isinstance(argument, (int, float)) for argument in args[1:2])
     if not (torch.Tag.pointwise in func.tags and with_number and len(tensors) == 1 and isinstance(result, Tensor)):
@@ -148,11 +148,11 @@ def _with_real_strides(func: Any, args: Any, tensors: list[Tensor], result: Any)
 
 
 def _build(template: Any, tensors: list[Tensor], storages: list[Any]) -> Any:
-    """The result of a call from its template.
+    """Build the result of a call from its template.
 
     Args:
         tensors: the tensor arguments of the call.
-        storages: the new storages of the call; None where one was not created yet.
+        storages: the new storages of the call; None for a storage that was not created yet.
     """
     if isinstance(template, _NewStorage):
         storage = storages[template.number]

@@ -14,7 +14,7 @@ BATCH_SIZE = 16
 
 
 def encoder_tensor_bytes(evaluate: Evaluate, resolution: int) -> list[int]:
-    """The sizes, in bytes, of tensors that exist at the same time while images are scored.
+    """Return the sizes, in bytes, of the tensors that exist at the same time while images are scored.
 
     Args:
         resolution: side of the images in pixels.

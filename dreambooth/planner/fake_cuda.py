@@ -25,7 +25,7 @@ _FLASH_BACKWARD = "aten::_scaled_dot_product_flash_attention_backward"
 
 @contextmanager
 def fake_gpu(capability: float | None) -> Iterator[None]:
-    """A context in which tensors have no data and operators behave as on a CUDA card.
+    """Make new tensors in a `with` block dataless, and make operators behave as on a CUDA card.
 
     Args:
         capability: CUDA compute capability of the card; None: as on a T4.
@@ -39,14 +39,14 @@ def fake_gpu(capability: float | None) -> Iterator[None]:
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """A context in which new tensors have a shape, a dtype and a storage size, but no memory."""
+    """Give new tensors in a `with` block a shape, a dtype and a storage size, but no memory."""
     with DatalessTensorMode():
         yield
 
 
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
-    """A context in which the CPU's autocast key has CUDA's autocast rules."""
+    """Give the CPU's autocast key the autocast rules of CUDA in a `with` block."""
     make_library: Any = torch.library.Library
     library = make_library("aten", "IMPL")
     try:
@@ -61,9 +61,9 @@ def cuda_autocast() -> Iterator[None]:
 
 @contextmanager
 def cuda_attention(flash: bool) -> Iterator[None]:
-    """A context in which F.scaled_dot_product_attention is dispatched as on CUDA.
+    """Dispatch F.scaled_dot_product_attention in a `with` block as on CUDA.
 
-    The flash kernel runs where card, dtype and mask allow it, and otherwise the memory-efficient kernel, which xformers
+    The flash kernel runs if card, dtype and mask allow it. Otherwise the memory-efficient kernel runs, which xformers
     uses too.
 
     Args:
@@ -78,15 +78,15 @@ def cuda_attention(flash: bool) -> Iterator[None]:
 
 
 def attention_workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
-    """Bytes of the temporary workspace of a CUDA attention kernel's backward pass; 0 for other operators.
+    """Return the bytes of the temporary workspace of a CUDA attention kernel's backward pass; 0 for other operators.
 
-    The memory-efficient kernel needs fp32 accumulators of dq, and for head dimensions above 128 of dk and dv too. The
+    The memory-efficient kernel needs an fp32 accumulator of dq; for head dimensions above 128, of dk and dv too. The
     flash kernel pads the queries to a multiple of 128 and the head dimension to a multiple of 32 or 64, and stores one
     sum per row.
 
     Args:
         name: the operator's schema name.
-        args: its arguments; the second is the query (batch, heads, queries, head dimension).
+        args: the operator's arguments; the second is the query (batch, heads, queries, head dimension).
     """
     if name not in (_EFFICIENT_BACKWARD, _FLASH_BACKWARD):
         return 0
@@ -99,7 +99,7 @@ def attention_workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
 
 
 def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """module.to(dtype) for fake parameters: `Module.to` cannot swap their data, so this creates new parameters."""
+    """Convert a module to `dtype` with new parameters, because `Module.to` cannot swap the data of fake parameters."""
     for submodule in module.modules():
         for name, parameter in list(submodule._parameters.items()):
             if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
@@ -111,7 +111,7 @@ def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def offload_weights(module: nn.Module) -> dict[str, torch.Size]:
-    """Free a module's weights, as moving them to the host does on a GPU; returns their shapes for `reload_weights`."""
+    """Free a module's weights, like moving them from a GPU to the host; return their shapes for `reload_weights`."""
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     for parameter in module.parameters():
         parameter.data = torch.empty(0, dtype=parameter.dtype)
@@ -119,32 +119,32 @@ def offload_weights(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def reload_weights(module: nn.Module, shapes: dict[str, torch.Size]) -> nn.Module:
-    """Allocate the weights again, with undefined values; returns the module."""
+    """Allocate the weights of a module again, with undefined values; return the module."""
     for name, parameter in module.named_parameters():
         parameter.data = torch.empty(shapes[name], dtype=parameter.dtype)
     return module
 
 
 def _operator(name: str) -> Any:
-    """The ATen operator of a name such as `softmax.int`."""
+    """Return the ATen operator with a name such as `softmax.int`."""
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.aten, packet), overload or "default")
 
 
 def _without_autocast() -> Any:
-    """A guard that excludes the autocast key, so that the operator below it runs."""
+    """Return a guard that excludes the autocast key, so that operators run without autocast."""
     return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU))
 
 
 def _cast_to_fp32(value: Any) -> Any:
-    """Cast floating-point tensors, also those in lists and tuples; other values stay as they are."""
+    """Cast floating-point tensors, also in lists and tuples; return other values unchanged."""
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() and value.dtype != torch.float32 else value
     return type(value)(map(_cast_to_fp32, value)) if isinstance(value, list | tuple) else value
 
 
 def _to_fp32(operator: Any) -> Callable[..., Any]:
-    """Autocast rule: cast the inputs to fp32."""
+    """Return an autocast rule that casts the inputs of an operator to fp32."""
     def compute(*args: Any, **kwargs: Any) -> Any:
         with _without_autocast():
             return operator(*map(_cast_to_fp32, args), **{key: _cast_to_fp32(value) for key, value in kwargs.items()})
@@ -153,7 +153,7 @@ def _to_fp32(operator: Any) -> Callable[..., Any]:
 
 
 def _fp32_result(operator: Any, softmax: bool) -> Callable[..., Any]:
-    """Autocast rule: compute the result in fp32 unless the caller names a dtype."""
+    """Return an autocast rule that computes the result in fp32, unless the caller passes a dtype."""
     def compute(*args: Any, **kwargs: Any) -> Any:
         with _without_autocast():
             dtype = kwargs.get("dtype", args[2] if softmax and len(args) > 2 else None)
@@ -168,7 +168,7 @@ def _fp32_result(operator: Any, softmax: bool) -> Callable[..., Any]:
 
 
 def _attention(flash: bool) -> Callable[..., Tensor]:
-    """A replacement of F.scaled_dot_product_attention that calls the CUDA kernels' operators."""
+    """Return a replacement of F.scaled_dot_product_attention that calls the CUDA kernels' operators."""
     def compute(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
                 is_causal: bool = False, scale: float | None = None, **_: Any) -> Tensor:
         if torch.is_autocast_enabled("cpu"):

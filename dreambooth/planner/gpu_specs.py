@@ -1,9 +1,9 @@
-"""Published speeds of GPUs, each with its source, and the memory that a CUDA process needs besides PyTorch's.
+"""Published speeds of GPUs, each with its source, and the GPU memory that a process needs outside PyTorch's allocator.
 
 `cuda_overhead_gib` is the memory of a card that a process takes in addition to PyTorch's reserved memory: the CUDA
-context, cuBLAS, cuDNN and the driver. It is fitted once, on the nine rows that the DreamBooth README of
-ShivamShrirao/diffusers (read 2026-11) publishes for a T4, with GB taken as 1e9 bytes: it is the mean of published minus
-predicted reserved memory. docs/planner.md shows the fit with one row left out at a time. No such table is published for
+context, cuBLAS, cuDNN and the driver. It is fitted once, as the mean of published minus predicted reserved memory, on
+the nine rows that the DreamBooth README of ShivamShrirao/diffusers (read 2026-11) publishes for a T4, with GB taken as
+1e9 bytes. docs/planner.md shows the fit with one row left out at a time. No such table is published for
 the other cards, so they use the T4's constant. This file does not import torch.
 """
 
@@ -15,8 +15,8 @@ class Card:
     """Peak rates of a GPU without sparsity: TFLOP/s in half precision with tensor cores and in fp32, and GB/s.
 
     `source` names the publication of these figures. Public pages that quote them were read in 2026-11. They agree for
-    the T4, the A100, the L4's fp32 rate and bandwidth, and the A10G's bandwidth. For the A10G's rates they state 62.5
-    to 70 and 31 to 35. The L4's rate in half precision was not looked up.
+    the T4, the A100, the L4's fp32 rate and bandwidth, and the A10G's bandwidth. For the A10G they state 62.5
+    to 70 TFLOP/s in half precision and 31 to 35 in fp32. The L4's rate in half precision was not looked up.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Card:
     bandwidth_gb_s: float
     source: str
     cuda_overhead_gib: float = 0.74
-    link_gb_s: float = 10.0  # between cards of one machine, reached by a sum of gradients; PCIe, an assumption
+    link_gb_s: float = 10.0  # between cards of one machine, in an all-reduce of gradients; PCIe, an assumption
     calibrated: bool = False  # True: time_and_cost.py is fitted on published training speeds of this card
 
 
@@ -38,12 +38,12 @@ CARDS = {
 
 
 def find_card(gpu: str | None) -> Card | None:
-    """The card with this name, which may be a driver's ("Tesla T4", "NVIDIA A10G"); None if it is unknown."""
+    """Return the card with this name, also if a driver reports it ("Tesla T4", "NVIDIA A10G"); None if unknown."""
     words = (gpu or "").replace("-", " ").split()
     return next((card for name, card in CARDS.items() if name in words), None)
 
 
 def cuda_overhead_gib(gpu: str | None) -> float:
-    """GiB of the card that a process takes before PyTorch allocates anything."""
+    """Return the GiB of the card that a process takes before PyTorch allocates anything."""
     card = find_card(gpu)
     return card.cuda_overhead_gib if card else CARDS["T4"].cuda_overhead_gib

@@ -1,4 +1,4 @@
-"""Lists the overrides that would reduce a run's GPU memory, with what each saves and how much time it costs.
+"""Lists the overrides that would reduce a run's GPU memory, with the memory that each saves and the time that it costs.
 
 A plan shows this list, and the error message of a run that does not fit contains it. The figures are computed from one
 prediction, without rehearsing each option, so they are approximate.
@@ -19,7 +19,7 @@ OPTIMIZER_STATE_BYTES = {  # per trained parameter
     OptimizerKind.adamw: 8.0, OptimizerKind.adamw8bit: 2.03, OptimizerKind.paged_adamw8bit: 0.0,
     OptimizerKind.adafactor: 2.0,
 }
-CHECKPOINTED_SHARE = 0.12  # of the activations remain with checkpointing: SD 1.5 at 512 px, 0.26 of 2 GiB per row
+CHECKPOINTED_SHARE = 0.12  # share of activations that checkpointing keeps; SD 1.5 at 512 px: 0.26 of 2 GiB per sample
 MIN_SAVED_GIB = 0.05  # options that save less are not listed
 RECOMPUTED_FORWARD = 4 / 3  # operations of a step that computes its forward pass twice, relative to a plain step
 
@@ -35,10 +35,10 @@ class MemoryOption:
 
 
 def list_memory_options(recipe: Recipe, prediction: Prediction) -> list[MemoryOption]:
-    """The options for this run that save at least MIN_SAVED_GIB.
+    """Return the options for this run that save at least MIN_SAVED_GIB.
 
-    If generating images needs the most memory, options for that come first. Options for a training step follow, those
-    that do not change the results before those that do.
+    If generating images needs the most memory, the options for generating images come first. The options for a training
+    step follow: first the options that do not change the results, then the options that do.
     """
     options = [*_sampling_options(recipe, prediction), *_exact_options(recipe, prediction),
                *_inexact_options(recipe, prediction)]
@@ -46,9 +46,9 @@ def list_memory_options(recipe: Recipe, prediction: Prediction) -> list[MemoryOp
 
 
 def describe_memory_options(recipe: Recipe, prediction: Prediction) -> str:
-    """The options as part of an error message about a run that does not fit.
+    """Return the options as a part of the error message for a run that does not fit.
 
-    If a training step fits and only generating images does not, only the options for generating images are named.
+    If a training step fits and generating images does not, the message names only the options for generating images.
     """
     auto = [] if recipe.memory.auto else ["memory=auto (saves memory without changing the results)"]
     step_gib = prediction.peak_over(*STEP_PHASES).reserved / GIB + cuda_overhead_gib(recipe.hardware.gpu)
@@ -59,7 +59,7 @@ def describe_memory_options(recipe: Recipe, prediction: Prediction) -> str:
 
 
 def _sampling_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOption]:
-    """Options for a run in which generating images needs more memory than a training step."""
+    """Yield the options for a run in which generating images needs more memory than a training step."""
     if prediction.peak_phase in STEP_PHASES:
         return
     peak, batch_size = prediction.peak, recipe.prior.sample_batch_size
@@ -75,14 +75,15 @@ def _sampling_options(recipe: Recipe, prediction: Prediction) -> Iterator[Memory
 
 
 def _exact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOption]:
-    """Options for a training step that do not change the results."""
+    """Yield the options for a training step that do not change the results."""
     memory, fp32_gib = recipe.memory, 4 * prediction.trained_parameters / GIB
     if not memory.gradient_checkpointing:
         saved = activations_gib(prediction) * (1 - CHECKPOINTED_SHARE)
         cost = _extra_seconds(recipe, prediction, flops=RECOMPUTED_FORWARD)
         yield MemoryOption("memory.gradient_checkpointing=true", saved, cost, exact=True)
     if recipe.allows_optimizer_in_backward and not memory.optimizer_in_backward:
-        # Clipping and fp16's overflow check need all gradients before the first update: a second backward pass.
+        # Clipping and fp16's overflow check need all gradients before the first update. This takes a second backward
+        # pass.
         two_passes = recipe.train.max_grad_norm is not None or recipe.precision.dtype is Dtype.fp16
         cost = _extra_seconds(recipe, prediction, flops=2.0 if two_passes else 1.0)
         yield MemoryOption("memory.optimizer_in_backward=true", fp32_gib, cost, exact=True)
@@ -92,9 +93,9 @@ def _exact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOpt
 
 
 def _inexact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOption]:
-    """Options for a training step that change the results."""
+    """Yield the options for a training step that change the results."""
     memory, train = recipe.memory, recipe.train
-    gib_per_byte = prediction.trained_parameters / GIB  # GiB of one byte per trained parameter
+    gib_per_byte = prediction.trained_parameters / GIB  # GiB for one byte per trained parameter
     state = OPTIMIZER_STATE_BYTES[recipe.optimizer.kind]
     if recipe.method.low_rank:
         yield from _batch_options(recipe, prediction)
@@ -127,7 +128,7 @@ def _inexact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryO
 
 
 def _batch_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOption]:
-    """Options that make the batch of a training step smaller."""
+    """Yield the options that make a training step smaller: batch size 1, and a resolution of 512 pixels."""
     size = recipe.train.train_batch_size
     if size > 1:
         yield MemoryOption("train.train_batch_size=1", activations_gib(prediction) * (1 - 1 / size),
@@ -137,13 +138,13 @@ def _batch_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOpt
 
 
 def activations_gib(prediction: Prediction) -> float:
-    """GiB of activations that are stored when the backward pass begins, in addition to weights and states."""
+    """Return the GiB of activations that a training step stores for its backward pass."""
     return prediction.peak_over(*STEP_PHASES).by_category.get("activations", 0) / GIB
 
 
 def _extra_seconds(recipe: Recipe, prediction: Prediction, changed: Recipe | None = None,
                    flops: float = 1.0) -> float | None:
-    """How many seconds longer a step takes with the changed recipe; None if the card is unknown.
+    """Return how many seconds longer a step takes with the changed recipe; None if the card is unknown.
 
     Args:
         flops: operations of the changed step relative to this run's step.

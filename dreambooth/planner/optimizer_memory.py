@@ -1,14 +1,15 @@
 """Models the memory of each optimizer: its persistent state and the temporary tensors of its step.
 
-A rehearsal trains with this optimizer, because most real optimizers have kernels that do not run on fake tensors. It
-computes no updates. tests/planner/test_optimizer_memory.py compares the state with the real optimizers, byte by byte.
+A rehearsal trains with ModelledOptimizer, because most real optimizers have kernels that do not run on fake tensors.
+ModelledOptimizer computes no updates. tests/planner/test_optimizer_memory.py compares its state with the state of the
+real optimizers, byte by byte.
 
 | optimizer | state of a parameter with n elements | temporary tensors of a step |
 |---|---|---|
 | AdamW, fused | two moments in the parameter's dtype, a 4-byte step count | none |
 | AdamW, foreach | the same | the square roots of all second moments at once |
 | AdamW, one parameter at a time | the same | the square root of one second moment |
-| AdamW8bit | twice n uint8 and one fp32 maximum per block of 256; below 4096 elements two fp32 moments | none |
+| AdamW8bit | two times: n uint8, one fp32 maximum per 256 elements; below 4096 elements two fp32 moments | none |
 | paged AdamW8bit | the same in pageable memory, which moves to the host if the card is full | none |
 | Adafactor | fp32: rows and columns of the last two dimensions; n for a one-dimensional parameter | one fp32 update |
 """
@@ -32,7 +33,7 @@ class ModelledOptimizer(torch.optim.Optimizer):
 
     Attributes:
         form: the implementation of AdamW: fused, foreach or single.
-        on_state: called for each new tensor of state, with whether it is paged.
+        on_state: a callback for each new state tensor; its second argument is True for a paged tensor.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], kind: OptimizerKind, learning_rate: float = 1e-6,
@@ -44,7 +45,7 @@ class ModelledOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Allocate missing state of the parameters that have a gradient, then the temporary tensors of a step."""
+        """Allocate the missing state of all parameters with a gradient, then the temporary tensors of a step."""
         trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter in trained:
             self._allocate_state(parameter)

@@ -1,4 +1,4 @@
-"""Variants of the engine, the EMA and the gradient scaler that tell a StorageTrace when a phase of the step begins."""
+"""Variants of engine, EMA and gradient scaler for a rehearsal, which mark the phases of a step in a StorageTrace."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,10 @@ from dreambooth.runtime.engine import Engine
 
 @dataclass
 class FakeGradScaler:
-    """Uses the memory that a GradScaler uses: one scaled loss. It unscales in place and never skips a step."""
+    """A replacement of GradScaler with the same memory use: one scaled loss. It never skips a step.
+
+    GradScaler unscales gradients in place, which needs no memory, so `unscale_` does nothing.
+    """
 
     enabled: bool
     factor: Tensor
@@ -38,7 +41,7 @@ class FakeGradScaler:
 
 @dataclass
 class PhaseMarkingEngine(Engine):
-    """An Engine that marks the beginning of the phase `step`; the rehearsal passes the other marks."""
+    """An Engine that marks the beginning of the phase `step`. Callables from the rehearsal mark the other phases."""
 
     mark: Callable[[str], None] = lambda phase: None
 
@@ -61,10 +64,10 @@ class PhaseMarkingEma(Ema):
 
 
 def make_gradient_hook(trace: StorageTrace, master: nn.Parameter | None) -> Callable[[Tensor], None]:
-    """A hook, called after a gradient is accumulated, that assigns the gradient its category in the trace.
+    """Return a post-accumulate-grad hook that assigns a category to the gradient in the trace.
 
     Args:
-        master: the fp32 copy of the weight in host memory, with a gradient of its own; None without offloading.
+        master: the fp32 copy of the weight in host memory, which has its own gradient; None without offloading.
     """
     def label(parameter: Tensor) -> None:
         if parameter.grad is not None:

@@ -1,4 +1,4 @@
-"""The result of a rehearsal: memory by phase and category, and operations by phase. Plain numbers, in bytes."""
+"""Holds the result of a rehearsal: bytes of memory by phase and category, and operations by phase."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,7 +13,7 @@ CACHE_CLEARED_BEFORE = frozenset({"caching", "training"})  # a run empties the a
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run needs, from its recorded trace.
+    """The memory and the operations of a run, calculated from the trace of its rehearsal.
 
     The trace contains two training steps. The optimizer state exists from the start of the second one.
     """
@@ -21,10 +21,10 @@ class Prediction:
     trace: StorageTrace = field(repr=False)
     trained_parameters: int  # elements
     frozen_parameters: int  # elements
-    picture_flops: tuple[int, int]  # for one class image: one denoising step, decoding
+    picture_flops: tuple[int, int]  # for one generated image: (one denoising step, decoding)
     encode_flops: int  # for one photo
-    expandable: bool = False
-    max_split: int | None = None
+    expandable: bool = False  # PyTorch's setting expandable_segments
+    max_split: int | None = None  # PyTorch's setting max_split_size_mb, in bytes
 
     @cached_property
     def by_phase(self) -> dict[str, Usage]:
@@ -35,7 +35,7 @@ class Prediction:
 
     @property
     def reserved(self) -> int:
-        """The most that the allocator reserves in any phase."""
+        """The largest number of bytes that the allocator reserves in any phase."""
         return max(usage.reserved for usage in self.by_phase.values())
 
     @property
@@ -49,7 +49,7 @@ class Prediction:
         return self.by_phase[self.peak_phase]
 
     def peak_over(self, *phases: str) -> Usage:
-        """The usage of the phase with the most allocated memory, and the most that any of the phases reserves."""
+        """Return the usage of the given phase that allocates most, with the largest `reserved` of all given phases."""
         usages = [usage for phase, usage in self.by_phase.items() if phase in phases]
         peak = max(usages, key=lambda usage: usage.allocated)
         return replace(peak, reserved=max(usage.reserved for usage in usages))
@@ -61,7 +61,7 @@ class Prediction:
 
     @cached_property
     def host_bytes(self) -> int:
-        """Bytes that live in host memory instead of on the card: EMA, optimizer state, fp32 weights, gradients."""
+        """Peak bytes that are in host memory instead of on the card: EMA, optimizer state, fp32 weights, gradients."""
         live = peak = 0
         for serial, size in self.trace.events:
             if serial > 0 and self.trace.category[serial] == HOST:

@@ -55,7 +55,7 @@ def predict(recipe: Recipe) -> Prediction:
 
 
 def rehearse(recipe: Recipe) -> Prediction:
-    """Rehearse a run on the current kind of tensors; real tensors use real memory and compute time."""
+    """Rehearse a run: on fake tensors inside `fake_tensors` or `fake_gpu`, otherwise on real tensors, which is slow."""
     return _Rehearsal(recipe).prediction()
 
 
@@ -71,12 +71,12 @@ class _Rehearsal:
                                    recipe.train.snr_gamma, recipe.two_passes)
         self.autocast = self._autocast()
         self.engine = self._engine()
-        # The last sampling that was recorded: batch size and guidance scale, and the range of its events.
+        # The last recorded sampling: (batch size, guidance scale), and the start and end of its range of events.
         self.sampled: tuple[tuple[int, float], int, int] | None = None
         self.picture_flops, self.encode_flops = (0, 0), 0
 
     def prediction(self) -> Prediction:
-        """Rehearse every phase."""
+        """Rehearse all phases, and return the prediction."""
         trace, recipe, parts = self.trace, self.recipe, self.parts
         with trace:
             trace.mark("load")
@@ -115,7 +115,7 @@ class _Rehearsal:
             None if self.memory.max_split_size_mb is None else self.memory.max_split_size_mb * MIB)
 
     def _steps(self, state: TrainState) -> None:
-        """Record two steps. The second one is a repetition of the first, but the optimizer state exists already."""
+        """Record two steps. The second step repeats the events of the first, except that the optimizer state exists."""
         trace, train = self.trace, self.recipe.train
         start = len(trace.events)
         trace.mark("forward")
@@ -126,14 +126,14 @@ class _Rehearsal:
         trace.repeat(start, len(trace.events))
 
     def _autocast(self) -> Callable[[], AbstractContextManager[Any]]:
-        """The autocast context of the run; the CPU's autocast stands for CUDA's (see fake_cuda.py)."""
+        """Return the autocast context of the run; the CPU's autocast stands for CUDA's (see fake_cuda.py)."""
         dtype = self.recipe.precision.dtype
         if dtype is Dtype.fp32:
             return nullcontext
         return partial(torch.autocast, "cpu", loading.TORCH_DTYPE[dtype], cache_enabled=self.memory.autocast_cache)
 
     def _engine(self) -> PhaseMarkingEngine:
-        """An engine that marks the phases of a step."""
+        """Build an engine that marks the phases of a step."""
         trace = self.trace
         scaler = FakeGradScaler(self.recipe.precision.dtype is Dtype.fp16, torch.ones(()))
         run_backward = Engine().backward
@@ -169,7 +169,7 @@ class _Rehearsal:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     make_gradient_hook(trace, masters.get(name)))
-        if recipe.hardware.gpus > 1:  # data parallel has buckets, in which it reduces a second copy of the gradients
+        if recipe.hardware.gpus > 1:  # data parallelism reduces a second copy of the gradients, in buckets
             self.reduction_buckets = [torch.empty_like(p) for p in denoiser.parameters() if p.requires_grad]
             trace.add(self.reduction_buckets, "gradients")
         ema = None
@@ -182,16 +182,16 @@ class _Rehearsal:
         return TrainState(denoiser, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), ema)
 
     def _batch(self) -> Batch:
-        """A micro-batch like those of data/batches.py, where each row has its own caption.
+        """Build a micro-batch with the contents and dtypes of those of data/batches.py.
 
-        Values that are not cached are computed.
+        Each sample has its own caption. Latents and text states are computed here if the run does not cache them.
         """
         recipe, square = self.recipe, (self.recipe.model.resolution,) * 2
         sizes = [self._photo_size()] + [square] * recipe.with_prior  # class images are square
         return join_batches([self._half(recipe.train.train_batch_size, size) for size in sizes])
 
     def _half(self, count: int, size: Size) -> Batch:
-        """The photos or the class images of a micro-batch."""
+        """Build one half of a micro-batch: its photos or its class images."""
         recipe = self.recipe
         latents = torch.empty(count, *self._latent_shape(size))
         if not self.memory.cache_latents:
@@ -218,7 +218,7 @@ class _Rehearsal:
 
     @torch.no_grad()
     def _sample(self, phase: str, count: int, guidance: float) -> None:
-        """Generate images: one denoising step and decoding. Further steps would use the same memory again."""
+        """Rehearse generating images: one denoising step and decoding. Further steps would reuse the same memory."""
         trace = self.trace
         if self.sampled and self.sampled[0] == (count, guidance) and self._samples_as_before():
             trace.mark(phase)
@@ -240,7 +240,7 @@ class _Rehearsal:
         self.sampled = (count, guidance), first_event, len(trace.events)
 
     def _samples_as_before(self) -> bool:
-        """Whether sampling after training uses the same kernels and dtypes as before training."""
+        """Return whether sampling after training uses the same kernels and dtypes as before training."""
         fused = self.recipe.attention.kind in (AttentionKind.sdpa, AttentionKind.xformers)
         plain = self.memory.weights is Weights.full and not self.memory.offload_optimizer
         return fused and plain and not self.recipe.method.low_rank
@@ -253,7 +253,7 @@ class _Rehearsal:
         return self.parts.blank_tokens(count)
 
     def _photo_size(self) -> Size:
-        """The size of a photo; with buckets the one that needs the most memory, because a plan reads no photos."""
+        """Return the size of a photo; with buckets, the size that needs the most memory. A plan reads no photos."""
         side, levels = self.recipe.model.resolution, self.parts.family.levels(self.parts.denoiser)
         return largest_bucket(side, self.parts.vae_scale, levels) if self.recipe.dataset.buckets else (side, side)
 

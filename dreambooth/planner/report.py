@@ -24,12 +24,12 @@ PHASES = ("load", "class_images", "caching", *STEP_PHASES, "sample", "evaluate",
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe, what it needs, and what it costs."""
+    """The plan of one run: its recipe, its predicted memory, and the options that memory=auto chose."""
 
     recipe: Recipe
     prediction: Prediction
     added: tuple[str, ...]  # overrides that memory=auto chose
-    why: str  # the explanation of memory=auto; empty without it
+    why: str  # explanation of the choice of memory=auto; empty without memory=auto
 
     @property
     def card_gib(self) -> float | None:
@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def shortfall(self) -> str:
-        """One sentence that says what does not fit and what to type; empty if everything fits."""
+        """An error message: the resource that does not suffice, and the overrides to type; empty if everything fits."""
         recipe, hardware = self.recipe, self.recipe.hardware
         if _exceeds(self.card_gib, hardware.usable_vram_gib):
             return auto_memory.describe_shortfall(recipe, self.prediction)
@@ -68,7 +68,10 @@ def _exceeds(needed: float | None, available: float | None) -> bool:
 
 
 def plan_as_dict(plan: Plan) -> dict[str, Any]:
-    """The figures of a plan as JSON values, in GiB, seconds and US dollars; None where a card or price is unknown."""
+    """Return the figures of a plan as JSON values, in GiB, seconds and US dollars.
+
+    A figure is None if the card or the price is unknown.
+    """
     recipe, prediction, time = plan.recipe, plan.prediction, plan.estimate
     return {
         "hardware": recipe.hardware.name, "fits": plan.fits, "card_gib": _round(plan.card_gib),
@@ -91,7 +94,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
 
 
 def format_plan(plan: Plan) -> str:
-    """One plan as text of at most 80 columns."""
+    """Return one plan as text of at most 80 columns."""
     recipe, prediction = plan.recipe, plan.prediction
     lines = [_title(recipe), "", *_phase_table(prediction), "", *_resource_lines(plan), "", *_cost_lines(plan)]
     if plan.why:
@@ -105,7 +108,7 @@ def format_plan(plan: Plan) -> str:
 
 
 def format_comparison(plans: Sequence[Plan]) -> str:
-    """Several plans as a table with one row per plan."""
+    """Return several plans as a table with one row per plan."""
     rows = [("hardware", "card", "needs", "of", "fits", "s/step", "run", "price", "options added")]
     for plan in plans:
         time, hardware = plan.estimate, plan.recipe.hardware
@@ -139,20 +142,20 @@ def plot_step_memory(plan: Plan, path: Path) -> None:
     if limit := plan.recipe.hardware.usable_vram_gib:
         available = limit - cuda_overhead_gib(plan.recipe.hardware.gpu)
         axes.axhline(available, color="black", linestyle="--", label="card")
-    axes.set(xlabel="a training step, operator by operator", ylabel="GiB", title=_title(plan.recipe))
+    axes.set(xlabel="operators of one training step, in order", ylabel="GiB", title=_title(plan.recipe))
     axes.legend(loc="upper left", ncols=2)
     figure.savefig(path, dpi=100, bbox_inches="tight")
     pyplot.close(figure)
 
 
 def plans_as_json(plans: Sequence[Plan]) -> str:
-    """JSON text: one object, or a list of objects for several plans."""
+    """Return JSON text: one object for one plan, a list of objects for several plans."""
     objects = [plan_as_dict(plan) for plan in plans]
     return json.dumps(objects[0] if len(objects) == 1 else objects, indent=2)
 
 
 def _title(recipe: Recipe) -> str:
-    """The run in one line: model, resolution, card, trained parts, batch, precision and optimizer."""
+    """Describe the run in one line: model, resolution, card, trained parts, batch, precision and optimizer."""
     size = recipe.train.train_batch_size
     return (f"{recipe.model.name} {recipe.model.resolution} px on {recipe.hardware.gpu or 'the CPU'}: "
             f"{describe_trained_weights(recipe)}, batch {size}{f'+{size}' if recipe.with_prior else ''}, "
@@ -160,7 +163,7 @@ def _title(recipe: Recipe) -> str:
 
 
 def _phase_table(prediction: Prediction) -> list[str]:
-    """A table of the peak memory of each phase, by category."""
+    """Return the lines of a table with the peak memory of each phase, by category."""
     heads = ("weights", "gradients", "optimizer", "EMA", "activ.", "other")
     lines = [f"{'GiB at peak':<14}{'total':>6}" + "".join(f"{head:>10}" for head in heads)]
     for phase in PHASES:
@@ -174,7 +177,7 @@ def _phase_table(prediction: Prediction) -> list[str]:
 
 
 def _resource_lines(plan: Plan) -> list[str]:
-    """What the run needs of card, host memory and disk, and whether that fits."""
+    """Return one line each for card, host memory and disk: how much the run needs, and whether it fits."""
     recipe, prediction, hardware = plan.recipe, plan.prediction, plan.recipe.hardware
     rows: list[tuple[str, float, float | None, str]] = []
     if plan.card_gib is not None:
@@ -191,7 +194,7 @@ def _limit_text(needed: float, available: float | None) -> str:
 
 
 def _cost_lines(plan: Plan) -> list[str]:
-    """The operations, time and price of the run."""
+    """Return lines with the operations, time and price of the run."""
     time, hardware, card = plan.estimate, plan.recipe.hardware, find_card(plan.recipe.hardware.gpu)
     flops = f"{plan.prediction.step_flops / 1e12:.1f} TFLOP per step"
     if card is None or time.step_seconds is None:

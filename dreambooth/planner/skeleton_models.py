@@ -1,4 +1,4 @@
-"""Models without weights: the parts of a base built from its configurations, without disk or network."""
+"""Builds base models without weights, from their configuration files alone. Needs no download and no network."""
 
 from dataclasses import replace
 from functools import cache
@@ -20,11 +20,12 @@ from dreambooth.utils.assets import resolve_asset
 
 
 def find_architecture(recipe: Recipe) -> tuple[Family, Path]:
-    """Return the family of the recipe's base and the folder with its configurations: the model's own, or one of
-    assets/architectures.
+    """Return the family of the recipe's base model, and the folder with its configuration files.
+
+    It is the model's own folder, or one of the folders in assets/architectures.
 
     Raises:
-        UserError: neither exists.
+        UserError: no such folder belongs to a known family.
     """
     names = filter(None, (families.architecture_of(recipe.source), recipe.model.name))
     packaged = [Path(resolve_asset("package:architectures")) / name for name in names]
@@ -36,9 +37,10 @@ def find_architecture(recipe: Recipe) -> tuple[Family, Path]:
 
 
 def build_skeleton(recipe: Recipe) -> Components:
-    """Build the parts that `loading.load` would load, in its dtypes, with arbitrary values and without tokenizers.
+    """Build the parts of the base model that `loading.load` would load, with the same dtypes.
 
-    Call it under fake tensors, or for models small enough to build with real ones.
+    Weights have arbitrary values, and there are no tokenizers. Call this function inside `fake_tensors`, or for models
+    that are small enough to build with real tensors.
 
     Raises:
         UserError: the architecture of the base is unknown.
@@ -62,7 +64,7 @@ def build_skeleton(recipe: Recipe) -> Components:
     if recipe.method.low_rank and recipe.method.base_weights is BaseWeights.nf4:
         for module in trained_modules(parts, recipe).values():
             quantise(module, frozen)
-            module.to("cpu")  # it stands for the card: bitsandbytes packs weights when they move to their device
+            module.to("cpu")  # the CPU stands for the card: bitsandbytes packs weights when they move to their device
     for module in parts.modules:
         module.requires_grad_(False).eval()
     disable_vae_autocast(parts)
@@ -85,7 +87,7 @@ def count_trained_weights(recipe: Recipe) -> int:
 def without_xformers(recipe: Recipe) -> Recipe:
     """Return the recipe with sdpa in place of xformers, which is not installed everywhere.
 
-    PyTorch's memory-efficient kernel is xformers' own and takes the same memory.
+    PyTorch's memory-efficient kernel comes from xformers and uses the same memory.
     """
     if recipe.attention.kind is AttentionKind.xformers:
         return replace(recipe, attention=replace(recipe.attention, kind=AttentionKind.sdpa))
@@ -94,10 +96,10 @@ def without_xformers(recipe: Recipe) -> Recipe:
 
 @cache
 def _read_configurations(family: Family, folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Return the configurations of the parts by name, and of the scheduler."""
+    """Return the configurations of the parts by name, and the configuration of the scheduler."""
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     configurations = {part.name: part.configuration(folder, subfolder=part.name) for part in family.parts()}
     for configuration in configurations.values():
-        configuration.pop("dtype", None)  # in which the weights were saved
+        configuration.pop("dtype", None)  # dtype of the saved weights
     return configurations, dict(DDPMScheduler.load_config(folder, subfolder="scheduler"))

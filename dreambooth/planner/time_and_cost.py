@@ -1,6 +1,6 @@
 """Estimates the time and the price of a run from the operations and bytes of its prediction.
 
-    step = operations / (peak x efficiency) + passes over weights / bandwidth + host link + sum over cards + OVERHEAD
+    step = operations / (peak x efficiency) + passes over weights / bandwidth + host link + all-reduce + OVERHEAD
 
 Nothing in this model was measured on a GPU by this project. EFFICIENCY and OVERHEAD are fitted on the T4 speeds that
 the DreamBooth README of ShivamShrirao/diffusers publishes (batch 1 and 2, with and without checkpointing, fp16 and
@@ -18,7 +18,7 @@ from dreambooth.utils.hardware import GIB
 
 EFFICIENCY = {True: 0.21, False: 0.42}  # share of the peak rate; True: half precision (tensor cores), False: fp32
 OVERHEAD = 0.40  # seconds per step: kernel launches and small operators
-BANDWIDTH_SHARE = 0.75  # of the card's memory bandwidth, reached by passes over all weights; an assumption
+BANDWIDTH_SHARE = 0.75  # share of the card's memory bandwidth in passes over all weights; an assumption
 HOST_LINK = 10e9  # bytes per second between card and host, PCIe 3 x16; an assumption
 HOST_MEMORY = 15e9  # bytes per second that an optimizer on a few host cores processes; an assumption
 START_UP = 120.0  # seconds of imports and loading from a local disk, without downloads; an assumption
@@ -41,9 +41,9 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estimate:
-    """Time and price of the whole run.
+    """Estimate the time and price of the whole run.
 
-    Included are start-up, class images, samples and the images of the evaluation, but not their scoring.
+    The estimate includes start-up, class images, samples and the images of the evaluation, but not their scoring.
     """
     if card is None:
         return Estimate(None, None, None, None)
@@ -74,10 +74,10 @@ def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estim
 
 
 def step_seconds(recipe: Recipe, prediction: Prediction, card: Card, flops: float = 1.0) -> float:
-    """Seconds of one optimizer step.
+    """Estimate the seconds of one optimizer step.
 
-    With n cards, each link carries 2 (n - 1) / n of the gradients: a ring all-reduce. Its overlap with the backward
-    pass is not taken into account.
+    With n cards, gradients are summed by a ring all-reduce: each link carries 2 (n - 1) / n of their bytes. The overlap
+    of the all-reduce with the backward pass is not taken into account.
 
     Args:
         flops: operations relative to those of the predicted step.
@@ -89,7 +89,7 @@ def step_seconds(recipe: Recipe, prediction: Prediction, card: Card, flops: floa
 
 
 def _flops_per_second(recipe: Recipe, card: Card) -> float:
-    """The operations per second that the run is assumed to reach."""
+    """Return the operations per second that the run is assumed to reach."""
     half = recipe.precision.dtype is not Dtype.fp32
     if recipe.precision.tf32 and not half:  # half the rate of half precision on every card that has TF32
         return card.half_tflops / 2 * 1e12 * EFFICIENCY[True]
@@ -97,7 +97,7 @@ def _flops_per_second(recipe: Recipe, card: Card) -> float:
 
 
 def _weight_pass_seconds(recipe: Recipe, prediction: Prediction, card: Card) -> float:
-    """Seconds per step of the passes over all weights: casts, unscaling, norm, clipping, optimizer, EMA.
+    """Estimate the seconds per step of the passes over all weights: casts, unscaling, norm, clipping, optimizer, EMA.
 
     `on_card`, `link` and `on_host` count bytes per trained parameter.
     """
@@ -122,10 +122,10 @@ def _weight_pass_seconds(recipe: Recipe, prediction: Prediction, card: Card) -> 
 
 
 def host_gib(recipe: Recipe, prediction: Prediction) -> float:
-    """GiB of host memory: the process, everything that is kept on the host instead of the card, and weights.
+    """Return the GiB of host memory: the process, everything that is kept on the host instead of the card, and weights.
 
-    Trained weights are in host memory in fp32 while they are loaded or written. With an adapter the weights of the base
-    are there too, in the compute precision, or in fp32 if the adapter is merged at the end.
+    Trained weights are in host memory in fp32 while they are loaded or written. With an adapter, the weights of the
+    base model are in host memory too: in the compute precision, or in fp32 if the adapter is merged at the end.
     """
     method = recipe.method
     half = recipe.precision.dtype is not Dtype.fp32 and not method.merge
@@ -134,9 +134,9 @@ def host_gib(recipe: Recipe, prediction: Prediction) -> float:
 
 
 def disk_gib(recipe: Recipe, prediction: Prediction) -> float:
-    """GiB of disk: checkpoints, the exported model and the base.
+    """Return the GiB of disk: checkpoints, the exported model and the base model.
 
-    While a checkpoint is written there is one more than `checkpoint.keep`.
+    While a checkpoint is written, the disk contains one checkpoint more than `checkpoint.keep`.
     """
     trained = 4 * prediction.trained_parameters
     base = trained + 4 * prediction.frozen_parameters

@@ -9,7 +9,7 @@ from dreambooth.planner.caching_allocator import CachingAllocator
 
 @dataclass
 class Usage:
-    """Peak memory of a phase in bytes: `allocated` blocks, `reserved` segments, and storages by category."""
+    """Peak memory of a phase, in bytes: allocated blocks, reserved segments, and live storages by category."""
 
     allocated: int = 0
     reserved: int = 0
@@ -26,10 +26,10 @@ class Moment:
 
 def replay(events: Sequence[Event], category: Mapping[int, str], marks: Sequence[str],
            allocator: CachingAllocator, cache_cleared_before: frozenset[str] = frozenset()) -> dict[str, Usage]:
-    """Peak usage by phase.
+    """Return the peak memory of each phase.
 
     Args:
-        events, category, marks: of a StorageTrace.
+        events, category, marks: the attributes of a StorageTrace.
         cache_cleared_before: phases at whose beginning the run calls torch.cuda.empty_cache.
     """
     usage: dict[str, Usage] = {}
@@ -65,7 +65,7 @@ def _update_peak(usage: Usage, allocator: CachingAllocator, live: Mapping[str, i
 
 
 def memory_curve(events: Sequence[Event], category: Mapping[int, str], marks: Sequence[str]) -> Iterator[Moment]:
-    """Memory over time, by category, without the allocator's rounding and caching."""
+    """Yield the memory after each event, by category, without the allocator's rounding and caching."""
     live: dict[str, int] = {}
     phase = ""
     for serial, size in events:

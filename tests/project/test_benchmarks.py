@@ -67,7 +67,7 @@ def test_cpu_time_of_a_monitored_process_is_known_for_every_moment(speed: Module
 
 
 def test_a_process_that_fails_ends_the_benchmark(speed: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"(?s)ended with 1.*not so"):
+    with pytest.raises(SystemExit, match=r"(?s)ended with exit code 1.*not so"):
         command = [sys.executable, "-c", "raise SystemExit('not so')"]
         speed.run_monitored(command, tmp_path, dict(os.environ), tmp_path / "log")
 

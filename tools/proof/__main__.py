@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def prove(experiment: Experiment) -> None:
-    """Train and measure all variants, and write the page."""
+    """Train and measure all variants, and write docs/proof.md."""
     start = time.monotonic()
     base = experiment.measure("base", BASE, DEMO)
     reference = experiment.reference(DEMO, VIEWS / "demo-held-out")
@@ -67,7 +67,7 @@ def prove(experiment: Experiment) -> None:
 
 
 def tune(experiment: Experiment, overrides: list[str]) -> None:
-    """Train the tuning subject with some settings, and print the result in one line."""
+    """Train the tuning subject with `overrides`, and print the result in one line."""
     photos = VIEWS / "tuning"
     base = experiment.measure("base", BASE, photos)
     reference = experiment.reference(photos, VIEWS / "tuning-held-out")

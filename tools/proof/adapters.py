@@ -1,9 +1,10 @@
 """`python -m tools.proof.adapters`: measures whether LoRA and DoRA learn the demo subject.
 
-It trains and measures like the proof of full training, and writes a section of docs/proof.md.
+It trains and measures in the same way as `python -m tools.proof` does for full training, and writes a section of
+docs/proof.md.
 """
 
-# ruff: noqa: E501  lines of the page
+# ruff: noqa: E501  long lines of the page template
 
 import argparse
 import statistics
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def _trained_share() -> float:
-    """The number of weights that the LoRA trains, divided by the number that `method=full` trains."""
+    """Return the number of weights that the LoRA trains, divided by the number that `method=full` trains."""
     from hydra import compose, initialize_config_dir
 
     from dreambooth.config.compose import conf_dir, load

@@ -1,7 +1,7 @@
-"""`python -m tools.proof.concepts`: trains two subjects in one run. Writes a section of docs/data.md.
+"""`python -m tools.proof.concepts`: trains two subjects in one run, and writes a section of docs/data.md.
 
-It samples each subject's prompt and the prompt of their class, and measures which subject's photos the samples
-resemble. An existing run in the folder is reused.
+It generates samples with the prompt of each subject and with the class prompt, and measures how similar they are to the
+photos of each subject. An existing run in the folder is reused.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from tools.proof.experiment import BASE, CLASS_PROMPT, DEMO, ROOT, SAMPLER, VIEW
 SUBJECTS = {"zwx": DEMO, "ohwx": VIEWS / "tuning"}  # rare word -> photos
 COUNT, FIRST_SEED = 16, 9500  # samples per prompt, and their first seed; these seeds are used nowhere else
 COLUMNS = 6  # pictures per row of the sheet
-STEPS = 800  # twice as many as for the single subject of docs/proof.md: each photo is seen as often
+STEPS = 800  # twice as many as for the single subject of docs/proof.md, so each photo is used as often
 PAGE, SHEET = ROOT / "docs/data.md", ROOT / "docs/images/two-concepts.png"
 BEGIN, END = "<!-- two subjects: written by python -m tools.proof.concepts -->", "<!-- end of two subjects -->"
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def overrides() -> list[str]:
-    """The settings of the run."""
+    """Return the overrides of the run."""
     subjects = ",".join(f"{{instance_dir: {photos}, instance_prompt: {prompt(word)}, class_prompt: {CLASS_PROMPT}}}"
                         for word, photos in SUBJECTS.items())
     return ["dataset=concepts", f"dataset.concepts=[{subjects}]", f"train.max_train_steps={STEPS}", "train.seed=11"]
@@ -54,7 +54,7 @@ def prompt(word: str) -> str:
 
 
 def draw_samples(model: Path) -> Samples:
-    """Sample the prompt of each subject and of the class."""
+    """Generate samples with the prompt of each subject and with the class prompt."""
     pipeline, _ = open_pipeline(model, "cpu")
     samples = {}
     for number, text in enumerate([*map(prompt, SUBJECTS), CLASS_PROMPT]):
@@ -64,7 +64,7 @@ def draw_samples(model: Path) -> Samples:
 
 
 def similarity_by_subject(pictures: list[Image.Image]) -> dict[str, float]:
-    """Rare word -> mean similarity of the pictures to that subject's photos."""
+    """Return a dictionary: rare word -> mean similarity of the pictures to the photos of its subject."""
     encoder = open_encoder("efficientnet_lite0")
     features = encoder.embed_images(to_pixels(pictures))
     return {word: float(metrics.mean_similarity(features, encoder.embed_images(to_pixels(load_photos(word)))))
@@ -76,7 +76,7 @@ def load_photos(word: str) -> list[Image.Image]:
 
 
 def draw_sheet(samples: dict[str, Samples]) -> None:
-    """Write one picture: for each subject its photos and the samples before and after; then those of the class."""
+    """Draw a sheet: photos of each subject, and samples of each prompt by the base model and the trained model."""
     rows = []
     for word in SUBJECTS:
         rows.append((f"photos of {word}", load_photos(word)[:COLUMNS]))
@@ -91,11 +91,11 @@ def draw_sheet(samples: dict[str, Samples]) -> None:
         ImageDraw.Draw(sheet).text((2, y + 1), title, fill="#222222", font=ImageFont.load_default(11))
         sheet.paste(strip, (0, y + title_height))
         y += strip.height + title_height
-    sheet.quantize(256, dither=Image.Dither.NONE).save(SHEET, optimize=True)  # a third of the bytes
+    sheet.quantize(256, dither=Image.Dither.NONE).save(SHEET, optimize=True)  # 256 colours: a third of the bytes
 
 
 def write(similarities: dict[str, dict[str, dict[str, float]]], seconds: float) -> None:
-    """Write the section of the page.
+    """Write the section of docs/data.md.
 
     Args:
         similarities: model -> prompt -> rare word -> similarity.

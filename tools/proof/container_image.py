@@ -1,8 +1,8 @@
-"""Part of `make proof`: runs the CPU container image. Writes a section of docs/sagemaker.md.
+"""Part of `make proof`: runs jobs in the CPU container image, and writes a section of docs/sagemaker.md.
 
 These checks take too long for the tests. The container engine of the tests builds the image. The image then runs in
-local mode of the SageMaker SDK, versions 2 and 3, with the hyperparameters of the blog. After that our launcher runs it
-in `mode=docker`, as a sweep of six jobs with an MLflow server.
+local mode of the SageMaker SDK, versions 2 and 3, with the hyperparameters of the blog (docs/sagemaker.md). After that
+our launcher runs the image in `mode=docker`, in a sweep of six jobs with an MLflow server.
 """
 
 import csv
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def run_sdk(version: str, docker: Engine, work: Path) -> str:
-    """Run a training job by SageMaker's own SDK, and one that must fail; returns a row of the table."""
+    """Run a training job with the SageMaker SDK, and a job that must fail; return a row of the table."""
     python = work / f"sdk{version}/bin/python"
     if not python.exists():
         must(sys.executable, "-m", "venv", work / f"sdk{version}")
@@ -76,7 +76,7 @@ def run_sdk(version: str, docker: Engine, work: Path) -> str:
 
 
 def run_sweep(docker: Engine) -> str:
-    """Run six jobs, of which one fails, by our launcher with one MLflow server; returns a row of the table."""
+    """Run six jobs with our launcher and one MLflow server. One job must fail. Return a row of the table."""
     from mlflow import MlflowClient
 
     with tempfile.TemporaryDirectory() as folder, _mlflow(Path(folder)) as uri:
@@ -106,7 +106,7 @@ def run_sweep(docker: Engine) -> str:
 
 @contextmanager
 def _mlflow(folder: Path) -> Iterator[str]:
-    """Run an MLflow server and give its address."""
+    """Run an MLflow server during the `with` block, and yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -12,6 +12,6 @@ def write_section(page: Path, begin: str, end: str, text: str) -> None:
 
 
 def format_table(subject: str, columns: str, rows: list[str]) -> str:
-    """A Markdown table below one line with the date, the Python version and what was measured."""
+    """Return a Markdown table below one line with the date, the Python version and the subject of the table."""
     head = f"{time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, {subject}:"
     return "\n".join([head, "", columns, "|---" * columns.count(" | ") + "|---|", *rows]) + "\n"

@@ -1,4 +1,4 @@
-"""Trains the tiny base, samples from the results and measures them: the common part of the proofs."""
+"""Trains the tiny base model, generates samples and measures them: the common part of the proofs of training."""
 
 import json
 import shutil
@@ -20,14 +20,14 @@ ROOT = Path(__file__).parents[2]
 BASE = ROOT / "dreambooth/assets/tiny-sd"
 DEMO = ROOT / "dreambooth/assets/demo"
 VIEWS = Path(__file__).with_name("views")
-FIRST_SEED = 9000  # first sampling seed of the proof; no seed from it on was used before
-FIRST_TUNING_SEED = 5000  # first sampling seed while a recipe is searched
+FIRST_SEED = 9000  # first sampling seed of the proof; this and higher seeds were not used before
+FIRST_TUNING_SEED = 5000  # first sampling seed of the search for a recipe
 SAMPLER = Sampler(num_inference_steps=20, guidance_scale=4.0, resolution=64)
 SUBJECT_PROMPT, CLASS_PROMPT = "a photo of a zwx toy", "a photo of a toy"
 PLAIN = {SUBJECT_PROMPT: 16}  # prompt -> number of samples
 SCENES = {f"{SUBJECT_PROMPT} {place}": 6 for place in ("on the beach", "in the snow", "on the grass", "at night")}
 CLASS_SAMPLES = {CLASS_PROMPT: 32}
-RECIPE = ("train.max_train_steps=400",)  # the rest is the demo's default; best of 13 on the tuning subject, see --tune
+RECIPE = ("train.max_train_steps=400",)  # otherwise the demo's defaults; best of 13 on the tuning subject, see --tune
 
 
 @dataclass(frozen=True)
@@ -41,35 +41,36 @@ class Variant:
 
 @dataclass
 class Measurement:
-    """Similarities of one model's samples to the photos, and the mean feature of its class images."""
+    """Similarities of one model's samples to the photos, and the features of its class images."""
 
     plain: float
     scenes: float
     class_similarity: float
     class_features: torch.Tensor
-    seconds: float = 0.0  # of training
-    seed: int = 0
+    seconds: float = 0.0  # duration of training
+    seed: int = 0  # training seed
     pictures: dict[str, list[Image.Image]] = field(default_factory=dict)  # by prompt
 
 
 def gap(value: float, base: float, reference: float) -> float:
-    """The share of the gap from base to reference that `value` closes."""
+    """Return the share of the gap between `base` and `reference` that `value` closes."""
     return (value - base) / (reference - base)
 
 
 def drift(trained: Measurement, base: Measurement) -> float:
-    """Class drift: 1 - cosine of the mean features of the class images."""
+    """Return the class drift: 1 - cosine of the mean features of the class images."""
     return float(metrics.class_drift(trained.class_features, base.class_features))
 
 
 class Experiment:
-    """Trains, samples and measures. Runs and samples are kept in a folder, and reused by a repeated call."""
+    """Trains models, generates samples and measures them. A repeated call reuses the runs and samples in its folder."""
 
     def __init__(self, folder: Path, first_seed: int) -> None:
-        """Open a folder.
+        """Load the encoder.
 
         Args:
-            first_seed: of sampling.
+            folder: contains runs and samples.
+            first_seed: first seed of sampling.
         """
         self.folder, self.first_seed = folder, first_seed
         self.encoder = open_encoder("efficientnet_lite0")
@@ -84,7 +85,7 @@ class Experiment:
         return measurement
 
     def train(self, overrides: list[str]) -> tuple[Path, float]:
-        """Train by `python -m dreambooth.train`; returns the model and the seconds of training."""
+        """Train with `python -m dreambooth.train`; return the folder of the model and the seconds of training."""
         command = [sys.executable, "-m", "dreambooth.train", f"run_root={self.folder / 'runs'}", "hardware=cpu",
                    "tracking=none", "sample.every=null", "checkpoint.every=null", *overrides]
         output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -93,10 +94,10 @@ class Experiment:
         return run / "model", float(json.loads((run / "result.json").read_text())["seconds"])
 
     def measure(self, name: str, model: Path, photos: Path) -> Measurement:
-        """Sample from a model and compare the samples with the photos.
+        """Generate samples with a model, and compare them with the photos.
 
         Args:
-            name: of the folder for the samples.
+            name: name of the folder for the samples.
         """
         pictures = self._samples(name, model)
         photo_features = self._features([Image.open(path) for path in sorted(photos.glob("*.png"))])
@@ -110,7 +111,7 @@ class Experiment:
                            pictures=pictures)
 
     def reference(self, photos: Path, held_out: Path) -> float:
-        """The similarity that a perfect UNet could reach: of held-out views, encoded and decoded by the VAE."""
+        """Return the similarity that a perfect UNet could reach: of held-out views, encoded and decoded by the VAE."""
         vae = open_pipeline(BASE, "cpu")[0].vae
         views = to_pixels([Image.open(path) for path in sorted(held_out.glob("*.png"))])
         with torch.no_grad():
@@ -119,7 +120,7 @@ class Experiment:
         return float(metrics.mean_similarity(self.encoder.embed_images(decoded), photo_features))
 
     def draw_sheet(self, measurements: list[Measurement], path: Path) -> None:
-        """Write one picture: a row per measurement, with samples of all prompts."""
+        """Write one picture with samples of all prompts, one row per measurement."""
         def row(measurement: Measurement) -> list[Image.Image]:
             return [picture for prompt, count in (PLAIN | SCENES | CLASS_SAMPLES).items()
                     for picture in measurement.pictures[prompt][:4 if count > 6 else 1]]
@@ -131,7 +132,7 @@ class Experiment:
         sheet.save(path)
 
     def _samples(self, name: str, model: Path) -> dict[str, list[Image.Image]]:
-        """Samples of every prompt, each with a seed of its own; existing files are read."""
+        """Return samples of every prompt, each with its own seed; existing files are reused."""
         samples: dict[str, list[Image.Image]] = {}
         pipeline = None
         for number, (prompt, count) in enumerate((PLAIN | SCENES | CLASS_SAMPLES).items()):
@@ -152,5 +153,5 @@ class Experiment:
 
 
 def sample_folder(model: Path) -> str:
-    """The name of the folder for a run's samples, with the step, since more steps extend a run in its folder."""
+    """Return the name of the folder for a run's samples. It contains the step, because a run can be extended."""
     return f"{model.parent.name}-{json.loads((model.parent / 'result.json').read_text())['step']}"

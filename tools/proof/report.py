@@ -1,6 +1,6 @@
 """Writes the page docs/proof.md from the measurements of `make proof`."""
 
-# ruff: noqa: E501  lines of the page
+# ruff: noqa: E501  long lines of the page template
 import os
 import statistics
 from collections.abc import Mapping
@@ -66,7 +66,7 @@ rounded stochastically or compensated (Kahan). One run of each, with the same se
 
 
 def format_row(name: str, run: Measurement, base: Measurement, reference: float) -> str:
-    """The row of one run in a table with TABLE_HEAD."""
+    """Return the row of one run for a table with the head TABLE_HEAD."""
     return (f"| {name}, seed {run.seed} | {run.plain:.3f} | {gap(run.plain, base.plain, reference):.0%} "
             f"| {run.scenes:.3f} | {gap(run.scenes, base.scenes, reference):.0%} | {run.class_similarity:.3f} "
             f"| {drift(run, base):.3f} | {run.seconds:.0f} s |")
@@ -74,7 +74,7 @@ def format_row(name: str, run: Measurement, base: Measurement, reference: float)
 
 def write(path: Path, base: Measurement, reference: float, runs: Mapping[str, list[Measurement]],
           sheet: Path, facts: dict[str, str]) -> None:
-    """Write the page. The section that tools.proof.adapters wrote is kept.
+    """Write docs/proof.md, and keep the section that tools.proof.adapters wrote.
 
     Args:
         reference: similarity of the held-out views.

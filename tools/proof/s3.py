@@ -1,8 +1,9 @@
-"""Part of `make proof`: a hundred S3 uploads and downloads under faults. Writes a section of docs/sagemaker.md.
+"""Part of `make proof`: tests S3 transfers with injected faults, and writes a section of docs/sagemaker.md.
 
-They run against the local S3 server of the tests. After each fault there must be no manifest that lists missing bytes,
-no local file may be lost, the exit code must be right, and the same command without faults must complete the transfer;
-see `trial` in tests/support/s3_server.py. At the first failure this program ends with exit code 1 and writes nothing.
+A hundred trials upload and download a folder with the local S3 server of the tests. After each fault, no manifest may
+list missing bytes, no local file may be lost, the exit code must be right, and the same command without faults must
+complete the transfer; see `trial` in tests/support/s3_server.py. At the first failure this program ends with exit code
+1 and writes nothing.
 """
 
 import argparse
@@ -23,7 +24,7 @@ OUTCOMES = {0: "done", 1: "failed with a message", -9: "killed"}  # by exit code
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.proof.s3", description=__doc__)
     parser.add_argument("--trials", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=1000, help="of the first trial")
+    parser.add_argument("--seed", type=int, default=1000, help="seed of the first trial")
     options = parser.parse_args()
     start = time.monotonic()
     counts = {kind: (Counter[str](), Counter[str]()) for kind in FAULTS}  # outcomes of uploads, of downloads

@@ -1,4 +1,4 @@
-"""Runs a training job in local mode of the SageMaker SDK: VERSION IMAGE HYPERPARAMETERS PHOTOS FOLDER.
+"""Runs a training job in local mode of the SageMaker SDK. Arguments: VERSION IMAGE HYPERPARAMETERS PHOTOS FOLDER.
 
 container_image.py calls it in an environment that has the SDK. It prints one line of JSON: the SDK's version, the files
 that the job wrote, and how a job with an invalid hyperparameter failed.
@@ -17,7 +17,7 @@ ROLE = "arn:aws:iam::123456789012:role/training"
 
 
 def run_with_sdk_2(image: str, hyperparameters: dict[str, str], photos: str, folder: Path) -> list[str]:
-    """Run a job by an Estimator of version 2; returns the names of the files in its model archive."""
+    """Run a job with the Estimator of SDK version 2; return the names of the files in its model archive."""
     import boto3
     from sagemaker.estimator import Estimator
     from sagemaker.local import LocalSession
@@ -35,7 +35,7 @@ def run_with_sdk_2(image: str, hyperparameters: dict[str, str], photos: str, fol
 
 
 def run_with_sdk_3(image: str, hyperparameters: dict[str, str], photos: str, folder: Path) -> list[str]:
-    """Run a job by a ModelTrainer of version 3; returns the paths of the files in its folder."""
+    """Run a job with the ModelTrainer of SDK version 3; return the paths of the files in its folder."""
     from sagemaker.train import ModelTrainer
     from sagemaker.train.configs import Compute, InputData
     from sagemaker.train.model_trainer import Mode

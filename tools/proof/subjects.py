@@ -4,7 +4,7 @@ Training recipes are chosen on the tuning subject, and the demo subject is used 
 for training, and the rest are held out.
 """
 
-# ruff: noqa: E501  lines of SVG
+# ruff: noqa: E501  long lines of SVG
 import io
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ TUNING_VIEWS: tuple[dict[str, Any], ...] = (  # arguments of `draw_tuning_subjec
 
 def draw_tuning_subject(lean: float = 0, look: float = 0, ear: float = 0, ground: str = "#ffffff", scale: float = 1,
                         shift: float = 0) -> str:
-    """An SVG of a purple square toy with green aerials, two eyes, a yellow star on its belly and red feet."""
+    """Return an SVG of a purple square toy with green aerials, two eyes, a yellow star on its belly and red feet."""
     body = f"""<g transform="translate({64 + shift},68) scale({scale}) rotate({lean})">
 <g stroke="#3c9d3f" stroke-width="5" stroke-linecap="round"><path d="M-18 -38 L{-26 - ear} -56"/><path d="M18 -38 L{26 + ear} -56"/></g>
 <circle cx="{-26 - ear}" cy="-57" r="6" fill="#6fd54a"/><circle cx="{26 + ear}" cy="-57" r="6" fill="#6fd54a"/>

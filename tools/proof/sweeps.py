@@ -1,10 +1,10 @@
-"""Part of `make proof`: a search by Hydra's basic sweeper and one by Optuna. Writes docs/proof-sweeps.md.
+"""Part of `make proof`: runs a sweep with Hydra's basic sweeper and one with Optuna, and writes docs/proof-sweeps.md.
 
-Each search trains the tiny base in eight trials, and then the best model is promoted. The exit code is 1 if a sweep
+Each sweep trains the tiny base model in eight trials, and then the best model is promoted. The exit code is 1 if a sweep
 fails, or if the promoted model is not the best of its trials.
 """
 
-# ruff: noqa: E501  lines of the page
+# ruff: noqa: E501  long lines of the page template
 import argparse
 import json
 import subprocess
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def run_sweep(folder: Path, sweep: str, overrides: tuple[str, ...]) -> list[Trial]:
-    """Run a sweep by `python -m dreambooth.train -m`; returns its trials in the order in which they ran."""
+    """Run a sweep with `python -m dreambooth.train -m`; return its trials in the order in which they ran."""
     command = [sys.executable, "-m", "dreambooth.train", "-m", "sweep=tiny", f"run_root={folder}",
                f"tracking.sweep={sweep}", *OVERRIDES, *overrides]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -85,7 +85,7 @@ def run_sweep(folder: Path, sweep: str, overrides: tuple[str, ...]) -> list[Tria
 
 
 def promote(folder: Path, sweep: str) -> dict[str, Any]:
-    """Promote the best model by `python -m dreambooth.promote`; returns the contents of promoted.json."""
+    """Promote the best model with `python -m dreambooth.promote`; return the contents of promoted.json."""
     command = [sys.executable, "-m", "dreambooth.promote", f"sweep={sweep}", f"run_root={folder}"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if process.returncode:
@@ -95,7 +95,7 @@ def promote(folder: Path, sweep: str) -> dict[str, Any]:
 
 
 def _format_section(name: str, trials: list[Trial], promoted: dict[str, Any], seconds: float) -> str:
-    """The section of the page about one sweep."""
+    """Return the section of the page about one sweep."""
     keys = [key for key in trials[0].overrides if len({trial.overrides[key] for trial in trials}) > 1]
     lines = [f"## {name}", "", "| trial | " + " | ".join(f"`{key}`" for key in keys) + " | objective |",
              "|---" * (len(keys) + 2) + "|"]

@@ -1,4 +1,4 @@
-"""`python -m tools.tiny_base`: makes a StableDiffusionPipeline from emoji art, in stages.
+"""`python -m tools.tiny_base`: creates the tiny base model, a StableDiffusionPipeline trained on emoji art, in stages.
 
 Repeat the command to continue after an interruption: a stage whose output exists is skipped.
 """
@@ -22,10 +22,11 @@ from tools.tiny_base import autoencoder, emoji, pictures, pretrain, tokenizer
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.tiny_base", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("build/tiny-base"), help="for the outputs of all stages")
-    parser.add_argument("--start", type=Path, help="a base to continue from, with its tokenizer and VAE")
+    parser.add_argument("--folder", type=Path, default=Path("build/tiny-base"),
+                        help="folder for the output of all stages")
+    parser.add_argument("--start", type=Path, help="base model to start from; its tokenizer and VAE are reused")
     parser.add_argument("--pictures", type=int, default=40_000)
-    parser.add_argument("--steps", type=int, default=15_000, help="of UNet and text encoder")
+    parser.add_argument("--steps", type=int, default=15_000, help="training steps of UNet and text encoder")
     parser.add_argument("--decoder-steps", type=int, default=6_000)
     parser.add_argument("--rate", type=float, default=pretrain.RATE)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -40,7 +41,7 @@ def main() -> None:
 
 
 def draw(folder: Path, count: int) -> None:
-    """Write pictures.npy and meanings.json, with every sprite about equally often."""
+    """Compose training pictures, with every sprite about equally often; write pictures.npy and meanings.json."""
     if (folder / "meanings.json").is_file():
         return
     emoji.fetch((emoji.NAMES, *emoji.TRAINED_ON), folder / "packages")
@@ -54,7 +55,7 @@ def draw(folder: Path, count: int) -> None:
 
 
 def prepare(folder: Path, start: Path | None) -> None:
-    """Write the tokenizer, the VAE and latents.npy."""
+    """Write the tokenizer, the VAE with an untrained decoder, and the latents of all pictures (latents.npy)."""
     if (folder / "latents.npy").is_file():
         return
     drawn = np.load(folder / "pictures.npy", mmap_mode="r")

@@ -1,9 +1,9 @@
-"""The VAE: its encoder is computed from the pictures, and its decoder is trained.
+"""Builds the VAE: the encoder is computed from the pictures, and the decoder is trained.
 
-The encoder is the best linear code of 4 x 4 pixel patches: principal components, from 48 numbers to 4. It is written
-into the weights of an ordinary AutoencoderKL as follows:
+The encoder is the best linear code for patches of 4 x 4 pixels: it projects the 48 numbers of a patch onto 4 principal
+components. The code is written into the weights of an ordinary AutoencoderKL as follows:
 
-- The residual blocks do nothing, and strided convolutions move pixels into channels.
+- The residual blocks return their input, and strided convolutions move pixels into channels.
 - Each value is represented by a pair (+a, -a), because SiLU(x) - SiLU(-x) = x.
 - Constant channels are so large that the normalisation before the last convolution is approximately linear.
 
@@ -18,9 +18,9 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-PATCH, CODE = 4, 4
+PATCH, CODE = 4, 4  # side of a patch in pixels; numbers in the code of a patch
 LARGE = 20.0  # value of the constant channels; the error of the linear approximation falls with its square
-LOG_VARIANCE = -7.0  # the latents have almost no noise
+LOG_VARIANCE = -7.0  # log-variance of the latents: almost no noise
 
 
 def patches(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -31,7 +31,7 @@ def patches(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def analytic(pictures: NDArray[np.uint8]) -> AutoencoderKL:
-    """An AutoencoderKL whose encoder is the linear code of these pictures, and whose decoder is random."""
+    """Build an AutoencoderKL whose encoder is the linear code of these pictures, and whose decoder is random."""
     sample = patches(pictures[::20]).astype(np.float64)
     mean = sample.mean(0)
     strengths, axes = np.linalg.eigh(np.cov((sample - mean).T))
@@ -57,7 +57,7 @@ def _write_encoder(vae: AutoencoderKL, matrix: Tensor, offset: Tensor) -> None:
     first, second = (encoder.down_blocks[i].downsamplers[0].conv for i in (0, 1))
     _set_weights(first, {((2 * y + x) * 3 + c, c, y, x): 1.0 for y in range(2) for x in range(2) for c in range(3)})
     _write_code(second, matrix, offset)
-    groups = 8  # channels of a normalisation group of conv_norm_out
+    groups = 8  # channels per normalisation group of conv_norm_out
     nn.init.ones_(encoder.conv_norm_out.weight)
     nn.init.zeros_(encoder.conv_norm_out.bias)
     scale = math.sqrt(4 * LARGE**2 / groups)
@@ -69,7 +69,7 @@ def _write_encoder(vae: AutoencoderKL, matrix: Tensor, offset: Tensor) -> None:
 
 
 def _write_code(convolution: nn.Conv2d, matrix: Tensor, offset: Tensor) -> None:
-    """Write the linear code into a strided convolution, whose input has pixels in its channels."""
+    """Write the linear code into a strided convolution, whose input channels are the pixels of a 2 x 2 block."""
     nn.init.zeros_(convolution.weight)
     nn.init.zeros_(convolution.bias)
     for k in range(CODE):
@@ -85,7 +85,10 @@ def _write_code(convolution: nn.Conv2d, matrix: Tensor, offset: Tensor) -> None:
 
 
 def _channel(k: int) -> int:
-    """First channel of the pair of code k. A normalisation group of eight has two pairs and four constants."""
+    """Return the first channel of the pair (+a, -a) of the k-th number of the code.
+
+    A normalisation group of eight channels contains two pairs and four constant channels.
+    """
     return 8 * (k // 2) + 2 * (k % 2)
 
 
@@ -107,7 +110,7 @@ def _pass_through(residual: nn.Module) -> None:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: NDArray[np.uint8], size: int = 64) -> Tensor:
-    """The means of the latents (N, 4, 16, 16), without the scaling factor."""
+    """Return the means of the latents (N, 4, 16, 16), without the scaling factor."""
     return torch.cat([vae.encode(pixels(pictures[i:i + size])).latent_dist.mean
                       for i in range(0, len(pictures), size)])
 
@@ -118,7 +121,10 @@ def pixels(pictures: NDArray[np.uint8]) -> Tensor:
 
 
 def reconstruction_loss(decoded: Tensor, real: Tensor) -> Tensor:
-    """Absolute and squared error, and the absolute error of differences between neighbours, which preserves edges."""
+    """Return a weighted sum of absolute error, squared error, and absolute error of differences between neighbours.
+
+    The last term preserves edges.
+    """
     error = decoded - real
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + 2 * error.square().mean() + edges
@@ -126,7 +132,7 @@ def reconstruction_loss(decoded: Tensor, real: Tensor) -> Tensor:
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, pictures: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio, in dB, of pictures that are encoded and decoded."""
+    """Return the peak signal-to-noise ratio, in dB, of pictures that are encoded and decoded."""
     real = pixels(pictures)
     decoded = vae.decode(vae.encode(real).latent_dist.mean).sample.clamp(-1, 1)
     return 10 * math.log10(4 / (decoded - real).square().mean().item())
@@ -136,7 +142,7 @@ def tune_decoder(vae: AutoencoderKL, pictures: NDArray[np.uint8], latents: Tenso
                  batch: int = 8) -> None:
     """Train the decoder, and set its weights to their EMA.
 
-    It is trained on slightly noisy latents, because those of a UNet are never exact.
+    The decoder is trained on slightly noisy latents, because the latents from a UNet are never exact.
     """
     vae.requires_grad_(False)
     trained = [p for name, p in vae.named_parameters() if name.startswith(("decoder", "post_quant"))]

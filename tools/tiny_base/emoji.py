@@ -1,4 +1,7 @@
-"""Downloads emoji art under MIT and Apache-2.0 from the npm registry, and renders it to square RGBA sprites."""
+"""Downloads emoji art from the npm registry, and renders it to square RGBA sprites.
+
+The base model is trained only on art under MIT and Apache-2.0 (TRAINED_ON).
+"""
 
 import io
 import json
@@ -18,16 +21,16 @@ from PIL import Image
 
 SIDE = 96  # pixels of a sprite
 
-Renderer = Callable[[str, str], Image.Image | None]  # concept, code points -> its drawing; None: there is none
+Renderer = Callable[[str, str], Image.Image | None]  # (concept, code points) -> drawing; None: the package has none
 
 
 @dataclass(frozen=True)
 class Package:
-    """One version of an npm package, with the licence that it states itself."""
+    """One version of an npm package, with the licence that it declares."""
 
     name: str
     version: str
-    style: str  # the word for it in captions
+    style: str  # word for the style of its drawings in captions
     licence: str
 
     @property
@@ -62,7 +65,7 @@ class Sprite:
 
 @cache
 def concepts() -> dict[str, list[str]]:
-    """Concept -> the everyday classes that it belongs to."""
+    """Return a dictionary: concept -> the everyday classes that it belongs to."""
     classes: dict[str, list[str]] = {}
     for name, members in vocabulary()["classes"].items():
         for concept in members:
@@ -72,7 +75,7 @@ def concepts() -> dict[str, list[str]]:
 
 @cache
 def vocabulary() -> dict[str, dict[str, list[str]]]:
-    """The contents of concepts.yaml."""
+    """Return the contents of concepts.yaml."""
     loaded: dict[str, dict[str, list[str]]] = yaml.safe_load(Path(__file__).with_name("concepts.yaml").read_text())
     return loaded
 
@@ -102,7 +105,7 @@ def fetch(packages: tuple[Package, ...], folder: Path) -> None:
 
 
 def sprites(packages: tuple[Package, ...], folder: Path) -> list[Sprite]:
-    """A sprite of every concept from every package that contains it."""
+    """Render a sprite of every concept from every package that contains the concept."""
     data = json.loads((folder / NAMES.folder / "data-by-emoji.json").read_text())
     emoji = {entry["name"]: characters for characters, entry in data.items()}  # concept -> its characters
     rendered = []
@@ -116,7 +119,7 @@ def sprites(packages: tuple[Package, ...], folder: Path) -> list[Sprite]:
 
 
 def _webp(package: Package, folder: Path) -> Renderer:
-    """A renderer of a package with one WebP file per emoji."""
+    """Return a renderer for a package with one WebP file per emoji."""
     def render(concept: str, points: str) -> Image.Image | None:
         paths = [folder / package.folder / "assets" / f"{name}.webp" for name in _spellings(points)]
         return next((Image.open(path).convert("RGBA") for path in paths if path.is_file()), None)
@@ -125,7 +128,7 @@ def _webp(package: Package, folder: Path) -> Renderer:
 
 
 def _svg(package: Package, folder: Path) -> Renderer:
-    """A renderer of an Iconify package, which has all drawings as SVG in icons.json."""
+    """Return a renderer for an Iconify package, whose icons.json contains all drawings as SVG."""
     import resvg_py
 
     package_folder = folder / package.folder
@@ -148,13 +151,13 @@ def _svg(package: Package, folder: Path) -> Renderer:
 
 
 def _spellings(points: str) -> list[str]:
-    """Code points with and without the variation selector, because packages differ in this."""
+    """Return the code points with and without the variation selector, because packages differ in its use."""
     without = points.replace("-fe0f", "")
     return [points, without, f"{without}-fe0f"]
 
 
 def _square(drawing: Image.Image) -> NDArray[np.uint8] | None:
-    """Crop a drawing to its visible part, centred on a square of SIDE pixels; None: nothing is visible."""
+    """Crop a drawing to its visible part, and centre it on a square of SIDE pixels; None: nothing is visible."""
     box = drawing.getchannel("A").point(lambda alpha: 255 if alpha > 8 else 0).getbbox()
     if box is None:
         return None

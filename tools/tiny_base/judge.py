@@ -1,8 +1,9 @@
-"""`python -m tools.tiny_base.judge BASE...`: measures how often the class of a base's samples is recognised.
+"""`python -m tools.tiny_base.judge BASE...`: measures how often the class of a base model's samples is recognised.
 
-The class is chosen from a fixed list by two independent judges. The first is a classifier over ImageNet features, which
-learns the classes from emoji sets that no base was trained on (emoji.HELD_OUT). The second is a reader, for whom this
-program writes a numbered, shuffled sheet of samples and a separate file with the answers.
+Two independent judges choose the class from a fixed list. The first is a classifier over ImageNet features, which
+learns the classes from emoji sets that no base model was trained on (emoji.HELD_OUT). The second is a reader: a person
+or a vision language model. For the reader this program writes a numbered, shuffled sheet of samples, and a separate
+file with the answers.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from dreambooth.evaluation.encoders import open_encoder
 from tools.tiny_base import autoencoder, emoji
 from tools.tiny_base.pictures import compose
 
-# "animal" and "toy" are not among the choices, because they are right for many other classes too.
+# "animal" and "toy" are not among the choices, because both also fit pictures of many other classes.
 CHOICES = [name for name in emoji.vocabulary()["classes"] if name not in ("animal", "toy")]
 VIEWS = 8  # training pictures of the classifier per held-out sprite
 PER_CLASS = 8  # samples per class for the classifier; the reader sees half of them
@@ -42,7 +43,7 @@ def main() -> None:
     torch.set_num_threads(2)
     emoji.fetch((emoji.NAMES, *emoji.TRAINED_ON, *emoji.HELD_OUT), options.folder / "packages")
     judge = Classifier(options.folder / "packages", options.bases[0])
-    print(f"classifier on the sprites that the bases were trained on: {judge.ceiling:.1%}")
+    print(f"accuracy of the classifier on the sprites that the base models were trained on: {judge.ceiling:.1%}")
     for base in options.bases:
         samples = draw(base, PER_CLASS, options.seed)
         report(base, judge, samples)
@@ -55,7 +56,7 @@ class Classifier:
     The sprites are encoded and decoded by the VAE, so that they look like samples.
 
     Attributes:
-        ceiling: accuracy on the sprites that the bases were trained on.
+        ceiling: accuracy on the sprites that the base models were trained on.
     """
 
     def __init__(self, packages: Path, base: Path) -> None:
@@ -68,7 +69,7 @@ class Classifier:
         self.ceiling = float(np.mean(self(pictures) == np.array(truth)))
 
     def __call__(self, pictures: Bytes) -> NDArray[np.str_]:
-        """The predicted class of each picture (N, 64, 64, 3)."""
+        """Return the predicted class of each picture (N, 64, 64, 3)."""
         return np.asarray(self.model.predict(self._features(pictures)))
 
     def _features(self, pictures: Bytes) -> NDArray[np.float32]:
@@ -77,7 +78,7 @@ class Classifier:
 
     @torch.no_grad()
     def _pictures(self, packages: tuple[emoji.Package, ...], folder: Path, views: int) -> tuple[Bytes, list[str]]:
-        """Pictures on white of each sprite that has exactly one class, decoded by the VAE, and their classes."""
+        """Return pictures of all sprites with exactly one class, on white and decoded by the VAE, and their classes."""
         rng, composed, names = np.random.default_rng(0), [], []
         for sprite in emoji.sprites(packages, folder):
             [*classes] = (name for name in emoji.concepts()[sprite.concept] if name in CHOICES)
@@ -91,7 +92,7 @@ class Classifier:
 
 
 def draw(base: Path, count: int, seed: int) -> list[tuple[str, Bytes]]:
-    """Pairs (class, picture): `count` samples of "a photo of a CLASS" per class, with each seed used once."""
+    """Generate `count` samples of "a photo of a CLASS" per class, each with its own seed; return (class, picture)."""
     pipeline = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -106,7 +107,7 @@ def draw(base: Path, count: int, seed: int) -> list[tuple[str, Bytes]]:
 
 
 def report(base: Path, judge: Classifier, samples: list[tuple[str, Bytes]]) -> None:
-    """Print the accuracy, and the errors of each class."""
+    """Print the accuracy of the classifier on the samples, and its errors for each class."""
     truth = np.array([name for name, _ in samples])
     predicted = judge(np.stack([picture for _, picture in samples]))
     print(f"{base}: {np.mean(predicted == truth):.1%} of {len(truth)} samples of {len(CHOICES)} classes")

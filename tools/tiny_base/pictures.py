@@ -14,26 +14,27 @@ COLOURS = {"red": (220, 40, 40), "yellow": (250, 215, 50), "green": (60, 170, 70
            "pink": (250, 160, 200), "black": (25, 25, 28)}
 SCENES = {"beach": "on the beach", "grass": "on the grass", "snow": "in the snow", "night": "at night"}
 STANDING = ("beach", "grass", "snow")  # scenes with a floor
-RARE = ("zwx", "sks", "ohwx", "qxv", "vjz", "wxk", "jqz", "zkf")
-RESERVED = RARE[:2]  # in no caption, so that they can name a new subject
+RARE = ("zwx", "sks", "ohwx", "qxv", "vjz", "wxk", "jqz", "zkf")  # rare words
+RESERVED = RARE[:2]  # rare words that occur in no caption, so that they can name a new subject
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a picture shows; written to meanings.json."""
+    """The content of a picture, from which its caption is written. The file meanings.json contains all of them."""
 
     concept: str
     style: str
-    ground: str  # white, a colour or a scene
+    ground: str  # background: white, a colour or a scene
 
 
 def compose(sprite: Sprite, rng: np.random.Generator, ground: str | None = None) -> tuple[NDArray[np.uint8], Meaning]:
     """Draw one picture (SIDE, SIDE, 3) of a sprite.
 
     Args:
-        ground: white, a colour or a scene; None: white in a half of all cases, a colour in a fifth, else a scene.
+        ground: background: white, a colour or a scene. None: white with a probability of 0.5, a colour with 0.2, a
+            scene with 0.3.
     """
     ground = ground or _ground(rng)
     canvas = _background(ground, rng)
@@ -53,9 +54,10 @@ def compose(sprite: Sprite, rng: np.random.Generator, ground: str | None = None)
 
 
 def caption(meaning: Meaning, rng: random.Random) -> str:
-    """A caption for a picture.
+    """Return a caption for a picture.
 
-    It names the concept or, half of the time, its class. Sometimes there is a rare word before the noun.
+    The caption names the concept or, with a probability of 0.5, one of its classes. With a probability of 0.05 a rare
+    word precedes the noun.
     """
     concept = meaning.concept
     noun = str(vocabulary()["say"].get(concept, concept)).lower()

@@ -28,9 +28,9 @@ from dreambooth.models.noise_schedule import DiffusionSchedule
 from tools.tiny_base.pictures import Meaning, caption
 
 BATCH = 24  # pictures per step and process
-RATE = 1.2e-3
+RATE = 1.2e-3  # learning rate
 AVERAGE_EVERY = 8  # steps between averaging of the processes' weights, and between EMA updates
-EMA_DECAY = 0.985  # per averaging
+EMA_DECAY = 0.985  # per EMA update
 MIN_SNR_GAMMA = 5.0
 NO_CAPTION = 0.1  # share of empty captions, for classifier-free guidance
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -57,7 +57,7 @@ def noise_schedule() -> DiffusionSchedule:
 
 
 def saved_step(path: Path) -> int:
-    """The number of completed steps of a saved state; 0: there is none."""
+    """Return the number of completed steps of a saved state; 0: there is no saved state."""
     if not path.is_file():
         return 0
     with safe_open(path, framework="pt") as file:
@@ -79,7 +79,7 @@ class Captions:
 
 
 class Trainer:
-    """The weights, their EMA, the optimizer and the number of completed steps of one process."""
+    """The training state of one process: weights, their EMA, the optimizer and the number of completed steps."""
 
     def __init__(self, folder: Path, steps: int, rate: float) -> None:
         self.folder, self.steps, self.rate = folder, steps, rate
@@ -103,7 +103,7 @@ class Trainer:
         self.weights = weights / weights.mean()
 
     def train_step(self, latents: Tensor, meanings: list[Meaning]) -> float:
-        """Train one step on this process's pictures; returns the unweighted error of the predicted noise."""
+        """Train one step on the pictures of this process; return the unweighted error of the predicted noise."""
         rng = np.random.default_rng([self.step, self.rank])
         caption_rng, noise = random.Random(self.step * self.world + self.rank), torch.Generator()
         noise.manual_seed(self.step * self.world + self.rank)
@@ -127,7 +127,7 @@ class Trainer:
         return float(errors.detach().mean())
 
     def learning_rate(self) -> float:
-        """Warm-up over 200 steps, constant until 40 % of the run, then half a cosine down to 2 %."""
+        """Return the learning rate: warm-up over 200 steps, constant until 40 % of the run, cosine down to 2 %."""
         progress = self.step / self.steps
         decay = 1.0 if progress < 0.4 else 0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, (progress - 0.4) / 0.6)))
         return self.rate * min(1.0, (self.step + 1) / 200) * decay
@@ -145,7 +145,7 @@ class Trainer:
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 
     def save(self) -> None:
-        """Write the state of this process; called right after averaging."""
+        """Write the state of this process. Call it right after the weights were averaged."""
         moments = self.optimizer.state_dict()["state"]
         tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         tensors |= {f"average.{i}": tensor for i, tensor in enumerate(self.average)}
@@ -155,7 +155,7 @@ class Trainer:
         path.with_suffix(".new").replace(path)
 
     def resume(self) -> None:
-        """Continue from the saved states, if every process has one of the same step."""
+        """Resume from the saved states, if every process has a state of the same step."""
         path = self.folder / f"state-{self.rank}.safetensors"
         step = saved_step(path)
         steps: list[int] = [0] * self.world
@@ -170,7 +170,7 @@ class Trainer:
         self.average, self.step = [tensors[f"average.{i}"] for i in range(len(self.average))], step
 
     def export(self) -> None:
-        """Write the EMA of the weights as diffusers and transformers folders."""
+        """Write the EMA of the weights to folders in the formats of diffusers and transformers."""
         with torch.no_grad():
             for parameter, mean in zip(self.parameters, self.average, strict=True):
                 parameter.copy_(mean)
@@ -181,7 +181,7 @@ class Trainer:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, required=True, help="of the whole run")
+    parser.add_argument("--steps", type=int, required=True, help="training steps of the whole run")
     parser.add_argument("--rate", type=float, default=RATE)
     options = parser.parse_args()
     torch.set_num_threads(1)

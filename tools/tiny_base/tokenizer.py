@@ -1,4 +1,4 @@
-"""Builds the tokenizer: byte-pair encoding like CLIP's, from every word that can occur in a caption."""
+"""Builds the tokenizer: byte-pair encoding as in CLIP, trained on every word that can occur in a caption."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from transformers import CLIPTokenizer
 from tools.tiny_base.emoji import concepts, vocabulary
 from tools.tiny_base.pictures import COLOURS, RARE, SCENES
 
-LENGTH = 16  # tokens of a prompt
+LENGTH = 16  # tokens per prompt
 START, END = "<|startoftext|>", "<|endoftext|>"
 PLAIN = "a an some photo of 3d render flat drawing cartoon on white background under with water wooden table forest"
 
