@@ -43,11 +43,11 @@ if words[:1] not in (["-m"], ["-c"]):
     os.execv(python, [python, *words])
 connection = socket.socket(socket.AF_UNIX)
 connection.connect(server)
-for number in {signals}:
-    signal.signal(number, lambda number, frame: connection.send(bytes([number])))
 request = json.dumps([words, os.getcwd(), dict(os.environ)]).encode()
 socket.send_fds(connection, [struct.pack("q", len(request))], [0, 1, 2])
 connection.sendall(request)
+for number in {signals}:
+    signal.signal(number, lambda number, frame: connection.send(bytes([number])))
 if not (answer := connection.recv(4)):
     sys.exit("the warm Python's server has ended: " + open(server + ".log").read())
 [status] = struct.unpack("i", answer)
@@ -145,9 +145,13 @@ class Server:
 
     def _begin(self) -> None:
         connection, _ = self.listening.accept()
-        header, streams, *_ = socket.recv_fds(connection, 8, 3)
-        with connection.makefile("rb") as file:
-            words, folder, environment = json.loads(file.read(int.from_bytes(header, sys.byteorder)))
+        try:
+            header, streams, *_ = socket.recv_fds(connection, 8, 3)
+            with connection.makefile("rb") as file:
+                words, folder, environment = json.loads(file.read(int.from_bytes(header, sys.byteorder)))
+        except (OSError, ValueError):  # the client was killed before it had sent its request
+            connection.close()
+            return
         self._import("\n".join(words))
         if not (child := os.fork()):
             self.ready.close()
@@ -159,12 +163,16 @@ class Server:
         self.ready.register(connection, selectors.EVENT_READ, lambda: self._signal(child, connection))
 
     def _signal(self, child: int, connection: socket.socket) -> None:
-        if numbers := connection.recv(64):
-            for number in numbers:
-                os.kill(child, number)
-        else:  # the client was killed
+        if child not in self.children:  # it ended in this very round
+            return
+        try:
+            numbers = connection.recv(64)
+        except OSError:
+            numbers = b""
+        if not numbers:  # the client was killed
             self.ready.unregister(connection)
-            os.kill(child, signal.SIGKILL)
+        for number in numbers or bytes([signal.SIGKILL]):
+            os.kill(child, number)  # not reaped yet: it is there, or a zombie
 
     def _import(self, command: str) -> None:
         """Import what this command and later ones use: MLflow takes two CPU seconds, and most runs do without it."""
