@@ -17,9 +17,10 @@ What the interface leaves to a family:
   of the pipeline and the prefix of weights in checkpoints. `predict` packs latents into tokens and back, and
   `set_attention` and `recompute_activations` do what its blocks need.
 - A text encoder that does not fit on the card beside the denoiser: text encoders are used only through `tokens` and
-  `text`. While the run caches what they return, the denoiser is in host memory (training/setup.py, phase `caching`);
-  then the encoders are (`loading.idle_modules`). Such a family sets memory.cache_text and no train_text_encoder in its
-  YAML. What is left to do for it is in one function, `loading.load`, which moves all parts to the device at once.
+  `text`. While a run caches what they return, the denoiser is in host memory (training/setup.py, phase `caching`);
+  during the steps the encoders are (`loading.idle_modules`). Such a family sets memory.cache_text=true and
+  train.train_text_encoder=false in its YAML. Two functions would have to change for it: `loading.load` moves all parts
+  to the device at once, and `ModuleOffload.on_device` brings all idle modules back to draw samples.
 - Flow matching: `noise_schedule` returns any `NoiseSchedule`, and `sampling_scheduler` the scheduler that draws.
 - Text of another shape: the rest of a run handles one tensor per prompt, `text` (P, ...), of equal shape for all
   prompts. A family packs into it what its denoiser needs, masks included, and unpacks it in `predict`.
