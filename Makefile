@@ -1,16 +1,17 @@
-# The commands of a developer. `make` alone lists the targets.
-# Another interpreter or environment: make test PYTHON=python3.12 VENV=.venv-3.12
+# Commands for developers. `make` alone lists the targets.
+# With another interpreter or environment: make test PYTHON=python3.12 VENV=.venv-3.12
 
 PYTHON  ?= python3
 VENV    ?= .venv
 PORT    ?= 5000
-WORKERS ?= 2
+WORKERS ?= 3
 
 BIN   := $(VENV)/bin
 # One stamp file per interpreter, so that another PYTHON gets a clean environment.
 STAMP := $(VENV)/.ready-$(notdir $(PYTHON))
 # Workers share the cores, so each uses one thread. Telemetry is off.
-TEST  := OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest -n $(WORKERS)
+# Three on two cores, because tests wait for processes and servers. Neighbours in a file share what they train.
+TEST  := OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -19,7 +20,7 @@ TEST  := OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
-setup: $(STAMP)  ## make the environment .venv (done by every other target when it is missing)
+setup: $(STAMP)  ## create the environment .venv (the other targets do this if it is missing)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
@@ -46,10 +47,10 @@ test-all:  ## what the CI runs: test, lint, test-slow, mutants, test-services, t
 	@$(MAKE) --no-print-directory test-services
 	@$(MAKE) --no-print-directory test-container
 
-test-container: $(STAMP)  ## build the CPU image and run it as SageMaker does (installs Docker where there is none)
+test-container: $(STAMP)  ## build the CPU image and run it as SageMaker does (installs Docker if it is missing)
 	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest -m container --durations=8
 
-test-services: $(STAMP)  ## a team's MLflow on PostgreSQL and S3, seen in a browser (installs what is missing)
+test-services: $(STAMP)  ## a team's MLflow on PostgreSQL and S3, opened in a browser (installs missing programs)
 	@OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest -m services --durations=8
 
 image:  ## build the image for GPUs with Docker (see docs/container.md)
@@ -65,19 +66,19 @@ ci:  ## what the CI runs: .ci/run
 mlflow-ui: $(STAMP)  ## every run side by side in a browser (PORT=5000)
 	@test -e runs/mlflow.db || { echo "No runs yet in runs/mlflow.db: type make demo first." >&2; exit 1; }
 	@echo "http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART"
-	@echo "(the runs side by side; Ctrl-C ends it)"
+	@echo "(the runs side by side; Ctrl-C stops the server)"
 	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --port $(PORT) --workers 1
 
-proof: $(STAMP)  ## measure what takes long, and write docs/proof.md and docs/proof-sweeps.md
+proof: $(STAMP)  ## run the long experiments, and write docs/proof.md and docs/proof-sweeps.md
 	@$(BIN)/python -m tools.proof
 	@$(BIN)/python -m tools.proof.concepts
 	@$(BIN)/python -m tools.proof.s3
 	@$(BIN)/python -m tools.proof.container_image
 	@$(BIN)/python -m tools.proof.sweeps
 
-tiny-base: $(STAMP)  ## train the shipped base again (hours; needs npm)
+tiny-base: $(STAMP)  ## train the shipped base model again (hours; needs npm)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[base]'
 	@$(BIN)/python -m tools.tiny_base
 
-mutants: $(STAMP)  ## put each known bug into the code, one at a time: the test it names must fail
+mutants: $(STAMP)  ## insert each known bug into a copy of the code, one at a time: its test must fail
 	@$(BIN)/python tests/mutants/run.py
