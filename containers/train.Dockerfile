@@ -1,20 +1,20 @@
 # One image for a laptop, SageMaker, Argo and Kubeflow. Build it with containers/build; see docs/container.md.
-# There is no `# syntax=` line: it would pull a frontend from a hub that a build behind a mirror cannot reach.
+# There is no `# syntax=` line: it would pull a frontend from Docker Hub, which a build behind a mirror cannot reach.
 
-# Needs Python 3.11 or newer with venv, and setpriv; no CUDA, which PyTorch's wheels contain. The driver is the host's.
+# The base image needs Python 3.11 or newer with venv, and setpriv. CUDA is in PyTorch's wheels, the driver on the host.
 ARG BASE_IMAGE=python:3.11.14-slim-bookworm
 
 # -- environment: the dependencies -----------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS environment
 
 # cu126 has kernels for T4 (7.5), A100 (8.0) and A10G (8.6); L4 (8.9) runs those of 8.6. The host needs driver 525 or
-# newer. The xformers wheel is built for CUDA 12 as well, and does not load under cu130. cpu: a build without CUDA.
+# newer. The xformers wheel is built for CUDA 12 as well, and does not load under cu130. cpu: build without CUDA.
 ARG CUDA=cu126
 ARG TORCH_VERSION=2.13.0
-# Index of PyTorch's builds, with one folder per CUDA version. Empty: use pip's own index and the build that it has.
+# Index of PyTorch's builds, with one folder per CUDA version. Empty: the build in pip's own index.
 ARG TORCH_INDEX=https://download.pytorch.org/whl
 
-# pip's own settings, for mirrors: build arguments, or a pip.conf in the build secret `pip_conf`, which no layer keeps.
+# pip's own settings, for mirrors: build arguments, or a pip.conf in the build secret `pip_conf`, which is in no layer.
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
@@ -25,7 +25,7 @@ ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 
 WORKDIR /build
-# Resolve links: if python3 in PATH later becomes a link into the environment, a venv made from it would be circular.
+# Resolve links: if python3 in PATH later becomes a link into the environment, a venv created with it would be circular.
 RUN "$(readlink -f "$(command -v python3)")" -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 
@@ -59,7 +59,7 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
 # -- final image: environment, wheel and entrypoint; no source, no pip settings --------------------------------------
 FROM ${BASE_IMAGE}
 
-# This layer is nearly all of the image, and does not change with the code.
+# This layer has nearly the whole size of the image, and does not change with the code.
 COPY --from=environment /opt/venv /opt/venv
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     /opt/venv/bin/pip install --no-cache-dir --no-index --no-deps /wheels/*.whl \

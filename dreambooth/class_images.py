@@ -1,6 +1,6 @@
-"""Command `python -m dreambooth.class_images`: generates the class images of a run, from the run's overrides.
+"""Command `python -m dreambooth.class_images`: generates the class images that a run with the same overrides needs.
 
-Several runs can share them: runs with the same class prompt, base model, precision and sampler find them in run_root.
+Runs with the same class prompt, base model, precision and sampler share these images, which are stored in run_root.
 Torch is imported only when the job runs, so that --help is fast.
 """
 
@@ -21,7 +21,7 @@ identity.register_resolver()
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def class_images(cfg: DictConfig) -> None:
-    """Generate the class images that are missing."""
+    """Generate the missing class images of a run."""
     cli.run_job(lambda: _job(load(cfg)), sweep=False)
 
 
@@ -41,7 +41,7 @@ def _job(config: Config) -> None:
 
 
 def main() -> None:
-    """Entry point of `python -m dreambooth.class_images`."""
+    """Run `python -m dreambooth.class_images`."""
     sys.argv[1:] += cli.NO_RUN_FOLDER
     class_images()
     cli.exit_process()

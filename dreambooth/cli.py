@@ -1,4 +1,4 @@
-"""What all commands share: error messages on stderr, exit codes, and arguments that Hydra must not see."""
+"""Helpers of all commands: error messages on stderr, exit codes, and arguments that are hidden from Hydra."""
 
 import argparse
 import atexit
@@ -18,23 +18,25 @@ from dreambooth.runtime import cpu_tuning
 # Hydra arguments for a command that writes no run folder.
 NO_RUN_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 
-_intercepted: dict[str, str] = {}  # key -> value of the overrides that Hydra does not get to see
-_exit_codes: list[int] = []  # of the failed jobs of this process; a sweep runs several jobs
+_intercepted: dict[str, str] = {}  # key -> value of overrides that are hidden from Hydra
+_exit_codes: list[int] = []  # one per failed job; a sweep runs several jobs
 
 
 def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "repeat the command") -> float | None:
-    """Run a job and return its result. If it fails, print why, record its exit code for `exit_process`, return NaN.
+    """Run a job and return its result.
+
+    If the job fails, print the reason, record the exit code for `exit_process`, and return NaN.
 
     A sweep continues with its next job after a failed one, but ends if a job was interrupted.
 
     Args:
-        job: the work of a command.
+        job: the function that does the work of a command.
         sweep: whether the job is one of several.
-        resume_hint: what the user is told to do after a Ctrl-C that ended the job at once.
+        resume_hint: how to continue; printed after a Ctrl-C that ended the job at once.
     """
     for name, value in cpu_tuning.openmp_environment().items():
         os.environ.setdefault(name, value)  # the user's own settings take precedence
-    for category in (FutureWarning, DeprecationWarning):  # addressed to libraries, not to users
+    for category in (FutureWarning, DeprecationWarning):  # meant for library developers, not for users
         warnings.simplefilter("ignore", category)
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
     try:
@@ -55,12 +57,12 @@ def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "re
 
 
 def describe_fault(error: Exception) -> str:
-    """One sentence about an internal fault, for reports that do not include the traceback."""
-    return f"internal error of dreambooth, its traceback is in the log: {type(error).__name__}: {error}"
+    """Return one sentence about an internal fault, for reports that do not include the traceback."""
+    return f"internal error in dreambooth, the traceback is in the log: {type(error).__name__}: {error}"
 
 
 def _record_failure(code: int, sentence: str, user_error: bool = True) -> None:
-    """Remember an exit code, and write a report for the process that started this one, if it asks for reports."""
+    """Record an exit code. If the parent process has set EXIT_REPORT_DIR, write a report for it into that folder."""
     _exit_codes.append(code)
     if folder := os.environ.get(EXIT_REPORT_DIR):
         rank = int(os.environ.get("RANK", "0"))  # set by PyTorch's launcher
@@ -71,8 +73,8 @@ def _record_failure(code: int, sentence: str, user_error: bool = True) -> None:
 def exit_process() -> None:
     """End the process with the exit code of the first job that failed, or 0.
 
-    Under torchrun the interpreter is not finalised. Otherwise torch's communication threads ask for the interpreter's
-    lock during finalisation, and about one finished run in ten ended in SIGABRT or SIGSEGV (gloo, torch 2.13).
+    Under torchrun the interpreter is not finalised. If it is, torch's communication threads request the interpreter's
+    lock (GIL) during finalisation: about one finished run in ten ended with SIGABRT or SIGSEGV (gloo, torch 2.13).
     """
     code = _exit_codes[0] if _exit_codes else 0
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -85,7 +87,10 @@ def exit_process() -> None:
 
 
 def configure_allocator(memory: Memory) -> None:
-    """Set PyTorch's CUDA allocator options, which it reads when torch is imported, unless the user has set some."""
+    """Set the environment variable with the options of PyTorch's CUDA allocator, unless the user has set it.
+
+    PyTorch reads the variable when torch is imported.
+    """
     options = {"expandable_segments": "True" if memory.expandable_segments else None,
                "max_split_size_mb": memory.max_split_size_mb}
     text = ",".join(f"{key}:{value}" for key, value in options.items() if value is not None)
@@ -105,7 +110,7 @@ def parse_with_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def intercept_override(key: str) -> None:
     """Remove the overrides `key=value` from sys.argv before Hydra reads it, and keep the last value.
 
-    For a key that is also the name of a group in conf/: Hydra would look for an option of that group.
+    Needed for a key that is also the name of a config group: Hydra would look for an option of that group.
     """
     overrides = [word for word in sys.argv[1:] if word.startswith(f"{key}=")]
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in overrides]
@@ -113,5 +118,5 @@ def intercept_override(key: str) -> None:
 
 
 def intercepted_override(key: str) -> str | None:
-    """The value that `intercept_override` kept, or None if there was none."""
+    """Return the value of an override that `intercept_override` removed, or None if there was none."""
     return _intercepted.get(key) or None

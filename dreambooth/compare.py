@@ -15,7 +15,7 @@ from dreambooth.errors import UserError
 
 @dataclass
 class Compare(Section):
-    """Which sweep, and where to write the page; conf/compare.yaml explains each key."""
+    """Options of the command: the sweep and the file of the page. conf/compare.yaml explains each key."""
 
     sweep: str | None = None
     run_root: str = "runs"
@@ -31,7 +31,7 @@ ConfigStore.instance().store(name="compare_schema", node=Compare, provider="drea
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="compare")
 def compare(cfg: DictConfig) -> None:
-    """Write the page of a sweep."""
+    """Write the comparison page of a sweep."""
     cli.run_job(lambda: _job(cfg), sweep=False)
 
 
@@ -39,7 +39,7 @@ def _job(cfg: DictConfig) -> None:
     options = to_dataclass(cfg, Compare)
     sweep = cli.intercepted_override("sweep") or options.sweep
     if sweep is None:
-        raise UserError("the sweep is missing: type sweep=ID, the tag that its runs have in MLflow")
+        raise UserError("the sweep is missing: type sweep=ID, where ID is the tag `sweep` of its runs in MLflow")
     from dreambooth.sweeps.html_page import render_page
     from dreambooth.sweeps.trials import load_trials
     from dreambooth.utils import atomic_files
@@ -52,8 +52,8 @@ def _job(cfg: DictConfig) -> None:
 
 
 def main() -> None:
-    """Console script `dreambooth-compare`."""
-    cli.intercept_override("sweep")  # an ID here, but for Hydra an option of the group conf/sweep/
+    """Run the console script `dreambooth-compare`."""
+    cli.intercept_override("sweep")  # its value is an ID, but Hydra would look for an option of the group sweep
     compare()
     cli.exit_process()
 

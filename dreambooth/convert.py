@@ -1,4 +1,4 @@
-"""Command `python -m dreambooth.convert`: converts a single-file model to a diffusers folder, and back.
+"""Command `python -m dreambooth.convert`: converts a single-file model to a diffusers folder, or back.
 
 Torch is imported only when the job runs, so that --help is fast.
 """
@@ -19,8 +19,10 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 @dataclass
 class Convert(Section):
-    """What to convert; conf/convert.yaml explains each key. The key `in` is called `source` here, because `in` is a
-    keyword of Python."""
+    """Options of the command; conf/convert.yaml explains each key.
+
+    The field of the key `in` is called `source`, because `in` is a keyword of Python.
+    """
 
     source: str | None = None
     out: str | None = None
@@ -36,7 +38,7 @@ class Convert(Section):
         require("", {
             "dtype": (self.dtype in (None, "fp16", "fp32"), f"fp16 or fp32, or null to keep it, not {self.dtype}"),
             "prediction_type": (self.prediction_type in (None, *PREDICTION_TYPES),
-                                f"epsilon or v_prediction, or null for that of the file, not {self.prediction_type}"),
+                                f"epsilon or v_prediction, or null to detect it, not {self.prediction_type}"),
             "resolution": (self.resolution is None or (8 <= self.resolution <= 2048 and self.resolution % 8 == 0),
                            f"a multiple of 8 from 8 to 2048 pixels, or null, not {self.resolution}"),
         })
@@ -49,7 +51,7 @@ def convert(cfg: DictConfig) -> None:
 
 
 def parse_options(cfg: DictConfig) -> Convert:
-    """The options of the command.
+    """Convert the configuration that Hydra composed to the options of the command.
 
     Raises:
         UserError: a value has the wrong type, or breaks a rule of its field.
@@ -75,7 +77,7 @@ def _job(options: Convert) -> None:
 
 
 def main() -> None:
-    """Console script `dreambooth-convert`."""
+    """Run the console script `dreambooth-convert`."""
     convert()
     cli.exit_process()
 

@@ -1,7 +1,8 @@
-"""The command `python -m dreambooth.entrypoint`, which the image runs to train: one SageMaker training job.
+"""Command `python -m dreambooth.entrypoint`: runs one SageMaker training job in the container image.
 
-Reads hyperparameters, channels and hosts below /opt/ml, trains in one or several child processes, and publishes the
-result. Arguments are overrides and take precedence over everything else. Nothing heavy is imported here.
+It reads hyperparameters, channels and hosts from files below /opt/ml, trains in one or more child processes, and
+copies the result to the folder that SageMaker uploads. Its arguments are overrides, and take precedence over all
+other settings. Heavy libraries such as torch are not imported in this process.
 """
 
 import json
@@ -40,7 +41,7 @@ identity.register_resolver()
 
 
 def main() -> None:
-    """Run one job. The reason of a failure is also written to output/failure."""
+    """Run one job and exit with its code. If the job fails, also write the reason to output/failure."""
     supervisor, paths = Supervisor(), SageMakerPaths.from_environment()
     with suppress(OSError):
         paths.failure.unlink(missing_ok=True)
@@ -85,11 +86,14 @@ def _run_job(paths: SageMakerPaths, args: list[str], supervisor: Supervisor) -> 
 
 
 def read_request(paths: SageMakerPaths, args: list[str], hardware: str | None) -> RunRequest:
-    """The run that a job asks for, with its run folder below `checkpoints`.
+    """Read the hyperparameters and channels of a job, and build the run that they request.
+
+    The run folder is below `paths.checkpoints`.
 
     Args:
+        paths: the folders that SageMaker mounts.
         args: overrides from the command line.
-        hardware: option of the group hardware for this machine; None if there is none.
+        hardware: option of the config group hardware for this machine; None if no option matches it.
 
     Raises:
         ConfigError: names are unknown or values have the wrong type.
@@ -104,7 +108,7 @@ def read_request(paths: SageMakerPaths, args: list[str], hardware: str | None) -
 
 
 def _parse_args(args: list[str]) -> dict[str, str]:
-    """Overrides from the command line, as key -> value.
+    """Split overrides from the command line into key -> value.
 
     Raises:
         UserError: an argument is not KEY=VALUE.
@@ -116,10 +120,10 @@ def _parse_args(args: list[str]) -> dict[str, str]:
 
 
 def compose_run(overrides: list[str]) -> tuple[Config, Path]:
-    """The configuration of the run with these overrides, and its run folder.
+    """Compose a run from overrides, and return its configuration and its run folder.
 
     Raises:
-        UserError: the overrides do not compose.
+        UserError: Hydra cannot compose the overrides.
     """
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -134,7 +138,7 @@ def compose_run(overrides: list[str]) -> tuple[Config, Path]:
 
 
 def _epochs_to_steps(config: Config, world_size: int) -> int:
-    """Convert `checkpoint.every`, given in passes over the photos, to steps.
+    """Convert `checkpoint.every` from epochs (passes over the photos) to steps.
 
     Raises:
         DreamBoothError: there are no photos, or they cannot be downloaded.
@@ -147,7 +151,7 @@ def _epochs_to_steps(config: Config, world_size: int) -> int:
 
 
 def _to_local_folder(folder: str, storage: Storage) -> Path:
-    """A folder on this disk. One in S3 is downloaded to the run's own cache, so that the run does not repeat it."""
+    """Return the local path of a folder. Download a folder in S3 to the run's cache, where the run finds it later."""
     if not is_remote(folder):
         return Path(resolve_asset(folder))
     from dreambooth.storage import folders
@@ -156,7 +160,7 @@ def _to_local_folder(folder: str, storage: Storage) -> Path:
 
 
 def _find_hardware_option(instance_type: str | None) -> str | None:
-    """The option of the group hardware for an instance type, else for its family, such as g5 for ml.g5.2xlarge."""
+    """Return the option of the group hardware for an instance type, or else for its family: g5 for ml.g5.2xlarge."""
     family = (instance_type or "").rpartition(".")[0]
     options = {path.stem: OmegaConf.load(path) for path in sorted((conf_dir() / "hardware").glob("*.yaml"))}
     exact = (name for name, option in options.items() if instance_type and option.instance_type == instance_type)
@@ -166,7 +170,7 @@ def _find_hardware_option(instance_type: str | None) -> str | None:
 
 @cache
 def _config_keys() -> frozenset[str]:
-    """Every setting, such as train.seed, and every group."""
+    """Return the keys of all settings, such as train.seed, and the names of all config groups."""
     sections = vars(Config())
     settings = {f"{name}.{key}" for name, section in sections.items() if is_dataclass(section) for key in vars(section)}
     top_level = {name for name, section in sections.items() if not is_dataclass(section)}

@@ -3,16 +3,16 @@
 | code | meaning |
 |---|---|
 | 0 | done |
-| 1 | user error: one sentence says what to type |
+| 1 | user error; the message is one sentence that says what to type |
 | 3 | does not fit (VRAM, host memory, disk) |
 | 4 | out of memory while running |
 | 5 | interrupted, state saved |
 | 6 | diverged: non-finite loss, or too many skipped fp16 steps |
 
-Every other exception is an internal fault: its traceback is printed, and the exit code is 1.
+Every other exception is an internal fault: the traceback is printed, and the exit code is 1.
 """
 
-# Environment variable: a folder in which every failed process writes RANK.json, for the process that started it.
+# Environment variable with the path of a folder. Every failed process writes a report RANK.json there for its parent.
 EXIT_REPORT_DIR = "DREAMBOOTH_ENDS"
 
 
@@ -27,7 +27,7 @@ class UserError(DreamBoothError):
 
 
 class ConfigError(UserError):
-    """One or more configuration rules are broken; the message has one sentence per line for each of them."""
+    """One or more configuration rules are broken; the message has one line per broken rule."""
 
     def __init__(self, *problems: str) -> None:
         self.problems = problems

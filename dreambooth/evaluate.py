@@ -21,7 +21,10 @@ from dreambooth.errors import UserError
 
 @dataclass
 class EvaluateOptions(Section):
-    """Which run to evaluate, and how; conf/evaluate.yaml explains each key. None: the value of the run."""
+    """Options of the command: the run, and new values of its settings in the group evaluate (None: keep the value).
+
+    conf/evaluate.yaml explains each key.
+    """
 
     run: str | None = None
     encoder: EncoderKind | None = None
@@ -41,7 +44,7 @@ ConfigStore.instance().store(name="evaluate_schema", node=EvaluateOptions, provi
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="evaluate")
 def evaluate(cfg: DictConfig) -> None:
-    """Evaluate a run, and write its evaluation.json."""
+    """Evaluate the model of a run, and write evaluation.json to the run folder."""
     cli.run_job(lambda: _job(cfg), sweep=False)
 
 
@@ -61,14 +64,14 @@ def _job(cfg: DictConfig) -> None:
 
 
 def compose_from_run(run: Path, options: dict[str, object]) -> DictConfig:
-    """The configuration of a run, as Hydra recorded it in the run's folder, with other values in the group evaluate.
+    """Load the configuration that Hydra recorded in a run folder, and replace values of its group evaluate.
 
     Args:
         run: folder of the run.
-        options: the other values.
+        options: key of the group evaluate -> new value.
 
     Raises:
-        UserError: there is no run in the folder, or its record cannot be read.
+        UserError: there is no run in the folder, or its configuration cannot be read.
     """
     record = run / ".hydra" / "config.yaml"
     if not (run / "run.json").is_file() or not record.is_file():
@@ -77,14 +80,14 @@ def compose_from_run(run: Path, options: dict[str, object]) -> DictConfig:
         cfg = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(record), {"evaluate": {
             **options, "select": None, "every": None, "objective": "instance_loss"}})
     except (OSError, OmegaConfBaseException) as error:
-        raise UserError(f"the record of the run in {record} cannot be read ({str(error).splitlines()[0]}): "
-                        "repeat the run's command, then type this again") from error
+        raise UserError(f"the configuration of the run in {record} cannot be read ({str(error).splitlines()[0]}): "
+                        "repeat the run's command, then repeat this one") from error
     assert isinstance(cfg, DictConfig)
     return cfg
 
 
 def main() -> None:
-    """Console script `dreambooth-evaluate`."""
+    """Run the console script `dreambooth-evaluate`."""
     evaluate()
     cli.exit_process()
 

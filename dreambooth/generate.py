@@ -18,7 +18,7 @@ ConfigStore.instance().store(name="generate_schema", node=Generate, provider="dr
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="generate")
 def generate(cfg: DictConfig) -> None:
-    """Write images and a grid of them."""
+    """Generate images, and write them and a grid of them."""
     cli.run_job(lambda: _job(cfg), sweep=False)
 
 
@@ -38,7 +38,7 @@ def _job(cfg: DictConfig) -> None:
 
 
 def main() -> None:
-    """Console script `dreambooth-generate`."""
+    """Run the console script `dreambooth-generate`."""
     generate()
     cli.exit_process()
 

@@ -24,16 +24,16 @@ from dreambooth.runs import identity
 if TYPE_CHECKING:
     from dreambooth.planner.report import Plan
 
-PLACEHOLDERS = {  # for settings that a run needs and a plan does not
+PLACEHOLDERS = {  # for settings that are required for a run, but not for a plan
     "instance_dir": "photos", "instance_prompt": "a photo of a zwx thing", "class_prompt": "a photo of a thing"}
-_plans: list["Plan"] = []  # of the jobs of this process; a sweep runs several jobs
+_plans: list["Plan"] = []  # one per job of this process; a sweep runs several jobs
 
 identity.register_resolver()
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def plan(cfg: DictConfig) -> float | None:
-    """Plan one run. Returns GiB of GPU memory, for a sweep over plans."""
+    """Plan one run. Return the predicted GPU memory in GiB, as the objective of a sweep over plans."""
     sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     return cli.run_job(lambda: _job(load(cfg), sweep), sweep)
 
@@ -46,7 +46,7 @@ def _job(config: Config, sweep: bool) -> float:
         for key, value in PLACEHOLDERS.items():
             if getattr(subject, key) is None:
                 setattr(subject, key, f"{value}{number or ''}")
-    config.dataset.allow_drawings = True  # nothing is trained
+    config.dataset.allow_drawings = True  # this rule matters only for training
     machine = detect_machine() if config.hardware.device is Device.local else None
     recipe = resolve(config, Path(config.run_root), machine)
     from dreambooth.models.loading import import_libraries
@@ -76,8 +76,8 @@ def _show(config: Config) -> None:
 
 
 def main() -> None:
-    """Console script `dreambooth-plan`."""
-    with tempfile.TemporaryDirectory() as folder:  # Hydra writes a record of every sweep
+    """Run the console script `dreambooth-plan`."""
+    with tempfile.TemporaryDirectory() as folder:  # Hydra writes files for every sweep; they are deleted here
         sys.argv[1:] += [*cli.NO_RUN_FOLDER, f"hydra.sweep.dir={folder}"]
         plan()
     if len(_plans) > 1 or any(word in ("-m", "--multirun") for word in sys.argv):

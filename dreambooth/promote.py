@@ -15,7 +15,7 @@ from dreambooth.errors import UserError
 
 @dataclass
 class Promote(Section):
-    """Which sweep, and the rule of promotion; conf/promote.yaml explains each key."""
+    """Options of the command: the sweep and the rule of promotion. conf/promote.yaml explains each key."""
 
     sweep: str | None = None
     run_root: str = "runs"
@@ -37,7 +37,7 @@ ConfigStore.instance().store(name="promote_schema", node=Promote, provider="drea
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="promote")
 def promote(cfg: DictConfig) -> None:
-    """Register a champion in MLflow, and write promoted.json to the folder of the runs."""
+    """Register the best model of a sweep in MLflow, and write promoted.json to the folder of the runs."""
     cli.run_job(lambda: _job(cfg), sweep=False)
 
 
@@ -45,7 +45,7 @@ def _job(cfg: DictConfig) -> None:
     options = to_dataclass(cfg, Promote)
     sweep = cli.intercepted_override("sweep") or options.sweep
     if sweep is None:
-        raise UserError("the sweep is missing: type sweep=ID, the tag that its runs have in MLflow")
+        raise UserError("the sweep is missing: type sweep=ID, where ID is the tag `sweep` of its runs in MLflow")
     from dreambooth.runs.report import promotion_message
     from dreambooth.sweeps import promotion
 
@@ -55,8 +55,8 @@ def _job(cfg: DictConfig) -> None:
 
 
 def main() -> None:
-    """Console script `dreambooth-promote`."""
-    cli.intercept_override("sweep")  # an ID here, but for Hydra an option of the group conf/sweep/
+    """Run the console script `dreambooth-promote`."""
+    cli.intercept_override("sweep")  # its value is an ID, but Hydra would look for an option of the group sweep
     promote()
     cli.exit_process()
 

@@ -1,8 +1,9 @@
-"""The command `python -m dreambooth.stage`, which a workflow engine runs in the image: one stage of a workflow.
+"""Command `python -m dreambooth.stage`: runs one stage of a workflow, in a container of Argo or Kubeflow Pipelines.
 
-The engine passes overrides as one text, and afterwards reads files. A stage runs another command (`train`, `evaluate`,
-...) as a child process, forwards signals to it, and ends with its exit code, so that the engine can repeat a stage
-that was interrupted, and no other. Nothing heavy is imported here.
+The workflow engine passes all overrides as one string, and afterwards reads the outputs of the stage from files. A
+stage runs another command (`train`, `evaluate`, ...) as a child process, forwards signals to it, and exits with the
+exit code of the child process. By this code the engine recognises interrupted stages, and repeats only these. Heavy
+libraries such as torch are not imported in this process.
 """
 
 import argparse
@@ -27,20 +28,20 @@ from dreambooth.kubernetes import exit_report, kfp_components
 from dreambooth.kubernetes.workflow_spec import TRACKING_OVERRIDE, TRACKING_URI, TRIAL_RUN_DIR, SearchSpace
 
 STAGES = ("validate", "class-images", "train", "evaluate", "promote", "ended")
-# Keys that do not change how much memory a run needs: trials that differ in them alone are planned once. `sweep` is
-# not one of them, because a search space may choose the method.
+# Keys that do not change how much memory a run needs: trials that differ only in these keys are planned
+# once. `sweep` is not in the set, because a search space may choose the method.
 MEMORY_NEUTRAL_KEYS = {"train.learning_rate", "train.max_train_steps", "prior.prior_loss_weight", "method.alpha"}
 RUN_FILES = ("result.json", "contact_sheet.png", "evaluation.json")  # files of a run that the engine keeps as artifacts
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of `python -m dreambooth.stage`."""
+    """Return the argument parser of `python -m dreambooth.stage`."""
     command_line = argparse.ArgumentParser(
         prog="python -m dreambooth.stage", description=(__doc__ or "").split("\n")[0],
-        epilog="arguments KEY=VALUE are overrides too, and take precedence over --words and --trial")
+        epilog="arguments KEY=VALUE are overrides too, and take precedence over --words")
     command_line.add_argument("stage", choices=STAGES)
-    command_line.add_argument("--words", default="", help="overrides as one text, quoted as for a shell")
-    command_line.add_argument("--trial", default="", help="overrides of one trial of a sweep, as one text")
+    command_line.add_argument("--words", default="", help="overrides as one string, quoted as for a shell")
+    command_line.add_argument("--trial", default="", help="overrides of one trial of a sweep, as one string")
     command_line.add_argument("--space", default="", help="search space whose trials are checked and listed")
     command_line.add_argument("--out", type=Path, default=Path("stage"), help="folder for files that the engine reads")
     command_line.add_argument("--kfp", default="", help="executor input of Kubeflow Pipelines, as JSON")
@@ -90,13 +91,13 @@ def _split_overrides(text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise UserError(f"these overrides cannot be read ({error}): quote them as for a shell, {text}") from error
+        raise UserError(f"these overrides cannot be read ({error}): quote them as for a shell: {text}") from error
 
 
 def _run_overrides(overrides: Sequence[str], trial: Sequence[str]) -> list[str]:
-    """The overrides of a run. Those of the user come after those that a workflow adds, and so take precedence.
+    """Return all overrides of a run: those that the workflow adds, then the user's, then the trial's.
 
-    A trial is named in MLflow by the overrides that distinguish it.
+    Later overrides take precedence. The name of a trial in MLflow consists of the overrides that distinguish it.
     """
     pairs = [override.partition("=") for override in trial if not override.startswith("sweep=")]
     run_name = " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
@@ -105,10 +106,10 @@ def _run_overrides(overrides: Sequence[str], trial: Sequence[str]) -> list[str]:
 
 
 def _validate(overrides: list[str], space: str, out: Path, supervisor: Supervisor) -> ExitStatus:
-    """Compose, resolve and plan every run before the first GPU is paid for; write the list of trials.
+    """Compose, resolve and plan every run before the first GPU is paid for, and write the list of trials.
 
     Raises:
-        ConfigError: the problems of all runs.
+        ConfigError: runs break rules; one line per problem of any run.
     """
     trials = SearchSpace(space, search_space(space)).without_overridden(overrides).trials() if space else [()]
     problems: list[str] = []
@@ -160,7 +161,7 @@ def _module_command(name: str, overrides: Sequence[str]) -> list[str]:
 
 
 def _copy_outputs(status: ExitStatus, run_dir: Path, out: Path) -> ExitStatus:
-    """Write what an engine reads: run folder and objective as texts, results as files. Return the status unchanged."""
+    """Write the path of the run folder, the objective and RUN_FILES to `out` for the engine. Return `status`."""
     for name in RUN_FILES:
         if (run_dir / name).is_file():
             shutil.copyfile(run_dir / name, out / name)

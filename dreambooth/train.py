@@ -27,14 +27,14 @@ identity.register_resolver()
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def train(cfg: DictConfig) -> float | None:
-    """Train one run. Returns the objective for sweepers; lower is better."""
+    """Train one run. Return its objective for Hydra's sweepers; lower is better."""
     sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     if sweep:
         cfg.tracking.sweep = cfg.tracking.sweep or DEFAULT_SWEEP_ID
         cfg.tracking.run_name = cfg.tracking.run_name or trial_name(list(HydraConfig.get().overrides.task))
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     values: Any = OmegaConf.to_container(cfg)
-    resume_hint = f"{how_to_resume(str(values['checkpoint']['resume']))} to go on from the last checkpoint"
+    resume_hint = f"{how_to_resume(str(values['checkpoint']['resume']))} to continue from the last checkpoint"
     return cli.run_job(lambda: _job(cfg, run_dir, sweep), sweep, resume_hint)
 
 
@@ -69,7 +69,7 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
                 from dreambooth.sweeps.promotion import register_finished_run
 
                 register_finished_run(recipe)
-            if run_inputs.is_main_process() and not sys.stdout.isatty():  # Katib reads it from the log of a trial
+            if run_inputs.is_main_process() and not sys.stdout.isatty():  # Katib parses this line in the log of a trial
                 print(f"objective={result.objective:.6g}", flush=True)
             return result.objective
     finally:
@@ -77,7 +77,7 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
 
 
 def convert_single_files(config: Config) -> Config:
-    """Convert each model that is a single file to a diffusers folder; returns the config with the folders' paths."""
+    """Convert single-file models to diffusers folders, and return the configuration with the paths of these folders."""
     if not (is_single_file(config.model.source) or is_single_file(config.model.vae)):
         return config
     from dreambooth.serialization.single_file_sources import as_folders
@@ -86,7 +86,7 @@ def convert_single_files(config: Config) -> Config:
 
 
 def main() -> None:
-    """Console script `dreambooth-train`."""
+    """Run the console script `dreambooth-train`."""
     train()
     cli.exit_process()
 

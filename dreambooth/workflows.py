@@ -1,7 +1,7 @@
-"""The command `python -m dreambooth.workflows`: write workflow files for Kubernetes from conf/, check or submit them.
+"""Command `python -m dreambooth.workflows`: writes workflow files for Kubernetes from conf/, checks or submits them.
 
-`render` writes the files, `check` reports files that differ from conf/, `submit` sends a workflow to a cluster. Nothing
-heavy is imported here.
+`render` writes the files, `check` reports files that differ from conf/, `submit` submits a workflow to a cluster. Heavy
+libraries such as torch are not imported.
 """
 
 import argparse
@@ -33,10 +33,10 @@ OVERLAYS = {  # overlay -> overrides, search space, suffix of the image's tag
 def build_spec(
     overrides: Sequence[str] = DEFAULT_OVERRIDES, space: str = DEFAULT_SPACE, image: str = DEFAULT_IMAGE
 ) -> WorkflowSpec:
-    """The inputs of the workflow files with these overrides, without overlays.
+    """Return the values that workflow files are rendered from, for these overrides and without overlays.
 
     Raises:
-        UserError: the overrides do not compose, or break a rule.
+        UserError: Hydra cannot compose the overrides, or they break a rule.
     """
     config, run_dir = compose_run(list(overrides))
     resolve(config, run_dir)
@@ -45,14 +45,14 @@ def build_spec(
 
 
 def build_shipped_spec() -> WorkflowSpec:
-    """The inputs of the committed files, overlays included."""
+    """Return the values that the committed files are rendered from, including their overlays."""
     overlays = {name: build_spec(overrides, space, DEFAULT_IMAGE + suffix)
                 for name, (overrides, space, suffix) in OVERLAYS.items()}
     return replace(build_spec(), overlays=overlays)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of `python -m dreambooth.workflows`."""
+    """Return the argument parser of `python -m dreambooth.workflows`."""
     command_line = argparse.ArgumentParser(
         prog="python -m dreambooth.workflows", description=(__doc__ or "").split("\n")[0])
     commands = command_line.add_subparsers(dest="command", required=True)
@@ -78,7 +78,7 @@ def main() -> None:
 
     def job() -> None:
         if not options.overrides and (options.space != DEFAULT_SPACE or options.image != DEFAULT_IMAGE):
-            raise UserError(f"--space and --image go with overrides: type them after {options.command}, such as "
+            raise UserError(f"--space and --image need overrides: type them after {options.command}, such as "
                             "hardware=cpu")
         spec = (build_spec(options.overrides, options.space, options.image) if options.overrides
                 else build_shipped_spec())
@@ -102,7 +102,11 @@ def main() -> None:
 
 
 def find_differences(files: dict[str, str], folder: Path) -> list[str]:
-    """The names of files in `folder` that are missing, differ from `files`, or are not among them."""
+    """Return the names of the missing, changed and additional files in `folder`, compared with `files`.
+
+    Args:
+        files: name -> content.
+    """
     committed = {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
                  for path in folder.rglob("*.yaml")}
     return sorted(name for name in files.keys() | committed.keys() if files.get(name) != committed.get(name))

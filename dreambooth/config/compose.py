@@ -1,7 +1,7 @@
-"""Turns Hydra's composed configuration into plain dataclasses, and finds the folder conf/.
+"""Converts the configuration that Hydra composed to plain dataclasses, and finds the folder conf/.
 
-`load` is the border: it takes a DictConfig and returns dataclasses. Apart from the commands, only this module,
-runs/identity.py and sweeps/hydra_callbacks.py import Hydra or OmegaConf. Does not import torch.
+The rest of the package works with these dataclasses: apart from the commands, only this module, runs/identity.py and
+sweeps/hydra_callbacks.py import Hydra or OmegaConf. This module does not import torch.
 """
 
 import re
@@ -25,13 +25,13 @@ Options = TypeVar("Options")
 
 
 def conf_dir() -> Path:
-    """The folder conf/: inside the package when it is installed, beside the package in a checkout."""
+    """Return the folder conf/: inside the package when it is installed, beside the package in a checkout."""
     packaged = Path(__file__).parents[1] / "conf"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "conf"
 
 
 def to_dataclass(cfg: Any, kind: type[Options]) -> Options:
-    """The options of a command that composes no run, as a dataclass of type `kind`.
+    """Convert the options of a command to a dataclass of type `kind`. For the configuration of a run, use `load`.
 
     Raises:
         UserError: a value has the wrong type, or breaks a rule of its field.
@@ -47,11 +47,11 @@ def to_dataclass(cfg: Any, kind: type[Options]) -> Options:
 
 
 def load(cfg: DictConfig) -> Config:
-    """The Config of a composed DictConfig.
+    """Convert the configuration of a run that Hydra composed to a Config.
 
     Raises:
-        ConfigError: values break rules of their own fields, or +key=value added a key that is not in the schema; one
-            sentence for each, which names the key.
+        ConfigError: values break rules of their own fields, or +key=value added a key that is not in the schema; the
+            message has one line per problem, which names the key.
     """
     problems = [f"tracking.uri {_PASSWORD_IN_URI}"] * uri_has_password(cfg)
     problems += [f"{key} is not a setting: type a key that --cfg job shows" for key in _unknown_keys(cfg)]
@@ -68,35 +68,39 @@ def load(cfg: DictConfig) -> Config:
 
 
 def search_space(name: str) -> dict[str, tuple[str, ...]]:
-    """The search space conf/sweep/NAME.yaml as key -> values, each written as Hydra's basic sweeper would write it.
+    """Read the search space conf/sweep/NAME.yaml.
 
-    Only choice(...) is allowed. Sweepers disagree about other forms: Optuna includes the end of a range and the basic
-    sweeper does not, and the basic sweeper has no intervals.
+    Only choice(...) is allowed, because sweepers differ in other forms: Optuna includes the end of a range and Hydra's
+    basic sweeper does not; the basic sweeper does not support intervals.
+
+    Returns:
+        key -> values, each as the string that the basic sweeper writes into an override.
 
     Raises:
-        UserError: there is no such file, or it contains anything but choice(...).
+        UserError: there is no such file, or it contains a form other than choice(...).
     """
     file = conf_dir() / "sweep" / f"{name}.yaml"
     if not file.is_file():
         available = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
-        raise UserError(f"there is no search space {name}: type sweep= one of {available}")
+        raise UserError(f"there is no search space {name}: type sweep=NAME with one of {available}")
     space = {}
     for key, text in (OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params") or {}).items():
         override = OverridesParser.create().parse_override(f"{key}={text}")
         if not override.is_choice_sweep():
-            raise UserError(f"sweep={name} has {key}: {text}: type choice(...) there, which every sweeper understands")
+            raise UserError(f"sweep={name} contains {key}: {text}: type choice(...) there, "
+                            "which every sweeper supports")
         space[str(key)] = tuple(value for value in override.sweep_string_iterator())
     return space
 
 
 def uri_has_password(cfg: DictConfig) -> bool:
-    """Whether tracking.uri, as typed, contains a password. Hydra would store it in .hydra/."""
+    """Return whether tracking.uri has a password before interpolation. Hydra would store it in .hydra/."""
     uri = str(OmegaConf.to_container(cfg).get("tracking", {}).get("uri"))  # type: ignore[union-attr]
     return bool(re.search(r"://[^/\s]*:[^/\s]+@|password=.", re.sub(r"\$\{[^}]*\}", "", uri)))
 
 
 def _unknown_keys(cfg: DictConfig) -> list[str]:
-    """The keys of `cfg` that are not in the schema."""
+    """Return the keys of `cfg` that are not in the schema."""
     schema: dict[str, Any] = {item.name: vars(item.default_factory()) if is_dataclass(item.default_factory) else None
                               for item in fields(Config)}
     return [*(str(key) for key in cfg if key not in schema),
@@ -106,5 +110,5 @@ def _unknown_keys(cfg: DictConfig) -> list[str]:
 
 ConfigStore.instance().store(name="schema", node=Config, provider="dreambooth")
 # For --help, Hydra deep-copies its config repository about a hundred times, and with it this store of all schemas. That
-# took half of the time. The store is a singleton, and its `load` returns copies, so that no copy of it is needed.
+# took half of the time of --help. The store is a singleton, and its `load` returns copies: it need not be copied.
 ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]

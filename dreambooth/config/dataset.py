@@ -1,4 +1,4 @@
-"""The config group `dataset`: the subjects with their photos and prompts. No torch, no Hydra."""
+"""The config group `dataset`: the subjects with their photos and prompts. Imports neither torch nor Hydra."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +11,11 @@ FOLDERS = ("instance_dir", "class_dir", "mask")  # keys whose value may be a fol
 
 @dataclass
 class Subject:
-    """One subject of a run. The fields are those of Dataset."""
+    """One of the subjects in `Dataset.concepts`. The fields have the same meaning as in Dataset.
+
+    Attributes:
+        repeats: how often each photo is used per epoch.
+    """
 
     instance_dir: str | None = None
     instance_prompt: str | None = None
@@ -26,7 +30,7 @@ class Subject:
 
 @dataclass
 class Dataset(Section):
-    """The photos and prompts of one subject, or in `concepts` those of several subjects."""
+    """The photos and prompts of one subject, or of several subjects in `concepts`."""
 
     name: str = "demo"
     instance_dir: str | None = None
@@ -53,7 +57,7 @@ class Dataset(Section):
 
     @property
     def keyed_subjects(self) -> Iterator[tuple[str, "Subject | Dataset"]]:
-        """For each subject the prefix of its keys, such as dataset.concepts.0, and the object with its values."""
+        """One pair per subject: the prefix of its keys, such as dataset.concepts.0, and the object with its values."""
         if self.concepts:
             yield from ((f"dataset.concepts.{number}", subject) for number, subject in enumerate(self.concepts))
         else:

@@ -1,4 +1,4 @@
-"""Enums: the values that named options of a run can have. The files in conf/ explain each value."""
+"""Enums of the values that settings of a run can have. The files in conf/ explain each value."""
 
 from enum import Enum
 

@@ -1,4 +1,7 @@
-"""Lists of evaluation prompts: text files with one template per line, each with {subject}. Imports no torch."""
+"""Lists of evaluation prompts: text files with one template per line, such as "a {subject} on the beach".
+
+Imports no torch.
+"""
 
 import re
 from pathlib import Path
@@ -7,11 +10,11 @@ PROMPT_DIR = Path(__file__).parents[1] / "assets" / "prompts"
 
 
 def read_templates(source: str) -> list[str]:
-    """The templates of a shipped list (scenes, object, live) or of a text file. Lines that begin with # are comments.
+    """Read the templates of a shipped list (scenes, object, live) or a text file. Lines that begin with # are comments.
 
     Raises:
-        ValueError: there is no such list, or a line lacks {subject}; the message completes the sentence
-            "evaluate.prompts ...".
+        ValueError: there is no such list, it is empty, or a line lacks {subject}; the message is the rest of a sentence
+            that begins with "evaluate.prompts".
     """
     path = PROMPT_DIR / f"{source}.txt"
     path = path if path.is_file() else Path(source)
@@ -30,11 +33,11 @@ def read_templates(source: str) -> list[str]:
 
 
 def extract_subject(prompt: str) -> str:
-    """The subject of a prompt: "zwx toy" for "a photo of a zwx toy". A prompt of another form is returned whole."""
+    """Return the subject of a prompt: "zwx toy" for "a photo of a zwx toy". Return any other prompt whole."""
     return re.sub(r"^\s*(?:(?:an?|the)\s+)?(?:\w+\s+)?(?:photo|picture|image|drawing|render|cartoon)\s+of\s+"
                   r"(?:(?:an?|the|my)\s+)?", "", prompt, flags=re.IGNORECASE).strip()
 
 
 def fill_templates(templates: list[str], subject: str) -> list[str]:
-    """The prompts that the templates give for a subject."""
+    """Return the templates with {subject} replaced by a subject."""
     return [template.replace("{subject}", subject) for template in templates]

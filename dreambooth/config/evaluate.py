@@ -1,8 +1,9 @@
-"""The config group `evaluate`, and the measures: their names, their directions, and sums of them. No torch, no Hydra.
+"""The config group `evaluate`, and the measures (metrics of image quality): names, directions, weighted sums.
 
-A measure has a role, such as subject_similarity, and a name that tells how it was measured, such as
+A measure has a role, such as subject_similarity, and a name that also contains the encoder, such as
 `subject_similarity_efficientnet_lite0`. A measure that the DreamBooth paper defines (Ruiz et al. 2023,
 arXiv:2208.12242, sections 4.1 and 4.3) has the paper's name, such as `dino`, only if the paper's encoder computed it.
+Imports neither torch nor Hydra.
 """
 
 import re
@@ -17,12 +18,12 @@ from dreambooth.utils.assets import resolve_asset
 
 INSTANCE_LOSS = "instance_loss"  # an objective that needs no generated images, see training/instance_loss.py
 
-HIGHER_IS_BETTER = {  # by role
-    "subject_similarity": True,  # of generated images of the subject to its photos
-    "text_similarity": True,  # of generated images to their prompts
+HIGHER_IS_BETTER = {  # role -> whether a higher value is better
+    "subject_similarity": True,  # similarity between generated images of the subject and its photos
+    "text_similarity": True,  # similarity between generated images and their prompts
     "diversity": True,  # distance between the images of one prompt
-    "class_similarity": False,  # of images of the class to photos of the subject; high if the class collapsed
-    "class_drift": False,  # distance of images of the class to those that the base model generates
+    "class_similarity": False,  # between images of the class and photos of the subject; high if the class collapsed
+    "class_drift": False,  # distance between images of the class and those that the base model generates
 }
 _PAPER_NAMES = {  # (role, encoder) -> name in the paper
     ("subject_similarity", "dino"): "dino", ("class_similarity", "dino"): "pres",
@@ -70,12 +71,12 @@ class Evaluate(Section):
 
 
 def measure_name(role: str, encoder: str) -> str:
-    """The name of a role measured with an encoder: the paper's own, or such as class_drift_dino."""
+    """Return the name of a measure: the paper's, such as dino, or else ROLE_ENCODER, such as class_drift_dino."""
     return _PAPER_NAMES.get((role, encoder), f"{role}_{encoder}")
 
 
 def measure_roles(evaluate: Evaluate, class_prompt: str) -> dict[str, str]:
-    """The measures of a run, name -> role. Where a role has several measures, `parse_sum` uses the first one."""
+    """Return the measures of a run, name -> role. If a role has several measures, `parse_sum` uses the first one."""
     encoders = evaluate.encoders
     encoders = ("lpips",) * (evaluate.lpips is not None and bool(encoders)) + encoders
     return {measure_name(role, encoder): role for encoder in encoders for role in HIGHER_IS_BETTER
@@ -85,7 +86,7 @@ def measure_roles(evaluate: Evaluate, class_prompt: str) -> dict[str, str]:
 
 
 def problems(evaluate: Evaluate, class_prompt: str) -> Iterator[str]:
-    """The broken rules between keys of the section, one sentence each."""
+    """Yield one sentence for each broken rule of the group evaluate that involves several keys or files."""
     try:
         eval_prompts.read_templates(evaluate.prompts)
     except ValueError as error:
@@ -107,7 +108,7 @@ def problems(evaluate: Evaluate, class_prompt: str) -> Iterator[str]:
 def parse_sum(text: str, measured: Mapping[str, str]) -> dict[str, float]:
     """Parse a weighted sum of measures, such as `subject_similarity+0.5*class_drift`. A higher sum is better.
 
-    The weights in the text are positive. In the result, a measure for which lower is better has a negative weight.
+    The weights in `text` are positive. In the result, a measure for which lower is better has a negative weight.
 
     Args:
         text: terms `MEASURE` or `WEIGHT*MEASURE`, where MEASURE is a role or a name.
@@ -117,8 +118,8 @@ def parse_sum(text: str, measured: Mapping[str, str]) -> dict[str, float]:
         name -> signed weight.
 
     Raises:
-        ValueError: a term has another form, or its measure is not one of the run's; the message completes the sentence
-            "KEY ...".
+        ValueError: a term has another form, or its measure is not one of the run's; the message is the rest of a
+            sentence that begins with the key.
     """
     weights: dict[str, float] = {}
     for term in text.replace(" ", "").split("+"):
@@ -135,7 +136,7 @@ def parse_sum(text: str, measured: Mapping[str, str]) -> dict[str, float]:
 
 
 def compute_objective(text: str, measured: Mapping[str, str], scores: Mapping[str, float]) -> float:
-    """The number that a sweep minimises: the instance loss, or minus the weighted sum of measures.
+    """Return the number that a sweep minimises: the instance loss, or minus the weighted sum of measures.
 
     Args:
         text: evaluate.objective.
@@ -146,5 +147,5 @@ def compute_objective(text: str, measured: Mapping[str, str], scores: Mapping[st
 
 
 def weighted_sum(weights: Mapping[str, float], scores: Mapping[str, float]) -> float:
-    """The weighted sum of scores."""
+    """Return the weighted sum of scores."""
     return sum(weight * scores[measure] for measure, weight in weights.items())

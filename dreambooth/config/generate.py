@@ -1,4 +1,4 @@
-"""The options of `python -m dreambooth.generate`. No torch, no Hydra."""
+"""The options of `python -m dreambooth.generate`. Imports neither torch nor Hydra."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from dreambooth.config.section import Section, finite, require
 
 @dataclass
 class Generate(Section):
-    """Which images to generate; conf/generate.yaml explains each key."""
+    """Options of the command; conf/generate.yaml explains each key."""
 
     run: str | None = None
     base: str | None = None
@@ -34,7 +34,7 @@ class Generate(Section):
             "lora": (all(isinstance(item, str) and item.strip() for item in self.loras), "a path, or a list of paths"),
             "lora_scale": (all(isinstance(scale, int | float) and finite(scale, -10, 10) for scale in scales),
                            f"a number from -10 to 10, or a list of them, not {self.lora_scale}"),
-            "prompts": (self.prompt is None or self.prompts is None, "null where prompt is given"),
+            "prompts": (self.prompt is None or self.prompts is None, "null if prompt is given"),
             "strength": (0 < self.strength <= 1, f"above 0 and at most 1, not {self.strength}"),
             "num_images": (self.num_images >= 1, f"1 or more, not {self.num_images}"),
             "batch_size": (self.batch_size >= 1, f"1 or more, not {self.batch_size}"),
@@ -55,7 +55,7 @@ class Generate(Section):
         return [] if self.lora is None else [*self.lora] if isinstance(self.lora, list) else [self.lora]
 
     def scales(self, count: int) -> list[float]:
-        """The scale of each of `count` LoRAs.
+        """Return the scale of each of `count` LoRAs.
 
         Raises:
             ValueError: `lora_scale` is a list of another length.

@@ -1,4 +1,4 @@
-"""The config group `hardware`: the machine of a run. No torch, no Hydra."""
+"""The config group `hardware`: the machine of a run. Imports neither torch nor Hydra."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from dreambooth.config.section import Section, require
 
 @dataclass
 class Hardware(Section):
-    """The machine that a run is meant for. Sizes are in GiB (2**30 bytes), prices in US dollars per hour."""
+    """The machine that a run is planned for. Sizes are in GiB (2**30 bytes), prices in US dollars per hour."""
 
     name: str = "local"
     device: Device = Device.local

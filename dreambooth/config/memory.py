@@ -1,4 +1,4 @@
-"""The config group `memory`: options that save GPU memory. No torch, no Hydra."""
+"""The config group `memory`: options that save GPU memory. Imports neither torch nor Hydra."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,9 @@ from dreambooth.config.section import Section, require
 
 @dataclass
 class Memory(Section):
-    """Options that change how a run is computed, never what is trained.
+    """Options that change how a run is computed, but never which weights are trained.
 
-    `ema_every`, `weights` and `rounding` may change the results; the others do not.
+    Only `ema_every`, `weights` and `rounding` may change the results.
     """
 
     auto: bool = False

@@ -1,4 +1,4 @@
-"""The config group `method`: which weights are trained. No torch, no Hydra."""
+"""The config group `method`: which weights are trained. Imports neither torch nor Hydra."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
-"""The resolved run: `resolve` turns a Config into a Recipe, in which every default is decided and every rule checked.
+"""The resolved run: `resolve` checks every rule of a Config, decides every default, and returns a Recipe.
 
-A Recipe is immutable, and the run does exactly what it says. No torch, no Hydra.
+A Recipe is immutable, and determines the run completely. Imports neither torch nor Hydra.
 """
 
 import json
@@ -36,22 +36,23 @@ from dreambooth.errors import ConfigError
 from dreambooth.utils.assets import resolve_asset
 from dreambooth.utils.hardware import Machine
 
-TRACKED_KEYS = ("train.learning_rate", "prior.prior_loss_weight")  # two fit into the width of an image in MLflow
+TRACKED_KEYS = ("train.learning_rate", "prior.prior_loss_weight")  # two fit above an image in MLflow
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A resolved run. The sections are sealed copies of those of the Config.
+    """A resolved run. Its sections are read-only copies of the sections of the Config.
 
     Attributes:
         device: cpu or cuda.
         source: hub id or folder of the base model.
         vae_source: hub id or folder of a VAE that replaces the base model's; None if it is not replaced.
-        instance_dir, class_dir: photos and own class images of the first subject.
+        instance_dir: folder of the first subject's photos.
+        class_dir: folder of the user's own class images for the first subject; None if all are generated.
         evaluate_prompts: prompts from which the model generates evaluation images.
-        evaluate_texts: the same with the class in place of the subject, for a text encoder, which does not know the
-            rare word.
-        reference_dir: photos that generated images are compared with.
+        evaluate_texts: the same prompts with the class instead of the subject, for the text encoder that scores the
+            images: it does not know the rare word.
+        reference_dir: folder of the photos that generated images are compared with.
         overrides: the Hydra overrides that the run was composed with.
     """
 
@@ -95,7 +96,7 @@ class Recipe:
 
     @property
     def subject_recipes(self) -> tuple["Recipe", ...]:
-        """One recipe per subject, with its folders and prompts, as if it were the only subject."""
+        """One recipe per subject, with its folders and prompts, as if there were no other subject."""
         return tuple(map(self._for_subject, self.dataset.subjects))
 
     @property
@@ -112,7 +113,7 @@ class Recipe:
         return self.memory.split_pass or (self.with_prior and self.dataset.buckets)
 
     def with_processes(self, processes: int) -> "Recipe":
-        """The same run with that many processes training together, whatever hardware.gpus says."""
+        """Return a copy in which hardware.gpus is the number of processes that train together."""
         return replace(self, hardware=self.hardware.copy_with(gpus=processes))
 
     @property
@@ -135,7 +136,7 @@ class Recipe:
 
     @property
     def measure_roles(self) -> dict[str, str]:
-        """The measures of this run, name -> role; empty if it does not evaluate."""
+        """The measures of this run, name -> role; empty if there is no evaluation."""
         return evaluate.measure_roles(self.evaluate, self.class_prompt)
 
     def _for_subject(self, subject: Subject) -> "Recipe":
@@ -146,18 +147,20 @@ class Recipe:
         return replace(self, dataset=dataset, **_subject_folders(subject))  # type: ignore[arg-type]
 
     def tracked_settings(self) -> dict[str, str]:
-        """The settings that are sent to the tracker as parameters: TRACKED_KEYS and those that were overridden.
+        """Return the settings that the tracker gets as parameters: TRACKED_KEYS and all overridden settings.
 
-        MLflow shows all parameters above each image, so that sending every setting would hide the images. `settings`
-        is stored as a file instead.
+        MLflow shows all parameters above each image, so that sending every setting would hide the images. All of
+        `settings` is stored as a file instead.
         """
         overridden = [word.lstrip("+~").partition("=")[0] for word in self.overrides]
         tracked = {*TRACKED_KEYS, *overridden, *(f"{group}.name" for group in overridden)}
         return {key: value for key, value in self.settings().items() if key in tracked}
 
     def settings(self) -> dict[str, str]:
-        """Every setting as text, by its override key such as train.learning_rate. Without the group tracking, because
-        the address of the server may contain a password."""
+        """Return every setting as a string, by its override key such as train.learning_rate.
+
+        The group tracking is left out, because the address of the server may contain a password.
+        """
         flat = {"name": self.name, "device": self.device, "sample_prompts": json.dumps(self.sample_prompts)}
         for item in fields(self):
             section = getattr(self, item.name)
@@ -184,11 +187,12 @@ def resolve(config: Config, run_dir: Path, machine: Machine | None = None,
     Args:
         config: the configuration that the user composed. It is not changed.
         run_dir: the folder of the run.
-        machine: the machine that will run it; None if it will run elsewhere, so that only the declared hardware counts.
+        machine: this machine, if it will execute the run; None if another machine will, which the group hardware
+            describes.
         overrides: the overrides that the run was composed with.
 
     Raises:
-        ConfigError: rules are broken; one sentence for each of them.
+        ConfigError: rules are broken; the message has one line per rule.
     """
     config = deepcopy(config)
     hardware = config.hardware
@@ -217,7 +221,7 @@ def resolve(config: Config, run_dir: Path, machine: Machine | None = None,
 
 
 def _use_detected_gpu(hardware: Hardware, machine: Machine) -> None:
-    """Set GPU name and compute capability to the detected ones, and the usable VRAM if it is not declared."""
+    """Set GPU name and compute capability to the detected values, and the usable VRAM if it is None."""
     hardware.gpu = machine.gpu
     hardware.compute_capability = machine.compute_capability
     if hardware.usable_vram_gib is None:
@@ -225,7 +229,7 @@ def _use_detected_gpu(hardware: Hardware, machine: Machine) -> None:
 
 
 def _default_prompts(config: Config) -> list[str]:
-    """For each subject the instance prompt, the same on the beach, and the class prompt, without duplicates."""
+    """Return three prompts per subject, without duplicates: instance prompt, "... on the beach", class prompt."""
     prompts: list[str] = []
     for subject in config.dataset.subjects:
         prompt = subject.instance_prompt or ""

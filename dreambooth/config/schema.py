@@ -1,7 +1,7 @@
-"""The schema of a run: one dataclass per config group, with types, defaults and rules about single fields.
+"""The schema of a run: one dataclass per config group, with types, defaults and rules for single fields.
 
-Larger groups have a file each in this folder. The YAML files in conf/ set the values and explain each key. No torch, no
-Hydra.
+Larger groups have their own files in this folder. The YAML files in conf/ set the values and explain each key. Imports
+neither torch nor Hydra.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from dreambooth.config.storage import Storage as Storage
 
 @dataclass
 class Model(Section):
-    """The base model: the source of its weights, and the resolution that it is trained at."""
+    """The base model: the source of its weights, and the resolution of training."""
 
     name: str = "tiny"
     source: str = "package:tiny-sd"
@@ -42,14 +42,14 @@ class Model(Section):
 
 @dataclass
 class Precision(Section):
-    """Precision of computations. It does not change the format of trained weights, optimizer state and EMA: fp32."""
+    """Precision of computations. Trained weights, optimizer state and EMA are stored in fp32 with every precision."""
 
     dtype: Dtype = Dtype.fp32
     tf32: bool = False
 
     @property
     def label(self) -> str:
-        """The precision as text, by which images generated in different precisions are told apart."""
+        """The precision as a string, which distinguishes images that were generated in different precisions."""
         return f"{self.dtype.value}, tf32" if self.tf32 else self.dtype.value
 
 
@@ -160,7 +160,7 @@ class Sample(Section):
             "guidance_scale": (finite(self.guidance_scale, 0), f"0 or more, not {self.guidance_scale}"),
             "seed": (0 <= self.seed < 2**63, f"from 0 to 2**63 - 1, not {self.seed}"),
             "images_per_prompt": (self.images_per_prompt >= 1, f"1 or more, not {self.images_per_prompt}"),
-            "prompts": (self.prompts is None or all(p.strip() for p in self.prompts), "a list without empty texts"),
+            "prompts": (self.prompts is None or all(p.strip() for p in self.prompts), "a list without empty prompts"),
         })
 
 

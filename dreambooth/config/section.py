@@ -1,4 +1,4 @@
-"""Base class of the config groups, and helpers for rules about single fields."""
+"""Base class of the config groups, and helpers that check rules about single fields."""
 
 import math
 from dataclasses import FrozenInstanceError, replace
@@ -13,7 +13,7 @@ class Section:
         object.__setattr__(self, "_sealed", True)
 
     def copy_with(self, **values: Any) -> Self:
-        """A sealed copy with other values."""
+        """Return a read-only copy in which these values are replaced."""
         copy = replace(self, **values)  # type: ignore[type-var]
         copy.seal()
         return copy
@@ -29,10 +29,10 @@ def require(section: str, rules: dict[str, tuple[bool, str]]) -> None:
 
     Args:
         section: name of the section, or "" if its keys have no prefix.
-        rules: key -> whether its rule holds, and the rule as the end of the sentence "KEY must be ...".
+        rules: key -> (whether its rule holds, the rule as the end of the sentence "KEY must be ...").
 
     Raises:
-        ValueError: rules are broken; one line for each.
+        ValueError: rules are broken; the message has one line per rule.
     """
     prefix = f"{section}." if section else ""
     broken = [f"{prefix}{key} must be {rule}" for key, (holds, rule) in rules.items() if not holds]
@@ -41,5 +41,5 @@ def require(section: str, rules: dict[str, tuple[bool, str]]) -> None:
 
 
 def finite(value: float, low: float, high: float = math.inf) -> bool:
-    """Whether a number is finite and from `low` to `high`."""
+    """Return whether a number is finite and from `low` to `high`."""
     return math.isfinite(value) and low <= value <= high

@@ -1,4 +1,4 @@
-"""The config group `storage`, and how paths name S3 addresses and single-file models. No torch, no Hydra."""
+"""The config group `storage`, and tests for paths in S3 and of single-file models. Imports neither torch nor Hydra."""
 
 from dataclasses import dataclass
 
@@ -9,18 +9,18 @@ SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 def is_remote(path: str | None) -> bool:
-    """Whether a path is an S3 address."""
+    """Return whether a path is an S3 address."""
     return (path or "").startswith(S3_SCHEME)
 
 
 def is_single_file(path: str | None) -> bool:
-    """Whether a path names a model that is a single file, by its suffix."""
+    """Return whether a path has the suffix of a model in a single file."""
     return (path or "").lower().endswith(SINGLE_FILE_SUFFIXES)
 
 
 @dataclass
 class Storage(Section):
-    """S3: where the result of a run is uploaded to, and where inputs from s3:// are cached."""
+    """S3: the address that the result of a run is uploaded to, and the local cache of inputs from s3://."""
 
     upload: str | None = None
     checkpoints: bool = False

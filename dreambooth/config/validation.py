@@ -1,4 +1,4 @@
-"""Rules that involve several config groups. No torch, no Hydra."""
+"""Rules that involve several config groups. Imports neither torch nor Hydra."""
 
 import os
 import shutil
@@ -24,11 +24,11 @@ from dreambooth.utils.hardware import Machine
 
 
 def problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:
-    """The broken rules, one sentence each that says what to type.
+    """Yield one sentence per broken rule; it ends with the overrides to type.
 
     Args:
         device: cpu or cuda.
-        machine: the machine that will run it; None if it will run elsewhere.
+        machine: this machine, if it will execute the run; None if another machine will.
     """
     yield from _device_problems(config, device, machine)
     yield from _data_problems(config)
@@ -74,18 +74,18 @@ def _data_problems(config: Config) -> Iterator[str]:
     yield from _concept_problems(data)
     if data.buckets and prior.with_prior_preservation and config.memory.optimizer_in_backward:
         yield ("dataset.buckets=true needs one backward pass for photos and one for class images, and "
-               "memory.optimizer_in_backward=true steps after one: type memory.optimizer_in_backward=false, or "
-               "dataset.buckets=false")
+               "memory.optimizer_in_backward=true steps the optimizer in one: type "
+               "memory.optimizer_in_backward=false, or dataset.buckets=false")
     if data.buckets and config.train.compile:
         yield ("dataset.buckets=true has photos of several sizes, and train.compile=true compiles for one size: type "
                "train.compile=false, or dataset.buckets=false")
     if config.memory.cache_latents and not data.center_crop:
-        yield ("memory.cache_latents=true would repeat one random crop for ever: type "
+        yield ("memory.cache_latents=true would repeat one random crop in every epoch: type "
                "memory.cache_latents=false, or dataset.center_crop=true")
 
 
 def _subject_problems(config: Config, prefix: str, subject: Subject | Dataset) -> Iterator[str]:
-    """The missing settings of one subject; `prefix` is that of its keys, such as dataset.concepts.0."""
+    """Yield the problems of one subject. `prefix` is the prefix of its keys, such as dataset.concepts.0."""
     data, prior = config.dataset, config.prior
     if not subject.instance_dir:
         yield f"the photos are missing: type {prefix}.instance_dir=DIR"
@@ -94,7 +94,7 @@ def _subject_problems(config: Config, prefix: str, subject: Subject | Dataset) -
     drawings = (subject.instance_dir or "").startswith("package:")
     if drawings and not config.model.source.startswith("package:") and not data.allow_drawings:
         yield (f"model={config.model.name} generates photos and dataset={data.name} is a few drawings: type "
-               "dataset=folder dataset.instance_dir=DIR for your photos, or dataset.allow_drawings=true if you mean it")
+               "dataset=folder dataset.instance_dir=DIR for your photos, or dataset.allow_drawings=true if intended")
     if prior.with_prior_preservation:
         if not (subject.class_prompt or "").strip():
             yield (f'prior preservation needs a class prompt: type {prefix}.class_prompt="a photo of a dog", '
@@ -105,7 +105,7 @@ def _subject_problems(config: Config, prefix: str, subject: Subject | Dataset) -
 
 
 def _concept_problems(data: Dataset) -> Iterator[str]:
-    """Several subjects: each needs its own prompt, and the keys of a single subject must be null."""
+    """Check several subjects: each needs its own prompt, and the keys for a single subject must be null."""
     if not data.concepts:
         return
     if unused := [key for key in ("instance_dir", "instance_prompt", "class_dir", "class_prompt", "mask")
@@ -151,7 +151,7 @@ def _memory_problems(config: Config) -> Iterator[str]:
             yield ("memory.optimizer_in_backward=true uses and frees each gradient during one backward pass: "
                    f"type memory.optimizer_in_backward=false, or {alternative}")
     if memory.optimizer_in_backward and memory.split_prior and not memory.gradient_checkpointing:
-        yield ("memory.split_prior with memory.optimizer_in_backward splits only what checkpointing recomputes: "
+        yield ("memory.split_prior with memory.optimizer_in_backward splits only the recomputation of checkpointing: "
                "type memory.gradient_checkpointing=true, or memory.split_prior=false")
     half = memory.weights is Weights.half
     if half and config.precision.dtype is Dtype.fp32:
@@ -161,7 +161,7 @@ def _memory_problems(config: Config) -> Iterator[str]:
         yield ("memory.weights=half loses small updates by rounding to nearest: type memory.rounding=stochastic "
                "or memory.rounding=kahan")
     if half and memory.offload_optimizer:
-        yield ("memory.offload_optimizer=true computes with half weights already, beside fp32 weights in host memory: "
+        yield ("memory.offload_optimizer=true computes with half weights already, and keeps fp32 weights on the host: "
                "type memory.weights=full memory.rounding=null")
     if half and memory.rounding is Rounding.kahan and config.optimizer.kind is OptimizerKind.adafactor:
         yield "memory.rounding=kahan is not tested with optimizer=adafactor: type memory.rounding=stochastic"

@@ -1,4 +1,4 @@
-"""How a run computes: devices and processes (engine.py), memory by phase, out-of-memory advice, CPU tuning.
+"""The runtime of a run: devices and processes (engine.py), measured memory, out-of-memory advice, CPU tuning.
 
 May import `errors`, `utils` and `config`.
 """

@@ -1,4 +1,4 @@
-"""Reading numbers back from the device without stopping it."""
+"""Reads numbers back from the device without interrupting its work."""
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class AsyncReadback:
             self._copied.record()
 
     def read(self) -> list[float]:
-        """The values. Waits until the copy has finished."""
+        """Wait until the copy has finished, and return the values."""
         if self._copied is not None:
             self._copied.synchronize()
         return [float(value) for value in self._values.tolist()]

@@ -1,13 +1,13 @@
-"""Settings of the process that make a run on a CPU faster: how OpenMP threads wait, and what malloc keeps.
+"""Process settings that make a run on a CPU faster: how OpenMP threads wait, and whether malloc keeps freed memory.
 
 OpenMP: libgomp reads from the environment, when torch is imported, how long an idle thread spins before it sleeps. A
 spinning thread resumes at once but occupies its core: beside another busy process, long spinning reduces training to a
 quarter of its speed (docs/benchmarks.md). Threads therefore spin long only if the other cores are idle.
 
-malloc: glibc maps a tensor of more than 32 MiB anew and returns it to the kernel when it is freed; the kernel then
-clears each page again. A step of Stable Diffusion 1.5 allocates and frees gigabytes of gradients and activations: this
-took 3.5 of its 19 CPU seconds, and 0.1 with `keep_freed_memory` (docs/benchmarks.md). The results of a run do not
-change; its resident memory does not shrink between phases.
+malloc: glibc maps new pages for each tensor of more than 32 MiB, and returns them to the kernel when the tensor is
+freed. The kernel clears every new page. A step of Stable Diffusion 1.5 allocates and frees gigabytes of gradients and
+activations: clearing took 3.5 of its 19 CPU seconds, and 0.1 with `keep_freed_memory` (docs/benchmarks.md). The results
+of a run do not change. Its resident memory does not shrink between phases.
 """
 
 import ctypes
@@ -18,9 +18,9 @@ from pathlib import Path
 
 PROC_STAT = Path("/proc/stat")  # covers the whole machine, also inside a container
 BUSY_CORES = 0.2  # cores: if other processes use more, the machine counts as shared
-MIN_WATCH_SECONDS = 0.2  # in less, the kernel's clock of 10 ms is too coarse to tell
+MIN_WATCH_SECONDS = 0.2  # the kernel's clock, with ticks of 10 ms, is too coarse for less
 LONG_SPIN, SHORT_SPIN = "300000", "1000"  # iterations of libgomp's spin loop; the long one is libgomp's own default
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, from <malloc.h>
 MALLOC_SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 
@@ -30,7 +30,7 @@ class CpuTimes:
 
     Attributes:
         clock: the monotonic clock.
-        busy: time that all cores together were not idle; None if the system does not report it.
+        busy: time for which the cores were not idle, summed over cores; None if the system does not report it.
         own: CPU time of this process.
     """
 
@@ -45,7 +45,7 @@ def read_cpu_times() -> CpuTimes:
 
 
 def openmp_environment(since: CpuTimes | None = None, until: CpuTimes | None = None) -> dict[str, str]:
-    """The environment variables that set how long OpenMP threads spin. To be set before torch is imported.
+    """Return the environment variables that set how long OpenMP threads spin; read when torch is imported.
 
     Args:
         since, until: the interval in which the load by other processes is measured; from the import of this module
@@ -56,7 +56,7 @@ def openmp_environment(since: CpuTimes | None = None, until: CpuTimes | None = N
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed memory for the next tensor; False if there is no glibc, or the user has configured it."""
+    """Make glibc keep freed memory for later tensors. Return False without glibc, or if the user has set up malloc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or os.environ.keys() & set(MALLOC_SETTINGS):
         return False
@@ -64,7 +64,7 @@ def keep_freed_memory() -> bool:
 
 
 def _cores_idle(since: CpuTimes, until: CpuTimes) -> bool:
-    """Whether other processes used next to nothing; False if that cannot be told."""
+    """Return whether other processes used less than BUSY_CORES; False if that is unknown."""
     seconds = until.clock - since.clock
     if since.busy is None or until.busy is None or seconds < MIN_WATCH_SECONDS:
         return False
@@ -80,4 +80,4 @@ def _busy_seconds() -> float | None:
     return (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK") if name == "cpu" else None
 
 
-PROCESS_START = read_cpu_times()  # when the command starts; Hydra composes the configuration in the meantime
+PROCESS_START = read_cpu_times()  # the start of the command; until the second reading, Hydra composes the run

@@ -21,7 +21,7 @@ from dreambooth.config.enums import Dtype
 from dreambooth.runtime import cpu_tuning
 from dreambooth.runtime.async_readback import AsyncReadback
 
-AUTOCAST = {Dtype.fp32: "no", Dtype.fp16: "fp16", Dtype.bf16: "bf16"}  # accelerate's names
+AUTOCAST = {Dtype.fp32: "no", Dtype.fp16: "fp16", Dtype.bf16: "bf16"}  # accelerate's names of the precisions
 
 
 def _backward(loss: Tensor) -> None:
@@ -37,16 +37,16 @@ class Engine:
         backward: runs the backward pass of a 0-d loss, scaled if there is loss scaling.
         scaler: the loss scaler; disabled unless the precision is fp16.
         no_sync: context manager in which data parallel does not average the gradients of a model.
-        all_reduce_mean: mean of a tensor over all processes.
-        device: of this process.
-        rank: number of this process among all of them.
-        world_size: number of all processes.
-        local_rank: number of this process among those of its host.
-        local_world_size: number of processes of this host.
-        unwrap: the model inside its data-parallel wrapper.
+        all_reduce_mean: returns the mean of a tensor over all processes.
+        device: the device of this process.
+        rank: index of this process among all processes; 0 is the main process.
+        world_size: number of processes.
+        local_rank: index of this process among the processes of its host.
+        local_world_size: number of processes on this host.
+        unwrap: returns the model inside a data-parallel wrapper.
         barrier: waits until all processes have called it.
         broadcast: returns the object of the main process in every process.
-        set_autocast_cache: whether autocast keeps half-precision copies of all weights during a forward pass.
+        set_autocast_cache: sets whether autocast keeps half-precision copies of weights during a forward pass.
     """
 
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -63,7 +63,7 @@ class Engine:
     barrier: Callable[[], None] = lambda: None
     broadcast: Callable[[Any], Any] = lambda value: value
     set_autocast_cache: Callable[[bool], None] = lambda enabled: None
-    _loss_scale: float | None = None  # after the last step; kept because reading it waits for the device
+    _loss_scale: float | None = None  # loss scale after the last step; kept, because a read waits for the device
 
     @property
     def is_main_process(self) -> bool:
@@ -71,7 +71,7 @@ class Engine:
         return self.rank == 0
 
     def clip(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], limit: float | None) -> Tensor:
-        """Unscale the gradients, clip their global norm to `limit`, return the norm before clipping (0-d)."""
+        """Unscale the gradients, clip their global norm to `limit`, and return the norm before clipping (0-d)."""
         self.scaler.unscale_(optimizer)
         trained = [p for p in parameters if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
@@ -80,7 +80,7 @@ class Engine:
         return norm
 
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Step the optimizer. Returns False if the loss scaler skipped it, because a gradient overflowed.
+        """Step the optimizer. Return False if the loss scaler skipped the step, because a gradient overflowed.
 
         With loss scaling (fp16), and only then, the host waits for the device here: the learning-rate schedule and the
         EMA must not count a skipped step.
@@ -95,7 +95,7 @@ class Engine:
         return self._loss_scale >= before
 
     def overflowed(self, found_inf: Tensor) -> bool:
-        """Whether a gradient overflowed. Always False without loss scaling; with it, the host waits for the device.
+        """Return whether a gradient overflowed: False without loss scaling; with it, the host waits for the device.
 
         Args:
             found_inf: (1,), above 0 if a gradient was not finite.
@@ -103,7 +103,7 @@ class Engine:
         return self.scaler.is_enabled() and bool(found_inf)
 
     def update_scaler(self, found_inf: Tensor) -> bool:
-        """Update the loss scaler for gradients that it has not seen itself. Returns False if the step is to be skipped.
+        """Update the loss scaler for gradients that it has not unscaled. Return False if the step must be skipped.
 
         Args:
             found_inf: (1,), above 0 if a gradient was not finite.
@@ -117,7 +117,7 @@ class Engine:
         return self.step(optimizer)
 
     def reduce_flag(self, flag: bool) -> AsyncReadback:
-        """Start to combine a flag over all processes; the result is above 0 if it is set in any of them.
+        """Start to combine a flag of all processes; the result is above 0 if the flag is True in any of them.
 
         A collective operation: every process must call it equally often.
         """
@@ -129,7 +129,7 @@ class Engine:
 
 
 def create_engine(device: str, dtype: Dtype, tf32: bool = False) -> tuple[Engine, "Accelerator"]:
-    """An Engine for this process, which runs alone or under torchrun, and the accelerator that it is built from.
+    """Build the Engine of this process, which runs alone or under torchrun; also return its accelerator.
 
     Args:
         device: cpu or cuda.

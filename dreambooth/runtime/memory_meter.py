@@ -1,4 +1,4 @@
-"""Memory use by phase of a run (load, class_images, caching, step, sample, save), and the out-of-memory message."""
+"""Measures the memory of each phase of a run (load, caching, step, ...), and writes the out-of-memory message."""
 
 import errno
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,10 @@ PROBE_BYTES = 2**30  # a machine that can still allocate this much is not out of
 
 
 class MemoryMeter:
-    """Measures peak memory by phase: of the CUDA allocator on a GPU, the process's resident set size on a CPU."""
+    """Measures peak memory by phase: the CUDA allocator's on a GPU, the resident set size of the process on a CPU.
+
+    Phases are load, class_images, caching, step, sample, save and others.
+    """
 
     def __init__(self, device: torch.device, advice: Callable[[str], str] = lambda phase: "memory=lowest",
                  predicted: Mapping[str, float] | None = None,
@@ -24,7 +27,7 @@ class MemoryMeter:
             device: the device whose memory is measured.
             advice: phase -> the overrides to type if memory runs out in it.
             predicted: peaks by phase in GiB, from the planner; phases may be missing.
-            saved_notice: part of the out-of-memory message that says what is not lost.
+            saved_notice: part of the out-of-memory message, about the results that are kept.
         """
         self.device = device
         self.advice = advice
@@ -57,7 +60,7 @@ class MemoryMeter:
             self._reset()
 
     def read(self, name: str) -> dict[str, float]:
-        """Peaks of phase `name` so far, in GiB by metric name."""
+        """Measure phase `name`, update `peaks`, and return the measured values in GiB by metric name."""
         if self.device.type == "cuda":
             now = {f"vram/{name}/allocated_gib": torch.cuda.max_memory_allocated(self.device) / GIB,
                    f"vram/{name}/reserved_gib": torch.cuda.max_memory_reserved(self.device) / GIB}
@@ -80,7 +83,7 @@ class MemoryMeter:
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or its cause, is an out-of-memory error of PyTorch, of Python or of the system."""
+    """Return whether an error, or its cause, is an out-of-memory error of PyTorch, of Python or of the system."""
     if error is None or isinstance(error, OutOfMemory):
         return False
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:
@@ -94,8 +97,11 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def _host_memory_exhausted() -> bool:
-    """Whether the system refuses an allocation now. oneDNN reports a failed allocation and an unsupported shape with
-    the same message, so that only this tells them apart."""
+    """Return whether the system refuses an allocation of PROBE_BYTES now.
+
+    oneDNN reports a failed allocation and an unsupported shape with the same message. Only this probe distinguishes
+    them.
+    """
     try:
         mmap(-1, PROBE_BYTES, MAP_PRIVATE | MAP_ANONYMOUS).close()  # as malloc does; shared memory has other limits
     except OSError:

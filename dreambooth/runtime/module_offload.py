@@ -1,4 +1,4 @@
-"""Moving modules that the training step does not use between host memory and the device."""
+"""Moves modules that the training step does not use between host memory and the device."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ class ModuleOffload:
     """Modules that are kept in host memory, and moved to the device only when they are needed.
 
     During training these are the VAE, if latents are cached, and the frozen text encoder, if its outputs are cached.
-    While the caches are filled it is the UNet. On a CPU the moves cost nothing.
+    While the caches are filled, it is the UNet. On a CPU, moving costs nothing.
 
     Attributes:
         modules: the modules.
@@ -27,11 +27,11 @@ class ModuleOffload:
         """Move the modules to host memory."""
         self._move(torch.device("cpu"))
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # otherwise the freed memory stays divided into blocks of the modules' sizes
+            torch.cuda.empty_cache()  # otherwise the allocator keeps the freed memory, in blocks of the modules' sizes
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Have the modules on the device inside the block, for sampling; in host memory afterwards."""
+        """Move the modules to the device, for example for sampling, and back to host memory after the block."""
         self._move(self.device)
         try:
             yield
@@ -40,7 +40,7 @@ class ModuleOffload:
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
-        """Have the modules in host memory inside the block, to make room for others; on the device afterwards."""
+        """Move the modules to host memory, to make room for others, and back to the device after the block."""
         self.to_host()
         try:
             yield

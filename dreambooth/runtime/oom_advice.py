@@ -1,5 +1,7 @@
-"""Which overrides to type after memory ran out: options that the run does not use yet, first those that leave its
-results unchanged."""
+"""Suggests overrides after memory ran out: options that the run does not use yet.
+
+Options that leave the results of the run unchanged are suggested first.
+"""
 
 from collections.abc import Iterator
 
@@ -8,15 +10,15 @@ from dreambooth.config.recipe import Recipe
 
 
 def suggest_overrides(phase: str, recipe: Recipe) -> str:
-    """The overrides to type after memory ran out in `phase` of the run that `recipe` describes.
+    """Return the overrides to type after memory ran out in `phase` of the run that `recipe` describes.
 
     For training these are all remaining memory options that leave the results unchanged. If none is left, it is one
-    setting to give up.
+    option that changes the results.
     """
     if phase in ("class_images", "evaluate") and recipe.prior.sample_batch_size > 1:
         return "prior.sample_batch_size=1"
     if phase == "sample" and recipe.sample.images_per_prompt > 1:
-        # Both: a batch has at least images_per_prompt pictures.
+        # Both settings, because a batch has at least images_per_prompt images.
         return "sample.images_per_prompt=1 prior.sample_batch_size=1"
     if phase == "sample" and recipe.prior.sample_batch_size > 1:
         return "prior.sample_batch_size=1"
@@ -28,7 +30,7 @@ def suggest_overrides(phase: str, recipe: Recipe) -> str:
 
 
 def _exact_options(recipe: Recipe) -> Iterator[str]:
-    """Options that save memory and leave the results unchanged."""
+    """Yield the unused options that save memory and leave the results unchanged."""
     memory, train = recipe.memory, recipe.train
     if not memory.gradient_checkpointing:
         yield "memory.gradient_checkpointing=true"
@@ -47,7 +49,7 @@ def _exact_options(recipe: Recipe) -> Iterator[str]:
 
 
 def _concessions(recipe: Recipe) -> Iterator[str]:
-    """Settings to give up, those with the smallest loss first."""
+    """Yield options that save memory and change the results, those with the smallest effect first."""
     memory, train, kind = recipe.memory, recipe.train, recipe.optimizer.kind
     if train.train_batch_size > 1:
         yield "train.train_batch_size=1"

@@ -1,4 +1,4 @@
-"""Helpers without knowledge of DreamBooth: atomic files, console, random numbers, signals, image grids, hardware facts.
+"""General helpers: atomic files, terminal output, random numbers, signals, image grids, detection of the GPU.
 
-May import `dreambooth.errors` and nothing else of the package.
+They do not depend on DreamBooth: the folder may import only `dreambooth.errors`.
 """

@@ -4,7 +4,6 @@ from pathlib import Path
 
 
 def resolve_asset(source: str) -> str:
-    """The path of `package:NAME`, which names a folder or file in dreambooth/assets/; any other text is returned as it
-    is."""
+    """Return the path of `package:NAME`, a folder or file in dreambooth/assets/. Return any other string unchanged."""
     scheme, _, name = source.partition(":")
     return str(Path(__file__).parents[1] / "assets" / name) if scheme == "package" else source

@@ -1,7 +1,7 @@
 """Atomic files and folders: written under a temporary name, synced to disk, then renamed into place.
 
-A reader sees the old content or the new content, never a part of it, also after a crash. This module also has the
-digests by which model files are recognised.
+A reader sees either the old or the new content, never a partial file, even after a crash. This module also computes
+the digests that identify model files.
 """
 
 import json
@@ -14,14 +14,14 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-TEMPORARY_PREFIX = ".writing-"  # of files and folders that are being written
-REMOVED_PREFIX = ".removing-"  # of folders that are being removed
+TEMPORARY_PREFIX = ".writing-"  # prefix of files and folders that are being written
+REMOVED_PREFIX = ".removing-"  # prefix of folders that are being removed
 END_BYTES = 2**20  # bytes that `quick_digest` reads at each end of a file
 
 
 @contextmanager
 def write_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; after the block it is synced to disk and renamed to `path`.
+    """Yield a temporary path to write to. After the block, sync the file to disk and rename it to `path`.
 
     The temporary name is random, not the process number: pods that share a volume may have the same process numbers.
     """
@@ -37,10 +37,10 @@ def write_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_folder(path: Path, fresh: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder to fill; after the block it is synced to disk and replaces `path`.
+    """Yield a temporary folder to fill. After the block, sync it to disk and replace `path` with it.
 
     Args:
-        fresh: replace nothing but an empty folder.
+        fresh: do not replace `path` unless it is an empty folder.
 
     Raises:
         OSError: with `fresh`, if `path` exists and is not an empty folder.
@@ -67,7 +67,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
+    """Flush a file or folder to disk, and wait until that is done."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -82,7 +82,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder. It is renamed first, so that no reader ever finds a part of it under its own name."""
+    """Remove a folder. Rename it first, so that no reader sees a partial folder under the original name."""
     removed = path.with_name(REMOVED_PREFIX + path.name)
     shutil.rmtree(removed, ignore_errors=True)
     path.replace(removed)
@@ -97,13 +97,13 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def trailing_number(path: Path) -> int:
-    """The number at the end of a name, to sort by: 100 for `step-000100`, -1 for a name without one."""
+    """Return the number at the end of a file name, as a sort key: 100 for `step-000100`, -1 if there is none."""
     digits = path.name.rpartition("-")[2]
     return int(digits) if digits.isdecimal() else -1
 
 
 def weights_digest(source: Path) -> str | None:
-    """A quick digest of a local model's weight files, to tell models apart. None if `source` is a hub id."""
+    """Return a quick digest that identifies a local model by its weight files; None if `source` is a hub id."""
     if source.is_file():
         return quick_digest([source], source.parent)
     if not source.is_dir():
@@ -112,13 +112,13 @@ def weights_digest(source: Path) -> str | None:
 
 
 def full_digest(path: Path) -> str:
-    """The SHA-256 of a whole file, in hex."""
+    """Return the SHA-256 of a whole file, in hex."""
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
 
 
 def quick_digest(paths: Iterable[Path], folder: Path) -> str:
-    """A SHA-256, in hex, of each file's path below `folder`, its size, and END_BYTES at both of its ends."""
+    """Return a SHA-256, in hex, over each file's path below `folder`, size, first and last END_BYTES."""
     digest = sha256()
     for path in paths:
         size = path.stat().st_size

@@ -12,17 +12,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-LINE_INTERVAL = 60.0  # seconds: without a terminal, a line is printed this often; SageMaker reads the loss there
+LINE_INTERVAL = 60.0  # seconds between lines if stdout is no terminal; SageMaker parses the loss in them
 
 
 class Bar:
-    """Progress of one task: a bar on a terminal; elsewhere a line at each tenth, each minute and at the end.
+    """Progress of one task: a bar on a terminal; elsewhere a line after each tenth, each minute and at the end.
 
     Args:
         rich: the console to write to.
         title: name of the task.
         total: number of items.
-        done: number of items that were done before.
+        done: number of items that are already completed.
     """
 
     def __init__(self, rich: RichConsole, title: str, total: int, done: int) -> None:
@@ -60,7 +60,7 @@ class Bar:
 
 
 class Console:
-    """Writes to stdout.
+    """Writes lines, tables and progress bars to stdout.
 
     Args:
         quiet: write nothing; for every process except the first.
@@ -74,8 +74,10 @@ class Console:
         self._rich.print(Text(text))
 
     def table(self, rows: Mapping[str, str]) -> None:
-        """Print names and values in two columns. Values are wrapped only on a terminal, so that a piped path stays
-        whole."""
+        """Print names and values in two columns.
+
+        Values are wrapped only on a terminal, so that a path is not broken in piped output.
+        """
         if not self._rich.is_terminal:
             width = max(map(len, rows), default=0)
             for key, value in rows.items():
@@ -91,6 +93,6 @@ class Console:
 
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:
-        """Show a progress bar for `total` items, of which `done` were done before."""
+        """Show a progress bar for `total` items, of which `done` are already completed."""
         with Bar(self._rich, title, total, done) as bar:
             yield bar

@@ -1,4 +1,4 @@
-"""Facts about this machine's GPU. Before a run starts, this is the only module that queries devices through torch."""
+"""Detection of this machine's GPU. Before a run starts, no other module queries devices through torch."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ GIB = 2**30  # bytes
 
 @dataclass(frozen=True)
 class Machine:
-    """The first CUDA GPU of a machine; every field is None where there is none.
+    """The first CUDA GPU of a machine; every field is None if there is none.
 
     Attributes:
         gpu: name of the GPU.

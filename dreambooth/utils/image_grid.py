@@ -9,12 +9,12 @@ from PIL import Image, ImageDraw, ImageFont
 from dreambooth.utils import atomic_files
 
 INK, PAPER = "#222222", "white"  # colours of text and background
-GAP, TITLE = 6, 22  # pixels: between cells; height of a line of text
+GAP, TITLE = 6, 22  # pixels: space between cells, height of a line of text
 MAX_COLUMNS = 8  # steps shown on a contact sheet
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Images of equal size in one image, left to right, top to bottom.
+    """Arrange images of equal size in one image, left to right, top to bottom.
 
     Args:
         columns: number of columns.
@@ -32,7 +32,7 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Ima
 def contact_sheet(
     photos: Sequence[Image.Image], samples: Mapping[int, Sequence[Sequence[Image.Image]]], prompts: Sequence[str]
 ) -> Image.Image:
-    """The training photos in the top row; below, one row per prompt and one column per step.
+    """Draw a contact sheet: the training photos in the top row; below, one row per prompt and one column per step.
 
     Args:
         photos: the subject's training photos, square.
@@ -62,10 +62,10 @@ def contact_sheet(
 
 
 def read_samples(folder: Path, prompts: int) -> dict[int, list[list[Image.Image]]]:
-    """Sample images by step and prompt number, from files such as `step-000100/prompt-0-1.png`.
+    """Read sample images by step and prompt number, from files such as `step-000100/prompt-0-1.png`.
 
     Args:
-        prompts: number of prompts; a step without images of all of them is left out.
+        prompts: number of prompts; a step that lacks images of a prompt is left out.
     """
     samples = {}
     for entry in sorted(folder.glob("step-*"), key=atomic_files.trailing_number):
@@ -81,7 +81,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def _spread(steps: Sequence[int]) -> list[int]:
-    """At most MAX_COLUMNS of the steps, evenly spread, including the first and the last."""
+    """Return at most MAX_COLUMNS of the steps, evenly spread, with the first and the last."""
     if len(steps) <= MAX_COLUMNS:
         return list(steps)
     picks = {round(i * (len(steps) - 1) / (MAX_COLUMNS - 1)) for i in range(MAX_COLUMNS)}
@@ -89,18 +89,18 @@ def _spread(steps: Sequence[int]) -> list[int]:
 
 
 def square_columns(count: int) -> int:
-    """The number of columns that makes a grid of `count` images about square."""
+    """Return the number of columns that makes a grid of `count` images about square."""
     return math.ceil(math.sqrt(count))
 
 
 def _cell_size(pictures: Sequence[Image.Image]) -> int:
-    """Pixels of a side of a cell, from 192 to 256: small grids are enlarged to 192, large ones reduced to 256."""
+    """Return the side of a cell in pixels, from 192 to 256; smaller grids are enlarged, larger ones reduced."""
     side = square_columns(len(pictures)) * pictures[0].width
     return 256 if side >= 256 else max(side, 192)
 
 
 def _fit(image: Image.Image, side: int) -> Image.Image:
-    """The image scaled to fit into a square of `side` pixels."""
+    """Scale an image to fit into a square of `side` pixels."""
     scale = side / max(image.size)
     kind = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
     small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), kind)

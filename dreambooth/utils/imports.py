@@ -1,4 +1,4 @@
-"""Measures that shorten the import of large libraries. Each is a context manager around the import statements."""
+"""Context managers that shorten the import of large libraries. Their blocks contain the import statements."""
 
 import gc
 import sys
@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Switch the garbage collector off: importing large libraries creates no garbage, and is a fifth faster without
-    it."""
+    """Switch off garbage collection: importing large libraries creates no garbage, and becomes a fifth faster."""
     gc.disable()
     try:
         yield
@@ -19,7 +18,7 @@ def without_garbage_collection() -> Iterator[None]:
 
 @contextmanager
 def without_bitsandbytes() -> Iterator[None]:
-    """Make bitsandbytes look as if it were not installed, which saves 0.8 s of every start.
+    """Hide bitsandbytes, as if it were not installed, which saves 0.8 s of every start.
 
     If it is installed, diffusers and peft import it for quantised models, and it imports torch's compiler. The few runs
     that use bitsandbytes import it afterwards. If it has been imported before, this does nothing.

@@ -11,7 +11,7 @@ import dreambooth
 
 
 def origin() -> dict[str, str]:
-    """Version, git revision and command line of this process, with credentials removed."""
+    """Return version, git revision and command line of this process, with credentials removed."""
     return {"version": dreambooth.__version__, "git_revision": _git_revision(), "command": _command()}
 
 
@@ -28,7 +28,7 @@ def _git_revision() -> str:
 
 
 def _command() -> str:
-    """The command as it was typed, without the credentials in its addresses."""
+    """Return the command as the user typed it, without the credentials in its addresses."""
     script = Path(sys.argv[0])
     arguments = [remove_credentials(word) for word in sys.argv[1:]]
     return shlex.join([*([script.name] if script.suffix != ".py" else ["python", "-m", f"dreambooth.{script.stem}"]),
@@ -36,10 +36,10 @@ def _command() -> str:
 
 
 def remove_credentials(text: str, uri: str = "") -> str:
-    """The text without `user:password@` and `password=...` of any address in it.
+    """Return a text without the `user:password@` and the values of `password=` and `token=` in its addresses.
 
     Args:
-        uri: an address whose user and password are also removed where they stand alone.
+        uri: an address whose user and password are also removed where they occur outside an address.
     """
     match = re.match(r"[\w+.-]+://([^/\s]*)@", uri)
     text = re.sub(r"(?<=://)[^/\s]*@", "", text)

@@ -1,8 +1,8 @@
 """Random numbers that are identified by a key instead of by the order of the draws.
 
-Every draw has a key such as (seed, step, global sample index, stream). The same key gives the same numbers, whatever
-process computes a sample and in whatever micro-batch. A checkpoint needs no random state. Philox is counter-based
-(Salmon et al. 2011), so different keys give independent streams.
+Every draw has a key such as (seed, step, global sample index, stream). The same key gives the same numbers, in
+every process and every micro-batch. Therefore a checkpoint contains no random state. Philox is counter-based (Salmon et
+al. 2011), so different keys give independent streams.
 """
 
 from functools import lru_cache
@@ -15,22 +15,22 @@ Key = tuple[int | str, ...]
 
 
 def stream(*key: int | str) -> np.random.Generator:
-    """The random stream of `key`."""
+    """Return a new generator of the random stream of `key`."""
     digest = blake2b(repr(key).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
 @lru_cache(maxsize=64)
 def permutation(count: int, *key: int | str) -> tuple[int, ...]:
-    """A random permutation of range(count). Cached, because it is used once per sample and the same for an epoch."""
+    """Return a random permutation of range(count). Cached: it is used for each sample, and is the same for an epoch."""
     return tuple(map(int, stream(*key).permutation(count)))
 
 
 def normal(shape: tuple[int, ...], *key: int | str) -> torch.Tensor:
-    """Standard normal numbers of `shape`, fp32, drawn on the CPU so that they are the same for every device."""
+    """Draw standard normal numbers of `shape`, fp32, on the CPU, so that they are the same for every device."""
     return torch.from_numpy(stream(*key).standard_normal(shape, dtype=np.float32))
 
 
 def seed(*key: int | str) -> int:
-    """A seed for a torch.Generator: 32 bits, which is all that its CPU engine uses."""
+    """Return a seed for a torch.Generator: 32 bits, because its CPU engine uses no more."""
     return int(stream(*key).integers(2**32))

@@ -1,5 +1,8 @@
-"""Stop requests: the first SIGTERM (spot instances, Kubernetes, SageMaker) or Ctrl-C asks a run to save its state and
-stop; the second one interrupts it at once."""
+"""Stop requests: signals that make a run save its state and stop.
+
+The first SIGTERM (from spot instances, Kubernetes, SageMaker) or Ctrl-C is such a request. The second one interrupts
+the run at once.
+"""
 
 import signal
 from collections.abc import Iterator
@@ -10,19 +13,19 @@ from dreambooth.errors import Interrupted
 
 
 class StopRequest:
-    """Whether the run was asked to stop.
+    """Records whether a signal requested that the run stops.
 
     Attributes:
-        signal_name: name of the signal that was received, such as SIGTERM; None so far.
+        signal_name: name of the signal that was received, such as SIGTERM; None before the first signal.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
 
     def check(self) -> None:
-        """Raise Interrupted if a stop was requested. For the time before the first step, when nothing can be saved."""
+        """Raise Interrupted if a stop was requested. Called before the first step, when there is nothing to save."""
         if self.signal_name:
-            raise Interrupted(f"{self.signal_name}: stopped before the first step; repeat the command to go on")
+            raise Interrupted(f"{self.signal_name}: stopped before the first step; repeat the command to continue")
 
 
 @contextmanager
@@ -48,7 +51,7 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 
 
 def how_to_resume(resume: str) -> str:
-    """What to do to continue a run that was saved, as the start of a sentence.
+    """Return the instruction that continues a saved run, as the start of a sentence.
 
     With checkpoint.resume=never, or a path, the same command would start from the same point again.
 

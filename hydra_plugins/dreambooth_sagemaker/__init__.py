@@ -1,4 +1,4 @@
-"""`hydra/launcher=sagemaker`: runs the jobs of a sweep on SageMaker, in containers on this machine, or in this process.
+"""Hydra launcher `sagemaker`: runs the jobs of a sweep on SageMaker, in containers on this machine, or in this process.
 
-Hydra executes this package at every start, so it imports nothing heavy, and nothing of dreambooth.
+Hydra imports this package and launcher.py at every start, so these import no heavy library and nothing of dreambooth.
 """

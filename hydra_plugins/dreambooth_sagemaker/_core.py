@@ -1,4 +1,4 @@
-"""Implementation of the launcher: composes all jobs, then runs them in this process or submits and follows them."""
+"""Implementation of the launcher: composes all jobs, then runs them in this process, or submits and follows them."""
 
 import os
 import re
@@ -23,18 +23,18 @@ from hydra_plugins.dreambooth_sagemaker._sweep import SweepState
 
 MODES = ("aws", "local", "docker")
 NUMBER_RANGES = (("poll_seconds", 1, 3600), ("instance_count", 1, 100), ("max_run_hours", 0.1, 672),
-                 ("max_wait_hours", 0.1, 8760))  # key, least, greatest; SageMaker runs a job for at most 28 days
+                 ("max_wait_hours", 0.1, 8760))  # key, minimum, maximum; SageMaker runs a job for at most 28 days
 
 
 class JobFailed(CompactHydraException):
-    """A job of the sweep failed. Raised after all jobs have ended; Hydra prints the message and ends with 1."""
+    """A job of the sweep failed. Raised after all jobs have ended; Hydra prints the message and exits with code 1."""
 
 
 def launch(sweep: SweepState, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[JobReturn]:
-    """Run the jobs of one batch; returns one JobReturn per job, in order.
+    """Run the jobs of one batch. Return one JobReturn per job, in order.
 
-    A DreamBoothError or Ctrl-C ends the process with one sentence and its exit code. All jobs are checked before the
-    first is run.
+    All jobs are checked before the first one is run. After a DreamBoothError or Ctrl-C, print one sentence and exit
+    with the exit code of the error.
     """
     setup_globals()
     assert sweep.config is not None and sweep.hydra_context is not None
@@ -76,7 +76,7 @@ def _compose_job(sweep: SweepState, overrides: Sequence[str], number: int) -> Di
 
 
 def _check_settings(sweep: SweepState) -> None:
-    """Check the launcher's settings that hold for the whole sweep.
+    """Check the launcher's settings that are the same for all jobs of a sweep.
 
     Raises:
         ConfigError: all problems.
@@ -89,7 +89,7 @@ def _check_settings(sweep: SweepState) -> None:
         f"hydra.launcher.sweep must be 1 to 40 letters, digits and hyphens, not {sweep.name}":
             re.fullmatch(r"[A-Za-z0-9](-*[A-Za-z0-9]){0,39}", sweep.name or "") is not None,
         f"hydra.launcher.max_parallel must be 1 or more, not {settings['max_parallel']}": settings["max_parallel"] >= 1,
-        "this process is itself a job of a sweep, and a job submits no jobs: type hydra/launcher=basic":
+        "this process is itself a job of a sweep, and a job cannot submit jobs: type hydra/launcher=basic":
             settings["mode"] == "local" or "DREAMBOOTH_SWEEP" not in os.environ,
         "an Optuna study in memory is lost when the command ends, so its jobs cannot be followed again: leave "
         "hydra.launcher.sweep out": settings.get("sweep") is None or not _uses_optuna(sweep) or _has_storage(sweep),
@@ -99,9 +99,9 @@ def _check_settings(sweep: SweepState) -> None:
 
 
 def _check_numbers(configs: Sequence[DictConfig]) -> None:
-    """Check the numbers in every job's settings, because a sweep may vary them.
+    """Check the numbers in the settings of every job, because a sweep may vary them.
 
-    The limits of SageMaker itself are checked with the request.
+    SageMaker's own limits are checked with the request.
 
     Raises:
         ConfigError: all problems.
@@ -122,7 +122,7 @@ def _uses_optuna(sweep: SweepState) -> bool:
 
 
 def _has_storage(sweep: SweepState) -> bool:
-    """Whether the Optuna study is stored in a database."""
+    """Return whether the Optuna study is stored in a database."""
     assert sweep.config is not None
     return bool(sweep.config.hydra.sweeper.get("storage"))
 
@@ -154,7 +154,7 @@ def _run_in_process(sweep: SweepState, configs: Sequence[DictConfig], job_overri
 
 
 def _job_state(job_return: JobReturn) -> JobState:
-    """The final state of a job that Hydra ran in this process."""
+    """Return the final state of a job that Hydra ran in this process."""
     if job_return.status is JobStatus.FAILED:
         return JobState(FAILED, reason=str(job_return._return_value))
     state = sweep_results.fail_without_objective(JobState(COMPLETED, result={"objective": job_return.return_value}))
@@ -180,7 +180,7 @@ def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig]) -> list[Jo
     jobs = sweep_results.jobs_to_run(all_jobs, sweep.done)
     print("\n".join(_prepare.describe_jobs(jobs, settings["mode"])), flush=True)
     follow_hint = (
-        "Optuna suggests other points the next time, so no command follows these jobs again" if _uses_optuna(sweep)
+        "Optuna will suggest other points next time, so these jobs cannot be followed again" if _uses_optuna(sweep)
         else f"the same command with hydra.launcher.sweep={sweep.name} follows these jobs again")
     if not sweep.table:  # printed once, not for every batch
         print(follow_hint, flush=True)
@@ -202,7 +202,7 @@ def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig]) -> list[Jo
 
 
 def _job_return(config: DictConfig, job: Job, state: JobState) -> JobReturn:
-    """What a sweeper reads: the objective of a job, or the exception of a job that failed."""
+    """Build the result that a sweeper reads: the objective of a job, or the exception of a job that failed."""
     completed = state.status == COMPLETED
     job_return = JobReturn(
         overrides=list(job.overrides), cfg=_prepare.task_config(config),
@@ -216,7 +216,10 @@ def _job_return(config: DictConfig, job: Job, state: JobState) -> JobReturn:
 # -- results --------------------------------------------------------------------------------------------------------
 
 def _report(sweep: SweepState, jobs: Sequence[Job], states: Sequence[JobState], config: DictConfig) -> None:
-    """Print the results, and write them with those of earlier batches to the CSV file and to the MLflow of the jobs."""
+    """Print the results of a batch, and store the results of all batches so far.
+
+    They are written to the CSV file of the sweep, and logged to the MLflow server that the jobs use.
+    """
     assert sweep.name is not None
     sweep.table += sweep_results.result_rows(jobs, states)
     path = sweep_results.write_table(Path(str(config.hydra.sweep.dir)), sweep.name, sweep.table)
@@ -233,9 +236,9 @@ def _report(sweep: SweepState, jobs: Sequence[Job], states: Sequence[JobState], 
 
 
 def _report_partial(sweep: SweepState, jobs: Sequence[Job], states: Sequence[JobState]) -> None:
-    """Write the jobs that have ended to the CSV file when the command ends early.
+    """Write the results of the jobs that have ended to the CSV file. Called if the command ends early.
 
-    MLflow gets nothing: its run of the sweep describes all jobs.
+    Nothing is logged to MLflow, where the run of a sweep describes all jobs.
     """
     assert sweep.config is not None and sweep.name is not None
     ended = [number for number, state in enumerate(states) if state.ended]

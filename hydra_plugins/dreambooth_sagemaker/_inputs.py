@@ -11,22 +11,22 @@ from dreambooth.storage import folders, run_inputs
 from dreambooth.storage.folders import RemoteContent
 from dreambooth.utils.console import Console
 
-HUB_KEYS = ("model.source", "model.vae")  # may be a hub id or a path
-FILE_KEYS = ("evaluate.prompts", "evaluate.lpips")
+HUB_KEYS = ("model.source", "model.vae")  # keys whose value is a hub id or a path
+FILE_KEYS = ("evaluate.prompts", "evaluate.lpips")  # keys whose value may be a file
 KEYWORDS = {"mask": ("alpha",), "resume": ("auto", "never")}  # last part of a key -> values that are not paths
 
 
 class Inputs:
-    """Inputs of all jobs of a sweep. Each local folder is hashed once, and each path in S3 inspected once."""
+    """Inputs of all jobs of a sweep. Each local folder is hashed once, and each path in S3 is inspected once."""
 
     def __init__(self, mode: str) -> None:
         self._jobs_are_local = mode == "docker"  # containers on this machine read local folders directly
         self._digests: dict[str, str] = {}  # local folder or S3 path -> digest of its content
-        self._job_paths: dict[str, str] = {}  # local folder -> where jobs read it
+        self._job_paths: dict[str, str] = {}  # local folder -> path or address from which jobs read it
         self._remote_contents: dict[str, RemoteContent | None] = {}
 
     def find_problems(self, run: Config) -> Iterator[str]:
-        """Yield one sentence for each input of a run that S3 does not have as the run reads it."""
+        """Yield one sentence for each input of a run that is missing in S3, or incomplete."""
         for key, uri, needs_manifest in _input_paths(run):
             if not is_remote(uri):
                 continue
@@ -43,18 +43,18 @@ class Inputs:
                 self._digests[uri] = content.digest
 
     def channels(self, run: Config, s3: str) -> dict[str, str]:
-        """Channel -> the folder that the job gets through it."""
+        """Return channel -> the local or S3 folder that the job reads through it."""
         return {CHANNELS[key]: path if is_remote(path) else self._job_path(path, s3)
                 for key, path in _channel_folders(run).items()}
 
     def contents(self, run: Config) -> dict[str, str]:
-        """Key -> digest of what is behind its path, whatever the path is."""
+        """Return key -> digest of the content of its folder or file, which does not depend on the path."""
         for path in _channel_folders(run).values():
             self._digest(path)
         return {key: self._digests[path] for key, path, _ in _input_paths(run) if path in self._digests}
 
     def upload(self) -> None:
-        """Upload the local folders to S3, as far as they are not there yet."""
+        """Upload the local folders that are not in S3 yet."""
         for folder, path in self._job_paths.items():
             if is_remote(path):
                 folders.upload(Path(folder), path, Console())
@@ -73,12 +73,12 @@ class Inputs:
 
 
 def find_local_paths(run: Config) -> Iterator[str]:
-    """Yield one sentence for each path of this machine that a job could not read, since no channel replaces it."""
+    """Yield one sentence for each local path that a job cannot read, because no channel replaces it."""
     replaced = _channel_folders(run)
     for key, path, _ in _input_paths(run):
         if not is_portable(path) and key not in replaced and _is_local_path(key, path):
             kind = "file" if Path(path).is_file() or is_single_file(path) else "folder"
-            yield f"{key}={path} is a {kind} of this machine: type {key}=s3://BUCKET/{kind.upper()}"
+            yield f"{key}={path} is a {kind} on this machine: type {key}=s3://BUCKET/{kind.upper()}"
     for encoder in sorted({"dino", "clip"} & {*run.evaluate.encoders}):
         path = getattr(run.evaluate, encoder)
         if is_remote(path) or Path(path).exists():
@@ -86,7 +86,7 @@ def find_local_paths(run: Config) -> Iterator[str]:
 
 
 def without_s3_paths(run: Config) -> Config:
-    """A copy whose S3 paths in `checkpoint` and `evaluate` are defaults: the rules are checked without downloads."""
+    """Return a copy with defaults for S3 paths in `checkpoint` and `evaluate`, to check rules without downloads."""
     run = deepcopy(run)
     for section in (run.checkpoint, run.evaluate):
         for key, default in vars(type(section)()).items():
@@ -96,7 +96,7 @@ def without_s3_paths(run: Config) -> Config:
 
 
 def is_portable(path: str) -> bool:
-    """Whether a path has the same meaning on every machine."""
+    """Return whether a path has the same meaning on every machine."""
     return path.startswith((S3_SCHEME, "package:"))
 
 
@@ -107,14 +107,14 @@ def _is_local_path(key: str, path: str) -> bool:
 
 
 def _channel_folders(run: Config) -> Mapping[str, str]:
-    """Key -> local or S3 folder that the job gets through a channel. A single file is passed by its address."""
+    """Return key -> folder, local or in S3, that the job reads through a channel. Files are passed by address."""
     return {key: path for key, path, _ in _input_paths(run)
             if key in CHANNELS and not path.startswith("package:") and (
                 Path(path).is_dir() or (is_remote(path) and not is_single_file(path)))}
 
 
 def _input_paths(run: Config) -> Iterator[tuple[str, str, bool]]:
-    """Yield key, path, and whether it needs a manifest, of everything that a run reads."""
+    """Yield each input of a run as key, path, and whether the path needs a manifest."""
     for section_name, section, key, needs_manifest in run_inputs.possible_inputs(run):
         if path := getattr(section, key):
             yield f"{section_name}.{key}", str(path), needs_manifest

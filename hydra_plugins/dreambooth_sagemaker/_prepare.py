@@ -35,12 +35,12 @@ PLANNER_ARGUMENTS = ("-m", "dreambooth.plan", "plan.format=json")
 
 
 def refuse_secrets(configs: Sequence[DictConfig], sweep: str) -> None:
-    """Refuse jobs whose requests would hold credentials. Called first, so that no other error comes before it.
+    """Refuse jobs whose requests would contain credentials. Called first, so that no other error is raised before.
 
-    Hydra has stored the overrides in multirun.yaml by then; that file is deleted.
+    Hydra has already stored the overrides in multirun.yaml. If a job is refused, this file is deleted.
 
     Raises:
-        ConfigError: a request would hold what looks like a credential.
+        ConfigError: a request would contain a value that looks like a credential.
     """
     problems = []
     for config in configs:
@@ -60,7 +60,7 @@ def prepare_jobs(configs: Sequence[DictConfig], sweep: str, backend: Any, mode: 
         mode: hydra.launcher.mode.
 
     Raises:
-        ConfigError: all problems of all jobs; nothing was uploaded or submitted.
+        ConfigError: jobs have problems; one line per problem of any job. Nothing was uploaded or submitted.
     """
     problems: list[str] = []
     checked: list[tuple[DictConfig, Config, dict[str, Any]]] = []
@@ -80,12 +80,12 @@ def prepare_jobs(configs: Sequence[DictConfig], sweep: str, backend: Any, mode: 
 
 
 def task_config(config: DictConfig) -> DictConfig:
-    """The config without Hydra's own part."""
+    """Return a configuration without Hydra's own group."""
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
 def describe_jobs(jobs: Sequence[Job], mode: str = "aws") -> Iterator[str]:
-    """Yield one line per job with what it runs on and what it may cost, and a line with the total."""
+    """Yield one line per job with its instances, price and estimated cost, and one line with the total."""
     for job in jobs:
         resources = job.request["ResourceConfig"]
         price = f"${job.usd_hour:.4g}/h" if job.usd_hour is not None else "price unknown" if mode == "aws" else "here"
@@ -112,7 +112,7 @@ def _check_job(config: DictConfig, mode: str) -> tuple[Config, dict[str, Any]]:
     """Check one job: the launcher's settings, the rules of the run, and whether it fits in memory.
 
     Returns:
-        The run's config, and what the planner predicts for it.
+        The run's configuration, and the output of the planner for it.
 
     Raises:
         ConfigError: all problems of the job.
@@ -140,7 +140,7 @@ def _check_job(config: DictConfig, mode: str) -> tuple[Config, dict[str, Any]]:
     tracked = run.tracking.kind is TrackingKind.mlflow
     if mode == "aws" and address and tracked and is_local_uri(address):
         key = "tracking.uri" if run.tracking.uri else "hydra.launcher.mlflow_uri"
-        problems.append(f"jobs on AWS do not reach MLflow at {address}: type {key}=https://SERVER, or {key}=null to "
+        problems.append(f"jobs on AWS cannot reach MLflow at {address}: type {key}=https://SERVER, or {key}=null to "
                         "keep their metrics in their own folders")
     try:
         resolve(_inputs.without_s3_paths(run), Path(run.run_root))
@@ -152,13 +152,13 @@ def _check_job(config: DictConfig, mode: str) -> tuple[Config, dict[str, Any]]:
 
 
 def _run_planner(config: DictConfig) -> dict[str, Any]:
-    """Run the planner in a process of its own, since it needs torch; returns its output, empty without torch.
+    """Run the planner in a child process, since it needs torch. Return its output; {} if torch is not installed.
 
     Raises:
         ConfigError: the job does not fit, or the planner failed.
     """
     if find_spec("torch") is None:
-        print("torch is not installed here: not checked whether the jobs fit in memory", flush=True)
+        print("torch is not installed here: it is not checked whether the jobs fit in memory", flush=True)
         return {}
     overrides = [override for override in config.hydra.overrides.task if S3_SCHEME not in override]
     planner = subprocess.run([sys.executable, *PLANNER_ARGUMENTS, *overrides], capture_output=True, text=True,
@@ -210,9 +210,9 @@ def _job_settings(config: DictConfig) -> JobSettings:
 
 
 def _instance_value(config: DictConfig, key: str) -> float | None:
-    """Price or disk size of a job's instance: the value that the user typed, or else that of the hardware file.
+    """Return price or disk size of a job's instance: the value that the user typed, or else that of the hardware file.
 
-    None if neither is known: the hardware file counts only for the instance type that it names.
+    Return None if neither is known. The hardware file is used only for the instance type that it names.
     """
     launcher = config.hydra.launcher
     typed_keys = {override.lstrip("+").partition("=")[0] for override in config.hydra.overrides.task}

@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 
 @dataclass
 class SweepState:
-    """Settings and results of a sweep. Hydra's sweepers may call `launch` several times, once per batch of jobs."""
+    """Settings and results of a sweep. Hydra's sweeper calls the launcher once per batch of jobs of the sweep."""
 
-    settings: dict[str, Any]  # of the sweep; settings that may differ between jobs are read from each job's own config
+    settings: dict[str, Any]  # settings of the launcher; those that jobs may vary are read from each job's config
     name: str | None = None  # set by the first launch if the user gave none
     config: DictConfig | None = None
     task_function: TaskFunction | None = None

@@ -1,4 +1,4 @@
-"""The launcher's class and settings for Hydra. The implementation is in _core.py, which is imported when it is used."""
+"""The launcher's class and settings, for Hydra. The implementation is in _core.py, which only sweeps import."""
 
 # No `from __future__ import annotations` here: Hydra's scanner executes this file before it is in sys.modules, where
 # dataclasses look up string annotations. Hydra itself would fail to start.

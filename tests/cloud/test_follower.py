@@ -220,7 +220,7 @@ def test_with_optuna_following_again_is_not_suggested(
         def poll(self, job: Job) -> JobState:
             raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match="no command follows these jobs again; to stop them type"):
+    with pytest.raises(Interrupted, match="these jobs cannot be followed again; to stop them type"):
         run_on(InterruptedPoll(), jobs(1), tmp_path, monkeypatch, **OPTUNA)
     assert "hydra.launcher.sweep=" not in capsys.readouterr().out
 
