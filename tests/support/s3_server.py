@@ -134,7 +134,10 @@ def _reset(environ: dict[str, Any]) -> list[bytes]:
 
 @contextmanager
 def serving() -> Iterator[Server]:
-    """Run a server, with environment variables that make boto3 use it."""
+    """Run an empty server, with environment variables that make boto3 use it."""
+    from moto.moto_api._internal import moto_api_backend
+
+    moto_api_backend.reset()  # buckets are the process's: they outlive a server
     server = Server()
     before = dict(os.environ)
     os.environ.update(KEYS, AWS_ENDPOINT_URL=server.url)
