@@ -179,7 +179,10 @@ def merge(model: nn.Module, weights: Mapping[str, LowRank]) -> None:
 
 
 def _make_exact(layer: Any) -> None:
-    """Put the adapter of a layer into fp32, row lengths included; peft makes it in the precision of the base."""
+    """Convert the adapter of a layer to fp32, including DoRA's magnitudes.
+
+    peft creates it in the precision of the base model.
+    """
     from peft.utils.integrations import dequantize_module_weight
 
     for factor in (layer.lora_A[NAME], layer.lora_B[NAME]):

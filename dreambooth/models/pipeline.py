@@ -107,8 +107,8 @@ def generate_images(
 ) -> Iterator[list[Image]]:
     """Yield batches of pictures, one picture per (prompt, seed).
 
-    A picture depends on its own seed alone, up to how a batch of that size rounds. The global random state is not
-    touched. Modules leave in the mode (train or eval) in which they came.
+    A picture depends on its own prompt and seed, not on the other pictures of its batch; only rounding differs with the
+    batch size. The global random state is not changed, and each module keeps its mode (train or eval).
 
     Args:
         autocast: context in which to compute.

@@ -98,7 +98,8 @@ def _check_unused(out: str, of_files: Mapping[str, object], of_folders: Mapping[
     """Refuse keys that would have no effect in this direction.
 
     Args:
-        of_files, of_folders: keys that only matter if a file, or a folder, is read; true if typed.
+        of_files: key -> its value, for the keys that only matter when a file is converted.
+        of_folders: key -> its value, for the keys that only matter when a folder is converted.
     """
     unused, direction = (of_files, "a folder becomes a file") if is_single_file(out) else (
         of_folders, "a file becomes a folder")

@@ -15,5 +15,8 @@ def adapter_only(kind: str, merge: bool) -> bool:
 
 
 def is_exported(folder: Path, kind: str, merge: bool) -> bool:
-    """Whether the folder holds the result of such a run. It appears all at once, so one file is enough to tell."""
+    """Return whether the folder holds the exported result of a run with this `kind` and `merge`.
+
+    An export appears all at once, so the presence of one of its files is enough.
+    """
     return (folder / (ADAPTER if adapter_only(kind, merge) else INDEX)).is_file()

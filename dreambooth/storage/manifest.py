@@ -39,8 +39,8 @@ class Entry:
             checksum: S3's SHA-256 in base64, followed by "-" and the number of parts if there are several.
 
         Returns:
-            Whether the content is the same. None: S3 has no SHA-256 of these parts, for example because another tool
-            uploaded the object.
+            Whether the content is the same. None: S3 stores no SHA-256 for the parts into which this entry divides the
+            file, for example because another tool uploaded the object.
         """
         digests = [bytes.fromhex(part) for part in self.parts]
         total = digests[0] if len(digests) == 1 else sha256(b"".join(digests)).digest()

@@ -43,7 +43,7 @@ class Trial:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Name -> value of each measure of the exported weights, with instance_loss."""
+        """Name -> value of each measure of the exported weights, including instance_loss."""
         result = self.result or {}
         scores: dict[str, float] = {INSTANCE_LOSS: result.get("objective", math.nan), **result.get("scores", {})}
         return scores
@@ -82,7 +82,10 @@ class Trial:
             return math.nan
 
     def score(self, role: str) -> tuple[str, float, float] | None:
-        """Return name, value, and value before training of the first measure with a role; None if not measured."""
+        """Return the name of the first measure with this role, its value, and its value before training.
+
+        None if the trial has no such measure.
+        """
         base = (self.result or {}).get("base_scores", {})
         names = [name for name, own_role in self.measure_roles.items() if own_role == role and name in self.scores]
         return (names[0], self.scores[names[0]], base.get(names[0], math.nan)) if names else None

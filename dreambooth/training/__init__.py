@@ -1,4 +1,4 @@
 """Training: the loop (loop.py), one step (step.py), its loss, checkpoints, hooks, and the setup of a run (setup.py).
 
-Imports from every other folder but planner.
+May import from every other folder except planner.
 """

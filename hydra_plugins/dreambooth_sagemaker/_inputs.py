@@ -48,7 +48,10 @@ class Inputs:
                 for key, path in _channel_folders(run).items()}
 
     def contents(self, run: Config) -> dict[str, str]:
-        """Return key -> digest of the content of its folder or file, which does not depend on the path."""
+        """Return, for each config key, a digest of the content of the folder or file that it names.
+
+        The digest does not depend on the path.
+        """
         for path in _channel_folders(run).values():
             self._digest(path)
         return {key: self._digests[path] for key, path, _ in _input_paths(run) if path in self._digests}

@@ -16,7 +16,7 @@ from dreambooth.optim.streaming_optimizer import StreamingOptimizer
 from dreambooth.runtime.engine import Engine
 from dreambooth.training import checkpoint
 from dreambooth.training.step import Objective, StepInfo, TrainState, train_step
-from tests.support.toy_model import batches, schedule
+from tests.support.toy_model import make_batches, make_schedule
 
 BF16 = torch.bfloat16
 KINDS = [kind for kind in OptimizerKind if kind is not OptimizerKind.paged_adamw8bit]  # needs CUDA
@@ -68,8 +68,8 @@ def train(state: TrainState, until: int = 4, engine: Engine | None = None, limit
     """Train until `until` steps are completed; `limit` is the maximum gradient norm."""
     infos = []
     while state.step < until:
-        infos.append(train_step(state, toy_batches(state.step, dtype), Objective(schedule(), 0.5, split_prior=split),
-                                engine or Engine(), limit))
+        objective = Objective(make_schedule(), 0.5, split_prior=split)
+        infos.append(train_step(state, toy_batches(state.step, dtype), objective, engine or Engine(), limit))
     return infos
 
 
@@ -85,7 +85,8 @@ def save_checkpoint(state: TrainState, folder: Path) -> Path:
 
 
 def toy_batches(step: int, dtype: torch.dtype = torch.float32) -> list[Batch]:
-    return [Batch(b.latents.to(dtype), b.noise.to(dtype), b.timesteps, b.text, b.instances) for b in batches()(step)]
+    return [Batch(b.latents.to(dtype), b.noise.to(dtype), b.timesteps, b.text, b.num_instances)
+            for b in make_batches()(step)]
 
 
 def all_tensors(state: TrainState) -> dict[str, Tensor]:

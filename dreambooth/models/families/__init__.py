@@ -1,8 +1,8 @@
 """Model families: one file per family (sd1.py, sd2.py, sdxl.py), behind the interface of family.py.
 
 Shared by several families: latent_unet.py, clip_text.py, clip_tokenizer.py, ldm_keys.py. The functions below find the
-family of a model. This folder imports from the folders to the left of models/, and from models/noise_schedule.py and
-models/gradient_checkpointing.py. Importing it imports no torch.
+family of a model. This folder may import from the same folders as models/, and from models/ only noise_schedule.py and
+gradient_checkpointing.py. Importing it does not import torch.
 """
 
 import json

@@ -163,8 +163,10 @@ def _vae_entries(part: str, names: Sequence[str]) -> Iterator[Entry]:
 
 
 def _vae_key(name: str, blocks: int) -> str:
-    """Return the key of a VAE's weight. A file numbers the decoder's blocks from the picture, a folder from the
-    latents."""
+    """Return the key of a VAE's weight in a single file.
+
+    A single file numbers the decoder's blocks starting at the picture, a diffusers folder starting at the latents.
+    """
     name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
     if match := re.fullmatch(r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name):
         side, block, kind, number, rest = match.groups()
