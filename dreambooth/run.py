@@ -98,7 +98,7 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
 
 def _finish(recipe: Recipe, engine: Engine, setup: Setup, evaluation: EvaluationHook, tracker: Tracker,
             meter: MemoryMeter, seconds: float) -> Result:
-    """Score and export weights: the best ones if evaluate.select is set, else the last ones; with an EMA, its average."""
+    """Score and export the best weights if evaluate.select is set, else the last ones (their EMA, if there is one)."""
     step = setup.state.step
     with meter.phase("export"):
         with evaluation.exported_weights() as exported, engine.autocast():
