@@ -6,8 +6,8 @@ A size is (height, width) in pixels. The square crop is resolution x resolution.
 import math
 from functools import cache
 
-SIDE_MULTIPLE = 8  # pixels; every side is a multiple of it, because the VAEs encode up to 8 x 8 pixels into one latent
-MAX_ASPECT_RATIO = 2  # long side to short side
+SIDE_MULTIPLE = 8  # pixels; every side is a multiple, because the VAEs encode up to 8 x 8 pixels into one latent
+MAX_ASPECT_RATIO = 2  # the long side divided by the short side
 
 Size = tuple[int, int]
 
@@ -16,8 +16,8 @@ Size = tuple[int, int]
 def bucket_sizes(resolution: int) -> tuple[Size, ...]:
     """Return all bucket sizes from 1:2 to 2:1, sorted.
 
-    Sides are multiples of SIDE_MULTIPLE. For each width, the height is the largest that keeps the area within that of
-    the square crop.
+    Sides are multiples of SIDE_MULTIPLE. For each width, the height is the largest for which the area is at most the
+    area of the square crop.
     """
     sizes = set()
     for width in range(SIDE_MULTIPLE, MAX_ASPECT_RATIO * resolution + 1, SIDE_MULTIPLE):
@@ -28,12 +28,12 @@ def bucket_sizes(resolution: int) -> tuple[Size, ...]:
 
 
 def nearest_bucket(height: int, width: int, resolution: int) -> Size:
-    """Return the bucket size for which the smallest fraction of an image is cropped."""
+    """Return the bucket size that crops the smallest fraction of an image of this height and width."""
     return min(bucket_sizes(resolution), key=lambda size: (cropped_fraction(height, width, size), size))
 
 
 def cropped_fraction(height: int, width: int, size: Size) -> float:
-    """Return the fraction of an image's area that is cropped to give it the shape of `size`."""
+    """Return the fraction of an image's area that is cropped away to give the image the aspect ratio of `size`."""
     shape = (width * size[0]) / (height * size[1])
     return 1 - min(shape, 1 / shape)
 
@@ -42,11 +42,12 @@ def cropped_fraction(height: int, width: int, size: Size) -> float:
 def largest_bucket(resolution: int, scale: int, levels: int) -> Size:
     """Return the bucket size whose training step takes the most memory.
 
-    It is the size with the most latent positions, summed over all levels of the UNet. Halving an odd side rounds it up.
+    This is the size with the most latent positions, summed over all levels of the UNet. Half of an odd side is rounded
+    up.
 
     Args:
         scale: pixels per latent along one side.
-        levels: number of UNet levels; each has half the side length of the level before.
+        levels: number of UNet levels; the feature maps of each level have half the side length of the level before.
     """
     def positions(size: Size) -> int:
         return sum(math.prod(-(-side // (scale * 2**level)) for side in size) for level in range(levels))

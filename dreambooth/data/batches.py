@@ -1,11 +1,11 @@
-"""Training batches: which photos, crops, noise and timesteps each step uses, as a function of (seed, step, process).
+"""Training batches: the photos, crops, noise and timesteps of each step, as a function of (seed, step, process).
 
 Sample `index` of step `step` has the same photo, crop, flip, noise and timestep whether it is computed in one batch, in
-several micro-batches or on another process. A resumed run therefore needs no saved state of its batches.
+several micro-batches or on another process. A checkpoint therefore does not need to store the state of the batches.
 
 A batch is created in two stages. `Batches.draw` makes the random choices and prepares tensors on the host; it may run
-in a background thread ahead of its step (prefetch.py). `Batches.to_device` copies them to the device and encodes
-images; it runs in the thread of the training loop.
+in a background thread before the step starts (prefetch.py). `Batches.to_device` copies the tensors to the device and
+encodes images with the VAE; it runs in the thread of the training loop.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,31 +27,32 @@ from dreambooth.utils import rng
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on the training device: instance rows first, then as many class rows.
+    """One micro-batch on the training device. A row is one sample: N / 2 instance rows, then N / 2 class rows.
 
-    All rows have one size. Class rows whose size differs from that of the instance rows are in `class_batch`.
+    Without prior preservation, all N rows are instance rows. All rows of a batch have the same image size. If the class
+    images have another size than the instance photos, the class rows are in `class_batch`.
     """
 
-    latents: Tensor  # (N, C, h, w), scaled
+    latents: Tensor  # (N, C, h, w), multiplied by the scaling factor of the VAE
     noise: Tensor  # (N, C, h, w)
     timesteps: Tensor  # (N,) int64
     text: Tensor  # prompts: (P, L) token ids or (P, L, D) cached hidden states; each applies to N / P consecutive rows
     num_instances: int  # number of instance rows
     mask: Tensor | None = None  # (N, 1, h, w) in [0, 1]: weight of each latent in the loss; None: all weights are 1
-    class_batch: "Batch | None" = None  # class rows of another size; all rows of this batch are then instance rows
+    class_batch: "Batch | None" = None  # class rows of another image size; this batch then has only instance rows
 
     @property
     def num_samples(self) -> int:
-        """Number of instance rows and class rows, including those of `class_batch`."""
+        """Number of instance rows and class rows, including the rows of `class_batch`."""
         return len(self.timesteps) + (self.class_batch.num_samples if self.class_batch else 0)
 
     @property
     def with_prior(self) -> bool:
-        """Whether there are class rows."""
+        """Whether the batch has class rows."""
         return self.num_samples > self.num_instances
 
     def halves(self) -> tuple["Batch", "Batch"]:
-        """Return the instance rows and the class rows, each as a batch of its own."""
+        """Return one batch of the instance rows and one batch of the class rows."""
         if self.class_batch is not None:
             return replace(self, class_batch=None), self.class_batch
         return self._rows(0, self.num_instances), self._rows(self.num_instances, len(self.timesteps))
@@ -64,7 +65,7 @@ class Batch:
 
 
 def join_batches(parts: Sequence[Batch]) -> Batch:
-    """Join the instance rows and, if there are any, the class rows into one batch."""
+    """Join the batch of instance rows and the batch of class rows, if there is one, into a single batch."""
     first = parts[0]
     if len(parts) > 1 and parts[1].latents.shape[1:] != first.latents.shape[1:]:
         return replace(first, class_batch=parts[1])
@@ -78,32 +79,32 @@ def join_batches(parts: Sequence[Batch]) -> Batch:
 
 @dataclass(frozen=True)
 class View:
-    """One random view of a photo: which photo a sample uses, and its flip, crop and prompt dropout."""
+    """One random view of a photo: the index of the photo, the flip, the crop, and whether the prompt is dropped."""
 
     photo: int  # index into PhotoSet.photos
-    flip: bool  # mirrored
+    flip: bool  # mirror the photo left to right
     crop: tuple[float, float] | None  # offsets (vertical, horizontal) in [0, 1), see `crop_to_size`; None: the centre
     drop_prompt: bool = False  # use the empty prompt instead of the caption
 
 
 @dataclass(frozen=True)
 class PhotoSet:
-    """The photos of one half of a batch, instance or class, and how samples are drawn from them."""
+    """The instance photos or the class images of a run, and the settings for drawing samples from them."""
 
-    name: str  # "instance" or "class": part of the key of every random stream, so that the halves differ
+    name: str  # "instance" or "class": part of the key of every random stream, so that the two sets differ
     photos: Sequence[Photo]
     center_crop: bool
     random_flip: bool
-    repeats: Sequence[int] | None = None  # how often each photo is used per round (one pass over the set); None: once
+    repeats: Sequence[int] | None = None  # number of uses of each photo per round (one pass over the set); None: once
     prompt_dropout: float = 0.0  # probability of the empty prompt
 
     def view(self, seed: int, step: int, index: int, batch: int) -> View:
         """Return the view of a photo that sample `index` of a step uses.
 
-        Photos come in a new random order in each round. All photos of a step have one size.
+        Each round has a new random order of the photos. All photos of a step have the same size.
 
         Args:
-            batch: samples per step over all micro-batches and processes.
+            batch: number of samples per step, over all micro-batches and processes.
         """
         bucket, steps = bucket_at([len(photos) for photos in self._rounds.values()], step, seed, self.name)
         size, photos = list(self._rounds.items())[bucket]
@@ -122,7 +123,7 @@ class PhotoSet:
 
     @cached_property
     def _rounds(self) -> dict[Size | None, list[int]]:
-        """Bucket size -> indices of the photos of one round; each index occurs as often as its photo is repeated."""
+        """For each bucket size, the photo indices of one round; an index occurs once per repeat of its photo."""
         rounds: dict[Size | None, list[int]] = {}
         for number, (photo, times) in enumerate(zip(self.photos, self.repeats or [1] * len(self.photos), strict=True)):
             rounds.setdefault(photo.size, []).extend([number] * times)
@@ -130,37 +131,37 @@ class PhotoSet:
 
 
 def encode_batch_size(resolution: int) -> int:
-    """Return how many photos the VAE encodes at once: at most 16, and about a million pixels, to limit its memory."""
+    """Return the number of photos per call of the VAE: 1 to 16, with at most about a million pixels in all."""
     return max(1, min(16, 2**20 // resolution**2))
 
 
 class Latents:
-    """Computes the latents of views: encodes them with the VAE each time, or samples their cached distribution.
+    """Computes the latents of views: encodes each view with the VAE, or samples from the cached latent distribution.
 
-    The cache holds mean and standard deviation per photo and flip. They do not depend on the step.
+    The cache holds one mean and one standard deviation per photo and flip. These values do not depend on the step.
     """
 
     def __init__(self, encode: Callable[[Tensor], Moments], resolution: int, scaling_factor: float,
                  store: LatentStore | None = None) -> None:
         """Args:
-            encode: images (N, 3, H, W) in [-1, 1] -> mean and standard deviation of their latents.
-            resolution: side of the square in pixels.
-            scaling_factor: the VAE's factor by which latents are multiplied.
-            store: stores cached latents; None: on the device.
+            encode: takes images (N, 3, H, W) in [-1, 1], returns the mean and standard deviation of their latents.
+            resolution: side of the square crop in pixels.
+            scaling_factor: the scaling factor of the VAE; latents are multiplied by it.
+            store: stores the cached latents; None: store them on the device.
         """
         self.encode = encode
         self.store = store or LatentStore()
         self.resolution = resolution
         self.scaling_factor = scaling_factor
-        self._rows: dict[tuple[str, int, bool], int] = {}  # (photo set, photo, flip) -> row in the cache of its size
+        self._rows: dict[tuple[str, int, bool], int] = {}  # (photo set, photo, flip) -> row in the cache
         self._cached: dict[tuple[str, Size | None], ReadRows] = {}
 
     def fill(self, photo_set: PhotoSet, tick: Callable[[int], None], size: int | None = None) -> None:
-        """Encode every photo of a centre-cropped photo set into the cache; with random flips, also its mirror image.
+        """Encode every photo of a centre-cropped set into the cache, and its mirror image if `random_flip` is set.
 
         Args:
             tick: called with the number of photos encoded since the last call.
-            size: photos per call of the VAE; None: see `encode_batch_size`.
+            size: number of photos per call of the VAE; None: the result of `encode_batch_size`.
         """
         for shape in dict.fromkeys(photo.size for photo in photo_set.photos):
             self._fill_bucket(photo_set, tick, size or encode_batch_size(self.resolution), shape)
@@ -186,13 +187,13 @@ class Latents:
         return bool(self._cached)
 
     def sample(self, photo_set: PhotoSet, views: Sequence[View], noise: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """Draw latents (N, C, h, w) for `views` of one size: mean + std * noise, scaled.
+        """Sample latents (N, C, h, w) for `views` of one size: (mean + std * noise) * scaling_factor.
 
-        The cache holds the distribution, so draws with different noise give different latents.
+        The cache holds the distribution, so different noise gives different latents of the same photo.
 
         Args:
             noise: standard normal, (N, C, h, w).
-            pixels: the cropped images of `views`, encoded if nothing is cached; None: crop them in this call.
+            pixels: the cropped images of `views`, used only if there is no cache; None: crop them in this call.
         """
         if self._cached:
             read_rows = self._cached[photo_set.name, photo_set.photos[views[0].photo].size]
@@ -202,13 +203,13 @@ class Latents:
         return (mean + std * noise.to(mean)) * self.scaling_factor
 
     def pixels(self, photo_set: PhotoSet, views: Sequence[View]) -> Tensor:
-        """Return the cropped images, (N, 3, H, W) in [-1, 1], on the host."""
+        """Return the cropped images of `views`, (N, 3, H, W) in [-1, 1], on the host."""
         crops = [crop_to_size(photo.pixels, self.size(photo), v.crop, v.flip)
                  for v in views for photo in (photo_set.photos[v.photo],)]
         return torch.from_numpy(np.stack([to_model_range(pixels) for pixels in crops]))
 
     def size(self, photo: Photo) -> Size:
-        """Return the height and width in pixels to which a photo is cropped."""
+        """Return the (height, width) in pixels to which a photo is cropped."""
         return photo.size or (self.resolution, self.resolution)
 
 
@@ -218,53 +219,53 @@ class HostSamples:
 
     views: Sequence[View]
     pixels: Tensor | None  # (n, 3, H, W) images to encode; None: the latents are cached
-    latent_noise: Tensor  # (n, C, h, w) standard normal, to sample latents from their distribution
-    noise: Tensor  # (n, C, h, w): the noise that the model predicts
+    latent_noise: Tensor  # (n, C, h, w) standard normal, see `Latents.sample`
+    noise: Tensor  # (n, C, h, w): the noise that is added to the latents
     timesteps: Tensor  # (n,) int64
     mask: Tensor | None = None  # (n, 1, h, w): weight of each latent in the loss
 
 
 @dataclass
 class Batches:
-    """Creates the micro-batches of a step for one process. Call an instance with the number of completed steps."""
+    """Creates the micro-batches of a step for one process. The object is called with the number of completed steps."""
 
     photo_sets: Sequence[PhotoSet]  # instance photos, then class images if there is prior preservation
     latents: Latents
     encode_prompt: Callable[[str], Tensor]  # prompt -> (1, L) ids or (1, L, D) hidden states on the device
-    latent_shape: tuple[int, int, int]  # (C, h, w) of the square
+    latent_shape: tuple[int, int, int]  # (C, h, w) of a square crop
     num_timesteps: int  # T of the noise schedule
     seed: int
-    batch_size: int  # samples per photo set, micro-batch and process
-    accumulation: int  # micro-batches per step
+    batch_size: int  # number of samples per photo set, micro-batch and process
+    accumulation: int  # number of micro-batches per step
     device: torch.device
     rank: int = 0
     world_size: int = 1  # number of processes
     noise_offset: float = 0.0
     dtype: torch.dtype = torch.float32
-    share_prompts: bool = False  # if each half always has a single prompt, store it once per half in Batch.text
+    share_prompts: bool = False  # if every photo set always has a single prompt, Batch.text holds it once per set
 
     def __call__(self, step: int) -> list[Batch]:
         """Return the micro-batches of the next step, after `step` completed steps."""
         return self.to_device(self.draw(step))
 
     def draw(self, step: int) -> list[list[HostSamples]]:
-        """Draw a step's samples on the host: for each micro-batch, the samples of each photo set."""
+        """Draw the samples of a step on the host. Return one list per micro-batch, with one item per photo set."""
         starts = [(micro * self.world_size + self.rank) * self.batch_size for micro in range(self.accumulation)]
         return [[self._draw_samples(photo_set, step, range(start, start + self.batch_size))
                  for photo_set in self.photo_sets] for start in starts]
 
     def to_device(self, samples: Sequence[Sequence[HostSamples]]) -> list[Batch]:
-        """Copy drawn samples to the device asynchronously, and encode images whose latents are not cached."""
+        """Copy the samples from `draw` to the device asynchronously, and encode images that have no cached latents."""
         return [join_batches([self._make_batch(photo_set, part)
                               for photo_set, part in zip(self.photo_sets, micro, strict=True)]) for micro in samples]
 
     def latent_shape_of(self, photo: Photo) -> tuple[int, int, int]:
-        """Return the shape (C, h, w) of a photo's latents."""
+        """Return the shape (C, h, w) of the latents of a photo."""
         height, width = (side // self._scale for side in self.latents.size(photo))
         return self.latent_shape[0], height, width
 
     def loss_mask(self, photo_set: PhotoSet, views: Sequence[View]) -> Tensor | None:
-        """Return the weight of each latent of `views` in the loss, (N, 1, h, w) on the host.
+        """Return the loss weight of each latent of `views` as a tensor (N, 1, h, w) on the host.
 
         Return None if no photo of the set has a mask. Otherwise all weights of a photo without a mask are 1.
         """
@@ -279,7 +280,7 @@ class Batches:
 
     @cached_property
     def _one_prompt_per_half(self) -> bool:
-        """Whether each half has a single prompt in every step. A compiled model needs the same shape in all steps."""
+        """Whether Batch.text holds one prompt per photo set in every step. Compiled models need constant shapes."""
         alike = (len({photo.caption for photo in photo_set.photos}) == 1 and not photo_set.prompt_dropout
                  for photo_set in self.photo_sets)
         return self.share_prompts and all(alike)

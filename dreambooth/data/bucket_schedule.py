@@ -1,7 +1,7 @@
 """Schedule of aspect-ratio buckets: determines which bucket each training step uses.
 
-All samples of a step have one size, because they form one tensor. The size is a function of the seed and the step, so
-it does not depend on the batch size or the number of processes, and a resumed run needs no saved state.
+All samples of a step have the same size, because they form one tensor. The bucket is a function of the seed and the
+step. It does not depend on the batch size or the number of processes, and a checkpoint does not need to store it.
 """
 
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from dreambooth.utils import rng
 
 
 def bucket_at(counts: Sequence[int], step: int, *key: int | str) -> tuple[int, int]:
-    """Return the bucket of a step, and how many earlier steps used the same bucket.
+    """Return the index of the bucket that a step uses, and the number of earlier steps that used the same bucket.
 
     One round has sum(counts) steps. In a round, each bucket gets as many steps as it has photos, so that all photos are
     used equally often. Each round has a new random order.
 
     Args:
         counts: number of photos in each bucket.
-        step: completed steps before this one.
-        key: names the random stream, such as the seed.
+        step: number of completed steps before this one.
+        key: the seed and name that identify the random stream.
     """
     if len(counts) == 1:
         return 0, step
@@ -30,7 +30,7 @@ def bucket_at(counts: Sequence[int], step: int, *key: int | str) -> tuple[int, i
 
 @lru_cache(maxsize=16)
 def _round_order(counts: tuple[int, ...], *key: int | str) -> tuple[tuple[int, int], ...]:
-    """Return for each step of one round: its bucket, and how many earlier steps of the round used that bucket."""
+    """Return, for each step of a round, the bucket index and the number of earlier steps of the round with it."""
     buckets = [bucket for bucket, count in enumerate(counts) for _ in range(count)]
     used, order = [0] * len(counts), []
     for index in rng.permutation(len(buckets), *key, "sizes"):

@@ -1,8 +1,8 @@
-"""Captions of photos: read from NAME.txt beside NAME.jpg or from metadata.jsonl, or else the prompt. Imports no torch.
+"""Reads the caption of a photo: from NAME.txt beside NAME.jpg, else from metadata.jsonl, else the prompt.
 
-metadata.jsonl follows the convention of Hugging Face `datasets`' imagefolder: one JSON object per line, such as
-{"file_name": "a.jpg", "text": "a caption"}. Functions that take `problems` append one sentence for each caption that
-cannot be used, so that the user sees all of them at once.
+metadata.jsonl has the format of `imagefolder` in Hugging Face `datasets`: one JSON object per line, such as
+{"file_name": "a.jpg", "text": "a caption"}. Functions with the argument `problems` append one sentence to this list for
+each caption that cannot be used, so that one message can report all of them. Imports no torch.
 """
 
 import json
@@ -22,7 +22,7 @@ def caption_files(photo: Path) -> Iterator[Path]:
 
 
 def read_metadata(folder: Path, problems: list[str]) -> dict[str, str]:
-    """Read a folder's metadata.jsonl into a dictionary of file name -> caption; empty if there is no such file."""
+    """Return the captions of a folder's metadata.jsonl by file name; an empty dictionary if the file does not exist."""
     path = folder / METADATA
     if not path.is_file():
         return {}
@@ -47,10 +47,10 @@ def read_metadata(folder: Path, problems: list[str]) -> dict[str, str]:
 
 
 def read_caption(photo: Path, prompt: str, metadata: Mapping[str, str], problems: list[str]) -> str | None:
-    """Return the caption of a photo as one line. If it cannot be used, append a problem and return None.
+    """Return the caption of a photo as one line. If the caption cannot be used, append to `problems` and return None.
 
     Args:
-        prompt: used if the photo has no caption.
+        prompt: returned if the photo has no caption.
         metadata: the result of `read_metadata` for the photo's folder.
     """
     path = next((path for path in caption_files(photo) if path.name != METADATA), None)

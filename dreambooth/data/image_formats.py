@@ -1,6 +1,6 @@
-"""Image formats: which files can be read as photos, and advice for files that cannot. Imports no torch.
+"""Image formats: the formats that can be read as photos, and advice for files in other formats. Imports no torch.
 
-Pillow is imported where it is used, because a config resolver imports this file.
+Pillow is imported inside functions, because a config resolver imports this file.
 """
 
 from functools import cache
@@ -14,14 +14,14 @@ _BRANDS = {b"he": "HEIC", b"mi": "HEIC", b"ms": "HEIC", b"av": "AVIF"}  # start 
 
 
 class UnusablePhoto(Exception):
-    """A photo cannot be used. The message completes the sentence "photo.png ..."."""
+    """Raised for a photo that cannot be used. The message completes a sentence that starts with the file name."""
 
 
 @cache
 def readable_formats() -> tuple[str, ...]:
-    """Return Pillow's names of the formats that can be read; HEIF is one of them if the extra `heic` is installed.
+    """Return Pillow's names of the readable formats, including HEIF if the extra `heic` is installed.
 
-    HEIC is an optional extra, because its wheels contain libheif and codecs under LGPL and GPL. No other part of this
+    `heic` is an optional extra, because its wheels contain libheif and codecs under LGPL and GPL. No other part of this
     package has these licences.
     """
     try:
@@ -33,7 +33,7 @@ def readable_formats() -> tuple[str, ...]:
 
 
 def describe_unreadable(path: Path) -> str:
-    """Describe a file whose format cannot be read, and what to do. The result completes "photo.heic ..."."""
+    """Return why a file cannot be read and what to do, as the end of a sentence that starts with the file name."""
     with path.open("rb") as file:
         head = file.read(12)
     if head[4:8] != b"ftyp":

@@ -1,6 +1,6 @@
 """Storage for cached latents: on the device, in host memory, or in files on disk that later runs reuse.
 
-The cache holds the distribution of the latents (mean and standard deviation), not a sample of it.
+The cache holds the moments (mean and standard deviation) of the latent distribution of an image, not sampled latents.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,28 +17,29 @@ from dreambooth.config.enums import LatentCache
 from dreambooth.utils import atomic_files
 
 Moments = tuple[Tensor, Tensor]  # mean and standard deviation of the latents, (N, C, h, w) each
-ReadRows = Callable[[list[int]], Moments]  # row numbers -> their moments, on LatentStore.device
+ReadRows = Callable[[list[int]], Moments]  # takes row numbers, returns the moments of these rows on LatentStore.device
 
 
 @dataclass(frozen=True)
 class LatentStore:
-    """Stores the moments of a set of images.
+    """Stores the latent moments of a set of images, one row per image.
 
-    On disk, the file name is a hash of the images' content and size, in order, and of the encoder's weights. A
-    different photo, crop or VAE therefore gives a different file, and the same images are encoded once for all runs.
+    The name of a file on disk is a hash of the content and size of all images, in order, and of the weights of the VAE
+    encoder. A different photo, crop or VAE therefore gives a different file, and runs with the same images and VAE
+    share one file.
     """
 
     where: LatentCache = LatentCache.device
-    device: torch.device | None = None  # device of the returned rows; None: the device where they are stored
-    folder: Path | None = None  # folder of the files, for LatentCache.disk
-    encoder: str = ""  # digest of the encoder's weights
+    device: torch.device | None = None  # device to which rows are copied when read; None: not copied
+    folder: Path | None = None  # folder of the cache files; used only with LatentCache.disk
+    encoder: str = ""  # result of `digest` for the VAE encoder
 
     def __call__(self, content: Sequence[str], encode_chunks: Callable[[], Iterator[Moments]]) -> ReadRows:
-        """Store the moments of one set of images and return a function that reads rows of them.
+        """Store the moments of one set of images, and return a function that reads selected rows.
 
         Args:
-            content: strings that identify the images, such as their hashes.
-            encode_chunks: encodes the images and yields their moments chunk by chunk; not called if the file exists.
+            content: strings that identify the images, such as hashes of their pixels.
+            encode_chunks: encodes the images and yields their moments in chunks; not called if the cache file exists.
         """
         if self.where is LatentCache.disk and self.folder is not None:
             name = sha256("\n".join([self.encoder, *content]).encode()).hexdigest()[:20]
@@ -54,7 +55,7 @@ class LatentStore:
 
 
 def digest(module: nn.Module) -> str:
-    """Return one hex SHA-256 over the names, precisions and values of all weights of a module."""
+    """Return a hex SHA-256 over all weights of a module. Each weight contributes its name, dtype and values."""
     total = sha256()
     for name, tensor in module.state_dict().items():
         total.update(f"{name} {tensor.dtype}".encode())
@@ -68,7 +69,7 @@ def _concatenate(chunks: Iterator[Moments], device: torch.device | None) -> Mome
 
 
 def _read_rows(path: Path, rows: list[int], device: torch.device | None) -> Moments:
-    """Read only these rows. The file is mapped again on each call; the operating system caches its pages."""
+    """Read the given rows of a cache file. Each call maps the file again; the operating system caches its pages."""
     with safe_open(path, "pt") as file:
         mean, std = (torch.stack([file.get_slice(name)[row] for row in rows]) for name in ("mean", "std"))
     return mean.to(device), std.to(device)

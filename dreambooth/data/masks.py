@@ -1,8 +1,8 @@
-"""Masks: which part of a photo counts in the loss. White counts, black does not, grey counts partly.
+"""Masks: grey images that define which part of a photo counts in the loss: white fully, grey partly, black not at all.
 
-A mask is the photo's own transparency, or an image from a folder of masks. Such an image has the photo's size and name;
-its suffix may differ. A mask is resized, cropped and mirrored with its photo. The weight of a latent in the loss is the
-share of its pixels that lie inside the mask. Imports no torch.
+A mask is the photo's alpha channel, or an image from a folder of masks. A mask image has the size and the name of its
+photo; the suffix may differ. A mask is resized, cropped and mirrored together with its photo. The loss weight of a
+latent is the mean mask value, from 0 (black) to 1 (white), of the pixels that the latent covers. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-SUFFIXES = (".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # not JPEG: its edges are not exact
+SUFFIXES = (".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # no JPEG: lossy compression alters the edges of a mask
 
 
 def mask_file(photo: Path, mask: str | None) -> Path | None:
-    """Return the image file that holds a photo's mask, or None.
+    """Return the path of the mask image of a photo, or None if there is no such file.
 
     Args:
-        mask: a folder of masks, "alpha" for the photo's transparency, or None for no mask.
+        mask: a folder of masks, "alpha" for the alpha channel of the photo, or None for no mask.
     """
     if mask is None or mask == ALPHA:
         return None
@@ -34,10 +34,10 @@ def mask_file(photo: Path, mask: str | None) -> Path | None:
 
 
 def load_mask(photo: Path, image: Image.Image, mask: str | None) -> Image.Image | None:
-    """Load the mask of a photo as 8-bit grey; None if `mask` is None.
+    """Load the mask of a photo as an 8-bit grey image. Return None if `mask` is None.
 
     Args:
-        image: the decoded photo, upright.
+        image: the decoded photo, already turned upright.
         mask: see `mask_file`.
 
     Raises:
@@ -57,7 +57,7 @@ def load_mask(photo: Path, image: Image.Image, mask: str | None) -> Image.Image 
             raise UnusablePhoto(f"has no mask: put {photo.stem}.png into {mask}, white where the subject is")
         with Image.open(path, formats=("PNG", "WEBP", "BMP", "TIFF", "GIF")) as opened:
             loaded = opened.convert("L")
-        aspect_ratio = image.width * loaded.height / (image.height * loaded.width)  # the photo's, divided by its mask's
+        aspect_ratio = image.width * loaded.height / (image.height * loaded.width)  # of the photo / of the mask
         if not 0.99 < aspect_ratio < 1.01:
             raise UnusablePhoto(f"has {image.width} x {image.height} pixels, but its mask {path.name} has "
                                 f"{loaded.width} x {loaded.height}: save the mask in the photo's size")
@@ -67,7 +67,7 @@ def load_mask(photo: Path, image: Image.Image, mask: str | None) -> Image.Image 
 
 
 def downscale_to_latents(mask: NDArray[np.uint8], scale: int) -> NDArray[np.float32]:
-    """Return for each latent the share of its pixels that lie inside the mask; exactly 0 if none does.
+    """Return for each latent the mean mask value of the pixels that it covers; exactly 0 if all these pixels are black.
 
     Args:
         mask: (H, W), 0 to 255.

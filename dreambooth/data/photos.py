@@ -1,8 +1,9 @@
 """Loads a folder of photos as RGB pixels with captions. No other file decodes photos. Imports no torch.
 
-A photo is decoded once: upright, 8-bit RGB, transparent parts on white. It is resized so that its short side equals the
-resolution, or so that it just covers its bucket. Crops and flips are applied at each use (`crop_to_size`). Pillow and
-numpy are imported where they are used, because a config resolver imports this file for `fingerprint`.
+A photo is decoded once, turned upright, and converted to 8-bit RGB; transparent parts become white. The photo is then
+resized so that its short side equals the resolution, or so that it just covers its aspect-ratio bucket. Crops and flips
+are applied each time a sample uses the photo (`crop_to_size`). Pillow and numpy are imported inside functions, because
+a config resolver imports this file for `fingerprint`.
 """
 
 from __future__ import annotations
@@ -27,28 +28,28 @@ if TYPE_CHECKING:
 
     Decoded = tuple[NDArray[np.uint8], aspect_buckets.Size | None, NDArray[np.uint8] | None]  # pixels, bucket, mask
 
-MAX_PIXELS = 178_956_970  # above it, Pillow refuses a file as a decompression bomb
-NO_FINGERPRINT = "0" * 64  # fingerprint of a folder without photos or with a file that cannot be read
+MAX_PIXELS = 178_956_970  # Pillow refuses a larger image as a decompression bomb
+NO_FINGERPRINT = "0" * 64  # fingerprint of a folder that has no photos, or an unreadable file
 
-_NOT_PHOTOS = {"thumbs.db", "desktop.ini", "__macosx", ".txt", ".json", ".jsonl"}  # names and suffixes
+_NOT_PHOTOS = {"thumbs.db", "desktop.ini", "__macosx", ".txt", ".json", ".jsonl"}  # lower-case file names and suffixes
 
 
 @dataclass(frozen=True, eq=False)
 class Photo:
-    """One decoded photo, ready to crop."""
+    """One decoded and resized photo, not yet cropped."""
 
     path: Path
     pixels: NDArray[np.uint8]  # (H, W, 3) RGB that just covers `size`
-    caption: str  # see captions.py; without one, the prompt
-    size: aspect_buckets.Size | None = None  # (height, width) to crop to; None: the square of the resolution
-    mask: NDArray[np.uint8] | None = None  # (H, W), the part that counts in the loss, see masks.py; None: all of it
+    caption: str  # see captions.py; the prompt, if the photo has no caption
+    size: aspect_buckets.Size | None = None  # (height, width) of the crop; None: a square, resolution x resolution
+    mask: NDArray[np.uint8] | None = None  # (H, W), see masks.py; None: the whole photo counts in the loss
 
 
 def list_photos(folder: Path) -> list[Path]:
-    """List the photo files of a folder, sorted by the bytes of their names, which is the same order on every system.
+    """Return the photo files of a folder, sorted by the bytes of their names: the same order on every system.
 
-    Ignores subfolders, hidden files, files that file managers create, captions and JSON. Any other file counts as a
-    photo, so that loading reports unusable files.
+    Subfolders, hidden files, files that file managers create, captions and JSON files are ignored. Any other file
+    counts as a photo, so that loading reports unusable files.
 
     Raises:
         UserError: the folder does not exist, is a file, cannot be read, or holds no photo.
@@ -72,16 +73,16 @@ def _is_photo_candidate(path: Path) -> bool:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return the hex SHA-256 over names and content of a folder's photos and captions. Never raises.
+    """Return a hex SHA-256 over the names and the content of all photo and caption files of a folder. Never raises.
 
-    The value does not depend on the folder's path. For a folder without photos or with an unreadable file, it is
-    NO_FINGERPRINT.
+    The fingerprint does not depend on the path of the folder. It is NO_FINGERPRINT if the folder has no photos, or a
+    file that cannot be read.
     """
     total = hashlib.sha256()
     try:
         for photo in list_photos(folder):
             for path in (photo, *captions.caption_files(photo)):
-                if not path.is_file():  # a broken link, or a pipe, which would block
+                if not path.is_file():  # a broken link, or a pipe; reading a pipe would block
                     return NO_FINGERPRINT
                 for part in (os.fsencode(path.name), path.read_bytes()):
                     total.update(hashlib.sha256(part).digest())
@@ -92,16 +93,16 @@ def fingerprint(folder: Path) -> str:
 
 def load_photos(paths: Sequence[Path], prompt: str, resolution: int, bucketed: bool = False,
                 mask: str | None = None) -> list[Photo]:
-    """Decode photos and read their captions.
+    """Load photos: decode the images and read their captions and masks.
 
     Args:
-        prompt: the caption of photos that have none.
-        resolution: side of the square in pixels.
-        bucketed: resize each photo for its aspect-ratio bucket; False: for the square.
+        prompt: the caption of a photo that has no caption of its own.
+        resolution: side of the square crop in pixels.
+        bucketed: True: resize each photo to cover its aspect-ratio bucket; False: to cover the square crop.
         mask: a folder of masks, "alpha", or None, see masks.py.
 
     Raises:
-        UserError: some files are unusable. The message names all of them, each with its reason.
+        UserError: a file is unusable. The message names every unusable file and the reason.
     """
     photos: list[Photo] = []
     problems: list[str] = []
@@ -120,7 +121,7 @@ def load_photos(paths: Sequence[Path], prompt: str, resolution: int, bucketed: b
 
 
 def load_image(path: Path, resolution: int) -> NDArray[np.uint8]:
-    """Decode one image as (H, W, 3), resized to just cover the square. Captions and masks are ignored.
+    """Decode one image as (H, W, 3), resized to just cover the square crop. Captions and masks are ignored.
 
     Raises:
         UserError: the image is unusable.
@@ -133,7 +134,7 @@ def load_image(path: Path, resolution: int) -> NDArray[np.uint8]:
 
 
 def _try_decode(path: Path, resolution: int, bucketed: bool, mask: str | None, problems: list[str]) -> Decoded | None:
-    """Decode a photo; if it is unusable, append the reason to `problems` and return None."""
+    """Decode a photo. If the photo is unusable, append the reason to `problems` and return None."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -165,7 +166,7 @@ def _decode(path: Path, resolution: int, bucketed: bool, mask: str | None) -> De
     if path.suffix.lower() in image_formats.RAW_SUFFIXES:
         raise UnusablePhoto("is a camera raw file, which is not supported: export it as JPEG")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about large files and malformed EXIF; damaged pixels raise an exception
+        warnings.simplefilter("ignore")  # large files and malformed EXIF only warn; damaged pixels raise an exception
         with Image.open(path, formats=image_formats.readable_formats()) as image:
             # The JPEG decoder may downscale, as long as the short side stays at least twice the resolution.
             image.draft(None, (2 * resolution, 2 * resolution))
@@ -186,9 +187,9 @@ def _turn_upright(image: Image.Image) -> None:
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """Convert an image to 8-bit RGB, with transparent parts on white.
+    """Convert an image to 8-bit RGB and replace transparency by white.
 
-    Must be called before any resize: colours hidden under transparent pixels would bleed into the edges.
+    Call this function before any resize: otherwise the colours of transparent pixels would bleed into visible edges.
     """
     from PIL import Image
 
@@ -205,7 +206,8 @@ def _flatten(image: Image.Image) -> Image.Image:
 def _to_eight_bit(image: Image.Image) -> Image.Image:
     """Convert 16-bit, 32-bit or float greyscale to mode L or LA. Pillow's convert("L") would clip the values.
 
-    Integers keep their high byte. Floats are scaled by their range.
+    An integer becomes its high byte. Floats are scaled so that the white level becomes 255. The white level is the first
+    of 1, 255 and 65535 that no value exceeds, or else the greatest value.
     """
     import numpy as np
     from PIL import Image
@@ -225,7 +227,7 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _resize(image: Image.Image, size: aspect_buckets.Size) -> Image.Image:
-    """Resize with antialiasing so that one side equals that of `size` and the other is at least as long."""
+    """Resize an image with antialiasing so that it just covers `size`: one side is equal, the other equal or longer."""
     from PIL import Image
 
     target, side = min(((size[0], image.height), (size[1], image.width)), key=lambda pair: pair[1] / pair[0])
@@ -239,7 +241,7 @@ def _resize(image: Image.Image, size: aspect_buckets.Size) -> Image.Image:
 def crop_to_square(
     pixels: NDArray[np.uint8], resolution: int, offset: tuple[float, float] | None, flip: bool
 ) -> NDArray[np.uint8]:
-    """Crop to (resolution, resolution, 3), see `crop_to_size`."""
+    """Return a crop of shape (resolution, resolution, 3), see `crop_to_size`."""
     return crop_to_size(pixels, (resolution, resolution), offset, flip)
 
 
@@ -249,10 +251,11 @@ def crop_to_size(
     """Return a copy of the pixels, cropped to `size` and optionally mirrored.
 
     Args:
-        offset: (vertical, horizontal) as fractions in [0, 1) of the free rows and columns; None: the centre.
+        offset: (vertical, horizontal) position of the crop, as fractions in [0, 1) of the rows and columns outside the
+            crop; None: the centre.
         flip: mirror the crop left to right.
     """
-    rows, columns = pixels.shape[0] - size[0], pixels.shape[1] - size[1]  # free rows and columns
+    rows, columns = pixels.shape[0] - size[0], pixels.shape[1] - size[1]  # left out by the crop
     top, left = rows // 2, columns // 2
     if offset is not None:
         top, left = int(offset[0] * (rows + 1)), int(offset[1] * (columns + 1))
@@ -261,7 +264,7 @@ def crop_to_size(
 
 
 def to_model_range(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Convert 8-bit pixels (H, W, 3) to a contiguous float array (3, H, W) in [-1, 1]."""
+    """Convert 8-bit pixels (H, W, 3) to a contiguous float32 array (3, H, W) in [-1, 1]."""
     import numpy as np
 
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(127.5) - np.float32(1)

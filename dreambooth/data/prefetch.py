@@ -1,6 +1,6 @@
 """Prepares the next step's samples in a background thread while the current step is computed.
 
-A step's samples are a function of its number (batches.py), so it does not matter when they are drawn.
+The samples of a step are a function of the step's number (batches.py), so drawing them earlier does not change them.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,25 +12,26 @@ BatchT = TypeVar("BatchT", covariant=True)
 
 
 class BatchSource(Protocol[Samples, BatchT]):
-    """Interface of objects that create a step's batches in two stages, such as `Batches` in batches.py."""
+    """Interface of objects that create the batches of a step in two stages, such as `Batches` in batches.py."""
 
     def draw(self, step: int, /) -> Samples:
-        """Draw the samples on the host; called in the background thread, one call at a time."""
+        """Draw the samples of a step on the host. The background thread calls this method; calls never overlap."""
 
     def to_device(self, samples: Samples, /) -> BatchT:
-        """Create the batches on the device; called in the thread that calls the Prefetcher."""
+        """Create the batches of a step on the device. The thread that calls the Prefetcher calls this method."""
 
 
 class Prefetcher(Generic[Samples, BatchT]):
-    """Callable that returns a step's batches and starts drawing the next step's samples in a background thread.
+    """Callable that returns the batches of a step and draws the samples of the next step in a background thread.
 
-    Steps may be requested in any order; a step that does not follow the last one is drawn while the caller waits. An
-    exception in `draw` is raised when its step is requested. Use the object as a context manager, to end the thread.
+    Steps may be requested in any order. If a step does not follow the previously requested step, the caller waits while
+    its samples are drawn. An exception that `draw` raises for a step is raised when this step is requested. Use the
+    object as a context manager, which ends the thread.
     """
 
     def __init__(self, source: BatchSource[Samples, BatchT], steps: int) -> None:
         """Args:
-            source: creates the batches.
+            source: the object that creates the batches.
             steps: number of steps of the whole run; no samples are drawn for later steps.
         """
         self._source, self._steps = source, steps

@@ -1,4 +1,4 @@
-"""Loads the photos of all subjects of a run into one list."""
+"""Loads the instance photos of all subjects of a run into one list."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from dreambooth.errors import UserError
 
 
 def load_subject_photos(recipe: Recipe) -> tuple[list[Photo], list[int]]:
-    """Load every photo, subject by subject.
+    """Load the instance photos of all subjects, in the order of the subjects.
 
     Returns:
-        The photos, and how often each is used per round.
+        The photos, and for each photo the number of uses per round (one pass over all photos).
 
     Raises:
         UserError: a folder or file cannot be used, or a photo's mask is empty inside the centre crop.
@@ -40,7 +40,7 @@ def _check_masks(photos: Sequence[Photo], resolution: int) -> None:
 
 
 def describe_buckets(photos: Sequence[Photo]) -> str:
-    """Describe how many photos each bucket has, and the largest fraction of a photo that is cropped."""
+    """Describe the number of photos in each bucket, and the largest fraction of a photo that is cropped away."""
     counts = Counter(photo.size for photo in photos if photo.size)
     buckets = ", ".join(f"{count} of {size[1]} x {size[0]}" for size, count in counts.most_common())
     most = max(aspect_buckets.cropped_fraction(photo.pixels.shape[0], photo.pixels.shape[1], photo.size)
