@@ -1,6 +1,6 @@
 """Command `python -m dreambooth.class_images`: generates the class images that a run with the same overrides needs.
 
-Runs with the same class prompt, base model, precision and sampler share these images, which are stored in run_root.
+The images are stored in run_root. Runs with the same class prompt, base model, precision and sampler share them.
 Torch is imported only when the job runs, so that --help is fast.
 """
 

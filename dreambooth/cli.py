@@ -1,4 +1,4 @@
-"""Helpers of all commands: error messages on stderr, exit codes, and arguments that are hidden from Hydra."""
+"""Helpers that all commands use: error messages on stderr, exit codes, and arguments that are hidden from Hydra."""
 
 import argparse
 import atexit
@@ -27,16 +27,16 @@ def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "re
 
     If the job fails, print the reason, record the exit code for `exit_process`, and return NaN.
 
-    A sweep continues with its next job after a failed one, but ends if a job was interrupted.
+    After a failed job, a sweep continues with the next job. After an interrupted job, the sweep ends.
 
     Args:
         job: the function that does the work of a command.
-        sweep: whether the job is one of several.
-        resume_hint: how to continue; printed after a Ctrl-C that ended the job at once.
+        sweep: whether the job is part of a sweep.
+        resume_hint: how to resume the job; printed after a Ctrl-C that ended the job at once.
     """
     for name, value in cpu_tuning.openmp_environment().items():
         os.environ.setdefault(name, value)  # the user's own settings take precedence
-    for category in (FutureWarning, DeprecationWarning):  # meant for library developers, not for users
+    for category in (FutureWarning, DeprecationWarning):  # warnings for library developers, not for users
         warnings.simplefilter("ignore", category)
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
     try:
@@ -62,7 +62,10 @@ def describe_fault(error: Exception) -> str:
 
 
 def _record_failure(code: int, sentence: str, user_error: bool = True) -> None:
-    """Record an exit code. If the parent process has set EXIT_REPORT_DIR, write a report for it into that folder."""
+    """Record the exit code of a failed job.
+
+    If the parent process has set EXIT_REPORT_DIR, also write a report for the parent process into that folder.
+    """
     _exit_codes.append(code)
     if folder := os.environ.get(EXIT_REPORT_DIR):
         rank = int(os.environ.get("RANK", "0"))  # set by PyTorch's launcher
@@ -73,8 +76,9 @@ def _record_failure(code: int, sentence: str, user_error: bool = True) -> None:
 def exit_process() -> None:
     """End the process with the exit code of the first job that failed, or 0.
 
-    Under torchrun the interpreter is not finalised. If it is, torch's communication threads request the interpreter's
-    lock (GIL) during finalisation: about one finished run in ten ended with SIGABRT or SIGSEGV (gloo, torch 2.13).
+    Under torchrun, end the process without finalising the interpreter. During finalisation, torch's communication
+    threads may request the interpreter lock (GIL): about one finished run in ten ended with SIGABRT or SIGSEGV (gloo,
+    torch 2.13).
     """
     code = _exit_codes[0] if _exit_codes else 0
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -87,9 +91,9 @@ def exit_process() -> None:
 
 
 def configure_allocator(memory: Memory) -> None:
-    """Set the environment variable with the options of PyTorch's CUDA allocator, unless the user has set it.
+    """Set PYTORCH_ALLOC_CONF, which holds the options of PyTorch's CUDA allocator, unless the user has set it.
 
-    PyTorch reads the variable when torch is imported.
+    PyTorch reads this environment variable when torch is imported.
     """
     options = {"expandable_segments": "True" if memory.expandable_segments else None,
                "max_split_size_mb": memory.max_split_size_mb}
@@ -99,7 +103,7 @@ def configure_allocator(memory: Memory) -> None:
 
 
 def parse_with_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse options mixed with overrides KEY=VALUE; the overrides go into the attribute `overrides`."""
+    """Parse options and overrides KEY=VALUE. The attribute `overrides` of the result lists the overrides."""
     options, overrides = parser.parse_known_args()
     if invalid := [word for word in overrides if "=" not in word or word.startswith("-")]:
         parser.error(f"{invalid[0]} is neither an option nor KEY=VALUE")
@@ -108,9 +112,9 @@ def parse_with_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def intercept_override(key: str) -> None:
-    """Remove the overrides `key=value` from sys.argv before Hydra reads it, and keep the last value.
+    """Remove the overrides of `key` from sys.argv before Hydra reads them, and store the value of the last override.
 
-    Needed for a key that is also the name of a config group: Hydra would look for an option of that group.
+    Needed if `key` is also the name of a config group: Hydra would search for an option of that group.
     """
     overrides = [word for word in sys.argv[1:] if word.startswith(f"{key}=")]
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in overrides]

@@ -15,7 +15,7 @@ from dreambooth.errors import UserError
 
 @dataclass
 class Compare(Section):
-    """Options of the command: the sweep and the file of the page. conf/compare.yaml explains each key."""
+    """Options of the command: the sweep, and the HTML file to write. conf/compare.yaml explains each key."""
 
     sweep: str | None = None
     run_root: str = "runs"

@@ -1,4 +1,4 @@
-"""Command `python -m dreambooth.convert`: converts a single-file model to a diffusers folder, or back.
+"""Command `python -m dreambooth.convert`: converts a single-file model to a diffusers folder, or a folder to a file.
 
 Torch is imported only when the job runs, so that --help is fast.
 """
@@ -21,7 +21,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 class Convert(Section):
     """Options of the command; conf/convert.yaml explains each key.
 
-    The field of the key `in` is called `source`, because `in` is a keyword of Python.
+    The field of the key `in` is called `source`, because `in` is a Python keyword.
     """
 
     source: str | None = None
@@ -46,7 +46,7 @@ class Convert(Section):
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="convert")
 def convert(cfg: DictConfig) -> None:
-    """Convert a file to a folder, or a folder to a file."""
+    """Convert a single-file model to a diffusers folder, or a diffusers folder to a single file."""
     cli.run_job(lambda: _job(parse_options(cfg)), sweep=False)
 
 

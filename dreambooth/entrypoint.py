@@ -1,8 +1,8 @@
 """Command `python -m dreambooth.entrypoint`: runs one SageMaker training job in the container image.
 
-It reads hyperparameters, channels and hosts from files below /opt/ml, trains in one or more child processes, and
-copies the result to the folder that SageMaker uploads. Its arguments are overrides, and take precedence over all
-other settings. Heavy libraries such as torch are not imported in this process.
+The command reads the hyperparameters, input channels and hosts of the job from files below /opt/ml, trains in one or
+more child processes, and copies the result to the folder that SageMaker uploads. The command's arguments are overrides,
+which take precedence over all other settings. Heavy libraries such as torch are not imported in this process.
 """
 
 import json
@@ -41,7 +41,7 @@ identity.register_resolver()
 
 
 def main() -> None:
-    """Run one job and exit with its code. If the job fails, also write the reason to output/failure."""
+    """Run one job and exit with its exit code. If the job fails, also write the reason to output/failure."""
     supervisor, paths = Supervisor(), SageMakerPaths.from_environment()
     with suppress(OSError):
         paths.failure.unlink(missing_ok=True)
@@ -86,9 +86,9 @@ def _run_job(paths: SageMakerPaths, args: list[str], supervisor: Supervisor) -> 
 
 
 def read_request(paths: SageMakerPaths, args: list[str], hardware: str | None) -> RunRequest:
-    """Read the hyperparameters and channels of a job, and build the run that they request.
+    """Read the hyperparameters and input channels of a job, and return the run that they request.
 
-    The run folder is below `paths.checkpoints`.
+    The folder of the run is below `paths.checkpoints`.
 
     Args:
         paths: the folders that SageMaker mounts.
@@ -96,7 +96,7 @@ def read_request(paths: SageMakerPaths, args: list[str], hardware: str | None) -
         hardware: option of the config group hardware for this machine; None if no option matches it.
 
     Raises:
-        ConfigError: names are unknown or values have the wrong type.
+        ConfigError: hyperparameters have unknown names, or values of the wrong type.
     """
     hyperparameters = {name: raw if isinstance(raw, str) else json.dumps(raw)
                        for name, raw in paths.read_config("hyperparameters.json").items()}
@@ -108,7 +108,7 @@ def read_request(paths: SageMakerPaths, args: list[str], hardware: str | None) -
 
 
 def _parse_args(args: list[str]) -> dict[str, str]:
-    """Split overrides from the command line into key -> value.
+    """Return the overrides from the command line as a dictionary, from key to value.
 
     Raises:
         UserError: an argument is not KEY=VALUE.
@@ -151,7 +151,7 @@ def _epochs_to_steps(config: Config, world_size: int) -> int:
 
 
 def _to_local_folder(folder: str, storage: Storage) -> Path:
-    """Return the local path of a folder. Download a folder in S3 to the run's cache, where the run finds it later."""
+    """Return the local path of a folder. If the folder is in S3, download it to the cache that the run also uses."""
     if not is_remote(folder):
         return Path(resolve_asset(folder))
     from dreambooth.storage import folders
@@ -160,7 +160,10 @@ def _to_local_folder(folder: str, storage: Storage) -> Path:
 
 
 def _find_hardware_option(instance_type: str | None) -> str | None:
-    """Return the option of the group hardware for an instance type, or else for its family: g5 for ml.g5.2xlarge."""
+    """Return the option of the config group hardware for an instance type, or else for the instance family.
+
+    For example, return g5 for ml.g5.2xlarge. Return None if there is no such option.
+    """
     family = (instance_type or "").rpartition(".")[0]
     options = {path.stem: OmegaConf.load(path) for path in sorted((conf_dir() / "hardware").glob("*.yaml"))}
     exact = (name for name, option in options.items() if instance_type and option.instance_type == instance_type)

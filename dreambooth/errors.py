@@ -12,7 +12,8 @@
 Every other exception is an internal fault: the traceback is printed, and the exit code is 1.
 """
 
-# Environment variable with the path of a folder. Every failed process writes a report RANK.json there for its parent.
+# Name of the environment variable with the path of a folder. Every failed process writes a report for its parent
+# process to RANK.json in this folder.
 EXIT_REPORT_DIR = "DREAMBOOTH_ENDS"
 
 

@@ -21,9 +21,9 @@ from dreambooth.errors import UserError
 
 @dataclass
 class EvaluateOptions(Section):
-    """Options of the command: the run, and new values of its settings in the group evaluate (None: keep the value).
+    """Options of the command: the run to evaluate, and new values for settings of the config group evaluate.
 
-    conf/evaluate.yaml explains each key.
+    None keeps the value that the run was trained with. conf/evaluate.yaml explains each key.
     """
 
     run: str | None = None
@@ -64,11 +64,11 @@ def _job(cfg: DictConfig) -> None:
 
 
 def compose_from_run(run: Path, options: dict[str, object]) -> DictConfig:
-    """Load the configuration that Hydra recorded in a run folder, and replace values of its group evaluate.
+    """Load the configuration that Hydra recorded in a run folder, and replace values of the group evaluate.
 
     Args:
         run: folder of the run.
-        options: key of the group evaluate -> new value.
+        options: the new values, by key in the group evaluate.
 
     Raises:
         UserError: there is no run in the folder, or its configuration cannot be read.

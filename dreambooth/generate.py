@@ -18,7 +18,7 @@ ConfigStore.instance().store(name="generate_schema", node=Generate, provider="dr
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="generate")
 def generate(cfg: DictConfig) -> None:
-    """Generate images, and write them and a grid of them."""
+    """Generate images, and write each image and a grid of all images."""
     cli.run_job(lambda: _job(cfg), sweep=False)
 
 

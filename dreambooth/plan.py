@@ -1,7 +1,7 @@
 """Command `python -m dreambooth.plan`: predicts the memory, time and cost of a run from its overrides.
 
-It reads no photos and no weights, and writes no file except the plot that plan.plot names. The exit code is 3 if the
-run does not fit. Torch is imported only when the job runs, so that --help is fast.
+The command reads neither photos nor weights. It writes no file, except a plot if plan.plot is set. The exit code is 3
+if the run does not fit. Torch is imported only when the job runs, so that --help is fast.
 """
 
 import sys
@@ -24,7 +24,7 @@ from dreambooth.runs import identity
 if TYPE_CHECKING:
     from dreambooth.planner.report import Plan
 
-PLACEHOLDERS = {  # for settings that are required for a run, but not for a plan
+PLACEHOLDERS = {  # values of settings that are required for training, but not for a plan
     "instance_dir": "photos", "instance_prompt": "a photo of a zwx thing", "class_prompt": "a photo of a thing"}
 _plans: list["Plan"] = []  # one per job of this process; a sweep runs several jobs
 
@@ -33,7 +33,7 @@ identity.register_resolver()
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def plan(cfg: DictConfig) -> float | None:
-    """Plan one run. Return the predicted GPU memory in GiB, as the objective of a sweep over plans."""
+    """Plan one run. Return the predicted GPU memory in GiB, which is the objective if a sweep plans several runs."""
     sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     return cli.run_job(lambda: _job(load(cfg), sweep), sweep)
 
@@ -46,7 +46,7 @@ def _job(config: Config, sweep: bool) -> float:
         for key, value in PLACEHOLDERS.items():
             if getattr(subject, key) is None:
                 setattr(subject, key, f"{value}{number or ''}")
-    config.dataset.allow_drawings = True  # this rule matters only for training
+    config.dataset.allow_drawings = True  # the rule about drawings matters only for training
     machine = detect_machine() if config.hardware.device is Device.local else None
     recipe = resolve(config, Path(config.run_root), machine)
     from dreambooth.models.loading import import_libraries

@@ -15,7 +15,7 @@ from dreambooth.errors import UserError
 
 @dataclass
 class Promote(Section):
-    """Options of the command: the sweep and the rule of promotion. conf/promote.yaml explains each key."""
+    """Options of the command: the sweep, and the rules of promotion. conf/promote.yaml explains each key."""
 
     sweep: str | None = None
     run_root: str = "runs"
@@ -37,7 +37,7 @@ ConfigStore.instance().store(name="promote_schema", node=Promote, provider="drea
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="promote")
 def promote(cfg: DictConfig) -> None:
-    """Register the best model of a sweep in MLflow, and write promoted.json to the folder of the runs."""
+    """Register the best model of a sweep in MLflow, and write promoted.json to run_root."""
     cli.run_job(lambda: _job(cfg), sweep=False)
 
 

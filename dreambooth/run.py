@@ -1,4 +1,4 @@
-"""The composition root of a training run: connects its parts, from Recipe to Result, and makes no decisions itself."""
+"""The composition root of a training run: only creates and connects the objects that turn a Recipe into a Result."""
 
 import time
 from contextlib import nullcontext
@@ -33,10 +33,10 @@ from dreambooth.utils.signals import StopRequest
 
 
 def execute(recipe: Recipe, stop: StopRequest) -> Result:
-    """Start or resume the run that `recipe` describes, and return its result. If it is already finished, report that.
+    """Start or resume the run that `recipe` describes, and return its result. If the run has finished, print that.
 
     Raises:
-        DreamBoothError: see errors.py. Everything that was saved before is kept.
+        DreamBoothError: the run failed or was interrupted; see errors.py. All saved files are kept.
     """
     loading.import_libraries()
     engine, accelerator = create_engine(recipe.device, recipe.precision.dtype, recipe.precision.tf32)
@@ -61,7 +61,7 @@ def execute(recipe: Recipe, stop: StopRequest) -> Result:
             best = best_weights.needed_bytes(setup.trained) if recipe.evaluate.select else 0
             checkpoints = checkpoint.needed_bytes(setup.state, setup.trained, recipe.checkpoint.keep)
             run_folder.check_disk_space(recipe.run_dir, checkpoints + best + export.size_bytes(setup.parts, recipe))
-        with track_run(recipe, engine.is_main_process) as tracker:  # wrong input creates no MLflow run
+        with track_run(recipe, engine.is_main_process) as tracker:  # last: invalid input creates no MLflow run
             result = _train(recipe, engine, setup, console, meter, tracker, stop)
         console.table(report.summary_table(result, recipe, tracker.url()))
         return result
@@ -98,7 +98,7 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
 
 def _finish(recipe: Recipe, engine: Engine, setup: Setup, evaluation: EvaluationHook, tracker: Tracker,
             meter: MemoryMeter, seconds: float) -> Result:
-    """Score and export the best weights if evaluate.select is set, else the last ones (their EMA, if there is one)."""
+    """Score and export the last weights (their EMA, if there is one), or the best weights if evaluate.select is set."""
     step = setup.state.step
     with meter.phase("export"):
         with evaluation.exported_weights() as exported, engine.autocast():

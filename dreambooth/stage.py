@@ -2,7 +2,7 @@
 
 The workflow engine passes all overrides as one string, and afterwards reads the outputs of the stage from files. A
 stage runs another command (`train`, `evaluate`, ...) as a child process, forwards signals to it, and exits with the
-exit code of the child process. By this code the engine recognises interrupted stages, and repeats only these. Heavy
+exit code of the child process. The engine repeats a stage only if this code reports an interruption. Heavy
 libraries such as torch are not imported in this process.
 """
 
@@ -29,9 +29,9 @@ from dreambooth.kubernetes.workflow_spec import TRACKING_OVERRIDE, TRACKING_URI,
 
 STAGES = ("validate", "class-images", "train", "evaluate", "promote", "ended")
 # Keys that do not change how much memory a run needs: trials that differ only in these keys are planned
-# once. `sweep` is not in the set, because a search space may choose the method.
+# once. The key `sweep` is not in the set, because a search space may set the training method.
 MEMORY_NEUTRAL_KEYS = {"train.learning_rate", "train.max_train_steps", "prior.prior_loss_weight", "method.alpha"}
-RUN_FILES = ("result.json", "contact_sheet.png", "evaluation.json")  # files of a run that the engine keeps as artifacts
+RUN_FILES = ("result.json", "contact_sheet.png", "evaluation.json")  # files that the engine stores as artifacts
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Run one stage and exit with its code."""
+    """Run one stage and exit with its exit code."""
     options = cli.parse_with_overrides(parser())
     options.out.mkdir(parents=True, exist_ok=True)
     status = ExitStatus()
@@ -95,9 +95,9 @@ def _split_overrides(text: str) -> list[str]:
 
 
 def _run_overrides(overrides: Sequence[str], trial: Sequence[str]) -> list[str]:
-    """Return all overrides of a run: those that the workflow adds, then the user's, then the trial's.
+    """Return all overrides of a run: overrides that the workflow adds, then the user's, then the trial's.
 
-    Later overrides take precedence. The name of a trial in MLflow consists of the overrides that distinguish it.
+    Later overrides take precedence. The MLflow run of a trial is named after the overrides of the trial.
     """
     pairs = [override.partition("=") for override in trial if not override.startswith("sweep=")]
     run_name = " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
@@ -106,14 +106,14 @@ def _run_overrides(overrides: Sequence[str], trial: Sequence[str]) -> list[str]:
 
 
 def _validate(overrides: list[str], space: str, out: Path, supervisor: Supervisor) -> ExitStatus:
-    """Compose, resolve and plan every run before the first GPU is paid for, and write the list of trials.
+    """Compose, resolve and plan every run of a workflow before it pays for a GPU, and write the list of trials.
 
     Raises:
-        ConfigError: runs break rules; one line per problem of any run.
+        ConfigError: runs break rules; the message has one line per problem.
     """
     trials = SearchSpace(space, search_space(space)).without_overridden(overrides).trials() if space else [()]
     problems: list[str] = []
-    plans: dict[tuple[str, ...], None] = {}  # the distinct trials to plan, in order
+    plans: dict[tuple[str, ...], None] = {}  # trials to plan, in order and without duplicates
     for trial in trials:
         try:
             config, run_dir = compose_run(_run_overrides(overrides, trial))
@@ -161,7 +161,10 @@ def _module_command(name: str, overrides: Sequence[str]) -> list[str]:
 
 
 def _copy_outputs(status: ExitStatus, run_dir: Path, out: Path) -> ExitStatus:
-    """Write the path of the run folder, the objective and RUN_FILES to `out` for the engine. Return `status`."""
+    """Write the outputs of a run to `out`, where the engine reads them, and return `status`.
+
+    The outputs are the path of the run folder, the objective and RUN_FILES.
+    """
     for name in RUN_FILES:
         if (run_dir / name).is_file():
             shutil.copyfile(run_dir / name, out / name)

@@ -1,4 +1,4 @@
-"""Command `python -m dreambooth.train`: composes a run with Hydra and trains it.
+"""Command `python -m dreambooth.train`: composes the configuration of a run with Hydra, and trains the run.
 
 Torch is imported only when the job runs, so that --help is fast.
 """

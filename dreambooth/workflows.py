@@ -24,8 +24,8 @@ DEFAULT_IMAGE = f"dreambooth:{__version__}"
 PHOTO_OVERRIDES = ("dataset=s3", "dataset.instance_dir=s3://BUCKET/photos",
                    "dataset.instance_prompt=a photo of a zwx dog", "dataset.class_prompt=a photo of a dog")
 DEFAULT_OVERRIDES = ("hardware=g4dn", *PHOTO_OVERRIDES)
-DEMO_OVERRIDES = ("hardware=cpu",)  # the shipped demo, which tests a cluster without photos and GPUs
-OVERLAYS = {  # overlay -> overrides, search space, suffix of the image's tag
+DEMO_OVERRIDES = ("hardware=cpu",)  # the demo in the package; it tests a cluster without photos and GPUs
+OVERLAYS = {  # overrides, search space and suffix of the image tag, by name of the overlay
     "g4dn": (DEFAULT_OVERRIDES, "subject", ""), "g5": (("hardware=g5", *PHOTO_OVERRIDES), "subject", ""),
     "cpu": (DEMO_OVERRIDES, "tiny", "-cpu")}
 
@@ -33,10 +33,10 @@ OVERLAYS = {  # overlay -> overrides, search space, suffix of the image's tag
 def build_spec(
     overrides: Sequence[str] = DEFAULT_OVERRIDES, space: str = DEFAULT_SPACE, image: str = DEFAULT_IMAGE
 ) -> WorkflowSpec:
-    """Return the values that workflow files are rendered from, for these overrides and without overlays.
+    """Return the values from which workflow files are rendered. The result has no overlays.
 
     Raises:
-        UserError: Hydra cannot compose the overrides, or they break a rule.
+        UserError: Hydra cannot compose the overrides, or the overrides break a rule.
     """
     config, run_dir = compose_run(list(overrides))
     resolve(config, run_dir)
@@ -45,7 +45,7 @@ def build_spec(
 
 
 def build_shipped_spec() -> WorkflowSpec:
-    """Return the values that the committed files are rendered from, including their overlays."""
+    """Return the values from which the committed workflow files are rendered, including overlays."""
     overlays = {name: build_spec(overrides, space, DEFAULT_IMAGE + suffix)
                 for name, (overrides, space, suffix) in OVERLAYS.items()}
     return replace(build_spec(), overlays=overlays)
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Run the command and exit with its code."""
+    """Run the command and exit with its exit code."""
     options = cli.parse_with_overrides(parser())
 
     def job() -> None:
@@ -102,10 +102,10 @@ def main() -> None:
 
 
 def find_differences(files: dict[str, str], folder: Path) -> list[str]:
-    """Return the names of the missing, changed and additional files in `folder`, compared with `files`.
+    """Return the names of files that are missing in `folder`, differ from `files`, or are not in `files`.
 
     Args:
-        files: name -> content.
+        files: the expected content of each file, by name.
     """
     committed = {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
                  for path in folder.rglob("*.yaml")}
