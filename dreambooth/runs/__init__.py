@@ -1,5 +1,5 @@
-"""A run on disk: its folder (run_folder.py), its identity (identity.py), checkpoints, messages (report.py),
-and its copy in S3 (remote_mirror.py).
+"""The files of a run: run folder (run_folder.py), identity (identity.py), checkpoints (checkpoint_files.py),
+messages (report.py) and the copy in S3 (remote_mirror.py).
 
 Imports only from errors, utils, config, runtime, storage, models, optim, data and serialization.
 """

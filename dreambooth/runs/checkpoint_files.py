@@ -12,7 +12,7 @@ STATE_FILE = "state.json"
 
 
 def rotate(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` intact checkpoints. Damaged checkpoints do not count, and are removed."""
+    """Remove every checkpoint except the newest `keep` intact checkpoints. Damaged checkpoints are always removed."""
     checkpoints = _list_checkpoints(folder)
     kept = [path for path in checkpoints if is_intact(path)][-keep:]
     for path in checkpoints:
@@ -21,7 +21,7 @@ def rotate(folder: Path, keep: int) -> None:
 
 
 def latest(folder: Path) -> Path | None:
-    """Return the newest intact checkpoint, or None. A damaged one is skipped with a warning."""
+    """Return the newest intact checkpoint, or None. Log a warning for each damaged checkpoint that is newer."""
     for path in reversed(_list_checkpoints(folder)):
         if is_intact(path):
             return path
@@ -30,7 +30,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def is_intact(path: Path) -> bool:
-    """Return whether every file of a checkpoint has the size that was recorded when it was written."""
+    """Return whether every file of a checkpoint has the size that was recorded when the checkpoint was written."""
     try:
         sizes = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["sizes"]
         return all((path / name).stat().st_size == size for name, size in sizes.items())
@@ -39,7 +39,7 @@ def is_intact(path: Path) -> bool:
 
 
 def step_of(path: Path) -> int:
-    """Return the number of completed steps of a checkpoint."""
+    """Return the number of training steps that were completed when a checkpoint was written."""
     return int(json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["step"])
 
 

@@ -1,8 +1,9 @@
-"""A run's identity: a hash of everything that changes its result, which is part of its folder's name. Imports no torch.
+"""The identity of a run: a hash of everything that changes the result. It is part of the run folder's name.
 
-The hash must stay the same for a run that was started with an earlier version: otherwise its folder would not be found
-and it would not be resumed. Config keys that were added later are therefore left out of the hash while they have the
-value that changes nothing (LATER_KEYS, NEUTRAL_VALUES and the pops in `identity`). Do not remove or reorder them.
+If a run was started with an earlier version of this package, the hash must not change: otherwise the run folder would
+not be found, and the run would not be resumed. A config key that was added later is therefore left out of the hash
+while it has the value with which results do not change (LATER_KEYS, NEUTRAL_VALUES and the calls of `pop` in
+`identity`). Do not remove or reorder these constants and calls. This file imports no torch.
 """
 
 import json
@@ -22,18 +23,18 @@ from dreambooth.utils.atomic_files import weights_digest
 
 LATER_KEYS: dict[str, Any] = {
     "dataset.mask": None, "dataset.concepts": [], "dataset.buckets": False, "dataset.prompt_dropout": 0.0,
-    "precision.tf32": False}  # keys added after the first runs, with the value at which they are left out
-NEUTRAL_VALUES = {"ema_every": 1, "weights": "full", "rounding": None}  # memory settings that change no number
+    "precision.tf32": False}  # keys that were added later; a key with this value is left out of the hash
+NEUTRAL_VALUES = {"ema_every": 1, "weights": "full", "rounding": None}  # memory values that leave results unchanged
 NOT_SELECTING = ("offline", "objective", "promote", "max_class_similarity")  # evaluate keys that select no weights
 
 
 def register_resolver() -> None:
-    """Register ${identity:} and ${identity:sweep} for configs. Every command that composes a run calls this once."""
+    """Register the OmegaConf resolver for ${identity:} and ${identity:sweep}. Call it before composing a run."""
     OmegaConf.register_new_resolver("identity", _identity_resolver, replace=True)
 
 
 def _identity_resolver(kind: str = "", *, _root_: DictConfig) -> str:
-    """Resolve ${identity:} of a run, and ${identity:sweep} of a trial."""
+    """Return the value of ${identity:} for a run, or of ${identity:sweep} for a trial of a sweep."""
     overrides = _root_.hydra.overrides.task if kind == "sweep" else []
     return identity(_root_, swept=any(word.lstrip("+").startswith("train.max_train_steps=") for word in overrides))
 
@@ -42,13 +43,13 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     """Return a hash (ten hex digits) of everything that changes a run's result, including the content of its photos.
 
     The hash does not include:
-    - how the run is computed: hardware, and the memory settings that change no number;
-    - settings that only observe: sample, tracking, checkpoint, and evaluate unless it selects the exported weights;
-    - `max_train_steps`, unless the learning rate depends on it, so that more steps extend a run.
+    - the hardware, and memory settings that do not change the result;
+    - the sections sample, tracking and checkpoint, and the section evaluate unless it selects the exported weights;
+    - `max_train_steps`, unless the learning rate depends on it, so that a run with more steps extends an earlier run.
 
     Args:
         root: the composed config.
-        swept: whether a sweep varies `max_train_steps`, so that each value is a run of its own.
+        swept: True if a sweep varies `max_train_steps`: each value then gives a separate run.
     """
     def section(name: str) -> dict[str, Any]:
         values: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
@@ -91,7 +92,7 @@ def identity(root: DictConfig, swept: bool = False) -> str:
 
 
 def _selection(evaluate: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of evaluate that decide which weights are exported, if evaluate.select is set."""
+    """Return the settings of evaluate that determine which weights are exported if evaluate.select is set."""
     settings = {key: value for key, value in evaluate.items() if key not in NOT_SELECTING}
     if folder := settings["reference_dir"]:
         settings["reference_dir"] = _folder_content(folder)
@@ -101,8 +102,8 @@ def _selection(evaluate: dict[str, Any]) -> dict[str, Any]:
 
 
 def _folder_content(folder: str) -> str:
-    """Return the fingerprint of a local folder, or the address of a folder in S3, which is not downloaded yet.
+    """Return the fingerprint of a local folder, or the address of a folder in S3.
 
-    storage/run_inputs.py checks the content of S3 folders.
+    S3 folders have not been downloaded at this point. storage/run_inputs.py compares their content later.
     """
     return folder if is_remote(folder) else fingerprint(Path(resolve_asset(folder)))

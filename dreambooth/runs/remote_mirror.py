@@ -1,4 +1,4 @@
-"""Copies a run to S3: its checkpoints while it trains, its result at the end."""
+"""Copies a run to S3: the checkpoints during training, and the result at the end."""
 
 import logging
 import threading
@@ -20,22 +20,22 @@ from dreambooth.utils.console import Console
 RESULT_FILES = (".hydra", "model", "samples", "contact_sheet.png", "evaluation.json", "metrics.jsonl", "result.json",
                 "run.json")
 POLL_SECONDS = 5.0  # seconds between two checks for new checkpoints
-MAX_RETRY_SECONDS = 600.0  # longest pause before copying a checkpoint is retried
+MAX_RETRY_SECONDS = 600.0  # longest pause before a failed copy is retried
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def mirror_run(spec: Storage, run_dir: Path, resume: str) -> Iterator[Callable[[Any], None]]:
-    """Copy a run to `storage.upload`: checkpoints as they are written, and the result at the end.
+    """Context manager that copies a run to `storage.upload`: each new checkpoint during training, and the result.
 
-    If this machine has no intact checkpoint of the run, the newest one in S3 is downloaded first.
+    If this machine has no intact checkpoint of the run, the newest checkpoint in S3 is downloaded first. If a
+    checkpoint cannot be copied, a warning is logged and the run continues.
 
     Yields:
-        A function that copies the run's Result; the caller calls it at the end.
+        A function that copies the result files to S3. The caller calls it with the Result after training.
 
     Raises:
-        UserError: the result could not be copied. If a checkpoint cannot be copied, a warning is logged and the run
-            continues.
+        UserError: the result could not be copied, or `download_latest` failed.
     """
     if spec.upload is None or not is_main_process():
         yield lambda result: None
@@ -53,7 +53,7 @@ def mirror_run(spec: Storage, run_dir: Path, resume: str) -> Iterator[Callable[[
 
 
 def _copy_result(step: int, run_dir: Path, uri: str, parallel: int) -> None:
-    """Copy the result into a folder named by the number of steps, because an extended run has several results."""
+    """Copy the result files to S3. The number of steps is in the folder name: an extended run has several results."""
     console, target = Console(), f"{uri}/result-{step:06d}"
     entries = hash_folder(run_dir, RESULT_FILES)
     target = folders.upload_with_fallback(run_dir, target, entries, console, parallel, core="model/")
@@ -63,13 +63,13 @@ def _copy_result(step: int, run_dir: Path, uri: str, parallel: int) -> None:
 class CheckpointMirror(threading.Thread):
     """Background thread that copies each new checkpoint to S3, newest first.
 
-    A checkpoint that is damaged, or that is removed meanwhile, is skipped. A failed copy is retried at growing
-    intervals, because each attempt competes with the training for the machine.
+    Damaged checkpoints, and checkpoints that are removed before or during the copy, are skipped. A failed copy is
+    retried at growing intervals, because each attempt takes machine time from the training.
     """
 
     def __init__(self, run_dir: Path, uri: str, parallel: int) -> None:
         """Args:
-            uri: S3 address of the run; checkpoints are below it in `checkpoints`.
+            uri: S3 address of the run. Checkpoints are copied into its subfolder `checkpoints`.
             parallel: number of parallel transfers.
         """
         super().__init__(name="checkpoints to S3", daemon=True)
@@ -77,11 +77,11 @@ class CheckpointMirror(threading.Thread):
         self._copied: set[str] = set()
         self._failed = ""  # name of the last checkpoint that could not be copied
         self._retry_pause, self._retry_time = POLL_SECONDS, 0.0
-        self._hashed: tuple[Any, Entries] = None, {}  # the last checkpoint that was hashed, and its entries
+        self._hashed: tuple[Any, Entries] = None, {}  # key of the last hashed checkpoint, and its manifest entries
         self._closing = threading.Event()
 
     def download_latest(self, resume: str) -> None:
-        """Download the newest checkpoint from S3 into the run folder, if this machine has no intact one.
+        """Download the newest checkpoint from S3 into the run folder, unless the run folder has an intact checkpoint.
 
         Raises:
             UserError: S3 has checkpoints and `checkpoint.resume` is not auto.
@@ -105,7 +105,7 @@ class CheckpointMirror(threading.Thread):
             self._copy_newest()
 
     def finish(self) -> None:
-        """End the thread, then copy the last checkpoint."""
+        """End the thread, then copy the newest checkpoint if it is not in S3 yet."""
         self._closing.set()
         self.join()
         self._retry_time = 0.0
@@ -128,7 +128,7 @@ class CheckpointMirror(threading.Thread):
                     self._schedule_retry(path.name, error)
 
     def _entries(self, path: Path) -> Entries:
-        """Return the manifest entries of a checkpoint. It is hashed once, not at each attempt."""
+        """Return the manifest entries of a checkpoint, which is hashed once and not again at each attempt to copy."""
         key = path, path.stat().st_mtime_ns
         if self._hashed[0] != key:
             self._hashed = key, hash_folder(path)

@@ -1,4 +1,4 @@
-"""Tables and messages that a run prints: its plan before it starts, its summary at the end."""
+"""Tables and messages that a run prints: the plan before training, and the summary at the end."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from dreambooth.runs.run_folder import Result
 
 
 def plan_table(recipe: Recipe) -> dict[str, str]:
-    """Return the plan of a run as rows of a table, label -> content."""
+    """Return the plan of a run as a table: a dictionary with one item (label, content) per row."""
     train, prior = recipe.train, recipe.prior
     photos = train.train_batch_size * train.gradient_accumulation_steps
     subjects = "; ".join(f"{subject.instance_prompt!r}, photos in {_short_path(str(subject.instance_dir))}"
@@ -38,7 +38,7 @@ def describe_trained_weights(recipe: Recipe) -> str:
 
 
 def already_finished(result: Result, recipe: Recipe) -> str:
-    """Return the message that the run was finished before, with what to type to train more."""
+    """Return the message that the run is already finished, and the override to type for more training steps."""
     requested = recipe.train.max_train_steps
     note = "" if result.step == requested else f" (you asked for {requested})"
     return (f"this run is finished: {result.step} steps{note}, model in {_short_path(result.run_dir)}/{result.model}. "
@@ -46,7 +46,7 @@ def already_finished(result: Result, recipe: Recipe) -> str:
 
 
 def summary_table(result: Result, recipe: Recipe, tracking: str | None) -> dict[str, str]:
-    """Return the result of a run and the paths of its files as rows of a table, label -> content.
+    """Return the result of a run and the paths of its files as a table: one item (label, content) per row.
 
     Args:
         tracking: address of the MLflow server or database; None if the run was not tracked.
@@ -65,7 +65,7 @@ def summary_table(result: Result, recipe: Recipe, tracking: str | None) -> dict[
 
 
 def score_table(scores: Mapping[str, float], base: Mapping[str, float], recipe: Recipe) -> dict[str, str]:
-    """Return for each measure its value, the base model's value, and whether higher or lower is better."""
+    """Return a table with one row per measure: the score, the base model's score, and which direction is better."""
     better = {name: "higher" if HIGHER_IS_BETTER[role] else "lower" for name, role in recipe.measure_roles.items()}
     return {name: f"{value:z.3f}  base {base[name]:z.3f}, {better[name]} is better" if name in base else f"{value:z.3f}"
             for name, value in scores.items() if name in better}
@@ -75,7 +75,7 @@ def promotion_message(promotion: Mapping[str, Any]) -> str:
     """Describe the outcome of a promotion in one sentence.
 
     Args:
-        promotion: the record that `promote` or `register_run` returned, see sweeps/promotion.py.
+        promotion: the return value of `promote` or `register_run` in sweeps/promotion.py.
     """
     measure = promotion["class_similarity"]
     similarity = f", {measure['name']} {measure['value']:.3f}" if measure else ", class_similarity not measured"
@@ -86,6 +86,6 @@ def promotion_message(promotion: Mapping[str, Any]) -> str:
 
 
 def _short_path(path: str) -> str:
-    """Return a path relative to the working directory if the path is inside it; otherwise unchanged."""
+    """Return the path relative to the working directory, or unchanged if it is outside the working directory."""
     working_dir = Path.cwd()
     return str(Path(path).relative_to(working_dir)) if Path(path).is_relative_to(working_dir) else path

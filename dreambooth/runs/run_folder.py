@@ -1,4 +1,4 @@
-"""A run's folder: its lock, the result of a finished run, and the checkpoint from which a run resumes.
+"""The folder of a run: locks it, loads the result of a finished run, and finds the checkpoint from which to resume.
 
 Content of the folder:
 
@@ -26,7 +26,7 @@ from dreambooth.serialization import export_layout
 from dreambooth.utils import atomic_files
 from dreambooth.utils.hardware import GIB
 
-KEPT_ON_RESTART = {".hydra", ".lock", "train.log", "remote.json"}  # files that stay when an earlier run is moved away
+KEPT_ON_RESTART = {".hydra", ".lock", "train.log", "remote.json"}  # not moved by `_move_earlier_run`
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,24 @@ class Result:
     """The result of a finished run; also the content of `result.json`."""
 
     step: int  # completed steps
-    objective: float  # what a sweep minimises: the instance loss, or the value that evaluate.objective names
-    seconds: float  # training time in this process
+    objective: float  # the value that a sweep minimises: the instance loss, or the value of evaluate.objective
+    seconds: float  # training time in the process that finished the run
     run_dir: str
-    model: str  # folder of the exported model, inside run_dir
-    exported_step: int | None = None  # steps of the exported weights; may be fewer than `step`, see evaluate.select
-    scores: dict[str, float] = field(default_factory=dict)  # measures and instance_loss of the exported weights
-    base_scores: dict[str, float] = field(default_factory=dict)  # measures before training
+    model: str  # folder of the exported model, relative to run_dir
+    exported_step: int | None = None  # steps of the exported weights; may be less than `step`, see evaluate.select
+    scores: dict[str, float] = field(default_factory=dict)  # measures and instance_loss, for the exported weights
+    base_scores: dict[str, float] = field(default_factory=dict)  # measures, for the base model before training
 
     def write(self) -> None:
-        """Write result.json atomically."""
+        """Write this result to `result.json` in the run folder, atomically."""
         atomic_files.write_json(Path(self.run_dir) / "result.json", asdict(self))
 
 
 def with_objective(result: Result, recipe: Recipe) -> Result:
-    """Return a copy of the result whose objective is the one that evaluate.objective names.
+    """Return a copy of the result in which `objective` is the value of evaluate.objective.
 
     Raises:
-        UserError: the run did not measure this objective.
+        UserError: the run did not measure a score that evaluate.objective needs.
     """
     name, scores = recipe.evaluate.objective, {evaluate.INSTANCE_LOSS: result.objective} | result.scores
     try:
@@ -64,7 +64,7 @@ def with_objective(result: Result, recipe: Recipe) -> Result:
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Lock the run folder for this process.
+    """Context manager that locks the run folder for this process.
 
     Raises:
         UserError: another process has locked the folder.
@@ -83,10 +83,14 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def load_finished(recipe: Recipe) -> Result | None:
-    """Return the result if the run is finished; else None.
+    """Return the result of the run if the run is finished; otherwise None.
 
-    A run is finished if it has train.max_train_steps steps or more, and its exported model is complete. An earlier
-    result counts only if checkpoint.resume is auto."""
+    A run is finished if it has completed at least train.max_train_steps steps and its exported model is complete. If
+    checkpoint.resume is not auto, the result is None, because an earlier run in this folder does not count.
+
+    Raises:
+        UserError: the run did not measure a score that evaluate.objective needs.
+    """
     run_dir = recipe.run_dir
     if recipe.checkpoint.resume != "auto":
         return None
@@ -99,10 +103,10 @@ def load_finished(recipe: Recipe) -> Result | None:
 
 
 def find_resume_point(run_dir: Path, resume: str) -> Path | None:
-    """Return the checkpoint to start from, or None to start at step 0.
+    """Return the path of the checkpoint from which training continues, or None if training starts at step 0.
 
-    Removes unfinished files of a killed process. Unless `resume` is auto, then moves an earlier run in this folder
-    into `earlier-TIME/`.
+    Unfinished files of a killed process are removed first. If `resume` is not auto, the files of an earlier run in this
+    folder are then moved into `earlier-TIME/`.
 
     Args:
         resume: auto, never, or the path of a checkpoint.
@@ -120,7 +124,7 @@ def find_resume_point(run_dir: Path, resume: str) -> Path | None:
 
 
 def _move_earlier_run(run_dir: Path) -> Path | None:
-    """Move an earlier run's files into `earlier-TIME/`, so that starting over never deletes anything."""
+    """Move the files of an earlier run into `earlier-TIME/`, and return this folder; None if there are no files."""
     entries = [entry for entry in run_dir.iterdir()
                if entry.name not in KEPT_ON_RESTART and not entry.name.startswith("earlier-")]
     if not entries:
@@ -143,13 +147,13 @@ def check_disk_space(run_dir: Path, needed: int) -> None:
 
 
 def remove_hydra_record(run_dir: Path) -> None:
-    """Remove Hydra's record of the overrides, because one of them contains a secret."""
+    """Remove Hydra's record of the overrides (`.hydra`, `multirun.yaml`), because an override contains a secret."""
     shutil.rmtree(run_dir / ".hydra", ignore_errors=True)
     (run_dir.parent / "multirun.yaml").unlink(missing_ok=True)
 
 
 def remove_if_unused(run_dir: Path) -> None:
-    """Remove a run folder with no files except KEPT_ON_RESTART, unless another process is starting a run in it."""
+    """Remove a run folder that has only files of KEPT_ON_RESTART, unless another process has locked the folder."""
     if run_dir.is_dir() and {entry.name for entry in run_dir.iterdir()} <= KEPT_ON_RESTART:
         with suppress(UserError), locked(run_dir):
             shutil.rmtree(run_dir, ignore_errors=True)

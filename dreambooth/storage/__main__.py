@@ -1,4 +1,4 @@
-"""The command `python -m dreambooth.storage`: upload a folder to S3, or download one."""
+"""The command `python -m dreambooth.storage`: uploads a folder to S3, or downloads a folder from S3."""
 
 import argparse
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Turns AWS errors into messages of one sentence that ends in what to type.
+"""Turns an AWS error into a message of one sentence that ends with the command or option to type.
 
-Errors are recognised by class name and error code, so that this file does not need boto3.
+Errors are recognised by class name and error code, so that this file does not import boto3.
 """
 
 import os
@@ -33,18 +33,18 @@ def _response(error: BaseException) -> dict[str, Any]:
 
 
 def error_code(error: BaseException) -> str:
-    """Return the error code of AWS's response, or the name of the exception class if there was no response."""
+    """Return the error code in the response of AWS, or the name of the exception class if AWS did not respond."""
     return str(_response(error).get("Error", {}).get("Code") or type(error).__name__)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether the same call may succeed a moment later."""
+    """Return whether the failed call may succeed if it is repeated a moment later."""
     status = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return error_code(error) in NETWORK | BUSY | DAMAGED or 500 <= status < 600
 
 
 def is_network_error(error: BaseException) -> bool:
-    """Return whether the call failed without a response, so that the network is the cause."""
+    """Return whether the call got no response from AWS, so that the network is the likely cause."""
     return error_code(error) in NETWORK
 
 
@@ -54,23 +54,26 @@ def needs_login(error: BaseException) -> bool:
 
 
 def login_can_be_renewed() -> bool:
-    """Return whether a login in another terminal takes effect here. Environment variables would override it."""
+    """Return whether a login in another terminal takes effect in this process.
+
+    It does not if environment variables hold the credentials, because they take precedence.
+    """
     return "AWS_ACCESS_KEY_ID" not in os.environ
 
 
 def is_aws_error(error: BaseException) -> bool:
-    """Return whether the error comes from AWS or its client libraries; any other error is a bug of this package."""
+    """Return whether AWS or its client libraries raised the error. Any other error is a bug of this package."""
     return hasattr(error, "response") or type(error).__module__.startswith(("botocore", "boto3", "urllib3", "http")) \
         or error_code(error) in NETWORK | DAMAGED
 
 
 def describe_error(error: BaseException, permission: str, where: str, bucket: str | None = None) -> str:
-    """Return one sentence: why a call failed, and what to type.
+    """Return one sentence that describes why a call failed and what to type.
 
     Args:
         permission: the IAM action that the call needs, such as s3:GetObject.
-        where: the object or service of the call.
-        bucket: the bucket, if it was a call to S3.
+        where: the S3 object or the AWS service of the call.
+        bucket: the bucket of the call; None if the call was not to S3.
     """
     code = error_code(error)
     if code in NO_CREDENTIALS:
@@ -83,7 +86,7 @@ def describe_error(error: BaseException, permission: str, where: str, bucket: st
             "set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN again")
     if code == "NoSuchBucket":
         return f"bucket {bucket} does not exist: type another name, or create it with aws s3 mb s3://{bucket}"
-    # Without permission for s3:ListBucket, AWS returns the same error for an object that does not exist.
+    # Without the permission s3:ListBucket, AWS returns this error for an object that does not exist, too.
     if code in DENIED and permission == "s3:GetObject":
         return (f"no permission for s3:GetObject on {where}, or it does not exist and there is no permission for "
                 f"s3:ListBucket on {bucket}: add both to your policy; docs/sagemaker.md has the complete policy")

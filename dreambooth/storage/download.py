@@ -1,6 +1,6 @@
-"""Downloads a folder from S3 into a local cache. A folder's name in the cache contains a hash of its content.
+"""Downloads a folder from S3 into a local cache. The name of a cached folder contains a hash of the folder's content.
 
-Files are downloaded into a folder with a temporary name. It is renamed after its files have been verified.
+Files are downloaded into a temporary folder, which is renamed after all files have been verified.
 """
 
 import errno
@@ -21,26 +21,27 @@ from dreambooth.storage.s3_bucket import Bucket
 from dreambooth.utils import atomic_files
 
 GIB = 2**30
-ROUNDS = 3  # attempts to download the files that did not arrive correctly
-BLOCK = 2**20  # bytes read at a time
+ROUNDS = 3  # attempts to download missing or damaged files
+BLOCK = 2**20  # number of bytes per read
 
 
 class BadDigest(Exception):
-    """An object's content differs from its ETag. The class has the name of S3's error code for a wrong checksum."""
+    """Raised if the content of an object differs from its ETag. S3's own error code for this case has the same name."""
 
 
 def fetch(bucket: Bucket, cache: Path, complete: bool) -> Path:
-    """Download an S3 folder or object into the cache, unless the cache has it already.
+    """Download an S3 folder or object into the cache, unless the cache already has the same content.
 
     Args:
-        complete: require a manifest.
+        cache: the local folder of all downloads.
+        complete: raise UserError if the S3 folder has no manifest.
 
     Returns:
         A local folder with exactly the files of the S3 folder, or a local file if the location is an object.
 
     Raises:
-        UserError: the location is empty or not complete, or its files did not arrive correctly.
-        DoesNotFit: the disk is too small.
+        UserError: the location is empty or not complete, or the downloaded files are not correct.
+        DoesNotFit: the disk has too little free space.
     """
     location, listed = bucket.location, bucket.list_objects()
     if not listed:
@@ -65,7 +66,7 @@ def fetch(bucket: Bucket, cache: Path, complete: bool) -> Path:
 
 @contextmanager
 def _translate_disk_errors(folder: Path) -> Iterator[None]:
-    """Turn errors of the disk into messages of one sentence. Errors of S3 are translated in s3_bucket.py."""
+    """Turn disk errors into messages of one sentence. s3_bucket.py does the same with errors of S3."""
     try:
         yield
     except OSError as error:
@@ -76,7 +77,7 @@ def _translate_disk_errors(folder: Path) -> Iterator[None]:
 
 
 def _download_files(bucket: Bucket, folder: Path, wanted: Entries) -> None:
-    # This folder is kept after a failure, so that the next attempt continues in it.
+    # The temporary folder stays after a failure, so that the next attempt does not download its files again.
     temporary = folder.with_name(atomic_files.TEMPORARY_PREFIX + folder.name)
     paths = {temporary / (name or bucket.location.prefix.rpartition("/")[2]): (name, entry)
              for name, entry in wanted.items()}
@@ -102,7 +103,7 @@ def _download_files(bucket: Bucket, folder: Path, wanted: Entries) -> None:
 
 
 def _file_tasks(bucket: Bucket, path: Path, name: str, entry: Entry) -> Iterator[partial[None]]:
-    """Yield the tasks that download one file: one per part, or a single one if its parts are not known."""
+    """Yield the tasks that download one file: one task per part, or one task in all if the parts are not known."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not entry.parts:
         yield partial(_download_whole, bucket, path, name, entry)
@@ -114,7 +115,7 @@ def _file_tasks(bucket: Bucket, path: Path, name: str, entry: Entry) -> Iterator
 
 
 def _download_part(bucket: Bucket, path: Path, name: str, digest: str, start: int, size: int) -> None:
-    """Download one part of a file, unless the local file contains it already."""
+    """Download one part of a file, unless the local file already contains this part."""
     with path.open("r+b") as file:
         if not size or sha256(os.pread(file.fileno(), size, start)).hexdigest() == digest:
             return
@@ -124,9 +125,9 @@ def _download_part(bucket: Bucket, path: Path, name: str, digest: str, start: in
 
 
 def _download_whole(bucket: Bucket, path: Path, name: str, entry: Entry) -> None:
-    """Download an object that is in no manifest, and check its content as far as S3's metadata allows.
+    """Download an object that no manifest describes, and verify it with the metadata that S3 stores.
 
-    boto3 checks the length, and the checksum if S3 stores one. The ETag is checked here if it is an MD5.
+    boto3 verifies the length, and the checksum if S3 stores one. This function verifies the ETag if it is an MD5.
     """
     if path.is_file():
         return
@@ -146,7 +147,7 @@ def _download_whole(bucket: Bucket, path: Path, name: str, entry: Entry) -> None
 
 
 def _is_correct(path: Path, entry: Entry) -> bool:
-    """Return whether a file has the expected size and content, read from the disk again."""
+    """Return whether a file has the expected size and content. The content is read from the disk again."""
     if path.stat().st_size != entry.size:
         return False
     if not entry.parts:

@@ -1,7 +1,7 @@
-"""Uploads and downloads S3 folders: in parallel, resumable, verified at both ends. Nothing in S3 is ever deleted.
+"""Uploads and downloads S3 folders. Transfers are parallel, resumable and verified at both ends.
 
-From the command line: `python -m dreambooth.storage upload FOLDER s3://BUCKET/PREFIX`. Only this file and
-dreambooth/cloud/ use boto3.
+Nothing in S3 is ever deleted. The command is `python -m dreambooth.storage upload FOLDER s3://BUCKET/PREFIX`. Only this
+file and dreambooth/cloud/ use boto3.
 """
 
 import json
@@ -21,23 +21,23 @@ from dreambooth.storage.upload import DestinationOccupied, upload_entries
 from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
 
-PARALLEL = 8  # transfers at a time
-CONNECT_TIMEOUT, READ_TIMEOUT = 10, 60  # seconds to connect; seconds without receiving a byte
+PARALLEL = 8  # number of simultaneous transfers
+CONNECT_TIMEOUT, READ_TIMEOUT = 10, 60  # timeouts in seconds; READ_TIMEOUT counts from the last received byte
 
 
 class RemoteContent(NamedTuple):
-    """Summary of the content of an S3 address."""
+    """Summary of what an S3 address contains."""
 
     digest: str  # hash of the content, ten hex digits
-    is_folder: bool  # False: one object
-    is_complete: bool  # whether it has a manifest
+    is_folder: bool  # False: a single object
+    is_complete: bool  # whether the folder has a manifest
 
 
 def client(service: str, connections: int = 10) -> Any:
-    """Create a boto3 client that retries when AWS is busy.
+    """Create a boto3 client that retries transient errors and throttled calls.
 
     Raises:
-        UserError: boto3 is not installed, or there is no region.
+        UserError: boto3 is not installed, or no AWS region is configured.
     """
     try:
         from boto3.session import Session
@@ -50,11 +50,11 @@ def client(service: str, connections: int = 10) -> Any:
 
 
 def upload(folder: Path, uri: str, console: Console | None = None, parallel: int = PARALLEL) -> None:
-    """Upload a local folder. Files that S3 already has are not sent again.
+    """Upload a local folder to S3. Files that S3 already has are not sent again.
 
     Raises:
-        UserError: S3 does not accept or keep a file, or the address has a complete folder with other content.
-        DestinationOccupied: the address has no complete folder, but it has a file with other content.
+        UserError: S3 rejects or loses a file, or the address has a complete folder with other content.
+        DestinationOccupied: the address has no complete folder, but a file with other content.
     """
     with _open_bucket(uri, console, parallel) as bucket:
         upload_entries(bucket, manifest.hash_folder(folder), folder)
@@ -62,18 +62,21 @@ def upload(folder: Path, uri: str, console: Console | None = None, parallel: int
 
 def upload_with_fallback(folder: Path, uri: str, entries: Entries, console: Console | None, parallel: int, *,
                          core: str = "") -> str:
-    """Upload a folder to `uri`, or to the first free one of URI.2, URI.3 and so on.
+    """Upload a folder to the first free address of URI, URI.2, URI.3 and so on.
 
-    For callers that cannot prompt the user for another address. An address is not free if it has an unfinished upload
-    of other content.
+    This function is for callers that cannot prompt the user for another address. An address is not free if it has an
+    unfinished upload of other content.
 
     Args:
-        entries: the files to upload.
-        core: prefix of file names. A complete folder in S3 with the same files under this prefix counts as already
-            uploaded, and is not changed.
+        entries: manifest entries of the files to upload.
+        core: prefix of file names, such as "model/". If a complete folder in S3 has the same files under this prefix,
+            nothing is uploaded, and the address of this folder is returned.
 
     Returns:
         The address of the complete folder.
+
+    Raises:
+        UserError: S3 rejects or loses a file, or an address has a complete folder with other content.
     """
     def of_core(all_entries: Entries) -> Entries:
         return {name: entry for name, entry in all_entries.items() if name.startswith(core)}
@@ -88,20 +91,20 @@ def upload_with_fallback(folder: Path, uri: str, entries: Entries, console: Cons
 
 
 def strip_fallback_number(name: str) -> str:
-    """Return the folder name without the number that `upload_with_fallback` added: step-000100 for step-000100.2."""
+    """Remove the number that `upload_with_fallback` appended to a folder name: return step-000100 for step-000100.2."""
     return name.partition(".")[0]
 
 
 def download(uri: str, cache: Path, console: Console | None = None, parallel: int = PARALLEL, *,
              complete: bool = False) -> Path:
-    """Download an S3 folder or object into a folder below `cache`, and return its local path.
+    """Download an S3 folder or object into a folder below `cache`, and return the local path.
 
     Args:
-        complete: require a manifest, as for a model.
+        complete: raise UserError if the S3 folder has no manifest. Models need a manifest.
 
     Raises:
-        UserError: the address is empty or not complete, or its files did not arrive correctly.
-        DoesNotFit: the disk is too small.
+        UserError: the address is empty or not complete, or the downloaded files are not correct.
+        DoesNotFit: the disk has too little free space.
     """
     with _open_bucket(uri, console, parallel) as bucket:
         return fetch(bucket, cache, complete)
@@ -112,7 +115,7 @@ def read_json(uri: str) -> dict[str, Any]:
 
     Raises:
         UserError: the object does not exist.
-        ValueError: its content is not a JSON object.
+        ValueError: the content of the S3 object is not a JSON object.
     """
     with _open_bucket(uri, None, 1) as bucket:
         content = json.loads(bucket.read_object(""))
@@ -122,12 +125,12 @@ def read_json(uri: str) -> dict[str, Any]:
 
 
 def digest(folder: Path) -> str:
-    """Return a hash of the content of a local folder, ten hex digits."""
+    """Return a hash of ten hex digits over the content of a local folder."""
     return manifest.digest(manifest.hash_folder(folder))
 
 
 def inspect(uri: str) -> RemoteContent | None:
-    """Return a summary of the content of an S3 address; None if it is empty."""
+    """Return a summary of the content of an S3 address, or None if the address is empty."""
     with _open_bucket(uri, None, 1) as bucket:
         complete = bucket.read_manifest()
         entries = bucket.list_objects() if complete is None else complete
@@ -137,15 +140,15 @@ def inspect(uri: str) -> RemoteContent | None:
 
 
 def read_manifest(uri: str) -> Entries | None:
-    """Return the entries of the manifest of an S3 folder; None if the folder is not complete."""
+    """Return the manifest entries of an S3 folder, or None if the folder is not complete."""
     with _open_bucket(uri, None, 1) as bucket:
         return bucket.read_manifest()
 
 
 def list_complete_folders(uri: str) -> list[str]:
-    """List the addresses of the complete folders directly below an address, sorted by the number in their names.
+    """Return the addresses of the complete folders directly below an address, sorted by the number in the folder name.
 
-    For a folder that `upload_with_fallback` uploaded under a fallback name, the number in the original name counts.
+    If `upload_with_fallback` appended a fallback number to a name, the number before it determines the order.
     """
     with _open_bucket(uri, None, 1) as bucket:
         listed = bucket.list_objects()

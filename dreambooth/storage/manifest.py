@@ -1,9 +1,9 @@
-"""Manifests: size and SHA-256 of every file of a complete S3 folder, part by part, in `dreambooth-manifest.json`.
+"""Manifests: `dreambooth-manifest.json` records the size and the SHA-256 checksums of all files of an S3 folder.
 
-The manifest is uploaded last, so a folder without one is not complete. A download whose bytes differ from the manifest
-is rejected. The checksums are those that S3 itself stores (SHA-256 additional checksums), so that both sides compare
-the same values. For an object of one part this is its SHA-256. For an object of several parts it is the SHA-256 over
-the SHA-256s of the parts.
+The manifest is uploaded last, so a folder without a manifest is not complete. A download that differs from the manifest
+is rejected. A file is divided into parts, and the manifest holds the SHA-256 of each part. S3 stores a checksum that
+can be computed from these values (a SHA-256 additional checksum): for an object of one part, the SHA-256 of the object;
+for an object of several parts, the SHA-256 of the concatenated SHA-256s of the parts.
 """
 
 import json
@@ -19,13 +19,13 @@ from dreambooth.errors import UserError
 from dreambooth.utils import atomic_files
 
 NAME = "dreambooth-manifest.json"
-PART_SIZE = 16 * 2**20  # bytes; S3 allows 10,000 parts per object, so 156 GiB
+PART_SIZE = 16 * 2**20  # bytes; S3 allows 10,000 parts, so an object has at most 156 GiB
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Expected size and content of a file. Without `parts` its SHA-256 is not known, only the ETag that S3 gave it."""
+    """Expected size and content of a file. If `parts` is empty, only the ETag from S3 identifies the content."""
 
     size: int
     parts: tuple[str, ...] = ()  # hex SHA-256 of each part
@@ -39,8 +39,8 @@ class Entry:
             checksum: S3's SHA-256 in base64, followed by "-" and the number of parts if there are several.
 
         Returns:
-            Whether the content is the same. None: S3 stores no SHA-256 for the parts into which this entry divides the
-            file, for example because another tool uploaded the object.
+            Whether the content is the same. None: unknown, because S3 stores no SHA-256 of the object, or one that was
+            computed over other parts. This happens, for example, if another tool uploaded the object.
         """
         digests = [bytes.fromhex(part) for part in self.parts]
         total = digests[0] if len(digests) == 1 else sha256(b"".join(digests)).digest()
@@ -52,17 +52,17 @@ class Entry:
         return False if stored and count == (str(len(digests)) if len(digests) > 1 else "") else None
 
     def spans(self) -> list[tuple[int, int]]:
-        """Return (offset, length) of every part; an empty file has one part."""
+        """Return the (offset, length) of every part of the file. An empty file has one part."""
         if not self.size:
             return [(0, 0)]
         return [(start, min(self.part_size, self.size - start)) for start in range(0, self.size, self.part_size)]
 
 
-Entries = dict[str, Entry]  # path below the folder, with forward slashes -> its entry
+Entries = dict[str, Entry]  # the key is the path relative to the folder, with forward slashes
 
 
 def hash_file(path: Path) -> Entry:
-    """Compute size and checksums of a local file."""
+    """Compute the manifest entry of a local file: the size and the checksum of each part."""
     parts: list[str] = []
     size = 0
     with path.open("rb") as file:
@@ -73,10 +73,10 @@ def hash_file(path: Path) -> Entry:
 
 
 def hash_folder(folder: Path, only: Sequence[str] = ()) -> Entries:
-    """Compute size and checksums of every file below a folder, except the manifest and temporary files.
+    """Compute the manifest entry of every file below a folder, except the manifest itself and temporary files.
 
     Args:
-        only: names of files and folders directly in the folder; empty: all of them.
+        only: names of the files and subfolders to include; empty: include everything.
 
     Raises:
         UserError: there are no files to upload.
@@ -92,13 +92,13 @@ def hash_folder(folder: Path, only: Sequence[str] = ()) -> Entries:
 
 
 def digest(entries: Mapping[str, Entry]) -> str:
-    """Return a hash of the names and contents of all files, ten hex digits."""
+    """Return a hash of ten hex digits over the names and contents of all files."""
     content = [[name, entry.size, entry.parts or entry.etag] for name, entry in sorted(entries.items())]
     return sha256(json.dumps(content).encode()).hexdigest()[:10]
 
 
 def serialize(entries: Mapping[str, Entry]) -> bytes:
-    """Return the content of a manifest file, which is JSON."""
+    """Return the content of a manifest file as JSON bytes."""
     files = {name: {"size": entry.size, "part_size": entry.part_size, "sha256": entry.parts}
              for name, entry in sorted(entries.items())}
     return (json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n").encode()
@@ -108,10 +108,10 @@ def parse(text: bytes, where: str) -> Entries:
     """Parse the content of a manifest file.
 
     Args:
-        where: the folder, for error messages.
+        where: the address of the folder, for error messages.
 
     Raises:
-        UserError: this version cannot read the manifest, or the manifest names a file outside its folder.
+        UserError: this version of dreambooth cannot read the manifest, or the manifest names a file outside its folder.
     """
     try:
         content = json.loads(text)
@@ -131,10 +131,10 @@ def _parse_entry(item: dict[str, Any]) -> Entry:
 
 
 def check_name(name: str, where: str) -> str:
-    """Return a file name unchanged after checking that it is inside its folder.
+    """Check that a file name in a manifest is inside the folder of the manifest, and return it unchanged.
 
     Raises:
-        UserError: the file would be outside the folder.
+        UserError: the file name leads out of the folder.
     """
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
@@ -144,6 +144,6 @@ def check_name(name: str, where: str) -> str:
 
 
 def write(folder: Path) -> None:
-    """Write a manifest into a local folder that another tool uploads, as SageMaker uploads the output of a job."""
+    """Write a manifest into a local folder that another tool will upload: SageMaker uploads the output of a job."""
     with atomic_files.write_file(folder / NAME) as temporary:
         temporary.write_bytes(serialize(hash_folder(folder)))

@@ -1,7 +1,7 @@
-"""The S3 inputs of a run: downloads everything that the run reads from s3:// before it starts.
+"""The S3 inputs of a run: before the run starts, downloads everything that the run reads from s3://.
 
-The name of a run folder depends only on the S3 addresses, not on their content. `remote.json` in the run folder records
-hashes of the downloaded content, so that a run is not resumed with other content.
+The name of a run folder depends on the S3 addresses of the inputs, not on their content. `remote.json` in the run
+folder records hashes of the downloaded content, so that a run is not resumed after the content has changed.
 """
 
 import json
@@ -21,19 +21,19 @@ from dreambooth.utils.console import Console
 REMOTE_KEYS = {
     ("model", "source"): True, ("model", "vae"): False,
     ("checkpoint", "resume"): True, ("evaluate", "reference_dir"): False, ("evaluate", "prompts"): False,
-    ("evaluate", "lpips"): False}  # (section, key) -> whether the S3 folder must have a manifest
+    ("evaluate", "lpips"): False}  # value: whether the S3 folder must have a manifest
 RECORD_FILE = "remote.json"
 
 
 def is_main_process() -> bool:
-    """Return whether this process is the first (rank 0) of the processes of a distributed run."""
+    """Return whether this process has rank 0 in a distributed run, or is the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def download_if_remote(path: str | None, cache: str = "runs/s3") -> str | None:
-    """Return a local path unchanged, or download an S3 address and return its local path.
+    """Return the path unchanged if it is local; otherwise download the S3 address and return the local path.
 
-    An S3 folder must be complete; a single file needs no manifest.
+    An S3 folder must be complete. A single file needs no manifest.
     """
     if not is_remote(path):
         return path
@@ -47,8 +47,8 @@ def possible_inputs(config: Config) -> list[tuple[str, Any, str, bool]]:
     """List the keys of a config that may name an S3 address.
 
     Returns:
-        For each key: its section as a user types it, the object that holds it, the key, and whether the S3 folder must
-        have a manifest.
+        One tuple (section, owner, key, complete) per key. `section` is the name of the section in an override,
+        `owner` is the object with the attribute `key`, and `complete` is True if the S3 folder must have a manifest.
     """
     inputs: list[tuple[str, Any, str, bool]] = [
         (section, subject, key, False) for section, subject in config.dataset.keyed_subjects for key in FOLDERS]
@@ -60,13 +60,13 @@ def fetch_inputs(config: Config, run_dir: Path | None) -> Config:
     """Download everything that a run reads from s3://.
 
     Args:
-        run_dir: the run folder in which to record the downloaded content; None: do not record it.
+        run_dir: the run folder for `remote.json`; None: write no `remote.json`.
 
     Returns:
-        A copy of the config with local folders in place of S3 addresses.
+        A copy of the config in which local paths replace the S3 addresses.
 
     Raises:
-        UserError: an input cannot be downloaded, or differs from the one that this run folder started with.
+        UserError: an input cannot be downloaded, or its content differs from the hash in `remote.json`.
     """
     config = deepcopy(config)
     contents: dict[str, str] = {}
@@ -77,7 +77,7 @@ def fetch_inputs(config: Config, run_dir: Path | None) -> Config:
             folder = folders.download(uri, Path(config.storage.cache).absolute(),
                                       Console(quiet=not is_main_process()), config.storage.parallel,
                                       complete=complete and not is_single_file(uri))
-            # The name of a downloaded folder has a hash of its content; a single file is inside such a folder.
+            # The name of a downloaded folder contains a content hash. A single file is inside a folder of this kind.
             named_by_content = folder.parent if section == "model" and folder.is_file() else folder
             contents[f"{section}.{key}={uri}"] = named_by_content.name
             setattr(owner, key, str(model_folder(folder) if section == "model" else folder))
@@ -87,7 +87,7 @@ def fetch_inputs(config: Config, run_dir: Path | None) -> Config:
 
 
 def model_folder(folder: Path) -> Path:
-    """Return the model inside a run's result, or the folder itself if it is a model."""
+    """Return the subfolder `model` of the result of a run, or `folder` itself if it has no such subfolder."""
     inner = folder / "model"
     return inner if inner.is_dir() else folder
 

@@ -1,4 +1,4 @@
-"""Calls to one folder or object in S3: listing, reading, comparing with a manifest, and retries."""
+"""Access to one folder or object in S3: lists and reads objects, compares them with a manifest, and retries calls."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -14,8 +14,8 @@ from dreambooth.storage import aws_errors, manifest
 from dreambooth.storage.manifest import Entries, Entry
 from dreambooth.utils.console import Console
 
-ATTEMPTS = 5  # per call
-PAUSE = 0.5  # seconds after the first failure, doubled after each further one
+ATTEMPTS = 5  # maximum number of attempts per call
+PAUSE = 0.5  # seconds after the first failure, doubled after each further failure
 NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class S3Location:
         """Parse s3://BUCKET/PREFIX.
 
         Raises:
-            UserError: `uri` is not such an address.
+            UserError: `uri` does not have this form.
         """
         bucket, _, prefix = uri.removeprefix(S3_SCHEME).partition("/")
         if not is_remote(uri) or not bucket or not prefix.strip("/"):
@@ -40,7 +40,7 @@ class S3Location:
         return cls(bucket, prefix.strip("/"))
 
     def key(self, name: str) -> str:
-        """Return the key of an object by its name below the folder; "" names the location itself."""
+        """Return the key of the object `name` below this location; for the name "", the key of the location itself."""
         return f"{self.prefix}/{name}" if name else self.prefix
 
     def __str__(self) -> str:
@@ -48,15 +48,15 @@ class S3Location:
 
 
 def call_with_retries(call: Callable[[], T], permission: str, where: object, bucket: str | None = None) -> T:
-    """Return the result of a call to AWS; retry it after a transient error.
+    """Call AWS and return the result. Repeat the call after a transient error.
 
     Args:
         permission: the IAM action that the call needs, such as s3:GetObject.
-        where: the object or service of the call, for error messages.
-        bucket: the bucket, if it is a call to S3.
+        where: the S3 object or the AWS service of the call, for error messages.
+        bucket: the bucket of the call; None if the call is not to S3.
 
     Raises:
-        UserError: the call failed; the message is one sentence.
+        UserError: the call failed. The message is one sentence.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -80,28 +80,28 @@ def _none_if_not_found(call: Callable[[], dict[str, Any]]) -> dict[str, Any] | N
 
 
 class Bucket:
-    """One S3 location with the client and the threads that access it. Object names are relative to the location."""
+    """One S3 location, and the boto3 client and threads that access it. Object names are relative to the location."""
 
     def __init__(self, location: S3Location, s3: Any, pool: ThreadPoolExecutor, console: Console) -> None:
         """Args:
             s3: a boto3 client.
-            pool: threads for parallel transfers.
-            console: shows progress.
+            pool: the threads for parallel transfers.
+            console: the console that shows progress.
         """
         self.location, self.s3, self.pool, self.console = location, s3, pool, console
-        self._verified: dict[tuple[str, str], bool] = {}  # (name, ETag) -> whether its bytes are as expected
+        self._verified: dict[tuple[str, str], bool] = {}  # the key is (name, ETag); see `_content_matches`
 
     def object_arguments(self, name: str) -> dict[str, Any]:
-        """Return the arguments of an S3 call that name an object."""
+        """Return the arguments that identify an object in an S3 call: its bucket and key."""
         return {"Bucket": self.location.bucket, "Key": self.location.key(name)}
 
     def call(self, permission: str, name: str, call: Callable[[], T]) -> T:
-        """Call AWS for one object, with retries, see `call_with_retries`."""
+        """Make a call that concerns one object, with retries, see `call_with_retries`."""
         where = f"{S3_SCHEME}{self.location.bucket}/{self.location.key(name)}"
         return call_with_retries(call, permission, where, self.location.bucket)
 
     def run_all(self, tasks: Iterable[Callable[[], object]], tick: Callable[[], None]) -> None:
-        """Run tasks in parallel; after the first failure, tasks that have not started are cancelled.
+        """Run tasks in parallel. After the first failure, cancel all tasks that have not started.
 
         Args:
             tick: called after each finished task.
@@ -116,19 +116,19 @@ class Bucket:
                 future.cancel()
 
     def read_object(self, name: str) -> bytes:
-        """Read a small object."""
+        """Return the content of a small object."""
         body: bytes = self.call("s3:GetObject", name, lambda: self.s3.get_object(
             **self.object_arguments(name), ChecksumMode="ENABLED")["Body"].read())
         return body
 
     def read_range(self, name: str, start: int, size: int, **more: str) -> bytes:
-        """Read `size` bytes of an object from offset `start`."""
+        """Return `size` bytes of an object, beginning at offset `start`."""
         body: bytes = self.call("s3:GetObject", name, lambda: self.s3.get_object(
             **self.object_arguments(name), Range=f"bytes={start}-{start + size - 1}", **more)["Body"].read())
         return body
 
     def read_manifest(self) -> Entries | None:
-        """Read the manifest; None if there is none, which means that the folder is not complete."""
+        """Return the entries of the manifest, or None if there is no manifest, because the folder is not complete."""
         def get() -> bytes | None:
             response = _none_if_not_found(
                 lambda: self.s3.get_object(**self.object_arguments(manifest.NAME), ChecksumMode="ENABLED"))
@@ -138,7 +138,7 @@ class Bucket:
         return None if text is None else manifest.parse(text, str(self.location))
 
     def list_objects(self) -> Entries:
-        """List every object below the location with its size and ETag. If the location is an object, its name is ""."""
+        """Return the size and ETag of every object below the location. If the location is an object, its name is ""."""
         entries: Entries = {}
         pages = self.s3.get_paginator("list_objects_v2").paginate(
             Bucket=self.location.bucket, Prefix=self.location.prefix)
@@ -150,17 +150,17 @@ class Bucket:
                     entries[manifest.check_name(name[1:], str(self.location)) if name else ""] = Entry(
                         item["Size"], etag=item["ETag"])
         if len(entries) > 1:
-            entries.pop("", None)  # some tools create such an object to represent the folder
+            entries.pop("", None)  # an empty object that some tools create to represent a folder
         return entries
 
     def compare(self, entries: Entries) -> tuple[Entries, list[str]]:
-        """Return the entries that S3 does not have, and the names under which it has other content."""
+        """Return the entries that are missing in S3, and the names of the objects that have other content."""
         results = dict(zip(entries, self.pool.map(lambda item: self.holds(*item), entries.items()), strict=True))
         return ({name: entries[name] for name, same in results.items() if same is None},
                 [name for name, same in results.items() if same is False])
 
     def holds(self, name: str, entry: Entry) -> bool | None:
-        """Return whether S3 has exactly this content under a name; None: there is no object of that name."""
+        """Return whether the object `name` has the content of `entry`, or None if the object does not exist."""
         head = self.call("s3:GetObject", name, lambda: _none_if_not_found(
             lambda: self.s3.head_object(**self.object_arguments(name), ChecksumMode="ENABLED")))
         if head is None:
@@ -169,7 +169,10 @@ class Bucket:
         return self._content_matches(name, entry, head["ETag"]) if same is None else same
 
     def _content_matches(self, name: str, entry: Entry, etag: str) -> bool:
-        """Download an object once and compare it, because S3 stores no SHA-256 of objects that other tools uploaded."""
+        """Download an object and compare it with `entry`: S3 may store no SHA-256 of objects that other tools uploaded.
+
+        An object with the same name and ETag is downloaded only once.
+        """
         if (name, etag) not in self._verified:
             self._verified[name, etag] = not entry.size or all(
                 sha256(self.read_range(name, *span, IfMatch=etag)).hexdigest() == digest

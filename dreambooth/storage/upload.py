@@ -1,4 +1,4 @@
-"""Uploads a folder to S3: missing files are sent, every object is checked, and the manifest is written last."""
+"""Uploads a folder to S3: sends the missing files, verifies every object, and uploads the manifest last."""
 
 from base64 import b64encode
 from collections.abc import Callable
@@ -12,18 +12,18 @@ from dreambooth.storage import aws_errors, manifest
 from dreambooth.storage.manifest import Entries, Entry
 from dreambooth.storage.s3_bucket import Bucket
 
-ROUNDS = 3  # attempts to send the files that S3 does not have
+ROUNDS = 3  # attempts to send missing files
 
 
 class DestinationOccupied(UserError):
-    """The destination has files with other content and no manifest, such as another upload that was never finished."""
+    """Raised if the destination has a file with other content but no manifest: another upload was never finished."""
 
 
 def upload_entries(bucket: Bucket, entries: Entries, folder: Path) -> None:
-    """Upload the files of a folder that `entries` names, then their manifest.
+    """Upload the files of a folder that `entries` lists, then the manifest.
 
     Raises:
-        UserError: S3 does not accept or keep a file, or the destination is a complete folder with other content.
+        UserError: S3 rejects or loses a file, or the destination is a complete folder with other content.
         DestinationOccupied: the destination is not a complete folder, but has a file with other content.
     """
     existing = bucket.read_manifest()
@@ -55,11 +55,11 @@ def _missing_entries(bucket: Bucket, entries: Entries) -> Entries:
 
 
 def _upload_files(bucket: Bucket, folder: Path, missing: Entries) -> None:
-    """Upload large files first, in parts, and then the small files in parallel.
+    """Upload the large files first, in parts, and then the small files in parallel.
 
-    If two machines compute the same run, only the small files differ. They are sent last and within a short time. An
-    interrupted upload is therefore unlikely to leave some of them in S3, where they would block the upload of another
-    machine.
+    If two machines compute the same run, only the small files differ. The small files are sent last and within a short
+    time, so that an interrupted upload is unlikely to leave some of them in S3. There they would block the upload of
+    the other machine.
     """
     with bucket.console.bar(f"to {bucket.location}", sum(len(entry.parts) for entry in missing.values())) as bar:
         small = [name for name, entry in missing.items() if len(entry.parts) == 1]
@@ -80,10 +80,10 @@ def _put(bucket: Bucket, name: str, body: bytes, entry: Entry) -> None:
 
 
 def _create_object(bucket: Bucket, name: str, call: Callable[..., object]) -> None:
-    """Create an object unless one of that name exists.
+    """Create the object `name`, unless it exists.
 
-    An existing object is no error here: an earlier attempt, whose response was lost, may have created it. All objects
-    are compared after everything has been sent.
+    An existing object is not an error: an earlier attempt may have created it although the response was lost. The
+    caller compares all objects with the manifest entries after all files have been sent.
     """
     def create() -> None:
         try:
@@ -96,7 +96,7 @@ def _create_object(bucket: Bucket, name: str, call: Callable[..., object]) -> No
 
 
 def _upload_in_parts(bucket: Bucket, path: Path, name: str, entry: Entry, tick: Callable[[], None]) -> None:
-    """Upload a large file; parts that an earlier, unfinished upload sent are not sent again."""
+    """Upload a large file in parts, except the parts that an earlier, unfinished upload has sent."""
     upload_id, sent = _find_or_create_upload(bucket, name, entry)
     arguments = bucket.object_arguments(name) | {"UploadId": upload_id}
 
@@ -120,10 +120,10 @@ def _upload_in_parts(bucket: Bucket, path: Path, name: str, entry: Entry, tick: 
 
 
 def _find_or_create_upload(bucket: Bucket, name: str, entry: Entry) -> tuple[str, dict[int, dict[str, Any]]]:
-    """Find an unfinished upload of the object whose parts are all correct, or create one.
+    """Find an unfinished multipart upload of the object with only correct parts, or create a multipart upload.
 
     Returns:
-        The upload's ID, and its parts by number.
+        The ID of the multipart upload, and the parts that it already has, by part number.
     """
     arguments = bucket.object_arguments(name)
     uploads = bucket.call("s3:ListBucketMultipartUploads", name, lambda: bucket.s3.list_multipart_uploads(
@@ -147,10 +147,10 @@ def _base64(digest: str) -> str:
 
 
 def _checksum_arguments(name: str, body: bytes, digest: str) -> dict[str, str]:
-    """Return the arguments that make S3 verify the body and store its SHA-256.
+    """Return the arguments of an S3 call that cause S3 to verify the body and to store its SHA-256.
 
     Raises:
-        UserError: the body does not have the digest that the manifest will name.
+        UserError: the SHA-256 of the body is not `digest`, so the local file has changed.
     """
     if sha256(body).hexdigest() != digest:
         raise UserError(f"{name} changed while it was uploaded: repeat the command")
