@@ -1,8 +1,8 @@
 """memory.offload_optimizer: keeps optimizer state, fp32 master weights and the EMA in host memory.
 
-The device computes with a copy of the weights. Each gradient is moved to the host as soon as it exists and accumulated
-there in fp32. The half-precision weights in the device's copy are exactly those to which autocast would cast the master
-weights, so the results are the same as with the plain optimizer.
+The device computes with a copy of the weights. Each gradient is moved to the host as soon as the backward pass has
+computed it, and is accumulated there in fp32. The half-precision weights on the device are equal to the values to which
+autocast would cast the master weights, so the results are the same as with the plain optimizer.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ HOST = torch.device("cpu")
 
 
 class OffloadedOptimizer(StreamingOptimizer):
-    """An optimizer over fp32 copies, in host memory, of the trained parameters of `model`.
+    """An optimizer that updates fp32 copies of a model's trained parameters in host memory.
 
     Args:
         model: the model on the device; its trained matrices are cast to `half`, see `cast_to_half`.
@@ -74,7 +74,8 @@ class OffloadedOptimizer(StreamingOptimizer):
     def _share_state(self) -> None:
         """Share parameter groups and state with the inner optimizer.
 
-        A schedule sets the learning rate of this optimizer, and the inner optimizer has to use it.
+        The learning-rate schedule changes the parameter groups of this optimizer, and the inner optimizer has to use
+        the same learning rate.
         """
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
 
@@ -86,8 +87,9 @@ def cast_to_half(model: nn.Module, half: torch.dtype, embeddings: bool = False) 
     created afterwards.
 
     Args:
-        half: the compute precision; fp32 changes nothing.
-        embeddings: also cast embedding tables. Their output is cast back to fp32, so that later sums stay fp32.
+        half: the compute precision; with fp32, no weight is cast.
+        embeddings: also cast embedding tables. The output of an embedding layer is cast back to fp32, so that sums with
+            this output stay fp32.
     """
     for module in model.modules():
         is_embedding = embeddings and isinstance(module, nn.Embedding)
@@ -101,7 +103,7 @@ def cast_to_half(model: nn.Module, half: torch.dtype, embeddings: bool = False) 
 
 @torch.no_grad()
 def _move_gradient(master: nn.Parameter, weight: Tensor) -> None:
-    """Add the gradient of a device weight to its master's gradient in host memory, and free it on the device."""
+    """Add a device weight's gradient to the gradient of its master weight, and free the gradient on the device."""
     assert weight.grad is not None
     gradient = upcast_half(weight.grad.to(HOST))
     weight.grad = None

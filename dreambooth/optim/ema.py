@@ -1,10 +1,11 @@
 """Exponential moving average (EMA) of every trained weight, in fp32.
 
-The decay of step t = 1, 2, ... is min(ema_decay, (1 + t) / (10 + t)): fast at first, then slow.
+The decay of step t = 1, 2, ... is min(ema_decay, (1 + t) / (10 + t)). The averages therefore follow the weights quickly
+at first, and slowly later.
 
-With `every` = k the weights are averaged after each k-th step only, with the decay of all k steps: if d is the product
-of their decays, average = d * average + (1 - d) * weights. This equals averaging after every step if the weights had
-their final value during all k steps. The weights of the steps in between do not enter the average.
+With `every` = k, the averages are updated only after each k-th step: average = d * average + (1 - d) * weights, where d
+is the product of the decays of the last k steps. The result equals an update after every step if the weights had their
+final values during all k steps. The weights after the other k - 1 steps do not enter the average.
 """
 
 import math
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Exponential moving averages, by name, of the trained parameters of a module or of a mapping of tensors.
+    """Exponential moving averages of trained parameters. The attribute `average` stores them by parameter name.
 
     Args:
-        weights: the module or the tensors by name; only those with requires_grad are averaged.
-        decay: the largest decay.
+        weights: a module, or tensors by name; only parameters with requires_grad are averaged.
+        decay: upper limit of the decay.
         device: device of the averages; None: each average is on the device of its weight.
-        every: average after each `every`-th step only.
+        every: number of optimizer steps per update of the averages.
     """
 
     def __init__(self, weights: nn.Module | Mapping[str, Tensor], decay: float, device: torch.device | None = None,
@@ -46,7 +47,7 @@ class Ema:
         if self.updates % self.every:
             return
         weight = 1 - math.prod(self.decay_at(self.updates - back) for back in range(self.every))
-        # Weights on the device and in the dtype of their averages: one foreach call, which is a few kernels on a GPU.
+        # Weights with the device and dtype of their averages share one foreach call, which is a few kernels on a GPU.
         averages: list[Tensor] = []
         lives: list[Tensor] = []
         for name, parameter in _named(weights).items():
@@ -61,13 +62,13 @@ class Ema:
             torch._foreach_lerp_(averages, lives, weight)
 
     def swap_into(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Make the module compute with the averages; on exit its own weights are restored bit for bit."""
+        """Replace the model's weights by the averages in a `with` block; on exit, restore its weights bit for bit."""
         return swap_weights(model, self.average)
 
 
 @contextmanager
 def swap_weights(model: nn.Module, weights: Mapping[str, Tensor], exact: bool = False) -> Iterator[None]:
-    """Put other weights into a module; on exit its own weights are restored bit for bit.
+    """Replace a module's weights by `weights` in a `with` block; on exit, restore its own weights bit for bit.
 
     Args:
         exact: keep the precision and the device of `weights`, to write them to a file. By default the weights are cast

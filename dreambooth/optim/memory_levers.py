@@ -1,4 +1,6 @@
-"""The memory levers: settings of `memory` that change how gradients become new weights, to save memory.
+"""The memory levers: options in the section `memory` of a configuration that change how an optimizer step is computed.
+
+Their purpose is to save GPU memory.
 
 `build_training_optimizer` returns the optimizer that `training.step.train_step` uses:
 
@@ -8,7 +10,7 @@
 | optimizer_in_backward, or weights=half | PerParameterOptimizer: `factory([parameter])` for each parameter |
 | offload_optimizer | OffloadedOptimizer: `factory(fp32 copies in host memory)` |
 
-A training run and the planner's rehearsal of it both call `build_training_optimizer(model, factory, ...)`, then
+Training runs and the planner's rehearsals both call `build_training_optimizer(model, factory, ...)`, then
 `TrainState(model, optimizer, schedule, ema)`, then `train_step`. A run gets its factory from optimizers.py. The planner
 passes a factory of optimizers that only allocate memory: any torch.optim.Optimizer with a `step` works.
 """
@@ -35,7 +37,7 @@ def build_training_optimizer(model: nn.Module, factory: OptimizerFactory, memory
     Args:
         model: the TrainedModel itself (no wrapper), on the training device; its trained parameters have requires_grad.
         factory: creates an optimizer of a list of parameters.
-        half: the compute precision; fp32 leaves weights as they are.
+        half: the compute precision; with fp32, no weight is cast.
         seed: seed of stochastic rounding.
     """
     if memory.offload_optimizer:

@@ -16,18 +16,18 @@ OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 def optimizer_factory(spec: Optimizer, learning_rate: float) -> OptimizerFactory:
-    """Return a factory of the optimizer of `spec`.
+    """Return a function that builds the optimizer of `spec` for a list of parameters.
 
-    The factory is called once with all trained weights, or once per trained weight.
+    This function is called once with all trained parameters, or once per trained parameter.
     """
     return partial(build_optimizer, spec=spec, learning_rate=learning_rate)
 
 
 def build_optimizer(parameters: list[nn.Parameter], spec: Optimizer, learning_rate: float) -> torch.optim.Optimizer:
-    """Build the optimizer of `parameters`.
+    """Build the optimizer that `spec.kind` selects.
 
-    - adamw: PyTorch's AdamW, with fp32 state. It is fused, because the foreach implementation allocates temporary
-      tensors as large as the model.
+    - adamw: PyTorch's AdamW, with fp32 state. The fused implementation is used, because the foreach implementation
+      allocates temporary tensors as large as the model.
     - adamw8bit, paged_adamw8bit: bitsandbytes' AdamW, with 8-bit state (Dettmers et al. 2022, arXiv:2110.02861).
     - adafactor: transformers' Adafactor (Shazeer & Stern 2018, arXiv:1804.04235), without relative steps and parameter
       scaling, so that the learning rate means the same as with the other optimizers. torch.optim.Adafactor always
@@ -49,7 +49,7 @@ def build_optimizer(parameters: list[nn.Parameter], spec: Optimizer, learning_ra
 
 
 def can_step_in_pieces(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the optimizer can update pieces of a weight (whole blocks) as separate weights: not Adafactor."""
+    """Return whether the optimizer can update whole blocks of a weight as separate weights. Adafactor cannot."""
     return getattr(optimizer, "kind", None) is not OptimizerKind.adafactor and type(optimizer).__name__ != "Adafactor"
 
 

@@ -2,8 +2,8 @@
 
 A step temporarily needs the weight and its gradient in fp32: 0.22 GiB for the largest convolution of SD 1.5, which is
 more than the activations of its backward pass. Adam treats each element independently, and 8-bit Adam each block of 256
-elements (Dettmers et al. 2022, arXiv:2110.02861), so pieces of whole blocks give the same numbers. Adafactor factorises
-whole matrices, so weights are never split with Adafactor.
+elements (Dettmers et al. 2022, arXiv:2110.02861). Updating a parameter in pieces that consist of whole blocks therefore
+gives the same results. Adafactor factorises whole matrices, so weights are never split with Adafactor.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -42,7 +42,7 @@ class ParameterUpdater:
             self.optimizers.append(factory(self.targets[-1:]))
 
     def gradients(self) -> Iterator[Tensor]:
-        """Yield the gradient, as a whole or piece by piece."""
+        """Yield the gradient of each piece, or the whole gradient if the parameter is not split."""
         assert self.parameter.grad is not None
         whole = self.parameter.grad
         yield from (whole if span is None else whole.reshape(-1)[span] for span in self.spans)
@@ -65,7 +65,7 @@ class ParameterUpdater:
         self.parameter.grad = None
 
     def state(self) -> dict[str, Any]:
-        """Return the optimizer's state as if the parameter were updated as a whole; {} before the first step."""
+        """Return the optimizer state of the whole parameter, joined from its pieces; {} before the first step."""
         states = [optimizer.state_dict()["state"].get(0, {}) for optimizer in self.optimizers]
         if len(states) == 1 or not states[0]:
             return dict(states[0])
@@ -98,7 +98,7 @@ class ParameterUpdater:
 
 
 def _empty_copy(parameter: nn.Parameter) -> nn.Parameter:
-    """Return an fp32 parameter without elements on the same device. A step sets its values."""
+    """Return an fp32 parameter without elements, on the device of `parameter`. An optimizer step sets its data."""
     return nn.Parameter(torch.empty(0, dtype=torch.float32, device=parameter.device))
 
 
@@ -128,7 +128,7 @@ def _join(pieces: list[Any], key: str, parameter: Tensor) -> Any:
 
 
 def _cut(value: Any, key: str, span: slice, parameter: Tensor) -> Any:
-    """Return one state entry of the piece at `span`, cut from the entry of the whole parameter (reverse of `_join`)."""
+    """Return the part of a state entry that belongs to the piece at `span`. This is the inverse of `_join`."""
     if key in SHARED_STATE:
         return value
     if isinstance(value, dict):

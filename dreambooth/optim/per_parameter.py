@@ -1,10 +1,11 @@
-"""An optimizer made of one optimizer per parameter, for memory.optimizer_in_backward and memory.weights=half.
+"""An optimizer that updates each parameter separately, for memory.optimizer_in_backward and memory.weights=half.
 
 With optimizer_in_backward, each gradient is used and released as soon as the backward pass has computed it, so that
 only one gradient exists at a time. Clipping needs the norm of all gradients before the step, and fp16 needs to know
-whether one of them overflowed. In these cases a first forward and backward pass measures the gradients, and a second
-one updates the parameters. This takes about twice the forward and backward time. It gives the same numbers as far as
-the device's kernels are deterministic. A skipped fp16 step has no second pass and changes nothing.
+whether a gradient overflowed. In these cases a first forward and backward pass measures the gradients, and a second
+forward and backward pass updates the parameters. This takes about twice the forward and backward time. The results are
+the same as with one pass, as far as the device's kernels are deterministic. If a gradient overflows in fp16, there is
+no second pass, and no weight changes.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ class GradientStatistics:
     norms: dict[int, Tensor] = field(default_factory=dict)  # number of the parameter -> norm of its gradient
 
     def unscale(self, gradient: Tensor) -> Tensor:
-        """Return the gradient divided by the loss scale; record in `found_inf` whether it is finite."""
+        """Return the gradient divided by the loss scale, in fp32; set `found_inf` if the gradient is not finite."""
         if self.inverse_scale is None:
             return upcast_half(gradient)
         gradient = upcast_half(gradient) if gradient.element_size() < 4 else gradient.clone()
@@ -50,7 +51,7 @@ class GradientStatistics:
         self.norms[number] = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     def global_norm(self) -> Tensor:
-        """Return the norm of all norms in parameter order (0-d), as clip_grad_norm_ computes the global norm."""
+        """Return the global gradient norm (0-d): the norm of the parameters' norms, in order, as in clip_grad_norm_."""
         norm: Tensor = torch.linalg.vector_norm(torch.stack([self.norms[number] for number in sorted(self.norms)]))
         return norm
 
@@ -61,8 +62,8 @@ class PerParameterOptimizer(StreamingOptimizer):
     Args:
         trained: the trained parameters by name.
         factory: creates the optimizer of a list of parameters.
-        in_backward: update during the backward pass, not after it.
-        rounder: stores the results in half-precision parameters.
+        in_backward: update each parameter during the backward pass instead of after it.
+        rounder: stores the updated values in half-precision parameters.
     """
 
     def __init__(self, trained: dict[str, nn.Parameter], factory: OptimizerFactory, in_backward: bool,
@@ -145,7 +146,7 @@ class PerParameterOptimizer(StreamingOptimizer):
 
     def _step_all(self, forward_backward: Callable[[], Tensor], statistics: GradientStatistics,
                   factor: Tensor | None, step: int) -> None:
-        """Update every parameter: in a second forward and backward pass, or with the gradients that are stored."""
+        """Update every parameter: in a second forward and backward pass, or with the stored gradients."""
         if self.in_backward:
             with self._on_each_gradient(partial(self._step_one, statistics, factor, step)):
                 forward_backward()

@@ -13,8 +13,8 @@ from torch import Tensor
 from dreambooth.config.enums import Rounding
 from dreambooth.utils import rng
 
-# dtype -> significant bits, exponent of the smallest step between neighbours. In bf16, steps below 2**-126 would need
-# fp32 subnormals, which devices flush to zero.
+# For each dtype: the number of significant bits, and the exponent of the smallest distance between neighbouring values.
+# In bf16, distances below 2**-126 would need fp32 subnormals, which devices flush to zero.
 HALF_FORMATS = {torch.float16: (11, -24), torch.bfloat16: (8, -126)}
 
 CHUNK_SIZE = 2**20  # elements rounded at a time; rounding temporarily takes seven times the memory of its operand
@@ -23,10 +23,11 @@ CHUNK_SIZE = 2**20  # elements rounded at a time; rounding temporarily takes sev
 def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Round `values` (fp32) to `dtype`, up or down at random, so that the expected result is the value itself.
 
-    A value is rounded down to a multiple of the step between neighbours. With a probability equal to the remainder, in
-    steps, it is rounded one step up instead (Gupta et al. 2015, arXiv:1502.02551, section 3). This is exact in fp32,
-    because a step is a power of two. |result - value| is less than one step: 2**-7 of the value for bf16, and 2**-10
-    for fp16, or 2**-24 if that is more. Values beyond the range of `dtype` become its largest number.
+    The step is the distance between neighbouring values of `dtype`. A value is rounded down to a multiple of the step,
+    or, with the probability remainder / step, up to the next multiple (Gupta et al. 2015, arXiv:1502.02551, section 3).
+    The computation is exact in fp32, because a step is a power of two. The error |result - value| is less than one
+    step: 2**-7 of the value in bf16, and in fp16 the larger of 2**-24 and 2**-10 of the value. Values beyond the range
+    of `dtype` are clamped to its largest number.
     """
     digits, smallest = HALF_FORMATS[dtype]
     exponent = torch.frexp(values).exponent
@@ -37,7 +38,7 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Ge
 
 
 class Rounder:
-    """Stores fp32 results in half-precision parameters.
+    """Stores fp32 values in half-precision parameters, by stochastic rounding or Kahan summation.
 
     - stochastic: the random numbers are a function of (seed, step, name of the parameter), so that a resumed run rounds
       in the same way.
@@ -51,7 +52,7 @@ class Rounder:
         self.seed = seed
 
     def to_fp32(self, parameter: Tensor, state: MutableMapping[str, Any]) -> Tensor:
-        """Return the value of `parameter` in fp32, with Kahan's compensation if there is one."""
+        """Return the value of `parameter` in fp32, including the stored Kahan error if there is one."""
         value = parameter.detach().float()
         return value + state["kahan"].float() if "kahan" in state else value
 

@@ -11,10 +11,10 @@ from dreambooth.runtime.engine import Engine
 
 
 class StreamingOptimizer(torch.optim.Optimizer):
-    """An optimizer that can use each gradient as soon as it is computed, so that not all gradients exist at once.
+    """An optimizer that can use each gradient as soon as it is computed, so that not all gradients are stored together.
 
-    For schedules and checkpoints it is like the plain optimizer of the same parameters: it has one parameter group and
-    the same `state_dict`. A run may therefore resume with other memory settings.
+    It has one parameter group and the same `state_dict` as the plain optimizer of the same parameters. Learning-rate
+    schedules and checkpoints therefore work with both, and a run may resume with different memory settings.
     """
 
     @abstractmethod
@@ -34,12 +34,12 @@ class StreamingOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """Return the trained weights by name, in the precision in which they are trained, on the device they are on."""
+        """Return the tensors that the optimizer updates, by parameter name, with unchanged precision and device."""
 
     def sync_weights(self) -> None:
-        """Copy `weights()` to the model's own parameters, if these are separate.
+        """Copy `weights()` to the model's parameters, if the optimizer updates separate copies of them.
 
-        This is called after a step, and after a checkpoint was loaded.
+        This method is called after each step, and after a checkpoint was loaded.
         """
 
 
@@ -49,10 +49,10 @@ def upcast_half(tensor: Tensor) -> Tensor:
 
 
 def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    """Return a parameter group without its parameters."""
+    """Return the hyperparameters of a parameter group: all its entries except the parameters."""
     return {key: value for key, value in group.items() if key != "params"}
 
 
 def register_gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> Any:
-    """Call `hook(parameter)` after each backward pass has accumulated its gradient; return a handle to remove it."""
+    """Register a hook that is called with the parameter when its gradient was accumulated; return the hook's handle."""
     return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]

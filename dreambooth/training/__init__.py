@@ -1,4 +1,4 @@
-"""Training: the loop (loop.py), one step (step.py), its loss, checkpoints, hooks, and the setup of a run (setup.py).
+"""Training: the loop (loop.py), the training step (step.py), the loss, checkpoints, hooks and run setup (setup.py).
 
 May import from every other folder except planner.
 """

@@ -1,9 +1,9 @@
-"""Saves the best weights of a run so far, by evaluate.select, in the run's folder `best/`, beside its checkpoints.
+"""Saves the best weights of a run so far in its folder `best/`, beside its checkpoints.
 
-Only the weights that are sampled and exported are saved there, in fp32: the EMA, or the trained weights if there is no
-EMA. Checkpoint rotation never removes them. Candidates are every `evaluate.every`-th step, and the last step. The last
-step is exported from memory, never from this folder, so a run that is extended later selects the same step as a run
-that had the larger number of steps from the start.
+The best weights are those with the greatest weighted sum of scores, which evaluate.select defines. They are saved in
+fp32: the EMA, or the trained weights if there is no EMA. Checkpoint rotation never removes them. Candidates are every
+`evaluate.every`-th step, and the last step. The last step is exported from memory, never from this folder, so a run
+that is extended later selects the same step as a run that had the larger number of steps from the start.
 """
 
 import json
@@ -66,13 +66,13 @@ def save(folder: Path, step: int, model: nn.Module) -> None:
 
 
 def needed_bytes(model: nn.Module) -> int:
-    """Return the disk space of two sets of weights: the previous ones are kept until better ones are written."""
+    """Return the bytes of two sets of weights: the previous weights stay on disk until better weights are written."""
     return 2 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @contextmanager
 def swap_into(folder: Path, model: nn.Module, exact: bool = False) -> Iterator[None]:
-    """Put the saved weights into the module; on exit its own weights are restored bit for bit.
+    """Replace the module's weights by the saved ones in a `with` block; on exit, restore its weights bit for bit.
 
     Args:
         exact: see `ema.swap_weights`.

@@ -1,7 +1,8 @@
 """Checkpoints of the training state in `checkpoints/step-000100/`: written atomically, rotated, resumed bit for bit.
 
-Tensors are stored as safetensors and the rest as JSON; there is no pickle. `_tensors` and `_numbers` list what a
-checkpoint contains. The order of the data and all random numbers are functions of (seed, step) and need no state.
+Tensors are stored as safetensors and the rest as JSON; there is no pickle. `_tensors` and `_numbers` list the
+contents of a checkpoint. The order of the data and all random numbers are functions of (seed, step), so a checkpoint
+does not contain them.
 """
 
 import json
@@ -45,7 +46,7 @@ def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.Gr
 
 
 def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.GradScaler) -> None:
-    """Load a checkpoint into `state`. Hyperparameters such as the learning rate are those of the current run.
+    """Load a checkpoint into `state`. Hyperparameters such as the learning rate keep the values of the current run.
 
     Args:
         model: the trained module itself, unwrapped.
@@ -78,7 +79,7 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
 
 
 def needed_bytes(state: TrainState, model: nn.Module, keep: int) -> int:
-    """Return the disk space of `keep` checkpoints and of one more during writing.
+    """Return the bytes of `keep` checkpoints and of the checkpoint that is being written.
 
     A checkpoint contains fp32 weights, two Adam moments, and the EMA if there is one.
     """
@@ -112,8 +113,9 @@ def _numbers(state: TrainState, scaler: torch.amp.GradScaler) -> dict[str, Any]:
 def _flatten(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split an optimizer's state into tensors, with keys such as '0.exp_avg' (parameter 0), and JSON values.
 
-    bitsandbytes nests part of a parameter's state in a dict, and can also load it without the nesting. Its table of
-    8-bit values is one tensor shared by all parameters. safetensors does not write shared tensors, so they are copied.
+    bitsandbytes nests part of a parameter's state in a dict, and can also load it without the nesting. All
+    parameters share one tensor, bitsandbytes' table of 8-bit values. safetensors does not write shared tensors, so each
+    parameter gets a copy.
     """
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {"param_groups": state_dict["param_groups"], "state": {}}
@@ -132,7 +134,7 @@ def _flatten(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
 
 
 def _unflatten(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    """Return the optimizer's state that `_flatten` split."""
+    """Return an optimizer's state, rebuilt from the two parts that `_flatten` returned."""
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in rest["state"].items()}
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")

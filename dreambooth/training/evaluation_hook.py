@@ -1,4 +1,4 @@
-"""Evaluation during training: scores the base model and some of the steps, and selects the weights to export."""
+"""Evaluates the base model and the trained model during a run, and selects the weights to export."""
 
 import logging
 from collections.abc import Iterator
@@ -28,15 +28,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class EvaluationHook:
-    """Evaluates every `evaluate.every` steps and after the last one, and saves the best weights so far.
+    """Evaluates the model every `evaluate.every` steps and after the last step, and saves the best weights so far.
 
     The hook is called after CheckpointHook. If the process is killed during an evaluation, a checkpoint of that step
     exists, and `before_training` of the resumed run repeats the evaluation.
 
     The base model is evaluated too, as step 0. By default this happens just before the first evaluation, with a second
-    copy of the base model, so that the first training step does not wait. On a GPU a second model may not fit beside
-    the optimizer's state. The base model is then evaluated before the first training step, while the trained module
-    still has the base weights.
+    copy of the base model, so that the first training step does not wait for an evaluation. A GPU may not have enough
+    memory for a second model and the optimizer's state. A run on a GPU therefore evaluates the base model before the
+    first training step, while the trained module still has the base weights.
     """
 
     evaluator: Evaluator | None  # None: no evaluation
@@ -90,7 +90,7 @@ class EvaluationHook:
         return self.recipe.run_dir / "best"
 
     def best_step(self, last: int) -> int | None:
-        """Return the best of the evaluated steps up to `last`, or None without evaluate.select."""
+        """Return the best evaluated step up to step `last`, or None if the run does not select the best step."""
         spec = self.recipe.evaluate
         if self.evaluator is None or spec.select is None or spec.every is None:
             return None
@@ -99,7 +99,7 @@ class EvaluationHook:
 
     @contextmanager
     def exported_weights(self, exact: bool = False) -> Iterator[int]:
-        """Put the weights to export into the trained module, and yield their step: the best or the last step.
+        """Put the weights to export into the trained module in a `with` block. Yield their step: the best or the last.
 
         Args:
             exact: keep the precision of the weights, to write them to a file; see `swap_in_ema`.
@@ -140,7 +140,10 @@ class EvaluationHook:
             yield self.setup.pipeline
 
     def _measure(self, step: int, pipeline: Any) -> bool:
-        """Evaluate a pipeline as step `step`. Return False, and save nothing, if a stop was requested meanwhile."""
+        """Evaluate a pipeline and store its scores as the scores of `step`.
+
+        If a stop is requested during the evaluation, store nothing and return False.
+        """
         assert self.evaluator is not None
         return self.evaluator.evaluate(
             step, pipeline, self.engine.autocast, lambda: self.stop.signal_name is not None) is not None

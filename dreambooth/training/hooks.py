@@ -32,7 +32,10 @@ class Hook(Protocol):
         """
 
     def __call__(self, info: StepInfo) -> None:
-        """Process a step. Steps come in order. If the hook was not due, the state may already be one step further."""
+        """Process the result of a step. The hook is called once per step, in order.
+
+        If the hook was not due, the training state may already be that of the next step.
+        """
 
 
 class HookList:
@@ -73,7 +76,7 @@ class LogHook:
     _last_call: float = field(default_factory=time.monotonic)
 
     def due(self, step: int) -> bool:
-        """Return True on a CPU, where reading the metrics one step late saves no time."""
+        """Return True on a CPU, because reading the metrics one step later saves no time there."""
         return self.meter.device.type == "cpu"
 
     def __call__(self, info: StepInfo) -> None:
@@ -134,11 +137,11 @@ class CheckpointHook:
 
 
 def swap_in_ema(setup: Setup, exact: bool = False) -> AbstractContextManager[Any]:
-    """Put the EMA weights into the trained module, if there is an EMA; on exit its own weights are restored.
+    """Put the EMA weights, if there is an EMA, into the trained module in a `with` block; on exit, restore its weights.
 
     Args:
-        exact: keep the precision of the weights, to write them to a file, not to compute with them. Without an EMA,
-            this puts the trained weights into the module in the precision in which they are trained.
+        exact: keep the precision of the EMA, or of the trained weights if there is no EMA, to write the weights to a
+            file. By default the EMA is cast to the module's precision, to compute with it.
     """
     if setup.state.ema is not None:
         return swap_weights(setup.trained, setup.state.ema.average, exact)

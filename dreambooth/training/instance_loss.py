@@ -1,4 +1,4 @@
-"""The default objective of a sweep (evaluate.objective): the loss of the photos on fixed noise and timesteps."""
+"""The default objective of a sweep (evaluate.objective): the loss of the photos, with fixed noise and timesteps."""
 
 from dataclasses import replace
 
@@ -15,8 +15,8 @@ TIMESTEPS_PER_PHOTO = 8  # they are the midpoints of 8 equal parts of the noise 
 def instance_loss(setup: Setup) -> float:
     """Return the mean squared error of the model's predictions for the instance photos, with its current weights.
 
-    Photos, noise and timesteps are the same in every run with a model of this size, and do not depend on the seed. The
-    error is never weighted by SNR, so that trials with different train.snr_gamma can be compared.
+    Photos, noise and timesteps do not depend on the seed. They are the same in all trials with the same latent shape.
+    The error is never weighted by SNR, so that trials with different train.snr_gamma can be compared.
     """
     batches, schedule = setup.batches, setup.objective.noise_schedule
     photo_set, count = batches.photo_sets[0], TIMESTEPS_PER_PHOTO

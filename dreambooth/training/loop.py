@@ -26,10 +26,10 @@ def fit(
 
     Args:
         state: the training state; each step advances it in place.
-        batches: returns the micro-batches of the next step for a number of completed steps.
+        batches: returns the micro-batches of the next step; its argument is the number of completed steps.
         step: performs one training step.
-        max_train_steps: number of completed steps to reach; a resumed `state` begins at `state.step`.
-        needs_state: returns whether the caller needs the state after this step. It is called once per step, right
+        max_train_steps: number of steps after which training ends, including the steps before a resume.
+        needs_state: returns whether the caller needs the state after a given step. It is called once per step, right
             after the step was started.
 
     Raises:

@@ -16,8 +16,8 @@ from dreambooth.utils.image_grid import contact_sheet, grid, read_samples, squar
 class SampleRecorder:
     """Generates the samples of a run and writes them to its folder.
 
-    Files are `samples/step-000100/prompt-0-1.png` (second image of the first prompt), `grid-0.png` beside it with all
-    images of a prompt, and `contact_sheet.png` with the samples of all steps.
+    `samples/step-000100/prompt-0-1.png` is the second image of the first prompt, `samples/step-000100/grid-0.png` shows
+    all images of the first prompt, and `contact_sheet.png` shows the samples of all steps.
     """
 
     def __init__(self, recipe: Recipe, photos: Sequence[Photo], tracker: Tracker) -> None:

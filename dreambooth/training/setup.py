@@ -42,7 +42,7 @@ class Setup:
     trained: nn.Module  # the TrainedModel itself, without wrappers
     pipeline: Any  # a diffusers pipeline of `parts`, so training changes its weights
     scorer: Scorer | None  # for evaluation; None: no evaluation, or not the main process
-    idle: ModuleOffload  # parts that a training step does not use
+    idle: ModuleOffload  # the model parts that a training step does not use
 
 
 def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: Console, meter: MemoryMeter,
@@ -124,8 +124,8 @@ def _check_processes(recipe: Recipe, engine: Engine) -> None:
     """Check that the number of processes fits the hardware and the memory levers.
 
     A machine with several GPUs is paid for as a whole, so training on only some of its GPUs is an error. Data parallel
-    training averages gradients after the backward pass. optimizer_in_backward and offload_optimizer use and release the
-    gradients before that, so they work in one process only.
+    training averages gradients after the backward pass. optimizer_in_backward and offload_optimizer use and release
+    each gradient during the backward pass, so they work in one process only.
 
     Raises:
         UserError: the number of processes does not fit.
@@ -195,9 +195,10 @@ def _build_latents(recipe: Recipe, parts: loading.Components, photo_sets: list[P
 
 
 def _build_prompt_encoder(recipe: Recipe, parts: loading.Components, photo_sets: list[PhotoSet]) -> Any:
-    """Build a function from a prompt to token ids, if the text encoder is trained, or else to hidden states.
+    """Build a function that converts a prompt to token ids if the text encoder is trained, and else to hidden states.
 
-    The function computes token ids once per prompt, and hidden states too if memory.cache_text is on.
+    Token ids are computed once per prompt. Hidden states are computed once per prompt if memory.cache_text is on, and
+    otherwise in every call.
     """
     encode = parts.tokens if recipe.train.train_text_encoder else parts.frozen_text
     if not (recipe.memory.cache_text or recipe.train.train_text_encoder):

@@ -1,4 +1,4 @@
-"""One training step, and the state that it advances. `step` always is the number of completed steps."""
+"""The training step, and the training state that it updates. Here, `step` is the number of completed steps."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 @dataclass
 class TrainState:
-    """Everything that training changes. Everything else is a function of the recipe and need not be saved."""
+    """The training state: everything that training changes. All other objects can be rebuilt from the recipe."""
 
     model: nn.Module  # (latents, timesteps, text) -> prediction; may be wrapped for data parallel
     optimizer: torch.optim.Optimizer
@@ -121,7 +121,7 @@ def train_step(
 
     Then update the learning rate and the EMA.
 
-    Nothing is read back from the device here, so that the same code runs on fake tensors.
+    This function reads no values back from the device, so that it also runs on fake tensors.
 
     Args:
         state: advanced in place.

@@ -12,7 +12,10 @@ from dreambooth.utils.signals import StopRequest, how_to_resume
 
 @dataclass
 class StopHook:
-    """Saves and stops if a stop was requested, in all processes after the same step. It is the last hook of a step."""
+    """Saves a checkpoint and ends the run if a stop was requested. All processes stop after the same step.
+
+    This hook must be the last one in the list of hooks.
+    """
 
     stop: StopRequest
     engine: Engine
@@ -45,7 +48,7 @@ class StopHook:
                           f"{resume} to continue")
 
     def _requested_since(self, step: int) -> bool:
-        """Return whether a stop was requested while other hooks ran, and the state is still that after `step`."""
+        """Return whether a stop was requested while the other hooks ran, if no later step has changed the state."""
         requested = self.stop.signal_name is not None
         if self.engine.world_size > 1:  # the next step exchanges the requests, unless this is the last step
             last = self.checkpoint_hook.recipe.train.max_train_steps
