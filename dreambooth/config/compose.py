@@ -25,7 +25,7 @@ Options = TypeVar("Options")
 
 
 def conf_dir() -> Path:
-    """Return the folder conf/: inside the package when it is installed, beside the package in a checkout."""
+    """Return the folder conf/, which lies inside an installed package, and beside the package in a checkout."""
     packaged = Path(__file__).parents[1] / "conf"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "conf"
 
@@ -47,7 +47,7 @@ def to_dataclass(cfg: Any, kind: type[Options]) -> Options:
 
 
 def load(cfg: DictConfig) -> Config:
-    """Convert the configuration of a run that Hydra composed to a Config.
+    """Convert a run configuration that Hydra composed into a Config.
 
     Raises:
         ConfigError: values break rules of their own fields, or +key=value added a key that is not in the schema; the
@@ -70,11 +70,11 @@ def load(cfg: DictConfig) -> Config:
 def search_space(name: str) -> dict[str, tuple[str, ...]]:
     """Read the search space conf/sweep/NAME.yaml.
 
-    Only choice(...) is allowed, because sweepers differ in other forms: Optuna includes the end of a range and Hydra's
-    basic sweeper does not; the basic sweeper does not support intervals.
+    Only choice(...) is allowed, because sweepers treat other forms differently: Optuna includes the end of a
+    range, but Hydra's basic sweeper does not. The basic sweeper does not support intervals.
 
     Returns:
-        key -> values, each as the string that the basic sweeper writes into an override.
+        For each key, its values, as the strings that the basic sweeper writes into overrides.
 
     Raises:
         UserError: there is no such file, or it contains a form other than choice(...).
@@ -94,7 +94,7 @@ def search_space(name: str) -> dict[str, tuple[str, ...]]:
 
 
 def uri_has_password(cfg: DictConfig) -> bool:
-    """Return whether tracking.uri has a password before interpolation. Hydra would store it in .hydra/."""
+    """Return whether tracking.uri contains a literal password, which Hydra would store in .hydra/."""
     uri = str(OmegaConf.to_container(cfg).get("tracking", {}).get("uri"))  # type: ignore[union-attr]
     return bool(re.search(r"://[^/\s]*:[^/\s]+@|password=.", re.sub(r"\$\{[^}]*\}", "", uri)))
 
@@ -110,5 +110,5 @@ def _unknown_keys(cfg: DictConfig) -> list[str]:
 
 ConfigStore.instance().store(name="schema", node=Config, provider="dreambooth")
 # For --help, Hydra deep-copies its config repository about a hundred times, and with it this store of all schemas. That
-# took half of the time of --help. The store is a singleton, and its `load` returns copies: it need not be copied.
+# took half of the run time of --help. No copy is needed, because the store is a singleton, and `load` returns copies.
 ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]

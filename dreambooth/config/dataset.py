@@ -11,7 +11,7 @@ FOLDERS = ("instance_dir", "class_dir", "mask")  # keys whose value may be a fol
 
 @dataclass
 class Subject:
-    """One of the subjects in `Dataset.concepts`. The fields have the same meaning as in Dataset.
+    """One subject in the list `Dataset.concepts`. The fields have the same meaning as the fields of Dataset.
 
     Attributes:
         repeats: how often each photo is used per epoch.
@@ -51,13 +51,13 @@ class Dataset(Section):
 
     @property
     def subjects(self) -> list[Subject]:
-        """The subjects: `concepts`, or if that is empty the one subject that the other keys describe."""
+        """All subjects: the list `concepts`, or if it is empty, the single subject that the other keys describe."""
         return self.concepts or [
             Subject(self.instance_dir, self.instance_prompt, self.class_dir, self.class_prompt, self.mask)]
 
     @property
     def keyed_subjects(self) -> Iterator[tuple[str, "Subject | Dataset"]]:
-        """One pair per subject: the prefix of its keys, such as dataset.concepts.0, and the object with its values."""
+        """One pair per subject: prefix of its keys, such as dataset.concepts.0, and object with its values."""
         if self.concepts:
             yield from ((f"dataset.concepts.{number}", subject) for number, subject in enumerate(self.concepts))
         else:

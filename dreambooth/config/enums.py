@@ -1,4 +1,4 @@
-"""Enums of the values that settings of a run can have. The files in conf/ explain each value."""
+"""Enums of the values that settings of a run accept. The files in conf/ explain each value."""
 
 from enum import Enum
 
@@ -35,7 +35,7 @@ class Targets(Enum):
 
 
 class BaseWeights(Enum):
-    half = "half"  # in the compute precision
+    half = "half"  # stored in the compute precision
     nf4 = "nf4"  # quantised to 4 bits by bitsandbytes
 
 

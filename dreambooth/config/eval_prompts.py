@@ -13,7 +13,7 @@ def read_templates(source: str) -> list[str]:
     """Read the templates of a shipped list (scenes, object, live) or a text file. Lines that begin with # are comments.
 
     Raises:
-        ValueError: there is no such list, it is empty, or a line lacks {subject}; the message is the rest of a sentence
+        ValueError: the list does not exist or is empty, or a line lacks {subject}; the message is the end of a sentence
             that begins with "evaluate.prompts".
     """
     path = PROMPT_DIR / f"{source}.txt"
@@ -33,11 +33,11 @@ def read_templates(source: str) -> list[str]:
 
 
 def extract_subject(prompt: str) -> str:
-    """Return the subject of a prompt: "zwx toy" for "a photo of a zwx toy". Return any other prompt whole."""
+    """Return the subject of a prompt: "zwx toy" for "a photo of a zwx toy". Return any other prompt unchanged."""
     return re.sub(r"^\s*(?:(?:an?|the)\s+)?(?:\w+\s+)?(?:photo|picture|image|drawing|render|cartoon)\s+of\s+"
                   r"(?:(?:an?|the|my)\s+)?", "", prompt, flags=re.IGNORECASE).strip()
 
 
 def fill_templates(templates: list[str], subject: str) -> list[str]:
-    """Return the templates with {subject} replaced by a subject."""
+    """Return the templates with the placeholder {subject} replaced by `subject`."""
     return [template.replace("{subject}", subject) for template in templates]

@@ -1,4 +1,4 @@
-"""The config group `evaluate`, and the measures (metrics of image quality): names, directions, weighted sums.
+"""The config group `evaluate`, and the names and weighted sums of measures, which are metrics of image quality.
 
 A measure has a role, such as subject_similarity, and a name that also contains the encoder, such as
 `subject_similarity_efficientnet_lite0`. A measure that the DreamBooth paper defines (Ruiz et al. 2023,
@@ -22,7 +22,7 @@ HIGHER_IS_BETTER = {  # role -> whether a higher value is better
     "subject_similarity": True,  # similarity between generated images of the subject and its photos
     "text_similarity": True,  # similarity between generated images and their prompts
     "diversity": True,  # distance between the images of one prompt
-    "class_similarity": False,  # between images of the class and photos of the subject; high if the class collapsed
+    "class_similarity": False,  # similarity between class images and photos of the subject; high if the class collapsed
     "class_drift": False,  # distance between images of the class and those that the base model generates
 }
 _PAPER_NAMES = {  # (role, encoder) -> name in the paper
@@ -34,7 +34,7 @@ _PAPER_NAMES = {  # (role, encoder) -> name in the paper
 
 @dataclass
 class Evaluate(Section):
-    """Evaluation: images of evaluation prompts and of the class are generated and scored by encoders."""
+    """Settings of evaluation, which generates images from evaluation prompts and the class prompt, and scores them."""
 
     encoder: EncoderKind = EncoderKind.efficientnet_lite0
     every: int | None = None
@@ -71,12 +71,12 @@ class Evaluate(Section):
 
 
 def measure_name(role: str, encoder: str) -> str:
-    """Return the name of a measure: the paper's, such as dino, or else ROLE_ENCODER, such as class_drift_dino."""
+    """Return the name of a measure: the paper's name, such as dino, or else ROLE_ENCODER, such as class_drift_dino."""
     return _PAPER_NAMES.get((role, encoder), f"{role}_{encoder}")
 
 
 def measure_roles(evaluate: Evaluate, class_prompt: str) -> dict[str, str]:
-    """Return the measures of a run, name -> role. If a role has several measures, `parse_sum` uses the first one."""
+    """Return the role of each measure of a run, by name. If measures share a role, `parse_sum` uses the first one."""
     encoders = evaluate.encoders
     encoders = ("lpips",) * (evaluate.lpips is not None and bool(encoders)) + encoders
     return {measure_name(role, encoder): role for encoder in encoders for role in HIGHER_IS_BETTER
@@ -112,13 +112,13 @@ def parse_sum(text: str, measured: Mapping[str, str]) -> dict[str, float]:
 
     Args:
         text: terms `MEASURE` or `WEIGHT*MEASURE`, where MEASURE is a role or a name.
-        measured: the measures of the run, name -> role, see `measure_roles`.
+        measured: the role of each measure of the run, by name, see `measure_roles`.
 
     Returns:
-        name -> signed weight.
+        The signed weight of each measure, by name.
 
     Raises:
-        ValueError: a term has another form, or its measure is not one of the run's; the message is the rest of a
+        ValueError: a term has another form, or the run does not compute its measure; the message is the end of a
             sentence that begins with the key.
     """
     weights: dict[str, float] = {}
@@ -140,8 +140,8 @@ def compute_objective(text: str, measured: Mapping[str, str], scores: Mapping[st
 
     Args:
         text: evaluate.objective.
-        measured: the measures of the run, name -> role.
-        scores: name -> value.
+        measured: the role of each measure of the run, by name.
+        scores: the value of each measure, by name.
     """
     return scores[text] if text == INSTANCE_LOSS else -weighted_sum(parse_sum(text, measured), scores)
 

@@ -51,14 +51,14 @@ class Generate(Section):
 
     @property
     def loras(self) -> list[str]:
-        """The additional LoRAs, without the run's own, as a list."""
+        """The value of `lora` as a list of paths. It does not contain the run's own LoRA."""
         return [] if self.lora is None else [*self.lora] if isinstance(self.lora, list) else [self.lora]
 
     def scales(self, count: int) -> list[float]:
         """Return the scale of each of `count` LoRAs.
 
         Raises:
-            ValueError: `lora_scale` is a list of another length.
+            ValueError: `lora_scale` is a list whose length is not `count`.
         """
         scales = self.lora_scale
         if isinstance(scales, list) and len(scales) != count:

@@ -37,5 +37,5 @@ class Method(Section):
 
     @property
     def scale_alpha(self) -> float:
-        """`alpha` as a number: the rank if it is None."""
+        """The value of `alpha`, or the rank if `alpha` is None."""
         return float(self.rank if self.alpha is None else self.alpha)

@@ -36,7 +36,7 @@ from dreambooth.errors import ConfigError
 from dreambooth.utils.assets import resolve_asset
 from dreambooth.utils.hardware import Machine
 
-TRACKED_KEYS = ("train.learning_rate", "prior.prior_loss_weight")  # two fit above an image in MLflow
+TRACKED_KEYS = ("train.learning_rate", "prior.prior_loss_weight")  # MLflow has room for two above an image
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Recipe:
         instance_dir: folder of the first subject's photos.
         class_dir: folder of the user's own class images for the first subject; None if all are generated.
         evaluate_prompts: prompts from which the model generates evaluation images.
-        evaluate_texts: the same prompts with the class instead of the subject, for the text encoder that scores the
-            images: it does not know the rare word.
+        evaluate_texts: the evaluation prompts with the class in place of the subject. The text encoder that scores the
+            images gets these prompts, because it does not know the rare word that names the subject.
         reference_dir: folder of the photos that generated images are compared with.
         overrides: the Hydra overrides that the run was composed with.
     """
@@ -96,12 +96,12 @@ class Recipe:
 
     @property
     def subject_recipes(self) -> tuple["Recipe", ...]:
-        """One recipe per subject, with its folders and prompts, as if there were no other subject."""
+        """One recipe per subject, with the folders and prompts of the subject, as if there were no other subject."""
         return tuple(map(self._for_subject, self.dataset.subjects))
 
     @property
     def class_recipes(self) -> tuple["Recipe", ...]:
-        """One recipe per class: two subjects with the prompt "a photo of a toy" share its class images."""
+        """One recipe per class. Subjects with the same class prompt and class_dir share the images of their class."""
         recipes: dict[tuple[str, Path | None], Recipe] = {}
         for recipe in self.subject_recipes:
             recipes.setdefault((recipe.class_prompt, recipe.class_dir), recipe)
@@ -136,7 +136,7 @@ class Recipe:
 
     @property
     def measure_roles(self) -> dict[str, str]:
-        """The measures of this run, name -> role; empty if there is no evaluation."""
+        """The role of each measure of this run, by the measure's name; empty if there is no evaluation."""
         return evaluate.measure_roles(self.evaluate, self.class_prompt)
 
     def _for_subject(self, subject: Subject) -> "Recipe":
@@ -147,19 +147,19 @@ class Recipe:
         return replace(self, dataset=dataset, **_subject_folders(subject))  # type: ignore[arg-type]
 
     def tracked_settings(self) -> dict[str, str]:
-        """Return the settings that the tracker gets as parameters: TRACKED_KEYS and all overridden settings.
+        """Return the settings that are sent to MLflow as parameters: TRACKED_KEYS and all overridden settings.
 
-        MLflow shows all parameters above each image, so that sending every setting would hide the images. All of
-        `settings` is stored as a file instead.
+        MLflow shows all parameters above each image, so that sending every setting would hide the images. The file
+        run.json contains every setting instead.
         """
         overridden = [word.lstrip("+~").partition("=")[0] for word in self.overrides]
         tracked = {*TRACKED_KEYS, *overridden, *(f"{group}.name" for group in overridden)}
         return {key: value for key, value in self.settings().items() if key in tracked}
 
     def settings(self) -> dict[str, str]:
-        """Return every setting as a string, by its override key such as train.learning_rate.
+        """Return every setting as a string, by its key in overrides, such as train.learning_rate.
 
-        The group tracking is left out, because the address of the server may contain a password.
+        The group tracking is left out, because the address of the MLflow server may contain a password.
         """
         flat = {"name": self.name, "device": self.device, "sample_prompts": json.dumps(self.sample_prompts)}
         for item in fields(self):
@@ -187,8 +187,8 @@ def resolve(config: Config, run_dir: Path, machine: Machine | None = None,
     Args:
         config: the configuration that the user composed. It is not changed.
         run_dir: the folder of the run.
-        machine: this machine, if it will execute the run; None if another machine will, which the group hardware
-            describes.
+        machine: this machine, if it will execute the run; None if another machine will execute the run. The group
+            hardware then describes that machine.
         overrides: the overrides that the run was composed with.
 
     Raises:
@@ -221,7 +221,7 @@ def resolve(config: Config, run_dir: Path, machine: Machine | None = None,
 
 
 def _use_detected_gpu(hardware: Hardware, machine: Machine) -> None:
-    """Set GPU name and compute capability to the detected values, and the usable VRAM if it is None."""
+    """Set GPU name and compute capability to the detected values. Set the usable VRAM only if it is None."""
     hardware.gpu = machine.gpu
     hardware.compute_capability = machine.compute_capability
     if hardware.usable_vram_gib is None:

@@ -18,7 +18,7 @@ from dreambooth.config.storage import Storage as Storage
 
 @dataclass
 class Model(Section):
-    """The base model: the source of its weights, and the resolution of training."""
+    """The base model: the source of its weights, and the training resolution."""
 
     name: str = "tiny"
     source: str = "package:tiny-sd"
@@ -42,14 +42,14 @@ class Model(Section):
 
 @dataclass
 class Precision(Section):
-    """Precision of computations. Trained weights, optimizer state and EMA are stored in fp32 with every precision."""
+    """Precision of computations. By default, trained weights, optimizer state and EMA are still stored in fp32."""
 
     dtype: Dtype = Dtype.fp32
     tf32: bool = False
 
     @property
     def label(self) -> str:
-        """The precision as a string, which distinguishes images that were generated in different precisions."""
+        """The precision as a string. It distinguishes images that were generated in different precisions."""
         return f"{self.dtype.value}, tf32" if self.tf32 else self.dtype.value
 
 
@@ -104,7 +104,7 @@ class Prior(Section):
 
 @dataclass
 class Train(Section):
-    """The optimisation. A step is one optimizer step, and `step` counts completed steps."""
+    """Settings of training. A step is one step of the optimizer, and `step` counts completed steps."""
 
     max_train_steps: int = 800
     train_batch_size: int = 1
@@ -183,7 +183,7 @@ class Checkpoint(Section):
 
 @dataclass
 class Tracking(Section):
-    """Where metrics and images are sent, besides the run folder."""
+    """The tracking server, to which metrics and images are sent in addition to the run folder."""
 
     kind: TrackingKind = TrackingKind.mlflow
     uri: str | None = None
@@ -195,7 +195,7 @@ class Tracking(Section):
 
 @dataclass
 class Plan(Section):
-    """Output of `python -m dreambooth.plan`; training does not read it."""
+    """Settings for the output of `python -m dreambooth.plan`. Training does not read them."""
 
     format: PlanFormat = PlanFormat.table
     plot: str | None = None

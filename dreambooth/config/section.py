@@ -6,14 +6,14 @@ from typing import Any, Self
 
 
 class Section:
-    """A config group: mutable while Hydra composes it, read-only after `seal`, as in every Recipe."""
+    """A config group. Its fields are mutable until `seal` is called. In a Recipe every section is sealed."""
 
     def seal(self) -> None:
         """Make the section read-only."""
         object.__setattr__(self, "_sealed", True)
 
     def copy_with(self, **values: Any) -> Self:
-        """Return a read-only copy in which these values are replaced."""
+        """Return a read-only copy, in which `values` replace the values of fields."""
         copy = replace(self, **values)  # type: ignore[type-var]
         copy.seal()
         return copy
@@ -29,7 +29,7 @@ def require(section: str, rules: dict[str, tuple[bool, str]]) -> None:
 
     Args:
         section: name of the section, or "" if its keys have no prefix.
-        rules: key -> (whether its rule holds, the rule as the end of the sentence "KEY must be ...").
+        rules: by key, whether the rule of the key holds, and the rule as the end of the sentence "KEY must be ...".
 
     Raises:
         ValueError: rules are broken; the message has one line per rule.
@@ -41,5 +41,5 @@ def require(section: str, rules: dict[str, tuple[bool, str]]) -> None:
 
 
 def finite(value: float, low: float, high: float = math.inf) -> bool:
-    """Return whether a number is finite and from `low` to `high`."""
+    """Return whether a number is finite, at least `low` and at most `high`."""
     return math.isfinite(value) and low <= value <= high

@@ -1,4 +1,7 @@
-"""The config group `storage`, and tests for paths in S3 and of single-file models. Imports neither torch nor Hydra."""
+"""The config group `storage`, and checks whether a path is in S3 or is a single-file model.
+
+Imports neither torch nor Hydra.
+"""
 
 from dataclasses import dataclass
 
@@ -20,7 +23,7 @@ def is_single_file(path: str | None) -> bool:
 
 @dataclass
 class Storage(Section):
-    """S3: the address that the result of a run is uploaded to, and the local cache of inputs from s3://."""
+    """Settings of S3: the address to which the result of a run is uploaded, and the local cache of inputs from S3."""
 
     upload: str | None = None
     checkpoints: bool = False

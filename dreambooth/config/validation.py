@@ -24,11 +24,11 @@ from dreambooth.utils.hardware import Machine
 
 
 def problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:
-    """Yield one sentence per broken rule; it ends with the overrides to type.
+    """Yield one sentence per broken rule. Each sentence ends with the overrides that the user should type.
 
     Args:
         device: cpu or cuda.
-        machine: this machine, if it will execute the run; None if another machine will.
+        machine: this machine, if it will execute the run; None if another machine will execute the run.
     """
     yield from _device_problems(config, device, machine)
     yield from _data_problems(config)
@@ -105,7 +105,7 @@ def _subject_problems(config: Config, prefix: str, subject: Subject | Dataset) -
 
 
 def _concept_problems(data: Dataset) -> Iterator[str]:
-    """Check several subjects: each needs its own prompt, and the keys for a single subject must be null."""
+    """Yield problems of dataset.concepts: each subject needs its own prompt; keys for a single subject must be null."""
     if not data.concepts:
         return
     if unused := [key for key in ("instance_dir", "instance_prompt", "class_dir", "class_prompt", "mask")

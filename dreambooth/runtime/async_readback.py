@@ -8,17 +8,17 @@ class AsyncReadback:
     """An asynchronous copy of a small tensor from the device to the host, started on construction.
 
     Kernels are queued: the host runs ahead of the device, and the device stays busy as long as its queue is not empty.
-    Reading a loss with `.item()` at the end of every step breaks this. The host waits until the queue is empty, and the
+    Reading a loss with `.item()` at the end of every step stops both: the host waits until the queue is empty, and the
     device then idles while the host draws the next batch and launches its first kernels.
 
     Here the copy is queued behind the work launched so far, and an event is recorded behind the copy. `read` waits for
-    that event only, not for work launched later. Called one step later, it finds the copy finished, and the queue never
-    runs empty. On a CPU there is no queue, and nothing is copied.
+    that event only, not for work launched later. If `read` is called one step later, the copy has already
+    finished, and the queue never runs empty. On a CPU there is no queue, and nothing is copied.
     """
 
     def __init__(self, values: Tensor) -> None:
         """Args:
-            values: (n,), on any device.
+            values: tensor of shape (n,), on any device.
         """
         self._values, self._copied = values, None
         if values.device.type != "cpu":

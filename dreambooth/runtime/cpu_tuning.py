@@ -6,8 +6,9 @@ quarter of its speed (docs/benchmarks.md). Threads therefore spin long only if t
 
 malloc: glibc maps new pages for each tensor of more than 32 MiB, and returns them to the kernel when the tensor is
 freed. The kernel clears every new page. A step of Stable Diffusion 1.5 allocates and frees gigabytes of gradients and
-activations: clearing took 3.5 of its 19 CPU seconds, and 0.1 with `keep_freed_memory` (docs/benchmarks.md). The results
-of a run do not change. Its resident memory does not shrink between phases.
+activations: clearing took 3.5 s of the 19 s of CPU time of a step, and 0.1 s with `keep_freed_memory`
+(docs/benchmarks.md). The function does not change the results of a run. With it, the resident memory of the process
+does not shrink between phases.
 """
 
 import ctypes
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROC_STAT = Path("/proc/stat")  # covers the whole machine, also inside a container
-BUSY_CORES = 0.2  # cores: if other processes use more, the machine counts as shared
+BUSY_CORES = 0.2  # number of cores; if other processes use more, the machine counts as shared
 MIN_WATCH_SECONDS = 0.2  # the kernel's clock, with ticks of 10 ms, is too coarse for less
 LONG_SPIN, SHORT_SPIN = "300000", "1000"  # iterations of libgomp's spin loop; the long one is libgomp's own default
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, from <malloc.h>
@@ -45,11 +46,11 @@ def read_cpu_times() -> CpuTimes:
 
 
 def openmp_environment(since: CpuTimes | None = None, until: CpuTimes | None = None) -> dict[str, str]:
-    """Return the environment variables that set how long OpenMP threads spin; read when torch is imported.
+    """Return the environment variables that set how long OpenMP threads spin. Set them before torch is imported.
 
     Args:
-        since, until: the interval in which the load by other processes is measured; from the import of this module
-            until now if None.
+        since, until: start and end of the interval in which the load by other processes is measured. The defaults are
+            the import of this module, and now.
     """
     cores_idle = _cores_idle(since or PROCESS_START, until or read_cpu_times())
     return {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": LONG_SPIN if cores_idle else SHORT_SPIN}
@@ -64,7 +65,7 @@ def keep_freed_memory() -> bool:
 
 
 def _cores_idle(since: CpuTimes, until: CpuTimes) -> bool:
-    """Return whether other processes used less than BUSY_CORES; False if that is unknown."""
+    """Return whether other processes used fewer cores than BUSY_CORES; False if their load is unknown."""
     seconds = until.clock - since.clock
     if since.busy is None or until.busy is None or seconds < MIN_WATCH_SECONDS:
         return False
@@ -80,4 +81,4 @@ def _busy_seconds() -> float | None:
     return (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK") if name == "cpu" else None
 
 
-PROCESS_START = read_cpu_times()  # the start of the command; until the second reading, Hydra composes the run
+PROCESS_START = read_cpu_times()  # when the command starts; Hydra then composes the run until the second reading

@@ -1,8 +1,8 @@
 """The engine of a training step: device, mixed precision, and the processes that train together.
 
-The step sees only the `Engine` object. `create_engine` builds one from accelerate for a run. A plain `Engine()`
-computes in one process, on the CPU, without autocast; tests and the planner's fake tensors use it. The same step runs
-under both.
+A training step uses only an `Engine` object. `create_engine` builds the Engine of a run with accelerate. A plain
+`Engine()` computes in one process, on the CPU, without autocast; tests and the planner (with fake tensors) use it. The
+code of the step is the same with both.
 """
 
 import os
@@ -30,13 +30,13 @@ def _backward(loss: Tensor) -> None:
 
 @dataclass
 class Engine:
-    """Autocast, backward pass, loss scaler and collective operations, as objects that a step calls.
+    """The objects and functions that a training step calls for autocast, backward pass and collective operations.
 
     Attributes:
         autocast: context manager of a forward pass.
         backward: runs the backward pass of a 0-d loss, scaled if there is loss scaling.
         scaler: the loss scaler; disabled unless the precision is fp16.
-        no_sync: context manager in which data parallel does not average the gradients of a model.
+        no_sync: context manager in which data parallelism does not average the gradients of a model.
         all_reduce_mean: returns the mean of a tensor over all processes.
         device: the device of this process.
         rank: index of this process among all processes; 0 is the main process.
@@ -63,7 +63,7 @@ class Engine:
     barrier: Callable[[], None] = lambda: None
     broadcast: Callable[[Any], Any] = lambda value: value
     set_autocast_cache: Callable[[bool], None] = lambda enabled: None
-    _loss_scale: float | None = None  # loss scale after the last step; kept, because a read waits for the device
+    _loss_scale: float | None = None  # scale after the last step; stored, because reading it waits for the device
 
     @property
     def is_main_process(self) -> bool:
@@ -80,7 +80,7 @@ class Engine:
         return norm
 
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Step the optimizer. Return False if the loss scaler skipped the step, because a gradient overflowed.
+        """Step the optimizer. Return False if the loss scaler skipped the step because a gradient overflowed.
 
         With loss scaling (fp16), and only then, the host waits for the device here: the learning-rate schedule and the
         EMA must not count a skipped step.
@@ -95,7 +95,7 @@ class Engine:
         return self._loss_scale >= before
 
     def overflowed(self, found_inf: Tensor) -> bool:
-        """Return whether a gradient overflowed: False without loss scaling; with it, the host waits for the device.
+        """Return whether a gradient overflowed. Without loss scaling, return False; otherwise wait for the device.
 
         Args:
             found_inf: (1,), above 0 if a gradient was not finite.
@@ -103,7 +103,7 @@ class Engine:
         return self.scaler.is_enabled() and bool(found_inf)
 
     def update_scaler(self, found_inf: Tensor) -> bool:
-        """Update the loss scaler for gradients that it has not unscaled. Return False if the step must be skipped.
+        """Update the loss scaler after gradients that it did not unscale. Return False if the step must be skipped.
 
         Args:
             found_inf: (1,), above 0 if a gradient was not finite.
@@ -117,7 +117,7 @@ class Engine:
         return self.step(optimizer)
 
     def reduce_flag(self, flag: bool) -> AsyncReadback:
-        """Start to combine a flag of all processes; the result is above 0 if the flag is True in any of them.
+        """Start to combine the flags of all processes. The result is above 0 if the flag of any process is True.
 
         A collective operation: every process must call it equally often.
         """
@@ -129,7 +129,7 @@ class Engine:
 
 
 def create_engine(device: str, dtype: Dtype, tf32: bool = False) -> tuple[Engine, "Accelerator"]:
-    """Build the Engine of this process, which runs alone or under torchrun; also return its accelerator.
+    """Build the Engine and the Accelerator of this process, which runs alone or under torchrun.
 
     Args:
         device: cpu or cuda.

@@ -1,4 +1,4 @@
-"""Measures the memory of each phase of a run (load, caching, step, ...), and writes the out-of-memory message."""
+"""Measures the memory of each phase of a run (load, caching, step, ...), and composes the out-of-memory message."""
 
 import errno
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,7 @@ PROBE_BYTES = 2**30  # a machine that can still allocate this much is not out of
 
 
 class MemoryMeter:
-    """Measures peak memory by phase: the CUDA allocator's on a GPU, the resident set size of the process on a CPU.
+    """Measures the memory of each phase: on a GPU the CUDA allocator's peak, on a CPU the process's resident set size.
 
     Phases are load, class_images, caching, step, sample, save and others.
     """
@@ -25,16 +25,16 @@ class MemoryMeter:
                  saved_notice: str = "earlier checkpoints are kept") -> None:
         """Args:
             device: the device whose memory is measured.
-            advice: phase -> the overrides to type if memory runs out in it.
-            predicted: peaks by phase in GiB, from the planner; phases may be missing.
-            saved_notice: part of the out-of-memory message, about the results that are kept.
+            advice: returns the overrides that the user should type if memory runs out in a phase.
+            predicted: the planner's prediction of the peak in GiB, by phase. Phases without a prediction are left out.
+            saved_notice: clause of the out-of-memory message about the results that are kept.
         """
         self.device = device
         self.advice = advice
         self.predicted = predicted or {}
         self.saved_notice = saved_notice
-        self.peaks: dict[str, float] = {}  # GiB by metric name
-        self._process = psutil.Process()  # created once, because it looks up the process's start time
+        self.peaks: dict[str, float] = {}  # highest values in GiB, by metric name
+        self._process = psutil.Process()  # created once, because psutil then looks up the start time
 
     @property
     def predicted_metrics(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ class ModuleOffload:
     While the caches are filled, it is the UNet. On a CPU, moving costs nothing.
 
     Attributes:
-        modules: the modules.
+        modules: the modules to move.
         device: the device that the run trains on.
     """
 

@@ -12,8 +12,8 @@ from dreambooth.config.recipe import Recipe
 def suggest_overrides(phase: str, recipe: Recipe) -> str:
     """Return the overrides to type after memory ran out in `phase` of the run that `recipe` describes.
 
-    For training these are all remaining memory options that leave the results unchanged. If none is left, it is one
-    option that changes the results.
+    For the phases of training, suggest all unused memory options that leave the results unchanged. If there are none,
+    suggest one option that changes the results.
     """
     if phase in ("class_images", "evaluate") and recipe.prior.sample_batch_size > 1:
         return "prior.sample_batch_size=1"
@@ -49,7 +49,7 @@ def _exact_options(recipe: Recipe) -> Iterator[str]:
 
 
 def _concessions(recipe: Recipe) -> Iterator[str]:
-    """Yield options that save memory and change the results, those with the smallest effect first."""
+    """Yield options that save memory and change the results, in order of increasing effect."""
     memory, train, kind = recipe.memory, recipe.train, recipe.optimizer.kind
     if train.train_batch_size > 1:
         yield "train.train_batch_size=1"

@@ -23,7 +23,7 @@ END_BYTES = 2**20  # bytes that `quick_digest` reads at each end of a file
 def write_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to. After the block, sync the file to disk and rename it to `path`.
 
-    The temporary name is random, not the process number: pods that share a volume may have the same process numbers.
+    The temporary name is random instead of a process ID: pods that share a volume may have equal process IDs.
     """
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def write_folder(path: Path, fresh: bool = False) -> Iterator[Path]:
     """Yield a temporary folder to fill. After the block, sync it to disk and replace `path` with it.
 
     Args:
-        fresh: do not replace `path` unless it is an empty folder.
+        fresh: whether `path` must be missing or an empty folder, so that no files are replaced.
 
     Raises:
         OSError: with `fresh`, if `path` exists and is not an empty folder.
@@ -103,7 +103,7 @@ def trailing_number(path: Path) -> int:
 
 
 def weights_digest(source: Path) -> str | None:
-    """Return a quick digest that identifies a local model by its weight files; None if `source` is a hub id."""
+    """Return a quick digest of the weight files of a local model; None if `source` is a hub id."""
     if source.is_file():
         return quick_digest([source], source.parent)
     if not source.is_dir():
@@ -118,7 +118,10 @@ def full_digest(path: Path) -> str:
 
 
 def quick_digest(paths: Iterable[Path], folder: Path) -> str:
-    """Return a SHA-256, in hex, over each file's path below `folder`, size, first and last END_BYTES."""
+    """Return one SHA-256, in hex, of several files.
+
+    For each file, hash the path relative to `folder`, the size, the first END_BYTES and the last END_BYTES.
+    """
     digest = sha256()
     for path in paths:
         size = path.stat().st_size

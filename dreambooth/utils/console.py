@@ -1,4 +1,4 @@
-"""Terminal output: lines, tables and progress bars with rich. Plain lines if stdout is not a terminal."""
+"""Terminal output with rich: lines, tables and progress bars. If stdout is not a terminal, only lines are printed."""
 
 import sys
 import time
@@ -12,11 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-LINE_INTERVAL = 60.0  # seconds between lines if stdout is no terminal; SageMaker parses the loss in them
+LINE_INTERVAL = 60.0  # seconds between progress lines without a terminal; SageMaker parses their loss
 
 
 class Bar:
-    """Progress of one task: a bar on a terminal; elsewhere a line after each tenth, each minute and at the end.
+    """Progress of one task, shown as a bar on a terminal.
+
+    Without a terminal, print a line after each tenth of the items, after each minute, and at the end.
+
 
     Args:
         rich: the console to write to.
@@ -46,7 +49,7 @@ class Bar:
             self._progress.stop()
 
     def tick(self, count: int = 1, note: str = "") -> None:
-        """Advance by `count` items, and show `note` beside the numbers."""
+        """Advance by `count` items, and show `note` beside the number of completed items."""
         self.done += count
         if self._progress and self._task is not None:
             self._progress.update(self._task, completed=self.done, note=note)
@@ -63,7 +66,7 @@ class Console:
     """Writes lines, tables and progress bars to stdout.
 
     Args:
-        quiet: write nothing; for every process except the first.
+        quiet: whether to write nothing, as in every process except the main process.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -74,7 +77,7 @@ class Console:
         self._rich.print(Text(text))
 
     def table(self, rows: Mapping[str, str]) -> None:
-        """Print names and values in two columns.
+        """Print two columns: the keys of `rows`, and their values.
 
         Values are wrapped only on a terminal, so that a path is not broken in piped output.
         """

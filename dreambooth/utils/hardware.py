@@ -9,12 +9,12 @@ GIB = 2**30  # bytes
 
 @dataclass(frozen=True)
 class Machine:
-    """The first CUDA GPU of a machine; every field is None if there is none.
+    """The first CUDA GPU of a machine; every field is None if the machine has no such GPU.
 
     Attributes:
         gpu: name of the GPU.
-        vram_gib: its memory in GiB.
-        compute_capability: such as 7.5.
+        vram_gib: memory of the GPU in GiB.
+        compute_capability: CUDA compute capability of the GPU, such as 7.5.
     """
 
     gpu: str | None = None

@@ -36,8 +36,8 @@ def contact_sheet(
 
     Args:
         photos: the subject's training photos, square.
-        samples: step -> prompt number -> images.
-        prompts: the title of each row.
+        samples: by step, one list of images for each prompt.
+        prompts: the prompt of each row, printed as its title.
     """
     steps = _spread(sorted(samples))
     cell = _cell_size(samples[steps[0]][0])
@@ -62,7 +62,7 @@ def contact_sheet(
 
 
 def read_samples(folder: Path, prompts: int) -> dict[int, list[list[Image.Image]]]:
-    """Read sample images by step and prompt number, from files such as `step-000100/prompt-0-1.png`.
+    """Read sample images from files such as `step-000100/prompt-0-1.png`. Return them by step and prompt number.
 
     Args:
         prompts: number of prompts; a step that lacks images of a prompt is left out.
@@ -81,7 +81,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def _spread(steps: Sequence[int]) -> list[int]:
-    """Return at most MAX_COLUMNS of the steps, evenly spread, with the first and the last."""
+    """Return at most MAX_COLUMNS of the steps, evenly spaced, including the first and the last step."""
     if len(steps) <= MAX_COLUMNS:
         return list(steps)
     picks = {round(i * (len(steps) - 1) / (MAX_COLUMNS - 1)) for i in range(MAX_COLUMNS)}
@@ -89,12 +89,12 @@ def _spread(steps: Sequence[int]) -> list[int]:
 
 
 def square_columns(count: int) -> int:
-    """Return the number of columns that makes a grid of `count` images about square."""
+    """Return the number of columns with which a grid of `count` images is about square."""
     return math.ceil(math.sqrt(count))
 
 
 def _cell_size(pictures: Sequence[Image.Image]) -> int:
-    """Return the side of a cell in pixels, from 192 to 256; smaller grids are enlarged, larger ones reduced."""
+    """Return the side of a cell in pixels, from 192 to 256. A grid of another size is scaled to fit the cell."""
     side = square_columns(len(pictures)) * pictures[0].width
     return 256 if side >= 256 else max(side, 192)
 
@@ -110,7 +110,7 @@ def _fit(image: Image.Image, side: int) -> Image.Image:
 
 
 def _label(draw: ImageDraw.ImageDraw, where: tuple[int, int], text: str, width: int) -> None:
-    """Draw one line of text, cut off with an ellipsis at `width` pixels."""
+    """Draw one line of text. Shorten a line that is wider than `width` pixels, and append an ellipsis."""
     font = ImageFont.load_default(13)
     while text and draw.textlength(text, font=font) > width - 2 * GAP:
         text = text[:-2].rstrip(".… ") + "…" if len(text) > 2 else ""

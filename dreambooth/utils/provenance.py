@@ -11,7 +11,7 @@ import dreambooth
 
 
 def origin() -> dict[str, str]:
-    """Return version, git revision and command line of this process, with credentials removed."""
+    """Return the package version, the git revision, and the command line of this process without credentials."""
     return {"version": dreambooth.__version__, "git_revision": _git_revision(), "command": _command()}
 
 
@@ -36,10 +36,10 @@ def _command() -> str:
 
 
 def remove_credentials(text: str, uri: str = "") -> str:
-    """Return a text without the `user:password@` and the values of `password=` and `token=` in its addresses.
+    """Return `text` without credentials: `user:password@` in addresses, and the values of `password=` and `token=`.
 
     Args:
-        uri: an address whose user and password are also removed where they occur outside an address.
+        uri: an address with a user and password, which are also removed where `text` contains them outside an address.
     """
     match = re.match(r"[\w+.-]+://([^/\s]*)@", uri)
     text = re.sub(r"(?<=://)[^/\s]*@", "", text)

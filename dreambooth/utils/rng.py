@@ -15,14 +15,14 @@ Key = tuple[int | str, ...]
 
 
 def stream(*key: int | str) -> np.random.Generator:
-    """Return a new generator of the random stream of `key`."""
+    """Return a new random generator that starts at the beginning of the stream of `key`."""
     digest = blake2b(repr(key).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
 @lru_cache(maxsize=64)
 def permutation(count: int, *key: int | str) -> tuple[int, ...]:
-    """Return a random permutation of range(count). Cached: it is used for each sample, and is the same for an epoch."""
+    """Return a random permutation of range(count). Cached, because all samples of an epoch use the same one."""
     return tuple(map(int, stream(*key).permutation(count)))
 
 
@@ -32,5 +32,5 @@ def normal(shape: tuple[int, ...], *key: int | str) -> torch.Tensor:
 
 
 def seed(*key: int | str) -> int:
-    """Return a seed for a torch.Generator: 32 bits, because its CPU engine uses no more."""
+    """Return a seed of 32 bits for a torch.Generator, whose CPU engine uses no more bits."""
     return int(stream(*key).integers(2**32))

@@ -1,6 +1,6 @@
 """Stop requests: signals that make a run save its state and stop.
 
-The first SIGTERM (from spot instances, Kubernetes, SageMaker) or Ctrl-C is such a request. The second one interrupts
+The first SIGTERM (from spot instances, Kubernetes, SageMaker) or Ctrl-C is a stop request. A second signal interrupts
 the run at once.
 """
 
@@ -51,7 +51,7 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 
 
 def how_to_resume(resume: str) -> str:
-    """Return the instruction that continues a saved run, as the start of a sentence.
+    """Return how the user can resume a saved run, as the start of a sentence.
 
     With checkpoint.resume=never, or a path, the same command would start from the same point again.
 
