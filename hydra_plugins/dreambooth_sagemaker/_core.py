@@ -79,7 +79,7 @@ def _check_settings(sweep: SweepState) -> None:
     """Check the launcher's settings that are the same for all jobs of a sweep.
 
     Raises:
-        ConfigError: all problems.
+        ConfigError: settings are invalid; the message has one line per problem.
     """
     settings = sweep.settings
     rules = {
@@ -101,10 +101,10 @@ def _check_settings(sweep: SweepState) -> None:
 def _check_numbers(configs: Sequence[DictConfig]) -> None:
     """Check the numbers in the settings of every job, because a sweep may vary them.
 
-    SageMaker's own limits are checked with the request.
+    Limits of SageMaker itself are checked later, with the request.
 
     Raises:
-        ConfigError: all problems.
+        ConfigError: numbers are out of range; the message has one line per problem.
     """
     problems = []
     for config in configs:
@@ -141,8 +141,8 @@ def _run_in_process(sweep: SweepState, configs: Sequence[DictConfig], job_overri
                                    config=config, job_dir_key="hydra.sweep.dir",
                                    job_subdir_key="hydra.sweep.subdir"))
             configure_log(sweep.config.hydra.hydra_logging, sweep.config.hydra.verbose)
-    finally:  # an interrupted run ends the process by SystemExit: the results so far are written first
-        if "tracking" in sweep.config:  # the launcher may also run another application
+    finally:  # also after SystemExit, which an interrupted run raises: write the results so far
+        if "tracking" in sweep.config:  # the launcher may also run an application other than dreambooth
             jobs = [Job(first_number + i, f"#{first_number + i}", tuple(filter_overrides(overrides)), {}, 0)
                     for i, overrides in enumerate(job_overrides[:len(returns)])]
             states = [_job_state(job_return) for job_return in returns]
@@ -202,7 +202,7 @@ def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig]) -> list[Jo
 
 
 def _job_return(config: DictConfig, job: Job, state: JobState) -> JobReturn:
-    """Build the result that a sweeper reads: the objective of a job, or the exception of a job that failed."""
+    """Build the JobReturn that a sweeper reads. It holds the job's objective, or an exception if the job failed."""
     completed = state.status == COMPLETED
     job_return = JobReturn(
         overrides=list(job.overrides), cfg=_prepare.task_config(config),
@@ -218,7 +218,7 @@ def _job_return(config: DictConfig, job: Job, state: JobState) -> JobReturn:
 def _report(sweep: SweepState, jobs: Sequence[Job], states: Sequence[JobState], config: DictConfig) -> None:
     """Print the results of a batch, and store the results of all batches so far.
 
-    They are written to the CSV file of the sweep, and logged to the MLflow server that the jobs use.
+    Write them to the CSV file of the sweep, and log them to the MLflow server that the jobs use.
     """
     assert sweep.name is not None
     sweep.table += sweep_results.result_rows(jobs, states)
@@ -238,7 +238,7 @@ def _report(sweep: SweepState, jobs: Sequence[Job], states: Sequence[JobState], 
 def _report_partial(sweep: SweepState, jobs: Sequence[Job], states: Sequence[JobState]) -> None:
     """Write the results of the jobs that have ended to the CSV file. Called if the command ends early.
 
-    Nothing is logged to MLflow, where the run of a sweep describes all jobs.
+    Log nothing to MLflow, because the MLflow run of a sweep describes all of its jobs.
     """
     assert sweep.config is not None and sweep.name is not None
     ended = [number for number, state in enumerate(states) if state.ended]

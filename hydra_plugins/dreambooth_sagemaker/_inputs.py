@@ -1,4 +1,4 @@
-"""Inputs of jobs: checks that paths in S3 exist, and uploads local folders that jobs read through channels."""
+"""Inputs of SageMaker jobs: checks that S3 paths exist, and uploads local folders that jobs read through channels."""
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -17,7 +17,7 @@ KEYWORDS = {"mask": ("alpha",), "resume": ("auto", "never")}  # last part of a k
 
 
 class Inputs:
-    """Inputs of all jobs of a sweep. Each local folder is hashed once, and each path in S3 is inspected once."""
+    """The inputs of all jobs of a sweep. Each local folder is hashed once, and each S3 path is inspected once."""
 
     def __init__(self, mode: str) -> None:
         self._jobs_are_local = mode == "docker"  # containers on this machine read local folders directly
@@ -43,12 +43,12 @@ class Inputs:
                 self._digests[uri] = content.digest
 
     def channels(self, run: Config, s3: str) -> dict[str, str]:
-        """Return channel -> the local or S3 folder that the job reads through it."""
+        """Return the local or S3 folder that a job reads through each channel, by name of the channel."""
         return {CHANNELS[key]: path if is_remote(path) else self._job_path(path, s3)
                 for key, path in _channel_folders(run).items()}
 
     def contents(self, run: Config) -> dict[str, str]:
-        """Return, for each config key, a digest of the content of the folder or file that it names.
+        """Return a digest of the content of each input folder or file of a run, by config key.
 
         The digest does not depend on the path.
         """
@@ -76,7 +76,7 @@ class Inputs:
 
 
 def find_local_paths(run: Config) -> Iterator[str]:
-    """Yield one sentence for each local path that a job cannot read, because no channel replaces it."""
+    """Yield one sentence for each local path that a job cannot read, because no channel replaces the path."""
     replaced = _channel_folders(run)
     for key, path, _ in _input_paths(run):
         if not is_portable(path) and key not in replaced and _is_local_path(key, path):
@@ -89,7 +89,10 @@ def find_local_paths(run: Config) -> Iterator[str]:
 
 
 def without_s3_paths(run: Config) -> Config:
-    """Return a copy with defaults for S3 paths in `checkpoint` and `evaluate`, to check rules without downloads."""
+    """Return a copy of a configuration whose rules can be checked without downloads.
+
+    In the copy, default values replace the S3 paths of the groups checkpoint and evaluate.
+    """
     run = deepcopy(run)
     for section in (run.checkpoint, run.evaluate):
         for key, default in vars(type(section)()).items():
@@ -110,14 +113,17 @@ def _is_local_path(key: str, path: str) -> bool:
 
 
 def _channel_folders(run: Config) -> Mapping[str, str]:
-    """Return key -> folder, local or in S3, that the job reads through a channel. Files are passed by address."""
+    """Return the local and S3 folders that a job reads through channels, by config key.
+
+    An input that is a single file in S3 has no channel: the job gets its address.
+    """
     return {key: path for key, path, _ in _input_paths(run)
             if key in CHANNELS and not path.startswith("package:") and (
                 Path(path).is_dir() or (is_remote(path) and not is_single_file(path)))}
 
 
 def _input_paths(run: Config) -> Iterator[tuple[str, str, bool]]:
-    """Yield each input of a run as key, path, and whether the path needs a manifest."""
+    """Yield one triple per input of a run: its config key, its path, and whether the path must have a manifest."""
     for section_name, section, key, needs_manifest in run_inputs.possible_inputs(run):
         if path := getattr(section, key):
             yield f"{section_name}.{key}", str(path), needs_manifest

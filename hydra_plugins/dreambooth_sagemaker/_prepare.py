@@ -35,9 +35,10 @@ PLANNER_ARGUMENTS = ("-m", "dreambooth.plan", "plan.format=json")
 
 
 def refuse_secrets(configs: Sequence[DictConfig], sweep: str) -> None:
-    """Refuse jobs whose requests would contain credentials. Called first, so that no other error is raised before.
+    """Refuse jobs whose requests would contain credentials. Called before all other checks.
 
-    Hydra has already stored the overrides in multirun.yaml. If a job is refused, this file is deleted.
+    Hydra has already stored the overrides in multirun.yaml. If a job is refused, delete this file. An earlier error of
+    another check would leave the file.
 
     Raises:
         ConfigError: a request would contain a value that looks like a credential.
@@ -60,7 +61,7 @@ def prepare_jobs(configs: Sequence[DictConfig], sweep: str, backend: Any, mode: 
         mode: hydra.launcher.mode.
 
     Raises:
-        ConfigError: jobs have problems; one line per problem of any job. Nothing was uploaded or submitted.
+        ConfigError: jobs have problems; the message has one line per problem. Nothing was uploaded or submitted.
     """
     problems: list[str] = []
     checked: list[tuple[DictConfig, Config, dict[str, Any]]] = []
@@ -80,7 +81,7 @@ def prepare_jobs(configs: Sequence[DictConfig], sweep: str, backend: Any, mode: 
 
 
 def task_config(config: DictConfig) -> DictConfig:
-    """Return a configuration without Hydra's own group."""
+    """Return the configuration of a job without the config group hydra."""
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
@@ -115,7 +116,7 @@ def _check_job(config: DictConfig, mode: str) -> tuple[Config, dict[str, Any]]:
         The run's configuration, and the output of the planner for it.
 
     Raises:
-        ConfigError: all problems of the job.
+        ConfigError: the job has problems; the message has one line per problem.
     """
     run, launcher = load(task_config(config)), config.hydra.launcher
     problems = [] if mode == "docker" else [
@@ -152,10 +153,10 @@ def _check_job(config: DictConfig, mode: str) -> tuple[Config, dict[str, Any]]:
 
 
 def _run_planner(config: DictConfig) -> dict[str, Any]:
-    """Run the planner in a child process, since it needs torch. Return its output; {} if torch is not installed.
+    """Run the planner in a child process, since it needs torch. Return its output, or {} if torch is not installed.
 
     Raises:
-        ConfigError: the job does not fit, or the planner failed.
+        ConfigError: the job needs more memory or disk than its instance has, or the planner failed.
     """
     if find_spec("torch") is None:
         print("torch is not installed here: it is not checked whether the jobs fit in memory", flush=True)
@@ -179,7 +180,8 @@ def _build_job(config: DictConfig, run: Config, plan: Mapping[str, Any], sweep: 
     """Build a job and its request.
 
     Args:
-        submit: the job is about to be submitted; with resubmit, a job that has failed gets a new name.
+        submit: whether the job is about to be submitted. If hydra.launcher.resubmit is also true, a job that has failed
+            before gets a new name.
     """
     settings, launcher = _job_settings(config), config.hydra.launcher
     number, overrides = config.hydra.job.num, tuple(config.hydra.overrides.task)
@@ -210,16 +212,16 @@ def _job_settings(config: DictConfig) -> JobSettings:
 
 
 def _instance_value(config: DictConfig, key: str) -> float | None:
-    """Return price or disk size of a job's instance: the value that the user typed, or else that of the hardware file.
+    """Return the price or the disk size of a job's instance: the user's value, or else the value in the hardware file.
 
-    Return None if neither is known. The hardware file is used only for the instance type that it names.
+    Return None if there is neither value. The hardware file is used only for the instance type that it names.
     """
     launcher = config.hydra.launcher
     typed_keys = {override.lstrip("+").partition("=")[0] for override in config.hydra.overrides.task}
     file = conf_dir() / "hardware" / f"{config.hydra.runtime.choices.get('hardware')}.yaml"
     if file.is_file():
         file_type = OmegaConf.load(file).instance_type
-    else:  # an option of the user's own
+    else:  # the user's own option of the group hardware
         file_type = None if "hardware.instance_type" in typed_keys else config.hardware.instance_type
     typed = not OmegaConf.is_interpolation(launcher, key) or f"hardware.{key}" in typed_keys
     value: float | None = launcher[key] if typed or launcher.instance_type == file_type else None

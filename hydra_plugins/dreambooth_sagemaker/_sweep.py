@@ -9,12 +9,12 @@ from omegaconf import DictConfig
 
 @dataclass
 class SweepState:
-    """Settings and results of a sweep. Hydra's sweeper calls the launcher once per batch of jobs of the sweep."""
+    """Settings and results of a sweep, kept between its batches: Hydra calls the launcher once per batch of jobs."""
 
-    settings: dict[str, Any]  # settings of the launcher; those that jobs may vary are read from each job's config
+    settings: dict[str, Any]  # of the launcher; settings that differ between jobs are read from each job's config
     name: str | None = None  # set by the first launch if the user gave none
     config: DictConfig | None = None
     task_function: TaskFunction | None = None
     hydra_context: HydraContext | None = None
     table: list[dict[str, Any]] = field(default_factory=list)  # result rows of every launch so far
-    done: dict[tuple[str, ...], Any] = field(default_factory=dict)  # overrides -> job and state of completed jobs
+    done: dict[tuple[str, ...], Any] = field(default_factory=dict)  # job and state of each completed job, by overrides

@@ -1,7 +1,7 @@
 """The launcher's class and settings, for Hydra. The implementation is in _core.py, which only sweeps import."""
 
 # No `from __future__ import annotations` here: Hydra's scanner executes this file before it is in sys.modules, where
-# dataclasses look up string annotations. Hydra itself would fail to start.
+# dataclasses look up string annotations. With that import, Hydra would fail to start.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
