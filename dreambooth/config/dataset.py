@@ -57,7 +57,7 @@ class Dataset(Section):
 
     @property
     def keyed_subjects(self) -> Iterator[tuple[str, "Subject | Dataset"]]:
-        """One pair per subject: prefix of its keys, such as dataset.concepts.0, and object with its values."""
+        """One pair (prefix, subject) per subject. The prefix is the start of its keys, such as dataset.concepts.0."""
         if self.concepts:
             yield from ((f"dataset.concepts.{number}", subject) for number, subject in enumerate(self.concepts))
         else:

@@ -31,7 +31,7 @@ class Memory(Section):
 
     @property
     def split_pass(self) -> bool:
-        """Whether a step runs a forward and a backward pass for the photos, then another one for the class images."""
+        """Whether each step runs a forward and backward pass for the photos, then another for the class images."""
         return self.split_prior and not self.optimizer_in_backward
 
     def __post_init__(self) -> None:

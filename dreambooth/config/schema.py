@@ -55,7 +55,7 @@ class Precision(Section):
 
 @dataclass
 class Attention(Section):
-    """Which implementation computes attention."""
+    """The implementation that computes attention."""
 
     kind: AttentionKind = AttentionKind.sdpa
 

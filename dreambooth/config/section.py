@@ -13,7 +13,7 @@ class Section:
         object.__setattr__(self, "_sealed", True)
 
     def copy_with(self, **values: Any) -> Self:
-        """Return a read-only copy, in which `values` replace the values of fields."""
+        """Return a read-only copy with new values for the fields in `values`."""
         copy = replace(self, **values)  # type: ignore[type-var]
         copy.seal()
         return copy

@@ -41,7 +41,7 @@ class CpuTimes:
 
 
 def read_cpu_times() -> CpuTimes:
-    """Read the clocks now."""
+    """Return the current readings of the clocks."""
     return CpuTimes(time.monotonic(), _busy_seconds(), time.process_time())
 
 

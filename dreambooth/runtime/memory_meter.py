@@ -99,8 +99,8 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
 def _host_memory_exhausted() -> bool:
     """Return whether the system refuses an allocation of PROBE_BYTES now.
 
-    oneDNN reports a failed allocation and an unsupported shape with the same message. Only this probe distinguishes
-    them.
+    oneDNN reports a failed allocation and an unsupported shape with the same message. Only a trial
+    allocation distinguishes the two cases.
     """
     try:
         mmap(-1, PROBE_BYTES, MAP_PRIVATE | MAP_ANONYMOUS).close()  # as malloc does; shared memory has other limits

@@ -218,7 +218,7 @@ def _job_return(config: DictConfig, job: Job, state: JobState) -> JobReturn:
 def _report(sweep: SweepState, jobs: Sequence[Job], states: Sequence[JobState], config: DictConfig) -> None:
     """Print the results of a batch, and store the results of all batches so far.
 
-    Write them to the CSV file of the sweep, and log them to the MLflow server that the jobs use.
+    The results are stored in the CSV file of the sweep, and on the MLflow server that the jobs use.
     """
     assert sweep.name is not None
     sweep.table += sweep_results.result_rows(jobs, states)
