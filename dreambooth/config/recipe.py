@@ -120,7 +120,7 @@ class Recipe:
     def allows_optimizer_in_backward(self) -> bool:
         """Whether memory.optimizer_in_backward=true is possible.
 
-        The option requires one process, one pass per step, a model that is not compiled, and an optimizer on the device.
+        The option requires one process, one pass per step, an uncompiled model, and an optimizer on the device.
         """
         train, one_process = self.train, self.hardware.gpus == 1
         return (one_process and train.gradient_accumulation_steps == 1 and not self.two_passes and not train.compile
