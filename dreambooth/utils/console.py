@@ -20,7 +20,6 @@ class Bar:
 
     Without a terminal, print a line after each tenth of the items, after each minute, and at the end.
 
-
     Args:
         rich: the console to write to.
         title: name of the task.
