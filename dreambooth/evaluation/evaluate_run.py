@@ -1,4 +1,4 @@
-"""Evaluation of a finished run and of its base model, with the same prompts and seeds (`dreambooth.evaluate`)."""
+"""Evaluates a finished run and its base model with the same prompts and seeds, for `dreambooth.evaluate`."""
 
 import json
 from dataclasses import replace
@@ -21,9 +21,10 @@ from dreambooth.utils.console import Console
 
 
 def evaluate_run(recipe: Recipe) -> dict[str, float]:
-    """Generate and score images of the run, track the scores and print them. Return the scores.
+    """Generate and score images of the base model and of the exported model. Return the scores of the exported model.
 
-    A step that was evaluated before, by the run or by this command, is not evaluated again.
+    The scores are also tracked and printed. A step that the run or this command evaluated before is not evaluated
+    again.
 
     Raises:
         UserError: the run is not finished, or the recipe names no encoder.
@@ -54,7 +55,7 @@ def _load_base(recipe: Recipe, device: torch.device) -> loading.Components:
 def _load_trained(recipe: Recipe, device: torch.device) -> loading.Components:
     """Load the exported model of the run.
 
-    It is a whole model, or the base model with the run's adapter attached as in training.
+    The exported model is either a whole model, or an adapter. An adapter is attached to the base model as in training.
     """
     folder = recipe.run_dir / "model"
     if (folder / "model_index.json").is_file():

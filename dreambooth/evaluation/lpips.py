@@ -1,7 +1,7 @@
 """LPIPS (Zhang et al. 2018, arXiv:1801.03924), version 0.1 on AlexNet: the perceptual distance between two images.
 
-The weights are not shipped. docs/evaluate.md shows how to write them to a safetensors file with the authors' package.
-The keys of this file are those of `lpips.LPIPS(net="alex").state_dict()`.
+This project does not contain the weights. docs/evaluate.md shows how to write them to a safetensors file with the
+authors' package. The file has the keys of `lpips.LPIPS(net="alex").state_dict()`.
 """
 
 from pathlib import Path
@@ -55,7 +55,7 @@ class Lpips(nn.Module):
 
     @torch.no_grad()
     def distances(self, pixels: Tensor) -> Tensor:
-        """Return the distance between every two of N images: a matrix (N, N), fp64, on the CPU."""
+        """Return the matrix (N, N) of the distances between every two of N images, fp64, on the CPU."""
         features = self.features(pixels.to(next(self.buffers()).device))
         matrix = torch.zeros(len(pixels), len(pixels), dtype=torch.float64)
         weights = [getattr(self, f"linear{number}") for number in range(len(_LAYERS))]
@@ -65,7 +65,7 @@ class Lpips(nn.Module):
         return matrix + matrix.T
 
     def features(self, pixels: Tensor) -> list[Tensor]:
-        """Return the outputs of AlexNet's five convolutions after their ReLU, (N, C, h, w) each."""
+        """Return five tensors (N, C, h, w): the output of each AlexNet convolution after its ReLU."""
         shift, scale = (torch.tensor(values).to(pixels).view(1, 3, 1, 1) for values in (_SHIFT, _SCALE))
         x = (2 * pixels - 1 - shift) / scale
         features = []

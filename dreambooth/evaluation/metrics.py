@@ -38,7 +38,7 @@ def prompt_similarity(images: Tensor, prompts: Tensor) -> Tensor:
     With CLIP embeddings it is CLIP-T (section 4.1).
 
     Raises:
-        ValueError: there is not one prompt per image.
+        ValueError: the number of prompts is not the number of images, or an argument of `mean_similarity` is invalid.
     """
     _check(images, prompts)
     if len(images) != len(prompts):
@@ -47,14 +47,14 @@ def prompt_similarity(images: Tensor, prompts: Tensor) -> Tensor:
 
 
 def mean_distance(distances: Tensor) -> Tensor:
-    """Return the mean over all pairs of different images of a symmetric distance matrix (N, N), N >= 2.
+    """Return the mean distance between two different images, from a symmetric matrix (N, N) of distances, N >= 2.
 
     With LPIPS distances between images of the subject from one prompt it is DIV (section 4.3). The paper calls DIV
     "average LPIPS cosine similarity", but LPIPS is a distance, and in the paper's table, as here, higher means more
     diverse.
 
     Raises:
-        ValueError: the matrix is not square, or there is no pair.
+        ValueError: the matrix is not square, or has fewer than two rows.
     """
     if distances.ndim != 2 or distances.shape[0] != distances.shape[1] or len(distances) < 2:
         raise ValueError(f"a square matrix of at least two images is needed, not {tuple(distances.shape)}")
@@ -65,17 +65,21 @@ def mean_distance(distances: Tensor) -> Tensor:
 def cosine_distances(embeddings: Tensor) -> Tensor:
     """Return 1 - cosine similarity of every two rows of (N, D): a matrix (N, N) in [0, 2], for `mean_distance`.
 
-    This is how diversity is measured without LPIPS weights. It is not the paper's DIV.
+    Without LPIPS weights, diversity is the mean of these distances, which is not the paper's DIV.
     """
     unit = _unit(embeddings)
     return 1 - unit @ unit.T
 
 
 def class_drift(now: Tensor, base: Tensor) -> Tensor:
-    """Return 1 - cosine similarity of the mean directions of class images now (N, D) and before training (M, D).
+    """Return 1 - cosine similarity between the mean embedding directions of class images now and before training.
 
     The result is in [0, 2]. Lower is better; 0 means that the mean direction has not changed. This measure is not from
     the paper. Unlike PRES it needs no photo of the subject, and it also detects drift that is not towards the subject.
+
+    Args:
+        now: embeddings of class images from the current model, (N, D).
+        base: embeddings of class images from the base model, (M, D).
 
     Raises:
         ValueError: an argument has no rows, or the widths differ.
@@ -85,12 +89,15 @@ def class_drift(now: Tensor, base: Tensor) -> Tensor:
 
 
 def lpips(first: Sequence[Tensor], second: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """Return the LPIPS distance (N,) of N pairs of images, 0 if equal (Zhang et al. 2018, arXiv:1801.03924, eq. 1).
+    """Return the LPIPS distance (N,) of N pairs of images (Zhang et al. 2018, arXiv:1801.03924, eq. 1).
+
+    The distance between two equal images is 0.
 
         d(x, y) = sum over layers l of  mean over positions (h, w) of  w_l . (x_l / |x_l| - y_l / |y_l|)^2
 
     Args:
-        first, second: the features of each layer, (N, C_l, H_l, W_l), of the first and the second images.
+        first: features (N, C_l, H_l, W_l) of the first image of each pair, one tensor per layer.
+        second: features of the second image of each pair, with the same shapes.
         weights: w_l of each layer, (C_l,), not negative.
     """
     return torch.stack([
@@ -99,7 +106,7 @@ def lpips(first: Sequence[Tensor], second: Sequence[Tensor], weights: Sequence[T
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    """Normalise along dimension 1 to length 1, in fp64."""
+    """Return the vectors along dimension 1 in fp64, normalised to length 1."""
     return normalize(vectors.double(), dim=1, eps=1e-10)
 
 
