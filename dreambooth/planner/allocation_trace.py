@@ -19,7 +19,7 @@ HOST = "host"  # category of storages that a real run keeps in host memory
 TEMPORARIES, ACTIVATIONS = "temporaries", "activations"
 Event = tuple[int, int]  # (serial, +bytes): allocated; (serial, -bytes): released; (MARK, n): the n-th mark
 MARK = -1
-Workspace = Callable[[str, tuple[Any, ...]], int]  # operator name and arguments -> bytes of the kernel's workspace
+Workspace = Callable[[str, tuple[Any, ...]], int]  # from operator name and arguments to bytes of the kernel's workspace
 _DEVICE = torch.ops.prim.device.default
 
 
@@ -28,9 +28,9 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         events: allocations, releases and marks in the order in which they happened.
-        category: serial number of a storage -> its category.
+        category: the category of each storage, by serial number.
         marks: the names of the phases, in the order in which they were marked.
-        flops: phase -> floating-point operations of its matrix products, convolutions and attention. One multiply-add
+        flops: floating-point operations of matrix products, convolutions and attention, by phase. One multiply-add
             counts as two operations.
     """
 
@@ -69,15 +69,15 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.add([*module.parameters(), *module.buffers()], category)
 
     def recategorize_live(self, old: str, new: str) -> None:
-        """Change the category of all live storages of category `old` to `new`, from their allocation on."""
+        """Change the category of all live storages from `old` to `new`, also for their past events."""
         for serial, _ in self._live.values():
             if self.category[serial] == old:
                 self.category[serial] = new
 
     def repeat(self, start: int, end: int, marks: bool = True) -> None:
-        """Append events[start:end] once more, as if the same code ran again.
+        """Append a copy of events[start:end], as if the same code ran again.
 
-        Storages that are still live at `end` exist already and are not allocated a second time.
+        Storages that are still live at `end` exist already, so their allocation is not repeated.
 
         Args:
             marks: also repeat the marks.

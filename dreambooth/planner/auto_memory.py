@@ -1,10 +1,11 @@
-"""Implements memory=auto: it chooses the fastest memory options that fit the card and do not change the results.
+"""Implements memory=auto, which chooses the fastest memory options that fit the card and do not change the results.
 
-`CANDIDATES` lists combinations of options, fastest first. They are tried in this order. `_minimum_gib` is a lower bound
-of a candidate's memory, calculated from weights, optimizer state, EMA, gradients and a minimum of activations. It rules
-out most candidates without a rehearsal. The others are rehearsed until one fits. The activations of a candidate that
-does not fit raise the bound of the next candidates with the same checkpointing. If a training step fits and generating
-images does not, images are generated one at a time.
+`CANDIDATES` lists combinations of options, which are tried in this order, from the fastest to the slowest.
+`_minimum_gib` calculates a lower bound of a candidate's memory from weights, optimizer state, EMA, gradients and a
+minimum of activations. This bound rules out most candidates without a rehearsal. The remaining candidates are rehearsed
+until one fits. If a candidate does not fit, its activations raise the bound of all later candidates with the same
+setting of gradient checkpointing. If a training step fits but image generation does not, images are generated one at a
+time.
 
 Options that are already on stay on. Optimizer, precision, clipping and the trained parts never change. If nothing fits,
 the error message lists changes to these settings, and the memory that each change would save.
@@ -53,8 +54,8 @@ def apply_auto_memory(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[
 
     Returns:
         The recipe with the chosen options; the predicted reserved GiB of each phase that runtime/memory_meter.py
-        measures; and a message for the user. If there is nothing to choose, nothing is predicted, and the last two are
-        empty.
+        measures; and a message for the user. If there is nothing to choose, nothing is predicted, and the last two
+        results are empty.
 
     Raises:
         DoesNotFit: no combination fits. The message lists further options and the memory that each saves.
@@ -72,7 +73,7 @@ def apply_auto_memory(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[
 
 def choose_memory_options(recipe: Recipe, rehearse: Callable[[Recipe], Prediction] = predict,
                           processes: int | None = None) -> Choice:
-    """Return the first candidate that fits.
+    """Return the first candidate that fits, with its prediction.
 
     Without memory.auto, on a CPU, or if the size of the card is unknown, the recipe is rehearsed unchanged. If nothing
     fits, return the last candidate, which needs the least memory.
@@ -123,7 +124,7 @@ def describe_shortfall(recipe: Recipe, prediction: Prediction) -> str:
 
 
 def _candidates(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return the candidates for this run, without options that have no effect or that the run does not allow."""
+    """Return the candidates for this run. Options that have no effect or that the run does not allow are omitted."""
     candidates: list[dict[str, Any]] = []
     for combination in CANDIDATES:
         options = {key: value for key, value in combination.items() if getattr(recipe.memory, key) != value}
@@ -147,7 +148,8 @@ def _min_activations_gib(recipe: Recipe, checkpointed: bool) -> float:
 def _minimum_gib(candidate: Recipe, trained: int, activations: float) -> float:
     """Return a lower bound in GiB for the card memory of a training step.
 
-    Of activations and gradients, only the larger counts: activations are released while gradients are computed.
+    The bound includes activations or gradients, whichever are larger, because the backward pass releases activations
+    while it computes gradients.
 
     Args:
         trained: number of trained weights.
@@ -163,7 +165,7 @@ def _minimum_gib(candidate: Recipe, trained: int, activations: float) -> float:
 
 
 def _with_smaller_sample_batch(choice: Choice, allowed: float, rehearse: Callable[[Recipe], Prediction]) -> Choice:
-    """Return the choice; if only generating images exceeds `allowed` GiB, set it to generate one image at a time."""
+    """Return the choice, changed to generate one image at a time if only image generation exceeds `allowed` GiB."""
     recipe = choice.recipe
     step = choice.prediction.peak_over(*STEP_PHASES).reserved / GIB + cuda_overhead_gib(recipe.hardware.gpu)
     if step > allowed or card_gib(recipe, choice.prediction) <= allowed or recipe.prior.sample_batch_size == 1:

@@ -32,13 +32,13 @@ class _Block:
 
 
 class CachingAllocator:
-    """Simulates PyTorch's allocator. `allocated` and `reserved` are the current numbers of bytes."""
+    """Simulates PyTorch's allocator. `allocated` and `reserved` are the allocated and the reserved bytes at present."""
 
     SMALL: ClassVar = MIB
     SEGMENT: ClassVar = (2 * MIB, 20 * MIB)  # bytes of a segment of the small and of the large pool
 
     def __init__(self, expandable: bool = False, max_split: int | None = None) -> None:
-        """Start with an empty cache.
+        """Create an allocator without segments.
 
         Args:
             expandable: PyTorch's setting expandable_segments.
@@ -79,7 +79,7 @@ class CachingAllocator:
         insort(self._free[block.large], (self._blocks[number].size, number))
 
     def empty_cache(self) -> None:
-        """Return segments without a used block, or whole free pages, to the card (torch.cuda.empty_cache)."""
+        """Return unused segments and unused whole pages to the card, like torch.cuda.empty_cache."""
         for large in (False, True):
             for size, number in list(self._free[large]):
                 block = self._blocks[number]
@@ -135,7 +135,10 @@ class CachingAllocator:
         return number
 
     def _unmap(self, number: int, block: _Block) -> None:
-        """Return the whole pages of a free block of an expandable range; pages mapped later are added at its end."""
+        """Return the whole pages in a free block of an expandable range to the card.
+
+        Pages that are mapped later are added at the end of the range.
+        """
         pages = block.size // self.SEGMENT[block.large] * self.SEGMENT[block.large]
         if not pages:
             return
@@ -168,7 +171,7 @@ class CachingAllocator:
         insort(self._free[block.large], (rest, new))
 
     def _join(self, first: int | None, second: int | None) -> int:
-        """Merge two neighbouring blocks into the first one, outside the pool; return the number of the first one."""
+        """Merge two neighbouring blocks into the first, remove both from their pool, and return the first's number."""
         assert first is not None and second is not None
         left, right = self._blocks[first], self._blocks[second]
         for number, block in ((first, left), (second, right)):

@@ -1,10 +1,10 @@
 """Tensors without data: plain CPU tensors whose storages report their size but use no memory.
 
-A dispatch mode answers every operator with an empty result of the right shape, strides and dtype. Autograd, autocast
-and hooks run as usual, but nothing is computed. PyTorch's FakeTensorMode infers each result once per combination of
-operator, shapes, strides, dtypes and numbers; then a cache answers. The tensors themselves are not FakeTensors, because
-a FakeTensor runs Python code for every call and for every access to `.device`: rehearsing a step would take several
-times as long.
+A dispatch mode returns an empty result of the right shape, strides and dtype for every operator. Autograd, autocast and
+hooks run as usual, but no operator computes values. PyTorch's FakeTensorMode infers each result once per combination of
+operator, shapes, strides, dtypes and numbers; later calls use a cached template of the result. The tensors themselves
+are not FakeTensors, because a FakeTensor runs Python code for every call and for every access to `.device`: rehearsing
+a step would take several times as long.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ _runs_as_is: dict[Any, bool] = {}  # operator -> whether the real operator can r
 
 
 class _NewStorage:
-    """Template of a result in a new storage: the `number`-th storage that the call allocates, of `size` bytes."""
+    """Template of a result tensor in a new storage of `size` bytes, which is number `number` of the call's storages."""
 
     def __init__(self, tensor: Tensor, number: int) -> None:
         self.number = number
@@ -31,7 +31,7 @@ class _NewStorage:
 
 
 class _ArgumentStorage:
-    """Template of a result that is an argument itself, or a view into an argument's storage."""
+    """Template of a result tensor that is an argument of the call, or a view into an argument's storage."""
 
     def __init__(self, tensor: Tensor, index: int, is_argument: bool) -> None:
         self.index = index  # position of the argument among the tensor arguments of the call
@@ -90,7 +90,7 @@ def _works_in_place(func: Any) -> bool:
 
 
 def _describe(arguments: Any, tensors: list[Tensor], key: list[Any]) -> None:
-    """Append everything that determines the result to `key`, and the tensors among the arguments to `tensors`."""
+    """Append everything that determines a call's result to `key`, and the call's tensor arguments to `tensors`."""
     for argument in arguments:
         if isinstance(argument, Tensor):
             tensors.append(argument)
@@ -105,7 +105,7 @@ def _describe(arguments: Any, tensors: list[Tensor], key: list[Any]) -> None:
 
 
 def _infer_template(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> tuple[Any, int]:
-    """Return the template of a call's result, inferred by FakeTensorMode, and the number of storages it allocates."""
+    """Infer a call's result with FakeTensorMode. Return its template and the number of storages the call allocates."""
     if _works_in_place(func):
         return _ArgumentStorage(tensors[0], 0, is_argument=True), 0
     fake = FakeTensorMode()
@@ -117,7 +117,7 @@ def _infer_template(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) ->
         result = func(*args, **kwargs)
         result = _with_real_strides(func, args, stand_ins, result)
     argument_indices = {t.untyped_storage()._cdata: index for index, t in reversed(list(enumerate(stand_ins)))}
-    new_storages: dict[int, int] = {}  # storage address -> its number among the new ones
+    new_storages: dict[int, int] = {}  # storage address -> number of the new storage
 
     def template(tensor: Tensor) -> Any:
         for index, stand_in in enumerate(stand_ins):
@@ -134,9 +134,9 @@ def _infer_template(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) ->
 def _with_real_strides(func: Any, args: Any, tensors: list[Tensor], result: Any) -> Any:
     """Return `result` with the strides of the real result, if a pointwise operator combined a tensor with a number.
 
-    In a dimension of size 1, PyTorch keeps the stride of the input, while a fake tensor gets an arbitrary one. This
-    stride has no effect on the position of elements. But later operators depend on it: whether they treat the layout
-    as channels_last, and whether they copy the tensor.
+    In a dimension of size 1, PyTorch keeps the stride of the input, while a fake tensor gets an arbitrary stride. This
+    stride has no effect on the position of elements. However, later operators use the stride to decide whether the
+    layout is channels_last and whether to copy the tensor.
     """
     with_number = any(isinstance(argument, (int, float)) for argument in args[1:2])
     if not (torch.Tag.pointwise in func.tags and with_number and len(tensors) == 1 and isinstance(result, Tensor)):
@@ -152,7 +152,7 @@ def _build(template: Any, tensors: list[Tensor], storages: list[Any]) -> Any:
 
     Args:
         tensors: the tensor arguments of the call.
-        storages: the new storages of the call; None for a storage that was not created yet.
+        storages: the new storages of the call; None for a storage that this function still has to create.
     """
     if isinstance(template, _NewStorage):
         storage = storages[template.number]

@@ -25,7 +25,7 @@ _FLASH_BACKWARD = "aten::_scaled_dot_product_flash_attention_backward"
 
 @contextmanager
 def fake_gpu(capability: float | None) -> Iterator[None]:
-    """Make new tensors in a `with` block dataless, and make operators behave as on a CUDA card.
+    """Emulate a CUDA card in a `with` block: new tensors have no data, and operators run as on the card.
 
     Args:
         capability: CUDA compute capability of the card; None: as on a T4.
@@ -61,10 +61,10 @@ def cuda_autocast() -> Iterator[None]:
 
 @contextmanager
 def cuda_attention(flash: bool) -> Iterator[None]:
-    """Dispatch F.scaled_dot_product_attention in a `with` block as on CUDA.
+    """Make F.scaled_dot_product_attention in a `with` block choose the kernel that CUDA would choose.
 
     The flash kernel runs if card, dtype and mask allow it. Otherwise the memory-efficient kernel runs, which xformers
-    uses too.
+    also uses.
 
     Args:
         flash: whether the card supports the flash kernel.
@@ -80,9 +80,9 @@ def cuda_attention(flash: bool) -> Iterator[None]:
 def attention_workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
     """Return the bytes of the temporary workspace of a CUDA attention kernel's backward pass; 0 for other operators.
 
-    The memory-efficient kernel needs an fp32 accumulator of dq; for head dimensions above 128, of dk and dv too. The
-    flash kernel pads the queries to a multiple of 128 and the head dimension to a multiple of 32 or 64, and stores one
-    sum per row.
+    The memory-efficient kernel needs an fp32 accumulator for dq, and for head dimensions above 128 also for dk and dv.
+    The flash kernel needs an fp32 accumulator for dq, with the queries padded to a multiple of 128 and the head
+    dimension to a multiple of 32 or 64. It also needs one fp32 sum per padded query.
 
     Args:
         name: the operator's schema name.
@@ -111,7 +111,7 @@ def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def offload_weights(module: nn.Module) -> dict[str, torch.Size]:
-    """Free a module's weights, like moving them from a GPU to the host; return their shapes for `reload_weights`."""
+    """Free a module's weights, as if they were moved to the host; return their shapes for `reload_weights`."""
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     for parameter in module.parameters():
         parameter.data = torch.empty(0, dtype=parameter.dtype)
@@ -126,7 +126,7 @@ def reload_weights(module: nn.Module, shapes: dict[str, torch.Size]) -> nn.Modul
 
 
 def _operator(name: str) -> Any:
-    """Return the ATen operator with a name such as `softmax.int`."""
+    """Return the ATen operator for a name with or without an overload, such as `softmax.int` or `exp`."""
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.aten, packet), overload or "default")
 
@@ -137,7 +137,7 @@ def _without_autocast() -> Any:
 
 
 def _cast_to_fp32(value: Any) -> Any:
-    """Cast floating-point tensors, also in lists and tuples; return other values unchanged."""
+    """Cast floating-point tensors to fp32, including those in lists and tuples; return other values unchanged."""
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() and value.dtype != torch.float32 else value
     return type(value)(map(_cast_to_fp32, value)) if isinstance(value, list | tuple) else value

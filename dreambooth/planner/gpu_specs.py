@@ -1,10 +1,10 @@
 """Published speeds of GPUs, each with its source, and the GPU memory that a process needs outside PyTorch's allocator.
 
 `cuda_overhead_gib` is the memory of a card that a process takes in addition to PyTorch's reserved memory: the CUDA
-context, cuBLAS, cuDNN and the driver. It is fitted once, as the mean of published minus predicted reserved memory, on
-the nine rows that the DreamBooth README of ShivamShrirao/diffusers (read 2026-11) publishes for a T4, with GB taken as
-1e9 bytes. docs/planner.md shows the fit with one row left out at a time. No such table is published for
-the other cards, so they use the T4's constant. This file does not import torch.
+context, cuBLAS, cuDNN and the driver. Its value is the mean difference between the memory that the DreamBooth README of
+ShivamShrirao/diffusers (read 2026-11) publishes for nine configurations on a T4, with GB taken as 1e9 bytes, and the
+predicted reserved memory. docs/planner.md shows a leave-one-out check of this fit. For the other cards no such table is
+published, so they use the T4's value. This file does not import torch.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Card:
-    """Peak rates of a GPU without sparsity: TFLOP/s in half precision with tensor cores and in fp32, and GB/s.
+    """Peak rates of a GPU: TFLOP/s in half precision (tensor cores, no sparsity) and in fp32, and memory GB/s.
 
-    `source` names the publication of these figures. Public pages that quote them were read in 2026-11. They agree for
-    the T4, the A100, the L4's fp32 rate and bandwidth, and the A10G's bandwidth. For the A10G they state 62.5
-    to 70 TFLOP/s in half precision and 31 to 35 in fp32. The L4's rate in half precision was not looked up.
+    `source` names the publication of these figures. Public pages that quote the figures were read in 2026-11. The pages
+    confirm the figures for the T4, the A100, the L4's fp32 rate and bandwidth, and the A10G's bandwidth. For the A10G
+    the pages state 62.5 to 70 TFLOP/s in half precision and 31 to 35 in fp32. The L4's rate in half precision was not
+    looked up.
     """
 
     name: str
@@ -38,12 +39,12 @@ CARDS = {
 
 
 def find_card(gpu: str | None) -> Card | None:
-    """Return the card with this name, also if a driver reports it ("Tesla T4", "NVIDIA A10G"); None if unknown."""
+    """Return the card for a GPU name, which may be a driver's, such as "Tesla T4"; None if the card is unknown."""
     words = (gpu or "").replace("-", " ").split()
     return next((card for name, card in CARDS.items() if name in words), None)
 
 
 def cuda_overhead_gib(gpu: str | None) -> float:
-    """Return the GiB of the card that a process takes before PyTorch allocates anything."""
+    """Return the GiB of card memory that a process takes in addition to PyTorch's reserved memory."""
     card = find_card(gpu)
     return card.cuda_overhead_gib if card else CARDS["T4"].cuda_overhead_gib

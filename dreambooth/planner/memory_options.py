@@ -1,6 +1,6 @@
-"""Lists the overrides that would reduce a run's GPU memory, with the memory that each saves and the time that it costs.
+"""Lists the overrides that would reduce a run's GPU memory, with the memory and the extra time of each override.
 
-A plan shows this list, and the error message of a run that does not fit contains it. The figures are computed from one
+Plans show this list, and the error message of a run that does not fit contains it. The figures are computed from one
 prediction, without rehearsing each option, so they are approximate.
 """
 
@@ -82,8 +82,8 @@ def _exact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOpt
         cost = _extra_seconds(recipe, prediction, flops=RECOMPUTED_FORWARD)
         yield MemoryOption("memory.gradient_checkpointing=true", saved, cost, exact=True)
     if recipe.allows_optimizer_in_backward and not memory.optimizer_in_backward:
-        # Clipping and fp16's overflow check need all gradients before the first update. This takes a second backward
-        # pass.
+        # Clipping and fp16's overflow check need all gradients before the first update, so a second backward pass is
+        # necessary.
         two_passes = recipe.train.max_grad_norm is not None or recipe.precision.dtype is Dtype.fp16
         cost = _extra_seconds(recipe, prediction, flops=2.0 if two_passes else 1.0)
         yield MemoryOption("memory.optimizer_in_backward=true", fp32_gib, cost, exact=True)
@@ -144,9 +144,10 @@ def activations_gib(prediction: Prediction) -> float:
 
 def _extra_seconds(recipe: Recipe, prediction: Prediction, changed: Recipe | None = None,
                    flops: float = 1.0) -> float | None:
-    """Return how many seconds longer a step takes with the changed recipe; None if the card is unknown.
+    """Return how many seconds longer a step takes with a memory option; None if the card is unknown.
 
     Args:
+        changed: the recipe with the option; None: estimate the time from `flops` only.
         flops: operations of the changed step relative to this run's step.
     """
     card: Card | None = find_card(recipe.hardware.gpu)

@@ -7,11 +7,11 @@ real optimizers, byte by byte.
 | optimizer | state of a parameter with n elements | temporary tensors of a step |
 |---|---|---|
 | AdamW, fused | two moments in the parameter's dtype, a 4-byte step count | none |
-| AdamW, foreach | the same | the square roots of all second moments at once |
-| AdamW, one parameter at a time | the same | the square root of one second moment |
-| AdamW8bit | two times: n uint8, one fp32 maximum per 256 elements; below 4096 elements two fp32 moments | none |
-| paged AdamW8bit | the same in pageable memory, which moves to the host if the card is full | none |
-| Adafactor | fp32: rows and columns of the last two dimensions; n for a one-dimensional parameter | one fp32 update |
+| AdamW, foreach | as AdamW, fused | the square roots of all second moments |
+| AdamW, one parameter at a time | as AdamW, fused | the square root of one second moment |
+| AdamW8bit | two uint8 moments, each with an fp32 maximum per 256 elements; fp32 moments if n < 4096 | none |
+| paged AdamW8bit | as AdamW8bit, in pageable memory, which moves to the host if the card is full | none |
+| Adafactor | fp32: one value per row and per column of the last two dimensions; n if one-dimensional | fp32 update |
 """
 
 from collections.abc import Callable, Iterable
@@ -29,7 +29,7 @@ CODEBOOK_BYTES = 2 * 256 * 4  # the two quantisation maps, once per optimizer
 
 
 class ModelledOptimizer(torch.optim.Optimizer):
-    """Allocates the memory that an optimizer of `kind` allocates.
+    """An optimizer that allocates the same memory as the real optimizer of `kind`, but computes no updates.
 
     Attributes:
         form: the implementation of AdamW: fused, foreach or single.
@@ -45,7 +45,7 @@ class ModelledOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Allocate the missing state of all parameters with a gradient, then the temporary tensors of a step."""
+        """Allocate state for each parameter that has a gradient but no state, then the temporary tensors of a step."""
         trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter in trained:
             self._allocate_state(parameter)

@@ -1,4 +1,7 @@
-"""Variants of engine, EMA and gradient scaler for a rehearsal, which mark the phases of a step in a StorageTrace."""
+"""Replacements of the engine, the EMA and the gradient scaler in a rehearsal.
+
+The engine and the EMA mark the phases of a training step in a StorageTrace.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,7 +44,7 @@ class FakeGradScaler:
 
 @dataclass
 class PhaseMarkingEngine(Engine):
-    """An Engine that marks the beginning of the phase `step`. Callables from the rehearsal mark the other phases."""
+    """An Engine that marks the beginning of the phase `step`. The rehearsal's own callables mark other phases."""
 
     mark: Callable[[str], None] = lambda phase: None
 
@@ -64,7 +67,7 @@ class PhaseMarkingEma(Ema):
 
 
 def make_gradient_hook(trace: StorageTrace, master: nn.Parameter | None) -> Callable[[Tensor], None]:
-    """Return a post-accumulate-grad hook that assigns a category to the gradient in the trace.
+    """Return a post-accumulate-grad hook that assigns a category to a parameter's gradient in the trace.
 
     Args:
         master: the fp32 copy of the weight in host memory, which has its own gradient; None without offloading.

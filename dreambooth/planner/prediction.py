@@ -15,7 +15,7 @@ CACHE_CLEARED_BEFORE = frozenset({"caching", "training"})  # a run empties the a
 class Prediction:
     """The memory and the operations of a run, calculated from the trace of its rehearsal.
 
-    The trace contains two training steps. The optimizer state exists from the start of the second one.
+    The trace contains two training steps. The optimizer state exists from the start of the second step.
     """
 
     trace: StorageTrace = field(repr=False)
@@ -49,7 +49,10 @@ class Prediction:
         return self.by_phase[self.peak_phase]
 
     def peak_over(self, *phases: str) -> Usage:
-        """Return the usage of the given phase that allocates most, with the largest `reserved` of all given phases."""
+        """Return the usage of the phase with the most allocated memory among `phases`.
+
+        `reserved` of the result is the largest value of all `phases`.
+        """
         usages = [usage for phase, usage in self.by_phase.items() if phase in phases]
         peak = max(usages, key=lambda usage: usage.allocated)
         return replace(peak, reserved=max(usage.reserved for usage in usages))
@@ -61,7 +64,7 @@ class Prediction:
 
     @cached_property
     def host_bytes(self) -> int:
-        """Peak bytes that are in host memory instead of on the card: EMA, optimizer state, fp32 weights, gradients."""
+        """Peak bytes of the tensors that options keep on the host: EMA, optimizer state, fp32 weights, gradients."""
         live = peak = 0
         for serial, size in self.trace.events:
             if serial > 0 and self.trace.category[serial] == HOST:

@@ -47,7 +47,7 @@ def predict(recipe: Recipe) -> Prediction:
     """Predict the memory and the operations of a run.
 
     Raises:
-        UserError: the architecture of its base model is unknown.
+        UserError: the architecture of the base model is unknown.
     """
     cuda = recipe.device == "cuda"
     with fake_gpu(recipe.hardware.compute_capability) if cuda else fake_tensors():
@@ -55,12 +55,15 @@ def predict(recipe: Recipe) -> Prediction:
 
 
 def rehearse(recipe: Recipe) -> Prediction:
-    """Rehearse a run: on fake tensors inside `fake_tensors` or `fake_gpu`, otherwise on real tensors, which is slow."""
+    """Rehearse a run and return its prediction.
+
+    Inside `fake_tensors` or `fake_gpu`, the tensors have no data. Outside them, real tensors are used, which is slow.
+    """
     return _Rehearsal(recipe).prediction()
 
 
 class _Rehearsal:
-    """Runs through the phases of a training run in order, and records them."""
+    """Rehearses the phases of a training run in order, and records them in a StorageTrace."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -115,7 +118,7 @@ class _Rehearsal:
             None if self.memory.max_split_size_mb is None else self.memory.max_split_size_mb * MIB)
 
     def _steps(self, state: TrainState) -> None:
-        """Record two steps. The second step repeats the events of the first, except that the optimizer state exists."""
+        """Record two training steps. The second repeats the first, but the optimizer state already exists."""
         trace, train = self.trace, self.recipe.train
         start = len(trace.events)
         trace.mark("forward")
@@ -182,7 +185,7 @@ class _Rehearsal:
         return TrainState(denoiser, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), ema)
 
     def _batch(self) -> Batch:
-        """Build a micro-batch with the contents and dtypes of those of data/batches.py.
+        """Build a micro-batch with the same contents and dtypes as the micro-batches of data/batches.py.
 
         Each sample has its own caption. Latents and text states are computed here if the run does not cache them.
         """
@@ -191,7 +194,7 @@ class _Rehearsal:
         return join_batches([self._half(recipe.train.train_batch_size, size) for size in sizes])
 
     def _half(self, count: int, size: Size) -> Batch:
-        """Build one half of a micro-batch: its photos or its class images."""
+        """Build one half of a micro-batch, the photos or the class images: `count` samples of `size`."""
         recipe = self.recipe
         latents = torch.empty(count, *self._latent_shape(size))
         if not self.memory.cache_latents:
@@ -253,7 +256,7 @@ class _Rehearsal:
         return self.parts.blank_tokens(count)
 
     def _photo_size(self) -> Size:
-        """Return the size of a photo; with buckets, the size that needs the most memory. A plan reads no photos."""
+        """Return the photo size to plan for, because a plan reads no photos: with buckets, the one with most memory."""
         side, levels = self.recipe.model.resolution, self.parts.family.levels(self.parts.denoiser)
         return largest_bucket(side, self.parts.vae_scale, levels) if self.recipe.dataset.buckets else (side, side)
 

@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def shortfall(self) -> str:
-        """An error message: the resource that does not suffice, and the overrides to type; empty if everything fits."""
+        """An error message that names the insufficient resource and the overrides to type; empty if the run fits."""
         recipe, hardware = self.recipe, self.recipe.hardware
         if _exceeds(self.card_gib, hardware.usable_vram_gib):
             return auto_memory.describe_shortfall(recipe, self.prediction)
@@ -123,7 +123,7 @@ def format_comparison(plans: Sequence[Plan]) -> str:
 
 
 def plot_step_memory(plan: Plan, path: Path) -> None:
-    """Plot memory over the second training step, by category, and write the picture to `path`."""
+    """Plot the memory of each category during the second training step, and write the picture to `path`."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Builds base models without weights, from their configuration files alone. Needs no download and no network."""
+"""Builds base models from their configuration files, without loading weights. This needs no network."""
 
 from dataclasses import replace
 from functools import cache
@@ -22,10 +22,10 @@ from dreambooth.utils.assets import resolve_asset
 def find_architecture(recipe: Recipe) -> tuple[Family, Path]:
     """Return the family of the recipe's base model, and the folder with its configuration files.
 
-    It is the model's own folder, or one of the folders in assets/architectures.
+    The folder is the model's own folder, or one of the folders in assets/architectures.
 
     Raises:
-        UserError: no such folder belongs to a known family.
+        UserError: none of these folders contains a model of a known family.
     """
     names = filter(None, (families.architecture_of(recipe.source), recipe.model.name))
     packaged = [Path(resolve_asset("package:architectures")) / name for name in names]
@@ -43,7 +43,7 @@ def build_skeleton(recipe: Recipe) -> Components:
     that are small enough to build with real tensors.
 
     Raises:
-        UserError: the architecture of the base is unknown.
+        UserError: the architecture of the base model is unknown.
     """
     family, folder = find_architecture(recipe)
     configurations, scheduler_config = _read_configurations(family, folder)
@@ -87,7 +87,7 @@ def count_trained_weights(recipe: Recipe) -> int:
 def without_xformers(recipe: Recipe) -> Recipe:
     """Return the recipe with sdpa in place of xformers, which is not installed everywhere.
 
-    PyTorch's memory-efficient kernel comes from xformers and uses the same memory.
+    PyTorch's memory-efficient attention kernel comes from xformers and needs the same memory.
     """
     if recipe.attention.kind is AttentionKind.xformers:
         return replace(recipe, attention=replace(recipe.attention, kind=AttentionKind.sdpa))

@@ -1,4 +1,4 @@
-"""Estimates the time and the price of a run from the operations and bytes of its prediction.
+"""Estimates the time and the price of a run from its predicted operations and bytes.
 
     step = operations / (peak x efficiency) + passes over weights / bandwidth + host link + all-reduce + OVERHEAD
 
@@ -76,8 +76,8 @@ def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estim
 def step_seconds(recipe: Recipe, prediction: Prediction, card: Card, flops: float = 1.0) -> float:
     """Estimate the seconds of one optimizer step.
 
-    With n cards, gradients are summed by a ring all-reduce: each link carries 2 (n - 1) / n of their bytes. The overlap
-    of the all-reduce with the backward pass is not taken into account.
+    With n cards, gradients are summed by a ring all-reduce: each link carries 2 (n - 1) / n times the bytes of all
+    gradients. The overlap of the all-reduce with the backward pass is not taken into account.
 
     Args:
         flops: operations relative to those of the predicted step.
@@ -122,7 +122,7 @@ def _weight_pass_seconds(recipe: Recipe, prediction: Prediction, card: Card) -> 
 
 
 def host_gib(recipe: Recipe, prediction: Prediction) -> float:
-    """Return the GiB of host memory: the process, everything that is kept on the host instead of the card, and weights.
+    """Return the GiB of host memory that a run needs: for the process, for offloaded tensors, and for weights.
 
     Trained weights are in host memory in fp32 while they are loaded or written. With an adapter, the weights of the
     base model are in host memory too: in the compute precision, or in fp32 if the adapter is merged at the end.
@@ -134,7 +134,7 @@ def host_gib(recipe: Recipe, prediction: Prediction) -> float:
 
 
 def disk_gib(recipe: Recipe, prediction: Prediction) -> float:
-    """Return the GiB of disk: checkpoints, the exported model and the base model.
+    """Return the GiB of disk that a run needs for checkpoints, the exported model and the base model.
 
     While a checkpoint is written, the disk contains one checkpoint more than `checkpoint.keep`.
     """

@@ -18,7 +18,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Moment:
-    """One point on the curve of memory over time: bytes by category after an event of `phase`."""
+    """A point on the curve of memory over time: the live bytes of each category after an event in `phase`."""
 
     phase: str
     by_category: Mapping[str, int]
@@ -30,7 +30,7 @@ def replay(events: Sequence[Event], category: Mapping[int, str], marks: Sequence
 
     Args:
         events, category, marks: the attributes of a StorageTrace.
-        cache_cleared_before: phases at whose beginning the run calls torch.cuda.empty_cache.
+        cache_cleared_before: phases that begin with a call of torch.cuda.empty_cache.
     """
     usage: dict[str, Usage] = {}
     blocks: dict[int, int] = {}  # serial number of a storage -> block of the allocator
@@ -65,7 +65,7 @@ def _update_peak(usage: Usage, allocator: CachingAllocator, live: Mapping[str, i
 
 
 def memory_curve(events: Sequence[Event], category: Mapping[int, str], marks: Sequence[str]) -> Iterator[Moment]:
-    """Yield the memory after each event, by category, without the allocator's rounding and caching."""
+    """Yield the live bytes of each category after each event, without the allocator's rounding and caching."""
     live: dict[str, int] = {}
     phase = ""
     for serial, size in events:
