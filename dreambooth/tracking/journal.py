@@ -1,7 +1,7 @@
 """The journal of a run, `metrics.jsonl`: an append-only log of metrics, images and settings, one JSON object per line.
 
-The journal is the source of truth; trackers send copies of it elsewhere and record how far they got. Every line has
-"time" (milliseconds since 1970) and one of:
+The journal is the source of truth. A tracker sends its entries to MLflow and records the offset up to which entries
+were sent. Every entry has the key "time" (milliseconds since 1970) and the keys of one of these kinds:
 
     {"time": ..., "step": 5, "metrics": {"loss": 0.25, "lr": "nan"}}       nan, inf, -inf are strings
     {"time": ..., "step": 5, "image": "samples/5.png", "key": "samples/prompt_0"}
@@ -9,8 +9,9 @@ The journal is the source of truth; trackers send copies of it elsewhere and rec
     {"time": ..., "params": {...}}    {"time": ..., "tags": {...}}    {"time": ..., "status": "FINISHED"}
     {"time": ..., "input": {"name": ..., "digest": ..., "source": ..., "photos": "5"}}
 
-A path is relative to the run folder when the file is inside it. Each line is written with one system call. If a kill
-cut the last line short, opening the journal again removes it. A resumed run that repeats a step adds no second value.
+The path of a file inside the run folder is relative to the run folder. Each line is written with one system call. If
+the process is killed and the last line is incomplete, the next opening of the journal removes this line. If a resumed
+run repeats a step, no second value is written for this step.
 """
 
 import errno
@@ -23,23 +24,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-EXPERIMENT = "EXPERIMENT_ID"  # placeholder in a tag's value: replaced by MLflow's ID of the experiment, for links
+EXPERIMENT = "EXPERIMENT_ID"  # placeholder in tag values; replaced by the ID of the MLflow experiment
 STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED")
-MAX_BATCH = 1000  # metric values that are sent in one call, at most
+MAX_BATCH = 1000  # maximum number of metric values per batch
 
 
 class Journal:
-    """Appends entries to `path` and skips those that are already there. Safe to call from several threads.
+    """Appends entries to the journal file `path`, unless the file already has them. Thread-safe.
 
-    The `log_*` and `set_*` methods return whether they wrote a line. A write that fails (a full disk) raises OSError
-    and leaves the file as it was.
+    The `log_*` methods and `set_tags` return whether they wrote a line. If a write fails, for example because the disk
+    is full, OSError is raised and the file does not change.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._steps: dict[tuple[str, str], set[int]] = {}  # ("metrics" | "image", key) -> steps
-        self._latest: dict[tuple[str, str], object] = {}  # ("params" | "tags" | "artifact" | "input", key) -> value
+        self._steps: dict[tuple[str, str], set[int]] = {}  # the key is ("metrics" | "image", name)
+        self._latest: dict[tuple[str, str], object] = {}  # the key is (kind of entry, name)
         self._lock = threading.Lock()
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._size = _size_of_whole_lines(path)
@@ -48,7 +49,7 @@ class Journal:
             self._remember(entry)
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> bool:
-        """Write the values that the journal does not have for this step yet."""
+        """Write the metrics for which the journal has no value at this step yet."""
         with self._lock:
             new = {k: _json_number(v) for k, v in values.items() if step not in self._steps.get(("metrics", k), ())}
             return bool(new) and self._append({"step": step, "metrics": new})
@@ -61,7 +62,7 @@ class Journal:
             return self._append({"step": step, "image": self._relative(path), "key": key})
 
     def log_artifact(self, path: Path, folder: str = "") -> bool:
-        """Write the path of an artifact, which is a file or folder, if it is new or has changed."""
+        """Write the path of an artifact (a file or folder), if the artifact is new or its content has changed."""
         with self._lock:
             name, state = self._relative(path), _file_state(path)
             if self._latest.get(("artifact", f"{folder}:{name}")) == state:
@@ -69,7 +70,7 @@ class Journal:
             return self._append({"artifact": name, "folder": folder, "state": state})
 
     def log_params(self, values: Mapping[str, str]) -> bool:
-        """Write the settings that are new or have changed."""
+        """Write the parameters that are new or have changed."""
         return self._append_changed("params", values)
 
     def set_tags(self, values: Mapping[str, str]) -> bool:
@@ -80,7 +81,8 @@ class Journal:
         """Write the description of the training photos, if it has changed.
 
         Args:
-            values: name, digest (of the photos' content), source (a folder or address) and photos (their number).
+            values: the keys are name, digest (fingerprint of the photos), source (a folder or address) and photos (the
+                number of photos).
         """
         with self._lock:
             if self._latest.get(("input", "")) == dict(values):
@@ -88,17 +90,17 @@ class Journal:
             return self._append({"input": dict(values)})
 
     def set_status(self, value: str) -> None:
-        """Write the status of the run: one of STATUSES."""
+        """Write the status of the run, which must be one of STATUSES."""
         with self._lock:
             self._append(_status_entry(value))
 
     @property
     def ended(self) -> bool:
-        """Whether the run has a final status."""
+        """Whether the last status of the run is final, that is, not RUNNING."""
         return self._latest.get(("status", ""), "RUNNING") != "RUNNING"
 
     def close(self, status: str | None = None) -> None:
-        """Write a last status, if one is given, and close the file. A second call does nothing."""
+        """Write the final status, unless `status` is None, and close the file. A second call does nothing."""
         with self._lock:
             if self._file is None:
                 return
@@ -149,9 +151,10 @@ class Journal:
 
 
 def read(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield each entry from the byte `offset` on, with the offset of the byte after it.
+    """Yield the entries of a journal from the byte `offset` on, each with the offset of the byte after the entry.
 
-    Stops before a line that is still being written. Skips a line that is not a valid entry (after a power failure).
+    An incomplete last line, which may still be written, ends the iteration. Lines that are not valid entries are
+    skipped: a power failure may leave such lines.
     """
     if not path.exists():
         return
@@ -170,9 +173,10 @@ def read(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def batches(entries: Iterable[tuple[dict[str, Any], int]]) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """Group entries for sending; yield each batch with the offset of the byte after its last entry.
+    """Group entries into batches for sending. Yield each batch with the offset of the byte after its last entry.
 
-    Consecutive metrics entries form one batch of up to MAX_BATCH values. Any other entry is a batch of its own.
+    Consecutive metrics entries form one batch of up to MAX_BATCH values. Each entry of another kind is a batch of one
+    entry.
     """
     batch: list[dict[str, Any]] = []
     size = end = 0
@@ -190,9 +194,9 @@ def batches(entries: Iterable[tuple[dict[str, Any], int]]) -> Iterator[tuple[lis
 
 
 def is_line_start(path: Path, offset: int) -> bool:
-    """Return whether a line of the journal begins at this byte.
+    """Return whether a line of the journal begins at the byte `offset`.
 
-    False means that the offset belongs to another journal, or that the end of the file was lost.
+    False means that the offset was recorded for another journal, or that the end of the file was lost.
     """
     with path.open("rb") as file:
         file.seek(max(offset - 1, 0))
@@ -200,7 +204,7 @@ def is_line_start(path: Path, offset: int) -> bool:
 
 
 def _size_of_whole_lines(path: Path) -> int:
-    """Return the size in bytes of the file up to the end of its last complete line."""
+    """Return the number of bytes from the start of the file to the end of the last complete line."""
     return path.read_bytes().rfind(b"\n") + 1
 
 
@@ -211,15 +215,15 @@ def _status_entry(value: str) -> dict[str, Any]:
 
 
 def _json_number(value: float) -> float | str:
-    """Return the number, or a string if it is not finite, because JSON has no nan and inf."""
+    """Return the value as a float, or as a string if it is not finite, because JSON has no nan and inf."""
     value = float(value)
     return value if math.isfinite(value) else str(value)
 
 
 def _file_state(path: Path) -> list[int]:
-    """Return [total size in bytes, newest modification time in ns] of a file or folder, to detect changes.
+    """Return [total size in bytes, newest modification time in ns] of a file or folder, which serves to detect changes.
 
-    Returns [-1, 0] if a file does not exist.
+    Return [-1, 0] if a file does not exist.
     """
     files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
     try:

@@ -1,4 +1,4 @@
-"""Functions that log one journal entry with MLflow's client: an image, a dataset, or an artifact such as a LoRA."""
+"""Functions that send one journal entry to MLflow: an image, a dataset, or an artifact such as a LoRA file."""
 
 import json
 import tempfile
@@ -12,23 +12,23 @@ from dreambooth.serialization.export_layout import ADAPTER
 from dreambooth.serialization.lora_files import BASE_KEY_PREFIX, read_base_model
 from dreambooth.utils.assets import resolve_asset
 
-LORA_FOLDER = "lora"  # folder in the run's artifacts
+LORA_FOLDER = "lora"  # name of the artifact folder of a LoRA
 REVISION = BASE_KEY_PREFIX + "revision"  # MLflow uses the same name
 
 
 def list_image_names(client: Any, run_id: str) -> set[str]:
-    """Return the file names of the run's images in MLflow."""
+    """Return the file names of the images that MLflow has for a run."""
     return {Path(file.path).name for file in client.list_artifacts(run_id, "images")}
 
 
 def log_image(client: Any, run_id: str, entry: Mapping[str, Any], path: Path, existing: set[str]) -> None:
-    """Log the image of a journal entry, unless MLflow has it already.
+    """Log the image of a journal entry, unless MLflow already has this image.
 
     Args:
-        existing: the result of `list_image_names`. Without it, MLflow would store a second copy under a new name.
+        existing: the result of `list_image_names`. MLflow would store a second copy of an image under a new name.
 
     Raises:
-        ValueError: there is no image at `path`.
+        ValueError: the file at `path` does not exist or is not an image.
     """
     from PIL import Image
 
@@ -46,10 +46,11 @@ def log_image(client: Any, run_id: str, entry: Mapping[str, Any], path: Path, ex
 
 
 def log_dataset(client: Any, run_id: str, values: Mapping[str, str]) -> None:
-    """Log the training photos as a dataset input; MLflow stores the same dataset once.
+    """Log the training photos as a dataset input of the run. MLflow stores a dataset only once.
 
     Args:
-        values: name, digest (of the photos' content), source (a folder or address) and photos (their number).
+        values: the keys are name, digest (fingerprint of the photos), source (a folder or address) and photos (the
+            number of photos).
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -61,7 +62,7 @@ def log_dataset(client: Any, run_id: str, values: Mapping[str, str]) -> None:
 
 
 def log_artifact(client: Any, run_id: str, path: Path, folder: str | None) -> None:
-    """Log a file or folder as an artifact of the run. A LoRA file becomes a model for `mlflow.diffusers.load_model`.
+    """Log a file or folder as an artifact of the run. A LoRA file is logged so that `mlflow.diffusers` can load it.
 
     mlflow.diffusers stores a LoRA together with the name of its base model and the newest revision of the base model
     on the hub, or no revision if the hub does not answer. If the run pinned a revision, this function stores the pinned
@@ -69,7 +70,7 @@ def log_artifact(client: Any, run_id: str, path: Path, folder: str | None) -> No
     A complete model is logged as plain files, because MLflow has no flavour for it.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: `path` does not exist.
     """
     if not path.exists():
         raise ValueError("there is no such file")
@@ -92,6 +93,6 @@ def log_artifact(client: Any, run_id: str, path: Path, folder: str | None) -> No
 
 
 def _base_metadata(path: Path) -> dict[str, str]:
-    """Return the entries of a LoRA file's metadata that describe its base model."""
+    """Return the metadata entries of a LoRA file that describe the base model."""
     with safe_open(path, "pt") as file:
         return {key: value for key, value in (file.metadata() or {}).items() if key.startswith(BASE_KEY_PREFIX)}

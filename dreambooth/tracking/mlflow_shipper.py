@@ -1,4 +1,4 @@
-"""Background thread that sends a journal to MLflow and records in `mlflow.json` how far it got."""
+"""Background thread that sends a journal to MLflow and records in `mlflow.json` the offset of the next entry."""
 
 import contextlib
 import json
@@ -17,20 +17,20 @@ from dreambooth.tracking.mlflow_client import REFUSES_USER, http_status, is_refu
 from dreambooth.utils.provenance import remove_credentials
 
 POLL_INTERVAL = 2.0  # seconds between two reads of the journal
-BACKOFF = (5.0, 60.0)  # seconds before a failed attempt is repeated: first value, doubled up to the second
-MAX_ATTEMPTS = 5  # an entry that fails this often while the server answers is skipped
+BACKOFF = (5.0, 60.0)  # seconds before a failed attempt is repeated: initial and maximum pause; doubled each time
+MAX_ATTEMPTS = 5  # an entry is skipped after this number of failures while the server answers
 CLOSE_LOCAL, CLOSE_REMOTE = 60.0, 15.0  # seconds that close() waits for the remaining entries to be sent
-SENT_ALONE = ("image", "artifact", "input", "status")  # kinds of entries that are sent in one call each
+SENT_ALONE = ("image", "artifact", "input", "status")  # kinds of entries of which each call sends one
 Warn = Callable[[str], None]
 log_warning: Warn = logging.getLogger(__name__).warning
 
 
 class Shipper(threading.Thread):
-    """Sends the journal to one MLflow run. Only finish, stop, count_unsent and url run in the caller's thread.
+    """Thread that sends a journal to one MLflow run. Other threads call only finish, stop, count_unsent and url.
 
     Args:
-        artifact_root: folder for the artifacts of a new experiment; None: beside a sqlite database, or
-            the server's default.
+        artifact_root: folder for the artifacts of a new experiment; None: a folder beside the sqlite database, or the
+            default of the server.
     """
 
     def __init__(self, journal: Path, uri: str, experiment: str, run_name: str, artifact_root: Path | None,
@@ -41,15 +41,15 @@ class Shipper(threading.Thread):
         self.attempted, self._wake = threading.Event(), threading.Event()
         self.outage: str | None = None  # the last failure of the server, such as "does not answer (...)"
         self._stopped = self._closing = self._down = False
-        self._failures = self._attempts = 0  # consecutive failed rounds; failed attempts at the next entry
+        self._failures = self._attempts = 0  # consecutive failed rounds; failed attempts to send the next entry
         self._client: Any = None
-        self._images: set[str] | None = None  # names of the images on the server; None: not listed yet
+        self._images: set[str] | None = None  # names of the images in MLflow; None: not listed yet
         self._state_file = journal.with_name("mlflow.json")
         self._state: dict[str, Any] = {"run_id": None, "experiment_id": None, "offset": 0, "token": uuid.uuid4().hex}
         with contextlib.suppress(OSError, ValueError):
             self._state |= json.loads(self._state_file.read_text())
         if not is_line_start(journal, self._state["offset"]):
-            self._state["offset"] = 0  # another journal, or its end was lost in a power failure: send all again
+            self._state["offset"] = 0  # not the same journal, or its end was lost: send all entries again
         set_default_environment()
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # urllib3 warns of every retry
 
@@ -65,13 +65,13 @@ class Shipper(threading.Thread):
             self._wake.clear()
 
     def finish(self) -> None:
-        """Send the remaining entries at once and end the thread; wait at most CLOSE_LOCAL or CLOSE_REMOTE seconds."""
+        """Send the remaining entries now and end the thread. Wait at most CLOSE_LOCAL or CLOSE_REMOTE seconds."""
         self._closing = True
         self.stop(CLOSE_LOCAL if self._uri.startswith(("sqlite:", "file:", "/")) else CLOSE_REMOTE, now=False)
         self._stopped = True
 
     def stop(self, timeout: float, now: bool = True) -> None:
-        """Wake the thread and wait at most `timeout` seconds for its end. With `now`, it sends nothing more."""
+        """Wake the thread and wait at most `timeout` seconds for its end. If `now` is True, it sends no more."""
         self._stopped = now
         self._wake.set()
         self.join(timeout)
@@ -81,14 +81,14 @@ class Shipper(threading.Thread):
         return sum(1 for _ in read(self._journal, self._state["offset"]))
 
     def url(self) -> str | None:
-        """Return the address of the run's page; None before the run exists, and for a database without a server."""
+        """Return the address of the run's page in MLflow; None if the run does not exist yet or there is no server."""
         if self._state["run_id"] is None or not self._uri.startswith("http"):
             return None
         return (f"{self.display_uri.rstrip('/')}/#/experiments/{self._state['experiment_id']}"
                 f"/runs/{self._state['run_id']}")
 
     def _send_new_entries(self) -> bool:
-        """Send the journal's entries after the recorded offset. Return False if anything failed."""
+        """Send the journal entries after the recorded offset. Return True if MLflow now has all entries."""
         try:
             if self._client is None:
                 self._connect()
@@ -121,12 +121,12 @@ class Shipper(threading.Thread):
                        f"{'accepts this user' if refused else 'is back'}")
 
     def _connect(self) -> None:
-        """Create the client, and find or create the run."""
+        """Create the MLflow client, and find or create the MLflow run of this journal."""
         from mlflow import MlflowClient
 
-        with _database_lock(self._uri):  # two runs that start at the same time would both create the tables
+        with _database_lock(self._uri):  # otherwise two simultaneous runs would both create the tables
             client = MlflowClient(self._uri)
-        # The token is stored first, so that the run is found again if the server creates it but its response is lost.
+        # The token is saved first. If the server creates the run but the response is lost, a search finds the token.
         self._save_state(uri=self.display_uri)
         token, experiment = self._state["token"], self._experiment_id(client)
         found = client.search_runs([experiment], f"tags.`dreambooth.token` = '{token}'", max_results=1)
@@ -139,14 +139,14 @@ class Shipper(threading.Thread):
         self._client = client
 
     def _experiment_id(self, client: Any) -> str:
-        """Return the ID of the experiment; create the experiment if it does not exist."""
+        """Return the ID of the MLflow experiment. Create the experiment if it does not exist."""
         from mlflow.exceptions import MlflowException
 
         root = self._artifact_root or (
             _database_file(self._uri).parent / "mlartifacts" if self._uri.startswith("sqlite:") else None)
         found = client.get_experiment_by_name(self._experiment)
         if found is None:
-            with contextlib.suppress(MlflowException):  # another run has just created it
+            with contextlib.suppress(MlflowException):  # another run has just created the experiment
                 return str(client.create_experiment(self._experiment, root and root.resolve().as_uri()))
             found = client.get_experiment_by_name(self._experiment)
         return str(found.experiment_id)
@@ -171,7 +171,7 @@ class Shipper(threading.Thread):
                 self._skip_or_raise(error, str(next((entry[kind] for kind in SENT_ALONE if kind in entry), entry)))
 
     def _log_batch(self, kind: str, items: Sequence[Any]) -> None:
-        """Log all items in one call. If the server rejects it, split it in halves until the rejected item is alone."""
+        """Log all items in one call. If the server rejects the call, log each half alone: then only bad items fail."""
         limit = 1000 if kind == "metrics" else 100
         try:
             if len(items) <= limit:
@@ -186,7 +186,7 @@ class Shipper(threading.Thread):
         self._log_batch(kind, items[half:])
 
     def _send_alone(self, entry: dict[str, Any]) -> None:
-        """Send an image, artifact, dataset or status."""
+        """Send an entry of one of the kinds SENT_ALONE: an image, artifact, dataset or status."""
         run_id, folder = self._state["run_id"], self._journal.parent
         if "image" in entry:
             if self._images is None:  # listed once per connection, so that no image is sent twice
@@ -207,9 +207,9 @@ class Shipper(threading.Thread):
         self._warn(f"MLflow does not accept {name} ({self._reason(error)}); it stays in {self._journal.name}")
 
     def _is_permanent(self, error: Exception) -> bool:
-        """Return whether sending the entry again is useless, although the server works.
+        """Return whether sending an entry would fail again, although the server works.
 
-        This is the case if the entry is rejected as invalid, or if it has failed MAX_ATTEMPTS times.
+        This is the case if the server rejects the entry as invalid, or if sending it has failed MAX_ATTEMPTS times.
         """
         status = http_status(error)
         rejected = 400 <= status < 500 and status not in (401, 403, 408, 409, 429)
@@ -218,7 +218,7 @@ class Shipper(threading.Thread):
         return (rejected or failed) and self._is_run_active()
 
     def _is_run_active(self) -> bool:
-        """Return whether the server returns this run, and the run has not been deleted there."""
+        """Return whether the server responds to a request for this run, and the run has not been deleted in MLflow."""
         try:
             return bool(self._client.get_run(self._state["run_id"]).info.lifecycle_stage == "active")
         except Exception:
@@ -228,7 +228,7 @@ class Shipper(threading.Thread):
         self._state |= changes
         if self._stopped:
             return
-        with contextlib.suppress(OSError):  # a full disk: the journal reports it to the run, sending twice is harmless
+        with contextlib.suppress(OSError):  # full disk: the journal raises the error; sending twice is harmless
             temporary = self._state_file.with_suffix(".json.tmp")
             temporary.write_text(json.dumps(self._state))
             temporary.replace(self._state_file)

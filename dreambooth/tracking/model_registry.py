@@ -1,4 +1,4 @@
-"""MLflow's model registry: versions of a model, and the aliases `champion` and `candidate`."""
+"""Access to MLflow's model registry: registers versions of models, and reads and sets aliases of versions."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -12,13 +12,13 @@ from dreambooth.tracking.mlflow_client import DEFAULTS, LOGIN_HINT, REFUSES_USER
 from dreambooth.utils.provenance import remove_credentials
 
 CHAMPION, CANDIDATE = "champion", "candidate"
-UPLOAD_TIMEOUT = "600"  # seconds within which a server must store one file of a model
+UPLOAD_TIMEOUT = "600"  # timeout in seconds for uploading one file of a model
 _TIMEOUT_VARIABLE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version of a model."""
+    """One registered version of a model."""
 
     name: str
     number: int
@@ -27,7 +27,7 @@ class Version:
 
 
 class Registry:
-    """The model registry of a tracking server or database.
+    """The model registry of an MLflow server or database.
 
     Every method raises UserError if the server does not answer or rejects the request.
     """
@@ -37,7 +37,7 @@ class Registry:
         self._uri, self._client = uri, self._call(lambda: _open_client(uri))
 
     def get_by_alias(self, name: str, alias: str) -> Version | None:
-        """Return the version of a model that has an alias; None if no version has it."""
+        """Return the version of the model `name` that has `alias`, or None if no version has this alias."""
         if all(model.name != name for model in self._search_models(name)):
             return None
         model = self._call(lambda: self._client.get_registered_model(name))
@@ -46,11 +46,11 @@ class Registry:
             lambda: self._client.get_model_version(name, str(number))))
 
     def register(self, name: str, run_id: str, folder: Path, tags: dict[str, str]) -> Version:
-        """Copy a model folder to the artifacts of its run and register it as a version of the model `name`.
+        """Copy a model folder to the artifacts of its run, and register the copy as a new version of the model `name`.
 
-        If a version of this run with these tags exists, it is returned instead. The name of the artifact folder
-        consists of the tags holds, step and exported_step, so that extending the run keeps the files of an earlier
-        version.
+        If a version with these tags exists for this run, return this version instead. The name of the artifact folder
+        consists of the tags holds, step and exported_step. The model of an extended run therefore does not overwrite
+        the files of an earlier version.
         """
         existing = [version for version in self._search_versions(name, run_id) if tags.items() <= version.tags.items()]
         if existing:
@@ -66,15 +66,15 @@ class Registry:
             name, f"{artifacts}/{artifact_folder}", run_id, tags=tags, await_creation_for=0)))
 
     def set_alias(self, version: Version, alias: str) -> None:
-        """Set an alias on a version. The alias is removed from the version that had it before, which is kept."""
+        """Set an alias on a version. If another version has the alias, it loses the alias but is not deleted."""
         self._call(lambda: self._client.set_registered_model_alias(version.name, alias, str(version.number)))
 
     def delete_alias(self, name: str, alias: str) -> None:
-        """Remove an alias from the version that has it."""
+        """Remove an alias from the version of the model `name` that has it."""
         self._call(lambda: self._client.delete_registered_model_alias(name, alias))
 
     def _search_models(self, name: str) -> Any:
-        if "'" in name:  # MLflow's filter syntax cannot escape it
+        if "'" in name:  # MLflow's filter syntax cannot escape a quote
             raise UserError(f"the name of a registered model must not contain a quote: {name!r} does, type another "
                             "name=")
         return self._call(lambda: self._client.search_registered_models(f"name='{name}'"))
@@ -86,7 +86,7 @@ class Registry:
     def _call(self, request: Callable[[], Any]) -> Any:
         try:
             return request()
-        except Exception as error:  # raised by MLflow, requests or the database driver
+        except Exception as error:  # an error of MLflow, requests or the database driver
             reason = remove_credentials(" ".join(str(error).split()), self._uri)[:300]
             server = f"MLflow at {remove_credentials(self._uri, self._uri)}"
             if is_refusal(error):
@@ -107,9 +107,9 @@ def _to_version(item: Any) -> Version:
 
 @contextmanager
 def _upload_timeout() -> Iterator[None]:
-    """Give uploads more time than small requests, since files of a model may be gigabytes.
+    """Context manager that raises the HTTP timeout to UPLOAD_TIMEOUT, because model files may have gigabytes.
 
-    A timeout that the user has set takes precedence.
+    A timeout that the user has set does not change.
     """
     before = os.environ.get(_TIMEOUT_VARIABLE)
     if before == DEFAULTS[_TIMEOUT_VARIABLE]:

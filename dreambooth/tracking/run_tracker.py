@@ -1,4 +1,4 @@
-"""The tracker of a training run: opened with the run's description and dataset, closed with its final status."""
+"""Opens the tracker of a training run, records the description and the dataset, and closes it with the final status."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,11 +14,11 @@ from dreambooth.tracking.tracker import NoOpTracker, Tracker, open_tracker
 
 @contextmanager
 def track_run(recipe: Recipe, main: bool, update_status: bool = True) -> Iterator[Tracker]:
-    """Open the run's tracker; close it with the status FINISHED, KILLED (the user stopped the run) or FAILED.
+    """Context manager that opens a run's tracker and closes it with status FINISHED, KILLED (by the user) or FAILED.
 
     Args:
-        main: whether this is the first process (rank 0); other processes record nothing.
-        update_status: False if the run has already ended, so that its status and end time do not change.
+        main: True in the process with rank 0; the other processes record nothing.
+        update_status: False if the run has already ended, so that the status and end time do not change.
     """
     tracker = _open(recipe, update_status) if main else NoOpTracker()
     status = "FAILED"
@@ -52,7 +52,7 @@ def _open(recipe: Recipe, update_status: bool) -> Tracker:
 
 
 def describe_run(recipe: Recipe) -> str:
-    """Return the Markdown description that MLflow shows at the top of a run: prompt, artifacts, and what to type."""
+    """Return the Markdown description that MLflow shows for a run: prompt, artifacts, and a command to type."""
     folder, sweep = recipe.run_dir, recipe.tracking.sweep
     lines = [f"**{recipe.instance_prompt}**, {recipe.model.name} at {recipe.model.resolution} px, "
              f"method {recipe.method.name}", ""]
@@ -65,7 +65,7 @@ def describe_run(recipe: Recipe) -> str:
 
 
 def trials_link(sweep: str) -> str:
-    """Return the address, within MLflow's pages, of the charts and images of all trials of a sweep."""
+    """Return the link, relative to the MLflow server, to the page with charts and images of all trials of a sweep."""
     search_filter = quote(f'tags.sweep = "{sweep}" and tags.kind = "trial"')
     return ("#/experiments/" + EXPERIMENT + "/runs?workflowType=machine_learning&compareRunsMode=CHART&searchFilter="
             + search_filter)

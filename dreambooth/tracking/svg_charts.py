@@ -1,4 +1,4 @@
-"""Line charts and parallel coordinates plots as SVG strings, for files and HTML pages. Needs no plotting library."""
+"""Draws line charts and parallel coordinates plots as SVG strings, without a plotting library."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,13 @@ from dreambooth.tracking.journal import read
 from dreambooth.utils import atomic_files
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")  # Okabe and Ito 2008
-LOSSES = ("loss_instance", "loss_prior", "loss")  # a run without prior preservation has only some of them
+LOSSES = ("loss_instance", "loss_prior", "loss")  # a run without prior preservation logs only some of these metrics
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 26, 22  # margins of a chart in pixels
 Points = Sequence[tuple[float, float]]
 
 
 def write_loss_curves(run_dir: Path) -> Path | None:
-    """Write `curves.svg` into the run folder, unless it is up to date; return None if the run has logged no loss."""
+    """Write a chart of the losses to `curves.svg` in the run folder. Return its path, or None if no loss was logged."""
     losses = read_history(run_dir / "metrics.jsonl", *LOSSES)
     if not losses:
         return None
@@ -27,7 +27,7 @@ def write_loss_curves(run_dir: Path) -> Path | None:
 
 
 def read_history(journal: Path, *names: str) -> dict[str, list[tuple[float, float]]]:
-    """Read metrics from a journal: name -> (step, value) of its finite values, sorted by step."""
+    """Return the (step, value) pairs of each metric in a journal, sorted by step. Omit values that are not finite."""
     history: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for entry, _ in read(journal):
         for name in names:
@@ -39,9 +39,9 @@ def read_history(journal: Path, *names: str) -> dict[str, list[tuple[float, floa
 
 def line_chart(title: str, series: Mapping[str, Points], width: int = 460, height: int = 220,
                legend: bool = False) -> str:
-    """Return a chart of metrics over steps: a thin line for the values, a thick one for their running mean.
+    """Return a chart of metrics over steps: a thin line for the values, and a thick line for the running mean.
 
-    Each series is an SVG group whose attribute `data-series` is the number of the series. Returns an empty string if
+    Each series is an SVG group whose attribute `data-series` is the number of the series. Return an empty string if
     there are no points.
     """
     points = [point for line in series.values() for point in line]
@@ -76,7 +76,11 @@ def line_chart(title: str, series: Mapping[str, Points], width: int = 460, heigh
 
 
 def smooth(points: Points, share: float = 0.08) -> list[tuple[float, float]]:
-    """Return the centred running mean over a share of the points; fewer than 8 points are returned unchanged."""
+    """Return the centred running mean of the values. Return fewer than 8 points unchanged.
+
+    Args:
+        share: window length as a fraction of the number of points.
+    """
     reach = max(1, round(len(points) * share / 2))
     if len(points) < 8:
         return list(points)
@@ -85,10 +89,13 @@ def smooth(points: Points, share: float = 0.08) -> list[tuple[float, float]]:
 
 
 def parallel_coordinates(axes: Mapping[str, Sequence[str | float]], width: int = 1180, height: int = 250) -> str:
-    """Return a parallel coordinates plot: one axis per column, one line per row.
+    """Return a parallel coordinates plot of a table: one vertical axis per column, one line per row.
 
-    Numbers are placed by value, strings at equal distances. Returns an empty string if there are fewer than two axes,
-    or no rows.
+    The position on an axis is proportional to a number or its logarithm; strings have equal distances. Return an empty
+    string if the table has fewer than two columns, or no rows.
+
+    Args:
+        axes: the column names, and the values of each column.
     """
     rows = len(next(iter(axes.values()), ()))
     if len(axes) < 2 or not rows:
@@ -113,12 +120,12 @@ def parallel_coordinates(axes: Mapping[str, Sequence[str | float]], width: int =
 
 
 def colour(number: int) -> str:
-    """Return the colour of a series by its number."""
+    """Return the colour of the series with this number."""
     return COLOURS[number % len(COLOURS)]
 
 
 def format_number(value: float) -> str:
-    """Format a number in its shortest usual form: 0.0915, 1e-4, 800."""
+    """Format a number in a short form, with at most four digits, such as 0.0915, 1e-4 or 800."""
     if 0 < abs(value) < 0.001:
         digits, _, power = f"{value:.2e}".partition("e")
         return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
@@ -126,7 +133,7 @@ def format_number(value: float) -> str:
 
 
 def format_setting(text: str) -> str:
-    """Format a setting in its shortest usual form: 3e-4 for 0.0003, 1 for 1.0. Only numbers are changed."""
+    """Format a setting with `format_number` if it is a number: 3e-4 for 0.0003. Return other settings unchanged."""
     try:
         return format_number(float(text))
     except ValueError:
@@ -134,7 +141,7 @@ def format_setting(text: str) -> str:
 
 
 def _frame(title: str, width: int, height: int) -> str:
-    """Return the opening tag of an SVG image, its styles and its title."""
+    """Return the start of an SVG image: the opening tag, the styles and the title."""
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
             'font-family="system-ui, sans-serif" font-size="11" fill="#555">'
             '<style>.axis{stroke:#bbb}.grid{stroke:#e8e8e8}.name{font-weight:600;fill:#222}'
@@ -143,7 +150,7 @@ def _frame(title: str, width: int, height: int) -> str:
 
 
 def _grid(xs: tuple[float, float], ys: tuple[float, float], width: int, height: int) -> list[str]:
-    """Return horizontal grid lines with their values, and three labels of steps below the chart."""
+    """Return the SVG elements of a grid: horizontal lines with value labels, and three step labels below the chart."""
     parts = []
     for i in range(4):
         y = TOP + i / 3 * (height - TOP - BOTTOM)
@@ -159,7 +166,10 @@ def _grid(xs: tuple[float, float], ys: tuple[float, float], width: int, height: 
 
 def _place_on_axis(values: Sequence[str | float], top: float,
                    bottom: float) -> tuple[list[float | None], dict[str, float]]:
-    """Return each value's height on a vertical axis (None if it is not finite), and the ticks, label -> height."""
+    """Return the y coordinate of each value on a vertical axis (None: not finite), and a dictionary of ticks.
+
+    The key of a tick is the label, and the value is the y coordinate.
+    """
     try:
         numbers = [float(value) for value in values]
     except ValueError:
@@ -169,7 +179,7 @@ def _place_on_axis(values: Sequence[str | float], top: float,
         return [ticks[str(value)] for value in values], ticks
     finite = [number for number in numbers if math.isfinite(number)]
     low, high = _value_range(finite)
-    if min(finite, default=0) > 0 and high > 20 * min(finite):  # log scale: learning rates vary by factors
+    if min(finite, default=0) > 0 and high > 20 * min(finite):  # log scale, for settings such as the learning rate
         low, high, numbers = math.log(min(finite)), math.log(max(finite)), [
             math.log(n) if math.isfinite(n) else n for n in numbers]
         finite = [number for number in numbers if math.isfinite(number)]
@@ -182,18 +192,18 @@ def _place_on_axis(values: Sequence[str | float], top: float,
 
 
 def _value_range(values: Sequence[float]) -> tuple[float, float]:
-    """Return the least and greatest value, widened if they are equal; (0, 1) if there are no values."""
+    """Return the (least, greatest) value. Widen the range if both are equal; return (0, 1) if there are no values."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     return (low, high) if high > low else (low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1))
 
 
 def _without_outliers(values: Sequence[float]) -> list[float]:
-    """Return the values, sorted, without the greatest 1 %: a single outlier would flatten every curve."""
+    """Return the sorted values without the greatest 1 %, because one outlier on the axis would flatten every curve."""
     ordered = sorted(values)
     return ordered[:max(2, math.ceil(len(ordered) * 0.99))]
 
 
 def _downsample(line: Points, most: int = 400) -> list[tuple[float, float]]:
-    """Return at most about `most` evenly spaced points of a line, always with its last point."""
+    """Return evenly spaced points of a line, at most about `most`, always including the last point."""
     stride = max(1, math.ceil(len(line) / most))
     return [*line[::stride], *([line[-1]] if (len(line) - 1) % stride else [])]

@@ -1,10 +1,11 @@
-"""Trackers: record a run's metrics, images and settings in its folder and in MLflow. `open_tracker` chooses one.
+"""Trackers: record the metrics, images and settings of a run in the run folder and in MLflow.
 
-Everything is written to the journal first (`metrics.jsonl`, see journal.py). A background thread sends the journal to
-MLflow and records in `mlflow.json` how far it got, so a dead or slow server neither stops nor slows the run. Entries
-that the server missed are sent to the same MLflow run when the server is reachable again: by this process, or by the
-next one that opens the same run folder. Sending an entry twice (after a kill between the server's answer and the
-update of mlflow.json) changes nothing, because steps and times come from the journal.
+Every entry is written to the journal first (`metrics.jsonl`, see journal.py). A background thread sends the journal to
+MLflow and records in `mlflow.json` the offset up to which entries were sent. A dead or slow server therefore neither
+stops nor slows the run. When the server is reachable again, the missing entries are sent to the same MLflow run, by
+this process or by the next process that opens the run folder. An entry is sent twice if the process is killed after the
+server's response and before the update of mlflow.json. This changes nothing in MLflow, because steps and times come
+from the journal.
 """
 
 import atexit
@@ -17,12 +18,12 @@ from dreambooth.tracking.journal import Journal
 from dreambooth.tracking.mlflow_client import LOGIN_HINT, REFUSES_USER
 from dreambooth.tracking.mlflow_shipper import Shipper, Warn, log_warning
 
-SHIP_FROM_FIRST_STEP = True  # start the sending thread after the first training step; False: when the tracker is opened
-START_TIMEOUT = 60.0  # seconds within which a required server must answer when the tracker is opened
+SHIP_FROM_FIRST_STEP = True  # True: start the sending thread after the first training step; False: at once
+START_TIMEOUT = 60.0  # seconds that opening a tracker waits for a required server to answer
 
 
 class Tracker(Protocol):
-    """Interface of trackers, which record a run. The `log_*` and `set_tags` methods return False if nothing was new."""
+    """Interface of all trackers. The methods `log_*` and `set_tags` return False if nothing new was recorded."""
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> bool: ...
     def log_image(self, step: int, key: str, path: Path) -> bool: ...
@@ -37,14 +38,14 @@ class Tracker(Protocol):
 def open_tracker(kind: str, run_dir: Path, *, run_root: Path, run_name: str, uri: str | None = None,
                  experiment: str = "dreambooth", required: bool = False, warn: Warn = log_warning,
                  update_status: bool = True) -> Tracker:
-    """Open the tracker of `tracking.kind`: "mlflow" or "none".
+    """Open a tracker: an MlflowTracker if `kind` is "mlflow", a JournalTracker if `kind` is "none".
 
     Args:
-        uri: address of the tracking server; None: `mlflow.db` in the run root.
+        uri: address of the MLflow server; None: the sqlite database `mlflow.db` in the run root.
         update_status: see JournalTracker.
 
     Raises:
-        UserError: `required` is set and the server does not answer.
+        UserError: `required` is True and the server does not answer.
     """
     if kind == "none":
         return JournalTracker(run_dir, update_status)
@@ -55,7 +56,7 @@ def open_tracker(kind: str, run_dir: Path, *, run_root: Path, run_name: str, uri
 
 
 class NoOpTracker:
-    """Records nothing: the tracker of every process except the first."""
+    """A tracker that records nothing. Every process except the process with rank 0 uses this tracker."""
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> bool:
         return False
@@ -83,11 +84,11 @@ class NoOpTracker:
 
 
 class JournalTracker(Journal):
-    """Writes only `metrics.jsonl`. If an MlflowTracker is opened on the same folder later, it sends the whole file.
+    """A tracker that writes only `metrics.jsonl`. If an MlflowTracker opens the same folder later, it sends the file.
 
     Args:
-        update_status: False for commands that only read a run (evaluate, promote): if the run has ended, its status and
-            end time stay as they are.
+        update_status: False for commands that do not train (evaluate, promote). The status and end time of a run that
+            has ended then do not change.
     """
 
     def __init__(self, run_dir: Path, update_status: bool = True) -> None:
@@ -102,10 +103,11 @@ class JournalTracker(Journal):
 
 
 class MlflowTracker(JournalTracker):
-    """Writes the journal in the caller's thread and sends it to MLflow from another: only close() waits for MLflow.
+    """A tracker that writes the journal in the caller's thread and sends it to MLflow in a background thread.
 
-    With `required`, UserError is raised if the server does not answer: by the constructor, or by the next call, whose
-    entry is still written to the journal. `warn` is also called from the thread that sends.
+    Only close(), and the constructor if `required` is True, wait for MLflow. If `required` is True and the server does
+    not answer, the constructor or the next call raises UserError; the entry of the call is still written to the
+    journal. Both threads may call `warn`.
     """
 
     def __init__(self, run_dir: Path, *, uri: str, experiment: str, run_name: str, required: bool = False,
@@ -130,17 +132,18 @@ class MlflowTracker(JournalTracker):
     def _start_shipping(self) -> None:
         """Start the thread that sends the journal, unless it has been started.
 
-        Importing MLflow and creating its tables takes seconds of CPU time, so this waits for the first training step.
+        The start is delayed until the first training step, because importing MLflow and creating its tables takes
+        seconds of CPU time.
         """
         if self._shipper.ident is None:
-            atexit.register(self._shipper.stop, 1.0)  # a thread in C code during interpreter shutdown may crash it
+            atexit.register(self._shipper.stop, 1.0)  # a thread in C code may crash the interpreter at exit
             self._shipper.start()
 
     def url(self) -> str | None:
         return self._shipper.url()
 
     def close(self, status: str | None = "FINISHED") -> None:
-        """Send the remaining entries, within a limited time, and set the final status. A second call does nothing."""
+        """Write the final status, then send the remaining entries within a limited time. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
