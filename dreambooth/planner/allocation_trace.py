@@ -51,7 +51,7 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._references.clear()  # later releases are not recorded
 
     def mark(self, phase: str) -> None:
-        """Begin `phase`: later events belong to it, until the next mark."""
+        """Begin a phase. All events until the next mark belong to this phase."""
         self.events.append((MARK, len(self.marks)))
         self.marks.append(phase)
         self._phase = phase

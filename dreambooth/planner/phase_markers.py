@@ -44,7 +44,7 @@ class FakeGradScaler:
 
 @dataclass
 class PhaseMarkingEngine(Engine):
-    """An Engine that marks the beginning of the phase `step`. The rehearsal's own callables mark other phases."""
+    """An Engine that marks the start of phase `step`. Its `autocast` and `backward` mark `forward` and `backward`."""
 
     mark: Callable[[str], None] = lambda phase: None
 
