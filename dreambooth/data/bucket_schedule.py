@@ -30,7 +30,7 @@ def bucket_at(counts: Sequence[int], step: int, *key: int | str) -> tuple[int, i
 
 @lru_cache(maxsize=16)
 def _round_order(counts: tuple[int, ...], *key: int | str) -> tuple[tuple[int, int], ...]:
-    """Return, for each step of a round, the bucket index and the number of earlier steps of the round with it."""
+    """Return one tuple per step of a round: (bucket index, number of earlier steps of the round with this bucket)."""
     buckets = [bucket for bucket, count in enumerate(counts) for _ in range(count)]
     used, order = [0] * len(counts), []
     for index in rng.permutation(len(buckets), *key, "sizes"):

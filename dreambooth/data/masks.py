@@ -1,4 +1,6 @@
-"""Masks: grey images that define which part of a photo counts in the loss: white fully, grey partly, black not at all.
+"""Masks: grey images that define which part of a photo counts in the loss.
+
+White pixels count fully, grey pixels partly, black pixels not at all.
 
 A mask is the photo's alpha channel, or an image from a folder of masks. A mask image has the size and the name of its
 photo; the suffix may differ. A mask is resized, cropped and mirrored together with its photo. The loss weight of a

@@ -36,7 +36,7 @@ class Entry:
         """Compare this entry with the size and checksum that S3 stores for an object.
 
         Args:
-            checksum: S3's SHA-256 in base64, followed by "-" and the number of parts if there are several.
+            checksum: S3's SHA-256 in base64, followed by "-" and the number of parts if the object has several parts.
 
         Returns:
             Whether the content is the same. None: unknown, because S3 stores no SHA-256 of the object, or one that was

@@ -169,9 +169,9 @@ class Bucket:
         return self._content_matches(name, entry, head["ETag"]) if same is None else same
 
     def _content_matches(self, name: str, entry: Entry, etag: str) -> bool:
-        """Download an object and compare it with `entry`: S3 may store no SHA-256 of objects that other tools uploaded.
+        """Download an object and return whether its content matches `entry`.
 
-        An object with the same name and ETag is downloaded only once.
+        This is needed because S3 may store no SHA-256 of objects that other tools uploaded. An object with the same name and ETag is downloaded only once.
         """
         if (name, etag) not in self._verified:
             self._verified[name, etag] = not entry.size or all(

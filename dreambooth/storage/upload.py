@@ -16,7 +16,7 @@ ROUNDS = 3  # attempts to send missing files
 
 
 class DestinationOccupied(UserError):
-    """Raised if the destination has a file with other content but no manifest: another upload was never finished."""
+    """Raised if the destination has a file with other content but no manifest, for example after an aborted upload."""
 
 
 def upload_entries(bucket: Bucket, entries: Entries, folder: Path) -> None:

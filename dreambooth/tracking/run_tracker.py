@@ -1,4 +1,4 @@
-"""Opens the tracker of a training run, records the description and the dataset, and closes it with the final status."""
+"""Opens and closes the tracker of a training run, and records the run's description, dataset and final status."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
