@@ -1,4 +1,4 @@
-"""The parts of a base model, and the operations on them that depend on its family."""
+"""The parts of a base model (denoiser, text encoders, VAE, tokenizers), and operations that depend on its family."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from dreambooth.models.noise_schedule import NoiseSchedule
 
 @dataclass
 class Components:
-    """The parts of a base model, each on the training device. What differs between families is asked of `family`."""
+    """The parts of a base model, each on the training device. Its methods call those of `family`."""
 
     family: Family
     denoiser: Any
@@ -24,7 +24,7 @@ class Components:
     vae: Any
     tokenizers: Sequence[Any]  # in the family's order
     scheduler_config: dict[str, Any]
-    extras: dict[str, Any] = field(default_factory=dict)  # exported with the model and not trained: a safety checker
+    extras: dict[str, Any] = field(default_factory=dict)  # exported, not trained: a safety checker
 
     @property
     def modules(self) -> list[Any]:
@@ -33,17 +33,17 @@ class Components:
 
     @property
     def encoders_by_name(self) -> dict[str, Any]:
-        """The text encoders by the names of their parts."""
+        """The text encoders: a dictionary from part name to module."""
         return {part.name: module for part, module in zip(self.family.encoders, self.encoders, strict=True)}
 
     @property
     def modules_by_name(self) -> dict[str, Any]:
-        """The same modules as `modules`, by the names of their parts."""
+        """The modules of `modules`: a dictionary from part name to module."""
         return {self.family.denoiser.name: self.denoiser, self.family.vae.name: self.vae} | self.encoders_by_name
 
     @property
     def tokenizers_by_name(self) -> dict[str, Any]:
-        """The tokenizers by their names."""
+        """The tokenizers: a dictionary from name to tokenizer."""
         return dict(zip(self.family.tokenizers, self.tokenizers, strict=True))
 
     @property
@@ -52,28 +52,35 @@ class Components:
 
     @property
     def vae_scale(self) -> int:
-        """Pixels per latent along one side."""
+        """Image side in pixels divided by latent side."""
         return self.family.vae_scale(self.vae.config)
 
     @property
     def scaling_factor(self) -> float:
-        """Factor between the VAE's latents and those that the denoiser sees."""
+        """Factor by which the VAE's latents are multiplied before the denoiser receives them."""
         return self.family.scaling_factor(self.vae.config)
 
     def noise_schedule(self) -> NoiseSchedule:
-        """Return the forward process that the base was trained with."""
+        """Return the forward process that the base model was trained with."""
         return self.family.noise_schedule(self.scheduler_config)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation (N, C, h, w), fp32, of the latents of pixels (N, 3, H, W) in [-1, 1]."""
+        """Return the mean and standard deviation of the latents of `pixels`.
+
+        Args:
+            pixels: (N, 3, H, W), in [-1, 1].
+
+        Returns:
+            Two fp32 tensors (N, C, h, w).
+        """
         return self.family.encode(self.vae, pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pixels (N, 3, H, W) of unscaled latents (N, C, h, w)."""
+        """Decode latents (N, C, h, w), already divided by `scaling_factor`, to pixels (N, 3, H, W)."""
         return self.family.decode(self.vae, latents)
 
     def tokens(self, prompt: str) -> Tensor:
-        """Return token ids with a first dimension of 1, padded to the length that the base was trained with.
+        """Return the token ids (1, ...) of a prompt, padded to the length that the base model was trained with.
 
         Raises:
             UserError: the prompt has more tokens than the model reads.
@@ -81,20 +88,20 @@ class Components:
         return self.family.tokens(self.tokenizers, prompt).to(self.encoders[0].device)
 
     def blank_tokens(self, count: int) -> Tensor:
-        """Return token ids of `count` prompts with the right shape and any values."""
+        """Return a tensor with the shape and type of the token ids of `count` prompts; its values have no meaning."""
         return self.family.blank_tokens(self.encoders, count)
 
     def text(self, tokens: Tensor) -> Tensor:
-        """Return what the text encoders compute from token ids (P, ...): one tensor (P, ...)."""
+        """Return the text encoders' output for token ids (P, ...) of P prompts: one tensor (P, ...)."""
         return self.family.text(self.encoders, tokens)
 
     def frozen_text(self, prompt: str) -> Tensor:
-        """Return what the frozen text encoders compute from a prompt, with a first dimension of 1, fp32."""
+        """Return the frozen text encoders' output for one prompt: an fp32 tensor (1, ...)."""
         with torch.no_grad():
             return self.text(self.tokens(prompt)).float()
 
     def blank_text(self, count: int) -> Tensor:
-        """Return a tensor of the shape of `text` for `count` prompts, fp32, without computing it."""
+        """Return an uninitialised fp32 tensor with the shape that `text` returns for `count` prompts."""
         return self.family.blank_text(self.encoders, count)
 
     def predict(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
@@ -103,11 +110,11 @@ class Components:
 
 
 def training_scheduler(family: Family, config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Return the configuration of the base's scheduler, rescaled to zero terminal SNR if the recipe asks for it.
+    """Return the base model's scheduler configuration, rescaled if the recipe sets model.zero_terminal_snr.
 
     Raises:
-        UserError: the base predicts noise; at the last timestep, where there is only noise, nothing is left to predict
-            (Lin et al. 2023, arXiv:2305.08891, section 3.2).
+        UserError: the recipe sets it and the base model predicts noise. The model's input at the last timestep
+            would be pure noise, and predicting it would be trivial (Lin et al. 2023, arXiv:2305.08891, section 3.2).
     """
     if not recipe.model.zero_terminal_snr:
         return config
@@ -118,7 +125,7 @@ def training_scheduler(family: Family, config: dict[str, Any], recipe: Recipe) -
 
 
 def disable_vae_autocast(parts: Components) -> None:
-    """Make a VAE that is kept in fp32 because fp16 overflows in it compute in fp32 under autocast, too."""
+    """Make the VAE compute in fp32 even under autocast, if it is stored in fp32 because it overflows in fp16."""
     vae = parts.vae
     if vae.dtype is torch.float32 and parts.family.half_overflows(vae.config):
         vae.encode, vae.decode = partial(_in_fp32, vae.encode), partial(_in_fp32, vae.decode)

@@ -1,13 +1,14 @@
-"""Gradient checkpointing of a UNet of diffusers: activations are recomputed in the backward pass instead of stored.
+"""Gradient checkpointing of a diffusers UNet: activations are recomputed in the backward pass instead of stored.
 
-diffusers recomputes the layers inside a transformer and stores what its norm and projections need: 25 MiB for each at
-64 x 64 latents in half precision, half of everything that a checkpointed forward pass stores. Here a transformer is
-recomputed as a whole from its input, which the neighbouring block stores anyway. The same operators run on the same
-values, so no number changes.
+diffusers recomputes only the layers inside a transformer (Transformer2DModel) and stores the tensors that its norm and
+projections need: 25 MiB per transformer at 64 x 64 latents in half precision, half of everything that a checkpointed
+forward pass stores. This module recomputes the whole transformer from its input, which the neighbouring block stores
+anyway. The same operators run on the same values, so the results do not change.
 
-In groups, a transformer is recomputed for the photos first and then for the class images, so that its own tensors exist
-for one group at a time. The gradient of a weight is the sum over both, which autograd passes on once. Its terms are
-added in another order, with the error bound of step._forward_backward_halves.
+With two groups, a transformer is recomputed for the photos first and then for the class images, so that its inner
+tensors exist for one group at a time. The gradient of a weight is the sum over both groups, and autograd passes on this
+sum once. The terms of the sum are added in another order than without groups; the docstring of
+`_forward_backward_halves` in training/step.py gives the error bound.
 """
 
 from collections.abc import Callable
@@ -20,15 +21,15 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recompute(unet: Any, groups: int = 1) -> None:
-    """Switch checkpointing on: each residual block and each transformer is recomputed as one unit.
+    """Enable gradient checkpointing: each residual block and each transformer is recomputed as one unit.
 
     Args:
-        groups: parts of a batch that are recomputed one after the other.
+        groups: number of parts into which a batch is split; they are recomputed one after the other.
     """
     unet.enable_gradient_checkpointing()
     for module in unet.modules():
         if hasattr(module, "transformer_blocks"):
-            module.gradient_checkpointing = False  # of the layers inside
+            module.gradient_checkpointing = False  # no second checkpointing of the layers inside
             module.forward = partial(_checkpointed, module.forward, groups)
 
 
@@ -44,5 +45,5 @@ def _checkpointed(forward: Callable[..., Any], groups: int, *args: Any, **kwargs
 
 
 def _split(value: Any, groups: int) -> list[Any]:
-    """Split a tensor into parts of the batch; repeat any other value."""
+    """Split a tensor along the batch dimension into `groups` parts; repeat any other value `groups` times."""
     return list(value.chunk(groups)) if isinstance(value, Tensor) else [value] * groups

@@ -1,4 +1,4 @@
-"""Loads the parts of a base model, and prepares them for training: precision, attention, checkpointing, adapters."""
+"""Loads the parts of a base model and prepares them for training: precision, attention, checkpointing, adapters."""
 
 import logging
 import os
@@ -25,16 +25,17 @@ TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16:
 
 
 class TrainedModel(nn.Module):
-    """The denoiser and, if they train too, the text encoders as one module.
+    """One module with everything that is trained: the denoiser and, with train.train_text_encoder, the text encoders.
 
-    Gradient accumulation, data parallel, EMA and checkpoints then always cover every trained weight. The parts have
-    the names of their family, which are the prefixes of their weights: `unet.`, `text_encoder.`, ...
+    Gradient accumulation, data parallelism, EMA and checkpoints therefore cover every trained weight. The family gives
+    each part a name, which is the prefix of the names of its weights: `unet.`, `text_encoder.`, ...
     """
 
     def __init__(self, family: Family, modules: dict[str, nn.Module], vae_scale: int) -> None:
         """Args:
-            modules: the denoiser and the text encoders that train, by name, as `trained_modules` returns them.
-            vae_scale: pixels per latent along one side.
+            family: the family of the base model.
+            modules: the trained modules by part name, as `trained_modules` returns them.
+            vae_scale: image side in pixels divided by latent side.
         """
         super().__init__()
         self.family = family
@@ -44,14 +45,14 @@ class TrainedModel(nn.Module):
             self.add_module(name, module)
 
     def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        """Return the prediction (N, C, h, w).
+        """Return the denoiser's prediction (N, C, h, w).
 
         Args:
-            latents: (N, C, h, w), noisy.
+            latents: noisy latents (N, C, h, w).
             timesteps: (N,).
-            text: (P, ...): token ids if the text encoders train, else what they compute from them. Each of the P texts
-                belongs to the next N / P rows: a prompt that rows share passes through the encoders once, and its
-                gradient is the sum of theirs.
+            text: (P, ...): the token ids of P prompts if the text encoders are trained, else the encoders' output.
+                The first prompt belongs to the first N / P samples, the second prompt to the next N / P, and so on. A
+                prompt that samples share is encoded once; its gradient is the sum of the gradients of these samples.
         """
         if self.encoder_names:
             text = self.family.text([getattr(self, name) for name in self.encoder_names], text)
@@ -62,38 +63,41 @@ class TrainedModel(nn.Module):
 
 
 def trained_model(parts: Components, recipe: Recipe) -> TrainedModel:
-    """Return the module to train, over the live parts."""
+    """Return a TrainedModel that contains the trained modules of `parts` themselves, not copies."""
     return TrainedModel(parts.family, trained_modules(parts, recipe), parts.vae_scale)
 
 
 def trained_modules(parts: Components, recipe: Recipe) -> dict[str, nn.Module]:
-    """Return the modules that train, or get adapters, by the names of their parts."""
+    """Return the modules that are trained or get adapters, as a dictionary from part name to module."""
     encoders = parts.encoders_by_name if recipe.train.train_text_encoder else {}
     return {parts.family.denoiser.name: parts.denoiser} | encoders
 
 
 def idle_modules(parts: Components, recipe: Recipe) -> list[nn.Module]:
-    """Return the modules that the training step does not use: their outputs are cached, so they leave the device."""
+    """Return the modules that can leave the device during training steps, because their outputs are cached."""
     text_is_cached = recipe.memory.cache_text and not recipe.train.train_text_encoder
     return [parts.vae] * recipe.memory.cache_latents + list(parts.encoders) * text_is_cached
 
 
 def part_dtypes(recipe: Recipe, frozen: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """Return the precision of the denoiser and of the text encoders: fp32 for what trains, `frozen` for the rest.
+    """Return the precision of the denoiser and that of the text encoders: fp32 if trained, `frozen` if frozen.
 
-    The base of an adapter is frozen. Its matrices and convolutions are kept in the precision that autocast casts them
-    to at every use, so that this changes no number. Norms and embeddings are rounded as well, once, if the base's
-    weights are finer than `frozen`.
+    The base model below an adapter is frozen. Its matrices and convolutions are stored in the precision to which
+    autocast casts them at every use, so that storing them in this precision does not change the results. Norms and
+    embeddings are also rounded, once, if the weights of the base model have a higher precision than `frozen`.
     """
     trained = frozen if recipe.method.low_rank else torch.float32
     return trained, trained if recipe.train.train_text_encoder else frozen
 
 
 def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None) -> Components:
-    """Load the base: trained parts in fp32, frozen parts in the compute precision, or in `frozen`.
+    """Load the base model: trained parts in fp32, frozen parts in `frozen`.
+
+    Args:
+        frozen: precision of the frozen parts; None: the compute precision of the recipe.
 
     Raises:
-        UserError: the model is not where the recipe says, is of no family here, or lacks a part.
+        UserError: there is no model at recipe.source, it belongs to no supported family, or it lacks a part.
     """
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
@@ -127,9 +131,10 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
 
 
 def exact_frozen(parts: Components, recipe: Recipe) -> Components:
-    """Return the parts to export: trained parts as they are, frozen ones in fp32 as the base has them.
+    """Return the parts to export: trained parts unchanged, frozen parts loaded from the base model again, in fp32.
 
-    Half precision is for computing, not for storing. An adapter's weights are merged into the base.
+    A run may have loaded the frozen parts in half precision; the export contains their original values. An adapter is
+    merged into the base model.
     """
     if recipe.precision.dtype is Dtype.fp32 and not recipe.method.low_rank:
         return parts
@@ -143,7 +148,10 @@ def exact_frozen(parts: Components, recipe: Recipe) -> Components:
 
 
 def prepare(parts: Components, recipe: Recipe) -> TrainedModel:
-    """Choose what trains, set attention and gradient checkpointing; return the module to train."""
+    """Prepare the parts for training and return the module to train.
+
+    Set attention and gradient checkpointing, add adapters, and require gradients of the trained weights only.
+    """
     family, denoiser = parts.family, parts.denoiser
     family.set_attention(denoiser, recipe.attention.kind)
     if recipe.train.channels_last:
@@ -166,9 +174,9 @@ def prepare(parts: Components, recipe: Recipe) -> TrainedModel:
 
 
 def import_libraries() -> None:
-    """Import everything that loading a model needs, and switch off the libraries' progress bars except for downloads.
+    """Import the libraries that loading a model needs, and disable their progress bars, except for downloads.
 
-    In one place: it then runs without the garbage collector, and without what bitsandbytes would import.
+    One function imports all of them, so that the imports run without the garbage collector and without bitsandbytes.
     """
     with without_garbage_collection():
         import diffusers
@@ -177,15 +185,15 @@ def import_libraries() -> None:
         for library, variable in ((diffusers, "DIFFUSERS_VERBOSITY"), (transformers, "TRANSFORMERS_VERBOSITY")):
             library.utils.logging.disable_progress_bar()
             if variable not in os.environ:
-                library.utils.logging.set_verbosity_error()  # their advice is not for our users
-        # It warns that kernels for 4 bits are missing, which most runs do not use.
+                library.utils.logging.set_verbosity_error()  # warnings that this project's users cannot act on
+        # bitsandbytes warns about missing 4-bit kernels, which most runs do not use.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         with without_bitsandbytes():
             families.import_common_classes()
 
 
 def _missing(recipe: Recipe, error: Exception) -> str:
-    """Return the message about a base that could not be loaded, and what to type."""
+    """Return the error message for a base model that could not be loaded. It ends in what the user can type."""
     reason = vae.first_line(error)
     if recipe.source.startswith((".", "/", "~")) or Path(recipe.source).exists():
         denoisers = {family.denoiser.name for family in families.FAMILIES}

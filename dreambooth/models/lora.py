@@ -1,15 +1,16 @@
-"""LoRA and DoRA: a few trained weights beside a frozen base, by peft.
+"""LoRA and DoRA adapters: a few trained weights beside a frozen base model, implemented with peft.
 
-LoRA (Hu et al. 2021, arXiv:2106.09685, eq. 3) adds to a layer of weight W, seen as a matrix (out, in):
+LoRA (Hu et al. 2021, arXiv:2106.09685, eq. 3) replaces the weight W of a layer, a matrix (out, in), by W':
 
     W' = W + s B A,  A (rank, in), B (out, rank), s = alpha / rank
 
-DoRA (Liu et al. 2024, arXiv:2402.09353, eq. 5) also trains the length m of each row:
+DoRA (Liu et al. 2024, arXiv:2402.09353, eq. 5) also trains m, the Euclidean norm of each row of W':
 
-    W' = m V / |V|,  V = W + s B A, |V| the length of each of its rows, a constant to the gradient (section 4.3)
+    W' = m V / |V|,  V = W + s B A
 
-B starts at 0 and m at |W|: the untrained adapter is the base. A convolution is handled the same way, with (in, height,
-width) as one dimension. Modules are named as in the TrainedModel: `PART.NAME`, such as `unet.mid_block...to_q` or
+|V| is the norm of each row of V; no gradient flows through it (section 4.3). B is initialised to 0 and m to |W|, so an
+untrained adapter does not change the base model. The weight of a convolution is flattened to a matrix (out, in * height
+* width). Modules have the names of the TrainedModel: `PART.NAME`, such as `unet.mid_block...to_q` or
 `text_encoder...q_proj`.
 """
 
@@ -34,9 +35,12 @@ NAME = "default"  # peft's name of the one adapter that trains
 
 @dataclass(frozen=True)
 class LowRank:
-    """The adapter of one layer, scale included: W' is W + up down; with DoRA, its rows scaled to length `magnitude`.
+    """The adapter of one layer: W' = W + up down; DoRA scales each row of W + up down to the norm `magnitude`.
 
-    down (rank, in) or (rank, in, height, width); up (out, rank) or (out, rank, 1, 1); magnitude (out,), DoRA only.
+    Attributes:
+        down: A, (rank, in) or (rank, in, height, width).
+        up: s B, (out, rank) or (out, rank, 1, 1).
+        magnitude: m, (out,); None without DoRA.
     """
 
     down: Tensor
@@ -45,23 +49,27 @@ class LowRank:
 
     @property
     def delta(self) -> Tensor:
-        """The product up down, in the shape of the layer's weight."""
+        """The matrix product of `up` and `down`, in the shape of the layer's weight."""
         return torch.mm(self.up.flatten(1), self.down.flatten(1)).reshape((len(self.up), *self.down.shape[1:]))
 
     def merged(self, weight: Tensor) -> Tensor:
         """Return the layer's weight with the adapter merged into it.
 
-        A merged adapter and one applied beside the layer differ by rounding alone. With u the unit roundoff of the
-        computation (2**-24 in fp32), n inputs of an output value and gamma_k = k u / (1 - k u), a sum of k products in
-        any order is off by at most gamma_k times the sum of their magnitudes (Higham 2002, eq. 3.5). Beside: W x by
-        gamma_n; up (down x) by gamma_(n + r); their sum by one more u. Merged: up down by gamma_r, W + up down by one
-        more u, times x by gamma_n. Each is off by at most gamma_(n + r + 2) c, c = (|W| + |up| |down|) |x|, so, for
-        every output value,
+        The output of a layer with a merged adapter differs from the output with a separate adapter by rounding alone.
+        Let u be the unit roundoff (2**-24 in fp32), gamma_k = k u / (1 - k u), n the number of inputs of an output
+        value, and r the rank. The rounding error of a sum of k products, in any order, is at most gamma_k times the sum
+        of the magnitudes of the products (Higham 2002, eq. 3.5).
 
-            |merged - applied| <= 2 gamma_(n + r + 2) c
+        - Separate adapter: the factor is gamma_n for W x and gamma_(n + r) for up (down x); their sum adds one u.
+        - Merged adapter: the factor is gamma_r for up down; W + up down adds one u, and its product with x adds
+          gamma_n.
 
-        and with DoRA, where both multiply by the same m / |V|, by three more roundings, and |V| is within
-        gamma_(n + 3) of itself both times: at most (m / |V|) * 2 gamma_(2 n + r + 10) c.
+        Both errors are at most gamma_(n + r + 2) c with c = (|W| + |up| |down|) |x|. Therefore, for every output value,
+
+            |merged - separate| <= 2 gamma_(n + r + 2) c
+
+        With DoRA, both outputs are also multiplied by m / |V|, which adds three roundings, and the relative error of
+        each |V| is at most gamma_(n + 3). The bound is then (m / |V|) * 2 gamma_(2 n + r + 10) c.
         """
         whole = weight + self.delta.to(weight)
         if self.magnitude is None:
@@ -73,12 +81,12 @@ class LowRank:
 
 def inject(model: nn.Module, method: Method, targets: Mapping[Targets, re.Pattern[str]], seed: int,
            dtype: Dtype) -> None:
-    """Put adapters into the parts of `model` (a TrainedModel); then only the adapters require gradients.
+    """Add adapters to the parts of `model` (a TrainedModel). Afterwards only the adapters require gradients.
 
     Args:
-        targets: the family's choice of layers, see Family.adapter_targets.
-        seed: A is drawn from (seed, module's name), so that it does not depend on what else was drawn.
-        dtype: of autocast, which casts a layer's input itself.
+        targets: a pattern of layer names for each value of method.targets (Family.adapter_targets).
+        seed: the initial A is a function of the seed and the module's name alone, and of no other random numbers.
+        dtype: the precision of autocast. Unless it is fp32, autocast itself casts the input of a LoRA layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -88,13 +96,13 @@ def inject(model: nn.Module, method: Method, targets: Mapping[Targets, re.Patter
         config = LoraConfig(r=method.rank, lora_alpha=method.scale_alpha,  # type: ignore[arg-type]
                             use_dora=dora,
                             target_modules=target_layers(part, targets[method.targets]))
-        with torch.random.fork_rng(devices=[]):  # peft draws, too, in its own order
+        with torch.random.fork_rng(devices=[]):  # peft also draws; this keeps the global random state
             inject_adapter_in_model(config, part, adapter_name=NAME)
     dropouts = []
     for name, layer in layers(model):
         _make_exact(layer)
         _draw(layer.lora_A[NAME].weight, seed, name)
-        layer.cast_input_dtype_enabled = dora or dtype is Dtype.fp32  # DoRA's lengths are computed in fp32
+        layer.cast_input_dtype_enabled = dora or dtype is Dtype.fp32  # DoRA's norms are computed in fp32
         if method.dropout:
             layer.lora_dropout[NAME] = Dropout(method.dropout, rng.seed(name, "dropout"))
             dropouts.append(layer.lora_dropout[NAME])
@@ -103,13 +111,13 @@ def inject(model: nn.Module, method: Method, targets: Mapping[Targets, re.Patter
 
 
 def target_layers(part: nn.Module, pattern: re.Pattern[str]) -> list[str]:
-    """Return the names of the linear and convolution layers of a part that get an adapter."""
+    """Return the names of the linear and convolution layers of `part` that match `pattern`: they get an adapter."""
     return [name for name, module in part.named_modules()
             if isinstance(module, nn.Linear | nn.Conv2d) and pattern.fullmatch(name)]
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the name and layer of every adapter in the module."""
+    """Yield the name and the module of every layer of `model` that has an adapter."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in model.named_modules():
@@ -119,7 +127,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Compute as the base does inside the context: adapters have no effect."""
+    """Disable all adapters of `model` inside the context, so that it computes as the base model does."""
     adapters = [layer for _, layer in layers(model)]
     try:
         for layer in adapters:
@@ -132,7 +140,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def adapter_weights(model: nn.Module) -> dict[str, LowRank]:
-    """Return each layer's adapter by module name, fp32 on the CPU."""
+    """Return the adapters as a dictionary from module name to LowRank, in fp32 on the CPU."""
     return {name: LowRank(
         _exact(layer.lora_A[NAME].weight), _exact(layer.lora_B[NAME].weight) * layer.scaling[NAME],
         _exact(layer.lora_magnitude_vector[NAME].weight).flatten() if NAME in layer.lora_magnitude_vector else None)
@@ -142,14 +150,14 @@ def adapter_weights(model: nn.Module) -> dict[str, LowRank]:
 @torch.no_grad()
 def load_adapter_weights(model: nn.Module, weights: Mapping[str, LowRank],
                          file_name: Callable[[str], str] = str) -> None:
-    """Put weights into the adapters of `model`.
+    """Load weights into the adapters of `model`.
 
     Args:
-        weights: by module name as in files.
-        file_name: module name in `model` -> module name in files, see Family.published_name.
+        weights: a dictionary from module name in LoRA files to LowRank.
+        file_name: function that converts a module's name in `model` to its name in LoRA files (Family.published_name).
 
     Raises:
-        ValueError: the weights are of other layers or of another rank.
+        ValueError: the weights belong to other layers, or have another rank.
     """
     adapters = {file_name(name): layer for name, layer in layers(model)}
     if adapters.keys() != weights.keys():
@@ -168,10 +176,10 @@ def load_adapter_weights(model: nn.Module, weights: Mapping[str, LowRank],
 
 @torch.no_grad()
 def merge(model: nn.Module, weights: Mapping[str, LowRank]) -> None:
-    """Merge adapters into the plain weights of `model`, see LowRank.merged.
+    """Merge adapters into the weights of `model`, which has no adapters itself (LowRank.merged).
 
     Args:
-        weights: by module name in `model`.
+        weights: a dictionary from module name in `model` to LowRank.
     """
     for name, low in weights.items():
         layer: Any = model.get_submodule(name)
@@ -181,7 +189,7 @@ def merge(model: nn.Module, weights: Mapping[str, LowRank]) -> None:
 def _make_exact(layer: Any) -> None:
     """Convert the adapter of a layer to fp32, including DoRA's magnitudes.
 
-    peft creates it in the precision of the base model.
+    peft creates adapters in the precision of the base model.
     """
     from peft.utils.integrations import dequantize_module_weight
 
@@ -195,13 +203,16 @@ def _make_exact(layer: Any) -> None:
 
 
 def _weight_norm(lengths: Any, weight: Tensor, lora_weight: Tensor, scaling: float, **_: Any) -> Tensor:
-    """Compute |V| in fp32; for a convolution peft would compute it in the precision of the base."""
+    """Return |V|, computed in fp32. For a convolution, peft would compute it in the precision of the base model."""
     norms: Tensor = type(lengths).get_weight_norm(lengths, weight.float(), lora_weight.float(), scaling)
     return norms
 
 
 def _draw(weight: nn.Parameter, seed: int, name: str) -> None:
-    """Draw initial weights uniformly within 1 / sqrt(inputs), as for a linear layer; the same on every device."""
+    """Set `weight` to uniform random numbers in +-1 / sqrt(inputs), as PyTorch initialises a linear layer.
+
+    The numbers are the same on every device.
+    """
     bound = 1 / math.sqrt(weight[0].numel())
     numbers = rng.stream(seed, name, "adapter").uniform(-bound, bound, tuple(weight.shape))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The forward process of diffusion: which noise is added to latents, and what the model is trained to predict."""
+"""The forward process of diffusion: how noise is added to latents, and what the model is trained to predict."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 class NoiseSchedule(Protocol):
-    """The forward process that a base was trained with, and the target that belongs to it.
+    """The forward process that a base model was trained with, and its training target.
 
-    Timesteps are integers in [0, length) that are drawn uniformly. A schedule decides which noise level a timestep
-    has, so one that prefers some levels (flow matching with a shift, logit-normal sampling) maps them itself.
+    Timesteps are integers in [0, length), drawn uniformly. The schedule decides the noise level of each timestep. A
+    schedule that prefers some noise levels (flow matching with a shift, logit-normal sampling) therefore maps the
+    uniform timesteps to its own distribution of noise levels.
     """
 
     @property
@@ -22,28 +23,28 @@ class NoiseSchedule(Protocol):
         """Return the noisy latents x_t (N, C, H, W) for `timesteps` (N,)."""
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return what the model is to predict, (N, C, H, W).
+        """Return the tensor that the model is trained to predict, (N, C, H, W).
 
         Raises:
             ValueError: the prediction type is unknown.
         """
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Return loss weights (N,) that cap the signal-to-noise ratio at gamma.
+        """Return one loss weight per sample, (N,), that caps the signal-to-noise ratio at `gamma`.
 
         Raises:
             ValueError: the prediction type is unknown.
         """
 
     def denoiser_timesteps(self, timesteps: Tensor) -> Tensor:
-        """Return what the denoiser is given in place of `timesteps` (N,): the timesteps themselves, or noise levels."""
+        """Return the denoiser's input for `timesteps` (N,): the timesteps themselves, or their noise levels."""
 
 
 @dataclass(frozen=True)
 class DiffusionSchedule:
     """The forward process x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, arXiv:2006.11239, eq. 4)."""
 
-    alphas_cumprod: Tensor  # (T,), after any zero-terminal-SNR rescale
+    alphas_cumprod: Tensor  # (T,), already rescaled if the schedule has zero terminal SNR
     prediction_type: str  # epsilon, v_prediction, sample
 
     @property
@@ -55,7 +56,10 @@ class DiffusionSchedule:
         return signal * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The target: v = sqrt(a_t) noise - sqrt(1 - a_t) x_0 (Salimans & Ho 2022, arXiv:2202.00512, appendix D)."""
+        """Return the noise, x_0 or v, depending on the prediction type.
+
+        v = sqrt(a_t) noise - sqrt(1 - a_t) x_0 (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
+        """
         match self.prediction_type:
             case "epsilon":
                 return noise
@@ -67,9 +71,10 @@ class DiffusionSchedule:
         raise ValueError(f"unknown prediction type {self.prediction_type!r}")
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Loss weights (N,) that cap the signal-to-noise ratio at gamma (Hang et al. 2023, arXiv:2303.09556, sec. 3.4).
+        """Return one loss weight per sample, (N,): min-SNR weighting (Hang et al. 2023, arXiv:2303.09556, sec. 3.4).
 
-        min(snr, gamma) is the weight on x_0; an epsilon error is worth 1/snr of it and a v error 1/(snr + 1).
+        With w = min(snr, gamma), the loss weight is w for a model that predicts x_0, w / snr for epsilon, and
+        w / (snr + 1) for v.
         """
         alpha = self.alphas_cumprod.to(timesteps.device)[timesteps]
         snr = alpha / (1 - alpha)
@@ -87,6 +92,6 @@ class DiffusionSchedule:
         return timesteps
 
     def _coefficients(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the factors of signal and noise, (N, 1, 1, 1) each."""
+        """Return two tensors (N, 1, 1, 1): the factor of the signal and the factor of the noise."""
         alpha = self.alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
         return alpha.sqrt(), (1 - alpha).sqrt()

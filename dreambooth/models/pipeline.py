@@ -1,4 +1,4 @@
-"""Draws pictures through the pipeline and the sampling scheduler of a model's family."""
+"""Generates pictures with a diffusers pipeline: the pipeline class and sampling scheduler of the model's family."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,7 +18,7 @@ from dreambooth.models.families.family import Family
 
 @dataclass(frozen=True)
 class Sampler:
-    """How pictures are drawn; part of the key of class images."""
+    """Settings for generating pictures. They are part of the hash that names a folder of class images."""
 
     num_inference_steps: int
     guidance_scale: float
@@ -26,32 +26,35 @@ class Sampler:
 
 
 def build_pipeline(parts: Components) -> Any:
-    """Return a pipeline over the live parts (nothing is copied), without safety checker, to draw from during a run."""
+    """Return a pipeline for generating pictures during a run. It shares the parts and has no safety checker."""
     bare = replace(parts, extras={})
     return without_bar(pipeline_over(bare, parts.family.sampling_scheduler(parts.scheduler_config)))
 
 
 def pipeline_over(parts: Components, scheduler: Any) -> Any:
-    """Return the pipeline of the parts' family, over them."""
+    """Return the family's pipeline, with `parts` themselves, not copies, and with `scheduler`."""
     return parts.family.build_pipeline(
         parts.modules_by_name | parts.tokenizers_by_name | parts.extras, scheduler)
 
 
 def open_pipeline(model: Path | str, device: str, revision: str | None = None, variant: str | None = None,
                   other_vae: str | None = None, zero_terminal_snr: bool = False) -> tuple[Any, Family]:
-    """Open the pipeline in a diffusers folder, or a hub id that is on this machine.
+    """Open the pipeline of a diffusers folder, or of a hub id whose files are on this machine.
 
     Args:
-        device: to draw on.
+        model: the folder or hub id.
+        device: cpu or cuda, where the pipeline computes.
+        revision, variant: options of from_pretrained.
         other_vae: a folder or hub id of a VAE that replaces the model's own.
-        zero_terminal_snr: whether to draw with the rescaled noise schedule that an adapter was trained with, see
-            components.training_scheduler.
+        zero_terminal_snr: whether to rescale the noise schedule to zero terminal SNR, because an adapter was trained
+            with it (components.training_scheduler).
 
     Returns:
-        The pipeline on `device`, with the family's sampling scheduler, and the family.
+        The pipeline on `device`, which uses the family's sampling scheduler; and the family.
 
     Raises:
-        UserError: the folder cannot be opened, or its model does not draw from text alone.
+        UserError: the model cannot be opened, needs another input beside text, or predicts noise although
+            `zero_terminal_snr` is set.
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -88,7 +91,7 @@ def _open_vae(source: str, family: Family, dtype: torch.dtype, model: Path | str
 
 
 def without_bar(pipeline: Any) -> Any:
-    """Switch off a pipeline's own progress bar; return the pipeline."""
+    """Disable the progress bar of a diffusers pipeline; return the pipeline."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -105,15 +108,15 @@ def generate_images(
     start: Image | None = None,
     strength: float = 1.0,
 ) -> Iterator[list[Image]]:
-    """Yield batches of pictures, one picture per (prompt, seed).
+    """Yield batches of pictures, one picture per pair of `prompts` and `seeds`.
 
-    A picture depends on its own prompt and seed, not on the other pictures of its batch; only rounding differs with the
-    batch size. The global random state is not changed, and each module keeps its mode (train or eval).
+    A picture depends on its own prompt and seed, not on the other pictures of its batch; only rounding errors depend on
+    the batch size. The global random state is not changed, and each module returns to its mode (train or eval).
 
     Args:
-        autocast: context in which to compute.
-        start: a picture to start from, of the sampler's size; `pipeline` is then one of Family.image_to_image.
-        strength: how much of `start` is replaced: the fraction of the steps that are computed.
+        autocast: creates the context in which the pipeline runs.
+        start: a picture of sampler.resolution to start from; `pipeline` must then come from Family.image_to_image.
+        strength: how much of `start` is replaced: the fraction of the denoising steps that are computed, in (0, 1].
     """
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     for first in range(0, len(prompts), batch_size):
@@ -137,7 +140,7 @@ def generate_images(
 
 @contextmanager
 def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
-    """Put modules into eval mode inside the context, and back into their own mode after it."""
+    """Put modules into eval mode inside the context, and restore their previous modes after it."""
     modes = [module.training for module in modules]
     try:
         for module in modules:

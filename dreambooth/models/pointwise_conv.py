@@ -1,23 +1,25 @@
-"""Convolutions with a kernel of one pixel, computed as matrix products, which is faster on a CPU.
+"""1x1 convolutions, computed as matrix products, which is faster on a CPU.
 
-oneDNN reorders weights, pixels and gradients of a convolution at every call, and such a convolution computes little
-else: as products, forward and backward of the tiny base's layers take a half to two thirds of the time, and all those
-of Stable Diffusion 1.5 at 256 px a tenth to a fifth less (docs/benchmarks.md).
+oneDNN reorders the weights, pixels and gradients of a convolution at every call, and a 1x1 convolution computes little
+else. With matrix products, the forward and backward passes of these layers take a half to two thirds of the time in the
+tiny base model, and a tenth to a fifth less time in Stable Diffusion 1.5 at 256 px, all layers together
+(docs/benchmarks.md).
 """
 
 import torch
 from torch import Tensor, nn
 
-# Measured: with more output channels per pixel, each picture's gradient of the weights takes too long.
+# A layer with more output channels per pixel remains a convolution. Measured: with matrix products, the gradient of its
+# weights, which is computed per picture, takes too long.
 MAX_CHANNELS_PER_PIXEL = 8
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """y = W x + b for every pixel.
+    """A 1x1 convolution that computes y = W x + b for every pixel as a matrix product.
 
-    It adds the same products as the convolution, in another order. With u the unit roundoff (2**-24 in fp32), a value
-    of n products and a bias is off by at most gamma_(n + 1) (|W| |x| + |b|), gamma_k = k u / (1 - k u), in either order
-    (Higham 2002, eq. 3.5), so the two differ by at most twice that.
+    The matrix product adds the same terms as the convolution, in another order. Let u be the unit roundoff (2**-24 in
+    fp32) and gamma_k = k u / (1 - k u). In either order, the rounding error of a sum of n products and a bias is at
+    most gamma_(n + 1) (|W| |x| + |b|) (Higham 2002, eq. 3.5). The results therefore differ by at most twice this bound.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -31,7 +33,7 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 def use_matrix_products(model: nn.Module) -> None:
-    """Make `model` compute its one-pixel convolutions as matrix products; names of weights do not change."""
+    """Make `model` compute its 1x1 convolutions as matrix products. The names of its weights do not change."""
     for module in model.modules():
         if type(module) is nn.Conv2d and (module.kernel_size, module.stride, module.padding, module.groups) == (
                 (1, 1), (1, 1), (0, 0), 1):

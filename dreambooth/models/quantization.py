@@ -1,4 +1,5 @@
-"""A frozen base in 4 bits, by bitsandbytes (QLoRA: Dettmers et al. 2023, arXiv:2305.14314, section 3)."""
+"""4-bit quantisation of a frozen base model by bitsandbytes (QLoRA: Dettmers et al. 2023, arXiv:2305.14314, section 3).
+"""
 
 from typing import Any
 
@@ -7,10 +8,10 @@ from torch import nn
 
 
 def quantise(part: nn.Module, compute_dtype: torch.dtype) -> None:
-    """Convert the linear layers of a frozen module to nf4: 4 bits per weight, and an fp32 maximum for each 64 weights.
+    """Convert the linear layers of a frozen module to nf4: 4 bits per weight, and one fp32 maximum per 64 weights.
 
-    A layer is dequantised when it computes, in `compute_dtype`. bitsandbytes packs the weights when the module moves to
-    its device.
+    Each forward pass dequantises the weights to `compute_dtype`. bitsandbytes packs the weights when the module is
+    moved to its device.
     """
     import bitsandbytes.nn
 

@@ -1,8 +1,10 @@
 """Dropout whose random numbers depend on the sample: on its noisy latents, its timestep and the layer.
 
-PyTorch's dropout draws from the state of the process. What is dropped then depends on what else was computed: on batch
-size, micro-batches and processes, and a resumed run would drop other values. The noisy latents of a sample are its own
-at every step, so a hash of them is the key here. It is computed on the device: nothing is drawn, saved or read back.
+PyTorch's dropout draws random numbers from the generator of the process. The dropped values then depend on the batch
+size, the micro-batches and the number of processes, and a resumed run would not drop the same values as an
+uninterrupted run. The noisy latents are different for every sample and step, so the dropout of this module uses a hash
+of them as the key of its random numbers. The hash is computed on the device: no random state is saved, and nothing is
+read back.
 """
 
 from collections.abc import Sequence
@@ -11,28 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# 32 bits in an int64: the product of two such numbers overflows, and only its low half is used.
+# The low 32 bits of an int64. The product of two 32-bit numbers overflows an int64; only its low 32 bits are used.
 MASK = 0xFFFFFFFF
-MULTIPLIERS = (0x7FEB352D, 0x846CA68B)  # with shifts 16, 15, 16: a mixer of low bias (Wellons, hash-prospector, 2018)
+MULTIPLIERS = (0x7FEB352D, 0x846CA68B)  # with shifts 16, 15, 16: a hash of low bias (Wellons, hash-prospector, 2018)
 
 
 class Dropout(nn.Module):
-    """Sets each value to 0 with probability `p` and divides the rest by 1 - p (Srivastava et al. 2014), in training.
+    """In training, sets each value to 0 with probability `p` and divides the others by 1 - p (Srivastava et al. 2014).
 
     Attributes:
-        keys: (N,), int64: one key per sample of the current batch; `set_keys_before_forward` sets them.
+        keys: (N,), int64: one key per sample of the current batch; the hook of `set_keys_before_forward` sets it.
     """
 
     def __init__(self, p: float, salt: int) -> None:
         """Args:
-            salt: of the layer: layers drop different values of one sample.
+            p: probability that a value is dropped.
+            salt: a number of this layer's own, so that different layers drop different values of a sample.
         """
         super().__init__()
         self.p, self.salt = p, salt
         self.keys: Tensor | None = None
 
     def forward(self, values: Tensor) -> Tensor:
-        """Drop values of a tensor (N, ...)."""
+        """Apply dropout to a tensor (N, ...) of N samples."""
         if not self.training or self.keys is None:
             return values
         return values * self._keep_mask(values).to(values.dtype) / (1 - self.p)
@@ -46,7 +49,10 @@ class Dropout(nn.Module):
 
 
 def set_keys_before_forward(model: nn.Module, dropouts: Sequence[Dropout]) -> None:
-    """Set the keys of `dropouts` before each forward pass of `model` (latents, timesteps, text)."""
+    """Register a hook that sets the keys of `dropouts` before each forward pass of `model`.
+
+    The first two arguments of the forward pass are the latents and the timesteps.
+    """
     def set_keys(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         keys = sample_keys(inputs[0], inputs[1])
         for dropout in dropouts:
@@ -57,14 +63,14 @@ def set_keys_before_forward(model: nn.Module, dropouts: Sequence[Dropout]) -> No
 
 @torch.no_grad()
 def sample_keys(latents: Tensor, timesteps: Tensor) -> Tensor:
-    """Return a 32-bit key per sample, (N,), from the bits of its latents (N, ...) and its timestep (N,)."""
+    """Return one 32-bit key per sample, (N,): a hash of the bits of `latents` (N, ...) and of `timesteps` (N,)."""
     bits = latents.detach().float().flatten(1).contiguous().view(torch.int32).long() & MASK
     positions = torch.arange(bits.shape[1], device=bits.device)
     return hash_words((hash_words(bits ^ hash_words(positions)).sum(1) & MASK) ^ timesteps.long())
 
 
 def hash_words(words: Tensor) -> Tensor:
-    """Return a hash of each 32-bit word; words are held in int64."""
+    """Return a 32-bit hash of each 32-bit word. Words and hashes are stored as int64."""
     for multiplier, shift in zip(MULTIPLIERS, (16, 15), strict=True):
         words = ((words ^ (words >> shift)) * multiplier) & MASK
     return words ^ (words >> 16)

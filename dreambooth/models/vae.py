@@ -1,4 +1,4 @@
-"""The VAE of a run: the base's own, or the one that model.vae names in its place."""
+"""Loads the VAE of a run: the base model's own VAE, or the VAE that model.vae names as a replacement."""
 
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ from dreambooth.models.families.family import Family
 
 
 def load_for_run(recipe: Recipe, family: Family, dtype: torch.dtype, options: dict[str, Any]) -> Any:
-    """Load the VAE in `dtype`, or in fp32 if fp16 overflows in it.
+    """Load the VAE of a run in `dtype`, or in fp32 if `dtype` is fp16 and the VAE overflows in fp16.
 
     Args:
-        options: revision, variant and local_files_only of the base.
+        options: revision, variant and local_files_only, for loading from the base model.
 
     Raises:
         UserError: the VAE that model.vae names cannot be loaded.
-        OSError, ValueError, SafetensorError: the base's own VAE cannot be loaded.
+        OSError, ValueError, SafetensorError: the base model's own VAE cannot be loaded.
     """
     if source := recipe.vae_source:
         try:
@@ -31,19 +31,25 @@ def load_for_run(recipe: Recipe, family: Family, dtype: torch.dtype, options: di
 
 
 def load_for_pipeline(source: str, family: Family, dtype: torch.dtype) -> Any:
-    """Load a VAE from this machine in `dtype`, to draw with. Pipelines compute in fp32 where fp16 overflows.
+    """Load a VAE from this machine in `dtype`, for a pipeline that generates pictures.
+
+    A VAE that overflows in fp16 is loaded in fp16, too, because the pipeline itself computes it in fp32.
 
     Raises:
-        OSError, ValueError, SafetensorError: it is not here, or is damaged.
+        OSError, ValueError, SafetensorError: the VAE is not on this machine, or is damaged.
     """
     return family.vae.load(source, dtype, **_location(source), local_files_only=True)
 
 
 def planned_configuration(source: str, family: Family, base: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration of the VAE that replaces the base's, for a plan, which downloads nothing.
+    """Return the configuration of the VAE that replaces the base model's, for the planner, which downloads nothing.
 
-    A folder says its own. Of a hub id or a single file it is the base's; fp16 counts as overflowing in it unless its
-    name says that it does not (as in its conversion, see single_file_sources.py).
+    If `source` is a folder, its config.json is read. If `source` is a hub id or a single file, the result is `base`,
+    marked as a VAE that overflows in fp16 unless the name of `source` says that it does not. The conversion of single
+    files uses the same rule for names (single_file_sources.py).
+
+    Args:
+        base: the configuration of the base model's own VAE.
     """
     for folder in (Path(source) / "vae", Path(source)):
         if (folder / "config.json").is_file():
@@ -52,13 +58,15 @@ def planned_configuration(source: str, family: Family, base: dict[str, Any]) -> 
 
 
 def check_channels(family: Family, denoiser: Any, vae: Any, instead: str) -> None:
-    """Refuse a denoiser that also reads a picture or a mask: it can be neither trained nor drawn with here.
+    """Check that the denoiser reads latents alone.
+
+    Denoisers for inpainting and editing also read a mask or a picture. They can be neither trained nor used here.
 
     Args:
-        instead: what to type, the rest of a sentence.
+        instead: the end of the error message: what the user can type instead.
 
     Raises:
-        UserError: it is one.
+        UserError: the denoiser reads another number of channels than the VAE outputs.
     """
     reads, makes = family.latent_channels(denoiser), family.vae_channels(vae.config)
     if reads != makes:
@@ -67,12 +75,12 @@ def check_channels(family: Family, denoiser: Any, vae: Any, instead: str) -> Non
 
 
 def another_base(recipe: Recipe) -> str:
-    """Return what to type if the base of a run cannot be trained."""
+    """Return what the user can type if the base model of a run cannot be trained: the end of an error message."""
     return "model.source=DIR, a model that draws from text alone" + ", or model.vae=null" * bool(recipe.vae_source)
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of a library's message, shortened."""
+    """Return the first line of a library's error message, cut to 200 characters."""
     return str(error).strip().partition("\n")[0][:200]
 
 
@@ -84,5 +92,5 @@ def _load(family: Family, source: str, dtype: torch.dtype, options: dict[str, An
 
 
 def _location(source: str) -> dict[str, Any]:
-    """Return where in a folder or hub id the VAE is: a folder with a whole model has it in vae/."""
+    """Return the option `subfolder` for loading a VAE: a folder that holds a whole model has its VAE in vae/."""
     return {"subfolder": "vae"} if (Path(source) / "vae/config.json").is_file() else {}

@@ -1,8 +1,8 @@
 """Model families: one file per family (sd1.py, sd2.py, sdxl.py), behind the interface of family.py.
 
-Shared by several families: latent_unet.py, clip_text.py, clip_tokenizer.py, ldm_keys.py. The functions below find the
-family of a model. This folder may import from the same folders as models/, and from models/ only noise_schedule.py and
-gradient_checkpointing.py. Importing it does not import torch.
+latent_unet.py, clip_text.py, clip_tokenizer.py and ldm_keys.py contain what several families share. The functions below
+find the family of a model. This folder may import from the same folders as models/, and from models/ only
+noise_schedule.py and gradient_checkpointing.py. Importing it does not import torch.
 """
 
 import json
@@ -17,35 +17,35 @@ FAMILIES: tuple[Family, ...] = (sd1.FAMILY, sd2.FAMILY, sdxl.FAMILY)
 
 
 def titles() -> str:
-    """Return the names of all families, for messages: 'A, B or C'."""
+    """Return the titles of all families for use in messages, as 'A, B or C'."""
     *others, last = (family.title for family in FAMILIES)
     return f"{', '.join(others)} or {last}"
 
 
 def of_architecture(name: str) -> Family | None:
-    """Return the family of a folder of assets/architectures."""
+    """Return the family whose configurations are in assets/architectures/`name`, or None if there is none."""
     return next((family for family in FAMILIES if family.architecture == name), None)
 
 
 def of_layout(layout: Layout) -> Family | None:
-    """Return the family of a diffusers folder or hub id, or None if it is of none."""
+    """Return the family of the diffusers model with this layout, or None if it belongs to no supported family."""
     return next((family for family in FAMILIES if family.matches(layout)), None)
 
 
 def of_folder(folder: Path) -> Family | None:
-    """Return the family of a diffusers folder by the configurations in it; it needs no weights and no index."""
+    """Return the family of a diffusers folder, or None. The folder needs only its parts' config.json files."""
     parts = [path.parent.name for path in folder.glob("*/config.json")]
     return of_layout(Layout(parts, lambda part: _read(folder / part / "config.json")))
 
 
 def of_source(source: str | Path, **options: Any) -> tuple[Family, Layout]:
-    """Return the family of a diffusers folder or hub id by its model_index.json, and its layout.
+    """Return the family and the layout of a diffusers folder or hub id, according to its model_index.json.
 
     Args:
         options: revision, local_files_only.
 
     Raises:
-        OSError, ValueError: there is no index, or the model is of no family here.
+        OSError, ValueError: there is no model_index.json, or the model belongs to no supported family.
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from transformers import PreTrainedConfig
@@ -57,7 +57,7 @@ def of_source(source: str | Path, **options: Any) -> tuple[Family, Layout]:
         try:
             found: dict[str, Any] = PreTrainedConfig.get_config_dict(source, subfolder=part, **options)[0]
         except (OSError, ValueError):
-            return {}  # loading the part says what is missing
+            return {}  # loading the part will report what is missing
         return found
 
     layout = Layout(parts, configuration)
@@ -67,29 +67,29 @@ def of_source(source: str | Path, **options: Any) -> tuple[Family, Layout]:
 
 
 def of_keys(names: frozenset[str]) -> Family | None:
-    """Return the family of a single file by its keys."""
+    """Return the family of a single file with these keys, or None if it belongs to no supported family."""
     return next((family for family in FAMILIES if family.single_file.matches(names)), None)
 
 
 def canonical_key(name: str) -> str:
-    """Return a single file's key as its format writes it now."""
+    """Return the current form of a key of a single file. Older tools wrote some keys differently."""
     for family in FAMILIES:
         name = family.single_file.canonical_key(name)
     return name
 
 
 def architecture_of(hub_id: str) -> str | None:
-    """Return the folder of assets/architectures that has the configurations of a published model."""
+    """Return the name of the folder in assets/architectures for a published model, or None if the model is unknown."""
     return next((family.architecture for family in FAMILIES if hub_id in family.hub_ids), None)
 
 
 def renamed_hub_id(hub_id: str) -> str | None:
-    """Return the id that a model has now on the hub, if the one given was withdrawn."""
+    """Return the current hub id of a model whose id `hub_id` was withdrawn, or None if it was not."""
     return next((family.renamed_hub_ids[hub_id] for family in FAMILIES if hub_id in family.renamed_hub_ids), None)
 
 
 def import_common_classes() -> None:
-    """Import the classes of diffusers that every run needs, in one place and before a progress bar is drawn."""
+    """Import the diffusers classes that every run needs, so that no import interrupts a progress bar later."""
     _ = FAMILIES[0].denoiser.type, FAMILIES[0].pipeline_type
 
 

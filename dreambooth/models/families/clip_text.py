@@ -1,4 +1,4 @@
-"""CLIP text encoders: their parts, tokens and names. Shared by the families that have them; imports no torch."""
+"""CLIP text encoders: parts, tokenization and weight names, shared by several families. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SECOND = TransformersPart("text_encoder_2", "transformers", "CLIPTextModelWithPr
 
 
 def check_length(tokenizer: Any, prompt: str) -> int:
-    """Return the number of tokens that the model reads.
+    """Check that a prompt is not too long; return the number of tokens that the model reads.
 
     Raises:
-        UserError: the prompt has more.
+        UserError: the prompt has more tokens than the model reads.
     """
     length: int = tokenizer.model_max_length
     ids = tokenizer(prompt).input_ids
@@ -28,7 +28,7 @@ def check_length(tokenizer: Any, prompt: str) -> int:
 
 
 def tokenize(tokenizer: Any, prompt: str) -> Tensor:
-    """Return token ids (1, L), padded to the length that the base was trained with.
+    """Return the token ids of a prompt, (1, L), padded to the length L that the base model was trained with.
 
     Raises:
         UserError: the prompt has more tokens than the model reads.
@@ -41,8 +41,10 @@ def tokenize(tokenizer: Any, prompt: str) -> Tensor:
 
 
 def published_name(name: str) -> str:
-    """Return a module's name as LoRA files have it: older transformers put a text encoder's layers into
-    `text_model`."""
+    """Return the name that LoRA files use for a module (`PART.NAME`).
+
+    LoRA files follow older transformers versions, in which the layers of a text encoder are inside `text_model`.
+    """
     part, _, rest = name.partition(".")
     if part.startswith("text_encoder") and rest.startswith(("encoder.", "embeddings.")):
         return f"{part}.text_model.{rest}"
@@ -50,5 +52,5 @@ def published_name(name: str) -> str:
 
 
 def without_level(name: str) -> str:
-    """Return a weight's name without the level `text_model` of older transformers."""
+    """Return a weight's name without the prefix `text_model.` of older transformers versions."""
     return name.removeprefix("text_model.")

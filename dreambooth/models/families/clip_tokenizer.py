@@ -1,6 +1,7 @@
-"""CLIP's tokenizer, built from files of this package: single files hold none, and several families share it.
+"""CLIP's tokenizer, built from files of this package, because single files contain no tokenizer.
 
-assets/clip/merges.txt.gz is OpenAI CLIP's list of byte pairs, the part that its vocabulary uses.
+Several families share it. assets/clip/merges.txt.gz is the part of OpenAI CLIP's list of byte-pair merges that its
+vocabulary uses.
 """
 
 import gzip
@@ -15,16 +16,19 @@ LENGTH = 77
 
 
 def build(pad: str = END) -> Any:
-    """Build CLIP's tokenizer: 49408 tokens, 77 per text, padded with the token `pad`."""
+    """Build CLIP's tokenizer: 49408 tokens in its vocabulary, 77 tokens per prompt, padded with the token `pad`."""
     from transformers import CLIPTokenizer
 
-    merges: Any = _merges()  # annotated as lines of text; the tokenizers library below takes pairs
+    merges: Any = _merges()  # CLIPTokenizer declares strings, but the tokenizers library takes pairs
     return CLIPTokenizer(vocab=_vocabulary(merges), merges=merges, bos_token=BEGIN, eos_token=END, unk_token=END,
                          pad_token=pad, model_max_length=LENGTH)
 
 
 def save(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer's files. CLIP's own also gets vocab.json and merges.txt, which older libraries read."""
+    """Write the files of a tokenizer to `folder`.
+
+    A tokenizer with CLIP's own vocabulary also gets vocab.json and merges.txt, which older libraries read.
+    """
     tokenizer.save_pretrained(folder)
     merges = _merges()
     if len(tokenizer) == len(_vocabulary(merges)):
@@ -39,9 +43,11 @@ def _merges() -> list[tuple[str, str]]:
 
 
 def _vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
-    """Return token -> id: bytes, bytes that end a word, merged pairs in order, begin, end (openai/CLIP,
-    simple_tokenizer.py)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
+    """Return the vocabulary as a dictionary from token to id.
+
+    The order is that of openai/CLIP, simple_tokenizer.py: bytes, bytes at the end of a word, merged pairs, BEGIN, END.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are their own characters
     letters = [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
     words = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), BEGIN, END]
     return {word: number for number, word in enumerate(words)}

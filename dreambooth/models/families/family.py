@@ -1,32 +1,37 @@
 """The interface of a model family: everything in which one family of base models differs from another.
 
 A family is one file in this folder: a subclass of `Family` and one instance of it. Code outside this folder never names
-a family. It asks `parts.family` (see components.py), or the functions of `dreambooth.models.families`.
+a family. It uses `parts.family` (components.py), or the functions of `dreambooth.models.families`.
 
 To add a family:
 
 1. `models/families/NAME.py`: a subclass of `Family`, its instance, and the instance in `families.FAMILIES`. A family
    with a UNet, an AutoencoderKL and CLIP text encoders inherits from `latent_unet.LatentUNet`, as sdxl.py shows.
-2. `conf/model/NAME.yaml`: the defaults of a run. `assets/architectures/NAME/`: the configurations of its published
-   model, from which `python -m dreambooth.plan` builds it without weights.
-3. A tiny model of it in tests/support/tiny_models.py; the tests of models/ then train, resume, convert and sample it.
+2. `conf/model/NAME.yaml`: the defaults of a run. `assets/architectures/NAME/`: the configurations of the family's
+   published model. `python -m dreambooth.plan` builds the model from them without weights.
+3. A tiny model of the family in tests/support/tiny_models.py. The tests of models/ then train it, resume training,
+   convert it and generate pictures.
 
-What the interface leaves to a family:
+How the interface supports other architectures:
 
-- A transformer in place of the UNet: `denoiser` is a part named `transformer`. Its name is the subfolder, the argument
-  of the pipeline and the prefix of weights in checkpoints. `predict` packs latents into tokens and back, and
-  `set_attention` and `recompute_activations` do what its blocks need.
+- A transformer in place of the UNet: `denoiser` is a part named `transformer`. This name is its subfolder, its argument
+  of the pipeline and the prefix of its weights in checkpoints. `predict` packs latents into tokens and unpacks the
+  prediction. `set_attention` and `recompute_activations` configure the transformer's blocks.
 - A text encoder that does not fit on the card beside the denoiser: text encoders are used only through `tokens` and
-  `text`. While a run caches what they return, the denoiser is in host memory (training/setup.py, phase `caching`);
-  during the steps the encoders are (`loading.idle_modules`). Such a family sets memory.cache_text=true and
-  train.train_text_encoder=false in its YAML. Two functions would have to change for it: `loading.load` moves all parts
-  to the device at once, and `ModuleOffload.on_device` brings all idle modules back to draw samples.
-- Flow matching: `noise_schedule` returns any `NoiseSchedule`, and `sampling_scheduler` the scheduler that draws.
-- Text of another shape: the rest of a run handles one tensor per prompt, `text` (P, ...), of equal shape for all
-  prompts. A family packs into it what its denoiser needs, masks included, and unpacks it in `predict`.
-- Latents with a shift beside a scale: `encode` subtracts the shift, since `scaling_factor` is applied to its result.
+  `text`. While a run caches the output of `text`, the denoiser is in host memory (training/setup.py, phase `caching`);
+  during training steps, the text encoders are in host memory (`loading.idle_modules`). The YAML of such a family sets
+  memory.cache_text=true and train.train_text_encoder=false. Two functions would have to change: `loading.load` moves
+  all parts to the device together, and `ModuleOffload.on_device` moves all idle modules back to the device before
+  samples are generated.
+- Flow matching: `noise_schedule` may return any `NoiseSchedule`, and `sampling_scheduler` returns the scheduler that
+  the pipeline needs for it.
+- Text embeddings of another shape: outside the family, a run handles one tensor `text` (P, ...) for P prompts, with the
+  same shape for every prompt. The family packs all inputs that its denoiser needs, masks included, into this tensor,
+  and unpacks it in `predict`.
+- Latents that are shifted before they are scaled: `encode` subtracts the shift, because its result is multiplied by
+  `scaling_factor`.
 
-Imports no torch: the container asks this folder about hub ids before a run starts.
+Imports no torch: the container looks up hub ids in this folder before a run starts.
 """
 
 from __future__ import annotations
@@ -52,44 +57,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part(ABC):
-    """A module with weights: how it is called and loaded."""
+    """A part of a base model that has weights: its name, its class, and how it is loaded or built."""
 
-    name: str  # of its subfolder, of the pipeline's argument, and the prefix of its weights in checkpoints
-    module: str  # that defines its class
+    name: str  # its subfolder, its argument of the pipeline, and the prefix of its weights in checkpoints
+    module: str  # the Python module that defines the class
     class_name: str
 
     @property
     def type(self) -> Any:
-        """Its class, imported on first use."""
+        """The class of the part, imported on first use."""
         return getattr(import_module(self.module), self.class_name)
 
     @abstractmethod
     def load(self, source: str, dtype: torch.dtype, **options: Any) -> Any:
-        """Load it with weights.
+        """Load the part with its weights.
 
         Args:
-            source: a folder or hub id.
+            source: a diffusers folder or hub id.
             options: subfolder, revision, variant, local_files_only.
 
         Raises:
-            OSError, ValueError, SafetensorError: it is not there, or is damaged.
+            OSError, ValueError, SafetensorError: `source` does not contain the part, or its files are damaged.
         """
 
     @abstractmethod
     def configuration(self, source: str | Path, **options: Any) -> dict[str, Any]:
-        """Read its configuration.
+        """Read the part's configuration (config.json).
 
         Raises:
-            OSError, ValueError: there is none.
+            OSError, ValueError: `source` contains no configuration of the part.
         """
 
     @abstractmethod
     def build(self, configuration: Mapping[str, Any]) -> Any:
-        """Build it from a configuration alone, with random weights."""
+        """Build the part from a configuration alone, with random weights."""
 
 
 class DiffusersPart(Part):
-    """A part whose class is one of diffusers."""
+    """A part whose class belongs to diffusers."""
 
     def load(self, source: str, dtype: torch.dtype, **options: Any) -> Any:
         return self.type.from_pretrained(source, torch_dtype=dtype, **options)
@@ -102,7 +107,7 @@ class DiffusersPart(Part):
 
 
 class TransformersPart(Part):
-    """A part whose class is one of transformers."""
+    """A part whose class belongs to transformers."""
 
     def load(self, source: str, dtype: torch.dtype, **options: Any) -> Any:
         return self.type.from_pretrained(source, dtype=dtype, **options)
@@ -117,59 +122,60 @@ class TransformersPart(Part):
 
 @dataclass(frozen=True)
 class Layout:
-    """What a diffusers folder or hub id says about itself, without its weights."""
+    """The part names and configurations of a diffusers folder or hub id. Families are detected by them."""
 
-    parts: Collection[str]  # names of its parts
-    configuration: Callable[[str], Mapping[str, Any]]  # name of a part -> its config.json; empty if there is none
+    parts: Collection[str]  # names of the parts
+    configuration: Callable[[str], Mapping[str, Any]]  # part name -> config.json; empty if missing
 
 
 class Family(ABC):
-    """A family of base models. Instances have no state: everything that they need is passed to them."""
+    """A family of base models. An instance has no state: its methods receive all models and settings as arguments."""
 
     # -- names -----------------------------------------------------------------------------------------------------
 
-    title: str  # in messages to users
-    architecture: str  # its published model: a folder of assets/architectures
-    hub_ids: tuple[str, ...]  # under which that model is published
-    renamed_hub_ids: Mapping[str, str] = {}  # id that was withdrawn from the hub -> id of the same model
-    tags: tuple[str, ...] = ()  # of a model card
+    title: str  # the family's name in messages to users
+    architecture: str  # name of the folder in assets/architectures with the configurations of the published model
+    hub_ids: tuple[str, ...]  # ids of the published model on the hub
+    renamed_hub_ids: Mapping[str, str] = {}  # withdrawn hub id -> current hub id of the same model
+    tags: tuple[str, ...] = ()  # tags for model cards
 
     @abstractmethod
     def matches(self, layout: Layout) -> bool:
-        """Whether a diffusers folder holds a model of this family. At most one family matches."""
+        """Return whether a diffusers model with this layout belongs to the family. At most one family matches."""
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
     denoiser: Part  # the module that predicts noise
     vae: Part
-    encoders: tuple[Part, ...]  # text encoders, in order
-    tokenizers: tuple[str, ...]  # names of their tokenizers, in order
+    encoders: tuple[Part, ...]  # text encoders, in the order of all `encoders` arguments
+    tokenizers: tuple[str, ...]  # names of the tokenizers, in the order of all `tokenizers` arguments
 
     @abstractmethod
     def load_tokenizer(self, name: str, source: str | Path, **options: Any) -> Any:
         """Load a tokenizer from a folder or hub id.
 
         Raises:
-            OSError, ValueError: it is not there.
+            OSError, ValueError: `source` does not contain the tokenizer.
         """
 
     @abstractmethod
     def packaged_tokenizer(self, name: str) -> Any:
-        """Build the tokenizer of the published model from the package; single files hold none."""
+        """Build the published model's tokenizer from files of this package. Single files contain no tokenizer."""
 
     @abstractmethod
     def save_tokenizer(self, tokenizer: Any, folder: Path) -> None:
-        """Write a tokenizer's files."""
+        """Write the files of a tokenizer to `folder`."""
 
     def load_extras(self, source: str, layout: Layout, dtype: torch.dtype, **options: Any) -> dict[str, Any]:
-        """Load what is exported with the model and never trained, by the pipeline's argument: a safety checker."""
+        """Load parts that are exported but never trained, such as a safety checker, by the pipeline's arguments."""
         return {}
 
     def current_name(self, name: str, names: Collection[str]) -> str:
-        """Return a weight's name as libraries call it now, for a folder that an older version has written.
+        """Return the current name of a weight in a folder that an older library version may have written.
 
         Args:
-            names: all weights of the part.
+            name: the weight's name in the folder.
+            names: the current names of all weights of the part.
         """
         return name
 
@@ -177,15 +183,15 @@ class Family(ABC):
 
     @abstractmethod
     def check_prompt(self, tokenizers: Sequence[Any], prompt: str) -> None:
-        """Check a prompt's length.
+        """Check that the text encoders can read the whole prompt.
 
         Raises:
-            UserError: it has more tokens than the model reads.
+            UserError: the prompt has more tokens than the model reads.
         """
 
     @abstractmethod
     def tokens(self, tokenizers: Sequence[Any], prompt: str) -> Tensor:
-        """Return the token ids of a prompt, with a first dimension of 1.
+        """Return the token ids of one prompt, (1, ...).
 
         Raises:
             UserError: the prompt has more tokens than the model reads.
@@ -193,18 +199,18 @@ class Family(ABC):
 
     @abstractmethod
     def blank_tokens(self, encoders: Sequence[Any], count: int) -> Tensor:
-        """Return token ids of `count` prompts with the right shape and any values."""
+        """Return a tensor with the shape and type of the token ids of `count` prompts; its values have no meaning."""
 
     @abstractmethod
     def text(self, encoders: Sequence[Any], tokens: Tensor) -> Tensor:
-        """Return what the text encoders compute from token ids (P, ...): one tensor (P, ...)."""
+        """Return the text encoders' output for token ids (P, ...) of P prompts: one tensor (P, ...)."""
 
     @abstractmethod
     def blank_text(self, encoders: Sequence[Any], count: int) -> Tensor:
-        """Return a tensor of the shape of `text` for `count` prompts, fp32, without computing it."""
+        """Return an uninitialised fp32 tensor with the shape that `text` returns for `count` prompts."""
 
     def untrainable(self, encoders: Sequence[Any]) -> list[nn.Module]:
-        """Return the modules of the encoders that `text` does not depend on: they get no gradient."""
+        """Return the modules of the text encoders that do not affect the output of `text` and so get no gradient."""
         return []
 
     # -- the denoiser ----------------------------------------------------------------------------------------------
@@ -214,85 +220,91 @@ class Family(ABC):
         """Return the denoiser's prediction (N, C, h, w).
 
         Args:
-            latents: (N, C, h, w), noisy.
-            timesteps: (N,), or 0-d for all rows.
-            text: (N, ...), as `text` returns it.
-            vae_scale: pixels per latent along one side.
+            latents: noisy latents (N, C, h, w).
+            timesteps: (N,), or 0-d: one timestep for all samples.
+            text: the text encoders' output, (N, ...); see the method `text`.
+            vae_scale: image side in pixels divided by latent side.
         """
 
     @abstractmethod
     def set_attention(self, denoiser: Any, kind: AttentionKind) -> None:
-        """Choose the denoiser's attention kernels."""
+        """Set the attention implementation of the denoiser."""
 
     @abstractmethod
     def recompute_activations(self, denoiser: Any, groups: int) -> None:
-        """Switch gradient checkpointing on.
+        """Enable gradient checkpointing in the denoiser.
 
         Args:
-            groups: parts of a batch that are recomputed one after the other.
+            groups: number of parts into which a batch is split; they are recomputed one after the other.
         """
 
     @abstractmethod
     def latent_channels(self, denoiser: Any) -> int:
-        """Channels of the latents that the denoiser reads."""
+        """Return the number of input channels of the denoiser."""
 
     @abstractmethod
     def levels(self, denoiser: Any) -> int:
-        """Number of resolutions at which the denoiser works, each with half the side of the one before."""
+        """Return the number of resolutions inside the denoiser; each has half the side of the previous one."""
 
     @abstractmethod
     def native_side(self, denoiser: Any, vae_scale: int) -> int:
-        """Pixels of a side of the pictures that the base was trained on."""
+        """Return the side, in pixels, of the square pictures that the base model was trained on."""
 
     @abstractmethod
     def with_native_side(self, configuration: Mapping[str, Any], latent_side: int) -> dict[str, Any]:
-        """Return the denoiser's configuration for a base that was trained on latents of another side."""
+        """Return the denoiser's configuration, changed to a model that was trained on latents of side `latent_side`."""
 
     # -- pixels to latents -----------------------------------------------------------------------------------------
 
     @abstractmethod
     def encode(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation (N, C, h, w), fp32, of the latents of pixels (N, 3, H, W) in [-1, 1].
+        """Return the mean and standard deviation of the latents of `pixels`.
 
-        The denoiser sees a sample of that distribution times `scaling_factor`.
+        The denoiser receives a sample of this normal distribution, multiplied by `scaling_factor`.
+
+        Args:
+            pixels: (N, 3, H, W), in [-1, 1].
+
+        Returns:
+            Two fp32 tensors (N, C, h, w).
         """
 
     @abstractmethod
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
-        """Return pixels (N, 3, H, W) of unscaled latents (N, C, h, w)."""
+        """Decode latents (N, C, h, w), already divided by `scaling_factor`, to pixels (N, 3, H, W)."""
 
     @abstractmethod
     def vae_scale(self, vae_configuration: Mapping[str, Any]) -> int:
-        """Pixels per latent along one side."""
+        """Return the image side in pixels divided by the latent side."""
 
     @abstractmethod
     def scaling_factor(self, vae_configuration: Mapping[str, Any]) -> float:
-        """Factor between the VAE's latents and those that the denoiser sees."""
+        """Return the factor by which the VAE's latents are multiplied before the denoiser receives them."""
 
     @abstractmethod
     def vae_channels(self, vae_configuration: Mapping[str, Any]) -> int:
-        """Channels of the latents that the VAE makes."""
+        """Return the number of channels of the VAE's latents."""
 
     def half_overflows(self, vae_configuration: Mapping[str, Any]) -> bool:
-        """Whether the VAE gives NaN in fp16, and must compute in fp32."""
+        """Return whether the VAE outputs NaN in fp16 and must therefore compute in fp32."""
         return False
 
     def is_half_safe(self, source: str) -> bool:
-        """Whether the name of a VAE (a hub id or a single file) says that fp16 does not overflow in it."""
+        """Return whether the name of a VAE (hub id or single file) indicates that it does not overflow in fp16."""
         return False
 
     def mark_half_safe(self, vae_configuration: Mapping[str, Any], safe: bool) -> dict[str, Any]:
-        """Return the configuration of a VAE in which fp16 does not overflow, or does."""
+        """Return the VAE's configuration, marked as not overflowing in fp16 if `safe`, else as overflowing."""
         return dict(vae_configuration)
 
     # -- noise -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def noise_schedule(self, scheduler_config: Mapping[str, Any]) -> NoiseSchedule:
-        """Return the forward process and target that the base was trained with."""
+        """Return the forward process and training target of the base model."""
 
     def rescale_to_zero_snr(self, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the configuration of the same scheduler with zero terminal SNR.
+        """Return a scheduler configuration with the same noise schedule, rescaled to zero terminal SNR.
 
         Raises:
             UserError: the family's noise schedule cannot be rescaled.
@@ -302,43 +314,43 @@ class Family(ABC):
 
     @abstractmethod
     def sampling_scheduler(self, scheduler_config: Mapping[str, Any]) -> Any:
-        """Return the scheduler that draws pictures, for the noise schedule of this scheduler configuration."""
+        """Return the scheduler for generating pictures, with the noise schedule of `scheduler_config`."""
 
     # -- pipelines -------------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def pipeline_type(self) -> Any:
-        """The class of diffusers that draws from text, imported on first use."""
+        """The text-to-image pipeline class of diffusers, imported on first use."""
 
     @abstractmethod
     def build_pipeline(self, parts: Mapping[str, Any], scheduler: Any) -> Any:
-        """Return a pipeline of diffusers over the parts; nothing is copied.
+        """Return a text-to-image pipeline with the parts themselves, not copies.
 
         Args:
-            parts: modules, tokenizers and extras by the pipeline's argument.
+            parts: modules, tokenizers and extras by the pipeline's argument names.
         """
 
     @abstractmethod
     def image_to_image(self, pipeline: Any) -> Any:
-        """Return a pipeline over the parts of `pipeline` that starts from a picture."""
+        """Return an image-to-image pipeline that shares the parts of `pipeline`."""
 
     # -- adapters --------------------------------------------------------------------------------------------------
 
-    adapter_targets: Mapping[Targets, re.Pattern[str]]  # -> names, inside a part, of layers that get an adapter
+    adapter_targets: Mapping[Targets, re.Pattern[str]]  # -> pattern of the layer names inside a part
 
     def published_name(self, name: str) -> str:
-        """Return a module's name (`PART.NAME`) as LoRA files have it, where libraries have renamed it since."""
+        """Return the name that LoRA files use for a module (`PART.NAME`), which libraries may have renamed since."""
         return name
 
     @abstractmethod
     def kohya_name(self, name: str) -> str:
-        """Return the key of a module (`PART.NAME`) in kohya's LoRA layout, without the tensor's own suffix."""
+        """Return the key of a module (`PART.NAME`) in kohya's LoRA layout, without the suffix of the tensor's name."""
 
     # -- the planner -----------------------------------------------------------------------------------------------
 
-    # GiB of activations that the forward pass keeps per image of 512 x 512 pixels, by whether it recomputes
-    # activations: a lower bound, which spares memory=auto a rehearsal of what cannot fit.
+    # GiB of activations that the forward pass keeps per image of 512 x 512 pixels, with (True) and without (False)
+    # gradient checkpointing. With this lower bound, memory=auto excludes options that cannot fit without a rehearsal.
     activations_gib: Mapping[bool, float]
 
     # -- single files ----------------------------------------------------------------------------------------------
@@ -346,7 +358,7 @@ class Family(ABC):
     single_file: SingleFileFormat
 
     def parts(self) -> Iterator[Part]:
-        """All parts with weights: denoiser, VAE, text encoders."""
+        """Yield all parts with weights: the denoiser, the VAE, the text encoders."""
         yield self.denoiser
         yield self.vae
         yield from self.encoders

@@ -1,4 +1,4 @@
-"""The interface of a family's single files: one file that holds a whole model under its publisher's own key names.
+"""The interface of single-file formats. A single file holds a whole model under the key names of its publisher.
 
 Imports no torch.
 """
@@ -18,34 +18,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """An open single file; a tensor is read when `read` is called."""
+    """An open single file. `read` reads the tensor with the given key."""
 
     path: Path
     names: frozenset[str]
     read: Callable[[str], Tensor]
-    metadata: Mapping[str, str]  # of a .safetensors; of a .ckpt its global_step
+    metadata: Mapping[str, str]  # the metadata of a .safetensors file, or global_step of a .ckpt file
 
 
 class Form(Enum):
-    """How a tensor in a file differs from the same tensor in a diffusers folder."""
+    """How a tensor of a single file differs from the corresponding tensors of a diffusers folder."""
 
     plain = "plain"  # equal
-    convolution = "convolution"  # a linear layer in the folder, a 1 x 1 convolution in the file
+    convolution = "convolution"  # weight of a linear layer in the folder, of a 1 x 1 convolution in the file
     stacked = "stacked"  # several tensors in the folder, concatenated along the first dimension in the file
-    transposed = "transposed"
+    transposed = "transposed"  # a matrix, transposed
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file, and the tensors of a diffusers folder that it corresponds to."""
+    """One tensor of a single file, and the corresponding tensors of a diffusers folder."""
 
-    key: str  # in the file
+    key: str  # the tensor's key in the file
     part: str  # name of the part: unet, vae, text_encoder, ...
-    names: tuple[str, ...]  # in the state dict of that part
+    names: tuple[str, ...]  # keys of the corresponding tensors in the state dict of the part
     form: Form = Form.plain
 
     def shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        """Return the shape in the file, given the shapes of `names`."""
+        """Return the shape of the tensor in the file, given the shapes of the corresponding tensors."""
         match self.form:
             case Form.plain:
                 return shapes[0]
@@ -61,65 +61,68 @@ class SingleFileFormat(ABC):
     """How a family's models are stored in one file: key names, marks and metadata."""
 
     denoiser_key: str  # a key that every file of this format has
-    vae_prefix: str  # how the keys of the VAE begin
-    marks: frozenset[str]  # names of empty tensors that only say something
+    vae_prefix: str  # prefix of the VAE's keys
+    marks: frozenset[str]  # names of empty tensors whose presence carries information
 
     @abstractmethod
     def matches(self, names: frozenset[str]) -> bool:
-        """Whether a file with these keys is a model of the family."""
+        """Return whether a file with these keys is a model of the family."""
 
     def check(self, file: ModelFile) -> None:  # noqa: B027  most formats have nothing to refuse
-        """Refuse a file that has the keys of the family and cannot be trained as one of its models.
+        """Check that a file with the keys of the family can also be trained as a model of the family.
 
         Raises:
-            UserError: it is such a file.
+            UserError: the file cannot be trained.
         """
 
     def canonical_key(self, name: str) -> str:
-        """Return a key as the format writes it now; older tools wrote some keys differently."""
+        """Return the current form of a key. Older tools wrote some keys differently."""
         return name
 
     @abstractmethod
     def prediction_type(self, file: ModelFile) -> tuple[str, str]:
-        """Return what the model predicts (a prediction_type of diffusers) and what that was concluded from."""
+        """Return the prediction_type of diffusers, and the evidence for it in words, such as 'its metadata'."""
 
     @abstractmethod
     def resolution(self, file: ModelFile, prediction_type: str, typed: bool) -> tuple[int, str]:
-        """Return the pixels of a side and what that was concluded from, for a file whose metadata does not say.
+        """Return the side of the model's pictures in pixels, and the evidence for it in words, such as 'its name'.
+
+        It is called if the metadata of the file contains no resolution.
 
         Args:
-            typed: whether the user has typed `prediction_type`.
+            typed: whether `prediction_type` comes from the user, not from the file.
         """
 
     @abstractmethod
     def is_zero_terminal_snr(self, file: ModelFile) -> bool:
-        """Whether the file is marked as one with zero terminal SNR."""
+        """Return whether the file is marked as a model with zero terminal SNR."""
 
     @abstractmethod
     def entries(self, part: str, names: Iterable[str], config: Any) -> Iterator[Entry]:
-        """Yield the entries of one part.
+        """Yield the entries of one part of the model.
 
         Args:
-            names: keys of its state dict.
-            config: its configuration (`module.config`).
+            part: name of the part: unet, vae, text_encoder, ...
+            names: keys of the part's state dict.
+            config: the part's configuration (`module.config`).
         """
 
     @abstractmethod
     def is_ignored(self, key: str, encoders: Sequence[Any]) -> bool:
-        """Whether a key of a file is not needed: averages, constants, layers that nothing is computed from."""
+        """Return whether a key of a file is not needed: averaged weights, constants, or unused layers."""
 
     @abstractmethod
     def constants(self, encoders: Sequence[Any]) -> dict[str, Tensor]:
-        """Return tensors that files of the family hold and folders do not."""
+        """Return the tensors that single files of the family contain and diffusers folders do not."""
 
     @abstractmethod
     def marks_of(self, scheduler_config: Mapping[str, Any]) -> set[str]:
-        """Return the marks of a model with this scheduler.
+        """Return the subset of `marks` that a file of a model with this scheduler configuration needs.
 
         Raises:
-            UserError: no file of this format can say what the model predicts.
+            UserError: this format cannot represent the model's prediction type.
         """
 
     @abstractmethod
     def modelspec(self, prediction_type: str) -> dict[str, str]:
-        """Return the family's metadata by the ModelSpec standard: architecture, implementation, prediction type."""
+        """Return the family's ModelSpec metadata: architecture, implementation and prediction type."""

@@ -1,4 +1,4 @@
-"""What families with a UNet, an AutoencoderKL and CLIP text encoders share. Imports no torch."""
+"""The base class of families with a UNet, an AutoencoderKL and CLIP text encoders. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 # Schedulers of diffusers that can be rescaled to zero terminal SNR.
 RESCALABLE_SCHEDULERS = "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"
 ATTENTION_LAYERS = r"to_[qkv]|to_out\.0|[qkv]_proj|out_proj"
-# Layers of a VAE's attention as older versions of diffusers named them -> as they are named now.
+# Name of a layer of the VAE's attention in older versions of diffusers -> its current name.
 OLD_VAE_LAYERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class LatentUNet(Family):
-    """A UNet that denoises the latents of an AutoencoderKL, conditioned by one CLIP text encoder or several.
+    """Base class: a UNet denoises the latents of an AutoencoderKL, conditioned on CLIP text encoders.
 
-    The defaults are for one text encoder, whose last hidden states the UNet is given.
+    By default there is one text encoder, and its last hidden states are the UNet's condition.
     """
 
     denoiser = DiffusersPart("unet", "diffusers.models.unets.unet_2d_condition", "UNet2DConditionModel")
@@ -37,19 +37,19 @@ class LatentUNet(Family):
     encoders: tuple[Part, ...] = (clip_text.FIRST,)
     tokenizers: tuple[str, ...] = ("tokenizer",)
     tags = ("stable-diffusion",)
-    adapter_targets = {  # by the end of a layer's name: in a UNet of diffusers and in text encoders of transformers
+    adapter_targets = {  # patterns of layer names in diffusers' UNet and in transformers' text encoders
         Targets.attention: re.compile(rf"(.*\.)?({ATTENTION_LAYERS})"),
         Targets.transformer: re.compile(rf"(.*\.)?({ATTENTION_LAYERS}|ff\.net\.(0\.proj|2)|proj_in|proj_out|fc[12])"),
         Targets.all: re.compile(".*"),
     }
-    pad_tokens: Mapping[str, str]  # name of a tokenizer -> its padding token
+    pad_tokens: Mapping[str, str]  # tokenizer name -> padding token
     pipeline_module = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
     pipeline_name = "StableDiffusionPipeline"
-    # Name of a part -> how its keys begin in kohya's LoRA layout.
+    # Part name -> prefix of its keys in kohya's LoRA layout.
     kohya_prefixes: Mapping[str, str] = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-    kohya_layers: Mapping[str, str] = {}  # layers of the UNet that have another name there
+    kohya_layers: Mapping[str, str] = {}  # layer of the UNet -> its name in kohya's layout, if it differs
     half_safe_vaes: tuple[str, ...] = ()  # hub ids of VAEs in which fp16 does not overflow
-    activations_gib = {True: 0.2, False: 1.8}  # the planner predicts 0.26 and 2 for 1.5 at 512 px
+    activations_gib = {True: 0.2, False: 1.8}  # the planner predicts 0.26 and 2 for version 1.5 at 512 px
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -65,7 +65,7 @@ class LatentUNet(Family):
         clip_tokenizer.save(tokenizer, folder)
 
     def load_extras(self, source: str, layout: Layout, dtype: torch.dtype, **options: Any) -> dict[str, Any]:
-        """Load the base's safety checker and its image processor."""
+        """Load the base model's safety checker and the image processor that it needs, if there is one."""
         if "safety_checker" not in layout.parts:
             return {}
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -94,7 +94,7 @@ class LatentUNet(Family):
             clip_text.check_length(tokenizer, prompt)
 
     def tokens(self, tokenizers: Sequence[Any], prompt: str) -> Tensor:
-        """Token ids (1, L)."""
+        """Return the token ids of one prompt, (1, L)."""
         return clip_text.tokenize(tokenizers[0], prompt)
 
     def blank_tokens(self, encoders: Sequence[Any], count: int) -> Tensor:
@@ -103,7 +103,7 @@ class LatentUNet(Family):
         return torch.zeros(count, encoders[0].config.max_position_embeddings, dtype=torch.long)
 
     def text(self, encoders: Sequence[Any], tokens: Tensor) -> Tensor:
-        """The last hidden states, normed: (P, L, D) of token ids (P, L)."""
+        """Return the last hidden states after the final layer norm, (P, L, D), for token ids (P, L)."""
         states: Tensor = encoders[0](tokens)[0]
         return states
 
@@ -164,7 +164,7 @@ class LatentUNet(Family):
         return pixels
 
     def vae_scale(self, vae_configuration: Mapping[str, Any]) -> int:
-        """8 for the published VAEs."""
+        """Return the image side in pixels divided by the latent side: 8 for the published VAEs."""
         return int(2 ** (len(vae_configuration["block_out_channels"]) - 1))
 
     def scaling_factor(self, vae_configuration: Mapping[str, Any]) -> float:
@@ -174,7 +174,10 @@ class LatentUNet(Family):
         return int(vae_configuration["latent_channels"])
 
     def is_half_safe(self, source: str) -> bool:
-        """A file counts as half-safe if its name says fp16-fix; a VAE that is merely stored in half says fp16 too."""
+        """Return whether a hub id is in `half_safe_vaes`, or the name of a file contains fp16-fix.
+
+        The word fp16 alone is not enough: it may only mean that the weights are stored in fp16.
+        """
         if not is_single_file(source):
             return source in self.half_safe_vaes
         return bool(re.search(r"fp16[-_. ]?fix|fix[-_. ]?fp16", Path(source).stem, re.IGNORECASE))
@@ -185,7 +188,7 @@ class LatentUNet(Family):
     # -- noise -----------------------------------------------------------------------------------------------------
 
     def noise_schedule(self, scheduler_config: Mapping[str, Any]) -> NoiseSchedule:
-        """The schedule that the base was trained with, after any zero-terminal-SNR rescale."""
+        """Return the noise schedule of the base model, rescaled if the configuration says rescale_betas_zero_snr."""
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
         from dreambooth.models.noise_schedule import DiffusionSchedule
@@ -194,15 +197,18 @@ class LatentUNet(Family):
         return DiffusionSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
     def rescale_to_zero_snr(self, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
-        """Rescale by Lin et al. 2023 (arXiv:2305.08891), algorithm 1; pictures then start at the last timestep
-        (section 3.3). A scheduler that cannot be rescaled is replaced by one that can."""
+        """Return a scheduler configuration with zero terminal SNR (Lin et al. 2023, arXiv:2305.08891, algorithm 1).
+
+        Sampling then starts at the last timestep (section 3.3). A scheduler class that cannot rescale its noise
+        schedule is replaced by DDIMScheduler.
+        """
         config = dict(scheduler_config)
         if config.get("_class_name") not in RESCALABLE_SCHEDULERS:
             config["_class_name"] = RESCALABLE_SCHEDULERS[0]
         return config | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
     def sampling_scheduler(self, scheduler_config: Mapping[str, Any]) -> Any:
-        """DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095)."""
+        """Return a DPM-Solver++ scheduler (Lu et al. 2022, arXiv:2211.01095)."""
         from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
         return DPMSolverMultistepScheduler.from_config(scheduler_config)
@@ -219,7 +225,7 @@ class LatentUNet(Family):
                                   requires_safety_checker=safety["safety_checker"] is not None)
 
     def image_to_image(self, pipeline: Any) -> Any:
-        """A pipeline that starts from a picture (SDEdit, Meng et al. 2021, arXiv:2108.01073)."""
+        """Return an image-to-image pipeline (SDEdit, Meng et al. 2021, arXiv:2108.01073)."""
         import diffusers
 
         checks = {key: pipeline.config[key] for key in ("requires_safety_checker",) if key in pipeline.config}

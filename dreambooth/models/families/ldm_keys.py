@@ -1,9 +1,9 @@
 """The original single-file format of latent diffusion models, as CompVis and Stability AI published it.
 
-Each tensor of such a file is one tensor of a diffusers folder, or three that are stacked in the file. `LdmFormat` pairs
-them by name; serialization/single_file.py converts one side into the other and back, bit for bit. Sources: the modules
-and attributes of CompVis/stable-diffusion, Stability-AI/generative-models and mlfoundations/open_clip. Imports no
-torch.
+Each tensor of such a file corresponds to one tensor of a diffusers folder, or to three tensors that are stacked in the
+file. `LdmFormat` maps the names of one layout to those of the other. serialization/single_file.py converts the tensors
+in both directions, bit for bit. The names come from the modules and attributes of CompVis/stable-diffusion,
+Stability-AI/generative-models and mlfoundations/open_clip. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-# Empty tensors whose names alone carry information: the model predicts v; its noise schedule has zero terminal SNR.
+# Names of empty tensors that carry information: the model predicts v; its noise schedule has zero terminal SNR.
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
-# How names begin in files of models trained with noise as by Karras et al. 2022 (CosXL, Playground v2.5).
+# Prefix of names in files of models that were trained with the noise of Karras et al. 2022 (CosXL, Playground v2.5).
 EDM = "edm_"
 POSITIONS = "transformer.text_model.embeddings.position_ids"  # 0, 1, 2, ...: a constant in files with CLIP
-# Keys of published files that are not needed: averaged weights, constants, what nothing is computed from.
+# Keys of published files that are not needed: averaged weights, constants, and tensors that the model does not use.
 IGNORED = re.compile(
     r"(model_ema|first_stage_model\.(loss|model_ema))\..*|(\w+_)?alphas_cumprod(_prev)?|betas|posterior_\w+|logvar"
     r"|lvlb_weights|denoiser\.sigmas|.*\.(position_ids|logit_scale|attn_mask)|cond_stage_model\.model\.text_projection"
@@ -33,15 +33,15 @@ IGNORED = re.compile(
 
 
 class LdmFormat(SingleFileFormat):
-    """The original layout. Subclasses say where the text encoders are, and what their files leave open."""
+    """The original layout. Subclasses define the keys of text encoders, and facts that their files do not contain."""
 
     denoiser_key = f"{UNET}input_blocks.0.0.weight"
     vae_prefix = VAE
     marks = frozenset({V_PREDICTION, ZERO_SNR})
-    text_key: str  # how the keys begin that tell this family's files from others
-    text_prefixes: Mapping[str, str]  # name of a text encoder -> how its keys begin
-    openclip: frozenset[str] = frozenset()  # text encoders that are stored as by OpenCLIP
-    side: int  # pixels of a side of the published model
+    text_key: str  # prefix of text encoder keys that only files of this family have
+    text_prefixes: Mapping[str, str]  # name of a text encoder -> prefix of its keys
+    openclip: frozenset[str] = frozenset()  # names of the text encoders that are stored with OpenCLIP's keys
+    side: int  # side, in pixels, of the published model's pictures
     architecture: str  # in ModelSpec metadata
     implementation: str  # in ModelSpec metadata
 
@@ -80,7 +80,7 @@ class LdmFormat(SingleFileFormat):
         return bool(IGNORED.fullmatch(key))
 
     def constants(self, encoders: Sequence[Any]) -> dict[str, Tensor]:
-        """Return the positions of the first text encoder, which is CLIP's."""
+        """Return the position ids of the first text encoder, which is a CLIP encoder."""
         import torch
 
         count = encoders[0].config.max_position_embeddings
@@ -100,7 +100,7 @@ class LdmFormat(SingleFileFormat):
 
 
 def prediction_name(v: bool) -> str:
-    """Return the name in diffusers of a prediction of v, or of noise."""
+    """Return the prediction_type of diffusers for a model that predicts v, or else noise."""
     return "v_prediction" if v else "epsilon"
 
 
@@ -122,12 +122,13 @@ def _unet_entries(part: str, names: Sequence[str], layers_per_block: int) -> Ite
 
 
 def _unet_key(name: str, layers_per_block: int, attending: set[str]) -> str:
-    """Return the key of a UNet's weight.
+    """Return the single-file key of a UNet's weight.
 
-    In a file the layers of all blocks are numbered in one sequence: a residual layer and the attention layer behind it
-    have one number, and the block's up- or downsampler has the next.
+    In a single file, the layers of all blocks are numbered in one sequence. A residual layer and the attention layer
+    after it share one number; the upsampler or downsampler of the block has the next number.
 
     Args:
+        name: the weight's name in a diffusers folder.
         attending: numbers of the up blocks that have attention.
     """
     match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name)
@@ -163,9 +164,14 @@ def _vae_entries(part: str, names: Sequence[str]) -> Iterator[Entry]:
 
 
 def _vae_key(name: str, blocks: int) -> str:
-    """Return the key of a VAE's weight in a single file.
+    """Return the single-file key of a VAE's weight.
 
-    A single file numbers the decoder's blocks starting at the picture, a diffusers folder starting at the latents.
+    In a single file, the numbers of the decoder's blocks start at the output picture. In a diffusers folder, they start
+    at the latents.
+
+    Args:
+        name: the weight's name in a diffusers folder.
+        blocks: number of the decoder's blocks.
     """
     name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
     if match := re.fullmatch(r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name):
@@ -191,7 +197,7 @@ OPENCLIP_ENDS = {"embeddings.token_embedding.weight": "token_embedding.weight",
 
 
 def _openclip_entries(part: str, names: Sequence[str], prefix: str) -> Iterator[Entry]:
-    """Yield the entries of a text encoder of OpenCLIP, which stacks the projections of queries, keys and values."""
+    """Yield the entries of an OpenCLIP text encoder. OpenCLIP stacks the projections of queries, keys and values."""
     for name in names:
         inner = clip_text.without_level(name)
         if inner == "text_projection.weight":
@@ -216,10 +222,10 @@ def _openclip_key(name: str) -> str:
 
 
 def _replace_start(name: str, replacements: Mapping[str, str]) -> str:
-    """Return the name with its first components replaced.
+    """Return the name with its beginning replaced by the first entry of `replacements` that fits.
 
     Raises:
-        KeyError: no replacement fits.
+        KeyError: no entry fits.
     """
     for start, replacement in replacements.items():
         if name == start or name.startswith(start + "."):

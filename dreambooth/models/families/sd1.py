@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x: a UNet of 860 million weights and CLIP ViT-L, 512 pixels; it predicts noise."""
+"""Stable Diffusion 1.x: a UNet with 860 M weights and CLIP ViT-L as text encoder. It predicts noise at 512 px."""
 
 import re
 
@@ -7,7 +7,7 @@ from dreambooth.models.families.family import Layout
 from dreambooth.models.families.latent_unet import LatentUNet
 from dreambooth.models.families.ldm_keys import LdmFormat
 
-OLD_CLIP = re.compile(r"cond_stage_model\.transformer\.(?!text_model\.)")  # keys that leave a level out
+OLD_CLIP = re.compile(r"cond_stage_model\.transformer\.(?!text_model\.)")  # keys without the level text_model
 
 
 class Sd1Format(LdmFormat):
@@ -24,7 +24,7 @@ class Sd1Format(LdmFormat):
 
 
 class StableDiffusion1(LatentUNet):
-    """Stable Diffusion 1.x, and models of that architecture in other sizes."""
+    """Stable Diffusion 1.x, and models with the same architecture and other sizes."""
 
     title = "Stable Diffusion 1.x"
     architecture = "sd15"

@@ -1,6 +1,6 @@
-"""Stable Diffusion 2.x: the UNet of 1.x with the text encoder of OpenCLIP ViT-H.
+"""Stable Diffusion 2.x: the UNet of version 1.x with the text encoder OpenCLIP ViT-H.
 
-Its 768-pixel models predict v, its 512-pixel ones predict noise.
+The models for 768 px predict v, and the models for 512 px predict noise.
 """
 
 import re
@@ -12,12 +12,15 @@ from dreambooth.models.families.file_format import ModelFile
 from dreambooth.models.families.latent_unet import LatentUNet
 from dreambooth.models.families.ldm_keys import V_PREDICTION, LdmFormat, prediction_name
 
-BASE_STEPS = 875000  # training steps of the checkpoints that predict noise at 512 px; diffusers uses the same number
-SIDES = r"(512|768)"  # in the name of a file
+BASE_STEPS = 875000  # training steps of the checkpoints that predict noise at 512 px; diffusers also checks this number
+SIDES = r"(512|768)"  # side in pixels, in the name of a file
 
 
 class Sd2Format(LdmFormat):
-    """Single files of Stable Diffusion 2.x. Their keys do not say what the model predicts."""
+    """Single files of Stable Diffusion 2.x.
+
+    Except for the mark `v_pred`, their keys do not show whether the model predicts v or noise.
+    """
 
     text_key = "cond_stage_model.model."
     text_prefixes = {"text_encoder": "cond_stage_model.model."}
@@ -26,7 +29,11 @@ class Sd2Format(LdmFormat):
     implementation = "https://github.com/Stability-AI/stablediffusion"
 
     def prediction_type(self, file: ModelFile) -> tuple[str, str]:
-        """Decide by metadata, the mark, the number of training steps, the file's name, in this order; else v."""
+        """Return the prediction type and the evidence for it.
+
+        The evidence is searched for in this order: the metadata, the mark `v_pred`, the number of training steps, the
+        file's name. Without evidence, the prediction type is v.
+        """
         if kind := file.metadata.get("modelspec.prediction_type", ""):
             return prediction_name(kind == "v"), "its metadata"
         if V_PREDICTION in file.names:
@@ -44,7 +51,7 @@ class Sd2Format(LdmFormat):
         return 768 if prediction_type == "v_prediction" else 512, "what it predicts"
 
     def is_ignored(self, key: str, encoders: Sequence[Any]) -> bool:
-        """Files also hold the last layer of OpenCLIP's text encoder, which the model does not use."""
+        """Return whether a key is not needed. Files also contain OpenCLIP's last layer, which is not used."""
         layers = len(getattr(encoders[0], "text_model", encoders[0]).encoder.layers)
         last = f"{self.text_prefixes['text_encoder']}transformer.resblocks.{layers}."
         return super().is_ignored(key, encoders) or key.startswith(last)
@@ -60,7 +67,7 @@ class Sd2Format(LdmFormat):
 
 
 class StableDiffusion2(LatentUNet):
-    """Stable Diffusion 2.x, and models of that architecture in other sizes."""
+    """Stable Diffusion 2.x, and models with the same architecture and other sizes."""
 
     title = "Stable Diffusion 2.x"
     architecture = "sd21"
@@ -69,7 +76,7 @@ class StableDiffusion2(LatentUNet):
     single_file = Sd2Format()
 
     def matches(self, layout: Layout) -> bool:
-        """With one text encoder, OpenCLIP's is told from CLIP's by its activation."""
+        """Return whether the model has one text encoder, and its activation is that of OpenCLIP, not of CLIP."""
         return ("unet" in layout.parts and "text_encoder_2" not in layout.parts
                 and layout.configuration("text_encoder").get("hidden_act", "quick_gelu") == "gelu")
 

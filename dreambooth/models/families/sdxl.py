@@ -1,5 +1,8 @@
-"""Stable Diffusion XL base: two text encoders (CLIP ViT-L, OpenCLIP ViT-bigG), a UNet of 2.6 billion weights, 1024
-pixels; it predicts noise (Podell et al. 2023, arXiv:2307.01952)."""
+"""Stable Diffusion XL base (Podell et al. 2023, arXiv:2307.01952).
+
+It has a UNet with 2.6 billion weights and two text encoders, CLIP ViT-L and OpenCLIP ViT-bigG. It predicts noise at
+1024 px.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from dreambooth.models.families.ldm_keys import LdmFormat
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-MICRO_CONDITIONS = 6  # numbers that the UNet is given about a picture's size and crop
+MICRO_CONDITIONS = 6  # number of values that describe a picture's size and crop to the UNet
 
 
 class SdxlFormat(LdmFormat):
@@ -29,14 +32,15 @@ class SdxlFormat(LdmFormat):
 
 
 class StableDiffusionXL(LatentUNet):
-    """SDXL base, and models of that architecture in other sizes.
+    """SDXL base, and models with the same architecture and other sizes.
 
-    A prompt is token ids (P, 2, L) and text (P, L + 1, D1 + D2): the first L rows are both encoders' states before
-    their last layer, side by side (section 2); the last row begins with the second encoder's pooled, projected state.
+    The token ids of P prompts have the shape (P, 2, L), and the output of `text` has the shape (P, L + 1, D1 + D2). Its
+    first L rows are the concatenated hidden states of both encoders before their last layers (section 2). Its last row
+    begins with the pooled and projected state of the second encoder.
 
-    The UNet is also given the size of the picture, where it was cropped, and the size that is wanted (section 2.2).
-    These are derived from the latents: a training picture counts as one of its own size that was not cropped, which is
-    what the pipeline says of pictures that it draws.
+    The UNet also receives the original size of the picture, the coordinates of its crop, and the target size (section
+    2.2). They are derived from the size of the latents: original size and target size are the size of the training
+    picture, and the crop starts at (0, 0). diffusers' pipeline uses the same values for the pictures that it generates.
     """
 
     title = "SDXL"
@@ -48,10 +52,10 @@ class StableDiffusionXL(LatentUNet):
     pipeline_module = "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl"
     pipeline_name = "StableDiffusionXLPipeline"
     kohya_prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-    # diffusers takes both `lora_unet_add_embedding_linear_N` for a layer `add.embedding.linear`, which does not exist:
-    # they are named as by kohya's trainer.
+    # diffusers converts `lora_unet_add_embedding_linear_1` and `..._2` to `add.embedding.linear`, a layer that does not
+    # exist. These layers therefore have the names of kohya's trainer.
     kohya_layers = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
-    half_safe_vaes = ("madebyollin/sdxl-vae-fp16-fix",)  # SDXL's VAE, trained on until fp16 does not overflow in it
+    half_safe_vaes = ("madebyollin/sdxl-vae-fp16-fix",)  # SDXL's VAE, fine-tuned so that it does not overflow in fp16
     activations_gib = {True: 0.08, False: 3.0}  # its attention is deeper; the planner predicts 0.08 and 3.1 at 1024 px
     single_file = SdxlFormat()
 
@@ -88,7 +92,7 @@ class StableDiffusionXL(LatentUNet):
         return torch.empty(count, encoders[0].config.max_position_embeddings + 1, width)
 
     def untrainable(self, encoders: Sequence[Any]) -> list[nn.Module]:
-        """The first encoder's last layer and norm: the state before them is used."""
+        """Return the last layer and norm of the first encoder, because `text` uses the hidden states before them."""
         inside = getattr(encoders[0], "text_model", encoders[0])
         return [inside.encoder.layers[-1], inside.final_layer_norm]
 
@@ -109,7 +113,7 @@ class StableDiffusionXL(LatentUNet):
     # -- pixels to latents -----------------------------------------------------------------------------------------
 
     def half_overflows(self, vae_configuration: Mapping[str, Any]) -> bool:
-        """The published VAE overflows in fp16 and says so by `force_upcast`; its fp16 fix says that it does not."""
+        """Return `force_upcast`: true for the published VAE, which overflows in fp16; false for its fp16 fix."""
         return bool(vae_configuration.get("force_upcast", True))
 
     # -- pipelines -------------------------------------------------------------------------------------------------
