@@ -49,8 +49,8 @@ def prompt_similarity(images: Tensor, prompts: Tensor) -> Tensor:
 def mean_distance(distances: Tensor) -> Tensor:
     """Return the mean distance over all pairs of different images, from a symmetric matrix (N, N), N >= 2.
 
-    With LPIPS distances between images of the subject from one prompt, this mean is DIV (section 4.3). The paper calls DIV
-    "average LPIPS cosine similarity", but LPIPS is a distance, and in the paper's table, as here, higher means more
+    With LPIPS distances between images of the subject from one prompt, this mean is DIV (section 4.3). The paper calls
+    DIV "average LPIPS cosine similarity", but LPIPS is a distance, and in the paper's table, as here, higher means more
     diverse.
 
     Raises:
