@@ -171,7 +171,8 @@ class Bucket:
     def _content_matches(self, name: str, entry: Entry, etag: str) -> bool:
         """Download an object and return whether its content matches `entry`.
 
-        This is needed because S3 may store no SHA-256 of objects that other tools uploaded. An object with the same name and ETag is downloaded only once.
+        This is needed because S3 may store no SHA-256 of objects that other tools uploaded. An object with
+        the same name and ETag is downloaded only once.
         """
         if (name, etag) not in self._verified:
             self._verified[name, etag] = not entry.size or all(
