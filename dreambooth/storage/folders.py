@@ -1,6 +1,6 @@
-"""Uploads and downloads S3 folders. Transfers are parallel, resumable and verified at both ends.
+"""Uploads and downloads S3 folders: in parallel, resumable, verified at both ends. Nothing in S3 is ever deleted.
 
-Nothing in S3 is ever deleted. The command is `python -m dreambooth.storage upload FOLDER s3://BUCKET/PREFIX`. Only this
+The command is `python -m dreambooth.storage upload FOLDER s3://BUCKET/PREFIX`. Only this
 file and dreambooth/cloud/ use boto3.
 """
 
