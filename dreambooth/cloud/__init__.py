@@ -1,4 +1,5 @@
-"""Jobs on other machines: the SageMaker request, the backends (SageMaker, Docker), following jobs, and sweep results.
+"""Code that runs a sweep's jobs on SageMaker or in Docker containers.
 
-Imports only from tracking and the folders that tracking may import. Imports neither Hydra nor torch.
+It builds and validates requests, submits and polls jobs through a backend, and collects the results. May import
+tracking and the folders that tracking may import. Imports neither Hydra nor torch.
 """

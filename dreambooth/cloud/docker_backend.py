@@ -1,4 +1,4 @@
-"""Backend that runs jobs in containers on this machine, with the same image, folders and variables as SageMaker."""
+"""Backend that runs jobs in containers on this machine, with the same image, folders and variables as on SageMaker."""
 
 import itertools
 import json
@@ -20,8 +20,8 @@ from dreambooth.storage import folders
 
 FOLDERS = ("input/config", "input/data", "model", "checkpoints", "output")
 STOP_TIMEOUT = 120  # seconds between SIGTERM and SIGKILL, as on SageMaker
-STOP_REPLY_TIMEOUT = 3.0  # seconds to wait for the engine's error if it cannot stop a container
-# Variables that are passed to the container by name if they are set, so that no value appears in a command line.
+STOP_REPLY_TIMEOUT = 3.0  # seconds to wait for an error message of `docker stop`
+# Environment variables that are passed to the container by name only, so that no value appears in a command line.
 CREDENTIAL_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION",
                         "AWS_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 
@@ -30,9 +30,9 @@ class DockerBackend:
     """A Backend that runs containers on this machine.
 
     Args:
-        root: folder of the jobs; /opt/ml of a job is the folder below it with the job's name.
-        engine: name of the program, docker or one with the same options.
-        resubmit: run a job again if it failed before.
+        root: folder that contains one folder per job. The job's folder has the job's name and is mounted as /opt/ml.
+        engine: program that runs containers: docker, or a program with the same command-line options.
+        resubmit: whether to run a job again if an earlier attempt failed.
     """
 
     def __init__(self, root: Path, engine: str = "docker", resubmit: bool = False) -> None:
@@ -41,7 +41,7 @@ class DockerBackend:
         self._stopped: set[str] = set()
 
     def find_problems(self, request: dict[str, Any]) -> list[str]:
-        """Return the reasons why a job cannot run on this machine, one sentence each."""
+        """Return the reasons why a job cannot run on this machine, one sentence per reason."""
         problems = []
         if shutil.which(self._engine) is None:
             problems.append(f"{self._engine} is not installed on this machine: install it, or type "
@@ -51,7 +51,10 @@ class DockerBackend:
         return problems
 
     def limit_parallel(self, max_parallel: int) -> int:
-        """Return how many jobs may run at the same time: one on a machine with GPUs, because a job uses all of them."""
+        """Return how many jobs may run at the same time.
+
+        On a machine with GPUs, the result is 1, because each job uses all GPUs. Otherwise it is `max_parallel`.
+        """
         return 1 if _gpu_options() else max_parallel
 
     def submit(self, job: Job) -> JobState:
@@ -72,7 +75,7 @@ class DockerBackend:
         return JobState(RUNNING, "Training")
 
     def _start(self, job: Job, folder: Path) -> None:
-        _rename_if_not_empty(folder / "output")  # an earlier attempt's files belong to the image's user
+        _rename_if_not_empty(folder / "output")  # an earlier attempt's files belong to the container's user
         for name in FOLDERS:
             (folder / name).mkdir(parents=True, exist_ok=True)
         mounts = [f"{folder.absolute()}:/opt/ml"]
@@ -120,7 +123,7 @@ class DockerBackend:
         return state
 
     def stop(self, job: Job) -> bool:
-        """Tell a job to save and stop, without waiting for it. Return False if the job is not running.
+        """Send a job the signal to save and stop. Do not wait for its end. Return False if the job is not running.
 
         Raises:
             UserError: the engine cannot stop the job.
@@ -131,7 +134,7 @@ class DockerBackend:
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
         try:
             message = process.communicate(timeout=STOP_REPLY_TIMEOUT)[1]
-        except subprocess.TimeoutExpired:  # the engine waits for the container to save
+        except subprocess.TimeoutExpired:  # the engine is still waiting while the job saves its state
             return True
         if process.returncode and not _is_no_such_container(message):
             raise UserError(f"{self._engine} does not stop {job.name} ({' '.join(message.split())[:300]})")
@@ -141,7 +144,7 @@ class DockerBackend:
         return f"{self._engine} stop --time {STOP_TIMEOUT} {job.name}"
 
     def _is_running(self, job: Job) -> bool:
-        """Return whether the container of a job is running, even if another command has started it."""
+        """Return whether the container of a job is running. The container may have been started by another command."""
         inspect = subprocess.run([self._engine, "container", "inspect", "--format", "{{.State.Running}}", job.name],
                                  capture_output=True, text=True, check=False)
         if inspect.returncode and not _is_no_such_container(inspect.stderr):
@@ -150,9 +153,9 @@ class DockerBackend:
 
 
 def network_options(environment: Mapping[str, str]) -> list[str]:
-    """Return options for the host's network if a variable holds an address of this machine, else no options.
+    """Return the engine options for the host's network if a value in `environment` is a URL of localhost, else [].
 
-    A container reaches this machine by such an address only on the host's network.
+    A container on the host's network reaches this machine as localhost. On its own network, it does not.
     """
     hosts = {urlsplit(value).hostname for value in environment.values() if "://" in value}
     return ["--network", "host"] if hosts & {"localhost", "127.0.0.1", "::1"} else []
@@ -167,14 +170,17 @@ def _is_no_such_container(message: str) -> bool:
 
 
 def _rename_if_not_empty(folder: Path) -> None:
-    """Rename a folder that is not empty. Unlike deleting it, this needs no permissions in the folder."""
+    """Append a number to the name of a folder that is not empty.
+
+    Renaming a folder, unlike deleting it, requires no permission to change the files in the folder.
+    """
     if folder.is_dir() and any(folder.iterdir()):
         names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
         folder.rename(next(name for name in names if not name.exists()))
 
 
 def _read_result(path: Path) -> dict[str, Any]:
-    """Return the content of result.json; if it cannot be read, {"problem": reason}."""
+    """Return the content of result.json, or {"problem": reason} if the file cannot be read."""
     try:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -183,7 +189,7 @@ def _read_result(path: Path) -> dict[str, Any]:
 
 
 def _config_files(job: Job) -> dict[str, Any]:
-    """Return name -> content of the files that SageMaker writes into /opt/ml/input/config."""
+    """Return the contents of the files that SageMaker writes into /opt/ml/input/config, by file name."""
     channels = {channel["ChannelName"]: {"TrainingInputMode": "File", "S3DistributionType": "FullyReplicated",
                                          "RecordWrapperType": "None"}
                 for channel in job.request.get("InputDataConfig", ())}

@@ -1,4 +1,4 @@
-"""Submits the jobs of a sweep and follows them to their end, with a limit on parallel jobs and a live table."""
+"""Submits the jobs of a sweep, polls them until all have ended, and shows their states in a live table."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -26,18 +26,19 @@ from dreambooth.cloud.job import (
 from dreambooth.errors import DreamBoothError, Interrupted, UserError
 from dreambooth.utils.console import Console
 
-MAX_PAUSE = 120.0  # seconds between two polls while AWS does not answer
+MAX_PAUSE = 120.0  # greatest number of seconds between two polls while AWS does not answer
 COLUMNS = ("job", "status", "step", "loss", "cost", "overrides")
 
 
 class Follower:
-    """Submits and follows the jobs of a sweep.
+    """Submits the jobs of a sweep, and polls them until all have ended.
 
     Args:
         max_parallel: greatest number of jobs that run at the same time.
-        poll_seconds: pause between two polls.
-        stop_on_interrupt: on Ctrl-C, stop the jobs; False: leave them running.
-        follow_hint: part of messages, which explains how to follow the jobs again.
+        poll_seconds: pause between two polls of all running jobs.
+        stop_on_interrupt: effect of Ctrl-C on running jobs. True: stop them; False: leave them running.
+        follow_hint: phrase for messages that explains how the user can follow the running jobs again.
+        sleep, clock: functions that tests replace.
     """
 
     def __init__(self, backend: Backend, jobs: Sequence[Job], *, max_parallel: int, poll_seconds: float,
@@ -48,16 +49,16 @@ class Follower:
         self._stop_on_interrupt, self._follow_hint, self._sleep, self._clock = (
             stop_on_interrupt, follow_hint, sleep, clock)
         self._rich, self._console = RichConsole(soft_wrap=True), Console()
-        self._last_lines = [""] * len(self.jobs)  # the last line that was printed about each job
+        self._last_lines = [""] * len(self.jobs)  # for each job, the line that was last printed
         self._last_answer = clock()
         self._printed_errors: set[str] = set()
 
     def run(self) -> list[JobState]:
-        """Follow all jobs until they have ended, and return their final states in order.
+        """Submit all jobs, poll them until all have ended, and return their final states in the order of `jobs`.
 
         Raises:
-            Interrupted: Ctrl-C; the jobs were stopped or left running, see stop_on_interrupt.
-            UserError: AWS has not answered for too long; the jobs continue to run.
+            Interrupted: the user pressed Ctrl-C. Running jobs were stopped or left running, see stop_on_interrupt.
+            UserError: the backend has not answered for too long. The jobs continue to run.
         """
         pause = self._poll_seconds
         try:
@@ -97,7 +98,10 @@ class Follower:
         return answered
 
     def _submit(self, number: int, job: Job, exhausted: set[str]) -> bool:
-        """Submit a job if fewer than max_parallel are running. Return False if the backend did not answer."""
+        """Submit a job if fewer than max_parallel jobs are running. Return False if the backend did not answer.
+
+        If the quota of the job's instance type is used up, add the type to `exhausted`.
+        """
         running = sum(state.may_be_billed for other, state in enumerate(self.states) if other != number)
         if running >= self._max_parallel:
             return True
@@ -107,7 +111,7 @@ class Follower:
         except QuotaExceeded as error:
             self.states[number] = JobState()
             exhausted.add(job.instance_type)
-            if not running:  # no job of this sweep could make room by ending
+            if not running:  # no job of this sweep can free the quota when it ends
                 self._set_state(number, JobState(FAILED, reason=str(error)))
         except Unreachable as error:
             if isinstance(error, LoginRequired):
@@ -118,7 +122,7 @@ class Follower:
         return True
 
     def _set_state(self, number: int, state: JobState) -> None:
-        """Record a new state and print it if it has changed. If it has no step or loss, the old one is kept."""
+        """Record the new state of a job, and print it if it differs. If it lacks a step or loss, keep the old value."""
         self._last_answer = self._clock()
         old = self.states[number]
         self.states[number] = state = replace(state, step=state.step if state.step is not None else old.step,
@@ -129,9 +133,12 @@ class Follower:
         self._last_lines[number] = line
 
     def _handle_no_answer(self, error: Unreachable | DreamBoothError) -> bool:
-        """Print an error once and return False. If there has been no answer for too long, raise UserError instead.
+        """Print the error of a poll or submission, unless the same error is already printed. Return False.
 
-        A single job that cannot be polled does not stop the following of other jobs.
+        An error of a single job therefore does not prevent polling the other jobs.
+
+        Raises:
+            UserError: the backend has not answered any request for too long.
         """
         silence = self._clock() - self._last_answer
         if silence >= getattr(error, "patience", Unreachable.patience):
@@ -142,15 +149,15 @@ class Follower:
             self._printed_errors.add(str(error))
         return False
 
-    # -- jobs that are still running when following ends ------------------------------------------------------------
+    # -- jobs that are still running when run() ends early ----------------------------------------------------------
 
     def _running(self) -> list[int]:
-        """Return the numbers of the jobs that may cost money. Those that may not have started come last."""
+        """Return the indices of the jobs that may cost money. Jobs that may not have started yet come last."""
         return sorted((number for number, state in enumerate(self.states) if state.may_be_billed),
                       key=lambda number: self.states[number].status == SUBMITTING)
 
     def _stop_jobs(self) -> str:
-        """Tell every job to stop, and return a message about the outcome. A second Ctrl-C skips the remaining jobs."""
+        """Stop every running job, and return a message with the outcome. A second Ctrl-C skips the remaining jobs."""
         running = self._running()
         left = running[:]
         with suppress(KeyboardInterrupt):
@@ -174,15 +181,15 @@ class Follower:
             "  # it may have started" if self.states[number].status == SUBMITTING else "") for number in numbers]
 
     def _table(self) -> Table:
-        columns = (Column(name, overflow="fold") for name in COLUMNS)  # if names were cut off, jobs would look alike
+        columns = (Column(name, overflow="fold") for name in COLUMNS)  # truncated names could be equal
         table = Table(*columns, box=None, pad_edge=False)
         for job, state in zip(self.jobs, self.states, strict=True):
-            table.add_row(*map(Text, table_row(job, state)))  # Text: overrides are not markup
+            table.add_row(*map(Text, table_row(job, state)))  # Text prevents rich from parsing overrides as markup
         return table
 
 
 def table_row(job: Job, state: JobState) -> tuple[str, ...]:
-    """Return the cells of a job in the table, in the order of COLUMNS."""
+    """Return the cells of a job's row in the live table, in the order of COLUMNS."""
     cost = state.cost_usd(job)
     show_detail = state.detail and state.status not in (COMPLETED, FAILED, UNKNOWN)
     return (job.name, state.detail if show_detail else state.status,

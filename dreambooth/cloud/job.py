@@ -1,4 +1,4 @@
-"""A job of a sweep, its state, the interface of the backends that run jobs, and their exceptions."""
+"""Defines jobs of a sweep, states of jobs, the interface of backends, and the exceptions that backends raise."""
 
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,14 +10,14 @@ FINAL_STATUSES = (COMPLETED, FAILED, STOPPED)
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep, as it is submitted to a backend."""
+    """One run of a sweep, with the request that starts the run on a backend."""
 
     number: int  # position in the sweep
     name: str
     overrides: tuple[str, ...]  # as the user typed them
     request: dict[str, Any]  # arguments of CreateTrainingJob
     steps: int  # train.max_train_steps
-    usd_hour: float | None = None  # on-demand price of all its instances per hour; None: unknown
+    usd_hour: float | None = None  # on-demand price per hour of all the job's instances; None: unknown
     estimate_usd: float | None = None  # the planner's estimate; None: unknown
     estimate_seconds: float | None = None
 
@@ -41,8 +41,8 @@ class JobState:
     loss: float | None = None
     seconds: float = 0.0  # training time so far
     billed_seconds: float | None = None  # None until the job has ended
-    reason: str = ""  # why it failed or was stopped
-    result: dict[str, Any] = field(default_factory=dict)  # result.json
+    reason: str = ""  # why the job failed or was stopped
+    result: dict[str, Any] = field(default_factory=dict)  # content of result.json
 
     @property
     def ended(self) -> bool:
@@ -50,24 +50,27 @@ class JobState:
 
     @property
     def may_be_billed(self) -> bool:
-        """Whether the job may cost money now. True also if it was submitted and the answer has not arrived."""
+        """Whether the job may cost money now. Also true if the answer to its submission has not arrived."""
         return not self.ended and self.status != WAITING
 
     def cost_usd(self, job: Job) -> float | None:
-        """Billed cost of a job that has ended, else the cost so far, which is an upper bound for a spot instance."""
+        """Return the billed cost of a job that has ended, else the cost so far; None if the price is unknown.
+
+        For a spot instance, the cost so far is an upper bound, because it is computed from the on-demand price.
+        """
         if job.usd_hour is None:
             return None
         return (self.seconds if self.billed_seconds is None else self.billed_seconds) / 3600 * job.usd_hour
 
 
 class QuotaExceeded(Exception):
-    """The quota allows no further job now. A job may start when another one has ended."""
+    """The account's quota allows no further job now. The job may start when another job has ended."""
 
 
 class Unreachable(Exception):
     """The backend did not answer. The jobs continue to run."""
 
-    patience = 3600.0  # seconds without an answer after which following the jobs ends with an error
+    patience = 3600.0  # seconds without an answer after which Follower.run raises UserError
 
 
 class LoginRequired(Unreachable):
@@ -79,13 +82,13 @@ class LoginRequired(Unreachable):
 
 
 class Backend(Protocol):
-    """Interface of backends, which run jobs.
+    """Interface of a backend, which runs jobs.
 
-    Every method except `stop_command` may raise Unreachable, or UserError if trying again is useless.
+    Every method except `stop_command` may raise Unreachable, or UserError if a retry cannot succeed.
     """
 
     def submit(self, job: Job) -> JobState:
-        """Start a job, or find it if an earlier command has started it.
+        """Start a job and return its state. If an earlier command has started the job, only return its state.
 
         Raises:
             QuotaExceeded: the job cannot start now.
@@ -97,7 +100,7 @@ class Backend(Protocol):
         ...
 
     def stop(self, job: Job) -> bool:
-        """Tell a job to save and stop. Return False if the job is not running."""
+        """Send a job the signal to save and stop. Return False if the job is not running."""
         ...
 
     def stop_command(self, job: Job) -> str:

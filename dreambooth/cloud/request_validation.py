@@ -1,22 +1,23 @@
-"""Checks a request against botocore's model of the service before it is sent.
+"""Checks a CreateTrainingJob request against botocore's service model before the request is sent.
 
-The model has patterns, lengths and enums of every parameter; botocore itself does not check them.
+The service model specifies patterns, length limits and enums for parameters. botocore itself does not check these.
 """
 
 import re
 from collections.abc import Iterator
 from typing import Any
 
-UNICODE_CLASSES = {r"\p{L}": "a-zA-ZÀ-￿", r"\p{Z}": " ", r"\p{N}": "0-9"}  # unknown to Python's re
-CONFIDENTIAL = ("Environment", "HyperParameters", "Tags")  # parameters whose values may be secret: not shown
+UNICODE_CLASSES = {r"\p{L}": "a-zA-ZÀ-￿", r"\p{Z}": " ", r"\p{N}": "0-9"}  # Python's re lacks these
+CONFIDENTIAL = ("Environment", "HyperParameters", "Tags")  # parameters whose values may be secret and are not printed
 
 
 def find_problems(value: Any, shape: Any, path: str = "") -> Iterator[str]:
-    """Yield one sentence for each part of a request that its shape does not allow.
+    """Yield one sentence for each error in a request.
 
     Args:
-        shape: botocore's model of the value.
-        path: where the value is in the request, such as "Tags[0].Key".
+        value: the request, or a value inside it.
+        shape: botocore's Shape object, which specifies the values that the service accepts for `value`.
+        path: position of `value` in the request, such as "Tags[0].Key"; empty for the request.
     """
     kind, limits = shape.type_name, shape.metadata
     if kind == "structure":

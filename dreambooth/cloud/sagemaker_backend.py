@@ -1,4 +1,4 @@
-"""Backend that runs jobs on SageMaker with boto3's client: create, describe and stop training jobs."""
+"""Backend that creates, polls and stops SageMaker training jobs with a boto3 client."""
 
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -23,14 +23,14 @@ from dreambooth.storage import aws_errors, folders
 STATUS = {"InProgress": RUNNING, "Stopping": RUNNING, "Deleting": STOPPED, "Completed": COMPLETED, "Failed": FAILED,
           "Stopped": STOPPED}
 LOGIN_PATIENCE = 12 * 3600.0  # seconds to wait for the user to log in again, long enough for a night
-NAME_TAKEN_CODES = ("ResourceInUse", "ResourceInUseException")  # a ValidationException can mean the same
+NAME_TAKEN_CODES = ("ResourceInUse", "ResourceInUseException")  # ValidationException can mean the same
 
 
 class SageMakerBackend:
     """A Backend that runs SageMaker training jobs.
 
     Args:
-        client: boto3's client of SageMaker; None: create one, and replace it when its credentials expire.
+        client: boto3's SageMaker client; None: create a client, and create another one when its credentials expire.
     """
 
     def __init__(self, client: Any | None = None) -> None:
@@ -38,7 +38,7 @@ class SageMakerBackend:
         self._has_answered = False
 
     def find_problems(self, request: dict[str, Any]) -> list[str]:
-        """Return the errors that the service would find in a request, one sentence each."""
+        """Return the reasons why SageMaker would reject a request, one sentence per reason."""
         shape = self._client.meta.service_model.operation_model("CreateTrainingJob").input_shape
         return list(request_validation.find_problems(request, shape))
 
@@ -75,7 +75,7 @@ class SageMakerBackend:
         try:
             self._client.stop_training_job(TrainingJobName=job.name)
         except Exception as error:
-            if aws_errors.error_code(error) == "ValidationException":  # it has ended meanwhile, or was never created
+            if aws_errors.error_code(error) == "ValidationException":  # the job has ended or was never created
                 return False
             raise self._translate(error, "sagemaker:StopTrainingJob", job.name) from error
         return True
@@ -84,7 +84,7 @@ class SageMakerBackend:
         return f"aws sagemaker stop-training-job --training-job-name {job.name}"
 
     def has_failed(self, name: str) -> bool:
-        """Return whether a job of this name exists, and has failed or was stopped."""
+        """Return whether a job with this name exists and has failed or been stopped."""
         try:
             description = self._client.describe_training_job(TrainingJobName=name)
         except Exception as error:
@@ -102,12 +102,12 @@ class SageMakerBackend:
         return description
 
     def _poll_existing(self, job: Job) -> JobState:
-        """Poll the existing job of this name, if it is the same run.
+        """Return the state of the existing SageMaker job that has the name of `job`.
 
-        The job was created by an earlier command, or by an earlier call whose response was lost.
+        The existing job was created by an earlier command, or by an earlier call whose response was lost.
 
         Raises:
-            UserError: the existing job is another run.
+            UserError: the hyperparameters of the existing job are those of a different run.
         """
         existing, own = (identifying_hyperparameters(item.get("HyperParameters", {}))
                          for item in (self._describe(job), job.request))
@@ -118,9 +118,10 @@ class SageMakerBackend:
         return self.poll(job)
 
     def _read_result(self, description: dict[str, Any], job: Job) -> dict[str, Any]:
-        """Return the content of result.json in the job's output; {"problem": reason} if it is missing or invalid.
+        """Return the content of result.json in a job's output, or {"problem": reason} if it is missing or invalid.
 
-        A failure of the network raises an exception, so that the file is read again later: the job has been paid for.
+        If the network or the login fails, raise an exception, so that the next poll reads the file again: the result of
+        a paid job must not be lost.
         """
         path = f"{description['ModelArtifacts']['S3ModelArtifacts'].rstrip('/')}/result.json"
         try:
@@ -132,11 +133,11 @@ class SageMakerBackend:
             return {"problem": f"{path} cannot be read ({error})"}
 
     def _translate(self, error: BaseException, permission: str, resource: str) -> BaseException:
-        """Return the exception that Backend specifies for an AWS error; return any other error unchanged.
+        """Convert an AWS error to an exception that the Backend protocol specifies. Return any other error unchanged.
 
         Args:
-            permission: the action that the call needs.
-            resource: the job or object of the call.
+            permission: the IAM action of the failed call, such as sagemaker:CreateTrainingJob.
+            resource: the name of the job or S3 object that the failed call accessed.
         """
         if aws_errors.needs_login(error):
             self._renew_client()
@@ -149,7 +150,7 @@ class SageMakerBackend:
         return error
 
     def _renew_client(self) -> None:
-        """Create a new client, because a client reads its credentials only once and would not notice a new login."""
+        """Replace the client. A boto3 client reads credentials only once and would not use those of a new login."""
         if self._is_own_client:
             with suppress(UserError):
                 self._client = folders.client("sagemaker")
@@ -161,7 +162,7 @@ def _is_name_taken(error: Exception) -> bool:
 
 
 def _training_seconds(description: dict[str, Any]) -> float:
-    """Return the seconds of training so far: SageMaker's own number if there is one, else the time since the start."""
+    """Return the training time in seconds: SageMaker's own value if present, else the time since training began."""
     if "TrainingTimeInSeconds" in description:
         return float(description["TrainingTimeInSeconds"])
     start = description.get("TrainingStartTime")

@@ -1,6 +1,6 @@
 """Keeps credentials out of job requests, and loads them in a job from AWS Secrets Manager.
 
-Many users may read a request. It therefore holds only the name of a secret.
+A request can be read by many users. It therefore contains only the name of a secret.
 """
 
 import json
@@ -15,9 +15,9 @@ from dreambooth.storage.s3_bucket import call_with_retries
 
 SECRET_VARIABLE = "DREAMBOOTH_SECRET"
 LOGIN_VARIABLES = {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD",
-                   "token": "MLFLOW_TRACKING_TOKEN"}  # field of the secret -> variable
+                   "token": "MLFLOW_TRACKING_TOKEN"}  # field of the secret -> environment variable
 CREDENTIAL_KEY = re.compile(r"(?i)password|passwd|secret|token(?!i[sz])|(api|access|private|auth)_?key|credential")
-CREDENTIAL_VALUE = re.compile(  # a login in an address or in its query, and tokens with a known prefix
+CREDENTIAL_VALUE = re.compile(  # a login in a URL or in its query string, and tokens with a known prefix
     r"://[^/\s:@]*:[^/\s]+@|https?://[^/\s]+@|(?i:password|passwd|secret|token|api_?key|signature)=."
     r"|\bA[KS]IA[0-9A-Z]{16}|\bhf_\w{20}|\bgh[opsu]_\w{20}|\bgithub_pat_|\bglpat-|\bxox[abp]-|\bsk-[\w-]{20}|\bdapi[0-9a-f]{32}"
     r"|-----BEGIN ")
@@ -27,7 +27,7 @@ SECRET_NAME = re.compile(r"(arn:aws[a-z-]*:secretsmanager:[a-z0-9-]+:\d{12}:secr
 def find_credentials(request: Mapping[str, Any]) -> Iterator[str]:
     """Yield one sentence for each value of a request that looks like a credential, without showing the value.
 
-    SageMaker shows the whole request to everyone who may describe the job.
+    SageMaker shows the whole request to every user who has permission to describe the job.
     """
     environment = dict(request["Environment"])
     name = environment.pop(SECRET_VARIABLE, None)
@@ -44,12 +44,12 @@ def find_credentials(request: Mapping[str, Any]) -> Iterator[str]:
 
 
 def load() -> None:
-    """Load the secret that DREAMBOOTH_SECRET names into environment variables. Does nothing if it is not set.
+    """Set MLflow's login variables from the secret whose name is in the environment variable DREAMBOOTH_SECRET.
 
-    Environment variables that are already set keep their values.
+    Do nothing if DREAMBOOTH_SECRET is not set. Login variables that are already set keep their values.
 
     Raises:
-        UserError: the secret cannot be read or has another format.
+        UserError: the secret cannot be read, or is not a JSON object with the fields of LOGIN_VARIABLES.
     """
     name = os.environ.get(SECRET_VARIABLE)
     if not name:

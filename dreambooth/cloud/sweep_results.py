@@ -1,4 +1,4 @@
-"""Results of a sweep: a table, a CSV file, and a run in MLflow for the sweep as a whole."""
+"""Collects the results of a sweep's jobs, and writes them to a CSV file and to a separate MLflow run."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from typing import Any
 from dreambooth.cloud.job import COMPLETED, FAILED, Job, JobState
 from dreambooth.utils import atomic_files
 
-SEE_OUTPUT = "see the error in the output of the run"  # reason in the table for a run in this process
+SEE_OUTPUT = "see the error in the output of the run"  # column `reason` of a failed run in this process
 FIXED_COLUMNS = ("number", "job", "status", "objective", "steps", "seconds", "billed_usd", "reason")
 Results = dict[tuple[str, ...], tuple[Job, JobState]]  # overrides -> the job that ran them, and its final state
 
@@ -23,7 +23,7 @@ def objective(state: JobState) -> float | None:
 
 
 def fail_without_objective(state: JobState) -> JobState:
-    """Mark a completed job as failed if it has no objective. Changes the state in place and returns it."""
+    """Mark a completed job as failed if it has no objective. Change `state` in place and return it."""
     if state.status == COMPLETED and objective(state) is None:
         state.status, state.reason = FAILED, state.result.get("problem") or "result.json names no objective"
     return state
@@ -32,23 +32,25 @@ def fail_without_objective(state: JobState) -> JobState:
 def jobs_to_run(jobs: Sequence[Job], done: Results) -> list[Job]:
     """Return the jobs without duplicates, and without jobs that already have a result.
 
-    A sweeper may suggest the same overrides twice; they are run and paid for once.
+    A sweeper may suggest the same overrides twice. Such jobs are duplicates; only the first is run and paid for.
     """
     return list({job.overrides: job for job in reversed(jobs) if job.overrides not in done}.values())[::-1]
 
 
 def share_results(jobs: Sequence[Job], ran: Sequence[Job], states: Sequence[JobState],
                   done: Results) -> tuple[list[Job], list[JobState]]:
-    """Assign a result to every job. A duplicate gets the name and result of the job that ran its overrides, at no cost.
+    """Assign a result to every job, including jobs that jobs_to_run removed.
+
+    A removed job gets the name and result of the job that ran with the same overrides, and a cost of 0.
 
     Args:
         jobs: all jobs that the sweeper suggested.
-        ran: the jobs that ran, see jobs_to_run.
-        states: final states of `ran`.
-        done: completed results of earlier calls; those of this call are added.
+        ran: the jobs that ran, as returned by jobs_to_run.
+        states: final states of the jobs in `ran`.
+        done: results of completed jobs of earlier calls. The results of jobs in `ran` that completed are added.
 
     Returns:
-        Jobs and final states, in the order of `jobs`.
+        The jobs and their final states, both in the order of `jobs`.
     """
     results = done | {job.overrides: (job, state) for job, state in zip(ran, states, strict=True)}
     done |= {overrides: (job, state) for overrides, (job, state) in results.items() if state.status == COMPLETED}
@@ -58,7 +60,7 @@ def share_results(jobs: Sequence[Job], ran: Sequence[Job], states: Sequence[JobS
 
 
 def result_rows(jobs: Sequence[Job], states: Sequence[JobState]) -> list[dict[str, Any]]:
-    """Return one row per job: FIXED_COLUMNS, and one column per override."""
+    """Return the results table with one row per job. The columns are FIXED_COLUMNS and the keys of the overrides."""
     rows = []
     for job, state in zip(jobs, states, strict=True):
         cost = state.cost_usd(job) if state.billed_seconds is not None else None
@@ -71,7 +73,10 @@ def result_rows(jobs: Sequence[Job], states: Sequence[JobState]) -> list[dict[st
 
 
 def write_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Path:
-    """Write `results-SWEEP.csv` into a folder: best first, failed jobs last."""
+    """Write a results table to `results-SWEEP.csv` in a folder, and return the path.
+
+    Rows are sorted by objective, best first. Rows without an objective come last.
+    """
     keys = list(dict.fromkeys([*FIXED_COLUMNS, *(key for row in table for key in row)]))
     ordered = sorted(table, key=lambda row: (row["objective"] is None, row["objective"] or 0.0, row["number"]))
     text = io.StringIO()
@@ -85,9 +90,9 @@ def write_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Pa
 
 
 def write_partial_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Path | None:
-    """Write the table of a sweep that was not followed to its end, see write_table.
+    """Write the results table of a sweep whose jobs have not all ended. The format is that of write_table.
 
-    If the existing file has more rows, or if there are no rows, writes nothing and returns None.
+    If the existing file has more rows than `table`, or if `table` is empty, write nothing and return None.
     """
     path = folder / f"results-{sweep}.csv"
     if path.is_file():
@@ -100,7 +105,7 @@ def write_partial_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]
 def parallel_axes(table: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     """Return the axes of a parallel coordinates plot: the overrides that differ between jobs, then the objective.
 
-    Each axis has one value per job with an objective, best first.
+    Each axis is a list with one value per job that has an objective. Jobs are sorted by objective, best first.
     """
     done = sorted((row for row in table if row["objective"] is not None), key=lambda row: row["objective"])
     keys = [key for key in dict.fromkeys(key for row in done for key in row)
@@ -110,7 +115,7 @@ def parallel_axes(table: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def write_parallel_coordinates(folder: Path, sweep: str, axes: Mapping[str, Sequence[Any]]) -> Path:
-    """Write the axes as `sweep-SWEEP/parallel_coordinates.json` below a folder."""
+    """Write the axes to `sweep-SWEEP/parallel_coordinates.json` in a folder, and return the path."""
     path = folder / f"sweep-{sweep}" / "parallel_coordinates.json"
     atomic_files.write_json(path, {"sweep": sweep, "axes": {name: list(values) for name, values in axes.items()}})
     return path
@@ -118,12 +123,14 @@ def write_parallel_coordinates(folder: Path, sweep: str, axes: Mapping[str, Sequ
 
 def log_sweep(table_path: Path, sweep: str, table: Sequence[dict[str, Any]], kind: str, uri: str | None,
               experiment: str, run_root: Path, plot: Path, *, local: bool = True) -> None:
-    """Log a sweep to MLflow as a run of its own: table, counts and best objective. It has the sweep tag of the trials.
+    """Log the results table, job counts and best objective of a sweep to MLflow as a separate run.
+
+    This run and the sweep's trials have the same value of the tag `sweep`.
 
     Args:
-        table_path: the CSV file of the table.
-        kind: tracking.kind.
-        plot: the file that write_parallel_coordinates wrote.
+        table_path: the CSV file that contains `table`.
+        kind: the setting tracking.kind.
+        plot: the file that write_parallel_coordinates has written.
         local: whether the run folders of the trials are on this machine.
     """
     from dreambooth.tracking.run_tracker import trials_link

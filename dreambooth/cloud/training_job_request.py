@@ -1,8 +1,8 @@
-"""Builds the request of a SageMaker training job from a run's overrides and the launcher's settings. No side effects.
+"""Builds the request of a SageMaker training job from a run's overrides and the launcher's settings.
 
-The contract with the container: hyperparameters are overrides as strings; the channels images, class_images and model
-are folders in S3; results are written to /opt/ml/model and training state to /opt/ml/checkpoints, and SageMaker copies
-both to S3 file by file.
+The functions have no side effects. The contract between job and container is as follows. Hyperparameters are overrides
+as strings. The channels images, class_images and model are folders in S3. The container writes results to /opt/ml/model
+and training state to /opt/ml/checkpoints. SageMaker copies both folders to S3 file by file.
 """
 
 import json
@@ -14,22 +14,23 @@ from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
 
-LOCAL_KEYS = {"run_root", "storage.cache"}  # folders of the submitting machine, not sent to jobs
+LOCAL_KEYS = {"run_root", "storage.cache"}  # keys of folders on the submitting machine, not sent to jobs
+# Configuration key -> channel that provides the folder.
 CHANNELS = {"dataset.instance_dir": "images", "dataset.class_dir": "class_images", "model.source": "model"}
-METRICS = {  # name -> pattern in the lines that a run prints
+METRICS = {  # metric -> regular expression that matches the output of a run
     "step": r"training (\d+)/\d+ ",
     "loss": r"training .*loss ([0-9.]+)",
 }
 # The variable that the AWS blog post sets (docs/container.md). PyTorch also reads PYTORCH_ALLOC_CONF.
 ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
-SPARE_GIB = 10  # added to a volume for the image's scratch space, logs and SageMaker's copies
-# Prefixes of keys that do not change what is trained.
+SPARE_GIB = 10  # added to the volume size for the container's scratch space, logs and SageMaker's copies
+# Prefixes of keys that do not affect training.
 IGNORED_KEYS = ("tracking.", "hardware.price_usd_hour", "hardware.spot_price_usd_hour")
 
 
 @dataclass(frozen=True)
 class JobSettings:
-    """The launcher's settings of a job, from conf/hydra/launcher/sagemaker.yaml, which explains each."""
+    """The launcher's settings for a job. conf/hydra/launcher/sagemaker.yaml explains each setting."""
 
     image: str
     role: str
@@ -54,7 +55,13 @@ class JobSettings:
 
 def build_hyperparameters(overrides: Sequence[str], channels: Collection[str], sweep: str, run_name: str | None = None,
                           mlflow_uri: str | None = None) -> dict[str, str]:
-    """Return the hyperparameters of a job: its overrides as key and value, without those that a channel replaces."""
+    """Return the hyperparameters of a job: one per override, plus the tracking settings.
+
+    Overrides of LOCAL_KEYS, and overrides of keys that a channel sets, are left out.
+
+    Args:
+        channels: names of the job's channels.
+    """
     replaced = {key for key, channel in CHANNELS.items() if channel in channels}
     dropped = LOCAL_KEYS | replaced | ({"dataset"} if "images" in channels else set())
     hyperparameters = {"tracking.sweep": sweep}
@@ -71,11 +78,11 @@ def build_hyperparameters(overrides: Sequence[str], channels: Collection[str], s
 
 def job_name(sweep: str, number: int, hyperparameters: Mapping[str, str], contents: Mapping[str, str],
              attempt: int = 0) -> str:
-    """Return the name of a job. It is equal for the same run of a sweep on any machine, so that no run starts twice.
+    """Return the name of a job. The name of a run is the same on every machine, so that the run is not started twice.
 
     Args:
         contents: digests of the folders and files that the run reads.
-        attempt: greater than 0 if the job is run again after a failure.
+        attempt: 0 for the first attempt; greater than 0 if the job is run again after a failure.
     """
     identity = [identifying_hyperparameters(hyperparameters), contents]
     key = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
@@ -84,20 +91,21 @@ def job_name(sweep: str, number: int, hyperparameters: Mapping[str, str], conten
 
 
 def identifying_hyperparameters(hyperparameters: Mapping[str, str]) -> dict[str, str]:
-    """Return the hyperparameters that identify a run, which are all except tracking and prices."""
+    """Return the hyperparameters that identify a run: all except the tracking settings and the prices."""
     return {key: value for key, value in hyperparameters.items() if not key.lstrip("+").startswith(IGNORED_KEYS)}
 
 
 def build_request(settings: JobSettings, name: str, sweep: str, hyperparameters: Mapping[str, str],
                   inputs: Mapping[str, str], disk_gib: float | None, needed_gib: float | None,
                   first_name: str | None = None) -> dict[str, Any]:
-    """Return the arguments of CreateTrainingJob.
+    """Return the arguments for a call of SageMaker's CreateTrainingJob.
 
     Args:
-        inputs: channel -> folder in S3.
-        disk_gib: size of the instance's own disk; None: it has none, or its size is unknown.
-        needed_gib: the planner's estimate of what the run will write; None: unknown.
-        first_name: name of the first attempt, from whose checkpoints the job resumes; None: this is the first attempt.
+        inputs: S3 folder of each channel, by channel name.
+        disk_gib: size of the instance's own disk; None: the instance has no disk, or the size is unknown.
+        needed_gib: the planner's estimate of the data that the run will write; None: unknown.
+        first_name: job name of the first attempt. The job resumes from the checkpoints of that attempt. None: this job
+            is the first attempt.
     """
     output = f"{settings.s3.rstrip('/')}/{sweep}"
     kms = {"KmsKeyId": settings.kms_key} if settings.kms_key else {}
@@ -130,7 +138,10 @@ def build_request(settings: JobSettings, name: str, sweep: str, hyperparameters:
 
 
 def is_local_uri(uri: str) -> bool:
-    """Return whether an MLflow address is valid only on the submitting machine: a file, database or loopback host."""
+    """Return whether an MLflow URI is valid only on the submitting machine.
+
+    These are the URIs of files, of SQLite databases and of loopback hosts.
+    """
     parts = urlsplit(uri)
     host = parts.hostname or ""
     if host in ("localhost", "::1", "0.0.0.0", "host.docker.internal") or host.startswith("127."):
@@ -145,11 +156,11 @@ def _channel(channel: str, uri: str) -> dict[str, Any]:
 
 def _resources(settings: JobSettings, disk_gib: float | None, needed_gib: float | None) -> dict[str, Any]:
     volume = settings.volume_gib or math.ceil((100 if needed_gib is None else needed_gib) + SPARE_GIB)
-    if disk_gib is not None:  # instances with a disk of their own use it, and reject a larger volume
+    if disk_gib is not None:  # an instance with its own disk uses this disk, and rejects a larger volume
         volume = min(volume, int(disk_gib))
     resources: dict[str, Any] = {"InstanceType": settings.instance_type, "InstanceCount": settings.instance_count,
                                  "VolumeSizeInGB": volume}
-    if settings.kms_key and disk_gib is None:  # the instance encrypts a disk of its own
+    if settings.kms_key and disk_gib is None:  # the instance itself encrypts its own disk
         resources["VolumeKmsKeyId"] = settings.kms_key
     if settings.keep_alive_minutes:
         resources["KeepAlivePeriodInSeconds"] = settings.keep_alive_minutes * 60

@@ -1,4 +1,5 @@
-"""Sweeps: their trials read from run folders, the summary table, an HTML page, promotion, and Hydra's callbacks.
+"""Code that processes finished sweeps: trials.py, summary.py, html_page.py, promotion.py and hydra_callbacks.py.
 
-Imports only from evaluation, inference and the folders that those may import.
+The modules read trials from run folders, write a results table and an HTML page, and register the best model in MLflow.
+May import evaluation, inference and the folders that these two may import.
 """

@@ -1,4 +1,4 @@
-"""Renders a sweep as one HTML file with embedded images and curves, which opens offline and can be sent by e-mail."""
+"""Renders a sweep as one HTML file with embedded images and charts. The file can be opened offline."""
 
 import base64
 import io
@@ -24,15 +24,16 @@ from dreambooth.tracking.svg_charts import colour, format_number
 from dreambooth.utils import atomic_files
 from dreambooth.utils.assets import resolve_asset
 
-MAX_STEPS = 16  # number of steps on the slider
+MAX_STEPS = 16  # greatest number of steps on the slider
 CHARTS = {"loss_instance": "instance loss", "loss_prior": "prior loss", "loss": "loss"}  # metric -> title
 
 
 def render_page(sweep: str, trials: Sequence[Trial], pixels: int) -> str:
-    """Render the page of a sweep as HTML.
+    """Return the HTML page that compares the trials of a sweep.
 
     Args:
-        pixels: longest side of an embedded image.
+        sweep: the sweep's ID, shown in the title.
+        pixels: greatest width and height of an embedded image.
     """
     trials = rank_trials(trials)
     keys = varied_settings(trials)
@@ -56,14 +57,20 @@ def render_page(sweep: str, trials: Sequence[Trial], pixels: int) -> str:
 
 
 def _unique_names(trials: Sequence[Trial], keys: Sequence[str]) -> list[str]:
-    """Return the trials' titles. If several are equal, the hash of the run folder is added to each."""
+    """Return one unique name per trial: its title.
+
+    If several trials have the same title, the hash at the end of the run folder's name is appended to each.
+    """
     names = [trial_title(trial, keys) for trial in trials]
     return [name if names.count(name) == 1 else f"{name} {trial.folder.name.rpartition('-')[2]}"
             for name, trial in zip(names, trials, strict=True)]
 
 
 def _find_sample_grids(folder: Path) -> dict[int, list[Path]]:
-    """Return step -> files of a run's sample grids, one per prompt; steps without grids are left out."""
+    """Return the image files of a run's sample grids, by training step, with one file per prompt.
+
+    Steps without image files are left out.
+    """
     grids = {atomic_files.trailing_number(step_folder): sorted(
         step_folder.glob("grid-*.png"), key=lambda path: atomic_files.trailing_number(path.with_suffix("")))
         for step_folder in (folder / "samples").glob("step-*")}
@@ -71,7 +78,7 @@ def _find_sample_grids(folder: Path) -> dict[int, list[Path]]:
 
 
 def _choose_steps(steps: Sequence[int]) -> list[int]:
-    """Return at most MAX_STEPS of the steps, evenly spaced, including the first and the last."""
+    """Return at most MAX_STEPS of the given steps, evenly spaced. The first and the last step are included."""
     if len(steps) <= MAX_STEPS:
         return list(steps)
     indices = {round(i * (len(steps) - 1) / (MAX_STEPS - 1)) for i in range(MAX_STEPS)}
@@ -79,7 +86,7 @@ def _choose_steps(steps: Sequence[int]) -> list[int]:
 
 
 def _embed_image(path: Path, pixels: int) -> str:
-    """Return an image as a data URL, at most `pixels` wide and high."""
+    """Return an image file as a data URL. The image is reduced to a width and height of at most `pixels`."""
     with Image.open(path) as file:
         image = file.convert("RGB")
     image.thumbnail((pixels, pixels))
@@ -89,7 +96,7 @@ def _embed_image(path: Path, pixels: int) -> str:
 
 
 def _about(trials: Sequence[Trial], keys: Sequence[str]) -> str:
-    """Return the line below the title: prompt, model, number of trials, and the settings that differ."""
+    """Return the line below the page title: prompt, model, number of trials, and keys that differ between trials."""
     settings = trials[0].settings
     done = sum(finished_objective(trial) is not None for trial in trials)
     parts = [f"<b>{escape(settings.get('dataset.instance_prompt', '?'))}</b>, "
@@ -101,7 +108,7 @@ def _about(trials: Sequence[Trial], keys: Sequence[str]) -> str:
 
 
 def _table(trials: Sequence[Trial], names: Sequence[str]) -> str:
-    """Return the table of objectives and measures, one row per trial."""
+    """Return the HTML table of objectives and measures, with one row per trial."""
     roles: dict[str, str] = {}
     for trial in trials:
         roles |= trial.measure_roles if trial.settings and trial.finished else {}
@@ -129,7 +136,7 @@ def _table(trials: Sequence[Trial], names: Sequence[str]) -> str:
 
 
 def _badge(trial: Trial, best: bool) -> str:
-    """Return a label: "best", "over the bound" (the trial cannot be promoted), or nothing."""
+    """Return the label of a trial as HTML: "best", "over the bound" (it must not be promoted), or an empty string."""
     if best:
         return "<em>best</em>"
     reason = reason_over_bound(trial, None) if finished_objective(trial) is not None else None
@@ -138,7 +145,7 @@ def _badge(trial: Trial, best: bool) -> str:
 
 def _image_grid(names: Sequence[str], prompts: Sequence[str], images: Sequence[Mapping[int, Sequence[str]]],
                 steps: Sequence[int]) -> str:
-    """Return the table of sample images: one row per prompt, one column per trial."""
+    """Return the HTML table of sample images, with one row per prompt and one column per trial."""
     if not steps:
         return "<p>These trials generated no samples (sample.every=null).</p>"
     heads = "".join(f'<th data-col="{i}"><i style="background:{colour(i)}"></i>{escape(name)}<small data-at="{i}">'
@@ -156,7 +163,10 @@ def _image_grid(names: Sequence[str], prompts: Sequence[str], images: Sequence[M
 
 
 def _charts(trials: Sequence[Trial], names: Sequence[str]) -> str:
-    """Return charts of the losses. Without prior preservation, `loss` equals the instance loss and has no chart."""
+    """Return one line chart per loss as HTML.
+
+    Without prior preservation, the metric `loss` equals the instance loss, and its chart is left out.
+    """
     histories = [svg_charts.read_history(trial.folder / "metrics.jsonl", *CHARTS) for trial in trials]
     with_prior = any("loss_prior" in history for history in histories)
     charts = []
@@ -176,7 +186,7 @@ def _photos(trials: Sequence[Trial]) -> str:
 
 
 def _settings(trials: Sequence[Trial], names: Sequence[str], keys: Sequence[str]) -> str:
-    """Return the table of the settings that differ, and of the run folders."""
+    """Return the HTML table of the settings that differ between trials. Its last row contains the run folders."""
     heads = "".join(f"<th><i style='background:{colour(i)}'></i>{escape(name)}</th>" for i, name in enumerate(names))
     rows = [f"<tr><th scope=row><code>{escape(key)}</code></th>" + "".join(
         f"<td>{escape(trial.settings.get(key, '-'))}</td>" for trial in trials) + "</tr>" for key in keys]

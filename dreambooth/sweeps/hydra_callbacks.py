@@ -1,7 +1,7 @@
-"""Hydra callbacks for a sweep on this machine: they determine the names of its trials and write its table of results.
+"""Hydra callback for a sweep on this machine. It writes the results table, and records the varied keys for trial names.
 
-conf/config.yaml names `Sweep` as a callback, so it works with every sweeper (basic, Optuna). The SageMaker launcher
-writes its own table.
+conf/config.yaml lists the class `Sweep` as a callback, so that it works with every sweeper (basic, Optuna). The
+SageMaker launcher writes its own results table.
 """
 
 import math
@@ -14,12 +14,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-DEFAULT_SWEEP_ID = time.strftime("%Y-%m-%d_%H-%M-%S")  # the sweep's ID, unless tracking.sweep is set
-_varied_keys: list[str] = []  # keys that the sweep of this process varies
+DEFAULT_SWEEP_ID = time.strftime("%Y-%m-%d_%H-%M-%S")  # the sweep's ID if tracking.sweep is not set
+_varied_keys: list[str] = []  # configuration keys that the current sweep varies
 
 
 class Sweep(Callback):
-    """Callback that collects the results of a sweep's jobs. At its end, writes results-ID.csv and a run in MLflow."""
+    """Collects the results of a sweep's jobs. At the end of the sweep, writes results-ID.csv and an MLflow run."""
 
     def __init__(self) -> None:
         self._jobs: list[tuple[Path, list[str], float | None]] = []  # run folder, overrides, objective
@@ -59,14 +59,17 @@ class Sweep(Callback):
 
 
 def distinguishing_overrides(overrides: list[str]) -> list[str]:
-    """Return the overrides that distinguish a run from others: in a sweep the varied ones, otherwise all."""
+    """Return the overrides that distinguish a run from other runs.
+
+    In a sweep, these are the overrides of keys that the sweep varies. Otherwise, all overrides are returned.
+    """
     return [override for override in overrides if _key(override) in _varied_keys] or overrides
 
 
 def trial_name(overrides: list[str]) -> str | None:
-    """Return a trial's name from the settings that the sweep varies: "learning_rate=1e-4 prior_loss_weight=0".
+    """Return a trial's name: the keys that the sweep varies, such as "learning_rate=1e-4 prior_loss_weight=0".
 
-    Returns None if the overrides contain none of these settings.
+    Return None if the overrides contain none of these keys.
     """
     from dreambooth.tracking.svg_charts import format_setting
 

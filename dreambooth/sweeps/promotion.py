@@ -2,15 +2,17 @@
 
 A model becomes the champion of its registered name if
 
-1. its objective is a finite number, lower than that of every other trial and of the current champion;
+1. its objective is a finite number, and lower than the objectives of the current champion and of every other trial
+   that satisfies rule 3;
 2. the current champion was trained on the same photos, because objectives on other photos cannot be compared;
-3. its class similarity is within the bound (`class_similarity`, PRES in the DreamBooth paper, measured with any
-   encoder): images of the class must not resemble photos of the subject. The bound is max_class_similarity, or else
-   the value before training plus CLASS_SIMILARITY_MARGIN.
+3. its `class_similarity` (PRES in the DreamBooth paper, here measured with any encoder) is within a bound, because
+   images of the class must not resemble photos of the subject. The bound is max_class_similarity. If that is not set,
+   the bound is class_similarity before training plus CLASS_SIMILARITY_MARGIN.
 
-With `replace`, the best model of the sweep replaces any champion; only rule 3 is applied. The alias is removed from the
-previous champion, whose version is kept. A run with evaluate.promote=true registers its own model when it ends: as
-champion by the same rules, or else as `candidate`.
+With `replace`, the best model of the sweep becomes the champion without a comparison with the current champion. The
+registry moves the alias to the new version and keeps the version of the previous champion. A run with
+evaluate.promote=true registers its own model when it ends: as champion if the rules allow it, otherwise as `candidate`.
+A model that violates rule 3 is not registered.
 """
 
 import json
@@ -39,25 +41,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PromotionOptions:
-    """Options of a promotion: where the model is registered, and by which rules."""
+    """Options of a promotion: the server and name for the registered model, and the rules of the comparison."""
 
-    uri: str | None = None  # tracking server; None: the server that has the run, else default_uri
+    uri: str | None = None  # MLflow server; None: the server to which the run was logged, else default_uri
     experiment: str = "dreambooth"
     name: str | None = None  # name of the registered model; None: the name of the run
-    objective: str | None = None  # objective by which models are compared; None: evaluate.objective of the run
+    objective: str | None = None  # objective of the comparison; None: evaluate.objective of the run
     max_class_similarity: float | None = None  # None: the run's own bound, see reason_over_bound
-    replace: bool = False  # replace any champion, without a comparison
-    default_uri: str | None = None  # for runs that no server has; None: sqlite in the folder of the runs
+    replace: bool = False  # whether to replace the current champion without a comparison
+    default_uri: str | None = None  # used if no server has the run; None: SQLite file beside the run folders
 
 
 def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, Any]:
-    """Make the best finished trial of a sweep the champion.
+    """Register the model of a sweep's best finished trial as champion.
 
     Returns:
-        A record of the registered version; also written to `promoted.json` in `run_root`.
+        A description of the registered version. It is also written to `promoted.json` in `run_root`.
 
     Raises:
-        UserError: no trial satisfies the rules, there is no such sweep, or MLflow does not answer.
+        UserError: no trial satisfies the rules, no run belongs to the sweep, or MLflow does not answer.
     """
     trials = load_trials(run_root, sweep)
     finished = [trial for trial in trials if trial.finished]
@@ -79,13 +81,13 @@ def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, 
 
 
 def register_run(run_dir: Path, options: PromotionOptions) -> dict[str, Any]:
-    """Register the model of a finished run: as champion if it satisfies the rules, else as candidate.
+    """Register the model of a finished run: as champion if it may replace the current champion, else as candidate.
 
     Returns:
-        A record of the registered version.
+        A description of the registered version.
 
     Raises:
-        UserError: the run is over the bound or did not measure its objective, or MLflow does not answer.
+        UserError: class_similarity exceeds its bound, the objective was not measured, or MLflow does not answer.
     """
     trial = load_trial(run_dir)
     options = replace(options, objective=options.objective or trial.objective_name)
@@ -99,7 +101,10 @@ def register_run(run_dir: Path, options: PromotionOptions) -> dict[str, Any]:
 def register_finished_run(recipe: Recipe) -> None:
     """Register the model of a run that has just ended, and print the result.
 
-    If registering fails, log a warning, because the run itself has succeeded. With tracking.required, raise UserError.
+    If MLflow rejects the model, log a warning, because the run itself has succeeded.
+
+    Raises:
+        UserError: MLflow rejects the model, and tracking.required is set.
     """
     tracking, evaluate = recipe.tracking, recipe.evaluate
     if reason := reason_over_bound(load_trial(recipe.run_dir), evaluate.max_class_similarity):
@@ -116,7 +121,14 @@ def register_finished_run(recipe: Recipe) -> None:
 
 
 def _common_objective(trials: Sequence[Trial], given: str | None) -> str:
-    """Return the objective by which all trials are compared."""
+    """Return the name of the objective by which all trials are compared.
+
+    Args:
+        given: the objective that the user has chosen; None: evaluate.objective of the trials.
+
+    Raises:
+        UserError: the trials have different objectives.
+    """
     names = {given} if given else {trial.objective_name for trial in trials}
     if len(names) > 1:
         raise UserError(f"the runs have several objectives ({', '.join(sorted(map(str, names)))}): type objective=ONE")
@@ -127,7 +139,8 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
     """Register the model of a trial and give it an alias.
 
     Args:
-        as_candidate: if the model is not better than the champion, register it as candidate; False: raise UserError.
+        as_candidate: determines what happens if the model may not replace the champion. True: register the model as
+            candidate; False: raise UserError.
     """
     uri, run_id = _send_to_mlflow(trial, options)
     registry = Registry(uri)
@@ -158,9 +171,9 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
 
 
 def _send_to_mlflow(trial: Trial, options: PromotionOptions) -> tuple[str, str]:
-    """Send the run's missing entries to MLflow, and return the server's address and the run's ID there."""
+    """Log those journal entries of a run that MLflow lacks. Return the server's address and the run's ID in MLflow."""
     root, known_uri = trial.folder.parent, str(_read_mlflow_state(trial.folder).get("uri", ""))
-    # The address of a server is still valid; a database may have been moved together with the folder.
+    # A recorded server address is still valid. A recorded SQLite file may have been moved with the run folders.
     uri = options.uri or (known_uri if known_uri.startswith("http") else options.default_uri) or None
     with locked(trial.folder):
         open_tracker("mlflow", trial.folder, run_root=root, run_name=trial.folder.name, uri=uri,
@@ -169,7 +182,7 @@ def _send_to_mlflow(trial: Trial, options: PromotionOptions) -> tuple[str, str]:
 
 
 def _read_mlflow_state(folder: Path) -> dict[str, Any]:
-    """Return the content of mlflow.json in a run folder; empty if there is none."""
+    """Return the content of mlflow.json in a run folder, or {} if the file is missing or invalid."""
     with suppress(OSError, ValueError):
         state = json.loads((folder / "mlflow.json").read_text(encoding="utf-8"))
         return state if isinstance(state, dict) else {}
@@ -177,7 +190,7 @@ def _read_mlflow_state(folder: Path) -> dict[str, Any]:
 
 
 def _version_tags(trial: Trial, objective: str) -> dict[str, str]:
-    """Return the tags of a registered version; tags without a value are left out."""
+    """Return the tags for the registered version of a trial's model. Tags without a value are left out."""
     score, result = trial.score(CLASS_SIMILARITY), trial.result or {}
     tags = {
         "objective": f"{trial.objective(objective):.6g}", "objective_name": objective, "run": trial.folder.name,
@@ -189,7 +202,7 @@ def _version_tags(trial: Trial, objective: str) -> dict[str, str]:
 
 
 def _reason_to_keep(champion: Version, trial: Trial, objective: str, tags: dict[str, str]) -> str | None:
-    """Return why a trial does not replace the champion, and what to type; None if it does."""
+    """Return why a trial may not replace the champion, and what the user can type; None if it may replace it."""
     who = f"the champion of {champion.name}, version {champion.number},"
     remedy = "name=NAME for a model of its own, or replace=true"
     champion_objective, champion_value = champion.tags.get("objective_name"), math.nan
@@ -209,7 +222,10 @@ def _reason_to_keep(champion: Version, trial: Trial, objective: str, tags: dict[
 
 
 def _has_other_photos(champion_tags: dict[str, str], tags: dict[str, str]) -> bool:
-    """Return whether two versions have different photos, by the photos' digests, or else by the instance prompts."""
+    """Return whether two model versions were trained on different photos.
+
+    Compare the digests of the photos. If a version has no digest, compare the instance prompts.
+    """
     for key in ("photos", "instance_prompt"):
         if key in champion_tags and key in tags:
             return champion_tags[key] != tags[key]
@@ -217,7 +233,7 @@ def _has_other_photos(champion_tags: dict[str, str], tags: dict[str, str]) -> bo
 
 
 def _drop_candidate_alias(registry: Registry, version: Version) -> None:
-    """Remove the alias `candidate` from a new champion. Skipped without MANAGE permission."""
+    """Remove the alias `candidate` from a new champion. Do nothing if the user lacks the MANAGE permission."""
     candidate = registry.get_by_alias(version.name, CANDIDATE)
     if candidate and candidate.number == version.number:
         with suppress(UserError):

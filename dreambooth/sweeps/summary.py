@@ -1,4 +1,4 @@
-"""Summary of a sweep: the settings that differ between its trials, the results table, and the sweep's run in MLflow."""
+"""Summarizes a sweep: compares its trials, writes the results table, and logs the sweep to MLflow as a separate run."""
 
 import json
 import math
@@ -16,11 +16,11 @@ IGNORED_SETTINGS = {"name", "device", "sample_prompts", "evaluate.promote"}  # s
 
 def write_summary(jobs: Sequence[tuple[Path, list[str], float | None]], sweep: str, run_root: Path, *, kind: str,
                   uri: str | None, experiment: str) -> Path:
-    """Write `results-SWEEP.csv`, and log the sweep to MLflow as a run of its own.
+    """Write `results-SWEEP.csv`, and log the sweep to MLflow as a separate run. Return the path of the CSV file.
 
     Args:
-        jobs: run folder, overrides and objective (None: it failed) of each run of this process.
-        kind: tracking.kind.
+        jobs: one tuple per run in this process: run folder, overrides, and objective (None if the run failed).
+        kind: the setting tracking.kind.
     """
     trials = find_trials(run_root, sweep)
     table = _trial_rows(trials)
@@ -34,33 +34,37 @@ def write_summary(jobs: Sequence[tuple[Path, list[str], float | None]], sweep: s
 
 
 def varied_settings(trials: Sequence[Trial]) -> list[str]:
-    """Return the keys of the settings that differ between trials; those that MLflow shows as params come first."""
+    """Return the keys of the settings that differ between trials. Keys that MLflow shows as params come first."""
     keys = dict.fromkeys(key for trial in trials for key in (*trial.params, *trial.settings))
     return [key for key in keys
             if key not in IGNORED_SETTINGS and len({trial.settings.get(key) for trial in trials}) > 1]
 
 
 def trial_title(trial: Trial, keys: Sequence[str]) -> str:
-    """Return a trial's title, such as "learning_rate=1e-4 seed=2": its first four keys, or the name of its folder."""
+    """Return a trial's title, such as "learning_rate=1e-4 seed=2".
+
+    The title contains the trial's settings for the first four keys. Without keys, it is the run folder's name.
+    """
     return " ".join(f"{key.rpartition('.')[2]}={format_setting(trial.settings.get(key, '?'))}" for key in keys[:4]) \
         or trial.folder.name
 
 
 def finished_objective(trial: Trial) -> float | None:
-    """Return the objective of a finished trial; None if the trial is not finished or its objective not finite."""
+    """Return the objective of a trial; None if the trial is not finished or the objective is not a finite number."""
     value = (trial.result or {}).get("objective") if trial.finished else None
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def rank_trials(trials: Sequence[Trial]) -> list[Trial]:
-    """Sort trials by objective, best first, unfinished ones last."""
+    """Return the trials sorted by objective, best first. Unfinished trials come last."""
     return sorted(trials, key=lambda trial: math.inf if (value := finished_objective(trial)) is None else value)
 
 
 def parallel_axes(trials: Sequence[Trial]) -> dict[str, list[str | float]]:
     """Return the axes of a parallel coordinates plot: the settings that differ, the measures, and the objective.
 
-    Each axis has one value per finished trial, best first. Returns an empty dictionary if no trial is finished.
+    Each axis is a list with one value per finished trial, in the order of rank_trials. If no trial is finished, return
+    an empty dictionary.
     """
     done = [trial for trial in rank_trials(trials) if finished_objective(trial) is not None]
     axes: dict[str, list[str | float]] = {
@@ -73,7 +77,7 @@ def parallel_axes(trials: Sequence[Trial]) -> dict[str, list[str | float]]:
 
 
 def to_script_json(content: object) -> str:
-    """Return JSON that can be embedded in a <script> element."""
+    """Return `content` as JSON that can be embedded in an HTML <script> element."""
     return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -91,7 +95,7 @@ def _trial_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
 
 def _failed_row(number: int, overrides: list[str]) -> dict[str, Any]:
-    """Return the table row of a run that failed before it had a journal."""
+    """Return the table row of a run that failed before it created its journal (metrics.jsonl)."""
     return {"number": number, "job": f"#{number}", "status": FAILED, "objective": None, "steps": None, "seconds": None,
             "billed_usd": None, "reason": sweep_results.SEE_OUTPUT,
             **dict(override.lstrip("+").partition("=")[::2] for override in overrides)}

@@ -1,4 +1,4 @@
-"""The trials of a sweep, read from their run folders: settings, result and measures. Imports no torch."""
+"""Reads the trials of a sweep from their run folders: settings, result and measures. Does not import torch."""
 
 import json
 import math
@@ -16,41 +16,41 @@ from dreambooth.serialization import export_layout
 from dreambooth.tracking.journal import read
 
 CLASS_SIMILARITY = "class_similarity"
-# How far class_similarity may exceed its value before training if no bound is given. Without prior preservation it
-# rises by 0.2 to 0.4.
+# How far class_similarity may exceed its value before training if no bound is given. Training without prior
+# preservation raises class_similarity by 0.2 to 0.4.
 CLASS_SIMILARITY_MARGIN = 0.1
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A run folder that belongs to a sweep."""
+    """A run, read from its run folder. Usually it is one trial of a sweep."""
 
     folder: Path
     params: dict[str, str] = field(default_factory=dict)  # settings that MLflow shows as params
-    settings: dict[str, str] = field(default_factory=dict)  # all settings, by override key
-    result: dict[str, Any] | None = None  # result.json; None: not finished
-    photos: str | None = None  # digest of the training photos; None: the journal has none
+    settings: dict[str, str] = field(default_factory=dict)  # all settings, by configuration key
+    result: dict[str, Any] | None = None  # content of result.json; None: the run is not finished
+    photos: str | None = None  # digest of the training photos; None: the journal contains no digest
 
     @property
     def finished(self) -> bool:
-        """Whether the trial has a result, and its exported model is complete."""
+        """Whether the trial has a result and a completely exported model."""
         return self.result is not None and export_layout.is_exported(self.folder / self.result["model"], *self.method)
 
     @property
     def method(self) -> tuple[str, bool]:
-        """method.kind and method.merge, which determine what the run exports."""
+        """The settings method.kind and method.merge. They determine whether an adapter or a model is exported."""
         return self.settings.get("method.kind", "full"), self.settings.get("method.merge") == "True"
 
     @property
     def scores(self) -> dict[str, float]:
-        """Name -> value of each measure of the exported weights, including instance_loss."""
+        """The measured values of the exported weights, by name of the measure. Includes instance_loss."""
         result = self.result or {}
         scores: dict[str, float] = {INSTANCE_LOSS: result.get("objective", math.nan), **result.get("scores", {})}
         return scores
 
     @property
     def measure_roles(self) -> dict[str, str]:
-        """Name of each measure -> its role, such as class_similarity."""
+        """The role of each measure, such as class_similarity, by name of the measure."""
         settings = self.settings
         return evaluate.measure_roles(Evaluate(
             encoder=EncoderKind(settings["evaluate.encoder"]),
@@ -60,17 +60,17 @@ class Trial:
 
     @property
     def objective_name(self) -> str:
-        """The value of evaluate.objective in this run."""
+        """The setting evaluate.objective of this run."""
         return self.settings.get("evaluate.objective", INSTANCE_LOSS)
 
     def objective(self, name: str) -> float:
-        """Return the value of an objective (lower is better); nan if it was not measured.
+        """Return the value of an objective, or nan if it was not measured. Lower values are better.
 
         Args:
             name: instance_loss, a measure, or a sum of measures, as in evaluate.objective.
 
         Raises:
-            UserError: this trial has no such measure.
+            UserError: `name` contains a measure that this trial does not have.
         """
         if name == INSTANCE_LOSS:
             return self.scores[INSTANCE_LOSS]
@@ -82,9 +82,10 @@ class Trial:
             return math.nan
 
     def score(self, role: str) -> tuple[str, float, float] | None:
-        """Return the name of the first measure with this role, its value, and its value before training.
+        """Return the first measure with a role as a tuple (name, value, value before training).
 
-        None if the trial has no such measure.
+        Return None if the trial has no measured value with this role. If nothing was measured before training, the last
+        item of the tuple is nan.
         """
         base = (self.result or {}).get("base_scores", {})
         names = [name for name, own_role in self.measure_roles.items() if own_role == role and name in self.scores]
@@ -92,10 +93,14 @@ class Trial:
 
 
 def load_trials(run_root: Path, sweep: str) -> list[Trial]:
-    """Return the trials of a sweep in a folder of runs, oldest first.
+    """Return the trials of a sweep, oldest first.
+
+    Args:
+        run_root: folder that contains the run folders.
+        sweep: the sweep's ID.
 
     Raises:
-        UserError: there are no trials.
+        UserError: no run in `run_root` belongs to the sweep.
     """
     if not (trials := find_trials(run_root, sweep)):
         raise UserError(f"no run in {run_root} belongs to the sweep {sweep}: type sweep=ID, the value of "
@@ -104,26 +109,29 @@ def load_trials(run_root: Path, sweep: str) -> list[Trial]:
 
 
 def find_trials(run_root: Path, sweep: str) -> list[Trial]:
-    """Return the trials of a sweep in a folder of runs, oldest first; an empty list if there are none."""
+    """Return the trials of a sweep like load_trials. If no run belongs to the sweep, return an empty list."""
     summaries = [(journal.parent, _summarize(journal)) for journal in run_root.glob("*/metrics.jsonl")]
     own = [(folder, summary) for folder, summary in summaries if sweep in summary.sweeps]
     return [_to_trial(folder, summary) for folder, summary in sorted(own, key=lambda item: (item[1].start, item[0]))]
 
 
 def load_trial(folder: Path) -> Trial:
-    """Read a run folder as a trial, whether it belongs to a sweep or not."""
+    """Read one run folder as a trial, even if the run does not belong to a sweep."""
     return _to_trial(folder, _summarize(folder / "metrics.jsonl"))
 
 
 def reason_over_bound(trial: Trial, bound: float | None) -> str | None:
-    """Return why a trial must not be promoted: its images of the class resemble the subject too much.
+    """Return why a trial must not be promoted: its class_similarity exceeds the bound or was not measured.
+
+    Above the bound, generated images of the class resemble the subject too much.
 
     Args:
-        bound: greatest class_similarity; None: evaluate.max_class_similarity of the run, or else the value before
-            training plus CLASS_SIMILARITY_MARGIN.
+        bound: greatest allowed class_similarity. None: evaluate.max_class_similarity of the run. If that is not set
+            either, the bound is class_similarity before training plus CLASS_SIMILARITY_MARGIN.
 
     Returns:
-        None if class_similarity is within the bound, or if it was not measured and no bound is given.
+        A reason, or None if the trial may be promoted. If class_similarity was not measured, the trial may be promoted
+        only if neither `bound` nor evaluate.max_class_similarity is set.
     """
     run_bound = trial.settings.get("evaluate.max_class_similarity", "null")
     given = bound if bound is not None else None if run_bound == "null" else float(run_bound)
@@ -137,16 +145,19 @@ def reason_over_bound(trial: Trial, bound: float | None) -> str | None:
 
 @dataclass
 class _JournalSummary:
-    """Values from a run's journal that describe the run."""
+    """Summary of a run's journal (metrics.jsonl)."""
 
-    start: int = 0  # milliseconds since 1970
+    start: int = 0  # time of the first entry, in milliseconds since 1970
     sweeps: set[str] = field(default_factory=set)  # the sweeps that the run was part of
     params: dict[str, str] = field(default_factory=dict)
     photos: str | None = None
 
 
 def _summarize(journal: Path) -> _JournalSummary:
-    """Read a journal. For the run that represents a whole sweep in MLflow, `sweeps` is empty: it is no trial."""
+    """Read and summarize a journal.
+
+    If the journal belongs to the MLflow run of a whole sweep, `sweeps` is empty, because that run is not a trial.
+    """
     summary = _JournalSummary()
     with suppress(OSError):
         for entry, _ in read(journal):
@@ -166,7 +177,7 @@ def _to_trial(folder: Path, summary: _JournalSummary) -> Trial:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """Return the object in a JSON file; None if it cannot be read or is not an object."""
+    """Return the JSON object in a file, or None if the file cannot be read or contains no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
