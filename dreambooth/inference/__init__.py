@@ -1,5 +1,5 @@
-"""Drawing with finished models: generate_images.py, the models (model_sources.py) and LoRAs (loras.py) it draws with,
-and what is recorded in a PNG file (png_metadata.py).
+"""Generation of pictures with finished models (generate_images.py): finding the model (model_sources.py) and the LoRAs
+(loras.py), and the metadata of PNG files (png_metadata.py).
 
 May import evaluation and the folders to its left.
 """

@@ -1,4 +1,7 @@
-"""Draws with a run's model, any diffusers folder, and LoRAs: pictures that record their settings, and a grid."""
+"""Generates pictures with a run's model or any diffusers model, and LoRAs. `python -m dreambooth.generate` calls it.
+
+Each picture is a PNG file with its settings as metadata; a grid shows all pictures.
+"""
 
 import json
 import math
@@ -28,20 +31,25 @@ from dreambooth.utils.signals import StopRequest
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """The folder that pictures are written to, with their names and metadata."""
+    """Writes pictures and their grid to a folder, with file names and metadata."""
 
     folder: Path
-    several_prompts: bool  # then names begin with the number of the prompt
-    metadata: Callable[[str, int, tuple[int, int]], PngInfo | None]  # of prompt, seed, size
+    several_prompts: bool  # if true, file names begin with the prompt's number
+    metadata: Callable[[str, int, tuple[int, int]], PngInfo | None]  # function of (prompt, seed, size)
 
     def write(self, number: int, prompt: str, seed: int, picture: Image.Image) -> None:
-        """Write a picture of prompt `number`; one of that name is replaced."""
+        """Write a picture; `number` is the index of its prompt. An existing file with the same name is replaced."""
         start = f"{number:03d}-" * self.several_prompts + slug(prompt)
         with atomic_files.write_file(self.folder / f"{start}-seed{seed}.png") as aside:
             picture.save(aside, format="PNG", pnginfo=self.metadata(prompt, seed, picture.size))
 
     def write_grid(self, prompt: str, rows: Sequence[Sequence[Image.Image]], columns: int | None) -> Path:
-        """Write the grid of all pictures, one row per prompt; return its path."""
+        """Write the grid of all pictures; return its path.
+
+        Args:
+            rows: the pictures of each prompt.
+            columns: pictures per row of the grid; None: one row per prompt, or a square grid for a single prompt.
+        """
         count = len(rows[0])
         columns = columns or (count if self.several_prompts else math.ceil(math.sqrt(count)))
         path = self.folder / ("prompts-grid.png" if self.several_prompts else f"{slug(prompt)}-grid.png")
@@ -51,13 +59,14 @@ class PictureFolder:
 
 
 def draw(config: Generate, stop: StopRequest) -> Path:
-    """Write `num_images` pictures of each prompt, with seeds from `seed` up, and a grid of all; return its path.
+    """Generate and write the pictures and their grid; return the path of the grid.
 
-    Each batch is written as soon as it is drawn.
+    For each prompt there are `num_images` pictures, with the seeds `seed`, `seed` + 1, and so on. Each batch is written
+    as soon as it is generated.
 
     Raises:
-        UserError: there is no model or no prompt, or something does not fit the model.
-        OutOfMemory, Interrupted: pictures that were drawn before are kept.
+        UserError: there is no model or no prompt, or a prompt, a LoRA or the VAE does not fit the model.
+        OutOfMemory, Interrupted: generation was stopped. The pictures written before are kept.
     """
     import torch
 
@@ -76,7 +85,7 @@ def draw(config: Generate, stop: StopRequest) -> Path:
                                          source.zero_terminal_snr)
         tokenizers = [getattr(pipeline, name) for name in family.tokenizers]
         for prompt in (*prompts, config.negative_prompt or ""):
-            family.check_prompt(tokenizers, prompt)  # the pipeline would cut what the text encoder does not read
+            family.check_prompt(tokenizers, prompt)  # the pipeline would cut a longer prompt
         loras.apply(pipeline, used_loras)
     side = family.native_side(getattr(pipeline, family.denoiser.name), pipeline.vae_scale_factor)
     sampler = Sampler(config.num_inference_steps, guidance_scale, int(source.settings.get("model.resolution", side)))
@@ -111,7 +120,10 @@ def draw(config: Generate, stop: StopRequest) -> Path:
 
 
 def slug(prompt: str) -> str:
-    """Return the beginning of a file's name for a prompt; with a digest of the prompt if characters are lost."""
+    """Return a prompt in a form for file names: at most 60 letters and digits, joined by hyphens.
+
+    If the prompt is longer, not ASCII, or without letters and digits, a hash of the prompt is appended.
+    """
     plain = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
     if prompt.isascii() and 0 < len(plain) <= 60:
         return plain
@@ -119,7 +131,7 @@ def slug(prompt: str) -> str:
 
 
 def _advice(phase: str, config: Generate, device: str) -> str:
-    """Return what to type after memory ran out."""
+    """Return what the user can type if memory ran out in this phase: the end of an error message."""
     if phase == "drawing" and min(config.batch_size, config.num_images) > 1:
         return "batch_size=1"
     if device == "cuda":
@@ -134,7 +146,7 @@ def _check_stop(stop: StopRequest, done: int, total: int, target: Path) -> None:
 
 
 def _read_prompts(config: Generate, source: Source) -> list[str]:
-    """Return the one prompt, or those of a file, in which {subject} stands for the run's subject."""
+    """Return the single prompt, or the prompts of a file with {subject} replaced by the run's subject."""
     subject = source.setting("dataset.instance_prompt")
     concepts = json.loads(source.setting("dataset.concepts") or "[]")
     if config.prompts is None:
@@ -174,7 +186,7 @@ def _find_loras(config: Generate, source: Source) -> list[loras.Lora]:
 
 
 def _load_start(path: str | None, side: int) -> Image.Image | None:
-    """Load the picture to start from: its centre as a square of `side` pixels."""
+    """Load the picture to start from, resized and centre-cropped to a square of `side` pixels."""
     if path is None:
         return None
     if not Path(path).is_file():

@@ -1,4 +1,4 @@
-"""Finds and checks the LoRAs that pictures are drawn with, and puts them into a pipeline."""
+"""Finds and checks the LoRA files for generating pictures, and attaches them to a pipeline."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from dreambooth.errors import UserError
 from dreambooth.models import families
 from dreambooth.serialization.export_layout import ADAPTER
 
-DENOISERS = "unet", "transformer"  # names that diffusers gives to denoisers, and LoRA files to their layers
+DENOISERS = "unet", "transformer"  # part names of denoisers in diffusers, and prefixes in LoRA files
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file, its name in metadata, and its weight: 1 as it was trained, 0 no effect."""
+    """A LoRA file, its name in the pictures' metadata, and its scale: 1 is its trained strength, 0 has no effect."""
 
     path: Path
     name: str
@@ -24,21 +24,25 @@ class Lora:
 
 
 def find_loras(sources: Sequence[str], scales: Sequence[float]) -> list[Lora]:
-    """Find the LoRAs of runs, folders or files.
+    """Find and check the LoRA file of each source.
+
+    Args:
+        sources: paths of run folders, other folders or files.
+        scales: one scale per source.
 
     Raises:
-        UserError: one does not exist, or diffusers would ignore a part of it.
+        UserError: a source contains no LoRA, its file cannot be read, or diffusers cannot apply all of it.
     """
     return [_find_lora(Path(source), scale) for source, scale in zip(sources, scales, strict=True)]
 
 
 def apply(pipeline: Any, loras: Sequence[Lora]) -> None:
-    """Attach LoRAs to the pipeline; its own weights are not changed.
+    """Attach LoRAs to the pipeline. The weights of the base model do not change.
 
     Raises:
-        UserError: one does not belong to this base.
+        UserError: a LoRA does not fit this base model.
     """
-    names = [f"lora{number}" for number in range(len(loras))]  # not the file's name: peft takes no dots
+    names = [f"lora{number}" for number in range(len(loras))]  # not the file names: peft allows no dots
     for name, lora in zip(names, loras, strict=True):
         try:
             pipeline.load_lora_weights(lora.path.parent, weight_name=lora.path.name, adapter_name=name,
@@ -75,6 +79,6 @@ def _find_lora(source: Path, scale: float) -> Lora:
 
 
 def _name(path: Path) -> str:
-    """Return the name that a web UI would show: the file's; for a run, that of the file in webui/."""
+    """Return the name that a web UI would show: that of the file, or for an export of a run, of its file in webui/."""
     webui_files = sorted((path.parent / "webui").glob("*.safetensors")) if path.name == ADAPTER else []
     return (webui_files[0] if webui_files else path).stem

@@ -1,4 +1,4 @@
-"""Finds the model to draw with: a run's, any diffusers folder, or the base of a run's adapter."""
+"""Finds the model for generating pictures: a run's model, any diffusers model, or the base model of a run's adapter."""
 
 import json
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from dreambooth.utils.assets import resolve_asset
 
 @dataclass(frozen=True)
 class Source:
-    """A diffusers model, and a run's own adapter if it has one."""
+    """The model for generating pictures: a diffusers model and, if a run exported an adapter, the adapter."""
 
-    folder: Path  # of the run
-    model: str  # a folder, or a hub id
-    adapter: str | None  # the run's adapter, not merged
-    settings: dict[str, Any]  # of the run, as texts; empty if there is no run
-    base_typed: bool = False  # the user has typed another base than the run's, of which the settings say nothing
+    folder: Path  # folder of the run; the current folder if there is no run
+    model: str  # a diffusers folder or a hub id
+    adapter: str | None  # path of the run's adapter file; None if the model needs none
+    settings: dict[str, Any]  # settings of the run, as strings; empty if there is no run
+    base_typed: bool = False  # whether `model` is a base model that the user typed; `settings` then do not describe it
 
     @property
     def revision(self) -> str | None:
@@ -31,17 +31,17 @@ class Source:
 
     @property
     def vae(self) -> str | None:
-        """The VAE that replaces the base's: a folder or a hub id."""
+        """A folder or hub id of the VAE that replaces the base model's own VAE; None to keep it."""
         replacement = self._of_base("model.vae")
         return resolve_asset(replacement) if replacement else None
 
     @property
     def zero_terminal_snr(self) -> bool:
-        """Whether the adapter was trained with a rescaled noise schedule; it then needs one beside any base."""
+        """Whether the adapter was trained with zero terminal SNR; it then needs this schedule with any base model."""
         return self.adapter is not None and self.settings.get("model.zero_terminal_snr") == "True"
 
     def setting(self, key: str) -> str | None:
-        """Return a setting of the run; run.json stores None as the text null."""
+        """Return a setting of the run, or None if it is not set; run.json stores None as the string 'null'."""
         text = self.settings.get(key)
         return None if text in (None, "null") else str(text)
 
@@ -50,10 +50,10 @@ class Source:
 
 
 def find_source(config: Generate) -> Source:
-    """Find the model to draw with, and the settings of its run.
+    """Find the model that the options `run` and `base` describe, and the settings of the run.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no model, or the options contradict each other.
     """
     if not config.run and not config.base:
         raise UserError("the run is missing: type run=runs/NAME, a folder that python -m dreambooth.train made")

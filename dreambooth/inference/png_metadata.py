@@ -1,7 +1,7 @@
-"""Records in a PNG file what the picture was drawn with.
+"""Metadata for PNG files: the prompt, the seed, the LoRAs and other settings of a generated picture.
 
-The entry `parameters` has the format that AUTOMATIC1111 writes and reads ("PNG Info"); the entry `dreambooth` is JSON
-with everything.
+The entry `parameters` has the format that AUTOMATIC1111 writes and reads ("PNG Info"). The entry `dreambooth` contains
+all settings as JSON.
 """
 
 import json
@@ -15,12 +15,13 @@ import dreambooth
 
 def info(prompt: str, seed: int, size: tuple[int, int], loras: Sequence[tuple[str, float]],
          settings: Mapping[str, Any]) -> PngInfo:
-    """Return the text entries of one picture.
+    """Return the metadata entries for one picture.
 
     Args:
         size: width and height in pixels.
-        loras: name and scale of each.
-        settings: num_inference_steps, guidance_scale, negative_prompt, model, strength (None: no start picture).
+        loras: (name, scale) of each LoRA.
+        settings: a dictionary with the keys num_inference_steps, guidance_scale, negative_prompt, model and strength;
+            the strength is None if there is no start picture.
     """
     entries = PngInfo()
     entries.add_text("parameters", parameters(prompt, seed, size, loras, settings))
@@ -33,7 +34,11 @@ def info(prompt: str, seed: int, size: tuple[int, int], loras: Sequence[tuple[st
 
 def parameters(prompt: str, seed: int, size: tuple[int, int], loras: Sequence[tuple[str, float]],
                settings: Mapping[str, Any]) -> str:
-    """Return three lines: the prompt with its LoRAs, the negative prompt if there is one, the settings."""
+    """Return the text of the entry `parameters`, for the same arguments as `info`.
+
+    The first line is the prompt with its LoRAs. If there is a negative prompt, it is the second line. The last line
+    contains the other settings.
+    """
     lines = [" ".join([prompt, *(f"<lora:{name}:{scale:g}>" for name, scale in loras)])]
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")

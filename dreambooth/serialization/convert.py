@@ -1,4 +1,4 @@
-"""Converts a single file to a diffusers folder and back: the work of `python -m dreambooth.convert`."""
+"""Converts a single file to a diffusers folder, or a folder to a file. `python -m dreambooth.convert` calls it."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -27,23 +27,25 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32, None: None}
 def convert(source: str, out: str, *, config: str | None = None, vae: str | None = None, dtype: str | None = None,
             with_vae: bool = True, prediction_type: str | None = None, resolution: int | None = None,
             title: str | None = None) -> Path:
-    """Convert a file to a folder, or a folder (of a run, too) to a file; the names decide the direction.
+    """Convert a single file to a diffusers folder, or a diffusers or run folder to a single file.
+
+    The direction depends on the names of `source` and `out`.
 
     Args:
-        source: a single file or a folder, also in S3.
-        out: a new folder or file.
-        config: a diffusers folder of the file's architecture, if it is not the family's published one.
-        vae: a file of a VAE that replaces the model's own.
-        dtype: fp16 or fp32; None: each weight as it is.
-        with_vae: whether a file that is written holds the VAE.
-        prediction_type, resolution: what a file that is read does not say about itself.
-        title: in the metadata of a file that is written.
+        source: a single file or a folder, on this machine or in S3.
+        out: the new folder or file.
+        config: a diffusers folder with the architecture of the source file; None: the family's published architecture.
+        vae: a single file with a VAE that replaces the model's own.
+        dtype: precision of the written weights, fp16 or fp32; None: the precision of each weight in `source`.
+        with_vae: whether a written file contains the VAE.
+        prediction_type, resolution: facts about the source file that replace the detected ones.
+        title: title in the metadata of a written file.
 
     Returns:
         `out`.
 
     Raises:
-        UserError: both or neither of the two are files, or `source` cannot be converted.
+        UserError: `source` and `out` are both files or both folders, or `source` cannot be converted.
         DoesNotFit: the disk is full.
     """
     _check_out(source, out)
@@ -76,7 +78,7 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
 
 
 def _check_out(source: str, out: str) -> None:
-    """Check the names before anything is read; nothing that exists is ever replaced."""
+    """Check the names of `source` and `out` before anything is read. An existing file or folder is never replaced."""
     if is_single_file(source) == is_single_file(out):
         raise UserError("one of in and out is a file and the other a folder: type in=MODEL.safetensors out=DIR, or "
                         "in=DIR out=MODEL.safetensors")
@@ -95,11 +97,14 @@ def _check_out(source: str, out: str) -> None:
 
 
 def _check_unused(out: str, of_files: Mapping[str, object], of_folders: Mapping[str, object]) -> None:
-    """Refuse keys that would have no effect in this direction.
+    """Check that no option is set that has no effect in this direction of conversion.
 
     Args:
-        of_files: key -> its value, for the keys that only matter when a file is converted.
-        of_folders: key -> its value, for the keys that only matter when a folder is converted.
+        of_files: values by option name, of the options that only have an effect if a file is converted.
+        of_folders: values by option name, of the options that only have an effect if a folder is converted.
+
+    Raises:
+        UserError: an option without effect is set.
     """
     unused, direction = (of_files, "a folder becomes a file") if is_single_file(out) else (
         of_folders, "a file becomes a folder")
@@ -111,7 +116,7 @@ def _check_unused(out: str, of_files: Mapping[str, object], of_folders: Mapping[
 def _reporting_full_disk(out: str | Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as a class of its own
+    except (OSError, SafetensorError) as error:  # safetensors raises SafetensorError if the disk is full
         raise DoesNotFit(f"{out} could not be written ({error}): free some space, or type out= another place"
                          ) from error
 
@@ -136,7 +141,7 @@ def _to_file(source: Path, out: Path, vae: str | None, dtype: torch.dtype | None
 
 
 def _run_metadata(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata from the settings of a run, which are texts: the prompt of its first subject, and its pixels."""
+    """Return ModelSpec metadata from the settings of a run: its first subject's prompt, and its resolution."""
     concepts = json.loads(settings.get("dataset.concepts", "[]"))
     prompt = concepts[0]["instance_prompt"] if concepts else settings.get("dataset.instance_prompt")
     side = settings.get("model.resolution")
@@ -146,7 +151,7 @@ def _run_metadata(settings: Mapping[str, str]) -> dict[str, str]:
 
 
 def _find_model(source: Path) -> tuple[Path, Mapping[str, str]]:
-    """Return the diffusers folder of a run or folder, and the settings of the run."""
+    """Return the diffusers folder in `source`, and the settings of the run, empty if `source` is not a run folder."""
     for folder in (source / "model", source):
         if (folder / "model_index.json").is_file():
             run = source / "run.json"

@@ -1,7 +1,7 @@
-"""Opens a model that is a single file, and detects what it is.
+"""Opens a single-file model, and detects its family, prediction type and resolution.
 
-A .safetensors is read tensor by tensor. A .ckpt is a pickle, which is a program: PyTorch executes only what builds
-tensors (weights_only=True), and a file that asks for more is refused.
+A .safetensors file is read tensor by tensor. A .ckpt file is a pickle and can contain code. PyTorch executes only the
+operations that build tensors (weights_only=True), and rejects a file that contains others.
 """
 
 import re
@@ -23,27 +23,29 @@ NO_WEIGHTS = "holds no weights: type the path of a model's checkpoint"
 
 @dataclass(frozen=True)
 class DetectedModel:
-    """What a single file holds, and what that was concluded from."""
+    """The family and properties of a model in a single file, and the evidence for them in words."""
 
     family: Family
     prediction_type: str
     resolution: int
-    zero_terminal_snr: bool  # as the file is marked
+    zero_terminal_snr: bool  # whether the file has this mark
     prediction_reason: str
     resolution_reason: str = ""
 
     @property
     def is_rescaled(self) -> bool:
-        """Whether the last timestep is pure noise. The mark is ignored, as by ComfyUI, for a model that predicts noise:
-        it would have nothing to predict there."""
+        """Whether the noise schedule is rescaled, so that the last timestep is pure noise.
+
+        Like ComfyUI, this ignores the mark for a model that predicts noise: at pure noise, predicting it is trivial.
+        """
         return self.zero_terminal_snr and self.prediction_type == "v_prediction"
 
 
 def open_model_file(path: Path) -> ModelFile:
-    """Open a model file.
+    """Open a single-file model.
 
     Raises:
-        UserError: it does not exist, is damaged, or is a pickle that wants to execute code.
+        UserError: the file does not exist, is damaged, or is a pickle that contains code.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}: type the path of a .safetensors or .ckpt file")
@@ -66,11 +68,11 @@ def open_model_file(path: Path) -> ModelFile:
 
 def _unpickle(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        if not file.read(2).startswith((b"PK", b"\x80")):  # an archive, or a pickle of protocol 2 or newer
+        if not file.read(2).startswith((b"PK", b"\x80")):  # a zip archive, or a pickle of protocol 2 or newer
             raise UserError(f"{path} is damaged (it does not begin as a checkpoint does): fetch it again")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many types; only the message tells what is wrong
+    except Exception as error:  # torch.load raises many types; the message contains the reason
         wants = re.search(r"GLOBAL ([\w.]+\w)", str(error))
         if wants or re.search(r"Unsupported|Trying to|not allowed", str(error)):
             raise UserError(f"{path} is a pickle that wants more than weights ({wants[1] if wants else 'code'}), which "
@@ -84,11 +86,16 @@ def _unpickle(path: Path) -> dict[str, Any]:
 
 
 def detect(file: ModelFile, prediction_type: str | None = None, resolution: int | None = None) -> DetectedModel:
-    """Detect what a file holds: its family by its keys; what keys do not say by what the user typed, by metadata, and
-    by the family's own rules.
+    """Detect the family, prediction type and resolution of a single-file model.
+
+    The keys of the file determine the family. The other properties are what the user typed, or else what the file's
+    metadata and the family's own rules give.
+
+    Args:
+        prediction_type, resolution: values that the user typed; None: not typed.
 
     Raises:
-        UserError: it is a model of no family here.
+        UserError: the file contains no model of a supported family.
     """
     family = families.of_keys(file.names)
     if family is None:
@@ -110,7 +117,7 @@ def detect(file: ModelFile, prediction_type: str | None = None, resolution: int 
 
 
 def _unknown(file: ModelFile) -> str:
-    """Return the message about a file of no family."""
+    """Return the error message for a file whose model belongs to no supported family."""
     if any(family.single_file.denoiser_key in file.names for family in families.FAMILIES):
         return (f"{file.path} has no text encoder that is known here, those of {families.titles()}: type another file, "
                 "or a folder of diffusers")

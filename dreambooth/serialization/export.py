@@ -1,4 +1,4 @@
-"""Writes the result of a run: a diffusers folder, an adapter's files, or both, with a model card."""
+"""Writes the result of a run: a diffusers folder or an adapter's files, or both, and a model card."""
 
 import json
 import re
@@ -47,15 +47,16 @@ Licence and limits of use are those of the base model. Made with dreambooth {ver
 
 
 def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
-    """Write the folder `model/`, all at once, and return it.
+    """Write the folder `model/` atomically, and return its path.
 
-    DiffusionPipeline.from_pretrained opens it; with method=lora or dora and no merge, load_lora_weights does.
+    DiffusionPipeline.from_pretrained opens the folder. With method=lora or dora and without method.merge, the folder
+    holds an adapter alone, which load_lora_weights opens.
 
     Args:
-        parts: all parts, the trained ones with the weights to write; the base's scheduler and safety checker are
-            written with them.
-        step: completed steps of these weights.
-        sheet: the contact sheet, if there is one.
+        parts: all parts; the trained ones contain the weights to write. The scheduler and safety checker of the base
+            model are written, too.
+        step: number of completed training steps.
+        sheet: path of the contact sheet; the file may be missing.
 
     Raises:
         DoesNotFit: the disk is full; the last checkpoint is kept.
@@ -72,23 +73,23 @@ def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
             if sheet.is_file():
                 shutil.copyfile(sheet, aside / "contact_sheet.png")
             (aside / "README.md").write_text(_card(recipe, parts.family, step, sheet.is_file()), encoding="utf-8")
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as a class of its own
+    except (OSError, SafetensorError) as error:  # safetensors raises SafetensorError if the disk is full
         raise DoesNotFit(f"the model could not be written to {target} ({error}): its checkpoint is kept; "
                          "free some space and repeat the command") from error
     return target
 
 
 def size_bytes(parts: Components, recipe: Recipe) -> int:
-    """Estimate the disk space that the exported folder takes."""
+    """Return an estimate of the exported folder's size in bytes."""
     if recipe.method.low_rank and not recipe.method.merge:
         trained = nn.ModuleDict(trained_modules(parts, recipe)).parameters()
-        return 2 * sum(4 * p.numel() for p in trained if p.requires_grad)  # two layouts
+        return 2 * sum(4 * p.numel() for p in trained if p.requires_grad)  # in two layouts
     extras = [extra for extra in parts.extras.values() if isinstance(extra, nn.Module)]
     return sum(4 * p.numel() for module in (*parts.modules, *extras) for p in module.parameters())
 
 
 def whole_pipeline(parts: Components) -> Any:
-    """Return the pipeline to export: with the base's own scheduler and safety checker."""
+    """Return the pipeline to export. It has the scheduler class and the safety checker of the base model."""
     import diffusers
 
     scheduler = getattr(diffusers, parts.scheduler_config.get("_class_name", "PNDMScheduler"))
@@ -96,7 +97,7 @@ def whole_pipeline(parts: Components) -> Any:
 
 
 def _base_choices(recipe: Recipe) -> dict[str, str]:
-    """Return what was chosen about the base beside its source."""
+    """Return the settings that change the base model beside model.source, without those that are not set."""
     model = recipe.model
     choices = {"revision": model.revision, "variant": model.variant, "vae": model.vae,
                "zero_terminal_snr": "true" if model.zero_terminal_snr else None}
@@ -104,14 +105,14 @@ def _base_choices(recipe: Recipe) -> dict[str, str]:
 
 
 def _adapter_metadata(recipe: Recipe) -> dict[str, str]:
-    """Return the metadata of an adapter's files; keys that begin with modelspec are those of the ModelSpec standard."""
+    """Return the metadata of an adapter's files. Keys that begin with `modelspec.` follow the ModelSpec standard."""
     return {"base_model": recipe.model.source, "method": recipe.method.kind.value, "modelspec.title": recipe.name,
             "modelspec.trigger_phrase": recipe.instance_prompt} | {
                 lora_files.BASE_KEY_PREFIX + key: value for key, value in _base_choices(recipe).items()}
 
 
 def _code(recipe: Recipe, family: Family) -> str:
-    """Return lines of Python that open the result; an adapter beside its base, as it was trained."""
+    """Return Python code that opens the result; for an adapter, with the base model and settings of its training."""
     if not recipe.method.low_rank or recipe.method.merge:
         return ("from diffusers import DiffusionPipeline\n\n"
                 'pipeline = DiffusionPipeline.from_pretrained("model")  # this folder')

@@ -1,4 +1,4 @@
-"""The parts of a local diffusers folder: built from its configurations alone, or loaded with their weights."""
+"""Builds the parts of a local diffusers folder from its configurations alone, or loads them with their weights."""
 
 import json
 from pathlib import Path
@@ -16,13 +16,15 @@ from dreambooth.serialization.detect_format import DetectedModel
 
 
 def build_parts(folder: Path, detected: DetectedModel | None = None) -> Components:
-    """Build parts without memory (on the device `meta`) from the configurations of a folder.
+    """Build parts on the device `meta`, without memory for weights, from the configurations of a diffusers folder.
 
     Args:
-        detected: of a single file: its family, and facts that replace those of the folder; None: the folder's own.
+        folder: the diffusers folder.
+        detected: a single file's family, prediction type, resolution and noise schedule, which replace those of the
+            folder; None: keep those of the folder.
 
     Raises:
-        UserError: the folder lacks a configuration, or is of no family here.
+        UserError: the folder lacks a configuration, or its model belongs to no supported family.
     """
     try:
         family = detected.family if detected else families.of_folder(folder)
@@ -49,10 +51,10 @@ def build_parts(folder: Path, detected: DetectedModel | None = None) -> Componen
 
 
 def load_parts(folder: Path) -> Components:
-    """Load the parts of a local diffusers folder, each weight in the precision in which it is stored.
+    """Load the parts of a local diffusers folder. Each weight keeps the precision in which it is stored.
 
     Raises:
-        UserError: the folder lacks a part, or is of no family here.
+        UserError: the folder lacks a part, or its model belongs to no supported family.
     """
     parts = build_parts(folder)
     for name, module in parts.modules_by_name.items():
@@ -78,6 +80,6 @@ def _load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object."""
+    """Return the JSON object in a file."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content

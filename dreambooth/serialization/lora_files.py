@@ -1,16 +1,16 @@
-"""An adapter's files: diffusers' layout and kohya's.
+"""Reads and writes the files of a LoRA or DoRA adapter, in diffusers' layout and in kohya's layout.
 
 | | diffusers | kohya (AUTOMATIC1111, ComfyUI) |
 |---|---|---|
 | UNet | `unet.mid_block.attentions.0.proj_in` | `lora_unet_mid_block_attentions_0_proj_in` |
 | text encoder | `text_encoder.text_model.encoder...` | `lora_te_text_model_encoder...` |
 | down, up | `.lora_A.weight`, `.lora_B.weight` | `.lora_down.weight`, `.lora_up.weight` |
-| row lengths (DoRA) | `.lora_magnitude_vector.weight` (out,), (1, out, 1, 1) | `.dora_scale` (out, 1), (out, 1, 1, 1) |
-| alpha | - : `lora_B` holds the scale | `.alpha` = rank: `lora_up` holds the scale |
+| magnitude (DoRA) | `.lora_magnitude_vector.weight` (out,), (1, out, 1, 1) | `.dora_scale` (out, 1), (out, 1, 1, 1) |
+| alpha | none: `lora_B` contains the scale | `.alpha` = rank: `lora_up` contains the scale |
 
-The names of modules in both layouts are the family's (Family.published_name, Family.kohya_name).
+The family gives the names of modules in both layouts (Family.published_name, Family.kohya_name).
 
-diffusers 0.42 ignores `dora_scale` when it reads kohya's layout, so a DoRA has to be read in diffusers' own.
+diffusers 0.42 ignores `dora_scale` when it reads kohya's layout, so a DoRA must be read from diffusers' layout.
 """
 
 from collections.abc import Mapping
@@ -26,15 +26,15 @@ from dreambooth.models.families.family import Family
 from dreambooth.models.lora import LowRank
 from dreambooth.serialization.export_layout import ADAPTER
 
-BASE_KEY_PREFIX = "base_model_"  # of the metadata keys that say which of the base's files an adapter was trained on
+BASE_KEY_PREFIX = "base_model_"  # prefix of the metadata keys with the revision, variant, ... of the base
 DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"
 
 
 def diffusers_layout(weights: Mapping[str, LowRank], family: Family) -> dict[str, Tensor]:
-    """Return the tensors of diffusers' layout by key.
+    """Return the tensors of an adapter file in diffusers' layout, by key.
 
     Args:
-        weights: by module name in the TrainedModel.
+        weights: the adapter of each layer, by module name in the TrainedModel.
     """
     tensors: dict[str, Tensor] = {}
     for module, low in weights.items():
@@ -47,10 +47,10 @@ def diffusers_layout(weights: Mapping[str, LowRank], family: Family) -> dict[str
 
 
 def kohya_layout(weights: Mapping[str, LowRank], family: Family) -> dict[str, Tensor]:
-    """Return the tensors of kohya's layout by key.
+    """Return the tensors of an adapter file in kohya's layout, by key.
 
     Args:
-        weights: by module name in the TrainedModel.
+        weights: the adapter of each layer, by module name in the TrainedModel.
     """
     tensors: dict[str, Tensor] = {}
     for module, low in weights.items():
@@ -64,12 +64,14 @@ def kohya_layout(weights: Mapping[str, LowRank], family: Family) -> dict[str, Te
 
 def write(folder: Path, weights: Mapping[str, LowRank], family: Family, title: str,
           metadata: Mapping[str, str]) -> None:
-    """Write `folder`/pytorch_lora_weights.safetensors (diffusers) and `folder`/webui/`title`.safetensors (kohya).
+    """Write an adapter in both layouts.
+
+    The files are FOLDER/pytorch_lora_weights.safetensors (diffusers) and FOLDER/webui/TITLE.safetensors (kohya).
 
     Args:
-        weights: by module name in the TrainedModel.
-        title: users of web UIs type it in prompts.
-        metadata: of both files.
+        weights: the adapter of each layer, by module name in the TrainedModel.
+        title: name of the kohya file; users of web UIs type it in prompts.
+        metadata: metadata for both files.
     """
     (folder / "webui").mkdir(exist_ok=True)
     common = {"format": "pt"} | dict(metadata)
@@ -81,16 +83,19 @@ def write(folder: Path, weights: Mapping[str, LowRank], family: Family, title: s
 
 
 def read_base_model(file: Path) -> str:
-    """Read from an adapter's file which base the run trained it on."""
+    """Return the base model on which an adapter was trained, from the metadata of its file."""
     with safe_open(file, "pt") as opened:
         return str((opened.metadata() or {})["base_model"])
 
 
 def read(file: Path) -> dict[str, LowRank]:
-    """Read a file in diffusers' layout: each layer's adapter by the module's name in files.
+    """Read an adapter file in diffusers' layout.
+
+    Returns:
+        The adapter of each layer, by the module name that the file uses.
 
     Raises:
-        UserError: it is not such a file.
+        UserError: the file cannot be read, or lacks a tensor of the layout.
     """
     try:
         tensors = load_file(file)

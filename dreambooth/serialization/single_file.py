@@ -1,4 +1,4 @@
-"""Converts between the parts of a model and one file in its family's original layout (see SingleFileFormat)."""
+"""Reads and writes single files: one file with all parts of a model in its family's layout (SingleFileFormat)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -18,19 +18,19 @@ from dreambooth.utils import atomic_files
 
 
 def all_entries(parts: Components) -> Iterator[Entry]:
-    """Yield the entries of all parts."""
+    """Yield an Entry for each tensor of a single file that contains these parts."""
     for name, module in parts.modules_by_name.items():
         yield from parts.family.single_file.entries(name, module.state_dict(), module.config)
 
 
 def fill(parts: Components, file: ModelFile) -> list[str]:
-    """Load the weights of a file into parts that were built without memory.
+    """Load the weights of a single file into parts on the device `meta`.
 
     Returns:
-        Keys of the file that do not belong to the model.
+        The keys of the file that do not belong to the model.
 
     Raises:
-        UserError: the file's shapes are not those of the parts.
+        UserError: the file lacks a tensor, or a tensor has another shape than in the parts.
     """
     modules = parts.modules_by_name
     states: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
@@ -56,10 +56,12 @@ def fill(parts: Components, file: ModelFile) -> list[str]:
 
 
 def fill_vae(vae: Any, family: Family, file: ModelFile) -> None:
-    """Load a VAE that was built without memory from a file of a VAE alone, or of a whole model; in either layout.
+    """Load the weights of a VAE on the device `meta` from a single file.
+
+    The file may contain a VAE alone or a whole model, in the family's original layout or in diffusers' layout.
 
     Raises:
-        UserError: the file holds no VAE of this shape.
+        UserError: the file contains no VAE of this architecture.
     """
     names = list(vae.state_dict())
     known = frozenset(names)
@@ -82,14 +84,16 @@ def fill_vae(vae: Any, family: Family, file: ModelFile) -> None:
 
 
 def write(parts: Components, path: Path, dtype: torch.dtype | None, with_vae: bool, metadata: Mapping[str, str]) -> int:
-    """Write one .safetensors in the original layout; return the number of tensors in it.
+    """Write a .safetensors file in the family's original layout; return the number of its tensors.
 
     Args:
-        dtype: of every weight; None: as they are.
-        metadata: goes before the `modelspec.` keys that are derived from the model (Stability-AI/ModelSpec 1.0.0).
+        dtype: precision of the written weights; None: their present precision.
+        with_vae: whether the file contains the VAE.
+        metadata: metadata of the file. It overrides the `modelspec.` keys that are derived from the model
+            (Stability-AI/ModelSpec 1.0.0).
 
     Raises:
-        UserError: no file of this layout can say what the model predicts.
+        UserError: this layout cannot represent the model's prediction type.
     """
     layout = parts.family.single_file
     marks = layout.marks_of(parts.scheduler_config)
@@ -115,12 +119,12 @@ def _modelspec(parts: Components) -> dict[str, str]:
 
 
 def _from_file(entry: Entry, tensor: Tensor) -> Sequence[Tensor]:
-    """Convert a tensor of a file to those of a diffusers folder."""
+    """Convert the tensor of an entry to the corresponding tensors of a diffusers folder."""
     match entry.form:
         case Form.plain:
             return [tensor]
         case Form.convolution:
-            return [tensor[:, :, 0, 0] if tensor.dim() == 4 else tensor]  # some tools write it as a linear layer
+            return [tensor[:, :, 0, 0] if tensor.dim() == 4 else tensor]  # some tools write a linear layer
         case Form.stacked:
             return [part.clone() for part in tensor.chunk(len(entry.names))]
         case Form.transposed:
@@ -128,7 +132,7 @@ def _from_file(entry: Entry, tensor: Tensor) -> Sequence[Tensor]:
 
 
 def _to_file(entry: Entry, tensors: Sequence[Tensor]) -> Tensor:
-    """Convert the tensors of a diffusers folder to the one of a file."""
+    """Convert the tensors of a diffusers folder to the corresponding tensor of the entry."""
     match entry.form:
         case Form.plain:
             return tensors[0]

@@ -1,4 +1,4 @@
-"""Converts models and VAEs of a run that are single files to folders below run_root, once per file."""
+"""Converts single files in model.source and model.vae to diffusers folders below run_root, once per file."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from dreambooth.utils.assets import resolve_asset
 
 
 def as_folders(config: Config) -> Config:
-    """Return the config with folders in place of single files in model.source and model.vae.
+    """Return a copy of the config in which model.source and model.vae are folders, converted from single files.
 
     Raises:
         UserError: a file cannot be converted.
@@ -44,7 +44,7 @@ def _convert_model(config: Config) -> Path:
     with _locked_folder(config, path) as target:
         if not (target / "model_index.json").is_file():
             if target.exists():
-                atomic_files.remove_folder(target)  # incomplete
+                atomic_files.remove_folder(target)  # an incomplete conversion
             try:
                 convert(str(path), str(target))
             except UserError as error:
@@ -54,8 +54,10 @@ def _convert_model(config: Config) -> Path:
 
 
 def _convert_vae(config: Config, source: str) -> Path:
-    """Convert a file of a VAE. It takes its configuration from the base's own VAE, so it is converted once per such
-    configuration."""
+    """Convert a single file with a VAE to a folder, and return the folder.
+
+    The configuration comes from the base model's own VAE. There is one folder per file and configuration.
+    """
     path = _check_file("vae", source)
     family, configuration = _vae_configuration(config, path)
     key = sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:8]
@@ -70,14 +72,14 @@ def _convert_vae(config: Config, source: str) -> Path:
 
 
 def _vae_configuration(config: Config, path: Path) -> tuple[Family, dict[str, Any]]:
-    """Return the family of the base, and the configuration of the VAE in a file."""
+    """Return the family of the base model, and the configuration for the VAE in the file `path`."""
     folders = [Path(resolve_asset(config.model.source)),
                Path(resolve_asset("package:architectures")) / config.model.name]
     base = next((folder for folder in folders if (folder / "vae/config.json").is_file()), None)
     family = None if base is None else families.of_folder(base)
     if base is None or family is None:
         raise UserError(f"the shape of {path} is not known here: type model.vae=DIR, a folder with its config.json")
-    # Without who has written it: keys that begin with an underscore.
+    # Keys that begin with an underscore only describe the library that wrote the file.
     configuration = {key: value for key, value in read_json(base / "vae/config.json").items() if key[0] != "_"}
     safe = family.is_half_safe(str(path))
     return family, family.mark_half_safe(configuration, True) if safe else configuration
@@ -95,9 +97,10 @@ def _check_file(key: str, source: str) -> Path:
 
 @contextmanager
 def _locked_folder(config: Config, path: Path, suffix: str = "") -> Iterator[Path]:
-    """Yield the folder that a file is converted to, locked against other processes.
+    """Yield the folder to which a single file is converted, locked against other processes.
 
-    Its name depends on the file's whole content: two merges of one base can have one size and equal both ends.
+    The name of the folder contains a hash of the whole file, because two merges of one base model can have the same
+    size, the same beginning and the same end.
     """
     stem = re.sub(r"[^A-Za-z0-9_.]+", "-", path.stem)[:60]
     name = "-".join(filter(None, [stem, atomic_files.full_digest(path)[:10], suffix]))
