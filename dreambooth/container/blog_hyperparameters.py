@@ -1,4 +1,6 @@
-"""Translates hyperparameters of a blog post's notebook, from which this project grew, to configuration keys."""
+"""Translates the hyperparameters of an AWS blog post's notebook to configuration keys.
+
+This project started from that notebook, see docs/container.md."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,13 +17,13 @@ ATTENTIONS = {"default": "sdpa", "sdpa": "sdpa", "xformers": "xformers", "sliced
 
 @dataclass
 class BlogSettings:
-    """The configuration settings that a job's blog hyperparameters select."""
+    """Configuration settings, translated from the blog hyperparameters of a job."""
 
     overrides: dict[str, str] = field(default_factory=dict)  # key -> value in Hydra's grammar
     names: dict[str, str] = field(default_factory=dict)  # key -> name of the hyperparameter that sets it
     paths: dict[str, str] = field(default_factory=dict)  # key -> folder or hub id
     notices: list[str] = field(default_factory=list)  # messages for the log
-    save_by_epochs: bool = False  # whether checkpoint.every counts passes over the photos, not steps
+    save_by_epochs: bool = False  # whether checkpoint.every counts epochs instead of steps
     upload_uri: str | None = None  # S3 folder for a copy of the model
 
 
@@ -61,7 +63,7 @@ def _choose_optimizer(raw: str) -> str:
     return "adamw8bit" if hyperparameter_values.parse_bool(raw) else "adamw"
 
 
-ALIASES: dict[str, tuple[str, Converter]] = {  # blog hyperparameter -> configuration key, converter of the value
+ALIASES: dict[str, tuple[str, Converter]] = {  # blog hyperparameter -> configuration key, value converter
     "model_name": ("name", _format_text),
     "mixed_precision": ("precision", _choose_from(PRECISIONS)),
     "with_prior_preservation": ("prior.with_prior_preservation", _format_bool),
@@ -96,10 +98,10 @@ NAMES = (*ALIASES, *PATH_ALIASES, *KEYLESS)
 
 
 def parse(hyperparameters: Mapping[str, str], paths: SageMakerPaths) -> BlogSettings:
-    """Translate the hyperparameters that have a blog name; ignore the others.
+    """Translate the hyperparameters whose names come from the blog post, and ignore all others.
 
     Raises:
-        ConfigError: values are not valid. The error lists one problem per invalid hyperparameter.
+        ConfigError: a value is not valid. The error lists one problem per invalid hyperparameter.
     """
     settings = BlogSettings()
     problems: list[str] = []

@@ -1,4 +1,4 @@
-"""The hosts and processes of a job, and the command that starts training on this host."""
+"""Describes the hosts and training processes of a job, and builds the command that starts training on this host."""
 
 import os
 import subprocess
@@ -16,17 +16,17 @@ SHUTDOWN_TIMEOUT = "110"
 
 @dataclass(frozen=True)
 class Cluster:
-    """The hosts of a job, and the number of training processes on each."""
+    """The hosts of a job, and the number of training processes per host."""
 
     hosts: tuple[str, ...] = ("localhost",)
-    host: str = "localhost"  # this host
+    host: str = "localhost"  # name of this host
     processes_per_host: int = 1
-    network_interface: str | None = None  # interface for traffic between hosts
+    network_interface: str | None = None  # network interface that connects the hosts
     instance_type: str | None = None
 
     @property
     def is_first_host(self) -> bool:
-        """Whether this host publishes the result."""
+        """Whether this host is the first one, which publishes the result."""
         return self.host == self.hosts[0]
 
     @property
@@ -35,9 +35,10 @@ class Cluster:
         return len(self.hosts) * self.processes_per_host
 
     def train_command(self, overrides: list[str], environment: Mapping[str, str] = os.environ) -> list[str]:
-        """Return the command that trains with these overrides.
+        """Return the command that starts training with the given overrides on this host.
 
-        The command is a single process, or PyTorch's launcher for data parallel training.
+        For a single training process, the command is that process. For several processes, the command is PyTorch's
+        launcher, which starts them for data parallel training.
         """
         train = ["-m", "dreambooth.train", *overrides]
         if self.world_size == 1:
@@ -50,7 +51,7 @@ class Cluster:
                 "--master-addr", self.hosts[0], "--master-port", environment.get("MASTER_PORT", MASTER_PORT), *train]
 
     def network_environment(self) -> dict[str, str]:
-        """Return the environment variables that tell NCCL and Gloo which interface reaches the other hosts."""
+        """Return the environment variables that set the network interface for NCCL and Gloo; {} for one host."""
         if len(self.hosts) == 1 or not self.network_interface:
             return {}
         return {"NCCL_SOCKET_IFNAME": self.network_interface, "GLOO_SOCKET_IFNAME": self.network_interface}
@@ -61,22 +62,22 @@ def parse_resource_config(resource_config: Mapping[str, Any], processes_per_host
     if not resource_config.get("hosts"):
         return Cluster(processes_per_host=processes_per_host,
                        instance_type=resource_config.get("current_instance_type"))
-    hosts = tuple(sorted(resource_config["hosts"]))  # the same order on every host
+    hosts = tuple(sorted(resource_config["hosts"]))  # sorted: all hosts must use the same order
     return Cluster(hosts, resource_config.get("current_host", hosts[0]), processes_per_host,
                    resource_config.get("network_interface_name"), resource_config.get("current_instance_type"))
 
 
 def limit_to_one_process(cluster: Cluster) -> Cluster:
-    """Return the same cluster with one process per host, for a run that does not use the GPUs."""
+    """Return a copy of a cluster with one process per host, for a run that does not use the GPUs."""
     return replace(cluster, processes_per_host=1)
 
 
 def count_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
     """Return the number of CUDA devices on this host.
 
-    SM_NUM_GPUS decides if it is set. Otherwise PyTorch counts the devices in a separate process, so that this process
-    need not import torch. If there is no file /dev/nvidiaN, the result is 0 without starting PyTorch. These files only
-    show that GPUs exist: in a container with access to some of the host's GPUs, the files have the host's numbers.
+    If the variable SM_NUM_GPUS is set, return its value. If there is no file /dev/nvidiaN, return 0. Otherwise, count
+    the devices with PyTorch in a separate process, so that this process need not import torch. The files show only that
+    GPUs exist: in a container that may use some of the host's GPUs, the files are numbered as on the host.
     """
     if gpus := environment.get("SM_NUM_GPUS"):
         return int(gpus) if gpus.isdecimal() else 0

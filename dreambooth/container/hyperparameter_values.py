@@ -1,7 +1,7 @@
-"""Strict parsers for the values of hyperparameters. Each value is a string, either plain or JSON-encoded.
+"""Strict parsers for hyperparameter values. Each value is a string, either plain or JSON-encoded.
 
 `parse_bool` returns False for "False" and raises an error for "maybe". Each parser raises ValueError with a message
-such as "must be a whole number, not 'x'". The caller puts the hyperparameter's name before it.
+such as "must be a whole number, not 'x'". The caller prepends the hyperparameter's name to the message.
 """
 
 import json
@@ -11,11 +11,11 @@ from typing import Any
 
 
 def parse_text(raw: str) -> str:
-    """Parse a string. Remove the backslashes that the blog's notebook puts before spaces to escape them for a shell."""
+    """Parse a string. Remove backslashes before spaces, which the blog post's notebook adds as shell escapes."""
     value = decode_json(raw)
     if isinstance(value, str):
         raw = value
-    elif len(raw) > 1 and raw[0] == raw[-1] == '"':  # quoted, but a backslash in it makes it invalid JSON
+    elif len(raw) > 1 and raw[0] == raw[-1] == '"':  # quoted, but not valid JSON because of a backslash
         raw = raw[1:-1]
     return re.sub(r"\\(?=\s)", "", raw)
 

@@ -1,7 +1,8 @@
 """Converts the hyperparameters and channels of a SageMaker job to the Hydra overrides of one run.
 
-Precedence, lowest first: the instance type, blog hyperparameters, channels, hyperparameters that are overrides. If an
-override makes a blog hyperparameter or a channel ineffective, a notice is added to the log.
+Settings have four sources. In order of precedence, lowest first, these are the instance type, blog hyperparameters,
+channels, and hyperparameters that are overrides. If an override replaces the setting of a blog hyperparameter or of a
+channel, the log contains a notice.
 """
 
 import difflib
@@ -25,18 +26,18 @@ CHANNEL_KEYS = {  # channel of the job -> configuration key that its folder sets
 }
 SDK_CHANNELS = ("code", "sm_drivers")  # channels that the SageMaker SDK adds for its own files
 SDK_PREFIXES = ("sagemaker_", "_tuning_")  # prefixes of hyperparameters that the SDK adds for its own containers
-SUPERSEDED = {"model": ("model.source", "model.resolution")}  # config group -> keys that an override of it also sets
-CUDA_ONLY = {"precision": ("fp16",), "attention": ("xformers",)}  # options that hardware=cpu does not support
-BLOG_HARDWARE = "g4dn"  # for blog hyperparameters on an unknown instance type
+SUPERSEDED = {"model": ("model.source", "model.resolution")}  # config group -> keys that the group also sets
+CUDA_ONLY = {"precision": ("fp16",), "attention": ("xformers",)}  # values unsupported with hardware=cpu
+BLOG_HARDWARE = "g4dn"  # option of `hardware` for blog hyperparameters on an unknown instance type
 
 
 @dataclass
 class RunRequest:
-    """The overrides of the run that a job requests, and what happens around the run."""
+    """The run that a job requests: overrides, notices for the log, and settings without a configuration key."""
 
     overrides: dict[str, str] = field(default_factory=dict)  # key -> value in Hydra's grammar, in this order
     notices: list[str] = field(default_factory=list)
-    save_by_epochs: bool = False  # whether checkpoint.every counts passes over the photos, not steps
+    save_by_epochs: bool = False  # whether checkpoint.every counts epochs instead of steps
     upload_uri: str | None = None  # S3 folder for a copy of the model
 
     def to_args(self) -> list[str]:
@@ -46,14 +47,14 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class OverrideGrammar:
-    """Checks of override names and values against Hydra's grammar and the configuration schema.
+    """Functions that check override names and values against Hydra's grammar and the configuration schema.
 
-    The caller provides these functions, because this folder does not import Hydra.
+    The caller passes the functions, because the folder `container` does not import Hydra.
     """
 
-    is_known: Callable[[str], bool]  # whether a name is the key of a setting or group
+    is_known: Callable[[str], bool]  # whether a name is the key of a setting or of a config group
     keys: tuple[str, ...]  # known keys, to suggest one for a misspelt name
-    is_single_value: Callable[[str], bool]  # whether Hydra parses an override as one value: no error and no sweep
+    is_single_value: Callable[[str], bool]  # whether an override is valid and is not a sweep
 
 
 def build_request(
@@ -63,10 +64,11 @@ def build_request(
     """Translate hyperparameters and channels to the overrides of one run.
 
     Args:
-        hardware: option of the config group `hardware` for this machine; None if the machine has no option.
+        channels: folder of each channel, by channel name.
+        hardware: option of the config group `hardware` for this machine; None if no option describes the machine.
 
     Raises:
-        ConfigError: names are unknown or values are not valid. The error lists all problems.
+        ConfigError: a name is unknown or a value is not valid. The error lists all problems.
     """
     user_hyperparameters = {name: raw for name, raw in hyperparameters.items() if not name.startswith(SDK_PREFIXES)}
     problems = [*_check_names(user_hyperparameters, grammar), *_check_channels(channels)]
@@ -116,7 +118,7 @@ def _check_channels(channels: Mapping[str, Path]) -> list[str]:
 
 
 def _to_override_value(name: str, raw: str, grammar: OverrideGrammar) -> str:
-    """Return a value in Hydra's grammar. Quote a string that Hydra cannot parse or would parse as a sweep."""
+    """Return a hyperparameter in Hydra's grammar. Quote a value that Hydra cannot parse or would parse as a sweep."""
     value = hyperparameter_values.decode_json(raw)
     if isinstance(value, str):
         raw = value
@@ -126,9 +128,11 @@ def _to_override_value(name: str, raw: str, grammar: OverrideGrammar) -> str:
 def _merge_inputs(
     blog: BlogSettings, channels: Mapping[str, Path], request: RunRequest
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the input folder or hub id of each key, and the channel of each key that a channel sets.
+    """Merge the folders and hub ids from blog hyperparameters and channels. Channels take precedence.
 
-    A channel takes precedence over a blog hyperparameter.
+    Returns:
+        Two dictionaries whose keys are configuration keys. The first contains the folder or hub id of each input. The
+        second contains "the channel NAME" for each input from a channel.
     """
     inputs, channel_names = dict(blog.paths), {}
     for name, folder in channels.items():
@@ -143,13 +147,13 @@ def _merge_inputs(
 def _find_superseded(
     blog: BlogSettings, channel_names: Mapping[str, str], explicit: Mapping[str, str], request: RunRequest
 ) -> set[str]:
-    """Return the keys whose blog hyperparameter or channel is ineffective due to an override; add a notice for each."""
+    """Return the keys of blog hyperparameters and channels that an override replaces. Add a notice for each key."""
     sources = {**blog.names, **channel_names}
     deciders = {key: group for group, keys in SUPERSEDED.items() if group in explicit
                 for key in keys if key not in channel_names}
     if explicit.get("hardware") == "cpu":
         deciders |= {key: "hardware" for key, options in CUDA_ONLY.items() if blog.overrides.get(key) in options}
-    if explicit.get("dataset", "folder") != "folder":  # other dataset options define their own photos
+    if explicit.get("dataset", "folder") != "folder":  # the other options of `dataset` define their own photos
         deciders |= {key: "dataset" for key in (*blog.paths, *channel_names) if key.startswith("dataset.")}
     deciders |= {key: key for key in explicit}
     superseded = {key: decider for key, decider in deciders.items() if key in sources}
@@ -159,10 +163,11 @@ def _find_superseded(
 
 
 def _prepare_class_images(inputs: dict[str, str], paths: SageMakerPaths, request: RunRequest) -> None:
-    """Make `dataset.class_dir` usable: remove the key of an empty folder, and copy a folder below the job's input.
+    """Prepare `dataset.class_dir` in `inputs` for the run.
 
-    In the blog's notebook, this folder also receives generated class images, so it may still be empty. The job's input
-    is read-only and may be streamed. A folder in S3 is left as it is: the run downloads it like any other S3 folder.
+    If the folder is empty, remove the key. An empty folder is allowed, because in the blog post's notebook, generated
+    class images are written to the same folder. If the folder is below the job's input, copy it to the checkpoints,
+    because the job's input is read-only and may be streamed. Do not change a path in S3: the run itself downloads it.
 
     Raises:
         UserError: the path is not a folder, or cannot be read.

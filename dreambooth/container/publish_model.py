@@ -8,18 +8,19 @@ from dreambooth.errors import DoesNotFit
 from dreambooth.storage import manifest
 from dreambooth.utils.atomic_files import write_file, write_folder
 
-# Files of a run that are published beside its model. result.json is last: it marks a complete result.
+# Files that are published together with the model. result.json is last, because it marks the result as complete.
 RUN_FILES = ("contact_sheet.png", "run.json", "evaluation.json", "result.json")
 
 
 def publish(run_dir: Path, target: Path) -> None:
     """Copy the run's model, and the files that describe the run, to `target`.
 
-    `target`/model becomes a diffusers folder with a manifest. Uploaded to S3, the folder can be used as `model.source`.
-    Files of an earlier run in `target` are removed first: otherwise they would describe the wrong model.
+    `target`/model becomes a diffusers model folder with a manifest. After SageMaker has uploaded this folder to S3, its
+    URI can be used as `model.source`. Files of an earlier run are first removed from `target`, because they would
+    describe the wrong model.
 
     Raises:
-        DoesNotFit: the disk is full; the run's own folder is unchanged.
+        DoesNotFit: the files cannot be written, for example because the disk is full. The run folder is unchanged.
     """
     try:
         for name in reversed(RUN_FILES):
@@ -37,7 +38,7 @@ def publish(run_dir: Path, target: Path) -> None:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """Hard-link a file, which takes no disk space. Copy the file if the two folders are on different disks."""
+    """Hard-link a file, which takes no disk space. If the folders are on different disks, copy the file instead."""
     try:
         os.link(source, target)
     except OSError:

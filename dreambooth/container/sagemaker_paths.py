@@ -1,4 +1,4 @@
-"""The folders and configuration files of SageMaker's training contract, below /opt/ml or SAGEMAKER_BASE_DIR."""
+"""The folders and configuration files that SageMaker provides for a job, below /opt/ml or SAGEMAKER_BASE_DIR."""
 
 import json
 import os
@@ -25,36 +25,36 @@ class SageMakerPaths:
 
     @property
     def data(self) -> Path:
-        """Input data, one folder per channel; read-only."""
+        """Read-only folder of the input data, with one subfolder per channel."""
         return self.base / "input/data"
 
     @property
     def model(self) -> Path:
-        """Output folder that SageMaker uploads as the model when the job has finished."""
+        """Output folder that SageMaker uploads to S3 as the model when the job has finished."""
         return self.base / "model"
 
     @property
     def checkpoints(self) -> Path:
         """Folder that SageMaker keeps in sync with S3 and restores when a spot instance is replaced.
 
-        Run folders are therefore created in it.
+        Run folders are therefore created in this folder.
         """
         return self.base / "checkpoints"
 
     @property
     def cache(self) -> Path:
-        """Folder of downloads from S3. It is not below `checkpoints`, where SageMaker would upload and restore it."""
+        """Folder for downloads from S3. It is outside `checkpoints`, so that SageMaker does not upload it."""
         folder = self.base / "cache"
         writable = os.access(folder if folder.exists() else self.base, os.W_OK)
         return folder if writable else Path(tempfile.gettempdir()) / "dreambooth-s3"
 
     @property
     def failure(self) -> Path:
-        """File for the reason of a failure, of which SageMaker shows the first 1024 characters."""
+        """File that contains the reason if the job fails. SageMaker shows the first 1024 characters."""
         return self.base / "output/failure"
 
     def check_writable(self) -> None:
-        """Check that the output folders can be written; create them if they are missing.
+        """Create missing output folders, and check that all output folders are writable.
 
         Raises:
             UserError: an output folder cannot be created or written.
@@ -70,15 +70,15 @@ class SageMakerPaths:
                                 f"owns, such as docker run -v ./out:{self.base}")
 
     def relocate(self, path: str) -> str:
-        """Return a path below /opt/ml as the same path below the base folder, and any other path unchanged."""
+        """Replace the prefix /opt/ml of a path by the base folder. Return any other path unchanged."""
         inside = Path(path).is_absolute() and Path(path).is_relative_to(DEFAULT_BASE)
         return str(self.base / Path(path).relative_to(DEFAULT_BASE)) if inside else path
 
     def read_config(self, name: str) -> dict[str, Any]:
-        """Read a JSON file from input/config. Return {} if the file does not exist, as outside SageMaker.
+        """Read a JSON file from input/config. Return {} if the file does not exist, for example outside SageMaker.
 
         Raises:
-            UserError: the file does not contain a JSON object.
+            UserError: the file cannot be read or does not contain a JSON object.
         """
         path = self.base / "input/config" / name
         try:
@@ -90,7 +90,9 @@ class SageMakerPaths:
         return config
 
     def channels(self) -> dict[str, Path]:
-        """Return the folder of each channel by name: those in inputdataconfig.json, or else all folders in input/data.
+        """Return the folder of each channel, by channel name.
+
+        The channels are those in inputdataconfig.json. If it lists none, each folder in input/data is a channel.
 
         Raises:
             UserError: a channel has the input mode Pipe, which streams data instead of providing files.

@@ -1,4 +1,4 @@
-"""Runs a command as a child process, forwards signals to it, and reports how it ended, even if it was killed."""
+"""Runs a command as a child process, forwards signals to it, and reports why it ended."""
 
 import json
 import os
@@ -23,7 +23,7 @@ STOPPED_EARLY = "stopped before the first step; start the job again to continue"
 
 @dataclass(frozen=True)
 class ExitStatus:
-    """How a command ended."""
+    """The exit code of a command, and the reason if the command failed."""
 
     code: int = 0
     message: str = ""  # the reason of a failure; empty if the code is 0
@@ -32,12 +32,12 @@ class ExitStatus:
 class Supervisor:
     """Runs the commands of a job, and forwards the container's signals to the training processes.
 
-    If a child process is killed because memory ran out, the supervisor survives and reports it. Each child runs in its
-    own session, so that Ctrl-C in a terminal reaches the child once, through the supervisor.
+    If a child process is killed because memory ran out, the supervisor is still running and reports the cause. Each
+    child process runs in its own session. Ctrl-C in a terminal therefore reaches it only once, through the supervisor.
     """
 
     def __init__(self) -> None:
-        self._signals: list[int] = []  # received so far
+        self._signals: list[int] = []  # signals received so far
         for number in FORWARDED_SIGNALS:
             signal.signal(number, self._record_signal)
 
@@ -46,13 +46,14 @@ class Supervisor:
 
     def run(self, command: Sequence[str], environment: Mapping[str, str], launcher: bool = False,
             stopped: str = STOPPED_EARLY) -> ExitStatus:
-        """Run a command and wait for its end; forward each signal once.
+        """Run a command, wait until it has ended, and return its exit status. Forward each signal once.
 
         Args:
-            launcher: whether the command is container/torchrun.py. If so, signals are sent to its worker processes and
-                not to the launcher itself, because PyTorch's launcher stops its workers one after the other.
-            stopped: message for a signal that arrives before the command starts, or that ends the command before the
-                command can write its own report.
+            environment: environment variables that are added to those of this process.
+            launcher: whether the command is container/torchrun.py. If so, signals are sent to the worker processes and
+                not to the launcher, because PyTorch's launcher stops its workers one after the other.
+            stopped: message that is reported if a signal arrives before the command starts, or ends the command before
+                the command has written a report.
         """
         if self._signals:
             return self._report_interruption(stopped)
@@ -70,16 +71,16 @@ class Supervisor:
                     forwarded += 1
 
     def _exit_status(self, code: int, folder: Path, stopped: str = STOPPED_EARLY) -> ExitStatus:
-        """Return the exit status of a child process.
+        """Return the exit status of a child process. Print the reason of a failure if no process has reported it.
 
         Args:
-            code: exit code, negative for a signal.
-            folder: contains the exit reports that the child's processes wrote (in cli.py).
+            code: exit code of the child process; -N if signal N ended it.
+            folder: folder with the exit reports, which cli.py writes in the child and in its worker processes.
         """
         reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-        # A killed process writes no report, and reports of the others only describe the consequences.
+        # A killed process writes no report, and the reports of other processes describe only consequences.
         if code and reports and code != -signal.SIGKILL:
-            # Processes that wait for the failed one report internal errors: prefer a user-facing error ("meant").
+            # Processes that wait for a failed process report internal errors. Prefer a user-facing error ("meant").
             report = min(reports, key=lambda report: (not report["meant"], report["rank"]))
             return ExitStatus(report["code"], report["sentence"])
         if code < 0 and -code in self._signals:
@@ -97,7 +98,7 @@ class Supervisor:
 
 
 def _report(code: int, message: str) -> ExitStatus:
-    """Print a message that no child process has printed, and return the exit status."""
+    """Print a message, and return the exit status with this message."""
     print(f"dreambooth: {message}", file=sys.stderr)
     return ExitStatus(code, message)
 

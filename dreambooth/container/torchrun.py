@@ -1,7 +1,7 @@
-"""PyTorch's launcher without its traceback: the failed training process has already printed its error message.
+"""Runs PyTorch's launcher without a traceback, because the failed training process has already printed its error.
 
-The launcher exits with the code of the process that failed first. If a signal killed that process, the code is 128 plus
-the signal's number, as in a shell.
+The exit code is that of the process that failed first. If a signal killed this process, the exit code is 128 plus the
+signal's number, as in a shell.
 """
 
 import signal
@@ -13,10 +13,11 @@ from torch.distributed.run import main
 
 
 def root_exit_code(failures: Collection[ProcessFailure]) -> int:
-    """Return the exit code of the process that caused the other failures; the code is negative for a signal.
+    """Return the exit code of the process that caused the other failures; -N if signal N ended it.
 
-    A process killed by SIGKILL prints nothing, and the processes that wait for it fail at once, so it takes precedence
-    over them. The launcher itself ends the remaining processes by SIGTERM, and much later by SIGKILL.
+    SIGKILL takes precedence: a process that SIGKILL ends prints nothing, and processes that wait for it fail
+    immediately. SIGTERM comes last: the launcher itself ends the remaining processes by SIGTERM, and much later by
+    SIGKILL.
     """
     first_failure = min(failure.timestamp for failure in failures)
     # Timestamps are whole seconds: failures within one second may have happened in any order.

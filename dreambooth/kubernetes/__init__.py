@@ -1,5 +1,5 @@
 """Workflow files for Kubernetes, generated from conf/: Argo, Kubeflow Trainer, Katib, Kubeflow Pipelines, kustomize.
 
-Files are built as dicts, which render.py writes as YAML; there are no text templates. May import container and the
-folders to its left; imports neither Hydra nor torch.
+Functions build the files as dicts, and render.py writes the dicts as YAML. There are no text templates. May import
+container and the folders that container may import. Imports neither Hydra nor torch.
 """

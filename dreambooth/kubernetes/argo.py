@@ -1,6 +1,6 @@
-"""Argo Workflows: WorkflowTemplates of a run and of a sweep, and a CronWorkflow that runs every night.
+"""Builds Argo objects: WorkflowTemplates for a run and for a sweep, and a CronWorkflow that runs every night.
 
-Each stage is one container that runs `python -m dreambooth.stage`.
+Each stage of a workflow is one container that runs `python -m dreambooth.stage`.
 """
 
 import json
@@ -21,20 +21,20 @@ SIGTERM = 143  # exit code of a process that was killed by SIGTERM (128 + 15)
 RETRY_IF = f'lastRetry.status == "Error" || asInt(lastRetry.exitCode) in [{Interrupted.exit_code}, {SIGTERM}]'
 # No maxDuration: Argo counts it from the start of the first attempt, so a run of many hours would never be retried.
 RETRY = {"limit": "5", "retryPolicy": "Always", "expression": RETRY_IF, "backoff": {"duration": "30s", "factor": "2"}}
-# One run folder per night, named after the workflow. The photos in S3 may have changed since the last night, and a run
-# folder refuses to resume with other photos. A stage that is retried finds the checkpoints of its own night.
+# One run folder per night, named after the workflow. The photos in S3 may have changed since the previous night, and a
+# run cannot be resumed with other photos. A retried stage resumes from the checkpoints of the same night.
 NIGHTLY_RUN_DIR = "hydra.run.dir=${run_root}/${name}-${tracking.sweep}"
 
 
 def build_train_template(spec: WorkflowSpec) -> dict[str, Any]:
-    """Build the WorkflowTemplate of one run: validate -> class-images -> train -> evaluate -> promote."""
+    """Build the WorkflowTemplate for one run: validate -> class-images -> train -> evaluate -> promote."""
     tasks = [_task("validate"), _task("class-images", "validate"), _task("train", "class-images", trial=""),
              _task("evaluate", "train", run=_output_of("train", "run")), _task("promote", "evaluate")]
     return _workflow_template(TRAIN, spec, [{"name": "run", "dag": {"tasks": tasks}}, *_stages(spec, "")], {})
 
 
 def build_sweep_template(spec: WorkflowSpec) -> dict[str, Any]:
-    """Build the WorkflowTemplate of a sweep, with one run per point of the search space.
+    """Build the WorkflowTemplate for a sweep, with one run per point of the search space.
 
     Failed trials do not prevent promotion.
     """
@@ -78,10 +78,10 @@ def _workflow_template(
 
 
 def _stages(spec: WorkflowSpec, space: str) -> list[dict[str, Any]]:
-    """Build one template per stage.
+    """Build one Argo template per stage.
 
     Args:
-        space: name of the search space, or the Argo parameter that contains it; empty for a single run.
+        space: name of the search space, or an Argo expression for this name; empty for a single run.
     """
     overrides = ["--words", "{{workflow.parameters.overrides}}"]
     run_root, sweep_tag = f"run_root={pod_spec.RUNS_MOUNT}", "tracking.sweep={{workflow.name}}"
@@ -119,7 +119,7 @@ def _output_parameters(*names: str) -> dict[str, Any]:
 
 
 def _output_artifacts(*names: str) -> dict[str, Any]:
-    """Build artifacts that are single files, not tar archives. They are optional: a run may write no contact sheet."""
+    """Build output artifacts, each a single file without a tar archive. All are optional, like the contact sheet."""
     return {"artifacts": [{"name": name.partition(".")[0].replace("_", "-"), "path": f"{OUTPUT_FOLDER}/{name}",
                            "archive": {"none": {}}, "optional": True} for name in names]}
 

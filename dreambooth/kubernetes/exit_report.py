@@ -1,4 +1,4 @@
-"""Formats the report at the end of an Argo workflow: which stages failed, why, and what to do."""
+"""Formats the report at the end of an Argo workflow: which stages failed, why, and what the user can do."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def format_report(status: str, failures: str) -> Iterator[str]:
 
     Args:
         status: Argo's `workflow.status`.
-        failures: Argo's `workflow.failures`, as JSON. If the workflow did not fail, the value may be null or not JSON.
+        failures: Argo's `workflow.failures`, a JSON string. If no stage failed, it may be null or not JSON.
     """
     yield f"the workflow ended: {status or 'without a status'}"
     try:

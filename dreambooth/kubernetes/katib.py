@@ -1,4 +1,4 @@
-"""Katib: builds an Experiment from a search space. Its trials are Jobs; Katib reads the objective from their output."""
+"""Builds a Katib Experiment from a search space. Each trial is a Job. Katib reads the objective from its output."""
 
 import shlex
 from typing import Any
@@ -10,16 +10,16 @@ from dreambooth.kubernetes.workflow_spec import TRIAL_RUN_DIR, WorkflowSpec, run
 API_VERSION = "kubeflow.org/v1beta1"
 # Matches the last line that training prints; Katib requires two groups, name and value.
 OBJECTIVE = r"(objective)=([+-]?\d+(?:\.\d+)?(?:[Ee][+-]?\d+)?)"
-# Exit codes of failures that a retry would only repeat.
+# Exit codes of failures that would occur again in a retry.
 FATAL_EXIT_CODES = [error.exit_code for error in (UserError, DoesNotFit, OutOfMemory, Diverged)]
 CONTAINER = "train"
 
 
 def build_experiment(spec: WorkflowSpec) -> dict[str, Any]:
-    """Build the Experiment: a grid search over the whole space, four trials at a time.
+    """Build the Experiment: a grid search over the whole search space, with four parallel trials.
 
-    The algorithm is not TPE: with parallel trials, TPE may propose a point that another trial is running. Both trials
-    would be the same run, and the second would find the run folder locked.
+    TPE is not used, because with parallel trials it may propose the same point twice. Both trials would then be the
+    same run, and the second trial would fail because the run folder is locked.
     """
     names = {key: key.rpartition(".")[2].replace("_", "-") for key in spec.space.values}
     return {
@@ -39,7 +39,7 @@ def build_experiment(spec: WorkflowSpec) -> dict[str, Any]:
 
 
 def _parameter(name: str, values: tuple[str, ...]) -> dict[str, Any]:
-    """Build a parameter. Its values are copied as strings, so that a trial is the same run as under Hydra's sweeper."""
+    """Build a parameter of the Experiment. Values are copied as strings, as Hydra's sweeper passes them to a run."""
     kind = "discrete" if all(_is_number(value) for value in values) else "categorical"
     return {"name": name, "parameterType": kind, "feasibleSpace": {"list": list(values)}}
 
@@ -53,12 +53,15 @@ def _is_number(text: str) -> bool:
 
 
 def _trial_job(spec: WorkflowSpec, names: dict[str, str]) -> dict[str, Any]:
-    """Build the Job of a trial. It is retried if its node was lost, but not if a retry would repeat the failure."""
+    """Build the Job of a trial.
+
+    The pod is retried if its node was lost. It is not retried after an exit code in FATAL_EXIT_CODES.
+    """
     parameters = [f"{key}=${{trialParameters.{name.replace('-', '_')}}}" for key, name in names.items()]
     overrides = [*run_overrides(spec, pod_spec.RUNS_MOUNT), TRIAL_RUN_DIR, f"sweep={spec.space.name}",
                  f"tracking.sweep=katib-{spec.space.name}", *parameters]
-    # Katib joins command and args by spaces, without quoting, and runs the result in a shell: a prompt would be split,
-    # and that shell would expand ${...}. If the command is already a shell, Katib only appends to the shell's script.
+    # Katib joins command and args by spaces, without quoting, and runs the result in a shell. The shell would split a
+    # prompt and expand ${...}. If the command is already a shell, Katib only appends to the shell's script.
     script = shlex.join(["python", "-m", "dreambooth.train", *overrides])
     container = pod_spec.container(spec.image, ["sh", "-c"], [script])
     return {

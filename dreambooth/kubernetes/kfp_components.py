@@ -1,7 +1,7 @@
 """Passes the results of a stage to Kubeflow Pipelines: output parameters, and artifacts with metadata.
 
-A container component receives its executor input (`{{$}}`), which names a file for each output parameter, a URI for
-each artifact, and a file for the artifacts' metadata.
+A container component receives its executor input (`{{$}}`). This JSON string contains a file name for each output
+parameter, a URI for each artifact, and a file name for the metadata of all artifacts.
 """
 
 import base64
@@ -13,8 +13,8 @@ from typing import Any
 from dreambooth.errors import UserError
 from dreambooth.utils import atomic_files
 
-OUTPUT_FILES = {"Output": "trials"}  # output parameter -> file of the stage, if the names differ
-MOUNT_POINTS = {"gs://": "/gcs/", "s3://": "/s3/", "minio://": "/minio/"}  # where the launcher mounts object stores
+OUTPUT_FILES = {"Output": "trials"}  # output parameter -> the stage's output file, if the names differ
+MOUNT_POINTS = {"gs://": "/gcs/", "s3://": "/s3/", "minio://": "/minio/"}  # where KFP mounts object stores
 HTML_PAGE = '<!doctype html><title>dreambooth</title><img alt="contact sheet" src="data:image/png;base64,{picture}">'
 
 
@@ -22,8 +22,8 @@ def write_outputs(executor_input: str, stage_folder: Path) -> None:
     """Write the outputs of a stage to the files that Kubeflow Pipelines reads.
 
     Args:
-        executor_input: JSON, from the placeholder `{{$}}`.
-        stage_folder: the folder with the stage's own output files.
+        executor_input: the JSON string that Kubeflow Pipelines substitutes for `{{$}}`.
+        stage_folder: folder with the output files that the stage has written.
 
     Raises:
         UserError: the executor input is not JSON.
@@ -46,7 +46,7 @@ def write_outputs(executor_input: str, stage_folder: Path) -> None:
 
 
 def to_local_path(uri: str) -> Path:
-    """Return the local path of an artifact inside the container."""
+    """Return the path inside the container for the URI of an artifact."""
     for scheme, folder in MOUNT_POINTS.items():
         if uri.startswith(scheme):
             return Path(folder + uri.removeprefix(scheme))
@@ -59,20 +59,20 @@ def _write_artifact(name: str, artifact: dict[str, Any], stage_folder: Path) -> 
 
 
 def _read_result_metrics(target: Path, stage_folder: Path) -> dict[str, float]:
-    """Return the objective and scores of a run, which ML Metadata stores and the UI compares."""
+    """Return the objective and scores of a run as metadata, so that the Kubeflow UI can compare runs."""
     result = json.loads((stage_folder / "result.json").read_text(encoding="utf-8"))
     return {"objective": result["objective"], **result.get("scores", {})}
 
 
 def _read_evaluation_metrics(target: Path, stage_folder: Path) -> dict[str, float]:
-    """Return the scores of the last evaluated step, which are the scores of the exported weights."""
+    """Return the scores of the last evaluated step as metadata. They are the scores of the exported weights."""
     evaluation = json.loads((stage_folder / "evaluation.json").read_text(encoding="utf-8"))
     steps: dict[str, dict[str, float]] = evaluation["steps"]
     return steps[max(steps, key=int)]
 
 
 def _write_contact_sheet(target: Path, stage_folder: Path) -> None:
-    """Write the contact sheet as an HTML page, which the UI can show."""
+    """Write the contact sheet as an HTML page, which the Kubeflow UI can display."""
     target.parent.mkdir(parents=True, exist_ok=True)
     picture = stage_folder / "contact_sheet.png"
     encoded = base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else ""
@@ -80,12 +80,12 @@ def _write_contact_sheet(target: Path, stage_folder: Path) -> None:
 
 
 def _write_model(target: Path, stage_folder: Path) -> dict[str, Any]:
-    """Copy the folder of the promoted model, and return the strings and numbers of promoted.json."""
+    """Copy the promoted model to `target`. Return the strings and numbers in promoted.json as metadata."""
     promoted: dict[str, Any] = json.loads((stage_folder / "promoted.json").read_text(encoding="utf-8"))
     shutil.copytree(promoted["model"], target, dirs_exist_ok=True)
     return {key: value for key, value in promoted.items() if isinstance(value, str | int | float)}
 
 
-WRITERS = {  # artifact -> function that writes the artifact's file, if there is one, and returns its metadata
+WRITERS = {  # artifact -> function that writes the artifact's file, if there is one, and returns the metadata
     "metrics": _read_result_metrics, "measures": _read_evaluation_metrics, "contact_sheet": _write_contact_sheet,
     "model": _write_model}

@@ -1,7 +1,7 @@
-"""Kubeflow Pipelines v2: the sweep as a compiled pipeline (IR), built as a dict without the SDK.
+"""Builds a sweep as a compiled pipeline (IR) for Kubeflow Pipelines v2. The IR is built as a dict, without the SDK.
 
-Stages share the run's workspace (`/kfp-workspace`), a volume that Pipelines creates and deletes. Results are
-passed on as artifacts. Platform settings are in a second YAML document, which only a cluster reads.
+Stages share the workspace of the pipeline run (`/kfp-workspace`), a volume that Kubeflow Pipelines creates and deletes.
+The results of a stage are artifacts. Platform settings are in a second YAML document, which only a cluster reads.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ WORKSPACE = "{{$.workspace_path}}"
 RETRY_POLICY = {"maxRetryCount": 2, "backoffDuration": "30s", "backoffFactor": 2.0, "backoffMaxDuration": "604800s"}
 RUN_ID = "{{$.pipeline_job_uuid}}"
 TEXT, LIST, NUMBER = "STRING", "LIST", "NUMBER_DOUBLE"
-TRIALS_OUTPUT = "Output"  # the list of trials; kfp's local runner fans out over an output of this name only
+TRIALS_OUTPUT = "Output"  # the list of trials; kfp's local runner iterates only over outputs with this name
 TRIALS_CHANNEL = f"pipelinechannel--validate-{TRIALS_OUTPUT}"  # the name that kfp's compiler gives this list
 LOOP_ITEM = f"{TRIALS_CHANNEL}-loop-item"
 # stage -> (input parameters, output parameters, output artifacts, arguments after the stage's name)
@@ -35,7 +35,7 @@ STAGES: dict[str, tuple[dict[str, str], dict[str, str], dict[str, str], list[str
 
 
 def build_pipeline(spec: WorkflowSpec) -> list[dict[str, Any]]:
-    """Build the two YAML documents of the pipeline: its specification, and the platform settings of a cluster."""
+    """Build the two YAML documents of the pipeline: the pipeline specification, and the platform settings."""
     pipeline = {
         "schemaVersion": "2.1.0", "sdkVersion": "kfp-2.17.3", "pipelineInfo": {"name": NAME},
         "root": {
@@ -67,7 +67,7 @@ def _task(name: str, inputs: dict[str, str], dependencies: list[str] | None = No
 
 
 def _trials_task() -> dict[str, Any]:
-    """Build the task that runs one trial per item of the list that the stage `validate` outputs."""
+    """Build the task that runs all trials, one per item in the output list of the stage `validate`."""
     return {
         "componentRef": {"name": "comp-trials"}, "dependentTasks": ["class-images", "validate"],
         "inputs": {"parameters": {
@@ -133,7 +133,7 @@ def _input_parameter(name: str) -> str:
 
 
 def _platform(spec: WorkflowSpec) -> dict[str, Any]:
-    """Build the platform settings: node selector, tolerations, references to settings and secrets, workspace size."""
+    """Build the platform settings: node selector, tolerations, ConfigMap, Secret, and workspace size."""
     placement = pod_spec.placement(spec.hardware)
     secret_keys = [{"secretKey": key, "envVar": key} for key in pod_spec.SECRET_KEYS]
     credentials = {"secretAsEnv": [{"secretName": pod_spec.SECRET, "keyToEnv": secret_keys, "optional": True}],

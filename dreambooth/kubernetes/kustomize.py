@@ -1,4 +1,4 @@
-"""Builds kustomizations: a base and one overlay per machine. The base also contains namespace, roles and volume."""
+"""Builds the kustomizations, which are a base and one overlay per machine, and the other objects of the base."""
 
 from typing import Any
 
@@ -14,24 +14,24 @@ KUSTOMIZATION = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kusto
 
 
 def build_argo_kustomization() -> dict[str, Any]:
-    """Build the kustomization of the WorkflowTemplates."""
+    """Build the kustomization of Argo's WorkflowTemplates."""
     return KUSTOMIZATION | {"resources": [f"{name}.yaml" for name in (argo.TRAIN, argo.SWEEP)]}
 
 
 def build_base_kustomization() -> dict[str, Any]:
-    """Build the base kustomization: everything that all machines share."""
+    """Build the base kustomization, which lists the objects that are the same for all machines."""
     return KUSTOMIZATION | {"namespace": NAMESPACE,
                             "resources": ["namespace.yaml", "rbac.yaml", "volume.yaml", "../argo"]}
 
 
 def build_namespace() -> list[dict[str, Any]]:
-    """Build the namespace of all objects."""
+    """Build the Kubernetes namespace that contains all other objects."""
     return [{"apiVersion": "v1", "kind": "Namespace", "metadata": {
         "name": NAMESPACE, "labels": {"pod-security.kubernetes.io/enforce": "baseline"}}}]
 
 
 def build_rbac() -> list[dict[str, Any]]:
-    """Build a role for workflow pods, which report their results, and a role for users who submit workflows."""
+    """Build the service account of workflow pods with its role, and a role for users who submit workflows."""
     pod_rules = [{"apiGroups": ["argoproj.io"], "resources": ["workflowtaskresults"], "verbs": ["create", "patch"]}]
     submitter_rules = [
         {"apiGroups": ["argoproj.io"], "resources": ["workflows", "workflowtemplates", "cronworkflows"],
@@ -60,14 +60,19 @@ def _role(name: str, rules: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def build_volume() -> list[dict[str, Any]]:
-    """Build the PersistentVolumeClaim for run folders, which pods on several nodes share."""
+    """Build the PersistentVolumeClaim for run folders. Pods on several nodes can mount the volume."""
     return [{
         "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": pod_spec.CLAIM},
         "spec": {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "200Gi"}}}}]
 
 
 def build_overlay(base: WorkflowSpec, machine: WorkflowSpec) -> dict[str, Any]:
-    """Build the overlay of another machine: its differences from the base's templates, as JSON patches."""
+    """Build the kustomization of an overlay: JSON patches that adapt the WorkflowTemplates to a machine.
+
+    Args:
+        base: inputs of the unpatched WorkflowTemplates.
+        machine: the same inputs for the machine of the overlay.
+    """
     patches = []
     for build in (argo.build_train_template, argo.build_sweep_template):
         base_template = build(base)
@@ -82,7 +87,7 @@ def build_overlay(base: WorkflowSpec, machine: WorkflowSpec) -> dict[str, Any]:
 def _diff(old: Any, new: Any, path: str) -> list[dict[str, Any]]:
     """Return JSON Patch (RFC 6902) operations that turn `old` into `new`.
 
-    Lists of equal length are compared item by item.
+    Lists of equal length are compared item by item. Other lists that differ are replaced as a whole.
     """
     if old == new:
         return []
@@ -104,6 +109,6 @@ def _diff(old: Any, new: Any, path: str) -> list[dict[str, Any]]:
 
 
 def _dump_patch(operations: list[dict[str, Any]]) -> str:
-    """Return a patch as the YAML string that kustomize expects."""
+    """Return a JSON patch as the YAML string that kustomize expects."""
     text: str = yaml.safe_dump(operations, sort_keys=False, width=120)
     return text

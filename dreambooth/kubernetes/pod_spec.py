@@ -1,4 +1,4 @@
-"""Parts of a pod that all workflow files share: GPU, node selector, runs volume, settings and credentials."""
+"""Builds the parts of a pod that all workflow files share: GPU, node selector, volume, settings and credentials."""
 
 import math
 from typing import Any
@@ -7,10 +7,10 @@ from dreambooth.config.enums import Device
 from dreambooth.config.hardware import Hardware
 
 CLAIM = "dreambooth-runs"  # PersistentVolumeClaim with runs, class images and downloads from the hub
-RUNS_MOUNT = "/runs"  # mount path of that volume
+RUNS_MOUNT = "/runs"  # mount path of the volume of CLAIM
 KFP_WORKSPACE = "/kfp-workspace"  # mount path of the workspace of a Kubeflow pipeline
 SERVICE_ACCOUNT = "dreambooth"  # service account of workflow pods
-CONFIG_MAP, SECRET = "dreambooth", "dreambooth-secrets"  # both are optional
+CONFIG_MAP, SECRET = "dreambooth", "dreambooth-secrets"  # names; both objects are optional
 CONFIG_MAP_KEYS = ("MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION")
 SECRET_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
                "AWS_SESSION_TOKEN")
@@ -33,7 +33,7 @@ def resources(hardware: Hardware, gpus: int = 1) -> dict[str, Any]:
 
 
 def placement(hardware: Hardware) -> dict[str, Any]:
-    """Return the node selector and tolerations. GPU nodes usually have a taint named after the GPU resource."""
+    """Return a pod's node selector and tolerations. GPU nodes usually have a taint with the GPU resource's name."""
     if hardware.device is Device.cpu:
         return {}
     tolerations = [{"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"}]
@@ -43,34 +43,34 @@ def placement(hardware: Hardware) -> dict[str, Any]:
 
 
 def security_context() -> dict[str, Any]:
-    """Return the security context of a pod: it does not run as root, and the image's user owns the volume."""
+    """Return a pod's security context. The pod runs as the image's user, who is not root and owns the volume."""
     return {"runAsNonRoot": True, "runAsUser": USER_ID, "runAsGroup": USER_ID, "fsGroup": USER_ID,
             "seccompProfile": {"type": "RuntimeDefault"}}
 
 
 def volumes() -> list[dict[str, Any]]:
-    """Return the volume of run folders."""
+    """Return the list of a pod's volumes. Its only item is the volume for run folders."""
     return [{"name": "runs", "persistentVolumeClaim": {"claimName": CLAIM}}]
 
 
 def volume_mounts() -> list[dict[str, Any]]:
-    """Return the mount of the volume of run folders."""
+    """Return the list of a container's volume mounts. Its only item mounts the volume for run folders."""
     return [{"name": "runs", "mountPath": RUNS_MOUNT}]
 
 
 def env() -> list[dict[str, Any]]:
-    """Return the environment variable that puts the hub cache on the volume: base models are downloaded only once."""
+    """Return the environment variable that puts the hub cache on the volume. Models are then downloaded only once."""
     return [{"name": "HF_HOME", "value": f"{RUNS_MOUNT}/huggingface"}]
 
 
 def env_from() -> list[dict[str, Any]]:
-    """Return references to all settings of the ConfigMap and all credentials of the Secret. Both are optional."""
+    """Return references to the ConfigMap with settings and the Secret with credentials. Both objects are optional."""
     return [{"configMapRef": {"name": CONFIG_MAP, "optional": True}},
             {"secretRef": {"name": SECRET, "optional": True}}]
 
 
 def env_by_key() -> list[dict[str, Any]]:
-    """Return the same settings and credentials as one reference per key, for objects that do not support `envFrom`."""
+    """Return one reference per key to the objects of env_from, for resources that do not support `envFrom`."""
     sources = dict.fromkeys(CONFIG_MAP_KEYS, ("configMapKeyRef", CONFIG_MAP)) | dict.fromkeys(
         SECRET_KEYS, ("secretKeyRef", SECRET))
     return [{"name": key, "valueFrom": {kind: {"name": name, "key": key, "optional": True}}}
@@ -78,6 +78,6 @@ def env_by_key() -> list[dict[str, Any]]:
 
 
 def container(image: str, command: list[str], args: list[str]) -> dict[str, Any]:
-    """Return a container with image, command, settings, credentials and the volume of run folders."""
+    """Return a container with image, command, settings, credentials and the mounted volume for run folders."""
     return {"image": image, "command": command, "args": args, "env": env(), "envFrom": env_from(),
             "volumeMounts": volume_mounts()}

@@ -1,4 +1,4 @@
-"""Renders all workflow files as YAML."""
+"""Renders all files in workflows/ as YAML."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ HEADER = "# Written from conf/ by python -m dreambooth.workflows render, which o
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """YAML dumper that writes no anchors, and writes strings of several lines as block literals."""
+    """YAML dumper that writes no anchors, and writes multi-line strings as block literals."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -26,7 +26,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def render_files(spec: WorkflowSpec) -> dict[str, str]:
-    """Render all files. Return a dict: path below workflows/ -> YAML content."""
+    """Render all workflow files, and return their YAML content by path relative to workflows/."""
     files: Mapping[str, Sequence[dict[str, Any]]] = {
         "argo/kustomization.yaml": [kustomize.build_argo_kustomization()],
         f"argo/{argo.TRAIN}.yaml": [argo.build_train_template(spec)],

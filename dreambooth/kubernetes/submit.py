@@ -1,4 +1,4 @@
-"""Submits a rendered workflow to a cluster: to Argo through hera, to Kubeflow through Kubeflow's SDK."""
+"""Submits a rendered workflow to a cluster: to Argo with the package hera, to Kubeflow with the Kubeflow SDK."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from dreambooth.kubernetes.workflow_spec import WorkflowSpec
 
 KINDS = ("train", "sweep", "trainjob", "trainjob-multi", "katib")
 MISSING_PACKAGE = "needs a package: pip install 'dreambooth[workflows]'"
-ARGO_SERVER, ARGO_TOKEN = "ARGO_SERVER", "ARGO_TOKEN"  # environment variables, as for the argo command
+ARGO_SERVER, ARGO_TOKEN = "ARGO_SERVER", "ARGO_TOKEN"  # environment variables that the argo command also reads
 
 
 def submit(spec: WorkflowSpec, kind: str, namespace: str, name: str | None = None) -> str:
@@ -19,7 +19,8 @@ def submit(spec: WorkflowSpec, kind: str, namespace: str, name: str | None = Non
 
     Args:
         kind: one of KINDS.
-        name: name of the TrainJob or Experiment; None: the rendered name. Argo ignores it and generates a name.
+        name: name of the TrainJob or Experiment; None: the name in the workflow file. For Argo, `name` is ignored,
+            because Argo generates a name.
 
     Raises:
         UserError: a package or the server's address is missing, or the cluster rejects the workflow.
@@ -35,7 +36,7 @@ def submit(spec: WorkflowSpec, kind: str, namespace: str, name: str | None = Non
 
 
 def _submit_to_argo(spec: WorkflowSpec, kind: str, namespace: str) -> str:
-    """Submit a Workflow from the cluster's WorkflowTemplate, with the overrides of `spec`; return its name."""
+    """Submit a Workflow with the cluster's WorkflowTemplate and the overrides of `spec`. Return the Workflow's name."""
     try:
         from hera.workflows import WorkflowsService
         from hera.workflows.models import WorkflowSubmitRequest
@@ -61,7 +62,7 @@ def _submit_to_argo(spec: WorkflowSpec, kind: str, namespace: str) -> str:
 
 
 def _create_kubeflow_object(manifest: dict[str, Any], namespace: str) -> str:
-    """Create a TrainJob or an Experiment through the Kubeflow SDK's connection to the cluster; return its name.
+    """Create a TrainJob or Experiment with the Kubernetes client of the Kubeflow SDK. Return the object's name.
 
     Raises:
         UserError: the SDK is not installed, or the cluster rejects the object.
@@ -83,7 +84,7 @@ def _create_kubeflow_object(manifest: dict[str, Any], namespace: str) -> str:
 
 
 def _short_message(error: Exception) -> str:
-    """Return the server's message, or the first 300 characters of the error."""
+    """Return the server's message from an error, or the first 300 characters of the error."""
     cause = error.__cause__ if getattr(error, "body", None) is None and error.__cause__ else error
     with suppress(ValueError, TypeError, KeyError):
         return str(json.loads(getattr(cause, "body", ""))["message"] or getattr(cause, "reason", ""))

@@ -1,4 +1,4 @@
-"""Kubeflow Trainer v2: builds the TrainJob of a run, on one GPU or data parallel on several GPUs.
+"""Builds the TrainJob of a run for Kubeflow Trainer v2, with one GPU or with data parallel training on several GPUs.
 
 The runtime `torch-distributed` sets PET_* environment variables, which torchrun reads.
 """
@@ -13,21 +13,21 @@ from dreambooth.kubernetes.workflow_spec import WorkflowSpec, run_overrides
 API_VERSION = "trainer.kubeflow.org/v1alpha1"
 NAME = "dreambooth"
 RUNTIME = "torch-distributed"
-MANAGER = "dreambooth.workflows"  # owner of the runtime patch
-MULTI_GPU_MACHINES = {  # hardware option -> size of a larger machine of that family, GPUs, host memory in GiB
+MANAGER = "dreambooth.workflows"  # field manager of the runtime patch
+MULTI_GPU_MACHINES = {  # hardware option -> size of a larger instance, its number of GPUs, its host memory in GiB
     "g4dn": ("12xlarge", 4, 192), "g5": ("12xlarge", 4, 192), "g6": ("12xlarge", 4, 192)}
 
 
 def build_trainjob(spec: WorkflowSpec) -> dict[str, Any]:
-    """Build the TrainJob of a run in one process."""
+    """Build the TrainJob of a run with a single training process."""
     return _trainjob(spec, NAME, ["python", "-m", "dreambooth.train"], [], 1)
 
 
 def build_multi_gpu_trainjob(spec: WorkflowSpec) -> dict[str, Any]:
-    """Build the TrainJob of a run on a larger machine of the same family, with one process per GPU.
+    """Build the TrainJob of a run on a larger instance of the same instance family, with one process per GPU.
 
     Raises:
-        UserError: no machine of this family with several GPUs is known.
+        UserError: MULTI_GPU_MACHINES contains no instance of this family.
     """
     if spec.hardware.name not in MULTI_GPU_MACHINES:
         raise UserError(f"no machine with several GPUs is known for hardware={spec.hardware.name}: type hardware= "
@@ -52,9 +52,9 @@ def _trainjob(spec: WorkflowSpec, name: str, command: list[str], module_args: li
 
 
 def _runtime_patch(spec: WorkflowSpec) -> dict[str, Any]:
-    """Build a patch that adds node selector, volume, user and service account to the runtime's pod template.
+    """Build the patch of the runtime's pod template: node selector, volume, user and service account.
 
-    In the runtime, the replicated job that trains and its container are both named `node`.
+    The runtime has a replicated job named `node`, whose container is also named `node`. This container trains.
     """
     pod = {**pod_spec.placement(spec.hardware), "serviceAccountName": pod_spec.SERVICE_ACCOUNT,
            "securityContext": pod_spec.security_context(),
