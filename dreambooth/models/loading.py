@@ -82,7 +82,7 @@ def idle_modules(parts: Components, recipe: Recipe) -> list[nn.Module]:
 def part_dtypes(recipe: Recipe, frozen: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     """Return the precision of the denoiser and that of the text encoders: fp32 if trained, `frozen` if frozen.
 
-    The base model below an adapter is frozen. Its matrices and convolutions are stored in the precision to which
+    With an adapter, the base model is frozen. Its matrices and convolutions are stored in the precision to which
     autocast casts them at every use, so that storing them in this precision does not change the results. Norms and
     embeddings are also rounded, once, if the weights of the base model have a higher precision than `frozen`.
     """
@@ -150,7 +150,7 @@ def exact_frozen(parts: Components, recipe: Recipe) -> Components:
 def prepare(parts: Components, recipe: Recipe) -> TrainedModel:
     """Prepare the parts for training and return the module to train.
 
-    Set attention and gradient checkpointing, add adapters, and require gradients of the trained weights only.
+    Set attention and gradient checkpointing, add adapters, and set `requires_grad` of all weights.
     """
     family, denoiser = parts.family, parts.denoiser
     family.set_attention(denoiser, recipe.attention.kind)

@@ -151,7 +151,7 @@ def _run_metadata(settings: Mapping[str, str]) -> dict[str, str]:
 
 
 def _find_model(source: Path) -> tuple[Path, Mapping[str, str]]:
-    """Return the diffusers folder in `source`, and the settings of the run, empty if `source` is not a run folder."""
+    """Return the diffusers folder in `source`, and the settings of its run (none if `source` is not a run folder)."""
     for folder in (source / "model", source):
         if (folder / "model_index.json").is_file():
             run = source / "run.json"

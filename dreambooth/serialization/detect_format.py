@@ -36,7 +36,8 @@ class DetectedModel:
     def is_rescaled(self) -> bool:
         """Whether the noise schedule is rescaled, so that the last timestep is pure noise.
 
-        Like ComfyUI, this ignores the mark for a model that predicts noise: at pure noise, predicting it is trivial.
+        As in ComfyUI, the mark is ignored if the model predicts noise. If its input is pure noise, such a model has
+        nothing to predict.
         """
         return self.zero_terminal_snr and self.prediction_type == "v_prediction"
 

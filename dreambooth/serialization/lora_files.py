@@ -26,7 +26,8 @@ from dreambooth.models.families.family import Family
 from dreambooth.models.lora import LowRank
 from dreambooth.serialization.export_layout import ADAPTER
 
-BASE_KEY_PREFIX = "base_model_"  # prefix of the metadata keys with the revision, variant, ... of the base
+# Prefix of the metadata keys that hold settings of the base model: revision, variant, vae and zero_terminal_snr.
+BASE_KEY_PREFIX = "base_model_"
 DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"
 
 

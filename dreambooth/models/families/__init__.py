@@ -84,12 +84,12 @@ def architecture_of(hub_id: str) -> str | None:
 
 
 def renamed_hub_id(hub_id: str) -> str | None:
-    """Return the current hub id of a model whose id `hub_id` was withdrawn, or None if it was not."""
+    """Return the current hub id of the model if `hub_id` was withdrawn from the hub, else None."""
     return next((family.renamed_hub_ids[hub_id] for family in FAMILIES if hub_id in family.renamed_hub_ids), None)
 
 
 def import_common_classes() -> None:
-    """Import the diffusers classes that every run needs, so that no import interrupts a progress bar later."""
+    """Import the diffusers classes that every run needs, so that they are not imported later, during a progress bar."""
     _ = FAMILIES[0].denoiser.type, FAMILIES[0].pipeline_type
 
 

@@ -122,7 +122,7 @@ class TransformersPart(Part):
 
 @dataclass(frozen=True)
 class Layout:
-    """The part names and configurations of a diffusers folder or hub id. Families are detected by them."""
+    """The part names and configurations of a diffusers folder or hub id; they determine the family of the model."""
 
     parts: Collection[str]  # names of the parts
     configuration: Callable[[str], Mapping[str, Any]]  # part name -> config.json; empty if missing
