@@ -38,7 +38,8 @@ class Follower:
         poll_seconds: pause between two polls of all running jobs.
         stop_on_interrupt: effect of Ctrl-C on running jobs. True: stop them; False: leave them running.
         follow_hint: phrase for messages that explains how the user can follow the running jobs again.
-        sleep, clock: functions that tests replace.
+        sleep: waits for a number of seconds; tests pass a substitute.
+        clock: returns the current time in seconds; tests pass a substitute.
     """
 
     def __init__(self, backend: Backend, jobs: Sequence[Job], *, max_parallel: int, poll_seconds: float,
@@ -122,7 +123,10 @@ class Follower:
         return True
 
     def _set_state(self, number: int, state: JobState) -> None:
-        """Record the new state of a job, and print it if it differs. If it lacks a step or loss, keep the old value."""
+        """Record the new state of a job. Print the new state if it differs from the old state.
+
+        If the new state has no step or loss, it gets the step or loss of the old state.
+        """
         self._last_answer = self._clock()
         old = self.states[number]
         self.states[number] = state = replace(state, step=state.step if state.step is not None else old.step,
@@ -133,9 +137,9 @@ class Follower:
         self._last_lines[number] = line
 
     def _handle_no_answer(self, error: Unreachable | DreamBoothError) -> bool:
-        """Print the error of a poll or submission, unless the same error is already printed. Return False.
+        """Print the error of a failed poll or submission, and return False. Print repeated errors only once.
 
-        An error of a single job therefore does not prevent polling the other jobs.
+        Because the error is not raised, an error of a single job does not prevent polling the other jobs.
 
         Raises:
             UserError: the backend has not answered any request for too long.

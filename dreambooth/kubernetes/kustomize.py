@@ -1,4 +1,4 @@
-"""Builds the kustomizations, which are a base and one overlay per machine, and the other objects of the base."""
+"""Builds the files for kustomize: a base with namespace, roles and volume, and one overlay per machine."""
 
 from typing import Any
 

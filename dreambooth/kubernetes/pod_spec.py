@@ -78,6 +78,6 @@ def env_by_key() -> list[dict[str, Any]]:
 
 
 def container(image: str, command: list[str], args: list[str]) -> dict[str, Any]:
-    """Return a container with image, command, settings, credentials and the mounted volume for run folders."""
+    """Return the specification of a container that has the settings, the credentials and the volume for run folders."""
     return {"image": image, "command": command, "args": args, "env": env(), "envFrom": env_from(),
             "volumeMounts": volume_mounts()}

@@ -1,4 +1,4 @@
-"""Renders all files in workflows/ as YAML."""
+"""Renders the objects of all workflow files as YAML."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
