@@ -184,10 +184,24 @@ class Server:
                 importlib.import_module(library)
         if "dreambooth.run" in missing:
             with suppress(Exception):
-                importlib.import_module("dreambooth.models.loading").import_libraries()
+                _prepare()
         if missing:
             gc.collect()
             gc.freeze()
+
+
+def _prepare() -> None:
+    """What most commands do once and keep in memory: half a second of Hydra's parsers, and image formats."""
+    from hydra import compose, initialize_config_dir
+    from PIL import Image
+
+    from dreambooth.config.compose import conf_dir
+    from dreambooth.models.loading import import_libraries
+
+    import_libraries()
+    Image.init()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        compose("config", ["hardware=cpu", "train.max_train_steps=8", "sample.every=null", "run_root=/a/folder"])
 
 
 def _run(words: list[str], folder: str, environment: dict[str, str], streams: list[int], python: str) -> None:
