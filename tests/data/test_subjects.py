@@ -134,6 +134,7 @@ def test_a_run_with_every_data_option_resumes_bit_for_bit(tmp_path: Path) -> Non
     from tests.support.runs import assert_same, the_run
 
     overrides, whole, resumed = write_full_project(tmp_path), tmp_path / "whole", tmp_path / "resumed"
+    overrides += ["sample.every=null", "prior.num_class_images=2"]
     assert train(whole, *overrides, "train.max_train_steps=6", log=tmp_path / "out.txt") == 0
     assert train(resumed, *overrides, "train.max_train_steps=2") == 0
     assert train(resumed, *overrides, "train.max_train_steps=6") == 0

@@ -43,6 +43,7 @@ def test_a_frozen_base_is_in_half_precision() -> None:
     assert weights[1] < 0.55 * weights[0]
 
 
+@pytest.mark.slow
 def test_sd15_with_an_adapter_fits_a_t4_and_auto_adds_nothing() -> None:
     """Predicted, not measured: 9.4 GiB. With checkpointing 7.4, of which all but 4 are for sampling four images."""
     recipe = demo_recipe("sd15", **LORA, train__train_text_encoder=True, memory__auto=True)
@@ -56,6 +57,7 @@ def test_sd15_with_an_adapter_fits_a_t4_and_auto_adds_nothing() -> None:
     assert all(option.exact for option in list_memory_options(choice.recipe, choice.prediction))
 
 
+@pytest.mark.slow
 def test_the_options_of_a_full_run_that_does_not_fit_include_an_adapter() -> None:
     recipe = demo_recipe("sd15", prior__num_class_images=1, sample__every=None)
     options = {option.overrides: option for option in list_memory_options(recipe, predict(recipe))}
@@ -63,6 +65,7 @@ def test_the_options_of_a_full_run_that_does_not_fit_include_an_adapter() -> Non
     assert lora.saved_gib > 12 and lora.extra_seconds is not None and lora.extra_seconds < 0
 
 
+@pytest.mark.slow
 def test_four_bits_are_a_quarter_of_sixteen_for_linear_layers() -> None:
     pytest.importorskip("bitsandbytes")
     half, nf4 = (predict(demo_recipe("sd15", **LORA, method__base_weights=weights, prior__num_class_images=1,

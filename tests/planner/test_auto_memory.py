@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dreambooth.config.recipe import Recipe
 from dreambooth.planner import auto_memory
 from dreambooth.planner.auto_memory import choose_memory_options
 from dreambooth.planner.memory_options import describe_memory_options, list_memory_options
+from dreambooth.planner.prediction import Prediction
 from dreambooth.planner.rehearsal import predict
 from dreambooth.runs.run_folder import Result
 from dreambooth.runtime.engine import Engine, create_engine
@@ -25,6 +27,11 @@ from dreambooth.utils.signals import StopRequest
 from tests.support.configs import demo_recipe, small_recipe
 
 LARGE_CARD = {"memory__auto": True, "hardware__usable_vram_gib": 80.0}  # the lower bound rules out no candidate
+
+
+@cache
+def predict_small_run() -> Prediction:
+    return predict(small_recipe())
 
 
 class FakeRehearsal:
@@ -36,7 +43,7 @@ class FakeRehearsal:
 
     def __call__(self, recipe: Recipe) -> Any:
         self.recipes.append(recipe)
-        base = predict(small_recipe())
+        base = predict_small_run()
         size = int(self.needed(recipe) * 2**30)
         return type("FakePrediction", (), {"reserved": size, "trained_parameters": base.trained_parameters,
                                            "by_phase": base.by_phase, "peak_over": base.peak_over,
@@ -95,6 +102,7 @@ def test_auto_does_not_step_in_the_backward_pass_where_that_is_impossible(
     assert not any(candidate.memory.optimizer_in_backward for candidate in rehearsal.recipes)
 
 
+@pytest.mark.slow
 def test_listed_options_are_for_the_phase_that_needs_the_most_memory() -> None:
     """Options that do not change the results come first. They are about sampling if that needs the most."""
     recipe = demo_recipe("sd15", memory__auto=False, prior__num_class_images=1, sample__every=None)

@@ -98,6 +98,7 @@ def test_transformers_recomputed_separately_for_photos_and_class_images_give_the
         assert float((one - other).abs().max()) <= 1e-5 * float(one.abs().max())
 
 
+@pytest.mark.slow
 def test_a_transformer_recomputed_separately_needs_half_of_its_tensors() -> None:
     changed = {**TWO_PASSES, "train__use_ema": False, "sample__every": None, "evaluate__encoder": EncoderKind.none,
                "prior__num_class_images": 1, "prior__sample_batch_size": 1}
@@ -140,6 +141,7 @@ def _gradients(rows: int = 1, **changed: object) -> list[torch.Tensor]:
 
 # -- buckets ------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_no_bucket_needs_more_memory_than_the_planned_one(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = small_recipe(dataset__buckets=True, prior__with_prior_preservation=False)
     planned = max(usage.allocated for usage in predict(recipe).by_phase.values())
