@@ -15,7 +15,7 @@ from torch.distributed.run import main
 def root_exit_code(failures: Collection[ProcessFailure]) -> int:
     """Return the exit code of the process that caused the other failures; -N if signal N ended it.
 
-    SIGKILL takes precedence: a process that SIGKILL ends prints nothing, and processes that wait for it fail
+    SIGKILL takes precedence: a process killed by SIGKILL prints nothing, and processes that wait for it fail
     immediately. SIGTERM comes last: the launcher itself ends the remaining processes by SIGTERM, and much later by
     SIGKILL.
     """

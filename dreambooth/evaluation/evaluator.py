@@ -157,8 +157,8 @@ class Evaluator:
         """Return the prefix of the names of metrics and images in the tracker.
 
         A tracker stores one value per step and name, but an evaluation with other prompts or seeds gives other values.
-        Therefore only the first evaluation with an encoder has the prefix `evaluate`. The prefix of every later
-        evaluation contains its key.
+        Therefore only the first evaluation with each encoder has the prefix `evaluate`. The prefix of an evaluation
+        with other settings contains its `key`.
         """
         others = [path for path in self.folder.parent.glob(f"*/{MADE_WITH}") if path.parent != self.folder]
         used = {name for path in others for name in json.loads(path.read_text(encoding="utf-8"))["encoders"]}

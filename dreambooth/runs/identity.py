@@ -92,7 +92,7 @@ def identity(root: DictConfig, swept: bool = False) -> str:
 
 
 def _selection(evaluate: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of evaluate that determine which weights are exported if evaluate.select is set."""
+    """Return the settings of evaluate that, if evaluate.select is set, determine which weights are exported."""
     settings = {key: value for key, value in evaluate.items() if key not in NOT_SELECTING}
     if folder := settings["reference_dir"]:
         settings["reference_dir"] = _folder_content(folder)

@@ -30,7 +30,7 @@ def dreambooth_loss(
         goal: the target of the prediction, (N, C, H, W).
         instances: number of instance rows.
         prior_loss_weight: lambda in the paper.
-        weights: weight of each row, for instance and class samples, (N,); None: all 1.
+        weights: weight of each row, of class samples as well as instance samples, (N,); None: all 1.
         mask: weight of each position in [0, 1], (N, 1, H, W); None: all 1.
     """
     squares = (prediction - goal).square()

@@ -39,7 +39,7 @@ def remove_credentials(text: str, uri: str = "") -> str:
     """Return `text` without credentials: `user:password@` in addresses, and the values of `password=` and `token=`.
 
     Args:
-        uri: an address with a user and password, which are also removed where `text` contains them outside an address.
+        uri: an address with credentials, which are also removed from `text` where they stand outside of an address.
     """
     match = re.match(r"[\w+.-]+://([^/\s]*)@", uri)
     text = re.sub(r"(?<=://)[^/\s]*@", "", text)

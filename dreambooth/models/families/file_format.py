@@ -117,7 +117,7 @@ class SingleFileFormat(ABC):
 
     @abstractmethod
     def marks_of(self, scheduler_config: Mapping[str, Any]) -> set[str]:
-        """Return the subset of `marks` that a file of a model with this scheduler configuration needs.
+        """Return those of `marks` that a file must contain if its model has this scheduler configuration.
 
         Raises:
             UserError: this format cannot represent the model's prediction type.
