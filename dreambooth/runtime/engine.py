@@ -103,7 +103,9 @@ class Engine:
         return self.scaler.is_enabled() and bool(found_inf)
 
     def update_scaler(self, found_inf: Tensor) -> bool:
-        """Update the loss scaler after a backward pass whose gradients were unscaled outside of it. Return False if the step must be skipped.
+        """Update the loss scaler after a backward pass whose gradients were unscaled outside of it.
+
+        Return False if the step must be skipped.
 
         Args:
             found_inf: (1,), above 0 if a gradient was not finite.
