@@ -129,6 +129,7 @@ def write_full_project(folder: Path) -> list[str]:
             f"{second}.mask=alpha", f"{first}.repeats=2", "dataset.buckets=true", "dataset.prompt_dropout=0.3"]
 
 
+@pytest.mark.slow
 def test_a_run_with_every_data_option_resumes_bit_for_bit(tmp_path: Path) -> None:
     from tests.support.faults import train
     from tests.support.runs import assert_same, the_run

@@ -92,6 +92,7 @@ def test_auto_keeps_options_that_the_user_switched_on() -> None:
     assert choice.recipe.memory.gradient_checkpointing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed, processes", [
     ({"train__gradient_accumulation_steps": 2}, None), ({"train__compile": True}, None), ({}, 2),
     ({"hardware__gpus": 4}, None)], ids=["accumulation", "compiled", "two processes", "four cards"])

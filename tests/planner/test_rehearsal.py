@@ -48,6 +48,7 @@ def test_fake_and_real_tensors_give_the_same_trace_byte_for_byte(changed: dict[s
     assert fake.flops == real.flops
 
 
+@pytest.mark.slow
 def test_dataless_tensors_give_the_trace_of_pytorchs_fake_tensors() -> None:
     recipe = small_recipe(**TWO_PASSES, memory__autocast_cache=False, memory__weights=Weights.half,
                    memory__rounding=Rounding.stochastic, precision__dtype=Dtype.bf16)

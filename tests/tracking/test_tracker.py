@@ -143,6 +143,7 @@ def test_a_deleted_run_is_created_again(tmp_path: Path, uri: str) -> None:
     assert only_run(uri).info.run_id != old and points(uri, "loss") == [(1, 1.0), (2, 2.0)]
 
 
+@pytest.mark.slow
 def test_two_processes_open_one_fresh_database(tmp_path: Path) -> None:
     code = ("import sys; from pathlib import Path; from dreambooth.tracking.tracker import open_tracker;"
             "root = Path(sys.argv[1]);"
