@@ -160,7 +160,8 @@ def test_the_summary_names_the_exported_step_and_its_scores(selected: Path) -> N
     assert "lower is better" in output
 
 
-@pytest.mark.parametrize("fault", ["unsaved", *(pytest.param(f, marks=pytest.mark.slow) for f in ("between", "half"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["unsaved", "between", "half"])
 def test_a_run_killed_during_evaluation_gives_the_same_result(
         fault: str, selected: Path, on: list[str], tmp_path: Path) -> None:
     assert train(tmp_path, *on, *SELECT_FIRST, "checkpoint.keep=1", fault=f"evaluation_{fault}") == KILLED
@@ -172,6 +173,7 @@ def test_a_run_killed_during_evaluation_gives_the_same_result(
     assert metric(run, f"evaluate/{DRIFT}") == metric(selected, f"evaluate/{DRIFT}")
 
 
+@pytest.mark.slow
 def test_a_run_stopped_during_evaluation_saves_the_step_and_evaluates_it_later(
         selected: Path, on: list[str], tmp_path: Path) -> None:
     overrides = [*on, *SELECT_FIRST, "checkpoint.every=null", "checkpoint.keep=1"]

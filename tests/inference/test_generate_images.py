@@ -250,6 +250,7 @@ def test_each_key_has_bounds(values: dict[str, Any]) -> None:
         Generate(**values)
 
 
+@pytest.mark.slow
 def test_a_run_that_evaluates_reads_its_own_adapter(run: Path, tmp_path: Path) -> None:
     """What `evaluate` draws with an adapter's run is what the run itself drew at its end."""
     words = ["method=lora", "evaluate.encoder=efficientnet_lite0", "evaluate.images_per_prompt=1",

@@ -150,7 +150,7 @@ def test_all_of_a_frozen_base_is_in_the_compute_precision_and_the_planner_knows(
     assert norms and all(module.weight.dtype is torch.bfloat16 for module in norms)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_an_adapter_of_every_layer_trains_beside_norms_in_half(kind: str, tmp_path: Path) -> None:
     words = [f"method={kind}", "method.targets=all", "precision=bf16", "train.max_train_steps=2", "sample.every=null",
              "prior.with_prior_preservation=false"]
@@ -241,7 +241,7 @@ def test_two_layers_drop_differently() -> None:
 
 # -- whole runs ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_an_adapters_run_is_small_and_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
     words = [f"method={kind}", "method.dropout=0.1", "method.rank=4", "train.max_train_steps=4", "checkpoint.every=1",
              "sample.every=null"]

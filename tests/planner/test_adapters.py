@@ -19,7 +19,8 @@ LORA: dict[str, object] = {"method__kind": MethodKind.lora, "method__name": "lor
 DORA: dict[str, object] = {"method__kind": MethodKind.dora, "method__name": "dora", "method__targets": Targets.all}
 
 
-@pytest.mark.parametrize("changed", [LORA, DORA | {"memory__gradient_checkpointing": True},
+@pytest.mark.parametrize("changed", [LORA, pytest.param(DORA | {"memory__gradient_checkpointing": True},
+                                                         marks=pytest.mark.slow),
                                      LORA | {"method__dropout": 0.1, "train__train_text_encoder": True}])
 def test_fake_and_real_tensors_give_the_same_trace_byte_for_byte(changed: dict[str, object]) -> None:
     fake, real = predict(small_recipe(**changed)).trace, rehearse(small_recipe(**changed)).trace

@@ -53,6 +53,7 @@ def pages(how: str, **environment: str) -> tuple[str, int]:
     return returned, int(count)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
 def test_freed_memory_is_used_again_without_a_page_fault() -> None:
     returned, kept = pages("kept")

@@ -263,6 +263,7 @@ def test_a_run_with_every_exact_memory_option_gives_the_same_model(tmp_path: Pat
         assert [key for key in one if not one[key].equal(other[key])] == []
 
 
+@pytest.mark.slow
 def test_half_weights_and_offload_run_end_to_end_and_resume(tmp_path: Path) -> None:
     for number, options in enumerate((["memory.weights=half", "memory.rounding=stochastic"],
                                      ["memory.offload_optimizer=true", "memory.split_prior=true"])):

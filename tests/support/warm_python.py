@@ -29,7 +29,7 @@ from typing import Any
 VARIABLE = "DREAMBOOTH_WARM_PYTHON"
 PYTHON = os.environ.get(VARIABLE, sys.executable)
 # No command of the package: a command's module is imported anew in each process, as its state is that of a process.
-LIBRARIES = ("torch", "accelerate", "peft", "hydra.main", "hydra._internal.hydra", "PIL.Image", "safetensors.torch",
+LIBRARIES = ("torch", "accelerate", "hydra.main", "hydra._internal.hydra", "PIL.Image", "safetensors.torch",
              "boto3", "dreambooth.run")
 TRACKING = ("mlflow", "mlflow.diffusers", "mlflow.store.tracking.sqlalchemy_store")
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -199,6 +199,7 @@ def _prepare() -> None:
     from dreambooth.models.loading import import_libraries
 
     import_libraries()
+    importlib.import_module("peft")
     Image.init()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         compose("config", ["hardware=cpu", "train.max_train_steps=8", "sample.every=null", "run_root=/a/folder"])

@@ -193,7 +193,7 @@ def test_a_password_is_never_shown(tmp_path: Path, capfd: pytest.CaptureFixture[
 def test_leaving_without_close_ends_at_once(tmp_path: Path) -> None:
     code = ("import sys, time; from pathlib import Path; from dreambooth.tracking.tracker import open_tracker;"
             "r = Path(sys.argv[1]); t = open_tracker('mlflow', r / 'a', run_root=r, run_name='r', uri=sys.argv[2]);"
-            "t.log_metrics(1, {'loss': 1.0}); time.sleep(4)")
+            "t.log_metrics(1, {'loss': 1.0}); time.sleep(2)")
     with listening(None) as (port, _):
         args = [sys.executable, "-c", code, str(tmp_path), f"http://127.0.0.1:{port}"]
         environment = os.environ | {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1000"}  # longer than the timeout of this test
