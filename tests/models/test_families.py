@@ -178,7 +178,8 @@ def other(what: str, folder: Path, place: Path) -> tuple[Path, list[str]]:
     return folder, [f"model.vae={place / 'vae'}"]
 
 
-@pytest.mark.parametrize("what", ["variant", "vae", "zero terminal SNR"])
+@pytest.mark.parametrize("what", [*(pytest.param(what, marks=pytest.mark.slow) for what in ("variant", "vae")),
+                                  "zero terminal SNR"])
 def test_an_adapter_is_drawn_with_as_it_was_trained(
         what: str, base: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By generate, and by the lines of its card: the same files of the base, VAE and noise schedule."""

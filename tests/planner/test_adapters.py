@@ -76,6 +76,7 @@ def test_four_bits_are_a_quarter_of_sixteen_for_linear_layers() -> None:
     assert nf4 < half - 0.7 * linear
 
 
+@pytest.mark.slow
 def test_too_little_host_memory_is_reported() -> None:
     recipe = demo_recipe("sd15", method__kind=MethodKind.lora, hardware__host_ram_gib=1)
     plan = report.Plan(recipe, predict(recipe), (), "")

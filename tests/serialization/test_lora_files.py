@@ -2,6 +2,7 @@
 
 import json
 import struct
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ def draw(pipe: Any) -> np.ndarray:
                     generator=torch.Generator().manual_seed(4), height=64, width=64).images
 
 
+@cache
+def base_picture() -> np.ndarray:
+    return draw(pipeline())
+
+
 def taught(kind: MethodKind, targets: Targets) -> tuple[Any, dict[str, lora.LowRank]]:
     """The base with an adapter that changes its pictures, and what it has learned."""
     loading.import_libraries()
@@ -72,7 +78,7 @@ SAME = 2e-4
 def test_both_layouts_draw_the_same_picture_in_diffusers(kind: MethodKind, targets: Targets, tmp_path: Path) -> None:
     ours, known = taught(kind, targets)
     lora_files.write(tmp_path, known, ONE, "toy", {"base_model": "tiny"})
-    wanted, base = draw(ours), draw(pipeline())
+    wanted, base = draw(ours), base_picture()
     assert np.abs(wanted - base).max() > 0.05, "the adapter changes nothing"
     paths = [tmp_path] + ([tmp_path / "webui/toy.safetensors"] if kind is MethodKind.lora else [])
     for path in paths:

@@ -17,7 +17,7 @@ def kill_and_repeat(tmp_path: Path, uninterrupted: Path, *faults: tuple[str, int
     assert_same(the_run(tmp_path), uninterrupted)
 
 
-@pytest.mark.parametrize("fault", ["checkpoint_rename", "random_moment"])
+@pytest.mark.parametrize("fault", ["checkpoint_rename", pytest.param("random_moment", marks=pytest.mark.slow)])
 def test_killed_run_repeated_is_bit_equal(fault: str, tmp_path: Path, uninterrupted: Path) -> None:
     kill_and_repeat(tmp_path, uninterrupted, (fault, 3))
 

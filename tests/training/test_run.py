@@ -80,7 +80,7 @@ def test_metrics_images_and_settings_are_in_mlflow(short_run: Path, tmp_path: Pa
 
 def test_the_terminal_shows_plan_progress_and_results(short_run: Path) -> None:
     output = (short_run / "out.txt").read_text()
-    for words in ("a photo of a zwx toy", "4 class images: 0 existing, 4 to generate", "training 2/2",
+    for words in ("a photo of a zwx toy", "2 class images: 0 existing, 2 to generate", "training 2/2",
                   "contact_sheet.png", "python -m dreambooth.generate"):
         assert words in output
     assert "Warning" not in output
@@ -346,6 +346,7 @@ def test_wrong_input_is_an_error_without_traceback(
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("*-*")), "an empty run is left behind"
 
 
+@pytest.mark.slow
 def test_startup_imports_neither_bitsandbytes_nor_the_compiler_of_torch() -> None:
     """They would take most of a second at every start, and only some optimizers and settings need them."""
     code = ("import sys; from dreambooth.models import loading; loading.import_libraries();"
