@@ -27,7 +27,8 @@ def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "re
 
     If the job fails, print the reason, record the exit code for `exit_process`, and return NaN.
 
-    After a failed job, a sweep continues with the next job. After an interrupted job, the sweep ends.
+    After a failed job, a sweep continues with the next job. If a job of a sweep is interrupted, end the
+    process, and with it the sweep.
 
     Args:
         job: the function that does the work of a command.
@@ -64,7 +65,8 @@ def describe_fault(error: Exception) -> str:
 def _record_failure(code: int, sentence: str, user_error: bool = True) -> None:
     """Record the exit code of a failed job.
 
-    If the parent process has set EXIT_REPORT_DIR, also write a report for the parent process into that folder.
+    If the environment variable named by EXIT_REPORT_DIR is set, also write a report for the parent process into the
+    folder that the variable names.
     """
     _exit_codes.append(code)
     if folder := os.environ.get(EXIT_REPORT_DIR):
@@ -74,11 +76,11 @@ def _record_failure(code: int, sentence: str, user_error: bool = True) -> None:
 
 
 def exit_process() -> None:
-    """End the process with the exit code of the first job that failed, or 0.
+    """End the process with the exit code of the first job that failed, or with 0 if no job failed.
 
     Under torchrun, end the process without finalising the interpreter. During finalisation, torch's communication
-    threads may request the interpreter lock (GIL): about one finished run in ten ended with SIGABRT or SIGSEGV (gloo,
-    torch 2.13).
+    threads may request the interpreter lock (GIL), which crashes the process: about one finished run in ten ended with
+    SIGABRT or SIGSEGV (gloo, torch 2.13).
     """
     code = _exit_codes[0] if _exit_codes else 0
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -91,9 +93,10 @@ def exit_process() -> None:
 
 
 def configure_allocator(memory: Memory) -> None:
-    """Set PYTORCH_ALLOC_CONF, which holds the options of PyTorch's CUDA allocator, unless the user has set it.
+    """Set the environment variable PYTORCH_ALLOC_CONF to the allocator options of `memory`, unless the user has set it.
 
-    PyTorch reads this environment variable when torch is imported.
+    The variable holds the options of PyTorch's CUDA allocator. PyTorch reads it when torch is imported, so call this
+    function before.
     """
     options = {"expandable_segments": "True" if memory.expandable_segments else None,
                "max_split_size_mb": memory.max_split_size_mb}
@@ -103,7 +106,7 @@ def configure_allocator(memory: Memory) -> None:
 
 
 def parse_with_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse options and overrides KEY=VALUE. The attribute `overrides` of the result lists the overrides."""
+    """Parse the command line: options, and overrides KEY=VALUE. Return the options; `overrides` lists the overrides."""
     options, overrides = parser.parse_known_args()
     if invalid := [word for word in overrides if "=" not in word or word.startswith("-")]:
         parser.error(f"{invalid[0]} is neither an option nor KEY=VALUE")
@@ -112,9 +115,10 @@ def parse_with_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def intercept_override(key: str) -> None:
-    """Remove the overrides of `key` from sys.argv before Hydra reads them, and store the value of the last override.
+    """Remove the overrides of `key` from sys.argv before Hydra reads them, and store the value.
 
-    Needed if `key` is also the name of a config group: Hydra would search for an option of that group.
+    If `key` is overridden several times, the last value is stored. Needed if `key` is also the name of a config group:
+    Hydra would take the value for the name of an option of the group.
     """
     overrides = [word for word in sys.argv[1:] if word.startswith(f"{key}=")]
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in overrides]
@@ -122,5 +126,5 @@ def intercept_override(key: str) -> None:
 
 
 def intercepted_override(key: str) -> str | None:
-    """Return the value of an override that `intercept_override` removed, or None if there was none."""
+    """Return the value of `key` that `intercept_override` stored, or None if `key` was not overridden."""
     return _intercepted.get(key) or None

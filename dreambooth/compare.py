@@ -31,7 +31,7 @@ ConfigStore.instance().store(name="compare_schema", node=Compare, provider="drea
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="compare")
 def compare(cfg: DictConfig) -> None:
-    """Write the comparison page of a sweep."""
+    """Write the HTML page that compares the runs of a sweep."""
     cli.run_job(lambda: _job(cfg), sweep=False)
 
 

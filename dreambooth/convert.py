@@ -1,6 +1,6 @@
 """Command `python -m dreambooth.convert`: converts a single-file model to a diffusers folder, or a folder to a file.
 
-Torch is imported only when the job runs, so that --help is fast.
+Torch is imported only when the work of the command starts, so that --help is fast.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ def convert(cfg: DictConfig) -> None:
 
 
 def parse_options(cfg: DictConfig) -> Convert:
-    """Convert the configuration that Hydra composed to the options of the command.
+    """Return the options of the command, read from the configuration `cfg` that Hydra composed.
 
     Raises:
         UserError: a value has the wrong type, or breaks a rule of its field.

@@ -41,7 +41,7 @@ identity.register_resolver()
 
 
 def main() -> None:
-    """Run one job and exit with its exit code. If the job fails, also write the reason to output/failure."""
+    """Run one job and exit with its exit code. If the job fails, write the reason to the file output/failure."""
     supervisor, paths = Supervisor(), SageMakerPaths.from_environment()
     with suppress(OSError):
         paths.failure.unlink(missing_ok=True)
@@ -93,7 +93,7 @@ def read_request(paths: SageMakerPaths, args: list[str], hardware: str | None) -
     Args:
         paths: the folders that SageMaker mounts.
         args: overrides from the command line.
-        hardware: option of the config group hardware for this machine; None if no option matches it.
+        hardware: option of the config group hardware for this machine; None if no option matches the machine.
 
     Raises:
         ConfigError: hyperparameters have unknown names, or values of the wrong type.
@@ -138,7 +138,7 @@ def compose_run(overrides: list[str]) -> tuple[Config, Path]:
 
 
 def _epochs_to_steps(config: Config, world_size: int) -> int:
-    """Convert `checkpoint.every` from epochs (passes over the photos) to steps.
+    """Return `checkpoint.every`, which the job gave in epochs (passes over the photos), converted to steps.
 
     Raises:
         DreamBoothError: there are no photos, or they cannot be downloaded.

@@ -4,7 +4,7 @@
 |---|---|
 | 0 | done |
 | 1 | user error; the message is one sentence that says what to type |
-| 3 | does not fit (VRAM, host memory, disk) |
+| 3 | the run does not fit (VRAM, host memory, disk) |
 | 4 | out of memory while running |
 | 5 | interrupted, state saved |
 | 6 | diverged: non-finite loss, or too many skipped fp16 steps |
@@ -42,7 +42,7 @@ class DoesNotFit(DreamBoothError):
 
 
 class OutOfMemory(DreamBoothError):
-    """Memory ran out during a phase of the run."""
+    """Memory ran out during a phase of the run, such as sampling."""
 
     exit_code = 4
 

@@ -1,6 +1,6 @@
 """Command `python -m dreambooth.evaluate`: generates evaluation images with the model of a run, and scores them.
 
-Torch is imported only when the job runs, so that --help is fast.
+Torch is imported only when the work of the command starts, so that --help is fast.
 """
 
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ def _job(cfg: DictConfig) -> None:
 
 
 def compose_from_run(run: Path, options: dict[str, object]) -> DictConfig:
-    """Load the configuration that Hydra recorded in a run folder, and replace values of the group evaluate.
+    """Return the configuration that Hydra recorded in a run folder, with new values in the group evaluate.
 
     Args:
         run: folder of the run.

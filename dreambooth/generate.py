@@ -1,6 +1,6 @@
 """Command `python -m dreambooth.generate`: generates images with the model of a run.
 
-Torch is imported only when the job runs, so that --help is fast.
+Torch is imported only when the work of the command starts, so that --help is fast.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """Command `python -m dreambooth.plan`: predicts the memory, time and cost of a run from its overrides.
 
 The command reads neither photos nor weights. It writes no file, except a plot if plan.plot is set. The exit code is 3
-if the run does not fit. Torch is imported only when the job runs, so that --help is fast.
+if the run does not fit. Torch is imported only when the work of the command starts, so that --help is fast.
 """
 
 import sys

@@ -15,7 +15,7 @@ from dreambooth.errors import UserError
 
 @dataclass
 class Promote(Section):
-    """Options of the command: the sweep, and the rules of promotion. conf/promote.yaml explains each key."""
+    """Options of the command: the sweep, and rules for its best model. conf/promote.yaml explains each key."""
 
     sweep: str | None = None
     run_root: str = "runs"

@@ -1,4 +1,4 @@
-"""The composition root of a training run: only creates and connects the objects that turn a Recipe into a Result."""
+"""The composition root of a training run: it creates and connects the objects that turn a Recipe into a Result."""
 
 import time
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ from dreambooth.utils.signals import StopRequest
 
 
 def execute(recipe: Recipe, stop: StopRequest) -> Result:
-    """Start or resume the run that `recipe` describes, and return its result. If the run has finished, print that.
+    """Start or resume a run and return its result. If the run was already finished, print and return its stored result.
 
     Raises:
         DreamBoothError: the run failed or was interrupted; see errors.py. All saved files are kept.
@@ -98,7 +98,7 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
 
 def _finish(recipe: Recipe, engine: Engine, setup: Setup, evaluation: EvaluationHook, tracker: Tracker,
             meter: MemoryMeter, seconds: float) -> Result:
-    """Score and export the last weights (their EMA, if there is one), or the best weights if evaluate.select is set."""
+    """Score and export weights (the EMA, if any) of the last step, or of the best step if evaluate.select is set."""
     step = setup.state.step
     with meter.phase("export"):
         with evaluation.exported_weights() as exported, engine.autocast():

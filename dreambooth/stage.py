@@ -2,7 +2,7 @@
 
 The workflow engine passes all overrides as one string, and afterwards reads the outputs of the stage from files. A
 stage runs another command (`train`, `evaluate`, ...) as a child process, forwards signals to it, and exits with the
-exit code of the child process. The engine repeats a stage only if this code reports an interruption. Heavy
+exit code of the child process. The engine repeats a stage only if the exit code reports an interruption. Heavy
 libraries such as torch are not imported in this process.
 """
 
@@ -97,7 +97,8 @@ def _split_overrides(text: str) -> list[str]:
 def _run_overrides(overrides: Sequence[str], trial: Sequence[str]) -> list[str]:
     """Return all overrides of a run: overrides that the workflow adds, then the user's, then the trial's.
 
-    Later overrides take precedence. The MLflow run of a trial is named after the overrides of the trial.
+    A trial is one run of a sweep. Overrides later in the result take precedence. The MLflow run of a trial is named
+    after the overrides of the trial.
     """
     pairs = [override.partition("=") for override in trial if not override.startswith("sweep=")]
     run_name = " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
@@ -106,7 +107,9 @@ def _run_overrides(overrides: Sequence[str], trial: Sequence[str]) -> list[str]:
 
 
 def _validate(overrides: list[str], space: str, out: Path, supervisor: Supervisor) -> ExitStatus:
-    """Compose, resolve and plan every run of a workflow before it pays for a GPU, and write the list of trials.
+    """Check every run of a workflow before the workflow pays for a GPU, and write the list of trials to `out`.
+
+    Each run is composed, resolved and planned. Return the exit status of the first plan that fails, or success.
 
     Raises:
         ConfigError: runs break rules; the message has one line per problem.
@@ -144,7 +147,10 @@ def _train(overrides: list[str], out: Path, supervisor: Supervisor) -> ExitStatu
 
 
 def _promote(overrides: list[str], out: Path, supervisor: Supervisor) -> ExitStatus:
-    """Write the comparison page of the sweep, for users without access to MLflow, then promote the best model."""
+    """Write the comparison page of the sweep, for users without access to MLflow, then promote the best model.
+
+    Return the exit status of the promotion.
+    """
     prefix = "run_root="
     run_root = Path(next((override.removeprefix(prefix) for override in reversed(overrides)
                           if override.startswith(prefix)), "runs"))
@@ -161,7 +167,7 @@ def _module_command(name: str, overrides: Sequence[str]) -> list[str]:
 
 
 def _copy_outputs(status: ExitStatus, run_dir: Path, out: Path) -> ExitStatus:
-    """Write the outputs of a run to `out`, where the engine reads them, and return `status`.
+    """Write the outputs of a run to `out`, where the workflow engine reads them, and return `status`.
 
     The outputs are the path of the run folder, the objective and RUN_FILES.
     """

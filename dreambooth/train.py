@@ -1,6 +1,6 @@
 """Command `python -m dreambooth.train`: composes the configuration of a run with Hydra, and trains the run.
 
-Torch is imported only when the job runs, so that --help is fast.
+Torch is imported only when the work of the command starts, so that --help is fast.
 """
 
 import os
@@ -77,7 +77,10 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
 
 
 def convert_single_files(config: Config) -> Config:
-    """Convert single-file models to diffusers folders, and return the configuration with the paths of these folders."""
+    """Convert the base model and the VAE to diffusers folders if they are single files.
+
+    Return the configuration with the paths of these folders.
+    """
     if not (is_single_file(config.model.source) or is_single_file(config.model.vae)):
         return config
     from dreambooth.serialization.single_file_sources import as_folders

@@ -33,7 +33,7 @@ OVERLAYS = {  # overrides, search space and suffix of the image tag, by name of 
 def build_spec(
     overrides: Sequence[str] = DEFAULT_OVERRIDES, space: str = DEFAULT_SPACE, image: str = DEFAULT_IMAGE
 ) -> WorkflowSpec:
-    """Return the values from which workflow files are rendered. The result has no overlays.
+    """Return the values from which workflow files are rendered, without kustomize overlays.
 
     Raises:
         UserError: Hydra cannot compose the overrides, or the overrides break a rule.
@@ -45,7 +45,7 @@ def build_spec(
 
 
 def build_shipped_spec() -> WorkflowSpec:
-    """Return the values from which the committed workflow files are rendered, including overlays."""
+    """Return the values from which the committed workflow files are rendered, including one overlay per machine."""
     overlays = {name: build_spec(overrides, space, DEFAULT_IMAGE + suffix)
                 for name, (overrides, space, suffix) in OVERLAYS.items()}
     return replace(build_spec(), overlays=overlays)
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def find_differences(files: dict[str, str], folder: Path) -> list[str]:
-    """Return the names of files that are missing in `folder`, differ from `files`, or are not in `files`.
+    """Compare the YAML files of `folder` with `files`. Return the names of missing, different and unexpected files.
 
     Args:
         files: the expected content of each file, by name.

@@ -23,7 +23,7 @@ END_BYTES = 2**20  # bytes that `quick_digest` reads at each end of a file
 def write_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to. After the block, sync the file to disk and rename it to `path`.
 
-    The temporary name is random instead of a process ID: pods that share a volume may have equal process IDs.
+    The temporary name contains a random number and no process ID: pods that share a volume may have equal process IDs.
     """
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def write_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_folder(path: Path, fresh: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder to fill. After the block, sync it to disk and replace `path` with it.
+    """Yield a temporary folder to fill. After the block, sync the folder to disk, and replace `path` with this folder.
 
     Args:
         fresh: whether `path` must be missing or an empty folder, so that no files are replaced.
@@ -67,7 +67,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to disk, and wait until that is done."""
+    """Flush a file or folder to disk, and wait until the flush has finished."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -97,13 +97,13 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def trailing_number(path: Path) -> int:
-    """Return the number at the end of a file name, as a sort key: 100 for `step-000100`, -1 if there is none."""
+    """Return the number at the end of a file name, as a sort key: 100 for `step-000100`, or -1 without a number."""
     digits = path.name.rpartition("-")[2]
     return int(digits) if digits.isdecimal() else -1
 
 
 def weights_digest(source: Path) -> str | None:
-    """Return a quick digest of the weight files of a local model; None if `source` is a hub id."""
+    """Return the `quick_digest` of the weight files of a local model, or None if `source` is a hub id."""
     if source.is_file():
         return quick_digest([source], source.parent)
     if not source.is_dir():

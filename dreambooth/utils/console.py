@@ -1,4 +1,4 @@
-"""Terminal output with rich: lines, tables and progress bars. If stdout is not a terminal, only lines are printed."""
+"""Terminal output with rich: lines, tables and progress bars. If stdout is no terminal, all are plain lines."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ LINE_INTERVAL = 60.0  # seconds between progress lines without a terminal; SageM
 class Bar:
     """Progress of one task, shown as a bar on a terminal.
 
-    Without a terminal, print a line after each tenth of the items, after each minute, and at the end.
+    If stdout is not a terminal, print a line after each tenth of the items, after each minute, and at the end.
 
     Args:
         rich: the console to write to.
@@ -65,7 +65,7 @@ class Console:
     """Writes lines, tables and progress bars to stdout.
 
     Args:
-        quiet: whether to write nothing, as in every process except the main process.
+        quiet: whether to write nothing. This is so in all processes of a run except the main process.
     """
 
     def __init__(self, quiet: bool = False) -> None:

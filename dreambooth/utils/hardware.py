@@ -9,7 +9,7 @@ GIB = 2**30  # bytes
 
 @dataclass(frozen=True)
 class Machine:
-    """The first CUDA GPU of a machine; every field is None if the machine has no such GPU.
+    """A machine, described by its first CUDA GPU. Every field is None if the machine has no CUDA GPU.
 
     Attributes:
         gpu: name of the GPU.
@@ -28,7 +28,7 @@ class Machine:
 
 
 def detect_machine() -> Machine:
-    """Query this machine's first CUDA GPU. Imports torch."""
+    """Return a description of this machine's first CUDA GPU. Imports torch."""
     with without_garbage_collection():
         import torch
 

@@ -62,7 +62,7 @@ def contact_sheet(
 
 
 def read_samples(folder: Path, prompts: int) -> dict[int, list[list[Image.Image]]]:
-    """Read sample images from files such as `step-000100/prompt-0-1.png`. Return them by step and prompt number.
+    """Read sample images from files such as `step-000100/prompt-0-1.png`. Return the images by step and prompt.
 
     Args:
         prompts: number of prompts; a step that lacks images of a prompt is left out.
@@ -94,7 +94,10 @@ def square_columns(count: int) -> int:
 
 
 def _cell_size(pictures: Sequence[Image.Image]) -> int:
-    """Return the side of a cell in pixels, from 192 to 256. A grid of another size is scaled to fit the cell."""
+    """Return the side of a cell of the contact sheet in pixels, from 192 to 256.
+
+    A cell shows `pictures`, the images of one prompt at one step, as a grid. A grid of another size is scaled.
+    """
     side = square_columns(len(pictures)) * pictures[0].width
     return 256 if side >= 256 else max(side, 192)
 

@@ -8,7 +8,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Switch off garbage collection: an import of large libraries creates no garbage, and is then a fifth faster."""
+    """Switch off garbage collection inside the block, which makes an import of large libraries a fifth faster.
+
+    Such an import creates no garbage.
+    """
     gc.disable()
     try:
         yield
@@ -21,7 +24,8 @@ def without_bitsandbytes() -> Iterator[None]:
     """Hide bitsandbytes, as if it were not installed. This makes the start of each command 0.8 s faster.
 
     If bitsandbytes is installed, diffusers and peft import it for quantised models, and bitsandbytes imports torch's
-    compiler. The few runs that use bitsandbytes import it after the block. If it has already been imported, do nothing.
+    compiler. The few runs that use bitsandbytes import it after the block. If bitsandbytes has already been imported,
+    do nothing.
     """
     from diffusers.utils import import_utils
 

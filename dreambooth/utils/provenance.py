@@ -11,7 +11,7 @@ import dreambooth
 
 
 def origin() -> dict[str, str]:
-    """Return the package version, the git revision, and the command line of this process without credentials."""
+    """Return the version of dreambooth, the git revision, and this process's command line without credentials."""
     return {"version": dreambooth.__version__, "git_revision": _git_revision(), "command": _command()}
 
 
@@ -28,7 +28,7 @@ def _git_revision() -> str:
 
 
 def _command() -> str:
-    """Return the command as the user typed it, without the credentials in its addresses."""
+    """Return the command line as the user typed it, without the credentials in its addresses."""
     script = Path(sys.argv[0])
     arguments = [remove_credentials(word) for word in sys.argv[1:]]
     return shlex.join([*([script.name] if script.suffix != ".py" else ["python", "-m", f"dreambooth.{script.stem}"]),

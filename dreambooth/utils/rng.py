@@ -1,6 +1,6 @@
 """Random numbers that are identified by a key instead of by the order of the draws.
 
-Every draw has a key such as (seed, step, global sample index, stream). The same key gives the same numbers, in
+Every draw has a key such as (seed, step, global sample index, "noise"). The same key gives the same numbers, in
 every process and every micro-batch. Therefore a checkpoint contains no random state. Philox is counter-based (Salmon et
 al. 2011), so different keys give independent streams.
 """
@@ -22,12 +22,12 @@ def stream(*key: int | str) -> np.random.Generator:
 
 @lru_cache(maxsize=64)
 def permutation(count: int, *key: int | str) -> tuple[int, ...]:
-    """Return a random permutation of range(count). Cached, because all samples of an epoch use the same one."""
+    """Return a random permutation of range(count). Cached, because all samples of an epoch use the same permutation."""
     return tuple(map(int, stream(*key).permutation(count)))
 
 
 def normal(shape: tuple[int, ...], *key: int | str) -> torch.Tensor:
-    """Draw standard normal numbers of `shape`, fp32, on the CPU, so that they are the same for every device."""
+    """Return standard normal numbers of `shape`, fp32, drawn on the CPU so that they are the same for every device."""
     return torch.from_numpy(stream(*key).standard_normal(shape, dtype=np.float32))
 
 

@@ -53,7 +53,8 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 def how_to_resume(resume: str) -> str:
     """Return how the user can resume a saved run, as the start of a sentence.
 
-    With checkpoint.resume=never, or a path, the same command would start from the same point again.
+    With checkpoint.resume=never, or a path, the same command would start from the same point again. The user must then
+    leave this override out.
 
     Args:
         resume: the run's checkpoint.resume.
