@@ -1,4 +1,4 @@
-"""Converts the configuration that Hydra composed to plain dataclasses, and finds the folder conf/.
+"""Turns the configuration that Hydra composed into plain dataclasses, and finds the folder conf/.
 
 The rest of the package works with these dataclasses: apart from the commands, only this module, runs/identity.py and
 sweeps/hydra_callbacks.py import Hydra or OmegaConf. This module does not import torch.
@@ -47,11 +47,11 @@ def to_dataclass(cfg: Any, kind: type[Options]) -> Options:
 
 
 def load(cfg: DictConfig) -> Config:
-    """Convert a run configuration that Hydra composed into a Config.
+    """Return the Config of a run, built from the configuration that Hydra composed.
 
     Raises:
-        ConfigError: values break rules of their own fields, or +key=value added a key that is not in the schema; the
-            message has one line per problem, which names the key.
+        ConfigError: values break rules of their own fields, +key=value added a key that is not in the schema, or
+            tracking.uri contains a password. The message has one line per problem, and each line names a key.
     """
     problems = [f"tracking.uri {_PASSWORD_IN_URI}"] * uri_has_password(cfg)
     problems += [f"{key} is not a setting: type a key that --cfg job shows" for key in _unknown_keys(cfg)]
@@ -68,13 +68,13 @@ def load(cfg: DictConfig) -> Config:
 
 
 def search_space(name: str) -> dict[str, tuple[str, ...]]:
-    """Read the search space conf/sweep/NAME.yaml.
+    """Read a search space, the values that a sweep tries, from conf/sweep/NAME.yaml, where NAME is `name`.
 
     Only choice(...) is allowed, because sweepers treat other forms differently: Optuna includes the end of a
     range, but Hydra's basic sweeper does not. The basic sweeper does not support intervals.
 
     Returns:
-        For each key, its values, as the strings that the basic sweeper writes into overrides.
+        The values of each key, as the strings that the basic sweeper writes into overrides.
 
     Raises:
         UserError: there is no such file, or it contains a form other than choice(...).

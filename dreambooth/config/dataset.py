@@ -11,7 +11,7 @@ FOLDERS = ("instance_dir", "class_dir", "mask")  # keys whose value may be a fol
 
 @dataclass
 class Subject:
-    """One subject in the list `Dataset.concepts`. The fields have the same meaning as the fields of Dataset.
+    """One subject in the list `Dataset.concepts`. All fields except `repeats` have the same meaning as in Dataset.
 
     Attributes:
         repeats: how often each photo is used per epoch.
@@ -51,13 +51,13 @@ class Dataset(Section):
 
     @property
     def subjects(self) -> list[Subject]:
-        """All subjects: the list `concepts`, or if it is empty, the single subject that the other keys describe."""
+        """All subjects: the list `concepts`, or if this list is empty, the single subject of the other fields."""
         return self.concepts or [
             Subject(self.instance_dir, self.instance_prompt, self.class_dir, self.class_prompt, self.mask)]
 
     @property
     def keyed_subjects(self) -> Iterator[tuple[str, "Subject | Dataset"]]:
-        """One pair (prefix, subject) per subject. The prefix is the start of its keys, such as dataset.concepts.0."""
+        """One pair (prefix, subject) per subject. The subject's keys begin with this prefix (dataset.concepts.0)."""
         if self.concepts:
             yield from ((f"dataset.concepts.{number}", subject) for number, subject in enumerate(self.concepts))
         else:

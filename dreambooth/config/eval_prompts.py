@@ -33,7 +33,10 @@ def read_templates(source: str) -> list[str]:
 
 
 def extract_subject(prompt: str) -> str:
-    """Return the subject of a prompt: "zwx toy" for "a photo of a zwx toy". Return any other prompt unchanged."""
+    """Return the subject of a prompt: "zwx toy" for "a photo of a zwx toy".
+
+    Return a prompt unchanged if it does not begin with words such as "a photo of".
+    """
     return re.sub(r"^\s*(?:(?:an?|the)\s+)?(?:\w+\s+)?(?:photo|picture|image|drawing|render|cartoon)\s+of\s+"
                   r"(?:(?:an?|the|my)\s+)?", "", prompt, flags=re.IGNORECASE).strip()
 

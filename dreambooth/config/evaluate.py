@@ -1,8 +1,9 @@
 """The config group `evaluate`, and the names and weighted sums of measures, which are metrics of image quality.
 
-A measure has a role, such as subject_similarity, and a name that also contains the encoder, such as
-`subject_similarity_efficientnet_lite0`. A measure that the DreamBooth paper defines (Ruiz et al. 2023,
-arXiv:2208.12242, sections 4.1 and 4.3) has the paper's name, such as `dino`, only if the paper's encoder computed it.
+A measure has a role, which says what is measured, such as subject_similarity. Its name also contains the encoder, the
+network whose features of the images are compared, such as `subject_similarity_efficientnet_lite0`. Some measures are
+those of the DreamBooth paper (Ruiz et al. 2023, arXiv:2208.12242, sections 4.1 and 4.3). They have the paper's name,
+such as `dino`, only if they are computed with the paper's encoder.
 Imports neither torch nor Hydra.
 """
 
@@ -76,7 +77,10 @@ def measure_name(role: str, encoder: str) -> str:
 
 
 def measure_roles(evaluate: Evaluate, class_prompt: str) -> dict[str, str]:
-    """Return the role of each measure of a run, by name. If measures share a role, `parse_sum` uses the first one."""
+    """Return the role of each measure of a run, by the measure's name.
+
+    If several measures have the same role, `parse_sum` takes the role to mean the first of these measures.
+    """
     encoders = evaluate.encoders
     encoders = ("lpips",) * (evaluate.lpips is not None and bool(encoders)) + encoders
     return {measure_name(role, encoder): role for encoder in encoders for role in HIGHER_IS_BETTER
@@ -111,7 +115,7 @@ def parse_sum(text: str, measured: Mapping[str, str]) -> dict[str, float]:
     The weights in `text` are positive. In the result, a measure for which lower is better has a negative weight.
 
     Args:
-        text: terms `MEASURE` or `WEIGHT*MEASURE`, where MEASURE is a role or a name.
+        text: terms `MEASURE` or `WEIGHT*MEASURE`, joined by `+`. MEASURE is the role or the name of a measure.
         measured: the role of each measure of the run, by name, see `measure_roles`.
 
     Returns:
@@ -147,5 +151,5 @@ def compute_objective(text: str, measured: Mapping[str, str], scores: Mapping[st
 
 
 def weighted_sum(weights: Mapping[str, float], scores: Mapping[str, float]) -> float:
-    """Return the weighted sum of scores."""
+    """Return the sum of the scores that have a weight, each multiplied by its weight."""
     return sum(weight * scores[measure] for measure, weight in weights.items())

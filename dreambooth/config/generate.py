@@ -8,7 +8,7 @@ from dreambooth.config.section import Section, finite, require
 
 @dataclass
 class Generate(Section):
-    """Options of the command; conf/generate.yaml explains each key."""
+    """Options of `python -m dreambooth.generate`; conf/generate.yaml explains each key."""
 
     run: str | None = None
     base: str | None = None
@@ -51,11 +51,11 @@ class Generate(Section):
 
     @property
     def loras(self) -> list[str]:
-        """The value of `lora` as a list of paths. It does not contain the run's own LoRA."""
+        """The value of `lora` as a list of paths. The list does not contain the LoRA that the run itself trained."""
         return [] if self.lora is None else [*self.lora] if isinstance(self.lora, list) else [self.lora]
 
     def scales(self, count: int) -> list[float]:
-        """Return the scale of each of `count` LoRAs.
+        """Return the scale of each of `count` LoRAs. If `lora_scale` is one number, it is the scale of every LoRA.
 
         Raises:
             ValueError: `lora_scale` is a list whose length is not `count`.

@@ -46,9 +46,9 @@ class Recipe:
     Attributes:
         device: cpu or cuda.
         source: hub id or folder of the base model.
-        vae_source: hub id or folder of a VAE that replaces the base model's; None if it is not replaced.
+        vae_source: hub id or folder of a VAE that replaces the VAE of the base model; None if there is no such VAE.
         instance_dir: folder of the first subject's photos.
-        class_dir: folder of the user's own class images for the first subject; None if all are generated.
+        class_dir: folder of the user's own class images for the first subject; None if all class images are generated.
         evaluate_prompts: prompts from which the model generates evaluation images.
         evaluate_texts: the evaluation prompts with the class in place of the subject. The text encoder that scores the
             images gets these prompts, because it does not know the rare word that names the subject.
@@ -101,7 +101,7 @@ class Recipe:
 
     @property
     def class_recipes(self) -> tuple["Recipe", ...]:
-        """One recipe per class. Subjects with the same class prompt and class_dir share the images of their class."""
+        """One recipe per class. Subjects with the same class prompt and class_dir have one class with shared images."""
         recipes: dict[tuple[str, Path | None], Recipe] = {}
         for recipe in self.subject_recipes:
             recipes.setdefault((recipe.class_prompt, recipe.class_dir), recipe)
@@ -134,7 +134,7 @@ class Recipe:
 
     @property
     def with_prior(self) -> bool:
-        """Whether prior preservation is on."""
+        """Whether prior preservation, the training on class images, is on."""
         return self.prior.with_prior_preservation
 
     @property
@@ -190,8 +190,8 @@ def resolve(config: Config, run_dir: Path, machine: Machine | None = None,
     Args:
         config: the configuration that the user composed. It is not changed.
         run_dir: the folder of the run.
-        machine: this machine, if it will execute the run; None if another machine will execute the run. The group
-            hardware then describes that machine.
+        machine: this machine, if it will execute the run. None if another machine will execute the run; the group
+            hardware describes that other machine.
         overrides: the overrides that the run was composed with.
 
     Raises:
@@ -224,7 +224,7 @@ def resolve(config: Config, run_dir: Path, machine: Machine | None = None,
 
 
 def _use_detected_gpu(hardware: Hardware, machine: Machine) -> None:
-    """Set GPU name and compute capability to the detected values. Set the usable VRAM only if it is None."""
+    """Set GPU name and compute capability to the detected values, and the usable VRAM only if it was None."""
     hardware.gpu = machine.gpu
     hardware.compute_capability = machine.compute_capability
     if hardware.usable_vram_gib is None:

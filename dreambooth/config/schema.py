@@ -49,7 +49,7 @@ class Precision(Section):
 
     @property
     def label(self) -> str:
-        """The precision as a string. It distinguishes images that were generated in different precisions."""
+        """The precision as a string, such as "fp32, tf32". It tells images of different precisions apart."""
         return f"{self.dtype.value}, tf32" if self.tf32 else self.dtype.value
 
 

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 
 class Section:
-    """A config group. Its fields are mutable until `seal` is called. In a Recipe every section is sealed."""
+    """Base class of config groups. Fields are mutable until `seal` is called. In a Recipe every section is sealed."""
 
     def seal(self) -> None:
         """Make the section read-only."""

@@ -28,7 +28,7 @@ def problems(config: Config, device: str, machine: Machine | None) -> Iterator[s
 
     Args:
         device: cpu or cuda.
-        machine: this machine, if it will execute the run; None if another machine will execute the run.
+        machine: this machine if it will execute the run, or None if another machine will execute the run.
     """
     yield from _device_problems(config, device, machine)
     yield from _data_problems(config)
@@ -85,7 +85,7 @@ def _data_problems(config: Config) -> Iterator[str]:
 
 
 def _subject_problems(config: Config, prefix: str, subject: Subject | Dataset) -> Iterator[str]:
-    """Yield the problems of one subject. `prefix` is the prefix of its keys, such as dataset.concepts.0."""
+    """Yield the problems of one subject. Its keys begin with `prefix`, such as dataset.concepts.0."""
     data, prior = config.dataset, config.prior
     if not subject.instance_dir:
         yield f"the photos are missing: type {prefix}.instance_dir=DIR"

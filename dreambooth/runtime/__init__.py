@@ -1,4 +1,4 @@
-"""The runtime of a run: devices and processes (engine.py), measured memory, out-of-memory advice, CPU tuning.
+"""What a run computes with: devices and processes (engine.py), measured memory, out-of-memory advice, CPU tuning.
 
 May import `errors`, `utils` and `config`.
 """

@@ -12,8 +12,8 @@ class AsyncReadback:
     device then idles while the host draws the next batch and launches its first kernels.
 
     Here the copy is queued behind the work launched so far, and an event is recorded behind the copy. `read` waits for
-    that event only, not for work launched later. If `read` is called one step later, the copy has already
-    finished, and the queue never runs empty. On a CPU there is no queue, and nothing is copied.
+    that event only, not for work launched later. If `read` is called one step after construction, the copy has
+    already finished, and the queue never runs empty. On a CPU there is no queue, and nothing is copied.
     """
 
     def __init__(self, values: Tensor) -> None:

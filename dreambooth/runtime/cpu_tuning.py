@@ -2,13 +2,14 @@
 
 OpenMP: libgomp reads from the environment, when torch is imported, how long an idle thread spins before it sleeps. A
 spinning thread resumes at once but occupies its core: beside another busy process, long spinning reduces training to a
-quarter of its speed (docs/benchmarks.md). Threads therefore spin long only if the other cores are idle.
+quarter of its speed (docs/benchmarks.md). Threads therefore spin long only if other processes leave the cores
+idle.
 
 malloc: glibc maps new pages for each tensor of more than 32 MiB, and returns them to the kernel when the tensor is
 freed. The kernel clears every new page. A step of Stable Diffusion 1.5 allocates and frees gigabytes of gradients and
 activations: clearing took 3.5 s of the 19 s of CPU time of a step, and 0.1 s with `keep_freed_memory`
-(docs/benchmarks.md). The function does not change the results of a run. With it, the resident memory of the process
-does not shrink between phases.
+(docs/benchmarks.md). `keep_freed_memory` does not change the results of a run. After its call, the resident memory
+of the process does not shrink between phases.
 """
 
 import ctypes
@@ -27,7 +28,7 @@ MALLOC_SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_TH
 
 @dataclass(frozen=True)
 class CpuTimes:
-    """Clocks read at one moment, in seconds.
+    """CPU times of the machine and of this process, read at one moment, in seconds.
 
     Attributes:
         clock: the monotonic clock.
@@ -41,7 +42,7 @@ class CpuTimes:
 
 
 def read_cpu_times() -> CpuTimes:
-    """Return the current readings of the clocks."""
+    """Return the monotonic clock, the busy time of all cores and the CPU time of this process, as they are now."""
     return CpuTimes(time.monotonic(), _busy_seconds(), time.process_time())
 
 
@@ -57,7 +58,10 @@ def openmp_environment(since: CpuTimes | None = None, until: CpuTimes | None = N
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory for later tensors. Return False without glibc, or if the user has set up malloc."""
+    """Make glibc keep freed memory for later tensors, and return whether glibc does so.
+
+    Change nothing and return False without glibc, or if the user has set one of MALLOC_SETTINGS.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or os.environ.keys() & set(MALLOC_SETTINGS):
         return False

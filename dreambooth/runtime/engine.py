@@ -2,7 +2,7 @@
 
 A training step uses only an `Engine` object. `create_engine` builds the Engine of a run with accelerate. A plain
 `Engine()` computes in one process, on the CPU, without autocast; tests and the planner (with fake tensors) use it. The
-code of the step is the same with both.
+code of the step is the same with both kinds of Engine.
 """
 
 import os
@@ -45,7 +45,7 @@ class Engine:
         local_world_size: number of processes on this host.
         unwrap: returns the model inside a data-parallel wrapper.
         barrier: waits until all processes have called it.
-        broadcast: returns the object of the main process in every process.
+        broadcast: returns, in every process, the object that the main process passed.
         set_autocast_cache: sets whether autocast keeps half-precision copies of weights during a forward pass.
     """
 
@@ -103,7 +103,7 @@ class Engine:
         return self.scaler.is_enabled() and bool(found_inf)
 
     def update_scaler(self, found_inf: Tensor) -> bool:
-        """Update the loss scaler after a backward pass whose gradients were unscaled outside of it.
+        """Update the loss scaler after a backward pass whose gradients other code has unscaled already.
 
         Return False if the step must be skipped.
 
@@ -119,7 +119,7 @@ class Engine:
         return self.step(optimizer)
 
     def reduce_flag(self, flag: bool) -> AsyncReadback:
-        """Start to combine the flags of all processes. The result is above 0 if the flag of any process is True.
+        """Start to combine the flags of all processes. Return a readback of one number, above 0 if any flag is True.
 
         A collective operation: every process must call it equally often.
         """

@@ -27,7 +27,7 @@ class MemoryMeter:
             device: the device whose memory is measured.
             advice: returns the overrides that the user should type if memory runs out in a phase.
             predicted: the planner's prediction of the peak in GiB, by phase. Phases without a prediction are left out.
-            saved_notice: clause of the out-of-memory message about the results that are kept.
+            saved_notice: clause about the results that are kept, for the out-of-memory message.
         """
         self.device = device
         self.advice = advice
@@ -83,7 +83,7 @@ class MemoryMeter:
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether an error, or its cause, is an out-of-memory error of PyTorch, of Python or of the system."""
+    """Return whether `error`, or an error that caused it, says that PyTorch, Python or the system is out of memory."""
     if error is None or isinstance(error, OutOfMemory):
         return False
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:

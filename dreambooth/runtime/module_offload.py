@@ -12,8 +12,8 @@ from torch import nn
 class ModuleOffload:
     """Modules that are kept in host memory, and moved to the device only when they are needed.
 
-    During training these are the VAE, if latents are cached, and the frozen text encoder, if its outputs are cached.
-    While the caches are filled, it is the UNet. On a CPU, moving costs nothing.
+    During training, the VAE is offloaded if latents are cached, and the frozen text encoder if its outputs are cached.
+    While the caches are filled, the UNet is offloaded. On a CPU, moving costs nothing.
 
     Attributes:
         modules: the modules to move.

@@ -56,7 +56,8 @@ def needs_login(error: BaseException) -> bool:
 def login_can_be_renewed() -> bool:
     """Return whether a login in another terminal takes effect in this process.
 
-    It does not if environment variables hold the credentials, because they take precedence.
+    It has no effect if environment variables hold the credentials, because these variables take precedence over the
+    login.
     """
     return "AWS_ACCESS_KEY_ID" not in os.environ
 

@@ -34,7 +34,7 @@ def fetch(bucket: Bucket, cache: Path, complete: bool) -> Path:
 
     Args:
         cache: the local folder of all downloads.
-        complete: raise UserError if the S3 folder has no manifest.
+        complete: whether to raise UserError if the S3 folder has no manifest.
 
     Returns:
         A local folder with exactly the files of the S3 folder, or a local file if the location is an object.
@@ -103,7 +103,7 @@ def _download_files(bucket: Bucket, folder: Path, wanted: Entries) -> None:
 
 
 def _file_tasks(bucket: Bucket, path: Path, name: str, entry: Entry) -> Iterator[partial[None]]:
-    """Yield the tasks that download one file: one task per part, or one task in all if the parts are not known."""
+    """Yield the tasks that download one file: one task per part, or one task if no manifest lists the parts."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not entry.parts:
         yield partial(_download_whole, bucket, path, name, entry)
@@ -127,7 +127,8 @@ def _download_part(bucket: Bucket, path: Path, name: str, digest: str, start: in
 def _download_whole(bucket: Bucket, path: Path, name: str, entry: Entry) -> None:
     """Download an object that no manifest describes, and verify it with the metadata that S3 stores.
 
-    boto3 verifies the length, and the checksum if S3 stores one. This function verifies the ETag if it is an MD5.
+    boto3 verifies the length, and the checksum if S3 stores one. This function also compares the ETag
+    with the content if the ETag is an MD5.
     """
     if path.is_file():
         return

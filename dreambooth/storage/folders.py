@@ -53,8 +53,9 @@ def upload(folder: Path, uri: str, console: Console | None = None, parallel: int
     """Upload a local folder to S3. Files that S3 already has are not sent again.
 
     Raises:
-        UserError: S3 rejects or loses a file, or the address has a complete folder with other content.
-        DestinationOccupied: the address has no complete folder, but a file with other content.
+        UserError: S3 rejects or loses a file, or the address has a complete folder (with a manifest) whose content
+            differs.
+        DestinationOccupied: the address has no complete folder, but a file whose content differs.
     """
     with _open_bucket(uri, console, parallel) as bucket:
         upload_entries(bucket, manifest.hash_folder(folder), folder)
@@ -64,8 +65,8 @@ def upload_with_fallback(folder: Path, uri: str, entries: Entries, console: Cons
                          core: str = "") -> str:
     """Upload a folder to the first free address of URI, URI.2, URI.3 and so on.
 
-    This function is for callers that cannot prompt the user for another address. An address is not free if it has an
-    unfinished upload of other content.
+    This function is for callers that cannot prompt the user for another address. An address is not free if an
+    unfinished upload left other content there.
 
     Args:
         entries: manifest entries of the files to upload.
@@ -100,7 +101,7 @@ def download(uri: str, cache: Path, console: Console | None = None, parallel: in
     """Download an S3 folder or object into a folder below `cache`, and return the local path.
 
     Args:
-        complete: raise UserError if the S3 folder has no manifest. Models need a manifest.
+        complete: whether to raise UserError if the S3 folder has no manifest, as callers require for models.
 
     Raises:
         UserError: the address is empty or not complete, or the downloaded files are not correct.
@@ -148,7 +149,8 @@ def read_manifest(uri: str) -> Entries | None:
 def list_complete_folders(uri: str) -> list[str]:
     """Return the addresses of the complete folders directly below an address, sorted by the number in the folder name.
 
-    If `upload_with_fallback` appended a fallback number to a name, the number before it determines the order.
+    If `upload_with_fallback` appended a fallback number to a name, as in step-000100.2, the number before the fallback
+    number determines the order.
     """
     with _open_bucket(uri, None, 1) as bucket:
         listed = bucket.list_objects()

@@ -131,7 +131,7 @@ def _parse_entry(item: dict[str, Any]) -> Entry:
 
 
 def check_name(name: str, where: str) -> str:
-    """Check that a file name in a manifest is inside the folder of the manifest, and return it unchanged.
+    """Check that a file name in a manifest is inside the folder of the manifest, and return the name unchanged.
 
     Raises:
         UserError: the file name leads out of the folder.
@@ -144,6 +144,6 @@ def check_name(name: str, where: str) -> str:
 
 
 def write(folder: Path) -> None:
-    """Write a manifest into a local folder that another tool will upload: SageMaker uploads the output of a job."""
+    """Write a manifest into a local folder that another tool will upload, as SageMaker does with a job's output."""
     with atomic_files.write_file(folder / NAME) as temporary:
         temporary.write_bytes(serialize(hash_folder(folder)))

@@ -33,7 +33,7 @@ def is_main_process() -> bool:
 def download_if_remote(path: str | None, cache: str = "runs/s3") -> str | None:
     """Return the path unchanged if it is local; otherwise download the S3 address and return the local path.
 
-    An S3 folder must be complete. A single file needs no manifest.
+    An S3 folder must be complete, which means that it has a manifest. A single file needs no manifest.
     """
     if not is_remote(path):
         return path
@@ -60,7 +60,7 @@ def fetch_inputs(config: Config, run_dir: Path | None) -> Config:
     """Download everything that a run reads from s3://.
 
     Args:
-        run_dir: the run folder for `remote.json`; None: write no `remote.json`.
+        run_dir: the run folder in which `remote.json` is written; None if no `remote.json` is to be written.
 
     Returns:
         A copy of the config in which local paths replace the S3 addresses.
@@ -87,7 +87,7 @@ def fetch_inputs(config: Config, run_dir: Path | None) -> Config:
 
 
 def model_folder(folder: Path) -> Path:
-    """Return the subfolder `model` of the result of a run, or `folder` itself if it has no such subfolder."""
+    """Return the subfolder `model`, where a run stores its result, or `folder` itself if there is no such subfolder."""
     inner = folder / "model"
     return inner if inner.is_dir() else folder
 

@@ -96,7 +96,7 @@ class Bucket:
         return {"Bucket": self.location.bucket, "Key": self.location.key(name)}
 
     def call(self, permission: str, name: str, call: Callable[[], T]) -> T:
-        """Make a call that concerns one object, with retries, see `call_with_retries`."""
+        """Make an AWS call that concerns the object `name`, with retries, and return its result."""
         where = f"{S3_SCHEME}{self.location.bucket}/{self.location.key(name)}"
         return call_with_retries(call, permission, where, self.location.bucket)
 
@@ -128,7 +128,7 @@ class Bucket:
         return body
 
     def read_manifest(self) -> Entries | None:
-        """Return the entries of the manifest, or None if there is no manifest, because the folder is not complete."""
+        """Return the entries of the manifest, or None if the folder has no manifest and is not complete."""
         def get() -> bytes | None:
             response = _none_if_not_found(
                 lambda: self.s3.get_object(**self.object_arguments(manifest.NAME), ChecksumMode="ENABLED"))
@@ -154,7 +154,7 @@ class Bucket:
         return entries
 
     def compare(self, entries: Entries) -> tuple[Entries, list[str]]:
-        """Return the entries that are missing in S3, and the names of the objects that have other content."""
+        """Return the entries that are missing in S3, and the names of the objects that differ from their entry."""
         results = dict(zip(entries, self.pool.map(lambda item: self.holds(*item), entries.items()), strict=True))
         return ({name: entries[name] for name, same in results.items() if same is None},
                 [name for name, same in results.items() if same is False])
@@ -171,8 +171,8 @@ class Bucket:
     def _content_matches(self, name: str, entry: Entry, etag: str) -> bool:
         """Download an object and return whether its content matches `entry`.
 
-        This is needed because S3 may store no SHA-256 of objects that other tools uploaded. An object with
-        the same name and ETag is downloaded only once.
+        This is needed because S3 may store no SHA-256 of objects that other tools uploaded. An object is
+        not downloaded again as long as its name and ETag are the same.
         """
         if (name, etag) not in self._verified:
             self._verified[name, etag] = not entry.size or all(

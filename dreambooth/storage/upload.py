@@ -16,15 +16,15 @@ ROUNDS = 3  # attempts to send missing files
 
 
 class DestinationOccupied(UserError):
-    """Raised if the destination has a file with other content but no manifest, for example after an aborted upload."""
+    """Raised if the destination has no manifest but a file whose content differs, for example of an aborted upload."""
 
 
 def upload_entries(bucket: Bucket, entries: Entries, folder: Path) -> None:
-    """Upload the files of a folder that `entries` lists, then the manifest.
+    """Upload those files of a local folder that `entries` lists, and then the manifest.
 
     Raises:
-        UserError: S3 rejects or loses a file, or the destination is a complete folder with other content.
-        DestinationOccupied: the destination is not a complete folder, but has a file with other content.
+        UserError: S3 rejects or loses a file, or the destination is a complete folder whose content differs.
+        DestinationOccupied: the destination is not a complete folder, but has a file whose content differs.
     """
     existing = bucket.read_manifest()
     if existing is not None and existing != entries:
@@ -58,7 +58,7 @@ def _upload_files(bucket: Bucket, folder: Path, missing: Entries) -> None:
     """Upload the large files first, in parts, and then the small files in parallel.
 
     If two machines compute the same run, only the small files differ. The small files are sent last and within a short
-    time, so that an interrupted upload is unlikely to leave some of them in S3. There they would block the upload of
+    time, so that an interrupted upload is unlikely to leave some of them in S3, where they would block the upload of
     the other machine.
     """
     with bucket.console.bar(f"to {bucket.location}", sum(len(entry.parts) for entry in missing.values())) as bar:
@@ -96,7 +96,7 @@ def _create_object(bucket: Bucket, name: str, call: Callable[..., object]) -> No
 
 
 def _upload_in_parts(bucket: Bucket, path: Path, name: str, entry: Entry, tick: Callable[[], None]) -> None:
-    """Upload a large file in parts, except the parts that an earlier, unfinished upload has sent."""
+    """Upload a large file in parts. Skip the parts that an earlier, unfinished upload has sent."""
     upload_id, sent = _find_or_create_upload(bucket, name, entry)
     arguments = bucket.object_arguments(name) | {"UploadId": upload_id}
 
@@ -120,7 +120,7 @@ def _upload_in_parts(bucket: Bucket, path: Path, name: str, entry: Entry, tick: 
 
 
 def _find_or_create_upload(bucket: Bucket, name: str, entry: Entry) -> tuple[str, dict[int, dict[str, Any]]]:
-    """Find an unfinished multipart upload of the object with only correct parts, or create a multipart upload.
+    """Find an unfinished multipart upload of the object whose parts are all correct, or create a multipart upload.
 
     Returns:
         The ID of the multipart upload, and the parts that it already has, by part number.

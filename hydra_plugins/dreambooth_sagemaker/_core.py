@@ -33,8 +33,8 @@ class JobFailed(CompactHydraException):
 def launch(sweep: SweepState, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[JobReturn]:
     """Run the jobs of one batch. Return one JobReturn per job, in order.
 
-    All jobs are checked before the first one is run. After a DreamBoothError or Ctrl-C, print one sentence and exit
-    with the exit code of the error.
+    All jobs are checked before the first job is run. After a DreamBoothError or Ctrl-C, print one sentence and exit
+    with the exit code of the error, or of Interrupted.
     """
     setup_globals()
     assert sweep.config is not None and sweep.hydra_context is not None
@@ -236,7 +236,7 @@ def _report(sweep: SweepState, jobs: Sequence[Job], states: Sequence[JobState], 
 
 
 def _report_partial(sweep: SweepState, jobs: Sequence[Job], states: Sequence[JobState]) -> None:
-    """Write the results of the jobs that have ended to the CSV file. Called if the command ends early.
+    """Write a CSV file with the results of all jobs that have ended. Called if the command ends early.
 
     Log nothing to MLflow, because the MLflow run of a sweep describes all of its jobs.
     """

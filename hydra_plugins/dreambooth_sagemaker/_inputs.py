@@ -1,4 +1,7 @@
-"""Inputs of SageMaker jobs: checks that S3 paths exist, and uploads local folders that jobs read through channels."""
+"""Inputs of SageMaker jobs: checks that S3 paths exist, and uploads the local folders that jobs read.
+
+A job reads a folder through one of SageMaker's input channels, which make the folder available in the container.
+"""
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -76,7 +79,7 @@ class Inputs:
 
 
 def find_local_paths(run: Config) -> Iterator[str]:
-    """Yield one sentence for each local path that a job cannot read, because no channel replaces the path."""
+    """Yield one sentence for each local path that a job cannot read, because no input channel stands for the path."""
     replaced = _channel_folders(run)
     for key, path, _ in _input_paths(run):
         if not is_portable(path) and key not in replaced and _is_local_path(key, path):
@@ -102,7 +105,7 @@ def without_s3_paths(run: Config) -> Config:
 
 
 def is_portable(path: str) -> bool:
-    """Return whether a path has the same meaning on every machine."""
+    """Return whether a path has the same meaning on every machine: an S3 address, or a file of the package."""
     return path.startswith((S3_SCHEME, "package:"))
 
 
@@ -115,7 +118,7 @@ def _is_local_path(key: str, path: str) -> bool:
 def _channel_folders(run: Config) -> Mapping[str, str]:
     """Return the local and S3 folders that a job reads through channels, by config key.
 
-    An input that is a single file in S3 has no channel: the job gets its address.
+    An input that is a single file in S3 has no channel: the job gets the S3 address of the file.
     """
     return {key: path for key, path, _ in _input_paths(run)
             if key in CHANNELS and not path.startswith("package:") and (

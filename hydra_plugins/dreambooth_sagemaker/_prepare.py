@@ -37,8 +37,8 @@ PLANNER_ARGUMENTS = ("-m", "dreambooth.plan", "plan.format=json")
 def refuse_secrets(configs: Sequence[DictConfig], sweep: str) -> None:
     """Refuse jobs whose requests would contain credentials. Called before all other checks.
 
-    Hydra has already stored the overrides in multirun.yaml. If a job is refused, delete this file. An earlier error of
-    another check would leave the file.
+    Hydra has already stored the overrides in multirun.yaml. If a job is refused, delete this file. If another check
+    came first and failed, the file with the credentials would stay.
 
     Raises:
         ConfigError: a request would contain a value that looks like a credential.
@@ -54,11 +54,12 @@ def refuse_secrets(configs: Sequence[DictConfig], sweep: str) -> None:
 
 
 def prepare_jobs(configs: Sequence[DictConfig], sweep: str, backend: Any, mode: str) -> list[Job]:
-    """Check and build all jobs of a sweep, and upload their inputs.
+    """Check and build all jobs of a sweep, upload their inputs, and return the jobs, which are ready to be submitted.
 
     Args:
         configs: the composed configuration of each job.
-        mode: hydra.launcher.mode.
+        backend: the object that will submit the jobs, to SageMaker or to Docker.
+        mode: hydra.launcher.mode, aws or docker.
 
     Raises:
         ConfigError: jobs have problems; the message has one line per problem. Nothing was uploaded or submitted.

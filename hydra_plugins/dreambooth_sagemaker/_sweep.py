@@ -9,7 +9,10 @@ from omegaconf import DictConfig
 
 @dataclass
 class SweepState:
-    """Settings and results of a sweep, kept between its batches: Hydra calls the launcher once per batch of jobs."""
+    """Settings and results of a sweep. They are kept between the sweep's batches of jobs.
+
+    Hydra calls the launcher once per batch.
+    """
 
     settings: dict[str, Any]  # of the launcher; settings that differ between jobs are read from each job's config
     name: str | None = None  # set by the first launch if the user gave none

@@ -1,4 +1,4 @@
-"""The launcher's class and settings, for Hydra. The implementation is in _core.py, which only sweeps import."""
+"""The launcher's class and settings, for Hydra. The implementation is in _core.py, imported for sweeps only."""
 
 # No `from __future__ import annotations` here: Hydra's scanner executes this file before it is in sys.modules, where
 # dataclasses look up string annotations. With that import, Hydra would fail to start.
