@@ -1,4 +1,4 @@
-"""The parts of a base model (denoiser, text encoders, VAE, tokenizers), and operations that depend on its family."""
+"""The parts of a base model (denoiser, text encoders, VAE, tokenizers), and operations that its family defines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from dreambooth.models.noise_schedule import NoiseSchedule
 
 @dataclass
 class Components:
-    """The parts of a base model, each on the training device. Its methods call those of `family`."""
+    """The parts of a base model, each on the training device. The methods of this class call those of `family`."""
 
     family: Family
     denoiser: Any
@@ -28,7 +28,7 @@ class Components:
 
     @property
     def modules(self) -> list[Any]:
-        """All modules with weights that a run computes with."""
+        """The modules with weights that a run uses: the denoiser, the text encoders and the VAE."""
         return [self.denoiser, *self.encoders, self.vae]
 
     @property
@@ -43,7 +43,7 @@ class Components:
 
     @property
     def tokenizers_by_name(self) -> dict[str, Any]:
-        """The tokenizers: a dictionary from name to tokenizer."""
+        """The tokenizers: a dictionary from tokenizer name to tokenizer."""
         return dict(zip(self.family.tokenizers, self.tokenizers, strict=True))
 
     @property
@@ -110,11 +110,12 @@ class Components:
 
 
 def training_scheduler(family: Family, config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Return the base model's scheduler configuration, rescaled if the recipe sets model.zero_terminal_snr.
+    """Return the base model's scheduler configuration; with model.zero_terminal_snr, rescaled to zero terminal SNR.
 
     Raises:
-        UserError: the recipe sets it and the base model predicts noise. The model's input at the last timestep
-            would be pure noise, and predicting it would be trivial (Lin et al. 2023, arXiv:2305.08891, section 3.2).
+        UserError: the recipe sets model.zero_terminal_snr, and the base model predicts noise. At the last timestep, the
+            model's input would be pure noise, so that predicting this noise would be trivial (Lin et al. 2023,
+            arXiv:2305.08891, section 3.2).
     """
     if not recipe.model.zero_terminal_snr:
         return config
@@ -125,7 +126,7 @@ def training_scheduler(family: Family, config: dict[str, Any], recipe: Recipe) -
 
 
 def disable_vae_autocast(parts: Components) -> None:
-    """Make the VAE compute in fp32 even under autocast, if it is stored in fp32 because it overflows in fp16."""
+    """Make the VAE compute in fp32 even under autocast, if it overflows in fp16 and is therefore stored in fp32."""
     vae = parts.vae
     if vae.dtype is torch.float32 and parts.family.half_overflows(vae.config):
         vae.encode, vae.decode = partial(_in_fp32, vae.encode), partial(_in_fp32, vae.decode)

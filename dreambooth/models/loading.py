@@ -80,24 +80,25 @@ def idle_modules(parts: Components, recipe: Recipe) -> list[nn.Module]:
 
 
 def part_dtypes(recipe: Recipe, frozen: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """Return the precision of the denoiser and that of the text encoders: fp32 if trained, `frozen` if frozen.
+    """Return the precision of the denoiser and that of the text encoders: fp32 if they are trained, else `frozen`.
 
     With an adapter, the base model is frozen. Its matrices and convolutions are stored in the precision to which
     autocast casts them at every use, so that storing them in this precision does not change the results. Norms and
-    embeddings are also rounded, once, if the weights of the base model have a higher precision than `frozen`.
+    embeddings are also stored in this precision, which rounds them once if the base model's files have a higher
+    precision.
     """
     trained = frozen if recipe.method.low_rank else torch.float32
     return trained, trained if recipe.train.train_text_encoder else frozen
 
 
 def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None) -> Components:
-    """Load the base model: trained parts in fp32, frozen parts in `frozen`.
+    """Load the base model: trained parts in fp32, frozen parts in the precision `frozen`.
 
     Args:
         frozen: precision of the frozen parts; None: the compute precision of the recipe.
 
     Raises:
-        UserError: there is no model at recipe.source, it belongs to no supported family, or it lacks a part.
+        UserError: there is no model at recipe.source, or the model belongs to no supported family or lacks a part.
     """
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
@@ -150,7 +151,7 @@ def exact_frozen(parts: Components, recipe: Recipe) -> Components:
 def prepare(parts: Components, recipe: Recipe) -> TrainedModel:
     """Prepare the parts for training and return the module to train.
 
-    Set attention and gradient checkpointing, add adapters, and set `requires_grad` of all weights.
+    Set the attention kernels and gradient checkpointing, add adapters, and set `requires_grad` of all weights.
     """
     family, denoiser = parts.family, parts.denoiser
     family.set_attention(denoiser, recipe.attention.kind)
@@ -193,7 +194,7 @@ def import_libraries() -> None:
 
 
 def _missing(recipe: Recipe, error: Exception) -> str:
-    """Return the error message for a base model that could not be loaded. It ends in what the user can type."""
+    """Return the error message for a base model that could not be loaded. It ends with what the user can type."""
     reason = vae.first_line(error)
     if recipe.source.startswith((".", "/", "~")) or Path(recipe.source).exists():
         denoisers = {family.denoiser.name for family in families.FAMILIES}

@@ -10,7 +10,7 @@ DoRA (Liu et al. 2024, arXiv:2402.09353, eq. 5) also trains m, the Euclidean nor
 
 |V| is the norm of each row of V; no gradient flows through it (section 4.3). B is initialised to 0 and m to |W|, so an
 untrained adapter does not change the base model. The weight of a convolution is flattened to a matrix (out, in * height
-* width). Modules have the names of the TrainedModel: `PART.NAME`, such as `unet.mid_block...to_q` or
+* width). A module's name is its name in the TrainedModel (loading.py): `PART.NAME`, such as `unet.mid_block...to_q` or
 `text_encoder...q_proj`.
 """
 
@@ -35,7 +35,9 @@ NAME = "default"  # peft's name of the one adapter that trains
 
 @dataclass(frozen=True)
 class LowRank:
-    """The adapter of one layer: W' = W + up down; DoRA scales each row of W + up down to the norm `magnitude`.
+    """The adapter of one layer: W' = W + `up` `down` (a matrix product).
+
+    DoRA also scales each row of W' to the norm that `magnitude` contains for this row.
 
     Attributes:
         down: A, (rank, in) or (rank, in, height, width).
@@ -85,8 +87,10 @@ def inject(model: nn.Module, method: Method, targets: Mapping[Targets, re.Patter
 
     Args:
         targets: a pattern of layer names for each value of method.targets (Family.adapter_targets).
-        seed: the initial A is a function of the seed and the module's name alone, and of no other random numbers.
-        dtype: the precision of autocast. Unless it is fp32, autocast itself casts the input of a LoRA layer.
+        seed: seed of the initial values of A. They depend on this seed and the module's name alone, and on no other
+            random numbers.
+        dtype: the precision of autocast. With fp16 or bf16, autocast itself casts the input of a LoRA layer, so peft's
+            own cast to fp32 is disabled. The cast stays enabled for DoRA, which computes its norms in fp32.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -111,7 +115,7 @@ def inject(model: nn.Module, method: Method, targets: Mapping[Targets, re.Patter
 
 
 def target_layers(part: nn.Module, pattern: re.Pattern[str]) -> list[str]:
-    """Return the names of the linear and convolution layers of `part` that match `pattern`: they get an adapter."""
+    """Return the names of the linear and convolution layers of `part` that match `pattern`, to get an adapter."""
     return [name for name, module in part.named_modules()
             if isinstance(module, nn.Linear | nn.Conv2d) and pattern.fullmatch(name)]
 
@@ -127,7 +131,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Disable all adapters of `model` inside the context, so that it computes as the base model does."""
+    """Disable all adapters of `model` inside the context, so that `model` computes as the base model does."""
     adapters = [layer for _, layer in layers(model)]
     try:
         for layer in adapters:
@@ -176,7 +180,7 @@ def load_adapter_weights(model: nn.Module, weights: Mapping[str, LowRank],
 
 @torch.no_grad()
 def merge(model: nn.Module, weights: Mapping[str, LowRank]) -> None:
-    """Merge adapters into the weights of `model`, which has no adapters itself (LowRank.merged).
+    """Merge adapters into the weights of `model`, as LowRank.merged does. `model` itself has no adapters.
 
     Args:
         weights: a dictionary from module name in `model` to LowRank.
@@ -203,13 +207,16 @@ def _make_exact(layer: Any) -> None:
 
 
 def _weight_norm(lengths: Any, weight: Tensor, lora_weight: Tensor, scaling: float, **_: Any) -> Tensor:
-    """Return |V|, computed in fp32. For a convolution, peft would compute it in the precision of the base model."""
+    """Return |V|, the norm of each row of V, computed in fp32.
+
+    For a convolution, peft would compute the norms in the precision of the base model.
+    """
     norms: Tensor = type(lengths).get_weight_norm(lengths, weight.float(), lora_weight.float(), scaling)
     return norms
 
 
 def _draw(weight: nn.Parameter, seed: int, name: str) -> None:
-    """Set `weight` to uniform random numbers in +-1 / sqrt(inputs), as PyTorch initialises a linear layer.
+    """Set `weight` to uniform random numbers in [-b, b], b = 1 / sqrt(inputs), as PyTorch initialises a linear layer.
 
     The numbers are the same on every device.
     """

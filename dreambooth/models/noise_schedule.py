@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class NoiseSchedule(Protocol):
-    """The forward process that a base model was trained with, and its training target.
+    """The forward process that a base model was trained with, and the training target of the model.
 
     Timesteps are integers in [0, length), drawn uniformly. The schedule decides the noise level of each timestep. A
     schedule that prefers some noise levels (flow matching with a shift, logit-normal sampling) therefore maps the
@@ -30,19 +30,22 @@ class NoiseSchedule(Protocol):
         """
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Return one loss weight per sample, (N,), that caps the signal-to-noise ratio at `gamma`.
+        """Return the min-SNR loss weight of each sample, (N,): it caps the signal-to-noise ratio at `gamma`.
 
         Raises:
             ValueError: the prediction type is unknown.
         """
 
     def denoiser_timesteps(self, timesteps: Tensor) -> Tensor:
-        """Return the denoiser's input for `timesteps` (N,): the timesteps themselves, or their noise levels."""
+        """Return the values (N,) that the denoiser receives for `timesteps`: these timesteps, or their noise levels."""
 
 
 @dataclass(frozen=True)
 class DiffusionSchedule:
-    """The forward process x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, arXiv:2006.11239, eq. 4)."""
+    """The forward process x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, arXiv:2006.11239, eq. 4).
+
+    x_0 are the latents, x_t the noisy latents at timestep t, and a_t is alphas_cumprod[t].
+    """
 
     alphas_cumprod: Tensor  # (T,), already rescaled if the schedule has zero terminal SNR
     prediction_type: str  # epsilon, v_prediction, sample
@@ -73,8 +76,8 @@ class DiffusionSchedule:
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Return one loss weight per sample, (N,): min-SNR weighting (Hang et al. 2023, arXiv:2303.09556, sec. 3.4).
 
-        With w = min(snr, gamma), the loss weight is w for a model that predicts x_0, w / snr for epsilon, and
-        w / (snr + 1) for v.
+        With snr = a_t / (1 - a_t) and w = min(snr, gamma), the loss weight is w for a model that predicts x_0, w / snr
+        for epsilon, and w / (snr + 1) for v.
         """
         alpha = self.alphas_cumprod.to(timesteps.device)[timesteps]
         snr = alpha / (1 - alpha)

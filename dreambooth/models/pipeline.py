@@ -18,7 +18,7 @@ from dreambooth.models.families.family import Family
 
 @dataclass(frozen=True)
 class Sampler:
-    """Settings for generating pictures. They are part of the hash that names a folder of class images."""
+    """Settings for generating pictures. The hash in the name of a folder of class images covers them."""
 
     num_inference_steps: int
     guidance_scale: float
@@ -26,7 +26,7 @@ class Sampler:
 
 
 def build_pipeline(parts: Components) -> Any:
-    """Return a pipeline for generating pictures during a run. It shares the parts and has no safety checker."""
+    """Return a pipeline for generating pictures during a run. It uses `parts` themselves, without safety checker."""
     bare = replace(parts, extras={})
     return without_bar(pipeline_over(bare, parts.family.sampling_scheduler(parts.scheduler_config)))
 
@@ -47,10 +47,10 @@ def open_pipeline(model: Path | str, device: str, revision: str | None = None, v
         revision, variant: options of from_pretrained.
         other_vae: a folder or hub id of a VAE that replaces the model's own.
         zero_terminal_snr: whether to rescale the noise schedule to zero terminal SNR, because an adapter was trained
-            with it (components.training_scheduler).
+            with the rescaled schedule (components.training_scheduler).
 
     Returns:
-        The pipeline on `device`, which uses the family's sampling scheduler; and the family.
+        The pipeline, on `device` and with the family's sampling scheduler; and the model's family.
 
     Raises:
         UserError: the model cannot be opened, needs another input beside text, or predicts noise although
@@ -108,7 +108,7 @@ def generate_images(
     start: Image | None = None,
     strength: float = 1.0,
 ) -> Iterator[list[Image]]:
-    """Yield batches of pictures, one picture per pair of `prompts` and `seeds`.
+    """Yield batches of pictures: one picture for each prompt, with the seed at the same position of `seeds`.
 
     A picture depends on its own prompt and seed, not on the other pictures of its batch; only rounding errors depend on
     the batch size. The global random state is not changed, and each module returns to its mode (train or eval).
@@ -116,7 +116,7 @@ def generate_images(
     Args:
         autocast: creates the context in which the pipeline runs.
         start: a picture of sampler.resolution to start from; `pipeline` must then come from Family.image_to_image.
-        strength: how much of `start` is replaced: the fraction of the denoising steps that are computed, in (0, 1].
+        strength: the fraction of the denoising steps that are computed, in (0, 1]. More steps replace more of `start`.
     """
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     for first in range(0, len(prompts), batch_size):

@@ -10,8 +10,8 @@ from torch import nn
 def quantise(part: nn.Module, compute_dtype: torch.dtype) -> None:
     """Convert the linear layers of a frozen module to nf4: 4 bits per weight, and one fp32 maximum per 64 weights.
 
-    Each forward pass dequantises the weights to `compute_dtype`. bitsandbytes packs the weights when the module is
-    moved to its device.
+    Each forward pass dequantises the weights to `compute_dtype`. bitsandbytes quantises and packs the weights when the
+    module is moved to its device, after this function.
     """
     import bitsandbytes.nn
 

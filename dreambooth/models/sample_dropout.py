@@ -1,10 +1,10 @@
-"""Dropout whose random numbers depend on the sample: on its noisy latents, its timestep and the layer.
+"""Dropout whose random numbers are a function of a sample's noisy latents, its timestep and the layer.
 
 PyTorch's dropout draws random numbers from the generator of the process. The dropped values then depend on the batch
 size, the micro-batches and the number of processes, and a resumed run would not drop the same values as an
-uninterrupted run. The noisy latents are different for every sample and step, so the dropout of this module uses a hash
-of them as the key of its random numbers. The hash is computed on the device: no random state is saved, and nothing is
-read back.
+uninterrupted run. The noisy latents are different for every sample and step, so this module uses a hash of the latents
+and the timestep as the key of the random numbers. The hash is computed on the device: no random state is saved, and
+nothing is read back.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ class Dropout(nn.Module):
     """In training, sets each value to 0 with probability `p` and divides the others by 1 - p (Srivastava et al. 2014).
 
     Attributes:
-        keys: (N,), int64: one key per sample of the current batch; the hook of `set_keys_before_forward` sets it.
+        keys: (N,), int64: one key per sample of the current batch, set by the hook of `set_keys_before_forward`.
     """
 
     def __init__(self, p: float, salt: int) -> None:
         """Args:
             p: probability that a value is dropped.
-            salt: a number of this layer's own, so that different layers drop different values of a sample.
+            salt: a number that differs between layers, so that they drop different values of a sample.
         """
         super().__init__()
         self.p, self.salt = p, salt
@@ -51,7 +51,7 @@ class Dropout(nn.Module):
 def set_keys_before_forward(model: nn.Module, dropouts: Sequence[Dropout]) -> None:
     """Register a hook that sets the keys of `dropouts` before each forward pass of `model`.
 
-    The first two arguments of the forward pass are the latents and the timesteps.
+    The first two arguments of the forward pass must be the noisy latents and the timesteps.
     """
     def set_keys(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         keys = sample_keys(inputs[0], inputs[1])

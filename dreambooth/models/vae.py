@@ -33,7 +33,8 @@ def load_for_run(recipe: Recipe, family: Family, dtype: torch.dtype, options: di
 def load_for_pipeline(source: str, family: Family, dtype: torch.dtype) -> Any:
     """Load a VAE from this machine in `dtype`, for a pipeline that generates pictures.
 
-    A VAE that overflows in fp16 is loaded in fp16, too, because the pipeline itself computes it in fp32.
+    Unlike in `load_for_run`, a VAE that overflows in fp16 is loaded in fp16, too: the pipeline itself computes it in
+    fp32.
 
     Raises:
         OSError, ValueError, SafetensorError: the VAE is not on this machine, or is damaged.
@@ -45,8 +46,8 @@ def planned_configuration(source: str, family: Family, base: dict[str, Any]) -> 
     """Return the configuration of the VAE that replaces the base model's, for the planner, which downloads nothing.
 
     If `source` is a folder, its config.json is read. If `source` is a hub id or a single file, the result is `base`,
-    marked as a VAE that overflows in fp16 unless the name of `source` says that it does not. The conversion of single
-    files uses the same rule for names (single_file_sources.py).
+    marked as overflowing in fp16, unless the name of `source` says that this VAE does not overflow. The conversion of
+    single files uses the same rule for names (single_file_sources.py).
 
     Args:
         base: the configuration of the base model's own VAE.
@@ -60,7 +61,7 @@ def planned_configuration(source: str, family: Family, base: dict[str, Any]) -> 
 def check_channels(family: Family, denoiser: Any, vae: Any, instead: str) -> None:
     """Check that the denoiser reads latents alone.
 
-    Denoisers for inpainting and editing also read a mask or a picture. They can be neither trained nor used here.
+    Denoisers for inpainting and editing, which also read a mask or a picture, can be neither trained nor used here.
 
     Args:
         instead: the end of the error message: what the user can type instead.
@@ -92,5 +93,5 @@ def _load(family: Family, source: str, dtype: torch.dtype, options: dict[str, An
 
 
 def _location(source: str) -> dict[str, Any]:
-    """Return the option `subfolder` for loading a VAE: a folder that holds a whole model has its VAE in vae/."""
+    """Return options that locate the VAE in `source`: {"subfolder": "vae"} for a folder of a whole model, else {}."""
     return {"subfolder": "vae"} if (Path(source) / "vae/config.json").is_file() else {}

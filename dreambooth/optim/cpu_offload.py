@@ -1,8 +1,9 @@
-"""memory.offload_optimizer: keeps optimizer state, fp32 master weights and the EMA in host memory.
+"""memory.offload_optimizer: keeps optimizer state, master weights and the EMA in host memory.
 
-The device computes with a copy of the weights. Each gradient is moved to the host as soon as the backward pass has
+Master weights are the fp32 copies of the trained weights that the optimizer updates. The device computes with a copy of
+them, in which matrices have half precision. Each gradient is moved to the host as soon as the backward pass has
 computed it, and is accumulated there in fp32. The half-precision weights on the device are equal to the values to which
-autocast would cast the master weights, so the results are the same as with the plain optimizer.
+autocast would cast the master weights, so the results are the same as without memory.offload_optimizer.
 """
 
 from collections.abc import Callable
@@ -60,7 +61,7 @@ class OffloadedOptimizer(StreamingOptimizer):
 
     @torch.no_grad()
     def sync_weights(self) -> None:
-        """Copy the master weights to the device."""
+        """Copy the master weights to the model's weights on the device."""
         for name, weight in self.device_weights.items():
             weight.copy_(self.masters[name])
 

@@ -4,8 +4,9 @@ The decay of step t = 1, 2, ... is min(ema_decay, (1 + t) / (10 + t)). The avera
 at first, and slowly later.
 
 With `every` = k, the averages are updated only after each k-th step: average = d * average + (1 - d) * weights, where d
-is the product of the decays of the last k steps. The result equals an update after every step if the weights had their
-final values during all k steps. The weights after the other k - 1 steps do not enter the average.
+is the product of the decays of the last k steps. If the weights after the k-th step were also the weights after each of
+the k - 1 steps before it, the result would equal that of an update after every step. The weights after these k - 1
+steps do not enter the average.
 """
 
 import math
@@ -37,7 +38,7 @@ class Ema:
         }
 
     def decay_at(self, update: int) -> float:
-        """Return the decay of step `update`, counted from 1."""
+        """Return the decay of optimizer step `update`; the first step is 1."""
         return min(self.decay, (1 + update) / (10 + update))
 
     @torch.no_grad()

@@ -2,7 +2,8 @@
 
 Their purpose is to save GPU memory.
 
-`build_training_optimizer` returns the optimizer that `training.step.train_step` uses:
+`build_training_optimizer` returns the optimizer that `training.step.train_step` uses. Its argument `factory` creates an
+optimizer of a list of parameters:
 
 | lever | optimizer |
 |---|---|
@@ -10,9 +11,10 @@ Their purpose is to save GPU memory.
 | optimizer_in_backward, or weights=half | PerParameterOptimizer: `factory([parameter])` for each parameter |
 | offload_optimizer | OffloadedOptimizer: `factory(fp32 copies in host memory)` |
 
-Training runs and the planner's rehearsals both call `build_training_optimizer(model, factory, ...)`, then
-`TrainState(model, optimizer, schedule, ema)`, then `train_step`. A run gets its factory from optimizers.py. The planner
-passes a factory of optimizers that only allocate memory: any torch.optim.Optimizer with a `step` works.
+Training runs and the planner's rehearsals (training steps on fake tensors) both call
+`build_training_optimizer(model, factory, ...)`, then `TrainState(model, optimizer, schedule, ema)`, then `train_step`.
+A run gets its factory from optimizers.py. The planner passes a factory of optimizers that only allocate memory: any
+torch.optim.Optimizer with a `step` works.
 """
 
 import torch

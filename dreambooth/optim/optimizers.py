@@ -18,7 +18,7 @@ OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 def optimizer_factory(spec: Optimizer, learning_rate: float) -> OptimizerFactory:
     """Return a function that builds the optimizer of `spec` for a list of parameters.
 
-    This function is called once with all trained parameters, or once per trained parameter.
+    The returned function is called once with all trained parameters, or once per trained parameter.
     """
     return partial(build_optimizer, spec=spec, learning_rate=learning_rate)
 
@@ -49,7 +49,10 @@ def build_optimizer(parameters: list[nn.Parameter], spec: Optimizer, learning_ra
 
 
 def can_step_in_pieces(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the optimizer can update whole blocks of a weight as separate weights. Adafactor cannot."""
+    """Return whether the results stay the same if the optimizer updates the pieces of a weight as separate weights.
+
+    Each piece consists of whole quantization blocks of 8-bit state (BLOCK_SIZE elements). Returns False for Adafactor.
+    """
     return getattr(optimizer, "kind", None) is not OptimizerKind.adafactor and type(optimizer).__name__ != "Adafactor"
 
 

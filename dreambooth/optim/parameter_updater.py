@@ -1,9 +1,10 @@
 """Updates one trained parameter with its own optimizers. A large parameter in half precision is updated in pieces.
 
 A step temporarily needs the weight and its gradient in fp32: 0.22 GiB for the largest convolution of SD 1.5, which is
-more than the activations of its backward pass. Adam treats each element independently, and 8-bit Adam each block of 256
-elements (Dettmers et al. 2022, arXiv:2110.02861). Updating a parameter in pieces that consist of whole blocks therefore
-gives the same results. Adafactor factorises whole matrices, so weights are never split with Adafactor.
+more than the activations of this layer's backward pass. Adam treats each element independently, and 8-bit Adam each
+quantization block of 256 elements (Dettmers et al. 2022, arXiv:2110.02861). Updating a parameter in pieces that consist
+of whole quantization blocks therefore gives the same results. Adafactor factorises whole matrices, so weights are never
+split with Adafactor.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -72,7 +73,7 @@ class ParameterUpdater:
         return {key: _join([state[key] for state in states], key, self.parameter) for key in states[0]}
 
     def load(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> None:
-        """Load a state that `state` returned, with the hyperparameters of `group`."""
+        """Load a state that `state` returned, with the hyperparameters of the parameter group `group`."""
         for optimizer, span in zip(self.optimizers, self.spans, strict=True):
             piece = {key: value if span is None else _cut(value, key, span, self.parameter)
                      for key, value in state.items()}
@@ -98,14 +99,15 @@ class ParameterUpdater:
 
 
 def _empty_copy(parameter: nn.Parameter) -> nn.Parameter:
-    """Return an fp32 parameter without elements, on the device of `parameter`. An optimizer step sets its data."""
+    """Return an fp32 parameter without elements, on the device of `parameter`. A training step sets its data."""
     return nn.Parameter(torch.empty(0, dtype=torch.float32, device=parameter.device))
 
 
 def _spans(parameter: Tensor) -> list[slice | None]:
-    """Return the range of elements of each piece; [None] if the parameter is not split.
+    """Return the ranges of elements that are the pieces of a parameter; [None] if it is not split.
 
-    The pieces have about the same size and consist of whole blocks.
+    The pieces have about the same size and consist of whole quantization blocks of an 8-bit optimizer (BLOCK_SIZE
+    elements).
     """
     count = -(-parameter.numel() // PIECE_SIZE)
     if count == 1 or not parameter.is_contiguous():
@@ -117,7 +119,7 @@ def _spans(parameter: Tensor) -> list[slice | None]:
 def _join(pieces: list[Any], key: str, parameter: Tensor) -> Any:
     """Return one state entry of the whole parameter, joined from the same entry of its pieces.
 
-    State tensors have one number per element or one per block. bitsandbytes nests its tensors in a dict.
+    State tensors have one number per element or one per quantization block. bitsandbytes nests its tensors in a dict.
     """
     if key in SHARED_STATE:
         return pieces[0]

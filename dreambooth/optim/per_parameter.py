@@ -1,11 +1,11 @@
 """An optimizer that updates each parameter separately, for memory.optimizer_in_backward and memory.weights=half.
 
 With optimizer_in_backward, each gradient is used and released as soon as the backward pass has computed it, so that
-only one gradient exists at a time. Clipping needs the norm of all gradients before the step, and fp16 needs to know
-whether a gradient overflowed. In these cases a first forward and backward pass measures the gradients, and a second
-forward and backward pass updates the parameters. This takes about twice the forward and backward time. The results are
-the same as with one pass, as far as the device's kernels are deterministic. If a gradient overflows in fp16, there is
-no second pass, and no weight changes.
+only one gradient exists at a time. Clipping needs the norm of all gradients before the step, and fp16 training must
+know whether a gradient overflowed. In these cases a first forward and backward pass measures the gradients, and a
+second forward and backward pass updates the parameters. The two passes take about twice the time of one. The results
+are the same as with one pass, as far as the device's kernels are deterministic. If a gradient overflows in fp16, there
+is no second pass, and no weight changes.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ class GradientStatistics:
         return gradient
 
     def record(self, number: int, updater: ParameterUpdater) -> None:
-        """Record the norm of the gradient of parameter `number`."""
+        """Record the norm of the gradient of parameter `number`, which `updater` updates."""
         norms = [torch._foreach_norm([self.unscale(piece)])[0] for piece in updater.gradients()]
         self.norms[number] = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
@@ -146,7 +146,7 @@ class PerParameterOptimizer(StreamingOptimizer):
 
     def _step_all(self, forward_backward: Callable[[], Tensor], statistics: GradientStatistics,
                   factor: Tensor | None, step: int) -> None:
-        """Update every parameter: in a second forward and backward pass, or with the stored gradients."""
+        """Update every parameter: in a second forward and backward pass (`in_backward`), or with stored gradients."""
         if self.in_backward:
             with self._on_each_gradient(partial(self._step_one, statistics, factor, step)):
                 forward_backward()

@@ -57,7 +57,7 @@ class Rounder:
         return value + state["kahan"].float() if "kahan" in state else value
 
     def store(self, parameter: Tensor, value: Tensor, state: MutableMapping[str, Any], step: int, name: str) -> None:
-        """Store `value` (fp32), the result of step `step`, in `parameter`."""
+        """Store `value` (fp32), the result of training step `step`, in `parameter`."""
         if self.kind is Rounding.kahan:
             parameter.copy_(value)
             state["kahan"] = (value - parameter.float()).to(parameter.dtype)

@@ -13,8 +13,9 @@ from dreambooth.runtime.engine import Engine
 class StreamingOptimizer(torch.optim.Optimizer):
     """An optimizer that can use each gradient as soon as it is computed, so that not all gradients are stored together.
 
-    It has one parameter group and the same `state_dict` as the plain optimizer of the same parameters. Learning-rate
-    schedules and checkpoints therefore work with both, and a run may resume with different memory settings.
+    It has one parameter group and the same `state_dict` as an ordinary optimizer of the same parameters. Learning-rate
+    schedules and checkpoints therefore work with both kinds of optimizers, and a run may resume with different memory
+    settings.
     """
 
     @abstractmethod
@@ -28,13 +29,13 @@ class StreamingOptimizer(torch.optim.Optimizer):
             step: number of completed steps; it seeds the random numbers of stochastic rounding.
 
         Returns:
-            The losses; the gradient norm before clipping (0-d); False if a gradient overflowed. In that case the step
-            was skipped and nothing has changed.
+            The losses; the gradient norm before clipping (0-d); and whether the weights were updated: False if a
+            gradient overflowed. The step was then skipped, and neither weights nor optimizer state have changed.
         """
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """Return the tensors that the optimizer updates, by parameter name, with unchanged precision and device."""
+        """Return the tensors that the optimizer updates, by parameter name, in their own precision and device."""
 
     def sync_weights(self) -> None:
         """Copy `weights()` to the model's parameters, if the optimizer updates separate copies of them.
@@ -54,5 +55,5 @@ def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def register_gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> Any:
-    """Register a hook that is called with the parameter when its gradient was accumulated; return the hook's handle."""
+    """Register a hook that gets the parameter each time a gradient was accumulated in it; return the hook's handle."""
     return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Converts a single file to a diffusers folder, or a folder to a file. `python -m dreambooth.convert` calls it."""
+"""Converts a single file to a diffusers folder, or such a folder to a file, for `python -m dreambooth.convert`."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -37,9 +37,9 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
         config: a diffusers folder with the architecture of the source file; None: the family's published architecture.
         vae: a single file with a VAE that replaces the model's own.
         dtype: precision of the written weights, fp16 or fp32; None: the precision of each weight in `source`.
-        with_vae: whether a written file contains the VAE.
+        with_vae: whether the written file contains the VAE; only if `out` is a file.
         prediction_type, resolution: facts about the source file that replace the detected ones.
-        title: title in the metadata of a written file.
+        title: title in the metadata of the written file; only if `out` is a file.
 
     Returns:
         `out`.
@@ -141,7 +141,7 @@ def _to_file(source: Path, out: Path, vae: str | None, dtype: torch.dtype | None
 
 
 def _run_metadata(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return ModelSpec metadata from the settings of a run: its first subject's prompt, and its resolution."""
+    """Return ModelSpec metadata from the settings of a run: the prompt of its first subject, and the resolution."""
     concepts = json.loads(settings.get("dataset.concepts", "[]"))
     prompt = concepts[0]["instance_prompt"] if concepts else settings.get("dataset.instance_prompt")
     side = settings.get("model.resolution")
@@ -151,7 +151,7 @@ def _run_metadata(settings: Mapping[str, str]) -> dict[str, str]:
 
 
 def _find_model(source: Path) -> tuple[Path, Mapping[str, str]]:
-    """Return the diffusers folder in `source`, and the settings of its run (none if `source` is not a run folder)."""
+    """Return the diffusers folder in `source`, and the settings of its run ({} if `source` is not a run folder)."""
     for folder in (source / "model", source):
         if (folder / "model_index.json").is_file():
             run = source / "run.json"

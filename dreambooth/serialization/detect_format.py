@@ -1,7 +1,7 @@
 """Opens a single-file model, and detects its family, prediction type and resolution.
 
 A .safetensors file is read tensor by tensor. A .ckpt file is a pickle and can contain code. PyTorch executes only the
-operations that build tensors (weights_only=True), and rejects a file that contains others.
+operations that build tensors (weights_only=True), and rejects a file that contains other operations.
 """
 
 import re
@@ -36,8 +36,8 @@ class DetectedModel:
     def is_rescaled(self) -> bool:
         """Whether the noise schedule is rescaled, so that the last timestep is pure noise.
 
-        As in ComfyUI, the mark is ignored if the model predicts noise. If its input is pure noise, such a model has
-        nothing to predict.
+        As in ComfyUI, the file's mark of zero terminal SNR is ignored if the model predicts noise: at a timestep whose
+        input is pure noise, such a model has nothing to predict.
         """
         return self.zero_terminal_snr and self.prediction_type == "v_prediction"
 
@@ -89,8 +89,8 @@ def _unpickle(path: Path) -> dict[str, Any]:
 def detect(file: ModelFile, prediction_type: str | None = None, resolution: int | None = None) -> DetectedModel:
     """Detect the family, prediction type and resolution of a single-file model.
 
-    The keys of the file determine the family. The other properties are what the user typed, or else what the file's
-    metadata and the family's own rules give.
+    The keys of the file determine the family. Prediction type and resolution are the values that the user typed, or
+    else those that the file's metadata and the family's own rules give.
 
     Args:
         prediction_type, resolution: values that the user typed; None: not typed.

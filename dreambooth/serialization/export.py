@@ -49,14 +49,15 @@ Licence and limits of use are those of the base model. Made with dreambooth {ver
 def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
     """Write the folder `model/` atomically, and return its path.
 
-    DiffusionPipeline.from_pretrained opens the folder. With method=lora or dora and without method.merge, the folder
-    holds an adapter alone, which load_lora_weights opens.
+    With method=lora or dora and without method.merge, the folder holds an adapter alone, which load_lora_weights opens.
+    Otherwise it holds a whole pipeline, which DiffusionPipeline.from_pretrained opens; with method.merge, it also holds
+    the adapter's files.
 
     Args:
         parts: all parts; the trained ones contain the weights to write. The scheduler and safety checker of the base
             model are written, too.
         step: number of completed training steps.
-        sheet: path of the contact sheet; the file may be missing.
+        sheet: path of the contact sheet, which is copied into the folder; the file may be missing.
 
     Raises:
         DoesNotFit: the disk is full; the last checkpoint is kept.
@@ -97,7 +98,7 @@ def whole_pipeline(parts: Components) -> Any:
 
 
 def _base_choices(recipe: Recipe) -> dict[str, str]:
-    """Return the settings that, together with model.source, determine the base model. Unset ones are left out."""
+    """Return the settings that, together with model.source, determine the base model; without those that are unset."""
     model = recipe.model
     choices = {"revision": model.revision, "variant": model.variant, "vae": model.vae,
                "zero_terminal_snr": "true" if model.zero_terminal_snr else None}
@@ -112,7 +113,7 @@ def _adapter_metadata(recipe: Recipe) -> dict[str, str]:
 
 
 def _code(recipe: Recipe, family: Family) -> str:
-    """Return Python code that opens the result; for an adapter, with the base model and settings of its training."""
+    """Return Python code that opens the result. For an adapter, it first opens the base model as in training."""
     if not recipe.method.low_rank or recipe.method.merge:
         return ("from diffusers import DiffusionPipeline\n\n"
                 'pipeline = DiffusionPipeline.from_pretrained("model")  # this folder')

@@ -17,6 +17,6 @@ def adapter_only(kind: str, merge: bool) -> bool:
 def is_exported(folder: Path, kind: str, merge: bool) -> bool:
     """Return whether `folder` contains the exported result of a run with these values of method.kind and method.merge.
 
-    An export is atomic, so it is enough that one of its files exists.
+    An export is atomic: if one of its files exists, all exist. This function therefore looks for one file only.
     """
     return (folder / (ADAPTER if adapter_only(kind, merge) else INDEX)).is_file()

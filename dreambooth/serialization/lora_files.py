@@ -84,7 +84,7 @@ def write(folder: Path, weights: Mapping[str, LowRank], family: Family, title: s
 
 
 def read_base_model(file: Path) -> str:
-    """Return the base model on which an adapter was trained, from the metadata of its file."""
+    """Return the hub id or folder of the base model that an adapter was trained on, from the adapter's metadata."""
     with safe_open(file, "pt") as opened:
         return str((opened.metadata() or {})["base_model"])
 

@@ -27,7 +27,7 @@ def fill(parts: Components, file: ModelFile) -> list[str]:
     """Load the weights of a single file into parts on the device `meta`.
 
     Returns:
-        The keys of the file that do not belong to the model.
+        The keys of the file that do not belong to the model, except those that it never needs (`is_ignored`).
 
     Raises:
         UserError: the file lacks a tensor, or a tensor has another shape than in the parts.
@@ -56,7 +56,7 @@ def fill(parts: Components, file: ModelFile) -> list[str]:
 
 
 def fill_vae(vae: Any, family: Family, file: ModelFile) -> None:
-    """Load the weights of a VAE on the device `meta` from a single file.
+    """Load the weights of `vae`, a VAE on the device `meta`, from a single file.
 
     The file may contain a VAE alone or a whole model, in the family's original layout or in diffusers' layout.
 

@@ -26,7 +26,9 @@ from dreambooth.utils.assets import resolve_asset
 
 
 def as_folders(config: Config) -> Config:
-    """Return a copy of the config in which model.source and model.vae are folders, converted from single files.
+    """Return a copy of the config in which single files in model.source and model.vae are replaced by their folders.
+
+    Each file is converted to a folder, unless this was done before.
 
     Raises:
         UserError: a file cannot be converted.
@@ -99,8 +101,8 @@ def _check_file(key: str, source: str) -> Path:
 def _locked_folder(config: Config, path: Path, suffix: str = "") -> Iterator[Path]:
     """Yield the folder to which a single file is converted, locked against other processes.
 
-    The name of the folder contains a hash of the whole file, because two merges of one base model can have the same
-    size, the same beginning and the same end.
+    The name of the folder contains a hash of the whole file, because two merged models with the same base model can
+    have the same size, the same beginning and the same end.
     """
     stem = re.sub(r"[^A-Za-z0-9_.]+", "-", path.stem)[:60]
     name = "-".join(filter(None, [stem, atomic_files.full_digest(path)[:10], suffix]))

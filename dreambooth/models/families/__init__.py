@@ -1,8 +1,8 @@
 """Model families: one file per family (sd1.py, sd2.py, sdxl.py), behind the interface of family.py.
 
 latent_unet.py, clip_text.py, clip_tokenizer.py and ldm_keys.py contain what several families share. The functions below
-find the family of a model. This folder may import from the same folders as models/, and from models/ only
-noise_schedule.py and gradient_checkpointing.py. Importing it does not import torch.
+find the family of a model. Files of this folder import from each other, from the folders that models/ may import, and
+from two files of models/: noise_schedule.py and gradient_checkpointing.py. Importing this folder does not import torch.
 """
 
 import json
@@ -23,7 +23,7 @@ def titles() -> str:
 
 
 def of_architecture(name: str) -> Family | None:
-    """Return the family whose configurations are in assets/architectures/`name`, or None if there is none."""
+    """Return the family whose configurations are in assets/architectures/`name`, or None if no family has them."""
     return next((family for family in FAMILIES if family.architecture == name), None)
 
 
@@ -33,7 +33,10 @@ def of_layout(layout: Layout) -> Family | None:
 
 
 def of_folder(folder: Path) -> Family | None:
-    """Return the family of a diffusers folder, or None. The folder needs only its parts' config.json files."""
+    """Return the family of a diffusers folder, or None if it belongs to no supported family.
+
+    Of the folder, only the config.json files of the parts are read.
+    """
     parts = [path.parent.name for path in folder.glob("*/config.json")]
     return of_layout(Layout(parts, lambda part: _read(folder / part / "config.json")))
 
@@ -72,7 +75,7 @@ def of_keys(names: frozenset[str]) -> Family | None:
 
 
 def canonical_key(name: str) -> str:
-    """Return the current form of a key of a single file. Older tools wrote some keys differently."""
+    """Return the current form of a key in a single file. Older tools wrote some keys differently."""
     for family in FAMILIES:
         name = family.single_file.canonical_key(name)
     return name
@@ -89,7 +92,7 @@ def renamed_hub_id(hub_id: str) -> str | None:
 
 
 def import_common_classes() -> None:
-    """Import the diffusers classes that every run needs, so that they are not imported later, during a progress bar."""
+    """Import the diffusers classes that every run needs, so that no import runs while a progress bar is shown."""
     _ = FAMILIES[0].denoiser.type, FAMILIES[0].pipeline_type
 
 

@@ -15,7 +15,7 @@ SECOND = TransformersPart("text_encoder_2", "transformers", "CLIPTextModelWithPr
 
 
 def check_length(tokenizer: Any, prompt: str) -> int:
-    """Check that a prompt is not too long; return the number of tokens that the model reads.
+    """Check that a prompt is not too long; return the maximum number of tokens that the model reads.
 
     Raises:
         UserError: the prompt has more tokens than the model reads.

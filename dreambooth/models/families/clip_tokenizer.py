@@ -1,6 +1,6 @@
 """CLIP's tokenizer, built from files of this package, because single files contain no tokenizer.
 
-Several families share it. assets/clip/merges.txt.gz is the part of OpenAI CLIP's list of byte-pair merges that its
+Several families share it. assets/clip/merges.txt.gz is the part of OpenAI CLIP's list of byte-pair merges that CLIP's
 vocabulary uses.
 """
 
@@ -45,7 +45,8 @@ def _merges() -> list[tuple[str, str]]:
 def _vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
     """Return the vocabulary as a dictionary from token to id.
 
-    The order is that of openai/CLIP, simple_tokenizer.py: bytes, bytes at the end of a word, merged pairs, BEGIN, END.
+    The ids follow the order of openai/CLIP, simple_tokenizer.py: bytes, bytes at the end of a word, merged pairs,
+    BEGIN, END.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are their own characters
     letters = [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]

@@ -8,15 +8,15 @@ To add a family:
 1. `models/families/NAME.py`: a subclass of `Family`, its instance, and the instance in `families.FAMILIES`. A family
    with a UNet, an AutoencoderKL and CLIP text encoders inherits from `latent_unet.LatentUNet`, as sdxl.py shows.
 2. `conf/model/NAME.yaml`: the defaults of a run. `assets/architectures/NAME/`: the configurations of the family's
-   published model. `python -m dreambooth.plan` builds the model from them without weights.
+   published model. `python -m dreambooth.plan` builds the model from these configurations, without weights.
 3. A tiny model of the family in tests/support/tiny_models.py. The tests of models/ then train it, resume training,
    convert it and generate pictures.
 
 How the interface supports other architectures:
 
-- A transformer in place of the UNet: `denoiser` is a part named `transformer`. This name is its subfolder, its argument
-  of the pipeline and the prefix of its weights in checkpoints. `predict` packs latents into tokens and unpacks the
-  prediction. `set_attention` and `recompute_activations` configure the transformer's blocks.
+- A transformer in place of the UNet: `denoiser` is a part named `transformer`. This name is the part's subfolder, its
+  argument name in the pipeline, and the prefix of its weights in checkpoints. `predict` packs latents into tokens and
+  unpacks the prediction. `set_attention` and `recompute_activations` configure the transformer's blocks.
 - A text encoder that does not fit on the card beside the denoiser: text encoders are used only through `tokens` and
   `text`. While a run caches the output of `text`, the denoiser is in host memory (training/setup.py, phase `caching`);
   during training steps, the text encoders are in host memory (`loading.idle_modules`). The YAML of such a family sets
@@ -28,10 +28,10 @@ How the interface supports other architectures:
 - Text embeddings of another shape: outside the family, a run handles one tensor `text` (P, ...) for P prompts, with the
   same shape for every prompt. The family packs all inputs that its denoiser needs, masks included, into this tensor,
   and unpacks it in `predict`.
-- Latents that are shifted before they are scaled: `encode` subtracts the shift, because its result is multiplied by
-  `scaling_factor`.
+- Latents that are shifted before they are scaled: `encode` subtracts the shift, because the result of `encode` is
+  multiplied by `scaling_factor`.
 
-Imports no torch: the container looks up hub ids in this folder before a run starts.
+Imports no torch, because the container looks up hub ids in this folder before a run starts.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Family(ABC):
 
     @abstractmethod
     def matches(self, layout: Layout) -> bool:
-        """Return whether a diffusers model with this layout belongs to the family. At most one family matches."""
+        """Return whether a diffusers model with this layout belongs to the family. It belongs to at most one family."""
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -167,7 +167,7 @@ class Family(ABC):
         """Write the files of a tokenizer to `folder`."""
 
     def load_extras(self, source: str, layout: Layout, dtype: torch.dtype, **options: Any) -> dict[str, Any]:
-        """Load parts that are exported but never trained, such as a safety checker, by the pipeline's arguments."""
+        """Return parts that are only exported, such as a safety checker, as a dictionary by pipeline argument name."""
         return {}
 
     def current_name(self, name: str, names: Collection[str]) -> str:
@@ -252,7 +252,7 @@ class Family(ABC):
 
     @abstractmethod
     def with_native_side(self, configuration: Mapping[str, Any], latent_side: int) -> dict[str, Any]:
-        """Return the denoiser's configuration, changed to a model that was trained on latents of side `latent_side`."""
+        """Return the denoiser's configuration, changed as if the model was trained on latents of side `latent_side`."""
 
     # -- pixels to latents -----------------------------------------------------------------------------------------
 
@@ -260,7 +260,7 @@ class Family(ABC):
     def encode(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and standard deviation of the latents of `pixels`.
 
-        The denoiser receives a sample of this normal distribution, multiplied by `scaling_factor`.
+        The denoiser receives a sample of the normal distribution with these parameters, multiplied by `scaling_factor`.
 
         Args:
             pixels: (N, 3, H, W), in [-1, 1].
@@ -340,12 +340,12 @@ class Family(ABC):
     adapter_targets: Mapping[Targets, re.Pattern[str]]  # -> pattern of the layer names inside a part
 
     def published_name(self, name: str) -> str:
-        """Return the name that LoRA files use for a module (`PART.NAME`), which libraries may have renamed since."""
+        """Return the name that LoRA files use for a module (`PART.NAME`). Libraries may have renamed it since."""
         return name
 
     @abstractmethod
     def kohya_name(self, name: str) -> str:
-        """Return the key of a module (`PART.NAME`) in kohya's LoRA layout, without the suffix of the tensor's name."""
+        """Return the key of a module (`PART.NAME`) in kohya's LoRA layout, without the suffix that names the tensor."""
 
     # -- the planner -----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The interface of single-file formats. A single file holds a whole model under the key names of its publisher.
+"""The interface of single-file formats. A single file holds a whole model under key names that its publisher chose.
 
 Imports no torch.
 """
@@ -45,7 +45,7 @@ class Entry:
     form: Form = Form.plain
 
     def shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        """Return the shape of the tensor in the file, given the shapes of the corresponding tensors."""
+        """Return the shape of the tensor in the file, given the shapes of the corresponding tensors in the folder."""
         match self.form:
             case Form.plain:
                 return shapes[0]
@@ -58,7 +58,7 @@ class Entry:
 
 
 class SingleFileFormat(ABC):
-    """How a family's models are stored in one file: key names, marks and metadata."""
+    """How a family's models are stored in one file: key names, metadata, and marks (empty tensors with a meaning)."""
 
     denoiser_key: str  # a key that every file of this format has
     vae_prefix: str  # prefix of the VAE's keys
@@ -87,7 +87,7 @@ class SingleFileFormat(ABC):
     def resolution(self, file: ModelFile, prediction_type: str, typed: bool) -> tuple[int, str]:
         """Return the side of the model's pictures in pixels, and the evidence for it in words, such as 'its name'.
 
-        It is called if the metadata of the file contains no resolution.
+        This method is called if the metadata of the file contains no resolution.
 
         Args:
             typed: whether `prediction_type` comes from the user, not from the file.
@@ -113,11 +113,11 @@ class SingleFileFormat(ABC):
 
     @abstractmethod
     def constants(self, encoders: Sequence[Any]) -> dict[str, Tensor]:
-        """Return the tensors that single files of the family contain and diffusers folders do not."""
+        """Return the tensors, by key, that single files of the family contain and diffusers folders do not."""
 
     @abstractmethod
     def marks_of(self, scheduler_config: Mapping[str, Any]) -> set[str]:
-        """Return those of `marks` that a file must contain if its model has this scheduler configuration.
+        """Return the elements of `marks` that a file must contain if its model has this scheduler configuration.
 
         Raises:
             UserError: this format cannot represent the model's prediction type.

@@ -65,7 +65,7 @@ class LatentUNet(Family):
         clip_tokenizer.save(tokenizer, folder)
 
     def load_extras(self, source: str, layout: Layout, dtype: torch.dtype, **options: Any) -> dict[str, Any]:
-        """Load the base model's safety checker and the image processor that it needs, if there is one."""
+        """Load the base model's safety checker, if there is one, and the image processor that the checker needs."""
         if "safety_checker" not in layout.parts:
             return {}
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker

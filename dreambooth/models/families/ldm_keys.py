@@ -1,8 +1,8 @@
 """The original single-file format of latent diffusion models, as CompVis and Stability AI published it.
 
 Each tensor of such a file corresponds to one tensor of a diffusers folder, or to three tensors that are stacked in the
-file. `LdmFormat` maps the names of one layout to those of the other. serialization/single_file.py converts the tensors
-in both directions, bit for bit. The names come from the modules and attributes of CompVis/stable-diffusion,
+file. `LdmFormat` maps the tensor names of folders to those of files. serialization/single_file.py converts the tensors
+in both directions, bit for bit. The names in files come from the modules and attributes of CompVis/stable-diffusion,
 Stability-AI/generative-models and mlfoundations/open_clip. Imports no torch.
 """
 
@@ -33,7 +33,7 @@ IGNORED = re.compile(
 
 
 class LdmFormat(SingleFileFormat):
-    """The original layout. Subclasses define the keys of text encoders, and facts that their files do not contain."""
+    """The original layout. Subclasses define the keys of text encoders, and facts that the files do not contain."""
 
     denoiser_key = f"{UNET}input_blocks.0.0.weight"
     vae_prefix = VAE
@@ -100,7 +100,7 @@ class LdmFormat(SingleFileFormat):
 
 
 def prediction_name(v: bool) -> str:
-    """Return the prediction_type of diffusers for a model that predicts v, or else noise."""
+    """Return the prediction_type of diffusers for a model that predicts v (if `v`) or noise (if not)."""
     return "v_prediction" if v else "epsilon"
 
 

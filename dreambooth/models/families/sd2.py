@@ -19,7 +19,7 @@ SIDES = r"(512|768)"  # side in pixels, in the name of a file
 class Sd2Format(LdmFormat):
     """Single files of Stable Diffusion 2.x.
 
-    Except for the mark `v_pred`, their keys do not show whether the model predicts v or noise.
+    Their keys do not show whether the model predicts v or noise, unless one of them is the mark `v_pred` (ldm_keys.py).
     """
 
     text_key = "cond_stage_model.model."
@@ -51,7 +51,7 @@ class Sd2Format(LdmFormat):
         return 768 if prediction_type == "v_prediction" else 512, "what it predicts"
 
     def is_ignored(self, key: str, encoders: Sequence[Any]) -> bool:
-        """Return whether a key is not needed. Files also contain OpenCLIP's last layer, which is not used."""
+        """Return whether a key is not needed. This includes OpenCLIP's last layer, which the model does not use."""
         layers = len(getattr(encoders[0], "text_model", encoders[0]).encoder.layers)
         last = f"{self.text_prefixes['text_encoder']}transformer.resblocks.{layers}."
         return super().is_ignored(key, encoders) or key.startswith(last)
@@ -76,7 +76,7 @@ class StableDiffusion2(LatentUNet):
     single_file = Sd2Format()
 
     def matches(self, layout: Layout) -> bool:
-        """Return whether the model has one text encoder, and its activation is that of OpenCLIP, not of CLIP."""
+        """Return whether the model has one text encoder alone, with OpenCLIP's activation function, not CLIP's."""
         return ("unet" in layout.parts and "text_encoder_2" not in layout.parts
                 and layout.configuration("text_encoder").get("hidden_act", "quick_gelu") == "gelu")
 

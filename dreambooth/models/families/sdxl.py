@@ -34,13 +34,14 @@ class SdxlFormat(LdmFormat):
 class StableDiffusionXL(LatentUNet):
     """SDXL base, and models with the same architecture and other sizes.
 
-    The token ids of P prompts have the shape (P, 2, L), and the output of `text` has the shape (P, L + 1, D1 + D2). Its
-    first L rows are the concatenated hidden states of both encoders before their last layers (section 2). Its last row
-    begins with the pooled and projected state of the second encoder.
+    The token ids of P prompts have the shape (P, 2, L), and the output of `text` has the shape (P, L + 1, D1 + D2). The
+    first L rows of this output are the concatenated hidden states of both encoders before their last layers (section 2
+    of the paper). The last row of the output begins with the pooled and projected state of the second encoder.
 
     The UNet also receives the original size of the picture, the coordinates of its crop, and the target size (section
-    2.2). They are derived from the size of the latents: original size and target size are the size of the training
-    picture, and the crop starts at (0, 0). diffusers' pipeline uses the same values for the pictures that it generates.
+    2.2). These values are derived from the size of the latents: original size and target size are the size of the
+    training picture, and the crop starts at (0, 0). diffusers' pipeline uses the same values for the pictures that it
+    generates.
     """
 
     title = "SDXL"
