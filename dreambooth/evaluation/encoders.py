@@ -1,8 +1,8 @@
 """Encoders convert images, and with CLIP also prompts, to the embeddings that measures compare.
 
 The DreamBooth paper uses ViT-S/16 DINO and CLIP. Both are loaded with transformers, from the Hugging Face hub or from a
-folder. The default encoder needs no download: it is a small ImageNet classifier. The names of an encoder's measures
-contain the encoder's name, except for the paper's measures.
+folder. The default encoder needs no download: it is a small ImageNet classifier. The name of a measure contains the
+encoder's name, as in class_drift_dino; the paper's measures have the paper's names, such as clip_i.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Encoder(Protocol):
         """Return embeddings (N, D), fp32, of images (N, 3, H, W) in [0, 1]."""
 
     def embed_texts(self, prompts: Sequence[str]) -> Tensor | None:
-        """Return embeddings (N, D), fp32, of prompts in the space of images; None if the encoder cannot embed text."""
+        """Return embeddings (N, D), fp32, of prompts, comparable with those of images; None if it cannot embed text."""
 
     def to(self, device: torch.device) -> None:
         """Move the encoder to a device."""

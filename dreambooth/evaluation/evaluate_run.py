@@ -23,7 +23,8 @@ from dreambooth.utils.console import Console
 def evaluate_run(recipe: Recipe) -> dict[str, float]:
     """Generate and score images of the base model and of the exported model. Return the scores of the exported model.
 
-    The scores are also tracked and printed. A step that the run or this command evaluated before is not evaluated
+    The scores are also tracked and printed. The base model counts as step 0, the exported model as the step of its
+    weights. A step that was evaluated before with the same settings, by the run or by this command, is not evaluated
     again.
 
     Raises:

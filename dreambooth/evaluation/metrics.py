@@ -7,8 +7,8 @@ Ruiz et al. 2023, arXiv:2208.12242, sections 4.1 (evaluation metrics) and 4.3 (a
     PRES          mean_similarity(class images, real)   collapse of the class onto the subject, lower is better
     DIV           mean_distance(LPIPS within a prompt)  diversity, higher is better
 
-These functions do not depend on the encoder; scoring.py chooses the encoder and names the measures. Embeddings need not
-be normalised. All computation is in fp64, and every measure is a 0-d fp64 tensor.
+These functions do not depend on the encoder; scoring.py calls them for each encoder, and names the measures. Embeddings
+need not be normalised. All computation is in fp64, and every measure is a 0-d fp64 tensor.
 """
 
 from collections.abc import Sequence
@@ -33,12 +33,16 @@ def mean_similarity(a: Tensor, b: Tensor) -> Tensor:
 
 
 def prompt_similarity(images: Tensor, prompts: Tensor) -> Tensor:
-    """Return the mean cosine similarity, in [-1, 1], of each image (N, D) and its own prompt (N, D).
+    """Return the mean, over N images, of the cosine similarity of an image and its own prompt. It is in [-1, 1].
 
-    With CLIP embeddings it is CLIP-T (section 4.1).
+    With CLIP embeddings, this mean is CLIP-T (section 4.1).
+
+    Args:
+        images: embeddings of the images, (N, D).
+        prompts: embedding of the prompt of each image, (N, D).
 
     Raises:
-        ValueError: the number of prompts is not the number of images, or an argument of `mean_similarity` is invalid.
+        ValueError: an argument has no rows, the widths differ, or the number of prompts is not the number of images.
     """
     _check(images, prompts)
     if len(images) != len(prompts):

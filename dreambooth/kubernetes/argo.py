@@ -34,9 +34,9 @@ def build_train_template(spec: WorkflowSpec) -> dict[str, Any]:
 
 
 def build_sweep_template(spec: WorkflowSpec) -> dict[str, Any]:
-    """Build the WorkflowTemplate for a sweep, with one run per point of the search space.
+    """Build the WorkflowTemplate for a sweep, with one run (a trial) per point of the search space.
 
-    Failed trials do not prevent promotion.
+    The best model is promoted if at least one trial has succeeded, even if others have failed.
     """
     trials = _task("trials", "class-images", template="trial", trial="{{item}}")
     trials["withParam"] = _output_of("validate", "trials")
@@ -51,7 +51,10 @@ def build_sweep_template(spec: WorkflowSpec) -> dict[str, Any]:
 
 
 def build_nightly_workflow(spec: WorkflowSpec) -> dict[str, Any]:
-    """Build an example CronWorkflow that trains on the current photos every night and replaces the champion."""
+    """Build an example CronWorkflow that trains on the current photos every night and replaces the champion.
+
+    The champion is the version of the registered model that has this alias in MLflow.
+    """
     return {
         "apiVersion": API_VERSION, "kind": "CronWorkflow", "metadata": {"name": NIGHTLY},
         "spec": {

@@ -1,4 +1,4 @@
-"""Builds a Katib Experiment from a search space. Each trial is a Job. Katib reads the objective from its output."""
+"""Builds a Katib Experiment from a search space. Each trial is a Job, from whose output Katib reads the objective."""
 
 import shlex
 from typing import Any
@@ -18,8 +18,9 @@ CONTAINER = "train"
 def build_experiment(spec: WorkflowSpec) -> dict[str, Any]:
     """Build the Experiment: a grid search over the whole search space, with four parallel trials.
 
-    TPE is not used, because with parallel trials it may propose the same point twice. Both trials would then be the
-    same run, and the second trial would fail because the run folder is locked.
+    TPE, another search algorithm of Katib, is not used, because with parallel trials it may propose the same point
+    twice. The two trials of this point would be the same run, and the second trial would fail because the run folder is
+    locked.
     """
     names = {key: key.rpartition(".")[2].replace("_", "-") for key in spec.space.values}
     return {
@@ -55,7 +56,7 @@ def _is_number(text: str) -> bool:
 def _trial_job(spec: WorkflowSpec, names: dict[str, str]) -> dict[str, Any]:
     """Build the Job of a trial.
 
-    The pod is retried if its node was lost. It is not retried after an exit code in FATAL_EXIT_CODES.
+    The Job's pod is retried if its node was lost, and not retried after an exit code in FATAL_EXIT_CODES.
     """
     parameters = [f"{key}=${{trialParameters.{name.replace('-', '_')}}}" for key, name in names.items()]
     overrides = [*run_overrides(spec, pod_spec.RUNS_MOUNT), TRIAL_RUN_DIR, f"sweep={spec.space.name}",

@@ -1,7 +1,8 @@
 """Passes the results of a stage to Kubeflow Pipelines: output parameters, and artifacts with metadata.
 
-A container component receives its executor input (`{{$}}`). This JSON string contains a file name for each output
-parameter, a URI for each artifact, and a file name for the metadata of all artifacts.
+In a pipeline, a stage is a container component. Kubeflow Pipelines passes to it the executor input (`{{$}}`), a JSON
+string that contains a file name for each output parameter, a URI for each artifact, and a file name for the metadata of
+all artifacts.
 """
 
 import base64
@@ -46,7 +47,7 @@ def write_outputs(executor_input: str, stage_folder: Path) -> None:
 
 
 def to_local_path(uri: str) -> Path:
-    """Return the path inside the container for the URI of an artifact."""
+    """Return an artifact's path inside the container, where Kubeflow Pipelines mounts the object store of `uri`."""
     for scheme, folder in MOUNT_POINTS.items():
         if uri.startswith(scheme):
             return Path(folder + uri.removeprefix(scheme))
@@ -65,7 +66,10 @@ def _read_result_metrics(target: Path, stage_folder: Path) -> dict[str, float]:
 
 
 def _read_evaluation_metrics(target: Path, stage_folder: Path) -> dict[str, float]:
-    """Return the scores of the last evaluated step as metadata. They are the scores of the exported weights."""
+    """Return the scores of the last evaluated step as metadata.
+
+    The exported weights have these scores, unless evaluate.select chose the weights of an earlier step.
+    """
     evaluation = json.loads((stage_folder / "evaluation.json").read_text(encoding="utf-8"))
     steps: dict[str, dict[str, float]] = evaluation["steps"]
     return steps[max(steps, key=int)]

@@ -1,4 +1,6 @@
-"""Builds a sweep as a compiled pipeline (IR) for Kubeflow Pipelines v2. The IR is built as a dict, without the SDK.
+"""Builds a sweep as a compiled pipeline for Kubeflow Pipelines v2.
+
+The compiled pipeline (IR, intermediate representation) is built as a dict, without the SDK.
 
 Stages share the workspace of the pipeline run (`/kfp-workspace`), a volume that Kubeflow Pipelines creates and deletes.
 The results of a stage are artifacts. Platform settings are in a second YAML document, which only a cluster reads.

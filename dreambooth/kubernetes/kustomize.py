@@ -14,7 +14,7 @@ KUSTOMIZATION = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kusto
 
 
 def build_argo_kustomization() -> dict[str, Any]:
-    """Build the kustomization of Argo's WorkflowTemplates."""
+    """Build the kustomization that lists the WorkflowTemplates for Argo."""
     return KUSTOMIZATION | {"resources": [f"{name}.yaml" for name in (argo.TRAIN, argo.SWEEP)]}
 
 
@@ -25,7 +25,7 @@ def build_base_kustomization() -> dict[str, Any]:
 
 
 def build_namespace() -> list[dict[str, Any]]:
-    """Build the Kubernetes namespace that contains all other objects."""
+    """Build the Kubernetes namespace that contains all other objects of the base kustomization."""
     return [{"apiVersion": "v1", "kind": "Namespace", "metadata": {
         "name": NAMESPACE, "labels": {"pod-security.kubernetes.io/enforce": "baseline"}}}]
 
@@ -71,7 +71,7 @@ def build_overlay(base: WorkflowSpec, machine: WorkflowSpec) -> dict[str, Any]:
 
     Args:
         base: inputs of the unpatched WorkflowTemplates.
-        machine: the same inputs for the machine of the overlay.
+        machine: inputs of the WorkflowTemplates for the overlay's machine.
     """
     patches = []
     for build in (argo.build_train_template, argo.build_sweep_template):

@@ -33,7 +33,10 @@ def resources(hardware: Hardware, gpus: int = 1) -> dict[str, Any]:
 
 
 def placement(hardware: Hardware) -> dict[str, Any]:
-    """Return a pod's node selector and tolerations. GPU nodes usually have a taint with the GPU resource's name."""
+    """Return a pod's node selector and tolerations; {} for a CPU.
+
+    GPU nodes usually have a taint with the GPU resource's name, so the pod tolerates this taint.
+    """
     if hardware.device is Device.cpu:
         return {}
     tolerations = [{"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"}]
@@ -59,7 +62,10 @@ def volume_mounts() -> list[dict[str, Any]]:
 
 
 def env() -> list[dict[str, Any]]:
-    """Return the environment variable that puts the hub cache on the volume. Models are then downloaded only once."""
+    """Return the environment variable HF_HOME, which puts the Hugging Face hub cache on the volume for run folders.
+
+    Models are then downloaded only once.
+    """
     return [{"name": "HF_HOME", "value": f"{RUNS_MOUNT}/huggingface"}]
 
 
@@ -70,7 +76,7 @@ def env_from() -> list[dict[str, Any]]:
 
 
 def env_by_key() -> list[dict[str, Any]]:
-    """Return one reference per key to the objects of env_from, for resources that do not support `envFrom`."""
+    """Return one reference per key to the objects of env_from, for Kubernetes objects that have no field `envFrom`."""
     sources = dict.fromkeys(CONFIG_MAP_KEYS, ("configMapKeyRef", CONFIG_MAP)) | dict.fromkeys(
         SECRET_KEYS, ("secretKeyRef", SECRET))
     return [{"name": key, "valueFrom": {kind: {"name": name, "key": key, "optional": True}}}

@@ -24,10 +24,10 @@ def build_trainjob(spec: WorkflowSpec) -> dict[str, Any]:
 
 
 def build_multi_gpu_trainjob(spec: WorkflowSpec) -> dict[str, Any]:
-    """Build the TrainJob of a run on a larger instance of the same instance family, with one process per GPU.
+    """Build the TrainJob of a run with one process per GPU, on a larger instance of the family of `spec.hardware`.
 
     Raises:
-        UserError: MULTI_GPU_MACHINES contains no instance of this family.
+        UserError: MULTI_GPU_MACHINES contains no instance of this instance family.
     """
     if spec.hardware.name not in MULTI_GPU_MACHINES:
         raise UserError(f"no machine with several GPUs is known for hardware={spec.hardware.name}: type hardware= "

@@ -22,7 +22,7 @@ class SearchSpace:
     values: Mapping[str, tuple[str, ...]]  # configuration key -> values in the grammar of overrides
 
     def without_overridden(self, overrides: Sequence[str]) -> "SearchSpace":
-        """Return the search space without the keys that overrides set.
+        """Return the search space without the keys that `overrides` sets.
 
         As with Hydra's sweepers, an override sets a key to the same value in all trials.
         """
@@ -30,7 +30,7 @@ class SearchSpace:
         return SearchSpace(self.name, {key: values for key, values in self.values.items() if key not in fixed})
 
     def trials(self) -> list[tuple[str, ...]]:
-        """Return the overrides of each trial in the grid, in the order of Hydra's basic sweeper."""
+        """Return one tuple of overrides per point of the search space, in the order of Hydra's basic sweeper."""
         choices = [[f"{key}={value}" for value in values] for key, values in self.values.items()]
         return [(f"sweep={self.name}", *trial) for trial in itertools.product(*choices)]
 
