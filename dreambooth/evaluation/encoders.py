@@ -31,7 +31,7 @@ class Encoder(Protocol):
         """Return embeddings (N, D), fp32, of images (N, 3, H, W) in [0, 1]."""
 
     def embed_texts(self, prompts: Sequence[str]) -> Tensor | None:
-        """Return embeddings (N, D), fp32, of prompts, comparable with those of images; None if it cannot embed text."""
+        """Return embeddings (N, D), fp32, of prompts, to compare with images; None if the encoder cannot embed text."""
 
     def to(self, device: torch.device) -> None:
         """Move the encoder to a device."""

@@ -1,6 +1,6 @@
-"""Generates pictures with a run's model or any diffusers model, and LoRAs. `python -m dreambooth.generate` calls it.
+"""Generates pictures for `python -m dreambooth.generate`, with a run's model or any diffusers model, and with LoRAs.
 
-Each picture is a PNG file with its settings as metadata; a grid shows all pictures.
+Each picture is a PNG file with its settings as metadata. One more PNG file, the grid, shows all pictures side by side.
 """
 
 import json
@@ -59,14 +59,14 @@ class PictureFolder:
 
 
 def draw(config: Generate, stop: StopRequest) -> Path:
-    """Generate and write the pictures and their grid; return the path of the grid.
+    """Generate and write the pictures that `config` describes, and their grid; return the path of the grid.
 
-    For each prompt there are `num_images` pictures, with the seeds `seed`, `seed` + 1, and so on. Each batch is written
-    as soon as it is generated.
+    For each prompt there are `config.num_images` pictures, with the seeds `config.seed`, `config.seed` + 1, and so on.
+    Each batch is written as soon as it is generated.
 
     Raises:
         UserError: there is no model or no prompt, or a prompt, a LoRA or the VAE does not fit the model.
-        OutOfMemory, Interrupted: generation was stopped. The pictures written before are kept.
+        OutOfMemory, Interrupted: memory ran out, or a stop was requested. Pictures that were already written are kept.
     """
     import torch
 
@@ -122,7 +122,7 @@ def draw(config: Generate, stop: StopRequest) -> Path:
 def slug(prompt: str) -> str:
     """Return a prompt in a form for file names: at most 60 letters and digits, joined by hyphens.
 
-    If the prompt is longer, not ASCII, or without letters and digits, a hash of the prompt is appended.
+    If this form is longer, or the prompt is not ASCII or has no letters and digits, a hash of the prompt is appended.
     """
     plain = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
     if prompt.isascii() and 0 < len(plain) <= 60:
@@ -131,7 +131,7 @@ def slug(prompt: str) -> str:
 
 
 def _advice(phase: str, config: Generate, device: str) -> str:
-    """Return what the user can type if memory ran out in this phase: the end of an error message."""
+    """Return the end of the error message for memory that ran out in `phase`: what the user can type."""
     if phase == "drawing" and min(config.batch_size, config.num_images) > 1:
         return "batch_size=1"
     if device == "cuda":
@@ -146,7 +146,11 @@ def _check_stop(stop: StopRequest, done: int, total: int, target: Path) -> None:
 
 
 def _read_prompts(config: Generate, source: Source) -> list[str]:
-    """Return the single prompt, or the prompts of a file with {subject} replaced by the run's subject."""
+    """Return the prompts to draw.
+
+    They are the lines of the file `config.prompts`, in which the run's subject replaces {subject}. Without this file,
+    there is one prompt: `config.prompt`, or else the instance prompt of the run.
+    """
     subject = source.setting("dataset.instance_prompt")
     concepts = json.loads(source.setting("dataset.concepts") or "[]")
     if config.prompts is None:
@@ -186,7 +190,10 @@ def _find_loras(config: Generate, source: Source) -> list[loras.Lora]:
 
 
 def _load_start(path: str | None, side: int) -> Image.Image | None:
-    """Load the picture to start from, resized and centre-cropped to a square of `side` pixels."""
+    """Return the start picture for image-to-image generation, as a square of `side` pixels; None without a path.
+
+    The picture is resized and centre-cropped.
+    """
     if path is None:
         return None
     if not Path(path).is_file():

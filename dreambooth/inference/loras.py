@@ -16,7 +16,7 @@ DENOISERS = "unet", "transformer"  # part names of denoisers in diffusers, and p
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file, its name in the pictures' metadata, and its scale: 1 is its trained strength, 0 has no effect."""
+    """A LoRA file, its name in the pictures' metadata, and its scale (1: as strong as in training; 0: no effect)."""
 
     path: Path
     name: str
@@ -31,7 +31,7 @@ def find_loras(sources: Sequence[str], scales: Sequence[float]) -> list[Lora]:
         scales: one scale per source.
 
     Raises:
-        UserError: a source contains no LoRA, its file cannot be read, or diffusers cannot apply all of it.
+        UserError: a source contains no LoRA, a LoRA file cannot be read, or diffusers cannot apply a whole LoRA.
     """
     return [_find_lora(Path(source), scale) for source, scale in zip(sources, scales, strict=True)]
 
@@ -79,6 +79,9 @@ def _find_lora(source: Path, scale: float) -> Lora:
 
 
 def _name(path: Path) -> str:
-    """Return the name that a web UI would show: that of the file, or for an export of a run, of its file in webui/."""
+    """Return the name of a LoRA that a web UI would show: the name of its file without the suffix.
+
+    A run exports its LoRA twice. The web UI's file is in the folder `webui/` beside `path`.
+    """
     webui_files = sorted((path.parent / "webui").glob("*.safetensors")) if path.name == ADAPTER else []
     return (webui_files[0] if webui_files else path).stem

@@ -37,7 +37,7 @@ class Source:
 
     @property
     def zero_terminal_snr(self) -> bool:
-        """Whether the adapter was trained with zero terminal SNR; it then needs this schedule with any base model."""
+        """Whether the adapter was trained with zero terminal SNR; any base model must then use this noise schedule."""
         return self.adapter is not None and self.settings.get("model.zero_terminal_snr") == "True"
 
     def setting(self, key: str) -> str | None:

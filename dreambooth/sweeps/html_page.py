@@ -59,7 +59,7 @@ def render_page(sweep: str, trials: Sequence[Trial], pixels: int) -> str:
 def _unique_names(trials: Sequence[Trial], keys: Sequence[str]) -> list[str]:
     """Return one unique name per trial: its title.
 
-    If several trials have the same title, the hash at the end of the run folder's name is appended to each.
+    If several trials have the same title, the hash at the end of its run folder's name is appended to each of them.
     """
     names = [trial_title(trial, keys) for trial in trials]
     return [name if names.count(name) == 1 else f"{name} {trial.folder.name.rpartition('-')[2]}"
@@ -78,7 +78,7 @@ def _find_sample_grids(folder: Path) -> dict[int, list[Path]]:
 
 
 def _choose_steps(steps: Sequence[int]) -> list[int]:
-    """Return at most MAX_STEPS of the given steps, evenly spaced. The first and the last step are included."""
+    """Return at most MAX_STEPS of the given steps, evenly spaced, among them the first and the last given step."""
     if len(steps) <= MAX_STEPS:
         return list(steps)
     indices = {round(i * (len(steps) - 1) / (MAX_STEPS - 1)) for i in range(MAX_STEPS)}
@@ -136,7 +136,10 @@ def _table(trials: Sequence[Trial], names: Sequence[str]) -> str:
 
 
 def _badge(trial: Trial, best: bool) -> str:
-    """Return the label of a trial as HTML: "best", "over the bound" (it must not be promoted), or an empty string."""
+    """Return the label of a trial as HTML: "best", "over the bound", or an empty string.
+
+    A trial over the bound of class_similarity must not be promoted.
+    """
     if best:
         return "<em>best</em>"
     reason = reason_over_bound(trial, None) if finished_objective(trial) is not None else None
@@ -178,7 +181,7 @@ def _charts(trials: Sequence[Trial], names: Sequence[str]) -> str:
 
 
 def _photos(trials: Sequence[Trial]) -> str:
-    """Return the first eight training photos as HTML."""
+    """Return HTML with the training photos of the first trial, at most eight."""
     folder = Path(resolve_asset(trials[0].settings.get("dataset.instance_dir", "")))
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     images = [f'<img alt="photo {i + 1}" src="{_embed_image(path, 160)}">' for i, path in enumerate(paths[:8])]

@@ -1,7 +1,7 @@
 """Hydra callback for a sweep on this machine. It writes the results table, and records the varied keys for trial names.
 
-conf/config.yaml lists the class `Sweep` as a callback, so that it works with every sweeper (basic, Optuna). The
-SageMaker launcher writes its own results table.
+conf/config.yaml lists the callback, the class `Sweep`, so that it works with every sweeper (basic, Optuna). For a sweep
+on SageMaker, the SageMaker launcher writes the results table instead.
 """
 
 import math
@@ -19,7 +19,7 @@ _varied_keys: list[str] = []  # configuration keys that the current sweep varies
 
 
 class Sweep(Callback):
-    """Collects the results of a sweep's jobs. At the end of the sweep, writes results-ID.csv and an MLflow run."""
+    """Collects the results of a sweep's runs. At the end, writes results-ID.csv and logs the sweep as an MLflow run."""
 
     def __init__(self) -> None:
         self._jobs: list[tuple[Path, list[str], float | None]] = []  # run folder, overrides, objective
@@ -67,9 +67,9 @@ def distinguishing_overrides(overrides: list[str]) -> list[str]:
 
 
 def trial_name(overrides: list[str]) -> str | None:
-    """Return a trial's name: the keys that the sweep varies, such as "learning_rate=1e-4 prior_loss_weight=0".
+    """Return a trial's name: the varied keys with their values, such as "learning_rate=1e-4 prior_loss_weight=0".
 
-    Return None if the overrides contain none of these keys.
+    Return None if the overrides contain no key that the sweep varies.
     """
     from dreambooth.tracking.svg_charts import format_setting
 

@@ -3,11 +3,11 @@
 A model becomes the champion of its registered name if
 
 1. its objective is a finite number, and lower than the objectives of the current champion and of every other trial
-   that satisfies rule 3;
+   of the sweep that satisfies rule 3;
 2. the current champion was trained on the same photos, because objectives on other photos cannot be compared;
 3. its `class_similarity` (PRES in the DreamBooth paper, here measured with any encoder) is within a bound, because
-   images of the class must not resemble photos of the subject. The bound is max_class_similarity. If that is not set,
-   the bound is class_similarity before training plus CLASS_SIMILARITY_MARGIN.
+   images of the class must not resemble photos of the subject. The bound is max_class_similarity. If
+   max_class_similarity is not set, the bound is class_similarity before training plus CLASS_SIMILARITY_MARGIN.
 
 With `replace`, the best model of the sweep becomes the champion without a comparison with the current champion. The
 registry moves the alias to the new version and keeps the version of the previous champion. A run with
@@ -59,7 +59,7 @@ def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, 
         A description of the registered version. It is also written to `promoted.json` in `run_root`.
 
     Raises:
-        UserError: no trial satisfies the rules, no run belongs to the sweep, or MLflow does not answer.
+        UserError: no trial satisfies this module's rules, no run belongs to the sweep, or MLflow does not answer.
     """
     trials = load_trials(run_root, sweep)
     finished = [trial for trial in trials if trial.finished]
@@ -101,7 +101,7 @@ def register_run(run_dir: Path, options: PromotionOptions) -> dict[str, Any]:
 def register_finished_run(recipe: Recipe) -> None:
     """Register the model of a run that has just ended, and print the result.
 
-    If MLflow rejects the model, log a warning, because the run itself has succeeded.
+    If MLflow rejects the model and tracking.required is not set, log a warning, because the run itself has succeeded.
 
     Raises:
         UserError: MLflow rejects the model, and tracking.required is set.
@@ -127,7 +127,7 @@ def _common_objective(trials: Sequence[Trial], given: str | None) -> str:
         given: the objective that the user has chosen; None: evaluate.objective of the trials.
 
     Raises:
-        UserError: the trials have different objectives.
+        UserError: `given` is None, and evaluate.objective differs between the trials.
     """
     names = {given} if given else {trial.objective_name for trial in trials}
     if len(names) > 1:
@@ -136,7 +136,7 @@ def _common_objective(trials: Sequence[Trial], given: str | None) -> str:
 
 
 def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_candidate: bool) -> dict[str, Any]:
-    """Register the model of a trial and give it an alias.
+    """Register the model of a trial, with the alias champion or candidate. Return a description of the new version.
 
     Args:
         as_candidate: determines what happens if the model may not replace the champion. True: register the model as
@@ -171,7 +171,7 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
 
 
 def _send_to_mlflow(trial: Trial, options: PromotionOptions) -> tuple[str, str]:
-    """Log those journal entries of a run that MLflow lacks. Return the server's address and the run's ID in MLflow."""
+    """Log to MLflow the entries of a run's journal that are missing there. Return MLflow's address and its run ID."""
     root, known_uri = trial.folder.parent, str(_read_mlflow_state(trial.folder).get("uri", ""))
     # A recorded server address is still valid. A recorded SQLite file may have been moved with the run folders.
     uri = options.uri or (known_uri if known_uri.startswith("http") else options.default_uri) or None
@@ -202,7 +202,7 @@ def _version_tags(trial: Trial, objective: str) -> dict[str, str]:
 
 
 def _reason_to_keep(champion: Version, trial: Trial, objective: str, tags: dict[str, str]) -> str | None:
-    """Return why a trial may not replace the champion, and what the user can type; None if it may replace it."""
+    """Return why a trial may not replace the champion, and what the user can type; None if the trial may."""
     who = f"the champion of {champion.name}, version {champion.number},"
     remedy = "name=NAME for a model of its own, or replace=true"
     champion_objective, champion_value = champion.tags.get("objective_name"), math.nan
@@ -224,7 +224,7 @@ def _reason_to_keep(champion: Version, trial: Trial, objective: str, tags: dict[
 def _has_other_photos(champion_tags: dict[str, str], tags: dict[str, str]) -> bool:
     """Return whether two model versions were trained on different photos.
 
-    Compare the digests of the photos. If a version has no digest, compare the instance prompts.
+    Compare the digests of the photos. If one of the versions has no digest, compare the instance prompts.
     """
     for key in ("photos", "instance_prompt"):
         if key in champion_tags and key in tags:

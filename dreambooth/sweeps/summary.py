@@ -43,7 +43,8 @@ def varied_settings(trials: Sequence[Trial]) -> list[str]:
 def trial_title(trial: Trial, keys: Sequence[str]) -> str:
     """Return a trial's title, such as "learning_rate=1e-4 seed=2".
 
-    The title contains the trial's settings for the first four keys. Without keys, it is the run folder's name.
+    The title contains the trial's settings for the first four of `keys`. Without keys, the title is the name of the
+    run folder.
     """
     return " ".join(f"{key.rpartition('.')[2]}={format_setting(trial.settings.get(key, '?'))}" for key in keys[:4]) \
         or trial.folder.name
@@ -61,7 +62,7 @@ def rank_trials(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def parallel_axes(trials: Sequence[Trial]) -> dict[str, list[str | float]]:
-    """Return the axes of a parallel coordinates plot: the settings that differ, the measures, and the objective.
+    """Return the axes of a parallel coordinates plot, by name: the varied settings, two measures, and the objective.
 
     Each axis is a list with one value per finished trial, in the order of rank_trials. If no trial is finished, return
     an empty dictionary.

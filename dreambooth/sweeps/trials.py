@@ -50,7 +50,7 @@ class Trial:
 
     @property
     def measure_roles(self) -> dict[str, str]:
-        """The role of each measure, such as class_similarity, by name of the measure."""
+        """The role (what is compared, with any encoder, such as class_similarity) of each measure, by its name."""
         settings = self.settings
         return evaluate.measure_roles(Evaluate(
             encoder=EncoderKind(settings["evaluate.encoder"]),
@@ -82,10 +82,13 @@ class Trial:
             return math.nan
 
     def score(self, role: str) -> tuple[str, float, float] | None:
-        """Return the first measure with a role as a tuple (name, value, value before training).
+        """Return a measured value with a role, as a tuple (name of the measure, value, value before training).
 
-        Return None if the trial has no measured value with this role. If nothing was measured before training, the last
-        item of the tuple is nan.
+        If several measured values have this role, return the first in the order of `measure_roles`; if none has it,
+        return None. If nothing was measured before training, the last item of the tuple is nan.
+
+        Args:
+            role: what a measure compares, whichever encoder it uses, such as class_similarity.
         """
         base = (self.result or {}).get("base_scores", {})
         names = [name for name, own_role in self.measure_roles.items() if own_role == role and name in self.scores]
@@ -109,7 +112,7 @@ def load_trials(run_root: Path, sweep: str) -> list[Trial]:
 
 
 def find_trials(run_root: Path, sweep: str) -> list[Trial]:
-    """Return the trials of a sweep like load_trials. If no run belongs to the sweep, return an empty list."""
+    """Return the trials of a sweep, oldest first, like load_trials; an empty list if no run belongs to the sweep."""
     summaries = [(journal.parent, _summarize(journal)) for journal in run_root.glob("*/metrics.jsonl")]
     own = [(folder, summary) for folder, summary in summaries if sweep in summary.sweeps]
     return [_to_trial(folder, summary) for folder, summary in sorted(own, key=lambda item: (item[1].start, item[0]))]
@@ -126,8 +129,8 @@ def reason_over_bound(trial: Trial, bound: float | None) -> str | None:
     Above the bound, generated images of the class resemble the subject too much.
 
     Args:
-        bound: greatest allowed class_similarity. None: evaluate.max_class_similarity of the run. If that is not set
-            either, the bound is class_similarity before training plus CLASS_SIMILARITY_MARGIN.
+        bound: greatest allowed class_similarity. None: evaluate.max_class_similarity of the run. If this setting is not
+            set either, the bound is class_similarity before training plus CLASS_SIMILARITY_MARGIN.
 
     Returns:
         A reason, or None if the trial may be promoted. If class_similarity was not measured, the trial may be promoted

@@ -1,9 +1,10 @@
-"""Saves the best weights of a run so far in its folder `best/`, beside its checkpoints.
+"""Saves the best weights of a run so far in the folder `best/` of the run, beside the folder `checkpoints/`.
 
-The best weights are those with the greatest weighted sum of scores, which evaluate.select defines. They are saved in
-fp32: the EMA, or the trained weights if there is no EMA. Checkpoint rotation never removes them. Candidates are every
-`evaluate.every`-th step, and the last step. The last step is exported from memory, never from this folder, so a run
-that is extended later selects the same step as a run that had the larger number of steps from the start.
+The setting evaluate.select defines a weighted sum of scores. The best weights are those with the greatest sum. They are
+saved in fp32: the EMA, or the trained weights if there is no EMA. Checkpoint rotation never removes them. Candidates
+are every `evaluate.every`-th step, and the last step. The weights of the last step are exported from memory, never from
+`best/`, so a run that is extended later selects the same step as a run that had the larger number of steps from the
+start.
 """
 
 import json
@@ -66,16 +67,16 @@ def save(folder: Path, step: int, model: nn.Module) -> None:
 
 
 def needed_bytes(model: nn.Module) -> int:
-    """Return the bytes of two sets of weights: the previous weights stay on disk until better weights are written."""
+    """Return the bytes that `best/` needs: two sets of fp32 weights, because `save` writes before it removes."""
     return 2 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @contextmanager
 def swap_into(folder: Path, model: nn.Module, exact: bool = False) -> Iterator[None]:
-    """Replace the module's weights by the saved ones in a `with` block; on exit, restore its weights bit for bit.
+    """Replace the module's weights by those in `folder` in a `with` block; on exit, restore its weights bit for bit.
 
     Args:
-        exact: see `ema.swap_weights`.
+        exact: keep the precision and the device of the weights in `folder`; see `ema.swap_weights`.
     """
     weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
     with swap_weights(model, weights, exact):

@@ -113,9 +113,9 @@ def _numbers(state: TrainState, scaler: torch.amp.GradScaler) -> dict[str, Any]:
 def _flatten(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split an optimizer's state into tensors and JSON values. The key of parameter 0's tensor exp_avg is '0.exp_avg'.
 
-    bitsandbytes nests part of a parameter's state in a dict, and can also load it without the nesting. All
-    parameters share one tensor, bitsandbytes' table of 8-bit values. safetensors does not write shared tensors, so each
-    parameter gets a copy.
+    bitsandbytes nests part of a parameter's state in a dict. It can also load the state without the nesting, so the
+    nesting is removed. All parameters share one tensor, bitsandbytes' table of 8-bit values. safetensors does not write
+    shared tensors, so each parameter gets a copy.
     """
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {"param_groups": state_dict["param_groups"], "state": {}}

@@ -30,13 +30,13 @@ log = logging.getLogger(__name__)
 class EvaluationHook:
     """Evaluates the model every `evaluate.every` steps and after the last step, and saves the best weights so far.
 
-    The hook is called after CheckpointHook. If the process is killed during an evaluation, a checkpoint of that step
-    exists, and `before_training` of the resumed run repeats the evaluation.
+    The hook is called after CheckpointHook. If the process is killed during an evaluation, a checkpoint of the
+    evaluated step exists, and `before_training` of the resumed run repeats the evaluation.
 
-    The base model is evaluated too, as step 0. By default this happens just before the first evaluation, with a second
-    copy of the base model, so that the first training step does not wait for an evaluation. A GPU may not have enough
-    memory for a second model and the optimizer's state. A run on a GPU therefore evaluates the base model before the
-    first training step, while the trained module still has the base weights.
+    The base model is evaluated too, as step 0. On a CPU, this happens just before the first evaluation of trained
+    weights, with a second copy of the base model, so that the first training step does not wait for an evaluation. A
+    GPU may not have enough memory for a second model and the optimizer's state. A run on a GPU therefore evaluates the
+    base model before the first training step, while the trained module still has the base weights.
     """
 
     evaluator: Evaluator | None  # None: no evaluation
@@ -99,7 +99,9 @@ class EvaluationHook:
 
     @contextmanager
     def exported_weights(self, exact: bool = False) -> Iterator[int]:
-        """Put the weights to export into the trained module in a `with` block. Yield their step: the best or the last.
+        """Put the weights to export into the trained module in a `with` block. Yield the step of these weights.
+
+        It is the best evaluated step if the run selects the best step, and otherwise the last step.
 
         Args:
             exact: keep the precision of the weights, to write them to a file; see `swap_in_ema`.
@@ -117,7 +119,7 @@ class EvaluationHook:
             yield step
 
     def scores(self, step: int) -> dict[str, float]:
-        """Return the scores of the state after `step` completed steps; {} if it was not evaluated."""
+        """Return the scores of the state after `step` completed steps; {} if this state was not evaluated."""
         return self.evaluator.scores().get(step, {}) if self.evaluator else {}
 
     @contextmanager
@@ -140,7 +142,7 @@ class EvaluationHook:
             yield self.setup.pipeline
 
     def _measure(self, step: int, pipeline: Any) -> bool:
-        """Evaluate a pipeline and store its scores as the scores of `step`.
+        """Evaluate a pipeline, store its scores as the scores of `step`, and return True.
 
         If a stop is requested during the evaluation, store nothing and return False.
         """

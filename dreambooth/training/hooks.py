@@ -34,7 +34,7 @@ class Hook(Protocol):
     def __call__(self, info: StepInfo) -> None:
         """Process the result of a step. The hook is called once per step, in order.
 
-        If the hook was not due, the training state may already be that of the next step.
+        If the hook was not due, the training state may already include the next step.
         """
 
 
@@ -76,7 +76,7 @@ class LogHook:
     _last_call: float = field(default_factory=time.monotonic)
 
     def due(self, step: int) -> bool:
-        """Return True on a CPU, because reading the metrics one step later saves no time there."""
+        """Return whether the run is on a CPU, where reading the metrics one step later saves no time."""
         return self.meter.device.type == "cpu"
 
     def __call__(self, info: StepInfo) -> None:

@@ -15,7 +15,8 @@ TIMESTEPS_PER_PHOTO = 8  # they are the midpoints of 8 equal parts of the noise 
 def instance_loss(setup: Setup) -> float:
     """Return the mean squared error of the model's predictions for the instance photos, with its current weights.
 
-    Photos, noise and timesteps do not depend on the seed. They are the same in all trials with the same latent shape.
+    Photos, noise and timesteps do not depend on train.seed, and are the same in all trials of a sweep with the same
+    latent shape.
     The error is never weighted by SNR, so that trials with different train.snr_gamma can be compared.
     """
     batches, schedule = setup.batches, setup.objective.noise_schedule

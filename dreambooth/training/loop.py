@@ -33,8 +33,8 @@ def fit(
             after the step was started.
 
     Raises:
-        Diverged: the loss or the gradient of a step is not finite. It is raised instead of yielding that step, so that
-            the state after that step is never saved.
+        Diverged: the loss or the gradient of a step is not finite. The step is then not yielded, so that the state
+            after it is never saved.
     """
     pending: StepInfo | None = None  # started, but not checked yet
     while state.step < max_train_steps:

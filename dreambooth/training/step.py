@@ -88,7 +88,7 @@ class StepInfo:
 
     @cached_property
     def numbers(self) -> dict[str, float]:
-        """Metrics by name. Reading this property waits for the device."""
+        """The metrics of the step, by name. Reading this property waits for the device."""
         loss, instance, prior, norm = self._readback.read()
         metrics = {"loss": loss, "loss_instance": instance, "grad_norm": norm, "learning_rate": self.learning_rate}
         return metrics | ({"loss_prior": prior} if self.with_prior else {})
@@ -119,7 +119,7 @@ def train_step(
 ) -> StepInfo:
     """Perform one training step: average the gradient over micro-batches and processes, clip it, update the weights.
 
-    Then update the learning rate and the EMA.
+    Then update the learning rate and the EMA, and return the metrics of the step.
 
     This function reads no values back from the device, so that it also runs on fake tensors.
 
@@ -164,7 +164,8 @@ def _forward_backward(state: TrainState, batches: Sequence[Batch], objective: Ob
 
 def _forward_backward_halves(model: nn.Module, batch: Batch, objective: Objective, engine: Engine,
                              num_batches: int) -> Losses:
-    """Run forward and backward on the instance rows, then on the class rows, so that half as many activations exist.
+    """Run forward and backward on the instance rows, then on the class rows, so that half as many activations exist
+    at a time.
 
     The gradient of a sum is the sum of the gradients, and each row has its own noise and timestep. In exact arithmetic
     this therefore gives the gradient of the whole batch. In floating point the terms of the rows are added in another

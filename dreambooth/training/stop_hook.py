@@ -48,7 +48,10 @@ class StopHook:
                           f"{resume} to continue")
 
     def _requested_since(self, step: int) -> bool:
-        """Return whether a stop was requested while the other hooks ran, if no later step has changed the state."""
+        """Return whether a stop was requested while the other hooks ran, and the state can still be saved.
+
+        It cannot be saved as the state of `step` if the next step has changed it.
+        """
         requested = self.stop.signal_name is not None
         if self.engine.world_size > 1:  # the next step exchanges the requests, unless this is the last step
             last = self.checkpoint_hook.recipe.train.max_train_steps
