@@ -1,7 +1,7 @@
 """Records the allocation and release of every tensor storage: the input of a memory prediction.
 
 StorageTrace records fake and real tensors in the same way. The purpose of a storage (weights, gradients, activations,
-...) is often known only after its allocation. Its category is therefore the last category that was assigned to it.
+...) is often known only after its allocation. The category of a storage is therefore the last one assigned to it.
 """
 
 import weakref
@@ -69,7 +69,7 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.add([*module.parameters(), *module.buffers()], category)
 
     def recategorize_live(self, old: str, new: str) -> None:
-        """Change the category of all live storages from `old` to `new`, also for their past events."""
+        """Assign category `new` to the live storages that have category `old`, also for their past events."""
         for serial, _ in self._live.values():
             if self.category[serial] == old:
                 self.category[serial] = new
@@ -127,7 +127,10 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _record(self, tensor: Tensor) -> int | None:
-        """Return the serial number of a tensor's storage, and record a new storage; None for a storage of 0 bytes."""
+        """Return the serial number of a tensor's storage, or None for a storage of 0 bytes.
+
+        If the storage is new, record its allocation.
+        """
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:

@@ -73,10 +73,10 @@ def apply_auto_memory(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[
 
 def choose_memory_options(recipe: Recipe, rehearse: Callable[[Recipe], Prediction] = predict,
                           processes: int | None = None) -> Choice:
-    """Return the first candidate that fits, with its prediction.
+    """Return the recipe with the first combination of CANDIDATES that fits the card, and its prediction.
 
-    Without memory.auto, on a CPU, or if the size of the card is unknown, the recipe is rehearsed unchanged. If nothing
-    fits, return the last candidate, which needs the least memory.
+    Without memory.auto, on a CPU, or if the size of the card is unknown, the recipe is rehearsed and returned
+    unchanged. If no candidate fits, return the last one, which needs the least memory.
 
     Args:
         rehearse: predicts the memory of a recipe.
@@ -124,7 +124,10 @@ def describe_shortfall(recipe: Recipe, prediction: Prediction) -> str:
 
 
 def _candidates(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return the candidates for this run. Options that have no effect or that the run does not allow are omitted."""
+    """Return CANDIDATES for this run, as changes of its memory settings. Options without effect are omitted.
+
+    Options that the run does not allow are omitted, too.
+    """
     candidates: list[dict[str, Any]] = []
     for combination in CANDIDATES:
         options = {key: value for key, value in combination.items() if getattr(recipe.memory, key) != value}
@@ -165,7 +168,7 @@ def _minimum_gib(candidate: Recipe, trained: int, activations: float) -> float:
 
 
 def _with_smaller_sample_batch(choice: Choice, allowed: float, rehearse: Callable[[Recipe], Prediction]) -> Choice:
-    """Return the choice, changed to generate one image at a time if only image generation exceeds `allowed` GiB."""
+    """Return the choice. If only image generation exceeds `allowed` GiB, first change it to one image at a time."""
     recipe = choice.recipe
     step = choice.prediction.peak_over(*STEP_PHASES).reserved / GIB + cuda_overhead_gib(recipe.hardware.gpu)
     if step > allowed or card_gib(recipe, choice.prediction) <= allowed or recipe.prior.sample_batch_size == 1:

@@ -79,7 +79,10 @@ class CachingAllocator:
         insort(self._free[block.large], (self._blocks[number].size, number))
 
     def empty_cache(self) -> None:
-        """Return unused segments and unused whole pages to the card, like torch.cuda.empty_cache."""
+        """Return unused segments, or with expandable_segments unused whole pages, to the card.
+
+        This corresponds to torch.cuda.empty_cache.
+        """
         for large in (False, True):
             for size, number in list(self._free[large]):
                 block = self._blocks[number]

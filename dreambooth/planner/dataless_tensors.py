@@ -3,8 +3,8 @@
 A dispatch mode returns an empty result of the right shape, strides and dtype for every operator. Autograd, autocast and
 hooks run as usual, but no operator computes values. PyTorch's FakeTensorMode infers each result once per combination of
 operator, shapes, strides, dtypes and numbers; later calls use a cached template of the result. The tensors themselves
-are not FakeTensors, because a FakeTensor runs Python code for every call and for every access to `.device`: rehearsing
-a step would take several times as long.
+are not FakeTensors. A FakeTensor runs Python code for every call and for every access to `.device`, so with FakeTensors
+the rehearsal of a step would take several times as long.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ _runs_as_is: dict[Any, bool] = {}  # operator -> whether the real operator can r
 
 
 class _NewStorage:
-    """Template of a result tensor in a new storage of `size` bytes, which is number `number` of the call's storages."""
+    """Template of a result tensor in a new storage of `size` bytes. `number` counts the new storages of the call."""
 
     def __init__(self, tensor: Tensor, number: int) -> None:
         self.number = number

@@ -1,7 +1,7 @@
-"""Lists the overrides that would reduce a run's GPU memory, with the memory and the extra time of each override.
+"""Lists the overrides that would reduce a run's GPU memory, with the memory that each saves and its extra time.
 
-Plans show this list, and the error message of a run that does not fit contains it. The figures are computed from one
-prediction, without rehearsing each option, so they are approximate.
+Plans show this list. The error message of a run that does not fit also contains the list. The figures are computed
+from one prediction, without rehearsing each option, so they are approximate.
 """
 
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ def describe_memory_options(recipe: Recipe, prediction: Prediction) -> str:
 
 
 def _sampling_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOption]:
-    """Yield the options for a run in which generating images needs more memory than a training step."""
+    """Yield the options for generating images; none if a training step needs more memory than generating images."""
     if prediction.peak_phase in STEP_PHASES:
         return
     peak, batch_size = prediction.peak, recipe.prior.sample_batch_size

@@ -11,7 +11,7 @@ real optimizers, byte by byte.
 | AdamW, one parameter at a time | as AdamW, fused | the square root of one second moment |
 | AdamW8bit | two uint8 moments, each with an fp32 maximum per 256 elements; fp32 moments if n < 4096 | none |
 | paged AdamW8bit | as AdamW8bit, in pageable memory, which moves to the host if the card is full | none |
-| Adafactor | fp32: one value per row and per column of the last two dimensions; n if one-dimensional | fp32 update |
+| Adafactor | fp32: one value per row and column of the last two dimensions; n values if one-dimensional | fp32 update |
 """
 
 from collections.abc import Callable, Iterable

@@ -1,6 +1,6 @@
-"""Replacements of the engine, the EMA and the gradient scaler in a rehearsal.
+"""Classes that replace the engine, the EMA and the gradient scaler of a run in a rehearsal.
 
-The engine and the EMA mark the phases of a training step in a StorageTrace.
+The replacements of the engine and of the EMA mark the phases of a training step in a StorageTrace.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from dreambooth.runtime.engine import Engine
 
 @dataclass
 class FakeGradScaler:
-    """A replacement of GradScaler with the same memory use: one scaled loss. It never skips a step.
+    """A replacement of GradScaler that needs the same memory, that of one scaled loss, and never skips a step.
 
     GradScaler unscales gradients in place, which needs no memory, so `unscale_` does nothing.
     """
@@ -44,7 +44,10 @@ class FakeGradScaler:
 
 @dataclass
 class PhaseMarkingEngine(Engine):
-    """An Engine that marks the start of phase `step`. Its `autocast` and `backward` mark `forward` and `backward`."""
+    """An Engine that marks the start of the phase `step`.
+
+    The functions `autocast` and `backward` that it is given mark the phases `forward` and `backward`.
+    """
 
     mark: Callable[[str], None] = lambda phase: None
 

@@ -15,7 +15,7 @@ CACHE_CLEARED_BEFORE = frozenset({"caching", "training"})  # a run empties the a
 class Prediction:
     """The memory and the operations of a run, calculated from the trace of its rehearsal.
 
-    The trace contains two training steps. The optimizer state exists from the start of the second step.
+    The trace contains two training steps, because the optimizer state exists only from the start of the second step.
     """
 
     trace: StorageTrace = field(repr=False)

@@ -243,7 +243,7 @@ class _Rehearsal:
         self.sampled = (count, guidance), first_event, len(trace.events)
 
     def _samples_as_before(self) -> bool:
-        """Return whether sampling after training uses the same kernels and dtypes as before training."""
+        """Return whether generating images uses the same kernels and dtypes after training as before training."""
         fused = self.recipe.attention.kind in (AttentionKind.sdpa, AttentionKind.xformers)
         plain = self.memory.weights is Weights.full and not self.memory.offload_optimizer
         return fused and plain and not self.recipe.method.low_rank
@@ -256,7 +256,10 @@ class _Rehearsal:
         return self.parts.blank_tokens(count)
 
     def _photo_size(self) -> Size:
-        """Return the photo size to plan for, because a plan reads no photos: with buckets, the one with most memory."""
+        """Return the assumed size of the photos, because a plan reads no photos.
+
+        With aspect-ratio buckets, it is the bucket that needs the most memory, and otherwise the square.
+        """
         side, levels = self.recipe.model.resolution, self.parts.family.levels(self.parts.denoiser)
         return largest_bucket(side, self.parts.vae_scale, levels) if self.recipe.dataset.buckets else (side, side)
 

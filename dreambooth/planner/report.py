@@ -70,7 +70,7 @@ def _exceeds(needed: float | None, available: float | None) -> bool:
 def plan_as_dict(plan: Plan) -> dict[str, Any]:
     """Return the figures of a plan as JSON values, in GiB, seconds and US dollars.
 
-    A figure is None if the card or the price is unknown.
+    A figure that depends on an unknown card or price is None.
     """
     recipe, prediction, time = plan.recipe, plan.prediction, plan.estimate
     return {

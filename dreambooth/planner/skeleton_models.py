@@ -22,7 +22,7 @@ from dreambooth.utils.assets import resolve_asset
 def find_architecture(recipe: Recipe) -> tuple[Family, Path]:
     """Return the family of the recipe's base model, and the folder with its configuration files.
 
-    The folder is the model's own folder, or one of the folders in assets/architectures.
+    The folder is the model's own folder if it contains configuration files, and otherwise one in assets/architectures.
 
     Raises:
         UserError: none of these folders contains a model of a known family.
@@ -87,7 +87,8 @@ def count_trained_weights(recipe: Recipe) -> int:
 def without_xformers(recipe: Recipe) -> Recipe:
     """Return the recipe with sdpa in place of xformers, which is not installed everywhere.
 
-    PyTorch's memory-efficient attention kernel comes from xformers and needs the same memory.
+    PyTorch's memory-efficient attention kernel comes from xformers and needs the same memory, so the prediction is the
+    same.
     """
     if recipe.attention.kind is AttentionKind.xformers:
         return replace(recipe, attention=replace(recipe.attention, kind=AttentionKind.sdpa))

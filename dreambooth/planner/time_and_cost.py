@@ -43,7 +43,7 @@ class Estimate:
 def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estimate:
     """Estimate the time and price of the whole run.
 
-    The estimate includes start-up, class images, samples and the images of the evaluation, but not their scoring.
+    The estimate includes start-up, class images, samples and the images for evaluation, but not the scoring of images.
     """
     if card is None:
         return Estimate(None, None, None, None)
@@ -122,7 +122,7 @@ def _weight_pass_seconds(recipe: Recipe, prediction: Prediction, card: Card) -> 
 
 
 def host_gib(recipe: Recipe, prediction: Prediction) -> float:
-    """Return the GiB of host memory that a run needs: for the process, for offloaded tensors, and for weights.
+    """Return the GiB of host memory that a run needs: for the process, for tensors on the host, and for weights.
 
     Trained weights are in host memory in fp32 while they are loaded or written. With an adapter, the weights of the
     base model are in host memory too: in the compute precision, or in fp32 if the adapter is merged at the end.
