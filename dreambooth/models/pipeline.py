@@ -32,7 +32,7 @@ def build_pipeline(parts: Components) -> Any:
 
 
 def pipeline_over(parts: Components, scheduler: Any) -> Any:
-    """Return the family's pipeline, with `parts` themselves, not copies, and with `scheduler`."""
+    """Return the diffusers pipeline of `parts.family`, with `parts` themselves, not copies, and with `scheduler`."""
     return parts.family.build_pipeline(
         parts.modules_by_name | parts.tokenizers_by_name | parts.extras, scheduler)
 

@@ -50,6 +50,7 @@ def planned_configuration(source: str, family: Family, base: dict[str, Any]) -> 
     single files uses the same rule for names (single_file_sources.py).
 
     Args:
+        source: the VAE that replaces the base model's: a folder, a hub id or a single file.
         base: the configuration of the base model's own VAE.
     """
     for folder in (Path(source) / "vae", Path(source)):

@@ -82,12 +82,12 @@ def canonical_key(name: str) -> str:
 
 
 def architecture_of(hub_id: str) -> str | None:
-    """Return the name of the folder in assets/architectures for a published model, or None if the model is unknown."""
+    """Return the folder name in assets/architectures of the published model `hub_id`, or None if it is unknown."""
     return next((family.architecture for family in FAMILIES if hub_id in family.hub_ids), None)
 
 
 def renamed_hub_id(hub_id: str) -> str | None:
-    """Return the current hub id of the model if `hub_id` was withdrawn from the hub, else None."""
+    """Return the current hub id of the same model if `hub_id` was withdrawn from the hub, else None."""
     return next((family.renamed_hub_ids[hub_id] for family in FAMILIES if hub_id in family.renamed_hub_ids), None)
 
 
