@@ -14,10 +14,10 @@ Size = tuple[int, int]
 
 @cache
 def bucket_sizes(resolution: int) -> tuple[Size, ...]:
-    """Return all bucket sizes from 1:2 to 2:1, sorted.
+    """Return all bucket sizes with aspect ratios from 1:2 to 2:1, sorted.
 
-    Sides are multiples of SIDE_MULTIPLE. For each width, the height is the largest for which the area is at most the
-    area of the square crop.
+    Sides are multiples of SIDE_MULTIPLE. For each length of one side, the other side is the longest for which the area
+    of the bucket is at most the area of the square crop.
     """
     sizes = set()
     for width in range(SIDE_MULTIPLE, MAX_ASPECT_RATIO * resolution + 1, SIDE_MULTIPLE):
@@ -28,7 +28,7 @@ def bucket_sizes(resolution: int) -> tuple[Size, ...]:
 
 
 def nearest_bucket(height: int, width: int, resolution: int) -> Size:
-    """Return the bucket size that crops the smallest fraction of an image of this height and width."""
+    """Return the bucket size for which the smallest fraction of an image of this height and width is cropped away."""
     return min(bucket_sizes(resolution), key=lambda size: (cropped_fraction(height, width, size), size))
 
 
@@ -42,8 +42,8 @@ def cropped_fraction(height: int, width: int, size: Size) -> float:
 def largest_bucket(resolution: int, scale: int, levels: int) -> Size:
     """Return the bucket size whose training step takes the most memory.
 
-    This is the size with the most latent positions, summed over all levels of the UNet. Half of an odd side is rounded
-    up.
+    This is the size for which the feature maps of all UNet levels have the most positions in total. If the side of a
+    feature map is odd, the half of it that the next level has is rounded up.
 
     Args:
         scale: pixels per latent along one side.

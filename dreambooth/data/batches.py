@@ -1,7 +1,8 @@
 """Training batches: the photos, crops, noise and timesteps of each step, as a function of (seed, step, process).
 
-Sample `index` of step `step` has the same photo, crop, flip, noise and timestep whether it is computed in one batch, in
-several micro-batches or on another process. A checkpoint therefore does not need to store the state of the batches.
+Sample `index` of step `step` always has the same photo, crop, flip, noise and timestep. It makes no difference whether
+the samples of the step are computed in one batch, in several micro-batches or by several processes. A checkpoint
+therefore does not need to store any state of the batches.
 
 A batch is created in two stages. `Batches.draw` makes the random choices and prepares tensors on the host; it may run
 in a background thread before the step starts (prefetch.py). `Batches.to_device` copies the tensors to the device and
@@ -27,10 +28,12 @@ from dreambooth.utils import rng
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on the training device. A row is one sample: N / 2 instance rows, then N / 2 class rows.
+    """One micro-batch on the training device: tensors with N rows, one per sample, all of the same image size.
 
-    Without prior preservation, all N rows are instance rows. All rows of a batch have the same image size. If the class
-    images have another size than the instance photos, the class rows are in `class_batch`.
+    An instance row is a sample of an instance photo, a class row is a sample of a class image. With prior preservation,
+    the first N / 2 rows are instance rows and the last N / 2 rows are class rows. Without it, all N rows are instance
+    rows. If the class images have another size than the instance photos, all N rows are instance rows, too, and the
+    class rows are in `class_batch`.
     """
 
     latents: Tensor  # (N, C, h, w), multiplied by the scaling factor of the VAE
@@ -43,7 +46,7 @@ class Batch:
 
     @property
     def num_samples(self) -> int:
-        """Number of instance rows and class rows, including the rows of `class_batch`."""
+        """Total number of instance rows and class rows, including the rows of `class_batch`."""
         return len(self.timesteps) + (self.class_batch.num_samples if self.class_batch else 0)
 
     @property
@@ -52,7 +55,7 @@ class Batch:
         return self.num_samples > self.num_instances
 
     def halves(self) -> tuple["Batch", "Batch"]:
-        """Return one batch of the instance rows and one batch of the class rows."""
+        """Return two batches: the first has the instance rows of this batch, the second has the class rows."""
         if self.class_batch is not None:
             return replace(self, class_batch=None), self.class_batch
         return self._rows(0, self.num_instances), self._rows(self.num_instances, len(self.timesteps))
@@ -65,7 +68,12 @@ class Batch:
 
 
 def join_batches(parts: Sequence[Batch]) -> Batch:
-    """Join the batch of instance rows and the batch of class rows, if there is one, into a single batch."""
+    """Return one Batch that contains the instance rows and the class rows of a micro-batch.
+
+    Args:
+        parts: a batch of the instance rows, and a batch of the class rows if there is prior preservation. If the image
+            sizes differ, the second batch becomes the `class_batch` of the result.
+    """
     first = parts[0]
     if len(parts) > 1 and parts[1].latents.shape[1:] != first.latents.shape[1:]:
         return replace(first, class_batch=parts[1])
@@ -99,9 +107,10 @@ class PhotoSet:
     prompt_dropout: float = 0.0  # probability of the empty prompt
 
     def view(self, seed: int, step: int, index: int, batch: int) -> View:
-        """Return the view of a photo that sample `index` of a step uses.
+        """Return the View (photo, flip, crop) that sample `index` of a step uses.
 
-        Each round has a new random order of the photos. All photos of a step have the same size.
+        Each round (one pass over this set) has a new random order of the photos. All photos of this set that a step
+        uses have the same size.
 
         Args:
             batch: number of samples per step, over all micro-batches and processes.
@@ -123,7 +132,10 @@ class PhotoSet:
 
     @cached_property
     def _rounds(self) -> dict[Size | None, list[int]]:
-        """For each bucket size, the photo indices of one round; an index occurs once per repeat of its photo."""
+        """Dictionary from bucket size to the indices of its photos in one round (one pass over this set).
+
+        The index of a photo occurs as often as the photo is used per round.
+        """
         rounds: dict[Size | None, list[int]] = {}
         for number, (photo, times) in enumerate(zip(self.photos, self.repeats or [1] * len(self.photos), strict=True)):
             rounds.setdefault(photo.size, []).extend([number] * times)
@@ -136,9 +148,10 @@ def encode_batch_size(resolution: int) -> int:
 
 
 class Latents:
-    """Computes the latents of views: encodes each view with the VAE, or samples from the cached latent distribution.
+    """Computes the latents of `View` objects: encodes each view with the VAE, or samples from the cached distribution.
 
-    The cache holds one mean and one standard deviation per photo and flip. These values do not depend on the step.
+    The cache holds the mean and the standard deviation of the latents of each photo and flip. Both do not depend on
+    the step.
     """
 
     def __init__(self, encode: Callable[[Tensor], Moments], resolution: int, scaling_factor: float,
@@ -157,11 +170,13 @@ class Latents:
         self._cached: dict[tuple[str, Size | None], ReadRows] = {}
 
     def fill(self, photo_set: PhotoSet, tick: Callable[[int], None], size: int | None = None) -> None:
-        """Encode every photo of a centre-cropped set into the cache, and its mirror image if `random_flip` is set.
+        """Encode every photo of a centre-cropped set, and add the mean and standard deviation to the cache.
+
+        If the set has `random_flip`, the mirror image of each photo is encoded, too.
 
         Args:
-            tick: called with the number of photos encoded since the last call.
-            size: number of photos per call of the VAE; None: the result of `encode_batch_size`.
+            tick: called with the number of images (photos and mirror images) encoded since the previous call.
+            size: number of images per call of the VAE; None: the result of `encode_batch_size`.
         """
         for shape in dict.fromkeys(photo.size for photo in photo_set.photos):
             self._fill_bucket(photo_set, tick, size or encode_batch_size(self.resolution), shape)
@@ -183,17 +198,17 @@ class Latents:
 
     @property
     def cached(self) -> bool:
-        """Whether latents come from the cache."""
+        """Whether latents come from the cache, because `fill` has been called."""
         return bool(self._cached)
 
     def sample(self, photo_set: PhotoSet, views: Sequence[View], noise: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """Sample latents (N, C, h, w) for `views` of one size: (mean + std * noise) * scaling_factor.
+        """Sample latents (N, C, h, w) for `views` of one image size: (mean + std * noise) * scaling_factor.
 
         The cache holds the distribution, so different noise gives different latents of the same photo.
 
         Args:
             noise: standard normal, (N, C, h, w).
-            pixels: the cropped images of `views`, used only if there is no cache; None: crop them in this call.
+            pixels: the cropped images of `views`, ignored if there is a cache; None: crop the photos in this call.
         """
         if self._cached:
             read_rows = self._cached[photo_set.name, photo_set.photos[views[0].photo].size]
@@ -215,7 +230,7 @@ class Latents:
 
 @dataclass(frozen=True)
 class HostSamples:
-    """The samples of one photo set in a micro-batch, before the copy to the device. All tensors are on the host."""
+    """The samples of one PhotoSet in a micro-batch, before the copy to the device. All tensors are on the host."""
 
     views: Sequence[View]
     pixels: Tensor | None  # (n, 3, H, W) images to encode; None: the latents are cached
@@ -227,7 +242,7 @@ class HostSamples:
 
 @dataclass
 class Batches:
-    """Creates the micro-batches of a step for one process. The object is called with the number of completed steps."""
+    """Callable that takes the number of completed steps, and returns this process's micro-batches of the next step."""
 
     photo_sets: Sequence[PhotoSet]  # instance photos, then class images if there is prior preservation
     latents: Latents
@@ -249,13 +264,23 @@ class Batches:
         return self.to_device(self.draw(step))
 
     def draw(self, step: int) -> list[list[HostSamples]]:
-        """Draw the samples of a step on the host. Return one list per micro-batch, with one item per photo set."""
+        """Draw the samples of a step on the host.
+
+        Args:
+            step: number of completed steps before this one.
+
+        Returns:
+            One list per micro-batch, with one item per PhotoSet in `self.photo_sets`.
+        """
         starts = [(micro * self.world_size + self.rank) * self.batch_size for micro in range(self.accumulation)]
         return [[self._draw_samples(photo_set, step, range(start, start + self.batch_size))
                  for photo_set in self.photo_sets] for start in starts]
 
     def to_device(self, samples: Sequence[Sequence[HostSamples]]) -> list[Batch]:
-        """Copy the samples from `draw` to the device asynchronously, and encode images that have no cached latents."""
+        """Return one Batch per micro-batch from the result of `draw`.
+
+        Tensors are copied to the device asynchronously. Images that have no cached latents are encoded with the VAE.
+        """
         return [join_batches([self._make_batch(photo_set, part)
                               for photo_set, part in zip(self.photo_sets, micro, strict=True)]) for micro in samples]
 
@@ -280,7 +305,10 @@ class Batches:
 
     @cached_property
     def _one_prompt_per_half(self) -> bool:
-        """Whether Batch.text holds one prompt per photo set in every step. Compiled models need constant shapes."""
+        """Whether Batch.text holds one prompt per PhotoSet.
+
+        The answer is the same in every step of a run, because compiled models need constant shapes.
+        """
         alike = (len({photo.caption for photo in photo_set.photos}) == 1 and not photo_set.prompt_dropout
                  for photo_set in self.photo_sets)
         return self.share_prompts and all(alike)

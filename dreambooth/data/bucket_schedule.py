@@ -11,15 +11,15 @@ from dreambooth.utils import rng
 
 
 def bucket_at(counts: Sequence[int], step: int, *key: int | str) -> tuple[int, int]:
-    """Return the index of the bucket that a step uses, and the number of earlier steps that used the same bucket.
+    """Return the index of the bucket that a step uses, and the number of earlier steps of the run with this bucket.
 
     One round has sum(counts) steps. In a round, each bucket gets as many steps as it has photos, so that all photos are
-    used equally often. Each round has a new random order.
+    used equally often. The order of the buckets within a round is random and differs from round to round.
 
     Args:
         counts: number of photos in each bucket.
         step: number of completed steps before this one.
-        key: the seed and name that identify the random stream.
+        key: the seed of the run and the name of the PhotoSet. They identify the random stream.
     """
     if len(counts) == 1:
         return 0, step

@@ -13,7 +13,7 @@ METADATA = "metadata.jsonl"
 
 
 def caption_files(photo: Path) -> Iterator[Path]:
-    """Yield the existing files beside a photo that may hold its caption."""
+    """Yield the files that may hold the caption of a photo: NAME.txt and metadata.jsonl, if they exist beside it."""
     text_file = next(filter(Path.is_file, map(photo.with_suffix, (".txt", ".TXT"))), None)
     if text_file is not None:
         yield text_file
@@ -22,7 +22,10 @@ def caption_files(photo: Path) -> Iterator[Path]:
 
 
 def read_metadata(folder: Path, problems: list[str]) -> dict[str, str]:
-    """Return the captions of a folder's metadata.jsonl by file name; an empty dictionary if the file does not exist."""
+    """Return the captions in a folder's metadata.jsonl, with the photo's file name as the key.
+
+    Return an empty dictionary if the folder has no metadata.jsonl.
+    """
     path = folder / METADATA
     if not path.is_file():
         return {}
@@ -47,7 +50,7 @@ def read_metadata(folder: Path, problems: list[str]) -> dict[str, str]:
 
 
 def read_caption(photo: Path, prompt: str, metadata: Mapping[str, str], problems: list[str]) -> str | None:
-    """Return the caption of a photo as one line. If the caption cannot be used, append to `problems` and return None.
+    """Return the caption of a photo as one line. If it cannot be used, append the reason to `problems`, return None.
 
     Args:
         prompt: returned if the photo has no caption.

@@ -1,8 +1,8 @@
 """Class images for prior preservation: the user's images first, then images that the base model generates.
 
-Later runs reuse generated images. The name of their folder contains a hash of the prompt, the model and the sampler
-settings, so that a run with another prompt or base model never uses them. Each image has its own seed: if a later run
-needs more class images, it generates only the missing images.
+Later runs reuse generated images. The name of the folder of these images contains a hash of the prompt, the model and
+the sampler settings, so that a run with another prompt or base model never uses the images. Each image has its own
+seed. A later run that needs more class images therefore generates only the missing images.
 """
 
 import json
@@ -46,7 +46,10 @@ def sampler_settings(recipe: Recipe) -> Sampler:
 
 
 def find(recipe: Recipe) -> ClassImages:
-    """Find the user's class images, and images that earlier runs generated with the same prompt, model and sampler."""
+    """Return the class images that a run needs, and which of them must be generated.
+
+    Images that earlier runs generated with the same prompt, model and sampler settings are reused.
+    """
     user_paths = list_photos(recipe.class_dir) if recipe.class_dir else []
     origin = _origin(recipe)
     key = sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:10]
@@ -71,12 +74,13 @@ def generate_missing(
     """Generate this process's share of the missing images. Files are written atomically.
 
     The number in an image's file name decides which process generates it. Positions in `missing` would not work,
-    because a process that calls `find` later gets a shorter list. Images that another run has generated meanwhile are
-    skipped. Each run starts at a random image, so that simultaneous runs in one run_root share the work.
+    because `find` returns a shorter list to a process that calls it after some images were generated. Images that
+    another run has generated meanwhile are skipped. Each run starts at a random image, so that simultaneous runs in one
+    run_root share the work.
 
     Args:
         generate: takes a list of seeds, returns one image of the class prompt per seed.
-        tick: called with the number of images finished since the last call.
+        tick: called with the number of images generated or skipped since the previous call.
         rank: number of this process.
         world_size: number of processes that share the work.
     """
@@ -96,7 +100,11 @@ def generate_missing(
 
 
 def _origin(recipe: Recipe) -> dict[str, object]:
-    """Return the settings that determine the generated images. Their hash names the folder: keep keys and values."""
+    """Return the settings that determine the generated images.
+
+    The folder name contains a hash of these settings. Do not change a key or a value: otherwise later runs would not
+    find the images of earlier runs.
+    """
     optional = {"vae": recipe.model.vae, "zero_terminal_snr": recipe.model.zero_terminal_snr,
                 "vae_weights": atomic_files.weights_digest(Path(recipe.vae_source)) if recipe.vae_source else None}
     return {key: value for key, value in optional.items() if value} | {

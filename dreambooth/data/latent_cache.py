@@ -22,9 +22,9 @@ ReadRows = Callable[[list[int]], Moments]  # takes row numbers, returns the mome
 
 @dataclass(frozen=True)
 class LatentStore:
-    """Stores the latent moments of a set of images, one row per image.
+    """Stores the latent moments (mean and standard deviation) of a set of images, one row per image.
 
-    The name of a file on disk is a hash of the content and size of all images, in order, and of the weights of the VAE
+    The name of a cache file is a hash of the content and size of all images, in order, and of the weights of the VAE
     encoder. A different photo, crop or VAE therefore gives a different file, and runs with the same images and VAE
     share one file.
     """
@@ -69,7 +69,10 @@ def _concatenate(chunks: Iterator[Moments], device: torch.device | None) -> Mome
 
 
 def _read_rows(path: Path, rows: list[int], device: torch.device | None) -> Moments:
-    """Read the given rows of a cache file. Each call maps the file again; the operating system caches its pages."""
+    """Read the given rows of a cache file.
+
+    Each call maps the file into memory again. The operating system caches the pages of the file.
+    """
     with safe_open(path, "pt") as file:
         mean, std = (torch.stack([file.get_slice(name)[row] for row in rows]) for name in ("mean", "std"))
     return mean.to(device), std.to(device)

@@ -24,7 +24,7 @@ SUFFIXES = (".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # no JPEG: lossy 
 
 
 def mask_file(photo: Path, mask: str | None) -> Path | None:
-    """Return the path of the mask image of a photo, or None if there is no such file.
+    """Return the path of the mask image of a photo, or None if the photo has no mask image.
 
     Args:
         mask: a folder of masks, "alpha" for the alpha channel of the photo, or None for no mask.
@@ -43,7 +43,7 @@ def load_mask(photo: Path, image: Image.Image, mask: str | None) -> Image.Image 
         mask: see `mask_file`.
 
     Raises:
-        UnusablePhoto: the photo has no mask, or the mask is empty or has another aspect ratio.
+        UnusablePhoto: the photo has no mask, or its mask is all black or has another aspect ratio than the photo.
     """
     from PIL import Image
 

@@ -48,8 +48,8 @@ class Photo:
 def list_photos(folder: Path) -> list[Path]:
     """Return the photo files of a folder, sorted by the bytes of their names: the same order on every system.
 
-    Subfolders, hidden files, files that file managers create, captions and JSON files are ignored. Any other file
-    counts as a photo, so that loading reports unusable files.
+    Subfolders, hidden files, captions, JSON files, and files that file managers create (such as Thumbs.db) are ignored.
+    Every other file counts as a photo, so that `load_photos` reports unusable files.
 
     Raises:
         UserError: the folder does not exist, is a file, cannot be read, or holds no photo.
@@ -75,8 +75,8 @@ def _is_photo_candidate(path: Path) -> bool:
 def fingerprint(folder: Path) -> str:
     """Return a hex SHA-256 over the names and the content of all photo and caption files of a folder. Never raises.
 
-    The fingerprint does not depend on the path of the folder. It is NO_FINGERPRINT if the folder has no photos, or a
-    file that cannot be read.
+    The fingerprint does not depend on the path of the folder. If the folder has no photos, or if one of the photo and
+    caption files cannot be read, the fingerprint is NO_FINGERPRINT.
     """
     total = hashlib.sha256()
     try:
@@ -241,7 +241,7 @@ def _resize(image: Image.Image, size: aspect_buckets.Size) -> Image.Image:
 def crop_to_square(
     pixels: NDArray[np.uint8], resolution: int, offset: tuple[float, float] | None, flip: bool
 ) -> NDArray[np.uint8]:
-    """Return a crop of shape (resolution, resolution, 3), see `crop_to_size`."""
+    """Return a square crop of the pixels, of shape (resolution, resolution, 3). Arguments are as in `crop_to_size`."""
     return crop_to_size(pixels, (resolution, resolution), offset, flip)
 
 

@@ -15,7 +15,7 @@ class BatchSource(Protocol[Samples, BatchT]):
     """Interface of objects that create the batches of a step in two stages, such as `Batches` in batches.py."""
 
     def draw(self, step: int, /) -> Samples:
-        """Draw the samples of a step on the host. The background thread calls this method; calls never overlap."""
+        """Draw the samples of a step on the host. The Prefetcher's thread calls this method; calls never overlap."""
 
     def to_device(self, samples: Samples, /) -> BatchT:
         """Create the batches of a step on the device. The thread that calls the Prefetcher calls this method."""
@@ -24,9 +24,9 @@ class BatchSource(Protocol[Samples, BatchT]):
 class Prefetcher(Generic[Samples, BatchT]):
     """Callable that returns the batches of a step and draws the samples of the next step in a background thread.
 
-    Steps may be requested in any order. If a step does not follow the previously requested step, the caller waits while
-    its samples are drawn. An exception that `draw` raises for a step is raised when this step is requested. Use the
-    object as a context manager, which ends the thread.
+    Steps may be requested in any order. If the requested step is not the one after the previously requested step, the
+    caller waits while the samples of the requested step are drawn. An exception that `draw` raises for a step is raised
+    when this step is requested. Use the object as a context manager, which ends the thread.
     """
 
     def __init__(self, source: BatchSource[Samples, BatchT], steps: int) -> None:

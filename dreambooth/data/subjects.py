@@ -40,7 +40,7 @@ def _check_masks(photos: Sequence[Photo], resolution: int) -> None:
 
 
 def describe_buckets(photos: Sequence[Photo]) -> str:
-    """Describe the number of photos in each bucket, and the largest fraction of a photo that is cropped away."""
+    """Return a message with the number of photos in each bucket, and the largest fraction cropped away from a photo."""
     counts = Counter(photo.size for photo in photos if photo.size)
     buckets = ", ".join(f"{count} of {size[1]} x {size[0]}" for size, count in counts.most_common())
     most = max(aspect_buckets.cropped_fraction(photo.pixels.shape[0], photo.pixels.shape[1], photo.size)

@@ -21,7 +21,10 @@ def rotate(folder: Path, keep: int) -> None:
 
 
 def latest(folder: Path) -> Path | None:
-    """Return the newest intact checkpoint, or None. Log a warning for each damaged checkpoint that is newer."""
+    """Return the path of the newest intact checkpoint, or None if there is no intact checkpoint.
+
+    Log a warning for each damaged checkpoint that is newer than the returned checkpoint.
+    """
     for path in reversed(_list_checkpoints(folder)):
         if is_intact(path):
             return path

@@ -1,9 +1,9 @@
-"""The identity of a run: a hash of everything that changes the result. It is part of the run folder's name.
+"""The identity of a run: a hash of everything that changes the result. The hash is part of the run folder's name.
 
 If a run was started with an earlier version of this package, the hash must not change: otherwise the run folder would
-not be found, and the run would not be resumed. A config key that was added later is therefore left out of the hash
-while it has the value with which results do not change (LATER_KEYS, NEUTRAL_VALUES and the calls of `pop` in
-`identity`). Do not remove or reorder these constants and calls. This file imports no torch.
+not be found, and the run would not be resumed. A config key that a later version added is therefore left out of the
+hash while it has the value that gives the same results as before (LATER_KEYS, NEUTRAL_VALUES and the calls of `pop`
+in `identity`). Do not remove or reorder these constants and calls. This file imports no torch.
 """
 
 import json
@@ -29,7 +29,7 @@ NOT_SELECTING = ("offline", "objective", "promote", "max_class_similarity")  # e
 
 
 def register_resolver() -> None:
-    """Register the OmegaConf resolver for ${identity:} and ${identity:sweep}. Call it before composing a run."""
+    """Register the resolver of ${identity:} and ${identity:sweep} with OmegaConf, before a run's config is composed."""
     OmegaConf.register_new_resolver("identity", _identity_resolver, replace=True)
 
 
@@ -44,7 +44,8 @@ def identity(root: DictConfig, swept: bool = False) -> str:
 
     The hash does not include:
     - the hardware, and memory settings that do not change the result;
-    - the sections sample, tracking and checkpoint, and the section evaluate unless it selects the exported weights;
+    - the sections sample, tracking and checkpoint;
+    - the section evaluate, unless evaluate.select is set: this section then determines the exported weights;
     - `max_train_steps`, unless the learning rate depends on it, so that a run with more steps extends an earlier run.
 
     Args:
@@ -92,7 +93,7 @@ def identity(root: DictConfig, swept: bool = False) -> str:
 
 
 def _selection(evaluate: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of evaluate that, if evaluate.select is set, determine which weights are exported."""
+    """Return the settings of the section `evaluate` that determine which weights evaluate.select chooses for export."""
     settings = {key: value for key, value in evaluate.items() if key not in NOT_SELECTING}
     if folder := settings["reference_dir"]:
         settings["reference_dir"] = _folder_content(folder)

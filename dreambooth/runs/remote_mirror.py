@@ -26,16 +26,17 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def mirror_run(spec: Storage, run_dir: Path, resume: str) -> Iterator[Callable[[Any], None]]:
-    """Context manager that copies a run to `storage.upload`: each new checkpoint during training, and the result.
+    """Context manager that copies a run to S3 (`storage.upload`): new checkpoints during training, then the result.
 
     If this machine has no intact checkpoint of the run, the newest checkpoint in S3 is downloaded first. If a
-    checkpoint cannot be copied, a warning is logged and the run continues.
+    checkpoint cannot be copied, a warning is logged and the run continues. If storage.upload is not set, or this is not
+    the main process, nothing is copied.
 
     Yields:
-        A function that copies the result files to S3. The caller calls it with the Result after training.
+        A function that copies the result files to S3. After training, the caller calls this function with the Result.
 
     Raises:
-        UserError: the result could not be copied, or `download_latest` failed.
+        UserError: the result could not be copied, or `CheckpointMirror.download_latest` failed.
     """
     if spec.upload is None or not is_main_process():
         yield lambda result: None
@@ -53,7 +54,7 @@ def mirror_run(spec: Storage, run_dir: Path, resume: str) -> Iterator[Callable[[
 
 
 def _copy_result(step: int, run_dir: Path, uri: str, parallel: int) -> None:
-    """Copy the result files to S3. The number of steps is in the folder name: an extended run has several results."""
+    """Copy the result files to S3. The folder name contains the step: a run that is extended has several results."""
     console, target = Console(), f"{uri}/result-{step:06d}"
     entries = hash_folder(run_dir, RESULT_FILES)
     target = folders.upload_with_fallback(run_dir, target, entries, console, parallel, core="model/")
@@ -61,7 +62,7 @@ def _copy_result(step: int, run_dir: Path, uri: str, parallel: int) -> None:
 
 
 class CheckpointMirror(threading.Thread):
-    """Background thread that copies each new checkpoint to S3, newest first.
+    """Background thread that copies each new checkpoint of a run to S3, the newest checkpoint first.
 
     Damaged checkpoints, and checkpoints that are removed before or during the copy, are skipped. A failed copy is
     retried at growing intervals, because each attempt takes machine time from the training.
@@ -128,7 +129,10 @@ class CheckpointMirror(threading.Thread):
                     self._schedule_retry(path.name, error)
 
     def _entries(self, path: Path) -> Entries:
-        """Return the manifest entries of a checkpoint, which is hashed once and not again at each attempt to copy."""
+        """Return the manifest entries (paths and hashes of the files) of a checkpoint.
+
+        If copying a checkpoint takes several attempts, the checkpoint is hashed only in the first of these attempts.
+        """
         key = path, path.stat().st_mtime_ns
         if self._hashed[0] != key:
             self._hashed = key, hash_folder(path)

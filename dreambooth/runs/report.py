@@ -31,14 +31,14 @@ def plan_table(recipe: Recipe) -> dict[str, str]:
 
 
 def describe_trained_weights(recipe: Recipe) -> str:
-    """Describe which weights a run trains."""
+    """Return a phrase that names the weights a run trains, such as "UNet, lora of rank 4"."""
     parts = "UNet and text encoder" if recipe.train.train_text_encoder else "UNet"
     method = recipe.method
     return f"{parts}, {method.kind.value} of rank {method.rank}" if method.low_rank else parts
 
 
 def already_finished(result: Result, recipe: Recipe) -> str:
-    """Return the message that the run is already finished, and the override to type for more training steps."""
+    """Return the message that the run is finished, with the overrides to type for more training or a new start."""
     requested = recipe.train.max_train_steps
     note = "" if result.step == requested else f" (you asked for {requested})"
     return (f"this run is finished: {result.step} steps{note}, model in {_short_path(result.run_dir)}/{result.model}. "
@@ -65,14 +65,17 @@ def summary_table(result: Result, recipe: Recipe, tracking: str | None) -> dict[
 
 
 def score_table(scores: Mapping[str, float], base: Mapping[str, float], recipe: Recipe) -> dict[str, str]:
-    """Return a table with one row per measure: the score, the base model's score, and which direction is better."""
+    """Return a table with one item (name, content) per measure of image quality.
+
+    The content is the score, the score of the base model, and whether a higher or a lower score is better.
+    """
     better = {name: "higher" if HIGHER_IS_BETTER[role] else "lower" for name, role in recipe.measure_roles.items()}
     return {name: f"{value:z.3f}  base {base[name]:z.3f}, {better[name]} is better" if name in base else f"{value:z.3f}"
             for name, value in scores.items() if name in better}
 
 
 def promotion_message(promotion: Mapping[str, Any]) -> str:
-    """Describe the outcome of a promotion in one sentence.
+    """Return a message about a promotion: which model version got the alias, its scores, and how to load it.
 
     Args:
         promotion: the return value of `promote` or `register_run` in sweeps/promotion.py.

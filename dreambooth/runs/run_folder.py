@@ -48,7 +48,7 @@ class Result:
 
 
 def with_objective(result: Result, recipe: Recipe) -> Result:
-    """Return a copy of the result in which `objective` is the value of evaluate.objective.
+    """Return a copy of the result, in which `objective` is computed as the setting evaluate.objective says.
 
     Raises:
         UserError: the run did not measure a score that evaluate.objective needs.
@@ -86,7 +86,7 @@ def load_finished(recipe: Recipe) -> Result | None:
     """Return the result of the run if the run is finished; otherwise None.
 
     A run is finished if it has completed at least train.max_train_steps steps and its exported model is complete. If
-    checkpoint.resume is not auto, the result is None, because an earlier run in this folder does not count.
+    checkpoint.resume is not auto, return None, because an earlier run in this folder then does not count.
 
     Raises:
         UserError: the run did not measure a score that evaluate.objective needs.
@@ -124,7 +124,10 @@ def find_resume_point(run_dir: Path, resume: str) -> Path | None:
 
 
 def _move_earlier_run(run_dir: Path) -> Path | None:
-    """Move the files of an earlier run into `earlier-TIME/`, and return this folder; None if there are no files."""
+    """Move the files of an earlier run into a new folder `earlier-TIME/`, and return the path of this folder.
+
+    Return None if there are no files to move.
+    """
     entries = [entry for entry in run_dir.iterdir()
                if entry.name not in KEPT_ON_RESTART and not entry.name.startswith("earlier-")]
     if not entries:
@@ -139,7 +142,7 @@ def _move_earlier_run(run_dir: Path) -> Path | None:
 
 
 def check_disk_space(run_dir: Path, needed: int) -> None:
-    """Raise DoesNotFit if the disk has fewer than `needed` bytes free."""
+    """Raise DoesNotFit if the disk of the run folder has fewer than `needed` bytes free."""
     free = shutil.disk_usage(run_dir).free
     if free < needed:
         raise DoesNotFit(f"checkpoints and model need {needed / GIB:.1f} GiB and {run_dir} has {free / GIB:.1f} GiB "
@@ -147,7 +150,7 @@ def check_disk_space(run_dir: Path, needed: int) -> None:
 
 
 def remove_hydra_record(run_dir: Path) -> None:
-    """Remove Hydra's record of the overrides (`.hydra`, `multirun.yaml`), because an override contains a secret."""
+    """Remove Hydra's record of the overrides (`.hydra`, `multirun.yaml`). Used if an override contains a secret."""
     shutil.rmtree(run_dir / ".hydra", ignore_errors=True)
     (run_dir.parent / "multirun.yaml").unlink(missing_ok=True)
 
