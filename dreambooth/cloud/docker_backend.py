@@ -1,4 +1,4 @@
-"""Backend that runs jobs in containers on this machine, with the same image, folders and variables as on SageMaker."""
+"""Backend that runs jobs in containers on this machine, with image, folders, environment variables as on SageMaker."""
 
 import itertools
 import json
@@ -123,7 +123,7 @@ class DockerBackend:
         return state
 
     def stop(self, job: Job) -> bool:
-        """Send a job the signal to save and stop. Do not wait for its end. Return False if the job is not running.
+        """Send a job the signal to save and stop, without waiting until it stops. Return False if it is not running.
 
         Raises:
             UserError: the engine cannot stop the job.
@@ -155,7 +155,7 @@ class DockerBackend:
 def network_options(environment: Mapping[str, str]) -> list[str]:
     """Return the engine options for the host's network if a value in `environment` is a URL of localhost, else [].
 
-    A container on the host's network reaches this machine as localhost. On its own network, it does not.
+    A container on the host's network reaches this machine as localhost. A container on its own network does not.
     """
     hosts = {urlsplit(value).hostname for value in environment.values() if "://" in value}
     return ["--network", "host"] if hosts & {"localhost", "127.0.0.1", "::1"} else []

@@ -37,7 +37,7 @@ class Follower:
         max_parallel: greatest number of jobs that run at the same time.
         poll_seconds: pause between two polls of all running jobs.
         stop_on_interrupt: effect of Ctrl-C on running jobs. True: stop them; False: leave them running.
-        follow_hint: phrase for messages that explains how the user can follow the running jobs again.
+        follow_hint: a phrase that tells the user how to follow the running jobs again. Messages contain this phrase.
         sleep: waits for a number of seconds; tests pass a substitute.
         clock: returns the current time in seconds; tests pass a substitute.
     """
@@ -59,7 +59,7 @@ class Follower:
 
         Raises:
             Interrupted: the user pressed Ctrl-C. Running jobs were stopped or left running, see stop_on_interrupt.
-            UserError: the backend has not answered for too long. The jobs continue to run.
+            UserError: the backend has not answered for too long (see `Unreachable.patience`). The jobs continue to run.
         """
         pause = self._poll_seconds
         try:
@@ -142,7 +142,7 @@ class Follower:
         Because the error is not raised, an error of a single job does not prevent polling the other jobs.
 
         Raises:
-            UserError: the backend has not answered any request for too long.
+            UserError: the backend has not answered any request for too long (see `Unreachable.patience`).
         """
         silence = self._clock() - self._last_answer
         if silence >= getattr(error, "patience", Unreachable.patience):

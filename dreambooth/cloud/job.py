@@ -50,7 +50,7 @@ class JobState:
 
     @property
     def may_be_billed(self) -> bool:
-        """Whether the job may cost money now. Also true if the answer to its submission has not arrived."""
+        """Whether the job may cost money now. Also true if the job was submitted and no answer has arrived yet."""
         return not self.ended and self.status != WAITING
 
     def cost_usd(self, job: Job) -> float | None:
@@ -64,7 +64,7 @@ class JobState:
 
 
 class QuotaExceeded(Exception):
-    """The account's quota allows no further job now. The job may start when another job has ended."""
+    """The AWS account's quota for the job's instance type is used up. The job may start when another job has ended."""
 
 
 class Unreachable(Exception):
@@ -74,7 +74,7 @@ class Unreachable(Exception):
 
 
 class LoginRequired(Unreachable):
-    """AWS rejects the credentials until the user logs in again. The request had no effect."""
+    """AWS rejects the credentials until the user logs in again. A rejected request had no effect, so repeat it then."""
 
     def __init__(self, message: str, patience: float) -> None:
         super().__init__(message)
@@ -88,10 +88,10 @@ class Backend(Protocol):
     """
 
     def submit(self, job: Job) -> JobState:
-        """Start a job and return its state. If an earlier command has started the job, only return its state.
+        """Start a job and return its state. If an earlier command has already started this job, only return its state.
 
         Raises:
-            QuotaExceeded: the job cannot start now.
+            QuotaExceeded: the job cannot start now, because the AWS account's quota is used up.
         """
         ...
 

@@ -1,6 +1,7 @@
 """Checks a CreateTrainingJob request against botocore's service model before the request is sent.
 
-The service model specifies patterns, length limits and enums for parameters. botocore itself does not check these.
+The service model specifies patterns, length limits and enums for parameters. botocore itself does not check requests
+against these patterns, limits and enums.
 """
 
 import re

@@ -133,7 +133,7 @@ class SageMakerBackend:
             return {"problem": f"{path} cannot be read ({error})"}
 
     def _translate(self, error: BaseException, permission: str, resource: str) -> BaseException:
-        """Convert an AWS error to an exception that the Backend protocol specifies. Return any other error unchanged.
+        """Return the exception of the Backend protocol that corresponds to an AWS error. Return other errors unchanged.
 
         Args:
             permission: the IAM action of the failed call, such as sagemaker:CreateTrainingJob.
@@ -150,7 +150,10 @@ class SageMakerBackend:
         return error
 
     def _renew_client(self) -> None:
-        """Replace the client. A boto3 client reads credentials only once and would not use those of a new login."""
+        """Replace the client by a new one.
+
+        A boto3 client reads credentials only once, and would not use the credentials of a new login.
+        """
         if self._is_own_client:
             with suppress(UserError):
                 self._client = folders.client("sagemaker")

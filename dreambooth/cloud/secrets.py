@@ -1,6 +1,6 @@
-"""Keeps credentials out of job requests, and loads them in a job from AWS Secrets Manager.
+"""Keeps credentials out of the requests that start jobs. A running job loads credentials from AWS Secrets Manager.
 
-A request can be read by many users. It therefore contains only the name of a secret.
+A request can be read by many users. A request therefore contains only the name of a secret.
 """
 
 import json

@@ -32,7 +32,8 @@ def fail_without_objective(state: JobState) -> JobState:
 def jobs_to_run(jobs: Sequence[Job], done: Results) -> list[Job]:
     """Return the jobs without duplicates, and without jobs that already have a result.
 
-    A sweeper may suggest the same overrides twice. Such jobs are duplicates; only the first is run and paid for.
+    Jobs with the same overrides are duplicates, because a sweeper may suggest the same overrides twice. Only the first
+    job with the same overrides is run and paid for.
     """
     return list({job.overrides: job for job in reversed(jobs) if job.overrides not in done}.values())[::-1]
 
@@ -47,7 +48,8 @@ def share_results(jobs: Sequence[Job], ran: Sequence[Job], states: Sequence[JobS
         jobs: all jobs that the sweeper suggested.
         ran: the jobs that ran, as returned by jobs_to_run.
         states: final states of the jobs in `ran`.
-        done: results of completed jobs of earlier calls. The results of jobs in `ran` that completed are added.
+        done: results of the jobs that completed in earlier calls. This function adds the results of the jobs in `ran`
+            that completed.
 
     Returns:
         The jobs and their final states, both in the order of `jobs`.
@@ -90,7 +92,7 @@ def write_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Pa
 
 
 def write_partial_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Path | None:
-    """Write the results table of a sweep whose jobs have not all ended. The format is that of write_table.
+    """Write the results table of a sweep whose jobs have not all ended, as write_table does, and return the path.
 
     If the existing file has more rows than `table`, or if `table` is empty, write nothing and return None.
     """
@@ -125,7 +127,7 @@ def log_sweep(table_path: Path, sweep: str, table: Sequence[dict[str, Any]], kin
               experiment: str, run_root: Path, plot: Path, *, local: bool = True) -> None:
     """Log the results table, job counts and best objective of a sweep to MLflow as a separate run.
 
-    This run and the sweep's trials have the same value of the tag `sweep`.
+    The MLflow runs of the sweep's trials have the same value of the tag `sweep` as this run.
 
     Args:
         table_path: the CSV file that contains `table`.

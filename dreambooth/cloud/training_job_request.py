@@ -57,7 +57,7 @@ def build_hyperparameters(overrides: Sequence[str], channels: Collection[str], s
                           mlflow_uri: str | None = None) -> dict[str, str]:
     """Return the hyperparameters of a job: one per override, plus the tracking settings.
 
-    Overrides of LOCAL_KEYS, and overrides of keys that a channel sets, are left out.
+    Overrides of LOCAL_KEYS (folders on the submitting machine), and of keys that a channel sets, are left out.
 
     Args:
         channels: names of the job's channels.
@@ -78,7 +78,7 @@ def build_hyperparameters(overrides: Sequence[str], channels: Collection[str], s
 
 def job_name(sweep: str, number: int, hyperparameters: Mapping[str, str], contents: Mapping[str, str],
              attempt: int = 0) -> str:
-    """Return the name of a job. The name of a run is the same on every machine, so that the run is not started twice.
+    """Return the name of a job. Jobs for the same run get the same name on every machine, so no run is started twice.
 
     Args:
         contents: digests of the folders and files that the run reads.
@@ -91,7 +91,7 @@ def job_name(sweep: str, number: int, hyperparameters: Mapping[str, str], conten
 
 
 def identifying_hyperparameters(hyperparameters: Mapping[str, str]) -> dict[str, str]:
-    """Return the hyperparameters that identify a run: all except the tracking settings and the prices."""
+    """Return the hyperparameters that identify a run: all except the tracking settings and the hardware's prices."""
     return {key: value for key, value in hyperparameters.items() if not key.lstrip("+").startswith(IGNORED_KEYS)}
 
 
@@ -102,10 +102,10 @@ def build_request(settings: JobSettings, name: str, sweep: str, hyperparameters:
 
     Args:
         inputs: S3 folder of each channel, by channel name.
-        disk_gib: size of the instance's own disk; None: the instance has no disk, or the size is unknown.
+        disk_gib: size of the instance's own disk; None: the instance has no disk of its own, or the size is unknown.
         needed_gib: the planner's estimate of the data that the run will write; None: unknown.
-        first_name: job name of the first attempt. The job resumes from the checkpoints of that attempt. None: this job
-            is the first attempt.
+        first_name: name of the job that was the first attempt at this run. The new job resumes from the checkpoints of
+            the first attempt. None: the new job is the first attempt.
     """
     output = f"{settings.s3.rstrip('/')}/{sweep}"
     kms = {"KmsKeyId": settings.kms_key} if settings.kms_key else {}

@@ -1,6 +1,6 @@
-"""Translates the hyperparameters of an AWS blog post's notebook to configuration keys.
+"""Translates blog hyperparameters, which are the hyperparameters of an AWS blog post's notebook, to configuration keys.
 
-This project started from that notebook, see docs/container.md."""
+This project started from the notebook of this blog post, see docs/container.md."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ ATTENTIONS = {"default": "sdpa", "sdpa": "sdpa", "xformers": "xformers", "sliced
 
 @dataclass
 class BlogSettings:
-    """Configuration settings, translated from the blog hyperparameters of a job."""
+    """Settings that `parse` translates from those hyperparameters of a job that have names of the AWS blog post."""
 
     overrides: dict[str, str] = field(default_factory=dict)  # key -> value in Hydra's grammar
     names: dict[str, str] = field(default_factory=dict)  # key -> name of the hyperparameter that sets it
@@ -98,7 +98,7 @@ NAMES = (*ALIASES, *PATH_ALIASES, *KEYLESS)
 
 
 def parse(hyperparameters: Mapping[str, str], paths: SageMakerPaths) -> BlogSettings:
-    """Translate the hyperparameters whose names come from the blog post, and ignore all others.
+    """Return the settings for the hyperparameters whose names come from the AWS blog post. Ignore all others.
 
     Raises:
         ConfigError: a value is not valid. The error lists one problem per invalid hyperparameter.

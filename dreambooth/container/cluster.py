@@ -26,7 +26,7 @@ class Cluster:
 
     @property
     def is_first_host(self) -> bool:
-        """Whether this host is the first one, which publishes the result."""
+        """Whether this host is the first in `hosts`. Only the first host publishes the result."""
         return self.host == self.hosts[0]
 
     @property
@@ -37,8 +37,8 @@ class Cluster:
     def train_command(self, overrides: list[str], environment: Mapping[str, str] = os.environ) -> list[str]:
         """Return the command that starts training with the given overrides on this host.
 
-        For a single training process, the command is that process. For several processes, the command is PyTorch's
-        launcher, which starts them for data parallel training.
+        For a single training process, the command starts the training process itself. For several training processes,
+        the command starts PyTorch's launcher, which starts the training processes for data parallel training.
         """
         train = ["-m", "dreambooth.train", *overrides]
         if self.world_size == 1:
@@ -51,14 +51,17 @@ class Cluster:
                 "--master-addr", self.hosts[0], "--master-port", environment.get("MASTER_PORT", MASTER_PORT), *train]
 
     def network_environment(self) -> dict[str, str]:
-        """Return the environment variables that set the network interface for NCCL and Gloo; {} for one host."""
+        """Return the environment variables that set the network interface for NCCL and Gloo.
+
+        Return {} if there is only one host, or if the interface is unknown.
+        """
         if len(self.hosts) == 1 or not self.network_interface:
             return {}
         return {"NCCL_SOCKET_IFNAME": self.network_interface, "GLOO_SOCKET_IFNAME": self.network_interface}
 
 
 def parse_resource_config(resource_config: Mapping[str, Any], processes_per_host: int) -> Cluster:
-    """Return the cluster that resourceconfig.json describes, or this machine alone if the file names no hosts."""
+    """Return the cluster that resourceconfig.json describes; a cluster of this machine alone if it names no hosts."""
     if not resource_config.get("hosts"):
         return Cluster(processes_per_host=processes_per_host,
                        instance_type=resource_config.get("current_instance_type"))
@@ -76,8 +79,9 @@ def count_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path
     """Return the number of CUDA devices on this host.
 
     If the variable SM_NUM_GPUS is set, return its value. If there is no file /dev/nvidiaN, return 0. Otherwise, count
-    the devices with PyTorch in a separate process, so that this process need not import torch. The files show only that
-    GPUs exist: in a container that may use some of the host's GPUs, the files are numbered as on the host.
+    the devices with PyTorch in a separate process, so that this process need not import torch. The files /dev/nvidiaN
+    show that GPUs exist, but their numbers are not used: in a container that may use only some of the host's GPUs, the
+    files are numbered as on the host.
     """
     if gpus := environment.get("SM_NUM_GPUS"):
         return int(gpus) if gpus.isdecimal() else 0

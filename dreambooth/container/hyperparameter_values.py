@@ -11,7 +11,10 @@ from typing import Any
 
 
 def parse_text(raw: str) -> str:
-    """Parse a string. Remove backslashes before spaces, which the blog post's notebook adds as shell escapes."""
+    """Parse a string, and remove every backslash before a space.
+
+    The notebook of the AWS blog post (see blog_hyperparameters.py) adds these backslashes as shell escapes.
+    """
     value = decode_json(raw)
     if isinstance(value, str):
         raw = value

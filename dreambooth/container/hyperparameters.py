@@ -1,8 +1,8 @@
 """Converts the hyperparameters and channels of a SageMaker job to the Hydra overrides of one run.
 
-Settings have four sources. In order of precedence, lowest first, these are the instance type, blog hyperparameters,
-channels, and hyperparameters that are overrides. If an override replaces the setting of a blog hyperparameter or of a
-channel, the log contains a notice.
+Settings have four sources. In order of precedence, lowest first, these are the instance type, blog hyperparameters
+(names from an AWS blog post, see blog_hyperparameters.py), channels, and hyperparameters that are overrides. If an
+override replaces the setting of a blog hyperparameter or of a channel, the log contains a notice.
 """
 
 import difflib
@@ -118,7 +118,10 @@ def _check_channels(channels: Mapping[str, Path]) -> list[str]:
 
 
 def _to_override_value(name: str, raw: str, grammar: OverrideGrammar) -> str:
-    """Return a hyperparameter in Hydra's grammar. Quote a value that Hydra cannot parse or would parse as a sweep."""
+    """Return the value of a hyperparameter in Hydra's grammar.
+
+    A value that Hydra cannot parse, or would parse as a sweep, is quoted.
+    """
     value = hyperparameter_values.decode_json(raw)
     if isinstance(value, str):
         raw = value
@@ -147,7 +150,10 @@ def _merge_inputs(
 def _find_superseded(
     blog: BlogSettings, channel_names: Mapping[str, str], explicit: Mapping[str, str], request: RunRequest
 ) -> set[str]:
-    """Return the keys of blog hyperparameters and channels that an override replaces. Add a notice for each key."""
+    """Return the configuration keys that a blog hyperparameter or a channel sets and an override replaces.
+
+    Add a notice to `request` for each of these keys.
+    """
     sources = {**blog.names, **channel_names}
     deciders = {key: group for group, keys in SUPERSEDED.items() if group in explicit
                 for key in keys if key not in channel_names}
@@ -165,9 +171,10 @@ def _find_superseded(
 def _prepare_class_images(inputs: dict[str, str], paths: SageMakerPaths, request: RunRequest) -> None:
     """Prepare `dataset.class_dir` in `inputs` for the run.
 
-    If the folder is empty, remove the key. An empty folder is allowed, because in the blog post's notebook, generated
-    class images are written to the same folder. If the folder is below the job's input, copy it to the checkpoints,
-    because the job's input is read-only and may be streamed. Do not change a path in S3: the run itself downloads it.
+    If the folder is empty, remove the key from `inputs`. An empty folder is allowed, because the notebook of the AWS
+    blog post writes generated class images to the same folder. If the folder is below the job's input, copy it to the
+    checkpoints folder, because the job's input is read-only and may be streamed. Do not change a path in S3: the run
+    itself downloads this folder.
 
     Raises:
         UserError: the path is not a folder, or cannot be read.

@@ -15,9 +15,9 @@ RUN_FILES = ("contact_sheet.png", "run.json", "evaluation.json", "result.json")
 def publish(run_dir: Path, target: Path) -> None:
     """Copy the run's model, and the files that describe the run, to `target`.
 
-    `target`/model becomes a diffusers model folder with a manifest. After SageMaker has uploaded this folder to S3, its
-    URI can be used as `model.source`. Files of an earlier run are first removed from `target`, because they would
-    describe the wrong model.
+    `target`/model becomes a diffusers model folder with a manifest. After SageMaker has uploaded this folder to S3, the
+    S3 URI of the folder can be used as `model.source`. Files of an earlier run are first removed from `target`, because
+    these files would describe the wrong model.
 
     Raises:
         DoesNotFit: the files cannot be written, for example because the disk is full. The run folder is unchanged.

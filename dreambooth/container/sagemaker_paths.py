@@ -54,7 +54,7 @@ class SageMakerPaths:
         return self.base / "output/failure"
 
     def check_writable(self) -> None:
-        """Create missing output folders, and check that all output folders are writable.
+        """Create the output folders `model` and `checkpoints` if they are missing, and check that both are writable.
 
         Raises:
             UserError: an output folder cannot be created or written.
@@ -92,7 +92,7 @@ class SageMakerPaths:
     def channels(self) -> dict[str, Path]:
         """Return the folder of each channel, by channel name.
 
-        The channels are those in inputdataconfig.json. If it lists none, each folder in input/data is a channel.
+        inputdataconfig.json lists the channels. If this file lists no channels, each folder in input/data is a channel.
 
         Raises:
             UserError: a channel has the input mode Pipe, which streams data instead of providing files.

@@ -33,7 +33,8 @@ class Supervisor:
     """Runs the commands of a job, and forwards the container's signals to the training processes.
 
     If a child process is killed because memory ran out, the supervisor is still running and reports the cause. Each
-    child process runs in its own session. Ctrl-C in a terminal therefore reaches it only once, through the supervisor.
+    child process runs in its own session. Ctrl-C in a terminal therefore reaches a child process only once, through the
+    supervisor.
     """
 
     def __init__(self) -> None:
@@ -52,8 +53,8 @@ class Supervisor:
             environment: environment variables that are added to those of this process.
             launcher: whether the command is container/torchrun.py. If so, signals are sent to the worker processes and
                 not to the launcher, because PyTorch's launcher stops its workers one after the other.
-            stopped: message that is reported if a signal arrives before the command starts, or ends the command before
-                the command has written a report.
+            stopped: message that is reported if a signal arrives before the command starts. It is also reported if a
+                signal ends the command before the command has written an exit report.
         """
         if self._signals:
             return self._report_interruption(stopped)

@@ -1,7 +1,7 @@
 """Runs PyTorch's launcher without a traceback, because the failed training process has already printed its error.
 
-The exit code is that of the process that failed first. If a signal killed this process, the exit code is 128 plus the
-signal's number, as in a shell.
+The launcher exits with the exit code of the training process that failed first. If a signal killed that training
+process, the launcher exits with 128 plus the signal's number, as in a shell.
 """
 
 import signal
@@ -16,8 +16,8 @@ def root_exit_code(failures: Collection[ProcessFailure]) -> int:
     """Return the exit code of the process that caused the other failures; -N if signal N ended it.
 
     SIGKILL takes precedence: a process killed by SIGKILL prints nothing, and processes that wait for it fail
-    immediately. SIGTERM comes last: the launcher itself ends the remaining processes by SIGTERM, and much later by
-    SIGKILL.
+    immediately. SIGTERM counts only if there is no other cause, because the launcher itself ends the remaining
+    processes by SIGTERM, and much later by SIGKILL.
     """
     first_failure = min(failure.timestamp for failure in failures)
     # Timestamps are whole seconds: failures within one second may have happened in any order.

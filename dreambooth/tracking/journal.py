@@ -1,7 +1,8 @@
 """The journal of a run, `metrics.jsonl`: an append-only log of metrics, images and settings, one JSON object per line.
 
-The journal is the source of truth. A tracker sends its entries to MLflow and records the offset up to which entries
-were sent. Every entry has the key "time" (milliseconds since 1970) and the keys of one of these kinds:
+The journal is the source of truth. A tracker sends the entries of the journal to MLflow, and records the offset in
+bytes up to which entries were sent. Every entry has the key "time" (milliseconds since 1970) and the keys of one of
+these kinds:
 
     {"time": ..., "step": 5, "metrics": {"loss": 0.25, "lr": "nan"}}       nan, inf, -inf are strings
     {"time": ..., "step": 5, "image": "samples/5.png", "key": "samples/prompt_0"}
@@ -153,8 +154,8 @@ class Journal:
 def read(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield the entries of a journal from the byte `offset` on, each with the offset of the byte after the entry.
 
-    An incomplete last line, which may still be written, ends the iteration. Lines that are not valid entries are
-    skipped: a power failure may leave such lines.
+    An incomplete last line ends the iteration, because another thread may not have finished writing this line. Lines
+    that are not valid entries are skipped: a power failure may leave such lines.
     """
     if not path.exists():
         return
@@ -221,9 +222,9 @@ def _json_number(value: float) -> float | str:
 
 
 def _file_state(path: Path) -> list[int]:
-    """Return [total size in bytes, newest modification time in ns] of a file or folder, which serves to detect changes.
+    """Return [total size in bytes, newest modification time in ns] of a file or folder.
 
-    Return [-1, 0] if a file does not exist.
+    A changed file or folder is detected by comparing these numbers. Return [-1, 0] if the file does not exist.
     """
     files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
     try:

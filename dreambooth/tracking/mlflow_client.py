@@ -23,6 +23,6 @@ def is_refusal(error: Exception) -> bool:
 
 
 def http_status(error: Exception) -> int:
-    """Return the HTTP status of an error that MLflow or requests raised; 0 if there was no response."""
+    """Return the HTTP status of an error that MLflow or the library `requests` raised; 0 if there was no response."""
     response = getattr(error, "response", None)
     return int(getattr(error, "get_http_status_code", lambda: getattr(response, "status_code", 0))())

@@ -25,7 +25,8 @@ def log_image(client: Any, run_id: str, entry: Mapping[str, Any], path: Path, ex
     """Log the image of a journal entry, unless MLflow already has this image.
 
     Args:
-        existing: the result of `list_image_names`. MLflow would store a second copy of an image under a new name.
+        existing: the result of `list_image_names`. An image in this set is not sent again, because MLflow would store a
+            second copy under a new name.
 
     Raises:
         ValueError: the file at `path` does not exist or is not an image.
@@ -46,7 +47,7 @@ def log_image(client: Any, run_id: str, entry: Mapping[str, Any], path: Path, ex
 
 
 def log_dataset(client: Any, run_id: str, values: Mapping[str, str]) -> None:
-    """Log the training photos as a dataset input of the run. MLflow stores a dataset only once.
+    """Log the training photos as a dataset input of the run. If the same dataset is logged again, MLflow has it once.
 
     Args:
         values: the keys are name, digest (fingerprint of the photos), source (a folder or address) and photos (the
@@ -67,7 +68,7 @@ def log_artifact(client: Any, run_id: str, path: Path, folder: str | None) -> No
     mlflow.diffusers stores a LoRA together with the name of its base model and the newest revision of the base model
     on the hub, or no revision if the hub does not answer. If the run pinned a revision, this function stores the pinned
     revision instead. The run's other settings of the base model (variant, VAE ...) become metadata of the MLflow model.
-    A complete model is logged as plain files, because MLflow has no flavour for it.
+    A complete model is logged as plain files, because MLflow has no flavour (model format) for complete models.
 
     Raises:
         ValueError: `path` does not exist.

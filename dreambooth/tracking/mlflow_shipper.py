@@ -1,4 +1,4 @@
-"""Background thread that sends a journal to MLflow and records in `mlflow.json` the offset of the next entry."""
+"""Background thread that sends a journal to MLflow and records the offset of the next unsent entry in `mlflow.json`."""
 
 import contextlib
 import json
@@ -65,13 +65,20 @@ class Shipper(threading.Thread):
             self._wake.clear()
 
     def finish(self) -> None:
-        """Send the remaining entries now and end the thread. Wait at most CLOSE_LOCAL or CLOSE_REMOTE seconds."""
+        """Send the remaining entries now and end the thread.
+
+        Wait at most CLOSE_LOCAL seconds for a local database or folder, at most CLOSE_REMOTE seconds for a server.
+        """
         self._closing = True
         self.stop(CLOSE_LOCAL if self._uri.startswith(("sqlite:", "file:", "/")) else CLOSE_REMOTE, now=False)
         self._stopped = True
 
     def stop(self, timeout: float, now: bool = True) -> None:
-        """Wake the thread and wait at most `timeout` seconds for its end. If `now` is True, it sends no more."""
+        """Wake the thread, and wait at most `timeout` seconds until the thread has ended.
+
+        Args:
+            now: whether the thread ends without sending the remaining entries.
+        """
         self._stopped = now
         self._wake.set()
         self.join(timeout)
@@ -81,14 +88,14 @@ class Shipper(threading.Thread):
         return sum(1 for _ in read(self._journal, self._state["offset"]))
 
     def url(self) -> str | None:
-        """Return the address of the run's page in MLflow; None if the run does not exist yet or there is no server."""
+        """Return the address of the run's page on the MLflow server; None if there is no server or no run yet."""
         if self._state["run_id"] is None or not self._uri.startswith("http"):
             return None
         return (f"{self.display_uri.rstrip('/')}/#/experiments/{self._state['experiment_id']}"
                 f"/runs/{self._state['run_id']}")
 
     def _send_new_entries(self) -> bool:
-        """Send the journal entries after the recorded offset. Return True if MLflow now has all entries."""
+        """Send the journal entries after the offset in `mlflow.json`. Return True if MLflow now has all entries."""
         try:
             if self._client is None:
                 self._connect()
@@ -171,7 +178,10 @@ class Shipper(threading.Thread):
                 self._skip_or_raise(error, str(next((entry[kind] for kind in SENT_ALONE if kind in entry), entry)))
 
     def _log_batch(self, kind: str, items: Sequence[Any]) -> None:
-        """Log all items in one call. If the server rejects the call, log each half alone: then only bad items fail."""
+        """Log all items in one call. If the server rejects the call, log each half in its own call.
+
+        Halving is repeated, so that in the end only the items that the server does not accept are missing.
+        """
         limit = 1000 if kind == "metrics" else 100
         try:
             if len(items) <= limit:

@@ -48,9 +48,9 @@ class Registry:
     def register(self, name: str, run_id: str, folder: Path, tags: dict[str, str]) -> Version:
         """Copy a model folder to the artifacts of its run, and register the copy as a new version of the model `name`.
 
-        If a version with these tags exists for this run, return this version instead. The name of the artifact folder
-        consists of the tags holds, step and exported_step. The model of an extended run therefore does not overwrite
-        the files of an earlier version.
+        If the run already has a version with all of `tags`, return the existing version instead. The name of the
+        artifact folder consists of the values of the tags `holds`, `step` and `exported_step`. The model of an extended
+        run therefore does not overwrite the files of an earlier version.
         """
         existing = [version for version in self._search_versions(name, run_id) if tags.items() <= version.tags.items()]
         if existing:
@@ -66,11 +66,11 @@ class Registry:
             name, f"{artifacts}/{artifact_folder}", run_id, tags=tags, await_creation_for=0)))
 
     def set_alias(self, version: Version, alias: str) -> None:
-        """Set an alias on a version. If another version has the alias, it loses the alias but is not deleted."""
+        """Set an alias on a version. Another version that has the alias loses the alias, but is not deleted."""
         self._call(lambda: self._client.set_registered_model_alias(version.name, alias, str(version.number)))
 
     def delete_alias(self, name: str, alias: str) -> None:
-        """Remove an alias from the version of the model `name` that has it."""
+        """Remove an alias from the model `name`: the version with this alias loses it, but is not deleted."""
         self._call(lambda: self._client.delete_registered_model_alias(name, alias))
 
     def _search_models(self, name: str) -> Any:
@@ -107,7 +107,7 @@ def _to_version(item: Any) -> Version:
 
 @contextmanager
 def _upload_timeout() -> Iterator[None]:
-    """Context manager that raises the HTTP timeout to UPLOAD_TIMEOUT, because model files may have gigabytes.
+    """Context manager that increases the HTTP timeout to UPLOAD_TIMEOUT, because model files may have gigabytes.
 
     A timeout that the user has set does not change.
     """

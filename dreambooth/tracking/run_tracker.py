@@ -18,7 +18,7 @@ def track_run(recipe: Recipe, main: bool, update_status: bool = True) -> Iterato
 
     Args:
         main: True in the process with rank 0; the other processes record nothing.
-        update_status: False if the run has already ended, so that the status and end time do not change.
+        update_status: False: the status and end time of a run that has already ended do not change.
     """
     tracker = _open(recipe, update_status) if main else NoOpTracker()
     status = "FAILED"

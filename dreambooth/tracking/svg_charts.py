@@ -15,7 +15,10 @@ Points = Sequence[tuple[float, float]]
 
 
 def write_loss_curves(run_dir: Path) -> Path | None:
-    """Write a chart of the losses to `curves.svg` in the run folder. Return its path, or None if no loss was logged."""
+    """Write a chart of the losses to `curves.svg` in the run folder, and return the path of this file.
+
+    Return None if no loss was logged.
+    """
     losses = read_history(run_dir / "metrics.jsonl", *LOSSES)
     if not losses:
         return None
@@ -27,7 +30,10 @@ def write_loss_curves(run_dir: Path) -> Path | None:
 
 
 def read_history(journal: Path, *names: str) -> dict[str, list[tuple[float, float]]]:
-    """Return the (step, value) pairs of each metric in a journal, sorted by step. Omit values that are not finite."""
+    """Return the (step, value) pairs of the metrics `names` in a journal, as one list per metric, sorted by step.
+
+    Omit values that are not finite, and metrics without values.
+    """
     history: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for entry, _ in read(journal):
         for name in names:
@@ -39,10 +45,10 @@ def read_history(journal: Path, *names: str) -> dict[str, list[tuple[float, floa
 
 def line_chart(title: str, series: Mapping[str, Points], width: int = 460, height: int = 220,
                legend: bool = False) -> str:
-    """Return a chart of metrics over steps: a thin line for the values, and a thick line for the running mean.
+    """Return a chart of metrics over steps: for each metric, a thin line (values) and a thick line (running mean).
 
-    Each series is an SVG group whose attribute `data-series` is the number of the series. Return an empty string if
-    there are no points.
+    Each metric is a series. Each series is an SVG group whose attribute `data-series` is the number of the series.
+    Return an empty string if there are no points.
     """
     points = [point for line in series.values() for point in line]
     if not points:
@@ -76,7 +82,9 @@ def line_chart(title: str, series: Mapping[str, Points], width: int = 460, heigh
 
 
 def smooth(points: Points, share: float = 0.08) -> list[tuple[float, float]]:
-    """Return the centred running mean of the values. Return fewer than 8 points unchanged.
+    """Return points with the same steps, in which a value is the centred running mean of the values around it.
+
+    Fewer than 8 points are returned unchanged.
 
     Args:
         share: window length as a fraction of the number of points.
@@ -91,8 +99,8 @@ def smooth(points: Points, share: float = 0.08) -> list[tuple[float, float]]:
 def parallel_coordinates(axes: Mapping[str, Sequence[str | float]], width: int = 1180, height: int = 250) -> str:
     """Return a parallel coordinates plot of a table: one vertical axis per column, one line per row.
 
-    The position on an axis is proportional to a number or its logarithm; strings have equal distances. Return an empty
-    string if the table has fewer than two columns, or no rows.
+    On an axis of numbers, positions are proportional to the numbers or to their logarithms. On an axis of strings, the
+    distances are equal. Return an empty string if the table has fewer than two columns, or no rows.
 
     Args:
         axes: the column names, and the values of each column.

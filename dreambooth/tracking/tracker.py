@@ -4,8 +4,8 @@ Every entry is written to the journal first (`metrics.jsonl`, see journal.py). A
 MLflow and records in `mlflow.json` the offset up to which entries were sent. A dead or slow server therefore neither
 stops nor slows the run. When the server is reachable again, the missing entries are sent to the same MLflow run, by
 this process or by the next process that opens the run folder. An entry is sent twice if the process is killed after the
-server's response and before the update of mlflow.json. This changes nothing in MLflow, because steps and times come
-from the journal.
+server's response and before the update of mlflow.json. Sending it twice changes nothing in MLflow, because steps and
+times come from the journal.
 """
 
 import atexit
@@ -41,7 +41,7 @@ def open_tracker(kind: str, run_dir: Path, *, run_root: Path, run_name: str, uri
     """Open a tracker: an MlflowTracker if `kind` is "mlflow", a JournalTracker if `kind` is "none".
 
     Args:
-        uri: address of the MLflow server; None: the sqlite database `mlflow.db` in the run root.
+        uri: address of the MLflow server; None: the sqlite database `mlflow.db` in `run_root`.
         update_status: see JournalTracker.
 
     Raises:
@@ -84,7 +84,9 @@ class NoOpTracker:
 
 
 class JournalTracker(Journal):
-    """A tracker that writes only `metrics.jsonl`. If an MlflowTracker opens the same folder later, it sends the file.
+    """A tracker that writes only the journal, `metrics.jsonl`.
+
+    If an MlflowTracker opens the same run folder later, the MlflowTracker sends the journal.
 
     Args:
         update_status: False for commands that do not train (evaluate, promote). The status and end time of a run that
@@ -105,9 +107,9 @@ class JournalTracker(Journal):
 class MlflowTracker(JournalTracker):
     """A tracker that writes the journal in the caller's thread and sends it to MLflow in a background thread.
 
-    Only close(), and the constructor if `required` is True, wait for MLflow. If `required` is True and the server does
-    not answer, the constructor or the next call raises UserError; the entry of the call is still written to the
-    journal. Both threads may call `warn`.
+    Only two methods wait for MLflow: close(), and the constructor if `required` is True. If `required` is True and the
+    server does not answer, the constructor or the next call that records an entry raises UserError. The entry of this
+    call is still written to the journal. Both threads may call `warn`.
     """
 
     def __init__(self, run_dir: Path, *, uri: str, experiment: str, run_name: str, required: bool = False,
