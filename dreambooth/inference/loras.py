@@ -81,7 +81,7 @@ def _find_lora(source: Path, scale: float) -> Lora:
 def _name(path: Path) -> str:
     """Return the name of a LoRA that a web UI would show: the name of its file without the suffix.
 
-    A run exports its LoRA twice. The web UI's file is in the folder `webui/` beside `path`.
+    A run also exports its LoRA as a file for web UIs, in the folder `webui/` beside `path`. This file's name is used.
     """
     webui_files = sorted((path.parent / "webui").glob("*.safetensors")) if path.name == ADAPTER else []
     return (webui_files[0] if webui_files else path).stem

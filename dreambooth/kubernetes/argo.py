@@ -53,7 +53,7 @@ def build_sweep_template(spec: WorkflowSpec) -> dict[str, Any]:
 def build_nightly_workflow(spec: WorkflowSpec) -> dict[str, Any]:
     """Build an example CronWorkflow that trains on the current photos every night and replaces the champion.
 
-    The champion is the version of the registered model that has this alias in MLflow.
+    The champion is the model version that has the alias `champion` in MLflow's model registry.
     """
     return {
         "apiVersion": API_VERSION, "kind": "CronWorkflow", "metadata": {"name": NIGHTLY},

@@ -124,9 +124,9 @@ def describe_shortfall(recipe: Recipe, prediction: Prediction) -> str:
 
 
 def _candidates(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return CANDIDATES for this run, as changes of its memory settings. Options without effect are omitted.
+    """Return CANDIDATES for this run, as changes of its memory settings.
 
-    Options that the run does not allow are omitted, too.
+    Options that have no effect in this run, or that it does not allow, are omitted.
     """
     candidates: list[dict[str, Any]] = []
     for combination in CANDIDATES:

@@ -21,7 +21,7 @@ _runs_as_is: dict[Any, bool] = {}  # operator -> whether the real operator can r
 
 
 class _NewStorage:
-    """Template of a result tensor in a new storage of `size` bytes. `number` counts the new storages of the call."""
+    """Template of a result tensor in a new storage of `size` bytes, at index `number` among the call's new storages."""
 
     def __init__(self, tensor: Tensor, number: int) -> None:
         self.number = number

@@ -25,7 +25,7 @@ _FLASH_BACKWARD = "aten::_scaled_dot_product_flash_attention_backward"
 
 @contextmanager
 def fake_gpu(capability: float | None) -> Iterator[None]:
-    """Emulate a CUDA card in a `with` block: new tensors have no data, and operators run as on the card.
+    """Emulate a CUDA card in a `with` block: new tensors have no data; operators have the card's dtypes and kernels.
 
     Args:
         capability: CUDA compute capability of the card; None: as on a T4.

@@ -39,7 +39,7 @@ CARDS = {
 
 
 def find_card(gpu: str | None) -> Card | None:
-    """Return the card for the name of a GPU; None if the card is unknown. A driver's name, "Tesla T4", is accepted."""
+    """Return the card for a GPU name, in short or as a driver reports it ("Tesla T4"); None if the card is unknown."""
     words = (gpu or "").replace("-", " ").split()
     return next((card for name, card in CARDS.items() if name in words), None)
 

@@ -258,7 +258,8 @@ class _Rehearsal:
     def _photo_size(self) -> Size:
         """Return the assumed size of the photos, because a plan reads no photos.
 
-        With aspect-ratio buckets, it is the bucket that needs the most memory, and otherwise the square.
+        With aspect-ratio buckets, it is the size of the bucket that needs the most memory. Otherwise it is the square
+        with side model.resolution.
         """
         side, levels = self.recipe.model.resolution, self.parts.family.levels(self.parts.denoiser)
         return largest_bucket(side, self.parts.vae_scale, levels) if self.recipe.dataset.buckets else (side, side)

@@ -122,7 +122,7 @@ def _weight_pass_seconds(recipe: Recipe, prediction: Prediction, card: Card) -> 
 
 
 def host_gib(recipe: Recipe, prediction: Prediction) -> float:
-    """Return the GiB of host memory that a run needs: for the process, for tensors on the host, and for weights.
+    """Return the GiB of host memory that a run needs: for the process, for offloaded tensors, and for weights.
 
     Trained weights are in host memory in fp32 while they are loaded or written. With an adapter, the weights of the
     base model are in host memory too: in the compute precision, or in fp32 if the adapter is merged at the end.

@@ -59,7 +59,7 @@ def render_page(sweep: str, trials: Sequence[Trial], pixels: int) -> str:
 def _unique_names(trials: Sequence[Trial], keys: Sequence[str]) -> list[str]:
     """Return one unique name per trial: its title.
 
-    If several trials have the same title, the hash at the end of its run folder's name is appended to each of them.
+    If several trials have the same title, each of their names ends with the hash in the name of the trial's run folder.
     """
     names = [trial_title(trial, keys) for trial in trials]
     return [name if names.count(name) == 1 else f"{name} {trial.folder.name.rpartition('-')[2]}"

@@ -171,7 +171,7 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
 
 
 def _send_to_mlflow(trial: Trial, options: PromotionOptions) -> tuple[str, str]:
-    """Log to MLflow the entries of a run's journal that are missing there. Return MLflow's address and its run ID."""
+    """Log to MLflow the missing entries of a run's journal. Return the server's address and the run's ID in MLflow."""
     root, known_uri = trial.folder.parent, str(_read_mlflow_state(trial.folder).get("uri", ""))
     # A recorded server address is still valid. A recorded SQLite file may have been moved with the run folders.
     uri = options.uri or (known_uri if known_uri.startswith("http") else options.default_uri) or None
@@ -202,7 +202,7 @@ def _version_tags(trial: Trial, objective: str) -> dict[str, str]:
 
 
 def _reason_to_keep(champion: Version, trial: Trial, objective: str, tags: dict[str, str]) -> str | None:
-    """Return why a trial may not replace the champion, and what the user can type; None if the trial may."""
+    """Return why the champion stays and what the user can type, or None if the trial may replace the champion."""
     who = f"the champion of {champion.name}, version {champion.number},"
     remedy = "name=NAME for a model of its own, or replace=true"
     champion_objective, champion_value = champion.tags.get("objective_name"), math.nan

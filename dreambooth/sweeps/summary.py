@@ -62,10 +62,11 @@ def rank_trials(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def parallel_axes(trials: Sequence[Trial]) -> dict[str, list[str | float]]:
-    """Return the axes of a parallel coordinates plot, by name: the varied settings, two measures, and the objective.
+    """Return the axes of a parallel coordinates plot, by name.
 
-    Each axis is a list with one value per finished trial, in the order of rank_trials. If no trial is finished, return
-    an empty dictionary.
+    They are the varied settings, the roles subject_similarity and class_similarity if measured, and the objective. Each
+    axis is a list with one value per finished trial, in the order of rank_trials. If no trial is finished, return an
+    empty dictionary.
     """
     done = [trial for trial in rank_trials(trials) if finished_objective(trial) is not None]
     axes: dict[str, list[str | float]] = {

@@ -50,7 +50,10 @@ class Trial:
 
     @property
     def measure_roles(self) -> dict[str, str]:
-        """The role (what is compared, with any encoder, such as class_similarity) of each measure, by its name."""
+        """The role of each measure, by name of the measure.
+
+        A role, such as class_similarity, says what a measure compares, whichever encoder it uses.
+        """
         settings = self.settings
         return evaluate.measure_roles(Evaluate(
             encoder=EncoderKind(settings["evaluate.encoder"]),
@@ -88,7 +91,7 @@ class Trial:
         return None. If nothing was measured before training, the last item of the tuple is nan.
 
         Args:
-            role: what a measure compares, whichever encoder it uses, such as class_similarity.
+            role: a role of `measure_roles`, such as class_similarity.
         """
         base = (self.result or {}).get("base_scores", {})
         names = [name for name, own_role in self.measure_roles.items() if own_role == role and name in self.scores]

@@ -152,7 +152,7 @@ def _use_current_hyperparameters(saved: list[dict[str, Any]],
 
 
 def _restore_lr_scheduler(state: TrainState, saved: dict[str, Any]) -> None:
-    """Continue the learning-rate schedule at the saved step, from the learning rate of the current run."""
+    """Continue the learning-rate schedule at the saved step, with the base learning rate of the current run."""
     scheduler: Any = state.lr_scheduler
     scheduler.load_state_dict(saved | {"base_lrs": scheduler.base_lrs})
     if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):  # every schedule of diffusers is a LambdaLR

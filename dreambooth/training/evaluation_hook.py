@@ -101,7 +101,8 @@ class EvaluationHook:
     def exported_weights(self, exact: bool = False) -> Iterator[int]:
         """Put the weights to export into the trained module in a `with` block. Yield the step of these weights.
 
-        It is the best evaluated step if the run selects the best step, and otherwise the last step.
+        This step is the best evaluated step if the run selects the best step and its weights are still on the disk.
+        Otherwise it is the last step.
 
         Args:
             exact: keep the precision of the weights, to write them to a file; see `swap_in_ema`.

@@ -16,8 +16,7 @@ def instance_loss(setup: Setup) -> float:
     """Return the mean squared error of the model's predictions for the instance photos, with its current weights.
 
     Photos, noise and timesteps do not depend on train.seed, and are the same in all trials of a sweep with the same
-    latent shape.
-    The error is never weighted by SNR, so that trials with different train.snr_gamma can be compared.
+    latent shape. The error is never weighted by SNR, so that trials with different train.snr_gamma can be compared.
     """
     batches, schedule = setup.batches, setup.objective.noise_schedule
     photo_set, count = batches.photo_sets[0], TIMESTEPS_PER_PHOTO

@@ -14,7 +14,7 @@ from dreambooth.utils.image_grid import contact_sheet, grid, read_samples, squar
 
 
 class SampleRecorder:
-    """Generates the samples of a run and writes them to its folder.
+    """Generates the sample images of a run and writes them to the run folder.
 
     `samples/step-000100/prompt-0-1.png` is the second image of the first prompt, `samples/step-000100/grid-0.png` shows
     all images of the first prompt, and `contact_sheet.png` shows the samples of all steps.

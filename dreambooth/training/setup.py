@@ -121,7 +121,7 @@ def make_class_images(recipe: Recipe, stop: StopRequest) -> None:
 
 
 def _check_processes(recipe: Recipe, engine: Engine) -> None:
-    """Check that the number of processes fits the number of GPUs and the settings in `memory`.
+    """Check that the number of processes fits the number of GPUs and the recipe's memory settings.
 
     A machine with several GPUs is paid for as a whole, so training on only some of its GPUs is an error. Data parallel
     training averages gradients after the backward pass. optimizer_in_backward and offload_optimizer use and release

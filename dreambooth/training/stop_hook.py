@@ -50,7 +50,7 @@ class StopHook:
     def _requested_since(self, step: int) -> bool:
         """Return whether a stop was requested while the other hooks ran, and the state can still be saved.
 
-        It cannot be saved as the state of `step` if the next step has changed it.
+        The state of `step` can no longer be saved if the next step has changed it.
         """
         requested = self.stop.signal_name is not None
         if self.engine.world_size > 1:  # the next step exchanges the requests, unless this is the last step
