@@ -58,7 +58,7 @@ def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "re
 
 
 def describe_fault(error: Exception) -> str:
-    """Return one sentence about an internal fault, for reports that do not include the traceback."""
+    """Return one sentence about an internal fault (a bug), for reports that do not include the traceback."""
     return f"internal error in dreambooth, the traceback is in the log: {type(error).__name__}: {error}"
 
 

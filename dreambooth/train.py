@@ -1,4 +1,4 @@
-"""Command `python -m dreambooth.train`: composes the configuration of a run with Hydra, and trains the run.
+"""Command `python -m dreambooth.train`: composes the configuration of a run with Hydra, and executes the run.
 
 Torch is imported only when the work of the command starts, so that --help is fast.
 """
@@ -27,7 +27,7 @@ identity.register_resolver()
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def train(cfg: DictConfig) -> float | None:
-    """Train one run. Return its objective for Hydra's sweepers; lower is better."""
+    """Execute one training run. Return its objective, which Hydra's sweepers minimise."""
     sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     if sweep:
         cfg.tracking.sweep = cfg.tracking.sweep or DEFAULT_SWEEP_ID

@@ -57,7 +57,10 @@ class Dataset(Section):
 
     @property
     def keyed_subjects(self) -> Iterator[tuple[str, "Subject | Dataset"]]:
-        """One pair (prefix, subject) per subject. The subject's keys begin with this prefix (dataset.concepts.0)."""
+        """One pair (prefix, subject) per subject.
+
+        The keys of the subject begin with the prefix, such as dataset.concepts.0.
+        """
         if self.concepts:
             yield from ((f"dataset.concepts.{number}", subject) for number, subject in enumerate(self.concepts))
         else:

@@ -140,7 +140,7 @@ def parse_sum(text: str, measured: Mapping[str, str]) -> dict[str, float]:
 
 
 def compute_objective(text: str, measured: Mapping[str, str], scores: Mapping[str, float]) -> float:
-    """Return the number that a sweep minimises: the instance loss, or minus the weighted sum of measures.
+    """Return the number that a sweep minimises: the instance loss, or minus the weighted sum of measures in `text`.
 
     Args:
         text: evaluate.objective.

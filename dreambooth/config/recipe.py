@@ -128,7 +128,10 @@ class Recipe:
 
     @property
     def allows_offload_optimizer(self) -> bool:
-        """Whether memory.offload_optimizer=true is possible."""
+        """Whether memory.offload_optimizer=true is possible.
+
+        The option requires one process, fp32 weights, no channels_last, and an optimizer other than paged_adamw8bit.
+        """
         return (self.hardware.gpus == 1 and self.memory.weights is Weights.full and not self.train.channels_last
                 and self.optimizer.kind is not OptimizerKind.paged_adamw8bit)
 

@@ -42,7 +42,7 @@ class Model(Section):
 
 @dataclass
 class Precision(Section):
-    """Precision of computations. By default, trained weights, optimizer state and EMA are still stored in fp32."""
+    """Precision of computations. By default, trained weights, optimizer state and EMA stay fp32 nevertheless."""
 
     dtype: Dtype = Dtype.fp32
     tf32: bool = False

@@ -2,8 +2,7 @@
 
 OpenMP: libgomp reads from the environment, when torch is imported, how long an idle thread spins before it sleeps. A
 spinning thread resumes at once but occupies its core: beside another busy process, long spinning reduces training to a
-quarter of its speed (docs/benchmarks.md). Threads therefore spin long only if other processes leave the cores
-idle.
+quarter of its speed (docs/benchmarks.md). Threads therefore spin long only if other processes are idle.
 
 malloc: glibc maps new pages for each tensor of more than 32 MiB, and returns them to the kernel when the tensor is
 freed. The kernel clears every new page. A step of Stable Diffusion 1.5 allocates and frees gigabytes of gradients and
@@ -28,10 +27,10 @@ MALLOC_SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_TH
 
 @dataclass(frozen=True)
 class CpuTimes:
-    """CPU times of the machine and of this process, read at one moment, in seconds.
+    """The time and the CPU times of the machine and of this process, read at one moment, in seconds.
 
     Attributes:
-        clock: the monotonic clock.
+        clock: the time, from the monotonic clock.
         busy: time for which the cores were not idle, summed over cores; None if the system does not report it.
         own: CPU time of this process.
     """

@@ -171,8 +171,8 @@ class Bucket:
     def _content_matches(self, name: str, entry: Entry, etag: str) -> bool:
         """Download an object and return whether its content matches `entry`.
 
-        This is needed because S3 may store no SHA-256 of objects that other tools uploaded. An object is
-        not downloaded again as long as its name and ETag are the same.
+        This is needed because S3 may store no SHA-256 of objects that other tools uploaded. An object is not
+        downloaded again as long as its name and ETag are the same.
         """
         if (name, etag) not in self._verified:
             self._verified[name, etag] = not entry.size or all(

@@ -16,7 +16,10 @@ ROUNDS = 3  # attempts to send missing files
 
 
 class DestinationOccupied(UserError):
-    """Raised if the destination has no manifest but a file whose content differs, for example of an aborted upload."""
+    """Raised if the destination has no manifest, but has a file whose content differs from the file to upload.
+
+    An aborted upload, for example, may leave such a file.
+    """
 
 
 def upload_entries(bucket: Bucket, entries: Entries, folder: Path) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 def without_garbage_collection() -> Iterator[None]:
     """Switch off garbage collection inside the block, which makes an import of large libraries a fifth faster.
 
-    Such an import creates no garbage.
+    Such an import creates no garbage that a collection could free.
     """
     gc.disable()
     try:

@@ -1,8 +1,8 @@
 """Random numbers that are identified by a key instead of by the order of the draws.
 
 Every draw has a key such as (seed, step, global sample index, "noise"). The same key gives the same numbers, in
-every process and every micro-batch. Therefore a checkpoint contains no random state. Philox is counter-based (Salmon et
-al. 2011), so different keys give independent streams.
+every process and every micro-batch. Therefore a checkpoint contains no random state. The generator, Philox, is
+counter-based (Salmon et al. 2011), so different keys give independent streams.
 """
 
 from functools import lru_cache

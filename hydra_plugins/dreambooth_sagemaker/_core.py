@@ -99,7 +99,7 @@ def _check_settings(sweep: SweepState) -> None:
 
 
 def _check_numbers(configs: Sequence[DictConfig]) -> None:
-    """Check the numbers in the settings of every job, because a sweep may vary them.
+    """Check the launcher's numeric settings for every job, because a sweep may vary them.
 
     Limits of SageMaker itself are checked later, with the request.
 

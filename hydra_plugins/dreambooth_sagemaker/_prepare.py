@@ -111,10 +111,10 @@ def _raise_if_any(problems: Sequence[str]) -> None:
 
 
 def _check_job(config: DictConfig, mode: str) -> tuple[Config, dict[str, Any]]:
-    """Check one job: the launcher's settings, the rules of the run, and whether it fits in memory.
+    """Check one job: the launcher's settings, the rules of the run, and whether the run fits in memory.
 
     Returns:
-        The run's configuration, and the output of the planner for it.
+        The run's configuration, and the output of the planner for the run.
 
     Raises:
         ConfigError: the job has problems; the message has one line per problem.
@@ -215,7 +215,8 @@ def _job_settings(config: DictConfig) -> JobSettings:
 def _instance_value(config: DictConfig, key: str) -> float | None:
     """Return the price or the disk size of a job's instance: the user's value, or else the value in the hardware file.
 
-    Return None if there is neither value. The hardware file is used only for the instance type that it names.
+    Return None if there is neither value. The hardware file, conf/hardware/NAME.yaml, is used only for the
+    instance type that it names.
     """
     launcher = config.hydra.launcher
     typed_keys = {override.lstrip("+").partition("=")[0] for override in config.hydra.overrides.task}

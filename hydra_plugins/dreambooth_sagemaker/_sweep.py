@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 
 @dataclass
 class SweepState:
-    """Settings and results of a sweep. They are kept between the sweep's batches of jobs.
+    """Settings and results of a sweep. They are kept between the batches of jobs in the sweep.
 
-    Hydra calls the launcher once per batch.
+    Hydra calls the launcher once per batch of jobs.
     """
 
     settings: dict[str, Any]  # of the launcher; settings that differ between jobs are read from each job's config
