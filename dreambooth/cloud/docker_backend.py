@@ -1,4 +1,4 @@
-"""Backend that runs jobs in containers on this machine, with image, folders, environment variables as on SageMaker."""
+"""Backend that runs jobs in local containers, with the image, folders and environment variables of SageMaker jobs."""
 
 import itertools
 import json
@@ -123,8 +123,9 @@ class DockerBackend:
         return state
 
     def stop(self, job: Job) -> bool:
-        """Send a job the signal to save and stop, without waiting until it stops. Return False if it is not running.
+        """Send a job the signal to save and stop, and do not wait until the job has ended.
 
+        Return False if the job is not running.
         Raises:
             UserError: the engine cannot stop the job.
         """

@@ -74,7 +74,10 @@ class Unreachable(Exception):
 
 
 class LoginRequired(Unreachable):
-    """AWS rejects the credentials until the user logs in again. A rejected request had no effect, so repeat it then."""
+    """AWS rejects the credentials until the user logs in again.
+
+    The rejected request had no effect. It can be repeated after the login.
+    """
 
     def __init__(self, message: str, patience: float) -> None:
         super().__init__(message)

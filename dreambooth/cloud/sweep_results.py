@@ -117,7 +117,7 @@ def parallel_axes(table: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def write_parallel_coordinates(folder: Path, sweep: str, axes: Mapping[str, Sequence[Any]]) -> Path:
-    """Write the axes to `sweep-SWEEP/parallel_coordinates.json` in a folder, and return the path."""
+    """Write the result of parallel_axes to `sweep-SWEEP/parallel_coordinates.json` in a folder, and return the path."""
     path = folder / f"sweep-{sweep}" / "parallel_coordinates.json"
     atomic_files.write_json(path, {"sweep": sweep, "axes": {name: list(values) for name, values in axes.items()}})
     return path

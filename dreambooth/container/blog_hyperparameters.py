@@ -17,7 +17,7 @@ ATTENTIONS = {"default": "sdpa", "sdpa": "sdpa", "xformers": "xformers", "sliced
 
 @dataclass
 class BlogSettings:
-    """Settings that `parse` translates from those hyperparameters of a job that have names of the AWS blog post."""
+    """Configuration settings, translated from a job's blog hyperparameters (names from an AWS blog post's notebook)."""
 
     overrides: dict[str, str] = field(default_factory=dict)  # key -> value in Hydra's grammar
     names: dict[str, str] = field(default_factory=dict)  # key -> name of the hyperparameter that sets it

@@ -61,7 +61,10 @@ class Cluster:
 
 
 def parse_resource_config(resource_config: Mapping[str, Any], processes_per_host: int) -> Cluster:
-    """Return the cluster that resourceconfig.json describes; a cluster of this machine alone if it names no hosts."""
+    """Return the cluster that resourceconfig.json describes.
+
+    If the file names no hosts, return a cluster that consists of this machine alone.
+    """
     if not resource_config.get("hosts"):
         return Cluster(processes_per_host=processes_per_host,
                        instance_type=resource_config.get("current_instance_type"))
@@ -80,8 +83,8 @@ def count_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path
 
     If the variable SM_NUM_GPUS is set, return its value. If there is no file /dev/nvidiaN, return 0. Otherwise, count
     the devices with PyTorch in a separate process, so that this process need not import torch. The files /dev/nvidiaN
-    show that GPUs exist, but their numbers are not used: in a container that may use only some of the host's GPUs, the
-    files are numbered as on the host.
+    show only that GPUs exist, because they are numbered as on the host, even in a container that may use only some of
+    the host's GPUs.
     """
     if gpus := environment.get("SM_NUM_GPUS"):
         return int(gpus) if gpus.isdecimal() else 0

@@ -31,9 +31,9 @@ class Batch:
     """One micro-batch on the training device: tensors with N rows, one per sample, all of the same image size.
 
     An instance row is a sample of an instance photo, a class row is a sample of a class image. With prior preservation,
-    the first N / 2 rows are instance rows and the last N / 2 rows are class rows. Without it, all N rows are instance
-    rows. If the class images have another size than the instance photos, all N rows are instance rows, too, and the
-    class rows are in `class_batch`.
+    the first N / 2 rows are instance rows and the last N / 2 rows are class rows. There are two exceptions. Without
+    prior preservation, all N rows are instance rows. If the class images have another size than the instance photos,
+    all N rows are instance rows, and the class rows are in `class_batch`.
     """
 
     latents: Tensor  # (N, C, h, w), multiplied by the scaling factor of the VAE
@@ -150,8 +150,8 @@ def encode_batch_size(resolution: int) -> int:
 class Latents:
     """Computes the latents of `View` objects: encodes each view with the VAE, or samples from the cached distribution.
 
-    The cache holds the mean and the standard deviation of the latents of each photo and flip. Both do not depend on
-    the step.
+    The cache holds the mean and the standard deviation of the latents of each photo and flip, which are the same in
+    every step.
     """
 
     def __init__(self, encode: Callable[[Tensor], Moments], resolution: int, scaling_factor: float,
@@ -170,7 +170,7 @@ class Latents:
         self._cached: dict[tuple[str, Size | None], ReadRows] = {}
 
     def fill(self, photo_set: PhotoSet, tick: Callable[[int], None], size: int | None = None) -> None:
-        """Encode every photo of a centre-cropped set, and add the mean and standard deviation to the cache.
+        """Encode every photo of a PhotoSet with `center_crop`, and add the mean and standard deviation to the cache.
 
         If the set has `random_flip`, the mirror image of each photo is encoded, too.
 

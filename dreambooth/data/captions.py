@@ -1,4 +1,4 @@
-"""Reads the caption of a photo: from NAME.txt beside NAME.jpg, else from metadata.jsonl, else the prompt.
+"""Reads the caption of a photo from NAME.txt beside NAME.jpg, else from metadata.jsonl. The default is the prompt.
 
 metadata.jsonl has the format of `imagefolder` in Hugging Face `datasets`: one JSON object per line, such as
 {"file_name": "a.jpg", "text": "a caption"}. Functions with the argument `problems` append one sentence to this list for
@@ -13,7 +13,7 @@ METADATA = "metadata.jsonl"
 
 
 def caption_files(photo: Path) -> Iterator[Path]:
-    """Yield the files that may hold the caption of a photo: NAME.txt and metadata.jsonl, if they exist beside it."""
+    """Yield the files beside a photo in which its caption may be: NAME.txt and metadata.jsonl, as far as they exist."""
     text_file = next(filter(Path.is_file, map(photo.with_suffix, (".txt", ".TXT"))), None)
     if text_file is not None:
         yield text_file
@@ -50,8 +50,9 @@ def read_metadata(folder: Path, problems: list[str]) -> dict[str, str]:
 
 
 def read_caption(photo: Path, prompt: str, metadata: Mapping[str, str], problems: list[str]) -> str | None:
-    """Return the caption of a photo as one line. If it cannot be used, append the reason to `problems`, return None.
+    """Return the caption of a photo as one line.
 
+    If the caption cannot be used, append the reason to `problems` and return None.
     Args:
         prompt: returned if the photo has no caption.
         metadata: the result of `read_metadata` for the photo's folder.

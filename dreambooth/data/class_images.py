@@ -48,7 +48,8 @@ def sampler_settings(recipe: Recipe) -> Sampler:
 def find(recipe: Recipe) -> ClassImages:
     """Return the class images that a run needs, and which of them must be generated.
 
-    Images that earlier runs generated with the same prompt, model and sampler settings are reused.
+    The user's images come first. Images that earlier runs generated with the same prompt, model and sampler settings
+    are reused.
     """
     user_paths = list_photos(recipe.class_dir) if recipe.class_dir else []
     origin = _origin(recipe)
