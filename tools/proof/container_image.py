@@ -72,7 +72,8 @@ def run_sdk(version: str, docker: Engine, work: Path) -> str:
     result = json.loads(output.splitlines()[-1])
     assert result["files"] and result["failure"] and "use_ema must be true or false" in output, output[-3000:]
     return (f"| SageMaker SDK {result['version']}, local mode, the blog's hyperparameters | {seconds:.0f} | "
-            f"a model ({', '.join(result['files'])}); with \"maybe\" for use_ema: {result['failure']} |")
+            f"a model ({', '.join(result['files'])}). A second job, with the wrong value `use_ema=maybe`, is refused: "
+            f"{result['failure']} |")
 
 
 def run_sweep(docker: Engine) -> str:
@@ -100,8 +101,8 @@ def run_sweep(docker: Engine) -> str:
     assert statuses == ["Completed"] * 5 + ["Failed"], output[-5000:]
     assert len(runs) == 6 + 1, output[-5000:]  # six jobs and the sweep itself
     return (f"| `-m hydra/launcher=sagemaker hydra.launcher.mode=docker`, six learning rates, two at a time | "
-            f"{seconds:.0f} | five objectives, best {min(float(row['objective']) for row in rows[:5]):.4f}; only 1e20 "
-            f"fails; {len(runs)} runs in MLflow with the tag `sweep` |")
+            f"{seconds:.0f} | five objectives, best {min(float(row['objective']) for row in rows[:5]):.4f}; only "
+            f"learning rate 1e20 fails; in MLflow {len(runs)} runs with the tag `sweep`: six jobs and the summary run |")
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def main() -> None:
             print(f"{number + 1}/{options.trials}  {kind}  exit codes {codes}", flush=True)
     rows = [f"| {' | '.join([kind, *map(_describe, directions)])} |" for kind, directions in counts.items()]
     table = format_table(f"boto3 {version('boto3')}, {time.monotonic() - start:.0f} s; all {options.trials} pass",
-                         "| fault | uploads under it | downloads under it |", rows)
+                         "| fault | uploads with this fault | downloads with this fault |", rows)
     print(table)
     write_section(PAGE, BEGIN, END, table)
 
