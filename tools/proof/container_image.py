@@ -102,7 +102,8 @@ def run_sweep(docker: Engine) -> str:
     assert len(runs) == 6 + 1, output[-5000:]  # six jobs and the sweep itself
     return (f"| `-m hydra/launcher=sagemaker hydra.launcher.mode=docker`, six learning rates, two at a time | "
             f"{seconds:.0f} | five objectives, best {min(float(row['objective']) for row in rows[:5]):.4f}; only "
-            f"learning rate 1e20 fails; in MLflow {len(runs)} runs with the tag `sweep`: six jobs and the summary run |")
+            f"learning rate 1e20 fails; in MLflow {len(runs)} runs with the tag `sweep`: six jobs and "
+            "the summary run |")
 
 
 @contextmanager
