@@ -33,7 +33,7 @@ def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "re
     Args:
         job: the function that does the work of a command.
         sweep: whether the job is part of a sweep.
-        resume_hint: how to resume the job; printed after a Ctrl-C that ended the job at once.
+        resume_hint: how to resume the job. The hint is printed if Ctrl-C raises KeyboardInterrupt in the job.
     """
     for name, value in cpu_tuning.openmp_environment().items():
         os.environ.setdefault(name, value)  # the user's own settings take precedence
@@ -65,8 +65,8 @@ def describe_fault(error: Exception) -> str:
 def _record_failure(code: int, sentence: str, user_error: bool = True) -> None:
     """Record the exit code of a failed job.
 
-    If the environment variable named by EXIT_REPORT_DIR is set, also write a report for the parent process into the
-    folder that the variable names.
+    The constant EXIT_REPORT_DIR is the name of an environment variable. If this variable is set, its value is a
+    folder. In this case, also write a report for the parent process into the folder.
     """
     _exit_codes.append(code)
     if folder := os.environ.get(EXIT_REPORT_DIR):
@@ -96,7 +96,7 @@ def configure_allocator(memory: Memory) -> None:
     """Set the environment variable PYTORCH_ALLOC_CONF to the allocator options of `memory`, unless the user has set it.
 
     The variable holds the options of PyTorch's CUDA allocator. PyTorch reads it when torch is imported, so call this
-    function before.
+    function before torch is imported.
     """
     options = {"expandable_segments": "True" if memory.expandable_segments else None,
                "max_split_size_mb": memory.max_split_size_mb}
@@ -106,7 +106,10 @@ def configure_allocator(memory: Memory) -> None:
 
 
 def parse_with_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line: options, and overrides KEY=VALUE. Return the options; `overrides` lists the overrides."""
+    """Parse a command line that contains options and overrides KEY=VALUE.
+
+    Return the namespace of the options. Its attribute `overrides` is the list of the overrides.
+    """
     options, overrides = parser.parse_known_args()
     if invalid := [word for word in overrides if "=" not in word or word.startswith("-")]:
         parser.error(f"{invalid[0]} is neither an option nor KEY=VALUE")

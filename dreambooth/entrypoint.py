@@ -138,7 +138,7 @@ def compose_run(overrides: list[str]) -> tuple[Config, Path]:
 
 
 def _epochs_to_steps(config: Config, world_size: int) -> int:
-    """Return `checkpoint.every`, which the job gave in epochs (passes over the photos), converted to steps.
+    """Return `checkpoint.every`, converted from epochs (passes over the photos) to steps.
 
     Raises:
         DreamBoothError: there are no photos, or they cannot be downloaded.

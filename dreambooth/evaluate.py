@@ -23,7 +23,7 @@ from dreambooth.errors import UserError
 class EvaluateOptions(Section):
     """Options of the command: the run to evaluate, and new values for settings of the config group evaluate.
 
-    None keeps the value that the run was trained with. conf/evaluate.yaml explains each key.
+    If a field is None, its setting keeps the value from the training of the run. conf/evaluate.yaml explains each key.
     """
 
     run: str | None = None

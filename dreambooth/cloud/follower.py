@@ -156,7 +156,10 @@ class Follower:
     # -- jobs that are still running when run() ends early ----------------------------------------------------------
 
     def _running(self) -> list[int]:
-        """Return the indices of the jobs that may cost money. Jobs that may not have started yet come last."""
+        """Return the indices of the jobs that may cost money.
+
+        If it is unknown whether a job has started, the job comes last.
+        """
         return sorted((number for number, state in enumerate(self.states) if state.may_be_billed),
                       key=lambda number: self.states[number].status == SUBMITTING)
 

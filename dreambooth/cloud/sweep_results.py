@@ -32,8 +32,8 @@ def fail_without_objective(state: JobState) -> JobState:
 def jobs_to_run(jobs: Sequence[Job], done: Results) -> list[Job]:
     """Return the jobs without duplicates, and without jobs that already have a result.
 
-    Jobs with the same overrides are duplicates, because a sweeper may suggest the same overrides twice. Only the first
-    job with the same overrides is run and paid for.
+    Jobs with the same overrides are duplicates. They exist because a sweeper may suggest the same overrides twice.
+    Only the first of them is run and paid for.
     """
     return list({job.overrides: job for job in reversed(jobs) if job.overrides not in done}.values())[::-1]
 
@@ -92,7 +92,7 @@ def write_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Pa
 
 
 def write_partial_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Path | None:
-    """Write the results table of a sweep whose jobs have not all ended, as write_table does, and return the path.
+    """Call write_table for a sweep whose jobs have not all ended, and return the path of the results table.
 
     If the existing file has more rows than `table`, or if `table` is empty, write nothing and return None.
     """

@@ -1,8 +1,8 @@
 """Builds the request of a SageMaker training job from a run's overrides and the launcher's settings.
 
 The functions have no side effects. The contract between job and container is as follows. Hyperparameters are overrides
-as strings. The channels images, class_images and model are folders in S3. The container writes results to /opt/ml/model
-and training state to /opt/ml/checkpoints. SageMaker copies both folders to S3 file by file.
+as strings. A channel is a folder in S3. Its name is `images`, `class_images` or `model`. The container writes results
+to /opt/ml/model and training state to /opt/ml/checkpoints. SageMaker copies both folders to S3 file by file.
 """
 
 import json

@@ -50,8 +50,9 @@ def load(cfg: DictConfig) -> Config:
     """Return the Config of a run, built from the configuration that Hydra composed.
 
     Raises:
-        ConfigError: values break rules of their own fields, +key=value added a key that is not in the schema, or
-            tracking.uri contains a password. The message has one line per problem, and each line names a key.
+        ConfigError: a value breaks a rule of its field, the user has added a key that is not in the schema (with
+            +key=value), or tracking.uri contains a password. The message has one line per problem, and each line
+            names a key.
     """
     problems = [f"tracking.uri {_PASSWORD_IN_URI}"] * uri_has_password(cfg)
     problems += [f"{key} is not a setting: type a key that --cfg job shows" for key in _unknown_keys(cfg)]
@@ -68,7 +69,7 @@ def load(cfg: DictConfig) -> Config:
 
 
 def search_space(name: str) -> dict[str, tuple[str, ...]]:
-    """Read a search space, the values that a sweep tries, from conf/sweep/NAME.yaml, where NAME is `name`.
+    """Read a search space from conf/sweep/NAME.yaml, where NAME is `name`. It holds the values that a sweep tries.
 
     Only choice(...) is allowed, because sweepers treat other forms differently: Optuna includes the end of a
     range, but Hydra's basic sweeper does not. The basic sweeper does not support intervals.

@@ -51,7 +51,7 @@ class Dataset(Section):
 
     @property
     def subjects(self) -> list[Subject]:
-        """All subjects: the list `concepts`, or if this list is empty, the single subject of the other fields."""
+        """All subjects: the list `concepts`. If it is empty, the other fields describe a single subject."""
         return self.concepts or [
             Subject(self.instance_dir, self.instance_prompt, self.class_dir, self.class_prompt, self.mask)]
 

@@ -101,7 +101,7 @@ class Recipe:
 
     @property
     def class_recipes(self) -> tuple["Recipe", ...]:
-        """One recipe per class. Subjects with the same class prompt and class_dir have one class with shared images."""
+        """One recipe per class. Subjects with the same class prompt and class_dir share one class and its images."""
         recipes: dict[tuple[str, Path | None], Recipe] = {}
         for recipe in self.subject_recipes:
             recipes.setdefault((recipe.class_prompt, recipe.class_dir), recipe)
@@ -155,8 +155,8 @@ class Recipe:
     def tracked_settings(self) -> dict[str, str]:
         """Return the settings that are sent to MLflow as parameters: TRACKED_KEYS and all overridden settings.
 
-        MLflow shows all parameters above each image, so that sending every setting would hide the images. The file
-        run.json contains every setting instead.
+        MLflow shows all parameters above each image. Sending every setting would therefore hide the images. The file
+        run.json contains every setting.
         """
         overridden = [word.lstrip("+~").partition("=")[0] for word in self.overrides]
         tracked = {*TRACKED_KEYS, *overridden, *(f"{group}.name" for group in overridden)}

@@ -29,7 +29,8 @@ def require(section: str, rules: dict[str, tuple[bool, str]]) -> None:
 
     Args:
         section: name of the section, or "" if its keys have no prefix.
-        rules: by key, whether the rule of the key holds, and the rule as the end of the sentence "KEY must be ...".
+        rules: for each key of the section, a pair. The first item is whether the rule of the key holds. The second
+            item is the rule, worded as the end of the sentence "KEY must be ...".
 
     Raises:
         ValueError: rules are broken; the message has one line per rule.

@@ -1,4 +1,4 @@
-"""The config group `storage`, and checks whether a path is in S3 or is a single-file model.
+"""The config group `storage`, and two functions that tell whether a path is in S3 or is a single-file model.
 
 Imports neither torch nor Hydra.
 """

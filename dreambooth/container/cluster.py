@@ -83,8 +83,8 @@ def count_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path
 
     If the variable SM_NUM_GPUS is set, return its value. If there is no file /dev/nvidiaN, return 0. Otherwise, count
     the devices with PyTorch in a separate process, so that this process need not import torch. The files /dev/nvidiaN
-    show only that GPUs exist, because they are numbered as on the host, even in a container that may use only some of
-    the host's GPUs.
+    tell only that there are GPUs, not how many: in a container that may use only some of the machine's GPUs, the files
+    are numbered as on the machine.
     """
     if gpus := environment.get("SM_NUM_GPUS"):
         return int(gpus) if gpus.isdecimal() else 0

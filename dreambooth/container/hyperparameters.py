@@ -150,9 +150,9 @@ def _merge_inputs(
 def _find_superseded(
     blog: BlogSettings, channel_names: Mapping[str, str], explicit: Mapping[str, str], request: RunRequest
 ) -> set[str]:
-    """Return the configuration keys that a blog hyperparameter or a channel sets and an override replaces.
+    """Return the configuration keys for which the value from a blog hyperparameter or a channel is ignored.
 
-    Add a notice to `request` for each of these keys.
+    The value is ignored because an override decides the key. Add a notice to `request` for each of these keys.
     """
     sources = {**blog.names, **channel_names}
     deciders = {key: group for group, keys in SUPERSEDED.items() if group in explicit

@@ -16,8 +16,8 @@ def root_exit_code(failures: Collection[ProcessFailure]) -> int:
     """Return the exit code of the process that caused the other failures; -N if signal N ended it.
 
     SIGKILL takes precedence: a process killed by SIGKILL prints nothing, and processes that wait for it fail
-    immediately. SIGTERM counts only if there is no other cause, because the launcher itself ends the remaining
-    processes by SIGTERM, and much later by SIGKILL.
+    immediately. SIGTERM counts only if there is no other cause, because the launcher itself sends SIGTERM to the
+    remaining processes. If they do not end, the launcher sends SIGKILL, but so late that it does not count here.
     """
     first_failure = min(failure.timestamp for failure in failures)
     # Timestamps are whole seconds: failures within one second may have happened in any order.

@@ -42,8 +42,8 @@ def cropped_fraction(height: int, width: int, size: Size) -> float:
 def largest_bucket(resolution: int, scale: int, levels: int) -> Size:
     """Return the bucket size whose training step takes the most memory.
 
-    This is the size for which the feature maps of all UNet levels have the most positions in total. Half of an odd side
-    of a feature map is rounded up.
+    This is the size for which the feature maps of all UNet levels have the most positions in total. If the side of a
+    feature map is odd, the side at the next level is half of it, rounded up.
 
     Args:
         scale: pixels per latent along one side.

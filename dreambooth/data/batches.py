@@ -305,7 +305,7 @@ class Batches:
 
     @cached_property
     def _one_prompt_per_half(self) -> bool:
-        """Whether Batch.text holds one prompt per PhotoSet.
+        """Whether Batch.text holds only one prompt per PhotoSet, instead of one prompt per row.
 
         The answer is the same in every step of a run, because compiled models need constant shapes.
         """

@@ -74,10 +74,10 @@ def generate_missing(
 ) -> None:
     """Generate this process's share of the missing images. Files are written atomically.
 
-    The number in an image's file name decides which process generates it. Positions in `missing` would not work,
-    because `find` returns a shorter list to a process that calls it after some images were generated. Images that
-    another run has generated meanwhile are skipped. Each run starts at a random image, so that simultaneous runs in one
-    run_root share the work.
+    The number in an image's file name decides which process generates it. The position in `images.missing` is no
+    substitute for this number: each process calls `find` at its own time, and the list gets shorter as images are
+    generated. Images that another run has generated meanwhile are skipped. Each run starts at a random image, so that
+    simultaneous runs in one run_root share the work.
 
     Args:
         generate: takes a list of seeds, returns one image of the class prompt per seed.

