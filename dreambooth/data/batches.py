@@ -103,14 +103,14 @@ class PhotoSet:
     photos: Sequence[Photo]
     center_crop: bool
     random_flip: bool
-    repeats: Sequence[int] | None = None  # number of uses of each photo per round (one pass over the set); None: once
+    repeats: Sequence[int] | None = None  # how often each photo is used per epoch; None: each photo once
     prompt_dropout: float = 0.0  # probability of the empty prompt
 
     def view(self, seed: int, step: int, index: int, batch: int) -> View:
         """Return the View (photo, flip, crop) that sample `index` of a step uses.
 
-        Each round (one pass over this set) has a new random order of the photos. All photos of this set that a step
-        uses have the same size.
+        An epoch contains each photo as often as `repeats` says. Each epoch has a new random order of the photos. All
+        photos of this set that a step uses have the same size.
 
         Args:
             batch: number of samples per step, over all micro-batches and processes.
@@ -132,9 +132,9 @@ class PhotoSet:
 
     @cached_property
     def _rounds(self) -> dict[Size | None, list[int]]:
-        """Dictionary from bucket size to the indices of its photos in one round (one pass over this set).
+        """Dictionary from bucket size to the indices of the bucket's photos in one epoch.
 
-        The index of a photo occurs as often as the photo is used per round.
+        The index of a photo occurs as often as the photo is used per epoch.
         """
         rounds: dict[Size | None, list[int]] = {}
         for number, (photo, times) in enumerate(zip(self.photos, self.repeats or [1] * len(self.photos), strict=True)):

@@ -13,7 +13,7 @@ def load_subject_photos(recipe: Recipe) -> tuple[list[Photo], list[int]]:
     """Load the instance photos of all subjects, in the order of the subjects.
 
     Returns:
-        The photos, and for each photo the number of uses per round (one pass over all photos).
+        The photos, and for each photo the `repeats` of its subject: how often the photo is used per epoch.
 
     Raises:
         UserError: a folder or file cannot be used, or a photo's mask is empty inside the centre crop.

@@ -23,9 +23,9 @@ from dreambooth.utils.console import Console
 def evaluate_run(recipe: Recipe) -> dict[str, float]:
     """Generate and score images of the base model and of the exported model. Return the scores of the exported model.
 
-    The scores are also tracked and printed. The base model counts as step 0, the exported model as the step of its
-    weights. A step that was evaluated before with the same settings, by the run or by this command, is not evaluated
-    again.
+    The scores are also tracked and printed. The scores of the base model belong to step 0. The scores of the exported
+    model belong to the step whose weights were exported. A step that was evaluated before with the same settings, by
+    the run or by this command, is not evaluated again.
 
     Raises:
         UserError: the run is not finished, or the recipe names no encoder.

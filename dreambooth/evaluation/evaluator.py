@@ -2,7 +2,7 @@
 
     evaluation/<encoder>-<key>/made_with.json
     evaluation/<encoder>-<key>/step-000100/   prompt-0-1.png  class-0.png  grid-prompt-0.png  scores.json
-    evaluation.json                           scores of all steps in the folder that was used last
+    evaluation.json                           all scores in one folder evaluation/<encoder>-<key>: the one used last
 
 The key is a hash of everything that determines the scores, except the weights of the evaluated model. All scores in a
 folder `<encoder>-<key>` can therefore be compared. Seeds are fixed and independent of training's random numbers, so a
@@ -158,8 +158,8 @@ class Evaluator:
         """Return the prefix of the names that this evaluator's metrics and images have in the tracker.
 
         A tracker stores one value per step and name, but an evaluation with other prompts or seeds gives other values.
-        The prefix is therefore `evaluate` only if the run was not evaluated before by one of the same encoders with
-        other settings. Otherwise the prefix also contains `key`. All steps in one folder have the same prefix.
+        If an earlier evaluation of the run used one of the same encoders with other settings, the prefix therefore
+        contains `key`. Otherwise it is `evaluate`. All steps in one folder have the same prefix.
         """
         others = [path for path in self.folder.parent.glob(f"*/{MADE_WITH}") if path.parent != self.folder]
         used = {name for path in others for name in json.loads(path.read_text(encoding="utf-8"))["encoders"]}

@@ -69,17 +69,18 @@ def mean_distance(distances: Tensor) -> Tensor:
 def cosine_distances(embeddings: Tensor) -> Tensor:
     """Return 1 - cosine similarity of every two rows of (N, D): a matrix (N, N) in [0, 2], for `mean_distance`.
 
-    Without LPIPS weights, diversity is the mean of these distances, which is not the paper's DIV.
+    The mean of these distances is a measure of diversity that needs no LPIPS weights. It is not the paper's DIV.
     """
     unit = _unit(embeddings)
     return 1 - unit @ unit.T
 
 
 def class_drift(now: Tensor, base: Tensor) -> Tensor:
-    """Return 1 - cosine similarity between the mean embedding directions of class images now and before training.
+    """Return 1 - cosine similarity of two mean embeddings: that of class images now, and that before training.
 
-    The result is in [0, 2]. Lower is better; 0 means that the mean direction has not changed. This measure is not from
-    the paper. Unlike PRES it needs no photo of the subject, and it also detects drift that is not towards the subject.
+    Each embedding is normalised to length 1 before the mean is computed. The result is in [0, 2]. Lower is better; 0
+    means that the direction of the mean has not changed. This measure is not from the paper. Unlike PRES it needs no
+    photo of the subject, and it also detects drift that is not towards the subject.
 
     Args:
         now: embeddings of class images from the current model, (N, D).

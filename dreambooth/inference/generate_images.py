@@ -120,9 +120,10 @@ def draw(config: Generate, stop: StopRequest) -> Path:
 
 
 def slug(prompt: str) -> str:
-    """Return a prompt in a form for file names: at most 60 letters and digits, joined by hyphens.
+    """Return a prompt in a form for file names: lower-case ASCII letters and digits, with hyphens between words.
 
-    If this form is longer, or the prompt is not ASCII or has no letters and digits, a hash of the prompt is appended.
+    This form is cut after 60 characters. If something was cut off, or the prompt is not ASCII or has no letters and
+    digits, a hash of the prompt is appended.
     """
     plain = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
     if prompt.isascii() and 0 < len(plain) <= 60:
@@ -131,7 +132,7 @@ def slug(prompt: str) -> str:
 
 
 def _advice(phase: str, config: Generate, device: str) -> str:
-    """Return the end of the error message for memory that ran out in `phase`: what the user can type."""
+    """Return what the user can type if memory ran out in `phase`: the end of the error message."""
     if phase == "drawing" and min(config.batch_size, config.num_images) > 1:
         return "batch_size=1"
     if device == "cuda":

@@ -31,7 +31,8 @@ def find_loras(sources: Sequence[str], scales: Sequence[float]) -> list[Lora]:
         scales: one scale per source.
 
     Raises:
-        UserError: a source contains no LoRA, a LoRA file cannot be read, or diffusers cannot apply a whole LoRA.
+        UserError: a source contains no LoRA; a LoRA file cannot be read, or belongs to no supported model family; or
+            diffusers would apply only a part of a LoRA.
     """
     return [_find_lora(Path(source), scale) for source, scale in zip(sources, scales, strict=True)]
 
@@ -81,7 +82,8 @@ def _find_lora(source: Path, scale: float) -> Lora:
 def _name(path: Path) -> str:
     """Return the name of a LoRA that a web UI would show: the name of its file without the suffix.
 
-    A run also exports its LoRA as a file for web UIs, in the folder `webui/` beside `path`. This file's name is used.
+    A run exports its LoRA a second time, as a file for web UIs in the folder `webui/` beside `path`. If there is such
+    a file, its name is returned.
     """
     webui_files = sorted((path.parent / "webui").glob("*.safetensors")) if path.name == ADAPTER else []
     return (webui_files[0] if webui_files else path).stem

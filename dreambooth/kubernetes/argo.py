@@ -122,7 +122,7 @@ def _output_parameters(*names: str) -> dict[str, Any]:
 
 
 def _output_artifacts(*names: str) -> dict[str, Any]:
-    """Build output artifacts, each a single file without a tar archive. All are optional, like the contact sheet."""
+    """Build output artifacts. Each is a single file, not a tar archive. Argo accepts that a file does not exist."""
     return {"artifacts": [{"name": name.partition(".")[0].replace("_", "-"), "path": f"{OUTPUT_FOLDER}/{name}",
                            "archive": {"none": {}}, "optional": True} for name in names]}
 

@@ -40,7 +40,7 @@ def build_experiment(spec: WorkflowSpec) -> dict[str, Any]:
 
 
 def _parameter(name: str, values: tuple[str, ...]) -> dict[str, Any]:
-    """Build a parameter of the Experiment. Values are copied as strings, as Hydra's sweeper passes them to a run."""
+    """Build a parameter of the Experiment. Its values are the strings that Hydra's sweeper would pass to a run."""
     kind = "discrete" if all(_is_number(value) for value in values) else "categorical"
     return {"name": name, "parameterType": kind, "feasibleSpace": {"list": list(values)}}
 

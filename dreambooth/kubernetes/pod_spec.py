@@ -76,7 +76,10 @@ def env_from() -> list[dict[str, Any]]:
 
 
 def env_by_key() -> list[dict[str, Any]]:
-    """Return one reference per key to the objects of env_from, for Kubernetes objects that have no field `envFrom`."""
+    """Return one reference for each key of the ConfigMap and of the Secret in env_from.
+
+    Kubernetes objects that have no field `envFrom` need these references.
+    """
     sources = dict.fromkeys(CONFIG_MAP_KEYS, ("configMapKeyRef", CONFIG_MAP)) | dict.fromkeys(
         SECRET_KEYS, ("secretKeyRef", SECRET))
     return [{"name": key, "valueFrom": {kind: {"name": name, "key": key, "optional": True}}}

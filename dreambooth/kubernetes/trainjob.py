@@ -24,10 +24,12 @@ def build_trainjob(spec: WorkflowSpec) -> dict[str, Any]:
 
 
 def build_multi_gpu_trainjob(spec: WorkflowSpec) -> dict[str, Any]:
-    """Build the TrainJob of a run with one process per GPU, on a larger instance of the family of `spec.hardware`.
+    """Build the TrainJob of a run with one process per GPU.
+
+    It runs on a larger AWS instance than `spec.hardware`, of the same instance family: on g5.12xlarge instead of g5.
 
     Raises:
-        UserError: MULTI_GPU_MACHINES contains no instance of this instance family.
+        UserError: MULTI_GPU_MACHINES contains no larger instance for `spec.hardware`.
     """
     if spec.hardware.name not in MULTI_GPU_MACHINES:
         raise UserError(f"no machine with several GPUs is known for hardware={spec.hardware.name}: type hardware= "

@@ -82,9 +82,9 @@ def idle_modules(parts: Components, recipe: Recipe) -> list[nn.Module]:
 def part_dtypes(recipe: Recipe, frozen: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     """Return the precision of the denoiser and that of the text encoders: fp32 if they are trained, else `frozen`.
 
-    With an adapter, the base model is frozen. Its matrices and convolutions are stored in the precision to which
-    autocast casts them at every use, so that storing them in this precision does not change the results. Norms and
-    embeddings are also stored in this precision, which rounds them once if the base model's files have a higher
+    With an adapter, the base model is frozen. If `frozen` is the compute precision, matrices and convolutions give the
+    same results as if they were stored in fp32, because autocast would cast them to this precision at every use. Norms
+    and embeddings are also stored in this precision. They are rounded once if the base model's files have a higher
     precision.
     """
     trained = frozen if recipe.method.low_rank else torch.float32
@@ -177,7 +177,8 @@ def prepare(parts: Components, recipe: Recipe) -> TrainedModel:
 def import_libraries() -> None:
     """Import the libraries that loading a model needs, and disable their progress bars, except for downloads.
 
-    One function imports all of them, so that the imports run without the garbage collector and without bitsandbytes.
+    All these imports are in one function, which pauses the garbage collector and hides bitsandbytes while they run.
+    Both make the imports faster (utils/imports.py).
     """
     with without_garbage_collection():
         import diffusers

@@ -62,9 +62,9 @@ class LowRank:
         value, and r the rank. The rounding error of a sum of k products, in any order, is at most gamma_k times the sum
         of the magnitudes of the products (Higham 2002, eq. 3.5).
 
-        - Separate adapter: the factor is gamma_n for W x and gamma_(n + r) for up (down x); their sum adds one u.
-        - Merged adapter: the factor is gamma_r for up down; W + up down adds one u, and its product with x adds
-          gamma_n.
+        - With a separate adapter, W x has the factor gamma_n, and up (down x) has gamma_(n + r). Their sum adds one u.
+        - With a merged adapter, the product up down has the factor gamma_r. The sum W + up down adds one u, and the
+          product of this sum with x adds gamma_n.
 
         Both errors are at most gamma_(n + r + 2) c with c = (|W| + |up| |down|) |x|. Therefore, for every output value,
 
@@ -115,7 +115,7 @@ def inject(model: nn.Module, method: Method, targets: Mapping[Targets, re.Patter
 
 
 def target_layers(part: nn.Module, pattern: re.Pattern[str]) -> list[str]:
-    """Return the names of the linear and convolution layers of `part` that match `pattern`, to get an adapter."""
+    """Return the names of the layers that get an adapter: linear and convolution layers that match `pattern`."""
     return [name for name, module in part.named_modules()
             if isinstance(module, nn.Linear | nn.Conv2d) and pattern.fullmatch(name)]
 

@@ -18,7 +18,7 @@ from dreambooth.models.families.family import Family
 
 @dataclass(frozen=True)
 class Sampler:
-    """Settings for generating pictures. The hash in the name of a folder of class images covers them."""
+    """Settings for generating pictures. The name of a class image folder contains a hash of them."""
 
     num_inference_steps: int
     guidance_scale: float
@@ -46,8 +46,8 @@ def open_pipeline(model: Path | str, device: str, revision: str | None = None, v
         device: cpu or cuda, where the pipeline computes.
         revision, variant: options of from_pretrained.
         other_vae: a folder or hub id of a VAE that replaces the model's own.
-        zero_terminal_snr: whether to rescale the noise schedule to zero terminal SNR, because an adapter was trained
-            with the rescaled schedule (components.training_scheduler).
+        zero_terminal_snr: whether to rescale the noise schedule to zero terminal SNR. An adapter that was trained with
+            the rescaled schedule (components.training_scheduler) needs this.
 
     Returns:
         The pipeline, on `device` and with the family's sampling scheduler; and the model's family.

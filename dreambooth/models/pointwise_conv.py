@@ -1,9 +1,9 @@
 """1x1 convolutions, computed as matrix products, which is faster on a CPU.
 
-oneDNN reorders the weights, pixels and gradients of a convolution at every call, and a 1x1 convolution computes little
-else. With matrix products instead of convolutions, the forward and backward passes of these layers need one half to two
-thirds of the previous time in the tiny base model. All 1x1 layers of Stable Diffusion 1.5 together need a tenth to a
-fifth less time at 256 px (docs/benchmarks.md).
+At every call of a convolution, oneDNN reorders the weights, pixels and gradients. A 1x1 convolution has little other
+work. In the tiny base model, the forward and backward passes of a 1x1 layer with matrix products take one half to two
+thirds of the time that they take with convolutions. In Stable Diffusion 1.5 at 256 px, all 1x1 layers together take a
+tenth to a fifth less time (docs/benchmarks.md).
 """
 
 import torch

@@ -33,8 +33,8 @@ def load_for_run(recipe: Recipe, family: Family, dtype: torch.dtype, options: di
 def load_for_pipeline(source: str, family: Family, dtype: torch.dtype) -> Any:
     """Load a VAE from this machine in `dtype`, for a pipeline that generates pictures.
 
-    Unlike in `load_for_run`, a VAE that overflows in fp16 is loaded in fp16, too: the pipeline itself computes it in
-    fp32.
+    Unlike `load_for_run`, this function uses `dtype` even if it is fp16 and the VAE overflows in fp16. The pipeline
+    itself runs such a VAE in fp32.
 
     Raises:
         OSError, ValueError, SafetensorError: the VAE is not on this machine, or is damaged.
@@ -46,8 +46,9 @@ def planned_configuration(source: str, family: Family, base: dict[str, Any]) -> 
     """Return the configuration of the VAE that replaces the base model's, for the planner, which downloads nothing.
 
     If `source` is a folder, its config.json is read. If `source` is a hub id or a single file, the result is `base`,
-    marked as overflowing in fp16, unless the name of `source` says that this VAE does not overflow. The conversion of
-    single files uses the same rule for names (single_file_sources.py).
+    in which only the mark for overflow in fp16 is replaced. The new mark says that the VAE does not overflow if the
+    name of `source` says so. Otherwise it says that the VAE overflows. The conversion of single files uses the same
+    rule for names (single_file_sources.py).
 
     Args:
         source: the VAE that replaces the base model's: a folder, a hub id or a single file.

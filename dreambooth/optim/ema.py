@@ -4,9 +4,8 @@ The decay of step t = 1, 2, ... is min(ema_decay, (1 + t) / (10 + t)). The avera
 at first, and slowly later.
 
 With `every` = k, the averages are updated only after each k-th step: average = d * average + (1 - d) * weights, where d
-is the product of the decays of the last k steps. If the weights after the k-th step were also the weights after each of
-the k - 1 steps before it, the result would equal that of an update after every step. The weights after these k - 1
-steps do not enter the average.
+is the product of the decays of the last k steps. This has the same result as k updates, one for each of these steps,
+that all use the weights after the k-th step. The weights after the other k - 1 steps do not enter the average.
 """
 
 import math

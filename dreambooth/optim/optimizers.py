@@ -30,8 +30,8 @@ def build_optimizer(parameters: list[nn.Parameter], spec: Optimizer, learning_ra
       allocates temporary tensors as large as the model.
     - adamw8bit, paged_adamw8bit: bitsandbytes' AdamW, with 8-bit state (Dettmers et al. 2022, arXiv:2110.02861).
     - adafactor: transformers' Adafactor (Shazeer & Stern 2018, arXiv:1804.04235), without relative steps and parameter
-      scaling, so that the learning rate means the same as with the other optimizers. torch.optim.Adafactor always
-      multiplies the learning rate by the root mean square of the weights.
+      scaling, so that the learning rate means the same as with the other optimizers. torch.optim.Adafactor is not used,
+      because it always multiplies the learning rate by the root mean square of the weights.
     """
     arguments: dict[str, Any] = {"lr": learning_rate, "weight_decay": spec.weight_decay}
     if spec.kind is OptimizerKind.adafactor:

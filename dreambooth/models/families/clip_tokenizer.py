@@ -1,7 +1,7 @@
 """CLIP's tokenizer, built from files of this package, because single files contain no tokenizer.
 
-Several families share it. assets/clip/merges.txt.gz is the part of OpenAI CLIP's list of byte-pair merges that CLIP's
-vocabulary uses.
+Several families share it. assets/clip/merges.txt.gz contains byte-pair merges from OpenAI CLIP's list: only those that
+CLIP's vocabulary uses.
 """
 
 import gzip

@@ -5,11 +5,12 @@ a family. It uses `parts.family` (components.py), or the functions of `dreamboot
 
 To add a family:
 
-1. `models/families/NAME.py`: a subclass of `Family`, its instance, and the instance in `families.FAMILIES`. A family
-   with a UNet, an AutoencoderKL and CLIP text encoders inherits from `latent_unet.LatentUNet`, as sdxl.py shows.
-2. `conf/model/NAME.yaml`: the defaults of a run. `assets/architectures/NAME/`: the configurations of the family's
-   published model. `python -m dreambooth.plan` builds the model from these configurations, without weights.
-3. A tiny model of the family in tests/support/tiny_models.py. The tests of models/ then train it, resume training,
+1. Write `models/families/NAME.py` with a subclass of `Family` and an instance of it. Add the instance to the list
+   `families.FAMILIES`. For a family with a UNet, an AutoencoderKL and CLIP text encoders, derive the subclass from
+   `latent_unet.LatentUNet`, as sdxl.py does.
+2. Write `conf/model/NAME.yaml` with the defaults of a run. Copy the configurations of the family's published model to
+   `assets/architectures/NAME/`. `python -m dreambooth.plan` builds the model from them, without weights.
+3. Add a tiny model of the family to tests/support/tiny_models.py. The tests of models/ then train it, resume training,
    convert it and generate pictures.
 
 How the interface supports other architectures:
@@ -19,12 +20,12 @@ How the interface supports other architectures:
   unpacks the prediction. `set_attention` and `recompute_activations` configure the transformer's blocks.
 - A text encoder that does not fit on the card beside the denoiser: text encoders are used only through `tokens` and
   `text`. While a run caches the output of `text`, the denoiser is in host memory (training/setup.py, phase `caching`);
-  during training steps, the text encoders are in host memory (`loading.idle_modules`). The YAML of such a family sets
-  memory.cache_text=true and train.train_text_encoder=false. Two functions would have to change: `loading.load` moves
-  all parts to the device together, and `ModuleOffload.on_device` moves all idle modules back to the device before
-  samples are generated.
-- Flow matching: `noise_schedule` may return any `NoiseSchedule`, and `sampling_scheduler` returns the scheduler that
-  the pipeline needs for it.
+  during training steps, the text encoders are in host memory (`loading.idle_modules`). `conf/model/NAME.yaml` of such a
+  family sets memory.cache_text=true and train.train_text_encoder=false. Two functions do not support such a family yet:
+  `loading.load` moves all parts to the device together, and `ModuleOffload.on_device` moves all idle modules back to
+  the device before samples are generated.
+- Flow matching: `noise_schedule` may return any `NoiseSchedule`, and `sampling_scheduler` returns the pipeline's
+  scheduler for flow matching.
 - Text embeddings of another shape: outside the family, a run handles one tensor `text` (P, ...) for P prompts, with the
   same shape for every prompt. The family packs all inputs that its denoiser needs, masks included, into this tensor,
   and unpacks it in `predict`.
@@ -171,10 +172,10 @@ class Family(ABC):
         return {}
 
     def current_name(self, name: str, names: Collection[str]) -> str:
-        """Return the current name of a weight in a folder that an older library version may have written.
+        """Return the current name of a weight. Older library versions wrote some weights under other names.
 
         Args:
-            name: the weight's name in the folder.
+            name: the weight's name in a diffusers folder.
             names: the current names of all weights of the part.
         """
         return name
@@ -340,7 +341,7 @@ class Family(ABC):
     adapter_targets: Mapping[Targets, re.Pattern[str]]  # -> pattern of the layer names inside a part
 
     def published_name(self, name: str) -> str:
-        """Return the name that LoRA files use for a module (`PART.NAME`). Libraries may have renamed it since."""
+        """Return a module's name (`PART.NAME`) in LoRA files. It differs from `name` if a library renamed it."""
         return name
 
     @abstractmethod

@@ -69,7 +69,7 @@ class SingleFileFormat(ABC):
         """Return whether a file with these keys is a model of the family."""
 
     def check(self, file: ModelFile) -> None:  # noqa: B027  most formats have nothing to refuse
-        """Check that a file with the keys of the family can also be trained as a model of the family.
+        """Check that a file can be trained as a model of the family. `matches` has already accepted its keys.
 
         Raises:
             UserError: the file cannot be trained.
