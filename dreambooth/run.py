@@ -98,7 +98,7 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
 
 def _finish(recipe: Recipe, engine: Engine, setup: Setup, evaluation: EvaluationHook, tracker: Tracker,
             meter: MemoryMeter, seconds: float) -> Result:
-    """Score and export weights (the EMA, if any) of the last step, or of the best step if evaluate.select is set."""
+    """Score and export the weights of the last step (with evaluate.select: of the best step); EMA weights if any."""
     step = setup.state.step
     with meter.phase("export"):
         with evaluation.exported_weights() as exported, engine.autocast():

@@ -51,7 +51,7 @@ class GradientStatistics:
         self.norms[number] = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     def global_norm(self) -> Tensor:
-        """Return the global gradient norm (0-d): the norm of the parameters' norms, in order, as in clip_grad_norm_."""
+        """Return the norm of all gradients (0-d), computed as in clip_grad_norm_: the norm of the gradients' norms."""
         norm: Tensor = torch.linalg.vector_norm(torch.stack([self.norms[number] for number in sorted(self.norms)]))
         return norm
 

@@ -26,8 +26,8 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Ge
     The step is the distance between neighbouring values of `dtype`. A value is rounded down to a multiple of the step,
     or, with the probability remainder / step, up to the next multiple (Gupta et al. 2015, arXiv:1502.02551, section 3).
     The computation is exact in fp32, because a step is a power of two. The error |result - value| is less than one
-    step: 2**-7 of the value in bf16, and in fp16 the larger of 2**-24 and 2**-10 of the value. Values beyond the range
-    of `dtype` are clamped to its largest number.
+    step. A step is at most 2**-7 * |value| in bf16, and at most max(2**-24, 2**-10 * |value|) in fp16. Values beyond
+    the range of `dtype` are clamped to its largest number.
     """
     digits, smallest = HALF_FORMATS[dtype]
     exponent = torch.frexp(values).exponent

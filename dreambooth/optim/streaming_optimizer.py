@@ -35,7 +35,7 @@ class StreamingOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """Return the tensors that the optimizer updates, by parameter name, in their own precision and device."""
+        """Return the tensors that the optimizer updates, by parameter name. They are not converted or moved."""
 
     def sync_weights(self) -> None:
         """Copy `weights()` to the model's parameters, if the optimizer updates separate copies of them.
@@ -55,5 +55,5 @@ def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def register_gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> Any:
-    """Register a hook that gets the parameter each time a gradient was accumulated in it; return the hook's handle."""
+    """Call `hook` with the parameter each time its gradient has been accumulated; return the handle of the hook."""
     return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]

@@ -69,7 +69,10 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.add([*module.parameters(), *module.buffers()], category)
 
     def recategorize_live(self, old: str, new: str) -> None:
-        """Assign category `new` to the live storages that have category `old`, also for their past events."""
+        """Change the category of all live storages from `old` to `new`.
+
+        The new category also applies to the events of these storages that are already recorded.
+        """
         for serial, _ in self._live.values():
             if self.category[serial] == old:
                 self.category[serial] = new

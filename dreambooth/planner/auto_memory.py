@@ -124,9 +124,9 @@ def describe_shortfall(recipe: Recipe, prediction: Prediction) -> str:
 
 
 def _candidates(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return CANDIDATES for this run, as changes of its memory settings.
+    """Return CANDIDATES as changes of the memory settings of this run.
 
-    Options that have no effect in this run, or that it does not allow, are omitted.
+    Options that have no effect in this run are omitted, and so are options that the run does not allow.
     """
     candidates: list[dict[str, Any]] = []
     for combination in CANDIDATES:
@@ -168,7 +168,11 @@ def _minimum_gib(candidate: Recipe, trained: int, activations: float) -> float:
 
 
 def _with_smaller_sample_batch(choice: Choice, allowed: float, rehearse: Callable[[Recipe], Prediction]) -> Choice:
-    """Return the choice. If only image generation exceeds `allowed` GiB, first change it to one image at a time."""
+    """Return the choice; generate one image at a time if a training step fits and image generation does not.
+
+    Args:
+        allowed: GiB of card memory that the run may use.
+    """
     recipe = choice.recipe
     step = choice.prediction.peak_over(*STEP_PHASES).reserved / GIB + cuda_overhead_gib(recipe.hardware.gpu)
     if step > allowed or card_gib(recipe, choice.prediction) <= allowed or recipe.prior.sample_batch_size == 1:

@@ -79,7 +79,7 @@ class CachingAllocator:
         insort(self._free[block.large], (self._blocks[number].size, number))
 
     def empty_cache(self) -> None:
-        """Return unused segments, or with expandable_segments unused whole pages, to the card.
+        """Give the card back all unused segments. With expandable_segments, give back all unused whole pages.
 
         This corresponds to torch.cuda.empty_cache.
         """
@@ -138,7 +138,7 @@ class CachingAllocator:
         return number
 
     def _unmap(self, number: int, block: _Block) -> None:
-        """Return the whole pages in a free block of an expandable range to the card.
+        """Give the card back all whole pages that lie in a free block of an expandable range.
 
         Pages that are mapped later are added at the end of the range.
         """

@@ -1,10 +1,10 @@
 """Tensors without data: plain CPU tensors whose storages report their size but use no memory.
 
 A dispatch mode returns an empty result of the right shape, strides and dtype for every operator. Autograd, autocast and
-hooks run as usual, but no operator computes values. PyTorch's FakeTensorMode infers each result once per combination of
-operator, shapes, strides, dtypes and numbers; later calls use a cached template of the result. The tensors themselves
-are not FakeTensors. A FakeTensor runs Python code for every call and for every access to `.device`, so with FakeTensors
-the rehearsal of a step would take several times as long.
+hooks run as usual, but no operator computes values. PyTorch's FakeTensorMode infers the result of the first call of an
+operator. Later calls use a cached template of the result, if their tensors have the same shapes, strides and dtypes and
+their other arguments are equal. The tensors themselves are not FakeTensors. A FakeTensor runs Python code for every
+call and for every access to `.device`, so with FakeTensors the rehearsal of a step would take several times as long.
 """
 
 from typing import Any
@@ -132,7 +132,9 @@ def _infer_template(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) ->
 
 
 def _with_real_strides(func: Any, args: Any, tensors: list[Tensor], result: Any) -> Any:
-    """Return `result` with the strides of the real result, if a pointwise operator combined a tensor with a number.
+    """Return `result`, a fake tensor, with the strides that the real result has.
+
+    The strides differ only if `func` is a pointwise operator that combines a tensor with a number.
 
     In a dimension of size 1, PyTorch keeps the stride of the input, while a fake tensor gets an arbitrary stride. This
     stride has no effect on the position of elements. However, later operators use the stride to decide whether the

@@ -81,8 +81,9 @@ def attention_workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
     """Return the bytes of the temporary workspace of a CUDA attention kernel's backward pass; 0 for other operators.
 
     The memory-efficient kernel needs an fp32 accumulator for dq, and for head dimensions above 128 also for dk and dv.
-    The flash kernel needs an fp32 accumulator for dq, with the queries padded to a multiple of 128 and the head
-    dimension to a multiple of 32 or 64. It also needs one fp32 sum per padded query.
+    The flash kernel needs an fp32 accumulator for dq. In this accumulator, the number of queries is rounded up to a
+    multiple of 128. The head dimension is rounded up to a multiple of 32, or of 64 if it is above 128. The flash kernel
+    also needs one fp32 sum per query, for the rounded number of queries.
 
     Args:
         name: the operator's schema name.

@@ -1,10 +1,10 @@
 """Published speeds of GPUs, each with its source, and the GPU memory that a process needs outside PyTorch's allocator.
 
 `cuda_overhead_gib` is the memory of a card that a process takes in addition to PyTorch's reserved memory: the CUDA
-context, cuBLAS, cuDNN and the driver. Its value is the mean difference between the memory that the DreamBooth README of
-ShivamShrirao/diffusers (read 2026-11) publishes for nine configurations on a T4, with GB taken as 1e9 bytes, and the
-predicted reserved memory. docs/planner.md shows a leave-one-out check of this fit. For the other cards no such table is
-published, so they use the T4's value. This file does not import torch.
+context, cuBLAS, cuDNN and the driver. The DreamBooth README of ShivamShrirao/diffusers (read 2026-11) publishes the
+memory of nine configurations on a T4; its GB are taken as 1e9 bytes. The value is the published memory minus the
+predicted reserved memory, averaged over the nine configurations. docs/planner.md shows a leave-one-out check of this
+fit. For the other cards no such table is published, so they use the T4's value. This file does not import torch.
 """
 
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ from dreambooth.runtime.engine import Engine
 
 @dataclass
 class FakeGradScaler:
-    """A replacement of GradScaler that needs the same memory, that of one scaled loss, and never skips a step.
+    """A replacement of GradScaler that never skips a step. It needs the same memory: one scaled loss.
 
     GradScaler unscales gradients in place, which needs no memory, so `unscale_` does nothing.
     """
@@ -46,7 +46,8 @@ class FakeGradScaler:
 class PhaseMarkingEngine(Engine):
     """An Engine that marks the start of the phase `step`.
 
-    The functions `autocast` and `backward` that it is given mark the phases `forward` and `backward`.
+    It does not mark the phases `forward` and `backward`: rehearsal.py creates it with functions `autocast` and
+    `backward` that mark these phases.
     """
 
     mark: Callable[[str], None] = lambda phase: None

@@ -51,7 +51,7 @@ class Prediction:
     def peak_over(self, *phases: str) -> Usage:
         """Return the usage of the phase with the most allocated memory among `phases`.
 
-        `reserved` of the result is the largest value of all `phases`.
+        The attribute `reserved` is an exception: it is the largest `reserved` of any of the phases.
         """
         usages = [usage for phase, usage in self.by_phase.items() if phase in phases]
         peak = max(usages, key=lambda usage: usage.allocated)

@@ -39,8 +39,8 @@ def find_architecture(recipe: Recipe) -> tuple[Family, Path]:
 def build_skeleton(recipe: Recipe) -> Components:
     """Build the parts of the base model that `loading.load` would load, with the same dtypes.
 
-    Weights have arbitrary values, and there are no tokenizers. Call this function inside `fake_tensors`, or for models
-    that are small enough to build with real tensors.
+    Weights have arbitrary values, and there are no tokenizers. Call this function inside `fake_tensors` or
+    `fake_gpu`. Outside them, it builds real tensors, which is possible only for small models.
 
     Raises:
         UserError: the architecture of the base model is unknown.

@@ -99,7 +99,8 @@ def _flops_per_second(recipe: Recipe, card: Card) -> float:
 def _weight_pass_seconds(recipe: Recipe, prediction: Prediction, card: Card) -> float:
     """Estimate the seconds per step of the passes over all weights: casts, unscaling, norm, clipping, optimizer, EMA.
 
-    `on_card`, `link` and `on_host` count bytes per trained parameter.
+    The local variables count the bytes that are moved per trained parameter: `on_card` in the memory of the card,
+    `on_host` in host memory, and `link` between the two.
     """
     memory = recipe.memory
     half = recipe.precision.dtype is not Dtype.fp32

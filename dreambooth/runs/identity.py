@@ -1,9 +1,10 @@
 """The identity of a run: a hash of everything that changes the result. The hash is part of the run folder's name.
 
-If a run was started with an earlier version of this package, the hash must not change: otherwise the run folder would
-not be found, and the run would not be resumed. A config key that a later version added is therefore left out of the
-hash while it has the value that gives the same results as before (LATER_KEYS, NEUTRAL_VALUES and the calls of `pop`
-in `identity`). Do not remove or reorder these constants and calls. This file imports no torch.
+A run that was started with an earlier version of this package must keep its hash. Otherwise the run folder would not be
+found, and the run would not be resumed. Some config keys did not exist in earlier versions. Such a key has one value
+that gives the same results as the earlier versions. With this value, the key is left out of the hash (LATER_KEYS,
+NEUTRAL_VALUES and the calls of `pop` in `identity`). Do not remove or reorder these constants and calls. This file
+imports no torch.
 """
 
 import json
@@ -46,7 +47,8 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     - the hardware, and memory settings that do not change the result;
     - the sections sample, tracking and checkpoint;
     - the section evaluate, unless evaluate.select is set: this section then determines the exported weights;
-    - `max_train_steps`, unless the learning rate depends on it, so that a run with more steps extends an earlier run.
+    - `max_train_steps`, unless the learning rate depends on it. A run with more steps therefore extends an earlier
+      run.
 
     Args:
         root: the composed config.

@@ -2,9 +2,11 @@
 
 Content of the folder:
 
-    configuration             run.json            metrics and images     metrics.jsonl, samples/, contact_sheet.png
-    training state            checkpoints/        the result             model/, result.json
-    evaluation                evaluation/, evaluation.json, best/
+    configuration          run.json
+    metrics and images     metrics.jsonl, samples/, contact_sheet.png
+    training state         checkpoints/
+    evaluation             evaluation/, evaluation.json, best/
+    the result             model/, result.json
 """
 
 import itertools
@@ -156,7 +158,7 @@ def remove_hydra_record(run_dir: Path) -> None:
 
 
 def remove_if_unused(run_dir: Path) -> None:
-    """Remove a run folder that has only files of KEPT_ON_RESTART, unless another process has locked the folder."""
+    """Remove a run folder if it has no files but those in KEPT_ON_RESTART, and no other process has locked it."""
     if run_dir.is_dir() and {entry.name for entry in run_dir.iterdir()} <= KEPT_ON_RESTART:
         with suppress(UserError), locked(run_dir):
             shutil.rmtree(run_dir, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""What a run computes with: devices and processes (engine.py), measured memory, out-of-memory advice, CPU tuning.
+"""Devices and processes (engine.py), memory measurement (memory_meter.py), advice after memory ran out (oom_advice.py),
+offloading (module_offload.py), readback from the device (async_readback.py) and CPU settings (cpu_tuning.py).
 
 May import `errors`, `utils` and `config`.
 """

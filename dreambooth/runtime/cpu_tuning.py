@@ -1,8 +1,9 @@
 """Process settings that make a run on a CPU faster: how OpenMP threads wait, and whether malloc keeps freed memory.
 
-OpenMP: libgomp reads from the environment, when torch is imported, how long an idle thread spins before it sleeps. A
-spinning thread resumes at once but occupies its core: beside another busy process, long spinning reduces training to a
-quarter of its speed (docs/benchmarks.md). Threads therefore spin long only if other processes are idle.
+OpenMP: an idle thread spins for a while before it sleeps. Environment variables set how long; libgomp reads them when
+torch is imported. A spinning thread resumes at once but occupies its core: beside another busy process, long spinning
+reduces training to a quarter of its speed (docs/benchmarks.md). Threads therefore spin long only if other processes are
+idle.
 
 malloc: glibc maps new pages for each tensor of more than 32 MiB, and returns them to the kernel when the tensor is
 freed. The kernel clears every new page. A step of Stable Diffusion 1.5 allocates and frees gigabytes of gradients and

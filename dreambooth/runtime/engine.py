@@ -82,8 +82,9 @@ class Engine:
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Step the optimizer. Return False if the loss scaler skipped the step because a gradient overflowed.
 
-        With loss scaling (fp16), the host waits for the device to learn whether the step was skipped, because the
-        learning-rate schedule and the EMA must not count a skipped step. Without loss scaling, the host does not wait.
+        With loss scaling (fp16), the host must know whether the step was skipped, because the learning-rate schedule
+        and the EMA must not count a skipped step. It therefore waits until the device has computed this. Without loss
+        scaling, the host does not wait.
         """
         if not self.scaler.is_enabled():
             optimizer.step()

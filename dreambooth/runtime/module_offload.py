@@ -1,4 +1,4 @@
-"""Moves modules that the training step does not use between host memory and the device."""
+"""Keeps modules in host memory while they are not used, and moves them to the device when they are needed."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

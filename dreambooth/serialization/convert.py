@@ -97,11 +97,11 @@ def _check_out(source: str, out: str) -> None:
 
 
 def _check_unused(out: str, of_files: Mapping[str, object], of_folders: Mapping[str, object]) -> None:
-    """Check that no option is set that has no effect in this direction of conversion.
+    """Raise an error if the user set an option that has no effect in this direction of conversion.
 
     Args:
-        of_files: values by option name, of the options that only have an effect if a file is converted.
-        of_folders: values by option name, of the options that only have an effect if a folder is converted.
+        of_files: the options that have an effect only if a file is converted, as values by option name.
+        of_folders: the options that have an effect only if a folder is converted, as values by option name.
 
     Raises:
         UserError: an option without effect is set.

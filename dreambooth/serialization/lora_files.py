@@ -8,7 +8,8 @@
 | magnitude (DoRA) | `.lora_magnitude_vector.weight` (out,), (1, out, 1, 1) | `.dora_scale` (out, 1), (out, 1, 1, 1) |
 | alpha | none: `lora_B` contains the scale | `.alpha` = rank: `lora_up` contains the scale |
 
-The family gives the names of modules in both layouts (Family.published_name, Family.kohya_name).
+The row of the magnitude gives two shapes per layout: the first for linear layers, the second for convolutions. The
+family gives the names of modules in both layouts (Family.published_name, Family.kohya_name).
 
 diffusers 0.42 ignores `dora_scale` when it reads kohya's layout, so a DoRA must be read from diffusers' layout.
 """

@@ -53,9 +53,10 @@ def upload(folder: Path, uri: str, console: Console | None = None, parallel: int
     """Upload a local folder to S3. Files that S3 already has are not sent again.
 
     Raises:
-        UserError: S3 rejects or loses a file, or the address has a complete folder (with a manifest) whose content
-            differs.
-        DestinationOccupied: the address has no complete folder, but a file whose content differs.
+        UserError: S3 rejects or loses a file, or the address already has a complete folder (with a manifest) whose
+            content differs from the local folder.
+        DestinationOccupied: the address has no complete folder, but it has a file of the same name as a local file,
+            with other content.
     """
     with _open_bucket(uri, console, parallel) as bucket:
         upload_entries(bucket, manifest.hash_folder(folder), folder)
