@@ -39,8 +39,9 @@ class Entry:
             checksum: S3's SHA-256 in base64, followed by "-" and the number of parts if the object has several parts.
 
         Returns:
-            Whether the content is the same. None: unknown, because S3 stores no SHA-256 of the object, or one that was
-            computed over other parts. This happens, for example, if another tool uploaded the object.
+            Whether the content is the same. None if this is unknown: S3 stores no SHA-256 of the object, or the stored
+            SHA-256 was computed over parts that differ from the parts of this entry. This happens, for example, if
+            another tool uploaded the object.
         """
         digests = [bytes.fromhex(part) for part in self.parts]
         total = digests[0] if len(digests) == 1 else sha256(b"".join(digests)).digest()

@@ -1,4 +1,4 @@
-"""The S3 inputs of a run: before the run starts, downloads everything that the run reads from s3://.
+"""Downloads the S3 inputs of a run before the run starts: everything that the run reads from s3://.
 
 The name of a run folder depends on the S3 addresses of the inputs, not on their content. `remote.json` in the run
 folder records hashes of the downloaded content, so that a run is not resumed after the content has changed.
@@ -47,8 +47,9 @@ def possible_inputs(config: Config) -> list[tuple[str, Any, str, bool]]:
     """List the keys of a config that may name an S3 address.
 
     Returns:
-        One tuple (section, owner, key, complete) per key. `section` is the name of the section in an override,
-        `owner` is the object with the attribute `key`, and `complete` is True if the S3 folder must have a manifest.
+        One tuple (section, owner, key, complete) per key. `section` is the part of an override before the key, such as
+        "model" or "dataset.concepts.0". `owner` is the object with the attribute `key`. `complete` is True if the S3
+        folder must have a manifest.
     """
     inputs: list[tuple[str, Any, str, bool]] = [
         (section, subject, key, False) for section, subject in config.dataset.keyed_subjects for key in FOLDERS]

@@ -128,7 +128,7 @@ class Bucket:
         return body
 
     def read_manifest(self) -> Entries | None:
-        """Return the entries of the manifest, or None if the folder has no manifest and is not complete."""
+        """Return the entries of the manifest. None: the folder has no manifest, and is therefore not complete."""
         def get() -> bytes | None:
             response = _none_if_not_found(
                 lambda: self.s3.get_object(**self.object_arguments(manifest.NAME), ChecksumMode="ENABLED"))

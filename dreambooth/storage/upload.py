@@ -123,7 +123,9 @@ def _upload_in_parts(bucket: Bucket, path: Path, name: str, entry: Entry, tick: 
 
 
 def _find_or_create_upload(bucket: Bucket, name: str, entry: Entry) -> tuple[str, dict[int, dict[str, Any]]]:
-    """Find an unfinished multipart upload of the object whose parts are all correct, or create a multipart upload.
+    """Find an unfinished multipart upload of the object, or create a multipart upload.
+
+    An unfinished upload is used only if it has parts and all of its parts are correct.
 
     Returns:
         The ID of the multipart upload, and the parts that it already has, by part number.

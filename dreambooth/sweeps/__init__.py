@@ -1,5 +1,5 @@
 """Code that processes finished sweeps: trials.py, summary.py, html_page.py, promotion.py and hydra_callbacks.py.
 
 The modules read trials from run folders, write a results table and an HTML page, and register the best model in MLflow.
-May import evaluation, inference and the folders that these two may import.
+May import from every other folder except training and planner.
 """

@@ -168,7 +168,8 @@ def _image_grid(names: Sequence[str], prompts: Sequence[str], images: Sequence[M
 def _charts(trials: Sequence[Trial], names: Sequence[str]) -> str:
     """Return one line chart per loss as HTML.
 
-    Without prior preservation, the metric `loss` equals the instance loss, and its chart is left out.
+    If no trial uses prior preservation, the metric `loss` equals the instance loss, and the chart of `loss` is left
+    out.
     """
     histories = [svg_charts.read_history(trial.folder / "metrics.jsonl", *CHARTS) for trial in trials]
     with_prior = any("loss_prior" in history for history in histories)

@@ -1,7 +1,8 @@
-"""Hydra callback for a sweep on this machine. It writes the results table, and records the varied keys for trial names.
+"""Hydra callback for a sweep on this machine. It writes the results table, and records which keys the sweep varies.
 
-conf/config.yaml lists the callback, the class `Sweep`, so that it works with every sweeper (basic, Optuna). For a sweep
-on SageMaker, the SageMaker launcher writes the results table instead.
+The names of the trials contain these keys. The callback is the class `Sweep`. It is listed in conf/config.yaml, so that
+it works with every sweeper (basic, Optuna). For a sweep on SageMaker, the SageMaker launcher writes the results table
+instead.
 """
 
 import math

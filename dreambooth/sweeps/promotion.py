@@ -2,8 +2,8 @@
 
 A model becomes the champion of its registered name if
 
-1. its objective is a finite number, and lower than the objectives of the current champion and of every other trial
-   of the sweep that satisfies rule 3;
+1. its objective is a finite number, is lower than the objective of the current champion, and is the lowest among
+   those trials of the sweep that satisfy rule 3;
 2. the current champion was trained on the same photos, because objectives on other photos cannot be compared;
 3. its `class_similarity` (PRES in the DreamBooth paper, here measured with any encoder) is within a bound, because
    images of the class must not resemble photos of the subject. The bound is max_class_similarity. If
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PromotionOptions:
-    """Options of a promotion: the server and name for the registered model, and the rules of the comparison."""
+    """Options of a promotion: the MLflow server, the name of the registered model, and the rules of the comparison."""
 
     uri: str | None = None  # MLflow server; None: the server to which the run was logged, else default_uri
     experiment: str = "dreambooth"

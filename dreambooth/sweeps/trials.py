@@ -85,10 +85,11 @@ class Trial:
             return math.nan
 
     def score(self, role: str) -> tuple[str, float, float] | None:
-        """Return a measured value with a role, as a tuple (name of the measure, value, value before training).
+        """Return the measured value whose measure has the role `role`, or None if no measured value has this role.
 
-        If several measured values have this role, return the first in the order of `measure_roles`; if none has it,
-        return None. If nothing was measured before training, the last item of the tuple is nan.
+        The result is a tuple (name of the measure, value, value before training). If the measure was not computed
+        before training, the last item of the tuple is nan. If several measured values have this role, the first in the
+        order of `measure_roles` is returned.
 
         Args:
             role: a role of `measure_roles`, such as class_similarity.
@@ -127,17 +128,14 @@ def load_trial(folder: Path) -> Trial:
 
 
 def reason_over_bound(trial: Trial, bound: float | None) -> str | None:
-    """Return why a trial must not be promoted: its class_similarity exceeds the bound or was not measured.
+    """Return why a trial must not be promoted because of its class_similarity, or None if it may be promoted.
 
-    Above the bound, generated images of the class resemble the subject too much.
+    If class_similarity exceeds the bound, generated images of the class resemble the subject too much. A trial whose
+    class_similarity was not measured may be promoted only if neither `bound` nor evaluate.max_class_similarity is set.
 
     Args:
         bound: greatest allowed class_similarity. None: evaluate.max_class_similarity of the run. If this setting is not
             set either, the bound is class_similarity before training plus CLASS_SIMILARITY_MARGIN.
-
-    Returns:
-        A reason, or None if the trial may be promoted. If class_similarity was not measured, the trial may be promoted
-        only if neither `bound` nor evaluate.max_class_similarity is set.
     """
     run_bound = trial.settings.get("evaluate.max_class_similarity", "null")
     given = bound if bound is not None else None if run_bound == "null" else float(run_bound)

@@ -82,7 +82,7 @@ def line_chart(title: str, series: Mapping[str, Points], width: int = 460, heigh
 
 
 def smooth(points: Points, share: float = 0.08) -> list[tuple[float, float]]:
-    """Return points with the same steps, in which a value is the centred running mean of the values around it.
+    """Return points with the same steps, but with smoothed values: the mean of a window centred on the step.
 
     Fewer than 8 points are returned unchanged.
 
@@ -133,7 +133,7 @@ def colour(number: int) -> str:
 
 
 def format_number(value: float) -> str:
-    """Format a number in a short form, with at most four digits, such as 0.0915, 1e-4 or 800."""
+    """Format a number in a short form, with at most four significant digits, such as 0.0915, 1e-4 or 800."""
     if 0 < abs(value) < 0.001:
         digits, _, power = f"{value:.2e}".partition("e")
         return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
@@ -212,6 +212,6 @@ def _without_outliers(values: Sequence[float]) -> list[float]:
 
 
 def _downsample(line: Points, most: int = 400) -> list[tuple[float, float]]:
-    """Return evenly spaced points of a line, at most about `most`, always including the last point."""
+    """Return at most `most` evenly spaced points of a line, and also the last point if it is not among them."""
     stride = max(1, math.ceil(len(line) / most))
     return [*line[::stride], *([line[-1]] if (len(line) - 1) % stride else [])]

@@ -89,8 +89,8 @@ class JournalTracker(Journal):
     If an MlflowTracker opens the same run folder later, the MlflowTracker sends the journal.
 
     Args:
-        update_status: False for commands that do not train (evaluate, promote). The status and end time of a run that
-            has ended then do not change.
+        update_status: False for commands that do not train (evaluate, promote). With False, if the run has ended, its
+            status and end time do not change.
     """
 
     def __init__(self, run_dir: Path, update_status: bool = True) -> None:

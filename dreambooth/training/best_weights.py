@@ -1,10 +1,12 @@
 """Saves the best weights of a run so far in the folder `best/` of the run, beside the folder `checkpoints/`.
 
 The setting evaluate.select defines a weighted sum of scores. The best weights are those with the greatest sum. They are
-saved in fp32: the EMA, or the trained weights if there is no EMA. Checkpoint rotation never removes them. Candidates
-are every `evaluate.every`-th step, and the last step. The weights of the last step are exported from memory, never from
-`best/`, so a run that is extended later selects the same step as a run that had the larger number of steps from the
-start.
+saved in fp32: the EMA, or the trained weights if there is no EMA. Checkpoint rotation never removes them.
+
+Candidates are every `evaluate.every`-th step, and the last step. If the last step is the best, its weights are exported
+from memory, not from `best/`. They are saved in `best/` only if the step is also a multiple of `evaluate.every`. When a
+run is extended, a former last step that is no such multiple is no candidate any more. The extended run therefore
+selects the same step as a run that had the larger number of steps from the start.
 """
 
 import json
@@ -67,7 +69,7 @@ def save(folder: Path, step: int, model: nn.Module) -> None:
 
 
 def needed_bytes(model: nn.Module) -> int:
-    """Return the bytes that `best/` needs: two sets of fp32 weights, because `save` writes before it removes."""
+    """Return the bytes that `best/` needs: two sets of fp32 weights, since `save` removes the old set after writing."""
     return 2 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

@@ -114,8 +114,8 @@ def _flatten(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
     """Split an optimizer's state into tensors and JSON values. The key of parameter 0's tensor exp_avg is '0.exp_avg'.
 
     bitsandbytes nests part of a parameter's state in a dict. It can also load the state without the nesting, so the
-    nesting is removed. All parameters share one tensor, bitsandbytes' table of 8-bit values. safetensors does not write
-    shared tensors, so each parameter gets a copy.
+    nesting is removed. The states of all parameters share one tensor, bitsandbytes' table of 8-bit values. safetensors
+    does not write shared tensors, so each state gets a copy.
     """
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {"param_groups": state_dict["param_groups"], "state": {}}

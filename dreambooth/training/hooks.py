@@ -76,7 +76,10 @@ class LogHook:
     _last_call: float = field(default_factory=time.monotonic)
 
     def due(self, step: int) -> bool:
-        """Return whether the run is on a CPU, where reading the metrics one step later saves no time."""
+        """Return True on a CPU, so that the metrics of a step are logged before the next step starts.
+
+        On a GPU, return False, because reading the metrics one step later saves time.
+        """
         return self.meter.device.type == "cpu"
 
     def __call__(self, info: StepInfo) -> None:

@@ -17,12 +17,12 @@ def fit(
 ) -> Iterator[StepInfo]:
     """Train until `max_train_steps` steps are completed, and yield the StepInfo of each step, in order.
 
-    A step is checked and yielded only after the next step was started, so that the device always has work while the
-    host waits for the metrics of a step. In this case `info.step < state.step`: the state includes a step that is not
-    checked yet, and the caller must neither save this state nor generate images with it.
+    Normally a step is checked and yielded only after the next step was started, so that the device always has work
+    while the host waits for the metrics of a step. In this case `info.step < state.step`: the state includes a step
+    that is not checked yet, and the caller must neither save this state nor generate images with it.
 
-    If the caller needs the state, and after the last step, the StepInfo is yielded before the next step is started.
-    In this case `info.step == state.step`, and every step so far is checked.
+    A step after which the caller needs the state is checked and yielded before the next step is started, and the last
+    step is checked and yielded at once. In these cases `info.step == state.step`, and every step so far is checked.
 
     Args:
         state: the training state; each step advances it in place.

@@ -96,7 +96,8 @@ def square_columns(count: int) -> int:
 def _cell_size(pictures: Sequence[Image.Image]) -> int:
     """Return the side of a cell of the contact sheet in pixels, from 192 to 256.
 
-    A cell shows `pictures`, the images of one prompt at one step, as a grid. A grid of another size is scaled.
+    A cell shows a grid of images: `pictures`, or the images of another prompt or step. A grid that is smaller or larger
+    than the cell is scaled.
     """
     side = square_columns(len(pictures)) * pictures[0].width
     return 256 if side >= 256 else max(side, 192)

@@ -39,7 +39,8 @@ def remove_credentials(text: str, uri: str = "") -> str:
     """Return `text` without credentials: `user:password@` in addresses, and the values of `password=` and `token=`.
 
     Args:
-        uri: an address with credentials, which are also removed from `text` where they stand outside of an address.
+        uri: an address with credentials. The same credentials are also removed where they stand in `text` without an
+            address.
     """
     match = re.match(r"[\w+.-]+://([^/\s]*)@", uri)
     text = re.sub(r"(?<=://)[^/\s]*@", "", text)

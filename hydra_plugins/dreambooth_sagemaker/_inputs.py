@@ -79,7 +79,10 @@ class Inputs:
 
 
 def find_local_paths(run: Config) -> Iterator[str]:
-    """Yield one sentence for each local path that a job cannot read, because no input channel stands for the path."""
+    """Yield one sentence for each path that a job cannot read.
+
+    A job cannot read a local path that has no input channel. It reads the encoders DINO and CLIP only from the hub.
+    """
     replaced = _channel_folders(run)
     for key, path, _ in _input_paths(run):
         if not is_portable(path) and key not in replaced and _is_local_path(key, path):

@@ -35,10 +35,11 @@ PLANNER_ARGUMENTS = ("-m", "dreambooth.plan", "plan.format=json")
 
 
 def refuse_secrets(configs: Sequence[DictConfig], sweep: str) -> None:
-    """Refuse jobs whose requests would contain credentials. Called before all other checks.
+    """Refuse jobs whose requests would contain credentials.
 
-    Hydra has already stored the overrides in multirun.yaml. If a job is refused, delete this file. If another check
-    came first and failed, the file with the credentials would stay.
+    Hydra has already stored the overrides in multirun.yaml, possibly with the credentials. If a job is refused, delete
+    this file. This function must be called before all other checks: the first check that fails ends the command, and
+    multirun.yaml would not be deleted.
 
     Raises:
         ConfigError: a request would contain a value that looks like a credential.
