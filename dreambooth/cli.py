@@ -14,6 +14,7 @@ from pathlib import Path
 from dreambooth.config.schema import Memory
 from dreambooth.errors import EXIT_REPORT_DIR, DreamBoothError, Interrupted
 from dreambooth.runtime import cpu_tuning
+from dreambooth.utils import masking
 
 # Hydra arguments for a command that writes no run folder.
 NO_RUN_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
@@ -40,17 +41,20 @@ def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "re
     for category in (FutureWarning, DeprecationWarning):  # warnings for library developers, not for users
         warnings.simplefilter("ignore", category)
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+    masking.mask_log_records()
+    _mask_hydra_record()
     try:
         return job()
     except DreamBoothError as error:
-        print(f"dreambooth: {error}", file=sys.stderr)
-        _record_failure(error.exit_code, str(error))
+        sentence = masking.mask_urls(str(error))
+        print(f"dreambooth: {sentence}", file=sys.stderr)
+        _record_failure(error.exit_code, sentence)
     except KeyboardInterrupt:
         sentence = f"interrupted; {resume_hint}"
         print(f"dreambooth: {sentence}", file=sys.stderr)
         _record_failure(Interrupted.exit_code, sentence)
     except Exception as error:
-        traceback.print_exc()
+        sys.stderr.write(masking.mask_urls(traceback.format_exc()))
         _record_failure(1, describe_fault(error), user_error=False)
     if sweep and _exit_codes[-1] == Interrupted.exit_code:
         sys.exit(Interrupted.exit_code)
@@ -59,7 +63,19 @@ def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "re
 
 def describe_fault(error: Exception) -> str:
     """Return one sentence about an internal fault (a bug), for reports that do not include the traceback."""
-    return f"internal error in dreambooth, the traceback is in the log: {type(error).__name__}: {error}"
+    return masking.mask_urls(
+        f"internal error in dreambooth, the traceback is in the log: {type(error).__name__}: {error}")
+
+
+def _mask_hydra_record() -> None:
+    """Mask the URLs in the files that Hydra has written before the job: `.hydra/` and `multirun.yaml`."""
+    module = sys.modules.get("hydra.core.hydra_config")  # not imported by commands without Hydra
+    if module is None or not module.HydraConfig.initialized():
+        return
+    hydra = module.HydraConfig.get()
+    record = Path(hydra.runtime.output_dir) / hydra.output_subdir if hydra.output_subdir else None
+    for path in [*(record.glob("*.yaml") if record else ()), Path(hydra.sweep.dir) / "multirun.yaml"]:
+        masking.mask_file(path)
 
 
 def _record_failure(code: int, sentence: str, user_error: bool = True) -> None:
@@ -123,9 +139,11 @@ def intercept_override(key: str) -> None:
     If `key` is overridden several times, the last value is stored. Needed if `key` is also the name of a config group:
     Hydra would take the value for the name of an option of the group.
     """
+    from dreambooth.config.compose import unquote
+
     overrides = [word for word in sys.argv[1:] if word.startswith(f"{key}=")]
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in overrides]
-    _intercepted[key] = overrides[-1].partition("=")[2].strip("'\"") if overrides else ""
+    _intercepted[key] = unquote(overrides[-1]) if overrides else ""
 
 
 def intercepted_override(key: str) -> str | None:

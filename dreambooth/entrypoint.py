@@ -25,7 +25,6 @@ from dreambooth.config.enums import Device
 from dreambooth.config.schema import Config, Storage
 from dreambooth.config.storage import is_remote
 from dreambooth.container.cluster import count_gpus, limit_to_one_process, parse_resource_config
-from dreambooth.container.hyperparameter_values import quote
 from dreambooth.container.hyperparameters import OverrideGrammar, RunRequest, build_request
 from dreambooth.container.publish_model import publish
 from dreambooth.container.sagemaker_paths import SageMakerPaths
@@ -34,6 +33,8 @@ from dreambooth.data.photos import list_photos
 from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.runs import identity
 from dreambooth.utils.assets import resolve_asset
+from dreambooth.utils.masking import mask_urls
+from dreambooth.utils.quoting import hydra_string, shell_line
 
 FORCED_OVERRIDES = {"hydra/launcher": "basic", "hydra.mode": "RUN"}  # a job must not start further jobs
 
@@ -49,10 +50,10 @@ def main() -> None:
         paths.check_writable()
         status = _run_job(paths, sys.argv[1:], supervisor)
     except DreamBoothError as error:
-        print(f"dreambooth: {error}", file=sys.stderr)
-        status = ExitStatus(error.exit_code, str(error))
+        status = ExitStatus(error.exit_code, mask_urls(str(error)))
+        print(f"dreambooth: {status.message}", file=sys.stderr)
     except Exception as error:
-        traceback.print_exc()
+        sys.stderr.write(mask_urls(traceback.format_exc()))
         status = ExitStatus(1, cli.describe_fault(error))
     if status.code:
         with suppress(OSError):  # if nothing can be written, the log and the exit code still report the failure
@@ -70,8 +71,8 @@ def _run_job(paths: SageMakerPaths, args: list[str], supervisor: Supervisor) -> 
     if request.save_by_epochs:
         request.overrides["checkpoint.every"] = str(_epochs_to_steps(config, cluster.world_size))
     for notice in request.notices:
-        print(f"dreambooth: {notice}", flush=True)
-    print(f"dreambooth: python -m dreambooth.train {' '.join(request.to_args())}", flush=True)
+        print(f"dreambooth: {mask_urls(notice)}", flush=True)
+    print(f"dreambooth: python -m dreambooth.train {mask_urls(shell_line(request.to_args()))}", flush=True)
     status = supervisor.run(cluster.train_command(request.to_args()), cluster.network_environment(),
                             launcher=cluster.world_size > 1)
     if status.code or not cluster.is_first_host:
@@ -102,7 +103,7 @@ def read_request(paths: SageMakerPaths, args: list[str], hardware: str | None) -
                        for name, raw in paths.read_config("hyperparameters.json").items()}
     request = build_request(hyperparameters | _parse_args(args), paths.channels(), hardware, paths, GRAMMAR)
     request.notices += [f"{key} is ignored: a job is one run" for key in FORCED_OVERRIDES if key in request.overrides]
-    defaults = {"run_root": quote(str(paths.checkpoints)), "storage.cache": quote(str(paths.cache))}
+    defaults = {"run_root": hydra_string(str(paths.checkpoints)), "storage.cache": hydra_string(str(paths.cache))}
     request.overrides = defaults | request.overrides | FORCED_OVERRIDES
     return request
 

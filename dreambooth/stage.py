@@ -24,8 +24,11 @@ from dreambooth.container.cluster import count_gpus, limit_to_one_process, parse
 from dreambooth.container.supervisor import ExitStatus, Supervisor
 from dreambooth.entrypoint import compose_run
 from dreambooth.errors import ConfigError, UserError
-from dreambooth.kubernetes import exit_report, kfp_components
+from dreambooth.kubernetes import exit_report, kfp_components, pod_spec
 from dreambooth.kubernetes.workflow_spec import TRACKING_OVERRIDE, TRACKING_URI, TRIAL_RUN_DIR, SearchSpace
+from dreambooth.utils.key_names import short_names
+from dreambooth.utils.masking import mask_urls
+from dreambooth.utils.quoting import hydra_string, shell_line
 
 STAGES = ("validate", "class-images", "train", "evaluate", "promote", "ended")
 # Keys that do not change how much memory a run needs: trials that differ only in these keys are planned
@@ -100,9 +103,9 @@ def _run_overrides(overrides: Sequence[str], trial: Sequence[str]) -> list[str]:
     A trial is one run of a sweep. Overrides later in the result take precedence. The MLflow run of a trial is named
     after the overrides of the trial.
     """
-    pairs = [override.partition("=") for override in trial if not override.startswith("sweep=")]
-    run_name = " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
-    trial_overrides = (TRIAL_RUN_DIR, f'tracking.run_name="{run_name}"') if run_name else ()
+    values = {key: value for key, _, value in (override.partition("=") for override in trial) if key != "sweep"}
+    run_name = " ".join(f"{name}={values[key]}" for key, name in short_names(values).items())
+    trial_overrides = (TRIAL_RUN_DIR, f"tracking.run_name={hydra_string(run_name)}") if run_name else ()
     return [TRACKING_OVERRIDE, *trial_overrides, *overrides, *trial]
 
 
@@ -131,7 +134,8 @@ def _validate(overrides: list[str], space: str, out: Path, supervisor: Superviso
         status = supervisor.run(_module_command("plan", local), {})
         if status.code:
             return status
-    (out / "trials").write_text(json.dumps([shlex.join(trial) for trial in trials]), encoding="utf-8")
+    texts = [pod_spec.escape_variables(shlex.join(trial)) for trial in trials]  # the engine puts them into args
+    (out / "trials").write_text(json.dumps(texts), encoding="utf-8")
     print(f"{len(trials)} run{'s' * (len(trials) > 1)}, checked and planned")
     return ExitStatus()
 
@@ -141,7 +145,7 @@ def _train(overrides: list[str], out: Path, supervisor: Supervisor) -> ExitStatu
     cluster = parse_resource_config({}, count_gpus() or 1)
     if config.hardware.device is Device.cpu:
         cluster = limit_to_one_process(cluster)
-    print(f"dreambooth: python -m dreambooth.train {shlex.join(overrides)}", flush=True)
+    print(f"dreambooth: python -m dreambooth.train {mask_urls(shell_line(overrides))}", flush=True)
     status = supervisor.run(cluster.train_command(overrides), {}, launcher=cluster.world_size > 1)
     return _copy_outputs(status, run_dir, out)
 

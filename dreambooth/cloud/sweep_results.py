@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.cloud.job import COMPLETED, FAILED, Job, JobState
-from dreambooth.utils import atomic_files
+from dreambooth.utils import atomic_files, markdown, quoting
+from dreambooth.utils.key_names import short_names
+from dreambooth.utils.masking import mask_urls
 
 SEE_OUTPUT = "see the error in the output of the run"  # column `reason` of a failed run in this process
 FIXED_COLUMNS = ("number", "job", "status", "objective", "steps", "seconds", "billed_usd", "reason")
@@ -84,7 +86,8 @@ def write_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Pa
     text = io.StringIO()
     writer = csv.DictWriter(text, keys, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(ordered)
+    writer.writerows({key: mask_urls(value) if isinstance(value, str) else value for key, value in row.items()}
+                     for row in ordered)
     path = folder / f"results-{sweep}.csv"
     with atomic_files.write_file(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")
@@ -112,15 +115,22 @@ def parallel_axes(table: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     done = sorted((row for row in table if row["objective"] is not None), key=lambda row: row["objective"])
     keys = [key for key in dict.fromkeys(key for row in done for key in row)
             if key not in FIXED_COLUMNS and len({row.get(key, "") for row in done}) > 1]
-    return {key.rpartition(".")[2]: [row.get(key, "") for row in done] for key in keys} | {
+    return {name: [row.get(key, "") for row in done] for key, name in short_names(keys).items()} | {
         "objective": [row["objective"] for row in done]}
 
 
 def write_parallel_coordinates(folder: Path, sweep: str, axes: Mapping[str, Sequence[Any]]) -> Path:
     """Write the result of parallel_axes to `sweep-SWEEP/parallel_coordinates.json` in a folder, and return the path."""
     path = folder / f"sweep-{sweep}" / "parallel_coordinates.json"
-    atomic_files.write_json(path, {"sweep": sweep, "axes": {name: list(values) for name, values in axes.items()}})
+    atomic_files.write_json(path, {"sweep": sweep, "axes": {
+        name: [mask_urls(value) if isinstance(value, str) else value for value in values]
+        for name, values in axes.items()}})
     return path
+
+
+def next_commands(sweep: str, run_root: Path) -> list[str]:
+    """Return the commands that write the comparison page of a sweep and that promote its best model."""
+    return [quoting.command(name, {"sweep": sweep, "run_root": str(run_root)}) for name in ("compare", "promote")]
 
 
 def log_sweep(table_path: Path, sweep: str, table: Sequence[dict[str, Any]], kind: str, uri: str | None,
@@ -147,9 +157,8 @@ def log_sweep(table_path: Path, sweep: str, table: Sequence[dict[str, Any]], kin
             f"**A sweep of {len(table)}**: [its trials side by side]({trials_link(sweep)}), curves and pictures.\n\n"
             + (f"- best: `{best['job']}`, objective {best['objective']:.4f}\n" if best else "")
             + f"- table: the artifact `{table_path.name}`, best first\n"
-            + (f"- a page for people without access: `python -m dreambooth.compare sweep={sweep} run_root={run_root}`\n"
-               f"- its best model as champion: `python -m dreambooth.promote sweep={sweep} run_root={run_root}`"
-               if local else
+            + ("- a page for people without access, and its best model as champion:\n\n"
+               + markdown.code_block("\n".join(next_commands(sweep, run_root))) if local else
                "- models: in the output of each job; with `evaluate.promote=true` each registers its own as champion")
         )})
         if best:

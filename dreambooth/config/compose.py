@@ -11,14 +11,16 @@ from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth.config.schema import Config
 from dreambooth.errors import ConfigError, UserError
+from dreambooth.utils.quoting import unescape_interpolation
 
-_PASSWORD_IN_URI = (
-    "contains a password, which would be stored in .hydra/: type the address without it and set "
+_LOGIN_IN_URI = (
+    "contains a password or token, which would be stored in .hydra/: type the address without it and set "
     "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or type tracking.uri='${oc.env:MLFLOW_TRACKING_URI}'")
 
 Options = TypeVar("Options")
@@ -54,7 +56,7 @@ def load(cfg: DictConfig) -> Config:
             +key=value), or tracking.uri contains a password. The message has one line per problem, and each line
             names a key.
     """
-    problems = [f"tracking.uri {_PASSWORD_IN_URI}"] * uri_has_password(cfg)
+    problems = [f"tracking.uri {_LOGIN_IN_URI}"] * uri_has_password(cfg)
     problems += [f"{key} is not a setting: type a key that --cfg job shows" for key in _unknown_keys(cfg)]
     sections: dict[str, Any] = {}
     for item in fields(Config):
@@ -94,10 +96,21 @@ def search_space(name: str) -> dict[str, tuple[str, ...]]:
     return space
 
 
+def unquote(override: str) -> str:
+    """Return the value of an override as a text, without the quotes of Hydra's grammar."""
+    raw = override.partition("=")[2]
+    if not raw.startswith(("'", '"')):
+        return raw
+    try:
+        return unescape_interpolation(str(OverridesParser.create().parse_override(override).value()))
+    except HydraException:
+        return raw
+
+
 def uri_has_password(cfg: DictConfig) -> bool:
     """Return whether tracking.uri contains a literal password, which Hydra would store in .hydra/."""
     uri = str(OmegaConf.to_container(cfg).get("tracking", {}).get("uri"))  # type: ignore[union-attr]
-    return bool(re.search(r"://[^/\s]*:[^/\s]+@|password=.", re.sub(r"\$\{[^}]*\}", "", uri)))
+    return bool(re.search(r"://[^/\s]*:[^/\s]+@|https?://[^/\s]+@|(password|token)=.", re.sub(r"\$\{[^}]*\}", "", uri)))
 
 
 def _unknown_keys(cfg: DictConfig) -> list[str]:

@@ -35,6 +35,7 @@ from dreambooth.config.section import Section
 from dreambooth.errors import ConfigError
 from dreambooth.utils.assets import resolve_asset
 from dreambooth.utils.hardware import Machine
+from dreambooth.utils.masking import mask_urls
 
 TRACKED_KEYS = ("train.learning_rate", "prior.prior_loss_weight")  # MLflow has room for two above an image
 
@@ -165,14 +166,15 @@ class Recipe:
     def settings(self) -> dict[str, str]:
         """Return every setting as a string, by its key in overrides, such as train.learning_rate.
 
-        The group tracking is left out, because the address of the MLflow server may contain a password.
+        User info and queries of URLs are masked. The group tracking is left out, because the address of the MLflow
+        server may contain a password.
         """
         flat = {"name": self.name, "device": self.device, "sample_prompts": json.dumps(self.sample_prompts)}
         for item in fields(self):
             section = getattr(self, item.name)
             if isinstance(section, Section) and not isinstance(section, Tracking):
                 flat |= {f"{item.name}.{key}": _text(value) for key, value in vars(section).items() if key[0] != "_"}
-        return flat
+        return {key: value if "prompt" in key else mask_urls(value) for key, value in flat.items()}
 
 
 def _text(value: object) -> str:

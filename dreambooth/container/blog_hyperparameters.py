@@ -10,6 +10,7 @@ from dreambooth.container import hyperparameter_values
 from dreambooth.container.sagemaker_paths import SageMakerPaths
 from dreambooth.errors import ConfigError
 from dreambooth.models import families
+from dreambooth.utils.quoting import hydra_string
 
 PRECISIONS = {"no": "fp32", "fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
 ATTENTIONS = {"default": "sdpa", "sdpa": "sdpa", "xformers": "xformers", "sliced": "sliced", "eager": "eager"}
@@ -31,7 +32,7 @@ Converter = Callable[[str], str]  # raw hyperparameter -> value in Hydra's gramm
 
 
 def _format_text(raw: str) -> str:
-    return hyperparameter_values.quote(hyperparameter_values.parse_text(raw))
+    return hydra_string(hyperparameter_values.parse_text(raw))
 
 
 def _format_bool(raw: str) -> str:

@@ -53,14 +53,3 @@ def decode_json(raw: str) -> Any:
         return json.loads(raw)
     except (ValueError, RecursionError):
         return None
-
-
-def quote(text: str) -> str:
-    """Quote a string so that Hydra's override parser returns exactly this string.
-
-    In Hydra's grammar, a backslash is an escape character only before a quote and before ${, which starts an
-    interpolation.
-    """
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-    escaped = re.sub(r"(\\+)$", r"\1\1", re.sub(r"(\\*)'", r"\1\1\\'", text))
-    return f"'{escaped}'"

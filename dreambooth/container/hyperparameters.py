@@ -19,6 +19,7 @@ from dreambooth.data.photos import list_photos
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.storage.run_inputs import model_folder
 from dreambooth.utils.atomic_files import write_folder
+from dreambooth.utils.quoting import hydra_string
 
 CHANNEL_KEYS = {  # channel of the job -> configuration key that its folder sets
     "images": "dataset.instance_dir", "training": "dataset.instance_dir", "train": "dataset.instance_dir",
@@ -92,7 +93,7 @@ def build_request(
     request.overrides = _choose_hardware(explicit, bool(blog.names), hardware)
     if blog.names or "dataset.instance_dir" in inputs:
         request.overrides["dataset"] = "folder"
-    implied = {key: hyperparameter_values.quote(path) for key, path in inputs.items()} | blog.overrides
+    implied = {key: hydra_string(path) for key, path in inputs.items()} | blog.overrides
     request.overrides |= {key: value for key, value in implied.items() if key not in superseded} | explicit
     return request
 
@@ -125,7 +126,7 @@ def _to_override_value(name: str, raw: str, grammar: OverrideGrammar) -> str:
     value = hyperparameter_values.decode_json(raw)
     if isinstance(value, str):
         raw = value
-    return raw if grammar.is_single_value(f"{name}={raw}") else hyperparameter_values.quote(raw)
+    return raw if grammar.is_single_value(f"{name}={raw}") else hydra_string(raw)
 
 
 def _merge_inputs(

@@ -8,6 +8,7 @@ from typing import Any
 from dreambooth.config.generate import Generate
 from dreambooth.errors import UserError
 from dreambooth.serialization.export_layout import ADAPTER
+from dreambooth.utils import quoting
 from dreambooth.utils.assets import resolve_asset
 
 
@@ -72,7 +73,8 @@ def find_source(config: Generate) -> Source:
             raise UserError(f"{config.run} holds an adapter and does not say of which model: type base=DIR, the model "
                             "that it was trained on")
         if config.base and (model / "model_index.json").is_file():
-            raise UserError(f"{config.run} is a model of its own: type run=null to draw with base={config.base}, or "
+            raise UserError(f"{config.run} is a model of its own: type run=null to draw with "
+                            f"{quoting.override('base', config.base)}, or "
                             "leave base out")
     if (folder / "run.json").is_file():
         raise UserError(f"the run in {config.run} is not finished: repeat its command first, "

@@ -4,7 +4,7 @@ Each stage of a workflow is one container that runs `python -m dreambooth.stage`
 """
 
 import json
-import shlex
+from dataclasses import replace
 from typing import Any
 
 from dreambooth.errors import Interrupted
@@ -55,13 +55,14 @@ def build_nightly_workflow(spec: WorkflowSpec) -> dict[str, Any]:
 
     The champion is the model version that has the alias `champion` in MLflow's model registry.
     """
+    nightly = replace(spec, overrides=(*spec.overrides, NIGHTLY_RUN_DIR))
     return {
         "apiVersion": API_VERSION, "kind": "CronWorkflow", "metadata": {"name": NIGHTLY},
         "spec": {
             "schedules": ["30 2 * * *"], "timezone": "Etc/UTC", "concurrencyPolicy": "Forbid", "suspend": True,
             "startingDeadlineSeconds": 3600, "successfulJobsHistoryLimit": 3, "failedJobsHistoryLimit": 3,
             "workflowSpec": {"workflowTemplateRef": {"name": TRAIN}, "arguments": _arguments(
-                overrides=shlex.join([*spec.overrides, NIGHTLY_RUN_DIR]), promote="replace=true")}}}
+                overrides=nightly.overrides_text, promote="replace=true")}}}
 
 
 def _workflow_template(

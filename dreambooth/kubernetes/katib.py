@@ -1,5 +1,6 @@
 """Builds a Katib Experiment from a search space. Each trial is a Job, from whose output Katib reads the objective."""
 
+import re
 import shlex
 from typing import Any
 
@@ -22,7 +23,8 @@ def build_experiment(spec: WorkflowSpec) -> dict[str, Any]:
     twice. The two trials of this point would be the same run, and the second trial would fail because the run folder is
     locked.
     """
-    names = {key: key.rpartition(".")[2].replace("_", "-") for key in spec.space.values}
+    # The whole key, because several keys may end in the same part. Katib allows letters, digits and hyphens.
+    names = {key: re.sub(r"[._]", "-", key) for key in spec.space.values}
     return {
         "apiVersion": API_VERSION, "kind": "Experiment", "metadata": {"name": f"dreambooth-{spec.space.name}"},
         "spec": {
@@ -40,9 +42,13 @@ def build_experiment(spec: WorkflowSpec) -> dict[str, Any]:
 
 
 def _parameter(name: str, values: tuple[str, ...]) -> dict[str, Any]:
-    """Build a parameter of the Experiment. Its values are the strings that Hydra's sweeper would pass to a run."""
+    """Build a parameter of the Experiment. Its values are the strings that Hydra's sweeper would pass to a run.
+
+    Katib inserts a value into the script of the trial, where it stands in single quotes.
+    """
+    texts = [pod_spec.escape_variables(value.replace("'", "'\"'\"'")) for value in values]
     kind = "discrete" if all(_is_number(value) for value in values) else "categorical"
-    return {"name": name, "parameterType": kind, "feasibleSpace": {"list": list(values)}}
+    return {"name": name, "parameterType": kind, "feasibleSpace": {"list": texts}}
 
 
 def _is_number(text: str) -> bool:

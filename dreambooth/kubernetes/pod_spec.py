@@ -1,6 +1,7 @@
 """Builds the parts of a pod that all workflow files share: GPU, node selector, volume, settings and credentials."""
 
 import math
+import re
 from typing import Any
 
 from dreambooth.config.enums import Device
@@ -86,7 +87,16 @@ def env_by_key() -> list[dict[str, Any]]:
             for key, (kind, name) in sources.items()]
 
 
+def escape_variables(text: str) -> str:
+    """Escape a text so that Kubernetes passes it to a container as it is.
+
+    In args, Kubernetes replaces $(NAME) by the environment variable NAME, for example by a password of the pod's
+    Secret, and $$ by $. A text that Argo, Katib or Kubeflow Pipelines will insert into args must be escaped, too.
+    """
+    return re.sub(r"\$\$+|\$(?=\()", lambda match: match[0] * 2, text)
+
+
 def container(image: str, command: list[str], args: list[str]) -> dict[str, Any]:
     """Return the specification of a container that has the settings, the credentials and the volume for run folders."""
-    return {"image": image, "command": command, "args": args, "env": env(), "envFrom": env_from(),
-            "volumeMounts": volume_mounts()}
+    return {"image": image, "command": command, "args": [escape_variables(arg) for arg in args], "env": env(),
+            "envFrom": env_from(), "volumeMounts": volume_mounts()}

@@ -47,7 +47,7 @@ def _trainjob(spec: WorkflowSpec, name: str, command: list[str], module_args: li
             "runtimeRef": {"name": RUNTIME},
             "trainer": {
                 "image": spec.image, "command": command,
-                "args": [*module_args, *run_overrides(spec, pod_spec.RUNS_MOUNT)],
+                "args": [*module_args, *map(pod_spec.escape_variables, run_overrides(spec, pod_spec.RUNS_MOUNT))],
                 "numNodes": 1, "numProcPerNode": gpus, "env": [*pod_spec.env(), *pod_spec.env_by_key()],
                 "resourcesPerNode": pod_spec.resources(spec.hardware, gpus)},
             "runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": _runtime_patch(spec)}]}}

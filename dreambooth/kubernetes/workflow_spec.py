@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dreambooth.config.hardware import Hardware
+from dreambooth.kubernetes import pod_spec
 
 # Override that gives a trial the same run folder as under Hydra's sweeper. The hash in the folder's name depends on
 # max_train_steps, so that trials that differ only in max_train_steps are separate runs.
@@ -47,8 +48,8 @@ class WorkflowSpec:
 
     @property
     def overrides_text(self) -> str:
-        """The overrides as one string, quoted for a shell."""
-        return shlex.join(self.overrides)
+        """The overrides as one string, quoted for a shell, and escaped for the args of a container."""
+        return pod_spec.escape_variables(shlex.join(self.overrides))
 
 
 def run_overrides(spec: WorkflowSpec, run_root: str) -> list[str]:

@@ -14,6 +14,7 @@ from dreambooth.errors import UserError
 from dreambooth.models import families, vae
 from dreambooth.models.components import Components
 from dreambooth.models.families.family import Family
+from dreambooth.utils import quoting
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def _open_vae(source: str, family: Family, dtype: torch.dtype, model: Path | str
         return vae.load_for_pipeline(source, family, dtype)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the VAE {source} that the run was trained with could not be opened "
-                        f"({vae.first_line(error)}): put it back, or type base={model} to draw with that model's own"
-                        ) from error
+                        f"({vae.first_line(error)}): put it back, or type "
+                        f"{quoting.override('base', str(model))} to draw with that model's own") from error
 
 
 def without_bar(pipeline: Any) -> Any:

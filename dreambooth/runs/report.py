@@ -7,6 +7,7 @@ from typing import Any
 from dreambooth.config.evaluate import HIGHER_IS_BETTER
 from dreambooth.config.recipe import Recipe
 from dreambooth.runs.run_folder import Result
+from dreambooth.utils import quoting
 
 
 def plan_table(recipe: Recipe) -> dict[str, str]:
@@ -60,7 +61,7 @@ def summary_table(result: Result, recipe: Recipe, tracking: str | None) -> dict[
         rows["images"] = f"{folder}/contact_sheet.png"
     rows["model"] = f"{folder}/{result.model}"
     rows["metrics"] = f"{folder}/metrics.jsonl" + (f", MLflow at {tracking}" if tracking else "")
-    rows["use it"] = f'python -m dreambooth.generate run={folder} prompt="{recipe.instance_prompt}"'
+    rows["use it"] = quoting.command("generate", {"run": folder, "prompt": recipe.instance_prompt})
     return rows
 
 

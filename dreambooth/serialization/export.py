@@ -18,7 +18,8 @@ from dreambooth.models.families.family import Family
 from dreambooth.models.loading import exact_frozen, trained_modules
 from dreambooth.models.pipeline import pipeline_over
 from dreambooth.serialization import lora_files
-from dreambooth.utils import atomic_files
+from dreambooth.utils import atomic_files, markdown
+from dreambooth.utils.masking import mask_urls
 
 CARD = """---
 tags:
@@ -26,11 +27,11 @@ tags:
 - dreambooth
 - diffusers
 {tags}instance_prompt: {quoted}
-base_model: {source}
+base_model: {base_model}
 ---
 # {name}
 
-{source}, taught a new subject with [DreamBooth](https://arxiv.org/abs/2208.12242).
+{shown_source}, taught a new subject with [DreamBooth](https://arxiv.org/abs/2208.12242).
 Say **{instance_prompt}** to get it. The weights are {weights} after {step} steps.
 {picture}
 ```python
@@ -107,9 +108,15 @@ def _base_choices(recipe: Recipe) -> dict[str, str]:
 
 def _adapter_metadata(recipe: Recipe) -> dict[str, str]:
     """Return the metadata of an adapter's files. Keys that begin with `modelspec.` follow the ModelSpec standard."""
-    return {"base_model": recipe.model.source, "method": recipe.method.kind.value, "modelspec.title": recipe.name,
+    metadata = {"base_model": recipe.model.source, "method": recipe.method.kind.value, "modelspec.title": recipe.name,
             "modelspec.trigger_phrase": recipe.instance_prompt} | {
                 lora_files.BASE_KEY_PREFIX + key: value for key, value in _base_choices(recipe).items()}
+    return {key: mask_urls(value) for key, value in metadata.items()}
+
+
+def _literal(text: str) -> str:
+    """Return a text in quotes, as Python, YAML and JSON read it."""
+    return json.dumps(text, ensure_ascii=False)  # Python reads the two escapes of an emoji as two characters
 
 
 def _code(recipe: Recipe, family: Family) -> str:
@@ -118,12 +125,12 @@ def _code(recipe: Recipe, family: Family) -> str:
         return ("from diffusers import DiffusionPipeline\n\n"
                 'pipeline = DiffusionPipeline.from_pretrained("model")  # this folder')
     imports, before, after = ["DiffusionPipeline"], "", ""
-    arguments = "".join(f", {key}={json.dumps(value)}" for key, value in _base_choices(recipe).items()
+    arguments = "".join(f", {key}={_literal(value)}" for key, value in _base_choices(recipe).items()
                         if key in ("revision", "variant"))
     if recipe.vae_source:
         inside = ', subfolder="vae"' if (Path(recipe.vae_source) / "vae/config.json").is_file() else ""
         imports.append(family.vae.class_name)
-        before = f"vae = {family.vae.class_name}.from_pretrained({json.dumps(recipe.vae_source)}{inside})\n"
+        before = f"vae = {family.vae.class_name}.from_pretrained({_literal(recipe.vae_source)}{inside})\n"
         arguments += ", vae=vae"
     if recipe.model.zero_terminal_snr:
         rescaled = family.rescale_to_zero_snr({})
@@ -131,12 +138,12 @@ def _code(recipe: Recipe, family: Family) -> str:
         changes = "".join(f", {key}={value!r}" for key, value in rescaled.items())
         after = f"pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{changes})\n"
     return (f"from diffusers import {', '.join(sorted(imports))}\n\n{before}"
-            f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(recipe.model.source)}{arguments})\n{after}"
+            f"pipeline = DiffusionPipeline.from_pretrained({_literal(recipe.model.source)}{arguments})\n{after}"
             'pipeline.load_lora_weights("model")  # this folder; webui/ has the file for AUTOMATIC1111 and ComfyUI')
 
 
 def _card(recipe: Recipe, family: Family, step: int, pictured: bool) -> str:
-    train, prior = recipe.train, recipe.prior
+    train, prior, source = recipe.train, recipe.prior, recipe.model.source
     settings = {
         "photos": recipe.dataset.name, "class prompt": ", ".join(
             one.class_prompt for one in recipe.class_recipes) if recipe.with_prior else "none",
@@ -151,13 +158,14 @@ def _card(recipe: Recipe, family: Family, step: int, pictured: bool) -> str:
         method = recipe.method
         settings |= {"method": method.kind.value, "rank": method.rank, "alpha": method.scale_alpha,
                      "targets": method.targets.value, "dropout": method.dropout}
-    return CARD.format(
-        name=recipe.name, source=recipe.model.source, step=step,
-        instance_prompt="** or **".join(one.instance_prompt for one in recipe.subject_recipes),
-        quoted=json.dumps(recipe.instance_prompt), code=_code(recipe, family),
+    return mask_urls(CARD.format(
+        name=recipe.name, step=step, shown_source=markdown.escape(source),
+        base_model=source if re.fullmatch(r"[\w./:-]*[\w./-]", source) else _literal(source),
+        instance_prompt="** or **".join(markdown.escape(one.instance_prompt) for one in recipe.subject_recipes),
+        quoted=_literal(recipe.instance_prompt), code=_code(recipe, family),
         family_tags="".join(f"- {tag}\n" for tag in family.tags), tags="- lora\n" * recipe.method.low_rank,
         version=dreambooth.__version__,
         weights=("an exponential moving average" if train.use_ema else "as trained")
         + (f", the best of the run by {recipe.evaluate.select}," if recipe.evaluate.select else ""),
         picture="\n![contact sheet](contact_sheet.png)\n" if pictured else "",
-        settings="\n".join(f"| {key} | {value} |" for key, value in settings.items()))
+        settings="\n".join(f"| {key} | {markdown.escape(str(value))} |" for key, value in settings.items())))

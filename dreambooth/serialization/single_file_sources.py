@@ -21,7 +21,7 @@ from dreambooth.serialization import single_file
 from dreambooth.serialization.convert import convert
 from dreambooth.serialization.detect_format import open_model_file
 from dreambooth.serialization.load_parts import read_json
-from dreambooth.utils import atomic_files
+from dreambooth.utils import atomic_files, quoting
 from dreambooth.utils.assets import resolve_asset
 
 
@@ -50,8 +50,9 @@ def _convert_model(config: Config) -> Path:
             try:
                 convert(str(path), str(target))
             except UserError as error:
-                command = f"python -m dreambooth.convert in={path} out=DIR config=DIR, then model.source=DIR"
-                raise UserError(str(error).replace("type config=DIR", f"type {command}")) from error
+                command = quoting.command("convert", {"in": str(path), "out": "DIR", "config": "DIR"})
+                raise UserError(str(error).replace(
+                    "type config=DIR", f"type {command}, then model.source=DIR")) from error
     return target
 
 

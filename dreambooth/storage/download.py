@@ -19,6 +19,7 @@ from dreambooth.storage import manifest
 from dreambooth.storage.manifest import Entries, Entry
 from dreambooth.storage.s3_bucket import Bucket
 from dreambooth.utils import atomic_files
+from dreambooth.utils.quoting import shell_word
 
 GIB = 2**30
 ROUNDS = 3  # attempts to download missing or damaged files
@@ -49,7 +50,7 @@ def fetch(bucket: Bucket, cache: Path, complete: bool) -> Path:
     entries = bucket.read_manifest() if manifest.NAME in listed else None
     if entries is None and complete:
         raise UserError(f"{location} has no {manifest.NAME}, so it is half uploaded or was uploaded by another tool: "
-                        f"type python -m dreambooth.storage upload FOLDER {location}")
+                        f"type python -m dreambooth.storage upload FOLDER {shell_word(str(location))}")
     wanted = listed if entries is None else entries
     if broken := [name for name, entry in wanted.items() if name not in listed or listed[name].size != entry.size]:
         raise UserError(f"{location} is half uploaded ({', '.join(broken[:3])} missing or truncated): repeat the "

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -130,9 +131,16 @@ def _table(trials: Sequence[Trial], names: Sequence[str]) -> str:
             f'<tr data-row="{i}"><td><label><input type="checkbox" checked data-toggle="{i}"><i style="background:'
             f'{colour(i)}"></i>{escape(name)}</label>{_badge(trial, i == best)}</td>'
             f'<td class="n">{"not finished" if objective is None else format_number(objective)}</td>{cells}'
-            f'<td class="n">{result.get("step", "-")}</td><td class="n">{round(result.get("seconds", 0))} s</td></tr>')
+            f'<td class="n">{escape(str(result.get("step", "-")))}</td><td class="n">{_format_seconds(result)}</td>'
+            "</tr>")
     return (f'<table><thead><tr><th>trial</th><th class="n">objective ↓</th>{heads}<th class="n">steps</th>'
             f'<th class="n">time</th></tr></thead><tbody>{"".join(rows)}</tbody></table>')
+
+
+def _format_seconds(result: Mapping[str, Any]) -> str:
+    """Return the training time of a result. The result is read from a file, which may contain anything."""
+    seconds = result.get("seconds", 0)
+    return f"{seconds:.0f} s" if isinstance(seconds, int | float) else "-"
 
 
 def _badge(trial: Trial, best: bool) -> str:

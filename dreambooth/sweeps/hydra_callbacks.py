@@ -15,6 +15,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from dreambooth.utils.key_names import short_names
+from dreambooth.utils.masking import mask_log_records, mask_urls
+
 DEFAULT_SWEEP_ID = time.strftime("%Y-%m-%d_%H-%M-%S")  # the sweep's ID if tracking.sweep is not set
 _varied_keys: list[str] = []  # configuration keys that the current sweep varies
 
@@ -26,6 +29,7 @@ class Sweep(Callback):
         self._jobs: list[tuple[Path, list[str], float | None]] = []  # run folder, overrides, objective
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        mask_log_records()  # Hydra's launcher logs the overrides of each job
         overrides = [str(override) for override in config.hydra.overrides.task]
         parsed = OverridesParser.create().parse_overrides(overrides)
         spaces = [OmegaConf.select(config, f"hydra.sweeper.{name}") or {} for name in ("params", "search_space")]
@@ -74,8 +78,9 @@ def trial_name(overrides: list[str]) -> str | None:
     """
     from dreambooth.tracking.svg_charts import format_setting
 
-    return " ".join(f"{_key(override).rpartition('.')[2]}={format_setting(override.partition('=')[2])}"
-                    for override in overrides if _key(override) in _varied_keys) or None
+    names = short_names(_varied_keys)
+    return mask_urls(" ".join(f"{names[_key(override)]}={format_setting(override.partition('=')[2])}"
+                              for override in overrides if _key(override) in names)) or None
 
 
 def _key(override: str) -> str:

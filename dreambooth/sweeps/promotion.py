@@ -33,8 +33,8 @@ from dreambooth.serialization import export_layout
 from dreambooth.sweeps.trials import CLASS_SIMILARITY, Trial, load_trial, load_trials, reason_over_bound
 from dreambooth.tracking.model_registry import CANDIDATE, CHAMPION, Registry, Version
 from dreambooth.tracking.tracker import open_tracker
-from dreambooth.utils import atomic_files
-from dreambooth.utils.provenance import remove_credentials
+from dreambooth.utils import atomic_files, quoting
+from dreambooth.utils.masking import mask_urls
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
     return {
         "sweep": sweep, "run": trial.folder.name, "run_dir": str(trial.folder), "model": str(
             trial.folder / result["model"]), "alias": alias, "name": name, "version": version.number,
-        "model_uri": f"models:/{name}@{alias}", "server": remove_credentials(uri, uri), "objective": value,
+        "model_uri": f"models:/{name}@{alias}", "server": mask_urls(uri, uri), "objective": value,
         "objective_name": objective,
         CLASS_SIMILARITY: score and {"name": score[0], "value": score[1], "base": score[2]},
         "replaced": champion.number if champion and not (is_champion or reason) else None, "mlflow_run_id": run_id,
@@ -213,8 +213,8 @@ def _reason_to_keep(champion: Version, trial: Trial, objective: str, tags: dict[
     if _has_other_photos(champion.tags, tags):
         return f"{who} was trained on other photos: type {remedy}"
     if champion_objective != objective:
-        return (f"{who} was chosen by {champion_objective}, not by {objective}: type objective={champion_objective}, "
-                f"{remedy}")
+        return (f"{who} was chosen by {champion_objective}, not by {objective}: type "
+                f"{quoting.override('objective', champion_objective)}, {remedy}")
     value = float(tags["objective"])
     if value < champion_value:
         return None

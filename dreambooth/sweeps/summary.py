@@ -10,6 +10,7 @@ from dreambooth.cloud import sweep_results
 from dreambooth.cloud.job import COMPLETED, FAILED
 from dreambooth.sweeps.trials import Trial, find_trials
 from dreambooth.tracking.svg_charts import format_setting
+from dreambooth.utils.key_names import short_names
 
 IGNORED_SETTINGS = {"name", "device", "sample_prompts", "evaluate.promote"}  # settings that do not characterise a trial
 
@@ -46,8 +47,8 @@ def trial_title(trial: Trial, keys: Sequence[str]) -> str:
     The title contains the trial's settings for the first four of `keys`. Without keys, the title is the name of the
     run folder.
     """
-    return " ".join(f"{key.rpartition('.')[2]}={format_setting(trial.settings.get(key, '?'))}" for key in keys[:4]) \
-        or trial.folder.name
+    return " ".join(f"{name}={format_setting(trial.settings.get(key, '?'))}"
+                    for key, name in short_names(keys[:4]).items()) or trial.folder.name
 
 
 def finished_objective(trial: Trial) -> float | None:
@@ -70,7 +71,8 @@ def parallel_axes(trials: Sequence[Trial]) -> dict[str, list[str | float]]:
     """
     done = [trial for trial in rank_trials(trials) if finished_objective(trial) is not None]
     axes: dict[str, list[str | float]] = {
-        key.rpartition(".")[2]: [trial.settings.get(key, "") for trial in done] for key in varied_settings(done)}
+        name: [trial.settings.get(key, "") for trial in done]
+        for key, name in short_names(varied_settings(done)).items()}
     for role in ("subject_similarity", "class_similarity"):
         scores = [trial.score(role) for trial in done]
         if done and all(scores):

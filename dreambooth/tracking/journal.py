@@ -25,6 +25,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dreambooth.utils.masking import mask_urls
+
 EXPERIMENT = "EXPERIMENT_ID"  # placeholder in tag values; replaced by the ID of the MLflow experiment
 STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED")
 MAX_BATCH = 1000  # maximum number of metric values per batch
@@ -114,7 +116,8 @@ class Journal:
 
     def _append_changed(self, kind: str, values: Mapping[str, str]) -> bool:
         with self._lock:
-            changed = {k: str(v) for k, v in values.items() if self._latest.get((kind, k)) != str(v)}
+            texts = {key: mask_urls(str(value)) for key, value in values.items()}
+            changed = {key: text for key, text in texts.items() if self._latest.get((kind, key)) != text}
             return bool(changed) and self._append({kind: changed})
 
     def _append(self, body: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from dreambooth.tracking import mlflow_logging
 from dreambooth.tracking.journal import EXPERIMENT, batches, is_line_start, read
 from dreambooth.tracking.mlflow_client import REFUSES_USER, http_status, is_refusal, set_default_environment
-from dreambooth.utils.provenance import remove_credentials
+from dreambooth.utils.masking import mask_urls
 
 POLL_INTERVAL = 2.0  # seconds between two reads of the journal
 BACKOFF = (5.0, 60.0)  # seconds before a failed attempt is repeated: initial and maximum pause; doubled each time
@@ -37,7 +37,7 @@ class Shipper(threading.Thread):
                  warn: Warn) -> None:
         super().__init__(name="mlflow", daemon=True)
         self._journal, self._uri, self._experiment, self._run_name = journal, uri, experiment, run_name
-        self._artifact_root, self._warn, self.display_uri = artifact_root, warn, remove_credentials(uri, uri)
+        self._artifact_root, self._warn, self.display_uri = artifact_root, warn, mask_urls(uri, uri)
         self.attempted, self._wake = threading.Event(), threading.Event()
         self.outage: str | None = None  # the last failure of the server, such as "does not answer (...)"
         self._stopped = self._closing = self._down = False
@@ -249,7 +249,7 @@ class Shipper(threading.Thread):
             text = found[0]
         elif "timed out" in text:
             text = "no answer in time"
-        return remove_credentials(text, self._uri)[:200]
+        return mask_urls(text, self._uri)[:200]
 
 
 def _database_file(uri: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dreambooth.errors import UserError
 from dreambooth.tracking.mlflow_client import DEFAULTS, LOGIN_HINT, REFUSES_USER, is_refusal, set_default_environment
-from dreambooth.utils.provenance import remove_credentials
+from dreambooth.utils.masking import mask_urls
 
 CHAMPION, CANDIDATE = "champion", "candidate"
 UPLOAD_TIMEOUT = "600"  # timeout in seconds for uploading one file of a model
@@ -87,8 +87,8 @@ class Registry:
         try:
             return request()
         except Exception as error:  # an error of MLflow, requests or the database driver
-            reason = remove_credentials(" ".join(str(error).split()), self._uri)[:300]
-            server = f"MLflow at {remove_credentials(self._uri, self._uri)}"
+            reason = mask_urls(" ".join(str(error).split()), self._uri)[:300]
+            server = f"MLflow at {mask_urls(self._uri, self._uri)}"
             if is_refusal(error):
                 raise UserError(f"{server} {REFUSES_USER} ({reason}): {LOGIN_HINT}") from error
             raise UserError(f"{server} rejects the request or does not answer ({reason}): start the server, or type "

@@ -10,6 +10,7 @@ from dreambooth.errors import Interrupted
 from dreambooth.tracking import svg_charts
 from dreambooth.tracking.journal import EXPERIMENT
 from dreambooth.tracking.tracker import NoOpTracker, Tracker, open_tracker
+from dreambooth.utils import markdown, quoting
 
 
 @contextmanager
@@ -54,14 +55,14 @@ def _open(recipe: Recipe, update_status: bool) -> Tracker:
 def describe_run(recipe: Recipe) -> str:
     """Return the Markdown description that MLflow shows for a run: prompt, artifacts, and a command to type."""
     folder, sweep = recipe.run_dir, recipe.tracking.sweep
-    lines = [f"**{recipe.instance_prompt}**, {recipe.model.name} at {recipe.model.resolution} px, "
+    lines = [f"**{markdown.escape(recipe.instance_prompt)}**, {recipe.model.name} at {recipe.model.resolution} px, "
              f"method {recipe.method.name}", ""]
     if sweep:
         lines.append(f"- one trial of the sweep {sweep}: [all trials side by side]({trials_link(sweep)})")
     return "\n".join([
         *lines, "- see the artifacts `contact_sheet.png` (photos, then samples by step) and `curves.svg`",
-        f"- the model is in `{folder / 'model'}`; generate images with it:",
-        f'  `python -m dreambooth.generate run={folder} prompt="{recipe.instance_prompt}"`'])
+        f"- the model is in `{folder / 'model'}`; generate images with it:", "",
+        markdown.code_block(quoting.command("generate", {"run": str(folder), "prompt": recipe.instance_prompt}))])
 
 
 def trials_link(sweep: str) -> str:

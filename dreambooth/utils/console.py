@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from dreambooth.utils.masking import mask_urls
+
 LINE_INTERVAL = 60.0  # seconds between progress lines without a terminal; SageMaker parses their loss
 
 
@@ -72,14 +74,16 @@ class Console:
         self._rich = RichConsole(file=sys.stdout, quiet=quiet, soft_wrap=not sys.stdout.isatty())
 
     def say(self, text: str) -> None:
-        """Print a line of plain text."""
-        self._rich.print(Text(text))
+        """Print a line of plain text. User info and queries of URLs are masked, here and in tables."""
+        self._rich.print(Text(mask_urls(text)))
 
     def table(self, rows: Mapping[str, str]) -> None:
         """Print two columns: the keys of `rows`, and their values.
 
-        Values are wrapped only on a terminal, so that a path is not broken in piped output.
+        Values are wrapped only on a terminal, so that a path is not broken in piped output. A command is never wrapped,
+        so that it can be copied: the terminal shows one long line. Commands come last.
         """
+        rows = {key: mask_urls(value) for key, value in rows.items()}
         if not self._rich.is_terminal:
             width = max(map(len, rows), default=0)
             for key, value in rows.items():
@@ -89,9 +93,13 @@ class Console:
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
+        commands = {key: value for key, value in rows.items() if value.startswith("python -m ")}
         for key, value in rows.items():
-            table.add_row(Text(key), Text(value))
+            if key not in commands:
+                table.add_row(Text(key), Text(value))
         self._rich.print(table)
+        for key, value in commands.items():
+            self._rich.print(Text.assemble((key, "bold"), "  ", value), soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:

@@ -1,13 +1,13 @@
 """Provenance of a run: code version, git revision, command line."""
 
 import os
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import dreambooth
+from dreambooth.utils.masking import mask_urls
+from dreambooth.utils.quoting import shell_line
 
 
 def origin() -> dict[str, str]:
@@ -30,20 +30,6 @@ def _git_revision() -> str:
 def _command() -> str:
     """Return the command line as the user typed it, without the credentials in its addresses."""
     script = Path(sys.argv[0])
-    arguments = [remove_credentials(word) for word in sys.argv[1:]]
-    return shlex.join([*([script.name] if script.suffix != ".py" else ["python", "-m", f"dreambooth.{script.stem}"]),
+    arguments = [mask_urls(word) for word in sys.argv[1:]]
+    return shell_line([*([script.name] if script.suffix != ".py" else ["python", "-m", f"dreambooth.{script.stem}"]),
                        *arguments])
-
-
-def remove_credentials(text: str, uri: str = "") -> str:
-    """Return `text` without credentials: `user:password@` in addresses, and the values of `password=` and `token=`.
-
-    Args:
-        uri: an address with credentials. The same credentials are also removed where they stand in `text` without an
-            address.
-    """
-    match = re.match(r"[\w+.-]+://([^/\s]*)@", uri)
-    text = re.sub(r"(?<=://)[^/\s]*@", "", text)
-    for secret in (match[1] + "@", match[1].partition(":")[2]) if match else ():
-        text = text.replace(secret, "") if secret else text
-    return re.sub(r"(password|token)=[^&\s]+", r"\1=***", text)

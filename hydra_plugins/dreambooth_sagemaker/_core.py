@@ -18,6 +18,8 @@ from dreambooth.cloud.follower import Follower
 from dreambooth.cloud.job import COMPLETED, FAILED, Job, JobState
 from dreambooth.cloud.sagemaker_backend import SageMakerBackend
 from dreambooth.errors import ConfigError, DreamBoothError, Interrupted
+from dreambooth.utils.masking import mask_file, mask_urls
+from dreambooth.utils.quoting import override
 from hydra_plugins.dreambooth_sagemaker import _prepare
 from hydra_plugins.dreambooth_sagemaker._sweep import SweepState
 
@@ -46,13 +48,14 @@ def launch(sweep: SweepState, job_overrides: Sequence[Sequence[str]], first_numb
         configs = [_compose_job(sweep, overrides, first_number + i) for i, overrides in enumerate(job_overrides)]
         if sweep.settings["mode"] != "local":
             _prepare.refuse_secrets(configs, sweep.name)
+        mask_file(Path(str(hydra.sweep.dir)) / "multirun.yaml")
         _check_settings(sweep)
         _check_numbers(configs)
         if sweep.settings["mode"] == "local":
             return _run_in_process(sweep, configs, job_overrides, first_number)
         return _run_on_backend(sweep, configs)
     except DreamBoothError as error:
-        print(f"dreambooth: {error}", file=sys.stderr)
+        print(f"dreambooth: {mask_urls(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         when = "" if sweep.settings["mode"] == "local" else " before anything was submitted"
@@ -136,7 +139,7 @@ def _run_in_process(sweep: SweepState, configs: Sequence[DictConfig], job_overri
     returns: list[JobReturn] = []
     try:
         for config, overrides in zip(configs, job_overrides, strict=True):
-            print(f"#{first_number + len(returns)} : {' '.join(filter_overrides(overrides))}", flush=True)
+            print(f"#{first_number + len(returns)} : {mask_urls(' '.join(filter_overrides(overrides)))}", flush=True)
             returns.append(run_job(hydra_context=sweep.hydra_context, task_function=sweep.task_function,
                                    config=config, job_dir_key="hydra.sweep.dir",
                                    job_subdir_key="hydra.sweep.subdir"))
@@ -178,10 +181,10 @@ def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig]) -> list[Jo
         backend = SageMakerBackend()
     all_jobs = _prepare.prepare_jobs(configs, sweep.name, backend, settings["mode"])
     jobs = sweep_results.jobs_to_run(all_jobs, sweep.done)
-    print("\n".join(_prepare.describe_jobs(jobs, settings["mode"])), flush=True)
+    print(mask_urls("\n".join(_prepare.describe_jobs(jobs, settings["mode"]))), flush=True)
     follow_hint = (
         "Optuna will suggest other points next time, so these jobs cannot be followed again" if _uses_optuna(sweep)
-        else f"the same command with hydra.launcher.sweep={sweep.name} follows these jobs again")
+        else f"the same command with {override('hydra.launcher.sweep', sweep.name)} follows these jobs again")
     if not sweep.table:  # printed once, not for every batch
         print(follow_hint, flush=True)
         if max_parallel < settings["max_parallel"] and len(jobs) > 1:

@@ -13,6 +13,7 @@ from dreambooth.config.storage import S3_SCHEME, is_remote, is_single_file
 from dreambooth.storage import folders, run_inputs
 from dreambooth.storage.folders import RemoteContent
 from dreambooth.utils.console import Console
+from dreambooth.utils.quoting import shell_word
 
 HUB_KEYS = ("model.source", "model.vae")  # keys whose value is a hub id or a path
 FILE_KEYS = ("evaluate.prompts", "evaluate.lpips")  # keys whose value may be a file
@@ -41,7 +42,7 @@ class Inputs:
                 yield f"there is nothing in {uri}: type {key}=s3://BUCKET/{'FILE' if is_file else 'FOLDER'}"
             elif needs_manifest and not content.is_complete and not is_file:
                 yield (f"{uri} is half uploaded, or was not uploaded by dreambooth: type python -m dreambooth.storage "
-                       f"upload FOLDER {uri}")
+                       f"upload FOLDER {shell_word(uri)}")
             else:
                 self._digests[uri] = content.digest
 

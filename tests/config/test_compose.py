@@ -273,7 +273,7 @@ def test_identity_knows_the_weights_in_a_local_vae(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("uri", ["http://me:secret@host:5000", "postgresql://me:se@cret@host/db",
-                                 "mysql://host/db?password=secret"])
+                                 "mysql://host/db?password=secret", "http://a-token@host"])
 def test_a_password_in_an_address_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD"):
         load(compose_config(f"tracking.uri='{uri}'"))

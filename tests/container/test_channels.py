@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from dreambooth import entrypoint
-from dreambooth.container import cluster, hyperparameter_values
+from dreambooth.container import cluster
 from dreambooth.container.publish_model import RUN_FILES, publish
 from dreambooth.container.sagemaker_paths import SageMakerPaths
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.storage import manifest
+from dreambooth.utils.quoting import hydra_string
 from tests.container.run_requests import build, error_of
 from tests.support.configs import BLOG
 
@@ -105,7 +106,7 @@ def test_a_channel_with_the_result_of_a_run_is_a_base_model(tmp_path: Path) -> N
     (tmp_path / "base/unet").mkdir(parents=True)
     for name, source in (("result", "result/model"), ("base", "base")):
         request = build({}, channels={"model": tmp_path / name})
-        assert request.overrides["model.source"] == hyperparameter_values.quote(str(tmp_path / source))
+        assert request.overrides["model.source"] == hydra_string(str(tmp_path / source))
         assert request.notices == []
 
 

@@ -14,6 +14,7 @@ from dreambooth import entrypoint
 from dreambooth.config.compose import load
 from dreambooth.container import blog_hyperparameters, hyperparameter_values
 from dreambooth.errors import UserError
+from dreambooth.utils.quoting import hydra_string
 from tests.container.run_requests import NO_DEADLINE, TEXTS, build, build_config, error_of
 from tests.support.configs import BLOG, compose_config
 
@@ -154,7 +155,7 @@ def test_any_json_encoded_text_is_parsed(text: str) -> None:
 @given(TEXTS)
 @example("it's $\\${x} 'a\\' ${y}\\\\")
 def test_hydra_parses_a_quoted_text_as_itself(text: str) -> None:
-    parsed = OverridesParser.create().parse_override(f"dataset.instance_prompt={hyperparameter_values.quote(text)}")
+    parsed = OverridesParser.create().parse_override(f"dataset.instance_prompt={hydra_string(text)}")
     assert OmegaConf.create({"prompt": parsed.value()}).prompt == text
 
 

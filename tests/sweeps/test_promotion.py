@@ -113,6 +113,15 @@ def test_a_trial_is_finished_once_its_export_is_there(
     assert not find_trials(tmp_path, "s")[0].finished
 
 
+def test_a_page_shows_what_a_result_holds_as_text(tmp_path: Path) -> None:
+    folder = trial(tmp_path, "a", 0.1)
+    result = json.loads((folder / "result.json").read_text())
+    for step, seconds in (("<script>alert(1)</script>", "<b>"), (["<script>alert(1)"], None)):
+        (folder / "result.json").write_text(json.dumps(result | {"step": step, "seconds": seconds}))
+        page = render_page("s", find_trials(tmp_path, "s"), 64)
+        assert "<script>alert" not in page and "<b>" not in page.partition("<tbody>")[2]
+
+
 def test_a_model_over_the_class_similarity_bound_is_skipped(tmp_path: Path, registry: Registry) -> None:
     trial(tmp_path, "collapsed", 0.1, class_similarity=0.5)
     trial(tmp_path, "sound", 0.2, class_similarity=0.47)

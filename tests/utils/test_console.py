@@ -98,8 +98,9 @@ def test_plan_and_summary_fit_80_columns(tmp_path, monkeypatch):
     plan = on_a_terminal(report.plan_table(resolved))
     result = Result(800, 0.123456, 1234.5, str(run_dir), "model")
     summary = on_a_terminal(report.summary_table(result, resolved, "sqlite:////very/long/path/of/a/home/folder/runs/mlflow.db"))
-    for shown in (plan, summary):
-        assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
+    lines = [line.rstrip() for line in (plan + summary).splitlines()]
+    assert max(len(line) for line in lines if "python -m" not in line) <= 80
+    assert lines[-1].endswith(' prompt="a photo of a zwx toy"'), "a command is one line: it is there to be copied"
     for words in (
             "a photo of a zwx toy", "a photo of a toy", "UNet and text encoder", "800, 4 photos", "fp32", "CPU"):
         assert words in plan
