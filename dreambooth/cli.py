@@ -1,26 +1,118 @@
-"""Helpers that all commands use: error messages on stderr, exit codes, and arguments that are hidden from Hydra."""
+"""Helpers that all commands use: arguments, error messages on stderr, and exit codes."""
 
 import argparse
 import atexit
+import codecs
+import io
 import json
 import math
 import os
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from dreambooth.config.schema import Memory
-from dreambooth.errors import EXIT_REPORT_DIR, DreamBoothError, Interrupted
+from dreambooth.errors import EXIT_REPORT_DIR, DreamBoothError, Interrupted, UserError
 from dreambooth.runtime import cpu_tuning
-from dreambooth.utils import masking
+from dreambooth.utils import masking, quoting
+from dreambooth.utils.suggestions import closest
 
 # Hydra arguments for a command that writes no run folder.
 NO_RUN_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 
 _intercepted: dict[str, str] = {}  # key -> value of overrides that are hidden from Hydra
 _exit_codes: list[int] = []  # one per failed job; a sweep runs several jobs
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, with the exit code of every other wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the sentence and exit."""
+        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            near = closest(found[1], re.findall(r"[\w-]+", found[2]), 1)
+            message = f"{found[1]} is not known: " + (f"did you mean {near[0]}?" if near else f"type one of {found[2]}")
+        else:
+            message = f"{message}: type {self.prog} --help"
+        print(f"dreambooth: {message}", file=sys.stderr)
+        sys.exit(UserError.exit_code)
+
+
+def run_hydra(command: Callable[[], Any], kind: type) -> None:
+    """Run a command with the arguments in sys.argv. Wrong input ends in one sentence instead of Hydra's own messages.
+
+    Args:
+        command: a function that `hydra.main` decorates.
+        kind: dataclass of the command's configuration.
+    """
+    use_utf8()
+    run_job(lambda: _run_hydra(command, kind), sweep=False)
+
+
+def _run_hydra(command: Callable[[], Any], kind: type) -> None:
+    from dreambooth.config import overrides
+
+    words, options = _parse_arguments(kind)
+    prepared = overrides.prepare(words, kind)
+    sys.argv[1:] = [*options, *prepared]  # options first: argparse refuses overrides on both sides of an option
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors instead of printing them
+    try:
+        command()
+    except Exception as error:
+        if known := overrides.explain(error, kind, prepared):
+            raise known from error
+        raise
+
+
+def _parse_arguments(kind: type) -> tuple[list[str], list[str]]:
+    """Return the overrides, and the options with their values, of a command line for Hydra.
+
+    Raises:
+        UserError: an option is not known, or options contradict each other.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    from dreambooth.config.overrides import setting_keys
+
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}: type --help for all options")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    options, rest = parser.parse_known_args()
+    if unknown := next((word for word in rest if word.startswith("-")), None):
+        name, equals, value = unknown.lstrip("-").partition("=")
+        if near := closest(unknown, [f"--{action.dest.replace('_', '-')}" for action in parser._actions], 1):
+            raise UserError(f"there is no option {unknown}: did you mean {near[0]}?")
+        if near := closest(name.replace("-", "_"), setting_keys(kind), 1, cutoff=0.8):
+            key = quoting.shell_line([f"{near[0]}={value if equals else 'VALUE'}"])
+            raise UserError(f"there is no option {unknown}: did you mean {key}, without dashes?")
+        refuse(f"there is no option {unknown}")
+    if options.resolve and not (options.cfg or options.help):
+        raise UserError("--resolve shows nothing by itself: type --cfg job --resolve")
+    if sum(map(bool, (options.run, options.multirun, options.cfg, options.info, options.shell_completion))) > 1:
+        raise UserError("only one of --run, --multirun, --cfg, --info and --shell-completion is possible: type one")
+    words = [*options.overrides, *rest]
+    return words, [word for word in sys.argv[1:] if word not in words]
+
+
+def use_utf8() -> None:
+    """Restart this process in Python's UTF-8 mode if the locale's encoding is ASCII.
+
+    Otherwise prompts and file names with other characters could be neither read nor printed. An encoding with more
+    characters is kept; what it cannot express is printed as an escape sequence.
+    """
+    if codecs.lookup(sys.getfilesystemencoding()).name == "ascii" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "repeat the command") -> float | None:
@@ -121,15 +213,16 @@ def configure_allocator(memory: Memory) -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = text
 
 
-def parse_with_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse_with_overrides(parser: ArgumentParser) -> argparse.Namespace:
     """Parse a command line that contains options and overrides KEY=VALUE.
 
     Return the namespace of the options. Its attribute `overrides` is the list of the overrides.
     """
-    options, overrides = parser.parse_known_args()
-    if invalid := [word for word in overrides if "=" not in word or word.startswith("-")]:
+    use_utf8()
+    options, words = parser.parse_known_args()
+    if invalid := [word for word in words if "=" not in word or word.startswith("-")]:
         parser.error(f"{invalid[0]} is neither an option nor KEY=VALUE")
-    options.overrides = overrides
+    options.overrides = words
     return options
 
 
@@ -141,9 +234,9 @@ def intercept_override(key: str) -> None:
     """
     from dreambooth.config.compose import unquote
 
-    overrides = [word for word in sys.argv[1:] if word.startswith(f"{key}=")]
-    sys.argv[1:] = [word for word in sys.argv[1:] if word not in overrides]
-    _intercepted[key] = unquote(overrides[-1]) if overrides else ""
+    words = [word for word in sys.argv[1:] if word.startswith(f"{key}=")]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word not in words]
+    _intercepted[key] = unquote(words[-1]) if words else ""
 
 
 def intercepted_override(key: str) -> str | None:

@@ -54,7 +54,7 @@ def _job(cfg: DictConfig) -> None:
 def main() -> None:
     """Run the console script `dreambooth-compare`."""
     cli.intercept_override("sweep")  # its value is an ID, but Hydra would look for an option of the group sweep
-    compare()
+    cli.run_hydra(compare, Compare)
     cli.exit_process()
 
 

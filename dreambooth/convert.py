@@ -4,12 +4,14 @@ Torch is imported only when the work of the command starts, so that --help is fa
 """
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth import cli
+from dreambooth.config import overrides
 from dreambooth.config.compose import conf_dir, to_dataclass
 from dreambooth.config.section import Section, require
 from dreambooth.errors import UserError
@@ -33,6 +35,8 @@ class Convert(Section):
     prediction_type: str | None = None
     resolution: int | None = None
     title: str | None = None
+
+    aliases = MappingProxyType({"in": "source"})
 
     def __post_init__(self) -> None:
         require("", {
@@ -60,7 +64,7 @@ def parse_options(cfg: DictConfig) -> Convert:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Convert), values)
     except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0]) from error
+        raise UserError(overrides.explain_value(error, Convert)) from error
     return to_dataclass(merged, Convert)
 
 
@@ -78,7 +82,7 @@ def _job(options: Convert) -> None:
 
 def main() -> None:
     """Run the console script `dreambooth-convert`."""
-    convert()
+    cli.run_hydra(convert, Convert)
     cli.exit_process()
 
 

@@ -9,7 +9,6 @@ import json
 import sys
 import traceback
 from contextlib import suppress
-from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
 
@@ -17,11 +16,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth import cli
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.config.enums import Device
+from dreambooth.config.overrides import explain, prepare, setting_keys
 from dreambooth.config.schema import Config, Storage
 from dreambooth.config.storage import is_remote
 from dreambooth.container.cluster import count_gpus, limit_to_one_process, parse_resource_config
@@ -43,6 +42,7 @@ identity.register_resolver()
 
 def main() -> None:
     """Run one job and exit with its exit code. If the job fails, write the reason to the file output/failure."""
+    cli.use_utf8()
     supervisor, paths = Supervisor(), SageMakerPaths.from_environment()
     with suppress(OSError):
         paths.failure.unlink(missing_ok=True)
@@ -126,13 +126,15 @@ def compose_run(overrides: list[str]) -> tuple[Config, Path]:
     Raises:
         UserError: Hydra cannot compose the overrides.
     """
+    overrides = prepare(overrides, Config)
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             cfg = compose("config", overrides, return_hydra_config=True)
         run_dir = Path(cfg.hydra.run.dir)
-    except (HydraException, OmegaConfBaseException) as error:
-        causes = [error, *filter(None, [error.__cause__])]
-        raise UserError("; ".join(" ".join(str(cause).split("\n    ")[0].split()) for cause in causes)) from error
+    except Exception as error:
+        if (known := explain(error, Config, overrides)) is None:
+            raise
+        raise known from error
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]
     return load(cfg), run_dir
@@ -175,11 +177,8 @@ def _find_hardware_option(instance_type: str | None) -> str | None:
 @cache
 def _config_keys() -> frozenset[str]:
     """Return the keys of all settings, such as train.seed, and the names of all config groups."""
-    sections = vars(Config())
-    settings = {f"{name}.{key}" for name, section in sections.items() if is_dataclass(section) for key in vars(section)}
-    top_level = {name for name, section in sections.items() if not is_dataclass(section)}
     groups = (folder.name for folder in conf_dir().iterdir() if folder.is_dir())
-    return frozenset({*settings, *top_level, *groups})
+    return frozenset({*setting_keys(Config), *groups})
 
 
 def _is_known_key(name: str) -> bool:

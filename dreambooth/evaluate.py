@@ -88,7 +88,7 @@ def compose_from_run(run: Path, options: dict[str, object]) -> DictConfig:
 
 def main() -> None:
     """Run the console script `dreambooth-evaluate`."""
-    evaluate()
+    cli.run_hydra(evaluate, EvaluateOptions)
     cli.exit_process()
 
 

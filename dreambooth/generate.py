@@ -39,7 +39,7 @@ def _job(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Run the console script `dreambooth-generate`."""
-    generate()
+    cli.run_hydra(generate, Generate)
     cli.exit_process()
 
 

@@ -57,7 +57,7 @@ def _job(cfg: DictConfig) -> None:
 def main() -> None:
     """Run the console script `dreambooth-promote`."""
     cli.intercept_override("sweep")  # its value is an ID, but Hydra would look for an option of the group sweep
-    promote()
+    cli.run_hydra(promote, Promote)
     cli.exit_process()
 
 

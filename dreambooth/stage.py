@@ -37,9 +37,9 @@ MEMORY_NEUTRAL_KEYS = {"train.learning_rate", "train.max_train_steps", "prior.pr
 RUN_FILES = ("result.json", "contact_sheet.png", "evaluation.json")  # files that the engine stores as artifacts
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> cli.ArgumentParser:
     """Return the argument parser of `python -m dreambooth.stage`."""
-    command_line = argparse.ArgumentParser(
+    command_line = cli.ArgumentParser(
         prog="python -m dreambooth.stage", description=(__doc__ or "").split("\n")[0],
         epilog="arguments KEY=VALUE are overrides too, and take precedence over --words")
     command_line.add_argument("stage", choices=STAGES)

@@ -90,7 +90,7 @@ def convert_single_files(config: Config) -> Config:
 
 def main() -> None:
     """Run the console script `dreambooth-train`."""
-    train()
+    cli.run_hydra(train, Config)
     cli.exit_process()
 
 

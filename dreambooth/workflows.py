@@ -4,7 +4,6 @@
 libraries such as torch are not imported.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -51,9 +50,9 @@ def build_shipped_spec() -> WorkflowSpec:
     return replace(build_spec(), overlays=overlays)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> cli.ArgumentParser:
     """Return the argument parser of `python -m dreambooth.workflows`."""
-    command_line = argparse.ArgumentParser(
+    command_line = cli.ArgumentParser(
         prog="python -m dreambooth.workflows", description=(__doc__ or "").split("\n")[0])
     commands = command_line.add_subparsers(dest="command", required=True)
     epilog = "arguments KEY=VALUE are overrides of every run; without any, those of the committed files are used"

@@ -1,12 +1,11 @@
-"""Turns the configuration that Hydra composed into plain dataclasses, and finds the folder conf/.
+"""Turns the configuration that Hydra composed into plain dataclasses.
 
-The rest of the package works with these dataclasses: apart from the commands, only this module, runs/identity.py and
-sweeps/hydra_callbacks.py import Hydra or OmegaConf. This module does not import torch.
+The rest of the package works with these dataclasses: apart from the commands, only this module, overrides.py,
+runs/identity.py and sweeps/hydra_callbacks.py import Hydra or OmegaConf. This module does not import torch.
 """
 
 import re
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
@@ -15,8 +14,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dreambooth.config import overrides
 from dreambooth.config.schema import Config
 from dreambooth.errors import ConfigError, UserError
+from dreambooth.utils.assets import conf_dir as conf_dir
 from dreambooth.utils.quoting import unescape_interpolation
 
 _LOGIN_IN_URI = (
@@ -26,22 +27,17 @@ _LOGIN_IN_URI = (
 Options = TypeVar("Options")
 
 
-def conf_dir() -> Path:
-    """Return the folder conf/, which lies inside an installed package, and beside the package in a checkout."""
-    packaged = Path(__file__).parents[1] / "conf"
-    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "conf"
-
-
 def to_dataclass(cfg: Any, kind: type[Options]) -> Options:
     """Convert the options of a command to a dataclass of type `kind`. For the configuration of a run, use `load`.
 
     Raises:
         UserError: a value has the wrong type, or breaks a rule of its field.
     """
+    overrides.escape_prompts(cfg)
     try:
         options = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0]) from error
+        raise UserError(overrides.explain_value(error, kind)) from error
     except ValueError as error:
         raise UserError(str(error)) from error
     assert isinstance(options, kind)
@@ -57,14 +53,17 @@ def load(cfg: DictConfig) -> Config:
             names a key.
     """
     problems = [f"tracking.uri {_LOGIN_IN_URI}"] * uri_has_password(cfg)
-    problems += [f"{key} is not a setting: type a key that --cfg job shows" for key in _unknown_keys(cfg)]
+    problems += [overrides.unknown_key(key, "VALUE", Config) for key in _unknown_keys(cfg)]
+    overrides.escape_prompts(cfg)
     sections: dict[str, Any] = {}
     for item in fields(Config):
         try:
             node = OmegaConf.select(cfg, item.name)
             sections[item.name] = OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
-        except (ValueError, OmegaConfBaseException) as error:
-            problems += str(error).splitlines() if isinstance(error, ValueError) else [str(error).splitlines()[0]]
+        except OmegaConfBaseException as error:
+            problems.append(overrides.explain_value(error, Config))
+        except ValueError as error:
+            problems += str(error).splitlines()
     if problems:
         raise ConfigError(*problems)
     return Config(**sections)

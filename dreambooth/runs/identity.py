@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.config import eval_prompts
 from dreambooth.config.dataset import ALPHA, FOLDERS
+from dreambooth.config.overrides import escape_prompts
 from dreambooth.config.storage import is_remote
 from dreambooth.data.photos import fingerprint
 from dreambooth.utils.assets import resolve_asset
@@ -54,6 +55,8 @@ def identity(root: DictConfig, swept: bool = False) -> str:
         root: the composed config.
         swept: True if a sweep varies `max_train_steps`: each value then gives a separate run.
     """
+    escape_prompts(root)
+
     def section(name: str) -> dict[str, Any]:
         values: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
             root[name], resolve=True, enum_to_str=True)

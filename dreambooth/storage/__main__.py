@@ -1,6 +1,5 @@
 """The command `python -m dreambooth.storage`: uploads a folder to S3, or downloads a folder from S3."""
 
-import argparse
 from pathlib import Path
 
 from dreambooth import cli
@@ -9,10 +8,10 @@ from dreambooth.storage import folders
 from dreambooth.utils.console import Console
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> cli.ArgumentParser:
     """Build the argument parser of `python -m dreambooth.storage`."""
     description = (folders.__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m dreambooth.storage", description=description)
+    parser = cli.ArgumentParser(prog="python -m dreambooth.storage", description=description)
     commands = parser.add_subparsers(dest="command", required=True)
     upload = commands.add_parser("upload", help="upload a folder to S3, or continue an upload")
     upload.add_argument("folder", type=Path)
@@ -27,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Run `python -m dreambooth.storage`."""
+    cli.use_utf8()
     options = parser().parse_args()
 
     def job() -> None:

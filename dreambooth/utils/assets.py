@@ -1,9 +1,27 @@
 """Paths of the files that ship with the package, such as the tiny base model and the demo photos."""
 
+from contextlib import suppress
 from pathlib import Path
 
 
+def conf_dir() -> Path:
+    """Return the folder conf/, which lies inside an installed package, and beside the package in a checkout."""
+    packaged = Path(__file__).parents[1] / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "conf"
+
+
 def resolve_asset(source: str) -> str:
-    """Return the path of `package:NAME`, a folder or file in dreambooth/assets/. Return any other string unchanged."""
+    """Return the path of `package:NAME`, a folder or file in dreambooth/assets/, and of `~/NAME`.
+
+    Any other string is returned unchanged.
+    """
     scheme, _, name = source.partition(":")
-    return str(Path(__file__).parents[1] / "assets" / name) if scheme == "package" else source
+    return str(Path(__file__).parents[1] / "assets" / name) if scheme == "package" else expand_home(source)
+
+
+def expand_home(path: str) -> str:
+    """Return a path with `~` or `~USER` at its start replaced by that home folder, if there is one."""
+    if path.startswith("~"):
+        with suppress(RuntimeError):  # no such user
+            return str(Path(path).expanduser())
+    return path

@@ -4,6 +4,7 @@ A reader sees either the old or the new content, never a partial file, even afte
 the digests that identify model files.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -64,6 +65,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file atomically."""
     with write_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def is_full_disk(error: OSError) -> bool:
+    """Return whether writing failed because the disk is full, or the user's share of it."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync(path: Path) -> None:

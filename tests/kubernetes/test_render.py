@@ -41,7 +41,7 @@ def test_check_names_the_changed_file(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("args, message", [
-    (["hardware=nope"], "Could not find 'hardware/nope'"),
+    (["hardware=nope"], "there is no hardware=nope: the options are cpu, g4dn, "),
     (["hardware=g4dn", "precision=bf16"], "type precision=fp16"),
     (["--space", "none", "hardware=cpu"], "there is no search space none"),
     (["hardware=cpu", "train.learning_rate=-1"], "train.learning_rate must be above 0"),

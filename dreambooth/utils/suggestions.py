@@ -1,0 +1,33 @@
+"""Suggestions for misspelt names, such as keys, options and files."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def closest(name: str, choices: Iterable[str], count: int = 3, cutoff: float = 0.6) -> list[str]:
+    """Return the choices that a user most likely meant by `name`; an empty list if none is similar.
+
+    Dotted keys are compared by their last parts: "seed" finds "train.seed" and "sample.seed", "train.max_step" finds
+    "train.max_train_steps", and "prompt" finds "dataset.instance_prompt".
+
+    Args:
+        count: the highest number of choices to return.
+        cutoff: the lowest similarity of a choice, from 0 to 1.
+    """
+    choices = list(dict.fromkeys(choices))
+    group, _, last = name.rpartition(".")
+    parts = {choice: choice.rpartition(".")[2] for choice in choices}
+    if same := [choice for choice, part in parts.items() if part == last]:
+        return same[:count]
+    if longer := [choice for choice, part in parts.items() if part.endswith(f"_{last}")]:
+        return longer[:count]
+    for candidates in ([choice for choice in choices if group and choice.startswith(f"{group}.")], choices):
+        if similar := difflib.get_close_matches(last, [parts[choice] for choice in candidates], n=1, cutoff=cutoff):
+            return [choice for choice in candidates if parts[choice] == similar[0]][:count]
+    return []
+
+
+def one_of(choices: Iterable[str]) -> str:
+    """Return the choices as "a, b or c"."""
+    *others, last = choices
+    return f"{', '.join(others)} or {last}" if others else last
