@@ -99,9 +99,18 @@ def _subject_problems(config: Config, prefix: str, subject: Subject | Dataset) -
         if not (subject.class_prompt or "").strip():
             yield (f'prior preservation needs a class prompt: type {prefix}.class_prompt="a photo of a dog", '
                    "or prior.with_prior_preservation=false")
+        elif _normalized(subject.instance_prompt) == _normalized(subject.class_prompt):
+            yield (f'the instance prompt and the class prompt are both "{subject.class_prompt}", so that class images '
+                   f'would train the subject away: type {prefix}.instance_prompt="a photo of a zwx dog" with a rare '
+                   "word, or prior.with_prior_preservation=false")
         if prior.num_class_images == 0 and not subject.class_dir:
             yield ("prior preservation needs class images: type prior.num_class_images=100, "
                    "or prior.with_prior_preservation=false")
+
+
+def _normalized(prompt: str | None) -> str:
+    """Return a prompt as CLIP's tokenizer reads it: in lower case, with single spaces."""
+    return " ".join((prompt or "").lower().split())
 
 
 def _concept_problems(data: Dataset) -> Iterator[str]:

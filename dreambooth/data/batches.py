@@ -22,7 +22,7 @@ from dreambooth.data import masks
 from dreambooth.data.aspect_buckets import Size
 from dreambooth.data.bucket_schedule import bucket_at
 from dreambooth.data.latent_cache import LatentStore, Moments, ReadRows
-from dreambooth.data.photos import Photo, crop_to_size, to_model_range
+from dreambooth.data.photos import Photo, crop_position, crop_to_size, to_model_range
 from dreambooth.utils import rng
 
 
@@ -43,6 +43,7 @@ class Batch:
     num_instances: int  # number of instance rows
     mask: Tensor | None = None  # (N, 1, h, w) in [0, 1]: weight of each latent in the loss; None: all weights are 1
     class_batch: "Batch | None" = None  # class rows of another image size; this batch then has only instance rows
+    size_and_crop: Tensor | None = None  # (N, 6), see `Batches.size_and_crop`; None: the model does not use it
 
     @property
     def num_samples(self) -> int:
@@ -64,7 +65,8 @@ class Batch:
         latents, noise, timesteps = (tensor[start:end] for tensor in (self.latents, self.noise, self.timesteps))
         rows_per_text = len(self.timesteps) // len(self.text)
         return Batch(latents, noise, timesteps, self.text[start // rows_per_text:end // rows_per_text],
-                     num_instances=len(timesteps), mask=None if self.mask is None else self.mask[start:end])
+                     num_instances=len(timesteps), mask=None if self.mask is None else self.mask[start:end],
+                     size_and_crop=None if self.size_and_crop is None else self.size_and_crop[start:end])
 
 
 def join_batches(parts: Sequence[Batch]) -> Batch:
@@ -82,7 +84,9 @@ def join_batches(parts: Sequence[Batch]) -> Batch:
     mask = None
     if any(part.mask is not None for part in parts):
         mask = torch.cat([torch.ones_like(part.latents[:, :1]) if part.mask is None else part.mask for part in parts])
-    return Batch(latents, noise, timesteps, text, first.num_instances, mask)
+    size_and_crop = [part.size_and_crop for part in parts if part.size_and_crop is not None]
+    return Batch(latents, noise, timesteps, text, first.num_instances, mask,
+                 size_and_crop=torch.cat(size_and_crop) if size_and_crop else None)
 
 
 @dataclass(frozen=True)
@@ -238,6 +242,7 @@ class HostSamples:
     noise: Tensor  # (n, C, h, w): the noise that is added to the latents
     timesteps: Tensor  # (n,) int64
     mask: Tensor | None = None  # (n, 1, h, w): weight of each latent in the loss
+    size_and_crop: Tensor | None = None  # (n, 6), see `Batches.size_and_crop`
 
 
 @dataclass
@@ -257,6 +262,7 @@ class Batches:
     world_size: int = 1  # number of processes
     noise_offset: float = 0.0
     dtype: torch.dtype = torch.float32
+    with_size_and_crop: bool = False  # the model uses Batch.size_and_crop, see Family.uses_size_and_crop
     share_prompts: bool = False  # if every photo set always has a single prompt, Batch.text holds it once per set
 
     def __call__(self, step: int) -> list[Batch]:
@@ -303,6 +309,25 @@ class Batches:
         weights = [ones if crop is None else masks.downscale_to_latents(crop, self._scale) for crop in crops]
         return torch.from_numpy(np.stack(weights)).unsqueeze(1).to(self.dtype)
 
+    def size_and_crop(self, photo_set: PhotoSet, views: Sequence[View]) -> Tensor | None:
+        """Return the original size, crop position and crop size of `views`, in pixels; None if the model ignores them.
+
+        Returns:
+            (N, 6) on the host: height and width of the photo before it was resized; row and column of the resized (and
+            mirrored) photo at which the crop starts; height and width of the crop.
+        """
+        if not self.with_size_and_crop:
+            return None
+        rows = []
+        for view in views:
+            photo = photo_set.photos[view.photo]
+            height, width = self.latents.size(photo)
+            top, left = crop_position(photo.pixels, (height, width), view.crop)
+            if view.flip:
+                left = photo.pixels.shape[1] - width - left
+            rows.append((*photo.original_size, top, left, height, width))
+        return torch.tensor(rows, dtype=torch.float32)
+
     @cached_property
     def _one_prompt_per_half(self) -> bool:
         """Whether Batch.text holds only one prompt per PhotoSet, instead of one prompt per row.
@@ -327,9 +352,10 @@ class Batches:
         noise = torch.stack([self._draw_noise(shape, key) for key in keys])
         timesteps = torch.tensor([int(rng.stream(*key, "timestep").integers(self.num_timesteps)) for key in keys])
         pixels = None if self.latents.cached else self._pinned(self.latents.pixels(photo_set, views))
-        mask = self.loss_mask(photo_set, views)
+        mask, size_and_crop = self.loss_mask(photo_set, views), self.size_and_crop(photo_set, views)
         return HostSamples(views, pixels, self._pinned(latent_noise), self._pinned(noise.to(self.dtype)),
-                           self._pinned(timesteps), None if mask is None else self._pinned(mask))
+                           self._pinned(timesteps), None if mask is None else self._pinned(mask),
+                           None if size_and_crop is None else self._pinned(size_and_crop))
 
     def _draw_noise(self, shape: tuple[int, int, int], key: rng.Key) -> Tensor:
         noise = rng.normal(shape, *key, "noise")
@@ -341,12 +367,13 @@ class Batches:
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def _make_batch(self, photo_set: PhotoSet, samples: HostSamples) -> Batch:
-        pixels, latent_noise, noise, timesteps, mask = (
+        pixels, latent_noise, noise, timesteps, mask, size_and_crop = (
             None if tensor is None else tensor.to(self.device, non_blocking=True)
-            for tensor in (samples.pixels, samples.latent_noise, samples.noise, samples.timesteps, samples.mask))
+            for tensor in (samples.pixels, samples.latent_noise, samples.noise, samples.timesteps, samples.mask,
+                           samples.size_and_crop))
         assert latent_noise is not None and noise is not None and timesteps is not None
         latents = self.latents.sample(photo_set, samples.views, latent_noise, pixels).to(self.device, self.dtype)
         views = samples.views[:1] if self._one_prompt_per_half else samples.views
         text = torch.cat([self.encode_prompt("" if view.drop_prompt else photo_set.photos[view.photo].caption)
                           for view in views])
-        return Batch(latents, noise, timesteps, text, len(timesteps), mask)
+        return Batch(latents, noise, timesteps, text, len(timesteps), mask, size_and_crop=size_and_crop)

@@ -1,75 +1,112 @@
-"""Reads the caption of a photo from NAME.txt beside NAME.jpg, else from metadata.jsonl. The default is the prompt.
+"""Reads the caption of a photo from a text file beside it, or from the metadata of its folder; else it is the prompt.
 
-metadata.jsonl has the format of `imagefolder` in Hugging Face `datasets`: one JSON object per line, such as
-{"file_name": "a.jpg", "text": "a caption"}. Functions with the argument `problems` append one sentence to this list for
-each caption that cannot be used, so that one message can report all of them. Imports no torch.
+- The caption of NAME.jpg is in NAME.txt, or in NAME.caption, the default of kohya's trainer.
+- metadata.jsonl and metadata.csv have the format of `imagefolder` in Hugging Face `datasets`: one JSON object per line,
+  such as {"file_name": "a.jpg", "text": "a caption"}, or a table with the columns file_name and text.
+
+Functions with the argument `problems` append one sentence to this list for each caption that cannot be used, so that
+one message can report all of them. Imports no torch.
 """
 
+import csv
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-METADATA = "metadata.jsonl"
+TEXT_SUFFIXES = (".txt", ".caption")  # lower case
+METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 def caption_files(photo: Path) -> Iterator[Path]:
-    """Yield the files beside a photo in which its caption may be: NAME.txt and metadata.jsonl, as far as they exist."""
-    text_file = next(filter(Path.is_file, map(photo.with_suffix, (".txt", ".TXT"))), None)
-    if text_file is not None:
-        yield text_file
-    if (metadata := photo.with_name(METADATA)).is_file():
-        yield metadata
+    """Yield the existing files in which the caption of a photo may be: text files beside it, then metadata files.
+
+    The order is part of the fingerprint of a folder.
+    """
+    for suffix in TEXT_SUFFIXES:
+        if text_file := next(filter(Path.is_file, map(photo.with_suffix, (suffix, suffix.upper()))), None):
+            yield text_file
+    yield from filter(Path.is_file, map(photo.with_name, METADATA))
 
 
 def read_metadata(folder: Path, problems: list[str]) -> dict[str, str]:
-    """Return the captions in a folder's metadata.jsonl, with the photo's file name as the key.
+    """Return the captions in a folder's metadata files, with the photo's file name as the key.
 
-    Return an empty dictionary if the folder has no metadata.jsonl.
+    Return an empty dictionary if the folder has no metadata file.
     """
-    path = folder / METADATA
-    if not path.is_file():
-        return {}
     captions: dict[str, str] = {}
+    for path in filter(Path.is_file, map(folder.joinpath, METADATA)):
+        content = _read(path, problems) or ""
+        for line, name, text in (_csv_rows if path.suffix == ".csv" else _json_rows)(path.name, content, problems):
+            where = f"{path.name} line {line}"
+            if not text:
+                problems.append(f"{where} has an empty text: write a caption, or remove the line")
+            elif not (folder / name).is_file():
+                problems.append(f"{where} names {name}, which does not exist: remove the line")
+            elif captions.setdefault(name, text) != text:
+                problems.append(f"{where} gives {name} a second caption: remove one")
+    return captions
+
+
+def _json_rows(file_name: str, content: str, problems: list[str]) -> Iterator[tuple[int, str, str]]:
+    """Yield (line number, name of the photo, caption) for each row of a metadata.jsonl."""
     # Not splitlines(): JSON strings may contain other line separators, such as U+2028.
-    for number, line in enumerate((_read(path, problems) or "").split("\n"), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            name, text = entry["file_name"], " ".join(entry["text"].split())
+            name, text = str(entry["file_name"]), _one_line(entry["text"])
         except (ValueError, KeyError, TypeError, AttributeError):
-            problems.append(f'{METADATA} line {number} is not {{"file_name": "photo.jpg", "text": "a caption"}}')
-            continue
-        if not text:
-            problems.append(f"{METADATA} line {number} has an empty text: write a caption, or remove the line")
-        elif not isinstance(name, str) or not (folder / name).is_file():
-            problems.append(f"{METADATA} line {number} names {name}, which does not exist: remove the line")
-        elif captions.setdefault(name, text) != text:
-            problems.append(f"{METADATA} line {number} gives {name} a second caption: remove one")
-    return captions
+            problems.append(f'{file_name} line {number} is not {{"file_name": "photo.jpg", "text": "a caption"}}')
+        else:
+            yield number, name, text
+
+
+def _csv_rows(file_name: str, content: str, problems: list[str]) -> Iterator[tuple[int, str, str]]:
+    """Yield (line number, name of the photo, caption) for each row of a metadata.csv."""
+    rows = csv.DictReader(io.StringIO(content, newline=""))
+    if content and not {"file_name", "text"} <= set(rows.fieldnames or ()):
+        problems.append(f"{file_name} has the columns {', '.join(map(str, rows.fieldnames or ()))}: name the column of "
+                        "the photos file_name and the column of the captions text, separated by commas")
+        return
+    for row in rows:
+        if not row["file_name"]:
+            problems.append(f"{file_name} line {rows.line_num} names no photo: write its name under file_name")
+        else:
+            yield rows.line_num, row["file_name"], _one_line(row["text"] or "")
 
 
 def read_caption(photo: Path, prompt: str, metadata: Mapping[str, str], problems: list[str]) -> str | None:
-    """Return the caption of a photo as one line.
+    """Return the caption of a photo as one line. If the caption cannot be used, append to `problems` and return None.
 
-    If the caption cannot be used, append the reason to `problems` and return None.
     Args:
         prompt: returned if the photo has no caption.
         metadata: the result of `read_metadata` for the photo's folder.
     """
-    path = next((path for path in caption_files(photo) if path.name != METADATA), None)
-    if path is None:
-        return metadata.get(photo.name, prompt)
-    content = _read(path, problems)
-    if content is None:
+    found: dict[str, str] = {}  # file -> caption
+    for path in caption_files(photo):
+        if path.name in METADATA:
+            continue
+        content = _read(path, problems)
+        if content is None:
+            return None
+        found[path.name] = _one_line(content)
+        if not found[path.name]:
+            problems.append(f"{path.name} is empty: write the caption into it, or remove it to use the prompt")
+            return None
+    if photo.name in metadata:
+        names = filter(Path.is_file, map(photo.with_name, METADATA))
+        found[" or ".join(path.name for path in names)] = metadata[photo.name]
+    if len(set(found.values())) > 1:
+        first, *others = found
+        problems.append(f"{photo.name} has a caption in {first} and another in {others[-1]}: remove one")
         return None
-    text = " ".join(content.split())
-    if not text:
-        problems.append(f"{path.name} is empty: write the caption into it, or remove it to use the prompt")
-    elif metadata.get(photo.name, text) != text:
-        problems.append(f"{photo.name} has a caption in {path.name} and another in {METADATA}: remove one")
-        return None
-    return text or None
+    return next(iter(found.values()), prompt)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _read(path: Path, problems: list[str]) -> str | None:

@@ -20,18 +20,22 @@ from typing import TYPE_CHECKING
 from dreambooth.data import aspect_buckets, captions, image_formats, masks
 from dreambooth.data.image_formats import UnusablePhoto
 from dreambooth.errors import UserError
+from dreambooth.utils import quoting
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from PIL import Image
 
-    Decoded = tuple[NDArray[np.uint8], aspect_buckets.Size | None, NDArray[np.uint8] | None]  # pixels, bucket, mask
+    # pixels, bucket, mask, original size
+    Decoded = tuple[NDArray[np.uint8], aspect_buckets.Size | None, NDArray[np.uint8] | None, aspect_buckets.Size]
 
 MAX_PIXELS = 178_956_970  # Pillow refuses a larger image as a decompression bomb
 NO_FINGERPRINT = "0" * 64  # fingerprint of a folder that has no photos, or an unreadable file
 
-_NOT_PHOTOS = {"thumbs.db", "desktop.ini", "__macosx", ".txt", ".json", ".jsonl"}  # lower-case file names and suffixes
+IGNORED_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}  # files and folders of file managers, in lower case
+_NOT_PHOTOS = {*IGNORED_NAMES, *captions.TEXT_SUFFIXES, *captions.METADATA, ".json", ".jsonl"}  # in lower case
+_MAX_SUBFOLDERS = 1000  # subfolders that are looked into for a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +47,12 @@ class Photo:
     caption: str  # see captions.py; the prompt, if the photo has no caption
     size: aspect_buckets.Size | None = None  # (height, width) of the crop; None: a square, resolution x resolution
     mask: NDArray[np.uint8] | None = None  # (H, W), see masks.py; None: the whole photo counts in the loss
+    original: aspect_buckets.Size | None = None  # (height, width) of the upright file; None: the size of `pixels`
+
+    @property
+    def original_size(self) -> aspect_buckets.Size:
+        """The (height, width) in pixels before the photo was resized."""
+        return self.original or self.pixels.shape[:2]
 
 
 def list_photos(folder: Path) -> list[Path]:
@@ -63,8 +73,40 @@ def list_photos(folder: Path) -> list[Path]:
         raise UserError(f"{folder} cannot be read ({error.strerror}): {advice}") from error
     photos = [path for path in entries if _is_photo_candidate(path)]
     if not photos:
-        raise UserError(f"{folder} holds no photo (subfolders are not searched): {advice}")
+        raise UserError(f"{folder} holds no photo{_describe_subfolders(folder) or f': {advice}'}")
     return photos
+
+
+def photos_in_subfolders(folder: Path) -> dict[Path, int]:
+    """Return the number of photos in each subfolder of a folder, at any depth. Subfolders without photos are left out.
+
+    Only files with the suffix of an image format count. Hidden folders are not searched. Never raises.
+    """
+    counts: dict[Path, int] = {}
+    for number, (inside, subfolders, files) in enumerate(os.walk(folder)):
+        subfolders[:] = sorted(name for name in subfolders
+                               if not name.startswith(".") and name.lower() not in IGNORED_NAMES)
+        images = [name for name in files if not name.startswith(".")
+                  and Path(name).suffix.lower() in image_formats.SUFFIXES]
+        if images and number:
+            counts[Path(inside)] = len(images)
+        if number == _MAX_SUBFOLDERS:
+            break
+    return counts
+
+
+def _describe_subfolders(folder: Path) -> str:
+    """Return the end of the message about a folder without photos, if its subfolders have photos; else ""."""
+    counts = photos_in_subfolders(folder)
+    listed = ", ".join(f"{path.relative_to(folder)} ({count})" for path, count in list(counts.items())[:5])
+    if not counts:
+        return ""
+    typed = quoting.override("dataset.instance_dir", str(next(iter(counts))))
+    if len(counts) > 1:
+        typed += (" for one of them, or dataset=concepts "
+                  + " ".join(quoting.override(f"dataset.concepts.{number}.instance_dir", str(path))
+                             for number, path in enumerate(list(counts)[:2])) + " for several subjects")
+    return f" itself, but its subfolders do: {listed}{', ...' * (len(counts) > 5)}: type {typed}"
 
 
 def _is_photo_candidate(path: Path) -> bool:
@@ -112,8 +154,8 @@ def load_photos(paths: Sequence[Path], prompt: str, resolution: int, bucketed: b
         decoded = _try_decode(path, resolution, bucketed, mask, problems)
         caption = captions.read_caption(path, prompt, metadata[path.parent], problems)
         if decoded is not None and caption is not None:
-            pixels, size, mask_pixels = decoded
-            photos.append(Photo(path, pixels, caption, size, mask_pixels))
+            pixels, size, mask_pixels, original = decoded
+            photos.append(Photo(path, pixels, caption, size, mask_pixels, original))
     if problems:
         count = f"{len(problems)} file{'s' * (len(problems) > 1)} in {paths[0].parent}"
         raise UserError("\n  ".join([f"{count} cannot be used, replace or remove:", *problems]))
@@ -168,15 +210,19 @@ def _decode(path: Path, resolution: int, bucketed: bool, mask: str | None) -> De
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # large files and malformed EXIF only warn; damaged pixels raise an exception
         with Image.open(path, formats=image_formats.readable_formats()) as image:
+            original = image.height, image.width
             # The JPEG decoder may downscale, as long as the short side stays at least twice the resolution.
             image.draft(None, (2 * resolution, 2 * resolution))
             image.load()
+            decoded_size = image.size
             _turn_upright(image)
+            if image.size != decoded_size:  # turned by 90 degrees
+                original = original[::-1]
             mask_image = masks.load_mask(path, image, mask)
             size = aspect_buckets.nearest_bucket(image.height, image.width, resolution) if bucketed else None
             pixels = _resize(_flatten(image), size or (resolution, resolution))
-        return np.array(pixels), size, None if mask_image is None else np.array(
-                mask_image.resize(pixels.size, Image.Resampling.BOX))
+        mask_pixels = None if mask_image is None else np.array(mask_image.resize(pixels.size, Image.Resampling.BOX))
+        return np.array(pixels), size, mask_pixels, original
 
 
 def _turn_upright(image: Image.Image) -> None:
@@ -255,12 +301,19 @@ def crop_to_size(
             crop; None: the centre.
         flip: mirror the crop left to right.
     """
-    rows, columns = pixels.shape[0] - size[0], pixels.shape[1] - size[1]  # left out by the crop
-    top, left = rows // 2, columns // 2
-    if offset is not None:
-        top, left = int(offset[0] * (rows + 1)), int(offset[1] * (columns + 1))
+    top, left = crop_position(pixels, size, offset)
     crop = pixels[top:top + size[0], left:left + size[1]]
     return (crop[:, ::-1] if flip else crop).copy()
+
+
+def crop_position(
+    pixels: NDArray[np.uint8], size: aspect_buckets.Size, offset: tuple[float, float] | None
+) -> tuple[int, int]:
+    """Return the row and the column of the pixels at which a crop starts, see `crop_to_size`."""
+    rows, columns = pixels.shape[0] - size[0], pixels.shape[1] - size[1]  # left out by the crop
+    if offset is None:
+        return rows // 2, columns // 2
+    return int(offset[0] * (rows + 1)), int(offset[1] * (columns + 1))
 
 
 def to_model_range(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -44,7 +44,7 @@ class TrainedModel(nn.Module):
         for name, module in modules.items():
             self.add_module(name, module)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor, size_and_crop: Tensor | None = None) -> Tensor:
         """Return the denoiser's prediction (N, C, h, w).
 
         Args:
@@ -53,13 +53,14 @@ class TrainedModel(nn.Module):
             text: (P, ...): the token ids of P prompts if the text encoders are trained, else the encoders' output.
                 The first prompt belongs to the first N / P samples, the second prompt to the next N / P, and so on. A
                 prompt that samples share is encoded once; its gradient is the sum of the gradients of these samples.
+            size_and_crop: (N, 6), see Family.predict.
         """
         if self.encoder_names:
             text = self.family.text([getattr(self, name) for name in self.encoder_names], text)
         if len(text) < len(latents):
             text = text.repeat_interleave(len(latents) // len(text), 0)
         denoiser = getattr(self, self.family.denoiser.name)
-        return self.family.predict(denoiser, latents, timesteps, text, self.vae_scale)
+        return self.family.predict(denoiser, latents, timesteps, text, self.vae_scale, size_and_crop)
 
 
 def trained_model(parts: Components, recipe: Recipe) -> TrainedModel:

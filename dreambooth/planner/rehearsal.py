@@ -207,7 +207,8 @@ class _Rehearsal:
         else:
             text = torch.cat([self._text_states(1) for _ in range(count)])
         noise, timesteps = torch.empty_like(latents), torch.zeros(count, dtype=torch.long)
-        return Batch(latents, noise, timesteps, text, count)
+        size_and_crop = torch.empty(count, 6) if self.parts.family.uses_size_and_crop else None
+        return Batch(latents, noise, timesteps, text, count, size_and_crop=size_and_crop)
 
     def _cache(self) -> None:
         """Encode the largest batch of photos with the VAE, and one prompt with the text encoders."""

@@ -26,13 +26,14 @@ def instance_loss(setup: Setup) -> float:
     for number, photo in enumerate(photo_set.photos):
         view, shape = View(number, False, None), batches.latent_shape_of(photo)
         latents = batches.latents.sample(photo_set, [view], torch.zeros(1, *shape))
-        mask = batches.loss_mask(photo_set, [view])
+        mask, size_and_crop = batches.loss_mask(photo_set, [view]), batches.size_and_crop(photo_set, [view])
         noise = torch.stack([rng.normal(shape, "objective", number, level) for level in range(count)])
         text = batches.encode_prompt(photo.caption)
         batch = Batch(
             latents=latents.to(batches.device).expand(count, -1, -1, -1), noise=noise.to(batches.device),
             timesteps=timesteps.to(batches.device), text=text.expand(count, *text.shape[1:]), num_instances=count,
-            mask=None if mask is None else mask.to(batches.device))
+            mask=None if mask is None else mask.to(batches.device),
+            size_and_crop=None if size_and_crop is None else size_and_crop.to(batches.device).expand(count, -1))
         # Call `forward`, because calling the module would compile it for this one use, which takes minutes.
         with torch.no_grad(), evaluating(setup.trained):
             total += float(unweighted(setup.trained.forward, batch).instance)

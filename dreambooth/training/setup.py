@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dreambooth.config.enums import EmaDevice
 from dreambooth.config.recipe import Recipe
-from dreambooth.data import class_images, latent_cache, subjects
+from dreambooth.data import class_images, latent_cache, photo_report, subjects
 from dreambooth.data.batches import Batches, Latents, PhotoSet
 from dreambooth.data.photos import Photo, load_photos
 from dreambooth.errors import UserError
@@ -59,6 +59,8 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
     scorer = Scorer(recipe) if recipe.evaluate.encoders and engine.is_main_process else None
     with meter.phase("load"):
         photos, repeats = subjects.load_subject_photos(recipe)
+        if engine.is_main_process:
+            console.say(photo_report.describe_photos(recipe, photos))
         parts = loading.load(recipe, engine.device)
     _check_prompts(parts, recipe, photos)
     pipeline = build_pipeline(parts)
@@ -82,6 +84,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         seed=recipe.train.seed, batch_size=recipe.train.train_batch_size,
         accumulation=recipe.train.gradient_accumulation_steps, device=engine.device,
         rank=engine.rank, world_size=engine.world_size, noise_offset=recipe.train.noise_offset,
+        with_size_and_crop=parts.family.uses_size_and_crop,
         share_prompts=not recipe.method.dropout)  # with dropout, each row drops different elements
     objective = Objective(schedule, recipe.prior.prior_loss_weight, recipe.train.snr_gamma, recipe.two_passes)
     with meter.phase("state"):

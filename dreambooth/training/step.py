@@ -25,7 +25,7 @@ MAX_SKIPPED_IN_A_ROW = 10
 class TrainState:
     """The training state: everything that training changes. All other objects can be rebuilt from the recipe."""
 
-    model: nn.Module  # (latents, timesteps, text) -> prediction; may be wrapped for data parallel
+    model: nn.Module  # (latents, timesteps, text[, size_and_crop]) -> prediction; may be wrapped for data parallel
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: Ema | None = None
@@ -58,7 +58,8 @@ class Objective:
         schedule = self.noise_schedule
         noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
         times = schedule.denoiser_timesteps(batch.timesteps)
-        prediction = model(noisy, times, batch.text).to(batch.latents.dtype)
+        size_and_crop = () if batch.size_and_crop is None else (batch.size_and_crop,)
+        prediction = model(noisy, times, batch.text, *size_and_crop).to(batch.latents.dtype)
         goal = schedule.target(batch.latents, batch.noise, batch.timesteps)
         weights = None if self.snr_gamma is None else schedule.min_snr_weights(
             batch.timesteps, self.snr_gamma).to(goal.dtype)

@@ -58,6 +58,8 @@ BROKEN = {  # broken rule -> (machine, values by key, what the message says to t
     "no instance prompt": (None, {"dataset__instance_prompt": " "}, "dataset.instance_prompt="),
     "drawings for a hub model": (None, {"model__source": "me/model"}, "dataset.allow_drawings=true"),
     "no class prompt": (None, {"dataset__class_prompt": None}, "dataset.class_prompt="),
+    "equal prompts": (None, {"dataset__instance_prompt": " A Toy", "dataset__class_prompt": "a  toy"},
+                      "prior.with_prior_preservation=false"),
     "no class images": (None, {"prior__num_class_images": 0}, "prior.num_class_images=100"),
     "a frozen random crop": (None, {"dataset__center_crop": False}, "memory.cache_latents=false"),
     "warm-up of a constant rate": (None, {"train__lr_warmup_steps": 5}, "train.lr_scheduler=constant_with_warmup"),

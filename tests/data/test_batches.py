@@ -1,4 +1,4 @@
-"""Batches: captions of metadata.jsonl, HEIC, aspect-ratio buckets."""
+"""Batches: captions of metadata.jsonl, HEIC, aspect-ratio buckets, original size and crop."""
 
 import dataclasses
 import json
@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dreambooth.data import aspect_buckets, image_formats, photos
-from dreambooth.data.batches import Batches
+from dreambooth.data.batches import Batches, PhotoSet
 from dreambooth.data.latent_cache import LatentStore
-from dreambooth.data.photos import NO_FINGERPRINT, crop_to_size, fingerprint, list_photos, load_photos
+from dreambooth.data.photos import NO_FINGERPRINT, Photo, crop_to_size, fingerprint, list_photos, load_photos
 from dreambooth.training.instance_loss import instance_loss
 from dreambooth.training.step import Objective
 from tests.data.noise_photos import PROMPT, SHAPES, bucketed_set, loading_error, save_noise, write_metadata
@@ -197,6 +197,56 @@ def test_with_one_bucket_batches_equal_those_without_buckets() -> None:
     plain, bucketed = ([batch.noise for step in range(5) for batch in make_batches(photo_sets=[photo_set])(step)]
                        for photo_set in (without, one_bucket))
     assert all(a.equal(b) for a, b in zip(plain, bucketed, strict=True))
+
+
+# -- original size and crop ---------------------------------------------------------------------------------------
+
+def test_size_and_crop_describe_the_pixels_of_each_sample() -> None:
+    generator = np.random.default_rng(0)
+    loaded = [Photo(Path(f"{i}.png"), generator.integers(0, 256, (8 + i, 12, 3), dtype=np.uint8), f"caption {i}",
+                    original=(80 + i, 120)) for i in range(4)]
+    batches = make_batches(4, photo_sets=[PhotoSet("instance", loaded, False, True)], with_size_and_crop=True)
+    for step in range(3):
+        [[samples]] = batches.draw(step)
+        assert {view.flip for view in samples.views} == {False, True}
+        for view, pixels, row in zip(samples.views, samples.pixels, samples.size_and_crop.int(), strict=True):
+            photo = loaded[view.photo]
+            height, width, top, left, rows, columns = row.tolist()
+            assert (height, width) == photo.original and (rows, columns) == (8, 8)
+            mirrored = photo.pixels[:, ::-1] if view.flip else photo.pixels
+            assert (photos.to_model_range(mirrored[top:top + rows, left:left + columns]) == pixels.numpy()).all()
+
+
+def test_the_halves_of_a_batch_keep_their_size_and_crop() -> None:
+    [batch] = make_batches(2, with_size_and_crop=True)(1)
+    [plain] = make_batches(2)(1)
+    halves = batch.halves()
+    assert batch.size_and_crop.shape == (4, 6) and plain.size_and_crop is None
+    assert batch.size_and_crop.equal(torch.cat([half.size_and_crop for half in halves]))
+    [bucketed] = bucketed_batches(2, with_size_and_crop=True)(1)
+    assert [half.size_and_crop.shape for half in bucketed.halves()] == [(2, 6), (2, 6)]
+
+
+def test_the_loss_gives_the_model_size_and_crop_if_it_uses_them() -> None:
+    seen: list[tuple[torch.Tensor, ...]] = []
+
+    class Recording(ToyModel):
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            seen.append(inputs[3:])
+            return super().forward(*inputs[:3])
+
+    model = Recording()
+    make_state(model)
+    for used in (True, False):
+        batches, objective = make_batches(2, with_size_and_crop=used), Objective(make_schedule())
+        [batch] = batches(1)
+        objective(model, batch)
+        instance_loss(SimpleNamespace(batches=batches, objective=objective, trained=model))  # type: ignore[arg-type]
+        assert all(len(more) == used for more in seen)
+        if used:
+            assert seen[0][0].equal(batch.size_and_crop)
+            assert seen[1][0].equal(torch.tensor([[8.0, 12, 0, 2, 8, 8]] * 8)), "the centre crop of the first photo"
+        seen.clear()
 
 
 def test_photos_can_be_cropped_to_any_size() -> None:

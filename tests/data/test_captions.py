@@ -45,6 +45,38 @@ def test_an_unusable_caption_is_reported(folder, content, words):
     assert "dog.txt" in problem(folder) and words in problem(folder)
 
 
+def test_captions_are_read_from_the_files_of_kohyas_trainer_and_of_datasets(folder):
+    for name in ("a.png", "b.png", "c.png", "d.png", "e.png"):
+        save_solid(folder / name)
+    (folder / "a.caption").write_text("from kohya")
+    (folder / "b.CAPTION").write_text("the same")
+    (folder / "b.txt").write_text("the same")
+    (folder / "metadata.csv").write_bytes(
+        '\ufefffile_name,ok,text\r\nc.png,1,"two, ""quoted""\r\nlines"\r\nd.png,,café\r\n'.encode())
+    captions = [photo.caption for photo in load_photos(list_photos(folder), PROMPT, 8)]
+    assert captions == ["from kohya", "the same", 'two, "quoted" lines', "café", PROMPT]
+
+
+@pytest.mark.parametrize("files, words", [
+    ({"dog.txt": "one", "dog.caption": "two"}, "dog.png has a caption in dog.txt and another in dog.caption"),
+    ({"dog.caption": "one", "metadata.csv": "file_name,text\ndog.png,two"},
+     "dog.png has a caption in dog.caption and another in metadata.csv"),
+    ({"dog.caption": " "}, "dog.caption is empty"),
+    ({"metadata.csv": "file_name;text\ndog.png;a dog"}, "metadata.csv has the columns file_name;text: name"),
+    ({"metadata.csv": "file_name,caption\ndog.png,a dog"}, "metadata.csv has the columns file_name, caption: name"),
+    ({"metadata.csv": "file_name,text\ndog.png"}, "metadata.csv line 2 has an empty text"),
+    ({"metadata.csv": "file_name,text\n,a dog"}, "metadata.csv line 2 names no photo"),
+    ({"metadata.csv": "file_name,text\ngone.png,a dog"}, "metadata.csv line 2 names gone.png, which does not exist"),
+    ({"metadata.csv": "file_name,text\ndog.png,a dog", "metadata.jsonl": '{"file_name": "dog.png", "text": "x"}'},
+     "metadata.csv line 2 gives dog.png a second caption"),
+])
+def test_an_unusable_caption_of_another_trainers_folder_is_named(folder, files, words):
+    save_solid(folder / "dog.png")
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    assert words in problem(folder)
+
+
 def test_a_bad_photo_and_its_bad_caption_are_both_reported(folder):
     (folder / "dog.png").write_text("no photo")
     (folder / "dog.txt").touch()
@@ -63,7 +95,10 @@ def test_a_bad_photo_and_its_bad_caption_are_both_reported(folder):
     lambda folder: (folder / "a.txt").unlink(),
     lambda folder: (folder / "b.txt").write_text("new"),
     lambda folder: (folder / "a.txt").rename(folder / "b.txt"),
-], ids=["content", "added", "removed", "renamed", "caption", "caption gone", "caption added", "caption moved"])
+    lambda folder: (folder / "b.caption").write_text("new"),
+    lambda folder: (folder / "metadata.csv").write_text("file_name,text"),
+], ids=["content", "added", "removed", "renamed", "caption", "caption gone", "caption added", "caption moved",
+        "kohya's caption", "table"])
 def test_the_fingerprint_changes_when_training_data_changes(folder, change):
     before = fingerprint(two_photos(folder))
     change(folder)

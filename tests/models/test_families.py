@@ -92,6 +92,24 @@ def test_sdxls_unet_is_told_what_its_pipeline_tells_it(base: dict[str, Path]) ->
         assert seen["added_cond_kwargs"][name].equal(theirs["added_cond_kwargs"][name]), name
 
 
+def test_sdxls_unet_gets_the_original_size_and_crop_of_each_photo(base: dict[str, Path]) -> None:
+    """Podell et al. 2023, section 2.2. The numbers of an uncropped photo of the training size are as before."""
+    recipe = small_recipe(model__source=str(base["sdxl"]), model__name="sdxl", model__resolution=16)
+    parts, seen = load(recipe, torch.device("cpu")), []
+    plain = parts.denoiser.forward
+    parts.denoiser.forward = lambda *args, **kwargs: (
+        seen.append(kwargs["added_cond_kwargs"]["time_ids"]), plain(*args, **kwargs))[1]
+    model, text = trained_model(parts, recipe), parts.frozen_text("a toy")
+    inputs = torch.zeros(2, 4, 8, 8), torch.zeros(2, dtype=torch.long), text
+    side = 8 * parts.vae_scale
+    uncropped = torch.tensor([[side, side, 0, 0, side, side]] * 2, dtype=torch.float32)
+    cropped = torch.tensor([[3000, 4000, 0, 2, side, side], [90, 90, 0, 0, side, side]], dtype=torch.float32)
+    with torch.no_grad():
+        pictures = [model(*inputs), model(*inputs, uncropped), model(*inputs, cropped)]
+    assert seen[0].equal(uncropped) and seen[0].dtype is seen[1].dtype and seen[2].equal(cropped)
+    assert pictures[0].equal(pictures[1]) and not pictures[0].equal(pictures[2])
+
+
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("family", NEW)
 def test_the_planner_records_the_very_step_of_a_family(family: str, text: bool, base: dict[str, Path]) -> None:

@@ -216,8 +216,11 @@ class Family(ABC):
 
     # -- the denoiser ----------------------------------------------------------------------------------------------
 
+    uses_size_and_crop: bool = False  # whether the denoiser uses the argument `size_and_crop` of `predict`
+
     @abstractmethod
-    def predict(self, denoiser: Any, latents: Tensor, timesteps: Tensor, text: Tensor, vae_scale: int) -> Tensor:
+    def predict(self, denoiser: Any, latents: Tensor, timesteps: Tensor, text: Tensor, vae_scale: int,
+                size_and_crop: Tensor | None = None) -> Tensor:
         """Return the denoiser's prediction (N, C, h, w).
 
         Args:
@@ -225,6 +228,8 @@ class Family(ABC):
             timesteps: (N,), or 0-d: one timestep for all samples.
             text: the text encoders' output, (N, ...); see the method `text`.
             vae_scale: image side in pixels divided by latent side.
+            size_and_crop: the original size, crop position and crop size of each image, (N, 6) in pixels, see
+                `Batches.size_and_crop`; None: uncropped images of the size of the latents.
         """
 
     @abstractmethod

@@ -115,7 +115,8 @@ class LatentUNet(Family):
 
     # -- the denoiser ----------------------------------------------------------------------------------------------
 
-    def predict(self, denoiser: Any, latents: Tensor, timesteps: Tensor, text: Tensor, vae_scale: int) -> Tensor:
+    def predict(self, denoiser: Any, latents: Tensor, timesteps: Tensor, text: Tensor, vae_scale: int,
+                size_and_crop: Tensor | None = None) -> Tensor:
         prediction: Tensor = denoiser(latents, timesteps, text, return_dict=False)[0]
         return prediction
 

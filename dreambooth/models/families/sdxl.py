@@ -39,9 +39,9 @@ class StableDiffusionXL(LatentUNet):
     of the paper). The last row of the output begins with the pooled and projected state of the second encoder.
 
     The UNet also receives the original size of the picture, the coordinates of its crop, and the target size (section
-    2.2). These values are derived from the size of the latents: original size and target size are the size of the
-    training picture, and the crop starts at (0, 0). diffusers' pipeline uses the same values for the pictures that it
-    generates.
+    2.2). Training gives it these values of each photo, so that the model does not learn crops and low resolution as
+    part of the subject. To generate pictures, diffusers' pipeline sets original size and target size to the size of the
+    picture, and the crop to (0, 0).
     """
 
     title = "SDXL"
@@ -57,6 +57,7 @@ class StableDiffusionXL(LatentUNet):
     # exist. These layers therefore have the names of kohya's trainer.
     kohya_layers = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
     half_safe_vaes = ("madebyollin/sdxl-vae-fp16-fix",)  # SDXL's VAE, fine-tuned so that it does not overflow in fp16
+    uses_size_and_crop = True
     activations_gib = {True: 0.08, False: 3.0}  # its attention is deeper; the planner predicts 0.08 and 3.1 at 1024 px
     single_file = SdxlFormat()
 
@@ -99,15 +100,18 @@ class StableDiffusionXL(LatentUNet):
 
     # -- the denoiser ----------------------------------------------------------------------------------------------
 
-    def predict(self, denoiser: Any, latents: Tensor, timesteps: Tensor, text: Tensor, vae_scale: int) -> Tensor:
+    def predict(self, denoiser: Any, latents: Tensor, timesteps: Tensor, text: Tensor, vae_scale: int,
+                size_and_crop: Tensor | None = None) -> Tensor:
         import torch
 
         config = denoiser.config
         numbers = MICRO_CONDITIONS * config.addition_time_embed_dim
         pooled = text[:, -1, :config.projection_class_embeddings_input_dim - numbers]
-        height, width = (float(side * vae_scale) for side in latents.shape[-2:])
-        sizes = [latents.new_full((len(latents),), side) for side in (height, width, 0.0, 0.0, height, width)]
-        added = {"text_embeds": pooled, "time_ids": torch.stack(sizes, 1)}
+        if size_and_crop is None:
+            height, width = (float(side * vae_scale) for side in latents.shape[-2:])
+            sizes = [latents.new_full((len(latents),), side) for side in (height, width, 0.0, 0.0, height, width)]
+            size_and_crop = torch.stack(sizes, 1)
+        added = {"text_embeds": pooled, "time_ids": size_and_crop}
         prediction: Tensor = denoiser(latents, timesteps, text[:, :-1], added_cond_kwargs=added, return_dict=False)[0]
         return prediction
 

@@ -1,0 +1,110 @@
+"""Checks that find photos from which a subject is learned badly. They warn only: a run trains on every readable photo.
+
+Each check returns sentences that start with the names of the photos and end with what to do. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from dreambooth.data import aspect_buckets
+from dreambooth.data.photos import Photo, crop_to_size
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_ENLARGEMENT = 4  # a photo that is enlarged by more has less than a quarter of the resolution
+MAX_CROPPED = 0.5  # fraction of a photo's area that a crop may lose
+MAX_HASH_DISTANCE = 6  # different bits of two perceptual hashes of 64 bits, up to which two photos look alike
+MIN_DETAIL = 0.003  # see `detail`; sharp photos have 0.08 and more, also with a blurred background
+MIN_CONTRAST = 8  # standard deviation of grey levels (0 to 255), below which detail and hashes mean nothing
+MAX_NAMES = 5  # photos that one sentence names
+
+
+def warn(photos: Sequence[Photo], resolution: int) -> list[str]:
+    """Return one warning per photo and fault, and one per group of photos that look alike.
+
+    Args:
+        resolution: side of the square crop in pixels; used for photos without an aspect-ratio bucket.
+    """
+    warnings: list[str] = []
+    for photo in photos:
+        warnings += _size_warnings(photo, photo.size or (resolution, resolution))
+    crops = [_grey_crop(photo, resolution) for photo in photos]
+    large = [enlargement(photo) <= MAX_ENLARGEMENT for photo in photos]
+    warnings += [f"{photo.path.name} is blurred: take a sharp one, because blur is learned too"
+                 for photo, crop, is_large in zip(photos, crops, large, strict=True)
+                 if is_large and _has_contrast(crop) and detail(crop) < MIN_DETAIL]
+    if find_spec("imagehash") is None:  # after an update of the code alone
+        return [*warnings, "photos that look alike are not found without a package: type pip install imagehash"]
+    for group in _groups_alike(crops):
+        names = join_names([photos[number].path.name for number in group])
+        warnings.append(f"{names} look alike: keep one of them, because a photo that is used more often is memorised")
+    return warnings
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Return the first MAX_NAMES names, and the number of the others."""
+    others = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {others} more" if others > 0 else "")
+
+
+def enlargement(photo: Photo) -> float:
+    """Return the factor by which a photo was enlarged to the resolution. It is below 1 for a photo that was reduced."""
+    return float(photo.pixels.shape[0] / photo.original_size[0])
+
+
+def _size_warnings(photo: Photo, size: aspect_buckets.Size) -> Iterator[str]:
+    height, width = photo.original_size
+    described = f"{photo.path.name} ({width} x {height} pixels)"
+    if enlargement(photo) > MAX_ENLARGEMENT:
+        yield (f"{described} is enlarged {enlargement(photo):.0f} times to {size[1]} x {size[0]}: use the original "
+               "photo in its full size")
+    cropped = aspect_buckets.cropped_fraction(height, width, size)
+    if cropped > MAX_CROPPED:
+        yield (f"{described} loses {cropped:.1%} of its area when it is cropped to {size[1]} x {size[0]}: crop it "
+               "around the subject" + ("" if photo.size else ", or type dataset.buckets=true"))
+
+
+def _grey_crop(photo: Photo, resolution: int) -> Image.Image:
+    from PIL import Image
+
+    return Image.fromarray(crop_to_size(photo.pixels, photo.size or (resolution, resolution), None, False)).convert("L")
+
+
+def _has_contrast(grey: Image.Image) -> bool:
+    from PIL import ImageStat
+
+    return ImageStat.Stat(grey).stddev[0] >= MIN_CONTRAST
+
+
+def detail(grey: Image.Image) -> float:
+    """Return the variance of an image's Laplacian, divided by the variance of the image.
+
+    The variance of the Laplacian is a common measure of focus (Pech-Pacheco et al. 2000). The division makes the
+    result independent of contrast. Photos are compared at the size to which they are resized for training.
+    """
+    import numpy as np
+
+    pixels = np.asarray(grey, dtype=np.float32)
+    laplacian = (pixels[:-2, 1:-1] + pixels[2:, 1:-1] + pixels[1:-1, :-2] + pixels[1:-1, 2:] - 4 * pixels[1:-1, 1:-1])
+    return float(laplacian.var() / max(pixels.var(), 1e-9))
+
+
+def _groups_alike(crops: Sequence[Image.Image]) -> list[list[int]]:
+    """Return groups of two or more images that look like the first one of their group, as their numbers."""
+    import imagehash
+
+    hashes = {number: imagehash.phash(crop) for number, crop in enumerate(crops) if _has_contrast(crop)}
+    groups: list[list[int]] = []
+    while hashes:
+        first = next(iter(hashes.values()))
+        group = [number for number, other in hashes.items() if first - other <= MAX_HASH_DISTANCE]
+        for number in group:
+            del hashes[number]
+        if len(group) > 1:
+            groups.append(group)
+    return groups
+
