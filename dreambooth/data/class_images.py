@@ -6,6 +6,7 @@ seed. A later run that needs more class images therefore generates only the miss
 """
 
 import json
+import logging
 import re
 import secrets
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from dreambooth.config.recipe import Recipe
 from dreambooth.data.photos import list_photos
 from dreambooth.models.pipeline import Sampler
 from dreambooth.utils import atomic_files, rng
+from dreambooth.utils.image_grid import is_intact_png
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def find(recipe: Recipe) -> ClassImages:
     """Return the class images that a run needs, and which of them must be generated.
 
     The user's images come first. Images that earlier runs generated with the same prompt, model and sampler settings
-    are reused.
+    are reused. Log a warning for each of these images that is damaged, because it is generated again.
     """
     user_paths = list_photos(recipe.class_dir) if recipe.class_dir else []
     origin = _origin(recipe)
@@ -58,10 +62,15 @@ def find(recipe: Recipe) -> ClassImages:
     folder = recipe.run_root / "class_images" / f"{slug}-{key}"
     needed = [(folder / f"{i:05d}.png", rng.seed(key, i))
               for i in range(max(0, recipe.prior.num_class_images - len(user_paths)))]
-    return ClassImages(
-        user_paths=user_paths, folder=folder,
-        existing=[path for path, _ in needed if path.is_file()],
-        missing=[(path, seed) for path, seed in needed if not path.is_file()])
+    images = ClassImages(user_paths, [], [], folder)
+    for path, seed in needed:
+        if is_intact_png(path):
+            images.existing.append(path)
+            continue
+        images.missing.append((path, seed))
+        if path.is_file():
+            log.warning("the class image %s is damaged and is generated again", path)
+    return images
 
 
 def generate_missing(
@@ -92,7 +101,7 @@ def generate_missing(
     chunks = [share[start:start + size] for start in range(0, len(share), size)]
     first = secrets.randbelow(len(chunks)) if chunks else 0
     for chunk in chunks[first:] + chunks[:first]:
-        todo = [(path, seed) for path, seed in chunk if not path.is_file()]
+        todo = [(path, seed) for path, seed in chunk if not is_intact_png(path)]
         pictures = generate([seed for _, seed in todo]) if todo else []
         for (path, _), picture in zip(todo, pictures, strict=True):
             with atomic_files.write_file(path) as temporary:

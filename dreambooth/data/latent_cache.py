@@ -3,19 +3,24 @@
 The cache holds the moments (mean and standard deviation) of the latent distribution of an image, not sampled latents.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dreambooth.config.enums import LatentCache
 from dreambooth.utils import atomic_files
 
+log = logging.getLogger(__name__)
+CHECKSUM = "sha256"  # key of a cache file's metadata: a hash of the moments
+CHUNK = 64  # number of rows that are hashed together
 Moments = tuple[Tensor, Tensor]  # mean and standard deviation of the latents, (N, C, h, w) each
 ReadRows = Callable[[list[int]], Moments]  # takes row numbers, returns the moments of these rows on LatentStore.device
 
@@ -44,11 +49,12 @@ class LatentStore:
         if self.where is LatentCache.disk and self.folder is not None:
             name = sha256("\n".join([self.encoder, *content]).encode()).hexdigest()[:20]
             path = self.folder / f"{name}.safetensors"
-            if not path.is_file():
+            if not _is_intact(path):
                 mean, std = _concatenate(encode_chunks(), torch.device("cpu"))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_files.write_file(path) as temporary:
-                    save_file({"mean": mean.contiguous(), "std": std.contiguous()}, temporary)
+                    save_file({"mean": mean.contiguous(), "std": std.contiguous()}, temporary,
+                              metadata={CHECKSUM: _checksum(mean, std, len(mean))})
             return lambda rows: _read_rows(path, rows, self.device)
         mean, std = _concatenate(encode_chunks(), torch.device("cpu") if self.where is LatentCache.cpu else None)
         return lambda rows: (mean[rows].to(self.device), std[rows].to(self.device))
@@ -60,6 +66,36 @@ def digest(module: nn.Module) -> str:
     for name, tensor in module.state_dict().items():
         total.update(f"{name} {tensor.dtype}".encode())
         total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _is_intact(path: Path) -> bool:
+    """Return whether a cache file exists and its moments have the recorded checksum. Log a warning if they differ.
+
+    Files of earlier versions of this package have no checksum, and count as intact if their moments can be read.
+    """
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            mean, std = file.get_slice("mean"), file.get_slice("std")
+            found = _checksum(mean, std, mean.get_shape()[0])
+            intact = (file.metadata() or {}).get(CHECKSUM, found) == found
+    except (OSError, SafetensorError, RuntimeError):
+        intact = False
+    if not intact:
+        log.warning("the cached latents %s are damaged: the photos are encoded again", path)
+    return intact
+
+
+def _checksum(mean: Any, std: Any, rows: int) -> str:
+    """Return a hex SHA-256 of moments, which are tensors or slices of a file. Only CHUNK rows are in memory at once."""
+    total = sha256()
+    for moments in (mean, std):
+        for first in range(0, rows, CHUNK):
+            chunk = moments[first:first + CHUNK]
+            total.update(f"{chunk.dtype} {tuple(chunk.shape)}".encode())
+            total.update(chunk.contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

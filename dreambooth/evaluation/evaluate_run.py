@@ -1,6 +1,5 @@
 """Evaluates a finished run and its base model with the same prompts and seeds, for `dreambooth.evaluate`."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +11,10 @@ from dreambooth.evaluation.evaluator import Evaluator, Scorer
 from dreambooth.models import loading, lora
 from dreambooth.models.pipeline import build_pipeline
 from dreambooth.runs.report import score_table
-from dreambooth.runs.run_folder import locked
+from dreambooth.runs.run_folder import locked, read_result
 from dreambooth.runtime.engine import create_engine
 from dreambooth.serialization import lora_files
-from dreambooth.serialization.export_layout import ADAPTER
+from dreambooth.serialization.export_layout import ADAPTER, check_intact
 from dreambooth.tracking.run_tracker import track_run
 from dreambooth.utils.console import Console
 
@@ -59,6 +58,7 @@ def _load_trained(recipe: Recipe, device: torch.device) -> loading.Components:
     The exported model is either a whole model, or an adapter. An adapter is attached to the base model as in training.
     """
     folder = recipe.run_dir / "model"
+    check_intact(folder)
     if (folder / "model_index.json").is_file():
         return loading.load(replace(
             recipe, source=str(folder), vae_source=None,
@@ -70,9 +70,7 @@ def _load_trained(recipe: Recipe, device: torch.device) -> loading.Components:
 
 
 def _exported_step(run_dir: Path) -> int:
-    try:
-        result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
-        return int(result.get("exported_step") or result["step"])
-    except (OSError, ValueError, KeyError) as error:
+    if (result := read_result(run_dir)) is None:
         raise UserError(f"the run in {run_dir} is not finished: repeat its command first, "
-                        "python -m dreambooth.train ...") from error
+                        "python -m dreambooth.train ...")
+    return result.exported_step or result.step

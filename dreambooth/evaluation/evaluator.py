@@ -11,7 +11,6 @@ repeated evaluation gives the same scores.
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -27,9 +26,10 @@ from dreambooth.evaluation.encoders import Encoder, open_encoder
 from dreambooth.evaluation.lpips import Lpips
 from dreambooth.evaluation.scoring import score
 from dreambooth.models.pipeline import Sampler, generate_images
+from dreambooth.storage import manifest
 from dreambooth.tracking.tracker import Tracker
 from dreambooth.utils import atomic_files
-from dreambooth.utils.image_grid import grid, square_columns
+from dreambooth.utils.image_grid import grid, is_intact_png, square_columns
 
 SCORES, MADE_WITH = "scores.json", "made_with.json"
 Rows = list[list[Image.Image]]  # one list of images per evaluation prompt, then one of the class prompt if not blank
@@ -91,8 +91,8 @@ class Evaluator:
         """Return the scores of all evaluated steps, as a dictionary from steps to their scores."""
         scores = {}
         for path in sorted(self.folder.glob(f"step-*/{SCORES}")):
-            with suppress(OSError, ValueError):
-                scores[atomic_files.trailing_number(path.parent)] = json.loads(path.read_text(encoding="utf-8"))
+            if (values := _read_scores(path)) is not None:
+                scores[atomic_files.trailing_number(path.parent)] = values
         return scores
 
     def evaluate(self, step: int, pipeline: Any, autocast: Callable[[], Any], is_stopped: Callable[[], bool] = bool,
@@ -110,7 +110,7 @@ class Evaluator:
         """
         atomic_files.remove_leftovers(self.folder)
         target = self.folder / f"step-{step:06d}"
-        if not (target / SCORES).is_file():
+        if _read_scores(target / SCORES) is None:
             images: list[Image.Image] = []
             for batch in self._generate(pipeline, autocast):
                 images += batch
@@ -142,7 +142,7 @@ class Evaluator:
         base_class_images = rows[-1] if step == 0 else self._load_base_class_images()
         scores = self.scorer.score(rows, base_class_images, self.device)
         atomic_files.write_json(self.folder / MADE_WITH, {"prefix": self.prefix, **self.spec})
-        with atomic_files.write_folder(target) as temporary:
+        with manifest.write_folder(target) as temporary:
             for name, row in zip(self._row_names(), rows, strict=True):
                 for number, image in enumerate(row):
                     image.save(temporary / f"{name}-{number}.png")
@@ -150,9 +150,9 @@ class Evaluator:
             (temporary / SCORES).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
     def _load_base_class_images(self) -> list[Image.Image] | None:
-        """Load the class images of the base model (step 0). Return None if an image is missing."""
+        """Load the class images of the base model (step 0). Return None if an image is missing or damaged."""
         paths = [self.folder / f"step-{0:06d}" / f"class-{i}.png" for i in range(self.recipe.evaluate.class_images)]
-        return [Image.open(path).convert("RGB") for path in paths] if all(map(Path.is_file, paths)) else None
+        return [Image.open(path).convert("RGB") for path in paths] if all(map(is_intact_png, paths)) else None
 
     def _choose_prefix(self, key: str) -> str:
         """Return the prefix of the names that this evaluator's metrics and images have in the tracker.
@@ -162,10 +162,9 @@ class Evaluator:
         contains `key`. Otherwise it is `evaluate`. All steps in one folder have the same prefix.
         """
         others = [path for path in self.folder.parent.glob(f"*/{MADE_WITH}") if path.parent != self.folder]
-        used = {name for path in others for name in json.loads(path.read_text(encoding="utf-8"))["encoders"]}
-        own = self.folder / MADE_WITH
-        if own.is_file():
-            return str(json.loads(own.read_text(encoding="utf-8"))["prefix"])
+        used = {name for path in others for name in (atomic_files.read_object(path) or {}).get("encoders") or ()}
+        if prefix := (atomic_files.read_object(self.folder / MADE_WITH) or {}).get("prefix"):
+            return str(prefix)
         return f"evaluate_{key}" if used & set(self.recipe.evaluate.encoders) else "evaluate"
 
     def _row_names(self) -> list[str]:
@@ -184,6 +183,14 @@ class Evaluator:
             "made_with": self.spec,
             "better": {name: "higher" if evaluate.HIGHER_IS_BETTER[role] else "lower" for name, role in roles.items()},
             "steps": {str(step): scores for step, scores in all_scores.items()}})
+
+
+def _read_scores(path: Path) -> dict[str, float] | None:
+    """Return the scores in a file, or None if the file is missing or damaged. The file has a checksum in a manifest."""
+    scores = atomic_files.read_object(path)
+    if scores is not None and manifest.find_damage(path.parent, counts=lambda name: name == path.name) is None:
+        return scores
+    return None
 
 
 def specification(recipe: Recipe) -> dict[str, Any]:

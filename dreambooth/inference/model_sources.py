@@ -1,13 +1,12 @@
 """Finds the model for generating pictures: a run's model, any diffusers model, or the base model of a run's adapter."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dreambooth.config.generate import Generate
 from dreambooth.errors import UserError
-from dreambooth.serialization.export_layout import ADAPTER
+from dreambooth.serialization.export_layout import ADAPTER, check_intact, read_settings
 from dreambooth.utils import quoting
 from dreambooth.utils.assets import resolve_asset
 
@@ -54,14 +53,21 @@ def find_source(config: Generate) -> Source:
     """Find the model that the options `run` and `base` describe, and the settings of the run.
 
     Raises:
-        UserError: there is no model, or the options contradict each other.
+        UserError: there is no model, the model is damaged, or the options contradict each other.
     """
+    source = _find_source(config)
+    for folder in [Path(source.model)] + ([Path(source.adapter).parent] if source.adapter else []):
+        check_intact(folder)
+    return source
+
+
+def _find_source(config: Generate) -> Source:
     if not config.run and not config.base:
         raise UserError("the run is missing: type run=runs/NAME, a folder that python -m dreambooth.train made")
     if not config.run:
         return Source(Path(), resolve_asset(config.base or ""), None, {})
     folder = Path(config.run)
-    settings = _read_settings(folder)
+    settings = read_settings(folder)
     for model in (folder / "model", folder):
         adapter = str(model / ADAPTER) if (model / ADAPTER).is_file() else None
         if (model / "model_index.json").is_file() and not config.base:
@@ -81,11 +87,3 @@ def find_source(config: Generate) -> Source:
                         "python -m dreambooth.train ...")
     raise UserError(f"there is no model in {config.run}: type run=runs/NAME, a folder that "
                     "python -m dreambooth.train made")
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    try:
-        settings: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError):
-        return {}
-    return settings

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from safetensors import SafetensorError
 
-from dreambooth.errors import UserError
+from dreambooth.errors import Diverged, UserError
 from dreambooth.models import families, vae
 from dreambooth.models.components import Components
 from dreambooth.models.families.family import Family
@@ -114,6 +115,9 @@ def generate_images(
     A picture depends on its own prompt and seed, not on the other pictures of its batch; only rounding errors depend on
     the batch size. The global random state is not changed, and each module returns to its mode (train or eval).
 
+    Raises:
+        Diverged: a picture contains NaN.
+
     Args:
         autocast: creates the context in which the pipeline runs.
         start: a picture of sampler.resolution to start from; `pipeline` must then come from Family.image_to_image.
@@ -129,13 +133,19 @@ def generate_images(
         if negative_prompt is not None:
             inputs["negative_prompt"] = [negative_prompt] * count
         with evaluating(*modules), torch.no_grad(), autocast():
-            images: list[Image] = pipeline(
+            pixels = pipeline(
                 prompt=list(prompts[chunk]),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[chunk]],
                 num_inference_steps=sampler.num_inference_steps,
                 guidance_scale=sampler.guidance_scale,
+                output_type="np",
                 **inputs,
             ).images
+        if np.isnan(pixels).any():
+            raise Diverged(f"the pictures of {prompts[first]!r} are not finite: the model diverged, or its numbers "
+                           "exceed its precision; type a lower train.learning_rate or precision=fp32, or for generate "
+                           "another run=DIR, or CUDA_VISIBLE_DEVICES= before the command")
+        images: list[Image] = pipeline.image_processor.numpy_to_pil(pixels)
         yield images
 
 

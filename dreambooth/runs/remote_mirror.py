@@ -10,8 +10,8 @@ from typing import Any
 
 from dreambooth.config.schema import Storage
 from dreambooth.errors import DreamBoothError, UserError
-from dreambooth.runs.checkpoint_files import is_intact, latest
-from dreambooth.storage import folders
+from dreambooth.runs.checkpoint_files import is_complete, latest
+from dreambooth.storage import folders, manifest
 from dreambooth.storage.manifest import Entries, hash_folder
 from dreambooth.storage.run_inputs import is_main_process
 from dreambooth.utils import atomic_files
@@ -95,6 +95,7 @@ class CheckpointMirror(threading.Thread):
         if remote and latest(self._folder) is None:
             cache = self._folder / f"{atomic_files.TEMPORARY_PREFIX}s3"
             downloaded = folders.download(remote[-1], cache, Console(), self._parallel, complete=True)
+            manifest.write(downloaded)
             if (self._folder / names[-1]).exists():
                 atomic_files.remove_folder(self._folder / names[-1])
             atomic_files.publish(downloaded, self._folder / names[-1])
@@ -114,7 +115,7 @@ class CheckpointMirror(threading.Thread):
 
     def _copy_newest(self) -> None:
         new = [path for path in self._folder.glob("step-*")
-               if path.name not in self._copied and is_intact(path)]
+               if path.name not in self._copied and is_complete(path)]
         for path in sorted(new, key=atomic_files.trailing_number)[-1:]:
             if path.name == self._failed and time.monotonic() < self._retry_time:
                 continue
@@ -131,11 +132,12 @@ class CheckpointMirror(threading.Thread):
     def _entries(self, path: Path) -> Entries:
         """Return the manifest entries (paths and hashes of the files) of a checkpoint.
 
-        If copying a checkpoint takes several attempts, the checkpoint is hashed only in the first of these attempts.
+        They are those of the checkpoint's own manifest, so that the upload of a damaged checkpoint fails. A checkpoint
+        of an earlier version of this package has no manifest; it is hashed in the first attempt to copy it.
         """
         key = path, path.stat().st_mtime_ns
         if self._hashed[0] != key:
-            self._hashed = key, hash_folder(path)
+            self._hashed = key, manifest.read(path) or hash_folder(path)
         return self._hashed[1]
 
     def _schedule_retry(self, name: str, error: DreamBoothError) -> None:

@@ -10,7 +10,8 @@ Content of the folder:
 """
 
 import itertools
-import json
+import logging
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,11 +24,12 @@ from filelock import FileLock, Timeout
 from dreambooth.config import evaluate
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import DoesNotFit, UserError
-from dreambooth.runs.checkpoint_files import latest
+from dreambooth.runs.checkpoint_files import find_damage, latest
 from dreambooth.serialization import export_layout
 from dreambooth.utils import atomic_files
 from dreambooth.utils.hardware import GIB
 
+log = logging.getLogger(__name__)
 KEPT_ON_RESTART = {".hydra", ".lock", "train.log", "remote.json"}  # not moved by `_move_earlier_run`
 
 
@@ -96,12 +98,27 @@ def load_finished(recipe: Recipe) -> Result | None:
     run_dir = recipe.run_dir
     if recipe.checkpoint.resume != "auto":
         return None
-    try:
-        result = Result(**json.loads((run_dir / "result.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    result = read_result(run_dir)
+    if result is None or result.step < recipe.train.max_train_steps:
         return None
-    exported = export_layout.is_exported(run_dir / result.model, recipe.method.kind.value, recipe.method.merge)
-    return with_objective(result, recipe) if result.step >= recipe.train.max_train_steps and exported else None
+    model = run_dir / result.model
+    if not export_layout.is_exported(model, recipe.method.kind.value, recipe.method.merge):
+        return None
+    if damage := export_layout.find_damage(model):
+        log.warning("the model in %s is damaged (%s) and is written again", model, damage)
+        return None
+    return with_objective(result, recipe)
+
+
+def read_result(run_dir: Path) -> Result | None:
+    """Return the content of result.json, or None if the file is missing or damaged, or if its objective is not finite.
+    """
+    try:
+        result = Result(**atomic_files.read_object(run_dir / "result.json") or {})
+        known = type(result.step) is int and isinstance(result.model, str) and math.isfinite(result.objective)
+    except TypeError:
+        return None
+    return result if known else None
 
 
 def find_resume_point(run_dir: Path, resume: str) -> Path | None:
@@ -119,6 +136,9 @@ def find_resume_point(run_dir: Path, resume: str) -> Path | None:
     if resume == "auto":
         return latest(run_dir / "checkpoints")
     checkpoint = None if resume == "never" else Path(resume).absolute()
+    if checkpoint and (damage := find_damage(checkpoint)):
+        raise UserError(f"checkpoint {checkpoint} cannot be resumed ({damage}): type checkpoint.resume=never, or the "
+                        "path of another checkpoint")
     earlier = _move_earlier_run(run_dir)
     if earlier and checkpoint and checkpoint.is_relative_to(run_dir):
         checkpoint = earlier / checkpoint.relative_to(run_dir)

@@ -11,13 +11,12 @@ from safetensors import SafetensorError
 from dreambooth.config.storage import is_remote, is_single_file
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.models.components import Components
-from dreambooth.serialization import single_file
+from dreambooth.serialization import export_layout, single_file
 from dreambooth.serialization.detect_format import detect, open_model_file
 from dreambooth.serialization.export import whole_pipeline
 from dreambooth.serialization.export_layout import ADAPTER
-from dreambooth.serialization.load_parts import build_parts, load_parts, read_json
-from dreambooth.storage import run_inputs
-from dreambooth.utils import atomic_files
+from dreambooth.serialization.load_parts import build_parts, load_parts
+from dreambooth.storage import manifest, run_inputs
 from dreambooth.utils.assets import resolve_asset
 from dreambooth.utils.console import Console
 
@@ -67,9 +66,11 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
                     f"{', '.join(unknown[:3])}" + (", ..." if len(unknown) > 3 else ""))
     if vae:
         single_file.fill_vae(parts.vae, parts.family, open_model_file(Path(vae)))
-    for module in parts.modules if DTYPES[dtype] else ():
-        module.to(DTYPES[dtype])
-    with _reporting_full_disk(out), atomic_files.write_folder(Path(out), fresh=True) as aside:
+    for name, module in parts.modules_by_name.items():
+        if DTYPES[dtype]:
+            module.to(DTYPES[dtype])
+        single_file.check_finite({f"{name}.{key}": weight for key, weight in module.state_dict().items()})
+    with _reporting_full_disk(out), manifest.write_folder(Path(out), fresh=True) as aside:
         _save(parts, aside)
     noise = ", zero terminal SNR" if detected.is_rescaled else ""
     console.say(f"{out}: {architecture}; {detected.prediction_type}{noise}, by {detected.prediction_reason}; "
@@ -154,8 +155,8 @@ def _find_model(source: Path) -> tuple[Path, Mapping[str, str]]:
     """Return the diffusers folder in `source`, and the settings of its run ({} if `source` is not a run folder)."""
     for folder in (source / "model", source):
         if (folder / "model_index.json").is_file():
-            run = source / "run.json"
-            return folder, read_json(run)["settings"] if run.is_file() else {}
+            export_layout.check_intact(folder)
+            return folder, export_layout.read_settings(source)
         if (folder / ADAPTER).is_file():
             raise UserError(f"{source} holds an adapter and no model of its own: repeat the command of its run with "
                             "method.merge=true, which writes one and trains nothing")

@@ -18,7 +18,8 @@ from dreambooth.models.families.family import Family
 from dreambooth.models.loading import exact_frozen, trained_modules
 from dreambooth.models.pipeline import pipeline_over
 from dreambooth.serialization import lora_files
-from dreambooth.utils import atomic_files, markdown
+from dreambooth.storage import manifest
+from dreambooth.utils import markdown
 from dreambooth.utils.masking import mask_urls
 
 CARD = """---
@@ -65,7 +66,7 @@ def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
     """
     target = recipe.run_dir / "model"
     try:
-        with atomic_files.write_folder(target) as aside:
+        with manifest.write_folder(target) as aside:
             if not recipe.method.low_rank or recipe.method.merge:
                 whole_pipeline(exact_frozen(parts, recipe)).save_pretrained(aside, safe_serialization=True)
             if recipe.method.low_rank:

@@ -4,7 +4,13 @@ With method=lora or dora and without method.merge, the folder contains an adapte
 """
 
 from pathlib import Path
+from typing import Any
 
+from dreambooth.errors import UserError
+from dreambooth.storage import manifest
+from dreambooth.utils import atomic_files
+
+DESCRIPTIONS = ("README.md", "contact_sheet.png")  # files that a user may change without damage to the model
 INDEX = "model_index.json"  # exists if the folder holds a whole pipeline
 ADAPTER = "pytorch_lora_weights.safetensors"  # in diffusers' layout; load_lora_weights opens this name
 
@@ -17,6 +23,37 @@ def adapter_only(kind: str, merge: bool) -> bool:
 def is_exported(folder: Path, kind: str, merge: bool) -> bool:
     """Return whether `folder` contains the exported result of a run with these values of method.kind and method.merge.
 
-    An export is atomic: if one of its files exists, all exist. This function therefore looks for one file only.
+    No file is read: `find_damage` compares the contents. A folder of an earlier version of this package has no
+    manifest; each part that has a configuration must then have weights.
     """
-    return (folder / (ADAPTER if adapter_only(kind, merge) else INDEX)).is_file()
+    main_file = folder / (ADAPTER if adapter_only(kind, merge) else INDEX)
+    if not main_file.is_file() or find_damage(folder, contents=False):
+        return False
+    parts = [folder / name for name in atomic_files.read_object(folder / INDEX) or {}]
+    return all(any(part.glob("*.safetensors")) for part in parts if (part / "config.json").is_file())
+
+
+def find_damage(folder: Path, contents: bool = True) -> str | None:
+    """Return a description of the damage to an exported model, or None if there is no damage or no manifest.
+
+    Args:
+        contents: see `manifest.find_damage`.
+    """
+    return manifest.find_damage(folder, contents, lambda name: name not in DESCRIPTIONS)
+
+
+def check_intact(folder: Path) -> None:
+    """Compare the files of an exported model with its manifest, before the model is used.
+
+    Raises:
+        UserError: a file has changed since the export.
+    """
+    if damage := find_damage(folder):
+        raise UserError(f"the model in {folder} is damaged ({damage}): repeat the command of its run, which writes the "
+                        f"model again, or, if you changed the model yourself, type rm {folder / manifest.NAME}")
+
+
+def read_settings(run_dir: Path) -> dict[str, Any]:
+    """Return the settings in the run.json of a run folder; {} if the file is missing or damaged."""
+    settings = (atomic_files.read_object(run_dir / "run.json") or {}).get("settings")
+    return settings if isinstance(settings, dict) else {}

@@ -14,6 +14,7 @@ from dreambooth.errors import UserError
 from dreambooth.models.components import Components
 from dreambooth.models.families.family import Family
 from dreambooth.models.families.file_format import Entry, Form, ModelFile
+from dreambooth.models.finite import first_not_finite
 from dreambooth.utils import atomic_files
 
 
@@ -93,7 +94,7 @@ def write(parts: Components, path: Path, dtype: torch.dtype | None, with_vae: bo
             (Stability-AI/ModelSpec 1.0.0).
 
     Raises:
-        UserError: this layout cannot represent the model's prediction type.
+        UserError: this layout cannot represent the model's prediction type, or a weight is not finite.
     """
     layout = parts.family.single_file
     marks = layout.marks_of(parts.scheduler_config)
@@ -104,11 +105,23 @@ def write(parts: Components, path: Path, dtype: torch.dtype | None, with_vae: bo
             continue
         tensor = _to_file(entry, [states[entry.part][name] for name in entry.names])
         tensors[entry.key] = tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
+    check_finite(tensors)
     tensors |= {mark: torch.empty(0, dtype=dtype or torch.float32) for mark in marks}
     tensors |= layout.constants(parts.encoders)
     with atomic_files.write_file(path) as aside:
         save_file(tensors, aside, metadata=_modelspec(parts) | dict(metadata))
     return len(tensors)
+
+
+def check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Check the weights of a model that is about to be written.
+
+    Raises:
+        UserError: a weight is NaN or infinite, for example because its value exceeds the range of fp16.
+    """
+    if name := first_not_finite(weights):
+        raise UserError(f"the weight {name} is not finite in {str(weights[name].dtype).removeprefix('torch.')}: type "
+                        "dtype=fp32 if it was converted to fp16, else in= another model")
 
 
 def _modelspec(parts: Components) -> dict[str, str]:

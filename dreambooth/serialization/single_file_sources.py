@@ -1,6 +1,7 @@
 """Converts single files in model.source and model.vae to diffusers folders below run_root, once per file."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +22,11 @@ from dreambooth.serialization import single_file
 from dreambooth.serialization.convert import convert
 from dreambooth.serialization.detect_format import open_model_file
 from dreambooth.serialization.load_parts import read_json
+from dreambooth.storage import manifest
 from dreambooth.utils import atomic_files, quoting
 from dreambooth.utils.assets import resolve_asset
 
+log = logging.getLogger(__name__)
 
 def as_folders(config: Config) -> Config:
     """Return a copy of the config in which single files in model.source and model.vae are replaced by their folders.
@@ -44,9 +47,9 @@ def as_folders(config: Config) -> Config:
 def _convert_model(config: Config) -> Path:
     path = _check_file("source", config.model.source)
     with _locked_folder(config, path) as target:
-        if not (target / "model_index.json").is_file():
+        if not _is_converted(target, "model_index.json"):
             if target.exists():
-                atomic_files.remove_folder(target)  # an incomplete conversion
+                atomic_files.remove_folder(target)
             try:
                 convert(str(path), str(target))
             except UserError as error:
@@ -65,13 +68,20 @@ def _convert_vae(config: Config, source: str) -> Path:
     family, configuration = _vae_configuration(config, path)
     key = sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:8]
     with _locked_folder(config, path, key) as target:
-        if not (target / "vae/config.json").is_file():
+        if not _is_converted(target, "vae/config.json"):
             with torch.device("meta"):
                 vae = family.vae.build(configuration)
             single_file.fill_vae(vae, family, open_model_file(path))
-            with atomic_files.write_folder(target) as aside:
+            with manifest.write_folder(target) as aside:
                 vae.save_pretrained(aside / "vae")
     return target
+
+
+def _is_converted(target: Path, main_file: str) -> bool:
+    """Return whether `target` contains an earlier conversion. Log a warning if the conversion is damaged."""
+    if (damage := manifest.find_damage(target)) is not None:
+        log.warning("the converted model in %s is damaged (%s) and is written again", target, damage)
+    return damage is None and (target / main_file).is_file()
 
 
 def _vae_configuration(config: Config, path: Path) -> tuple[Family, dict[str, Any]]:

@@ -1,16 +1,21 @@
-"""Manifests: `dreambooth-manifest.json` records the size and the SHA-256 checksums of all files of an S3 folder.
+"""Manifests: `dreambooth-manifest.json` records the size and the SHA-256 checksums of all files of a folder.
 
-The manifest is uploaded last, so a folder without a manifest is not complete. A download that differs from the manifest
-is rejected. A file is divided into parts, and the manifest holds the SHA-256 of each part. S3 stores a checksum that
-can be computed from these values (a SHA-256 additional checksum): for an object of one part, the SHA-256 of the object;
-for an object of several parts, the SHA-256 of the concatenated SHA-256s of the parts.
+Checkpoints and exported models contain a manifest, with which `find_damage` finds files that have changed.
+
+The manifest of an S3 folder is uploaded last, so a folder without a manifest is not complete. A download that differs
+from the manifest is rejected. A file is divided into parts, and the manifest holds the SHA-256 of each part. S3 stores
+a checksum that can be computed from these values (a SHA-256 additional checksum): for an object of one part, the
+SHA-256 of the object; for an object of several parts, the SHA-256 of the concatenated SHA-256s of the parts.
 """
 
 import json
+import os
 import re
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +26,7 @@ from dreambooth.utils import atomic_files
 NAME = "dreambooth-manifest.json"
 PART_SIZE = 16 * 2**20  # bytes; S3 allows 10,000 parts, so an object has at most 156 GiB
 FORMAT = 1
+THREADS = 4  # threads that hash the parts of one file
 
 
 @dataclass(frozen=True)
@@ -62,15 +68,20 @@ class Entry:
 Entries = dict[str, Entry]  # the key is the path relative to the folder, with forward slashes
 
 
-def hash_file(path: Path) -> Entry:
-    """Compute the manifest entry of a local file: the size and the checksum of each part."""
-    parts: list[str] = []
-    size = 0
+def hash_file(path: Path, part_size: int = PART_SIZE) -> Entry:
+    """Compute the manifest entry of a local file: the size, and the checksum of each part. Threads hash the parts."""
     with path.open("rb") as file:
-        while (block := file.read(PART_SIZE)) or not parts:
-            parts.append(sha256(block).hexdigest())
-            size += len(block)
-    return Entry(size, tuple(parts), part_size=PART_SIZE)
+        entry = Entry(os.fstat(file.fileno()).st_size, part_size=part_size)
+
+        def hash_part(span: tuple[int, int]) -> str:
+            start, size = span
+            return sha256(os.pread(file.fileno(), size, start)).hexdigest()
+
+        spans = entry.spans()
+        if len(spans) == 1:
+            return replace(entry, parts=(hash_part(spans[0]),))
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="hash") as pool:
+            return replace(entry, parts=tuple(pool.map(hash_part, spans)))
 
 
 def hash_folder(folder: Path, only: Sequence[str] = ()) -> Entries:
@@ -148,3 +159,52 @@ def write(folder: Path) -> None:
     """Write a manifest into a local folder that another tool will upload, as SageMaker does with a job's output."""
     with atomic_files.write_file(folder / NAME) as temporary:
         temporary.write_bytes(serialize(hash_folder(folder)))
+
+
+@contextmanager
+def write_folder(path: Path, fresh: bool = False) -> Iterator[Path]:
+    """Write a folder like `atomic_files.write_folder`, and add a manifest.
+
+    The files are hashed while they are synced to disk, so that the checksums add no time on an ordinary disk.
+    """
+    with atomic_files.write_folder(path, fresh, (NAME, lambda folder: serialize(hash_folder(folder)))) as temporary:
+        yield temporary
+
+
+def read(folder: Path) -> Entries | None:
+    """Return the entries of the manifest in a local folder, or None if there is no manifest.
+
+    Raises:
+        UserError: the manifest is damaged.
+    """
+    try:
+        return parse((folder / NAME).read_bytes(), str(folder))
+    except FileNotFoundError:
+        return None
+
+
+def find_damage(folder: Path, contents: bool = True, counts: Callable[[str], bool] = lambda name: True) -> str | None:
+    """Compare the files of a folder with its manifest.
+
+    Args:
+        contents: whether to read and hash the files; False: compare only their sizes, which takes no time.
+        counts: returns whether a file is compared; its argument is the name of the file in the manifest.
+
+    Returns:
+        A description of the first difference, or None if there is no difference or no manifest.
+    """
+    try:
+        for name, entry in (read(folder) or {}).items():
+            if not counts(name):
+                continue
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if (folder / name).stat().st_size != entry.size:
+                return f"{name} has another size"
+            if contents and hash_file(folder / name, entry.part_size) != entry:
+                return f"{name} has other content"
+    except UserError:
+        return f"{NAME} cannot be read"
+    except OSError as error:
+        return str(error)
+    return None

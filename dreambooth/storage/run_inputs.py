@@ -4,9 +4,7 @@ The name of a run folder depends on the S3 addresses of the inputs, not on their
 folder records hashes of the downloaded content, so that a run is not resumed after the content has changed.
 """
 
-import json
 import os
-from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -94,9 +92,7 @@ def model_folder(folder: Path) -> Path:
 
 
 def _record_contents(contents: dict[str, str], run_dir: Path, resume: str) -> None:
-    recorded: dict[str, str] = {}
-    with suppress(OSError, ValueError):
-        recorded = json.loads((run_dir / RECORD_FILE).read_text(encoding="utf-8"))
+    recorded = atomic_files.read_object(run_dir / RECORD_FILE) or {}
     for override, content in contents.items():
         if resume == "auto" and recorded.get(override, content) != content:
             raise UserError(f"{override} has other content than when {run_dir.name} started: type "

@@ -15,7 +15,6 @@ evaluate.promote=true registers its own model when it ends: as champion if the r
 A model that violates rule 3 is not registered.
 """
 
-import json
 import logging
 import math
 import time
@@ -142,6 +141,7 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
         as_candidate: determines what happens if the model may not replace the champion. True: register the model as
             candidate; False: raise UserError.
     """
+    export_layout.check_intact(trial.folder / (trial.result or {})["model"])
     uri, run_id = _send_to_mlflow(trial, options)
     registry = Registry(uri)
     objective = options.objective or trial.objective_name
@@ -172,21 +172,14 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
 
 def _send_to_mlflow(trial: Trial, options: PromotionOptions) -> tuple[str, str]:
     """Log to MLflow the missing entries of a run's journal. Return the server's address and the run's ID in MLflow."""
-    root, known_uri = trial.folder.parent, str(_read_mlflow_state(trial.folder).get("uri", ""))
+    root, state_file = trial.folder.parent, trial.folder / "mlflow.json"
+    known_uri = str((atomic_files.read_object(state_file) or {}).get("uri", ""))
     # A recorded server address is still valid. A recorded SQLite file may have been moved with the run folders.
     uri = options.uri or (known_uri if known_uri.startswith("http") else options.default_uri) or None
     with locked(trial.folder):
         open_tracker("mlflow", trial.folder, run_root=root, run_name=trial.folder.name, uri=uri,
                      experiment=options.experiment, required=True, update_status=False).close("FINISHED")
-    return uri or f"sqlite:///{root.resolve()}/mlflow.db", str(_read_mlflow_state(trial.folder)["run_id"])
-
-
-def _read_mlflow_state(folder: Path) -> dict[str, Any]:
-    """Return the content of mlflow.json in a run folder, or {} if the file is missing or invalid."""
-    with suppress(OSError, ValueError):
-        state = json.loads((folder / "mlflow.json").read_text(encoding="utf-8"))
-        return state if isinstance(state, dict) else {}
-    return {}
+    return uri or f"sqlite:///{root.resolve()}/mlflow.db", str((atomic_files.read_object(state_file) or {})["run_id"])
 
 
 def _version_tags(trial: Trial, objective: str) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Reads the trials of a sweep from their run folders: settings, result and measures. Does not import torch."""
 
-import json
 import math
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from dreambooth.data.photos import NO_FINGERPRINT
 from dreambooth.errors import UserError
 from dreambooth.serialization import export_layout
 from dreambooth.tracking.journal import read
+from dreambooth.utils import atomic_files
 
 CLASS_SIMILARITY = "class_similarity"
 # How far class_similarity may exceed its value before training if no bound is given. Training without prior
@@ -45,8 +45,8 @@ class Trial:
     def scores(self) -> dict[str, float]:
         """The measured values of the exported weights, by name of the measure. Includes instance_loss."""
         result = self.result or {}
-        scores: dict[str, float] = {INSTANCE_LOSS: result.get("objective", math.nan), **result.get("scores", {})}
-        return scores
+        scores = {INSTANCE_LOSS: result.get("objective"), **(result.get("scores") or {})}
+        return {name: math.nan if value is None else float(value) for name, value in scores.items()}
 
     @property
     def measure_roles(self) -> dict[str, str]:
@@ -55,6 +55,8 @@ class Trial:
         A role, such as class_similarity, says what a measure compares, whichever encoder it uses.
         """
         settings = self.settings
+        if "evaluate.encoder" not in settings:  # run.json is damaged
+            return {}
         return evaluate.measure_roles(Evaluate(
             encoder=EncoderKind(settings["evaluate.encoder"]),
             images_per_prompt=int(settings["evaluate.images_per_prompt"]),
@@ -67,7 +69,9 @@ class Trial:
         return self.settings.get("evaluate.objective", INSTANCE_LOSS)
 
     def objective(self, name: str) -> float:
-        """Return the value of an objective, or nan if it was not measured. Lower values are better.
+        """Return the value of an objective. Lower values are better.
+
+        Return nan if the objective was not measured, or if instance_loss is not finite because the run diverged.
 
         Args:
             name: instance_loss, a measure, or a sum of measures, as in evaluate.objective.
@@ -75,7 +79,7 @@ class Trial:
         Raises:
             UserError: `name` contains a measure that this trial does not have.
         """
-        if name == INSTANCE_LOSS:
+        if name == INSTANCE_LOSS or not math.isfinite(self.scores[INSTANCE_LOSS]):
             return self.scores[INSTANCE_LOSS]
         try:
             return evaluate.compute_objective(name, self.measure_roles, self.scores)
@@ -176,14 +180,7 @@ def _summarize(journal: Path) -> _JournalSummary:
 
 
 def _to_trial(folder: Path, summary: _JournalSummary) -> Trial:
-    run = _read_json(folder / "run.json") or {}
-    return Trial(folder, summary.params, run.get("settings", {}), _read_json(folder / "result.json"), summary.photos)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file, or None if the file cannot be read or contains no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+    result = atomic_files.read_object(folder / "result.json")
+    if result and not (isinstance(result.get("model"), str) and isinstance(result.get("step"), int)):
+        result = None  # damaged
+    return Trial(folder, summary.params, export_layout.read_settings(folder), result, summary.photos)

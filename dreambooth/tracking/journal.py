@@ -17,6 +17,7 @@ run repeats a step, no second value is written for this step.
 
 import errno
 import json
+import logging
 import math
 import os
 import threading
@@ -30,6 +31,12 @@ from dreambooth.utils.masking import mask_urls
 EXPERIMENT = "EXPERIMENT_ID"  # placeholder in tag values; replaced by the ID of the MLflow experiment
 STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED")
 MAX_BATCH = 1000  # maximum number of metric values per batch
+# The keys of an entry by kind, and their types. The key of a kind is the first of its keys. "state" may have any type.
+KINDS: dict[str, dict[str, type]] = {
+    "metrics": {"metrics": dict, "step": int}, "image": {"image": str, "key": str, "step": int},
+    "artifact": {"artifact": str, "folder": str, "state": object}, "params": {"params": dict}, "tags": {"tags": dict},
+    "status": {"status": str}, "input": {"input": dict}}
+log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -48,8 +55,12 @@ class Journal:
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._size = _size_of_whole_lines(path)
         os.ftruncate(self._file, self._size)
+        damaged = path.read_bytes().count(b"\n")
         for entry, _ in read(path):
             self._remember(entry)
+            damaged -= 1
+        if damaged:
+            log.warning("%d line%s of %s cannot be read and will be ignored", damaged, "s" * (damaged > 1), path)
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> bool:
         """Write the metrics for which the journal has no value at this step yet."""
@@ -168,12 +179,13 @@ def read(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
             offset += len(line)
             try:
                 entry = json.loads(line)
+                if not _is_valid(entry):
+                    continue
                 if "metrics" in entry:
                     entry["metrics"] = {key: float(value) for key, value in entry["metrics"].items()}
-            except (ValueError, TypeError, AttributeError):
+            except (ValueError, TypeError, RecursionError):
                 continue
-            if isinstance(entry, dict):
-                yield entry, offset
+            yield entry, offset
 
 
 def batches(entries: Iterable[tuple[dict[str, Any], int]]) -> Iterator[tuple[list[dict[str, Any]], int]]:
@@ -210,6 +222,16 @@ def is_line_start(path: Path, offset: int) -> bool:
 def _size_of_whole_lines(path: Path) -> int:
     """Return the number of bytes from the start of the file to the end of the last complete line."""
     return path.read_bytes().rfind(b"\n") + 1
+
+
+def _is_valid(entry: Any) -> bool:
+    """Return whether the JSON content of a line is an entry with the keys of its kinds, each of the right type."""
+    if not isinstance(entry, dict) or type(entry.get("time")) is not int:
+        return False
+    if not all(key in entry and isinstance(entry[key], wanted) and not isinstance(entry[key], bool)
+               for kind, keys in KINDS.items() if kind in entry for key, wanted in keys.items()):
+        return False
+    return all(isinstance(text, str) for kind in ("params", "tags", "input") for text in entry.get(kind, {}).values())
 
 
 def _status_entry(value: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from dreambooth.tracking import mlflow_logging
 from dreambooth.tracking.journal import EXPERIMENT, batches, is_line_start, read
 from dreambooth.tracking.mlflow_client import REFUSES_USER, http_status, is_refusal, set_default_environment
+from dreambooth.utils import atomic_files
 from dreambooth.utils.masking import mask_urls
 
 POLL_INTERVAL = 2.0  # seconds between two reads of the journal
@@ -46,12 +47,22 @@ class Shipper(threading.Thread):
         self._images: set[str] | None = None  # names of the images in MLflow; None: not listed yet
         self._state_file = journal.with_name("mlflow.json")
         self._state: dict[str, Any] = {"run_id": None, "experiment_id": None, "offset": 0, "token": uuid.uuid4().hex}
-        with contextlib.suppress(OSError, ValueError):
-            self._state |= json.loads(self._state_file.read_text())
+        self._state |= self._read_state()
         if not is_line_start(journal, self._state["offset"]):
             self._state["offset"] = 0  # not the same journal, or its end was lost: send all entries again
         set_default_environment()
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # urllib3 warns of every retry
+
+    def _read_state(self) -> dict[str, Any]:
+        """Return the valid values in mlflow.json. Without its token, the journal is sent to a new MLflow run."""
+        saved = atomic_files.read_object(self._state_file) or {}
+        valid = {"run_id": str, "experiment_id": str, "offset": int, "token": str, "uri": str}
+        state = {key: value for key, value in saved.items() if type(value) is valid.get(key)}
+        if not re.fullmatch("[0-9a-f]{32}", state.get("token", "")):
+            if self._state_file.is_file():
+                self._warn(f"{self._state_file} is damaged: everything is sent to a new MLflow run")
+            return {}
+        return state
 
     def run(self) -> None:
         while not self._stopped:

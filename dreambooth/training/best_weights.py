@@ -10,6 +10,7 @@ selects the same step as a run that had the larger number of steps from the star
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 from dreambooth.config.evaluate import weighted_sum
 from dreambooth.errors import DoesNotFit
 from dreambooth.optim.ema import swap_weights
+from dreambooth.storage import manifest
 from dreambooth.utils import atomic_files
 
+log = logging.getLogger(__name__)
 WEIGHTS, STATE = "weights.safetensors", "state.json"
 
 
@@ -43,12 +46,17 @@ def best_step(scores: Mapping[int, Mapping[str, float]], weights: Mapping[str, f
 
 
 def saved_step(folder: Path) -> int | None:
-    """Return the step whose weights are in `folder`, or None if the folder has no complete weights."""
+    """Return the step whose weights are in `folder`, or None if the folder has no complete, undamaged weights."""
+    state = atomic_files.read_object(folder / STATE) or {}
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return int(state["step"]) if (folder / WEIGHTS).stat().st_size == state["size"] else None
-    except (OSError, ValueError, KeyError):
+        complete = (folder / WEIGHTS).stat().st_size == state["size"]
+        step = int(state["step"]) if complete else None
+    except (OSError, KeyError, ValueError, TypeError):
         return None
+    if damage := manifest.find_damage(folder):
+        log.warning("the best weights in %s are damaged (%s)", folder, damage)
+        return None
+    return step
 
 
 def save(folder: Path, step: int, model: nn.Module) -> None:
@@ -59,7 +67,7 @@ def save(folder: Path, step: int, model: nn.Module) -> None:
     """
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     try:
-        with atomic_files.write_folder(folder) as temporary:
+        with manifest.write_folder(folder) as temporary:
             save_file(weights, temporary / WEIGHTS)
             state = {"step": step, "size": (temporary / WEIGHTS).stat().st_size}
             (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")

@@ -6,6 +6,8 @@ does not contain them.
 """
 
 import json
+import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from torch import Tensor, nn
 
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.optim.streaming_optimizer import StreamingOptimizer, hyperparameters
-from dreambooth.runs.checkpoint_files import STATE_FILE, is_intact, rotate
+from dreambooth.runs.checkpoint_files import STATE_FILE, find_damage, latest, rotate
+from dreambooth.runtime.engine import Engine
+from dreambooth.storage import manifest
 from dreambooth.training.step import TrainState
-from dreambooth.utils import atomic_files
 
 FORMAT = 1
+log = logging.getLogger(__name__)
 
 
 def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.GradScaler, keep: int) -> Path:
@@ -34,15 +38,49 @@ def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.Gr
         DoesNotFit: the disk is full; earlier checkpoints are unchanged.
     """
     target = folder / f"step-{state.step:06d}"
-    if not is_intact(target):
+    if find_damage(target) is not None:
         try:
-            with atomic_files.write_folder(target) as temporary:
+            with manifest.write_folder(target) as temporary:
                 _write(temporary, state, model, scaler)
         except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError, which is not an OSError
             raise DoesNotFit(f"the checkpoint of step {state.step} could not be written to {folder} "
                              f"({error}): free some space and repeat the command") from error
-    rotate(folder, keep)
+    rotate(folder, keep, target)
     return target
+
+
+def restore_newest(newest: Path, state: TrainState, model: nn.Module, engine: Engine, resume: str) -> Path:
+    """Load a checkpoint into `state` in every process, and return its path.
+
+    If the checkpoint cannot be loaded and `resume` is auto, log a warning and load the newest earlier one instead.
+
+    Args:
+        newest: the checkpoint to load.
+        model: the trained module itself, unwrapped.
+        resume: checkpoint.resume.
+
+    Raises:
+        UserError: no checkpoint can be loaded.
+    """
+    first_error: UserError | None = None
+    path: Path | None = newest
+    while path is not None:
+        error: UserError | None = None
+        try:
+            restore(path, state, model, engine.scaler)
+        except UserError as caught:
+            error = caught
+        if engine.reduce_flag(error is not None).read()[0] == 0:
+            return path
+        error = error or UserError(f"checkpoint {path} cannot be resumed in another process: type "
+                                   "checkpoint.resume=never")
+        first_error = first_error or error
+        earlier = partial(latest, path.parent, path)
+        path = engine.run_on_main(earlier) if resume == "auto" else None
+        if path is not None:
+            log.warning("%s, but %s is used instead", str(error).partition(": type ")[0], path.name)
+    assert first_error is not None
+    raise first_error
 
 
 def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.GradScaler) -> None:
@@ -58,6 +96,7 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
         numbers = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         if numbers["format"] != FORMAT:
             raise ValueError(f"it has format {numbers['format']}, this version reads {FORMAT}")
+        counts = [int(numbers[key]) for key in ("step", "skipped", "skipped_in_row")]
         _load_weights(load_file(path / "trained.safetensors"), state.weights(model), path)
         if state.ema is not None:
             _load_weights(load_file(path / "ema.safetensors"), state.ema.average, path)
@@ -72,10 +111,9 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
         _restore_lr_scheduler(state, numbers["schedule"])
         if numbers["scaler"]:  # empty if the checkpoint's run had no loss scaling; the scale then has its initial value
             scaler.load_state_dict(numbers["scaler"])
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} cannot be resumed here ({error}): type checkpoint.resume=never") from error
-    state.step, state.skipped, state.skipped_in_row = (
-        numbers[key] for key in ("step", "skipped", "skipped_in_row"))
+    state.step, state.skipped, state.skipped_in_row = counts
 
 
 def needed_bytes(state: TrainState, model: nn.Module, keep: int) -> int:

@@ -134,6 +134,7 @@ class CheckpointHook:
     def save(self) -> Path:
         """Save the current state, and return the folder of the checkpoint."""
         with self.meter.phase("save"):
+            self.setup.state.check_finite(self.setup.trained)
             return checkpoint.save(
                 self.recipe.run_dir / "checkpoints", self.setup.state, self.setup.trained, self.engine.scaler,
                 self.recipe.checkpoint.keep)
@@ -145,7 +146,11 @@ def swap_in_ema(setup: Setup, exact: bool = False) -> AbstractContextManager[Any
     Args:
         exact: keep the precision of the EMA, or of the trained weights if there is no EMA, to write the weights to a
             file. By default the EMA is cast to the module's precision, to compute with it.
+
+    Raises:
+        Diverged: a trained weight or its average is not finite.
     """
+    setup.state.check_finite(setup.trained)
     if setup.state.ema is not None:
         return swap_weights(setup.trained, setup.state.ema.average, exact)
     return swap_weights(setup.trained, setup.state.weights(setup.trained), exact) if exact else nullcontext()

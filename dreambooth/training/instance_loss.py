@@ -1,12 +1,15 @@
 """The default objective of a sweep (evaluate.objective): the loss of the photos, with fixed noise and timesteps."""
 
+import math
 from dataclasses import replace
 
 import torch
 
 from dreambooth.data.batches import Batch, View
+from dreambooth.errors import Diverged
 from dreambooth.models.pipeline import evaluating
 from dreambooth.training.setup import Setup
+from dreambooth.training.step import divergence_message
 from dreambooth.utils import rng
 
 TIMESTEPS_PER_PHOTO = 8  # they are the midpoints of 8 equal parts of the noise schedule
@@ -17,6 +20,9 @@ def instance_loss(setup: Setup) -> float:
 
     Photos, noise and timesteps do not depend on train.seed, and are the same in all trials of a sweep with the same
     latent shape. The error is never weighted by SNR, so that trials with different train.snr_gamma can be compared.
+
+    Raises:
+        Diverged: the error is not finite.
     """
     batches, schedule = setup.batches, setup.objective.noise_schedule
     photo_set, count = batches.photo_sets[0], TIMESTEPS_PER_PHOTO
@@ -37,4 +43,6 @@ def instance_loss(setup: Setup) -> float:
         # Call `forward`, because calling the module would compile it for this one use, which takes minutes.
         with torch.no_grad(), evaluating(setup.trained):
             total += float(unweighted(setup.trained.forward, batch).instance)
+    if not math.isfinite(total):
+        raise Diverged(divergence_message(f"the loss of the photos after step {setup.state.step} is {total}"))
     return total / len(photo_set.photos)

@@ -10,7 +10,7 @@ from dreambooth.data.photos import Photo, crop_to_size
 from dreambooth.models.pipeline import Sampler, generate_images
 from dreambooth.tracking.tracker import Tracker
 from dreambooth.utils import atomic_files
-from dreambooth.utils.image_grid import contact_sheet, grid, read_samples, square_columns
+from dreambooth.utils.image_grid import contact_sheet, grid, is_intact_png, read_samples, square_columns
 
 
 class SampleRecorder:
@@ -33,10 +33,10 @@ class SampleRecorder:
     def record(self, step: int, pipeline: Any, autocast: Callable[[], Any]) -> None:
         """Generate, write and track the samples of every prompt after `step` completed steps; update the contact sheet.
 
-        Samples that exist already are not generated again.
+        Samples that exist already are not generated again, unless one of them is damaged.
         """
         target = self.folder / f"step-{step:06d}"
-        if not target.is_dir():
+        if not target.is_dir() or not all(map(is_intact_png, target.glob("*.png"))):
             count = self.spec.images_per_prompt
             jobs = [(prompt, self.spec.seed + i) for prompt in self.prompts for i in range(count)]
             batches = generate_images(

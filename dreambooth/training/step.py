@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dreambooth.data.batches import Batch
 from dreambooth.errors import Diverged
+from dreambooth.models.finite import first_not_finite
 from dreambooth.models.noise_schedule import NoiseSchedule
 from dreambooth.optim.ema import Ema
 from dreambooth.optim.streaming_optimizer import StreamingOptimizer
@@ -32,6 +33,7 @@ class TrainState:
     step: int = 0  # completed steps
     skipped: int = 0  # fp16 steps that the loss scaler skipped, in total
     skipped_in_row: int = 0  # fp16 steps skipped since the last step that was not skipped
+    _checked_step: int = 0  # the step after which `check_finite` was called last
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the trained weights by name, in the precision in which they are trained.
@@ -42,6 +44,24 @@ class TrainState:
         if isinstance(self.optimizer, StreamingOptimizer):
             return self.optimizer.weights()
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def check_finite(self, model: nn.Module) -> None:
+        """Check the trained weights and their averages before they are saved, drawn or exported, once after each step.
+
+        The loss of a step checks the update of the step before. Only this method checks the update of the last step.
+
+        Args:
+            model: the trained module itself, unwrapped.
+
+        Raises:
+            Diverged: a value is NaN or infinite.
+        """
+        if self._checked_step == self.step:
+            return
+        average = self.ema.average if self.ema is not None else {}
+        if name := first_not_finite(self.weights(model)) or first_not_finite(average):
+            raise Diverged(divergence_message(f"after step {self.step}, the weight {name} is not finite"))
+        self._checked_step = self.step
 
 
 @dataclass(frozen=True)
@@ -102,15 +122,16 @@ class StepInfo:
         """
         loss, norm = self.numbers["loss"], self.numbers["grad_norm"]
         if not math.isfinite(loss):
-            raise Diverged(_divergence_message(f"the loss of step {self.step} is {loss}"))
+            raise Diverged(divergence_message(f"the loss of step {self.step} is {loss}"))
         if not self.skipped and not math.isfinite(norm):
-            raise Diverged(_divergence_message(f"the gradient of step {self.step} is {norm}"))
+            raise Diverged(divergence_message(f"the gradient of step {self.step} is {norm}"))
         if self.skipped_in_row >= MAX_SKIPPED_IN_A_ROW:
-            raise Diverged(_divergence_message(f"fp16 gradients overflowed in {self.skipped_in_row} steps in a row, "
+            raise Diverged(divergence_message(f"fp16 gradients overflowed in {self.skipped_in_row} steps in a row, "
                                                f"the last is step {self.step}"))
 
 
-def _divergence_message(reason: str) -> str:
+def divergence_message(reason: str) -> str:
+    """Return the error message of a run that diverged: the reason, and what the user can type."""
     return (f"{reason}: the run diverged and was stopped; earlier checkpoints are kept. "
             "Type a lower train.learning_rate, or precision=fp32")
 

@@ -6,10 +6,13 @@ the digests that identify model files.
 
 import errno
 import json
+import math
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -37,11 +40,14 @@ def write_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def write_folder(path: Path, fresh: bool = False) -> Iterator[Path]:
+def write_folder(path: Path, fresh: bool = False,
+                 summary: tuple[str, Callable[[Path], bytes]] | None = None) -> Iterator[Path]:
     """Yield a temporary folder to fill. After the block, sync the folder to disk, and replace `path` with this folder.
 
     Args:
         fresh: whether `path` must be missing or an empty folder, so that no files are replaced.
+        summary: the name of a file that describes the other files, and the function that returns its content. A thread
+            calls the function with the temporary folder while the other files are synced to disk.
 
     Raises:
         OSError: with `fresh`, if `path` exists and is not an empty folder.
@@ -51,8 +57,13 @@ def write_folder(path: Path, fresh: bool = False) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for entry in sorted(temporary.rglob("*")):
-            sync(entry)
+        with ThreadPoolExecutor(1) as pool:
+            content = pool.submit(summary[1], temporary) if summary else None
+            for entry in sorted(temporary.rglob("*")):
+                sync(entry)
+        if summary and content:
+            (temporary / summary[0]).write_bytes(content.result())
+            sync(temporary / summary[0])
         sync(temporary)
         if path.exists() and not fresh:
             remove_folder(path)
@@ -62,9 +73,19 @@ def write_folder(path: Path, fresh: bool = False) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file atomically."""
+    """Write a JSON file atomically. A number that is NaN or infinite becomes null, because JSON has no such numbers."""
     with write_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(_without_nan(content), indent=2, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file, or None if the file is missing or damaged, or contains no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def is_full_disk(error: OSError) -> bool:
@@ -109,12 +130,20 @@ def trailing_number(path: Path) -> int:
 
 
 def weights_digest(source: Path) -> str | None:
-    """Return the `quick_digest` of the weight files of a local model, or None if `source` is a hub id."""
+    """Return the `quick_digest` of the weight files of a local model, or None if `source` is a hub id.
+
+    A .bin file counts only if diffusers would load it, that is, if its folder has no .safetensors file of the same
+    variant. The digest of a model with .safetensors files only must not change: names of run folders depend on it.
+    """
     if source.is_file():
         return quick_digest([source], source.parent)
     if not source.is_dir():
         return None
-    return quick_digest(sorted(source.rglob("*.safetensors")), source)
+    paths = sorted(source.rglob("*.safetensors"))
+    variants = {(path.parent, _variant(path)) for path in paths}
+    paths += [path for path in sorted(source.rglob("*pytorch_model*.bin"))
+              if (path.parent, _variant(path)) not in variants]
+    return quick_digest(paths, source)
 
 
 def full_digest(path: Path) -> str:
@@ -137,3 +166,17 @@ def quick_digest(paths: Iterable[Path], folder: Path) -> str:
             file.seek(max(0, size - END_BYTES))
             digest.update(file.read(END_BYTES))
     return digest.hexdigest()
+
+
+def _variant(path: Path) -> str:
+    """Return the variant in the name of a weight file: `fp16` for model.fp16.safetensors, "" for model.safetensors."""
+    return ".".join(re.sub(r"-\d+-of-\d+", "", path.name).split(".")[1:-1])
+
+
+def _without_nan(value: Any) -> Any:
+    """Return JSON content in which None replaces every number that is NaN or infinite."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

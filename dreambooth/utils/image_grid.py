@@ -1,5 +1,6 @@
 """Image grids, and the contact sheet that shows the samples of a whole run in one image."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dreambooth.utils import atomic_files
 
+log = logging.getLogger(__name__)
 INK, PAPER = "#222222", "white"  # colours of text and background
 GAP, TITLE = 6, 22  # pixels: space between cells, height of a line of text
 MAX_COLUMNS = 8  # steps shown on a contact sheet
@@ -65,14 +67,27 @@ def read_samples(folder: Path, prompts: int) -> dict[int, list[list[Image.Image]
     """Read sample images from files such as `step-000100/prompt-0-1.png`. Return the images by step and prompt.
 
     Args:
-        prompts: number of prompts; a step that lacks images of a prompt is left out.
+        prompts: number of prompts; a step that lacks images of a prompt, or has a damaged image, is left out.
     """
     samples = {}
     for entry in sorted(folder.glob("step-*"), key=atomic_files.trailing_number):
+        if damaged := [path for path in sorted(entry.glob("prompt-*.png")) if not is_intact_png(path)]:
+            log.warning("the sample %s is damaged: its step is not on the contact sheet", damaged[0])
+            continue
         rows = [[_open(path) for path in sorted(entry.glob(f"prompt-{number}-*.png"))] for number in range(prompts)]
         if rows and all(rows):
             samples[int(entry.name.removeprefix("step-"))] = rows
     return samples
+
+
+def is_intact_png(path: Path) -> bool:
+    """Return whether a file is a complete PNG image with correct checksums. Each chunk of a PNG file has a CRC-32."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+    return True
 
 
 def _open(path: Path) -> Image.Image:

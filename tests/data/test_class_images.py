@@ -10,6 +10,7 @@ from dreambooth.config.compose import load
 from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.data import class_images
 from tests.support.configs import compose_config
+from tests.support.runs import flip_bit
 
 
 def make_recipe(root: Path, *overrides: str) -> Recipe:
@@ -109,11 +110,29 @@ def test_existing_images_stay_unchanged_and_only_missing_ones_are_generated(tmp_
     seed_of_2 = class_images.find(recipe).missing[2][1]
     generate_all(recipe)
     paths = class_images.find(recipe).paths
-    paths[0].write_bytes(b"mine")
+    Image.new("RGB", (5, 5)).save(paths[0])
+    mine = paths[0].read_bytes()
     paths[2].unlink()
     assert generate_all(recipe) == [seed_of_2]
-    assert paths[0].read_bytes() == b"mine"
+    assert paths[0].read_bytes() == mine
     assert generate_all(recipe) == [], "an image was generated again"
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "bit"])
+def test_a_damaged_image_is_generated_again(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = make_recipe(tmp_path, "prior.num_class_images=5")
+    seed_of_2 = class_images.find(recipe).missing[2][1]
+    generate_all(recipe)
+    paths = class_images.find(recipe).paths
+    before = [path.read_bytes() for path in paths]
+    if damage == "bit":
+        flip_bit(paths[2], 0.7)
+    else:
+        paths[2].write_bytes(before[2][:40] if damage == "cut" else b"")
+    assert generate_all(recipe) == [seed_of_2]
+    assert f"{paths[2]} is damaged and is generated again" in caplog.text
+    assert [path.read_bytes() for path in paths] == before
+    assert class_images.find(recipe).paths == paths
 
 
 def test_an_image_has_the_same_seed_for_any_batch_size_and_number_of_processes(tmp_path: Path) -> None:

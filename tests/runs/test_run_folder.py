@@ -1,6 +1,7 @@
 """Run folders: locked by one process, finished or resumed, and an earlier run is never lost."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from dreambooth.runs.run_folder import (
     locked,
     remove_if_unused,
 )
+from dreambooth.storage import manifest
+from tests.support.runs import flip_bit
 
 HOLDER = """
 import sys
@@ -111,7 +114,40 @@ def test_a_run_without_its_model_is_not_finished(tmp_path):
     assert load_finished(make_recipe(tmp_path)) is None
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 4}', '{"another": "format"}'])
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize("gone", ["unet/diffusion_pytorch_model.safetensors", "model_index.json", "unet"])
+def test_a_run_whose_model_lacks_a_file_is_not_finished(tmp_path, gone, sealed):
+    """Models of earlier versions have no manifest."""
+    write_finished_run(tmp_path)
+    (tmp_path / "model/model_index.json").write_text('{"_class_name": "P", "unet": ["diffusers", "U"], "x": [null]}')
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        (tmp_path / "model/unet").mkdir(exist_ok=True)
+        (tmp_path / "model/unet" / name).write_text("{}")
+    if sealed:
+        manifest.write(tmp_path / "model")
+    assert load_finished(make_recipe(tmp_path)) is not None
+    path = tmp_path / "model" / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert load_finished(make_recipe(tmp_path)) is None or (gone == "unet" and not sealed)
+
+
+def test_a_run_whose_model_is_damaged_is_not_finished(tmp_path, caplog):
+    write_finished_run(tmp_path)
+    (tmp_path / "model/weights.safetensors").write_text("weights")
+    (tmp_path / "model/README.md").write_text("card")
+    manifest.write(tmp_path / "model")
+    (tmp_path / "model/README.md").write_text("a card that the user has changed")
+    assert load_finished(make_recipe(tmp_path)) is not None
+    flip_bit(tmp_path / "model/weights.safetensors")
+    assert load_finished(make_recipe(tmp_path)) is None
+    assert "model is damaged (weights.safetensors has other content) and is written again" in caplog.text
+
+
+@pytest.mark.parametrize("content", [
+    "", "{", "[]", '{"step": 4}', '{"another": "format"}',
+    *('{"seconds": 1, "run_dir": "", ' + values for values in (
+        '"step": 4, "objective": NaN, "model": "model"}', '"step": 4, "objective": null, "model": "model"}',
+        '"step": [4], "objective": 0.5, "model": "model"}', '"step": 4, "objective": 0.5, "model": null}'))])
 def test_a_run_with_an_unreadable_result_is_not_finished(tmp_path, content):
     write_finished_run(tmp_path)
     (tmp_path / "result.json").write_text(content)

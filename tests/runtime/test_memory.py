@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dreambooth import cli
@@ -23,7 +24,7 @@ from dreambooth.runtime.module_offload import ModuleOffload
 from dreambooth.training import setup
 from tests.support.configs import T4, resolve_demo
 from tests.support.faults import train
-from tests.support.runs import the_run
+from tests.support.runs import flip_bit, the_run
 from tests.support.toy_model import encode_pixels, make_batches, make_photo_set
 
 CPU = torch.device("cpu")
@@ -57,6 +58,22 @@ def test_latents_on_disk_are_encoded_once_for_all_runs(tmp_path: Path) -> None:
     filled(LatentStore(LatentCache.disk, CPU, tmp_path, "vae"), other, flip=False)
     assert len(list(tmp_path.iterdir())) == 3
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
+
+
+@pytest.mark.parametrize("at", [0.05, 0.6, 0.95])
+def test_damaged_latents_on_disk_are_encoded_again(
+    at: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, again, kept = LatentStore(LatentCache.disk, CPU, tmp_path, "vae"), [], []
+    expected = drawn(filled(store))
+    [path] = tmp_path.iterdir()
+    flip_bit(path, at)
+    assert drawn(filled(store, again)).equal(expected)
+    assert (sum(again), f"{path} are damaged" in caplog.text) == (10, True)
+    mean, std = load_file(path).values()
+    save_file({"mean": mean, "std": std}, path)  # as earlier versions wrote it, without a checksum
+    filled(store, kept)
+    assert not kept
 
 
 def test_the_digest_of_an_encoder_depends_on_its_weights_and_their_precision() -> None:

@@ -42,3 +42,10 @@ def assert_same(run: Path, expected: Path) -> None:
     assert (ours["step"], ours["objective"]) == (theirs["step"], theirs["objective"])
     leftovers = [p for p in run.rglob(".*") if p.name.startswith((".writing-", ".removing-"))]
     assert not leftovers, "a temporary file or folder was left behind"
+
+
+def flip_bit(path: Path, at: float = 0.5) -> None:
+    """Change one bit of a file. `at` is the position: 0 is the beginning of the file, 1 the end."""
+    content = bytearray(path.read_bytes())
+    content[min(int(at * len(content)), len(content) - 1)] ^= 1
+    path.write_bytes(content)

@@ -15,6 +15,7 @@ import pytest
 from dreambooth.errors import UserError
 from dreambooth.runs import report
 from dreambooth.serialization.export_layout import ADAPTER
+from dreambooth.storage import manifest
 from dreambooth.sweeps import promotion
 from dreambooth.sweeps.html_page import render_page
 from dreambooth.sweeps.promotion import PromotionOptions, promote, register_run
@@ -22,6 +23,7 @@ from dreambooth.sweeps.summary import finished_objective
 from dreambooth.sweeps.trials import find_trials
 from dreambooth.tracking.journal import Journal
 from dreambooth.tracking.model_registry import CANDIDATE, CHAMPION, Version
+from tests.support.runs import flip_bit
 from tests.support.warm_python import PYTHON
 
 CLASS = "class_similarity_efficientnet_lite0"
@@ -120,6 +122,21 @@ def test_a_page_shows_what_a_result_holds_as_text(tmp_path: Path) -> None:
         (folder / "result.json").write_text(json.dumps(result | {"step": step, "seconds": seconds}))
         page = render_page("s", find_trials(tmp_path, "s"), 64)
         assert "<script>alert" not in page and "<b>" not in page.partition("<tbody>")[2]
+
+
+def test_a_damaged_model_or_one_that_diverged_is_not_promoted(tmp_path: Path, registry: Registry) -> None:
+    for name, objective in (("a", 0.1), ("b", 0.2), ("diverged", math.nan)):
+        weights = trial(tmp_path, name, objective) / "model/weights.safetensors"
+        weights.write_bytes(b"weights")
+        manifest.write(weights.parent)
+        if name == "a":
+            flip_bit(weights)
+    with pytest.raises(UserError, match=r"a/model is damaged \(weights\.safetensors has other content\)"):
+        promote("s", tmp_path, PromotionOptions())
+    assert not registry.versions
+    (tmp_path / "a/result.json").write_text('["damaged"]')
+    assert promote("s", tmp_path, PromotionOptions())["run"] == "b"
+    assert math.isnan(next(t for t in find_trials(tmp_path, "s") if t.folder.name == "diverged").objective(f"-{CLASS}"))
 
 
 def test_a_model_over_the_class_similarity_bound_is_skipped(tmp_path: Path, registry: Registry) -> None:

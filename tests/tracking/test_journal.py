@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dreambooth.sweeps.trials import load_trial
+from dreambooth.tracking import svg_charts
 from dreambooth.tracking.journal import Journal, batches, read
 from dreambooth.tracking.tracker import JournalTracker, open_tracker
 
@@ -56,6 +58,31 @@ def test_a_journal_cut_at_any_byte_is_continued(tmp_path_factory: pytest.TempPat
     assert sum("params" in e for e, _ in read(path)) == 1
     offsets = [0, *(after for _, after in read(path))]
     assert [next(read(path, offset))[1] for offset in offsets[:-1]] == offsets[1:]
+
+
+DAMAGED = [
+    "[]", "3", '"metrics"', '["metrics"]', "{}", '{"metrics": {"loss": 1}}', '{"time": 1, "metrics": {"loss": 1}}',
+    '{"time": 1, "step": "1", "metrics": {"loss": 1}}', '{"time": 1, "step": 1, "metrics": [1]}',
+    '{"time": 1, "step": 1, "metrics": {"loss": null}}', '{"time": 1, "step": 1, "image": "a.png"}',
+    '{"time": 1, "artifact": "a"}', '{"time": 1, "params": ["a"]}', '{"time": 1, "tags": {"sweep": ["s"]}}',
+    '{"time": 1, "input": null}', '{"time": 1, "status": {}}', '{"time": null, "status": "FINISHED"}', "\udcff",
+    "[" * 9**5]
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_is_ignored_with_a_warning(
+    line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    fill(Journal(path), 2)
+    whole = [entry for entry, _ in read(path)]
+    path.write_bytes(line.encode(errors="surrogateescape") + b"\n" + path.read_bytes())
+    assert str([entry for entry, _ in read(path)]) == str(whole)
+    fill(Journal(path), 2)
+    assert len(list(read(path))) == len(whole), "an entry was written twice"
+    assert f"1 line of {path} cannot be read" in caplog.text
+    svg_charts.write_loss_curves(tmp_path)
+    load_trial(tmp_path)
 
 
 def test_one_point_per_step_and_key(tmp_path: Path) -> None:

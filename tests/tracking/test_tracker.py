@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dreambooth.tracking.journal import read
+from dreambooth.tracking.mlflow_shipper import Shipper
 from dreambooth.tracking.tracker import open_tracker
 from tests.tracking.mlflow_servers import drop, images, mlflow_tracker, only_run, picture, points, wait_for
 
@@ -64,6 +65,24 @@ def test_a_killed_run_goes_on_in_the_same_mlflow_run(tmp_path: Path, uri: str, l
     assert only_run(uri).info.run_id == before["run_id"] and only_run(uri).info.status == "FINISHED"
     assert points(uri, "loss") == [(step, float(step)) for step in range(8)]
     assert len(images(uri)) == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "3", '[["offset", 1]]', '{"token": null}', '{"token": "a\' or \'b"}'])
+def test_a_damaged_mlflow_json_gives_a_new_mlflow_run(content: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "mlflow.json").write_text(content)
+    warnings: list[str] = []
+    state = Shipper(tmp_path / "metrics.jsonl", "sqlite:///none.db", "e", "r", None, warnings.append)._state
+    assert (state["run_id"], state["offset"], len(state["token"])) == (None, 0, 32)
+    assert warnings == [f"{tmp_path / 'mlflow.json'} is damaged: everything is sent to a new MLflow run"]
+
+
+@pytest.mark.parametrize("offset", ["3", -3, 3.5, True, None, 2, 10**30])
+def test_a_damaged_offset_sends_everything_again(offset: object, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "mlflow.json").write_text(json.dumps({"token": "a" * 32, "offset": offset, "run_id": 7}))
+    state = Shipper(tmp_path / "metrics.jsonl", "sqlite:///none.db", "e", "r", None, print)._state
+    assert (state["run_id"], state["offset"], state["token"]) == (None, 0, "a" * 32)
 
 
 def test_a_finished_run_that_is_continued_is_running(tmp_path: Path, uri: str) -> None:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.runs import checkpoint_files
 from dreambooth.runtime.engine import Engine
+from dreambooth.storage import manifest
 from dreambooth.training import checkpoint
 from dreambooth.training.step import Objective, TrainState, train_step
 from dreambooth.utils import atomic_files
@@ -259,7 +260,8 @@ def test_all_files_are_synced_before_the_rename(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(atomic_files, "sync", lambda path: (events.append(f"sync {path.name}"), sync(path)))
     monkeypatch.setattr(Path, "replace", lambda path, to: (events.append(f"rename {to.name}"), replace(path, to)))
     save(tmp_path / "checkpoints", train(make_state(ToyModel()), 1))
-    files = ["ema.safetensors", "optimizer.safetensors", "state.json", "trained.safetensors", ".writing-step-000001"]
+    files = ["ema.safetensors", "optimizer.safetensors", "state.json", "trained.safetensors", manifest.NAME,
+             ".writing-step-000001"]
     assert events == [*(f"sync {name}" for name in files), "rename step-000001", "sync checkpoints"]
 
 
@@ -294,7 +296,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("damage", [b"", b"cut", b"\0" * 600])
 def test_an_unreadable_checkpoint_is_a_user_error(damage: bytes, tmp_path: Path) -> None:
-    """As with checkpoint.resume=PATH, which is not checked for damage before."""
+    """Of an earlier version, which has no checksums."""
     path = save(tmp_path, train(make_state(ToyModel()), 1))
     (path / "trained.safetensors").write_bytes(damage)
     with pytest.raises(UserError, match=r"checkpoint\.resume=never"):

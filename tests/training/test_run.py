@@ -15,7 +15,7 @@ from dreambooth.tracking.journal import read
 from dreambooth.utils.assets import resolve_asset
 from dreambooth.utils.provenance import origin
 from tests.support.faults import FAST, call, train
-from tests.support.runs import assert_same, losses, the_run
+from tests.support.runs import assert_same, flip_bit, losses, the_run
 
 TWO = ["train.max_train_steps=2", "sample.every=2", "checkpoint.every=2"]
 BARE = [*TWO, "sample.every=null", "prior.with_prior_preservation=false"]
@@ -258,6 +258,33 @@ def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) 
     newest = sorted((run / "checkpoints").iterdir())[-1]
     assert all(t.isfinite().all() for t in load_file(newest / "trained.safetensors").values())
     assert entries(run, "status")[-1]["status"] == "FAILED"
+
+
+@pytest.mark.slow
+def test_the_update_of_the_last_step_is_checked(tmp_path: Path) -> None:
+    """Its loss is finite, and no later step has a loss that is not."""
+    log = tmp_path / "out.txt"
+    assert train(tmp_path, *BARE, "train.max_train_steps=1", "train.learning_rate=1e38", log=log) == 6
+    assert "is not finite: the run diverged" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    run = the_run(tmp_path)
+    assert not [path for name in ("model", "result.json", "checkpoints/step-000001") if (path := run / name).exists()]
+
+
+@pytest.mark.slow
+def test_a_damaged_result_is_refused_and_made_again(tmp_path: Path) -> None:
+    assert train(tmp_path, *BARE) == 0
+    run, log = the_run(tmp_path), tmp_path / "out.txt"
+    weights = run / "model/unet/diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    flip_bit(weights, 0.9)
+    assert call("generate", [f"run={run}", "num_images=1"], log=log) == 1
+    assert "unet/diffusion_pytorch_model.safetensors has other content): repeat the command" in log.read_text()
+    flip_bit(sorted((run / "checkpoints").iterdir())[-1] / "optimizer.safetensors")
+    assert train(tmp_path, *BARE, log=log) == 0
+    assert "optimizer.safetensors has other content" in log.read_text()
+    assert weights.read_bytes() == before
+    assert "Traceback" not in log.read_text()
 
 
 def test_an_internal_error_keeps_its_traceback(tmp_path: Path) -> None:

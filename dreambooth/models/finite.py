@@ -1,0 +1,26 @@
+"""Finds values that are NaN or infinite, before they are saved, drawn or exported."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that contains NaN or infinity, or None if all values are finite.
+
+    The largest magnitude of a tensor is NaN or infinite if one of its values is. Computing it needs no temporary copy
+    of the tensor, and the host waits once for each device.
+    """
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            largest = torch.linalg.vector_norm(tensor.detach(), ord=math.inf)
+            by_device.setdefault(tensor.device, {})[name] = largest.float()
+    for largest_values in by_device.values():
+        finite = torch.stack(list(largest_values.values())).isfinite().tolist()
+        for name, is_finite in zip(largest_values, finite, strict=True):
+            if not is_finite:
+                return name
+    return None

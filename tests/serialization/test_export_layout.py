@@ -1,0 +1,68 @@
+"""A model that changed since its export is refused by every command that uses it, in one sentence."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dreambooth.config.generate import Generate
+from dreambooth.errors import UserError
+from dreambooth.evaluation import evaluate_run
+from dreambooth.inference.model_sources import find_source
+from dreambooth.serialization import convert, export_layout
+from dreambooth.storage import manifest
+from tests.support.runs import flip_bit
+
+DOORS: dict[str, Callable[[Path], object]] = {
+    "generate run": lambda run: find_source(Generate(run=str(run))),
+    "generate base": lambda run: find_source(Generate(base=str(run / "model"))),
+    "convert": convert._find_model,
+    "evaluate": lambda run: evaluate_run._load_trained(as_recipe(run), None),  # type: ignore[arg-type]
+}
+
+
+def as_recipe(run: Path) -> Any:
+    return SimpleNamespace(run_dir=run)
+
+
+def write_run(run: Path) -> Path:
+    with manifest.write_folder(run / "model") as aside:
+        (aside / "unet").mkdir()
+        (aside / "unet/diffusion_pytorch_model.safetensors").write_bytes(bytes(99))
+        (aside / "README.md").write_text("card")
+        (aside / "model_index.json").write_text("{}")
+    (run / "run.json").write_text(json.dumps({"settings": {"name": "x"}}))
+    return run / "model"
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("damage", ["bit", "gone", "manifest"])
+def test_a_damaged_model_is_an_error(damage: str, door: str, tmp_path: Path) -> None:
+    model = write_run(tmp_path)
+    weights = model / "unet/diffusion_pytorch_model.safetensors"
+    if damage == "manifest":
+        (model / manifest.NAME).write_text("[")
+    else:
+        flip_bit(weights) if damage == "bit" else weights.unlink()
+    with pytest.raises(UserError, match=rf"the model in {model} is damaged \(.*\): repeat the command of its run"):
+        DOORS[door](tmp_path)
+
+
+def test_a_changed_model_card_is_no_damage(tmp_path: Path) -> None:
+    model = write_run(tmp_path)
+    (model / "README.md").write_text("my own card")
+    (model / "notes.txt").write_text("my own notes")
+    export_layout.check_intact(model)
+    assert find_source(Generate(run=str(tmp_path))).setting("name") == "x"
+    assert export_layout.is_exported(model, "full", merge=False)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"settings": []}', ""])
+def test_a_damaged_run_json_has_no_settings(content: str, tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (tmp_path / "run.json").write_text(content)
+    assert find_source(Generate(run=str(tmp_path))).settings == {}
+    assert convert._find_model(tmp_path)[1] == {}
