@@ -55,8 +55,7 @@ def execute(recipe: Recipe, stop: StopRequest) -> Result:
         setup = assemble(recipe, engine, accelerator, console, meter, stop)
         if start:
             with meter.phase("resume"):
-                start = checkpoint.restore_newest(
-                    start, setup.state, setup.trained, engine, recipe.checkpoint.resume)
+                start = checkpoint.restore_newest(start, setup.state, setup.trained, engine, recipe.checkpoint.resume)
             console.say(f"resuming after step {setup.state.step} from {start.name}")
         if engine.is_main_process:
             best = best_weights.needed_bytes(setup.trained) if recipe.evaluate.select else 0

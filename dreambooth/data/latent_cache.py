@@ -80,7 +80,7 @@ def _is_intact(path: Path) -> bool:
         with safe_open(path, "pt") as file:
             mean, std = file.get_slice("mean"), file.get_slice("std")
             found = _checksum(mean, std, mean.get_shape()[0])
-            intact = (file.metadata() or {}).get(CHECKSUM, found) == found
+            intact = bool((file.metadata() or {}).get(CHECKSUM, found) == found)
     except (OSError, SafetensorError, RuntimeError):
         intact = False
     if not intact:

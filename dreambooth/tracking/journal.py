@@ -214,6 +214,8 @@ def is_line_start(path: Path, offset: int) -> bool:
 
     False means that the offset was recorded for another journal, or that the end of the file was lost.
     """
+    if not 0 <= offset <= path.stat().st_size:
+        return False
     with path.open("rb") as file:
         file.seek(max(offset - 1, 0))
         return offset == 0 or file.read(1) == b"\n"

@@ -58,7 +58,7 @@ class Shipper(threading.Thread):
         saved = atomic_files.read_object(self._state_file) or {}
         valid = {"run_id": str, "experiment_id": str, "offset": int, "token": str, "uri": str}
         state = {key: value for key, value in saved.items() if type(value) is valid.get(key)}
-        if not re.fullmatch("[0-9a-f]{32}", state.get("token", "")):
+        if not re.fullmatch("[0-9a-f]{32}", str(state.get("token"))):
             if self._state_file.is_file():
                 self._warn(f"{self._state_file} is damaged: everything is sent to a new MLflow run")
             return {}

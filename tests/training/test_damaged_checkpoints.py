@@ -44,7 +44,8 @@ def test_one_changed_bit_is_noticed(name: str, at: float, tmp_path: Path, caplog
     first, second = save(tmp_path, 1, 2)
     flip_bit(second / name, at)
     assert checkpoint_files.latest(tmp_path) == first
-    assert f"{second} is damaged and is skipped ({name} " in caplog.text
+    assert f"{second} is damaged and is skipped (" in caplog.text
+    assert f"({name} " in caplog.text or name == manifest.NAME  # the digest of another file may have changed
 
 
 def test_a_checkpoint_without_checksums_is_compared_by_size(tmp_path: Path) -> None:
