@@ -68,10 +68,14 @@ class Entry:
 Entries = dict[str, Entry]  # the key is the path relative to the folder, with forward slashes
 
 
-def hash_file(path: Path, part_size: int = PART_SIZE) -> Entry:
-    """Compute the manifest entry of a local file: the size, and the checksum of each part. Threads hash the parts."""
+def hash_file(path: Path, part_size: int | None = None) -> Entry:
+    """Compute the manifest entry of a local file: the size, and the checksum of each part. Threads hash the parts.
+
+    Args:
+        part_size: bytes per part; None: PART_SIZE.
+    """
     with path.open("rb") as file:
-        entry = Entry(os.fstat(file.fileno()).st_size, part_size=part_size)
+        entry = Entry(os.fstat(file.fileno()).st_size, part_size=part_size or PART_SIZE)
 
         def hash_part(span: tuple[int, int]) -> str:
             start, size = span

@@ -302,8 +302,8 @@ class _FakeEvaluator:
 def evaluated_before_training(device: str, step: int) -> list[tuple[int, object]]:
     """(step, pipeline) of the evaluations of a run before its first step, if it continues after `step`."""
     evaluator = _FakeEvaluator({})
-    setup = SimpleNamespace(state=SimpleNamespace(step=step, ema=None), pipeline="live", trained=None,
-                            idle=SimpleNamespace(on_device=nullcontext))
+    state = SimpleNamespace(step=step, ema=None, check_finite=lambda model: None)
+    setup = SimpleNamespace(state=state, pipeline="live", trained=None, idle=SimpleNamespace(on_device=nullcontext))
     EvaluationHook(
         evaluator=evaluator, setup=setup, engine=SimpleNamespace(device=torch.device(device), autocast=nullcontext),
         meter=SimpleNamespace(phase=lambda name: nullcontext()),
@@ -341,8 +341,8 @@ def test_a_resumed_run_on_a_gpu_puts_the_base_into_the_trained_module(monkeypatc
     evaluator = Recording({})
     EvaluationHook(
         evaluator=evaluator, engine=SimpleNamespace(device=torch.device("cuda"), autocast=nullcontext),
-        setup=SimpleNamespace(state=SimpleNamespace(step=3, ema=None), pipeline="live", trained=live,
-                              idle=SimpleNamespace(on_device=nullcontext)),
+        setup=SimpleNamespace(state=SimpleNamespace(step=3, ema=None, check_finite=lambda model: None),
+                              pipeline="live", trained=live, idle=SimpleNamespace(on_device=nullcontext)),
         meter=SimpleNamespace(phase=lambda name: nullcontext()), stop=SimpleNamespace(signal_name=None),
         recipe=SimpleNamespace(evaluate=SimpleNamespace(every=None),
                                train=SimpleNamespace(train_text_encoder=True),
