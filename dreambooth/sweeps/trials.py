@@ -181,6 +181,6 @@ def _summarize(journal: Path) -> _JournalSummary:
 
 def _to_trial(folder: Path, summary: _JournalSummary) -> Trial:
     result = atomic_files.read_object(folder / "result.json")
-    if result and not (isinstance(result.get("model"), str) and isinstance(result.get("step"), int)):
+    if result is not None and not ("step" in result and isinstance(result.get("model"), str)):
         result = None  # damaged
     return Trial(folder, summary.params, export_layout.read_settings(folder), result, summary.photos)
