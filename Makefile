@@ -16,7 +16,7 @@ TEST  := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=tru
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow test-all test-rest test-container test-services image lint ci mlflow-ui mutants proof tiny-base
+.PHONY: help setup demo test test-slow test-all test-rest test-container test-services image lint ci mlflow-ui mutants torture proof tiny-base
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -72,12 +72,16 @@ mlflow-ui: $(STAMP)  ## every run side by side in a browser (PORT=5000)
 	@echo "(the runs side by side; Ctrl-C stops the server)"
 	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --port $(PORT) --workers 1
 
-proof: $(STAMP)  ## run the long experiments, and write docs/proof.md and docs/proof-sweeps.md
+proof: $(STAMP)  ## run the long experiments and make torture, and write their pages in docs/
 	@$(BIN)/python -m tools.proof
 	@$(BIN)/python -m tools.proof.concepts
 	@$(BIN)/python -m tools.proof.s3
 	@$(BIN)/python -m tools.proof.container_image
 	@$(BIN)/python -m tools.proof.sweeps
+	@$(BIN)/python -m tools.torture
+
+torture: $(STAMP)  ## kill, damage, starve and stop short runs, as root in 20 minutes, and write docs/torture.md
+	@$(BIN)/python -m tools.torture
 
 tiny-base: $(STAMP)  ## train the shipped base model again (hours; needs npm)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[base]'

@@ -132,11 +132,11 @@ def _to_override_value(name: str, raw: str, grammar: OverrideGrammar) -> str:
 def _merge_inputs(
     blog: BlogSettings, channels: Mapping[str, Path], request: RunRequest
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Merge the folders and hub ids from blog hyperparameters and channels. Channels take precedence.
+    """Merge the inputs that the blog post's hyperparameters and the channels set. Channels take precedence.
 
     Returns:
         Two dictionaries whose keys are configuration keys. The first contains the folder or hub id of each input. The
-        second contains "the channel NAME" for each input from a channel.
+        second contains the source of each input from a channel as words for a message, such as "the channel images".
     """
     inputs, channel_names = dict(blog.paths), {}
     for name, folder in channels.items():

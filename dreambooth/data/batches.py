@@ -174,7 +174,7 @@ class Latents:
         self._cached: dict[tuple[str, Size | None], ReadRows] = {}
 
     def fill(self, photo_set: PhotoSet, tick: Callable[[int], None], size: int | None = None) -> None:
-        """Encode every photo of a PhotoSet with `center_crop`, and add the mean and standard deviation to the cache.
+        """Encode every photo of a PhotoSet whose `center_crop` is true, and add the means and deviations to the cache.
 
         If the set has `random_flip`, the mirror image of each photo is encoded, too.
 

@@ -43,7 +43,7 @@ class Trial:
 
     @property
     def scores(self) -> dict[str, float]:
-        """The measured values of the exported weights, by name of the measure. Includes instance_loss."""
+        """The scores of the exported model, by name of the measure. They include instance_loss."""
         result = self.result or {}
         scores = {INSTANCE_LOSS: result.get("objective"), **(result.get("scores") or {})}
         return {name: math.nan if value is None else float(value) for name, value in scores.items()}

@@ -67,7 +67,7 @@ class Console:
     """Writes lines, tables and progress bars to stdout.
 
     Args:
-        quiet: whether to write nothing. This is so in all processes of a run except the main process.
+        quiet: whether to write nothing; True in all processes of a run except the main process.
     """
 
     def __init__(self, quiet: bool = False) -> None:

@@ -239,6 +239,14 @@ def _little_memory_in_class_images(seed: int) -> None:
     class_images.generate_missing = making
 
 
+def _few_file_handles(count: int) -> None:
+    """Limit the open files to `count` more than now."""
+    import resource
+
+    limit = max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + count
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+
+
 def _no_disk(seed: int) -> None:
     from dreambooth.runs import run_folder
 
@@ -340,6 +348,7 @@ def _fill_gpu() -> None:
 OTHERS: dict[str, Callable[[int], None]] = {
     "no_memory": _no_memory,
     "no_disk": _no_disk,
+    "few_file_handles": _few_file_handles,
     "little_memory_in_step_3": _little_memory_in_step_3,
     "little_memory_in_class_images": _little_memory_in_class_images,
     "bug": _bug,

@@ -1,0 +1,72 @@
+"""Damages every file of a run folder in turn. The repeated command must give equal bits, or one clear sentence."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.support.faults import train
+from tests.support.runs import the_run
+from tools.torture.trial import Place, TortureError, Trial
+
+
+def truncate(path: Path) -> None:
+    """Keep the first half of the file."""
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    """Keep no byte of the file."""
+    path.write_bytes(b"")
+
+
+def flip_bit(path: Path) -> None:
+    """Invert one bit in the middle of the file."""
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 4]))
+
+
+def remove(path: Path) -> None:
+    """Remove the file."""
+    path.unlink()
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "truncated": truncate, "emptied": empty, "one bit flipped": flip_bit, "removed": remove}
+
+
+def trials(folder: Path) -> list[Trial]:
+    """The trials of this file. Creates the run folders to damage below `folder`: one interrupted, one finished."""
+    found = []
+    for state, overrides in (("interrupted", ["train.max_train_steps=6"]), ("finished", [])):
+        template = folder / state
+        if train(template, *overrides, log=folder / f"{state}.log"):
+            raise SystemExit(f"The run to damage failed: see {folder / state}.log")
+        for path in sorted(path for path in template.rglob("*") if path.is_file() and path.stat().st_size):
+            found += [Trial(f"damage in {'an' if state[0] == 'i' else 'a'} {state} run",
+                            f"{_short(path, template)} {damage}", damage_and_repeat, (template, path, damage))
+                      for damage in DAMAGES]
+    return found
+
+
+def damage_and_repeat(place: Place, template: Path, path: Path, damage: str) -> str:
+    """Damage one file in a copy of a run folder, repeat the command, and generate with the result."""
+    shutil.copytree(template, place.folder, dirs_exist_ok=True)
+    DAMAGES[damage](place.folder / path.relative_to(template))
+    if code := place.train():
+        return f"exit code {code}: {_general(place.sentence(), place)}"
+    return place.repeat()
+
+
+def _short(path: Path, template: Path) -> str:
+    run = the_run(template)
+    return str(path.relative_to(run if path.is_relative_to(run) else template))
+
+
+def _general(sentence: str, place: Place) -> str:
+    if not sentence:
+        raise TortureError("no sentence")
+    return sentence.replace(str(place.folder), "RUN_ROOT")
