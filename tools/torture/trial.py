@@ -147,7 +147,8 @@ def reference_run(folder: Path, profile: str) -> tuple[Path, float]:
     Raises:
         SystemExit: the run failed.
     """
-    faults.train(folder.with_name(f"warm-{folder.name}"), "train.max_train_steps=1")  # starts the warm Python
+    faults.train(folder.with_name(f"warm-{folder.name}"), "train.max_train_steps=1",
+                 log=folder.with_suffix(".log"))  # starts the warm Python
     begin, log = time.monotonic(), folder.with_suffix(".log")
     if code := faults.train(folder, *PROFILES[profile], log=log):
         raise SystemExit(f"The undisturbed run ended with exit code {code}: see {log}")
