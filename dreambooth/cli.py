@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import codecs
+import errno
 import io
 import json
 import math
@@ -23,6 +24,14 @@ from dreambooth.utils.suggestions import closest
 
 # Hydra arguments for a command that writes no run folder.
 NO_RUN_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+
+# Errors of the system that a user can act on, and what to do. Others, such as a file that is missing although this
+# package wrote it, are internal faults.
+SYSTEM_ERRORS = {
+    errno.EACCES: "type another path, or change its permissions", errno.EPERM: "type another path",
+    errno.EROFS: "type a path on a disk that can be written", errno.ENAMETOOLONG: "type a shorter path",
+    errno.ELOOP: "its links form a circle: type another path", errno.EMFILE: "type ulimit -n 4096, then the command",
+    errno.ENFILE: "close other programs, then repeat the command"}
 
 _intercepted: dict[str, str] = {}  # key -> value of overrides that are hidden from Hydra
 _exit_codes: list[int] = []  # one per failed job; a sweep runs several jobs
@@ -141,16 +150,32 @@ def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "re
         sentence = masking.mask_urls(str(error))
         print(f"dreambooth: {sentence}", file=sys.stderr)
         _record_failure(error.exit_code, sentence)
+    except OSError as error:
+        _report_system_error(error)
     except KeyboardInterrupt:
         sentence = f"interrupted; {resume_hint}"
         print(f"dreambooth: {sentence}", file=sys.stderr)
         _record_failure(Interrupted.exit_code, sentence)
     except Exception as error:
-        sys.stderr.write(masking.mask_urls(traceback.format_exc()))
-        _record_failure(1, describe_fault(error), user_error=False)
+        _report_fault(error)
     if sweep and _exit_codes[-1] == Interrupted.exit_code:
         sys.exit(Interrupted.exit_code)
     return math.nan
+
+
+def _report_system_error(error: OSError) -> None:
+    """Print a sentence if the system refused a path because of its name, permissions or a limit; else a traceback."""
+    if not (advice := SYSTEM_ERRORS.get(error.errno or 0)):
+        _report_fault(error)
+        return
+    sentence = masking.mask_urls(f"{error.filename or 'a file'} cannot be used ({error.strerror}): {advice}")
+    print(f"dreambooth: {sentence}", file=sys.stderr)
+    _record_failure(UserError.exit_code, sentence)
+
+
+def _report_fault(error: Exception) -> None:
+    sys.stderr.write(masking.mask_urls(traceback.format_exc()))
+    _record_failure(1, describe_fault(error), user_error=False)
 
 
 def describe_fault(error: Exception) -> str:

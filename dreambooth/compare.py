@@ -44,8 +44,10 @@ def _job(cfg: DictConfig) -> None:
     from dreambooth.sweeps.trials import load_trials
     from dreambooth.utils import atomic_files
 
-    text = render_page(sweep, load_trials(Path(options.run_root), sweep), options.pixels)
+    trials = load_trials(Path(options.run_root), sweep)
     path = Path(options.out or f"{options.run_root}/compare-{sweep}.html")
+    atomic_files.check_writable(path.parent, "type out=FILE.html, in a folder that you can write to")
+    text = render_page(sweep, trials, options.pixels)
     with atomic_files.write_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"{path}: {len(text) / 2**20:.1f} MiB in one file, opens in any browser")

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth import cli
-from dreambooth.config.compose import conf_dir, load
+from dreambooth.config.compose import conf_dir, load, to_dataclass
 from dreambooth.config.enums import EncoderKind
 from dreambooth.config.schema import Config
 from dreambooth.config.section import Section
@@ -49,13 +49,16 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def _job(cfg: DictConfig) -> None:
-    options = {str(key): value for key, value in cfg.items() if key != "run" and value is not None}
-    if cfg.run is None:
+    typed = to_dataclass(cfg, EvaluateOptions)
+    options = {key: value for key, value in vars(typed).items() if key != "run" and value is not None}
+    if typed.run is None:
         raise UserError("the run is missing: type run=runs/NAME, a folder that python -m dreambooth.train wrote")
     from dreambooth.storage import run_inputs
+    from dreambooth.utils import atomic_files
 
-    run = Path(run_inputs.download_if_remote(cfg.run) or "")
+    run = Path(run_inputs.download_if_remote(typed.run) or "")
     config = load(compose_from_run(run, options))
+    atomic_files.check_writable(run, "type run=DIR, a folder that you can write to")
     from dreambooth.config.recipe import resolve
     from dreambooth.evaluation.evaluate_run import evaluate_run
     from dreambooth.utils.hardware import detect_machine

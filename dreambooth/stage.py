@@ -26,6 +26,7 @@ from dreambooth.entrypoint import compose_run
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.kubernetes import exit_report, kfp_components, pod_spec
 from dreambooth.kubernetes.workflow_spec import TRACKING_OVERRIDE, TRACKING_URI, TRIAL_RUN_DIR, SearchSpace
+from dreambooth.utils.atomic_files import check_writable
 from dreambooth.utils.key_names import short_names
 from dreambooth.utils.masking import mask_urls
 from dreambooth.utils.quoting import hydra_string, shell_line
@@ -56,11 +57,12 @@ def parser() -> cli.ArgumentParser:
 def main() -> None:
     """Run one stage and exit with its exit code."""
     options = cli.parse_with_overrides(parser())
-    options.out.mkdir(parents=True, exist_ok=True)
     status = ExitStatus()
 
     def job() -> None:
         nonlocal status
+        check_writable(options.out, "type --out DIR, a folder that you can write to")
+        options.out.mkdir(parents=True, exist_ok=True)
         if options.stage == "ended":
             print("\n".join(exit_report.format_report(options.status, options.failures)))
             return

@@ -16,6 +16,7 @@ from dreambooth.errors import UserError
 from dreambooth.kubernetes import submit
 from dreambooth.kubernetes.render import render_files
 from dreambooth.kubernetes.workflow_spec import SearchSpace, WorkflowSpec
+from dreambooth.utils.atomic_files import check_writable
 
 FOLDER = Path("workflows")
 DEFAULT_SPACE = "subject"
@@ -91,6 +92,7 @@ def main() -> None:
                                 "type python -m dreambooth.workflows render")
         else:
             files = render_files(spec)
+            check_writable(options.to, "type --to DIR, a folder that you can write to")
             for name, text in files.items():
                 (options.to / name).parent.mkdir(parents=True, exist_ok=True)
                 (options.to / name).write_text(text, encoding="utf-8")

@@ -24,10 +24,10 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from dreambooth.errors import ConfigError, DoesNotFit, DreamBoothError, UserError
+from dreambooth.errors import ConfigError, DreamBoothError, UserError
 from dreambooth.utils import quoting
 from dreambooth.utils.assets import conf_dir, expand_home
-from dreambooth.utils.atomic_files import is_full_disk
+from dreambooth.utils.atomic_files import write_failure
 from dreambooth.utils.suggestions import closest, one_of
 
 # Keys whose values are prompts or titles. A prompt is text: `${word}` in it is not an interpolation, and `~` is not the
@@ -193,11 +193,8 @@ def explain(error: Exception, kind: type, words: Sequence[str] = ()) -> DreamBoo
                 options = sorted(path.stem for path in (conf_dir() / key).glob("*.yaml"))
                 return UserError(_unknown_option(key, raw, options))
     if isinstance(error, OSError):
-        if is_full_disk(error):
-            return DoesNotFit(f"the disk of {error.filename or 'the run folder'} is full: free some space, or type "
-                              "run_root=DIR on a larger disk")
-        return UserError(f"{error.filename or 'the run folder'} cannot be written ({error.strerror or error}): type "
-                         "run_root=DIR, a folder that you can write to")
+        return write_failure(str(error.filename or "the run folder"), error,
+                             "type run_root=DIR, a folder that you can write to")
     return None
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 
 from dreambooth.errors import UserError
 from dreambooth.evaluation.efficientnet import efficientnet_lite0
+from dreambooth.models import hub
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -152,12 +153,13 @@ def open_encoder(name: str, *, dino: str = "facebook/dino-vits16", clip: str = "
 
 def _load_pretrained(kind: Any, source: str, offline: bool, key: str, **more: Any) -> Any:
     try:
-        loaded = kind.from_pretrained(source, local_files_only=offline, **more)
+        loaded = kind.from_pretrained(source, local_files_only=hub.local_files_only(source, offline), **more)
     except (OSError, ValueError) as error:
         local = source.startswith((".", "/", "~")) or Path(source).exists()
         hint = "" if local or not offline else "evaluate.offline=false to use the hub, or "
-        raise UserError(f"the encoder {source} could not be loaded ({str(error).strip().splitlines()[0][:200]}): type "
-                        f"{hint}evaluate.{key}=DIR, or evaluate.encoder=efficientnet_lite0") from error
+        reason = hub.failure_reason(error, asked_hub=not offline and not local)
+        raise UserError(f"the encoder {source} could not be loaded ({reason}): type {hint}"
+                        f"evaluate.{key}=DIR, or evaluate.encoder=efficientnet_lite0") from error
     return loaded.requires_grad_(False).eval() if isinstance(loaded, torch.nn.Module) else loaded
 
 

@@ -77,6 +77,7 @@ def draw(config: Generate, stop: StopRequest) -> Path:
     if guidance_scale is None:
         guidance_scale = float(source.settings.get("sample.guidance_scale", 7.5))
     target = Path(config.out) if config.out else source.folder / "generated"
+    atomic_files.check_writable(target, "type out=DIR, a folder that you can write to")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = MemoryMeter(device, partial(_advice, config=config, device=device.type),
                         saved_notice=f"pictures made before are in {target}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dreambooth.config.enums import BaseWeights, Dtype
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
-from dreambooth.models import families, lora, vae
+from dreambooth.models import families, hub, lora, vae
 from dreambooth.models.components import Components as Components
 from dreambooth.models.components import disable_vae_autocast, training_scheduler
 from dreambooth.models.families.family import Family
@@ -106,7 +106,8 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
     base_weights = recipe.method.base_weights if frozen is None else BaseWeights.half
     frozen = frozen or TORCH_DTYPE[recipe.precision.dtype]
     denoiser_dtype, text_dtype = part_dtypes(recipe, frozen)
-    options: dict[str, Any] = {"revision": recipe.model.revision, "local_files_only": recipe.model.offline}
+    options: dict[str, Any] = {"revision": recipe.model.revision,
+                               "local_files_only": hub.local_files_only(recipe.source, recipe.model.offline)}
     weights = options | {"variant": recipe.model.variant}
     try:
         family, layout = families.of_source(recipe.source, **options)
@@ -197,8 +198,9 @@ def import_libraries() -> None:
 
 def _missing(recipe: Recipe, error: Exception) -> str:
     """Return the error message for a base model that could not be loaded. It ends with what the user can type."""
-    reason = vae.first_line(error)
-    if recipe.source.startswith((".", "/", "~")) or Path(recipe.source).exists():
+    local = recipe.source.startswith((".", "/", "~")) or Path(recipe.source).exists()
+    reason = hub.failure_reason(error, asked_hub=not local and not recipe.model.offline)
+    if local:
         denoisers = {family.denoiser.name for family in families.FAMILIES}
         half = any(any(Path(recipe.source).glob(f"{name}/*.fp16.safetensors")) for name in denoisers)
         hint = "type model.variant=fp16" if half and not recipe.model.variant else (

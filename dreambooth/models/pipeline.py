@@ -12,7 +12,7 @@ from PIL.Image import Image
 from safetensors import SafetensorError
 
 from dreambooth.errors import Diverged, UserError
-from dreambooth.models import families, vae
+from dreambooth.models import families, hub, vae
 from dreambooth.models.components import Components
 from dreambooth.models.families.family import Family
 from dreambooth.utils import quoting
@@ -69,7 +69,7 @@ def open_pipeline(model: Path | str, device: str, revision: str | None = None, v
         pipeline = DiffusionPipeline.from_pretrained(
             model, torch_dtype=dtype, revision=revision, variant=variant, local_files_only=True, **replaced)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"the model in {model} could not be opened ({vae.first_line(error)}): "
+        raise UserError(f"the model in {model} could not be opened ({hub.first_line(error)}): "
                         "train it again, type another run=DIR, or (of an adapter) base=DIR") from error
     vae.check_channels(family, getattr(pipeline, family.denoiser.name), pipeline.vae,
                        "run=DIR or base=DIR, a model that draws from text alone")
@@ -88,7 +88,7 @@ def _open_vae(source: str, family: Family, dtype: torch.dtype, model: Path | str
         return vae.load_for_pipeline(source, family, dtype)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the VAE {source} that the run was trained with could not be opened "
-                        f"({vae.first_line(error)}): put it back, or type "
+                        f"({hub.first_line(error)}): put it back, or type "
                         f"{quoting.override('base', str(model))} to draw with that model's own") from error
 
 

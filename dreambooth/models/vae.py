@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
+from dreambooth.models import hub
 from dreambooth.models.families.family import Family
 
 
@@ -22,11 +23,13 @@ def load_for_run(recipe: Recipe, family: Family, dtype: torch.dtype, options: di
         OSError, ValueError, SafetensorError: the base model's own VAE cannot be loaded.
     """
     if source := recipe.vae_source:
+        offline = hub.local_files_only(source, recipe.model.offline)
         try:
-            return _load(family, source, dtype, _location(source) | {"local_files_only": recipe.model.offline})
+            return _load(family, source, dtype, _location(source) | {"local_files_only": offline})
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"the VAE {source} could not be loaded ({first_line(error)}): type another model.vae, a "
-                            "folder or hub id, or model.vae=null for the base's own") from error
+            asked_hub = not recipe.model.offline and not Path(source).exists()
+            raise UserError(f"the VAE {source} could not be loaded ({hub.failure_reason(error, asked_hub)}): type "
+                            "another model.vae, a folder or hub id, or model.vae=null for the base's own") from error
     return _load(family, recipe.source, dtype, options | {"subfolder": family.vae.name})
 
 
@@ -80,11 +83,6 @@ def check_channels(family: Family, denoiser: Any, vae: Any, instead: str) -> Non
 def another_base(recipe: Recipe) -> str:
     """Return what the user can type if the base model of a run cannot be trained: the end of an error message."""
     return "model.source=DIR, a model that draws from text alone" + ", or model.vae=null" * bool(recipe.vae_source)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of a library's error message, cut to 200 characters."""
-    return str(error).strip().partition("\n")[0][:200]
 
 
 def _load(family: Family, source: str, dtype: torch.dtype, options: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from dreambooth.config.storage import is_remote, is_single_file
-from dreambooth.errors import DoesNotFit, UserError
+from dreambooth.errors import UserError
 from dreambooth.models.components import Components
 from dreambooth.serialization import export_layout, single_file
 from dreambooth.serialization.detect_format import detect, open_model_file
@@ -17,9 +17,11 @@ from dreambooth.serialization.export import whole_pipeline
 from dreambooth.serialization.export_layout import ADAPTER
 from dreambooth.serialization.load_parts import build_parts, load_parts
 from dreambooth.storage import manifest, run_inputs
+from dreambooth.utils import atomic_files
 from dreambooth.utils.assets import resolve_asset
 from dreambooth.utils.console import Console
 
+WRITABLE_OUT = "type out= and a path in a folder that you can write to"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, None: None}
 
 
@@ -70,7 +72,7 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
         if DTYPES[dtype]:
             module.to(DTYPES[dtype])
         single_file.check_finite({f"{name}.{key}": weight for key, weight in module.state_dict().items()})
-    with _reporting_full_disk(out), manifest.write_folder(Path(out), fresh=True) as aside:
+    with _reporting_failure(out), manifest.write_folder(Path(out), fresh=True) as aside:
         _save(parts, aside)
     noise = ", zero terminal SNR" if detected.is_rescaled else ""
     console.say(f"{out}: {architecture}; {detected.prediction_type}{noise}, by {detected.prediction_reason}; "
@@ -95,6 +97,7 @@ def _check_out(source: str, out: str) -> None:
             raise UserError(f"{out} is there already: type out=MODEL.safetensors, a new file, or remove that one first")
     elif path.exists() and (not path.is_dir() or not path.name or any(path.iterdir())):
         raise UserError(f"{out} holds other things: type out=DIR, a new folder")
+    atomic_files.check_writable(path.absolute().parent, WRITABLE_OUT)
 
 
 def _check_unused(out: str, of_files: Mapping[str, object], of_folders: Mapping[str, object]) -> None:
@@ -114,12 +117,11 @@ def _check_unused(out: str, of_files: Mapping[str, object], of_folders: Mapping[
 
 
 @contextmanager
-def _reporting_full_disk(out: str | Path) -> Iterator[None]:
+def _reporting_failure(out: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors raises SafetensorError if the disk is full
-        raise DoesNotFit(f"{out} could not be written ({error}): free some space, or type out= another place"
-                         ) from error
+        raise atomic_files.write_failure(str(out), error, WRITABLE_OUT) from error
 
 
 def _save(parts: Components, folder: Path) -> None:
@@ -135,7 +137,7 @@ def _to_file(source: Path, out: Path, vae: str | None, dtype: torch.dtype | None
     if vae:
         single_file.fill_vae(parts.vae, parts.family, open_model_file(Path(vae)))
     name = title or settings.get("name") or source.absolute().name
-    with _reporting_full_disk(out):
+    with _reporting_failure(out):
         count = single_file.write(parts, out, dtype, with_vae, {"modelspec.title": name} | _run_metadata(settings))
     console.say(f"{out}: {count} tensors, {out.stat().st_size / 2**20:.1f} MiB")
     return out

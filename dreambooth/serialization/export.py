@@ -11,7 +11,6 @@ from torch import nn
 
 import dreambooth
 from dreambooth.config.recipe import Recipe
-from dreambooth.errors import DoesNotFit
 from dreambooth.models import lora
 from dreambooth.models.components import Components
 from dreambooth.models.families.family import Family
@@ -19,7 +18,7 @@ from dreambooth.models.loading import exact_frozen, trained_modules
 from dreambooth.models.pipeline import pipeline_over
 from dreambooth.serialization import lora_files
 from dreambooth.storage import manifest
-from dreambooth.utils import markdown
+from dreambooth.utils import atomic_files, markdown
 from dreambooth.utils.masking import mask_urls
 
 CARD = """---
@@ -77,8 +76,8 @@ def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
                 shutil.copyfile(sheet, aside / "contact_sheet.png")
             (aside / "README.md").write_text(_card(recipe, parts.family, step, sheet.is_file()), encoding="utf-8")
     except (OSError, SafetensorError) as error:  # safetensors raises SafetensorError if the disk is full
-        raise DoesNotFit(f"the model could not be written to {target} ({error}): its checkpoint is kept; "
-                         "free some space and repeat the command") from error
+        raise atomic_files.write_failure(f"the model in {target}, whose checkpoint is kept,", error,
+                                         "make the folder writable and repeat the command") from error
     return target
 
 

@@ -62,6 +62,7 @@ def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, 
     """
     trials = load_trials(run_root, sweep)
     finished = [trial for trial in trials if trial.finished]
+    atomic_files.check_writable(run_root, "make the folder writable, for promoted.json")
     if not finished:
         raise UserError(f"none of the {len(trials)} runs of the sweep {sweep} is finished: repeat its command")
     objective = _common_objective(finished, options.objective)

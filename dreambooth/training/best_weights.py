@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dreambooth.config.evaluate import weighted_sum
-from dreambooth.errors import DoesNotFit
 from dreambooth.optim.ema import swap_weights
 from dreambooth.storage import manifest
 from dreambooth.utils import atomic_files
@@ -72,8 +71,8 @@ def save(folder: Path, step: int, model: nn.Module) -> None:
             state = {"step": step, "size": (temporary / WEIGHTS).stat().st_size}
             (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
     except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError, which is not an OSError
-        raise DoesNotFit(f"the best weights so far, of step {step}, could not be written to {folder} ({error}): "
-                         "free some space and repeat the command") from error
+        raise atomic_files.write_failure(f"the best weights so far, of step {step}, in {folder}", error,
+                                         "make the folder writable and repeat the command") from error
 
 
 def needed_bytes(model: nn.Module) -> int:

@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dreambooth.errors import DoesNotFit, UserError
+from dreambooth.errors import UserError
 from dreambooth.optim.streaming_optimizer import StreamingOptimizer, hyperparameters
 from dreambooth.runs.checkpoint_files import STATE_FILE, find_damage, latest, rotate
 from dreambooth.runtime.engine import Engine
 from dreambooth.storage import manifest
 from dreambooth.training.step import TrainState
+from dreambooth.utils import atomic_files
 
 FORMAT = 1
 log = logging.getLogger(__name__)
@@ -43,8 +44,8 @@ def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.Gr
             with manifest.write_folder(target) as temporary:
                 _write(temporary, state, model, scaler)
         except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError, which is not an OSError
-            raise DoesNotFit(f"the checkpoint of step {state.step} could not be written to {folder} "
-                             f"({error}): free some space and repeat the command") from error
+            raise atomic_files.write_failure(f"the checkpoint of step {state.step} in {folder}", error,
+                                             "make the folder writable and repeat the command") from error
     rotate(folder, keep, target)
     return target
 

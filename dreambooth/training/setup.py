@@ -26,6 +26,7 @@ from dreambooth.runtime.engine import Engine, create_engine
 from dreambooth.runtime.memory_meter import MemoryMeter
 from dreambooth.runtime.module_offload import ModuleOffload
 from dreambooth.training.step import Objective, TrainState
+from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
 from dreambooth.utils.signals import StopRequest
 
@@ -111,6 +112,7 @@ def make_class_images(recipe: Recipe, stop: StopRequest) -> None:
             console.say(f"{images} in {images.folder}")
     if not incomplete:
         return
+    atomic_files.check_writable(recipe.run_root, "type run_root=DIR, a folder that you can write to")
     loading.import_libraries()
     engine, _ = create_engine(recipe.device, recipe.precision.dtype, recipe.precision.tf32)
     engine.set_autocast_cache(recipe.memory.autocast_cache)

@@ -11,12 +11,15 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
+
+from dreambooth.errors import DoesNotFit, DreamBoothError, UserError
 
 TEMPORARY_PREFIX = ".writing-"  # prefix of files and folders that are being written
 REMOVED_PREFIX = ".removing-"  # prefix of folders that are being removed
@@ -88,9 +91,53 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def is_full_disk(error: OSError) -> bool:
-    """Return whether writing failed because the disk is full, or the user's share of it."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+def is_disk_full(error: Exception) -> bool:
+    """Return whether an error of the system or of safetensors means that the disk or the user's quota is full."""
+    if isinstance(error, DreamBoothError):  # its message may quote such an error
+        return False
+    found = re.search(r"\(os error (\d+)\)|\bcode: (\d+)", str(error))
+    number = int(found[1] or found[2]) if found else getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT)
+
+
+def write_failure(what: str, error: Exception, otherwise: str) -> DreamBoothError:
+    """Return the error for the user after something could not be written.
+
+    Args:
+        what: what could not be written, and to which place.
+        error: the error of the system or of safetensors.
+        otherwise: what to type if the disk is not full.
+    """
+    reason = getattr(error, "strerror", None) or error
+    if is_disk_full(error):
+        return DoesNotFit(f"{what} could not be written ({reason}): free some space and repeat the command")
+    return UserError(f"{what} could not be written ({reason}): {otherwise}")
+
+
+def check_writable(folder: Path, otherwise: str) -> None:
+    """Check that files can be written to a folder, which may be missing. Leave nothing behind.
+
+    Call this before the work whose result goes to the folder.
+
+    Args:
+        otherwise: what to type if files cannot be written there.
+
+    Raises:
+        UserError: the folder cannot be created, or files cannot be written to it.
+        DoesNotFit: the disk is full.
+    """
+    missing: list[Path] = []
+    try:
+        missing += [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise write_failure(str(folder), error, otherwise) from error
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def sync(path: Path) -> None:

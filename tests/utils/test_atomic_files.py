@@ -1,11 +1,15 @@
-"""Digests of model weights, and JSON files: strict when written, forgiving when read."""
+"""Digests of model weights; JSON files: strict when written, forgiving when read; places that cannot be written."""
 
+import errno
 import json
 import math
+import tempfile
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.utils import atomic_files
 
 
@@ -48,3 +52,29 @@ def test_a_file_without_an_object_is_none(content: bytes, tmp_path: Path) -> Non
     assert atomic_files.read_object(tmp_path / "a.json") is None
     (tmp_path / "a.json").write_bytes(content)
     assert atomic_files.read_object(tmp_path / "a.json") is None
+
+
+def test_checking_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
+    atomic_files.check_writable(tmp_path / "a/b", "type another")
+    atomic_files.check_writable(tmp_path, "type another")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["file/x", "file", "n" * 300, "link"])
+def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("link")
+    with pytest.raises(UserError, match=r"could not be written \(.*\): type another$"):
+        atomic_files.check_writable(tmp_path / name, "type another")
+
+
+def test_a_full_disk_is_told_from_other_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(DoesNotFit, match="free some space"):
+        atomic_files.check_writable(tmp_path, "type another")
+    for message, kind in (("I/O error: No space left on device (os error 28)", DoesNotFit),
+                          ("I/O error: Permission denied (os error 13)", UserError), ("no header", UserError)):
+        assert type(atomic_files.write_failure("x", SafetensorError(message), "type another")) is kind

@@ -1,0 +1,60 @@
+"""Whether the model hub can be reached.
+
+Without a network, the hub's library would try every file six times, for 23 seconds, and then report that the file is
+missing. This module asks first whether the name of the hub can be resolved.
+"""
+
+import socket
+from functools import cache
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+_CONNECTION_ERRORS = {"ConnectError", "ConnectTimeout", "ReadTimeout", "ProxyError", "ConnectionError"}
+
+
+def local_files_only(source: str, offline: bool) -> bool:
+    """Return whether a model is loaded without asking the hub: because of `offline`, its place, or the network.
+
+    Args:
+        source: folder or hub id of the model.
+        offline: the user's setting.
+    """
+    return offline or Path(source).exists() or unresolved() is not None
+
+
+@cache
+def unresolved() -> str | None:
+    """Return why the name of the hub cannot be resolved; None if it can be, or if a proxy resolves names."""
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    if getproxies().keys() & {"http", "https", "all"}:
+        return None
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        return f"{host} could not be resolved: {error.strerror}"
+    return None
+
+
+def failure_reason(error: BaseException, asked_hub: bool) -> str:
+    """Return why a model could not be loaded: the hub that could not be reached, or the first line of the error.
+
+    Args:
+        error: the error of the library that loads the model.
+        asked_hub: whether the model is a hub id, and the user allows to ask the hub.
+    """
+    if asked_hub and (reason := unresolved()):
+        return reason
+    cause: BaseException | None = error
+    while asked_hub and cause:
+        if _CONNECTION_ERRORS & {kind.__name__ for kind in type(cause).__mro__}:
+            return f"the hub could not be reached: {first_line(cause)}"
+        cause = cause.__cause__ or cause.__context__
+    return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error message, cut to 200 characters."""
+    return str(error).strip().partition("\n")[0][:200]
