@@ -230,6 +230,19 @@ def test_a_typed_password_is_not_stored(tmp_path: Path) -> None:
     assert not leaks
 
 
+@pytest.mark.slow
+def test_no_secret_of_a_refused_command_is_shown_or_kept(tmp_path: Path) -> None:
+    signed = "'https://host/model.safetensors?X-Amz-Signature=zq9w'"
+    for word, several in (("tracking.uri='http://me:zq9w@host','http://zq9w@host'", ["-m", "tracking=mlflow"]),
+                          (f"model.source={signed}", []), (f"evaluate.reference_dir={signed}", ["-m"])):
+        log = tmp_path / "out.txt"
+        arguments = [*several, f"run_root={tmp_path / 'runs'}", *FAST, *BARE, word, "train.max_train_steps=1"]
+        assert call("train", arguments, log=log) == 1
+        assert "zq9w" not in log.read_text() and "Traceback" not in log.read_text()
+    leaks = [path for path in (tmp_path / "runs").rglob("*") if path.is_file() and b"zq9w" in path.read_bytes()]
+    assert not leaks
+
+
 def test_a_sweep_over_steps_makes_one_run_per_value(tmp_path: Path) -> None:
     arguments = ["-m", f"run_root={tmp_path}", *FAST, *BARE]
     assert call("train", [word for word in arguments if "max_train" not in word] + ["train.max_train_steps=1,2"]) == 0
