@@ -42,7 +42,7 @@ def _job(config: Config) -> None:
 
 def main() -> None:
     """Run `python -m dreambooth.class_images`."""
-    sys.argv[1:] += cli.NO_RUN_FOLDER
+    sys.argv[1:] += [*cli.NO_RUN_FOLDER, "hydra/help=class_images"]
     cli.run_hydra(class_images, Config)
     cli.exit_process()
 

@@ -22,8 +22,9 @@ from dreambooth.runtime import cpu_tuning
 from dreambooth.utils import masking, quoting
 from dreambooth.utils.suggestions import closest
 
-# Hydra arguments for a command that writes no run folder.
-NO_RUN_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+# Hydra arguments for a command that writes no run folder, and with -m no table of trials.
+NO_RUN_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none",
+                 "~hydra.callbacks.sweep")
 
 # Errors of the system that a user can act on, and what to do. Others, such as a file that is missing although this
 # package wrote it, are internal faults.
@@ -35,6 +36,7 @@ SYSTEM_ERRORS = {
 
 _intercepted: dict[str, str] = {}  # key -> value of overrides that are hidden from Hydra
 _exit_codes: list[int] = []  # one per failed job; a sweep runs several jobs
+_last_failure: list[str] = []  # the reason if the last job has failed, otherwise empty
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -47,7 +49,7 @@ class ArgumentParser(argparse.ArgumentParser):
             message = f"{found[1]} is not known: " + (f"did you mean {near[0]}?" if near else f"type one of {found[2]}")
         else:
             message = f"{message}: type {self.prog} --help"
-        print(f"dreambooth: {message}", file=sys.stderr)
+        print(f"dreambooth: {masking.mask_urls(message)}", file=sys.stderr)
         sys.exit(UserError.exit_code)
 
 
@@ -142,6 +144,7 @@ def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "re
     for category in (FutureWarning, DeprecationWarning):  # warnings for library developers, not for users
         warnings.simplefilter("ignore", category)
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+    _last_failure.clear()
     masking.mask_log_records()
     _mask_hydra_record()
     try:
@@ -202,10 +205,16 @@ def _record_failure(code: int, sentence: str, user_error: bool = True) -> None:
     folder. In this case, also write a report for the parent process into the folder.
     """
     _exit_codes.append(code)
+    _last_failure.append(sentence)
     if folder := os.environ.get(EXIT_REPORT_DIR):
         rank = int(os.environ.get("RANK", "0"))  # set by PyTorch's launcher
         report = {"rank": rank, "code": code, "sentence": sentence, "meant": user_error}
         (Path(folder) / f"{rank}.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def last_failure() -> str | None:
+    """Return why the last job has failed, in one sentence, or None if it has not."""
+    return _last_failure[-1] if _last_failure else None
 
 
 def exit_process() -> None:

@@ -78,7 +78,7 @@ def _show(config: Config) -> None:
 def main() -> None:
     """Run the console script `dreambooth-plan`."""
     with tempfile.TemporaryDirectory() as folder:  # Hydra writes files for every sweep; they are deleted here
-        sys.argv[1:] += [*cli.NO_RUN_FOLDER, f"hydra.sweep.dir={folder}"]
+        sys.argv[1:] += [*cli.NO_RUN_FOLDER, "hydra/help=plan", f"hydra.sweep.dir={folder}"]
         cli.run_hydra(plan, Config)
     if len(_plans) > 1 or any(word in ("-m", "--multirun") for word in sys.argv):
         from dreambooth.planner import report

@@ -29,6 +29,7 @@ from dreambooth.kubernetes.workflow_spec import TRACKING_OVERRIDE, TRACKING_URI,
 from dreambooth.utils.atomic_files import check_writable
 from dreambooth.utils.key_names import short_names
 from dreambooth.utils.masking import mask_urls
+from dreambooth.utils.plurals import counted
 from dreambooth.utils.quoting import hydra_string, shell_line
 
 STAGES = ("validate", "class-images", "train", "evaluate", "promote", "ended")
@@ -138,7 +139,7 @@ def _validate(overrides: list[str], space: str, out: Path, supervisor: Superviso
             return status
     texts = [pod_spec.escape_variables(shlex.join(trial)) for trial in trials]  # the engine puts them into args
     (out / "trials").write_text(json.dumps(texts), encoding="utf-8")
-    print(f"{len(trials)} run{'s' * (len(trials) > 1)}, checked and planned")
+    print(f"{counted(len(trials), 'run')}, checked and planned")
     return ExitStatus()
 
 

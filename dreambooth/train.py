@@ -19,7 +19,7 @@ from dreambooth.config.schema import Config
 from dreambooth.config.storage import is_single_file
 from dreambooth.errors import UserError
 from dreambooth.runs import identity
-from dreambooth.sweeps.hydra_callbacks import DEFAULT_SWEEP_ID, distinguishing_overrides, trial_name
+from dreambooth.sweeps.hydra_callbacks import DEFAULT_SWEEP_ID, distinguishing_overrides, failure_reasons, trial_name
 from dreambooth.utils.signals import how_to_resume
 
 identity.register_resolver()
@@ -35,7 +35,10 @@ def train(cfg: DictConfig) -> float | None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     values: Any = OmegaConf.to_container(cfg)
     resume_hint = f"{how_to_resume(str(values['checkpoint']['resume']))} to continue from the last checkpoint"
-    return cli.run_job(lambda: _job(cfg, run_dir, sweep), sweep, resume_hint)
+    objective = cli.run_job(lambda: _job(cfg, run_dir, sweep), sweep, resume_hint)
+    if sweep and (reason := cli.last_failure()):
+        failure_reasons[run_dir] = reason
+    return objective
 
 
 def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:

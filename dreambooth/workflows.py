@@ -17,6 +17,7 @@ from dreambooth.kubernetes import submit
 from dreambooth.kubernetes.render import render_files
 from dreambooth.kubernetes.workflow_spec import SearchSpace, WorkflowSpec
 from dreambooth.utils.atomic_files import check_writable
+from dreambooth.utils.plurals import counted
 
 FOLDER = Path("workflows")
 DEFAULT_SPACE = "subject"
@@ -87,6 +88,9 @@ def main() -> None:
                 raise UserError(f"{placeholders[0]} is a placeholder: type the overrides of your run after submit")
             print(submit.submit(spec, options.what, options.namespace, options.name))
         elif options.command == "check":
+            if not any(options.to.rglob("*.yaml")):
+                raise UserError(f"there are no workflow files in {options.to}: type --to DIR, the folder workflows of "
+                                "a checkout, or python -m dreambooth.workflows render to write the files")
             if different := find_differences(render_files(spec), options.to):
                 raise UserError(f"files that differ from conf/: {', '.join(different)}: "
                                 "type python -m dreambooth.workflows render")
@@ -96,7 +100,7 @@ def main() -> None:
             for name, text in files.items():
                 (options.to / name).parent.mkdir(parents=True, exist_ok=True)
                 (options.to / name).write_text(text, encoding="utf-8")
-            print(f"{len(files)} files in {options.to}")
+            print(f"{counted(len(files), 'file')} in {options.to}")
 
     cli.run_job(job, sweep=False)
     cli.exit_process()

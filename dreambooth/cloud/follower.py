@@ -25,6 +25,7 @@ from dreambooth.cloud.job import (
 )
 from dreambooth.errors import DreamBoothError, Interrupted, UserError
 from dreambooth.utils.console import Console
+from dreambooth.utils.plurals import counted
 
 MAX_PAUSE = 120.0  # greatest number of seconds between two polls while AWS does not answer
 COLUMNS = ("job", "status", "step", "loss", "cost", "overrides")
@@ -172,7 +173,7 @@ class Follower:
                 with suppress(Unreachable, DreamBoothError):
                     if self._backend.stop(self.jobs[number]) or self.states[number].status != SUBMITTING:
                         left.remove(number)
-        message = f"{_count(len(running) - len(left))} asked to save and stop"
+        message = f"{counted(len(running) - len(left), 'job')} asked to save and stop"
         return "\n  ".join([message + ("; these may still be running, to stop them type" if left else ""),
                             *self._stop_commands(left)])
 
@@ -180,7 +181,7 @@ class Follower:
         running = self._running()
         if not running:
             return f"no jobs are running: {self._follow_hint}"
-        return "\n  ".join([f"{_count(len(running))} still running: {self._follow_hint}; to stop them type",
+        return "\n  ".join([f"{counted(len(running), 'job')} still running: {self._follow_hint}; to stop them type",
                             *self._stop_commands(running)])
 
     def _stop_commands(self, numbers: Sequence[int]) -> list[str]:
@@ -204,7 +205,3 @@ def table_row(job: Job, state: JobState) -> tuple[str, ...]:
             "" if state.loss is None else f"{state.loss:.4f}",
             "" if cost is None else f"${cost:.2f}" + ("" if state.billed_seconds is not None else " so far"),
             " ".join(job.overrides))
-
-
-def _count(number: int) -> str:
-    return f"{number} job" if number == 1 else f"{number} jobs"

@@ -19,6 +19,7 @@ from dreambooth.data.photos import list_photos
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.storage.run_inputs import model_folder
 from dreambooth.utils.atomic_files import write_folder
+from dreambooth.utils.plurals import counted
 from dreambooth.utils.quoting import hydra_string
 
 CHANNEL_KEYS = {  # channel of the job -> configuration key that its folder sets
@@ -197,7 +198,7 @@ def _prepare_class_images(inputs: dict[str, str], paths: SageMakerPaths, request
         with write_folder(copy) as temporary:
             shutil.copytree(folder, temporary, copy_function=shutil.copyfile, dirs_exist_ok=True)
         inputs["dataset.class_dir"] = str(copy)
-        request.notices.append(f"using {count} class images from {copy}, a copy of {folder}")
+        request.notices.append(f"using {counted(count, 'class image')} from {copy}, a copy of {folder}")
 
 
 def _choose_hardware(explicit: Mapping[str, str], from_blog: bool, hardware: str | None) -> dict[str, str]:

@@ -21,6 +21,7 @@ from dreambooth.data.photos import list_photos
 from dreambooth.models.pipeline import Sampler
 from dreambooth.utils import atomic_files, rng
 from dreambooth.utils.image_grid import is_intact_png
+from dreambooth.utils.plurals import counted
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class ClassImages:
 
     def __str__(self) -> str:
         own = f"{len(self.user_paths)} own, " if self.user_paths else ""
-        return f"{len(self.paths)} class images: {own}{len(self.existing)} existing, {len(self.missing)} to generate"
+        count = counted(len(self.paths), "class image")
+        return f"{count}: {own}{len(self.existing)} existing, {len(self.missing)} to generate"
 
 
 def sampler_settings(recipe: Recipe) -> Sampler:

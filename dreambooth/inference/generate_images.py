@@ -26,6 +26,7 @@ from dreambooth.runtime.memory_meter import MemoryMeter
 from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
 from dreambooth.utils.image_grid import grid
+from dreambooth.utils.plurals import counted
 from dreambooth.utils.signals import StopRequest
 
 
@@ -116,7 +117,7 @@ def draw(config: Generate, stop: StopRequest) -> Path:
                 _check_stop(stop, bar.done, total, target)
     grid_path = pictures.write_grid(prompts[0], rows, config.columns)
     what = repr(prompts[0]) if len(prompts) == 1 else f"{len(prompts)} prompts"
-    console.say(f"{total} pictures of {what} in {target}, all on {grid_path}")
+    console.say(f"{counted(total, 'picture')} of {what} in {target}, all on {grid_path}")
     return grid_path
 
 
@@ -143,7 +144,8 @@ def _advice(phase: str, config: Generate, device: str) -> str:
 
 def _check_stop(stop: StopRequest, done: int, total: int, target: Path) -> None:
     if stop.signal_name and done < total:
-        when = f"after {done} of {total} pictures, which are in {target}" if done else "before the first picture"
+        drawn = f"after {done} of {counted(total, 'picture')}, which are in {target}"
+        when = drawn if done else "before the first picture"
         raise Interrupted(f"{stop.signal_name}: stopped {when}; repeat the command to draw all of them")
 
 

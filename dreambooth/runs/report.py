@@ -8,6 +8,7 @@ from dreambooth.config.evaluate import HIGHER_IS_BETTER
 from dreambooth.config.recipe import Recipe
 from dreambooth.runs.run_folder import Result
 from dreambooth.utils import quoting
+from dreambooth.utils.plurals import counted
 
 
 def plan_table(recipe: Recipe) -> dict[str, str]:
@@ -19,11 +20,11 @@ def plan_table(recipe: Recipe) -> dict[str, str]:
     class_prompts = ", ".join(repr(class_recipe.class_prompt) for class_recipe in recipe.class_recipes)
     return {
         "subject": subjects,
-        "class": f"{class_prompts}, {prior.num_class_images} images, weight {prior.prior_loss_weight:g}"
+        "class": f"{class_prompts}, {counted(prior.num_class_images, 'image')}, weight {prior.prior_loss_weight:g}"
                  if recipe.with_prior else "no prior preservation",
         "base": f"{recipe.model.source}, {recipe.model.resolution} px",
         "trains": describe_trained_weights(recipe),
-        "steps": f"{train.max_train_steps}, {photos} photo{'s' if photos > 1 else ''} per step and process, "
+        "steps": f"{train.max_train_steps}, {counted(photos, 'photo')} per step and process, "
                  f"learning rate {train.learning_rate:g} {train.lr_scheduler.value}",
         "on": f"{recipe.hardware.gpu or 'CPU'}, {recipe.precision.label}, {recipe.optimizer.kind.value}, "
               f"{recipe.attention.kind.value} attention",
@@ -42,7 +43,8 @@ def already_finished(result: Result, recipe: Recipe) -> str:
     """Return the message that the run is finished, with the overrides to type for more training or a new start."""
     requested = recipe.train.max_train_steps
     note = "" if result.step == requested else f" (you asked for {requested})"
-    return (f"this run is finished: {result.step} steps{note}, model in {_short_path(result.run_dir)}/{result.model}. "
+    return (f"this run is finished: {counted(result.step, 'step')}{note}, model in "
+            f"{_short_path(result.run_dir)}/{result.model}. "
             f"To train more, type train.max_train_steps={2 * result.step}; to start over, checkpoint.resume=never")
 
 
@@ -53,7 +55,8 @@ def summary_table(result: Result, recipe: Recipe, tracking: str | None) -> dict[
         tracking: address of the MLflow server or database; None if the run was not tracked.
     """
     folder = _short_path(result.run_dir)
-    rows = {"done": f"{result.step} steps, objective {result.objective:.4f}, {result.seconds:.0f} s of training"}
+    steps = counted(result.step, "step")
+    rows = {"done": f"{steps}, objective {result.objective:.4f}, {result.seconds:.0f} s of training"}
     if result.exported_step not in (None, result.step):
         rows["exported"] = f"step {result.exported_step}, the best by {recipe.evaluate.select}"
     rows |= score_table(result.scores, result.base_scores, recipe)

@@ -20,6 +20,7 @@ from dreambooth.storage import manifest, run_inputs
 from dreambooth.utils import atomic_files
 from dreambooth.utils.assets import resolve_asset
 from dreambooth.utils.console import Console
+from dreambooth.utils.plurals import counted
 
 WRITABLE_OUT = "type out= and a path in a folder that you can write to"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, None: None}
@@ -64,7 +65,7 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
     architecture = detected.family.architecture
     parts = build_parts(Path(config or Path(resolve_asset("package:architectures")) / architecture), detected)
     if unknown := single_file.fill(parts, file):
-        console.say(f"{len(unknown)} tensors of {local_source} are not of this model and were left out: "
+        console.say(f"{counted(len(unknown), 'tensor')} of {local_source}, not of this model, left out: "
                     f"{', '.join(unknown[:3])}" + (", ..." if len(unknown) > 3 else ""))
     if vae:
         single_file.fill_vae(parts.vae, parts.family, open_model_file(Path(vae)))

@@ -24,6 +24,7 @@ from dreambooth.tracking import svg_charts
 from dreambooth.tracking.svg_charts import colour, format_number
 from dreambooth.utils import atomic_files
 from dreambooth.utils.assets import resolve_asset
+from dreambooth.utils.plurals import counted
 
 MAX_STEPS = 16  # greatest number of steps on the slider
 CHARTS = {"loss_instance": "instance loss", "loss_prior": "prior loss", "loss": "loss"}  # metric -> title
@@ -103,7 +104,7 @@ def _about(trials: Sequence[Trial], keys: Sequence[str]) -> str:
     parts = [f"<b>{escape(settings.get('dataset.instance_prompt', '?'))}</b>, "
              f"{escape(settings.get('model.name', '?'))} at {escape(settings.get('model.resolution', '?'))} px, "
              f"method {escape(settings.get('method.name', '?'))}",
-             f"{len(trials)} trials" + (f", {len(trials) - done} not finished" if done < len(trials) else ""),
+             counted(len(trials), 'trial') + (f", {len(trials) - done} not finished" if done < len(trials) else ""),
              "they differ in " + ", ".join(f"<code>{escape(key)}</code>" for key in keys[:6]) if keys else ""]
     return " · ".join(part for part in parts if part)
 

@@ -20,6 +20,7 @@ from dreambooth.utils.masking import mask_log_records, mask_urls
 
 DEFAULT_SWEEP_ID = time.strftime("%Y-%m-%d_%H-%M-%S")  # the sweep's ID if tracking.sweep is not set
 _varied_keys: list[str] = []  # configuration keys that the current sweep varies
+failure_reasons: dict[Path, str] = {}  # run folder -> why its run in this process failed, in one sentence
 
 
 class Sweep(Callback):
@@ -54,13 +55,14 @@ class Sweep(Callback):
             print(f"dreambooth: the table of the sweep is not complete: {error}", file=sys.stderr)
 
     def _write_summary(self, config: DictConfig) -> None:
+        from dreambooth.cloud.sweep_results import next_commands
         from dreambooth.sweeps import summary
 
         tracking = config.tracking
         sweep = tracking.sweep or DEFAULT_SWEEP_ID
         path = summary.write_summary(self._jobs, sweep, Path(str(config.run_root)), kind=tracking.kind.value,
-                                     uri=tracking.uri, experiment=tracking.experiment)
-        print(f"sweep {sweep}: {path}", flush=True)
+                                     uri=tracking.uri, experiment=tracking.experiment, reasons=failure_reasons)
+        print("\n".join([f"sweep {sweep}: {path}", *next_commands(sweep, path.parent)]), flush=True)
 
 
 def distinguishing_overrides(overrides: list[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,21 @@ IGNORED_SETTINGS = {"name", "device", "sample_prompts", "evaluate.promote"}  # s
 
 
 def write_summary(jobs: Sequence[tuple[Path, list[str], float | None]], sweep: str, run_root: Path, *, kind: str,
-                  uri: str | None, experiment: str) -> Path:
+                  uri: str | None, experiment: str, reasons: Mapping[Path, str]) -> Path:
     """Write `results-SWEEP.csv`, and log the sweep to MLflow as a separate run. Return the path of the CSV file.
 
     Args:
         jobs: one tuple per run in this process: run folder, overrides, and objective (None if the run failed).
         kind: the setting tracking.kind.
+        reasons: run folder -> why the run failed, for runs in this process.
     """
     trials = find_trials(run_root, sweep)
-    table = _trial_rows(trials)
+    reasons = {folder.resolve(): reason for folder, reason in reasons.items()}
+    table = _trial_rows(trials, reasons)
     known = {trial.folder.resolve() for trial in trials}
     unrecorded = [job for job in jobs if job[2] is None and job[0].resolve() not in known]
-    table += [_failed_row(len(table) + i, overrides) for i, (_, overrides, _) in enumerate(unrecorded)]
+    table += [_failed_row(len(table) + i, overrides, reasons.get(folder.resolve(), sweep_results.SEE_OUTPUT))
+              for i, (folder, overrides, _) in enumerate(unrecorded)]
     path = sweep_results.write_table(run_root, sweep, table)
     plot = sweep_results.write_parallel_coordinates(run_root, sweep, parallel_axes(trials))
     sweep_results.log_sweep(path, sweep, table, kind, uri, experiment, run_root, plot)
@@ -85,21 +88,21 @@ def to_script_json(content: object) -> str:
     return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _trial_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+def _trial_rows(trials: Sequence[Trial], reasons: Mapping[Path, str]) -> list[dict[str, Any]]:
     keys, rows = varied_settings(trials), []
     for number, trial in enumerate(trials):
         result, objective = trial.result or {}, finished_objective(trial)
         rows.append({
             "number": number, "job": trial.folder.name, "status": FAILED if objective is None else COMPLETED,
             "objective": objective, "steps": result.get("step"), "seconds": result.get("seconds"), "billed_usd": None,
-            "reason": "" if objective is not None else sweep_results.SEE_OUTPUT,
+            "reason": "" if objective is not None else reasons.get(trial.folder.resolve(), sweep_results.SEE_OUTPUT),
             **{key: trial.settings.get(key, "") for key in keys},
             **{name: round(score, 6) for name, score in result.get("scores", {}).items()}})
     return rows
 
 
-def _failed_row(number: int, overrides: list[str]) -> dict[str, Any]:
+def _failed_row(number: int, overrides: list[str], reason: str) -> dict[str, Any]:
     """Return the table row of a run that failed before it created its journal (metrics.jsonl)."""
     return {"number": number, "job": f"#{number}", "status": FAILED, "objective": None, "steps": None, "seconds": None,
-            "billed_usd": None, "reason": sweep_results.SEE_OUTPUT,
+            "billed_usd": None, "reason": reason,
             **dict(override.lstrip("+").partition("=")[::2] for override in overrides)}

@@ -159,7 +159,8 @@ class MlflowTracker(JournalTracker):
         if unsent and self._required and status == "FINISHED":
             raise self._unreachable()
         if unsent:
-            self._warn(f"{unsent} entries of {self.path} are not in MLflow yet: repeat the command when "
+            entries = f"{unsent} entries" if unsent > 1 else "1 entry"
+            self._warn(f"{entries} of {self.path} not in MLflow yet: repeat the command when "
                        f"{self._shipper.display_uri} {'accepts this user' if self._refused else 'answers'}, and they "
                        "are sent")
 

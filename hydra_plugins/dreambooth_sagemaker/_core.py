@@ -18,7 +18,9 @@ from dreambooth.cloud.follower import Follower
 from dreambooth.cloud.job import COMPLETED, FAILED, Job, JobState
 from dreambooth.cloud.sagemaker_backend import SageMakerBackend
 from dreambooth.errors import ConfigError, DreamBoothError, Interrupted
+from dreambooth.sweeps.hydra_callbacks import failure_reasons
 from dreambooth.utils.masking import mask_file, mask_urls
+from dreambooth.utils.plurals import counted
 from dreambooth.utils.quoting import override
 from hydra_plugins.dreambooth_sagemaker import _prepare
 from hydra_plugins.dreambooth_sagemaker._sweep import SweepState
@@ -162,7 +164,8 @@ def _job_state(job_return: JobReturn) -> JobState:
         return JobState(FAILED, reason=str(job_return._return_value))
     state = sweep_results.fail_without_objective(JobState(COMPLETED, result={"objective": job_return.return_value}))
     if state.status == FAILED:
-        state.reason = sweep_results.SEE_OUTPUT
+        folder = OmegaConf.select(job_return.hydra_cfg or OmegaConf.create(), "hydra.runtime.output_dir")
+        state.reason = failure_reasons.get(Path(str(folder)), sweep_results.SEE_OUTPUT)
     return state
 
 
@@ -230,7 +233,8 @@ def _report(sweep: SweepState, jobs: Sequence[Job], states: Sequence[JobState], 
         outcome = f"{row['objective']:.4f}" if row["objective"] is not None else row["reason"]
         cost = "" if row["billed_usd"] is None else f"  ${row['billed_usd']:.2f}"
         print(f"{row['job']}  {row['status']}  {outcome}{cost}")
-    print(f"sweep {sweep.name}: {path}", flush=True)
+    commands = sweep_results.next_commands(sweep.name, path.parent) if sweep.settings["mode"] == "local" else []
+    print("\n".join([f"sweep {sweep.name}: {path}", *commands]), flush=True)
     tracking, local = config.tracking, sweep.settings["mode"] == "local"
     uri = tracking.uri or (None if local else config.hydra.launcher.mlflow_uri)
     plot = sweep_results.write_parallel_coordinates(path.parent, sweep.name, sweep_results.parallel_axes(sweep.table))
@@ -250,4 +254,4 @@ def _report_partial(sweep: SweepState, jobs: Sequence[Job], states: Sequence[Job
                                                        [states[number] for number in ended])
         folder = Path(str(sweep.config.hydra.sweep.dir))
         if path := sweep_results.write_partial_table(folder, sweep.name, rows):
-            print(f"sweep {sweep.name}: {len(rows)} jobs have ended: {path}", flush=True)
+            print(f"sweep {sweep.name}: {counted(len(rows), 'job')} ended: {path}", flush=True)

@@ -28,6 +28,7 @@ from dreambooth.config.schema import Config
 from dreambooth.config.storage import S3_SCHEME
 from dreambooth.errors import ConfigError
 from dreambooth.sweeps.hydra_callbacks import trial_name
+from dreambooth.utils.plurals import counted
 from hydra_plugins.dreambooth_sagemaker import _inputs
 from hydra_plugins.dreambooth_sagemaker._inputs import Inputs
 
@@ -101,7 +102,7 @@ def describe_jobs(jobs: Sequence[Job], mode: str = "aws") -> Iterator[str]:
     unpriced = sum(job.usd_hour is None for job in jobs) if mode == "aws" else 0
     if costs or unpriced:
         total = f", about ${sum(costs):.2f}" + f" for {len(costs)} of them" * (len(costs) < len(jobs))
-        yield (f"{len(jobs)} jobs{total * bool(costs)}"
+        yield (f"{counted(len(jobs), 'job')}{total * bool(costs)}"
                + f"; {unpriced} without a price: type hydra.launcher.price_usd_hour=PRICE" * bool(unpriced)
                + " (estimate: see docs/planner.md)" * bool(costs))
 

@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+import dreambooth
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.config.schema import Config
 from dreambooth.errors import ConfigError
@@ -263,6 +264,17 @@ def test_a_password_in_an_address_is_refused(uri: str) -> None:
 def test_an_address_without_a_typed_password_is_fine(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
     assert "host" in str(load(compose_config(f"tracking.uri={uri}")).tracking.uri)
+
+
+def test_each_command_has_its_own_headline() -> None:
+    """`plan` and `class_images` compose the configuration of train, but they do not train."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        headlines = {name: compose("config", [f"hydra/help={name}"], return_hydra_config=True).hydra.help.header
+                     for name in ("dreambooth", "plan", "class_images")}
+    assert [headlines[name].split()[0] for name in ("dreambooth", "plan", "class_images")] == [
+        "DreamBooth:", "Predict", "Generate"]
+    for name in ("plan", "class_images"):
+        assert f'"hydra/help={name}"' in (Path(dreambooth.__file__).parent / f"{name}.py").read_text("utf-8")
 
 
 def test_a_cpu_stays_a_cpu() -> None:

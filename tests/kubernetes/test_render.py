@@ -40,6 +40,17 @@ def test_check_names_the_changed_file(tmp_path: Path, capfd: pytest.CaptureFixtu
                                       "type python -m dreambooth.workflows render\n")
 
 
+def test_check_without_files_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str],
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["workflows", "check"])
+    monkeypatch.setattr("dreambooth.cli._exit_codes", [])
+    with pytest.raises(SystemExit) as exit_info:
+        workflows.main()
+    assert exit_info.value.code == 1
+    assert capfd.readouterr().err.startswith("dreambooth: there are no workflow files in workflows: type --to DIR, ")
+
+
 @pytest.mark.parametrize("args, message", [
     (["hardware=nope"], "there is no hardware=nope: the options are cpu, g4dn, "),
     (["hardware=g4dn", "precision=bf16"], "type precision=fp16"),
