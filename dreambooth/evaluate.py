@@ -10,6 +10,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dreambooth import cli
 from dreambooth.config.compose import conf_dir, load, to_dataclass
@@ -82,7 +83,7 @@ def compose_from_run(run: Path, options: dict[str, object]) -> DictConfig:
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(record), {"evaluate": {
             **options, "select": None, "every": None, "objective": "instance_loss"}})
-    except (OSError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"the configuration of the run in {record} cannot be read ({str(error).splitlines()[0]}): "
                         "repeat the run's command, then repeat this one") from error
     assert isinstance(cfg, DictConfig)

@@ -12,7 +12,6 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from dreambooth import cli
@@ -26,7 +25,7 @@ from dreambooth.entrypoint import compose_run
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.kubernetes import exit_report, kfp_components, pod_spec
 from dreambooth.kubernetes.workflow_spec import TRACKING_OVERRIDE, TRACKING_URI, TRIAL_RUN_DIR, SearchSpace
-from dreambooth.utils.atomic_files import check_writable
+from dreambooth.utils.atomic_files import check_writable, read_object
 from dreambooth.utils.key_names import short_names
 from dreambooth.utils.masking import mask_urls
 from dreambooth.utils.plurals import counted
@@ -182,8 +181,7 @@ def _copy_outputs(status: ExitStatus, run_dir: Path, out: Path) -> ExitStatus:
         if (run_dir / name).is_file():
             shutil.copyfile(run_dir / name, out / name)
     (out / "run").write_text(str(run_dir.absolute()), encoding="utf-8")
-    with suppress(FileNotFoundError):
-        result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+    if "objective" in (result := read_object(run_dir / "result.json") or {}):
         (out / "objective").write_text(str(result["objective"]), encoding="utf-8")
     return status
 

@@ -80,6 +80,12 @@ def _load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """Return the JSON object in a file.
+
+    Raises:
+        OSError, ValueError: the file cannot be read or contains no JSON object.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} contains no JSON object")
     return content

@@ -10,6 +10,7 @@ import pytest
 
 from dreambooth.config.generate import Generate
 from dreambooth.errors import UserError
+from dreambooth.evaluate import compose_from_run
 from dreambooth.evaluation import evaluate_run
 from dreambooth.inference.model_sources import find_source
 from dreambooth.serialization import convert, export_layout
@@ -66,3 +67,12 @@ def test_a_damaged_run_json_has_no_settings(content: str, tmp_path: Path) -> Non
     (tmp_path / "run.json").write_text(content)
     assert find_source(Generate(run=str(tmp_path))).settings == {}
     assert convert._find_model(tmp_path)[1] == {}
+
+
+@pytest.mark.parametrize("content", [b"a: [1\n", b"- 1", b"\xff\xfe", b"x"])
+def test_a_damaged_record_of_the_configuration_is_an_error(content: bytes, tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra/config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.yaml cannot be read .*repeat the run's command"):
+        compose_from_run(tmp_path, {})
