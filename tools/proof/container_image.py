@@ -72,8 +72,8 @@ def run_sdk(version: str, docker: Engine, work: Path) -> str:
     result = json.loads(output.splitlines()[-1])
     assert result["files"] and result["failure"] and "use_ema must be true or false" in output, output[-3000:]
     return (f"| SageMaker SDK {result['version']}, local mode, the blog's hyperparameters | {seconds:.0f} | "
-            f"a model ({', '.join(result['files'])}). A second job, with the wrong value `use_ema=maybe`, is refused: "
-            f"{result['failure']} |")
+            f"a model ({', '.join(result['files'])}). A second job, with the wrong value \"maybe\" for use_ema, "
+            f"is refused: {result['failure']} |")
 
 
 def run_sweep(docker: Engine) -> str:
