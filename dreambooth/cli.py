@@ -6,20 +6,22 @@ import codecs
 import errno
 import io
 import json
+import logging
 import math
 import os
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dreambooth.config.schema import Memory
-from dreambooth.errors import EXIT_REPORT_DIR, DreamBoothError, Interrupted, UserError
+from dreambooth.errors import EXIT_REPORT_DIR, DoesNotFit, DreamBoothError, Interrupted, UserError
 from dreambooth.runtime import cpu_tuning
-from dreambooth.utils import masking, quoting
+from dreambooth.utils import atomic_files, masking, quoting
 from dreambooth.utils.suggestions import closest
 
 # Hydra arguments for a command that writes no run folder, and with -m no table of trials.
@@ -144,11 +146,13 @@ def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "re
     for category in (FutureWarning, DeprecationWarning):  # warnings for library developers, not for users
         warnings.simplefilter("ignore", category)
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+    logging.raiseExceptions = False  # a full disk must not print a traceback for each line of train.log
     _last_failure.clear()
     masking.mask_log_records()
-    _mask_hydra_record()
     try:
-        return job()
+        with reporting_full_disk():
+            _mask_hydra_record()
+            return job()
     except DreamBoothError as error:
         sentence = masking.mask_urls(str(error))
         print(f"dreambooth: {sentence}", file=sys.stderr)
@@ -179,6 +183,17 @@ def _report_system_error(error: OSError) -> None:
 def _report_fault(error: Exception) -> None:
     sys.stderr.write(masking.mask_urls(traceback.format_exc()))
     _record_failure(1, describe_fault(error), user_error=False)
+
+
+@contextmanager
+def reporting_full_disk() -> Iterator[None]:
+    """Context manager that raises DoesNotFit, with one sentence, if a file cannot be written because a disk is full."""
+    try:
+        yield
+    except Exception as error:
+        if atomic_files.is_disk_full(error):
+            raise DoesNotFit(f"the disk is full ({error}): free some space and repeat the command") from error
+        raise
 
 
 def describe_fault(error: Exception) -> str:

@@ -47,8 +47,9 @@ def main() -> None:
     with suppress(OSError):
         paths.failure.unlink(missing_ok=True)
     try:
-        paths.check_writable()
-        status = _run_job(paths, sys.argv[1:], supervisor)
+        with cli.reporting_full_disk():
+            paths.check_writable()
+            status = _run_job(paths, sys.argv[1:], supervisor)
     except DreamBoothError as error:
         status = ExitStatus(error.exit_code, mask_urls(str(error)))
         print(f"dreambooth: {status.message}", file=sys.stderr)

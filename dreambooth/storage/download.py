@@ -3,7 +3,6 @@
 Files are downloaded into a temporary folder, which is renamed after all files have been verified.
 """
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -71,7 +70,7 @@ def _translate_disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if atomic_files.is_disk_full(error):
             raise DoesNotFit(f"the disk of {folder} is full: free some space and repeat the command, which continues "
                              "where it stopped, or type storage.cache=DIR on a larger disk") from error
         raise UserError(f"{folder} cannot be written ({error}): fix that, or type storage.cache=DIR") from error

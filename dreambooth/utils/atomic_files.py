@@ -35,9 +35,10 @@ def write_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield temporary
-        sync(temporary)
-        publish(temporary, path)
+        with _naming_full_disk(path):
+            yield temporary
+            sync(temporary)
+            publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -57,22 +58,37 @@ def write_folder(path: Path, fresh: bool = False,
     """
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        yield temporary
-        with ThreadPoolExecutor(1) as pool:
-            content = pool.submit(summary[1], temporary) if summary else None
-            for entry in sorted(temporary.rglob("*")):
-                sync(entry)
-        if summary and content:
-            (temporary / summary[0]).write_bytes(content.result())
-            sync(temporary / summary[0])
-        sync(temporary)
-        if path.exists() and not fresh:
-            remove_folder(path)
-        publish(temporary, path)
+        with _naming_full_disk(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            with ThreadPoolExecutor(1) as pool:
+                content = pool.submit(summary[1], temporary) if summary else None
+                for entry in sorted(temporary.rglob("*")):
+                    sync(entry)
+            if summary and content:
+                (temporary / summary[0]).write_bytes(content.result())
+                sync(temporary / summary[0])
+            sync(temporary)
+            if path.exists() and not fresh:
+                remove_folder(path)
+            publish(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _naming_full_disk(path: Path) -> Iterator[None]:
+    """Raise every error of a full disk as an OSError that names `path`.
+
+    The error of a write names no file, and the one of safetensors is not an OSError.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

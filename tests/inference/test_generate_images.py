@@ -104,6 +104,8 @@ ENDS: dict[str, tuple[int, int, str]] = {  # fault -> exit code, pictures on dis
     "generation_stopped": (
         5, 4, "SIGINT: stopped after 4 of 8 pictures, which are in {out}; repeat the command to draw all"),
     "generation_stopped_twice": (5, 2, "interrupted; repeat the command\n"),
+    "full_disk": (3, 0, "dreambooth: the disk is full ([Errno 28] No space left on device: '{out}/000-a-toy-in-the-"
+                  "snow-seed0.png'): free some space and repeat the command\n"),
     "no_memory_to_generate": (4, 2, "; pictures made before are in {out}: type batch_size=1\n"),
 }
 

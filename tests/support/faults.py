@@ -4,6 +4,7 @@ The processes are forked by tests/support/warm_python.py, so that a run takes on
 The product code has no hooks for this: each fault replaces one of its functions inside the process.
 """
 
+import errno
 import importlib
 import json
 import os
@@ -254,6 +255,20 @@ def _no_disk(seed: int) -> None:
     run_folder.shutil.disk_usage = lambda path: usage._replace(free=10**6)
 
 
+def _full_disk(seed: int) -> None:
+    """The disk is full from image number `seed` + 1 on."""
+    from PIL import Image
+
+    save, calls = Image.Image.save, iter(range(10**9))
+
+    def saving(image: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        if next(calls) >= seed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(image, path, *args, **kwargs)
+
+    Image.Image.save = saving
+
+
 def _bug(seed: int) -> None:
     from dreambooth import run
 
@@ -349,6 +364,7 @@ OTHERS: dict[str, Callable[[int], None]] = {
     "no_memory": _no_memory,
     "no_disk": _no_disk,
     "few_file_handles": _few_file_handles,
+    "full_disk": _full_disk,
     "little_memory_in_step_3": _little_memory_in_step_3,
     "little_memory_in_class_images": _little_memory_in_class_images,
     "bug": _bug,
