@@ -26,6 +26,7 @@ class Promote(Section):
     objective: str | None = None
     max_class_similarity: float | None = None
     replace: bool = False
+    allow_unmeasured: bool = False
 
     def __post_init__(self) -> None:
         bound = self.max_class_similarity
@@ -51,7 +52,7 @@ def _job(cfg: DictConfig) -> None:
 
     print(promotion_message(promotion.promote(sweep, Path(options.run_root), promotion.PromotionOptions(
         options.uri, options.experiment, options.name, options.objective, options.max_class_similarity,
-        options.replace, options.default_uri))))
+        options.replace, options.default_uri, allow_unmeasured=options.allow_unmeasured))))
 
 
 def main() -> None:

@@ -7,18 +7,23 @@ A model becomes the champion of its registered name if
 2. the current champion was trained on the same photos, because objectives on other photos cannot be compared;
 3. its `class_similarity` (PRES in the DreamBooth paper, here measured with any encoder) is within a bound, because
    images of the class must not resemble photos of the subject. The bound is max_class_similarity. If
-   max_class_similarity is not set, the bound is class_similarity before training plus CLASS_SIMILARITY_MARGIN.
+   max_class_similarity is not set, the bound is class_similarity before training plus CLASS_SIMILARITY_MARGIN. A model
+   whose class_similarity was not measured becomes the champion only with `allow_unmeasured`.
 
 With `replace`, the best model of the sweep becomes the champion without a comparison with the current champion. The
 registry moves the alias to the new version and keeps the version of the previous champion. A run with
 evaluate.promote=true registers its own model when it ends: as champion if the rules allow it, otherwise as `candidate`.
 A model that violates rule 3 is not registered.
+
+Of several promotions at the same time, each reads the champion, compares, and sets the alias. MLflow has no operation
+that does all three at once. Each promotion therefore marks its version while it does so, waits until the others are no
+longer marked, and reads the champion again: if a worse model has taken the alias meanwhile, it repeats the three steps.
 """
 
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,11 +34,24 @@ from dreambooth.errors import UserError
 from dreambooth.runs.report import promotion_message
 from dreambooth.runs.run_folder import locked
 from dreambooth.serialization import export_layout
-from dreambooth.sweeps.trials import CLASS_SIMILARITY, Trial, load_trial, load_trials, reason_over_bound
+from dreambooth.sweeps.trials import (
+    CLASS_SIMILARITY,
+    Trial,
+    load_trial,
+    load_trials,
+    reason_not_checked,
+    reason_over_bound,
+)
+from dreambooth.tracking.mlflow_database import database_uri
 from dreambooth.tracking.model_registry import CANDIDATE, CHAMPION, Registry, Version
 from dreambooth.tracking.tracker import open_tracker
 from dreambooth.utils import atomic_files, quoting
 from dreambooth.utils.masking import mask_urls
+
+CHOOSING_TAG = "promotion"  # tag of a version: "choosing since UNIX_TIME", or "decided"
+CHOOSING_SECONDS = 30.0  # longest wait for the mark of another promotion, which a killed process leaves for ever
+POLL_INTERVAL = 0.5  # seconds between two looks at the marks
+MAX_ROUNDS = 10  # comparisons with a champion that changes each time
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +67,8 @@ class PromotionOptions:
     max_class_similarity: float | None = None  # None: the run's own bound, see reason_over_bound
     replace: bool = False  # whether to replace the current champion without a comparison
     default_uri: str | None = None  # used if no server has the run; None: SQLite file beside the run folders
+    uri_key: str = "uri"  # key with which the user can name another server, for messages
+    allow_unmeasured: bool = False  # whether a model may be champion if its class_similarity was not measured
 
 
 def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, Any]:
@@ -69,11 +89,15 @@ def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, 
     options = replace(options, objective=objective)
     ranked = sorted((trial for trial in finished if math.isfinite(trial.objective(objective))),
                     key=lambda trial: trial.objective(objective))
-    reasons = [reason_over_bound(trial, options.max_class_similarity) for trial in ranked]
+    bound = options.max_class_similarity
+    not_checked = [None if options.allow_unmeasured else reason_not_checked(trial, bound) for trial in ranked]
+    over = [None if reason_not_checked(trial, bound) else reason_over_bound(trial, bound) for trial in ranked]
+    reasons = [first or second for first, second in zip(not_checked, over, strict=True)]
     best = next((trial for trial, reason in zip(ranked, reasons, strict=True) if not reason), None)
     if best is None:
+        keys = ["max_class_similarity=NUMBER"] * any(over) + ["allow_unmeasured=true"] * any(not_checked)
         raise UserError(f"nothing to promote in the sweep {sweep}: " + (
-            "; ".join(filter(None, reasons)) + ": type max_class_similarity=NUMBER to allow it" if ranked else
+            f"{'; '.join(filter(None, reasons))}: type {' or '.join(keys)} to allow it" if ranked else
             f"no finished run measured {objective}: type objective=instance_loss"))
     record = _register(best, options, sweep, as_candidate=False)
     atomic_files.write_json(run_root / "promoted.json", record)
@@ -81,7 +105,7 @@ def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, 
 
 
 def register_run(run_dir: Path, options: PromotionOptions) -> dict[str, Any]:
-    """Register the model of a finished run: as champion if it may replace the current champion, else as candidate.
+    """Register the model of a finished run: as champion if the rules allow it, else as candidate.
 
     Returns:
         A description of the registered version.
@@ -112,7 +136,7 @@ def register_finished_run(recipe: Recipe) -> None:
         return
     try:
         print(promotion_message(register_run(recipe.run_dir, PromotionOptions(
-            tracking.uri, tracking.experiment, objective=evaluate.objective,
+            tracking.uri, tracking.experiment, objective=evaluate.objective, uri_key="tracking.uri",
             max_class_similarity=evaluate.max_class_similarity))))
     except UserError as error:
         if tracking.required:
@@ -144,23 +168,38 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
     """
     export_layout.check_intact(trial.folder / (trial.result or {})["model"])
     uri, run_id = _send_to_mlflow(trial, options)
-    registry = Registry(uri)
+    registry = Registry(uri, options.uri_key)
     objective = options.objective or trial.objective_name
     value, score, result = trial.objective(objective), trial.score(CLASS_SIMILARITY), trial.result or {}
     name = options.name or trial.settings.get("name", trial.folder.name)
     tags = _version_tags(trial, objective)
+
+    def is_this_model(champion: Version) -> bool:
+        return champion.run_id == run_id and champion.tags.get("step") == str(result["step"])
+
+    def reason_to_keep(champion: Version | None, replace_any: bool) -> str | None:
+        if champion and is_this_model(champion):
+            return None
+        if as_candidate and not options.allow_unmeasured and (
+                reason := reason_not_checked(trial, options.max_class_similarity)):
+            return reason
+        return None if champion is None or replace_any else _reason_to_keep(champion, trial, objective, tags)
+
     champion = registry.get_by_alias(name, CHAMPION)
-    is_champion = (champion is not None and champion.run_id == run_id
-                   and champion.tags.get("step") == str(result["step"]))
-    reason = None if champion is None or is_champion or options.replace else _reason_to_keep(
-        champion, trial, objective, tags)
+    reason = reason_to_keep(champion, options.replace)
     if reason and not as_candidate:
         raise UserError(f"nothing to promote in the sweep {sweep}: {reason}")
     version = registry.register(name, run_id, trial.folder / result["model"], tags)
+    if not reason:
+        champion, reason = _make_champion(registry, version, reason_to_keep, options.replace)
+    if reason and not as_candidate:
+        raise UserError(f"nothing to promote in the sweep {sweep}: {reason}")
     alias = CANDIDATE if reason else CHAMPION
-    registry.set_alias(version, alias)
-    if alias == CHAMPION:
+    if reason:
+        registry.set_alias(version, CANDIDATE)
+    else:
         _drop_candidate_alias(registry, version)
+    is_champion = champion is not None and is_this_model(champion)
     return {
         "sweep": sweep, "run": trial.folder.name, "run_dir": str(trial.folder), "model": str(
             trial.folder / result["model"]), "alias": alias, "name": name, "version": version.number,
@@ -171,6 +210,51 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
+def _make_champion(registry: Registry, version: Version, reason_to_keep: Callable[[Version | None, bool], str | None],
+                   replace_any: bool) -> tuple[Version | None, str | None]:
+    """Give a version the alias `champion`, unless another version has it with reason, also among simultaneous callers.
+
+    A promotion that has read the champion before this one set the alias is marked as choosing until it has set the
+    alias itself. This one waits for it, and takes the alias back from a worse model.
+
+    Args:
+        reason_to_keep: returns why a champion stays, or None; the second argument is whether to skip the comparison.
+        replace_any: whether the first round skips the comparison.
+
+    Returns:
+        The champion before, and the reason why it or another version is the champion now, or None.
+    """
+    before: Version | None = None
+    for number in range(MAX_ROUNDS):
+        registry.set_tag(version, CHOOSING_TAG, f"choosing since {time.time():.0f}")
+        try:
+            champion = registry.get_by_alias(version.name, CHAMPION)
+            is_champion = champion is not None and champion.number == version.number
+            before = champion if number == 0 else before
+            reason = reason_to_keep(champion, replace_any and number == 0)
+            if not (reason or is_champion):
+                registry.set_alias(version, CHAMPION)
+        finally:
+            registry.set_tag(version, CHOOSING_TAG, "decided")
+        if reason or (is_champion and number > 0):
+            return before, reason
+        _wait_for_others(registry, version)
+    return before, None
+
+
+def _wait_for_others(registry: Registry, version: Version) -> None:
+    """Wait until no other version of the model is marked as choosing, at most CHOOSING_SECONDS."""
+    end = time.monotonic() + CHOOSING_SECONDS
+    while time.monotonic() < end and any(
+            _is_choosing(other) for other in registry.list_versions(version.name) if other.number != version.number):
+        time.sleep(POLL_INTERVAL)
+
+
+def _is_choosing(version: Version) -> bool:
+    choosing, _, since = version.tags.get(CHOOSING_TAG, "").partition(" since ")
+    return choosing == "choosing" and since.isdecimal() and abs(time.time() - int(since)) < CHOOSING_SECONDS
+
+
 def _send_to_mlflow(trial: Trial, options: PromotionOptions) -> tuple[str, str]:
     """Log to MLflow the missing entries of a run's journal. Return the server's address and the run's ID in MLflow."""
     root, state_file = trial.folder.parent, trial.folder / "mlflow.json"
@@ -179,8 +263,10 @@ def _send_to_mlflow(trial: Trial, options: PromotionOptions) -> tuple[str, str]:
     uri = options.uri or (known_uri if known_uri.startswith("http") else options.default_uri) or None
     with locked(trial.folder):
         open_tracker("mlflow", trial.folder, run_root=root, run_name=trial.folder.name, uri=uri,
-                     experiment=options.experiment, required=True, update_status=False).close("FINISHED")
-    return uri or f"sqlite:///{root.resolve()}/mlflow.db", str((atomic_files.read_object(state_file) or {})["run_id"])
+                     experiment=options.experiment, required=True, update_status=False,
+                     alternative=f"type {options.uri_key}=ADDRESS of one that answers").close("FINISHED")
+    run_id = str((atomic_files.read_object(state_file) or {})["run_id"])
+    return uri or database_uri(root.resolve() / "mlflow.db"), run_id
 
 
 def _version_tags(trial: Trial, objective: str) -> dict[str, str]:

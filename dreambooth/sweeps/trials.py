@@ -140,15 +140,37 @@ def reason_over_bound(trial: Trial, bound: float | None) -> str | None:
     Args:
         bound: greatest allowed class_similarity. None: evaluate.max_class_similarity of the run. If this setting is not
             set either, the bound is class_similarity before training plus CLASS_SIMILARITY_MARGIN.
+
+    Returns:
+        A reason, or None if the trial is within the bound. If the trial cannot be checked, return the reason of
+        `reason_not_checked` only if `bound` or evaluate.max_class_similarity is set.
     """
-    run_bound = trial.settings.get("evaluate.max_class_similarity", "null")
-    given = bound if bound is not None else None if run_bound == "null" else float(run_bound)
-    score = trial.score(CLASS_SIMILARITY)
-    if score is None:
-        return None if given is None else f"{trial.folder.name} did not measure {CLASS_SIMILARITY}"
+    given, score = _given_bound(trial, bound), trial.score(CLASS_SIMILARITY)
+    not_checked = reason_not_checked(trial, bound)
+    if not_checked or score is None:
+        return not_checked if given is not None else None
     name, value, base = score
     limit = given if given is not None else base + CLASS_SIMILARITY_MARGIN
     return f"{trial.folder.name} has {name} {value:.3f}, over {limit:.3f}" if value > limit else None
+
+
+def reason_not_checked(trial: Trial, bound: float | None) -> str | None:
+    """Return why the class_similarity of a trial cannot be compared with its bound; None if it can.
+
+    Args:
+        bound: as in `reason_over_bound`.
+    """
+    score = trial.score(CLASS_SIMILARITY)
+    if score is None or not math.isfinite(score[1]):
+        return f"{trial.folder.name} did not measure {CLASS_SIMILARITY}"
+    if _given_bound(trial, bound) is None and not math.isfinite(score[2]):
+        return f"{trial.folder.name} did not measure {CLASS_SIMILARITY} before training"
+    return None
+
+
+def _given_bound(trial: Trial, bound: float | None) -> float | None:
+    run_bound = trial.settings.get("evaluate.max_class_similarity", "null")
+    return bound if bound is not None else None if run_bound == "null" else float(run_bound)
 
 
 @dataclass

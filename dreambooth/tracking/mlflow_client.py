@@ -1,10 +1,14 @@
 """Default settings of the MLflow client, and functions that inspect the errors of the client. Imports no MLflow."""
 
+import contextlib
 import os
 
+from dreambooth.tracking.mlflow_database import database_file, is_local
+
+TIMEOUT_VARIABLE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 DEFAULTS = {  # with MLflow's defaults, the client waits minutes for a dead server
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING",
+    TIMEOUT_VARIABLE: "5", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 REFUSES_USER = "refuses this user"
@@ -17,9 +21,32 @@ def set_default_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def check_answers(uri: str) -> None:
+    """Raise an error of the library `requests` if the server at `uri` cannot be reached or does not answer in time.
+
+    Importing MLflow takes seconds of CPU time, which training should not lose to a server that does not answer.
+    """
+    if not uri.startswith(("http://", "https://")):
+        return
+    import requests
+
+    seconds = float(os.environ.get(TIMEOUT_VARIABLE, DEFAULTS[TIMEOUT_VARIABLE]))
+    with contextlib.suppress(requests.exceptions.SSLError):  # MLflow may be told to accept the certificate
+        requests.get(f"{uri.rstrip('/')}/health", timeout=seconds, stream=True, allow_redirects=False).close()
+
+
 def is_refusal(error: Exception) -> bool:
     """Return whether the server responded that it does not know the user, or that the user may not make the request."""
     return http_status(error) in (401, 403)
+
+
+def remedy(uri: str, refused: bool) -> str:
+    """Return what the user can do if MLflow does not answer, or if it refuses the user."""
+    if refused:
+        return LOGIN_HINT
+    if is_local(uri):
+        return f"make {database_file(uri) or 'its folder'} readable and writable, or move it away to get a new one"
+    return "start the server (mlflow server --port ...)"
 
 
 def http_status(error: Exception) -> int:

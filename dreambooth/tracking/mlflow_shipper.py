@@ -13,14 +13,22 @@ from typing import Any
 
 from dreambooth.tracking import mlflow_logging
 from dreambooth.tracking.journal import EXPERIMENT, batches, is_line_start, read
-from dreambooth.tracking.mlflow_client import REFUSES_USER, http_status, is_refusal, set_default_environment
+from dreambooth.tracking.mlflow_client import (
+    REFUSES_USER,
+    check_answers,
+    http_status,
+    is_refusal,
+    set_default_environment,
+)
+from dreambooth.tracking.mlflow_database import database_file, is_local, open_client
 from dreambooth.utils import atomic_files
 from dreambooth.utils.masking import mask_urls
 
 POLL_INTERVAL = 2.0  # seconds between two reads of the journal
 BACKOFF = (5.0, 60.0)  # seconds before a failed attempt is repeated: initial and maximum pause; doubled each time
 MAX_ATTEMPTS = 5  # an entry is skipped after this number of failures while the server answers
-CLOSE_LOCAL, CLOSE_REMOTE = 60.0, 15.0  # seconds that close() waits for the remaining entries to be sent
+# Seconds that close() waits for the remaining entries to be sent: to a file, to a server, to a server that is down.
+CLOSE_LOCAL, CLOSE_REMOTE, CLOSE_DOWN = 60.0, 15.0, 4.0
 SENT_ALONE = ("image", "artifact", "input", "status")  # kinds of entries of which each call sends one
 Warn = Callable[[str], None]
 log_warning: Warn = logging.getLogger(__name__).warning
@@ -32,15 +40,17 @@ class Shipper(threading.Thread):
     Args:
         artifact_root: folder for the artifacts of a new experiment; None: a folder beside the sqlite database, or the
             default of the server.
+        announce_outages: whether to warn when the server stops to answer. If not, the caller reads `outage`.
     """
 
     def __init__(self, journal: Path, uri: str, experiment: str, run_name: str, artifact_root: Path | None,
-                 warn: Warn) -> None:
+                 warn: Warn, announce_outages: bool = True) -> None:
         super().__init__(name="mlflow", daemon=True)
         self._journal, self._uri, self._experiment, self._run_name = journal, uri, experiment, run_name
         self._artifact_root, self._warn, self.display_uri = artifact_root, warn, mask_urls(uri, uri)
         self.attempted, self._wake = threading.Event(), threading.Event()
-        self.outage: str | None = None  # the last failure of the server, such as "does not answer (...)"
+        self._announce_outages, self._announced = announce_outages, False
+        self.outage: str | None = None  # why the server is down, such as "does not answer (...)"; None: it is not
         self._stopped = self._closing = self._down = False
         self._failures = self._attempts = 0  # consecutive failed rounds; failed attempts to send the next entry
         self._client: Any = None
@@ -78,10 +88,15 @@ class Shipper(threading.Thread):
     def finish(self) -> None:
         """Send the remaining entries now and end the thread.
 
-        Wait at most CLOSE_LOCAL seconds for a local database or folder, at most CLOSE_REMOTE seconds for a server.
+        Wait at most CLOSE_LOCAL seconds for a local database or folder, and at most CLOSE_REMOTE seconds for a server.
+        If the server was down before and does not answer within CLOSE_DOWN seconds, do not wait longer.
         """
         self._closing = True
-        self.stop(CLOSE_LOCAL if self._uri.startswith(("sqlite:", "file:", "/")) else CLOSE_REMOTE, now=False)
+        limit = CLOSE_LOCAL if is_local(self._uri) else CLOSE_REMOTE
+        first = min(limit, CLOSE_DOWN) if self._down else limit
+        self.stop(first, now=False)
+        if not self._down:
+            self.join(limit - first)
         self._stopped = True
 
     def stop(self, timeout: float, now: bool = True) -> None:
@@ -119,9 +134,9 @@ class Shipper(threading.Thread):
         except Exception as error:
             self._handle_failure(error)
             return False
-        if self._failures and not self._stopped:
+        if self._announced and not self._stopped:
             self._warn(f"MLflow at {self.display_uri} is back and has received everything")
-        self._failures, self._down = 0, False
+        self._failures, self._down, self._announced, self.outage = 0, False, False, None
         return True
 
     def _handle_failure(self, error: Exception) -> None:
@@ -133,19 +148,19 @@ class Shipper(threading.Thread):
         self._down, description = not answers, f"{problem} ({self._reason(error)})"
         if not answers:
             self._client, self.outage = None, description
-        if self._failures == 1 and not self._stopped:
+        if self._failures == 1 and not self._stopped and (answers or self._announce_outages):
+            self._announced = True
             self._warn(f"MLflow at {self.display_uri} {description}; the run continues, and "
                        f"{self._journal.name} keeps everything and is sent when MLflow "
                        f"{'accepts this user' if refused else 'is back'}")
 
     def _connect(self) -> None:
         """Create the MLflow client, and find or create the MLflow run of this journal."""
-        from mlflow import MlflowClient
-
-        with _database_lock(self._uri):  # otherwise two simultaneous runs would both create the tables
-            client = MlflowClient(self._uri)
         # The token is saved first. If the server creates the run but the response is lost, a search finds the token.
         self._save_state(uri=self.display_uri)
+        check_answers(self._uri)
+        self._down = False
+        client = open_client(self._uri)
         token, experiment = self._state["token"], self._experiment_id(client)
         found = client.search_runs([experiment], f"tags.`dreambooth.token` = '{token}'", max_results=1)
         if not found:
@@ -160,8 +175,8 @@ class Shipper(threading.Thread):
         """Return the ID of the MLflow experiment. Create the experiment if it does not exist."""
         from mlflow.exceptions import MlflowException
 
-        root = self._artifact_root or (
-            _database_file(self._uri).parent / "mlartifacts" if self._uri.startswith("sqlite:") else None)
+        file = database_file(self._uri)
+        root = self._artifact_root or (file and file.parent / "mlartifacts")
         found = client.get_experiment_by_name(self._experiment)
         if found is None:
             with contextlib.suppress(MlflowException):  # another run has just created the experiment
@@ -261,18 +276,3 @@ class Shipper(threading.Thread):
         elif "timed out" in text:
             text = "no answer in time"
         return mask_urls(text, self._uri)[:200]
-
-
-def _database_file(uri: str) -> Path:
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0])
-
-
-def _database_lock(uri: str) -> contextlib.AbstractContextManager[Any]:
-    """Return a file lock beside a sqlite database, or a context manager without effect for a server."""
-    if not uri.startswith("sqlite:"):
-        return contextlib.nullcontext()
-    from filelock import FileLock
-
-    path = _database_file(uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(f"{path}.lock", timeout=120)

@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError
-from dreambooth.tracking.mlflow_client import DEFAULTS, LOGIN_HINT, REFUSES_USER, is_refusal, set_default_environment
+from dreambooth.tracking.mlflow_client import (
+    DEFAULTS,
+    LOGIN_HINT,
+    REFUSES_USER,
+    TIMEOUT_VARIABLE,
+    is_refusal,
+    remedy,
+    set_default_environment,
+)
+from dreambooth.tracking.mlflow_database import open_client
 from dreambooth.utils.masking import mask_urls
 
 CHAMPION, CANDIDATE = "champion", "candidate"
 UPLOAD_TIMEOUT = "600"  # timeout in seconds for uploading one file of a model
-_TIMEOUT_VARIABLE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 
 @dataclass(frozen=True)
@@ -30,11 +38,15 @@ class Registry:
     """The model registry of an MLflow server or database.
 
     Every method raises UserError if the server does not answer or rejects the request.
+
+    Args:
+        uri_key: the key with which the user can name another server, for messages.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, uri_key: str = "uri") -> None:
         set_default_environment()
-        self._uri, self._client = uri, self._call(lambda: _open_client(uri))
+        self._uri, self._uri_key = uri, uri_key
+        self._client = self._call(lambda: open_client(uri))
 
     def get_by_alias(self, name: str, alias: str) -> Version | None:
         """Return the version of the model `name` that has `alias`, or None if no version has this alias."""
@@ -65,6 +77,15 @@ class Registry:
         return _to_version(self._call(lambda: self._client.create_model_version(
             name, f"{artifacts}/{artifact_folder}", run_id, tags=tags, await_creation_for=0)))
 
+    def list_versions(self, name: str) -> list[Version]:
+        """Return all versions of the model `name`, whose name contains no quote, oldest first."""
+        found = self._call(lambda: self._client.search_model_versions(f"name='{name}'"))
+        return sorted(map(_to_version, found), key=lambda version: version.number)
+
+    def set_tag(self, version: Version, key: str, value: str) -> None:
+        """Set a tag of a version."""
+        self._call(lambda: self._client.set_model_version_tag(version.name, str(version.number), key, value))
+
     def set_alias(self, version: Version, alias: str) -> None:
         """Set an alias on a version. Another version that has the alias loses the alias, but is not deleted."""
         self._call(lambda: self._client.set_registered_model_alias(version.name, alias, str(version.number)))
@@ -91,14 +112,8 @@ class Registry:
             server = f"MLflow at {mask_urls(self._uri, self._uri)}"
             if is_refusal(error):
                 raise UserError(f"{server} {REFUSES_USER} ({reason}): {LOGIN_HINT}") from error
-            raise UserError(f"{server} rejects the request or does not answer ({reason}): start the server, or type "
-                            "uri=ADDRESS of one that answers") from error
-
-
-def _open_client(uri: str) -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient(uri)
+            raise UserError(f"{server} rejects the request or does not answer ({reason}): {remedy(self._uri, False)}, "
+                            f"or type {self._uri_key}=ADDRESS of one that answers") from error
 
 
 def _to_version(item: Any) -> Version:
@@ -111,11 +126,11 @@ def _upload_timeout() -> Iterator[None]:
 
     A timeout that the user has set does not change.
     """
-    before = os.environ.get(_TIMEOUT_VARIABLE)
-    if before == DEFAULTS[_TIMEOUT_VARIABLE]:
-        os.environ[_TIMEOUT_VARIABLE] = UPLOAD_TIMEOUT
+    before = os.environ.get(TIMEOUT_VARIABLE)
+    if before == DEFAULTS[TIMEOUT_VARIABLE]:
+        os.environ[TIMEOUT_VARIABLE] = UPLOAD_TIMEOUT
     try:
         yield
     finally:
         if before is not None:
-            os.environ[_TIMEOUT_VARIABLE] = before
+            os.environ[TIMEOUT_VARIABLE] = before

@@ -15,10 +15,12 @@ from typing import Any, Protocol
 
 from dreambooth.errors import UserError
 from dreambooth.tracking.journal import Journal
-from dreambooth.tracking.mlflow_client import LOGIN_HINT, REFUSES_USER
+from dreambooth.tracking.mlflow_client import REFUSES_USER, remedy
+from dreambooth.tracking.mlflow_database import database_uri
 from dreambooth.tracking.mlflow_shipper import Shipper, Warn, log_warning
 
 SHIP_FROM_FIRST_STEP = True  # True: start the sending thread after the first training step; False: at once
+WITHOUT_MLFLOW = "continue without it: type tracking.required=false"  # what a training run can do
 START_TIMEOUT = 60.0  # seconds that opening a tracker waits for a required server to answer
 
 
@@ -37,12 +39,13 @@ class Tracker(Protocol):
 
 def open_tracker(kind: str, run_dir: Path, *, run_root: Path, run_name: str, uri: str | None = None,
                  experiment: str = "dreambooth", required: bool = False, warn: Warn = log_warning,
-                 update_status: bool = True) -> Tracker:
+                 update_status: bool = True, alternative: str = WITHOUT_MLFLOW) -> Tracker:
     """Open a tracker: an MlflowTracker if `kind` is "mlflow", a JournalTracker if `kind` is "none".
 
     Args:
         uri: address of the MLflow server; None: the sqlite database `mlflow.db` in `run_root`.
         update_status: see JournalTracker.
+        alternative: what the user can do other than repair the server; the end of the message of the UserError.
 
     Raises:
         UserError: `required` is True and the server does not answer.
@@ -50,9 +53,9 @@ def open_tracker(kind: str, run_dir: Path, *, run_root: Path, run_name: str, uri
     if kind == "none":
         return JournalTracker(run_dir, update_status)
     root = run_root.resolve()
-    return MlflowTracker(run_dir, uri=uri or f"sqlite:///{root}/mlflow.db", experiment=experiment, run_name=run_name,
+    return MlflowTracker(run_dir, uri=uri or database_uri(root / "mlflow.db"), experiment=experiment, run_name=run_name,
                          required=required, artifact_root=None if uri else root / "mlartifacts", warn=warn,
-                         update_status=update_status)
+                         update_status=update_status, alternative=alternative)
 
 
 class NoOpTracker:
@@ -113,10 +116,13 @@ class MlflowTracker(JournalTracker):
     """
 
     def __init__(self, run_dir: Path, *, uri: str, experiment: str, run_name: str, required: bool = False,
-                 artifact_root: Path | None = None, warn: Warn = log_warning, update_status: bool = True) -> None:
+                 artifact_root: Path | None = None, warn: Warn = log_warning, update_status: bool = True,
+                 alternative: str = WITHOUT_MLFLOW) -> None:
         super().__init__(run_dir, update_status)
         self._required, self._warn, self._closed = required, warn, False
-        self._shipper = Shipper(self.path, uri, experiment, run_name, artifact_root, warn)
+        self._uri, self._alternative = uri, alternative
+        # If the server is required, the UserError tells of an outage; a warning would say that the run continues.
+        self._shipper = Shipper(self.path, uri, experiment, run_name, artifact_root, warn, not required)
         if required or not SHIP_FROM_FIRST_STEP:
             self._start_shipping()
         if required and not (self._shipper.attempted.wait(START_TIMEOUT) and self._shipper.outage is None):
@@ -175,7 +181,6 @@ class MlflowTracker(JournalTracker):
         return (self._shipper.outage or "").startswith(REFUSES_USER)
 
     def _unreachable(self) -> UserError:
-        remedy = LOGIN_HINT if self._refused else "start the server (mlflow server --port ...)"
         problem = self._shipper.outage or "does not answer"
-        return UserError(f"MLflow at {self._shipper.display_uri} {problem}: {remedy}, or continue without it: "
-                         "type tracking.required=false")
+        return UserError(f"MLflow at {self._shipper.display_uri} {problem}: {remedy(self._uri, self._refused)}, or "
+                         f"{self._alternative}")

@@ -7,6 +7,8 @@ import re
 import shutil
 import socket
 import subprocess
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ SETTINGS = {"name": "demo-tiny-full", "evaluate.encoder": "efficientnet_lite0", 
 class Registry:
     """A stand-in for the model registry of MLflow, in memory."""
 
-    def __init__(self, uri: str = "") -> None:
+    def __init__(self, *_: str) -> None:
         self.versions: list[Version] = []
         self.aliases: dict[str, Version] = {}
 
@@ -51,6 +53,12 @@ class Registry:
             self.versions += existing
         return existing[-1]
 
+    def list_versions(self, name: str) -> list[Version]:
+        return self.versions
+
+    def set_tag(self, version: Version, key: str, value: str) -> None:
+        version.tags[key] = value
+
     def set_alias(self, version: Version, alias: str) -> None:
         self.aliases[alias] = version
 
@@ -58,10 +66,26 @@ class Registry:
         del self.aliases[alias]
 
 
+class SlowRegistry(Registry):
+    """A registry in which "worse" reads the champion before "better" is champion, and sets the alias after that."""
+
+    def __init__(self, *_: str) -> None:
+        super().__init__()
+        self.worse_has_read, self.better_is_champion = threading.Event(), threading.Event()
+
+    def set_alias(self, version: Version, alias: str) -> None:
+        if version.run_id == "id-worse" and alias == CHAMPION:
+            self.worse_has_read.set()
+            assert self.better_is_champion.wait(5)
+        super().set_alias(version, alias)
+        if version.run_id == "id-better":
+            self.better_is_champion.set()
+
+
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     registry = Registry()
-    monkeypatch.setattr(promotion, "Registry", lambda uri: registry)
+    monkeypatch.setattr(promotion, "Registry", lambda *_: registry)
     monkeypatch.setattr(promotion, "_send_to_mlflow", lambda trial, options: ("sqlite:///", f"id-{trial.folder.name}"))
     return registry
 
@@ -172,6 +196,47 @@ def test_promoting_twice_registers_one_version(tmp_path: Path, registry: Registr
     assert first | {"time": ""} == second | {"time": ""} and len(registry.versions) == 1
 
 
+def test_of_two_promotions_at_once_the_better_model_stays_champion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: Registry
+) -> None:
+    slow = SlowRegistry()
+    monkeypatch.setattr(promotion, "Registry", lambda *_: slow)
+    monkeypatch.setattr(promotion, "POLL_INTERVAL", 0.001, raising=False)
+    worse, better = trial(tmp_path, "worse", 0.3), trial(tmp_path, "better", 0.1)
+    other_job = threading.Thread(target=register_run, args=(worse, PromotionOptions()))
+    other_job.start()
+    assert slow.worse_has_read.wait(5)
+    register_run(better, PromotionOptions())
+    other_job.join(5)
+    assert slow.aliases[CHAMPION].run_id == "id-better"
+
+
+def test_the_mark_of_a_killed_promotion_expires(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: Registry
+) -> None:
+    killed = registry.register("demo-tiny-full", "id", trial(tmp_path, "killed", 0.2) / "model", {})
+    monkeypatch.setattr(promotion.time, "sleep", lambda seconds: pytest.fail("waited for a killed process"))
+    killed.tags["promotion"] = f"choosing since {time.time() - 100:.0f}"
+    assert register_run(trial(tmp_path, "a", 0.3), PromotionOptions())["alias"] == CHAMPION
+
+
+@pytest.mark.parametrize("settings, base", [
+    ({"evaluate__encoder": "none"}, 0.38), ({"dataset__class_prompt": ""}, 0.38), ({}, None)])
+def test_a_model_whose_class_similarity_was_not_measured_is_no_champion(
+    tmp_path: Path, registry: Registry, settings: dict[str, str], base: float | None
+) -> None:
+    folder = trial(tmp_path, "a", 0.1, **settings)
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | {"base_scores": {CLASS: base} if base else {}}))
+    with pytest.raises(UserError, match=r"a did not measure class_similarity.*: type allow_unmeasured=true to"):
+        promote("s", tmp_path, PromotionOptions())
+    assert register_run(folder, PromotionOptions())["alias"] == CANDIDATE
+    assert promote("s", tmp_path, PromotionOptions(allow_unmeasured=True))["alias"] == CHAMPION
+    assert register_run(folder, PromotionOptions())["alias"] == CHAMPION, "the champion by the user's choice"
+    trial(tmp_path, "measured", 0.09)
+    assert promote("s", tmp_path, PromotionOptions())["run"] == "measured"
+
+
 def test_objectives_that_differ_are_not_compared(tmp_path: Path, registry: Registry) -> None:
     trial(tmp_path, "a", 0.2)
     trial(tmp_path, "b", 0.1, evaluate__objective="class_similarity")
@@ -257,6 +322,7 @@ def test_a_workflow_stage_promotes_on_the_server_of_its_environment(tmp_path: Pa
     process = subprocess.run([PYTHON, "-m", "dreambooth.stage", *words], capture_output=True, text=True,
                              check=False, env=os.environ | {"MLFLOW_TRACKING_URI": address})
     assert process.returncode == 1 and f"MLflow at {address} does not answer" in process.stderr
+    assert "uri=ADDRESS of one that answers" in process.stderr and "tracking.required" not in process.stderr
     assert not (tmp_path / "mlflow.db").exists() and not (tmp_path / "promoted.json").exists()
 
 

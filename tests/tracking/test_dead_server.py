@@ -154,10 +154,37 @@ def test_entries_refused_for_one_user_are_sent_later_by_another(
     assert points(uri, "loss") == [(1, 1.0)]
 
 
-def test_required_and_dead_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"Connection refused.*tracking\.required=false"):
+def test_required_and_dead_is_a_user_error_and_nothing_else_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(mlflow_shipper, "open_client", lambda uri: pytest.fail("imports MLflow for seconds"))
+    with pytest.raises(UserError, match=r"Connection refused.*start the server.*tracking\.required=false"):
         open_tracker("mlflow", tmp_path / "run", run_root=tmp_path, run_name="r", required=True,
-                     uri=f"http://127.0.0.1:{closed_port()}")
+                     uri=f"http://127.0.0.1:{closed_port()}", warn=warnings.append)
+    assert warnings == []
+
+
+def test_a_database_that_cannot_be_read_needs_no_server(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(UserError) as error:
+        open_tracker("mlflow", tmp_path / "run", run_root=tmp_path, run_name="r", required=True)
+    assert "start the server" not in str(error.value)
+    assert f"make {tmp_path}/mlflow.db readable and writable, or move it away to get a new one" in str(error.value)
+
+
+def test_a_server_that_was_down_delays_the_end_by_seconds_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_shipper, "CLOSE_REMOTE", 60.0)
+    monkeypatch.setattr(mlflow_shipper, "CLOSE_DOWN", 0.1, raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "4")
+    with listening(None) as (port, _):
+        tracker = mlflow_tracker(tmp_path / "run", f"http://127.0.0.1:{port}", [])
+        wait_for(lambda: tracker._shipper._failures)
+        begin = time.perf_counter()
+        tracker.close("FINISHED")
+        assert time.perf_counter() - begin < 3
 
 
 def test_required_and_gone_later_is_a_user_error_at_the_next_call(tmp_path: Path, uri: str,

@@ -1,0 +1,89 @@
+"""MLflow's SQLite database in a run root: its address, its lock, and its tables, which are complete or missing."""
+
+import contextlib
+import glob
+import time
+from pathlib import Path
+from typing import Any
+
+from dreambooth.utils import atomic_files
+
+LOCK_TIMEOUT = 120.0  # seconds to wait while another process opens or creates the database
+UNCHANGED = 4.0  # seconds without a change or lock of a file, after which no other program is creating its tables
+_BOOKKEEPING = {"alembic_version", "sqlite_sequence", "workspaces"}  # tables with rows before MLflow is first used
+
+
+def database_uri(file: Path) -> str:
+    """Return the address of a SQLite database as MLflow and SQLAlchemy read it, for any path."""
+    if not set("?%") & set(str(file)):  # nothing to quote, so that the start of a run does not import SQLAlchemy
+        return f"sqlite:///{file}"
+    from sqlalchemy.engine import URL
+
+    # MLflow creates the parent folder of sqlite:///FILE, but with the quoted name. With a driver, it does not.
+    return URL.create("sqlite+pysqlite", database=str(file)).render_as_string()
+
+
+def database_file(uri: str) -> Path | None:
+    """Return the file of a SQLite database; None for a server, a database in memory, or a SQLite URI (`?uri=true`)."""
+    if not uri.startswith(("sqlite:", "sqlite+")):
+        return None
+    from sqlalchemy.engine import make_url
+
+    url = make_url(uri)
+    return Path(url.database) if url.database and url.database != ":memory:" and "uri" not in url.query else None
+
+
+def is_local(uri: str) -> bool:
+    """Return whether an address of MLflow is a database or folder of this machine."""
+    return uri.startswith(("sqlite:", "sqlite+", "file:", "/"))
+
+
+def open_client(uri: str) -> Any:
+    """Return an MLflow client. If the tables of a SQLite database are missing or incomplete, create them first."""
+    from filelock import FileLock
+    from mlflow import MlflowClient
+
+    file = database_file(uri)
+    if file is None:
+        return MlflowClient(uri)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock", timeout=LOCK_TIMEOUT):  # otherwise two simultaneous runs would create the tables
+        if _is_unfinished(file):
+            _create(file)
+        return MlflowClient(uri)
+
+
+def _create(file: Path) -> None:
+    """Create the database under a temporary name and rename it, which replaces an unfinished one.
+
+    MLflow creates its tables in many steps, for seconds. It cannot continue if a kill or a full disk stops it between.
+    """
+    from mlflow import MlflowClient
+
+    for leftover in file.parent.glob(f"{atomic_files.TEMPORARY_PREFIX}*-{glob.escape(file.name)}*"):
+        leftover.unlink()
+    with atomic_files.write_file(file) as temporary:
+        MlflowClient(database_uri(temporary))
+        for suffix in ("", "-journal", "-wal", "-shm"):  # SQLite would apply an old journal to the new database
+            Path(f"{file}{suffix}").unlink(missing_ok=True)
+
+
+def _is_unfinished(file: Path) -> bool:
+    """Return whether a database is missing, or its tables have never been completed, so that it holds no data.
+
+    A program such as `mlflow ui`, which does not use our lock, may be creating the tables now. A file that another
+    program has locked, or that has changed within the last UNCHANGED seconds, therefore does not count as unfinished.
+    Neither does a file with tables of other programs.
+    """
+    import sqlite3
+
+    if not file.exists():
+        return True
+    if time.time() - file.stat().st_mtime < UNCHANGED:
+        return False
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(file, timeout=0)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        return (not tables or "experiments" in tables) and not any(
+            database.execute(f'SELECT 1 FROM "{name}" LIMIT 1').fetchone() for name in tables - _BOOKKEEPING)
+    return False
