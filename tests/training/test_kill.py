@@ -1,5 +1,6 @@
-"""A run killed with SIGKILL at any point and repeated gives the result of an uninterrupted run, bit for bit."""
+"""A run killed with SIGKILL, or stopped by a full disk, and repeated gives the result of an uninterrupted run."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,17 @@ def test_killed_at_a_random_moment(seed: int, tmp_path: Path, uninterrupted: Pat
 @pytest.mark.slow
 def test_killed_twice(tmp_path: Path, uninterrupted: Path) -> None:
     kill_and_repeat(tmp_path, uninterrupted, ("checkpoint_write", 0), ("checkpoint_rotate", 0))
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_while_an_image_is_written_has_its_exit_code(
+    tmp_path: Path, uninterrupted: Path
+) -> None:
+    for name in (r"\d+\.png", "step-000000"):  # the second class image, then the first sample
+        log = tmp_path / f"{name}.txt"
+        assert train(tmp_path, fault="full_disk", seed=1, log=log) == 3
+        assert re.search(rf"the disk is full \(.*/{name}'\): free some space and repeat", log.read_text())
+        assert "Traceback" not in log.read_text() and "Logging error" not in log.read_text()
+    assert train(tmp_path) == 0
+    assert_same(the_run(tmp_path), uninterrupted)
+    assert not list(tmp_path.rglob(".writing-*"))

@@ -1,7 +1,6 @@
 """Whole runs of the real command, two to eight steps each: output, files, resuming and errors."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -260,17 +259,6 @@ def test_running_out_of_memory_or_disk_has_its_own_exit_code(how: str, code: int
     assert train(tmp_path, *BARE, fault=how, log=log) == code
     assert words in log.read_text()
     assert "Traceback" not in log.read_text()
-
-
-@pytest.mark.slow
-def test_a_disk_that_is_full_while_an_image_is_written_has_its_exit_code(tmp_path: Path) -> None:
-    for name in (r"\d+\.png", "step-000000"):  # the second class image, then the first sample
-        log = tmp_path / f"{name}.txt"
-        assert train(tmp_path, fault="full_disk", seed=1, log=log) == 3
-        assert re.search(rf"the disk is full \(.*/{name}'\): free some space and repeat", log.read_text())
-        assert "Traceback" not in log.read_text() and "Logging error" not in log.read_text()
-    assert train(tmp_path) == 0
-    assert not list(tmp_path.rglob(".writing-*"))
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
