@@ -119,7 +119,7 @@ def test_the_total_names_the_number_of_jobs_that_it_covers() -> None:
     in_docker = "".join(_prepare.describe_jobs(jobs[2:], "docker"))
     assert "price" not in in_docker, "a container on this machine costs nothing"
     assert list(_prepare.describe_jobs(jobs[2:]))[-1] == (
-        "1 jobs; 1 without a price: type hydra.launcher.price_usd_hour=PRICE")
+        "1 job; 1 without a price: type hydra.launcher.price_usd_hour=PRICE")
 
 
 def test_without_torch_it_says_that_memory_was_not_checked(
