@@ -16,6 +16,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
+from dreambooth.config.model_defaults import sample_batch_size_if_changed
 from dreambooth.config.recipe import Recipe
 from dreambooth.data.photos import list_photos
 from dreambooth.models.pipeline import Sampler
@@ -25,20 +26,25 @@ from dreambooth.utils.plurals import counted
 
 log = logging.getLogger(__name__)
 
-
 @dataclass(frozen=True)
 class ClassImages:
     """The class images of a run: existing images, and images that must be generated."""
 
     user_paths: list[Path]  # images in the user's folder
-    existing: list[Path]  # images that an earlier run generated
-    missing: list[tuple[Path, int]]  # (path, seed) of each image to generate
+    generated: list[tuple[Path, int]]  # (path, seed) of each other image, by number, whether it exists or not
+    missing: list[tuple[Path, int]]  # those of them that must be generated
     folder: Path  # folder of the generated images
 
     @property
+    def existing(self) -> list[Path]:
+        """Paths of the images that an earlier run generated."""
+        missing = {path for path, _ in self.missing}
+        return [path for path, _ in self.generated if path not in missing]
+
+    @property
     def paths(self) -> list[Path]:
-        """Paths of all class images, including images that do not exist yet."""
-        return self.user_paths + self.existing + [path for path, _ in self.missing]
+        """Paths of all class images, including images that do not exist yet. The order does not depend on which do."""
+        return self.user_paths + [path for path, _ in self.generated]
 
     def __str__(self) -> str:
         own = f"{len(self.user_paths)} own, " if self.user_paths else ""
@@ -58,16 +64,14 @@ def find(recipe: Recipe) -> ClassImages:
     are reused. Log a warning for each of these images that is damaged, because it is generated again.
     """
     user_paths = list_photos(recipe.class_dir) if recipe.class_dir else []
-    origin = _origin(recipe)
-    key = sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:10]
+    key, seed_key = _digest(_origin(recipe)), _digest(_origin(recipe, batch=False))
     slug = re.sub(r"[^a-z0-9]+", "-", recipe.class_prompt.lower()).strip("-")[:40]
     folder = recipe.run_root / "class_images" / f"{slug}-{key}"
-    needed = [(folder / f"{i:05d}.png", rng.seed(key, i))
+    needed = [(folder / f"{i:05d}.png", rng.seed(seed_key, i))
               for i in range(max(0, recipe.prior.num_class_images - len(user_paths)))]
-    images = ClassImages(user_paths, [], [], folder)
+    images = ClassImages(user_paths, needed, [], folder)
     for path, seed in needed:
         if is_intact_png(path):
-            images.existing.append(path)
             continue
         images.missing.append((path, seed))
         if path.is_file():
@@ -87,8 +91,12 @@ def generate_missing(
 
     The number in an image's file name decides which process generates it. The position in `images.missing` is no
     substitute for this number: each process calls `find` at its own time, and the list gets shorter as images are
-    generated. Images that another run has generated meanwhile are skipped. Each run starts at a random image, so that
+    generated. Batches that another run has generated meanwhile are skipped. Each run starts at a random batch, so that
     simultaneous runs in one run_root share the work.
+
+    The batch of an image depends on its number too, and a batch with a missing image is generated as a whole: the size
+    of a batch changes the last bits of its images, and an image must not depend on when a run was interrupted. Images
+    that exist are not replaced.
 
     Args:
         generate: takes a list of seeds, returns one image of the class prompt per seed.
@@ -96,30 +104,36 @@ def generate_missing(
         rank: number of this process.
         world_size: number of processes that share the work.
     """
-    share = [(path, seed) for path, seed in images.missing if int(path.stem) % world_size == rank]
-    if share and rank == 0:
+    share = [(path, seed) for path, seed in images.generated if int(path.stem) % world_size == rank]
+    if images.missing and rank == 0:
         atomic_files.write_json(images.folder / "origin.json", _origin(recipe))
     size = recipe.prior.sample_batch_size
-    chunks = [share[start:start + size] for start in range(0, len(share), size)]
+    missing = set(images.missing)
+    chunks = [chunk for start in range(0, len(share), size) if missing.intersection(chunk := share[start:start + size])]
     first = secrets.randbelow(len(chunks)) if chunks else 0
     for chunk in chunks[first:] + chunks[:first]:
-        todo = [(path, seed) for path, seed in chunk if not is_intact_png(path)]
-        pictures = generate([seed for _, seed in todo]) if todo else []
-        for (path, _), picture in zip(todo, pictures, strict=True):
-            with atomic_files.write_file(path) as temporary:
-                picture.save(temporary, format="PNG")
-        tick(len(chunk))
+        if not all(is_intact_png(path) for path, _ in chunk):
+            for (path, _), picture in zip(chunk, generate([seed for _, seed in chunk]), strict=True):
+                if not is_intact_png(path):
+                    with atomic_files.write_file(path) as temporary:
+                        picture.save(temporary, format="PNG")
+        tick(len(missing.intersection(chunk)))
 
 
-def _origin(recipe: Recipe) -> dict[str, object]:
-    """Return the settings that determine the generated images.
+def _digest(origin: dict[str, object]) -> str:
+    return sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _origin(recipe: Recipe, batch: bool = True) -> dict[str, object]:
+    """Return the settings that determine the generated images. Without `batch`, they determine the seeds only.
 
     The folder name contains a hash of these settings. Do not change a key or a value: otherwise later runs would not
     find the images of earlier runs.
     """
     optional = {"vae": recipe.model.vae, "zero_terminal_snr": recipe.model.zero_terminal_snr,
                 "vae_weights": atomic_files.weights_digest(Path(recipe.vae_source)) if recipe.vae_source else None}
-    return {key: value for key, value in optional.items() if value} | {
+    size = sample_batch_size_if_changed(recipe.model.name, recipe.prior.sample_batch_size) if batch else {}
+    return {key: value for key, value in optional.items() if value} | size | {
         "prompt": recipe.class_prompt,
         "source": recipe.model.source,
         "revision": recipe.model.revision,

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.config import eval_prompts
 from dreambooth.config.dataset import ALPHA, FOLDERS
+from dreambooth.config.model_defaults import sample_batch_size_if_changed
 from dreambooth.config.overrides import escape_prompts
 from dreambooth.config.storage import is_remote
 from dreambooth.data.photos import fingerprint
@@ -66,7 +67,7 @@ def identity(root: DictConfig, swept: bool = False) -> str:
         "model", "method", "precision", "attention", "optimizer", "dataset", "prior", "train")}
     if changed := {key: value for key, value in section("memory").items() if value != NEUTRAL_VALUES.get(key, value)}:
         hashed["memory"] = changed
-    hashed["prior"].pop("sample_batch_size")
+    sample_batch_size = hashed["prior"].pop("sample_batch_size")
     for key in ("compile", "channels_last"):  # added later; when on, they change rounding
         if not hashed["train"][key]:
             hashed["train"].pop(key)
@@ -94,7 +95,31 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     if (evaluate := section("evaluate"))["select"] is not None:
         hashed["evaluate"] = _selection(evaluate) | {
             key: root.sample[key] for key in ("num_inference_steps", "guidance_scale")}
+    earlier = _digest(hashed)
+    if not (hashed["prior"]["with_prior_preservation"] or "evaluate" in hashed):  # nothing is generated in batches
+        return earlier
+    changed_size = sample_batch_size_if_changed(hashed["model"]["name"], sample_batch_size)
+    if not changed_size or _was_started(root, earlier, sample_batch_size):
+        return earlier
+    hashed["prior"] |= changed_size
+    return _digest(hashed)
+
+
+def _digest(hashed: dict[str, Any]) -> str:
     return sha256(json.dumps(hashed, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def _was_started(root: DictConfig, digest: str, sample_batch_size: int) -> bool:
+    """Return whether an earlier version of this package, which did not hash the batch size, started this run.
+
+    Its folder is then resumed under the name that it has. run.json tells a run with another batch size apart.
+    """
+    folder = Path(root.run_root) / f"{root.name}-{digest}"
+    try:
+        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
+        return bool(settings["prior.sample_batch_size"] == str(sample_batch_size))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _selection(evaluate: dict[str, Any]) -> dict[str, Any]:

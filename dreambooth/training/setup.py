@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
     with meter.phase("load"):
         photos, repeats = subjects.load_subject_photos(recipe)
         if engine.is_main_process:
+            remove_shared_leftovers(recipe.run_root)
             console.say(photo_report.describe_photos(recipe, photos))
         parts = loading.load(recipe, engine.device)
     _check_prompts(parts, recipe, photos)
@@ -103,6 +105,7 @@ def make_class_images(recipe: Recipe, stop: StopRequest) -> None:
     if not recipe.with_prior:
         console.say("no class images: prior preservation is off")
         return
+    remove_shared_leftovers(recipe.run_root)
     incomplete = []
     for class_recipe in recipe.class_recipes:
         images = class_images.find(class_recipe)
@@ -123,6 +126,12 @@ def make_class_images(recipe: Recipe, stop: StopRequest) -> None:
     with meter.phase("class_images"):
         for class_recipe in incomplete:
             _load_class_images(class_recipe, pipeline, engine, console, stop)
+
+
+def remove_shared_leftovers(run_root: Path) -> None:
+    """Remove old temporary files that killed processes left in the folders that the runs of a run_root share."""
+    for folder in (run_root / "latents", *(run_root / "class_images").glob("*/")):
+        atomic_files.remove_leftovers(folder, atomic_files.SHARED_LEFTOVER_AGE)
 
 
 def _check_processes(recipe: Recipe, engine: Engine) -> None:

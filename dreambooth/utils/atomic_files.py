@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ from dreambooth.errors import DoesNotFit, DreamBoothError, UserError
 
 TEMPORARY_PREFIX = ".writing-"  # prefix of files and folders that are being written
 REMOVED_PREFIX = ".removing-"  # prefix of folders that are being removed
+SHARED_LEFTOVER_AGE = 3600.0  # seconds; a file that is being written changes more often
 END_BYTES = 2**20  # bytes that `quick_digest` reads at each end of a file
 
 
@@ -179,11 +181,23 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(removed)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files and folders that a killed process left in `folder`."""
+def remove_leftovers(folder: Path, min_age: float = 0.0) -> None:
+    """Remove temporary files and folders that a killed process left in `folder`.
+
+    Args:
+        min_age: seconds since the last change; SHARED_LEFTOVER_AGE for a folder into which other runs may be writing.
+    """
     for entry in folder.glob(".*"):
-        if entry.name.startswith((TEMPORARY_PREFIX, REMOVED_PREFIX)):
+        if entry.name.startswith((TEMPORARY_PREFIX, REMOVED_PREFIX)) and _age(entry) >= min_age:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+def _age(path: Path) -> float:
+    """Return the seconds since a file or folder was changed; -1 if it is gone, because its writer has renamed it."""
+    try:
+        return max(0.0, time.time() - path.lstat().st_mtime)
+    except FileNotFoundError:
+        return -1.0
 
 
 def trailing_number(path: Path) -> int:

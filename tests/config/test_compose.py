@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 import dreambooth
 from dreambooth.config.compose import conf_dir, load
+from dreambooth.config.model_defaults import default_sample_batch_size
 from dreambooth.config.schema import Config
 from dreambooth.errors import ConfigError
 from dreambooth.runs.identity import identity, register_resolver
@@ -121,10 +122,10 @@ def test_a_recipe_cannot_be_changed_and_its_settings_hold_no_server() -> None:
 
 
 SAME = ["hardware=cpu", "memory=low", "tracking=none", "sample.every=7", "checkpoint.keep=9", "run_root=/x",
-        "train.max_train_steps=9", "prior.sample_batch_size=1", "memory=lowest", "memory.offload_optimizer=true"]
+        "train.max_train_steps=9", "prior.sample_batch_size=32", "memory=lowest", "memory.offload_optimizer=true"]
 OTHER = ["train.learning_rate=1", "train.seed=1", "dataset.instance_prompt=a zwx", "model.resolution=128",
          "precision=bf16", "prior.prior_loss_weight=9", "train.lr_scheduler=cosine", "optimizer.eps=1",
-         "memory.weights=half", "memory.rounding=kahan", "memory.ema_every=2"]
+         "memory.weights=half", "memory.rounding=kahan", "memory.ema_every=2", "prior.sample_batch_size=1"]
 
 
 @pytest.mark.parametrize("override", SAME)
@@ -135,6 +136,28 @@ def test_identity_is_that_of_the_result(override: str) -> None:
 @pytest.mark.parametrize("override", OTHER)
 def test_identity_changes_with_the_result(override: str) -> None:
     assert identity(compose_config(override)) != identity(compose_config())
+
+
+def test_a_run_with_another_batch_of_class_images_is_found_under_its_earlier_name(tmp_path: Path) -> None:
+    """Earlier versions did not hash the batch size, which changes the last bits of class images."""
+    ask = [f"run_root={tmp_path}", "prior.sample_batch_size=1"]
+    folder = tmp_path / f"demo-tiny-full-{identity(compose_config())}"
+    folder.mkdir()
+    others = {identity(compose_config(*ask))}
+    for content in ("[]", '{"settings": {"prior.sample_batch_size": "2"}}'):
+        (folder / "run.json").write_text(content)
+        others.add(identity(compose_config(*ask)))
+    assert len(others) == 1 and others != {identity(compose_config())}
+    (folder / "run.json").write_text('{"settings": {"prior.sample_batch_size": "1"}}')
+    assert identity(compose_config(*ask)) == identity(compose_config())
+    off = "prior.with_prior_preservation=false"
+    assert identity(compose_config(off, "prior.sample_batch_size=3")) == identity(compose_config(off))
+
+
+@pytest.mark.parametrize("model", sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml")))
+def test_the_default_batch_size_of_a_model_is_that_of_its_file(model: str) -> None:
+    assert default_sample_batch_size(model) == compose_config(f"model={model}").prior.sample_batch_size
+    assert default_sample_batch_size("somebodys") == 4
 
 
 def test_identity_counts_steps_only_where_the_schedule_does() -> None:

@@ -1,6 +1,7 @@
 """Class images: reused by prompt, model and sampler; only missing ones are generated."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_more_class_images_add_only_the_missing_ones(tmp_path: Path) -> None:
     first = generate_all(three)
     times = {path: path.stat().st_mtime_ns for path in class_images.find(three).paths}
     more = generate_all(five)
-    assert (len(first), len(more), len(set(first + more))) == (3, 2, 5)
+    assert (len(first), len(more), len(set(first + more))) == (3, 3, 5), "a batch is generated as a whole"
     assert all(path.stat().st_mtime_ns == then for path, then in times.items())
     assert str(class_images.find(six)) == "6 class images: 5 existing, 1 to generate"
 
@@ -44,9 +45,9 @@ def test_another_prompt_sampler_or_base_model_does_not_reuse_them(tmp_path: Path
         return class_images.find(make_recipe(tmp_path, *overrides)).folder.name.rsplit("-", 1)[1]
 
     others = ["dataset.class_prompt=a photo  of a toy", "prior.guidance_scale=2", "prior.num_inference_steps=3",
-              "model.resolution=128", "precision=bf16", "model.revision=x"]
+              "model.resolution=128", "precision=bf16", "model.revision=x", "prior.sample_batch_size=7"]
     assert len({key(), *map(key, others)}) == len(others) + 1
-    for same in ("train.seed=5", "prior.sample_batch_size=7", "dataset.instance_prompt=a zwx"):
+    for same in ("train.seed=5", "dataset.instance_prompt=a zwx"):
         assert key(same) == key()
 
 
@@ -107,13 +108,14 @@ def test_the_users_own_images_come_first(tmp_path: Path) -> None:
 
 def test_existing_images_stay_unchanged_and_only_missing_ones_are_generated(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, "prior.num_class_images=5")
-    seed_of_2 = class_images.find(recipe).missing[2][1]
+    batch_of_2 = [seed for _, seed in class_images.find(recipe).missing[2:4]]
     generate_all(recipe)
     paths = class_images.find(recipe).paths
     Image.new("RGB", (5, 5)).save(paths[0])
     mine = paths[0].read_bytes()
     paths[2].unlink()
-    assert generate_all(recipe) == [seed_of_2]
+    assert class_images.find(recipe).paths == paths, "the order of the images is the order of training"
+    assert generate_all(recipe) == batch_of_2
     assert paths[0].read_bytes() == mine
     assert generate_all(recipe) == [], "an image was generated again"
 
@@ -121,7 +123,7 @@ def test_existing_images_stay_unchanged_and_only_missing_ones_are_generated(tmp_
 @pytest.mark.parametrize("damage", ["cut", "empty", "bit"])
 def test_a_damaged_image_is_generated_again(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = make_recipe(tmp_path, "prior.num_class_images=5")
-    seed_of_2 = class_images.find(recipe).missing[2][1]
+    batch_of_2 = [seed for _, seed in class_images.find(recipe).missing[2:4]]
     generate_all(recipe)
     paths = class_images.find(recipe).paths
     before = [path.read_bytes() for path in paths]
@@ -129,7 +131,7 @@ def test_a_damaged_image_is_generated_again(damage: str, tmp_path: Path, caplog:
         flip_bit(paths[2], 0.7)
     else:
         paths[2].write_bytes(before[2][:40] if damage == "cut" else b"")
-    assert generate_all(recipe) == [seed_of_2]
+    assert generate_all(recipe) == batch_of_2
     assert f"{paths[2]} is damaged and is generated again" in caplog.text
     assert [path.read_bytes() for path in paths] == before
     assert class_images.find(recipe).paths == paths
@@ -174,6 +176,57 @@ def test_runs_that_start_at_the_same_time_share_the_work(tmp_path: Path) -> None
     assert sorted(set(drawn)) == sorted(seed for _, seed in both[0].missing)
     assert len(drawn) == 10, "only images that both runs were generating are generated twice"
     assert sum(ticks) == 8 and not class_images.find(recipe).missing
+
+
+@pytest.mark.parametrize("killed_after", range(5))
+def test_images_after_a_kill_equal_those_of_an_undisturbed_run(
+        killed_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size of a batch changes the last bits of its images, so that an image always comes from a whole batch."""
+    written: list[str] = []
+
+    class Killed(Exception):
+        pass
+
+    class Picture(Image.Image):
+        def save(self, fp: object, format: str | None = None, **more: object) -> None:
+            if len(written) == killed_after:
+                raise Killed
+            written.append(str(fp))
+            self.picture.save(str(fp), format=format)
+
+    def generate(seeds: list[int]) -> list[Image.Image]:
+        pictures = [Picture() for _ in seeds]
+        for picture, seed in zip(pictures, seeds, strict=True):
+            picture.picture = Image.new("RGB", (4, 4), (seed % 256, len(seeds), 0))  # type: ignore[attr-defined]
+        return pictures
+
+    found = []
+    for name, first in (("killed", 1), ("straight", 0)):
+        recipe = make_recipe(tmp_path / name, "prior.num_class_images=5")
+        images = class_images.find(recipe)
+        monkeypatch.setattr("secrets.randbelow", lambda count, first=first: first)
+        if name == "killed":
+            with pytest.raises(Killed):
+                class_images.generate_missing(images, recipe, generate, lambda count: None)
+            killed_after = 99
+            images = class_images.find(recipe)
+        class_images.generate_missing(images, recipe, generate, lambda count: None)
+        found.append([(path.name, path.read_bytes()) for path in images.paths])
+    assert found[0] == found[1]
+
+
+def test_old_leftovers_of_killed_runs_are_removed_from_shared_folders(tmp_path: Path) -> None:
+    from dreambooth.training.setup import remove_shared_leftovers
+
+    for folder in ("class_images/a-dog-1", "latents"):
+        for name in (".writing-old-1.png", ".writing-new-1.png", "00000.png"):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).touch()
+            if "new" not in name:
+                os.utime(tmp_path / folder / name, (1, 1))
+    remove_shared_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.rglob("*.png")} == {".writing-new-1.png", "00000.png"}
+    remove_shared_leftovers(tmp_path / "missing")
 
 
 def test_a_partly_written_image_does_not_count_as_existing(tmp_path: Path) -> None:
