@@ -31,6 +31,8 @@ from dreambooth.container.supervisor import ExitStatus, Supervisor
 from dreambooth.data.photos import list_photos
 from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.runs import identity
+from dreambooth.runs.remote_mirror import result_name
+from dreambooth.storage import folders
 from dreambooth.utils.assets import resolve_asset
 from dreambooth.utils.masking import mask_urls
 from dreambooth.utils.quoting import hydra_string, shell_line
@@ -74,17 +76,23 @@ def _run_job(paths: SageMakerPaths, args: list[str], supervisor: Supervisor) -> 
     for notice in request.notices:
         print(f"dreambooth: {mask_urls(notice)}", flush=True)
     print(f"dreambooth: python -m dreambooth.train {mask_urls(shell_line(request.to_args()))}", flush=True)
+    if request.upload_uri:
+        folders.check_destination(request.upload_uri)  # before hours of training
     status = supervisor.run(cluster.train_command(request.to_args()), cluster.network_environment(),
                             launcher=cluster.world_size > 1)
     if status.code or not cluster.is_first_host:
         return status
     publish(run_dir, paths.model)
-    if request.upload_uri:
-        uri = f"{request.upload_uri.rstrip('/')}/{run_dir.name}"
-        return supervisor.run([sys.executable, "-m", "dreambooth.storage", "upload", str(paths.model), uri], {},
-                              stopped=f"stopped after the last step, the model is in {paths.model}; start it again to "
-                                      f"upload it to {uri}")
-    return status
+    return _upload(request.upload_uri, run_dir.name, paths.model, supervisor) if request.upload_uri else status
+
+
+def _upload(parent: str, run_name: str, result: Path, supervisor: Supervisor) -> ExitStatus:
+    """Upload the result of a run to its own folder below the S3 address `parent`."""
+    step = json.loads((result / "result.json").read_text(encoding="utf-8"))["step"]
+    uri = f"{parent.rstrip('/')}/{run_name}/{result_name(step)}"
+    return supervisor.run([sys.executable, "-m", "dreambooth.storage", "upload", "--result", str(result), uri], {},
+                          stopped=f"stopped after the last step, the model is in {result}; start it again to upload "
+                                  f"it to {uri}")
 
 
 def read_request(paths: SageMakerPaths, args: list[str], hardware: str | None) -> RunRequest:
@@ -158,8 +166,6 @@ def _to_local_folder(folder: str, storage: Storage) -> Path:
     """Return the local path of a folder. If the folder is in S3, download it to the cache that the run also uses."""
     if not is_remote(folder):
         return Path(resolve_asset(folder))
-    from dreambooth.storage import folders
-
     return folders.download(folder, Path(storage.cache).absolute(), parallel=storage.parallel)
 
 

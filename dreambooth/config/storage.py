@@ -16,6 +16,12 @@ def is_remote(path: str | None) -> bool:
     return (path or "").startswith(S3_SCHEME)
 
 
+def is_s3_folder(path: str) -> bool:
+    """Return whether a path is the S3 address of a folder in a bucket, not of a bucket alone."""
+    bucket, _, folder = path.removeprefix(S3_SCHEME).partition("/")
+    return is_remote(path) and bool(bucket) and bool(folder.strip("/"))
+
+
 def is_single_file(path: str | None) -> bool:
     """Return whether a path has the suffix of a model in a single file."""
     return (path or "").lower().endswith(SINGLE_FILE_SUFFIXES)
@@ -31,9 +37,8 @@ class Storage(Section):
     parallel: int = 8
 
     def __post_init__(self) -> None:
-        bucket_and_folder = (self.upload or f"{S3_SCHEME}b/p").removeprefix(S3_SCHEME)
         require("storage", {
-            "upload": (self.upload is None or (is_remote(self.upload) and all(bucket_and_folder.partition("/")[::2])),
+            "upload": (self.upload is None or is_s3_folder(self.upload),
                        f"s3://BUCKET/FOLDER, or null for none, not {self.upload}"),
             "checkpoints": (not self.checkpoints or self.upload is not None, "false unless storage.upload is set"),
             "parallel": (1 <= self.parallel <= 64, f"from 1 to 64, not {self.parallel}"),

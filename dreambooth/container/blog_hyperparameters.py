@@ -5,7 +5,7 @@ This project started from the notebook of this blog post, see docs/container.md.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from dreambooth.config.storage import is_remote
+from dreambooth.config.storage import is_s3_folder
 from dreambooth.container import hyperparameter_values
 from dreambooth.container.sagemaker_paths import SageMakerPaths
 from dreambooth.errors import ConfigError
@@ -135,7 +135,7 @@ def _parse_keyless(settings: BlogSettings, name: str, raw: str, paths: SageMaker
         settings.save_by_epochs = hyperparameter_values.parse_bool(raw)
     elif name == "manul_upload_model_path":
         settings.upload_uri = hyperparameter_values.parse_text(raw) or None
-        if settings.upload_uri and not is_remote(settings.upload_uri):
+        if settings.upload_uri and not is_s3_folder(settings.upload_uri):
             yield f"{name} must be a folder in S3, such as s3://BUCKET/PREFIX, not {settings.upload_uri!r}"
     else:
         path = hyperparameter_values.parse_text(raw)

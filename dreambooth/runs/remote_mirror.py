@@ -36,12 +36,14 @@ def mirror_run(spec: Storage, run_dir: Path, resume: str) -> Iterator[Callable[[
         A function that copies the result files to S3. After training, the caller calls this function with the Result.
 
     Raises:
-        UserError: the result could not be copied, or `CheckpointMirror.download_latest` failed.
+        UserError: storage.upload cannot be accessed, the result could not be copied, or
+            `CheckpointMirror.download_latest` failed.
     """
     if spec.upload is None or not is_main_process():
         yield lambda result: None
         return
     uri = f"{spec.upload.rstrip('/')}/{run_dir.name}"
+    folders.check_destination(uri)  # before hours of training
     mirror = CheckpointMirror(run_dir, uri, spec.parallel) if spec.checkpoints else None
     if mirror:
         mirror.download_latest(resume)
@@ -53,9 +55,14 @@ def mirror_run(spec: Storage, run_dir: Path, resume: str) -> Iterator[Callable[[
             mirror.finish()
 
 
+def result_name(step: int) -> str:
+    """Return the name of the S3 folder of a result. It has the number of steps: an extended run has several results."""
+    return f"result-{step:06d}"
+
+
 def _copy_result(step: int, run_dir: Path, uri: str, parallel: int) -> None:
-    """Copy the result files to S3. The folder name contains the step: a run that is extended has several results."""
-    console, target = Console(), f"{uri}/result-{step:06d}"
+    """Copy the result files to S3."""
+    console, target = Console(), f"{uri}/{result_name(step)}"
     entries = hash_folder(run_dir, RESULT_FILES)
     target = folders.upload_with_fallback(run_dir, target, entries, console, parallel, core="model/")
     console.say(f"the result is complete in {target}")

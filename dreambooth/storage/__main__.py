@@ -1,10 +1,12 @@
 """The command `python -m dreambooth.storage`: uploads a folder to S3, or downloads a folder from S3."""
 
+from argparse import Namespace
 from pathlib import Path
 
 from dreambooth import cli
 from dreambooth.errors import UserError
 from dreambooth.storage import folders
+from dreambooth.storage.manifest import hash_folder
 from dreambooth.utils.console import Console
 
 
@@ -16,6 +18,8 @@ def parser() -> cli.ArgumentParser:
     upload = commands.add_parser("upload", help="upload a folder to S3, or continue an upload")
     upload.add_argument("folder", type=Path)
     upload.add_argument("uri", metavar="s3://BUCKET/PREFIX")
+    upload.add_argument("--result", action="store_true", help="FOLDER is the result of a run: if the address has "
+                        "another result, use ADDRESS.2, ADDRESS.3 and so on; do not send an equal model/ again")
     download = commands.add_parser("download", help="download a folder from S3 and print its path")
     download.add_argument("uri", metavar="s3://BUCKET/PREFIX")
     download.add_argument("folder", type=Path, help="parent of the new folder, whose name has a hash of its content")
@@ -35,13 +39,21 @@ def main() -> None:
         if options.command == "upload":
             if not options.folder.is_dir():
                 raise UserError(f"{options.folder} is not a folder: type a folder, then its S3 address")
-            folders.upload(options.folder, options.uri, Console(), options.parallel)
-            print(f"{options.uri} is complete")
+            print(f"{upload(options)} is complete")
         else:
             print(folders.download(options.uri, options.folder, Console(), options.parallel))
 
     cli.run_job(job, sweep=False)
     cli.exit_process()
+
+
+def upload(options: Namespace) -> str:
+    """Upload a folder as `options` say, and return its address. That of a result may differ from `options.uri`."""
+    if options.result:
+        return folders.upload_with_fallback(options.folder, options.uri, hash_folder(options.folder), Console(),
+                                            options.parallel, core="model/")
+    folders.upload(options.folder, options.uri, Console(), options.parallel)
+    return str(options.uri)
 
 
 if __name__ == "__main__":

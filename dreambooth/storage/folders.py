@@ -53,10 +53,8 @@ def upload(folder: Path, uri: str, console: Console | None = None, parallel: int
     """Upload a local folder to S3. Files that S3 already has are not sent again.
 
     Raises:
-        UserError: S3 rejects or loses a file, or the address already has a complete folder (with a manifest) whose
-            content differs from the local folder.
-        DestinationOccupied: the address has no complete folder, but it has a file of the same name as a local file,
-            with other content.
+        UserError: S3 rejects or loses a file.
+        DestinationOccupied: the address is a complete folder with other content, or has a file with other content.
     """
     with _open_bucket(uri, console, parallel) as bucket:
         upload_entries(bucket, manifest.hash_folder(folder), folder)
@@ -66,8 +64,8 @@ def upload_with_fallback(folder: Path, uri: str, entries: Entries, console: Cons
                          core: str = "") -> str:
     """Upload a folder to the first free address of URI, URI.2, URI.3 and so on.
 
-    This function is for callers that cannot prompt the user for another address. An address is not free if an
-    unfinished upload left other content there.
+    This function is for callers that cannot prompt the user for another address: a result or a checkpoint is stored
+    after hours of training. An address is not free if it has other content, complete or not.
 
     Args:
         entries: manifest entries of the files to upload.
@@ -78,7 +76,7 @@ def upload_with_fallback(folder: Path, uri: str, entries: Entries, console: Cons
         The address of the complete folder.
 
     Raises:
-        UserError: S3 rejects or loses a file, or an address has a complete folder with other content.
+        UserError: S3 rejects or loses a file.
     """
     def of_core(all_entries: Entries) -> Entries:
         return {name: entry for name, entry in all_entries.items() if name.startswith(core)}
@@ -90,6 +88,16 @@ def upload_with_fallback(folder: Path, uri: str, entries: Entries, console: Cons
                 upload_entries(bucket, entries, folder)
             return candidate
     raise AssertionError("unreachable")
+
+
+def check_destination(uri: str) -> None:
+    """Check that the content of an S3 address can be listed. Call this before a training that is uploaded there.
+
+    Raises:
+        UserError: `uri` is not an S3 address, the bucket does not exist, or the credentials do not suffice.
+    """
+    with _open_bucket(uri, None, 1) as bucket:
+        bucket.check_access()
 
 
 def strip_fallback_number(name: str) -> str:
@@ -151,13 +159,16 @@ def list_complete_folders(uri: str) -> list[str]:
     """Return the addresses of the complete folders directly below an address, sorted by the number in the folder name.
 
     If `upload_with_fallback` appended a fallback number to a name, as in step-000100.2, the number before the fallback
-    number determines the order.
+    number determines the order, and then the fallback number.
     """
+    def numbers(name: str) -> tuple[int, int]:
+        step, _, fallback = name.partition(".")
+        return atomic_files.trailing_number(Path(step)), int(fallback) if fallback.isdecimal() else 1
+
     with _open_bucket(uri, None, 1) as bucket:
         listed = bucket.list_objects()
     names = {name.partition("/")[0] for name in listed if name.partition("/")[2] == manifest.NAME}
-    numbered = sorted((atomic_files.trailing_number(Path(strip_fallback_number(name))), name) for name in names)
-    return [f"{uri.rstrip('/')}/{name}" for _, name in numbered]
+    return [f"{uri.rstrip('/')}/{name}" for name in sorted(names, key=numbers)]
 
 
 @contextmanager

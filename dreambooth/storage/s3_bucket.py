@@ -8,7 +8,7 @@ from functools import partial
 from hashlib import sha256
 from typing import Any, TypeVar
 
-from dreambooth.config.storage import S3_SCHEME, is_remote
+from dreambooth.config.storage import S3_SCHEME, is_s3_folder
 from dreambooth.errors import UserError
 from dreambooth.storage import aws_errors, manifest
 from dreambooth.storage.manifest import Entries, Entry
@@ -35,7 +35,7 @@ class S3Location:
             UserError: `uri` does not have this form.
         """
         bucket, _, prefix = uri.removeprefix(S3_SCHEME).partition("/")
-        if not is_remote(uri) or not bucket or not prefix.strip("/"):
+        if not is_s3_folder(uri):
             raise UserError(f"{uri!r} is not an S3 address: type s3://BUCKET/PREFIX")
         return cls(bucket, prefix.strip("/"))
 
@@ -136,6 +136,15 @@ class Bucket:
 
         text = self.call("s3:GetObject", manifest.NAME, get)
         return None if text is None else manifest.parse(text, str(self.location))
+
+    def check_access(self) -> None:
+        """Check that the bucket exists and that its objects can be listed.
+
+        Raises:
+            UserError: the bucket cannot be listed.
+        """
+        self.call("s3:ListBucket", "", lambda: self.s3.list_objects_v2(
+            Bucket=self.location.bucket, Prefix=self.location.prefix, MaxKeys=1))
 
     def list_objects(self) -> Entries:
         """Return the size and ETag of every object below the location. If the location is an object, its name is ""."""

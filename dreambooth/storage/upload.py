@@ -16,23 +16,20 @@ ROUNDS = 3  # attempts to send missing files
 
 
 class DestinationOccupied(UserError):
-    """Raised if the destination has no manifest, but has a file whose content differs from the file to upload.
-
-    An aborted upload, for example, may leave such a file.
-    """
+    """Raised if the destination has other content: a complete folder, or files that an aborted upload left."""
 
 
 def upload_entries(bucket: Bucket, entries: Entries, folder: Path) -> None:
     """Upload those files of a local folder that `entries` lists, and then the manifest.
 
     Raises:
-        UserError: S3 rejects or loses a file, or the destination is a complete folder whose content differs.
-        DestinationOccupied: the destination is not a complete folder, but has a file whose content differs.
+        UserError: S3 rejects or loses a file.
+        DestinationOccupied: the destination is a complete folder with other content, or has a file with other content.
     """
     existing = bucket.read_manifest()
     if existing is not None and existing != entries:
-        raise UserError(f"{bucket.location} already holds another complete upload, which is never replaced: type "
-                        "another S3 address")
+        raise DestinationOccupied(f"{bucket.location} already holds another complete upload, which is never replaced: "
+                                  "type another S3 address")
     missing = _missing_entries(bucket, entries)
     for _ in range(ROUNDS):
         if not missing:
@@ -46,7 +43,8 @@ def upload_entries(bucket: Bucket, entries: Entries, folder: Path) -> None:
     manifest_entry = Entry(len(text), (sha256(text).hexdigest(),))
     _put(bucket, manifest.NAME, text, manifest_entry)
     if not bucket.holds(manifest.NAME, manifest_entry):
-        raise UserError(f"another upload to {bucket.location} was completed meanwhile: type another S3 address")
+        raise DestinationOccupied(f"another upload to {bucket.location} was completed meanwhile: type another S3 "
+                                  "address")
 
 
 def _missing_entries(bucket: Bucket, entries: Entries) -> Entries:

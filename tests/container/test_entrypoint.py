@@ -20,7 +20,9 @@ from dreambooth import entrypoint
 from dreambooth.container.cluster import Cluster
 from dreambooth.container.sagemaker_paths import SageMakerPaths
 from dreambooth.container.supervisor import FORWARDED_SIGNALS, ExitStatus, Supervisor, _send_signal
-from dreambooth.errors import Interrupted
+from dreambooth.errors import Interrupted, UserError
+from dreambooth.storage import __main__ as storage_command
+from dreambooth.storage import folders
 from tests.support.configs import BLOG
 from tests.support.s3_server import plain_client, serving
 from tests.support.sagemaker_job import ASSETS, SHORT, failure, lay_out, steps, weights
@@ -202,12 +204,65 @@ def test_a_signal_after_the_last_step_says_where_the_model_is(
         return original([sys.executable, "-c", "" if train else f"import os; os.kill({os.getpid()}, 15); {SLEEPY}"],
                     **options)
 
+    def publish(run_dir: Path, target: Path) -> None:
+        (target / "result.json").write_text('{"step": 7}', "utf-8")
+        if stage == "publish":
+            os.kill(os.getpid(), signal.SIGTERM)
+
     monkeypatch.setattr(subprocess, "Popen", start_child)
-    monkeypatch.setattr(entrypoint, "publish",
-                        lambda *_: os.kill(os.getpid(), signal.SIGTERM) if stage == "publish" else None)
+    monkeypatch.setattr(entrypoint, "publish", publish)
+    monkeypatch.setattr(folders, "check_destination", lambda uri: None)
     status = entrypoint._run_job(paths, [], supervisor)
     assert status.code == Interrupted.exit_code
     assert status.message.startswith(f"SIGTERM: stopped after the last step, the model is in {paths.model}; start it ")
+
+
+# -- the copy of the model in S3 --------------------------------------------------------------------------------------
+
+def run_with_upload(base: Path, monkeypatch: pytest.MonkeyPatch, step: int = 7, seconds: int = 1) -> list[list[str]]:
+    """Run the blog's job with a training that only writes a result, and return the commands that were started."""
+    lay_out(base, SHORT | {"manul_upload_model_path": "s3://bucket/models", "model_name": "toy"})
+    commands: list[list[str]] = []
+
+    def run(self: Supervisor, command: list[str], environment: dict[str, str], **options: Any) -> ExitStatus:
+        commands.append(command)
+        if "dreambooth.storage" in command:
+            storage_command.upload(storage_command.parser().parse_args(command[3:]))
+        return ExitStatus()
+
+    def publish(run_dir: Path, target: Path) -> None:
+        (target / "model").mkdir(exist_ok=True)
+        (target / "model/weights.safetensors").write_text(str(step))
+        (target / "result.json").write_text(json.dumps({"step": step, "seconds": seconds}), "utf-8")
+
+    monkeypatch.setattr(Supervisor, "run", run)
+    monkeypatch.setattr(entrypoint, "publish", publish)
+    assert entrypoint._run_job(SageMakerPaths(base), [], Supervisor()) == ExitStatus()
+    return commands
+
+
+def test_a_second_job_of_the_same_name_and_an_extended_one_are_uploaded(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """result.json holds the seconds of the training, which differ in every job."""
+    with serving():
+        plain_client().create_bucket(Bucket="bucket")
+        for number, steps_of_job in enumerate((7, 7, 12)):
+            run_with_upload(tmp_path / str(number), monkeypatch, steps_of_job, seconds=number)
+        keys = {item["Key"] for item in plain_client().list_objects_v2(Bucket="bucket")["Contents"]}
+    results = sorted(key.rpartition("/")[0] for key in keys if key.endswith("result.json"))
+    assert [key.rpartition("/")[2] for key in results] == ["result-000007", "result-000012"]
+    assert all(key.startswith("models/toy-") for key in keys)
+
+
+def test_an_upload_address_that_s3_refuses_ends_the_job_before_it_trains(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving():
+        commands: list[list[str]] = []
+        monkeypatch.setattr(Supervisor, "run", lambda self, command, *_, **__: commands.append(command))
+        lay_out(tmp_path, SHORT | {"manul_upload_model_path": "s3://nowhere/models"})
+        with pytest.raises(UserError, match="bucket nowhere does not exist"):
+            entrypoint._run_job(SageMakerPaths(tmp_path), [], Supervisor())
+    assert commands == []
 
 
 # -- jobs that train -------------------------------------------------------------------------------------------------

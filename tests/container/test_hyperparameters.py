@@ -68,7 +68,8 @@ def test_a_withdrawn_model_is_replaced_by_its_successor_with_a_notice() -> None:
 
 def test_all_wrong_values_are_reported_together_by_name() -> None:
     message = error_of({"use_ema": "maybe", "max_train_steps": "3.5", "learning_rate": "fast", "attention": "flash",
-                        "manul_upload_model_path": "/tmp/x", "models_path": "/tmp/y", "with_prior_preservation": "1"})
+                        "manul_upload_model_path": "s3://bucket", "models_path": "/tmp/y",
+                        "with_prior_preservation": "1"})
     assert "use_ema must be true or false, not 'maybe'" in message
     for name in ("max_train_steps", "learning_rate", "attention", "manul_upload_model_path", "models_path",
                  "with_prior_preservation"):

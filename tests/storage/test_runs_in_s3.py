@@ -14,6 +14,7 @@ from dreambooth.config.schema import Config
 from dreambooth.config.storage import Storage
 from dreambooth.errors import UserError
 from dreambooth.runs import checkpoint_files, remote_mirror
+from dreambooth.storage import __main__ as storage_command
 from dreambooth.storage import folders, manifest, run_inputs
 from tests.storage.bucket_content import content, prefix
 from tests.support.faults import FAST
@@ -38,6 +39,7 @@ def make_config(tmp_path: Path, **paths: str) -> Config:
 @pytest.mark.parametrize("words, sentence", [
     ({"upload": "runs"}, "storage.upload must be s3://BUCKET/FOLDER, or null for none, not runs"),
     ({"upload": "s3://bucket"}, "storage.upload must be"), ({"upload": "s3:///x"}, "storage.upload must be"),
+    ({"upload": "s3://bucket//"}, "storage.upload must be"), ({"upload": ""}, "storage.upload must be"),
     ({"checkpoints": True}, "storage.checkpoints must be false unless storage.upload is set"),
     ({"parallel": 0}, "storage.parallel must be from 1 to 64, not 0"), ({"parallel": 65}, "not 65"),
 ])
@@ -139,13 +141,35 @@ def test_an_interrupted_upload_of_a_result_leaves_no_file_that_differs_between_m
     assert "result.json" not in in_bucket("tests", prefix(f"{uri}/run/result-000100"))
 
 
-def test_a_result_with_other_weights_does_not_count_as_this_one(server: Server, tmp_path: Path, uri: str) -> None:
-    write_run(tmp_path / "run", 100)
-    with remote_mirror.mirror_run(Storage(upload=uri), tmp_path / "run", "auto") as upload_result:
-        upload_result(SimpleNamespace(step=100))
-        write_model(tmp_path / "run/model", 2)
-        with pytest.raises(UserError, match="holds another complete upload"):
-            upload_result(SimpleNamespace(step=100))
+@pytest.mark.parametrize("door", ["storage.upload", "upload --result"])
+def test_a_result_with_other_weights_has_an_address_of_its_own(
+        server: Server, tmp_path: Path, uri: str, door: str) -> None:
+    """The weights of two trainings on a GPU differ in their last bits: the second upload must not fail at the end."""
+    run, first = tmp_path / "run", f"{uri}/run/result-000100"
+
+    def upload() -> None:
+        if door == "storage.upload":
+            with remote_mirror.mirror_run(Storage(upload=uri), run, "auto") as upload_result:
+                upload_result(SimpleNamespace(step=100))
+        else:
+            storage_command.upload(storage_command.parser().parse_args(["upload", "--result", str(run), first]))
+
+    addresses = [first, first, f"{first}.2", f"{first}.3"]
+    for number, weights in enumerate((1, 1, 2, 3)):
+        write_run(run, 100)
+        (run / "result.json").write_text(f'{{"seconds": {number}}}')
+        write_model(run / "model", weights)
+        upload()
+        assert "result.json" in (folders.read_manifest(addresses[number]) or {})
+    assert in_bucket("tests", prefix(first))["result.json"] == b'{"seconds": 0}', "an equal model was sent again"
+    assert in_bucket("tests", prefix(f"{first}.4")) == {}
+    assert folders.list_complete_folders(f"{uri}/run") == addresses[1:]
+
+
+def test_an_upload_that_s3_would_refuse_ends_a_run_before_it_begins(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"bucket nowhere does not exist: type another name, or create it"), \
+            remote_mirror.mirror_run(Storage(upload="s3://nowhere/runs"), tmp_path / "run", "auto"):
+        pytest.fail("the run began")
 
 
 def test_a_half_uploaded_checkpoint_of_another_machine_does_not_block_the_upload(
