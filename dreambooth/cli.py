@@ -5,7 +5,6 @@ import atexit
 import codecs
 import errno
 import io
-import json
 import logging
 import math
 import os
@@ -14,7 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -224,7 +223,8 @@ def _record_failure(code: int, sentence: str, user_error: bool = True) -> None:
     if folder := os.environ.get(EXIT_REPORT_DIR):
         rank = int(os.environ.get("RANK", "0"))  # set by PyTorch's launcher
         report = {"rank": rank, "code": code, "sentence": sentence, "meant": user_error}
-        (Path(folder) / f"{rank}.json").write_text(json.dumps(report), encoding="utf-8")
+        with suppress(OSError):  # a full disk must not hide the reason of the failure, which the log has too
+            atomic_files.write_json(Path(folder) / f"{rank}.json", report)
 
 
 def last_failure() -> str | None:

@@ -12,14 +12,14 @@ from dreambooth.evaluation.evaluator import Evaluator
 from dreambooth.models import loading
 from dreambooth.planner import auto_memory
 from dreambooth.runs import report, run_folder
-from dreambooth.runs.run_folder import Result, find_resume_point, load_finished, locked
+from dreambooth.runs.run_folder import Result, load_finished, locked
 from dreambooth.runtime import oom_advice
 from dreambooth.runtime.engine import Engine, create_engine
 from dreambooth.runtime.memory_meter import MemoryMeter
 from dreambooth.serialization import export
 from dreambooth.tracking.run_tracker import track_run
 from dreambooth.tracking.tracker import Tracker
-from dreambooth.training import best_weights, checkpoint, loop
+from dreambooth.training import best_weights, checkpoint, checkpoint_transfer, loop
 from dreambooth.training.evaluation_hook import EvaluationHook
 from dreambooth.training.hooks import CheckpointHook, HookList, LogHook, SampleHook
 from dreambooth.training.instance_loss import instance_loss
@@ -49,7 +49,7 @@ def execute(recipe: Recipe, stop: StopRequest) -> Result:
                 return done
         recipe, predicted, note = engine.run_on_main(partial(auto_memory.apply_auto_memory, recipe, engine.world_size))
         console.table(report.plan_table(recipe) | ({"memory": note} if note else {}))
-        start = engine.run_on_main(partial(find_resume_point, recipe.run_dir, recipe.checkpoint.resume))
+        start = checkpoint_transfer.resume_point(recipe.run_dir, recipe.checkpoint.resume, engine)
         advice = partial(oom_advice.suggest_overrides, recipe=recipe.with_processes(engine.world_size))
         meter = MemoryMeter(engine.device, advice, predicted)
         setup = assemble(recipe, engine, accelerator, console, meter, stop)

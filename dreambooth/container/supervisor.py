@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -78,7 +79,7 @@ class Supervisor:
             code: exit code of the child process; -N if signal N ended it.
             folder: folder with the exit reports, which cli.py writes in the child and in its worker processes.
         """
-        reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+        reports = [report for path in sorted(folder.glob("[0-9]*.json")) if (report := _read_report(path))]
         # A killed process writes no report, and the reports of other processes describe only consequences.
         if code and reports and code != -signal.SIGKILL:
             # Processes that wait for a failed process report internal errors. Prefer a user-facing error ("meant").
@@ -96,6 +97,15 @@ class Supervisor:
 
     def _report_interruption(self, message: str) -> ExitStatus:
         return _report(Interrupted.exit_code, f"{signal.Signals(self._signals[0]).name}: {message}")
+
+
+def _read_report(path: Path) -> dict[str, Any] | None:
+    """Return the exit report of a process, or None if the file is not a report, because the disk was full."""
+    with suppress(OSError, ValueError):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(report, dict) and {"rank", "code", "sentence", "meant"} <= report.keys():
+            return report
+    return None
 
 
 def _report(code: int, message: str) -> ExitStatus:

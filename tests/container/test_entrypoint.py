@@ -16,13 +16,14 @@ from typing import Any
 import psutil
 import pytest
 
-from dreambooth import entrypoint
+from dreambooth import cli, entrypoint
 from dreambooth.container.cluster import Cluster
 from dreambooth.container.sagemaker_paths import SageMakerPaths
 from dreambooth.container.supervisor import FORWARDED_SIGNALS, ExitStatus, Supervisor, _send_signal
 from dreambooth.errors import Interrupted, UserError
 from dreambooth.storage import __main__ as storage_command
 from dreambooth.storage import folders
+from dreambooth.utils import atomic_files
 from tests.support.configs import BLOG
 from tests.support.s3_server import plain_client, serving
 from tests.support.sagemaker_job import ASSETS, SHORT, failure, lay_out, steps, weights
@@ -158,6 +159,24 @@ def test_a_user_error_is_reported_before_internal_errors_of_other_ranks(tmp_path
         report = {"rank": rank, "code": 1 + rank, "sentence": f"rank {rank}", "meant": meant}
         (tmp_path / f"{rank}.json").write_text(json.dumps(report), encoding="utf-8")
     assert Supervisor()._exit_status(1, tmp_path) == ExitStatus(2, "rank 1")
+
+
+def test_an_exit_report_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun, a process may be killed while it writes its report, and the disk may be full."""
+    monkeypatch.setenv("DREAMBOOTH_ENDS", str(tmp_path))
+    monkeypatch.setattr(cli, "_exit_codes", [])
+    cli._record_failure(3, "it does not fit")
+    assert Supervisor()._exit_status(1, tmp_path) == ExitStatus(3, "it does not fit")
+    whole = (tmp_path / "0.json").read_text("utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic_files, "sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        cli._record_failure(4, "out of memory")
+    assert {path.name: path.read_text("utf-8") for path in tmp_path.iterdir()} == {"0.json": whole}
+    (tmp_path / ".writing-1234-1.json").write_text(whole, "utf-8")  # of a process that was killed
+    for broken in ('{"rank": 0, "co', "", "[1]", '{"rank": 0}'):
+        (tmp_path / "0.json").write_text(broken, "utf-8")
+        assert Supervisor()._exit_status(1, tmp_path) == ExitStatus(1, "the job ended with exit code 1: see its log "
+                                                                       "for the reason")
 
 
 def test_a_killed_rank_is_reported_and_not_the_failures_that_it_caused(tmp_path: Path) -> None:

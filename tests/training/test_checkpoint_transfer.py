@@ -1,0 +1,118 @@
+"""Hosts without a shared disk resume from the checkpoint of the first one."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from dreambooth.errors import DoesNotFit
+from dreambooth.runtime.engine import Engine
+from dreambooth.training import checkpoint_transfer
+from dreambooth.utils import atomic_files
+from tests.training.test_checkpoint import ToyModel, make_state, save, train
+
+
+class Hosts:
+    """Two hosts with one process each, which run one after the other in the same folder."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir, self.sent = run_dir, list[Any]()
+        self._lacking = False
+
+    def resume(self, rank: int, resume: str = "auto") -> Path | None:
+        """What a host resumes from. The first host sends objects, which the second then receives in this order."""
+        received = iter(list(self.sent))
+
+        def broadcast(value: Any) -> Any:
+            if rank == 0:
+                self.sent.append(value)
+            return value if rank == 0 else next(received)
+
+        def any_of(flag: Tensor) -> Tensor:
+            return flag + float(self._lacking)
+
+        return checkpoint_transfer.resume_point(self.run_dir, resume, Engine(
+            rank=rank, world_size=2, local_world_size=1, broadcast=broadcast, all_reduce_mean=any_of))
+
+    def resume_both(self, second: Path, lacking: bool = True, resume: str = "auto") -> Path | None:
+        """Resume on the first host, then on a host whose run folder is `second`, which it replaces."""
+        self._lacking = lacking
+        first = self.resume(0, resume)
+        assert first is not None
+        self.run_dir.rename(self.run_dir.with_name("first"))
+        second.rename(self.run_dir)
+        return self.resume(1, resume)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hosts:
+    monkeypatch.setattr(checkpoint_transfer, "BLOCK", 300)  # several blocks a file
+    run = tmp_path / "run"
+    save(run / "checkpoints", train(make_state(ToyModel()), 2))
+    return Hosts(run)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("content", ["none", "older", "same step, other run", "truncated"])
+def test_a_host_without_the_checkpoint_gets_it_from_the_first(content: str, hosts: Hosts, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    original = hosts.run_dir / "checkpoints/step-000002"
+    wanted = files(original)
+    second.mkdir()
+    if content == "older":
+        save(second / "checkpoints", train(make_state(ToyModel()), 1))
+        (second / "checkpoints" / f"{atomic_files.TEMPORARY_PREFIX}step-000007").mkdir()  # of a killed process
+    elif content == "same step, other run":
+        save(second / "checkpoints", train(make_state(ToyModel(), lr=1e-3), 2))
+    elif content == "truncated":
+        shutil.copytree(original, second / "checkpoints/step-000002")
+        (second / "checkpoints/step-000002/optimizer.safetensors").write_bytes(b"half")
+    start = hosts.resume_both(second)
+    assert start == original
+    assert files(start) == wanted
+    assert [path.name for path in start.parent.iterdir()] == ["step-000002"], "nothing else removes older checkpoints"
+    assert len(hosts.sent) > 3 + len(wanted)
+
+
+def test_a_host_that_has_the_checkpoint_receives_nothing(hosts: Hosts, tmp_path: Path) -> None:
+    second = shutil.copytree(hosts.run_dir, tmp_path / "second")
+    assert hosts.resume_both(second, lacking=False) == hosts.run_dir / "checkpoints/step-000002"
+    assert len(hosts.sent) == 2, "the choice and its state file"
+
+
+def test_a_checkpoint_outside_the_run_folder_is_copied_into_it(hosts: Hosts, tmp_path: Path) -> None:
+    """The other host may have no permission to write that path."""
+    given = shutil.copytree(hosts.run_dir / "checkpoints/step-000002", tmp_path / "given/step-000002")
+    wanted = files(given)
+    (tmp_path / "second").mkdir()
+    hosts._lacking = True
+    assert hosts.resume(0, str(given)) == given
+    shutil.rmtree(given)
+    hosts.run_dir.rename(tmp_path / "first")
+    (tmp_path / "second").rename(hosts.run_dir)
+    start = hosts.resume(1, str(given))
+    assert start == hosts.run_dir / "checkpoints/step-000002"
+    assert files(start) == wanted
+
+
+def test_one_host_or_a_path_that_is_no_checkpoint_sends_nothing(hosts: Hosts, tmp_path: Path) -> None:
+    assert hosts.resume(0, str(tmp_path)) == tmp_path  # restore() says what is wrong with it
+    assert json.dumps(hosts.sent[1:]) == "[null]"
+    one_host = Engine(world_size=2, local_world_size=2, broadcast=lambda value: value)
+    assert checkpoint_transfer.resume_point(tmp_path / "new", "auto", one_host) is None
+
+
+def test_a_full_disk_of_a_host_is_one_sentence(hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "second").mkdir()
+    monkeypatch.setattr(atomic_files, "sync", full)
+    with pytest.raises(DoesNotFit, match=r"step-000002 could not be written to .*: free some space and repeat"):
+        hosts.resume_both(tmp_path / "second")
