@@ -11,15 +11,16 @@ import traceback
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from dreambooth import cli
 from dreambooth.config.compose import conf_dir, load
-from dreambooth.config.enums import Device
+from dreambooth.config.enums import Device, TrackingKind
 from dreambooth.config.overrides import explain, prepare, setting_keys
 from dreambooth.config.schema import Config, Storage
 from dreambooth.config.storage import is_remote
@@ -33,6 +34,7 @@ from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.runs import identity
 from dreambooth.runs.remote_mirror import result_name
 from dreambooth.storage import folders
+from dreambooth.tracking.mlflow_database import local_path
 from dreambooth.utils.assets import resolve_asset
 from dreambooth.utils.masking import mask_urls
 from dreambooth.utils.quoting import hydra_string, shell_line
@@ -68,7 +70,7 @@ def main() -> None:
 def _run_job(paths: SageMakerPaths, args: list[str], supervisor: Supervisor) -> ExitStatus:
     cluster = parse_resource_config(paths.read_config("resourceconfig.json"), count_gpus() or 1)
     request = read_request(paths, args, _find_hardware_option(cluster.instance_type))
-    config, run_dir = compose_run(request.to_args())
+    config, run_dir = compose_run(request.to_args(), paths)
     if config.hardware.device is Device.cpu:
         cluster = limit_to_one_process(cluster)
     if request.save_by_epochs:
@@ -129,24 +131,56 @@ def _parse_args(args: list[str]) -> dict[str, str]:
     return {key: value for key, _, value in (arg.partition("=") for arg in args)}
 
 
-def compose_run(overrides: list[str]) -> tuple[Config, Path]:
+def compose_run(overrides: list[str], paths: SageMakerPaths | None = None) -> tuple[Config, Path]:
     """Compose a run from overrides, and return its configuration and its run folder.
 
+    Args:
+        paths: the folders of the job, below which the run must write its files. None: the run may write anywhere.
+
     Raises:
-        UserError: Hydra cannot compose the overrides.
+        UserError: Hydra cannot compose the overrides, or the run would write outside of `paths.checkpoints`.
     """
     overrides = prepare(overrides, Config)
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             cfg = compose("config", overrides, return_hydra_config=True)
         run_dir = Path(cfg.hydra.run.dir)
+        OmegaConf.set_struct(cfg, False)
+        outputs = _list_outputs(cfg, run_dir) if paths else {}
     except Exception as error:
         if (known := explain(error, Config, overrides)) is None:
             raise
         raise known from error
-    OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]
-    return load(cfg), run_dir
+    config = load(cfg)
+    if paths:
+        paths.check_outputs(outputs)
+    return config, run_dir
+
+
+def _list_outputs(cfg: DictConfig, run_dir: Path) -> dict[str, Path]:
+    """Return the files and folders that a run writes: override that sets the path -> path."""
+    OmegaConf.set_readonly(cfg.hydra, False)
+    cfg.hydra.runtime.output_dir = str(run_dir)  # as Hydra does when it starts the run
+    outputs = {"run_root": Path(cfg.run_root), "name or hydra.run.dir": run_dir}
+    if cfg.hydra.output_subdir is not None:
+        outputs["hydra.output_subdir"] = run_dir / str(cfg.hydra.output_subdir)
+    for key in ("hydra.job_logging", "hydra.hydra_logging"):
+        if (settings := OmegaConf.select(cfg, key)) is not None:
+            outputs |= _find_log_files(key, OmegaConf.to_container(settings, resolve=True))
+    if cfg.tracking.kind == TrackingKind.mlflow and cfg.tracking.uri and (store := local_path(cfg.tracking.uri)):
+        outputs["tracking.uri"] = store
+    return outputs
+
+
+def _find_log_files(key: str, settings: Any) -> dict[str, Path]:
+    """Return the log files of a configuration of Python's logging: override -> path of the file."""
+    if not isinstance(settings, dict):
+        return {}
+    files = {f"{key}.filename": Path(str(settings["filename"]))} if settings.get("filename") else {}
+    for name, value in settings.items():
+        files |= _find_log_files(f"{key}.{name}", value)
+    return files
 
 
 def _epochs_to_steps(config: Config, world_size: int) -> int:

@@ -23,7 +23,7 @@ STOP_TIMEOUT = 120  # seconds between SIGTERM and SIGKILL, as on SageMaker
 STOP_REPLY_TIMEOUT = 3.0  # seconds to wait for an error message of `docker stop`
 # Environment variables that are passed to the container by name only, so that no value appears in a command line.
 CREDENTIAL_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION",
-                        "AWS_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+                        "AWS_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "HF_TOKEN")
 
 
 class DockerBackend:

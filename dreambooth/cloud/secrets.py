@@ -14,8 +14,9 @@ from dreambooth.storage import folders
 from dreambooth.storage.s3_bucket import call_with_retries
 
 SECRET_VARIABLE = "DREAMBOOTH_SECRET"
-LOGIN_VARIABLES = {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD",
-                   "token": "MLFLOW_TRACKING_TOKEN"}  # field of the secret -> environment variable
+LOGIN_VARIABLES = {  # field of the secret -> environment variable; hf_token is a token of the Hugging Face hub
+    "username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD", "token": "MLFLOW_TRACKING_TOKEN",
+    "hf_token": "HF_TOKEN"}
 CREDENTIAL_KEY = re.compile(r"(?i)password|passwd|secret|token(?!i[sz])|(api|access|private|auth)_?key|credential")
 CREDENTIAL_VALUE = re.compile(  # a login in a URL or in its query string, and tokens with a known prefix
     r"://[^/\s:@]*:[^/\s]+@|https?://[^/\s]+@|(?i:password|passwd|secret|token|api_?key|signature)=."
@@ -39,12 +40,13 @@ def find_credentials(request: Mapping[str, Any]) -> Iterator[str]:
               *((f"tag {tag['Key']}", tag["Key"], tag["Value"]) for tag in request["Tags"])]
     for description, key, value in values:
         if CREDENTIAL_KEY.search(key) or CREDENTIAL_VALUE.search(str(value)):
-            yield (f"{description} looks like a credential: leave it out; a login to MLflow goes into AWS Secrets "
-                   "Manager, then type hydra.launcher.mlflow_secret=NAME")
+            yield (f"{description} looks like a credential: leave it out; logins to MLflow and to the Hugging Face hub "
+                   f"go into a secret in AWS Secrets Manager ({', '.join(LOGIN_VARIABLES)}), then type "
+                   "hydra.launcher.mlflow_secret=NAME")
 
 
 def load() -> None:
-    """Set MLflow's login variables from the secret whose name is in the environment variable DREAMBOOTH_SECRET.
+    """Set the login variables from the secret whose name or ARN is in the environment variable DREAMBOOTH_SECRET.
 
     Do nothing if DREAMBOOTH_SECRET is not set. Login variables that are already set keep their values.
 

@@ -14,6 +14,8 @@ from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
 
+from dreambooth.tracking.mlflow_database import is_local
+
 LOCAL_KEYS = {"run_root", "storage.cache"}  # keys of folders on the submitting machine, not sent to jobs
 # Configuration key -> channel that provides the folder.
 CHANNELS = {"dataset.instance_dir": "images", "dataset.class_dir": "class_images", "model.source": "model"}
@@ -142,11 +144,10 @@ def is_local_uri(uri: str) -> bool:
 
     These are the URIs of files, of SQLite databases and of loopback hosts.
     """
-    parts = urlsplit(uri)
-    host = parts.hostname or ""
+    host = urlsplit(uri).hostname or ""
     if host in ("localhost", "::1", "0.0.0.0", "host.docker.internal") or host.startswith("127."):
         return True
-    return parts.scheme in ("", "file", "sqlite") and uri != "databricks"
+    return is_local(uri)
 
 
 def _channel(channel: str, uri: str) -> dict[str, Any]:

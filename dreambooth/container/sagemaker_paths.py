@@ -69,6 +69,22 @@ class SageMakerPaths:
                 raise UserError(f"{folder} cannot be written by user {os.getuid()}: mount a folder that this user "
                                 f"owns, such as docker run -v ./out:{self.base}")
 
+    def check_outputs(self, outputs: Mapping[str, Path]) -> None:
+        """Check that a run writes its files below `checkpoints`, where they survive a spot interruption.
+
+        Args:
+            outputs: override that sets a path -> path of a file or folder that the run writes.
+
+        Raises:
+            UserError: a path is not below `checkpoints`. The message names the override.
+        """
+        root = self.checkpoints.resolve()
+        for override, path in outputs.items():
+            absolute = path.absolute().resolve()
+            if not absolute.is_relative_to(root) or (absolute == root and override != "run_root"):
+                raise UserError(f"{override} would make the job write to {absolute}, which is not below "
+                                f"{self.checkpoints}, so that a spot interruption would lose it: leave {override} out")
+
     def relocate(self, path: str) -> str:
         """Replace the prefix /opt/ml of a path by the base folder. Return any other path unchanged."""
         inside = Path(path).is_absolute() and Path(path).is_relative_to(DEFAULT_BASE)

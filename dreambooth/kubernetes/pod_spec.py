@@ -14,7 +14,7 @@ SERVICE_ACCOUNT = "dreambooth"  # service account of workflow pods
 CONFIG_MAP, SECRET = "dreambooth", "dreambooth-secrets"  # names; both objects are optional
 CONFIG_MAP_KEYS = ("MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION")
 SECRET_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
-               "AWS_SESSION_TOKEN")
+               "AWS_SESSION_TOKEN", "HF_TOKEN")
 USER_ID = 1000  # user of the container image
 GRACE_PERIOD = 120  # seconds between SIGTERM and SIGKILL, as under SageMaker
 GPU_RESOURCE = "nvidia.com/gpu"

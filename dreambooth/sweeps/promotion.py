@@ -42,7 +42,7 @@ from dreambooth.sweeps.trials import (
     reason_not_checked,
     reason_over_bound,
 )
-from dreambooth.tracking.mlflow_database import database_uri
+from dreambooth.tracking.mlflow_database import database_uri, is_local
 from dreambooth.tracking.model_registry import CANDIDATE, CHAMPION, Registry, Version
 from dreambooth.tracking.tracker import open_tracker
 from dreambooth.utils import atomic_files, quoting
@@ -260,7 +260,8 @@ def _send_to_mlflow(trial: Trial, options: PromotionOptions) -> tuple[str, str]:
     root, state_file = trial.folder.parent, trial.folder / "mlflow.json"
     known_uri = str((atomic_files.read_object(state_file) or {}).get("uri", ""))
     # A recorded server address is still valid. A recorded SQLite file may have been moved with the run folders.
-    uri = options.uri or (known_uri if known_uri.startswith("http") else options.default_uri) or None
+    is_server = known_uri != "" and not is_local(known_uri)
+    uri = options.uri or (known_uri if is_server else options.default_uri) or None
     with locked(trial.folder):
         open_tracker("mlflow", trial.folder, run_root=root, run_name=trial.folder.name, uri=uri,
                      experiment=options.experiment, required=True, update_status=False,

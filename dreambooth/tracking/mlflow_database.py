@@ -5,6 +5,7 @@ import glob
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from dreambooth.utils import atomic_files
 
@@ -34,8 +35,25 @@ def database_file(uri: str) -> Path | None:
 
 
 def is_local(uri: str) -> bool:
-    """Return whether an address of MLflow is a database or folder of this machine."""
-    return uri.startswith(("sqlite:", "sqlite+", "file:", "/"))
+    """Return whether an address of MLflow is a database or folder of this machine.
+
+    An ARN is the address of a server that SageMaker manages: arn:aws:sagemaker:REGION:ACCOUNT:mlflow-tracking-server/NAME
+    or arn:aws:sagemaker:REGION:ACCOUNT:mlflow-app/ID.
+    """
+    return uri.startswith(("sqlite:", "sqlite+", "file:", "/")) or (":" not in uri and uri != "databricks")
+
+
+def local_path(uri: str) -> Path | None:
+    """Return the file or folder of a database or folder of this machine; None for a server or a database in memory."""
+    if not is_local(uri):
+        return None
+    if not uri.startswith(("sqlite:", "sqlite+")):
+        return Path(unquote(urlsplit(uri).path) if uri.startswith("file:") else uri)
+    from sqlalchemy.exc import ArgumentError
+
+    with contextlib.suppress(ArgumentError):  # MLflow reports an address that is not valid
+        return database_file(uri)
+    return None
 
 
 def open_client(uri: str) -> Any:

@@ -172,7 +172,8 @@ def test_containers_get_the_files_that_sagemaker_provides(engine: str, tmp_path:
 @pytest.mark.parametrize(("uri", "words"), [
     ("http://127.0.0.1:5000", ["--network", "host"]), ("http://localhost:5000", ["--network", "host"]),
     ("https://mlflow.example.com", []), ("http://[::1]:5000", ["--network", "host"]),
-    ("arn:aws:sagemaker:us-east-1:123456789012:mlflow-tracking-server/x", [])])
+    ("arn:aws:sagemaker:us-east-1:123456789012:mlflow-tracking-server/x", []),
+    ("arn:aws:sagemaker:us-east-1:123456789012:mlflow-app/app-X", [])])
 def test_a_container_reaches_a_server_on_this_machine(uri: str, words: list[str]) -> None:
     assert docker_backend.network_options({"MLFLOW_TRACKING_URI": uri, "DREAMBOOTH_SWEEP": "six"}) == words
 

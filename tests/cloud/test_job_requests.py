@@ -150,7 +150,7 @@ def test_all_jobs_are_checked_before_the_first() -> None:
     "+hydra.launcher.environment.MLFLOW_TRACKING_PASSWORD=x", "+hydra.launcher.environment.AWS_SECRET_ACCESS_KEY=x",
     "+hydra.launcher.environment.URL='https://me:hidden@host'", "hydra.launcher.mlflow_uri='https://me:hidden@host'",
     "+hydra.launcher.environment.WANDB_API_KEY=hidden", "+hydra.launcher.environment.URL='https://hidden@host'",
-    "+hydra.launcher.environment.HUB=hf_hiddenhiddenhiddenhidden",
+    "+hydra.launcher.environment.HUB=hf_hiddenhiddenhiddenhidden", "+hydra.launcher.environment.HF_TOKEN=hidden",
     "+hydra.launcher.environment.URL='https://h/?token=hidden'",
     "+hydra.launcher.environment.ID=ASI" + "AHIDDENHIDDEN0000", "+hydra.launcher.tags.note=hf_hiddenhiddenhiddenhidden",
     "+hydra.launcher.tags.password=hidden", "tracking.uri='https://me:hidden@host'", "train.max_train_steps=0",
@@ -181,7 +181,8 @@ def test_a_value_that_only_resembles_a_credential_is_accepted() -> None:
     ("http://127.0.0.1:5000", False), ("http://localhost:5000", False), ("http://[::1]:5000", False),
     ("sqlite:///mlflow.db", False), ("file:///runs", False), ("runs/mlruns", False),
     ("https://mlflow.example.com", True), ("http://team-mlflow:5000", True), ("databricks", True),
-    ("arn:aws:sagemaker:us-east-1:123456789012:mlflow-tracking-server/team", True)])
+    ("arn:aws:sagemaker:us-east-1:123456789012:mlflow-tracking-server/team", True),
+    ("arn:aws:sagemaker:us-east-1:123456789012:mlflow-app/app-ABCDEFGHIJKL", True)])
 def test_an_mlflow_address_that_jobs_cannot_reach_is_refused(
         address: str, reached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
@@ -197,8 +198,9 @@ def test_an_mlflow_address_that_jobs_cannot_reach_is_refused(
     request_of("hardware=g4dn", *PHOTOS, "tracking=none")
 
 
-def test_the_arn_of_a_managed_mlflow_server_is_its_address() -> None:
-    arn = "arn:aws:sagemaker:us-east-1:123456789012:mlflow-tracking-server/team"
+@pytest.mark.parametrize("server", ["mlflow-tracking-server/team", "mlflow-app/app-ABCDEFGHIJKL"])
+def test_the_arn_of_a_managed_mlflow_server_is_its_address(server: str) -> None:
+    arn = f"arn:aws:sagemaker:us-east-1:123456789012:{server}"
     sent = request_of("hardware=g4dn", *PHOTOS, f"hydra.launcher.mlflow_uri={arn}")
     assert sent["Environment"]["MLFLOW_TRACKING_URI"] == arn
     assert sent["HyperParameters"]["tracking.uri"] == "${oc.env:MLFLOW_TRACKING_URI}"
@@ -217,15 +219,17 @@ def test_a_job_loads_its_credentials_from_secrets_manager(monkeypatch: pytest.Mo
     monkeypatch.setenv("DREAMBOOTH_SECRET", "mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "")
     monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(folders, "client", lambda service: client)
     with Stubber(client) as stub:
-        stub.add_response("get_secret_value", {"SecretString": '{"username": "me", "password": "p"}'},
-                          {"SecretId": "mlflow"})
+        content = {"SecretString": '{"username": "me", "password": "p", "hf_token": "t"}'}
+        stub.add_response("get_secret_value", content, {"SecretId": "mlflow"})
         monkeypatch.setattr(os, "environ", dict(os.environ))
         secrets.load()
-        assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p")
+        assert [os.environ[key] for key in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN")] == [
+            "me", "p", "t"]
         stub.add_response("get_secret_value", {"SecretString": "not json"}, {"SecretId": "mlflow"})
-        with pytest.raises(UserError, match="must be a JSON object"):
+        with pytest.raises(UserError, match="must be a JSON object with username, password, token, hf_token, any of"):
             secrets.load()
 
 

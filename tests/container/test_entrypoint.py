@@ -266,11 +266,12 @@ def test_a_second_job_of_the_same_name_and_an_extended_one_are_uploaded(
     with serving():
         plain_client().create_bucket(Bucket="bucket")
         for number, steps_of_job in enumerate((7, 7, 12)):
-            run_with_upload(tmp_path / str(number), monkeypatch, steps_of_job, seconds=number)
+            run_with_upload(tmp_path, monkeypatch, steps_of_job, seconds=number)
         keys = {item["Key"] for item in plain_client().list_objects_v2(Bucket="bucket")["Contents"]}
-    results = sorted(key.rpartition("/")[0] for key in keys if key.endswith("result.json"))
-    assert [key.rpartition("/")[2] for key in results] == ["result-000007", "result-000012"]
-    assert all(key.startswith("models/toy-") for key in keys)
+    [run] = {"/".join(key.split("/")[:2]) for key in keys}
+    assert run.startswith("models/toy-")
+    assert {key for key in keys if key.endswith("result.json")} == {
+        f"{run}/result-{step}/result.json" for step in ("000007", "000012")}
 
 
 def test_an_upload_address_that_s3_refuses_ends_the_job_before_it_trains(

@@ -141,28 +141,25 @@ def test_an_interrupted_upload_of_a_result_leaves_no_file_that_differs_between_m
     assert "result.json" not in in_bucket("tests", prefix(f"{uri}/run/result-000100"))
 
 
-@pytest.mark.parametrize("door", ["storage.upload", "upload --result"])
-def test_a_result_with_other_weights_has_an_address_of_its_own(
-        server: Server, tmp_path: Path, uri: str, door: str) -> None:
+def test_a_result_with_other_weights_has_an_address_of_its_own(server: Server, tmp_path: Path, uri: str) -> None:
     """The weights of two trainings on a GPU differ in their last bits: the second upload must not fail at the end."""
     run, first = tmp_path / "run", f"{uri}/run/result-000100"
 
-    def upload() -> None:
-        if door == "storage.upload":
+    def upload(with_command: bool) -> None:
+        if with_command:
+            storage_command.upload(storage_command.parser().parse_args(["upload", "--result", str(run), first]))
+        else:
             with remote_mirror.mirror_run(Storage(upload=uri), run, "auto") as upload_result:
                 upload_result(SimpleNamespace(step=100))
-        else:
-            storage_command.upload(storage_command.parser().parse_args(["upload", "--result", str(run), first]))
 
     addresses = [first, first, f"{first}.2", f"{first}.3"]
     for number, weights in enumerate((1, 1, 2, 3)):
         write_run(run, 100)
         (run / "result.json").write_text(f'{{"seconds": {number}}}')
-        write_model(run / "model", weights)
-        upload()
+        (run / "model/model_index.json").write_text(str(weights))
+        upload(with_command=number in (1, 3))
         assert "result.json" in (folders.read_manifest(addresses[number]) or {})
     assert in_bucket("tests", prefix(first))["result.json"] == b'{"seconds": 0}', "an equal model was sent again"
-    assert in_bucket("tests", prefix(f"{first}.4")) == {}
     assert folders.list_complete_folders(f"{uri}/run") == addresses[1:]
 
 

@@ -29,6 +29,7 @@ from tests.support.runs import flip_bit
 from tests.support.warm_python import PYTHON
 
 CLASS = "class_similarity_efficientnet_lite0"
+SAGEMAKER = "arn:aws:sagemaker:us-east-1:123456789012"
 SETTINGS = {"name": "demo-tiny-full", "evaluate.encoder": "efficientnet_lite0", "evaluate.images_per_prompt": "2",
             "evaluate.lpips": "null", "evaluate.objective": "instance_loss", "dataset.class_prompt": "a toy",
             "evaluate.max_class_similarity": "null"}
@@ -295,7 +296,10 @@ def test_a_run_without_its_objective_is_not_registered(tmp_path: Path, registry:
 @pytest.mark.parametrize("known, environment, wanted", [
     (None, None, None), (None, "http://env", "http://env"), (None, "", None), ("http://own", None, "http://own"),
     ("http://own", "http://env", "http://own"), ("sqlite:////elsewhere/mlflow.db", "http://env", "http://env"),
-    ("sqlite:////elsewhere/mlflow.db", None, None)])
+    ("sqlite:////elsewhere/mlflow.db", None, None), ("file:///elsewhere", "http://env", "http://env"),
+    (f"{SAGEMAKER}:mlflow-app/x", "http://env", f"{SAGEMAKER}:mlflow-app/x"),
+    (f"{SAGEMAKER}:mlflow-tracking-server/x", None, f"{SAGEMAKER}:mlflow-tracking-server/x"),
+    ("databricks", None, "databricks")])
 def test_a_run_is_promoted_on_the_server_that_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: str | None, environment: str | None, wanted: str | None
 ) -> None:
