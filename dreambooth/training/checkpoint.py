@@ -21,6 +21,7 @@ from dreambooth.optim.streaming_optimizer import StreamingOptimizer, hyperparame
 from dreambooth.runs.checkpoint_files import STATE_FILE, find_damage, latest, rotate
 from dreambooth.runtime.engine import Engine
 from dreambooth.storage import manifest
+from dreambooth.training.checkpoint_transfer import share
 from dreambooth.training.step import TrainState
 from dreambooth.utils import atomic_files
 
@@ -77,7 +78,7 @@ def restore_newest(newest: Path, state: TrainState, model: nn.Module, engine: En
                                    "checkpoint.resume=never")
         first_error = first_error or error
         earlier = partial(latest, path.parent, path)
-        path = engine.run_on_main(earlier) if resume == "auto" else None
+        path = share(engine.run_on_main(earlier), path.parent, engine) if resume == "auto" else None
         if path is not None:
             log.warning("%s, but %s is used instead", str(error).partition(": type ")[0], path.name)
     assert first_error is not None

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import DoesNotFit
-from dreambooth.runs.checkpoint_files import STATE_FILE, is_intact
+from dreambooth.runs.checkpoint_files import STATE_FILE, find_damage
 from dreambooth.runs.run_folder import find_resume_point
 from dreambooth.runtime.engine import Engine
+from dreambooth.storage import manifest
 from dreambooth.utils import atomic_files
 
 BLOCK = 2**26  # bytes that the main process sends at a time
@@ -26,19 +27,28 @@ def resume_point(run_dir: Path, resume: str, engine: Engine) -> Path | None:
     Args:
         resume: auto, never, or the path of a checkpoint.
     """
-    chosen: Path | None = engine.run_on_main(partial(find_resume_point, run_dir, resume))
+    return share(engine.run_on_main(partial(find_resume_point, run_dir, resume)), run_dir / "checkpoints", engine)
+
+
+def share(chosen: Path | None, folder: Path, engine: Engine) -> Path | None:
+    """Return the path on this host of a checkpoint of the main process. If the host lacks it, copy it to this host.
+
+    A collective operation.
+
+    Args:
+        chosen: the path on the host of the main process; None: no checkpoint.
+        folder: the `checkpoints` folder of the run. A host that lacks a checkpoint from elsewhere gets it in there.
+    """
     if chosen is None or engine.world_size == engine.local_world_size:
         return chosen
-    state: bytes | None = engine.run_on_main(partial(_read_state, chosen))
-    if state is None:
-        return chosen  # the path that the user typed is not a checkpoint: the caller reports that
-    present = _read_state(chosen) == state and is_intact(chosen)
-    if not engine.reduce_flag(not present).read()[0]:
+    identity: list[bytes | None] = engine.run_on_main(partial(_read_identity, chosen))
+    receives = engine.local_rank == 0 and (_read_identity(chosen) != identity or find_damage(chosen) is not None)
+    if not engine.reduce_flag(receives).read()[0]:
         return chosen
-    copy = chosen if chosen.is_relative_to(run_dir) else run_dir / "checkpoints" / chosen.name
-    _send(chosen, copy, engine, receives=not present and engine.local_rank == 0)
+    copy = chosen if chosen.is_relative_to(folder.parent) else folder / chosen.name
+    _send(chosen, copy, engine, receives)
     engine.barrier()  # the other processes of a host wait for its files
-    return chosen if present else copy
+    return copy if _read_identity(copy) == identity else chosen
 
 
 def _send(path: Path, copy: Path, engine: Engine, receives: bool) -> None:
@@ -71,12 +81,18 @@ def _send(path: Path, copy: Path, engine: Engine, receives: bool) -> None:
                          "and repeat the command") from error
 
 
-def _read_state(checkpoint: Path) -> bytes | None:
-    """Return the content of a checkpoint's state file, or None if the file cannot be read."""
-    try:
-        return (checkpoint / STATE_FILE).read_bytes()
-    except OSError:
-        return None
+def _read_identity(checkpoint: Path) -> list[bytes | None]:
+    """Return the contents of a checkpoint's state file and manifest, which has the checksums of all other files.
+
+    None stands for a file that cannot be read. Checkpoints of earlier versions of this package have no manifest.
+    """
+    contents: list[bytes | None] = []
+    for name in (STATE_FILE, manifest.NAME):
+        try:
+            contents.append((checkpoint / name).read_bytes())
+        except OSError:
+            contents.append(None)
+    return contents
 
 
 def _read_block(path: Path, start: int) -> bytes:

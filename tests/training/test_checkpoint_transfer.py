@@ -1,6 +1,5 @@
 """Hosts without a shared disk resume from the checkpoint of the first one."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from dreambooth.errors import DoesNotFit
 from dreambooth.runtime.engine import Engine
+from dreambooth.storage import manifest
 from dreambooth.training import checkpoint_transfer
 from dreambooth.utils import atomic_files
 from tests.training.test_checkpoint import ToyModel, make_state, save, train
@@ -59,7 +59,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("content", ["none", "older", "same step, other run", "truncated"])
+@pytest.mark.parametrize("content", ["none", "older", "same step, other run", "same state, other weights", "damaged"])
 def test_a_host_without_the_checkpoint_gets_it_from_the_first(content: str, hosts: Hosts, tmp_path: Path) -> None:
     second = tmp_path / "second"
     original = hosts.run_dir / "checkpoints/step-000002"
@@ -70,9 +70,13 @@ def test_a_host_without_the_checkpoint_gets_it_from_the_first(content: str, host
         (second / "checkpoints" / f"{atomic_files.TEMPORARY_PREFIX}step-000007").mkdir()  # of a killed process
     elif content == "same step, other run":
         save(second / "checkpoints", train(make_state(ToyModel(), lr=1e-3), 2))
-    elif content == "truncated":
-        shutil.copytree(original, second / "checkpoints/step-000002")
-        (second / "checkpoints/step-000002/optimizer.safetensors").write_bytes(b"half")
+    elif content != "none":
+        copy = shutil.copytree(original, second / "checkpoints/step-000002")
+        weights = bytearray((copy / "trained.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (copy / "trained.safetensors").write_bytes(weights)
+        if content == "same state, other weights":
+            manifest.write(copy)
     start = hosts.resume_both(second)
     assert start == original
     assert files(start) == wanted
@@ -83,7 +87,7 @@ def test_a_host_without_the_checkpoint_gets_it_from_the_first(content: str, host
 def test_a_host_that_has_the_checkpoint_receives_nothing(hosts: Hosts, tmp_path: Path) -> None:
     second = shutil.copytree(hosts.run_dir, tmp_path / "second")
     assert hosts.resume_both(second, lacking=False) == hosts.run_dir / "checkpoints/step-000002"
-    assert len(hosts.sent) == 2, "the choice and its state file"
+    assert len(hosts.sent) == 2, "the choice, and its state file and manifest"
 
 
 def test_a_checkpoint_outside_the_run_folder_is_copied_into_it(hosts: Hosts, tmp_path: Path) -> None:
@@ -101,11 +105,15 @@ def test_a_checkpoint_outside_the_run_folder_is_copied_into_it(hosts: Hosts, tmp
     assert files(start) == wanted
 
 
-def test_one_host_or_a_path_that_is_no_checkpoint_sends_nothing(hosts: Hosts, tmp_path: Path) -> None:
-    assert hosts.resume(0, str(tmp_path)) == tmp_path  # restore() says what is wrong with it
-    assert json.dumps(hosts.sent[1:]) == "[null]"
-    one_host = Engine(world_size=2, local_world_size=2, broadcast=lambda value: value)
-    assert checkpoint_transfer.resume_point(tmp_path / "new", "auto", one_host) is None
+def test_one_host_and_a_new_run_send_nothing_but_the_choice(hosts: Hosts, tmp_path: Path) -> None:
+    def broadcast(value: Any) -> Any:
+        hosts.sent.append(value)
+        return value
+
+    found = [checkpoint_transfer.resume_point(folder, "auto", Engine(
+        world_size=2, local_world_size=local, broadcast=broadcast))
+        for folder, local in ((hosts.run_dir, 2), (tmp_path / "new", 1))]
+    assert found == hosts.sent == [hosts.run_dir / "checkpoints/step-000002", None]
 
 
 def test_a_full_disk_of_a_host_is_one_sentence(hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
