@@ -37,8 +37,7 @@ def database_file(uri: str) -> Path | None:
 def is_local(uri: str) -> bool:
     """Return whether an address of MLflow is a database or folder of this machine.
 
-    An ARN is the address of a server that SageMaker manages: arn:aws:sagemaker:REGION:ACCOUNT:mlflow-tracking-server/NAME
-    or arn:aws:sagemaker:REGION:ACCOUNT:mlflow-app/ID.
+    An ARN that ends in mlflow-tracking-server/NAME or mlflow-app/ID is the address of a server that SageMaker manages.
     """
     return uri.startswith(("sqlite:", "sqlite+", "file:", "/")) or (":" not in uri and uri != "databricks")
 
