@@ -1,8 +1,8 @@
 """Gradient checkpointing of a diffusers UNet: activations are recomputed in the backward pass instead of stored.
 
 diffusers recomputes only the layers inside a transformer (Transformer2DModel). It stores the tensors that the norm and
-the projections of the transformer need: 25 MiB for one transformer of Stable Diffusion 1.5, for two samples in half
-precision at 64 x 64 latents. In all transformers together, such tensors are 50 % of what a checkpointed forward pass
+the projections of the transformer need: 25 MiB for one transformer of 320 channels, with two samples in half
+precision and 64 x 64 latents. In all transformers together, such tensors are 50 % of what a checkpointed forward pass
 stores. This module recomputes the whole transformer from its input, which the neighbouring block stores anyway. The
 same operators run on the same values, so the results do not change.
 
