@@ -86,7 +86,10 @@ def _prepare(word: str, kind: type) -> str:
     candidates = [value, *([quoting.hydra_string(expand_home(raw))] if value != raw and raw[0] == "~" else [])]
     for candidate in candidates:
         if parsed := _parse(f"{key}{equals}{candidate}"):
-            is_text = is_text or setting_type(kind, name) in (str, str | None)
+            hint, is_number = setting_type(kind, name), type(parsed.value()) in (int, float)
+            if hint in (bool, bool | None) and is_number and parsed.value() not in (0, 1):
+                raise UserError(f"{name} must be {expected_form(hint)}, not {raw}")  # OmegaConf takes 2 for true
+            is_text = is_text or hint in (str, str | None)
             if is_text and not parsed.is_sweep_override() and isinstance(parsed.value(), int | float):
                 return f"{key}={quoting.hydra_string(raw.strip())}"
             return f"{key}{equals}{candidate}"
@@ -132,6 +135,9 @@ def _not_an_override(words: Sequence[str], number: int, kind: type) -> str:
 
 
 def _not_in_grammar(key: str, name: str, raw: str, kind: type) -> str:
+    if (found := re.search(r"\s([\w./]+)=\S", raw)) and (
+            setting_type(kind, found[1]) is not None or found[1] in _group_names(kind)):
+        return f"{key}={raw} is several overrides in one word: type them without quotes around all of them"
     if _parse(f"{key}={quoting.hydra_string(_plain(raw))}") is None:
         return unknown_key(name, raw, kind)
     if raw[:1] in ("[", "{") and "list[" in (form := str(setting_type(kind, name))):
@@ -335,13 +341,17 @@ def unknown_key(key: str, value: str, kind: type) -> str:
     """Return one sentence about a key that is not a setting, with the settings that the user most likely meant."""
     if key.startswith("hydra"):
         return f"there is no setting {key}: type --cfg hydra for all of Hydra's keys"
-    groups = [path.name for path in sorted(conf_dir().iterdir())
-              if path.is_dir() and path.name != "hydra" and is_dataclass(setting_type(kind, "train"))]
-    choices = [*setting_keys(kind), *groups]
+    choices = [*setting_keys(kind), *_group_names(kind)]
     if not (near := closest(key, [choice for choice in choices if choice != key])):
         return f"there is no setting {key}: {_HELP}"
     meant = one_of(quoting.shell_line([f"{name}={value}"]) for name in near)
     return f"there is no setting {key}: did you mean {meant}?"
+
+
+def _group_names(kind: type) -> list[str]:
+    """Return the names of the config groups, if the configuration is that of a run."""
+    return [path.name for path in sorted(conf_dir().iterdir())
+            if path.is_dir() and path.name != "hydra" and is_dataclass(setting_type(kind, "train"))]
 
 
 def _unknown_option(group: str, option: str, options: Sequence[str]) -> str:

@@ -74,6 +74,9 @@ def test_a_wrong_override_is_one_sentence(word: str, sentence: str) -> None:
     ([f"{PROMPT}=a", "zwx", "toy", "name=x"], "zwx is not KEY=VALUE, and a value with blanks needs quotes: type "
      f'{PROMPT}="a zwx toy"'),
     (["model=tiny", "help"], "help is not KEY=VALUE: type --help for all keys"),
+    (["model=sdxl hardware=g4dn"], "model=sdxl hardware=g4dn is several overrides in one word: type them without "
+     "quotes around all of them"),
+    (["train.use_ema=2"], "train.use_ema must be true or false, not 2"),
     (["=3"], "=3 has no key: type KEY=VALUE; type --help for all keys"),
     (["my key=3"], "there is no setting my key: type --help for all keys"),
     (["~train.seed"], "train.seed cannot be removed: type train.seed=VALUE, or leave ~train.seed out"),
