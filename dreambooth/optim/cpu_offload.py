@@ -49,12 +49,29 @@ class OffloadedOptimizer(StreamingOptimizer):
                step: int) -> tuple[Tensor, Tensor, bool]:
         self._opt_called = True  # otherwise the learning-rate schedule warns that `step` was never called
         losses = forward_backward()
-        norm = engine.clip(self.inner, self.masters.values(), max_grad_norm)
-        stepped = engine.step(self.inner)
+        found_inf = self._unscale(engine)
+        norm = engine.clip_unscaled(self.masters.values(), max_grad_norm)
+        if not engine.overflowed(found_inf):
+            self.inner.step()
+        stepped = engine.update_scaler(found_inf.to(next(iter(self.device_weights.values())).device))
         self.inner.zero_grad(set_to_none=True)
         if stepped:
             self.sync_weights()
         return losses, norm, stepped
+
+    @torch.no_grad()
+    def _unscale(self, engine: Engine) -> Tensor:
+        """Divide the gradients in host memory by the loss scale. Return found_inf (1,): above 0 if one is not finite.
+
+        `GradScaler.unscale_` would start to copy its scale to the host and not wait for the end of the copy, so that
+        the host would divide by whatever is in its memory.
+        """
+        found_inf, inverse_scale = torch.zeros(1), engine.inverse_loss_scale(HOST)
+        if inverse_scale is not None:
+            for master in self.masters.values():
+                if master.grad is not None:
+                    torch._amp_foreach_non_finite_check_and_unscale_([master.grad], found_inf, inverse_scale)
+        return found_inf
 
     def weights(self) -> dict[str, Tensor]:
         return dict(self.masters)

@@ -5,7 +5,9 @@ at first, and slowly later.
 
 With `every` = k, the averages are updated only after each k-th step: average = d * average + (1 - d) * weights, where d
 is the product of the decays of the last k steps. This has the same result as k updates, one for each of these steps,
-that all use the weights after the k-th step. The weights after the other k - 1 steps do not enter the average.
+that all use the weights after the k-th step. The weights after the other k - 1 steps do not enter the average. After
+any other step, `current` returns the averages with the steps since the last update. fp16 steps that the loss scaler
+skips are not counted, so the last step of a run may be such a step.
 """
 
 import math
@@ -44,15 +46,35 @@ class Ema:
     def update(self, weights: nn.Module | Mapping[str, Tensor]) -> None:
         """Count an optimizer step; after each `every`-th step, update the averages with the current weights."""
         self.updates += 1
-        if self.updates % self.every:
-            return
-        weight = 1 - math.prod(self.decay_at(self.updates - back) for back in range(self.every))
+        if not self.updates % self.every:
+            self._add(weights, self.every, self.average)
+
+    @torch.no_grad()
+    def current(self, weights: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the averages, including the steps since the last update of the averages.
+
+        If there are such steps, the result is a copy: the averages of the training state do not change, so that the
+        result of a run does not depend on when it is sampled or stopped.
+
+        Args:
+            weights: the current weights.
+        """
+        pending = self.updates % self.every
+        if not pending:
+            return self.average
+        averages = {name: average.clone() for name, average in self.average.items()}
+        self._add(weights, pending, averages)
+        return averages
+
+    def _add(self, weights: nn.Module | Mapping[str, Tensor], steps: int, into: dict[str, Tensor]) -> None:
+        """Update the averages `into` with the current weights, for the last `steps` optimizer steps."""
+        weight = 1 - math.prod(self.decay_at(self.updates - back) for back in range(steps))
         # Weights with the device and dtype of their averages share one foreach call, which is a few kernels on a GPU.
         averages: list[Tensor] = []
         lives: list[Tensor] = []
         for name, parameter in _named(weights).items():
-            if name in self.average:
-                average, live = self.average[name], parameter.detach()
+            if name in into:
+                average, live = into[name], parameter.detach()
                 if live.device == average.device and live.dtype == average.dtype:
                     averages.append(average)
                     lives.append(live)
@@ -63,7 +85,7 @@ class Ema:
 
     def swap_into(self, model: nn.Module) -> AbstractContextManager[None]:
         """Replace the model's weights by the averages in a `with` block; on exit, restore its weights bit for bit."""
-        return swap_weights(model, self.average)
+        return swap_weights(model, self.current(model))
 
 
 @contextmanager

@@ -117,9 +117,7 @@ class PerParameterOptimizer(StreamingOptimizer):
 
     def _new_statistics(self, engine: Engine) -> GradientStatistics:
         device = self.updaters[0].parameter.device
-        scale = engine.scaler.get_scale() if engine.scaler.is_enabled() else None
-        inverse_scale = None if scale is None else torch.tensor([1 / scale], dtype=torch.float32, device=device)
-        return GradientStatistics(inverse_scale, torch.zeros(1, device=device))
+        return GradientStatistics(engine.inverse_loss_scale(device), torch.zeros(1, device=device))
 
     @contextmanager
     def _on_each_gradient(self, act: Callable[[int, ParameterUpdater], None]) -> Iterator[None]:

@@ -52,9 +52,9 @@ class PhaseMarkingEngine(Engine):
 
     mark: Callable[[str], None] = lambda phase: None
 
-    def clip(self, *args: Any) -> Tensor:
+    def clip_unscaled(self, *args: Any) -> Tensor:
         self.mark("step")
-        return super().clip(*args)
+        return super().clip_unscaled(*args)
 
     def overflowed(self, found_inf: Tensor) -> bool:
         return False

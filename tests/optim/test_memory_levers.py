@@ -119,6 +119,22 @@ def test_under_loss_scaling_a_skipped_step_changes_nothing(lever: str, limit: fl
     assert (other.skipped, other.lr_scheduler.last_epoch) == (1, 3)
 
 
+def test_offloaded_gradients_are_not_unscaled_by_the_scaler() -> None:
+    """GradScaler copies its scale from a GPU to the host with non_blocking=True, and the host does not wait for it."""
+    state, engine = build_state(LEVERS["offload_optimizer"]), engine_with_scaler()
+    unscaled: list[Tensor] = []
+    unscale = engine.scaler.unscale_
+
+    def recording(optimizer: torch.optim.Optimizer) -> None:
+        unscaled.extend(p for group in optimizer.param_groups for p in group["params"])
+        unscale(optimizer)
+
+    engine.scaler.unscale_ = recording  # type: ignore[method-assign]
+    train(state, 1, engine=engine, limit=1.0)
+    masters = state.weights(state.model).values()
+    assert unscaled and not any(p is master for p in unscaled for master in masters)
+
+
 @pytest.mark.parametrize("top", [2.0**126, 2.0**8])
 @pytest.mark.parametrize("lever", LEVERS)
 def test_a_scale_that_grows_between_the_passes_changes_nothing(lever: str, top: float) -> None:
@@ -174,6 +190,20 @@ def test_an_ema_every_k_steps_uses_the_decay_of_all_k() -> None:
         every.update(model), third.update(model)
         if step % 3 == 0:
             assert torch.allclose(every.average["weight"], third.average["weight"], rtol=1e-6), step
+
+
+def test_averages_are_used_with_the_steps_since_their_last_update() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    every, third = Ema(model, 0.9999), Ema(model, 0.9999, every=3)
+    nn.init.constant_(model.weight, 7.0)
+    for _ in range(8):
+        every.update(model), third.update(model)
+        assert torch.allclose(every.average["weight"], third.current(model)["weight"], rtol=1e-6)
+    stored = third.average["weight"].clone()
+    third.current(model)
+    assert third.average["weight"].equal(stored), "the training state depends on when it is sampled"
+    third.update(model)
+    assert third.current(model) is third.average
 
 
 # -- half weights -------------------------------------------------------------------------------------------------
