@@ -34,7 +34,7 @@ def _job(config: Config) -> None:
     cli.configure_allocator(config.memory)
     config = convert_single_files(run_inputs.fetch_inputs(config, None))
     recipe = resolve(config, Path(config.run_root), detect_machine())
-    with catch_stop_signals() as stop:
+    with catch_stop_signals() as stop, stop.at_once("stopped; made images are kept; repeat the command to continue"):
         from dreambooth.training.setup import make_class_images
 
         make_class_images(recipe, stop)

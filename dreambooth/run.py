@@ -1,7 +1,7 @@
 """The composition root of a training run: it creates and connects the objects that turn a Recipe into a Result."""
 
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from math import nan
 
@@ -19,17 +19,17 @@ from dreambooth.runtime.memory_meter import MemoryMeter
 from dreambooth.serialization import export
 from dreambooth.tracking.run_tracker import track_run
 from dreambooth.tracking.tracker import Tracker
-from dreambooth.training import best_weights, checkpoint, checkpoint_transfer, loop
+from dreambooth.training import checkpoint_transfer, loop
 from dreambooth.training.evaluation_hook import EvaluationHook
 from dreambooth.training.hooks import CheckpointHook, HookList, LogHook, SampleHook
 from dreambooth.training.instance_loss import instance_loss
 from dreambooth.training.sample_images import SampleRecorder
-from dreambooth.training.setup import Setup, assemble
+from dreambooth.training.setup import Setup, assemble, restore
 from dreambooth.training.step import train_step
 from dreambooth.training.stop_hook import StopHook
 from dreambooth.utils import atomic_files, provenance
 from dreambooth.utils.console import Console
-from dreambooth.utils.signals import StopRequest
+from dreambooth.utils.signals import StopRequest, how_to_resume
 
 
 def execute(recipe: Recipe, stop: StopRequest) -> Result:
@@ -38,33 +38,31 @@ def execute(recipe: Recipe, stop: StopRequest) -> Result:
     Raises:
         DreamBoothError: the run failed or was interrupted; see errors.py. All saved files are kept.
     """
-    loading.import_libraries()
-    engine, accelerator = create_engine(recipe.device, recipe.precision.dtype, recipe.precision.tf32)
-    console = Console(quiet=not engine.is_main_process)
-    with locked(recipe.run_dir) if engine.is_main_process else nullcontext():
-        done: Result | None = engine.run_on_main(partial(load_finished, recipe))
-        if done:
-            with track_run(recipe, engine.is_main_process, update_status=False):  # sends metrics not yet delivered
-                console.say(report.already_finished(done, recipe))
-                return done
-        recipe, predicted, note = engine.run_on_main(partial(auto_memory.apply_auto_memory, recipe, engine.world_size))
-        console.table(report.plan_table(recipe) | ({"memory": note} if note else {}))
-        start = checkpoint_transfer.resume_point(recipe.run_dir, recipe.checkpoint.resume, engine)
-        advice = partial(oom_advice.suggest_overrides, recipe=recipe.with_processes(engine.world_size))
-        meter = MemoryMeter(engine.device, advice, predicted)
-        setup = assemble(recipe, engine, accelerator, console, meter, stop)
-        if start:
-            with meter.phase("resume"):
-                start = checkpoint.restore_newest(start, setup.state, setup.trained, engine, recipe.checkpoint.resume)
-            console.say(f"resuming after step {setup.state.step} from {start.name}")
-        if engine.is_main_process:
-            best = best_weights.needed_bytes(setup.trained) if recipe.evaluate.select else 0
-            checkpoints = checkpoint.needed_bytes(setup.state, setup.trained, recipe.checkpoint.keep)
-            run_folder.check_disk_space(recipe.run_dir, checkpoints + best + export.size_bytes(setup.parts, recipe))
-        with track_run(recipe, engine.is_main_process) as tracker:  # last: invalid input creates no MLflow run
-            result = _train(recipe, engine, setup, console, meter, tracker, stop)
-        console.table(report.summary_table(result, recipe, tracker.url()))
-        return result
+    with ExitStack() as stack:
+        with stop.at_once():  # nothing has to be saved yet
+            loading.import_libraries()
+            engine, accelerator = create_engine(recipe.device, recipe.precision.dtype, recipe.precision.tf32)
+            console = Console(quiet=not engine.is_main_process)
+            if engine.is_main_process:
+                stack.enter_context(locked(recipe.run_dir))
+            done: Result | None = engine.run_on_main(partial(load_finished, recipe))
+            if done:
+                with track_run(recipe, engine.is_main_process, update_status=False):  # sends metrics not delivered yet
+                    console.say(report.already_finished(done, recipe))
+                    return done
+            recipe, predicted, note = engine.run_on_main(
+                partial(auto_memory.apply_auto_memory, recipe, engine.world_size))
+            console.table(report.plan_table(recipe) | ({"memory": note} if note else {}))
+            start = checkpoint_transfer.resume_point(recipe.run_dir, recipe.checkpoint.resume, engine)
+            advice = partial(oom_advice.suggest_overrides, recipe=recipe.with_processes(engine.world_size))
+            meter = MemoryMeter(engine.device, advice, predicted)
+            setup = assemble(recipe, engine, accelerator, console, meter, stop)
+            restore(setup, start, recipe, engine, console, meter)
+            # The tracker is opened last, so that invalid input creates no MLflow run.
+            tracker = stack.enter_context(track_run(recipe, engine.is_main_process))
+        result = _train(recipe, engine, setup, console, meter, tracker, stop)
+    console.table(report.summary_table(result, recipe, tracker.url()))
+    return result
 
 
 def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter: MemoryMeter, tracker: Tracker,
@@ -77,35 +75,37 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
         tracker.log_params(recipe.tracked_settings())
         tracker.set_tags(origin)
         tracker.log_metrics(state.step, meter.predicted_metrics)
-    recorder = SampleRecorder(recipe, setup.photos, tracker)
-    sampling = SampleHook(recorder, setup, engine, meter, recipe.sample.every, last)
+    sampling = SampleHook(SampleRecorder(recipe, setup.photos, tracker), setup, engine, meter, recipe, stop)
     saving = CheckpointHook(setup, engine, meter, recipe)
-    evaluator = Evaluator(recipe, setup.scorer, tracker, engine.device) if setup.scorer else None
-    evaluation = EvaluationHook(evaluator, setup, engine, meter, recipe, stop)
-    if engine.is_main_process and state.step == 0 and recipe.sample.every is not None:
-        sampling.sample(0)
+    evaluator = Evaluator(recipe, setup.scorer, tracker, engine, stop) if recipe.evaluate.encoders else None
+    evaluation = EvaluationHook(evaluator, setup, engine, meter, recipe)
+    sampling.before_training()
     evaluation.before_training()
     stop.check()
     began = time.monotonic()
     step = partial(train_step, objective=setup.objective, engine=engine, max_grad_norm=recipe.train.max_grad_norm)
     with meter.phase("step"), console.bar("training", last, state.step) as bar, Prefetcher(setup.batches, last) as data:
-        hooks = HookList([LogHook(tracker, bar, meter), sampling, saving, evaluation] if engine.is_main_process else [],
-                         StopHook(stop, engine, saving))
+        shared = HookList([sampling, evaluation])  # all processes generate pictures
+        hooks = HookList([LogHook(tracker, bar, meter), saving] if engine.is_main_process else [], shared,
+                         StopHook(stop, engine, saving, shared.due))
         for info in loop.fit(state, data, step, last, hooks.due):
             hooks(info)
-    return _finish(recipe, engine, setup, evaluation, tracker, meter, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    if not engine.is_main_process:
+        return Result(state.step, nan, seconds, str(recipe.run_dir), "model")
+    resume = how_to_resume(recipe.checkpoint.resume)
+    with stop.at_once(f"stopped and saved after the last step, {state.step}; {resume} to export the model"):
+        return _finish(recipe, engine, setup, evaluation, console, tracker, meter, seconds)
 
 
-def _finish(recipe: Recipe, engine: Engine, setup: Setup, evaluation: EvaluationHook, tracker: Tracker,
-            meter: MemoryMeter, seconds: float) -> Result:
+def _finish(recipe: Recipe, engine: Engine, setup: Setup, evaluation: EvaluationHook, console: Console,
+            tracker: Tracker, meter: MemoryMeter, seconds: float) -> Result:
     """Score and export the weights of the last step (with evaluate.select: of the best step); EMA weights if any."""
     step = setup.state.step
     with meter.phase("export"):
         with evaluation.exported_weights() as exported, engine.autocast():
-            scores = evaluation.scores(exported) | {INSTANCE_LOSS: instance_loss(setup)}
+            scores = evaluation.scores(exported) | {INSTANCE_LOSS: instance_loss(setup, console)}
         result = Result(step, nan, seconds, str(recipe.run_dir), "model", exported, scores, evaluation.scores(0))
-        if not engine.is_main_process:
-            return result
         result = run_folder.with_objective(result, recipe)
         with evaluation.exported_weights(exact=True):
             folder = export.export(setup.parts, recipe, exported, recipe.run_dir / "contact_sheet.png")

@@ -63,7 +63,7 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
         overrides = distinguishing_overrides(list(HydraConfig.get().overrides.task))
         recipe = resolve(config, run_dir, detect_machine(), overrides)
         with catch_stop_signals() as stop, \
-                remote_mirror.mirror_run(config.storage, run_dir, config.checkpoint.resume) as keep:
+                remote_mirror.mirror_run(config.storage, run_dir, config.checkpoint.resume, stop) as keep:
             from dreambooth.run import execute
 
             result = execute(recipe, stop)
@@ -71,7 +71,8 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
             if recipe.evaluate.promote and run_inputs.is_main_process():
                 from dreambooth.sweeps.promotion import register_finished_run
 
-                register_finished_run(recipe)
+                with stop.at_once("the run is finished; repeat the command to register its model"):
+                    register_finished_run(recipe)
             if run_inputs.is_main_process() and not sys.stdout.isatty():  # Katib parses this line in the log of a trial
                 print(f"objective={result.objective:.6g}", flush=True)
             return result.objective

@@ -17,6 +17,7 @@ from dreambooth.serialization import lora_files
 from dreambooth.serialization.export_layout import ADAPTER, check_intact
 from dreambooth.tracking.run_tracker import track_run
 from dreambooth.utils.console import Console
+from dreambooth.utils.signals import StopRequest
 
 
 def evaluate_run(recipe: Recipe) -> dict[str, float]:
@@ -36,12 +37,12 @@ def evaluate_run(recipe: Recipe) -> dict[str, float]:
     engine, _ = create_engine(recipe.device, recipe.precision.dtype, recipe.precision.tf32)
     console, scorer = Console(), Scorer(recipe)
     with locked(recipe.run_dir), track_run(recipe, main=True, update_status=False) as tracker:
-        evaluator = Evaluator(recipe, scorer, tracker, engine.device)
+        evaluator = Evaluator(recipe, scorer, tracker, engine, StopRequest())  # signals end this command at once
         missing = [number for number in (0, step) if number not in evaluator.scores()]
         with console.bar("images", evaluator.num_images * len(missing)) as bar:
             for number, load_parts in ((0, _load_base), (step, _load_trained)):
                 pipeline = build_pipeline(load_parts(recipe, engine.device)) if number in missing else None
-                evaluator.evaluate(number, pipeline, engine.autocast, tick=bar.tick)
+                evaluator.evaluate(number, pipeline, tick=bar.tick)
         scores = evaluator.scores()
     console.table(score_table(scores[step], scores[0], recipe))
     console.say(f"images and scores in {evaluator.folder}")

@@ -10,8 +10,10 @@ repeated evaluation gives the same scores.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,17 @@ from PIL import Image
 from dreambooth.config import evaluate
 from dreambooth.config.recipe import Recipe
 from dreambooth.data.photos import crop_to_square, fingerprint, list_photos, load_photos
+from dreambooth.errors import Interrupted
 from dreambooth.evaluation.encoders import Encoder, open_encoder
 from dreambooth.evaluation.lpips import Lpips
 from dreambooth.evaluation.scoring import score
 from dreambooth.models.pipeline import Sampler, generate_images
+from dreambooth.runtime.engine import Engine
 from dreambooth.storage import manifest
 from dreambooth.tracking.tracker import Tracker
 from dreambooth.utils import atomic_files
 from dreambooth.utils.image_grid import grid, is_intact_png, square_columns
+from dreambooth.utils.signals import StopRequest
 
 SCORES, MADE_WITH = "scores.json", "made_with.json"
 Rows = list[list[Image.Image]]  # one list of images per evaluation prompt, then one of the class prompt if not blank
@@ -79,8 +84,13 @@ class Scorer:
 class Evaluator:
     """Evaluates steps of a run, and reads the scores of steps that were evaluated before."""
 
-    def __init__(self, recipe: Recipe, scorer: Scorer, tracker: Tracker, device: torch.device) -> None:
-        self.recipe, self.scorer, self.tracker, self.device = recipe, scorer, tracker, device
+    def __init__(self, recipe: Recipe, scorer: Scorer | None, tracker: Tracker, engine: Engine,
+                 stop: StopRequest) -> None:
+        """Args:
+            scorer: scores the images in the main process; None in the other processes, which only generate images.
+            stop: if it records a stop request, evaluations end and store nothing.
+        """
+        self.recipe, self.scorer, self.tracker, self.engine, self.stop = recipe, scorer, tracker, engine, stop
         self.spec = specification(recipe)
         key = sha256(json.dumps(self.spec, sort_keys=True).encode()).hexdigest()[:10]
         self.folder = recipe.run_dir / "evaluation" / f"{recipe.evaluate.encoder.value}-{key}"
@@ -88,36 +98,49 @@ class Evaluator:
         self.prefix = self._choose_prefix(key)
 
     def scores(self) -> dict[int, dict[str, float]]:
-        """Return the scores of all evaluated steps, as a dictionary from steps to their scores."""
+        """Return the scores of all evaluated steps, as a dictionary from steps to their scores.
+
+        The scores are files on the disk of the main process.
+        """
         scores = {}
         for path in sorted(self.folder.glob(f"step-*/{SCORES}")):
             if (values := _read_scores(path)) is not None:
                 scores[atomic_files.trailing_number(path.parent)] = values
         return scores
 
-    def evaluate(self, step: int, pipeline: Any, autocast: Callable[[], Any], is_stopped: Callable[[], bool] = bool,
+    def evaluate(self, step: int, pipeline: Any,
                  tick: Callable[[int], None] = lambda count: None) -> dict[str, float] | None:
         """Generate and score images of the state after `step` completed steps, and track the scores.
 
-        If the scores of this step exist already, only track them.
+        If the scores of this step exist already, only track them. All processes generate images; the main process
+        scores them.
 
         Args:
-            is_stopped: called after each batch of images. If it returns True, the evaluation ends and stores nothing.
             tick: called with the number of images of each batch.
 
         Returns:
-            The scores by name, or None if `is_stopped` returned True.
+            The scores by name, in every process; or None if a stop was requested.
         """
-        atomic_files.remove_leftovers(self.folder)
         target = self.folder / f"step-{step:06d}"
+        images: list[Image.Image] = []
+        if self.engine.run_on_main(lambda: _read_scores(target / SCORES) is None):
+            try:
+                for batch in self._generate(pipeline):
+                    images += batch
+                    tick(len(batch))
+            except Interrupted:
+                return None
+        scores: dict[str, float] | None = self.engine.run_on_main(partial(self._finish, step, target, images))
+        return scores
+
+    def _finish(self, step: int, target: Path, images: list[Image.Image]) -> dict[str, float] | None:
+        """Score and store the images, if there are any, and track the scores. Return None if a stop was requested."""
+        atomic_files.remove_leftovers(self.folder)
+        if images:
+            with suppress(Interrupted), self.stop.at_once():
+                self._store(target, self._split_rows(images), step)
         if _read_scores(target / SCORES) is None:
-            images: list[Image.Image] = []
-            for batch in self._generate(pipeline, autocast):
-                images += batch
-                tick(len(batch))
-                if is_stopped():
-                    return None
-            self._store(target, self._split_rows(images), step)
+            return None
         self._track(step, target)
         return self.scores()[step]
 
@@ -126,12 +149,13 @@ class Evaluator:
         """Number of images that the evaluation of one step generates."""
         return sum(count for _, count in self.jobs)
 
-    def _generate(self, pipeline: Any, autocast: Callable[[], Any]) -> Any:
+    def _generate(self, pipeline: Any) -> Iterator[list[Image.Image]]:
         spec, sample = self.recipe.evaluate, self.recipe.sample
         sampler = Sampler(sample.num_inference_steps, sample.guidance_scale, self.recipe.model.resolution)
         pairs = [(prompt, spec.seed + i) for prompt, count in self.jobs for i in range(count)]
         return generate_images(pipeline, [prompt for prompt, _ in pairs], [seed for _, seed in pairs], sampler,
-                               self.recipe.prior.sample_batch_size, autocast)
+                               self.recipe.prior.sample_batch_size, self.engine.autocast,
+                               map_batches=partial(self.engine.map_shared, stop=self.stop))
 
     def _split_rows(self, images: list[Image.Image]) -> Rows:
         remaining = iter(images)
@@ -139,8 +163,9 @@ class Evaluator:
 
     def _store(self, target: Path, rows: Rows, step: int) -> None:
         """Score the images, and write images and scores to `target`."""
+        assert self.scorer is not None, "only the main process scores"
         base_class_images = rows[-1] if step == 0 else self._load_base_class_images()
-        scores = self.scorer.score(rows, base_class_images, self.device)
+        scores = self.scorer.score(rows, base_class_images, self.engine.device)
         atomic_files.write_json(self.folder / MADE_WITH, {"prefix": self.prefix, **self.spec})
         with manifest.write_folder(target) as temporary:
             for name, row in zip(self._row_names(), rows, strict=True):

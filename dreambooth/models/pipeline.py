@@ -106,6 +106,7 @@ def generate_images(
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     *,
+    map_batches: Callable[[Callable[[slice], list[Image]], Sequence[slice]], Iterator[list[Image]]] = map,
     negative_prompt: str | None = None,
     start: Image | None = None,
     strength: float = 1.0,
@@ -120,12 +121,14 @@ def generate_images(
 
     Args:
         autocast: creates the context in which the pipeline runs.
+        map_batches: applies the function that draws a batch to every batch, in order. Engine.map_shared shares the
+            batches between processes.
         start: a picture of sampler.resolution to start from; `pipeline` must then come from Family.image_to_image.
         strength: the fraction of the denoising steps that are computed, in (0, 1]. More steps replace more of `start`.
     """
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    for first in range(0, len(prompts), batch_size):
-        chunk = slice(first, first + batch_size)
+
+    def draw(chunk: slice) -> list[Image]:
         count = len(prompts[chunk])
         inputs: dict[str, Any] = {"height": sampler.resolution, "width": sampler.resolution}
         if start is not None:
@@ -142,11 +145,13 @@ def generate_images(
                 **inputs,
             ).images
         if np.isnan(pixels).any():
-            raise Diverged(f"the pictures of {prompts[first]!r} are not finite: the model diverged, or its numbers "
-                           "exceed its precision; type a lower train.learning_rate or precision=fp32, or for generate "
-                           "another run=DIR, or CUDA_VISIBLE_DEVICES= before the command")
+            raise Diverged(f"the pictures of {prompts[chunk.start]!r} are not finite: the model diverged, or its "
+                           "numbers exceed its precision; type a lower train.learning_rate or precision=fp32, or for "
+                           "generate another run=DIR, or CUDA_VISIBLE_DEVICES= before the command")
         images: list[Image] = pipeline.image_processor.numpy_to_pil(pixels)
-        yield images
+        return images
+
+    return map_batches(draw, [slice(first, first + batch_size) for first in range(0, len(prompts), batch_size)])
 
 
 @contextmanager

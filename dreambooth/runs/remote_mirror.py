@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dreambooth.storage.manifest import Entries, hash_folder
 from dreambooth.storage.run_inputs import is_main_process
 from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
+from dreambooth.utils.signals import StopRequest
 
 RESULT_FILES = (".hydra", "model", "samples", "contact_sheet.png", "evaluation.json", "metrics.jsonl", "result.json",
                 "run.json")
@@ -25,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def mirror_run(spec: Storage, run_dir: Path, resume: str) -> Iterator[Callable[[Any], None]]:
+def mirror_run(spec: Storage, run_dir: Path, resume: str, stop: StopRequest) -> Iterator[Callable[[Any], None]]:
     """Context manager that copies a run to S3 (`storage.upload`): new checkpoints during training, then the result.
 
     If this machine has no intact checkpoint of the run, the newest checkpoint in S3 is downloaded first. If a
@@ -38,18 +40,27 @@ def mirror_run(spec: Storage, run_dir: Path, resume: str) -> Iterator[Callable[[
     Raises:
         UserError: storage.upload cannot be accessed, the result could not be copied, or
             `CheckpointMirror.download_latest` failed.
+        Interrupted: a stop was requested during the download or the copy of the result. The last checkpoint is copied
+            even then, because this copy is how the run outlives its machine.
     """
     if spec.upload is None or not is_main_process():
         yield lambda result: None
         return
     uri = f"{spec.upload.rstrip('/')}/{run_dir.name}"
-    folders.check_destination(uri)  # before hours of training
     mirror = CheckpointMirror(run_dir, uri, spec.parallel) if spec.checkpoints else None
+    with stop.at_once():
+        folders.check_destination(uri)  # before hours of training
+        if mirror:
+            mirror.download_latest(resume)
     if mirror:
-        mirror.download_latest(resume)
         mirror.start()
+
+    def copy_result(result: Any) -> None:
+        with stop.at_once(f"the run is finished, its model is in {run_dir}; repeat the command to copy it to S3"):
+            _copy_result(result.step, run_dir, uri, spec.parallel)
+
     try:
-        yield lambda result: _copy_result(result.step, run_dir, uri, spec.parallel)
+        yield copy_result
     finally:
         if mirror:
             mirror.finish()
@@ -66,6 +77,10 @@ def _copy_result(step: int, run_dir: Path, uri: str, parallel: int) -> None:
     entries = hash_folder(run_dir, RESULT_FILES)
     target = folders.upload_with_fallback(run_dir, target, entries, console, parallel, core="model/")
     console.say(f"the result is complete in {target}")
+
+
+class _Superseded(Exception):
+    """Ends the copy of a checkpoint if the run has ended with a newer one."""
 
 
 class CheckpointMirror(threading.Thread):
@@ -86,6 +101,7 @@ class CheckpointMirror(threading.Thread):
         self._failed = ""  # name of the last checkpoint that could not be copied
         self._retry_pause, self._retry_time = POLL_SECONDS, 0.0
         self._hashed: tuple[Any, Entries] = None, {}  # key of the last hashed checkpoint, and its manifest entries
+        self._newest: Path | None = None  # the newest complete checkpoint, once the run has ended
         self._closing = threading.Event()
 
     def download_latest(self, resume: str) -> None:
@@ -114,27 +130,40 @@ class CheckpointMirror(threading.Thread):
             self._copy_newest()
 
     def finish(self) -> None:
-        """End the thread, then copy the newest checkpoint if it is not in S3 yet."""
+        """End the thread, then copy the newest checkpoint if it is not in S3 yet.
+
+        The copy of an older checkpoint is abandoned, because the machine may have little time left.
+        """
+        self._newest = max(self._complete(), key=atomic_files.trailing_number, default=None)
         self._closing.set()
         self.join()
         self._retry_time = 0.0
         self._copy_newest()
 
     def _copy_newest(self) -> None:
-        new = [path for path in self._folder.glob("step-*")
-               if path.name not in self._copied and is_complete(path)]
+        new = [path for path in self._complete() if path.name not in self._copied]
         for path in sorted(new, key=atomic_files.trailing_number)[-1:]:
             if path.name == self._failed and time.monotonic() < self._retry_time:
                 continue
             try:
                 folders.upload_with_fallback(
-                    path, f"{self._uri}/{path.name}", self._entries(path), None, self._parallel)
+                    path, f"{self._uri}/{path.name}", self._entries(path), None, self._parallel,
+                    check=partial(self._check_newest, path))
                 self._copied.add(path.name)
-            except FileNotFoundError:  # the checkpoint was removed meanwhile
+            except (FileNotFoundError, _Superseded):  # the checkpoint was removed meanwhile, or a newer one is copied
                 pass
             except DreamBoothError as error:
                 if path.is_dir():
                     self._schedule_retry(path.name, error)
+
+    def _complete(self) -> list[Path]:
+        return [path for path in self._folder.glob("step-*") if is_complete(path)]
+
+    def _check_newest(self, path: Path) -> None:
+        """Raise _Superseded if the run has ended, and its newest checkpoint is another one that is not in S3 yet."""
+        newest = self._newest
+        if self._closing.is_set() and newest is not None and newest != path and newest.name not in self._copied:
+            raise _Superseded
 
     def _entries(self, path: Path) -> Entries:
         """Return the manifest entries (paths and hashes of the files) of a checkpoint.

@@ -6,10 +6,11 @@ code of the step is the same with both kinds of Engine.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,17 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 from dreambooth.config.enums import Dtype
+from dreambooth.errors import Interrupted
 from dreambooth.runtime import cpu_tuning
 from dreambooth.runtime.async_readback import AsyncReadback
+from dreambooth.utils.signals import StopRequest
 
+# How long a process waits for the others before the run is aborted. PyTorch's default is 10 minutes with NCCL. The
+# main process alone plans, scores, and writes checkpoints, which may take longer on a slow disk. PyTorch's launcher
+# notices a dead process at once; only a process that hangs is noticed by this timeout.
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+T = TypeVar("T")
+ItemT = TypeVar("ItemT")
 AUTOCAST = {Dtype.fp32: "no", Dtype.fp16: "fp16", Dtype.bf16: "bf16"}  # accelerate's names of the precisions
 
 
@@ -46,6 +55,7 @@ class Engine:
         unwrap: returns the model inside a data-parallel wrapper.
         barrier: waits until all processes have called it.
         broadcast: returns, in every process, the object that the main process passed.
+        gather: joins the lists of all processes, in the order of their ranks; every process gets the joined list.
         set_autocast_cache: sets whether autocast keeps half-precision copies of weights during a forward pass.
     """
 
@@ -62,6 +72,7 @@ class Engine:
     unwrap: Callable[[nn.Module], nn.Module] = lambda model: model
     barrier: Callable[[], None] = lambda: None
     broadcast: Callable[[Any], Any] = lambda value: value
+    gather: Callable[[list[Any]], list[Any]] = lambda values: values
     set_autocast_cache: Callable[[bool], None] = lambda enabled: None
     _loss_scale: float | None = None  # scale after the last step; stored, because reading it waits for the device
 
@@ -73,6 +84,10 @@ class Engine:
     def clip(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], limit: float | None) -> Tensor:
         """Unscale the gradients, clip their global norm to `limit`, and return the norm before clipping (0-d)."""
         self.scaler.unscale_(optimizer)
+        return self.clip_unscaled(parameters, limit)
+
+    def clip_unscaled(self, parameters: Iterable[Tensor], limit: float | None) -> Tensor:
+        """Clip the global norm of unscaled gradients to `limit`, and return the norm before clipping (0-d)."""
         trained = [p for p in parameters if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if limit is not None:
@@ -94,6 +109,15 @@ class Engine:
         self.scaler.update()
         self._loss_scale = self.scaler.get_scale()
         return self._loss_scale >= before
+
+    def inverse_loss_scale(self, device: torch.device) -> Tensor | None:
+        """Return 1 / loss scale as a tensor (1,) on `device`; None without loss scaling.
+
+        The host waits for the training device, on which the scale is stored.
+        """
+        if not self.scaler.is_enabled():
+            return None
+        return torch.tensor([1 / self.scaler.get_scale()], dtype=torch.float32, device=device)
 
     def overflowed(self, found_inf: Tensor) -> bool:
         """Return whether a gradient overflowed. Without loss scaling, return False; otherwise wait for the device.
@@ -130,6 +154,30 @@ class Engine:
         """Call `function` in the main process only, and return its result in every process."""
         return self.broadcast(function() if self.is_main_process else None)
 
+    def map_shared(self, function: Callable[[ItemT], T], items: Sequence[ItemT], stop: StopRequest) -> Iterator[T]:
+        """Apply a function to every item. The processes share the items; each of them gets all results, in order.
+
+        Item i is computed by process i modulo world_size. The results are exchanged in rounds of world_size items, so
+        that no process waits longer than for one item. A collective operation: every process must call it with the
+        same items.
+
+        Raises:
+            Interrupted: any process received a stop request. Items that are being computed are abandoned.
+        """
+        for first in range(0, len(items), self.world_size):
+            own: list[T] = []
+            stopped = False
+            try:
+                with stop.at_once():
+                    own = [function(item) for item in items[first:first + self.world_size][self.rank:self.rank + 1]]
+            except Interrupted:
+                stopped = True
+            rows: list[tuple[bool, list[T]]] = self.gather([(stopped, own)])
+            if any(stopped for stopped, _ in rows):
+                raise Interrupted(f"{stop.signal_name or 'another process'}: stopped")
+            for _, results in rows:
+                yield from results
+
 
 def create_engine(device: str, dtype: Dtype, tf32: bool = False) -> tuple[Engine, "Accelerator"]:
     """Build the Engine and the Accelerator of this process, which runs alone or under torchrun.
@@ -142,13 +190,15 @@ def create_engine(device: str, dtype: Dtype, tf32: bool = False) -> tuple[Engine
             one value applies to both.
     """
     from accelerate import Accelerator
-    from accelerate.utils import AutocastKwargs, broadcast_object_list
+    from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
     if device == "cpu":
         cpu_tuning.keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     autocast_options = AutocastKwargs()  # the accelerator reads it each time that autocast is entered
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=AUTOCAST[dtype], kwargs_handlers=[autocast_options])
+    accelerator = Accelerator(
+        cpu=device == "cpu", mixed_precision=AUTOCAST[dtype],
+        kwargs_handlers=[autocast_options, InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)])
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
 
     def backward(loss: Tensor) -> None:
@@ -178,5 +228,6 @@ def create_engine(device: str, dtype: Dtype, tf32: bool = False) -> tuple[Engine
         unwrap=accelerator.unwrap_model,
         barrier=accelerator.wait_for_everyone,
         broadcast=broadcast,
+        gather=gather_object,
         set_autocast_cache=set_autocast_cache,
     ), accelerator

@@ -5,7 +5,7 @@ file and dreambooth/cloud/ use boto3.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import chain, count
@@ -61,7 +61,7 @@ def upload(folder: Path, uri: str, console: Console | None = None, parallel: int
 
 
 def upload_with_fallback(folder: Path, uri: str, entries: Entries, console: Console | None, parallel: int, *,
-                         core: str = "") -> str:
+                         core: str = "", check: Callable[[], None] = lambda: None) -> str:
     """Upload a folder to the first free address of URI, URI.2, URI.3 and so on.
 
     This function is for callers that cannot prompt the user for another address: a result or a checkpoint is stored
@@ -71,6 +71,7 @@ def upload_with_fallback(folder: Path, uri: str, entries: Entries, console: Cons
         entries: manifest entries of the files to upload.
         core: prefix of file names, such as "model/". If a complete folder in S3 has the same files under this prefix,
             nothing is uploaded, and the address of this folder is returned.
+        check: called after each part that was sent; an exception that it raises ends the upload.
 
     Returns:
         The address of the complete folder.
@@ -82,7 +83,7 @@ def upload_with_fallback(folder: Path, uri: str, entries: Entries, console: Cons
         return {name: entry for name, entry in all_entries.items() if name.startswith(core)}
 
     for candidate in chain([uri], (f"{uri}.{number}" for number in count(2))):
-        with _open_bucket(candidate, console, parallel) as bucket, suppress(DestinationOccupied):
+        with _open_bucket(candidate, console, parallel, check) as bucket, suppress(DestinationOccupied):
             existing = bucket.read_manifest()
             if existing is None or of_core(existing) != of_core(entries):
                 upload_entries(bucket, entries, folder)
@@ -172,10 +173,11 @@ def list_complete_folders(uri: str) -> list[str]:
 
 
 @contextmanager
-def _open_bucket(uri: str, console: Console | None, parallel: int) -> Iterator[Bucket]:
+def _open_bucket(uri: str, console: Console | None, parallel: int,
+                 check: Callable[[], None] = lambda: None) -> Iterator[Bucket]:
     location = S3Location.parse(uri)
     pool = ThreadPoolExecutor(parallel, thread_name_prefix="s3")
     try:
-        yield Bucket(location, client("s3", parallel + 2), pool, console or Console(quiet=True))
+        yield Bucket(location, client("s3", parallel + 2), pool, console or Console(quiet=True), check)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -82,13 +82,15 @@ def _none_if_not_found(call: Callable[[], dict[str, Any]]) -> dict[str, Any] | N
 class Bucket:
     """One S3 location, and the boto3 client and threads that access it. Object names are relative to the location."""
 
-    def __init__(self, location: S3Location, s3: Any, pool: ThreadPoolExecutor, console: Console) -> None:
+    def __init__(self, location: S3Location, s3: Any, pool: ThreadPoolExecutor, console: Console,
+                 check: Callable[[], None] = lambda: None) -> None:
         """Args:
             s3: a boto3 client.
             pool: the threads for parallel transfers.
             console: the console that shows progress.
+            check: called after each finished task of `run_all`; an exception that it raises ends the transfer.
         """
-        self.location, self.s3, self.pool, self.console = location, s3, pool, console
+        self.location, self.s3, self.pool, self.console, self.check = location, s3, pool, console, check
         self._verified: dict[tuple[str, str], bool] = {}  # the key is (name, ETag); see `_content_matches`
 
     def object_arguments(self, name: str) -> dict[str, Any]:
@@ -111,6 +113,7 @@ class Bucket:
             for done in as_completed(running):
                 done.result()
                 tick()
+                self.check()
         finally:
             for future in running:
                 future.cancel()

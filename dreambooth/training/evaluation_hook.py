@@ -21,7 +21,6 @@ from dreambooth.training import best_weights
 from dreambooth.training.hooks import is_due_or_last, swap_in_ema
 from dreambooth.training.setup import Setup
 from dreambooth.training.step import StepInfo
-from dreambooth.utils.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +43,6 @@ class EvaluationHook:
     engine: Engine
     meter: MemoryMeter
     recipe: Recipe
-    stop: StopRequest
 
     def due(self, step: int) -> bool:
         return is_due_or_last(step, self.recipe.evaluate.every, self.recipe.train.max_train_steps)
@@ -62,25 +60,28 @@ class EvaluationHook:
         step = self.setup.state.step
         if step == 0 and self.evaluator is not None and self.engine.device.type == "cuda":
             with self.meter.phase("evaluate"), self.setup.idle.on_device(), swap_in_ema(self.setup):
-                self._measure(0, self.setup.pipeline)
+                self.evaluator.evaluate(0, self.setup.pipeline)
         elif step > 0 and self.due(step):
             self.evaluate(step)
 
     def evaluate(self, step: int) -> None:
         """Evaluate the state after `step` completed steps, and save its weights if they are the best so far.
 
-        If the base model has not been evaluated yet, evaluate it first.
+        If the base model has not been evaluated yet, evaluate it first. If a stop is requested, store nothing.
         """
         if self.evaluator is None:
             return
         every = self.recipe.evaluate.every
         with self.meter.phase("evaluate"), self.setup.idle.on_device():
-            if 0 not in self.evaluator.scores():
+            if 0 not in self.engine.run_on_main(self.evaluator.scores):
                 with self._base_pipeline() as pipeline:
-                    self._measure(0, pipeline)
+                    if self.evaluator.evaluate(0, pipeline) is None:
+                        return
             with swap_in_ema(self.setup):
-                measured = self._measure(step, self.setup.pipeline)
-            if measured and every and step % every == 0 and step == self.best_step(step):
+                scores = self.evaluator.evaluate(step, self.setup.pipeline)
+            if scores is None or not self.engine.is_main_process:
+                return
+            if every and step % every == 0 and step == self.best_step(step):
                 with swap_in_ema(self.setup, exact=True):
                     best_weights.save(self.best_folder, step, self.setup.trained)
 
@@ -141,12 +142,3 @@ class EvaluationHook:
         base = loading.trained_model(parts, self.recipe)
         with swap_weights(self.setup.trained, dict(base.named_parameters())):
             yield self.setup.pipeline
-
-    def _measure(self, step: int, pipeline: Any) -> bool:
-        """Evaluate a pipeline, store its scores as the scores of `step`, and return True.
-
-        If a stop is requested during the evaluation, store nothing and return False.
-        """
-        assert self.evaluator is not None
-        return self.evaluator.evaluate(
-            step, pipeline, self.engine.autocast, lambda: self.stop.signal_name is not None) is not None

@@ -5,12 +5,13 @@ EvaluationHook is in evaluation_hook.py, StopHook in stop_hook.py. Each hook is 
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from dreambooth.config.recipe import Recipe
+from dreambooth.errors import Interrupted
 from dreambooth.optim.ema import swap_weights
 from dreambooth.runtime.engine import Engine
 from dreambooth.runtime.memory_meter import MemoryMeter
@@ -20,6 +21,7 @@ from dreambooth.training.sample_images import SampleRecorder
 from dreambooth.training.setup import Setup
 from dreambooth.training.step import StepInfo
 from dreambooth.utils.console import Bar
+from dreambooth.utils.signals import StopRequest
 
 
 class Hook(Protocol):
@@ -93,26 +95,36 @@ class LogHook:
 
 @dataclass
 class SampleHook:
-    """Generates samples every `sample.every` steps and after the last one, with the EMA weights if there is an EMA."""
+    """Generates samples every `sample.every` steps and after the last one, with the EMA weights if there is an EMA.
+
+    All processes generate samples. The hook is called after CheckpointHook, so that a checkpoint that is due never
+    waits for pictures. If the run is stopped or killed while samples are generated, `before_training` of the resumed
+    run generates them.
+    """
 
     recorder: SampleRecorder
     setup: Setup
     engine: Engine
     meter: MemoryMeter
-    every: int | None
-    last: int
+    recipe: Recipe
+    stop: StopRequest
 
     def due(self, step: int) -> bool:
-        return is_due(step, self.every, self.last)
+        return is_due(step, self.recipe.sample.every, self.recipe.train.max_train_steps)
 
     def __call__(self, info: StepInfo) -> None:
         if self.due(info.step):
             self.sample(info.step)
 
+    def before_training(self) -> None:
+        """Generate the samples that are due before the first step of this process: of step 0 or of the resumed step."""
+        if self.due(self.setup.state.step):
+            self.sample(self.setup.state.step)
+
     def sample(self, step: int) -> None:
-        """Generate the samples of the state after `step` completed steps."""
-        with self.meter.phase("sample"), self.setup.idle.on_device(), swap_in_ema(self.setup):
-            self.recorder.record(step, self.setup.pipeline, self.engine.autocast)
+        """Generate the samples of the state after `step` completed steps. If a stop is requested, write nothing."""
+        with self.meter.phase("sample"), self.setup.idle.on_device(), swap_in_ema(self.setup), suppress(Interrupted):
+            self.recorder.record(step, self.setup.pipeline, self.engine, self.stop)
 
 
 @dataclass
@@ -152,5 +164,5 @@ def swap_in_ema(setup: Setup, exact: bool = False) -> AbstractContextManager[Any
     """
     setup.state.check_finite(setup.trained)
     if setup.state.ema is not None:
-        return swap_weights(setup.trained, setup.state.ema.average, exact)
+        return swap_weights(setup.trained, setup.state.ema.current(setup.state.weights(setup.trained)), exact)
     return swap_weights(setup.trained, setup.state.weights(setup.trained), exact) if exact else nullcontext()

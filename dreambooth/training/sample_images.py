@@ -1,6 +1,8 @@
 """Generates, stores and tracks sample images during training, from the same prompts and seeds each time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -8,9 +10,11 @@ from PIL import Image
 from dreambooth.config.recipe import Recipe
 from dreambooth.data.photos import Photo, crop_to_size
 from dreambooth.models.pipeline import Sampler, generate_images
+from dreambooth.runtime.engine import Engine
 from dreambooth.tracking.tracker import Tracker
 from dreambooth.utils import atomic_files
 from dreambooth.utils.image_grid import contact_sheet, grid, is_intact_png, read_samples, square_columns
+from dreambooth.utils.signals import StopRequest
 
 
 class SampleRecorder:
@@ -23,37 +27,50 @@ class SampleRecorder:
     def __init__(self, recipe: Recipe, photos: Sequence[Photo], tracker: Tracker) -> None:
         self.folder = recipe.run_dir / "samples"
         self.sheet = recipe.run_dir / "contact_sheet.png"
-        self.prompts, self.spec, side = recipe.sample_prompts, recipe.sample, recipe.model.resolution
-        self.sampler = Sampler(self.spec.num_inference_steps, self.spec.guidance_scale, side)
+        self.prompts, self.spec, self.side = recipe.sample_prompts, recipe.sample, recipe.model.resolution
+        self.sampler = Sampler(self.spec.num_inference_steps, self.spec.guidance_scale, self.side)
         self.batch_size = max(self.spec.images_per_prompt, recipe.prior.sample_batch_size)
-        self.photos = [Image.fromarray(crop_to_size(photo.pixels, photo.size or (side, side), None, False))
-                       for photo in photos]
-        self.tracker = tracker
+        self.photos, self.tracker = photos, tracker
 
-    def record(self, step: int, pipeline: Any, autocast: Callable[[], Any]) -> None:
+    def record(self, step: int, pipeline: Any, engine: Engine, stop: StopRequest) -> None:
         """Generate, write and track the samples of every prompt after `step` completed steps; update the contact sheet.
 
-        Samples that exist already are not generated again, unless one of them is damaged.
+        Samples that exist already are not generated again, unless one of them is damaged. All processes generate
+        samples; the main process writes.
+
+        Raises:
+            Interrupted: a process received a stop request. Nothing was written.
         """
         target = self.folder / f"step-{step:06d}"
-        if not target.is_dir() or not all(map(is_intact_png, target.glob("*.png"))):
+        if engine.run_on_main(lambda: not target.is_dir() or not all(map(is_intact_png, target.glob("*.png")))):
             count = self.spec.images_per_prompt
             jobs = [(prompt, self.spec.seed + i) for prompt in self.prompts for i in range(count)]
             batches = generate_images(
                 pipeline, [prompt for prompt, _ in jobs], [seed for _, seed in jobs], self.sampler,
-                self.batch_size, autocast)
+                self.batch_size, engine.autocast, map_batches=partial(engine.map_shared, stop=stop))
             images = [image for batch in batches for image in batch]
-            with atomic_files.write_folder(target) as temporary:
-                for number in range(len(self.prompts)):
-                    row = images[number * count:(number + 1) * count]
-                    for i, image in enumerate(row):
-                        image.save(temporary / f"prompt-{number}-{i}.png")
-                    grid(row, square_columns(count)).save(temporary / f"grid-{number}.png")
-        for number in range(len(self.prompts)):
-            self.tracker.log_image(step, f"samples/prompt_{number}", target / f"grid-{number}.png")
-        self._draw_contact_sheet()
+            if engine.is_main_process:
+                self._write(target, images)
+        if engine.is_main_process:
+            for number in range(len(self.prompts)):
+                self.tracker.log_image(step, f"samples/prompt_{number}", target / f"grid-{number}.png")
+            self._draw_contact_sheet()
+
+    @cached_property
+    def _crops(self) -> list[Image.Image]:
+        square = self.side, self.side
+        return [Image.fromarray(crop_to_size(photo.pixels, photo.size or square, None, False)) for photo in self.photos]
+
+    def _write(self, target: Path, images: Sequence[Image.Image]) -> None:
+        count = self.spec.images_per_prompt
+        with atomic_files.write_folder(target) as temporary:
+            for number in range(len(self.prompts)):
+                row = images[number * count:(number + 1) * count]
+                for i, image in enumerate(row):
+                    image.save(temporary / f"prompt-{number}-{i}.png")
+                grid(row, square_columns(count)).save(temporary / f"grid-{number}.png")
 
     def _draw_contact_sheet(self) -> None:
         if samples := read_samples(self.folder, len(self.prompts)):
             with atomic_files.write_file(self.sheet) as temporary:
-                contact_sheet(self.photos, samples, self.prompts).save(temporary, format="PNG")
+                contact_sheet(self._crops, samples, self.prompts).save(temporary, format="PNG")

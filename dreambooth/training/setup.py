@@ -22,10 +22,13 @@ from dreambooth.optim import memory_levers
 from dreambooth.optim.ema import Ema
 from dreambooth.optim.optimizers import build_lr_scheduler, optimizer_factory
 from dreambooth.optim.streaming_optimizer import StreamingOptimizer
+from dreambooth.runs import run_folder
 from dreambooth.runtime import oom_advice
 from dreambooth.runtime.engine import Engine, create_engine
 from dreambooth.runtime.memory_meter import MemoryMeter
 from dreambooth.runtime.module_offload import ModuleOffload
+from dreambooth.serialization import export
+from dreambooth.training import best_weights, checkpoint
 from dreambooth.training.step import Objective, TrainState
 from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
@@ -94,6 +97,24 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         model = loading.prepare(parts, recipe)
         state = _build_state(recipe, model, accelerator)
     return Setup(parts, photos, batches, objective, state, model, pipeline, scorer, idle)
+
+
+def restore(setup: Setup, start: Path | None, recipe: Recipe, engine: Engine, console: Console,
+            meter: MemoryMeter) -> None:
+    """Load the checkpoint `start` into the training state; None: the run starts at step 0. Then check the disk space.
+
+    Raises:
+        UserError: no checkpoint can be loaded.
+        DoesNotFit: the disk has too little space for the checkpoints and the model.
+    """
+    if start:
+        with meter.phase("resume"):
+            start = checkpoint.restore_newest(start, setup.state, setup.trained, engine, recipe.checkpoint.resume)
+        console.say(f"resuming after step {setup.state.step} from {start.name}")
+    if engine.is_main_process:
+        best = best_weights.needed_bytes(setup.trained) if recipe.evaluate.select else 0
+        checkpoints = checkpoint.needed_bytes(setup.state, setup.trained, recipe.checkpoint.keep)
+        run_folder.check_disk_space(recipe.run_dir, checkpoints + best + export.size_bytes(setup.parts, recipe))
 
 
 def make_class_images(recipe: Recipe, stop: StopRequest) -> None:

@@ -1,5 +1,6 @@
 """Stops a run on request (SIGTERM or Ctrl-C): saves a checkpoint, then ends the run."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dreambooth.errors import Interrupted
@@ -20,6 +21,7 @@ class StopHook:
     stop: StopRequest
     engine: Engine
     checkpoint_hook: CheckpointHook
+    shared: Callable[[int], bool] = lambda step: False  # whether hooks of all processes ran after this step
     _request: AsyncReadback | None = None  # whether any process had received a stop request in the last step
     _stop_after: int | None = None  # step after which to stop
 
@@ -53,7 +55,7 @@ class StopHook:
         The state of `step` can no longer be saved if the next step has changed it.
         """
         requested = self.stop.signal_name is not None
-        if self.engine.world_size > 1:  # the next step exchanges the requests, unless this is the last step
+        if self.engine.world_size > 1:  # the next step exchanges the requests, unless work of this step was abandoned
             last = self.checkpoint_hook.recipe.train.max_train_steps
-            return step == last and self.engine.reduce_flag(requested).read()[0] > 0
+            return (step == last or self.shared(step)) and self.engine.reduce_flag(requested).read()[0] > 0
         return requested and step == self.checkpoint_hook.setup.state.step

@@ -4,12 +4,21 @@ The first SIGTERM (from spot instances, Kubernetes, SageMaker) or Ctrl-C is a st
 the run at once.
 """
 
+import os
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType, TracebackType
 
 from dreambooth.errors import Interrupted
+
+BEFORE_FIRST_STEP = "stopped before the first step; repeat the command to continue"
+
+
+class _Abandoned(KeyboardInterrupt):
+    """Ends the block of `StopRequest.at_once`. It is no Exception, so that no library catches it as an error."""
 
 
 class StopRequest:
@@ -21,11 +30,53 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._at_once = False  # whether a block of `at_once` is running
+
+    def receive(self, number: int) -> None:
+        """Record a signal. Inside a block of `at_once`, also end the block.
+
+        Raises:
+            KeyboardInterrupt: the block ends, or this is the second signal.
+        """
+        if self.signal_name:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+        if self._at_once:
+            raise _Abandoned
 
     def check(self) -> None:
         """Raise Interrupted if a stop was requested. Called before the first step, when there is nothing to save."""
         if self.signal_name:
-            raise Interrupted(f"{self.signal_name}: stopped before the first step; repeat the command to continue")
+            raise Interrupted(f"{self.signal_name}: {BEFORE_FIRST_STEP}")
+
+    @contextmanager
+    def at_once(self, message: str = BEFORE_FIRST_STEP) -> Iterator[None]:
+        """Context manager of work that may be abandoned at any moment: it is repeated later, and nothing is lost.
+
+        A stop request ends the block at once, wherever the main thread is: in a download, while a photo is decoded, or
+        in the middle of a picture. Work whose state has to be saved must not be inside the block.
+
+        Args:
+            message: what the user is told after the name of the signal.
+
+        Raises:
+            Interrupted: a stop was requested before the block or inside it.
+        """
+        outer = self._at_once
+        if not self.signal_name:
+            try:
+                self._at_once = True
+                try:
+                    yield
+                finally:
+                    self._at_once = outer
+            except _Abandoned:
+                pass
+            except Exception:  # a library may turn the end of its work into an error of its own
+                if not self.signal_name:
+                    raise
+        if self.signal_name:
+            raise Interrupted(f"{self.signal_name}: {message}") from None
 
 
 @contextmanager
@@ -38,9 +89,7 @@ def catch_stop_signals() -> Iterator[StopRequest]:
     stop = StopRequest()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.signal_name:
-            raise KeyboardInterrupt
-        stop.signal_name = signal.Signals(number).name
+        stop.receive(number)
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -50,11 +99,33 @@ def catch_stop_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+def report_early_interrupts() -> None:
+    """Let Ctrl-C end a command with a sentence and exit code 5 while its libraries are imported, in the first second.
+
+    The package calls this function when it is imported. Later, `cli.run_job` and `catch_stop_signals` handle Ctrl-C.
+    Processes that only import the package, such as notebooks, are not changed.
+    """
+    words = sys.orig_argv[1:4]  # -m dreambooth.train, or the path of the script dreambooth-train
+    if not any(Path(word).name.startswith("dreambooth") for word in words):
+        return
+    previous = sys.excepthook
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            previous(kind, error, trace)
+            return
+        with suppress(OSError):
+            sys.stdout.flush()
+            print("dreambooth: interrupted; repeat the command", file=sys.stderr, flush=True)
+        os._exit(Interrupted.exit_code)
+
+    sys.excepthook = report
+
+
 def how_to_resume(resume: str) -> str:
     """Return how the user can resume a saved run, as the start of a sentence.
 
-    With checkpoint.resume=never, or a path, the same command would start from the same point again. The user must then
-    leave this override out.
+    With checkpoint.resume=never, or a path, the same command would start from the same point again.
 
     Args:
         resume: the run's checkpoint.resume.

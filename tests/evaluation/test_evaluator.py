@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dreambooth.runtime.engine import Engine
 from dreambooth.tracking.journal import read
 from dreambooth.training.evaluation_hook import EvaluationHook
 from tests.support.faults import call, train
@@ -305,10 +306,10 @@ def evaluated_before_training(device: str, step: int) -> list[tuple[int, object]
     state = SimpleNamespace(step=step, ema=None, check_finite=lambda model: None)
     setup = SimpleNamespace(state=state, pipeline="live", trained=None, idle=SimpleNamespace(on_device=nullcontext))
     EvaluationHook(
-        evaluator=evaluator, setup=setup, engine=SimpleNamespace(device=torch.device(device), autocast=nullcontext),
+        evaluator=evaluator, setup=setup, engine=Engine(device=torch.device(device)),
         meter=SimpleNamespace(phase=lambda name: nullcontext()),
         recipe=SimpleNamespace(evaluate=SimpleNamespace(every=None), train=SimpleNamespace(max_train_steps=8)),
-        stop=SimpleNamespace(signal_name=None)).before_training()
+    ).before_training()
     return evaluator.calls
 
 
@@ -340,10 +341,10 @@ def test_a_resumed_run_on_a_gpu_puts_the_base_into_the_trained_module(monkeypatc
     monkeypatch.setattr("dreambooth.models.loading.load", load)
     evaluator = Recording({})
     EvaluationHook(
-        evaluator=evaluator, engine=SimpleNamespace(device=torch.device("cuda"), autocast=nullcontext),
+        evaluator=evaluator, engine=Engine(device=torch.device("cuda")),
         setup=SimpleNamespace(state=SimpleNamespace(step=3, ema=None, check_finite=lambda model: None),
                               pipeline="live", trained=live, idle=SimpleNamespace(on_device=nullcontext)),
-        meter=SimpleNamespace(phase=lambda name: nullcontext()), stop=SimpleNamespace(signal_name=None),
+        meter=SimpleNamespace(phase=lambda name: nullcontext()),
         recipe=SimpleNamespace(evaluate=SimpleNamespace(every=None),
                                train=SimpleNamespace(train_text_encoder=True),
                                method=SimpleNamespace(low_rank=False))).evaluate(3)

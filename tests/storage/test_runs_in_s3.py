@@ -1,7 +1,9 @@
 """Runs that read from S3, copy their result and checkpoints there, and are resumed on another machine."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 from itertools import pairwise
 from pathlib import Path
@@ -12,10 +14,11 @@ import pytest
 
 from dreambooth.config.schema import Config
 from dreambooth.config.storage import Storage
-from dreambooth.errors import UserError
+from dreambooth.errors import Interrupted, UserError
 from dreambooth.runs import checkpoint_files, remote_mirror
 from dreambooth.storage import __main__ as storage_command
 from dreambooth.storage import folders, manifest, run_inputs
+from dreambooth.utils.signals import StopRequest, catch_stop_signals
 from tests.storage.bucket_content import content, prefix
 from tests.support.faults import FAST
 from tests.support.s3_server import (
@@ -99,18 +102,18 @@ def write_run(folder: Path, steps: int) -> None:
 
 def test_a_result_and_checkpoints_are_uploaded_and_downloaded_again(server: Server, tmp_path: Path, uri: str) -> None:
     spec, run = Storage(upload=uri, checkpoints=True), tmp_path / "run"
-    with remote_mirror.mirror_run(spec, run, "auto") as upload_result:
+    with remote_mirror.mirror_run(spec, run, "auto", StopRequest()) as upload_result:
         write_run(run, 100)
         upload_result(SimpleNamespace(step=100))
         upload_result(SimpleNamespace(step=100))  # as when the command is repeated
     assert folders.list_complete_folders(f"{uri}/run/checkpoints") == [f"{uri}/run/checkpoints/step-000100"]
     assert "result.json" in (folders.read_manifest(f"{uri}/run/result-000100") or {})
     other = tmp_path / "elsewhere" / "run"
-    with remote_mirror.mirror_run(spec, other, "auto"):
+    with remote_mirror.mirror_run(spec, other, "auto", StopRequest()):
         assert json.loads((other / "checkpoints/step-000100/state.json").read_text())["step"] == 100
         assert [entry.name for entry in (other / "checkpoints").glob("step-*")] == ["step-000100"]
     with pytest.raises(UserError, match=r"type checkpoint\.resume=auto"), \
-            remote_mirror.mirror_run(spec, other, "never"):
+            remote_mirror.mirror_run(spec, other, "never", StopRequest()):
         pass
 
 
@@ -123,7 +126,7 @@ def test_a_half_uploaded_result_of_another_machine_does_not_block_the_upload(
     first, spec = f"{uri}/run/result-000100", Storage(upload=uri)
     plain_client().put_object(Bucket="tests", Key=f"{prefix(first)}/result.json", Body=b'{"seconds": "a"}')
     for machine in ("b", "b", "c"):  # the command of b is repeated; c finds a complete upload
-        with remote_mirror.mirror_run(spec, tmp_path / machine / "run", "auto") as upload_result:
+        with remote_mirror.mirror_run(spec, tmp_path / machine / "run", "auto", StopRequest()) as upload_result:
             upload_result(SimpleNamespace(step=100))
     assert in_bucket("tests", prefix(first)) == {"result.json": b'{"seconds": "a"}'}
     second = in_bucket("tests", f"{prefix(first)}.2")
@@ -135,8 +138,9 @@ def test_an_interrupted_upload_of_a_result_leaves_no_file_that_differs_between_m
         server: Server, tmp_path: Path, uri: str) -> None:
     write_run(tmp_path / "run", 100)
     server.fault = lambda number, method: "denied" if "partNumber=4" in server.calls[number][1] else None
+    spec = Storage(upload=uri, parallel=1)
     with pytest.raises(UserError, match="no permission"), \
-            remote_mirror.mirror_run(Storage(upload=uri, parallel=1), tmp_path / "run", "auto") as upload_result:
+            remote_mirror.mirror_run(spec, tmp_path / "run", "auto", StopRequest()) as upload_result:
         upload_result(SimpleNamespace(step=100))
     assert "result.json" not in in_bucket("tests", prefix(f"{uri}/run/result-000100"))
 
@@ -149,7 +153,7 @@ def test_a_result_with_other_weights_has_an_address_of_its_own(server: Server, t
         if with_command:
             storage_command.upload(storage_command.parser().parse_args(["upload", "--result", str(run), first]))
         else:
-            with remote_mirror.mirror_run(Storage(upload=uri), run, "auto") as upload_result:
+            with remote_mirror.mirror_run(Storage(upload=uri), run, "auto", StopRequest()) as upload_result:
                 upload_result(SimpleNamespace(step=100))
 
     addresses = [first, first, f"{first}.2", f"{first}.3"]
@@ -165,18 +169,57 @@ def test_a_result_with_other_weights_has_an_address_of_its_own(server: Server, t
 
 def test_an_upload_that_s3_would_refuse_ends_a_run_before_it_begins(server: Server, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bucket nowhere does not exist: type another name, or create it"), \
-            remote_mirror.mirror_run(Storage(upload="s3://nowhere/runs"), tmp_path / "run", "auto"):
+            remote_mirror.mirror_run(Storage(upload="s3://nowhere/runs"), tmp_path / "run", "auto", StopRequest()):
         pytest.fail("the run began")
+
+
+def test_a_stop_request_ends_the_upload_of_a_result_which_is_continued_later(
+        server: Server, tmp_path: Path, uri: str) -> None:
+    write_run(tmp_path / "run", 100)
+    signals = [signal.SIGTERM]
+
+    def fault(number: int, method: str) -> None:
+        if method == "PUT" and signals:
+            os.kill(os.getpid(), signals.pop())
+
+    server.fault = fault
+    result = f"{uri}/run/result-000100"
+    with pytest.raises(Interrupted, match=r"SIGTERM: the run is finished, .*; repeat the command to copy it to S3"), \
+            catch_stop_signals() as stop, \
+            remote_mirror.mirror_run(Storage(upload=uri, parallel=1), tmp_path / "run", "auto", stop) as upload_result:
+        upload_result(SimpleNamespace(step=100))
+    assert folders.read_manifest(result) is None
+    with remote_mirror.mirror_run(Storage(upload=uri), tmp_path / "run", "auto", StopRequest()) as upload_result:
+        upload_result(SimpleNamespace(step=100))
+    assert folders.read_manifest(result)
+
+
+def test_the_end_of_a_run_abandons_the_copy_of_an_older_checkpoint(
+        server: Server, tmp_path: Path, uri: str) -> None:
+    write_run(tmp_path / "run", 100)
+    mirror = remote_mirror.CheckpointMirror(tmp_path / "run", uri, 1)
+
+    def fault(number: int, method: str) -> None:
+        if method == "PUT" and not mirror._closing.is_set():  # the first part of step 100 is sent as the run ends
+            write_run(tmp_path / "run", 200)
+            mirror._newest = tmp_path / "run/checkpoints/step-000200"
+            mirror._closing.set()
+
+    server.fault = fault
+    mirror._copy_newest()
+    mirror._copy_newest()
+    assert [address.rpartition("/")[2] for address in folders.list_complete_folders(f"{uri}/checkpoints")] == [
+        "step-000200"]
 
 
 def test_a_half_uploaded_checkpoint_of_another_machine_does_not_block_the_upload(
         server: Server, tmp_path: Path, uri: str) -> None:
     spec, address = Storage(upload=uri, checkpoints=True), f"{uri}/run/checkpoints"
     plain_client().put_object(Bucket="tests", Key=f"{prefix(address)}/step-000100/state.json", Body=b"other")
-    with remote_mirror.mirror_run(spec, tmp_path / "b/run", "auto"):
+    with remote_mirror.mirror_run(spec, tmp_path / "b/run", "auto", StopRequest()):
         write_run(tmp_path / "b/run", 100)
     assert folders.list_complete_folders(address) == [f"{address}/step-000100.2"]
-    with remote_mirror.mirror_run(spec, tmp_path / "c/run", "auto"):
+    with remote_mirror.mirror_run(spec, tmp_path / "c/run", "auto", StopRequest()):
         assert [entry.name for entry in (tmp_path / "c/run/checkpoints").glob("step-*")] == ["step-000100"]
     assert len(folders.list_complete_folders(address)) == 1
 
@@ -185,13 +228,13 @@ def test_a_result_that_cannot_be_uploaded_is_an_error(server: Server, tmp_path: 
     write_run(tmp_path / "run", 100)
     server.fault = lambda number, method: "denied" if method == "PUT" else None
     with pytest.raises(UserError, match="no permission"), \
-            remote_mirror.mirror_run(Storage(upload=uri), tmp_path / "run", "auto") as upload_result:
+            remote_mirror.mirror_run(Storage(upload=uri), tmp_path / "run", "auto", StopRequest()) as upload_result:
         upload_result(SimpleNamespace(step=100))
 
 
 def test_a_checkpoint_that_cannot_be_uploaded_is_only_a_warning(server: Server, tmp_path: Path, uri: str,
                                                           caplog: pytest.LogCaptureFixture) -> None:
-    with remote_mirror.mirror_run(Storage(upload=uri, checkpoints=True), tmp_path / "run", "auto"):
+    with remote_mirror.mirror_run(Storage(upload=uri, checkpoints=True), tmp_path / "run", "auto", StopRequest()):
         write_run(tmp_path / "run", 100)
         server.fault = lambda number, method: "denied" if method == "PUT" else None
     assert "checkpoint step-000100 is not in S3" in caplog.text
@@ -231,12 +274,12 @@ def test_a_checkpoint_that_cannot_be_uploaded_is_retried_at_growing_intervals(
 def test_a_damaged_checkpoint_does_not_hide_those_in_s3_and_is_not_uploaded(
         server: Server, tmp_path: Path, uri: str, damaged: str) -> None:
     spec = Storage(upload=uri, checkpoints=True)
-    with remote_mirror.mirror_run(spec, tmp_path / "a/run", "auto"):
+    with remote_mirror.mirror_run(spec, tmp_path / "a/run", "auto", StopRequest()):
         write_run(tmp_path / "a/run", 100)
     broken = tmp_path / "b/run/checkpoints" / damaged
     broken.mkdir(parents=True)
     (broken / "trained.safetensors").write_bytes(b"half")
-    with remote_mirror.mirror_run(spec, tmp_path / "b/run", "auto"):
+    with remote_mirror.mirror_run(spec, tmp_path / "b/run", "auto", StopRequest()):
         assert checkpoint_files.latest(broken.parent) == broken.parent / "step-000100"
     assert folders.list_complete_folders(f"{uri}/run/checkpoints") == [f"{uri}/run/checkpoints/step-000100"]
 

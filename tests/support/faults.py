@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.support import moments
 from tests.support.warm_python import PYTHON
 
 ROOT = Path(__file__).parents[2]
@@ -33,9 +34,8 @@ def train(run_root: Path, *overrides: str, fault: str | None = None, seed: int =
     return call("train", [f"run_root={run_root}", *FAST, *overrides], fault, seed, log)
 
 
-def call(
-    command: str, arguments: Sequence[str], fault: str | None = None, seed: int = 0, log: Path | None = None
-) -> int:
+def call(command: str, arguments: Sequence[str], fault: str | None = None, seed: int = 0,
+         log: Path | None = None) -> int:
     """Run `python -m dreambooth.COMMAND` with exactly these arguments. Returns the exit code; output goes to `log`."""
     words = [PYTHON, "-m", "tests.support.faults", command, fault or "", str(seed), json.dumps(list(arguments))]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -46,10 +46,10 @@ def call(
 
 
 def main(command: str, fault: str, seed: str, arguments: str) -> None:
-    """Inside the process: install the fault and run the command."""
+    """Inside the process: install the fault, or the moment of a signal, and run the command."""
     sys.argv = [f"dreambooth/{command}.py", *json.loads(arguments)]
     if fault:
-        (FAULTS | EVALUATING | OTHERS)[fault](int(seed))
+        (FAULTS | EVALUATING | OTHERS | moments.FAULTS)[fault](int(seed))
     importlib.import_module(f"dreambooth.{command}").main()
 
 

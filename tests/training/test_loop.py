@@ -14,6 +14,7 @@ from dreambooth.training.hooks import HookList
 from dreambooth.training.loop import fit
 from dreambooth.training.step import Objective, StepInfo, TrainState, train_step
 from dreambooth.training.stop_hook import StopHook
+from dreambooth.utils.signals import StopRequest
 from tests.support.toy_model import ToyModel, make_batches, make_schedule, make_state
 
 
@@ -139,6 +140,18 @@ def test_all_processes_stop_after_the_same_step_if_one_has_a_stop_request() -> N
 
     requested, idle = [False, True, True, True], [False] * 4
     assert stop_step(requested, idle) == stop_step(idle, requested) == 3
+
+
+def test_a_stop_request_while_pictures_are_shared_stops_all_processes_after_that_step() -> None:
+    """The next step would change the state, and the abandoned pictures could not be made when the run resumes."""
+    state, saved = make_state(ToyModel()), []
+    engine = Engine(world_size=2, all_reduce_mean=lambda flag: flag + 0.5)  # the other process has a stop request
+    stop_hook = StopHook(StopRequest(), engine, fake_checkpoint_hook(state, saved), lambda step: step == 2)
+    stop_hook(SimpleNamespace(step=1))  # type: ignore[arg-type]
+    assert saved == []
+    with pytest.raises(Interrupted, match="another process: stopped and saved after step 2"):
+        stop_hook(SimpleNamespace(step=2))  # type: ignore[arg-type]
+    assert saved == [0]
 
 
 @pytest.mark.parametrize("rank, expected", [(0, ["saved", "waited"]), (1, ["waited"])])

@@ -15,11 +15,12 @@ from dreambooth.errors import Diverged
 from dreambooth.models.noise_schedule import DiffusionSchedule
 from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine
-from dreambooth.training.instance_loss import instance_loss
+from dreambooth.training.instance_loss import instance_loss, measured_photos
 from dreambooth.training.loop import fit
 from dreambooth.training.loss import dreambooth_loss
 from dreambooth.training.step import Objective, TrainState, train_step
 from dreambooth.utils import rng
+from dreambooth.utils.console import Console
 from tests.support.toy_model import ToyModel, make_batches, make_photo_set, make_schedule, make_state, train_steps
 
 KINDS = ["epsilon", "v_prediction", "sample"]
@@ -245,6 +246,19 @@ def test_the_default_sweep_objective_does_not_depend_on_snr_gamma() -> None:
     losses = [instance_loss(SimpleNamespace(batches=make_batches(), objective=Objective(make_schedule(), 1.0, gamma),
                                             trained=model)) for gamma in (None, 5.0, 0.1)]  # type: ignore[arg-type]
     assert losses[0] == losses[1] == losses[2] > 0
+
+
+def test_the_default_sweep_objective_uses_a_bounded_number_of_photos(capsys: pytest.CaptureFixture[str]) -> None:
+    model, calls = ToyModel(), []
+    make_state(model)
+    forward = model.forward
+    model.forward = lambda *inputs: (calls.append(1), forward(*inputs))[1]  # type: ignore[method-assign]
+    setup = SimpleNamespace(batches=make_batches(photo_sets=[make_photo_set(count=100)]), trained=model,
+                            objective=Objective(make_schedule()))
+    assert instance_loss(setup, Console()) > 0  # type: ignore[arg-type]
+    assert len(calls) == 32
+    assert "instance loss 32/32" in capsys.readouterr().out
+    assert measured_photos(5) == list(range(5)) and measured_photos(64) == list(range(0, 64, 2))
 
 
 def test_random_streams_are_independent_and_repeatable() -> None:

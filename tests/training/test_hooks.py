@@ -1,0 +1,58 @@
+"""Hooks: samples after the checkpoint of their step, when a run resumes, and with the whole moving average."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dreambooth.errors import Interrupted
+from dreambooth.optim.ema import Ema
+from dreambooth.runtime.engine import Engine
+from dreambooth.training.hooks import SampleHook, swap_in_ema
+from dreambooth.utils.signals import StopRequest
+
+
+def sample_hook(step: int, record: Any, every: int | None = 4) -> SampleHook:
+    """The hook of a run of 10 steps that has completed `step` steps."""
+    recipe = SimpleNamespace(sample=SimpleNamespace(every=every), train=SimpleNamespace(max_train_steps=10))
+    state = SimpleNamespace(step=step, ema=None, check_finite=lambda model: None)
+    setup = SimpleNamespace(state=state, pipeline="pipeline", trained=None,
+                            idle=SimpleNamespace(on_device=nullcontext))
+    meter = SimpleNamespace(phase=lambda name: nullcontext())
+    return SampleHook(SimpleNamespace(record=record), setup, Engine(), meter, recipe, StopRequest())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("step, every, expected", [
+    (0, 4, [0]), (4, 4, [4]), (10, 4, [10]), (5, 4, []), (0, None, []), (4, None, [])])
+def test_samples_that_are_due_at_the_resumed_step_are_generated_before_training(
+        step: int, every: int | None, expected: list[int]) -> None:
+    """A run that was killed between the checkpoint of a step and its samples has no other chance to generate them."""
+    recorded: list[int] = []
+    sample_hook(step, lambda step, *rest: recorded.append(step), every).before_training()
+    assert recorded == expected
+
+
+def test_a_stop_request_while_samples_are_generated_leaves_the_end_of_the_run_to_the_stop_hook() -> None:
+    def record(*_: object) -> None:
+        raise Interrupted("SIGTERM: stopped")
+
+    sample_hook(4, record)(SimpleNamespace(step=4))  # type: ignore[arg-type]
+
+
+def test_pictures_and_files_get_the_moving_average_with_all_steps() -> None:
+    """With ema_every=2 and a skipped fp16 step, the third optimizer step is the last one of a run of four."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 1.0)
+    each, second = Ema(model, 0.9999), Ema(model, 0.9999, every=2)
+    for value in (5.0, 5.0, 9.0):
+        nn.init.constant_(model.weight, value)
+        each.update(model), second.update(model)
+    state = SimpleNamespace(ema=second, weights=lambda module: dict(module.named_parameters()),
+                            check_finite=lambda module: None)
+    for exact in (False, True):
+        with swap_in_ema(SimpleNamespace(trained=model, state=state), exact):  # type: ignore[arg-type]
+            assert torch.allclose(model.weight, each.average["weight"], rtol=1e-6)
+    assert model.weight.item() == 9.0
