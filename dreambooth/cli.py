@@ -41,7 +41,7 @@ _last_failure: list[str] = []  # the reason if the last job has failed, otherwis
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence, with the exit code of every other wrong input."""
+    """A parser that reports a wrong argument in one sentence, and exits with the exit code of UserError."""
 
     def error(self, message: str) -> NoReturn:
         """Print the sentence and exit."""
@@ -81,7 +81,7 @@ def _run_hydra(command: Callable[[], Any], kind: type) -> None:
 
 
 def _parse_arguments(kind: type) -> tuple[list[str], list[str]]:
-    """Return the overrides, and the options with their values, of a command line for Hydra.
+    """Parse a command line for Hydra. Return two lists: the overrides, and the options with their values.
 
     Raises:
         UserError: an option is not known, or options contradict each other.
@@ -116,8 +116,8 @@ def _parse_arguments(kind: type) -> tuple[list[str], list[str]]:
 def use_utf8() -> None:
     """Restart this process in Python's UTF-8 mode if the locale's encoding is ASCII.
 
-    Otherwise prompts and file names with other characters could be neither read nor printed. An encoding with more
-    characters is kept; what it cannot express is printed as an escape sequence.
+    Otherwise prompts and file names with non-ASCII characters could be neither read nor printed. Any other encoding
+    is kept; characters that this encoding cannot express are printed as escape sequences.
     """
     if codecs.lookup(sys.getfilesystemencoding()).name == "ascii" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
@@ -170,7 +170,11 @@ def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "re
 
 
 def _report_system_error(error: OSError) -> None:
-    """Print a sentence if the system refused a path because of its name, permissions or a limit; else a traceback."""
+    """Print an error of the system, and record the failure.
+
+    If the system refused a path because of its name, its permissions or a limit, print one sentence. Otherwise print
+    the traceback.
+    """
     if not (advice := SYSTEM_ERRORS.get(error.errno or 0)):
         _report_fault(error)
         return
@@ -202,7 +206,7 @@ def describe_fault(error: Exception) -> str:
 
 
 def _mask_hydra_record() -> None:
-    """Mask the URLs in the files that Hydra has written before the job: `.hydra/` and `multirun.yaml`."""
+    """Mask the secrets in URLs in the files that Hydra writes before the job: `.hydra/*.yaml` and `multirun.yaml`."""
     module = sys.modules.get("hydra.core.hydra_config")  # not imported by commands without Hydra
     if module is None or not module.HydraConfig.initialized():
         return
@@ -278,8 +282,8 @@ def parse_with_overrides(parser: ArgumentParser) -> argparse.Namespace:
 def intercept_override(key: str) -> None:
     """Remove the overrides of `key` from sys.argv before Hydra reads them, and store the value.
 
-    If `key` is overridden several times, the last value is stored. Needed if `key` is also the name of a config group:
-    Hydra would take the value for the name of an option of the group.
+    If `key` is overridden several times, the last value is stored. A command must call this function if `key` is also
+    the name of a config group. Otherwise Hydra would take the value for the name of an option of the group.
     """
     from dreambooth.config.compose import unquote
 

@@ -159,7 +159,7 @@ def compose_run(overrides: list[str], paths: SageMakerPaths | None = None) -> tu
 
 
 def _list_outputs(cfg: DictConfig, run_dir: Path) -> dict[str, Path]:
-    """Return the files and folders that a run writes: override that sets the path -> path."""
+    """Return the path of each file or folder that a run writes, by the override that sets the path."""
     OmegaConf.set_readonly(cfg.hydra, False)
     cfg.hydra.runtime.output_dir = str(run_dir)  # as Hydra does when it starts the run
     outputs = {"run_root": Path(cfg.run_root), "name or hydra.run.dir": run_dir}
@@ -174,7 +174,7 @@ def _list_outputs(cfg: DictConfig, run_dir: Path) -> dict[str, Path]:
 
 
 def _find_log_files(key: str, settings: Any) -> dict[str, Path]:
-    """Return the log files of a configuration of Python's logging: override -> path of the file."""
+    """Return the path of each log file in a configuration of Python's logging, by the override that sets the path."""
     if not isinstance(settings, dict):
         return {}
     files = {f"{key}.filename": Path(str(settings["filename"]))} if settings.get("filename") else {}

@@ -126,6 +126,7 @@ class DockerBackend:
         """Send a job the signal to save and stop, and do not wait until the job has ended.
 
         Return False if the job is not running.
+
         Raises:
             UserError: the engine cannot stop the job.
         """

@@ -48,10 +48,11 @@ def find_credentials(request: Mapping[str, Any]) -> Iterator[str]:
 def load() -> None:
     """Set the login variables from the secret whose name or ARN is in the environment variable DREAMBOOTH_SECRET.
 
-    Do nothing if DREAMBOOTH_SECRET is not set. Login variables that are already set keep their values.
+    The login variables are the environment variables in LOGIN_VARIABLES. Variables that are already set keep their
+    values. Do nothing if DREAMBOOTH_SECRET is not set.
 
     Raises:
-        UserError: the secret cannot be read, or is not a JSON object with the fields of LOGIN_VARIABLES.
+        UserError: the secret cannot be read, is not a JSON object, or has a field that is not in LOGIN_VARIABLES.
     """
     name = os.environ.get(SECRET_VARIABLE)
     if not name:

@@ -48,8 +48,8 @@ def load(cfg: DictConfig) -> Config:
     """Return the Config of a run, built from the configuration that Hydra composed.
 
     Raises:
-        ConfigError: a value breaks a rule of its field, the user has added a key that is not in the schema (with
-            +key=value), or tracking.uri contains a password. The message has one line per problem, and each line
+        ConfigError: a value breaks a rule of its field, the user has added (with +key=value) a key that is not in
+            the schema, or tracking.uri contains a password. The message has one line per problem, and each line
             names a key.
     """
     problems = [f"tracking.uri {_LOGIN_IN_URI}"] * uri_has_password(cfg)
@@ -96,7 +96,7 @@ def search_space(name: str) -> dict[str, tuple[str, ...]]:
 
 
 def unquote(override: str) -> str:
-    """Return the value of an override as a text, without the quotes of Hydra's grammar."""
+    """Return VALUE of an override KEY=VALUE as plain text, without the quotes and escapes of Hydra's grammar."""
     raw = override.partition("=")[2]
     if not raw.startswith(("'", '"')):
         return raw

@@ -1,9 +1,10 @@
 """The config group `evaluate`, and the names and weighted sums of measures, which are metrics of image quality.
 
-A measure has a role, which says what is measured, such as subject_similarity. Its name also contains the encoder, the
-network whose features of the images are compared, such as `subject_similarity_efficientnet_lite0`. Some measures are
-those of the DreamBooth paper (Ruiz et al. 2023, arXiv:2208.12242, sections 4.1 and 4.3). They have the paper's name,
-such as `dino`, only if they are computed with the paper's encoder.
+A measure has a role, which says what is measured, such as subject_similarity. An encoder is a
+network that computes the features by which images are compared. The name of a measure consists of its role and its
+encoder, such as `subject_similarity_efficientnet_lite0`. Some measures are those of the DreamBooth paper (Ruiz et al.
+2023, arXiv:2208.12242, sections 4.1 and 4.3). They have the paper's name, such as `dino`, only if they are computed
+with the paper's encoder.
 Imports neither torch nor Hydra.
 """
 

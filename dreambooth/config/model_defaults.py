@@ -12,8 +12,8 @@ from dreambooth.utils.assets import conf_dir
 def default_sample_batch_size(model: str) -> int:
     """Return prior.sample_batch_size as the model's file sets it, or the general default.
 
-    The size of a batch changes the last bits of the images in it. Images of another batch size than this one are
-    therefore kept apart, see `sample_batch_size_if_changed`.
+    The size of a batch changes the last bits of the images in it. Class images that are generated with another batch
+    size are therefore stored in another folder, see `sample_batch_size_if_changed`.
 
     Args:
         model: the value of model.name, which is the name of the file.
@@ -26,6 +26,7 @@ def default_sample_batch_size(model: str) -> int:
 def sample_batch_size_if_changed(model: str, size: int) -> dict[str, int]:
     """Return {"sample_batch_size": size}, or an empty dictionary if `size` is the default of the model.
 
-    The default is left out of hashes, because earlier versions of this package hashed no batch size.
+    The caller hashes the dictionary together with other settings. Earlier versions of this package did not hash the
+    batch size. Because the default is left out, the hash is still the same as in these versions.
     """
     return {} if size == default_sample_batch_size(model) else {"sample_batch_size": size}

@@ -40,11 +40,11 @@ _HELP = "type --help for all keys"
 # -- before Hydra reads them ----------------------------------------------------------------------------------------
 
 def prepare(words: Sequence[str], kind: type) -> list[str]:
-    """Return overrides in the form in which Hydra reads them as the user means them.
+    """Rewrite overrides so that Hydra reads from them what the user means.
 
     - In a path, `~` becomes the home folder; shells expand it only at the start of a word.
     - In a prompt, `${` is escaped, so that it is text and not an interpolation.
-    - A value of a text key that looks like a number or a boolean is quoted, so that 1.50 does not become 1.5.
+    - If the value of a text setting looks like a number or a boolean, it is quoted, so that 1.50 does not become 1.5.
 
     Args:
         words: the overrides, as typed.
@@ -118,7 +118,7 @@ def escape_interpolations(text: str) -> str:
 
 
 def _not_an_override(words: Sequence[str], number: int, kind: type) -> str:
-    """Return a sentence about the word `number`, which has no `=`: most likely the shell has split a value."""
+    """Return a sentence about `words[number]`, which has no `=`. Most likely the shell has split a value at a blank."""
     word = words[number]
     if word in setting_keys(kind):
         return f"{word} has no value: type {word}=VALUE"
@@ -146,13 +146,13 @@ def _not_in_grammar(key: str, name: str, raw: str, kind: type) -> str:
 
 
 def _plain(raw: str) -> str:
-    """Return the text that a user means by a value: without Hydra's quotes around it."""
+    """Return a value as plain text: without Hydra's quotes around it, and with `${` not escaped."""
     quoted = len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\""
     return (raw[1:-1] if quoted else raw).replace("\\${", "${")
 
 
 def escape_prompts(cfg: DictConfig) -> None:
-    """Escape `${` in all prompts of a configuration, which may come from a YAML file. See TEXT_KEYS."""
+    """Escape `${` in the values of TEXT_KEYS in a configuration, such as prompts that a YAML file sets."""
     with read_write(cfg), open_dict(cfg):
         for key, text in _texts(OmegaConf.to_container(cfg, resolve=False), ""):
             if "${" in text and TEXT_KEYS.fullmatch(key) and (escaped := escape_interpolations(text)) != text:
@@ -175,7 +175,7 @@ def explain(error: Exception, kind: type, words: Sequence[str] = ()) -> DreamBoo
     """Return the error for the user that says in one sentence what Hydra, OmegaConf or the system has refused.
 
     Args:
-        error: what composing a configuration, or writing the run folder, has raised.
+        error: the exception that was raised while a configuration was composed or the run folder was written.
         kind: dataclass of the configuration.
         words: the overrides.
 

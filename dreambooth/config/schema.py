@@ -49,7 +49,10 @@ class Precision(Section):
 
     @property
     def label(self) -> str:
-        """The precision as a string, such as "fp32, tf32". It tells images of different precisions apart."""
+        """The precision as a string, such as "fp32, tf32".
+
+        Records of generated images contain this string, because the precision changes the images.
+        """
         return f"{self.dtype.value}, tf32" if self.tf32 else self.dtype.value
 
 

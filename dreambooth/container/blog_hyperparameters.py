@@ -1,6 +1,8 @@
-"""Translates blog hyperparameters, which are the hyperparameters of an AWS blog post's notebook, to configuration keys.
+"""Translates blog hyperparameters to configuration keys.
 
-This project started from the notebook of this blog post, see docs/container.md."""
+Blog hyperparameters are the hyperparameters in the notebook of an AWS blog post. This project started from this
+notebook, see docs/container.md.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -137,7 +137,8 @@ def _merge_inputs(
 
     Returns:
         Two dictionaries whose keys are configuration keys. The first contains the folder or hub id of each input. The
-        second contains the source of each input from a channel as words for a message, such as "the channel images".
+        second contains only the inputs that a channel sets; its values name the channel for a message, such as
+        "the channel images".
     """
     inputs, channel_names = dict(blog.paths), {}
     for name, folder in channels.items():

@@ -73,7 +73,7 @@ class SageMakerPaths:
         """Check that a run writes its files below `checkpoints`, where they survive a spot interruption.
 
         Args:
-            outputs: override that sets a path -> path of a file or folder that the run writes.
+            outputs: path of each file or folder that the run writes, by the override that sets the path.
 
         Raises:
             UserError: a path is not below `checkpoints`. The message names the override.

@@ -100,7 +100,7 @@ class Supervisor:
 
 
 def _read_report(path: Path) -> dict[str, Any] | None:
-    """Return the exit report of a process, or None if the file is not a report, because the disk was full."""
+    """Return the exit report of a process, or None if the file has none, for example after a full disk."""
     with suppress(OSError, ValueError):
         report = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(report, dict) and {"rank", "code", "sentence", "meant"} <= report.keys():

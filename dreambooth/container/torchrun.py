@@ -17,7 +17,8 @@ def root_exit_code(failures: Collection[ProcessFailure]) -> int:
 
     SIGKILL takes precedence: a process killed by SIGKILL prints nothing, and processes that wait for it fail
     immediately. SIGTERM counts only if there is no other cause, because the launcher itself sends SIGTERM to the
-    remaining processes. If they do not end, the launcher sends SIGKILL, but so late that it does not count here.
+    remaining processes. If they do not end, the launcher sends SIGKILL to them later. This SIGKILL does not count,
+    because failures more than one second after the first failure are ignored.
     """
     first_failure = min(failure.timestamp for failure in failures)
     # Timestamps are whole seconds: failures within one second may have happened in any order.

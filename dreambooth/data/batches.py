@@ -174,9 +174,10 @@ class Latents:
         self._cached: dict[tuple[str, Size | None], ReadRows] = {}
 
     def fill(self, photo_set: PhotoSet, tick: Callable[[int], None], size: int | None = None) -> None:
-        """Encode every photo of a PhotoSet whose `center_crop` is true, and add the means and deviations to the cache.
+        """Encode every photo of a PhotoSet, and add the means and standard deviations to the cache.
 
-        If the set has `random_flip`, the mirror image of each photo is encoded, too.
+        The field `center_crop` of the set must be true. If its field `random_flip` is true, the mirror image of each
+        photo is encoded, too.
 
         Args:
             tick: called with the number of images (photos and mirror images) encoded since the previous call.

@@ -1,6 +1,8 @@
-"""Reads the caption of a photo from a text file beside it, or from the metadata of its folder; else it is the prompt.
+"""Reads the caption of a photo from a text file beside the photo, or from a metadata file in the photo's folder.
 
-- The caption of NAME.jpg is in NAME.txt, or in NAME.caption, the default of kohya's trainer.
+If neither contains a caption of the photo, the instance prompt is used as its caption.
+
+- The text file of NAME.jpg is NAME.txt or NAME.caption. kohya's trainer uses NAME.caption by default.
 - metadata.jsonl and metadata.csv have the format of `imagefolder` in Hugging Face `datasets`: one JSON object per line,
   such as {"file_name": "a.jpg", "text": "a caption"}, or a table with the columns file_name and text.
 

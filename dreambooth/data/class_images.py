@@ -43,7 +43,7 @@ class ClassImages:
 
     @property
     def paths(self) -> list[Path]:
-        """Paths of all class images, including images that do not exist yet. The order does not depend on which do."""
+        """Paths of all class images, including missing ones. The order does not depend on which images are missing."""
         return self.user_paths + [path for path, _ in self.generated]
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ def find(recipe: Recipe) -> ClassImages:
     """Return the class images that a run needs, and which of them must be generated.
 
     The user's images come first. Images that earlier runs generated with the same prompt, model and sampler settings
-    are reused. Log a warning for each of these images that is damaged, because it is generated again.
+    are reused. If one of these images is damaged, log a warning, and count the image as missing.
     """
     user_paths = list_photos(recipe.class_dir) if recipe.class_dir else []
     key, seed_key = _digest(_origin(recipe)), _digest(_origin(recipe, batch=False))
@@ -94,9 +94,9 @@ def generate_missing(
     generated. Batches that another run has generated meanwhile are skipped. Each run starts at a random batch, so that
     simultaneous runs in one run_root share the work.
 
-    The batch of an image depends on its number too, and a batch with a missing image is generated as a whole: the size
-    of a batch changes the last bits of its images, and an image must not depend on when a run was interrupted. Images
-    that exist are not replaced.
+    The number in the file name also decides the batch of an image. If any image of a batch is missing, the whole batch
+    is generated, but only the missing images are written. The reason is that the size of a batch changes the last bits
+    of its images: with smaller batches, an image would depend on when an earlier run was interrupted.
 
     Args:
         generate: takes a list of seeds, returns one image of the class prompt per seed.
@@ -125,10 +125,10 @@ def _digest(origin: dict[str, object]) -> str:
 
 
 def _origin(recipe: Recipe, batch: bool = True) -> dict[str, object]:
-    """Return the settings that determine the generated images. Without `batch`, they determine the seeds only.
+    """Return the settings that determine the generated images. If `batch` is false, leave out the size of batches.
 
-    The folder name contains a hash of these settings. Do not change a key or a value: otherwise later runs would not
-    find the images of earlier runs.
+    The folder name contains a hash of these settings. The seeds of the images are computed from the settings without
+    the size of batches. Do not change a key or a value: otherwise later runs would not find the images of earlier runs.
     """
     optional = {"vae": recipe.model.vae, "zero_terminal_snr": recipe.model.zero_terminal_snr,
                 "vae_weights": atomic_files.weights_digest(Path(recipe.vae_source)) if recipe.vae_source else None}

@@ -70,7 +70,9 @@ def digest(module: nn.Module) -> str:
 
 
 def _is_intact(path: Path) -> bool:
-    """Return whether a cache file exists and its moments have the recorded checksum. Log a warning if they differ.
+    """Return whether a cache file exists and its moments have the recorded checksum.
+
+    Log a warning if the file exists but cannot be read, or if its moments have another checksum.
 
     Files of earlier versions of this package have no checksum, and count as intact if their moments can be read.
     """

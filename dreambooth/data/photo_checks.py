@@ -94,7 +94,7 @@ def detail(grey: Image.Image) -> float:
 
 
 def _groups_alike(crops: Sequence[Image.Image]) -> list[list[int]]:
-    """Return groups of two or more images that look like the first one of their group, as their numbers."""
+    """Return groups of two or more images, as indices of `crops`. Each image looks like the first one of its group."""
     import imagehash
 
     hashes = {number: imagehash.phash(crop) for number, crop in enumerate(crops) if _has_contrast(crop)}

@@ -16,7 +16,7 @@ from dreambooth.utils import quoting
 
 
 def describe_photos(recipe: Recipe, photos: Sequence[Photo]) -> str:
-    """Return the number of photos of each subject with the files that are left out, then a list of all warnings.
+    """Return the report: for each subject the number of photos and the unused files, then all warnings.
 
     Args:
         photos: all photos of the run, as `load_subject_photos` returns them.
@@ -38,7 +38,9 @@ def describe_photos(recipe: Recipe, photos: Sequence[Photo]) -> str:
 
 
 def describe_unused_files(folder: Path, used: Collection[Path], other_inputs: Collection[Path] = ()) -> list[str]:
-    """Return one line per subfolder and kind of file in `folder` that is not used. Hidden files are not mentioned.
+    """Return one line per subfolder of `folder` that has photos, and one line per kind of unused file in `folder`.
+
+    Hidden files, and subfolders that belong to `other_inputs`, are not mentioned.
 
     Args:
         used: the photos of the folder that are used.
@@ -63,9 +65,9 @@ def describe_unused_files(folder: Path, used: Collection[Path], other_inputs: Co
 
 
 def _prompt_warnings(recipe: Recipe, photos: Sequence[Photo]) -> list[str]:
-    """Return warnings about the prompt and captions of a subject that do not name it.
+    """Return a warning if the instance prompt or captions of a subject do not name the subject.
 
-    A subject is named by the words of the instance prompt that the class prompt does not have.
+    A text names the subject if it contains a word that is in the instance prompt but not in the class prompt.
     """
     if not recipe.class_prompt.strip():
         return []
