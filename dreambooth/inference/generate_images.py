@@ -134,7 +134,7 @@ def slug(prompt: str) -> str:
 
 
 def _advice(phase: str, config: Generate, device: str) -> str:
-    """Return what the user can type if memory ran out in `phase`: the end of the error message."""
+    """Return the end of the error message if memory ran out in `phase`. It says what the user can type."""
     if phase == "drawing" and min(config.batch_size, config.num_images) > 1:
         return "batch_size=1"
     if device == "cuda":

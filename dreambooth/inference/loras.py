@@ -80,10 +80,10 @@ def _find_lora(source: Path, scale: float) -> Lora:
 
 
 def _name(path: Path) -> str:
-    """Return the name of a LoRA that a web UI would show: the name of its file without the suffix.
+    """Return the name that a web UI would show for a LoRA: a file name without the suffix.
 
-    A run exports its LoRA a second time, as a file for web UIs in the folder `webui/` beside `path`. If there is such
-    a file, its name is returned.
+    A run exports its LoRA twice: as `path`, and as a file for web UIs in the folder `webui/` beside `path`. If the
+    second file exists, its name is returned, otherwise the name of `path`.
     """
     webui_files = sorted((path.parent / "webui").glob("*.safetensors")) if path.name == ADAPTER else []
     return (webui_files[0] if webui_files else path).stem

@@ -41,7 +41,7 @@ class Source:
         return self.adapter is not None and self.settings.get("model.zero_terminal_snr") == "True"
 
     def setting(self, key: str) -> str | None:
-        """Return a setting of the run, or None if it is not set; run.json stores None as the string 'null'."""
+        """Return a setting of the run; None if it is missing, or if run.json contains 'null', which stands for None."""
         text = self.settings.get(key)
         return None if text in (None, "null") else str(text)
 

@@ -62,7 +62,8 @@ def _is_number(text: str) -> bool:
 def _trial_job(spec: WorkflowSpec, names: dict[str, str]) -> dict[str, Any]:
     """Build the Job of a trial.
 
-    The Job's pod is retried if its node was lost, and not retried after an exit code in FATAL_EXIT_CODES.
+    After an exit code in FATAL_EXIT_CODES, Kubernetes does not start the Job's pod again. After any other failure, it
+    starts the pod again, up to `backoffLimit` times. A lost node does not count as a failure.
     """
     parameters = [f"{key}=${{trialParameters.{name.replace('-', '_')}}}" for key, name in names.items()]
     overrides = [*run_overrides(spec, pod_spec.RUNS_MOUNT), TRIAL_RUN_DIR, f"sweep={spec.space.name}",

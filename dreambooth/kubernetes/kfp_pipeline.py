@@ -3,7 +3,7 @@
 The compiled pipeline (IR, intermediate representation) is built as a dict, without the SDK.
 
 Stages share the workspace of the pipeline run (`/kfp-workspace`), a volume that Kubeflow Pipelines creates and deletes.
-The results of a stage are artifacts. Platform settings are in a second YAML document, which only a cluster reads.
+The results of a stage are artifacts. A second YAML document contains the settings for Kubernetes, such as tolerations.
 """
 
 from typing import Any

@@ -90,8 +90,8 @@ def env_by_key() -> list[dict[str, Any]]:
 def escape_variables(text: str) -> str:
     """Escape a text so that Kubernetes passes it to a container as it is.
 
-    In args, Kubernetes replaces $(NAME) by the environment variable NAME, for example by a password of the pod's
-    Secret, and $$ by $. A text that Argo, Katib or Kubeflow Pipelines will insert into args must be escaped, too.
+    In args, Kubernetes replaces $$ by $. It replaces $(NAME) by the value of the environment variable NAME, which may
+    be a password. A text that Argo, Katib or Kubeflow Pipelines will insert into args must be escaped, too.
     """
     return re.sub(r"\$\$+|\$(?=\()", lambda match: match[0] * 2, text)
 

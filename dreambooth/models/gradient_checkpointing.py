@@ -2,9 +2,9 @@
 
 diffusers recomputes only the layers inside a transformer (Transformer2DModel). It stores the tensors that the norm and
 the projections of the transformer need: 25 MiB for one transformer of 320 channels, with two samples in half
-precision and 64 x 64 latents. In all transformers together, such tensors are 50 % of what a checkpointed forward pass
-stores. This module recomputes the whole transformer from its input, which the neighbouring block stores anyway. The
-same operators run on the same values, so the results do not change.
+precision and 64 x 64 latents. With diffusers' checkpointing, such tensors of all transformers are 50 % of what the
+forward pass stores. This module recomputes the whole transformer from its input, which the neighbouring block stores
+anyway. The same operators run on the same values, so the results do not change.
 
 With two groups (argument `groups` of `recompute`), a transformer is recomputed for the photos first and then for the
 class images, so that its inner tensors exist for one group at a time. Autograd adds the gradients that both groups give

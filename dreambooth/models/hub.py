@@ -1,4 +1,4 @@
-"""Whether the model hub can be reached.
+"""Finds out whether the model hub can be reached.
 
 Without a network, the hub's library would try every file six times, for 23 seconds, and then report that the file is
 missing. This module asks first whether the name of the hub can be resolved.
@@ -14,7 +14,9 @@ _CONNECTION_ERRORS = {"ConnectError", "ConnectTimeout", "ReadTimeout", "ProxyErr
 
 
 def local_files_only(source: str, offline: bool) -> bool:
-    """Return whether a model is loaded without asking the hub: because of `offline`, its place, or the network.
+    """Return whether a model must be loaded without asking the hub.
+
+    This is so if `offline` is set, if `source` is a path on this machine, or if the hub's name cannot be resolved.
 
     Args:
         source: folder or hub id of the model.
@@ -39,11 +41,11 @@ def unresolved() -> str | None:
 
 
 def failure_reason(error: BaseException, asked_hub: bool) -> str:
-    """Return why a model could not be loaded: the hub that could not be reached, or the first line of the error.
+    """Return why a model could not be loaded: that the hub could not be reached, or the first line of the error.
 
     Args:
         error: the error of the library that loads the model.
-        asked_hub: whether the model is a hub id, and the user allows to ask the hub.
+        asked_hub: whether the library was allowed to ask the hub: `offline` is not set, and the model is a hub id.
     """
     if asked_hub and (reason := unresolved()):
         return reason

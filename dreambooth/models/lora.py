@@ -62,9 +62,10 @@ class LowRank:
         value, and r the rank. The rounding error of a sum of k products, in any order, is at most gamma_k times the sum
         of the magnitudes of the products (Higham 2002, eq. 3.5).
 
-        - With a separate adapter, W x has the factor gamma_n, and up (down x) has gamma_(n + r). Their sum adds one u.
-        - With a merged adapter, the product up down has the factor gamma_r. The sum W + up down adds one u, and the
-          product of this sum with x adds gamma_n.
+        - With a separate adapter, the error of W x has the factor gamma_n, and the error of up (down x) has the factor
+          gamma_(n + r). Adding the two products adds one u.
+        - With a merged adapter, the error of the matrix product P = up down has the factor gamma_r. Adding W and P adds
+          one u, and multiplying their sum by x adds gamma_n.
 
         Both errors are at most gamma_(n + r + 2) c with c = (|W| + |up| |down|) |x|. Therefore, for every output value,
 

@@ -30,7 +30,7 @@ class NoiseSchedule(Protocol):
         """
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Return the min-SNR loss weight of each sample, (N,): it caps the signal-to-noise ratio at `gamma`.
+        """Return the min-SNR loss weight of each sample, (N,), with the signal-to-noise ratio capped at `gamma`.
 
         Raises:
             ValueError: the prediction type is unknown.

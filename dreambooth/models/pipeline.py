@@ -1,4 +1,7 @@
-"""Generates pictures with a diffusers pipeline: the pipeline class and sampling scheduler of the model's family."""
+"""Generates pictures with a diffusers pipeline.
+
+The pipeline's class and its sampling scheduler come from the model's family.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -48,10 +48,9 @@ def load_for_pipeline(source: str, family: Family, dtype: torch.dtype) -> Any:
 def planned_configuration(source: str, family: Family, base: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of the VAE that replaces the base model's, for the planner, which downloads nothing.
 
-    If `source` is a folder, its config.json is read. If `source` is a hub id or a single file, the result is `base`,
-    in which only the mark for overflow in fp16 is replaced. The new mark says that the VAE does not overflow if the
-    name of `source` says so. Otherwise it says that the VAE overflows. The conversion of single files uses the same
-    rule for names (single_file_sources.py).
+    If `source` is a folder, its config.json is read. If `source` is a hub id or a single file, the result is a copy of
+    `base` in which only the mark for overflow in fp16 is replaced. `Family.is_half_safe` chooses the new mark from the
+    name of `source`. The conversion of single files uses the same rule (single_file_sources.py).
 
     Args:
         source: the VAE that replaces the base model's: a folder, a hub id or a single file.
@@ -69,7 +68,7 @@ def check_channels(family: Family, denoiser: Any, vae: Any, instead: str) -> Non
     Denoisers for inpainting and editing, which also read a mask or a picture, can be neither trained nor used here.
 
     Args:
-        instead: the end of the error message: what the user can type instead.
+        instead: what the user can type instead. The error message ends with this text.
 
     Raises:
         UserError: the denoiser reads another number of channels than the VAE outputs.
@@ -81,7 +80,7 @@ def check_channels(family: Family, denoiser: Any, vae: Any, instead: str) -> Non
 
 
 def another_base(recipe: Recipe) -> str:
-    """Return what the user can type if the base model of a run cannot be trained: the end of an error message."""
+    """Return the end of the error message if a run's base model cannot be trained. It says what the user can type."""
     return "model.source=DIR, a model that draws from text alone" + ", or model.vae=null" * bool(recipe.vae_source)
 
 

@@ -4,10 +4,10 @@ The decay of step t = 1, 2, ... is min(ema_decay, (1 + t) / (10 + t)). The avera
 at first, and slowly later.
 
 With `every` = k, the averages are updated only after each k-th step: average = d * average + (1 - d) * weights, where d
-is the product of the decays of the last k steps. This has the same result as k updates, one for each of these steps,
-that all use the weights after the k-th step. The weights after the other k - 1 steps do not enter the average. After
-any other step, `current` returns the averages with the steps since the last update. fp16 steps that the loss scaler
-skips are not counted, so the last step of a run may be such a step.
+is the product of the decays of the last k steps. This is equal to k updates in a row: each has the decay of one of
+these k steps, and all use the weights after the k-th step. The weights after the other k - 1 steps do not enter the
+average. After any other step, `current` returns the averages with the steps since the last update. fp16 steps that the
+loss scaler skips are not counted, so the last step of a run may be such a step.
 """
 
 import math

@@ -13,8 +13,8 @@ optimizer of a list of parameters:
 
 Training runs and the planner's rehearsals (training steps on fake tensors) both call
 `build_training_optimizer(model, factory, ...)`, then `TrainState(model, optimizer, schedule, ema)`, then `train_step`.
-A run gets its factory from optimizers.py. The planner passes a factory of optimizers that only allocate memory: any
-torch.optim.Optimizer with a `step` works.
+A run gets its factory from optimizers.py. The planner's factory creates optimizers that allocate memory and update
+nothing. A factory may create any torch.optim.Optimizer.
 """
 
 import torch

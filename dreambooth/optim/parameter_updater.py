@@ -1,10 +1,10 @@
 """Updates one trained parameter with its own optimizers. A large parameter in half precision is updated in pieces.
 
 A step temporarily needs the weight and its gradient in fp32. For the largest convolution of SD 1.5, they take 0.22 GiB
-together, more than the activations of this layer's backward pass. Adam treats each element independently, and 8-bit
-Adam each quantization block of 256 elements (Dettmers et al. 2022, arXiv:2110.02861). Updating a parameter in pieces
-that consist of whole quantization blocks therefore gives the same results. Adafactor factorises whole matrices, so
-weights are never split with Adafactor.
+together, more than the activations of this layer's backward pass. Adam updates each element independently of the
+others. 8-bit Adam updates each quantization block of 256 elements independently (Dettmers et al. 2022,
+arXiv:2110.02861). Updating a parameter in pieces that consist of whole quantization blocks therefore gives the same
+results. Adafactor factorises whole matrices, so weights are never split with Adafactor.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -35,7 +35,7 @@ def of_layout(layout: Layout) -> Family | None:
 def of_folder(folder: Path) -> Family | None:
     """Return the family of a diffusers folder, or None if it belongs to no supported family.
 
-    Of the folder, only the config.json files of the parts are read.
+    Only the config.json files of the parts are read.
     """
     parts = [path.parent.name for path in folder.glob("*/config.json")]
     return of_layout(Layout(parts, lambda part: _read(folder / part / "config.json")))

@@ -41,7 +41,7 @@ def tokenize(tokenizer: Any, prompt: str) -> Tensor:
 
 
 def published_name(name: str) -> str:
-    """Return the name that LoRA files use for a module (`PART.NAME`).
+    """Return the name that a module has in LoRA files. Both `name` and the result have the form PART.NAME.
 
     LoRA files follow older transformers versions, in which the layers of a text encoder are inside `text_model`.
     """

@@ -168,7 +168,7 @@ class Family(ABC):
         """Write the files of a tokenizer to `folder`."""
 
     def load_extras(self, source: str, layout: Layout, dtype: torch.dtype, **options: Any) -> dict[str, Any]:
-        """Return parts that are only exported, such as a safety checker, as a dictionary by pipeline argument name."""
+        """Return the parts that a run exports but does not use, such as a safety checker, by pipeline argument name."""
         return {}
 
     def current_name(self, name: str, names: Collection[str]) -> str:
@@ -211,7 +211,7 @@ class Family(ABC):
         """Return an uninitialised fp32 tensor with the shape that `text` returns for `count` prompts."""
 
     def untrainable(self, encoders: Sequence[Any]) -> list[nn.Module]:
-        """Return the modules of the text encoders that do not affect the output of `text` and so get no gradient."""
+        """Return the text encoders' modules that do not affect the output of `text`. They get no gradient."""
         return []
 
     # -- the denoiser ----------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ class Family(ABC):
     adapter_targets: Mapping[Targets, re.Pattern[str]]  # -> pattern of the layer names inside a part
 
     def published_name(self, name: str) -> str:
-        """Return a module's name (`PART.NAME`) in LoRA files. It differs from `name` if a library renamed it."""
+        """Return the name (`PART.NAME`) that LoRA files use for a module; `name` is its name in current libraries."""
         return name
 
     @abstractmethod

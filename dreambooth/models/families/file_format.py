@@ -81,7 +81,7 @@ class SingleFileFormat(ABC):
 
     @abstractmethod
     def prediction_type(self, file: ModelFile) -> tuple[str, str]:
-        """Return the prediction_type of diffusers, and the evidence for it in words, such as 'its metadata'."""
+        """Return the prediction type in diffusers' notation, and the evidence in words, such as 'its metadata'."""
 
     @abstractmethod
     def resolution(self, file: ModelFile, prediction_type: str, typed: bool) -> tuple[int, str]:

@@ -36,7 +36,7 @@ class StableDiffusionXL(LatentUNet):
 
     The token ids of P prompts have the shape (P, 2, L), and the output of `text` has the shape (P, L + 1, D1 + D2). The
     first L rows of this output are the concatenated hidden states of both encoders before their last layers (section 2
-    of the paper). The last row of the output begins with the pooled and projected state of the second encoder.
+    of the paper). The last row contains the pooled and projected state of the second encoder, followed by zeros.
 
     The UNet also receives the original size of the picture, the coordinates of its crop, and the target size (section
     2.2). Training gives it these values of each photo, so that the model does not learn crops and low resolution as
