@@ -3,9 +3,9 @@
 With optimizer_in_backward, each gradient is used and released as soon as the backward pass has computed it, so that
 only one gradient exists at a time. Clipping needs the norm of all gradients before the step, and fp16 training must
 know whether a gradient overflowed. In these cases a first forward and backward pass measures the gradients, and a
-second forward and backward pass updates the parameters. The two passes take about twice the time of one. The results
-are the same as with one pass, as far as the device's kernels are deterministic. If a gradient overflows in fp16, there
-is no second pass, and no weight changes.
+second forward and backward pass updates the parameters. The two passes take about twice the time of one. Both passes
+compute the same gradients, as far as the device's kernels are deterministic. The updated weights are then the same as
+without optimizer_in_backward. If a gradient overflows in fp16, there is no second pass, and no weight changes.
 """
 
 from collections.abc import Callable, Iterator
@@ -144,7 +144,13 @@ class PerParameterOptimizer(StreamingOptimizer):
 
     def _step_all(self, forward_backward: Callable[[], Tensor], statistics: GradientStatistics,
                   factor: Tensor | None, step: int) -> None:
-        """Update every parameter: in a second forward and backward pass (`in_backward`), or with stored gradients."""
+        """Update every parameter.
+
+        With `in_backward`, this takes a second forward and backward pass. Otherwise the stored gradients are used.
+
+        Args:
+            factor: the factor by which clipping reduces the gradients; None: no clipping.
+        """
         if self.in_backward:
             with self._on_each_gradient(partial(self._step_one, statistics, factor, step)):
                 forward_backward()

@@ -80,7 +80,8 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def repeat(self, start: int, end: int, marks: bool = True) -> None:
         """Append a copy of events[start:end], as if the same code ran again.
 
-        Storages that are still live at `end` exist already, so their allocation is not repeated.
+        Only the events of storages that are both allocated and released in this range are repeated. A storage that is
+        still live at `end` exists already, so it is not allocated again.
 
         Args:
             marks: also repeat the marks.

@@ -3,9 +3,9 @@
 `CANDIDATES` lists combinations of options, which are tried in this order, from the fastest to the slowest.
 `_minimum_gib` calculates a lower bound of a candidate's memory from weights, optimizer state, EMA, gradients and a
 minimum of activations. This bound rules out most candidates without a rehearsal. The remaining candidates are rehearsed
-until one fits. If a candidate does not fit, its activations raise the bound of all later candidates with the same
-setting of gradient checkpointing. If a training step fits but image generation does not, images are generated one at a
-time.
+until one fits. If a rehearsed candidate does not fit, the size of its activations is the new minimum of activations for
+all later candidates with the same setting of gradient checkpointing. If a training step fits but image generation does
+not, images are generated one at a time.
 
 Options that are already on stay on. Optimizer, precision, clipping and the trained parts never change. If nothing fits,
 the error message lists changes to these settings, and the memory that each change would save.

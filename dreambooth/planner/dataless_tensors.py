@@ -21,7 +21,10 @@ _runs_as_is: dict[Any, bool] = {}  # operator -> whether the real operator can r
 
 
 class _NewStorage:
-    """Template of a result tensor in a new storage of `size` bytes, at index `number` among the call's new storages."""
+    """Template of a result tensor whose storage is new.
+
+    The storage has `size` bytes. It is number `number` (from 0) of the storages that the call allocates.
+    """
 
     def __init__(self, tensor: Tensor, number: int) -> None:
         self.number = number

@@ -154,7 +154,11 @@ def _to_fp32(operator: Any) -> Callable[..., Any]:
 
 
 def _fp32_result(operator: Any, softmax: bool) -> Callable[..., Any]:
-    """Return an autocast rule that computes the result in fp32, unless the caller passes a dtype."""
+    """Return an autocast rule that computes the result in fp32, unless the caller passes a dtype.
+
+    Args:
+        softmax: whether the operator is `softmax.int`, which CUDA computes without an fp32 copy of an fp16 input.
+    """
     def compute(*args: Any, **kwargs: Any) -> Any:
         with _without_autocast():
             dtype = kwargs.get("dtype", args[2] if softmax and len(args) > 2 else None)

@@ -15,7 +15,8 @@ CACHE_CLEARED_BEFORE = frozenset({"caching", "training"})  # a run empties the a
 class Prediction:
     """The memory and the operations of a run, calculated from the trace of its rehearsal.
 
-    The trace contains two training steps, because the optimizer state exists only from the start of the second step.
+    The trace contains two training steps. The first step creates the optimizer state. Only in the second step does this
+    state need memory from the beginning.
     """
 
     trace: StorageTrace = field(repr=False)
@@ -64,7 +65,7 @@ class Prediction:
 
     @cached_property
     def host_bytes(self) -> int:
-        """Peak bytes of the tensors that options keep on the host: EMA, optimizer state, fp32 weights, gradients."""
+        """Peak bytes of tensors that memory options keep on the host: EMA, optimizer state, fp32 weights, gradients."""
         live = peak = 0
         for serial, size in self.trace.events:
             if serial > 0 and self.trace.category[serial] == HOST:

@@ -1,7 +1,10 @@
 """Predicts the memory of a run by rehearsing it on tensors without data, with the run's own recipe and training step.
 
-    skeleton model -> class images -> caching -> train_step -> samples -> evaluation     recorded by a StorageTrace
-    recorded events -> allocator model                                     memory by phase and category
+A StorageTrace records all allocations while the phases of the run are rehearsed in this order:
+
+    skeleton model -> class images -> caching -> train_step -> samples -> evaluation
+
+A model of the allocator then computes the memory by phase and category from the recorded events.
 
 Nothing is computed and nothing is downloaded. These parts are modelled instead of run: the optimizer
 (optimizer_memory.py), the allocator (caching_allocator.py), the workspaces of attention kernels (fake_cuda.py) and the

@@ -1,6 +1,7 @@
 """Estimates the time and the price of a run from its predicted operations and bytes.
 
-    step = operations / (peak x efficiency) + passes over weights / bandwidth + host link + all-reduce + OVERHEAD
+    seconds per step = operations / (peak rate x EFFICIENCY) + bytes of passes over all weights / memory bandwidth
+                       + seconds of transfers to the host and back + seconds of the all-reduce + OVERHEAD
 
 Nothing in this model was measured on a GPU by this project. EFFICIENCY and OVERHEAD are fitted on the T4 speeds that
 the DreamBooth README of ShivamShrirao/diffusers publishes (batch 1 and 2, with and without checkpointing, fp16 and

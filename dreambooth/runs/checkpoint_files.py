@@ -15,8 +15,8 @@ def rotate(folder: Path, keep: int, newest: Path) -> None:
     """Remove every checkpoint except the newest `keep` checkpoints. Damaged checkpoints are always removed.
 
     Args:
-        newest: the checkpoint that was just written. Checkpoints of later steps are damaged: the run was resumed from
-            an earlier step.
+        newest: the checkpoint that was just written. The run was not resumed from checkpoints of later steps, so
+            these are damaged and are removed.
     """
     checkpoints, last = _list_checkpoints(folder), atomic_files.trailing_number(newest)
     kept = [path for path in checkpoints if atomic_files.trailing_number(path) <= last and is_complete(path)][-keep:]

@@ -112,7 +112,8 @@ def _digest(hashed: dict[str, Any]) -> str:
 def _was_started(root: DictConfig, digest: str, sample_batch_size: int) -> bool:
     """Return whether an earlier version of this package, which did not hash the batch size, started this run.
 
-    Its folder is then resumed under the name that it has. run.json tells a run with another batch size apart.
+    If so, the run keeps the hash `digest`, so that its folder is found and the run is resumed. The folder with this
+    hash may also belong to a run with another batch size. Therefore the batch size in its run.json is compared.
     """
     folder = Path(root.run_root) / f"{root.name}-{digest}"
     try:

@@ -67,7 +67,10 @@ def mirror_run(spec: Storage, run_dir: Path, resume: str, stop: StopRequest) -> 
 
 
 def result_name(step: int) -> str:
-    """Return the name of the S3 folder of a result. It has the number of steps: an extended run has several results."""
+    """Return the name of the S3 folder of a result.
+
+    The name contains the number of steps, because a run that was extended has several results.
+    """
     return f"result-{step:06d}"
 
 
@@ -168,8 +171,8 @@ class CheckpointMirror(threading.Thread):
     def _entries(self, path: Path) -> Entries:
         """Return the manifest entries (paths and hashes of the files) of a checkpoint.
 
-        They are those of the checkpoint's own manifest, so that the upload of a damaged checkpoint fails. A checkpoint
-        of an earlier version of this package has no manifest; it is hashed in the first attempt to copy it.
+        The entries are read from the checkpoint's own manifest, so that the upload of a damaged checkpoint fails. A
+        checkpoint of an earlier version of this package has no manifest; it is hashed in the first attempt to copy it.
         """
         key = path, path.stat().st_mtime_ns
         if self._hashed[0] != key:

@@ -105,8 +105,8 @@ def _check_unused(out: str, of_files: Mapping[str, object], of_folders: Mapping[
     """Raise an error if the user set an option that has no effect in this direction of conversion.
 
     Args:
-        of_files: the options that have an effect only if a file is converted, as values by option name.
-        of_folders: the options that have an effect only if a folder is converted, as values by option name.
+        of_files: names and values of the options that have an effect only if a file is converted.
+        of_folders: names and values of the options that have an effect only if a folder is converted.
 
     Raises:
         UserError: an option without effect is set.

@@ -99,7 +99,7 @@ def whole_pipeline(parts: Components) -> Any:
 
 
 def _base_choices(recipe: Recipe) -> dict[str, str]:
-    """Return the settings that, together with model.source, determine the base model; without those that are unset."""
+    """Return the settings that, together with model.source, determine the base model. Unset settings are left out."""
     model = recipe.model
     choices = {"revision": model.revision, "variant": model.variant, "vae": model.vae,
                "zero_terminal_snr": "true" if model.zero_terminal_snr else None}

@@ -23,8 +23,8 @@ def adapter_only(kind: str, merge: bool) -> bool:
 def is_exported(folder: Path, kind: str, merge: bool) -> bool:
     """Return whether `folder` contains the exported result of a run with these values of method.kind and method.merge.
 
-    No file is read: `find_damage` compares the contents. A folder of an earlier version of this package has no
-    manifest; each part that has a configuration must then have weights.
+    Only the sizes of the files are compared with the manifest; `check_intact` also compares their contents. A folder of
+    an earlier version of this package has no manifest. Therefore each part with a config.json must also have weights.
     """
     main_file = folder / (ADAPTER if adapter_only(kind, merge) else INDEX)
     if not main_file.is_file() or find_damage(folder, contents=False):

@@ -54,7 +54,8 @@ def upload(folder: Path, uri: str, console: Console | None = None, parallel: int
 
     Raises:
         UserError: S3 rejects or loses a file.
-        DestinationOccupied: the address is a complete folder with other content, or has a file with other content.
+        DestinationOccupied: the address has a complete folder with other content, or a file that has the same name as
+            a local file and other content.
     """
     with _open_bucket(uri, console, parallel) as bucket:
         upload_entries(bucket, manifest.hash_folder(folder), folder)
@@ -64,8 +65,8 @@ def upload_with_fallback(folder: Path, uri: str, entries: Entries, console: Cons
                          core: str = "", check: Callable[[], None] = lambda: None) -> str:
     """Upload a folder to the first free address of URI, URI.2, URI.3 and so on.
 
-    This function is for callers that cannot prompt the user for another address: a result or a checkpoint is stored
-    after hours of training. An address is not free if it has other content, complete or not.
+    This function is for results and checkpoints. They are uploaded after hours of training, when no user can be asked
+    for another address. An address is free unless `upload` would raise DestinationOccupied for it.
 
     Args:
         entries: manifest entries of the files to upload.
@@ -92,7 +93,7 @@ def upload_with_fallback(folder: Path, uri: str, entries: Entries, console: Cons
 
 
 def check_destination(uri: str) -> None:
-    """Check that the content of an S3 address can be listed. Call this before a training that is uploaded there.
+    """Check that the content of an S3 address can be listed. Call this before a run whose results are uploaded there.
 
     Raises:
         UserError: `uri` is not an S3 address, the bucket does not exist, or the credentials do not suffice.
@@ -157,10 +158,10 @@ def read_manifest(uri: str) -> Entries | None:
 
 
 def list_complete_folders(uri: str) -> list[str]:
-    """Return the addresses of the complete folders directly below an address, sorted by the number in the folder name.
+    """Return the addresses of the complete folders directly below an address, sorted by the numbers in their names.
 
-    If `upload_with_fallback` appended a fallback number to a name, as in step-000100.2, the number before the fallback
-    number determines the order, and then the fallback number.
+    Folders are sorted by step: step-000100 comes before step-000200. Folders of the same step are sorted by the number
+    that `upload_with_fallback` appended: step-000100 comes before step-000100.2.
     """
     def numbers(name: str) -> tuple[int, int]:
         step, _, fallback = name.partition(".")

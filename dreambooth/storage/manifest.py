@@ -95,7 +95,7 @@ def hash_folder(folder: Path, only: Sequence[str] = ()) -> Entries:
         only: names of the files and subfolders to include; empty: include everything.
 
     Raises:
-        UserError: there are no files to upload.
+        UserError: there are no files to include.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME
                    and not any(part.startswith(atomic_files.TEMPORARY_PREFIX)
