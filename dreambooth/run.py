@@ -16,7 +16,7 @@ from dreambooth.runs.run_folder import Result, load_finished, locked
 from dreambooth.runtime import oom_advice
 from dreambooth.runtime.engine import Engine, create_engine
 from dreambooth.runtime.memory_meter import MemoryMeter
-from dreambooth.serialization import export
+from dreambooth.serialization import export, export_layout
 from dreambooth.tracking.run_tracker import track_run
 from dreambooth.tracking.tracker import Tracker
 from dreambooth.training import checkpoint_transfer, loop
@@ -113,7 +113,7 @@ def _finish(recipe: Recipe, engine: Engine, setup: Setup, evaluation: Evaluation
         "objective": result.objective, INSTANCE_LOSS: scores[INSTANCE_LOSS], "exported_step": exported,
         "skipped_steps": setup.state.skipped})
     tracker.set_tags({"model": str(folder)})
-    for name in ("contact_sheet.png", "model/README.md", "model/pytorch_lora_weights.safetensors"):
+    for name in ("contact_sheet.png", "model/README.md", f"model/{export_layout.ADAPTER}"):
         if (recipe.run_dir / name).is_file():
             tracker.log_artifact(recipe.run_dir / name)
     result.write()

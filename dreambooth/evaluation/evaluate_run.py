@@ -14,7 +14,7 @@ from dreambooth.runs.report import score_table
 from dreambooth.runs.run_folder import locked, read_result
 from dreambooth.runtime.engine import create_engine
 from dreambooth.serialization import lora_files
-from dreambooth.serialization.export_layout import ADAPTER, check_intact
+from dreambooth.serialization.export_layout import ADAPTER, check_intact, find_adapter
 from dreambooth.tracking.run_tracker import track_run
 from dreambooth.utils.console import Console
 from dreambooth.utils.signals import StopRequest
@@ -66,7 +66,8 @@ def _load_trained(recipe: Recipe, device: torch.device) -> loading.Components:
             model=replace(recipe.model, revision=None, variant=None, zero_terminal_snr=False)), device)
     parts = loading.load(recipe, device)
     model = loading.prepare(parts, recipe)
-    lora.load_adapter_weights(model, lora_files.read(folder / ADAPTER), parts.family.published_name)
+    adapter = lora_files.read(find_adapter(folder) or folder / ADAPTER)
+    lora.load_adapter_weights(model, adapter, parts.family.published_name)
     return parts
 
 

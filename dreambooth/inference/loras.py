@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from dreambooth.errors import UserError
 from dreambooth.models import families
-from dreambooth.serialization.export_layout import ADAPTER
+from dreambooth.serialization.export_layout import ADAPTER, OLD_ADAPTER, check_intact, find_adapter
 
 DENOISERS = "unet", "transformer"  # part names of denoisers in diffusers, and prefixes in LoRA files
 
@@ -31,8 +31,8 @@ def find_loras(sources: Sequence[str], scales: Sequence[float]) -> list[Lora]:
         scales: one scale per source.
 
     Raises:
-        UserError: a source contains no LoRA; a LoRA file cannot be read, or belongs to no supported model family; or
-            diffusers would apply only a part of a LoRA.
+        UserError: a source contains no LoRA; a LoRA file is damaged, cannot be read, or belongs to no supported model
+            family; or diffusers would apply only a part of a LoRA.
     """
     return [_find_lora(Path(source), scale) for source, scale in zip(sources, scales, strict=True)]
 
@@ -59,11 +59,12 @@ def apply(pipeline: Any, loras: Sequence[Lora]) -> None:
 
 
 def _find_lora(source: Path, scale: float) -> Lora:
-    files = [source] if source.is_file() else [source / "model" / ADAPTER, source / ADAPTER]
-    path = next((file for file in files if file.is_file()), None)
+    path = source if source.is_file() else find_adapter(source / "model") or find_adapter(source)
     if path is None:
         raise UserError(f"there is no LoRA in {source}: type lora=FILE, a .safetensors file, or lora=runs/NAME of a "
                         "run with method=lora or dora")
+    if source.is_dir():
+        check_intact(path.parent)
     try:
         with safe_open(path, "pt") as file:
             keys = list(file.keys())
@@ -85,5 +86,5 @@ def _name(path: Path) -> str:
     A run exports its LoRA twice: as `path`, and as a file for web UIs in the folder `webui/` beside `path`. If the
     second file exists, its name is returned, otherwise the name of `path`.
     """
-    webui_files = sorted((path.parent / "webui").glob("*.safetensors")) if path.name == ADAPTER else []
+    webui_files = sorted((path.parent / "webui").glob("*.safetensors")) if path.name in (ADAPTER, OLD_ADAPTER) else []
     return (webui_files[0] if webui_files else path).stem

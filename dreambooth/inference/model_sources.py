@@ -6,7 +6,7 @@ from typing import Any
 
 from dreambooth.config.generate import Generate
 from dreambooth.errors import UserError
-from dreambooth.serialization.export_layout import ADAPTER, check_intact, read_settings
+from dreambooth.serialization.export_layout import check_intact, find_adapter, read_settings
 from dreambooth.utils import quoting
 from dreambooth.utils.assets import resolve_asset
 
@@ -69,7 +69,8 @@ def _find_source(config: Generate) -> Source:
     folder = Path(config.run)
     settings = read_settings(folder)
     for model in (folder / "model", folder):
-        adapter = str(model / ADAPTER) if (model / ADAPTER).is_file() else None
+        adapter_file = find_adapter(model)
+        adapter = str(adapter_file) if adapter_file else None
         if (model / "model_index.json").is_file() and not config.base:
             return Source(folder, str(model), None, settings)
         base = config.base or settings.get("model.source")

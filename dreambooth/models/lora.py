@@ -81,6 +81,22 @@ class LowRank:
         scaled: Tensor = whole.flatten(1) * factor.view(-1, 1)
         return scaled.view_as(weight)
 
+    def base_scale(self, weight: Tensor) -> Tensor | None:
+        """Return m |W| / |V| for each row, (out,), in fp32 on the CPU; None without DoRA.
+
+        Programs that scale the rows of V by `base_scale` / |W|, not by m / |V|, get W' with this value.
+
+        Args:
+            weight: W, the layer's weight in the base model.
+        """
+        if self.magnitude is None:
+            return None
+        weight = weight.float()
+        base, changed = (torch.linalg.vector_norm(matrix.flatten(1), dim=1)
+                         for matrix in (weight, weight + self.delta.to(weight)))
+        scale: Tensor = self.magnitude * (base / changed).cpu()
+        return scale
+
 
 def inject(model: nn.Module, method: Method, targets: Mapping[Targets, re.Pattern[str]], seed: int,
            dtype: Dtype) -> None:
@@ -153,6 +169,20 @@ def adapter_weights(model: nn.Module) -> dict[str, LowRank]:
 
 
 @torch.no_grad()
+def base_scales(model: nn.Module, weights: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """Return LowRank.base_scale of each layer of `model` that has a DoRA, by module name.
+
+    The weight of the base model is the one that the run trains with: rounded to half precision or to 4 bits, if the run
+    keeps the base model so.
+
+    Args:
+        weights: the adapters of `model`, as `adapter_weights` returns them.
+    """
+    scales = {name: weights[name].base_scale(_base_weight(layer)) for name, layer in layers(model)}
+    return {name: scale for name, scale in scales.items() if scale is not None}
+
+
+@torch.no_grad()
 def load_adapter_weights(model: nn.Module, weights: Mapping[str, LowRank],
                          file_name: Callable[[str], str] = str) -> None:
     """Load weights into the adapters of `model`.
@@ -196,15 +226,21 @@ def _make_exact(layer: Any) -> None:
 
     peft creates adapters in the precision of the base model.
     """
-    from peft.utils.integrations import dequantize_module_weight
-
     for factor in (layer.lora_A[NAME], layer.lora_B[NAME]):
         factor.weight = nn.Parameter(factor.weight.detach().float())
     if NAME in layer.lora_magnitude_vector:
         lengths = layer.lora_magnitude_vector[NAME]
         lengths.get_weight_norm = partial(_weight_norm, lengths)
-        weight = dequantize_module_weight(layer.get_base_layer()).detach().float()
+        weight = _base_weight(layer)
         lengths.weight = nn.Parameter(lengths.get_weight_norm(weight, torch.zeros_like(weight), 1.0))
+
+
+def _base_weight(layer: Any) -> Tensor:
+    """Return the weight of the base model in a layer with an adapter, in fp32."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight: Tensor = dequantize_module_weight(layer.get_base_layer()).detach().float()
+    return weight
 
 
 def _weight_norm(lengths: Any, weight: Tensor, lora_weight: Tensor, scaling: float, **_: Any) -> Tensor:

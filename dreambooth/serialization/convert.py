@@ -14,7 +14,6 @@ from dreambooth.models.components import Components
 from dreambooth.serialization import export_layout, single_file
 from dreambooth.serialization.detect_format import detect, open_model_file
 from dreambooth.serialization.export import whole_pipeline
-from dreambooth.serialization.export_layout import ADAPTER
 from dreambooth.serialization.load_parts import build_parts, load_parts
 from dreambooth.storage import manifest, run_inputs
 from dreambooth.utils import atomic_files
@@ -160,7 +159,7 @@ def _find_model(source: Path) -> tuple[Path, Mapping[str, str]]:
         if (folder / "model_index.json").is_file():
             export_layout.check_intact(folder)
             return folder, export_layout.read_settings(source)
-        if (folder / ADAPTER).is_file():
+        if export_layout.find_adapter(folder):
             raise UserError(f"{source} holds an adapter and no model of its own: repeat the command of its run with "
                             "method.merge=true, which writes one and trains nothing")
     raise UserError(f"there is no model in {source}: type in=DIR, a folder of diffusers or a finished run")

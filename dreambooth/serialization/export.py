@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 import dreambooth
+from dreambooth.config.enums import MethodKind
 from dreambooth.config.recipe import Recipe
 from dreambooth.models import lora
 from dreambooth.models.components import Components
@@ -17,6 +18,7 @@ from dreambooth.models.families.family import Family
 from dreambooth.models.loading import exact_frozen, trained_modules
 from dreambooth.models.pipeline import pipeline_over
 from dreambooth.serialization import lora_files
+from dreambooth.serialization.export_layout import ADAPTER
 from dreambooth.storage import manifest
 from dreambooth.utils import atomic_files, markdown
 from dreambooth.utils.masking import mask_urls
@@ -46,6 +48,9 @@ pipeline({quoted}, num_inference_steps=25).images[0].save("subject.png")
 Licence and limits of use are those of the base model. Made with dreambooth {version}.
 """
 
+WEBUI = {MethodKind.lora: "webui/ has the file for AUTOMATIC1111, ComfyUI and Forge",
+         MethodKind.dora: "webui/ has the file for ComfyUI and Forge"}
+
 
 def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
     """Write the folder `model/` atomically, and return its path.
@@ -69,9 +74,11 @@ def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
             if not recipe.method.low_rank or recipe.method.merge:
                 whole_pipeline(exact_frozen(parts, recipe)).save_pretrained(aside, safe_serialization=True)
             if recipe.method.low_rank:
-                weights = lora.adapter_weights(nn.ModuleDict(trained_modules(parts, recipe)))
+                model = nn.ModuleDict(trained_modules(parts, recipe))
+                weights = lora.adapter_weights(model)
                 title = re.sub(r"[^\w.-]+", "-", recipe.name)
-                lora_files.write(aside, weights, parts.family, title, _adapter_metadata(recipe))
+                lora_files.write(aside, weights, lora.base_scales(model, weights), parts, title,
+                                 _adapter_metadata(recipe))
             if sheet.is_file():
                 shutil.copyfile(sheet, aside / "contact_sheet.png")
             (aside / "README.md").write_text(_card(recipe, parts.family, step, sheet.is_file()), encoding="utf-8")
@@ -108,8 +115,9 @@ def _base_choices(recipe: Recipe) -> dict[str, str]:
 
 def _adapter_metadata(recipe: Recipe) -> dict[str, str]:
     """Return the metadata of an adapter's files. Keys that begin with `modelspec.` follow the ModelSpec standard."""
+    side = recipe.model.resolution
     metadata = {"base_model": recipe.model.source, "method": recipe.method.kind.value, "modelspec.title": recipe.name,
-            "modelspec.trigger_phrase": recipe.instance_prompt} | {
+                "modelspec.resolution": f"{side}x{side}", "modelspec.trigger_phrase": recipe.instance_prompt} | {
                 lora_files.BASE_KEY_PREFIX + key: value for key, value in _base_choices(recipe).items()}
     return {key: mask_urls(value) for key, value in metadata.items()}
 
@@ -139,7 +147,7 @@ def _code(recipe: Recipe, family: Family) -> str:
         after = f"pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{changes})\n"
     return (f"from diffusers import {', '.join(sorted(imports))}\n\n{before}"
             f"pipeline = DiffusionPipeline.from_pretrained({_literal(recipe.model.source)}{arguments})\n{after}"
-            'pipeline.load_lora_weights("model")  # this folder; webui/ has the file for AUTOMATIC1111 and ComfyUI')
+            f'pipeline.load_lora_weights("model", weight_name="{ADAPTER}")  # this folder; {WEBUI[recipe.method.kind]}')
 
 
 def _card(recipe: Recipe, family: Family, step: int, pictured: bool) -> str:

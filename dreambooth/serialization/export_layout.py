@@ -12,12 +12,19 @@ from dreambooth.utils import atomic_files
 
 DESCRIPTIONS = ("README.md", "contact_sheet.png")  # files that a user may change without damage to the model
 INDEX = "model_index.json"  # exists if the folder holds a whole pipeline
-ADAPTER = "pytorch_lora_weights.safetensors"  # in diffusers' layout; load_lora_weights opens this name
+# The adapter in diffusers' layout. ComfyUI would silently leave out half of this file, so its name says whom it is for.
+ADAPTER = "lora_for_diffusers.safetensors"
+OLD_ADAPTER = "pytorch_lora_weights.safetensors"  # the name of this file in earlier runs
 
 
 def adapter_only(kind: str, merge: bool) -> bool:
     """Return whether a run with these values of method.kind and method.merge exports an adapter and no pipeline."""
     return kind != "full" and not merge
+
+
+def find_adapter(folder: Path) -> Path | None:
+    """Return the path of the adapter in diffusers' layout in `folder`, or None if `folder` contains none."""
+    return next((path for name in (ADAPTER, OLD_ADAPTER) if (path := folder / name).is_file()), None)
 
 
 def is_exported(folder: Path, kind: str, merge: bool) -> bool:
@@ -26,8 +33,8 @@ def is_exported(folder: Path, kind: str, merge: bool) -> bool:
     Only the sizes of the files are compared with the manifest; `check_intact` also compares their contents. A folder of
     an earlier version of this package has no manifest. Therefore each part with a config.json must also have weights.
     """
-    main_file = folder / (ADAPTER if adapter_only(kind, merge) else INDEX)
-    if not main_file.is_file() or find_damage(folder, contents=False):
+    exists = find_adapter(folder) is not None if adapter_only(kind, merge) else (folder / INDEX).is_file()
+    if not exists or find_damage(folder, contents=False):
         return False
     parts = [folder / name for name in atomic_files.read_object(folder / INDEX) or {}]
     return all(any(part.glob("*.safetensors")) for part in parts if (part / "config.json").is_file())

@@ -1,17 +1,20 @@
 """Reads and writes the files of a LoRA or DoRA adapter, in diffusers' layout and in kohya's layout.
 
-| | diffusers | kohya (AUTOMATIC1111, ComfyUI) |
+| | diffusers | kohya (AUTOMATIC1111, ComfyUI, Forge) |
 |---|---|---|
 | UNet | `unet.mid_block.attentions.0.proj_in` | `lora_unet_mid_block_attentions_0_proj_in` |
 | text encoder | `text_encoder.text_model.encoder...` | `lora_te_text_model_encoder...` |
 | down, up | `.lora_A.weight`, `.lora_B.weight` | `.lora_down.weight`, `.lora_up.weight` |
-| magnitude (DoRA) | `.lora_magnitude_vector.weight` (out,), (1, out, 1, 1) | `.dora_scale` (out, 1), (out, 1, 1, 1) |
+| DoRA | `.lora_magnitude_vector.weight` (out,), (1, out, 1, 1) | `.dora_scale` (out, 1), (out, 1, 1, 1) |
 | alpha | none: `lora_B` contains the scale | `.alpha` = rank: `lora_up` contains the scale |
 
-The row of the magnitude gives two shapes per layout: the first for linear layers, the second for convolutions. The
-family gives the names of modules in both layouts (Family.published_name, Family.kohya_name).
+The row of DoRA gives two shapes per layout: the first for linear layers, the second for convolutions. The family gives
+the names of modules in both layouts (Family.published_name, Family.kohya_names); the table shows the usual names.
 
-diffusers 0.42 ignores `dora_scale` when it reads kohya's layout, so a DoRA must be read from diffusers' layout.
+ComfyUI and Forge read a `dora_scale` with one value per row as W' = V dora_scale / |W|, where the paper divides by |V|
+(models/lora.py). The file in kohya's layout therefore contains m |W| / |V|, which gives W' in both programs. The file
+in diffusers' layout contains m. AUTOMATIC1111 divides by norms of columns, kohya's trainer reads no DoRA, and diffusers
+0.42 ignores `dora_scale`.
 """
 
 from collections.abc import Mapping
@@ -23,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dreambooth.errors import UserError
+from dreambooth.models.components import Components
 from dreambooth.models.families.family import Family
 from dreambooth.models.lora import LowRank
 from dreambooth.serialization.export_layout import ADAPTER
@@ -48,38 +52,48 @@ def diffusers_layout(weights: Mapping[str, LowRank], family: Family) -> dict[str
     return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
 
-def kohya_layout(weights: Mapping[str, LowRank], family: Family) -> dict[str, Tensor]:
+def kohya_layout(weights: Mapping[str, LowRank], base_scales: Mapping[str, Tensor], parts: Components
+                 ) -> dict[str, Tensor]:
     """Return the tensors of an adapter file in kohya's layout, by key.
 
     Args:
         weights: the adapter of each layer, by module name in the TrainedModel.
+        base_scales: LowRank.base_scale of each layer with a DoRA, (out,), by module name.
+        parts: the base model.
     """
     tensors: dict[str, Tensor] = {}
+    keys = parts.family.kohya_names(weights, parts.denoiser.config)
     for module, low in weights.items():
-        key = family.kohya_name(module)
+        key = keys[module]
         tensors |= {f"{key}.lora_down.weight": low.down, f"{key}.lora_up.weight": low.up,
                     f"{key}.alpha": torch.tensor(float(low.down.shape[0]))}
-        if low.magnitude is not None:
-            tensors[f"{key}.dora_scale"] = low.magnitude.view(-1, *[1] * (low.down.dim() - 1))
+        if module in base_scales:
+            tensors[f"{key}.dora_scale"] = base_scales[module].view(-1, *[1] * (low.down.dim() - 1))
     return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
 
-def write(folder: Path, weights: Mapping[str, LowRank], family: Family, title: str,
-          metadata: Mapping[str, str]) -> None:
+def write(folder: Path, weights: Mapping[str, LowRank], base_scales: Mapping[str, Tensor], parts: Components,
+          title: str, metadata: Mapping[str, str]) -> None:
     """Write an adapter in both layouts.
 
-    The files are FOLDER/pytorch_lora_weights.safetensors (diffusers) and FOLDER/webui/TITLE.safetensors (kohya).
+    The files are FOLDER/lora_for_diffusers.safetensors (diffusers) and FOLDER/webui/TITLE.safetensors (kohya). The
+    kohya file also has the metadata by which web UIs sort LoRA files.
 
     Args:
         weights: the adapter of each layer, by module name in the TrainedModel.
+        base_scales: LowRank.base_scale of each layer with a DoRA, (out,), by module name.
+        parts: the base model.
         title: name of the kohya file; users of web UIs type it in prompts.
         metadata: metadata for both files.
     """
     (folder / "webui").mkdir(exist_ok=True)
+    kohya = parts.family.kohya_metadata(parts.scheduler_config.get("prediction_type", "epsilon"))
+    modelspec = {key: value for key, value in kohya.items() if key.startswith("modelspec.")}
     common = {"format": "pt"} | dict(metadata)
-    save_file(diffusers_layout(weights, family), folder / ADAPTER, common)
+    save_file(diffusers_layout(weights, parts.family), folder / ADAPTER,
+              modelspec | {"modelspec.implementation": "diffusers"} | common)
     rank = next(iter(weights.values())).down.shape[0]
-    save_file(kohya_layout(weights, family), folder / "webui" / f"{title}.safetensors", common | {
+    save_file(kohya_layout(weights, base_scales, parts), folder / "webui" / f"{title}.safetensors", kohya | common | {
         "ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(float(rank)),
         "ss_output_name": title})
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dreambooth.serialization.export_layout import ADAPTER
+from dreambooth.serialization.export_layout import ADAPTER, OLD_ADAPTER
 from dreambooth.serialization.lora_files import BASE_KEY_PREFIX, read_base_model
 from dreambooth.utils.assets import resolve_asset
 
@@ -75,7 +75,7 @@ def log_artifact(client: Any, run_id: str, path: Path, folder: str | None) -> No
     """
     if not path.exists():
         raise ValueError("there is no such file")
-    if path.name != ADAPTER:
+    if path.name not in (ADAPTER, OLD_ADAPTER):
         client.log_artifact(run_id, str(path), folder)
         return
     import mlflow.diffusers

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dreambooth.config.generate import Generate
 from dreambooth.inference.png_metadata import parameters
+from dreambooth.serialization.export_layout import ADAPTER
 from dreambooth.utils.assets import resolve_asset
 from tests.support.faults import call, train
 from tests.support.runs import the_run
@@ -286,7 +287,7 @@ def test_mlflow_opens_a_runs_adapter_by_its_diffusers_flavour(
     found = mlflow.diffusers.load_model(f"runs:/{run_id}/lora")
     assert found.base_model == BASE
     [theirs] = Path(found.adapter_path).rglob("*.safetensors")
-    ours = load_file(made / "model/pytorch_lora_weights.safetensors")
+    ours = load_file(made / f"model/{ADAPTER}")
     assert {key: tensor.tolist() for key, tensor in load_file(theirs).items()} == {
         key: tensor.tolist() for key, tensor in ours.items()}
     assert MlflowClient(uri).get_run(run_id).info.status == "FINISHED"

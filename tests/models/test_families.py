@@ -16,6 +16,7 @@ from dreambooth.models import families
 from dreambooth.models.loading import load, trained_model
 from dreambooth.planner.rehearsal import predict, rehearse
 from dreambooth.planner.skeleton_models import count_trained_weights
+from dreambooth.serialization.export_layout import ADAPTER
 from tests.support.configs import small_recipe
 from tests.support.faults import call, train
 from tests.support.runs import assert_same, the_run
@@ -219,7 +220,7 @@ def test_an_adapter_is_drawn_with_as_it_was_trained(
     assert (rescaled == [True, "trailing"]) == (what == "zero terminal SNR")
     vae = load_file(next((Path(more[0].partition("=")[2]) if what == "vae" else folder / "vae").glob("*.safetensors")))
     assert pipeline.vae.decoder.conv_in.weight.equal(vae["decoder.conv_in.weight"])
-    with safe_open(run / "model/pytorch_lora_weights.safetensors", "pt") as file:
+    with safe_open(run / f"model/{ADAPTER}", "pt") as file:
         said = {"variant": "fp16", "vae": more[0].partition("=")[2], "zero terminal SNR": "true"}[what]
         assert file.metadata()[f"base_model_{what.replace(' ', '_').lower()}"] == said
 

@@ -17,6 +17,7 @@ from dreambooth.models import families, lora
 from dreambooth.models.lora import LowRank, adapter_weights, inject, merge
 from dreambooth.models.quantization import quantise
 from dreambooth.models.sample_dropout import Dropout, sample_keys, set_keys_before_forward
+from dreambooth.serialization.export_layout import ADAPTER
 from tests.support.faults import train
 from tests.support.runs import KILLED, assert_same, losses, the_run
 
@@ -49,6 +50,21 @@ def taught(kind: MethodKind, **more: Any) -> tuple[Toy, Toy]:
             if parameter.requires_grad:
                 parameter += 0.2 * torch.randn_like(parameter)
     return base, model
+
+
+@torch.no_grad()
+def test_the_scale_over_the_base_gives_the_merged_weight_as_comfyui_and_forge_compute_it() -> None:
+    base, model = taught(MethodKind.dora)
+    known = adapter_weights(model)
+    scales = lora.base_scales(model, known)
+    assert scales.keys() == known.keys() == {"unet.to_q", "unet.proj_in"}
+    for name, low in known.items():
+        weight = base.get_submodule(name).weight
+        rows = (scales[name] / weight.flatten(1).norm(dim=1)).view(-1, *[1] * (weight.dim() - 1))
+        assert torch.allclose((weight + low.delta) * rows, low.merged(weight), rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(scales[name], low.magnitude, rtol=1e-2), "the adapter changes no length"
+    _, model = taught(MethodKind.lora)
+    assert lora.base_scales(model, adapter_weights(model)) == {}
 
 
 def gamma(k: int) -> float:
@@ -250,7 +266,7 @@ def test_an_adapters_run_is_small_and_resumes_bit_for_bit(kind: str, tmp_path: P
     assert train(tmp_path / "killed", *words, fault="checkpoint_rename", seed=3) == KILLED
     assert train(tmp_path / "killed", *words) == 0
     assert_same(the_run(tmp_path / "killed"), straight)
-    ours, theirs = (load_file(run / "model/pytorch_lora_weights.safetensors")
+    ours, theirs = (load_file(run / f"model/{ADAPTER}")
                     for run in (straight, the_run(tmp_path / "killed")))
     assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
     trained = load_file(straight / "checkpoints/step-000004/trained.safetensors")
@@ -316,7 +332,7 @@ def test_an_adapters_run_is_promoted_and_opened_from_the_registry(empty_db: Path
     shutil.copy(empty_db, tmp_path / "mlflow.db")
     words = ["method=lora", "train.max_train_steps=2", "sample.every=null", "prior.with_prior_preservation=false"]
     assert train(tmp_path, *words, "tracking.sweep=s") == 0
-    told = promote("s", tmp_path, PromotionOptions())
+    told = promote("s", tmp_path, PromotionOptions(allow_unmeasured=True))
     server = f"sqlite:///{tmp_path}/mlflow.db"
     pipeline = StableDiffusionPipeline.from_pretrained(resolve_asset("package:tiny-sd"))
     version = MlflowClient(server).get_model_version_by_alias(told["name"], "champion")
@@ -328,7 +344,7 @@ def test_an_adapters_run_is_promoted_and_opened_from_the_registry(empty_db: Path
 def _lora(run: Path) -> dict[str, LowRank]:
     from dreambooth.serialization import lora_files
 
-    return lora_files.read(run / "model/pytorch_lora_weights.safetensors")
+    return lora_files.read(run / f"model/{ADAPTER}")
 
 
 def test_a_quantised_base_is_refused_on_a_cpu(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from dreambooth.errors import UserError
 from dreambooth.serialization.convert import convert
 from dreambooth.serialization.detect_format import detect, open_model_file
+from dreambooth.serialization.export_layout import ADAPTER
 from dreambooth.utils import atomic_files
 from tests.support.configs import small_recipe
 from tests.support.weights import same
@@ -106,9 +107,10 @@ def test_a_key_that_would_do_nothing_is_refused(
         convert(source, str(tmp_path / out), **typed)  # type: ignore[arg-type]
 
 
-def test_an_adapter_is_no_model_yet(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [ADAPTER, "pytorch_lora_weights.safetensors"])  # the second: of earlier runs
+def test_an_adapter_is_no_model_yet(name: str, tmp_path: Path) -> None:
     (tmp_path / "run/model").mkdir(parents=True)
-    (tmp_path / "run/model/pytorch_lora_weights.safetensors").touch()
+    (tmp_path / "run/model" / name).touch()
     with pytest.raises(UserError, match=r"holds an adapter .*repeat the command of its run with method\.merge=true"):
         convert(str(tmp_path / "run"), str(tmp_path / "x.safetensors"))
 

@@ -7,13 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dreambooth.config.generate import Generate
 from dreambooth.errors import UserError
 from dreambooth.evaluate import compose_from_run
 from dreambooth.evaluation import evaluate_run
+from dreambooth.inference.loras import find_loras
 from dreambooth.inference.model_sources import find_source
-from dreambooth.serialization import convert, export_layout
+from dreambooth.models import families
+from dreambooth.serialization import convert, export_layout, lora_files
 from dreambooth.storage import manifest
 from tests.support.runs import flip_bit
 
@@ -59,6 +63,30 @@ def test_a_changed_model_card_is_no_damage(tmp_path: Path) -> None:
     export_layout.check_intact(model)
     assert find_source(Generate(run=str(tmp_path))).setting("name") == "x"
     assert export_layout.is_exported(model, "full", merge=False)
+
+
+@pytest.mark.parametrize("name", [export_layout.ADAPTER, "pytorch_lora_weights.safetensors"])
+def test_an_adapter_is_found_by_its_name_and_by_the_name_of_earlier_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, weights = tmp_path / "model", torch.arange(6.0).view(2, 3)
+    with manifest.write_folder(model) as aside:
+        (aside / "webui").mkdir()
+        (aside / "webui/toy.safetensors").touch()
+        save_file({"unet.x" + lora_files.DOWN: weights, "unet.x" + lora_files.UP: weights.T.contiguous()}, aside / name)
+    assert export_layout.is_exported(model, "lora", merge=False)
+    assert find_source(Generate(run=str(tmp_path), base="base")).adapter == str(model / name)
+    assert [lora.name for lora in find_loras([str(tmp_path), str(model)], [1.0, 1.0])] == ["toy", "toy"]
+    found: list[Any] = []
+    parts = SimpleNamespace(family=families.FAMILIES[0])
+    monkeypatch.setattr(evaluate_run.loading, "load", lambda recipe, device: parts)
+    monkeypatch.setattr(evaluate_run.loading, "prepare", lambda parts, recipe: None)
+    monkeypatch.setattr(evaluate_run.lora, "load_adapter_weights", lambda model, weights, _: found.append(weights))
+    evaluate_run._load_trained(as_recipe(tmp_path), torch.device("cpu"))
+    assert found[0]["unet.x"].down.equal(weights)
+    flip_bit(model / name)
+    with pytest.raises(UserError, match="is damaged"):
+        find_loras([str(tmp_path)], [1.0])
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"settings": []}', ""])

@@ -4,6 +4,7 @@ import json
 import struct
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from dreambooth.config.enums import Dtype, MethodKind, Targets
 from dreambooth.config.method import Method
 from dreambooth.errors import UserError
 from dreambooth.models import families, loading, lora
+from dreambooth.models.components import Components
 from dreambooth.serialization import lora_files
 from dreambooth.serialization.export_layout import ADAPTER
 from dreambooth.utils.assets import resolve_asset
@@ -22,6 +24,7 @@ from tests.support.tiny_models import make
 
 BASE = resolve_asset("package:tiny-sd")
 ONE, TWO = (families.of_architecture(name) for name in ("sd15", "sdxl"))  # text encoders
+ONE_V, SDXL_LORA = families.of_architecture("sd21"), "https://github.com/Stability-AI/generative-models"
 
 
 def pipeline() -> Any:
@@ -37,6 +40,14 @@ def over(pipe: Any) -> loading.TrainedModel:
     family = TWO if hasattr(pipe, "text_encoder_2") else ONE
     names = [family.denoiser.name, *(part.name for part in family.encoders)]
     return loading.TrainedModel(family, {name: getattr(pipe, name) for name in names}, pipe.vae_scale_factor)
+
+
+def parts_of(pipe: Any) -> Components:
+    return Components(over(pipe).family, pipe.unet, [], pipe.vae, [], {})
+
+
+def write(folder: Path, pipe: Any, known: dict[str, lora.LowRank], title: str = "toy", **metadata: str) -> None:
+    lora_files.write(folder, known, lora.base_scales(over(pipe), known), parts_of(pipe), title, metadata)
 
 
 def draw(pipe: Any) -> np.ndarray:
@@ -77,9 +88,10 @@ SAME = 2e-4
 @pytest.mark.parametrize("kind", [MethodKind.lora, MethodKind.dora])
 def test_both_layouts_draw_the_same_picture_in_diffusers(kind: MethodKind, targets: Targets, tmp_path: Path) -> None:
     ours, known = taught(kind, targets)
-    lora_files.write(tmp_path, known, ONE, "toy", {"base_model": "tiny"})
+    write(tmp_path, ours, known)
     wanted, base = draw(ours), base_picture()
     assert np.abs(wanted - base).max() > 0.05, "the adapter changes nothing"
+    assert (tmp_path / ADAPTER).is_file() and "for_diffusers" in ADAPTER  # ComfyUI reads a half of it, silently
     paths = [tmp_path] + ([tmp_path / "webui/toy.safetensors"] if kind is MethodKind.lora else [])
     for path in paths:
         theirs = pipeline()
@@ -96,8 +108,8 @@ def test_merged_draws_what_applied_draws(kind: MethodKind) -> None:
 
 
 def test_kohya_keys_are_those_of_web_uis(tmp_path: Path) -> None:
-    _, known = taught(MethodKind.dora, Targets.transformer)
-    lora_files.write(tmp_path, known, ONE, "toy", {"base_model": "tiny"})
+    pipe, known = taught(MethodKind.dora, Targets.transformer)
+    write(tmp_path, pipe, known, base_model="tiny")
     path = tmp_path / "webui/toy.safetensors"
     tensors = load_file(path)
     stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"
@@ -105,20 +117,39 @@ def test_kohya_keys_are_those_of_web_uis(tmp_path: Path) -> None:
         ".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale"}
     assert tensors[f"{stem}.alpha"].shape == () and float(tensors[f"{stem}.alpha"]) == 3.0
     assert tensors[f"{stem}.dora_scale"].shape == (tensors[f"{stem}.lora_up.weight"].shape[0], 1)
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    weight, low = over(pipe).get_submodule(name).get_base_layer().weight, known[name]
+    factor = tensors[f"{stem}.dora_scale"] / weight.norm(dim=1, keepdim=True)  # as ComfyUI and Forge compute
+    assert torch.allclose((weight + low.delta) * factor, low.merged(weight), rtol=1e-5, atol=1e-7)
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight" in tensors
     assert "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight" in tensors
     with path.open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     assert header["__metadata__"] | {"ss_network_dim": "3", "ss_network_alpha": "3.0", "base_model": "tiny"} \
         == header["__metadata__"]
+    assert header["__metadata__"] | {"ss_v2": "False", "modelspec.architecture": "stable-diffusion-v1/lora"} \
+        == header["__metadata__"]
 
 
 def test_two_text_encoders_have_prefixes_of_their_own() -> None:
-    low = lora.LowRank(torch.zeros(1, 2), torch.zeros(2, 1))
-    keys = lora_files.kohya_layout({
-        "text_encoder.encoder.layers.0.mlp.fc1": low, "text_encoder_2.text_model.encoder.layers.0.mlp.fc1": low}, TWO)
-    assert {key.partition(".")[0] for key in keys} == {
-        f"lora_{te}_text_model_encoder_layers_0_mlp_fc1" for te in ("te1", "te2")}
+    keys = TWO.kohya_names(["text_encoder.encoder.layers.0.mlp.fc1", "text_encoder_2.text_projection",
+                            "text_encoder_2.text_model.encoder.layers.0.mlp.fc1"], SimpleNamespace(layers_per_block=2))
+    assert set(keys.values()) == {"lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_te2_text_projection",
+                                  "lora_te2_text_model_encoder_layers_0_mlp_fc1"}
+
+
+@pytest.mark.parametrize(("family", "prediction_type", "architecture", "base", "second", "implementation"), [
+    (ONE, "epsilon", "stable-diffusion-v1", "sd_v1", "False", "diffusers"),
+    (ONE_V, "epsilon", "stable-diffusion-v2-512", "sd_v2", "True", "diffusers"),
+    (ONE_V, "v_prediction", "stable-diffusion-v2-768-v", "sd_v2_v", "True", "diffusers"),
+    (TWO, "epsilon", "stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "False", SDXL_LORA)])
+def test_a_lora_says_its_base_model_as_web_uis_sort_by(
+    family: Any, prediction_type: str, architecture: str, base: str, second: str, implementation: str
+) -> None:
+    assert family.kohya_metadata(prediction_type) == {
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": implementation, "ss_base_model_version": base, "ss_v2": second,
+        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon"}
 
 
 @pytest.mark.parametrize("targets", list(Targets))
@@ -136,7 +167,7 @@ def test_diffusers_finds_every_layer_of_sdxl_in_both_layouts(targets: Targets, t
             if "lora_B" in name:
                 parameter += torch.randn_like(parameter)
     known = {TWO.published_name(name): low for name, low in lora.adapter_weights(denoiser).items()}
-    lora_files.write(tmp_path, known, TWO, "toy", {"base_model": "tiny"})
+    lora_files.write(tmp_path, known, {}, parts_of(pipe), "toy", {})
     for path in (tmp_path / ADAPTER, tmp_path / "webui/toy.safetensors"):
         theirs = StableDiffusionXLPipeline.from_pretrained(base)
         theirs.load_lora_weights(path.parent, weight_name=path.name)
@@ -148,8 +179,8 @@ def test_diffusers_finds_every_layer_of_sdxl_in_both_layouts(targets: Targets, t
 
 
 def test_a_file_is_read_back_bit_for_bit(tmp_path: Path) -> None:
-    _, known = taught(MethodKind.dora, Targets.attention)
-    lora_files.write(tmp_path, known, ONE, "toy", {})
+    pipe, known = taught(MethodKind.dora, Targets.attention)
+    write(tmp_path, pipe, known)
     found = lora_files.read(tmp_path / ADAPTER)
     assert len(found) == len(known)
     for name, low in known.items():

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dreambooth.errors import UserError
-from dreambooth.models import families
+from dreambooth.models import families, lora
 from dreambooth.models.families import ldm_keys
 from dreambooth.models.families.latent_unet import RESCALABLE_SCHEDULERS
 from dreambooth.models.families.ldm_keys import EDM, IGNORED
@@ -143,12 +143,18 @@ def full_size(name: str) -> tuple[single_file.Components, dict[str, tuple[int, .
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_key_and_shape_is_that_of_the_published_file(name: str) -> None:
-    _, ours = full_size(name)
+    parts, ours = full_size(name)
     last = r"cond_stage_model\.model\.transformer\.resblocks\.23\..*"  # 2.x: a layer that it does not look at
     theirs = {key: shape for key, shape in published(name).items()  # sd-mecha's list is of CosXL too
               if not IGNORED.fullmatch(key) and not re.fullmatch(last, key) and not key.startswith(EDM)}
     assert ours == theirs
     assert len(ours) > 1000
+    if name == "sdxl":  # web UIs and kohya's trainer find a layer of an adapter by the published name
+        unet = [key.removesuffix(".weight") for key, shape in ours.items()
+                if key.startswith("model.diffusion_model.") and key.endswith(".weight") and len(shape) > 1]
+        layers = [f"unet.{layer}" for layer in lora.target_layers(parts.denoiser, re.compile(".*"))]
+        assert set(FAMILY[name].kohya_names(layers, parts.denoiser.config).values()) == {
+            key.replace("model.diffusion_model.", "lora_unet_").replace(".", "_") for key in unet}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -350,8 +350,24 @@ class Family(ABC):
         return name
 
     @abstractmethod
-    def kohya_name(self, name: str) -> str:
-        """Return the key of a module (`PART.NAME`) in kohya's LoRA layout, without the suffix that names the tensor."""
+    def kohya_names(self, names: Collection[str], denoiser_config: Any) -> dict[str, str]:
+        """Return the keys of modules in kohya's LoRA layout, without the suffix that names the tensor.
+
+        Args:
+            names: the names (`PART.NAME`) of all modules with an adapter.
+            denoiser_config: the configuration of the denoiser (`module.config`).
+
+        Returns:
+            A dictionary from module name to key.
+        """
+
+    @abstractmethod
+    def kohya_metadata(self, prediction_type: str) -> dict[str, str]:
+        """Return the metadata by which other programs know the base model of a LoRA file in kohya's layout.
+
+        Args:
+            prediction_type: the prediction_type of diffusers.
+        """
 
     # -- the planner -----------------------------------------------------------------------------------------------
 

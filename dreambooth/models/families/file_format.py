@@ -125,4 +125,4 @@ class SingleFileFormat(ABC):
 
     @abstractmethod
     def modelspec(self, prediction_type: str) -> dict[str, str]:
-        """Return the family's ModelSpec metadata: architecture, implementation and prediction type."""
+        """Return the family's ModelSpec metadata: version, architecture, implementation, prediction type."""

@@ -47,7 +47,8 @@ class LatentUNet(Family):
     pipeline_name = "StableDiffusionPipeline"
     # Part name -> prefix of its keys in kohya's LoRA layout.
     kohya_prefixes: Mapping[str, str] = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-    kohya_layers: Mapping[str, str] = {}  # layer of the UNet -> its name in kohya's layout, if it differs
+    kohya_version: str  # kohya's name of the base model, in the metadata of LoRA files
+    kohya_implementation = "diffusers"  # in ModelSpec metadata: whose module names the keys of kohya's layout contain
     half_safe_vaes: tuple[str, ...] = ()  # hub ids of VAEs in which fp16 does not overflow
     activations_gib = {True: 0.2, False: 1.8}  # the planner predicts 0.26 and 2 for version 1.5 at 512 px
 
@@ -238,6 +239,17 @@ class LatentUNet(Family):
     def published_name(self, name: str) -> str:
         return clip_text.published_name(name)
 
-    def kohya_name(self, name: str) -> str:
-        part, _, rest = self.published_name(name).partition(".")
-        return self.kohya_prefixes[part] + self.kohya_layers.get(rest, rest).replace(".", "_")
+    def kohya_names(self, names: Collection[str], denoiser_config: Any) -> dict[str, str]:
+        parts = {name: self.published_name(name).partition(".") for name in names}
+        return {name: self.kohya_prefixes[part] + layer.replace(".", "_") for name, (part, _, layer) in parts.items()}
+
+    def kohya_metadata(self, prediction_type: str) -> dict[str, str]:
+        """Return what AUTOMATIC1111 and Forge sort LoRA files by, and ModelSpec's description of the base model.
+
+        The values are those that kohya's trainer writes.
+        """
+        modelspec = self.single_file.modelspec(prediction_type)
+        return modelspec | {
+            "modelspec.architecture": modelspec["modelspec.architecture"] + "/lora",
+            "modelspec.implementation": self.kohya_implementation, "ss_base_model_version": self.kohya_version,
+            "ss_v2": str(self.kohya_version.startswith("sd_v2"))}

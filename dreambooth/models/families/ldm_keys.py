@@ -95,7 +95,8 @@ class LdmFormat(SingleFileFormat):
         return {mark for mark, holds in ((V_PREDICTION, kind == "v_prediction"), (ZERO_SNR, zero)) if holds}
 
     def modelspec(self, prediction_type: str) -> dict[str, str]:
-        return {"modelspec.architecture": self.architecture, "modelspec.implementation": self.implementation,
+        return {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": self.architecture,
+                "modelspec.implementation": self.implementation,
                 "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon"}
 
 

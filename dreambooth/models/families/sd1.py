@@ -32,6 +32,7 @@ class StableDiffusion1(LatentUNet):
                "CompVis/stable-diffusion-v1-4")
     renamed_hub_ids = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
     pad_tokens = {"tokenizer": clip_tokenizer.END}
+    kohya_version = "sd_v1"
     single_file = Sd1Format()
 
     def matches(self, layout: Layout) -> bool:

