@@ -15,9 +15,10 @@ registry moves the alias to the new version and keeps the version of the previou
 evaluate.promote=true registers its own model when it ends: as champion if the rules allow it, otherwise as `candidate`.
 A model that violates rule 3 is not registered.
 
-Of several promotions at the same time, each reads the champion, compares, and sets the alias. MLflow has no operation
-that does all three at once. Each promotion therefore marks its version while it does so, waits until the others are no
-longer marked, and reads the champion again: if a worse model has taken the alias meanwhile, it repeats the three steps.
+A promotion has three steps: it reads the champion, compares, and sets the alias. MLflow has no operation that does all
+three at once, so simultaneous promotions can interfere. Each promotion therefore marks its version with a tag during
+the three steps. Afterwards it waits until no other version is marked, and reads the champion again. If a worse model
+has become the champion meanwhile, the promotion repeats the three steps.
 """
 
 import logging
@@ -212,17 +213,19 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
 
 def _make_champion(registry: Registry, version: Version, reason_to_keep: Callable[[Version | None, bool], str | None],
                    replace_any: bool) -> tuple[Version | None, str | None]:
-    """Give a version the alias `champion`, unless another version has it with reason, also among simultaneous callers.
+    """Give a version the alias `champion`, unless `reason_to_keep` returns a reason against it.
 
-    A promotion that has read the champion before this one set the alias is marked as choosing until it has set the
-    alias itself. This one waits for it, and takes the alias back from a worse model.
+    The version is marked as choosing while this function reads the champion and sets the alias. After each round the
+    function waits until no other version is marked. The next round then reads the champion again, because another
+    promotion may have moved the alias to a worse model.
 
     Args:
-        reason_to_keep: returns why a champion stays, or None; the second argument is whether to skip the comparison.
+        reason_to_keep: returns why the version may not replace the given champion, or None. The second argument of
+            this function is whether to skip the comparison.
         replace_any: whether the first round skips the comparison.
 
     Returns:
-        The champion before, and the reason why it or another version is the champion now, or None.
+        The champion that the first round read, and the reason why the version is not the champion now (None: it is).
     """
     before: Version | None = None
     for number in range(MAX_ROUNDS):

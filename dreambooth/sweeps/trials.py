@@ -89,11 +89,10 @@ class Trial:
             return math.nan
 
     def score(self, role: str) -> tuple[str, float, float] | None:
-        """Return the measured value whose measure has the role `role`, or None if no measured value has this role.
+        """Return (name, value, value before training) of the measure with a role, or None if it was not computed.
 
-        The result is a tuple (name of the measure, value, value before training). If the measure was not computed
-        before training, the last item of the tuple is nan. If several measured values have this role, the first in the
-        order of `measure_roles` is returned.
+        If the measure was not computed before training, the last item of the tuple is nan. If several computed measures
+        have the role, the first in the order of `measure_roles` is returned.
 
         Args:
             role: a role of `measure_roles`, such as class_similarity.
@@ -142,8 +141,8 @@ def reason_over_bound(trial: Trial, bound: float | None) -> str | None:
             set either, the bound is class_similarity before training plus CLASS_SIMILARITY_MARGIN.
 
     Returns:
-        A reason, or None if the trial is within the bound. If the trial cannot be checked, return the reason of
-        `reason_not_checked` only if `bound` or evaluate.max_class_similarity is set.
+        A reason if class_similarity exceeds the bound, or if it cannot be compared with a bound that the user has set
+        (`bound` or evaluate.max_class_similarity). Otherwise None.
     """
     given, score = _given_bound(trial, bound), trial.score(CLASS_SIMILARITY)
     not_checked = reason_not_checked(trial, bound)

@@ -227,7 +227,10 @@ def _size_of_whole_lines(path: Path) -> int:
 
 
 def _is_valid(entry: Any) -> bool:
-    """Return whether the JSON content of a line is an entry with the keys of its kinds, each of the right type."""
+    """Return whether the JSON content of a line is a valid entry.
+
+    If an entry has the first key of a kind in KINDS, it must have all keys of this kind, with values of their types.
+    """
     if not isinstance(entry, dict) or type(entry.get("time")) is not int:
         return False
     if not all(key in entry and isinstance(entry[key], wanted) and not isinstance(entry[key], bool)

@@ -1,4 +1,4 @@
-"""MLflow's SQLite database in a run root: its address, its lock, and its tables, which are complete or missing."""
+"""MLflow's SQLite database in a run root: its address, its lock, and the atomic creation of its tables."""
 
 import contextlib
 import glob
@@ -25,7 +25,7 @@ def database_uri(file: Path) -> str:
 
 
 def database_file(uri: str) -> Path | None:
-    """Return the file of a SQLite database; None for a server, a database in memory, or a SQLite URI (`?uri=true`)."""
+    """Return the file of a SQLite database; None for a server, a database in memory, or an address with `?uri=true`."""
     if not uri.startswith(("sqlite:", "sqlite+")):
         return None
     from sqlalchemy.engine import make_url
@@ -35,15 +35,15 @@ def database_file(uri: str) -> Path | None:
 
 
 def is_local(uri: str) -> bool:
-    """Return whether an address of MLflow is a database or folder of this machine.
+    """Return whether an address of MLflow names a database or a folder on this machine, not a server.
 
-    An ARN that ends in mlflow-tracking-server/NAME or mlflow-app/ID is the address of a server that SageMaker manages.
+    An ARN that ends in mlflow-tracking-server/NAME or mlflow-app/ID names a server, which SageMaker manages.
     """
     return uri.startswith(("sqlite:", "sqlite+", "file:", "/")) or (":" not in uri and uri != "databricks")
 
 
 def local_path(uri: str) -> Path | None:
-    """Return the file or folder of a database or folder of this machine; None for a server or a database in memory."""
+    """Return the local file or folder that an address of MLflow names; None for a server or a database in memory."""
     if not is_local(uri):
         return None
     if not uri.startswith(("sqlite:", "sqlite+")):
@@ -71,9 +71,10 @@ def open_client(uri: str) -> Any:
 
 
 def _create(file: Path) -> None:
-    """Create the database under a temporary name and rename it, which replaces an unfinished one.
+    """Create the database under a temporary name, and rename it to `file`. An unfinished `file` is replaced.
 
-    MLflow creates its tables in many steps, for seconds. It cannot continue if a kill or a full disk stops it between.
+    MLflow creates its tables in many steps, which take seconds. If a kill or a full disk stops MLflow between two
+    steps, MLflow can never complete the tables.
     """
     from mlflow import MlflowClient
 

@@ -40,7 +40,7 @@ class Shipper(threading.Thread):
     Args:
         artifact_root: folder for the artifacts of a new experiment; None: a folder beside the sqlite database, or the
             default of the server.
-        announce_outages: whether to warn when the server stops to answer. If not, the caller reads `outage`.
+        announce_outages: whether to warn when the server stops answering. False: the caller reads `outage` instead.
     """
 
     def __init__(self, journal: Path, uri: str, experiment: str, run_name: str, artifact_root: Path | None,
@@ -64,7 +64,10 @@ class Shipper(threading.Thread):
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # urllib3 warns of every retry
 
     def _read_state(self) -> dict[str, Any]:
-        """Return the valid values in mlflow.json. Without its token, the journal is sent to a new MLflow run."""
+        """Return the valid values in mlflow.json, or {} if the token, which identifies the MLflow run, is not valid.
+
+        With {}, the journal is sent to a new MLflow run.
+        """
         saved = atomic_files.read_object(self._state_file) or {}
         valid = {"run_id": str, "experiment_id": str, "offset": int, "token": str, "uri": str}
         state = {key: value for key, value in saved.items() if type(value) is valid.get(key)}

@@ -78,7 +78,7 @@ class Registry:
             name, f"{artifacts}/{artifact_folder}", run_id, tags=tags, await_creation_for=0)))
 
     def list_versions(self, name: str) -> list[Version]:
-        """Return all versions of the model `name`, whose name contains no quote, oldest first."""
+        """Return all versions of the model `name`, oldest first. `name` must not contain a quote."""
         found = self._call(lambda: self._client.search_model_versions(f"name='{name}'"))
         return sorted(map(_to_version, found), key=lambda version: version.number)
 

@@ -45,7 +45,7 @@ def open_tracker(kind: str, run_dir: Path, *, run_root: Path, run_name: str, uri
     Args:
         uri: address of the MLflow server; None: the sqlite database `mlflow.db` in `run_root`.
         update_status: see JournalTracker.
-        alternative: what the user can do other than repair the server; the end of the message of the UserError.
+        alternative: what the user can do instead of repairing the server. The message of the UserError ends with it.
 
     Raises:
         UserError: `required` is True and the server does not answer.

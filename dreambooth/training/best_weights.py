@@ -5,8 +5,8 @@ saved in fp32: the EMA, or the trained weights if there is no EMA. Checkpoint ro
 
 Candidates are every `evaluate.every`-th step, and the last step. If the last step is the best, its weights are exported
 from memory, not from `best/`. They are saved in `best/` only if the step is also a multiple of `evaluate.every`. When a
-run is extended, a former last step that is no such multiple is no candidate any more. The extended run therefore
-selects the same step as a run that had the larger number of steps from the start.
+run is extended, its former last step remains a candidate only if the step is such a multiple. The extended run
+therefore selects the same step as a run that had the larger number of steps from the start.
 """
 
 import json
@@ -82,7 +82,7 @@ def needed_bytes(model: nn.Module) -> int:
 
 @contextmanager
 def swap_into(folder: Path, model: nn.Module, exact: bool = False) -> Iterator[None]:
-    """Replace the module's weights by those in `folder` in a `with` block; on exit, restore its weights bit for bit.
+    """Replace a module's weights by those in `folder` in a `with` block; on exit, restore the former weights exactly.
 
     Args:
         exact: keep the precision and the device of the weights in `folder`; see `ema.swap_weights`.

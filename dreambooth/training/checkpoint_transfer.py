@@ -33,11 +33,12 @@ def resume_point(run_dir: Path, resume: str, engine: Engine) -> Path | None:
 def share(chosen: Path | None, folder: Path, engine: Engine) -> Path | None:
     """Return the path on this host of a checkpoint of the main process. If the host lacks it, copy it to this host.
 
-    A collective operation.
+    This is a collective operation: every process must call it.
 
     Args:
         chosen: the path on the host of the main process; None: no checkpoint.
-        folder: the `checkpoints` folder of the run. A host that lacks a checkpoint from elsewhere gets it in there.
+        folder: the `checkpoints` folder of the run. The copy has the path `chosen` if this path is in the run folder.
+            Otherwise the copy is in `folder`.
     """
     if chosen is None or engine.world_size == engine.local_world_size:
         return chosen
@@ -55,8 +56,8 @@ def _send(path: Path, copy: Path, engine: Engine, receives: bool) -> None:
     """Send the files of a checkpoint of the main process to the processes that receive them, in blocks.
 
     Args:
-        copy: the folder that a receiving process writes. Other checkpoints beside it are removed, because rotation
-            removes those of the main process only.
+        copy: the folder that a receiving process writes. The process also removes all other checkpoints beside it,
+            because checkpoint rotation removes files only on the host of the main process.
 
     Raises:
         DoesNotFit: the disk of a receiving process is full.

@@ -156,8 +156,8 @@ def swap_in_ema(setup: Setup, exact: bool = False) -> AbstractContextManager[Any
     """Put the EMA weights, if there is an EMA, into the trained module in a `with` block; on exit, restore its weights.
 
     Args:
-        exact: keep the precision of the EMA, or of the trained weights if there is no EMA, to write the weights to a
-            file. By default the EMA is cast to the module's precision, to compute with it.
+        exact: True, for writing the weights to a file: the EMA keeps its precision; if there is no EMA, the trained
+            weights keep theirs. False, for computing with the weights: the EMA is cast to the module's precision.
 
     Raises:
         Diverged: a trained weight or its average is not finite.

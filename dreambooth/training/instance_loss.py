@@ -26,8 +26,9 @@ def measured_photos(count: int) -> list[int]:
 def instance_loss(setup: Setup, console: Console | None = None) -> float:
     """Return the mean squared error of the model's predictions for the instance photos, with its current weights.
 
-    Photos, noise and timesteps do not depend on train.seed, and are the same in all trials of a sweep with the same
-    latent shape. The error is never weighted by SNR, so that trials with different train.snr_gamma can be compared.
+    Photos, noise and timesteps do not depend on train.seed. In a sweep, they are the same in all trials that have the
+    same latent shape. The error is never weighted by SNR, so that trials with different train.snr_gamma can be
+    compared.
 
     Args:
         console: shows a progress bar; None: no output.

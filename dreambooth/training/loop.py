@@ -21,8 +21,9 @@ def fit(
     while the host waits for the metrics of a step. In this case `info.step < state.step`: the state includes a step
     that is not checked yet, and the caller must neither save this state nor generate images with it.
 
-    A step after which the caller needs the state is checked and yielded before the next step is started, and the last
-    step is checked and yielded at once. In these cases `info.step == state.step`, and every step so far is checked.
+    If the caller needs the state after a step, this step is checked and yielded before the next step is started. The
+    last step is also checked and yielded at once. In both cases `info.step == state.step`, and every step so far is
+    checked.
 
     Args:
         state: the training state; each step advances it in place.

@@ -31,7 +31,7 @@ def dreambooth_loss(
         instances: number of instance rows.
         prior_loss_weight: lambda in the paper.
         weights: weight of each row, of class samples as well as instance samples, (N,); None: all 1.
-        mask: weight of each position in [0, 1], (N, 1, H, W); None: all 1.
+        mask: weight of each position, from 0 to 1, (N, 1, H, W); None: all 1.
     """
     squares = (prediction - goal).square()
     errors = squares.flatten(1).mean(1) if mask is None else masked_mean(squares, mask)

@@ -46,9 +46,10 @@ class TrainState:
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def check_finite(self, model: nn.Module) -> None:
-        """Check the trained weights and their averages before they are saved, drawn or exported, once after each step.
+        """Check that the trained weights and their averages are finite, before they are saved, exported or sampled from.
 
-        The loss of a step checks the update of the step before. Only this method checks the update of the last step.
+        A second call after the same step does nothing. The loss of a step shows whether the update of the step before
+        was finite. No loss shows this for the last step, so that only this method checks the last update.
 
         Args:
             model: the trained module itself, unwrapped.

@@ -11,9 +11,10 @@ def conf_dir() -> Path:
 
 
 def resolve_asset(source: str) -> str:
-    """Return the path of `package:NAME`, a folder or file in dreambooth/assets/, and of `~/NAME`.
+    """Return the path that `source` stands for.
 
-    Any other string is returned unchanged.
+    `package:NAME` stands for a folder or file in dreambooth/assets/, and `~` at the start for the home folder. Any
+    other string is returned unchanged.
     """
     scheme, _, name = source.partition(":")
     return str(Path(__file__).parents[1] / "assets" / name) if scheme == "package" else expand_home(source)

@@ -81,9 +81,9 @@ def write_folder(path: Path, fresh: bool = False,
 
 @contextmanager
 def _naming_full_disk(path: Path) -> Iterator[None]:
-    """Raise every error of a full disk as an OSError that names `path`.
+    """Context manager that replaces each error of a full disk by an OSError that names `path`.
 
-    The error of a write names no file, and the one of safetensors is not an OSError.
+    The OSError of a failed write names no file, and safetensors raises an error that is not an OSError.
     """
     try:
         yield
@@ -210,7 +210,7 @@ def weights_digest(source: Path) -> str | None:
     """Return the `quick_digest` of the weight files of a local model, or None if `source` is a hub id.
 
     A .bin file counts only if diffusers would load it, that is, if its folder has no .safetensors file of the same
-    variant. The digest of a model with .safetensors files only must not change: names of run folders depend on it.
+    variant. The digest of a model without .bin files must not change: names of run folders depend on it.
     """
     if source.is_file():
         return quick_digest([source], source.parent)

@@ -111,8 +111,10 @@ def square_columns(count: int) -> int:
 def _cell_size(pictures: Sequence[Image.Image]) -> int:
     """Return the side of a cell of the contact sheet in pixels, from 192 to 256.
 
-    A cell shows a grid of images: `pictures`, or the images of another prompt or step. A grid that is smaller or larger
-    than the cell is scaled.
+    A cell shows the images of one prompt and one step as a grid, which is scaled to the size of the cell.
+
+    Args:
+        pictures: the images of one cell. Their number and width determine the size of all cells.
     """
     side = square_columns(len(pictures)) * pictures[0].width
     return 256 if side >= 256 else max(side, 192)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return the last part of each key, such as learning_rate. A key that ends like another one stays whole."""
+    """Return the last part of each key, such as learning_rate. Keys with the same last part stay whole."""
     last = {key: key.rpartition(".")[2] for key in keys}
     ends = list(last.values())
     return {key: name if ends.count(name) == 1 else key for key, name in last.items()}

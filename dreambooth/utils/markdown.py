@@ -4,7 +4,7 @@ import re
 
 
 def escape(text: str) -> str:
-    """Escape the characters with which Markdown would format a text, or end a cell of a table."""
+    """Escape the characters that Markdown would read as formatting, or as the end of a table cell."""
     return re.sub(r"([\\`*\[\]<|]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split("\n")))
 
 

@@ -19,7 +19,7 @@ def mask_urls(text: str, uri: str = "") -> str:
     The values of `password=`, `token=` and `signature=` are masked, too.
 
     Args:
-        uri: a URL whose user info is also removed from `text` where it stands outside of a URL.
+        uri: a URL with user info. This user info is removed from `text` also where it is not part of a URL.
     """
     login = re.match(r"[\w+.-]+://([^/\s]*)@", uri)
     text = _QUERY.sub(r"\1?***", _USER_INFO.sub("", text))

@@ -37,7 +37,7 @@ def hydra_value(value: Value) -> str:
 
 
 def unescape_interpolation(text: str) -> str:
-    r"""Return a text that Hydra has parsed, with ``\${`` replaced by ``${``, which `hydra_string` has escaped.
+    r"""Undo the escaping of `hydra_string` in a text that Hydra has parsed: replace ``\${`` by ``${``.
 
     OmegaConf does the same when it resolves a value. Nothing is resolved here: ``${x}`` is returned as it is.
     """
@@ -45,7 +45,7 @@ def unescape_interpolation(text: str) -> str:
 
 
 def shell_word(text: str) -> str:
-    """Quote one word for a POSIX shell, with double quotes where they protect the whole text."""
+    """Quote one word for a POSIX shell. Use single quotes only if the shell would change it inside double quotes."""
     if _PLAIN_IN_SHELL.fullmatch(text):
         return text
     return '"{}"'.format(text.replace('"', '\\"')) if _SAFE_IN_DOUBLE_QUOTES.fullmatch(text) else shlex.quote(text)

@@ -125,7 +125,8 @@ def report_early_interrupts() -> None:
 def how_to_resume(resume: str) -> str:
     """Return how the user can resume a saved run, as the start of a sentence.
 
-    With checkpoint.resume=never, or a path, the same command would start from the same point again.
+    If checkpoint.resume is never or a path, a repeated command would start where the run started, and would not
+    continue from the last checkpoint.
 
     Args:
         resume: the run's checkpoint.resume.

@@ -82,7 +82,8 @@ class Inputs:
 def find_local_paths(run: Config) -> Iterator[str]:
     """Yield one sentence for each path that a job cannot read.
 
-    A job cannot read a local path that has no input channel. It reads the encoders DINO and CLIP only from the hub.
+    A job cannot read a local path that has no input channel. It cannot read the encoders DINO and CLIP from any path,
+    because it downloads them from the hub.
     """
     replaced = _channel_folders(run)
     for key, path, _ in _input_paths(run):
