@@ -150,7 +150,7 @@ class Bucket:
             Bucket=self.location.bucket, Prefix=self.location.prefix, MaxKeys=1))
 
     def list_objects(self) -> Entries:
-        """Return size and ETag of all objects below the location, by name. An object at the location has the name ""."""
+        """Return size and ETag of objects below the location, by name. An object at the location has the name ""."""
         entries: Entries = {}
         pages = self.s3.get_paginator("list_objects_v2").paginate(
             Bucket=self.location.bucket, Prefix=self.location.prefix)

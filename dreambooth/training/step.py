@@ -46,7 +46,8 @@ class TrainState:
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def check_finite(self, model: nn.Module) -> None:
-        """Check that the trained weights and their averages are finite, before they are saved, exported or sampled from.
+        """Check that the trained weights and their averages are finite. Call this before they are saved or exported, or
+        before samples are generated with them.
 
         A second call after the same step does nothing. The loss of a step shows whether the update of the step before
         was finite. No loss shows this for the last step, so that only this method checks the last update.
