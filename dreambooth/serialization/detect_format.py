@@ -1,7 +1,6 @@
 """Opens a single-file model, and detects its family, prediction type and resolution.
 
-A .safetensors file is read tensor by tensor. A .ckpt file is a pickle and can contain code. PyTorch executes only the
-operations that build tensors (weights_only=True), and rejects a file that contains other operations.
+A .safetensors file is read tensor by tensor. A .ckpt file is a pickle, which checkpoint_pickle.py reads.
 """
 
 import re
@@ -9,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -17,6 +15,7 @@ from dreambooth.errors import UserError
 from dreambooth.models import families
 from dreambooth.models.families.family import Family
 from dreambooth.models.families.file_format import ModelFile
+from dreambooth.serialization import checkpoint_pickle
 
 NO_WEIGHTS = "holds no weights: type the path of a model's checkpoint"
 
@@ -46,7 +45,8 @@ def open_model_file(path: Path) -> ModelFile:
     """Open a single-file model.
 
     Raises:
-        UserError: the file does not exist, is damaged, or is a pickle that contains code.
+        UserError: the file does not exist, is damaged, is a pickle that contains code, or would be much larger when
+            unpacked.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}: type the path of a .safetensors or .ckpt file")
@@ -57,33 +57,14 @@ def open_model_file(path: Path) -> ModelFile:
             raise UserError(f"{path} is damaged ({error}): fetch it again") from error
         stored = {families.canonical_key(name): name for name in handle.keys()}  # noqa: SIM118  not a dict
         return ModelFile(path, frozenset(stored), lambda name: handle.get_tensor(stored[name]), handle.metadata() or {})
-    content = _unpickle(path)
-    tensors = content.get("state_dict", content)
+    content = checkpoint_pickle.read(path)
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(tensors, dict) or not any(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} {NO_WEIGHTS}")
     by_name = {families.canonical_key(str(name)): value for name, value in tensors.items() if isinstance(value, Tensor)}
     steps = content.get("global_step")
     return ModelFile(path, frozenset(by_name), by_name.__getitem__,
                      {"global_step": str(steps)} if steps is not None else {})
-
-
-def _unpickle(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        if not file.read(2).startswith((b"PK", b"\x80")):  # a zip archive, or a pickle of protocol 2 or newer
-            raise UserError(f"{path} is damaged (it does not begin as a checkpoint does): fetch it again")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types; the message contains the reason
-        wants = re.search(r"GLOBAL ([\w.]+\w)", str(error))
-        if wants or re.search(r"Unsupported|Trying to|not allowed", str(error)):
-            raise UserError(f"{path} is a pickle that wants more than weights ({wants[1] if wants else 'code'}), which "
-                            "could be anything, and nothing of it was run: type a .safetensors file of the same "
-                            "model") from error
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"{path} is damaged ({reason}): fetch it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} {NO_WEIGHTS}")
-    return content
 
 
 def detect(file: ModelFile, prediction_type: str | None = None, resolution: int | None = None) -> DetectedModel:
