@@ -66,13 +66,12 @@ def _read_result_metrics(target: Path, stage_folder: Path) -> dict[str, float]:
 
 
 def _read_evaluation_metrics(target: Path, stage_folder: Path) -> dict[str, float]:
-    """Return the scores of the last evaluated step as metadata.
-
-    The exported weights have these scores, unless evaluate.select chose the weights of an earlier step.
-    """
+    """Return the scores of the exported weights as metadata, or of the last evaluated step if theirs are missing."""
     evaluation = json.loads((stage_folder / "evaluation.json").read_text(encoding="utf-8"))
     steps: dict[str, dict[str, float]] = evaluation["steps"]
-    return steps[max(steps, key=int)]
+    result = atomic_files.read_object(stage_folder / "result.json") or {}
+    exported = result.get("step") if result.get("exported_step") is None else result["exported_step"]
+    return steps.get(str(exported)) or steps[max(steps, key=int)]
 
 
 def _write_contact_sheet(target: Path, stage_folder: Path) -> None:

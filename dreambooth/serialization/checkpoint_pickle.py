@@ -32,7 +32,8 @@ class NumberType:
         """
         if not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
             raise ValueError(f"{code!r} is not allowed")
-        self.code, self.order = code, "="
+        self.code = code
+        self.order: Any = "="
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         """Set the byte order: the second element of the state of a numpy.dtype."""

@@ -136,3 +136,21 @@ def test_a_stage_writes_outputs_for_kubeflow_pipelines(tmp_path: Path) -> None:
     output = json.loads((tmp_path / "executor_output.json").read_text("utf-8"))
     assert output["artifacts"]["metrics"]["artifacts"][0]["metadata"] == {"objective": 0.25, "dino": 0.5}
     assert kfp_components.to_local_path("s3://bucket/a/b") == Path("/s3/bucket/a/b")
+
+
+@pytest.mark.parametrize(("result", "step"), [
+    ({"step": 40, "exported_step": 20}, 20), ({"step": 40, "exported_step": 0}, 0), ({"step": 20}, 20),
+    ({"step": 40, "exported_step": 30}, 40), (None, 40)])
+def test_kubeflow_pipelines_gets_the_scores_of_the_exported_weights(
+    result: dict[str, int] | None, step: int, tmp_path: Path
+) -> None:
+    """With evaluate.select, the exported weights are those of an earlier step than the last."""
+    steps = {str(step): {"dino": float(step)} for step in (0, 20, 40)}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"steps": steps}), "utf-8")
+    if result:
+        (tmp_path / "result.json").write_text(json.dumps(result), "utf-8")
+    executor_input = {"outputs": {"artifacts": {"measures": {"artifacts": [{"uri": f"{tmp_path}/measures"}]}},
+                                  "outputFile": f"{tmp_path}/output.json"}}
+    kfp_components.write_outputs(json.dumps(executor_input), tmp_path)
+    output = json.loads((tmp_path / "output.json").read_text("utf-8"))
+    assert output["artifacts"]["measures"]["artifacts"][0]["metadata"] == {"dino": step}
