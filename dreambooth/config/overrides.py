@@ -237,7 +237,7 @@ def _explain_hydra(error: HydraException, kind: type, words: Sequence[str]) -> s
     if isinstance(cause, OmegaConfBaseException):
         found = re.match(r"Error merging override (.+)", message, re.DOTALL)
         return explain_value(cause, kind, found[1] if found else "", words)
-    return _one_line(message or str(cause))
+    return _one_line(message or str(cause)).removeprefix("dreambooth: ")  # a message of our launcher
 
 
 def explain_value(error: OmegaConfBaseException, kind: type, word: str = "", words: Sequence[str] = ()) -> str:
