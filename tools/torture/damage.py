@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.support.faults import train
 from tests.support.runs import the_run
-from tools.torture.trial import Place, TortureError, Trial
+from tools.torture.trial import PROFILES, Place, TortureError, Trial
 
 
 def truncate(path: Path) -> None:
@@ -40,14 +40,14 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 def trials(folder: Path) -> list[Trial]:
     """The trials of this file. Creates the run folders to damage below `folder`: one interrupted, one finished."""
-    found = []
+    found, profile = [], "one prompt"
     for state, overrides in (("interrupted", ["train.max_train_steps=6"]), ("finished", [])):
         template = folder / state
-        if train(template, *overrides, log=folder / f"{state}.log"):
+        if train(template, *PROFILES[profile], *overrides, log=folder / f"{state}.log"):
             raise SystemExit(f"The run to damage failed: see {folder / state}.log")
         for path in sorted(path for path in template.rglob("*") if path.is_file() and path.stat().st_size):
             found += [Trial(f"damage in {'an' if state[0] == 'i' else 'a'} {state} run",
-                            f"{_short(path, template)} {damage}", damage_and_repeat, (template, path, damage))
+                            f"{_short(path, template)} {damage}", damage_and_repeat, (template, path, damage), profile)
                       for damage in DAMAGES]
     return found
 

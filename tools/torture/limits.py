@@ -57,6 +57,8 @@ def run_until(place: Place, marker: str, limit: Callable[[], None]) -> str:
     process = place.start()
     while process.poll() is None and marker not in place.output():
         time.sleep(0.01)
+    if process.poll() is not None:
+        raise TortureError(f"the run ended before it printed {marker!r}: {place.sentence()}")
     limit()
     code = process.wait()
     place.check_output(code)
@@ -76,9 +78,14 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
 
 
 def _fill(path: Path, free_mib: int) -> None:
-    usage = os.statvfs(path.parent)
-    with path.open("wb") as file, contextlib.suppress(OSError):
-        os.posix_fallocate(file.fileno(), 0, max(1, usage.f_bavail * usage.f_frsize - free_mib * 2**20))
+    """Grow a file until `free_mib` MiB are free. The run may write at the same time, therefore in small pieces."""
+    size = 0
+    with path.open("wb") as file:
+        for piece in (2**20, 2**12):
+            with contextlib.suppress(OSError):  # this piece does not fit any more
+                while (usage := os.statvfs(path.parent)).f_bavail * usage.f_frsize >= free_mib * 2**20 + piece:
+                    os.posix_fallocate(file.fileno(), size, piece)
+                    size += piece
 
 
 def _use_inodes(folder: Path) -> None:

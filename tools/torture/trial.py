@@ -17,6 +17,7 @@ from tests.support.warm_python import PYTHON
 # Settings of the reference run of each profile, in addition to faults.FAST.
 PROFILES: dict[str, tuple[str, ...]] = {
     "short": (),
+    "one prompt": ("sample.prompts=[a photo of a zwx toy]",),
     "long": ("sample.images_per_prompt=6", "sample.num_inference_steps=10", "prior.num_class_images=8",
              "evaluate.encoder=efficientnet_lite0"),
 }
