@@ -14,7 +14,7 @@ import torch
 
 from dreambooth.errors import UserError
 
-# Checkpoints of Stable Diffusion have less than 1 MB of pickle, and PyTorch stores their archives uncompressed.
+# Published checkpoints have less than 1 MB of pickle, and PyTorch stores their archives uncompressed.
 MAX_PICKLE = 8 * 2**20  # bytes; objects in memory take up to 60 times the space of their pickle
 MAX_RATIO = 4  # unpacked size of an archive, divided by the size of the file
 

@@ -216,7 +216,7 @@ def test_a_trials_arguments_survive_katibs_shell(tmp_path: Path) -> None:
     received = (tmp_path / "metrics.log").read_text("utf-8").splitlines()
     assert received[:2] == ["-m", "dreambooth.train"]
     assert {"dataset.instance_prompt=a photo of a zwx dog", TRIAL_RUN_DIR,
-            "train.learning_rate=${trialParameters.learning_rate}"} <= set(received)
+            "train.learning_rate=${trialParameters.train_learning_rate}"} <= set(received)
 
 
 def environment_sources(part: Any) -> set[tuple[str, str]]:
@@ -241,7 +241,7 @@ def test_every_controller_passes_the_same_settings_and_credentials(name: str) ->
     expected = {("dreambooth", key) for key in ("MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION")} | {
         ("dreambooth-secrets", key) for key in (
             "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
-            "AWS_SESSION_TOKEN")}
+            "AWS_SESSION_TOKEN", "HF_TOKEN")}
     all_keys = {("dreambooth", "*"), ("dreambooth-secrets", "*")}
     assert environment_sources(documents(f"{name}.yaml")) in (expected, all_keys)
     # Pods of Kubeflow Pipelines have its service account: a pipeline cannot choose one.
