@@ -1,4 +1,4 @@
-"""Encoders convert images, and with CLIP also prompts, to the embeddings that measures compare.
+"""Encoders convert images to embeddings, which the measures of image quality compare. CLIP also converts prompts.
 
 The DreamBooth paper uses ViT-S/16 DINO and CLIP. Both are loaded with transformers, from the Hugging Face hub or from a
 folder. The default encoder needs no download: it is a small ImageNet classifier. Measures of the paper have the paper's
@@ -23,7 +23,7 @@ _BATCH = 16
 
 
 class Encoder(Protocol):
-    """The interface of an encoder."""
+    """The interface of an encoder: a network that converts images, and possibly prompts, to embeddings."""
 
     name: str  # part of the names of the encoder's measures, see config/evaluate.py
     source: str  # where the weights come from
@@ -32,7 +32,10 @@ class Encoder(Protocol):
         """Return embeddings (N, D), fp32, of images (N, 3, H, W) in [0, 1]."""
 
     def embed_texts(self, prompts: Sequence[str]) -> Tensor | None:
-        """Return embeddings (N, D), fp32, of prompts, to compare with images; None if the encoder cannot embed text."""
+        """Return embeddings (N, D), fp32, of prompts. They can be compared with the embeddings of images.
+
+        Return None if the encoder cannot embed text.
+        """
 
     def to(self, device: torch.device) -> None:
         """Move the encoder to a device."""

@@ -100,7 +100,7 @@ class Evaluator:
     def scores(self) -> dict[int, dict[str, float]]:
         """Return the scores of all evaluated steps, as a dictionary from steps to their scores.
 
-        The scores are files on the disk of the main process.
+        Call this method in the main process, which stores the scores as files on its disk.
         """
         scores = {}
         for path in sorted(self.folder.glob(f"step-*/{SCORES}")):
@@ -116,7 +116,7 @@ class Evaluator:
         scores them.
 
         Args:
-            tick: called with the number of images of each batch.
+            tick: called after each batch, with the number of images in this batch.
 
         Returns:
             The scores by name, in every process; or None if a stop was requested.
@@ -134,7 +134,15 @@ class Evaluator:
         return scores
 
     def _finish(self, step: int, target: Path, images: list[Image.Image]) -> dict[str, float] | None:
-        """Score and store the images, if there are any, and track the scores. Return None if a stop was requested."""
+        """Score and store the images of a step, and track and return the scores.
+
+        Args:
+            target: the folder of the step.
+            images: the images to score; empty if the folder contains the scores already.
+
+        Returns:
+            The scores by name; or None if a stop was requested.
+        """
         atomic_files.remove_leftovers(self.folder)
         if images:
             with suppress(Interrupted), self.stop.at_once():
@@ -214,7 +222,7 @@ class Evaluator:
 def _read_scores(path: Path) -> dict[str, float] | None:
     """Return the scores in a file, or None if the file is missing or damaged.
 
-    The manifest in the same folder contains the checksum of an undamaged file.
+    The file is damaged if its checksum differs from the checksum in the manifest of its folder.
     """
     scores = atomic_files.read_object(path)
     if scores is not None and manifest.find_damage(path.parent, counts=lambda name: name == path.name) is None:
@@ -238,7 +246,7 @@ def specification(recipe: Recipe) -> dict[str, Any]:
 
 
 def _jobs(recipe: Recipe) -> list[tuple[str, int]]:
-    """Return each prompt with its number of images: the evaluation prompts, then the class prompt if not blank."""
+    """Return prompts with their numbers of images: the evaluation prompts, then the class prompt if it is not blank."""
     spec = recipe.evaluate
     subject = [(prompt, spec.images_per_prompt) for prompt in recipe.evaluate_prompts]
     return subject + ([(recipe.class_prompt, spec.class_images)] if recipe.class_prompt.strip() else [])

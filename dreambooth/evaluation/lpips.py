@@ -77,7 +77,7 @@ class Lpips(nn.Module):
 
 
 def weight_shapes() -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the tensors in a weight file."""
+    """Return the names and shapes of the tensors in a file of LPIPS weights."""
     shapes: dict[str, tuple[int, ...]] = {}
     for number, (index, inputs, kernel, *_) in enumerate(_LAYERS):
         layer, channels = f"net.slice{number + 1}.{index}", CHANNELS[number]

@@ -76,11 +76,12 @@ def cosine_distances(embeddings: Tensor) -> Tensor:
 
 
 def class_drift(now: Tensor, base: Tensor) -> Tensor:
-    """Return 1 - cosine similarity of two mean embeddings: that of class images now, and that before training.
+    """Return how far training has moved the class images: 1 - cosine similarity of two mean embeddings.
 
-    Each embedding is normalised to length 1 before the mean is computed. The result is in [0, 2]. Lower is better; 0
-    means that the direction of the mean has not changed. This measure is not from the paper. Unlike PRES it needs no
-    photo of the subject, and it also detects drift that is not towards the subject.
+    One is the mean over class images from the current model, the other over class images from the base model. Each
+    embedding is normalised to length 1 before the mean is computed. The result is in [0, 2]. Lower is better; 0 means
+    that the direction of the mean has not changed. This measure is not from the paper. Unlike PRES it needs no photo of
+    the subject, and it also detects drift that is not towards the subject.
 
     Args:
         now: embeddings of class images from the current model, (N, D).

@@ -66,7 +66,8 @@ def draw(config: Generate, stop: StopRequest) -> Path:
     Each batch is written as soon as it is generated.
 
     Raises:
-        UserError: there is no model or no prompt, or a prompt, a LoRA or the VAE does not fit the model.
+        UserError: there is no model or no prompt; a prompt is too long for the model; or a LoRA or the VAE does not fit
+            the model.
         OutOfMemory, Interrupted: memory ran out, or a stop was requested. Pictures that were already written are kept.
     """
     import torch
@@ -134,7 +135,11 @@ def slug(prompt: str) -> str:
 
 
 def _advice(phase: str, config: Generate, device: str) -> str:
-    """Return the end of the error message if memory ran out in `phase`. It says what the user can type."""
+    """Return what the user can type if memory ran out. The error message ends with this text.
+
+    Args:
+        phase: what the command did when memory ran out: loading or drawing.
+    """
     if phase == "drawing" and min(config.batch_size, config.num_images) > 1:
         return "batch_size=1"
     if device == "cuda":
@@ -152,8 +157,11 @@ def _check_stop(stop: StopRequest, done: int, total: int, target: Path) -> None:
 def _read_prompts(config: Generate, source: Source) -> list[str]:
     """Return the prompts to draw.
 
-    They are the lines of the file `config.prompts`, in which the run's subject replaces {subject}. Without this file,
-    there is one prompt: `config.prompt`, or else the instance prompt of the run.
+    If `config.prompts` names a file, they are the lines of this file. In these lines, the run's subject, such as
+    "zwx toy", replaces {subject}.
+
+    If `config.prompts` is None, there is one prompt: `config.prompt` if it is set, and the instance prompt of the run
+    if not.
     """
     subject = source.setting("dataset.instance_prompt")
     concepts = json.loads(source.setting("dataset.concepts") or "[]")

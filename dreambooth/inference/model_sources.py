@@ -37,11 +37,17 @@ class Source:
 
     @property
     def zero_terminal_snr(self) -> bool:
-        """Whether the adapter was trained with zero terminal SNR; any base model must then use this noise schedule."""
+        """Whether the run trained an adapter with a noise schedule that was rescaled to zero terminal SNR.
+
+        If so, pictures must be generated with the rescaled schedule, also with another base model.
+        """
         return self.adapter is not None and self.settings.get("model.zero_terminal_snr") == "True"
 
     def setting(self, key: str) -> str | None:
-        """Return a setting of the run; None if it is missing, or if run.json contains 'null', which stands for None."""
+        """Return the run's setting `key`, such as model.vae, from run.json.
+
+        Return None if the setting is missing, or if it is the string 'null', which stands for None.
+        """
         text = self.settings.get(key)
         return None if text in (None, "null") else str(text)
 
@@ -53,7 +59,8 @@ def find_source(config: Generate) -> Source:
     """Find the model that the options `run` and `base` describe, and the settings of the run.
 
     Raises:
-        UserError: there is no model, the model is damaged, or the options contradict each other.
+        UserError: neither option names a model, the run has not exported a model, the model is damaged, or the options
+            contradict each other.
     """
     source = _find_source(config)
     for folder in [Path(source.model)] + ([Path(source.adapter).parent] if source.adapter else []):

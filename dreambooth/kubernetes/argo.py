@@ -123,7 +123,10 @@ def _output_parameters(*names: str) -> dict[str, Any]:
 
 
 def _output_artifacts(*names: str) -> dict[str, Any]:
-    """Build output artifacts. Each is a single file, not a tar archive. Argo accepts that a file does not exist."""
+    """Build one output artifact for each file name in `names`.
+
+    Argo stores an artifact as the file itself, not as a tar archive, and accepts that the file does not exist.
+    """
     return {"artifacts": [{"name": name.partition(".")[0].replace("_", "-"), "path": f"{OUTPUT_FOLDER}/{name}",
                            "archive": {"none": {}}, "optional": True} for name in names]}
 

@@ -44,7 +44,8 @@ def build_experiment(spec: WorkflowSpec) -> dict[str, Any]:
 def _parameter(name: str, values: tuple[str, ...]) -> dict[str, Any]:
     """Build a parameter of the Experiment. Its values are the strings that Hydra's sweeper would pass to a run.
 
-    Katib inserts a value into the script of the trial, where it stands in single quotes.
+    Katib inserts a value between single quotes into the shell script of the trial. Single quotes inside a value are
+    therefore escaped.
     """
     texts = [pod_spec.escape_variables(value.replace("'", "'\"'\"'")) for value in values]
     kind = "discrete" if all(_is_number(value) for value in values) else "categorical"
@@ -62,8 +63,9 @@ def _is_number(text: str) -> bool:
 def _trial_job(spec: WorkflowSpec, names: dict[str, str]) -> dict[str, Any]:
     """Build the Job of a trial.
 
-    After an exit code in FATAL_EXIT_CODES, Kubernetes does not start the Job's pod again. After any other failure, it
-    starts the pod again, up to `backoffLimit` times. A lost node does not count as a failure.
+    FATAL_EXIT_CODES are the exit codes of failures that a retry would repeat, such as wrong input. After such a code,
+    Kubernetes does not start the Job's pod again. After any other failure, it starts the pod again, up to
+    `backoffLimit` times. A lost node does not count as a failure.
     """
     parameters = [f"{key}=${{trialParameters.{name.replace('-', '_')}}}" for key, name in names.items()]
     overrides = [*run_overrides(spec, pod_spec.RUNS_MOUNT), TRIAL_RUN_DIR, f"sweep={spec.space.name}",

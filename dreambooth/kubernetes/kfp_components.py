@@ -66,7 +66,11 @@ def _read_result_metrics(target: Path, stage_folder: Path) -> dict[str, float]:
 
 
 def _read_evaluation_metrics(target: Path, stage_folder: Path) -> dict[str, float]:
-    """Return the scores of the exported weights as metadata, or of the last evaluated step if theirs are missing."""
+    """Return scores from evaluation.json as metadata, by name.
+
+    These are the scores of the step whose weights the run exported. If this step was not evaluated, they are the scores
+    of the last evaluated step.
+    """
     evaluation = json.loads((stage_folder / "evaluation.json").read_text(encoding="utf-8"))
     steps: dict[str, dict[str, float]] = evaluation["steps"]
     result = atomic_files.read_object(stage_folder / "result.json") or {}

@@ -34,7 +34,7 @@ def resources(hardware: Hardware, gpus: int = 1) -> dict[str, Any]:
 
 
 def placement(hardware: Hardware) -> dict[str, Any]:
-    """Return a pod's node selector and tolerations; {} for a CPU.
+    """Return a pod's node selector and tolerations; {} for hardware without a GPU.
 
     GPU nodes usually have a taint with the GPU resource's name, so the pod tolerates this taint.
     """
@@ -77,9 +77,9 @@ def env_from() -> list[dict[str, Any]]:
 
 
 def env_by_key() -> list[dict[str, Any]]:
-    """Return one reference for each key of the ConfigMap and of the Secret in env_from.
+    """Return references to single keys of the ConfigMap and the Secret that `env_from` refers to as a whole.
 
-    Kubernetes objects that have no field `envFrom` need these references.
+    Platforms whose container specification has no field `envFrom` need these references.
     """
     sources = dict.fromkeys(CONFIG_MAP_KEYS, ("configMapKeyRef", CONFIG_MAP)) | dict.fromkeys(
         SECRET_KEYS, ("secretKeyRef", SECRET))

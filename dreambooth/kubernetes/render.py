@@ -26,7 +26,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def render_files(spec: WorkflowSpec) -> dict[str, str]:
-    """Render all workflow files, and return their YAML content by path relative to workflows/."""
+    """Return the content (YAML) of all workflow files: a dictionary from path, relative to workflows/, to content."""
     files: Mapping[str, Sequence[dict[str, Any]]] = {
         "argo/kustomization.yaml": [kustomize.build_argo_kustomization()],
         f"argo/{argo.TRAIN}.yaml": [argo.build_train_template(spec)],

@@ -23,7 +23,8 @@ def submit(spec: WorkflowSpec, kind: str, namespace: str, name: str | None = Non
             because Argo generates a name.
 
     Raises:
-        UserError: a package or the server's address is missing, or the cluster rejects the workflow.
+        UserError: a package is not installed, the environment variable ARGO_SERVER is missing for an Argo workflow, or
+            the cluster rejects the workflow.
     """
     if kind in ("train", "sweep"):
         return f"workflow {_submit_to_argo(spec, kind, namespace)} in {namespace}"
@@ -36,7 +37,11 @@ def submit(spec: WorkflowSpec, kind: str, namespace: str, name: str | None = Non
 
 
 def _submit_to_argo(spec: WorkflowSpec, kind: str, namespace: str) -> str:
-    """Submit a Workflow with the cluster's WorkflowTemplate and the overrides of `spec`. Return the Workflow's name."""
+    """Submit a Workflow that Argo creates from the WorkflowTemplate in the cluster. Return the Workflow's name.
+
+    The image and the overrides of `spec` are the parameters of the Workflow. For a sweep, the name of the search space
+    is another parameter.
+    """
     try:
         from hera.workflows import WorkflowsService
         from hera.workflows.models import WorkflowSubmitRequest
@@ -84,7 +89,10 @@ def _create_kubeflow_object(manifest: dict[str, Any], namespace: str) -> str:
 
 
 def _short_message(error: Exception) -> str:
-    """Return the server's message from an error, or the first 300 characters of the error."""
+    """Return the server's message from an error.
+
+    If the error contains no message of the server, return the first 300 characters of the error's own text.
+    """
     cause = error.__cause__ if getattr(error, "body", None) is None and error.__cause__ else error
     with suppress(ValueError, TypeError, KeyError):
         return str(json.loads(getattr(cause, "body", ""))["message"] or getattr(cause, "reason", ""))

@@ -25,7 +25,7 @@ class SearchSpace:
     def without_overridden(self, overrides: Sequence[str]) -> "SearchSpace":
         """Return the search space without the keys that `overrides` sets.
 
-        As with Hydra's sweepers, an override sets a key to the same value in all trials.
+        An override sets its key to the same value in all trials, also with Hydra's sweepers.
         """
         fixed = {override.partition("=")[0].lstrip("+") for override in overrides}
         return SearchSpace(self.name, {key: values for key, values in self.values.items() if key not in fixed})
@@ -53,5 +53,8 @@ class WorkflowSpec:
 
 
 def run_overrides(spec: WorkflowSpec, run_root: str) -> list[str]:
-    """Return the overrides of a run as a list of command-line arguments, including run root and tracking server."""
+    """Return the overrides of a run as a list of command-line arguments.
+
+    These are the overrides of `spec`, the folder that contains all run folders, and the address of the tracking server.
+    """
     return [*spec.overrides, f"run_root={run_root}", TRACKING_OVERRIDE]

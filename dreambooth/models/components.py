@@ -16,7 +16,7 @@ from dreambooth.models.noise_schedule import NoiseSchedule
 
 @dataclass
 class Components:
-    """The parts of a base model, each on the training device. The methods of this class call those of `family`."""
+    """The parts of a base model. The methods of this class call the methods of `family` with these parts."""
 
     family: Family
     denoiser: Any
@@ -28,7 +28,7 @@ class Components:
 
     @property
     def modules(self) -> list[Any]:
-        """The modules with weights that a run uses: the denoiser, the text encoders and the VAE."""
+        """The parts that have weights, except `extras`: the denoiser, the text encoders and the VAE."""
         return [self.denoiser, *self.encoders, self.vae]
 
     @property
@@ -110,7 +110,10 @@ class Components:
 
 
 def training_scheduler(family: Family, config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Return the base model's scheduler configuration; with model.zero_terminal_snr, rescaled to zero terminal SNR.
+    """Return the scheduler configuration to train with.
+
+    It is `config`, the configuration of the base model. If the recipe sets model.zero_terminal_snr, its noise schedule
+    is rescaled to zero terminal SNR.
 
     Raises:
         UserError: the recipe sets model.zero_terminal_snr, and the base model predicts noise. At the last timestep, the

@@ -10,8 +10,8 @@ from torch import Tensor
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Return the name of the first tensor that contains NaN or infinity, or None if all values are finite.
 
-    The largest magnitude of a tensor is NaN or infinite if one of its values is. Computing it needs no temporary copy
-    of the tensor, and the host waits once for each device.
+    The function checks only the largest magnitude of each tensor, which is NaN or infinite if one of the values is.
+    Computing it needs no temporary copy of the tensor. The host waits once for each device.
     """
     by_device: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

@@ -25,7 +25,7 @@ def recompute(unet: Any, groups: int = 1) -> None:
     """Enable gradient checkpointing: each residual block and each transformer is recomputed as one unit.
 
     Args:
-        groups: number of parts into which a batch is split; they are recomputed one after the other.
+        groups: number of parts into which a batch is split. Activations are recomputed for one part at a time.
     """
     unet.enable_gradient_checkpointing()
     for module in unet.modules():

@@ -82,9 +82,10 @@ class LowRank:
         return scaled.view_as(weight)
 
     def base_scale(self, weight: Tensor) -> Tensor | None:
-        """Return m |W| / |V| for each row, (out,), in fp32 on the CPU; None without DoRA.
+        """Return m |W| / |V| for each row, (out,), in fp32 on the CPU; None without DoRA. V is W + s B A.
 
-        Programs that scale the rows of V by `base_scale` / |W|, not by m / |V|, get W' with this value.
+        Some programs read one number per row from a LoRA file. They multiply the row of V by this number / |W|. If the
+        number is the returned value, the row is multiplied by m / |V|, as in DoRA.
 
         Args:
             weight: W, the layer's weight in the base model.
@@ -104,8 +105,8 @@ def inject(model: nn.Module, method: Method, targets: Mapping[Targets, re.Patter
 
     Args:
         targets: a pattern of layer names for each value of method.targets (Family.adapter_targets).
-        seed: seed of the initial values of A. They depend on this seed and the module's name alone, and on no other
-            random numbers.
+        seed: seed of the initial values of A, LowRank.down. They depend on this seed and the module's name alone,
+            and on no other random numbers.
         dtype: the precision of autocast. With fp16 or bf16, autocast itself casts the input of a LoRA layer, so peft's
             own cast to fp32 is disabled. The cast stays enabled for DoRA, which computes its norms in fp32.
     """
@@ -172,8 +173,8 @@ def adapter_weights(model: nn.Module) -> dict[str, LowRank]:
 def base_scales(model: nn.Module, weights: Mapping[str, LowRank]) -> dict[str, Tensor]:
     """Return LowRank.base_scale of each layer of `model` that has a DoRA, by module name.
 
-    The weight of the base model is the one that the run trains with: rounded to half precision or to 4 bits, if the run
-    keeps the base model so.
+    The weight of the base model is the one that the run trains with. If the run stores the base model in half precision
+    or in 4 bits, this weight is rounded.
 
     Args:
         weights: the adapters of `model`, as `adapter_weights` returns them.
@@ -211,7 +212,7 @@ def load_adapter_weights(model: nn.Module, weights: Mapping[str, LowRank],
 
 @torch.no_grad()
 def merge(model: nn.Module, weights: Mapping[str, LowRank]) -> None:
-    """Merge adapters into the weights of `model`, as LowRank.merged does. `model` itself has no adapters.
+    """Merge adapters into the weights of `model`, as LowRank.merged does. `model` must not contain adapters.
 
     Args:
         weights: a dictionary from module name in `model` to LowRank.
@@ -244,7 +245,7 @@ def _base_weight(layer: Any) -> Tensor:
 
 
 def _weight_norm(lengths: Any, weight: Tensor, lora_weight: Tensor, scaling: float, **_: Any) -> Tensor:
-    """Return |V|, the norm of each row of V, computed in fp32.
+    """Return the norm of each row of V = W + s B A, the layer's weight with its adapter, computed in fp32.
 
     For a convolution, peft would compute the norms in the precision of the base model.
     """

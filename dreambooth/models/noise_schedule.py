@@ -37,7 +37,10 @@ class NoiseSchedule(Protocol):
         """
 
     def denoiser_timesteps(self, timesteps: Tensor) -> Tensor:
-        """Return the values (N,) that the denoiser receives for `timesteps`: these timesteps, or their noise levels."""
+        """Return the values (N,) that the denoiser receives for `timesteps` (N,).
+
+        Depending on the schedule, these are the timesteps themselves or their noise levels.
+        """
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,10 @@ class Sampler:
 
 
 def build_pipeline(parts: Components) -> Any:
-    """Return a pipeline for generating pictures during a run. It uses `parts` themselves, without safety checker."""
+    """Return a pipeline for generating pictures during a run.
+
+    It contains the modules and tokenizers of `parts` themselves, not copies. It has no safety checker.
+    """
     bare = replace(parts, extras={})
     return without_bar(pipeline_over(bare, parts.family.sampling_scheduler(parts.scheduler_config)))
 

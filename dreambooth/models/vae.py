@@ -80,7 +80,7 @@ def check_channels(family: Family, denoiser: Any, vae: Any, instead: str) -> Non
 
 
 def another_base(recipe: Recipe) -> str:
-    """Return the end of the error message if a run's base model cannot be trained. It says what the user can type."""
+    """Return what the user can type if a run's base model cannot be trained. The error message ends with this text."""
     return "model.source=DIR, a model that draws from text alone" + ", or model.vae=null" * bool(recipe.vae_source)
 
 

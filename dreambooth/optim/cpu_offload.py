@@ -61,10 +61,12 @@ class OffloadedOptimizer(StreamingOptimizer):
 
     @torch.no_grad()
     def _unscale(self, engine: Engine) -> Tensor:
-        """Divide the gradients in host memory by the loss scale. Return found_inf (1,): above 0 if one is not finite.
+        """Divide the gradients in host memory by the loss scale.
 
-        `GradScaler.unscale_` would start to copy its scale to the host and not wait for the end of the copy, so that
-        the host would divide by whatever is in its memory.
+        `GradScaler.unscale_` is not used: it would divide without waiting for the copy of the loss scale to the host.
+
+        Returns:
+            found_inf (1,), above 0 if a gradient contains NaN or infinity.
         """
         found_inf, inverse_scale = torch.zeros(1), engine.inverse_loss_scale(HOST)
         if inverse_scale is not None:

@@ -6,8 +6,8 @@ at first, and slowly later.
 With `every` = k, the averages are updated only after each k-th step: average = d * average + (1 - d) * weights, where d
 is the product of the decays of the last k steps. This is equal to k updates in a row: each has the decay of one of
 these k steps, and all use the weights after the k-th step. The weights after the other k - 1 steps do not enter the
-average. After any other step, `current` returns the averages with the steps since the last update. fp16 steps that the
-loss scaler skips are not counted, so the last step of a run may be such a step.
+average. After any other step, `current` returns a copy of the averages, updated for the steps since the last update.
+Such a step can also be the last step of a run, because steps that the loss scaler skips (fp16) are not counted.
 """
 
 import math
@@ -39,7 +39,7 @@ class Ema:
         }
 
     def decay_at(self, update: int) -> float:
-        """Return the decay of optimizer step `update`; the first step is 1."""
+        """Return the decay of an optimizer step; `update` is the step's number, counted from 1."""
         return min(self.decay, (1 + update) / (10 + update))
 
     @torch.no_grad()

@@ -28,12 +28,12 @@ def of_architecture(name: str) -> Family | None:
 
 
 def of_layout(layout: Layout) -> Family | None:
-    """Return the family of the diffusers model with this layout, or None if it belongs to no supported family."""
+    """Return the family of the diffusers model with this layout, or None if no supported family fits."""
     return next((family for family in FAMILIES if family.matches(layout)), None)
 
 
 def of_folder(folder: Path) -> Family | None:
-    """Return the family of a diffusers folder, or None if it belongs to no supported family.
+    """Return the family of the model in a diffusers folder, or None if no supported family fits.
 
     Only the config.json files of the parts are read.
     """
@@ -45,7 +45,7 @@ def of_source(source: str | Path, **options: Any) -> tuple[Family, Layout]:
     """Return the family and the layout of a diffusers folder or hub id, according to its model_index.json.
 
     Args:
-        options: revision, local_files_only.
+        options: revision and local_files_only, as in from_pretrained.
 
     Raises:
         OSError, ValueError: there is no model_index.json, or the model belongs to no supported family.
@@ -70,7 +70,7 @@ def of_source(source: str | Path, **options: Any) -> tuple[Family, Layout]:
 
 
 def of_keys(names: frozenset[str]) -> Family | None:
-    """Return the family of a single file with these keys, or None if it belongs to no supported family."""
+    """Return the family of the model in a single file with these keys, or None if no supported family fits."""
     return next((family for family in FAMILIES if family.single_file.matches(names)), None)
 
 

@@ -29,8 +29,8 @@ How the interface supports other architectures:
 - Text embeddings of another shape: outside the family, a run handles one tensor `text` (P, ...) for P prompts, with the
   same shape for every prompt. The family packs all inputs that its denoiser needs, masks included, into this tensor,
   and unpacks it in `predict`.
-- Latents that are shifted before they are scaled: `encode` subtracts the shift, because the result of `encode` is
-  multiplied by `scaling_factor`.
+- Latents that are shifted before they are scaled: `encode` subtracts the shift. The run multiplies the result of
+  `encode` by `scaling_factor`.
 
 Imports no torch, because the container looks up hub ids in this folder before a run starts.
 """
@@ -75,7 +75,7 @@ class Part(ABC):
 
         Args:
             source: a diffusers folder or hub id.
-            options: subfolder, revision, variant, local_files_only.
+            options: subfolder, revision, variant and local_files_only, as in from_pretrained.
 
         Raises:
             OSError, ValueError, SafetensorError: `source` does not contain the part, or its files are damaged.
@@ -142,7 +142,7 @@ class Family(ABC):
 
     @abstractmethod
     def matches(self, layout: Layout) -> bool:
-        """Return whether a diffusers model with this layout belongs to the family. It belongs to at most one family."""
+        """Return whether a diffusers model with this layout belongs to the family. At most one family matches."""
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -241,7 +241,7 @@ class Family(ABC):
         """Enable gradient checkpointing in the denoiser.
 
         Args:
-            groups: number of parts into which a batch is split; they are recomputed one after the other.
+            groups: number of parts into which a batch is split. Activations are recomputed for one part at a time.
         """
 
     @abstractmethod
@@ -363,7 +363,7 @@ class Family(ABC):
 
     @abstractmethod
     def kohya_metadata(self, prediction_type: str) -> dict[str, str]:
-        """Return the metadata by which other programs know the base model of a LoRA file in kohya's layout.
+        """Return the metadata by which other programs recognise the base model of a LoRA file in kohya's layout.
 
         Args:
             prediction_type: the prediction_type of diffusers.

@@ -58,7 +58,10 @@ class Entry:
 
 
 class SingleFileFormat(ABC):
-    """How a family's models are stored in one file: key names, metadata, and marks (empty tensors with a meaning)."""
+    """How a family's models are stored in one file: key names, metadata and marks.
+
+    A mark is an empty tensor. Its presence states a property of the model, such as zero terminal SNR.
+    """
 
     denoiser_key: str  # a key that every file of this format has
     vae_prefix: str  # prefix of the VAE's keys
@@ -69,10 +72,10 @@ class SingleFileFormat(ABC):
         """Return whether a file with these keys is a model of the family."""
 
     def check(self, file: ModelFile) -> None:  # noqa: B027  most formats have nothing to refuse
-        """Check that a file can be trained as a model of the family. `matches` has already accepted its keys.
+        """Check that training supports the model in a file. `matches` has already accepted the keys of the file.
 
         Raises:
-            UserError: the file cannot be trained.
+            UserError: training does not support the model.
         """
 
     def canonical_key(self, name: str) -> str:
@@ -81,11 +84,11 @@ class SingleFileFormat(ABC):
 
     @abstractmethod
     def prediction_type(self, file: ModelFile) -> tuple[str, str]:
-        """Return the prediction type in diffusers' notation, and the evidence in words, such as 'its metadata'."""
+        """Return the prediction type in diffusers' notation, and the evidence for it, such as 'its metadata'."""
 
     @abstractmethod
     def resolution(self, file: ModelFile, prediction_type: str, typed: bool) -> tuple[int, str]:
-        """Return the side of the model's pictures in pixels, and the evidence for it in words, such as 'its name'.
+        """Return the side of the model's pictures in pixels, and the evidence for it, such as 'its name'.
 
         This method is called if the metadata of the file contains no resolution.
 
@@ -109,7 +112,14 @@ class SingleFileFormat(ABC):
 
     @abstractmethod
     def is_ignored(self, key: str, encoders: Sequence[Any]) -> bool:
-        """Return whether a key of a file is not needed: averaged weights, constants, or unused layers."""
+        """Return whether a tensor of a file is not needed.
+
+        Such tensors are averaged weights, constants, and weights of layers that the model does not use.
+
+        Args:
+            key: the tensor's key in the file.
+            encoders: the text encoders.
+        """
 
     @abstractmethod
     def constants(self, encoders: Sequence[Any]) -> dict[str, Tensor]:

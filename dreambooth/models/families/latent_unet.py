@@ -190,7 +190,7 @@ class LatentUNet(Family):
     # -- noise -----------------------------------------------------------------------------------------------------
 
     def noise_schedule(self, scheduler_config: Mapping[str, Any]) -> NoiseSchedule:
-        """Return the noise schedule of the base model, rescaled if the configuration says rescale_betas_zero_snr."""
+        """Return the noise schedule of the base model, rescaled if the configuration sets rescale_betas_zero_snr."""
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
         from dreambooth.models.noise_schedule import DiffusionSchedule
@@ -244,9 +244,9 @@ class LatentUNet(Family):
         return {name: self.kohya_prefixes[part] + layer.replace(".", "_") for name, (part, _, layer) in parts.items()}
 
     def kohya_metadata(self, prediction_type: str) -> dict[str, str]:
-        """Return what AUTOMATIC1111 and Forge sort LoRA files by, and ModelSpec's description of the base model.
+        """Return the metadata that describes the base model in a LoRA file, with the values of kohya's trainer.
 
-        The values are those that kohya's trainer writes.
+        AUTOMATIC1111 and Forge sort LoRA files by some of these entries. The other entries follow ModelSpec.
         """
         modelspec = self.single_file.modelspec(prediction_type)
         return modelspec | {

@@ -33,7 +33,10 @@ IGNORED = re.compile(
 
 
 class LdmFormat(SingleFileFormat):
-    """The original layout. Subclasses define the keys of text encoders, and facts that the files do not contain."""
+    """The original single-file format. A subclass defines the key prefixes of the text encoders of one family.
+
+    It also defines what the files do not contain, such as the resolution of the published model.
+    """
 
     denoiser_key = f"{UNET}input_blocks.0.0.weight"
     vae_prefix = VAE
@@ -80,7 +83,7 @@ class LdmFormat(SingleFileFormat):
         return bool(IGNORED.fullmatch(key))
 
     def constants(self, encoders: Sequence[Any]) -> dict[str, Tensor]:
-        """Return the position ids of the first text encoder, which is a CLIP encoder."""
+        """Return the position ids of the first text encoder, by their key. This encoder is a CLIP encoder."""
         import torch
 
         count = encoders[0].config.max_position_embeddings
@@ -223,10 +226,12 @@ def _openclip_key(name: str) -> str:
 
 
 def _replace_start(name: str, replacements: Mapping[str, str]) -> str:
-    """Return the name with its beginning replaced by the first entry of `replacements` that fits.
+    """Return the name with its start replaced.
+
+    The value of the first key in `replacements` that the name starts with replaces this key.
 
     Raises:
-        KeyError: no entry fits.
+        KeyError: the name starts with none of the keys.
     """
     for start, replacement in replacements.items():
         if name == start or name.startswith(start + "."):

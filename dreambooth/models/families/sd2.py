@@ -51,7 +51,7 @@ class Sd2Format(LdmFormat):
         return 768 if prediction_type == "v_prediction" else 512, "what it predicts"
 
     def is_ignored(self, key: str, encoders: Sequence[Any]) -> bool:
-        """Return whether a key is not needed. This includes OpenCLIP's last layer, which the model does not use."""
+        """Return whether a tensor is not needed, such as those of OpenCLIP's last layer, which the model never uses."""
         layers = len(getattr(encoders[0], "text_model", encoders[0]).encoder.layers)
         last = f"{self.text_prefixes['text_encoder']}transformer.resblocks.{layers}."
         return super().is_ignored(key, encoders) or key.startswith(last)
@@ -77,7 +77,10 @@ class StableDiffusion2(LatentUNet):
     single_file = Sd2Format()
 
     def matches(self, layout: Layout) -> bool:
-        """Return whether the model has one text encoder alone, with OpenCLIP's activation function, not CLIP's."""
+        """Return whether the model has a UNet and only one text encoder, which uses OpenCLIP's activation function.
+
+        OpenCLIP's activation function is gelu; CLIP's is quick_gelu.
+        """
         return ("unet" in layout.parts and "text_encoder_2" not in layout.parts
                 and layout.configuration("text_encoder").get("hidden_act", "quick_gelu") == "gelu")
 

@@ -39,9 +39,9 @@ class StableDiffusionXL(LatentUNet):
     of the paper). The last row contains the pooled and projected state of the second encoder, followed by zeros.
 
     The UNet also receives the original size of the picture, the coordinates of its crop, and the target size (section
-    2.2). Training gives it these values of each photo, so that the model does not learn crops and low resolution as
-    part of the subject. To generate pictures, diffusers' pipeline sets original size and target size to the size of the
-    picture, and the crop to (0, 0).
+    2.2). In training, the UNet receives the values of each photo, so that the model does not learn crops and low
+    resolution as part of the subject. To generate pictures, diffusers' pipeline sets original size and target size to
+    the size of the picture, and the crop to (0, 0).
     """
 
     title = "SDXL"
@@ -117,9 +117,9 @@ class StableDiffusionXL(LatentUNet):
     # -- adapters --------------------------------------------------------------------------------------------------
 
     def kohya_names(self, names: Collection[str], denoiser_config: Any) -> dict[str, str]:
-        """Return the keys; those of the UNet are made of its single-file names, as in kohya's trainer.
+        """Return the keys. As in kohya's trainer, the UNet's keys are derived from the UNet's names in single files.
 
-        AUTOMATIC1111 does not find every layer by diffusers' names, such as that of the first upsampler.
+        With keys derived from diffusers' names, AUTOMATIC1111 does not find every layer, such as the first upsampler.
         """
         part = self.denoiser.name
         weights = [f"{name.removeprefix(f'{part}.')}.weight" for name in names if name.startswith(f"{part}.")]
@@ -131,7 +131,11 @@ class StableDiffusionXL(LatentUNet):
     # -- pixels to latents -----------------------------------------------------------------------------------------
 
     def half_overflows(self, vae_configuration: Mapping[str, Any]) -> bool:
-        """Return `force_upcast`: true for the published VAE, which overflows in fp16; false for its fp16 fix."""
+        """Return the value of `force_upcast` in the VAE's configuration.
+
+        It is true for the published VAE, which overflows in fp16. It is false for the VAE that was fine-tuned so that
+        it does not overflow.
+        """
         return bool(vae_configuration.get("force_upcast", True))
 
     # -- pipelines -------------------------------------------------------------------------------------------------
