@@ -1,5 +1,7 @@
 """Command `python -m dreambooth.class_images`: generates the class images that a run with the same overrides needs.
 
+Class images are pictures of ordinary members of the subject's class. Prior preservation trains on them.
+
 The images are stored below the folder run_root. Runs with the same class prompt, base model, precision and sampler
 share the images. Torch is imported only when the work of the command starts, so that --help is fast.
 """

@@ -44,7 +44,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """A parser that reports a wrong argument in one sentence, and exits with the exit code of UserError."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the sentence and exit."""
+        """Print one sentence that is made from argparse's `message`, and exit with the exit code of UserError."""
         if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             near = closest(found[1], re.findall(r"[\w-]+", found[2]), 1)
             message = f"{found[1]} is not known: " + (f"did you mean {near[0]}?" if near else f"type one of {found[2]}")
@@ -81,7 +81,10 @@ def _run_hydra(command: Callable[[], Any], kind: type) -> None:
 
 
 def _parse_arguments(kind: type) -> tuple[list[str], list[str]]:
-    """Parse a command line for Hydra. Return two lists: the overrides, and the options with their values.
+    """Parse sys.argv with Hydra's parser. Return two lists: the overrides, and the options with their values.
+
+    Args:
+        kind: dataclass of the command's configuration. Its keys are suggested if an option is not known.
 
     Raises:
         UserError: an option is not known, or options contradict each other.
@@ -116,8 +119,9 @@ def _parse_arguments(kind: type) -> tuple[list[str], list[str]]:
 def use_utf8() -> None:
     """Restart this process in Python's UTF-8 mode if the locale's encoding is ASCII.
 
-    Otherwise prompts and file names with non-ASCII characters could be neither read nor printed. Any other encoding
-    is kept; characters that this encoding cannot express are printed as escape sequences.
+    Without the restart, prompts and file names with non-ASCII characters could be neither read nor printed.
+
+    If the encoding is not ASCII, it is kept. Characters that it cannot express are printed as escape sequences.
     """
     if codecs.lookup(sys.getfilesystemencoding()).name == "ascii" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
@@ -170,10 +174,10 @@ def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "re
 
 
 def _report_system_error(error: OSError) -> None:
-    """Print an error of the system, and record the failure.
+    """Print an error of the operating system, and record the failure.
 
-    If the system refused a path because of its name, its permissions or a limit, print one sentence. Otherwise print
-    the traceback.
+    If SYSTEM_ERRORS has advice for the error, print one sentence. These are errors that the name or the permissions
+    of a path, or a limit on open files, has caused. For any other error, print the traceback.
     """
     if not (advice := SYSTEM_ERRORS.get(error.errno or 0)):
         _report_fault(error)
@@ -206,7 +210,10 @@ def describe_fault(error: Exception) -> str:
 
 
 def _mask_hydra_record() -> None:
-    """Mask the secrets in URLs in the files that Hydra writes before the job: `.hydra/*.yaml` and `multirun.yaml`."""
+    """Mask the secrets in URLs in two kinds of files: `.hydra/*.yaml` and `multirun.yaml`.
+
+    Hydra writes these files before it starts the job.
+    """
     module = sys.modules.get("hydra.core.hydra_config")  # not imported by commands without Hydra
     if module is None or not module.HydraConfig.initialized():
         return
@@ -217,10 +224,13 @@ def _mask_hydra_record() -> None:
 
 
 def _record_failure(code: int, sentence: str, user_error: bool = True) -> None:
-    """Record the exit code of a failed job.
+    """Record the exit code of a failed job, and a sentence with the reason.
 
     The constant EXIT_REPORT_DIR is the name of an environment variable. If this variable is set, its value is a
     folder. In this case, also write a report for the parent process into the folder.
+
+    Args:
+        user_error: True: the sentence is meant for the user. False: the reason is an internal fault (a bug).
     """
     _exit_codes.append(code)
     _last_failure.append(sentence)
@@ -232,7 +242,7 @@ def _record_failure(code: int, sentence: str, user_error: bool = True) -> None:
 
 
 def last_failure() -> str | None:
-    """Return why the last job has failed, in one sentence, or None if it has not."""
+    """Return one sentence that says why the last job has failed. Return None if the last job has not failed."""
     return _last_failure[-1] if _last_failure else None
 
 

@@ -174,7 +174,12 @@ def _list_outputs(cfg: DictConfig, run_dir: Path) -> dict[str, Path]:
 
 
 def _find_log_files(key: str, settings: Any) -> dict[str, Path]:
-    """Return the path of each log file in a configuration of Python's logging, by the override that sets the path."""
+    """Return the path of each log file in a configuration of Python's logging, by the override that sets the path.
+
+    Args:
+        key: the key of `settings`, such as hydra.job_logging.
+        settings: the configuration of Python's logging, or a part of it.
+    """
     if not isinstance(settings, dict):
         return {}
     files = {f"{key}.filename": Path(str(settings["filename"]))} if settings.get("filename") else {}
@@ -184,7 +189,9 @@ def _find_log_files(key: str, settings: Any) -> dict[str, Path]:
 
 
 def _epochs_to_steps(config: Config, world_size: int) -> int:
-    """Return `checkpoint.every`, converted from epochs (passes over the photos) to steps.
+    """Return the number of steps between checkpoints, for a job whose `checkpoint.every` counts epochs.
+
+    An epoch is one pass over the photos.
 
     Raises:
         DreamBoothError: there are no photos, or they cannot be downloaded.
@@ -204,9 +211,10 @@ def _to_local_folder(folder: str, storage: Storage) -> Path:
 
 
 def _find_hardware_option(instance_type: str | None) -> str | None:
-    """Return the option of the config group hardware for an instance type, or else for the instance family.
+    """Return the option of the config group hardware for an instance type.
 
-    For example, return g5 for ml.g5.2xlarge. Return None if there is no such option.
+    If no option has exactly this type, return an option for the same instance family, such as g5 for ml.g5.2xlarge.
+    Return None if there is no such option either.
     """
     family = (instance_type or "").rpartition(".")[0]
     options = {path.stem: OmegaConf.load(path) for path in sorted((conf_dir() / "hardware").glob("*.yaml"))}

@@ -159,13 +159,16 @@ class Follower:
     def _running(self) -> list[int]:
         """Return the indices of the jobs that may cost money.
 
-        If it is unknown whether a job has started, the job comes last.
+        Jobs that have been submitted, but may not have started, come last.
         """
         return sorted((number for number, state in enumerate(self.states) if state.may_be_billed),
                       key=lambda number: self.states[number].status == SUBMITTING)
 
     def _stop_jobs(self) -> str:
-        """Stop every running job, and return a message with the outcome. A second Ctrl-C skips the remaining jobs."""
+        """Stop every running job, and return a message with the outcome.
+
+        If the user presses Ctrl-C meanwhile, the jobs that have not been stopped yet are skipped.
+        """
         running = self._running()
         left = running[:]
         with suppress(KeyboardInterrupt):

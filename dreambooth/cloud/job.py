@@ -54,9 +54,10 @@ class JobState:
         return not self.ended and self.status != WAITING
 
     def cost_usd(self, job: Job) -> float | None:
-        """Return the billed cost of a job that has ended, else the cost so far; None if the price is unknown.
+        """Return the cost of a job in US dollars; None if the price is unknown.
 
-        For a spot instance, the cost so far is an upper bound, because it is computed from the on-demand price.
+        If the job has ended, this is the billed cost. Otherwise it is the cost so far. For a spot instance, the cost
+        so far is an upper bound, because it is computed from the on-demand price.
         """
         if job.usd_hour is None:
             return None
@@ -64,7 +65,7 @@ class JobState:
 
 
 class QuotaExceeded(Exception):
-    """The AWS account's quota for the job's instance type is used up. The job may start when another job has ended."""
+    """The AWS account's quota for the job's instance type is used up. Retry when another job has ended."""
 
 
 class Unreachable(Exception):
@@ -87,7 +88,8 @@ class LoginRequired(Unreachable):
 class Backend(Protocol):
     """Interface of a backend, which runs jobs.
 
-    Every method except `stop_command` may raise Unreachable, or UserError if a retry cannot succeed.
+    Every method except `stop_command` may raise Unreachable (a retry may succeed) or UserError (a retry cannot
+    succeed).
     """
 
     def submit(self, job: Job) -> JobState:

@@ -118,10 +118,15 @@ class SageMakerBackend:
         return self.poll(job)
 
     def _read_result(self, description: dict[str, Any], job: Job) -> dict[str, Any]:
-        """Return the content of result.json in a job's output, or {"problem": reason} if it is missing or invalid.
+        """Return the content of result.json in a job's output.
 
-        If the network or the login fails, raise an exception, so that the next poll reads the file again: the result of
-        a paid job must not be lost.
+        If the file is missing or invalid, return {"problem": reason}.
+
+        If the network or the login fails, raise an exception. The next poll then reads the file again, so that the
+        result of a paid job is not lost.
+
+        Args:
+            description: the response of DescribeTrainingJob for `job`.
         """
         path = f"{description['ModelArtifacts']['S3ModelArtifacts'].rstrip('/')}/result.json"
         try:
@@ -165,7 +170,14 @@ def _is_name_taken(error: Exception) -> bool:
 
 
 def _training_seconds(description: dict[str, Any]) -> float:
-    """Return the training time in seconds: SageMaker's own value if present, else the time since training began."""
+    """Return how long a job has trained, in seconds.
+
+    If `description` contains SageMaker's own value, return this value. Otherwise return the time since training began,
+    or 0 if training has not begun.
+
+    Args:
+        description: the response of DescribeTrainingJob.
+    """
     if "TrainingTimeInSeconds" in description:
         return float(description["TrainingTimeInSeconds"])
     start = description.get("TrainingStartTime")

@@ -19,7 +19,10 @@ Results = dict[tuple[str, ...], tuple[Job, JobState]]  # overrides -> the job th
 
 
 def objective(state: JobState) -> float | None:
-    """Return the objective of a completed job; None if it has no finite objective."""
+    """Return the objective of a job, which is the number that the sweep minimises.
+
+    Return None if the job is not completed, or if its objective is missing or not finite.
+    """
     value = state.result.get("objective") if state.status == COMPLETED else None
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
@@ -79,7 +82,8 @@ def result_rows(jobs: Sequence[Job], states: Sequence[JobState]) -> list[dict[st
 def write_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Path:
     """Write a results table to `results-SWEEP.csv` in a folder, and return the path.
 
-    Rows are sorted by objective, best first. Rows without an objective come last.
+    SWEEP stands for the argument `sweep`. Rows are sorted by objective, best (lowest) first. Rows without an objective
+    come last.
     """
     keys = list(dict.fromkeys([*FIXED_COLUMNS, *(key for row in table for key in row)]))
     ordered = sorted(table, key=lambda row: (row["objective"] is None, row["objective"] or 0.0, row["number"]))
@@ -97,7 +101,7 @@ def write_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Pa
 def write_partial_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Path | None:
     """Call write_table for a sweep whose jobs have not all ended, and return the path of the results table.
 
-    If the existing file has more rows than `table`, or if `table` is empty, write nothing and return None.
+    If the results table exists and has more rows than `table`, or if `table` is empty, write nothing and return None.
     """
     path = folder / f"results-{sweep}.csv"
     if path.is_file():
@@ -135,15 +139,16 @@ def next_commands(sweep: str, run_root: Path) -> list[str]:
 
 def log_sweep(table_path: Path, sweep: str, table: Sequence[dict[str, Any]], kind: str, uri: str | None,
               experiment: str, run_root: Path, plot: Path, *, local: bool = True) -> None:
-    """Log the results table, job counts and best objective of a sweep to MLflow as a separate run.
+    """Log the results table, job counts and best objective of a sweep to a separate MLflow run.
 
-    The MLflow runs of the sweep's trials have the same value of the tag `sweep` as this run.
+    Each job of the sweep has an MLflow run of its own. The separate run and the runs of the jobs have the same value of
+    the tag `sweep`.
 
     Args:
         table_path: the CSV file that contains `table`.
         kind: the setting tracking.kind.
         plot: the file that write_parallel_coordinates has written.
-        local: whether the run folders of the trials are on this machine.
+        local: whether the run folders of the jobs are on this machine.
     """
     from dreambooth.tracking.run_tracker import trials_link
     from dreambooth.tracking.tracker import open_tracker

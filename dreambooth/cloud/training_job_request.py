@@ -83,6 +83,7 @@ def job_name(sweep: str, number: int, hyperparameters: Mapping[str, str], conten
     """Return the name of a job. Jobs for the same run get the same name on every machine, so no run is started twice.
 
     Args:
+        number: number of the job in the sweep.
         contents: digests of the folders and files that the run reads.
         attempt: 0 for the first attempt; greater than 0 if the job is run again after a failure.
     """

@@ -51,7 +51,7 @@ class Dataset(Section):
 
     @property
     def subjects(self) -> list[Subject]:
-        """All subjects: the list `concepts`. If it is empty, the other fields describe a single subject."""
+        """All subjects: the items of `concepts`. If `concepts` is empty: one subject, made from the other fields."""
         return self.concepts or [
             Subject(self.instance_dir, self.instance_prompt, self.class_dir, self.class_prompt, self.mask)]
 

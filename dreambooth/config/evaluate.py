@@ -67,20 +67,28 @@ class Evaluate(Section):
 
     @property
     def encoders(self) -> tuple[str, ...]:
-        """Names of the encoders; empty if there is no evaluation."""
+        """Names of the encoders; empty if `encoder` is none, which turns evaluation off."""
         kind = self.encoder
         return ("dino", "clip") if kind is EncoderKind.paper else (kind.value,) * (kind is not EncoderKind.none)
 
 
 def measure_name(role: str, encoder: str) -> str:
-    """Return the name of a measure: the paper's name, such as dino, or else ROLE_ENCODER, such as class_drift_dino."""
+    """Return the name of a measure.
+
+    If the DreamBooth paper has a name for the measure, return this name, such as dino. Otherwise return ROLE_ENCODER,
+    such as class_drift_dino.
+
+    Args:
+        role: what is measured, such as subject_similarity.
+        encoder: name of the network that computes the features of the images.
+    """
     return _PAPER_NAMES.get((role, encoder), f"{role}_{encoder}")
 
 
 def measure_roles(evaluate: Evaluate, class_prompt: str) -> dict[str, str]:
-    """Return the role of each measure of a run, by the measure's name.
+    """Return what each measure of a run measures (its role, such as subject_similarity), by the measure's name.
 
-    If several measures have the same role, `parse_sum` takes the role to mean the first of these measures.
+    Several measures may have the same role. In the text that `parse_sum` parses, the role stands for the first of them.
     """
     encoders = evaluate.encoders
     encoders = ("lpips",) * (evaluate.lpips is not None and bool(encoders)) + encoders
@@ -117,14 +125,14 @@ def parse_sum(text: str, measured: Mapping[str, str]) -> dict[str, float]:
 
     Args:
         text: terms `MEASURE` or `WEIGHT*MEASURE`, joined by `+`. MEASURE is the role or the name of a measure.
-        measured: the role of each measure of the run, by name, see `measure_roles`.
+        measured: the role of each measure of the run, by the measure's name, see `measure_roles`.
 
     Returns:
         The signed weight of each measure, by name.
 
     Raises:
-        ValueError: a term has another form, or the run does not compute its measure; the message is the end of a
-            sentence that begins with the key.
+        ValueError: a term has another form, or names a measure that is not in `measured`. The message is the end of a
+            sentence that begins with the configuration key of `text`, such as evaluate.objective.
     """
     weights: dict[str, float] = {}
     for term in text.replace(" ", "").split("+"):
@@ -141,16 +149,19 @@ def parse_sum(text: str, measured: Mapping[str, str]) -> dict[str, float]:
 
 
 def compute_objective(text: str, measured: Mapping[str, str], scores: Mapping[str, float]) -> float:
-    """Return the number that a sweep minimises: the instance loss, or minus the weighted sum of measures in `text`.
+    """Return the number that a sweep minimises.
+
+    If `text` is "instance_loss", this is the instance loss in `scores`. Otherwise it is the weighted sum of measures
+    that `text` describes, multiplied by -1.
 
     Args:
-        text: evaluate.objective.
-        measured: the role of each measure of the run, by name.
-        scores: the value of each measure, by name.
+        text: the setting evaluate.objective.
+        measured: the role of each measure of the run, by the measure's name, see `measure_roles`.
+        scores: the value of each measure, and of the instance loss, by name.
     """
     return scores[text] if text == INSTANCE_LOSS else -weighted_sum(parse_sum(text, measured), scores)
 
 
 def weighted_sum(weights: Mapping[str, float], scores: Mapping[str, float]) -> float:
-    """Return the sum of the scores that have a weight, each multiplied by its weight."""
+    """Return the sum of weight * score over the measures in `weights`. Scores of other measures are ignored."""
     return sum(weight * scores[measure] for measure, weight in weights.items())

@@ -51,7 +51,7 @@ def prepare(words: Sequence[str], kind: type) -> list[str]:
         kind: dataclass of the configuration.
 
     Raises:
-        ConfigError: words are not overrides in Hydra's grammar; the message has one line per word.
+        ConfigError: some of `words` are not overrides that Hydra can read. The message has one line per problem.
     """
     if (split := next((number for number, word in enumerate(words) if "=" not in word and word[:1] != "~"), None)
             ) is not None:
@@ -172,12 +172,14 @@ def _texts(content: Any, key: str) -> Iterator[tuple[str, str]]:
 # -- after Hydra has read them --------------------------------------------------------------------------------------
 
 def explain(error: Exception, kind: type, words: Sequence[str] = ()) -> DreamBoothError | None:
-    """Return the error for the user that says in one sentence what Hydra, OmegaConf or the system has refused.
+    """Turn an exception into an error whose message tells the user what to type.
+
+    The message says in one sentence what Hydra, OmegaConf or the operating system has refused.
 
     Args:
         error: the exception that was raised while a configuration was composed or the run folder was written.
         kind: dataclass of the configuration.
-        words: the overrides.
+        words: all overrides that the user typed.
 
     Returns:
         The error to raise, or None if `error` is an internal fault.
@@ -245,8 +247,8 @@ def explain_value(error: OmegaConfBaseException, kind: type, word: str = "", wor
 
     Args:
         kind: dataclass of the configuration.
-        word: the override of the value, if it is known.
-        words: all overrides.
+        word: the override that contains the value; "" if it is unknown.
+        words: all overrides that the user typed.
     """
     typed, _, raw = word.partition("=")
     key = re.sub(r"\[(\d+)\]", r".\1", str(error.full_key or typed.lstrip("+~")))
@@ -284,7 +286,10 @@ def explain_value(error: OmegaConfBaseException, kind: type, word: str = "", wor
 
 
 def expected_form(hint: Any) -> str:
-    """Return what a setting of this type accepts, as the end of the sentence "KEY must be ..."; "" if unknown."""
+    """Return what a setting of the type `hint` accepts, as the end of the sentence "KEY must be ...".
+
+    Return "" if there is no description for this type.
+    """
     if get_origin(hint) in (Union, UnionType):
         first = next(one for one in get_args(hint) if one is not NoneType)
         form = expected_form(first)
@@ -333,7 +338,7 @@ def setting_keys(kind: type, prefix: str = "") -> list[str]:
 
 
 def _aliases(kind: type) -> dict[str, str]:
-    """Return the fields whose key is a Python keyword, by their key."""
+    """Return a dictionary from key to field name, for keys such as `in`, which cannot be field names in Python."""
     return getattr(kind, "aliases", {})
 
 
@@ -349,7 +354,7 @@ def unknown_key(key: str, value: str, kind: type) -> str:
 
 
 def _group_names(kind: type) -> list[str]:
-    """Return the names of the config groups, if the configuration is that of a run."""
+    """Return the names of the config groups, or [] if `kind` is not the dataclass of a run's configuration."""
     return [path.name for path in sorted(conf_dir().iterdir())
             if path.is_dir() and path.name != "hydra" and is_dataclass(setting_type(kind, "train"))]
 

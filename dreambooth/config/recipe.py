@@ -114,7 +114,7 @@ class Recipe:
         return self.memory.split_pass or (self.with_prior and self.dataset.buckets)
 
     def with_processes(self, processes: int) -> "Recipe":
-        """Return a copy in which hardware.gpus is the number of processes that train together."""
+        """Return a copy in which hardware.gpus equals `processes`, the number of processes that train together."""
         return replace(self, hardware=self.hardware.copy_with(gpus=processes))
 
     @property
@@ -143,7 +143,10 @@ class Recipe:
 
     @property
     def measure_roles(self) -> dict[str, str]:
-        """The role of each measure of this run, by the measure's name; empty if there is no evaluation."""
+        """What each measure of this run measures (its role, such as subject_similarity), by the measure's name.
+
+        The dictionary is empty if there is no evaluation.
+        """
         return evaluate.measure_roles(self.evaluate, self.class_prompt)
 
     def _for_subject(self, subject: Subject) -> "Recipe":
@@ -154,10 +157,11 @@ class Recipe:
         return replace(self, dataset=dataset, **_subject_folders(subject))  # type: ignore[arg-type]
 
     def tracked_settings(self) -> dict[str, str]:
-        """Return the settings that are sent to MLflow as parameters: TRACKED_KEYS and all overridden settings.
+        """Return the settings that are sent to MLflow as parameters, by key.
 
-        MLflow shows all parameters above each image. Sending every setting would therefore hide the images. The file
-        run.json contains every setting.
+        These are the settings in TRACKED_KEYS and all settings that the user has overridden. MLflow shows all
+        parameters above each image. Sending every setting would therefore hide the images. The file run.json contains
+        every setting.
         """
         overridden = [word.lstrip("+~").partition("=")[0] for word in self.overrides]
         tracked = {*TRACKED_KEYS, *overridden, *(f"{group}.name" for group in overridden)}
@@ -229,7 +233,10 @@ def resolve(config: Config, run_dir: Path, machine: Machine | None = None,
 
 
 def _use_detected_gpu(hardware: Hardware, machine: Machine) -> None:
-    """Set GPU name and compute capability to the detected values, and the usable VRAM only if it was None."""
+    """Set the fields gpu and compute_capability of `hardware` to the values that were detected on this machine.
+
+    Set the usable VRAM to the detected value only if it was None: the user may have set it.
+    """
     hardware.gpu = machine.gpu
     hardware.compute_capability = machine.compute_capability
     if hardware.usable_vram_gib is None:
@@ -237,7 +244,10 @@ def _use_detected_gpu(hardware: Hardware, machine: Machine) -> None:
 
 
 def _default_prompts(config: Config) -> list[str]:
-    """Return three prompts per subject, without duplicates: instance prompt, "... on the beach", class prompt."""
+    """Return up to three prompts per subject, without duplicates.
+
+    These are the instance prompt, the instance prompt followed by " on the beach", and the class prompt.
+    """
     prompts: list[str] = []
     for subject in config.dataset.subjects:
         prompt = subject.instance_prompt or ""

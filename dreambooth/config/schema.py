@@ -42,7 +42,10 @@ class Model(Section):
 
 @dataclass
 class Precision(Section):
-    """Precision of computations. By default, trained weights, optimizer state and EMA stay fp32 nevertheless."""
+    """Precision of computations.
+
+    By default, trained weights, optimizer state and EMA are fp32, whatever the precision of computations is.
+    """
 
     dtype: Dtype = Dtype.fp32
     tf32: bool = False

@@ -23,7 +23,7 @@ def is_s3_folder(path: str) -> bool:
 
 
 def is_single_file(path: str | None) -> bool:
-    """Return whether a path has the suffix of a model in a single file."""
+    """Return whether a path has the suffix of a model in a single file, such as .safetensors."""
     return (path or "").lower().endswith(SINGLE_FILE_SUFFIXES)
 
 

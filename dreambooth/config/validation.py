@@ -114,7 +114,11 @@ def _normalized(prompt: str | None) -> str:
 
 
 def _concept_problems(data: Dataset) -> Iterator[str]:
-    """Yield problems of dataset.concepts: each subject needs its own prompt; keys for a single subject must be null."""
+    """Yield one sentence per broken rule of dataset.concepts, the list of subjects.
+
+    Two subjects must not have the same instance prompt. If the list is not empty, the keys that describe a single
+    subject, such as dataset.instance_prompt, must be null.
+    """
     if not data.concepts:
         return
     if unused := [key for key in ("instance_dir", "instance_prompt", "class_dir", "class_prompt", "mask")

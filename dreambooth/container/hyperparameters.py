@@ -133,7 +133,9 @@ def _to_override_value(name: str, raw: str, grammar: OverrideGrammar) -> str:
 def _merge_inputs(
     blog: BlogSettings, channels: Mapping[str, Path], request: RunRequest
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Merge the inputs that the blog post's hyperparameters and the channels set. Channels take precedence.
+    """Merge the inputs (photos, class images, base model) that blog hyperparameters and channels set.
+
+    If both set the same input, the channel takes precedence.
 
     Returns:
         Two dictionaries whose keys are configuration keys. The first contains the folder or hub id of each input. The
@@ -172,12 +174,13 @@ def _find_superseded(
 
 
 def _prepare_class_images(inputs: dict[str, str], paths: SageMakerPaths, request: RunRequest) -> None:
-    """Prepare `dataset.class_dir` in `inputs` for the run.
+    """Prepare the folder of class images for the run. Its path is `inputs["dataset.class_dir"]`.
 
-    If the folder is empty, remove the key from `inputs`. An empty folder is allowed, because the notebook of the AWS
-    blog post writes generated class images to the same folder. If the folder is below the job's input, copy it to the
-    checkpoints folder, because the job's input is read-only and may be streamed. Do not change a path in S3: the run
-    itself downloads this folder.
+    - If the folder has no images, remove the key from `inputs`. Such a folder is allowed, because the notebook of the
+      AWS blog post writes generated class images to the same folder.
+    - If the folder is below the job's input, copy it to the checkpoints folder, and set the path to the copy. The
+      reason is that the job's input is read-only and may be streamed.
+    - If the folder is in S3, change nothing: the run itself downloads it.
 
     Raises:
         UserError: the path is not a folder, or cannot be read.

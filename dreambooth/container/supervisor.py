@@ -100,7 +100,10 @@ class Supervisor:
 
 
 def _read_report(path: Path) -> dict[str, Any] | None:
-    """Return the exit report of a process, or None if the file has none, for example after a full disk."""
+    """Read the exit report that a process has written to a file.
+
+    Return None if the file contains no complete report, for example because the disk was full.
+    """
     with suppress(OSError, ValueError):
         report = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(report, dict) and {"rank", "code", "sentence", "meant"} <= report.keys():

@@ -15,10 +15,12 @@ from torch.distributed.run import main
 def root_exit_code(failures: Collection[ProcessFailure]) -> int:
     """Return the exit code of the process that caused the other failures; -N if signal N ended it.
 
-    SIGKILL takes precedence: a process killed by SIGKILL prints nothing, and processes that wait for it fail
-    immediately. SIGTERM counts only if there is no other cause, because the launcher itself sends SIGTERM to the
-    remaining processes. If they do not end, the launcher sends SIGKILL to them later. This SIGKILL does not count,
-    because failures more than one second after the first failure are ignored.
+    Failures more than one second after the first failure are ignored. Among the rest, the first of these is the cause:
+
+    1. A process killed by SIGKILL. It prints nothing, and processes that wait for it fail immediately. The launcher
+       itself sends SIGKILL, too, but more than one second after the first failure.
+    2. A process that ended for another reason.
+    3. A process ended by SIGTERM, because the launcher itself sends SIGTERM to the remaining processes.
     """
     first_failure = min(failure.timestamp for failure in failures)
     # Timestamps are whole seconds: failures within one second may have happened in any order.

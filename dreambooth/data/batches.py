@@ -1,4 +1,4 @@
-"""Training batches: the photos, crops, noise and timesteps of each step, as a function of (seed, step, process).
+"""Training batches: the photos, crops, noise and timesteps of each step, as a function of the seed and the step.
 
 Sample `index` of step `step` always has the same photo, crop, flip, noise and timestep. It makes no difference whether
 the samples of the step are computed in one batch, in several micro-batches or by several processes. A checkpoint
@@ -30,10 +30,12 @@ from dreambooth.utils import rng
 class Batch:
     """One micro-batch on the training device: tensors with N rows, one per sample, all of the same image size.
 
-    An instance row is a sample of an instance photo, a class row is a sample of a class image. With prior preservation,
-    the first N / 2 rows are instance rows and the last N / 2 rows are class rows. There are two exceptions. Without
-    prior preservation, all N rows are instance rows. If the class images have another size than the instance photos,
-    all N rows are instance rows, and the class rows are in `class_batch`.
+    An instance row is a sample of an instance photo, a class row is a sample of a class image. There are three cases:
+
+    - Without prior preservation, all N rows are instance rows.
+    - With prior preservation, the first N / 2 rows are instance rows and the last N / 2 rows are class rows.
+    - With prior preservation and class images whose size is not that of the instance photos, all N rows are instance
+      rows. The class rows are in `class_batch`.
     """
 
     latents: Tensor  # (N, C, h, w), multiplied by the scaling factor of the VAE
@@ -117,7 +119,7 @@ class PhotoSet:
         photos of this set that a step uses have the same size.
 
         Args:
-            batch: number of samples per step, over all micro-batches and processes.
+            batch: number of samples of this set per step, over all micro-batches and processes.
         """
         bucket, steps = bucket_at([len(photos) for photos in self._rounds.values()], step, seed, self.name)
         size, photos = list(self._rounds.items())[bucket]
@@ -152,8 +154,9 @@ def encode_batch_size(resolution: int) -> int:
 
 
 class Latents:
-    """Computes the latents of `View` objects: encodes each view with the VAE, or samples from the cached distribution.
+    """Computes the latents of `View` objects.
 
+    Each view is encoded with the VAE. After a call of `fill`, latents are sampled from the cached distribution instead.
     The cache holds the mean and the standard deviation of the latents of each photo and flip, which are the same in
     every step.
     """

@@ -37,7 +37,7 @@ class ClassImages:
 
     @property
     def existing(self) -> list[Path]:
-        """Paths of the images that an earlier run generated."""
+        """Paths of the images that earlier runs generated. The user's own images are not included."""
         missing = {path for path, _ in self.missing}
         return [path for path, _ in self.generated if path not in missing]
 
@@ -89,10 +89,10 @@ def generate_missing(
 ) -> None:
     """Generate this process's share of the missing images. Files are written atomically.
 
-    The number in an image's file name decides which process generates it. The position in `images.missing` is no
-    substitute for this number: each process calls `find` at its own time, and the list gets shorter as images are
-    generated. Batches that another run has generated meanwhile are skipped. Each run starts at a random batch, so that
-    simultaneous runs in one run_root share the work.
+    The number in an image's file name decides which process generates it. The position in `images.missing` would be
+    wrong: each process has its own list from its own call of `find`, and a later call returns a shorter list if images
+    have been generated in between. Batches that another run has generated meanwhile are skipped. Each run starts at a
+    random batch, so that simultaneous runs in one run_root share the work.
 
     The number in the file name also decides the batch of an image. If any image of a batch is missing, the whole batch
     is generated, but only the missing images are written. The reason is that the size of a batch changes the last bits

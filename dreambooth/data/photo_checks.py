@@ -46,7 +46,7 @@ def warn(photos: Sequence[Photo], resolution: int) -> list[str]:
 
 
 def join_names(names: Sequence[str]) -> str:
-    """Return the first MAX_NAMES names, and the number of the others."""
+    """Return a text with the first MAX_NAMES names and the number of the others, such as "a.jpg, b.jpg and 3 more"."""
     others = len(names) - MAX_NAMES
     return ", ".join(names[:MAX_NAMES]) + (f" and {others} more" if others > 0 else "")
 

@@ -253,7 +253,8 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
     """Convert 16-bit, 32-bit or float greyscale to mode L or LA. Pillow's convert("L") would clip the values.
 
     Integers are divided by 256, rounded down and limited to 255. Floats are scaled so that the white level becomes 255.
-    The white level is the first of 1, 255 and 65535 that no value exceeds, or else the greatest value.
+    The white level is 1 if no value exceeds 1, otherwise 255 if no value exceeds 255, otherwise 65535 if no value
+    exceeds 65535. If a value exceeds 65535, the white level is the greatest value.
     """
     import numpy as np
     from PIL import Image
