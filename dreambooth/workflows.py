@@ -46,7 +46,7 @@ def build_spec(
 
 
 def build_shipped_spec() -> WorkflowSpec:
-    """Return the values from which the committed workflow files are rendered, including one overlay per machine."""
+    """Return the values from which the committed workflow files are rendered, including all kustomize overlays."""
     overlays = {name: build_spec(overrides, space, DEFAULT_IMAGE + suffix)
                 for name, (overrides, space, suffix) in OVERLAYS.items()}
     return replace(build_spec(), overlays=overlays)

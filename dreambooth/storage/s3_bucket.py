@@ -131,7 +131,10 @@ class Bucket:
         return body
 
     def read_manifest(self) -> Entries | None:
-        """Return the entries of the manifest. None: the folder has no manifest, and is therefore not complete."""
+        """Return the entries of the manifest at the location, by file name, or None if there is no manifest.
+
+        A folder without a manifest has not been uploaded completely.
+        """
         def get() -> bytes | None:
             response = _none_if_not_found(
                 lambda: self.s3.get_object(**self.object_arguments(manifest.NAME), ChecksumMode="ENABLED"))
@@ -150,7 +153,10 @@ class Bucket:
             Bucket=self.location.bucket, Prefix=self.location.prefix, MaxKeys=1))
 
     def list_objects(self) -> Entries:
-        """Return size and ETag of objects below the location, by name. An object at the location has the name ""."""
+        """Return size and ETag of all objects below the location, by name relative to the location.
+
+        If there are none, the location may itself be the key of an object. This object is returned under the name "".
+        """
         entries: Entries = {}
         pages = self.s3.get_paginator("list_objects_v2").paginate(
             Bucket=self.location.bucket, Prefix=self.location.prefix)
@@ -166,7 +172,11 @@ class Bucket:
         return entries
 
     def compare(self, entries: Entries) -> tuple[Entries, list[str]]:
-        """Return the entries that are missing in S3, and the names of the objects that differ from their entry."""
+        """Compare the objects in S3 with the entries of a manifest.
+
+        Returns:
+            The entries whose objects do not exist in S3, and the names of the objects that differ from their entry.
+        """
         results = dict(zip(entries, self.pool.map(lambda item: self.holds(*item), entries.items()), strict=True))
         return ({name: entries[name] for name, same in results.items() if same is None},
                 [name for name, same in results.items() if same is False])

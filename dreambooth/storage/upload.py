@@ -16,15 +16,19 @@ ROUNDS = 3  # attempts to send missing files
 
 
 class DestinationOccupied(UserError):
-    """Raised if the destination has other content: a complete folder, or files that an aborted upload left."""
+    """Raised if the S3 destination already has content that differs from the folder to upload.
+
+    This content is a complete folder, or the files of an aborted upload.
+    """
 
 
 def upload_entries(bucket: Bucket, entries: Entries, folder: Path) -> None:
     """Upload those files of a local folder that `entries` lists, and then the manifest.
 
     Raises:
-        UserError: S3 rejects or loses a file.
-        DestinationOccupied: the destination is a complete folder with other content, or has a file with other content.
+        UserError: S3 rejects a file, or accepts it but does not have it afterwards.
+        DestinationOccupied: `bucket` has a manifest that differs from `entries`, or an object that differs from its
+            entry.
     """
     existing = bucket.read_manifest()
     if existing is not None and existing != entries:
@@ -56,11 +60,11 @@ def _missing_entries(bucket: Bucket, entries: Entries) -> Entries:
 
 
 def _upload_files(bucket: Bucket, folder: Path, missing: Entries) -> None:
-    """Upload the large files first, in parts, and then the small files in parallel.
+    """Upload the files that `missing` lists: first the large files, in parts, and then the small files in parallel.
 
-    If two machines compute the same run, only the small files differ. The small files are sent last and within a short
-    time, so that an interrupted upload is unlikely to leave some of them in S3, where they would block the upload of
-    the other machine.
+    If two machines compute the same run, their large files are equal, but some small files differ. An upload never
+    replaces an object. A small file that an interrupted upload left in S3 would therefore block the upload of the other
+    machine. To make this unlikely, the small files are sent last and within a short time.
     """
     with bucket.console.bar(f"to {bucket.location}", sum(len(entry.parts) for entry in missing.values())) as bar:
         small = [name for name, entry in missing.items() if len(entry.parts) == 1]
@@ -123,7 +127,7 @@ def _upload_in_parts(bucket: Bucket, path: Path, name: str, entry: Entry, tick: 
 def _find_or_create_upload(bucket: Bucket, name: str, entry: Entry) -> tuple[str, dict[int, dict[str, Any]]]:
     """Find an unfinished multipart upload of the object, or create a multipart upload.
 
-    An unfinished upload is used only if it has parts and all of its parts are correct.
+    An unfinished upload is used only if it has parts and all of its parts match `entry`.
 
     Returns:
         The ID of the multipart upload, and the parts that it already has, by part number.

@@ -69,7 +69,7 @@ def _unique_names(trials: Sequence[Trial], keys: Sequence[str]) -> list[str]:
 
 
 def _find_sample_grids(folder: Path) -> dict[int, list[Path]]:
-    """Return the image files of a run's sample grids, by training step, with one file per prompt.
+    """Return the image files of a run's sample grids: for each training step, one file per prompt.
 
     Steps without image files are left out.
     """
@@ -98,7 +98,11 @@ def _embed_image(path: Path, pixels: int) -> str:
 
 
 def _about(trials: Sequence[Trial], keys: Sequence[str]) -> str:
-    """Return the line below the page title: prompt, model, number of trials, and keys that differ between trials."""
+    """Return the line below the page title: prompt, model, number of trials, and `keys`.
+
+    Args:
+        keys: the keys of the settings that differ between trials.
+    """
     settings = trials[0].settings
     done = sum(finished_objective(trial) is not None for trial in trials)
     parts = [f"<b>{escape(settings.get('dataset.instance_prompt', '?'))}</b>, "
@@ -110,7 +114,7 @@ def _about(trials: Sequence[Trial], keys: Sequence[str]) -> str:
 
 
 def _table(trials: Sequence[Trial], names: Sequence[str]) -> str:
-    """Return the HTML table of objectives and measures, with one row per trial."""
+    """Return the HTML table with the results of each trial: objective and measures (metrics of image quality)."""
     roles: dict[str, str] = {}
     for trial in trials:
         roles |= trial.measure_roles if trial.settings and trial.finished else {}
@@ -139,7 +143,11 @@ def _table(trials: Sequence[Trial], names: Sequence[str]) -> str:
 
 
 def _format_seconds(result: Mapping[str, Any]) -> str:
-    """Return the training time of a result. The result is read from a file, which may contain anything."""
+    """Return the training time of a run as text, or "-" if the run's result.json has no valid time.
+
+    Args:
+        result: the content of result.json.
+    """
     seconds = result.get("seconds", 0)
     return f"{seconds:.0f} s" if isinstance(seconds, int | float) else "-"
 
@@ -147,7 +155,10 @@ def _format_seconds(result: Mapping[str, Any]) -> str:
 def _badge(trial: Trial, best: bool) -> str:
     """Return the label of a trial as HTML: "best", "over the bound", or an empty string.
 
-    A trial over the bound of class_similarity must not be promoted.
+    "over the bound" means that the trial must not be promoted because of its class_similarity (`reason_over_bound`).
+
+    Args:
+        best: whether the trial is the best of the sweep.
     """
     if best:
         return "<em>best</em>"

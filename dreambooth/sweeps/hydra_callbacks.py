@@ -24,7 +24,10 @@ failure_reasons: dict[Path, str] = {}  # run folder -> why its run in this proce
 
 
 class Sweep(Callback):
-    """Collects the results of a sweep's runs. At the end, writes results-ID.csv and logs the sweep as an MLflow run."""
+    """Collects the results of a sweep's runs. When the sweep ends, writes a table and logs the sweep as an MLflow run.
+
+    The table is results-ID.csv, where ID is the sweep's ID.
+    """
 
     def __init__(self) -> None:
         self._jobs: list[tuple[Path, list[str], float | None]] = []  # run folder, overrides, objective
@@ -74,9 +77,9 @@ def distinguishing_overrides(overrides: list[str]) -> list[str]:
 
 
 def trial_name(overrides: list[str]) -> str | None:
-    """Return a trial's name: the varied keys with their values, such as "learning_rate=1e-4 prior_loss_weight=0".
+    """Return a trial's name: the keys that the sweep varies, with their values in this trial.
 
-    Return None if the overrides contain no key that the sweep varies.
+    An example is "learning_rate=1e-4 prior_loss_weight=0". Return None if `overrides` has no key that the sweep varies.
     """
     from dreambooth.tracking.svg_charts import format_setting
 

@@ -6,14 +6,15 @@ A model becomes the champion of its registered name if
    those trials of the sweep that satisfy rule 3;
 2. the current champion was trained on the same photos, because objectives on other photos cannot be compared;
 3. its `class_similarity` (PRES in the DreamBooth paper, here measured with any encoder) is within a bound, because
-   images of the class must not resemble photos of the subject. The bound is max_class_similarity. If
-   max_class_similarity is not set, the bound is class_similarity before training plus CLASS_SIMILARITY_MARGIN. A model
-   whose class_similarity was not measured becomes the champion only with `allow_unmeasured`.
+   images of the class must not resemble photos of the subject. The bound is the option max_class_similarity. If this
+   option is not set, the bound is evaluate.max_class_similarity of the run. If this is not set either, the bound is
+   class_similarity before training plus CLASS_SIMILARITY_MARGIN. A model whose class_similarity was not measured
+   becomes the champion only with the option allow_unmeasured.
 
-With `replace`, the best model of the sweep becomes the champion without a comparison with the current champion. The
-registry moves the alias to the new version and keeps the version of the previous champion. A run with
+With the option `replace`, the best model of the sweep becomes the champion without a comparison with the current
+champion. The registry moves the alias to the new version and keeps the version of the previous champion. A run with
 evaluate.promote=true registers its own model when it ends: as champion if the rules allow it, otherwise as `candidate`.
-A model that violates rule 3 is not registered.
+A model whose class_similarity exceeds the bound is not registered.
 
 A promotion has three steps: it reads the champion, compares, and sets the alias. MLflow has no operation that does all
 three at once, so simultaneous promotions can interfere. Each promotion therefore marks its version with a tag during
@@ -79,7 +80,8 @@ def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, 
         A description of the registered version. It is also written to `promoted.json` in `run_root`.
 
     Raises:
-        UserError: no trial satisfies this module's rules, no run belongs to the sweep, or MLflow does not answer.
+        UserError: no run in `run_root` belongs to the sweep, no trial satisfies the rules of this module (see its
+            docstring), or MLflow does not answer.
     """
     trials = load_trials(run_root, sweep)
     finished = [trial for trial in trials if trial.finished]
@@ -112,7 +114,8 @@ def register_run(run_dir: Path, options: PromotionOptions) -> dict[str, Any]:
         A description of the registered version.
 
     Raises:
-        UserError: class_similarity exceeds its bound, the objective was not measured, or MLflow does not answer.
+        UserError: the run's class_similarity exceeds its bound (`reason_over_bound`), the run did not measure the
+            objective, or MLflow does not answer.
     """
     trial = load_trial(run_dir)
     options = replace(options, objective=options.objective or trial.objective_name)
@@ -215,14 +218,14 @@ def _make_champion(registry: Registry, version: Version, reason_to_keep: Callabl
                    replace_any: bool) -> tuple[Version | None, str | None]:
     """Give a version the alias `champion`, unless `reason_to_keep` returns a reason against it.
 
-    The version is marked as choosing while this function reads the champion and sets the alias. After each round the
-    function waits until no other version is marked. The next round then reads the champion again, because another
-    promotion may have moved the alias to a worse model.
+    In each round, this function marks `version` as choosing, reads the champion, sets the alias, and ends the mark. It
+    then waits until no other version is marked. The next round reads the champion again, because another promotion may
+    have moved the alias to a worse model meanwhile.
 
     Args:
-        reason_to_keep: returns why the version may not replace the given champion, or None. The second argument of
-            this function is whether to skip the comparison.
-        replace_any: whether the first round skips the comparison.
+        reason_to_keep: returns why `version` must not replace a champion, or None if it may. The first argument is the
+            champion (None: there is none). The second is whether to skip the comparison of the two models.
+        replace_any: whether the first round skips the comparison. Later rounds always compare.
 
     Returns:
         The champion that the first round read, and the reason why the version is not the champion now (None: it is).
@@ -246,7 +249,10 @@ def _make_champion(registry: Registry, version: Version, reason_to_keep: Callabl
 
 
 def _wait_for_others(registry: Registry, version: Version) -> None:
-    """Wait until no other version of the model is marked as choosing, at most CHOOSING_SECONDS."""
+    """Wait until no other version of the model is marked as choosing, but at most CHOOSING_SECONDS.
+
+    A version is marked while another promotion reads the champion and sets the alias; see `_make_champion`.
+    """
     end = time.monotonic() + CHOOSING_SECONDS
     while time.monotonic() < end and any(
             _is_choosing(other) for other in registry.list_versions(version.name) if other.number != version.number):
@@ -259,7 +265,11 @@ def _is_choosing(version: Version) -> bool:
 
 
 def _send_to_mlflow(trial: Trial, options: PromotionOptions) -> tuple[str, str]:
-    """Log to MLflow the missing entries of a run's journal. Return the server's address and the run's ID in MLflow."""
+    """Send to MLflow the entries of a run's journal that it does not have yet.
+
+    Returns:
+        The address of the MLflow server, and the run's ID in MLflow.
+    """
     root, state_file = trial.folder.parent, trial.folder / "mlflow.json"
     known_uri = str((atomic_files.read_object(state_file) or {}).get("uri", ""))
     # A recorded server address is still valid. A recorded SQLite file may have been moved with the run folders.
@@ -286,7 +296,11 @@ def _version_tags(trial: Trial, objective: str) -> dict[str, str]:
 
 
 def _reason_to_keep(champion: Version, trial: Trial, objective: str, tags: dict[str, str]) -> str | None:
-    """Return why the champion stays and what the user can type, or None if the trial may replace the champion."""
+    """Return why the trial must not replace the champion, and what the user can type. None: it may replace it.
+
+    Args:
+        tags: the tags of the registered version of the trial's model.
+    """
     who = f"the champion of {champion.name}, version {champion.number},"
     remedy = "name=NAME for a model of its own, or replace=true"
     champion_objective, champion_value = champion.tags.get("objective_name"), math.nan
@@ -308,7 +322,8 @@ def _reason_to_keep(champion: Version, trial: Trial, objective: str, tags: dict[
 def _has_other_photos(champion_tags: dict[str, str], tags: dict[str, str]) -> bool:
     """Return whether two model versions were trained on different photos.
 
-    Compare the digests of the photos. If one of the versions has no digest, compare the instance prompts.
+    Compare the digests of the photos. If one of the versions has no digest, compare the instance prompts. If one of
+    them has no instance prompt either, return False.
     """
     for key in ("photos", "instance_prompt"):
         if key in champion_tags and key in tags:

@@ -21,8 +21,10 @@ def write_summary(jobs: Sequence[tuple[Path, list[str], float | None]], sweep: s
 
     Args:
         jobs: one tuple per run in this process: run folder, overrides, and objective (None if the run failed).
-        kind: the setting tracking.kind.
-        reasons: run folder -> why the run failed, for runs in this process.
+        sweep: the sweep's ID, which replaces SWEEP in the file name.
+        run_root: the folder for the CSV file, which also contains the run folders.
+        kind, uri, experiment: the settings of these names in the group tracking.
+        reasons: why each failed run of this process failed, by run folder.
     """
     trials = find_trials(run_root, sweep)
     reasons = {folder.resolve(): reason for folder, reason in reasons.items()}
@@ -47,8 +49,8 @@ def varied_settings(trials: Sequence[Trial]) -> list[str]:
 def trial_title(trial: Trial, keys: Sequence[str]) -> str:
     """Return a trial's title, such as "learning_rate=1e-4 seed=2".
 
-    The title contains the trial's settings for the first four of `keys`. Without keys, the title is the name of the
-    run folder.
+    The title contains the trial's settings for the first four of `keys`. If `keys` is empty, the title is the name of
+    the run folder.
     """
     return " ".join(f"{name}={format_setting(trial.settings.get(key, '?'))}"
                     for key, name in short_names(keys[:4]).items()) or trial.folder.name
@@ -68,9 +70,9 @@ def rank_trials(trials: Sequence[Trial]) -> list[Trial]:
 def parallel_axes(trials: Sequence[Trial]) -> dict[str, list[str | float]]:
     """Return the axes of a parallel coordinates plot, by name.
 
-    They are the varied settings, the roles subject_similarity and class_similarity if measured, and the objective. Each
-    axis is a list with one value per finished trial, in the order of rank_trials. If no trial is finished, return an
-    empty dictionary.
+    There is one axis for each setting that differs between finished trials, and one for the objective. There are also
+    axes for subject_similarity and class_similarity, if every finished trial measured them. Each axis is a list with
+    one value per finished trial, in the order of rank_trials. If no trial is finished, return an empty dictionary.
     """
     done = [trial for trial in rank_trials(trials) if finished_objective(trial) is not None]
     axes: dict[str, list[str | float]] = {

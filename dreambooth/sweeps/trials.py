@@ -38,21 +38,24 @@ class Trial:
 
     @property
     def method(self) -> tuple[str, bool]:
-        """The settings method.kind and method.merge. They determine whether an adapter or a model is exported."""
+        """The settings method.kind and method.merge. They determine whether an adapter or a whole model is exported."""
         return self.settings.get("method.kind", "full"), self.settings.get("method.merge") == "True"
 
     @property
     def scores(self) -> dict[str, float]:
-        """The scores of the exported model, by name of the measure. They include instance_loss."""
+        """The scores of the exported model: its instance_loss, and the value of each measure, by name.
+
+        A measure is a metric of image quality; see config/evaluate.py.
+        """
         result = self.result or {}
         scores = {INSTANCE_LOSS: result.get("objective"), **(result.get("scores") or {})}
         return {name: math.nan if value is None else float(value) for name, value in scores.items()}
 
     @property
     def measure_roles(self) -> dict[str, str]:
-        """The role of each measure, by name of the measure.
+        """What each measure of the run measures (its role, such as class_similarity), by name of the measure.
 
-        A role, such as class_similarity, says what a measure compares, whichever encoder it uses.
+        Measures that use different encoders can have the same role.
         """
         settings = self.settings
         if "evaluate.encoder" not in settings:  # run.json is damaged
@@ -69,15 +72,16 @@ class Trial:
         return self.settings.get("evaluate.objective", INSTANCE_LOSS)
 
     def objective(self, name: str) -> float:
-        """Return the value of an objective. Lower values are better.
+        """Return the value of an objective for this trial. Lower values are better.
 
-        Return nan if the objective was not measured, or if instance_loss is not finite because the run diverged.
+        Return nan if a measure in `name` has no score. Return instance_loss if it is not finite, because the run then
+        diverged.
 
         Args:
             name: instance_loss, a measure, or a sum of measures, as in evaluate.objective.
 
         Raises:
-            UserError: `name` contains a measure that this trial does not have.
+            UserError: `name` contains a measure that does not exist, or that the settings of this trial do not select.
         """
         if name == INSTANCE_LOSS or not math.isfinite(self.scores[INSTANCE_LOSS]):
             return self.scores[INSTANCE_LOSS]
@@ -89,7 +93,7 @@ class Trial:
             return math.nan
 
     def score(self, role: str) -> tuple[str, float, float] | None:
-        """Return (name, value, value before training) of the measure with a role, or None if it was not computed.
+        """Return (name, value, value before training) of a measure with this role; None if none was computed.
 
         If the measure was not computed before training, the last item of the tuple is nan. If several computed measures
         have the role, the first in the order of `measure_roles` is returned.
@@ -133,16 +137,13 @@ def load_trial(folder: Path) -> Trial:
 def reason_over_bound(trial: Trial, bound: float | None) -> str | None:
     """Return why a trial must not be promoted because of its class_similarity, or None if it may be promoted.
 
-    If class_similarity exceeds the bound, generated images of the class resemble the subject too much. A trial whose
-    class_similarity was not measured may be promoted only if neither `bound` nor evaluate.max_class_similarity is set.
+    A trial must not be promoted if its class_similarity exceeds the bound: generated images of the class then resemble
+    the subject too much. If the user has set the bound, with `bound` or with evaluate.max_class_similarity, a trial
+    must not be promoted either if its class_similarity was not measured.
 
     Args:
         bound: greatest allowed class_similarity. None: evaluate.max_class_similarity of the run. If this setting is not
             set either, the bound is class_similarity before training plus CLASS_SIMILARITY_MARGIN.
-
-    Returns:
-        A reason if class_similarity exceeds the bound, or if it cannot be compared with a bound that the user has set
-        (`bound` or evaluate.max_class_similarity). Otherwise None.
     """
     given, score = _given_bound(trial, bound), trial.score(CLASS_SIMILARITY)
     not_checked = reason_not_checked(trial, bound)
@@ -155,6 +156,9 @@ def reason_over_bound(trial: Trial, bound: float | None) -> str | None:
 
 def reason_not_checked(trial: Trial, bound: float | None) -> str | None:
     """Return why the class_similarity of a trial cannot be compared with its bound; None if it can.
+
+    The reason is that class_similarity was not measured, or that the bound depends on class_similarity before training,
+    which was not measured.
 
     Args:
         bound: as in `reason_over_bound`.
@@ -185,7 +189,8 @@ class _JournalSummary:
 def _summarize(journal: Path) -> _JournalSummary:
     """Read and summarize a journal.
 
-    If the journal belongs to the MLflow run of a whole sweep, `sweeps` is empty, because that run is not a trial.
+    One MLflow run describes a sweep as a whole, and is not a trial. If the journal belongs to such a run, the field
+    `sweeps` of the result is empty.
     """
     summary = _JournalSummary()
     with suppress(OSError):

@@ -114,7 +114,7 @@ class Journal:
         return self._latest.get(("status", ""), "RUNNING") != "RUNNING"
 
     def close(self, status: str | None = None) -> None:
-        """Write the final status, unless `status` is None, and close the file. A second call does nothing."""
+        """Write the final status `status` unless it is None, and close the file. A second call does nothing."""
         with self._lock:
             if self._file is None:
                 return
@@ -229,7 +229,8 @@ def _size_of_whole_lines(path: Path) -> int:
 def _is_valid(entry: Any) -> bool:
     """Return whether the JSON content of a line is a valid entry.
 
-    If an entry has the first key of a kind in KINDS, it must have all keys of this kind, with values of their types.
+    An entry must have the key "time". If one of its keys is the name of a kind in KINDS, the entry must have all keys
+    of this kind, with values of the types in KINDS.
     """
     if not isinstance(entry, dict) or type(entry.get("time")) is not int:
         return False

@@ -24,7 +24,8 @@ def set_default_environment() -> None:
 def check_answers(uri: str) -> None:
     """Raise an error of the library `requests` if the server at `uri` cannot be reached or does not answer in time.
 
-    Importing MLflow takes seconds of CPU time, which training should not lose to a server that does not answer.
+    Call this before MLflow is imported: the import takes seconds of CPU time, and is useless if the server does not
+    answer. If `uri` is not an HTTP address, do nothing.
     """
     if not uri.startswith(("http://", "https://")):
         return
@@ -36,12 +37,19 @@ def check_answers(uri: str) -> None:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Return whether the server responded that it does not know the user, or that the user may not make the request."""
+    """Return whether `error` means that the MLflow server refuses the user.
+
+    The server does not know the user (HTTP status 401), or the user lacks a permission (403).
+    """
     return http_status(error) in (401, 403)
 
 
 def remedy(uri: str, refused: bool) -> str:
-    """Return what the user can do if MLflow does not answer, or if it refuses the user."""
+    """Return what the user can do, as a part of a sentence, after MLflow at `uri` could not be used.
+
+    Args:
+        refused: True: MLflow refuses the user (`is_refusal`); False: MLflow does not answer.
+    """
     if refused:
         return LOGIN_HINT
     if is_local(uri):

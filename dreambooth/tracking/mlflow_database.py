@@ -15,7 +15,7 @@ _BOOKKEEPING = {"alembic_version", "sqlite_sequence", "workspaces"}  # tables wi
 
 
 def database_uri(file: Path) -> str:
-    """Return the address of a SQLite database as MLflow and SQLAlchemy read it, for any path."""
+    """Return the address of the SQLite database `file` for MLflow and SQLAlchemy. Special characters are quoted."""
     if not set("?%") & set(str(file)):  # nothing to quote, so that the start of a run does not import SQLAlchemy
         return f"sqlite:///{file}"
     from sqlalchemy.engine import URL
@@ -71,10 +71,11 @@ def open_client(uri: str) -> Any:
 
 
 def _create(file: Path) -> None:
-    """Create the database under a temporary name, and rename it to `file`. An unfinished `file` is replaced.
+    """Create MLflow's database under a temporary name, and then rename it to `file`.
 
-    MLflow creates its tables in many steps, which take seconds. If a kill or a full disk stops MLflow between two
-    steps, MLflow can never complete the tables.
+    `file` must be missing or unfinished (`_is_unfinished`). The temporary name is used because MLflow creates its
+    tables in many steps, which take seconds. If a kill or a full disk stops MLflow between two steps, MLflow can never
+    complete the tables.
     """
     from mlflow import MlflowClient
 
@@ -87,11 +88,11 @@ def _create(file: Path) -> None:
 
 
 def _is_unfinished(file: Path) -> bool:
-    """Return whether a database is missing, or its tables have never been completed, so that it holds no data.
+    """Return whether a database file is missing, or has no data because the creation of its tables was interrupted.
 
-    A program such as `mlflow ui`, which does not use our lock, may be creating the tables now. A file that another
-    program has locked, or that has changed within the last UNCHANGED seconds, therefore does not count as unfinished.
-    Neither does a file with tables of other programs.
+    Return False if another program may be creating the tables now: if it has locked the file, or if the file has
+    changed within the last UNCHANGED seconds. One such program is `mlflow ui`, which does not use our lock. Return
+    False, too, if the file has only tables that are not MLflow's.
     """
     import sqlite3
 

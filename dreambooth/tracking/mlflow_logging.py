@@ -47,7 +47,7 @@ def log_image(client: Any, run_id: str, entry: Mapping[str, Any], path: Path, ex
 
 
 def log_dataset(client: Any, run_id: str, values: Mapping[str, str]) -> None:
-    """Log the training photos as a dataset input of the run. If the same dataset is logged again, MLflow has it once.
+    """Log the training photos as a dataset input of the run. MLflow ignores a dataset that it already has.
 
     Args:
         values: the keys are name, digest (fingerprint of the photos), source (a folder or address) and photos (the

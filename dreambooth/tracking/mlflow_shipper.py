@@ -38,9 +38,10 @@ class Shipper(threading.Thread):
     """Thread that sends a journal to one MLflow run. Other threads call only finish, stop, count_unsent and url.
 
     Args:
-        artifact_root: folder for the artifacts of a new experiment; None: a folder beside the sqlite database, or the
-            default of the server.
-        announce_outages: whether to warn when the server stops answering. False: the caller reads `outage` instead.
+        artifact_root: folder for the artifacts of a new experiment. None: the folder mlartifacts beside the database if
+            `uri` is a SQLite database, and otherwise the default of the server.
+        announce_outages: whether to warn when the server stops answering. If False, the caller reads the attribute
+            `outage` instead.
     """
 
     def __init__(self, journal: Path, uri: str, experiment: str, run_name: str, artifact_root: Path | None,
@@ -64,9 +65,9 @@ class Shipper(threading.Thread):
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # urllib3 warns of every retry
 
     def _read_state(self) -> dict[str, Any]:
-        """Return the valid values in mlflow.json, or {} if the token, which identifies the MLflow run, is not valid.
+        """Return the valid values in mlflow.json, or {} if the file has no valid token.
 
-        With {}, the journal is sent to a new MLflow run.
+        The token identifies the MLflow run of the journal. Without a token, the journal is sent to a new MLflow run.
         """
         saved = atomic_files.read_object(self._state_file) or {}
         valid = {"run_id": str, "experiment_id": str, "offset": int, "token": str, "uri": str}
@@ -92,7 +93,7 @@ class Shipper(threading.Thread):
         """Send the remaining entries now and end the thread.
 
         Wait at most CLOSE_LOCAL seconds for a local database or folder, and at most CLOSE_REMOTE seconds for a server.
-        If the server was down before and does not answer within CLOSE_DOWN seconds, do not wait longer.
+        If MLflow did not answer the last attempt to send entries, wait at most CLOSE_DOWN seconds for an answer.
         """
         self._closing = True
         limit = CLOSE_LOCAL if is_local(self._uri) else CLOSE_REMOTE
@@ -246,9 +247,10 @@ class Shipper(threading.Thread):
         self._warn(f"MLflow does not accept {name} ({self._reason(error)}); it stays in {self._journal.name}")
 
     def _is_permanent(self, error: Exception) -> bool:
-        """Return whether sending an entry would fail again, although the server works.
+        """Return whether to skip an entry that could not be sent because of `error`.
 
-        This is the case if the server rejects the entry as invalid, or if sending it has failed MAX_ATTEMPTS times.
+        Skip the entry if the server works, but rejects the entry as invalid or has failed to receive it MAX_ATTEMPTS
+        times.
         """
         status = http_status(error)
         rejected = 400 <= status < 500 and status not in (401, 403, 408, 409, 429)

@@ -40,7 +40,7 @@ class Registry:
     Every method raises UserError if the server does not answer or rejects the request.
 
     Args:
-        uri_key: the key with which the user can name another server, for messages.
+        uri_key: the configuration key that names the server, such as tracking.uri. Error messages suggest to change it.
     """
 
     def __init__(self, uri: str, uri_key: str = "uri") -> None:

@@ -15,11 +15,13 @@ from dreambooth.utils import markdown, quoting
 
 @contextmanager
 def track_run(recipe: Recipe, main: bool, update_status: bool = True) -> Iterator[Tracker]:
-    """Context manager that opens a run's tracker and closes it with status FINISHED, KILLED (by the user) or FAILED.
+    """Context manager that opens the tracker of a run, and closes it with the status of the run.
+
+    The status is FINISHED if the block ends normally, KILLED if the user interrupts it, and FAILED after another error.
 
     Args:
         main: True in the process with rank 0; the other processes record nothing.
-        update_status: False: the status and end time of a run that has already ended do not change.
+        update_status: see `JournalTracker`.
     """
     tracker = _open(recipe, update_status) if main else NoOpTracker()
     status = "FAILED"

@@ -82,7 +82,7 @@ def line_chart(title: str, series: Mapping[str, Points], width: int = 460, heigh
 
 
 def smooth(points: Points, share: float = 0.08) -> list[tuple[float, float]]:
-    """Return points with the same steps, but with smoothed values: the mean of a window centred on the step.
+    """Return points with the same steps. Each value is the mean of the values in a window around its step.
 
     Fewer than 8 points are returned unchanged.
 
@@ -99,8 +99,9 @@ def smooth(points: Points, share: float = 0.08) -> list[tuple[float, float]]:
 def parallel_coordinates(axes: Mapping[str, Sequence[str | float]], width: int = 1180, height: int = 250) -> str:
     """Return a parallel coordinates plot of a table: one vertical axis per column, one line per row.
 
-    On an axis of numbers, positions are proportional to the numbers or to their logarithms. On an axis of strings, the
-    distances are equal. Return an empty string if the table has fewer than two columns, or no rows.
+    An axis of numbers is linear. It is logarithmic if all numbers are positive and the greatest is more than 20 times
+    the least. An axis of strings has equal distances between the strings. Return an empty string if the table has fewer
+    than two columns, or no rows.
 
     Args:
         axes: the column names, and the values of each column.
@@ -174,9 +175,9 @@ def _grid(xs: tuple[float, float], ys: tuple[float, float], width: int, height: 
 
 def _place_on_axis(values: Sequence[str | float], top: float,
                    bottom: float) -> tuple[list[float | None], dict[str, float]]:
-    """Return the y coordinate of each value on a vertical axis (None: not finite), and a dictionary of ticks.
+    """Return the y coordinate of each value on a vertical axis, and the y coordinate of each tick by its label.
 
-    The key of a tick is the label, and the value is the y coordinate.
+    The y coordinate of a number that is not finite is None.
     """
     try:
         numbers = [float(value) for value in values]

@@ -89,11 +89,11 @@ class NoOpTracker:
 class JournalTracker(Journal):
     """A tracker that writes only the journal, `metrics.jsonl`.
 
-    If an MlflowTracker opens the same run folder later, the MlflowTracker sends the journal.
+    If an MlflowTracker opens the same run folder later, the MlflowTracker sends the journal to MLflow.
 
     Args:
-        update_status: False for commands that do not train (evaluate, promote). With False, if the run has ended, its
-            status and end time do not change.
+        update_status: whether the status and end time of a run that has already ended may change. False for commands
+            that do not train (evaluate, promote).
     """
 
     def __init__(self, run_dir: Path, update_status: bool = True) -> None:

@@ -35,10 +35,10 @@ def best_step(scores: Mapping[int, Mapping[str, float]], weights: Mapping[str, f
     Of steps with equal sums, return the earliest.
 
     Args:
-        scores: the measures of every evaluated step.
+        scores: the value of each measure, by step and name of the measure.
         weights: the weight of each measure in the sum.
         every: evaluate.every.
-        last: the last candidate. Step 0, the base model, is never a candidate.
+        last: the last candidate, even if it is not a multiple of `every`. Step 0, the base model, is not a candidate.
     """
     steps = sorted(step for step in scores if 0 < step <= last and (step % every == 0 or step == last))
     return max(steps, key=lambda step: weighted_sum(weights, scores[step]), default=None)
@@ -85,7 +85,7 @@ def swap_into(folder: Path, model: nn.Module, exact: bool = False) -> Iterator[N
     """Replace a module's weights by those in `folder` in a `with` block; on exit, restore the former weights exactly.
 
     Args:
-        exact: keep the precision and the device of the weights in `folder`; see `ema.swap_weights`.
+        exact: whether the weights in `folder` keep their precision and stay in host memory; see `ema.swap_weights`.
     """
     weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
     with swap_weights(model, weights, exact):

@@ -54,7 +54,7 @@ def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.Gr
 def restore_newest(newest: Path, state: TrainState, model: nn.Module, engine: Engine, resume: str) -> Path:
     """Load a checkpoint into `state` in every process, and return its path.
 
-    If the checkpoint cannot be loaded and `resume` is auto, log a warning and load the newest earlier one instead.
+    If a process cannot load the checkpoint and `resume` is auto, log a warning and load the newest earlier one instead.
 
     Args:
         newest: the checkpoint to load.
@@ -62,7 +62,7 @@ def restore_newest(newest: Path, state: TrainState, model: nn.Module, engine: En
         resume: checkpoint.resume.
 
     Raises:
-        UserError: no checkpoint can be loaded.
+        UserError: `newest` cannot be loaded, and `resume` is not auto or no earlier checkpoint can be loaded.
     """
     first_error: UserError | None = None
     path: Path | None = newest
@@ -119,9 +119,10 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
 
 
 def needed_bytes(state: TrainState, model: nn.Module, keep: int) -> int:
-    """Return the bytes of `keep` checkpoints and of the checkpoint that is being written.
+    """Return the bytes of disk space for `keep` checkpoints and one more.
 
-    A checkpoint contains fp32 weights, two Adam moments, and the EMA if there is one.
+    One more is needed because a new checkpoint is written before the oldest is removed. A checkpoint contains fp32
+    weights, two Adam moments, and the EMA if there is one.
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return (keep + 1) * 4 * trained * (3 + (state.ema is not None))
@@ -184,7 +185,11 @@ def _unflatten(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, An
 
 def _use_current_hyperparameters(saved: list[dict[str, Any]],
                                  optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return the saved parameter groups with the hyperparameters of the current run."""
+    """Return the saved parameter groups with the hyperparameters of the current run.
+
+    Raises:
+        ValueError: `saved` was written by another kind of optimizer.
+    """
     current = [hyperparameters(group) for group in optimizer.param_groups]
     if [group.keys() - {"params"} for group in saved] != [group.keys() for group in current]:
         raise ValueError("it was trained with another optimizer")
@@ -215,10 +220,14 @@ def _match_strides(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def _load_weights(saved: dict[str, Tensor], into: dict[str, Any], path: Path) -> None:
-    """Copy saved tensors into the trained tensors.
+    """Copy the tensors of the checkpoint `path` into the trained tensors.
+
+    Args:
+        saved: the tensors of the checkpoint, by name.
+        into: the tensors to overwrite, by name. Parameters that do not require gradients are ignored.
 
     Raises:
-        ValueError: names or shapes differ.
+        ValueError: `saved` and `into` have tensors with different names or shapes.
     """
     trained = {name: t for name, t in into.items() if not isinstance(t, nn.Parameter) or t.requires_grad}
     if mismatched := [name for name in saved.keys() | trained.keys()

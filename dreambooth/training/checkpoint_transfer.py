@@ -31,7 +31,7 @@ def resume_point(run_dir: Path, resume: str, engine: Engine) -> Path | None:
 
 
 def share(chosen: Path | None, folder: Path, engine: Engine) -> Path | None:
-    """Return the path on this host of a checkpoint of the main process. If the host lacks it, copy it to this host.
+    """Copy a checkpoint of the main process to every host that lacks it. Return the checkpoint's path on this host.
 
     This is a collective operation: every process must call it.
 
@@ -53,11 +53,13 @@ def share(chosen: Path | None, folder: Path, engine: Engine) -> Path | None:
 
 
 def _send(path: Path, copy: Path, engine: Engine, receives: bool) -> None:
-    """Send the files of a checkpoint of the main process to the processes that receive them, in blocks.
+    """Send the files of a checkpoint, in blocks, from the main process to all processes in which `receives` is True.
 
     Args:
+        path: the checkpoint on the host of the main process.
         copy: the folder that a receiving process writes. The process also removes all other checkpoints beside it,
             because checkpoint rotation removes files only on the host of the main process.
+        receives: whether this process writes the files. It differs between processes.
 
     Raises:
         DoesNotFit: the disk of a receiving process is full.
@@ -83,9 +85,10 @@ def _send(path: Path, copy: Path, engine: Engine, receives: bool) -> None:
 
 
 def _read_identity(checkpoint: Path) -> list[bytes | None]:
-    """Return the contents of a checkpoint's state file and manifest, which has the checksums of all other files.
+    """Return the contents of a checkpoint's state file and of its manifest. Equal checkpoints have equal contents.
 
-    None stands for a file that cannot be read. Checkpoints of earlier versions of this package have no manifest.
+    The manifest has the checksums of all other files. None stands for a file that cannot be read. Checkpoints of
+    earlier versions of this package have no manifest.
     """
     contents: list[bytes | None] = []
     for name in (STATE_FILE, manifest.NAME):

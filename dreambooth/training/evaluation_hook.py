@@ -87,7 +87,7 @@ class EvaluationHook:
 
     @property
     def best_folder(self) -> Path:
-        """The folder of the best weights."""
+        """The folder of the best weights so far: `best/` in the run folder."""
         return self.recipe.run_dir / "best"
 
     def best_step(self, last: int) -> int | None:
@@ -106,7 +106,7 @@ class EvaluationHook:
         Otherwise it is the last step.
 
         Args:
-            exact: keep the precision of the weights, to write them to a file; see `swap_in_ema`.
+            exact: whether the weights keep their precision, so that they can be written to a file; see `swap_in_ema`.
         """
         last = self.setup.state.step
         step = self.best_step(last) or last
@@ -128,8 +128,9 @@ class EvaluationHook:
     def _base_pipeline(self) -> Iterator[Any]:
         """Yield a pipeline of the base model.
 
-        A resumed run on a GPU copies the base weights into the trained module, one by one. The trained weights are in
-        host memory meanwhile, so that the GPU never holds a second model.
+        If the run trains an adapter, the adapter is switched off. Otherwise a run on a CPU loads a second copy of the
+        base model. A resumed run on a GPU copies the base weights into the trained module, one by one. The trained
+        weights are in host memory meanwhile, so that the GPU never holds a second model.
         """
         if self.recipe.method.low_rank:
             with lora.disabled(self.setup.trained):

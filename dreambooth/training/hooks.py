@@ -117,7 +117,10 @@ class SampleHook:
             self.sample(info.step)
 
     def before_training(self) -> None:
-        """Generate the samples that are due before the first step of this process: of step 0 or of the resumed step."""
+        """Generate the samples that are due before the first step of this process.
+
+        They are the samples of step 0, or of the step from which the run resumes.
+        """
         if self.due(self.setup.state.step):
             self.sample(self.setup.state.step)
 
@@ -153,14 +156,16 @@ class CheckpointHook:
 
 
 def swap_in_ema(setup: Setup, exact: bool = False) -> AbstractContextManager[Any]:
-    """Put the EMA weights, if there is an EMA, into the trained module in a `with` block; on exit, restore its weights.
+    """Put the EMA weights into the trained module in a `with` block. On exit, restore the module's own weights.
+
+    If the run has no EMA, the module contains the trained weights inside the block, too.
 
     Args:
-        exact: True, for writing the weights to a file: the EMA keeps its precision; if there is no EMA, the trained
-            weights keep theirs. False, for computing with the weights: the EMA is cast to the module's precision.
+        exact: True: the weights keep the precision in which they are trained or averaged, so that they can be written
+            to a file. False: they have the precision of the module, so that the module can compute with them.
 
     Raises:
-        Diverged: a trained weight or its average is not finite.
+        Diverged: a trained weight or an EMA weight is not finite.
     """
     setup.state.check_finite(setup.trained)
     if setup.state.ema is not None:

@@ -18,16 +18,19 @@ MAX_PHOTOS = 32  # of more photos, this many are used, so that the time of a run
 
 
 def measured_photos(count: int) -> list[int]:
-    """Return the numbers of the photos that `instance_loss` uses: of more than MAX_PHOTOS, as many at equal steps."""
+    """Return the numbers of those of `count` photos that `instance_loss` uses.
+
+    It uses all photos, or MAX_PHOTOS evenly spaced ones if there are more.
+    """
     used = min(count, MAX_PHOTOS)
     return [position * count // used for position in range(used)]
 
 
 def instance_loss(setup: Setup, console: Console | None = None) -> float:
-    """Return the mean squared error of the model's predictions for the instance photos, with its current weights.
+    """Return the mean squared error of the predictions for the instance photos with the current trained weights.
 
-    Photos, noise and timesteps do not depend on train.seed. In a sweep, they are the same in all trials that have the
-    same latent shape. The error is never weighted by SNR, so that trials with different train.snr_gamma can be
+    The photos, noise and timesteps do not depend on train.seed. In a sweep, they are the same in all trials that have
+    the same latent shape. The error is never weighted by SNR, so that trials with different train.snr_gamma can be
     compared.
 
     Args:

@@ -35,11 +35,11 @@ class SampleRecorder:
     def record(self, step: int, pipeline: Any, engine: Engine, stop: StopRequest) -> None:
         """Generate, write and track the samples of every prompt after `step` completed steps; update the contact sheet.
 
-        Samples that exist already are not generated again, unless one of them is damaged. All processes generate
-        samples; the main process writes.
+        If the samples of this step exist already and none of them is damaged, they are not generated again. All
+        processes generate samples. Only the main process writes files.
 
         Raises:
-            Interrupted: a process received a stop request. Nothing was written.
+            Interrupted: a process received a stop request while samples were generated. Nothing was written.
         """
         target = self.folder / f"step-{step:06d}"
         if engine.run_on_main(lambda: not target.is_dir() or not all(map(is_intact_png, target.glob("*.png")))):

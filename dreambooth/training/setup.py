@@ -57,7 +57,8 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
     Photos are checked before the model is loaded, so that errors in photos are reported early.
 
     Raises:
-        UserError: a photo, a prompt, the model or the number of processes does not fit the recipe.
+        UserError: a photo, a prompt or the base model cannot be used with the recipe, or the number of processes does
+            not fit the recipe (`_check_processes`).
     """
     _check_processes(recipe, engine)
     engine.set_autocast_cache(recipe.memory.autocast_cache)
@@ -104,8 +105,8 @@ def restore(setup: Setup, start: Path | None, recipe: Recipe, engine: Engine, co
     """Load the checkpoint `start` into the training state; None: the run starts at step 0. Then check the disk space.
 
     Raises:
-        UserError: no checkpoint can be loaded.
-        DoesNotFit: the disk has too little space for the checkpoints and the model.
+        UserError: `start` cannot be loaded, and checkpoint.resume is not auto or no earlier checkpoint can be loaded.
+        DoesNotFit: the disk has too little space for the run's checkpoints, best weights and exported model.
     """
     if start:
         with meter.phase("resume"):
@@ -158,12 +159,13 @@ def remove_shared_leftovers(run_root: Path) -> None:
 def _check_processes(recipe: Recipe, engine: Engine) -> None:
     """Check that the number of processes fits the number of GPUs and the recipe's memory settings.
 
-    A machine with several GPUs is paid for as a whole, so training on only some of its GPUs is an error. Data parallel
-    training averages gradients after the backward pass. optimizer_in_backward and offload_optimizer use and release
-    each gradient during the backward pass, so they work in one process only.
+    A machine with several GPUs is paid for as a whole, so training on only some of its GPUs is an error. Several
+    processes average their gradients after the backward pass. The settings memory.optimizer_in_backward and
+    memory.offload_optimizer use and release each gradient during the backward pass, so they work in one process only.
 
     Raises:
-        UserError: the number of processes does not fit.
+        UserError: the host has fewer processes than hardware.gpus, or there are several processes although one of the
+            two memory settings is on.
     """
     gpus = recipe.hardware.gpus
     if engine.device.type == "cuda" and engine.local_world_size < gpus:

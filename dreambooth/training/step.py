@@ -46,11 +46,13 @@ class TrainState:
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def check_finite(self, model: nn.Module) -> None:
-        """Check that the trained weights and their averages are finite. Call this before they are saved or exported, or
-        before samples are generated with them.
+        """Check that the trained weights and the EMA weights are finite.
 
-        A second call after the same step does nothing. The loss of a step shows whether the update of the step before
-        was finite. No loss shows this for the last step, so that only this method checks the last update.
+        Call this before the weights are saved or exported, or before samples are generated with them.
+
+        If a step makes weights that are not finite, the loss of the next step is not finite either, and
+        `StepInfo.check` notices it. The last step has no next step, so only this method checks its weights. A second
+        call after the same step does nothing.
 
         Args:
             model: the trained module itself, unwrapped.

@@ -50,9 +50,10 @@ class StopHook:
                           f"{resume} to continue")
 
     def _requested_since(self, step: int) -> bool:
-        """Return whether a stop was requested while the other hooks ran, and the state can still be saved.
+        """Return whether a stop was requested after `due(step)` was called, and the state after `step` can be saved.
 
-        The state of `step` can no longer be saved if the next step has changed it.
+        Such a request arrives while the other hooks run. The state can no longer be saved if the next step has changed
+        it.
         """
         requested = self.stop.signal_name is not None
         if self.engine.world_size > 1:  # the next step exchanges the requests, unless work of this step was abandoned

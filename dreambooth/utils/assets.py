@@ -21,7 +21,7 @@ def resolve_asset(source: str) -> str:
 
 
 def expand_home(path: str) -> str:
-    """Return a path with `~` or `~USER` at its start replaced by that home folder, if there is one."""
+    """Replace `~` or `~USER` at the start of a path by the home folder. If USER does not exist, return `path`."""
     if path.startswith("~"):
         with suppress(RuntimeError):  # no such user
             return str(Path(path).expanduser())

@@ -56,7 +56,7 @@ def write_folder(path: Path, fresh: bool = False,
             calls the function with the temporary folder while the other files are synced to disk.
 
     Raises:
-        OSError: with `fresh`, if `path` exists and is not an empty folder.
+        OSError: `fresh` is True, and `path` exists and is not an empty folder.
     """
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -119,12 +119,12 @@ def is_disk_full(error: Exception) -> bool:
 
 
 def write_failure(what: str, error: Exception, otherwise: str) -> DreamBoothError:
-    """Return the error for the user after something could not be written.
+    """Return the error to raise after something could not be written: DoesNotFit if the disk is full, else UserError.
 
     Args:
         what: what could not be written, and to which place.
         error: the error of the system or of safetensors.
-        otherwise: what to type if the disk is not full.
+        otherwise: what the user can type if the disk is not full; the end of the message of the UserError.
     """
     reason = getattr(error, "strerror", None) or error
     if is_disk_full(error):
@@ -138,7 +138,7 @@ def check_writable(folder: Path, otherwise: str) -> None:
     Call this before the work whose result goes to the folder.
 
     Args:
-        otherwise: what to type if files cannot be written there.
+        otherwise: what the user can type if files cannot be written there; the end of the message of the UserError.
 
     Raises:
         UserError: the folder cannot be created, or files cannot be written to it.
@@ -185,7 +185,8 @@ def remove_leftovers(folder: Path, min_age: float = 0.0) -> None:
     """Remove temporary files and folders that a killed process left in `folder`.
 
     Args:
-        min_age: seconds since the last change; SHARED_LEFTOVER_AGE for a folder into which other runs may be writing.
+        min_age: only entries that have not changed for this number of seconds are removed. Pass SHARED_LEFTOVER_AGE for
+            a folder into which other runs may be writing.
     """
     for entry in folder.glob(".*"):
         if entry.name.startswith((TEMPORARY_PREFIX, REMOVED_PREFIX)) and _age(entry) >= min_age:
@@ -193,7 +194,7 @@ def remove_leftovers(folder: Path, min_age: float = 0.0) -> None:
 
 
 def _age(path: Path) -> float:
-    """Return the seconds since a file or folder was changed; -1 if it is gone, because its writer has renamed it."""
+    """Return the seconds since a file or folder was changed; -1 if it no longer exists, as after it was renamed."""
     try:
         return max(0.0, time.time() - path.lstat().st_mtime)
     except FileNotFoundError:
@@ -210,7 +211,7 @@ def weights_digest(source: Path) -> str | None:
     """Return the `quick_digest` of the weight files of a local model, or None if `source` is a hub id.
 
     A .bin file counts only if diffusers would load it, that is, if its folder has no .safetensors file of the same
-    variant. The digest of a model without .bin files must not change: names of run folders depend on it.
+    variant. Developers must not change the digest of a model without .bin files: names of run folders depend on it.
     """
     if source.is_file():
         return quick_digest([source], source.parent)
@@ -232,7 +233,7 @@ def full_digest(path: Path) -> str:
 def quick_digest(paths: Iterable[Path], folder: Path) -> str:
     """Return one SHA-256, in hex, of several files.
 
-    For each file, hash the path relative to `folder`, the size, the first END_BYTES and the last END_BYTES.
+    For each file, hash its path relative to `folder`, its size, its first END_BYTES bytes and its last END_BYTES bytes.
     """
     digest = sha256()
     for path in paths:

@@ -1,4 +1,4 @@
-"""Terminal output with rich: lines, tables and progress bars. If stdout is no terminal, all are plain lines."""
+"""Terminal output with rich: lines, tables and progress bars. If stdout is no terminal, all output is plain lines."""
 
 import sys
 import time
@@ -80,8 +80,8 @@ class Console:
     def table(self, rows: Mapping[str, str]) -> None:
         """Print two columns: the keys of `rows`, and their values.
 
-        Values are wrapped only on a terminal, so that a path is not broken in piped output. A command is never wrapped,
-        so that it can be copied: the terminal shows one long line. Commands come last.
+        On a terminal, long values are wrapped, but a command is one long line, so that it can be copied. Commands come
+        after all other rows. If stdout is not a terminal, nothing is wrapped, so that paths are not broken.
         """
         rows = {key: mask_urls(value) for key, value in rows.items()}
         if not self._rich.is_terminal:

@@ -67,7 +67,7 @@ def read_samples(folder: Path, prompts: int) -> dict[int, list[list[Image.Image]
     """Read sample images from files such as `step-000100/prompt-0-1.png`. Return the images by step and prompt.
 
     Args:
-        prompts: number of prompts; a step that lacks images of a prompt, or has a damaged image, is left out.
+        prompts: number of prompts. A step is left out if it has no image of one of the prompts, or a damaged image.
     """
     samples = {}
     for entry in sorted(folder.glob("step-*"), key=atomic_files.trailing_number):

@@ -1,4 +1,7 @@
-"""Masks the secrets in URLs before a text is shown, logged or kept: user info, and queries such as a signature."""
+"""Masks the secrets in URLs before a text is shown, logged or kept.
+
+The secrets are the user info (such as USER:PASSWORD@) and the query (such as ?signature=...) of a URL.
+"""
 
 import contextlib
 import logging
@@ -19,7 +22,7 @@ def mask_urls(text: str, uri: str = "") -> str:
     The values of `password=`, `token=` and `signature=` are masked, too.
 
     Args:
-        uri: a URL with user info. This user info is removed from `text` also where it is not part of a URL.
+        uri: a URL that may have user info. This user info is removed from `text`, even where it is not part of a URL.
     """
     login = re.match(r"[\w+.-]+://([^/\s]*)@", uri)
     text = _QUERY.sub(r"\1?***", _USER_INFO.sub("", text))

@@ -45,7 +45,10 @@ def unescape_interpolation(text: str) -> str:
 
 
 def shell_word(text: str) -> str:
-    """Quote one word for a POSIX shell. Use single quotes only if the shell would change it inside double quotes."""
+    """Quote one word for a POSIX shell, if it needs quotes.
+
+    Use double quotes. Use single quotes only if the shell would change the word inside double quotes.
+    """
     if _PLAIN_IN_SHELL.fullmatch(text):
         return text
     return '"{}"'.format(text.replace('"', '\\"')) if _SAFE_IN_DOUBLE_QUOTES.fullmatch(text) else shlex.quote(text)
@@ -54,7 +57,8 @@ def shell_word(text: str) -> str:
 def shell_line(words: Iterable[str]) -> str:
     """Return the words of a command, such as sys.argv, as one line that a shell splits into these words.
 
-    In an override KEY=VALUE, which must be in Hydra's grammar already, the quotes stand around the value.
+    In a word of the form KEY=VALUE, only the value is quoted. Such a word is an override. It must already be in Hydra's
+    grammar, because this function quotes for the shell only.
     """
     pairs = ((word, *word.partition("=")) for word in words)
     return " ".join(f"{key}={shell_word(value)}" if value and _PLAIN_IN_SHELL.fullmatch(key) else shell_word(word)

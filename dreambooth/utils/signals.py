@@ -18,7 +18,7 @@ BEFORE_FIRST_STEP = "stopped before the first step; repeat the command to contin
 
 
 class _Abandoned(KeyboardInterrupt):
-    """Ends the block of `StopRequest.at_once`. It is no Exception, so that no library catches it as an error."""
+    """Ends the block of `StopRequest.at_once`. Not a subclass of Exception, so that libraries do not catch it."""
 
 
 class StopRequest:
@@ -36,7 +36,7 @@ class StopRequest:
         """Record a signal. Inside a block of `at_once`, also end the block.
 
         Raises:
-            KeyboardInterrupt: the block ends, or this is the second signal.
+            KeyboardInterrupt: a block of `at_once` is running and is ended, or a signal was received before this one.
         """
         if self.signal_name:
             raise KeyboardInterrupt
@@ -100,10 +100,11 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 
 
 def report_early_interrupts() -> None:
-    """Let Ctrl-C end a command with a sentence and exit code 5 while its libraries are imported, in the first second.
+    """Make Ctrl-C end a command with one sentence and exit code 5 while the command still imports its libraries.
 
-    The package calls this function when it is imported. Later, `cli.run_job` and `catch_stop_signals` handle Ctrl-C.
-    Processes that only import the package, such as notebooks, are not changed.
+    The imports take about one second. The package calls this function when it is imported. After the imports,
+    `cli.run_job` and `catch_stop_signals` handle Ctrl-C. In a process that is not a command of this package, such as a
+    notebook, this function does nothing.
     """
     words = sys.orig_argv[1:4]  # -m dreambooth.train, or the path of the script dreambooth-train
     if not any(Path(word).name.startswith("dreambooth") for word in words):
@@ -125,10 +126,10 @@ def report_early_interrupts() -> None:
 def how_to_resume(resume: str) -> str:
     """Return how the user can resume a saved run, as the start of a sentence.
 
-    If checkpoint.resume is never or a path, a repeated command would start where the run started, and would not
-    continue from the last checkpoint.
+    If checkpoint.resume is auto, the user repeats the command. If it is never or a path, the same command would not
+    continue from the last checkpoint, so the user must repeat the command without this setting.
 
     Args:
-        resume: the run's checkpoint.resume.
+        resume: the run's checkpoint.resume: auto, never, or the path of a checkpoint.
     """
     return "repeat the command" if resume == "auto" else "repeat the command without checkpoint.resume"

@@ -37,8 +37,8 @@ class JobFailed(CompactHydraException):
 def launch(sweep: SweepState, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[JobReturn]:
     """Run the jobs of one batch. Return one JobReturn per job, in order.
 
-    All jobs are checked before the first job is run. After a DreamBoothError or Ctrl-C, print one sentence and exit
-    with the exit code of the error, or of Interrupted.
+    All jobs are checked before the first job is run. After a DreamBoothError, print one sentence and exit with the exit
+    code of the error. After Ctrl-C, print one sentence and exit with the exit code of Interrupted.
     """
     setup_globals()
     assert sweep.config is not None and sweep.hydra_context is not None
@@ -106,7 +106,7 @@ def _check_settings(sweep: SweepState) -> None:
 def _check_numbers(configs: Sequence[DictConfig]) -> None:
     """Check the launcher's numeric settings for every job, because a sweep may vary them.
 
-    Limits of SageMaker itself are checked later, with the request.
+    SageMaker's own limits are not checked here, but later, when the request of each job has been built.
 
     Raises:
         ConfigError: numbers are out of range; the message has one line per problem.

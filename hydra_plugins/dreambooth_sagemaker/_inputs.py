@@ -30,7 +30,7 @@ class Inputs:
         self._remote_contents: dict[str, RemoteContent | None] = {}
 
     def find_problems(self, run: Config) -> Iterator[str]:
-        """Yield one sentence for each input of a run that is missing in S3, or incomplete."""
+        """Yield one sentence for each S3 path of a run where nothing is stored, or a required manifest is missing."""
         for key, uri, needs_manifest in _input_paths(run):
             if not is_remote(uri):
                 continue
@@ -47,7 +47,11 @@ class Inputs:
                 self._digests[uri] = content.digest
 
     def channels(self, run: Config, s3: str) -> dict[str, str]:
-        """Return the local or S3 folder that a job reads through each channel, by name of the channel."""
+        """Return the local or S3 folder that a job reads through each channel, by name of the channel.
+
+        Args:
+            s3: hydra.launcher.s3, the S3 folder to which `upload` copies local folders.
+        """
         return {CHANNELS[key]: path if is_remote(path) else self._job_path(path, s3)
                 for key, path in _channel_folders(run).items()}
 

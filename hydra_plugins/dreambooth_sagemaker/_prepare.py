@@ -38,9 +38,9 @@ PLANNER_ARGUMENTS = ("-m", "dreambooth.plan", "plan.format=json")
 def refuse_secrets(configs: Sequence[DictConfig], sweep: str) -> None:
     """Refuse jobs whose requests would contain credentials.
 
-    Hydra has already stored the overrides in multirun.yaml, possibly with the credentials. If a job is refused, delete
-    this file. This function must be called before all other checks: the first check that fails ends the command, and
-    multirun.yaml would not be deleted.
+    Hydra has already stored the overrides in multirun.yaml, possibly with the credentials. If this function refuses a
+    job, it deletes multirun.yaml. Call it before all other checks: if another check failed first, the command would
+    end, and multirun.yaml would remain.
 
     Raises:
         ConfigError: a request would contain a value that looks like a credential.
@@ -116,7 +116,7 @@ def _check_job(config: DictConfig, mode: str) -> tuple[Config, dict[str, Any]]:
     """Check one job: the launcher's settings, the rules of the run, and whether the run fits in memory.
 
     Returns:
-        The run's configuration, and the output of the planner for the run.
+        The run's configuration, and the output of the planner for the run; {} if the planner did not run.
 
     Raises:
         ConfigError: the job has problems; the message has one line per problem.
@@ -215,10 +215,13 @@ def _job_settings(config: DictConfig) -> JobSettings:
 
 
 def _instance_value(config: DictConfig, key: str) -> float | None:
-    """Return the price or the disk size of a job's instance: the user's value, or else the value in the hardware file.
+    """Return the price or the disk size of a job's instance, or None if it is not known.
 
-    Return None if there is neither value. The hardware file, conf/hardware/NAME.yaml, is used only for the
-    instance type that it names.
+    If the user has set the value, return it. Otherwise return the value in the hardware file, conf/hardware/NAME.yaml,
+    if this file names the same instance type as the job.
+
+    Args:
+        key: price_usd_hour or disk_gib.
     """
     launcher = config.hydra.launcher
     typed_keys = {override.lstrip("+").partition("=")[0] for override in config.hydra.overrides.task}
