@@ -43,6 +43,7 @@ def paper_encoders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(folder / "dino"), str(folder / "clip")
 
 
+@pytest.mark.slow
 def test_the_papers_encoders_load_from_a_folder_in_full_size(paper_encoders: tuple[str, str]) -> None:
     dino = open_encoder("dino", dino=paper_encoders[0], offline=True)
     clip = open_encoder("clip", clip=paper_encoders[1], offline=True)

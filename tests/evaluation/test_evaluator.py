@@ -122,6 +122,7 @@ def test_evaluation_does_not_change_training(plain: Path, on: list[str], tmp_pat
     assert_same(bare, plain)
 
 
+@pytest.mark.slow
 def test_the_best_step_is_exported_and_survives_rotation(selected: Path, on: list[str], tmp_path: Path) -> None:
     """keep=1 leaves only the last checkpoint, but the exported weights are those of the best step."""
     scores = evaluation(selected)

@@ -47,6 +47,7 @@ def far(ours: list[np.ndarray], theirs: list[np.ndarray]) -> int:
     return max(int(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.slow
 def test_the_scale_of_a_runs_own_lora(run: Path, tmp_path: Path) -> None:
     base = drawn(tmp_path / "base", f"base={BASE}", PROMPT)
     whole = drawn(tmp_path / "whole", f"run={run}", PROMPT)
@@ -57,6 +58,7 @@ def test_the_scale_of_a_runs_own_lora(run: Path, tmp_path: Path) -> None:
     assert far(half, base) > 5 and far(half, whole) > 5
 
 
+@pytest.mark.slow
 def test_several_loras_add_up(run: Path, tmp_path: Path) -> None:
     whole = drawn(tmp_path / "whole", f"run={run}", PROMPT)
     file = next((run / "model/webui").glob("*.safetensors"))

@@ -153,6 +153,7 @@ def test_templates_and_pipeline_contain_the_default_overrides() -> None:
     assert shlex.split(parameters["overrides"]["defaultValue"]) == list(workflows.DEFAULT_OVERRIDES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", RUNS)
 def test_every_override_composes_and_resolves(overrides: list[str]) -> None:
     config, run_dir = compose_run(overrides)

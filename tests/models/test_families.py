@@ -57,6 +57,7 @@ def test_it_trains_resumes_bit_for_bit_and_samples(family: str, base: dict[str, 
     assert call("generate", ask) == 0
 
 
+@pytest.mark.slow
 def test_a_frozen_text_encoder_says_the_same_cached_or_not(base: dict[str, Path], tmp_path: Path) -> None:
     ask = words("sdxl", base["sdxl"], "train.train_text_encoder=false")
     found = []
@@ -111,6 +112,7 @@ def test_sdxls_unet_gets_the_original_size_and_crop_of_each_photo(base: dict[str
     assert pictures[0].equal(pictures[1]) and not pictures[0].equal(pictures[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("family", NEW)
 def test_the_planner_records_the_very_step_of_a_family(family: str, text: bool, base: dict[str, Path]) -> None:

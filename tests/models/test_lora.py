@@ -289,6 +289,7 @@ def without_levers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return the_run(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lever", ["memory.gradient_checkpointing=true", "memory.optimizer_in_backward=true",
                                    "memory.ema_device=cpu"])
 def test_levers_change_no_number_of_an_adapters_run(lever: str, without_levers: Path, tmp_path: Path) -> None:

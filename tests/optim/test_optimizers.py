@@ -55,6 +55,7 @@ def test_the_noise_schedule_is_taken_after_the_zero_terminal_snr_rescale() -> No
     assert rescaled.prediction_type == "v_prediction"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("text_trains", [False, True])
 def test_the_real_unet_and_text_encoder_train_on_fake_tensors(checkpointing: bool, text_trains: bool) -> None:

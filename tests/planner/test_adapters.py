@@ -19,6 +19,7 @@ LORA: dict[str, object] = {"method__kind": MethodKind.lora, "method__name": "lor
 DORA: dict[str, object] = {"method__kind": MethodKind.dora, "method__name": "dora", "method__targets": Targets.all}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [LORA, pytest.param(DORA | {"memory__gradient_checkpointing": True},
                                                          marks=pytest.mark.slow),
                                      LORA | {"method__dropout": 0.1, "train__train_text_encoder": True}])

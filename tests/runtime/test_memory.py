@@ -265,6 +265,7 @@ def test_memory_that_really_runs_out_ends_in_a_sentence_and_keeps_the_checkpoint
     assert (checkpoint and checkpoint.name) == (kept and f"step-{kept:06d}")
 
 
+@pytest.mark.slow
 def test_a_run_with_every_exact_memory_option_gives_the_same_model(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -145,6 +145,7 @@ def test_an_interrupted_upload_of_a_result_leaves_no_file_that_differs_between_m
     assert "result.json" not in in_bucket("tests", prefix(f"{uri}/run/result-000100"))
 
 
+@pytest.mark.slow
 def test_a_result_with_other_weights_has_an_address_of_its_own(server: Server, tmp_path: Path, uri: str) -> None:
     """The weights of two trainings on a GPU differ in their last bits: the second upload must not fail at the end."""
     run, first = tmp_path / "run", f"{uri}/run/result-000100"

@@ -217,6 +217,7 @@ def test_a_password_is_never_shown(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert "s3cret" not in out + err
 
 
+@pytest.mark.slow
 def test_leaving_without_close_ends_at_once(tmp_path: Path) -> None:
     code = ("import sys, time; from pathlib import Path; from dreambooth.tracking.tracker import open_tracker;"
             "r = Path(sys.argv[1]); t = open_tracker('mlflow', r / 'a', run_root=r, run_name='r', uri=sys.argv[2]);"
