@@ -33,7 +33,10 @@ identity.register_resolver()
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def plan(cfg: DictConfig) -> float | None:
-    """Plan one run. Return the predicted GPU memory in GiB, which is the objective if a sweep plans several runs."""
+    """Plan one run, and return the predicted GPU memory in GiB (0 for a run on a CPU).
+
+    Hydra takes this number as the objective if a sweep (`-m`) plans several runs.
+    """
     sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     return cli.run_job(lambda: _job(load(cfg), sweep), sweep)
 

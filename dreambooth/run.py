@@ -100,7 +100,7 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
 
 def _finish(recipe: Recipe, engine: Engine, setup: Setup, evaluation: EvaluationHook, console: Console,
             tracker: Tracker, meter: MemoryMeter, seconds: float) -> Result:
-    """Score and export the EMA (without an EMA, the weights) of the last step, or of evaluate.select's best step."""
+    """Score and export the last step's weights (with evaluate.select: the best step's). With use_ema, use their EMA."""
     step = setup.state.step
     with meter.phase("export"):
         with evaluation.exported_weights() as exported, engine.autocast():

@@ -114,10 +114,13 @@ def _run_overrides(overrides: Sequence[str], trial: Sequence[str]) -> list[str]:
 def _validate(overrides: list[str], space: str, out: Path, supervisor: Supervisor) -> ExitStatus:
     """Check every run of a workflow before the workflow pays for a GPU, and write the list of trials to `out`.
 
-    Each run is composed, resolved and planned. Return the exit status of the first plan that fails, or success.
+    Each run is composed, resolved and planned. If a plan fails, return its exit status, and success otherwise.
+
+    Args:
+        space: the search space of a sweep, which has one run per trial; empty: the workflow has a single run.
 
     Raises:
-        ConfigError: runs break rules; the message has one line per problem.
+        ConfigError: the settings of a run are not valid; the message has one line per problem.
     """
     trials = SearchSpace(space, search_space(space)).without_overridden(overrides).trials() if space else [()]
     problems: list[str] = []

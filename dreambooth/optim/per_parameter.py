@@ -2,10 +2,10 @@
 
 With optimizer_in_backward, each gradient is used and released as soon as the backward pass has computed it, so that
 only one gradient exists at a time. Clipping needs the norm of all gradients before the step, and fp16 training must
-know whether a gradient overflowed. In these cases a first forward and backward pass measures the gradients, and a
-second forward and backward pass updates the parameters. The two passes take about twice the time of one. Both passes
-compute the same gradients, as far as the device's kernels are deterministic. The updated weights are then the same as
-without optimizer_in_backward. If a gradient overflows in fp16, there is no second pass, and no weight changes.
+know whether a gradient overflowed. With clipping or in fp16, a first forward and backward pass therefore measures the
+gradients, and a second forward and backward pass updates the parameters. The two passes take about twice the time of
+one. If the device's kernels are deterministic, both passes compute the same gradients, and the updated weights are the
+same as without optimizer_in_backward. If a gradient overflows in fp16, there is no second pass, and no weight changes.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,7 +51,10 @@ class GradientStatistics:
         self.norms[number] = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     def global_norm(self) -> Tensor:
-        """Return the norm of all gradients (0-d), computed as in clip_grad_norm_: the norm of the gradients' norms."""
+        """Return the norm of all gradients together (0-d).
+
+        As in clip_grad_norm_, it is computed as the norm of the vector of all parameters' gradient norms.
+        """
         norm: Tensor = torch.linalg.vector_norm(torch.stack([self.norms[number] for number in sorted(self.norms)]))
         return norm
 
@@ -61,7 +64,7 @@ class PerParameterOptimizer(StreamingOptimizer):
 
     Args:
         trained: the trained parameters by name.
-        factory: creates the optimizer of a list of parameters.
+        factory: creates an optimizer for a list of parameters. It is called for each parameter separately.
         in_backward: update each parameter during the backward pass instead of after it.
         rounder: stores the updated values in half-precision parameters.
     """
@@ -146,10 +149,13 @@ class PerParameterOptimizer(StreamingOptimizer):
                   factor: Tensor | None, step: int) -> None:
         """Update every parameter.
 
-        With `in_backward`, this takes a second forward and backward pass. Otherwise the stored gradients are used.
+        With `in_backward`, a second forward and backward pass computes the gradients again. Otherwise the stored
+        gradients are used.
 
         Args:
-            factor: the factor by which clipping reduces the gradients; None: no clipping.
+            statistics: holds the loss scale, by which each gradient is divided.
+            factor: clipping multiplies each gradient by this number; None: no clipping.
+            step: number of steps that are completed before this one.
         """
         if self.in_backward:
             with self._on_each_gradient(partial(self._step_one, statistics, factor, step)):

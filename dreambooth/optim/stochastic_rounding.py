@@ -42,9 +42,9 @@ class Rounder:
 
     - stochastic: the random numbers are a function of (seed, step, name of the parameter), so that a resumed run rounds
       in the same way.
-    - kahan: the error of rounding to nearest is stored in half precision as `kahan` in the optimizer's state, and added
-      to the weight before the next step. Weight and error together have a relative precision of 2**-16 (bf16) or
-      2**-22 (fp16).
+    - kahan: values are rounded to nearest. The rounding error is stored in half precision, as `kahan` in the
+      optimizer's state, and is added to the weight before the next step. Weight and error together have a relative
+      precision of 2**-16 (bf16) or 2**-22 (fp16).
     """
 
     def __init__(self, kind: Rounding | None, seed: int) -> None:
@@ -52,12 +52,17 @@ class Rounder:
         self.seed = seed
 
     def to_fp32(self, parameter: Tensor, state: MutableMapping[str, Any]) -> Tensor:
-        """Return the value of `parameter` in fp32, including the stored Kahan error if there is one."""
+        """Return the value of `parameter` in fp32. If `state` contains a Kahan error, the error is added."""
         value = parameter.detach().float()
         return value + state["kahan"].float() if "kahan" in state else value
 
     def store(self, parameter: Tensor, value: Tensor, state: MutableMapping[str, Any], step: int, name: str) -> None:
-        """Store `value` (fp32), the result of training step `step`, in `parameter`."""
+        """Store `value` (fp32) in `parameter`, rounded as `kind` says.
+
+        Args:
+            state: the optimizer state of the parameter, in which Kahan summation stores the rounding error.
+            step, name: number of completed steps and name of the parameter; they seed stochastic rounding.
+        """
         if self.kind is Rounding.kahan:
             parameter.copy_(value)
             state["kahan"] = (value - parameter.float()).to(parameter.dtype)

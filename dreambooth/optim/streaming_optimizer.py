@@ -26,11 +26,12 @@ class StreamingOptimizer(torch.optim.Optimizer):
         Args:
             forward_backward: runs the forward and backward pass of the whole batch and returns the losses.
             max_grad_norm: limit of the global gradient norm; None: no clipping.
-            step: number of completed steps; it seeds the random numbers of stochastic rounding.
+            step: number of steps that are completed before this one; it seeds the random numbers of stochastic
+                rounding.
 
         Returns:
-            The losses; the gradient norm before clipping (0-d); and whether the weights were updated: False if a
-            gradient overflowed. The step was then skipped, and neither weights nor optimizer state have changed.
+            The losses; the gradient norm before clipping (0-d); and whether the weights were updated. If a gradient
+            overflowed, the step is skipped: neither weights nor optimizer state change, and the last result is False.
         """
 
     @abstractmethod

@@ -1,7 +1,8 @@
-"""Records the allocation and release of every tensor storage: the input of a memory prediction.
+"""Records when each tensor storage is allocated and released. Memory predictions are computed from these records.
 
-StorageTrace records fake and real tensors in the same way. The purpose of a storage (weights, gradients, activations,
-...) is often known only after its allocation. The category of a storage is therefore the last one assigned to it.
+StorageTrace records fake and real tensors in the same way. The category of a storage is its purpose (weights,
+gradients, activations, ...), which is often known only after the allocation. A storage can therefore be assigned
+several categories; the last one counts.
 """
 
 import weakref
@@ -27,9 +28,9 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode that records allocations, releases and operations inside its `with` block.
 
     Attributes:
-        events: allocations, releases and marks in the order in which they happened.
+        events: allocations, releases and marks in the order in which they happened. A mark is the start of a phase.
         category: the category of each storage, by serial number.
-        marks: the names of the phases, in the order in which they were marked.
+        marks: the names of the phases, one for each mark, in the order of the marks.
         flops: floating-point operations of matrix products, convolutions and attention, by phase. One multiply-add
             counts as two operations.
     """
@@ -69,9 +70,9 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.add([*module.parameters(), *module.buffers()], category)
 
     def recategorize_live(self, old: str, new: str) -> None:
-        """Change the category of all live storages from `old` to `new`.
+        """Change the category of all live (allocated and not yet released) storages of the category `old` to `new`.
 
-        The new category also applies to the events of these storages that are already recorded.
+        The new category also applies to events of these storages that are already recorded.
         """
         for serial, _ in self._live.values():
             if self.category[serial] == old:

@@ -1,14 +1,14 @@
 """Implements memory=auto, which chooses the fastest memory options that fit the card and do not change the results.
 
 `CANDIDATES` lists combinations of options, which are tried in this order, from the fastest to the slowest.
-`_minimum_gib` calculates a lower bound of a candidate's memory from weights, optimizer state, EMA, gradients and a
-minimum of activations. This bound rules out most candidates without a rehearsal. The remaining candidates are rehearsed
-until one fits. If a rehearsed candidate does not fit, the size of its activations is the new minimum of activations for
-all later candidates with the same setting of gradient checkpointing. If a training step fits but image generation does
-not, images are generated one at a time.
+`_minimum_gib` calculates a lower bound of a candidate's memory from the sizes of weights, optimizer state, EMA and
+gradients, and from a lower bound of its activations. The result rules out most candidates without a rehearsal. The
+remaining candidates are rehearsed until one fits. If a rehearsed candidate does not fit, the size of its activations
+becomes the lower bound for all later candidates with the same setting of gradient checkpointing. If the training step
+of a candidate fits and its image generation does not, images are generated one at a time.
 
-Options that are already on stay on. Optimizer, precision, clipping and the trained parts never change. If nothing fits,
-the error message lists changes to these settings, and the memory that each change would save.
+Options that are already on stay on. Optimizer, precision, clipping and the trained parts never change. If no candidate
+fits, the error message lists changes to these settings, and the memory that each change would save.
 """
 
 from collections.abc import Callable
@@ -54,11 +54,12 @@ def apply_auto_memory(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[
 
     Returns:
         The recipe with the chosen options; the predicted reserved GiB of each phase that runtime/memory_meter.py
-        measures; and a message for the user. If there is nothing to choose, nothing is predicted, and the last two
-        results are empty.
+        measures; and a message for the user. Without memory.auto, on a CPU, or if the size of the card is unknown,
+        nothing is chosen or predicted: the recipe is returned unchanged, and the other two results are empty.
 
     Raises:
-        DoesNotFit: no combination fits. The message lists further options and the memory that each saves.
+        DoesNotFit: no combination of CANDIDATES fits the card. The message lists further overrides and the memory
+            that each saves.
     """
     if not recipe.memory.auto or recipe.device != "cuda" or recipe.hardware.usable_vram_gib is None:
         return recipe, {}, ""
@@ -76,7 +77,7 @@ def choose_memory_options(recipe: Recipe, rehearse: Callable[[Recipe], Predictio
     """Return the recipe with the first combination of CANDIDATES that fits the card, and its prediction.
 
     Without memory.auto, on a CPU, or if the size of the card is unknown, the recipe is rehearsed and returned
-    unchanged. If no candidate fits, return the last one, which needs the least memory.
+    unchanged. If no combination fits, return the recipe with the last one, which needs the least memory.
 
     Args:
         rehearse: predicts the memory of a recipe.
@@ -124,9 +125,9 @@ def describe_shortfall(recipe: Recipe, prediction: Prediction) -> str:
 
 
 def _candidates(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return CANDIDATES as changes of the memory settings of this run.
+    """Return, for each combination of CANDIDATES, the memory settings of this run that it changes.
 
-    Options that have no effect in this run are omitted, and so are options that the run does not allow.
+    Settings that have no effect in this run are omitted, and so are settings that the run does not allow.
     """
     candidates: list[dict[str, Any]] = []
     for combination in CANDIDATES:
@@ -156,7 +157,7 @@ def _minimum_gib(candidate: Recipe, trained: int, activations: float) -> float:
 
     Args:
         trained: number of trained weights.
-        activations: GiB of activations.
+        activations: a lower bound of the activations, in GiB.
     """
     memory = candidate.memory
     bytes_per_weight = 4.0 + (0 if memory.offload_optimizer else OPTIMIZER_STATE_BYTES[candidate.optimizer.kind])
@@ -168,7 +169,9 @@ def _minimum_gib(candidate: Recipe, trained: int, activations: float) -> float:
 
 
 def _with_smaller_sample_batch(choice: Choice, allowed: float, rehearse: Callable[[Recipe], Prediction]) -> Choice:
-    """Return the choice; generate one image at a time if a training step fits and image generation does not.
+    """Return `choice`, changed to generate one image at a time if this is needed to fit the card.
+
+    The choice is changed only if its training step fits and its image generation does not.
 
     Args:
         allowed: GiB of card memory that the run may use.

@@ -22,7 +22,10 @@ KIB, MIB = 2**10, 2**20
 
 @dataclass(slots=True)
 class _Block:
-    """A part of a segment. `previous` and `following` are the numbers of its neighbours in the segment."""
+    """A part of a segment of the large pool (if `large`) or of the small pool.
+
+    `previous` and `following` are the numbers of the neighbouring blocks in the segment.
+    """
 
     size: int
     large: bool
@@ -42,8 +45,8 @@ class CachingAllocator:
 
         Args:
             expandable: PyTorch's setting expandable_segments.
-            max_split: PyTorch's setting max_split_size_mb, in bytes: larger blocks are never split, and serve only
-                requests of about their own size.
+            max_split: PyTorch's setting max_split_size_mb, converted to bytes. Blocks of at least this size are never
+                split, and serve only requests of about their own size. None: all blocks may be split.
         """
         self.allocated = 0
         self.reserved = 0
@@ -94,7 +97,10 @@ class CachingAllocator:
                     self.reserved -= size
 
     def _take_free_block(self, size: int, large: bool) -> int | None:
-        """Remove the smallest suitable free block from its pool; return its number, or None if there is none."""
+        """Remove the smallest suitable free block from its pool, and return the number of the block.
+
+        Return None if no free block is suitable. `large` chooses the pool.
+        """
         pool = self._free[large]
         index = bisect_left(pool, (size, -1))
         if index == len(pool):
@@ -159,7 +165,10 @@ class CachingAllocator:
         del self._blocks[number]
 
     def _split(self, number: int, block: _Block, size: int) -> None:
-        """Cut a block to `size` bytes and put the remainder into its pool, if the rules allow it."""
+        """Cut a block to `size` bytes, and put the remainder into the block's pool.
+
+        Do nothing if the remainder is too small, or if `max_split` forbids the split.
+        """
         rest = block.size - size
         if rest <= MIB if block.large else rest < 512:
             return
@@ -174,7 +183,7 @@ class CachingAllocator:
         insort(self._free[block.large], (rest, new))
 
     def _join(self, first: int | None, second: int | None) -> int:
-        """Merge two neighbouring blocks into the first, remove both from their pool, and return the first's number."""
+        """Remove two neighbouring blocks from their pool, and merge them into the block `first`. Return `first`."""
         assert first is not None and second is not None
         left, right = self._blocks[first], self._blocks[second]
         for number, block in ((first, left), (second, right)):

@@ -2,9 +2,10 @@
 
 A dispatch mode returns an empty result of the right shape, strides and dtype for every operator. Autograd, autocast and
 hooks run as usual, but no operator computes values. PyTorch's FakeTensorMode infers the result of the first call of an
-operator. Later calls use a cached template of the result, if their tensors have the same shapes, strides and dtypes and
-their other arguments are equal. The tensors themselves are not FakeTensors. A FakeTensor runs Python code for every
-call and for every access to `.device`, so with FakeTensors the rehearsal of a step would take several times as long.
+operator. A later call of the operator uses a cached template of this result, if its tensors have the same shapes,
+strides and dtypes and its other arguments are equal. The tensors themselves are not FakeTensors. A FakeTensor runs
+Python code for every call and for every access to `.device`, so with FakeTensors the rehearsal of a step would take
+several times as long.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ _runs_as_is: dict[Any, bool] = {}  # operator -> whether the real operator can r
 class _NewStorage:
     """Template of a result tensor whose storage is new.
 
-    The storage has `size` bytes. It is number `number` (from 0) of the storages that the call allocates.
+    `size` is the size of this storage in bytes. `number` is its index among the storages that the call allocates.
     """
 
     def __init__(self, tensor: Tensor, number: int) -> None:
@@ -135,13 +136,12 @@ def _infer_template(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) ->
 
 
 def _with_real_strides(func: Any, args: Any, tensors: list[Tensor], result: Any) -> Any:
-    """Return `result`, a fake tensor, with the strides that the real result has.
+    """Return `result`, a fake tensor, with the strides that the real result of the call has.
 
-    The strides differ only if `func` is a pointwise operator that combines a tensor with a number.
-
-    In a dimension of size 1, PyTorch keeps the stride of the input, while a fake tensor gets an arbitrary stride. This
-    stride has no effect on the position of elements. However, later operators use the stride to decide whether the
-    layout is channels_last and whether to copy the tensor.
+    The strides of the fake and the real result differ only if `func` is a pointwise operator that combines a tensor
+    with a number, and only in dimensions of size 1. There the real result has the stride of the input, and the fake
+    tensor has an arbitrary stride. This stride has no effect on the position of elements. However, later operators use
+    the stride to decide whether the layout is channels_last and whether to copy the tensor.
     """
     with_number = any(isinstance(argument, (int, float)) for argument in args[1:2])
     if not (torch.Tag.pointwise in func.tags and with_number and len(tensors) == 1 and isinstance(result, Tensor)):

@@ -1,8 +1,8 @@
 """Models the memory of the evaluation's encoders with a table, because a plan loads no encoder.
 
 All encoders of a run are on the device at the same time, in fp32, and process 16 images at a time
-(evaluation/encoders.py). ACTIVATIONS is the measured peak of EfficientNet-Lite0 for 16 images; the other encoders need
-less, which a test verifies. This file does not import torch.
+(evaluation/encoders.py). ACTIVATIONS is the measured peak memory of EfficientNet-Lite0's activations for 16 images. The
+other encoders need less, which a test verifies. This file does not import torch.
 """
 
 from dreambooth.config.evaluate import Evaluate

@@ -80,10 +80,11 @@ def cuda_attention(flash: bool) -> Iterator[None]:
 def attention_workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
     """Return the bytes of the temporary workspace of a CUDA attention kernel's backward pass; 0 for other operators.
 
-    The memory-efficient kernel needs an fp32 accumulator for dq, and for head dimensions above 128 also for dk and dv.
-    The flash kernel needs an fp32 accumulator for dq. In this accumulator, the number of queries is rounded up to a
-    multiple of 128. The head dimension is rounded up to a multiple of 32, or of 64 if it is above 128. The flash kernel
-    also needs one fp32 sum per query, for the rounded number of queries.
+    dq, dk and dv are the gradients of query, key and value. The memory-efficient kernel needs an fp32 accumulator for
+    dq, and for head dimensions above 128 also for dk and dv. The flash kernel needs an fp32 accumulator for dq. In this
+    accumulator, the number of queries is rounded up to a multiple of 128. The head dimension is rounded up to a
+    multiple of 32 if it is at most 128, and to a multiple of 64 otherwise. The flash kernel also needs one fp32 sum per
+    query, for the rounded number of queries.
 
     Args:
         name: the operator's schema name.
@@ -120,14 +121,18 @@ def offload_weights(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def reload_weights(module: nn.Module, shapes: dict[str, torch.Size]) -> nn.Module:
-    """Allocate the weights of a module again, with undefined values; return the module."""
+    """Allocate the weights of a module again, with undefined values; return the module.
+
+    Args:
+        shapes: the shapes that `offload_weights` returned.
+    """
     for name, parameter in module.named_parameters():
         parameter.data = torch.empty(shapes[name], dtype=parameter.dtype)
     return module
 
 
 def _operator(name: str) -> Any:
-    """Return the ATen operator for a name with or without an overload, such as `softmax.int` or `exp`."""
+    """Return an ATen operator by name. The name may include an overload (`softmax.int`) or not (`exp`)."""
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.aten, packet), overload or "default")
 

@@ -2,9 +2,10 @@
 
 `cuda_overhead_gib` is the memory of a card that a process takes in addition to PyTorch's reserved memory: the CUDA
 context, cuBLAS, cuDNN and the driver. The DreamBooth README of ShivamShrirao/diffusers (read 2026-11) publishes the
-memory of nine configurations on a T4; its GB are taken as 1e9 bytes. The value is the published memory minus the
-predicted reserved memory, averaged over the nine configurations. docs/planner.md shows a leave-one-out check of this
-fit. For the other cards no such table is published, so they use the T4's value. This file does not import torch.
+memory of nine configurations on a T4, in GB, here taken as 1e9 bytes. `cuda_overhead_gib` of the T4 is the published
+memory minus the predicted reserved memory, averaged over the nine configurations. docs/planner.md shows a leave-one-out
+check of this fit. For the other cards no such table is published, so they use the T4's value. This file does not import
+torch.
 """
 
 from dataclasses import dataclass
@@ -39,12 +40,18 @@ CARDS = {
 
 
 def find_card(gpu: str | None) -> Card | None:
-    """Return the card for a GPU name, in short or as a driver reports it ("Tesla T4"); None if the card is unknown."""
+    """Return the card with the name `gpu`; None if the card is unknown.
+
+    Both the short name ("T4") and the name that a driver reports ("Tesla T4") are recognised.
+    """
     words = (gpu or "").replace("-", " ").split()
     return next((card for name, card in CARDS.items() if name in words), None)
 
 
 def cuda_overhead_gib(gpu: str | None) -> float:
-    """Return the GiB of card memory that a process takes in addition to PyTorch's reserved memory."""
+    """Return the GiB of card memory that a process takes in addition to PyTorch's reserved memory.
+
+    For an unknown card, return the value of the T4.
+    """
     card = find_card(gpu)
     return card.cuda_overhead_gib if card else CARDS["T4"].cuda_overhead_gib

@@ -1,7 +1,7 @@
-"""Lists the overrides that would reduce a run's GPU memory, with the memory that each saves and its extra time.
+"""Lists the overrides that would reduce a run's GPU memory. For each, states the saved memory and the added time.
 
-Plans show this list. The error message of a run that does not fit also contains the list. The figures are computed
-from one prediction, without rehearsing each option, so they are approximate.
+Plans show this list. The error message of a run that does not fit also contains the list. Saved memory and added time
+are computed from the prediction of the run as it is. No option is rehearsed, so these figures are approximate.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def list_memory_options(recipe: Recipe, prediction: Prediction) -> list[MemoryOp
 
 
 def describe_memory_options(recipe: Recipe, prediction: Prediction) -> str:
-    """Return the options as a part of the error message for a run that does not fit.
+    """Return the text that names the options in the error message for a run that does not fit.
 
     If a training step fits and generating images does not, the message names only the options for generating images.
     """
@@ -148,7 +148,7 @@ def _extra_seconds(recipe: Recipe, prediction: Prediction, changed: Recipe | Non
 
     Args:
         changed: the recipe with the option; None: estimate the time from `flops` only.
-        flops: operations of the changed step relative to this run's step.
+        flops: operations of a step with the option, divided by the operations of a step of `recipe`.
     """
     card: Card | None = find_card(recipe.hardware.gpu)
     if card is None:

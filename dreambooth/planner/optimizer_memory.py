@@ -32,7 +32,7 @@ class ModelledOptimizer(torch.optim.Optimizer):
     """An optimizer that allocates the same memory as the real optimizer of `kind`, but computes no updates.
 
     Attributes:
-        form: the implementation of AdamW: fused, foreach or single.
+        form: the implementation of AdamW: fused, foreach, or single (one parameter at a time).
         on_state: a callback for each new state tensor; its second argument is True for a paged tensor.
     """
 

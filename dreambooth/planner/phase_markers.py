@@ -17,9 +17,10 @@ from dreambooth.runtime.engine import Engine
 
 @dataclass
 class FakeGradScaler:
-    """A replacement of GradScaler that never skips a step. It needs the same memory: one scaled loss.
+    """A replacement of GradScaler that never skips a step.
 
-    GradScaler unscales gradients in place, which needs no memory, so `unscale_` does nothing.
+    It allocates the same memory as GradScaler: that of one scaled loss. GradScaler unscales gradients in place, which
+    needs no memory, so `unscale_` does nothing here.
     """
 
     enabled: bool
@@ -46,8 +47,8 @@ class FakeGradScaler:
 class PhaseMarkingEngine(Engine):
     """An Engine that marks the start of the phase `step`.
 
-    It does not mark the phases `forward` and `backward`: rehearsal.py creates it with functions `autocast` and
-    `backward` that mark these phases.
+    This class does not mark the phases `forward` and `backward`. They are marked by the functions `autocast` and
+    `backward` that rehearsal.py passes to the constructor.
     """
 
     mark: Callable[[str], None] = lambda phase: None
@@ -74,7 +75,8 @@ def make_gradient_hook(trace: StorageTrace, master: nn.Parameter | None) -> Call
     """Return a post-accumulate-grad hook that assigns a category to a parameter's gradient in the trace.
 
     Args:
-        master: the fp32 copy of the weight in host memory, which has its own gradient; None without offloading.
+        master: the fp32 copy of the parameter in host memory, which has its own gradient; None without
+            memory.offload_optimizer.
     """
     def label(parameter: Tensor) -> None:
         if parameter.grad is not None:

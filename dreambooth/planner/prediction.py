@@ -15,8 +15,8 @@ CACHE_CLEARED_BEFORE = frozenset({"caching", "training"})  # a run empties the a
 class Prediction:
     """The memory and the operations of a run, calculated from the trace of its rehearsal.
 
-    The trace contains two training steps. The first step creates the optimizer state. Only in the second step does this
-    state need memory from the beginning.
+    The trace contains two training steps. The first step creates the optimizer state at its end. The second step has
+    this state in memory from its beginning, as all later steps of a real run do.
     """
 
     trace: StorageTrace = field(repr=False)
@@ -52,7 +52,7 @@ class Prediction:
     def peak_over(self, *phases: str) -> Usage:
         """Return the usage of the phase with the most allocated memory among `phases`.
 
-        The attribute `reserved` is an exception: it is the largest `reserved` of any of the phases.
+        The attribute `reserved` of the result is an exception: it is the largest `reserved` of all `phases`.
         """
         usages = [usage for phase, usage in self.by_phase.items() if phase in phases]
         peak = max(usages, key=lambda usage: usage.allocated)

@@ -132,7 +132,10 @@ class _Rehearsal:
         trace.repeat(start, len(trace.events))
 
     def _autocast(self) -> Callable[[], AbstractContextManager[Any]]:
-        """Return the autocast context of the run; the CPU's autocast stands for CUDA's (see fake_cuda.py)."""
+        """Return a function that creates the run's autocast context.
+
+        The CPU's autocast takes the place of CUDA's (see fake_cuda.py).
+        """
         dtype = self.recipe.precision.dtype
         if dtype is Dtype.fp32:
             return nullcontext
@@ -225,7 +228,10 @@ class _Rehearsal:
 
     @torch.no_grad()
     def _sample(self, phase: str, count: int, guidance: float) -> None:
-        """Rehearse generating images: one denoising step and decoding. Further steps would reuse the same memory."""
+        """Rehearse the generation of `count` images: one denoising step, and decoding.
+
+        More than one denoising step is not needed, because the steps use the same memory one after the other.
+        """
         trace = self.trace
         if self.sampled and self.sampled[0] == (count, guidance) and self._samples_as_before():
             trace.mark(phase)

@@ -43,7 +43,10 @@ class Plan:
 
     @property
     def shortfall(self) -> str:
-        """An error message that names the insufficient resource and the overrides to type; empty if the run fits."""
+        """An error message that names the insufficient resource and the overrides to type; empty if the run fits.
+
+        If several resources are insufficient, the message names the first: card, then host memory, then disk.
+        """
         recipe, hardware = self.recipe, self.recipe.hardware
         if _exceeds(self.card_gib, hardware.usable_vram_gib):
             return auto_memory.describe_shortfall(recipe, self.prediction)

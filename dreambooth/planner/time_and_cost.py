@@ -81,7 +81,7 @@ def step_seconds(recipe: Recipe, prediction: Prediction, card: Card, flops: floa
     gradients. The overlap of the all-reduce with the backward pass is not taken into account.
 
     Args:
-        flops: operations relative to those of the predicted step.
+        flops: operations of the step, divided by those of a step in `prediction`.
     """
     cards, gradients = recipe.hardware.gpus, 4 * prediction.trained_parameters
     all_reduce = 2 * (cards - 1) / cards * gradients / (card.link_gb_s * 1e9)

@@ -29,7 +29,7 @@ def replay(events: Sequence[Event], category: Mapping[int, str], marks: Sequence
     """Return the peak memory of each phase.
 
     Args:
-        events, category, marks: the attributes of a StorageTrace.
+        events, category, marks: the attributes of a StorageTrace that have these names.
         cache_cleared_before: phases that begin with a call of torch.cuda.empty_cache.
     """
     usage: dict[str, Usage] = {}

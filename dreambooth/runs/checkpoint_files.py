@@ -12,11 +12,11 @@ STATE_FILE = "state.json"
 
 
 def rotate(folder: Path, keep: int, newest: Path) -> None:
-    """Remove every checkpoint except the newest `keep` checkpoints. Damaged checkpoints are always removed.
+    """Keep the newest `keep` complete checkpoints in `folder` (see `is_complete`), and remove all others.
 
     Args:
-        newest: the checkpoint that was just written. The run was not resumed from checkpoints of later steps, so
-            these are damaged and are removed.
+        newest: the checkpoint that was just written. Checkpoints of later steps are removed too: they are damaged,
+            because otherwise the run would have been resumed from one of them.
     """
     checkpoints, last = _list_checkpoints(folder), atomic_files.trailing_number(newest)
     kept = [path for path in checkpoints if atomic_files.trailing_number(path) <= last and is_complete(path)][-keep:]
@@ -31,7 +31,8 @@ def latest(folder: Path, before: Path | None = None) -> Path | None:
     Log a warning for each damaged checkpoint that is newer than the returned checkpoint.
 
     Args:
-        before: a checkpoint; only checkpoints of earlier steps are considered. None: all checkpoints are considered.
+        before: if this is a checkpoint, only checkpoints of earlier steps than its step are considered. None: all
+            checkpoints are considered.
     """
     end = None if before is None else atomic_files.trailing_number(before)
     for path in reversed(_list_checkpoints(folder)):

@@ -37,7 +37,11 @@ def register_resolver() -> None:
 
 
 def _identity_resolver(kind: str = "", *, _root_: DictConfig) -> str:
-    """Return the value of ${identity:} for a run, or of ${identity:sweep} for a trial of a sweep."""
+    """Return the value of ${identity:} for a run, or of ${identity:sweep} for a trial (one run) of a sweep.
+
+    Args:
+        kind: the text after the colon.
+    """
     overrides = _root_.hydra.overrides.task if kind == "sweep" else []
     return identity(_root_, swept=any(word.lstrip("+").startswith("train.max_train_steps=") for word in overrides))
 
@@ -110,10 +114,14 @@ def _digest(hashed: dict[str, Any]) -> str:
 
 
 def _was_started(root: DictConfig, digest: str, sample_batch_size: int) -> bool:
-    """Return whether an earlier version of this package, which did not hash the batch size, started this run.
+    """Return whether an earlier version of this package started this run.
 
-    If so, the run keeps the hash `digest`, so that its folder is found and the run is resumed. The folder with this
-    hash may also belong to a run with another batch size. Therefore the batch size in its run.json is compared.
+    Earlier versions did not hash prior.sample_batch_size. A run of such a version keeps its hash, so that its folder
+    is found and the run is resumed. However, the folder with this hash may belong to a run with another batch size.
+    Therefore `sample_batch_size` is compared with the value in the run.json of the folder.
+
+    Args:
+        digest: the hash of the run without prior.sample_batch_size.
     """
     folder = Path(root.run_root) / f"{root.name}-{digest}"
     try:
@@ -134,7 +142,7 @@ def _selection(evaluate: dict[str, Any]) -> dict[str, Any]:
 
 
 def _folder_content(folder: str) -> str:
-    """Return the fingerprint of a local folder, or the address of a folder in S3.
+    """Return a hash of the content of a local folder, or the address of a folder in S3.
 
     S3 folders have not been downloaded at this point. storage/run_inputs.py compares their content later.
     """

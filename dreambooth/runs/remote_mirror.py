@@ -37,9 +37,12 @@ def mirror_run(spec: Storage, run_dir: Path, resume: str, stop: StopRequest) -> 
     Yields:
         A function that copies the result files to S3. After training, the caller calls this function with the Result.
 
+    Args:
+        resume: the setting checkpoint.resume.
+
     Raises:
-        UserError: storage.upload cannot be accessed, the result could not be copied, or
-            `CheckpointMirror.download_latest` failed.
+        UserError: storage.upload cannot be accessed; S3 has checkpoints of the run and `resume` is not auto; the
+            newest checkpoint in S3 cannot be downloaded; or the result cannot be copied.
         Interrupted: a stop was requested during the download or the copy of the result. The last checkpoint is copied
             even then, because this copy is how the run outlives its machine.
     """
@@ -75,7 +78,12 @@ def result_name(step: int) -> str:
 
 
 def _copy_result(step: int, run_dir: Path, uri: str, parallel: int) -> None:
-    """Copy the result files to S3."""
+    """Copy the result files in `run_dir` to a subfolder of `uri`, the S3 address of the run.
+
+    Args:
+        step: number of completed steps; `result_name` makes the name of the subfolder from it.
+        parallel: number of parallel transfers.
+    """
     console, target = Console(), f"{uri}/{result_name(step)}"
     entries = hash_folder(run_dir, RESULT_FILES)
     target = folders.upload_with_fallback(run_dir, target, entries, console, parallel, core="model/")
@@ -83,7 +91,7 @@ def _copy_result(step: int, run_dir: Path, uri: str, parallel: int) -> None:
 
 
 class _Superseded(Exception):
-    """Ends the copy of a checkpoint if the run has ended with a newer one."""
+    """Raised to abandon the copy of a checkpoint, because the run has ended and a newer checkpoint must be copied."""
 
 
 class CheckpointMirror(threading.Thread):
@@ -110,8 +118,11 @@ class CheckpointMirror(threading.Thread):
     def download_latest(self, resume: str) -> None:
         """Download the newest checkpoint from S3 into the run folder, unless the run folder has an intact checkpoint.
 
+        Args:
+            resume: the setting checkpoint.resume.
+
         Raises:
-            UserError: S3 has checkpoints and `checkpoint.resume` is not auto.
+            UserError: S3 has checkpoints of the run and `resume` is not auto, or the download fails.
         """
         remote = folders.list_complete_folders(self._uri)
         if remote and resume != "auto":
@@ -163,7 +174,7 @@ class CheckpointMirror(threading.Thread):
         return [path for path in self._folder.glob("step-*") if is_complete(path)]
 
     def _check_newest(self, path: Path) -> None:
-        """Raise _Superseded if the run has ended, and its newest checkpoint is another one that is not in S3 yet."""
+        """Raise _Superseded if the run has ended, and its newest checkpoint is not `path` and is not in S3 yet."""
         newest = self._newest
         if self._closing.is_set() and newest is not None and newest != path and newest.name not in self._copied:
             raise _Superseded

@@ -71,7 +71,12 @@ def summary_table(result: Result, recipe: Recipe, tracking: str | None) -> dict[
 def score_table(scores: Mapping[str, float], base: Mapping[str, float], recipe: Recipe) -> dict[str, str]:
     """Return a table with one item (name, content) per measure of image quality.
 
-    The content is the score, the score of the base model, and whether a higher or a lower score is better.
+    The content states the score in `scores`. If `base` has the measure, the content also states the score of the base
+    model, and whether a higher or a lower score is better.
+
+    Args:
+        scores: the scores of the exported weights, by measure.
+        base: the scores of the base model before training, by measure.
     """
     better = {name: "higher" if HIGHER_IS_BETTER[role] else "lower" for name, role in recipe.measure_roles.items()}
     return {name: f"{value:z.3f}  base {base[name]:z.3f}, {better[name]} is better" if name in base else f"{value:z.3f}"
@@ -79,7 +84,7 @@ def score_table(scores: Mapping[str, float], base: Mapping[str, float], recipe: 
 
 
 def promotion_message(promotion: Mapping[str, Any]) -> str:
-    """Return a message about a promotion: which model version got the alias, its scores, and how to load it.
+    """Return a message about a promotion: the model version and its alias in MLflow, its scores, and how to load it.
 
     Args:
         promotion: the return value of `promote` or `register_run` in sweeps/promotion.py.

@@ -52,10 +52,10 @@ class Result:
 
 
 def with_objective(result: Result, recipe: Recipe) -> Result:
-    """Return a copy of the result, in which `objective` is computed as the setting evaluate.objective says.
+    """Return a copy of `result`, in which the field `objective` is computed as the setting evaluate.objective says.
 
     Raises:
-        UserError: the run did not measure a score that evaluate.objective needs.
+        UserError: `result` lacks a score that evaluate.objective needs.
     """
     name, scores = recipe.evaluate.objective, {evaluate.INSTANCE_LOSS: result.objective} | result.scores
     try:
@@ -90,10 +90,11 @@ def load_finished(recipe: Recipe) -> Result | None:
     """Return the result of the run if the run is finished; otherwise None.
 
     A run is finished if it has completed at least train.max_train_steps steps and its exported model is complete. If
-    checkpoint.resume is not auto, return None, because an earlier run in this folder then does not count.
+    checkpoint.resume is not auto, return None: the user then wants to train again, although the run folder may contain
+    a finished run.
 
     Raises:
-        UserError: the run did not measure a score that evaluate.objective needs.
+        UserError: the run is finished, but its result lacks a score that evaluate.objective needs.
     """
     run_dir = recipe.run_dir
     if recipe.checkpoint.resume != "auto":
@@ -111,7 +112,9 @@ def load_finished(recipe: Recipe) -> Result | None:
 
 
 def read_result(run_dir: Path) -> Result | None:
-    """Return the content of result.json, or None if the file is missing or damaged, or if its objective is not finite.
+    """Return the content of result.json in a run folder.
+
+    Return None if the file is missing or damaged, or if the objective in it is not finite.
     """
     try:
         result = Result(**atomic_files.read_object(run_dir / "result.json") or {})
@@ -129,6 +132,9 @@ def find_resume_point(run_dir: Path, resume: str) -> Path | None:
 
     Args:
         resume: auto, never, or the path of a checkpoint.
+
+    Raises:
+        UserError: `resume` is the path of a checkpoint that is missing or damaged.
     """
     atomic_files.remove_leftovers(run_dir)
     atomic_files.remove_leftovers(run_dir / "checkpoints")
@@ -172,7 +178,7 @@ def check_disk_space(run_dir: Path, needed: int) -> None:
 
 
 def remove_hydra_record(run_dir: Path) -> None:
-    """Remove Hydra's record of the overrides (`.hydra`, `multirun.yaml`). Used if an override contains a secret."""
+    """Remove Hydra's record of the overrides (`.hydra`, `multirun.yaml`), because an override contains a secret."""
     shutil.rmtree(run_dir / ".hydra", ignore_errors=True)
     (run_dir.parent / "multirun.yaml").unlink(missing_ok=True)
 

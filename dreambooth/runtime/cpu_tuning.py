@@ -50,8 +50,8 @@ def openmp_environment(since: CpuTimes | None = None, until: CpuTimes | None = N
     """Return the environment variables that set how long OpenMP threads spin. Set them before torch is imported.
 
     Args:
-        since, until: start and end of the interval in which the load by other processes is measured. The defaults are
-            the import of this module, and now.
+        since: start of the interval in which the load by other processes is measured; None: the import of this module.
+        until: end of this interval; None: the time of the call.
     """
     cores_idle = _cores_idle(since or PROCESS_START, until or read_cpu_times())
     return {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": LONG_SPIN if cores_idle else SHORT_SPIN}
@@ -60,7 +60,8 @@ def openmp_environment(since: CpuTimes | None = None, until: CpuTimes | None = N
 def keep_freed_memory() -> bool:
     """Make glibc keep freed memory for later tensors, and return whether glibc does so.
 
-    Change nothing and return False without glibc, or if the user has set one of MALLOC_SETTINGS.
+    Change nothing and return False if the system has no glibc, or if one of the environment variables MALLOC_SETTINGS
+    is set, because the user's own settings take precedence.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or os.environ.keys() & set(MALLOC_SETTINGS):
@@ -69,7 +70,7 @@ def keep_freed_memory() -> bool:
 
 
 def _cores_idle(since: CpuTimes, until: CpuTimes) -> bool:
-    """Return whether other processes used fewer cores than BUSY_CORES; False if their load is unknown."""
+    """Return whether other processes used fewer than BUSY_CORES cores on average; False if their load is unknown."""
     seconds = until.clock - since.clock
     if since.busy is None or until.busy is None or seconds < MIN_WATCH_SECONDS:
         return False

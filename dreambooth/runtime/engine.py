@@ -42,10 +42,10 @@ class Engine:
     """The objects and functions that a training step calls for autocast, backward pass and collective operations.
 
     Attributes:
-        autocast: context manager of a forward pass.
+        autocast: returns the context manager in which a forward pass runs.
         backward: runs the backward pass of a 0-d loss, scaled if there is loss scaling.
         scaler: the loss scaler; disabled unless the precision is fp16.
-        no_sync: context manager in which data parallelism does not average the gradients of a model.
+        no_sync: returns the context manager in which data parallelism does not average the gradients of a model.
         all_reduce_mean: returns the mean of a tensor over all processes.
         device: the device of this process.
         rank: index of this process among all processes; 0 is the main process.
@@ -98,8 +98,8 @@ class Engine:
         """Step the optimizer. Return False if the loss scaler skipped the step because a gradient overflowed.
 
         With loss scaling (fp16), the host must know whether the step was skipped, because the learning-rate schedule
-        and the EMA must not count a skipped step. It therefore waits until the device has computed this. Without loss
-        scaling, the host does not wait.
+        and the EMA must not count a skipped step. The host therefore waits until the device has computed whether a
+        gradient overflowed. Without loss scaling, the host does not wait.
         """
         if not self.scaler.is_enabled():
             optimizer.step()

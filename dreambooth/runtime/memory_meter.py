@@ -25,9 +25,9 @@ class MemoryMeter:
                  saved_notice: str = "earlier checkpoints are kept") -> None:
         """Args:
             device: the device whose memory is measured.
-            advice: returns the overrides that the user should type if memory runs out in a phase.
+            advice: returns the overrides that the user should type if memory runs out. Its argument is the phase.
             predicted: the planner's prediction of the peak in GiB, by phase. Phases without a prediction are left out.
-            saved_notice: clause about the results that are kept, for the out-of-memory message.
+            saved_notice: the clause of the out-of-memory message that says which results are kept.
         """
         self.device = device
         self.advice = advice

@@ -31,7 +31,7 @@ class ModuleOffload:
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Move the modules to the device, for example for sampling, and back to host memory after the block."""
+        """Move the modules to the device for a `with` block, for example for sampling, then back to host memory."""
         self._move(self.device)
         try:
             yield
@@ -40,7 +40,7 @@ class ModuleOffload:
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
-        """Move the modules to host memory, to make room for others, and back to the device after the block."""
+        """Move the modules to host memory for a `with` block, to make room for others, then back to the device."""
         self.to_host()
         try:
             yield

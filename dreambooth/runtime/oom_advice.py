@@ -12,9 +12,9 @@ from dreambooth.config.recipe import Recipe
 def suggest_overrides(phase: str, recipe: Recipe) -> str:
     """Return the overrides to type after memory ran out in `phase` of the run that `recipe` describes.
 
-    For phases that generate images, first suggest fewer images at a time, then a lower resolution. Otherwise suggest
-    all unused memory options that leave the results unchanged. If there are no such options, suggest one option that
-    changes the results.
+    If `phase` generates several images at a time, suggest one image at a time. If it generates one image of more than
+    512 pixels at a time, suggest 512 pixels. In all other cases, suggest all unused memory options that leave the
+    results unchanged. If there are no such options, suggest one option that changes the results.
     """
     if phase in ("class_images", "evaluate") and recipe.prior.sample_batch_size > 1:
         return "prior.sample_batch_size=1"

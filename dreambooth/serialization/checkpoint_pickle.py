@@ -20,7 +20,7 @@ MAX_RATIO = 4  # unpacked size of an archive, divided by the size of the file
 
 
 class NumberType:
-    """The type of a NumPy number, in place of numpy.dtype: a pickle cannot build any other type with it."""
+    """Takes the place of numpy.dtype while a pickle is read. A pickle can build only types of numbers with it."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
         """Args:
@@ -28,7 +28,7 @@ class NumberType:
             align, copy: arguments of numpy.dtype, without effect here.
 
         Raises:
-            ValueError: `code` is not a type of numbers.
+            ValueError: `code` names no type of numbers.
         """
         if not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
             raise ValueError(f"{code!r} is not allowed")
@@ -36,12 +36,16 @@ class NumberType:
         self.order: Any = "="
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Set the byte order: the second element of the state of a numpy.dtype."""
+        """Set the byte order.
+
+        Args:
+            state: the state of a pickled numpy.dtype; its second element is the byte order.
+        """
         self.order = state[1]
 
 
 def read_number(kind: NumberType, data: bytes) -> float | int | bool:
-    """Return the number that a pickled NumPy scalar contains."""
+    """Return the number that a pickled NumPy scalar contains: its type is `kind`, and its bytes are `data`."""
     number: float | int | bool = np.frombuffer(data, np.dtype(kind.code).newbyteorder(kind.order), count=1)[0].item()
     return number
 
@@ -52,10 +56,10 @@ NUMBERS: list[Any] = [(NumberType, "numpy.dtype"), (read_number, "numpy.core.mul
 
 
 def read(path: Path) -> Any:
-    """Return the object in a .ckpt file, on the CPU.
+    """Return the object in a .ckpt file, with its tensors on the CPU.
 
     Raises:
-        UserError: the file does not exist, is damaged, contains code, or would be much larger when unpacked.
+        UserError: the file is damaged, contains code, or would be much larger when unpacked.
     """
     with path.open("rb") as file:
         if not file.read(2).startswith((b"PK", b"\x80")):  # a zip archive, or a pickle of protocol 2 or newer
@@ -77,7 +81,7 @@ def read(path: Path) -> Any:
 
 
 def _check_unpacked_size(path: Path) -> None:
-    """Check the sizes in the directory of a zip archive, before anything of it is unpacked.
+    """If a file is a zip archive, check the sizes in its directory before anything is unpacked.
 
     Raises:
         UserError: the archive would be much larger when unpacked.

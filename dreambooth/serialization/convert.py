@@ -30,8 +30,7 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
             title: str | None = None) -> Path:
     """Convert a single file to a diffusers folder, or a diffusers or run folder to a single file.
 
-    The direction depends on the names of `source` and `out`.
-
+    A name that ends in .safetensors or .ckpt means a single file. All other names mean folders.
     Args:
         source: a single file or a folder, on this machine or in S3.
         out: the new folder or file.
@@ -39,14 +38,15 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
         vae: a single file with a VAE that replaces the model's own.
         dtype: precision of the written weights, fp16 or fp32; None: the precision of each weight in `source`.
         with_vae: whether the written file contains the VAE; only if `out` is a file.
-        prediction_type, resolution: facts about the source file that replace the detected ones.
+        prediction_type, resolution: properties of the model in a source file; None: as detected in the file.
         title: title in the metadata of the written file; only if `out` is a file.
 
     Returns:
         `out`.
 
     Raises:
-        UserError: `source` and `out` are both files or both folders, or `source` cannot be converted.
+        UserError: `source` and `out` are both files or both folders, `out` has content already, an argument has no
+            effect in this direction, or `source` cannot be converted.
         DoesNotFit: the disk is full.
     """
     _check_out(source, out)
@@ -81,7 +81,12 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
 
 
 def _check_out(source: str, out: str) -> None:
-    """Check the names of `source` and `out` before anything is read. An existing file or folder is never replaced."""
+    """Check the names of `source` and `out` before anything is read.
+
+    Raises:
+        UserError: `source` and `out` are both files or both folders; or `out` is in S3, is not writable, or has content
+            already, because nothing is ever replaced.
+    """
     if is_single_file(source) == is_single_file(out):
         raise UserError("one of in and out is a file and the other a folder: type in=MODEL.safetensors out=DIR, or "
                         "in=DIR out=MODEL.safetensors")

@@ -35,8 +35,8 @@ class DetectedModel:
     def is_rescaled(self) -> bool:
         """Whether the noise schedule is rescaled, so that the last timestep is pure noise.
 
-        As in ComfyUI, the file's mark of zero terminal SNR is ignored if the model predicts noise: at a timestep whose
-        input is pure noise, such a model has nothing to predict.
+        A mark in the file says so (`zero_terminal_snr`). As in ComfyUI, the mark is ignored if the model predicts
+        noise: at a timestep whose input is pure noise, such a model has nothing to predict.
         """
         return self.zero_terminal_snr and self.prediction_type == "v_prediction"
 
@@ -45,8 +45,8 @@ def open_model_file(path: Path) -> ModelFile:
     """Open a single-file model.
 
     Raises:
-        UserError: the file does not exist, is damaged, is a pickle that contains code, or would be much larger when
-            unpacked.
+        UserError: the file does not exist, is damaged, contains no weights, is a pickle that contains code, or would
+            be much larger when unpacked.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}: type the path of a .safetensors or .ckpt file")
@@ -70,8 +70,8 @@ def open_model_file(path: Path) -> ModelFile:
 def detect(file: ModelFile, prediction_type: str | None = None, resolution: int | None = None) -> DetectedModel:
     """Detect the family, prediction type and resolution of a single-file model.
 
-    The keys of the file determine the family. Prediction type and resolution are the values that the user typed, or
-    else those that the file's metadata and the family's own rules give.
+    The keys of the file determine the family. A value that the user typed takes precedence. Without it, the file's
+    metadata and rules of the family determine prediction type and resolution.
 
     Args:
         prediction_type, resolution: values that the user typed; None: not typed.

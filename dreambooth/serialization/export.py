@@ -1,4 +1,4 @@
-"""Writes the result of a run: a diffusers folder or an adapter's files, or both, and a model card."""
+"""Writes the result of a run: a diffusers folder, the files of an adapter, or both. A model card is always added."""
 
 import json
 import re
@@ -60,8 +60,8 @@ def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
     the adapter's files.
 
     Args:
-        parts: all parts; the trained ones contain the weights to write. The scheduler and safety checker of the base
-            model are written, too.
+        parts: all parts of the model; the trained parts contain the weights to write. The scheduler and the safety
+            checker of the base model are parts of a whole pipeline, too.
         step: number of completed training steps.
         sheet: path of the contact sheet, which is copied into the folder; the file may be missing.
 
@@ -123,12 +123,15 @@ def _adapter_metadata(recipe: Recipe) -> dict[str, str]:
 
 
 def _literal(text: str) -> str:
-    """Return a text in quotes, as Python, YAML and JSON read it."""
+    """Return a quoted string that Python, YAML and JSON read as `text`."""
     return json.dumps(text, ensure_ascii=False)  # Python reads the two escapes of an emoji as two characters
 
 
 def _code(recipe: Recipe, family: Family) -> str:
-    """Return Python code that opens the result. For an adapter, it first opens the base model as in training."""
+    """Return Python code that opens the exported folder.
+
+    For an adapter, the code first opens the base model with the settings of the training.
+    """
     if not recipe.method.low_rank or recipe.method.merge:
         return ("from diffusers import DiffusionPipeline\n\n"
                 'pipeline = DiffusionPipeline.from_pretrained("model")  # this folder')

@@ -30,8 +30,9 @@ def find_adapter(folder: Path) -> Path | None:
 def is_exported(folder: Path, kind: str, merge: bool) -> bool:
     """Return whether `folder` contains the exported result of a run with these values of method.kind and method.merge.
 
-    Only the sizes of the files are compared with the manifest; `check_intact` also compares their contents. A folder of
-    an earlier version of this package has no manifest. Therefore each part with a config.json must also have weights.
+    Only the sizes of the files are compared with the manifest; `check_intact` also compares their contents. Earlier
+    versions of this package wrote no manifest. Therefore this function also checks that each part with a config.json
+    has weights.
     """
     exists = find_adapter(folder) is not None if adapter_only(kind, merge) else (folder / INDEX).is_file()
     if not exists or find_damage(folder, contents=False):
@@ -44,7 +45,7 @@ def find_damage(folder: Path, contents: bool = True) -> str | None:
     """Return a description of the damage to an exported model, or None if there is no damage or no manifest.
 
     Args:
-        contents: see `manifest.find_damage`.
+        contents: whether to read and hash the files; False: compare only their sizes.
     """
     return manifest.find_damage(folder, contents, lambda name: name not in DESCRIPTIONS)
 

@@ -11,10 +11,11 @@
 The row of DoRA gives two shapes per layout: the first for linear layers, the second for convolutions. The family gives
 the names of modules in both layouts (Family.published_name, Family.kohya_names); the table shows the usual names.
 
-ComfyUI and Forge read a `dora_scale` with one value per row as W' = V dora_scale / |W|, where the paper divides by |V|
-(models/lora.py). The file in kohya's layout therefore contains m |W| / |V|, which gives W' in both programs. The file
-in diffusers' layout contains m. AUTOMATIC1111 divides by norms of columns, kohya's trainer reads no DoRA, and diffusers
-0.42 ignores `dora_scale`.
+DoRA replaces the weight W of a layer by W' = m V / |V|, where V is W with the low-rank product added, and m and |V|
+have one value per row (models/lora.py). The file in diffusers' layout contains m. ComfyUI and Forge compute
+V dora_scale / |W| from a `dora_scale` with one value per row. The file in kohya's layout therefore contains
+m |W| / |V| as `dora_scale`, which gives W' in both programs. AUTOMATIC1111 divides by norms of columns, kohya's trainer
+reads no DoRA, and diffusers 0.42 ignores `dora_scale`.
 """
 
 from collections.abc import Mapping
@@ -58,7 +59,7 @@ def kohya_layout(weights: Mapping[str, LowRank], base_scales: Mapping[str, Tenso
 
     Args:
         weights: the adapter of each layer, by module name in the TrainedModel.
-        base_scales: LowRank.base_scale of each layer with a DoRA, (out,), by module name.
+        base_scales: LowRank.base_scale of each layer that has a DoRA, shape (out,), by module name.
         parts: the base model.
     """
     tensors: dict[str, Tensor] = {}
@@ -81,7 +82,7 @@ def write(folder: Path, weights: Mapping[str, LowRank], base_scales: Mapping[str
 
     Args:
         weights: the adapter of each layer, by module name in the TrainedModel.
-        base_scales: LowRank.base_scale of each layer with a DoRA, (out,), by module name.
+        base_scales: LowRank.base_scale of each layer that has a DoRA, shape (out,), by module name.
         parts: the base model.
         title: name of the kohya file; users of web UIs type it in prompts.
         metadata: metadata for both files.

@@ -28,7 +28,8 @@ def fill(parts: Components, file: ModelFile) -> list[str]:
     """Load the weights of a single file into parts on the device `meta`.
 
     Returns:
-        The keys of the file that do not belong to the model, except those that it never needs (`is_ignored`).
+        The keys of the file that belong to no part, without the keys that a model of the family never needs
+        (`is_ignored`).
 
     Raises:
         UserError: the file lacks a tensor, or a tensor has another shape than in the parts.
@@ -94,7 +95,7 @@ def write(parts: Components, path: Path, dtype: torch.dtype | None, with_vae: bo
             (Stability-AI/ModelSpec 1.0.0).
 
     Raises:
-        UserError: this layout cannot represent the model's prediction type, or a weight is not finite.
+        UserError: the family's original layout cannot represent the model's prediction type, or a weight is not finite.
     """
     layout = parts.family.single_file
     marks = layout.marks_of(parts.scheduler_config)
@@ -132,7 +133,7 @@ def _modelspec(parts: Components) -> dict[str, str]:
 
 
 def _from_file(entry: Entry, tensor: Tensor) -> Sequence[Tensor]:
-    """Convert the tensor of an entry to the corresponding tensors of a diffusers folder."""
+    """Convert a tensor of a single file, which `entry` describes, to the same weights in a diffusers folder."""
     match entry.form:
         case Form.plain:
             return [tensor]
@@ -145,7 +146,7 @@ def _from_file(entry: Entry, tensor: Tensor) -> Sequence[Tensor]:
 
 
 def _to_file(entry: Entry, tensors: Sequence[Tensor]) -> Tensor:
-    """Convert the tensors of a diffusers folder to the corresponding tensor of the entry."""
+    """Convert tensors of a diffusers folder to the tensor of a single file that `entry` describes."""
     match entry.form:
         case Form.plain:
             return tensors[0]

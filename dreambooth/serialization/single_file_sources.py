@@ -29,9 +29,9 @@ from dreambooth.utils.assets import resolve_asset
 log = logging.getLogger(__name__)
 
 def as_folders(config: Config) -> Config:
-    """Return a copy of the config in which single files in model.source and model.vae are replaced by their folders.
+    """Return a copy of the config in which folders replace the single files in model.source and model.vae.
 
-    Each file is converted to a folder, unless this was done before.
+    Each file is converted to a diffusers folder, unless this was done before.
 
     Raises:
         UserError: a file cannot be converted.
@@ -78,7 +78,11 @@ def _convert_vae(config: Config, source: str) -> Path:
 
 
 def _is_converted(target: Path, main_file: str) -> bool:
-    """Return whether `target` contains an earlier conversion. Log a warning if the conversion is damaged."""
+    """Return whether `target` contains an undamaged earlier conversion. Log a warning if it is damaged.
+
+    Args:
+        main_file: path in `target` of a file that each conversion contains.
+    """
     if (damage := manifest.find_damage(target)) is not None:
         log.warning("the converted model in %s is damaged (%s) and is written again", target, damage)
     return damage is None and (target / main_file).is_file()

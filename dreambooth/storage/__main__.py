@@ -48,7 +48,10 @@ def main() -> None:
 
 
 def upload(options: Namespace) -> str:
-    """Upload a folder as `options` say; return its S3 address. With --result, it may differ from `options.uri`."""
+    """Upload a folder as `options` say, and return the S3 address to which it was uploaded.
+
+    With --result, this is another address than `options.uri` if there is another result at `options.uri`.
+    """
     if options.result:
         return folders.upload_with_fallback(options.folder, options.uri, hash_folder(options.folder), Console(),
                                             options.parallel, core="model/")

@@ -26,13 +26,17 @@ BLOCK = 2**20  # number of bytes per read
 
 
 class BadDigest(Exception):
-    """Raised if the content of an object differs from its ETag. S3's own error code for this case has the same name."""
+    """Raised if the content of an object differs from its ETag.
+
+    The class is named like S3's error code for this case, so that aws_errors.py handles both errors in the same way.
+    """
 
 
 def fetch(bucket: Bucket, cache: Path, complete: bool) -> Path:
     """Download an S3 folder or object into the cache, unless the cache already has the same content.
 
     Args:
+        bucket: the S3 folder or object.
         cache: the local folder of all downloads.
         complete: whether to raise UserError if the S3 folder has no manifest.
 
@@ -40,7 +44,8 @@ def fetch(bucket: Bucket, cache: Path, complete: bool) -> Path:
         A local folder with exactly the files of the S3 folder, or a local file if the location is an object.
 
     Raises:
-        UserError: the location is empty or not complete, or the downloaded files are not correct.
+        UserError: nothing is stored at the S3 location, a file of the manifest is missing or has another size, the
+            folder has no manifest although `complete` is set, or the files arrived damaged several times.
         DoesNotFit: the disk has too little free space.
     """
     location, listed = bucket.location, bucket.list_objects()
@@ -115,7 +120,13 @@ def _file_tasks(bucket: Bucket, path: Path, name: str, entry: Entry) -> Iterator
 
 
 def _download_part(bucket: Bucket, path: Path, name: str, digest: str, start: int, size: int) -> None:
-    """Download one part of a file, unless the local file already contains this part."""
+    """Download the `size` bytes at offset `start` of a file, unless the local file already contains them.
+
+    Args:
+        path: the local file.
+        name: the name of the S3 object.
+        digest: the SHA-256 of these bytes.
+    """
     with path.open("r+b") as file:
         if not size or sha256(os.pread(file.fileno(), size, start)).hexdigest() == digest:
             return

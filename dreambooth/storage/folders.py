@@ -115,7 +115,8 @@ def download(uri: str, cache: Path, console: Console | None = None, parallel: in
         complete: whether to raise UserError if the S3 folder has no manifest, as callers require for models.
 
     Raises:
-        UserError: the address is empty or not complete, or the downloaded files are not correct.
+        UserError: nothing is stored at `uri`, a file of the manifest is missing or has another size, the folder has no
+            manifest although `complete` is set, or the files arrived damaged several times.
         DoesNotFit: the disk has too little free space.
     """
     with _open_bucket(uri, console, parallel) as bucket:
@@ -142,7 +143,7 @@ def digest(folder: Path) -> str:
 
 
 def inspect(uri: str) -> RemoteContent | None:
-    """Return a summary of the content of an S3 address, or None if the address is empty."""
+    """Return a summary of the content of an S3 address, or None if nothing is stored there."""
     with _open_bucket(uri, None, 1) as bucket:
         complete = bucket.read_manifest()
         entries = bucket.list_objects() if complete is None else complete
@@ -152,13 +153,13 @@ def inspect(uri: str) -> RemoteContent | None:
 
 
 def read_manifest(uri: str) -> Entries | None:
-    """Return the manifest entries of an S3 folder, or None if the folder is not complete."""
+    """Return the manifest entries of an S3 folder, or None if the folder has no manifest."""
     with _open_bucket(uri, None, 1) as bucket:
         return bucket.read_manifest()
 
 
 def list_complete_folders(uri: str) -> list[str]:
-    """Return the addresses of the complete folders directly below an address, sorted by the numbers in their names.
+    """Return the addresses of all folders with a manifest directly below an address, sorted by numbers in their names.
 
     Folders are sorted by step: step-000100 comes before step-000200. Folders of the same step are sorted by the number
     that `upload_with_fallback` appended: step-000100 comes before step-000100.2.

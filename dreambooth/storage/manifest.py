@@ -167,9 +167,12 @@ def write(folder: Path) -> None:
 
 @contextmanager
 def write_folder(path: Path, fresh: bool = False) -> Iterator[Path]:
-    """Write a folder like `atomic_files.write_folder`, and add a manifest.
+    """Yield a temporary folder to fill. After the block, add a manifest, and replace `path` with this folder.
 
     The files are hashed while they are synced to disk, so that the checksums add no time on an ordinary disk.
+
+    Args:
+        fresh: whether `path` must be missing or an empty folder, so that no files are replaced.
     """
     with atomic_files.write_folder(path, fresh, (NAME, lambda folder: serialize(hash_folder(folder)))) as temporary:
         yield temporary

@@ -65,7 +65,8 @@ def fetch_inputs(config: Config, run_dir: Path | None) -> Config:
         A copy of the config in which local paths replace the S3 addresses.
 
     Raises:
-        UserError: an input cannot be downloaded, or its content differs from the hash in `remote.json`.
+        UserError: an input cannot be downloaded, or checkpoint.resume is auto and the content of an input differs from
+            the hash in `remote.json`.
     """
     config = deepcopy(config)
     contents: dict[str, str] = {}
