@@ -174,7 +174,7 @@ class CheckpointMirror(threading.Thread):
         return [path for path in self._folder.glob("step-*") if is_complete(path)]
 
     def _check_newest(self, path: Path) -> None:
-        """Raise _Superseded if the run has ended, and its newest checkpoint is not `path` and is not in S3 yet."""
+        """Raise _Superseded if the run has ended and a newer checkpoint than `path` still has to be copied to S3."""
         newest = self._newest
         if self._closing.is_set() and newest is not None and newest != path and newest.name not in self._copied:
             raise _Superseded

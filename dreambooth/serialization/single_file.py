@@ -146,7 +146,7 @@ def _from_file(entry: Entry, tensor: Tensor) -> Sequence[Tensor]:
 
 
 def _to_file(entry: Entry, tensors: Sequence[Tensor]) -> Tensor:
-    """Convert tensors of a diffusers folder to the tensor of a single file that `entry` describes."""
+    """Return the tensor that `entry` describes, computed from the tensors of a diffusers folder."""
     match entry.form:
         case Form.plain:
             return tensors[0]

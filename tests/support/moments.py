@@ -60,7 +60,7 @@ def stop_at(run_root: Path, moment: str, *overrides: str, number: int = signal.S
     report.unlink(missing_ok=True)
     os.environ |= {REPORT: str(report), NUMBER: str(int(number))}
     try:
-        code = train(run_root, *overrides, fault=moment, log=log)
+        code = train(run_root, *overrides, fault=f"signal_at_{moment}", log=log)
     finally:
         del os.environ[REPORT], os.environ[NUMBER]
     assert report.is_file(), f"the run ended before the moment {moment}, with exit code {code}"
@@ -91,4 +91,5 @@ def _send() -> None:
 
 
 # What faults.py calls to install each moment; the seed is not used.
-FAULTS: dict[str, Callable[[int], None]] = {name: lambda seed, name=name: install(name) for name in MOMENTS}
+FAULTS: dict[str, Callable[[int], None]] = {
+    f"signal_at_{name}": lambda seed, name=name: install(name) for name in MOMENTS}

@@ -44,13 +44,13 @@ def run(folder: Path, only: str, workers: int) -> list[tuple[str, str, str]]:
     from tools.torture import damage, kills, limits, servers, stops
     from tools.torture.trial import PROFILES, perform, reference_run
 
-    references = {profile: reference_run(folder / profile, profile) for profile in PROFILES}
+    references = {profile: reference_run(folder / profile.replace(" ", "-"), profile) for profile in PROFILES}
     trials = [*kills.trials(), *damage.trials(folder), *limits.trials(), *servers.trials(),
-              *stops.trials(references["long"][1])]
+              *stops.trials()]
     trials = [trial for trial in trials if only in f"{trial.kind}: {trial.name}"]
     print(f"{len(trials)} trials:", *(f"{count} {kind}," for kind, count in Counter(t.kind for t in trials).items()))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(perform, trial, folder, references[trial.profile][0]) for trial in trials]
+        futures = [pool.submit(perform, trial, folder, references[trial.profile]) for trial in trials]
         return [(trial.kind, trial.name, future.result()) for trial, future in zip(trials, futures, strict=True)]
 
 

@@ -127,7 +127,9 @@ class SingleFileFormat(ABC):
 
     @abstractmethod
     def marks_of(self, scheduler_config: Mapping[str, Any]) -> set[str]:
-        """Return the elements of `marks` that a file must contain if its model has this scheduler configuration.
+        """Return the marks that a file must contain if its model has this scheduler configuration.
+
+        A mark is an empty tensor that states a property of the model; the elements are names of `marks`.
 
         Raises:
             UserError: this format cannot represent the model's prediction type.

@@ -228,7 +228,7 @@ def _openclip_key(name: str) -> str:
 def _replace_start(name: str, replacements: Mapping[str, str]) -> str:
     """Return the name with its start replaced.
 
-    The value of the first key in `replacements` that the name starts with replaces this key.
+    Find the first key in `replacements` with which the name starts, and replace this start by the key's value.
 
     Raises:
         KeyError: the name starts with none of the keys.
