@@ -130,7 +130,10 @@ def _join(pieces: list[Any], key: str, parameter: Tensor) -> Any:
 
 
 def _cut(value: Any, key: str, span: slice, parameter: Tensor) -> Any:
-    """Return the part of an optimizer state entry that belongs to one piece of the parameter: the range `span`. This is the inverse of `_join`."""
+    """Return the part of an optimizer state entry that belongs to one piece of the parameter: the range `span`.
+
+    This is the inverse of `_join`.
+    """
     if key in SHARED_STATE:
         return value
     if isinstance(value, dict):
