@@ -47,7 +47,7 @@ def execute(recipe: Recipe, stop: StopRequest) -> Result:
                 stack.enter_context(locked(recipe.run_dir))
             done: Result | None = engine.run_on_main(partial(load_finished, recipe))
             if done:
-                with track_run(recipe, engine.is_main_process, update_status=False):  # sends metrics not delivered yet
+                with track_run(recipe, engine.is_main_process, False, done.step):  # sends metrics not delivered yet
                     console.say(report.already_finished(done, recipe))
                     return done
             recipe, predicted, note = engine.run_on_main(
@@ -59,7 +59,7 @@ def execute(recipe: Recipe, stop: StopRequest) -> Result:
             setup = assemble(recipe, engine, accelerator, console, meter, stop)
             restore(setup, start, recipe, engine, console, meter)
             # The tracker is opened last, so that invalid input creates no MLflow run.
-            tracker = stack.enter_context(track_run(recipe, engine.is_main_process))
+            tracker = stack.enter_context(track_run(recipe, engine.is_main_process, completed=setup.state.step))
         result = _train(recipe, engine, setup, console, meter, tracker, stop)
     console.table(report.summary_table(result, recipe, tracker.url()))
     return result

@@ -26,6 +26,7 @@ from dreambooth.config.recipe import Recipe
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.runs.checkpoint_files import find_damage, latest
 from dreambooth.serialization import export_layout
+from dreambooth.storage import manifest
 from dreambooth.utils import atomic_files
 from dreambooth.utils.hardware import GIB
 
@@ -108,6 +109,7 @@ def load_finished(recipe: Recipe) -> Result | None:
     if damage := export_layout.find_damage(model):
         log.warning("the model in %s is damaged (%s) and is written again", model, damage)
         return None
+    _report_damaged_samples(run_dir)
     return with_objective(result, recipe)
 
 
@@ -140,6 +142,7 @@ def find_resume_point(run_dir: Path, resume: str) -> Path | None:
     atomic_files.remove_leftovers(run_dir / "checkpoints")
     atomic_files.remove_leftovers(run_dir / "samples")
     if resume == "auto":
+        _report_damaged_samples(run_dir)
         return latest(run_dir / "checkpoints")
     checkpoint = None if resume == "never" else Path(resume).absolute()
     if checkpoint and (damage := find_damage(checkpoint)):
@@ -149,6 +152,13 @@ def find_resume_point(run_dir: Path, resume: str) -> Path | None:
     if earlier and checkpoint and checkpoint.is_relative_to(run_dir):
         checkpoint = earlier / checkpoint.relative_to(run_dir)
     return checkpoint
+
+
+def _report_damaged_samples(run_dir: Path) -> None:
+    """Log a warning for each step with damaged samples. Only the samples of the resumed step can be generated again."""
+    for folder in sorted((run_dir / "samples").glob("step-*")):
+        if damage := manifest.find_damage(folder):
+            log.warning("the samples in %s are damaged (%s)", folder, damage)
 
 
 def _move_earlier_run(run_dir: Path) -> Path | None:

@@ -103,6 +103,10 @@ class Journal:
                 return False
             return self._append({"input": dict(values)})
 
+    def count_missing(self, name: str, last: int) -> int:
+        """Return for how many of the steps 1 to `last` the journal has no value of the metric `name`."""
+        return len(set(range(1, last + 1)) - self._steps.get(("metrics", name), set()))
+
     def set_status(self, value: str) -> None:
         """Write the status of the run, which must be one of STATUSES."""
         with self._lock:

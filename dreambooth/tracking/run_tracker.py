@@ -1,5 +1,6 @@
 """Opens and closes the tracker of a training run, and records the run's description, dataset and final status."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from urllib.parse import quote
@@ -12,9 +13,11 @@ from dreambooth.tracking.journal import EXPERIMENT
 from dreambooth.tracking.tracker import NoOpTracker, Tracker, open_tracker
 from dreambooth.utils import markdown, quoting
 
+log = logging.getLogger(__name__)
+
 
 @contextmanager
-def track_run(recipe: Recipe, main: bool, update_status: bool = True) -> Iterator[Tracker]:
+def track_run(recipe: Recipe, main: bool, update_status: bool = True, completed: int = 0) -> Iterator[Tracker]:
     """Context manager that opens the tracker of a run, and closes it with the status of the run.
 
     The status is FINISHED if the block ends normally, KILLED if the user interrupts it, and FAILED after another error.
@@ -22,8 +25,13 @@ def track_run(recipe: Recipe, main: bool, update_status: bool = True) -> Iterato
     Args:
         main: True in the process with rank 0; the other processes record nothing.
         update_status: see `JournalTracker`.
+        completed: number of training steps before this start. Log a warning if the journal lacks the loss of some of
+            these steps.
     """
     tracker = _open(recipe, update_status) if main else NoOpTracker()
+    if missing := tracker.count_missing("loss", completed):
+        log.warning("metrics.jsonl lacks the loss of %d of the %d steps before this start: the file was damaged, or "
+                    "these steps were trained in another folder", missing, completed)
     status = "FAILED"
     try:
         yield tracker

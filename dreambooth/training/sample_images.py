@@ -11,6 +11,7 @@ from dreambooth.config.recipe import Recipe
 from dreambooth.data.photos import Photo, crop_to_size
 from dreambooth.models.pipeline import Sampler, generate_images
 from dreambooth.runtime.engine import Engine
+from dreambooth.storage import manifest
 from dreambooth.tracking.tracker import Tracker
 from dreambooth.utils import atomic_files
 from dreambooth.utils.image_grid import contact_sheet, grid, is_intact_png, read_samples, square_columns
@@ -42,7 +43,7 @@ class SampleRecorder:
             Interrupted: a process received a stop request while samples were generated. Nothing was written.
         """
         target = self.folder / f"step-{step:06d}"
-        if engine.run_on_main(lambda: not target.is_dir() or not all(map(is_intact_png, target.glob("*.png")))):
+        if engine.run_on_main(lambda: not _are_intact(target)):
             count = self.spec.images_per_prompt
             jobs = [(prompt, self.spec.seed + i) for prompt in self.prompts for i in range(count)]
             batches = generate_images(
@@ -63,7 +64,7 @@ class SampleRecorder:
 
     def _write(self, target: Path, images: Sequence[Image.Image]) -> None:
         count = self.spec.images_per_prompt
-        with atomic_files.write_folder(target) as temporary:
+        with manifest.write_folder(target) as temporary:
             for number in range(len(self.prompts)):
                 row = images[number * count:(number + 1) * count]
                 for i, image in enumerate(row):
@@ -74,3 +75,8 @@ class SampleRecorder:
         if samples := read_samples(self.folder, len(self.prompts)):
             with atomic_files.write_file(self.sheet) as temporary:
                 contact_sheet(self._crops, samples, self.prompts).save(temporary, format="PNG")
+
+
+def _are_intact(folder: Path) -> bool:
+    """Return whether the samples of a step exist and none of them is damaged."""
+    return folder.is_dir() and not manifest.find_damage(folder) and all(map(is_intact_png, folder.glob("*.png")))

@@ -238,3 +238,15 @@ def test_starting_over_twice_in_one_second_keeps_both_runs(tmp_path: Path, monke
     paths = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("earlier-*/checkpoints/step-*"))
     assert paths == [f"earlier-20261124-120000{name}" for name in (
         "-2/checkpoints/step-000002", "/checkpoints/step-000001")]
+
+
+def test_damaged_samples_of_earlier_steps_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (0, 4):
+        with manifest.write_folder(tmp_path / f"samples/step-{step:06d}") as folder:
+            (folder / "prompt-0-0.png").write_bytes(bytes(1000))
+    find_resume_point(tmp_path, "auto")
+    assert not caplog.messages
+    flip_bit(tmp_path / "samples/step-000004/prompt-0-0.png")
+    find_resume_point(tmp_path, "auto")
+    [message] = caplog.messages
+    assert f"{tmp_path / 'samples/step-000004'} are damaged (prompt-0-0.png has other content)" in message

@@ -303,7 +303,9 @@ def test_a_run_from_s3_to_s3_is_resumed_on_another_machine(running: Server, tmp_
         return done.stdout
 
     train("one", "train.max_train_steps=2")
-    assert "resuming after step 2" in train("two", "train.max_train_steps=4")
+    resumed = train("two", "train.max_train_steps=4")
+    assert "resuming after step 2" in resumed
+    assert "metrics.jsonl lacks the loss of 2 of the 2 steps before this start" in resumed
     [name] = {key.split("/")[0] for key in in_bucket("tests", "whole/runs")}
     assert folders.read_manifest(f"s3://tests/whole/runs/{name}/result-000004")
     generated = subprocess.run(

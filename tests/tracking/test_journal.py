@@ -147,3 +147,13 @@ def test_null_tracker_only_journals(tmp_path: Path) -> None:
     tracker.close("FINISHED")
     tracker.close("FINISHED")
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_steps_without_a_value_are_counted(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 4, 9):
+        journal.log_metrics(step, {"loss": 0.5})
+    journal.close()
+    again = Journal(tmp_path / "metrics.jsonl")
+    assert [again.count_missing("loss", last) for last in (0, 2, 4, 6)] == [0, 0, 1, 3]
+    assert again.count_missing("lr", 2) == 2
