@@ -7,6 +7,7 @@ share the images. Torch is imported only when the work of the command starts, so
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
 import hydra
@@ -44,8 +45,9 @@ def _job(config: Config) -> None:
 
 def main() -> None:
     """Run `python -m dreambooth.class_images`."""
-    sys.argv[1:] += [*cli.NO_RUN_FOLDER, "hydra/help=class_images"]
-    cli.run_hydra(class_images, Config)
+    with tempfile.TemporaryDirectory() as folder:  # Hydra writes files for every sweep; they are deleted here
+        sys.argv[1:] += [*cli.NO_RUN_FOLDER, "hydra/help=class_images", f"hydra.sweep.dir={folder}"]
+        cli.run_hydra(class_images, Config)
     cli.exit_process()
 
 

@@ -41,8 +41,11 @@ def test_a_proxy_resolves_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not hub.local_files_only("somebody/model", offline=False)
 
 
-def test_a_folder_needs_no_hub(tmp_path: Path) -> None:
+def test_a_folder_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "unresolved", lambda: None)
     assert hub.local_files_only(str(tmp_path), offline=False)
+    assert hub.local_files_only("somebody/model", offline=True)
+    assert not hub.local_files_only("somebody/model", offline=False)
 
 
 def test_a_refused_connection_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from dreambooth import cli, train
 from dreambooth.config.enums import TrackingKind
 from dreambooth.errors import UserError
 from dreambooth.sweeps import hydra_callbacks
+from tests.support.faults import call
 from tests.sweeps.test_promotion import trial
 
 
@@ -47,3 +48,14 @@ def test_a_sweep_says_why_a_run_failed_and_what_to_type_next(
     assert rows == {"a": "", "c": "c is wrong: type train.seed=1", "#2": "b is wrong: type train.seed=1"}
     last = capfd.readouterr().out.splitlines()[-2:]
     assert last == [f'python -m dreambooth.{name} sweep=s run_root="{root}"' for name in ("compare", "promote")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, said", [("plan", "s/step"), ("class_images", "no class images")])
+def test_several_plans_or_class_images_leave_nothing_of_a_sweep(command: str, said: str, tmp_path: Path) -> None:
+    """No table of trials, no database, and no folder or record of a run that was not made."""
+    runs, log = tmp_path / "runs", tmp_path / "log"
+    words = ["-m", f"run_root={runs}", "tracking=mlflow", "prior.with_prior_preservation=false"]
+    assert call(command, words, log=log) == 0
+    assert said in log.read_text() and "results-" not in log.read_text()
+    assert not runs.exists(), sorted(runs.rglob("*"))

@@ -30,7 +30,8 @@ def test_secrets_of_urls_are_masked(text: str) -> None:
 
 def test_what_is_no_secret_stays() -> None:
     for text in ("http://host:5000/#/experiments/1/runs/2", "s3://bucket/folder", "models:/demo@champion", "a toy? yes",
-                 "https://arxiv.org/abs/2208.12242", "sqlite:////runs/mlflow.db", "why? a@b.c"):
+                 "https://arxiv.org/abs/2208.12242", "sqlite:////runs/mlflow.db", "why? a@b.c", "a toy?red",
+                 "https://host/@me/photos"):
         assert mask_urls(text) == text
     assert mask_urls(f"there is no {SIGNED}: type it") == (
         "there is no https://bucket.s3.amazonaws.com/model.safetensors?***: type it")
