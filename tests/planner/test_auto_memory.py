@@ -124,7 +124,7 @@ def test_listed_options_are_for_the_phase_that_needs_the_most_memory() -> None:
 def test_a_finished_run_is_not_planned_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     result = Result(8, 0.5, 1.0, str(tmp_path), "model")
     monkeypatch.setattr(run, "load_finished", lambda recipe: result)
-    monkeypatch.setattr(run, "track_run", lambda recipe, main, update_status: nullcontext())
+    monkeypatch.setattr(run, "track_run", lambda *_: nullcontext())
     monkeypatch.setattr(auto_memory, "apply_auto_memory", lambda *_: pytest.fail("it was planned"))
     recipe = demo_recipe(memory__auto=True, tracking__kind=TrackingKind.none)
     assert run.execute(replace(recipe, run_dir=tmp_path), StopRequest()) is result
