@@ -244,8 +244,11 @@ def _few_file_handles(count: int) -> None:
     """Limit the open files to `count` more than now."""
     import resource
 
-    limit = max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + count
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    while (number := os.dup(0)) <= highest:  # leave no free number below the highest one
+        pass
+    os.close(number)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + count,) * 2)
 
 
 def _no_disk(seed: int) -> None:

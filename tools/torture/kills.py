@@ -4,6 +4,7 @@ import signal
 import time
 
 from tests.support.faults import FAULTS
+from tests.support.moments import stop_at
 from tests.support.runs import KILLED
 from tests.support.s3_server import plain_client, serving
 from tools.torture.trial import Place, TortureError, Trial
@@ -23,12 +24,20 @@ def trials() -> list[Trial]:
         *(Trial(kind, f"start, after {seconds} s", kill_after, (seconds, "tracking=none")) for seconds in START),
         *(Trial(kind, f"creation of mlflow.db, after {seconds} s", kill_after, (seconds, "tracking=mlflow"))
           for seconds in DATABASE),
+        *(Trial(kind, moment, kill_at_moment, (moment,), "with evaluation") for moment in ("evaluation", "scores")),
         *(Trial(kind, f"upload, request {number}", kill_at_upload, (number,)) for number in UPLOADS)]
 
 
 def kill_at_fault_point(place: Place, fault: str, seed: int) -> str:
     """Kill the run where a fault of tests/support/faults.py says."""
     if (code := place.train(fault=fault, seed=seed)) != KILLED:
+        raise TortureError(f"the run was not killed, exit code {code}")
+    return place.repeat()
+
+
+def kill_at_moment(place: Place, moment: str) -> str:
+    """Kill the run at a moment of tests/support/moments.py."""
+    if (code := stop_at(place.folder, moment, *place.settings, number=signal.SIGKILL, log=place.log).code) != KILLED:
         raise TortureError(f"the run was not killed, exit code {code}")
     return place.repeat()
 

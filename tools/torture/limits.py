@@ -13,7 +13,7 @@ from tools.torture.trial import Place, TortureError, Trial
 MOMENTS = {"class images": "class images 1/", "first checkpoint": "training 1/", "samples": "training 4/",
            "export": "training 7/"}
 FREE_MIB = (0, 40)  # disk space that is left: for nothing, and for half a checkpoint
-FILE_HANDLES = (0, 2, 5, 10, 20)  # that the run may open in addition to those it has at its start
+FILE_HANDLES = (2, 5, 10, 20, 40)  # that the run may open in addition to those it has at its start
 
 
 def trials() -> list[Trial]:

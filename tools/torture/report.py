@@ -7,6 +7,7 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 HEAD = """# Torture
 
 Written by `make torture` on {date}: {count} trials in {minutes:.0f} minutes, Python {python}, {cores} CPU cores. Each
@@ -42,4 +43,4 @@ def write(page: Path, rows: list[tuple[str, str, str]], seconds: float) -> None:
 
 def _cell(text: str) -> str:
     """Without paths of this machine, and without the separator of a table."""
-    return re.sub(r"/\S*/trial-\w+", "RUN_ROOT", text).replace("|", "\\|")
+    return re.sub(r"/\S*/trial-\w+", "RUN_ROOT", text).replace(f"{ROOT}/", "").replace("|", "\\|")
