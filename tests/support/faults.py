@@ -198,7 +198,6 @@ def _no_memory(seed: int) -> None:
 def _return_freed_memory() -> None:
     """Make malloc return freed tensors of 128 KiB or more to the system, so that later steps cannot reuse them."""
     import ctypes
-
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**17)  # set by the user, so that the product sets nothing itself
     m_mmap_threshold = -3  # of <malloc.h>
     assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**17) == 1
@@ -208,8 +207,7 @@ def _limit_memory(mib: int) -> None:
     """Limit the address space of this process to `mib` MiB more than it uses now."""
     import resource
 
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + mib * 2**20
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + mib * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
@@ -245,10 +243,9 @@ def _few_file_handles(count: int) -> None:
     import resource
 
     highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
-    while (number := os.dup(0)) <= highest:  # leave no free number below the highest one
+    while os.dup(0) <= highest:  # leave no free number below the highest one
         pass
-    os.close(number)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + count,) * 2)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 2 + count,) * 2)
 
 
 def _no_disk(seed: int) -> None:
