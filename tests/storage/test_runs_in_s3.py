@@ -300,7 +300,7 @@ def test_a_run_from_s3_to_s3_is_resumed_on_another_machine(running: Server, tmp_
         done = subprocess.run([*command, f"run_root={tmp_path / machine}", *more], capture_output=True, text=True,
                               check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        return done.stdout + done.stderr
 
     train("one", "train.max_train_steps=2")
     resumed = train("two", "train.max_train_steps=4")
