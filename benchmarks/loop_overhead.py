@@ -34,7 +34,6 @@ from dreambooth.training.loop import fit
 from dreambooth.training.setup import assemble
 from dreambooth.training.step import train_step
 from dreambooth.utils.console import Console
-from dreambooth.utils.signals import StopRequest
 
 Clocks = tuple[float, float]  # seconds of wall time and of CPU time of all threads
 
@@ -66,7 +65,7 @@ def measure(steps: int, folder: Path) -> tuple[list[Clocks], list[Clocks]]:
     recipe = resolve(config, folder / "run")
     engine, accelerator = create_engine(recipe.device, recipe.precision.dtype)
     meter, console = MemoryMeter(engine.device), Console(quiet=True)
-    setup = assemble(recipe, engine, accelerator, console, meter, StopRequest())
+    setup = assemble(recipe, engine, accelerator, console, meter)
     [batch] = setup.batches(0)
     bare: list[Clocks] = []
     ours: list[Clocks] = []

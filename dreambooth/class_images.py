@@ -6,11 +6,11 @@ The images are stored below the folder run_root. Runs with the same class prompt
 share the images. Torch is imported only when the work of the command starts, so that --help is fast.
 """
 
-import sys
-import tempfile
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dreambooth import cli
@@ -25,7 +25,7 @@ identity.register_resolver()
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def class_images(cfg: DictConfig) -> None:
     """Generate the missing class images of a run."""
-    cli.run_job(lambda: _job(load(cfg)), sweep=False)
+    cli.run_job(lambda: _job(load(cfg)), sweep=HydraConfig.get().mode is RunMode.MULTIRUN)
 
 
 def _job(config: Config) -> None:
@@ -40,14 +40,12 @@ def _job(config: Config) -> None:
     with catch_stop_signals() as stop, stop.at_once("stopped; made images are kept; repeat the command to continue"):
         from dreambooth.training.setup import make_class_images
 
-        make_class_images(recipe, stop)
+        make_class_images(recipe)
 
 
 def main() -> None:
     """Run `python -m dreambooth.class_images`."""
-    with tempfile.TemporaryDirectory() as folder:  # Hydra writes files for every sweep; they are deleted here
-        sys.argv[1:] += [*cli.NO_RUN_FOLDER, "hydra/help=class_images", f"hydra.sweep.dir={folder}"]
-        cli.run_hydra(class_images, Config)
+    cli.run_hydra_without_folder(class_images, Config, "class_images")
     cli.exit_process()
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,8 +25,8 @@ from dreambooth.utils import atomic_files, masking, quoting
 from dreambooth.utils.suggestions import closest
 
 # Hydra arguments for a command that writes no run folder, and with -m no table of trials.
-NO_RUN_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none",
-                 "~hydra.callbacks.sweep")
+_NO_RUN_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none",
+                  "~hydra.callbacks.sweep")
 
 # Errors of the system that a user can act on, and what to do. Others, such as a file that is missing although this
 # package wrote it, are internal faults.
@@ -34,6 +35,10 @@ SYSTEM_ERRORS = {
     errno.EROFS: "type a path on a disk that can be written", errno.ENAMETOOLONG: "type a shorter path",
     errno.ELOOP: "its links form a circle: type another path", errno.EMFILE: "type ulimit -n 4096, then the command",
     errno.ENFILE: "close other programs, then repeat the command"}
+
+# Lines of .hydra/config.yaml that the command evaluate reads again: prompts, and the address of MLflow. A run whose
+# address contains a password or token is refused, and the file is removed.
+_READ_AGAIN = re.compile(r"\s*(uri|\w*prompts?):")
 
 _intercepted: dict[str, str] = {}  # key -> value of overrides that are hidden from Hydra
 _exit_codes: list[int] = []  # one per failed job; a sweep runs several jobs
@@ -62,7 +67,18 @@ def run_hydra(command: Callable[[], Any], kind: type) -> None:
         kind: dataclass of the command's configuration.
     """
     use_utf8()
-    run_job(lambda: _run_hydra(command, kind), sweep=False)
+    _report_failure(lambda: _run_hydra(command, kind))
+
+
+def run_hydra_without_folder(command: Callable[[], Any], kind: type, name: str) -> None:
+    """Run a command as `run_hydra` does, but leave no file of Hydra behind, even with -m.
+
+    Args:
+        name: name of the command's help text in conf/hydra/help/.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # Hydra writes files for every sweep
+        sys.argv[1:] += [*_NO_RUN_FOLDER, f"hydra/help={name}", f"hydra.sweep.dir={folder}"]
+        run_hydra(command, kind)
 
 
 def _run_hydra(command: Callable[[], Any], kind: type) -> None:
@@ -146,6 +162,16 @@ def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "re
     """
     for name, value in cpu_tuning.openmp_environment().items():
         os.environ.setdefault(name, value)  # the user's own settings take precedence
+    return _report_failure(job, sweep, resume_hint)
+
+
+def _report_failure(job: Callable[[], float | None], sweep: bool = False,
+                    resume_hint: str = "repeat the command") -> float | None:
+    """Call `job` as `run_job` describes, but set no environment variables.
+
+    The variables that `run_job` sets depend on the load of the machine while Hydra composes the configuration, so they
+    must not be set before.
+    """
     for category in (FutureWarning, DeprecationWarning):  # warnings for library developers, not for users
         warnings.simplefilter("ignore", category)
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
@@ -176,15 +202,23 @@ def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "re
 def _report_system_error(error: OSError) -> None:
     """Print an error of the operating system, and record the failure.
 
-    If SYSTEM_ERRORS has advice for the error, print one sentence. These are errors that the name or the permissions
-    of a path, or a limit on open files, has caused. For any other error, print the traceback.
+    Print the sentence of `describe_system_error`. If there is none, print the traceback.
     """
-    if not (advice := SYSTEM_ERRORS.get(error.errno or 0)):
+    if not (sentence := describe_system_error(error)):
         _report_fault(error)
         return
-    sentence = masking.mask_urls(f"{error.filename or 'a file'} cannot be used ({error.strerror}): {advice}")
     print(f"dreambooth: {sentence}", file=sys.stderr)
     _record_failure(UserError.exit_code, sentence)
+
+
+def describe_system_error(error: Exception) -> str | None:
+    """Return one sentence about an error of the operating system. Return None if SYSTEM_ERRORS has no advice for it.
+
+    SYSTEM_ERRORS has the errors that the name or the permissions of a path, or a limit on open files, has caused.
+    """
+    if not isinstance(error, OSError) or not (advice := SYSTEM_ERRORS.get(error.errno or 0)):
+        return None
+    return masking.mask_urls(f"{error.filename or 'a file'} cannot be used ({error.strerror}): {advice}")
 
 
 def _report_fault(error: Exception) -> None:
@@ -220,7 +254,7 @@ def _mask_hydra_record() -> None:
     hydra = module.HydraConfig.get()
     record = Path(hydra.runtime.output_dir) / hydra.output_subdir if hydra.output_subdir else None
     for path in [*(record.glob("*.yaml") if record else ()), Path(hydra.sweep.dir) / "multirun.yaml"]:
-        masking.mask_file(path)
+        masking.mask_file(path, _READ_AGAIN if path.name == "config.yaml" else None)
 
 
 def _record_failure(code: int, sentence: str, user_error: bool = True) -> None:

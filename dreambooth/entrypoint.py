@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth import cli
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.config.enums import Device, TrackingKind
-from dreambooth.config.overrides import explain, prepare, setting_keys
+from dreambooth.config.overrides import explain, parse, prepare, setting_keys
 from dreambooth.config.schema import Config, Storage
 from dreambooth.config.storage import is_remote
 from dreambooth.container.cluster import count_gpus, limit_to_one_process, parse_resource_config
@@ -58,8 +56,12 @@ def main() -> None:
         status = ExitStatus(error.exit_code, mask_urls(str(error)))
         print(f"dreambooth: {status.message}", file=sys.stderr)
     except Exception as error:
-        sys.stderr.write(mask_urls(traceback.format_exc()))
-        status = ExitStatus(1, cli.describe_fault(error))
+        if sentence := cli.describe_system_error(error):
+            status = ExitStatus(UserError.exit_code, sentence)
+            print(f"dreambooth: {sentence}", file=sys.stderr)
+        else:
+            status = ExitStatus(1, cli.describe_fault(error))
+            sys.stderr.write(mask_urls(traceback.format_exc()))
     if status.code:
         with suppress(OSError):  # if nothing can be written, the log and the exit code still report the failure
             paths.failure.parent.mkdir(parents=True, exist_ok=True)
@@ -236,11 +238,8 @@ def _is_known_key(name: str) -> bool:
 
 
 def _is_single_value(override: str) -> bool:
-    try:
-        parsed = OverridesParser.create().parse_override(override)
-    except HydraException:
-        return False
-    return not parsed.is_sweep_override()
+    parsed = parse(override)
+    return parsed is not None and not parsed.is_sweep_override()
 
 
 GRAMMAR = OverrideGrammar(_is_known_key, tuple(sorted(_config_keys())), _is_single_value)

@@ -5,7 +5,6 @@ if the run does not fit. Torch is imported only when the work of the command sta
 """
 
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,10 +79,8 @@ def _show(config: Config) -> None:
 
 def main() -> None:
     """Run the console script `dreambooth-plan`."""
-    with tempfile.TemporaryDirectory() as folder:  # Hydra writes files for every sweep; they are deleted here
-        sys.argv[1:] += [*cli.NO_RUN_FOLDER, "hydra/help=plan", f"hydra.sweep.dir={folder}"]
-        cli.run_hydra(plan, Config)
-    if len(_plans) > 1 or any(word in ("-m", "--multirun") for word in sys.argv):
+    cli.run_hydra_without_folder(plan, Config, "plan")
+    if len(_plans) > 1 or (_plans and any(word in ("-m", "--multirun") for word in sys.argv)):
         from dreambooth.planner import report
 
         as_json = any(word == "plan.format=json" for word in sys.argv)

@@ -56,7 +56,7 @@ def execute(recipe: Recipe, stop: StopRequest) -> Result:
             start = checkpoint_transfer.resume_point(recipe.run_dir, recipe.checkpoint.resume, engine)
             advice = partial(oom_advice.suggest_overrides, recipe=recipe.with_processes(engine.world_size))
             meter = MemoryMeter(engine.device, advice, predicted)
-            setup = assemble(recipe, engine, accelerator, console, meter, stop)
+            setup = assemble(recipe, engine, accelerator, console, meter)
             restore(setup, start, recipe, engine, console, meter)
             # The tracker is opened last, so that invalid input creates no MLflow run.
             tracker = stack.enter_context(track_run(recipe, engine.is_main_process, completed=setup.state.step))
@@ -103,11 +103,11 @@ def _finish(recipe: Recipe, engine: Engine, setup: Setup, evaluation: Evaluation
     """Score and export the last step's weights (with evaluate.select: the best step's). With use_ema, use their EMA."""
     step = setup.state.step
     with meter.phase("export"):
-        with evaluation.exported_weights() as exported, engine.autocast():
+        with evaluation.exported_weights(exported := evaluation.exported_step()), engine.autocast():
             scores = evaluation.scores(exported) | {INSTANCE_LOSS: instance_loss(setup, console)}
         result = Result(step, nan, seconds, str(recipe.run_dir), "model", exported, scores, evaluation.scores(0))
         result = run_folder.with_objective(result, recipe)
-        with evaluation.exported_weights(exact=True):
+        with evaluation.exported_weights(exported, exact=True):
             folder = export.export(setup.parts, recipe, exported, recipe.run_dir / "contact_sheet.png")
     tracker.log_metrics(step, meter.peaks | {
         "objective": result.objective, INSTANCE_LOSS: scores[INSTANCE_LOSS], "exported_step": exported,

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -100,10 +99,8 @@ def unquote(override: str) -> str:
     raw = override.partition("=")[2]
     if not raw.startswith(("'", '"')):
         return raw
-    try:
-        return unescape_interpolation(str(OverridesParser.create().parse_override(override).value()))
-    except HydraException:
-        return raw
+    parsed = overrides.parse(override)
+    return unescape_interpolation(str(parsed.value())) if parsed else raw
 
 
 def uri_has_password(cfg: DictConfig) -> bool:

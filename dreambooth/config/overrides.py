@@ -85,7 +85,7 @@ def _prepare(word: str, kind: type) -> str:
                        lambda found: escape_interpolations(found[0]), value)
     candidates = [value, *([quoting.hydra_string(expand_home(raw))] if value != raw and raw[0] == "~" else [])]
     for candidate in candidates:
-        if parsed := _parse(f"{key}{equals}{candidate}"):
+        if parsed := parse(f"{key}{equals}{candidate}"):
             hint, is_number = setting_type(kind, name), type(parsed.value()) in (int, float)
             if hint in (bool, bool | None) and is_number and parsed.value() not in (0, 1):
                 raise UserError(f"{name} must be {expected_form(hint)}, not {raw}")  # OmegaConf takes 2 for true
@@ -96,7 +96,8 @@ def _prepare(word: str, kind: type) -> str:
     raise UserError(_not_in_grammar(key, name, raw, kind))
 
 
-def _parse(override: str) -> Override | None:
+def parse(override: str) -> Override | None:
+    """Return an override as Hydra parses it; None if it is not valid in Hydra's grammar."""
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException:
@@ -138,7 +139,7 @@ def _not_in_grammar(key: str, name: str, raw: str, kind: type) -> str:
     if (found := re.search(r"\s([\w./]+)=\S", raw)) and (
             setting_type(kind, found[1]) is not None or found[1] in _group_names(kind)):
         return f"{key}={raw} is several overrides in one word: type them without quotes around all of them"
-    if _parse(f"{key}={quoting.hydra_string(_plain(raw))}") is None:
+    if parse(f"{key}={quoting.hydra_string(_plain(raw))}") is None:
         return unknown_key(name, raw, kind)
     if raw[:1] in ("[", "{") and "list[" in (form := str(setting_type(kind, name))):
         return f'the value of {key} is not a list that Hydra can read: type {key}="[{_example_item(form)}]"'
@@ -196,7 +197,7 @@ def explain(error: Exception, kind: type, words: Sequence[str] = ()) -> DreamBoo
     if isinstance(error, ValueError) and str(error).startswith("Config group override"):
         for word in words:
             key, _, raw = word.lstrip("+").partition("=")
-            if (conf_dir() / key).is_dir() and isinstance(parsed := _parse(word), Override) \
+            if (conf_dir() / key).is_dir() and isinstance(parsed := parse(word), Override) \
                     and not isinstance(parsed.value(), str):
                 options = sorted(path.stem for path in (conf_dir() / key).glob("*.yaml"))
                 return UserError(_unknown_option(key, raw, options))

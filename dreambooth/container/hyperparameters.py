@@ -5,7 +5,6 @@ Settings have four sources. In order of precedence, lowest first, these are the 
 override replaces the setting of a blog hyperparameter or of a channel, the log contains a notice.
 """
 
-import difflib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from dreambooth.storage.run_inputs import model_folder
 from dreambooth.utils.atomic_files import write_folder
 from dreambooth.utils.plurals import counted
 from dreambooth.utils.quoting import hydra_string
+from dreambooth.utils.suggestions import closest
 
 CHANNEL_KEYS = {  # channel of the job -> configuration key that its folder sets
     "images": "dataset.instance_dir", "training": "dataset.instance_dir", "train": "dataset.instance_dir",
@@ -104,7 +104,7 @@ def _check_names(hyperparameters: Mapping[str, str], grammar: OverrideGrammar) -
     for name in hyperparameters:
         if name in blog_hyperparameters.NAMES or grammar.is_known(name.lstrip("+")):
             continue
-        similar = difflib.get_close_matches(name, (*blog_hyperparameters.NAMES, *grammar.keys), n=1)
+        similar = closest(name, (*blog_hyperparameters.NAMES, *grammar.keys), 1)
         hint = f"did you mean {similar[0]}?" if similar else "give an override, such as train.max_train_steps"
         problems.append(f"hyperparameter {name} is not known: {hint}")
     return problems

@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.utils.key_names import short_names
-from dreambooth.utils.masking import mask_log_records, mask_urls
+from dreambooth.utils.masking import mask_urls
 
 DEFAULT_SWEEP_ID = time.strftime("%Y-%m-%d_%H-%M-%S")  # the sweep's ID if tracking.sweep is not set
 _varied_keys: list[str] = []  # configuration keys that the current sweep varies
@@ -33,7 +33,6 @@ class Sweep(Callback):
         self._jobs: list[tuple[Path, list[str], float | None]] = []  # run folder, overrides, objective
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        mask_log_records()  # Hydra's launcher logs the overrides of each job
         overrides = [str(override) for override in config.hydra.overrides.task]
         parsed = OverridesParser.create().parse_overrides(overrides)
         spaces = [OmegaConf.select(config, f"hydra.sweeper.{name}") or {} for name in ("params", "search_space")]

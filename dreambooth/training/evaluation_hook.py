@@ -98,27 +98,30 @@ class EvaluationHook:
         weights = evaluate.parse_sum(spec.select, self.recipe.measure_roles)
         return best_weights.best_step(self.evaluator.scores(), weights, spec.every, last)
 
-    @contextmanager
-    def exported_weights(self, exact: bool = False) -> Iterator[int]:
-        """Put the weights to export into the trained module in a `with` block. Yield the step of these weights.
+    def exported_step(self) -> int:
+        """Return the step whose weights are exported.
 
-        This step is the best evaluated step if the run selects the best step and its weights are still on the disk.
-        Otherwise it is the last step.
-
-        Args:
-            exact: whether the weights keep their precision, so that they can be written to a file; see `swap_in_ema`.
+        This is the best evaluated step if the run selects the best step and its weights are still on the disk.
+        Otherwise it is the last step. The weights on the disk are read and compared with their checksums.
         """
         last = self.setup.state.step
         step = self.best_step(last) or last
         if step != last and best_weights.saved_step(self.best_folder) != step:
             log.warning("step %d is the best, but its weights are no longer in %s: step %d is exported",
                         step, self.best_folder, last)
-            step = last
-        weights: AbstractContextManager[None] = swap_in_ema(self.setup, exact)
-        if step != last:
-            weights = best_weights.swap_into(self.best_folder, self.setup.trained, exact)
-        with weights:
-            yield step
+            return last
+        return step
+
+    def exported_weights(self, step: int, exact: bool = False) -> AbstractContextManager[Any]:
+        """Put the weights to export into the trained module in a `with` block.
+
+        Args:
+            step: the result of `exported_step`.
+            exact: whether the weights keep their precision, so that they can be written to a file; see `swap_in_ema`.
+        """
+        if step == self.setup.state.step:
+            return swap_in_ema(self.setup, exact)
+        return best_weights.swap_into(self.best_folder, self.setup.trained, exact)
 
     def scores(self, step: int) -> dict[str, float]:
         """Return the scores of the state after `step` completed steps; {} if this state was not evaluated."""

@@ -32,7 +32,6 @@ from dreambooth.training import best_weights, checkpoint
 from dreambooth.training.step import Objective, TrainState
 from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
-from dreambooth.utils.signals import StopRequest
 
 
 @dataclass
@@ -50,8 +49,7 @@ class Setup:
     idle: ModuleOffload  # the model parts that a training step does not use
 
 
-def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: Console, meter: MemoryMeter,
-             stop: StopRequest) -> Setup:
+def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: Console, meter: MemoryMeter) -> Setup:
     """Load all inputs of a run and build its objects.
 
     Photos are checked before the model is loaded, so that errors in photos are reported early.
@@ -76,7 +74,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         with meter.phase("class_images"):
             photo_sets.append(_build_photo_set(recipe, "class", [
                 photo for class_recipe in recipe.class_recipes
-                for photo in _load_class_images(class_recipe, pipeline, engine, console, stop)]))
+                for photo in _load_class_images(class_recipe, pipeline, engine, console)]))
     if recipe.dataset.buckets:
         console.say(subjects.describe_buckets(photos))
     with meter.phase("caching"), ModuleOffload([parts.denoiser], engine.device).on_host():
@@ -118,7 +116,7 @@ def restore(setup: Setup, start: Path | None, recipe: Recipe, engine: Engine, co
         run_folder.check_disk_space(recipe.run_dir, checkpoints + best + export.size_bytes(setup.parts, recipe))
 
 
-def make_class_images(recipe: Recipe, stop: StopRequest) -> None:
+def make_class_images(recipe: Recipe) -> None:
     """Generate the missing class images of a run, and do nothing else.
 
     The base model is loaded only if class images are missing.
@@ -147,7 +145,7 @@ def make_class_images(recipe: Recipe, stop: StopRequest) -> None:
         pipeline = build_pipeline(loading.load(recipe, engine.device))
     with meter.phase("class_images"):
         for class_recipe in incomplete:
-            _load_class_images(class_recipe, pipeline, engine, console, stop)
+            _load_class_images(class_recipe, pipeline, engine, console)
 
 
 def remove_shared_leftovers(run_root: Path) -> None:
@@ -195,14 +193,12 @@ def _build_photo_set(recipe: Recipe, name: str, photos: list[Photo], repeats: li
     return PhotoSet(name, photos, data.center_crop, data.random_flip, repeats, data.prompt_dropout)
 
 
-def _load_class_images(recipe: Recipe, pipeline: Any, engine: Engine, console: Console,
-                       stop: StopRequest) -> list[Photo]:
+def _load_class_images(recipe: Recipe, pipeline: Any, engine: Engine, console: Console) -> list[Photo]:
     """Return the class images of a recipe. Missing images are generated first."""
     images = class_images.find(recipe)
     console.say(str(images))
 
     def generate(seeds: list[int]) -> list[Any]:
-        stop.check()
         prompts = [recipe.class_prompt] * len(seeds)
         batches = generate_images(
             pipeline, prompts, seeds, class_images.sampler_settings(recipe), len(seeds), engine.autocast)

@@ -13,7 +13,7 @@ from dreambooth.utils import atomic_files
 
 _USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
 _QUERY = re.compile(r"(?<=://)([^\s?'\"]*)\?[^\s'\"<>`]+?(?=[).,:;\]}]*(?:[\s'\"<>`]|$))")
-_ASSIGNMENT = re.compile(r"(?i)(password|token|signature)=[^&\s]+")  # also outside of a URL
+_ASSIGNMENT = re.compile(r"(?i)(password|token|signature)=[^&\s'\"]+")  # also outside of a URL
 
 
 def mask_urls(text: str, uri: str = "") -> str:
@@ -31,11 +31,17 @@ def mask_urls(text: str, uri: str = "") -> str:
     return _ASSIGNMENT.sub(r"\1=***", text)
 
 
-def mask_file(path: Path) -> None:
-    """Mask the URLs in a text file. Do nothing if the file does not exist."""
+def mask_file(path: Path, kept_lines: re.Pattern[str] | None = None) -> None:
+    """Mask the URLs in a text file. Do nothing if the file does not exist.
+
+    Args:
+        kept_lines: lines whose beginning matches are not changed; None: all lines are masked.
+    """
     with contextlib.suppress(OSError):
         text = path.read_text(encoding="utf-8")
-        if (masked := mask_urls(text)) != text:
+        masked = "".join(line if kept_lines and kept_lines.match(line) else mask_urls(line)
+                         for line in text.splitlines(keepends=True))
+        if masked != text:
             with atomic_files.write_file(path) as temporary:
                 temporary.write_text(masked, encoding="utf-8")
 

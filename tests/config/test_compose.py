@@ -297,7 +297,8 @@ def test_each_command_has_its_own_headline() -> None:
     assert [headlines[name].split()[0] for name in ("dreambooth", "plan", "class_images")] == [
         "DreamBooth:", "Predict", "Generate"]
     for name in ("plan", "class_images"):
-        assert f'"hydra/help={name}"' in (Path(dreambooth.__file__).parent / f"{name}.py").read_text("utf-8")
+        code = (Path(dreambooth.__file__).parent / f"{name}.py").read_text("utf-8")
+        assert f'run_hydra_without_folder({name}, Config, "{name}")' in code
 
 
 def test_a_cpu_stays_a_cpu() -> None:

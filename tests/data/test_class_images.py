@@ -261,7 +261,6 @@ def test_the_class_images_command_uses_the_precision_that_is_in_the_key(
     from dreambooth.models import loading
     from dreambooth.runtime.engine import Engine
     from dreambooth.training import setup
-    from dreambooth.utils.signals import StopRequest
 
     class EnoughSeen(Exception):
         pass
@@ -276,5 +275,5 @@ def test_the_class_images_command_uses_the_precision_that_is_in_the_key(
         Engine(set_autocast_cache=seen.append), None))[1])
     monkeypatch.setattr(loading, "load", load)
     with pytest.raises(EnoughSeen):
-        setup.make_class_images(recipe, StopRequest())
+        setup.make_class_images(recipe)
     assert seen == [("cpu", recipe.precision.dtype, True), False]

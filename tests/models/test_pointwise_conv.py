@@ -148,7 +148,6 @@ def test_the_encoder_reads_each_prompt_once(tmp_path: Path) -> None:
     from dreambooth.runtime.memory_meter import MemoryMeter
     from dreambooth.training.setup import assemble
     from dreambooth.utils.console import Console
-    from dreambooth.utils.signals import StopRequest
 
     for words, prompts in (("train.train_text_encoder=true",), 2), (
             ("method=lora", "method.dropout=0.1", "train.train_text_encoder=true"), 6):
@@ -156,7 +155,7 @@ def test_the_encoder_reads_each_prompt_once(tmp_path: Path) -> None:
             "hardware=cpu", "tracking=none", "train.train_batch_size=3", "prior.num_class_images=3",
             "prior.num_inference_steps=1", "evaluate.encoder=none", f"run_root={tmp_path}", *words)), tmp_path / "run")
         engine, accelerator = create_engine(asked.device, asked.precision.dtype)
-        found = assemble(asked, engine, accelerator, Console(quiet=True), MemoryMeter(engine.device), StopRequest())
+        found = assemble(asked, engine, accelerator, Console(quiet=True), MemoryMeter(engine.device))
         seen: list[int] = []
         found.parts.encoders[0].register_forward_pre_hook(lambda _, given, to=seen: to.append(len(given[0])))
         batch: Batch

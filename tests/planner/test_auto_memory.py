@@ -163,4 +163,4 @@ def test_a_run_sets_the_autocast_cache_of_the_engine(enabled: bool) -> None:
     unused: Any = None
     engine = Engine(set_autocast_cache=set_autocast_cache)
     with pytest.raises(CacheSet, match=str(enabled)):
-        assemble(small_recipe(memory__autocast_cache=enabled), engine, *[unused] * 4)
+        assemble(small_recipe(memory__autocast_cache=enabled), engine, *[unused] * 3)

@@ -63,6 +63,7 @@ def test_bad_input_is_one_sentence(entry: dict[str, Any], folder: Path, uninterr
     said = result.stderr.strip()
     assert result.returncode == entry.get("code", 1), said
     assert "Traceback" not in said + result.stdout
+    assert result.stdout == entry.get("prints", result.stdout)
     assert said.startswith("dreambooth: ") and said.count("dreambooth: ") == 1, said
     assert len(said.splitlines()) <= 3, said
     for words in entry["says"]:

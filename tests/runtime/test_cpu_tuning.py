@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dreambooth import cli
+from dreambooth.config.schema import Config
 from dreambooth.runtime import cpu_tuning
 from dreambooth.runtime.cpu_tuning import LONG_SPIN, SHORT_SPIN, CpuTimes
 
@@ -64,3 +66,14 @@ def test_freed_memory_is_used_again_without_a_page_fault() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
 def test_the_users_malloc_settings_take_precedence() -> None:
     assert pages("kept", MALLOC_TRIM_THRESHOLD_="1000000")[0] == "False"
+
+
+def test_the_load_of_the_machine_is_read_when_the_job_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the start of the command and the job, Hydra composes the configuration: long enough to see the load."""
+    readings: list[str] = []
+    monkeypatch.setattr(cpu_tuning, "openmp_environment", lambda: readings.append("read") or {})
+    monkeypatch.setattr(sys, "argv", ["dreambooth/train.py"])
+    cli.run_hydra(lambda: readings.append("composed"), Config)
+    assert readings == ["composed"]
+    cli.run_job(lambda: readings.append("job"), sweep=False)
+    assert readings == ["composed", "read", "job"]

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from dreambooth import cli
 from dreambooth.cloud import sweep_results
@@ -77,6 +79,23 @@ def test_nothing_that_is_kept_holds_a_secret(tmp_path: Path, monkeypatch: pytest
     mask_file(tmp_path / "overrides.yaml")
     kept += [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(kept) == 8 and not [text for text in kept if "s3cret" in text]
+
+
+def test_the_record_of_a_run_stays_what_evaluate_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts and the address of MLflow are not changed, and a masked value keeps its quotes."""
+    record = tmp_path / ".hydra/config.yaml"
+    record.parent.mkdir()
+    kept = "tracking:\n  uri: postgresql://me@host/db?sslmode=require\n"
+    kept += "sample:\n  negative_prompt: 'text: token=1 http://a@b/?c'\n"
+    record.write_text(f"{kept}model:\n  source: {SIGNED}\n  revision: 'x token=s3cret'\n")
+    overrides = tmp_path / ".hydra/overrides.yaml"
+    overrides.write_text(kept)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": {
+        "runtime": {"output_dir": str(tmp_path)}, "output_subdir": ".hydra", "sweep": {"dir": str(tmp_path)}}}))
+    cli.run_job(lambda: None, sweep=False)
+    assert overrides.read_text() == mask_urls(kept) != kept
+    assert record.read_text() == (f"{kept}model:\n  source: {mask_urls(SIGNED)}\n  revision: 'x token=***'\n")
+    assert "s3cret" not in record.read_text()
 
 
 def test_titles_and_axes_tell_keys_apart_that_end_alike() -> None:
