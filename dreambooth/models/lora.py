@@ -81,8 +81,8 @@ class LowRank:
         scaled: Tensor = whole.flatten(1) * factor.view(-1, 1)
         return scaled.view_as(weight)
 
-    def base_scale(self, weight: Tensor) -> Tensor | None:
-        """Return m |W| / |V| for each row, (out,), in fp32 on the CPU; None without DoRA. V is W + s B A.
+    def base_scale(self, weight: Tensor) -> Tensor:
+        """Return m |W| / |V| of a DoRA for each row, (out,), in fp32 on the CPU. V is W + s B A.
 
         Some programs read one number per row from a LoRA file. They multiply the row of V by this number / |W|. If the
         number is the returned value, the row is multiplied by m / |V|, as in DoRA.
@@ -90,8 +90,7 @@ class LowRank:
         Args:
             weight: W, the layer's weight in the base model.
         """
-        if self.magnitude is None:
-            return None
+        assert self.magnitude is not None, "a LoRA without DoRA has no scale"
         weight = weight.float()
         base, changed = (torch.linalg.vector_norm(matrix.flatten(1), dim=1)
                          for matrix in (weight, weight + self.delta.to(weight)))
@@ -179,8 +178,8 @@ def base_scales(model: nn.Module, weights: Mapping[str, LowRank]) -> dict[str, T
     Args:
         weights: the adapters of `model`, as `adapter_weights` returns them.
     """
-    scales = {name: weights[name].base_scale(_base_weight(layer)) for name, layer in layers(model)}
-    return {name: scale for name, scale in scales.items() if scale is not None}
+    return {name: weights[name].base_scale(_base_weight(layer)) for name, layer in layers(model)
+            if weights[name].magnitude is not None}
 
 
 @torch.no_grad()

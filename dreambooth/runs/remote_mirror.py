@@ -132,7 +132,7 @@ class CheckpointMirror(threading.Thread):
         if remote and latest(self._folder) is None:
             cache = self._folder / f"{atomic_files.TEMPORARY_PREFIX}s3"
             downloaded = folders.download(remote[-1], cache, Console(), self._parallel, complete=True)
-            manifest.write(downloaded)
+            manifest.write(downloaded, folders.read_manifest(remote[-1]))  # the download has compared all files with it
             if (self._folder / names[-1]).exists():
                 atomic_files.remove_folder(self._folder / names[-1])
             atomic_files.publish(downloaded, self._folder / names[-1])

@@ -23,6 +23,7 @@ from dreambooth.serialization.convert import convert
 from dreambooth.serialization.detect_format import open_model_file
 from dreambooth.serialization.load_parts import read_json
 from dreambooth.storage import manifest
+from dreambooth.storage.run_inputs import is_main_process
 from dreambooth.utils import atomic_files, quoting
 from dreambooth.utils.assets import resolve_asset
 
@@ -83,7 +84,8 @@ def _is_converted(target: Path, main_file: str) -> bool:
     Args:
         main_file: path in `target` of a file that each conversion contains.
     """
-    if (damage := manifest.find_damage(target)) is not None:
+    damage = manifest.find_damage(target, contents=is_main_process())  # the other processes compare only the sizes
+    if damage is not None:
         log.warning("the converted model in %s is damaged (%s) and is written again", target, damage)
     return damage is None and (target / main_file).is_file()
 

@@ -159,10 +159,14 @@ def check_name(name: str, where: str) -> str:
     return name
 
 
-def write(folder: Path) -> None:
-    """Write a manifest into a local folder that another tool will upload, as SageMaker does with a job's output."""
+def write(folder: Path, entries: Entries | None = None) -> None:
+    """Write a manifest into a local folder, for example one that SageMaker uploads as a job's output.
+
+    Args:
+        entries: the entries of the manifest; None: the files of the folder are hashed.
+    """
     with atomic_files.write_file(folder / NAME) as temporary:
-        temporary.write_bytes(serialize(hash_folder(folder)))
+        temporary.write_bytes(serialize(entries or hash_folder(folder)))
 
 
 @contextmanager

@@ -93,8 +93,10 @@ def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, 
     ranked = sorted((trial for trial in finished if math.isfinite(trial.objective(objective))),
                     key=lambda trial: trial.objective(objective))
     bound = options.max_class_similarity
-    not_checked = [None if options.allow_unmeasured else reason_not_checked(trial, bound) for trial in ranked]
-    over = [None if reason_not_checked(trial, bound) else reason_over_bound(trial, bound) for trial in ranked]
+    unchecked = [reason_not_checked(trial, bound) for trial in ranked]
+    over = [None if reason else reason_over_bound(trial, bound)
+            for trial, reason in zip(ranked, unchecked, strict=True)]
+    not_checked = [None] * len(ranked) if options.allow_unmeasured else unchecked
     reasons = [first or second for first, second in zip(not_checked, over, strict=True)]
     best = next((trial for trial, reason in zip(ranked, reasons, strict=True) if not reason), None)
     if best is None:
@@ -102,6 +104,7 @@ def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, 
         raise UserError(f"nothing to promote in the sweep {sweep}: " + (
             f"{'; '.join(filter(None, reasons))}: type {' or '.join(keys)} to allow it" if ranked else
             f"no finished run measured {objective}: type objective=instance_loss"))
+    export_layout.check_intact(best.folder / (best.result or {})["model"])
     record = _register(best, options, sweep, as_candidate=False)
     atomic_files.write_json(run_root / "promoted.json", record)
     return record
@@ -170,7 +173,6 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
         as_candidate: determines what happens if the model may not replace the champion. True: register the model as
             candidate; False: raise UserError.
     """
-    export_layout.check_intact(trial.folder / (trial.result or {})["model"])
     uri, run_id = _send_to_mlflow(trial, options)
     registry = Registry(uri, options.uri_key)
     objective = options.objective or trial.objective_name

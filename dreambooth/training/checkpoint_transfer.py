@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dreambooth.errors import DoesNotFit
 from dreambooth.runs.checkpoint_files import STATE_FILE, find_damage
 from dreambooth.runs.run_folder import find_resume_point
 from dreambooth.runtime.engine import Engine
@@ -43,7 +42,8 @@ def share(chosen: Path | None, folder: Path, engine: Engine) -> Path | None:
     if chosen is None or engine.world_size == engine.local_world_size:
         return chosen
     identity: list[bytes | None] = engine.run_on_main(partial(_read_identity, chosen))
-    receives = engine.local_rank == 0 and (_read_identity(chosen) != identity or find_damage(chosen) is not None)
+    is_first = engine.local_rank == 0 and not engine.is_main_process  # of another host
+    receives = is_first and (_read_identity(chosen) != identity or find_damage(chosen) is not None)
     if not engine.reduce_flag(receives).read()[0]:
         return chosen
     copy = chosen if chosen.is_relative_to(folder.parent) else folder / chosen.name
@@ -63,6 +63,7 @@ def _send(path: Path, copy: Path, engine: Engine, receives: bool) -> None:
 
     Raises:
         DoesNotFit: the disk of a receiving process is full.
+        UserError: the files cannot be read or written for another reason.
     """
     sizes: dict[str, int] = engine.run_on_main(lambda: {file.name: file.stat().st_size for file in path.iterdir()})
     try:
@@ -80,8 +81,8 @@ def _send(path: Path, copy: Path, engine: Engine, receives: bool) -> None:
                         if file is not None:
                             file.write(block)
     except OSError as error:
-        raise DoesNotFit(f"the checkpoint {path.name} could not be written to {copy.parent} ({error}): free some space "
-                         "and repeat the command") from error
+        raise atomic_files.write_failure(f"the checkpoint {path.name} in {copy.parent}", error,
+                                         "make the folder writable and repeat the command") from error
 
 
 def _read_identity(checkpoint: Path) -> list[bytes | None]:

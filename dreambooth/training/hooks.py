@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from dreambooth.config.recipe import Recipe
@@ -138,6 +137,7 @@ class CheckpointHook:
     engine: Engine
     meter: MemoryMeter
     recipe: Recipe
+    _saved_step: int | None = None
 
     def due(self, step: int) -> bool:
         return is_due_or_last(step, self.recipe.checkpoint.every, self.recipe.train.max_train_steps)
@@ -146,13 +146,16 @@ class CheckpointHook:
         if self.due(info.step):
             self.save()
 
-    def save(self) -> Path:
-        """Save the current state, and return the folder of the checkpoint."""
+    def save(self) -> None:
+        """Save the current state, unless this hook has saved it already."""
+        state = self.setup.state
+        if state.step == self._saved_step:
+            return
         with self.meter.phase("save"):
-            self.setup.state.check_finite(self.setup.trained)
-            return checkpoint.save(
-                self.recipe.run_dir / "checkpoints", self.setup.state, self.setup.trained, self.engine.scaler,
-                self.recipe.checkpoint.keep)
+            state.check_finite(self.setup.trained)
+            checkpoint.save(self.recipe.run_dir / "checkpoints", state, self.setup.trained, self.engine.scaler,
+                            self.recipe.checkpoint.keep)
+        self._saved_step = state.step
 
 
 def swap_in_ema(setup: Setup, exact: bool = False) -> AbstractContextManager[Any]:

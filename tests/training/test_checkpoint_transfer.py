@@ -122,5 +122,6 @@ def test_a_full_disk_of_a_host_is_one_sentence(hosts: Hosts, tmp_path: Path, mon
 
     (tmp_path / "second").mkdir()
     monkeypatch.setattr(atomic_files, "sync", full)
-    with pytest.raises(DoesNotFit, match=r"step-000002 could not be written to .*: free some space and repeat"):
+    match = r"step-000002 in .*/checkpoints could not be written .*: free some space and repeat"
+    with pytest.raises(DoesNotFit, match=match):
         hosts.resume_both(tmp_path / "second")

@@ -10,11 +10,14 @@ import pytest
 from dreambooth.data.batches import Batch
 from dreambooth.errors import Diverged, Interrupted
 from dreambooth.runtime.engine import Engine
-from dreambooth.training.hooks import HookList
+from dreambooth.runtime.memory_meter import MemoryMeter
+from dreambooth.training import checkpoint
+from dreambooth.training.hooks import CheckpointHook, HookList
 from dreambooth.training.loop import fit
 from dreambooth.training.step import Objective, StepInfo, TrainState, train_step
 from dreambooth.training.stop_hook import StopHook
 from dreambooth.utils.signals import StopRequest
+from tests.support.configs import small_recipe
 from tests.support.toy_model import ToyModel, make_batches, make_schedule, make_state
 
 
@@ -176,3 +179,14 @@ def test_every_hook_is_asked_whether_it_is_due_even_if_the_first_is() -> None:
 
     assert HookList([hook(1), hook(2)]).due(1)  # type: ignore[list-item]
     assert called == [1, 2]
+
+
+def test_a_step_is_saved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop request after a step whose checkpoint was just written neither writes nor reads it again."""
+    state, saved = make_state(ToyModel()), []
+    monkeypatch.setattr(checkpoint, "save", lambda *_: saved.append(state.step))
+    setup = SimpleNamespace(state=state, trained=ToyModel())
+    hook = CheckpointHook(setup, Engine(), MemoryMeter(Engine().device), small_recipe())  # type: ignore[arg-type]
+    for state.step in (2, 2, 3):
+        hook.save()
+    assert saved == [2, 3]
