@@ -80,7 +80,7 @@ class SageMakerPaths:
         """
         root = self.checkpoints.resolve()
         for override, path in outputs.items():
-            absolute = path.absolute().resolve()
+            absolute = path.resolve()
             if not absolute.is_relative_to(root) or (absolute == root and override != "run_root"):
                 raise UserError(f"{override} would make the job write to {absolute}, which is not below "
                                 f"{self.checkpoints}, so that a spot interruption would lose it: leave {override} out")

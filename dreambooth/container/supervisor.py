@@ -1,6 +1,5 @@
 """Runs a command as a child process, forwards signals to it, and reports why it ended."""
 
-import json
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 
 from dreambooth.errors import EXIT_REPORT_DIR, Interrupted
+from dreambooth.utils import atomic_files
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_INTERVAL = 0.2  # seconds
@@ -104,11 +104,8 @@ def _read_report(path: Path) -> dict[str, Any] | None:
 
     Return None if the file contains no complete report, for example because the disk was full.
     """
-    with suppress(OSError, ValueError):
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(report, dict) and {"rank", "code", "sentence", "meant"} <= report.keys():
-            return report
-    return None
+    report = atomic_files.read_object(path)
+    return report if report and {"rank", "code", "sentence", "meant"} <= report.keys() else None
 
 
 def _report(code: int, message: str) -> ExitStatus:

@@ -67,16 +67,19 @@ def _json_rows(file_name: str, content: str, problems: list[str]) -> Iterator[tu
 
 def _csv_rows(file_name: str, content: str, problems: list[str]) -> Iterator[tuple[int, str, str]]:
     """Yield (line number, name of the photo, caption) for each row of a metadata.csv."""
-    rows = csv.DictReader(io.StringIO(content, newline=""))
-    if content and not {"file_name", "text"} <= set(rows.fieldnames or ()):
-        problems.append(f"{file_name} has the columns {', '.join(map(str, rows.fieldnames or ()))}: name the column of "
-                        "the photos file_name and the column of the captions text, separated by commas")
-        return
-    for row in rows:
-        if not row["file_name"]:
-            problems.append(f"{file_name} line {rows.line_num} names no photo: write its name under file_name")
-        else:
-            yield rows.line_num, row["file_name"], _one_line(row["text"] or "")
+    rows = csv.DictReader(io.StringIO(content, newline=""), strict=True)
+    try:
+        if content and not {"file_name", "text"} <= set(rows.fieldnames or ()):
+            problems.append(f"{file_name} has the columns {', '.join(map(str, rows.fieldnames or ()))}: name the "
+                            "column of the photos file_name and the column of the captions text, separated by commas")
+            return
+        for row in rows:
+            if not row["file_name"]:
+                problems.append(f"{file_name} line {rows.line_num} names no photo: write its name under file_name")
+            else:
+                yield rows.line_num, row["file_name"], _one_line(row["text"] or "")
+    except csv.Error as error:
+        problems.append(f"{file_name} cannot be read as far as line {rows.line_num} ({error}): close its quotes")
 
 
 def read_caption(photo: Path, prompt: str, metadata: Mapping[str, str], problems: list[str]) -> str | None:

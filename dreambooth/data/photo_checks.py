@@ -5,7 +5,7 @@ Each check returns sentences that start with the names of the photos and end wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -33,13 +33,13 @@ def warn(photos: Sequence[Photo], resolution: int) -> list[str]:
     for photo in photos:
         warnings += _size_warnings(photo, photo.size or (resolution, resolution))
     crops = [_grey_crop(photo, resolution) for photo in photos]
-    large = [enlargement(photo) <= MAX_ENLARGEMENT for photo in photos]
-    warnings += [f"{photo.path.name} is blurred: take a sharp one, because blur is learned too"
-                 for photo, crop, is_large in zip(photos, crops, large, strict=True)
-                 if is_large and _has_contrast(crop) and detail(crop) < MIN_DETAIL]
+    with_contrast = {number: crop for number, crop in enumerate(crops) if _has_contrast(crop)}
+    warnings += [f"{photos[number].path.name} is blurred: take a sharp one, because blur is learned too"
+                 for number, crop in with_contrast.items()
+                 if enlargement(photos[number]) <= MAX_ENLARGEMENT and detail(crop) < MIN_DETAIL]
     if find_spec("imagehash") is None:  # after an update of the code alone
         return [*warnings, "photos that look alike are not found without a package: type pip install imagehash"]
-    for group in _groups_alike(crops):
+    for group in _groups_alike(with_contrast):
         names = join_names([photos[number].path.name for number in group])
         warnings.append(f"{names} look alike: keep one of them, because a photo that is used more often is memorised")
     return warnings
@@ -93,11 +93,11 @@ def detail(grey: Image.Image) -> float:
     return float(laplacian.var() / max(pixels.var(), 1e-9))
 
 
-def _groups_alike(crops: Sequence[Image.Image]) -> list[list[int]]:
-    """Return groups of two or more images, as indices of `crops`. Each image looks like the first one of its group."""
+def _groups_alike(crops: Mapping[int, Image.Image]) -> list[list[int]]:
+    """Return groups of two or more images, as keys of `crops`. Each image looks like the first one of its group."""
     import imagehash
 
-    hashes = {number: imagehash.phash(crop) for number, crop in enumerate(crops) if _has_contrast(crop)}
+    hashes = {number: imagehash.phash(crop) for number, crop in crops.items()}
     groups: list[list[int]] = []
     while hashes:
         first = next(iter(hashes.values()))

@@ -13,6 +13,7 @@ from dreambooth.data import captions, photo_checks
 from dreambooth.data.photo_checks import join_names
 from dreambooth.data.photos import IGNORED_NAMES, Photo, list_photos, photos_in_subfolders
 from dreambooth.utils import quoting
+from dreambooth.utils.plurals import counted
 
 
 def describe_photos(recipe: Recipe, photos: Sequence[Photo]) -> str:
@@ -28,7 +29,7 @@ def describe_photos(recipe: Recipe, photos: Sequence[Photo]) -> str:
         folder, paths, mask = subject.instance_dir, list_photos(subject.instance_dir), subject.dataset.mask
         mask_folder = Path(mask).absolute() if mask and mask != ALPHA else None
         unused = describe_unused_files(folder, paths, [path for path in (subject.class_dir, mask_folder) if path])
-        lines.append(f"{len(paths)} photo{'s' * (len(paths) != 1)} in {folder}{'; left out:' * bool(unused)}")
+        lines.append(f"{counted(len(paths), 'photo')} in {folder}{'; left out:' * bool(unused)}")
         lines += [f"  {line}" for line in unused]
         warnings += _prompt_warnings(subject, photos[start:start + len(paths)])
         start += len(paths)
@@ -46,7 +47,7 @@ def describe_unused_files(folder: Path, used: Collection[Path], other_inputs: Co
         used: the photos of the folder that are used.
         other_inputs: folders that the run reads for another purpose, such as a folder of masks.
     """
-    lines = [f"{path.relative_to(folder)}/ has {count} photo{'s' * (count != 1)}, and subfolders are not searched: "
+    lines = [f"{path.relative_to(folder)}/ has {counted(count, 'photo')}, and subfolders are not searched: "
              f"move them into {folder}, or type {quoting.override('dataset.instance_dir', str(path))}"
              for path, count in photos_in_subfolders(folder).items()
              if not any(path.is_relative_to(other) for other in other_inputs)]

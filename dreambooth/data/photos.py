@@ -21,6 +21,7 @@ from dreambooth.data import aspect_buckets, captions, image_formats, masks
 from dreambooth.data.image_formats import UnusablePhoto
 from dreambooth.errors import UserError
 from dreambooth.utils import quoting
+from dreambooth.utils.plurals import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -157,7 +158,7 @@ def load_photos(paths: Sequence[Path], prompt: str, resolution: int, bucketed: b
             pixels, size, mask_pixels, original = decoded
             photos.append(Photo(path, pixels, caption, size, mask_pixels, original))
     if problems:
-        count = f"{len(problems)} file{'s' * (len(problems) > 1)} in {paths[0].parent}"
+        count = f"{counted(len(problems), 'file')} in {paths[0].parent}"
         raise UserError("\n  ".join([f"{count} cannot be used, replace or remove:", *problems]))
     return photos
 

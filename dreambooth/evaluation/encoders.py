@@ -6,7 +6,6 @@ names, such as clip_i. The name of any other measure ends with the encoder's nam
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -158,9 +157,8 @@ def _load_pretrained(kind: Any, source: str, offline: bool, key: str, **more: An
     try:
         loaded = kind.from_pretrained(source, local_files_only=hub.local_files_only(source, offline), **more)
     except (OSError, ValueError) as error:
-        local = source.startswith((".", "/", "~")) or Path(source).exists()
-        hint = "" if local or not offline else "evaluate.offline=false to use the hub, or "
-        reason = hub.failure_reason(error, asked_hub=not offline and not local)
+        hint = "" if hub.is_local(source) or not offline else "evaluate.offline=false to use the hub, or "
+        reason = hub.failure_reason(error, source, offline)
         raise UserError(f"the encoder {source} could not be loaded ({reason}): type {hint}"
                         f"evaluate.{key}=DIR, or evaluate.encoder=efficientnet_lite0") from error
     return loaded.requires_grad_(False).eval() if isinstance(loaded, torch.nn.Module) else loaded

@@ -13,6 +13,11 @@ from urllib.request import getproxies
 _CONNECTION_ERRORS = {"ConnectError", "ConnectTimeout", "ReadTimeout", "ProxyError", "ConnectionError"}
 
 
+def is_local(source: str) -> bool:
+    """Return whether a model's source is a path on this machine, which may be missing, and not a hub id."""
+    return source.startswith((".", "/", "~")) or Path(source).exists()
+
+
 def local_files_only(source: str, offline: bool) -> bool:
     """Return whether a model must be loaded without asking the hub.
 
@@ -22,7 +27,7 @@ def local_files_only(source: str, offline: bool) -> bool:
         source: folder or hub id of the model.
         offline: the user's setting.
     """
-    return offline or Path(source).exists() or unresolved() is not None
+    return offline or is_local(source) or unresolved() is not None
 
 
 @cache
@@ -40,13 +45,15 @@ def unresolved() -> str | None:
     return None
 
 
-def failure_reason(error: BaseException, asked_hub: bool) -> str:
+def failure_reason(error: BaseException, source: str, offline: bool) -> str:
     """Return why a model could not be loaded: that the hub could not be reached, or the first line of the error.
 
     Args:
         error: the error of the library that loads the model.
-        asked_hub: whether the library was allowed to ask the hub: `offline` is not set, and the model is a hub id.
+        source: folder or hub id of the model.
+        offline: the user's setting. If it is set, or if the source is a path, the library did not ask the hub.
     """
+    asked_hub = not offline and not is_local(source)
     if asked_hub and (reason := unresolved()):
         return reason
     cause: BaseException | None = error

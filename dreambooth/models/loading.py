@@ -198,9 +198,8 @@ def import_libraries() -> None:
 
 def _missing(recipe: Recipe, error: Exception) -> str:
     """Return the error message for a base model that could not be loaded. It ends with what the user can type."""
-    local = recipe.source.startswith((".", "/", "~")) or Path(recipe.source).exists()
-    reason = hub.failure_reason(error, asked_hub=not local and not recipe.model.offline)
-    if local:
+    reason = hub.failure_reason(error, recipe.source, recipe.model.offline)
+    if hub.is_local(recipe.source):
         denoisers = {family.denoiser.name for family in families.FAMILIES}
         half = any(any(Path(recipe.source).glob(f"{name}/*.fp16.safetensors")) for name in denoisers)
         hint = "type model.variant=fp16" if half and not recipe.model.variant else (

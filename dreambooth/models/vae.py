@@ -27,9 +27,9 @@ def load_for_run(recipe: Recipe, family: Family, dtype: torch.dtype, options: di
         try:
             return _load(family, source, dtype, _location(source) | {"local_files_only": offline})
         except (OSError, ValueError, SafetensorError) as error:
-            asked_hub = not recipe.model.offline and not Path(source).exists()
-            raise UserError(f"the VAE {source} could not be loaded ({hub.failure_reason(error, asked_hub)}): type "
-                            "another model.vae, a folder or hub id, or model.vae=null for the base's own") from error
+            reason = hub.failure_reason(error, source, recipe.model.offline)
+            raise UserError(f"the VAE {source} could not be loaded ({reason}): type another model.vae, a folder or hub "
+                            "id, or model.vae=null for the base's own") from error
     return _load(family, recipe.source, dtype, options | {"subfolder": family.vae.name})
 
 

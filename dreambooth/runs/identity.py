@@ -21,6 +21,7 @@ from dreambooth.config.model_defaults import sample_batch_size_if_changed
 from dreambooth.config.overrides import escape_prompts
 from dreambooth.config.storage import is_remote
 from dreambooth.data.photos import fingerprint
+from dreambooth.serialization import export_layout
 from dreambooth.utils.assets import resolve_asset
 from dreambooth.utils.atomic_files import weights_digest
 
@@ -124,11 +125,7 @@ def _was_started(root: DictConfig, digest: str, sample_batch_size: int) -> bool:
         digest: the hash of the run without prior.sample_batch_size.
     """
     folder = Path(root.run_root) / f"{root.name}-{digest}"
-    try:
-        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
-        return bool(settings["prior.sample_batch_size"] == str(sample_batch_size))
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
+    return bool(export_layout.read_settings(folder).get("prior.sample_batch_size") == str(sample_batch_size))
 
 
 def _selection(evaluate: dict[str, Any]) -> dict[str, Any]:

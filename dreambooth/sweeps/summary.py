@@ -8,7 +8,7 @@ from typing import Any
 
 from dreambooth.cloud import sweep_results
 from dreambooth.cloud.job import COMPLETED, FAILED
-from dreambooth.sweeps.trials import Trial, find_trials
+from dreambooth.sweeps.trials import Trial, find_trials, read_scores
 from dreambooth.tracking.svg_charts import format_setting
 from dreambooth.utils.key_names import short_names
 
@@ -99,7 +99,7 @@ def _trial_rows(trials: Sequence[Trial], reasons: Mapping[Path, str]) -> list[di
             "objective": objective, "steps": result.get("step"), "seconds": result.get("seconds"), "billed_usd": None,
             "reason": "" if objective is not None else reasons.get(trial.folder.resolve(), sweep_results.SEE_OUTPUT),
             **{key: trial.settings.get(key, "") for key in keys},
-            **{name: round(score, 6) for name, score in result.get("scores", {}).items()}})
+            **{name: round(score, 6) for name, score in read_scores(result.get("scores") or {}).items()}})
     return rows
 
 

@@ -1,6 +1,7 @@
 """Reads the trials of a sweep from their run folders: settings, result and measures. Does not import torch."""
 
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,8 +49,7 @@ class Trial:
         A measure is a metric of image quality; see config/evaluate.py.
         """
         result = self.result or {}
-        scores = {INSTANCE_LOSS: result.get("objective"), **(result.get("scores") or {})}
-        return {name: math.nan if value is None else float(value) for name, value in scores.items()}
+        return read_scores({INSTANCE_LOSS: result.get("objective"), **(result.get("scores") or {})})
 
     @property
     def measure_roles(self) -> dict[str, str]:
@@ -101,9 +101,14 @@ class Trial:
         Args:
             role: a role of `measure_roles`, such as class_similarity.
         """
-        base = (self.result or {}).get("base_scores", {})
+        base = read_scores((self.result or {}).get("base_scores") or {})
         names = [name for name, own_role in self.measure_roles.items() if own_role == role and name in self.scores]
         return (names[0], self.scores[names[0]], base.get(names[0], math.nan)) if names else None
+
+
+def read_scores(scores: Mapping[str, float | None]) -> dict[str, float]:
+    """Return scores of result.json, by name. In the file, null stands for nan."""
+    return {name: math.nan if value is None else float(value) for name, value in scores.items()}
 
 
 def load_trials(run_root: Path, sweep: str) -> list[Trial]:

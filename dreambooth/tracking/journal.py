@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.utils.masking import mask_urls
+from dreambooth.utils.plurals import counted
 
 EXPERIMENT = "EXPERIMENT_ID"  # placeholder in tag values; replaced by the ID of the MLflow experiment
 STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED")
@@ -53,14 +54,14 @@ class Journal:
         self._latest: dict[tuple[str, str], object] = {}  # the key is (kind of entry, name)
         self._lock = threading.Lock()
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._size = _size_of_whole_lines(path)
+        content = path.read_bytes()
+        self._size, damaged = content.rfind(b"\n") + 1, content.count(b"\n")
         os.ftruncate(self._file, self._size)
-        damaged = path.read_bytes().count(b"\n")
         for entry, _ in read(path):
             self._remember(entry)
             damaged -= 1
         if damaged:
-            log.warning("%d line%s of %s cannot be read and will be ignored", damaged, "s" * (damaged > 1), path)
+            log.warning("%s of %s cannot be read and will be ignored", counted(damaged, "line"), path)
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> bool:
         """Write the metrics for which the journal has no value at this step yet."""
@@ -223,11 +224,6 @@ def is_line_start(path: Path, offset: int) -> bool:
     with path.open("rb") as file:
         file.seek(max(offset - 1, 0))
         return offset == 0 or file.read(1) == b"\n"
-
-
-def _size_of_whole_lines(path: Path) -> int:
-    """Return the number of bytes from the start of the file to the end of the last complete line."""
-    return path.read_bytes().rfind(b"\n") + 1
 
 
 def _is_valid(entry: Any) -> bool:

@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from dreambooth.utils import atomic_files
 
+SQLITE = ("sqlite:", "sqlite+")  # beginnings of the address of a SQLite database
 LOCK_TIMEOUT = 120.0  # seconds to wait while another process opens or creates the database
 UNCHANGED = 4.0  # seconds without a change or lock of a file, after which no other program is creating its tables
 _BOOKKEEPING = {"alembic_version", "sqlite_sequence", "workspaces"}  # tables with rows before MLflow is first used
@@ -25,12 +26,20 @@ def database_uri(file: Path) -> str:
 
 
 def database_file(uri: str) -> Path | None:
-    """Return the file of a SQLite database; None for a server, a database in memory, or an address with `?uri=true`."""
-    if not uri.startswith(("sqlite:", "sqlite+")):
+    """Return the file of a SQLite database.
+
+    Return None for a server, a database in memory, an address with `?uri=true`, or an address that is not valid, which
+    MLflow reports.
+    """
+    if not uri.startswith(SQLITE):
         return None
     from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
 
-    url = make_url(uri)
+    try:
+        url = make_url(uri)
+    except ArgumentError:
+        return None
     return Path(url.database) if url.database and url.database != ":memory:" and "uri" not in url.query else None
 
 
@@ -39,20 +48,16 @@ def is_local(uri: str) -> bool:
 
     An ARN that ends in mlflow-tracking-server/NAME or mlflow-app/ID names a server, which SageMaker manages.
     """
-    return uri.startswith(("sqlite:", "sqlite+", "file:", "/")) or (":" not in uri and uri != "databricks")
+    return uri.startswith((*SQLITE, "file:", "/")) or (":" not in uri and uri != "databricks")
 
 
 def local_path(uri: str) -> Path | None:
     """Return the local file or folder that an address of MLflow names; None for a server or a database in memory."""
     if not is_local(uri):
         return None
-    if not uri.startswith(("sqlite:", "sqlite+")):
-        return Path(unquote(urlsplit(uri).path) if uri.startswith("file:") else uri)
-    from sqlalchemy.exc import ArgumentError
-
-    with contextlib.suppress(ArgumentError):  # MLflow reports an address that is not valid
+    if uri.startswith(SQLITE):
         return database_file(uri)
-    return None
+    return Path(unquote(urlsplit(uri).path) if uri.startswith("file:") else uri)
 
 
 def open_client(uri: str) -> Any:

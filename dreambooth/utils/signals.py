@@ -63,18 +63,19 @@ class StopRequest:
             Interrupted: a stop was requested before the block or inside it.
         """
         outer = self._at_once
-        if not self.signal_name:
+        try:
+            self._at_once = True
             try:
-                self._at_once = True
-                try:
-                    yield
-                finally:
-                    self._at_once = outer
-            except _Abandoned:
-                pass
-            except Exception:  # a library may turn the end of its work into an error of its own
-                if not self.signal_name:
-                    raise
+                if self.signal_name:  # it came before
+                    raise _Abandoned
+                yield
+            finally:
+                self._at_once = outer
+        except _Abandoned:
+            pass
+        except Exception:  # a library may turn the end of its work into an error of its own
+            if not self.signal_name:
+                raise
         if self.signal_name:
             raise Interrupted(f"{self.signal_name}: {message}") from None
 

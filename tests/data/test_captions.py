@@ -65,6 +65,8 @@ def test_captions_are_read_from_the_files_of_kohyas_trainer_and_of_datasets(fold
     ({"metadata.csv": "file_name;text\ndog.png;a dog"}, "metadata.csv has the columns file_name;text: name"),
     ({"metadata.csv": "file_name,caption\ndog.png,a dog"}, "metadata.csv has the columns file_name, caption: name"),
     ({"metadata.csv": "file_name,text\ndog.png"}, "metadata.csv line 2 has an empty text"),
+    ({"metadata.csv": 'file_name,text\ndog.png,"a dog\ncat.png,a cat'}, "(unexpected end of data): close its quotes"),
+    ({"metadata.csv": f'file_name,text\ndog.png,"{"a dog " * 30_000}'}, "field larger than field limit"),
     ({"metadata.csv": "file_name,text\n,a dog"}, "metadata.csv line 2 names no photo"),
     ({"metadata.csv": "file_name,text\ngone.png,a dog"}, "metadata.csv line 2 names gone.png, which does not exist"),
     ({"metadata.csv": "file_name,text\ndog.png,a dog", "metadata.jsonl": '{"file_name": "dog.png", "text": "x"}'},

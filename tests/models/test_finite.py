@@ -26,6 +26,13 @@ def test_the_first_tensor_that_is_not_finite_is_named(dtype: torch.dtype, value:
     assert first_not_finite(tensors | others) == "b"
 
 
+def test_numbers_of_eight_bits_are_checked() -> None:
+    weights = torch.linspace(-9, 9, 35).to(torch.float8_e4m3fn)
+    assert first_not_finite({"a": weights}) is None
+    weights[3] = math.nan
+    assert first_not_finite({"a": weights}) == "a"
+
+
 def pictures_of(pixels: np.ndarray) -> Any:
     """The first batch of a pipeline that returns `pixels`."""
     class Pipeline(SimpleNamespace):

@@ -56,5 +56,7 @@ def test_a_refused_connection_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         except OSError:
             raise OSError("Can't load config") from None
     except OSError as error:
-        assert hub.failure_reason(error, asked_hub=True) == "the hub could not be reached: Connection refused"
-        assert hub.failure_reason(error, asked_hub=False) == "Can't load config"
+        reason = hub.failure_reason(error, "org/model", offline=False)
+        assert reason == "the hub could not be reached: Connection refused"
+        assert hub.failure_reason(error, "org/model", offline=True) == "Can't load config"
+        assert hub.failure_reason(error, "/typo/folder", offline=False) == "Can't load config"

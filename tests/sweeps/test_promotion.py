@@ -25,6 +25,7 @@ from dreambooth.sweeps.summary import finished_objective
 from dreambooth.sweeps.trials import find_trials
 from dreambooth.tracking.journal import Journal
 from dreambooth.tracking.model_registry import CANDIDATE, CHAMPION, Version
+from dreambooth.utils.atomic_files import write_json
 from tests.support.runs import flip_bit
 from tests.support.warm_python import PYTHON
 
@@ -222,13 +223,14 @@ def test_the_mark_of_a_killed_promotion_expires(
 
 
 @pytest.mark.parametrize("settings, base", [
-    ({"evaluate__encoder": "none"}, 0.38), ({"dataset__class_prompt": ""}, 0.38), ({}, None)])
+    ({"evaluate__encoder": "none"}, 0.38), ({"dataset__class_prompt": ""}, 0.38), ({}, None),
+    ({}, math.nan)])
 def test_a_model_whose_class_similarity_was_not_measured_is_no_champion(
     tmp_path: Path, registry: Registry, settings: dict[str, str], base: float | None
 ) -> None:
     folder = trial(tmp_path, "a", 0.1, **settings)
     result = json.loads((folder / "result.json").read_text())
-    (folder / "result.json").write_text(json.dumps(result | {"base_scores": {CLASS: base} if base else {}}))
+    write_json(folder / "result.json", result | {"base_scores": {CLASS: base} if base else {}})  # null for nan
     with pytest.raises(UserError, match=r"a did not measure class_similarity.*: type allow_unmeasured=true to"):
         promote("s", tmp_path, PromotionOptions())
     assert register_run(folder, PromotionOptions())["alias"] == CANDIDATE

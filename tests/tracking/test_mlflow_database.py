@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth.tracking import mlflow_database
+from dreambooth.tracking.mlflow_client import remedy
 from dreambooth.tracking.mlflow_database import database_file, database_uri, is_local, open_client
 from dreambooth.tracking.tracker import open_tracker
 from tests.tracking.mlflow_servers import picture
@@ -31,7 +32,9 @@ def test_the_address_of_a_database_names_its_file(name: str) -> None:
 
 def test_addresses_of_other_stores_have_no_file() -> None:
     assert {database_file(uri) for uri in ("http://h", "sqlite://", "sqlite:///:memory:", "/x",
-                                           "sqlite:///file:x?mode=ro&uri=true")} == {None}
+                                           "sqlite:///file:x?mode=ro&uri=true", "sqlite:mlflow.db",
+                                           "sqlite:/tmp/m.db")} == {None}
+    assert remedy("sqlite:mlflow.db", refused=False).startswith("make its folder readable")
 
 
 @pytest.mark.parametrize("name", ["a?b%41", "ü #1"])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.support.faults import train
-from tests.support.runs import the_run
+from tests.support.runs import flip_bit, the_run
 from tools.torture.trial import PROFILES, Place, TortureError, Trial
 
 WARNINGS = {"losses": "metrics.jsonl lacks the loss of", "samples": "the samples in"}  # beginnings of warnings
@@ -20,15 +20,6 @@ def truncate(path: Path) -> None:
 def empty(path: Path) -> None:
     """Keep no byte of the file."""
     path.write_bytes(b"")
-
-
-def flip_bit(path: Path) -> None:
-    """Invert one bit in the middle of the file."""
-    with path.open("r+b") as file:
-        file.seek(path.stat().st_size // 2)
-        byte = file.read(1)
-        file.seek(-1, 1)
-        file.write(bytes([byte[0] ^ 4]))
 
 
 def remove(path: Path) -> None:

@@ -48,8 +48,7 @@ def use_inodes(place: Place, marker: str) -> str:
 def limit_file_handles(place: Place, count: int) -> str:
     """Run with a limit on open files."""
     code = place.train(fault="few_file_handles", seed=count)
-    outcome = f"exit code {code}" + (f": {place.sentence()}" if code else "")
-    return f"{outcome}; then {place.repeat()}"
+    return f"{place.outcome(code)}; then {place.repeat()}"
 
 
 def run_until(place: Place, marker: str, limit: Callable[[], None]) -> str:
@@ -64,7 +63,7 @@ def run_until(place: Place, marker: str, limit: Callable[[], None]) -> str:
     place.check_output(code)
     if code not in (0, 1, 3):
         raise TortureError(f"exit code {code}: {place.sentence()}")
-    return f"exit code {code}" + (f": {place.sentence()}" if code else "")
+    return place.outcome(code)
 
 
 @contextlib.contextmanager

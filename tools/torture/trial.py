@@ -69,16 +69,14 @@ class Place:
         Raises:
             TortureError: the output contains a traceback, or the command failed without a message.
         """
-        return self._checked(lambda: faults.train(
-            self.folder, *self.settings, *overrides, fault=fault, seed=seed, log=self.log))
+        start = len(self.output())
+        code = faults.train(self.folder, *self.settings, *overrides, fault=fault, seed=seed, log=self.log)
+        self.check_output(code, start)
+        return code
 
-    def call(self, command: str, *arguments: str) -> int:
-        """Run another command of the package; otherwise as `train`."""
-        return self._checked(lambda: faults.call(command, arguments, log=self.log))
-
-    def start(self, *overrides: str, python: str = PYTHON) -> "subprocess.Popen[bytes]":
+    def start(self, *overrides: str) -> "subprocess.Popen[bytes]":
         """Start the training command, and return its process without waiting."""
-        words = [python, "-m", "dreambooth.train", f"run_root={self.folder}", *faults.FAST, *self.settings, *overrides]
+        words = [PYTHON, "-m", "dreambooth.train", f"run_root={self.folder}", *faults.FAST, *self.settings, *overrides]
         with self.log.open("ab") as file:
             return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=faults.ROOT)
 
@@ -99,6 +97,10 @@ class Place:
             raise TortureError(f"the repeated run differs from an undisturbed one: {error}") from error
         return "equal"
 
+    def outcome(self, code: int) -> str:
+        """The exit code, with the sentence that explains it unless it is 0."""
+        return f"exit code {code}" + (f": {self.sentence()}" if code else "")
+
     def sentence(self) -> str:
         """The last line of the output, usually an error message."""
         return (self.output().strip().splitlines() or ["no output"])[-1]
@@ -112,12 +114,6 @@ class Place:
         output = self.output()[start:]
         if "Traceback" in output or (code > 0 and not output.strip()):
             raise TortureError(f"exit code {code} without a clear message: {self.sentence()}")
-
-    def _checked(self, command: Callable[[], int]) -> int:
-        start = len(self.output())
-        code = command()
-        self.check_output(code, start)
-        return code
 
     def output(self) -> str:
         """The output of all commands so far."""
