@@ -16,9 +16,18 @@ OUTPUT_FOLDER = "/tmp/stage"  # a stage writes its outputs for Argo into this fo
 TRAIN, SWEEP, NIGHTLY = "dreambooth-train", "dreambooth-sweep", "dreambooth-nightly"
 DAY = 86400  # seconds
 SIGTERM = 143  # exit code of a process that was killed by SIGTERM (128 + 15)
-# Retry a pod that was lost with its node, or a run that was stopped and has saved its state. Do not retry wrong input,
-# too little memory or divergence: the result would be the same.
-RETRY_IF = f'lastRetry.status == "Error" || asInt(lastRetry.exitCode) in [{Interrupted.exit_code}, {SIGTERM}]'
+# Parts of the messages of a lost pod. The kubelet writes them when it shuts down, evicts or rejects a pod, and Argo
+# reports such a pod as Failed. A message that begins with "pod failed:" is Argo's, of a pod whose node is gone. A limit
+# that the pod itself exceeded is not in the list.
+LOST_POD = ("node shutdown|node is shutting|low on resource|node had condition|was rejected|admit critical pod"
+            "|^pod failed:")
+# Retry a pod that was lost with its node, or a run that was stopped and has saved its state. A pod that never ran, or
+# whose container has no result, has the exit code -1. Do not retry wrong input, too little memory or divergence: the
+# result would be the same. lastRetry.message exists in Argo 3.5 and later.
+RETRY_IF = (
+    '!(lastRetry.message contains "OOMKilled") && (lastRetry.status == "Error" || '
+    f"asInt(lastRetry.exitCode) in [-1, {Interrupted.exit_code}, {SIGTERM}] || "
+    f'lastRetry.message matches "{LOST_POD}" && asInt(lastRetry.exitCode) not in {pod_spec.FATAL_EXIT_CODES})')
 # No maxDuration: Argo counts it from the start of the first attempt, so a run of many hours would never be retried.
 RETRY = {"limit": "5", "retryPolicy": "Always", "expression": RETRY_IF, "backoff": {"duration": "30s", "factor": "2"}}
 # One run folder per night, named after the workflow. The photos in S3 may have changed since the previous night, and a

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from dreambooth.kubernetes.argo import LOST_POD
+
 ADVICE = {  # exit code -> explanation and advice
     "1": "wrong input, or an internal error: see its log",
     "3": "the run does not fit into GPU memory, host memory or the disk: see its log for advice",
@@ -13,6 +15,7 @@ ADVICE = {  # exit code -> explanation and advice
     "6": "the loss is no longer a number: lower train.learning_rate",
     "137": "killed, most likely because host memory ran out: use a larger instance",
 }
+LOST_ADVICE = "the pod was lost with its node several times: submit the same workflow again to resume the run"
 
 
 def format_report(status: str, failures: str) -> Iterator[str]:
@@ -35,6 +38,5 @@ def format_report(status: str, failures: str) -> Iterator[str]:
 def _format_failure(pod: dict[str, Any]) -> str:
     message = str(pod.get("message", ""))
     match = re.search(r"exit code (\d+)", message)
-    code = match[1] if match else ""
-    return f"{pod.get('displayName', 'a stage')}: {message or 'failed'}" + (
-        f" ({ADVICE[code]})" if code in ADVICE else "")
+    advice = LOST_ADVICE if re.search(f"{LOST_POD}|^pod deleted", message) else ADVICE.get(match[1] if match else "")
+    return f"{pod.get('displayName', 'a stage')}: {message or 'failed'}" + (f" ({advice})" if advice else "")

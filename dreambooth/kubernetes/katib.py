@@ -4,15 +4,12 @@ import re
 import shlex
 from typing import Any
 
-from dreambooth.errors import Diverged, DoesNotFit, OutOfMemory, UserError
 from dreambooth.kubernetes import pod_spec
 from dreambooth.kubernetes.workflow_spec import TRIAL_RUN_DIR, WorkflowSpec, run_overrides
 
 API_VERSION = "kubeflow.org/v1beta1"
 # Matches the last line that training prints; Katib requires two groups, name and value.
 OBJECTIVE = r"(objective)=([+-]?\d+(?:\.\d+)?(?:[Ee][+-]?\d+)?)"
-# Exit codes of failures that would occur again in a retry.
-FATAL_EXIT_CODES = [error.exit_code for error in (UserError, DoesNotFit, OutOfMemory, Diverged)]
 CONTAINER = "train"
 
 
@@ -63,8 +60,8 @@ def _is_number(text: str) -> bool:
 def _trial_job(spec: WorkflowSpec, names: dict[str, str]) -> dict[str, Any]:
     """Build the Job of a trial.
 
-    FATAL_EXIT_CODES are the exit codes of failures that a retry would repeat, such as wrong input. After such a code,
-    Kubernetes does not start the Job's pod again. After any other failure, it starts the pod again, up to
+    pod_spec.FATAL_EXIT_CODES are the exit codes of failures that a retry would repeat, such as wrong input. After such
+    a code, Kubernetes does not start the Job's pod again. After any other failure, it starts the pod again, up to
     `backoffLimit` times. A lost node does not count as a failure.
     """
     parameters = [f"{key}=${{trialParameters.{name.replace('-', '_')}}}" for key, name in names.items()]
@@ -81,7 +78,7 @@ def _trial_job(spec: WorkflowSpec, names: dict[str, str]) -> dict[str, Any]:
             "podFailurePolicy": {"rules": [
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
                 {"action": "FailJob", "onExitCodes": {
-                    "containerName": CONTAINER, "operator": "In", "values": FATAL_EXIT_CODES}}]},
+                    "containerName": CONTAINER, "operator": "In", "values": pod_spec.FATAL_EXIT_CODES}}]},
             "template": {"spec": {
                 "restartPolicy": "Never", "serviceAccountName": pod_spec.SERVICE_ACCOUNT,
                 "automountServiceAccountToken": False, "terminationGracePeriodSeconds": pod_spec.GRACE_PERIOD,

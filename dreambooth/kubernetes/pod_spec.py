@@ -6,6 +6,7 @@ from typing import Any
 
 from dreambooth.config.enums import Device
 from dreambooth.config.hardware import Hardware
+from dreambooth.errors import Diverged, DoesNotFit, OutOfMemory, UserError
 
 CLAIM = "dreambooth-runs"  # PersistentVolumeClaim with runs, class images and downloads from the hub
 RUNS_MOUNT = "/runs"  # mount path of the volume of CLAIM
@@ -16,6 +17,8 @@ CONFIG_MAP_KEYS = ("MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION")
 SECRET_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
                "AWS_SESSION_TOKEN", "HF_TOKEN")
 USER_ID = 1000  # user of the container image
+# Exit codes of failures that would occur again in a retry.
+FATAL_EXIT_CODES = [error.exit_code for error in (UserError, DoesNotFit, OutOfMemory, Diverged)]
 GRACE_PERIOD = 120  # seconds between SIGTERM and SIGKILL, as under SageMaker
 GPU_RESOURCE = "nvidia.com/gpu"
 GPU_STAGES = ("class-images", "train", "evaluate")  # stages that generate images or train

@@ -16,8 +16,9 @@ from dreambooth import workflows
 from dreambooth.kubernetes import katib, kfp_pipeline
 from dreambooth.kubernetes.argo import build_sweep_template, build_train_template
 from dreambooth.kubernetes.workflow_spec import TRIAL_RUN_DIR
+from tests.kubernetes import argo_runner as argo
+from tests.kubernetes.argo_expressions import evaluate
 from tests.kubernetes.workflow_files import FOLDER, OBJECTS, SPACES, Json, documents
-from tests.support import argo_runner as argo
 from tests.support import workflow_schemas as schemas
 
 ROUND_TRIP = ("WorkflowTemplate", "CronWorkflow", "TrainJob", "Experiment")  # kinds that a client library describes
@@ -161,15 +162,62 @@ def test_the_rules_detect_what_argo_would_reject(path: str, value: Any, problem:
     assert problem in "\n".join(argo.problems(change(template, path, value)))
 
 
+# What Argo's controller passes for a pod that ended: phase, exit code of the container `main` (-1: it has none) and
+# message; and whether another attempt can succeed. If the kubelet has left a message on the pod, Argo takes this
+# message and the phase Failed, whatever the containers did.
+ENDS = [
+    ("Failed", 1, "main: Error (exit code 1)", False), ("Failed", 3, "main: Error (exit code 3)", False),
+    ("Failed", 4, "main: Error (exit code 4)", False), ("Failed", 6, "main: Error (exit code 6)", False),
+    ("Failed", 5, "main: Error (exit code 5)", True), ("Failed", 143, "main: Error (exit code 143)", True),
+    # out of host memory: in the container, in a child process that the stage reports, in Argo's own container
+    ("Failed", 137, "main: OOMKilled (exit code 137)", False), ("Failed", 137, "main: Error (exit code 137)", False),
+    ("Error", 137, "wait: OOMKilled (exit code 137)", False), ("Failed", 143, "main: OOMKilled (exit code 143)", False),
+    # the pod or its node is gone
+    ("Error", -1, "pod deleted", True), ("Error", 5, "wait: Error (exit code 1)", True),
+    ("Error", -1, "Pod failed before main container starts due to ContainerCreating: ", True),
+    ("Failed", -1, "can't find failed message for pod a namespace b", True),
+    ("Failed", -1, "pod failed: neither main nor wait container completed successfully", True),
+    ("Failed", 0, "pod failed: wait container did not complete successfully", True),
+    # node shutdown: saved, killed after the grace period, ended before Argo had stored the outputs, never started
+    ("Failed", 5, "Pod was terminated in response to imminent node shutdown.", True),
+    ("Failed", 137, "Pod was terminated in response to imminent node shutdown.", True),
+    ("Failed", 0, "Pod was terminated in response to imminent node shutdown.", True),
+    ("Failed", -1, "Pod was rejected as the node is shutting down.", True),
+    ("Failed", 6, "Pod was terminated in response to imminent node shutdown.", False),
+    # eviction by the kubelet, rejection, preemption by a critical pod
+    ("Failed", 137, "The node was low on resource: memory. Threshold quantity: 100Mi, available: 50Mi. ", True),
+    ("Failed", -1, "The node was low on resource: ephemeral-storage. ", True),
+    ("Failed", 137, "The node had condition: [DiskPressure]. ", True),
+    ("Failed", -1, "Pod was rejected: Node didn't have enough resource: nvidia.com/gpu, requested: 1, used: 1", True),
+    ("Failed", 137, "Preempted in order to admit critical pod", True),
+    # limits of the pod itself
+    ("Failed", 137, "Pod ephemeral local storage usage exceeds the total limit of containers 1Gi. ", False),
+    ("Failed", 137, "Pod was active on the node longer than the specified deadline", False)]
+
+
 @pytest.mark.parametrize("build", [build_train_template, build_sweep_template])
-@pytest.mark.parametrize("code, status, retries", [
-    (0, "Failed", False), (1, "Failed", False), (3, "Failed", False), (4, "Failed", False), (6, "Failed", False),
-    (5, "Failed", True), (143, "Failed", True), (-1, "Error", True)])
-def test_only_interrupted_or_lost_stages_are_retried(build: Any, code: int, status: str, retries: bool) -> None:
+def test_only_interrupted_or_lost_stages_are_retried(build: Any) -> None:
     templates = build(workflows.build_spec())["spec"]["templates"]
     parts = [part for part in templates if "container" in part and part["name"] != "ended"]
-    assert {argo.should_retry(part, code, 0, status) for part in parts} == {retries}
+    assert [(status, code, message, *{argo.should_retry(part, code, 0, status, message=message) for part in parts})
+            for status, code, message, _ in ENDS] == ENDS
     assert not any(argo.should_retry(part, 5, 5) for part in parts)
+
+
+@pytest.mark.parametrize("expression, value", [
+    ('!(lastRetry.message contains "node") || lastRetry.status == "Failed" && false_', None), ("asInt(137)", None),
+    ('lastRetry.exitCode == 137', None), ('"137"', None), ("(1 in [1]", None), ("lastRetry.reason == ''", None),
+    ("lastRetry.message matches 'node|pod' && asInt(lastRetry.exitCode) not in [-1, 5]", True),
+    ("asInt(lastRetry.exitCode) == -137 || lastRetry.exitCode in ['5', '137']", True),
+    ("!(lastRetry.status != 'Failed') && 1 == 2", False)])
+def test_the_evaluator_of_expressions_knows_argos_language(expression: str, value: bool | None) -> None:
+    """The package expr 1.17, which Argo uses, gives the same values; None stands for an error, or for a mistake."""
+    fields = {"status": "Failed", "exitCode": "137", "message": "a node", "duration": "3.5"}
+    if value is None:
+        with pytest.raises(ValueError):
+            evaluate(expression, fields)
+    else:
+        assert evaluate(expression, fields) is value
 
 
 @pytest.mark.parametrize("build", [build_train_template, build_sweep_template])

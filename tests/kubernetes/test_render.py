@@ -14,8 +14,8 @@ from dreambooth.errors import UserError
 from dreambooth.kubernetes import submit, trainjob
 from dreambooth.kubernetes.argo import build_sweep_template
 from dreambooth.kubernetes.render import render_files
+from tests.kubernetes import argo_runner as argo
 from tests.kubernetes.workflow_files import FOLDER, documents
-from tests.support import argo_runner as argo
 from tests.support.warm_python import PYTHON
 
 # -- rendering and committed files ---------------------------------------------------------------------------------

@@ -118,6 +118,9 @@ def test_the_exit_report_names_failed_stages_and_advice() -> None:
     assert lines == ["the workflow ended: Failed", "trials(3): Error (exit code 6) (the loss is no longer a number: "
                      "lower train.learning_rate)"]
     assert list(exit_report.format_report("Failed", json.dumps(failures))) == lines  # encoded twice, as by Argo
+    for message in ("The node was low on resource: memory. ", "pod deleted"):
+        [_, line] = exit_report.format_report("Failed", json.dumps([{"displayName": "train", "message": message}]))
+        assert line.startswith(f"train: {message} (the pod was lost with its node") and "submit the same" in line
     assert list(exit_report.format_report("Succeeded", "null")) == ["the workflow ended: Succeeded"]
     assert list(exit_report.format_report("Succeeded", "{{workflow.failures}}")) == ["the workflow ended: Succeeded"]
 

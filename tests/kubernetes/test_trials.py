@@ -25,8 +25,8 @@ from dreambooth.errors import UserError
 from dreambooth.kubernetes import katib
 from dreambooth.kubernetes.argo import build_nightly_workflow, build_train_template
 from dreambooth.kubernetes.workflow_spec import TRIAL_RUN_DIR, SearchSpace
+from tests.kubernetes import argo_runner as argo
 from tests.kubernetes.workflow_files import SPACES, documents, run_stage
-from tests.support import argo_runner as argo
 from tests.support.warm_python import PYTHON
 
 # -- one definition of a search space ------------------------------------------------------------------------------

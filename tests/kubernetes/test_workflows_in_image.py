@@ -1,5 +1,5 @@
 """Workflows run in containers of the real image: the pipeline by Kubeflow Pipelines' own local runner, the Argo
-templates by the runner in tests/support/argo_runner.py, which is not Argo."""
+templates by the runner in tests/kubernetes/argo_runner.py, which is not Argo."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support import argo_runner as argo
+from tests.kubernetes import argo_runner as argo
 from tests.support.docker_engine import run as run_command
 from tests.support.image import Image
 

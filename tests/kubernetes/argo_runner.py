@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.kubernetes.argo_expressions import evaluate
+
 PLACEHOLDER = re.compile(r"\{\{([^{}]+)\}\}")
 GLOBALS = {"workflow.name", "workflow.status", "workflow.failures", "workflow.uid", "workflow.namespace", "item"}
 Json = dict[str, Any]
@@ -230,13 +232,15 @@ def fill(text: str, values: Mapping[str, str]) -> str:
     return PLACEHOLDER.sub(lambda match: str(values[match[1].strip()]), text)
 
 
-def should_retry(part: Json, code: int, retries: int, status: str = "Failed", after: float = 0.0) -> bool:
+def should_retry(part: Json, code: int, retries: int, status: str = "Failed", after: float = 0.0,
+                 message: str | None = None) -> bool:
     """Whether a template's retryStrategy retries a container, by its own expression.
 
     Args:
-        code: exit code of the container.
+        code: exit code of the container; -1 if it has none.
         retries: how many there were already.
         after: seconds since the first attempt began, which Argo compares with maxDuration.
+        message: Argo's message of the pod; None: that of a container that ended by itself.
     """
     strategy = part.get("retryStrategy")
     if strategy is None or retries >= int(strategy["limit"]):
@@ -244,5 +248,6 @@ def should_retry(part: Json, code: int, retries: int, status: str = "Failed", af
     limit = re.fullmatch(r"(\d+)([smhd]?)", strategy["backoff"].get("maxDuration", ""))
     if limit and after > int(limit[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[limit[2]]:
         return False
-    expression = strategy["expression"].replace("||", " or ").replace("lastRetry.status", repr(status))
-    return bool(eval(expression.replace("asInt(lastRetry.exitCode)", str(code)), {"__builtins__": {}}))
+    return evaluate(strategy["expression"], {
+        "status": status, "exitCode": str(code), "duration": str(after),
+        "message": f"main: Error (exit code {code})" if message is None else message})
