@@ -44,6 +44,7 @@ def train(cfg: DictConfig) -> float | None:
 def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
     from dreambooth.cloud import secrets
     from dreambooth.config.recipe import resolve
+    from dreambooth.data.photos import conversion_mark
     from dreambooth.runs import remote_mirror
     from dreambooth.runs.run_folder import remove_hydra_record, remove_if_unused
     from dreambooth.storage import run_inputs
@@ -59,7 +60,7 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
             remove_hydra_record(run_dir)
         config = load(cfg)
         cli.configure_allocator(config.memory)
-        config = convert_single_files(run_inputs.fetch_inputs(config, run_dir))
+        config = convert_single_files(run_inputs.fetch_inputs(config, run_dir, conversion_mark))
         overrides = distinguishing_overrides(list(HydraConfig.get().overrides.task))
         recipe = resolve(config, run_dir, detect_machine(), overrides)
         with catch_stop_signals() as stop, \

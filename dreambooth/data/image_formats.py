@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+WITH_FRAMES = ("PNG", "WEBP", "GIF", "TIFF", "HEIF")  # formats of animations, of pages and of bursts
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif"}  # lower case
 
 # Raw files are TIFF containers: Pillow would open the thumbnail inside as if it were the photo.

@@ -31,9 +31,12 @@ def warn(photos: Sequence[Photo], resolution: int) -> list[str]:
     """
     warnings: list[str] = []
     for photo in photos:
+        warnings += [f"{photo.path.name} {remark}" for remark in photo.remarks]
         warnings += _size_warnings(photo, photo.size or (resolution, resolution))
     crops = [_grey_crop(photo, resolution) for photo in photos]
     with_contrast = {number: crop for number, crop in enumerate(crops) if _has_contrast(crop)}
+    warnings += [f"{photo.path.name} has almost no contrast: take another one, because nothing can be seen in it"
+                 for number, photo in enumerate(photos) if number not in with_contrast]
     warnings += [f"{photos[number].path.name} is blurred: take a sharp one, because blur is learned too"
                  for number, crop in with_contrast.items()
                  if enlargement(photos[number]) <= MAX_ENLARGEMENT and detail(crop) < MIN_DETAIL]

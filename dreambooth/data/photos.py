@@ -1,6 +1,6 @@
 """Loads a folder of photos as RGB pixels with captions. No other file decodes photos. Imports no torch.
 
-A photo is decoded once, turned upright, and converted to 8-bit RGB; transparent parts become white. The photo is then
+A photo is decoded once, turned upright, and converted to 8-bit sRGB; transparent parts become white. The photo is then
 resized so that its short side equals the resolution, or so that it just covers its aspect-ratio bucket. Crops and flips
 are applied each time a sample uses the photo (`crop_to_size`). Pillow and numpy are imported inside functions, because
 a config resolver imports this file for `fingerprint`.
@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth.data import aspect_buckets, captions, image_formats, masks
+from dreambooth.data import aspect_buckets, captions, color_profiles, image_formats, masks
 from dreambooth.data.image_formats import UnusablePhoto
 from dreambooth.errors import UserError
 from dreambooth.utils import quoting
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    # pixels, bucket, mask, original size
-    Decoded = tuple[NDArray[np.uint8], aspect_buckets.Size | None, NDArray[np.uint8] | None, aspect_buckets.Size]
+    # pixels, bucket, mask, original size, remarks
+    Decoded = tuple[NDArray[np.uint8], aspect_buckets.Size | None, NDArray[np.uint8] | None, aspect_buckets.Size,
+                    tuple[str, ...]]
 
+MIN_BRIGHTEST = 64  # of 255: a photo of 16 bits per channel without a brighter pixel has fewer bits, such as 12 or 14
 MAX_PIXELS = 178_956_970  # Pillow refuses a larger image as a decompression bomb
 NO_FINGERPRINT = "0" * 64  # fingerprint of a folder that has no photos, or an unreadable file
 
@@ -49,6 +51,7 @@ class Photo:
     size: aspect_buckets.Size | None = None  # (height, width) of the crop; None: a square, resolution x resolution
     mask: NDArray[np.uint8] | None = None  # (H, W), see masks.py; None: the whole photo counts in the loss
     original: aspect_buckets.Size | None = None  # (height, width) of the upright file; None: the size of `pixels`
+    remarks: tuple[str, ...] = ()  # what is lost of the file; each completes a sentence that starts with its name
 
     @property
     def original_size(self) -> aspect_buckets.Size:
@@ -115,11 +118,15 @@ def _is_photo_candidate(path: Path) -> bool:
     return not ignored and not path.is_dir()
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, masks: bool = False) -> str:
     """Return a hex SHA-256 over the names and the content of all photo and caption files of a folder. Never raises.
 
     The fingerprint does not depend on the path of the folder. If the folder has no photos, or if one of the photo and
-    caption files cannot be read, the fingerprint is NO_FINGERPRINT.
+    caption files cannot be read, the fingerprint is NO_FINGERPRINT. A photo that is converted to sRGB has another
+    fingerprint than in earlier versions of this package, which did not convert it.
+
+    Args:
+        masks: whether the images are masks, which are not converted.
     """
     total = hashlib.sha256()
     try:
@@ -127,11 +134,21 @@ def fingerprint(folder: Path) -> str:
             for path in (photo, *captions.caption_files(photo)):
                 if not path.is_file():  # a broken link, or a pipe; reading a pipe would block
                     return NO_FINGERPRINT
-                for part in (os.fsencode(path.name), path.read_bytes()):
+                content = path.read_bytes()
+                parts = [os.fsencode(path.name), content]
+                if path is photo and not masks and color_profiles.is_converted(content):
+                    parts.append(color_profiles.CONVERSION)
+                for part in parts:
                     total.update(hashlib.sha256(part).digest())
     except (UserError, OSError):
         return NO_FINGERPRINT
     return total.hexdigest()
+
+
+def conversion_mark(folder: Path) -> str:
+    """Return a text that is added to the digest of a folder of photos in S3: "" if no photo is converted to sRGB."""
+    converted = any(color_profiles.is_converted(photo.read_bytes()) for photo in list_photos(folder))
+    return "-srgb" * converted
 
 
 def load_photos(paths: Sequence[Path], prompt: str, resolution: int, bucketed: bool = False,
@@ -155,8 +172,8 @@ def load_photos(paths: Sequence[Path], prompt: str, resolution: int, bucketed: b
         decoded = _try_decode(path, resolution, bucketed, mask, problems)
         caption = captions.read_caption(path, prompt, metadata[path.parent], problems)
         if decoded is not None and caption is not None:
-            pixels, size, mask_pixels, original = decoded
-            photos.append(Photo(path, pixels, caption, size, mask_pixels, original))
+            pixels, size, mask_pixels, original, remarks = decoded
+            photos.append(Photo(path, pixels, caption, size, mask_pixels, original, remarks))
     if problems:
         count = f"{counted(len(problems), 'file')} in {paths[0].parent}"
         raise UserError("\n  ".join([f"{count} cannot be used, replace or remove:", *problems]))
@@ -221,9 +238,11 @@ def _decode(path: Path, resolution: int, bucketed: bool, mask: str | None) -> De
                 original = original[::-1]
             mask_image = masks.load_mask(path, image, mask)
             size = aspect_buckets.nearest_bucket(image.height, image.width, resolution) if bucketed else None
-            pixels = _resize(_flatten(image), size or (resolution, resolution))
+            remarks: list[str] = []
+            pixels = _resize(_flatten(image, remarks), size or (resolution, resolution))
+            remarks += _describe_frames(image)
         mask_pixels = None if mask_image is None else np.array(mask_image.resize(pixels.size, Image.Resampling.BOX))
-        return np.array(pixels), size, mask_pixels, original
+        return np.array(pixels), size, mask_pixels, original, tuple(remarks)
 
 
 def _turn_upright(image: Image.Image) -> None:
@@ -233,15 +252,35 @@ def _turn_upright(image: Image.Image) -> None:
         ImageOps.exif_transpose(image, in_place=True)
 
 
-def _flatten(image: Image.Image) -> Image.Image:
-    """Convert an image to 8-bit RGB and replace transparency by white.
+def _describe_frames(image: Image.Image) -> Iterator[str]:
+    """Yield a remark if an image has several frames or pages. Call this function last: it may seek other frames.
+
+    The other pictures of a JPEG (format MPO) are previews and depth maps. They are not mentioned.
+    """
+    frames = 1
+    with suppress(Exception):  # a damaged frame that is not used
+        frames = getattr(image, "n_frames", 1) if image.format in image_formats.WITH_FRAMES else 1
+    if frames > 1:
+        yield f"has {frames} frames, and only the first is used: save the others that you need as files of their own"
+
+
+def _flatten(image: Image.Image, remarks: list[str]) -> Image.Image:
+    """Convert an image to 8-bit RGB in sRGB and replace transparency by white.
 
     Call this function before any resize: otherwise the colours of transparent pixels would bleed into visible edges.
+
+    Args:
+        remarks: receives what is lost, see `Photo.remarks`.
     """
     from PIL import Image
 
+    profile = image.info.get("icc_profile")
     if image.mode.startswith(("I", "F")):
-        image = _to_eight_bit(image)
+        image = _to_eight_bit(image, remarks)
+    try:
+        image = color_profiles.to_srgb(image, profile)
+    except color_profiles.UnusableProfile as error:
+        remarks.append(f"has a colour profile that {error}, so that its colours count as sRGB: export it as sRGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = image.convert("RGBA")
@@ -250,12 +289,14 @@ def _flatten(image: Image.Image) -> Image.Image:
     return canvas
 
 
-def _to_eight_bit(image: Image.Image) -> Image.Image:
+def _to_eight_bit(image: Image.Image, remarks: list[str]) -> Image.Image:
     """Convert 16-bit, 32-bit or float greyscale to mode L or LA. Pillow's convert("L") would clip the values.
 
     Integers are divided by 256, rounded down and limited to 255. Floats are scaled so that the white level becomes 255.
     The white level is 1 if no value exceeds 1, otherwise 255 if no value exceeds 255, otherwise 65535 if no value
     exceeds 65535. If a value exceeds 65535, the white level is the greatest value.
+
+    Add a remark if the integers use so little of 0 to 65535, or so much more, that the result is dark or white.
     """
     import numpy as np
     from PIL import Image
@@ -267,6 +308,10 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
         levels = values / white * 255 + 0.5
     else:
         levels = values >> 8
+        if not MIN_BRIGHTEST <= levels.max() <= 255:
+            becomes = "dark" if levels.max() < MIN_BRIGHTEST else "white where it exceeds 65535"
+            remarks.append(f"has values up to {values.max()}, while white is 65535, and becomes {becomes}: save it "
+                           "with 8 bits per channel")
     grey = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
     if "transparency" not in image.info:
         return grey

@@ -96,7 +96,7 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     for subject in (hashed["dataset"], *hashed["dataset"].get("concepts", ())):
         for key in FOLDERS:
             if (folder := subject.get(key)) and folder != ALPHA:
-                subject[key] = _folder_content(folder)
+                subject[key] = _folder_content(folder, masks=key == "mask")
     if (evaluate := section("evaluate"))["select"] is not None:
         hashed["evaluate"] = _selection(evaluate) | {
             key: root.sample[key] for key in ("num_inference_steps", "guidance_scale")}
@@ -138,9 +138,9 @@ def _selection(evaluate: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _folder_content(folder: str) -> str:
+def _folder_content(folder: str, masks: bool = False) -> str:
     """Return a hash of the content of a local folder, or the address of a folder in S3.
 
     S3 folders have not been downloaded at this point. storage/run_inputs.py compares their content later.
     """
-    return folder if is_remote(folder) else fingerprint(Path(resolve_asset(folder)))
+    return folder if is_remote(folder) else fingerprint(Path(resolve_asset(folder)), masks)

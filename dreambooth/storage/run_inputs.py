@@ -5,6 +5,7 @@ folder records hashes of the downloaded content, so that a run is not resumed af
 """
 
 import os
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,12 @@ def possible_inputs(config: Config) -> list[tuple[str, Any, str, bool]]:
                      for (section, key), complete in REMOTE_KEYS.items()]
 
 
-def fetch_inputs(config: Config, run_dir: Path | None) -> Config:
+def fetch_inputs(config: Config, run_dir: Path | None, photo_mark: Callable[[Path], str] = lambda folder: "") -> Config:
     """Download everything that a run reads from s3://.
 
     Args:
         run_dir: the run folder in which `remote.json` is written; None if no `remote.json` is to be written.
+        photo_mark: takes a folder of photos, returns a text that differs if the same files give other pixels.
 
     Returns:
         A copy of the config in which local paths replace the S3 addresses.
@@ -79,7 +81,8 @@ def fetch_inputs(config: Config, run_dir: Path | None) -> Config:
                                       complete=complete and not is_single_file(uri))
             # The name of a downloaded folder contains a content hash. A single file is inside a folder of this kind.
             named_by_content = folder.parent if section == "model" and folder.is_file() else folder
-            contents[f"{section}.{key}={uri}"] = named_by_content.name
+            mark = photo_mark(folder) if key in ("instance_dir", "class_dir") else ""
+            contents[f"{section}.{key}={uri}"] = named_by_content.name + mark
             setattr(owner, key, str(model_folder(folder) if section == "model" else folder))
     if contents and run_dir:
         _record_contents(contents, run_dir, config.checkpoint.resume)

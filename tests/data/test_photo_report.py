@@ -120,7 +120,37 @@ def test_a_blurred_photo_is_named(folder: Path) -> None:
     smooth(0, (128, 128)).save(folder / "sharp.png")
     smooth(1, (128, 128)).filter(ImageFilter.GaussianBlur(12)).save(folder / "blurred.png")
     Image.new("RGB", (128, 128), "grey").save(folder / "plain.png")
-    assert warnings_of(folder, 128) == ["blurred.png is blurred: take a sharp one, because blur is learned too"]
+    assert warnings_of(folder, 128) == [
+        "plain.png has almost no contrast: take another one, because nothing can be seen in it",
+        "blurred.png is blurred: take a sharp one, because blur is learned too"]
+
+
+@pytest.mark.parametrize("dtype, top, becomes", [
+    ("int32", 255, "dark"), ("uint16", 4095, "dark"), ("uint16", 16383, "dark"), ("uint16", 65535, None),
+    ("int32", 65535, None), ("int32", 10**6, "white where it exceeds 65535")])
+def test_a_deep_photo_that_does_not_use_sixteen_bits_is_named(
+        folder: Path, dtype: str, top: int, becomes: str | None) -> None:
+    """8 bits in 32 become black, 12 or 14 bits in 16 almost black, and 20 bits in 32 white."""
+    grey = np.asarray(smooth(0).convert("L"), dtype=np.float64)
+    Image.fromarray(((grey - grey.min()) / np.ptp(grey) * top).round().astype(dtype)).save(folder / "a.tiff")
+    found = [line for line in warnings_of(folder) if "bits" in line]
+    assert found == ([f"a.tiff has values up to {top}, while white is 65535, and becomes {becomes}: save it with 8 "
+                      "bits per channel"] if becomes else [])
+
+
+@pytest.mark.parametrize("suffix, more", [(".gif", {}), (".webp", {"lossless": True}), (".png", {}), (".tiff", {})])
+def test_a_photo_with_several_frames_is_named(folder: Path, suffix: str, more: dict[str, bool]) -> None:
+    first, *others = [smooth(seed) for seed in range(3)]
+    first.save(folder / f"a{suffix}", save_all=True, append_images=others, **more)
+    smooth(7).save(folder / f"still{suffix}", **more)
+    assert warnings_of(folder) == [
+        f"a{suffix} has 3 frames, and only the first is used: save the others that you need as files of their own"]
+
+
+def test_the_previews_in_a_jpeg_are_no_frames(folder: Path) -> None:
+    """Telephones write JPEG files with further pictures, such as a depth map (format MPO)."""
+    smooth(0).save(folder / "a.jpg", format="MPO", save_all=True, append_images=[smooth(1)])
+    assert warnings_of(folder) == []
 
 
 @pytest.mark.parametrize("instance_prompt, caption, words", [

@@ -304,7 +304,7 @@ def test_a_108_megapixel_photo_works_without_a_warning(folder, suffix):
 def test_a_jpeg_is_decoded_downscaled_to_at_least_twice_the_resolution(folder, monkeypatch, size, resolution):
     seen = []
     flatten = photos._flatten
-    monkeypatch.setattr(photos, "_flatten", lambda image: seen.append(image.size) or flatten(image))
+    monkeypatch.setattr(photos, "_flatten", lambda image, *more: seen.append(image.size) or flatten(image, *more))
     save_solid(folder / "a.jpg", size=size)
     pixels_of(folder, resolution)
     short = min(seen[0])

@@ -83,6 +83,8 @@ def test_a_run_is_not_resumed_with_changed_photos(server: Server, tmp_path: Path
     plain_client().put_object(Bucket="tests", Key=f"{prefix(uri)}/a.jpg", Body=b"a")
     run_inputs.fetch_inputs(config, run)
     run_inputs.fetch_inputs(config, run)
+    with pytest.raises(UserError, match="has other content"):  # the same files, decoded to other colours
+        run_inputs.fetch_inputs(config, run, lambda folder: "-srgb")
     plain_client().put_object(Bucket="tests", Key=f"{prefix(uri)}/a.jpg", Body=b"b")
     with pytest.raises(UserError, match=r"type checkpoint\.resume=never"):
         run_inputs.fetch_inputs(config, run)
