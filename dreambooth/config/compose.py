@@ -1,7 +1,8 @@
 """Turns the configuration that Hydra composed into plain dataclasses.
 
-The rest of the package works with these dataclasses: apart from the commands, only this module, overrides.py,
-runs/identity.py and sweeps/hydra_callbacks.py import Hydra or OmegaConf. This module does not import torch.
+The rest of the package works with these dataclasses: apart from the commands, only this module, launcher.py,
+overrides.py, runs/identity.py and sweeps/hydra_callbacks.py import Hydra or OmegaConf. This module does not
+import torch.
 """
 
 import re

@@ -16,7 +16,9 @@ from dreambooth.cloud import sweep_results
 from dreambooth.cloud.docker_backend import DockerBackend
 from dreambooth.cloud.follower import Follower
 from dreambooth.cloud.job import COMPLETED, FAILED, Job, JobState
+from dreambooth.cloud.job_preparation import describe_jobs
 from dreambooth.cloud.sagemaker_backend import SageMakerBackend
+from dreambooth.config.launcher import without_hydra
 from dreambooth.errors import ConfigError, DreamBoothError, Interrupted
 from dreambooth.sweeps.hydra_callbacks import failure_reasons
 from dreambooth.utils.masking import mask_file, mask_urls
@@ -184,7 +186,7 @@ def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig]) -> list[Jo
         backend = SageMakerBackend()
     all_jobs = _prepare.prepare_jobs(configs, sweep.name, backend, settings["mode"])
     jobs = sweep_results.jobs_to_run(all_jobs, sweep.done)
-    print(mask_urls("\n".join(_prepare.describe_jobs(jobs, settings["mode"]))), flush=True)
+    print(mask_urls("\n".join(describe_jobs(jobs, settings["mode"]))), flush=True)
     follow_hint = (
         "Optuna will suggest other points next time, so these jobs cannot be followed again" if _uses_optuna(sweep)
         else f"the same command with {override('hydra.launcher.sweep', sweep.name)} follows these jobs again")
@@ -211,7 +213,7 @@ def _job_return(config: DictConfig, job: Job, state: JobState) -> JobReturn:
     """Build the JobReturn that a sweeper reads. It holds the job's objective, or an exception if the job failed."""
     completed = state.status == COMPLETED
     job_return = JobReturn(
-        overrides=list(job.overrides), cfg=_prepare.task_config(config),
+        overrides=list(job.overrides), cfg=without_hydra(config),
         hydra_cfg=OmegaConf.masked_copy(config, ["hydra"]), task_name=config.hydra.job.name,
         working_dir=str(config.hydra.sweep.dir), status=JobStatus.COMPLETED if completed else JobStatus.FAILED)
     job_return.return_value = sweep_results.objective(state) if completed else JobFailed(

@@ -59,8 +59,8 @@ def run_on(cloud: Any, jobs: list[Job], folder: Path, monkeypatch: pytest.Monkey
     """Run jobs by the launcher's code for backends, on a backend of the test."""
     monkeypatch.setattr(_core, "SageMakerBackend", lambda: cloud)
     monkeypatch.setattr(_prepare, "prepare_jobs", lambda *args: jobs)
-    monkeypatch.setattr(_prepare, "describe_jobs", lambda jobs, mode: ["description"])
-    monkeypatch.setattr(_prepare, "task_config", lambda config: config)
+    monkeypatch.setattr(_core, "describe_jobs", lambda jobs, mode: ["description"])
+    monkeypatch.setattr(_core, "without_hydra", lambda config: config)
     sweep = sweep_state(poll_seconds=0, sweep="mine")
     config = OmegaConf.create({
         "run_root": str(folder), "tracking": {"kind": "none", "uri": None, "experiment": "x"},

@@ -11,14 +11,13 @@ import pytest
 from botocore.stub import Stubber
 
 from dreambooth import entrypoint
-from dreambooth.cloud import request_validation, secrets, training_job_request
+from dreambooth.cloud import job_preparation, request_validation, secrets, training_job_request
 from dreambooth.cloud.job import Job
 from dreambooth.cloud.sagemaker_backend import SageMakerBackend
 from dreambooth.container.sagemaker_paths import SageMakerPaths
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.storage import folders
 from dreambooth.sweeps import hydra_callbacks
-from hydra_plugins.dreambooth_sagemaker import _prepare
 from tests.cloud.jobs import GOLDEN, IMAGE, KMS, PHOTOS, ROLE, ROOT, config_of, jobs_of, request_of
 from tests.support.warm_python import PYTHON
 
@@ -103,7 +102,7 @@ def test_price_and_disk_of_another_instance_are_not_guessed(
     [job] = jobs_of(config_of(*words, *PHOTOS, KMS, "hydra.launcher.volume_gib=9000"))
     assert job.usd_hour == price
     shown = "price unknown" if price is None else f"${price:.4g}/h"
-    assert shown in next(iter(_prepare.describe_jobs([job])))
+    assert shown in next(iter(job_preparation.describe_jobs([job])))
     resources = job.request["ResourceConfig"]
     assert (resources["VolumeSizeInGB"], "VolumeKmsKeyId" in resources) == (disk or 9000, disk is None)
 
@@ -112,19 +111,19 @@ def test_the_total_names_the_number_of_jobs_that_it_covers() -> None:
     resources: dict[str, Any] = {"ResourceConfig": {"InstanceCount": 1, "InstanceType": "ml.g5.xlarge"}}
     jobs = [Job(0, "a", (), resources, 1, 2.0, 1.5, 2700), Job(1, "b", (), resources, 1, 2.0, 0.25, 450),
             Job(2, "c", (), resources, 1, None, None, 450)]
-    assert list(_prepare.describe_jobs(jobs[:2]))[-1] == "2 jobs, about $1.75 (estimate: see docs/planner.md)"
-    assert list(_prepare.describe_jobs(jobs))[-1] == (
+    assert list(job_preparation.describe_jobs(jobs[:2]))[-1] == "2 jobs, about $1.75 (estimate: see docs/planner.md)"
+    assert list(job_preparation.describe_jobs(jobs))[-1] == (
         "3 jobs, about $1.75 for 2 of them; 1 without a price: type hydra.launcher.price_usd_hour=PRICE "
         "(estimate: see docs/planner.md)")
-    in_docker = "".join(_prepare.describe_jobs(jobs[2:], "docker"))
+    in_docker = "".join(job_preparation.describe_jobs(jobs[2:], "docker"))
     assert "price" not in in_docker, "a container on this machine costs nothing"
-    assert list(_prepare.describe_jobs(jobs[2:]))[-1] == (
+    assert list(job_preparation.describe_jobs(jobs[2:]))[-1] == (
         "1 job; 1 without a price: type hydra.launcher.price_usd_hour=PRICE")
 
 
 def test_without_torch_it_says_that_memory_was_not_checked(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(_prepare, "find_spec", lambda name: None)
+    monkeypatch.setattr(job_preparation, "find_spec", lambda name: None)
     [job] = jobs_of(config_of("hardware=g4dn", *PHOTOS, "hydra.launcher.plan=true"))
     assert "torch is not installed here: it is not checked whether the jobs fit in memory" in capsys.readouterr().out
     assert (job.estimate_usd, job.request["ResourceConfig"]["VolumeSizeInGB"]) == (None, 110)
@@ -136,7 +135,7 @@ def test_cost_and_volume_of_a_job_come_from_the_planner(monkeypatch: pytest.Monk
     [job] = jobs_of(config_of("hardware=g4dn", *PHOTOS, "hydra.launcher.plan=true"))
     assert job.estimate_seconds and job.estimate_usd == pytest.approx(job.estimate_seconds / 3600 * 0.7364)
     assert 10 < job.request["ResourceConfig"]["VolumeSizeInGB"] < 110
-    assert re.search(r" for \d+\.\d h, about \$\d+\.\d\d ", next(iter(_prepare.describe_jobs([job]))))
+    assert re.search(r" for \d+\.\d h, about \$\d+\.\d\d ", next(iter(job_preparation.describe_jobs([job]))))
 
 
 def test_all_jobs_are_checked_before_the_first() -> None:

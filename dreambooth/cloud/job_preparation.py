@@ -1,0 +1,199 @@
+"""Checks all jobs of a sweep and builds their requests, before the first job is submitted and paid for.
+
+The launcher, `dreambooth.cloud.model_trainer` and the SageMaker Pipeline get their requests here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dreambooth.cloud import job_inputs, secrets
+from dreambooth.cloud.job import Job
+from dreambooth.cloud.job_inputs import Inputs
+from dreambooth.cloud.training_job_request import (
+    JobSettings,
+    build_hyperparameters,
+    build_request,
+    is_local_uri,
+    job_name,
+)
+from dreambooth.config.enums import TrackingKind
+from dreambooth.config.launcher import LauncherJob
+from dreambooth.config.recipe import resolve
+from dreambooth.config.schema import Config
+from dreambooth.config.storage import S3_SCHEME
+from dreambooth.errors import ConfigError
+from dreambooth.utils.plurals import counted
+
+PLANNER_ARGUMENTS = ("-m", "dreambooth.plan", "plan.format=json")
+
+
+def find_credentials(composed: Sequence[LauncherJob], sweep: str) -> list[str]:
+    """Return one sentence for each value in the requests of jobs that looks like a credential.
+
+    Call it before all other checks, so that no other error leaves a credential in a file that Hydra has written.
+    """
+    problems = []
+    for job in composed:
+        hyperparameters = build_hyperparameters(job.overrides, (), sweep)
+        request = build_request(_job_settings(job), "", sweep, hyperparameters, {}, None, None)
+        problems += [f"job {job.number}: {problem}" for problem in secrets.find_credentials(request)]
+    return problems
+
+
+def prepare_jobs(composed: Sequence[LauncherJob], sweep: str, backend: Any, mode: str) -> list[Job]:
+    """Check and build all jobs of a sweep, upload their inputs, and return the jobs, which are ready to be submitted.
+
+    Args:
+        composed: the jobs, as Hydra composed them.
+        backend: the object that will submit the jobs, to SageMaker or to Docker.
+        mode: hydra.launcher.mode, aws or docker.
+
+    Raises:
+        ConfigError: jobs have problems; the message has one line per problem. Nothing was uploaded or submitted.
+    """
+    problems: list[str] = []
+    checked: list[tuple[LauncherJob, Config, dict[str, Any]]] = []
+    for job in composed:
+        try:
+            checked.append((job, *_check_job(job, mode)))
+        except ConfigError as error:
+            problems += [f"job {job.number}: {problem}" for problem in error.problems]
+    _raise_if_any(problems)
+    inputs = Inputs(mode)
+    _raise_if_any([f"job {job.number}: {problem}" for job, run, _ in checked for problem in inputs.find_problems(run)])
+    jobs = [_build_job(job, run, plan, sweep, backend, mode, inputs) for job, run, plan in checked]
+    _raise_if_any([f"job {job.number}: {problem}" for job in jobs for problem in backend.find_problems(job.request)])
+    inputs.upload()
+    return [_build_job(job, run, plan, sweep, backend, mode, inputs, submit=True) for job, run, plan in checked]
+
+
+def describe_jobs(jobs: Sequence[Job], mode: str = "aws") -> Iterator[str]:
+    """Yield one line per job with its instances, price and estimated cost, and one line with the total."""
+    for job in jobs:
+        resources = job.request["ResourceConfig"]
+        price = f"${job.usd_hour:.4g}/h" if job.usd_hour is not None else "price unknown" if mode == "aws" else "here"
+        cost = "" if job.estimate_usd is None else f", about ${job.estimate_usd:.2f}"
+        hours = "" if job.estimate_seconds is None else f" for {job.estimate_seconds / 3600:.1f} h"
+        spot = "spot, at most " if job.spot else ""
+        yield (f"{job.name}  {resources['InstanceCount']} x {resources['InstanceType']}  {spot}{price}{hours}{cost}  "
+               f"{' '.join(job.overrides)}")
+    costs = [job.estimate_usd for job in jobs if job.estimate_usd is not None]
+    unpriced = sum(job.usd_hour is None for job in jobs) if mode == "aws" else 0
+    if costs or unpriced:
+        total = f", about ${sum(costs):.2f}" + f" for {len(costs)} of them" * (len(costs) < len(jobs))
+        yield (f"{counted(len(jobs), 'job')}{total * bool(costs)}"
+               + f"; {unpriced} without a price: type hydra.launcher.price_usd_hour=PRICE" * bool(unpriced)
+               + " (estimate: see docs/planner.md)" * bool(costs))
+
+
+def _raise_if_any(problems: Sequence[str]) -> None:
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+
+
+def _check_job(job: LauncherJob, mode: str) -> tuple[Config, dict[str, Any]]:
+    """Check one job: the launcher's settings, the rules of the run, and whether the run fits in memory.
+
+    Returns:
+        The run's configuration, and the output of the planner for the run; {} if the planner did not run.
+
+    Raises:
+        ConfigError: the job has problems; the message has one line per problem.
+    """
+    run, launcher = job.load_run(), job.launcher
+    problems = [] if mode == "docker" else [
+        f"{setting} is missing: type hydra.launcher.{key}={example}" for key, setting, example in (
+            ("role", "the execution role", "arn:aws:iam::ACCOUNT:role/NAME"),
+            ("s3", "the S3 folder for results", "s3://BUCKET/FOLDER"),
+            ("instance_type", "the instance type", "ml.g4dn.xlarge, or a hardware= that has one")) if not launcher[key]]
+    if not launcher["image"]:
+        problems.append("the image is missing: type hydra.launcher.image=ACCOUNT.dkr.ecr.REGION.amazonaws.com/NAME:TAG")
+    if launcher["spot"] and launcher["keep_alive_minutes"]:
+        problems.append("spot instances have no warm pool: type hydra.launcher.keep_alive_minutes=0, or spot=false")
+    if bool(launcher["subnets"]) != bool(launcher["security_groups"]):
+        problems.append("a VPC needs both: type hydra.launcher.subnets=[...] and hydra.launcher.security_groups=[...]")
+    problems += [f"{override} deletes a key, which hyperparameters cannot express: leave it out"
+                 for override in job.overrides if override.startswith("~")]
+    for key in ("instance_dir", "class_dir"):
+        folder = getattr(run.dataset, key)
+        if folder and not job_inputs.is_portable(folder) and not Path(folder).is_dir():
+            problems.append(f"there is no folder {folder}: type dataset.{key}=DIR")
+    problems += job_inputs.find_local_paths(run)
+    address = run.tracking.uri or launcher["mlflow_uri"]
+    tracked = run.tracking.kind is TrackingKind.mlflow
+    if mode == "aws" and address and tracked and is_local_uri(address):
+        key = "tracking.uri" if run.tracking.uri else "hydra.launcher.mlflow_uri"
+        problems.append(f"jobs on AWS cannot reach MLflow at {address}: type {key}=https://SERVER, or {key}=null to "
+                        "keep their metrics in their own folders")
+    try:
+        resolve(job_inputs.without_s3_paths(run), Path(run.run_root))
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
+    return run, _run_planner(job) if launcher["plan"] else {}
+
+
+def _run_planner(job: LauncherJob) -> dict[str, Any]:
+    """Run the planner in a child process, since it needs torch. Return its output, or {} if torch is not installed.
+
+    Raises:
+        ConfigError: the job needs more memory or disk than its instance has, or the planner failed.
+    """
+    if find_spec("torch") is None:
+        print("torch is not installed here: it is not checked whether the jobs fit in memory", flush=True)
+        return {}
+    overrides = [override for override in job.overrides if S3_SCHEME not in override]
+    planner = subprocess.run([sys.executable, *PLANNER_ARGUMENTS, *overrides], capture_output=True, text=True,
+                             check=False, env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"})
+    try:
+        plan: dict[str, Any] = json.loads(planner.stdout)
+    except ValueError:
+        plan = {}
+    if planner.returncode:
+        message = planner.stderr.strip().removeprefix("dreambooth: ") or (
+            f"the planner ended with {planner.returncode}")
+        raise ConfigError(" ".join(message.split())[:600])
+    return plan
+
+
+def _build_job(composed: LauncherJob, run: Config, plan: Mapping[str, Any], sweep: str, backend: Any, mode: str,
+               inputs: Inputs, submit: bool = False) -> Job:
+    """Build a job and its request.
+
+    Args:
+        submit: whether the job is about to be submitted. If hydra.launcher.resubmit is also true, a job that has failed
+            before gets a new name.
+    """
+    settings, number, overrides = _job_settings(composed), composed.number, composed.overrides
+    channels, contents = inputs.channels(run, settings.s3), inputs.contents(run)
+    hyperparameters = build_hyperparameters(overrides, channels, sweep, composed.run_name,
+                                            settings.mlflow_uri if run.tracking.uri is None else None)
+    name = first_name = job_name(sweep, number, hyperparameters, contents)
+    if submit and composed.launcher["resubmit"] and mode == "aws":
+        attempt = 0
+        while backend.has_failed(name):
+            attempt += 1
+            name = job_name(sweep, number, hyperparameters, contents, attempt)
+    request = build_request(settings, name, sweep, hyperparameters, channels, composed.disk_gib, plan.get("disk_gib"),
+                            first_name)
+    price = composed.price_usd_hour
+    usd_hour = None if price is None or mode == "docker" else price * settings.instance_count
+    seconds = plan.get("run_seconds")
+    cost = None if seconds is None or usd_hour is None else seconds / 3600 * usd_hour
+    return Job(number, name, overrides, request, run.train.max_train_steps, usd_hour, cost, seconds)
+
+
+def _job_settings(composed: LauncherJob) -> JobSettings:
+    launcher = composed.launcher
+    return JobSettings(**{item.name: launcher[item.name] for item in fields(JobSettings)} | {
+        "subnets": tuple(launcher["subnets"]), "security_groups": tuple(launcher["security_groups"]),
+        "role": launcher["role"] or "", "s3": launcher["s3"] or str(Path.cwd()),
+        "instance_type": launcher["instance_type"] or "local"})
