@@ -15,11 +15,9 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from dreambooth.config import evaluate
 from dreambooth.config.recipe import Recipe
@@ -27,11 +25,11 @@ from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.runs.checkpoint_files import find_damage, latest
 from dreambooth.serialization import export_layout
 from dreambooth.storage import manifest
-from dreambooth.utils import atomic_files
+from dreambooth.utils import atomic_files, file_lock
 from dreambooth.utils.hardware import GIB
 
 log = logging.getLogger(__name__)
-KEPT_ON_RESTART = {".hydra", ".lock", "train.log", "remote.json"}  # not moved by `_move_earlier_run`
+KEPT_ON_RESTART = {".hydra", ".lock", ".lock.leases", "train.log", "remote.json"}  # not moved by `_move_earlier_run`
 
 
 @dataclass(frozen=True)
@@ -68,23 +66,24 @@ def with_objective(result: Result, recipe: Recipe) -> Result:
 
 
 @contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
+def locked(run_dir: Path, watch: bool = True) -> Iterator[None]:
     """Context manager that locks the run folder for this process.
+
+    Args:
+        watch: see `file_lock.hold`.
 
     Raises:
         UserError: another process has locked the folder.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"another process is training in {run_dir}: wait for it, "
-                        "or change a setting (such as train.seed) for another run") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock.hold(run_dir / ".lock", timeout=0, watch=watch))
+        except file_lock.Locked as error:
+            owner = f" ({error})" if str(error) else ""
+            raise UserError(f"another process{owner} is training in {run_dir}: wait for it, or change a setting (such "
+                            "as train.seed) for another run") from error
         yield
-    finally:
-        lock.release()
 
 
 def load_finished(recipe: Recipe) -> Result | None:
@@ -196,5 +195,5 @@ def remove_hydra_record(run_dir: Path) -> None:
 def remove_if_unused(run_dir: Path) -> None:
     """Remove a run folder if it has no files but those in KEPT_ON_RESTART, and no other process has locked it."""
     if run_dir.is_dir() and {entry.name for entry in run_dir.iterdir()} <= KEPT_ON_RESTART:
-        with suppress(UserError), locked(run_dir):
+        with suppress(UserError), locked(run_dir, watch=False):
             shutil.rmtree(run_dir, ignore_errors=True)

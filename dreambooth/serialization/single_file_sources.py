@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from dreambooth.config.schema import Config
 from dreambooth.config.storage import is_single_file
@@ -24,7 +23,7 @@ from dreambooth.serialization.detect_format import open_model_file
 from dreambooth.serialization.load_parts import read_json
 from dreambooth.storage import manifest
 from dreambooth.storage.run_inputs import is_main_process
-from dreambooth.utils import atomic_files, quoting
+from dreambooth.utils import atomic_files, file_lock, quoting
 from dreambooth.utils.assets import resolve_asset
 
 log = logging.getLogger(__name__)
@@ -125,5 +124,5 @@ def _locked_folder(config: Config, path: Path, suffix: str = "") -> Iterator[Pat
     name = "-".join(filter(None, [stem, atomic_files.full_digest(path)[:10], suffix]))
     target = Path(config.run_root).absolute() / "converted" / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{name}.lock")):
+    with file_lock.hold(target.with_name(f".{name}.lock")):
         yield target

@@ -11,13 +11,11 @@ from functools import partial
 from hashlib import md5, sha256
 from pathlib import Path
 
-from filelock import FileLock
-
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.storage import manifest
 from dreambooth.storage.manifest import Entries, Entry
 from dreambooth.storage.s3_bucket import Bucket
-from dreambooth.utils import atomic_files
+from dreambooth.utils import atomic_files, file_lock
 from dreambooth.utils.quoting import shell_word
 
 GIB = 2**30
@@ -63,7 +61,7 @@ def fetch(bucket: Bucket, cache: Path, complete: bool) -> Path:
     folder = cache / location.bucket / f"{name}-{manifest.digest(wanted)}"
     with _translate_disk_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
+        with file_lock.hold(folder.with_name(f".{folder.name}.lock")):
             if not folder.is_dir():
                 _download_files(bucket, folder, wanted)
     return folder / name if "" in wanted else folder

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from dreambooth.utils import atomic_files
+from dreambooth.utils import atomic_files, file_lock
 
 SQLITE = ("sqlite:", "sqlite+")  # beginnings of the address of a SQLite database
 LOCK_TIMEOUT = 120.0  # seconds to wait while another process opens or creates the database
@@ -62,14 +62,13 @@ def local_path(uri: str) -> Path | None:
 
 def open_client(uri: str) -> Any:
     """Return an MLflow client. If the tables of a SQLite database are missing or incomplete, create them first."""
-    from filelock import FileLock
     from mlflow import MlflowClient
 
     file = database_file(uri)
     if file is None:
         return MlflowClient(uri)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock", timeout=LOCK_TIMEOUT):  # otherwise two simultaneous runs would create the tables
+    with file_lock.hold(Path(f"{file}.lock"), LOCK_TIMEOUT):  # otherwise two simultaneous runs would create the tables
         if _is_unfinished(file):
             _create(file)
         return MlflowClient(uri)
