@@ -92,3 +92,8 @@ class LrSchedule(Enum):
     cosine = "cosine"
     cosine_with_restarts = "cosine_with_restarts"
     polynomial = "polynomial"
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the learning rate of a step depends on train.max_train_steps."""
+        return self not in (LrSchedule.constant, LrSchedule.constant_with_warmup)

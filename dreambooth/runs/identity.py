@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.config import eval_prompts
 from dreambooth.config.dataset import ALPHA, FOLDERS
+from dreambooth.config.enums import LrSchedule
 from dreambooth.config.model_defaults import sample_batch_size_if_changed
 from dreambooth.config.overrides import escape_prompts
 from dreambooth.config.storage import is_remote
@@ -76,7 +77,7 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     for key in ("compile", "channels_last"):  # added later; when on, they change rounding
         if not hashed["train"][key]:
             hashed["train"].pop(key)
-    if not swept and hashed["train"]["lr_scheduler"] in ("constant", "constant_with_warmup"):
+    if not swept and not LrSchedule[hashed["train"]["lr_scheduler"]].depends_on_length:
         hashed["train"].pop("max_train_steps")
     for key in ("offline", "adapter_learning_rate"):  # the latter sets train.learning_rate, which is hashed
         hashed["model"].pop(key)

@@ -41,11 +41,17 @@ def describe_trained_weights(recipe: Recipe) -> str:
 
 def already_finished(result: Result, recipe: Recipe) -> str:
     """Return the message that the run is finished, with the overrides to type for more training or a new start."""
-    requested = recipe.train.max_train_steps
+    requested, more = recipe.train.max_train_steps, f"train.max_train_steps={2 * result.step}"
     note = "" if result.step == requested else f" (you asked for {requested})"
+    schedule, counted_by = recipe.train.lr_scheduler, None  # what makes the number of steps a part of the run's name
+    if schedule.depends_on_length:
+        counted_by = f"train.lr_scheduler={schedule.value}"
+    elif recipe.tracking.sweep and any("train.max_train_steps=" in word for word in recipe.overrides):
+        counted_by = "a sweep over train.max_train_steps"
+    advice = (f"With {counted_by}, {more} is another run, which begins at step 0. To start this one over, type "
+              if counted_by else f"To train more, type {more}; to start over, ")
     return (f"this run is finished: {counted(result.step, 'step')}{note}, model in "
-            f"{_short_path(result.run_dir)}/{result.model}. "
-            f"To train more, type train.max_train_steps={2 * result.step}; to start over, checkpoint.resume=never")
+            f"{_short_path(result.run_dir)}/{result.model}. {advice}checkpoint.resume=never")
 
 
 def summary_table(result: Result, recipe: Recipe, tracking: str | None) -> dict[str, str]:

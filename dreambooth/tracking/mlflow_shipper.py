@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import re
 import threading
 import time
@@ -193,8 +194,10 @@ class Shipper(threading.Thread):
 
         entry = batch[0]
         if "metrics" in entry:
-            self._log_batch("metrics", [Metric(key, value, e["time"], e["step"]) for e in batch
-                                        for key, value in e["metrics"].items()])
+            # MLflow stores infinity as 1.8e308, which flattens a chart; nan is a gap in it.
+            self._log_batch("metrics", [
+                Metric(key, math.nan if math.isinf(value) else value, e["time"], e["step"])
+                for e in batch for key, value in e["metrics"].items()])
         elif "params" in entry:
             self._log_batch("params", [Param(key, value[:6000]) for key, value in entry["params"].items()])
         elif "tags" in entry:

@@ -177,14 +177,19 @@ def _check_processes(recipe: Recipe, engine: Engine) -> None:
 
 
 def _check_prompts(parts: loading.Components, recipe: Recipe, photos: list[Photo]) -> None:
-    """Check every prompt of the run by tokenizing it.
+    """Check every prompt that the run uses by tokenizing it.
 
     Raises:
         UserError: a prompt is too long.
     """
-    captions = {photo.caption for photo in photos}
-    for prompt in sorted(captions | set(recipe.sample_prompts) | {one.class_prompt for one in recipe.class_recipes}
-                         | set(recipe.evaluate_prompts if recipe.evaluate.encoders else ())):
+    prompts = {photo.caption for photo in photos}
+    if recipe.sample.every is not None:
+        prompts.update(recipe.sample_prompts)
+    if recipe.with_prior:
+        prompts.update(one.class_prompt for one in recipe.class_recipes)
+    if recipe.evaluate.encoders:
+        prompts.update(recipe.evaluate_prompts, [recipe.class_prompt])
+    for prompt in sorted(prompts):
         parts.tokens(prompt)
 
 

@@ -1,6 +1,7 @@
 """The tracker with an MLflow that works: everything arrives once, in one run."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ def test_sqlite_end_to_end(tmp_path: Path, uri: str) -> None:
     tracker.set_tags({"git": "abc"})
     for step in range(1, 1301):
         tracker.log_metrics(step, {"loss": 1 / step, "lr": 1.0})
+    for step, norm in enumerate((1.0, math.inf, -math.inf, math.nan, 2.0)):
+        tracker.log_metrics(step, {"grad_norm": norm})
     tracker.log_image(5, "samples/prompt_0", picture(run / "samples"))
     (run / "result.json").write_text("{}")
     tracker.log_artifact(run / "result.json", "out")
@@ -31,6 +34,7 @@ def test_sqlite_end_to_end(tmp_path: Path, uri: str) -> None:
     tracker.close("FAILED")
     mlflow_run = only_run(uri)
     assert points(uri, "loss") == [(step, 1 / step) for step in range(1, 1301)]
+    assert str(points(uri, "grad_norm")) == "[(0, 1.0), (1, nan), (2, nan), (3, nan), (4, 2.0)]"
     assert mlflow_run.data.params == {"lr": "1e-4", "long": "x" * 6000} and mlflow_run.data.tags["git"] == "abc"
     assert (mlflow_run.info.status, mlflow_run.info.run_name, warnings) == ("FINISHED", "r", [])
     (image,) = images(uri)

@@ -2,13 +2,15 @@
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console as RichConsole
 
+from dreambooth.config.enums import LrSchedule
 from dreambooth.config.recipe import resolve
-from dreambooth.config.schema import Config, Dataset, Prior, Train
+from dreambooth.config.schema import Config, Dataset, Prior, Tracking, Train
 from dreambooth.runs import report
 from dreambooth.runs.run_folder import Result
 from dreambooth.utils.console import Bar, Console
@@ -121,6 +123,19 @@ def test_a_finished_run_says_how_to_get_more(tmp_path):
     assert "train.max_train_steps=800" in message
     assert "checkpoint.resume=never" in message
     assert "(you asked for 300)" in report.already_finished(result, recipe(tmp_path, train=Train(max_train_steps=300)))
+
+
+@pytest.mark.parametrize("lr_scheduler, sweep, why", [
+    (LrSchedule.constant_with_warmup, None, None), (LrSchedule.constant, "mine", "a sweep over train.max_train_steps"),
+    (LrSchedule.cosine, None, "train.lr_scheduler=cosine"), (LrSchedule.linear, "mine", "train.lr_scheduler=linear")])
+def test_more_steps_are_offered_as_what_they_are(tmp_path, lr_scheduler, sweep, why):
+    """A run whose name contains the number of steps is not extended: more steps make another run."""
+    made = recipe(tmp_path, train=Train(lr_scheduler=lr_scheduler), tracking=Tracking(sweep=sweep))
+    message = report.already_finished(Result(400, 0.1, 1.0, str(tmp_path), "model"),
+                                      replace(made, overrides=("train.max_train_steps=400",)))
+    assert ("To train more, type train.max_train_steps=800" in message) == (why is None)
+    assert why is None or (f"With {why}, " in message
+                           and "train.max_train_steps=800 is another run, which begins at step 0" in message)
 
 
 def test_the_console_writes_to_stdout_only(capsys):
