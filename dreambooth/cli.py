@@ -83,13 +83,14 @@ def run_hydra_without_folder(command: Callable[[], Any], kind: type, name: str) 
 
 def _run_hydra(command: Callable[[], Any], kind: type) -> None:
     from dreambooth.config import overrides
+    from dreambooth.sweeps import hydra_callbacks
 
     words, options = _parse_arguments(kind)
     prepared = overrides.prepare(words, kind)
     sys.argv[1:] = [*options, *prepared]  # options first: argparse refuses overrides on both sides of an option
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors instead of printing them
     try:
-        command()
+        hydra_callbacks.call_command(command)
     except Exception as error:
         if known := overrides.explain(error, kind, prepared):
             raise known from error

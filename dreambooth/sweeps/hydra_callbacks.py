@@ -1,26 +1,58 @@
-"""Hydra callback for a sweep on this machine. It writes the results table, and records which keys the sweep varies.
+"""Hydra callbacks for sweeps. They are listed in conf/*.yaml, so that they work with every sweeper (basic, Optuna).
 
-The names of the trials contain these keys. The callback is the class `Sweep`. It is listed in conf/config.yaml, so that
-it works with every sweeper (basic, Optuna). For a sweep on SageMaker, the SageMaker launcher writes the results table
-instead.
+`Sweep` writes the results table of a sweep on this machine, and records which keys the sweep varies. The names of the
+trials contain these keys. For a sweep on SageMaker, the SageMaker launcher writes the results table instead.
+`Jobs` lets a sweep continue after a failed job.
 """
 
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.utils.key_names import short_names
 from dreambooth.utils.masking import mask_urls
 
 DEFAULT_SWEEP_ID = time.strftime("%Y-%m-%d_%H-%M-%S")  # the sweep's ID if tracking.sweep is not set
 _varied_keys: list[str] = []  # configuration keys that the current sweep varies
 failure_reasons: dict[Path, str] = {}  # run folder -> why its run in this process failed, in one sentence
+job_failures: list[Exception] = []  # one per job that failed in another process, added by the SageMaker launcher
+_running: list[tuple["Sweep", DictConfig]] = []  # the sweep that has begun and not ended, and its configuration
+
+
+class Jobs(Callback):
+    """Lets a sweep continue after a failed job, and refuses launchers whose jobs run in other processes.
+
+    Launchers such as joblib and submitit are refused, because the errors and results of their jobs do not reach this
+    process: the command would end with 0, without a message and without a results table.
+    """
+
+    def __init__(self) -> None:
+        self._uses_optuna = False
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if (name := str(config.hydra.runtime.choices.get("hydra/launcher"))) != "basic" and name[:9] != "sagemaker":
+            print(f"dreambooth: hydra/launcher={name} runs the jobs of a sweep in other processes, whose results would "
+                  "be lost: type hydra/launcher=basic", file=sys.stderr)
+            sys.exit(UserError.exit_code)  # Hydra turns an exception of a callback into a warning
+        self._uses_optuna = uses_optuna(config)
+        typed_rate = any("max_failure_rate" in override for override in config.hydra.overrides.hydra)
+        if self._uses_optuna and not typed_rate:
+            config.hydra.sweeper.max_failure_rate = 1.0  # the plug-in's 0.0 ends the sweep with the first failed job
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        if self._uses_optuna and job_return.status is JobStatus.COMPLETED and _objective(job_return) is None:
+            # The plug-in fails if it is told NaN. It tells the study of a failed trial only if the job has failed.
+            reason = failure_reasons.get(_output_dir(job_return), "the job has no objective")
+            job_return.status, job_return.return_value = JobStatus.FAILED, DreamBoothError(reason)
 
 
 class Sweep(Callback):
@@ -33,6 +65,7 @@ class Sweep(Callback):
         self._jobs: list[tuple[Path, list[str], float | None]] = []  # run folder, overrides, objective
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _running[:] = [(self, config)]
         overrides = [str(override) for override in config.hydra.overrides.task]
         parsed = OverridesParser.create().parse_overrides(overrides)
         spaces = [OmegaConf.select(config, f"hydra.sweeper.{name}") or {} for name in ("params", "search_space")]
@@ -40,17 +73,13 @@ class Sweep(Callback):
         _varied_keys[:] = dict.fromkeys([*typed, *(str(key) for space in spaces for key in space)])
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
-        value = job_return._return_value
-        objective = float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-        folder = Path(str(OmegaConf.select(job_return.hydra_cfg, "hydra.runtime.output_dir")))
-        self._jobs.append((folder, list(job_return.overrides or ()), objective))
+        self._jobs.append((_output_dir(job_return), list(job_return.overrides or ()), _objective(job_return)))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        _running.clear()
         launcher = str(config.hydra.runtime.choices.get("hydra/launcher"))
         if not self._jobs or launcher.startswith("sagemaker"):
             return
-        from dreambooth.errors import DreamBoothError
-
         try:
             self._write_summary(config)
         except DreamBoothError as error:
@@ -65,6 +94,40 @@ class Sweep(Callback):
         path = summary.write_summary(self._jobs, sweep, Path(str(config.run_root)), kind=tracking.kind.value,
                                      uri=tracking.uri, experiment=tracking.experiment, reasons=failure_reasons)
         print("\n".join([f"sweep {sweep}: {path}", *next_commands(sweep, path.parent)]), flush=True)
+
+
+def _objective(job_return: Any) -> float | None:
+    value = job_return._return_value
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _output_dir(job_return: Any) -> Path:
+    return Path(str(OmegaConf.select(job_return.hydra_cfg, "hydra.runtime.output_dir")))
+
+
+def uses_optuna(config: DictConfig) -> bool:
+    """Return whether Optuna chooses the runs of a sweep."""
+    return "optuna" in str(OmegaConf.select(config, "hydra.sweeper._target_")).lower()
+
+
+def call_command(command: Callable[[], Any]) -> None:
+    """Call a command that `hydra.main` decorates. If a sweep ends with an error, write the results of its jobs so far.
+
+    The plug-in for Optuna raises an error at the end of a complete sweep if no job has an objective, or if the last
+    point of a grid has failed. These errors are ignored.
+
+    Raises:
+        JobFailed: a job on SageMaker or in a container has failed.
+    """
+    try:
+        command()
+    except Exception as error:
+        for sweep, config in tuple(_running):
+            sweep.on_multirun_end(config)
+        if not str(error).startswith(("No trials are completed yet", "`Study.stop` is supposed to be invoked inside")):
+            raise
+    if job_failures:
+        raise job_failures[0]
 
 
 def distinguishing_overrides(overrides: list[str]) -> list[str]:

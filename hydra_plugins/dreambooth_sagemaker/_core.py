@@ -20,7 +20,7 @@ from dreambooth.cloud.job_preparation import describe_jobs
 from dreambooth.cloud.sagemaker_backend import SageMakerBackend
 from dreambooth.config.launcher import without_hydra
 from dreambooth.errors import ConfigError, DreamBoothError, Interrupted
-from dreambooth.sweeps.hydra_callbacks import failure_reasons
+from dreambooth.sweeps.hydra_callbacks import failure_reasons, job_failures, uses_optuna
 from dreambooth.utils.masking import mask_file, mask_urls
 from dreambooth.utils.plurals import counted
 from dreambooth.utils.quoting import override
@@ -88,6 +88,7 @@ def _check_settings(sweep: SweepState) -> None:
     Raises:
         ConfigError: settings are invalid; the message has one line per problem.
     """
+    assert sweep.config is not None
     settings = sweep.settings
     rules = {
         f"hydra.launcher.mode must be {', '.join(MODES)}, not {settings['mode']}": settings["mode"] in MODES,
@@ -99,7 +100,8 @@ def _check_settings(sweep: SweepState) -> None:
         "this process is itself a job of a sweep, and a job cannot submit jobs: type hydra/launcher=basic":
             settings["mode"] == "local" or "DREAMBOOTH_SWEEP" not in os.environ,
         "an Optuna study in memory is lost when the command ends, so its jobs cannot be followed again: leave "
-        "hydra.launcher.sweep out": settings.get("sweep") is None or not _uses_optuna(sweep) or _has_storage(sweep),
+        "hydra.launcher.sweep out":
+            settings.get("sweep") is None or not uses_optuna(sweep.config) or _has_storage(sweep),
     }
     if problems := [problem for problem, holds in rules.items() if not holds]:
         raise ConfigError(*problems)
@@ -121,11 +123,6 @@ def _check_numbers(configs: Sequence[DictConfig]) -> None:
                 problems.append(f"hydra.launcher.{key} must be from {least} to {greatest}, not {settings[key]}")
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
-
-
-def _uses_optuna(sweep: SweepState) -> bool:
-    assert sweep.config is not None
-    return "optuna" in str(sweep.config.hydra.sweeper.get("_target_", "")).lower()
 
 
 def _has_storage(sweep: SweepState) -> bool:
@@ -188,7 +185,8 @@ def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig]) -> list[Jo
     jobs = sweep_results.jobs_to_run(all_jobs, sweep.done)
     print(mask_urls("\n".join(describe_jobs(jobs, settings["mode"]))), flush=True)
     follow_hint = (
-        "Optuna will suggest other points next time, so these jobs cannot be followed again" if _uses_optuna(sweep)
+        "Optuna will suggest other points next time, so these jobs cannot be followed again"
+        if uses_optuna(sweep.config)
         else f"the same command with {override('hydra.launcher.sweep', sweep.name)} follows these jobs again")
     if not sweep.table:  # printed once, not for every batch
         print(follow_hint, flush=True)
@@ -218,6 +216,8 @@ def _job_return(config: DictConfig, job: Job, state: JobState) -> JobReturn:
         working_dir=str(config.hydra.sweep.dir), status=JobStatus.COMPLETED if completed else JobStatus.FAILED)
     job_return.return_value = sweep_results.objective(state) if completed else JobFailed(
         f"dreambooth: job {job.name} {state.status.lower()}: {state.reason}")
+    if not completed:  # Optuna goes on, and the command must not end with exit code 0
+        job_failures.append(job_return._return_value)
     return job_return
 
 

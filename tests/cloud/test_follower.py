@@ -241,6 +241,20 @@ def test_overrides_that_a_sweeper_repeats_are_run_once(tmp_path: Path, monkeypat
     assert [(row["number"], row["job"], row["billed_usd"], row["objective"]) for row in table] == [(2, "n0", 0.0, 0.5)]
 
 
+def test_a_job_that_fails_under_optuna_ends_the_command_with_its_message(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optuna continues after a failed job, so the launcher's error does not reach the command."""
+    monkeypatch.setattr(_core, "job_failures", failures := [])
+    monkeypatch.setattr(_core, "_report", lambda *args: None)
+
+    class Diverging(Cloud):
+        def poll(self, job: Job) -> JobState:
+            return JobState(FAILED, reason="it diverged") if job.name == "j1" else super().poll(job)
+
+    run_on(Diverging(), jobs(3), tmp_path, monkeypatch, **OPTUNA)
+    assert [str(failure) for failure in failures] == ["dreambooth: job j1 failed: it diverged"]
+
+
 def test_overrides_that_failed_are_run_again() -> None:
     done: sweep_results.Results = {}
     sweep_results.share_results(jobs(1), jobs(1), [JobState(FAILED)], done)

@@ -165,7 +165,8 @@ def test_a_key_in_a_document_exists(page: Path) -> None:
     known = keys().union(*(vars(ask()) for ask in ASKED.values())) | NO_KEYS | {"experiment", "group", "section.key"}
     known |= {"in"}  # of convert
     known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf())}
-    known |= {"hydra.sweeper.storage", "hydra.sweeper.n_trials", "image", "overrides"}  # the last two: of Argo
+    known |= {f"hydra.sweeper.{key}" for key in ("storage", "n_trials", "max_failure_rate")}
+    known |= {"image", "overrides"}  # of Argo
     known |= {f"dataset.concepts.{number}.{key}" for number in (0, 1) for key in vars(Subject())}
     said = set(re.findall(r"(?<![\w./-])([A-Za-z_]\w*(?:\.\w+)*)=", in_code(page)))
     sections = "|".join(key for key in keys() if "." not in key)

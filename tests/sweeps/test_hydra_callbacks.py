@@ -1,18 +1,25 @@
 """What a sweep on this machine prints and writes at its end."""
 
 import csv
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from dreambooth import cli, train
+from dreambooth.config.compose import conf_dir
 from dreambooth.config.enums import TrackingKind
-from dreambooth.errors import UserError
+from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.sweeps import hydra_callbacks
 from tests.support.faults import call
+from tests.support.warm_python import PYTHON
 from tests.sweeps.test_promotion import trial
 
 
@@ -48,6 +55,130 @@ def test_a_sweep_says_why_a_run_failed_and_what_to_type_next(
     assert rows == {"a": "", "c": "c is wrong: type train.seed=1", "#2": "b is wrong: type train.seed=1"}
     last = capfd.readouterr().out.splitlines()[-2:]
     assert last == [f'python -m dreambooth.{name} sweep=s run_root="{root}"' for name in ("compare", "promote")]
+
+
+def sweep_config(launcher: str = "basic", sweeper: str = "optuna", *overrides: str) -> DictConfig:
+    return OmegaConf.create({"hydra": {
+        "runtime": {"choices": {"hydra/launcher": launcher}}, "overrides": {"hydra": list(overrides), "task": []},
+        "sweeper": {"_target_": f"hydra_plugins.{sweeper}.Sweeper", "max_failure_rate": 0.0}}})
+
+
+@pytest.mark.parametrize("overrides, rate", [([], 1.0), (["hydra.sweeper.max_failure_rate=0.0"], 0.0)])
+def test_the_first_failed_job_does_not_end_a_sweep_of_optuna(overrides: list[str], rate: float) -> None:
+    hydra_callbacks.Jobs().on_multirun_start(config := sweep_config("basic", "optuna", *overrides))
+    assert config.hydra.sweeper.max_failure_rate == rate
+
+
+@pytest.mark.parametrize("sweeper, failed", [("optuna", True), ("basic", False)])
+def test_optuna_is_told_that_a_job_has_failed(sweeper: str, failed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its plug-in ends with a traceback if the objective is NaN, and Hydra's basic sweeper if a job has failed."""
+    monkeypatch.setitem(hydra_callbacks.failure_reasons, Path("runs/a"), "it diverged")
+    jobs = hydra_callbacks.Jobs()
+    jobs.on_multirun_start(sweep_config("basic", sweeper))
+    result = JobReturn(hydra_cfg=OmegaConf.create({"hydra": {"runtime": {"output_dir": "runs/a"}}}),
+                       status=JobStatus.COMPLETED, _return_value=float("nan"))
+    jobs.on_job_end(OmegaConf.create(), result)
+    assert result.status is (JobStatus.FAILED if failed else JobStatus.COMPLETED)
+    assert str(result._return_value) == ("it diverged" if failed else "nan")
+    done = JobReturn(status=JobStatus.COMPLETED, _return_value=0.5)
+    jobs.on_job_end(OmegaConf.create(), done)
+    assert (done.status, done.return_value) == (JobStatus.COMPLETED, 0.5)
+
+
+def test_a_launcher_whose_results_are_lost_is_refused_by_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """The jobs of joblib and submitit run in other processes: all commands ended with 0, without a word."""
+    for path in conf_dir().glob("*.yaml"):
+        callbacks = yaml.safe_load(path.read_text("utf-8"))["hydra"]["callbacks"]
+        assert callbacks["jobs"] == {"_target_": "dreambooth.sweeps.hydra_callbacks.Jobs"}, path
+    for launcher in ("basic", "sagemaker", "sagemaker_schema"):
+        hydra_callbacks.Jobs().on_multirun_start(sweep_config(launcher))
+    with pytest.raises(SystemExit, match="1"):
+        hydra_callbacks.Jobs().on_multirun_start(sweep_config("submitit_local"))
+    assert capsys.readouterr().err == (
+        "dreambooth: hydra/launcher=submitit_local runs the jobs of a sweep in other processes, whose results would be "
+        "lost: type hydra/launcher=basic\n")
+
+
+@pytest.mark.parametrize("error, raised", [
+    (ValueError("No trials are completed yet."), False), (ValueError("another error"), True)])
+def test_a_sweep_that_its_sweeper_ends_has_its_results(
+        error: Exception, raised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[DictConfig] = []
+    monkeypatch.setattr(hydra_callbacks.Sweep, "on_multirun_end", lambda sweep, config: written.append(config))
+    monkeypatch.setattr(hydra_callbacks, "_running", [])
+    config = sweep_config()
+
+    def command() -> None:
+        hydra_callbacks.Sweep().on_multirun_start(config)
+        raise error
+
+    if raised:
+        with pytest.raises(ValueError, match="another error"):
+            hydra_callbacks.call_command(command)
+    else:
+        hydra_callbacks.call_command(command)
+    assert written == [config]
+
+
+def test_a_failed_remote_job_ends_the_command_with_its_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hydra_callbacks, "job_failures", [DreamBoothError("job a failed")])
+    with pytest.raises(DreamBoothError, match="job a failed"):
+        hydra_callbacks.call_command(lambda: None)
+
+
+STUB = """
+from dreambooth import train
+from dreambooth.errors import Diverged, UserError
+
+def job(cfg, *args):
+    print("trial", flush=True)
+    if cfg.train.seed:
+        raise Diverged("the loss is nan") if cfg.train.seed == 1 else UserError("the seed is wrong")
+    return 0.5
+
+train._job = job
+train.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words, code, trials", [
+    (["train.seed=choice(1)", "hydra.sweeper.n_trials=3"], 6, 3),
+    (["train.seed=choice(2,0)", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=1"], 1, 2)], ids=["all", "grid"])
+def test_a_sweep_of_optuna_ends_without_a_traceback(words: list[str], code: int, trials: int, tmp_path: Path) -> None:
+    """The plug-in fails at the end if no trial has an objective, and if the last point of a grid has failed."""
+    done = subprocess.run([PYTHON, "-c", STUB, "-m", "hydra/sweeper=optuna", "tracking=none", f"run_root={tmp_path}",
+                           *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stdout + done.stderr
+    assert done.stdout.splitlines().count("trial") == trials
+    assert len(list(tmp_path.glob("results-*.csv"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_sweep_of_optuna_continues_after_failed_trials(batch: int, empty_db: Path, tmp_path: Path) -> None:
+    """Of the four points, one finishes, one diverges, and two are wrong input."""
+    from mlflow import MlflowClient
+
+    shutil.copy(empty_db, tmp_path / "mlflow.db")
+    words = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", f"hydra.sweeper.n_jobs={batch}", "hardware=cpu",
+             "hydra.sweeper.n_trials=4", "train.learning_rate=choice(1e-4,1e30)", "train.lr_warmup_steps=choice(0,10)",
+             "train.max_train_steps=2", "train.train_batch_size=1", "sample.every=null", "evaluate.encoder=none",
+             "prior.with_prior_preservation=false", f"run_root={tmp_path}", "tracking.sweep=mine"]
+    done = subprocess.run([PYTHON, "-m", "dreambooth.train", "-m", *words], capture_output=True, text=True, check=False,
+                          cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert "Traceback" not in done.stderr, done.stderr
+    with (tmp_path / "results-mine.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["Completed", "Failed", "Failed", "Failed"]
+    assert sum("the run diverged" in row["reason"] for row in rows) == 1
+    assert sum("train.lr_warmup_steps=10 is longer than the run" in row["reason"] for row in rows) == 2
+    first = min((done.stderr.find(text), code) for text, code in (("diverged", 6), ("no warm-up", 1)))
+    assert done.returncode == first[1]
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    [sweep] = [run for run in client.search_runs([item.experiment_id for item in client.search_experiments()])
+               if run.data.tags.get("kind") == "sweep"]
+    assert (sweep.data.metrics["jobs"], sweep.data.metrics["failed"]) == (4, 3)
 
 
 @pytest.mark.slow
