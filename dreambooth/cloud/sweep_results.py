@@ -141,6 +141,9 @@ def log_sweep(table_path: Path, sweep: str, table: Sequence[dict[str, Any]], kin
               experiment: str, run_root: Path, plot: Path, *, local: bool = True) -> None:
     """Log the results table, job counts and best objective of a sweep to a separate MLflow run.
 
+    If the sweep is continued under its name, the numbers of this call are logged as the next step, because MLflow shows
+    the values of the last step. The best job is a tag, because MLflow never changes a parameter.
+
     Each job of the sweep has an MLflow run of its own. The separate run and the runs of the jobs have the same value of
     the tag `sweep`.
 
@@ -150,13 +153,17 @@ def log_sweep(table_path: Path, sweep: str, table: Sequence[dict[str, Any]], kin
         plot: the file that write_parallel_coordinates has written.
         local: whether the run folders of the jobs are on this machine.
     """
+    from dreambooth.tracking.journal import read
     from dreambooth.tracking.run_tracker import trials_link
     from dreambooth.tracking.tracker import open_tracker
 
     done = [row for row in table if row["objective"] is not None]
     best = min(done, key=lambda row: row["objective"], default=None)
-    tracker = open_tracker(kind, table_path.parent / f"sweep-{sweep}", run_root=run_root, run_name=f"sweep-{sweep}",
-                           uri=uri, experiment=experiment)
+    metrics = {"jobs": len(table), "failed": len(table) - len(done), "billed_usd": sum(
+        row["billed_usd"] or 0.0 for row in table)} | ({"objective": best["objective"]} if best else {})
+    folder = table_path.parent / f"sweep-{sweep}"
+    logged = [entry for entry, _ in read(folder / "metrics.jsonl") if "metrics" in entry]
+    tracker = open_tracker(kind, folder, run_root=run_root, run_name=f"sweep-{sweep}", uri=uri, experiment=experiment)
     try:
         tracker.set_tags({"sweep": sweep, "kind": "sweep", "mlflow.note.content": (
             f"**A sweep of {len(table)}**: [its trials side by side]({trials_link(sweep)}), curves and pictures.\n\n"
@@ -165,12 +172,9 @@ def log_sweep(table_path: Path, sweep: str, table: Sequence[dict[str, Any]], kin
             + ("- a page for people without access, and its best model as champion:\n\n"
                + markdown.code_block("\n".join(next_commands(sweep, run_root))) if local else
                "- models: in the output of each job; with `evaluate.promote=true` each registers its own as champion")
-        )})
-        if best:
-            tracker.log_params({"best_job": best["job"]})
-            tracker.log_metrics(0, {"objective": best["objective"]})
-        tracker.log_metrics(0, {"jobs": len(table), "failed": len(table) - len(done), "billed_usd": sum(
-            row["billed_usd"] or 0.0 for row in table)})
+        )} | ({"best_job": best["job"]} if best else {}))
+        if not logged or logged[-1]["metrics"] != metrics:
+            tracker.log_metrics(logged[-1]["step"] + 1 if logged else 0, metrics)
         for path in (table_path, plot):
             tracker.log_artifact(path)
     finally:

@@ -325,11 +325,14 @@ def test_results_are_a_csv_with_the_best_first_and_a_run_in_mlflow(empty_db: Pat
         ("j2", "0.25", "2.0", "2"), ("j0", "0.5", "1.0", "0"), ("j1", "", "0.0", "1")]
     plot = sweep_results.write_parallel_coordinates(tmp_path, "mine", sweep_results.parallel_axes(rows))
     assert json.loads(plot.read_text())["axes"] == {"seed": ["2", "0"], "objective": [0.25, 0.5]}
-    sweep_results.log_sweep(path, "mine", rows, "mlflow", None, "sweeps", tmp_path, plot, local=False)
+    for some in (rows[:1], rows, rows):  # the sweep is continued, and then repeated
+        sweep_results.log_sweep(path, "mine", some, "mlflow", None, "sweeps", tmp_path, plot, local=False)
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("sweeps")
     [run] = client.search_runs([experiment.experiment_id], "tags.sweep = 'mine'")
-    assert (run.data.metrics["objective"], run.data.metrics["failed"], run.info.status) == (0.25, 1, "FAILED")
+    assert run.data.metrics == {"objective": 0.25, "jobs": 3, "failed": 1, "billed_usd": 3.0}
+    assert (run.data.tags["best_job"], run.data.params, run.info.status) == ("j2", {}, "FAILED")
+    assert [item.step for item in client.get_metric_history(run.info.run_id, "jobs")] == [0, 1]
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {path.name, plot.name}
     assert "dreambooth.compare" not in run.data.tags["mlflow.note.content"], "the run folders are not on this machine"
 
