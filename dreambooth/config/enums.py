@@ -46,6 +46,18 @@ class OptimizerKind(Enum):
     adafactor = "adafactor"
 
 
+class TimestepSampling(Enum):
+    uniform = "uniform"
+    logit_normal = "logit_normal"
+    mode = "mode"
+
+
+class LossWeighting(Enum):
+    none = "none"
+    sigma_sqrt = "sigma_sqrt"
+    cosmap = "cosmap"
+
+
 class PlanFormat(Enum):
     table = "table"
     json = "json"

@@ -20,6 +20,7 @@ from dreambooth.config.schema import (
     Checkpoint,
     Config,
     Dataset,
+    Flow,
     Hardware,
     Memory,
     Method,
@@ -79,6 +80,7 @@ class Recipe:
     dataset: Dataset
     prior: Prior
     train: Train
+    flow: Flow
     sample: Sample
     checkpoint: Checkpoint
     evaluate: Evaluate

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from dreambooth.config.dataset import Dataset as Dataset
 from dreambooth.config.enums import AttentionKind, Dtype, LrSchedule, OptimizerKind, PlanFormat, TrackingKind
 from dreambooth.config.evaluate import Evaluate
+from dreambooth.config.flow import Flow as Flow
 from dreambooth.config.hardware import Hardware as Hardware
 from dreambooth.config.memory import Memory as Memory
 from dreambooth.config.method import Method as Method
@@ -223,6 +224,7 @@ class Config:
     dataset: Dataset = field(default_factory=Dataset)
     prior: Prior = field(default_factory=Prior)
     train: Train = field(default_factory=Train)
+    flow: Flow = field(default_factory=Flow)
     sample: Sample = field(default_factory=Sample)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluate: Evaluate = field(default_factory=Evaluate)

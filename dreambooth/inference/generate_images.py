@@ -95,8 +95,8 @@ def draw(config: Generate, stop: StopRequest) -> Path:
     start = _load_start(config.image, sampler.resolution)
     if start is not None:
         pipeline = without_bar(family.image_to_image(pipeline))
-    settings = {"num_inference_steps": config.num_inference_steps, "guidance_scale": guidance_scale,
-                "negative_prompt": config.negative_prompt,
+    settings = {"num_inference_steps": config.num_inference_steps, "sampler": family.sampler_title,
+                "guidance_scale": guidance_scale, "negative_prompt": config.negative_prompt,
                 "model": Path(source.model).name if source.adapter or config.base else source.folder.name,
                 "strength": config.strength if config.image else None}
     lora_scales = [(lora.name, lora.scale) for lora in used_loras]

@@ -20,8 +20,8 @@ def info(prompt: str, seed: int, size: tuple[int, int], loras: Sequence[tuple[st
     Args:
         size: width and height in pixels.
         loras: (name, scale) of each LoRA.
-        settings: a dictionary with the keys num_inference_steps, guidance_scale, negative_prompt, model and strength;
-            the strength is None if there is no start picture.
+        settings: a dictionary with the keys num_inference_steps, sampler, guidance_scale, negative_prompt, model and
+            strength; the strength is None if there is no start picture.
     """
     entries = PngInfo()
     entries.add_text("parameters", parameters(prompt, seed, size, loras, settings))
@@ -43,7 +43,8 @@ def parameters(prompt: str, seed: int, size: tuple[int, int], loras: Sequence[tu
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     facts = {
-        "Steps": settings["num_inference_steps"], "Sampler": "DPM++ 2M", "CFG scale": f"{settings['guidance_scale']:g}",
+        "Steps": settings["num_inference_steps"], "Sampler": settings["sampler"],
+        "CFG scale": f"{settings['guidance_scale']:g}",
         "Seed": seed, "Size": f"{size[0]}x{size[1]}", "Model": settings["model"],
     }
     if settings["strength"] is not None:

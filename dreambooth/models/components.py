@@ -60,9 +60,10 @@ class Components:
         """Factor by which the VAE's latents are multiplied before the denoiser receives them."""
         return self.family.scaling_factor(self.vae.config)
 
-    def noise_schedule(self) -> NoiseSchedule:
-        """Return the forward process that the base model was trained with."""
-        return self.family.noise_schedule(self.scheduler_config)
+    def noise_schedule(self, recipe: Recipe) -> NoiseSchedule:
+        """Return the forward process that the base model was trained with, with the noise levels of a run."""
+        latent_side = recipe.model.resolution // self.vae_scale
+        return self.family.noise_schedule(self.scheduler_config, recipe.flow, latent_side)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and standard deviation of the latents of `pixels`.
@@ -120,6 +121,7 @@ def training_scheduler(family: Family, config: dict[str, Any], recipe: Recipe) -
             model's input would be pure noise, so that predicting this noise would be trivial (Lin et al. 2023,
             arXiv:2305.08891, section 3.2).
     """
+    family.check_training(recipe)
     if not recipe.model.zero_terminal_snr:
         return config
     if config.get("prediction_type", "epsilon") == "epsilon":

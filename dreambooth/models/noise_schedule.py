@@ -1,5 +1,7 @@
 """The forward process of diffusion: how noise is added to latents, and what the model is trained to predict."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +36,15 @@ class NoiseSchedule(Protocol):
 
         Raises:
             ValueError: the prediction type is unknown.
+        """
+
+    def loss_weights(self, timesteps: Tensor) -> Tensor | None:
+        """Return the schedule's own loss weight of each sample, (N,), or None if all weights are 1."""
+
+    def for_comparison(self) -> NoiseSchedule:
+        """Return the schedule with which losses of different runs are compared.
+
+        It has no loss weights, and it does not depend on settings that a run may change.
         """
 
     def denoiser_timesteps(self, timesteps: Tensor) -> Tensor:
@@ -93,6 +104,12 @@ class DiffusionSchedule:
             case "sample":
                 return capped
         raise ValueError(f"unknown prediction type {self.prediction_type!r}")
+
+    def loss_weights(self, timesteps: Tensor) -> Tensor | None:
+        return None
+
+    def for_comparison(self) -> DiffusionSchedule:
+        return self
 
     def denoiser_timesteps(self, timesteps: Tensor) -> Tensor:
         return timesteps

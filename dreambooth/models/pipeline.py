@@ -132,6 +132,7 @@ def generate_images(
         start: a picture of sampler.resolution to start from; `pipeline` must then come from Family.image_to_image.
         strength: the fraction of the denoising steps that are computed, in (0, 1]. More steps replace more of `start`.
     """
+    arguments = families.of_pipeline(pipeline).sampling_arguments(pipeline)
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
 
     def draw(chunk: slice) -> list[Image]:
@@ -148,6 +149,7 @@ def generate_images(
                 num_inference_steps=sampler.num_inference_steps,
                 guidance_scale=sampler.guidance_scale,
                 output_type="np",
+                **arguments,
                 **inputs,
             ).images
         if np.isnan(pixels).any():

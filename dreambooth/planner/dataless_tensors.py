@@ -44,7 +44,11 @@ class _ArgumentStorage:
 
 
 class DatalessTensorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A dispatch mode in which every new tensor has no data. Reading a value is an error."""
+    """A dispatch mode in which every new tensor has no data.
+
+    Reading a number is an error. Reading a boolean gives False: transformers asks in this way whether a prompt fills
+    all token positions, so that it needs no attention mask.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -56,6 +60,8 @@ class DatalessTensorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
+            return False
         runs_as_is = _runs_as_is.get(func)
         if runs_as_is is None:
             runs_as_is = _runs_as_is[func] = _reads_no_data(func)

@@ -73,7 +73,7 @@ class _Rehearsal:
         self.memory = recipe.memory
         self.trace = StorageTrace(attention_workspace_bytes)
         self.parts = skeleton_models.build_skeleton(recipe)
-        self.objective = Objective(self.parts.noise_schedule(), recipe.prior.prior_loss_weight,
+        self.objective = Objective(self.parts.noise_schedule(recipe), recipe.prior.prior_loss_weight,
                                    recipe.train.snr_gamma, recipe.two_passes)
         self.autocast = self._autocast()
         self.engine = self._engine()
@@ -238,7 +238,7 @@ class _Rehearsal:
             trace.repeat(*self.sampled[1:], marks=False)
             trace.mark("idle")
             return
-        doubled = count * (2 if guidance > 1 else 1)
+        doubled = count * (2 if guidance > self.parts.family.no_guidance else 1)
         with trace.phase(phase), self.autocast():
             first_event, flops_before = len(trace.events), trace.total_flops
             text = self._text_states(doubled)

@@ -30,6 +30,8 @@ LATER_KEYS: dict[str, Any] = {
     "dataset.mask": None, "dataset.concepts": [], "dataset.buckets": False, "dataset.prompt_dropout": 0.0,
     "precision.tf32": False}  # keys that were added later; a key with this value is left out of the hash
 NEUTRAL_VALUES = {"ema_every": 1, "weights": "full", "rounding": None}  # memory values that leave results unchanged
+DEFAULT_FLOW = {"timestep_sampling": "logit_normal", "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29,
+                "shift": None, "loss_weighting": "none"}  # flow values that are left out of the hash
 NOT_SELECTING = ("offline", "objective", "promote", "max_class_similarity")  # evaluate keys that select no weights
 
 
@@ -73,6 +75,8 @@ def identity(root: DictConfig, swept: bool = False) -> str:
         "model", "method", "precision", "attention", "optimizer", "dataset", "prior", "train")}
     if changed := {key: value for key, value in section("memory").items() if value != NEUTRAL_VALUES.get(key, value)}:
         hashed["memory"] = changed
+    if changed := {key: value for key, value in section("flow").items() if value != DEFAULT_FLOW[key]}:
+        hashed["flow"] = changed  # added later
     sample_batch_size = hashed["prior"].pop("sample_batch_size")
     for key in ("compile", "channels_last"):  # added later; when on, they change rounding
         if not hashed["train"][key]:

@@ -33,8 +33,8 @@ def plan_table(recipe: Recipe) -> dict[str, str]:
 
 
 def describe_trained_weights(recipe: Recipe) -> str:
-    """Return a phrase that names the weights a run trains, such as "UNet, lora of rank 4"."""
-    parts = "UNet and text encoder" if recipe.train.train_text_encoder else "UNet"
+    """Return a phrase that names the weights a run trains, such as "denoiser, lora of rank 4"."""
+    parts = "denoiser and text encoder" if recipe.train.train_text_encoder else "denoiser"
     method = recipe.method
     return f"{parts}, {method.kind.value} of rank {method.rank}" if method.low_rank else parts
 

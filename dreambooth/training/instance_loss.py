@@ -42,7 +42,8 @@ def instance_loss(setup: Setup, console: Console | None = None) -> float:
     batches, schedule = setup.batches, setup.objective.noise_schedule
     photo_set, count = batches.photo_sets[0], TIMESTEPS_PER_PHOTO
     numbers = measured_photos(len(photo_set.photos))
-    unweighted = replace(setup.objective, snr_gamma=None)
+    unweighted = replace(setup.objective, snr_gamma=None,
+                         noise_schedule=setup.objective.noise_schedule.for_comparison())
     timesteps = torch.tensor([int((level + 0.5) * schedule.length / count) for level in range(count)])
     total = 0.0
     with (console or Console(quiet=True)).bar("instance loss", len(numbers)) as bar:

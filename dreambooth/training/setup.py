@@ -82,7 +82,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         encode_prompt = _build_prompt_encoder(recipe, parts, photo_sets)
         idle = _build_idle(recipe, parts, engine)
         idle.to_host()
-    schedule = parts.noise_schedule()
+    schedule = parts.noise_schedule(recipe)
     batches = Batches(
         photo_sets=photo_sets, latents=latents, encode_prompt=encode_prompt,
         latent_shape=_latent_shape(recipe, parts), num_timesteps=schedule.length,

@@ -85,9 +85,10 @@ class Objective:
         size_and_crop = () if batch.size_and_crop is None else (batch.size_and_crop,)
         prediction = model(noisy, times, batch.text, *size_and_crop).to(batch.latents.dtype)
         goal = schedule.target(batch.latents, batch.noise, batch.timesteps)
-        weights = None if self.snr_gamma is None else schedule.min_snr_weights(
-            batch.timesteps, self.snr_gamma).to(goal.dtype)
-        return dreambooth_loss(prediction, goal, batch.num_instances, self.prior_loss_weight, weights, batch.mask)
+        weights = schedule.loss_weights(batch.timesteps) if self.snr_gamma is None else schedule.min_snr_weights(
+            batch.timesteps, self.snr_gamma)
+        return dreambooth_loss(prediction, goal, batch.num_instances, self.prior_loss_weight,
+                               None if weights is None else weights.to(goal.dtype), batch.mask)
 
 
 @dataclass(frozen=True)

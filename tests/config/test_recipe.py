@@ -217,6 +217,8 @@ BOUNDS = {
     "train.gradient_accumulation_steps": less_than_1, "train.learning_rate": not_above_0,
     "train.lr_warmup_steps": negative, "train.max_grad_norm": positive, "train.seed": no_seed,
     "train.ema_decay": outside_0_1, "train.snr_gamma": positive, "train.noise_offset": below_0,
+    "flow.logit_mean": st.floats(min_value=10.1), "flow.logit_std": not_above_0, "flow.shift": positive,
+    "flow.mode_scale": st.floats(min_value=1.76),
     "sample.every": less_than_1, "sample.num_inference_steps": no_steps, "sample.guidance_scale": below_0,
     "sample.seed": no_seed, "sample.images_per_prompt": less_than_1,
     "memory.ema_every": less_than_1, "memory.max_split_size_mb": st.integers(max_value=20),

@@ -162,13 +162,13 @@ def test_every_override_composes_and_resolves(overrides: list[str]) -> None:
 
 
 # The runs of sweep=subject that are planned: the others need the same memory as one of them.
-BOTH = [("UNet", ""), ("UNet and text encoder", "")]
+BOTH = [("denoiser", ""), ("denoiser and text encoder", "")]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, space, planned", [
-    ("g4dn", "subject", BOTH), ("g5", "subject", BOTH), ("cpu", "tiny", [("UNet and text encoder", "")]),
-    ("g4dn", "lora", [("UNet", f"lora of rank {rank}") for rank in (4, 16, 64)])])
+    ("g4dn", "subject", BOTH), ("g5", "subject", BOTH), ("cpu", "tiny", [("denoiser and text encoder", "")]),
+    ("g4dn", "lora", [("denoiser", f"lora of rank {rank}") for rank in (4, 16, 64)])])
 def test_the_planner_fits_every_run_of_every_machine(
     name: str, space: str, planned: list[tuple[str, str]], tmp_path: Path
 ) -> None:

@@ -39,6 +39,43 @@ def unet_config(family: str) -> dict[str, Any]:
     return config
 
 
+def make_z_image(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A diffusers folder of Z-Image's architecture with random weights; the same every time."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        vae = AutoencoderKL(
+            sample_size=16, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
+            use_post_quant_conv=False)
+        transformer = ZImageTransformer2DModel(
+            in_channels=4, dim=48, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
+            axes_dims=[8, 8, 8], axes_lens=[128, 32, 32])
+        for name in ("x_pad_token", "cap_pad_token"):
+            torch.nn.init.normal_(getattr(transformer, name))
+        encoder = Qwen3Model(Qwen3Config(
+            vocab_size=1803, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, max_position_embeddings=64))
+    pipeline = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0), vae=vae, text_encoder=encoder,
+        tokenizer=chat_tokenizer(), transformer=transformer)
+    pipeline.to(dtype=dtype).save_pretrained(folder)
+    return folder
+
+
+def chat_tokenizer() -> Any:
+    """The tokenizer of the tiny base with a chat template and 64 tokens."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(resolve_asset("package:tiny-sd"), subfolder="tokenizer")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.model_max_length = 64
+    return tokenizer
+
+
 def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A diffusers folder of the family; the same every time."""
     from diffusers import AutoencoderKL, UNet2DConditionModel

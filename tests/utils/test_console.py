@@ -104,7 +104,7 @@ def test_plan_and_summary_fit_80_columns(tmp_path, monkeypatch):
     assert max(len(line) for line in lines if "python -m" not in line) <= 80
     assert lines[-1].endswith(' prompt="a photo of a zwx toy"'), "a command is one line: it is there to be copied"
     for words in (
-            "a photo of a zwx toy", "a photo of a toy", "UNet and text encoder", "800, 4 photos", "fp32", "CPU"):
+            "a photo of a zwx toy", "a photo of a toy", "denoiser and text encoder", "800, 4 photos", "fp32", "CPU"):
         assert words in plan
     for words in ("800 steps", "0.1235", "contact_sheet.png", "model", "metrics.jsonl", "dreambooth.generate"):
         assert words in summary
@@ -113,7 +113,7 @@ def test_plan_and_summary_fit_80_columns(tmp_path, monkeypatch):
 def test_plan_says_when_there_is_no_prior_preservation(tmp_path):
     plan = report.plan_table(recipe(tmp_path, prior=Prior(with_prior_preservation=False)))
     assert plan["class"] == "no prior preservation"
-    assert plan["trains"] == "UNet"
+    assert plan["trains"] == "denoiser"
 
 
 def test_a_finished_run_says_how_to_get_more(tmp_path):

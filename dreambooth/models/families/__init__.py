@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dreambooth.models.families import sd1, sd2, sdxl
+from dreambooth.models.families import sd1, sd2, sdxl, z_image
 from dreambooth.models.families.family import Family, Layout
 
-FAMILIES: tuple[Family, ...] = (sd1.FAMILY, sd2.FAMILY, sdxl.FAMILY)
+FAMILIES: tuple[Family, ...] = (sd1.FAMILY, sd2.FAMILY, sdxl.FAMILY, z_image.FAMILY)
 
 
 def titles() -> str:
@@ -67,6 +67,19 @@ def of_source(source: str | Path, **options: Any) -> tuple[Family, Layout]:
     if (family := of_layout(layout)) is None:
         raise ValueError(f"it is no model of {titles()}")
     return family, layout
+
+
+def of_pipeline(pipeline: Any) -> Family:
+    """Return the family of the model in a diffusers pipeline."""
+    modules = {name: part for name, part in pipeline.components.items() if hasattr(part, "config")}
+
+    def configuration(part: str) -> Mapping[str, Any]:
+        config = modules[part].config if part in modules else {}
+        return config if isinstance(config, Mapping) else config.to_dict()
+
+    family = of_layout(Layout(list(modules), configuration))
+    assert family is not None, f"{type(pipeline).__name__} belongs to no family"
+    return family
 
 
 def of_keys(names: frozenset[str]) -> Family | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.errors import UserError
-from dreambooth.models.families.family import TransformersPart
+from dreambooth.models.families.part import TransformersPart
 
 if TYPE_CHECKING:
     from torch import Tensor

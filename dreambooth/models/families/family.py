@@ -24,8 +24,7 @@ How the interface supports other architectures:
   family sets memory.cache_text=true and train.train_text_encoder=false. Two functions do not support such a family yet:
   `loading.load` moves all parts to the device together, and `ModuleOffload.on_device` moves all idle modules back to
   the device before samples are generated.
-- Flow matching: `noise_schedule` may return any `NoiseSchedule`, and `sampling_scheduler` returns the pipeline's
-  scheduler for flow matching.
+- Flow matching: `flow_transformer.FlowTransformer` is the base class of such families.
 - Text embeddings of another shape: outside the family, a run handles one tensor `text` (P, ...) for P prompts, with the
   same shape for every prompt. The family packs all inputs that its denoiser needs, masks included, into this tensor,
   and unpacks it in `predict`.
@@ -41,84 +40,21 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.config.enums import AttentionKind, Targets
 from dreambooth.errors import UserError
 from dreambooth.models.families.file_format import SingleFileFormat
+from dreambooth.models.families.part import Part
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from dreambooth.config.flow import Flow
+    from dreambooth.config.recipe import Recipe
     from dreambooth.models.noise_schedule import NoiseSchedule
-
-
-@dataclass(frozen=True)
-class Part(ABC):
-    """A part of a base model that has weights: its name, its class, and how it is loaded or built."""
-
-    name: str  # its subfolder, its argument of the pipeline, and the prefix of its weights in checkpoints
-    module: str  # the Python module that defines the class
-    class_name: str
-
-    @property
-    def type(self) -> Any:
-        """The class of the part, imported on first use."""
-        return getattr(import_module(self.module), self.class_name)
-
-    @abstractmethod
-    def load(self, source: str, dtype: torch.dtype, **options: Any) -> Any:
-        """Load the part with its weights.
-
-        Args:
-            source: a diffusers folder or hub id.
-            options: subfolder, revision, variant and local_files_only, as in from_pretrained.
-
-        Raises:
-            OSError, ValueError, SafetensorError: `source` does not contain the part, or its files are damaged.
-        """
-
-    @abstractmethod
-    def configuration(self, source: str | Path, **options: Any) -> dict[str, Any]:
-        """Read the part's configuration (config.json).
-
-        Raises:
-            OSError, ValueError: `source` contains no configuration of the part.
-        """
-
-    @abstractmethod
-    def build(self, configuration: Mapping[str, Any]) -> Any:
-        """Build the part from a configuration alone, with random weights."""
-
-
-class DiffusersPart(Part):
-    """A part whose class belongs to diffusers."""
-
-    def load(self, source: str, dtype: torch.dtype, **options: Any) -> Any:
-        return self.type.from_pretrained(source, torch_dtype=dtype, **options)
-
-    def configuration(self, source: str | Path, **options: Any) -> dict[str, Any]:
-        return dict(self.type.load_config(source, **options))
-
-    def build(self, configuration: Mapping[str, Any]) -> Any:
-        return self.type.from_config(configuration)
-
-
-class TransformersPart(Part):
-    """A part whose class belongs to transformers."""
-
-    def load(self, source: str, dtype: torch.dtype, **options: Any) -> Any:
-        return self.type.from_pretrained(source, dtype=dtype, **options)
-
-    def configuration(self, source: str | Path, **options: Any) -> dict[str, Any]:
-        found: dict[str, Any] = self.type.config_class.from_pretrained(source, **options).to_dict()
-        return found
-
-    def build(self, configuration: Mapping[str, Any]) -> Any:
-        return self.type(self.type.config_class(**configuration))
 
 
 @dataclass(frozen=True)
@@ -305,9 +241,24 @@ class Family(ABC):
 
     # -- noise -----------------------------------------------------------------------------------------------------
 
+    def check_training(self, recipe: Recipe) -> None:
+        """Check that the base model can be trained with the settings of a recipe.
+
+        Raises:
+            UserError: a setting has no meaning for this family.
+        """
+        if changed := recipe.flow.changed_keys:
+            raise UserError(f"{changed[0]} is a setting of flow matching, which {self.title} does not use: leave "
+                            f"{' and '.join(changed)} out")
+
     @abstractmethod
-    def noise_schedule(self, scheduler_config: Mapping[str, Any]) -> NoiseSchedule:
-        """Return the forward process and training target of the base model."""
+    def noise_schedule(self, scheduler_config: Mapping[str, Any], flow: Flow, latent_side: int) -> NoiseSchedule:
+        """Return the forward process and training target of the base model.
+
+        Args:
+            flow: the noise levels to train; only families of flow matching use them.
+            latent_side: side of the latents of a square picture of the training resolution.
+        """
 
     def rescale_to_zero_snr(self, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
         """Return a scheduler configuration with the same noise schedule, rescaled to zero terminal SNR.
@@ -323,6 +274,13 @@ class Family(ABC):
         """Return the scheduler for generating pictures, with the noise schedule of `scheduler_config`."""
 
     # -- pipelines -------------------------------------------------------------------------------------------------
+
+    sampler_title = "DPM++ 2M"  # name of the sampling scheduler in the metadata of generated pictures
+    no_guidance = 1.0  # highest guidance_scale at which the pipeline does not compute the unconditional prediction
+
+    def sampling_arguments(self, pipeline: Any) -> dict[str, Any]:
+        """Return arguments of the pipeline, beside prompts and sampling settings, that every call needs."""
+        return {}
 
     @property
     @abstractmethod

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from dreambooth.config.enums import AttentionKind, Targets
 from dreambooth.config.storage import is_single_file
 from dreambooth.models.families import clip_text, clip_tokenizer
-from dreambooth.models.families.family import DiffusersPart, Family, Layout, Part
+from dreambooth.models.families.family import Family, Layout
+from dreambooth.models.families.part import DiffusersPart, Part
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from dreambooth.config.flow import Flow
     from dreambooth.models.noise_schedule import NoiseSchedule
 
 # Schedulers of diffusers that can be rescaled to zero terminal SNR.
@@ -189,7 +191,7 @@ class LatentUNet(Family):
 
     # -- noise -----------------------------------------------------------------------------------------------------
 
-    def noise_schedule(self, scheduler_config: Mapping[str, Any]) -> NoiseSchedule:
+    def noise_schedule(self, scheduler_config: Mapping[str, Any], flow: Flow, latent_side: int) -> NoiseSchedule:
         """Return the noise schedule of the base model, rescaled if the configuration sets rescale_betas_zero_snr."""
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 

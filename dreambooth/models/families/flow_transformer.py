@@ -1,0 +1,159 @@
+"""The base class of families with a diffusion transformer that is trained by flow matching. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dreambooth.config.enums import AttentionKind
+from dreambooth.errors import UserError
+from dreambooth.models.families.family import Family
+from dreambooth.models.families.part import DiffusersPart
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dreambooth.config.flow import Flow
+    from dreambooth.config.recipe import Recipe
+    from dreambooth.models.noise_schedule import NoiseSchedule
+
+PATCH = 2  # side of a token of the transformer, in latents
+ATTENTION_BACKENDS = {AttentionKind.sdpa: "native", AttentionKind.eager: "_native_math",
+                      AttentionKind.xformers: "xformers"}  # names in diffusers.models.attention_dispatch
+
+
+class FlowTransformer(Family):
+    """Base class: a transformer predicts the velocity of the latents of an AutoencoderKL.
+
+    The text encoders are language models. They are frozen, as in the training of the base models.
+    """
+
+    vae = DiffusersPart("vae", "diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL")
+    activations_gib = {True: 0.05, False: 1.0}
+    sampler_title = "Euler"
+    pipeline_module: str
+    pipeline_name: str
+    kohya_prefix = "lora_unet_"  # of the transformer's keys in kohya's LoRA layout
+    kohya_version: str  # kohya's name of the base model, in the metadata of LoRA files
+
+    # -- parts -----------------------------------------------------------------------------------------------------
+
+    def check_training(self, recipe: Recipe) -> None:
+        train, used = recipe.train, {
+            "train.snr_gamma=null": recipe.train.snr_gamma is not None,
+            "train.noise_offset=0": recipe.train.noise_offset != 0,
+            "model.zero_terminal_snr=false": recipe.model.zero_terminal_snr,
+        }
+        if needed := [override for override, wrong in used.items() if wrong]:
+            raise UserError(f"{self.title} is trained by flow matching, for which min-SNR weighting, offset noise and "
+                            f"zero terminal SNR are not defined: type {' '.join(needed)}")
+        if train.train_text_encoder:
+            raise UserError(f"the text encoder of {self.title} is a language model, which is not trained: type "
+                            "train.train_text_encoder=false")
+        if recipe.attention.kind not in ATTENTION_BACKENDS:
+            raise UserError(f"{self.title} has no attention={recipe.attention.kind.value}: type attention=sdpa")
+
+    # -- the denoiser ----------------------------------------------------------------------------------------------
+
+    def set_attention(self, denoiser: Any, kind: AttentionKind) -> None:
+        denoiser.set_attention_backend(ATTENTION_BACKENDS[kind])
+
+    def recompute_activations(self, denoiser: Any, groups: int) -> None:
+        """Enable gradient checkpointing: each block of the transformer is recomputed from its input.
+
+        `groups` has no effect, because the tensors inside one block are small compared with those between the blocks.
+        """
+        denoiser.enable_gradient_checkpointing()
+
+    def latent_channels(self, denoiser: Any) -> int:
+        return int(denoiser.config.in_channels)
+
+    def levels(self, denoiser: Any) -> int:
+        """Return 2: the transformer works on tokens of 2 x 2 latents."""
+        return PATCH
+
+    def native_side(self, denoiser: Any, vae_scale: int) -> int:
+        return 1024
+
+    def with_native_side(self, configuration: Mapping[str, Any], latent_side: int) -> dict[str, Any]:
+        """Return the configuration unchanged. It contains no side, because the transformer accepts all sides."""
+        return dict(configuration)
+
+    # -- pixels to latents -----------------------------------------------------------------------------------------
+
+    def encode(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        import torch
+
+        with torch.no_grad():
+            moments = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        return moments.mean.float() - (vae.config.shift_factor or 0.0), moments.std.float()
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        latents = latents + (vae.config.shift_factor or 0.0)
+        pixels: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return pixels
+
+    def vae_scale(self, vae_configuration: Mapping[str, Any]) -> int:
+        """Return the image side in pixels divided by the latent side: 8 for the published VAEs."""
+        return int(2 ** (len(vae_configuration["block_out_channels"]) - 1))
+
+    def scaling_factor(self, vae_configuration: Mapping[str, Any]) -> float:
+        return float(vae_configuration["scaling_factor"])
+
+    def vae_channels(self, vae_configuration: Mapping[str, Any]) -> int:
+        return int(vae_configuration["latent_channels"])
+
+    # -- noise -----------------------------------------------------------------------------------------------------
+
+    def noise_schedule(self, scheduler_config: Mapping[str, Any], flow: Flow, latent_side: int) -> NoiseSchedule:
+        from dreambooth.models.flow_matching import build_schedule
+
+        return build_schedule(flow, self.shift(scheduler_config, (latent_side // PATCH) ** 2))
+
+    def shift(self, scheduler_config: Mapping[str, Any], image_tokens: int) -> float:
+        """Return the shift of the base model's noise levels for pictures of `image_tokens` tokens."""
+        from dreambooth.models.flow_matching import dynamic_shift
+
+        config = scheduler_config
+        if not config.get("use_dynamic_shifting", False):
+            return float(config.get("shift", 1.0))
+        return dynamic_shift(image_tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
+                             config.get("base_shift", 0.5), config.get("max_shift", 1.15))
+
+    def sampling_scheduler(self, scheduler_config: Mapping[str, Any]) -> Any:
+        """Return the Euler scheduler of flow matching (Esser et al. 2024, arXiv:2403.03206)."""
+        from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
+
+    # -- pipelines -------------------------------------------------------------------------------------------------
+
+    @property
+    def pipeline_type(self) -> Any:
+        return getattr(import_module(self.pipeline_module), self.pipeline_name)
+
+    def build_pipeline(self, parts: Mapping[str, Any], scheduler: Any) -> Any:
+        return self.pipeline_type(**parts, scheduler=scheduler)
+
+    def image_to_image(self, pipeline: Any) -> Any:
+        import diffusers
+
+        kind = self.pipeline_name.replace("Pipeline", "Img2ImgPipeline")
+        return getattr(diffusers, kind)(**pipeline.components)
+
+    # -- adapters --------------------------------------------------------------------------------------------------
+
+    def kohya_names(self, names: Collection[str], denoiser_config: Any) -> dict[str, str]:
+        return {name: self.kohya_prefix + name.partition(".")[2].replace(".", "_") for name in names}
+
+    def kohya_metadata(self, prediction_type: str) -> dict[str, str]:
+        modelspec = self.single_file.modelspec(prediction_type)
+        return modelspec | {"modelspec.architecture": modelspec["modelspec.architecture"] + "/lora",
+                            "ss_base_model_version": self.kohya_version}
+
+
+def layer_pattern(*names: str) -> re.Pattern[str]:
+    """Return a pattern for layers whose names end with one of `names`, which are regular expressions."""
+    return re.compile(rf"(.*\.)?({'|'.join(names)})")

@@ -1,0 +1,140 @@
+"""Z-Image (Tongyi-MAI 2025, arXiv:2511.22699): a single-stream transformer with 6 billion weights.
+
+Its text encoder is Qwen3-4B. The VAE is that of FLUX.1, with 16 channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dreambooth.config.enums import Targets
+from dreambooth.errors import UserError
+from dreambooth.models.families import qwen_text
+from dreambooth.models.families.family import Layout
+from dreambooth.models.families.part import DiffusersPart
+from dreambooth.models.families.file_format import Entry, Form
+from dreambooth.models.families.flow_transformer import FlowTransformer, layer_pattern
+from dreambooth.models.families.transformer_file import TransformerFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ATTENTION = r"attention\.to_[qkv]", r"attention\.to_out\.0"
+
+
+class ZImageFile(TransformerFile):
+    """Single files of Z-Image's transformer. Query, key and value of attention are one matrix."""
+
+    denoiser_key = "cap_embedder.1.weight"
+    required_keys = frozenset({denoiser_key, "x_embedder.weight", "layers.0.attention.qkv.weight"})
+    architecture = "z-image"
+    implementation = "https://github.com/Tongyi-MAI/Z-Image"
+    renamed = (("all_final_layer.2-1.", "final_layer."), ("all_x_embedder.2-1.", "x_embedder."),
+               (".attention.to_out.0.", ".attention.out."), (".attention.norm_k.", ".attention.k_norm."),
+               (".attention.norm_q.", ".attention.q_norm."))
+
+    def transformer_entries(self, names: Sequence[str], config: Any) -> Iterator[Entry]:
+        for name in names:
+            if ".attention.to_k." in name or ".attention.to_v." in name:
+                continue
+            if ".attention.to_q." in name:
+                rows = tuple(name.replace(".to_q.", f".to_{letter}.") for letter in "qkv")
+                yield Entry(name.replace(".to_q.", ".qkv."), "transformer", rows, Form.stacked)
+                continue
+            key = name
+            for inner, outer in self.renamed:
+                key = key.replace(inner, outer)
+            yield Entry(key, "transformer", (name,))
+
+
+class ZImage(FlowTransformer):
+    """Z-Image, and models with the same architecture and other sizes.
+
+    The token ids of P prompts have the shape (P, 2, L): the ids, and a mask that is 1 for the tokens of the prompt and
+    0 for padding. The output of `text` has the shape (P, L, D + 1): the hidden states before the last layer of the text
+    encoder, and the mask as the last column. The transformer reads only the rows of the prompt's tokens.
+    """
+
+    title = "Z-Image"
+    architecture = "z_image"
+    hub_ids = ("Tongyi-MAI/Z-Image",)
+    denoiser = DiffusersPart("transformer", "diffusers.models.transformers.transformer_z_image",
+                             "ZImageTransformer2DModel")
+    encoders = (qwen_text.QWEN3,)
+    tokenizers = ("tokenizer",)
+    tags = ("z-image",)
+    adapter_targets = {
+        Targets.attention: layer_pattern(*ATTENTION),
+        Targets.transformer: layer_pattern(*ATTENTION, r"feed_forward\.w[123]"),
+        Targets.all: layer_pattern(".*"),
+    }
+    pipeline_module = "diffusers.pipelines.z_image.pipeline_z_image"
+    pipeline_name = "ZImagePipeline"
+    kohya_version = "z_image"
+    single_file = ZImageFile()
+    no_guidance = 0.0  # the pipeline computes c + g (c - u), with the conditional c and the unconditional u
+
+    def matches(self, layout: Layout) -> bool:
+        return "cap_feat_dim" in layout.configuration("transformer")
+
+    def load_tokenizer(self, name: str, source: str | Path, **options: Any) -> Any:
+        return qwen_text.load_tokenizer(name, source, **options)
+
+    def packaged_tokenizer(self, name: str) -> Any:
+        raise UserError(f"a single file of {self.title} contains no tokenizer and no text encoder: type "
+                        "config=DIR, a diffusers folder of the model")
+
+    def save_tokenizer(self, tokenizer: Any, folder: Path) -> None:
+        tokenizer.save_pretrained(folder)
+
+    # -- prompts to conditions -------------------------------------------------------------------------------------
+
+    def check_prompt(self, tokenizers: Sequence[Any], prompt: str) -> None:
+        qwen_text.check_length(tokenizers[0], prompt)
+
+    def tokens(self, tokenizers: Sequence[Any], prompt: str) -> Tensor:
+        return qwen_text.tokenize(tokenizers[0], prompt)
+
+    def blank_tokens(self, encoders: Sequence[Any], count: int) -> Tensor:
+        import torch
+
+        return torch.ones(count, 2, qwen_text.length(encoders[0].config.max_position_embeddings), dtype=torch.long)
+
+    def text(self, encoders: Sequence[Any], tokens: Tensor) -> Tensor:
+        import torch
+
+        states = encoders[0](input_ids=tokens[:, 0], attention_mask=tokens[:, 1],
+                             output_hidden_states=True).hidden_states[-2]
+        return torch.cat([states, tokens[:, 1].unsqueeze(-1).to(states.dtype)], -1)
+
+    def blank_text(self, encoders: Sequence[Any], count: int) -> Tensor:
+        import torch
+
+        config = encoders[0].config
+        return torch.empty(count, qwen_text.length(config.max_position_embeddings), config.hidden_size + 1)
+
+    def sampling_arguments(self, pipeline: Any) -> dict[str, Any]:
+        """Return the number of tokens that prompts are padded to, as in `tokens`."""
+        return {"max_sequence_length": qwen_text.length(pipeline.tokenizer.model_max_length)}
+
+    # -- the denoiser ----------------------------------------------------------------------------------------------
+
+    def predict(self, denoiser: Any, latents: Tensor, timesteps: Tensor, text: Tensor, vae_scale: int,
+                size_and_crop: Tensor | None = None) -> Tensor:
+        """Return the velocity, noise - x_0.
+
+        The transformer reads 1 - t, where t is the noise level, and predicts x_0 - noise.
+        """
+        import torch
+
+        dtype = latents.dtype
+        states = [rows[:length, :-1].to(dtype) for rows, length in zip(text, qwen_text.lengths(text), strict=True)]
+        times = (1 - timesteps).expand(len(latents))
+        images = list(latents.unsqueeze(2))
+        prediction = denoiser(images, times, states, return_dict=False)[0]
+        return -torch.stack(list(prediction)).squeeze(2)
+
+
+FAMILY = ZImage()
