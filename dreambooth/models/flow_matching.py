@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dreambooth.config.enums import LossWeighting, TimestepSampling
-from dreambooth.config.flow import Flow
+from dreambooth.config.schema import Flow
 
 LENGTH = 1000  # number of timesteps, and so of different noise levels
 

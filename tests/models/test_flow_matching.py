@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dreambooth.config.enums import LossWeighting, TimestepSampling
-from dreambooth.config.flow import Flow
+from dreambooth.config.schema import Flow
 from dreambooth.data.batches import Batch
 from dreambooth.models import flow_matching
 from dreambooth.models.flow_matching import FlowSchedule, build_schedule

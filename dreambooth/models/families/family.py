@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from dreambooth.config.flow import Flow
     from dreambooth.config.recipe import Recipe
+    from dreambooth.config.schema import Flow
     from dreambooth.models.noise_schedule import NoiseSchedule
 
 

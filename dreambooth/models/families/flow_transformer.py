@@ -15,8 +15,8 @@ from dreambooth.models.families.part import DiffusersPart
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dreambooth.config.flow import Flow
     from dreambooth.config.recipe import Recipe
+    from dreambooth.config.schema import Flow
     from dreambooth.models.noise_schedule import NoiseSchedule
 
 PATCH = 2  # side of a token of the transformer, in latents

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from dreambooth.config.flow import Flow
+    from dreambooth.config.schema import Flow
     from dreambooth.models.noise_schedule import NoiseSchedule
 
 # Schedulers of diffusers that can be rescaled to zero terminal SNR.

@@ -13,9 +13,9 @@ from dreambooth.config.enums import Targets
 from dreambooth.errors import UserError
 from dreambooth.models.families import qwen_text
 from dreambooth.models.families.family import Layout
-from dreambooth.models.families.part import DiffusersPart
 from dreambooth.models.families.file_format import Entry, Form
 from dreambooth.models.families.flow_transformer import FlowTransformer, layer_pattern
+from dreambooth.models.families.part import DiffusersPart
 from dreambooth.models.families.transformer_file import TransformerFile
 
 if TYPE_CHECKING:
