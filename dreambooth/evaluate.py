@@ -83,11 +83,29 @@ def compose_from_run(run: Path, options: dict[str, object]) -> DictConfig:
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(record), {"evaluate": {
             **options, "select": None, "every": None, "objective": "instance_loss"}})
+        cfg.run_root = find_run_root(run, str(cfg.run_root))
     except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"the configuration of the run in {record} cannot be read ({str(error).splitlines()[0]}): "
                         "repeat the run's command, then repeat this one") from error
     assert isinstance(cfg, DictConfig)
     return cfg
+
+
+def find_run_root(run: Path, recorded: str) -> str:
+    """Return the folder run_root of a run, which may have been moved with this folder since the run.
+
+    Args:
+        recorded: run_root, as the user typed it for the run, possibly in another working directory.
+    """
+    record = run / ".hydra" / "hydra.yaml"
+    if not record.is_file():
+        return recorded
+    runtime = OmegaConf.load(record).hydra.runtime
+    root, folder = Path(str(runtime.cwd), recorded), Path(str(runtime.output_dir))
+    if not folder.is_relative_to(root):
+        return str(root)
+    depth = len(folder.relative_to(root).parts)  # 1, except with hydra.run.dir
+    return str([run.absolute(), *run.absolute().parents][depth])
 
 
 def main() -> None:

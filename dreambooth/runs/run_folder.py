@@ -115,10 +115,12 @@ def load_finished(recipe: Recipe) -> Result | None:
 def read_result(run_dir: Path) -> Result | None:
     """Return the content of result.json in a run folder.
 
-    Return None if the file is missing or damaged, or if the objective in it is not finite.
+    Return None if the file is missing or damaged, or if the objective in it is not finite. The field `run_dir` of the
+    result is `run_dir`, also if the folder was moved after the run.
     """
     try:
-        result = Result(**atomic_files.read_object(run_dir / "result.json") or {})
+        content = atomic_files.read_object(run_dir / "result.json") or {}
+        result = Result(**content | {"run_dir": str(run_dir)})
         known = type(result.step) is int and isinstance(result.model, str) and math.isfinite(result.objective)
     except TypeError:
         return None

@@ -11,6 +11,7 @@ from dreambooth.storage import manifest
 from dreambooth.utils import atomic_files
 
 DESCRIPTIONS = ("README.md", "contact_sheet.png")  # files that a user may change without damage to the model
+CONVERTED = "converted"  # folder in run_root of the single files that were converted to diffusers folders
 INDEX = "model_index.json"  # exists if the folder holds a whole pipeline
 # The adapter in diffusers' layout. ComfyUI would silently leave out half of this file, so its name says whom it is for.
 ADAPTER = "lora_for_diffusers.safetensors"
@@ -62,6 +63,24 @@ def check_intact(folder: Path) -> None:
 
 
 def read_settings(run_dir: Path) -> dict[str, Any]:
-    """Return the settings in the run.json of a run folder; {} if the file is missing or damaged."""
+    """Return the settings in the run.json of a run folder; {} if the file is missing or damaged.
+
+    The paths of converted single files are those in the run's present run_root, see `find_converted`.
+    """
     settings = (atomic_files.read_object(run_dir / "run.json") or {}).get("settings")
-    return settings if isinstance(settings, dict) else {}
+    if not isinstance(settings, dict):
+        return {}
+    return {key: find_converted(value, run_dir) if key in ("model.source", "model.vae") else value
+            for key, value in settings.items()}
+
+
+def find_converted(path: Any, run_dir: Path) -> Any:
+    """Return where a converted single file is now, if run_root was moved or copied since the run; else `path`.
+
+    Args:
+        path: the value of model.source or model.vae of the run. A converted single file is RUN_ROOT/converted/NAME.
+    """
+    if not isinstance(path, str) or Path(path).parent.name != CONVERTED or not Path(path).is_absolute():
+        return path
+    moved = run_dir.absolute().parent / CONVERTED / Path(path).name
+    return str(moved) if moved.is_dir() else path

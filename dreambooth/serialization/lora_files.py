@@ -30,7 +30,7 @@ from dreambooth.errors import UserError
 from dreambooth.models.components import Components
 from dreambooth.models.families.family import Family
 from dreambooth.models.lora import LowRank
-from dreambooth.serialization.export_layout import ADAPTER
+from dreambooth.serialization.export_layout import ADAPTER, find_converted
 
 # Prefix of the metadata keys that hold settings of the base model: revision, variant, vae and zero_terminal_snr.
 BASE_KEY_PREFIX = "base_model_"
@@ -100,9 +100,13 @@ def write(folder: Path, weights: Mapping[str, LowRank], base_scales: Mapping[str
 
 
 def read_base_model(file: Path) -> str:
-    """Return the hub id or folder of the base model that an adapter was trained on, from the adapter's metadata."""
+    """Return the hub id or folder of the base model that an adapter was trained on, from the adapter's metadata.
+
+    Args:
+        file: RUN/model/NAME.
+    """
     with safe_open(file, "pt") as opened:
-        return str((opened.metadata() or {})["base_model"])
+        return str(find_converted((opened.metadata() or {})["base_model"], file.absolute().parents[1]))
 
 
 def read(file: Path) -> dict[str, LowRank]:

@@ -17,7 +17,7 @@ from dreambooth.config.storage import is_single_file
 from dreambooth.errors import UserError
 from dreambooth.models import families
 from dreambooth.models.families.family import Family
-from dreambooth.serialization import single_file
+from dreambooth.serialization import export_layout, single_file
 from dreambooth.serialization.convert import convert
 from dreambooth.serialization.detect_format import open_model_file
 from dreambooth.serialization.load_parts import read_json
@@ -122,7 +122,7 @@ def _locked_folder(config: Config, path: Path, suffix: str = "") -> Iterator[Pat
     """
     stem = re.sub(r"[^A-Za-z0-9_.]+", "-", path.stem)[:60]
     name = "-".join(filter(None, [stem, atomic_files.full_digest(path)[:10], suffix]))
-    target = Path(config.run_root).absolute() / "converted" / name
+    target = Path(config.run_root).absolute() / export_layout.CONVERTED / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with file_lock.hold(target.with_name(f".{name}.lock")):
         yield target

@@ -61,8 +61,14 @@ def local_path(uri: str) -> Path | None:
 
 
 def open_client(uri: str) -> Any:
-    """Return an MLflow client. If the tables of a SQLite database are missing or incomplete, create them first."""
+    """Return an MLflow client.
+
+    If the tables of a SQLite database are missing or incomplete, create them first. If the folder of the database was
+    moved or copied, correct the addresses in it.
+    """
     from mlflow import MlflowClient
+
+    from dreambooth.tracking.moved_database import correct_addresses
 
     file = database_file(uri)
     if file is None:
@@ -71,6 +77,8 @@ def open_client(uri: str) -> Any:
     with file_lock.hold(Path(f"{file}.lock"), LOCK_TIMEOUT):  # otherwise two simultaneous runs would create the tables
         if _is_unfinished(file):
             _create(file)
+        else:
+            correct_addresses(file)
         return MlflowClient(uri)
 
 

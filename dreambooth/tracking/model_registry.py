@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError
+from dreambooth.serialization.export_layout import DESCRIPTIONS
+from dreambooth.storage import manifest
 from dreambooth.tracking.mlflow_client import (
     DEFAULTS,
     LOGIN_HINT,
@@ -60,12 +62,13 @@ class Registry:
     def register(self, name: str, run_id: str, folder: Path, tags: dict[str, str]) -> Version:
         """Copy a model folder to the artifacts of its run, and register the copy as a new version of the model `name`.
 
-        If the run already has a version with all of `tags`, return the existing version instead. The name of the
+        If the run already has a version with all of `tags`, return the existing version instead. Its files are copied
+        again if MLflow no longer has all of them. The name of the
         artifact folder consists of the values of the tags `holds`, `step` and `exported_step`. The model of an extended
         run therefore does not overwrite the files of an earlier version.
         """
         existing = [version for version in self._search_versions(name, run_id) if tags.items() <= version.tags.items()]
-        if existing:
+        if existing and not self._lacking(existing[-1], folder):
             return existing[-1]
         artifact_folder = "-".join([
             tags.get("holds", "model"), *(tags[key] for key in ("step", "exported_step") if key in tags)])
@@ -74,8 +77,25 @@ class Registry:
         if all(model.name != name for model in self._search_models(name)):
             self._call(lambda: self._client.create_registered_model(name))
         artifacts = self._call(lambda: self._client.get_run(run_id)).info.artifact_uri.rstrip("/")
-        return _to_version(self._call(lambda: self._client.create_model_version(
+        version = existing[-1] if existing else _to_version(self._call(lambda: self._client.create_model_version(
             name, f"{artifacts}/{artifact_folder}", run_id, tags=tags, await_creation_for=0)))
+        if lacking := self._lacking(version, folder):
+            raise UserError(f"version {version.number} of {name} cannot be loaded from MLflow, which lacks its "
+                            f"{lacking}: check where MLflow stores artifacts, then repeat the command")
+        return version
+
+    def _lacking(self, version: Version, folder: Path) -> str | None:
+        """Return the name of a file of a model that MLflow does not have in its size, or None if it has all files.
+
+        Args:
+            folder: the folder that was copied to MLflow. A user may have changed its DESCRIPTIONS since.
+        """
+        stored = self._call(lambda: _file_sizes(
+            self._client.get_model_version_download_uri(version.name, str(version.number)), self._uri))
+        files = {path.relative_to(folder).as_posix(): path.stat().st_size
+                 for path in folder.rglob("*") if path.is_file()}
+        return next((name for name, size in sorted(files.items())
+                     if stored.get(name) != size and name not in (*DESCRIPTIONS, manifest.NAME)), None)
 
     def list_versions(self, name: str) -> list[Version]:
         """Return all versions of the model `name`, oldest first. `name` must not contain a quote."""
@@ -114,6 +134,20 @@ class Registry:
                 raise UserError(f"{server} {REFUSES_USER} ({reason}): {LOGIN_HINT}") from error
             raise UserError(f"{server} rejects the request or does not answer ({reason}): {remedy(self._uri, False)}, "
                             f"or type {self._uri_key}=ADDRESS of one that answers") from error
+
+
+def _file_sizes(uri: str, tracking_uri: str) -> dict[str, int]:
+    """Return the sizes in bytes of all files that MLflow has below the address `uri`, by relative path."""
+    from mlflow.artifacts import list_artifacts
+
+    sizes: dict[str, int] = {}
+    for item in list_artifacts(artifact_uri=uri, tracking_uri=tracking_uri):
+        name = item.path.rpartition("/")[2]
+        if item.is_dir:
+            sizes |= {f"{name}/{path}": size for path, size in _file_sizes(f"{uri}/{name}", tracking_uri).items()}
+        else:
+            sizes[name] = int(item.file_size or 0)
+    return sizes
 
 
 def _to_version(item: Any) -> Version:

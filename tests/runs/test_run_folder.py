@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,13 @@ def test_a_result_is_written_and_read_unchanged(tmp_path):
     result = write_finished_run(tmp_path)
     assert load_finished(make_recipe(tmp_path)) == result
     assert load_finished(make_recipe(tmp_path, steps=3)) == result
+
+
+def test_a_result_names_the_folder_in_which_it_is(tmp_path):
+    """The folder may have been moved since; the file has the old name."""
+    result = write_finished_run(tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert load_finished(make_recipe(tmp_path / "new")) == replace(result, run_dir=str(tmp_path / "new"))
 
 
 def test_a_run_with_more_steps_or_starting_over_is_not_finished(tmp_path):

@@ -104,3 +104,31 @@ def test_a_damaged_record_of_the_configuration_is_an_error(content: bytes, tmp_p
     (tmp_path / ".hydra/config.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"config\.yaml cannot be read .*repeat the run's command"):
         compose_from_run(tmp_path, {})
+
+
+def test_settings_name_a_converted_file_where_it_is_after_its_run_root_was_moved(tmp_path: Path) -> None:
+    run, converted = tmp_path / "new/run", tmp_path / "new/converted/base-1234"
+    settings = {"model.source": "/old/converted/base-1234", "model.vae": "/old/converted/gone", "model.name": "sd15"}
+    converted.mkdir(parents=True)
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"settings": settings}))
+    assert export_layout.read_settings(run) == settings | {"model.source": str(converted)}
+    adapter = run / "model" / export_layout.ADAPTER
+    adapter.parent.mkdir()
+    save_file({"a": torch.zeros(1)}, adapter, {"base_model": settings["model.source"]})
+    assert lora_files.read_base_model(adapter) == str(converted)
+
+
+@pytest.mark.parametrize(("recorded", "output_dir", "expected"), [
+    ("runs", "/work/runs/NAME", "HERE"), ("/old/runs", "/old/runs/NAME", "HERE"),
+    ("/old/runs", "/old/runs/a/NAME", "HERE/.."), ("/old/runs", "/elsewhere/NAME", "/old/runs")])
+def test_an_evaluation_uses_the_run_root_in_which_the_run_is(
+        tmp_path: Path, recorded: str, output_dir: str, expected: str) -> None:
+    """Otherwise it would make the old folder anew, for MLflow's database."""
+    run = tmp_path / "NAME"
+    (run / ".hydra").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    (run / ".hydra/config.yaml").write_text(f"run_root: {recorded}")
+    (run / ".hydra/hydra.yaml").write_text(f"hydra: {{runtime: {{cwd: /work, output_dir: {output_dir}}}}}")
+    expected = expected.replace("HERE/..", str(tmp_path.parent)).replace("HERE", str(tmp_path))
+    assert compose_from_run(run, {}).run_root == expected
