@@ -20,6 +20,7 @@ class Job:
     usd_hour: float | None = None  # on-demand price per hour of all the job's instances; None: unknown
     estimate_usd: float | None = None  # the planner's estimate; None: unknown
     estimate_seconds: float | None = None
+    defaults: tuple[str, ...] = ()  # one line per part of the request that comes from the SageMaker SDK's defaults
 
     @property
     def spot(self) -> bool:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dreambooth.cloud import job_inputs, secrets
+from dreambooth.cloud import job_inputs, sdk_defaults, secrets
 from dreambooth.cloud.job import Job
 from dreambooth.cloud.job_inputs import Inputs
 from dreambooth.cloud.training_job_request import (
@@ -60,22 +60,28 @@ def prepare_jobs(composed: Sequence[LauncherJob], sweep: str, backend: Any, mode
     """
     problems: list[str] = []
     checked: list[tuple[LauncherJob, Config, dict[str, Any]]] = []
+    defaults = sdk_defaults.read() if mode == "aws" else {}
     for job in composed:
         try:
-            checked.append((job, *_check_job(job, mode)))
+            checked.append((job, *_check_job(job, mode, defaults)))
         except ConfigError as error:
             problems += [f"job {job.number}: {problem}" for problem in error.problems]
     _raise_if_any(problems)
     inputs = Inputs(mode)
     _raise_if_any([f"job {job.number}: {problem}" for job, run, _ in checked for problem in inputs.find_problems(run)])
-    jobs = [_build_job(job, run, plan, sweep, backend, mode, inputs) for job, run, plan in checked]
-    _raise_if_any([f"job {job.number}: {problem}" for job in jobs for problem in backend.find_problems(job.request)])
+    jobs = [_build_job(*item, sweep, backend, mode, inputs, defaults) for item in checked]
+    _raise_if_any([f"job {job.number}: {problem}" for job in jobs for problem in (
+        *backend.find_problems(job.request), *(secrets.find_credentials(job.request) if job.defaults else ()))])
     inputs.upload()
-    return [_build_job(job, run, plan, sweep, backend, mode, inputs, submit=True) for job, run, plan in checked]
+    return [_build_job(*item, sweep, backend, mode, inputs, defaults, submit=True) for item in checked]
 
 
 def describe_jobs(jobs: Sequence[Job], mode: str = "aws") -> Iterator[str]:
-    """Yield one line per job with its instances, price and estimated cost, and one line with the total."""
+    """Yield one line per job with its instances, price and estimated cost, and one line with the total.
+
+    Before these lines, yield what the defaults files of the SageMaker SDK add to the requests.
+    """
+    yield from dict.fromkeys(line for job in jobs for line in job.defaults)
     for job in jobs:
         resources = job.request["ResourceConfig"]
         price = f"${job.usd_hour:.4g}/h" if job.usd_hour is not None else "price unknown" if mode == "aws" else "here"
@@ -98,8 +104,11 @@ def _raise_if_any(problems: Sequence[str]) -> None:
         raise ConfigError(*dict.fromkeys(problems))
 
 
-def _check_job(job: LauncherJob, mode: str) -> tuple[Config, dict[str, Any]]:
+def _check_job(job: LauncherJob, mode: str, defaults: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
     """Check one job: the launcher's settings, the rules of the run, and whether the run fits in memory.
+
+    Args:
+        defaults: the SageMaker SDK's defaults, which may contain a role.
 
     Returns:
         The run's configuration, and the output of the planner for the run; {} if the planner did not run.
@@ -112,7 +121,8 @@ def _check_job(job: LauncherJob, mode: str) -> tuple[Config, dict[str, Any]]:
         f"{setting} is missing: type hydra.launcher.{key}={example}" for key, setting, example in (
             ("role", "the execution role", "arn:aws:iam::ACCOUNT:role/NAME"),
             ("s3", "the S3 folder for results", "s3://BUCKET/FOLDER"),
-            ("instance_type", "the instance type", "ml.g4dn.xlarge, or a hardware= that has one")) if not launcher[key]]
+            ("instance_type", "the instance type", "ml.g4dn.xlarge, or a hardware= that has one"))
+        if not launcher[key] and not (key == "role" and "RoleArn" in defaults)]
     if not launcher["image"]:
         problems.append("the image is missing: type hydra.launcher.image=ACCOUNT.dkr.ecr.REGION.amazonaws.com/NAME:TAG")
     if launcher["spot"] and launcher["keep_alive_minutes"]:
@@ -165,10 +175,11 @@ def _run_planner(job: LauncherJob) -> dict[str, Any]:
 
 
 def _build_job(composed: LauncherJob, run: Config, plan: Mapping[str, Any], sweep: str, backend: Any, mode: str,
-               inputs: Inputs, submit: bool = False) -> Job:
+               inputs: Inputs, defaults: Mapping[str, Any], submit: bool = False) -> Job:
     """Build a job and its request.
 
     Args:
+        defaults: the SageMaker SDK's defaults, which are added to the request.
         submit: whether the job is about to be submitted. If hydra.launcher.resubmit is also true, a job that has failed
             before gets a new name.
     """
@@ -184,11 +195,12 @@ def _build_job(composed: LauncherJob, run: Config, plan: Mapping[str, Any], swee
             name = job_name(sweep, number, hyperparameters, contents, attempt)
     request = build_request(settings, name, sweep, hyperparameters, channels, composed.disk_gib, plan.get("disk_gib"),
                             first_name)
+    request, added = sdk_defaults.apply(request, defaults, has_own_disk=composed.disk_gib is not None)
     price = composed.price_usd_hour
     usd_hour = None if price is None or mode == "docker" else price * settings.instance_count
     seconds = plan.get("run_seconds")
     cost = None if seconds is None or usd_hour is None else seconds / 3600 * usd_hour
-    return Job(number, name, overrides, request, run.train.max_train_steps, usd_hour, cost, seconds)
+    return Job(number, name, overrides, request, run.train.max_train_steps, usd_hour, cost, seconds, added)
 
 
 def _job_settings(composed: LauncherJob) -> JobSettings:

@@ -1,10 +1,15 @@
-"""Backend that creates, polls and stops SageMaker training jobs with a boto3 client."""
+"""Backend that creates, polls and stops SageMaker training jobs.
+
+Requests are checked by the typed shapes of the SageMaker SDK, and jobs are polled and stopped by its TrainingJob. Jobs
+are created by the boto3 client, because TrainingJob.create would describe the new job and raise the errors of that
+second call as if the job had not been created: a job that runs and costs money would be reported as failed.
+"""
 
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from dreambooth.cloud import request_validation
+from dreambooth.cloud import request_validation, sagemaker_sdk
 from dreambooth.cloud.job import (
     COMPLETED,
     FAILED,
@@ -36,11 +41,13 @@ class SageMakerBackend:
     def __init__(self, client: Any | None = None) -> None:
         self._client, self._is_own_client = client or folders.client("sagemaker"), client is None
         self._has_answered = False
+        sagemaker_sdk.mute_logs()
 
     def find_problems(self, request: dict[str, Any]) -> list[str]:
         """Return the reasons why SageMaker would reject a request, one sentence per reason."""
         shape = self._client.meta.service_model.operation_model("CreateTrainingJob").input_shape
-        return list(request_validation.find_problems(request, shape))
+        return sagemaker_sdk.find_type_problems(request, shape) or list(
+            request_validation.find_problems(request, shape))
 
     def submit(self, job: Job) -> JobState:
         try:
@@ -56,15 +63,15 @@ class SageMakerBackend:
         return JobState(RUNNING, "Starting")
 
     def poll(self, job: Job) -> JobState:
-        description = self._describe(job)
-        metrics = {item["MetricName"]: item["Value"] for item in description.get("FinalMetricDataList", ())}
+        training_job = self._describe(job.name)
+        metrics = {item.metric_name: item.value for item in training_job.final_metric_data_list or ()}
         state = JobState(
-            STATUS.get(description["TrainingJobStatus"], RUNNING), description.get("SecondaryStatus", ""),
+            STATUS.get(training_job.training_job_status, RUNNING), training_job.secondary_status or "",
             step=int(metrics["step"]) if "step" in metrics else None, loss=metrics.get("loss"),
-            seconds=_training_seconds(description), billed_seconds=description.get("BillableTimeInSeconds"),
-            reason=description.get("FailureReason", ""))
+            seconds=_training_seconds(training_job), billed_seconds=_number(training_job.billable_time_in_seconds),
+            reason=training_job.failure_reason or "")
         if state.status == COMPLETED:
-            state.result = self._read_result(description, job)
+            state.result = self._read_result(training_job, job)
         if state.status == STOPPED and not state.reason:
             state.reason = f"it was stopped ({state.detail})"
         if not state.ended:
@@ -73,7 +80,7 @@ class SageMakerBackend:
 
     def stop(self, job: Job) -> bool:
         try:
-            self._client.stop_training_job(TrainingJobName=job.name)
+            sagemaker_sdk.bind_training_job(job.name, self._client).stop()
         except Exception as error:
             if aws_errors.error_code(error) == "ValidationException":  # the job has ended or was never created
                 return False
@@ -86,20 +93,21 @@ class SageMakerBackend:
     def has_failed(self, name: str) -> bool:
         """Return whether a job with this name exists and has failed or been stopped."""
         try:
-            description = self._client.describe_training_job(TrainingJobName=name)
+            training_job = sagemaker_sdk.bind_training_job(name, self._client).refresh()
         except Exception as error:
             if aws_errors.error_code(error) in ("ValidationException", "ResourceNotFound"):
                 return False
             raise UserError(aws_errors.describe_error(error, "sagemaker:DescribeTrainingJob", name)) from error
-        return description["TrainingJobStatus"] in ("Failed", "Stopped")
+        return training_job.training_job_status in ("Failed", "Stopped")
 
-    def _describe(self, job: Job) -> dict[str, Any]:
+    def _describe(self, name: str) -> Any:
+        """Return the SDK's TrainingJob object with the current description of a job."""
         try:
-            description: dict[str, Any] = self._client.describe_training_job(TrainingJobName=job.name)
+            training_job = sagemaker_sdk.bind_training_job(name, self._client).refresh()
         except Exception as error:
-            raise self._translate(error, "sagemaker:DescribeTrainingJob", job.name) from error
+            raise self._translate(error, "sagemaker:DescribeTrainingJob", name) from error
         self._has_answered = True
-        return description
+        return training_job
 
     def _poll_existing(self, job: Job) -> JobState:
         """Return the state of the existing SageMaker job that has the name of `job`.
@@ -109,15 +117,15 @@ class SageMakerBackend:
         Raises:
             UserError: the hyperparameters of the existing job are those of a different run.
         """
-        existing, own = (identifying_hyperparameters(item.get("HyperParameters", {}))
-                         for item in (self._describe(job), job.request))
+        existing, own = (identifying_hyperparameters(hyperparameters or {}) for hyperparameters in (
+            self._describe(job.name).hyper_parameters, job.request.get("HyperParameters")))
         differing = sorted(key for key in existing.keys() | own.keys() if existing.get(key) != own.get(key))
         if differing:
             raise UserError(f"a job {job.name} exists already and differs in {', '.join(differing)}: type another "
                             "hydra.launcher.sweep=NAME")
         return self.poll(job)
 
-    def _read_result(self, description: dict[str, Any], job: Job) -> dict[str, Any]:
+    def _read_result(self, training_job: Any, job: Job) -> dict[str, Any]:
         """Return the content of result.json in a job's output.
 
         If the file is missing or invalid, return {"problem": reason}.
@@ -126,9 +134,9 @@ class SageMakerBackend:
         result of a paid job is not lost.
 
         Args:
-            description: the response of DescribeTrainingJob for `job`.
+            training_job: the SDK's TrainingJob object of `job`.
         """
-        path = f"{description['ModelArtifacts']['S3ModelArtifacts'].rstrip('/')}/result.json"
+        path = f"{training_job.model_artifacts.s3_model_artifacts.rstrip('/')}/result.json"
         try:
             return folders.read_json(path)
         except (UserError, ValueError) as error:
@@ -152,6 +160,9 @@ class SageMakerBackend:
             return Unreachable(f"AWS does not answer ({aws_errors.error_code(error)})")
         if aws_errors.is_aws_error(error):
             return UserError(aws_errors.describe_error(error, permission, resource))
+        if sagemaker_sdk.is_type_error(error):
+            return UserError(f"the installed SageMaker SDK does not understand AWS's description of {resource}: type "
+                             "pip install -U 'sagemaker<4'")
         return error
 
     def _renew_client(self) -> None:
@@ -169,16 +180,22 @@ def _is_name_taken(error: Exception) -> bool:
     return code in NAME_TAKEN_CODES or (code == "ValidationException" and "already" in str(error).lower())
 
 
-def _training_seconds(description: dict[str, Any]) -> float:
+def _training_seconds(training_job: Any) -> float:
     """Return how long a job has trained, in seconds.
 
-    If `description` contains SageMaker's own value, return this value. Otherwise return the time since training began,
-    or 0 if training has not begun.
+    If the description contains SageMaker's own value, return this value. Otherwise return the time since training
+    began, or 0 if training has not begun.
 
     Args:
-        description: the response of DescribeTrainingJob.
+        training_job: the SDK's TrainingJob object of the job.
     """
-    if "TrainingTimeInSeconds" in description:
-        return float(description["TrainingTimeInSeconds"])
-    start = description.get("TrainingStartTime")
+    seconds = _number(training_job.training_time_in_seconds)
+    if seconds is not None:
+        return float(seconds)
+    start = training_job.training_start_time
     return max(0.0, (datetime.now(UTC) - start).total_seconds()) if start else 0.0
+
+
+def _number(value: Any) -> float | None:
+    """Return a number of a description; None in place of the SDK's object Unassigned, which is false as 0 is."""
+    return value if isinstance(value, int | float) else None

@@ -5,6 +5,7 @@ file and dreambooth/cloud/ use boto3.
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -22,6 +23,8 @@ from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
 
 PARALLEL = 8  # number of simultaneous transfers
+# Service -> what needs boto3, and the extra that contains boto3.
+USERS = {"s3": ("s3://", "s3"), "secretsmanager": ("AWS Secrets Manager", "s3"), "sagemaker": ("SageMaker", "aws")}
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 60  # timeouts in seconds; READ_TIMEOUT counts from the last received byte
 
 
@@ -36,6 +39,9 @@ class RemoteContent(NamedTuple):
 def client(service: str, connections: int = 10) -> Any:
     """Create a boto3 client that retries transient errors and throttled calls.
 
+    At the level DEBUG, botocore logs session tokens and whole requests. It logs nothing below INFO here, even if the
+    root logger does (hydra.verbose=true), unless the user has chosen a level for botocore itself.
+
     Raises:
         UserError: boto3 is not installed, or no AWS region is configured.
     """
@@ -43,7 +49,10 @@ def client(service: str, connections: int = 10) -> Any:
         from boto3.session import Session
         from botocore.config import Config
     except ImportError as error:
-        raise UserError("s3:// and SageMaker need a package: pip install 'dreambooth[aws]'") from error
+        user, extra = USERS[service]
+        raise UserError(f"{user} needs a package: pip install 'dreambooth[{extra}]'") from error
+    if (logger := logging.getLogger("botocore")).level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
     config = Config(retries={"mode": "standard", "total_max_attempts": 3}, max_pool_connections=connections,
                     connect_timeout=CONNECT_TIMEOUT, read_timeout=READ_TIMEOUT)
     return call_with_retries(lambda: Session().client(service, config=config), service, service)

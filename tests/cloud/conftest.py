@@ -35,11 +35,15 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def environment(credentials: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(credentials: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = folders.RemoteContent("0" * 10, is_folder=True, is_complete=True)
     monkeypatch.setattr(folders, "inspect", lambda uri: content)
     for key in ("DREAMBOOTH_IMAGE", "DREAMBOOTH_ROLE", "DREAMBOOTH_S3", "DREAMBOOTH_SWEEP", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(key, raising=False)
+    for kind in ("ADMIN", "USER"):  # no defaults files of the SageMaker SDK, those of this machine included
+        monkeypatch.delenv(f"SAGEMAKER_{kind}_CONFIG_OVERRIDE", raising=False)
+    for variable in ("XDG_CONFIG_HOME", "XDG_CONFIG_DIRS"):
+        monkeypatch.setenv(variable, str(tmp_path / "xdg"))
 
 
 ENGINE = """#!/bin/sh

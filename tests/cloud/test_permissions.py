@@ -10,9 +10,9 @@ S3_CALLS = {"get_object": "s3:GetObject", "head_object": "s3:GetObject", "put_ob
             "list_objects_v2": "s3:ListBucket", "list_multipart_uploads": "s3:ListBucketMultipartUploads",
             "list_parts": "s3:ListMultipartUploadParts", "create_multipart_upload": "s3:PutObject",
             "upload_part": "s3:PutObject", "complete_multipart_upload": "s3:PutObject"}
-OTHER_CALLS = {"create_training_job": "sagemaker:CreateTrainingJob", "stop_training_job": "sagemaker:StopTrainingJob",
-               "describe_training_job": "sagemaker:DescribeTrainingJob",
+OTHER_CALLS = {"create_training_job": "sagemaker:CreateTrainingJob",
                "get_secret_value": "secretsmanager:GetSecretValue"}
+SDK_CALLS = {"stop": "sagemaker:StopTrainingJob", "refresh": "sagemaker:DescribeTrainingJob"}  # methods of TrainingJob
 IMPLIED = {"iam:PassRole", "sagemaker:AddTags"}  # also needed by CreateTrainingJob with a role and tags
 USED_BY_SAGEMAKER = {  # what the service itself does with the role
     "ecr:BatchCheckLayerAvailability", "ecr:BatchGetImage", "ecr:GetAuthorizationToken", "ecr:GetDownloadUrlForLayer",
@@ -45,6 +45,7 @@ def aws_permissions() -> set[str]:
     for call in re.findall(r"(?:\bs3|\bclient|_client)\.([a-z0-9]+_[a-z_0-9]+)\b", code):
         if call != "get_paginator":
             found.add(known[call])
+    found |= {SDK_CALLS[call] for call in re.findall(r"bind_training_job\([^()]*\)\.(\w+)", code)}
     return found | {known[name] for name in re.findall(r'get_paginator\("(\w+)"\)', code)}
 
 

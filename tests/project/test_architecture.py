@@ -22,7 +22,8 @@ ORDER = ("errors", "utils", "config", "runtime", "storage", "models", "optim", "
          "commands")
 COMMANDS = {"train", "generate", "plan", "evaluate", "entrypoint", "promote", "compare", "class_images", "stage",
             "workflows", "convert"}
-HEAVY = {"torch", "diffusers", "transformers", "mlflow", "boto3", "accelerate", "PIL", "numpy"}
+HEAVY = {"torch", "diffusers", "transformers", "mlflow", "boto3", "sagemaker", "accelerate", "PIL",
+         "numpy"}
 BY_NAME = {"import_module", "importlib.import_module", "__import__"}
 CODE = ("dreambooth", "hydra_plugins", "tools")
 # Modules that `--help`, a laptop that only submits and small processes beside a training run import.

@@ -173,7 +173,7 @@ def test_without_boto3_the_error_says_what_to_install(tmp_path: Path) -> None:
             "from dreambooth.storage.__main__ import main; main()")
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (ran.returncode, ran.stderr) == (
-        1, "dreambooth: s3:// and SageMaker need a package: pip install 'dreambooth[aws]'\n")
+        1, "dreambooth: s3:// needs a package: pip install 'dreambooth[s3]'\n")
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------
