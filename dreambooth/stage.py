@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dreambooth import cli
-from dreambooth.config.compose import search_space
+from dreambooth.config.compose import search_space, unquote
 from dreambooth.config.enums import Device
 from dreambooth.config.recipe import resolve
 from dreambooth.config.storage import S3_SCHEME
@@ -105,7 +105,7 @@ def _run_overrides(overrides: Sequence[str], trial: Sequence[str]) -> list[str]:
     A trial is one run of a sweep. Overrides later in the result take precedence. The MLflow run of a trial is named
     after the overrides of the trial.
     """
-    values = {key: value for key, _, value in (override.partition("=") for override in trial) if key != "sweep"}
+    values = {key: unquote(override) for override in trial if (key := override.partition("=")[0]) != "sweep"}
     run_name = " ".join(f"{name}={values[key]}" for key, name in short_names(values).items())
     trial_overrides = (TRIAL_RUN_DIR, f"tracking.run_name={hydra_string(run_name)}") if run_name else ()
     return [TRACKING_OVERRIDE, *trial_overrides, *overrides, *trial]

@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString, Transformer
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -87,21 +87,38 @@ def search_space(name: str) -> dict[str, tuple[str, ...]]:
         raise UserError(f"there is no search space {name}: type sweep=NAME with one of {available}")
     space = {}
     for key, text in (OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params") or {}).items():
-        override = OverridesParser.create().parse_override(f"{key}={text}")
+        if (override := overrides.parse(f"{key}={text}")) is None:
+            raise UserError(f"sweep={name} contains {key}: {text}, which Hydra cannot read: {overrides.QUOTED_CHOICES}")
         if not override.is_choice_sweep():
             raise UserError(f"sweep={name} contains {key}: {text}: type choice(...) there, "
                             "which every sweeper supports")
-        space[str(key)] = tuple(value for value in override.sweep_string_iterator())
+        space[str(key)] = tuple(choice_texts(override))
     return space
+
+
+def choice_texts(choices: Override) -> list[str]:
+    """Return the values of choice(...), as Hydra's sweeper writes them into the overrides of its jobs.
+
+    Hydra drops the quotes of a text in choice(...). If it could then not read the text in an override, for example
+    because the text contains an apostrophe, the text gets its quotes back.
+    """
+    key, texts = choices.get_key_element(), []
+    for item in choices.sweep_iterator():
+        text = Transformer.str(item)
+        if isinstance(item, str) and overrides.parse(f"{key}={text}") is None:
+            text = QuotedString(item, Quote.double).with_quotes()
+        texts.append(text)
+    return texts
 
 
 def unquote(override: str) -> str:
     """Return VALUE of an override KEY=VALUE as plain text, without the quotes and escapes of Hydra's grammar."""
     raw = override.partition("=")[2]
-    if not raw.startswith(("'", '"')):
+    if not raw.startswith(("'", '"')) and "\\" not in raw:
         return raw
     parsed = overrides.parse(override)
-    return unescape_interpolation(str(parsed.value())) if parsed else raw
+    text = parsed.value() if parsed else raw
+    return unescape_interpolation(text) if isinstance(text, str) else raw
 
 
 def uri_has_password(cfg: DictConfig) -> bool:

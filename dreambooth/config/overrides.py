@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException, SearchPathException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException, SearchPathException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -35,6 +35,7 @@ from dreambooth.utils.suggestions import closest, one_of
 TEXT_KEYS = re.compile(
     r"dataset\.(concepts\.\d+\.)?(instance|class)_prompt|sample\.prompts(\.\d+)?|prompt|negative_prompt|title")
 _HELP = "type --help for all keys"
+QUOTED_CHOICES = 'type choice("TEXT","TEXT") there, each text in double quotes'
 
 
 # -- before Hydra reads them ----------------------------------------------------------------------------------------
@@ -213,6 +214,11 @@ def _explain_hydra(error: HydraException, kind: type, words: Sequence[str]) -> s
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return _unknown_option(group, option, error.options) if error.options else (
             f"there is no configuration {error.missing_cfg_file}: leave --config-name out")
+    if isinstance(error, OverrideParseException):
+        key, _, raw = str(error.override).partition("=")
+        if any(word.partition("=")[0] == key for word in words):
+            return _not_in_grammar(key, key.lstrip("+~").partition("@")[0], raw, kind)
+        return f"the search space contains {key}: {raw}, which Hydra cannot read: {QUOTED_CHOICES}"
     if isinstance(error, SearchPathException):
         return f"{_one_line(message)}: type --config-dir DIR, a folder that is there"
     if found := re.match(r"(?:.*: )?Could not (?:override|delete)[^']*'([^']+)'", message):

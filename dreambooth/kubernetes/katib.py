@@ -1,7 +1,7 @@
 """Builds a Katib Experiment from a search space. Each trial is a Job, from whose output Katib reads the objective."""
 
+import json
 import re
-import shlex
 from typing import Any
 
 from dreambooth.kubernetes import pod_spec
@@ -41,10 +41,10 @@ def build_experiment(spec: WorkflowSpec) -> dict[str, Any]:
 def _parameter(name: str, values: tuple[str, ...]) -> dict[str, Any]:
     """Build a parameter of the Experiment. Its values are the strings that Hydra's sweeper would pass to a run.
 
-    Katib inserts a value between single quotes into the shell script of the trial. Single quotes inside a value are
-    therefore escaped.
+    Katib inserts a value into the JSON text of the trial's Job, in which it is a part of an environment variable. The
+    value is therefore escaped for JSON, and for Kubernetes.
     """
-    texts = [pod_spec.escape_variables(value.replace("'", "'\"'\"'")) for value in values]
+    texts = [json.dumps(pod_spec.escape_variables(value), ensure_ascii=False)[1:-1] for value in values]
     kind = "discrete" if all(_is_number(value) for value in values) else "categorical"
     return {"name": name, "parameterType": kind, "feasibleSpace": {"list": texts}}
 
@@ -67,10 +67,11 @@ def _trial_job(spec: WorkflowSpec, names: dict[str, str]) -> dict[str, Any]:
     parameters = [f"{key}=${{trialParameters.{name.replace('-', '_')}}}" for key, name in names.items()]
     overrides = [*run_overrides(spec, pod_spec.RUNS_MOUNT), TRIAL_RUN_DIR, f"sweep={spec.space.name}",
                  f"tracking.sweep=katib-{spec.space.name}", *parameters]
-    # Katib joins command and args by spaces, without quoting, and runs the result in a shell. The shell would split a
-    # prompt and expand ${...}. If the command is already a shell, Katib only appends to the shell's script.
-    script = shlex.join(["python", "-m", "dreambooth.train", *overrides])
-    container = pod_spec.container(spec.image, ["sh", "-c"], [script])
+    # Katib joins command and args by spaces and runs the result in a shell, which would split a prompt and expand
+    # ${...}. The script is therefore the same for all overrides: it passes variables, which the shell does not parse.
+    variables = {f"OVERRIDE_{number}": override for number, override in enumerate(overrides, 1)}
+    script = " ".join(["python", "-m", "dreambooth.train", *(f'"${name}"' for name in variables)])
+    container = pod_spec.container(spec.image, ["sh", "-c"], [script], variables)
     return {
         "apiVersion": "batch/v1", "kind": "Job",
         "spec": {

@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from dreambooth.config.enums import Device
@@ -93,13 +95,21 @@ def env_by_key() -> list[dict[str, Any]]:
 def escape_variables(text: str) -> str:
     """Escape a text so that Kubernetes passes it to a container as it is.
 
-    In args, Kubernetes replaces $$ by $. It replaces $(NAME) by the value of the environment variable NAME, which may
-    be a password. A text that Argo, Katib or Kubeflow Pipelines will insert into args must be escaped, too.
+    In args and environment variables, Kubernetes replaces $$ by $. It replaces $(NAME) by the value of the environment
+    variable NAME, which may be a password. A text that Argo, Katib or Kubeflow Pipelines will insert there must be
+    escaped, too.
     """
     return re.sub(r"\$\$+|\$(?=\()", lambda match: match[0] * 2, text)
 
 
-def container(image: str, command: list[str], args: list[str]) -> dict[str, Any]:
-    """Return the specification of a container that has the settings, the credentials and the volume for run folders."""
-    return {"image": image, "command": command, "args": [escape_variables(arg) for arg in args], "env": env(),
+def container(
+    image: str, command: list[str], args: list[str], variables: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Return the specification of a container that has the settings, the credentials and the volume for run folders.
+
+    Args:
+        variables: environment variables of this container, in addition to those of all containers.
+    """
+    own = [{"name": name, "value": escape_variables(value)} for name, value in variables.items()]
+    return {"image": image, "command": command, "args": [escape_variables(arg) for arg in args], "env": [*env(), *own],
             "envFrom": env_from(), "volumeMounts": volume_mounts()}

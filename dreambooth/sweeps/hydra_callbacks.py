@@ -2,7 +2,7 @@
 
 `Sweep` writes the results table of a sweep on this machine, and records which keys the sweep varies. The names of the
 trials contain these keys. For a sweep on SageMaker, the SageMaker launcher writes the results table instead.
-`Jobs` lets a sweep continue after a failed job.
+`Jobs` lets a sweep continue after a failed job, and search texts that need quotes.
 """
 
 import math
@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.core.utils import JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from dreambooth.config.compose import choice_texts, unquote
+from dreambooth.config.overrides import parse
 from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.utils.key_names import short_names
 from dreambooth.utils.masking import mask_urls
@@ -47,6 +50,7 @@ class Jobs(Callback):
         typed_rate = any("max_failure_rate" in override for override in config.hydra.overrides.hydra)
         if self._uses_optuna and not typed_rate:
             config.hydra.sweeper.max_failure_rate = 1.0  # the plug-in's 0.0 ends the sweep with the first failed job
+        _keep_quotes(config)
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         if self._uses_optuna and job_return.status is JobStatus.COMPLETED and _objective(job_return) is None:
@@ -66,8 +70,7 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         _running[:] = [(self, config)]
-        overrides = [str(override) for override in config.hydra.overrides.task]
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        parsed = OverridesParser.create().parse_overrides(_unresolved(config, "hydra.overrides.task"))
         spaces = [OmegaConf.select(config, f"hydra.sweeper.{name}") or {} for name in ("params", "search_space")]
         typed = [item.get_key_element().lstrip("+") for item in parsed if item.is_sweep_override()]
         _varied_keys[:] = dict.fromkeys([*typed, *(str(key) for space in spaces for key in space)])
@@ -146,9 +149,39 @@ def trial_name(overrides: list[str]) -> str | None:
     from dreambooth.tracking.svg_charts import format_setting
 
     names = short_names(_varied_keys)
-    return mask_urls(" ".join(f"{names[_key(override)]}={format_setting(override.partition('=')[2])}"
+    return mask_urls(" ".join(f"{names[_key(override)]}={format_setting(unquote(override))}"
                               for override in overrides if _key(override) in names)) or None
 
 
 def _key(override: str) -> str:
     return override.lstrip("+").partition("=")[0]
+
+
+def _keep_quotes(config: DictConfig) -> None:
+    """Apply `quote_choices` to what a sweep varies: to the overrides on the command line, and to the search space."""
+    space = {key: f"{key}={choices}" for key, choices in _unresolved(config, "hydra.sweeper.params").items()}
+    with read_write(config), open_dict(config):
+        config.hydra.overrides.task = [quote_choices(word) for word in _unresolved(config, "hydra.overrides.task")]
+        for key, choices in space.items():
+            if (quoted := quote_choices(choices)) != choices:
+                config.hydra.sweeper.params[key] = quoted.partition("=")[2]
+
+
+def quote_choices(override: str) -> str:
+    """Rewrite KEY=choice(...) as KEY=VALUE,VALUE if Hydra's sweepers could not read some of its values without quotes.
+
+    Any other override is returned unchanged. In the list of values, Hydra and the Optuna sweeper keep the quotes.
+    """
+    parsed = parse(override)
+    if parsed is None or parsed.value_type is not ValueType.CHOICE_SWEEP or parsed.input_line is None:
+        return override
+    texts = choice_texts(parsed)
+    if texts == list(parsed.sweep_string_iterator()):
+        return override
+    return f"{override.partition('=')[0]}={','.join(texts)}"
+
+
+def _unresolved(config: DictConfig, key: str) -> Any:
+    """Return a dictionary or list in `config` as the user typed it: an interpolation may hold only in a job."""
+    node = OmegaConf.select(config, key)
+    return {} if node is None else OmegaConf.to_container(node, resolve=False)

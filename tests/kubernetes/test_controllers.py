@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import pytest
 from dreambooth import workflows
 from dreambooth.kubernetes import katib, kfp_pipeline
 from dreambooth.kubernetes.argo import build_sweep_template, build_train_template
-from dreambooth.kubernetes.workflow_spec import TRIAL_RUN_DIR
+from dreambooth.kubernetes.workflow_spec import TRIAL_RUN_DIR, SearchSpace
 from tests.kubernetes import argo_runner as argo
 from tests.kubernetes.argo_expressions import evaluate
-from tests.kubernetes.workflow_files import FOLDER, OBJECTS, SPACES, Json, documents
+from tests.kubernetes.workflow_files import FOLDER, OBJECTS, SPACES, Json, documents, katib_container, katib_jobs
 from tests.support import workflow_schemas as schemas
 
 ROUND_TRIP = ("WorkflowTemplate", "CronWorkflow", "TrainJob", "Experiment")  # kinds that a client library describes
@@ -251,20 +252,22 @@ def test_katib_tries_each_point_once(name: str) -> None:
 
 def test_a_trials_arguments_survive_katibs_shell(tmp_path: Path) -> None:
     """Katib's webhook joins command and args by spaces, adds a missing `sh -c`, and redirects the output."""
-    experiment = katib.build_experiment(workflows.build_spec())
-    [container] = experiment["spec"]["trialTemplate"]["trialSpec"]["spec"]["template"]["spec"]["containers"]
-    args = [*container["command"], *container["args"]]
-    shell, args = (args[:2], args[2:]) if args[:2] == ["sh", "-c"] else (["sh", "-c"], args)
+    prompts = ('"zwx\'s toy"', "\"a \\\"zwx\\\" `id` $(id) ; toy'\"")
+    space = SearchSpace("mine", {"dataset.instance_prompt": prompts})
+    experiment = katib.build_experiment(replace(workflows.build_spec(), space=space))
     (tmp_path / "python").write_text('#!/bin/sh\nfor arg; do echo "$arg"; done\n', "utf-8")
     (tmp_path / "python").chmod(0o755)
-    script = " ".join([*args, f"1>{tmp_path}/metrics.log 2>&1", "&&", "echo completed"])
-    result = subprocess.run([*shell, script], capture_output=True, text=True, check=False,
-                            env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
-    assert (result.returncode, result.stdout) == (0, "completed\n"), result.stderr
-    received = (tmp_path / "metrics.log").read_text("utf-8").splitlines()
-    assert received[:2] == ["-m", "dreambooth.train"]
-    assert {"dataset.instance_prompt=a photo of a zwx dog", TRIAL_RUN_DIR,
-            "train.learning_rate=${trialParameters.train_learning_rate}"} <= set(received)
+    for job, prompt in zip(katib_jobs(experiment), prompts, strict=True):
+        args, variables = katib_container(job)
+        shell, args = (args[:2], args[2:]) if args[:2] == ["sh", "-c"] else (["sh", "-c"], args)
+        script = " ".join([*args, f"1>{tmp_path}/metrics.log 2>&1", "&&", "echo completed"])
+        result = subprocess.run([*shell, script], capture_output=True, text=True, check=False,
+                                env=os.environ | variables | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+        assert (result.returncode, result.stdout) == (0, "completed\n"), result.stderr
+        received = (tmp_path / "metrics.log").read_text("utf-8").splitlines()
+        assert received[:2] == ["-m", "dreambooth.train"]
+        assert {"dataset.instance_prompt=a photo of a zwx dog", TRIAL_RUN_DIR,
+                f"dataset.instance_prompt={prompt}"} <= set(received)
 
 
 def environment_sources(part: Any) -> set[tuple[str, str]]:

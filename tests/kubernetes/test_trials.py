@@ -1,6 +1,5 @@
 """A search space has one definition, and every override in every file composes to a run that fits."""
 
-import itertools
 import json
 import os
 import re
@@ -8,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,17 +16,23 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import OverrideParseException
+from omegaconf import OmegaConf
 
 from dreambooth import stage, workflows
 from dreambooth.config import compose
+from dreambooth.config.overrides import explain
 from dreambooth.config.recipe import resolve
+from dreambooth.config.schema import Config
 from dreambooth.entrypoint import compose_run
 from dreambooth.errors import UserError
 from dreambooth.kubernetes import katib
 from dreambooth.kubernetes.argo import build_nightly_workflow, build_train_template
 from dreambooth.kubernetes.workflow_spec import TRIAL_RUN_DIR, SearchSpace
+from dreambooth.sweeps import hydra_callbacks
 from tests.kubernetes import argo_runner as argo
-from tests.kubernetes.workflow_files import SPACES, documents, run_stage
+from tests.kubernetes.workflow_files import SPACES, documents, katib_trials, run_stage
 from tests.support.warm_python import PYTHON
 
 # -- one definition of a search space ------------------------------------------------------------------------------
@@ -58,8 +64,61 @@ def test_a_search_space_allows_choices_only(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(compose, "conf_dir", lambda: tmp_path)
     with pytest.raises(UserError, match=r"type choice\(\.\.\.\) there"):
         compose.search_space("mine")
+    write_space(tmp_path, "choice(zwx's toy,a toy)")
+    with pytest.raises(UserError, match="which Hydra cannot read: type choice"):
+        compose.search_space("mine")
+    error = OverrideParseException("train.seed=choice('1)", "LexerNoViableAltException")
+    assert "the search space contains train.seed: choice('1), which" in str(explain(error, Config))
+    assert "the value of train.seed needs" in str(explain(error, Config, ["train.seed=choice('1)"]))
     with pytest.raises(UserError, match="there is no search space yours: type sweep=NAME with one of mine"):
         compose.search_space("yours")
+
+
+TEXTS = ("zwx's toy", 'a "zwx" toy', "a zwx toy", "zwx's \"toy\", a\\", "an $(HOME) `id` $x", "é's")
+
+
+def write_space(folder: Path, choices: str) -> None:
+    (folder / "sweep").mkdir(exist_ok=True)
+    content = {"hydra": {"sweeper": {"params": {"dataset.instance_prompt": choices, "train.seed": "choice(1,2)"}}}}
+    (folder / "sweep/mine.yaml").write_text(yaml.safe_dump(content), "utf-8")
+
+
+def test_every_door_reads_a_searched_text_with_quotes_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage validate, the shell of Katib, and both sweepers of Hydra, from conf/sweep and as typed."""
+    from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
+
+    spec = workflows.build_spec()
+    choices = f"choice({','.join(QuotedString(text, Quote.double).with_quotes() for text in TEXTS)})"
+    write_space(tmp_path, choices)
+    monkeypatch.setattr(compose, "conf_dir", lambda: tmp_path)
+    space = SearchSpace("mine", compose.search_space("mine"))
+    runs = [shlex.split(shlex.join(trial)) for trial in space.trials()]
+    experiment = katib.build_experiment(replace(spec, space=space))
+    runs += katib_trials(yaml.safe_load(yaml.safe_dump(experiment)))
+    config = OmegaConf.create({"hydra": {
+        "sweeper": {"params": {"dataset.instance_prompt": choices, "train.seed": "choice(1,2)"}},
+        "overrides": {"hydra": [], "task": [
+            f"dataset.instance_prompt={choices}", "train.seed=1,2", "name=${identity:}"]},
+        "runtime": {"choices": {"hydra/launcher": "basic"}}}})
+    hydra_callbacks.Jobs().on_multirun_start(config)
+    for words in ([f"{key}={value}" for key, value in config.hydra.sweeper.params.items()],
+                  OmegaConf.to_container(config.hydra.overrides.task)):
+        runs += BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)[0]
+        distributions, _ = create_params_from_overrides(words)
+        runs += [[f"dataset.instance_prompt={value}"] for value in distributions["dataset.instance_prompt"].choices
+                 for _ in (1, 2)]
+    prompts = [override for run in runs for override in run if override.startswith("dataset.instance_prompt=")
+               and override not in workflows.DEFAULT_OVERRIDES]
+    values = [str(OverridesParser.create().parse_override(prompt).value()) for prompt in prompts]
+    assert values == [text for text in TEXTS for _ in (1, 2)] * 6
+    assert [compose.unquote(prompt) for prompt in prompts] == values
+    monkeypatch.setattr(hydra_callbacks, "_varied_keys", ["dataset.instance_prompt"])
+    assert {hydra_callbacks.trial_name([prompt]) for prompt in prompts} == {f"instance_prompt={x}" for x in TEXTS}
+    names = [word for trial in space.trials() for word in stage._run_overrides([], trial) if "run_name" in word]
+    assert {compose.unquote(name) for name in names} == {
+        f"instance_prompt={text} seed={seed}" for text in TEXTS for seed in (1, 2)}
 
 
 @pytest.mark.slow
@@ -128,16 +187,8 @@ def runs() -> Iterator[tuple[str, list[str]]]:
         [job] = documents(f"kubeflow/{name}.yaml")
         yield name, [arg for arg in job["spec"]["trainer"]["args"] if arg not in ("-m", "dreambooth.train")]
     [experiment] = documents("kubeflow/katib-experiment.yaml")
-    spec = experiment["spec"]
-    [script] = spec["trialTemplate"]["trialSpec"]["spec"]["template"]["spec"]["containers"][0]["args"]
-    args = shlex.split(script)[3:]
-    lists = {one["name"]: one["feasibleSpace"]["list"] for one in spec["parameters"]}
-    references = {one["name"]: one["reference"] for one in spec["trialTemplate"]["trialParameters"]}
-    for number, point in enumerate(itertools.product(*lists.values())):
-        values = dict(zip(lists, point, strict=True))
-        yield f"katib {number}", [
-            re.sub(r"\$\{trialParameters\.(\w+)\}", lambda match, values=values: values[references[match[1]]], arg)
-            for arg in args]
+    for number, overrides in enumerate(katib_trials(experiment)):
+        yield f"katib {number}", overrides
 
 
 RUNS = [pytest.param(overrides, id=origin) for origin, overrides in runs()]

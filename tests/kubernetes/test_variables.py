@@ -1,7 +1,5 @@
 """Kubernetes replaces $(NAME) in args by an environment variable, such as a password. No text of a user is replaced."""
 
-import itertools
-import shlex
 from typing import Any
 
 import pytest
@@ -11,25 +9,9 @@ from hypothesis import strategies as st
 from dreambooth import stage, workflows
 from dreambooth.kubernetes import argo, katib, kfp_pipeline, pod_spec, trainjob
 from dreambooth.kubernetes.workflow_spec import SearchSpace, WorkflowSpec
+from tests.kubernetes.workflow_files import SECRET, expanded, katib_trials
 
-SECRET = "AWS_SECRET_ACCESS_KEY"
 PROMPT = f"dataset.instance_prompt=a photo of a zwx $({SECRET}) $$({SECRET}) $HOME $${{x}}"
-
-
-def expanded(text: str) -> str:
-    """What a container receives: the function Expand of Kubernetes, third_party/forked/golang/expansion."""
-    out, characters = "", iter(text)
-    for character in characters:
-        if character != "$":
-            out += character
-            continue
-        after = next(characters, "")
-        if after != "(":
-            out += "$" if after == "$" else f"${after}"
-            continue
-        name = "".join(itertools.takewhile(lambda one: one != ")", characters))
-        out += "LEAKED" if name == SECRET else f"$({name})"
-    return out
 
 
 @given(st.text(st.sampled_from("$()aA{ ")))
@@ -55,14 +37,9 @@ def test_a_prompt_with_a_variable_reaches_a_trainjob_unchanged(build: Any) -> No
 
 
 def test_a_prompt_with_a_variable_reaches_a_trial_of_katib_unchanged() -> None:
-    experiment = katib.build_experiment(spec())["spec"]
-    [container] = experiment["trialTemplate"]["trialSpec"]["spec"]["template"]["spec"]["containers"]
-    assert PROMPT in shlex.split(args_of(container)[0])
-    values = {one["name"]: one["feasibleSpace"]["list"][0] for one in experiment["parameters"]}
-    [script] = container["args"]
-    for one in experiment["trialTemplate"]["trialParameters"]:
-        script = script.replace(f"${{trialParameters.{one['name']}}}", values[one["reference"]])
-    assert f"dataset.class_prompt='a $({SECRET}) dog'" in shlex.split(expanded(script))
+    trials = katib_trials(katib.build_experiment(spec()))
+    assert all(PROMPT in overrides for overrides in trials)
+    assert f"dataset.class_prompt='a $({SECRET}) dog'" in trials[0]
 
 
 def test_a_prompt_with_a_variable_reaches_the_stages_of_argo_and_kubeflow_unchanged(
@@ -84,6 +61,7 @@ def test_parameters_of_katib_that_end_alike_keep_their_own_values() -> None:
     experiment = katib.build_experiment(WorkflowSpec((), space, workflows.build_spec().hardware, "image"))["spec"]
     names = [one["name"] for one in experiment["parameters"]]
     assert names == ["prior-guidance-scale", "sample-guidance-scale"]
-    script = experiment["trialTemplate"]["trialSpec"]["spec"]["template"]["spec"]["containers"][0]["args"][0]
+    [container] = experiment["trialTemplate"]["trialSpec"]["spec"]["template"]["spec"]["containers"]
+    values = [one.get("value") for one in container["env"]]
     for one in experiment["trialTemplate"]["trialParameters"]:
-        assert f"{one['description']}=${{trialParameters.{one['name']}}}" in script
+        assert f"{one['description']}=${{trialParameters.{one['name']}}}" in values
