@@ -57,7 +57,8 @@ def _other_locations(database: sqlite3.Connection, here: Path) -> Iterator[tuple
     for experiment, location in database.execute("SELECT experiment_id, artifact_location FROM experiments").fetchall():
         old = str(location).rstrip("/")
         folder = _path(old)
-        if old.startswith("file:") and folder.name == ARTIFACTS and folder != here and not (folder.exists() and folder.samefile(here)):
+        moved = folder != here and not (folder.exists() and folder.samefile(here))
+        if moved and old.startswith("file:") and folder.name == ARTIFACTS:
             yield experiment, old
 
 

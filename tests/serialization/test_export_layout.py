@@ -120,7 +120,7 @@ def test_settings_name_a_converted_file_where_it_is_after_its_run_root_was_moved
 
 
 @pytest.mark.parametrize(("recorded", "output_dir", "expected"), [
-    ("runs", "/work/runs/NAME", "HERE"), ("/old/runs", "/old/runs/NAME", "HERE"),
+    ("runs", "/cwd/runs/NAME", "HERE"), ("/old/runs", "/old/runs/NAME", "HERE"),
     ("/old/runs", "/old/runs/a/NAME", "HERE/.."), ("/old/runs", "/elsewhere/NAME", "/old/runs")])
 def test_an_evaluation_uses_the_run_root_in_which_the_run_is(
         tmp_path: Path, recorded: str, output_dir: str, expected: str) -> None:
@@ -129,6 +129,6 @@ def test_an_evaluation_uses_the_run_root_in_which_the_run_is(
     (run / ".hydra").mkdir(parents=True)
     (run / "run.json").write_text("{}")
     (run / ".hydra/config.yaml").write_text(f"run_root: {recorded}")
-    (run / ".hydra/hydra.yaml").write_text(f"hydra: {{runtime: {{cwd: /work, output_dir: {output_dir}}}}}")
+    (run / ".hydra/hydra.yaml").write_text(f"hydra: {{runtime: {{cwd: /cwd, output_dir: {output_dir}}}}}")
     expected = expected.replace("HERE/..", str(tmp_path.parent)).replace("HERE", str(tmp_path))
     assert compose_from_run(run, {}).run_root == expected
