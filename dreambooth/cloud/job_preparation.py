@@ -1,10 +1,11 @@
 """Checks all jobs of a sweep and builds their requests, before the first job is submitted and paid for.
 
-The launcher, `dreambooth.cloud.model_trainer` and the SageMaker Pipeline get their requests here.
+The launcher and `dreambooth.cloud.model_trainer` get their requests here.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,26 @@ from dreambooth.errors import ConfigError
 from dreambooth.utils.plurals import counted
 
 PLANNER_ARGUMENTS = ("-m", "dreambooth.plan", "plan.format=json")
+NUMBER_RANGES = (("poll_seconds", 1, 3600), ("instance_count", 1, 100), ("max_run_hours", 0.1, 672),
+                 ("max_wait_hours", 0.1, 8760))  # key, minimum, maximum; SageMaker runs a job for at most 28 days
+
+
+def check_numbers(launchers: Sequence[Mapping[str, Any]]) -> None:
+    """Check the launcher's numeric settings for every job, because a sweep may vary them.
+
+    SageMaker's own limits are not checked here, but later, when the request of each job has been built.
+
+    Raises:
+        ConfigError: numbers are out of range; the message has one line per problem.
+    """
+    _raise_if_any([f"hydra.launcher.{key} must be from {least} to {greatest}, not {settings[key]}"
+                   for settings in launchers for key, least, greatest in NUMBER_RANGES
+                   if not least <= settings[key] <= greatest])  # also refuses NaN
+
+
+def is_sweep_name(name: str) -> bool:
+    """Return whether a text can be the name of a sweep, from which the names of its jobs are made."""
+    return re.fullmatch(r"[A-Za-z0-9](-*[A-Za-z0-9]){0,39}", name) is not None
 
 
 def find_credentials(composed: Sequence[LauncherJob], sweep: str) -> list[str]:

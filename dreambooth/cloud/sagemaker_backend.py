@@ -45,9 +45,13 @@ class SageMakerBackend:
 
     def find_problems(self, request: dict[str, Any]) -> list[str]:
         """Return the reasons why SageMaker would reject a request, one sentence per reason."""
-        shape = self._client.meta.service_model.operation_model("CreateTrainingJob").input_shape
-        return sagemaker_sdk.find_type_problems(request, shape) or list(
-            request_validation.find_problems(request, shape))
+        return sagemaker_sdk.find_type_problems(request, self.request_shape) or list(
+            request_validation.find_problems(request, self.request_shape))
+
+    @property
+    def request_shape(self) -> Any:
+        """botocore's shape of a CreateTrainingJob request."""
+        return self._client.meta.service_model.operation_model("CreateTrainingJob").input_shape
 
     def submit(self, job: Job) -> JobState:
         try:

@@ -16,7 +16,7 @@ from dreambooth.cloud import sweep_results
 from dreambooth.cloud.docker_backend import DockerBackend
 from dreambooth.cloud.follower import Follower
 from dreambooth.cloud.job import COMPLETED, FAILED, Job, JobState
-from dreambooth.cloud.job_preparation import describe_jobs
+from dreambooth.cloud.job_preparation import check_numbers, describe_jobs, is_sweep_name
 from dreambooth.cloud.sagemaker_backend import SageMakerBackend
 from dreambooth.config.launcher import without_hydra
 from dreambooth.errors import ConfigError, DreamBoothError, Interrupted
@@ -28,8 +28,6 @@ from hydra_plugins.dreambooth_sagemaker import _prepare
 from hydra_plugins.dreambooth_sagemaker._sweep import SweepState
 
 MODES = ("aws", "local", "docker")
-NUMBER_RANGES = (("poll_seconds", 1, 3600), ("instance_count", 1, 100), ("max_run_hours", 0.1, 672),
-                 ("max_wait_hours", 0.1, 8760))  # key, minimum, maximum; SageMaker runs a job for at most 28 days
 
 
 class JobFailed(CompactHydraException):
@@ -54,7 +52,7 @@ def launch(sweep: SweepState, job_overrides: Sequence[Sequence[str]], first_numb
             _prepare.refuse_secrets(configs, sweep.name)
         mask_file(Path(str(hydra.sweep.dir)) / "multirun.yaml")
         _check_settings(sweep)
-        _check_numbers(configs)
+        check_numbers([config.hydra.launcher for config in configs])
         if sweep.settings["mode"] == "local":
             return _run_in_process(sweep, configs, job_overrides, first_number)
         return _run_on_backend(sweep, configs)
@@ -95,7 +93,7 @@ def _check_settings(sweep: SweepState) -> None:
         f"hydra.launcher.on_interrupt must be leave or stop, not {settings['on_interrupt']}":
             settings["on_interrupt"] in ("leave", "stop"),
         f"hydra.launcher.sweep must be 1 to 40 letters, digits and hyphens, not {sweep.name}":
-            re.fullmatch(r"[A-Za-z0-9](-*[A-Za-z0-9]){0,39}", sweep.name or "") is not None,
+            is_sweep_name(sweep.name or ""),
         f"hydra.launcher.max_parallel must be 1 or more, not {settings['max_parallel']}": settings["max_parallel"] >= 1,
         "this process is itself a job of a sweep, and a job cannot submit jobs: type hydra/launcher=basic":
             settings["mode"] == "local" or "DREAMBOOTH_SWEEP" not in os.environ,
@@ -105,24 +103,6 @@ def _check_settings(sweep: SweepState) -> None:
     }
     if problems := [problem for problem, holds in rules.items() if not holds]:
         raise ConfigError(*problems)
-
-
-def _check_numbers(configs: Sequence[DictConfig]) -> None:
-    """Check the launcher's numeric settings for every job, because a sweep may vary them.
-
-    SageMaker's own limits are not checked here, but later, when the request of each job has been built.
-
-    Raises:
-        ConfigError: numbers are out of range; the message has one line per problem.
-    """
-    problems = []
-    for config in configs:
-        settings = config.hydra.launcher
-        for key, least, greatest in NUMBER_RANGES:
-            if not least <= settings[key] <= greatest:  # also refuses NaN
-                problems.append(f"hydra.launcher.{key} must be from {least} to {greatest}, not {settings[key]}")
-    if problems:
-        raise ConfigError(*dict.fromkeys(problems))
 
 
 def _has_storage(sweep: SweepState) -> bool:
