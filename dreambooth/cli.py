@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from dreambooth.config.schema import Memory
 from dreambooth.errors import EXIT_REPORT_DIR, DoesNotFit, DreamBoothError, Interrupted, UserError
 from dreambooth.runtime import cpu_tuning
-from dreambooth.utils import atomic_files, masking, quoting
+from dreambooth.utils import atomic_files, masking, permissions, quoting
 from dreambooth.utils.suggestions import closest
 
 # Hydra arguments for a command that writes no run folder, and with -m no table of trials.
@@ -219,7 +219,11 @@ def describe_system_error(error: Exception) -> str | None:
     """
     if not isinstance(error, OSError) or not (advice := SYSTEM_ERRORS.get(error.errno or 0)):
         return None
-    return masking.mask_urls(f"{error.filename or 'a file'} cannot be used ({error.strerror}): {advice}")
+    reason = error.strerror
+    if refusal := permissions.find_refusal(error):
+        reason = f"{reason}; {refusal.describe(str(error.filename))}"
+        advice = f"type another path, or {refusal.command()}"
+    return masking.mask_urls(f"{error.filename or 'a file'} cannot be used ({reason}): {advice}")
 
 
 def _report_fault(error: Exception) -> None:

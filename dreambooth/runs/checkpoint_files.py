@@ -58,6 +58,8 @@ def is_complete(path: Path) -> bool:
     try:
         sizes = (atomic_files.read_object(path / STATE_FILE) or {})["sizes"]
         return all((path / name).stat().st_size == size for name, size in sizes.items())
+    except PermissionError:
+        raise
     except (OSError, KeyError, AttributeError, TypeError):
         return False
 

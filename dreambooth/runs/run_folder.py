@@ -25,7 +25,7 @@ from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.runs.checkpoint_files import find_damage, latest
 from dreambooth.serialization import export_layout
 from dreambooth.storage import manifest
-from dreambooth.utils import atomic_files, file_lock
+from dreambooth.utils import atomic_files, file_lock, permissions
 from dreambooth.utils.hardware import GIB
 
 log = logging.getLogger(__name__)
@@ -73,9 +73,13 @@ def locked(run_dir: Path, watch: bool = True) -> Iterator[None]:
         watch: see `file_lock.hold`.
 
     Raises:
-        UserError: another process has locked the folder.
+        UserError: another process has locked the folder, or it has files that this user may not change.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    if path := permissions.first_unwritable(_changed_paths(run_dir)):
+        refusal = permissions.refusal_of(path)
+        raise UserError(f"{run_dir} cannot be changed by this user ({refusal.describe(str(run_dir))}): type "
+                        f"{refusal.command(run_dir)}, or change a setting (such as train.seed) for another run")
     with ExitStack() as stack:
         try:
             stack.enter_context(file_lock.hold(run_dir / ".lock", timeout=0, watch=watch))
@@ -84,6 +88,18 @@ def locked(run_dir: Path, watch: bool = True) -> Iterator[None]:
             raise UserError(f"another process{owner} is training in {run_dir}: wait for it, or change a setting (such "
                             "as train.seed) for another run") from error
         yield
+
+
+def _changed_paths(run_dir: Path) -> Iterator[Path]:
+    """Yield the folders in a run folder to which a run adds files or from which it removes files, and its journal.
+
+    Checked before training, a folder of another user loses no work: a model that can be renamed but not removed would
+    otherwise end the run after training.
+    """
+    yield from (run_dir, *(run_dir / name for name in (".lock", "metrics.jsonl", "train.log", "samples", "evaluation")))
+    for name in ("checkpoints", "model", "best"):
+        yield run_dir / name
+        yield from (run_dir / name).rglob("*/")
 
 
 def load_finished(recipe: Recipe) -> Result | None:

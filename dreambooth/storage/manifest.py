@@ -203,6 +203,9 @@ def find_damage(folder: Path, contents: bool = True, counts: Callable[[str], boo
 
     Returns:
         A description of the first difference, or None if there is no difference or no manifest.
+
+    Raises:
+        PermissionError: this user may not read a file, which may well be intact.
     """
     try:
         for name, entry in (read(folder) or {}).items():
@@ -216,6 +219,8 @@ def find_damage(folder: Path, contents: bool = True, counts: Callable[[str], boo
                 return f"{name} has other content"
     except UserError:
         return f"{NAME} cannot be read"
+    except PermissionError:
+        raise
     except OSError as error:
         return str(error)
     return None

@@ -1,8 +1,8 @@
 """Reads the trials of a sweep from their run folders: settings, result and measures. Does not import torch."""
 
+import logging
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from dreambooth.data.photos import NO_FINGERPRINT
 from dreambooth.errors import UserError
 from dreambooth.serialization import export_layout
 from dreambooth.tracking.journal import read
-from dreambooth.utils import atomic_files
+from dreambooth.utils import atomic_files, permissions
+from dreambooth.utils.plurals import counted
 
+log = logging.getLogger(__name__)
 CLASS_SIMILARITY = "class_similarity"
 # How far class_similarity may exceed its value before training if no bound is given. Training without prior
 # preservation raises class_similarity by 0.2 to 0.4.
@@ -128,10 +130,22 @@ def load_trials(run_root: Path, sweep: str) -> list[Trial]:
 
 
 def find_trials(run_root: Path, sweep: str) -> list[Trial]:
-    """Return the trials of a sweep, oldest first, like load_trials; an empty list if no run belongs to the sweep."""
-    summaries = [(journal.parent, _summarize(journal)) for journal in run_root.glob("*/metrics.jsonl")]
-    own = [(folder, summary) for folder, summary in summaries if sweep in summary.sweeps]
-    return [_to_trial(folder, summary) for folder, summary in sorted(own, key=lambda item: (item[1].start, item[0]))]
+    """Return the trials of a sweep, oldest first, like load_trials; an empty list if no run belongs to the sweep.
+
+    Log a warning if there are run folders that this user may not read, as one of them may be a trial of the sweep.
+    """
+    found: list[tuple[int, Path, Trial]] = []
+    refused: list[OSError] = []
+    for folder in run_root.glob("*/"):
+        try:
+            if sweep in (summary := _summarize(folder / "metrics.jsonl")).sweeps:
+                found.append((summary.start, folder, _to_trial(folder, summary)))
+        except PermissionError as error:
+            refused.append(error)
+    if refused and (refusal := permissions.find_refusal(refused[0])):
+        log.warning("%s cannot be read by this user and will be left out (%s): type %s",
+                    counted(len(refused), "run"), refusal.describe(), refusal.command())
+    return [trial for _, _, trial in sorted(found, key=lambda item: item[:2])]
 
 
 def load_trial(folder: Path) -> Trial:
@@ -198,7 +212,7 @@ def _summarize(journal: Path) -> _JournalSummary:
     `sweeps` of the result is empty.
     """
     summary = _JournalSummary()
-    with suppress(OSError):
+    try:
         for entry, _ in read(journal):
             summary.start = summary.start or entry["time"]
             tags, photos = entry.get("tags", {}), entry.get("input", {}).get("digest", NO_FINGERPRINT)
@@ -207,6 +221,10 @@ def _summarize(journal: Path) -> _JournalSummary:
             summary.sweeps |= {tags["sweep"]} if "sweep" in tags else set()
             summary.params |= entry.get("params", {})
             summary.photos = photos if photos != NO_FINGERPRINT else summary.photos
+    except PermissionError:
+        raise
+    except OSError:
+        pass
     return summary
 
 

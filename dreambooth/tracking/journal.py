@@ -53,7 +53,7 @@ class Journal:
         self._steps: dict[tuple[str, str], set[int]] = {}  # the key is ("metrics" | "image", name)
         self._latest: dict[tuple[str, str], object] = {}  # the key is (kind of entry, name)
         self._lock = threading.Lock()
-        self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         content = path.read_bytes()
         self._size, damaged = content.rfind(b"\n") + 1, content.count(b"\n")
         os.ftruncate(self._file, self._size)

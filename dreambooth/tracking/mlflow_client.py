@@ -1,9 +1,11 @@
 """Default settings of the MLflow client, and functions that inspect the errors of the client. Imports no MLflow."""
 
 import contextlib
+import logging
 import os
 
 from dreambooth.tracking.mlflow_database import database_file, is_local
+from dreambooth.utils import permissions
 
 TIMEOUT_VARIABLE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 DEFAULTS = {  # with MLflow's defaults, the client waits minutes for a dead server
@@ -16,9 +18,11 @@ LOGIN_HINT = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of a use
 
 
 def set_default_environment() -> None:
-    """Set the environment variables of DEFAULTS, except variables that the user has set."""
+    """Set the environment variables of DEFAULTS, except variables that the user has set, and the level of a logger."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    # MLflow logs the traceback of each error of a database before it raises the error, which the caller reports.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def check_answers(uri: str) -> None:
@@ -37,20 +41,22 @@ def check_answers(uri: str) -> None:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Return whether `error` means that the MLflow server refuses the user.
+    """Return whether `error` means that the MLflow server, or the file system of a local database, refuses the user.
 
-    The server does not know the user (HTTP status 401), or the user lacks a permission (403).
+    The server does not know the user (HTTP status 401), or the user lacks a permission (403, or PermissionError).
     """
-    return http_status(error) in (401, 403)
+    return http_status(error) in (401, 403) or permissions.find_refusal(error) is not None
 
 
-def remedy(uri: str, refused: bool) -> str:
+def remedy(uri: str, error: Exception | None) -> str:
     """Return what the user can do, as a part of a sentence, after MLflow at `uri` could not be used.
 
     Args:
-        refused: True: MLflow refuses the user (`is_refusal`); False: MLflow does not answer.
+        error: the error; None: MLflow did not answer in time.
     """
-    if refused:
+    if error and (refusal := permissions.find_refusal(error)):
+        return f"type {refusal.command()}"
+    if error and is_refusal(error):
         return LOGIN_HINT
     if is_local(uri):
         return f"make {database_file(uri) or 'its folder'} readable and writable, or move it away to get a new one"

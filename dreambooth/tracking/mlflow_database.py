@@ -1,13 +1,15 @@
 """MLflow's SQLite database in a run root: its address, its lock, and the atomic creation of its tables."""
 
 import contextlib
+import errno
 import glob
+import os
 import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from dreambooth.utils import atomic_files, file_lock
+from dreambooth.utils import atomic_files, file_lock, permissions
 
 SQLITE = ("sqlite:", "sqlite+")  # beginnings of the address of a SQLite database
 LOCK_TIMEOUT = 120.0  # seconds to wait while another process opens or creates the database
@@ -65,15 +67,22 @@ def open_client(uri: str) -> Any:
 
     If the tables of a SQLite database are missing or incomplete, create them first. If the folder of the database was
     moved or copied, correct the addresses in it.
+
+    Raises:
+        PermissionError: this user may not write to a SQLite database, or to its folder, where SQLite adds files.
     """
+    file = database_file(uri)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        changed = (file.parent, file, Path(f"{file}.lock"), file.parent / "mlartifacts")
+        if path := permissions.first_unwritable(changed):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     from mlflow import MlflowClient
 
     from dreambooth.tracking.moved_database import correct_addresses
 
-    file = database_file(uri)
     if file is None:
         return MlflowClient(uri)
-    file.parent.mkdir(parents=True, exist_ok=True)
     with file_lock.hold(Path(f"{file}.lock"), LOCK_TIMEOUT):  # otherwise two simultaneous runs would create the tables
         if _is_unfinished(file):
             _create(file)

@@ -19,10 +19,11 @@ from dreambooth.tracking.mlflow_client import (
     check_answers,
     http_status,
     is_refusal,
+    remedy,
     set_default_environment,
 )
 from dreambooth.tracking.mlflow_database import database_file, is_local, open_client
-from dreambooth.utils import atomic_files
+from dreambooth.utils import atomic_files, permissions
 from dreambooth.utils.masking import mask_urls
 
 POLL_INTERVAL = 2.0  # seconds between two reads of the journal
@@ -53,6 +54,7 @@ class Shipper(threading.Thread):
         self.attempted, self._wake = threading.Event(), threading.Event()
         self._announce_outages, self._announced = announce_outages, False
         self.outage: str | None = None  # why the server is down, such as "does not answer (...)"; None: it is not
+        self.error: Exception | None = None  # the reason of the outage
         self._stopped = self._closing = self._down = False
         self._failures = self._attempts = 0  # consecutive failed rounds; failed attempts to send the next entry
         self._client: Any = None
@@ -152,12 +154,13 @@ class Shipper(threading.Thread):
         problem = "fails" if answers else REFUSES_USER if refused else "does not answer"
         self._down, description = not answers, f"{problem} ({self._reason(error)})"
         if not answers:
-            self._client, self.outage = None, description
+            self._client, self.outage, self.error = None, description, error
         if self._failures == 1 and not self._stopped and (answers or self._announce_outages):
             self._announced = True
             self._warn(f"MLflow at {self.display_uri} {description}; the run continues, and "
                        f"{self._journal.name} keeps everything and is sent when MLflow "
-                       f"{'accepts this user' if refused else 'is back'}")
+                       + ("is back" if not refused else "accepts this user")
+                       + (f": {remedy(self._uri, error)}" if refused and is_local(self._uri) else ""))
 
     def _connect(self) -> None:
         """Create the MLflow client, and find or create the MLflow run of this journal."""
@@ -278,6 +281,8 @@ class Shipper(threading.Thread):
             temporary.replace(self._state_file)
 
     def _reason(self, error: Exception) -> str:
+        if refusal := permissions.find_refusal(error):
+            return mask_urls(refusal.describe())
         text = " ".join(str(error).split()) or type(error).__name__
         if found := re.search(r"\[Errno -?\d+\] [^\"')>]+", text):
             text = found[0]

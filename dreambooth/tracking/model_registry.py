@@ -12,7 +12,6 @@ from dreambooth.serialization.export_layout import DESCRIPTIONS
 from dreambooth.storage import manifest
 from dreambooth.tracking.mlflow_client import (
     DEFAULTS,
-    LOGIN_HINT,
     REFUSES_USER,
     TIMEOUT_VARIABLE,
     is_refusal,
@@ -20,6 +19,7 @@ from dreambooth.tracking.mlflow_client import (
     set_default_environment,
 )
 from dreambooth.tracking.mlflow_database import open_client
+from dreambooth.utils import permissions
 from dreambooth.utils.masking import mask_urls
 
 CHAMPION, CANDIDATE = "champion", "candidate"
@@ -128,11 +128,12 @@ class Registry:
         try:
             return request()
         except Exception as error:  # an error of MLflow, requests or the database driver
-            reason = mask_urls(" ".join(str(error).split()), self._uri)[:300]
+            refusal = permissions.find_refusal(error)
+            reason = mask_urls(refusal.describe() if refusal else " ".join(str(error).split())[:300], self._uri)
             server = f"MLflow at {mask_urls(self._uri, self._uri)}"
             if is_refusal(error):
-                raise UserError(f"{server} {REFUSES_USER} ({reason}): {LOGIN_HINT}") from error
-            raise UserError(f"{server} rejects the request or does not answer ({reason}): {remedy(self._uri, False)}, "
+                raise UserError(f"{server} {REFUSES_USER} ({reason}): {remedy(self._uri, error)}") from error
+            raise UserError(f"{server} rejects the request or does not answer ({reason}): {remedy(self._uri, error)}, "
                             f"or type {self._uri_key}=ADDRESS of one that answers") from error
 
 

@@ -185,6 +185,5 @@ class MlflowTracker(JournalTracker):
         return (self._shipper.outage or "").startswith(REFUSES_USER)
 
     def _unreachable(self) -> UserError:
-        problem = self._shipper.outage or "does not answer"
-        return UserError(f"MLflow at {self._shipper.display_uri} {problem}: {remedy(self._uri, self._refused)}, or "
-                         f"{self._alternative}")
+        problem, advice = self._shipper.outage or "does not answer", remedy(self._uri, self._shipper.error)
+        return UserError(f"MLflow at {self._shipper.display_uri} {problem}: {advice}, or {self._alternative}")

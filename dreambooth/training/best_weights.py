@@ -50,6 +50,8 @@ def saved_step(folder: Path) -> int | None:
     try:
         complete = (folder / WEIGHTS).stat().st_size == state["size"]
         step = int(state["step"]) if complete else None
+    except PermissionError:
+        raise
     except (OSError, KeyError, ValueError, TypeError):
         return None
     if damage := manifest.find_damage(folder):

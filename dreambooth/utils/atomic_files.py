@@ -18,9 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from hashlib import file_digest, sha256
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any
 
 from dreambooth.errors import DoesNotFit, DreamBoothError, UserError
+from dreambooth.utils import permissions
 
 TEMPORARY_PREFIX = ".writing-"  # prefix of files and folders that are being written
 REMOVED_PREFIX = ".removing-"  # prefix of folders that are being removed
@@ -38,7 +40,9 @@ def write_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _naming_full_disk(path):
+            mode = permissions.create_empty(temporary)
             yield temporary
+            permissions.set_mode(temporary, mode)  # safetensors replaces the file by one that only its owner may read
             sync(temporary)
             publish(temporary, path)
     finally:
@@ -63,7 +67,9 @@ def write_folder(path: Path, fresh: bool = False,
     try:
         with _naming_full_disk(path):
             temporary.mkdir(parents=True)
+            mode = S_IMODE(temporary.stat().st_mode)
             yield temporary
+            permissions.spread_mode(temporary, mode)
             with ThreadPoolExecutor(1) as pool:
                 content = pool.submit(summary[1], temporary) if summary else None
                 for entry in sorted(temporary.rglob("*")):
@@ -101,9 +107,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file, or None if the file is missing or damaged, or contains no JSON object."""
+    """Return the JSON object in a file, or None if the file is missing or damaged, or contains no JSON object.
+
+    Raises:
+        PermissionError: this user may not read the file, which may well be intact.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except PermissionError:
+        raise
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
@@ -127,6 +139,8 @@ def write_failure(what: str, error: Exception, otherwise: str) -> DreamBoothErro
         otherwise: what the user can type if the disk is not full; the end of the message of the UserError.
     """
     reason = getattr(error, "strerror", None) or error
+    if refusal := permissions.find_refusal(error):
+        reason = f"{reason}; {refusal.describe(what)}"
     if is_disk_full(error):
         return DoesNotFit(f"{what} could not be written ({reason}): free some space and repeat the command")
     return UserError(f"{what} could not be written ({reason}): {otherwise}")
@@ -190,7 +204,8 @@ def remove_leftovers(folder: Path, min_age: float = 0.0) -> None:
     """
     for entry in folder.glob(".*"):
         if entry.name.startswith((TEMPORARY_PREFIX, REMOVED_PREFIX)) and _age(entry) >= min_age:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+            with suppress(*([PermissionError] if min_age else [])):  # another user's, who removes it
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
 
 
 def _age(path: Path) -> float:

@@ -81,10 +81,16 @@ def read_samples(folder: Path, prompts: int) -> dict[int, list[list[Image.Image]
 
 
 def is_intact_png(path: Path) -> bool:
-    """Return whether a file is a complete PNG image with correct checksums. Each chunk of a PNG file has a CRC-32."""
+    """Return whether a file is a complete PNG image with correct checksums. Each chunk of a PNG file has a CRC-32.
+
+    Raises:
+        PermissionError: this user may not read the file, which may well be intact.
+    """
     try:
         with Image.open(path, formats=("PNG",)) as image:
             image.verify()
+    except PermissionError:
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False
     return True

@@ -34,7 +34,7 @@ def test_addresses_of_other_stores_have_no_file() -> None:
     assert {database_file(uri) for uri in ("http://h", "sqlite://", "sqlite:///:memory:", "/x",
                                            "sqlite:///file:x?mode=ro&uri=true", "sqlite:mlflow.db",
                                            "sqlite:/tmp/m.db")} == {None}
-    assert remedy("sqlite:mlflow.db", refused=False).startswith("make its folder readable")
+    assert remedy("sqlite:mlflow.db", None).startswith("make its folder readable")
 
 
 @pytest.mark.parametrize("name", ["a?b%41", "ü #1"])

@@ -3,13 +3,19 @@
 import errno
 import json
 import math
+import os
+import shutil
+import stat
 import tempfile
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import zeros
 
 from dreambooth.errors import DoesNotFit, UserError
+from dreambooth.tracking.journal import Journal
 from dreambooth.utils import atomic_files
 
 
@@ -78,3 +84,26 @@ def test_a_full_disk_is_told_from_other_failures(tmp_path: Path, monkeypatch: py
     for message, kind in (("I/O error: No space left on device (os error 28)", DoesNotFit),
                           ("I/O error: Permission denied (os error 13)", UserError), ("no header", UserError)):
         assert type(atomic_files.write_failure("x", SafetensorError(message), "type another")) is kind
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o027])
+def test_files_and_folders_follow_the_umask(umask: int, tmp_path: Path) -> None:
+    """safetensors writes files that only their owner may read; a copy of a folder has the mode of the original."""
+    (tmp_path / "given").mkdir(mode=0o700)
+    before = os.umask(umask)
+    try:
+        with atomic_files.write_file(tmp_path / "cache.safetensors") as temporary:
+            save_file({"a": zeros(1)}, temporary)
+        with atomic_files.write_folder(tmp_path / "model") as folder:
+            shutil.copytree(tmp_path / "given", folder, dirs_exist_ok=True)
+            (folder / "unet").mkdir()
+            save_file({"a": zeros(1)}, folder / "unet/model.safetensors")
+            (folder / "model_index.json").write_text("{}")
+        Journal(tmp_path / "metrics.jsonl").close()
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(tmp_path).as_posix(): stat.S_IMODE(path.stat().st_mode)
+             for path in tmp_path.rglob("*") if path.name != "given"}
+    assert modes == {name: mode & ~umask for name, mode in {
+        "cache.safetensors": 0o666, "model": 0o777, "model/unet": 0o777, "model/unet/model.safetensors": 0o666,
+        "model/model_index.json": 0o666, "metrics.jsonl": 0o666}.items()}
