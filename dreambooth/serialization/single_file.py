@@ -143,6 +143,8 @@ def _from_file(entry: Entry, tensor: Tensor) -> Sequence[Tensor]:
             return [part.clone() for part in tensor.chunk(len(entry.names))]
         case Form.transposed:
             return [tensor.T.contiguous()]
+        case Form.swapped:
+            return [_swap_halves(tensor)]
 
 
 def _to_file(entry: Entry, tensors: Sequence[Tensor]) -> Tensor:
@@ -156,3 +158,10 @@ def _to_file(entry: Entry, tensors: Sequence[Tensor]) -> Tensor:
             return torch.cat(list(tensors))
         case Form.transposed:
             return tensors[0].T
+        case Form.swapped:
+            return _swap_halves(tensors[0])
+
+
+def _swap_halves(tensor: Tensor) -> Tensor:
+    """Return a copy of `tensor` with the first and the second half of its rows swapped."""
+    return torch.cat(tensor.chunk(2)[::-1])

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dreambooth.models.families import sd1, sd2, sdxl, z_image
+from dreambooth.models.families import flux2_klein, sd1, sd2, sd35, sdxl, z_image
 from dreambooth.models.families.family import Family, Layout
 
-FAMILIES: tuple[Family, ...] = (sd1.FAMILY, sd2.FAMILY, sdxl.FAMILY, z_image.FAMILY)
+FAMILIES: tuple[Family, ...] = (sd1.FAMILY, sd2.FAMILY, sdxl.FAMILY, z_image.FAMILY, flux2_klein.FAMILY,
+                                  sd35.FAMILY)
 
 
 def titles() -> str:

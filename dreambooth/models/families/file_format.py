@@ -33,6 +33,7 @@ class Form(Enum):
     convolution = "convolution"  # weight of a linear layer in the folder, of a 1 x 1 convolution in the file
     stacked = "stacked"  # several tensors in the folder, concatenated along the first dimension in the file
     transposed = "transposed"  # a matrix, transposed
+    swapped = "swapped"  # the first and the second half of the rows are swapped
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Entry:
     def shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         """Return the shape of the tensor in the file, given the shapes of the corresponding tensors in the folder."""
         match self.form:
-            case Form.plain:
+            case Form.plain | Form.swapped:
                 return shapes[0]
             case Form.convolution:
                 return (*shapes[0], 1, 1)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from dreambooth.config.schema import Flow
     from dreambooth.models.noise_schedule import NoiseSchedule
 
-PATCH = 2  # side of a token of the transformer, in latents
 ATTENTION_BACKENDS = {AttentionKind.sdpa: "native", AttentionKind.eager: "_native_math",
                       AttentionKind.xformers: "xformers"}  # names in diffusers.models.attention_dispatch
 
@@ -35,6 +34,8 @@ class FlowTransformer(Family):
     sampler_title = "Euler"
     pipeline_module: str
     pipeline_name: str
+    patch = 2  # side of a token of the transformer, in latents of the run
+    attention_kinds: tuple[AttentionKind, ...] = tuple(ATTENTION_BACKENDS)
     kohya_prefix = "lora_unet_"  # of the transformer's keys in kohya's LoRA layout
     kohya_version: str  # kohya's name of the base model, in the metadata of LoRA files
 
@@ -52,8 +53,12 @@ class FlowTransformer(Family):
         if train.train_text_encoder:
             raise UserError(f"the text encoder of {self.title} is a language model, which is not trained: type "
                             "train.train_text_encoder=false")
-        if recipe.attention.kind not in ATTENTION_BACKENDS:
+        if recipe.attention.kind not in self.attention_kinds:
             raise UserError(f"{self.title} has no attention={recipe.attention.kind.value}: type attention=sdpa")
+
+    def packaged_tokenizer(self, name: str) -> Any:
+        raise UserError(f"a single file of {self.title} contains no tokenizer and no text encoder: type config=DIR, a "
+                        "diffusers folder of the model")
 
     # -- the denoiser ----------------------------------------------------------------------------------------------
 
@@ -71,8 +76,8 @@ class FlowTransformer(Family):
         return int(denoiser.config.in_channels)
 
     def levels(self, denoiser: Any) -> int:
-        """Return 2: the transformer works on tokens of 2 x 2 latents."""
-        return PATCH
+        """Return the side of a token: sides of pictures are multiples of it."""
+        return self.patch
 
     def native_side(self, denoiser: Any, vae_scale: int) -> int:
         return 1024
@@ -110,7 +115,7 @@ class FlowTransformer(Family):
     def noise_schedule(self, scheduler_config: Mapping[str, Any], flow: Flow, latent_side: int) -> NoiseSchedule:
         from dreambooth.models.flow_matching import build_schedule
 
-        return build_schedule(flow, self.shift(scheduler_config, (latent_side // PATCH) ** 2))
+        return build_schedule(flow, self.shift(scheduler_config, (latent_side // self.patch) ** 2))
 
     def shift(self, scheduler_config: Mapping[str, Any], image_tokens: int) -> float:
         """Return the shift of the base model's noise levels for pictures of `image_tokens` tokens."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 QWEN3 = TransformersPart("text_encoder", "transformers", "Qwen3Model")
+QWEN3_LM = TransformersPart("text_encoder", "transformers", "Qwen3ForCausalLM")
 LENGTH = 512  # number of tokens that the base models read
 PLANNED_LENGTH = 64  # number of tokens of a prompt in the planner
 
@@ -28,31 +29,37 @@ def length(max_length: int) -> int:
     return min(LENGTH, max_length)
 
 
-def check_length(tokenizer: Any, prompt: str) -> int:
+def check_length(tokenizer: Any, prompt: str, thinking: bool = True) -> int:
     """Check that a prompt is not too long; return the maximum number of tokens that the model reads.
+
+    Args:
+        thinking: the argument enable_thinking of the chat template.
 
     Raises:
         UserError: the prompt has more tokens than the model reads.
     """
     limit = length(tokenizer.model_max_length)
-    count = len(tokenizer(_chat(tokenizer, prompt)).input_ids)
+    count = len(tokenizer(_chat(tokenizer, prompt, thinking)).input_ids)
     if count > limit:
         raise UserError(f"this model reads {limit} tokens and the prompt has {count}: shorten {prompt!r}")
     return limit
 
 
-def tokenize(tokenizer: Any, prompt: str) -> Tensor:
+def tokenize(tokenizer: Any, prompt: str, thinking: bool = True) -> Tensor:
     """Return the token ids of a prompt in the chat template and their mask, (1, 2, L).
 
     The mask is 1 for tokens of the prompt and 0 for padding.
+
+    Args:
+        thinking: the argument enable_thinking of the chat template.
 
     Raises:
         UserError: the prompt has more tokens than the model reads.
     """
     import torch
 
-    limit = check_length(tokenizer, prompt)
-    found = tokenizer(_chat(tokenizer, prompt), padding="max_length", max_length=limit, return_tensors="pt")
+    limit = check_length(tokenizer, prompt, thinking)
+    found = tokenizer(_chat(tokenizer, prompt, thinking), padding="max_length", max_length=limit, return_tensors="pt")
     return torch.stack([found.input_ids, found.attention_mask], 1)
 
 
@@ -68,8 +75,8 @@ def lengths(text: Tensor) -> list[int]:
     return counts
 
 
-def _chat(tokenizer: Any, prompt: str) -> str:
+def _chat(tokenizer: Any, prompt: str, thinking: bool) -> str:
     """Return a prompt as the message of a user in the tokenizer's chat template."""
     chat: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True)
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
     return chat

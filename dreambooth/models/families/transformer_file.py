@@ -5,11 +5,11 @@ The VAE and the text encoders have files of their own. Imports no torch.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dreambooth.models.families.file_format import Entry, ModelFile, SingleFileFormat
+from dreambooth.models.families.file_format import Entry, Form, ModelFile, SingleFileFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,10 @@ class TransformerFile(SingleFileFormat):
     architecture: str  # in ModelSpec metadata
     implementation: str  # in ModelSpec metadata: whose module names the keys contain
     required_keys: frozenset[str]  # keys that only files of this family have
+    key_prefix = ""  # of all keys in files that this project writes
+    stacks: Mapping[str, str]  # name of a query layer, with a dot -> key of the matrix of query, key and value
+    rules: tuple[tuple[str, str], ...]  # (pattern of a name, its key): the first pattern that matches a name decides
+    swapped: tuple[str, ...] = ()  # patterns of the names whose first and second half are swapped in the file
 
     def matches(self, names: frozenset[str]) -> bool:
         return self.required_keys <= names
@@ -38,12 +42,31 @@ class TransformerFile(SingleFileFormat):
 
     def entries(self, part: str, names: Iterable[str], config: Any) -> Iterator[Entry]:
         """Yield the entries of the transformer. Other parts are not in the file and have no entries."""
-        if part == "transformer":
-            yield from self.transformer_entries(list(names), config)
+        if part != "transformer":
+            return
+        present = list(names)
+        stacked = {query.replace("_q", f"_{letter}") for query in self.stacks for letter in "kv"}
+        for name in present:
+            if any(layer in name for layer in stacked):
+                continue  # part of the entry of its query
+            query = next((layer for layer in self.stacks if layer in name), None)
+            if query is None:
+                form = Form.swapped if self.is_swapped(name, config) else Form.plain
+                yield Entry(self.key_prefix + self._key(name), part, (name,), form)
+                continue
+            rows = tuple(name.replace(query, query.replace("_q", f"_{letter}")) for letter in "qkv")
+            key = self._key(name.replace(query, self.stacks[query]))
+            yield Entry(self.key_prefix + key, part, rows, Form.stacked)
 
-    @abstractmethod
-    def transformer_entries(self, names: Sequence[str], config: Any) -> Iterator[Entry]:
-        """Yield the entries of the transformer, for the keys of its state dict."""
+    def is_swapped(self, name: str, config: Any) -> bool:
+        """Return whether the file has the second half of a weight's rows first."""
+        return any(re.fullmatch(pattern, name) for pattern in self.swapped)
+
+    def _key(self, name: str) -> str:
+        for pattern, key in self.rules:
+            if match := re.fullmatch(pattern, name):
+                return match.expand(key)
+        return name
 
     def is_ignored(self, key: str, encoders: Sequence[Any]) -> bool:
         return False

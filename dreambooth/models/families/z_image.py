@@ -5,15 +5,13 @@ Its text encoder is Qwen3-4B. The VAE is that of FLUX.1, with 16 channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.config.enums import Targets
-from dreambooth.errors import UserError
 from dreambooth.models.families import qwen_text
 from dreambooth.models.families.family import Layout
-from dreambooth.models.families.file_format import Entry, Form
 from dreambooth.models.families.flow_transformer import FlowTransformer, layer_pattern
 from dreambooth.models.families.part import DiffusersPart
 from dreambooth.models.families.transformer_file import TransformerFile
@@ -31,22 +29,11 @@ class ZImageFile(TransformerFile):
     required_keys = frozenset({denoiser_key, "x_embedder.weight", "layers.0.attention.qkv.weight"})
     architecture = "z-image"
     implementation = "https://github.com/Tongyi-MAI/Z-Image"
-    renamed = (("all_final_layer.2-1.", "final_layer."), ("all_x_embedder.2-1.", "x_embedder."),
-               (".attention.to_out.0.", ".attention.out."), (".attention.norm_k.", ".attention.k_norm."),
-               (".attention.norm_q.", ".attention.q_norm."))
-
-    def transformer_entries(self, names: Sequence[str], config: Any) -> Iterator[Entry]:
-        for name in names:
-            if ".attention.to_k." in name or ".attention.to_v." in name:
-                continue
-            if ".attention.to_q." in name:
-                rows = tuple(name.replace(".to_q.", f".to_{letter}.") for letter in "qkv")
-                yield Entry(name.replace(".to_q.", ".qkv."), "transformer", rows, Form.stacked)
-                continue
-            key = name
-            for inner, outer in self.renamed:
-                key = key.replace(inner, outer)
-            yield Entry(key, "transformer", (name,))
+    stacks = {"attention.to_q.": "attention.qkv."}
+    rules = (
+        (r"all_final_layer\.2-1\.(.*)", r"final_layer.\1"), (r"all_x_embedder\.2-1\.(.*)", r"x_embedder.\1"),
+        (r"(.*\.attention)\.to_out\.0\.(.*)", r"\1.out.\2"),
+        (r"(.*\.attention)\.norm_([qk])\.(.*)", r"\1.\2_norm.\3"))
 
 
 class ZImage(FlowTransformer):
@@ -81,10 +68,6 @@ class ZImage(FlowTransformer):
 
     def load_tokenizer(self, name: str, source: str | Path, **options: Any) -> Any:
         return qwen_text.load_tokenizer(name, source, **options)
-
-    def packaged_tokenizer(self, name: str) -> Any:
-        raise UserError(f"a single file of {self.title} contains no tokenizer and no text encoder: type "
-                        "config=DIR, a diffusers folder of the model")
 
     def save_tokenizer(self, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
