@@ -163,6 +163,7 @@ def test_the_default_batch_size_of_a_model_is_that_of_its_file(model: str) -> No
 def test_identity_counts_steps_only_where_the_schedule_does() -> None:
     cosine = "train.lr_scheduler=cosine"
     assert identity(compose_config(cosine, "train.max_train_steps=9")) != identity(compose_config(cosine))
+    assert identity(compose_config("train.max_train_steps=9"), swept=True) != identity(compose_config(), swept=True)
 
 
 def test_identity_tells_places_in_s3_apart() -> None:

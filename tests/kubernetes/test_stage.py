@@ -18,7 +18,7 @@ from tests.support.warm_python import PYTHON
 
 
 def test_validate_reports_the_problems_of_all_runs_at_once(tmp_path: Path) -> None:
-    result = run_stage(tmp_path, "validate", "--words", "hardware=g4dn precision=bf16 dataset=s3", "--space", "subject")
+    result = run_stage(tmp_path, "validate", "--words", "hardware=g4dn precision=bf16 dataset=s3", "--space", "tiny")
     assert result.returncode == 1
     assert "the photos are missing" in result.stderr
     assert "precision=bf16 needs a GPU of compute capability 8.0" in result.stderr

@@ -36,7 +36,8 @@ def words(family: str, folder: Path, *more: str) -> list[str]:
             "train.learning_rate=1e-3", "name=demo-x", *more]
 
 
-@pytest.mark.parametrize("family", NEW)
+@pytest.mark.parametrize("family", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "sdxl")) for name in NEW])  # SDXL differs most
 def test_it_trains_resumes_bit_for_bit_and_samples(family: str, base: dict[str, Path], tmp_path: Path) -> None:
     ask = words(family, base[family])
     assert train(tmp_path / "straight", *ask) == 0

@@ -191,7 +191,8 @@ class Server:
 
 
 def _prepare() -> None:
-    """What most commands do once and keep in memory: half a second of Hydra's parsers, and image formats."""
+    """What most commands do once and keep in memory: Hydra's parsers, image formats, the description of S3."""
+    import boto3
     from hydra import compose, initialize_config_dir
     from PIL import Image
 
@@ -201,6 +202,7 @@ def _prepare() -> None:
     import_libraries()
     importlib.import_module("peft")
     Image.init()
+    boto3.client("s3", region_name="us-east-1")
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         compose("config", ["hardware=cpu", "train.max_train_steps=8", "sample.every=null", "run_root=/a/folder"])
 

@@ -160,6 +160,7 @@ def test_resume_from_a_path(tmp_path: Path, uninterrupted: Path) -> None:
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow  # its fast counterpart: test_identity_changes_with_the_result
 def test_a_changed_setting_is_another_run(tmp_path: Path) -> None:
     assert train(tmp_path, *BARE) == 0
     assert train(tmp_path, *BARE, "train.seed=1") == 0
@@ -243,6 +244,7 @@ def test_no_secret_of_a_refused_command_is_shown_or_kept(tmp_path: Path) -> None
     assert not leaks
 
 
+@pytest.mark.slow  # its fast counterpart: the identities of tests/config/test_compose.py
 def test_a_sweep_over_steps_makes_one_run_per_value(tmp_path: Path) -> None:
     arguments = ["-m", f"run_root={tmp_path}", *FAST, *BARE]
     assert call("train", [word for word in arguments if "max_train" not in word] + ["train.max_train_steps=1,2"]) == 0
@@ -353,23 +355,25 @@ FOLDER = ["dataset=folder", "dataset.instance_prompt=a photo of a zwx toy", "dat
 
 @pytest.mark.parametrize("overrides, words", [
     (["hardware=g4dn"], "hardware=cpu"),
-    (["train.max_train_stepz=3"], "max_train_stepz"),
-    (["train.max_train_steps=abc"], "abc"),
-    (["train.train_batch_size=0"], "train.train_batch_size must be 1 or more"),
-    (["train.learning_rate=-1"], "train.learning_rate must be above 0"),
-    (["precision=fp8"], "fp8"),
-    (["precision.dtype=fp8"], "fp8"),
-    (["precision=fp16"], "precision=fp32"),
-    (["attention=xformers"], "attention=sdpa"),
-    ([*FOLDER, "dataset.instance_dir={photos}"], "holds no photo"),
-    ([*FOLDER, "dataset.instance_dir={photos}/none"], "does not exist"),
     ([*FOLDER, "dataset.instance_dir={photos}/texts"], "text.jpg"),
     (["model.source=/no/such/model", "dataset.allow_drawings=true"], "model.source=DIR"),
-    (["model.source=nobody/no-such-model", "dataset.allow_drawings=true"], "model.source=DIR"),
-    (["prior.num_class_images=0"], "prior.num_class_images=100"),
     (["dataset.instance_prompt=" + "toy " * 40], "shorten"),
-    (["checkpoint.resume=/no/such/checkpoint"], "checkpoint.resume=auto"),
-    (["train.train_text_encoder=maybe"], "maybe"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (  # told without a process in tests/config and tests/data
+        (["train.max_train_stepz=3"], "max_train_stepz"),
+        (["train.max_train_steps=abc"], "abc"),
+        (["train.train_batch_size=0"], "train.train_batch_size must be 1 or more"),
+        (["train.learning_rate=-1"], "train.learning_rate must be above 0"),
+        (["precision=fp8"], "fp8"),
+        (["precision.dtype=fp8"], "fp8"),
+        (["precision=fp16"], "precision=fp32"),
+        (["attention=xformers"], "attention=sdpa"),
+        ([*FOLDER, "dataset.instance_dir={photos}"], "holds no photo"),
+        ([*FOLDER, "dataset.instance_dir={photos}/none"], "does not exist"),
+        (["model.source=nobody/no-such-model", "dataset.allow_drawings=true"], "model.source=DIR"),
+        (["prior.num_class_images=0"], "prior.num_class_images=100"),
+        (["checkpoint.resume=/no/such/checkpoint"], "checkpoint.resume=auto"),
+        (["train.train_text_encoder=maybe"], "maybe"),
+    )),
 ])
 def test_wrong_input_is_an_error_without_traceback(
         overrides: list[str], words: str, photos: Path, tmp_path: Path) -> None:
