@@ -78,7 +78,7 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
                 print(f"objective={result.objective:.6g}", flush=True)
             return result.objective
     finally:
-        remove_if_unused(run_dir)
+        remove_if_unused(run_dir, Path(str(cfg.run_root)))
 
 
 def convert_single_files(config: Config) -> Config:

@@ -213,7 +213,7 @@ def resolve(config: Config, run_dir: Path, machine: Machine | None = None,
     if machine is not None and machine.cuda and hardware.device is not Device.cpu:
         _use_detected_gpu(hardware, machine)
     device = "cuda" if hardware.device is Device.cuda or (hardware.gpu and hardware.device is Device.local) else "cpu"
-    if problems := list(validation.problems(config, device, machine)):
+    if problems := [*validation.name_problems(config, run_dir), *validation.problems(config, device, machine)]:
         raise ConfigError(*problems)
     for item in fields(config):
         if isinstance(section := getattr(config, item.name), Section):

@@ -1,6 +1,7 @@
 """Rules that involve several config groups. Imports neither torch nor Hydra."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from dreambooth.config.enums import (
 )
 from dreambooth.config.method import Method
 from dreambooth.config.schema import Config
+from dreambooth.utils import quoting
 from dreambooth.utils.hardware import Machine
 
 
@@ -38,6 +40,24 @@ def problems(config: Config, device: str, machine: Machine | None) -> Iterator[s
     if config.evaluate.promote and config.tracking.kind is TrackingKind.none:
         yield "evaluate.promote=true registers in MLflow: type tracking=mlflow"
     yield from _adapter_problems(config, device, machine)
+
+
+def name_problems(config: Config, run_dir: Path) -> Iterator[str]:
+    """Yield one sentence per name that cannot be part of the name of a folder, a file and a registered model.
+
+    A run that an earlier version started under such a name is not refused, so that it can be resumed and evaluated.
+    """
+    if not (run_dir / "run.json").is_file():
+        yield from name_problem("name", config.name)
+        yield from name_problem("tracking.sweep", config.tracking.sweep)
+
+
+def name_problem(key: str, name: str | None) -> Iterator[str]:
+    """Yield a sentence if `name`, the value of a key, has a slash or a colon."""
+    if name and re.search("[/:]", name):
+        plain = re.sub("[/:]+", "-", name).strip("-") or "NAME"
+        yield (f"{key}={name} has a slash or a colon, which names of runs, sweeps and models cannot have: type "
+               f"{quoting.override(key, plain)}")
 
 
 def _device_problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:

@@ -210,8 +210,17 @@ def remove_hydra_record(run_dir: Path) -> None:
     (run_dir.parent / "multirun.yaml").unlink(missing_ok=True)
 
 
-def remove_if_unused(run_dir: Path) -> None:
-    """Remove a run folder if it has no files but those in KEPT_ON_RESTART, and no other process has locked it."""
+def remove_if_unused(run_dir: Path, run_root: Path) -> None:
+    """Remove a run folder if it has no files but those in KEPT_ON_RESTART, and no other process has locked it.
+
+    Also remove empty folders between `run_root` and the run folder. They exist if the run's name, with a slash, was
+    refused after Hydra had made the folder.
+    """
     if run_dir.is_dir() and {entry.name for entry in run_dir.iterdir()} <= KEPT_ON_RESTART:
         with suppress(UserError), locked(run_dir, watch=False):
             shutil.rmtree(run_dir, ignore_errors=True)
+    for parent in run_dir.absolute().parents:
+        if run_root.absolute() not in parent.parents:
+            break
+        with suppress(OSError):  # not empty
+            parent.rmdir()

@@ -8,7 +8,7 @@ trials contain these keys. For a sweep on SageMaker, the SageMaker launcher writ
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hydra.core.utils import JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from dreambooth.config import validation
 from dreambooth.config.compose import choice_texts, unquote
 from dreambooth.config.overrides import parse
 from dreambooth.errors import DreamBoothError, UserError
@@ -32,7 +33,7 @@ _running: list[tuple["Sweep", DictConfig]] = []  # the sweep that has begun and 
 
 
 class Jobs(Callback):
-    """Lets a sweep continue after a failed job, and refuses launchers whose jobs run in other processes.
+    """Lets a sweep continue after a failed job, and refuses some sweeps before their first job.
 
     Launchers such as joblib and submitit are refused, because the errors and results of their jobs do not reach this
     process: the command would end with 0, without a message and without a results table.
@@ -42,9 +43,8 @@ class Jobs(Callback):
         self._uses_optuna = False
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if (name := str(config.hydra.runtime.choices.get("hydra/launcher"))) != "basic" and name[:9] != "sagemaker":
-            print(f"dreambooth: hydra/launcher={name} runs the jobs of a sweep in other processes, whose results would "
-                  "be lost: type hydra/launcher=basic", file=sys.stderr)
+        for problem in _sweep_problems(config):
+            print(f"dreambooth: {problem}", file=sys.stderr)
             sys.exit(UserError.exit_code)  # Hydra turns an exception of a callback into a warning
         self._uses_optuna = uses_optuna(config)
         typed_rate = any("max_failure_rate" in override for override in config.hydra.overrides.hydra)
@@ -94,9 +94,19 @@ class Sweep(Callback):
 
         tracking = config.tracking
         sweep = tracking.sweep or DEFAULT_SWEEP_ID
-        path = summary.write_summary(self._jobs, sweep, Path(str(config.run_root)), kind=tracking.kind.value,
+        root = Path(str(config.run_root))
+        path = summary.write_summary(self._jobs, sweep, root, kind=tracking.kind.value,
                                      uri=tracking.uri, experiment=tracking.experiment, reasons=failure_reasons)
-        print("\n".join([f"sweep {sweep}: {path}", *next_commands(sweep, path.parent)]), flush=True)
+        print("\n".join([f"sweep {sweep}: {path}", *next_commands(sweep, root)]), flush=True)
+
+
+def _sweep_problems(config: DictConfig) -> Iterator[str]:
+    """Yield one sentence per reason why the sweep must not begin."""
+    if (name := str(config.hydra.runtime.choices.get("hydra/launcher"))) != "basic" and name[:9] != "sagemaker":
+        yield (f"hydra/launcher={name} runs the jobs of a sweep in other processes, whose results would be lost: type "
+               "hydra/launcher=basic")
+    name = OmegaConf.select(config, "tracking.sweep", throw_on_resolution_failure=False)
+    yield from validation.name_problem("tracking.sweep", name)
 
 
 def _objective(job_return: Any) -> float | None:

@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dreambooth.config import validation
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
 from dreambooth.runs.report import promotion_message
@@ -173,11 +174,13 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
         as_candidate: determines what happens if the model may not replace the champion. True: register the model as
             candidate; False: raise UserError.
     """
+    name = options.name or trial.settings.get("name", trial.folder.name)
+    for problem in validation.name_problem("name", name):
+        raise UserError(problem)
     uri, run_id = _send_to_mlflow(trial, options)
     registry = Registry(uri, options.uri_key)
     objective = options.objective or trial.objective_name
     value, score, result = trial.objective(objective), trial.score(CLASS_SIMILARITY), trial.result or {}
-    name = options.name or trial.settings.get("name", trial.folder.name)
     tags = _version_tags(trial, objective)
 
     def is_this_model(champion: Version) -> bool:

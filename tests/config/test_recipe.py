@@ -98,6 +98,9 @@ BROKEN = {  # broken rule -> (machine, values by key, what the message says to t
     "the rank of an adapter without an adapter": (None, {"method__rank": 64}, "method=lora"),
     "several settings of an adapter without an adapter": (
         NONE, {"method__base_weights": BaseWeights.nf4, "method__merge": True, "method__alpha": 8.0}, "method=lora"),
+    "a name with a slash": (None, {"name": "pets/rex"}, "name=pets-rex"),
+    "a name with a colon, above the root": (None, {"name": "../a: b"}, 'name="..-a- b"'),
+    "a sweep with a slash": (None, {"tracking__sweep": "pets/rex"}, "tracking.sweep=pets-rex"),
     "a missing checkpoint": (None, {"checkpoint__resume": "/nowhere"}, "checkpoint.resume=auto"),
 }
 
@@ -108,6 +111,14 @@ def test_each_broken_rule_is_one_sentence_that_says_what_to_type(what, no_packag
     [sentence] = problems(machine, **values)
     assert typed in sentence.partition(": ")[2]
     assert "\n" not in sentence
+
+
+def test_a_run_that_an_earlier_version_started_under_a_name_with_a_slash_is_not_refused(tmp_path):
+    config = demo_config(name="pets/rex", tracking__sweep="a/b")
+    with pytest.raises(ConfigError, match="name=pets/rex has a slash or a colon"):
+        resolve(config, tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    assert resolve(config, tmp_path).name == "pets/rex"
 
 
 def test_settings_of_an_adapter_without_one_are_named():

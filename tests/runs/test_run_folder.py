@@ -82,7 +82,7 @@ def test_locking_a_folder_that_another_process_has_locked_is_an_error(locked_els
 
 def test_a_folder_that_another_process_has_locked_is_not_removed(locked_elsewhere):
     """A second command must not remove the folder of a first one that is still loading."""
-    remove_if_unused(locked_elsewhere)
+    remove_if_unused(locked_elsewhere, locked_elsewhere.parent)
     assert (locked_elsewhere / ".lock").exists()
     with pytest.raises(UserError), locked(locked_elsewhere):
         pass
@@ -224,9 +224,19 @@ def test_a_folder_without_work_is_removed(tmp_path):
     (run_dir / ".hydra").mkdir(parents=True)
     with locked(run_dir):
         pass
-    remove_if_unused(run_dir)
+    remove_if_unused(run_dir, tmp_path)
     assert not run_dir.exists()
-    remove_if_unused(run_dir)  # a missing folder is no error
+    remove_if_unused(run_dir, tmp_path)  # a missing folder is no error
+
+
+def test_empty_folders_of_a_name_with_a_slash_are_removed_but_the_root_is_not(tmp_path):
+    for name in ("root/pets/small/rex", "root/other/cat", "oops"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "root/other/file").touch()
+    for name in ("pets/small/rex", "other/cat", "../oops"):
+        remove_if_unused(tmp_path / "root" / name, tmp_path / "root")
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert left == ["root", "root/other", "root/other/file"]
 
 
 @pytest.mark.parametrize("work", ["checkpoints/step-000002/state.json", "metrics.jsonl", "result.json",
@@ -234,7 +244,7 @@ def test_a_folder_without_work_is_removed(tmp_path):
 def test_a_folder_with_work_is_kept(tmp_path, work):
     (tmp_path / work).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / work).write_text("{}")
-    remove_if_unused(tmp_path)
+    remove_if_unused(tmp_path, tmp_path.parent)
     assert (tmp_path / work).is_file()
 
 

@@ -41,8 +41,8 @@ def demo_config(**values: object) -> Config:
     config.dataset.instance_dir = "package:demo"
     config.dataset.instance_prompt, config.dataset.class_prompt = "a zwx toy", "a toy"
     for key, value in values.items():
-        section, _, name = key.partition("__")
-        setattr(getattr(config, section), name, value)
+        section, _, name = key.rpartition("__")
+        setattr(getattr(config, section) if section else config, name, value)
     return config
 
 

@@ -99,6 +99,14 @@ def test_a_launcher_whose_results_are_lost_is_refused_by_every_command(capsys: p
         "lost: type hydra/launcher=basic\n")
 
 
+def test_the_name_of_a_sweep_is_refused_before_its_first_job(capsys: pytest.CaptureFixture[str]) -> None:
+    config = sweep_config()
+    config.tracking = {"sweep": "pets/rex"}
+    with pytest.raises(SystemExit, match="1"):
+        hydra_callbacks.Jobs().on_multirun_start(config)
+    assert capsys.readouterr().err.endswith(": type tracking.sweep=pets-rex\n")
+
+
 @pytest.mark.parametrize("error, raised", [
     (ValueError("No trials are completed yet."), False), (ValueError("another error"), True)])
 def test_a_sweep_that_its_sweeper_ends_has_its_results(

@@ -248,6 +248,8 @@ def test_objectives_that_differ_are_not_compared(tmp_path: Path, registry: Regis
     assert promote("s", tmp_path, PromotionOptions(objective="class_similarity"))["objective"] == pytest.approx(0.4)
     with pytest.raises(UserError, match="chosen by class_similarity, not by instance_loss: type objective="):
         promote("s", tmp_path, PromotionOptions(objective="instance_loss"))
+    with pytest.raises(UserError, match=r"name=a:b has a slash or a colon, .*: type name=a-b"):
+        promote("s", tmp_path, PromotionOptions(objective="class_similarity", name="a:b"))
 
 
 def test_a_finished_run_becomes_candidate_or_champion(tmp_path: Path, registry: Registry) -> None:

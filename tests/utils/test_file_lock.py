@@ -181,9 +181,9 @@ def test_the_claims_belong_to_no_run(tmp_path, no_flock):
     with locked(tmp_path / "run"):
         assert find_resume_point(tmp_path / "run", "never") is None
         assert len(claims(tmp_path / "run/.lock")) == 1
-        remove_if_unused(tmp_path / "run")
+        remove_if_unused(tmp_path / "run", tmp_path)
         assert (tmp_path / "run").is_dir()
-    remove_if_unused(tmp_path / "run")
+    remove_if_unused(tmp_path / "run", tmp_path)
     assert not (tmp_path / "run").exists()
 
 
