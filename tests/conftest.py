@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tests.support import aws_models, warm_python
+from tests.support import warm_python
 from tests.support.docker_engine import engine
 from tests.support.image import NAME, Image
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    aws_models.share()
+    warm_python.share_service_models()
     if not hasattr(config, "workerinput"):  # of pytest-xdist, whose workers share it
         warm_python.start()
 

@@ -59,6 +59,24 @@ os._exit(code)
 """
 
 
+def share_service_models() -> None:
+    """Let all boto3 sessions of this process, and of processes forked from it, share the descriptions of AWS's services.
+
+    They are megabytes of JSON, which botocore reads anew for each session: each client of the package would cost a
+    tenth of a CPU second, and one for SageMaker two.
+    """
+    from botocore.loaders import JSONFileLoader
+
+    read, contents = JSONFileLoader.load_file, dict[str, Any]()
+
+    def read_once(self: Any, file_path: str) -> Any:
+        if file_path not in contents:
+            contents[file_path] = read(self, file_path)
+        return contents[file_path]
+
+    JSONFileLoader.load_file = read_once
+
+
 def start() -> None:
     """Fork the server, which imports nothing before the first command, and put PYTHON's path into the environment.
 
