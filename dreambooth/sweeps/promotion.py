@@ -283,7 +283,8 @@ def _send_to_mlflow(trial: Trial, options: PromotionOptions) -> tuple[str, str]:
     with locked(trial.folder):
         open_tracker("mlflow", trial.folder, run_root=root, run_name=trial.folder.name, uri=uri,
                      experiment=options.experiment, required=True, update_status=False,
-                     alternative=f"type {options.uri_key}=ADDRESS of one that answers").close("FINISHED")
+                     alternative=f"type {options.uri_key}=ADDRESS of one that answers",
+                     experiment_key=f"{options.uri_key.removesuffix('uri')}experiment").close("FINISHED")
     run_id = str((atomic_files.read_object(state_file) or {})["run_id"])
     return uri or database_uri(root.resolve() / "mlflow.db"), run_id
 

@@ -5,7 +5,8 @@ import logging
 import os
 
 from dreambooth.tracking.mlflow_database import database_file, is_local
-from dreambooth.utils import permissions
+from dreambooth.utils import permissions, quoting
+from dreambooth.utils.masking import mask_urls
 
 TIMEOUT_VARIABLE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 DEFAULTS = {  # with MLflow's defaults, the client waits minutes for a dead server
@@ -54,6 +55,8 @@ def remedy(uri: str, error: Exception | None) -> str:
     Args:
         error: the error; None: MLflow did not answer in time.
     """
+    if isinstance(error, DeletedExperimentError):
+        return error.remedy
     if error and (refusal := permissions.find_refusal(error)):
         return f"type {refusal.command()}"
     if error and is_refusal(error):
@@ -61,6 +64,20 @@ def remedy(uri: str, error: Exception | None) -> str:
     if is_local(uri):
         return f"make {database_file(uri) or 'its folder'} readable and writable, or move it away to get a new one"
     return "start the server (mlflow server --port ...)"
+
+
+class DeletedExperimentError(Exception):
+    """The experiment of a run has been deleted in MLflow. Its name stays taken until it is restored.
+
+    Args:
+        experiment_key: the configuration key that names the experiment.
+    """
+
+    def __init__(self, name: str, number: str, uri: str, experiment_key: str) -> None:
+        super().__init__(f"has deleted the experiment {name}")
+        address = quoting.shell_word(mask_urls(uri, uri))
+        self.remedy = (f"type MLFLOW_TRACKING_URI={address} mlflow experiments restore --experiment-id {number}, or "
+                       f"{experiment_key}=NAME for another experiment")
 
 
 def http_status(error: Exception) -> int:

@@ -16,6 +16,7 @@ from dreambooth.tracking import mlflow_logging
 from dreambooth.tracking.journal import EXPERIMENT, batches, is_line_start, read
 from dreambooth.tracking.mlflow_client import (
     REFUSES_USER,
+    DeletedExperimentError,
     check_answers,
     http_status,
     is_refusal,
@@ -44,11 +45,13 @@ class Shipper(threading.Thread):
             `uri` is a SQLite database, and otherwise the default of the server.
         announce_outages: whether to warn when the server stops answering. If False, the caller reads the attribute
             `outage` instead.
+        experiment_key: the configuration key that names the experiment, for messages.
     """
 
     def __init__(self, journal: Path, uri: str, experiment: str, run_name: str, artifact_root: Path | None,
-                 warn: Warn, announce_outages: bool = True) -> None:
+                 warn: Warn, announce_outages: bool = True, experiment_key: str = "tracking.experiment") -> None:
         super().__init__(name="mlflow", daemon=True)
+        self._experiment_key = experiment_key
         self._journal, self._uri, self._experiment, self._run_name = journal, uri, experiment, run_name
         self._artifact_root, self._warn, self.display_uri = artifact_root, warn, mask_urls(uri, uri)
         self.attempted, self._wake = threading.Event(), threading.Event()
@@ -147,20 +150,34 @@ class Shipper(threading.Thread):
         return True
 
     def _handle_failure(self, error: Exception) -> None:
+        stage = self._lifecycle_stage()
+        if stage == "deleted":
+            try:
+                self._connect()
+            except Exception as reason:  # its experiment was deleted, too
+                error, stage = reason, None
+            else:
+                self._warn(f"MLflow at {self.display_uri} has deleted this run, which is sent again as a new one")
+                return
         refused = is_refusal(error)
-        answers = not refused and self._is_run_active()
+        answers = not refused and stage == "active"
         self._failures += 1
         self._attempts = self._attempts + 1 if answers else 0
         problem = "fails" if answers else REFUSES_USER if refused else "does not answer"
         self._down, description = not answers, f"{problem} ({self._reason(error)})"
+        if refused:
+            advice = " and is sent when MLflow accepts this user" + (
+                f": {remedy(self._uri, error)}" if is_local(self._uri) else "")
+        elif isinstance(error, DeletedExperimentError):
+            description, advice = str(error), f": {error.remedy}"
+        else:
+            advice = " and is sent when MLflow is back"
         if not answers:
             self._client, self.outage, self.error = None, description, error
         if self._failures == 1 and not self._stopped and (answers or self._announce_outages):
             self._announced = True
             self._warn(f"MLflow at {self.display_uri} {description}; the run continues, and "
-                       f"{self._journal.name} keeps everything and is sent when MLflow "
-                       + ("is back" if not refused else "accepts this user")
-                       + (f": {remedy(self._uri, error)}" if refused and is_local(self._uri) else ""))
+                       f"{self._journal.name} keeps everything{advice}")
 
     def _connect(self) -> None:
         """Create the MLflow client, and find or create the MLflow run of this journal."""
@@ -180,7 +197,11 @@ class Shipper(threading.Thread):
         self._client = client
 
     def _experiment_id(self, client: Any) -> str:
-        """Return the ID of the MLflow experiment. Create the experiment if it does not exist."""
+        """Return the ID of the MLflow experiment. Create the experiment if it does not exist.
+
+        Raises:
+            DeletedExperimentError: the experiment has been deleted.
+        """
         from mlflow.exceptions import MlflowException
 
         file = database_file(self._uri)
@@ -190,6 +211,8 @@ class Shipper(threading.Thread):
             with contextlib.suppress(MlflowException):  # another run has just created the experiment
                 return str(client.create_experiment(self._experiment, root and root.resolve().as_uri()))
             found = client.get_experiment_by_name(self._experiment)
+        if found.lifecycle_stage == "deleted":
+            raise DeletedExperimentError(self._experiment, found.experiment_id, self._uri, self._experiment_key)
         return str(found.experiment_id)
 
     def _send(self, batch: list[dict[str, Any]]) -> None:
@@ -202,7 +225,10 @@ class Shipper(threading.Thread):
                 Metric(key, math.nan if math.isinf(value) else value, e["time"], e["step"])
                 for e in batch for key, value in e["metrics"].items()])
         elif "params" in entry:
-            self._log_batch("params", [Param(key, value[:6000]) for key, value in entry["params"].items()])
+            values = {key: value[:6000] for key, value in entry["params"].items()}
+            changed = self._changed_params(values)
+            self._log_batch("params", [Param(key, value) for key, value in values.items() if key not in changed])
+            self._log_batch("tags", [RunTag(key, values[key]) for key in changed])
         elif "tags" in entry:
             experiment = str(self._state["experiment_id"])
             self._log_batch("tags", [RunTag(k, v.replace(EXPERIMENT, experiment)[:8000])
@@ -213,6 +239,15 @@ class Shipper(threading.Thread):
             except Exception as error:
                 self._skip_or_raise(error, str(next((entry[kind] for kind in SENT_ALONE if kind in entry), entry)))
 
+    def _changed_params(self, values: dict[str, str]) -> set[str]:
+        """Return the parameters that MLflow already has with another value, or has had since a run was extended.
+
+        MLflow never changes a parameter. A tag of the same name holds the value of the last start.
+        """
+        data = self._client.get_run(self._state["run_id"]).data
+        return {key for key, value in values.items() if key in data.params and (
+            key in data.tags or data.params[key] != value)}
+
     def _log_batch(self, kind: str, items: Sequence[Any]) -> None:
         """Log all items in one call. If the server rejects the call, log each half in its own call.
 
@@ -220,6 +255,8 @@ class Shipper(threading.Thread):
         """
         limit = 1000 if kind == "metrics" else 100
         try:
+            if not items:
+                return
             if len(items) <= limit:
                 self._client.log_batch(self._state["run_id"], **{kind: items}, synchronous=True)
                 return
@@ -262,14 +299,14 @@ class Shipper(threading.Thread):
         rejected = 400 <= status < 500 and status not in (401, 403, 408, 409, 429)
         failed = not is_refusal(error) and (
             isinstance(error, ValueError | TypeError) or self._attempts >= MAX_ATTEMPTS - 1)
-        return (rejected or failed) and self._is_run_active()
+        return (rejected or failed) and self._lifecycle_stage() == "active"
 
-    def _is_run_active(self) -> bool:
-        """Return whether the server responds to a request for this run, and the run has not been deleted in MLflow."""
+    def _lifecycle_stage(self) -> str | None:
+        """Return "active" or, if the run was deleted in MLflow, "deleted"; None if the server does not answer."""
         try:
-            return bool(self._client.get_run(self._state["run_id"]).info.lifecycle_stage == "active")
+            return str(self._client.get_run(self._state["run_id"]).info.lifecycle_stage)
         except Exception:
-            return False
+            return None
 
     def _save_state(self, **changes: Any) -> None:
         self._state |= changes

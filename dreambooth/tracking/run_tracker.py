@@ -12,6 +12,7 @@ from dreambooth.tracking import svg_charts
 from dreambooth.tracking.journal import EXPERIMENT
 from dreambooth.tracking.tracker import NoOpTracker, Tracker, open_tracker
 from dreambooth.utils import markdown, quoting
+from dreambooth.utils.plurals import counted
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +64,10 @@ def _open(recipe: Recipe, update_status: bool) -> Tracker:
 
 
 def describe_run(recipe: Recipe) -> str:
-    """Return the Markdown description that MLflow shows for a run: prompt, artifacts, and a command to type."""
+    """Return the Markdown description that MLflow shows for a run: prompt, steps, artifacts, and a command to type."""
     folder, sweep = recipe.run_dir, recipe.tracking.sweep
     lines = [f"**{markdown.escape(recipe.instance_prompt)}**, {recipe.model.name} at {recipe.model.resolution} px, "
-             f"method {recipe.method.name}", ""]
+             f"method {recipe.method.name}, {counted(recipe.train.max_train_steps, 'step')}", ""]
     if sweep:
         lines.append(f"- one trial of the sweep {sweep}: [all trials side by side]({trials_link(sweep)})")
     return "\n".join([

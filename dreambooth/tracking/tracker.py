@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from dreambooth.errors import UserError
 from dreambooth.tracking.journal import Journal
-from dreambooth.tracking.mlflow_client import REFUSES_USER, remedy
+from dreambooth.tracking.mlflow_client import REFUSES_USER, DeletedExperimentError, remedy
 from dreambooth.tracking.mlflow_database import database_uri
 from dreambooth.tracking.mlflow_shipper import Shipper, Warn, log_warning
 
@@ -40,13 +40,15 @@ class Tracker(Protocol):
 
 def open_tracker(kind: str, run_dir: Path, *, run_root: Path, run_name: str, uri: str | None = None,
                  experiment: str = "dreambooth", required: bool = False, warn: Warn = log_warning,
-                 update_status: bool = True, alternative: str = WITHOUT_MLFLOW) -> Tracker:
+                 update_status: bool = True, alternative: str = WITHOUT_MLFLOW,
+                 experiment_key: str = "tracking.experiment") -> Tracker:
     """Open a tracker: an MlflowTracker if `kind` is "mlflow", a JournalTracker if `kind` is "none".
 
     Args:
         uri: address of the MLflow server; None: the sqlite database `mlflow.db` in `run_root`.
         update_status: see JournalTracker.
         alternative: what the user can do instead of repairing the server. The message of the UserError ends with it.
+        experiment_key: the configuration key that names the experiment, for messages.
 
     Raises:
         UserError: `required` is True and the server does not answer.
@@ -56,7 +58,7 @@ def open_tracker(kind: str, run_dir: Path, *, run_root: Path, run_name: str, uri
     root = run_root.resolve()
     return MlflowTracker(run_dir, uri=uri or database_uri(root / "mlflow.db"), experiment=experiment, run_name=run_name,
                          required=required, artifact_root=None if uri else root / "mlartifacts", warn=warn,
-                         update_status=update_status, alternative=alternative)
+                         update_status=update_status, alternative=alternative, experiment_key=experiment_key)
 
 
 class NoOpTracker:
@@ -121,12 +123,13 @@ class MlflowTracker(JournalTracker):
 
     def __init__(self, run_dir: Path, *, uri: str, experiment: str, run_name: str, required: bool = False,
                  artifact_root: Path | None = None, warn: Warn = log_warning, update_status: bool = True,
-                 alternative: str = WITHOUT_MLFLOW) -> None:
+                 alternative: str = WITHOUT_MLFLOW, experiment_key: str = "tracking.experiment") -> None:
         super().__init__(run_dir, update_status)
         self._required, self._warn, self._closed = required, warn, False
         self._uri, self._alternative = uri, alternative
         # If the server is required, the UserError tells of an outage; a warning would say that the run continues.
-        self._shipper = Shipper(self.path, uri, experiment, run_name, artifact_root, warn, not required)
+        self._shipper = Shipper(self.path, uri, experiment, run_name, artifact_root, warn, not required,
+                                experiment_key)
         if required or not SHIP_FROM_FIRST_STEP:
             self._start_shipping()
         if required and not (self._shipper.attempted.wait(START_TIMEOUT) and self._shipper.outage is None):
@@ -170,6 +173,9 @@ class MlflowTracker(JournalTracker):
             raise self._unreachable()
         if unsent:
             entries = f"{unsent} entries" if unsent > 1 else "1 entry"
+            if isinstance(error := self._shipper.error, DeletedExperimentError):
+                self._warn(f"{entries} of {self.path} not in MLflow yet: {error.remedy}, and repeat the command")
+                return
             self._warn(f"{entries} of {self.path} not in MLflow yet: repeat the command when "
                        f"{self._shipper.display_uri} {'accepts this user' if self._refused else 'answers'}, and they "
                        "are sent")

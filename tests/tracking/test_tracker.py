@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dreambooth.errors import UserError
 from dreambooth.tracking.journal import read
 from dreambooth.tracking.mlflow_shipper import Shipper
 from dreambooth.tracking.tracker import open_tracker
@@ -133,8 +134,70 @@ def test_a_refused_entry_does_not_block_the_rest(tmp_path: Path, uri: str) -> No
     mlflow_run = only_run(uri)
     assert mlflow_run.data.params == {"lr": "1", "batch": "1", "seed": "7"}
     assert mlflow_run.data.metrics == {"loss": 1.0, "lr": 3.0} and mlflow_run.info.status == "FINISHED"
-    assert len(warnings) == 3
-    assert all(name in text for name, text in zip(("param lr", "missing.png", "bad\tname"), warnings, strict=True))
+    assert len(warnings) == 2
+    assert all(name in text for name, text in zip(("missing.png", "bad\tname"), warnings, strict=True))
+
+
+def test_a_setting_that_changes_when_a_run_is_extended_becomes_a_tag(tmp_path: Path, uri: str) -> None:
+    """MLflow never changes a parameter. The tag has the name of the parameter, and the value of the last start."""
+    warnings: list[str] = []
+    for steps, tag in (("2", None), ("3", "3"), ("4", "4"), ("2", "2")):
+        tracker = mlflow_tracker(tmp_path / "run", uri, warnings)
+        tracker.log_params({"train.max_train_steps": steps, "train.seed": "7", "long": "x" * 7000})
+        tracker.close("FINISHED")
+        data = only_run(uri).data
+        assert (data.params["train.max_train_steps"], data.tags.get("train.max_train_steps")) == ("2", tag)
+        assert not {"train.seed", "long"} & data.tags.keys()
+    assert warnings == []
+
+
+@pytest.mark.parametrize("deleted_first", [True, False])
+def test_a_deleted_experiment_is_named_with_its_remedies(tmp_path: Path, uri: str, deleted_first: bool) -> None:
+    """It is deleted before the run begins, or while it runs. Afterwards it is restored, or another one is used."""
+    from mlflow import MlflowClient
+
+    warnings: list[str] = []
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("e")
+    if deleted_first:
+        client.delete_experiment(experiment)
+    tracker = mlflow_tracker(tmp_path / "run", uri, warnings)
+    tracker.log_params({"lr": "1"})
+    if not deleted_first:
+        wait_for(lambda: tracker._shipper.count_unsent() == 0)
+        client.delete_experiment(experiment)
+    tracker.log_metrics(1, {"loss": 1.0})
+    tracker.close("FINISHED")
+    remedies = f"type MLFLOW_TRACKING_URI={uri} mlflow experiments restore --experiment-id {experiment}, or " \
+        "tracking.experiment=NAME"
+    assert len(warnings) == 2 and all(remedies in text for text in warnings), warnings
+    assert "has deleted the experiment e; the run continues" in warnings[0] and "not in MLflow yet" in warnings[1]
+    with pytest.raises(UserError, match=r"has deleted the experiment e: type MLFLOW_TRACKING_URI=.* restore"):
+        mlflow_tracker(tmp_path / "run", uri, required=True)
+    if deleted_first:
+        other = open_tracker("mlflow", tmp_path / "run", run_root=tmp_path, run_name="r", experiment="f")
+        other.close("FINISHED")
+        [run] = client.search_runs([client.get_experiment_by_name("f").experiment_id])
+        assert run.data.metrics == {"loss": 1.0}
+    else:
+        client.restore_experiment(experiment)
+        mlflow_tracker(tmp_path / "run", uri).close("FINISHED")
+        assert points(uri, "loss") == [(1, 1.0)]
+
+
+def test_a_run_that_is_deleted_in_mlflow_is_sent_again(tmp_path: Path, uri: str) -> None:
+    from mlflow import MlflowClient
+
+    warnings: list[str] = []
+    tracker = mlflow_tracker(tmp_path / "run", uri, warnings)
+    tracker.log_metrics(1, {"loss": 1.0})
+    wait_for(lambda: tracker._shipper.count_unsent() == 0)
+    MlflowClient(uri).delete_run(only_run(uri).info.run_id)
+    tracker.log_metrics(2, {"loss": 2.0})
+    wait_for(lambda: tracker._shipper.count_unsent() == 0)
+    tracker.close("FINISHED")
+    assert points(uri, "loss") == [(1, 1.0), (2, 2.0)]
+    assert "has deleted this run, which is sent again as a new one" in warnings[0]
 
 
 def test_an_entry_that_the_server_keeps_failing_on_is_skipped(tmp_path: Path, uri: str,
