@@ -14,7 +14,7 @@ from tests.support.image import NAME, Image
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    warm_python.share_service_models()
+    warm_python.share_files()
     if not hasattr(config, "workerinput"):  # of pytest-xdist, whose workers share it
         warm_python.start()
 
