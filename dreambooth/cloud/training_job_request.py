@@ -19,9 +19,12 @@ from dreambooth.tracking.mlflow_database import is_local
 LOCAL_KEYS = {"run_root", "storage.cache"}  # keys of folders on the submitting machine, not sent to jobs
 # Configuration key -> channel that provides the folder.
 CHANNELS = {"dataset.instance_dir": "images", "dataset.class_dir": "class_images", "model.source": "model"}
+OBJECTIVE = "objective"  # metric: the number that a sweep minimises
+NUMBER = r"([-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)"
 METRICS = {  # metric -> regular expression that matches the output of a run
     "step": r"training (\d+)/\d+ ",
-    "loss": r"training .*loss ([0-9.]+)",
+    "loss": rf"training .*loss {NUMBER}",
+    OBJECTIVE: rf"objective={NUMBER}",  # the last line of a run
 }
 # The variable that the AWS blog post sets (docs/container.md). PyTorch also reads PYTORCH_ALLOC_CONF.
 ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"

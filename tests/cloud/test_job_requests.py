@@ -53,6 +53,14 @@ def test_botocores_model_allows_the_golden_requests(name: str) -> None:
     assert SageMakerBackend().find_problems(request) == []
 
 
+@pytest.mark.parametrize("number", ["0.123", "1.2e-05", "-1.43e+02", "12", "3E6"])
+def test_a_metric_is_read_with_its_sign_and_exponent(number: str) -> None:
+    """SageMaker reads metrics from the log, and its tuner needs the objective."""
+    log = f"training 12/300 0:01 loss {number}\nobjective={number}\n"
+    found = {name: re.findall(regex, log) for name, regex in training_job_request.METRICS.items()}
+    assert found == {"step": ["12"], "loss": [number], "objective": [number]}
+
+
 @pytest.mark.parametrize("change, sentence", [
     ({"TrainingJobName": "a" * 64}, "TrainingJobName has 64 characters, at most 63 are allowed"),
     ({"TrainingJobName": "under_score"}, "TrainingJobName is 'under_score', which does not match"),
