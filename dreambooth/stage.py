@@ -1,4 +1,4 @@
-"""Command `python -m dreambooth.stage`: runs one stage of a workflow, in a container of Argo or Kubeflow Pipelines.
+"""Command `python -m dreambooth.stage`: runs one stage of a workflow of Argo, Kubeflow Pipelines or SageMaker.
 
 The workflow engine passes all overrides as one string, and afterwards reads the outputs of the stage from files. A
 stage runs another command (`train`, `evaluate`, ...) as a child process, forwards signals to it, and exits with the
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dreambooth import cli
-from dreambooth.config.compose import search_space, unquote
+from dreambooth.config.compose import name_trial, search_space
 from dreambooth.config.enums import Device
 from dreambooth.config.recipe import resolve
 from dreambooth.config.storage import S3_SCHEME
@@ -24,14 +24,13 @@ from dreambooth.container.supervisor import ExitStatus, Supervisor
 from dreambooth.entrypoint import compose_run
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.kubernetes import exit_report, kfp_components, pod_spec
-from dreambooth.kubernetes.workflow_spec import TRACKING_OVERRIDE, TRACKING_URI, TRIAL_RUN_DIR, SearchSpace
+from dreambooth.kubernetes.workflow_spec import TRACKING_OVERRIDE, TRACKING_URI, TRIAL_RUN_DIR
 from dreambooth.utils.atomic_files import check_writable, read_object
-from dreambooth.utils.key_names import short_names
 from dreambooth.utils.masking import mask_urls
 from dreambooth.utils.plurals import counted
 from dreambooth.utils.quoting import hydra_string, shell_line
 
-STAGES = ("validate", "class-images", "train", "evaluate", "promote", "ended")
+STAGES = ("validate", "class-images", "train", "evaluate", "promote", "choose", "ended")
 # Keys that do not change how much memory a run needs: trials that differ only in these keys are planned
 # once. The key `sweep` is not in the set, because a search space may set the training method.
 MEMORY_NEUTRAL_KEYS = {"train.learning_rate", "train.max_train_steps", "prior.prior_loss_weight", "method.alpha"}
@@ -48,6 +47,7 @@ def parser() -> cli.ArgumentParser:
     command_line.add_argument("--trial", default="", help="overrides of one trial of a sweep, as one string")
     command_line.add_argument("--space", default="", help="search space whose trials are checked and listed")
     command_line.add_argument("--out", type=Path, default=Path("stage"), help="folder for files that the engine reads")
+    command_line.add_argument("--results", default="", help="folder or S3 folder with the results of jobs, for choose")
     command_line.add_argument("--kfp", default="", help="executor input of Kubeflow Pipelines, as JSON")
     command_line.add_argument("--status", default="", help="final status of the workflow")
     command_line.add_argument("--failures", default="null", help="Argo's list of failed pods, as JSON")
@@ -65,6 +65,11 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         if options.stage == "ended":
             print("\n".join(exit_report.format_report(options.status, options.failures)))
+            return
+        if options.stage == "choose":
+            from dreambooth.sweeps import job_results
+
+            print(job_results.choose(options.results, options.out))
             return
         status = _run_stage(options, Supervisor())
         if options.kfp and not status.code:
@@ -105,8 +110,7 @@ def _run_overrides(overrides: Sequence[str], trial: Sequence[str]) -> list[str]:
     A trial is one run of a sweep. Overrides later in the result take precedence. The MLflow run of a trial is named
     after the overrides of the trial.
     """
-    values = {key: unquote(override) for override in trial if (key := override.partition("=")[0]) != "sweep"}
-    run_name = " ".join(f"{name}={values[key]}" for key, name in short_names(values).items())
+    run_name = name_trial(trial)
     trial_overrides = (TRIAL_RUN_DIR, f"tracking.run_name={hydra_string(run_name)}") if run_name else ()
     return [TRACKING_OVERRIDE, *trial_overrides, *overrides, *trial]
 
@@ -122,7 +126,7 @@ def _validate(overrides: list[str], space: str, out: Path, supervisor: Superviso
     Raises:
         ConfigError: the settings of a run are not valid; the message has one line per problem.
     """
-    trials = SearchSpace(space, search_space(space)).without_overridden(overrides).trials() if space else [()]
+    trials = search_space(space).without_overridden(overrides).trials() if space else [()]
     problems: list[str] = []
     plans: dict[tuple[str, ...], None] = {}  # trials to plan, in order and without duplicates
     for trial in trials:

@@ -1,25 +1,29 @@
-"""Command `python -m dreambooth.workflows`: writes workflow files for Kubernetes from conf/, checks or submits them.
+"""Command `python -m dreambooth.workflows`: writes workflow files from conf/, checks or submits them.
 
-`render` writes the files, `check` reports files that differ from conf/, `submit` submits a workflow to a cluster. Heavy
-libraries such as torch are not imported.
+`render` writes the files for Kubernetes and SageMaker, `check` reports files that differ from conf/, `submit` submits a
+workflow to a cluster or to SageMaker. Heavy libraries such as torch are not imported.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from dreambooth import __version__, cli
+from dreambooth.cloud import sagemaker_pipeline, sagemaker_submit, sagemaker_tuner
+from dreambooth.cloud.pipeline_requests import SageMakerSpec
 from dreambooth.config.compose import search_space
 from dreambooth.config.recipe import resolve
 from dreambooth.entrypoint import compose_run
 from dreambooth.errors import UserError
 from dreambooth.kubernetes import submit
 from dreambooth.kubernetes.render import render_files
-from dreambooth.kubernetes.workflow_spec import SearchSpace, WorkflowSpec
+from dreambooth.kubernetes.workflow_spec import WorkflowSpec
 from dreambooth.utils.atomic_files import check_writable
 from dreambooth.utils.plurals import counted
 
 FOLDER = Path("workflows")
+PIPELINE_FILE, TUNER_FILE = "sagemaker/pipeline.json", "sagemaker/tuning-job.json"
 DEFAULT_SPACE = "subject"
 DEFAULT_IMAGE = f"dreambooth:{__version__}"
 PHOTO_OVERRIDES = ("dataset=s3", "dataset.instance_dir=s3://BUCKET/photos",
@@ -41,7 +45,7 @@ def build_spec(
     """
     config, run_dir = compose_run(list(overrides))
     resolve(config, run_dir)
-    search = SearchSpace(space, search_space(space)).without_overridden(overrides)
+    search = search_space(space).without_overridden(overrides)
     return WorkflowSpec(tuple(overrides), search, config.hardware, image)
 
 
@@ -52,6 +56,26 @@ def build_shipped_spec() -> WorkflowSpec:
     return replace(build_spec(), overlays=overlays)
 
 
+def render_all(spec: WorkflowSpec) -> dict[str, str]:
+    """Return the content of all files: YAML for Kubernetes and JSON for SageMaker, by path relative to workflows/.
+
+    For hardware that SageMaker does not have, such as hardware=cpu, there is no tuning job.
+
+    Raises:
+        sagemaker_pipeline.MissingPackage: the SageMaker SDK is not installed.
+    """
+    own = to_sagemaker(spec)
+    files = {PIPELINE_FILE: sagemaker_pipeline.render_pipeline(own)}
+    if spec.hardware.instance_type:
+        files[TUNER_FILE] = sagemaker_tuner.render_tuning_request(own)
+    return render_files(spec) | files
+
+
+def to_sagemaker(spec: WorkflowSpec) -> SageMakerSpec:
+    """Return the inputs of SageMaker's workflow files."""
+    return SageMakerSpec(spec.overrides, spec.space, spec.hardware, spec.image)
+
+
 def parser() -> cli.ArgumentParser:
     """Return the argument parser of `python -m dreambooth.workflows`."""
     command_line = cli.ArgumentParser(
@@ -60,16 +84,16 @@ def parser() -> cli.ArgumentParser:
     epilog = "arguments KEY=VALUE are overrides of every run; without any, those of the committed files are used"
     render = commands.add_parser("render", help="write the files", epilog=epilog)
     check = commands.add_parser("check", help="list the files that differ from conf/", epilog=epilog)
-    send = commands.add_parser("submit", help="submit a workflow, TrainJob or Experiment to a cluster", epilog=epilog)
+    send = commands.add_parser("submit", help="submit a workflow to a cluster or to SageMaker", epilog=epilog)
     for command in (render, check, send):
         command.add_argument("--space", default=DEFAULT_SPACE, help="search space, a file of conf/sweep")
         command.add_argument("--image", default=DEFAULT_IMAGE,
                              help="name under which nodes pull the image, such as REGISTRY/dreambooth:0.1.0")
     for command in (render, check):
         command.add_argument("--to", type=Path, default=FOLDER, help="folder of the files")
-    send.add_argument("--what", choices=submit.KINDS, default="sweep")
+    send.add_argument("--what", choices=(*submit.KINDS, *sagemaker_submit.KINDS), default="sweep")
     send.add_argument("--namespace", default="dreambooth")
-    send.add_argument("--name", help="name of the TrainJob or Experiment; Argo generates its own")
+    send.add_argument("--name", help="name of the TrainJob, Experiment, pipeline or tuning job; Argo generates its own")
     return command_line
 
 
@@ -86,16 +110,24 @@ def main() -> None:
         if options.command == "submit":
             if placeholders := [override for override in spec.overrides if "s3://BUCKET" in override]:
                 raise UserError(f"{placeholders[0]} is a placeholder: type the overrides of your run after submit")
-            print(submit.submit(spec, options.what, options.namespace, options.name))
+            if options.what in sagemaker_submit.KINDS:
+                print(sagemaker_submit.submit(to_sagemaker(spec), options.what, options.name))
+            else:
+                print(submit.submit(spec, options.what, options.namespace, options.name))
         elif options.command == "check":
-            if not any(options.to.rglob("*.yaml")):
+            if not any(_list_files(options.to)):
                 raise UserError(f"there are no workflow files in {options.to}: type --to DIR, the folder workflows of "
                                 "a checkout, or python -m dreambooth.workflows render to write the files")
-            if different := find_differences(render_files(spec), options.to):
+            if different := find_differences(render_all(spec), options.to):
                 raise UserError(f"files that differ from conf/: {', '.join(different)}: "
                                 "type python -m dreambooth.workflows render")
         else:
-            files = render_files(spec)
+            try:
+                files = render_all(spec)
+            except sagemaker_pipeline.MissingPackage as error:
+                files = render_files(spec)
+                print(f"dreambooth: the files in {options.to / 'sagemaker'} are left as they are: {error}",
+                      file=sys.stderr)
             check_writable(options.to, "type --to DIR, a folder that you can write to")
             for name, text in files.items():
                 (options.to / name).parent.mkdir(parents=True, exist_ok=True)
@@ -107,14 +139,18 @@ def main() -> None:
 
 
 def find_differences(files: dict[str, str], folder: Path) -> list[str]:
-    """Compare the YAML files of `folder` with `files`. Return the names of missing, different and unexpected files.
+    """Compare the files of `folder` with `files`. Return the names of missing, different and unexpected files.
 
     Args:
         files: the expected content of each file, by name.
     """
     committed = {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
-                 for path in folder.rglob("*.yaml")}
+                 for path in _list_files(folder)}
     return sorted(name for name in files.keys() | committed.keys() if files.get(name) != committed.get(name))
+
+
+def _list_files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.suffix in (".yaml", ".json"))
 
 
 if __name__ == "__main__":

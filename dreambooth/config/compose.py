@@ -5,12 +5,14 @@ overrides.py, runs/identity.py and sweeps/hydra_callbacks.py import Hydra or Ome
 import torch.
 """
 
+import itertools
 import re
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.types import Override, Quote, QuotedString, Transformer
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString, Transformer
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,6 +20,7 @@ from dreambooth.config import overrides
 from dreambooth.config.schema import Config
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.utils.assets import conf_dir as conf_dir
+from dreambooth.utils.key_names import short_names
 from dreambooth.utils.quoting import unescape_interpolation
 
 _LOGIN_IN_URI = (
@@ -69,14 +72,37 @@ def load(cfg: DictConfig) -> Config:
     return Config(**sections)
 
 
-def search_space(name: str) -> dict[str, tuple[str, ...]]:
+@dataclass(frozen=True)
+class SearchSpace:
+    """The search space of a sweep, as defined in conf/sweep/NAME.yaml."""
+
+    name: str
+    values: Mapping[str, tuple[str, ...]]  # configuration key -> values in the grammar of overrides
+    logarithmic: frozenset[str] = frozenset()  # keys whose values SageMaker's tuner scales logarithmically
+
+    def without_overridden(self, overrides: Sequence[str]) -> "SearchSpace":
+        """Return the search space without the keys that `overrides` sets.
+
+        An override sets its key to the same value in all trials, also with Hydra's sweepers.
+        """
+        fixed = {override.partition("=")[0].lstrip("+") for override in overrides}
+        return replace(self, values={key: values for key, values in self.values.items() if key not in fixed})
+
+    def trials(self) -> list[tuple[str, ...]]:
+        """Return one tuple of overrides per point of the search space, in the order of Hydra's basic sweeper."""
+        choices = [[f"{key}={value}" for value in values] for key, values in self.values.items()]
+        return [(f"sweep={self.name}", *trial) for trial in itertools.product(*choices)]
+
+
+def search_space(name: str) -> SearchSpace:
     """Read a search space from conf/sweep/NAME.yaml, where NAME is `name`. It holds the values that a sweep tries.
 
     Only choice(...) is allowed, because sweepers treat other forms differently: Optuna includes the end of a
-    range, but Hydra's basic sweeper does not. The basic sweeper does not support intervals.
+    range, but Hydra's basic sweeper does not. The basic sweeper does not support intervals. tag(log,choice(...)) is a
+    choice too; the tag concerns SageMaker's tuner only.
 
     Returns:
-        The values of each key, as the strings that the basic sweeper writes into overrides.
+        The search space. Its values are the strings that the basic sweeper writes into overrides.
 
     Raises:
         UserError: there is no such file, or it contains a form other than choice(...).
@@ -85,15 +111,18 @@ def search_space(name: str) -> dict[str, tuple[str, ...]]:
     if not file.is_file():
         available = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
         raise UserError(f"there is no search space {name}: type sweep=NAME with one of {available}")
-    space = {}
+    values, logarithmic = {}, set()
     for key, text in (OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params") or {}).items():
         if (override := overrides.parse(f"{key}={text}")) is None:
             raise UserError(f"sweep={name} contains {key}: {text}, which Hydra cannot read: {overrides.QUOTED_CHOICES}")
         if not override.is_choice_sweep():
             raise UserError(f"sweep={name} contains {key}: {text}: type choice(...) there, "
                             "which every sweeper supports")
-        space[str(key)] = tuple(choice_texts(override))
-    return space
+        values[str(key)] = tuple(choice_texts(override))
+        choices = override.value()
+        if isinstance(choices, ChoiceSweep) and "log" in choices.tags:
+            logarithmic.add(str(key))
+    return SearchSpace(name, values, frozenset(logarithmic))
 
 
 def choice_texts(choices: Override) -> list[str]:
@@ -109,6 +138,16 @@ def choice_texts(choices: Override) -> list[str]:
             text = QuotedString(item, Quote.double).with_quotes()
         texts.append(text)
     return texts
+
+
+def name_trial(trial: Sequence[str]) -> str:
+    """Return the name of a trial's MLflow run, such as "learning_rate=1e-06 max_train_steps=400".
+
+    Args:
+        trial: the overrides of the trial. The name of the search space (sweep=NAME) is left out of the result.
+    """
+    values = {key: unquote(override) for override in trial if (key := override.partition("=")[0]) != "sweep"}
+    return " ".join(f"{name}={values[key]}" for key, name in short_names(values).items())
 
 
 def unquote(override: str) -> str:

@@ -1,10 +1,10 @@
 """Defines the inputs for rendering workflow files: overrides, search space, hardware and container image."""
 
-import itertools
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from dreambooth.config.compose import SearchSpace
 from dreambooth.config.hardware import Hardware
 from dreambooth.kubernetes import pod_spec
 
@@ -13,27 +13,6 @@ from dreambooth.kubernetes import pod_spec
 TRIAL_RUN_DIR = "hydra.run.dir=${run_root}/${name}-${identity:sweep}"
 TRACKING_URI = "${oc.env:MLFLOW_TRACKING_URI,null}"  # null: without a server, MLflow uses a SQLite file in run_root
 TRACKING_OVERRIDE = f"tracking.uri={TRACKING_URI}"
-
-
-@dataclass(frozen=True)
-class SearchSpace:
-    """The search space of a sweep, as defined in conf/sweep/NAME.yaml."""
-
-    name: str
-    values: Mapping[str, tuple[str, ...]]  # configuration key -> values in the grammar of overrides
-
-    def without_overridden(self, overrides: Sequence[str]) -> "SearchSpace":
-        """Return the search space without the keys that `overrides` sets.
-
-        An override sets its key to the same value in all trials, also with Hydra's sweepers.
-        """
-        fixed = {override.partition("=")[0].lstrip("+") for override in overrides}
-        return SearchSpace(self.name, {key: values for key, values in self.values.items() if key not in fixed})
-
-    def trials(self) -> list[tuple[str, ...]]:
-        """Return one tuple of overrides per point of the search space, in the order of Hydra's basic sweeper."""
-        choices = [[f"{key}={value}" for value in values] for key, values in self.values.items()]
-        return [(f"sweep={self.name}", *trial) for trial in itertools.product(*choices)]
 
 
 @dataclass(frozen=True)

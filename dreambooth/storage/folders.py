@@ -146,6 +146,16 @@ def read_json(uri: str) -> dict[str, Any]:
     return content
 
 
+def read_files(uri: str, wanted: Callable[[str], bool]) -> dict[str, bytes]:
+    """Return the content of small objects below an S3 address, by name relative to the address.
+
+    Args:
+        wanted: whether to read the object with a given name.
+    """
+    with _open_bucket(uri, None, 1) as bucket:
+        return {name: bucket.read_object(name) for name in sorted(bucket.list_objects()) if wanted(name)}
+
+
 def digest(folder: Path) -> str:
     """Return a hash of ten hex digits over the content of a local folder."""
     return manifest.digest(manifest.hash_folder(folder))

@@ -71,6 +71,7 @@ class PromotionOptions:
     replace: bool = False  # whether to replace the current champion without a comparison
     default_uri: str | None = None  # used if no server has the run; None: SQLite file beside the run folders
     uri_key: str = "uri"  # key with which the user can name another server, for messages
+    key_prefix: str = ""  # prefix of the keys with which the user can change the rules, for messages
     allow_unmeasured: bool = False  # whether a model may be champion if its class_similarity was not measured
 
 
@@ -89,8 +90,25 @@ def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, 
     atomic_files.check_writable(run_root, "make the folder writable, for promoted.json")
     if not finished:
         raise UserError(f"none of the {len(trials)} runs of the sweep {sweep} is finished: repeat its command")
+    options = replace(options, objective=_common_objective(finished, options.objective))
+    best = choose_best(finished, sweep, options)
+    export_layout.check_intact(best.folder / (best.result or {})["model"])
+    record = _register(best, options, sweep, as_candidate=False)
+    atomic_files.write_json(run_root / "promoted.json", record)
+    return record
+
+
+def choose_best(finished: Sequence[Trial], sweep: str, options: PromotionOptions) -> Trial:
+    """Return the trial with the lowest objective among those that satisfy rules 1 and 3 of this module.
+
+    Args:
+        finished: trials that have a result.
+        sweep: the sweep's ID, for messages.
+
+    Raises:
+        UserError: no trial satisfies the rules, or the trials have several objectives and `options` names none.
+    """
     objective = _common_objective(finished, options.objective)
-    options = replace(options, objective=objective)
     ranked = sorted((trial for trial in finished if math.isfinite(trial.objective(objective))),
                     key=lambda trial: trial.objective(objective))
     bound = options.max_class_similarity
@@ -101,14 +119,12 @@ def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, 
     reasons = [first or second for first, second in zip(not_checked, over, strict=True)]
     best = next((trial for trial, reason in zip(ranked, reasons, strict=True) if not reason), None)
     if best is None:
-        keys = ["max_class_similarity=NUMBER"] * any(over) + ["allow_unmeasured=true"] * any(not_checked)
+        keys = ([f"{options.key_prefix}max_class_similarity=NUMBER"] * any(over)
+                + ["allow_unmeasured=true"] * any(not_checked))
         raise UserError(f"nothing to promote in the sweep {sweep}: " + (
             f"{'; '.join(filter(None, reasons))}: type {' or '.join(keys)} to allow it" if ranked else
-            f"no finished run measured {objective}: type objective=instance_loss"))
-    export_layout.check_intact(best.folder / (best.result or {})["model"])
-    record = _register(best, options, sweep, as_candidate=False)
-    atomic_files.write_json(run_root / "promoted.json", record)
-    return record
+            f"no finished run measured {objective}: type {options.key_prefix}objective=instance_loss"))
+    return best
 
 
 def register_run(run_dir: Path, options: PromotionOptions) -> dict[str, Any]:

@@ -11,6 +11,10 @@ S3_CALLS = {"get_object": "s3:GetObject", "head_object": "s3:GetObject", "put_ob
             "list_parts": "s3:ListMultipartUploadParts", "create_multipart_upload": "s3:PutObject",
             "upload_part": "s3:PutObject", "complete_multipart_upload": "s3:PutObject"}
 OTHER_CALLS = {"create_training_job": "sagemaker:CreateTrainingJob",
+               "create_hyper_parameter_tuning_job": "sagemaker:CreateHyperParameterTuningJob",
+               "create_pipeline": "sagemaker:CreatePipeline", "update_pipeline": "sagemaker:UpdatePipeline",
+               "describe_pipeline": "sagemaker:DescribePipeline",
+               "start_pipeline_execution": "sagemaker:StartPipelineExecution",
                "get_secret_value": "secretsmanager:GetSecretValue"}
 SDK_CALLS = {"stop": "sagemaker:StopTrainingJob", "refresh": "sagemaker:DescribeTrainingJob"}  # methods of TrainingJob
 IMPLIED = {"iam:PassRole", "sagemaker:AddTags"}  # also needed by CreateTrainingJob with a role and tags

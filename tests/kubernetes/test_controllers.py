@@ -14,9 +14,10 @@ import kubernetes_validate
 import pytest
 
 from dreambooth import workflows
+from dreambooth.config.compose import SearchSpace
 from dreambooth.kubernetes import katib, kfp_pipeline
 from dreambooth.kubernetes.argo import build_sweep_template, build_train_template
-from dreambooth.kubernetes.workflow_spec import TRIAL_RUN_DIR, SearchSpace
+from dreambooth.kubernetes.workflow_spec import TRIAL_RUN_DIR
 from tests.kubernetes import argo_runner as argo
 from tests.kubernetes.argo_expressions import evaluate
 from tests.kubernetes.workflow_files import FOLDER, OBJECTS, SPACES, Json, documents, katib_container, katib_jobs

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from dreambooth import stage, workflows
 from dreambooth.config import compose
+from dreambooth.config.compose import SearchSpace
 from dreambooth.config.overrides import explain
 from dreambooth.config.recipe import resolve
 from dreambooth.config.schema import Config
@@ -29,7 +30,7 @@ from dreambooth.entrypoint import compose_run
 from dreambooth.errors import UserError
 from dreambooth.kubernetes import katib
 from dreambooth.kubernetes.argo import build_nightly_workflow, build_train_template
-from dreambooth.kubernetes.workflow_spec import TRIAL_RUN_DIR, SearchSpace
+from dreambooth.kubernetes.workflow_spec import TRIAL_RUN_DIR
 from dreambooth.sweeps import hydra_callbacks
 from tests.kubernetes import argo_runner as argo
 from tests.kubernetes.workflow_files import SPACES, documents, katib_trials, run_stage
@@ -41,8 +42,8 @@ from tests.support.warm_python import PYTHON
 def test_hydra_optuna_argo_and_katib_search_the_same_points(name: str) -> None:
     from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
 
-    values = compose.search_space(name)
-    space = SearchSpace(name, values)
+    space = compose.search_space(name)
+    values = space.values
     text = (compose.conf_dir() / f"sweep/{name}.yaml").read_text("utf-8")
     params = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
     overrides = [f"{key}={value}" for key, value in params.items()]
@@ -93,7 +94,7 @@ def test_every_door_reads_a_searched_text_with_quotes_as_it_is(
     choices = f"choice({','.join(QuotedString(text, Quote.double).with_quotes() for text in TEXTS)})"
     write_space(tmp_path, choices)
     monkeypatch.setattr(compose, "conf_dir", lambda: tmp_path)
-    space = SearchSpace("mine", compose.search_space("mine"))
+    space = compose.search_space("mine")
     runs = [shlex.split(shlex.join(trial)) for trial in space.trials()]
     experiment = katib.build_experiment(replace(spec, space=space))
     runs += katib_trials(yaml.safe_load(yaml.safe_dump(experiment)))
@@ -224,7 +225,7 @@ def test_the_planner_fits_every_run_of_every_machine(
     name: str, space: str, planned: list[tuple[str, str]], tmp_path: Path
 ) -> None:
     spec = workflows.build_shipped_spec().overlays[name]
-    trials = SearchSpace(space, compose.search_space(space)).trials()
+    trials = compose.search_space(space).trials()
     result = run_stage(tmp_path, "validate", "--words", spec.overrides_text, "--space", space, "run_root=/runs")
     assert result.returncode == 0, result.stderr
     assert f"{len(trials)} runs, checked and planned" in result.stdout

@@ -7,8 +7,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dreambooth import stage, workflows
+from dreambooth.config.compose import SearchSpace
 from dreambooth.kubernetes import argo, katib, kfp_pipeline, pod_spec, trainjob
-from dreambooth.kubernetes.workflow_spec import SearchSpace, WorkflowSpec
+from dreambooth.kubernetes.workflow_spec import WorkflowSpec
 from tests.kubernetes.workflow_files import SECRET, expanded, katib_trials
 
 PROMPT = f"dataset.instance_prompt=a photo of a zwx $({SECRET}) $$({SECRET}) $HOME $${{x}}"

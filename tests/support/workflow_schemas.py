@@ -74,3 +74,65 @@ def schemas(kind: str) -> tuple[tuple[str, Json], ...]:
     if kind == "Experiment":
         return (("katib-v0.19", _katib(FOLDER / "katib-v0.19/swagger.json.gz")),)
     return ()
+
+
+# -- SageMaker Pipelines -------------------------------------------------------------------------------------------
+
+PIPELINE_SCHEMA = "sagemaker-pipelines/pipeline-definition.schema.json"  # in FOLDER
+
+
+def sagemaker_envelope() -> Json:
+    """A schema of a pipeline definition, written for this project from the documentation of SageMaker Pipelines.
+
+    The published schema has no licence, so it cannot be part of the project. Arguments of steps are left to botocore.
+    """
+    name = {"type": "string", "pattern": r"^[A-Za-z0-9\-_]{1,64}$"}
+    step = {"Name": name, "Type": {"enum": ["Processing", "Training", "RegisterModel"]},
+            "Arguments": {"type": "object"},
+            "DependsOn": {"type": "array", "items": {"anyOf": [name, _object({"Step": name, "Trigger": {
+                "enum": ["Failed", "Stopped", "Any"]}})]}},
+            "RetryPolicies": {"type": "array", "items": _object({
+                "ExceptionType": {"type": "array", "items": {"enum": [
+                    "Step.SERVICE_FAULT", "Step.THROTTLING", "SageMaker.JOB_INTERNAL_ERROR",
+                    "SageMaker.CAPACITY_ERROR", "SageMaker.RESOURCE_LIMIT"]}},
+                "BackoffRate": {"type": "number"}, "IntervalSeconds": {"type": "integer"},
+                "MaxAttempts": {"type": "integer", "minimum": 1, "maximum": 20}})},
+            "PropertyFiles": {"type": "array", "items": _object({
+                key: {"type": "string"} for key in ("PropertyFileName", "OutputName", "FilePath")})}}
+    parameter = {"Name": name, "Type": {"const": "String"}, "DefaultValue": {"type": "string", "minLength": 1}}
+    return _object({
+        "Version": {"const": "2020-12-01"}, "Metadata": {"type": "object"},
+        "Parameters": {"type": "array", "items": _object(parameter, "Name", "Type")},
+        "Steps": {"type": "array", "items": _object(step, "Name", "Type", "Arguments")}})
+
+
+def published_sagemaker_schema() -> Json:
+    """The schema of aws-sagemaker-mlops/sagemaker-model-building-pipeline-definition-JSON-schema, and what is newer.
+
+    The schema lacks parts of a definition that the SDK writes, and arguments that botocore's model of the service has.
+    """
+    assert FOLDER
+    schema: Json = json.loads((FOLDER / PIPELINE_SCHEMA).read_text("utf-8"))
+    kinds = schema["definitions"]
+    for kind in ("Join", "JsonGet"):
+        kinds["StringArgumentValue"]["oneOf"].append(_object({f"Std:{kind}": {"type": "object"}}))
+    kinds["RetryPolicy"]["properties"]["ExceptionType"] = {
+        "type": "array", "items": kinds["RetryPolicy"]["properties"]["ExceptionType"]}
+    processing, training = kinds["ProcessingStep"]["properties"], kinds["TrainingStep"]["properties"]
+    processing["PropertyFiles"] = {"type": "array"}
+    processing["DependsOn"] = {"type": "array", "items": {"anyOf": [
+        {"$ref": "#/definitions/StepName"}, _object({"Step": {"type": "string"}, "Trigger": {"const": "Any"}})]}}
+    arguments = training["Arguments"]["properties"]
+    arguments["Environment"] = {"type": "object"}
+    arguments["OutputDataConfig"]["properties"]["CompressionType"] = {"enum": ["NONE", "GZIP"]}
+    register = kinds["RegisterModelStep"]["properties"]["Arguments"]["properties"]
+    register["InferenceSpecification"]["properties"]["Containers"]["items"]["properties"]["ModelDataSource"] = {
+        "type": "object"}
+    register |= {"ModelApprovalStatus": {"const": "PendingManualApproval"}, "CustomerMetadataProperties": {
+        "type": "object", "additionalProperties": {"$ref": "#/definitions/StringArgumentValue"}}}
+    return schema
+
+
+def _object(properties: Json, *required: str) -> Json:
+    return {"type": "object", "properties": properties, "required": list(required or properties),
+            "additionalProperties": False}
