@@ -19,9 +19,9 @@ FILE_HANDLES = (2, 5, 10, 20, 40)  # that the run may open in addition to those 
 def trials() -> list[Trial]:
     """The trials of this file. Those of disks mount a tmpfs, which needs root."""
     return [
-        *(Trial("full disk", f"{moment}, {free} MiB free", fill_disk, (marker, free))
+        *(Trial("full disk", f"{moment}, {free} MiB free", fill_disk, (marker, free), needs_root=True)
           for moment, marker in MOMENTS.items() for free in FREE_MIB),
-        *(Trial("no inode", moment, use_inodes, (marker,)) for moment, marker in MOMENTS.items()),
+        *(Trial("no inode", moment, use_inodes, (marker,), needs_root=True) for moment, marker in MOMENTS.items()),
         *(Trial("no file handle", f"{count} more than at the start", limit_file_handles, (count,))
           for count in FILE_HANDLES)]
 

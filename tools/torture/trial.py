@@ -36,6 +36,7 @@ class Trial:
         name: the moment or the cause of the disturbance.
         function: performs the trial; receives a Place and `arguments`, and returns the outcome as a short phrase.
         profile: key of PROFILES.
+        needs_root: whether the trial mounts disks or creates users.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Trial:
     function: Callable[..., str]
     arguments: tuple[Any, ...] = ()
     profile: str = "short"
+    needs_root: bool = False
 
 
 @dataclass(frozen=True)
