@@ -9,6 +9,7 @@ import torch
 from dreambooth.utils.assets import resolve_asset
 
 FAMILIES = ("sd15", "sd21", "sdxl")
+FLOW_FAMILIES = ("z_image", "flux2_klein", "sd35_medium")
 HIDDEN = {"sd15": 32, "sd21": 40, "sdxl": 32}
 SECOND = 48  # SDXL's second text encoder
 
@@ -66,6 +67,70 @@ def make_z_image(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     return folder
 
 
+def make_flux2_klein(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A diffusers folder of FLUX.2 klein's architecture with random weights; the same every time."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(8)
+        vae = AutoencoderKLFlux2(
+            block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, latent_channels=4, sample_size=16,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2)
+        transformer = Flux2Transformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=3 * 16, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False)
+        encoder = Qwen3ForCausalLM(Qwen3Config(
+            vocab_size=1803, hidden_size=16, intermediate_size=16, num_hidden_layers=28, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, max_position_embeddings=64))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    pipeline = Flux2KleinPipeline(scheduler=scheduler, vae=vae, text_encoder=encoder, tokenizer=chat_tokenizer(),
+                                  transformer=transformer)
+    pipeline.to(dtype=dtype).save_pretrained(folder)
+    return folder
+
+
+def make_sd35_medium(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A diffusers folder of Stable Diffusion 3.5's architecture with random weights; the same every time.
+
+    The tokenizer of T5 is that of the tiny base, with 24 tokens, because T5's own is not on this machine.
+    """
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(9)
+        vae = AutoencoderKL(
+            sample_size=16, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
+            use_post_quant_conv=False)
+        transformer = SD3Transformer2DModel(
+            sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=96, caption_projection_dim=32, pooled_projection_dim=40 + 48, pos_embed_max_size=12,
+            dual_attention_layers=(0,), qk_norm="rms_norm")
+        clip = [CLIPTextModelWithProjection(text_config(width, "gelu", 3)) for width in (40, 48)]
+        t5 = T5EncoderModel(T5Config(vocab_size=1803, d_model=96, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+                                     feed_forward_proj="gated-gelu"))
+    tokenizers = [CLIPTokenizer.from_pretrained(resolve_asset("package:tiny-sd"), subfolder="tokenizer")
+                  for _ in range(3)]
+    tokenizers[2].model_max_length = 24
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae,
+        text_encoder=clip[0], text_encoder_2=clip[1], text_encoder_3=t5,
+        tokenizer=tokenizers[0], tokenizer_2=tokenizers[1], tokenizer_3=tokenizers[2])
+    pipeline.to(dtype=dtype).save_pretrained(folder)
+    return folder
+
+
 def chat_tokenizer() -> Any:
     """The tokenizer of the tiny base with a chat template and 64 tokens."""
     from transformers import CLIPTokenizer
@@ -74,6 +139,12 @@ def chat_tokenizer() -> Any:
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.model_max_length = 64
     return tokenizer
+
+
+def make_flow(family: str, folder: Path) -> Path:
+    """A diffusers folder of one of FLOW_FAMILIES."""
+    makers = {"z_image": make_z_image, "flux2_klein": make_flux2_klein, "sd35_medium": make_sd35_medium}
+    return makers[family](folder)
 
 
 def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

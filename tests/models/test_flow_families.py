@@ -1,0 +1,100 @@
+"""Tiny models of the families of flow matching: they train, resume, sample and export, and agree with diffusers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dreambooth.errors import UserError
+from dreambooth.models import families
+from dreambooth.models.loading import load
+from dreambooth.models.pipeline import build_pipeline
+from tests.support.configs import small_recipe
+from tests.support.faults import call, train
+from tests.support.runs import assert_same, the_run
+from tests.support.tiny_models import FLOW_FAMILIES, make_flow
+
+PROMPT = "a photo of a toy"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: make_flow(family, tmp_path_factory.mktemp("bases") / family) for family in FLOW_FAMILIES}
+
+
+def recipe_for(family: str, base: dict[str, Path], **settings: Any) -> Any:
+    return small_recipe(model__source=str(base[family]), model__name=family, model__resolution=16,
+                        train__train_text_encoder=False, **settings)
+
+
+@pytest.mark.parametrize("family", FLOW_FAMILIES)
+def test_a_step_of_the_pipeline_follows_our_velocity(family: str, base: dict[str, Path]) -> None:
+    """The pipeline's only Euler step, from noise level 1 to 0, is x - v, with our prediction v and our decoding."""
+    parts = load(recipe_for(family, base), torch.device("cpu"))
+    assert parts.family is families.of_architecture(family)
+    pipeline = build_pipeline(parts)
+    side = 16 // parts.vae_scale
+    noise = torch.randn(2, parts.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, use_dynamic_shifting=False, shift=1.0)
+    pipeline.scheduler = scheduler
+    with torch.no_grad():
+        text = torch.cat([parts.frozen_text(prompt) for prompt in (PROMPT, "a red toy in the snow")])
+        velocity = parts.predict(noise, torch.ones(2), text)
+        ours = (parts.decode((noise - velocity) / parts.scaling_factor) / 2 + 0.5).clamp(0, 1)
+        arguments = parts.family.sampling_arguments(pipeline)
+        theirs = pipeline(
+            prompt=[PROMPT, "a red toy in the snow"], height=16, width=16, num_inference_steps=1, latents=noise,
+            sigmas=[1.0], guidance_scale=parts.family.no_guidance, output_type="pt", **arguments).images
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FLOW_FAMILIES)
+def test_latents_come_back_as_the_picture(family: str, base: dict[str, Path]) -> None:
+    """Encoding and decoding give what the VAE alone gives."""
+    parts = load(recipe_for(family, base), torch.device("cpu"))
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        mean, std = parts.encode(pixels)
+        alone = parts.vae.decode(parts.vae.encode(pixels).latent_dist.mean).sample
+        torch.testing.assert_close(parts.decode(mean), alone, rtol=1e-4, atol=1e-4)
+    assert mean.shape[1] == parts.latent_channels and (std > 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FLOW_FAMILIES)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_it_trains_resumes_bit_for_bit_samples_and_exports(
+    family: str, method: str, base: dict[str, Path], tmp_path: Path
+) -> None:
+    ask = [f"model={family}", f"method={method}", f"model.source={base[family]}", "model.offline=true",
+           "model.resolution=16", "dataset.allow_drawings=true", "train.max_train_steps=4", "train.learning_rate=1e-3",
+           "name=demo-x", "prior.num_inference_steps=2", "sample.num_inference_steps=2"]
+    assert train(tmp_path / "straight", *ask) == 0
+    assert train(tmp_path / "killed", *ask, fault="checkpoint_rename") == -9
+    assert train(tmp_path / "killed", *ask) == 0
+    straight = the_run(tmp_path / "straight")
+    assert_same(the_run(tmp_path / "killed"), straight)
+    if method == "full":
+        ours, theirs = (load_file(next((folder / "transformer").glob("*.safetensors"))) for folder in (
+            straight / "model", base[family]))
+        moved = [name for name in theirs if not ours[name].equal(theirs[name])]
+        assert len(moved) > 0.6 * len(theirs)
+    assert call("generate", [f"run={straight}", f"prompt={PROMPT}", "num_images=1", "num_inference_steps=2"]) == 0
+
+
+@pytest.mark.parametrize("setting, typed", [
+    ({"train__snr_gamma": 5.0}, "train.snr_gamma=null"), ({"train__noise_offset": 0.1}, "train.noise_offset=0"),
+    ({"model__zero_terminal_snr": True}, "model.zero_terminal_snr=false")])
+def test_what_flow_matching_does_not_define_is_refused(
+    setting: dict[str, Any], typed: str, base: dict[str, Path]
+) -> None:
+    with pytest.raises(UserError, match=f"Z-Image is trained by flow matching, .* are not defined: type {typed}$"):
+        load(recipe_for("z_image", base, **setting), torch.device("cpu"))
+
+
+def test_settings_of_flow_matching_are_refused_elsewhere() -> None:
+    recipe = small_recipe(flow__shift=3.0)
+    with pytest.raises(UserError, match=r"flow\.shift is a setting of flow matching, which .* leave flow\.shift out"):
+        load(recipe, torch.device("cpu"))
