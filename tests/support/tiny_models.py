@@ -103,7 +103,12 @@ def make_sd35_medium(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
 
     The tokenizer of T5 is that of the tiny base, with 24 tokens, because T5's own is not on this machine.
     """
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
     with torch.random.fork_rng(devices=[]):
