@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -19,7 +21,9 @@ from dreambooth.cloud.sagemaker_backend import SageMakerBackend
 from dreambooth.errors import UserError
 from dreambooth.storage import folders
 from tests.cloud.jobs import GOLDEN, PHOTOS, config_of, jobs_of
+from tests.support.faults import FAST
 from tests.support.s3_server import KEYS
+from tests.support.warm_python import PYTHON
 
 pytestmark = pytest.mark.usefixtures("environment")
 GOOD = json.loads((GOLDEN / "sagemaker-g5-on-demand.json").read_text())
@@ -178,7 +182,7 @@ def test_the_sdks_create_and_get_log_the_environment_of_a_job(
 
 def test_the_sdks_create_ignores_the_defaults_files(
         stub: Stubber, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both a valid file and one that cannot be read; it also swallows KeyboardInterrupt while it looks."""
+    """Both a valid file and one that cannot be read."""
     valid = tmp_path / "valid.yaml"
     vpc = "{Subnets: [s], SecurityGroupIds: [g]}"
     valid.write_text(f"SchemaVersion: '1.0'\nSageMaker: {{TrainingJob: {{VpcConfig: {vpc}}}}}")
@@ -223,3 +227,26 @@ def test_telemetry_is_off_unless_the_user_has_said_otherwise(
     assert resolve_value_from_config(
         config_path=TELEMETRY_OPT_OUT_PATH, default_value=False, sagemaker_session=session) is choice
     assert json.dumps(settings) == before
+
+
+# -- who imports it ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words", [
+    ["dreambooth.train", "--cfg", "job"],
+    pytest.param(["dreambooth.plan", "model=tiny", "hardware=cpu"], marks=pytest.mark.slow),
+    pytest.param(["dreambooth.train", "-m", "hydra/launcher=sagemaker", "hydra.launcher.mode=local", *FAST,
+                  "train.max_train_steps=1", "sample.every=null", "prior.with_prior_preservation=false"],
+                 marks=pytest.mark.slow)])
+def test_commands_that_submit_nothing_do_not_import_the_sdk(words: list[str], tmp_path: Path) -> None:
+    code = ("import atexit, runpy, sys\n"
+            "atexit.register(lambda: print('imported:', {'sagemaker'} & set(sys.modules)))\n"
+            f"sys.argv = {[*words, f'run_root={tmp_path}']}\n"
+            "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)")
+    done = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["imported: set()"]), done.stdout + done.stderr
+
+
+def test_without_the_sdk_the_error_says_what_to_install(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sagemaker.core", None)
+    with pytest.raises(UserError, match=r"SageMaker needs a package: pip install 'dreambooth\[aws\]'"):
+        SageMakerBackend(client()).poll(job)
