@@ -193,6 +193,16 @@ def test_the_sdks_create_ignores_the_defaults_files(
         create(stub.client, job.request)
 
 
+def test_the_sdks_list_describes_each_job(stub: Stubber, job: Job) -> None:
+    summary = {"TrainingJobName": job.name, "TrainingJobArn": described(job)["TrainingJobArn"],
+               "CreationTime": 1764400000, "TrainingJobStatus": "InProgress"}
+    stub.add_response("list_training_jobs", {"TrainingJobSummaries": [summary]})
+    stub.add_response("describe_training_job", described(job), {"TrainingJobName": job.name})
+    listed = sagemaker_sdk.load_resources().TrainingJob.get_all(
+        session=sagemaker_sdk._session_of(stub.client), region="us-east-1")
+    assert [item.training_job_name for item in listed] == [job.name]
+
+
 def test_the_sdks_own_client_repeats_a_call_ten_times(monkeypatch: pytest.MonkeyPatch) -> None:
     from boto3.session import Session
     from sagemaker.core.utils.utils import SageMakerClient

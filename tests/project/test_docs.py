@@ -165,6 +165,7 @@ def test_a_key_in_a_document_exists(page: Path) -> None:
     known = keys().union(*(vars(ask()) for ask in ASKED.values())) | NO_KEYS | {"experiment", "group", "section.key"}
     known |= {"in"}  # of convert
     known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf())}
+    known |= {"hydra.verbose"}
     known |= {f"hydra.sweeper.{key}" for key in ("storage", "n_trials", "max_failure_rate")}
     known |= {"image", "overrides"}  # of Argo
     known |= {"hydra.launcher.KEY", "wait", "SAGEMAKER_VALIDATE_ROLE"}  # a placeholder; of the SageMaker SDK
