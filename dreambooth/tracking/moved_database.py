@@ -57,7 +57,9 @@ def _other_locations(database: sqlite3.Connection, here: Path) -> Iterator[tuple
     for experiment, location in database.execute("SELECT experiment_id, artifact_location FROM experiments").fetchall():
         old = str(location).rstrip("/")
         folder = _path(old)
-        moved = folder != here and not (folder.exists() and folder.samefile(here))
+        moved = folder != here
+        with suppress(OSError):  # it is gone, or a private folder of another user
+            moved = moved and not folder.samefile(here)
         if moved and old.startswith("file:") and folder.name == ARTIFACTS:
             yield experiment, old
 

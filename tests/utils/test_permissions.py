@@ -2,8 +2,10 @@
 
 import importlib
 import os
+import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from dreambooth.runs.run_folder import locked, read_result
 from dreambooth.storage import manifest
 from dreambooth.sweeps.trials import find_trials
 from dreambooth.tracking.mlflow_database import open_client
+from dreambooth.tracking.moved_database import _other_locations
 from dreambooth.tracking.tracker import open_tracker
 from dreambooth.utils import atomic_files
 from dreambooth.utils.image_grid import is_intact_png
@@ -134,3 +137,15 @@ def test_a_database_of_another_user_is_a_message_without_traceback(
     assert "Traceback" not in capfd.readouterr().err
     assert f"refuses this user ({path} belongs to" in warnings[0] and ": type chmod -R " in warnings[0]
     assert "start the server" not in warnings[0] and "accepts this user" in warnings[1]
+
+
+def test_a_root_copied_out_of_a_private_folder_is_corrected_too(shared: Path) -> None:
+    old, here = shared / "private/runs/mlartifacts", shared / "runs/mlartifacts"
+    old.mkdir(parents=True)
+    here.mkdir(parents=True)
+    (shared / "private").chmod(0)
+    with closing(sqlite3.connect(":memory:")) as database:
+        database.execute("CREATE TABLE experiments (experiment_id, artifact_location)")
+        database.execute("INSERT INTO experiments VALUES (1, ?)", (f"file://{old}",))
+        change_user()
+        assert list(_other_locations(database, here)) == [(1, f"file://{old}")]
