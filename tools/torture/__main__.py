@@ -41,12 +41,12 @@ def main() -> None:
 
 def run(folder: Path, only: str, workers: int) -> list[tuple[str, str, str]]:
     """Perform the trials whose kind or name contains `only`. Return their kinds, names and outcomes."""
-    from tools.torture import damage, kills, limits, servers, stops, users
+    from tools.torture import damage, kills, limits, servers, shared_roots, stops, users
     from tools.torture.trial import PROFILES, perform, reference_run
 
     references = {profile: reference_run(folder / profile.replace(" ", "-"), profile) for profile in PROFILES}
     trials = [*kills.trials(), *damage.trials(folder), *limits.trials(), *servers.trials(),
-              *stops.trials(), *users.trials()]
+              *stops.trials(), *users.trials(), *shared_roots.trials()]
     trials = [trial for trial in trials if only in f"{trial.kind}: {trial.name}"]
     if os.geteuid():
         left_out, trials = len(trials), [trial for trial in trials if not trial.needs_root]
