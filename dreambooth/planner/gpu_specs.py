@@ -35,6 +35,7 @@ CARDS = {
     "T4": Card("T4", 65.0, 8.1, 320.0, "NVIDIA T4 datasheet, 2019", calibrated=True),
     "A10G": Card("A10G", 70.0, 35.0, 600.0, "AWS EC2 G5 page and NVIDIA A10G datasheet, 2021"),
     "L4": Card("L4", 121.0, 30.3, 300.0, "NVIDIA L4 datasheet, 2023"),
+    "L40S": Card("L40S", 362.0, 91.6, 864.0, "NVIDIA L40S datasheet, 2023"),
     "A100": Card("A100", 312.0, 19.5, 1555.0, "NVIDIA A100 datasheet (40 GB SXM), 2020", link_gb_s=200.0),
 }
 
