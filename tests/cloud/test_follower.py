@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 from botocore.exceptions import ConnectTimeoutError
 from botocore.stub import Stubber
-from omegaconf import OmegaConf
 
-from dreambooth.cloud import follower, sweep_results
+from dreambooth.cloud import follower, job_preparation, sweep_results
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, Job, JobState, LoginRequired, QuotaExceeded, Unreachable
 from dreambooth.cloud.sagemaker_backend import LOGIN_PATIENCE, SageMakerBackend
 from dreambooth.errors import ConfigError, Interrupted, UserError
@@ -204,11 +203,10 @@ def test_jobs_are_distinguishable_in_80_columns() -> None:
     ("poll_seconds", -1), ("poll_seconds", 0), ("poll_seconds", float("nan")), ("max_run_hours", float("inf")),
     ("max_run_hours", -1), ("max_wait_hours", float("inf")), ("instance_count", 0)])
 def test_a_number_out_of_range_is_refused_before_anything_is_submitted(key: str, value: float) -> None:
-    good = OmegaConf.create({"hydra": {"launcher": vars(SageMakerLauncherConf())}})
-    _core._check_numbers([good])
-    bad = OmegaConf.merge(good, {"hydra": {"launcher": {key: value}}})
+    good = vars(SageMakerLauncherConf())
+    job_preparation.check_numbers([good])
     with pytest.raises(ConfigError, match=rf"hydra.launcher.{key} must be from \S+ to \d+, not {value}"):
-        _core._check_numbers([good, bad])  # type: ignore[list-item]
+        job_preparation.check_numbers([good, good | {key: value}])
 
 
 OPTUNA = {"sweeper": {"_target_": "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper", "storage": None}}
