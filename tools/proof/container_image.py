@@ -1,8 +1,9 @@
 """Part of `make proof`: runs jobs in the CPU container image, and writes a section of docs/sagemaker.md.
 
 These checks take too long for the tests. The container engine of the tests builds the image. The image then runs in
-local mode of the SageMaker SDK, versions 2 and 3, with the hyperparameters of the blog (docs/sagemaker.md). After that
-our launcher runs the image in `mode=docker`, in a sweep of six jobs with an MLflow server.
+local mode of the SageMaker SDK, versions 2 and 3, with the hyperparameters of the blog (docs/sagemaker.md), and in a
+SageMaker Pipeline that trains two points of a search space. After that our launcher runs the image in `mode=docker`, in
+a sweep of six jobs with an MLflow server.
 """
 
 import csv
@@ -43,7 +44,7 @@ def main() -> None:
         docker.build("cpu", IMAGE)
         rows = []
         for check in (*(partial(run_sdk, version, docker, work) for version in SDK_REQUIREMENTS),
-                      partial(run_sweep, docker)):
+                      partial(run_pipeline, docker), partial(run_sweep, docker)):
             rows.append(check())
             print(rows[-1], flush=True)
     table = format_table("the CPU image of this version", "| what ran | seconds | result |", rows)
@@ -61,19 +62,34 @@ def run_sdk(version: str, docker: Engine, work: Path) -> str:
     hyperparameters = blog | SHORT_RUN | {
         "manul_upload_model_path": '""', "train.max_train_steps": "2", "tracking": "none"}
     with tempfile.TemporaryDirectory() as folder, serving():
-        (Path(folder) / "sdk.yaml").write_text(NO_TELEMETRY)
         start = time.monotonic()
         output = must(python, Path(__file__).with_name("sagemaker_local_mode.py"), version, TAG,
                       json.dumps(hyperparameters), ROOT / "dreambooth/assets/demo", folder, cwd=folder,
-                      env=os.environ | docker.environment | {
-                          "PATH": f"/usr/bin:{os.environ['PATH']}", "SAGEMAKER_VALIDATE_ROLE": "false",
-                          "SAGEMAKER_USER_CONFIG_OVERRIDE": f"{folder}/sdk.yaml"})
+                      env=_local_mode_environment(docker, folder))
         seconds = time.monotonic() - start
     result = json.loads(output.splitlines()[-1])
     assert result["files"] and result["failure"] and "use_ema must be true or false" in output, output[-3000:]
     return (f"| SageMaker SDK {result['version']}, local mode, the blog's hyperparameters | {seconds:.0f} | "
             f"a model ({', '.join(result['files'])}). A second job, with the wrong value \"maybe\" for use_ema, "
             f"is refused: {result['failure']} |")
+
+
+def run_pipeline(docker: Engine) -> str:
+    """Execute the SageMaker Pipeline of a search space with two points; return a row of the table."""
+    overrides = SHORT_RUN | {"train.max_train_steps": "4", "prior.prior_loss_weight": "0.5",
+                             "evaluate.objective": "instance_loss", "tracking": "none"}
+    with tempfile.TemporaryDirectory() as folder, serving():
+        start = time.monotonic()
+        output = must(sys.executable, "-m", "tools.proof.sagemaker_pipeline", TAG, "tiny",
+                      *(f"{key}={value}" for key, value in overrides.items()), cwd=ROOT, timeout=3000,
+                      env=_local_mode_environment(docker, folder))
+        seconds = time.monotonic() - start
+    result = json.loads(output.splitlines()[-1])
+    steps, best = result["steps"], result["best"]
+    assert len(steps) == 4 and best["finished"] == "2" and best["model"].endswith("/model.tar.gz"), output[-3000:]
+    return (f"| the SageMaker Pipeline of `sweep=tiny` with two points, SDK {result['version']}, local mode | "
+            f"{seconds:.0f} | the steps {', '.join(steps)}; {best['finished']} results, the best with "
+            f"{best['name']}={float(best['objective']):.4f} |")
 
 
 def run_sweep(docker: Engine) -> str:
@@ -104,6 +120,18 @@ def run_sweep(docker: Engine) -> str:
             f"{seconds:.0f} | five objectives, best {min(float(row['objective']) for row in rows[:5]):.4f}; only "
             f"learning rate 1e20 fails; in MLflow {len(runs)} runs with the tag `sweep`: six jobs and "
             "the summary run |")
+
+
+def _local_mode_environment(docker: Engine, folder: str) -> dict[str, str]:
+    """Return the environment variables of a process that uses the SDK's local mode, without telemetry.
+
+    Args:
+        folder: a folder for the SDK's configuration file.
+    """
+    (Path(folder) / "sdk.yaml").write_text(NO_TELEMETRY)
+    return os.environ | docker.environment | {
+        "PATH": f"/usr/bin:{os.environ['PATH']}", "SAGEMAKER_VALIDATE_ROLE": "false",
+        "SAGEMAKER_USER_CONFIG_OVERRIDE": f"{folder}/sdk.yaml"}
 
 
 @contextmanager
