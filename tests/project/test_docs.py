@@ -34,7 +34,8 @@ TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT = (
 # What doors that compose no run read.
 ASKED = {"generate": generate.Generate, "evaluate": evaluate.EvaluateOptions, "promote": promote.Promote,
          "compare": compare.Compare, "convert": convert.Convert}
-OTHER = {". .venv/bin/activate", "nvidia-smi"}  # looked at by a person
+OTHER = {". .venv/bin/activate", "nvidia-smi", "umask 002",
+         "mkdir runs && chgrp artists runs && chmod 2775 runs"}  # looked at by a person
 INSTALL = re.compile(r"pip install -c constraints\.txt -e '\.\[(\w+)\]'")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 TORCHRUN = re.compile(r"torchrun --standalone --nproc-per-node=\d+ -m dreambooth\.train")
