@@ -111,6 +111,19 @@ class Recipe:
         return tuple(recipes.values())
 
     @property
+    def picture_prompts(self) -> set[str]:
+        """All prompts from which the run generates pictures: class images, samples and evaluation."""
+        prompts = set(self.sample_prompts) if self.sample.every is not None else set()
+        if self.with_prior:
+            prompts.update(one.class_prompt for one in self.class_recipes)
+        return prompts | (self.evaluated_prompts if self.evaluate.encoders else set())
+
+    @property
+    def evaluated_prompts(self) -> set[str]:
+        """All prompts from which an evaluation generates pictures."""
+        return {*self.evaluate_prompts, self.class_prompt}
+
+    @property
     def two_passes(self) -> bool:
         """Whether a step passes the photos and the class images through the model one after the other."""
         return self.memory.split_pass or (self.with_prior and self.dataset.buckets)

@@ -18,6 +18,7 @@ from PIL.Image import Image
 
 from dreambooth.config.model_defaults import sample_batch_size_if_changed
 from dreambooth.config.recipe import Recipe
+from dreambooth.data.captions import read_caption, read_metadata
 from dreambooth.data.photos import list_photos
 from dreambooth.models.pipeline import Sampler
 from dreambooth.utils import atomic_files, rng
@@ -77,6 +78,14 @@ def find(recipe: Recipe) -> ClassImages:
         if path.is_file():
             log.warning("the class image %s is damaged and is generated again", path)
     return images
+
+
+def captions(recipe: Recipe) -> set[str]:
+    """Return the captions of the class images of a recipe: the class prompt, and captions of the user's own images."""
+    paths = list_photos(recipe.class_dir) if recipe.class_dir else []
+    metadata = read_metadata(recipe.class_dir, []) if recipe.class_dir else {}
+    found = {read_caption(path, recipe.class_prompt, metadata, []) for path in paths}
+    return {recipe.class_prompt} | {caption for caption in found if caption is not None}
 
 
 def generate_missing(

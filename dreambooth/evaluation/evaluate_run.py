@@ -50,6 +50,7 @@ def evaluate_run(recipe: Recipe) -> dict[str, float]:
 
 
 def _load_base(recipe: Recipe, device: torch.device) -> loading.Components:
+    loading.encode_prompts(recipe, device, recipe.evaluated_prompts)
     return loading.load(recipe, device)
 
 
@@ -61,10 +62,10 @@ def _load_trained(recipe: Recipe, device: torch.device) -> loading.Components:
     folder = recipe.run_dir / "model"
     check_intact(folder)
     if (folder / "model_index.json").is_file():
-        return loading.load(replace(
+        return _load_base(replace(
             recipe, source=str(folder), vae_source=None,
             model=replace(recipe.model, revision=None, variant=None, zero_terminal_snr=False)), device)
-    parts = loading.load(recipe, device)
+    parts = _load_base(recipe, device)
     model = loading.prepare(parts, recipe)
     adapter = lora_files.read(find_adapter(folder) or folder / ADAPTER)
     lora.load_adapter_weights(model, adapter, parts.family.published_name)

@@ -12,6 +12,7 @@ from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
 from dreambooth.models.families.family import Family
 from dreambooth.models.noise_schedule import NoiseSchedule
+from dreambooth.models.prompt_encodings import PromptEncodings
 
 
 @dataclass
@@ -20,11 +21,12 @@ class Components:
 
     family: Family
     denoiser: Any
-    encoders: Sequence[Any]  # text encoders, in the family's order
+    encoders: Sequence[Any]  # text encoders, in the family's order; empty if `encodings` takes their place
     vae: Any
     tokenizers: Sequence[Any]  # in the family's order
     scheduler_config: dict[str, Any]
     extras: dict[str, Any] = field(default_factory=dict)  # exported, not trained: a safety checker
+    encodings: PromptEncodings | None = None  # the text encoders' outputs, if the encoders have been released
 
     @property
     def modules(self) -> list[Any]:
@@ -33,8 +35,9 @@ class Components:
 
     @property
     def encoders_by_name(self) -> dict[str, Any]:
-        """The text encoders: a dictionary from part name to module."""
-        return {part.name: module for part, module in zip(self.family.encoders, self.encoders, strict=True)}
+        """The text encoders: a dictionary from part name to module; empty if they have been released."""
+        parts = self.family.encoders if self.encodings is None else ()
+        return {part.name: module for part, module in zip(parts, self.encoders, strict=True)}
 
     @property
     def modules_by_name(self) -> dict[str, Any]:
@@ -86,7 +89,8 @@ class Components:
         Raises:
             UserError: the prompt has more tokens than the model reads.
         """
-        return self.family.tokens(self.tokenizers, prompt).to(self.encoders[0].device)
+        ids = self.family.tokens(self.tokenizers, prompt)
+        return ids.to(self.encoders[0].device) if self.encoders else ids
 
     def blank_tokens(self, count: int) -> Tensor:
         """Return a tensor with the shape and type of the token ids of `count` prompts; its values have no meaning."""
@@ -98,6 +102,8 @@ class Components:
 
     def frozen_text(self, prompt: str) -> Tensor:
         """Return the frozen text encoders' output for one prompt: an fp32 tensor (1, ...)."""
+        if self.encodings is not None:
+            return self.encodings[prompt].float()
         with torch.no_grad():
             return self.text(self.tokens(prompt)).float()
 

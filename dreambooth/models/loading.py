@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from dreambooth.config.enums import BaseWeights, Dtype
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
-from dreambooth.models import families, hub, lora, vae
+from dreambooth.models import families, hub, lora, text_encoders, vae
 from dreambooth.models.components import Components as Components
 from dreambooth.models.components import disable_vae_autocast, training_scheduler
 from dreambooth.models.families.family import Family
@@ -92,8 +93,33 @@ def part_dtypes(recipe: Recipe, frozen: torch.dtype) -> tuple[torch.dtype, torch
     return trained, trained if recipe.train.train_text_encoder else frozen
 
 
+def encode_prompts(recipe: Recipe, device: torch.device, prompts: Iterable[str]) -> None:
+    """Encode and store prompts, if the run must release its text encoders before it loads the denoiser.
+
+    Call this function before `load`. The text encoders are loaded only if a prompt has no stored encoding. Afterwards
+    they are released. The empty prompt is encoded too, because it is the default negative prompt.
+
+    Raises:
+        UserError: there is no model at recipe.source, or a prompt has more tokens than the model reads.
+    """
+    options = _options(recipe)
+    try:
+        family, _ = families.of_source(recipe.source, **options)
+        if not text_encoders.encodes_ahead(family, recipe):
+            return
+        family.check_training(recipe)
+        tokenizers = [family.load_tokenizer(name, recipe.source, **options) for name in family.tokenizers]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(_missing(recipe, error)) from error
+    _, dtype = part_dtypes(recipe, TORCH_DTYPE[recipe.precision.dtype])
+    text_encoders.open_encodings(recipe, family, tokenizers, dtype, device, variant=recipe.model.variant,
+                                 **options).ensure({*prompts, ""})
+
+
 def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None) -> Components:
     """Load the base model: trained parts in fp32, frozen parts in the precision `frozen`.
+
+    Text encoders are not loaded if their outputs are stored (`encode_prompts`).
 
     Args:
         frozen: precision of the frozen parts; None: the compute precision of the recipe.
@@ -106,20 +132,23 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
     base_weights = recipe.method.base_weights if frozen is None else BaseWeights.half
     frozen = frozen or TORCH_DTYPE[recipe.precision.dtype]
     denoiser_dtype, text_dtype = part_dtypes(recipe, frozen)
-    options: dict[str, Any] = {"revision": recipe.model.revision,
-                               "local_files_only": hub.local_files_only(recipe.source, recipe.model.offline)}
+    options = _options(recipe)
     weights = options | {"variant": recipe.model.variant}
     try:
         family, layout = families.of_source(recipe.source, **options)
         scheduler_config = dict(DDPMScheduler.load_config(recipe.source, subfolder="scheduler", **options))
+        ahead = text_encoders.encodes_ahead(family, recipe)
+        tokenizers = [family.load_tokenizer(name, recipe.source, **options) for name in family.tokenizers]
         parts = Components(
             family=family,
             denoiser=family.denoiser.load(recipe.source, denoiser_dtype, subfolder=family.denoiser.name, **weights),
-            encoders=[part.load(recipe.source, text_dtype, subfolder=part.name, **weights) for part in family.encoders],
+            encoders=[] if ahead else text_encoders.load(recipe, family, text_dtype, **weights),
             vae=vae.load_for_run(recipe, family, frozen, weights),
-            tokenizers=[family.load_tokenizer(name, recipe.source, **options) for name in family.tokenizers],
+            tokenizers=tokenizers,
             scheduler_config=training_scheduler(family, scheduler_config, recipe),
-            extras=family.load_extras(recipe.source, layout, frozen, **weights))
+            extras=family.load_extras(recipe.source, layout, frozen, **weights),
+            encodings=text_encoders.open_encodings(recipe, family, tokenizers, text_dtype, device, **weights)
+            if ahead else None)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(_missing(recipe, error)) from error
     if recipe.method.low_rank and base_weights is BaseWeights.nf4:
@@ -139,15 +168,20 @@ def exact_frozen(parts: Components, recipe: Recipe) -> Components:
     A run may have loaded the frozen parts in half precision; the export contains their original values. An adapter is
     merged into the base model.
     """
+    if parts.encodings is not None:  # written in the precision of their files
+        encoders = text_encoders.load(recipe, parts.family, "auto", variant=recipe.model.variant, **_options(recipe))
+        parts = replace(parts, encoders=encoders, encodings=None)
     if recipe.precision.dtype is Dtype.fp32 and not recipe.method.low_rank:
         return parts
     whole = load(recipe, torch.device("cpu"), frozen=torch.float32)
+    if whole.encodings is not None:
+        whole = replace(whole, encoders=parts.encoders, encodings=None)
     if recipe.method.low_rank:
         weights = lora.adapter_weights(nn.ModuleDict(trained_modules(parts, recipe)))
         lora.merge(nn.ModuleDict(trained_modules(whole, recipe)), weights)
         return whole
-    encoders = parts.encoders if recipe.train.train_text_encoder else whole.encoders
-    return replace(parts, vae=whole.vae, extras=whole.extras, encoders=encoders)
+    return replace(parts, vae=whole.vae, extras=whole.extras,
+                   encoders=parts.encoders if recipe.train.train_text_encoder else whole.encoders)
 
 
 def prepare(parts: Components, recipe: Recipe) -> TrainedModel:
@@ -194,6 +228,11 @@ def import_libraries() -> None:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         with without_bitsandbytes():
             families.import_common_classes()
+
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    return {"revision": recipe.model.revision,
+            "local_files_only": hub.local_files_only(recipe.source, recipe.model.offline)}
 
 
 def _missing(recipe: Recipe, error: Exception) -> str:

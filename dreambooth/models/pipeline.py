@@ -18,6 +18,7 @@ from dreambooth.errors import Diverged, UserError
 from dreambooth.models import families, hub, vae
 from dreambooth.models.components import Components
 from dreambooth.models.families.family import Family
+from dreambooth.models.prompt_encodings import PromptEncodings
 from dreambooth.utils import quoting
 
 
@@ -30,19 +31,43 @@ class Sampler:
     resolution: int
 
 
+class EncodedPipeline:
+    """A diffusers pipeline without text encoders, which gets stored encodings in place of prompts.
+
+    All other attributes are those of the diffusers pipeline.
+    """
+
+    def __init__(self, pipeline: Any, family: Family, encodings: PromptEncodings) -> None:
+        self.pipeline, self.family, self.encodings = pipeline, family, encodings
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pipeline, name)
+
+    def __call__(self, *, prompt: Sequence[str], negative_prompt: Sequence[str] | None = None, **arguments: Any) -> Any:
+        """Call the diffusers pipeline with the encodings of the prompts, and with all other arguments."""
+        text, negative = (torch.cat([self.encodings[one] for one in prompts])
+                          for prompts in (prompt, negative_prompt or [""] * len(prompt)))
+        return self.pipeline(**self.family.prompt_arguments(self.pipeline, text, negative), **arguments)
+
+
 def build_pipeline(parts: Components) -> Any:
     """Return a pipeline for generating pictures during a run.
 
     It contains the modules and tokenizers of `parts` themselves, not copies. It has no safety checker.
     """
     bare = replace(parts, extras={})
-    return without_bar(pipeline_over(bare, parts.family.sampling_scheduler(parts.scheduler_config)))
+    pipeline = without_bar(pipeline_over(bare, parts.family.sampling_scheduler(parts.scheduler_config)))
+    return pipeline if parts.encodings is None else EncodedPipeline(pipeline, parts.family, parts.encodings)
 
 
 def pipeline_over(parts: Components, scheduler: Any) -> Any:
-    """Return the diffusers pipeline of `parts.family`, with `parts` themselves, not copies, and with `scheduler`."""
+    """Return the diffusers pipeline of `parts.family`, with `parts` themselves, not copies, and with `scheduler`.
+
+    Text encoders that have been released are None in the pipeline.
+    """
+    released: dict[str, Any] = dict.fromkeys(part.name for part in parts.family.encoders)
     return parts.family.build_pipeline(
-        parts.modules_by_name | parts.tokenizers_by_name | parts.extras, scheduler)
+        released | parts.modules_by_name | parts.tokenizers_by_name | parts.extras, scheduler)
 
 
 def open_pipeline(model: Path | str, device: str, revision: str | None = None, variant: str | None = None,

@@ -12,7 +12,7 @@ from torch import nn
 import dreambooth
 from dreambooth.config.enums import MethodKind
 from dreambooth.config.recipe import Recipe
-from dreambooth.models import lora
+from dreambooth.models import lora, text_encoders
 from dreambooth.models.components import Components
 from dreambooth.models.families.family import Family
 from dreambooth.models.loading import exact_frozen, trained_modules
@@ -94,7 +94,9 @@ def size_bytes(parts: Components, recipe: Recipe) -> int:
         trained = nn.ModuleDict(trained_modules(parts, recipe)).parameters()
         return 2 * sum(4 * p.numel() for p in trained if p.requires_grad)  # in two layouts
     extras = [extra for extra in parts.extras.values() if isinstance(extra, nn.Module)]
-    return sum(4 * p.numel() for module in (*parts.modules, *extras) for p in module.parameters())
+    released = 0 if parts.encodings is None else text_encoders.file_bytes(recipe, parts.family)
+    weights = sum(p.numel() for module in (*parts.modules, *extras) for p in module.parameters())
+    return released + 4 * int(weights)
 
 
 def whole_pipeline(parts: Components) -> Any:

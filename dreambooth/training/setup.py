@@ -16,7 +16,7 @@ from dreambooth.data.batches import Batches, Latents, PhotoSet
 from dreambooth.data.photos import Photo, load_photos
 from dreambooth.errors import UserError
 from dreambooth.evaluation.evaluator import Scorer
-from dreambooth.models import loading
+from dreambooth.models import loading, prompt_encodings
 from dreambooth.models.pipeline import build_pipeline, generate_images
 from dreambooth.optim import memory_levers
 from dreambooth.optim.ema import Ema
@@ -66,6 +66,8 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         if engine.is_main_process:
             remove_shared_leftovers(recipe.run_root)
             console.say(photo_report.describe_photos(recipe, photos))
+        class_captions = map(class_images.captions, recipe.class_recipes if recipe.with_prior else ())
+        loading.encode_prompts(recipe, engine.device, _prompts(recipe, photos).union(*class_captions))
         parts = loading.load(recipe, engine.device)
     _check_prompts(parts, recipe, photos)
     pipeline = build_pipeline(parts)
@@ -142,6 +144,7 @@ def make_class_images(recipe: Recipe) -> None:
     recipe_of_all = recipe.with_processes(engine.world_size)
     meter = MemoryMeter(engine.device, partial(oom_advice.suggest_overrides, recipe=recipe_of_all))
     with meter.phase("load"):
+        loading.encode_prompts(recipe, engine.device, {one.class_prompt for one in incomplete})
         pipeline = build_pipeline(loading.load(recipe, engine.device))
     with meter.phase("class_images"):
         for class_recipe in incomplete:
@@ -150,7 +153,7 @@ def make_class_images(recipe: Recipe) -> None:
 
 def remove_shared_leftovers(run_root: Path) -> None:
     """Remove old temporary files that killed processes left in the folders that the runs of a run_root share."""
-    for folder in (run_root / "latents", *(run_root / "class_images").glob("*/")):
+    for folder in (run_root / "latents", run_root / prompt_encodings.FOLDER, *(run_root / "class_images").glob("*/")):
         atomic_files.remove_leftovers(folder, atomic_files.SHARED_LEFTOVER_AGE)
 
 
@@ -176,20 +179,18 @@ def _check_processes(recipe: Recipe, engine: Engine) -> None:
                             "torchrun")
 
 
+def _prompts(recipe: Recipe, photos: list[Photo]) -> set[str]:
+    """Return every prompt that the run uses, except captions of the user's own class images."""
+    return recipe.picture_prompts | {photo.caption for photo in photos}
+
+
 def _check_prompts(parts: loading.Components, recipe: Recipe, photos: list[Photo]) -> None:
     """Check every prompt that the run uses by tokenizing it.
 
     Raises:
         UserError: a prompt is too long.
     """
-    prompts = {photo.caption for photo in photos}
-    if recipe.sample.every is not None:
-        prompts.update(recipe.sample_prompts)
-    if recipe.with_prior:
-        prompts.update(one.class_prompt for one in recipe.class_recipes)
-    if recipe.evaluate.encoders:
-        prompts.update(recipe.evaluate_prompts, [recipe.class_prompt])
-    for prompt in sorted(prompts):
+    for prompt in sorted(_prompts(recipe, photos)):
         parts.tokens(prompt)
 
 

@@ -1,16 +1,20 @@
 """Tiny models of the families of flow matching: they train, resume, sample and export, and agree with diffusers."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
+from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
-from dreambooth.models import families
-from dreambooth.models.loading import load
-from dreambooth.models.pipeline import build_pipeline
+from dreambooth.models import families, text_encoders
+from dreambooth.models.loading import encode_prompts, load
+from dreambooth.models.pipeline import Sampler, build_pipeline, generate_images
 from tests.support.configs import small_recipe
 from tests.support.faults import call, train
 from tests.support.runs import assert_same, the_run
@@ -32,7 +36,7 @@ def recipe_for(family: str, base: dict[str, Path], **settings: Any) -> Any:
 @pytest.mark.parametrize("family", FLOW_FAMILIES)
 def test_a_step_of_the_pipeline_follows_our_velocity(family: str, base: dict[str, Path]) -> None:
     """The pipeline's only Euler step, from noise level 1 to 0, is x - v, with our prediction v and our decoding."""
-    parts = load(recipe_for(family, base), torch.device("cpu"))
+    parts = load(recipe_for(family, base, memory__cache_text=False), torch.device("cpu"))
     assert parts.family is families.of_architecture(family)
     pipeline = build_pipeline(parts)
     side = 16 // parts.vae_scale
@@ -48,6 +52,41 @@ def test_a_step_of_the_pipeline_follows_our_velocity(family: str, base: dict[str
             prompt=[PROMPT, "a red toy in the snow"], height=16, width=16, num_inference_steps=1, latents=noise,
             sigmas=[1.0], guidance_scale=parts.family.no_guidance, output_type="pt", **arguments).images
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def pictures(recipe: Recipe, **options: str) -> Tensor:
+    """Two pictures of the base model with classifier-free guidance, (2, 16, 16, 3)."""
+    pipeline = build_pipeline(load(recipe, torch.device("cpu")))
+    drawn = generate_images(pipeline, [PROMPT, "a red toy"], [1, 2], Sampler(2, 3.0, 16), 2, **options)
+    return torch.stack([torch.from_numpy(np.array(picture)) for batch in drawn for picture in batch])
+
+
+@pytest.mark.parametrize("family", FLOW_FAMILIES)
+def test_pictures_by_encoded_prompts_equal_those_by_prompts(
+        family: str, base: dict[str, Path], tmp_path: Path) -> None:
+    encoded = replace(recipe_for(family, base), run_root=tmp_path)
+    plain = recipe_for(family, base, memory__cache_text=False)
+    assert load(encoded, torch.device("cpu")).encoders == []
+    drawn = pictures(encoded)
+    assert drawn.equal(pictures(plain))
+    if family != "flux2_klein":  # its pipeline takes no negative prompt
+        negative = pictures(encoded, negative_prompt="a red toy")
+        assert negative.equal(pictures(plain, negative_prompt="a red toy"))
+        assert not negative.equal(drawn)
+
+
+@pytest.mark.parametrize("family", FLOW_FAMILIES)
+def test_a_second_run_loads_no_text_encoder(
+        family: str, base: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, device = replace(recipe_for(family, base), run_root=tmp_path), torch.device("cpu")
+    encode_prompts(recipe, device, [PROMPT])
+    expected = load(recipe_for(family, base, memory__cache_text=False), device).frozen_text(PROMPT)
+    monkeypatch.setattr(text_encoders, "load", None)
+    encode_prompts(recipe, device, [PROMPT, ""])
+    assert load(recipe, device).frozen_text(PROMPT).equal(expected)
+    (tokenizer := base[family] / "tokenizer/tokenizer_config.json").write_text(tokenizer.read_text() + " ")
+    with pytest.raises(TypeError):  # a changed file of the tokenizer: the text encoders would be loaded
+        encode_prompts(recipe, device, [PROMPT])
 
 
 @pytest.mark.parametrize("family", FLOW_FAMILIES)

@@ -18,12 +18,9 @@ How the interface supports other architectures:
 - A transformer in place of the UNet: `denoiser` is a part named `transformer`. This name is the part's subfolder, its
   argument name in the pipeline, and the prefix of its weights in checkpoints. `predict` packs latents into tokens and
   unpacks the prediction. `set_attention` and `recompute_activations` configure the transformer's blocks.
-- A text encoder that does not fit on the card beside the denoiser: text encoders are used only through `tokens` and
-  `text`. While a run caches the output of `text`, the denoiser is in host memory (training/setup.py, phase `caching`);
-  during training steps, the text encoders are in host memory (`loading.idle_modules`). `conf/model/NAME.yaml` of such a
-  family sets memory.cache_text=true and train.train_text_encoder=false. Two functions do not support such a family yet:
-  `loading.load` moves all parts to the device together, and `ModuleOffload.on_device` moves all idle modules back to
-  the device before samples are generated.
+- A text encoder that does not fit on the card beside the denoiser: the family sets `encodes_ahead` and defines
+  `prompt_arguments`. With memory.cache_text=true, a run then encodes all its prompts before it loads the denoiser
+  (`loading.encode_prompts`), and its pipelines get the encodings in place of prompts.
 - Flow matching: `flow_transformer.FlowTransformer` is the base class of such families.
 - Text embeddings of another shape: outside the family, a run handles one tensor `text` (P, ...) for P prompts, with the
   same shape for every prompt. The family packs all inputs that its denoiser needs, masks included, into this tensor,
@@ -145,6 +142,19 @@ class Family(ABC):
     @abstractmethod
     def blank_text(self, encoders: Sequence[Any], count: int) -> Tensor:
         """Return an uninitialised fp32 tensor with the shape that `text` returns for `count` prompts."""
+
+    encodes_ahead: bool = False  # whether runs encode all prompts, and release the encoders, before the denoiser loads
+
+    def prompt_arguments(self, pipeline: Any, text: Tensor, negative: Tensor) -> dict[str, Any]:
+        """Return the arguments of the pipeline that take the place of its prompts, if the prompts are encoded already.
+
+        Only families with `encodes_ahead` define this method.
+
+        Args:
+            text: the text encoders' output for the prompts, (N, ...); see the method `text`.
+            negative: the same for the negative prompts, which are empty by default.
+        """
+        raise NotImplementedError(f"{self.title} generates pictures with its text encoders")
 
     def untrainable(self, encoders: Sequence[Any]) -> list[nn.Module]:
         """Return the text encoders' modules that do not affect the output of `text`. They get no gradient."""

@@ -32,6 +32,7 @@ class FlowTransformer(Family):
     vae = DiffusersPart("vae", "diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL")
     activations_gib = {True: 0.05, False: 1.0}
     sampler_title = "Euler"
+    encodes_ahead = True
     pipeline_module: str
     pipeline_name: str
     patch = 2  # side of a token of the transformer, in latents of the run

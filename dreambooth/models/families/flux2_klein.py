@@ -129,6 +129,9 @@ class Flux2Klein(FlowTransformer):
         width = len(ENCODER_LAYERS) * config.hidden_size
         return torch.empty(count, qwen_text.length(config.max_position_embeddings), width)
 
+    def prompt_arguments(self, pipeline: Any, text: Tensor, negative: Tensor) -> dict[str, Any]:
+        return {"prompt_embeds": text, "negative_prompt_embeds": negative}
+
     def sampling_arguments(self, pipeline: Any) -> dict[str, Any]:
         """Return the number of tokens that prompts are padded to, as in `tokens`."""
         return {"max_sequence_length": qwen_text.length(pipeline.tokenizer.model_max_length)}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +30,12 @@ class Part(ABC):
         return getattr(import_module(self.module), self.class_name)
 
     @abstractmethod
-    def load(self, source: str, dtype: torch.dtype, **options: Any) -> Any:
+    def load(self, source: str, dtype: torch.dtype | Literal["auto"], **options: Any) -> Any:
         """Load the part with its weights.
 
         Args:
             source: a diffusers folder or hub id.
+            dtype: precision of the loaded weights; "auto", for text encoders only: that of the files.
             options: subfolder, revision, variant and local_files_only, as in from_pretrained.
 
         Raises:
@@ -57,7 +58,7 @@ class Part(ABC):
 class DiffusersPart(Part):
     """A part whose class belongs to diffusers."""
 
-    def load(self, source: str, dtype: torch.dtype, **options: Any) -> Any:
+    def load(self, source: str, dtype: torch.dtype | Literal["auto"], **options: Any) -> Any:
         return self.type.from_pretrained(source, torch_dtype=dtype, **options)
 
     def configuration(self, source: str | Path, **options: Any) -> dict[str, Any]:
@@ -70,7 +71,7 @@ class DiffusersPart(Part):
 class TransformersPart(Part):
     """A part whose class belongs to transformers."""
 
-    def load(self, source: str, dtype: torch.dtype, **options: Any) -> Any:
+    def load(self, source: str, dtype: torch.dtype | Literal["auto"], **options: Any) -> Any:
         return self.type.from_pretrained(source, dtype=dtype, **options)
 
     def configuration(self, source: str | Path, **options: Any) -> dict[str, Any]:

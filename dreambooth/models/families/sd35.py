@@ -91,7 +91,8 @@ class StableDiffusion35(FlowTransformer):
     kohya_version = "sd35_medium"
 
     def matches(self, layout: Layout) -> bool:
-        return "pooled_projection_dim" in layout.configuration("transformer") and "text_encoder_3" in layout.parts
+        configuration = layout.configuration("transformer")
+        return "pooled_projection_dim" in configuration and "pos_embed_max_size" in configuration
 
     def load_tokenizer(self, name: str, source: str | Path, **options: Any) -> Any:
         from transformers import AutoTokenizer
@@ -147,6 +148,11 @@ class StableDiffusion35(FlowTransformer):
 
         length = encoders[0].config.max_position_embeddings + T5_LENGTH + 1
         return torch.empty(count, length, encoders[2].config.d_model)
+
+    def prompt_arguments(self, pipeline: Any, text: Tensor, negative: Tensor) -> dict[str, Any]:
+        width = pipeline.transformer.config.pooled_projection_dim
+        return {"prompt_embeds": text[:, :-1], "pooled_prompt_embeds": text[:, -1, :width],
+                "negative_prompt_embeds": negative[:, :-1], "negative_pooled_prompt_embeds": negative[:, -1, :width]}
 
     def sampling_arguments(self, pipeline: Any) -> dict[str, Any]:
         """Return the number of tokens that T5 reads, as in `tokens`."""

@@ -98,6 +98,9 @@ class ZImage(FlowTransformer):
         config = encoders[0].config
         return torch.empty(count, qwen_text.length(config.max_position_embeddings), config.hidden_size + 1)
 
+    def prompt_arguments(self, pipeline: Any, text: Tensor, negative: Tensor) -> dict[str, Any]:
+        return {"prompt_embeds": _prompt_rows(text), "negative_prompt_embeds": _prompt_rows(negative)}
+
     def sampling_arguments(self, pipeline: Any) -> dict[str, Any]:
         """Return the number of tokens that prompts are padded to, as in `tokens`."""
         return {"max_sequence_length": qwen_text.length(pipeline.tokenizer.model_max_length)}
@@ -112,12 +115,16 @@ class ZImage(FlowTransformer):
         """
         import torch
 
-        dtype = latents.dtype
-        states = [rows[:length, :-1].to(dtype) for rows, length in zip(text, qwen_text.lengths(text), strict=True)]
+        states = [rows.to(latents.dtype) for rows in _prompt_rows(text)]
         times = (1 - timesteps).expand(len(latents))
         images = list(latents.unsqueeze(2))
         prediction = denoiser(images, times, states, return_dict=False)[0]
         return -torch.stack(list(prediction)).squeeze(2)
+
+
+def _prompt_rows(text: Tensor) -> list[Tensor]:
+    """Return the hidden states of the tokens of each prompt, without padding: P tensors (L_i, D)."""
+    return [rows[:length, :-1] for rows, length in zip(text, qwen_text.lengths(text), strict=True)]
 
 
 FAMILY = ZImage()

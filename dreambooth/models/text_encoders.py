@@ -1,0 +1,102 @@
+"""Loads text encoders, and encodes the prompts of runs whose text encoders leave before the denoiser is loaded."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dreambooth.config.recipe import Recipe
+from dreambooth.errors import UserError
+from dreambooth.models import hub, prompt_encodings
+from dreambooth.models.families.family import Family
+from dreambooth.models.prompt_encodings import PromptEncodings
+from dreambooth.utils.atomic_files import full_digest, weights_digest
+
+FORMAT = 1  # of the files of encodings; a change of `Family.text` needs another number
+
+
+def encodes_ahead(family: Family, recipe: Recipe) -> bool:
+    """Return whether a run encodes all its prompts, and releases its text encoders, before it loads the denoiser."""
+    return family.encodes_ahead and recipe.memory.cache_text and not recipe.train.train_text_encoder
+
+
+def load(recipe: Recipe, family: Family, dtype: torch.dtype | Literal["auto"], **options: Any) -> list[Any]:
+    """Load the text encoders of the base model into host memory.
+
+    Args:
+        dtype: precision of the loaded weights; "auto": that of the files.
+        options: revision, variant and local_files_only, as in from_pretrained.
+
+    Raises:
+        OSError, ValueError, SafetensorError: a text encoder is missing or damaged.
+    """
+    return [part.load(recipe.source, dtype, subfolder=part.name, **options) for part in family.encoders]
+
+
+def open_encodings(recipe: Recipe, family: Family, tokenizers: Sequence[Any], dtype: torch.dtype, device: torch.device,
+                   **options: Any) -> PromptEncodings:
+    """Return the stored encodings of prompts. The text encoders are loaded only if a prompt has not been encoded yet.
+
+    Args:
+        dtype: precision of the text encoders.
+        device: device on which the text encoders compute, and of the encodings.
+        options: revision, variant and local_files_only, as in from_pretrained.
+    """
+    def encode(prompts: Sequence[str]) -> Iterator[Tensor]:
+        ids = [family.tokens(tokenizers, prompt) for prompt in prompts]
+        try:
+            encoders = load(recipe, family, dtype, **options)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(
+                f"the text encoders of {recipe.source} could not be loaded "
+                f"({hub.failure_reason(error, recipe.source, recipe.model.offline)}): type model.source=DIR, a "
+                "diffusers folder, or model.offline=false to ask the hub") from error
+        encoders = [encoder.requires_grad_(False).eval().to(device) for encoder in encoders]
+        for row in ids:
+            with torch.no_grad():
+                text = family.text(encoders, row.to(device))
+            yield text
+        del encoders, text
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # otherwise the allocator keeps the freed memory, in blocks of the encoders' sizes
+
+    return PromptEncodings(recipe.run_root / prompt_encodings.FOLDER, _key(recipe, family, dtype), encode, device)
+
+
+def file_bytes(recipe: Recipe, family: Family) -> int:
+    """Return the size of the text encoders' weight files on this machine."""
+    folder = _folder(recipe)
+    return sum(path.stat().st_size for part in family.encoders for path in (folder / part.name).glob("*.safetensors"))
+
+
+def _key(recipe: Recipe, family: Family, dtype: torch.dtype) -> str:
+    """Return a text that identifies the text encoders, the tokenizers and the precision."""
+    folder = _folder(recipe)
+    names = [part.class_name for part in family.encoders]
+    key = [FORMAT, family.architecture, *names, dtype, recipe.model.variant]
+    if not hub.is_local(recipe.source):
+        return "\n".join(map(str, [*key, recipe.source, folder.name]))  # the folder's name is the hub's commit
+    weights = [weights_digest(folder / part.name) for part in family.encoders]
+    others = [f"{path.relative_to(folder).as_posix()} {full_digest(path)}" for path in _other_files(folder, family)]
+    return "\n".join(map(str, [*key, *weights, *others]))
+
+
+def _other_files(folder: Path, family: Family) -> Iterable[Path]:
+    """Yield the configurations of the text encoders and the files of the tokenizers."""
+    for part in family.encoders:
+        yield folder / part.name / "config.json"
+    for name in family.tokenizers:
+        yield from (path for path in sorted((folder / name).rglob("*")) if path.is_file())
+
+
+def _folder(recipe: Recipe) -> Path:
+    """Return the folder of the base model: a local one, or that of the downloaded commit of a hub id."""
+    if hub.is_local(recipe.source):
+        return Path(recipe.source)
+    from huggingface_hub import try_to_load_from_cache
+
+    index = try_to_load_from_cache(recipe.source, "model_index.json", revision=recipe.model.revision)
+    return Path(index).parent if isinstance(index, str) else Path(f"{recipe.source}@{recipe.model.revision}")
