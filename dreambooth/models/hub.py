@@ -64,6 +64,16 @@ def failure_reason(error: BaseException, source: str, offline: bool) -> str:
     return first_line(error)
 
 
+def is_gated(error: BaseException) -> bool:
+    """Return whether the hub refused a model because the user has not accepted its license, or has not logged in."""
+    cause: BaseException | None = error
+    while cause:
+        if "GatedRepoError" in {kind.__name__ for kind in type(cause).__mro__}:
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's error message, cut to 200 characters."""
     return str(error).strip().partition("\n")[0][:200]

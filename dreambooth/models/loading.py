@@ -245,6 +245,9 @@ def _missing(recipe: Recipe, error: Exception) -> str:
             "type model.source=DIR, a diffusers folder (model_index.json and a folder for each part)")
     elif recipe.model.offline:
         hint = "type model.offline=false to ask the hub, or model.source=DIR"
+    elif hub.is_gated(error):
+        hint = (f"accept its license on https://huggingface.co/{recipe.source}, then type hf auth login (in a job, set "
+                "HF_TOKEN)")
     else:
         hint = "check the id and the network, or type model.source=DIR for a folder on this machine"
     return f"the base model {recipe.source} could not be loaded ({reason}): {hint}"

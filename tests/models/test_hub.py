@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -60,3 +61,17 @@ def test_a_refused_connection_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         assert reason == "the hub could not be reached: Connection refused"
         assert hub.failure_reason(error, "org/model", offline=True) == "Can't load config"
         assert hub.failure_reason(error, "/typo/folder", offline=False) == "Can't load config"
+
+
+def test_a_gated_model_is_told_from_a_missing_one() -> None:
+    """The libraries wrap the hub's own error."""
+    from huggingface_hub.errors import GatedRepoError
+
+    for kind, gated in ((GatedRepoError, True), (OSError, False)):
+        try:
+            try:
+                raise kind("no", response=MagicMock()) if gated else kind("no")
+            except OSError as cause:
+                raise OSError("You are trying to access a gated repo.") from cause
+        except OSError as error:
+            assert hub.is_gated(error) is gated
