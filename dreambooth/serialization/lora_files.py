@@ -9,7 +9,13 @@
 | alpha | none: `lora_B` contains the scale | `.alpha` = rank: `lora_up` contains the scale |
 
 The row of DoRA gives two shapes per layout: the first for linear layers, the second for convolutions. The family gives
-the names of modules in both layouts (Family.published_name, Family.kohya_names); the table shows the usual names.
+the names of modules in both layouts (Family.published_name, Family.kohya_entries); the table shows the usual names.
+
+In families with a transformer, the kohya file describes the model as ComfyUI loads it (Entry.form). There, query, key
+and value of attention are one layer. The adapters of these three layers become one adapter without an approximation:
+its `lora_down` contains those of the three layers one below the other, and its `lora_up` is the block-diagonal matrix
+of theirs. Its rank is three times method.rank. musubi-tuner writes such layers for ComfyUI in the same way. Where the
+rows of a layer are swapped, the rows of `lora_up` and `dora_scale` are swapped, too.
 
 DoRA replaces the weight W of a layer by W' = m V / |V|, where V is W with the low-rank product added, and m and |V|
 have one value per row (models/lora.py). The file in diffusers' layout contains m. ComfyUI and Forge compute
@@ -18,7 +24,7 @@ m |W| / |V| as `dora_scale`, which gives W' in both programs. AUTOMATIC1111 divi
 reads no DoRA, and diffusers 0.42 ignores `dora_scale`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,8 +35,10 @@ from torch import Tensor
 from dreambooth.errors import UserError
 from dreambooth.models.components import Components
 from dreambooth.models.families.family import Family
+from dreambooth.models.families.file_format import Entry, Form
 from dreambooth.models.lora import LowRank
 from dreambooth.serialization.export_layout import ADAPTER, find_converted
+from dreambooth.serialization.single_file import to_file
 
 # Prefix of the metadata keys that hold settings of the base model: revision, variant, vae and zero_terminal_snr.
 BASE_KEY_PREFIX = "base_model_"
@@ -63,14 +71,23 @@ def kohya_layout(weights: Mapping[str, LowRank], base_scales: Mapping[str, Tenso
         parts: the base model.
     """
     tensors: dict[str, Tensor] = {}
-    keys = parts.family.kohya_names(weights, parts.denoiser.config)
-    for module, low in weights.items():
-        key = keys[module]
-        tensors |= {f"{key}.lora_down.weight": low.down, f"{key}.lora_up.weight": low.up,
-                    f"{key}.alpha": torch.tensor(float(low.down.shape[0]))}
-        if module in base_scales:
-            tensors[f"{key}.dora_scale"] = base_scales[module].view(-1, *[1] * (low.down.dim() - 1))
+    for entry in parts.family.kohya_entries(weights, parts.denoiser.config):
+        down, up = _file_adapter(entry, [weights[module] for module in entry.names])
+        tensors |= {f"{entry.key}.lora_down.weight": down, f"{entry.key}.lora_up.weight": up,
+                    f"{entry.key}.alpha": torch.tensor(float(down.shape[0]))}
+        if entry.names[0] in base_scales:
+            scale = to_file(entry, [base_scales[module] for module in entry.names])
+            tensors[f"{entry.key}.dora_scale"] = scale.view(-1, *[1] * (down.dim() - 1))
     return {key: tensor.contiguous() for key, tensor in tensors.items()}
+
+
+def _file_adapter(entry: Entry, adapters: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
+    """Return `down` and `up` of the layer that `entry` describes, from the adapters of the modules `entry.names`."""
+    if entry.form is Form.stacked:
+        up: Tensor = torch.block_diag(*[low.up for low in adapters])  # type: ignore[no-untyped-call]
+        return torch.cat([low.down for low in adapters]), up
+    [low] = adapters
+    return low.down, to_file(entry, [low.up])
 
 
 def write(folder: Path, weights: Mapping[str, LowRank], base_scales: Mapping[str, Tensor], parts: Components,

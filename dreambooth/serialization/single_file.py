@@ -104,7 +104,7 @@ def write(parts: Components, path: Path, dtype: torch.dtype | None, with_vae: bo
     for entry in all_entries(parts):
         if entry.part == parts.family.vae.name and not with_vae:
             continue
-        tensor = _to_file(entry, [states[entry.part][name] for name in entry.names])
+        tensor = to_file(entry, [states[entry.part][name] for name in entry.names])
         tensors[entry.key] = tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
     check_finite(tensors)
     tensors |= {mark: torch.empty(0, dtype=dtype or torch.float32) for mark in marks}
@@ -147,7 +147,7 @@ def _from_file(entry: Entry, tensor: Tensor) -> Sequence[Tensor]:
             return [_swap_halves(tensor)]
 
 
-def _to_file(entry: Entry, tensors: Sequence[Tensor]) -> Tensor:
+def to_file(entry: Entry, tensors: Sequence[Tensor]) -> Tensor:
     """Return the tensor that `entry` describes, computed from the tensors of a diffusers folder."""
     match entry.form:
         case Form.plain:

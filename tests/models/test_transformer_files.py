@@ -7,7 +7,7 @@ import torch
 
 from dreambooth.models.families import flux2_klein, sd35, z_image
 from dreambooth.models.families.family import Family
-from dreambooth.serialization.single_file import _to_file
+from dreambooth.serialization.single_file import to_file
 
 
 def flux2() -> Any:
@@ -47,7 +47,7 @@ def test_diffusers_reads_every_tensor_back(family: Family, build: Any, converter
     generator = torch.Generator().manual_seed(0)
     state = {name: torch.randn(value.shape, generator=generator) for name, value in model.state_dict().items()}
     entries = list(family.single_file.entries("transformer", state, model.config))
-    file = {entry.key: _to_file(entry, [state[name] for name in entry.names]) for entry in entries}
+    file = {entry.key: to_file(entry, [state[name] for name in entry.names]) for entry in entries}
     assert len(file) == len(entries)
     assert family.single_file.matches(frozenset(file))
     again = getattr(single_file_utils, converter)(dict(file))

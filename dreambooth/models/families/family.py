@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth.config.enums import AttentionKind, Targets
 from dreambooth.errors import UserError
-from dreambooth.models.families.file_format import SingleFileFormat
+from dreambooth.models.families.file_format import Entry, SingleFileFormat
 from dreambooth.models.families.part import Part
 
 if TYPE_CHECKING:
@@ -318,15 +318,15 @@ class Family(ABC):
         return name
 
     @abstractmethod
-    def kohya_names(self, names: Collection[str], denoiser_config: Any) -> dict[str, str]:
-        """Return the keys of modules in kohya's LoRA layout, without the suffix that names the tensor.
+    def kohya_entries(self, names: Collection[str], denoiser_config: Any) -> Iterator[Entry]:
+        """Yield an entry for each layer of an adapter in kohya's LoRA layout.
+
+        The key of an entry lacks the suffix that names the tensor, such as `.alpha`. The names of an entry are module
+        names. Its form says how the weights of these modules become the weight of the layer in the file's model.
 
         Args:
             names: the names (`PART.NAME`) of all modules with an adapter.
             denoiser_config: the configuration of the denoiser (`module.config`).
-
-        Returns:
-            A dictionary from module name to key.
         """
 
     @abstractmethod

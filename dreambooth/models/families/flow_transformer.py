@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.config.enums import AttentionKind
 from dreambooth.errors import UserError
 from dreambooth.models.families.family import Family
+from dreambooth.models.families.file_format import Entry
 from dreambooth.models.families.part import DiffusersPart
+from dreambooth.models.families.transformer_file import TransformerFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from dreambooth.config.schema import Flow
     from dreambooth.models.noise_schedule import NoiseSchedule
 
+KOHYA_PREFIX = "lora_unet_"  # of all keys in kohya's LoRA layout
 ATTENTION_BACKENDS = {AttentionKind.sdpa: "native", AttentionKind.eager: "_native_math",
                       AttentionKind.xformers: "xformers"}  # names in diffusers.models.attention_dispatch
 
@@ -33,11 +36,11 @@ class FlowTransformer(Family):
     activations_gib = {True: 0.05, False: 1.0}
     sampler_title = "Euler"
     encodes_ahead = True
+    single_file: TransformerFile
     pipeline_module: str
     pipeline_name: str
     patch = 2  # side of a token of the transformer, in latents of the run
     attention_kinds: tuple[AttentionKind, ...] = tuple(ATTENTION_BACKENDS)
-    kohya_prefix = "lora_unet_"  # of the transformer's keys in kohya's LoRA layout
     kohya_version: str  # kohya's name of the base model, in the metadata of LoRA files
 
     # -- parts -----------------------------------------------------------------------------------------------------
@@ -151,8 +154,18 @@ class FlowTransformer(Family):
 
     # -- adapters --------------------------------------------------------------------------------------------------
 
-    def kohya_names(self, names: Collection[str], denoiser_config: Any) -> dict[str, str]:
-        return {name: self.kohya_prefix + name.partition(".")[2].replace(".", "_") for name in names}
+    def kohya_entries(self, names: Collection[str], denoiser_config: Any) -> Iterator[Entry]:
+        """Yield the entries. The keys are derived from the names of the layers in single files, as ComfyUI reads them.
+
+        ComfyUI (comfy/lora.py) reads all layers under these names. Under diffusers' names it does not know the
+        modulation layers of FLUX.2, and scales the rows of a swapped DoRA in the wrong order.
+        """
+        part, layout = self.denoiser.name, self.single_file
+        weights = [f"{name.removeprefix(f'{part}.')}.weight" for name in names]
+        for entry in layout.entries(part, weights, denoiser_config):
+            key = entry.key.removeprefix(layout.key_prefix).removesuffix(".weight")
+            modules = tuple(f"{part}.{weight.removesuffix('.weight')}" for weight in entry.names)
+            yield Entry(KOHYA_PREFIX + key.replace(".", "_"), part, modules, entry.form)
 
     def kohya_metadata(self, prediction_type: str) -> dict[str, str]:
         modelspec = self.single_file.modelspec(prediction_type)

@@ -31,7 +31,7 @@ class Flux2File(TransformerFile):
 
     denoiser_key = "single_stream_modulation.lin.weight"
     required_keys = frozenset({denoiser_key, "double_blocks.0.img_attn.qkv.weight"})
-    architecture = "flux.2-klein-base-4b"
+    architecture = "Flux.2-klein-4b"
     implementation = "https://github.com/black-forest-labs/flux2"
     stacks = {"attn.to_q.": "img_attn.qkv.", "attn.add_q_proj.": "txt_attn.qkv."}
     rules = (
@@ -91,7 +91,7 @@ class Flux2Klein(FlowTransformer):
     pipeline_module = "diffusers.pipelines.flux2.pipeline_flux2_klein"
     pipeline_name = "Flux2KleinPipeline"
     single_file = Flux2File()
-    kohya_version = "flux2_klein_base_4b"
+    kohya_version = "flux_2_klein_4b"
 
     def matches(self, layout: Layout) -> bool:
         return "timestep_guidance_channels" in layout.configuration("transformer")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from dreambooth.config.enums import AttentionKind, Targets
 from dreambooth.config.storage import is_single_file
 from dreambooth.models.families import clip_text, clip_tokenizer
 from dreambooth.models.families.family import Family, Layout
+from dreambooth.models.families.file_format import Entry
 from dreambooth.models.families.part import DiffusersPart, Part
 
 if TYPE_CHECKING:
@@ -241,7 +242,12 @@ class LatentUNet(Family):
     def published_name(self, name: str) -> str:
         return clip_text.published_name(name)
 
+    def kohya_entries(self, names: Collection[str], denoiser_config: Any) -> Iterator[Entry]:
+        for name, key in self.kohya_names(names, denoiser_config).items():
+            yield Entry(key, name.partition(".")[0], (name,))
+
     def kohya_names(self, names: Collection[str], denoiser_config: Any) -> dict[str, str]:
+        """Return a dictionary from module name to key, see `kohya_entries`."""
         parts = {name: self.published_name(name).partition(".") for name in names}
         return {name: self.kohya_prefixes[part] + layer.replace(".", "_") for name, (part, _, layer) in parts.items()}
 

@@ -27,7 +27,7 @@ class ZImageFile(TransformerFile):
 
     denoiser_key = "cap_embedder.1.weight"
     required_keys = frozenset({denoiser_key, "x_embedder.weight", "layers.0.attention.qkv.weight"})
-    architecture = "z-image"
+    architecture = "Z-Image"
     implementation = "https://github.com/Tongyi-MAI/Z-Image"
     stacks = {"attention.to_q.": "attention.qkv."}
     rules = (
