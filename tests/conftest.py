@@ -38,6 +38,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def flow_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny models of the families of flow matching: to be read only."""
+    from tests.support.tiny_models import FLOW_FAMILIES, make_flow
+
+    return {family: make_flow(family, tmp_path_factory.mktemp("flow") / family) for family in FLOW_FAMILIES}
+
+
+@pytest.fixture(scope="session")
 def empty_db(shared: Path) -> Path:
     """An MLflow database with its tables, which take seconds to create: for tests to copy to RUN_ROOT/mlflow.db."""
     path = shared / "empty.db"

@@ -36,6 +36,8 @@ class Targets(Enum):
 
 class BaseWeights(Enum):
     half = "half"  # stored in the compute precision
+    int8 = "int8"  # 8 bits per weight of linear layers, and one scale per row
+    fp8 = "fp8"  # the same with floating-point numbers of 8 bits (e4m3)
     nf4 = "nf4"  # quantised to 4 bits by bitsandbytes
 
 

@@ -28,6 +28,7 @@ class Memory(Section):
     ema_every: int = 1
     weights: Weights = Weights.full
     rounding: Rounding | None = None
+    swap_blocks: int | None = None
 
     @property
     def split_pass(self) -> bool:
@@ -37,6 +38,8 @@ class Memory(Section):
     def __post_init__(self) -> None:
         require("memory", {
             "ema_every": (self.ema_every >= 1, f"1 or more, not {self.ema_every}"),
+            "swap_blocks": (self.swap_blocks is None or self.swap_blocks >= 1,
+                            f"1 or more, or null for none, not {self.swap_blocks}"),
             "max_split_size_mb": (self.max_split_size_mb is None or self.max_split_size_mb > 20,
                                   f"above 20, or null for no limit, not {self.max_split_size_mb}"),
         })

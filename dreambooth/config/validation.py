@@ -198,6 +198,12 @@ def _memory_problems(config: Config) -> Iterator[str]:
                "type memory.weights=full memory.rounding=null")
     if half and memory.rounding is Rounding.kahan and config.optimizer.kind is OptimizerKind.adafactor:
         yield "memory.rounding=kahan is not tested with optimizer=adafactor: type memory.rounding=stochastic"
+    if memory.swap_blocks:
+        conflicts = {"method=lora": not config.method.low_rank, "train.compile=false": train.compile,
+                     "memory.gradient_checkpointing=true": not memory.gradient_checkpointing}
+        if needed := [override for override, conflict in conflicts.items() if conflict]:
+            yield (f"memory.swap_blocks={memory.swap_blocks} moves frozen blocks between passes: type "
+                   f"{' '.join(needed)}, or memory.swap_blocks=null")
     if memory.rounding is not None and not half:
         yield "memory.rounding applies to half weights only: type memory.weights=half, or memory.rounding=null"
     if train.use_ema and train.max_train_steps % memory.ema_every:
@@ -218,6 +224,13 @@ def _adapter_problems(config: Config, device: str, machine: Machine | None) -> I
     elif method.base_weights is BaseWeights.nf4 and find_spec("bitsandbytes") is None:
         yield ("method.base_weights=nf4 needs a package: pip install 'dreambooth[cuda]', or type "
                "method.base_weights=half")
+    capability = config.hardware.compute_capability
+    if method.base_weights is BaseWeights.fp8 and device == "cuda" and capability is not None and capability < 8.9:
+        yield (f"method.base_weights=fp8 needs a GPU of compute capability 8.9 and the {config.hardware.gpu} has "
+               f"{capability}: type method.base_weights=int8")
+    if memory.swap_blocks and method.base_weights is BaseWeights.nf4:
+        yield ("memory.swap_blocks cannot move weights of bitsandbytes: type method.base_weights=int8, or "
+               "memory.swap_blocks=null")
     if method.dropout and config.train.compile:
         yield "method.dropout is not tested with train.compile=true: type method.dropout=0, or train.compile=false"
     if memory.weights is Weights.half:

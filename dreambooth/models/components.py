@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
+from dreambooth.models.block_swap import BlockSwap
 from dreambooth.models.families.family import Family
 from dreambooth.models.noise_schedule import NoiseSchedule
 from dreambooth.models.prompt_encodings import PromptEncodings
@@ -26,6 +27,7 @@ class Components:
     tokenizers: Sequence[Any]  # in the family's order
     scheduler_config: dict[str, Any]
     extras: dict[str, Any] = field(default_factory=dict)  # exported, not trained: a safety checker
+    swap: BlockSwap | None = None  # moves blocks of the denoiser between host and device
     encodings: PromptEncodings | None = None  # the text encoders' outputs, if the encoders have been released
 
     @property

@@ -15,6 +15,7 @@ from dreambooth.config.enums import BaseWeights, Dtype
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
 from dreambooth.models import families, hub, lora, text_encoders, vae
+from dreambooth.models.block_swap import BlockSwap
 from dreambooth.models.components import Components as Components
 from dreambooth.models.components import disable_vae_autocast, training_scheduler
 from dreambooth.models.families.family import Family
@@ -109,11 +110,11 @@ def encode_prompts(recipe: Recipe, device: torch.device, prompts: Iterable[str])
             return
         family.check_training(recipe)
         tokenizers = [family.load_tokenizer(name, recipe.source, **options) for name in family.tokenizers]
+        _, dtype = part_dtypes(recipe, TORCH_DTYPE[recipe.precision.dtype])
+        text_encoders.open_encodings(recipe, family, tokenizers, dtype, device, variant=recipe.model.variant,
+                                     **options).ensure({*prompts, ""})
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(_missing(recipe, error)) from error
-    _, dtype = part_dtypes(recipe, TORCH_DTYPE[recipe.precision.dtype])
-    text_encoders.open_encodings(recipe, family, tokenizers, dtype, device, variant=recipe.model.variant,
-                                 **options).ensure({*prompts, ""})
 
 
 def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None) -> Components:
@@ -130,6 +131,7 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     base_weights = recipe.method.base_weights if frozen is None else BaseWeights.half
+    swap_blocks = recipe.memory.swap_blocks if frozen is None else None
     frozen = frozen or TORCH_DTYPE[recipe.precision.dtype]
     denoiser_dtype, text_dtype = part_dtypes(recipe, frozen)
     options = _options(recipe)
@@ -151,9 +153,11 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
             if ahead else None)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(_missing(recipe, error)) from error
-    if recipe.method.low_rank and base_weights is BaseWeights.nf4:
+    if recipe.method.low_rank and base_weights is not BaseWeights.half:
         for module in trained_modules(parts, recipe).values():
-            quantise(module, frozen)
+            quantise(module, frozen, base_weights)
+    if swap_blocks:
+        parts.swap = BlockSwap(family.blocks(parts.denoiser), swap_blocks, device)
     for module in parts.modules:
         module.requires_grad_(False).eval().to(device)
     disable_vae_autocast(parts)
@@ -203,6 +207,8 @@ def prepare(parts: Components, recipe: Recipe) -> TrainedModel:
     model = trained_model(parts, recipe)
     if recipe.method.low_rank:
         lora.inject(model, recipe.method, family.adapter_targets, recipe.train.seed, recipe.precision.dtype)
+        if parts.swap is not None:
+            model.to(parts.swap.device)  # peft has put the adapters of swapped blocks into host memory
     else:
         model.requires_grad_(True)
     for module in family.untrainable(parts.encoders):

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from dreambooth.config.recipe import Recipe
@@ -47,17 +46,14 @@ def open_encodings(recipe: Recipe, family: Family, tokenizers: Sequence[Any], dt
     """
     def encode(prompts: Sequence[str]) -> Iterator[Tensor]:
         ids = [family.tokens(tokenizers, prompt) for prompt in prompts]
-        try:
-            encoders = load(recipe, family, dtype, **options)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(
-                f"the text encoders of {recipe.source} could not be loaded "
-                f"({hub.failure_reason(error, recipe.source, recipe.model.offline)}): type model.source=DIR, a "
-                "diffusers folder, or model.offline=false to ask the hub") from error
-        encoders = [encoder.requires_grad_(False).eval().to(device) for encoder in encoders]
-        for row in ids:
+        encoders = [encoder.requires_grad_(False).eval().to(device) for encoder in load(
+            recipe, family, dtype, **options)]
+        for prompt, row in zip(prompts, ids, strict=True):
             with torch.no_grad():
                 text = family.text(encoders, row.to(device))
+            if not text.isfinite().all():
+                raise UserError(f"the text encoder's output for {prompt!r} is not finite in {recipe.precision.label}: "
+                                "type precision=bf16, or precision=fp32")
             yield text
         del encoders, text
         if device.type == "cuda":

@@ -61,9 +61,9 @@ def build_skeleton(recipe: Recipe) -> Components:
         tokenizers=[None for _ in family.tokenizers],
         scheduler_config=training_scheduler(family, scheduler_config, recipe))
     vae.check_channels(family, parts.denoiser, parts.vae, vae.another_base(recipe))
-    if recipe.method.low_rank and recipe.method.base_weights is BaseWeights.nf4:
+    if recipe.method.low_rank and recipe.method.base_weights is not BaseWeights.half:
         for module in trained_modules(parts, recipe).values():
-            quantise(module, frozen)
+            quantise(module, frozen, recipe.method.base_weights)
             module.to("cpu")  # the CPU stands for the card: bitsandbytes packs weights when they move to their device
     for module in parts.modules:
         module.requires_grad_(False).eval()

@@ -163,10 +163,11 @@ def _check_processes(recipe: Recipe, engine: Engine) -> None:
     A machine with several GPUs is paid for as a whole, so training on only some of its GPUs is an error. Several
     processes average their gradients after the backward pass. The settings memory.optimizer_in_backward and
     memory.offload_optimizer use and release each gradient during the backward pass, so they work in one process only.
+    With memory.swap_blocks, frozen weights are on two devices, which data parallelism does not support.
 
     Raises:
         UserError: the host has fewer processes than hardware.gpus, or there are several processes although one of the
-            two memory settings is on.
+            three memory settings is on.
     """
     gpus = recipe.hardware.gpus
     if engine.device.type == "cuda" and engine.local_world_size < gpus:
@@ -177,6 +178,9 @@ def _check_processes(recipe: Recipe, engine: Engine) -> None:
         if engine.world_size > 1 and getattr(recipe.memory, lever):
             raise UserError(f"memory.{lever}=true works in one process: type memory.{lever}=false, or start without "
                             "torchrun")
+    if engine.world_size > 1 and recipe.memory.swap_blocks:
+        raise UserError("memory.swap_blocks works in one process: type memory.swap_blocks=null, or start without "
+                        "torchrun")
 
 
 def _prompts(recipe: Recipe, photos: list[Photo]) -> set[str]:

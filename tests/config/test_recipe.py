@@ -88,6 +88,12 @@ BROKEN = {  # broken rule -> (machine, values by key, what the message says to t
         NONE, {"method__kind": MethodKind.lora, "method__base_weights": BaseWeights.nf4}, "method.base_weights=half"),
     "a quantised base without its package": (
         T4, {"method__kind": MethodKind.lora, "method__base_weights": BaseWeights.nf4}, "pip install"),
+    "fp8 on a card without it": (
+        A10G, {"method__kind": MethodKind.lora, "method__base_weights": BaseWeights.fp8}, "method.base_weights=int8"),
+    "swapped blocks that are trained": (None, {"memory__swap_blocks": 2, "memory__gradient_checkpointing": True},
+                                        "method=lora, or memory.swap_blocks=null"),
+    "swapped blocks without checkpointing": (
+        None, {"memory__swap_blocks": 2, "method__kind": MethodKind.lora}, "memory.gradient_checkpointing=true, or"),
     "dropout in a compiled step": (
         None, {"method__kind": MethodKind.lora, "method__dropout": 0.1, "train__compile": True}, "train.compile=false"),
     "half weights of an adapter": (
@@ -233,6 +239,7 @@ BOUNDS = {
     "sample.every": less_than_1, "sample.num_inference_steps": no_steps, "sample.guidance_scale": below_0,
     "sample.seed": no_seed, "sample.images_per_prompt": less_than_1,
     "memory.ema_every": less_than_1, "memory.max_split_size_mb": st.integers(max_value=20),
+    "memory.swap_blocks": less_than_1,
     "checkpoint.every": less_than_1, "checkpoint.keep": less_than_1,
     "evaluate.every": less_than_1, "evaluate.images_per_prompt": less_than_1, "evaluate.class_images": less_than_1,
     "evaluate.seed": no_seed, "evaluate.max_class_similarity": st.floats(min_value=1.1, max_value=9),

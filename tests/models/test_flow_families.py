@@ -1,5 +1,6 @@
 """Tiny models of the families of flow matching: they train, resume, sample and export, and agree with diffusers."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dreambooth.config.enums import Device, Dtype, MethodKind
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
 from dreambooth.models import families, text_encoders
@@ -18,25 +20,20 @@ from dreambooth.models.pipeline import Sampler, build_pipeline, generate_images
 from tests.support.configs import small_recipe
 from tests.support.faults import call, train
 from tests.support.runs import assert_same, the_run
-from tests.support.tiny_models import FLOW_FAMILIES, make_flow
+from tests.support.tiny_models import FLOW_FAMILIES
 
 PROMPT = "a photo of a toy"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {family: make_flow(family, tmp_path_factory.mktemp("bases") / family) for family in FLOW_FAMILIES}
-
-
-def recipe_for(family: str, base: dict[str, Path], **settings: Any) -> Any:
-    return small_recipe(model__source=str(base[family]), model__name=family, model__resolution=16,
+def recipe_for(family: str, flow_bases: dict[str, Path], **settings: Any) -> Any:
+    return small_recipe(model__source=str(flow_bases[family]), model__name=family, model__resolution=16,
                         train__train_text_encoder=False, **settings)
 
 
 @pytest.mark.parametrize("family", FLOW_FAMILIES)
-def test_a_step_of_the_pipeline_follows_our_velocity(family: str, base: dict[str, Path]) -> None:
+def test_a_step_of_the_pipeline_follows_our_velocity(family: str, flow_bases: dict[str, Path]) -> None:
     """The pipeline's only Euler step, from noise level 1 to 0, is x - v, with our prediction v and our decoding."""
-    parts = load(recipe_for(family, base, memory__cache_text=False), torch.device("cpu"))
+    parts = load(recipe_for(family, flow_bases, memory__cache_text=False), torch.device("cpu"))
     assert parts.family is families.of_architecture(family)
     pipeline = build_pipeline(parts)
     side = 16 // parts.vae_scale
@@ -63,9 +60,9 @@ def pictures(recipe: Recipe, **options: str) -> Tensor:
 
 @pytest.mark.parametrize("family", FLOW_FAMILIES)
 def test_pictures_by_encoded_prompts_equal_those_by_prompts(
-        family: str, base: dict[str, Path], tmp_path: Path) -> None:
-    encoded = replace(recipe_for(family, base), run_root=tmp_path)
-    plain = recipe_for(family, base, memory__cache_text=False)
+        family: str, flow_bases: dict[str, Path], tmp_path: Path) -> None:
+    encoded = replace(recipe_for(family, flow_bases), run_root=tmp_path)
+    plain = recipe_for(family, flow_bases, memory__cache_text=False)
     assert load(encoded, torch.device("cpu")).encoders == []
     drawn = pictures(encoded)
     assert drawn.equal(pictures(plain))
@@ -77,22 +74,23 @@ def test_pictures_by_encoded_prompts_equal_those_by_prompts(
 
 @pytest.mark.parametrize("family", FLOW_FAMILIES)
 def test_a_second_run_loads_no_text_encoder(
-        family: str, base: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, device = replace(recipe_for(family, base), run_root=tmp_path), torch.device("cpu")
+        family: str, flow_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, device = replace(recipe_for(family, flow_bases), run_root=tmp_path), torch.device("cpu")
     encode_prompts(recipe, device, [PROMPT])
-    expected = load(recipe_for(family, base, memory__cache_text=False), device).frozen_text(PROMPT)
+    expected = load(recipe_for(family, flow_bases, memory__cache_text=False), device).frozen_text(PROMPT)
     monkeypatch.setattr(text_encoders, "load", None)
     encode_prompts(recipe, device, [PROMPT, ""])
     assert load(recipe, device).frozen_text(PROMPT).equal(expected)
-    (tokenizer := base[family] / "tokenizer/tokenizer_config.json").write_text(tokenizer.read_text() + " ")
-    with pytest.raises(TypeError):  # a changed file of the tokenizer: the text encoders would be loaded
-        encode_prompts(recipe, device, [PROMPT])
+    changed = shutil.copytree(flow_bases[family], tmp_path / "changed")
+    (changed / "tokenizer/special.json").write_text("{}")
+    with pytest.raises(TypeError):  # another tokenizer: the text encoders would be loaded
+        encode_prompts(replace(recipe, source=str(changed)), device, [PROMPT])
 
 
 @pytest.mark.parametrize("family", FLOW_FAMILIES)
-def test_latents_come_back_as_the_picture(family: str, base: dict[str, Path]) -> None:
+def test_latents_come_back_as_the_picture(family: str, flow_bases: dict[str, Path]) -> None:
     """Encoding and decoding give what the VAE alone gives."""
-    parts = load(recipe_for(family, base), torch.device("cpu"))
+    parts = load(recipe_for(family, flow_bases), torch.device("cpu"))
     pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
         mean, std = parts.encode(pixels)
@@ -105,9 +103,9 @@ def test_latents_come_back_as_the_picture(family: str, base: dict[str, Path]) ->
 @pytest.mark.parametrize("family", FLOW_FAMILIES)
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_it_trains_resumes_bit_for_bit_samples_and_exports(
-    family: str, method: str, base: dict[str, Path], tmp_path: Path
+    family: str, method: str, flow_bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    ask = [f"model={family}", f"method={method}", f"model.source={base[family]}", "model.offline=true",
+    ask = [f"model={family}", f"method={method}", f"model.source={flow_bases[family]}", "model.offline=true",
            "model.resolution=16", "dataset.allow_drawings=true", "train.max_train_steps=4", "train.learning_rate=1e-3",
            "name=demo-x", "prior.num_inference_steps=2", "sample.num_inference_steps=2"]
     assert train(tmp_path / "straight", *ask) == 0
@@ -117,20 +115,52 @@ def test_it_trains_resumes_bit_for_bit_samples_and_exports(
     assert_same(the_run(tmp_path / "killed"), straight)
     if method == "full":
         ours, theirs = (load_file(next((folder / "transformer").glob("*.safetensors"))) for folder in (
-            straight / "model", base[family]))
+            straight / "model", flow_bases[family]))
         moved = [name for name in theirs if not ours[name].equal(theirs[name])]
         assert len(moved) > 0.6 * len(theirs)
     assert call("generate", [f"run={straight}", f"prompt={PROMPT}", "num_images=1", "num_inference_steps=2"]) == 0
+
+
+@pytest.mark.slow
+def test_a_quantised_run_with_swapped_blocks_equals_one_without(flow_bases: dict[str, Path], tmp_path: Path) -> None:
+    ask = ["model=z_image", "method=dora", f"model.source={flow_bases['z_image']}", "model.offline=true",
+           "model.resolution=16", "dataset.allow_drawings=true", "train.max_train_steps=3", "train.learning_rate=1e-3",
+           "name=demo-x", "prior.num_inference_steps=2", "sample.num_inference_steps=2", "memory=low",
+           "method.base_weights=int8"]
+    assert train(tmp_path / "plain", *ask) == 0
+    assert train(tmp_path / "swapped", *ask, "memory.swap_blocks=2") == 0
+    assert_same(the_run(tmp_path / "swapped"), the_run(tmp_path / "plain"))
 
 
 @pytest.mark.parametrize("setting, typed", [
     ({"train__snr_gamma": 5.0}, "train.snr_gamma=null"), ({"train__noise_offset": 0.1}, "train.noise_offset=0"),
     ({"model__zero_terminal_snr": True}, "model.zero_terminal_snr=false")])
 def test_what_flow_matching_does_not_define_is_refused(
-    setting: dict[str, Any], typed: str, base: dict[str, Path]
+    setting: dict[str, Any], typed: str, flow_bases: dict[str, Path]
 ) -> None:
     with pytest.raises(UserError, match=f"Z-Image is trained by flow matching, .* are not defined: type {typed}$"):
-        load(recipe_for("z_image", base, **setting), torch.device("cpu"))
+        load(recipe_for("z_image", flow_bases, **setting), torch.device("cpu"))
+
+
+def test_fp16_is_refused_where_it_overflows(flow_bases: dict[str, Path]) -> None:
+    t4 = {"precision__dtype": Dtype.fp16, "hardware__device": Device.cuda, "hardware__compute_capability": 7.5}
+    with pytest.raises(UserError, match="exceed the largest number of fp16: type precision=bf16 on a GPU"):
+        encode_prompts(recipe_for("z_image", flow_bases, **t4), torch.device("cpu"), [])
+
+
+def test_an_encoded_prompt_that_is_not_finite_is_refused(
+        flow_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(recipe_for("z_image", flow_bases), run_root=tmp_path)
+    family = families.of_architecture("z_image")
+    monkeypatch.setattr(type(family), "text", lambda *_: torch.full((1, 64, 33), torch.inf))
+    with pytest.raises(UserError, match="output for '' is not finite in fp32: type precision=bf16"):
+        encode_prompts(recipe, torch.device("cpu"), [])
+
+
+def test_swapped_blocks_are_refused_elsewhere() -> None:
+    with pytest.raises(UserError, match=r"has no blocks to swap: type memory\.swap_blocks=null"):
+        load(small_recipe(memory__swap_blocks=1, memory__gradient_checkpointing=True, method__kind=MethodKind.lora),
+             torch.device("cpu"))
 
 
 def test_settings_of_flow_matching_are_refused_elsewhere() -> None:

@@ -190,6 +190,10 @@ class Family(ABC):
             groups: number of parts into which a batch is split. Activations are recomputed for one part at a time.
         """
 
+    def blocks(self, denoiser: Any) -> Sequence[nn.Module]:
+        """Return the blocks of the denoiser that compute one after the other and can be swapped; see block_swap.py."""
+        return []
+
     @abstractmethod
     def latent_channels(self, denoiser: Any) -> int:
         """Return the number of input channels of the denoiser."""
@@ -260,6 +264,8 @@ class Family(ABC):
         if changed := recipe.flow.changed_keys:
             raise UserError(f"{changed[0]} is a setting of flow matching, which {self.title} does not use: leave "
                             f"{' and '.join(changed)} out")
+        if recipe.memory.swap_blocks:
+            raise UserError(f"{self.title} has no blocks to swap: type memory.swap_blocks=null")
 
     @abstractmethod
     def noise_schedule(self, scheduler_config: Mapping[str, Any], flow: Flow, latent_side: int) -> NoiseSchedule:

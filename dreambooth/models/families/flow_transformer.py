@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dreambooth.config.enums import AttentionKind
+from dreambooth.config.enums import AttentionKind, Dtype
 from dreambooth.errors import UserError
 from dreambooth.models.families.family import Family
 from dreambooth.models.families.file_format import Entry
@@ -15,7 +15,7 @@ from dreambooth.models.families.part import DiffusersPart
 from dreambooth.models.families.transformer_file import TransformerFile
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from dreambooth.config.recipe import Recipe
     from dreambooth.config.schema import Flow
@@ -37,8 +37,10 @@ class FlowTransformer(Family):
     sampler_title = "Euler"
     encodes_ahead = True
     single_file: TransformerFile
+    overflows_in_fp16 = False  # whether activations of the published model are known to overflow in fp16
     pipeline_module: str
     pipeline_name: str
+    block_lists: tuple[str, ...] = ("transformer_blocks",)  # the transformer's lists of blocks, in order
     patch = 2  # side of a token of the transformer, in latents of the run
     attention_kinds: tuple[AttentionKind, ...] = tuple(ATTENTION_BACKENDS)
     kohya_version: str  # kohya's name of the base model, in the metadata of LoRA files
@@ -57,6 +59,10 @@ class FlowTransformer(Family):
         if train.train_text_encoder:
             raise UserError(f"the text encoder of {self.title} is a language model, which is not trained: type "
                             "train.train_text_encoder=false")
+        if self.overflows_in_fp16 and recipe.precision.dtype is Dtype.fp16:
+            raise UserError(f"activations of {self.title} exceed the largest number of fp16: type precision=bf16 on a "
+                            "GPU of compute capability 8.0 or higher, or precision=fp32 method=lora "
+                            "method.base_weights=int8")
         if recipe.attention.kind not in self.attention_kinds:
             raise UserError(f"{self.title} has no attention={recipe.attention.kind.value}: type attention=sdpa")
 
@@ -75,6 +81,9 @@ class FlowTransformer(Family):
         `groups` has no effect, because the tensors inside one block are small compared with those between the blocks.
         """
         denoiser.enable_gradient_checkpointing()
+
+    def blocks(self, denoiser: Any) -> Sequence[nn.Module]:
+        return [block for name in self.block_lists for block in getattr(denoiser, name)]
 
     def latent_channels(self, denoiser: Any) -> int:
         return int(denoiser.config.in_channels)

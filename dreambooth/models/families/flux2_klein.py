@@ -83,6 +83,7 @@ class Flux2Klein(FlowTransformer):
     tokenizers = ("tokenizer",)
     tags = ("flux2",)
     patch = 1
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
     adapter_targets = {
         Targets.attention: layer_pattern(*ATTENTION),
         Targets.transformer: layer_pattern(*ATTENTION, r"ff(_context)?\.linear_(in|out)"),

@@ -59,6 +59,8 @@ class ZImage(FlowTransformer):
     }
     pipeline_module = "diffusers.pipelines.z_image.pipeline_z_image"
     pipeline_name = "ZImagePipeline"
+    block_lists = ("layers",)
+    overflows_in_fp16 = True  # github.com/Tongyi-MAI/Z-Image/issues/14, github.com/kohya-ss/musubi-tuner/issues/897
     kohya_version = "z_image"
     single_file = ZImageFile()
     no_guidance = 0.0  # the pipeline computes c + g (c - u), with the conditional c and the unconditional u
