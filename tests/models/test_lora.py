@@ -161,7 +161,7 @@ def test_all_of_a_frozen_base_is_in_the_compute_precision_and_the_planner_knows(
     for ours, theirs in zip(loaded.modules, planned.modules, strict=True):
         found = {name: (parameter.dtype, parameter.shape) for name, parameter in ours.named_parameters()}
         assert found == {name: (parameter.dtype, parameter.shape) for name, parameter in theirs.named_parameters()}
-        assert {dtype for dtype, _ in found.values()} <= {torch.bfloat16, torch.uint8}
+        assert {dtype for dtype, _ in found.values()} <= {torch.bfloat16, torch.int8, torch.uint8}
     norms = [module for module in loaded.denoiser.modules() if isinstance(module, nn.GroupNorm | nn.LayerNorm)]
     assert norms and all(module.weight.dtype is torch.bfloat16 for module in norms)
 
