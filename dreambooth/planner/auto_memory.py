@@ -4,14 +4,16 @@
 `_minimum_gib` calculates a lower bound of a candidate's memory from the sizes of weights, optimizer state, EMA and
 gradients, and from a lower bound of its activations. The result rules out most candidates without a rehearsal. The
 remaining candidates are rehearsed until one fits. If a rehearsed candidate does not fit, the size of its activations
-becomes the lower bound for all later candidates with the same setting of gradient checkpointing. If the training step
-of a candidate fits and its image generation does not, images are generated one at a time.
+becomes the lower bound for all later candidates with the same setting of gradient checkpointing. The other options
+change only the memory of trained weights. If they cannot save enough, candidates that differ in them alone are ruled
+out too; with a small adapter, they are not tried at all. If the training step of a candidate fits and its image generation does not,
+images are generated one at a time.
 
 Options that are already on stay on. Optimizer, precision, clipping and the trained parts never change. If no candidate
 fits, the error message lists changes to these settings, and the memory that each change would save.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +28,9 @@ from dreambooth.planner.skeleton_models import count_trained_weights, find_archi
 from dreambooth.utils.hardware import GIB
 
 MAX_CARD_SHARE = 0.95  # largest share of the card that a chosen candidate may use
+SAVED_BYTES = 4 + 4 + 2  # per trained weight, by all options except checkpointing: gradient, EMA, autocast's copy
+FRAGMENTS = 2.0  # upper bound of the memory that these options save, divided by the bytes that they save
+MIN_SAVED_SHARE = 0.05  # of the card; these options are not tried if they save less together
 CHECKPOINTING: dict[str, Any] = {"gradient_checkpointing": True}
 IN_BACKWARD: dict[str, Any] = {"optimizer_in_backward": True, "autocast_cache": False}
 EMA_ON_CPU: dict[str, Any] = {"ema_device": EmaDevice.cpu}
@@ -91,13 +96,16 @@ def choose_memory_options(recipe: Recipe, rehearse: Callable[[Recipe], Predictio
     trained = count_trained_weights(recipe)
     # Lower bounds of the activations in GiB, with and without checkpointing.
     activations = {checkpointed: _min_activations_gib(recipe, checkpointed) for checkpointed in (True, False)}
+    minimum = {True: 0.0, False: 0.0}  # lower bounds of the memory in GiB, with and without checkpointing
     best: Choice | None = None
-    candidates = _candidates(recipe)
+    small = SAVED_BYTES * trained / GIB < MIN_SAVED_SHARE * limit
+    candidates = _candidates(recipe, ({}, CHECKPOINTING) if small else CANDIDATES)
     for options in candidates:
         candidate = replace(recipe, memory=recipe.memory.copy_with(**options))
         checkpointed = candidate.memory.gradient_checkpointing
         is_last = options == candidates[-1]
-        if not is_last and _minimum_gib(candidate, trained, activations[checkpointed]) > allowed:
+        bound = max(minimum[checkpointed], _minimum_gib(candidate, trained, activations[checkpointed]))
+        if not is_last and bound > allowed:
             continue
         choice = Choice(candidate, rehearse(candidate), _overrides(options), "")
         best = _with_smaller_sample_batch(choice, allowed, rehearse)
@@ -105,6 +113,7 @@ def choose_memory_options(recipe: Recipe, rehearse: Callable[[Recipe], Predictio
         if needed <= allowed:
             return replace(best, why=_explain(best.added, needed, limit))
         activations[checkpointed] = max(activations[checkpointed], activations_gib(best.prediction))
+        minimum[checkpointed] = max(minimum[checkpointed], needed - FRAGMENTS * SAVED_BYTES * trained / GIB)
     assert best is not None  # the last candidate is always rehearsed
     needed = card_gib(best.recipe, best.prediction)
     problem = f"fills more than {MAX_CARD_SHARE:.0%} of the card" if needed <= limit else "does not fit"
@@ -124,13 +133,13 @@ def describe_shortfall(recipe: Recipe, prediction: Prediction) -> str:
             f"type one of {describe_memory_options(recipe, prediction)}")
 
 
-def _candidates(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return, for each combination of CANDIDATES, the memory settings of this run that it changes.
+def _candidates(recipe: Recipe, combinations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return, for each combination of options, the memory settings of this run that it changes.
 
     Settings that have no effect in this run are omitted, and so are settings that the run does not allow.
     """
     candidates: list[dict[str, Any]] = []
-    for combination in CANDIDATES:
+    for combination in combinations:
         options = {key: value for key, value in combination.items() if getattr(recipe.memory, key) != value}
         if not recipe.train.use_ema:
             options.pop("ema_device", None)

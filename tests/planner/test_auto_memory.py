@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from dreambooth import run
-from dreambooth.config.enums import Dtype, TrackingKind
+from dreambooth.config.enums import Dtype, MethodKind, TrackingKind
 from dreambooth.config.recipe import Recipe
 from dreambooth.planner import auto_memory
 from dreambooth.planner.auto_memory import choose_memory_options
@@ -64,7 +64,7 @@ def test_auto_takes_the_first_candidate_that_fits_95_percent_of_the_card() -> No
 
 
 def test_auto_changes_no_option_that_affects_results() -> None:
-    rehearsal = FakeRehearsal(lambda r: 99.0)
+    rehearsal = FakeRehearsal(lambda r: 80.0)
     recipe = demo_recipe("sd15", prior__sample_batch_size=1, **LARGE_CARD)
     choose_memory_options(recipe, rehearsal)
     assert len(rehearsal.recipes) > 3
@@ -78,6 +78,14 @@ def test_candidates_that_cannot_fit_are_not_rehearsed() -> None:
     rehearsal = FakeRehearsal(lambda r: 12.0)
     choose_memory_options(demo_recipe("sd15", memory__auto=True), rehearsal)
     assert rehearsal.recipes[0].memory.gradient_checkpointing, "20 bytes per weight are more than a T4 has"
+
+
+@pytest.mark.parametrize(("method", "needed", "count"), [(MethodKind.full, 99.0, 3), (MethodKind.lora, 77.0, 2)])
+def test_options_for_trained_weights_are_not_rehearsed_if_they_cannot_save_enough(
+        method: MethodKind, needed: float, count: int) -> None:
+    rehearsal = FakeRehearsal(lambda r: needed)
+    choose_memory_options(demo_recipe("sd15", method__kind=method, prior__sample_batch_size=1, **LARGE_CARD), rehearsal)
+    assert len(rehearsal.recipes) == count
 
 
 def test_images_are_generated_one_at_a_time_if_only_sampling_does_not_fit() -> None:
