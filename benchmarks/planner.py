@@ -21,6 +21,9 @@ from dreambooth.planner.rehearsal import predict
 from dreambooth.planner.time_and_cost import step_seconds
 from dreambooth.utils.hardware import GIB
 
+sys.path.insert(0, str(Path(__file__).parent))
+import planner_flow
+
 DOCS = Path(__file__).parents[1] / "docs" / "planner.md"
 BEGIN, END = "<!-- benchmarks/planner.py -->\n", "<!-- end -->\n"
 ADAMW8BIT, ADAMW = OptimizerKind.adamw8bit, OptimizerKind.adamw
@@ -149,7 +152,8 @@ def budget_table() -> list[str]:
 
 if __name__ == "__main__":
     import_libraries()
-    result = "\n".join([*budget_table(), "", *published_tables(), "", *sdxl_table()]) + "\n"
+    result = "\n".join([*budget_table(), "", *published_tables(), "", *sdxl_table(), "",
+                        *planner_flow.flow_table(make_recipe)]) + "\n"
     print(result)
     if "--write" in sys.argv:
         before, rest = DOCS.read_text("utf-8").split(BEGIN)

@@ -6,8 +6,8 @@ gradients, and from a lower bound of its activations. The result rules out most 
 remaining candidates are rehearsed until one fits. If a rehearsed candidate does not fit, the size of its activations
 becomes the lower bound for all later candidates with the same setting of gradient checkpointing. The other options
 change only the memory of trained weights. If they cannot save enough, candidates that differ in them alone are ruled
-out too; with a small adapter, they are not tried at all. If the training step of a candidate fits and its image generation does not,
-images are generated one at a time.
+out too; with a small adapter, they are not tried at all. If the training step of a candidate fits and its image
+generation does not, images are generated one at a time.
 
 Options that are already on stay on. Optimizer, precision, clipping and the trained parts never change. If no candidate
 fits, the error message lists changes to these settings, and the memory that each change would save.

@@ -28,14 +28,15 @@ class Card:
     source: str
     cuda_overhead_gib: float = 0.74
     link_gb_s: float = 10.0  # between cards of one machine, in an all-reduce of gradients; PCIe, an assumption
-    calibrated: bool = False  # True: time_and_cost.py is fitted on published training speeds of this card
+    calibrated: bool = False  # True: time_and_cost.py was compared with published training speeds of this card
+    overhead_seconds: float = 0.40  # per step, for kernel launches and small operators; fitted on the T4's speeds
 
 
 CARDS = {
     "T4": Card("T4", 65.0, 8.1, 320.0, "NVIDIA T4 datasheet, 2019", calibrated=True),
     "A10G": Card("A10G", 70.0, 35.0, 600.0, "AWS EC2 G5 page and NVIDIA A10G datasheet, 2021"),
     "L4": Card("L4", 121.0, 30.3, 300.0, "NVIDIA L4 datasheet, 2023"),
-    "L40S": Card("L40S", 362.0, 91.6, 864.0, "NVIDIA L40S datasheet, 2023"),
+    "L40S": Card("L40S", 362.0, 91.6, 864.0, "NVIDIA L40S datasheet, 2023", calibrated=True, overhead_seconds=0.0),
     "A100": Card("A100", 312.0, 19.5, 1555.0, "NVIDIA A100 datasheet (40 GB SXM), 2020", link_gb_s=200.0),
 }
 

@@ -202,7 +202,7 @@ def _cost_lines(plan: Plan) -> list[str]:
     flops = f"{plan.prediction.step_flops / 1e12:.1f} TFLOP per step"
     if card is None or time.step_seconds is None:
         return [f"{flops}; no time estimate: the speed of {hardware.gpu or 'this CPU'} is unknown"]
-    basis = "based on published T4 speeds" if card.calibrated else "assuming the T4's shares of peak rates"
+    basis = f"based on published {card.name} speeds" if card.calibrated else "assuming the T4's shares of peak rates"
     lines = [f"{flops}, about {time.step_seconds:.1f} s per step, {_format_duration(time.run_seconds)} in total "
              f"(estimate: {basis})"]
     if time.price_usd is not None:

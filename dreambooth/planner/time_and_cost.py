@@ -1,12 +1,13 @@
 """Estimates the time and the price of a run from its predicted operations and bytes.
 
     seconds per step = operations / (peak rate x EFFICIENCY) + bytes of passes over all weights / memory bandwidth
-                       + seconds of transfers to the host and back + seconds of the all-reduce + OVERHEAD
+                       + seconds of transfers to the host and back + seconds of the all-reduce + overhead
 
-Nothing in this model was measured on a GPU by this project. EFFICIENCY and OVERHEAD are fitted on the T4 speeds that
-the DreamBooth README of ShivamShrirao/diffusers publishes (batch 1 and 2, with and without checkpointing, fp16 and
-fp32; read 2026-11). Other cards are assumed to reach the same shares of their own peak rates. This file does not import
-torch.
+Nothing in this model was measured on a GPU by this project. EFFICIENCY and the overhead are fitted on the T4 speeds
+that the DreamBooth README of ShivamShrirao/diffusers publishes (batch 1 and 2, with and without checkpointing, fp16 and
+fp32; read 2026-11). Other cards are assumed to reach the same shares of their own peak rates, and to have the same
+overhead. Published speeds of the L40S confirm the share in half precision, and show no overhead (docs/planner.md). This
+file does not import torch.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from dreambooth.planner.prediction import Prediction
 from dreambooth.utils.hardware import GIB
 
 EFFICIENCY = {True: 0.21, False: 0.42}  # share of the peak rate; True: half precision (tensor cores), False: fp32
-OVERHEAD = 0.40  # seconds per step: kernel launches and small operators
 BANDWIDTH_SHARE = 0.75  # share of the card's memory bandwidth in passes over all weights; an assumption
 HOST_LINK = 10e9  # bytes per second between card and host, PCIe 3 x16; an assumption
 HOST_MEMORY = 15e9  # bytes per second that an optimizer on a few host cores processes; an assumption
@@ -86,7 +86,7 @@ def step_seconds(recipe: Recipe, prediction: Prediction, card: Card, flops: floa
     cards, gradients = recipe.hardware.gpus, 4 * prediction.trained_parameters
     all_reduce = 2 * (cards - 1) / cards * gradients / (card.link_gb_s * 1e9)
     compute = flops * prediction.step_flops / _flops_per_second(recipe, card)
-    return compute + _weight_pass_seconds(recipe, prediction, card) + all_reduce + OVERHEAD
+    return compute + _weight_pass_seconds(recipe, prediction, card) + all_reduce + card.overhead_seconds
 
 
 def _flops_per_second(recipe: Recipe, card: Card) -> float:

@@ -33,7 +33,6 @@ class FlowTransformer(Family):
     """
 
     vae = DiffusersPart("vae", "diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL")
-    activations_gib = {True: 0.05, False: 1.0}
     sampler_title = "Euler"
     encodes_ahead = True
     single_file: TransformerFile

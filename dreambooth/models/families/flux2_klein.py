@@ -84,6 +84,7 @@ class Flux2Klein(FlowTransformer):
     tags = ("flux2",)
     patch = 1
     block_lists = ("transformer_blocks", "single_transformer_blocks")
+    activations_gib = {True: 0.3, False: 7.0}  # the planner predicts 0.5 and 7.5 at 512 px, 0.24 and 5.9 with a LoRA
     adapter_targets = {
         Targets.attention: layer_pattern(*ATTENTION),
         Targets.transformer: layer_pattern(*ATTENTION, r"ff(_context)?\.linear_(in|out)"),

@@ -80,6 +80,7 @@ class StableDiffusion35(FlowTransformer):
     tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
     tags = ("stable-diffusion-3.5",)
     attention_kinds = (AttentionKind.sdpa,)
+    activations_gib = {True: 0.1, False: 4.0}  # the planner predicts 0.1 and 4.2 at 512 px, 0.1 and 3.0 with a LoRA
     adapter_targets = {
         Targets.attention: layer_pattern(*ATTENTION),
         Targets.transformer: layer_pattern(*ATTENTION, r"ff(_context)?\.net\.(0\.proj|2)"),

@@ -52,6 +52,7 @@ class ZImage(FlowTransformer):
     encoders = (qwen_text.QWEN3,)
     tokenizers = ("tokenizer",)
     tags = ("z-image",)
+    activations_gib = {True: 0.4, False: 12.0}  # the planner predicts 0.5 and 14 at 512 px, 0.26 and 8.7 with a LoRA
     adapter_targets = {
         Targets.attention: layer_pattern(*ATTENTION),
         Targets.transformer: layer_pattern(*ATTENTION, r"feed_forward\.w[123]"),
