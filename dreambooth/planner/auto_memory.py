@@ -73,6 +73,7 @@ def apply_auto_memory(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[
         raise DoesNotFit(describe_shortfall(choice.recipe, choice.prediction))
     phases = choice.prediction.by_phase
     expected = {phase: usage.reserved / GIB for phase, usage in phases.items() if phase not in STEP_PHASES}
+    expected["load"] = max(expected["load"], expected.pop("prompts", 0.0))  # one phase in the run's measurements
     expected["step"] = choice.prediction.peak_over(*STEP_PHASES).reserved / GIB
     return choice.recipe, expected, f"memory=auto: {choice.why} {' '.join(choice.added)}".rstrip()
 

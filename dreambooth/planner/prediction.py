@@ -8,7 +8,8 @@ from dreambooth.planner.caching_allocator import CachingAllocator
 from dreambooth.planner.trace_replay import Usage, replay
 
 STEP_PHASES = ("forward", "backward", "step", "ema")  # the phases of a training step
-CACHE_CLEARED_BEFORE = frozenset({"caching", "training"})  # a run empties the allocator's cache before these phases
+# A run empties the allocator's cache before these phases.
+CACHE_CLEARED_BEFORE = frozenset({"load", "caching", "training"})
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Prediction:
 
     trace: StorageTrace = field(repr=False)
     trained_parameters: int  # elements
-    frozen_parameters: int  # elements
+    frozen_parameters: int  # elements, without text encoders that are released before the denoiser is loaded
+    encoder_parameters: int  # elements of text encoders that are released before the denoiser is loaded
     picture_flops: tuple[int, int]  # for one generated image: (one denoising step, decoding)
     encode_flops: int  # for one photo
     expandable: bool = False  # PyTorch's setting expandable_segments

@@ -2,9 +2,10 @@
 
 A StorageTrace records all allocations while the phases of the run are rehearsed in this order:
 
-    skeleton model -> class images -> caching -> train_step -> samples -> evaluation
+    skeleton model -> prompts -> class images -> caching -> train_step -> samples -> evaluation
 
-A model of the allocator then computes the memory by phase and category from the recorded events.
+The phase `prompts` exists only if the run releases its text encoders before it loads the denoiser. A model of the
+allocator then computes the memory by phase and category from the recorded events.
 
 Nothing is computed and nothing is downloaded. These parts are modelled instead of run: the optimizer
 (optimizer_memory.py), the allocator (caching_allocator.py), the workspaces of attention kernels (fake_cuda.py) and the
@@ -23,7 +24,7 @@ from dreambooth.config.enums import AttentionKind, Dtype, EmaDevice, Weights
 from dreambooth.config.recipe import Recipe
 from dreambooth.data.aspect_buckets import Size, largest_bucket
 from dreambooth.data.batches import Batch, encode_batch_size, join_batches
-from dreambooth.models import loading
+from dreambooth.models import loading, text_encoders
 from dreambooth.optim.cpu_offload import OffloadedOptimizer
 from dreambooth.optim.memory_levers import build_training_optimizer
 from dreambooth.planner import skeleton_models
@@ -73,6 +74,10 @@ class _Rehearsal:
         self.memory = recipe.memory
         self.trace = StorageTrace(attention_workspace_bytes)
         self.parts = skeleton_models.build_skeleton(recipe)
+        self.encoders = self.parts.encoders
+        self.encodes_ahead = text_encoders.encodes_ahead(self.parts.family, recipe)
+        if self.encodes_ahead:
+            self.parts.encoders = []
         self.objective = Objective(self.parts.noise_schedule(recipe), recipe.prior.prior_loss_weight,
                                    recipe.train.snr_gamma, recipe.two_passes)
         self.autocast = self._autocast()
@@ -88,6 +93,7 @@ class _Rehearsal:
             trace.mark("load")
             workspaces = torch.empty(CUBLAS_WORKSPACE if recipe.device == "cuda" else 0, dtype=torch.uint8)
             trace.add([workspaces], "workspace")
+            encoder_parameters = self._encode_prompts() if self.encodes_ahead else 0
             for module in parts.modules:
                 trace.add_module(module, "weights")
             if recipe.with_prior and recipe.prior.num_class_images:
@@ -117,8 +123,27 @@ class _Rehearsal:
         total = sum(p.numel() for module in parts.modules for p in module.parameters())
         trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
         return Prediction(
-            trace, trained, total - trained, self.picture_flops, self.encode_flops, self.memory.expandable_segments,
+            trace, trained, total - trained, encoder_parameters, self.picture_flops, self.encode_flops,
+            self.memory.expandable_segments,
             None if self.memory.max_split_size_mb is None else self.memory.max_split_size_mb * MIB)
+
+    def _encode_prompts(self) -> int:
+        """Record the encoding of prompts, one after the other, with only the text encoders on the device.
+
+        Return the number of their parameters. Afterwards they are released.
+        """
+        with self.trace.phase("prompts"):
+            for encoder in self.encoders:
+                self.trace.add_module(encoder, "weights")
+            with torch.no_grad():
+                self.parts.family.text(self.encoders, self._token_ids(1))
+            count: int = sum(p.numel() for encoder in self.encoders for p in encoder.parameters())
+            for encoder in self.encoders:
+                offload_weights(encoder)
+                for buffer in encoder.buffers():
+                    buffer.data = torch.empty(0, dtype=buffer.dtype)
+        self.trace.mark("load")
+        return count
 
     def _steps(self, state: TrainState) -> None:
         """Record two training steps. The second repeats the first, but the optimizer state already exists."""
@@ -209,7 +234,7 @@ class _Rehearsal:
         if recipe.train.train_text_encoder:
             text = self._token_ids(count)
         elif self.memory.cache_text:
-            text = self.parts.blank_text(count)
+            text = self.parts.family.blank_text(self.encoders, count)
         else:
             text = torch.cat([self._text_states(1) for _ in range(count)])
         noise, timesteps = torch.empty_like(latents), torch.zeros(count, dtype=torch.long)
@@ -223,7 +248,7 @@ class _Rehearsal:
             before, size = self.trace.total_flops, encode_batch_size(side)
             self.parts.encode(torch.empty(size, 3, side, side))
             self.encode_flops = (self.trace.total_flops - before) // size
-        if self.memory.cache_text and not self.recipe.train.train_text_encoder:
+        if self.memory.cache_text and not (self.recipe.train.train_text_encoder or self.encodes_ahead):
             self._text_states(1)
 
     @torch.no_grad()
@@ -260,10 +285,13 @@ class _Rehearsal:
 
     @torch.no_grad()
     def _text_states(self, count: int) -> Tensor:
+        """Return the text encoders' output for `count` prompts: stored encodings, or computed here."""
+        if self.encodes_ahead:
+            return self.parts.family.blank_text(self.encoders, count)
         return self.parts.text(self._token_ids(count)).float()
 
     def _token_ids(self, count: int) -> Tensor:
-        return self.parts.blank_tokens(count)
+        return self.parts.family.blank_tokens(self.encoders, count)
 
     def _photo_size(self) -> Size:
         """Return the assumed size of the photos, because a plan reads no photos.

@@ -127,12 +127,14 @@ def host_gib(recipe: Recipe, prediction: Prediction) -> float:
     """Return the GiB of host memory that a run needs: for the process, for offloaded tensors, and for weights.
 
     Trained weights are in host memory in fp32 while they are loaded or written. With an adapter, the weights of the
-    base model are in host memory too: in the compute precision, or in fp32 if the adapter is merged at the end.
+    base model are in host memory too: in the compute precision, or in fp32 if the adapter is merged at the end. Text
+    encoders that are released before the denoiser is loaded are in host memory alone.
     """
     method = recipe.method
-    half = recipe.precision.dtype is not Dtype.fp32 and not method.merge
-    base = prediction.frozen_parameters * method.low_rank * (2 if half else 4)
-    return PROCESS_GIB + (prediction.host_bytes + 4 * prediction.trained_parameters + base) / GIB
+    size = 2 if recipe.precision.dtype is not Dtype.fp32 else 4
+    base = prediction.frozen_parameters * method.low_rank * (4 if method.merge else size)
+    run = prediction.host_bytes + 4 * prediction.trained_parameters + base
+    return PROCESS_GIB + max(run, size * prediction.encoder_parameters) / GIB
 
 
 def disk_gib(recipe: Recipe, prediction: Prediction) -> float:
@@ -141,7 +143,7 @@ def disk_gib(recipe: Recipe, prediction: Prediction) -> float:
     While a checkpoint is written, the disk contains one checkpoint more than `checkpoint.keep`.
     """
     trained = 4 * prediction.trained_parameters
-    base = trained + 4 * prediction.frozen_parameters
+    base = trained + 4 * (prediction.frozen_parameters + prediction.encoder_parameters)
     checkpoint = trained * (3 + recipe.train.use_ema)
     model = 2 * trained if recipe.method.low_rank and not recipe.method.merge else base
     return ((recipe.checkpoint.keep + 1) * checkpoint + model + base) / GIB
