@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dreambooth.config.enums import Device, Dtype, MethodKind
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
 from dreambooth.models import families, text_encoders
-from dreambooth.models.loading import encode_prompts, load
+from dreambooth.models.loading import encode_prompts, exact_frozen, load
 from dreambooth.models.pipeline import Sampler, build_pipeline, generate_images
 from tests.support.configs import small_recipe
 from tests.support.faults import call, train
@@ -85,6 +85,21 @@ def test_a_second_run_loads_no_text_encoder(
     (changed / "tokenizer/special.json").write_text("{}")
     with pytest.raises(TypeError):  # another tokenizer: the text encoders would be loaded
         encode_prompts(replace(recipe, source=str(changed)), device, [PROMPT])
+
+
+def test_an_exported_model_has_the_text_encoder_of_the_source(flow_bases: dict[str, Path], tmp_path: Path) -> None:
+    """In the precision of its file, although the run computes in another one."""
+    source = shutil.copytree(flow_bases["z_image"], tmp_path / "bf16")
+    weights = load_file(source / "text_encoder/model.safetensors")
+    weights = {name: value.to(torch.bfloat16) for name, value in weights.items()}
+    save_file(weights, source / "text_encoder/model.safetensors", {"format": "pt"})
+    config = source / "text_encoder/config.json"
+    config.write_text(config.read_text().replace("float32", "bfloat16"))
+    recipe = replace(recipe_for("z_image", flow_bases), source=str(source), run_root=tmp_path)
+    whole = exact_frozen(load(recipe, torch.device("cpu")), recipe)
+    [encoder] = whole.encoders
+    assert whole.encodings is None and encoder.dtype is torch.bfloat16
+    assert all(value.equal(weights[name]) for name, value in encoder.state_dict().items())
 
 
 @pytest.mark.parametrize("family", FLOW_FAMILIES)
