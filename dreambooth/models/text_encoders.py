@@ -1,11 +1,12 @@
 """Loads text encoders, and encodes the prompts of runs whose text encoders leave before the denoiser is loaded."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
@@ -46,8 +47,13 @@ def open_encodings(recipe: Recipe, family: Family, tokenizers: Sequence[Any], dt
     """
     def encode(prompts: Sequence[str]) -> Iterator[Tensor]:
         ids = [family.tokens(tokenizers, prompt) for prompt in prompts]
+        # With fp32, layers are stored in the precision of their files: half of the memory, and the same results.
+        stored: torch.dtype | Literal["auto"] = "auto" if dtype is torch.float32 else dtype
         encoders = [encoder.requires_grad_(False).eval().to(device) for encoder in load(
-            recipe, family, dtype, **options)]
+            recipe, family, stored, **options)]
+        if dtype is torch.float32:
+            for encoder in encoders:
+                compute_in_fp32(encoder)
         for prompt, row in zip(prompts, ids, strict=True):
             with torch.no_grad():
                 text = family.text(encoders, row.to(device))
@@ -60,6 +66,31 @@ def open_encodings(recipe: Recipe, family: Family, tokenizers: Sequence[Any], dt
             torch.cuda.empty_cache()  # otherwise the allocator keeps the freed memory, in blocks of the encoders' sizes
 
     return PromptEncodings(recipe.run_root / prompt_encodings.FOLDER, _key(recipe, family, dtype), encode, device)
+
+
+def compute_in_fp32(encoder: nn.Module) -> None:
+    """Make a text encoder compute in fp32, while its layers are stored in half precision.
+
+    Each layer is converted to fp32 when it computes, and back afterwards, which changes no weight. The other parts,
+    such as embeddings, are converted once. The results are those of a text encoder that was loaded in fp32.
+    """
+    layers = [layer for module in encoder.modules() if isinstance(module, nn.ModuleList) for layer in module]
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    for module in encoder.modules():
+        if id(module) not in inside:
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.float()
+    inner = {id(module) for layer in layers for module in layer.modules() if module is not layer}
+    for layer in layers:
+        stored = next((p.dtype for p in layer.parameters()), torch.float32)
+        if id(layer) not in inner and stored is not torch.float32:
+            layer.register_forward_pre_hook(partial(_convert, torch.float32))
+            layer.register_forward_hook(partial(_convert, stored))
+
+
+def _convert(dtype: torch.dtype, module: nn.Module, *_: Any) -> None:
+    module.to(dtype)
 
 
 def file_bytes(recipe: Recipe, family: Family) -> int:

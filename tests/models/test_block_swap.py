@@ -1,8 +1,11 @@
 """Block swap on a CPU: the schedule, equal results, and that no block computes from host memory."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,3 +153,52 @@ def test_moving_the_model_leaves_swapped_blocks_and_moves_their_adapters() -> No
 def test_more_blocks_than_there_are_is_refused() -> None:
     with pytest.raises(UserError, match=r"has 2 blocks and memory\.swap_blocks=3: type memory\.swap_blocks=2 or fewer"):
         BlockSwap([nn.Linear(2, 2), nn.Linear(2, 2)], 3, torch.device("cpu"))
+
+
+class FakeStreams:
+    """Stands for torch.cuda: records what each copy and each block waits for, without a GPU."""
+
+    def __init__(self) -> None:
+        self.computed = 0  # number of blocks that are queued on the stream that computes
+        self.waited_for: list[object] = []  # events that this stream waits for
+        self.copy_follows = -1  # number of queued blocks that the copying stream waits for
+        self.copies: list[int] = []  # number of queued blocks that each copy waits for
+
+    def Stream(self, device: torch.device) -> "FakeStreams":
+        return self
+
+    def Event(self) -> Any:
+        return SimpleNamespace(record=lambda stream: self.copies.append(self.copy_follows))
+
+    def current_stream(self, device: torch.device) -> "FakeStreams":
+        return self
+
+    def stream(self, stream: "FakeStreams") -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def wait_stream(self, stream: "FakeStreams") -> None:
+        self.copy_follows = self.computed
+
+    def wait_event(self, event: object) -> None:
+        self.waited_for.append(event)
+
+
+def test_on_a_gpu_copies_and_blocks_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy waits for the last use of its slot, a block waits for its copy, and the next copy is queued before it."""
+    blocks = [nn.Linear(4, 4).requires_grad_(False) for _ in range(5)]
+    swap = BlockSwap(blocks, 5, torch.device("cpu"))
+    streams = FakeStreams()
+    monkeypatch.setattr("dreambooth.models.block_swap.torch.cuda", streams)
+    swap.cuda, swap._stream = True, streams
+    last_use = [0, 0]  # number of blocks that were queued when a block in this slot was queued
+    visits = [*range(5), *range(4, -1, -1)] * 2
+    for visit, (position, following) in enumerate(pairwise([*visits, 0]), start=1):
+        before = list(swap._arrived)
+        swap.enter(position, with_gradient=True)
+        slot = swap.resident.index(position)
+        assert streams.waited_for[-1] is swap._arrived[slot] is not None
+        for number in range(2):
+            assert swap._arrived[number] is before[number] or streams.copies[-1] >= last_use[number]
+        assert swap.is_present(following), "it is copied while this block computes"
+        streams.computed = last_use[slot] = visit
+    assert len(streams.copies) == swap.copies == 5 + 3 * 3

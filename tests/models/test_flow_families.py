@@ -1,5 +1,6 @@
 """Tiny models of the families of flow matching: they train, resume, sample and export, and agree with diffusers."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -87,14 +88,36 @@ def test_a_second_run_loads_no_text_encoder(
         encode_prompts(replace(recipe, source=str(changed)), device, [PROMPT])
 
 
+def text_encoders_in_bf16(source: Path, target: Path) -> Path:
+    """A copy of a model whose text encoders are files in bf16."""
+    shutil.copytree(source, target)
+    for path in target.glob("text_encoder*/model.safetensors"):
+        weights = {name: value.to(torch.bfloat16) for name, value in load_file(path).items()}
+        save_file(weights, path, {"format": "pt"})
+        config = path.with_name("config.json")
+        config.write_text(config.read_text().replace("float32", "bfloat16"))
+    return target
+
+
+@pytest.mark.parametrize("family", FLOW_FAMILIES)
+def test_text_encoders_in_bf16_compute_in_fp32(family: str, flow_bases: dict[str, Path], tmp_path: Path) -> None:
+    """As if their files were fp32; no layer stays in fp32."""
+    source = str(text_encoders_in_bf16(flow_bases[family], tmp_path / "bf16"))
+    encoded, plain = (replace(recipe_for(family, flow_bases, memory__cache_text=cached), source=source,
+                              run_root=tmp_path) for cached in (True, False))
+    encode_prompts(encoded, torch.device("cpu"), [PROMPT])
+    parts = load(plain, torch.device("cpu"))
+    assert load(encoded, torch.device("cpu")).frozen_text(PROMPT).equal(parts.frozen_text(PROMPT))
+    for encoder in text_encoders.load(encoded, parts.family, "auto", local_files_only=True):
+        text_encoders.compute_in_fp32(encoder)
+        small = {name for name, p in encoder.named_parameters() if p.dtype is not torch.float32}
+        assert small == {name for name, _ in encoder.named_parameters() if re.search(r"(layers|block)\.\d", name)}
+
+
 def test_an_exported_model_has_the_text_encoder_of_the_source(flow_bases: dict[str, Path], tmp_path: Path) -> None:
     """In the precision of its file, although the run computes in another one."""
-    source = shutil.copytree(flow_bases["z_image"], tmp_path / "bf16")
+    source = text_encoders_in_bf16(flow_bases["z_image"], tmp_path / "bf16")
     weights = load_file(source / "text_encoder/model.safetensors")
-    weights = {name: value.to(torch.bfloat16) for name, value in weights.items()}
-    save_file(weights, source / "text_encoder/model.safetensors", {"format": "pt"})
-    config = source / "text_encoder/config.json"
-    config.write_text(config.read_text().replace("float32", "bfloat16"))
     recipe = replace(recipe_for("z_image", flow_bases), source=str(source), run_root=tmp_path)
     whole = exact_frozen(load(recipe, torch.device("cpu")), recipe)
     [encoder] = whole.encoders
