@@ -27,10 +27,12 @@ class Promote(Section):
     max_class_similarity: float | None = None
     replace: bool = False
     allow_unmeasured: bool = False
+    min_prompt_fidelity: float | None = None
 
     def __post_init__(self) -> None:
-        bound = self.max_class_similarity
-        require("", {"max_class_similarity": (bound is None or finite(bound, -1, 1), f"from -1 to 1, not {bound}")})
+        most, least = self.max_class_similarity, self.min_prompt_fidelity
+        require("", {"max_class_similarity": (most is None or finite(most, -1, 1), f"from -1 to 1, not {most}"),
+                     "min_prompt_fidelity": (least is None or finite(least, 0, 1), f"from 0 to 1, not {least}")})
 
 
 ConfigStore.instance().store(name="promote_schema", node=Promote, provider="dreambooth")
@@ -52,7 +54,8 @@ def _job(cfg: DictConfig) -> None:
 
     print(promotion_message(promotion.promote(sweep, Path(options.run_root), promotion.PromotionOptions(
         options.uri, options.experiment, options.name, options.objective, options.max_class_similarity,
-        options.replace, options.default_uri, allow_unmeasured=options.allow_unmeasured))))
+        options.replace, options.default_uri, allow_unmeasured=options.allow_unmeasured,
+        min_prompt_fidelity=options.min_prompt_fidelity))))
 
 
 def main() -> None:

@@ -8,8 +8,9 @@ with the paper's encoder.
 Imports neither torch nor Hydra.
 """
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +19,15 @@ from dreambooth.config.enums import EncoderKind
 from dreambooth.config.section import Section, require
 from dreambooth.utils.assets import resolve_asset
 
+SCENE_BORDERS = "scene_borders.json"  # in the folder of a base model, see evaluation/scene_borders.py
+BORDER = "border"  # takes the place of an encoder in the name of the measure that SCENE_BORDERS makes possible
+PROMPT_FIDELITY = "prompt_fidelity"
 INSTANCE_LOSS = "instance_loss"  # an objective that needs no generated images, see training/instance_loss.py
 
 HIGHER_IS_BETTER = {  # role -> whether a higher value is better
     "subject_similarity": True,  # similarity between generated images of the subject and its photos
     "text_similarity": True,  # similarity between generated images and their prompts
+    PROMPT_FIDELITY: True,  # share of images whose surroundings are those that their prompt describes
     "diversity": True,  # distance between the images of one prompt
     "class_similarity": False,  # similarity between class images and photos of the subject; high if the class collapsed
     "class_drift": False,  # distance between images of the class and those that the base model generates
@@ -49,13 +54,14 @@ class Evaluate(Section):
     objective: str = INSTANCE_LOSS
     promote: bool = False
     max_class_similarity: float | None = None
+    min_prompt_fidelity: float | None = None
     dino: str = "facebook/dino-vits16"
     clip: str = "openai/clip-vit-base-patch32"
     lpips: str | None = None
     offline: bool = True
 
     def __post_init__(self) -> None:
-        bound = self.max_class_similarity
+        bound, fidelity = self.max_class_similarity, self.min_prompt_fidelity
         require("evaluate", {
             "every": (self.every is None or self.every >= 1, f"1 or more, or null for the end only, not {self.every}"),
             "images_per_prompt": (self.images_per_prompt >= 1, f"1 or more, not {self.images_per_prompt}"),
@@ -63,6 +69,8 @@ class Evaluate(Section):
             "seed": (0 <= self.seed < 2**63, f"from 0 to 2**63 - 1, not {self.seed}"),
             "max_class_similarity": (bound is None or -1 <= bound <= 1,
                                      f"from -1 to 1, or null for no bound, not {bound}"),
+            "min_prompt_fidelity": (fidelity is None or 0 <= fidelity <= 1,
+                                    f"from 0 to 1, or null for no bound, not {fidelity}"),
         })
 
     @property
@@ -85,21 +93,48 @@ def measure_name(role: str, encoder: str) -> str:
     return _PAPER_NAMES.get((role, encoder), f"{role}_{encoder}")
 
 
-def measure_roles(evaluate: Evaluate, class_prompt: str) -> dict[str, str]:
+def measure_roles(evaluate: Evaluate, class_prompt: str, source: str = "") -> dict[str, str]:
     """Return what each measure of a run measures (its role, such as subject_similarity), by the measure's name.
 
     Several measures may have the same role. In the text that `parse_sum` parses, the role stands for the first of them.
+
+    Args:
+        source: the setting model.source.
     """
-    encoders = evaluate.encoders
-    encoders = ("lpips",) * (evaluate.lpips is not None and bool(encoders)) + encoders
-    return {measure_name(role, encoder): role for encoder in encoders for role in HIGHER_IS_BETTER
-            if (encoder != "lpips" or role == "diversity") and (encoder == "clip" or role != "text_similarity")
+    try:
+        templates = eval_prompts.read_templates(evaluate.prompts)
+    except ValueError:  # the file is not on this machine
+        templates = []
+    special = (BORDER,) * _names_scene(templates, source) + ("lpips",) * (evaluate.lpips is not None)
+    encoders, only = evaluate.encoders, {BORDER: PROMPT_FIDELITY, "lpips": "diversity"}
+    has_class = bool(class_prompt.strip())
+    return {measure_name(role, encoder): role
+            for encoder in (*special, *encoders) * bool(encoders) for role in HIGHER_IS_BETTER
+            if role == only.get(encoder, role) and (encoder == "clip" or role != "text_similarity")
             and (role != "diversity" or evaluate.images_per_prompt > 1)
-            and (bool(class_prompt.strip()) or not role.startswith("class_"))}
+            and (role != PROMPT_FIDELITY or encoder == BORDER or (has_class and len(templates) != 1))
+            and (has_class or not role.startswith("class_"))}
 
 
-def problems(evaluate: Evaluate, class_prompt: str) -> Iterator[str]:
-    """Yield one sentence for each broken rule of the group evaluate that involves several keys or files."""
+def _names_scene(templates: Sequence[str], source: str) -> bool:
+    """Return whether a template names a scene whose border is described in the file SCENE_BORDERS of a base model.
+
+    Args:
+        source: the setting model.source.
+    """
+    try:
+        scenes = json.loads((Path(resolve_asset(source)) / SCENE_BORDERS).read_text(encoding="utf-8"))["scenes"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return any(scene["phrase"] in template for scene in scenes.values() for template in templates)
+
+
+def problems(evaluate: Evaluate, class_prompt: str, source: str) -> Iterator[str]:
+    """Yield one sentence for each broken rule of the group evaluate that involves several keys or files.
+
+    Args:
+        source: the setting model.source.
+    """
     try:
         eval_prompts.read_templates(evaluate.prompts)
     except ValueError as error:
@@ -113,7 +148,7 @@ def problems(evaluate: Evaluate, class_prompt: str) -> Iterator[str]:
         if text is None or (key == "objective" and text == INSTANCE_LOSS):
             continue
         try:
-            parse_sum(text, measure_roles(evaluate, class_prompt))
+            parse_sum(text, measure_roles(evaluate, class_prompt, source))
         except ValueError as error:
             yield f"evaluate.{key} {error}"
 

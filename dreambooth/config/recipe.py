@@ -120,8 +120,8 @@ class Recipe:
 
     @property
     def evaluated_prompts(self) -> set[str]:
-        """All prompts from which an evaluation generates pictures."""
-        return {*self.evaluate_prompts, self.class_prompt}
+        """All prompts from which an evaluation generates pictures, of the trained model and of the base model."""
+        return {*self.evaluate_prompts, *self.evaluate_texts, self.class_prompt}
 
     @property
     def two_passes(self) -> bool:
@@ -162,7 +162,7 @@ class Recipe:
 
         The dictionary is empty if there is no evaluation.
         """
-        return evaluate.measure_roles(self.evaluate, self.class_prompt)
+        return evaluate.measure_roles(self.evaluate, self.class_prompt, self.source)
 
     def _for_subject(self, subject: Subject) -> "Recipe":
         if not self.dataset.concepts:

@@ -35,7 +35,7 @@ def problems(config: Config, device: str, machine: Machine | None) -> Iterator[s
     yield from _device_problems(config, device, machine)
     yield from _data_problems(config)
     yield from _training_problems(config)
-    yield from evaluate.problems(config.evaluate, config.dataset.subjects[0].class_prompt or "")
+    yield from evaluate.problems(config.evaluate, config.dataset.subjects[0].class_prompt or "", config.model.source)
     yield from _memory_problems(config)
     if config.evaluate.promote and config.tracking.kind is TrackingKind.none:
         yield "evaluate.promote=true registers in MLflow: type tracking=mlflow"

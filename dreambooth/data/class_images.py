@@ -65,7 +65,7 @@ def find(recipe: Recipe) -> ClassImages:
     are reused. If one of these images is damaged, log a warning, and count the image as missing.
     """
     user_paths = list_photos(recipe.class_dir) if recipe.class_dir else []
-    key, seed_key = _digest(_origin(recipe)), _digest(_origin(recipe, batch=False))
+    key, seed_key = digest(_origin(recipe)), digest(_origin(recipe, batch=False))
     slug = re.sub(r"[^a-z0-9]+", "-", recipe.class_prompt.lower()).strip("-")[:40]
     folder = recipe.run_root / "class_images" / f"{slug}-{key}"
     needed = [(folder / f"{i:05d}.png", rng.seed(seed_key, i))
@@ -129,25 +129,31 @@ def generate_missing(
         tick(len(missing.intersection(chunk)))
 
 
-def _digest(origin: dict[str, object]) -> str:
+def digest(origin: dict[str, object]) -> str:
+    """Return a hash of settings, for the name of a folder."""
     return sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def _origin(recipe: Recipe, batch: bool = True) -> dict[str, object]:
-    """Return the settings that determine the generated images. If `batch` is false, leave out the size of batches.
+    """Return the settings that determine the class images. The seeds are computed from them without `batch`."""
+    return origin(recipe, recipe.class_prompt, sampler_settings(recipe), batch)
 
-    The folder name contains a hash of these settings. The seeds of the images are computed from the settings without
-    the size of batches. Do not change a key or a value: otherwise later runs would not find the images of earlier runs.
+
+def origin(recipe: Recipe, prompt: object, sampler: Sampler, batch: bool = True) -> dict[str, object]:
+    """Return the settings that determine images of the base model. If `batch` is false, leave out the size of batches.
+
+    The names of the folders of class images and of evaluation/base_images.py contain a hash of these settings. Do not
+    change a key or a value: otherwise later runs would not find the images of earlier runs.
     """
     optional = {"vae": recipe.model.vae, "zero_terminal_snr": recipe.model.zero_terminal_snr,
                 "vae_weights": atomic_files.weights_digest(Path(recipe.vae_source)) if recipe.vae_source else None}
     size = sample_batch_size_if_changed(recipe.model.name, recipe.prior.sample_batch_size) if batch else {}
     return {key: value for key, value in optional.items() if value} | size | {
-        "prompt": recipe.class_prompt,
+        "prompt": prompt,
         "source": recipe.model.source,
         "revision": recipe.model.revision,
         "variant": recipe.model.variant,
         "weights": atomic_files.weights_digest(Path(recipe.source)),
         "precision": recipe.precision.label,
-        "sampler": {"name": "dpmsolver++", **asdict(sampler_settings(recipe))},
+        "sampler": {"name": "dpmsolver++", **asdict(sampler)},
     }

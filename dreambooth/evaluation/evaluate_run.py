@@ -38,10 +38,10 @@ def evaluate_run(recipe: Recipe) -> dict[str, float]:
     console, scorer = Console(), Scorer(recipe)
     with locked(recipe.run_dir), track_run(recipe, main=True, update_status=False) as tracker:
         evaluator = Evaluator(recipe, scorer, tracker, engine, StopRequest())  # signals end this command at once
-        missing = [number for number in (0, step) if number not in evaluator.scores()]
-        with console.bar("images", evaluator.num_images * len(missing)) as bar:
+        images = {number: evaluator.num_images(number) for number in (0, step)}
+        with console.bar("images", sum(images.values())) as bar:
             for number, load_parts in ((0, _load_base), (step, _load_trained)):
-                pipeline = build_pipeline(load_parts(recipe, engine.device)) if number in missing else None
+                pipeline = build_pipeline(load_parts(recipe, engine.device)) if images[number] else None
                 evaluator.evaluate(number, pipeline, tick=bar.tick)
         scores = evaluator.scores()
     console.table(score_table(scores[step], scores[0], recipe))

@@ -7,6 +7,8 @@ Ruiz et al. 2023, arXiv:2208.12242, sections 4.1 (evaluation metrics) and 4.3 (a
     PRES          mean_similarity(class images, real)   collapse of the class onto the subject, lower is better
     DIV           mean_distance(LPIPS within a prompt)  diversity, higher is better
 
+Two measures are not from the paper: class_drift and retrieval_accuracy.
+
 These functions do not depend on the encoder; scoring.py calls them for each encoder, and names the measures. Embeddings
 need not be normalised. All computation is in fp64, and every measure is a 0-d fp64 tensor.
 """
@@ -48,6 +50,31 @@ def prompt_similarity(images: Tensor, prompts: Tensor) -> Tensor:
     if len(images) != len(prompts):
         raise ValueError(f"one prompt per image is needed, not {len(prompts)} prompts for {len(images)} images")
     return (_unit(images) * _unit(prompts)).sum(1).mean()
+
+
+def retrieval_accuracy(images: Tensor, prompts: Tensor, references: Tensor, reference_prompts: Tensor) -> Tensor:
+    """Return the share of images whose nearest prompt, represented by reference images, is their own prompt.
+
+    The nearest prompt is that with the highest mean cosine similarity of its references to the image. The mean of all
+    references is subtracted from every embedding first, so that only their differences count. This measure is not from
+    the paper. It needs no text encoder: images of the base model represent what a prompt means.
+
+    Args:
+        images: embeddings of the images, (N, D).
+        prompts: the number of the prompt of each image, (N,).
+        references: embeddings of reference images, (M, D).
+        reference_prompts: the number of the prompt of each reference image, (M,). Every number in `prompts` occurs.
+
+    Raises:
+        ValueError: an argument has no rows, or the widths differ.
+    """
+    _check(images, references)
+    centre = references.double().mean(0)
+    similarities = _unit(images.double() - centre) @ _unit(references.double() - centre).T
+    candidates = sorted(set(reference_prompts.tolist()))
+    by_prompt = torch.stack([similarities[:, reference_prompts == number].mean(1) for number in candidates], 1)
+    nearest = torch.tensor(candidates)[by_prompt.argmax(1)]
+    return (nearest == prompts).double().mean()
 
 
 def mean_distance(distances: Tensor) -> Tensor:

@@ -10,17 +10,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreambooth.config.evaluate import measure_name
+from dreambooth.config.evaluate import BORDER, PROMPT_FIDELITY, measure_name
 from dreambooth.evaluation import metrics
 from dreambooth.evaluation.encoders import Encoder
 from dreambooth.evaluation.lpips import Lpips
+from dreambooth.evaluation.scene_borders import SceneBorders
 
+OUTER = 1 / 8  # of the side: width of the region in which prompt_fidelity compares surroundings, without the subject
 Images = Sequence[Image.Image]
 
 
 def score(
     reference: Images, generated: Mapping[str, Images], encoders: Sequence[Encoder], *,
     class_images: Images = (), base_class_images: Images = (), lpips: Lpips | None = None,
+    base_images: Mapping[str, Images] | None = None, class_prompt: str = "", borders: SceneBorders | None = None,
 ) -> dict[str, float]:
     """Score images of a subject. config/evaluate.py names the measures, and metrics.py defines them.
 
@@ -34,6 +37,10 @@ def score(
             no class_drift.
         lpips: the network for the measure DIV; None: no DIV. In both cases each encoder gives a measure of diversity
             with another name: the mean cosine distance of its embeddings.
+        base_images: images that the base model generates from each prompt of `generated`; None, or only one prompt: no
+            encoder measures prompt_fidelity.
+        class_prompt: a prompt that describes no surroundings. It is not counted in prompt_fidelity.
+        borders: the borders of the base model's scenes; None: no prompt_fidelity by borders.
 
     Returns:
         The value of each measure by name, such as {"dino": 0.61, ...} or
@@ -49,6 +56,8 @@ def score(
         if (prompts := encoder.embed_texts(list(generated))) is not None:
             rows = [list(generated).index(prompt) for prompt in prompt_of_image]
             values["text_similarity"] = metrics.prompt_similarity(subject, prompts.cpu()[rows])
+        if base_images and len(base_images) > 1:
+            values |= _prompt_fidelity(encoder, generated, base_images, class_prompt)
         if groups:
             values["diversity"] = _mean_diversity([metrics.cosine_distances(embed(images)) for images in groups])
         if class_images:
@@ -59,6 +68,8 @@ def score(
     if lpips is not None and groups:
         distances = [lpips.distances(to_pixels(images)) for images in groups]
         scores[measure_name("diversity", "lpips")] = float(_mean_diversity(distances))
+    if borders is not None and (fidelity := borders.fidelity(generated)) is not None:
+        scores[measure_name(PROMPT_FIDELITY, BORDER)] = fidelity
     return scores
 
 
@@ -66,6 +77,36 @@ def to_pixels(images: Images) -> Tensor:
     """Convert images of equal size to a tensor (N, 3, H, W), fp32 in [0, 1]."""
     stacked = np.stack([np.asarray(image.convert("RGB")) for image in images])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
+
+
+def mask_subject(pixels: Tensor) -> Tensor:
+    """Return images (N, 3, H, W) in which only the outer region is left: the rest, where the subject is, is grey.
+
+    The outer region is a strip at the top and at both sides. The bottom is not part of it, because the subject stands
+    there.
+    """
+    height, width = pixels.shape[2:]
+    top, side = round(height * OUTER), round(width * OUTER)
+    masked = pixels.clone()
+    masked[:, :, top:, side:width - side] = 0.5
+    return masked
+
+
+def _prompt_fidelity(encoder: Encoder, generated: Mapping[str, Images], base_images: Mapping[str, Images],
+                     class_prompt: str) -> dict[str, Tensor]:
+    """Return the measure prompt_fidelity by its role; {} if `class_prompt` is the only prompt of `generated`.
+
+    It is the share of images whose outer region is nearest, among the base model's images of all prompts, to those of
+    their own prompt.
+    """
+    def embed(by_prompt: Mapping[str, Images]) -> tuple[Tensor, Tensor]:
+        numbers = torch.tensor([numbered[prompt] for prompt, images in by_prompt.items() for _ in images])
+        images = [image for images in by_prompt.values() for image in images]
+        return encoder.embed_images(mask_subject(to_pixels(images))).cpu(), numbers
+
+    numbered = {prompt: number for number, prompt in enumerate(base_images)}
+    described = {prompt: images for prompt, images in generated.items() if prompt != class_prompt}
+    return {PROMPT_FIDELITY: metrics.retrieval_accuracy(*embed(described), *embed(base_images))} if described else {}
 
 
 class _CachedEmbeddings:

@@ -32,7 +32,8 @@ LATER_KEYS: dict[str, Any] = {
 NEUTRAL_VALUES = {"ema_every": 1, "weights": "full", "rounding": None}  # memory values that leave results unchanged
 DEFAULT_FLOW = {"timestep_sampling": "logit_normal", "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29,
                 "shift": None, "loss_weighting": "none"}  # flow values that are left out of the hash
-NOT_SELECTING = ("offline", "objective", "promote", "max_class_similarity")  # evaluate keys that select no weights
+NOT_SELECTING = ("offline", "objective", "promote", "max_class_similarity",
+                 "min_prompt_fidelity")  # evaluate keys that select no weights
 
 
 def register_resolver() -> None:

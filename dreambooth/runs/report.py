@@ -95,11 +95,12 @@ def promotion_message(promotion: Mapping[str, Any]) -> str:
     Args:
         promotion: the return value of `promote` or `register_run` in sweeps/promotion.py.
     """
-    measure = promotion["class_similarity"]
-    similarity = f", {measure['name']} {measure['value']:.3f}" if measure else ", class_similarity not measured"
+    scores = "".join(
+        f", {measure['name']} {measure['value']:.3f}" if (measure := promotion[role]) else f", {role} not measured"
+        for role in ("class_similarity", "prompt_fidelity"))
     replaced = f" instead of version {promotion['replaced']}" if promotion["replaced"] else ""
     return (f"{promotion['name']} version {promotion['version']} is {promotion['alias']}{replaced}: "
-            f"{promotion['run']}, {promotion['objective_name']} {promotion['objective']:.4f}{similarity}. "
+            f"{promotion['run']}, {promotion['objective_name']} {promotion['objective']:.4f}{scores}. "
             f"Load it as {promotion['model_uri']} from MLflow at {promotion['server']}")
 
 

@@ -19,7 +19,7 @@ from dreambooth.sweeps.summary import (
     trial_title,
     varied_settings,
 )
-from dreambooth.sweeps.trials import Trial, reason_over_bound
+from dreambooth.sweeps.trials import Bounds, Trial, reason_out_of_bounds
 from dreambooth.tracking import svg_charts
 from dreambooth.tracking.svg_charts import colour, format_number
 from dreambooth.utils import atomic_files
@@ -125,7 +125,7 @@ def _table(trials: Sequence[Trial], names: Sequence[str]) -> str:
     heads = "".join(f'<th class="n" title="{escape(name)}">{escape(role.replace("_", " "))} '
                     f'{"↑" if HIGHER_IS_BETTER[role] else "↓"}</th>' for name, role in roles.items())
     best = next((i for i, trial in enumerate(trials)
-                 if finished_objective(trial) is not None and not reason_over_bound(trial, None)), -1)
+                 if finished_objective(trial) is not None and not reason_out_of_bounds(trial, Bounds())), -1)
     rows = []
     for i, (trial, name) in enumerate(zip(trials, names, strict=True)):
         objective, result = finished_objective(trial), trial.result or {}
@@ -153,17 +153,18 @@ def _format_seconds(result: Mapping[str, Any]) -> str:
 
 
 def _badge(trial: Trial, best: bool) -> str:
-    """Return the label of a trial as HTML: "best", "over the bound", or an empty string.
+    """Return the label of a trial as HTML: "best", "out of bounds", or an empty string.
 
-    "over the bound" means that the trial must not be promoted because of its class_similarity (`reason_over_bound`).
+    "out of bounds" means that the trial must not be promoted because of its class_similarity or prompt_fidelity
+    (`reason_out_of_bounds`).
 
     Args:
         best: whether the trial is the best of the sweep.
     """
     if best:
         return "<em>best</em>"
-    reason = reason_over_bound(trial, None) if finished_objective(trial) is not None else None
-    return f'<em class=warn title="{escape(reason)}">over the bound</em>' if reason else ""
+    reason = reason_out_of_bounds(trial, Bounds()) if finished_objective(trial) is not None else None
+    return f'<em class=warn title="{escape(reason)}">out of bounds</em>' if reason else ""
 
 
 def _image_grid(names: Sequence[str], prompts: Sequence[str], images: Sequence[Mapping[int, Sequence[str]]],

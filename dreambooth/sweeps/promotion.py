@@ -3,18 +3,22 @@
 A model becomes the champion of its registered name if
 
 1. its objective is a finite number, is lower than the objective of the current champion, and is the lowest among
-   those trials of the sweep that satisfy rule 3;
+   those trials of the sweep that satisfy rules 3 and 4;
 2. the current champion was trained on the same photos, because objectives on other photos cannot be compared;
 3. its `class_similarity` (PRES in the DreamBooth paper, here measured with any encoder) is within a bound, because
    images of the class must not resemble photos of the subject. The bound is the option max_class_similarity. If this
    option is not set, the bound is evaluate.max_class_similarity of the run. If this is not set either, the bound is
    class_similarity before training plus CLASS_SIMILARITY_MARGIN. A model whose class_similarity was not measured
-   becomes the champion only with the option allow_unmeasured.
+   becomes the champion only with the option allow_unmeasured;
+4. its `prompt_fidelity` is within a bound, because images must show the surroundings that their prompts describe. The
+   bound is the option min_prompt_fidelity, evaluate.min_prompt_fidelity of the run, or prompt_fidelity before training
+   minus PROMPT_FIDELITY_MARGIN. Earlier versions of this package did not measure prompt_fidelity; a model without it
+   satisfies the default bound.
 
 With the option `replace`, the best model of the sweep becomes the champion without a comparison with the current
 champion. The registry moves the alias to the new version and keeps the version of the previous champion. A run with
 evaluate.promote=true registers its own model when it ends: as champion if the rules allow it, otherwise as `candidate`.
-A model whose class_similarity exceeds the bound is not registered.
+A model that violates rule 3 or rule 4 is not registered.
 
 A promotion has three steps: it reads the champion, compares, and sets the alias. MLflow has no operation that does all
 three at once, so simultaneous promotions can interfere. Each promotion therefore marks its version with a tag during
@@ -32,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.config import validation
+from dreambooth.config.evaluate import PROMPT_FIDELITY
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
 from dreambooth.runs.report import promotion_message
@@ -39,11 +44,13 @@ from dreambooth.runs.run_folder import locked
 from dreambooth.serialization import export_layout
 from dreambooth.sweeps.trials import (
     CLASS_SIMILARITY,
+    Bounds,
     Trial,
+    find_broken_bounds,
     load_trial,
     load_trials,
     reason_not_checked,
-    reason_over_bound,
+    reason_out_of_bounds,
 )
 from dreambooth.tracking.mlflow_database import database_uri, is_local
 from dreambooth.tracking.model_registry import CANDIDATE, CHAMPION, Registry, Version
@@ -67,12 +74,18 @@ class PromotionOptions:
     experiment: str = "dreambooth"
     name: str | None = None  # name of the registered model; None: the name of the run
     objective: str | None = None  # objective of the comparison; None: evaluate.objective of the run
-    max_class_similarity: float | None = None  # None: the run's own bound, see reason_over_bound
+    max_class_similarity: float | None = None  # None: the run's own bound, see find_broken_bounds
     replace: bool = False  # whether to replace the current champion without a comparison
     default_uri: str | None = None  # used if no server has the run; None: SQLite file beside the run folders
     uri_key: str = "uri"  # key with which the user can name another server, for messages
     key_prefix: str = ""  # prefix of the keys with which the user can change the rules, for messages
     allow_unmeasured: bool = False  # whether a model may be champion if its class_similarity was not measured
+    min_prompt_fidelity: float | None = None  # None: the run's own bound, see find_broken_bounds
+
+    @property
+    def bounds(self) -> Bounds:
+        """The bounds that the user has set."""
+        return Bounds(self.max_class_similarity, self.min_prompt_fidelity)
 
 
 def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, Any]:
@@ -99,7 +112,7 @@ def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, 
 
 
 def choose_best(finished: Sequence[Trial], sweep: str, options: PromotionOptions) -> Trial:
-    """Return the trial with the lowest objective among those that satisfy rules 1 and 3 of this module.
+    """Return the trial with the lowest objective among those that satisfy rules 1, 3 and 4 of this module.
 
     Args:
         finished: trials that have a result.
@@ -111,16 +124,13 @@ def choose_best(finished: Sequence[Trial], sweep: str, options: PromotionOptions
     objective = _common_objective(finished, options.objective)
     ranked = sorted((trial for trial in finished if math.isfinite(trial.objective(objective))),
                     key=lambda trial: trial.objective(objective))
-    bound = options.max_class_similarity
-    unchecked = [reason_not_checked(trial, bound) for trial in ranked]
-    over = [None if reason else reason_over_bound(trial, bound)
-            for trial, reason in zip(ranked, unchecked, strict=True)]
-    not_checked = [None] * len(ranked) if options.allow_unmeasured else unchecked
-    reasons = [first or second for first, second in zip(not_checked, over, strict=True)]
+    broken = [find_broken_bounds(trial, options.bounds) for trial in ranked]
+    not_checked = [None if options.allow_unmeasured else reason_not_checked(trial, options.bounds) for trial in ranked]
+    reasons = [first or "; ".join(second.values()) for first, second in zip(not_checked, broken, strict=True)]
     best = next((trial for trial, reason in zip(ranked, reasons, strict=True) if not reason), None)
     if best is None:
-        keys = ([f"{options.key_prefix}max_class_similarity=NUMBER"] * any(over)
-                + ["allow_unmeasured=true"] * any(not_checked))
+        keys = [f"{options.key_prefix}{key}=NUMBER" for key in dict.fromkeys(key for keys in broken for key in keys)]
+        keys += ["allow_unmeasured=true"] * any(not_checked)
         raise UserError(f"nothing to promote in the sweep {sweep}: " + (
             f"{'; '.join(filter(None, reasons))}: type {' or '.join(keys)} to allow it" if ranked else
             f"no finished run measured {objective}: type {options.key_prefix}objective=instance_loss"))
@@ -134,14 +144,14 @@ def register_run(run_dir: Path, options: PromotionOptions) -> dict[str, Any]:
         A description of the registered version.
 
     Raises:
-        UserError: the run's class_similarity exceeds its bound (`reason_over_bound`), the run did not measure the
+        UserError: a score of the run is out of its bounds (`reason_out_of_bounds`), the run did not measure the
             objective, or MLflow does not answer.
     """
     trial = load_trial(run_dir)
     options = replace(options, objective=options.objective or trial.objective_name)
     if not math.isfinite(trial.objective(str(options.objective))):
         raise UserError(f"the model is not registered: {trial.folder.name} did not measure {options.objective}")
-    if reason := reason_over_bound(trial, options.max_class_similarity):
+    if reason := reason_out_of_bounds(trial, options.bounds):
         raise UserError(f"the model is not registered: {reason}")
     return _register(trial, options, None, as_candidate=True)
 
@@ -155,13 +165,14 @@ def register_finished_run(recipe: Recipe) -> None:
         UserError: MLflow rejects the model, and tracking.required is set.
     """
     tracking, evaluate = recipe.tracking, recipe.evaluate
-    if reason := reason_over_bound(load_trial(recipe.run_dir), evaluate.max_class_similarity):
+    bounds = Bounds(evaluate.max_class_similarity, evaluate.min_prompt_fidelity)
+    if reason := reason_out_of_bounds(load_trial(recipe.run_dir), bounds):
         print(f"the model is not registered: {reason}")
         return
     try:
         print(promotion_message(register_run(recipe.run_dir, PromotionOptions(
             tracking.uri, tracking.experiment, objective=evaluate.objective, uri_key="tracking.uri",
-            max_class_similarity=evaluate.max_class_similarity))))
+            max_class_similarity=evaluate.max_class_similarity, min_prompt_fidelity=evaluate.min_prompt_fidelity))))
     except UserError as error:
         if tracking.required:
             raise
@@ -196,7 +207,8 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
     uri, run_id = _send_to_mlflow(trial, options)
     registry = Registry(uri, options.uri_key)
     objective = options.objective or trial.objective_name
-    value, score, result = trial.objective(objective), trial.score(CLASS_SIMILARITY), trial.result or {}
+    value, result = trial.objective(objective), trial.result or {}
+    scores = {role: trial.score(role) for role in (CLASS_SIMILARITY, PROMPT_FIDELITY)}
     tags = _version_tags(trial, objective)
 
     def is_this_model(champion: Version) -> bool:
@@ -206,7 +218,7 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
         if champion and is_this_model(champion):
             return None
         if as_candidate and not options.allow_unmeasured and (
-                reason := reason_not_checked(trial, options.max_class_similarity)):
+                reason := reason_not_checked(trial, options.bounds)):
             return reason
         return None if champion is None or replace_any else _reason_to_keep(champion, trial, objective, tags)
 
@@ -230,7 +242,7 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
             trial.folder / result["model"]), "alias": alias, "name": name, "version": version.number,
         "model_uri": f"models:/{name}@{alias}", "server": mask_urls(uri, uri), "objective": value,
         "objective_name": objective,
-        CLASS_SIMILARITY: score and {"name": score[0], "value": score[1], "base": score[2]},
+        **{role: score and {"name": score[0], "value": score[1], "base": score[2]} for role, score in scores.items()},
         "replaced": champion.number if champion and not (is_champion or reason) else None, "mlflow_run_id": run_id,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
@@ -307,13 +319,13 @@ def _send_to_mlflow(trial: Trial, options: PromotionOptions) -> tuple[str, str]:
 
 def _version_tags(trial: Trial, objective: str) -> dict[str, str]:
     """Return the tags for the registered version of a trial's model. Tags without a value are left out."""
-    score, result = trial.score(CLASS_SIMILARITY), trial.result or {}
+    scores, result = [trial.score(CLASS_SIMILARITY), trial.score(PROMPT_FIDELITY)], trial.result or {}
     tags = {
         "objective": f"{trial.objective(objective):.6g}", "objective_name": objective, "run": trial.folder.name,
         "step": str(result["step"]), "holds": "adapter" if export_layout.adapter_only(*trial.method) else "model",
         "base": trial.settings.get("model.source", ""), "exported_step": str(result.get("exported_step") or ""),
         "photos": trial.photos or "", "instance_prompt": trial.settings.get("dataset.instance_prompt", ""),
-        **({score[0]: f"{score[1]:.6g}"} if score else {})}
+        **{score[0]: f"{score[1]:.6g}" for score in scores if score}}
     return {key: value for key, value in tags.items() if value}
 
 

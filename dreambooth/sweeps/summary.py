@@ -71,14 +71,15 @@ def parallel_axes(trials: Sequence[Trial]) -> dict[str, list[str | float]]:
     """Return the axes of a parallel coordinates plot, by name.
 
     There is one axis for each setting that differs between finished trials, and one for the objective. There are also
-    axes for subject_similarity and class_similarity, if every finished trial measured them. Each axis is a list with
-    one value per finished trial, in the order of rank_trials. If no trial is finished, return an empty dictionary.
+    axes for subject_similarity, class_similarity and prompt_fidelity, if every finished trial measured them. Each axis
+    is a list with one value per finished trial, in the order of rank_trials. If no trial is finished, return an empty
+    dictionary.
     """
     done = [trial for trial in rank_trials(trials) if finished_objective(trial) is not None]
     axes: dict[str, list[str | float]] = {
         name: [trial.settings.get(key, "") for trial in done]
         for key, name in short_names(varied_settings(done)).items()}
-    for role in ("subject_similarity", "class_similarity"):
+    for role in ("subject_similarity", "class_similarity", "prompt_fidelity"):
         scores = [trial.score(role) for trial in done]
         if done and all(scores):
             axes[role] = [round(score[1], 5) for score in scores if score]

@@ -9,7 +9,7 @@ from typing import Any
 
 from dreambooth.config import evaluate
 from dreambooth.config.enums import EncoderKind
-from dreambooth.config.evaluate import INSTANCE_LOSS, Evaluate
+from dreambooth.config.evaluate import BORDER, INSTANCE_LOSS, PROMPT_FIDELITY, Evaluate, measure_name
 from dreambooth.data.photos import NO_FINGERPRINT
 from dreambooth.errors import UserError
 from dreambooth.serialization import export_layout
@@ -22,6 +22,22 @@ CLASS_SIMILARITY = "class_similarity"
 # How far class_similarity may exceed its value before training if no bound is given. Training without prior
 # preservation raises class_similarity by 0.2 to 0.4.
 CLASS_SIMILARITY_MARGIN = 0.1
+# How far prompt_fidelity may be below its value before training if no bound is given. A model that has forgotten the
+# scenes of prompts loses 0.5 to 1; with the default number of images, each image is 0.1.
+PROMPT_FIDELITY_MARGIN = 0.25
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Bounds of the scores of a promoted model, by the name of the setting. None: see `find_broken_bounds`."""
+
+    max_class_similarity: float | None = None
+    min_prompt_fidelity: float | None = None
+
+
+_MARGINS = {  # setting -> role of the measure, and difference between the default bound and the base model's score
+    "max_class_similarity": (CLASS_SIMILARITY, CLASS_SIMILARITY_MARGIN),
+    "min_prompt_fidelity": (PROMPT_FIDELITY, -PROMPT_FIDELITY_MARGIN)}
 
 
 @dataclass(frozen=True)
@@ -62,11 +78,13 @@ class Trial:
         settings = self.settings
         if "evaluate.encoder" not in settings:  # run.json is damaged
             return {}
-        return evaluate.measure_roles(Evaluate(
-            encoder=EncoderKind(settings["evaluate.encoder"]),
+        roles = evaluate.measure_roles(Evaluate(
+            encoder=EncoderKind(settings["evaluate.encoder"]), prompts=settings.get("evaluate.prompts", "scenes"),
             images_per_prompt=int(settings["evaluate.images_per_prompt"]),
             lpips=None if settings["evaluate.lpips"] == "null" else settings["evaluate.lpips"]),
-            settings["dataset.class_prompt"])
+            settings["dataset.class_prompt"], settings.get("model.source", ""))
+        by_border = measure_name(PROMPT_FIDELITY, BORDER)  # measured where the base model was
+        return {by_border: PROMPT_FIDELITY} | roles if by_border in self.scores else roles
 
     @property
     def objective_name(self) -> str:
@@ -153,45 +171,69 @@ def load_trial(folder: Path) -> Trial:
     return _to_trial(folder, _summarize(folder / "metrics.jsonl"))
 
 
-def reason_over_bound(trial: Trial, bound: float | None) -> str | None:
-    """Return why a trial must not be promoted because of its class_similarity, or None if it may be promoted.
+def find_broken_bounds(trial: Trial, bounds: Bounds) -> dict[str, str]:
+    """Return the bounds that a trial violates: for each, the name of the setting and what is wrong with the trial.
 
-    A trial must not be promoted if its class_similarity exceeds the bound: generated images of the class then resemble
-    the subject too much. If the user has set the bound, with `bound` or with evaluate.max_class_similarity, a trial
-    must not be promoted either if its class_similarity was not measured.
-
-    Args:
-        bound: greatest allowed class_similarity. None: evaluate.max_class_similarity of the run. If this setting is not
-            set either, the bound is class_similarity before training plus CLASS_SIMILARITY_MARGIN.
-    """
-    given, score = _given_bound(trial, bound), trial.score(CLASS_SIMILARITY)
-    not_checked = reason_not_checked(trial, bound)
-    if not_checked or score is None:
-        return not_checked if given is not None else None
-    name, value, base = score
-    limit = given if given is not None else base + CLASS_SIMILARITY_MARGIN
-    return f"{trial.folder.name} has {name} {value:.3f}, over {limit:.3f}" if value > limit else None
-
-
-def reason_not_checked(trial: Trial, bound: float | None) -> str | None:
-    """Return why the class_similarity of a trial cannot be compared with its bound; None if it can.
-
-    The reason is that class_similarity was not measured, or that the bound depends on class_similarity before training,
-    which was not measured.
+    If class_similarity exceeds its bound, generated images of the class resemble the subject too much. If
+    prompt_fidelity is below its bound, the model no longer generates the surroundings that prompts describe. A measure
+    without a score violates no bound.
 
     Args:
-        bound: as in `reason_over_bound`.
+        bounds: a bound that is None is that of the run, such as evaluate.max_class_similarity. If the run has none
+            either, the bound is the score before training plus CLASS_SIMILARITY_MARGIN, or minus
+            PROMPT_FIDELITY_MARGIN.
     """
+    broken = {}
+    for key, (role, margin) in _MARGINS.items():
+        if (score := trial.score(role)) is None:
+            continue
+        (name, value, base), given = score, _given_bound(trial, key, bounds)
+        limit = given if given is not None else base + margin
+        if (value > limit) if margin > 0 else (value < limit - 1e-9):
+            broken[key] = (f"{trial.folder.name} has {name} {value:.3f}, {'over' if margin > 0 else 'under'} "
+                           f"{limit:.3f}")
+    return broken
+
+
+def reason_out_of_bounds(trial: Trial, bounds: Bounds) -> str | None:
+    """Return why a trial must not be promoted because of its bounds, or None if it may be promoted.
+
+    A trial must not be promoted if it violates a bound (`find_broken_bounds`). If the user has set a bound, in `bounds`
+    or for the run, a trial must not be promoted either if the measure of this bound has no score.
+    """
+    unmeasured = [reason for key, (role, _) in _MARGINS.items()
+                  if _given_bound(trial, key, bounds) is not None and (reason := _reason_unmeasured(trial, role))]
+    return "; ".join([*unmeasured, *find_broken_bounds(trial, bounds).values()]) or None
+
+
+def reason_not_checked(trial: Trial, bounds: Bounds) -> str | None:
+    """Return why a score of a trial cannot be compared with its bound; None if all can.
+
+    The reason is that class_similarity was not measured, or that its bound depends on class_similarity before training,
+    which was not measured. prompt_fidelity must be measured only if the user has set its bound, because earlier
+    versions of this package did not measure it.
+
+    Args:
+        bounds: as in `find_broken_bounds`.
+    """
+    if reason := _reason_unmeasured(trial, CLASS_SIMILARITY):
+        return reason
     score = trial.score(CLASS_SIMILARITY)
-    if score is None or not math.isfinite(score[1]):
-        return f"{trial.folder.name} did not measure {CLASS_SIMILARITY}"
-    if _given_bound(trial, bound) is None and not math.isfinite(score[2]):
+    if score and _given_bound(trial, "max_class_similarity", bounds) is None and not math.isfinite(score[2]):
         return f"{trial.folder.name} did not measure {CLASS_SIMILARITY} before training"
-    return None
+    fidelity_bound = _given_bound(trial, "min_prompt_fidelity", bounds)
+    return _reason_unmeasured(trial, PROMPT_FIDELITY) if fidelity_bound is not None else None
 
 
-def _given_bound(trial: Trial, bound: float | None) -> float | None:
-    run_bound = trial.settings.get("evaluate.max_class_similarity", "null")
+def _reason_unmeasured(trial: Trial, role: str) -> str | None:
+    score = trial.score(role)
+    return f"{trial.folder.name} did not measure {role}" if score is None or not math.isfinite(score[1]) else None
+
+
+def _given_bound(trial: Trial, key: str, bounds: Bounds) -> float | None:
+    """Return the bound that the user has set, in `bounds` or for the run; None if there is none."""
+    bound: float | None = getattr(bounds, key)
+    run_bound = trial.settings.get(f"evaluate.{key}", "null")
     return bound if bound is not None else None if run_bound == "null" else float(run_bound)
 
 

@@ -73,7 +73,7 @@ class EvaluationHook:
             return
         every = self.recipe.evaluate.every
         with self.meter.phase("evaluate"), self.setup.idle.on_device():
-            if 0 not in self.engine.run_on_main(self.evaluator.scores):
+            if self.engine.run_on_main(self.evaluator.needs_base_model):
                 with self._base_pipeline() as pipeline:
                     if self.evaluator.evaluate(0, pipeline) is None:
                         return

@@ -153,7 +153,8 @@ def make_class_images(recipe: Recipe) -> None:
 
 def remove_shared_leftovers(run_root: Path) -> None:
     """Remove old temporary files that killed processes left in the folders that the runs of a run_root share."""
-    for folder in (run_root / "latents", run_root / prompt_encodings.FOLDER, *(run_root / "class_images").glob("*/")):
+    shared = (folder for name in ("class_images", "base_images") for folder in (run_root / name).glob("*/"))
+    for folder in (run_root / "latents", run_root / prompt_encodings.FOLDER, *shared):
         atomic_files.remove_leftovers(folder, atomic_files.SHARED_LEFTOVER_AGE)
 
 

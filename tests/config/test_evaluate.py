@@ -14,6 +14,7 @@ from tests.support.configs import compose_config, compose_recipe
 
 OFFLINE = measure_roles(Evaluate(), "a photo of a toy")
 PAPER = measure_roles(Evaluate(encoder=EncoderKind.paper, lpips="x"), "a photo of a toy")
+OFFLINE_SETTINGS = Evaluate()
 CHOOSING = ["evaluate.every=50", "evaluate.select=subject_similarity"]
 
 
@@ -31,7 +32,27 @@ def test_without_lpips_weights_nothing_is_called_div() -> None:
 
 
 def test_a_run_without_a_class_prompt_measures_no_class() -> None:
-    assert not [name for name in measure_roles(Evaluate(), "") if "class" in name]
+    assert not [name for name in measure_roles(Evaluate(), "") if "class" in name or "prompt" in name]
+
+
+def test_only_a_base_that_describes_its_scenes_measures_prompt_fidelity_by_borders(tmp_path: Path) -> None:
+    """The measure by borders is exact, so it comes first. The base is known by its file, not by its name."""
+    def measured(source: str, evaluate: Evaluate = OFFLINE_SETTINGS, class_prompt: str = "a toy") -> list[str]:
+        return [name for name, role in measure_roles(evaluate, class_prompt, source).items()
+                if role == "prompt_fidelity"]
+
+    assert measured("package:tiny-sd") == ["prompt_fidelity_border", "prompt_fidelity_efficientnet_lite0"]
+    assert measured("package:tiny-sd", class_prompt="") == ["prompt_fidelity_border"]
+    assert measured("package:tiny-sd", Evaluate(encoder=EncoderKind.none)) == []
+    assert measured(str(tmp_path)) == measured("owner/name") == ["prompt_fidelity_efficientnet_lite0"]
+    (tmp_path / "one.txt").write_text("a {subject} on the moon\n", encoding="utf-8")
+    assert measured("package:tiny-sd", Evaluate(prompts=str(tmp_path / "one.txt"))) == []
+
+
+def test_prompt_fidelity_may_be_selected_and_higher_is_better() -> None:
+    recipe = compose_recipe("evaluate.every=50", "evaluate.select=subject_similarity+0.5*prompt_fidelity")
+    assert parse_sum(recipe.evaluate.select or "", recipe.measure_roles) == {
+        "subject_similarity_efficientnet_lite0": 1.0, "prompt_fidelity_border": 0.5}
 
 
 def test_a_role_finds_the_first_encoder_that_has_it() -> None:
@@ -122,6 +143,7 @@ def test_prompts_of_your_own(tmp_path: Path) -> None:
     (["evaluate.objective=diversity", "evaluate.images_per_prompt=1"], "does not measure"),
     (["evaluate.reference_dir={tmp}/nowhere"], "evaluate.reference_dir="),
     (["evaluate.every=0"], "evaluate.every must be 1 or more"),
+    (["evaluate.min_prompt_fidelity=1.5"], "evaluate.min_prompt_fidelity must be from 0 to 1"),
 ])
 def test_broken_rules_say_what_to_type(overrides: list[str], words: str, tmp_path: Path) -> None:
     (tmp_path / "none.txt").write_text("a toy\n", encoding="utf-8")
@@ -145,7 +167,7 @@ def test_what_selects_the_exported_weights_is_part_of_the_identity(override: str
 
 
 @pytest.mark.parametrize("override", ["evaluate.objective=class_drift", "evaluate.offline=false", "sample.every=9",
-                                      "train.max_train_steps=400"])
+                                      "evaluate.min_prompt_fidelity=0.5", "train.max_train_steps=400"])
 def test_what_does_not_select_weights_is_never_part_of_the_identity(override: str) -> None:
     assert identity(compose_config(*CHOOSING, override)) == identity(compose_config(*CHOOSING))
 
@@ -170,5 +192,5 @@ def test_a_result_of_an_earlier_version_has_the_instance_loss() -> None:
 
 
 def test_directions_are_those_of_the_paper() -> None:
-    assert evaluate.HIGHER_IS_BETTER == {"subject_similarity": True, "text_similarity": True, "diversity": True,
-                                         "class_similarity": False, "class_drift": False}
+    assert evaluate.HIGHER_IS_BETTER == {"subject_similarity": True, "text_similarity": True, "prompt_fidelity": True,
+                                         "diversity": True, "class_similarity": False, "class_drift": False}

@@ -243,6 +243,7 @@ BOUNDS = {
     "checkpoint.every": less_than_1, "checkpoint.keep": less_than_1,
     "evaluate.every": less_than_1, "evaluate.images_per_prompt": less_than_1, "evaluate.class_images": less_than_1,
     "evaluate.seed": no_seed, "evaluate.max_class_similarity": st.floats(min_value=1.1, max_value=9),
+    "evaluate.min_prompt_fidelity": st.floats(min_value=1.1, max_value=9),
 }
 BASE = OmegaConf.structured(Config)
 

@@ -6,18 +6,24 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dreambooth.evaluation.scene_borders import SceneBorders
 from dreambooth.runtime.engine import Engine
+from dreambooth.storage import manifest
 from dreambooth.tracking.journal import read
 from dreambooth.training.evaluation_hook import EvaluationHook
+from dreambooth.utils.assets import resolve_asset
 from tests.support.faults import call, train
 from tests.support.runs import KILLED, assert_same, the_run
 
 SUBJECT, DRIFT = "subject_similarity_efficientnet_lite0", "class_drift_efficientnet_lite0"
+FIDELITY, FIDELITY_BY_BORDER = "prompt_fidelity_efficientnet_lite0", "prompt_fidelity_border"
+BASE = Path(resolve_asset("package:tiny-sd"))
 ON = ["evaluate.encoder=efficientnet_lite0", "evaluate.class_images=2", "evaluate.prompts={prompts}",
       "prior.with_prior_preservation=false", "sample.every=null"]
 # The first evaluated step drifts least, so it is the best one.
@@ -85,7 +91,6 @@ def test_scores_are_those_of_the_stored_images(plain: Path) -> None:
     from dreambooth.data.photos import list_photos, load_photos
     from dreambooth.evaluation.encoders import open_encoder
     from dreambooth.evaluation.scoring import score
-    from dreambooth.utils.assets import resolve_asset
 
     [folder] = (plain / "evaluation").iterdir()
 
@@ -93,10 +98,41 @@ def test_scores_are_those_of_the_stored_images(plain: Path) -> None:
         return [Image.open(path) for path in sorted((folder / f"step-{step:06d}").glob(f"{name}-*.png"))]
 
     photos = [Image.fromarray(p.pixels) for p in load_photos(list_photos(Path(resolve_asset("package:demo"))), "x", 64)]
-    found = score(photos, {"a": pictures(8, "prompt-0"), "b": pictures(8, "prompt-1")},
+    [base] = (plain.parent / "base_images").iterdir()
+    texts = ["a photo of a toy", "a photo of a toy on the beach"]
+    found = score(photos, {text: pictures(8, f"prompt-{number}") for number, text in enumerate(texts)},
                   [open_encoder("efficientnet_lite0")], class_images=pictures(8, "class"),
-                  base_class_images=pictures(0, "class"))
+                  base_class_images=pictures(0, "class"), class_prompt=texts[0], borders=SceneBorders.read(BASE),
+                  base_images={text: [Image.open(path) for path in sorted(base.glob(f"text-{number}-*.png"))]
+                               for number, text in enumerate(texts)})
     assert found == pytest.approx(evaluation(plain)[8], abs=1e-6)
+
+
+def test_the_base_models_images_of_the_texts_are_generated_once(plain: Path) -> None:
+    """The images of the class prompt are those of the evaluation of the base model."""
+    [base], [folder] = (plain.parent / "base_images").iterdir(), (plain / "evaluation").iterdir()
+    assert sorted(path.name for path in base.glob("*.png")) == [f"text-{n}-{i}.png" for n in (0, 1) for i in (0, 1)]
+    for i in (0, 1):
+        pairs = base / f"text-0-{i}.png", folder / f"step-000000/class-{i}.png"
+        assert np.array_equal(*(np.asarray(Image.open(path)) for path in pairs))
+    assert {FIDELITY, FIDELITY_BY_BORDER} <= result(plain)["scores"].keys()  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_the_command_adds_prompt_fidelity_to_scores_of_an_earlier_version(plain: Path, tmp_path: Path) -> None:
+    """The images exist, so only the base model's images of the texts are generated. Other scores do not change."""
+    run = tmp_path / plain.name
+    shutil.copytree(plain, run)
+    theirs = evaluation(plain)
+    for path in run.glob("evaluation/*/step-*/scores.json"):
+        scores = json.loads(path.read_text())
+        path.write_text(json.dumps({name: value for name, value in scores.items() if "prompt" not in name}))
+        manifest.write(path.parent)
+    images = {path: path.stat().st_mtime_ns for path in run.glob("evaluation/*/step-000004/*")}
+    assert call("evaluate", [f"run={run}"], log=tmp_path / "out.txt") == 0, (tmp_path / "out.txt").read_text()
+    found = evaluation(run)
+    assert found[0] == pytest.approx(theirs[0]) and found[8] == pytest.approx(theirs[8])
+    assert FIDELITY not in found[4] and images == {path: path.stat().st_mtime_ns for path in images}
 
 
 def test_without_select_the_last_step_is_exported(plain: Path) -> None:
@@ -295,6 +331,9 @@ class _FakeEvaluator:
 
     def scores(self) -> dict[int, dict[str, float]]:
         return self.scored
+
+    def needs_base_model(self) -> bool:
+        return 0 not in self.scored
 
     def evaluate(self, step: int, pipeline: object, *_: object) -> dict[str, float]:
         self.calls.append((step, pipeline))

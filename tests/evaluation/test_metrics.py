@@ -38,6 +38,22 @@ def test_an_image_is_compared_with_its_own_prompt_only() -> None:
     assert float(metrics.prompt_similarity(unit_vectors(0, 90), unit_vectors(60, 150))) == N(0.5, abs=1e-6)
 
 
+def test_retrieval_counts_the_images_whose_nearest_prompt_is_their_own() -> None:
+    """Prompt 0 is at 0 and 20 degrees, prompt 7 at 90 and 110, so that the border between them is at 55 degrees."""
+    references, numbers = unit_vectors(0, 20, 90, 110), torch.tensor([0, 0, 7, 7])
+    images, prompts = unit_vectors(10, 50, 60, 100), torch.tensor([0, 0, 0, 7])
+    assert float(metrics.retrieval_accuracy(images, prompts, references, numbers)) == N(3 / 4)
+
+
+def test_retrieval_compares_differences_from_the_mean_of_the_references() -> None:
+    """A large component that all images share does not hide the small one in which they differ."""
+    shared = torch.tensor([100.0, 0, 0, 0])
+    image = shared + E[1:2] + 0.9 * E[2:3] - 0.5 * E[0:1]
+    references = torch.stack([shared + E[1], 2 * shared + E[2], shared + E[3]])
+    accuracy = metrics.retrieval_accuracy(image, torch.tensor([1]), references, torch.tensor([1, 2, 3]))
+    assert float(accuracy) == 1
+
+
 def test_mean_distance_excludes_the_diagonal() -> None:
     matrix = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 6.0], [2.0, 6.0, 0.0]])
     assert float(metrics.mean_distance(matrix)) == N(3, abs=1e-6)

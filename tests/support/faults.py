@@ -319,7 +319,7 @@ def _evaluation_stopped(seed: int) -> None:
     generate, calls = evaluator.generate_images, iter(range(10**9))
 
     def generating(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == 2:  # after the base and the first evaluated step
+        if next(calls) == 3:  # after the base, its images of the evaluation texts, and the first evaluated step
             os.kill(os.getpid(), signal.SIGTERM)
         return generate(*args, **kwargs)
 

@@ -76,7 +76,9 @@ def tune(experiment: Experiment, overrides: list[str]) -> None:
         f"dataset.class_prompt={CLASS_PROMPT}", *overrides])
     trained = experiment.measure(sample_folder(model), model, photos)
     plain, scenes = gap(trained.plain, base.plain, reference), gap(trained.scenes, base.scenes, reference)
-    print(f"plain {plain:.0%}  scenes {scenes:.0%}  drift {drift(trained, base):.3f}  {seconds:.0f} s  "
+    in_kept = gap(trained.kept_scenes, base.scenes, reference)
+    print(f"plain {plain:.0%}  scenes {scenes:.0%}  kept {trained.scenes_kept:.0%} (gap {in_kept:.0%})  "
+          f"drift {drift(trained, base):.3f}  {seconds:.0f} s  "
           f"{' '.join(overrides)}", flush=True)
 
 

@@ -1,6 +1,7 @@
 """Trains the tiny base model, generates samples and measures them: the common part of the proofs of training."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from PIL import Image
 
 from dreambooth.evaluation import metrics
 from dreambooth.evaluation.encoders import open_encoder
+from dreambooth.evaluation.scene_borders import SceneBorders
 from dreambooth.evaluation.scoring import to_pixels
 from dreambooth.models.pipeline import Sampler, generate_images, open_pipeline
 from dreambooth.utils.image_grid import grid
@@ -41,10 +43,12 @@ class Variant:
 
 @dataclass
 class Measurement:
-    """Similarities of one model's samples to the photos, and the features of its class images."""
+    """Similarities of one model's samples to the photos, scenes that it keeps, and the features of its class images."""
 
     plain: float
     scenes: float
+    kept_scenes: float  # similarity of the samples in SCENES that show the scene of their prompt; nan if none does
+    scenes_kept: float  # share of these samples: prompt_fidelity, by the border
     class_similarity: float
     class_features: torch.Tensor
     seconds: float = 0.0  # duration of training
@@ -74,6 +78,9 @@ class Experiment:
         """
         self.folder, self.first_seed = folder, first_seed
         self.encoder = open_encoder("efficientnet_lite0")
+        borders = SceneBorders.read(BASE)
+        assert borders is not None
+        self.borders = borders
 
     def run_variant(self, variant: Variant, seed: int) -> Measurement:
         """Train the demo subject and measure the result."""
@@ -81,7 +88,7 @@ class Experiment:
         measurement = self.measure(sample_folder(model), model, DEMO)
         measurement.seconds, measurement.seed = seconds, seed
         print(f"{variant.name}, seed {seed}: plain {measurement.plain:.3f}, scenes {measurement.scenes:.3f}, "
-              f"{seconds:.0f} s", flush=True)
+              f"{measurement.scenes_kept:.0%} of them kept, {seconds:.0f} s", flush=True)
         return measurement
 
     def train(self, overrides: list[str]) -> tuple[Path, float]:
@@ -107,7 +114,12 @@ class Experiment:
 
         similarity = {key: float(metrics.mean_similarity(features(prompts), photo_features))
                       for key, prompts in (("plain", PLAIN), ("scenes", SCENES), ("class", CLASS_SAMPLES))}
-        return Measurement(similarity["plain"], similarity["scenes"], similarity["class"], features(CLASS_SAMPLES),
+        scenes = {prompt: pictures[prompt] for prompt in SCENES}
+        kept = [picture for prompt, some in scenes.items() for picture in some
+                if self.borders.scene_of(picture) == self.borders.named_in(prompt)]
+        kept_similarity = float(metrics.mean_similarity(self._features(kept), photo_features)) if kept else math.nan
+        return Measurement(similarity["plain"], similarity["scenes"], kept_similarity,
+                           self.borders.fidelity(scenes) or 0.0, similarity["class"], features(CLASS_SAMPLES),
                            pictures=pictures)
 
     def reference(self, photos: Path, held_out: Path) -> float:

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tools.tiny_base import autoencoder, emoji, pictures, pretrain, tokenizer
+from tools.tiny_base import autoencoder, emoji, pictures, pretrain, scenes, tokenizer
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def decode(folder: Path, steps: int) -> None:
 
 
 def assemble(folder: Path) -> None:
-    """Write tiny-sd: the pipeline in fp16 safetensors, for StableDiffusionPipeline.from_pretrained."""
+    """Write tiny-sd: the pipeline in fp16 safetensors, and the borders of its scenes (scenes.py)."""
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(folder / "vae-tuned"),
         text_encoder=CLIPTextModel.from_pretrained(folder / "trained/text_encoder"),
@@ -102,6 +102,7 @@ def assemble(folder: Path) -> None:
         scheduler=PNDMScheduler(**pretrain.BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipeline.to(dtype=torch.float16).save_pretrained(folder / "tiny-sd", safe_serialization=True)
+    scenes.write(folder, folder / "tiny-sd")
     print(f"wrote {folder / 'tiny-sd'}")
 
 
