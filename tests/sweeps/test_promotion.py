@@ -25,8 +25,7 @@ from dreambooth.sweeps.trials import find_trials
 from dreambooth.tracking.journal import Journal
 from dreambooth.tracking.model_registry import CANDIDATE, CHAMPION, Version
 from dreambooth.utils.atomic_files import write_json
-from tests.support.runs import flip_bit
-from tests.support.trials import CLASS, Registry, trial
+from tests.support.runs import CLASS, Registry, flip_bit, trial
 from tests.support.warm_python import PYTHON
 
 SAGEMAKER = "arn:aws:sagemaker:us-east-1:123456789012"

@@ -16,7 +16,7 @@ from dreambooth.sweeps.promotion import PromotionOptions, promote, register_run
 from dreambooth.sweeps.summary import parallel_axes, rank_trials
 from dreambooth.sweeps.trials import find_trials
 from dreambooth.utils.atomic_files import write_json
-from tests.support.trials import Registry, trial
+from tests.support.runs import Registry, trial
 
 FIDELITY, SUBJECT = "prompt_fidelity_efficientnet_lite0", "subject_similarity_efficientnet_lite0"
 
