@@ -1,4 +1,4 @@
-"""tools/tiny_base: pictures, captions, the tokenizer, the computed encoder, and resuming."""
+"""tools/tiny_base: pictures, captions, the tokenizers, the computed encoder, and resuming."""
 
 import json
 import random
@@ -67,16 +67,48 @@ def test_rare_words_and_classes_are_single_tokens(tmp_path: Path) -> None:
     assert built.model_max_length == tokenizer.LENGTH
 
 
+def test_every_word_of_a_caption_is_one_token_of_the_chat_tokenizer(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer.build_chat(tmp_path)
+    built = AutoTokenizer.from_pretrained(tmp_path)
+
+    def chat(text: str) -> list[str]:
+        message = [{"role": "user", "content": text}]
+        filled = built.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+        return built.convert_ids_to_tokens(built(filled).input_ids)
+
+    assert type(built).__name__ == "Qwen2Tokenizer" and built.model_max_length == tokenizer.CHAT_LENGTH
+    before, after = ["<|im_start|>", "user", "Ċ"], ["<|im_end|>", "Ċ", "<|im_start|>", "assistant", "Ċ"]
+    assert chat("") == before + after
+    assert chat("A photo of a zwx toy") == [*before, "a", "Ġphoto", "Ġof", "Ġa", "Ġzwx", "Ġtoy", *after]
+    for word in (*pictures.RARE, "toy", "dog", "beach"):
+        assert len(chat(word)) == len(chat(f"a {word}")) - 1 == len(chat("")) + 1, word
+
+
+def test_the_shipped_flow_base_is_small_and_of_the_family_that_its_card_names() -> None:
+    from dreambooth.models import families
+
+    base = ROOT / "dreambooth/assets/tiny-flow"
+    assert families.of_folder(base) is families.of_architecture("z_image")
+    assert sum(path.stat().st_size for path in base.rglob("*") if path.is_file()) < 15e6
+    assert json.loads((base / "tokenizer/tokenizer_config.json").read_text())["tokenizer_class"] == "Qwen2Tokenizer"
+    assert str(ROOT) not in "".join(path.read_text() for path in base.rglob("*.json"))
+
+
 @pytest.mark.slow
-def test_pretraining_continues_after_an_interruption(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind, denoiser", [("unet", "unet"), ("flow", "transformer")])
+def test_pretraining_continues_after_an_interruption(tmp_path: Path, kind: str, denoiser: str) -> None:
     drawn, meanings = some_pictures(30)
     vae = autoencoder.analytic(drawn)
     tokenizer.build(tmp_path / "tokenizer")
+    tokenizer.build_chat(tmp_path / "tokenizer-flow")
     np.save(tmp_path / "latents.npy", autoencoder.encode(vae, drawn).numpy())
     (tmp_path / "meanings.json").write_text(json.dumps([asdict(meaning) for meaning in meanings]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1",
-               "-m", "tools.tiny_base.pretrain", str(tmp_path)]
+               "-m", "tools.tiny_base.pretrain", str(tmp_path), f"--kind={kind}"]
     subprocess.run([*command, "--steps=8"], cwd=ROOT, check=True)
     ran = subprocess.run([*command, "--steps=16"], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert pretrain.saved_step(tmp_path / "state-0.safetensors") == 16, ran.stdout
-    assert (tmp_path / "trained/unet/diffusion_pytorch_model.safetensors").is_file()
+    suffix = pretrain.SUFFIX[kind]
+    assert pretrain.saved_step(tmp_path / f"state{suffix}-0.safetensors") == 16, ran.stdout
+    assert (tmp_path / f"trained{suffix}/{denoiser}/diffusion_pytorch_model.safetensors").is_file()

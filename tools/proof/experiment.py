@@ -1,10 +1,11 @@
-"""Trains the tiny base model, generates samples and measures them: the common part of the proofs of training."""
+"""Trains the tiny base models, generates samples and measures them: the common part of the proofs of training."""
 
 import json
 import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,14 +70,19 @@ def drift(trained: Measurement, base: Measurement) -> float:
 class Experiment:
     """Trains models, generates samples and measures them. A repeated call reuses the runs and samples in its folder."""
 
-    def __init__(self, folder: Path, first_seed: int) -> None:
+    def __init__(self, folder: Path, first_seed: int, base: Path = BASE, sampler: Sampler = SAMPLER,
+                 recipe: Sequence[str] = RECIPE) -> None:
         """Load the encoder.
 
         Args:
             folder: contains runs and samples.
             first_seed: first seed of sampling.
+            base: the base model.
+            sampler: settings of sampling.
+            recipe: settings of every training.
         """
         self.folder, self.first_seed = folder, first_seed
+        self.base, self.sampler, self.recipe = base, sampler, recipe
         self.encoder = open_encoder("efficientnet_lite0")
         borders = SceneBorders.read(BASE)
         assert borders is not None
@@ -84,7 +90,7 @@ class Experiment:
 
     def run_variant(self, variant: Variant, seed: int) -> Measurement:
         """Train the demo subject and measure the result."""
-        model, seconds = self.train([*RECIPE, f"train.seed={seed}", *variant.overrides])
+        model, seconds = self.train([*self.recipe, f"train.seed={seed}", *variant.overrides])
         measurement = self.measure(sample_folder(model), model, DEMO)
         measurement.seconds, measurement.seed = seconds, seed
         print(f"{variant.name}, seed {seed}: plain {measurement.plain:.3f}, scenes {measurement.scenes:.3f}, "
@@ -123,13 +129,18 @@ class Experiment:
                            pictures=pictures)
 
     def reference(self, photos: Path, held_out: Path) -> float:
-        """Return the similarity that a perfect UNet could reach: of held-out views, encoded and decoded by the VAE."""
-        vae = open_pipeline(BASE, "cpu")[0].vae
+        """Return the similarity that a perfect denoiser could reach: of held-out views, decoded by the VAE."""
+        vae = open_pipeline(self.base, "cpu")[0].vae
         views = to_pixels([Image.open(path) for path in sorted(held_out.glob("*.png"))])
         with torch.no_grad():
             decoded = vae.decode(vae.encode(views * 2 - 1).latent_dist.mean).sample.clamp(-1, 1) / 2 + 0.5
         photo_features = self._features([Image.open(path) for path in sorted(photos.glob("*.png"))])
         return float(metrics.mean_similarity(self.encoder.embed_images(decoded), photo_features))
+
+    def similarity(self, pictures: list[Image.Image], photos: Path) -> float:
+        """Return the mean similarity between pictures and the photos in a folder."""
+        photo_features = self._features([Image.open(path) for path in sorted(photos.glob("*.png"))])
+        return float(metrics.mean_similarity(self._features(pictures), photo_features))
 
     def draw_sheet(self, measurements: list[Measurement], path: Path) -> None:
         """Write one picture with samples of all prompts, one row per measurement."""
@@ -152,7 +163,7 @@ class Experiment:
             if not all(path.is_file() for path in paths):
                 pipeline = pipeline or open_pipeline(model, "cpu")[0]
                 seeds = [self.first_seed + 100 * number + i for i in range(count)]
-                batches = generate_images(pipeline, [prompt] * count, seeds, SAMPLER, 16)
+                batches = generate_images(pipeline, [prompt] * count, seeds, self.sampler, 16)
                 pictures = [picture for batch in batches for picture in batch]
                 paths[0].parent.mkdir(parents=True, exist_ok=True)
                 for path, picture in zip(paths, pictures, strict=True):

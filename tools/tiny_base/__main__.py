@@ -1,4 +1,6 @@
-"""`python -m tools.tiny_base`: creates the tiny base model, a StableDiffusionPipeline trained on emoji art, in stages.
+"""`python -m tools.tiny_base`: creates the tiny base models, pipelines trained on emoji art, in stages.
+
+The UNet base is a StableDiffusionPipeline, the flow base a ZImagePipeline. Pictures and VAE are the same.
 
 Repeat the command to continue after an interruption: a stage whose output exists is skipped.
 """
@@ -14,30 +16,35 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL
 
-from tools.tiny_base import autoencoder, emoji, pictures, pretrain, scenes, tokenizer
+from tools.tiny_base import autoencoder, emoji, flow, pictures, pretrain, scenes, tokenizer, unet
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.tiny_base", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("build/tiny-base"),
                         help="folder for the output of all stages")
-    parser.add_argument("--start", type=Path, help="base model to start from; its tokenizer and VAE are reused")
+    parser.add_argument("--start", type=Path, help="UNet base model to start from; its tokenizer and VAE are reused")
+    parser.add_argument("--flow-start", type=Path, help="flow base model to start from; its tokenizer is reused")
+    parser.add_argument("--only", choices=pretrain.SUFFIX, help="create only this kind of base model; default: both")
     parser.add_argument("--pictures", type=int, default=40_000)
-    parser.add_argument("--steps", type=int, default=15_000, help="training steps of UNet and text encoder")
+    parser.add_argument("--steps", type=int, default=15_000, help="training steps of denoiser and text encoder")
     parser.add_argument("--decoder-steps", type=int, default=6_000)
-    parser.add_argument("--rate", type=float, default=pretrain.RATE)
+    parser.add_argument("--rate", type=float, help="learning rate; default: that of each kind")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.folder.mkdir(parents=True, exist_ok=True)
     draw(options.folder, options.pictures)
     prepare(options.folder, options.start)
-    train(options.folder, options.steps, options.rate, options.processes)
+    prepare_flow(options.folder, options.flow_start)
+    kinds = [options.only] if options.only else list(pretrain.SUFFIX)
+    for kind in kinds:
+        train(options.folder, kind, options.steps, options.rate, options.processes)
     decode(options.folder, options.decoder_steps)
-    assemble(options.folder)
+    for kind in kinds:
+        scenes.write(options.folder, (unet if kind == "unet" else flow).assemble(options.folder))
 
 
 def draw(folder: Path, count: int) -> None:
@@ -71,13 +78,25 @@ def prepare(folder: Path, start: Path | None) -> None:
     np.save(folder / "latents.npy", latents.numpy())
 
 
-def train(folder: Path, steps: int, rate: float, processes: int) -> None:
-    """Train UNet and text encoder in separate processes."""
-    if (folder / "trained").is_dir():
+def prepare_flow(folder: Path, start: Path | None) -> None:
+    """Write the tokenizer of the flow base."""
+    if (folder / "tokenizer-flow").is_dir():
         return
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-                    "-m", "tools.tiny_base.pretrain", str(folder), f"--steps={steps}", f"--rate={rate}"],
-                   env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    if start:
+        shutil.copytree(start, folder / "start-flow", dirs_exist_ok=True)
+        shutil.copytree(start / "tokenizer", folder / "tokenizer-flow")
+    else:
+        tokenizer.build_chat(folder / "tokenizer-flow")
+
+
+def train(folder: Path, kind: str, steps: int, rate: float | None, processes: int) -> None:
+    """Train denoiser and text encoder in separate processes."""
+    if (folder / f"trained{pretrain.SUFFIX[kind]}").is_dir():
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+               "-m", "tools.tiny_base.pretrain", str(folder), f"--kind={kind}", f"--steps={steps}"]
+    subprocess.run(command + ([f"--rate={rate}"] if rate else []), env=os.environ | {"OMP_NUM_THREADS": "1"},
+                   check=True)
 
 
 def decode(folder: Path, steps: int) -> None:
@@ -90,20 +109,6 @@ def decode(folder: Path, steps: int) -> None:
     autoencoder.tune_decoder(vae, drawn, torch.from_numpy(np.load(folder / "latents.npy")), steps)
     print(f"decoder after: {autoencoder.psnr(vae, np.asarray(drawn[:64])):.2f} dB on 64 pictures")
     vae.save_pretrained(folder / "vae-tuned")
-
-
-def assemble(folder: Path) -> None:
-    """Write tiny-sd: the pipeline in fp16 safetensors, and the borders of its scenes (scenes.py)."""
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(folder / "vae-tuned"),
-        text_encoder=CLIPTextModel.from_pretrained(folder / "trained/text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        unet=UNet2DConditionModel.from_pretrained(folder / "trained/unet"),
-        scheduler=PNDMScheduler(**pretrain.BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipeline.to(dtype=torch.float16).save_pretrained(folder / "tiny-sd", safe_serialization=True)
-    scenes.write(folder, folder / "tiny-sd")
-    print(f"wrote {folder / 'tiny-sd'}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from sklearn.linear_model import LogisticRegression
@@ -22,13 +22,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dreambooth.evaluation.encoders import open_encoder
+from dreambooth.models.pipeline import Sampler, generate_images, open_pipeline
 from tools.tiny_base import autoencoder, emoji
-from tools.tiny_base.pictures import compose
+from tools.tiny_base.pictures import SIDE, compose
 
 # "animal" and "toy" are not among the choices, because both also fit pictures of many other classes.
 CHOICES = [name for name in emoji.vocabulary()["classes"] if name not in ("animal", "toy")]
 VIEWS = 8  # training pictures of the classifier per held-out sprite
 PER_CLASS = 8  # samples per class for the classifier; the reader sees half of them
+STEPS, GUIDANCE = 20, 3.0  # of sampling; guidance g: u + (1 + g) (c - u), where 0 is no guidance
 COLUMNS = 12
 
 Bytes = NDArray[np.uint8]
@@ -93,16 +95,14 @@ class Classifier:
 
 def draw(base: Path, count: int, seed: int) -> list[tuple[str, Bytes]]:
     """Generate `count` samples of "a photo of a CLASS" per class, each with its own seed; return (class, picture)."""
-    pipeline = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline, family = open_pipeline(base, "cpu")
+    sampler = Sampler(STEPS, family.no_guidance + GUIDANCE, SIDE)
     samples = []
     for number, name in enumerate(CHOICES):
         article = "an" if name[0] in "aeiou" else "a"
-        generators = [torch.Generator().manual_seed(seed + number * count + i) for i in range(count)]
-        pictures = pipeline([f"a photo of {article} {name}"] * count, num_inference_steps=20, guidance_scale=4.0,
-                            generator=generators).images
-        samples += [(name, np.asarray(picture)) for picture in pictures]
+        seeds = [seed + number * count + i for i in range(count)]
+        for pictures in generate_images(pipeline, [f"a photo of {article} {name}"] * count, seeds, sampler, count):
+            samples += [(name, np.asarray(picture)) for picture in pictures]
     return samples
 
 

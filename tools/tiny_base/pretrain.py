@@ -1,6 +1,6 @@
-"""Trains UNet and text encoder from captions and latents, in as many processes as torchrun starts.
+"""Trains denoiser and text encoder from captions and latents, in as many processes as torchrun starts.
 
-    python -m torch.distributed.run --nproc-per-node 2 -m tools.tiny_base.pretrain FOLDER --steps 15000
+    python -m torch.distributed.run --nproc-per-node 2 -m tools.tiny_base.pretrain FOLDER --kind unet --steps 15000
 
 Each process trains independently in one thread, and the weights are averaged every few steps (local SGD, Stich 2019,
 arXiv:1805.09767). On a shared machine two processes are faster than two threads in one process. Noise, timesteps,
@@ -17,43 +17,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dreambooth import cli
-from dreambooth.models.noise_schedule import DiffusionSchedule
+from tools.tiny_base.flow import FlowBase
 from tools.tiny_base.pictures import Meaning, caption
+from tools.tiny_base.unet import UNetBase
 
 BATCH = 24  # pictures per step and process
-RATE = 1.2e-3  # learning rate
 AVERAGE_EVERY = 8  # steps between averaging of the processes' weights, and between EMA updates
 EMA_DECAY = 0.985  # per EMA update
-MIN_SNR_GAMMA = 5.0
 NO_CAPTION = 0.1  # share of empty captions, for classifier-free guidance
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-def new_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(48, 96, 128),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16)
-
-
-def new_text_encoder(vocabulary_size: int) -> CLIPTextModel:
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=vocabulary_size, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=16, hidden_act="quick_gelu", projection_dim=128,
-        bos_token_id=vocabulary_size - 2, eos_token_id=vocabulary_size - 1, pad_token_id=vocabulary_size - 1))
-
-
-def noise_schedule() -> DiffusionSchedule:
-    scheduler = DDPMScheduler(**BETAS, num_train_timesteps=1000)
-    return DiffusionSchedule(scheduler.alphas_cumprod, "epsilon")
+SUFFIX = {"unet": "", "flow": "-flow"}  # of the names of the files of each kind of base model
 
 
 def saved_step(path: Path) -> int:
@@ -64,61 +41,42 @@ def saved_step(path: Path) -> int:
         return int(file.metadata()["step"])
 
 
-class Captions:
-    """Converts captions to token ids, and tokenises each caption only once."""
-
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.token_ids: dict[str, list[int]] = {}
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        for text in texts:
-            if text not in self.token_ids:
-                self.token_ids[text] = self.tokenizer(text, padding="max_length", truncation=True).input_ids
-        return torch.tensor([self.token_ids[text] for text in texts])
-
-
 class Trainer:
     """The training state of one process: weights, their EMA, the optimizer and the number of completed steps."""
 
-    def __init__(self, folder: Path, steps: int, rate: float) -> None:
-        self.folder, self.steps, self.rate = folder, steps, rate
+    def __init__(self, folder: Path, kind: str, steps: int, rate: float | None) -> None:
+        """Create or load the models.
+
+        Args:
+            kind: key of SUFFIX.
+            steps: training steps of the whole run.
+            rate: learning rate; None: the default of the kind.
+        """
+        self.folder, self.suffix, self.steps = folder, SUFFIX[kind], steps
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        self.captions = Captions(tokenizer)
-        start = folder / "start"
         torch.manual_seed(0)
-        self.model = nn.ModuleDict({
-            "unet": UNet2DConditionModel.from_pretrained(start / "unet", torch_dtype=torch.float32)
-            if start.is_dir() else new_unet(),
-            "text_encoder": CLIPTextModel.from_pretrained(start / "text_encoder", dtype=torch.float32)
-            if start.is_dir() else new_text_encoder(len(tokenizer)),
-        }).train()
-        self.parameters = list(self.model.parameters())
+        self.base = UNetBase(folder) if kind == "unet" else FlowBase(folder)
+        self.rate = rate or self.base.rate
+        self.model = self.base.models.train()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-        self.schedule = noise_schedule()
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.rate, betas=(0.9, 0.99), weight_decay=1e-3,
+                                           fused=True)
         self.step = 0
-        weights = self.schedule.min_snr_weights(torch.arange(self.schedule.length), MIN_SNR_GAMMA)
-        self.weights = weights / weights.mean()
 
     def train_step(self, latents: Tensor, meanings: list[Meaning]) -> float:
-        """Train one step on the pictures of this process; return the unweighted error of the predicted noise."""
+        """Train one step on the pictures of this process; return the unweighted error of the prediction."""
         rng = np.random.default_rng([self.step, self.rank])
         caption_rng, noise = random.Random(self.step * self.world + self.rank), torch.Generator()
         noise.manual_seed(self.step * self.world + self.rank)
         chosen = rng.integers(0, len(meanings), BATCH)
         texts = ["" if caption_rng.random() < NO_CAPTION else caption(meanings[i], caption_rng) for i in chosen]
-        clean, timesteps = latents[chosen], torch.from_numpy(rng.integers(0, self.schedule.length, BATCH))
-        epsilon = torch.randn(clean.shape, generator=noise)
         with torch.autocast("cpu", torch.bfloat16):
-            states = self.model["text_encoder"](self.captions(texts))[0]
-            predicted = self.model["unet"](self.schedule.add_noise(clean, epsilon, timesteps), timesteps, states).sample
-        errors = (predicted.float() - epsilon).square().mean((1, 2, 3))
+            errors, weights = self.base.errors(latents[chosen], texts, rng, noise)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.zero_grad()
-        (errors * self.weights[timesteps]).mean().backward()
+        (errors * weights).mean().backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.step += 1
@@ -150,13 +108,13 @@ class Trainer:
         tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         tensors |= {f"average.{i}": tensor for i, tensor in enumerate(self.average)}
         tensors |= {f"optimizer.{i}.{name}": tensor for i, held in moments.items() for name, tensor in held.items()}
-        path = self.folder / f"state-{self.rank}.safetensors"
+        path = self.folder / f"state{self.suffix}-{self.rank}.safetensors"
         save_file(tensors, path.with_suffix(".new"), metadata={"step": str(self.step)})
         path.with_suffix(".new").replace(path)
 
     def resume(self) -> None:
         """Resume from the saved states, if every process has a state of the same step."""
-        path = self.folder / f"state-{self.rank}.safetensors"
+        path = self.folder / f"state{self.suffix}-{self.rank}.safetensors"
         step = saved_step(path)
         steps: list[int] = [0] * self.world
         dist.all_gather_object(steps, step)
@@ -175,26 +133,27 @@ class Trainer:
             for parameter, mean in zip(self.parameters, self.average, strict=True):
                 parameter.copy_(mean)
         for name, module in self.model.items():
-            module.save_pretrained(self.folder / "trained" / name)
+            module.save_pretrained(self.folder / f"trained{self.suffix}" / name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--kind", choices=SUFFIX, default="unet")
     parser.add_argument("--steps", type=int, required=True, help="training steps of the whole run")
-    parser.add_argument("--rate", type=float, default=RATE)
+    parser.add_argument("--rate", type=float, help="learning rate; default: that of the kind")
     options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     latents = torch.from_numpy(np.load(options.folder / "latents.npy"))
     meanings = [Meaning(**entry) for entry in json.loads((options.folder / "meanings.json").read_text())]
-    trainer = Trainer(options.folder, options.steps, options.rate)
+    trainer = Trainer(options.folder, options.kind, options.steps, options.rate)
     trainer.resume()
     start, errors = time.monotonic(), []
     while trainer.step < trainer.steps:
         errors.append(trainer.train_step(latents, meanings))
         if trainer.step % 200 == 0 and trainer.rank == 0:
-            print(f"pretrain {trainer.step}/{trainer.steps}  error {np.mean(errors[-200:]):.4f}  "
+            print(f"{options.kind} {trainer.step}/{trainer.steps}  error {np.mean(errors[-200:]):.4f}  "
                   f"{(time.monotonic() - start) / len(errors):.3f} s per step", flush=True)
         if trainer.step % 400 == 0 or trainer.step >= trainer.steps:
             trainer.save()
