@@ -86,7 +86,7 @@ class FlowBase:
 
 
 def assemble(folder: Path) -> Path:
-    """Write tiny-flow, and return its folder: the pipeline in fp16 safetensors, for ZImagePipeline.from_pretrained."""
+    """Write tiny-flow, a ZImagePipeline in fp16 safetensors; return its folder."""
     transformer = ZImageTransformer2DModel.from_pretrained(folder / "trained-flow/transformer")
     transformer.register_to_config(_name_or_path="tiny-flow/transformer")
     vae = AutoencoderKL.from_pretrained(folder / "vae-tuned")

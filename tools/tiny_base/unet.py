@@ -75,7 +75,7 @@ class UNetBase:
 
 
 def assemble(folder: Path) -> Path:
-    """Write tiny-sd, and return its folder: the pipeline in fp16 safetensors, for StableDiffusionPipeline.from_pretrained."""
+    """Write tiny-sd, a StableDiffusionPipeline in fp16 safetensors; return its folder."""
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(folder / "vae-tuned"),
         text_encoder=CLIPTextModel.from_pretrained(folder / "trained/text_encoder"),
