@@ -40,7 +40,8 @@ class Convert(Section):
 
     def __post_init__(self) -> None:
         require("", {
-            "dtype": (self.dtype in (None, "fp16", "fp32"), f"fp16 or fp32, or null to keep it, not {self.dtype}"),
+            "dtype": (self.dtype in (None, "fp16", "bf16", "fp32"),
+                      f"fp16, bf16 or fp32, or null to keep it, not {self.dtype}"),
             "prediction_type": (self.prediction_type in (None, *PREDICTION_TYPES),
                                 f"epsilon or v_prediction, or null to detect it, not {self.prediction_type}"),
             "resolution": (self.resolution is None or (8 <= self.resolution <= 2048 and self.resolution % 8 == 0),

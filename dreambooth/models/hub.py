@@ -45,6 +45,24 @@ def unresolved() -> str | None:
     return None
 
 
+def download(source: str, patterns: list[str], local_files_only: bool) -> Path:
+    """Return a local folder with the files of a hub model that match `patterns`. Download the files that are missing.
+
+    Args:
+        local_files_only: whether nothing is downloaded.
+
+    Raises:
+        OSError, ValueError: the model could not be downloaded, or is not on this machine.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns, local_files_only=local_files_only))
+    except HfHubHTTPError as error:
+        raise OSError(str(error)) from error
+
+
 def failure_reason(error: BaseException, source: str, offline: bool) -> str:
     """Return why a model could not be loaded: that the hub could not be reached, or the first line of the error.
 

@@ -10,11 +10,12 @@ from safetensors import SafetensorError
 
 from dreambooth.config.storage import is_remote, is_single_file
 from dreambooth.errors import UserError
+from dreambooth.models import families, hub
 from dreambooth.models.components import Components
 from dreambooth.serialization import export_layout, single_file
-from dreambooth.serialization.detect_format import detect, open_model_file
+from dreambooth.serialization.detect_format import DetectedModel, detect, open_model_file
 from dreambooth.serialization.export import whole_pipeline
-from dreambooth.serialization.load_parts import build_parts, load_parts
+from dreambooth.serialization.load_parts import build_parts, load_other_parts, load_parts
 from dreambooth.storage import manifest, run_inputs
 from dreambooth.utils import atomic_files
 from dreambooth.utils.assets import resolve_asset
@@ -22,12 +23,12 @@ from dreambooth.utils.console import Console
 from dreambooth.utils.plurals import counted
 
 WRITABLE_OUT = "type out= and a path in a folder that you can write to"
-DTYPES = {"fp16": torch.float16, "fp32": torch.float32, None: None}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, None: None}
 
 
 def convert(source: str, out: str, *, config: str | None = None, vae: str | None = None, dtype: str | None = None,
             with_vae: bool = True, prediction_type: str | None = None, resolution: int | None = None,
-            title: str | None = None) -> Path:
+            title: str | None = None, offline: bool = True) -> Path:
     """Convert a single file to a diffusers folder, or a diffusers or run folder to a single file.
 
     A name that ends in .safetensors or .ckpt means a single file. All other names mean folders.
@@ -35,11 +36,14 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
         source: a single file or a folder, on this machine or in S3.
         out: the new folder or file.
         config: a diffusers folder with the architecture of the source file; None: the family's published architecture.
+            If the source file contains the denoiser alone, all other parts come from this folder. It may then be a hub
+            id; None: the family's published model.
         vae: a single file with a VAE that replaces the model's own.
-        dtype: precision of the written weights, fp16 or fp32; None: the precision of each weight in `source`.
+        dtype: precision of the written weights, fp16, bf16 or fp32; None: the precision of each weight in `source`.
         with_vae: whether the written file contains the VAE; only if `out` is a file.
         prediction_type, resolution: properties of the model in a source file; None: as detected in the file.
         title: title in the metadata of the written file; only if `out` is a file.
+        offline: whether the family's published model is not downloaded.
 
     Returns:
         `out`.
@@ -61,11 +65,18 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
         return _to_file(local_source, Path(out), vae, DTYPES[dtype], with_vae, title, console)
     file = open_model_file(local_source)
     detected = detect(file, prediction_type, resolution)
-    architecture = detected.family.architecture
-    parts = build_parts(Path(config or Path(resolve_asset("package:architectures")) / architecture), detected)
+    family, architecture = detected.family, detected.family.architecture
+    whole = family.single_file.whole
+    if not whole and (prediction_type or resolution):
+        raise UserError(f"prediction_type and resolution would change nothing for {family.title}: leave them out")
+    folder = Path(config or Path(resolve_asset("package:architectures")) / architecture) if whole else (
+        _other_parts(config, detected, local_source, offline))
+    parts = build_parts(folder, detected)
     if unknown := single_file.fill(parts, file):
         console.say(f"{counted(len(unknown), 'tensor')} of {local_source}, not of this model, left out: "
                     f"{', '.join(unknown[:3])}" + (", ..." if len(unknown) > 3 else ""))
+    if not whole:
+        parts = load_other_parts(parts, folder)
     if vae:
         single_file.fill_vae(parts.vae, parts.family, open_model_file(Path(vae)))
     for name, module in parts.modules_by_name.items():
@@ -74,10 +85,41 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
         single_file.check_finite({f"{name}.{key}": weight for key, weight in module.state_dict().items()})
     with _reporting_failure(out), manifest.write_folder(Path(out), fresh=True) as aside:
         _save(parts, aside)
+    if not whole:
+        console.say(f"{out}: {architecture}; the transformer of {local_source}, all other parts of {folder}")
+        return Path(out)
     noise = ", zero terminal SNR" if detected.is_rescaled else ""
     console.say(f"{out}: {architecture}; {detected.prediction_type}{noise}, by {detected.prediction_reason}; "
                 f"{detected.resolution} px, by {detected.resolution_reason}")
     return Path(out)
+
+
+def _other_parts(config: str | None, detected: DetectedModel, source: Path, offline: bool) -> Path:
+    """Return the local diffusers folder with the parts that a file with the denoiser alone does not contain.
+
+    Args:
+        config: a diffusers folder or hub id that the user typed; None: the family's published model.
+
+    Raises:
+        UserError: the hub id is not on this machine, and could not be downloaded or must not be.
+    """
+    family = detected.family
+    origin = config or family.hub_ids[0]
+    if hub.is_local(origin):
+        return Path(origin)
+    offline = offline and config is None
+    try:
+        local = hub.local_files_only(origin, offline)
+        families.of_source(origin, local_files_only=local)
+        folders = [*(part.name for part in family.parts()), *family.tokenizers, "scheduler"]
+        weights = [f"{part.name}/*.safetensors*" for part in (family.vae, *family.encoders)]
+        texts = [f"{name}/{pattern}" for name in folders for pattern in ("*.json", "*.txt", "*.model", "*.jinja")]
+        return hub.download(origin, [*texts, *weights, "model_index.json"], local)
+    except (OSError, ValueError) as error:
+        hint = f", or config={origin} to download them" if offline else ""
+        raise UserError(f"{source} contains the transformer of {family.title} alone, and the VAE and the text encoders "
+                        f"of {origin} could not be loaded ({hub.failure_reason(error, origin, offline)}): type "
+                        f"config=DIR, a diffusers folder of the model{hint}") from error
 
 
 def _check_out(source: str, out: str) -> None:
@@ -139,6 +181,9 @@ def _to_file(source: Path, out: Path, vae: str | None, dtype: torch.dtype | None
              console: Console) -> Path:
     folder, settings = _find_model(source)
     parts = load_parts(folder)
+    if not parts.family.single_file.whole and (vae or not with_vae):
+        raise UserError(f"a single file of {parts.family.title} contains the transformer alone: leave vae and with_vae "
+                        "out")
     if vae:
         single_file.fill_vae(parts.vae, parts.family, open_model_file(Path(vae)))
     name = title or settings.get("name") or source.absolute().name

@@ -101,8 +101,8 @@ def detect(file: ModelFile, prediction_type: str | None = None, resolution: int 
 def _unknown(file: ModelFile) -> str:
     """Return the error message for a file whose model belongs to no supported family."""
     if any(family.single_file.denoiser_key in file.names for family in families.FAMILIES):
-        return (f"{file.path} has no text encoder that is known here, those of {families.titles()}: type another file, "
-                "or a folder of diffusers")
+        return (f"{file.path} is of no model that is known here, those of {families.titles()}: type another file, or a "
+                "folder of diffusers")
     content = "a LoRA" if any("lora" in name for name in file.names) else "something else"
-    return (f"{file.path} is {content}, not a whole model of {families.titles()} in its original layout: type another "
-            "file, or a folder of diffusers")
+    return (f"{file.path} is {content}, not a model of {families.titles()} in its original layout: type another file, "
+            "or a folder of diffusers")

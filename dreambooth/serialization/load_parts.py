@@ -1,6 +1,7 @@
 """Builds the parts of a local diffusers folder from its configurations alone, or loads them with their weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from dreambooth.errors import UserError
 from dreambooth.models import families
 from dreambooth.models.components import Components
+from dreambooth.models.families.family import Family
 from dreambooth.serialization.detect_format import DetectedModel
 
 
@@ -36,7 +38,7 @@ def build_parts(folder: Path, detected: DetectedModel | None = None) -> Componen
             latent_side = detected.resolution // family.vae_scale(configurations[family.vae.name])
             name = family.denoiser.name
             configurations[name] = family.with_native_side(configurations[name], latent_side)
-            scheduler = scheduler | {"prediction_type": detected.prediction_type}
+            scheduler = scheduler | family.single_file.scheduler_changes(detected.prediction_type)
             scheduler = family.rescale_to_zero_snr(scheduler) if detected.is_rescaled else scheduler
         tokenizers = [family.load_tokenizer(name, folder) if (folder / name).is_dir()
                       else family.packaged_tokenizer(name) for name in family.tokenizers]
@@ -51,24 +53,52 @@ def build_parts(folder: Path, detected: DetectedModel | None = None) -> Componen
 
 
 def load_parts(folder: Path) -> Components:
-    """Load the parts of a local diffusers folder. Each weight keeps the precision in which it is stored.
+    """Load the parts of a local diffusers folder that a single file of the family contains.
+
+    The other parts are on the device `meta`. Each weight keeps the precision in which it is stored.
 
     Raises:
         UserError: the folder lacks a part, or its model belongs to no supported family.
     """
     parts = build_parts(folder)
     for name, module in parts.modules_by_name.items():
-        paths = sorted((folder / name).glob("*.safetensors"))
-        plain = [path for path in paths if ".fp16." not in path.name] or paths
-        names = module.state_dict().keys()
-        state = {parts.family.current_name(key, names): value
-                 for path in plain for key, value in _load_weights(path).items() if not key.endswith("position_ids")}
-        try:
-            module.load_state_dict(state, assign=True)
-        except RuntimeError as error:
-            raise UserError(f"{folder / name} does not hold the .safetensors weights of its config.json "
-                            f"({str(error).splitlines()[-1].strip()[:120]}): type another in=DIR") from error
+        if parts.family.single_file.whole or module is parts.denoiser:
+            _load_module(folder, name, module, parts.family, "in")
     return parts
+
+
+def load_other_parts(parts: Components, folder: Path) -> Components:
+    """Return `parts` with the VAE and the text encoders of a local diffusers folder, in the precision of its files.
+
+    Raises:
+        UserError: the folder lacks a part.
+    """
+    _load_module(folder, parts.family.vae.name, parts.vae, parts.family, "config")
+    try:
+        encoders = [part.load(str(folder), "auto", subfolder=part.name, local_files_only=True)
+                    for part in parts.family.encoders]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"the text encoders in {folder} could not be loaded ({str(error).splitlines()[0][:120]}): type "
+                        "another config=DIR") from error
+    return replace(parts, encoders=encoders)
+
+
+def _load_module(folder: Path, name: str, module: Any, family: Family, key: str) -> None:
+    """Load the weights of a part on the device `meta`, whose name is `name`, from a diffusers folder.
+
+    Args:
+        key: the option of the command that names the folder, for the error message.
+    """
+    paths = sorted((folder / name).glob("*.safetensors"))
+    plain = [path for path in paths if ".fp16." not in path.name] or paths
+    names = module.state_dict().keys()
+    state = {family.current_name(key, names): value
+             for path in plain for key, value in _load_weights(path).items() if not key.endswith("position_ids")}
+    try:
+        module.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{folder / name} does not hold the .safetensors weights of its config.json "
+                        f"({str(error).splitlines()[-1].strip()[:120]}): type another {key}=DIR") from error
 
 
 def _load_weights(path: Path) -> dict[str, Tensor]:

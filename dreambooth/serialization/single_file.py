@@ -1,4 +1,7 @@
-"""Reads and writes single files: one file with all parts of a model in its family's layout (SingleFileFormat)."""
+"""Reads and writes single files: one file with all parts of a model in its family's layout (SingleFileFormat).
+
+Files of some families contain the denoiser alone (SingleFileFormat.whole).
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -11,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dreambooth.errors import UserError
+from dreambooth.models import families
 from dreambooth.models.components import Components
 from dreambooth.models.families.family import Family
 from dreambooth.models.families.file_format import Entry, Form, ModelFile
@@ -25,26 +29,32 @@ def all_entries(parts: Components) -> Iterator[Entry]:
 
 
 def fill(parts: Components, file: ModelFile) -> list[str]:
-    """Load the weights of a single file into parts on the device `meta`.
+    """Load the weights of a single file into parts on the device `meta`: all parts, or the denoiser alone.
 
     Returns:
         The keys of the file that belong to no part, without the keys that a model of the family never needs
         (`is_ignored`).
 
     Raises:
-        UserError: the file lacks a tensor, or a tensor has another shape than in the parts.
+        UserError: the file lacks a tensor, or a tensor has another shape than in the parts or is in 8 bits.
     """
     modules = parts.modules_by_name
+    if not parts.family.single_file.whole:
+        modules = {parts.family.denoiser.name: parts.denoiser}
     states: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
     shapes = {name: {key: tuple(value.shape) for key, value in module.state_dict().items()}
               for name, module in modules.items()}
     left = set(file.names)
     for entry in all_entries(parts):
-        if entry.key not in file.names:
+        key = families.canonical_key(entry.key)
+        if key not in file.names:
             raise UserError(f"{file.path} lacks {entry.key}: it is cut short, or of another architecture; "
                             "type config=DIR, a diffusers folder of that architecture")
-        left.discard(entry.key)
-        tensor = file.read(entry.key)
+        left.discard(key)
+        tensor = file.read(key)
+        if tensor.element_size() < 2:
+            raise UserError(f"{file.path} is in 8 bits ({entry.key} is {str(tensor.dtype).removeprefix('torch.')}): "
+                            "type a file of the same model in bf16, fp16 or fp32")
         if entry.form is Form.convolution and tensor.dim() == 2:
             tensor = tensor[:, :, None, None]
         expected = entry.shape([shapes[entry.part][name] for name in entry.names])
@@ -63,8 +73,11 @@ def fill_vae(vae: Any, family: Family, file: ModelFile) -> None:
     The file may contain a VAE alone or a whole model, in the family's original layout or in diffusers' layout.
 
     Raises:
-        UserError: the file contains no VAE of this architecture.
+        UserError: the file contains no VAE of this architecture, or the family's VAE is read from folders only.
     """
+    if not family.single_file.whole:
+        raise UserError(f"{file.path} is a single file, and a VAE of {family.title} is read from folders alone: leave "
+                        "it out")
     names = list(vae.state_dict())
     known = frozenset(names)
     diffusers_keys = {family.current_name(key, known): key for key in file.names}

@@ -51,11 +51,11 @@ def _convert_model(config: Config) -> Path:
             if target.exists():
                 atomic_files.remove_folder(target)
             try:
-                convert(str(path), str(target))
+                convert(str(path), str(target), offline=config.model.offline)
             except UserError as error:
                 command = quoting.command("convert", {"in": str(path), "out": "DIR", "config": "DIR"})
-                raise UserError(str(error).replace(
-                    "type config=DIR", f"type {command}, then model.source=DIR")) from error
+                message = str(error).replace("type config=DIR", f"type {command}, then model.source=DIR")
+                raise UserError(re.sub(r"or config=\S+ to", "or model.offline=false to", message)) from error
     return target
 
 

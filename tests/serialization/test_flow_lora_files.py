@@ -17,16 +17,11 @@ from dreambooth.models.components import Components
 from dreambooth.serialization import lora_files
 from dreambooth.serialization.export_layout import ADAPTER
 from dreambooth.serialization.single_file import to_file
-from tests.support.tiny_models import FLOW_FAMILIES, make_flow
+from tests.support.tiny_models import FLOW_FAMILIES
 
 SAME = 2e-4  # difference of pictures in [0, 1] that rounding may cause, see test_lora_files.py
 # The layers that diffusers' converters of ComfyUI's layout read; Stable Diffusion 3.5 has no converter.
 CONVERTED = {"z_image": Targets.transformer, "flux2_klein": Targets.transformer}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: make_flow(name, tmp_path_factory.mktemp("flow") / name) for name in FLOW_FAMILIES}
 
 
 def load(folder: Path) -> Any:
@@ -69,9 +64,9 @@ def draw(pipeline: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", [MethodKind.lora, MethodKind.dora])
 @pytest.mark.parametrize("name", FLOW_FAMILIES)
-def test_diffusers_draws_the_same_pictures(name: str, kind: MethodKind, folders: dict[str, Path], tmp_path: Path
-                                           ) -> None:
-    ours, theirs = load(folders[name]), load(folders[name])
+def test_diffusers_draws_the_same_pictures(name: str, kind: MethodKind, flow_bases: dict[str, Path],
+                                           tmp_path: Path) -> None:
+    ours, theirs = load(flow_bases[name]), load(flow_bases[name])
     base = draw(theirs)
     files = write(tmp_path, *taught(ours, kind, Targets.transformer), ours.transformer.config)
     theirs.load_lora_weights(tmp_path, weight_name=ADAPTER)
@@ -79,15 +74,15 @@ def test_diffusers_draws_the_same_pictures(name: str, kind: MethodKind, folders:
     assert np.abs(wanted - base).max() > 20 * SAME, "the adapter changes nothing"
     assert np.abs(draw(theirs) - wanted).max() < SAME
     if kind is MethodKind.lora and name in CONVERTED:
-        theirs = load(folders[name])
+        theirs = load(flow_bases[name])
         theirs.load_lora_weights(files["comfyui"].parent, weight_name=files["comfyui"].name)
         assert np.abs(draw(theirs) - wanted).max() < SAME
 
 
 @pytest.mark.parametrize("name", CONVERTED)
-def test_diffusers_converts_the_layout_of_comfyui_to_the_same_adapters(name: str, folders: dict[str, Path],
+def test_diffusers_converts_the_layout_of_comfyui_to_the_same_adapters(name: str, flow_bases: dict[str, Path],
                                                                      tmp_path: Path) -> None:
-    pipeline = load(folders[name])
+    pipeline = load(flow_bases[name])
     files = write(tmp_path, *taught(pipeline, MethodKind.lora, CONVERTED[name]), pipeline.transformer.config)
     converted = type(pipeline).lora_state_dict(load_file(files["comfyui"]))
     wanted = load_file(files["diffusers"])
@@ -125,9 +120,9 @@ def as_comfyui(tensors: dict[str, Tensor], lora_file: dict[str, Tensor]) -> dict
 
 @pytest.mark.parametrize("kind", [MethodKind.lora, MethodKind.dora])
 @pytest.mark.parametrize("name", FLOW_FAMILIES)
-def test_comfyui_computes_the_weights_of_a_merged_model(name: str, kind: MethodKind, folders: dict[str, Path],
+def test_comfyui_computes_the_weights_of_a_merged_model(name: str, kind: MethodKind, flow_bases: dict[str, Path],
                                                        tmp_path: Path) -> None:
-    pipeline = load(folders[name])
+    pipeline = load(flow_bases[name])
     config, state = pipeline.transformer.config, dict(pipeline.transformer.state_dict())
     family = families.of_pipeline(pipeline)
     entries = list(family.single_file.entries("transformer", state, config))

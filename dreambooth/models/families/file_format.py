@@ -64,6 +64,7 @@ class SingleFileFormat(ABC):
     A mark is an empty tensor. Its presence states a property of the model, such as zero terminal SNR.
     """
 
+    whole = True  # whether a file contains all parts of the model; False: the denoiser alone
     denoiser_key: str  # a key that every file of this format has
     vae_prefix: str  # prefix of the VAE's keys
     marks: frozenset[str]  # names of empty tensors whose presence carries information
@@ -86,6 +87,10 @@ class SingleFileFormat(ABC):
     @abstractmethod
     def prediction_type(self, file: ModelFile) -> tuple[str, str]:
         """Return the prediction type in diffusers' notation, and the evidence for it, such as 'its metadata'."""
+
+    def scheduler_changes(self, prediction_type: str) -> dict[str, Any]:
+        """Return the entries of the scheduler's configuration that state a model's prediction type."""
+        return {"prediction_type": prediction_type}
 
     @abstractmethod
     def resolution(self, file: ModelFile, prediction_type: str, typed: bool) -> tuple[int, str]:

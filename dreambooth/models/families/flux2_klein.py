@@ -5,6 +5,7 @@ Its text encoder is Qwen3-4B. The VAE has 32 channels.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,9 @@ class Flux2File(TransformerFile):
 
     denoiser_key = "single_stream_modulation.lin.weight"
     required_keys = frozenset({denoiser_key, "double_blocks.0.img_attn.qkv.weight"})
+    top_names = frozenset({"double_blocks", "single_blocks", "img_in", "txt_in", "time_in", "guidance_in",
+                           "double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation",
+                           "final_layer"})
     architecture = "Flux.2-klein-4b"
     implementation = "https://github.com/black-forest-labs/flux2"
     stacks = {"attn.to_q.": "img_attn.qkv.", "attn.add_q_proj.": "txt_attn.qkv."}
@@ -60,6 +64,10 @@ class Flux2File(TransformerFile):
         (r"transformer_blocks\.(\d+)\.ff_context\.linear_out\.(.*)", r"double_blocks.\1.txt_mlp.2.\2"),
         (r"transformer_blocks\.(.*)", r"double_blocks.\1"))
     swapped = (r"norm_out\.linear\..*",)
+
+    def canonical_key(self, name: str) -> str:
+        """Return the current form of a key. ComfyUI saves `scale` as `weight`."""
+        return re.sub(r"(_blocks\..*\.norm\.(?:query|key)_norm)\.weight", r"\1.scale", super().canonical_key(name))
 
 
 class Flux2Klein(FlowTransformer):

@@ -28,8 +28,10 @@ class Sd35File(TransformerFile):
     """Single files of Stable Diffusion 3.5's transformer, in the key names of Stability AI."""
 
     key_prefix = "model.diffusion_model."
-    denoiser_key = f"{key_prefix}joint_blocks.0.x_block.attn.qkv.weight"
-    required_keys = frozenset({denoiser_key, f"{key_prefix}joint_blocks.0.x_block.attn2.qkv.weight"})
+    denoiser_key = "joint_blocks.0.x_block.attn.qkv.weight"
+    required_keys = frozenset({denoiser_key, "joint_blocks.0.x_block.attn2.qkv.weight"})
+    top_names = frozenset({"joint_blocks", "x_embedder", "t_embedder", "y_embedder", "context_embedder", "pos_embed",
+                           "final_layer"})
     architecture = "stable-diffusion-v3.5-medium"
     implementation = "https://github.com/Stability-AI/sd3.5"
     stacks = {"attn.to_q.": "x_block.attn.qkv.", "attn.add_q_proj.": "context_block.attn.qkv.",

@@ -1,6 +1,7 @@
 """Single files that hold a diffusion transformer alone, in the key names of its publisher, as ComfyUI reads them.
 
-The VAE and the text encoders have files of their own. Imports no torch.
+The VAE and the text encoders have files of their own. Some files contain them, too, and are read without them. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -15,14 +16,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PREFIXES = "model.diffusion_model.", "diffusion_model."  # of the transformer's keys
+OTHER_PARTS = ("first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.", "conditioner.")  # prefixes of keys
+
+
 class TransformerFile(SingleFileFormat):
     """Base class: the file of a family of flow matching, which contains the transformer alone."""
 
+    whole = False
     vae_prefix = "vae."
     marks: frozenset[str] = frozenset()
     architecture: str  # in ModelSpec metadata
     implementation: str  # in ModelSpec metadata: whose module names the keys contain
-    required_keys: frozenset[str]  # keys that only files of this family have
+    required_keys: frozenset[str]  # keys that only files of this family have, without a prefix
+    top_names: frozenset[str]  # the first component of every key without a prefix
     key_prefix = ""  # of all keys in files that this project writes
     stacks: Mapping[str, str]  # name of a query layer, with a dot -> key of the matrix of query, key and value
     rules: tuple[tuple[str, str], ...]  # (pattern of a name, its key): the first pattern that matches a name decides
@@ -31,8 +38,19 @@ class TransformerFile(SingleFileFormat):
     def matches(self, names: frozenset[str]) -> bool:
         return self.required_keys <= names
 
+    def canonical_key(self, name: str) -> str:
+        """Return the key without the prefix that some files have."""
+        for prefix in PREFIXES:
+            bare = name.removeprefix(prefix)
+            if bare != name and bare.partition(".")[0] in self.top_names:
+                return bare
+        return name
+
     def prediction_type(self, file: ModelFile) -> tuple[str, str]:
         return "flow_prediction", "the family"
+
+    def scheduler_changes(self, prediction_type: str) -> dict[str, Any]:
+        return {}
 
     def resolution(self, file: ModelFile, prediction_type: str, typed: bool) -> tuple[int, str]:
         return 1024, "the family"
@@ -69,7 +87,7 @@ class TransformerFile(SingleFileFormat):
         return name
 
     def is_ignored(self, key: str, encoders: Sequence[Any]) -> bool:
-        return False
+        return key.startswith(OTHER_PARTS)
 
     def constants(self, encoders: Sequence[Any]) -> dict[str, Tensor]:
         return {}

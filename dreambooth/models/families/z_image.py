@@ -27,6 +27,8 @@ class ZImageFile(TransformerFile):
 
     denoiser_key = "cap_embedder.1.weight"
     required_keys = frozenset({denoiser_key, "x_embedder.weight", "layers.0.attention.qkv.weight"})
+    top_names = frozenset({"layers", "noise_refiner", "context_refiner", "x_embedder", "t_embedder", "cap_embedder",
+                           "final_layer", "x_pad_token", "cap_pad_token"})
     architecture = "Z-Image"
     implementation = "https://github.com/Tongyi-MAI/Z-Image"
     stacks = {"attention.to_q.": "attention.qkv."}
