@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 from torch import nn
 
 import dreambooth
-from dreambooth.config.enums import MethodKind
 from dreambooth.config.recipe import Recipe
 from dreambooth.models import lora, text_encoders
 from dreambooth.models.components import Components
@@ -30,7 +29,7 @@ tags:
 - diffusers
 {tags}instance_prompt: {quoted}
 base_model: {base_model}
----
+{license}---
 # {name}
 
 {shown_source}, taught a new subject with [DreamBooth](https://arxiv.org/abs/2208.12242).
@@ -38,18 +37,15 @@ Say **{instance_prompt}** to get it. The weights are {weights} after {step} step
 {picture}
 ```python
 {code}
-pipeline({quoted}, num_inference_steps=25).images[0].save("subject.png")
+pipeline(prompt={quoted}, num_inference_steps={steps}, guidance_scale={guidance}).images[0].save("subject.png")
 ```
 
 | setting | value |
 |---|---|
 {settings}
 
-Licence and limits of use are those of the base model. Made with dreambooth {version}.
+Licence and limits of use are those of the base model{published}. Made with dreambooth {version}.
 """
-
-WEBUI = {MethodKind.lora: "webui/ has the file for AUTOMATIC1111, ComfyUI and Forge",
-         MethodKind.dora: "webui/ has the file for ComfyUI and Forge"}
 
 
 def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
@@ -152,13 +148,15 @@ def _code(recipe: Recipe, family: Family) -> str:
         after = f"pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{changes})\n"
     return (f"from diffusers import {', '.join(sorted(imports))}\n\n{before}"
             f"pipeline = DiffusionPipeline.from_pretrained({_literal(recipe.model.source)}{arguments})\n{after}"
-            f'pipeline.load_lora_weights("model", weight_name="{ADAPTER}")  # this folder; {WEBUI[recipe.method.kind]}')
+            f'pipeline.load_lora_weights("model", weight_name="{ADAPTER}")  # this folder; webui/ has the file for '
+            + family.lora_programs[recipe.method.kind])
 
 
 def _card(recipe: Recipe, family: Family, step: int, pictured: bool) -> str:
     train, prior, source = recipe.train, recipe.prior, recipe.model.source
+    license_id, license_title = family.license
     settings = {
-        "photos": recipe.dataset.name, "class prompt": ", ".join(
+        "family": family.title, "photos": recipe.dataset.name, "class prompt": ", ".join(
             one.class_prompt for one in recipe.class_recipes) if recipe.with_prior else "none",
         "prior_loss_weight": prior.prior_loss_weight if recipe.with_prior else "none",
         "class images": prior.num_class_images if recipe.with_prior else "none",
@@ -176,6 +174,10 @@ def _card(recipe: Recipe, family: Family, step: int, pictured: bool) -> str:
         base_model=source if re.fullmatch(r"[\w./:-]*[\w./-]", source) else _literal(source),
         instance_prompt="** or **".join(markdown.escape(one.instance_prompt) for one in recipe.subject_recipes),
         quoted=_literal(recipe.instance_prompt), code=_code(recipe, family),
+        license=f"license: {license_id}\n" if source in family.hub_ids else "",
+        published=f", {license_title}" if source in family.hub_ids else "; the published models of "
+        f"{family.title} are under {license_title}",
+        steps=recipe.sample.num_inference_steps, guidance=recipe.sample.guidance_scale,
         family_tags="".join(f"- {tag}\n" for tag in family.tags), tags="- lora\n" * recipe.method.low_rank,
         version=dreambooth.__version__,
         weights=("an exponential moving average" if train.use_ema else "as trained")

@@ -215,7 +215,7 @@ def test_an_adapter_is_drawn_with_as_it_was_trained(
         "generated/a-toy-seed0.png", "samples/step-000004/prompt-0-0.png"))
     assert np.abs(drawn - sampled).max() <= 2
     monkeypatch.chdir(run)
-    code = (run / "model/README.md").read_text().split("```")[1].removeprefix("python\n").partition("pipeline(\"")[0]
+    code = (run / "model/README.md").read_text().split("```")[1].removeprefix("python\n").partition("pipeline(p")[0]
     known: dict[str, Any] = {}
     exec(code, known)
     pipeline = known["pipeline"]

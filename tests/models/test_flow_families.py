@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -141,11 +142,11 @@ def test_latents_come_back_as_the_picture(family: str, flow_bases: dict[str, Pat
 @pytest.mark.parametrize("family", FLOW_FAMILIES)
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_it_trains_resumes_bit_for_bit_samples_and_exports(
-    family: str, method: str, flow_bases: dict[str, Path], tmp_path: Path
+    family: str, method: str, flow_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask = [f"model={family}", f"method={method}", f"model.source={flow_bases[family]}", "model.offline=true",
            "model.resolution=16", "dataset.allow_drawings=true", "train.max_train_steps=4", "train.learning_rate=1e-3",
-           "name=demo-x", "prior.num_inference_steps=2", "sample.num_inference_steps=2"]
+           "name=demo-x", "prior.num_inference_steps=2", "sample.num_inference_steps=2", "sample.guidance_scale=3"]
     assert train(tmp_path / "straight", *ask) == 0
     assert train(tmp_path / "killed", *ask, fault="checkpoint_rename") == -9
     assert train(tmp_path / "killed", *ask) == 0
@@ -157,6 +158,18 @@ def test_it_trains_resumes_bit_for_bit_samples_and_exports(
         moved = [name for name in theirs if not ours[name].equal(theirs[name])]
         assert len(moved) > 0.6 * len(theirs)
     assert call("generate", [f"run={straight}", f"prompt={PROMPT}", "num_images=1", "num_inference_steps=2"]) == 0
+    monkeypatch.chdir(straight)  # the folder of the result is that of the card's code
+    card = (straight / "model/README.md").read_text()
+    known: dict[str, Any] = {}
+    exec(card.split("```")[1].removeprefix("python\n").partition("pipeline(prompt")[0], known)
+    pixels = known["pipeline"](prompt=PROMPT, num_inference_steps=2, guidance_scale=3.0, height=16, width=16,
+                               generator=torch.Generator().manual_seed(0), output_type="np",
+                               **families.of_pipeline(known["pipeline"]).sampling_arguments(known["pipeline"])).images
+    drawn = np.asarray(Image.open(straight / "generated/a-photo-of-a-toy-seed0.png")).astype(int)
+    assert np.abs((pixels[0] * 255).round() - drawn).max() <= (0 if method == "full" else 1)
+    title, license_title = families.of_architecture(family).title, families.of_architecture(family).license[1]
+    assert f"| family | {title} |" in card and f"the published models of {title} are under {license_title}" in card
+    assert "a photo of a zwx toy" in card
 
 
 @pytest.mark.slow

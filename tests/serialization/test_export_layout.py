@@ -30,7 +30,7 @@ DOORS: dict[str, Callable[[Path], object]] = {
 
 
 def as_recipe(run: Path) -> Any:
-    return SimpleNamespace(run_dir=run)
+    return SimpleNamespace(run_dir=run, evaluated_prompts=set())
 
 
 def write_run(run: Path) -> Path:
@@ -79,6 +79,7 @@ def test_an_adapter_is_found_by_its_name_and_by_the_name_of_earlier_runs(
     assert [lora.name for lora in find_loras([str(tmp_path), str(model)], [1.0, 1.0])] == ["toy", "toy"]
     found: list[Any] = []
     parts = SimpleNamespace(family=families.FAMILIES[0])
+    monkeypatch.setattr(evaluate_run.loading, "encode_prompts", lambda recipe, device, prompts: None)
     monkeypatch.setattr(evaluate_run.loading, "load", lambda recipe, device: parts)
     monkeypatch.setattr(evaluate_run.loading, "prepare", lambda parts, recipe: None)
     monkeypatch.setattr(evaluate_run.lora, "load_adapter_weights", lambda model, weights, _: found.append(weights))

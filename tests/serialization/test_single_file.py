@@ -19,6 +19,7 @@ from dreambooth.serialization.convert import convert
 from dreambooth.serialization.detect_format import DetectedModel, open_model_file
 from dreambooth.serialization.load_parts import build_parts, load_parts
 from dreambooth.utils.assets import resolve_asset
+from tests.support.configs import small_recipe
 from tests.support.tiny_models import FAMILIES, make
 from tests.support.weights import same, weights
 
@@ -68,7 +69,7 @@ def test_what_it_predicts_and_at_which_noise_survives_the_file(
     assert found["prediction_type"] == "v_prediction"
     assert (found.get("rescale_betas_zero_snr", False), found["timestep_spacing"] == "trailing") == (zero, zero)
     assert not zero or found["_class_name"] in RESCALABLE_SCHEDULERS
-    assert load_parts(inside).noise_schedule().alphas_cumprod[-1].eq(0) == zero
+    assert load_parts(inside).noise_schedule(small_recipe()).alphas_cumprod[-1].eq(0) == zero
     again = load_file(convert(str(inside), str(tmp_path / "again.safetensors")))
     assert same(again, load_file(file))
 

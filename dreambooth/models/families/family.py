@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth.config.enums import AttentionKind, Targets
+from dreambooth.config.enums import AttentionKind, MethodKind, Targets
 from dreambooth.errors import UserError
 from dreambooth.models.families.file_format import Entry, SingleFileFormat
 from dreambooth.models.families.part import Part
@@ -72,6 +72,9 @@ class Family(ABC):
     hub_ids: tuple[str, ...]  # ids of the published model on the hub
     renamed_hub_ids: Mapping[str, str] = {}  # withdrawn hub id -> current hub id of the same model
     tags: tuple[str, ...] = ()  # tags for model cards
+    license: tuple[str, str]  # of the published model: its identifier in model cards on the hub, and its title
+    lora_programs: Mapping[MethodKind, str] = {  # programs that read adapters in kohya's layout
+        MethodKind.lora: "AUTOMATIC1111, ComfyUI and Forge", MethodKind.dora: "ComfyUI and Forge"}
 
     @abstractmethod
     def matches(self, layout: Layout) -> bool:

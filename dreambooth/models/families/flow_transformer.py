@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dreambooth.config.enums import AttentionKind, Dtype
+from dreambooth.config.enums import AttentionKind, Dtype, MethodKind
 from dreambooth.errors import UserError
 from dreambooth.models.families.family import Family
 from dreambooth.models.families.file_format import Entry
@@ -34,6 +34,7 @@ class FlowTransformer(Family):
 
     vae = DiffusersPart("vae", "diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL")
     sampler_title = "Euler"
+    lora_programs = {MethodKind.lora: "ComfyUI", MethodKind.dora: "ComfyUI"}
     encodes_ahead = True
     single_file: TransformerFile
     overflows_in_fp16 = False  # whether activations of the published model are known to overflow in fp16

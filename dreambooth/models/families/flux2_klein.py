@@ -84,6 +84,7 @@ class Flux2Klein(FlowTransformer):
     title = "FLUX.2 klein"
     architecture = "flux2_klein"
     hub_ids = ("black-forest-labs/FLUX.2-klein-base-4B",)
+    license = ("apache-2.0", "Apache-2.0")
     denoiser = DiffusersPart("transformer", "diffusers.models.transformers.transformer_flux2",
                              "Flux2Transformer2DModel")
     vae = DiffusersPart("vae", "diffusers.models.autoencoders.autoencoder_kl_flux2", "AutoencoderKLFlux2")

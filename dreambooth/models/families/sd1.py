@@ -30,6 +30,7 @@ class StableDiffusion1(LatentUNet):
     architecture = "sd15"
     hub_ids = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5",
                "CompVis/stable-diffusion-v1-4")
+    license = ("creativeml-openrail-m", "CreativeML Open RAIL-M")
     renamed_hub_ids = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
     pad_tokens = {"tokenizer": clip_tokenizer.END}
     kohya_version = "sd_v1"

