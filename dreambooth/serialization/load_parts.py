@@ -26,8 +26,11 @@ def build_parts(folder: Path, detected: DetectedModel | None = None) -> Componen
             folder; None: keep those of the folder.
 
     Raises:
-        UserError: the folder lacks a configuration, or its model belongs to no supported family.
+        UserError: the folder does not exist or lacks a configuration, or its model belongs to no supported family.
     """
+    key = "config" if detected else "in"
+    if not folder.is_dir():  # otherwise the libraries would look for a hub id of this name
+        raise UserError(f"there is no folder {folder}: type another {key}=DIR")
     try:
         family = detected.family if detected else families.of_folder(folder)
         if family is None:
@@ -46,7 +49,7 @@ def build_parts(folder: Path, detected: DetectedModel | None = None) -> Componen
             modules = {part.name: part.build(configurations[part.name]) for part in family.parts()}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} is no diffusers folder of this family ({str(error).splitlines()[0][:120]}): type "
-                        f"another {'config' if detected else 'in'}=DIR") from error
+                        f"another {key}=DIR") from error
     return Components(
         family=family, denoiser=modules[family.denoiser.name], vae=modules[family.vae.name],
         encoders=[modules[part.name] for part in family.encoders], tokenizers=tokenizers, scheduler_config=scheduler)

@@ -103,6 +103,8 @@ def test_what_a_transformer_file_does_not_say_is_refused(
     save_file(eight, tmp_path / "eight.safetensors")
     with pytest.raises(UserError, match=r"is in 8 bits \(.* is float8_e4m3fn\): type a file of the same model in bf16"):
         convert(str(tmp_path / "eight.safetensors"), out, config=base)
+    with pytest.raises(UserError, match=r"there is no folder .*nothing: type another config=DIR"):
+        convert(str(file), out, config=str(tmp_path / "nothing"))
     with pytest.raises(UserError, match=r"x_pad_token is \(2, 48\) and not \(1, 48\): .* type config=DIR"):
         other = {key: value.repeat(2, *[1] * (value.dim() - 1)) for key, value in load_file(file).items()}
         save_file(other, tmp_path / "other.safetensors")
