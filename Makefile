@@ -74,6 +74,7 @@ mlflow-ui: $(STAMP)  ## every run side by side in a browser (PORT=5000)
 
 proof: $(STAMP)  ## run the long experiments and make torture, and write their pages in docs/
 	@$(BIN)/python -m tools.proof
+	@$(BIN)/python -m tools.proof.flow
 	@$(BIN)/python -m tools.proof.concepts
 	@$(BIN)/python -m tools.proof.s3
 	@$(BIN)/python -m tools.proof.container_image
@@ -83,7 +84,7 @@ proof: $(STAMP)  ## run the long experiments and make torture, and write their p
 torture: $(STAMP)  ## kill, damage, starve and stop short runs, as root in 20 minutes, and write docs/torture.md
 	@$(BIN)/python -m tools.torture
 
-tiny-base: $(STAMP)  ## train the shipped base model again (hours; needs npm)
+tiny-base: $(STAMP)  ## train the shipped base models again (hours; needs npm)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[base]'
 	@$(BIN)/python -m tools.tiny_base
 

@@ -84,7 +84,7 @@ class Experiment:
         self.folder, self.first_seed = folder, first_seed
         self.base, self.sampler, self.recipe = base, sampler, recipe
         self.encoder = open_encoder("efficientnet_lite0")
-        borders = SceneBorders.read(BASE)
+        borders = SceneBorders.read(base)
         assert borders is not None
         self.borders = borders
 
@@ -136,11 +136,6 @@ class Experiment:
             decoded = vae.decode(vae.encode(views * 2 - 1).latent_dist.mean).sample.clamp(-1, 1) / 2 + 0.5
         photo_features = self._features([Image.open(path) for path in sorted(photos.glob("*.png"))])
         return float(metrics.mean_similarity(self.encoder.embed_images(decoded), photo_features))
-
-    def similarity(self, pictures: list[Image.Image], photos: Path) -> float:
-        """Return the mean similarity between pictures and the photos in a folder."""
-        photo_features = self._features([Image.open(path) for path in sorted(photos.glob("*.png"))])
-        return float(metrics.mean_similarity(self._features(pictures), photo_features))
 
     def draw_sheet(self, measurements: list[Measurement], path: Path) -> None:
         """Write one picture with samples of all prompts, one row per measurement."""

@@ -31,7 +31,7 @@ and "at night". The **class prompt** is "a photo of a toy".
 same measure with DINO features, so these numbers cannot be compared with numbers outside this page. **Gap closed** is
 (similarity - base) / (reference - base). Here "base" is the similarity of samples of the base model before training, with the same
 prompts and seeds. "Reference" is the similarity of three held-out views of the subject, encoded and decoded by the VAE, which is
-what a perfect UNet could reach. **Scenes kept** is the share of the pictures in scenes whose border is nearest to the mean border
+what a perfect denoiser could reach. **Scenes kept** is the share of the pictures in scenes whose border is nearest to the mean border
 of the scene that the prompt names ([`prompt_fidelity_border`](evaluate.md#prompt-fidelity)). Similarity in scenes alone proves
 little, because it is highest where the scene is lost; the next column is the gap that is closed in the pictures that keep their scene.
 **Class drift** is 1 - cosine between the mean feature of 32 pictures of the class prompt and that of
