@@ -8,10 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dreambooth.errors import UserError
-from dreambooth.models import families
 from dreambooth.serialization.export_layout import ADAPTER, OLD_ADAPTER, check_intact, find_adapter
-
-DENOISERS = "unet", "transformer"  # part names of denoisers in diffusers, and prefixes in LoRA files
 
 
 @dataclass(frozen=True)
@@ -73,10 +70,6 @@ def _find_lora(source: Path, scale: float) -> Lora:
     if any(key.endswith(".dora_scale") for key in keys):
         raise UserError(f"{path} is a DoRA in kohya's layout, of which diffusers would leave a part out: type "
                         f"lora=DIR, the folder with its {ADAPTER}")
-    known = {family.denoiser.name for family in families.FAMILIES}
-    if foreign := [name for name in DENOISERS if name not in known and any(key.startswith(f"{name}.") for key in keys)]:
-        raise UserError(f"{path} is a LoRA of a model with a {foreign[0]}, which is of no family here: type lora=FILE, "
-                        f"one of {families.titles()}")
     return Lora(path, _name(path), scale)
 
 

@@ -183,7 +183,8 @@ def test_a_png_says_how_it_was_made(run: Path, tmp_path: Path) -> None:
 
 def test_parameters_of_a_picture_from_a_picture() -> None:
     text = parameters("a dog", 3, (512, 512), [], {
-        "num_inference_steps": 25, "guidance_scale": 7.5, "negative_prompt": None, "model": "sd15", "strength": 0.6})
+        "num_inference_steps": 25, "sampler": "DPM++ 2M", "guidance_scale": 7.5, "negative_prompt": None,
+        "model": "sd15", "strength": 0.6})
     first, second = text.splitlines()
     assert first == "a dog"
     assert second.startswith("Steps: 25, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 3, Size: 512x512, Model: sd15, "
@@ -226,7 +227,7 @@ def test_a_dora_in_kohyas_layout_is_refused_rather_than_half_read(tmp_path: Path
 
 
 OTHERS = {  # keys of LoRAs of other models, as diffusers and kohya's trainer write them
-    "a model with a transformer": ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
+    "type base=DIR": ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
                                    "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight"],
     "does not fit this base": ["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",
                                "lora_unet_double_blocks_0_img_attn_proj.lora_up.weight",

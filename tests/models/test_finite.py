@@ -39,7 +39,7 @@ def pictures_of(pixels: np.ndarray) -> Any:
         def __call__(self, **inputs: Any) -> Any:
             return SimpleNamespace(images=pixels)
 
-    pipeline = Pipeline(components={}, image_processor=VaeImageProcessor())
+    pipeline = Pipeline(components={"unet": SimpleNamespace(config={})}, image_processor=VaeImageProcessor())
     return next(generate_images(pipeline, ["a toy"], [0], Sampler(1, 1.0, 8), 1))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dreambooth.config.enums import AttentionKind, LrSchedule
-from dreambooth.config.schema import Train
+from dreambooth.config.schema import Flow, Train
 from dreambooth.data.batches import Batch
 from dreambooth.models import families
 from dreambooth.models.loading import TrainedModel
@@ -48,7 +48,7 @@ def test_schedules_follow_their_formula_to_the_end_of_the_run(kind: str) -> None
 def test_the_noise_schedule_is_taken_after_the_zero_terminal_snr_rescale() -> None:
     config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
               "prediction_type": "v_prediction"}
-    plain, rescaled = (FAMILY.noise_schedule(config | {"rescale_betas_zero_snr": zero})
+    plain, rescaled = (FAMILY.noise_schedule(config | {"rescale_betas_zero_snr": zero}, Flow(), 64)
                        for zero in (False, True))
     assert float(plain.alphas_cumprod[-1]) > 1e-3
     assert float(rescaled.alphas_cumprod[-1]) < 1e-6
