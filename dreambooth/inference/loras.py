@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dreambooth.errors import UserError
+from dreambooth.models import families
 from dreambooth.serialization.export_layout import ADAPTER, OLD_ADAPTER, check_intact, find_adapter
 
 
@@ -69,6 +70,10 @@ def _find_lora(source: Path, scale: float) -> Lora:
         raise UserError(f"the LoRA {path} cannot be read ({error}): type lora=FILE, a .safetensors file") from error
     if any(key.endswith(".dora_scale") for key in keys):
         raise UserError(f"{path} is a DoRA in kohya's layout, of which diffusers would leave a part out: type "
+                        f"lora=DIR, the folder with its {ADAPTER}")
+    lacks = [family.diffusers_lacks for family in families.FAMILIES if family.diffusers_lacks]
+    if any(pattern.match(key) for pattern in lacks for key in keys):
+        raise UserError(f"{path} is a LoRA in ComfyUI's layout, of which diffusers would leave a part out: type "
                         f"lora=DIR, the folder with its {ADAPTER}")
     return Lora(path, _name(path), scale)
 

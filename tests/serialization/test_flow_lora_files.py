@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dreambooth.config.enums import Dtype, MethodKind, Targets
 from dreambooth.config.method import Method
+from dreambooth.errors import UserError
+from dreambooth.inference.loras import find_loras
 from dreambooth.models import families, loading, lora
 from dreambooth.models.components import Components
 from dreambooth.serialization import lora_files
@@ -77,6 +79,25 @@ def test_diffusers_draws_the_same_pictures(name: str, kind: MethodKind, flow_bas
         theirs = load(flow_bases[name])
         theirs.load_lora_weights(files["comfyui"].parent, weight_name=files["comfyui"].name)
         assert np.abs(draw(theirs) - wanted).max() < SAME
+
+
+@pytest.mark.parametrize("name", FLOW_FAMILIES)
+def test_a_file_that_diffusers_would_read_in_part_is_refused(name: str, flow_bases: dict[str, Path], tmp_path: Path
+                                                           ) -> None:
+    """All other layers of method.targets=all are read."""
+    pipeline = load(flow_bases[name])
+    model, adapters = taught(pipeline, MethodKind.lora, Targets.all)
+    files = write(tmp_path, model, adapters, pipeline.transformer.config)
+    with pytest.raises(UserError, match=rf"a part out: type lora=DIR, the folder with its {ADAPTER}"):
+        find_loras([str(files["comfyui"])], [1.0])
+    if name in CONVERTED:
+        lacks = model.family.diffusers_lacks
+        known = {key: value for key, value in load_file(files["comfyui"]).items() if not lacks.match(key)}
+        wanted = {module for entry in model.family.kohya_entries(adapters, pipeline.transformer.config)
+                  if not lacks.match(entry.key) for module in entry.names}
+        converted = type(pipeline).lora_state_dict(known)
+        assert {key.removesuffix(".lora_A.weight") for key in converted if "lora_A" in key} == wanted
+        assert find_loras([str(tmp_path)], [1.0])[0].name == "toy"
 
 
 @pytest.mark.parametrize("name", CONVERTED)

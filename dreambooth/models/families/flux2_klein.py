@@ -103,6 +103,7 @@ class Flux2Klein(FlowTransformer):
     pipeline_name = "Flux2KleinPipeline"
     single_file = Flux2File()
     kohya_version = "flux_2_klein_4b"
+    diffusers_lacks = re.compile(r"lora_unet_(double_stream_mod|single_stream_mod|guidance_in|final_layer_adaLN)")
 
     def matches(self, layout: Layout) -> bool:
         return "timestep_guidance_channels" in layout.configuration("transformer")

@@ -5,6 +5,7 @@ It has three text encoders: CLIP ViT-L, OpenCLIP ViT-bigG and T5-XXL.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,7 @@ class StableDiffusion35(FlowTransformer):
     pipeline_name = "StableDiffusion3Pipeline"
     single_file = Sd35File()
     kohya_version = "sd35_medium"
+    diffusers_lacks = re.compile(r"lora_unet_joint_blocks")
 
     def matches(self, layout: Layout) -> bool:
         configuration = layout.configuration("transformer")

@@ -5,6 +5,7 @@ Its text encoder is Qwen3-4B. The VAE is that of FLUX.1, with 16 channels.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,7 @@ class ZImage(FlowTransformer):
     block_lists = ("layers",)
     overflows_in_fp16 = True  # github.com/Tongyi-MAI/Z-Image/issues/14, github.com/kohya-ss/musubi-tuner/issues/897
     kohya_version = "z_image"
+    diffusers_lacks = re.compile(r"lora_unet_(x_embedder|final_layer)")
     single_file = ZImageFile()
     no_guidance = 0.0  # the pipeline computes c + g (c - u), with the conditional c and the unconditional u
 
