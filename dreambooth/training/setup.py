@@ -66,8 +66,10 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         if engine.is_main_process:
             remove_shared_leftovers(recipe.run_root)
             console.say(photo_report.describe_photos(recipe, photos))
-        class_captions = map(class_images.captions, recipe.class_recipes if recipe.with_prior else ())
-        loading.encode_prompts(recipe, engine.device, _prompts(recipe, photos).union(*class_captions))
+        if engine.local_rank == 0:  # the other processes of the host read what this one has stored
+            class_captions = map(class_images.captions, recipe.class_recipes if recipe.with_prior else ())
+            loading.encode_prompts(recipe, engine.device, _prompts(recipe, photos).union(*class_captions))
+        engine.barrier()
         parts = loading.load(recipe, engine.device)
     _check_prompts(parts, recipe, photos)
     pipeline = build_pipeline(parts)

@@ -111,6 +111,12 @@ BROKEN = {  # broken rule -> (machine, values by key, what the message says to t
 }
 
 
+def test_swapped_blocks_in_4_bits_are_refused():
+    found = problems(T4, memory__swap_blocks=2, memory__gradient_checkpointing=True, method__kind=MethodKind.lora,
+                     method__base_weights=BaseWeights.nf4)
+    assert any("memory.swap_blocks cannot move weights of bitsandbytes: type" in sentence for sentence in found)
+
+
 @pytest.mark.parametrize("what", BROKEN)
 def test_each_broken_rule_is_one_sentence_that_says_what_to_type(what, no_packages):
     machine, values, typed = BROKEN[what]
