@@ -5,7 +5,7 @@ Options that leave the results of the run unchanged are suggested first.
 
 from collections.abc import Iterator
 
-from dreambooth.config.enums import Dtype, EmaDevice, LatentCache, OptimizerKind
+from dreambooth.config.enums import BaseWeights, Dtype, EmaDevice, LatentCache, OptimizerKind
 from dreambooth.config.recipe import Recipe
 
 
@@ -57,6 +57,8 @@ def _concessions(recipe: Recipe) -> Iterator[str]:
     if recipe.method.low_rank:  # weights, optimizer state and EMA of an adapter are too small to save anything
         if recipe.with_prior and not memory.split_prior:
             yield "memory.split_prior=true memory.optimizer_in_backward=false"
+        if recipe.method.base_weights is BaseWeights.half:
+            yield "method.base_weights=int8"
         if recipe.model.resolution > 512:
             yield "model.resolution=512"
         return

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from dreambooth import cli
 from dreambooth.config import validation
-from dreambooth.config.enums import Dtype, EmaDevice, LatentCache, MethodKind, OptimizerKind, Rounding, Weights
+from dreambooth.config.enums import (
+    BaseWeights,
+    Dtype,
+    EmaDevice,
+    LatentCache,
+    MethodKind,
+    OptimizerKind,
+    Rounding,
+    Weights,
+)
 from dreambooth.config.schema import Memory
 from dreambooth.data.batches import Latents
 from dreambooth.data.latent_cache import LatentStore, digest
@@ -178,6 +187,8 @@ def test_advised_overrides_are_valid(values: dict[str, object], monkeypatch: pyt
             key = "optimizer.kind" if key == "optimizer" else key
             if key.startswith("memory.ema_device"):
                 values[key.replace(".", "__")] = EmaDevice(value)
+            elif key == "method.base_weights":
+                values["method__base_weights"] = BaseWeights(value)
             elif key == "optimizer.kind":
                 values["optimizer__kind"] = OptimizerKind(value)
             else:
