@@ -21,7 +21,7 @@ PHOTOS = [Photo(Path("a.png"), np.zeros((8, 8, 3), np.uint8), "a caption")]
 @pytest.mark.parametrize("every, prior, encoder, texts", [
     (None, False, "none", {"a caption"}), (2, False, "none", {"a caption", "a sample"}),
     (None, True, "none", {"a caption", "a toy"}),
-    (None, False, "efficientnet_lite0", {"a caption", "a toy", "a zwx toy on the beach"})])
+    (None, False, "efficientnet_lite0", {"a caption", "a toy", "a toy on the beach", "a zwx toy on the beach"})])
 def test_a_prompt_that_nobody_uses_may_be_too_long(
         tmp_path: Path, every: int | None, prior: bool, encoder: str, texts: set[str]) -> None:
     """Captions replace the instance prompt; the class prompt is for class images and for their evaluation."""
