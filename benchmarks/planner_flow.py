@@ -11,6 +11,9 @@ SimpleTuner that a run of this project does not have apply to every row:
 - adapters are on attention's to_q, to_k, to_v and to_out.0 alone;
 - T5 reads 154 tokens, and the prompt of Z-Image is padded to 32 tokens (one emoji in the chat template);
 - Z-Image-Turbo has a second, frozen adapter, a file of 170 MB (zimage_turbo_training_adapter_v1.safetensors).
+
+The last row is from documentation/quickstart/ZIMAGE.md of the same commit: the same run with validation, which
+generates one picture of 1024 px without guidance at a time.
 """
 
 import time
@@ -21,7 +24,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from dreambooth.config.enums import Dtype, MethodKind, Targets
+from dreambooth.config.enums import BaseWeights, Dtype, MethodKind, Targets
 from dreambooth.config.recipe import Recipe
 from dreambooth.models import lora
 from dreambooth.models.families import FAMILIES, qwen_text, sd35
@@ -41,11 +44,23 @@ Z_IMAGE = SHARED | {"model__name": "z_image", "model__source": "Tongyi-MAI/Z-Ima
 SD35 = SHARED | {"model__name": "sd35_medium", "model__source": "stabilityai/stable-diffusion-3.5-medium",
                  "model__resolution": 1024, "method__rank": 128, "train__train_batch_size": 3}
 ASSISTANT_GIB = 170e6 / GIB  # the second adapter of Z-Image-Turbo
-PUBLISHED = [  # name, settings, checkpointing, (GiB, s per step) on an L40S and an H100, GiB that the run has besides
-    ("Z-Image-Turbo, 512 px, rank 64", Z_IMAGE, False, (21.21, 0.316), (21.25, 0.243), ASSISTANT_GIB),
-    ("Z-Image-Turbo, 512 px, rank 64", Z_IMAGE, True, (12.83, 0.493), (12.87, 0.479), ASSISTANT_GIB),
-    ("SD 3.5 medium, 1024 px, batch 3, rank 128", SD35, False, (34.53, 1.189), (34.59, 0.529), 0.0),
-    ("SD 3.5 medium, 1024 px, batch 3, rank 128", SD35, True, (7.62, 1.607), (7.67, 0.721), 0.0)]
+Z_NAME, SD_NAME = "Z-Image-Turbo, 512 px, rank 64", "SD 3.5 medium, 1024 px, batch 3, rank 128"
+HALF, INT8, FP8 = BaseWeights.half, BaseWeights.int8, BaseWeights.fp8
+PUBLISHED = [  # name, settings, GiB besides, base weights, checkpointing, (GiB, s per step) on an L40S, GiB on an H100
+    (Z_NAME, Z_IMAGE, ASSISTANT_GIB, HALF, False, (21.21, 0.316), 21.25),
+    (Z_NAME, Z_IMAGE, ASSISTANT_GIB, HALF, True, (12.83, 0.493), 12.87),
+    (SD_NAME, SD35, 0.0, HALF, False, (34.53, 1.189), 34.59),
+    (SD_NAME, SD35, 0.0, HALF, True, (7.62, 1.607), 7.67),
+    (Z_NAME, Z_IMAGE, ASSISTANT_GIB, INT8, False, (15.55, 0.615), 15.60),
+    (Z_NAME, Z_IMAGE, ASSISTANT_GIB, INT8, True, (7.20, 1.021), 7.25),
+    (SD_NAME, SD35, 0.0, INT8, False, (33.61, 1.381), 33.66),
+    (SD_NAME, SD35, 0.0, INT8, True, (6.53, 1.857), 6.58),
+    (SD_NAME, SD35, 0.0, FP8, False, (35.17, 1.252), 35.21),
+    (SD_NAME, SD35, 0.0, FP8, True, (5.65, 1.736), 5.69)]
+PUBLISHED_VALIDATION = (9.66, 9.70)  # GiB on an L40S and an H100
+VALIDATION = Z_IMAGE | {"model__resolution": 1024, "method__base_weights": INT8, "memory__gradient_checkpointing": True,
+                        "sample__every": 50, "sample__images_per_prompt": 1, "sample__guidance_scale": 0.0,
+                        "prior__sample_batch_size": 1}
 
 
 class PeerRehearsal(rehearsal._Rehearsal):
@@ -87,14 +102,23 @@ def flow_table(make_recipe: Callable[..., Recipe]) -> list[str]:
     """
     lines = ["| LoRA, published by SimpleTuner | L40S, GiB | H100, GiB | predicted | error, L40S | error, H100 | "
              "L40S, s per step | estimated | error | CPU s |", "|---|---|---|---|---|---|---|---|---|---|"]
-    for name, settings, checkpointing, (memory, seconds), (larger, _), besides in PUBLISHED:
+    for name, settings, besides, weights, checkpointing, (memory, seconds), larger in PUBLISHED:
         start = time.process_time()
-        recipe = make_recipe(**settings, memory__gradient_checkpointing=checkpointing)
+        recipe = make_recipe(**settings, method__base_weights=weights, memory__gradient_checkpointing=checkpointing)
         prediction = predict(recipe)
         needed = prediction.peak_over(*STEP_PHASES).allocated / GIB + besides
         step = step_seconds(recipe, prediction, CARDS["L40S"])
-        lines.append(f"| {name}, {'' if checkpointing else 'no '}checkpointing | {memory:.2f} | {larger:.2f} | "
+        title = f"{name}, {'' if checkpointing else 'no '}checkpointing" + f", {weights.value}" * (weights is not HALF)
+        lines.append(f"| {title} | {memory:.2f} | {larger:.2f} | "
                      f"{needed:.2f} | {needed / memory - 1:+.1%} | {needed / larger - 1:+.1%} | {seconds:.2f} | "
                      f"{step:.2f} | {step / seconds - 1:+.0%} | {time.process_time() - start:.1f} |")
         print(lines[-1], flush=True)
+    start = time.process_time()
+    recipe = make_recipe(**VALIDATION)
+    needed = predict(recipe).by_phase["sample"].allocated / GIB + ASSISTANT_GIB
+    memory, larger = PUBLISHED_VALIDATION
+    lines.append(f"| {Z_NAME}, checkpointing, int8, with validation at 1024 px | {memory:.2f} | {larger:.2f} | "
+                 f"{needed:.2f} | {needed / memory - 1:+.1%} | {needed / larger - 1:+.1%} | - | - | - | "
+                 f"{time.process_time() - start:.1f} |")
+    print(lines[-1], flush=True)
     return lines

@@ -22,6 +22,7 @@ Event = tuple[int, int]  # (serial, +bytes): allocated; (serial, -bytes): releas
 MARK = -1
 Workspace = Callable[[str, tuple[Any, ...]], int]  # from operator name and arguments to bytes of the kernel's workspace
 _DEVICE = torch.ops.prim.device.default
+_FOUR_BITS = "bitsandbytes::gemm_4bit"  # multiplies a matrix by the transpose of a quantised one, whose shape it gets
 
 
 class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -125,6 +126,8 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.flops[self._phase] = self.flops.get(self._phase, 0) + count(*args, **(kwargs or {}), out_val=out)
+        elif func._schema.name == _FOUR_BITS:
+            self.flops[self._phase] = self.flops.get(self._phase, 0) + 2 * args[0].numel() * args[2][0]
         if self._workspace is not None and (size := self._workspace(func._schema.name, args)):
             self._serial += 1
             self.category[self._serial] = TEMPORARIES

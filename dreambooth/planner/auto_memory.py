@@ -7,12 +7,14 @@ remaining candidates are rehearsed until one fits. If a rehearsed candidate does
 becomes the lower bound for all later candidates with the same setting of gradient checkpointing. The other options
 change only the memory of trained weights. If they cannot save enough, candidates that differ in them alone are ruled
 out too; with a small adapter, they are not tried at all. If the training step of a candidate fits and its image
-generation does not, images are generated one at a time.
+generation does not, images are generated one at a time. If no candidate fits, as many blocks of a frozen transformer as
+are needed live in host memory (models/block_swap.py).
 
 Options that are already on stay on. Optimizer, precision, clipping and the trained parts never change. If no candidate
 fits, the error message lists changes to these settings, and the memory that each change would save.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,8 +22,14 @@ from typing import Any
 from dreambooth.config.enums import EmaDevice, Weights
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import DoesNotFit
+from dreambooth.models.block_swap import SLOTS
 from dreambooth.planner.gpu_specs import cuda_overhead_gib
-from dreambooth.planner.memory_options import OPTIMIZER_STATE_BYTES, activations_gib, describe_memory_options
+from dreambooth.planner.memory_options import (
+    OPTIMIZER_STATE_BYTES,
+    activations_gib,
+    allows_swapped_blocks,
+    describe_memory_options,
+)
 from dreambooth.planner.prediction import STEP_PHASES, Prediction
 from dreambooth.planner.rehearsal import predict
 from dreambooth.planner.skeleton_models import count_trained_weights, find_architecture
@@ -116,7 +124,10 @@ def choose_memory_options(recipe: Recipe, rehearse: Callable[[Recipe], Predictio
         activations[checkpointed] = max(activations[checkpointed], activations_gib(best.prediction))
         minimum[checkpointed] = max(minimum[checkpointed], needed - FRAGMENTS * SAVED_BYTES * trained / GIB)
     assert best is not None  # the last candidate is always rehearsed
+    best = _with_swapped_blocks(best, allowed, rehearse)
     needed = card_gib(best.recipe, best.prediction)
+    if needed <= allowed:
+        return replace(best, why=_explain(best.added, needed, limit))
     problem = f"fills more than {MAX_CARD_SHARE:.0%} of the card" if needed <= limit else "does not fit"
     return replace(best, why=f"the smallest set that changes no number {problem}: {needed:.1f} of {limit:g} GiB")
 
@@ -192,6 +203,32 @@ def _with_smaller_sample_batch(choice: Choice, allowed: float, rehearse: Callabl
         return choice
     one_at_a_time = replace(recipe, prior=recipe.prior.copy_with(sample_batch_size=1))
     return Choice(one_at_a_time, rehearse(one_at_a_time), (*choice.added, "prior.sample_batch_size=1"), "")
+
+
+def _with_swapped_blocks(choice: Choice, allowed: float, rehearse: Callable[[Recipe], Prediction]) -> Choice:
+    """Return `choice`, changed to keep as many blocks of the denoiser in host memory as are needed to fit the card.
+
+    The choice is not changed if its recipe allows no swapped blocks, or swaps blocks already. The number of blocks is
+    calculated from their size. If the rehearsal needs more memory than calculated, it is corrected once.
+
+    Args:
+        allowed: GiB of card memory that the run may use.
+    """
+    recipe, blocks, added = choice.recipe, choice.prediction.block_bytes, choice.added
+    if recipe.memory.swap_blocks or not blocks or not allows_swapped_blocks(recipe):
+        return choice
+    without_blocks = [usage.reserved for phase, usage in choice.prediction.by_phase.items() if phase == "prompts"]
+    if max(without_blocks, default=0) / GIB + cuda_overhead_gib(recipe.hardware.gpu) > allowed:
+        return choice  # the text encoders alone do not fit
+    count = SLOTS
+    for _ in range(2):
+        excess = card_gib(choice.recipe, choice.prediction) - allowed
+        if excess <= 0 or count == len(blocks):
+            break
+        count = min(len(blocks), count + math.ceil(excess * GIB / min(blocks)))
+        swapped = replace(recipe, memory=recipe.memory.copy_with(swap_blocks=count))
+        choice = Choice(swapped, rehearse(swapped), (*added, f"memory.swap_blocks={count}"), "")
+    return choice
 
 
 def _overrides(options: dict[str, Any]) -> tuple[str, ...]:

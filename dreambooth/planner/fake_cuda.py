@@ -6,7 +6,7 @@ the card would choose. A forward pass of SD 1.5 under this emulation has the sam
 dtypes as under real CUDA autocast dispatch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -101,21 +101,33 @@ def attention_workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
 
 
 def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Convert a module to `dtype` with new parameters, because `Module.to` cannot swap the data of fake parameters."""
+    """Convert a module to `dtype` with new parameters, because `Module.to` cannot swap the data of fake parameters.
+
+    A parameter that belongs to several submodules remains one parameter.
+    """
+    converted: dict[int, nn.Parameter] = {}
     for submodule in module.modules():
         for name, parameter in list(submodule._parameters.items()):
             if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
-                submodule._parameters[name] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+                if (key := id(parameter)) not in converted:
+                    converted[key] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+                submodule._parameters[name] = converted[key]
         for name, buffer in list(submodule._buffers.items()):
             if buffer is not None and buffer.is_floating_point() and buffer.dtype != dtype:
                 submodule._buffers[name] = buffer.to(dtype)
     return module
 
 
-def offload_weights(module: nn.Module) -> dict[str, torch.Size]:
-    """Free a module's weights, as if they were moved to the host; return their shapes for `reload_weights`."""
-    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-    for parameter in module.parameters():
+def offload_weights(module: nn.Module, kept: Collection[Tensor] = ()) -> dict[str, torch.Size]:
+    """Free a module's weights, as if they were moved to the host; return their shapes for `reload_weights`.
+
+    Args:
+        kept: parameters that do not move.
+    """
+    skipped = set(map(id, kept))
+    parameters = {name: parameter for name, parameter in module.named_parameters() if id(parameter) not in skipped}
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    for parameter in parameters.values():
         parameter.data = torch.empty(0, dtype=parameter.dtype)
     return shapes
 
@@ -127,7 +139,8 @@ def reload_weights(module: nn.Module, shapes: dict[str, torch.Size]) -> nn.Modul
         shapes: the shapes that `offload_weights` returned.
     """
     for name, parameter in module.named_parameters():
-        parameter.data = torch.empty(shapes[name], dtype=parameter.dtype)
+        if name in shapes:
+            parameter.data = torch.empty(shapes[name], dtype=parameter.dtype)
     return module
 
 

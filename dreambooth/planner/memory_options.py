@@ -7,12 +7,13 @@ are computed from the prediction of the run as it is. No option is rehearsed, so
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from dreambooth.config.enums import Dtype, EmaDevice, OptimizerKind, Weights
+from dreambooth.config.enums import BaseWeights, Dtype, EmaDevice, OptimizerKind, Weights
 from dreambooth.config.recipe import Recipe
+from dreambooth.models.block_swap import SLOTS
 from dreambooth.planner.gpu_specs import Card, cuda_overhead_gib, find_card
 from dreambooth.planner.prediction import STEP_PHASES, Prediction
 from dreambooth.planner.skeleton_models import count_trained_weights
-from dreambooth.planner.time_and_cost import step_seconds
+from dreambooth.planner.time_and_cost import HOST_LINK, step_seconds
 from dreambooth.utils.hardware import GIB
 
 OPTIMIZER_STATE_BYTES = {  # per trained parameter
@@ -20,6 +21,7 @@ OPTIMIZER_STATE_BYTES = {  # per trained parameter
     OptimizerKind.adafactor: 2.0,
 }
 CHECKPOINTED_SHARE = 0.12  # share of activations that checkpointing keeps; SD 1.5 at 512 px: 0.26 of 2 GiB per sample
+FP8_CAPABILITY = 8.9  # method.base_weights=fp8 needs it
 MIN_SAVED_GIB = 0.05  # options that save less are not listed
 RECOMPUTED_FORWARD = 4 / 3  # operations of a step that computes its forward pass twice, relative to a plain step
 
@@ -59,8 +61,8 @@ def describe_memory_options(recipe: Recipe, prediction: Prediction) -> str:
 
 
 def _sampling_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOption]:
-    """Yield the options for generating images; none if a training step needs more memory than generating images."""
-    if prediction.peak_phase in STEP_PHASES:
+    """Yield the options for generating images; none if another phase needs more memory than generating images."""
+    if prediction.peak_phase in (*STEP_PHASES, "prompts"):
         return
     peak, batch_size = prediction.peak, recipe.prior.sample_batch_size
     per_batch = (peak.by_category.get("temporaries", 0) + peak.by_category.get("activations", 0)) / GIB
@@ -87,6 +89,12 @@ def _exact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOpt
         two_passes = recipe.train.max_grad_norm is not None or recipe.precision.dtype is Dtype.fp16
         cost = _extra_seconds(recipe, prediction, flops=2.0 if two_passes else 1.0)
         yield MemoryOption("memory.optimizer_in_backward=true", fp32_gib, cost, exact=True)
+    if (most := len(prediction.block_bytes)) > (memory.swap_blocks or 0) and allows_swapped_blocks(recipe):
+        on_card = max(SLOTS, most - (memory.swap_blocks or 0)) / most  # share of the blocks that is there now
+        saved = on_card * sum(prediction.block_bytes) - SLOTS * max(prediction.block_bytes)
+        yield MemoryOption(f"memory.swap_blocks={most}" + " memory.gradient_checkpointing=true" *
+                           (not memory.gradient_checkpointing), saved / GIB,
+                           _swap_seconds(recipe, prediction, most), exact=True)
     if recipe.train.use_ema and memory.ema_device is EmaDevice.same and not memory.offload_optimizer:
         on_cpu = replace(recipe, memory=memory.copy_with(ema_device=EmaDevice.cpu))
         yield MemoryOption("memory.ema_device=cpu", fp32_gib, _extra_seconds(recipe, prediction, on_cpu), exact=True)
@@ -98,6 +106,7 @@ def _inexact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryO
     gib_per_byte = prediction.trained_parameters / GIB  # GiB for one byte per trained parameter
     state = OPTIMIZER_STATE_BYTES[recipe.optimizer.kind]
     if recipe.method.low_rank:
+        yield from _quantised_options(recipe, prediction)
         yield from _batch_options(recipe, prediction)
         return
     if not memory.offload_optimizer:
@@ -125,6 +134,43 @@ def _inexact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryO
         ema_bytes = 4 * (train.use_ema and memory.ema_device is EmaDevice.same)
         yield MemoryOption("method=lora", gib_per_byte * (6 + state + ema_bytes),
                            _extra_seconds(recipe, prediction, flops=2 / 3))
+
+
+def allows_swapped_blocks(recipe: Recipe) -> bool:
+    """Return whether blocks of the denoiser may be in host memory, if its family has blocks that can be swapped."""
+    return (recipe.method.low_rank and recipe.method.base_weights is not BaseWeights.nf4
+            and recipe.hardware.gpus == 1 and not recipe.train.compile)
+
+
+def _swap_seconds(recipe: Recipe, prediction: Prediction, count: int) -> float | None:
+    """Return how many seconds longer a step takes if `count` blocks are in host memory; None if the card is unknown.
+
+    A forward and backward pass copies each of them twice, except those in the slots at the turn. Copies take longer
+    than the step only if the card computes faster than the host's link copies.
+    """
+    if (card := find_card(recipe.hardware.gpu)) is None:
+        return None
+    copied = 2 * (count - SLOTS) * max(prediction.block_bytes) * recipe.train.gradient_accumulation_steps
+    return max(0.0, copied / HOST_LINK - step_seconds(recipe, prediction, card))
+
+
+def _quantised_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOption]:
+    """Yield the formats of the frozen base with fewer bits than its present format.
+
+    Only the denoiser's blocks are counted, because most of its other weights are small.
+    """
+    if recipe.method.base_weights is not BaseWeights.half or recipe.precision.dtype is Dtype.fp32:
+        return
+    half = sum(prediction.block_bytes)
+    formats = {BaseWeights.int8: 1 / 2}
+    if (recipe.hardware.compute_capability or 0) >= FP8_CAPABILITY:
+        formats[BaseWeights.fp8] = 1 / 2
+    if not recipe.memory.swap_blocks:
+        formats[BaseWeights.nf4] = 1 - 4.5 / 16
+    for kind, share in formats.items():
+        changed = replace(recipe, method=recipe.method.copy_with(base_weights=kind))
+        yield MemoryOption(f"method.base_weights={kind.value}", share * half / GIB,
+                           _extra_seconds(recipe, prediction, changed))
 
 
 def _batch_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOption]:

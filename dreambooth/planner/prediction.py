@@ -26,6 +26,8 @@ class Prediction:
     encoder_parameters: int  # elements of text encoders that are released before the denoiser is loaded
     picture_flops: tuple[int, int]  # for one generated image: (one denoising step, decoding)
     encode_flops: int  # for one photo
+    block_bytes: tuple[int, ...] = ()  # sizes of the denoiser's blocks that memory.swap_blocks can move
+    copied_bytes: tuple[int, int] = (0, 0)  # by memory.swap_blocks: in a step, and in a denoising step of one image
     expandable: bool = False  # PyTorch's setting expandable_segments
     max_split: int | None = None  # PyTorch's setting max_split_size_mb, in bytes
 

@@ -25,6 +25,7 @@ from dreambooth.config.recipe import Recipe
 from dreambooth.data.aspect_buckets import Size, largest_bucket
 from dreambooth.data.batches import Batch, encode_batch_size, join_batches
 from dreambooth.models import loading, text_encoders
+from dreambooth.models.block_swap import BlockSwap
 from dreambooth.optim.cpu_offload import OffloadedOptimizer
 from dreambooth.optim.memory_levers import build_training_optimizer
 from dreambooth.planner import skeleton_models
@@ -85,6 +86,7 @@ class _Rehearsal:
         # The last recorded sampling: (batch size, guidance scale), and the start and end of its range of events.
         self.sampled: tuple[tuple[int, float], int, int] | None = None
         self.picture_flops, self.encode_flops = (0, 0), 0
+        self.copied_bytes = (0, 0)  # by block swap: in a step, and in a denoising step of one picture
 
     def prediction(self) -> Prediction:
         """Rehearse all phases, and return the prediction."""
@@ -94,17 +96,19 @@ class _Rehearsal:
             workspaces = torch.empty(CUBLAS_WORKSPACE if recipe.device == "cuda" else 0, dtype=torch.uint8)
             trace.add([workspaces], "workspace")
             encoder_parameters = self._encode_prompts() if self.encodes_ahead else 0
+            block_bytes = self._swap_blocks()
             for module in parts.modules:
-                trace.add_module(module, "weights")
+                self._add_weights(module)
             if recipe.with_prior and recipe.prior.num_class_images:
                 self._sample("class_images", recipe.prior.sample_batch_size, recipe.prior.guidance_scale)
-            shapes = offload_weights(parts.denoiser)
+            swapped = [] if parts.swap is None else [tensor for host in parts.swap.hosts for tensor in host.tensors]
+            shapes = offload_weights(parts.denoiser, swapped)
             with trace.phase("caching"):
                 self._cache()
             idle_modules = loading.idle_modules(parts, recipe)
             idle_shapes = [offload_weights(module) for module in idle_modules]
             trace.mark("training")
-            trace.add_module(reload_weights(parts.denoiser, shapes), "weights")
+            self._add_weights(reload_weights(parts.denoiser, shapes))
             denoiser = loading.prepare(parts, skeleton_models.without_xformers(recipe))
             state = self._state(denoiser)
             self._steps(state)
@@ -123,8 +127,8 @@ class _Rehearsal:
         total = sum(p.numel() for module in parts.modules for p in module.parameters())
         trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
         return Prediction(
-            trace, trained, total - trained, encoder_parameters, self.picture_flops, self.encode_flops,
-            self.memory.expandable_segments,
+            trace, trained, total - trained, encoder_parameters, self.picture_flops, self.encode_flops, block_bytes,
+            self.copied_bytes, self.memory.expandable_segments,
             None if self.memory.max_split_size_mb is None else self.memory.max_split_size_mb * MIB)
 
     def _encode_prompts(self) -> int:
@@ -145,13 +149,40 @@ class _Rehearsal:
         self.trace.mark("load")
         return count
 
+    def _swap_blocks(self) -> tuple[int, ...]:
+        """Move the blocks of memory.swap_blocks to host memory. Return the bytes of each block that can be swapped."""
+        parts = self.parts
+        blocks = parts.family.blocks(parts.denoiser)
+        sizes = tuple(sum(parameter.nbytes for parameter in block.parameters()) for block in blocks)
+        if self.memory.swap_blocks:
+            parts.swap = BlockSwap(blocks, self.memory.swap_blocks, torch.device("cpu"))
+            self.trace.add(parts.swap.slots, "weights")
+        return sizes
+
+    def _add_weights(self, module: nn.Module) -> None:
+        """Assign the weights of a module to their category. Those of swapped blocks are in host memory.
+
+        bitsandbytes keeps the maxima of its 4-bit weights beside the parameters.
+        """
+        self.trace.add_module(module, "weights")
+        states = [getattr(parameter, "quant_state", None) for parameter in module.parameters()]
+        self.trace.add([state.absmax for state in states if state is not None], "weights")
+        if self.parts.swap is not None:
+            self.trace.add([host.memory for host in self.parts.swap.hosts], HOST)
+
+    def _copied(self) -> int:
+        """Return the bytes that block swap has copied to the card so far."""
+        return 0 if self.parts.swap is None else self.parts.swap.copies * self.parts.swap.slots[0].nbytes
+
     def _steps(self, state: TrainState) -> None:
         """Record two training steps. The second repeats the first, but the optimizer state already exists."""
         trace, train = self.trace, self.recipe.train
         start = len(trace.events)
         trace.mark("forward")
         batches = [self._batch() for _ in range(train.gradient_accumulation_steps)]
+        before = self._copied()
         train_step(state, batches, self.objective, self.engine, train.max_grad_norm)
+        self.copied_bytes = (self._copied() - before, self.copied_bytes[1])
         del batches
         trace.mark("idle")
         trace.repeat(start, len(trace.events))
@@ -196,7 +227,7 @@ class _Rehearsal:
 
         dtype = loading.TORCH_DTYPE[recipe.precision.dtype]
         optimizer = build_training_optimizer(denoiser, make_optimizer, self.memory, dtype, recipe.train.seed)
-        trace.add_module(denoiser, "weights")
+        self._add_weights(denoiser)
         masters = optimizer.masters if isinstance(optimizer, OffloadedOptimizer) else {}
         trace.add(masters.values(), HOST)
         for name, parameter in denoiser.named_parameters():
@@ -268,7 +299,9 @@ class _Rehearsal:
             first_event, flops_before = len(trace.events), trace.total_flops
             text = self._text_states(doubled)
             latents = torch.empty(doubled, *self._latent_shape(), dtype=text.dtype)
+            before = self._copied()
             noise = self.parts.predict(latents, torch.zeros((), dtype=torch.long), text)
+            self.copied_bytes = (self.copied_bytes[0], (self._copied() - before) // count)
             flops_denoised = trace.total_flops
             picture = self.parts.decode(noise[:count])
             (picture / 2 + 0.5).clamp(0, 1).float()

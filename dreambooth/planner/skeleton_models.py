@@ -65,6 +65,9 @@ def build_skeleton(recipe: Recipe) -> Components:
         for module in trained_modules(parts, recipe).values():
             quantise(module, frozen, recipe.method.base_weights)
             module.to("cpu")  # the CPU stands for the card: bitsandbytes packs weights when they move to their device
+            for layer in module.modules():
+                if hasattr(layer, "support_avx512bf16_for_cpu"):  # on some CPUs: a format that no card has
+                    setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010
     for module in parts.modules:
         module.requires_grad_(False).eval()
     disable_vae_autocast(parts)

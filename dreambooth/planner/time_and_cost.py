@@ -1,7 +1,8 @@
 """Estimates the time and the price of a run from its predicted operations and bytes.
 
-    seconds per step = operations / (peak rate x EFFICIENCY) + bytes of passes over all weights / memory bandwidth
-                       + seconds of transfers to the host and back + seconds of the all-reduce + overhead
+    seconds per step = operations / (peak rate x EFFICIENCY), or the copies of swapped blocks if they take longer
+                       + bytes of passes over all weights / memory bandwidth + seconds of transfers to the host and back
+                       + seconds of the all-reduce + overhead
 
 Nothing in this model was measured on a GPU by this project. EFFICIENCY and the overhead are fitted on the T4 speeds
 that the DreamBooth README of ShivamShrirao/diffusers publishes (batch 1 and 2, with and without checkpointing, fp16 and
@@ -12,7 +13,7 @@ file does not import torch.
 
 from dataclasses import dataclass
 
-from dreambooth.config.enums import Dtype, EmaDevice, OptimizerKind
+from dreambooth.config.enums import BaseWeights, Dtype, EmaDevice, OptimizerKind
 from dreambooth.config.recipe import Recipe
 from dreambooth.planner.gpu_specs import Card
 from dreambooth.planner.prediction import Prediction
@@ -29,6 +30,8 @@ STATE_PASSES = {  # bytes that an optimizer step reads and writes per parameter,
     OptimizerKind.adamw: 28, OptimizerKind.adamw8bit: 16, OptimizerKind.paged_adamw8bit: 16,
     OptimizerKind.adafactor: 24,
 }
+# Bytes that dequantising one weight reads and writes: 8 bits are converted, and then multiplied by their scale.
+DEQUANTISED = {BaseWeights.half: 0, BaseWeights.int8: 7, BaseWeights.fp8: 7, BaseWeights.nf4: 3}
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,16 @@ def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estim
     class_images = recipe.prior.num_class_images * len(recipe.class_recipes) if recipe.with_prior else 0
     photos = 20  # an assumption, since a plan reads no photos
     rate = _flops_per_second(recipe, card)
-    denoise, decode = prediction.picture_flops
+    denoise, decode = (flops / rate for flops in prediction.picture_flops)
+    denoise = max(denoise, prediction.copied_bytes[1] / HOST_LINK)
     seconds = START_UP + step * recipe.train.max_train_steps
-    seconds += class_images * (denoise * recipe.prior.num_inference_steps + decode) / rate / recipe.hardware.gpus
+    seconds += class_images * (denoise * recipe.prior.num_inference_steps + decode) / recipe.hardware.gpus
     if recipe.memory.cache_latents:
         seconds += (class_images + photos) * prediction.encode_flops / rate
     if recipe.sample.every is not None:
         rounds = 1 + -(-recipe.train.max_train_steps // recipe.sample.every)
         count = rounds * len(recipe.sample_prompts) * recipe.sample.images_per_prompt
-        seconds += count * (denoise * recipe.sample.num_inference_steps + decode) / rate
+        seconds += count * (denoise * recipe.sample.num_inference_steps + decode)
     if recipe.evaluate.encoders:
         every = recipe.evaluate.every or recipe.train.max_train_steps
         rounds = 1 + -(-recipe.train.max_train_steps // every)
@@ -68,7 +72,7 @@ def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estim
                           + recipe.evaluate.class_images * bool(recipe.class_prompt.strip()))
         if recipe.class_prompt.strip():  # images of the base model, for prompt_fidelity
             count += len(recipe.evaluate_texts) * recipe.evaluate.images_per_prompt
-        seconds += count * (denoise * recipe.sample.num_inference_steps + decode) / rate
+        seconds += count * (denoise * recipe.sample.num_inference_steps + decode)
 
     def price(per_hour: float | None) -> float | None:
         return None if per_hour is None else seconds / 3600 * per_hour
@@ -88,6 +92,7 @@ def step_seconds(recipe: Recipe, prediction: Prediction, card: Card, flops: floa
     cards, gradients = recipe.hardware.gpus, 4 * prediction.trained_parameters
     all_reduce = 2 * (cards - 1) / cards * gradients / (card.link_gb_s * 1e9)
     compute = flops * prediction.step_flops / _flops_per_second(recipe, card)
+    compute = max(compute, prediction.copied_bytes[0] / HOST_LINK)  # a swapped block comes while others compute
     return compute + _weight_pass_seconds(recipe, prediction, card) + all_reduce + card.overhead_seconds
 
 
@@ -101,6 +106,8 @@ def _flops_per_second(recipe: Recipe, card: Card) -> float:
 
 def _weight_pass_seconds(recipe: Recipe, prediction: Prediction, card: Card) -> float:
     """Estimate the seconds per step of the passes over all weights: casts, unscaling, norm, clipping, optimizer, EMA.
+
+    Frozen weights are dequantised in the forward pass, in its recomputation and in the backward pass.
 
     The local variables count the bytes that are moved per trained parameter: `on_card` in the memory of the card,
     `on_host` in host memory, and `link` between the two.
@@ -121,21 +128,27 @@ def _weight_pass_seconds(recipe: Recipe, prediction: Prediction, card: Card) -> 
             link, on_host = link + 4 / memory.ema_every, on_host + 12 / memory.ema_every
         else:
             on_card += 12
-    on_card /= card.bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE
-    return prediction.trained_parameters * (on_card + link / HOST_LINK + on_host / HOST_MEMORY)
+    bandwidth = card.bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE
+    passes = (2 + memory.gradient_checkpointing) * recipe.train.gradient_accumulation_steps
+    frozen = recipe.method.low_rank * prediction.frozen_parameters * passes * DEQUANTISED[recipe.method.base_weights]
+    return frozen / bandwidth + prediction.trained_parameters * (
+        on_card / bandwidth + link / HOST_LINK + on_host / HOST_MEMORY)
 
 
 def host_gib(recipe: Recipe, prediction: Prediction) -> float:
     """Return the GiB of host memory that a run needs: for the process, for offloaded tensors, and for weights.
 
     Trained weights are in host memory in fp32 while they are loaded or written. With an adapter, the weights of the
-    base model are in host memory too: in the compute precision, or in fp32 if the adapter is merged at the end. Text
-    encoders that are released before the denoiser is loaded are in host memory alone.
+    base model are in host memory too: in the compute precision, or in fp32 if the adapter is merged at the end. Swapped
+    blocks are among them. Text encoders that are released before the denoiser is loaded are in host memory alone.
     """
     method = recipe.method
     size = 2 if recipe.precision.dtype is not Dtype.fp32 else 4
     base = prediction.frozen_parameters * method.low_rank * (4 if method.merge else size)
-    run = prediction.host_bytes + 4 * prediction.trained_parameters + base
+    block = max(prediction.block_bytes, default=0)
+    rounded = 1 << max(block - 1, 0).bit_length()  # PyTorch rounds pinned memory up to a power of two
+    swapped = (recipe.memory.swap_blocks or 0) * (2 * block - rounded)  # blocks are in `host_bytes` and in `base`
+    run = prediction.host_bytes - swapped + 4 * prediction.trained_parameters + base
     return PROCESS_GIB + max(run, size * prediction.encoder_parameters) / GIB
 
 

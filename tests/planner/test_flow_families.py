@@ -1,15 +1,24 @@
 """The planner's predictions for families whose text encoders leave before the denoiser is loaded."""
 
+import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from torch import nn
 
-from dreambooth.config.enums import MethodKind
+from dreambooth.config.enums import BaseWeights, Device, Dtype, MethodKind
 from dreambooth.config.recipe import Recipe
+from dreambooth.models.block_swap import SLOTS
+from dreambooth.planner.auto_memory import choose_memory_options
 from dreambooth.planner.fake_cuda import fake_tensors
+from dreambooth.planner.prediction import STEP_PHASES
 from dreambooth.planner.rehearsal import predict
 from dreambooth.planner.skeleton_models import build_skeleton
 from dreambooth.planner.time_and_cost import PROCESS_GIB, host_gib
+from dreambooth.planner.trace_replay import Usage
 from dreambooth.utils.hardware import GIB
 from tests.support import tiny_models
 from tests.support.configs import small_recipe
@@ -44,3 +53,60 @@ def test_host_memory_is_needed_for_the_text_encoders_or_for_the_denoiser(model: 
     prediction = predict(recipe)
     run = prediction.host_bytes + 4 * (prediction.trained_parameters + prediction.frozen_parameters)
     assert host_gib(recipe, prediction) == PROCESS_GIB + max(run, 4 * prediction.encoder_parameters) / GIB
+
+
+def test_swapped_blocks_are_in_host_memory_except_two(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, deeper := tmp_path / "model")
+    config = deeper / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"n_layers": 5}))
+    checkpointed = {"memory__gradient_checkpointing": True}
+    plain, swapped = predict(_recipe(deeper, **checkpointed)), predict(
+        _recipe(deeper, **checkpointed, memory__swap_blocks=3))
+    block = max(swapped.block_bytes)
+    peaks = [prediction.peak_over(*STEP_PHASES).by_category["weights"] for prediction in (plain, swapped)]
+    assert len(swapped.block_bytes) == 5
+    assert swapped.host_bytes - plain.host_bytes >= 3 * block
+    assert abs(peaks[0] - peaks[1] - block) < 8192  # the slots have aligned tensors
+    assert swapped.copied_bytes[0] >= 2 * (3 - SLOTS) * block and plain.copied_bytes == (0, 0)
+    assert swapped.step_flops == plain.step_flops
+
+
+@pytest.mark.parametrize("kind, size", [(BaseWeights.int8, 1), (BaseWeights.fp8, 1)])
+def test_quantised_weights_have_their_number_of_bytes(model: Path, kind: BaseWeights, size: int) -> None:
+    changed = {"precision__dtype": Dtype.bf16, "hardware__compute_capability": 8.9}
+    half, quantised = (predict(_recipe(model, **changed, method__base_weights=weights))
+                       for weights in (BaseWeights.half, kind))
+    with fake_tensors():
+        linear = [layer for layer in build_skeleton(_recipe(model)).denoiser.modules() if type(layer) is nn.Linear]
+    saved = sum((2 - size) * layer.weight.numel() - 2 * layer.out_features for layer in linear)
+    weights = [prediction.by_phase["load"].by_category["weights"] for prediction in (half, quantised)]
+    assert weights[0] - weights[1] == saved
+    assert quantised.step_flops == half.step_flops
+
+
+class CardOf:
+    """A rehearsal of a real recipe: its denoiser needs `gib` GiB on the card, and each swapped block saves 0.5 GiB."""
+
+    def __init__(self, gib: float, block_gib: float = 0.5) -> None:
+        self.gib, self.block_gib = gib, block_gib
+        self.recipes: list[Recipe] = []
+
+    def __call__(self, recipe: Recipe) -> Any:
+        self.recipes.append(recipe)
+        saved = self.block_gib * max(0, (recipe.memory.swap_blocks or 0) - SLOTS)
+        usage = Usage(0, int((self.gib - saved) * GIB), {"activations": 0})
+        return SimpleNamespace(reserved=usage.reserved, trained_parameters=10**6, peak_phase="backward",
+                               block_bytes=(int(0.5 * GIB),) * 20, by_phase={"prompts": Usage()},
+                               peak_over=lambda *_: usage)
+
+
+@pytest.mark.parametrize("gib, block_gib, chosen", [(12.0, 0.5, None), (15.1, 0.5, 6), (15.1, 0.4, 7), (99.0, 0.5, 20)])
+def test_auto_swaps_as_many_blocks_as_are_needed(
+        model: Path, gib: float, block_gib: float, chosen: int | None) -> None:
+    card = {"hardware__device": Device.cuda, "hardware__gpu": "T4", "hardware__compute_capability": 7.5,
+            "hardware__usable_vram_gib": 14.6, "precision__dtype": Dtype.fp32, "memory__auto": True}
+    rehearse = CardOf(gib, block_gib)
+    choice = choose_memory_options(_recipe(model, **card), rehearse)
+    assert choice.recipe.memory.swap_blocks == chosen
+    assert choice.recipe.memory.gradient_checkpointing is (chosen is not None)
+    assert len(rehearse.recipes) <= 4
