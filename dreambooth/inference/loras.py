@@ -71,8 +71,7 @@ def _find_lora(source: Path, scale: float) -> Lora:
     if any(key.endswith(".dora_scale") for key in keys):
         raise UserError(f"{path} is a DoRA in kohya's layout, of which diffusers would leave a part out: type "
                         f"lora=DIR, the folder with its {ADAPTER}")
-    lacks = [family.diffusers_lacks for family in families.FAMILIES if family.diffusers_lacks]
-    if any(pattern.match(key) for pattern in lacks for key in keys):
+    if any(family.diffusers_lacks.match(key) for family in families.FAMILIES for key in keys):
         raise UserError(f"{path} is a LoRA in ComfyUI's layout, of which diffusers would leave a part out: type "
                         f"lora=DIR, the folder with its {ADAPTER}")
     return Lora(path, _name(path), scale)

@@ -322,7 +322,7 @@ class Family(ABC):
 
     adapter_targets: Mapping[Targets, re.Pattern[str]]  # -> pattern of the layer names inside a part
 
-    diffusers_lacks: re.Pattern[str] | None = None  # keys of adapters in kohya's layout that diffusers does not read
+    diffusers_lacks: re.Pattern[str] = re.compile("(?!)")  # keys in kohya's layout that diffusers does not read: none
 
     def published_name(self, name: str) -> str:
         """Return the name (`PART.NAME`) that LoRA files use for a module; `name` is its name in current libraries."""
