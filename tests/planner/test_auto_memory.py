@@ -47,7 +47,7 @@ class FakeRehearsal:
         size = int(self.needed(recipe) * 2**30)
         return type("FakePrediction", (), {"reserved": size, "trained_parameters": base.trained_parameters,
                                            "by_phase": base.by_phase, "peak_over": base.peak_over,
-                                           "peak_phase": "backward"})()
+                                           "peak_phase": "backward", "block_bytes": ()})()
 
 
 # -- choosing options ---------------------------------------------------------------------------------------------
