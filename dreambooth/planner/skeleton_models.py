@@ -1,5 +1,6 @@
 """Builds base models from their configuration files, without loading weights. This needs no network."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,9 +11,10 @@ import torch
 from dreambooth.config.enums import AttentionKind, BaseWeights
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
-from dreambooth.models import families, lora, vae
+from dreambooth.models import families, lora, text_encoders, vae
 from dreambooth.models.components import Components, disable_vae_autocast, training_scheduler
 from dreambooth.models.families.family import Family
+from dreambooth.models.families.part import Part
 from dreambooth.models.loading import TORCH_DTYPE, part_dtypes, trained_model, trained_modules
 from dreambooth.models.quantization import quantise
 from dreambooth.planner.fake_cuda import fake_tensors, to_dtype
@@ -53,11 +55,13 @@ def build_skeleton(recipe: Recipe) -> Components:
     if recipe.vae_source:
         vae_configuration = vae.planned_configuration(recipe.vae_source, family, vae_configuration)
     overflows = frozen is torch.float16 and family.half_overflows(vae_configuration)
+    ahead = text_encoders.encodes_ahead(family, recipe)
     parts = Components(
         family=family,
         denoiser=to_dtype(family.denoiser.build(configurations[family.denoiser.name]), denoiser_dtype),
         vae=to_dtype(family.vae.build(vae_configuration), torch.float32 if overflows else frozen),
-        encoders=[to_dtype(part.build(configurations[part.name]), text_dtype) for part in family.encoders],
+        encoders=[_build_encoder(part, configurations[part.name], folder, text_dtype, ahead)
+                  for part in family.encoders],
         tokenizers=[None for _ in family.tokenizers],
         scheduler_config=training_scheduler(family, scheduler_config, recipe))
     vae.check_channels(family, parts.denoiser, parts.vae, vae.another_base(recipe))
@@ -74,14 +78,34 @@ def build_skeleton(recipe: Recipe) -> Components:
     return parts
 
 
+def _build_encoder(part: Part, configuration: Mapping[str, Any], folder: Path, dtype: torch.dtype, ahead: bool) -> Any:
+    """Build a text encoder.
+
+    Args:
+        dtype: the precision in which it computes.
+        ahead: whether it is released before training. It then keeps the precision of its files, and computes in fp32
+            layer by layer (text_encoders.compute_in_fp32). The published files are in half precision.
+    """
+    stored = dtype
+    if ahead and dtype is torch.float32:
+        name = part.configuration(folder, subfolder=part.name).get("dtype") or "bfloat16"
+        stored = getattr(torch, str(name).removeprefix("torch."))
+    encoder = to_dtype(part.build(configuration), stored)
+    if stored is not dtype:
+        text_encoders.compute_in_fp32(encoder)
+    return encoder
+
+
 def count_trained_weights(recipe: Recipe) -> int:
     """Return the number of weights that the recipe trains."""
     with fake_tensors():
         parts = build_skeleton(recipe)
-        model = trained_model(parts, recipe).requires_grad_(True)
+        model = trained_model(parts, recipe)
         if recipe.method.low_rank:
             targets = parts.family.adapter_targets
             lora.inject(model, recipe.method, targets, recipe.train.seed, recipe.precision.dtype)
+        else:
+            model.requires_grad_(True)
         for module in parts.family.untrainable(parts.encoders):
             module.requires_grad_(False)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -91,6 +91,7 @@ def test_what_stands_beside_the_picture_to_begin_with_is_not_read(tmp_path: Path
         tmp_path / "said", f"base={BASE}", PROMPT, f"image={tmp_path / 'sketch.png'}")
 
 
+@pytest.mark.slow
 def test_prompts_of_a_file_are_the_rows_of_one_grid(run: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("# scenes\na {subject} in the snow\n\na {subject} at night\n")
     pictures = drawn(tmp_path / "out", f"run={run}", f"prompts={tmp_path / 'prompts.txt'}")
@@ -149,6 +150,7 @@ def test_names_tell_prompts_apart() -> None:
     assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) and len(name) <= 70 for name in names)
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_names_the_subject_of_a_run_of_several(tmp_path: Path) -> None:
     """run.json has the text null for the prompt of one."""
     words = ["dataset=concepts", "name=demo-two"]
@@ -275,6 +277,7 @@ def test_a_run_that_evaluates_reads_its_own_adapter(run: Path, tmp_path: Path) -
     assert again == first
 
 
+@pytest.mark.slow
 def test_mlflow_opens_a_runs_adapter_by_its_diffusers_flavour(
         empty_db: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow.diffusers

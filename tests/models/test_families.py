@@ -228,6 +228,7 @@ def test_an_adapter_is_drawn_with_as_it_was_trained(
         assert file.metadata()[f"base_model_{what.replace(' ', '_').lower()}"] == said
 
 
+@pytest.mark.slow
 def test_a_schedule_for_v_is_refused_where_noise_is_predicted(base: dict[str, Path], tmp_path: Path) -> None:
     ask = words("sd21", base["sd21"], "method=lora", "model.zero_terminal_snr=true", "sample.every=null")
     assert train(tmp_path, *ask) == 0

@@ -39,6 +39,7 @@ def test_only_the_adapter_has_gradients_state_and_ema() -> None:
     assert peaks["optimizer"] < 9 * adapter.trained_parameters
 
 
+@pytest.mark.slow
 def test_a_frozen_base_is_in_half_precision() -> None:
     fp32, bf16 = (predict(small_recipe(**LORA, precision__dtype=dtype)) for dtype in (Dtype.fp32, Dtype.bf16))
     weights = [prediction.by_phase["step"].by_category["weights"] for prediction in (fp32, bf16)]

@@ -16,7 +16,7 @@ from dreambooth.planner.auto_memory import choose_memory_options
 from dreambooth.planner.fake_cuda import fake_tensors
 from dreambooth.planner.prediction import STEP_PHASES
 from dreambooth.planner.rehearsal import predict
-from dreambooth.planner.skeleton_models import build_skeleton
+from dreambooth.planner.skeleton_models import build_skeleton, count_trained_weights
 from dreambooth.planner.time_and_cost import PROCESS_GIB, host_gib
 from dreambooth.planner.trace_replay import Usage
 from dreambooth.utils.hardware import GIB
@@ -82,6 +82,20 @@ def test_quantised_weights_have_their_number_of_bytes(model: Path, kind: BaseWei
     weights = [prediction.by_phase["load"].by_category["weights"] for prediction in (half, quantised)]
     assert weights[0] - weights[1] == saved
     assert quantised.step_flops == half.step_flops
+    assert count_trained_weights(_recipe(model, **changed, method__base_weights=kind)) == count_trained_weights(
+        _recipe(model))
+
+
+def test_a_text_encoder_of_an_fp32_run_keeps_the_precision_of_its_files(model: Path, tmp_path: Path) -> None:
+    """A layer is converted to fp32 when it computes: the layers never need fp32 together."""
+    half = shutil.copytree(model, tmp_path / "half")
+    path = half / "text_encoder/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "bfloat16"}))
+    with fake_tensors():
+        plain, stored = (build_skeleton(_recipe(folder)).encoders[0] for folder in (model, half))
+    for name, weight in stored.named_parameters():
+        expected = plain.get_parameter(name).nbytes // (2 if name.startswith("layers.") else 1)
+        assert weight.nbytes == expected, name
 
 
 class CardOf:

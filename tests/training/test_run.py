@@ -152,6 +152,7 @@ def test_resume_never_starts_over_and_keeps_the_old_files(tmp_path: Path) -> Non
     assert losses(run) == losses(aside)
 
 
+@pytest.mark.slow
 def test_resume_from_a_path(tmp_path: Path, uninterrupted: Path) -> None:
     start = uninterrupted / "checkpoints/step-000006"
     assert train(tmp_path, f"checkpoint.resume={start}") == 0
