@@ -65,7 +65,7 @@ def test_the_real_unet_and_text_encoder_train_on_fake_tensors(checkpointing: boo
 
     base = resolve_asset("package:tiny-sd")
     text_config = CLIPTextConfig.from_pretrained(base, subfolder="text_encoder")
-    schedule = FAMILY.noise_schedule({})
+    schedule = FAMILY.noise_schedule({}, Flow(), 64)
     with FakeTensorMode(allow_non_fake_inputs=True):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base, subfolder="unet"))
         FAMILY.set_attention(unet, AttentionKind.sdpa)
