@@ -88,7 +88,13 @@ def _answer(start: Any, status: str, content: dict[str, Any] | None) -> list[byt
 
 @contextmanager
 def serving() -> Iterator[SageMakerServer]:
-    """Run an empty server, with environment variables that make boto3 and the SDK use it."""
-    with patch.object(s3_server, "Server", SageMakerServer), s3_server.serving() as server:
+    """Run an empty server, with environment variables that make boto3 and the SDK use it.
+
+    The SDK keeps its clients for the whole process. Inside the context, it has none of another test's server.
+    """
+    from sagemaker.core.utils.utils import SageMakerClient
+
+    with (patch.dict(type(SageMakerClient)._instances, clear=True), patch.object(s3_server, "Server", SageMakerServer),
+          s3_server.serving() as server):
         assert isinstance(server, SageMakerServer)
         yield server
