@@ -40,18 +40,24 @@ def unet_config(family: str) -> dict[str, Any]:
     return config
 
 
+def shifted_vae(scaling_factor: float, shift_factor: float) -> Any:
+    """A VAE whose latents are shifted and scaled, with 4 channels in place of the 16 of published ones."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        sample_size=16, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
+        scaling_factor=scaling_factor, shift_factor=shift_factor, use_quant_conv=False, use_post_quant_conv=False)
+
+
 def make_z_image(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A diffusers folder of Z-Image's architecture with random weights; the same every time."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        vae = AutoencoderKL(
-            sample_size=16, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
-            use_post_quant_conv=False)
+        vae = shifted_vae(0.3611, 0.1159)
         transformer = ZImageTransformer2DModel(
             in_channels=4, dim=48, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
             axes_dims=[8, 8, 8], axes_lens=[128, 32, 32])
@@ -103,21 +109,12 @@ def make_sd35_medium(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
 
     The tokenizer of T5 is that of the tiny base, with 24 tokens, because T5's own is not on this machine.
     """
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(9)
-        vae = AutoencoderKL(
-            sample_size=16, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
-            use_post_quant_conv=False)
+        vae = shifted_vae(1.5305, 0.0609)
         transformer = SD3Transformer2DModel(
             sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
             joint_attention_dim=96, caption_projection_dim=32, pooled_projection_dim=40 + 48, pos_embed_max_size=12,

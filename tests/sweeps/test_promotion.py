@@ -47,14 +47,6 @@ class SlowRegistry(Registry):
             self.better_is_champion.set()
 
 
-@pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    registry = Registry()
-    monkeypatch.setattr(promotion, "Registry", lambda *_: registry)
-    monkeypatch.setattr(promotion, "_send_to_mlflow", lambda trial, options: ("sqlite:///", f"id-{trial.folder.name}"))
-    return registry
-
-
 def test_the_lowest_objective_is_promoted(tmp_path: Path, registry: Registry) -> None:
     for name, objective in (("a", 0.3), ("b", 0.1), ("c", 0.2)):
         trial(tmp_path, name, objective)

@@ -10,7 +10,6 @@ import pytest
 
 from dreambooth.errors import UserError
 from dreambooth.runs import report
-from dreambooth.sweeps import promotion
 from dreambooth.sweeps.html_page import render_page
 from dreambooth.sweeps.promotion import PromotionOptions, promote, register_run
 from dreambooth.sweeps.summary import parallel_axes, rank_trials
@@ -19,14 +18,6 @@ from dreambooth.utils.atomic_files import write_json
 from tests.support.runs import Registry, trial
 
 FIDELITY, SUBJECT = "prompt_fidelity_efficientnet_lite0", "subject_similarity_efficientnet_lite0"
-
-
-@pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    registry = Registry()
-    monkeypatch.setattr(promotion, "Registry", lambda *_: registry)
-    monkeypatch.setattr(promotion, "_send_to_mlflow", lambda trial, options: ("sqlite:///", f"id-{trial.folder.name}"))
-    return registry
 
 
 def scenes_trial(root: Path, name: str, subject: float, fidelity: float | None, **settings: str) -> Path:

@@ -1,8 +1,9 @@
-"""Model families: one file per family (sd1.py, sd2.py, sdxl.py), behind the interface of family.py.
+"""Model families: one file per family (sd1.py, sd2.py, sd35.py, sdxl.py, z_image.py, flux2_klein.py).
 
-latent_unet.py, clip_text.py, clip_tokenizer.py and ldm_keys.py contain what several families share. The functions below
-find the family of a model. Files of this folder import from each other, from the folders that models/ may import, and
-from two files of models/: noise_schedule.py and gradient_checkpointing.py. Importing this folder does not import torch.
+family.py is their interface. The other files contain what several families share. The functions below find the family
+of a model. Files of this folder import from each other, from the folders that models/ may import, and from three files
+of models/: noise_schedule.py, flow_matching.py and gradient_checkpointing.py. Importing this folder does not import
+torch.
 """
 
 import json

@@ -21,7 +21,8 @@ How the interface supports other architectures:
 - A text encoder that does not fit on the card beside the denoiser: the family sets `encodes_ahead` and defines
   `prompt_arguments`. With memory.cache_text=true, a run then encodes all its prompts before it loads the denoiser
   (`loading.encode_prompts`), and its pipelines get the encodings in place of prompts.
-- Flow matching: `flow_transformer.FlowTransformer` is the base class of such families.
+- Flow matching: `flow_transformer.FlowTransformer` is the base class of such families, and `qwen_text.QwenTransformer`
+  of those whose text encoder is a Qwen language model.
 - Text embeddings of another shape: outside the family, a run handles one tensor `text` (P, ...) for P prompts, with the
   same shape for every prompt. The family packs all inputs that its denoiser needs, masks included, into this tensor,
   and unpacks it in `predict`.
@@ -37,6 +38,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -232,17 +234,17 @@ class Family(ABC):
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         """Decode latents (N, C, h, w), already divided by `scaling_factor`, to pixels (N, 3, H, W)."""
 
-    @abstractmethod
     def vae_scale(self, vae_configuration: Mapping[str, Any]) -> int:
-        """Return the image side in pixels divided by the latent side."""
+        """Return the image side in pixels divided by the latent side: 8 for most published VAEs."""
+        return int(2 ** (len(vae_configuration["block_out_channels"]) - 1))
 
-    @abstractmethod
     def scaling_factor(self, vae_configuration: Mapping[str, Any]) -> float:
         """Return the factor by which the VAE's latents are multiplied before the denoiser receives them."""
+        return float(vae_configuration["scaling_factor"])
 
-    @abstractmethod
     def vae_channels(self, vae_configuration: Mapping[str, Any]) -> int:
         """Return the number of channels of the VAE's latents."""
+        return int(vae_configuration["latent_channels"])
 
     def half_overflows(self, vae_configuration: Mapping[str, Any]) -> bool:
         """Return whether the VAE outputs NaN in fp16 and must therefore compute in fp32."""
@@ -294,6 +296,8 @@ class Family(ABC):
 
     # -- pipelines -------------------------------------------------------------------------------------------------
 
+    pipeline_module: str  # the Python module that defines the text-to-image pipeline of diffusers
+    pipeline_name: str  # its class
     sampler_title = "DPM++ 2M"  # name of the sampling scheduler in the metadata of generated pictures
     no_guidance = 1.0  # highest guidance_scale at which the pipeline does not compute the unconditional prediction
 
@@ -302,9 +306,9 @@ class Family(ABC):
         return {}
 
     @property
-    @abstractmethod
     def pipeline_type(self) -> Any:
         """The text-to-image pipeline class of diffusers, imported on first use."""
+        return getattr(import_module(self.pipeline_module), self.pipeline_name)
 
     @abstractmethod
     def build_pipeline(self, parts: Mapping[str, Any], scheduler: Any) -> Any:
@@ -314,9 +318,19 @@ class Family(ABC):
             parts: modules, tokenizers and extras by the pipeline's argument names.
         """
 
-    @abstractmethod
     def image_to_image(self, pipeline: Any) -> Any:
-        """Return an image-to-image pipeline that shares the parts of `pipeline`."""
+        """Return an image-to-image pipeline that shares the parts of `pipeline`.
+
+        It follows SDEdit (Meng et al. 2021, arXiv:2108.01073).
+
+        Raises:
+            UserError: diffusers has no such pipeline for this family.
+        """
+        import diffusers
+
+        checks = {key: pipeline.config[key] for key in ("requires_safety_checker",) if key in pipeline.config}
+        kind = self.pipeline_name.replace("Pipeline", "Img2ImgPipeline")
+        return getattr(diffusers, kind)(**pipeline.components, **checks)
 
     # -- adapters --------------------------------------------------------------------------------------------------
 

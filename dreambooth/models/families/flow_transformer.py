@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.config.enums import AttentionKind, Dtype, MethodKind
@@ -38,8 +38,6 @@ class FlowTransformer(Family):
     encodes_ahead = True
     single_file: TransformerFile
     overflows_in_fp16 = False  # whether activations of the published model are known to overflow in fp16
-    pipeline_module: str
-    pipeline_name: str
     block_lists: tuple[str, ...] = ("transformer_blocks",)  # the transformer's lists of blocks, in order
     patch = 2  # side of a token of the transformer, in latents of the run
     attention_kinds: tuple[AttentionKind, ...] = tuple(ATTENTION_BACKENDS)
@@ -48,12 +46,13 @@ class FlowTransformer(Family):
     # -- parts -----------------------------------------------------------------------------------------------------
 
     def check_training(self, recipe: Recipe) -> None:
-        train, used = recipe.train, {
-            "train.snr_gamma=null": recipe.train.snr_gamma is not None,
-            "train.noise_offset=0": recipe.train.noise_offset != 0,
+        train = recipe.train
+        undefined = {
+            "train.snr_gamma=null": train.snr_gamma is not None,
+            "train.noise_offset=0": train.noise_offset != 0,
             "model.zero_terminal_snr=false": recipe.model.zero_terminal_snr,
         }
-        if needed := [override for override, wrong in used.items() if wrong]:
+        if needed := [override for override, is_used in undefined.items() if is_used]:
             raise UserError(f"{self.title} is trained by flow matching, for which min-SNR weighting, offset noise and "
                             f"zero terminal SNR are not defined: type {' '.join(needed)}")
         if train.train_text_encoder:
@@ -65,6 +64,14 @@ class FlowTransformer(Family):
                             "method.base_weights=int8")
         if recipe.attention.kind not in self.attention_kinds:
             raise UserError(f"{self.title} has no attention={recipe.attention.kind.value}: type attention=sdpa")
+
+    def load_tokenizer(self, name: str, source: str | Path, **options: Any) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(source, subfolder=name, **options)
+
+    def save_tokenizer(self, tokenizer: Any, folder: Path) -> None:
+        tokenizer.save_pretrained(folder)
 
     def packaged_tokenizer(self, name: str) -> Any:
         raise UserError(f"a single file of {self.title} contains no tokenizer and no text encoder: type config=DIR, a "
@@ -113,16 +120,6 @@ class FlowTransformer(Family):
         pixels: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         return pixels
 
-    def vae_scale(self, vae_configuration: Mapping[str, Any]) -> int:
-        """Return the image side in pixels divided by the latent side: 8 for the published VAEs."""
-        return int(2 ** (len(vae_configuration["block_out_channels"]) - 1))
-
-    def scaling_factor(self, vae_configuration: Mapping[str, Any]) -> float:
-        return float(vae_configuration["scaling_factor"])
-
-    def vae_channels(self, vae_configuration: Mapping[str, Any]) -> int:
-        return int(vae_configuration["latent_channels"])
-
     # -- noise -----------------------------------------------------------------------------------------------------
 
     def noise_schedule(self, scheduler_config: Mapping[str, Any], flow: Flow, latent_side: int) -> NoiseSchedule:
@@ -148,18 +145,8 @@ class FlowTransformer(Family):
 
     # -- pipelines -------------------------------------------------------------------------------------------------
 
-    @property
-    def pipeline_type(self) -> Any:
-        return getattr(import_module(self.pipeline_module), self.pipeline_name)
-
     def build_pipeline(self, parts: Mapping[str, Any], scheduler: Any) -> Any:
         return self.pipeline_type(**parts, scheduler=scheduler)
-
-    def image_to_image(self, pipeline: Any) -> Any:
-        import diffusers
-
-        kind = self.pipeline_name.replace("Pipeline", "Img2ImgPipeline")
-        return getattr(diffusers, kind)(**pipeline.components)
 
     # -- adapters --------------------------------------------------------------------------------------------------
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.config.enums import Targets
 from dreambooth.errors import UserError
 from dreambooth.models.families import qwen_text
 from dreambooth.models.families.family import Layout
-from dreambooth.models.families.flow_transformer import FlowTransformer, layer_pattern
+from dreambooth.models.families.flow_transformer import layer_pattern
 from dreambooth.models.families.part import DiffusersPart
 from dreambooth.models.families.transformer_file import TransformerFile
 
@@ -70,14 +69,13 @@ class Flux2File(TransformerFile):
         return re.sub(r"(_blocks\..*\.norm\.(?:query|key)_norm)\.weight", r"\1.scale", super().canonical_key(name))
 
 
-class Flux2Klein(FlowTransformer):
+class Flux2Klein(qwen_text.QwenTransformer):
     """FLUX.2 klein, and models with the same architecture and other sizes.
 
     The latents of a run are the VAE's latents, normalised by the VAE's batch norm, with each square of 2 x 2 latents as
     the channels of one: (N, 128, H / 16, W / 16). Each of them is one token of the transformer.
 
-    The token ids of P prompts have the shape (P, 2, L): the ids, and a mask that is 1 for the tokens of the prompt and
-    0 for padding. The output of `text` has the shape (P, L, 3 D): three hidden states of the text encoder. The
+    The output of `text` has the shape (P, L, 3 D): three hidden states of the text encoder. The
     transformer also reads the rows of padding.
     """
 
@@ -89,7 +87,7 @@ class Flux2Klein(FlowTransformer):
                              "Flux2Transformer2DModel")
     vae = DiffusersPart("vae", "diffusers.models.autoencoders.autoencoder_kl_flux2", "AutoencoderKLFlux2")
     encoders = (qwen_text.QWEN3_LM,)
-    tokenizers = ("tokenizer",)
+    thinking = False
     tags = ("flux2",)
     patch = 1
     block_lists = ("transformer_blocks", "single_transformer_blocks")
@@ -108,24 +106,7 @@ class Flux2Klein(FlowTransformer):
     def matches(self, layout: Layout) -> bool:
         return "timestep_guidance_channels" in layout.configuration("transformer")
 
-    def load_tokenizer(self, name: str, source: str | Path, **options: Any) -> Any:
-        return qwen_text.load_tokenizer(name, source, **options)
-
-    def save_tokenizer(self, tokenizer: Any, folder: Path) -> None:
-        tokenizer.save_pretrained(folder)
-
     # -- prompts to conditions -------------------------------------------------------------------------------------
-
-    def check_prompt(self, tokenizers: Sequence[Any], prompt: str) -> None:
-        qwen_text.check_length(tokenizers[0], prompt, thinking=False)
-
-    def tokens(self, tokenizers: Sequence[Any], prompt: str) -> Tensor:
-        return qwen_text.tokenize(tokenizers[0], prompt, thinking=False)
-
-    def blank_tokens(self, encoders: Sequence[Any], count: int) -> Tensor:
-        import torch
-
-        return torch.ones(count, 2, qwen_text.length(encoders[0].config.max_position_embeddings), dtype=torch.long)
 
     def text(self, encoders: Sequence[Any], tokens: Tensor) -> Tensor:
         import torch
@@ -143,10 +124,6 @@ class Flux2Klein(FlowTransformer):
 
     def prompt_arguments(self, pipeline: Any, text: Tensor, negative: Tensor) -> dict[str, Any]:
         return {"prompt_embeds": text, "negative_prompt_embeds": negative}
-
-    def sampling_arguments(self, pipeline: Any) -> dict[str, Any]:
-        """Return the number of tokens that prompts are padded to, as in `tokens`."""
-        return {"max_sequence_length": qwen_text.length(pipeline.tokenizer.model_max_length)}
 
     # -- the denoiser ----------------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,16 +167,6 @@ class LatentUNet(Family):
         pixels: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         return pixels
 
-    def vae_scale(self, vae_configuration: Mapping[str, Any]) -> int:
-        """Return the image side in pixels divided by the latent side: 8 for the published VAEs."""
-        return int(2 ** (len(vae_configuration["block_out_channels"]) - 1))
-
-    def scaling_factor(self, vae_configuration: Mapping[str, Any]) -> float:
-        return float(vae_configuration["scaling_factor"])
-
-    def vae_channels(self, vae_configuration: Mapping[str, Any]) -> int:
-        return int(vae_configuration["latent_channels"])
-
     def is_half_safe(self, source: str) -> bool:
         """Return whether a hub id is in `half_safe_vaes`, or the name of a file contains fp16-fix.
 
@@ -220,22 +209,10 @@ class LatentUNet(Family):
 
     # -- pipelines -------------------------------------------------------------------------------------------------
 
-    @property
-    def pipeline_type(self) -> Any:
-        return getattr(import_module(self.pipeline_module), self.pipeline_name)
-
     def build_pipeline(self, parts: Mapping[str, Any], scheduler: Any) -> Any:
         safety = {name: parts.get(name) for name in ("safety_checker", "feature_extractor")}
         return self.pipeline_type(**{**parts, **safety}, scheduler=scheduler,
                                   requires_safety_checker=safety["safety_checker"] is not None)
-
-    def image_to_image(self, pipeline: Any) -> Any:
-        """Return an image-to-image pipeline (SDEdit, Meng et al. 2021, arXiv:2108.01073)."""
-        import diffusers
-
-        checks = {key: pipeline.config[key] for key in ("requires_safety_checker",) if key in pipeline.config}
-        kind = self.pipeline_name.replace("Pipeline", "Img2ImgPipeline")
-        return getattr(diffusers, kind)(**pipeline.components, **checks)
 
     # -- adapters --------------------------------------------------------------------------------------------------
 

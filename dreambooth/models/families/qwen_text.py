@@ -1,11 +1,12 @@
-"""Qwen language models as text encoders: the part, tokenization with the chat template, and masks. Imports no torch."""
+"""Qwen language models as text encoders: parts, tokenization with the chat template, and masks. Imports no torch."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.errors import UserError
+from dreambooth.models.families.flow_transformer import FlowTransformer
 from dreambooth.models.families.part import TransformersPart
 
 if TYPE_CHECKING:
@@ -17,11 +18,30 @@ LENGTH = 512  # number of tokens that the base models read
 PLANNED_LENGTH = 64  # number of tokens of a prompt in the planner
 
 
-def load_tokenizer(name: str, source: str | Path, **options: Any) -> Any:
-    """Load a tokenizer from the subfolder `name` of a folder or hub id."""
-    from transformers import AutoTokenizer
+class QwenTransformer(FlowTransformer):
+    """Base class: the transformer's only text encoder is a Qwen language model.
 
-    return AutoTokenizer.from_pretrained(source, subfolder=name, **options)
+    The token ids of P prompts have the shape (P, 2, L): the ids, and a mask that is 1 for the tokens of the prompt and
+    0 for padding.
+    """
+
+    tokenizers = ("tokenizer",)
+    thinking: bool  # the argument enable_thinking of the chat template
+
+    def check_prompt(self, tokenizers: Sequence[Any], prompt: str) -> None:
+        check_length(tokenizers[0], prompt, self.thinking)
+
+    def tokens(self, tokenizers: Sequence[Any], prompt: str) -> Tensor:
+        return tokenize(tokenizers[0], prompt, self.thinking)
+
+    def blank_tokens(self, encoders: Sequence[Any], count: int) -> Tensor:
+        import torch
+
+        return torch.ones(count, 2, length(encoders[0].config.max_position_embeddings), dtype=torch.long)
+
+    def sampling_arguments(self, pipeline: Any) -> dict[str, Any]:
+        """Return the number of tokens that prompts are padded to, as in `tokens`."""
+        return {"max_sequence_length": length(pipeline.tokenizer.model_max_length)}
 
 
 def length(max_length: int) -> int:
@@ -29,7 +49,7 @@ def length(max_length: int) -> int:
     return min(LENGTH, max_length)
 
 
-def check_length(tokenizer: Any, prompt: str, thinking: bool = True) -> int:
+def check_length(tokenizer: Any, prompt: str, thinking: bool) -> int:
     """Check that a prompt is not too long; return the maximum number of tokens that the model reads.
 
     Args:
@@ -45,7 +65,7 @@ def check_length(tokenizer: Any, prompt: str, thinking: bool = True) -> int:
     return limit
 
 
-def tokenize(tokenizer: Any, prompt: str, thinking: bool = True) -> Tensor:
+def tokenize(tokenizer: Any, prompt: str, thinking: bool) -> Tensor:
     """Return the token ids of a prompt in the chat template and their mask, (1, 2, L).
 
     The mask is 1 for tokens of the prompt and 0 for padding.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.config.enums import AttentionKind, Targets
@@ -99,14 +98,6 @@ class StableDiffusion35(FlowTransformer):
     def matches(self, layout: Layout) -> bool:
         configuration = layout.configuration("transformer")
         return "pooled_projection_dim" in configuration and "pos_embed_max_size" in configuration
-
-    def load_tokenizer(self, name: str, source: str | Path, **options: Any) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(source, subfolder=name, **options)
-
-    def save_tokenizer(self, tokenizer: Any, folder: Path) -> None:
-        tokenizer.save_pretrained(folder)
 
     def set_attention(self, denoiser: Any, kind: AttentionKind) -> None:
         """Do nothing: the transformer always uses PyTorch's scaled_dot_product_attention."""

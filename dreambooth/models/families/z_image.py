@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.config.enums import Targets
 from dreambooth.models.families import qwen_text
 from dreambooth.models.families.family import Layout
-from dreambooth.models.families.flow_transformer import FlowTransformer, layer_pattern
+from dreambooth.models.families.flow_transformer import layer_pattern
 from dreambooth.models.families.part import DiffusersPart
 from dreambooth.models.families.transformer_file import TransformerFile
 
@@ -39,11 +38,10 @@ class ZImageFile(TransformerFile):
         (r"(.*\.attention)\.norm_([qk])\.(.*)", r"\1.\2_norm.\3"))
 
 
-class ZImage(FlowTransformer):
+class ZImage(qwen_text.QwenTransformer):
     """Z-Image, and models with the same architecture and other sizes.
 
-    The token ids of P prompts have the shape (P, 2, L): the ids, and a mask that is 1 for the tokens of the prompt and
-    0 for padding. The output of `text` has the shape (P, L, D + 1): the hidden states before the last layer of the text
+    The output of `text` has the shape (P, L, D + 1): the hidden states before the last layer of the text
     encoder, and the mask as the last column. The transformer reads only the rows of the prompt's tokens.
     """
 
@@ -54,7 +52,7 @@ class ZImage(FlowTransformer):
     denoiser = DiffusersPart("transformer", "diffusers.models.transformers.transformer_z_image",
                              "ZImageTransformer2DModel")
     encoders = (qwen_text.QWEN3,)
-    tokenizers = ("tokenizer",)
+    thinking = True
     tags = ("z-image",)
     activations_gib = {True: 0.4, False: 12.0}  # the planner predicts 0.5 and 14 at 512 px, 0.26 and 8.7 with a LoRA
     adapter_targets = {
@@ -74,24 +72,7 @@ class ZImage(FlowTransformer):
     def matches(self, layout: Layout) -> bool:
         return "cap_feat_dim" in layout.configuration("transformer")
 
-    def load_tokenizer(self, name: str, source: str | Path, **options: Any) -> Any:
-        return qwen_text.load_tokenizer(name, source, **options)
-
-    def save_tokenizer(self, tokenizer: Any, folder: Path) -> None:
-        tokenizer.save_pretrained(folder)
-
     # -- prompts to conditions -------------------------------------------------------------------------------------
-
-    def check_prompt(self, tokenizers: Sequence[Any], prompt: str) -> None:
-        qwen_text.check_length(tokenizers[0], prompt)
-
-    def tokens(self, tokenizers: Sequence[Any], prompt: str) -> Tensor:
-        return qwen_text.tokenize(tokenizers[0], prompt)
-
-    def blank_tokens(self, encoders: Sequence[Any], count: int) -> Tensor:
-        import torch
-
-        return torch.ones(count, 2, qwen_text.length(encoders[0].config.max_position_embeddings), dtype=torch.long)
 
     def text(self, encoders: Sequence[Any], tokens: Tensor) -> Tensor:
         import torch
@@ -108,10 +89,6 @@ class ZImage(FlowTransformer):
 
     def prompt_arguments(self, pipeline: Any, text: Tensor, negative: Tensor) -> dict[str, Any]:
         return {"prompt_embeds": _prompt_rows(text), "negative_prompt_embeds": _prompt_rows(negative)}
-
-    def sampling_arguments(self, pipeline: Any) -> dict[str, Any]:
-        """Return the number of tokens that prompts are padded to, as in `tokens`."""
-        return {"max_sequence_length": qwen_text.length(pipeline.tokenizer.model_max_length)}
 
     # -- the denoiser ----------------------------------------------------------------------------------------------
 
