@@ -41,6 +41,17 @@ class SageMakerSpec:
         if deletions := [override for override in self.overrides if override.startswith("~")]:
             raise UserError(f"{deletions[0]} deletes a key, which hyperparameters cannot express: leave it out")
 
+    def require_instance_type(self) -> str:
+        """Return the instance type of the jobs. Call it before jobs are submitted; rendering a pipeline needs none.
+
+        Raises:
+            UserError: the machine has no SageMaker instance type.
+        """
+        if self.hardware.instance_type is None:
+            raise UserError(f"hardware={self.hardware.name} has no SageMaker instance type: type "
+                            "hardware.instance_type=ml.m5.2xlarge")
+        return self.hardware.instance_type
+
     @property
     def settings(self) -> dict[str, str]:
         """The overrides of every run, from key to value."""

@@ -17,7 +17,8 @@ from dreambooth.cloud.pipeline_requests import SageMakerSpec
 from dreambooth.errors import UserError
 
 NAME = "dreambooth-sweep"
-REFERENCE = re.compile(r"<<([\w.-]+)>>")
+# Other texts in << >>, such as <<zwx>> in a prompt, are the user's own and stay as they are.
+REFERENCE = re.compile(rf"<<((?:Parameters|{requests.BEST})\.[\w.-]+|{re.escape(requests.EXECUTION)})>>")
 # The SDK creates a client when it is imported. The client needs a region, and would look for credentials on EC2.
 IMPORT_ENVIRONMENT = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
 
@@ -84,12 +85,12 @@ def build_pipeline(spec: SageMakerSpec, session: Any = None) -> Any:
     best = PropertyFile(name=requests.BEST, output_name=requests.CHOOSE, path=requests.BEST_FILE)
 
     def variable(name: str) -> Any:
+        if name == requests.EXECUTION:
+            return ExecutionVariables.PIPELINE_EXECUTION_ID
         scope, _, rest = name.partition(".")
-        if scope == "Parameters":
-            return parameters[rest]
         if scope == requests.BEST:
             return JsonGet(step_name=requests.CHOOSE, property_file=best, json_path=rest)
-        return ExecutionVariables.PIPELINE_EXECUTION_ID
+        return parameters[rest]
 
     def convert(value: Any) -> Any:
         """Replace the references in a request by variables of the SDK."""

@@ -33,9 +33,10 @@ def submit(spec: SageMakerSpec, kind: str, name: str | None = None) -> str:
             is updated. A tuning job needs a name that no other tuning job has had.
 
     Raises:
-        UserError: an environment variable is missing, a request contains a credential or would be rejected, or AWS
-            rejects it.
+        UserError: the machine has no SageMaker instance type, an environment variable is missing, a request contains a
+            credential or would be rejected, or AWS rejects it.
     """
+    spec.require_instance_type()
     values = {key: os.environ.get(key, "").rstrip("/") for key in SETTINGS}
     if "/" in spec.image:
         values["DREAMBOOTH_IMAGE"] = spec.image

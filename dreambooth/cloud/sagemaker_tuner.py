@@ -34,9 +34,7 @@ def build_tuning_request(spec: SageMakerSpec, role: str = EXAMPLE_ROLE, s3: str 
     Raises:
         UserError: the machine has no SageMaker instance type, or no key of the search space has several values.
     """
-    if (instance_type := spec.hardware.instance_type) is None:
-        raise UserError(f"hardware={spec.hardware.name} has no SageMaker instance type: type "
-                        "hardware.instance_type=ml.m5.2xlarge")
+    instance_type = spec.require_instance_type()
     ranges, fixed = _ranges(spec)
     if not any(ranges.values()):
         raise UserError(f"sweep={spec.space.name} has nothing left to search: leave out an override of its keys")

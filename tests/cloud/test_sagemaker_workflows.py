@@ -31,6 +31,8 @@ FILES = ROOT / "workflows/sagemaker"
 EXAMPLES = {"Parameters.RoleArn": ROLE, "Parameters.S3Folder": "s3://bucket/sweeps",
             "Execution.PipelineExecutionId": "2drr2511ngo3"}
 SETTINGS = {"hardware": "cpu", "train.max_train_steps": "2", "prior.prior_loss_weight": "0.5"}
+CPU = ["hardware=cpu", "precision=fp32", "model=tiny", "memory=fast"]
+NO_INSTANCE_TYPE = "hardware=cpu has no SageMaker instance type: type hardware.instance_type=ml.m5.2xlarge"
 LOCAL = [f"{key}={value}" for key, value in SETTINGS.items()]
 
 
@@ -78,8 +80,7 @@ def test_a_search_space_marks_the_keys_with_a_logarithmic_scale() -> None:
 
 
 @pytest.mark.parametrize("overrides, message", [
-    (["hardware=cpu", "precision=fp32", "model=tiny", "memory=fast"],
-     "hardware=cpu has no SageMaker instance type: type hardware.instance_type=ml.m5.2xlarge"),
+    (CPU, NO_INSTANCE_TYPE),
     ([*LOCAL[1:], "train.learning_rate=1e-4", "train.train_text_encoder=true"],
      "sweep=tiny has nothing left to search"),
 ])
@@ -173,6 +174,10 @@ def test_overrides_are_parameters_and_photos_a_channel() -> None:
     arguments = pipeline_requests.validate_request(given)["AppSpecification"]["ContainerArguments"]
     assert arguments[-2:] == ["dataset.class_prompt=<<Parameters.dataset-class_prompt>>",
                               "train.seed=<<Parameters.train-seed>>"]
+    marked = replace(given, space=SearchSpace("mine", {"dataset.class_prompt": ("a <<zwx>> dog",)}))
+    definition = json.loads(sagemaker_pipeline.render_pipeline(marked))
+    [step] = [step for step in definition["Steps"] if step["Name"] == "train-1"]
+    assert step["Arguments"]["HyperParameters"]["dataset.class_prompt"] == "a <<zwx>> dog", "not a reference"
     with pytest.raises(UserError, match="~method deletes a key, which hyperparameters cannot express"):
         pipeline_requests.SageMakerSpec(("~method",), given.space, given.hardware, "image")
 
@@ -352,6 +357,8 @@ def test_a_credential_and_missing_settings_are_refused(
     with pytest.raises(ConfigError, match="looks like a credential") as caught:
         sagemaker_submit.submit(spec("dataset.class_prompt=a dog hf_hiddenhiddenhiddenhidden"), kind)
     assert "hidden" not in str(caught.value)
+    with pytest.raises(UserError, match=NO_INSTANCE_TYPE):
+        sagemaker_submit.submit(spec(*CPU), kind)
     monkeypatch.delenv("DREAMBOOTH_S3")
     with pytest.raises(UserError, match=r"^DREAMBOOTH_S3 must be set: type DREAMBOOTH_S3=s3://BUCKET/FOLDER before"):
         sagemaker_submit.submit(spec(), kind)
