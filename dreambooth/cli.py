@@ -36,9 +36,9 @@ SYSTEM_ERRORS = {
     errno.ELOOP: "its links form a circle: type another path", errno.EMFILE: "type ulimit -n 4096, then the command",
     errno.ENFILE: "close other programs, then repeat the command"}
 
-# Lines of .hydra/config.yaml that the command evaluate reads again: prompts, and the address of MLflow. A run whose
+# Keys of .hydra/config.yaml that the command evaluate reads again: prompts, and the address of MLflow. A run whose
 # address contains a password or token is refused, and the file is removed.
-_READ_AGAIN = re.compile(r"\s*(uri|\w*prompts?):")
+_READ_AGAIN = re.compile(r"uri|\w*prompts?")
 
 _intercepted: dict[str, str] = {}  # key -> value of overrides that are hidden from Hydra
 _exit_codes: list[int] = []  # one per failed job; a sweep runs several jobs
@@ -259,7 +259,30 @@ def _mask_hydra_record() -> None:
     hydra = module.HydraConfig.get()
     record = Path(hydra.runtime.output_dir) / hydra.output_subdir if hydra.output_subdir else None
     for path in [*(record.glob("*.yaml") if record else ()), Path(hydra.sweep.dir) / "multirun.yaml"]:
-        masking.mask_file(path, _READ_AGAIN if path.name == "config.yaml" else None)
+        if path.name == "config.yaml":
+            _mask_config(path)
+        else:
+            masking.mask_file(path)
+
+
+def _mask_config(path: Path) -> None:
+    """Mask the URLs in the values of a YAML file, except those below the keys _READ_AGAIN."""
+    from omegaconf import OmegaConf
+
+    with suppress(OSError):
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if (masked := _mask_values(content)) != content:
+            with atomic_files.write_file(path) as temporary:
+                OmegaConf.save(OmegaConf.create(masked), temporary)
+
+
+def _mask_values(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: value if _READ_AGAIN.fullmatch(str(key)) else _mask_values(value)
+                for key, value in content.items()}
+    if isinstance(content, list):
+        return [_mask_values(value) for value in content]
+    return masking.mask_urls(content) if isinstance(content, str) else content
 
 
 def _record_failure(code: int, sentence: str, user_error: bool = True) -> None:

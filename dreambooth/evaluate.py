@@ -3,6 +3,7 @@
 Torch is imported only when the work of the command starts, so that --help is fast.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from dreambooth.config.compose import conf_dir, load, to_dataclass
 from dreambooth.config.enums import EncoderKind
 from dreambooth.config.schema import Config
 from dreambooth.config.section import Section
+from dreambooth.config.storage import is_remote
 from dreambooth.errors import UserError
 
 
@@ -58,7 +60,7 @@ def _job(cfg: DictConfig) -> None:
     from dreambooth.utils import atomic_files
 
     run = Path(run_inputs.download_if_remote(typed.run) or "")
-    config = load(compose_from_run(run, options))
+    config = load(compose_from_run(run, options, downloaded=is_remote(typed.run)))
     atomic_files.check_writable(run, "type run=DIR, a folder that you can write to")
     from dreambooth.config.recipe import resolve
     from dreambooth.evaluation.evaluate_run import evaluate_run
@@ -67,12 +69,13 @@ def _job(cfg: DictConfig) -> None:
     evaluate_run(resolve(run_inputs.fetch_inputs(config, run), run, detect_machine()))
 
 
-def compose_from_run(run: Path, options: dict[str, object]) -> DictConfig:
+def compose_from_run(run: Path, options: dict[str, object], downloaded: bool = False) -> DictConfig:
     """Return the configuration that Hydra recorded in a run folder, with new values in the group evaluate.
 
     Args:
         run: folder of the run.
         options: the new values, by key in the group evaluate.
+        downloaded: whether the folder is a copy from S3, whose parent is no run root. Then run_root is as recorded.
 
     Raises:
         UserError: there is no run in the folder, or its configuration cannot be read.
@@ -83,10 +86,11 @@ def compose_from_run(run: Path, options: dict[str, object]) -> DictConfig:
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(record), {"evaluate": {
             **options, "select": None, "every": None, "objective": "instance_loss"}})
-        cfg.run_root = find_run_root(run, str(cfg.run_root))
-    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"the configuration of the run in {record} cannot be read ({str(error).splitlines()[0]}): "
-                        "repeat the run's command, then repeat this one") from error
+        if not downloaded:
+            cfg.run_root = find_run_root(run, str(cfg.run_root))
+    except (OSError, ValueError, TypeError, AttributeError, IndexError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"the configuration of the run in {record.parent} cannot be read "
+                        f"({str(error).splitlines()[0]}): repeat the run's command, then repeat this one") from error
     assert isinstance(cfg, DictConfig)
     return cfg
 
@@ -101,7 +105,8 @@ def find_run_root(run: Path, recorded: str) -> str:
     if not record.is_file():
         return recorded
     runtime = OmegaConf.load(record).hydra.runtime
-    root, folder = Path(str(runtime.cwd), recorded), Path(str(runtime.output_dir))
+    root, folder = (Path(os.path.normpath(path)) for path in (
+        Path(str(runtime.cwd), recorded), str(runtime.output_dir)))
     if not folder.is_relative_to(root):
         return str(root)
     depth = len(folder.relative_to(root).parts)  # 1, except with hydra.run.dir

@@ -14,7 +14,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -76,10 +76,7 @@ def locked(run_dir: Path, watch: bool = True) -> Iterator[None]:
         UserError: another process has locked the folder, or it has files that this user may not change.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    if path := permissions.first_unwritable(_changed_paths(run_dir)):
-        refusal = permissions.refusal_of(path)
-        raise UserError(f"{run_dir} cannot be changed by this user ({refusal.describe(str(run_dir))}): type "
-                        f"{refusal.command(run_dir)}, or change a setting (such as train.seed) for another run")
+    _check_writable(run_dir, (run_dir, run_dir / ".lock"))
     with ExitStack() as stack:
         try:
             stack.enter_context(file_lock.hold(run_dir / ".lock", timeout=0, watch=watch))
@@ -87,7 +84,16 @@ def locked(run_dir: Path, watch: bool = True) -> Iterator[None]:
             owner = f" ({error})" if str(error) else ""
             raise UserError(f"another process{owner} is training in {run_dir}: wait for it, or change a setting (such "
                             "as train.seed) for another run") from error
+        _check_writable(run_dir, _changed_paths(run_dir))  # not before: the holder of the lock removes folders
         yield
+
+
+def _check_writable(run_dir: Path, paths: Iterable[Path]) -> None:
+    """Raise UserError if this user may not write to one of the `paths` in a run folder."""
+    if path := permissions.first_unwritable(paths):
+        refusal = permissions.refusal_of(path)
+        raise UserError(f"{run_dir} cannot be changed by this user ({refusal.describe(str(run_dir))}): type "
+                        f"{refusal.command(run_dir)}, or change a setting (such as train.seed) for another run")
 
 
 def _changed_paths(run_dir: Path) -> Iterator[Path]:
@@ -96,7 +102,7 @@ def _changed_paths(run_dir: Path) -> Iterator[Path]:
     Checked before training, a folder of another user loses no work: a model that can be renamed but not removed would
     otherwise end the run after training.
     """
-    yield from (run_dir, *(run_dir / name for name in (".lock", "metrics.jsonl", "train.log", "samples", "evaluation")))
+    yield from (run_dir / name for name in ("metrics.jsonl", "train.log", "samples", "evaluation"))
     for name in ("checkpoints", "model", "best"):
         yield run_dir / name
         yield from (run_dir / name).rglob("*/")

@@ -8,7 +8,7 @@ from typing import Any
 
 from dreambooth.errors import UserError
 from dreambooth.storage import manifest
-from dreambooth.utils import atomic_files
+from dreambooth.utils import atomic_files, quoting
 
 DESCRIPTIONS = ("README.md", "contact_sheet.png")  # files that a user may change without damage to the model
 CONVERTED = "converted"  # folder in run_root of the single files that were converted to diffusers folders
@@ -59,7 +59,8 @@ def check_intact(folder: Path) -> None:
     """
     if damage := find_damage(folder):
         raise UserError(f"the model in {folder} is damaged ({damage}): repeat the command of its run, which writes the "
-                        f"model again, or, if you changed the model yourself, type rm {folder / manifest.NAME}")
+                        f"model again, or, if you changed the model yourself, type rm "
+                        f"{quoting.shell_word(str(folder / manifest.NAME))}")
 
 
 def read_settings(run_dir: Path) -> dict[str, Any]:

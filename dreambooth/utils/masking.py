@@ -31,17 +31,11 @@ def mask_urls(text: str, uri: str = "") -> str:
     return _ASSIGNMENT.sub(r"\1=***", text)
 
 
-def mask_file(path: Path, kept_lines: re.Pattern[str] | None = None) -> None:
-    """Mask the URLs in a text file. Do nothing if the file does not exist.
-
-    Args:
-        kept_lines: lines whose beginning matches are not changed; None: all lines are masked.
-    """
+def mask_file(path: Path) -> None:
+    """Mask the URLs in a text file. Do nothing if the file does not exist."""
     with contextlib.suppress(OSError):
         text = path.read_text(encoding="utf-8")
-        masked = "".join(line if kept_lines and kept_lines.match(line) else mask_urls(line)
-                         for line in text.splitlines(keepends=True))
-        if masked != text:
+        if (masked := mask_urls(text)) != text:
             with atomic_files.write_file(path) as temporary:
                 temporary.write_text(masked, encoding="utf-8")
 

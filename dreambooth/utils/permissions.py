@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from dreambooth.utils import quoting
+
 
 def create_empty(path: Path) -> int:
     """Create an empty file, and return its mode: what the umask, or a default ACL of the folder, gives to new files.
@@ -57,7 +59,7 @@ class Refusal:
 
     def command(self, folder: Path | None = None) -> str:
         """Return what gives the permission for the path, or for the whole `folder`, and who may type it."""
-        path = folder or self.path
+        path = quoting.shell_word(str(folder or self.path))
         return f"chmod -R u+rwX {path}" if self.own else (
             f"chmod -R g+rwX {path} as {self.owner}, which shares it with its group")
 
@@ -88,7 +90,13 @@ def first_unwritable(paths: Iterable[Path]) -> Path | None:
 
 
 def _refusing(path: Path) -> Path:
-    """Return the path itself if it refuses this user, and otherwise the folder that contains it or would contain it."""
+    """Return the path itself if it refuses this user, and otherwise the folder that contains it or would contain it.
+
+    A link that refuses this user, or that leads to no file, is replaced by the path to which it leads.
+    """
+    with suppress(OSError):
+        if path.is_symlink() and not _permits(path, os.R_OK | os.W_OK):
+            path = Path(os.path.realpath(path))
     for present in (path, *path.parents):
         with suppress(OSError):
             present.lstat()
@@ -97,7 +105,10 @@ def _refusing(path: Path) -> Path:
 
 
 def _permits(path: Path, wanted: int) -> bool:
-    return os.access(path, wanted | (os.X_OK if path.is_dir() else 0), effective_ids=True)
+    try:
+        return os.access(path, wanted | (os.X_OK if path.is_dir() else 0), effective_ids=True)
+    except PermissionError:  # it is in a folder that this user may not open
+        return False
 
 
 def _owner(uid: int) -> str:

@@ -103,8 +103,20 @@ def test_a_damaged_record_of_the_configuration_is_an_error(content: bytes, tmp_p
     write_run(tmp_path)
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra/config.yaml").write_bytes(content)
-    with pytest.raises(UserError, match=r"config\.yaml cannot be read .*repeat the run's command"):
+    with pytest.raises(UserError, match=r"\.hydra cannot be read .*repeat the run's command"):
         compose_from_run(tmp_path, {})
+
+
+@pytest.mark.parametrize("content", [
+    "hydra:", "{}", "hydra: {runtime: {cwd: /, output_dir: /runs/a/b/c/d/e/f/g/h/i/j/k}}"])
+def test_a_damaged_record_of_the_run_root_is_an_error(content: str, tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra/config.yaml").write_text("run_root: runs")
+    (tmp_path / ".hydra/hydra.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"\.hydra cannot be read .*repeat the run's command"):
+        compose_from_run(tmp_path, {})
+    assert compose_from_run(tmp_path, {}, downloaded=True).run_root == "runs", "a copy from S3 is in no run root"
 
 
 def test_settings_name_a_converted_file_where_it_is_after_its_run_root_was_moved(tmp_path: Path) -> None:
@@ -121,7 +133,7 @@ def test_settings_name_a_converted_file_where_it_is_after_its_run_root_was_moved
 
 
 @pytest.mark.parametrize(("recorded", "output_dir", "expected"), [
-    ("runs", "/cwd/runs/NAME", "HERE"), ("/old/runs", "/old/runs/NAME", "HERE"),
+    ("runs", "/cwd/runs/NAME", "HERE"), ("../runs", "/runs/NAME", "HERE"), ("/old/runs", "/old/runs/NAME", "HERE"),
     ("/old/runs", "/old/runs/a/NAME", "HERE/.."), ("/old/runs", "/elsewhere/NAME", "/old/runs")])
 def test_an_evaluation_uses_the_run_root_in_which_the_run_is(
         tmp_path: Path, recorded: str, output_dir: str, expected: str) -> None:

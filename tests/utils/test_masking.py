@@ -82,19 +82,24 @@ def test_nothing_that_is_kept_holds_a_secret(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_record_of_a_run_stays_what_evaluate_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts and the address of MLflow are not changed, and a masked value keeps its quotes."""
+    """Prompts, also long ones and lists, and the address of MLflow are not changed. The file stays valid YAML."""
     record = tmp_path / ".hydra/config.yaml"
     record.parent.mkdir()
-    kept = "tracking:\n  uri: postgresql://me@host/db?sslmode=require\n"
-    kept += "sample:\n  negative_prompt: 'text: token=1 http://a@b/?c'\n"
-    record.write_text(f"{kept}model:\n  source: {SIGNED}\n  revision: 'x token=s3cret'\n")
+    secret, long = "text: token=1 http://a@b/?c", f"{'a toy ' * 20}token=1 http://a@b/?c"
+    content = {"tracking": {"uri": "postgresql://me@host/db?sslmode=require"}, "photos": "${oc.env:PHOTOS}",
+               "sample": {"prompts": [secret, long], "negative_prompt": long},
+               "dataset": {"concepts": [{"instance_prompt": secret, "instance_dir": SIGNED}]},
+               "model": {"source": SIGNED, "revision": "x: token=s3cret", "resolution": 512}}
+    record.write_text(OmegaConf.to_yaml(OmegaConf.create(content)))
     overrides = tmp_path / ".hydra/overrides.yaml"
-    overrides.write_text(kept)
+    overrides.write_text(kept := f"- 'sample.negative_prompt={secret}'\n")
     monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": {
         "runtime": {"output_dir": str(tmp_path)}, "output_subdir": ".hydra", "sweep": {"dir": str(tmp_path)}}}))
     cli.run_job(lambda: None, sweep=False)
     assert overrides.read_text() == mask_urls(kept) != kept
-    assert record.read_text() == (f"{kept}model:\n  source: {mask_urls(SIGNED)}\n  revision: 'x token=***'\n")
+    content["model"] |= {"source": mask_urls(SIGNED), "revision": "x: token=***"}  # type: ignore[operator]
+    content["dataset"]["concepts"][0]["instance_dir"] = mask_urls(SIGNED)  # type: ignore[index]
+    assert OmegaConf.to_container(OmegaConf.load(record), resolve=False) == content
     assert "s3cret" not in record.read_text()
 
 

@@ -83,6 +83,21 @@ def test_an_unreadable_file_is_not_taken_for_a_damaged_one(
         in sentence
 
 
+@pytest.mark.parametrize(("target", "blamed"), [("gone", "folder"), ("private/photo", "folder/private")])
+def test_a_link_into_a_folder_that_refuses_this_user_is_a_message_without_traceback(
+        target: str, blamed: str, shared: Path) -> None:
+    (shared / "my folder/private").mkdir(parents=True)
+    (shared / "my folder/private").chmod(0)
+    (shared / "my folder").chmod(0o555)
+    (shared / "link").symlink_to(shared / "my folder" / target)
+    change_user()
+    with pytest.raises(PermissionError) as error:
+        (shared / "link").write_text("")
+    sentence = cli.describe_system_error(error.value) or ""
+    assert f"/my {blamed} belongs to {shared.owner()}" in sentence
+    assert f'+rwX "{shared.resolve()}/my {blamed}"' in sentence, "ready to paste into a shell"
+
+
 def test_a_run_with_a_folder_of_another_user_is_refused_before_training(shared: Path) -> None:
     """The folder could be renamed but not emptied, after training and without the former model."""
     (shared / "run/model/unet").mkdir(parents=True)
@@ -93,6 +108,18 @@ def test_a_run_with_a_folder_of_another_user_is_refused_before_training(shared: 
     with pytest.raises(UserError, match=r"run/model/unet belongs to .*, mode 0555\): type chmod -R .* .*/run"), \
             locked(shared / "run"):
         pass
+
+
+def test_the_folders_of_a_run_are_listed_by_the_holder_of_its_lock_alone(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder may remove a checkpoint while another process lists it."""
+    def remove_meanwhile(folder: Path, pattern: str) -> Iterator[Path]:
+        raise FileNotFoundError(folder)
+
+    with locked(tmp_path), monkeypatch.context() as patch:
+        patch.setattr(Path, "rglob", remove_meanwhile)
+        with pytest.raises(UserError, match="another process is training in"), locked(tmp_path):
+            pass
 
 
 def test_leftovers_of_another_user_in_a_shared_folder_stop_nothing(shared: Path) -> None:
