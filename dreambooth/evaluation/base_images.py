@@ -8,7 +8,7 @@ that each base model generates them once.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
@@ -27,47 +27,58 @@ def are_needed(recipe: Recipe) -> bool:
     return bool(recipe.evaluate.encoders and recipe.class_prompt.strip()) and len(set(recipe.evaluate_texts)) > 1
 
 
-def read(recipe: Recipe) -> dict[str, list[Image.Image]] | None:
-    """Return the images by text, or None if an image is missing or damaged."""
-    paths = _paths(recipe)
-    if not all(is_intact_png(path) for row in paths.values() for path in row):
-        return None
-    return {text: [Image.open(path).convert("RGB") for path in row] for text, row in paths.items()}
+class BaseImages:
+    """The base model's images of a run's evaluation texts, on the disk and in memory."""
 
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.needed = are_needed(recipe)
+        self.images: dict[str, list[Image.Image]] | None = None  # by text; None until they are loaded or stored
 
-def write(recipe: Recipe, images: Mapping[str, Sequence[Image.Image]]) -> None:
-    """Write the images for later evaluations. If another user owns the folder, write nothing and log a warning.
+    @cached_property
+    def origin(self) -> dict[str, object]:
+        """Everything that determines the images. Reads parts of the base model's weight files."""
+        evaluate = self.recipe.evaluate
+        return origin(self.recipe, list(self.recipe.evaluate_texts), sampler_settings(self.recipe)) | {
+            "seed": evaluate.seed, "images_per_prompt": evaluate.images_per_prompt}
 
-    Args:
-        images: by text.
-    """
-    try:
-        atomic_files.write_json(_folder(recipe) / "origin.json", _origin(recipe))
-        for text, row in _paths(recipe).items():
-            for path, image in zip(row, images[text], strict=True):
-                if not is_intact_png(path):
-                    with atomic_files.write_file(path) as temporary:
-                        image.save(temporary, format="PNG")
-    except PermissionError as error:
-        log.warning("the base model's images of the evaluation prompts are not stored for other runs: %s", error)
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of the images. All runs with the same origin share it."""
+        return self.recipe.run_root / "base_images" / digest(self.origin)
+
+    @cached_property
+    def paths(self) -> dict[str, list[Path]]:
+        """The paths of all images, by text."""
+        return {text: [self.folder / f"text-{number}-{i}.png" for i in range(self.recipe.evaluate.images_per_prompt)]
+                for number, text in enumerate(self.recipe.evaluate_texts)}
+
+    def load(self) -> bool:
+        """Load the images, unless they are in memory. Return False if an image is missing or damaged."""
+        if self.images is None and all(is_intact_png(path) for row in self.paths.values() for path in row):
+            self.images = {text: [Image.open(path).convert("RGB") for path in row] for text, row in self.paths.items()}
+        return self.images is not None
+
+    def store(self, images: dict[str, list[Image.Image]]) -> None:
+        """Keep the images in memory, and write them to the disk for later evaluations.
+
+        If another user owns the folder, write nothing and log a warning.
+
+        Args:
+            images: by text.
+        """
+        self.images = images
+        try:
+            atomic_files.write_json(self.folder / "origin.json", self.origin)
+            for text, row in self.paths.items():
+                for path, image in zip(row, images[text], strict=True):
+                    if not is_intact_png(path):
+                        with atomic_files.write_file(path) as temporary:
+                            image.save(temporary, format="PNG")
+        except PermissionError as error:
+            log.warning("the base model's images of the evaluation prompts are not stored for other runs: %s", error)
 
 
 def sampler_settings(recipe: Recipe) -> Sampler:
     """Return the sampler settings of all images of an evaluation."""
     return Sampler(recipe.sample.num_inference_steps, recipe.sample.guidance_scale, recipe.model.resolution)
-
-
-def _folder(recipe: Recipe) -> Path:
-    return recipe.run_root / "base_images" / digest(_origin(recipe))
-
-
-def _paths(recipe: Recipe) -> dict[str, list[Path]]:
-    """Return the paths of all images, by text."""
-    folder = _folder(recipe)
-    return {text: [folder / f"text-{number}-{i}.png" for i in range(recipe.evaluate.images_per_prompt)]
-            for number, text in enumerate(recipe.evaluate_texts)}
-
-
-def _origin(recipe: Recipe) -> dict[str, object]:
-    return origin(recipe, list(recipe.evaluate_texts), sampler_settings(recipe)) | {
-        "seed": recipe.evaluate.seed, "images_per_prompt": recipe.evaluate.images_per_prompt}

@@ -27,7 +27,7 @@ from dreambooth.config import evaluate
 from dreambooth.config.recipe import Recipe
 from dreambooth.data.photos import crop_to_square, fingerprint, list_photos, load_photos
 from dreambooth.errors import Interrupted
-from dreambooth.evaluation import base_images
+from dreambooth.evaluation.base_images import BaseImages, sampler_settings
 from dreambooth.evaluation.encoders import Encoder, open_encoder
 from dreambooth.evaluation.lpips import Lpips
 from dreambooth.evaluation.scene_borders import SceneBorders
@@ -42,7 +42,7 @@ from dreambooth.utils.signals import StopRequest
 
 log = logging.getLogger(__name__)
 SCORES, MADE_WITH = "scores.json", "made_with.json"
-BaseImages = dict[str, list[Image.Image]]  # images of the base model, by text of Recipe.evaluate_texts
+Job = tuple[str, int]  # a prompt with its number of images
 Rows = list[list[Image.Image]]  # one list of images per evaluation prompt, then one of the class prompt if not blank
 
 
@@ -65,14 +65,14 @@ class Scorer:
         self.encoders: list[Encoder] = [
             open_encoder(name, dino=spec.dino, clip=spec.clip, offline=spec.offline) for name in spec.encoders]
 
-    def score(self, rows: Rows, base_class_images: list[Image.Image] | None, base_images: BaseImages | None,
-              device: torch.device) -> dict[str, float]:
+    def score(self, rows: Rows, base_class_images: list[Image.Image] | None,
+              base_images: dict[str, list[Image.Image]] | None, device: torch.device) -> dict[str, float]:
         """Score images on `device`. Return the value of each measure by name.
 
         Args:
             rows: one list of images per evaluation prompt, then one of the class prompt if it is not blank.
             base_class_images: class images of the base model; None if they do not exist.
-            base_images: images of the base model from the evaluation texts; None if they do not exist.
+            base_images: images of the base model, by evaluation text; None if they do not exist.
         """
         subject, class_rows = rows[:len(self.texts)], rows[len(self.texts):]
         class_images = class_rows[0] if class_rows else []
@@ -105,7 +105,7 @@ class Evaluator:
         key = sha256(json.dumps(self.spec, sort_keys=True).encode()).hexdigest()[:10]
         self.folder = recipe.run_dir / "evaluation" / f"{recipe.evaluate.encoder.value}-{key}"
         self.jobs = _jobs(recipe)
-        self._base_images: BaseImages | None = None  # from the evaluation texts, once they are read or generated
+        self.base = BaseImages(recipe)
         self.prefix = self._choose_prefix(key)
 
     def scores(self) -> dict[int, dict[str, float]]:
@@ -135,39 +135,41 @@ class Evaluator:
         target = self.folder / f"step-{step:06d}"
         images: list[Image.Image] = []
         of_texts: list[Image.Image] = []
+        jobs, text_jobs = self.engine.run_on_main(partial(self._missing_jobs, step))
         try:
-            if self.engine.run_on_main(lambda: _read_scores(target / SCORES) is None):
-                for batch in self._generate(pipeline, self.jobs):
-                    images += batch
-                    tick(len(batch))
-            if step == 0 and self.engine.run_on_main(self.lacks_base_images):
-                for batch in self._generate(pipeline, self._text_jobs()):
-                    of_texts += batch
-                    tick(len(batch))
+            for batch in self._generate(pipeline, jobs):
+                images += batch
+                tick(len(batch))
+            for batch in self._generate(pipeline, text_jobs):
+                of_texts += batch
+                tick(len(batch))
         except Interrupted:
             return None
-        scores: dict[str, float] | None = self.engine.run_on_main(partial(self._finish, step, target, images, of_texts))
+        by_text = dict(zip([text for text, _ in text_jobs], split(of_texts, text_jobs), strict=True))
+        scores: dict[str, float] | None = self.engine.run_on_main(partial(self._finish, step, target, images, by_text))
         return scores
 
     def _finish(self, step: int, target: Path, images: list[Image.Image],
-                of_texts: list[Image.Image]) -> dict[str, float] | None:
+                of_texts: dict[str, list[Image.Image]]) -> dict[str, float] | None:
         """Score and store the images of a step, and track and return the scores.
 
         Args:
             target: the folder of the step.
             images: the images to score; empty if the folder contains the scores already.
-            of_texts: images that the base model has generated now from the evaluation texts, see `_text_jobs`.
+            of_texts: images that the base model has generated now, by evaluation text, see `_missing_jobs`.
 
         Returns:
             The scores by name; or None if a stop was requested.
         """
         atomic_files.remove_leftovers(self.folder)
         with suppress(Interrupted), self.stop.at_once():
-            rows = split(images, self.jobs) if images else self._load_rows(target)
-            if rows and of_texts:
-                self._store_base_images(of_texts, rows[-1])
+            rows = split(images, self.jobs) if images else None
+            if of_texts:
+                self._store_base_images(of_texts, rows[-1] if rows else self._load_base_class_images())
             known = _read_scores(target / SCORES) or {}
-            if rows and (images or self._measurable() - known.keys()):
+            if rows is None and self._measurable() - known.keys():
+                rows = self._load_rows(target)
+            if rows:
                 self._store(target, rows, step, known)
         if _read_scores(target / SCORES) is None:
             return None
@@ -176,8 +178,7 @@ class Evaluator:
 
     def num_images(self, step: int) -> int:
         """Return the number of images that `evaluate` generates for a step. Call this method in the main process."""
-        jobs = self.jobs * (step not in self.scores()) + self._text_jobs() * (step == 0 and self.lacks_base_images())
-        return sum(count for _, count in jobs)
+        return sum(count for jobs in self._missing_jobs(step) for _, count in jobs)
 
     def needs_base_model(self) -> bool:
         """Return whether the base model must be evaluated (step 0). Call this method in the main process."""
@@ -185,42 +186,49 @@ class Evaluator:
 
     def lacks_base_images(self) -> bool:
         """Return whether the base model's images of the evaluation texts are needed and do not exist."""
-        if self._base_images is None and base_images.are_needed(self.recipe):
-            self._base_images = base_images.read(self.recipe)
-            return self._base_images is None
-        return False
+        return self.base.needed and not self.base.load()
 
-    def _generate(self, pipeline: Any, jobs: Sequence[tuple[str, int]]) -> Iterator[list[Image.Image]]:
+    def _generate(self, pipeline: Any, jobs: Sequence[Job]) -> Iterator[list[Image.Image]]:
         pairs = [(prompt, self.recipe.evaluate.seed + i) for prompt, count in jobs for i in range(count)]
+        if not pairs:
+            return iter(())
         return generate_images(pipeline, [prompt for prompt, _ in pairs], [seed for _, seed in pairs],
-                               base_images.sampler_settings(self.recipe), self.recipe.prior.sample_batch_size,
+                               sampler_settings(self.recipe), self.recipe.prior.sample_batch_size,
                                self.engine.autocast, map_batches=partial(self.engine.map_shared, stop=self.stop))
 
-    def _text_jobs(self) -> list[tuple[str, int]]:
-        """Return the evaluation texts with their numbers of images, like `_jobs`, for the base model.
+    def _missing_jobs(self, step: int) -> tuple[list[Job], list[Job]]:
+        """Return what `evaluate` generates for a step: images to score, and the base model's images of the texts.
 
-        The class prompt is left out if the evaluation generates enough of its images, with the same seeds.
+        The former are missing if the step has no scores. The latter are generated at step 0. They do not include the
+        class prompt if the evaluation of the base model generates enough images of it, now or earlier, with the same
+        seeds.
         """
         spec = self.recipe.evaluate
-        left_out = {self.recipe.class_prompt} if spec.class_images >= spec.images_per_prompt else set()
-        return [(text, spec.images_per_prompt) for text in dict.fromkeys(self.recipe.evaluate_texts)
-                if text not in left_out]
+        jobs = self.jobs if _read_scores(self.folder / f"step-{step:06d}" / SCORES) is None else []
+        lacks_base_images = self.lacks_base_images()  # at every step: another run may have stored them
+        if step > 0 or not lacks_base_images:
+            return jobs, []
+        has_class_images = bool(jobs) or self._load_base_class_images() is not None
+        enough = has_class_images and spec.class_images >= spec.images_per_prompt
+        left_out = {self.recipe.class_prompt} if enough else set()
+        return jobs, [(text, spec.images_per_prompt) for text in dict.fromkeys(self.recipe.evaluate_texts)
+                      if text not in left_out]
 
-    def _store_base_images(self, of_texts: list[Image.Image], class_images: list[Image.Image]) -> None:
+    def _store_base_images(self, of_texts: dict[str, list[Image.Image]],
+                           class_images: list[Image.Image] | None) -> None:
         """Store images that the base model has generated from the evaluation texts.
 
         Args:
-            of_texts: the images of `_text_jobs`.
-            class_images: the base model's images of the class prompt.
+            of_texts: images by text; the class prompt may be missing.
+            class_images: the base model's images of the class prompt; None if `of_texts` contains the class prompt.
         """
-        jobs, count = self._text_jobs(), self.recipe.evaluate.images_per_prompt
-        rows = dict(zip([text for text, _ in jobs], split(of_texts, jobs), strict=True))
-        self._base_images = {text: rows.get(text, class_images[:count]) for text in self.recipe.evaluate_texts}
-        base_images.write(self.recipe, self._base_images)
+        if self.recipe.class_prompt not in of_texts and class_images is not None:
+            of_texts |= {self.recipe.class_prompt: class_images[:self.recipe.evaluate.images_per_prompt]}
+        self.base.store({text: of_texts[text] for text in self.recipe.evaluate_texts})
 
     def _measurable(self) -> set[str]:
         """Return the names of the measures of prompt_fidelity that can be computed now."""
-        ready = not self.lacks_base_images()
+        ready = self.base.images is not None
         return {name for name, role in self.recipe.measure_roles.items() if role == evaluate.PROMPT_FIDELITY
                 and (ready or name == evaluate.measure_name(role, evaluate.BORDER))}
 
@@ -232,9 +240,9 @@ class Evaluator:
         """
         assert self.scorer is not None, "only the main process scores"
         base_class_images = rows[-1] if step == 0 else self._load_base_class_images()
-        if self.lacks_base_images():
+        if self.base.needed and self.base.images is None:
             log.warning("prompt_fidelity of step %d is not measured: the base model's images are missing", step)
-        scores = self.scorer.score(rows, base_class_images, self._base_images, self.engine.device) | known
+        scores = self.scorer.score(rows, base_class_images, self.base.images, self.engine.device) | known
         atomic_files.write_json(self.folder / MADE_WITH, {"prefix": self.prefix, **self.spec})
         with manifest.write_folder(target) as temporary:
             for name, row in zip(self._row_names(), rows, strict=True):
@@ -288,7 +296,7 @@ class Evaluator:
             "steps": {str(step): scores for step, scores in all_scores.items()}})
 
 
-def split(images: Sequence[Image.Image], jobs: Sequence[tuple[str, int]]) -> Rows:
+def split(images: Sequence[Image.Image], jobs: Sequence[Job]) -> Rows:
     """Return the images of each prompt.
 
     Args:
@@ -320,10 +328,10 @@ def specification(recipe: Recipe) -> dict[str, Any]:
         "class_prompt": recipe.class_prompt, "images_per_prompt": spec.images_per_prompt,
         "class_images": spec.class_images, "seed": spec.seed, "reference": fingerprint(recipe.reference_dir),
         "precision": recipe.precision.label,
-        "sampler": {"name": "dpmsolver++", **asdict(base_images.sampler_settings(recipe))}}
+        "sampler": {"name": "dpmsolver++", **asdict(sampler_settings(recipe))}}
 
 
-def _jobs(recipe: Recipe) -> list[tuple[str, int]]:
+def _jobs(recipe: Recipe) -> list[Job]:
     """Return prompts with their numbers of images: the evaluation prompts, then the class prompt if it is not blank."""
     spec = recipe.evaluate
     subject = [(prompt, spec.images_per_prompt) for prompt in recipe.evaluate_prompts]
