@@ -144,7 +144,7 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
         parts = Components(
             family=family,
             denoiser=family.denoiser.load(recipe.source, denoiser_dtype, subfolder=family.denoiser.name, **weights),
-            encoders=[] if ahead else text_encoders.load(recipe, family, text_dtype, **weights),
+            encoders=[] if ahead else text_encoders.load(recipe.source, family, text_dtype, **weights),
             vae=vae.load_for_run(recipe, family, frozen, weights),
             tokenizers=tokenizers,
             scheduler_config=training_scheduler(family, scheduler_config, recipe),
@@ -173,7 +173,8 @@ def exact_frozen(parts: Components, recipe: Recipe) -> Components:
     merged into the base model.
     """
     if parts.encodings is not None:  # written in the precision of their files
-        encoders = text_encoders.load(recipe, parts.family, "auto", variant=recipe.model.variant, **_options(recipe))
+        encoders = text_encoders.load(recipe.source, parts.family, "auto", variant=recipe.model.variant,
+                                      **_options(recipe))
         parts = replace(parts, encoders=encoders, encodings=None)
     if recipe.precision.dtype is Dtype.fp32 and not recipe.method.low_rank:
         return parts

@@ -23,17 +23,18 @@ def encodes_ahead(family: Family, recipe: Recipe) -> bool:
     return family.encodes_ahead and recipe.memory.cache_text and not recipe.train.train_text_encoder
 
 
-def load(recipe: Recipe, family: Family, dtype: torch.dtype | Literal["auto"], **options: Any) -> list[Any]:
-    """Load the text encoders of the base model into host memory.
+def load(source: str, family: Family, dtype: torch.dtype | Literal["auto"], **options: Any) -> list[Any]:
+    """Load the text encoders of a model into host memory.
 
     Args:
+        source: folder or hub id of the model.
         dtype: precision of the loaded weights; "auto": that of the files.
         options: revision, variant and local_files_only, as in from_pretrained.
 
     Raises:
         OSError, ValueError, SafetensorError: a text encoder is missing or damaged.
     """
-    return [part.load(recipe.source, dtype, subfolder=part.name, **options) for part in family.encoders]
+    return [part.load(source, dtype, subfolder=part.name, **options) for part in family.encoders]
 
 
 def open_encodings(recipe: Recipe, family: Family, tokenizers: Sequence[Any], dtype: torch.dtype, device: torch.device,
@@ -50,7 +51,7 @@ def open_encodings(recipe: Recipe, family: Family, tokenizers: Sequence[Any], dt
         # With fp32, layers are stored in the precision of their files: half of the memory, and the same results.
         stored: torch.dtype | Literal["auto"] = "auto" if dtype is torch.float32 else dtype
         encoders = [encoder.requires_grad_(False).eval().to(device) for encoder in load(
-            recipe, family, stored, **options)]
+            recipe.source, family, stored, **options)]
         if dtype is torch.float32:
             for encoder in encoders:
                 compute_in_fp32(encoder)

@@ -12,10 +12,11 @@ from dreambooth.config.storage import is_remote, is_single_file
 from dreambooth.errors import UserError
 from dreambooth.models import families, hub
 from dreambooth.models.components import Components
+from dreambooth.models.families.family import Family
 from dreambooth.serialization import export_layout, single_file
 from dreambooth.serialization.detect_format import DetectedModel, detect, open_model_file
 from dreambooth.serialization.export import whole_pipeline
-from dreambooth.serialization.load_parts import build_parts, load_other_parts, load_parts
+from dreambooth.serialization.load_parts import CONFIG_HINT, build_parts, load_other_parts, load_parts
 from dreambooth.storage import manifest, run_inputs
 from dreambooth.utils import atomic_files
 from dreambooth.utils.assets import resolve_asset
@@ -28,7 +29,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, 
 
 def convert(source: str, out: str, *, config: str | None = None, vae: str | None = None, dtype: str | None = None,
             with_vae: bool = True, prediction_type: str | None = None, resolution: int | None = None,
-            title: str | None = None, offline: bool = True) -> Path:
+            title: str | None = None, offline: bool = True, config_hint: str = CONFIG_HINT,
+            download_hint: str | None = None) -> Path:
     """Convert a single file to a diffusers folder, or a diffusers or run folder to a single file.
 
     A name that ends in .safetensors or .ckpt means a single file. All other names mean folders.
@@ -44,6 +46,9 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
         prediction_type, resolution: properties of the model in a source file; None: as detected in the file.
         title: title in the metadata of the written file; only if `out` is a file.
         offline: whether the family's published model is not downloaded.
+        config_hint: what error messages tell the user to type in order to name another `config`.
+        download_hint: what they tell the user to type in order to download the family's published model; None: config=
+            and its hub id.
 
     Returns:
         `out`.
@@ -59,7 +64,6 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
     if vae and not with_vae:
         raise UserError("with_vae=false leaves out what vae names: leave one of them out")
     local_source = Path(run_inputs.download_if_remote(source) or "")
-    config, vae = run_inputs.download_if_remote(config), run_inputs.download_if_remote(vae)
     console = Console()
     if is_single_file(out):
         return _to_file(local_source, Path(out), vae, DTYPES[dtype], with_vae, title, console)
@@ -67,16 +71,18 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
     detected = detect(file, prediction_type, resolution)
     family, architecture = detected.family, detected.family.architecture
     whole = family.single_file.whole
-    if not whole and (prediction_type or resolution):
-        raise UserError(f"prediction_type and resolution would change nothing for {family.title}: leave them out")
+    if not whole and (prediction_type or resolution or vae):
+        raise UserError(f"vae, prediction_type and resolution would change nothing for {family.title}: leave them out")
+    config, vae = run_inputs.download_if_remote(config), run_inputs.download_if_remote(vae)
     folder = Path(config or Path(resolve_asset("package:architectures")) / architecture) if whole else (
-        _other_parts(config, detected, local_source, offline))
-    parts = build_parts(folder, detected)
-    if unknown := single_file.fill(parts, file):
+        _other_parts(config, detected, local_source, offline, config_hint, download_hint))
+    _check_family(str(folder), _family_of(folder), family, local_source, config_hint)
+    parts = build_parts(folder, detected, config_hint)
+    if unknown := single_file.fill(parts, file, config_hint):
         console.say(f"{counted(len(unknown), 'tensor')} of {local_source}, not of this model, left out: "
                     f"{', '.join(unknown[:3])}" + (", ..." if len(unknown) > 3 else ""))
     if not whole:
-        parts = load_other_parts(parts, folder)
+        parts = load_other_parts(parts, folder, config_hint)
     if vae:
         single_file.fill_vae(parts.vae, parts.family, open_model_file(Path(vae)))
     for name, module in parts.modules_by_name.items():
@@ -94,14 +100,40 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
     return Path(out)
 
 
-def _other_parts(config: str | None, detected: DetectedModel, source: Path, offline: bool) -> Path:
+def _family_of(folder: Path) -> Family | None:
+    try:
+        return families.of_folder(folder)
+    except (OSError, ValueError):
+        return None  # build_parts reports what is wrong with the folder
+
+
+def _check_family(origin: str, found: Family | None, family: Family, source: Path, config_hint: str) -> None:
+    """Check that the model whose parts complete a single file is of the file's family.
+
+    Args:
+        origin: folder or hub id of that model.
+        found: its family; None: unknown.
+        family: the family of the file `source`.
+
+    Raises:
+        UserError: it is of another family.
+    """
+    if found not in (None, family):
+        raise UserError(f"{origin} is a model of {found.title}, and {source} of {family.title}: type {config_hint}, "
+                        f"a diffusers folder of {family.title}")
+
+
+def _other_parts(config: str | None, detected: DetectedModel, source: Path, offline: bool, config_hint: str,
+                 download_hint: str | None) -> Path:
     """Return the local diffusers folder with the parts that a file with the denoiser alone does not contain.
 
     Args:
         config: a diffusers folder or hub id that the user typed; None: the family's published model.
+        config_hint, download_hint: as in `convert`.
 
     Raises:
-        UserError: the hub id is not on this machine, and could not be downloaded or must not be.
+        UserError: the hub id is not on this machine, and could not be downloaded or must not be; or it is of another
+            family.
     """
     family = detected.family
     origin = config or family.hub_ids[0]
@@ -110,16 +142,16 @@ def _other_parts(config: str | None, detected: DetectedModel, source: Path, offl
     offline = offline and config is None
     try:
         local = hub.local_files_only(origin, offline)
-        families.of_source(origin, local_files_only=local)
+        _check_family(origin, families.of_source(origin, local_files_only=local)[0], family, source, config_hint)
         folders = [*(part.name for part in family.parts()), *family.tokenizers, "scheduler"]
         weights = [f"{part.name}/*.safetensors*" for part in (family.vae, *family.encoders)]
         texts = [f"{name}/{pattern}" for name in folders for pattern in ("*.json", "*.txt", "*.model", "*.jinja")]
         return hub.download(origin, [*texts, *weights, "model_index.json"], local)
     except (OSError, ValueError) as error:
-        hint = f", or config={origin} to download them" if offline else ""
+        hint = f", or {download_hint or f'config={origin}'} to download them" if offline else ""
         raise UserError(f"{source} contains the transformer of {family.title} alone, and the VAE and the text encoders "
                         f"of {origin} could not be loaded ({hub.failure_reason(error, origin, offline)}): type "
-                        f"config=DIR, a diffusers folder of the model{hint}") from error
+                        f"{config_hint}, a diffusers folder of the model{hint}") from error
 
 
 def _check_out(source: str, out: str) -> None:
@@ -180,10 +212,13 @@ def _save(parts: Components, folder: Path) -> None:
 def _to_file(source: Path, out: Path, vae: str | None, dtype: torch.dtype | None, with_vae: bool, title: str | None,
              console: Console) -> Path:
     folder, settings = _find_model(source)
+    if vae or not with_vae:
+        family = build_parts(folder).family
+        if not family.single_file.whole:
+            raise UserError(f"a single file of {family.title} contains the transformer alone: leave vae and "
+                            "with_vae out")
+    vae = run_inputs.download_if_remote(vae)
     parts = load_parts(folder)
-    if not parts.family.single_file.whole and (vae or not with_vae):
-        raise UserError(f"a single file of {parts.family.title} contains the transformer alone: leave vae and with_vae "
-                        "out")
     if vae:
         single_file.fill_vae(parts.vae, parts.family, open_model_file(Path(vae)))
     name = title or settings.get("name") or source.absolute().name

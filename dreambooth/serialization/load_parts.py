@@ -11,26 +11,29 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dreambooth.errors import UserError
-from dreambooth.models import families
+from dreambooth.models import families, text_encoders
 from dreambooth.models.components import Components
 from dreambooth.models.families.family import Family
 from dreambooth.serialization.detect_format import DetectedModel
 
+CONFIG_HINT = "config=DIR"  # what a user of `python -m dreambooth.convert` types to name the folder of other parts
 
-def build_parts(folder: Path, detected: DetectedModel | None = None) -> Components:
+
+def build_parts(folder: Path, detected: DetectedModel | None = None, config_hint: str = CONFIG_HINT) -> Components:
     """Build parts on the device `meta`, without memory for weights, from the configurations of a diffusers folder.
 
     Args:
         folder: the diffusers folder.
         detected: a single file's family, prediction type, resolution and noise schedule, which replace those of the
             folder; None: keep those of the folder.
+        config_hint: what error messages tell the user to type in order to name another folder; only with `detected`.
 
     Raises:
         UserError: the folder does not exist or lacks a configuration, or its model belongs to no supported family.
     """
-    key = "config" if detected else "in"
+    advice = f"type {config_hint}, another folder" if detected else "type another in=DIR"
     if not folder.is_dir():  # otherwise the libraries would look for a hub id of this name
-        raise UserError(f"there is no folder {folder}: type another {key}=DIR")
+        raise UserError(f"there is no folder {folder}: {advice}")
     try:
         family = detected.family if detected else families.of_folder(folder)
         if family is None:
@@ -48,8 +51,8 @@ def build_parts(folder: Path, detected: DetectedModel | None = None) -> Componen
         with torch.device("meta"):
             modules = {part.name: part.build(configurations[part.name]) for part in family.parts()}
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} is no diffusers folder of this family ({str(error).splitlines()[0][:120]}): type "
-                        f"another {key}=DIR") from error
+        raise UserError(f"{folder} is no diffusers folder of this family ({str(error).splitlines()[0][:120]}): "
+                        f"{advice}") from error
     return Components(
         family=family, denoiser=modules[family.denoiser.name], vae=modules[family.vae.name],
         encoders=[modules[part.name] for part in family.encoders], tokenizers=tokenizers, scheduler_config=scheduler)
@@ -66,31 +69,34 @@ def load_parts(folder: Path) -> Components:
     parts = build_parts(folder)
     for name, module in parts.modules_by_name.items():
         if parts.family.single_file.whole or module is parts.denoiser:
-            _load_module(folder, name, module, parts.family, "in")
+            _load_module(folder, name, module, parts.family, "type another in=DIR")
     return parts
 
 
-def load_other_parts(parts: Components, folder: Path) -> Components:
+def load_other_parts(parts: Components, folder: Path, config_hint: str) -> Components:
     """Return `parts` with the VAE and the text encoders of a local diffusers folder, in the precision of its files.
+
+    Args:
+        config_hint: what error messages tell the user to type in order to name another folder.
 
     Raises:
         UserError: the folder lacks a part.
     """
-    _load_module(folder, parts.family.vae.name, parts.vae, parts.family, "config")
+    advice = f"type {config_hint}, another folder"
+    _load_module(folder, parts.family.vae.name, parts.vae, parts.family, advice)
     try:
-        encoders = [part.load(str(folder), "auto", subfolder=part.name, local_files_only=True)
-                    for part in parts.family.encoders]
+        encoders = text_encoders.load(str(folder), parts.family, "auto", local_files_only=True)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"the text encoders in {folder} could not be loaded ({str(error).splitlines()[0][:120]}): type "
-                        "another config=DIR") from error
+        raise UserError(f"the text encoders in {folder} could not be loaded ({str(error).splitlines()[0][:120]}): "
+                        f"{advice}") from error
     return replace(parts, encoders=encoders)
 
 
-def _load_module(folder: Path, name: str, module: Any, family: Family, key: str) -> None:
+def _load_module(folder: Path, name: str, module: Any, family: Family, advice: str) -> None:
     """Load the weights of a part on the device `meta`, whose name is `name`, from a diffusers folder.
 
     Args:
-        key: the option of the command that names the folder, for the error message.
+        advice: what the error message tells the user to type.
     """
     paths = sorted((folder / name).glob("*.safetensors"))
     plain = [path for path in paths if ".fp16." not in path.name] or paths
@@ -101,7 +107,7 @@ def _load_module(folder: Path, name: str, module: Any, family: Family, key: str)
         module.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise UserError(f"{folder / name} does not hold the .safetensors weights of its config.json "
-                        f"({str(error).splitlines()[-1].strip()[:120]}): type another {key}=DIR") from error
+                        f"({str(error).splitlines()[-1].strip()[:120]}): {advice}") from error
 
 
 def _load_weights(path: Path) -> dict[str, Tensor]:

@@ -28,8 +28,11 @@ def all_entries(parts: Components) -> Iterator[Entry]:
         yield from parts.family.single_file.entries(name, module.state_dict(), module.config)
 
 
-def fill(parts: Components, file: ModelFile) -> list[str]:
+def fill(parts: Components, file: ModelFile, config_hint: str) -> list[str]:
     """Load the weights of a single file into parts on the device `meta`: all parts, or the denoiser alone.
+
+    Args:
+        config_hint: what error messages tell the user to type in order to name a folder of another architecture.
 
     Returns:
         The keys of the file that belong to no part, without the keys that a model of the family never needs
@@ -49,7 +52,7 @@ def fill(parts: Components, file: ModelFile) -> list[str]:
         key = families.canonical_key(entry.key)
         if key not in file.names:
             raise UserError(f"{file.path} lacks {entry.key}: it is cut short, or of another architecture; "
-                            "type config=DIR, a diffusers folder of that architecture")
+                            f"type {config_hint}, a diffusers folder of that architecture")
         left.discard(key)
         tensor = file.read(key)
         if tensor.element_size() < 2:
@@ -60,7 +63,7 @@ def fill(parts: Components, file: ModelFile) -> list[str]:
         expected = entry.shape([shapes[entry.part][name] for name in entry.names])
         if tuple(tensor.shape) != expected:
             raise UserError(f"{file.path}: {entry.key} is {tuple(tensor.shape)} and not {expected}: it is of another "
-                            "architecture; type config=DIR, a diffusers folder of that architecture")
+                            f"architecture; type {config_hint}, a diffusers folder of that architecture")
         states[entry.part].update(zip(entry.names, _from_file(entry, tensor), strict=True))
     for name, module in modules.items():
         module.load_state_dict(states[name], assign=True)

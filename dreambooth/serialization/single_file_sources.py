@@ -50,12 +50,9 @@ def _convert_model(config: Config) -> Path:
         if not _is_converted(target, "model_index.json"):
             if target.exists():
                 atomic_files.remove_folder(target)
-            try:
-                convert(str(path), str(target), offline=config.model.offline)
-            except UserError as error:
-                command = quoting.command("convert", {"in": str(path), "out": "DIR", "config": "DIR"})
-                message = str(error).replace("type config=DIR", f"type {command}, then model.source=DIR")
-                raise UserError(re.sub(r"or config=\S+ to", "or model.offline=false to", message)) from error
+            command = quoting.command("convert", {"in": str(path), "out": "DIR", "config": "DIR"})
+            convert(str(path), str(target), offline=config.model.offline, download_hint="model.offline=false",
+                    config_hint=f"{command}, then model.source=DIR")
     return target
 
 

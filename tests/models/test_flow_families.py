@@ -109,7 +109,7 @@ def test_text_encoders_in_bf16_compute_in_fp32(family: str, flow_bases: dict[str
     encode_prompts(encoded, torch.device("cpu"), [PROMPT])
     parts = load(plain, torch.device("cpu"))
     assert load(encoded, torch.device("cpu")).frozen_text(PROMPT).equal(parts.frozen_text(PROMPT))
-    for encoder in text_encoders.load(encoded, parts.family, "auto", local_files_only=True):
+    for encoder in text_encoders.load(encoded.source, parts.family, "auto", local_files_only=True):
         text_encoders.compute_in_fp32(encoder)
         small = {name for name, p in encoder.named_parameters() if p.dtype is not torch.float32}
         assert small == {name for name, _ in encoder.named_parameters() if re.search(r"(layers|block)\.\d", name)}

@@ -1,5 +1,7 @@
 """Single files that contain a transformer alone: written, read with the other parts of a folder, and trained from."""
 
+import inspect
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from dreambooth.config.schema import Config, Model
 from dreambooth.errors import UserError
 from dreambooth.models import families, hub
-from dreambooth.serialization import single_file_sources
+from dreambooth.serialization import load_parts, single_file_sources
 from dreambooth.serialization.convert import convert
+from dreambooth.storage import folders
 from tests.support.tiny_models import FLOW_FAMILIES
 from tests.support.weights import same, weights
 
@@ -63,10 +66,15 @@ def test_files_with_a_prefix_and_with_other_parts_are_read(
 def test_a_file_as_source_takes_the_other_parts_of_the_published_model(
     files: dict[str, Path], flow_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type(families.of_architecture("z_image")), "hub_ids", (str(flow_bases["z_image"]),))
+    base = shutil.copytree(flow_bases["z_image"], tmp_path / "base")
+    monkeypatch.setattr(type(families.of_architecture("z_image")), "hub_ids", (str(base),))
     config = Config(run_root=str(tmp_path), model=Model("z_image", str(files["z_image"])))
     found = single_file_sources.as_folders(config).model.source
-    assert same(weights(Path(found)), weights(flow_bases["z_image"]))
+    assert same(weights(Path(found)), weights(base))
+    shutil.rmtree(found)
+    shutil.rmtree(base / "tokenizer")
+    with pytest.raises(UserError, match=r"contains no tokenizer, .*: type python .* then model\.source=DIR, another"):
+        single_file_sources.as_folders(config)
 
 
 @pytest.mark.parametrize(("offline", "words"), [
@@ -83,14 +91,37 @@ def test_without_the_published_model_a_sentence_says_what_to_type(
         convert(str(files["z_image"]), str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"with_vae": False}, "contains the transformer alone: leave vae and with_vae out"),
-    ({"vae": "y.safetensors"}, "contains the transformer alone: leave vae and with_vae out")])
-def test_options_of_whole_files_are_refused(
-    options: dict[str, Any], words: str, flow_bases: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize("options", [{"with_vae": False}, {"vae": "s3://bucket/y.safetensors"}])
+def test_options_of_whole_files_are_refused_before_weights_are_read(
+    options: dict[str, Any], flow_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=words):
+    for function in (load_parts._load_weights, folders.download):
+        monkeypatch.setattr(inspect.getmodule(function), function.__name__, None)
+    with pytest.raises(UserError, match="contains the transformer alone: leave vae and with_vae out"):
         convert(str(flow_bases["z_image"]), str(tmp_path / "x.safetensors"), **options)
+
+
+def test_a_vae_of_a_transformer_is_refused_before_it_is_downloaded(
+    files: dict[str, Path], flow_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "download", None)
+    with pytest.raises(UserError, match="vae, prediction_type and resolution would change nothing for Z-Image"):
+        convert(str(files["z_image"]), str(tmp_path / "out"), config=str(flow_bases["z_image"]), vae="s3://b/y.ckpt")
+
+
+def test_parts_of_another_family_are_refused_before_they_are_downloaded(
+    files: dict[str, Path], flow_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out = files["z_image"], str(tmp_path / "out")
+    words = r"{} is a model of FLUX\.2 klein, and \S*z_image.safetensors of Z-Image: type config=DIR, a"
+    with pytest.raises(UserError, match=words.format(flow_bases["flux2_klein"])):
+        convert(str(file), out, config=str(flow_bases["flux2_klein"]))
+    family = families.of_architecture("flux2_klein")
+    monkeypatch.setattr(hub, "local_files_only", lambda source, offline: False)
+    monkeypatch.setattr(families, "of_source", lambda source, **options: (family, None))
+    monkeypatch.setattr(hub, "download", None)
+    with pytest.raises(UserError, match=words.format("someone/klein")):
+        convert(str(file), out, config="someone/klein")
 
 
 def test_what_a_transformer_file_does_not_say_is_refused(
@@ -103,7 +134,7 @@ def test_what_a_transformer_file_does_not_say_is_refused(
     save_file(eight, tmp_path / "eight.safetensors")
     with pytest.raises(UserError, match=r"is in 8 bits \(.* is float8_e4m3fn\): type a file of the same model in bf16"):
         convert(str(tmp_path / "eight.safetensors"), out, config=base)
-    with pytest.raises(UserError, match=r"there is no folder .*nothing: type another config=DIR"):
+    with pytest.raises(UserError, match=r"there is no folder .*nothing: type config=DIR, another folder"):
         convert(str(file), out, config=str(tmp_path / "nothing"))
     with pytest.raises(UserError, match=r"x_pad_token is \(2, 48\) and not \(1, 48\): .* type config=DIR"):
         other = {key: value.repeat(2, *[1] * (value.dim() - 1)) for key, value in load_file(file).items()}

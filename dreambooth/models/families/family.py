@@ -99,7 +99,11 @@ class Family(ABC):
 
     @abstractmethod
     def packaged_tokenizer(self, name: str) -> Any:
-        """Build the published model's tokenizer from files of this package. Single files contain no tokenizer."""
+        """Build the published model's tokenizer from files of this package. Single files contain no tokenizer.
+
+        Raises:
+            ValueError: this package does not contain the family's tokenizer.
+        """
 
     @abstractmethod
     def save_tokenizer(self, tokenizer: Any, folder: Path) -> None:

@@ -74,8 +74,7 @@ class FlowTransformer(Family):
         tokenizer.save_pretrained(folder)
 
     def packaged_tokenizer(self, name: str) -> Any:
-        raise UserError(f"a single file of {self.title} contains no tokenizer and no text encoder: type config=DIR, a "
-                        "diffusers folder of the model")
+        raise ValueError(f"it contains no {name}, which {self.title} needs")
 
     # -- the denoiser ----------------------------------------------------------------------------------------------
 
