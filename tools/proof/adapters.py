@@ -11,6 +11,7 @@ import statistics
 import time
 from pathlib import Path
 
+from tools.proof.docs_section import write_section
 from tools.proof.experiment import BASE, DEMO, FIRST_SEED, RECIPE, ROOT, VIEWS, Experiment, Variant, gap
 from tools.proof.report import ADAPTERS_SECTION, TABLE_HEAD, format_row
 
@@ -19,7 +20,7 @@ VARIANTS = (
     Variant("DoRA", ("method=dora", "method.merge=true"), seeds=(11, 12)),
 )
 TUNING = "47 %; with adapters in attention layers only, 36 % (1e-3), 46 % (2e-3, DoRA) and 42 % (3e-3); with all weights trained, 59 %"
-SECTION = """{begin}
+SECTION = """
 ## Adapters
 
 Written by `python -m tools.proof.adapters` on {date}. The settings are {recipe} and otherwise the defaults of
@@ -36,7 +37,6 @@ The percentages below are means over both seeds.
 | target | measured | met |
 |---|---|---|
 {targets}
-{end}
 """
 
 
@@ -54,15 +54,11 @@ def main() -> None:
                 f"{'yes' if share >= minimum else '**no**'} |")
 
     text = SECTION.format(
-        head=TABLE_HEAD, begin=ADAPTERS_SECTION[0], end=ADAPTERS_SECTION[1], date=time.strftime("%Y-%m-%d"),
-        recipe=" ".join(RECIPE), tuning=TUNING, share=_trained_share(),
+        head=TABLE_HEAD, date=time.strftime("%Y-%m-%d"), recipe=" ".join(RECIPE), tuning=TUNING, share=_trained_share(),
         rows="\n".join(format_row(name, run, base, reference) for name, some in runs.items() for run in some),
         targets="\n".join(target(name, field, minimum) for name in ("LoRA", "DoRA")
                           for field, minimum in (("plain", 0.65), ("scenes", 0.35))))
-    page = ROOT / "docs/proof.md"
-    before, _, rest = page.read_text("utf-8").partition(ADAPTERS_SECTION[0])
-    rest = rest.partition(ADAPTERS_SECTION[1])[2].lstrip("\n")
-    page.write_text(before.rstrip() + "\n\n" + text + rest, encoding="utf-8")
+    write_section(ROOT / "docs/proof.md", *ADAPTERS_SECTION, text)
     print("wrote docs/proof.md")
 
 

@@ -125,8 +125,8 @@ class Experiment:
                 if self.borders.scene_of(picture) == self.borders.named_in(prompt)]
         kept_similarity = float(metrics.mean_similarity(self._features(kept), photo_features)) if kept else math.nan
         return Measurement(similarity["plain"], similarity["scenes"], kept_similarity,
-                           self.borders.fidelity(scenes) or 0.0, similarity["class"], features(CLASS_SAMPLES),
-                           pictures=pictures)
+                           len(kept) / sum(map(len, scenes.values())), similarity["class"],
+                           features(CLASS_SAMPLES), pictures=pictures)
 
     def reference(self, photos: Path, held_out: Path) -> float:
         """Return the similarity that a perfect denoiser could reach: of held-out views, decoded by the VAE."""

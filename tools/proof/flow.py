@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from dreambooth.models.pipeline import Sampler
+from tools.proof.docs_section import write_section
 from tools.proof.experiment import DEMO, FIRST_SEED, ROOT, SCENES, VIEWS, Experiment, Measurement, Variant, drift, gap
 from tools.proof.report import TABLE_HEAD, format_row
 
@@ -21,17 +22,17 @@ BASE = ROOT / "dreambooth/assets/tiny-flow"
 SAMPLER = Sampler(num_inference_steps=20, guidance_scale=3.0, resolution=64)
 RECIPE = ("model=tiny_flow", "precision=bf16", "evaluate.encoder=none")  # otherwise the defaults of the base model
 LORA, NO_PRIOR = ("method=lora", "method.merge=true"), ("prior.with_prior_preservation=false",)
-WITHOUT = {"all weights": "all weights, without prior preservation", "LoRA": "LoRA, without prior preservation"}
+WITHOUT = {"all weights": "all weights, without prior preservation", "LoRA": "LoRA at 3e-3, without prior preservation"}
 VARIANTS = (
     Variant("all weights"),
     Variant("LoRA", LORA),
     Variant(WITHOUT["all weights"], NO_PRIOR, seeds=(11,)),
-    Variant(WITHOUT["LoRA"], (*LORA, *NO_PRIOR), seeds=(11,)),
+    Variant(WITHOUT["LoRA"], (*LORA, *NO_PRIOR, "train.learning_rate=3e-3"), seeds=(11,)),
 )
 MARKS = "<!-- tools.proof.flow -->", "<!-- end flow -->"
 SHEET, SCENE_SHEET = ROOT / "docs/images/proof-flow.png", ROOT / "docs/images/proof-flow-scenes.png"
 FRAME = 3  # pixels around each picture of SCENE_SHEET
-SECTION = """{begin}
+SECTION = """
 ## Flow matching
 
 Written by `python -m tools.proof.flow` on {date}. The base model is the shipped flow base, `model=tiny_flow`; its text encoder is
@@ -62,7 +63,6 @@ LoRA. Columns: the plain prompt (4 pictures), on the beach, in the snow, on the 
 ![scenes](images/{scene_sheet})
 
 *All pictures in scenes. From left to right: all weights with seeds 11 and 12, LoRA with seeds 11 and 12. A red frame marks a picture that has lost its scene.*
-{end}
 """
 TUNING = """The
 learning rates and the mean logit of the noise level were chosen on the tuning subject, in two runs on a slightly earlier state of the base:
@@ -109,14 +109,12 @@ def write(base: Measurement, reference: float, runs: dict[str, list[Measurement]
         runs: variant -> its measurements.
     """
     text = SECTION.format(
-        begin=MARKS[0], end=MARKS[1], date=time.strftime("%Y-%m-%d"), recipe=" ".join(RECIPE), tuning=TUNING,
+        date=time.strftime("%Y-%m-%d"), recipe=" ".join(RECIPE), tuning=TUNING,
         steps=SAMPLER.num_inference_steps, guidance=SAMPLER.guidance_scale, base=base, reference=reference, head=TABLE_HEAD,
         rows="\n".join(format_row(name, run, base, reference) for name, some in runs.items() for run in some),
         targets="\n".join(row for name in WITHOUT for row in target_rows(name, base, reference, runs)),
         sheet=SHEET.name, scene_sheet=SCENE_SHEET.name)
-    page = ROOT / "docs/proof.md"
-    before, _, rest = page.read_text("utf-8").partition(MARKS[0])
-    page.write_text(before.rstrip() + "\n\n" + text + rest.partition(MARKS[1])[2].lstrip("\n"), encoding="utf-8")
+    write_section(ROOT / "docs/proof.md", *MARKS, text)
 
 
 def target_rows(name: str, base: Measurement, reference: float, runs: dict[str, list[Measurement]]) -> list[str]:
