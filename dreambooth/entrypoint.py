@@ -13,13 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth import cli
-from dreambooth.config.compose import conf_dir, load
+from dreambooth.config.compose import composed, conf_dir, load
 from dreambooth.config.enums import Device, TrackingKind
-from dreambooth.config.overrides import explain, parse, prepare, setting_keys
+from dreambooth.config.overrides import parse, setting_keys
 from dreambooth.config.schema import Config, Storage
 from dreambooth.config.storage import is_remote
 from dreambooth.container.cluster import count_gpus, limit_to_one_process, parse_resource_config
@@ -142,17 +141,10 @@ def compose_run(overrides: list[str], paths: SageMakerPaths | None = None) -> tu
     Raises:
         UserError: Hydra cannot compose the overrides, or the run would write outside of `paths.checkpoints`.
     """
-    overrides = prepare(overrides, Config)
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = compose("config", overrides, return_hydra_config=True)
+    with composed(overrides) as cfg:
         run_dir = Path(cfg.hydra.run.dir)
         OmegaConf.set_struct(cfg, False)
         outputs = _list_outputs(cfg, run_dir) if paths else {}
-    except Exception as error:
-        if (known := explain(error, Config, overrides)) is None:
-            raise
-        raise known from error
     del cfg["hydra"]
     config = load(cfg)
     if paths:

@@ -30,6 +30,7 @@ from dreambooth.config.recipe import resolve
 from dreambooth.config.schema import Config
 from dreambooth.config.storage import S3_SCHEME
 from dreambooth.errors import ConfigError
+from dreambooth.utils.masking import mask_urls
 from dreambooth.utils.plurals import counted
 
 PLANNER_ARGUMENTS = ("-m", "dreambooth.plan", "plan.format=json")
@@ -100,9 +101,10 @@ def prepare_jobs(composed: Sequence[LauncherJob], sweep: str, backend: Any, mode
 def describe_jobs(jobs: Sequence[Job], mode: str = "aws") -> Iterator[str]:
     """Yield one line per job with its instances, price and estimated cost, and one line with the total.
 
-    Before these lines, yield what the defaults files of the SageMaker SDK add to the requests.
+    Before these lines, yield what the defaults files of the SageMaker SDK add to the requests. User info and queries of
+    URLs are masked.
     """
-    yield from dict.fromkeys(line for job in jobs for line in job.defaults)
+    yield from map(mask_urls, dict.fromkeys(line for job in jobs for line in job.defaults))
     for job in jobs:
         resources = job.request["ResourceConfig"]
         price = f"${job.usd_hour:.4g}/h" if job.usd_hour is not None else "price unknown" if mode == "aws" else "here"
@@ -110,7 +112,7 @@ def describe_jobs(jobs: Sequence[Job], mode: str = "aws") -> Iterator[str]:
         hours = "" if job.estimate_seconds is None else f" for {job.estimate_seconds / 3600:.1f} h"
         spot = "spot, at most " if job.spot else ""
         yield (f"{job.name}  {resources['InstanceCount']} x {resources['InstanceType']}  {spot}{price}{hours}{cost}  "
-               f"{' '.join(job.overrides)}")
+               f"{mask_urls(' '.join(job.overrides))}")
     costs = [job.estimate_usd for job in jobs if job.estimate_usd is not None]
     unpriced = sum(job.usd_hour is None for job in jobs) if mode == "aws" else 0
     if costs or unpriced:

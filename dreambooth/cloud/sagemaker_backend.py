@@ -97,7 +97,9 @@ class SageMakerBackend:
     def has_failed(self, name: str) -> bool:
         """Return whether a job with this name exists and has failed or been stopped."""
         try:
-            training_job = sagemaker_sdk.bind_training_job(name, self._client).refresh()
+            training_job = sagemaker_sdk.describe_training_job(name, self._client)
+        except UserError:
+            raise
         except Exception as error:
             if aws_errors.error_code(error) in ("ValidationException", "ResourceNotFound"):
                 return False
@@ -107,7 +109,9 @@ class SageMakerBackend:
     def _describe(self, name: str) -> Any:
         """Return the SDK's TrainingJob object with the current description of a job."""
         try:
-            training_job = sagemaker_sdk.bind_training_job(name, self._client).refresh()
+            training_job = sagemaker_sdk.describe_training_job(name, self._client)
+        except UserError:
+            raise
         except Exception as error:
             raise self._translate(error, "sagemaker:DescribeTrainingJob", name) from error
         self._has_answered = True
@@ -164,9 +168,6 @@ class SageMakerBackend:
             return Unreachable(f"AWS does not answer ({aws_errors.error_code(error)})")
         if aws_errors.is_aws_error(error):
             return UserError(aws_errors.describe_error(error, permission, resource))
-        if sagemaker_sdk.is_type_error(error):
-            return UserError(f"the installed SageMaker SDK does not understand AWS's description of {resource}: type "
-                             "pip install -U 'sagemaker<4'")
         return error
 
     def _renew_client(self) -> None:

@@ -60,6 +60,23 @@ def bind_training_job(name: str, client: Any) -> Any:
     return training_job
 
 
+def describe_training_job(name: str, client: Any) -> Any:
+    """Return the SDK's TrainingJob object of a job, with the job's current description.
+
+    Raises:
+        UserError: the description does not follow the SDK's shapes. The message repeats no value of the description,
+            because the job's environment variables may be confidential.
+    """
+    load_resources()
+    from pydantic import ValidationError
+
+    try:
+        return bind_training_job(name, client).refresh()
+    except ValidationError:
+        raise UserError(f"the installed SageMaker SDK does not understand AWS's description of {name}: type "
+                        "pip install -U 'sagemaker<4'") from None
+
+
 def find_type_problems(request: Mapping[str, Any], shape: Any) -> list[str]:
     """Return one sentence for each missing, unknown or wrongly typed value of a CreateTrainingJob request.
 
@@ -79,11 +96,6 @@ def find_type_problems(request: Mapping[str, Any], shape: Any) -> list[str]:
         return [f"{_path(place[:-1] if place[:-1] in unions else place, names)} {MESSAGES.get(kind, 'is not valid')}"
                 for place, kind in errors.items() if place[-1] != PIPELINE_VARIABLE]
     return []
-
-
-def is_type_error(error: BaseException) -> bool:
-    """Return whether the SDK raised the error because a value does not have the type of its shape."""
-    return type(error).__name__ == "ValidationError" and type(error).__module__.startswith("pydantic")
 
 
 def typed_request(request: Mapping[str, Any], shape: Any, names: dict[str, str] | None = None) -> Any:

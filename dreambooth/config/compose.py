@@ -7,11 +7,14 @@ import torch.
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString, Transformer
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,6 +31,38 @@ _LOGIN_IN_URI = (
     "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or type tracking.uri='${oc.env:MLFLOW_TRACKING_URI}'")
 
 Options = TypeVar("Options")
+
+
+@contextmanager
+def composed(words: Sequence[str], *fixed: str) -> Iterator[DictConfig]:
+    """Compose a run from overrides, for a `with` block that reads the configuration.
+
+    An instance of Hydra that is already in use in this process stays in use.
+
+    Args:
+        words: overrides, as users type them.
+        fixed: further overrides in Hydra's grammar, which come before `words`.
+
+    Yields:
+        The configuration, with the config group hydra.
+
+    Raises:
+        UserError: Hydra cannot compose the overrides, or the block reads a value that cannot be resolved.
+    """
+    words = overrides.prepare(words, Config)
+    in_use = dict(GlobalHydra.instance().__dict__)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            config = compose("config", [*fixed, *words], return_hydra_config=True)
+        yield config
+    except Exception as error:
+        known = overrides.explain(error, Config, words)
+        if known is None or known is error:
+            raise
+        raise known from error
+    finally:
+        GlobalHydra.instance().__dict__.update(in_use)
 
 
 def to_dataclass(cfg: Any, kind: type[Options]) -> Options:

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dreambooth.config.compose import conf_dir, load
-from dreambooth.config.overrides import explain, prepare
+from dreambooth.config.compose import composed, conf_dir, load
 from dreambooth.config.schema import Config
 
 
@@ -49,26 +48,13 @@ def read_job(config: DictConfig, run_name: str | None = None) -> LauncherJob:
 def compose_job(overrides: Sequence[str], number: int = 0) -> LauncherJob:
     """Compose one job of the launcher from overrides, as the command `train -m hydra/launcher=sagemaker` does.
 
-    An instance of Hydra that is already in use in this process stays in use.
-
     Raises:
         UserError: Hydra cannot compose the overrides.
     """
-    words = prepare(list(overrides), Config)
-    in_use = dict(GlobalHydra.instance().__dict__)
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            config = compose("config", ["hydra/launcher=sagemaker", *words], return_hydra_config=True)
-    except Exception as error:
-        if (known := explain(error, Config, words)) is None:
-            raise
-        raise known from error
-    finally:
-        GlobalHydra.instance().__dict__.update(in_use)
-    with open_dict(config):
-        config.hydra.job.num = number
-    return read_job(config)
+    with composed(overrides, "hydra/launcher=sagemaker") as config:
+        with open_dict(config):
+            config.hydra.job.num = number
+        return read_job(config)
 
 
 def without_hydra(config: DictConfig) -> DictConfig:
@@ -89,9 +75,16 @@ def _instance_value(config: DictConfig, key: str) -> float | None:
     typed_keys = {override.lstrip("+").partition("=")[0] for override in config.hydra.overrides.task}
     file = conf_dir() / "hardware" / f"{config.hydra.runtime.choices.get('hardware')}.yaml"
     if file.is_file():
-        file_type = OmegaConf.load(file).instance_type
+        file_type = _read_instance_type(file)
     else:  # the user's own option of the group hardware
         file_type = None if "hardware.instance_type" in typed_keys else config.hardware.instance_type
     typed = not OmegaConf.is_interpolation(launcher, key) or f"hardware.{key}" in typed_keys
     value: float | None = launcher[key] if typed or launcher.instance_type == file_type else None
     return value
+
+
+@cache
+def _read_instance_type(file: Path) -> str | None:
+    """Return the instance type in a hardware file. Each file is read once, because all jobs of a sweep need it."""
+    found: str | None = OmegaConf.load(file).instance_type
+    return found

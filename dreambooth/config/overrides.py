@@ -187,7 +187,7 @@ def explain(error: Exception, kind: type, words: Sequence[str] = ()) -> DreamBoo
         The error to raise, or None if `error` is an internal fault.
     """
     chain: list[BaseException] = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:  # `raise e from e` is a loop
         chain.append(cause)
     if isinstance(known := next((one for one in chain if isinstance(one, DreamBoothError)), None), DreamBoothError):
         return known

@@ -16,9 +16,9 @@ from dreambooth.cloud import sweep_results
 from dreambooth.cloud.docker_backend import DockerBackend
 from dreambooth.cloud.follower import Follower
 from dreambooth.cloud.job import COMPLETED, FAILED, Job, JobState
-from dreambooth.cloud.job_preparation import check_numbers, describe_jobs, is_sweep_name
+from dreambooth.cloud.job_preparation import check_numbers, describe_jobs, is_sweep_name, prepare_jobs
 from dreambooth.cloud.sagemaker_backend import SageMakerBackend
-from dreambooth.config.launcher import without_hydra
+from dreambooth.config.launcher import LauncherJob, without_hydra
 from dreambooth.errors import ConfigError, DreamBoothError, Interrupted
 from dreambooth.sweeps.hydra_callbacks import failure_reasons, job_failures, uses_optuna
 from dreambooth.utils.masking import mask_file, mask_urls
@@ -48,14 +48,14 @@ def launch(sweep: SweepState, job_overrides: Sequence[Sequence[str]], first_numb
     sweep.name = sweep.name or _new_sweep_name(hydra.job.name)
     try:
         configs = [_compose_job(sweep, overrides, first_number + i) for i, overrides in enumerate(job_overrides)]
-        if sweep.settings["mode"] != "local":
-            _prepare.refuse_secrets(configs, sweep.name)
+        composed = [] if sweep.settings["mode"] == "local" else _prepare.read_jobs(configs)
+        _prepare.refuse_secrets(composed, sweep.name, Path(str(hydra.sweep.dir)))
         mask_file(Path(str(hydra.sweep.dir)) / "multirun.yaml")
         _check_settings(sweep)
         check_numbers([config.hydra.launcher for config in configs])
         if sweep.settings["mode"] == "local":
             return _run_in_process(sweep, configs, job_overrides, first_number)
-        return _run_on_backend(sweep, configs)
+        return _run_on_backend(sweep, configs, composed)
     except DreamBoothError as error:
         print(f"dreambooth: {mask_urls(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -150,8 +150,14 @@ def _job_state(job_return: JobReturn) -> JobState:
 
 # -- jobs on SageMaker or in containers -----------------------------------------------------------------------------
 
-def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig]) -> list[JobReturn]:
-    """Submit the jobs, follow them to their end, and report the results."""
+def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig],
+                    composed: Sequence[LauncherJob]) -> list[JobReturn]:
+    """Submit the jobs, follow them to their end, and report the results.
+
+    Args:
+        configs: the configuration of each job.
+        composed: the same jobs, as `_prepare.read_jobs` returned them.
+    """
     assert sweep.config is not None and sweep.name is not None
     settings, folder = sweep.settings, Path(str(sweep.config.hydra.sweep.dir))
     max_parallel = settings["max_parallel"]
@@ -161,9 +167,9 @@ def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig]) -> list[Jo
         max_parallel = backend.limit_parallel(max_parallel)
     else:
         backend = SageMakerBackend()
-    all_jobs = _prepare.prepare_jobs(configs, sweep.name, backend, settings["mode"])
+    all_jobs = prepare_jobs(composed, sweep.name, backend, settings["mode"])
     jobs = sweep_results.jobs_to_run(all_jobs, sweep.done)
-    print(mask_urls("\n".join(describe_jobs(jobs, settings["mode"]))), flush=True)
+    print("\n".join(describe_jobs(jobs, settings["mode"])), flush=True)
     follow_hint = (
         "Optuna will suggest other points next time, so these jobs cannot be followed again"
         if uses_optuna(sweep.config)

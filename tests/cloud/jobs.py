@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 
 from dreambooth.cloud.job import Job
+from dreambooth.cloud.job_preparation import prepare_jobs
 from dreambooth.cloud.sagemaker_backend import SageMakerBackend
 from dreambooth.config.compose import conf_dir
 from dreambooth.storage import folders
@@ -39,8 +40,9 @@ def config_of(*overrides: str, number: int = 0) -> DictConfig:
 
 
 def jobs_of(*configs: DictConfig, client: Any = None) -> list[Job]:
-    _prepare.refuse_secrets(configs, "sweep-1")
-    return _prepare.prepare_jobs(configs, "sweep-1", SageMakerBackend(client or folders.client("sagemaker")), "aws")
+    composed = _prepare.read_jobs(configs)
+    _prepare.refuse_secrets(composed, "sweep-1", Path(str(configs[0].hydra.sweep.dir)))
+    return prepare_jobs(composed, "sweep-1", SageMakerBackend(client or folders.client("sagemaker")), "aws")
 
 
 def request_of(*overrides: str) -> dict[str, Any]:

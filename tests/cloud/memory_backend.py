@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from dreambooth.cloud.follower import Follower
 from dreambooth.cloud.job import COMPLETED, RUNNING, Job, JobState
-from hydra_plugins.dreambooth_sagemaker import _core, _prepare
+from hydra_plugins.dreambooth_sagemaker import _core
 from hydra_plugins.dreambooth_sagemaker._sweep import SweepState
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncherConf
 
@@ -58,7 +58,7 @@ def make_follower(backend: Any, jobs: list[Job], **options: Any) -> Follower:
 def run_on(cloud: Any, jobs: list[Job], folder: Path, monkeypatch: pytest.MonkeyPatch, **hydra: Any) -> list[Any]:
     """Run jobs by the launcher's code for backends, on a backend of the test."""
     monkeypatch.setattr(_core, "SageMakerBackend", lambda: cloud)
-    monkeypatch.setattr(_prepare, "prepare_jobs", lambda *args: jobs)
+    monkeypatch.setattr(_core, "prepare_jobs", lambda *args: jobs)
     monkeypatch.setattr(_core, "describe_jobs", lambda jobs, mode: ["description"])
     monkeypatch.setattr(_core, "without_hydra", lambda config: config)
     sweep = sweep_state(poll_seconds=0, sweep="mine")
@@ -67,7 +67,7 @@ def run_on(cloud: Any, jobs: list[Job], folder: Path, monkeypatch: pytest.Monkey
         "hydra": {"sweep": {"dir": str(folder)}, "job": {"name": "train"}, "sweeper": {},
                   "launcher": {"mlflow_uri": None}} | hydra})
     sweep.config = config
-    return _core._run_on_backend(sweep, [config] * len(jobs))
+    return _core._run_on_backend(sweep, [config] * len(jobs), [])
 
 
 def read_table(folder: Path) -> dict[str, str]:

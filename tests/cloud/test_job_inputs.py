@@ -11,6 +11,7 @@ from dreambooth.cloud import docker_backend, sweep_results
 from dreambooth.cloud.docker_backend import DockerBackend
 from dreambooth.cloud.follower import Follower
 from dreambooth.cloud.job import COMPLETED, FAILED
+from dreambooth.cloud.job_preparation import prepare_jobs
 from dreambooth.cloud.sagemaker_backend import SageMakerBackend
 from dreambooth.errors import ConfigError
 from dreambooth.storage import __main__ as storage_command
@@ -48,7 +49,7 @@ def test_job_names_do_not_depend_on_the_machine_but_on_the_photos(
                           "dataset.instance_prompt=a zwx dog", "dataset.class_prompt=a dog",
                           f"run_root={tmp_path}/{machine}/runs", f"storage.cache={tmp_path}/{machine}/cache", *words)
         backend = DockerBackend(tmp_path / "jobs") if mode == "docker" else SageMakerBackend()
-        return _prepare.prepare_jobs([config], "mine", backend, mode)[0].name
+        return prepare_jobs(_prepare.read_jobs([config]), "mine", backend, mode)[0].name
 
     with serving():
         plain_client().create_bucket(Bucket="bucket")
@@ -157,7 +158,7 @@ def test_containers_get_the_files_that_sagemaker_provides(engine: str, tmp_path:
     words = ["hardware=g4dn", "dataset=folder", f"dataset.instance_dir={photos}", "dataset.instance_prompt=a zwx dog",
              "dataset.class_prompt=a dog"]
     configs = [config_of(*words, f"train.seed={i}", number=i) for i in range(6)]
-    jobs = _prepare.prepare_jobs(configs, "six", backend, "docker")
+    jobs = prepare_jobs(_prepare.read_jobs(configs), "six", backend, "docker")
     states = [sweep_results.fail_without_objective(state) for state in Follower(
         backend, jobs, max_parallel=2, poll_seconds=0.05, stop_on_interrupt=False, follow_hint="").run()]
     assert [state.status for state in states] == [COMPLETED] * 3 + [FAILED] + [COMPLETED] * 2

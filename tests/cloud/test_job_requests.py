@@ -117,8 +117,9 @@ def test_price_and_disk_of_another_instance_are_not_guessed(
 
 def test_the_total_names_the_number_of_jobs_that_it_covers() -> None:
     resources: dict[str, Any] = {"ResourceConfig": {"InstanceCount": 1, "InstanceType": "ml.g5.xlarge"}}
-    jobs = [Job(0, "a", (), resources, 1, 2.0, 1.5, 2700), Job(1, "b", (), resources, 1, 2.0, 0.25, 450),
-            Job(2, "c", (), resources, 1, None, None, 450)]
+    jobs = [Job(0, "a", ("tracking.uri=https://me:hidden@host",), resources, 1, 2.0, 1.5, 2700),
+            Job(1, "b", (), resources, 1, 2.0, 0.25, 450), Job(2, "c", (), resources, 1, None, None, 450)]
+    assert next(iter(job_preparation.describe_jobs(jobs))).endswith("tracking.uri=https://host")
     assert list(job_preparation.describe_jobs(jobs[:2]))[-1] == "2 jobs, about $1.75 (estimate: see docs/planner.md)"
     assert list(job_preparation.describe_jobs(jobs))[-1] == (
         "3 jobs, about $1.75 for 2 of them; 1 without a price: type hydra.launcher.price_usd_hour=PRICE "

@@ -75,6 +75,8 @@ def test_the_trainer_of_a_pipeline_gives_its_request_to_the_step() -> None:
     (["hydra.launcher.role=null"], "^the execution role is missing"),
     (["train.seed=1,2"], "train.seed"),
     (["train.sed=1"], r"train\.seed"),
+    (["hydra.launcher.s3=${nope}"], "hydra.launcher.s3.*nope"),
+    (["hydra.launcher.s3=${oc.env:NOPE}"], "hydra.launcher.s3.*NOPE"),
 ])
 def test_a_mistake_ends_in_the_launchers_sentence(words: list[str], sentence: str) -> None:
     with pytest.raises((ConfigError, UserError), match=sentence) as caught:

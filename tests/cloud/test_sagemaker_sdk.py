@@ -124,9 +124,13 @@ def test_a_job_that_costs_nothing_is_billed_nothing(job: Job) -> None:
 
 def test_a_description_that_the_sdk_does_not_understand_is_one_sentence(job: Job) -> None:
     own = folders.client("sagemaker")
-    answering(own, DescribeTrainingJob=described(job, VpcConfig={"SecurityGroupIds": ["sg-1"]}))
-    with pytest.raises(UserError, match=f"does not understand AWS's description of {job.name}: type pip install -U"):
-        SageMakerBackend(own).poll(job)
+    answering(own, DescribeTrainingJob=described(
+        job, VpcConfig={"SecurityGroupIds": ["sg-1"]}, Environment={"NOTE": "HIDDEN"}))
+    backend = SageMakerBackend(own)
+    for ask in (lambda: backend.poll(job), lambda: backend.has_failed(job.name)):
+        with pytest.raises(UserError, match=f"not understand AWS's description of {job.name}: type pip") as found:
+            ask()
+        assert "sg-1" not in str(found.value) and "HIDDEN" not in str(found.value)
 
 
 def test_nothing_secret_is_logged_at_the_level_debug(

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from dreambooth.config.compose import load
 from dreambooth.config.generate import Generate
-from dreambooth.config.overrides import escape_interpolations, prepare
+from dreambooth.config.overrides import escape_interpolations, explain, prepare
 from dreambooth.config.schema import Config
 from dreambooth.convert import Convert, parse_options
 from dreambooth.entrypoint import compose_run
@@ -123,6 +123,12 @@ def test_a_prompt_of_a_list_or_a_file_is_text(tmp_path: Path) -> None:
     config = load(cfg)
     assert (config.dataset.instance_prompt, config.dataset.concepts[0].class_prompt) == ("a ${zwx}", "a ${c}")
     assert config.name == "tiny"
+
+
+def test_a_fault_that_is_its_own_cause_is_not_followed_for_ever() -> None:
+    fault = RuntimeError()
+    fault.__cause__ = fault
+    assert explain(fault, Config) is None
 
 
 def test_escaping_twice_changes_nothing() -> None:
