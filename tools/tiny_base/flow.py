@@ -81,7 +81,7 @@ class FlowBase:
     def _tokens(self, text: str) -> Tensor:
         """Return token ids and mask (1, 2, L). Each caption is tokenised only once."""
         if text not in self.token_ids:
-            self.token_ids[text] = qwen_text.tokenize(self.tokenizer, text)
+            self.token_ids[text] = FAMILY.tokens([self.tokenizer], text)
         return self.token_ids[text]
 
 
