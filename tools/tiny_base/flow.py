@@ -8,7 +8,6 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipe
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
 
-from dreambooth.models.families import qwen_text
 from dreambooth.models.families.z_image import FAMILY
 from dreambooth.models.flow_matching import FlowSchedule, logit_normal, quantiles
 from tools.tiny_base.tokenizer import CHAT_LENGTH
