@@ -50,7 +50,7 @@ def evaluate_run(recipe: Recipe) -> dict[str, float]:
 
 
 def _load_base(recipe: Recipe, device: torch.device) -> loading.Components:
-    loading.encode_prompts(recipe, device, recipe.evaluated_prompts)
+    loading.encode_prompts(recipe, device, lambda: recipe.evaluated_prompts)
     return loading.load(recipe, device)
 
 

@@ -64,6 +64,8 @@ class Scorer:
         self.lpips = Lpips.load(Path(spec.lpips)) if spec.lpips else None
         self.encoders: list[Encoder] = [
             open_encoder(name, dino=spec.dino, clip=spec.clip, offline=spec.offline) for name in spec.encoders]
+        self._base_images: dict[str, list[Image.Image]] | None = None
+        self._base_embeddings: dict[str, torch.Tensor] = {}  # of _base_images, by encoder
 
     def score(self, rows: Rows, base_class_images: list[Image.Image] | None,
               base_images: dict[str, list[Image.Image]] | None, device: torch.device) -> dict[str, float]:
@@ -72,15 +74,19 @@ class Scorer:
         Args:
             rows: one list of images per evaluation prompt, then one of the class prompt if it is not blank.
             base_class_images: class images of the base model; None if they do not exist.
-            base_images: images of the base model, by evaluation text; None if they do not exist.
+            base_images: images of the base model, by evaluation text; None if they do not exist. Their embeddings are
+                kept for the next call.
         """
+        if base_images is not self._base_images:
+            self._base_images, self._base_embeddings = base_images, {}
         subject, class_rows = rows[:len(self.texts)], rows[len(self.texts):]
         class_images = class_rows[0] if class_rows else []
         try:
             self._move(device)
             return score(self.reference, dict(zip(self.texts, subject, strict=True)), self.encoders,
                          class_images=class_images, base_class_images=base_class_images or [], lpips=self.lpips,
-                         base_images=base_images, class_prompt=self.class_prompt, borders=self.borders)
+                         base_images=base_images, base_embeddings=self._base_embeddings,
+                         class_prompt=self.class_prompt, borders=self.borders)
         finally:
             self._move(torch.device("cpu"))
 

@@ -43,7 +43,7 @@ class SceneBorders:
             side, scenes = int(content["side"]), content["scenes"]
             return cls(side, int(content["width"]), {name: str(scene["phrase"]) for name, scene in scenes.items()},
                        {name: np.array(scene["rows"], float).reshape(side, 3) for name, scene in scenes.items()})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}): copy it from the base model again, or delete it") from error
 
     def scene_of(self, image: Image.Image) -> str:

@@ -23,7 +23,8 @@ Images = Sequence[Image.Image]
 def score(
     reference: Images, generated: Mapping[str, Images], encoders: Sequence[Encoder], *,
     class_images: Images = (), base_class_images: Images = (), lpips: Lpips | None = None,
-    base_images: Mapping[str, Images] | None = None, class_prompt: str = "", borders: SceneBorders | None = None,
+    base_images: Mapping[str, Images] | None = None, base_embeddings: dict[str, Tensor] | None = None,
+    class_prompt: str = "", borders: SceneBorders | None = None,
 ) -> dict[str, float]:
     """Score images of a subject. config/evaluate.py names the measures, and metrics.py defines them.
 
@@ -39,6 +40,8 @@ def score(
             with another name: the mean cosine distance of its embeddings.
         base_images: images that the base model generates from each prompt of `generated`; None, or only one prompt: no
             encoder measures prompt_fidelity.
+        base_embeddings: embeddings of the outer regions of all `base_images`, by name of the encoder. Receives those
+            that are missing, so that later calls with the same images need not compute them; None: compute all.
         class_prompt: a prompt that describes no surroundings. It is not counted in prompt_fidelity.
         borders: the borders of the base model's scenes; None: no prompt_fidelity by borders.
 
@@ -57,7 +60,8 @@ def score(
             rows = [list(generated).index(prompt) for prompt in prompt_of_image]
             values["text_similarity"] = metrics.prompt_similarity(subject, prompts.cpu()[rows])
         if base_images and len(base_images) > 1:
-            values |= _prompt_fidelity(encoder, generated, base_images, class_prompt)
+            values |= _prompt_fidelity(encoder, generated, base_images, class_prompt,
+                                       {} if base_embeddings is None else base_embeddings)
         if groups:
             values["diversity"] = _mean_diversity([metrics.cosine_distances(embed(images)) for images in groups])
         if class_images:
@@ -93,20 +97,27 @@ def mask_subject(pixels: Tensor) -> Tensor:
 
 
 def _prompt_fidelity(encoder: Encoder, generated: Mapping[str, Images], base_images: Mapping[str, Images],
-                     class_prompt: str) -> dict[str, Tensor]:
+                     class_prompt: str, base_embeddings: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the measure prompt_fidelity by its role; {} if `class_prompt` is the only prompt of `generated`.
 
     It is the share of images whose outer region is nearest, among the base model's images of all prompts, to those of
     their own prompt.
     """
-    def embed(by_prompt: Mapping[str, Images]) -> tuple[Tensor, Tensor]:
-        numbers = torch.tensor([numbered[prompt] for prompt, images in by_prompt.items() for _ in images])
+    def embed(by_prompt: Mapping[str, Images]) -> Tensor:
         images = [image for images in by_prompt.values() for image in images]
-        return encoder.embed_images(mask_subject(to_pixels(images))).cpu(), numbers
+        return encoder.embed_images(mask_subject(to_pixels(images))).cpu()
+
+    def numbers(by_prompt: Mapping[str, Images]) -> Tensor:
+        return torch.tensor([numbered[prompt] for prompt, images in by_prompt.items() for _ in images])
 
     numbered = {prompt: number for number, prompt in enumerate(base_images)}
     described = {prompt: images for prompt, images in generated.items() if prompt != class_prompt}
-    return {PROMPT_FIDELITY: metrics.retrieval_accuracy(*embed(described), *embed(base_images))} if described else {}
+    if not described:
+        return {}
+    if encoder.name not in base_embeddings:
+        base_embeddings[encoder.name] = embed(base_images)
+    return {PROMPT_FIDELITY: metrics.retrieval_accuracy(
+        embed(described), numbers(described), base_embeddings[encoder.name], numbers(base_images))}
 
 
 class _CachedEmbeddings:

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,27 +95,31 @@ def part_dtypes(recipe: Recipe, frozen: torch.dtype) -> tuple[torch.dtype, torch
     return trained, trained if recipe.train.train_text_encoder else frozen
 
 
-def encode_prompts(recipe: Recipe, device: torch.device, prompts: Iterable[str]) -> None:
+def encode_prompts(recipe: Recipe, device: torch.device, prompts: Callable[[], Iterable[str]]) -> None:
     """Encode and store prompts, if the run must release its text encoders before it loads the denoiser.
 
     Call this function before `load`. The text encoders are loaded only if a prompt has no stored encoding. Afterwards
     they are released. The empty prompt is encoded too, because it is the default negative prompt.
 
+    Args:
+        prompts: returns the prompts; called only if they are encoded.
+
     Raises:
         UserError: there is no model at recipe.source, or a prompt has more tokens than the model reads.
     """
     options = _options(recipe)
-    try:
+    with _name_what_is_missing(recipe):
         family, _ = families.of_source(recipe.source, **options)
         if not text_encoders.encodes_ahead(family, recipe):
             return
         family.check_training(recipe)
         tokenizers = [family.load_tokenizer(name, recipe.source, **options) for name in family.tokenizers]
         _, dtype = part_dtypes(recipe, TORCH_DTYPE[recipe.precision.dtype])
-        text_encoders.open_encodings(recipe, family, tokenizers, dtype, device, variant=recipe.model.variant,
-                                     **options).ensure({*prompts, ""})
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(_missing(recipe, error)) from error
+        encodings = text_encoders.open_encodings(recipe, family, tokenizers, dtype, device,
+                                                 variant=recipe.model.variant, **options)
+    texts = {*prompts(), ""}
+    with _name_what_is_missing(recipe):
+        encodings.ensure(texts)
 
 
 def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None) -> Components:
@@ -136,7 +141,7 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
     denoiser_dtype, text_dtype = part_dtypes(recipe, frozen)
     options = _options(recipe)
     weights = options | {"variant": recipe.model.variant}
-    try:
+    with _name_what_is_missing(recipe):
         family, layout = families.of_source(recipe.source, **options)
         scheduler_config = dict(DDPMScheduler.load_config(recipe.source, subfolder="scheduler", **options))
         ahead = text_encoders.encodes_ahead(family, recipe)
@@ -151,8 +156,6 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
             extras=family.load_extras(recipe.source, layout, frozen, **weights),
             encodings=text_encoders.open_encodings(recipe, family, tokenizers, text_dtype, device, **weights)
             if ahead else None)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(_missing(recipe, error)) from error
     if recipe.method.low_rank and base_weights is not BaseWeights.half:
         for module in trained_modules(parts, recipe).values():
             quantise(module, frozen, base_weights)
@@ -240,6 +243,15 @@ def import_libraries() -> None:
 def _options(recipe: Recipe) -> dict[str, Any]:
     return {"revision": recipe.model.revision,
             "local_files_only": hub.local_files_only(recipe.source, recipe.model.offline)}
+
+
+@contextmanager
+def _name_what_is_missing(recipe: Recipe) -> Iterator[None]:
+    """Raise a UserError in place of an error of a library that loads files of the base model."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(_missing(recipe, error)) from error
 
 
 def _missing(recipe: Recipe, error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Prepares a run before its first step: photos, base model, class images, caches, batches and training state."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,10 +67,8 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         if engine.is_main_process:
             remove_shared_leftovers(recipe.run_root)
             console.say(photo_report.describe_photos(recipe, photos))
-        if engine.local_rank == 0:  # the other processes of the host read what this one has stored
-            class_captions = map(class_images.captions, recipe.class_recipes if recipe.with_prior else ())
-            loading.encode_prompts(recipe, engine.device, _prompts(recipe, photos).union(*class_captions))
-        engine.barrier()
+        _encode_prompts(recipe, engine, lambda: _prompts(recipe, photos).union(
+            *map(class_images.captions, recipe.class_recipes if recipe.with_prior else ())))
         parts = loading.load(recipe, engine.device)
     _check_prompts(parts, recipe, photos)
     pipeline = build_pipeline(parts)
@@ -146,7 +145,7 @@ def make_class_images(recipe: Recipe) -> None:
     recipe_of_all = recipe.with_processes(engine.world_size)
     meter = MemoryMeter(engine.device, partial(oom_advice.suggest_overrides, recipe=recipe_of_all))
     with meter.phase("load"):
-        loading.encode_prompts(recipe, engine.device, {one.class_prompt for one in incomplete})
+        _encode_prompts(recipe, engine, lambda: {one.class_prompt for one in incomplete})
         pipeline = build_pipeline(loading.load(recipe, engine.device))
     with meter.phase("class_images"):
         for class_recipe in incomplete:
@@ -189,6 +188,13 @@ def _check_processes(recipe: Recipe, engine: Engine) -> None:
 def _prompts(recipe: Recipe, photos: list[Photo]) -> set[str]:
     """Return every prompt that the run uses, except captions of the user's own class images."""
     return recipe.picture_prompts | {photo.caption for photo in photos}
+
+
+def _encode_prompts(recipe: Recipe, engine: Engine, prompts: Callable[[], set[str]]) -> None:
+    """Encode and store prompts, see `loading.encode_prompts`, in one process of each host. The others wait for it."""
+    if engine.local_rank == 0:
+        loading.encode_prompts(recipe, engine.device, prompts)
+    engine.barrier()
 
 
 def _check_prompts(parts: loading.Components, recipe: Recipe, photos: list[Photo]) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from dreambooth.config.enums import EncoderKind
 from dreambooth.config.recipe import Recipe
 from dreambooth.evaluation import evaluator
-from dreambooth.evaluation.evaluator import Evaluator
+from dreambooth.evaluation.evaluator import Evaluator, Scorer
 from dreambooth.runtime.engine import Engine
 from dreambooth.utils.signals import StopRequest
 from tests.support.configs import resolve_demo
@@ -106,3 +106,39 @@ def test_the_base_model_is_identified_once(
     assert read.count(recipe.source) == 1
     assert scorer.base_images[0] is scorer.base_images[1]
     assert list(scorer.base_images[0]) == TEXTS
+
+
+class CountingEncoder:
+    """An encoder whose embedding of an image is its mean colour. It records how many images it embeds."""
+
+    name = "efficientnet_lite0"
+
+    def __init__(self) -> None:
+        self.embedded: list[int] = []
+
+    def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.embedded.append(len(pixels))
+        return pixels.mean((2, 3))
+
+    def embed_texts(self, prompts: object) -> None:
+        return None
+
+    def to(self, device: torch.device) -> None:
+        return None
+
+
+def test_the_base_models_images_are_embedded_once_per_evaluator(
+        recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def images(*colours: str) -> list[Image.Image]:
+        return [Image.new("RGB", (64, 64), colour) for colour in colours]
+
+    monkeypatch.setattr(evaluator, "open_encoder", lambda *_, **__: CountingEncoder())
+    device, scorer = torch.device("cpu"), Scorer(recipe)
+    encoder: Any = scorer.encoders[0]
+    base = {TEXTS[0]: images("white", "white", "white"), TEXTS[1]: images("yellow", "orange", "gold")}
+    rows = [images("white"), images("yellow", "orange"), images("white")]
+    first, second = (scorer.score(rows, None, base, device) for _ in range(2))
+    assert first == second == Scorer(recipe).score(rows, None, base, device)
+    assert first[FIDELITY] == 1 and encoder.embedded.count(6) == 1
+    exchanged = dict(zip(TEXTS, reversed(base.values()), strict=True))
+    assert scorer.score(rows, None, exchanged, device)[FIDELITY] == 0  # other images: embedded again

@@ -54,7 +54,8 @@ def test_only_prompts_that_name_a_scene_are_counted() -> None:
     assert borders().fidelity({CLASS_PROMPT: [white]}) is None
 
 
-@pytest.mark.parametrize("content", ["{", '{"side": 64}', '{"side": 2, "width": 1, "scenes": {"a": {"rows": [1]}}}'])
+@pytest.mark.parametrize("content", ["{", '{"side": 64}', '{"side": 2, "width": 1, "scenes": []}',
+                                     '{"side": 2, "width": 1, "scenes": {"a": {"rows": [1]}}}'])
 def test_a_damaged_description_is_a_user_error(content: str, tmp_path: Path) -> None:
     assert SceneBorders.read(tmp_path) is None
     (tmp_path / "scene_borders.json").write_text(content)

@@ -78,15 +78,15 @@ def test_pictures_by_encoded_prompts_equal_those_by_prompts(
 def test_a_second_run_loads_no_text_encoder(
         family: str, flow_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, device = replace(recipe_for(family, flow_bases), run_root=tmp_path), torch.device("cpu")
-    encode_prompts(recipe, device, [PROMPT])
+    encode_prompts(recipe, device, lambda: [PROMPT])
     expected = load(recipe_for(family, flow_bases, memory__cache_text=False), device).frozen_text(PROMPT)
     monkeypatch.setattr(text_encoders, "load", None)
-    encode_prompts(recipe, device, [PROMPT, ""])
+    encode_prompts(recipe, device, lambda: [PROMPT, ""])
     assert load(recipe, device).frozen_text(PROMPT).equal(expected)
     changed = shutil.copytree(flow_bases[family], tmp_path / "changed")
     (changed / "tokenizer/special.json").write_text("{}")
     with pytest.raises(TypeError):  # another tokenizer: the text encoders would be loaded
-        encode_prompts(replace(recipe, source=str(changed)), device, [PROMPT])
+        encode_prompts(replace(recipe, source=str(changed)), device, lambda: [PROMPT])
 
 
 def text_encoders_in_bf16(source: Path, target: Path) -> Path:
@@ -106,7 +106,7 @@ def test_text_encoders_in_bf16_compute_in_fp32(family: str, flow_bases: dict[str
     source = str(text_encoders_in_bf16(flow_bases[family], tmp_path / "bf16"))
     encoded, plain = (replace(recipe_for(family, flow_bases, memory__cache_text=cached), source=source,
                               run_root=tmp_path) for cached in (True, False))
-    encode_prompts(encoded, torch.device("cpu"), [PROMPT])
+    encode_prompts(encoded, torch.device("cpu"), lambda: [PROMPT])
     parts = load(plain, torch.device("cpu"))
     assert load(encoded, torch.device("cpu")).frozen_text(PROMPT).equal(parts.frozen_text(PROMPT))
     for encoder in text_encoders.load(encoded.source, parts.family, "auto", local_files_only=True):
@@ -196,7 +196,7 @@ def test_what_flow_matching_does_not_define_is_refused(
 def test_fp16_is_refused_where_it_overflows(flow_bases: dict[str, Path]) -> None:
     t4 = {"precision__dtype": Dtype.fp16, "hardware__device": Device.cuda, "hardware__compute_capability": 7.5}
     with pytest.raises(UserError, match="exceed the largest number of fp16: type precision=bf16 on a GPU"):
-        encode_prompts(recipe_for("z_image", flow_bases, **t4), torch.device("cpu"), [])
+        encode_prompts(recipe_for("z_image", flow_bases, **t4), torch.device("cpu"), list)
 
 
 def test_an_encoded_prompt_that_is_not_finite_is_refused(
@@ -205,7 +205,7 @@ def test_an_encoded_prompt_that_is_not_finite_is_refused(
     family = families.of_architecture("z_image")
     monkeypatch.setattr(type(family), "text", lambda *_: torch.full((1, 64, 33), torch.inf))
     with pytest.raises(UserError, match="output for '' is not finite in fp32: type precision=bf16"):
-        encode_prompts(recipe, torch.device("cpu"), [])
+        encode_prompts(recipe, torch.device("cpu"), list)
 
 
 def test_swapped_blocks_are_refused_elsewhere() -> None:

@@ -1,7 +1,10 @@
 """Setting up a run: only what the run uses can stop it."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +14,19 @@ from dreambooth.config.enums import EncoderKind
 from dreambooth.config.evaluate import Evaluate
 from dreambooth.config.recipe import resolve
 from dreambooth.config.schema import Config, Prior, Sample
+from dreambooth.data import class_images
 from dreambooth.data.photos import Photo
+from dreambooth.models import loading
+from dreambooth.runtime.engine import Engine
 from dreambooth.training import setup
+from tests.support.configs import demo_recipe
 
 DATA = Dataset(instance_dir="package:demo", instance_prompt="a zwx toy", class_prompt="a toy")
 PHOTOS = [Photo(Path("a.png"), np.zeros((8, 8, 3), np.uint8), "a caption")]
+
+
+class EnoughSeen(Exception):
+    """Ends a command before it loads the base model."""
 
 
 @pytest.mark.parametrize("every, prior, encoder, texts", [
@@ -32,3 +43,34 @@ def test_a_prompt_that_nobody_uses_may_be_too_long(
     checked: set[str] = set()
     setup._check_prompts(SimpleNamespace(tokens=checked.add), recipe, PHOTOS)  # type: ignore[arg-type]
     assert checked == texts
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_one_process_of_a_host_encodes_the_prompts_of_class_images(
+        local_rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for it, and load no text encoders."""
+    def load(*args: object) -> None:
+        raise EnoughSeen
+
+    seen: list[str] = []
+    engine = Engine(local_rank=local_rank, local_world_size=2, barrier=lambda: seen.append("barrier"))
+    monkeypatch.setattr(setup, "create_engine", lambda *args: (engine, None))
+    monkeypatch.setattr(loading, "encode_prompts", lambda *args: seen.append("encode"))
+    monkeypatch.setattr(loading, "load", load)
+    with pytest.raises(EnoughSeen):
+        setup.make_class_images(replace(demo_recipe(prior__with_prior_preservation=True), run_root=tmp_path))
+    assert seen == ["encode"] * (local_rank == 0) + ["barrier"]
+
+
+def test_captions_are_not_read_ahead_if_the_text_encoders_stay_in_memory(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: object) -> None:
+        raise EnoughSeen
+
+    monkeypatch.setattr(class_images, "captions", lambda recipe: pytest.fail("captions are read for nothing"))
+    monkeypatch.setattr(loading, "load", load)
+    recipe = replace(demo_recipe(prior__with_prior_preservation=True, evaluate__encoder=EncoderKind.none),
+                     run_root=tmp_path)
+    unused: Any = SimpleNamespace(say=lambda text: None, phase=lambda name: nullcontext())
+    with pytest.raises(EnoughSeen):
+        setup.assemble(recipe, Engine(), unused, unused, unused)
