@@ -23,7 +23,7 @@ class Prediction:
     trace: StorageTrace = field(repr=False)
     trained_parameters: int  # elements
     frozen_parameters: int  # elements, without text encoders that are released before the denoiser is loaded
-    encoder_parameters: int  # elements of text encoders that are released before the denoiser is loaded
+    encoder_bytes: int  # weights of text encoders that are released before the denoiser is loaded
     picture_flops: tuple[int, int]  # for one generated image: (one denoising step, decoding)
     encode_flops: int  # for one photo
     block_bytes: tuple[int, ...] = ()  # sizes of the denoiser's blocks that memory.swap_blocks can move

@@ -67,6 +67,13 @@ def rehearse(recipe: Recipe) -> Prediction:
     return _Rehearsal(recipe).prediction()
 
 
+def _count_weights(parameter: nn.Parameter) -> int:
+    """Return the number of weights of a parameter. bitsandbytes packs two weights of 4 bits in one element."""
+    state = getattr(parameter, "quant_state", None)
+    count: int = parameter.numel() if state is None else state.shape.numel()
+    return count
+
+
 class _Rehearsal:
     """Rehearses the phases of a training run in order, and records them in a StorageTrace."""
 
@@ -95,7 +102,7 @@ class _Rehearsal:
             trace.mark("load")
             workspaces = torch.empty(CUBLAS_WORKSPACE if recipe.device == "cuda" else 0, dtype=torch.uint8)
             trace.add([workspaces], "workspace")
-            encoder_parameters = self._encode_prompts() if self.encodes_ahead else 0
+            encoder_bytes = self._encode_prompts() if self.encodes_ahead else 0
             block_bytes = self._swap_blocks()
             for module in parts.modules:
                 self._add_weights(module)
@@ -124,30 +131,30 @@ class _Rehearsal:
                         recipe.evaluate, recipe.model.resolution)]
                     del tensors
             trace.mark("save")
-        total = sum(p.numel() for module in parts.modules for p in module.parameters())
+        total = sum(_count_weights(p) for module in parts.modules for p in module.parameters())
         trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
         return Prediction(
-            trace, trained, total - trained, encoder_parameters, self.picture_flops, self.encode_flops, block_bytes,
+            trace, trained, total - trained, encoder_bytes, self.picture_flops, self.encode_flops, block_bytes,
             self.copied_bytes, self.memory.expandable_segments,
             None if self.memory.max_split_size_mb is None else self.memory.max_split_size_mb * MIB)
 
     def _encode_prompts(self) -> int:
         """Record the encoding of prompts, one after the other, with only the text encoders on the device.
 
-        Return the number of their parameters. Afterwards they are released.
+        Return the number of bytes of their parameters. Afterwards they are released.
         """
         with self.trace.phase("prompts"):
             for encoder in self.encoders:
                 self.trace.add_module(encoder, "weights")
             with torch.no_grad():
                 self.parts.family.text(self.encoders, self._token_ids(1))
-            count: int = sum(p.numel() for encoder in self.encoders for p in encoder.parameters())
+            size: int = sum(p.nbytes for encoder in self.encoders for p in encoder.parameters())
             for encoder in self.encoders:
                 offload_weights(encoder)
                 for buffer in encoder.buffers():
                     buffer.data = torch.empty(0, dtype=buffer.dtype)
         self.trace.mark("load")
-        return count
+        return size
 
     def _swap_blocks(self) -> tuple[int, ...]:
         """Move the blocks of memory.swap_blocks to host memory. Return the bytes of each block that can be swapped."""

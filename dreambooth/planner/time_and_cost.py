@@ -149,7 +149,7 @@ def host_gib(recipe: Recipe, prediction: Prediction) -> float:
     rounded = 1 << max(block - 1, 0).bit_length()  # PyTorch rounds pinned memory up to a power of two
     swapped = (recipe.memory.swap_blocks or 0) * (2 * block - rounded)  # blocks are in `host_bytes` and in `base`
     run = prediction.host_bytes - swapped + 4 * prediction.trained_parameters + base
-    return PROCESS_GIB + max(run, size * prediction.encoder_parameters) / GIB
+    return PROCESS_GIB + max(run, prediction.encoder_bytes) / GIB
 
 
 def disk_gib(recipe: Recipe, prediction: Prediction) -> float:
@@ -158,7 +158,7 @@ def disk_gib(recipe: Recipe, prediction: Prediction) -> float:
     While a checkpoint is written, the disk contains one checkpoint more than `checkpoint.keep`.
     """
     trained = 4 * prediction.trained_parameters
-    base = trained + 4 * (prediction.frozen_parameters + prediction.encoder_parameters)
+    base = trained + 4 * prediction.frozen_parameters + prediction.encoder_bytes
     checkpoint = trained * (3 + recipe.train.use_ema)
     model = 2 * trained if recipe.method.low_rank and not recipe.method.merge else base
     return ((recipe.checkpoint.keep + 1) * checkpoint + model + base) / GIB

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from dreambooth.planner.fake_cuda import fake_tensors
 from dreambooth.planner.prediction import STEP_PHASES
 from dreambooth.planner.rehearsal import predict
 from dreambooth.planner.skeleton_models import build_skeleton, count_trained_weights
-from dreambooth.planner.time_and_cost import PROCESS_GIB, host_gib
+from dreambooth.planner.time_and_cost import PROCESS_GIB, disk_gib, host_gib
 from dreambooth.planner.trace_replay import Usage
 from dreambooth.utils.hardware import GIB
 from tests.support import tiny_models
@@ -44,15 +45,17 @@ def test_text_encoders_are_on_the_card_only_while_they_encode_prompts(model: Pat
     assert encoders <= weights["prompts"] < 1.01 * encoders + 4096
     assert weights["load"] == together.by_phase["load"].by_category["weights"] - weights["prompts"]
     assert max(weights.values()) < weights["load"] + 4 * (ahead.trained_parameters + 1)
-    assert ahead.encoder_parameters == encoders / 4
-    assert ahead.frozen_parameters + ahead.encoder_parameters == together.frozen_parameters
+    assert ahead.encoder_bytes == encoders
+    assert ahead.frozen_parameters + ahead.encoder_bytes / 4 == together.frozen_parameters
 
 
 def test_host_memory_is_needed_for_the_text_encoders_or_for_the_denoiser(model: Path) -> None:
     recipe = _recipe(model)
     prediction = predict(recipe)
     run = prediction.host_bytes + 4 * (prediction.trained_parameters + prediction.frozen_parameters)
-    assert host_gib(recipe, prediction) == PROCESS_GIB + max(run, 4 * prediction.encoder_parameters) / GIB
+    for encoders in (run - 1, run + 1):
+        changed = replace(prediction, encoder_bytes=encoders)
+        assert host_gib(recipe, changed) == PROCESS_GIB + max(run, encoders) / GIB
 
 
 def test_swapped_blocks_are_in_host_memory_except_two(model: Path, tmp_path: Path) -> None:
@@ -86,6 +89,15 @@ def test_quantised_weights_have_their_number_of_bytes(model: Path, kind: BaseWei
         _recipe(model))
 
 
+def test_packed_weights_of_4_bits_are_counted_as_weights(model: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    card = {"hardware__device": Device.cuda, "hardware__gpu": "L4", "hardware__compute_capability": 8.9,
+            "precision__dtype": Dtype.bf16}
+    half, packed = (predict(_recipe(model, **card, method__base_weights=weights)).frozen_parameters
+                    for weights in (BaseWeights.half, BaseWeights.nf4))
+    assert packed == half
+
+
 def test_a_text_encoder_of_an_fp32_run_keeps_the_precision_of_its_files(model: Path, tmp_path: Path) -> None:
     """A layer is converted to fp32 when it computes: the layers never need fp32 together."""
     half = shutil.copytree(model, tmp_path / "half")
@@ -96,6 +108,14 @@ def test_a_text_encoder_of_an_fp32_run_keeps_the_precision_of_its_files(model: P
     for name, weight in stored.named_parameters():
         expected = plain.get_parameter(name).nbytes // (2 if name.startswith("layers.") else 1)
         assert weight.nbytes == expected, name
+    halved = sum(weight.nbytes for name, weight in stored.named_parameters() if name.startswith("layers."))
+    recipes = [_recipe(folder) for folder in (model, half)]
+    predictions = [predict(recipe) for recipe in recipes]
+    disks = [disk_gib(recipe, prediction) for recipe, prediction in zip(recipes, predictions, strict=True)]
+    hosts = [host_gib(recipe, replace(prediction, frozen_parameters=0))  # the encoders need more than the denoiser
+             for recipe, prediction in zip(recipes, predictions, strict=True)]
+    assert disks[0] - disks[1] == pytest.approx(halved / GIB)
+    assert hosts[0] - hosts[1] == pytest.approx(halved / GIB)
 
 
 class CardOf:
