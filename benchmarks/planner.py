@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from statistics import mean, stdev
 
+import planner_flow
+
 from dreambooth.config.enums import Device, Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, Weights
 from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.config.schema import Config
@@ -20,9 +22,6 @@ from dreambooth.planner.prediction import STEP_PHASES
 from dreambooth.planner.rehearsal import predict
 from dreambooth.planner.time_and_cost import step_seconds
 from dreambooth.utils.hardware import GIB
-
-sys.path.insert(0, str(Path(__file__).parent))
-import planner_flow
 
 DOCS = Path(__file__).parents[1] / "docs" / "planner.md"
 BEGIN, END = "<!-- benchmarks/planner.py -->\n", "<!-- end -->\n"

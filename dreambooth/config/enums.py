@@ -41,6 +41,9 @@ class BaseWeights(Enum):
     nf4 = "nf4"  # quantised to 4 bits by bitsandbytes
 
 
+FP8_CAPABILITY = 8.9  # lowest compute capability with BaseWeights.fp8
+
+
 class OptimizerKind(Enum):
     adamw = "adamw"
     adamw8bit = "adamw8bit"

@@ -13,7 +13,7 @@ from typing import Any
 
 from dreambooth.config import eval_prompts, evaluate, validation
 from dreambooth.config.dataset import Subject
-from dreambooth.config.enums import Device, OptimizerKind, Weights
+from dreambooth.config.enums import BaseWeights, Device, OptimizerKind, Weights
 from dreambooth.config.evaluate import Evaluate
 from dreambooth.config.schema import (
     Attention,
@@ -124,6 +124,15 @@ class Recipe:
         return {*self.evaluate_prompts, *self.evaluate_texts, self.class_prompt}
 
     @property
+    def base_image_texts(self) -> list[str]:
+        """The texts from which the base model generates images for prompt_fidelity, without duplicates.
+
+        The list is empty if there is no evaluation, no class prompt, or only one text.
+        """
+        texts = list(dict.fromkeys(self.evaluate_texts))
+        return texts if self.evaluate.encoders and self.class_prompt.strip() and len(texts) > 1 else []
+
+    @property
     def two_passes(self) -> bool:
         """Whether a step passes the photos and the class images through the model one after the other."""
         return self.memory.split_pass or (self.with_prior and self.dataset.buckets)
@@ -141,6 +150,15 @@ class Recipe:
         train, one_process = self.train, self.hardware.gpus == 1
         return (one_process and train.gradient_accumulation_steps == 1 and not self.two_passes and not train.compile
                 and not self.memory.offload_optimizer)
+
+    @property
+    def allows_swapped_blocks(self) -> bool:
+        """Whether memory.swap_blocks is possible, if the denoiser's family has blocks that can be swapped.
+
+        The option requires an adapter, weights that bitsandbytes has not packed, one process, and an uncompiled model.
+        """
+        return (self.method.low_rank and self.method.base_weights is not BaseWeights.nf4
+                and self.hardware.gpus == 1 and not self.train.compile)
 
     @property
     def allows_offload_optimizer(self) -> bool:

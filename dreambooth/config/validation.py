@@ -10,6 +10,7 @@ from pathlib import Path
 from dreambooth.config import evaluate
 from dreambooth.config.dataset import Dataset, Subject
 from dreambooth.config.enums import (
+    FP8_CAPABILITY,
     AttentionKind,
     BaseWeights,
     Dtype,
@@ -225,9 +226,10 @@ def _adapter_problems(config: Config, device: str, machine: Machine | None) -> I
         yield ("method.base_weights=nf4 needs a package: pip install 'dreambooth[cuda]', or type "
                "method.base_weights=half")
     capability = config.hardware.compute_capability
-    if method.base_weights is BaseWeights.fp8 and device == "cuda" and capability is not None and capability < 8.9:
-        yield (f"method.base_weights=fp8 needs a GPU of compute capability 8.9 and the {config.hardware.gpu} has "
-               f"{capability}: type method.base_weights=int8")
+    if (method.base_weights is BaseWeights.fp8 and device == "cuda" and capability is not None
+            and capability < FP8_CAPABILITY):
+        yield (f"method.base_weights=fp8 needs a GPU of compute capability {FP8_CAPABILITY} and the "
+               f"{config.hardware.gpu} has {capability}: type method.base_weights=int8")
     if memory.swap_blocks and method.base_weights is BaseWeights.nf4:
         yield ("memory.swap_blocks cannot move weights of bitsandbytes: type method.base_weights=int8, or "
                "memory.swap_blocks=null")

@@ -22,17 +22,12 @@ from dreambooth.utils.image_grid import is_intact_png
 log = logging.getLogger(__name__)
 
 
-def are_needed(recipe: Recipe) -> bool:
-    """Return whether the run compares with such images: it has a class prompt, and several evaluation prompts."""
-    return bool(recipe.evaluate.encoders and recipe.class_prompt.strip()) and len(set(recipe.evaluate_texts)) > 1
-
-
 class BaseImages:
     """The base model's images of a run's evaluation texts, on the disk and in memory."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.needed = are_needed(recipe)
+        self.needed = bool(recipe.base_image_texts)
         self.images: dict[str, list[Image.Image]] | None = None  # by text; None until they are loaded or stored
 
     @cached_property

@@ -217,8 +217,7 @@ class Evaluator:
         has_class_images = bool(jobs) or self._load_base_class_images() is not None
         enough = has_class_images and spec.class_images >= spec.images_per_prompt
         left_out = {self.recipe.class_prompt} if enough else set()
-        return jobs, [(text, spec.images_per_prompt) for text in dict.fromkeys(self.recipe.evaluate_texts)
-                      if text not in left_out]
+        return jobs, [(text, spec.images_per_prompt) for text in self.recipe.base_image_texts if text not in left_out]
 
     def _store_base_images(self, of_texts: dict[str, list[Image.Image]],
                            class_images: list[Image.Image] | None) -> None:

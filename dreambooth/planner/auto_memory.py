@@ -27,7 +27,6 @@ from dreambooth.planner.gpu_specs import cuda_overhead_gib
 from dreambooth.planner.memory_options import (
     OPTIMIZER_STATE_BYTES,
     activations_gib,
-    allows_swapped_blocks,
     describe_memory_options,
 )
 from dreambooth.planner.prediction import STEP_PHASES, Prediction
@@ -215,10 +214,10 @@ def _with_swapped_blocks(choice: Choice, allowed: float, rehearse: Callable[[Rec
         allowed: GiB of card memory that the run may use.
     """
     recipe, blocks, added = choice.recipe, choice.prediction.block_bytes, choice.added
-    if recipe.memory.swap_blocks or not blocks or not allows_swapped_blocks(recipe):
+    if recipe.memory.swap_blocks or not blocks or not recipe.allows_swapped_blocks:
         return choice
-    without_blocks = [usage.reserved for phase, usage in choice.prediction.by_phase.items() if phase == "prompts"]
-    if max(without_blocks, default=0) / GIB + cuda_overhead_gib(recipe.hardware.gpu) > allowed:
+    prompts = choice.prediction.by_phase.get("prompts")
+    if prompts and prompts.reserved / GIB + cuda_overhead_gib(recipe.hardware.gpu) > allowed:
         return choice  # the text encoders alone do not fit
     count = SLOTS
     for _ in range(2):

@@ -7,13 +7,13 @@ are computed from the prediction of the run as it is. No option is rehearsed, so
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from dreambooth.config.enums import BaseWeights, Dtype, EmaDevice, OptimizerKind, Weights
+from dreambooth.config.enums import FP8_CAPABILITY, BaseWeights, Dtype, EmaDevice, OptimizerKind, Weights
 from dreambooth.config.recipe import Recipe
 from dreambooth.models.block_swap import SLOTS
 from dreambooth.planner.gpu_specs import Card, cuda_overhead_gib, find_card
 from dreambooth.planner.prediction import STEP_PHASES, Prediction
 from dreambooth.planner.skeleton_models import count_trained_weights
-from dreambooth.planner.time_and_cost import HOST_LINK, step_seconds
+from dreambooth.planner.time_and_cost import step_seconds
 from dreambooth.utils.hardware import GIB
 
 OPTIMIZER_STATE_BYTES = {  # per trained parameter
@@ -21,7 +21,6 @@ OPTIMIZER_STATE_BYTES = {  # per trained parameter
     OptimizerKind.adafactor: 2.0,
 }
 CHECKPOINTED_SHARE = 0.12  # share of activations that checkpointing keeps; SD 1.5 at 512 px: 0.26 of 2 GiB per sample
-FP8_CAPABILITY = 8.9  # method.base_weights=fp8 needs it
 MIN_SAVED_GIB = 0.05  # options that save less are not listed
 RECOMPUTED_FORWARD = 4 / 3  # operations of a step that computes its forward pass twice, relative to a plain step
 
@@ -79,22 +78,27 @@ def _sampling_options(recipe: Recipe, prediction: Prediction) -> Iterator[Memory
 def _exact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOption]:
     """Yield the options for a training step that do not change the results."""
     memory, fp32_gib = recipe.memory, 4 * prediction.trained_parameters / GIB
+    checkpointed = replace(recipe, memory=memory.copy_with(gradient_checkpointing=True))
+    recomputed_gib, flops = 0.0, 1.0  # what checkpointing saves and costs, if it is not on already
     if not memory.gradient_checkpointing:
-        saved = activations_gib(prediction) * (1 - CHECKPOINTED_SHARE)
-        cost = _extra_seconds(recipe, prediction, flops=RECOMPUTED_FORWARD)
-        yield MemoryOption("memory.gradient_checkpointing=true", saved, cost, exact=True)
+        recomputed_gib, flops = activations_gib(prediction) * (1 - CHECKPOINTED_SHARE), RECOMPUTED_FORWARD
+        cost = _extra_seconds(recipe, prediction, checkpointed, flops)
+        yield MemoryOption("memory.gradient_checkpointing=true", recomputed_gib, cost, exact=True)
     if recipe.allows_optimizer_in_backward and not memory.optimizer_in_backward:
         # Clipping and fp16's overflow check need all gradients before the first update, so a second backward pass is
         # necessary.
         two_passes = recipe.train.max_grad_norm is not None or recipe.precision.dtype is Dtype.fp16
         cost = _extra_seconds(recipe, prediction, flops=2.0 if two_passes else 1.0)
         yield MemoryOption("memory.optimizer_in_backward=true", fp32_gib, cost, exact=True)
-    if (most := len(prediction.block_bytes)) > (memory.swap_blocks or 0) and allows_swapped_blocks(recipe):
-        on_card = max(SLOTS, most - (memory.swap_blocks or 0)) / most  # share of the blocks that is there now
-        saved = on_card * sum(prediction.block_bytes) - SLOTS * max(prediction.block_bytes)
+    if (most := len(prediction.block_bytes)) > (memory.swap_blocks or 0) and recipe.allows_swapped_blocks:
+        largest = max(prediction.block_bytes)
+        saved = (_resident_bytes(recipe, prediction) - SLOTS * largest) / GIB + recomputed_gib
+        # A forward and backward pass copies each block twice, except those in the slots at the turn.
+        copied = 2 * max(0, most - SLOTS) * largest * recipe.train.gradient_accumulation_steps
+        swapped = replace(prediction, copied_bytes=(copied, prediction.copied_bytes[1]))
         yield MemoryOption(f"memory.swap_blocks={most}" + " memory.gradient_checkpointing=true" *
-                           (not memory.gradient_checkpointing), saved / GIB,
-                           _swap_seconds(recipe, prediction, most), exact=True)
+                           (not memory.gradient_checkpointing), saved,
+                           _extra_seconds(recipe, prediction, checkpointed, flops, swapped), exact=True)
     if recipe.train.use_ema and memory.ema_device is EmaDevice.same and not memory.offload_optimizer:
         on_cpu = replace(recipe, memory=memory.copy_with(ema_device=EmaDevice.cpu))
         yield MemoryOption("memory.ema_device=cpu", fp32_gib, _extra_seconds(recipe, prediction, on_cpu), exact=True)
@@ -136,32 +140,21 @@ def _inexact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryO
                            _extra_seconds(recipe, prediction, flops=2 / 3))
 
 
-def allows_swapped_blocks(recipe: Recipe) -> bool:
-    """Return whether blocks of the denoiser may be in host memory, if its family has blocks that can be swapped."""
-    return (recipe.method.low_rank and recipe.method.base_weights is not BaseWeights.nf4
-            and recipe.hardware.gpus == 1 and not recipe.train.compile)
-
-
-def _swap_seconds(recipe: Recipe, prediction: Prediction, count: int) -> float | None:
-    """Return how many seconds longer a step takes if `count` blocks are in host memory; None if the card is unknown.
-
-    A forward and backward pass copies each of them twice, except those in the slots at the turn. Copies take longer
-    than the step only if the card computes faster than the host's link copies.
-    """
-    if (card := find_card(recipe.hardware.gpu)) is None:
-        return None
-    copied = 2 * (count - SLOTS) * max(prediction.block_bytes) * recipe.train.gradient_accumulation_steps
-    return max(0.0, copied / HOST_LINK - step_seconds(recipe, prediction, card))
+def _resident_bytes(recipe: Recipe, prediction: Prediction) -> float:
+    """Return the bytes of the denoiser's blocks on the card: those that are not swapped, and those in the slots."""
+    most = len(prediction.block_bytes)
+    resident = min(most, most - (recipe.memory.swap_blocks or 0) + SLOTS)
+    return resident * sum(prediction.block_bytes) / max(most, 1)
 
 
 def _quantised_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOption]:
     """Yield the formats of the frozen base with fewer bits than its present format.
 
-    Only the denoiser's blocks are counted, because most of its other weights are small.
+    Only the denoiser's blocks on the card are counted, because most of its other weights are small.
     """
     if recipe.method.base_weights is not BaseWeights.half or recipe.precision.dtype is Dtype.fp32:
         return
-    half = sum(prediction.block_bytes)
+    half = _resident_bytes(recipe, prediction)
     formats = {BaseWeights.int8: 1 / 2}
     if (recipe.hardware.compute_capability or 0) >= FP8_CAPABILITY:
         formats[BaseWeights.fp8] = 1 / 2
@@ -189,14 +182,16 @@ def activations_gib(prediction: Prediction) -> float:
 
 
 def _extra_seconds(recipe: Recipe, prediction: Prediction, changed: Recipe | None = None,
-                   flops: float = 1.0) -> float | None:
+                   flops: float = 1.0, changed_prediction: Prediction | None = None) -> float | None:
     """Return how many seconds longer a step takes with a memory option; None if the card is unknown.
 
     Args:
         changed: the recipe with the option; None: estimate the time from `flops` only.
         flops: operations of a step with the option, divided by the operations of a step of `recipe`.
+        changed_prediction: the prediction with the option; None: only the recipe and the operations change.
     """
     card: Card | None = find_card(recipe.hardware.gpu)
     if card is None:
         return None
-    return step_seconds(changed or recipe, prediction, card, flops) - step_seconds(recipe, prediction, card)
+    return (step_seconds(changed or recipe, changed_prediction or prediction, card, flops)
+            - step_seconds(recipe, prediction, card))

@@ -58,9 +58,9 @@ def build_skeleton(recipe: Recipe) -> Components:
     ahead = text_encoders.encodes_ahead(family, recipe)
     parts = Components(
         family=family,
-        denoiser=to_dtype(family.denoiser.build(configurations[family.denoiser.name]), denoiser_dtype),
-        vae=to_dtype(family.vae.build(vae_configuration), torch.float32 if overflows else frozen),
-        encoders=[_build_encoder(part, configurations[part.name], folder, text_dtype, ahead)
+        denoiser=to_dtype(_build(family.denoiser, configurations[family.denoiser.name]), denoiser_dtype),
+        vae=to_dtype(_build(family.vae, vae_configuration), torch.float32 if overflows else frozen),
+        encoders=[_build_encoder(part, configurations[part.name], text_dtype, ahead)
                   for part in family.encoders],
         tokenizers=[None for _ in family.tokenizers],
         scheduler_config=training_scheduler(family, scheduler_config, recipe))
@@ -78,7 +78,12 @@ def build_skeleton(recipe: Recipe) -> Components:
     return parts
 
 
-def _build_encoder(part: Part, configuration: Mapping[str, Any], folder: Path, dtype: torch.dtype, ahead: bool) -> Any:
+def _build(part: Part, configuration: Mapping[str, Any]) -> Any:
+    """Build a part in fp32, whatever the precision of its saved weights is."""
+    return part.build({key: value for key, value in configuration.items() if key != "dtype"})
+
+
+def _build_encoder(part: Part, configuration: Mapping[str, Any], dtype: torch.dtype, ahead: bool) -> Any:
     """Build a text encoder.
 
     Args:
@@ -88,9 +93,9 @@ def _build_encoder(part: Part, configuration: Mapping[str, Any], folder: Path, d
     """
     stored = dtype
     if ahead and dtype is torch.float32:
-        name = part.configuration(folder, subfolder=part.name).get("dtype") or "bfloat16"
+        name = configuration.get("dtype") or "bfloat16"
         stored = getattr(torch, str(name).removeprefix("torch."))
-    encoder = to_dtype(part.build(configuration), stored)
+    encoder = to_dtype(_build(part, configuration), stored)
     if stored is not dtype:
         text_encoders.compute_in_fp32(encoder)
     return encoder
@@ -128,6 +133,4 @@ def _read_configurations(family: Family, folder: Path) -> tuple[dict[str, dict[s
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     configurations = {part.name: part.configuration(folder, subfolder=part.name) for part in family.parts()}
-    for configuration in configurations.values():
-        configuration.pop("dtype", None)  # dtype of the saved weights
     return configurations, dict(DDPMScheduler.load_config(folder, subfolder="scheduler"))

@@ -70,8 +70,7 @@ def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estim
         rounds = 1 + -(-recipe.train.max_train_steps // every)
         count = rounds * (len(recipe.evaluate_prompts) * recipe.evaluate.images_per_prompt
                           + recipe.evaluate.class_images * bool(recipe.class_prompt.strip()))
-        if recipe.class_prompt.strip():  # images of the base model, for prompt_fidelity
-            count += len(recipe.evaluate_texts) * recipe.evaluate.images_per_prompt
+        count += len(recipe.base_image_texts) * recipe.evaluate.images_per_prompt
         seconds += count * (denoise * recipe.sample.num_inference_steps + decode)
 
     def price(per_hour: float | None) -> float | None:

@@ -15,10 +15,20 @@ from dreambooth.config.recipe import Recipe
 from dreambooth.models.block_swap import SLOTS
 from dreambooth.planner.auto_memory import choose_memory_options
 from dreambooth.planner.fake_cuda import fake_tensors
-from dreambooth.planner.prediction import STEP_PHASES
+from dreambooth.planner.gpu_specs import CARDS
+from dreambooth.planner.memory_options import CHECKPOINTED_SHARE, RECOMPUTED_FORWARD, list_memory_options
+from dreambooth.planner.prediction import STEP_PHASES, Prediction
 from dreambooth.planner.rehearsal import predict
 from dreambooth.planner.skeleton_models import build_skeleton, count_trained_weights
-from dreambooth.planner.time_and_cost import PROCESS_GIB, disk_gib, host_gib
+from dreambooth.planner.time_and_cost import (
+    BANDWIDTH_SHARE,
+    DEQUANTISED,
+    EFFICIENCY,
+    HOST_LINK,
+    PROCESS_GIB,
+    disk_gib,
+    host_gib,
+)
 from dreambooth.planner.trace_replay import Usage
 from dreambooth.utils.hardware import GIB
 from tests.support import tiny_models
@@ -144,3 +154,43 @@ def test_auto_swaps_as_many_blocks_as_are_needed(
     assert choice.recipe.memory.swap_blocks == chosen
     assert choice.recipe.memory.gradient_checkpointing is (chosen is not None)
     assert len(rehearse.recipes) <= 4
+
+
+def _prediction_of_20_blocks(**changed: object) -> Prediction:
+    """A step that computes for 1 s on an L4 and needs 8 GiB for activations, of a model with 20 blocks of 0.5 GiB."""
+    flops = {"forward": int(121e12 * EFFICIENCY[True])}
+    values: dict[str, Any] = {"block_bytes": (GIB // 2,) * 20, "trace": SimpleNamespace(flops=flops), **changed}
+    prediction = Prediction(**{"trained_parameters": 0, "frozen_parameters": 10**10, "encoder_bytes": 0,
+                               "picture_flops": (0, 0), "encode_flops": 0, **values})
+    prediction.__dict__["by_phase"] = {"backward": Usage(1, 1, {"activations": 8 * GIB})}
+    return prediction
+
+
+def test_a_plan_states_what_swapped_blocks_save_and_cost() -> None:
+    """If the option also switches checkpointing on, activations are saved and the forward pass is computed twice."""
+    recipe = _recipe(Path("model"), hardware__device=Device.cuda, hardware__gpu="L4", hardware__compute_capability=8.9,
+                     precision__dtype=Dtype.bf16)
+    copy = GIB // 2 / HOST_LINK  # seconds for one block
+    options = {option.overrides: option for option in list_memory_options(recipe, _prediction_of_20_blocks())}
+    both = options["memory.swap_blocks=20 memory.gradient_checkpointing=true"]
+    assert both.saved_gib == 18 * 0.5 + 8 * (1 - CHECKPOINTED_SHARE)
+    assert both.extra_seconds == pytest.approx(max(RECOMPUTED_FORWARD, 36 * copy) - 1)
+    assert options["method.base_weights=int8"].saved_gib == 5
+
+    half = replace(recipe, memory=recipe.memory.copy_with(swap_blocks=10, gradient_checkpointing=True))
+    prediction = _prediction_of_20_blocks(copied_bytes=(16 * GIB // 2, 0))
+    options = {option.overrides: option for option in list_memory_options(half, prediction)}
+    assert options["memory.swap_blocks=20"].saved_gib == (12 - 2) * 0.5
+    assert options["memory.swap_blocks=20"].extra_seconds == pytest.approx(36 * copy - 1)
+    assert options["method.base_weights=int8"].saved_gib == 12 * 0.5 / 2
+    dequantise = 10**10 * 3 * DEQUANTISED[BaseWeights.int8] / (CARDS["L4"].bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE)
+    assert options["method.base_weights=int8"].extra_seconds == pytest.approx(dequantise)
+
+
+def test_recomputing_a_quantised_forward_pass_dequantises_again() -> None:
+    recipe = _recipe(Path("model"), hardware__device=Device.cuda, hardware__gpu="L4", hardware__compute_capability=8.9,
+                     precision__dtype=Dtype.bf16, method__base_weights=BaseWeights.int8)
+    options = {option.overrides: option for option in list_memory_options(recipe, _prediction_of_20_blocks())}
+    dequantise = 10**10 * DEQUANTISED[BaseWeights.int8] / (CARDS["L4"].bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE)
+    assert options["memory.gradient_checkpointing=true"].extra_seconds == pytest.approx(
+        RECOMPUTED_FORWARD - 1 + dequantise)

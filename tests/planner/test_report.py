@@ -8,6 +8,7 @@ import pytest
 
 from dreambooth.config.compose import conf_dir
 from dreambooth.config.dataset import Subject
+from dreambooth.config.enums import EncoderKind
 from dreambooth.planner.gpu_specs import CARDS, find_card
 from dreambooth.planner.rehearsal import predict
 from dreambooth.planner.report import Plan, format_comparison, format_plan, plans_as_json, plot_step_memory
@@ -67,6 +68,14 @@ def test_the_second_subject_needs_more_class_images() -> None:
     prediction = predict(one)
     seconds = [estimate(recipe, prediction, CARDS["T4"]).run_seconds or 0.0 for recipe in (one, two)]
     assert seconds[1] > seconds[0]
+
+
+def test_the_base_model_generates_images_only_of_several_different_texts() -> None:
+    recipe = small_recipe(hardware__gpu="T4", evaluate__encoder=EncoderKind.efficientnet_lite0)
+    prediction = replace(predict(recipe), picture_flops=(10**12, 10**12))
+    seconds = [estimate(replace(recipe, evaluate_texts=texts), prediction, CARDS["T4"]).run_seconds or 0.0
+               for texts in ((), ("a toy",), ("a toy", "a toy"), ("a toy", "a cup"), ("a toy", "a cup", "a cup"))]
+    assert seconds[0] == seconds[1] == seconds[2] < seconds[3] == seconds[4]
 
 
 # -- output -------------------------------------------------------------------------------------------------------
