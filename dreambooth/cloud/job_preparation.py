@@ -21,6 +21,7 @@ from dreambooth.cloud.training_job_request import (
     JobSettings,
     build_hyperparameters,
     build_request,
+    find_deletions,
     is_local_uri,
     job_name,
 )
@@ -152,8 +153,7 @@ def _check_job(job: LauncherJob, mode: str, defaults: Mapping[str, Any]) -> tupl
         problems.append("spot instances have no warm pool: type hydra.launcher.keep_alive_minutes=0, or spot=false")
     if bool(launcher["subnets"]) != bool(launcher["security_groups"]):
         problems.append("a VPC needs both: type hydra.launcher.subnets=[...] and hydra.launcher.security_groups=[...]")
-    problems += [f"{override} deletes a key, which hyperparameters cannot express: leave it out"
-                 for override in job.overrides if override.startswith("~")]
+    problems += find_deletions(job.overrides)
     for key in ("instance_dir", "class_dir"):
         folder = getattr(run.dataset, key)
         if folder and not job_inputs.is_portable(folder) and not Path(folder).is_dir():

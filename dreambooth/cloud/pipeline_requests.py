@@ -10,7 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dreambooth.cloud.training_job_request import CHANNELS, JobSettings, build_hyperparameters, build_request
+from dreambooth.cloud.training_job_request import (
+    CHANNELS,
+    JobSettings,
+    build_hyperparameters,
+    build_request,
+    find_deletions,
+)
 from dreambooth.config.compose import SearchSpace, name_trial
 from dreambooth.config.hardware import Hardware
 from dreambooth.config.storage import is_remote, is_single_file
@@ -38,8 +44,8 @@ class SageMakerSpec:
     image: str
 
     def __post_init__(self) -> None:
-        if deletions := [override for override in self.overrides if override.startswith("~")]:
-            raise UserError(f"{deletions[0]} deletes a key, which hyperparameters cannot express: leave it out")
+        for problem in find_deletions(self.overrides):
+            raise UserError(problem)
 
     def require_instance_type(self) -> str:
         """Return the instance type of the jobs. Call it before jobs are submitted; rendering a pipeline needs none.

@@ -111,20 +111,19 @@ def typed_request(request: Mapping[str, Any], shape: Any, names: dict[str, str] 
     return _request_class().model_validate(arguments, strict=True)
 
 
-def settings_files() -> list[str]:
-    """Return the defaults files of the SDK: that of the administrator and that of the user, where they exist.
+def has_settings_files() -> bool:
+    """Return whether a defaults file of the SDK exists or is named: that of the administrator or that of the user.
 
     The SDK is not imported, so that a command without such files reports its mistakes at once.
     """
     try:
         from platformdirs import site_config_dir, user_config_dir
     except ImportError:  # the SDK needs platformdirs, so it is not installed either
-        return []
+        return False
     folders = {"SAGEMAKER_ADMIN_CONFIG_OVERRIDE": site_config_dir("sagemaker"),
                "SAGEMAKER_USER_CONFIG_OVERRIDE": user_config_dir("sagemaker")}
-    paths = {variable: Path(folder) / "config.yaml" for variable, folder in folders.items()}
-    return [os.environ.get(variable, str(path)) for variable, path in paths.items()
-            if variable in os.environ or path.exists()]
+    return any(variable in os.environ or (Path(folder) / "config.yaml").exists()
+               for variable, folder in folders.items())
 
 
 def read_settings() -> dict[str, Any]:
@@ -133,7 +132,7 @@ def read_settings() -> dict[str, Any]:
     Raises:
         ConfigError: a file cannot be read, or does not follow the SDK's schema.
     """
-    if not settings_files():
+    if not has_settings_files():
         return {}
     load_resources()
     from jsonschema import ValidationError
@@ -180,8 +179,9 @@ def with_telemetry_choice(settings: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+@cache
 def _session_of(client: Any) -> Any:
-    """Return a boto3 Session for the SDK that hands out `client`.
+    """Return a boto3 Session for the SDK that hands out `client`. It is kept, because the SDK keeps every session.
 
     The SDK makes its own clients from a session: four of them, with ten attempts per call and without timeouts. Ten
     attempts take minutes, in which the launcher would not see that AWS throttles its calls.

@@ -4,7 +4,6 @@ Of a key with numbers, the tuner may try every value from the smallest to the la
 """
 
 import json
-import math
 import re
 from typing import Any
 
@@ -67,26 +66,16 @@ def _ranges(spec: SageMakerSpec) -> tuple[dict[str, list[dict[str, Any]]], list[
         "IntegerParameterRanges": [], "ContinuousParameterRanges": [], "CategoricalParameterRanges": []}
     fixed = []
     for key, values in spec.space.values.items():
-        numbers = [_number(value) for value in values]
-        if len(set(values)) == 1:
+        numbers = spec.space.numbers(key)
+        if len(set(numbers or values)) == 1:
             fixed.append(f"{key}={values[0]}")
-        elif any(number is None for number in numbers):
+        elif numbers is None:
             ranges["CategoricalParameterRanges"].append({"Name": key, "Values": list(dict.fromkeys(values))})
         else:
             kind = "Integer" if all(isinstance(number, int) for number in numbers) else "Continuous"
-            ordered = sorted(values, key=float)
+            texts = dict(zip(numbers, values, strict=True))
+            smallest, largest = (texts[number].replace("_", "") for number in (min(texts), max(texts)))
             ranges[f"{kind}ParameterRanges"].append({
-                "Name": key, "MinValue": ordered[0], "MaxValue": ordered[-1],
+                "Name": key, "MinValue": smallest, "MaxValue": largest,
                 "ScalingType": "Logarithmic" if key in spec.space.logarithmic else "Linear"})
     return {kind: items for kind, items in ranges.items() if items}, fixed
-
-
-def _number(text: str) -> int | float | None:
-    """Return the number that a text contains; None if it is not a finite number."""
-    if re.fullmatch(r"[+-]?[0-9]+", text):
-        return int(text)
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None

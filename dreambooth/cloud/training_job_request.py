@@ -33,6 +33,12 @@ SPARE_GIB = 10  # added to the volume size for the container's scratch space, lo
 IGNORED_KEYS = ("tracking.", "hardware.price_usd_hour", "hardware.spot_price_usd_hour")
 
 
+def find_deletions(overrides: Collection[str]) -> list[str]:
+    """Return one sentence for each override that deletes a key."""
+    return [f"{override} deletes a key, which hyperparameters cannot express: leave it out"
+            for override in overrides if override.startswith("~")]
+
+
 @dataclass(frozen=True)
 class JobSettings:
     """The launcher's settings for a job. conf/hydra/launcher/sagemaker.yaml explains each setting."""

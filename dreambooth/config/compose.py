@@ -6,6 +6,7 @@ import torch.
 """
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -122,6 +123,14 @@ class SearchSpace:
         """
         fixed = {override.partition("=")[0].lstrip("+") for override in overrides}
         return replace(self, values={key: values for key, values in self.values.items() if key not in fixed})
+
+    def numbers(self, key: str) -> list[int | float] | None:
+        """Return the values of a key as the numbers that a run reads; None if one of them is not a finite number."""
+        parsed = [overrides.parse(f"{key}={text}") for text in self.values[key]]
+        found = [override and override.value() for override in parsed]
+        numbers = [value for value in found
+                   if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf]
+        return numbers if len(numbers) == len(found) else None
 
     def trials(self) -> list[tuple[str, ...]]:
         """Return one tuple of overrides per point of the search space, in the order of Hydra's basic sweeper."""

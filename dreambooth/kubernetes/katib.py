@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any
 
+from dreambooth.config.compose import SearchSpace
 from dreambooth.kubernetes import pod_spec
 from dreambooth.kubernetes.workflow_spec import TRIAL_RUN_DIR, WorkflowSpec, run_overrides
 
@@ -30,7 +31,7 @@ def build_experiment(spec: WorkflowSpec) -> dict[str, Any]:
             "parallelTrialCount": 4, "maxTrialCount": len(spec.space.trials()), "maxFailedTrialCount": 4,
             "metricsCollectorSpec": {
                 "collector": {"kind": "StdOut"}, "source": {"filter": {"metricsFormat": [OBJECTIVE]}}},
-            "parameters": [_parameter(names[key], values) for key, values in spec.space.values.items()],
+            "parameters": [_parameter(name, key, spec.space) for key, name in names.items()],
             "trialTemplate": {
                 "primaryContainerName": CONTAINER, "retain": True,
                 "trialParameters": [{"name": name.replace("-", "_"), "reference": name, "description": key}
@@ -38,23 +39,15 @@ def build_experiment(spec: WorkflowSpec) -> dict[str, Any]:
                 "trialSpec": _trial_job(spec, names)}}}
 
 
-def _parameter(name: str, values: tuple[str, ...]) -> dict[str, Any]:
+def _parameter(name: str, key: str, space: SearchSpace) -> dict[str, Any]:
     """Build a parameter of the Experiment. Its values are the strings that Hydra's sweeper would pass to a run.
 
     Katib inserts a value into the JSON text of the trial's Job, in which it is a part of an environment variable. The
     value is therefore escaped for JSON, and for Kubernetes.
     """
-    texts = [json.dumps(pod_spec.escape_variables(value), ensure_ascii=False)[1:-1] for value in values]
-    kind = "discrete" if all(_is_number(value) for value in values) else "categorical"
+    texts = [json.dumps(pod_spec.escape_variables(value), ensure_ascii=False)[1:-1] for value in space.values[key]]
+    kind = "categorical" if space.numbers(key) is None else "discrete"
     return {"name": name, "parameterType": kind, "feasibleSpace": {"list": texts}}
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _trial_job(spec: WorkflowSpec, names: dict[str, str]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def choose(results: str, out: Path) -> str:
         UserError: there is no result, or no result satisfies the rules of a promotion.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        found = {}
+        addresses, trials = {}, []
         for number, (address, files) in enumerate(_find_results(results)):
             folder = Path(temporary) / str(number)
             folder.mkdir()
@@ -46,17 +46,18 @@ def choose(results: str, out: Path) -> str:
                 (folder / name).write_bytes(content)
             trial = load_trial(folder)
             if trial.result is not None:
-                found[folder] = (address, trial)
-        if not found:
+                addresses[folder] = address
+                trials.append(trial)
+        if not trials:
             raise UserError(f"there is no result of a job in {results or 'the folder'}: see the logs of the training "
                             "jobs, or type --results DIR")
-        best = choose_best([trial for _, trial in found.values()], results, RULES)
-        address, objective = found[best.folder][0], best.objective(best.objective_name)
+        best = choose_best(trials, results, RULES)
+        address, objective = addresses[best.folder], best.objective(best.objective_name)
         # Texts, because properties of a registered model are texts.
         atomic_files.write_json(out / BEST_FILE, {
             "model": address, "objective": f"{objective:.6g}", "name": best.objective_name,
-            "finished": str(sum(math.isfinite(trial.objective(best.objective_name)) for _, trial in found.values()))})
-        return f"the best of {len(found)} results is {address}, {best.objective_name}={objective:.6g}"
+            "finished": str(sum(math.isfinite(trial.objective(best.objective_name)) for trial in trials))})
+        return f"the best of {len(trials)} results is {address}, {best.objective_name}={objective:.6g}"
 
 
 def _find_results(results: str) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -31,7 +31,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,6 @@ def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, 
     atomic_files.check_writable(run_root, "make the folder writable, for promoted.json")
     if not finished:
         raise UserError(f"none of the {len(trials)} runs of the sweep {sweep} is finished: repeat its command")
-    options = replace(options, objective=_common_objective(finished, options.objective))
     best = choose_best(finished, sweep, options)
     export_layout.check_intact(best.folder / (best.result or {})["model"])
     record = _register(best, options, sweep, as_candidate=False)
@@ -148,9 +147,9 @@ def register_run(run_dir: Path, options: PromotionOptions) -> dict[str, Any]:
             objective, or MLflow does not answer.
     """
     trial = load_trial(run_dir)
-    options = replace(options, objective=options.objective or trial.objective_name)
-    if not math.isfinite(trial.objective(str(options.objective))):
-        raise UserError(f"the model is not registered: {trial.folder.name} did not measure {options.objective}")
+    objective = options.objective or trial.objective_name
+    if not math.isfinite(trial.objective(objective)):
+        raise UserError(f"the model is not registered: {trial.folder.name} did not measure {objective}")
     if reason := reason_out_of_bounds(trial, options.bounds):
         raise UserError(f"the model is not registered: {reason}")
     return _register(trial, options, None, as_candidate=True)

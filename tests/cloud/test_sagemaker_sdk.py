@@ -218,7 +218,9 @@ def test_the_sdks_own_client_repeats_a_call_ten_times(monkeypatch: pytest.Monkey
     monkeypatch.undo()
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     client = folders.client("sagemaker")
-    assert sagemaker_sdk.bind_training_job("x", client)._get_client() is client
+    jobs = [sagemaker_sdk.bind_training_job(name, client) for name in "xy"]
+    assert jobs[0]._get_client() is client
+    assert jobs[0]._session is jobs[1]._session, "the SDK keeps every session, with clients, until the process ends"
     assert client.meta.config.retries["total_max_attempts"] == 3
 
 

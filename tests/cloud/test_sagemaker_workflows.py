@@ -63,16 +63,19 @@ def test_the_tuning_job_is_the_committed_file_and_valid() -> None:
 
 def test_numbers_become_ranges_with_their_scaling_and_other_values_categories() -> None:
     values = {"a.lr": ("1e-4", "5e-6", "2e-05"), "a.rank": ("16", "4", "64"), "a.weight": ("0.5", "1"),
-              "a.flag": ("true", "false"), "a.text": ("x", "2"), "a.one": ("7",)}
+              "a.flag": ("true", "false"), "a.text": ("x", "2"), "a.one": ("7",),
+              "a.same": ("1e-4", "0.0001"), "a.steps": ("1_000", "200"), "a.infinite": ("inf", "1")}
     given = spec()
     request = build_tuning_request(pipeline_requests.SageMakerSpec(
         given.overrides, SearchSpace("mine", values, frozenset({"a.lr", "a.rank"})), given.hardware, "image"))
     ranges = request["HyperParameterTuningJobConfig"]["ParameterRanges"]
     assert {kind: [tuple(item.values()) for item in items] for kind, items in ranges.items()} == {
-        "IntegerParameterRanges": [("a.rank", "4", "64", "Logarithmic")],
+        "IntegerParameterRanges": [("a.rank", "4", "64", "Logarithmic"), ("a.steps", "200", "1000", "Linear")],
         "ContinuousParameterRanges": [("a.lr", "5e-6", "1e-4", "Logarithmic"), ("a.weight", "0.5", "1", "Linear")],
-        "CategoricalParameterRanges": [("a.flag", ["true", "false"]), ("a.text", ["x", "2"])]}
-    assert request["TrainingJobDefinition"]["StaticHyperParameters"]["a.one"] == "7"
+        "CategoricalParameterRanges": [("a.flag", ["true", "false"]), ("a.text", ["x", "2"]),
+                                       ("a.infinite", ["inf", "1"])]}
+    static = request["TrainingJobDefinition"]["StaticHyperParameters"]
+    assert (static["a.one"], static["a.same"]) == ("7", "1e-4")
 
 
 def test_a_search_space_marks_the_keys_with_a_logarithmic_scale() -> None:

@@ -251,6 +251,12 @@ def test_katib_tries_each_point_once(name: str) -> None:
     assert all(len(set(one)) == len(one) for one in points)
 
 
+def test_katib_gets_finite_numbers_as_numbers() -> None:
+    space = SearchSpace("mine", {"a": ("1e-4", "1_0"), "b": ("nan", "1"), "c": ("1__0", "1")})
+    parameters = katib.build_experiment(replace(workflows.build_spec(), space=space))["spec"]["parameters"]
+    assert [one["parameterType"] for one in parameters] == ["discrete", "categorical", "categorical"]
+
+
 def test_a_trials_arguments_survive_katibs_shell(tmp_path: Path) -> None:
     """Katib's webhook joins command and args by spaces, adds a missing `sh -c`, and redirects the output."""
     prompts = ('"zwx\'s toy"', "\"a \\\"zwx\\\" `id` $(id) ; toy'\"")
