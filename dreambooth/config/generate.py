@@ -1,5 +1,6 @@
 """The options of `python -m dreambooth.generate`. Imports neither torch nor Hydra."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ class Generate(Section):
     negative_prompt: str | None = None
     image: str | None = None
     strength: float = 0.6
+    size: str | None = None
     num_images: int = 4
     batch_size: int = 4
     seed: int = 0
@@ -36,6 +38,7 @@ class Generate(Section):
                            f"a number from -10 to 10, or a list of them, not {self.lora_scale}"),
             "prompts": (self.prompt is None or self.prompts is None, "null if prompt is given"),
             "strength": (0 < self.strength <= 1, f"above 0 and at most 1, not {self.strength}"),
+            "size": (self.size is None or self.image is None, "null if image is given, which is cropped to a square"),
             "num_images": (self.num_images >= 1, f"1 or more, not {self.num_images}"),
             "batch_size": (self.batch_size >= 1, f"1 or more, not {self.batch_size}"),
             "seed": (0 <= self.seed < 2**63, f"from 0 to 2**63 - 1, not {self.seed}"),
@@ -45,6 +48,8 @@ class Generate(Section):
                                f"0 or more, not {self.guidance_scale}"),
             "columns": (self.columns is None or self.columns >= 1, f"1 or more, or null, not {self.columns}"),
         })
+        if self.size is not None:
+            parse_size(self.size)
         if self.image is not None and round(self.num_inference_steps * self.strength) < 1:
             raise ValueError(f"strength={self.strength} of num_inference_steps={self.num_inference_steps} leaves no "
                              "step: type a higher strength, or more steps")
@@ -65,3 +70,14 @@ class Generate(Section):
             raise ValueError(f"lora_scale has {len(scales)} numbers and there are {count} LoRAs, the run's own first: "
                              "type one number per LoRA, or one for all")
         return [float(scale) for scale in scales] if isinstance(scales, list) else [float(scales)] * count
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return the width and the height of a size such as "512x768".
+
+    Raises:
+        ValueError: `text` is no size.
+    """
+    if not (sides := re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text, re.ASCII)):
+        raise ValueError(f"size must be width x height in pixels, such as 512x768, not {text}")
+    return int(sides[1]), int(sides[2])

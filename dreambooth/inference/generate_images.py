@@ -6,22 +6,22 @@ Each picture is a PNG file with its settings as metadata. One more PNG file, the
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from dreambooth.config.eval_prompts import extract_subject, fill_templates
-from dreambooth.config.generate import Generate
+from dreambooth.config.generate import Generate, parse_size
 from dreambooth.data import photos
 from dreambooth.errors import Interrupted, UserError
-from dreambooth.inference import loras, png_metadata
+from dreambooth.inference import loras
 from dreambooth.inference.model_sources import Source, find_source
-from dreambooth.models.pipeline import Sampler, generate_images, open_pipeline, without_bar
+from dreambooth.inference.picture_request import PictureRequest
+from dreambooth.inference.renderer import Renderer
 from dreambooth.runtime.memory_meter import MemoryMeter
 from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
@@ -32,17 +32,16 @@ from dreambooth.utils.signals import StopRequest
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """Writes pictures and their grid to a folder, with file names and metadata."""
+    """Writes pictures and their grid to a folder."""
 
     folder: Path
     several_prompts: bool  # if true, file names begin with the prompt's number
-    metadata: Callable[[str, int, tuple[int, int]], PngInfo | None]  # function of (prompt, seed, size)
 
-    def write(self, number: int, prompt: str, seed: int, picture: Image.Image) -> None:
-        """Write a picture; `number` is the index of its prompt. An existing file with the same name is replaced."""
-        start = f"{number:03d}-" * self.several_prompts + slug(prompt)
-        with atomic_files.write_file(self.folder / f"{start}-seed{seed}.png") as aside:
-            picture.save(aside, format="PNG", pnginfo=self.metadata(prompt, seed, picture.size))
+    def write(self, number: int, request: PictureRequest, png: bytes) -> None:
+        """Write a PNG file; `number` is the index of its prompt. An existing file with the same name is replaced."""
+        start = f"{number:03d}-" * self.several_prompts + slug(request.prompt)
+        with atomic_files.write_file(self.folder / f"{start}-seed{request.seed}.png") as aside:
+            aside.write_bytes(png)
 
     def write_grid(self, prompt: str, rows: Sequence[Sequence[Image.Image]], columns: int | None) -> Path:
         """Write the grid of all pictures; return its path.
@@ -66,8 +65,8 @@ def draw(config: Generate, stop: StopRequest) -> Path:
     Each batch is written as soon as it is generated.
 
     Raises:
-        UserError: there is no model or no prompt; a prompt is too long for the model; or a LoRA or the VAE does not fit
-            the model.
+        UserError: there is no model or no prompt; a prompt is too long for the model; the model cannot draw the size;
+            or a LoRA or the VAE does not fit the model.
         OutOfMemory, Interrupted: memory ran out, or a stop was requested. Pictures that were already written are kept.
     """
     import torch
@@ -75,51 +74,43 @@ def draw(config: Generate, stop: StopRequest) -> Path:
     source = find_source(config)
     prompts = _read_prompts(config, source)
     used_loras = _find_loras(config, source)
-    guidance_scale = config.guidance_scale
-    if guidance_scale is None:
-        guidance_scale = float(source.settings.get("sample.guidance_scale", 7.5))
     target = Path(config.out) if config.out else source.folder / "generated"
     atomic_files.check_writable(target, "type out=DIR, a folder that you can write to")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = MemoryMeter(device, partial(_advice, config=config, device=device.type),
                         saved_notice=f"pictures made before are in {target}")
+    rows = [_requests(config, prompt) for prompt in prompts]
     with meter.phase("loading"):
-        pipeline, family = open_pipeline(source.model, device.type, source.revision, source.variant, source.vae,
-                                         source.zero_terminal_snr)
-        tokenizers = [getattr(pipeline, name) for name in family.tokenizers]
-        for prompt in (*prompts, config.negative_prompt or ""):
-            family.check_prompt(tokenizers, prompt)  # the pipeline would cut a longer prompt
-        loras.apply(pipeline, used_loras)
-    side = family.native_side(getattr(pipeline, family.denoiser.name), pipeline.vae_scale_factor)
-    sampler = Sampler(config.num_inference_steps, guidance_scale, int(source.settings.get("model.resolution", side)))
-    start = _load_start(config.image, sampler.resolution)
+        renderer = Renderer(source, device.type, used_loras=used_loras)
+        for row in rows:
+            renderer.check(row[0])
+    start = _load_start(config.image, renderer.info.resolution)
     if start is not None:
-        pipeline = without_bar(family.image_to_image(pipeline))
-    settings = {"num_inference_steps": config.num_inference_steps, "sampler": family.sampler_title,
-                "guidance_scale": guidance_scale, "negative_prompt": config.negative_prompt,
-                "model": Path(source.model).name if source.adapter or config.base else source.folder.name,
-                "strength": config.strength if config.image else None}
-    lora_scales = [(lora.name, lora.scale) for lora in used_loras]
-    pictures = PictureFolder(target, len(prompts) > 1, lambda prompt, seed, size: png_metadata.info(
-        prompt, seed, size, lora_scales, settings) if config.metadata else None)
-    seeds = [config.seed + number for number in range(config.num_images)]
-    console, total = Console(), len(prompts) * len(seeds)
-    rows: list[list[Image.Image]] = [[] for _ in prompts]
+        renderer.start_from(start, config.strength)
+    folder = PictureFolder(target, len(prompts) > 1)
+    console, total = Console(), len(prompts) * config.num_images
+    drawn: list[list[Image.Image]] = [[] for _ in prompts]
     with meter.phase("drawing"), console.bar("pictures", total) as bar:
-        for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-            _check_stop(stop, bar.done, total, target)
-            for batch in generate_images(pipeline, [prompt] * len(seeds), seeds, sampler, config.batch_size,
-                                         negative_prompt=config.negative_prompt, start=start,
-                                         strength=config.strength):
-                for seed, picture in zip(seeds[len(row):], batch, strict=False):
-                    pictures.write(number, prompt, seed, picture)
-                row += batch
-                bar.tick(len(batch))
+        for number, row in enumerate(rows):
+            for first in range(0, len(row), config.batch_size):
                 _check_stop(stop, bar.done, total, target)
-    grid_path = pictures.write_grid(prompts[0], rows, config.columns)
+                batch = row[first:first + config.batch_size]
+                pictures = renderer.pictures(batch)
+                for request, picture in zip(batch, pictures, strict=True):
+                    folder.write(number, request, renderer.png(request, picture, config.metadata))
+                drawn[number] += pictures
+                bar.tick(len(batch))
+    grid_path = folder.write_grid(prompts[0], drawn, config.columns)
     what = repr(prompts[0]) if len(prompts) == 1 else f"{len(prompts)} prompts"
     console.say(f"{counted(total, 'picture')} of {what} in {target}, all on {grid_path}")
     return grid_path
+
+
+def _requests(config: Generate, prompt: str) -> list[PictureRequest]:
+    """Return a request for each picture of a prompt."""
+    width, height = parse_size(config.size) if config.size else (None, None)
+    return [PictureRequest(prompt, config.negative_prompt, config.seed + number, config.num_inference_steps,
+                           config.guidance_scale, width, height) for number in range(config.num_images)]
 
 
 def slug(prompt: str) -> str:

@@ -1,6 +1,7 @@
 """Finds and checks the LoRA files for generating pictures, and attaches them to a pipeline."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,25 +36,70 @@ def find_loras(sources: Sequence[str], scales: Sequence[float]) -> list[Lora]:
     return [_find_lora(Path(source), scale) for source, scale in zip(sources, scales, strict=True)]
 
 
-def apply(pipeline: Any, loras: Sequence[Lora]) -> None:
-    """Attach LoRAs to the pipeline. The weights of the base model do not change.
+class AttachedLoras:
+    """The LoRAs that are attached to a pipeline. The weights of the base model do not change.
 
-    Raises:
-        UserError: a LoRA does not fit this base model.
+    At most `capacity` LoRAs stay attached, or as many as are used at a time if they are more. The least recently used
+    LoRAs are detached first, which frees their memory.
     """
-    names = [f"lora{number}" for number in range(len(loras))]  # not the file names: peft allows no dots
-    for name, lora in zip(names, loras, strict=True):
+
+    def __init__(self, pipeline: Any, capacity: int) -> None:
+        self._pipeline, self._capacity = pipeline, capacity
+        self._names: dict[tuple[Path, int], str] = {}  # (path, occurrence in one call of `use`) -> name; last used last
+        self._used: tuple[tuple[str, float], ...] = ()  # (name, scale) of the LoRAs that the pipeline uses now
+        self._count = 0  # LoRAs attached until now
+
+    def use(self, loras: Sequence[Lora]) -> None:
+        """Make the pipeline use exactly these LoRAs: attach those that are missing, and set the scales.
+
+        Raises:
+            UserError: a LoRA does not fit this base model.
+        """
+        keys = [(lora.path, sum(other.path == lora.path for other in loras[:number]))
+                for number, lora in enumerate(loras)]
+        for key in keys:
+            if key in self._names:
+                self._names[key] = self._names.pop(key)
+        missing = [(key, lora) for key, lora in zip(keys, loras, strict=True) if key not in self._names]
+        self._detach([key for key in self._names if key not in keys][:max(
+            0, len(self._names) + len(missing) - self._capacity)])
+        for key, lora in missing:
+            self._names[key] = self._attach(lora)
+        used = tuple((self._names[key], lora.scale) for key, lora in zip(keys, loras, strict=True))
+        if used != self._used and not used:
+            self._enable(False)
+        elif used != self._used:
+            self._enable(True)
+            self._pipeline.set_adapters([name for name, _ in used], [scale for _, scale in used])
+        self._used = used
+
+    def _attach(self, lora: Lora) -> str:
+        name = f"lora{self._count}"  # not the file name: peft allows no dots
+        self._count, self._used = self._count + 1, (("", 0.0),)  # diffusers now uses the new LoRA
         try:
-            pipeline.load_lora_weights(lora.path.parent, weight_name=lora.path.name, adapter_name=name,
-                                       local_files_only=True)
-            if not any(name in attached for attached in pipeline.get_list_adapters().values()):  # diffusers only warns
-                raise ValueError("it has nothing for a layer of it")
+            self._enable(True)
+            self._pipeline.load_lora_weights(lora.path.parent, weight_name=lora.path.name, adapter_name=name,
+                                             local_files_only=True)
+            if not any(name in attached for attached in self._pipeline.get_list_adapters().values()):
+                raise ValueError("it has nothing for a layer of it")  # diffusers only warns
         except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError) as error:
+            with suppress(Exception):  # a part of the LoRA may be attached
+                self._pipeline.delete_adapters(name)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
             raise UserError(f"the LoRA {lora.path} does not fit this base ({reason}): type base=DIR, the model that "
                             "it was trained on") from error
-    if loras:
-        pipeline.set_adapters(names, [lora.scale for lora in loras])
+        return name
+
+    def _detach(self, keys: Sequence[tuple[Path, int]]) -> None:
+        for key in keys:
+            self._pipeline.delete_adapters(self._names.pop(key))
+
+    def _enable(self, enabled: bool) -> None:
+        """Enable or disable all attached LoRAs. A pipeline with disabled LoRAs draws as the base model does."""
+        from diffusers.utils.peft_utils import set_adapter_layers
+
+        for name in self._pipeline.get_list_adapters():
+            set_adapter_layers(getattr(self._pipeline, name), enabled=enabled)
 
 
 def _find_lora(source: Path, scale: float) -> Lora:

@@ -22,6 +22,11 @@ class Source:
     base_typed: bool = False  # whether `model` is a base model that the user typed; `settings` then do not describe it
 
     @property
+    def title(self) -> str:
+        """The name of the model in the metadata of pictures: of the base model of an adapter, or of a run's folder."""
+        return Path(self.model).name if self.adapter or self.base_typed else self.folder.name
+
+    @property
     def revision(self) -> str | None:
         return self._of_base("model.revision")
 
@@ -72,7 +77,7 @@ def _find_source(config: Generate) -> Source:
     if not config.run and not config.base:
         raise UserError("the run is missing: type run=runs/NAME, a folder that python -m dreambooth.train made")
     if not config.run:
-        return Source(Path(), resolve_asset(config.base or ""), None, {})
+        return Source(Path(), resolve_asset(config.base or ""), None, {}, base_typed=True)
     folder = Path(config.run)
     settings = read_settings(folder)
     for model in (folder / "model", folder):

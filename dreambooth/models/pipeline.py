@@ -3,9 +3,10 @@
 The pipeline's class and its sampling scheduler come from the model's family.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,30 @@ def open_pipeline(model: Path | str, device: str, revision: str | None = None, v
                         "train it again, type another run=DIR, or (of an adapter) base=DIR") from error
     vae.check_channels(family, getattr(pipeline, family.denoiser.name), pipeline.vae,
                        "run=DIR or base=DIR, a model that draws from text alone")
-    config = dict(pipeline.scheduler.config)
+    pipeline.scheduler = sampling_scheduler(pipeline.scheduler.config, family, zero_terminal_snr, model)
+    return without_bar(pipeline).to(device), family
+
+
+def sampling_scheduler(base_config: Mapping[str, Any], family: Family, zero_terminal_snr: bool,
+                       model: Path | str) -> Any:
+    """Return the family's sampling scheduler for a model.
+
+    Args:
+        base_config: the configuration of the model's own scheduler, or of a sampling scheduler that this function has
+            returned, without zero terminal SNR.
+        zero_terminal_snr: see `open_pipeline`.
+        model: folder or hub id, for the message.
+
+    Raises:
+        UserError: the model predicts noise although `zero_terminal_snr` is set.
+    """
+    config = dict(base_config)
     if zero_terminal_snr:
         if config.get("prediction_type", "epsilon") == "epsilon":
             raise UserError(f"the run has model.zero_terminal_snr=true and {model} predicts noise: type base=DIR, a "
                             "model that predicts v, or leave base out")
         config = family.rescale_to_zero_snr(config)
-    pipeline.scheduler = family.sampling_scheduler(config)
-    return without_bar(pipeline).to(device), family
+    return family.sampling_scheduler(config)
 
 
 def _open_vae(source: str, family: Family, dtype: torch.dtype, model: Path | str) -> Any:
@@ -141,6 +158,8 @@ def generate_images(
     negative_prompt: str | None = None,
     start: Image | None = None,
     strength: float = 1.0,
+    size: tuple[int, int] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> Iterator[list[Image]]:
     """Yield batches of pictures: one picture for each prompt, with the seed at the same position of `seeds`.
 
@@ -156,17 +175,23 @@ def generate_images(
             batches between processes.
         start: a picture of sampler.resolution to start from; `pipeline` must then come from Family.image_to_image.
         strength: the fraction of the denoising steps that are computed, in (0, 1]. More steps replace more of `start`.
+        size: width and height in pixels; None: a square of sampler.resolution.
+        on_step: called after each denoising step of a batch with the number of completed steps and of all steps. An
+            exception that it raises ends the batch.
     """
     arguments = families.of_pipeline(pipeline).sampling_arguments(pipeline)
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
 
     def draw(chunk: slice) -> list[Image]:
         count = len(prompts[chunk])
-        inputs: dict[str, Any] = {"height": sampler.resolution, "width": sampler.resolution}
+        width, height = size or (sampler.resolution, sampler.resolution)
+        inputs: dict[str, Any] = {"height": height, "width": width}
         if start is not None:
             inputs = {"image": [start] * count, "strength": strength}
         if negative_prompt is not None:
             inputs["negative_prompt"] = [negative_prompt] * count
+        if on_step is not None:
+            inputs["callback_on_step_end"] = partial(_report_step, on_step)
         with evaluating(*modules), torch.no_grad(), autocast():
             pixels = pipeline(
                 prompt=list(prompts[chunk]),
@@ -185,6 +210,13 @@ def generate_images(
         return images
 
     return map_batches(draw, [slice(first, first + batch_size) for first in range(0, len(prompts), batch_size)])
+
+
+def _report_step(on_step: Callable[[int, int], None], pipeline: Any, step: int, timestep: Any,
+                 tensors: dict[str, Any]) -> dict[str, Any]:
+    """Call `on_step` for diffusers' callback_on_step_end, whose arguments these are."""
+    on_step(step + 1, pipeline.num_timesteps)
+    return tensors
 
 
 @contextmanager

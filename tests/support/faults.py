@@ -259,14 +259,23 @@ def _full_disk(seed: int) -> None:
     """The disk is full from image number `seed` + 1 on."""
     from PIL import Image
 
-    save, calls = Image.Image.save, iter(range(10**9))
+    save, write, calls = Image.Image.save, Path.write_bytes, iter(range(10**9))
 
-    def saving(image: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+    def count() -> None:
         if next(calls) >= seed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def saving(image: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(path, Path):
+            count()
         save(image, path, *args, **kwargs)
 
-    Image.Image.save = saving
+    def writing(path: Path, content: bytes) -> int:
+        if path.suffix == ".png":
+            count()
+        return write(path, content)
+
+    Image.Image.save, Path.write_bytes = saving, writing  # type: ignore[method-assign]
 
 
 def _bug(seed: int) -> None:
@@ -329,17 +338,17 @@ def _evaluation_stopped(seed: int) -> None:
 def _before_second_batch(act: Callable[[], None]) -> Callable[[int], None]:
     """A fault that calls `act` before the command generate receives its second batch of images."""
     def fault(seed: int) -> None:
-        from dreambooth.inference import generate_images as generate_command
+        from dreambooth.inference.renderer import Renderer
 
-        generate = generate_command.generate_images
+        original, calls = Renderer.pictures, iter(range(10**9))
 
-        def generating(*args: Any, **kwargs: Any) -> Any:
-            for number, batch in enumerate(generate(*args, **kwargs)):
-                if number == 1:
-                    act()
-                yield batch
+        def pictures(*args: Any, **kwargs: Any) -> Any:
+            drawn = original(*args, **kwargs)
+            if next(calls) == 1:
+                act()
+            return drawn
 
-        generate_command.generate_images = generating
+        setattr(Renderer, "pictures", pictures)  # noqa: B010
 
     return fault
 

@@ -309,6 +309,10 @@ class Family(ABC):
         """Return arguments of the pipeline, beside prompts and sampling settings, that every call needs."""
         return {}
 
+    @abstractmethod
+    def side_multiple(self, pipeline: Any) -> int:
+        """Return the number of pixels of which the pipeline requires both sides of a picture to be multiples."""
+
     @property
     def pipeline_type(self) -> Any:
         """The text-to-image pipeline class of diffusers, imported on first use."""

@@ -144,6 +144,9 @@ class FlowTransformer(Family):
 
     # -- pipelines -------------------------------------------------------------------------------------------------
 
+    def side_multiple(self, pipeline: Any) -> int:
+        return 2 * int(pipeline.vae_scale_factor)  # a token has the side of two latents of the VAE, in all families
+
     def build_pipeline(self, parts: Mapping[str, Any], scheduler: Any) -> Any:
         return self.pipeline_type(**parts, scheduler=scheduler)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -208,6 +209,9 @@ class LatentUNet(Family):
         return DPMSolverMultistepScheduler.from_config(scheduler_config)
 
     # -- pipelines -------------------------------------------------------------------------------------------------
+
+    def side_multiple(self, pipeline: Any) -> int:
+        return math.lcm(8, pipeline.vae_scale_factor)  # the pipelines of diffusers require multiples of 8
 
     def build_pipeline(self, parts: Mapping[str, Any], scheduler: Any) -> Any:
         safety = {name: parts.get(name) for name in ("safety_checker", "feature_extractor")}
