@@ -1,9 +1,13 @@
 """The config group `hardware`: the machine of a run. Imports neither torch nor Hydra."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cache
+
+import yaml
 
 from dreambooth.config.enums import Device
 from dreambooth.config.section import Section, require
+from dreambooth.utils.assets import conf_dir
 
 
 @dataclass
@@ -25,3 +29,16 @@ class Hardware(Section):
 
     def __post_init__(self) -> None:
         require("hardware", {"gpus": (self.gpus >= 1, f"1 or more, not {self.gpus}")})
+
+
+@cache
+def presets() -> dict[str, Hardware]:
+    """Return the machines of conf/hardware by name."""
+    names = {item.name for item in fields(Hardware)}
+    machines = {}
+    for path in sorted((conf_dir() / "hardware").glob("*.yaml")):
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        known = {key: value for key, value in values.items() if key in names}
+        machines[path.stem] = Hardware(**known | {"device": Device(known["device"])})
+        machines[path.stem].seal()
+    return machines

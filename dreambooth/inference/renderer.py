@@ -17,6 +17,7 @@ from dreambooth.inference import loras, picture_request, png_metadata
 from dreambooth.inference.loras import AttachedLoras, Lora
 from dreambooth.inference.model_sources import Source
 from dreambooth.inference.picture_request import InvalidRequest, PictureRequest
+from dreambooth.models.inference_memory import PLAIN, InferenceMemory
 from dreambooth.models.pipeline import Sampler, generate_images, open_pipeline, sampling_scheduler, without_bar
 from dreambooth.serialization.export_layout import read_settings
 
@@ -54,7 +55,7 @@ class Renderer:
     """
 
     def __init__(self, source: Source, device: str, adapters: Mapping[str, Path] | None = None, max_adapters: int = 4,
-                 *, used_loras: Sequence[Lora] | None = None) -> None:
+                 *, used_loras: Sequence[Lora] | None = None, memory: InferenceMemory = PLAIN) -> None:
         """Open the model and attach its own LoRAs.
 
         Args:
@@ -64,6 +65,7 @@ class Renderer:
                 option lora of generate. They are opened at the first request that names them.
             max_adapters: number of adapters that are kept in memory; the least recently used one is released first.
             used_loras: the LoRAs of requests that name no adapter; None: the adapter of `source`.
+            memory: options that save GPU memory; planner/serving_plan.py chooses them.
 
         Raises:
             UserError: the model cannot be opened, or a LoRA does not fit it.
@@ -74,7 +76,7 @@ class Renderer:
         self._own = _Look(tuple(used_loras), source.settings, source.zero_terminal_snr)
         self._looks: dict[str, _Look] = {}
         self._pipeline, self._family = open_pipeline(source.model, device, source.revision, source.variant, source.vae,
-                                                     source.zero_terminal_snr)
+                                                     source.zero_terminal_snr, memory)
         self._schedulers = {source.zero_terminal_snr: self._pipeline.scheduler}
         self._attached = AttachedLoras(self._pipeline, max(1, max_adapters, len(used_loras)))
         self._attached.use(self._own.loras)

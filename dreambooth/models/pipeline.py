@@ -16,9 +16,10 @@ from PIL.Image import Image
 from safetensors import SafetensorError
 
 from dreambooth.errors import Diverged, UserError
-from dreambooth.models import families, hub, vae
+from dreambooth.models import families, hub, inference_memory, vae
 from dreambooth.models.components import Components
 from dreambooth.models.families.family import Family
+from dreambooth.models.inference_memory import PLAIN, InferenceMemory
 from dreambooth.models.prompt_encodings import PromptEncodings
 from dreambooth.utils import quoting
 
@@ -72,7 +73,8 @@ def pipeline_over(parts: Components, scheduler: Any) -> Any:
 
 
 def open_pipeline(model: Path | str, device: str, revision: str | None = None, variant: str | None = None,
-                  other_vae: str | None = None, zero_terminal_snr: bool = False) -> tuple[Any, Family]:
+                  other_vae: str | None = None, zero_terminal_snr: bool = False,
+                  memory: InferenceMemory = PLAIN) -> tuple[Any, Family]:
     """Open the pipeline of a diffusers folder, or of a hub id whose files are on this machine.
 
     Args:
@@ -82,9 +84,11 @@ def open_pipeline(model: Path | str, device: str, revision: str | None = None, v
         other_vae: a folder or hub id of a VAE that replaces the model's own.
         zero_terminal_snr: whether to rescale the noise schedule to zero terminal SNR. An adapter that was trained with
             the rescaled schedule (components.training_scheduler) needs this.
+        memory: options that save memory of the device. Without cpu_offload, each part moves to the device before the
+            next one is loaded.
 
     Returns:
-        The pipeline, on `device` and with the family's sampling scheduler; and the model's family.
+        The pipeline, which computes on `device`, with the family's sampling scheduler; and the model's family.
 
     Raises:
         UserError: the model cannot be opened, needs another input beside text, or predicts noise although
@@ -92,12 +96,18 @@ def open_pipeline(model: Path | str, device: str, revision: str | None = None, v
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    dtype = torch.float16 if device == "cuda" else torch.float32
     replaced: dict[str, Any] = {}
     try:
         family, _ = families.of_source(model, revision=revision, local_files_only=True)
+        dtype = inference_dtype(family, torch.cuda.get_device_capability() if device == "cuda" else None)
         if other_vae is not None:
             replaced[family.vae.name] = _open_vae(other_vae, family, dtype, model)
+        for part in family.parts():
+            module = replaced.get(part.name) or part.load(
+                str(model), dtype, subfolder=part.name, revision=revision, variant=variant, local_files_only=True)
+            replaced[part.name] = inference_memory.prepare(module, memory, part is family.denoiser)
+            if not memory.cpu_offload:
+                module.to(device)
         pipeline = DiffusionPipeline.from_pretrained(
             model, torch_dtype=dtype, revision=revision, variant=variant, local_files_only=True, **replaced)
     except (OSError, ValueError, SafetensorError) as error:
@@ -106,7 +116,12 @@ def open_pipeline(model: Path | str, device: str, revision: str | None = None, v
     vae.check_channels(family, getattr(pipeline, family.denoiser.name), pipeline.vae,
                        "run=DIR or base=DIR, a model that draws from text alone")
     pipeline.scheduler = sampling_scheduler(pipeline.scheduler.config, family, zero_terminal_snr, model)
-    return without_bar(pipeline).to(device), family
+    inference_memory.decode_in_parts(pipeline.vae, memory)
+    if memory.cpu_offload:
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+    return without_bar(pipeline), family
 
 
 def sampling_scheduler(base_config: Mapping[str, Any], family: Family, zero_terminal_snr: bool,
@@ -129,6 +144,22 @@ def sampling_scheduler(base_config: Mapping[str, Any], family: Family, zero_term
                             "model that predicts v, or leave base out")
         config = family.rescale_to_zero_snr(config)
     return family.sampling_scheduler(config)
+
+
+def inference_dtype(family: Family, capability: tuple[int, int] | None) -> torch.dtype:
+    """Return the precision in which a model generates pictures.
+
+    It is fp16 on a GPU. A model whose activations exceed the largest number of fp16 computes in bf16, and on a GPU
+    without bf16 in fp32.
+
+    Args:
+        capability: CUDA compute capability of the GPU; None: a CPU, which computes in fp32.
+    """
+    if capability is None:
+        return torch.float32
+    if not family.overflows_in_fp16:
+        return torch.float16
+    return torch.bfloat16 if capability >= (8, 0) else torch.float32
 
 
 def _open_vae(source: str, family: Family, dtype: torch.dtype, model: Path | str) -> Any:

@@ -40,18 +40,20 @@ class CachingAllocator:
     SMALL: ClassVar = MIB
     SEGMENT: ClassVar = (2 * MIB, 20 * MIB)  # bytes of a segment of the small and of the large pool
 
-    def __init__(self, expandable: bool = False, max_split: int | None = None) -> None:
+    def __init__(self, expandable: bool = False, max_split: int | None = None, full: bool = False) -> None:
         """Create an allocator without segments.
 
         Args:
             expandable: PyTorch's setting expandable_segments.
             max_split: PyTorch's setting max_split_size_mb, converted to bytes. Blocks of at least this size are never
                 split, and serve only requests of about their own size. None: all blocks may be split.
+            full: whether the card is full, so that unused segments are given back before each new one.
         """
         self.allocated = 0
         self.reserved = 0
         self._expandable = expandable
         self._max_split = max_split
+        self._full = full
         self._blocks: dict[int, _Block] = {}
         self._free: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
         self._last: list[int | None] = [None, None]  # the last block of each pool's range, with expandable segments
@@ -63,6 +65,8 @@ class CachingAllocator:
         large = size > self.SMALL
         number = self._take_free_block(size, large)
         if number is None:
+            if self._full:
+                self.empty_cache()
             number = self._extend_range(size, large) if self._expandable else self._new_segment(size, large)
         block = self._blocks[number]
         self._split(number, block, size)

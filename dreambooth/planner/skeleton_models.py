@@ -24,17 +24,30 @@ from dreambooth.utils.assets import resolve_asset
 def find_architecture(recipe: Recipe) -> tuple[Family, Path]:
     """Return the family of the recipe's base model, and the folder with its configuration files.
 
+    Raises:
+        UserError: no folder contains a model of a known family.
+    """
+    return architecture_of(recipe.source, recipe.model.name)
+
+
+def architecture_of(source: str, name: str | None = None) -> tuple[Family, Path]:
+    """Return the family of a model, and the folder with its configuration files.
+
     The folder is the model's own folder if it contains configuration files, and otherwise one in assets/architectures.
+
+    Args:
+        source: a diffusers folder or hub id.
+        name: name of the model in conf/model, for a model that is neither a folder here nor the id of a family.
 
     Raises:
         UserError: none of these folders contains a model of a known family.
     """
-    names = filter(None, (families.architecture_of(recipe.source), recipe.model.name))
+    names = filter(None, (families.architecture_of(source), name))
     packaged = [Path(resolve_asset("package:architectures")) / name for name in names]
-    for folder in (Path(recipe.source), *packaged):
+    for folder in (Path(source), *packaged):
         if family := families.of_folder(folder):
             return family, folder
-    raise UserError(f"the architecture of {recipe.source} is unknown: type model.source=DIR, a folder with its "
+    raise UserError(f"the architecture of {source} is unknown: type model.source=DIR, a folder with its "
                     "unet/config.json, vae/config.json and text_encoder/config.json")
 
 
@@ -65,17 +78,55 @@ def build_skeleton(recipe: Recipe) -> Components:
         tokenizers=[None for _ in family.tokenizers],
         scheduler_config=training_scheduler(family, scheduler_config, recipe))
     vae.check_channels(family, parts.denoiser, parts.vae, vae.another_base(recipe))
-    if recipe.method.low_rank and recipe.method.base_weights is not BaseWeights.half:
+    if recipe.method.low_rank:
         for module in trained_modules(parts, recipe).values():
-            quantise(module, frozen, recipe.method.base_weights)
-            module.to("cpu")  # the CPU stands for the card: bitsandbytes packs weights when they move to their device
-            for layer in module.modules():
-                if hasattr(layer, "support_avx512bf16_for_cpu"):  # on some CPUs: a format that no card has
-                    setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010
+            _quantise(module, frozen, recipe.method.base_weights)
     for module in parts.modules:
         module.requires_grad_(False).eval()
     disable_vae_autocast(parts)
     return parts
+
+
+def build_served(source: str, name: str | None, vae_source: str | None, dtype: torch.dtype,
+                 base_weights: BaseWeights) -> Components:
+    """Build the parts of a model as a pipeline for inference has them (models/pipeline.open_pipeline).
+
+    Call this function inside `fake_tensors` or `fake_gpu`; see `build_skeleton`.
+
+    Args:
+        source, name: see `architecture_of`.
+        vae_source: a folder, hub id or single file of the VAE that replaces the model's own; None: its own.
+        dtype: precision of all parts.
+        base_weights: format of the denoiser's linear layers.
+
+    Raises:
+        UserError: the architecture of the model is unknown.
+    """
+    family, folder = architecture_of(source, name)
+    configurations, scheduler_config = _read_configurations(family, folder)
+    vae_configuration = configurations[family.vae.name]
+    if vae_source:
+        vae_configuration = vae.planned_configuration(vae_source, family, vae_configuration)
+    parts = Components(
+        family=family, denoiser=to_dtype(_build(family.denoiser, configurations[family.denoiser.name]), dtype),
+        vae=to_dtype(_build(family.vae, vae_configuration), dtype),
+        encoders=[to_dtype(_build(part, configurations[part.name]), dtype) for part in family.encoders],
+        tokenizers=[None for _ in family.tokenizers], scheduler_config=scheduler_config)
+    _quantise(parts.denoiser, dtype, base_weights)
+    for module in parts.modules:
+        module.requires_grad_(False).eval()
+    return parts
+
+
+def _quantise(module: torch.nn.Module, dtype: torch.dtype, base_weights: BaseWeights) -> None:
+    """Convert the linear layers of a module to `base_weights`, as they are on the card."""
+    if base_weights is BaseWeights.half:
+        return
+    quantise(module, dtype, base_weights)
+    module.to("cpu")  # the CPU stands for the card: bitsandbytes packs weights when they move to their device
+    for layer in module.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # on some CPUs: a format that no card has
+            setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def _build(part: Part, configuration: Mapping[str, Any]) -> Any:

@@ -97,8 +97,12 @@ def step_seconds(recipe: Recipe, prediction: Prediction, card: Card, flops: floa
 
 def _flops_per_second(recipe: Recipe, card: Card) -> float:
     """Return the operations per second that the run is assumed to reach."""
-    half = recipe.precision.dtype is not Dtype.fp32
-    if recipe.precision.tf32 and not half:  # half the rate of half precision on every card that has TF32
+    return flops_per_second(card, recipe.precision.dtype is not Dtype.fp32, recipe.precision.tf32)
+
+
+def flops_per_second(card: Card, half: bool, tf32: bool = False) -> float:
+    """Return the operations per second that a card is assumed to reach in half precision, in TF32 or in fp32."""
+    if tf32 and not half:  # half the rate of half precision on every card that has TF32
         return card.half_tflops / 2 * 1e12 * EFFICIENCY[True]
     return (card.half_tflops if half else card.fp32_tflops) * 1e12 * EFFICIENCY[half]
 

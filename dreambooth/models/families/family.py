@@ -171,6 +171,7 @@ class Family(ABC):
 
     # -- the denoiser ----------------------------------------------------------------------------------------------
 
+    overflows_in_fp16: bool = False  # whether activations of the published model are known to overflow in fp16
     uses_size_and_crop: bool = False  # whether the denoiser uses the argument `size_and_crop` of `predict`
 
     @abstractmethod

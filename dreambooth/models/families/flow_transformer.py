@@ -37,7 +37,6 @@ class FlowTransformer(Family):
     lora_programs = {MethodKind.lora: "ComfyUI", MethodKind.dora: "ComfyUI"}
     encodes_ahead = True
     single_file: TransformerFile
-    overflows_in_fp16 = False  # whether activations of the published model are known to overflow in fp16
     block_lists: tuple[str, ...] = ("transformer_blocks",)  # the transformer's lists of blocks, in order
     patch = 2  # side of a token of the transformer, in latents of the run
     attention_kinds: tuple[AttentionKind, ...] = tuple(ATTENTION_BACKENDS)
