@@ -9,7 +9,7 @@ allocator then computes the memory by phase and category from the recorded event
 
 Nothing is computed and nothing is downloaded. These parts are modelled instead of run: the optimizer
 (optimizer_memory.py), the allocator (caching_allocator.py), the workspaces of attention kernels (fake_cuda.py) and the
-encoders of the evaluation (encoder_memory.py). docs/planner.md compares predictions with published figures.
+encoders of the evaluation (a table). docs/planner.md compares predictions with published figures.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.config.enums import AttentionKind, Dtype, EmaDevice, Weights
+from dreambooth.config.evaluate import Evaluate
 from dreambooth.config.recipe import Recipe
 from dreambooth.data.aspect_buckets import Size, largest_bucket
 from dreambooth.data.batches import Batch, encode_batch_size, join_batches
@@ -31,7 +32,6 @@ from dreambooth.optim.memory_levers import build_training_optimizer
 from dreambooth.planner import skeleton_models
 from dreambooth.planner.allocation_trace import ACTIVATIONS, HOST, TEMPORARIES, StorageTrace
 from dreambooth.planner.caching_allocator import MIB
-from dreambooth.planner.encoder_memory import encoder_tensor_bytes
 from dreambooth.planner.fake_cuda import (
     attention_workspace_bytes,
     fake_gpu,
@@ -46,6 +46,11 @@ from dreambooth.runtime.engine import Engine
 from dreambooth.training.step import Objective, TrainState, train_step
 
 CUBLAS_WORKSPACE = 8 * MIB + 128 * 1024  # 8320 KiB: PyTorch's default :4096:2:16:8
+# Bytes of the weights of the evaluation's encoders in fp32, and the measured peak memory of EfficientNet-Lite0's
+# activations for a batch of its images. The other encoders need less, which a test verifies. A plan loads no encoder.
+ENCODER_WEIGHTS = {"efficientnet_lite0": 14 * MIB, "dino": 84 * MIB, "clip": 578 * MIB, "lpips": 10 * MIB}
+ENCODER_ACTIVATIONS = 96 * MIB
+ENCODER_BATCH = 16  # images (evaluation/encoders.py)
 
 
 def predict(recipe: Recipe) -> Prediction:
@@ -345,3 +350,15 @@ class _Rehearsal:
     def _latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
         height, width = (side // self.parts.vae_scale for side in size or (self.recipe.model.resolution,) * 2)
         return self.parts.latent_channels, height, width
+
+
+def encoder_tensor_bytes(evaluate: Evaluate, resolution: int) -> list[int]:
+    """Return the sizes, in bytes, of the tensors that exist at the same time while images are scored.
+
+    All encoders of a run are on the device at the same time.
+
+    Args:
+        resolution: side of the images in pixels.
+    """
+    encoders = [*evaluate.encoders, *(["lpips"] if evaluate.lpips else [])]
+    return [*(ENCODER_WEIGHTS[name] for name in encoders), ENCODER_BATCH * 3 * resolution**2 * 4, ENCODER_ACTIVATIONS]

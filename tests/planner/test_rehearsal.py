@@ -16,10 +16,9 @@ from dreambooth.evaluation.encoders import EfficientNet
 from dreambooth.models import gradient_checkpointing, loading
 from dreambooth.planner import rehearsal
 from dreambooth.planner.allocation_trace import MARK, StorageTrace
-from dreambooth.planner.encoder_memory import encoder_tensor_bytes
 from dreambooth.planner.fake_cuda import fake_tensors
 from dreambooth.planner.prediction import Prediction
-from dreambooth.planner.rehearsal import predict, rehearse
+from dreambooth.planner.rehearsal import encoder_tensor_bytes, predict, rehearse
 from dreambooth.planner.skeleton_models import build_skeleton
 from tests.support.configs import demo_recipe, small_recipe
 
