@@ -259,23 +259,17 @@ def _full_disk(seed: int) -> None:
     """The disk is full from image number `seed` + 1 on."""
     from PIL import Image
 
-    save, write, calls = Image.Image.save, Path.write_bytes, iter(range(10**9))
+    calls = iter(range(10**9))
 
-    def count() -> None:
-        if next(calls) >= seed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def failing(write: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(one, Path) and one.suffix == ".png" for one in args) and next(calls) >= seed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(*args, **kwargs)
+        return call
 
-    def saving(image: Any, path: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(path, Path):
-            count()
-        save(image, path, *args, **kwargs)
-
-    def writing(path: Path, content: bytes) -> int:
-        if path.suffix == ".png":
-            count()
-        return write(path, content)
-
-    Image.Image.save, Path.write_bytes = saving, writing  # type: ignore[method-assign]
+    setattr(Image.Image, "save", failing(Image.Image.save))  # noqa: B010
+    setattr(Path, "write_bytes", failing(Path.write_bytes))  # noqa: B010
 
 
 def _bug(seed: int) -> None:
@@ -343,13 +337,9 @@ def _before_second_batch(act: Callable[[], None]) -> Callable[[int], None]:
         original, calls = Renderer.pictures, iter(range(10**9))
 
         def pictures(*args: Any, **kwargs: Any) -> Any:
-            drawn = original(*args, **kwargs)
-            if next(calls) == 1:
-                act()
-            return drawn
+            return original(*args, **kwargs), next(calls) == 1 and act()
 
-        setattr(Renderer, "pictures", pictures)  # noqa: B010
-
+        setattr(Renderer, "pictures", lambda *args: pictures(*args)[0])  # noqa: B010
     return fault
 
 
