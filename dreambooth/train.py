@@ -5,6 +5,7 @@ Torch is imported only when the work of the command starts, so that --help is fa
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
         cli.configure_allocator(config.memory)
         config = convert_single_files(run_inputs.fetch_inputs(config, run_dir, conversion_mark))
         overrides = distinguishing_overrides(list(HydraConfig.get().overrides.task))
-        recipe = resolve(config, run_dir, detect_machine(), overrides)
+        recipe = replace(resolve(config, run_dir, detect_machine(), overrides),
+                         fixed_length=identity.has_fixed_length(HydraConfig.get()))
         with catch_stop_signals() as stop, \
                 remote_mirror.mirror_run(config.storage, run_dir, config.checkpoint.resume, stop) as keep:
             from dreambooth.run import execute

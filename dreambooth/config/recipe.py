@@ -56,6 +56,7 @@ class Recipe:
             images gets these prompts, because it does not know the rare word that names the subject.
         reference_dir: folder of the photos that generated images are compared with.
         overrides: the Hydra overrides that the run was composed with.
+        fixed_length: whether the run belongs to a sweep that sets train.max_train_steps: more steps are another run.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Recipe:
     evaluate: Evaluate
     tracking: Tracking
     overrides: tuple[str, ...] = ()
+    fixed_length: bool = False
 
     @property
     def instance_prompt(self) -> str:

@@ -8,11 +8,13 @@ imports no torch.
 """
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.config import eval_prompts
@@ -48,7 +50,24 @@ def _identity_resolver(kind: str = "", *, _root_: DictConfig) -> str:
         kind: the text after the colon.
     """
     overrides = _root_.hydra.overrides.task if kind == "sweep" else []
-    return identity(_root_, swept=any(word.lstrip("+").startswith("train.max_train_steps=") for word in overrides))
+    return identity(_root_, swept=sweeps_length(overrides))
+
+
+def sweeps_length(overrides: Iterable[str]) -> bool:
+    """Return whether the overrides of a trial set train.max_train_steps, which is then a part of its identity."""
+    return any(word.lstrip("+").startswith("train.max_train_steps=") for word in overrides)
+
+
+def has_fixed_length(hydra: Any) -> bool:
+    """Return whether a run is a trial whose folder is named after its number of steps, so that it is not extended.
+
+    Args:
+        hydra: Hydra's own configuration of the run. The workflow of Katib names the folder of a single run like that
+            of a trial.
+    """
+    folder = hydra.sweep if hydra.mode is RunMode.MULTIRUN else hydra.run
+    return "identity:sweep" in str(OmegaConf.to_container(folder, resolve=False)) and sweeps_length(
+        hydra.overrides.task)
 
 
 def identity(root: DictConfig, swept: bool = False) -> str:

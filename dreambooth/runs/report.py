@@ -46,7 +46,7 @@ def already_finished(result: Result, recipe: Recipe) -> str:
     schedule, counted_by = recipe.train.lr_scheduler, None  # what makes the number of steps a part of the run's name
     if schedule.depends_on_length:
         counted_by = f"train.lr_scheduler={schedule.value}"
-    elif recipe.tracking.sweep and any("train.max_train_steps=" in word for word in recipe.overrides):
+    elif recipe.fixed_length:
         counted_by = "a sweep over train.max_train_steps"
     advice = (f"With {counted_by}, {more} is another run, which begins at step 0. To start this one over, type "
               if counted_by else f"To train more, type {more}; to start over, ")

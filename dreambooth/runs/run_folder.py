@@ -81,7 +81,7 @@ def locked(run_dir: Path, watch: bool = True) -> Iterator[None]:
         try:
             stack.enter_context(file_lock.hold(run_dir / ".lock", timeout=0, watch=watch))
         except file_lock.Locked as error:
-            owner = f" ({error})" if str(error) else ""
+            owner = f" ({error.owner})" if error.owner else ""
             raise UserError(f"another process{owner} is training in {run_dir}: wait for it, or change a setting (such "
                             "as train.seed) for another run") from error
         _check_writable(run_dir, _changed_paths(run_dir))  # not before: the holder of the lock removes folders

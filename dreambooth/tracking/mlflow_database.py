@@ -79,16 +79,27 @@ def open_client(uri: str) -> Any:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     from mlflow import MlflowClient
 
-    from dreambooth.tracking.moved_database import correct_addresses
-
     if file is None:
         return MlflowClient(uri)
     with file_lock.hold(Path(f"{file}.lock"), LOCK_TIMEOUT):  # otherwise two simultaneous runs would create the tables
-        if _is_unfinished(file):
+        if _needs_tables(file):
             _create(file)
-        else:
-            correct_addresses(file)
         return MlflowClient(uri)
+
+
+def _needs_tables(file: Path) -> bool:
+    """Return whether the tables of a database have to be created. If not, correct the addresses in it."""
+    import sqlite3
+
+    from dreambooth.tracking.moved_database import correct_addresses
+
+    if not file.exists():
+        return True
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(file, timeout=0)) as database:
+        if _is_unfinished(file, database):
+            return True
+        correct_addresses(file, database)
+    return False
 
 
 def _create(file: Path) -> None:
@@ -108,22 +119,26 @@ def _create(file: Path) -> None:
             Path(f"{file}{suffix}").unlink(missing_ok=True)
 
 
-def _is_unfinished(file: Path) -> bool:
-    """Return whether a database file is missing, or has no data because the creation of its tables was interrupted.
+def _is_unfinished(file: Path, database: Any) -> bool:
+    """Return whether a database file has no data because the creation of its tables was interrupted.
 
     Return False if another program may be creating the tables now: if it has locked the file, or if the file has
     changed within the last UNCHANGED seconds. One such program is `mlflow ui`, which does not use our lock. Return
     False, too, if the file has only tables that are not MLflow's.
+
+    Args:
+        database: a connection to `file` that does not wait for locks.
     """
     import sqlite3
 
-    if not file.exists():
-        return True
     if time.time() - file.stat().st_mtime < UNCHANGED:
         return False
-    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(file, timeout=0)) as database:
+    try:
         database.execute("BEGIN IMMEDIATE")
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         return (not tables or "experiments" in tables) and not any(
             database.execute(f'SELECT 1 FROM "{name}" LIMIT 1').fetchone() for name in tables - _BOOKKEEPING)
-    return False
+    except sqlite3.Error:
+        return False
+    finally:
+        database.rollback()

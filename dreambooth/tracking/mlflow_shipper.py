@@ -57,7 +57,7 @@ class Shipper(threading.Thread):
         self.attempted, self._wake = threading.Event(), threading.Event()
         self._announce_outages, self._announced = announce_outages, False
         self.outage: str | None = None  # why the server is down, such as "does not answer (...)"; None: it is not
-        self.error: Exception | None = None  # the reason of the outage
+        self.error: Exception | None = None  # the reason of the outage; None: there is none
         self._stopped = self._closing = self._down = False
         self._failures = self._attempts = 0  # consecutive failed rounds; failed attempts to send the next entry
         self._client: Any = None
@@ -146,7 +146,7 @@ class Shipper(threading.Thread):
             return False
         if self._announced and not self._stopped:
             self._warn(f"MLflow at {self.display_uri} is back and has received everything")
-        self._failures, self._down, self._announced, self.outage = 0, False, False, None
+        self._failures, self._down, self._announced, self.outage, self.error = 0, False, False, None, None
         return True
 
     def _handle_failure(self, error: Exception) -> None:

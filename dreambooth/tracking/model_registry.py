@@ -95,7 +95,8 @@ class Registry:
         files = {path.relative_to(folder).as_posix(): path.stat().st_size
                  for path in folder.rglob("*") if path.is_file()}
         return next((name for name, size in sorted(files.items())
-                     if stored.get(name) != size and name not in (*DESCRIPTIONS, manifest.NAME)), None)
+                     if (name not in stored or stored[name] not in (None, size))
+                     and name not in (*DESCRIPTIONS, manifest.NAME)), None)
 
     def list_versions(self, name: str) -> list[Version]:
         """Return all versions of the model `name`, oldest first. `name` must not contain a quote."""
@@ -137,17 +138,20 @@ class Registry:
                             f"or type {self._uri_key}=ADDRESS of one that answers") from error
 
 
-def _file_sizes(uri: str, tracking_uri: str) -> dict[str, int]:
-    """Return the sizes in bytes of all files that MLflow has below the address `uri`, by relative path."""
+def _file_sizes(uri: str, tracking_uri: str) -> dict[str, int | None]:
+    """Return the sizes in bytes of all files that MLflow has below the address `uri`, by relative path.
+
+    A size is None if the store of the artifacts does not tell it.
+    """
     from mlflow.artifacts import list_artifacts
 
-    sizes: dict[str, int] = {}
+    sizes: dict[str, int | None] = {}
     for item in list_artifacts(artifact_uri=uri, tracking_uri=tracking_uri):
         name = item.path.rpartition("/")[2]
         if item.is_dir:
             sizes |= {f"{name}/{path}": size for path, size in _file_sizes(f"{uri}/{name}", tracking_uri).items()}
         else:
-            sizes[name] = int(item.file_size or 0)
+            sizes[name] = None if item.file_size is None else int(item.file_size)
     return sizes
 
 

@@ -9,7 +9,7 @@ import logging
 import re
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -20,36 +20,61 @@ TAGS_WITH_PATHS = ("model", "mlflow.note.content")
 # Columns with addresses of artifacts, in addition to those of experiments and runs.
 ADDRESSES = (("model_versions", "source"), ("model_versions", "storage_location"),
              ("logged_models", "artifact_location"))
+BUSY_TIMEOUT = 5000  # milliseconds to wait while another program has locked the database
 
 log = logging.getLogger(__name__)
 
 
-def correct_addresses(file: Path) -> None:
+def correct_addresses(file: Path, database: sqlite3.Connection) -> None:
     """Correct the addresses in a database if its folder was moved or copied; log a warning that says so.
 
     An experiment was moved if its artifacts should be in another folder named `mlartifacts`, but the artifacts of at
-    least one of its runs are beside the database. Only addresses of artifacts that are there are changed. The caller
-    holds the lock of the database. An error of the database is left to MLflow, which meets it, too.
+    least one of its runs are beside the database. Only addresses of artifacts that are there, or that are nowhere, are
+    changed. The caller holds the lock of the database. An error of the database is left to MLflow, which meets it, too.
+
+    Args:
+        database: a connection to `file`.
     """
     here = file.parent.resolve() / ARTIFACTS
-    if not (file.is_file() and here.is_dir()):
+    if not here.is_dir():
         return
-    with suppress(sqlite3.Error), closing(sqlite3.connect(file)) as database, database:
-        for experiment, old in _other_locations(database, here):
-            runs = [(run, str(uri)) for run, uri in database.execute(
-                "SELECT run_uuid, artifact_uri FROM runs WHERE experiment_id = ?", (experiment,))
-                if str(uri).startswith(f"{old}/") and (here / str(run)).is_dir()]
-            if not runs:
-                continue
-            database.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?",
-                             (here.as_uri(), experiment))
-            for run, uri in runs:
-                database.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", (_moved(uri, old, here), run))
-            _correct_models(database, old, here)
-            old_root = _path(old).parent
-            _correct_tags(database, [run for run, _ in runs], str(old_root), str(here.parent))
-            log.warning("%s was in %s before: %s in MLflow now %s to %s", file, old_root, counted(len(runs), "run"),
-                        "refers" if len(runs) == 1 else "refer", here)
+    with suppress(sqlite3.Error):
+        database.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
+        with database:
+            moved = [(old, _correct_experiment(database, experiment, old, here))
+                     for experiment, old in _other_locations(database, here)]
+        for old, number in [(old, number) for old, number in moved if number]:
+            log.warning("%s was in %s before: %s in MLflow now %s to %s", file, _path(old).parent,
+                        counted(number, "run"), "refers" if number == 1 else "refer", here)
+
+
+def _correct_experiment(database: sqlite3.Connection, experiment: int, old: str, here: Path) -> int:
+    """Correct the addresses of an experiment if it was moved. Return the number of corrected runs.
+
+    A run without artifacts here belongs to the moved experiment, too, if it has none in the old folder: it may have
+    been killed before its first one.
+    """
+    runs = {str(run): str(uri) for run, uri in database.execute(
+        "SELECT run_uuid, artifact_uri FROM runs WHERE experiment_id = ?", (experiment,))
+        if str(uri).startswith(f"{old}/")}
+    present = {run for run in runs if (here / run).is_dir()}
+    if not present:
+        return 0
+    moved = [run for run in runs if run in present or not _exists(_path(old) / run)]
+    database.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?",
+                     (here.as_uri(), experiment))
+    for run in moved:
+        database.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", (_moved(runs[run], old, here), run))
+    _correct_models(database, old, here)
+    _correct_tags(database, moved, str(_path(old).parent), str(here.parent))
+    return len(moved)
+
+
+def _exists(path: Path) -> bool:
+    """Return whether a path exists. The private folder of another user counts as missing."""
+    with suppress(OSError):
+        return path.exists()
+    return False
 
 
 def _other_locations(database: sqlite3.Connection, here: Path) -> Iterator[tuple[int, str]]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from dreambooth.errors import UserError
 from dreambooth.tracking.journal import Journal
-from dreambooth.tracking.mlflow_client import REFUSES_USER, DeletedExperimentError, remedy
+from dreambooth.tracking.mlflow_client import DeletedExperimentError, is_refusal, remedy
 from dreambooth.tracking.mlflow_database import database_uri
 from dreambooth.tracking.mlflow_shipper import Shipper, Warn, log_warning
 
@@ -188,7 +188,7 @@ class MlflowTracker(JournalTracker):
 
     @property
     def _refused(self) -> bool:
-        return (self._shipper.outage or "").startswith(REFUSES_USER)
+        return (error := self._shipper.error) is not None and is_refusal(error)
 
     def _unreachable(self) -> UserError:
         problem, advice = self._shipper.outage or "does not answer", remedy(self._uri, self._shipper.error)

@@ -30,6 +30,8 @@ from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
+from dreambooth.errors import UserError
+
 HEARTBEAT = 20.0  # seconds between two writes of a claim
 LEASE = 120.0  # seconds without a change after which a claim is over
 POLL = 0.5  # seconds between two looks at the claims of others
@@ -40,7 +42,15 @@ log = logging.getLogger(__name__)
 
 
 class Locked(Exception):
-    """Another process holds the lock. The message describes this process, and is empty if it is not known."""
+    """Another process holds the lock.
+
+    Attributes:
+        owner: the description of this process; empty if it is not known.
+    """
+
+    def __init__(self, path: Path, owner: str = "") -> None:
+        super().__init__(f"{path} is locked by {owner or 'another process'}")
+        self.owner = owner
 
 
 @contextmanager
@@ -60,7 +70,7 @@ def hold(path: Path, timeout: float = math.inf, watch: bool = True) -> Iterator[
         lock.acquire(timeout=-1 if timeout == math.inf else timeout)
         release: Callable[[], None] = lock.release
     except Timeout as error:
-        raise Locked from error
+        raise Locked(path) from error
     except OSError as error:
         if error.errno not in NO_FLOCK:
             raise
@@ -100,7 +110,7 @@ class _Lease:
         while (other := self._attempt()) is not None:
             owner, runs = other
             if time.monotonic() - start >= timeout and (runs or not watch):
-                raise Locked(owner)
+                raise Locked(self._path, owner)
             if not (runs or warned) and watch and time.monotonic() - start > 4 * POLL:
                 warned = True
                 log.warning("%s is locked by %s, and its file system has no flock: waiting up to %.0f s to see whether "
@@ -198,7 +208,7 @@ class _Lease:
 def _stop(message: str) -> NoReturn:
     """End this process without any further work, such as saving: the files may belong to another process now."""
     print(f"dreambooth: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(UserError.exit_code)
 
 
 def _parse(content: bytes) -> dict[str, Any]:

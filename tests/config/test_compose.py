@@ -14,12 +14,14 @@ from dreambooth.config.compose import conf_dir, load
 from dreambooth.config.model_defaults import default_sample_batch_size
 from dreambooth.config.schema import Config
 from dreambooth.errors import ConfigError
-from dreambooth.runs.identity import identity, register_resolver
+from dreambooth.kubernetes.workflow_spec import TRIAL_RUN_DIR
+from dreambooth.runs.identity import has_fixed_length, identity, register_resolver
 from dreambooth.utils.hardware import Machine
 from tests.support.configs import compose_config, compose_recipe
 
 PHOTOS = ["dataset.instance_dir=/photos", "dataset.instance_prompt=a photo of a zwx dog",
           "dataset.class_prompt=a photo of a dog"]
+STEPS = "train.max_train_steps=9"
 FILES = sorted((path.parent.name, path.stem) for path in conf_dir().glob("*/*.yaml"))
 
 
@@ -164,6 +166,15 @@ def test_identity_counts_steps_only_where_the_schedule_does() -> None:
     cosine = "train.lr_scheduler=cosine"
     assert identity(compose_config(cosine, "train.max_train_steps=9")) != identity(compose_config(cosine))
     assert identity(compose_config("train.max_train_steps=9"), swept=True) != identity(compose_config(), swept=True)
+
+
+@pytest.mark.parametrize(("words", "fixed"), [
+    (["tracking.sweep=team", STEPS], False), (["hydra.mode=MULTIRUN", STEPS], True), ([TRIAL_RUN_DIR, STEPS], True),
+    (["hydra.mode=MULTIRUN"], False)])
+def test_a_run_is_of_fixed_length_if_its_folder_is_named_after_its_steps(words: list[str], fixed: bool) -> None:
+    """The name of a sweep alone does not change the folder of a run."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        assert has_fixed_length(compose("config", words, return_hydra_config=True).hydra) is fixed
 
 
 def test_identity_tells_places_in_s3_apart() -> None:

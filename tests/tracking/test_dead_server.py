@@ -80,6 +80,7 @@ def test_a_server_that_comes_back_receives_everything_at_once(tmp_path: Path, ur
     down.clear()
     wait_for(lambda: len(warnings) == 2)
     assert "does not answer (gone)" in warnings[0] and "is back" in warnings[1]
+    wait_for(lambda: tracker._shipper.error is None, 2)
     assert points(uri, "loss") == [(1, 1.0)]
     tracker.close("FINISHED")
 

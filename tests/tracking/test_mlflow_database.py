@@ -97,7 +97,7 @@ def test_any_other_database_is_left_alone(tmp_path: Path, empty_db: Path, conten
             database.execute("CREATE TABLE invoices (id INTEGER)")
     if content != "half, changed now":
         os.utime(file, (0, 0))
-    assert not mlflow_database._is_unfinished(file)
+    assert not mlflow_database._needs_tables(file)
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow import MlflowClient
+from mlflow import MlflowClient, artifacts
+from mlflow.entities import FileInfo
 
 from dreambooth.errors import UserError
 from dreambooth.tracking.mlflow_database import database_uri, open_client
@@ -78,6 +79,17 @@ def test_a_moved_run_root_keeps_its_artifacts_and_writes_to_itself(root: Path, c
         assert find_run(root, "a").data.tags["model"] == f"{root}/a/model", "the original does not change"
 
 
+def test_a_run_that_was_killed_before_its_first_artifact_moves_with_the_others(root: Path) -> None:
+    client = MlflowClient(database_uri(root / "mlflow.db"))
+    killed, kept = (client.create_run("1").info.run_id for _ in range(2))
+    new = root.with_name("new")
+    shutil.copytree(root, new)
+    (root / "mlartifacts" / kept).mkdir()  # by the original run, after the copy
+    moved = open_client(database_uri(new / "mlflow.db"))
+    assert moved.get_run(killed).info.artifact_uri == f"{(new / 'mlartifacts').as_uri()}/{killed}/artifacts"
+    assert moved.get_run(kept).info.artifact_uri == f"{(root / 'mlartifacts').as_uri()}/{kept}/artifacts"
+
+
 def test_an_experiment_whose_artifacts_are_elsewhere_on_purpose_keeps_its_address(root: Path) -> None:
     client = MlflowClient(database_uri(root / "mlflow.db"))
     location = (root.parent / "large disk/mlartifacts").as_uri()
@@ -98,3 +110,14 @@ def test_a_model_that_mlflow_cannot_load_is_not_registered(root: Path, monkeypat
     monkeypatch.setattr(MlflowClient, "log_artifacts", lambda *arguments: None)
     with pytest.raises(UserError, match=r"version 1 of toy cannot be loaded .*lacks its unet/weights: check"):
         register(root)
+
+
+def test_a_store_that_tells_no_sizes_of_its_files_is_not_taken_for_one_that_has_lost_them(
+        root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_sizes(*arguments: Any, **options: Any) -> list[FileInfo]:
+        return [FileInfo(file.path, file.is_dir, None) for file in list_artifacts(*arguments, **options)]
+
+    list_artifacts = artifacts.list_artifacts
+    monkeypatch.setattr(artifacts, "list_artifacts", without_sizes)
+    monkeypatch.setattr(MlflowClient, "log_artifacts", lambda *arguments: pytest.fail("copied again"))
+    assert register(root)[0].number == 1

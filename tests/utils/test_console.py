@@ -125,14 +125,15 @@ def test_a_finished_run_says_how_to_get_more(tmp_path):
     assert "(you asked for 300)" in report.already_finished(result, recipe(tmp_path, train=Train(max_train_steps=300)))
 
 
-@pytest.mark.parametrize("lr_scheduler, sweep, why", [
-    (LrSchedule.constant_with_warmup, None, None), (LrSchedule.constant, "mine", "a sweep over train.max_train_steps"),
-    (LrSchedule.cosine, None, "train.lr_scheduler=cosine"), (LrSchedule.linear, "mine", "train.lr_scheduler=linear")])
-def test_more_steps_are_offered_as_what_they_are(tmp_path, lr_scheduler, sweep, why):
+@pytest.mark.parametrize("lr_scheduler, fixed_length, why", [
+    (LrSchedule.constant_with_warmup, False, None), (LrSchedule.constant, True, "a sweep over train.max_train_steps"),
+    (LrSchedule.cosine, False, "train.lr_scheduler=cosine"), (LrSchedule.linear, True, "train.lr_scheduler=linear")])
+def test_more_steps_are_offered_as_what_they_are(tmp_path, lr_scheduler, fixed_length, why):
     """A run whose name contains the number of steps is not extended: more steps make another run."""
-    made = recipe(tmp_path, train=Train(lr_scheduler=lr_scheduler), tracking=Tracking(sweep=sweep))
+    made = recipe(tmp_path, train=Train(lr_scheduler=lr_scheduler), tracking=Tracking(sweep="team"))
     message = report.already_finished(Result(400, 0.1, 1.0, str(tmp_path), "model"),
-                                      replace(made, overrides=("train.max_train_steps=400",)))
+                                      replace(made, fixed_length=fixed_length, overrides=(
+                                          "train.max_train_steps=400",)))
     assert ("To train more, type train.max_train_steps=800" in message) == (why is None)
     assert why is None or (f"With {why}, " in message
                            and "train.max_train_steps=800 is another run, which begins at step 0" in message)

@@ -17,6 +17,7 @@ from dreambooth.errors import UserError
 from dreambooth.runs.run_folder import find_resume_point, locked, remove_if_unused
 from dreambooth.utils import file_lock
 from dreambooth.utils.file_lock import Locked, hold
+from tests.tracking.mlflow_servers import wait_for
 
 FOREIGN = {"machine": "another", "host": "node-7", "pid": 1, "start": "5", "beats": "000000000000"}
 
@@ -55,13 +56,6 @@ def write_claim(path: Path, **owner: object) -> Path:
     return claim
 
 
-def until(condition) -> None:
-    end = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, 524])
 def test_a_lock_works_without_flock_and_is_released(tmp_path, monkeypatch, number):
     fail_with(monkeypatch, number)
@@ -82,7 +76,7 @@ def test_a_killed_holder_on_this_machine_loses_its_lock_at_once(tmp_path, no_flo
     """Also if its process ID belongs to another process now, and if it is a zombie."""
     monkeypatch.setattr(file_lock, "LEASE", 100.0)
     dead = subprocess.Popen(["true"])
-    until(lambda: Path(f"/proc/{dead.pid}/stat").read_text().split()[2] == "Z")
+    wait_for(lambda: Path(f"/proc/{dead.pid}/stat").read_text().split()[2] == "Z", 5)
     for pid, start in ((os.getpid(), "1"), (dead.pid, "1"), (2**22 + 1, "1")):
         write_claim(tmp_path / ".lock", machine=file_lock._machine(), pid=pid, start=start)
         with locked(tmp_path):
@@ -121,7 +115,8 @@ def test_a_holder_on_another_machine_keeps_its_lock_while_it_renews_its_claim(tm
     try:
         with pytest.raises(UserError, match=r"another process \(process 1 on node-7\)"), locked(tmp_path):
             pass
-        with pytest.raises(Locked), hold(tmp_path / ".lock", timeout=0.6):
+        with pytest.raises(Locked, match=r"/\.lock is locked by process 1 on node-7"), hold(
+                tmp_path / ".lock", timeout=0.6):
             pass
     finally:
         ended.set()
@@ -133,7 +128,7 @@ def test_a_holder_on_another_machine_keeps_its_lock_while_it_renews_its_claim(tm
 def test_a_holder_that_has_lost_its_claim_stops(tmp_path, no_flock, lost):
     with locked(tmp_path):
         claims(tmp_path / ".lock")[0].unlink()
-        until(lambda: lost)
+        wait_for(lambda: lost, 5)
         time.sleep(0.05)
         assert claims(tmp_path / ".lock") == [], "it must not write the claim again"
     assert "another process has taken the lock" in lost[0]
@@ -145,7 +140,7 @@ def test_a_holder_that_cannot_renew_its_claim_stops(tmp_path, no_flock, lost, mo
 
     with locked(tmp_path):
         monkeypatch.setattr(file_lock._Lease, "_write", fail)
-        until(lambda: lost)
+        wait_for(lambda: lost, 5)
     assert "cannot be renewed" in lost[0]
 
 
@@ -185,6 +180,15 @@ def test_the_claims_belong_to_no_run(tmp_path, no_flock):
         assert (tmp_path / "run").is_dir()
     remove_if_unused(tmp_path / "run", tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_of_an_unknown_holder_is_a_message_too(tmp_path):
+    with locked(tmp_path):
+        with pytest.raises(Locked, match=rf"^{tmp_path}/\.lock is locked by another process$"), hold(
+                tmp_path / ".lock", timeout=0):
+            pass
+        with pytest.raises(UserError, match=r"^another process is training in"), locked(tmp_path):
+            pass
 
 
 def test_another_error_of_flock_is_not_hidden(tmp_path, monkeypatch):

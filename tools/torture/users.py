@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from dreambooth.runs.run_folder import read_result
 from dreambooth.storage import manifest
+from dreambooth.utils.file_lock import hold
 from tests.support import faults
 from tests.support.runs import assert_same
 from tests.support.warm_python import PYTHON
@@ -118,11 +117,11 @@ class Team:
 @contextmanager
 def two_users(place: Place, first: int, second: int) -> Iterator[tuple[User, User]]:
     """Create a group with two users, to whom the folder of the trial belongs. Remove them at the end."""
-    lock = FileLock(Path(tempfile.gettempdir()) / "torture-users.lock")  # useradd does not wait for another
+    lock = Path(tempfile.gettempdir()) / "torture-users.lock"  # useradd does not wait for another
     group = f"torture-{os.getpid()}"
     names = [f"{group}-ann", f"{group}-bob"]
     try:
-        with lock:
+        with hold(lock):
             _run("groupadd", group)
             for name in names:
                 _run("useradd", "--no-create-home", "--no-user-group", "--gid", group, name)
@@ -140,7 +139,7 @@ def two_users(place: Place, first: int, second: int) -> Iterator[tuple[User, Use
         place.folder.chmod(0o2775)
         yield users[0], users[1]
     finally:
-        with lock:
+        with hold(lock):
             for name in names:
                 subprocess.run(["userdel", name], check=False, capture_output=True)
             subprocess.run(["groupdel", group], check=False, capture_output=True)
