@@ -49,6 +49,9 @@ class AttachedLoras:
         self._used: tuple[tuple[str, float], ...] = ()  # (name, scale) of the LoRAs that the pipeline uses now
         self._count = 0  # LoRAs attached until now
 
+    def __len__(self) -> int:
+        return len(self._names)
+
     def use(self, loras: Sequence[Lora]) -> None:
         """Make the pipeline use exactly these LoRAs: attach those that are missing, and set the scales.
 

@@ -90,6 +90,16 @@ class Renderer:
             float(plain.guidance_scale or 0.0), self._family.side_multiple(self._pipeline), tuple(self._paths),
             self._own.loras[0].name if source.adapter and self._own.loras else None)
 
+    @property
+    def loaded_adapters(self) -> int:
+        """The number of LoRAs in memory."""
+        return len(self._attached)
+
+    def set_adapters(self, adapters: Mapping[str, Path]) -> None:
+        """Replace the adapters that requests may name. An adapter with another path than before is opened anew."""
+        self._looks = {name: look for name, look in self._looks.items() if adapters.get(name) == self._paths[name]}
+        self._paths = dict(adapters)
+
     def start_from(self, picture: Image.Image, strength: float) -> None:
         """Draw all further pictures from a start picture of the model's resolution.
 

@@ -19,17 +19,17 @@ PACKAGE = ROOT / "dreambooth"
 # A folder imports only from folders that stand before it. `errors` is the file errors.py; `commands` are the other
 # files at the root of the package and every __main__.py.
 ORDER = ("errors", "utils", "config", "runtime", "storage", "models", "optim", "data", "serialization", "runs",
-         "tracking", "cloud", "container", "kubernetes", "evaluation", "inference", "sweeps", "training", "planner",
-         "commands")
+         "tracking", "cloud", "container", "kubernetes", "evaluation", "inference", "serving", "sweeps", "training",
+         "planner", "commands")
 COMMANDS = {"train", "generate", "plan", "evaluate", "entrypoint", "promote", "compare", "class_images", "stage",
-            "workflows", "convert"}
+            "workflows", "convert", "serve"}
 HEAVY = {"torch", "diffusers", "transformers", "mlflow", "boto3", "sagemaker", "accelerate", "PIL",
          "numpy"}
 BY_NAME = {"import_module", "importlib.import_module", "__import__"}
 CODE = ("dreambooth", "hydra_plugins", "tools")
 # Modules that `--help`, a laptop that only submits and small processes beside a training run import.
 LIGHT = ["config.compose", "config.recipe", "runs.identity", "errors", "train", "generate", "evaluate", "convert",
-         "entrypoint", "promote", "compare", "sweeps.hydra_callbacks"]
+         "entrypoint", "promote", "compare", "sweeps.hydra_callbacks", "serve", "serving.server"]
 # The launcher plug-in runs `python -m dreambooth.plan` in a process of its own; it may import these modules only.
 OPEN_TO_PLUGINS = {f"dreambooth.{name}" for name in (
     "errors", "config", "config.compose", "config.launcher", "config.recipe", "config.schema", "config.storage",

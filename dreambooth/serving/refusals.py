@@ -1,0 +1,19 @@
+"""Why a request gets no picture: an HTTP status, one sentence, and after how many seconds to try again."""
+
+
+class Refused(Exception):
+    """A request is not answered with a picture.
+
+    Args:
+        status: the HTTP status, such as 429.
+        sentence: what the client is told.
+        retry_after: seconds after which the client may try again; None: the same request would fail again.
+    """
+
+    def __init__(self, status: int, sentence: str, retry_after: int | None = None) -> None:
+        super().__init__(sentence)
+        self.status, self.sentence, self.retry_after = status, sentence, retry_after
+
+
+class Gone(Exception):
+    """The client has closed its connection: nobody waits for the answer."""
