@@ -46,7 +46,7 @@ def build_spec(
     config, run_dir = compose_run(list(overrides))
     resolve(config, run_dir)
     search = search_space(space).without_overridden(overrides)
-    return WorkflowSpec(tuple(overrides), search, config.hardware, image)
+    return WorkflowSpec(tuple(overrides), search, config.hardware, image, config.name)
 
 
 def build_shipped_spec() -> WorkflowSpec:

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from dreambooth.kubernetes import argo, katib, kfp_pipeline, kustomize, trainjob
+from dreambooth.kubernetes import argo, katib, kfp_pipeline, kustomize, serving, trainjob
 from dreambooth.kubernetes.workflow_spec import WorkflowSpec
 
 HEADER = "# Written from conf/ by python -m dreambooth.workflows render, which overwrites what is changed here.\n"
@@ -43,6 +43,8 @@ def render_files(spec: WorkflowSpec) -> dict[str, str]:
            if spec.hardware.name in trainjob.MULTI_GPU_MACHINES else {}),
         "kubeflow/katib-experiment.yaml": [katib.build_experiment(spec)],
         "kubeflow/pipeline.yaml": kfp_pipeline.build_pipeline(spec),
+        "serving/deployment.yaml": serving.build_deployment(spec),
+        "serving/inferenceservice.yaml": [serving.build_inference_service(spec)],
     }
     return {path: HEADER + _dump(documents) for path, documents in files.items()}
 

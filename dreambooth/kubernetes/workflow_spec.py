@@ -23,6 +23,7 @@ class WorkflowSpec:
     space: SearchSpace
     hardware: Hardware
     image: str
+    model_name: str = "dreambooth"  # name of the registered model: `name` of the runs
     overlays: Mapping[str, "WorkflowSpec"] = field(default_factory=dict)  # overlay name -> spec for its machine
 
     @property

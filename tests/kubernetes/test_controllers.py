@@ -25,6 +25,10 @@ from tests.support import workflow_schemas as schemas
 
 ROUND_TRIP = ("WorkflowTemplate", "CronWorkflow", "TrainJob", "Experiment")  # kinds that a client library describes
 DUMP = {"by_alias": True, "exclude_none": True, "mode": "json"}
+KSERVE: dict[str, type] = {  # what a predictor has beside a pod, from KServe's documentation of ComponentExtensionSpec
+    "minReplicas": int, "maxReplicas": int, "scaleMetric": str, "scaleTarget": int, "timeout": int,
+    "deploymentStrategy": dict}
+FREE_KEYS = ("nodeSelector", "labels", "requests", "limits", "metadata", "annotations", "selector")  # maps of any key
 KUBERNETES_VERSION = "1.34"  # whose schemas check the built-in objects
 TEMPLATES = [param for param in OBJECTS if param.values[0]["kind"] == "WorkflowTemplate"]
 
@@ -34,6 +38,8 @@ TEMPLATES = [param for param in OBJECTS if param.values[0]["kind"] == "WorkflowT
 def schema_errors(one: Json) -> list[str]:
     """Parts of an object that the client models or the schemas of Kubernetes do not know, or would change."""
     kind = one["kind"]
+    if kind == "InferenceService":
+        return kserve_errors(one)
     if kind not in ROUND_TRIP:
         try:
             kubernetes_validate.validate(one, KUBERNETES_VERSION, strict=True)
@@ -48,6 +54,18 @@ def schema_errors(one: Json) -> list[str]:
         job = copy.deepcopy(one["spec"]["trialTemplate"]["trialSpec"])
         errors += schema_errors(job | {"metadata": {"name": "trial"}})
     return errors
+
+
+def kserve_errors(one: Json) -> list[str]:
+    """Parts of an InferenceService that KServe does not know. A predictor is the specification of a pod, and KSERVE."""
+    predictor = copy.deepcopy(one["spec"]["predictor"])
+    wrong = [key for key, kind in KSERVE.items() if not isinstance(predictor.pop(key, kind()), kind)]
+    wrong += [*one.keys() - {"apiVersion", "kind", "metadata", "spec"}, *one["spec"].keys() - {"predictor"}]
+    strategy = one["spec"]["predictor"]["deploymentStrategy"]
+    template = {"metadata": {"labels": {"a": "b"}}, "spec": predictor}
+    return wrong + schema_errors({
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": one["metadata"] | {"name": "predictor"},
+        "spec": {"selector": {"matchLabels": {"a": "b"}}, "strategy": strategy, "template": template}})
 
 
 def round_trip(one: Json) -> Json:
@@ -97,7 +115,7 @@ def test_strict_schemas_accept_every_object(one: Json) -> None:
 
 def schema_paths(part: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path of every nested object whose keys a schema defines; not of maps with free keys, such as labels."""
-    if isinstance(part, dict) and path and path[-1] in ("nodeSelector", "labels", "requests", "limits", "metadata"):
+    if isinstance(part, dict) and path and path[-1] in FREE_KEYS:
         return
     if isinstance(part, dict):
         yield path

@@ -71,6 +71,9 @@ def schemas(kind: str) -> tuple[tuple[str, Json], ...]:
         return tuple((folder.name, _crd(folder / f"{ARGO[kind]}.yaml.gz")) for folder in sorted(FOLDER.glob("argo-*")))
     if kind == "TrainJob":
         return (("trainer-v2", _crd(FOLDER / "trainer-v2/crd-trainjobs.yaml.gz")),)
+    if kind == "InferenceService":
+        return tuple((folder.name, _crd(folder / "crd-inferenceservices.yaml.gz"))
+                     for folder in sorted(FOLDER.glob("kserve-*")))
     if kind == "Experiment":
         return (("katib-v0.19", _katib(FOLDER / "katib-v0.19/swagger.json.gz")),)
     return ()
