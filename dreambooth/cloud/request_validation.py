@@ -8,7 +8,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-UNICODE_CLASSES = {r"\p{L}": "a-zA-ZÀ-￿", r"\p{Z}": " ", r"\p{N}": "0-9"}  # Python's re lacks these
+UNICODE_CLASSES = {  # Python's re lacks these; the last one is Java's range of surrogate pairs
+    r"\p{L}": "a-zA-ZÀ-￿", r"\p{Z}": " ", r"\p{N}": "0-9", r"\uD800\uDC00-\uDBFF\uDFFF": r"\U00010000-\U0010FFFF",
+    r"\p{Print}": "[ -~]"}
 CONFIDENTIAL = ("Environment", "HyperParameters", "Tags")  # parameters whose values may be secret and are not printed
 
 

@@ -24,7 +24,8 @@ from dreambooth.utils.console import Console
 
 PARALLEL = 8  # number of simultaneous transfers
 # Service -> what needs boto3, and the extra that contains boto3.
-USERS = {"s3": ("s3://", "s3"), "secretsmanager": ("AWS Secrets Manager", "s3"), "sagemaker": ("SageMaker", "aws")}
+USERS = {"s3": ("s3://", "s3"), "secretsmanager": ("AWS Secrets Manager", "s3"), "sagemaker": ("SageMaker", "aws"),
+         "application-autoscaling": ("autoscaling", "aws"), "cloudwatch": ("autoscaling", "aws")}
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 60  # timeouts in seconds; READ_TIMEOUT counts from the last received byte
 
 
@@ -154,6 +155,12 @@ def read_files(uri: str, wanted: Callable[[str], bool]) -> dict[str, bytes]:
     """
     with _open_bucket(uri, None, 1) as bucket:
         return {name: bucket.read_object(name) for name in sorted(bucket.list_objects()) if wanted(name)}
+
+
+def list_names(uri: str) -> list[str]:
+    """Return the names of all objects below an S3 address, relative to the address."""
+    with _open_bucket(uri, None, 1) as bucket:
+        return sorted(bucket.list_objects())
 
 
 def digest(folder: Path) -> str:

@@ -20,16 +20,16 @@ PACKAGE = ROOT / "dreambooth"
 # files at the root of the package and every __main__.py.
 ORDER = ("errors", "utils", "config", "runtime", "storage", "models", "optim", "data", "serialization", "runs",
          "tracking", "cloud", "container", "kubernetes", "evaluation", "inference", "serving", "sweeps", "training",
-         "planner", "commands")
+         "planner", "deployment", "commands")
 COMMANDS = {"train", "generate", "plan", "evaluate", "entrypoint", "promote", "compare", "class_images", "stage",
-            "workflows", "convert", "serve"}
+            "workflows", "convert", "serve", "deploy"}
 HEAVY = {"torch", "diffusers", "transformers", "mlflow", "boto3", "sagemaker", "accelerate", "PIL",
          "numpy"}
 BY_NAME = {"import_module", "importlib.import_module", "__import__"}
 CODE = ("dreambooth", "hydra_plugins", "tools")
 # Modules that `--help`, a laptop that only submits and small processes beside a training run import.
 LIGHT = ["config.compose", "config.recipe", "runs.identity", "errors", "train", "generate", "evaluate", "convert",
-         "entrypoint", "promote", "compare", "sweeps.hydra_callbacks", "serve", "serving.server"]
+         "entrypoint", "promote", "compare", "sweeps.hydra_callbacks", "serve", "serving.server", "deploy"]
 # The launcher plug-in runs `python -m dreambooth.plan` in a process of its own; it may import these modules only.
 OPEN_TO_PLUGINS = {f"dreambooth.{name}" for name in (
     "errors", "config", "config.compose", "config.launcher", "config.recipe", "config.schema", "config.storage",

@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 # The doors register the schemas of conf/<door>.yaml.
-from dreambooth import compare, convert, errors, evaluate, generate, plan, promote, workflows
+from dreambooth import compare, convert, deploy, errors, evaluate, generate, plan, promote, workflows
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.config.dataset import Subject
 from dreambooth.config.enums import Device
@@ -29,12 +29,12 @@ from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncherConf
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
-TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT = (
+TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT, DEPLOY = (
     ["python", "-m", f"dreambooth.{door}"]
-    for door in ("train", "generate", "evaluate", "plan", "promote", "compare", "convert"))
+    for door in ("train", "generate", "evaluate", "plan", "promote", "compare", "convert", "deploy"))
 # What doors that compose no run read.
 ASKED = {"generate": generate.Generate, "evaluate": evaluate.EvaluateOptions, "promote": promote.Promote,
-         "compare": compare.Compare, "convert": convert.Convert}
+         "compare": compare.Compare, "convert": convert.Convert, "deploy": deploy.Deploy}
 OTHER = {". .venv/bin/activate", "nvidia-smi", "umask 002",
          "mkdir runs && chgrp artists runs && chmod 2775 runs"}  # looked at by a person
 INSTALL = re.compile(r"pip install -c constraints\.txt -e '\.\[(\w+)\]'")
@@ -126,7 +126,7 @@ def test_a_command_is_real(command: str) -> None:
     if words[:3] == ["python", "-m", "dreambooth.storage"]:
         assert storage_command.parser().parse_args(words[3:]).uri.startswith("s3://")
         return
-    doors = TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT
+    doors = TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT, DEPLOY
     assert words[:3] in doors, "neither make nor a door, and not on the list of others"
     if words[:3] in (PROMOTE, COMPARE):  # the doors take this word before Hydra
         words = [word for word in words if not word.startswith("sweep=")]
@@ -134,7 +134,7 @@ def test_a_command_is_real(command: str) -> None:
         if words[:3] == CONVERT:
             assert convert.parse_options(composed("convert", asked)).source
             continue
-        if words[:3] in (GENERATE, EVALUATE, PROMOTE, COMPARE):
+        if words[:3] in (GENERATE, EVALUATE, PROMOTE, COMPARE, DEPLOY):
             door = words[2].removeprefix("dreambooth.")
             assert isinstance(OmegaConf.to_object(composed(door, asked)), ASKED[door])
             continue
@@ -168,6 +168,7 @@ def in_code(page: Path) -> str:
 def test_a_key_in_a_document_exists(page: Path) -> None:
     known = keys().union(*(vars(ask()) for ask in ASKED.values())) | NO_KEYS | {"experiment", "group", "section.key"}
     known |= {"in"}  # of convert
+    known |= {"environment.DREAMBOOTH_SERVE_MAX_STEPS"}  # of deploy
     known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf())}
     known |= {"hydra.verbose"}
     known |= {f"hydra.sweeper.{key}" for key in ("storage", "n_trials", "max_failure_rate")}

@@ -1,0 +1,124 @@
+"""Registers, changes and removes the autoscaling of an endpoint, and the alarm that wakes an endpoint from zero."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from dreambooth.deployment import scaling as requests
+from dreambooth.deployment.endpoint_backend import call_service
+from dreambooth.deployment.endpoint_requests import OWNER_TAG, Scaling
+from dreambooth.errors import UserError
+from dreambooth.storage import aws_errors, folders
+
+T = TypeVar("T")
+
+
+class Autoscaler:
+    """Application Auto Scaling and CloudWatch. Every call sets a state, so repeating a call does no harm.
+
+    Clients are created when they are needed: an endpoint without autoscaling needs no permission for these services,
+    except to look whether it has any.
+    """
+
+    def __init__(self, scaling_client: Any | None = None, alarm_client: Any | None = None) -> None:
+        self._scaling_client = scaling_client or folders.client("application-autoscaling")
+        self._own_alarm_client = alarm_client
+
+    @property
+    def _alarm_client(self) -> Any:
+        if self._own_alarm_client is None:
+            self._own_alarm_client = folders.client("cloudwatch")
+        return self._own_alarm_client
+
+    def is_registered(self, endpoint: str) -> bool:
+        """Return whether the endpoint has autoscaling, from whomever."""
+        return self._find_target(endpoint) is not None
+
+    def apply(self, endpoint: str, scaling: Scaling | None) -> None:
+        """Give an endpoint in service the autoscaling that a version asks for; None: remove it.
+
+        Raises:
+            UserError: AWS rejects a request. The endpoint serves with the number of instances that it has.
+        """
+        if scaling is None:
+            self.remove(endpoint)
+            return
+        self._register(endpoint, scaling)
+        policy = requests.build_policy(endpoint, scaling)
+        _call("application-autoscaling:PutScalingPolicy", endpoint,
+              lambda: self._scaling_client.put_scaling_policy(**policy))
+        if scaling.least == 0:
+            wake = requests.build_wake_policy(endpoint)
+            arn = _call("application-autoscaling:PutScalingPolicy", endpoint,
+                        lambda: self._scaling_client.put_scaling_policy(**wake))["PolicyARN"]
+            alarm = requests.build_wake_alarm(endpoint, arn)
+            _call("cloudwatch:PutMetricAlarm", endpoint, lambda: self._alarm_client.put_metric_alarm(**alarm))
+
+    def _register(self, endpoint: str, scaling: Scaling) -> None:
+        target = self._find_target(endpoint)
+        if target is not None and not self._is_owned(target, endpoint):
+            raise UserError(f"the autoscaling of {endpoint} was not registered by dreambooth and is kept: type "
+                            "max_instances=null, or deregister it first")
+
+        def register(is_new: bool) -> None:
+            request = requests.build_target(endpoint, scaling, is_new)
+            _call("application-autoscaling:RegisterScalableTarget", endpoint,
+                  lambda: self._scaling_client.register_scalable_target(**request))
+
+        try:
+            register(is_new=target is None)
+        except UserError:
+            if target is not None or not self.is_registered(endpoint):
+                raise
+            register(is_new=False)  # the answer to the first attempt was lost, and AWS then accepts no tags
+
+    def remove(self, endpoint: str) -> bool:
+        """Remove the autoscaling of an endpoint, with its policies and alarms. Return whether there was any.
+
+        Autoscaling that others have registered is kept.
+        """
+        target = self._find_target(endpoint)
+        if target is not None and not self._is_owned(target, endpoint):
+            return False
+        self._delete_alarm(endpoint)
+        if target is None:
+            return False
+        with suppress(_Missing):  # AWS also deletes the policies, and the alarms that it has made itself
+            _call("application-autoscaling:DeregisterScalableTarget", endpoint,
+                  lambda: self._scaling_client.deregister_scalable_target(**requests.target_of(endpoint)))
+        return True
+
+    def _find_target(self, endpoint: str) -> dict[str, Any] | None:
+        found = _call("application-autoscaling:DescribeScalableTargets", endpoint,
+                      lambda: self._scaling_client.describe_scalable_targets(
+                          ServiceNamespace=requests.NAMESPACE, ResourceIds=[requests.resource_id(endpoint)],
+                          ScalableDimension=requests.DIMENSION))["ScalableTargets"]
+        return next(iter(found), None)
+
+    def _is_owned(self, target: dict[str, Any], endpoint: str) -> bool:
+        arn = target.get("ScalableTargetARN")
+        if not arn:
+            return False
+        tags = _call("application-autoscaling:ListTagsForResource", endpoint,
+                     lambda: self._scaling_client.list_tags_for_resource(ResourceARN=arn))["Tags"]
+        return bool(tags.get(OWNER_TAG) == endpoint)
+
+    def _delete_alarm(self, endpoint: str) -> None:
+        name = requests.wake_name(endpoint)
+        alarms = _call("cloudwatch:DescribeAlarms", name, lambda: self._alarm_client.describe_alarms(
+            AlarmNames=[name]))["MetricAlarms"]
+        if alarms and alarms[0].get("AlarmDescription") == f"{OWNER_TAG}={endpoint}":
+            _call("cloudwatch:DeleteAlarms", name, lambda: self._alarm_client.delete_alarms(AlarmNames=[name]))
+
+
+class _Missing(UserError):
+    """What a call names does not exist."""
+
+
+def _call(permission: str, name: str, call: Callable[[], T]) -> T:
+    try:
+        return call_service(permission, name, call)
+    except UserError as error:
+        if error.__cause__ is not None and aws_errors.error_code(error.__cause__) == "ObjectNotFoundException":
+            raise _Missing(str(error)) from error.__cause__
+        raise
