@@ -9,6 +9,7 @@ The last argument is for an endpoint of kind=async: the S3 folder that receives 
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -56,8 +57,7 @@ def main() -> None:
     endpoint, prompt, file, *folder = sys.argv[1:]
     body = {"prompt": prompt, "seed": 1}
     picture = ask_later(endpoint, body, folder[0]) if folder else ask(endpoint, body)
-    with open(file, "wb") as output:
-        output.write(picture)
+    Path(file).write_bytes(picture)
 
 
 if __name__ == "__main__":
