@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PLACEHOLDERS = {  # values of settings that are required for training, but not for a plan
     "instance_dir": "photos", "instance_prompt": "a photo of a zwx thing", "class_prompt": "a photo of a thing"}
+SERVED_BATCH = 4  # max_batch of python -m dreambooth.serve
 _plans: list["Plan"] = []  # one per job of this process; a sweep runs several jobs
 
 identity.register_resolver()
@@ -52,11 +53,15 @@ def _job(config: Config, sweep: bool) -> float:
     machine = detect_machine() if config.hardware.device is Device.local else None
     recipe = resolve(config, Path(config.run_root), machine)
     from dreambooth.models.loading import import_libraries
-    from dreambooth.planner import auto_memory, report
+    from dreambooth.planner import auto_memory, report, serving_plan
 
     import_libraries()
     choice = auto_memory.choose_memory_options(recipe)
-    planned = report.Plan(choice.recipe, choice.prediction, choice.added, choice.why)
+    serving: list[serving_plan.ServingPlan] = []
+    if recipe.device == "cuda" and not sweep:
+        serving = serving_plan.plan_presets(serving_plan.model_of_recipe(
+            choice.recipe, choice.prediction.trained_parameters, SERVED_BATCH))
+    planned = report.Plan(choice.recipe, choice.prediction, choice.added, choice.why, serving)
     _plans.append(planned)
     if not sweep:
         _show(config)

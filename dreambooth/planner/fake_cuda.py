@@ -103,10 +103,14 @@ def attention_workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
 def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Convert a module to `dtype` with new parameters, because `Module.to` cannot swap the data of fake parameters.
 
-    A parameter that belongs to several submodules remains one parameter.
+    A parameter that belongs to several submodules remains one parameter. If `dtype` is fp16, the modules that
+    transformers loads in fp32 nevertheless, such as the output layers of T5's feed-forward layers, remain in fp32.
     """
     converted: dict[int, nn.Parameter] = {}
-    for submodule in module.modules():
+    in_fp32 = set(getattr(module, "_keep_in_fp32_modules", None) or () if dtype is torch.float16 else ())
+    for path, submodule in module.named_modules():
+        if in_fp32.intersection(path.split(".")):
+            continue
         for name, parameter in list(submodule._parameters.items()):
             if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
                 if (key := id(parameter)) not in converted:

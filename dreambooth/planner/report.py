@@ -12,6 +12,7 @@ from dreambooth.planner import auto_memory
 from dreambooth.planner.gpu_specs import cuda_overhead_gib, find_card
 from dreambooth.planner.memory_options import list_memory_options
 from dreambooth.planner.prediction import STEP_PHASES, Prediction
+from dreambooth.planner.serving_plan import ServingPlan, format_serving, serving_as_dicts
 from dreambooth.planner.time_and_cost import Estimate, disk_gib, estimate, host_gib
 from dreambooth.planner.trace_replay import memory_curve
 from dreambooth.runs.report import describe_trained_weights
@@ -30,6 +31,7 @@ class Plan:
     prediction: Prediction
     added: tuple[str, ...]  # overrides that memory=auto chose
     why: str  # explanation of the choice of memory=auto; empty without memory=auto
+    serving: Sequence[ServingPlan] = ()  # for each GPU: serving the model that the run makes
 
     @property
     def card_gib(self) -> float | None:
@@ -92,7 +94,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             for option in list_memory_options(recipe, prediction)]},
         "step_flops": prediction.step_flops, "step_seconds": _round(time.step_seconds),
         "run_seconds": _round(time.run_seconds), "price_usd": _round(time.price_usd),
-        "spot_price_usd": _round(time.spot_price_usd),
+        "spot_price_usd": _round(time.spot_price_usd), "serving": serving_as_dicts(plan.serving),
     }
 
 
@@ -107,6 +109,8 @@ def format_plan(plan: Plan) -> str:
                   f"{'GiB':>5} {'s/step':>6}"]
         lines += [f"{option.saved_gib:>5.1f} {_format_number(option.extra_seconds, '{:+z.1f}'):>6} "
                   f"{' ' if option.exact else '*'} {option.overrides}" for option in options]
+    if plan.serving:
+        lines += ["", *format_serving(plan.serving)]
     return "\n".join(fill(line, WIDTH, subsequent_indent="  ") if len(line) > WIDTH else line for line in lines)
 
 

@@ -3,7 +3,7 @@
 `plan_serving` plans one machine, and chooses memory options if the user chose none. `plan_presets` plans every GPU of
 conf/hardware. Memory is predicted (serving_rehearsal.py). The time is an estimate:
 
-    seconds per batch = operations / (peak rate x EFFICIENCY), but at least LAUNCH_SECONDS for each denoising step
+    seconds per batch = operations / (peak rate x EFFICIENCY), but at least the launches of all kernels of a step
                         + dequantised weights / memory bandwidth, in each denoising step
                         + copies of cpu_offload / speed of the link to the host
 
@@ -14,6 +14,7 @@ its time.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dreambooth.config.enums import BaseWeights
 from dreambooth.config.hardware import Hardware, presets
@@ -33,7 +34,7 @@ from dreambooth.planner.time_and_cost import (
 from dreambooth.utils.hardware import GIB
 
 STEPS = 25  # denoising steps of a picture, the default of generate and of serve
-LAUNCH_SECONDS = 0.02  # of a denoising step whose kernels are shorter than their launches; an assumption
+LAUNCH_SECONDS = 44e-6  # between two kernels that are shorter; fitted to one speed: SD 1.5 on an A100, batch 1
 TF32_CAPABILITY = 8.0
 CANDIDATES = (
     InferenceMemory(), InferenceMemory(vae_slicing=True), InferenceMemory(cpu_offload=True),
@@ -91,7 +92,7 @@ def model_of_recipe(recipe: Recipe, trained_parameters: int, batch: int) -> Serv
                        batch, (recipe.model.resolution,) * 2)
 
 
-def model_of_source(source: Source, batch: int, size: tuple[int, int] | None = None,
+def served_model(source: Source, batch: int, size: tuple[int, int] | None = None,
                     adapters: Sequence[Path] = ()) -> ServedModel:
     """Return the model that a server opens.
 
@@ -126,43 +127,59 @@ def plan_serving(model: ServedModel, hardware: Hardware, memory: InferenceMemory
     limit = hardware.usable_vram_gib
     if hardware.gpu is None or limit is None:
         return _plan(model, hardware, InferenceMemory(), steps)
+    allowed, plan = MAX_CARD_SHARE * limit, _plan(model, hardware, CANDIDATES[0], steps)
+    plain = plan.footprint
     for candidate in CANDIDATES:
-        if not _is_useful(candidate, model):
+        if candidate == InferenceMemory(vae_slicing=True) and model.batch == 1:
+            continue
+        bound = _minimum_gib(plain, candidate) + cuda_overhead_gib(hardware.gpu)
+        too_large = bound > allowed or _exceeds(_host_gib(plain, candidate), hardware.host_ram_gib)
+        if too_large and candidate != CANDIDATES[-1]:
             continue
         plan = _plan(model, hardware, candidate, steps)
-        if plan.fits and plan.peak_gib <= MAX_CARD_SHARE * limit:
+        if plan.fits and plan.peak_gib <= allowed:
             return plan
     return plan
 
 
 def plan_presets(model: ServedModel, memory: InferenceMemory | None = None, steps: int = STEPS) -> list[ServingPlan]:
     """Plan serving on each GPU of conf/hardware, in order of the price of a machine; see `plan_serving`."""
-    machines = {machine.gpu: machine for machine in sorted(
-        presets().values(), key=lambda machine: machine.price_usd_hour or 0, reverse=True) if machine.gpu}
-    return [plan_serving(model, machine, memory, steps) for machine in reversed(machines.values())]
+    by_price = sorted(presets().values(), key=lambda machine: machine.price_usd_hour or 0, reverse=True)
+    machines = {machine.gpu: machine for machine in by_price if machine.gpu}  # the cheapest machine of each GPU
+    return [plan_serving(model, machine, memory, steps) for machine in sorted(
+        machines.values(), key=lambda machine: (machine.usable_vram_gib or 0, machine.price_usd_hour or 0))]
 
 
 def format_serving(plans: Sequence[ServingPlan]) -> list[str]:
     """Return the lines of a table with one row per machine."""
-    model = plans[0].model
-    height, width = plans[0].footprint.size
-    lines = [f"serving {width} x {height} px, {model.batch} at a time, {STEPS} steps",
-             f"{'card':<6}{'GiB':>5} {'of':<6}{'host':>5} {'s/picture':>9}  memory (* changes pictures)"]
+    model, (height, width) = plans[0].model, plans[0].footprint.size
+    lines = [f"serving the result: {width} x {height} px, {model.batch} at a time, {STEPS} steps; * changes pictures",
+             f"{'':<9}{'GiB':>5}{'of':>6}{'host':>6}{'of':>6} {'s/picture':>9}   memory"]
     for plan in plans:
-        names = ("* " * (not plan.memory.exact) + " ".join(plan.memory.names)) if plan.fits else "DOES NOT FIT"
-        seconds = "-" if plan.seconds_per_picture is None else f"{plan.seconds_per_picture:.1f}"
-        lines.append(f"{plan.hardware.gpu or 'CPU':<6}{plan.peak_gib:>5.1f} {plan.hardware.usable_vram_gib or 0:<6g}"
-                     f"{plan.host_gib:>5.1f} {seconds:>9}  {names or '-'}")
+        hardware = plan.hardware
+        names = f"{' ' if plan.memory.exact else '*'} {' '.join(plan.memory.names) or '-'}"
+        lines.append(
+            f"{hardware.gpu or 'CPU':<9}{plan.peak_gib:>5.1f}{_format(hardware.usable_vram_gib, 'g'):>6}"
+            f"{plan.host_gib:>6.1f}{_format(hardware.host_ram_gib, 'g'):>6} "
+            f"{_format(plan.seconds_per_picture if plan.fits else None, '.1f'):>9} "
+            f"{names if plan.fits else '  DOES NOT FIT'}")
     return lines
+
+
+def serving_as_dicts(plans: Sequence[ServingPlan]) -> list[dict[str, Any]]:
+    """Return the figures of plans as JSON values, in GiB and seconds."""
+    return [{"hardware": plan.hardware.name, "gpu": plan.hardware.gpu, "fits": plan.fits,
+             "peak_gib": round(plan.peak_gib, 3), "usable_vram_gib": plan.hardware.usable_vram_gib,
+             "host_gib": round(plan.host_gib, 3), "batch": plan.model.batch, "size": list(plan.footprint.size),
+             "seconds_per_picture": plan.seconds_per_picture and round(plan.seconds_per_picture, 3),
+             "memory": plan.memory.names, "changes_pictures": not plan.memory.exact} for plan in plans]
 
 
 def _plan(model: ServedModel, hardware: Hardware, memory: InferenceMemory, steps: int) -> ServingPlan:
     cuda = hardware.gpu is not None
     footprint = predict_serving(model, memory, (hardware.compute_capability or 0) if cuda else None)
     peak = footprint.reserved / GIB + cuda_overhead_gib(hardware.gpu) if cuda else 0.0
-    # Parts are loaded one after the other; on a CPU, and with cpu_offload, all of them stay in host memory.
-    in_host = footprint.largest_part if cuda else footprint.reserved
-    host = PROCESS_GIB + (footprint.weight_bytes if memory.cpu_offload else in_host) / GIB
+    host = _host_gib(footprint, memory) if cuda else PROCESS_GIB + footprint.reserved / GIB
     card = find_card(hardware.gpu)
     seconds = None if card is None else _batch_seconds(footprint, card, hardware, memory, steps) / model.batch
     return ServingPlan(model, hardware, memory, peak, host, seconds, footprint)
@@ -173,14 +190,32 @@ def _batch_seconds(footprint: Footprint, card: Card, hardware: Hardware, memory:
     rate = flops_per_second(card, footprint.half)
     vae_rate = flops_per_second(card, footprint.vae_half, (hardware.compute_capability or 0) >= TF32_CAPABILITY)
     dequantised = footprint.quantised * DEQUANTISED[memory.base_weights] / (card.bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE)
-    step = max(footprint.flops["denoise"] / rate, LAUNCH_SECONDS) + dequantised
+    step = max(footprint.flops["denoise"] / rate, footprint.kernels * LAUNCH_SECONDS) + dequantised
     copies = 2 * footprint.weight_bytes / HOST_LINK if memory.cpu_offload else 0.0  # to the card and back
     return footprint.flops["prompts"] / rate + steps * step + footprint.flops["decode"] / vae_rate + copies
 
 
-def _is_useful(candidate: InferenceMemory, model: ServedModel) -> bool:
-    """Return whether the options of a candidate can have an effect."""
-    return not (candidate == InferenceMemory(vae_slicing=True) and model.batch == 1)
+def _minimum_gib(plain: Footprint, memory: InferenceMemory) -> float:
+    """Return a lower bound of the GiB that a set of memory options needs on the card, without a rehearsal.
+
+    Args:
+        plain: the footprint without options.
+    """
+    if memory.base_weights is BaseWeights.half and not memory.cpu_offload:  # the VAE's options change only `decode`
+        return max(usage.reserved for phase, usage in plain.by_phase.items() if phase != "decode") / GIB
+    bytes_per_weight = {BaseWeights.int8: 1.0, BaseWeights.fp8: 1.0, BaseWeights.nf4: 4.5 / 8}
+    share = bytes_per_weight.get(memory.base_weights, 4.0) / (2 if plain.half else 4)
+    sizes = [plain.part_bytes[0] * min(1.0, share), *plain.part_bytes[1:]]
+    return (max(sizes) if memory.cpu_offload else sum(sizes)) / GIB
+
+
+def _host_gib(footprint: Footprint, memory: InferenceMemory) -> float:
+    """Return the GiB of host memory that loading needs: one part after the other, or with cpu_offload all of them."""
+    return PROCESS_GIB + (footprint.weight_bytes if memory.cpu_offload else max(footprint.part_bytes)) / GIB
+
+
+def _format(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _exceeds(needed: float, available: float | None) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dreambooth.config.enums import BaseWeights
 from dreambooth.models.inference_memory import InferenceMemory, decode_in_parts
 from dreambooth.planner import skeleton_models
-from dreambooth.planner.allocation_trace import StorageTrace
+from dreambooth.planner.allocation_trace import MARK, StorageTrace
 from dreambooth.planner.caching_allocator import CachingAllocator
 from dreambooth.planner.fake_cuda import (
     FLASH_CAPABILITY,
@@ -58,8 +58,9 @@ class Footprint:
     size: tuple[int, int]  # height and width of a picture in pixels
     by_phase: dict[str, Usage]
     flops: dict[str, int]  # operations of the phases prompts, denoise (one step) and decode
-    weight_bytes: int  # of all parts
-    largest_part: int  # bytes of the largest part in the precision in which it is loaded
+    kernels: int  # operators of a denoising step that allocate memory, about the number of kernels
+    part_bytes: tuple[int, ...]  # weights of the parts as they are loaded, before quantisation; the denoiser is first
+    weight_bytes: int  # of all parts, as they are on the card
     quantised: int  # weights that are dequantised in each denoising step
     half: bool  # whether the model computes in half precision
     vae_half: bool  # whether the VAE decodes in half precision
@@ -136,7 +137,9 @@ class _Rehearsal:
             self._move_to_host(parts.encoders)
             with trace.phase("denoise"):
                 self._move_to_card([parts.denoiser])
+                first = len(trace.events)
                 latents = self._denoise(text)
+                kernels = sum(serial != MARK and size > 0 for serial, size in trace.events[first:])
             self._move_to_host([parts.denoiser])
             with trace.phase("decode"):
                 self._move_to_card([parts.vae])
@@ -149,11 +152,11 @@ class _Rehearsal:
         usage = replay(trace.events, trace.category, trace.marks, CachingAllocator(full=True))
         half = self.dtype is not torch.float32
         flops = {phase: trace.flops.get(phase, 0) for phase in PHASES}
-        return Footprint(self.size, {phase: usage[phase] for phase in PHASES}, flops, *self._sizes(), half,
-                         half and not upcast)
+        return Footprint(self.size, {phase: usage[phase] for phase in PHASES}, flops, kernels,
+                         *self._sizes(), half, half and not upcast)
 
-    def _sizes(self) -> tuple[int, int, int]:
-        """Return the bytes of all weights, of the largest part before quantisation, and the quantised weights."""
+    def _sizes(self) -> tuple[tuple[int, ...], int, int]:
+        """Return the bytes of each part as it is loaded, those of all parts, and the number of quantised weights."""
         parts = self.parts
 
         def size(module: nn.Module) -> int:
@@ -161,14 +164,14 @@ class _Rehearsal:
             return sum(shapes[name].numel() * parameter.element_size() if name in shapes else parameter.nbytes
                        for name, parameter in module.named_parameters())
 
-        quantised = 0
-        if self.memory.base_weights is not BaseWeights.half:
-            quantised = sum(layer.in_features * layer.out_features for layer in parts.denoiser.modules()
-                            if isinstance(layer, nn.Linear))
         sizes = [size(module) for module in parts.modules]
+        if self.memory.base_weights is BaseWeights.half:
+            return tuple(sizes), sum(sizes), 0
+        quantised = sum(layer.in_features * layer.out_features for layer in parts.denoiser.modules()
+                        if isinstance(layer, nn.Linear))
         bytes_per_weight = 0.5 if self.memory.base_weights is BaseWeights.nf4 else 1
-        plain = sizes[0] + int(quantised * (self.dtype.itemsize - bytes_per_weight))
-        return sum(sizes), max(plain, *sizes[1:]), quantised
+        loaded = sizes[0] + int(quantised * (self.dtype.itemsize - bytes_per_weight))
+        return (loaded, *sizes[1:]), sum(sizes), quantised
 
     def _move_to_card(self, modules: Iterable[nn.Module]) -> None:
         for module in modules if self.memory.cpu_offload else ():
