@@ -3,7 +3,7 @@
 These checks take too long for the tests. The container engine of the tests builds the image. The image then runs in
 local mode of the SageMaker SDK, versions 2 and 3, with the hyperparameters of the blog (docs/sagemaker.md), and in a
 SageMaker Pipeline that trains two points of a search space. After that our launcher runs the image in `mode=docker`, in
-a sweep of six jobs with an MLflow server.
+a sweep of six jobs with an MLflow server. At last the image serves the tiny model in local mode, as an endpoint.
 """
 
 import csv
@@ -44,7 +44,7 @@ def main() -> None:
         docker.build("cpu", IMAGE)
         rows = []
         for check in (*(partial(run_sdk, version, docker, work) for version in SDK_REQUIREMENTS),
-                      partial(run_pipeline, docker), partial(run_sweep, docker)):
+                      partial(run_pipeline, docker), partial(run_sweep, docker), partial(run_endpoint, docker)):
             rows.append(check())
             print(rows[-1], flush=True)
     table = format_table("the CPU image of this version", "| what ran | seconds | result |", rows)
@@ -120,6 +120,20 @@ def run_sweep(docker: Engine) -> str:
             f"{seconds:.0f} | five objectives, best {min(float(row['objective']) for row in rows[:5]):.4f}; only "
             f"learning rate 1e20 fails; in MLflow {len(runs)} runs with the tag `sweep`: six jobs and "
             "the summary run |")
+
+
+def run_endpoint(docker: Engine) -> str:
+    """Serve the tiny model with the requests of `dreambooth.deploy`, and draw a picture; return a row of the table."""
+    with tempfile.TemporaryDirectory() as folder, serving():
+        output = must(sys.executable, "-m", "tools.proof.sagemaker_endpoint", TAG,
+                      ROOT / "dreambooth/assets/tiny-sd", cwd=ROOT, timeout=600,
+                      env=_local_mode_environment(docker, folder))
+    result = json.loads(output.splitlines()[-1])
+    assert result["format"] == "PNG" and result["prompt"], output[-3000:]
+    width, height = result["size"]
+    return (f"| an endpoint with the requests of `dreambooth.deploy`, SDK {result['version']}, local mode | "
+            f"{result['seconds']} | /ping answers after this time; a PNG of {width} x {height} px with its prompt; a "
+            "request above the limit of the environment is refused |")
 
 
 def _local_mode_environment(docker: Engine, folder: str) -> dict[str, str]:
