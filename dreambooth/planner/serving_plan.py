@@ -92,7 +92,7 @@ def model_of_recipe(recipe: Recipe, trained_parameters: int, batch: int) -> Serv
                        batch, (recipe.model.resolution,) * 2)
 
 
-def served_model(source: Source, batch: int, size: tuple[int, int] | None = None,
+def model_of_source(source: Source, batch: int, size: tuple[int, int] | None = None,
                     adapters: Sequence[Path] = ()) -> ServedModel:
     """Return the model that a server opens.
 

@@ -23,7 +23,7 @@ from dreambooth.planner.auto_memory import MAX_CARD_SHARE
 from dreambooth.planner.caching_allocator import CachingAllocator
 from dreambooth.planner.fake_cuda import fake_tensors, to_dtype
 from dreambooth.planner.gpu_specs import cuda_overhead_gib
-from dreambooth.planner.serving_plan import format_serving, plan_presets, plan_serving, served_model, serving_as_dicts
+from dreambooth.planner.serving_plan import format_serving, plan_presets, plan_serving, model_of_source, serving_as_dicts
 from dreambooth.planner.serving_rehearsal import Footprint, ServedModel, predict_serving, rehearse_serving
 from dreambooth.planner.trace_replay import Usage, replay
 from dreambooth.utils.assets import resolve_asset
@@ -235,9 +235,9 @@ def test_a_source_names_its_adapter_and_resolution(tmp_path: Path) -> None:
     lora.write_bytes(b"x" * 1000)
     source = replace(find_source(Generate(base=BASES[0])), adapter=str(lora),
                      settings={"model.resolution": "64", "sample.guidance_scale": "3", "model.name": "tiny"})
-    model = served_model(source, 2, adapters=[lora])
+    model = model_of_source(source, 2, adapters=[lora])
     assert model == ServedModel(source.model, "tiny", None, 2000, 3.0, 2, (64, 64))
-    assert served_model(source, 2, (32, 64)).size == (32, 64)
+    assert model_of_source(source, 2, (32, 64)).size == (32, 64)
 
 
 @pytest.mark.slow
