@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dreambooth import cli
-from dreambooth.config.compose import name_trial, search_space
+from dreambooth.config.compose import load, name_trial, search_space
 from dreambooth.config.enums import Device
 from dreambooth.config.recipe import resolve
 from dreambooth.config.storage import S3_SCHEME
@@ -23,14 +23,16 @@ from dreambooth.container.cluster import count_gpus, limit_to_one_process, parse
 from dreambooth.container.supervisor import ExitStatus, Supervisor
 from dreambooth.entrypoint import compose_run
 from dreambooth.errors import ConfigError, UserError
+from dreambooth.evaluate import compose_from_run
 from dreambooth.kubernetes import exit_report, kfp_components, pod_spec
 from dreambooth.kubernetes.workflow_spec import TRACKING_OVERRIDE, TRACKING_URI, TRIAL_RUN_DIR
+from dreambooth.storage import run_inputs
 from dreambooth.utils.atomic_files import check_writable, read_object
 from dreambooth.utils.masking import mask_urls
 from dreambooth.utils.plurals import counted
 from dreambooth.utils.quoting import hydra_string, shell_line
 
-STAGES = ("validate", "class-images", "train", "evaluate", "promote", "choose", "ended")
+STAGES = ("validate", "class-images", "train", "evaluate", "promote", "deploy", "choose", "ended")
 # Keys that do not change how much memory a run needs: trials that differ only in these keys are planned
 # once. The key `sweep` is not in the set, because a search space may set the training method.
 MEMORY_NEUTRAL_KEYS = {"train.learning_rate", "train.max_train_steps", "prior.prior_loss_weight", "method.alpha"}
@@ -48,6 +50,7 @@ def parser() -> cli.ArgumentParser:
     command_line.add_argument("--space", default="", help="search space whose trials are checked and listed")
     command_line.add_argument("--out", type=Path, default=Path("stage"), help="folder for files that the engine reads")
     command_line.add_argument("--results", default="", help="folder or S3 folder with the results of jobs, for choose")
+    command_line.add_argument("--deployment", default="", help="Deployment that serves the champion, for deploy")
     command_line.add_argument("--kfp", default="", help="executor input of Kubeflow Pipelines, as JSON")
     command_line.add_argument("--status", default="", help="final status of the workflow")
     command_line.add_argument("--failures", default="null", help="Argo's list of failed pods, as JSON")
@@ -70,6 +73,9 @@ def main() -> None:
             from dreambooth.sweeps import job_results
 
             print(job_results.choose(options.results, options.out))
+            return
+        if options.stage == "deploy":
+            print(_deploy(options.deployment, options.overrides))
             return
         status = _run_stage(options, Supervisor())
         if options.kfp and not status.code:
@@ -164,15 +170,38 @@ def _promote(overrides: list[str], out: Path, supervisor: Supervisor) -> ExitSta
 
     Return the exit status of the promotion.
     """
-    prefix = "run_root="
-    run_root = Path(next((override.removeprefix(prefix) for override in reversed(overrides)
-                          if override.startswith(prefix)), "runs"))
-    shared = [override for override in overrides if override.startswith(("sweep=", prefix))]
+    run_root = Path(_value(overrides, "run_root") or "runs")
+    shared = [override for override in overrides if override.startswith(("sweep=", "run_root="))]
     supervisor.run(_module_command("compare", [*shared, f"out={out / 'compare.html'}"]), {})
     status = supervisor.run(_module_command("promote", [f"default_uri={TRACKING_URI}", *overrides]), {})
     if not status.code:
         shutil.copyfile(run_root / "promoted.json", out / "promoted.json")
     return status
+
+
+def _deploy(deployment: str, overrides: Sequence[str]) -> str:
+    """Let a Deployment serve the champion of a sweep, and return a sentence that says so.
+
+    Raises:
+        UserError: the sweep has no champion, or the pictures of the new pods do not show its subject.
+    """
+    from dreambooth.deployment import smoke_test
+    from dreambooth.deployment.kubernetes_rollout import Deployment, roll_out
+
+    run_root, sweep = Path(_value(overrides, "run_root") or "runs"), _value(overrides, "sweep")
+    champion = read_object(run_root / "promoted.json") or {}
+    if not deployment or champion.get("sweep") != sweep:
+        raise UserError(f"the sweep {sweep} has no champion in {run_root / 'promoted.json'}, or --deployment names no "
+                        "Deployment: run the stage promote first")
+    run = Path(champion["run_dir"])
+    recipe = resolve(run_inputs.fetch_inputs(load(compose_from_run(run, {"class_images": 0})), run), run)
+    return roll_out(Deployment.of_this_cluster(deployment), f"models:/{champion['name']}/{champion['version']}",
+                    lambda url: smoke_test.check(url, recipe))
+
+
+def _value(overrides: Sequence[str], key: str) -> str:
+    """Return the last value of a key in overrides, or an empty string."""
+    return next((text.partition("=")[2] for text in reversed(overrides) if text.startswith(f"{key}=")), "")
 
 
 def _module_command(name: str, overrides: Sequence[str]) -> list[str]:

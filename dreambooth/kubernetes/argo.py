@@ -45,18 +45,22 @@ def build_train_template(spec: WorkflowSpec) -> dict[str, Any]:
 def build_sweep_template(spec: WorkflowSpec) -> dict[str, Any]:
     """Build the WorkflowTemplate for a sweep, with one run (a trial) per point of the search space.
 
-    The best model is promoted if at least one trial has succeeded, even if others have failed.
+    The best model is promoted if at least one trial has succeeded, even if others have failed. If the parameter
+    `deploy` names a Deployment, it serves this model afterwards.
     """
     trials = _task("trials", "class-images", template="trial", trial="{{item}}")
     trials["withParam"] = _output_of("validate", "trials")
     tasks = [_task("validate"), _task("class-images", "validate"), trials,
-             {**_task("promote"), "depends": "trials.AnySucceeded"}]
+             {**_task("promote"), "depends": "trials.AnySucceeded"},
+             {**_task("deploy", "promote"), "when": "\"{{workflow.parameters.deploy}}\" != \"\""}]
     trial_tasks = [_task("train", trial="{{inputs.parameters.trial}}"),
                    _task("evaluate", "train", run=_output_of("train", "run"))]
     return _workflow_template(SWEEP, spec, [
         {"name": "run", "dag": {"failFast": False, "tasks": tasks}},
         {"name": "trial", "inputs": {"parameters": [{"name": "trial"}]}, "dag": {"tasks": trial_tasks}},
-        *_stages(spec, "{{workflow.parameters.sweep}}")], {"sweep": spec.space.name})
+        *_stages(spec, "{{workflow.parameters.sweep}}"),
+        _stage(spec, "deploy", ["--deployment", "{{workflow.parameters.deploy}}", "sweep={{workflow.name}}",
+                                f"run_root={pod_spec.RUNS_MOUNT}"])], {"sweep": spec.space.name, "deploy": ""})
 
 
 def build_nightly_workflow(spec: WorkflowSpec) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from dreambooth.kubernetes import argo, pod_spec
+from dreambooth.kubernetes import argo, pod_spec, serving
 from dreambooth.kubernetes.workflow_spec import WorkflowSpec
 
 NAMESPACE = "dreambooth"
@@ -32,7 +32,9 @@ def build_namespace() -> list[dict[str, Any]]:
 
 def build_rbac() -> list[dict[str, Any]]:
     """Build the service account of workflow pods with its role, and a role for users who submit workflows."""
-    pod_rules = [{"apiGroups": ["argoproj.io"], "resources": ["workflowtaskresults"], "verbs": ["create", "patch"]}]
+    pod_rules = [{"apiGroups": ["argoproj.io"], "resources": ["workflowtaskresults"], "verbs": ["create", "patch"]},
+                 {"apiGroups": ["apps"], "resources": ["deployments"], "resourceNames": [serving.NAME],
+                  "verbs": ["get", "patch"]}]  # the stage `deploy` of a sweep
     submitter_rules = [
         {"apiGroups": ["argoproj.io"], "resources": ["workflows", "workflowtemplates", "cronworkflows"],
          "verbs": ["get", "list", "watch", "create", "update", "patch", "delete"]},

@@ -12,6 +12,7 @@ from dreambooth.kubernetes.workflow_spec import WorkflowSpec
 
 NAME = "dreambooth-serve"
 PORT = 8080
+CONTAINER = "serve"  # name of the container of the Deployment
 MODEL = "MODEL"  # environment variable with the value of the option `run`
 MODEL_URI = "s3://BUCKET/models/NAME"  # placeholder: folder of an exported model, which KServe downloads
 KSERVE_MOUNT = "/mnt/models"  # where KServe puts the files of STORAGE_URI
@@ -76,7 +77,7 @@ def build_inference_service(spec: WorkflowSpec) -> dict[str, Any]:
             "terminationGracePeriodSeconds": GRACE_SECONDS + 2 * DRAIN_SECONDS}}}
 
 
-def _pod(spec: WorkflowSpec, variables: dict[str, str], name: str = "serve") -> dict[str, Any]:
+def _pod(spec: WorkflowSpec, variables: dict[str, str], name: str = CONTAINER) -> dict[str, Any]:
     """Build the specification of a pod that serves, without what its controller sets.
 
     The root file system is read-only. Downloads of models are in a temporary volume; models of the Hugging Face hub are

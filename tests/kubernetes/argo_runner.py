@@ -175,6 +175,9 @@ class Runner:
             if not self._is_due(task, nodes):
                 nodes[task["name"]] = Node("Omitted")
                 continue
+            if not evaluate_when(fill(task.get("when", "true"), values)):
+                nodes[task["name"]] = Node("Skipped")
+                continue
             scope = values | {f"tasks.{name}.outputs.parameters.{key}": value
                               for name, node in nodes.items() for key, value in node.outputs.items()}
             if "withParam" in task:
@@ -185,7 +188,7 @@ class Runner:
             else:
                 nodes[task["name"]] = self._call(task, scope, f"{label}.{task['name']}")
         leaves = {task["name"] for task in tasks} - {name for task in tasks for name in dependencies(task)}
-        succeeded = all(nodes[name].status == "Succeeded" for name in leaves)
+        succeeded = all(nodes[name].status in ("Succeeded", "Skipped") for name in leaves)
         return Node("Succeeded" if succeeded else "Failed")
 
     @staticmethod
@@ -225,6 +228,15 @@ class Runner:
                 target.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target / source.name)
         return Node("Succeeded", outputs)
+
+
+def evaluate_when(condition: str) -> bool:
+    """The value of a condition `when`: true, or a comparison of a text with the empty text."""
+    if condition == "true":
+        return True
+    found = re.fullmatch(r'"(.*)" != ""', condition)
+    assert found, condition
+    return bool(found[1])
 
 
 def fill(text: str, values: Mapping[str, str]) -> str:

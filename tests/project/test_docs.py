@@ -173,7 +173,7 @@ def test_a_key_in_a_document_exists(page: Path) -> None:
     known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf())}
     known |= {"hydra.verbose"}
     known |= {f"hydra.sweeper.{key}" for key in ("storage", "n_trials", "max_failure_rate")}
-    known |= {"image", "overrides"}  # of Argo
+    known |= {"image", "overrides", "deploy", "MODEL"}  # of Argo, and of the Deployment that serves
     known |= {"hydra.launcher.KEY", "wait", "SAGEMAKER_VALIDATE_ROLE"}  # a placeholder; of the SageMaker SDK
     known |= {f"dataset.concepts.{number}.{key}" for number in (0, 1) for key in vars(Subject())}
     said = set(re.findall(r"(?<![\w./-])([A-Za-z_]\w*(?:\.\w+)*)=", in_code(page)))
