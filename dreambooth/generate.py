@@ -26,13 +26,12 @@ def _job(cfg: DictConfig) -> None:
     options = to_dataclass(cfg, Generate)
     from dreambooth.inference.generate_images import draw
     from dreambooth.models.loading import import_libraries
-    from dreambooth.storage import run_inputs
+    from dreambooth.tracking.registered_models import local_path
     from dreambooth.utils.signals import catch_stop_signals
 
     import_libraries()
-    download = run_inputs.download_if_remote
-    options = replace(options, run=download(options.run), base=download(options.base),
-                      lora=[str(download(lora)) for lora in options.loras])
+    options = replace(options, run=local_path(options.run, options.uri), base=local_path(options.base, options.uri),
+                      lora=[str(local_path(lora, options.uri)) for lora in options.loras])
     with catch_stop_signals() as stop:
         draw(options, stop)
 

@@ -28,6 +28,7 @@ class Promote(Section):
     replace: bool = False
     allow_unmeasured: bool = False
     min_prompt_fidelity: float | None = None
+    include_base: bool = False
 
     def __post_init__(self) -> None:
         most, least = self.max_class_similarity, self.min_prompt_fidelity
@@ -55,7 +56,7 @@ def _job(cfg: DictConfig) -> None:
     print(promotion_message(promotion.promote(sweep, Path(options.run_root), promotion.PromotionOptions(
         options.uri, options.experiment, options.name, options.objective, options.max_class_similarity,
         options.replace, options.default_uri, allow_unmeasured=options.allow_unmeasured,
-        min_prompt_fidelity=options.min_prompt_fidelity))))
+        min_prompt_fidelity=options.min_prompt_fidelity, include_base=options.include_base))))
 
 
 def main() -> None:

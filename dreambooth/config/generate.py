@@ -29,6 +29,7 @@ class Generate(Section):
     columns: int | None = None
     metadata: bool = True
     out: str | None = None
+    uri: str | None = None
 
     def __post_init__(self) -> None:
         scales = self.lora_scale if isinstance(self.lora_scale, list) else [self.lora_scale]

@@ -1,12 +1,12 @@
 """Finds the model for generating pictures: a run's model, any diffusers model, or the base model of a run's adapter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dreambooth.config.generate import Generate
 from dreambooth.errors import UserError
-from dreambooth.serialization.export_layout import check_intact, find_adapter, read_settings
+from dreambooth.serialization.export_layout import check_intact, find_adapter, read_run_name, read_settings
 from dreambooth.utils import quoting
 from dreambooth.utils.assets import resolve_asset
 
@@ -20,11 +20,17 @@ class Source:
     adapter: str | None  # path of the run's adapter file; None if the model needs none
     settings: dict[str, Any]  # settings of the run, as strings; empty if there is no run
     base_typed: bool = False  # whether `model` is a base model that the user typed; `settings` then do not describe it
+    run: str = ""  # name of the run, if it is not the name of the folder: that of a registered model
+    included_vae: str | None = None  # folder of the VAE that travels with a registered adapter
+
+    def with_model(self, model: str) -> "Source":
+        """Return a copy with another path of the same model."""
+        return replace(self, model=model)
 
     @property
     def title(self) -> str:
         """The name of the model in the metadata of pictures: of the base model of an adapter, or of a run's folder."""
-        return Path(self.model).name if self.adapter or self.base_typed else self.folder.name
+        return Path(self.model).name if self.adapter or self.base_typed else self.run or self.folder.name
 
     @property
     def revision(self) -> str | None:
@@ -38,7 +44,7 @@ class Source:
     def vae(self) -> str | None:
         """A folder or hub id of the VAE that replaces the base model's own VAE; None to keep it."""
         replacement = self._of_base("model.vae")
-        return resolve_asset(replacement) if replacement else None
+        return (self.included_vae or resolve_asset(replacement)) if replacement else None
 
     @property
     def zero_terminal_snr(self) -> bool:
@@ -79,15 +85,17 @@ def _find_source(config: Generate) -> Source:
     if not config.run:
         return Source(Path(), resolve_asset(config.base or ""), None, {}, base_typed=True)
     folder = Path(config.run)
-    settings = read_settings(folder)
+    settings, run = read_settings(folder), read_run_name(folder)
     for model in (folder / "model", folder):
         adapter_file = find_adapter(model)
         adapter = str(adapter_file) if adapter_file else None
         if (model / "model_index.json").is_file() and not config.base:
-            return Source(folder, str(model), None, settings)
-        base = config.base or settings.get("model.source")
+            return Source(folder, str(model), None, settings, run=run)
+        included = _included(model / "base")
+        base = config.base or included or settings.get("model.source")
         if adapter and base:
-            return Source(folder, resolve_asset(base), adapter, settings, base_typed=bool(config.base))
+            return Source(folder, resolve_asset(base), adapter, settings, bool(config.base), run,
+                          _included(model / "base_vae"))
         if adapter:
             raise UserError(f"{config.run} holds an adapter and does not say of which model: type base=DIR, the model "
                             "that it was trained on")
@@ -100,3 +108,8 @@ def _find_source(config: Generate) -> Source:
                         "python -m dreambooth.train ...")
     raise UserError(f"there is no model in {config.run}: type run=runs/NAME, a folder that "
                     "python -m dreambooth.train made")
+
+
+def _included(place: Path) -> str | None:
+    """Return the only folder in `place`, or None: a model that travels with a registered adapter."""
+    return next((str(path) for path in sorted(place.glob("*")) if path.is_dir()), None)

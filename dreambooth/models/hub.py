@@ -63,6 +63,22 @@ def download(source: str, patterns: list[str], local_files_only: bool) -> Path:
         raise OSError(str(error)) from error
 
 
+def download_pipeline(source: str, revision: str | None, variant: str | None, local_files_only: bool) -> Path:
+    """Return a local folder with the files of a hub model that its diffusers pipeline loads. Download missing files.
+
+    Args:
+        revision, variant: options of from_pretrained.
+        local_files_only: whether nothing is downloaded.
+
+    Raises:
+        OSError, ValueError: the model could not be downloaded, or is not on this machine.
+    """
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    return Path(DiffusionPipeline.download(source, revision=revision, variant=variant,
+                                           local_files_only=local_files_only))
+
+
 def failure_reason(error: BaseException, source: str, offline: bool) -> str:
     """Return why a model could not be loaded: that the hub could not be reached, or the first line of the error.
 

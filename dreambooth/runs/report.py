@@ -99,9 +99,12 @@ def promotion_message(promotion: Mapping[str, Any]) -> str:
         f", {measure['name']} {measure['value']:.3f}" if (measure := promotion[role]) else f", {role} not measured"
         for role in ("class_similarity", "prompt_fidelity"))
     replaced = f" instead of version {promotion['replaced']}" if promotion["replaced"] else ""
+    base = promotion.get("referenced_base")
+    reference = (f". Its base model {base} is not registered with it: on another machine, set DREAMBOOTH_BASE to its "
+                 "folder there, or promote with include_base=true") if base else ""
     return (f"{promotion['name']} version {promotion['version']} is {promotion['alias']}{replaced}: "
             f"{promotion['run']}, {promotion['objective_name']} {promotion['objective']:.4f}{scores}. "
-            f"Load it as {promotion['model_uri']} from MLflow at {promotion['server']}")
+            f"Load it as {promotion['model_uri']} from MLflow at {promotion['server']}{reference}")
 
 
 def _short_path(path: str) -> str:

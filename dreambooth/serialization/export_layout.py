@@ -75,6 +75,14 @@ def read_settings(run_dir: Path) -> dict[str, Any]:
             for key, value in settings.items()}
 
 
+def read_run_name(folder: Path) -> str:
+    """Return the name of the run whose model was registered in MLflow, from the run.json of the registered folder.
+
+    Return "" for other folders: the folder of a run has the run's name.
+    """
+    return str((atomic_files.read_object(folder / "run.json") or {}).get("run") or "")
+
+
 def find_converted(path: Any, run_dir: Path) -> Any:
     """Return where a converted single file is now, if run_root was moved or copied since the run; else `path`.
 

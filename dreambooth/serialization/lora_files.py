@@ -126,6 +126,17 @@ def read_base_model(file: Path) -> str:
         return str(find_converted((opened.metadata() or {})["base_model"], file.absolute().parents[1]))
 
 
+def read_base_settings(file: Path) -> dict[str, str]:
+    """Return the settings of the base model in an adapter's metadata: revision, variant, vae, zero_terminal_snr.
+
+    Settings that were not set are left out. A setting that is True is "True", as in run.json.
+    """
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata() or {}
+    return {key.removeprefix(BASE_KEY_PREFIX): "True" if value == "true" else value
+            for key, value in metadata.items() if key.startswith(BASE_KEY_PREFIX)}
+
+
 def read(file: Path) -> dict[str, LowRank]:
     """Read an adapter file in diffusers' layout.
 

@@ -53,6 +53,7 @@ from dreambooth.sweeps.trials import (
     reason_out_of_bounds,
 )
 from dreambooth.tracking.mlflow_database import database_uri, is_local
+from dreambooth.tracking.mlflow_model import find_reference, linked_model
 from dreambooth.tracking.model_registry import CANDIDATE, CHAMPION, Registry, Version
 from dreambooth.tracking.tracker import open_tracker
 from dreambooth.utils import atomic_files, quoting
@@ -81,6 +82,7 @@ class PromotionOptions:
     key_prefix: str = ""  # prefix of the keys with which the user can change the rules, for messages
     allow_unmeasured: bool = False  # whether a model may be champion if its class_similarity was not measured
     min_prompt_fidelity: float | None = None  # None: the run's own bound, see find_broken_bounds
+    include_base: bool = False  # whether the base model of an adapter is registered with it
 
     @property
     def bounds(self) -> Bounds:
@@ -225,7 +227,9 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
     reason = reason_to_keep(champion, options.replace)
     if reason and not as_candidate:
         raise UserError(f"nothing to promote in the sweep {sweep}: {reason}")
-    version = registry.register(name, run_id, trial.folder / result["model"], tags)
+    model = trial.folder / result["model"]
+    version = registry.register(name, run_id, model, tags, lambda: linked_model(
+        trial.folder, model, options.include_base))
     if not reason:
         champion, reason = _make_champion(registry, version, reason_to_keep, options.replace)
     if reason and not as_candidate:
@@ -243,6 +247,7 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
         "objective_name": objective,
         **{role: score and {"name": score[0], "value": score[1], "base": score[2]} for role, score in scores.items()},
         "replaced": champion.number if champion and not (is_champion or reason) else None, "mlflow_run_id": run_id,
+        "referenced_base": find_reference(trial.folder, options.include_base),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 

@@ -1,4 +1,4 @@
-"""Default settings of the MLflow client, and functions that inspect the errors of the client. Imports no MLflow."""
+"""Default settings of the MLflow client, and functions about errors. Importing this file does not import MLflow."""
 
 import contextlib
 import logging
@@ -78,6 +78,14 @@ class DeletedExperimentError(Exception):
         address = quoting.shell_word(mask_urls(uri, uri))
         self.remedy = (f"type MLFLOW_TRACKING_URI={address} mlflow experiments restore --experiment-id {number}, or "
                        f"{experiment_key}=NAME for another experiment")
+
+
+def bad_request(message: str) -> Exception:
+    """Return the error that a model's `predict` raises for a wrong value: MLflow's server answers with status 400."""
+    from mlflow.exceptions import MlflowException
+
+    error: Exception = MlflowException.invalid_parameter_value(message)
+    return error
 
 
 def http_status(error: Exception) -> int:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from dreambooth.tracking.mlflow_client import (
     set_default_environment,
 )
 from dreambooth.tracking.mlflow_database import open_client
+from dreambooth.tracking.mlflow_model import MODEL_FILE
 from dreambooth.utils import permissions
 from dreambooth.utils.masking import mask_urls
 
 CHAMPION, CANDIDATE = "champion", "candidate"
-UPLOAD_TIMEOUT = "600"  # timeout in seconds for uploading one file of a model
+FILE_TIMEOUT = "600"  # seconds, as text: timeout for the transfer of one file, because model files may have gigabytes
+PROGRESS_VARIABLE = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
 
 
 @dataclass(frozen=True)
@@ -59,21 +61,27 @@ class Registry:
         return None if number is None else _to_version(self._call(
             lambda: self._client.get_model_version(name, str(number))))
 
-    def register(self, name: str, run_id: str, folder: Path, tags: dict[str, str]) -> Version:
-        """Copy a model folder to the artifacts of its run, and register the copy as a new version of the model `name`.
+    def register(self, name: str, run_id: str, folder: Path, tags: dict[str, str],
+                 as_mlflow_model: Callable[[], AbstractContextManager[Path]]) -> Version:
+        """Copy a model to the artifacts of its run, and register the copy as a new version of the model `name`.
 
         If the run already has a version with all of `tags`, return the existing version instead. Its files are copied
-        again if MLflow no longer has all of them. The name of the
-        artifact folder consists of the values of the tags `holds`, `step` and `exported_step`. The model of an extended
-        run therefore does not overwrite the files of an earlier version.
+        again if MLflow no longer has all of them, or if an earlier version of this package has registered the folder
+        without the file MLmodel. The name of the artifact folder consists of the values of the tags `holds`, `step` and
+        `exported_step`. The model of an extended run therefore does not overwrite the files of an earlier version.
+
+        Args:
+            folder: the exported model.
+            as_mlflow_model: yields the folder to copy, which contains the files of `folder` and those of an MLflow
+                model. It is called only if files are copied.
         """
         existing = [version for version in self._search_versions(name, run_id) if tags.items() <= version.tags.items()]
         if existing and not self._lacking(existing[-1], folder):
             return existing[-1]
         artifact_folder = "-".join([
             tags.get("holds", "model"), *(tags[key] for key in ("step", "exported_step") if key in tags)])
-        with _upload_timeout():
-            self._call(lambda: self._client.log_artifacts(run_id, str(folder), artifact_folder))
+        with as_mlflow_model() as complete, _environment(TIMEOUT_VARIABLE, FILE_TIMEOUT):
+            self._call(lambda: self._client.log_artifacts(run_id, str(complete), artifact_folder))
         if all(model.name != name for model in self._search_models(name)):
             self._call(lambda: self._client.create_registered_model(name))
         artifacts = self._call(lambda: self._client.get_run(run_id)).info.artifact_uri.rstrip("/")
@@ -88,12 +96,14 @@ class Registry:
         """Return the name of a file of a model that MLflow does not have in its size, or None if it has all files.
 
         Args:
-            folder: the folder that was copied to MLflow. A user may have changed its DESCRIPTIONS since.
+            folder: the exported model. A user may have changed its DESCRIPTIONS since it was copied to MLflow.
         """
         stored = self._call(lambda: _file_sizes(
             self._client.get_model_version_download_uri(version.name, str(version.number)), self._uri))
         files = {path.relative_to(folder).as_posix(): path.stat().st_size
                  for path in folder.rglob("*") if path.is_file()}
+        if MODEL_FILE not in stored:
+            return MODEL_FILE
         return next((name for name, size in sorted(files.items())
                      if (name not in stored or stored[name] not in (None, size))
                      and name not in (*DESCRIPTIONS, manifest.NAME)), None)
@@ -102,6 +112,19 @@ class Registry:
         """Return all versions of the model `name`, oldest first. `name` must not contain a quote."""
         found = self._call(lambda: self._client.search_model_versions(f"name='{name}'"))
         return sorted(map(_to_version, found), key=lambda version: version.number)
+
+    def download(self, version: Version, target: Path) -> None:
+        """Download the files of a version to the existing folder `target`."""
+        from mlflow.artifacts import download_artifacts
+
+        uri = self._call(lambda: self._client.get_model_version_download_uri(version.name, str(version.number)))
+        with _environment(TIMEOUT_VARIABLE, FILE_TIMEOUT), _environment(PROGRESS_VARIABLE, "false"):
+            folder = Path(self._call(lambda: download_artifacts(artifact_uri=uri, dst_path=str(target),
+                                                                tracking_uri=self._uri)))
+        if folder.resolve() != target.resolve():  # MLflow has created a folder with the name of the artifact in it
+            for path in list(folder.iterdir()):
+                path.rename(target / path.name)
+            folder.rmdir()
 
     def set_tag(self, version: Version, key: str, value: str) -> None:
         """Set a tag of a version."""
@@ -160,16 +183,15 @@ def _to_version(item: Any) -> Version:
 
 
 @contextmanager
-def _upload_timeout() -> Iterator[None]:
-    """Context manager that increases the HTTP timeout to UPLOAD_TIMEOUT, because model files may have gigabytes.
-
-    A timeout that the user has set does not change.
-    """
-    before = os.environ.get(TIMEOUT_VARIABLE)
-    if before == DEFAULTS[TIMEOUT_VARIABLE]:
-        os.environ[TIMEOUT_VARIABLE] = UPLOAD_TIMEOUT
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Context manager that sets an environment variable, unless the user has set it."""
+    before = os.environ.get(name)
+    if before == DEFAULTS.get(name):
+        os.environ[name] = value
     try:
         yield
     finally:
-        if before is not None:
-            os.environ[TIMEOUT_VARIABLE] = before
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 
@@ -70,7 +71,8 @@ class Registry:
     def get_by_alias(self, name: str, alias: str) -> Version | None:
         return self.aliases.get(alias)
 
-    def register(self, name: str, run_id: str, folder: Path, tags: dict[str, str]) -> Version:
+    def register(self, name: str, run_id: str, folder: Path, tags: dict[str, str],
+                 as_mlflow_model: Any = None) -> Version:
         assert {"model_index.json", ADAPTER} & {path.name for path in folder.iterdir()}
         existing = [version for version in self.versions
                     if version.run_id == run_id and tags.items() <= version.tags.items()]
