@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth.config.enums import BaseWeights
+from dreambooth.config.enums import BaseWeights, Device
 from dreambooth.config.hardware import Hardware, presets
 from dreambooth.config.recipe import Recipe
 from dreambooth.inference.model_sources import Source
@@ -31,7 +31,8 @@ from dreambooth.planner.time_and_cost import (
     PROCESS_GIB,
     flops_per_second,
 )
-from dreambooth.utils.hardware import GIB
+from dreambooth.serialization.export_layout import find_adapter
+from dreambooth.utils.hardware import GIB, detect_machine
 
 STEPS = 25  # denoising steps of a picture, the default of generate and of serve
 LAUNCH_SECONDS = 44e-6  # between two kernels that are shorter; fitted to one speed: SD 1.5 on an A100, batch 1
@@ -59,6 +60,14 @@ class ServingPlan:
     host_gib: float  # of host memory, through which all weights are loaded
     seconds_per_picture: float | None  # None: the speed of the card is unknown
     footprint: Footprint
+
+    @property
+    def explanation(self) -> str:
+        """What the server needs, and the memory options of the plan."""
+        names = f" with {' and '.join(self.memory.names)}" if self.memory.names else ""
+        changes = "" if self.memory.exact else ", which changes pictures"
+        of = "" if self.hardware.usable_vram_gib is None else f" of {self.hardware.usable_vram_gib:.1f}"
+        return f"about {self.peak_gib:.1f}{of} GiB of the GPU for {self.model.batch} pictures{names}{changes}"
 
     @property
     def fits(self) -> bool:
@@ -140,6 +149,26 @@ def plan_serving(model: ServedModel, hardware: Hardware, memory: InferenceMemory
         if plan.fits and plan.peak_gib <= allowed:
             return plan
     return plan
+
+
+def plan_this_machine(source: Source, batch: int, adapters: Sequence[Path], max_adapters: int) -> ServingPlan:
+    """Plan serving on this machine's first CUDA GPU with memory=auto.
+
+    Pictures have the model's own resolution. An architecture that is unknown is not possible here, because the model is
+    on this machine.
+
+    Args:
+        source: the model and, if there is one, its own adapter.
+        batch: pictures at a time.
+        adapters: run folders, other folders or files of the adapters that requests may name.
+        max_adapters: number of them that are on the card at a time.
+    """
+    machine = detect_machine()
+    files = [path if path.is_file() else find_adapter(path / "model") or find_adapter(path) for path in adapters]
+    largest = sorted((file for file in files if file is not None), key=lambda file: -file.stat().st_size)
+    hardware = Hardware(name="local", device=Device.cuda, gpu=machine.gpu, usable_vram_gib=machine.vram_gib,
+                        compute_capability=machine.compute_capability)
+    return plan_serving(model_of_source(source, batch, adapters=largest[:max_adapters]), hardware)
 
 
 def plan_presets(model: ServedModel, memory: InferenceMemory | None = None, steps: int = STEPS) -> list[ServingPlan]:

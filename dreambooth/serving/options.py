@@ -5,6 +5,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from dreambooth.config.section import Section, finite, require
+from dreambooth.models.inference_memory import read_memory
 
 TOKEN_VARIABLE = "DREAMBOOTH_SERVE_TOKEN"
 SHORTEST_TOKEN = 16  # characters
@@ -22,6 +23,7 @@ class Serve(Section):
     port: int = 8000
     token: str | None = None
     workers: int | None = None
+    memory: Any = "auto"  # auto, or a list of names
     max_batch: int = 4
     max_wait_ms: float = 20.0
     max_queue: int = 64
@@ -35,6 +37,7 @@ class Serve(Section):
     cache: str = "runs/s3"
 
     def __post_init__(self) -> None:
+        read_memory(self.memory)
         adapters = self.adapters
         named = isinstance(adapters, dict) and all(
             isinstance(part, str) and part.strip() for item in adapters.items() for part in item)

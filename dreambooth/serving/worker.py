@@ -33,8 +33,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth.errors import Diverged, DreamBoothError, Interrupted, OutOfMemory, UserError
+from dreambooth.errors import Diverged, DoesNotFit, DreamBoothError, Interrupted, OutOfMemory, UserError
 from dreambooth.inference.picture_request import PictureRequest
+from dreambooth.models.inference_memory import PLAIN, InferenceMemory, read_memory
 from dreambooth.serving.channel import Channel
 from dreambooth.utils.masking import mask_urls
 
@@ -97,8 +98,26 @@ def _open(start: dict[str, Any], channel: Channel) -> "tuple[Renderer, MemoryMet
     adapters = {name: Path(path) for name, path in start["adapters"].items()}
     meter = MemoryMeter(torch.device(device), lambda phase: "the same on a machine with more memory",
                         saved_notice="nothing was served")
+    memory = read_memory(start["memory"])
+    if memory is None:
+        memory = _choose_memory(source, start, list(adapters.values())) if device == "cuda" else PLAIN
     with meter.phase("loading"):
-        return Renderer(source, device, adapters, start["max_adapters"]), meter
+        return Renderer(source, device, adapters, start["max_adapters"], memory=memory), meter
+
+
+def _choose_memory(source: "Source", start: dict[str, Any], adapters: Sequence[Path]) -> InferenceMemory:
+    """Return the memory options with which the model fits this machine's GPU.
+
+    Raises:
+        DoesNotFit: the planner finds none.
+    """
+    from dreambooth.planner.serving_plan import plan_this_machine
+
+    plan = plan_this_machine(source, start["max_batch"], adapters, start["max_adapters"])
+    if not plan.fits:
+        raise DoesNotFit(f"{plan.shortfall}; or memory=[], to try it nevertheless")
+    print(f"dreambooth: memory=auto: {plan.explanation}", flush=True)
+    return plan.memory
 
 
 def _find(run: str | None, base: str | None, cache: str) -> "Source":

@@ -23,7 +23,13 @@ from dreambooth.planner.auto_memory import MAX_CARD_SHARE
 from dreambooth.planner.caching_allocator import CachingAllocator
 from dreambooth.planner.fake_cuda import fake_tensors, to_dtype
 from dreambooth.planner.gpu_specs import cuda_overhead_gib
-from dreambooth.planner.serving_plan import format_serving, plan_presets, plan_serving, model_of_source, serving_as_dicts
+from dreambooth.planner.serving_plan import (
+    format_serving,
+    model_of_source,
+    plan_presets,
+    plan_serving,
+    serving_as_dicts,
+)
 from dreambooth.planner.serving_rehearsal import Footprint, ServedModel, predict_serving, rehearse_serving
 from dreambooth.planner.trace_replay import Usage, replay
 from dreambooth.utils.assets import resolve_asset
