@@ -1,6 +1,6 @@
 """Memory options of inference: what of a model is on the card, in which format, and how the VAE decodes.
 
-The planner chooses them for memory=auto (planner/serving_plan.py). Importing this file does not import torch.
+The planner chooses them for memory_options=auto (planner/serving_plan.py). Importing this file does not import torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 SWITCHES = ("vae_slicing", "vae_tiling", "cpu_offload")
 FORMATS = tuple(kind.value for kind in BaseWeights if kind is not BaseWeights.half)
-NAMES = (*SWITCHES, *FORMATS)  # what the user can type in memory=[...]
+NAMES = (*SWITCHES, *FORMATS)  # what the user can type in memory_options=[...]
 TILE = 512  # side of a tile in pixels; the VAE's own value is not used if it is larger
 
 
@@ -36,8 +36,8 @@ class InferenceMemory:
 
     def __post_init__(self) -> None:
         if self.cpu_offload and self.base_weights is BaseWeights.nf4:
-            raise ValueError("memory must not have both cpu_offload and nf4, whose weights stay on the card: leave one "
-                             "of them out, or take int8")
+            raise ValueError("memory_options must not have both cpu_offload and nf4, whose weights stay on the card: "
+                             "leave one of them out, or take int8")
 
     @property
     def exact(self) -> bool:
@@ -46,7 +46,7 @@ class InferenceMemory:
 
     @property
     def names(self) -> list[str]:
-        """The options that are on, as the user types them in memory=[...]."""
+        """The options that are on, as the user types them in memory_options=[...]."""
         return [name for name in NAMES if getattr(self, name, False) or name == self.base_weights.value]
 
 
@@ -68,8 +68,8 @@ def read_memory(value: Any) -> InferenceMemory | None:
     unknown = [name for name in names if name not in NAMES]
     formats = [BaseWeights(name) for name in names if name in FORMATS]
     if unknown or len(formats) > 1:
-        raise ValueError(f"memory must be auto, or a list of {', '.join(SWITCHES)} and one of {', '.join(FORMATS)}, "
-                         f"not {value}")
+        raise ValueError(f"memory_options must be auto, or a list of {', '.join(SWITCHES)} and one of "
+                         f"{', '.join(FORMATS)}, not {value}")
     switches = {name: True for name in SWITCHES if name in names}
     return InferenceMemory(**switches, base_weights=formats[0] if formats else BaseWeights.half)
 

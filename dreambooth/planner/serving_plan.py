@@ -1,4 +1,4 @@
-"""Plans inference: the GPU memory and the seconds per picture that a model needs, and memory=auto for serving.
+"""Plans inference: the GPU memory and the seconds per picture that a model needs, and memory_options=auto.
 
 `plan_serving` plans one machine, and chooses memory options if the user chose none. `plan_presets` plans every GPU of
 conf/hardware. Memory is predicted (serving_rehearsal.py). The time is an estimate:
@@ -7,8 +7,8 @@ conf/hardware. Memory is predicted (serving_rehearsal.py). The time is an estima
                         + dequantised weights / memory bandwidth, in each denoising step
                         + copies of cpu_offload / speed of the link to the host
 
-memory=auto takes the first set of CANDIDATES that fits: first the sets that change no picture, each group ordered by
-its time.
+memory_options=auto takes the first set of CANDIDATES that fits: first the sets that change no picture, each group
+ordered by its time.
 """
 
 from collections.abc import Sequence
@@ -33,6 +33,7 @@ from dreambooth.planner.time_and_cost import (
 )
 from dreambooth.serialization.export_layout import find_adapter
 from dreambooth.utils.hardware import GIB, detect_machine
+from dreambooth.utils.plurals import counted
 
 STEPS = 25  # denoising steps of a picture, the default of generate and of serve
 LAUNCH_SECONDS = 44e-6  # between two kernels that are shorter; fitted to one speed: SD 1.5 on an A100, batch 1
@@ -55,7 +56,7 @@ class ServingPlan:
 
     model: ServedModel
     hardware: Hardware
-    memory: InferenceMemory  # chosen by the user or by memory=auto
+    memory: InferenceMemory  # chosen by the user or by memory_options=auto
     peak_gib: float  # of the card: PyTorch's reserved memory and the overhead of the process; 0 on a CPU
     host_gib: float  # of host memory, through which all weights are loaded
     seconds_per_picture: float | None  # None: the speed of the card is unknown
@@ -67,7 +68,8 @@ class ServingPlan:
         names = f" with {' and '.join(self.memory.names)}" if self.memory.names else ""
         changes = "" if self.memory.exact else ", which changes pictures"
         of = "" if self.hardware.usable_vram_gib is None else f" of {self.hardware.usable_vram_gib:.1f}"
-        return f"about {self.peak_gib:.1f}{of} GiB of the GPU for {self.model.batch} pictures{names}{changes}"
+        pictures = counted(self.model.batch, "picture")
+        return f"about {self.peak_gib:.1f}{of} GiB of the GPU for {pictures}{names}{changes}"
 
     @property
     def fits(self) -> bool:
@@ -79,10 +81,11 @@ class ServingPlan:
         """One sentence that says what is too small and what the user can type; empty if serving fits."""
         hardware, batch = self.hardware, self.model.batch
         if _exceeds(self.peak_gib, hardware.usable_vram_gib):
-            fewer = f"max_batch=1 instead of {batch}, " if batch > 1 else ""
-            return (f"serving {batch} pictures at a time needs {self.peak_gib:.1f} GiB, and "
-                    f"{hardware.gpu or 'the card'} has {hardware.usable_vram_gib:g}: type {fewer}memory=auto, or take "
-                    "a larger card")
+            less = [f"max_batch=1 instead of {batch}"] * (batch > 1)
+            less += ["memory_options=auto"] * (self.memory != CANDIDATES[-1])
+            advice = f"type {', '.join(less)}, or take a larger card" if less else "take a larger card"
+            return (f"serving {counted(batch, 'picture')} at a time needs {self.peak_gib:.1f} GiB, and "
+                    f"{hardware.gpu or 'the card'} has {hardware.usable_vram_gib:.4g}: {advice}")
         if _exceeds(self.host_gib, hardware.host_ram_gib):
             return (f"serving needs {self.host_gib:.1f} GiB of host memory to load the model, and the machine has "
                     f"{hardware.host_ram_gib:g}: take a larger machine with the same card")
@@ -125,7 +128,7 @@ def plan_serving(model: ServedModel, hardware: Hardware, memory: InferenceMemory
 
     Args:
         hardware: the machine; one GPU of it is used.
-        memory: memory options; None: memory=auto. If no set fits, the plan is that of the last one.
+        memory: memory options; None: memory_options=auto. If no set fits, the plan is that of the last one.
         steps: denoising steps of a picture.
 
     Raises:
@@ -152,7 +155,7 @@ def plan_serving(model: ServedModel, hardware: Hardware, memory: InferenceMemory
 
 
 def plan_this_machine(source: Source, batch: int, adapters: Sequence[Path], max_adapters: int) -> ServingPlan:
-    """Plan serving on this machine's first CUDA GPU with memory=auto.
+    """Plan serving on this machine's first CUDA GPU with memory_options=auto.
 
     Pictures have the model's own resolution. An architecture that is unknown is not possible here, because the model is
     on this machine.

@@ -23,7 +23,7 @@ class Serve(Section):
     port: int = 8000
     token: str | None = None
     workers: int | None = None
-    memory: Any = "auto"  # auto, or a list of names
+    memory_options: Any = "auto"  # auto, or a list of names
     max_batch: int = 4
     max_wait_ms: float = 20.0
     max_queue: int = 64
@@ -37,7 +37,7 @@ class Serve(Section):
     cache: str = "runs/s3"
 
     def __post_init__(self) -> None:
-        read_memory(self.memory)
+        read_memory(self.memory_options)
         adapters = self.adapters
         named = isinstance(adapters, dict) and all(
             isinstance(part, str) and part.strip() for item in adapters.items() for part in item)

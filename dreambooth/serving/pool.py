@@ -198,7 +198,7 @@ class Pool:
 
     Args:
         gpus: the number of the GPU of each worker; [None]: one worker that uses what it finds.
-        model: the fields run, base, max_adapters, memory, max_batch and cache of the message "open".
+        model: the fields run, base, max_adapters, memory_options, max_batch and cache of the message "open".
         hang_seconds: a worker that sends nothing for so long while it draws is killed.
     """
 

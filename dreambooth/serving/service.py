@@ -44,7 +44,7 @@ class Service:
         self.queue = PictureQueue(options.max_queue, options.max_batch, options.max_wait_ms / 1000)
         self.metrics.queue.set_function(lambda: len(self.queue))
         model = {"run": options.run, "base": options.base, "max_adapters": options.max_adapters,
-                 "memory": options.memory, "max_batch": options.max_batch,
+                 "memory_options": options.memory_options, "max_batch": options.max_batch,
                  "cache": options.cache}
         self.pool = Pool(self.queue, self.metrics, self.adapters, model, gpus, options.request_timeout, start_worker)
         self.stopping = False

@@ -98,7 +98,7 @@ def _open(start: dict[str, Any], channel: Channel) -> "tuple[Renderer, MemoryMet
     adapters = {name: Path(path) for name, path in start["adapters"].items()}
     meter = MemoryMeter(torch.device(device), lambda phase: "the same on a machine with more memory",
                         saved_notice="nothing was served")
-    memory = read_memory(start["memory"])
+    memory = read_memory(start["memory_options"])
     if memory is None:
         memory = _choose_memory(source, start, list(adapters.values())) if device == "cuda" else PLAIN
     with meter.phase("loading"):
@@ -115,8 +115,8 @@ def _choose_memory(source: "Source", start: dict[str, Any], adapters: Sequence[P
 
     plan = plan_this_machine(source, start["max_batch"], adapters, start["max_adapters"])
     if not plan.fits:
-        raise DoesNotFit(f"{plan.shortfall}; or memory=[], to try it nevertheless")
-    print(f"dreambooth: memory=auto: {plan.explanation}", flush=True)
+        raise DoesNotFit(f"{plan.shortfall}; or memory_options=[], to try it nevertheless")
+    print(f"dreambooth: memory_options=auto: {plan.explanation}", flush=True)
     return plan.memory
 
 

@@ -11,6 +11,7 @@ import torch
 from dreambooth.config.enums import BaseWeights
 from dreambooth.config.generate import Generate
 from dreambooth.config.hardware import Hardware, presets
+from dreambooth.errors import DoesNotFit
 from dreambooth.inference.model_sources import find_source
 from dreambooth.inference.picture_request import PictureRequest
 from dreambooth.inference.renderer import Renderer
@@ -32,7 +33,9 @@ from dreambooth.planner.serving_plan import (
 )
 from dreambooth.planner.serving_rehearsal import Footprint, ServedModel, predict_serving, rehearse_serving
 from dreambooth.planner.trace_replay import Usage, replay
+from dreambooth.serving import worker
 from dreambooth.utils.assets import resolve_asset
+from dreambooth.utils.hardware import Machine
 from tests.support import tiny_models
 
 BASES = ("package:tiny-sd", "package:tiny-flow")
@@ -82,7 +85,7 @@ def test_memory_options_are_read_from_what_the_user_types(value: object, memory:
 
 
 @pytest.mark.parametrize("value, words", [
-    ("fast", "memory must be auto, or a list of vae_slicing, vae_tiling, cpu_offload and one of int8, fp8, nf4"),
+    ("fast", "memory_options must be auto, or a list of vae_slicing, vae_tiling, cpu_offload and one of int8, fp8, "),
     (["int8", "nf4"], "one of int8, fp8, nf4"), (["cpu_offload", "nf4"], "must not have both cpu_offload and nf4")])
 def test_impossible_memory_options_are_refused(value: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
@@ -244,6 +247,23 @@ def test_a_source_names_its_adapter_and_resolution(tmp_path: Path) -> None:
     model = model_of_source(source, 2, adapters=[lora])
     assert model == ServedModel(source.model, "tiny", None, 2000, 3.0, 2, (64, 64))
     assert model_of_source(source, 2, (32, 64)).size == (32, 64)
+
+
+def test_the_server_chooses_for_its_own_gpu(
+        tmp_path: Path, small_model: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    source = find_source(Generate(base=BASES[0]))
+    for name, size in (("one", 10), ("two", 30), ("three", 20)):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"x" * size)
+    start = {"max_batch": 4, "max_adapters": 2}
+    monkeypatch.setattr(serving_plan, "detect_machine", lambda: Machine("NVIDIA A10G", 15.0, 8.6))
+    plan = serving_plan.plan_this_machine(source, 4, sorted(tmp_path.iterdir()), 2)
+    assert plan.model.adapter_bytes == 50 and plan.model.batch == 4
+    assert worker._choose_memory(source, start, []) == SLICED
+    told = capsys.readouterr().out
+    assert "memory_options=auto: about 13.7 of 15.0 GiB of the GPU for 4 pictures with vae_slicing" in told
+    monkeypatch.setattr(serving_plan, "detect_machine", lambda: Machine("NVIDIA A10G", 4.0, 8.6))
+    with pytest.raises(DoesNotFit, match=r"max_batch=1 instead of 4.*memory_options=\[\], to try it nevertheless"):
+        worker._choose_memory(source, start, [])
 
 
 @pytest.mark.slow

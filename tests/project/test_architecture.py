@@ -19,8 +19,8 @@ PACKAGE = ROOT / "dreambooth"
 # A folder imports only from folders that stand before it. `errors` is the file errors.py; `commands` are the other
 # files at the root of the package and every __main__.py.
 ORDER = ("errors", "utils", "config", "runtime", "storage", "models", "optim", "data", "serialization", "runs",
-         "tracking", "cloud", "container", "kubernetes", "evaluation", "inference", "serving", "sweeps", "training",
-         "planner", "deployment", "commands")
+         "tracking", "cloud", "container", "kubernetes", "evaluation", "inference", "sweeps", "training",
+         "planner", "serving", "deployment", "commands")
 COMMANDS = {"train", "generate", "plan", "evaluate", "entrypoint", "promote", "compare", "class_images", "stage",
             "workflows", "convert", "serve", "deploy"}
 HEAVY = {"torch", "diffusers", "transformers", "mlflow", "boto3", "sagemaker", "accelerate", "PIL",
