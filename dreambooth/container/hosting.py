@@ -9,6 +9,7 @@ SAGEMAKER_BIND_TO_PORT or 8080. An environment variable DREAMBOOTH_SERVE_KEY set
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dreambooth.container.sagemaker_paths import SageMakerPaths
@@ -34,10 +35,11 @@ def serving_overrides(paths: SageMakerPaths, arguments: Sequence[str], environme
               if environment.get(PREFIX + key.upper()) and PREFIX + key.upper() not in SECRETS}
     chosen |= {word.partition("=")[0]: word for word in arguments}
     model = paths.model
-    if "run" not in chosen and _has_model(model):
-        chosen["run"] = override("run", str(model))
-    if "adapters" not in chosen and (model / ADAPTERS).is_dir():
-        chosen["adapters"] = override("adapters", str(model / ADAPTERS))
+    with suppress(PermissionError):  # the command says so
+        if "run" not in chosen and _has_model(model):
+            chosen["run"] = override("run", str(model))
+        if "adapters" not in chosen and (model / ADAPTERS).is_dir():
+            chosen["adapters"] = override("adapters", str(model / ADAPTERS))
     if "run" not in chosen and "base" not in chosen:
         chosen["run"] = override("run", str(model))  # the command says what is missing there
     defaults = {"host": "host=0.0.0.0", "port": f"port={environment.get('SAGEMAKER_BIND_TO_PORT') or DEFAULT_PORT}",

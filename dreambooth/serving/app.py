@@ -108,7 +108,7 @@ class Routes:
         files = await self._draw(request, pictures)
         if as_file:
             return Response(files[0], media_type="image/png")
-        return JSONResponse({"predictions": [invocations.encode_picture(file) for file in files]})
+        return JSONResponse({"predictions": [invocations.prediction(file) for file in files]})
 
     async def _generations(self, request: Request) -> Response:
         info, limits = self.service.info(), self.service.limits()

@@ -14,7 +14,7 @@ from dreambooth.serving import openai
 from dreambooth.serving.metrics import Metrics
 from dreambooth.serving.refusals import Refused
 
-OPEN = {"/", "/ping"}  # without a token: the page has no secrets, and probes have no token
+OPEN = {"/", "/ping", "/metrics"}  # without a token: probes and Prometheus have none, and these tell no secrets
 
 
 class Guard:

@@ -34,7 +34,8 @@ class Serve(Section):
     max_body: int = 2**20
     request_timeout: float = 300.0
     grace_seconds: float = 25.0
-    cache: str = "runs/s3"
+    uri: str | None = None
+    cache: str = "runs"
 
     def __post_init__(self) -> None:
         read_memory(self.memory_options)

@@ -17,6 +17,7 @@ from dreambooth.serving.refusals import Refused
 from dreambooth.serving.worker_process import Handler, WorkerProcess
 
 CRASHES = 3  # crashes in a row, before a worker was ready, that end the server
+LAST_MOMENT = 5.0  # seconds that a killed process has to end
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between a crash and the next start; the pause doubles
 
 
@@ -76,7 +77,8 @@ class Slot:
                 worker.kill()
                 self._give_up_batch()
                 self.pool.report_state()
-            code = await worker.ended
+                await asyncio.wait({worker.ended}, timeout=LAST_MOMENT)
+            code = worker.ended.result() if worker.ended.done() else -signal.SIGKILL
             if self._refusal:
                 raise self._refusal
             crashes = 0 if was_ready else crashes + 1
@@ -198,7 +200,7 @@ class Pool:
 
     Args:
         gpus: the number of the GPU of each worker; [None]: one worker that uses what it finds.
-        model: the fields run, base, max_adapters, memory_options, max_batch and cache of the message "open".
+        model: the options of the message "open", see worker.py.
         hang_seconds: a worker that sends nothing for so long while it draws is killed.
     """
 
@@ -240,11 +242,6 @@ class Pool:
         """The number of workers that can draw."""
         return sum(slot.ready for slot in self._slots)
 
-    @property
-    def drawing(self) -> bool:
-        """Whether a worker draws."""
-        return any(slot.batch for slot in self._slots)
-
     def stop_at(self, deadline: float) -> None:
         """Begin no batch that would probably not end before `deadline`, in seconds of the monotonic clock."""
         self._deadline = deadline
@@ -252,13 +249,6 @@ class Pool:
     def has_time_for_batch(self) -> bool:
         """Return whether a batch that begins now will probably end before the deadline, if there is one."""
         return self._deadline is None or time.monotonic() + self._seconds_per_batch <= self._deadline
-
-    def refuse_drawing(self, reason: Refused) -> None:
-        """Refuse the jobs that are being drawn now."""
-        for slot in self._slots:
-            for job in slot.batch:
-                if not job.result.done():
-                    job.result.set_exception(reason)
 
     def retry_after(self) -> int:
         """Return after how many seconds a refused client should try again: when the queue is probably half empty."""

@@ -72,11 +72,6 @@ class PictureQueue:
         if job in self._jobs:
             self._jobs.remove(job)
 
-    def clear(self) -> list[Job]:
-        """Remove all jobs and return them."""
-        jobs, self._jobs = list(self._jobs), deque()
-        return jobs
-
     async def next_batch(self) -> list[Job]:
         """Wait for a batch, remove its jobs from the queue and return them.
 

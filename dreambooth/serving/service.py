@@ -43,10 +43,10 @@ class Service:
         self.adapters = Adapters(options.adapters)
         self.queue = PictureQueue(options.max_queue, options.max_batch, options.max_wait_ms / 1000)
         self.metrics.queue.set_function(lambda: len(self.queue))
-        model = {"run": options.run, "base": options.base, "max_adapters": options.max_adapters,
-                 "memory_options": options.memory_options, "max_batch": options.max_batch,
-                 "cache": options.cache}
+        model = {key: getattr(options, key) for key in (
+            "run", "base", "uri", "cache", "memory_options", "max_adapters", "max_batch")}
         self.pool = Pool(self.queue, self.metrics, self.adapters, model, gpus, options.request_timeout, start_worker)
+        self._jobs: set[Job] = set()  # of which nobody has got the result yet
         self.stopping = False
         self.started = int(time.time())
 
@@ -93,10 +93,12 @@ class Service:
             jobs.append(Job(request, batch_key(request), loop.create_future(),
                             _bind(on_step, position) if on_step else ignore_step))
         self.queue.put(jobs, self.pool.retry_after())
+        self._jobs.update(jobs)
         return jobs
 
     def abandon(self, jobs: Sequence[Job]) -> None:
         """Forget jobs: those that are not drawn yet will not be drawn."""
+        self._jobs.difference_update(jobs)
         for job in jobs:
             self.queue.discard(job)
             job.result.cancel()
@@ -109,17 +111,12 @@ class Service:
         What does not fit into this time is refused with status 503.
         """
         self.stopping = True
-        deadline = time.monotonic() + self.options.grace_seconds
-        self.pool.stop_at(deadline)
-        while (len(self.queue) or self.pool.drawing) and time.monotonic() < deadline:
-            if not self.pool.ready_workers:
-                break
-            await asyncio.sleep(0.05)
-        reason = Refused(503, "the server is stopping: try again in some seconds", 5)
-        for job in self.queue.clear():
+        self.pool.stop_at(time.monotonic() + self.options.grace_seconds)
+        if results := {job.result for job in self._jobs}:
+            await asyncio.wait(results, timeout=self.options.grace_seconds)
+        for job in self._jobs:
             if not job.result.done():
-                job.result.set_exception(reason)
-        self.pool.refuse_drawing(reason)
+                job.result.set_exception(Refused(503, "the server is stopping: try again in some seconds", 5))
 
     def _check(self, request: PictureRequest, info: dict[str, Any], sizes: SizeLimits) -> None:
         if request.adapter is not None and not self.adapters.has(request.adapter):

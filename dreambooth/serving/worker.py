@@ -4,7 +4,7 @@
 
 DESCRIPTOR is the number of an inherited socket, through which all messages go. Messages to the worker, as JSON:
 
-    {"do": "open", "run", "base", "source", "adapters", "max_adapters", "cache"}     first message
+    {"do": "open", "source", "adapters": {name: path}, and options}         first message
     {"do": "draw", "requests": [...], "adapters": {name: path} or null}     null: as before
     {"do": "stop"}                                                          stop drawing the present batch
 
@@ -21,13 +21,16 @@ Messages of the worker:
 The process ends when the front process ends. It ignores SIGTERM and Ctrl-C, which the front process handles.
 """
 
+import errno
 import gc
+import os
 import signal
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -58,6 +61,11 @@ def main() -> None:
         pass
     except DreamBoothError as error:
         channel.send({"event": "refused", "code": error.exit_code, "sentence": mask_urls(str(error))})
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM):
+            raise
+        channel.send({"event": "refused", "code": UserError.exit_code, "sentence":
+                      f"{error.filename} cannot be read ({error.strerror}): change its permissions"})
 
 
 def _work(channel: Channel) -> None:
@@ -82,7 +90,7 @@ def _open(start: dict[str, Any], channel: Channel) -> "tuple[Renderer, MemoryMet
     from dreambooth.inference.model_sources import Source
 
     if start["source"] is None:
-        source = _find(start["run"], start["base"], start["cache"])
+        source = _find(start["run"], start["base"], start["uri"], start["cache"])
     else:
         source = Source(**start["source"] | {"folder": Path(start["source"]["folder"])})
     channel.send({"event": "source", "source": asdict(source) | {"folder": str(source.folder)}})
@@ -120,14 +128,23 @@ def _choose_memory(source: "Source", start: dict[str, Any], adapters: Sequence[P
     return plan.memory
 
 
-def _find(run: str | None, base: str | None, cache: str) -> "Source":
+def _find(run: str | None, base: str | None, uri: str | None, cache: str) -> "Source":
     """Return the source of the model: downloaded if `run` or `base` is an address in S3 or in MLflow's registry."""
     from dreambooth.config.generate import Generate
+    from dreambooth.config.storage import is_remote
     from dreambooth.inference.model_sources import find_source
     from dreambooth.storage import run_inputs
+    from dreambooth.tracking.mlflow_database import database_uri
+    from dreambooth.tracking.registered_models import TRACKING_URI, local_path
 
-    return find_source(Generate(run=run_inputs.download_if_remote(run, cache),
-                                base=run_inputs.download_if_remote(base, cache)))
+    server = uri or os.environ.get(TRACKING_URI) or database_uri(Path("runs/mlflow.db").resolve())
+
+    def download(address: str | None) -> str | None:
+        if is_remote(address):
+            return run_inputs.download_if_remote(address, f"{cache}/s3")
+        return local_path(address, server, cache)
+
+    return find_source(Generate(run=download(run), base=download(base)))
 
 
 class Batch:
@@ -144,55 +161,51 @@ class Batch:
 
     def draw(self) -> None:
         """Draw the batch, and send a picture or a failure for each request."""
-        from dreambooth.inference.picture_request import InvalidRequest
-
-        valid = []
+        valid: list[int] = []
         for number, request in enumerate(self.requests):
-            try:
+            with self._reporting([number]):
                 self.renderer.check(request)
                 valid.append(number)
-            except InvalidRequest as error:
-                self._fail([number], 422, str(error))
         if valid:
             self._draw(valid)
 
     def _draw(self, jobs: list[int]) -> None:
-        """Draw some requests in one go, or in two halves if memory runs out.
-
-        Raises:
-            Interrupted: nobody waits for the batch any more.
-        """
-        try:
-            files = self._draw_at_once(jobs)
-        except OutOfMemory:
-            if len(jobs) == 1:
-                self._fail(jobs, 507, "the picture does not fit into the server's memory: ask for a smaller size")
+        """Draw some requests in one go, or in two halves if memory runs out."""
+        with self._reporting(jobs):
+            try:
+                files = self._draw_at_once(jobs)
+            except OutOfMemory:
+                if len(jobs) == 1:
+                    raise
+            else:
+                self.drawn += len(jobs)
+                self.channel.send({"event": "drawn", "jobs": jobs}, files)
                 return
             print(f"dreambooth: out of memory with {len(jobs)} pictures in a batch: drawing half as many at a time",
                   file=sys.stderr, flush=True)
+            _free_memory()  # not in the handler above, where the error still holds the tensors
+            middle = (len(jobs) + 1) // 2
+            self._draw(jobs[:middle])
+            self._draw(jobs[middle:])
+
+    @contextmanager
+    def _reporting(self, jobs: list[int]) -> Iterator[None]:
+        """Send a failure of these jobs if the block raises an error. The worker continues after it."""
+        try:
+            yield
+        except (EOFError, ConnectionError):  # the front process has ended
+            raise
+        except UserError as error:  # such as a prompt that is too long, or an adapter of another model
+            self._fail(jobs, 422, mask_urls(str(error)))
+        except OutOfMemory:
+            self._fail(jobs, 507, "the picture does not fit into the server's memory: ask for a smaller size")
         except Interrupted:
             self._fail(jobs, 499, "nobody waits for the picture")
-            return
-        except UserError as error:  # such as an adapter of another model
-            self._fail(jobs, 422, mask_urls(str(error)))
-            return
         except Diverged as error:
             self._fail(jobs, 500, str(error))
-            return
-        except (EOFError, ConnectionError):
-            raise
         except Exception as error:
             sys.stderr.write(mask_urls(traceback.format_exc()))
             self._fail(jobs, 500, f"internal error in dreambooth ({type(error).__name__}): see the server's log")
-            return
-        else:
-            self.drawn += len(jobs)
-            self.channel.send({"event": "drawn", "jobs": jobs}, files)
-            return
-        _free_memory()  # not in the handler above, where the error still holds the tensors
-        middle = (len(jobs) + 1) // 2
-        self._draw(jobs[:middle])
-        self._draw(jobs[middle:])
 
     def _draw_at_once(self, jobs: list[int]) -> list[bytes]:
         stopped = False

@@ -1,6 +1,7 @@
 """A server with workers that draw nothing: it runs in a thread, and a test decides when a picture is finished."""
 
 import asyncio
+import json
 import socket
 import struct
 import threading
@@ -23,8 +24,10 @@ JSON = {"Content-Type": "application/json"}
 
 
 def png(width: int = 64, height: int = 64, mark: str = "") -> bytes:
-    """The first bytes of a PNG file, and a mark."""
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", width, height) + mark.encode()
+    """A PNG file without pixels, with a mark among its settings."""
+    settings = b"dreambooth\0" + json.dumps({"mark": mark}).encode()
+    return (b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBBI", 13, b"IHDR", width, height, 8, 2, 0, 0, 0, 0)
+            + struct.pack(">I4s", len(settings), b"tEXt") + settings + b"\0\0\0\0")
 
 
 class FakeWorker:

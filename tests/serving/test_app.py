@@ -42,13 +42,15 @@ def decoded(text: str) -> bytes:
     ({"inputs": {"prompt": ["a", "b"], "seed": [1, 2]}}, ["a 1", "b 2"]),
     ({"inputs": {"prompt": "a"}, "params": {"seed": 4}}, ["a 4"]),
     ({"dataframe_records": [{"prompt": "a", "seed": None}], "params": {"seed": 3}}, ["a 3"]),
-    ({"dataframe_split": {"columns": ["prompt", "seed"], "data": [["a", 1], ["b", None]]}}, ["a 1", "b 0"]),
+    ({"dataframe_split": {"columns": ["prompt", "seed"], "data": [["a", 1.0], ["b", None]]}}, ["a 1", "b 0"]),
 ], ids=str)
 def test_invocations_read_the_formats_of_sagemaker_and_mlflow(server: FakeServer, body: Any,
                                                               expected: list[str]) -> None:
     answer = server.post("/invocations", body)
     assert answer.status_code == 200, answer.text
-    assert [decoded(one) for one in answer.json()["predictions"]] == [png(mark=mark) for mark in expected]
+    pictures = [png(mark=mark) for mark in expected]
+    assert [decoded(one["image"]) for one in answer.json()["predictions"]] == pictures
+    assert [one["metadata"] for one in answer.json()["predictions"]] == [{"mark": mark} for mark in expected]
 
 
 def test_invocations_give_one_picture_as_a_file(server: FakeServer) -> None:
@@ -142,18 +144,17 @@ def test_a_large_body_is_refused_before_it_is_read(server: FakeServer, chunked: 
         assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_token_is_required_and_neither_page_nor_probe_needs_it() -> None:
+def test_a_token_is_required_but_not_of_page_probe_and_metrics() -> None:
     with serving(token=TOKEN) as server:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN},
                         {"Authorization": f"Bearer {TOKEN}x"}):
-            for path in ("/v1/models", "/metrics"):
-                assert server.get(path, headers=headers).status_code == 401
+            assert server.get("/v1/models", headers=headers).status_code == 401
             answer = server.post(GENERATIONS, {"prompt": "a"}, headers=headers)
             assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
         right = {"Authorization": f"Bearer {TOKEN}"}
         assert server.post(GENERATIONS, {"prompt": "a"}, headers=right).status_code == 200
-        assert server.get("/metrics", headers=right).status_code == 200
-        assert [server.get(path).status_code for path in ("/", "/ping")] == [200, 200]
+        assert server.get("/v1/models", headers=right).status_code == 200
+        assert [server.get(path).status_code for path in ("/", "/ping", "/metrics")] == [200, 200, 200]
 
 
 # -- queue and workers ------------------------------------------------------------------------------------------
