@@ -1,0 +1,60 @@
+"""The MLflow model draws what the renderer draws: rows, gaps, errors, the base of an adapter; and MLflow serves it."""
+
+import base64
+import io
+from pathlib import Path
+
+import pytest
+from mlflow.exceptions import MlflowException
+from pandas import DataFrame
+from PIL import Image
+
+from dreambooth.errors import UserError
+from dreambooth.inference import mlflow_model
+from dreambooth.inference.mlflow_model import PictureModel
+from dreambooth.inference.picture_request import PictureRequest
+from dreambooth.tracking.mlflow_model import linked_model
+from tests.support.runs import trial
+from tests.tracking.test_registered_models import TINY, add_adapter
+
+FEW = {"prompt": "a zwx toy", "num_inference_steps": 2, "size": "32x32"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> PictureModel:
+    run = trial(tmp_path_factory.mktemp("registered"), "a", 0.2, **TINY)
+    add_adapter(run)
+    with linked_model(run, run / "model") as folder:
+        return mlflow_model._load_pyfunc(str(folder), {"base": None, "device": None})
+
+
+def test_a_row_is_the_pictures_of_one_request(model: PictureModel) -> None:
+    frame = DataFrame([FEW | {"seed": 3, "num_images": 2, "adapter_scale": 0.5}, FEW | {"negative_prompt": "red"}])
+    found = model.predict(frame)
+    assert [(one["seed"], one["loras"][0]["scale"], one["negative_prompt"]) for one in found.metadata] == [
+        (3, 0.5, None), (4, 0.5, None), (0, 1.0, "red")]
+    assert (found.metadata[0]["guidance_scale"], found.metadata[0]["model"]) == (4.0, "tiny-sd")
+    requests = [PictureRequest("a zwx toy", None, seed, 2, width=32, height=32, adapter_scale=0.5) for seed in (3, 4)]
+    assert [base64.b64decode(image) for image in found.image[:2]] == model.renderer.draw(requests)
+    assert Image.open(io.BytesIO(base64.b64decode(found.image[2]))).size == (32, 32)
+    assert model.predict([FEW | {"negative_prompt": "red"}]).image[0] == found.image[2]
+
+
+def test_a_wrong_value_is_status_400(model: PictureModel) -> None:
+    for values, sentence in (({"num_images": 17}, "num_images must be a whole number from 1 to 16, not 17"),
+                             ({"seed": 2.5}, "not 2.5"), ({"seed": float(2**60)}, "not 1.15"),
+                             ({"size": "33x32"}, "33x32"), ({"steps": 3}, "there is no field 'steps'")):
+        with pytest.raises(MlflowException, match=sentence) as caught:
+            model.predict([FEW | values])
+        assert caught.value.get_http_status_code() == 400
+
+
+def test_a_base_that_is_not_on_this_machine_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trial(tmp_path, "a", 0.2, **TINY | {"model__source": str(tmp_path / "gone")})
+    add_adapter(run)
+    with linked_model(run, run / "model") as folder:
+        with pytest.raises(UserError, match="gone of this adapter is not on this machine: set the environment variable "
+                                            "DREAMBOOTH_BASE to its folder or hub id, or promote the run again"):
+            mlflow_model._load_pyfunc(str(folder))
+        monkeypatch.setenv("DREAMBOOTH_BASE", "package:tiny-sd")
+        assert mlflow_model._load_pyfunc(str(folder)).renderer.info.model == "tiny-sd"
