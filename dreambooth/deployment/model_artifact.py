@@ -15,14 +15,15 @@ from dreambooth.deployment.endpoint_requests import Artifact, default_name
 from dreambooth.deployment.options import Deploy
 from dreambooth.errors import UserError
 from dreambooth.inference.model_sources import Source, find_source
+from dreambooth.models import hub
 from dreambooth.serialization.export_layout import ADAPTER, INDEX, OLD_ADAPTER
 from dreambooth.storage import folders, manifest
 from dreambooth.storage.manifest import Entries
+from dreambooth.tracking.registered_models import is_registered, local_path
 from dreambooth.utils.assets import resolve_asset
 from dreambooth.utils.console import Console
 from dreambooth.utils.quoting import shell_word
 
-REGISTRY_SCHEME = "models:/"
 RUN_FILES = ("run.json", "result.json")  # uploaded with the folder model/ of a run; the server reads run.json
 ASSET_SCHEME = "package:"
 
@@ -70,15 +71,10 @@ def find_model(options: Deploy) -> DeployedModel:
     if options.base and is_single_file(options.base):
         raise UserError(f"the base model {options.base} is a single file: type base=DIR, a diffusers folder that "
                         "python -m dreambooth.convert writes")
-    local = str(_fetch_registered(run, options.uri)) if run.startswith(REGISTRY_SCHEME) else run
+    local = str(local_path(run, options.uri)) if is_registered(run) else run
     model = _find_in_s3(options, run) if is_remote(local) else _find_local(options, local)
     adapters = options.adapters and _require_folder(options.adapters, "adapters")
     return replace(model, artifact=replace(model.artifact, adapters=adapters, source=run))
-
-
-def _fetch_registered(address: str, uri: str | None) -> Path:
-    """Return the folder of a registered model, downloaded from MLflow's registry."""
-    raise UserError(f"{address} cannot be deployed yet: type run=runs/NAME, the folder of its run, or run=s3://...")
 
 
 def _find_local(options: Deploy, run: str) -> DeployedModel:
@@ -94,7 +90,12 @@ def _find_local(options: Deploy, run: str) -> DeployedModel:
     if source.vae and Path(source.vae).exists() and not str(source.setting("model.vae")).startswith(ASSET_SCHEME):
         raise UserError(f"this adapter was trained with model.vae={source.setting('model.vae')}, which an endpoint "
                         "cannot read: repeat the command of its run with method.merge=true, which exports one model")
+    if Path(source.model).is_relative_to(folder):  # the base model travels with a registered adapter
+        return DeployedModel(Artifact(upload.uri), (upload,), source)
     typed = options.base or source.setting("model.source") or ""
+    if hub.is_local(source.model) and not is_remote(typed) and not Path(source.model).exists():
+        raise UserError(f"the adapter in {run} was trained on {typed}, which is not on this machine: type "
+                        "base=s3://BUCKET/FOLDER or base=HUB_ID")
     base, hub_base, uploads = _find_base(options, typed, source.model, s3)
     return DeployedModel(Artifact(upload.uri, base, hub_base), (upload, *uploads), source)
 

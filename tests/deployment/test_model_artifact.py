@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dreambooth.deployment import instances
+from dreambooth.deployment import instances, model_artifact
 from dreambooth.deployment.endpoint_requests import Artifact
 from dreambooth.deployment.instances import Need
 from dreambooth.deployment.model_artifact import DeployedModel, find_model
@@ -71,6 +71,23 @@ def test_the_base_of_an_adapter_is_in_the_image_on_the_hub_or_uploaded(tmp_path:
     assert model.artifact.base == model.uploads[1].uri
     assert model.artifact.base.startswith("s3://bucket/dreambooth/models/my-base-")
     assert find_model(options(run=str(packaged), base="org/other")).artifact.hub_base == "org/other"
+
+
+def test_a_registered_adapter_is_uploaded_with_the_base_that_travels_with_it(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "runs/a", adapter=True)
+    monkeypatch.setattr(model_artifact, "local_path", lambda address, uri: str(tmp_path / "registered/toy-1"))
+    shutil.copytree(run / "model", tmp_path / "registered/toy-1")
+    shutil.copy(run / "run.json", tmp_path / "registered/toy-1")
+    (tmp_path / "registered/toy-1/base/mine").mkdir(parents=True)
+    (tmp_path / "registered/toy-1/base/mine/model_index.json").write_text("{}")
+    model = find_model(options(run="models:/toy@champion"))
+    assert names(model) == [{"run.json", ADAPTER, "base/mine/model_index.json"}]
+    assert (model.artifact.base, model.artifact.hub_base, model.artifact.source) == (None, None, "models:/toy@champion")
+    shutil.rmtree(tmp_path / "registered/toy-1/base")
+    (tmp_path / "registered/toy-1/run.json").write_text(json.dumps({"settings": {"model.source": "/bases/mine"}}))
+    with pytest.raises(UserError, match="trained on /bases/mine, which is not on this machine: type base=s3://"):
+        find_model(options(run="models:/toy@champion"))
 
 
 @pytest.mark.parametrize("settings, words, sentence", [
