@@ -63,7 +63,9 @@ def test_it_serves_the_tiny_base_after_seconds_and_stops_with_code_0(image: Imag
         began = time.monotonic()
         wait(image, name)
         seconds = time.monotonic() - began
-        print(f"/ping answered 200 after {seconds:.1f} s")
+        used = image.docker.must("exec", name, "sh", "-c", "cat /proc/[0-9]*/stat").splitlines()
+        ticks = sum(int(word) for line in used for word in line.rpartition(")")[2].split()[11:13])
+        print(f"/ping answered 200 after {seconds:.1f} s, with {ticks / 100:.1f} s of CPU time")
         status, content = ask(image, name, "/invocations", {"prompt": "a toy", "num_inference_steps": 2})
         assert status == 200 and len(json.loads(content)["predictions"]) == 1
         processes = image.docker.must("exec", name, "sh", "-c", "sed -n 's/^Uid:.\\([0-9]*\\).*/\\1/p' /proc/*/status")

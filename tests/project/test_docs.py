@@ -1,6 +1,7 @@
 """What the documents say is so: commands are real, keys exist, links lead to files, tables match the code."""
 
 import itertools
+import json
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -17,24 +19,27 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 # The doors register the schemas of conf/<door>.yaml.
-from dreambooth import compare, convert, deploy, errors, evaluate, generate, plan, promote, workflows
+from dreambooth import compare, convert, deploy, errors, evaluate, generate, plan, promote, serve, workflows
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.config.dataset import Subject
 from dreambooth.config.enums import Device
 from dreambooth.config.recipe import resolve
 from dreambooth.config.schema import Config
+from dreambooth.inference.picture_request import Limits, parse
+from dreambooth.serving.app import create_app
+from dreambooth.serving.service import Service
 from dreambooth.storage import __main__ as storage_command
 from dreambooth.utils.hardware import Machine
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncherConf
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
-TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT, DEPLOY = (
+TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT, DEPLOY, SERVE = (
     ["python", "-m", f"dreambooth.{door}"]
-    for door in ("train", "generate", "evaluate", "plan", "promote", "compare", "convert", "deploy"))
+    for door in ("train", "generate", "evaluate", "plan", "promote", "compare", "convert", "deploy", "serve"))
 # What doors that compose no run read.
 ASKED = {"generate": generate.Generate, "evaluate": evaluate.EvaluateOptions, "promote": promote.Promote,
-         "compare": compare.Compare, "convert": convert.Convert, "deploy": deploy.Deploy}
+         "compare": compare.Compare, "convert": convert.Convert, "deploy": deploy.Deploy, "serve": serve.Serve}
 OTHER = {". .venv/bin/activate", "nvidia-smi", "umask 002",
          "mkdir runs && chgrp artists runs && chmod 2775 runs"}  # looked at by a person
 INSTALL = re.compile(r"pip install -c constraints\.txt -e '\.\[(\w+)\]'")
@@ -89,6 +94,14 @@ def argo_command(words: list[str]) -> None:
     load(composed("config", shlex.split(given.get("overrides", ""))))
 
 
+def curl_command(words: list[str]) -> None:
+    """It asks a route of the server that is there, with fields that are known."""
+    routes = create_app(Service(serve.Serve(base="package:tiny-sd"))).paths
+    [address] = [word for word in words if word.startswith("http://")]
+    assert urlsplit(address).path in routes
+    parse(json.loads(words[words.index("-d") + 1]), Limits())
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_is_real(command: str) -> None:
     words = shlex.split(TORCHRUN.sub("python -m dreambooth.train", command))
@@ -114,8 +127,17 @@ def test_a_command_is_real(command: str) -> None:
         return
     if words[:2] == ["docker", "run"]:
         [image] = [number for number, word in enumerate(words) if word.startswith("dreambooth:")]
-        assert words[image + 1:image + 2] in ([], ["train"])
+        assert words[image + 1:image + 2] in ([], ["train"], ["serve"])
+        if words[image + 1:image + 2] == ["serve"]:
+            assert isinstance(OmegaConf.to_object(composed("serve", words[image + 2:])), serve.Serve)
+            return
         load(composed("config", words[image + 2:]))
+        return
+    if words[0] == "curl":
+        curl_command(words)
+        return
+    if words[0] == "python" and words[1].startswith("examples/"):
+        assert (ROOT / words[1]).is_file()
         return
     if words[0] == "argo":
         argo_command(words)
@@ -127,7 +149,7 @@ def test_a_command_is_real(command: str) -> None:
     if words[:3] == ["python", "-m", "dreambooth.storage"]:
         assert storage_command.parser().parse_args(words[3:]).uri.startswith("s3://")
         return
-    doors = TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT, DEPLOY
+    doors = TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT, DEPLOY, SERVE
     assert words[:3] in doors, "neither make nor a door, and not on the list of others"
     if words[:3] in (PROMOTE, COMPARE):  # the doors take this word before Hydra
         words = [word for word in words if not word.startswith("sweep=")]
@@ -135,7 +157,7 @@ def test_a_command_is_real(command: str) -> None:
         if words[:3] == CONVERT:
             assert convert.parse_options(composed("convert", asked)).source
             continue
-        if words[:3] in (GENERATE, EVALUATE, PROMOTE, COMPARE, DEPLOY):
+        if words[:3] in (GENERATE, EVALUATE, PROMOTE, COMPARE, DEPLOY, SERVE):
             door = words[2].removeprefix("dreambooth.")
             assert isinstance(OmegaConf.to_object(composed(door, asked)), ASKED[door])
             continue

@@ -35,7 +35,7 @@ def page(server: Server) -> Iterator[Any]:
         page.goto(server.url)
         page.get_by_label("Token").fill(TOKEN)
         page.get_by_label("Token").press("Tab")
-        page.get_by_text("tiny-sd, 64 px").wait_for()
+        page.get_by_text("Model tiny-sd, adapters: 2").wait_for()
         yield page
         assert not page.faults and {host for host in page.hosts if host} == {server.url.removeprefix("http://")}
 
