@@ -19,7 +19,7 @@ from dreambooth.config.generate import Generate, parse_size
 from dreambooth.data import photos
 from dreambooth.errors import Interrupted, UserError
 from dreambooth.inference import loras
-from dreambooth.inference.model_sources import Source, find_source
+from dreambooth.inference.model_sources import Source, fetch_base, find_source
 from dreambooth.inference.picture_request import PictureRequest
 from dreambooth.inference.renderer import Renderer
 from dreambooth.runtime.memory_meter import MemoryMeter
@@ -72,6 +72,8 @@ def draw(config: Generate, stop: StopRequest) -> Path:
     import torch
 
     source = find_source(config)
+    if source.run:  # a registered model, whose base model may never have been on this machine
+        source = fetch_base(source)
     prompts = _read_prompts(config, source)
     used_loras = _find_loras(config, source)
     target = Path(config.out) if config.out else source.folder / "generated"

@@ -9,23 +9,22 @@ import io
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from PIL import Image
 
 from dreambooth.config.generate import Generate
-from dreambooth.config.storage import is_remote
 from dreambooth.errors import UserError
-from dreambooth.inference.model_sources import Source, find_source
+from dreambooth.inference.model_sources import fetch_base, find_source
 from dreambooth.inference.picture_request import Limits, parse
 from dreambooth.inference.renderer import Renderer
-from dreambooth.models import hub
 from dreambooth.storage import run_inputs
 from dreambooth.tracking.mlflow_client import bad_request
 
 BASE_VARIABLE = "DREAMBOOTH_BASE"  # environment variable: folder or hub id of the base model of an adapter
+REMEDY = (f"set the environment variable {BASE_VARIABLE} to its folder or hub id, or promote the run again with "
+          "include_base=true")
 BATCH_SIZE = 4  # pictures of one row that are drawn at a time, as generate does by default
 LIMITS = Limits()
 
@@ -46,30 +45,7 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> "P
     base = options.get("base") or os.environ.get(BASE_VARIABLE) or None
     source = find_source(Generate(run=path, base=run_inputs.download_if_remote(base)))
     device = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    return PictureModel(Renderer(fetch_base(source), device))
-
-
-def fetch_base(source: Source) -> Source:
-    """Download the base model of an adapter from the hub or from S3, unless it is on this machine.
-
-    Raises:
-        UserError: it is a folder that is not on this machine, or could not be downloaded.
-    """
-    base = source.model
-    remedy = (f"set the environment variable {BASE_VARIABLE} to its folder or hub id, or promote the run again with "
-              "include_base=true")
-    if is_remote(base):
-        return source.with_model(str(run_inputs.download_if_remote(base)))
-    if hub.is_local(base):
-        if not Path(base).is_dir():
-            raise UserError(f"the base model {base} of this adapter is not on this machine: {remedy}")
-        return source
-    try:
-        hub.download_pipeline(base, source.revision, source.variant, hub.local_files_only(base, offline=False))
-    except (OSError, ValueError) as error:
-        raise UserError(f"the base model {base} of this adapter could not be downloaded "
-                        f"({hub.failure_reason(error, base, False)}): {remedy}") from error
-    return source
+    return PictureModel(Renderer(fetch_base(source, REMEDY), device))
 
 
 class PictureModel:

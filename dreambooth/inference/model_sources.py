@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.config.generate import Generate
+from dreambooth.config.storage import is_remote
 from dreambooth.errors import UserError
+from dreambooth.models import hub
 from dreambooth.serialization.export_layout import check_intact, find_adapter, read_run_name, read_settings
+from dreambooth.storage import run_inputs
 from dreambooth.utils import quoting
 from dreambooth.utils.assets import resolve_asset
 
@@ -22,10 +25,6 @@ class Source:
     base_typed: bool = False  # whether `model` is a base model that the user typed; `settings` then do not describe it
     run: str = ""  # name of the run, if it is not the name of the folder: that of a registered model
     included_vae: str | None = None  # folder of the VAE that travels with a registered adapter
-
-    def with_model(self, model: str) -> "Source":
-        """Return a copy with another path of the same model."""
-        return replace(self, model=model)
 
     @property
     def title(self) -> str:
@@ -76,6 +75,35 @@ def find_source(config: Generate) -> Source:
     source = _find_source(config)
     for folder in [Path(source.model)] + ([Path(source.adapter).parent] if source.adapter else []):
         check_intact(folder)
+    return source
+
+
+def fetch_base(source: Source, remedy: str = "type base=DIR") -> Source:
+    """Download the base model of an adapter, or a typed base model, from S3 or the hub unless it is on this machine.
+
+    Args:
+        remedy: what the user can do if this fails; the end of the messages.
+
+    Returns:
+        The source, in which a local folder replaces an S3 address.
+
+    Raises:
+        UserError: the base model is a folder that is not on this machine, or could not be downloaded.
+    """
+    base = source.model
+    if source.adapter is None and not source.base_typed:
+        return source
+    if is_remote(base):
+        return replace(source, model=str(run_inputs.download_if_remote(base)))
+    if hub.is_local(base):
+        if not Path(base).is_dir():
+            raise UserError(f"the base model {base} is not on this machine: {remedy}")
+        return source
+    try:
+        hub.download_pipeline(base, source.revision, source.variant, hub.local_files_only(base, offline=False))
+    except (OSError, ValueError) as error:
+        raise UserError(f"the base model {base} could not be downloaded ({hub.failure_reason(error, base, False)}): "
+                        f"{remedy}") from error
     return source
 
 

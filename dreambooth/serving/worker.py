@@ -132,7 +132,7 @@ def _find(run: str | None, base: str | None, uri: str | None, cache: str) -> "So
     """Return the source of the model: downloaded if `run` or `base` is an address in S3 or in MLflow's registry."""
     from dreambooth.config.generate import Generate
     from dreambooth.config.storage import is_remote
-    from dreambooth.inference.model_sources import find_source
+    from dreambooth.inference.model_sources import fetch_base, find_source
     from dreambooth.storage import run_inputs
     from dreambooth.tracking.mlflow_database import database_uri
     from dreambooth.tracking.registered_models import TRACKING_URI, local_path
@@ -144,7 +144,7 @@ def _find(run: str | None, base: str | None, uri: str | None, cache: str) -> "So
             return run_inputs.download_if_remote(address, f"{cache}/s3")
         return local_path(address, server, cache)
 
-    return find_source(Generate(run=download(run), base=download(base)))
+    return fetch_base(find_source(Generate(run=download(run), base=download(base))))
 
 
 class Batch:

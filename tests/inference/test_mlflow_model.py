@@ -53,7 +53,7 @@ def test_a_base_that_is_not_on_this_machine_is_a_sentence(tmp_path: Path, monkey
     run = trial(tmp_path, "a", 0.2, **TINY | {"model__source": str(tmp_path / "gone")})
     add_adapter(run)
     with linked_model(run, run / "model") as folder:
-        with pytest.raises(UserError, match="gone of this adapter is not on this machine: set the environment variable "
+        with pytest.raises(UserError, match="gone is not on this machine: set the environment variable "
                                             "DREAMBOOTH_BASE to its folder or hub id, or promote the run again"):
             mlflow_model._load_pyfunc(str(folder))
         monkeypatch.setenv("DREAMBOOTH_BASE", "package:tiny-sd")

@@ -41,13 +41,17 @@ TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT, DEPLOY, SERVE = (
 ASKED = {"generate": generate.Generate, "evaluate": evaluate.EvaluateOptions, "promote": promote.Promote,
          "compare": compare.Compare, "convert": convert.Convert, "deploy": deploy.Deploy, "serve": serve.Serve}
 OTHER = {". .venv/bin/activate", "nvidia-smi", "umask 002",
-         "mkdir runs && chgrp artists runs && chmod 2775 runs"}  # looked at by a person
+         "mkdir runs && chgrp artists runs && chmod 2775 runs",
+         "export MLFLOW_TRACKING_URI=ADDRESS",
+         "mlflow models serve -m models:/demo-tiny-full@champion --env-manager local --port 5000",
+         'curl localhost:5000/invocations -H "Content-Type: application/json" '
+         """-d '{"inputs": [{"prompt": "a photo of a zwx toy", "seed": 5, "num_images": 2}]}'"""}  # a person has run them
 INSTALL = re.compile(r"pip install -c constraints\.txt -e '\.\[(\w+)\]'")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 TORCHRUN = re.compile(r"torchrun --standalone --nproc-per-node=\d+ -m dreambooth\.train")
 FLAGS = {"--help": 1, "--cfg": 2, "--info": 2, "-m": 1}  # of Hydra, with the words that each takes
 CARD = Machine("a card", 24.0, 8.6)  # what `hardware=local` finds where a document says "with a CUDA card"
-NO_KEYS = {"PYTHON", "VENV", "PORT", "CUDA", "HF_HOME"}  # of make, the image's build, the hub
+NO_KEYS = {"PYTHON", "VENV", "PORT", "CUDA", "HF_HOME", "MLFLOW_TRACKING_URI"}  # of make, images, the hub, MLflow
 SHORT = ["train.max_train_steps=2", "prior.num_class_images=2", "sample.num_inference_steps=2",
          "prior.num_inference_steps=2", "hardware=cpu"]
 
