@@ -45,7 +45,7 @@ OTHER = {". .venv/bin/activate", "nvidia-smi", "umask 002",
          "export MLFLOW_TRACKING_URI=ADDRESS",
          "mlflow models serve -m models:/demo-tiny-full@champion --env-manager local --port 5000",
          'curl localhost:5000/invocations -H "Content-Type: application/json" '
-         """-d '{"inputs": [{"prompt": "a photo of a zwx toy", "seed": 5, "num_images": 2}]}'"""}  # a person has run them
+         """-d '{"inputs": [{"prompt": "a photo of a zwx toy", "seed": 5, "num_images": 2}]}'"""}  # run by a person
 INSTALL = re.compile(r"pip install -c constraints\.txt -e '\.\[(\w+)\]'")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 TORCHRUN = re.compile(r"torchrun --standalone --nproc-per-node=\d+ -m dreambooth\.train")
