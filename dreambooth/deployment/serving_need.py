@@ -28,6 +28,9 @@ def predict_with_planner(model: DeployedModel, options: Deploy) -> Predict:
     batch = int(options.environment.get(f"{OPTION_PREFIX}MAX_BATCH", DEFAULT_BATCH))
 
     def predict(hardware: Hardware) -> Need | None:
+        from dreambooth.models.loading import import_libraries
+
+        import_libraries()  # without their warnings
         from dreambooth.planner.serving_plan import model_of_source, plan_serving
 
         served = model_of_source(source, batch, (height, width) if options.size else None)
