@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from dreambooth import cli
 from dreambooth.config.compose import conf_dir, to_dataclass
 from dreambooth.errors import UserError
+from dreambooth.models.inference_memory import read_memory
 from dreambooth.serving.options import TOKEN_VARIABLE, Serve
 
 ConfigStore.instance().store(name="serve_schema", node=Serve, provider="dreambooth")
@@ -30,9 +31,28 @@ def _job(cfg: DictConfig) -> None:
             raise UserError(str(error)) from error
     if not options.run and not options.base:
         raise UserError("the run is missing: type run=runs/NAME, a folder that python -m dreambooth.train made")
+    if options.plan:
+        _show_plan(options)
+        return
     from dreambooth.serving import server
 
     server.serve(options)
+
+
+def _show_plan(options: Serve) -> None:
+    """Print what serving needs on each GPU of conf/hardware.
+
+    Raises:
+        UserError: there is no model.
+    """
+    from dreambooth.models.loading import import_libraries
+    from dreambooth.planner.serving_plan import format_serving, model_of_source, plan_presets
+    from dreambooth.serving.worker import find_model
+
+    source = find_model(options.run, options.base, options.uri, options.cache)
+    import_libraries()
+    plans = plan_presets(model_of_source(source, options.max_batch), read_memory(options.memory_options))
+    print("\n".join(format_serving(plans)), flush=True)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ ordered by its time.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ class ServingPlan:
 
     model: ServedModel
     hardware: Hardware
-    memory: InferenceMemory  # chosen by the user or by memory_options=auto
+    memory: InferenceMemory
+    is_auto: bool  # whether memory_options=auto chose the memory options
     peak_gib: float  # of the card: PyTorch's reserved memory and the overhead of the process; 0 on a CPU
     host_gib: float  # of host memory, through which all weights are loaded
     seconds_per_picture: float | None  # None: the speed of the card is unknown
@@ -82,7 +83,7 @@ class ServingPlan:
         hardware, batch = self.hardware, self.model.batch
         if _exceeds(self.peak_gib, hardware.usable_vram_gib):
             less = [f"max_batch=1 instead of {batch}"] * (batch > 1)
-            less += ["memory_options=auto"] * (self.memory != CANDIDATES[-1])
+            less += ["memory_options=auto"] * (not self.is_auto)
             advice = f"type {', '.join(less)}, or take a larger card" if less else "take a larger card"
             return (f"serving {counted(batch, 'picture')} at a time needs {self.peak_gib:.1f} GiB, and "
                     f"{hardware.gpu or 'the card'} has {hardware.usable_vram_gib:.4g}: {advice}")
@@ -128,30 +129,31 @@ def plan_serving(model: ServedModel, hardware: Hardware, memory: InferenceMemory
 
     Args:
         hardware: the machine; one GPU of it is used.
-        memory: memory options; None: memory_options=auto. If no set fits, the plan is that of the last one.
+        memory: memory options; None: memory_options=auto. If no set fits, the plan is that of the smallest that was
+            predicted. Sets whose weights alone do not fit are not predicted.
         steps: denoising steps of a picture.
 
     Raises:
         UserError: the architecture of the model is unknown.
     """
     if memory is not None:
-        return _plan(model, hardware, memory, steps)
+        return replace(_plan(model, hardware, memory, steps), is_auto=False)
     limit = hardware.usable_vram_gib
     if hardware.gpu is None or limit is None:
         return _plan(model, hardware, InferenceMemory(), steps)
-    allowed, plan = MAX_CARD_SHARE * limit, _plan(model, hardware, CANDIDATES[0], steps)
-    plain = plan.footprint
+    allowed, smallest = MAX_CARD_SHARE * limit, _plan(model, hardware, CANDIDATES[0], steps)
+    plain = smallest.footprint
     for candidate in CANDIDATES:
         if candidate == InferenceMemory(vae_slicing=True) and model.batch == 1:
             continue
         bound = _minimum_gib(plain, candidate) + cuda_overhead_gib(hardware.gpu)
-        too_large = bound > allowed or _exceeds(_host_gib(plain, candidate), hardware.host_ram_gib)
-        if too_large and candidate != CANDIDATES[-1]:
+        if bound > allowed or _exceeds(_host_gib(plain, candidate), hardware.host_ram_gib):
             continue
         plan = _plan(model, hardware, candidate, steps)
         if plan.fits and plan.peak_gib <= allowed:
             return plan
-    return plan
+        smallest = min(smallest, plan, key=lambda plan: plan.peak_gib)
+    return smallest
 
 
 def plan_this_machine(source: Source, batch: int, adapters: Sequence[Path], max_adapters: int) -> ServingPlan:
@@ -185,7 +187,7 @@ def plan_presets(model: ServedModel, memory: InferenceMemory | None = None, step
 def format_serving(plans: Sequence[ServingPlan]) -> list[str]:
     """Return the lines of a table with one row per machine."""
     model, (height, width) = plans[0].model, plans[0].footprint.size
-    lines = [f"serving the result: {width} x {height} px, {model.batch} at a time, {STEPS} steps; * changes pictures",
+    lines = [f"serving: {width} x {height} px, {model.batch} at a time, {STEPS} steps; * changes pictures",
              f"{'':<9}{'GiB':>5}{'of':>6}{'host':>6}{'of':>6} {'s/picture':>9}   memory"]
     for plan in plans:
         hardware = plan.hardware
@@ -214,7 +216,7 @@ def _plan(model: ServedModel, hardware: Hardware, memory: InferenceMemory, steps
     host = _host_gib(footprint, memory) if cuda else PROCESS_GIB + footprint.reserved / GIB
     card = find_card(hardware.gpu)
     seconds = None if card is None else _batch_seconds(footprint, card, hardware, memory, steps) / model.batch
-    return ServingPlan(model, hardware, memory, peak, host, seconds, footprint)
+    return ServingPlan(model, hardware, memory, True, peak, host, seconds, footprint)
 
 
 def _batch_seconds(footprint: Footprint, card: Card, hardware: Hardware, memory: InferenceMemory, steps: int) -> float:

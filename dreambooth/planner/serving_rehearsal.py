@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,8 +127,8 @@ class _Rehearsal:
             trace.mark("load")
             kept = [torch.empty(CUBLAS_WORKSPACE if self.cuda else 0, dtype=torch.uint8)]
             trace.add(kept, "workspace")
-            adapters = torch.empty(self.model.adapter_bytes, dtype=torch.uint8)
-            trace.add([adapters], "weights")
+            others = torch.empty(self.model.adapter_bytes + self._extra_bytes(), dtype=torch.uint8)
+            trace.add([others], "weights")
             if not memory.cpu_offload:
                 for module in parts.modules:
                     _add_weights(trace, module)
@@ -154,6 +155,14 @@ class _Rehearsal:
         flops = {phase: trace.flops.get(phase, 0) for phase in PHASES}
         return Footprint(self.size, {phase: usage[phase] for phase in PHASES}, flops, kernels,
                          *self._sizes(), half, half and not upcast)
+
+    def _extra_bytes(self) -> int:
+        """Return the bytes of parts that no run trains, such as a safety checker. cpu_offload does not move them."""
+        folder = Path(self.model.source)
+        is_here = (folder / "model_index.json").is_file()
+        counts = [count for name, count in self.parts.family.extra_parts.items()
+                  if not is_here or (folder / name).is_dir()]
+        return sum(counts) * self.dtype.itemsize
 
     def _sizes(self) -> tuple[tuple[int, ...], int, int]:
         """Return the bytes of each part as it is loaded, those of all parts, and the number of quantised weights."""

@@ -36,6 +36,7 @@ class Serve(Section):
     grace_seconds: float = 25.0
     uri: str | None = None
     cache: str = "runs"
+    plan: bool = False
 
     def __post_init__(self) -> None:
         read_memory(self.memory_options)

@@ -90,7 +90,7 @@ def _open(start: dict[str, Any], channel: Channel) -> "tuple[Renderer, MemoryMet
     from dreambooth.inference.model_sources import Source
 
     if start["source"] is None:
-        source = _find(start["run"], start["base"], start["uri"], start["cache"])
+        source = find_model(start["run"], start["base"], start["uri"], start["cache"])
     else:
         source = Source(**start["source"] | {"folder": Path(start["source"]["folder"])})
     channel.send({"event": "source", "source": asdict(source) | {"folder": str(source.folder)}})
@@ -128,7 +128,7 @@ def _choose_memory(source: "Source", start: dict[str, Any], adapters: Sequence[P
     return plan.memory
 
 
-def _find(run: str | None, base: str | None, uri: str | None, cache: str) -> "Source":
+def find_model(run: str | None, base: str | None, uri: str | None, cache: str) -> "Source":
     """Return the source of the model: downloaded if `run` or `base` is an address in S3 or in MLflow's registry."""
     from dreambooth.config.generate import Generate
     from dreambooth.config.storage import is_remote

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dreambooth import serve
 from dreambooth.config.enums import BaseWeights
 from dreambooth.config.generate import Generate
 from dreambooth.config.hardware import Hardware, presets
@@ -34,6 +35,7 @@ from dreambooth.planner.serving_plan import (
 from dreambooth.planner.serving_rehearsal import Footprint, ServedModel, predict_serving, rehearse_serving
 from dreambooth.planner.trace_replay import Usage, replay
 from dreambooth.serving import worker
+from dreambooth.serving.options import Serve
 from dreambooth.utils.assets import resolve_asset
 from dreambooth.utils.hardware import Machine
 from tests.support import tiny_models
@@ -264,6 +266,13 @@ def test_the_server_chooses_for_its_own_gpu(
     monkeypatch.setattr(serving_plan, "detect_machine", lambda: Machine("NVIDIA A10G", 4.0, 8.6))
     with pytest.raises(DoesNotFit, match=r"max_batch=1 instead of 4.*memory_options=\[\], to try it nevertheless"):
         worker._choose_memory(source, start, [])
+
+
+def test_serve_prints_a_plan(small_model: None, capsys: pytest.CaptureFixture[str]) -> None:
+    serve._show_plan(Serve(base=BASES[0], max_batch=3, memory_options=["int8"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7 and lines[0].startswith("serving: 512 x 512 px, 3 at a time, 25 steps")
+    assert all(line.endswith("* int8") for line in lines[2:])
 
 
 @pytest.mark.slow

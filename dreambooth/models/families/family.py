@@ -376,6 +376,7 @@ class Family(ABC):
     # GiB of activations that the forward pass keeps per image of 512 x 512 pixels, with (True) and without (False)
     # gradient checkpointing. With this lower bound, memory=auto excludes options that cannot fit without a rehearsal.
     activations_gib: Mapping[bool, float]
+    extra_parts: Mapping[str, int] = {}  # other parts of the published model's pipeline: name -> number of weights
 
     # -- single files ----------------------------------------------------------------------------------------------
 

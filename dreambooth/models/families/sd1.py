@@ -32,6 +32,7 @@ class StableDiffusion1(LatentUNet):
                "CompVis/stable-diffusion-v1-4")
     license = ("creativeml-openrail-m", "CreativeML Open RAIL-M")
     renamed_hub_ids = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+    extra_parts = {"safety_checker": 304_000_000}
     pad_tokens = {"tokenizer": clip_tokenizer.END}
     kohya_version = "sd_v1"
     single_file = Sd1Format()
