@@ -77,7 +77,7 @@ def measure_load(count: int) -> None:
     """Send requests faster than they are drawn, with a queue of 8; print status codes and the slope of memory."""
     with serving("max_batch=4", "max_queue=8") as process:
         wait_until_ready(PORT, "/ping")
-        run_load(PORT, "/invocations", 100, CLIENTS, request, TOKENLESS)  # memory grows until all shapes were seen
+        run_load(PORT, "/invocations", 100, CLIENTS, lambda number: request(number, 4), TOKENLESS)  # warm up
         front = psutil.Process(process.pid)
         [worker] = front.children()
         samples: list[tuple[float, float, float]] = []
@@ -90,7 +90,8 @@ def measure_load(count: int) -> None:
 
         thread = threading.Thread(target=sample)
         thread.start()
-        load = run_load(PORT, "/invocations", count, CLIENTS, request, TOKENLESS, patience=0.3)
+        load = run_load(PORT, "/invocations", count, CLIENTS, lambda number: request(number, 4), TOKENLESS,
+                        patience=1.0)
         done.set()
         thread.join()
     total = sum(load.codes.values())
@@ -146,9 +147,9 @@ def measure_adapters(count: int) -> None:
           f"adapters in memory, median {statistics.median(seconds):.2f} s per request")
 
 
-def request(number: int) -> dict[str, Any]:
+def request(number: int, steps: int = 10) -> dict[str, Any]:
     """The body of request number n: the same shape, another prompt and seed."""
-    return {"prompt": f"a photo of toy {number}", "seed": number, "num_inference_steps": 10}
+    return {"prompt": f"a photo of toy {number}", "seed": number, "num_inference_steps": steps}
 
 
 if __name__ == "__main__":
