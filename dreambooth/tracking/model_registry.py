@@ -102,11 +102,9 @@ class Registry:
             self._client.get_model_version_download_uri(version.name, str(version.number)), self._uri))
         files = {path.relative_to(folder).as_posix(): path.stat().st_size
                  for path in folder.rglob("*") if path.is_file()}
-        if MODEL_FILE not in stored:
-            return MODEL_FILE
         return next((name for name, size in sorted(files.items())
                      if (name not in stored or stored[name] not in (None, size))
-                     and name not in (*DESCRIPTIONS, manifest.NAME)), None)
+                     and name not in (*DESCRIPTIONS, manifest.NAME)), None if MODEL_FILE in stored else MODEL_FILE)
 
     def list_versions(self, name: str) -> list[Version]:
         """Return all versions of the model `name`, oldest first. `name` must not contain a quote."""

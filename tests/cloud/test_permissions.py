@@ -35,7 +35,8 @@ def actions(statements: list[dict[str, Any]]) -> set[str]:
 
 
 # Files whose client is MLflow's.
-MLFLOW_FILES = {"mlflow_database.py", "mlflow_shipper.py", "mlflow_logging.py", "model_registry.py"}
+MLFLOW_FILES = {"mlflow_database.py", "mlflow_shipper.py", "mlflow_logging.py", "mlflow_model.py",
+                "model_registry.py"}
 MLFLOW_ACTIONS = {  # client method -> action that SageMaker's server checks; files are sent to S3 directly
     "set_terminated": "UpdateRun", "log_artifact": "GetRun", "log_artifacts": "GetRun", "list_artifacts": "GetRun",
     "log_image": "SetTag", "get_model_version_download_uri": "GetDownloadURIForModelVersionArtifacts"}

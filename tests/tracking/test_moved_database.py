@@ -11,6 +11,7 @@ from mlflow.entities import FileInfo
 
 from dreambooth.errors import UserError
 from dreambooth.tracking.mlflow_database import database_uri, open_client
+from dreambooth.tracking.mlflow_model import linked_model
 from dreambooth.tracking.model_registry import Registry, Version
 from dreambooth.tracking.tracker import open_tracker
 from tests.tracking.mlflow_servers import picture
@@ -29,7 +30,8 @@ def track(root: Path, name: str) -> None:
 def register(root: Path) -> tuple[Version, str]:
     """Register the model of the run a of a root. Returns its version, and the address from which MLflow loads it."""
     registry = Registry(database_uri(root / "mlflow.db"))
-    version = registry.register("toy", find_run(root, "a").info.run_id, root / "a/model", TAGS)
+    version = registry.register("toy", find_run(root, "a").info.run_id, root / "a/model", TAGS,
+                                lambda: linked_model(root / "a", root / "a/model"))
     return version, registry._client.get_model_version_download_uri("toy", str(version.number))
 
 
