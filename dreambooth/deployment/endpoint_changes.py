@@ -68,6 +68,17 @@ class EndpointChanges:
                             f"dreambooth:endpoint={self.name}) and is left alone: type another name=NAME")
         return state
 
+    def settle(self, state: EndpointState | None) -> EndpointState | None:
+        """Wait while autoscaling or AWS changes the instances of an endpoint, and return its state afterwards.
+
+        AWS refuses an update meanwhile. The state is Updating then, as during an update, but no other version comes.
+        """
+        if state is None or state.pending is not None or state.status not in ("Updating", "SystemUpdating"):
+            return state
+        self.say(f"{self.name} is {state.status}: AWS changes its instances; waiting until that has ended")
+        wait_until_idle(self.backend, self.name, self.pace, self.say)
+        return self.find_own()
+
     def require_endpoint(self) -> EndpointState:
         state = self.find_own()
         if state is None:

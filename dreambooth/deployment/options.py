@@ -8,6 +8,7 @@ from dreambooth.config.section import Section, finite, require
 from dreambooth.config.storage import is_s3_folder
 
 NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,39}")  # the name of a version, NAME-v12, is longer; AWS allows 63
+DEFAULT_CONCURRENT = 4
 SERVERLESS = (
     "kind=serverless cannot draw pictures: AWS's Serverless Inference offers no GPU, at most 6144 MB of memory, and 60 "
     "seconds per request (docs.aws.amazon.com/sagemaker/latest/dg/serverless-endpoints.html): type kind=async, which "
@@ -69,7 +70,7 @@ class Deploy(Section):
     scale_on: ScaleOn = ScaleOn.concurrency
     scale_target: float | None = None
     idle_minutes: int = 10
-    concurrent: int = 4
+    concurrent: int = DEFAULT_CONCURRENT
     success_topic: str | None = None
     error_topic: str | None = None
     rollback_alarms: list[str] = field(default_factory=list)
@@ -112,7 +113,6 @@ class Deploy(Section):
             "scale_target": (self.scale_target is None or finite(self.scale_target, 0.1),
                              f"0.1 or more, not {self.scale_target}"),
             "idle_minutes": (1 <= self.idle_minutes <= 1440, f"from 1 to 1440, not {self.idle_minutes}"),
-            "concurrent": (1 <= self.concurrent <= 1000, f"from 1 to 1000, not {self.concurrent}"),
             "bake_minutes": (0 <= self.bake_minutes <= 60, f"from 0 to 60, not {self.bake_minutes}"),
             "canary_percent": (self.canary_percent is None or 1 <= self.canary_percent <= 50,
                                f"from 1 to 50, or null, not {self.canary_percent}"),
@@ -123,6 +123,11 @@ class Deploy(Section):
             "subnets": (bool(self.subnets) == bool(self.security_groups), "set together with security_groups"),
             "poll_seconds": (finite(self.poll_seconds, 1, 600), f"from 1 to 600, not {self.poll_seconds}"),
             "timeout_minutes": (finite(self.timeout_minutes, 1, 1440), f"from 1 to 1440, not {self.timeout_minutes}"),
+            "to": (self.to is None or self.action is Action.rollback, "null unless action=rollback"),
+            "scale_on": (not self.is_async or self.scale_on is ScaleOn.concurrency,
+                         "left out with kind=async, which follows the waiting requests"),
+            "concurrent": ((1 <= self.concurrent <= 1000) if self.is_async else self.concurrent == DEFAULT_CONCURRENT,
+                           f"from 1 to 1000 with kind=async, and else left out, not {self.concurrent}"),
             "success_topic": (self.success_topic is None or self.is_async, "null unless kind=async"),
             "error_topic": (self.error_topic is None or self.is_async, "null unless kind=async"),
         })

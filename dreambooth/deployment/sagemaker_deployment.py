@@ -72,7 +72,9 @@ class Deployment(EndpointChanges):
         self._check(version, instance, sections.lines)
         for line in sections.lines:
             self.say(line)
-        state = self.find_own()
+        if options.volume_gib and instance.has_own_disk:
+            self.say(f"volume_gib is not used: {instance.type} has a disk of its own")
+        state = self.settle(self.find_own())
         self._require_idle(state, version)
         for upload in model.uploads:
             upload.run(Console())
@@ -149,7 +151,7 @@ class Deployment(EndpointChanges):
         Raises:
             UserError: there is no endpoint or no such version, or AWS refuses the update.
         """
-        state = self.require_endpoint()
+        state = self.settle(self.require_endpoint()) or self.require_endpoint()
         if state.status not in SERVING:
             raise UserError(f"the endpoint {self.name} "
                             + (describe_failure(state) if state.status in BROKEN else f"is {state.status}")

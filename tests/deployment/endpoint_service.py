@@ -169,8 +169,8 @@ class EndpointService:
         if found["status"] == "Creating":
             found |= {"status": "Failed" if failed else "InService", "reason": failed}
         else:
-            found |= {"status": "InService", "config": found["config"] if failed else found["pending"],
-                      "pending": None, "reason": failed}
+            config = found["config"] if failed else found["pending"] or found["config"]
+            found |= {"status": "InService", "config": config, "pending": None, "reason": failed}
 
     def _DescribeModel(self, ModelName: str) -> dict[str, Any]:
         return {"ModelName": ModelName, "ModelArn": self._require(self.models, "model", ModelName)["arn"]}

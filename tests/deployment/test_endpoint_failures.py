@@ -235,3 +235,15 @@ def test_a_version_of_somebody_else_is_not_used(deploy: Run, service: EndpointSe
     service._CreateModel("toy-v1", Tags=[])
     with pytest.raises(UserError, match="toy-v1 was not created by dreambooth for the endpoint toy: type another name"):
         deploy()
+
+
+@pytest.mark.parametrize("action, serves", [(Action.deploy, "toy-v3"), (Action.rollback, "toy-v1")])
+def test_an_endpoint_whose_instances_change_is_waited_for(
+        action: Action, serves: str, deploy: Run, service: EndpointService, console: Console) -> None:
+    """Autoscaling sets the state Updating too, and AWS then refuses an update."""
+    deploy()
+    deploy(environment={"X": "1"})
+    service.endpoints["toy"] |= {"status": "Updating", "left": 3}
+    deploy(action=action, environment={"X": "2"})
+    assert status_of(service) == ("InService", serves)
+    assert "toy is Updating: AWS changes its instances; waiting until that has ended" in console.lines
