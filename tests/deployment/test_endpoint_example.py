@@ -19,7 +19,7 @@ HOW = {"EndpointName": "toy", "ContentType": "application/json", "Accept": "imag
 
 @pytest.mark.usefixtures("environment")
 def test_the_example_writes_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clients = {service: boto3.client(service) for service in ("s3", "sagemaker-runtime")}  # type: ignore[call-overload]
+    clients = {service: boto3.client(service) for service in ("s3", "sagemaker-runtime")}
     monkeypatch.setattr(boto3, "client", clients.__getitem__)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     file = tmp_path / "toy.png"
