@@ -7,20 +7,41 @@ LITSERVE_PYTHON. Each engine passes a request to a worker process that sleeps (0
 handlers of FastAPI and Starlette, without a worker process, show what HTTP alone costs.
 """
 
+import base64
 import os
 import socket
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from http_load import Load, run_load, wait_until_ready
+
+try:
+    import litserve
+except ImportError:
+    litserve = None
 
 HERE = Path(__file__)
 CLIENTS = 16
 CASES = {"ours": (0, 20), "litserve": (0, 20), "starlette": (0,), "fastapi": (0,)}
 REQUESTS = {0: 2000, 20: 300}
 REPLY = b"x" * 1024
+
+
+class Api(litserve.LitAPI if litserve else object):  # type: ignore[misc]
+    """LitServe's handler. The class is copied to the worker by name."""
+
+    delay = 0  # ms
+
+    def setup(self, device: str) -> None:
+        """Open no model."""
+
+    def predict(self, request: dict[str, str]) -> dict[str, list[str]]:
+        """Sleep, and answer 1 KB."""
+        time.sleep(self.delay / 1000)
+        return {"predictions": [base64.b64encode(REPLY).decode()]}
 
 
 def main() -> None:
@@ -87,7 +108,6 @@ def serve_ours(port: int, delay: int) -> None:
 
 def run_worker(delay: int, descriptor: int) -> None:
     """Answer as dreambooth.serving.worker does, without a model."""
-    import time
     from multiprocessing.connection import Connection
 
     from dreambooth.serving.channel import Channel
@@ -106,27 +126,14 @@ def run_worker(delay: int, descriptor: int) -> None:
 
 def serve_litserve(port: int, delay: int) -> None:
     """Serve with LitServe's defaults: one worker."""
-    import base64
-    import time
-
-    import litserve
-
-    class Api(litserve.LitAPI):  # type: ignore[misc,name-defined]
-        def setup(self, device: str) -> None:
-            pass
-
-        def predict(self, request: dict[str, str]) -> dict[str, list[str]]:
-            time.sleep(delay / 1000)
-            return {"predictions": [base64.b64encode(REPLY).decode()]}
-
-    litserve.LitServer(Api(), accelerator="cpu").run(port=port, host="127.0.0.1", generate_client_file=False,
+    api = Api()
+    api.delay = delay
+    litserve.LitServer(api, accelerator="cpu").run(port=port, host="127.0.0.1", generate_client_file=False,
                                                      log_level="warning")
 
 
 def serve_bare(engine: str, port: int) -> None:
     """Serve a handler that reads JSON and answers 1 KB, without a worker process."""
-    import base64
-
     import uvicorn
     from starlette.requests import Request
     from starlette.responses import JSONResponse

@@ -117,7 +117,10 @@ class Routes:
         adapter = ours.get("adapter")
         if adapter is not None and not self.service.adapters.has(adapter):
             raise Refused(404, f"there is no model {adapter!r}: GET /v1/models lists all")
-        pictures = parse(ours, limits)
+        try:
+            pictures = parse(ours, limits)
+        except InvalidRequest as error:
+            raise Refused(422, openai.rename_field(str(error))) from error
         if stream:
             return self._stream(pictures)
         return JSONResponse(openai.answer(pictures, await self._draw(request, pictures)))

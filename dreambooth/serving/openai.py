@@ -57,6 +57,14 @@ def read_request(data: Any, base_names: Sequence[str]) -> tuple[dict[str, Any], 
     return {key: value for key, value in ours.items() if value is not None}, bool(stream)
 
 
+def rename_field(sentence: str) -> str:
+    """Return a sentence about a wrong field with OpenAI's name of the field, with which the sentence begins."""
+    for theirs, ours in NAMES.items():
+        if sentence.startswith(f"{ours} "):
+            return theirs + sentence.removeprefix(ours)
+    return sentence
+
+
 def answer(requests: Sequence[PictureRequest], files: Sequence[bytes]) -> dict[str, Any]:
     """Return the answer with all pictures of a request."""
     return {"created": int(time.time()), "output_format": "png", "size": _size(files[0]),

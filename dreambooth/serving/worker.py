@@ -52,6 +52,7 @@ def main() -> None:
     """Run the worker until the front process closes the pipe."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")  # of several adapters on a model
     for category in (FutureWarning, DeprecationWarning):  # warnings for library developers
         warnings.simplefilter("ignore", category)
     channel = Channel(Connection(int(sys.argv[1])))

@@ -114,6 +114,7 @@ def test_models_page_and_metrics(server: FakeServer) -> None:
     (GENERATIONS, {"prompt": "a", "model": 3}, 422, "model must be the name of a model"),
     (GENERATIONS, {"prompt": "a", "model": "dog"}, 404, "there is no model 'dog'"),
     (GENERATIONS, {}, 422, "prompt is missing"),
+    (GENERATIONS, {"prompt": "a", "n": 9}, 422, "n must be a whole number from 1 to 8"),
 ], ids=lambda value: str(value)[:40])
 def test_an_invalid_request_is_refused_in_one_sentence(server: FakeServer, path: str, body: Any, status: int,
                                                        says: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from dreambooth.errors import Interrupted, UserError
 from dreambooth.inference.picture_request import InvalidRequest, PictureRequest
 from dreambooth.runtime.memory_meter import MemoryMeter
 from dreambooth.serving.channel import Channel
-from dreambooth.serving.worker import Batch
+from dreambooth.serving.worker import Batch, find_model
 
 
 class ToyRenderer:
@@ -78,3 +79,22 @@ def test_a_bug_fails_the_batch_and_its_details_are_in_the_log_only(capsys: pytes
 
 def test_a_batch_for_which_nobody_waits_is_stopped() -> None:
     assert drawn(ToyRenderer(), "a", stop=True) == {"a": (499, "nobody waits for the picture")}
+
+
+def test_a_registered_model_is_downloaded_to_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dreambooth.tracking import registered_models
+
+    (tmp_path / "model_index.json").write_text("{}")
+    calls = []
+
+    def local_path(address: str | None, uri: str, run_root: str) -> str | None:
+        calls.append((address, uri, run_root))
+        return address and str(tmp_path)
+
+    monkeypatch.setattr(registered_models, "local_path", local_path)
+    monkeypatch.delenv(registered_models.TRACKING_URI, raising=False)
+    assert find_model("models:/toy@champion", None, None, "cache").model == str(tmp_path)
+    assert find_model("models:/toy@champion", None, "http://server", "cache").model == str(tmp_path)
+    assert [call for call in calls if call[0]] == [
+        ("models:/toy@champion", f"sqlite:///{Path.cwd()}/runs/mlflow.db", "cache"),
+        ("models:/toy@champion", "http://server", "cache")]
