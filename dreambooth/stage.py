@@ -195,8 +195,9 @@ def _deploy(deployment: str, overrides: Sequence[str]) -> str:
                         "Deployment: run the stage promote first")
     run = Path(champion["run_dir"])
     recipe = resolve(run_inputs.fetch_inputs(load(compose_from_run(run, {"class_images": 0})), run), run)
-    return roll_out(Deployment.of_this_cluster(deployment), f"models:/{champion['name']}/{champion['version']}",
-                    lambda url: smoke_test.check(url, recipe))
+    name, replaced = champion["name"], champion.get("replaced")
+    return roll_out(Deployment.of_this_cluster(deployment), f"models:/{name}/{champion['version']}",
+                    f"models:/{name}/{replaced}" if replaced else None, lambda url: smoke_test.check(url, recipe))
 
 
 def _value(overrides: Sequence[str], key: str) -> str:

@@ -4,6 +4,7 @@ The program runs in a pod of the same cluster, with a service account that may r
 torch.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util.retry import Retry
 
 from dreambooth.errors import UserError
 from dreambooth.kubernetes import serving
@@ -20,6 +23,9 @@ PREVIOUS = "dreambooth/previous-model"  # annotation: the model that the Deploym
 TIMEOUT = (serving.START_MINUTES + 5) * 60.0  # seconds until the new pods must be ready
 POLL = 5.0  # seconds between two looks at the Deployment
 REQUEST_TIMEOUT = 30  # seconds
+RETRIES = 5  # repetitions of a request within about 15 seconds
+
+log = logging.getLogger(__name__)
 
 
 class Deployment:
@@ -36,6 +42,10 @@ class Deployment:
         self._session = requests.Session()
         self._session.headers["Authorization"] = f"Bearer {token}"
         self._session.verify = authority or True
+        # Both methods may be repeated: the patch sets values.
+        retries = Retry(total=RETRIES, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504),
+                        allowed_methods={"GET", "PATCH"}, raise_on_status=False)
+        self._session.mount(api, HTTPAdapter(max_retries=retries))
 
     @classmethod
     def of_this_cluster(cls, name: str) -> "Deployment":
@@ -101,13 +111,15 @@ class Deployment:
                             "workflows/base and workflows/serving/deployment.yaml first") from error
 
 
-def roll_out(deployment: Deployment, model: str, check: Callable[[str], str]) -> str:
+def roll_out(deployment: Deployment, model: str, replaced: str | None, check: Callable[[str], str]) -> str:
     """Let a Deployment serve `model`, and return a sentence about the result.
 
     The function may be repeated after an interruption: the model that was served before is in an annotation.
 
     Args:
         model: a value of the option `run` of the server, such as models:/NAME/3.
+        replaced: the champion before; None: there was none. If the Deployment serves an alias of the registry, such as
+            models:/NAME@champion, this alias names `model` by now, and the Deployment goes back to `replaced`.
         check: draws and measures pictures of a server at an address. It returns a sentence, or raises UserError.
 
     Raises:
@@ -115,18 +127,37 @@ def roll_out(deployment: Deployment, model: str, check: Callable[[str], str]) ->
     """
     before, annotation = _served(deployment.read())
     previous = annotation if before == model and annotation else before
+    if "@" in previous or previous == model:
+        previous = replaced or ""
     if before != model:
         deployment.set_model(model, previous)
     try:
         deployment.wait()
         result = check(deployment.service_url)
-    except UserError as error:
-        if previous == model:
+    except Exception as error:
+        outcome = _go_back(deployment, previous, model)
+        if not isinstance(error, UserError):
+            log.error("%s", outcome)
             raise
+        raise UserError(f"{error}; {outcome}") from error
+    return f"{deployment.name} serves {model}: {result}"
+
+
+def _go_back(deployment: Deployment, previous: str, failed: str) -> str:
+    """Let a Deployment serve the model before. Return a sentence that says what it serves now.
+
+    Args:
+        previous: the model before; empty: there was none.
+        failed: the model that the Deployment serves.
+    """
+    if not previous:
+        return f"{deployment.name} still serves {failed}, because there is no earlier version"
+    try:
         deployment.set_model(previous, previous)
         deployment.wait()
-        raise UserError(f"{error}; {deployment.name} serves {previous} again") from error
-    return f"{deployment.name} serves {model}, in place of {previous}: {result}"
+    except UserError as error:
+        return f"going back to {previous} has failed ({error}): type kubectl rollout undo deployment/{deployment.name}"
+    return f"{deployment.name} serves {previous} again"
 
 
 def _served(found: dict[str, Any]) -> tuple[str, str | None]:

@@ -32,6 +32,7 @@ class Api(HTTPServer):
         self.broken: set[str] = set()
         self.models: list[str] = []  # all models that were set
         self.tokens: set[str] = set()
+        self.failures, self.lost = 0, False  # number of requests that fail with 503; whether all do
         self.variable["value"] = OLD
         super().__init__(("127.0.0.1", 0), Handler)
 
@@ -72,7 +73,8 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         self.server.tokens.add(self.headers["Authorization"])
         known = self.path == f"/apis/apps/v1/namespaces/team/deployments/{NAME}"
-        self.send_response(200 if known else 404)
+        failing, self.server.failures = self.server.failures > 0 or self.server.lost, max(0, self.server.failures - 1)
+        self.send_response(503 if failing else 200 if known else 404)
         self.end_headers()
         self.wfile.write(json.dumps(self.server.answer()).encode() if known else b"{}")
 
@@ -106,7 +108,7 @@ def test_a_champion_whose_pictures_are_good_is_served(api: Api, deployment: Depl
         seen.append(url)
         return "similarity 0.7"
 
-    assert roll_out(deployment, NEW, check) == f"{NAME} serves {NEW}, in place of {OLD}: similarity 0.7"
+    assert roll_out(deployment, NEW, None, check) == f"{NAME} serves {NEW}: similarity 0.7"
     assert (api.models, seen, api.tokens) == ([NEW], [f"http://{NAME}.team.svc"], {"Bearer secret"})
 
 
@@ -116,23 +118,60 @@ def test_a_champion_that_fails_is_replaced_by_the_model_before(
         check: Callable[[str], str], broken: set[str], reason: str, api: Api, deployment: Deployment) -> None:
     api.broken = broken
     with pytest.raises(UserError, match=f"{reason}.*; {NAME} serves {OLD} again$"):
-        roll_out(deployment, NEW, check)
+        roll_out(deployment, NEW, None, check)
     assert api.models == [NEW, OLD]
 
 
 def test_an_interrupted_roll_out_still_knows_the_model_before(api: Api, deployment: Deployment) -> None:
     deployment.set_model(NEW, OLD)  # and the pod of the stage was lost
     with pytest.raises(UserError, match=f"serves {OLD} again"):
-        roll_out(deployment, NEW, fails)
+        roll_out(deployment, NEW, None, fails)
     assert api.models == [NEW, OLD]
     assert api.object["metadata"]["annotations"][PREVIOUS] == OLD
+
+
+@pytest.mark.parametrize("replaced, models, end", [
+    ("models:/toy/1", [NEW, OLD], f"serves {OLD} again"), (None, [NEW], "because there is no earlier version")])
+def test_an_alias_that_names_the_new_model_by_now_is_not_gone_back_to(
+        replaced: str | None, models: list[str], end: str, api: Api, deployment: Deployment) -> None:
+    """The rendered file serves models:/NAME@champion, and a promotion has moved the alias already."""
+    api.variable["value"] = "models:/toy@champion"
+    for _ in range(2):  # the second time after an interruption
+        with pytest.raises(UserError, match=f"{end}$"):
+            roll_out(deployment, NEW, replaced, fails)
+        api.variable["value"] = NEW
+    assert api.models == [*models, *models[1:]]
+
+
+def test_a_fault_of_the_measurement_goes_back_too(api: Api, deployment: Deployment) -> None:
+    with pytest.raises(ZeroDivisionError):
+        roll_out(deployment, NEW, None, lambda url: str(1 / 0))
+    assert api.models == [NEW, OLD]
+
+
+def test_a_roll_back_that_fails_says_both(
+        api: Api, deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose_the_api(url: str) -> str:
+        api.lost = True
+        return fails(url)
+
+    monkeypatch.setattr(kubernetes_rollout, "RETRIES", 0)
+    fragile = Deployment(NAME, f"http://127.0.0.1:{api.server_port}", "team", "secret", None)
+    with pytest.raises(UserError, match=rf"do not show the subject.*; going back to {OLD} has failed \(.*rollout undo"):
+        roll_out(fragile, NEW, None, lose_the_api)
+
+
+def test_a_lost_request_is_repeated(api: Api, deployment: Deployment) -> None:
+    api.failures = 2
+    assert deployment.read()["kind"] == "Deployment"
+    assert api.failures == 0
 
 
 def test_what_the_cluster_refuses_is_one_sentence(
         api: Api, deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Deployment("other", f"http://127.0.0.1:{api.server_port}", "team", "secret", None)
     with pytest.raises(UserError, match=r"the Deployment other cannot be read \(404 .*: apply workflows/base"):
-        roll_out(other, NEW, fails)
+        roll_out(other, NEW, None, fails)
     monkeypatch.setattr(kubernetes_rollout, "ACCOUNT", tmp_path)
     with pytest.raises(UserError, match="runs in a pod with a service account, and this is none: type kubectl set env"):
         Deployment.of_this_cluster(NAME)
