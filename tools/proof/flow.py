@@ -63,7 +63,34 @@ LoRA. Columns: the plain prompt (4 pictures), on the beach, in the snow, on the 
 ![scenes](images/{scene_sheet})
 
 *All pictures in scenes. From left to right: all weights with seeds 11 and 12, LoRA with seeds 11 and 12. A red frame marks a picture that has lost its scene.*
+
+### Other recipes
+
+Ten other recipes were tried once each on the demo subject, with other training seeds and other sampling seeds (5000 and up) than above.
+A recipe differs from those above by what its row says. Measured on 8 pictures of the plain prompt and 24 in scenes:
+
+| recipe | training seed | plain, gap closed | scenes kept | gap closed in these |
+|---|---|---|---|---|
+{tried}
+
+Most of these settings exchange one for the other: the subject is learned well and scenes are lost, or scenes are kept and the subject
+fades in them. Masks of the subject (the region that is not connected to the corners by the colour of the background, and 2 pixels more)
+met the targets for plain prompt and scenes in both runs. All weights with masks were therefore trained with seed 11, and measured as the
+runs above: 79 % of the gap, plain prompt; 96 % of the scenes kept; 27 % of the gap in these, against 28 % without masks. This target is
+missed with masks too, so the defaults stay as they are.
 """
+TRIED = (  # recipe, training seed, share of the gap (plain), scenes kept, share of the gap in kept scenes
+    ("all weights, flow.logit_mean=-1", 1, 0.77, 0.92, 0.335),
+    ("LoRA, flow.logit_mean=-1", 1, 0.76, 0.75, 0.234),
+    ("all weights, masks of the subject", 1, 0.82, 1.00, 0.375),
+    ("LoRA, masks of the subject", 2, 0.77, 0.92, 0.326),
+    ("LoRA, masks with 25 % grey instead of black", 2, 0.83, 0.62, 0.342),
+    ("LoRA, captions of the photos that all end with \"on a white background\"", 2, 0.81, 0.75, 0.39),
+    ("LoRA, captions with the true background: white, pale blue or beige", 2, 0.84, 0.75, 0.16),
+    ("LoRA, 16 of 112 class images in the four scenes, with captions", 2, 0.79, 1.00, 0.16),
+    ("the same, and captions that end with \"on a white background\"", 2, 0.83, 1.00, 0.205),
+    ("LoRA, 64 of 160 class images in scenes, and captions with the true background", 2, 0.83, 1.00, 0.10),
+)
 TUNING = """The
 learning rates and the mean logit of the noise level were chosen on the tuning subject, in two runs on a slightly earlier state of the base:
 LoRA at 3e-3 closed 89 % of the gap, and 57 % in scenes; all weights at the present rate, but with a cosine schedule and a mean logit of 0,
@@ -113,6 +140,8 @@ def write(base: Measurement, reference: float, runs: dict[str, list[Measurement]
         steps=SAMPLER.num_inference_steps, guidance=SAMPLER.guidance_scale, base=base, reference=reference, head=TABLE_HEAD,
         rows="\n".join(format_row(name, run, base, reference) for name, some in runs.items() for run in some),
         targets="\n".join(row for name in WITHOUT for row in target_rows(name, base, reference, runs)),
+        tried="\n".join(f"| {recipe} | {seed} | {plain:.0%} | {kept:.0%} | {in_kept:.0%} |"
+                        for recipe, seed, plain, kept, in_kept in TRIED),
         sheet=SHEET.name, scene_sheet=SCENE_SHEET.name)
     write_section(ROOT / "docs/proof.md", *MARKS, text)
 
