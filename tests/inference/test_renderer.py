@@ -7,16 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dreambooth.config.enums import BaseWeights
 from dreambooth.config.generate import Generate
 from dreambooth.errors import Interrupted, UserError
 from dreambooth.inference.model_sources import find_source
 from dreambooth.inference.picture_request import Limits, PictureRequest, batch_key, parse
 from dreambooth.inference.renderer import Renderer
+from dreambooth.models.inference_memory import InferenceMemory
 from dreambooth.serialization.export_layout import ADAPTER
 
 BASE = "package:tiny-sd"
@@ -53,6 +56,18 @@ def test_adapters_take_turns_and_the_least_recently_used_is_released(
     assert again == first and renderer.draw([RED]) == plain
     alone = Renderer(find_source(Generate(base=BASE)), "cpu", {"two": adapters["two"]})
     assert alone.draw([replace(RED, adapter="two")]) == first["two"]
+
+
+@pytest.mark.slow
+def test_adapters_take_turns_on_a_base_of_eight_bits(renderer: Renderer, adapters: dict[str, Path]) -> None:
+    quantised = Renderer(find_source(Generate(base=BASE)), "cpu", adapters, max_adapters=1,
+                         memory=InferenceMemory(base_weights=BaseWeights.int8))
+    requests = [RED, *(replace(RED, adapter=name) for name in adapters), RED]
+    plain, rounded = ([np.asarray(one.pictures([request])[0], int) for request in requests]
+                      for one in (renderer, quantised))
+    assert np.array_equal(rounded[0], rounded[-1])
+    for exact, near in zip(plain, rounded, strict=True):
+        assert np.abs(exact - near).mean() < 4 < np.abs(plain[1] - plain[0]).mean()
 
 
 def test_a_batch_reports_its_steps_and_can_be_stopped(renderer: Renderer) -> None:
