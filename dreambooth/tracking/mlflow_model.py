@@ -63,7 +63,8 @@ def linked_model(run_dir: Path, model: Path, include_base: bool = False) -> Iter
         if adapter:
             for key, place in (("model.source", "base"), ("model.vae", "base_vae")):
                 if source := _base_folder(settings, key, include_base):
-                    _link(source, folder / place / source.name)
+                    # Not source.name: the folder of a hub model is named by its revision, and pictures name the model.
+                    _link(source, folder / place / Path(str(settings[key])).name.removeprefix(PACKAGED))
         kept = {key: settings[key] for key in SETTINGS if key in settings}
         subjects = json.loads(kept.get("dataset.concepts") or "[]")
         kept["dataset.concepts"] = json.dumps([{"instance_prompt": one["instance_prompt"]} for one in subjects])

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from PIL import Image
 from dreambooth.errors import UserError
 from dreambooth.inference import mlflow_model
 from dreambooth.inference.mlflow_model import PictureModel
+from dreambooth.inference.model_sources import Source, fetch_base
 from dreambooth.inference.picture_request import PictureRequest
+from dreambooth.models import hub
 from dreambooth.tracking.mlflow_model import linked_model
 from tests.support.runs import trial
 from tests.tracking.test_registered_models import TINY, add_adapter
@@ -58,3 +61,15 @@ def test_a_base_that_is_not_on_this_machine_is_a_sentence(tmp_path: Path, monkey
             mlflow_model._load_pyfunc(str(folder))
         monkeypatch.setenv("DREAMBOOTH_BASE", "package:tiny-sd")
         assert mlflow_model._load_pyfunc(str(folder)).renderer.info.model == "tiny-sd"
+
+
+def test_the_base_on_the_hub_is_downloaded_in_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(hub, "unresolved", lambda: None)
+    monkeypatch.setattr(hub, "download_pipeline", lambda *arguments: asked.append(arguments))
+    adapter = Source(Path("a"), "org/model", "a/lora.safetensors", {"model.revision": "abc", "model.variant": "null"})
+    assert fetch_base(adapter) == adapter and fetch_base(replace(adapter, adapter=None)).model == "org/model"
+    assert asked == [("org/model", "abc", None, False)], "a whole model needs no download"
+    monkeypatch.setattr(hub, "download_pipeline", lambda *arguments: Path("gone").stat())
+    with pytest.raises(UserError, match=r"org/model could not be downloaded \(.*\): type base=DIR"):
+        fetch_base(adapter)

@@ -45,15 +45,19 @@ def renderer(adapters: dict[str, Path]) -> Iterator[Renderer]:
     yield Renderer(find_source(Generate(base=BASE)), "cpu", adapters, max_adapters=2)
 
 
+def attached(renderer: Renderer) -> set[str]:
+    return {name for names in renderer._pipeline.get_list_adapters().values() for name in names}
+
+
 def test_adapters_take_turns_and_the_least_recently_used_is_released(
         renderer: Renderer, adapters: dict[str, Path]) -> None:
     plain = renderer.draw([RED])
     first = {name: renderer.draw([replace(RED, adapter=name)]) for name in adapters}
     assert len({png[0] for png in [plain, *first.values()]}) == 4, "an adapter did not change the picture"
-    attached = {name for names in renderer._pipeline.get_list_adapters().values() for name in names}
-    assert attached == {"lora1", "lora2"}, "not the two that were used last"
+    assert attached(renderer) == {"lora1", "lora2"}, "not the two that were used last"
     again = {name: renderer.draw([replace(RED, adapter=name)]) for name in reversed(adapters)}
     assert again == first and renderer.draw([RED]) == plain
+    assert attached(renderer) == {"lora1", "lora3"}, "three, which was used before two, had to go for one"
     alone = Renderer(find_source(Generate(base=BASE)), "cpu", {"two": adapters["two"]})
     assert alone.draw([replace(RED, adapter="two")]) == first["two"]
 

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import save_file
 
 from dreambooth.errors import UserError
+from dreambooth.models import hub
 from dreambooth.runs.report import promotion_message
 from dreambooth.serialization.export_layout import ADAPTER
 from dreambooth.sweeps.promotion import PromotionOptions, promote
@@ -60,7 +61,7 @@ def test_the_folder_of_a_registered_adapter(adapter: Path) -> None:
     assert not {path.name for path in (adapter / "model").iterdir()} - {ADAPTER}, "the run's own model was changed"
 
 
-def test_a_local_base_is_named_or_travels(tmp_path: Path) -> None:
+def test_a_local_base_is_named_or_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path / "bases/mine"
     shutil.copytree(resolve_asset("package:tiny-sd"), base)
     run = trial(tmp_path, "a", 0.2, **TINY | {"model__source": str(base)})
@@ -70,6 +71,11 @@ def test_a_local_base_is_named_or_travels(tmp_path: Path) -> None:
         assert not (folder / "base").exists()
     with mlflow_model.linked_model(run, run / "model", include_base=True) as folder:
         assert (folder / "base/mine/model_index.json").is_file()
+    hub_run = trial(tmp_path, "b", 0.2, **TINY | {"model__source": "org/model", "model__revision": "abc"})
+    assert mlflow_model.find_reference(hub_run, include_base=False) is None
+    monkeypatch.setattr(hub, "download_pipeline", lambda *arguments, **options: base)
+    with mlflow_model.linked_model(hub_run, hub_run / "model", include_base=True) as folder:
+        assert (folder / "base/model/model_index.json").is_file(), "the name that pictures have in their metadata"
     shutil.rmtree(base)
     with pytest.raises(UserError, match="is not on this machine: type include_base=false"), \
             mlflow_model.linked_model(run, run / "model", include_base=True):
