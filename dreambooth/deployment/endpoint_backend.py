@@ -67,7 +67,7 @@ class StoredVersion:
 
     @property
     def served(self) -> str:
-        """When the version began to serve, as text; empty if it never did."""
+        """When the version last began to serve, as text that can be compared; empty if it never did."""
         return (self.config_tags or {}).get(SERVED_TAG, "")
 
     @property
@@ -207,7 +207,7 @@ class EndpointBackend:
                 for name in sorted(numbers, key=lambda name: numbers[name])]
 
     def mark_served(self, version: StoredVersion, when: str) -> None:
-        """Record that a version serves, so that a rollback can find it."""
+        """Record when a version began to serve, so that a rollback can find it."""
         arn = self._call("sagemaker:DescribeEndpointConfig", version.name, lambda: (
             self._client.describe_endpoint_config(EndpointConfigName=version.name)))["EndpointConfigArn"]
         self._call("sagemaker:AddTags", version.name, lambda: self._client.add_tags(

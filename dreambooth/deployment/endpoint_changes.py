@@ -110,29 +110,44 @@ class EndpointChanges:
         fleet = self.backend.describe_fleet(state.config)
         keeps_type = fleet is not None and fleet.instance_type == instance_type
         registered = self.autoscaler.is_registered(self.name)
-        if registered and (not keeps_type or stored.scaling is None):
-            self.autoscaler.remove(self.name)
-            registered = False
-        keeps_instances = registered and not state.is_async  # an asynchronous one may have none, which would test none
-        self.say(f"updating the endpoint {self.name} from {state.config} to {stored.name}; {state.config} serves "
-                 "until the new instances answer, and both are paid meanwhile")
-        self.backend.update_endpoint(build_update(self.name, stored.name, self.options, keeps_instances), instance_type)
+        removes = registered and (not keeps_type or stored.scaling is None)
+        keeps = registered and not removes and not state.is_async  # async: there may be none, which would test nothing
+        try:
+            if removes:
+                self.autoscaler.remove(self.name)
+            self.say(f"updating the endpoint {self.name} from {state.config} to {stored.name}; {state.config} serves "
+                     "until the new instances answer, and both are paid meanwhile")
+            self.backend.update_endpoint(build_update(self.name, stored.name, self.options, keeps), instance_type)
+        except (UserError, KeyboardInterrupt):
+            if removes:
+                self._restore_scaling(state.config)
+            raise
+
+    def _restore_scaling(self, config: str) -> None:
+        """Set the autoscaling of the version `config` again, unless the endpoint is being updated to another one."""
+        try:
+            state = self.backend.describe(self.name)
+            if state is None or state.config != config or state.pending is not None:
+                return
+            earlier = next((item for item in self.backend.list_versions(self.name) if item.name == config), None)
+            if earlier is not None:
+                self.autoscaler.apply(self.name, earlier.scaling)
+        except UserError:  # the reason why the update failed is more important
+            self.say(f"{config} serves without its autoscaling, which could not be set again: repeat the command")
 
     def finish(self, stored: StoredVersion, scaling: Scaling | None, before: EndpointState | None,
                 usd_hour: float | None) -> None:
-        """Wait until a version serves, set its autoscaling, and record that it served.
+        """Wait until a version serves, set its autoscaling, and record when it began to serve.
 
         If SageMaker has gone back to the version before, its autoscaling is set again.
         """
         try:
             wait_until_serving(self.backend, self.name, stored.name, self.pace, self.say, usd_hour)
         except UpdateRefused:
-            earlier = next((item for item in self.backend.list_versions(self.name)
-                            if before is not None and item.name == before.config), None)
-            if earlier is not None:
-                self.autoscaler.apply(self.name, earlier.scaling)
+            if before is not None:
+                self._restore_scaling(before.config)
             raise
-        if not stored.served:
+        if not stored.served or before is None or before.config != stored.name:
             self.backend.mark_served(stored, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
         self.autoscaler.apply(self.name, scaling)
         self.say(f"{self.name}  InService  {stored.name}" + (f"  {scaling.describe()}" if scaling else ""))

@@ -2,7 +2,7 @@
 
 Every deployment of an endpoint NAME makes a version NAME-v1, NAME-v2 and so on: a model and an endpoint configuration
 of this name. SageMaker cannot change either, so an update is a new version, and a rollback is an earlier one. Tags say
-which resources belong to the endpoint, what they were made from, and when a version began to serve.
+which resources belong to the endpoint, what they were made from, and when a version last began to serve.
 """
 
 import json
@@ -10,9 +10,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
+from dreambooth.config.storage import is_remote
 from dreambooth.deployment.options import Deploy, ScaleOn
+from dreambooth.errors import UserError
 
 VARIANT = "main"  # the name stays, because autoscaling and alarms refer to it
 OWNER_TAG, DIGEST_TAG, SCALING_TAG, SERVED_TAG, SOURCE_TAG = (
@@ -21,6 +24,8 @@ BASE_CHANNEL, ADAPTERS_CHANNEL = "base", "adapters"
 ADDITIONAL_FOLDER = "/opt/ml/additional-model-data-sources"  # SageMaker's folder for AdditionalModelDataSources
 SECRET_VARIABLE = "DREAMBOOTH_SECRET"
 OPTION_PREFIX = "DREAMBOOTH_SERVE_"  # an environment variable DREAMBOOTH_SERVE_KEY sets the option KEY of the server
+LONGEST_NAME = 40  # characters of the name of an endpoint, see options.NAME
+COMMON_NAMES = re.compile(r"model|output|best|base|(result|checkpoint|step)-\d+")  # folders that every run may have
 ASYNC_SECONDS = "3500"  # request_timeout of the server of an asynchronous endpoint; AWS waits 3600 s
 # SageMaker gives G4dn, G5 and P4d endpoints NVIDIA driver 470 (CUDA 11.4) unless the request names another AMI. The
 # image's PyTorch needs driver 525 or newer (docs/container.md). This AMI has driver 550, with CUDA 12.4.
@@ -104,10 +109,29 @@ def version_number(endpoint: str, name: str) -> int | None:
     return match and int(match[1])
 
 
+def endpoint_name(run: str) -> str:
+    """Return the default name of the endpoint of a model: the name of its local folder, or its registered name.
+
+    The name ends with a hash if the characters that SageMaker allows do not hold the whole name.
+
+    Raises:
+        UserError: the address does not tell the model from others, whose endpoint would be replaced or deleted.
+    """
+    registered = re.fullmatch(r"models:/+([^/@]+)(?:@[^/]+|/\d+)", run)
+    words = registered[1] if registered else Path(run).absolute().as_posix().removesuffix("/model").rpartition("/")[2]
+    if not registered and (is_remote(run) or run.startswith("models:") or COMMON_NAMES.fullmatch(words)):
+        raise UserError(f"run={run} does not tell which endpoint is meant, because other models have addresses with "
+                        "the same end: type name=NAME")
+    name = re.sub(r"[^a-zA-Z0-9]+", "-", words).strip("-")
+    if words.isascii() and 0 < len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME - 9] or 'dreambooth'}-{sha256(words.encode()).hexdigest()[:8]}".replace("--", "-")
+
+
 def default_name(run: str) -> str:
-    """Return the name of the endpoint of a run: the name of its folder, in the characters that SageMaker allows."""
+    """Return the name of the uploaded folder of a model: the last part of its address, in the characters of names."""
     words = run.rstrip("/").removesuffix("/model").rpartition("/")[2].partition("@")[0]
-    return re.sub(r"[^a-zA-Z0-9]+", "-", words).strip("-")[:40].rstrip("-") or "dreambooth"
+    return re.sub(r"[^a-zA-Z0-9]+", "-", words).strip("-")[:LONGEST_NAME].rstrip("-") or "dreambooth"
 
 
 def merge_tags(request: Mapping[str, Any], tags: Mapping[str, str]) -> list[dict[str, str]]:

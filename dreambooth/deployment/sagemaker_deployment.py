@@ -16,7 +16,7 @@ from dreambooth.deployment.endpoint_backend import (
     StoredVersion,
 )
 from dreambooth.deployment.endpoint_changes import EndpointChanges
-from dreambooth.deployment.endpoint_requests import Version, build_endpoint, build_version, default_name, version_name
+from dreambooth.deployment.endpoint_requests import Version, build_endpoint, build_version, endpoint_name, version_name
 from dreambooth.deployment.follow import Pace, describe_failure
 from dreambooth.deployment.instances import Instance, Predict
 from dreambooth.deployment.model_artifact import DeployedModel, find_model
@@ -146,7 +146,7 @@ class Deployment(EndpointChanges):
     # -- the other actions ------------------------------------------------------------------------------------------
 
     def rollback(self) -> None:
-        """Let the endpoint serve an earlier version again: the last one that served before, or that of the option `to`.
+        """Let the endpoint serve an earlier version again: the one that served last, or that of the option `to`.
 
         Raises:
             UserError: there is no endpoint or no such version, or AWS refuses the update.
@@ -189,7 +189,7 @@ class Deployment(EndpointChanges):
         if not served:
             raise UserError(f"{state.config} is the first version of {self.name} that served: type to=NAME (there are: "
                             f"{known})")
-        return served[-1]
+        return max(served, key=lambda item: (item.served, item.number))  # not one from which somebody has gone back
 
     def status(self) -> None:
         """Print the state of the endpoint, its price, its autoscaling and its versions."""
@@ -257,12 +257,12 @@ def open_deployment(options: Deploy) -> Deployment:
     """Return the deployment of the command, with connections to AWS.
 
     Raises:
-        UserError: the options name no endpoint, boto3 is not installed, or no AWS region is configured.
+        UserError: the options do not name the endpoint, boto3 is not installed, or no AWS region is configured.
     """
     if options.name is None:
         if not options.run:
             raise UserError("the endpoint is missing: type name=NAME" + (
                 " and run=runs/NAME" if options.action is Action.deploy else ""))
-        options = options.copy_with(name=default_name(options.run))
+        options = options.copy_with(name=endpoint_name(options.run))
     pace = Pace(options.poll_seconds, options.timeout_minutes)
     return Deployment(options, EndpointBackend(), Autoscaler(), Console().say, pace)

@@ -103,6 +103,44 @@ def test_an_update_that_fails_leaves_the_old_version_and_can_be_repeated(
     assert len(service.named("CreateModel")) == 2 + 1, "the model of the repeated command exists already"
 
 
+@pytest.mark.parametrize("error", [lambda: Refusal(*QUOTA), lambda: Refusal(*DENIED), lambda: Refusal(*EXPIRED),
+                                   lambda: Refusal("ValidationException", "1 validation error"), interruption])
+@pytest.mark.parametrize("options", [{"instance": "ml.g5.xlarge", "max_instances": 2}, {}])
+def test_an_update_that_is_refused_at_once_leaves_the_autoscaling(
+        error: Callable[[], BaseException], options: dict[str, Any], deploy: Run, service: EndpointService) -> None:
+    deploy(max_instances=4)
+    before = [*service.targets.values()], {**service.policies}
+    service.fail("UpdateEndpoint", error)
+    with pytest.raises((UserError, Interrupted)):
+        deploy(**options)
+    assert status_of(service) == ("InService", "toy-v1")
+    assert ([*service.targets.values()], service.policies) == before
+    deploy(**options)
+    assert status_of(service) == ("InService", "toy-v2") and len(service.targets) == len(options) // 2
+
+
+def test_autoscaling_that_cannot_be_set_again_is_told(deploy: Run, service: EndpointService, console: Console) -> None:
+    deploy(max_instances=4)
+    service.fail("UpdateEndpoint", lambda: Refusal(*QUOTA))
+    service.fail("RegisterScalableTarget", lambda: Refusal(*DENIED))
+    with pytest.raises(UserError, match="a quota of the account is used up"):
+        deploy(max_instances=2, instance="ml.g5.xlarge")
+    assert "toy-v1 serves without its autoscaling, which could not be set again: repeat the command" in console.text
+
+
+def test_an_interrupted_update_that_has_started_is_left_to_the_repeated_command(
+        deploy: Run, service: EndpointService) -> None:
+    deploy(max_instances=4)
+    service.steps = 99
+    service.fail("UpdateEndpoint", interruption, after=True)
+    with pytest.raises(Interrupted, match="the endpoint exists and may cost money"):
+        deploy(max_instances=2, instance="ml.g5.xlarge")
+    assert service.endpoints["toy"]["pending"] == "toy-v2" and not service.targets
+    service.endpoints["toy"]["left"] = 1
+    deploy(max_instances=2, instance="ml.g5.xlarge")
+    assert [target["MaxCapacity"] for target in service.targets.values()] == [2]
+
+
 def test_a_lost_answer_of_an_update_is_no_failure(deploy: Run, service: EndpointService) -> None:
     deploy()
     service.fail("UpdateEndpoint", lost_answer, after=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +18,13 @@ from dreambooth.deployment.endpoint_requests import (
     build_update,
     build_version,
     default_name,
+    endpoint_name,
     tag_value,
     version_number,
 )
-from dreambooth.deployment.options import Deploy, ScaleOn
+from dreambooth.deployment.options import NAME, Action, Deploy, ScaleOn
+from dreambooth.deployment.sagemaker_deployment import open_deployment
+from dreambooth.errors import UserError
 from dreambooth.storage import folders
 from tests.cloud.jobs import GOLDEN
 from tests.deployment.conftest import OPTIONS
@@ -136,3 +140,21 @@ def test_names_are_valid_and_read_back() -> None:
     assert [version_number("toy", name) for name in ("toy-v12", "toy-v0", "toys-v1", "my-toy-v1", "toy-v1-v2")] == [
         12, None, None, None, None]
     assert tag_value("s3://b/ä?b\n" + "x" * 400).startswith("s3://b/ä_b")
+
+
+def test_models_that_differ_never_share_a_default_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endpoint of the same name would be replaced by a deployment, and deleted by action=delete."""
+    long = "demo-sd15-lora-with-a-very-long-name-of-the-experiment-"
+    names = {run: endpoint_name(run) for run in (
+        "runs/toy/", "models:/My Toy@champion", "models:/other/3", f"runs/{long}1a", f"runs/{long}2b", "runs/猫",
+        "runs/犬")}
+    assert [*names.values()][:3] == ["toy", "My-Toy", "other"] and len(set(names.values())) == len(names)
+    assert all(NAME.fullmatch(name) for name in names.values())
+    assert endpoint_name("runs/toy/model") == "toy" and endpoint_name("models:/other@champion") == "other"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert endpoint_name(".") == "here"
+    for run in ("s3://bucket/runs/A/result-000800", "s3://bucket/job/output/model", "job/output/model", "runs/A/best",
+                "runs/A/result-000800", "models:/m-0123"):
+        with pytest.raises(UserError, match=f"^run={run} does not tell which endpoint is meant, .*: type name=NAME"):
+            open_deployment(Deploy(action=Action.delete, run=run))

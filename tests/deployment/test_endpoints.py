@@ -1,12 +1,16 @@
 """Endpoints on SageMaker: created, updated, rolled back and deleted, on a service in memory."""
 
+import itertools
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from dreambooth.deployment import endpoint_changes
 from dreambooth.deployment.options import Action
 from dreambooth.errors import ConfigError, UserError
 from tests.deployment.conftest import Console
@@ -84,6 +88,26 @@ def test_rollback_steps_back_through_the_versions_that_served(
     deploy(action=Action.status)
     assert console.lines[:2] == ["toy  InService  toy-v6", "1 x ml.g4dn.xlarge, $0.7364 per hour"]
     assert "toy-v4  never served" in console.lines and "toy-v6  serves" in console.lines
+
+
+def test_rollback_returns_to_the_version_that_served_last(
+        deploy: Run, service: EndpointService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version from which somebody has gone back is not the target of the next rollback."""
+    hours = itertools.count()
+    start = datetime(2026, 11, 29, tzinfo=UTC)
+    monkeypatch.setattr(endpoint_changes, "datetime", SimpleNamespace(
+        now=lambda zone: start + timedelta(hours=next(hours))))
+    deploy()
+    for seconds, last in (("10", "toy-v1"), ("20", "toy-v1")):
+        deploy(environment={"X": seconds})
+        deploy(action=Action.rollback)
+        assert status_of(service) == ("InService", last)
+    deploy(action=Action.rollback, to="toy-v2")
+    deploy(environment={"X": "30"})
+    deploy(action=Action.rollback)
+    assert status_of(service) == ("InService", "toy-v2"), "the one that was chosen last"
+    deploy(action=Action.rollback)
+    assert status_of(service) == ("InService", "toy-v1")
 
 
 def test_delete_removes_everything_that_has_the_tag_and_nothing_else(
