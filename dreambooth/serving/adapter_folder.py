@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,15 @@ class Adapters:
                     raise UserError(f"there is no adapter {name} in {path}: type adapters.{name}=PATH")
 
     def paths(self) -> Mapping[str, str]:
-        """Return the path of each adapter by name, in the order of the names."""
+        """Return the path of each adapter by name, in the order of the names.
+
+        If the folder cannot be read now, these are the adapters of the last time.
+        """
         now = time.monotonic()
         if self._folder and now - self._scanned >= SCAN_INTERVAL:
-            self._paths, self._scanned = _scan(self._folder), now
+            self._scanned = now
+            with suppress(OSError):
+                self._paths = _scan(self._folder)
         return self._paths
 
     def has(self, name: str) -> bool:
@@ -49,12 +55,15 @@ class Adapters:
 
 
 def _scan(folder: Path) -> dict[str, str]:
+    """Return the adapters in a folder. An entry that cannot be read, or whose name is not UTF-8, is left out."""
     found: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        if path.suffix == ".safetensors" and path.is_file():
-            found[path.stem] = str(path)
-        elif path.is_dir() and (find_adapter(path / "model") or find_adapter(path)):
-            found[path.name] = str(path)
+        with suppress(OSError, UnicodeEncodeError):
+            path.name.encode()
+            if path.suffix == ".safetensors" and path.is_file():
+                found[path.stem] = str(path)
+            elif path.is_dir() and (find_adapter(path / "model") or find_adapter(path)):
+                found[path.name] = str(path)
     return found

@@ -219,16 +219,15 @@ class Pool:
         """Run all workers until the call is cancelled. The second worker starts when the first has found the model.
 
         Raises:
-            CannotServe: a worker cannot open the model.
+            CannotServe: no worker can open the model. As long as one can, the server goes on with fewer.
         """
         tasks = [asyncio.ensure_future(self._slots[0].run())]
         known = asyncio.ensure_future(self._source_known.wait())
         try:
             await asyncio.wait({known, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-            tasks += [asyncio.ensure_future(slot.run()) for slot in self._slots[1:]]
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            if known.done():
+                tasks += [asyncio.ensure_future(slot.run()) for slot in self._slots[1:]]
+            await _wait_for_all_or_bug(tasks)
         finally:
             known.cancel()
             for task in tasks:
@@ -283,6 +282,18 @@ class Pool:
     def report_state(self) -> None:
         """Update the number of ready workers in the metrics."""
         self.metrics.workers.set(self.ready_workers)
+
+
+async def _wait_for_all_or_bug(tasks: Sequence["asyncio.Task[None]"]) -> None:
+    """Wait until no slot is left, and raise the last one's CannotServe; or raise any other error at once."""
+    pending = set(tasks)
+    while pending:
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            error = task.exception()
+            if not pending or not isinstance(error, CannotServe):
+                task.result()
+            print(f"dreambooth: a worker has ended, {len(pending)} are left ({error})", file=sys.stderr, flush=True)
 
 
 def _describe_exit(code: int) -> str:

@@ -86,7 +86,8 @@ class PictureQueue:
                 self._jobs = deque(job for job in self._jobs if id(job) not in taken)
                 return batch
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), seconds)
+                async with asyncio.timeout(seconds):  # wait_for of Python 3.11 can ignore a cancellation
+                    await self._changed.wait()
 
     def _ready_batch(self, now: float) -> tuple[list[Job], float | None]:
         """Return the next batch, or an empty list and the seconds until a batch is ready (None: the queue is empty)."""

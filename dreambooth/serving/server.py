@@ -54,6 +54,7 @@ async def _serve(options: Serve, listener: socket.socket) -> None:
             for task in (again, drain):
                 task.cancel()
         service.stopping = True
+        service.refuse_waiting()  # also after a second signal, or if no worker is left
         server.should_exit = True
         if pool.done():
             pool.result()

@@ -114,6 +114,10 @@ class Service:
         self.pool.stop_at(time.monotonic() + self.options.grace_seconds)
         if results := {job.result for job in self._jobs}:
             await asyncio.wait(results, timeout=self.options.grace_seconds)
+        self.refuse_waiting()
+
+    def refuse_waiting(self) -> None:
+        """Refuse all pictures that are not drawn yet with status 503."""
         for job in self._jobs:
             if not job.result.done():
                 job.result.set_exception(Refused(503, "the server is stopping: try again in some seconds", 5))

@@ -30,6 +30,13 @@ def png(width: int = 64, height: int = 64, mark: str = "") -> bytes:
             + struct.pack(">I4s", len(settings), b"tEXt") + settings + b"\0\0\0\0")
 
 
+def wait_until(condition: Callable[[], Any]) -> None:
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
 class FakeWorker:
     """Draws a batch in `seconds`; with `steps`, as many events say so before.
 
@@ -132,10 +139,7 @@ class FakeServer:
         return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
 
     def wait_until(self, condition: Callable[[], Any]) -> None:
-        until = time.monotonic() + 10
-        while not condition():
-            assert time.monotonic() < until
-            time.sleep(0.005)
+        wait_until(condition)
 
     def start(self) -> None:
         self._thread.start()
@@ -147,7 +151,7 @@ class FakeServer:
 
     async def _run(self) -> None:
         self.loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-        self.service = Service(self.options, [None], self.worker)
+        self.service = Service(self.options, [None] * (self.options.workers or 1), self.worker)
         server = uvicorn.Server(uvicorn.Config(create_app(self.service), log_level="error", lifespan="off",
                                                timeout_graceful_shutdown=1))
         http = asyncio.ensure_future(server.serve(sockets=[self.listener]))

@@ -1,17 +1,23 @@
 """The routes, with workers that draw nothing: answers, status codes, and what happens to a request that is gone."""
 
+import asyncio
 import base64
 import http.client
 import json
+import signal
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import requests
 
 from dreambooth.serving import pool
-from tests.serving.fake_server import FakeServer, png, serving
+from dreambooth.serving import server as process
+from dreambooth.serving.options import Serve
+from dreambooth.serving.service import Service
+from tests.serving.fake_server import FakeServer, FakeWorker, png, serving, wait_until
 
 GENERATIONS = "/v1/images/generations"
 TOKEN = "a-token-of-sixteen-characters"
@@ -268,6 +274,20 @@ def test_a_worker_that_crashes_three_times_at_its_start_ends_the_server(monkeypa
     assert "ended 3 times before the model was open (exit code 3)" in str(server.failure)
 
 
+def test_a_worker_that_cannot_open_the_model_leaves_it_to_the_others(capfd: pytest.CaptureFixture[str]) -> None:
+    """As on a machine whose second GPU is full."""
+    def prepare(worker: Any) -> None:
+        def open_model(self: Any) -> None:
+            worker.refusal = {"code": 4, "sentence": "out of memory"} if len(worker.running) > 1 else None
+            FakeWorker._open(self)
+
+        worker._open = open_model
+
+    with serving(prepare, workers=2) as server:
+        server.wait_until(lambda: len(server.worker.running) == 1 and "out of memory" in capfd.readouterr().err)
+        assert server.post("/invocations", {"prompt": "a"}).status_code == 200 and not server.pool.done()
+
+
 # -- stopping -----------------------------------------------------------------------------------------------------
 
 def test_a_stopping_server_delivers_what_it_can_and_refuses_the_rest() -> None:
@@ -289,3 +309,36 @@ def test_a_stopping_server_delivers_what_it_can_and_refuses_the_rest() -> None:
         assert codes == sorted(codes) and (codes[0], codes[-1]) == (200, 503), "two or three fit into the time"
 
 
+def test_a_second_signal_refuses_what_waits_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server as it runs in its process, with workers that draw nothing."""
+    worker: Any = type("Worker", (FakeWorker,), {"running": [], "batches": [], "seconds": 60.0})
+    servers: list[Any] = []
+
+    def start(config: Any) -> Any:
+        servers.append(running_server(config))
+        return servers[0]
+
+    running_server = process._Server
+    monkeypatch.setattr(process, "_Server", start)
+    monkeypatch.setattr(process, "Service", lambda options, gpus: services.append(
+        Service(options, gpus, worker)) or services[0])
+    services: list[Service] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/invocations"
+
+    def post(prompt: str) -> int:
+        return requests.post(url, json={"prompt": prompt}, timeout=20).status_code
+
+    with ThreadPoolExecutor(3) as threads:
+        ended = threads.submit(lambda: asyncio.run(process._serve(Serve(base="toy", max_batch=1, max_wait_ms=0.0),
+                                                                  listener)))
+        wait_until(lambda: services and services[0].is_ready)
+        answers = [threads.submit(post, "drawn")]
+        wait_until(lambda: worker.batches)
+        answers.append(threads.submit(post, "waits"))
+        wait_until(lambda: len(services[0].queue) == 1)
+        for _ in range(2):
+            servers[0].handle_exit(signal.SIGTERM, None)
+            wait_until(lambda: services[0].stopping)
+        assert [answer.result() for answer in answers] == [503, 503]
+        ended.result(10)
