@@ -156,7 +156,8 @@ def plan_serving(model: ServedModel, hardware: Hardware, memory: InferenceMemory
     return smallest
 
 
-def plan_this_machine(source: Source, batch: int, adapters: Sequence[Path], max_adapters: int) -> ServingPlan:
+def plan_this_machine(source: Source, batch: int, adapters: Sequence[Path], max_adapters: int,
+                      servers: int = 1) -> ServingPlan:
     """Plan serving on this machine's first CUDA GPU with memory_options=auto.
 
     Pictures have the model's own resolution. An architecture that is unknown is not possible here, because the model is
@@ -167,11 +168,13 @@ def plan_this_machine(source: Source, batch: int, adapters: Sequence[Path], max_
         batch: pictures at a time.
         adapters: run folders, other folders or files of the adapters that requests may name.
         max_adapters: number of them that are on the card at a time.
+        servers: processes that share the GPU in equal parts, each with the model.
     """
     machine = detect_machine()
     files = [path if path.is_file() else find_adapter(path / "model") or find_adapter(path) for path in adapters]
     largest = sorted((file for file in files if file is not None), key=lambda file: -file.stat().st_size)
-    hardware = Hardware(name="local", device=Device.cuda, gpu=machine.gpu, usable_vram_gib=machine.vram_gib,
+    share = None if machine.vram_gib is None else machine.vram_gib / servers
+    hardware = Hardware(name="local", device=Device.cuda, gpu=machine.gpu, usable_vram_gib=share,
                         compute_capability=machine.compute_capability)
     return plan_serving(model_of_source(source, batch, adapters=largest[:max_adapters]), hardware)
 

@@ -45,6 +45,7 @@ class Service:
         self.metrics.queue.set_function(lambda: len(self.queue))
         model = {key: getattr(options, key) for key in (
             "run", "base", "uri", "cache", "memory_options", "max_adapters", "max_batch")}
+        model["workers_per_gpu"] = max(map(list(gpus).count, gpus))
         self.pool = Pool(self.queue, self.metrics, self.adapters, model, gpus, options.request_timeout, start_worker)
         self._jobs: set[Job] = set()  # of which nobody has got the result yet
         self.stopping = False

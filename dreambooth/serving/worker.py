@@ -122,7 +122,8 @@ def _choose_memory(source: "Source", start: dict[str, Any], adapters: Sequence[P
     """
     from dreambooth.planner.serving_plan import plan_this_machine
 
-    plan = plan_this_machine(source, start["max_batch"], adapters, start["max_adapters"])
+    plan = plan_this_machine(source, start["max_batch"], adapters, start["max_adapters"],
+                             start["workers_per_gpu"])
     if not plan.fits:
         raise DoesNotFit(f"{plan.shortfall}; or memory_options=[], to try it nevertheless")
     print(f"dreambooth: memory_options=auto: {plan.explanation}", flush=True)

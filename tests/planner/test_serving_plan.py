@@ -256,13 +256,15 @@ def test_the_server_chooses_for_its_own_gpu(
     source = find_source(Generate(base=BASES[0]))
     for name, size in (("one", 10), ("two", 30), ("three", 20)):
         (tmp_path / f"{name}.safetensors").write_bytes(b"x" * size)
-    start = {"max_batch": 4, "max_adapters": 2}
+    start = {"max_batch": 4, "max_adapters": 2, "workers_per_gpu": 1}
     monkeypatch.setattr(serving_plan, "detect_machine", lambda: Machine("NVIDIA A10G", 15.0, 8.6))
     plan = serving_plan.plan_this_machine(source, 4, sorted(tmp_path.iterdir()), 2)
     assert plan.model.adapter_bytes == 50 and plan.model.batch == 4
     assert worker._choose_memory(source, start, []) == SLICED
     told = capsys.readouterr().out
     assert "memory_options=auto: about 13.7 of 15.0 GiB of the GPU for 4 pictures with vae_slicing" in told
+    monkeypatch.setattr(serving_plan, "detect_machine", lambda: Machine("NVIDIA A10G", 30.0, 8.6))
+    assert worker._choose_memory(source, start | {"workers_per_gpu": 2}, []) == SLICED
     monkeypatch.setattr(serving_plan, "detect_machine", lambda: Machine("NVIDIA A10G", 4.0, 8.6))
     with pytest.raises(DoesNotFit, match=r"max_batch=1 instead of 4.*memory_options=\[\], to try it nevertheless"):
         worker._choose_memory(source, start, [])
