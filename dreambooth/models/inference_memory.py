@@ -93,6 +93,8 @@ def decode_in_parts(vae: Any, memory: InferenceMemory) -> None:
         vae.enable_slicing()
     if memory.vae_tiling:
         vae.enable_tiling()
+        if not hasattr(vae, "tile_sample_min_size"):
+            return  # VAEs of video models; their tiles have fewer pixels
         scale = vae.tile_sample_min_size // vae.tile_latent_min_size
         vae.tile_sample_min_size = min(vae.tile_sample_min_size, TILE)
         vae.tile_latent_min_size = vae.tile_sample_min_size // scale

@@ -215,7 +215,7 @@ def prepare(parts: Components, recipe: Recipe) -> TrainedModel:
             model.to(parts.swap.device)  # peft has put the adapters of swapped blocks into host memory
     else:
         model.requires_grad_(True)
-    for module in family.untrainable(parts.encoders):
+    for module in family.untrainable(denoiser, parts.encoders):
         module.requires_grad_(False)
     return model.train()
 

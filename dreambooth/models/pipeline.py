@@ -210,7 +210,8 @@ def generate_images(
         on_step: called after each denoising step of a batch with the number of completed steps and of all steps. An
             exception that it raises ends the batch.
     """
-    arguments = families.of_pipeline(pipeline).sampling_arguments(pipeline)
+    family = families.of_pipeline(pipeline)
+    arguments = family.sampling_arguments(pipeline)
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
 
     def draw(chunk: slice) -> list[Image]:
@@ -219,6 +220,7 @@ def generate_images(
         inputs: dict[str, Any] = {"height": height, "width": width}
         if start is not None:
             inputs = {"image": [start] * count, "strength": strength}
+        inputs |= family.guidance_arguments(sampler.guidance_scale, count)
         if negative_prompt is not None:
             inputs["negative_prompt"] = [negative_prompt] * count
         if on_step is not None:
@@ -228,7 +230,6 @@ def generate_images(
                 prompt=list(prompts[chunk]),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[chunk]],
                 num_inference_steps=sampler.num_inference_steps,
-                guidance_scale=sampler.guidance_scale,
                 output_type="np",
                 **arguments,
                 **inputs,

@@ -162,7 +162,7 @@ def count_trained_weights(recipe: Recipe) -> int:
             lora.inject(model, recipe.method, targets, recipe.train.seed, recipe.precision.dtype)
         else:
             model.requires_grad_(True)
-        for module in parts.family.untrainable(parts.encoders):
+        for module in parts.family.untrainable(parts.denoiser, parts.encoders):
             module.requires_grad_(False)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 

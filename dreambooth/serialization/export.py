@@ -37,7 +37,7 @@ Say **{instance_prompt}** to get it. The weights are {weights} after {step} step
 {picture}
 ```python
 {code}
-pipeline(prompt={quoted}, num_inference_steps={steps}, guidance_scale={guidance}).images[0].save("subject.png")
+pipeline(prompt={quoted}, num_inference_steps={steps}, {guidance}).images[0].save("subject.png")
 ```
 
 | setting | value |
@@ -177,7 +177,9 @@ def _card(recipe: Recipe, family: Family, step: int, pictured: bool) -> str:
         license=f"license: {license_id}\n" if source in family.hub_ids else "",
         published=f", {license_title}" if source in family.hub_ids else "; the published models of "
         f"{family.title} are under {license_title}",
-        steps=recipe.sample.num_inference_steps, guidance=recipe.sample.guidance_scale,
+        steps=recipe.sample.num_inference_steps,
+        guidance=", ".join(f"{key}={value!r}" for key, value in family.guidance_arguments(
+            recipe.sample.guidance_scale, 1).items()),
         family_tags="".join(f"- {tag}\n" for tag in family.tags), tags="- lora\n" * recipe.method.low_rank,
         version=dreambooth.__version__,
         weights=("an exponential moving average" if train.use_ema else "as trained")

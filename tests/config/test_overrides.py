@@ -33,10 +33,10 @@ COLLISION = f"the value of {PROMPT} has a comma, which separates the values of a
     ("hydra.foo=3", "there is no setting hydra.foo: type --cfg hydra for all of Hydra's keys"),
     ("+train.seed=3", "train.seed is a setting already: type it without +"),
     ("+model=sd15", "model is a setting already: type it without +"),
-    ("model=sd3", "there is no model=sd3: did you mean model=sdxl? The options are flux2_klein, sd15, sd21, "
-     "sd35_medium, sdxl, tiny, tiny_flow, z_image"),
-    ("model=3", "there is no model=3: the options are flux2_klein, sd15, sd21, sd35_medium, sdxl, tiny, tiny_flow, "
-     "z_image"),
+    ("model=sd3", "there is no model=sd3: did you mean model=sdxl? The options are flux2_klein, qwen_image, "
+     "sd15, sd21, sd35_medium, sdxl, tiny, tiny_flow, z_image"),
+    ("model=3", "there is no model=3: the options are flux2_klein, qwen_image, sd15, sd21, sd35_medium, sdxl, tiny, "
+     "tiny_flow, z_image"),
     ("train.max_train_steps=ten", "train.max_train_steps must be a whole number, not ten"),
     ("train.max_train_steps=1.5", "train.max_train_steps must be a whole number, not 1.5"),
     ("train.learning_rate=null", "train.learning_rate must be a number, not null"),

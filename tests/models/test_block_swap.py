@@ -24,7 +24,7 @@ from dreambooth.models.quantization import quantise
 BLOCKS = 6
 SIZES: dict[str, dict[str, Any]] = {
     "z_image": {"n_layers": BLOCKS}, "sd35_medium": {"num_layers": BLOCKS, "dual_attention_layers": [0, 1, 2]},
-    "flux2_klein": {"num_layers": 2, "num_single_layers": BLOCKS - 2}}
+    "flux2_klein": {"num_layers": 2, "num_single_layers": BLOCKS - 2}, "qwen_image": {"num_layers": BLOCKS}}
 READS_NOTHING = ("copy_", "slice", "view", "detach", "alias", "t", "transpose")
 
 
@@ -87,6 +87,8 @@ def add_adapter(model: TrainedModel) -> None:
     for _, layer in lora.layers(model):
         generator = torch.Generator().manual_seed(1)
         layer.lora_B[lora.NAME].weight.data.normal_(generator=generator)
+    for module in model.family.untrainable(getattr(model, model.family.denoiser.name), []):
+        module.requires_grad_(False)
     model.train()
 
 
@@ -107,17 +109,19 @@ def passes(model: TrainedModel, text: Tensor, channels: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name, base, count", [
-    ("z_image", BaseWeights.int8, BLOCKS), ("flux2_klein", BaseWeights.half, 4), ("sd35_medium", BaseWeights.fp8, 3)])
+    ("z_image", BaseWeights.int8, BLOCKS), ("flux2_klein", BaseWeights.half, 4), ("sd35_medium", BaseWeights.fp8, 3),
+    pytest.param("qwen_image", BaseWeights.int8, 4, marks=pytest.mark.slow)])
 def test_results_are_equal_and_no_block_computes_from_host_memory(
         name: str, base: BaseWeights, count: int, flow_bases: dict[str, Path]) -> None:
     family = families.of_architecture(name)
     assert family is not None
     config = family.denoiser.configuration(flow_bases[name], subfolder="transformer") | SIZES[name]
-    channels = config["in_channels"]
+    channels = config["in_channels"] // (4 if name == "qwen_image" else 1)  # its tokens are 2 x 2 latents
+    masked = name in ("z_image", "qwen_image")
     width = config.get("cap_feat_dim") or config["joint_attention_dim"]
-    text = torch.randn(2, 9, width + (name == "z_image"), generator=torch.Generator().manual_seed(3))
-    if name == "z_image":
-        text[..., -1] = 1  # the mask
+    text = torch.randn(2, 9, width + masked, generator=torch.Generator().manual_seed(3))
+    if masked:
+        text[..., -1] = 1
     plain = build(name, config, base)
     swapped = deepcopy(plain)
     add_adapter(plain)

@@ -125,7 +125,8 @@ def test_the_planner_records_the_very_step_of_a_family(family: str, text: bool, 
     assert fake.trace.category == real.trace.category
     assert fake.trace.flops == real.trace.flops
     live = trained_model(load(ask, torch.device("cpu")), ask).requires_grad_(True)
-    frozen = sum(p.numel() for m in live.family.untrainable([live.text_encoder]) for p in m.parameters()) if text else 0
+    idle = live.family.untrainable(live.unet, [live.text_encoder]) if text else []
+    frozen = sum(p.numel() for module in idle for p in module.parameters())
     assert fake.trained_parameters == sum(p.numel() for p in live.parameters()) - frozen == count_trained_weights(ask)
 
 

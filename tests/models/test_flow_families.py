@@ -17,6 +17,7 @@ from dreambooth.config.enums import Device, Dtype, MethodKind
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
 from dreambooth.models import families, text_encoders
+from dreambooth.models.families import qwen_text
 from dreambooth.models.loading import encode_prompts, exact_frozen, load
 from dreambooth.models.pipeline import Sampler, build_pipeline, generate_images
 from tests.support.configs import small_recipe
@@ -40,16 +41,20 @@ def test_a_step_of_the_pipeline_follows_our_velocity(family: str, flow_bases: di
     pipeline = build_pipeline(parts)
     side = 16 // parts.vae_scale
     noise = torch.randn(2, parts.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
-    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, use_dynamic_shifting=False, shift=1.0)
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, use_dynamic_shifting=False, shift=1.0,
+                                                 shift_terminal=None)
     pipeline.scheduler = scheduler
     with torch.no_grad():
         text = torch.cat([parts.frozen_text(prompt) for prompt in (PROMPT, "a red toy in the snow")])
         velocity = parts.predict(noise, torch.ones(2), text)
         ours = (parts.decode((noise - velocity) / parts.scaling_factor) / 2 + 0.5).clamp(0, 1)
-        arguments = parts.family.sampling_arguments(pipeline)
+        arguments = parts.family.sampling_arguments(pipeline) | parts.family.guidance_arguments(
+            parts.family.no_guidance, 2)
+        if family == "qwen_image":  # its pipeline takes tokens
+            noise = pipeline._pack_latents(noise, *noise.shape)
         theirs = pipeline(
             prompt=[PROMPT, "a red toy in the snow"], height=16, width=16, num_inference_steps=1, latents=noise,
-            sigmas=[1.0], guidance_scale=parts.family.no_guidance, output_type="pt", **arguments).images
+            sigmas=[1.0], output_type="pt", **arguments).images
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -112,7 +117,7 @@ def test_text_encoders_in_bf16_compute_in_fp32(family: str, flow_bases: dict[str
     for encoder in text_encoders.load(encoded.source, parts.family, "auto", local_files_only=True):
         text_encoders.compute_in_fp32(encoder)
         small = {name for name, p in encoder.named_parameters() if p.dtype is not torch.float32}
-        assert small == {name for name, _ in encoder.named_parameters() if re.search(r"(layers|block)\.\d", name)}
+        assert small == {name for name, _ in encoder.named_parameters() if re.search(r"(layers|blocks?)\.\d", name)}
 
 
 def test_an_exported_model_has_the_text_encoder_of_the_source(flow_bases: dict[str, Path], tmp_path: Path) -> None:
@@ -133,8 +138,9 @@ def test_latents_come_back_as_the_picture(family: str, flow_bases: dict[str, Pat
     pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
         mean, std = parts.encode(pixels)
-        alone = parts.vae.decode(parts.vae.encode(pixels).latent_dist.mean).sample
-        torch.testing.assert_close(parts.decode(mean), alone, rtol=1e-4, atol=1e-4)
+        frames = pixels.unsqueeze(2) if family == "qwen_image" else pixels  # of a video
+        alone = parts.vae.decode(parts.vae.encode(frames).latent_dist.mean).sample
+        torch.testing.assert_close(parts.decode(mean), alone.view_as(pixels), rtol=1e-4, atol=1e-4)
     assert mean.shape[1] == parts.latent_channels and (std > 0).all()
 
 
@@ -146,7 +152,8 @@ def test_it_trains_resumes_bit_for_bit_samples_and_exports(
 ) -> None:
     ask = [f"model={family}", f"method={method}", f"model.source={flow_bases[family]}", "model.offline=true",
            "model.resolution=16", "dataset.allow_drawings=true", "train.max_train_steps=4", "train.learning_rate=1e-3",
-           "name=demo-x", "prior.num_inference_steps=2", "sample.num_inference_steps=2", "sample.guidance_scale=3"]
+           "name=demo-x", "prior.num_inference_steps=2", "sample.num_inference_steps=2", "sample.guidance_scale=3",
+           "train.gradient_accumulation_steps=1"]
     assert train(tmp_path / "straight", *ask) == 0
     assert train(tmp_path / "killed", *ask, fault="checkpoint_rename") == -9
     assert train(tmp_path / "killed", *ask) == 0
@@ -162,12 +169,13 @@ def test_it_trains_resumes_bit_for_bit_samples_and_exports(
     card = (straight / "model/README.md").read_text()
     known: dict[str, Any] = {}
     exec(card.split("```")[1].removeprefix("python\n").partition("pipeline(prompt")[0], known)
-    pixels = known["pipeline"](prompt=PROMPT, num_inference_steps=2, guidance_scale=3.0, height=16, width=16,
+    kind = families.of_architecture(family)
+    pixels = known["pipeline"](prompt=PROMPT, num_inference_steps=2, height=16, width=16,
                                generator=torch.Generator().manual_seed(0), output_type="np",
-                               **families.of_pipeline(known["pipeline"]).sampling_arguments(known["pipeline"])).images
+                               **kind.sampling_arguments(known["pipeline"]), **kind.guidance_arguments(3.0, 1)).images
     drawn = np.asarray(Image.open(straight / "generated/a-photo-of-a-toy-seed0.png")).astype(int)
     assert np.abs((pixels[0] * 255).round() - drawn).max() <= (0 if method == "full" else 1)
-    title, license_title = families.of_architecture(family).title, families.of_architecture(family).license[1]
+    title, license_title = kind.title, kind.license[1]
     assert f"| family | {title} |" in card and f"the published models of {title} are under {license_title}" in card
     assert "a photo of a zwx toy" in card
 
@@ -206,6 +214,27 @@ def test_an_encoded_prompt_that_is_not_finite_is_refused(
     monkeypatch.setattr(type(family), "text", lambda *_: torch.full((1, 64, 33), torch.inf))
     with pytest.raises(UserError, match="output for '' is not finite in fp32: type precision=bf16"):
         encode_prompts(recipe, torch.device("cpu"), list)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_tokens_of_long_prompts_are_counted_in_half_precision(dtype: torch.dtype) -> None:
+    text = torch.zeros(2, 512, 2, dtype=dtype)
+    text[0, :301, -1] = text[1, :, -1] = 1
+    assert qwen_text.lengths(text) == [301, 512]
+
+
+def test_a_prompt_is_counted_without_its_template(flow_bases: dict[str, Path]) -> None:
+    family = families.of_architecture("qwen_image")
+    tokenizers = [family.load_tokenizer("tokenizer", flow_bases["qwen_image"])]
+    with pytest.raises(UserError, match="this model reads 94 tokens and the prompt has 95: shorten 'toy toy"):
+        family.check_prompt(tokenizers, " ".join(["toy"] * 41))
+    assert family.tokens(tokenizers, " ".join(["toy"] * 40)).shape == (1, 2, 128)
+
+
+def test_a_model_that_edits_pictures_belongs_to_no_family(flow_bases: dict[str, Path]) -> None:
+    family, layout = families.of_source(flow_bases["qwen_image"])
+    assert families.of_layout(layout) is family
+    assert families.of_layout(replace(layout, parts=[*layout.parts, "processor"])) is None
 
 
 def test_swapped_blocks_are_refused_elsewhere() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dreambooth.models import families
-from dreambooth.models.families import flux2_klein, sd35, z_image
+from dreambooth.models.families import flux2_klein, qwen_image, sd35, z_image
 from dreambooth.models.families.family import Family
 from dreambooth.serialization.single_file import to_file
 
@@ -36,13 +36,19 @@ def zimage() -> Any:
         axes_dims=[8, 8, 8])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family, build, converter", [
-    (flux2_klein.FAMILY, flux2, "convert_flux2_transformer_checkpoint_to_diffusers"),
-    (sd35.FAMILY, sd3, "convert_sd3_transformer_checkpoint_to_diffusers"),
-    (z_image.FAMILY, zimage, "convert_z_image_transformer_checkpoint_to_diffusers"),
-], ids=["flux2_klein", "sd35", "z_image"])
-def test_diffusers_reads_every_tensor_back(family: Family, build: Any, converter: str) -> None:
-    from diffusers.loaders import single_file_utils
+def qwen() -> Any:
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 6, 6))
+
+
+@pytest.mark.parametrize("family, build", [
+    (flux2_klein.FAMILY, flux2), (sd35.FAMILY, sd3), (z_image.FAMILY, zimage), (qwen_image.FAMILY, qwen),
+], ids=["flux2_klein", "sd35", "z_image", "qwen_image"])
+def test_diffusers_reads_every_tensor_back(family: Family, build: Any) -> None:
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
     model = build()
     generator = torch.Generator().manual_seed(0)
@@ -51,6 +57,6 @@ def test_diffusers_reads_every_tensor_back(family: Family, build: Any, converter
     file = {entry.key: to_file(entry, [state[name] for name in entry.names]) for entry in entries}
     assert len(file) == len(entries)
     assert family.single_file.matches(frozenset(map(families.canonical_key, file)))
-    again = getattr(single_file_utils, converter)(dict(file))
+    again = SINGLE_FILE_LOADABLE_CLASSES[type(model).__name__]["checkpoint_mapping_fn"](checkpoint=dict(file))
     assert again.keys() == state.keys()
     assert not [name for name in state if not torch.equal(again[name], state[name])]

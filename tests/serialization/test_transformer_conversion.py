@@ -15,7 +15,7 @@ from dreambooth.models import families, hub
 from dreambooth.serialization import load_parts, single_file_sources
 from dreambooth.serialization.convert import convert
 from dreambooth.storage import folders
-from tests.support.tiny_models import FLOW_FAMILIES
+from tests.support.tiny_models import FEWER_FAST, FLOW_FAMILIES
 from tests.support.weights import same, weights
 
 
@@ -48,7 +48,7 @@ def test_a_folder_becomes_a_file_and_a_folder_again(
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
-@pytest.mark.parametrize("name", FLOW_FAMILIES)
+@pytest.mark.parametrize("name", FEWER_FAST)
 def test_files_with_a_prefix_and_with_other_parts_are_read(
     name: str, prefix: str, files: dict[str, Path], flow_bases: dict[str, Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str]

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from dreambooth.utils.assets import resolve_asset
 
 FAMILIES = ("sd15", "sd21", "sdxl")
-FLOW_FAMILIES = ("z_image", "flux2_klein", "sd35_medium")
+FLOW_FAMILIES = ("z_image", "flux2_klein", "sd35_medium", "qwen_image")
+FEWER_FAST = (*FLOW_FAMILIES[:3], pytest.param("qwen_image", marks=pytest.mark.slow))  # for tests that take a second
 HIDDEN = {"sd15": 32, "sd21": 40, "sdxl": 32}
 SECOND = 48  # SDXL's second text encoder
 
@@ -133,6 +135,43 @@ def make_sd35_medium(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     return folder
 
 
+def make_qwen_image(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A diffusers folder of Qwen-Image's architecture with random weights; the same every time.
+
+    The tokenizer is that of the tiny flow base, with 128 tokens: the template of a prompt has 88 of them.
+    """
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(10)
+        vae = AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True],
+            latents_mean=[-0.5, 0.1, 0.9, -0.2], latents_std=[0.5, 1.5, 2.0, 0.8])
+        transformer = QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, axes_dims_rope=(4, 6, 6))
+        encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+            text_config={"vocab_size": 1115, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+                         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}},
+            vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4,
+                           "out_hidden_size": 32, "fullatt_block_indexes": [0]}))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_asset("package:tiny-flow"), subfolder="tokenizer")
+    tokenizer.model_max_length = 128
+    scheduler = FlowMatchEulerDiscreteScheduler(max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02,
+                                                use_dynamic_shifting=True)
+    pipeline = QwenImagePipeline(scheduler=scheduler, vae=vae, text_encoder=encoder, tokenizer=tokenizer,
+                                 transformer=transformer)
+    pipeline.to(dtype=dtype).save_pretrained(folder)
+    return folder
+
+
 def chat_tokenizer() -> Any:
     """The tokenizer of the tiny base with a chat template and 64 tokens."""
     from transformers import CLIPTokenizer
@@ -145,7 +184,8 @@ def chat_tokenizer() -> Any:
 
 def make_flow(family: str, folder: Path) -> Path:
     """A diffusers folder of one of FLOW_FAMILIES."""
-    makers = {"z_image": make_z_image, "flux2_klein": make_flux2_klein, "sd35_medium": make_sd35_medium}
+    makers = {"z_image": make_z_image, "flux2_klein": make_flux2_klein, "sd35_medium": make_sd35_medium,
+              "qwen_image": make_qwen_image}
     return makers[family](folder)
 
 

@@ -1,4 +1,4 @@
-"""Model families: one file per family (sd1.py, sd2.py, sd35.py, sdxl.py, z_image.py, flux2_klein.py).
+"""Model families: one file per family (sd1.py, sd2.py, sd35.py, sdxl.py, z_image.py, flux2_klein.py, qwen_image.py).
 
 family.py is their interface. The other files contain what several families share. The functions below find the family
 of a model. Files of this folder import from each other, from the folders that models/ may import, and from three files
@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dreambooth.models.families import flux2_klein, sd1, sd2, sd35, sdxl, z_image
+from dreambooth.models.families import flux2_klein, qwen_image, sd1, sd2, sd35, sdxl, z_image
 from dreambooth.models.families.family import Family, Layout
 
 FAMILIES: tuple[Family, ...] = (sd1.FAMILY, sd2.FAMILY, sdxl.FAMILY, z_image.FAMILY, flux2_klein.FAMILY,
-                                  sd35.FAMILY)
+                                  sd35.FAMILY, qwen_image.FAMILY)
 
 
 def titles() -> str:

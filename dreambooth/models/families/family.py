@@ -165,8 +165,12 @@ class Family(ABC):
         """
         raise NotImplementedError(f"{self.title} generates pictures with its text encoders")
 
-    def untrainable(self, encoders: Sequence[Any]) -> list[nn.Module]:
-        """Return the text encoders' modules that do not affect the output of `text`. They get no gradient."""
+    def untrainable(self, denoiser: Any, encoders: Sequence[Any]) -> list[nn.Module]:
+        """Return the modules that do not affect the output of `predict` or `text`. They get no gradient.
+
+        Args:
+            encoders: the text encoders; empty if they have been released.
+        """
         return []
 
     # -- the denoiser ----------------------------------------------------------------------------------------------
@@ -309,6 +313,10 @@ class Family(ABC):
     def sampling_arguments(self, pipeline: Any) -> dict[str, Any]:
         """Return arguments of the pipeline, beside prompts and sampling settings, that every call needs."""
         return {}
+
+    def guidance_arguments(self, scale: float, count: int) -> dict[str, Any]:
+        """Return the pipeline's arguments for `count` pictures with classifier-free guidance of this scale."""
+        return {"guidance_scale": scale}
 
     @abstractmethod
     def side_multiple(self, pipeline: Any) -> int:

@@ -91,7 +91,7 @@ def lengths(text: Tensor) -> list[int]:
     """
     if text.data_ptr() == 0:
         return [min(PLANNED_LENGTH, text.shape[1])] * len(text)
-    counts: list[int] = text[..., -1].sum(1).round().int().tolist()
+    counts: list[int] = text[..., -1].float().sum(1).int().tolist()  # bf16 has no 301
     return counts
 
 

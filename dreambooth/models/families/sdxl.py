@@ -93,7 +93,7 @@ class StableDiffusionXL(LatentUNet):
         width = sum(encoder.config.hidden_size for encoder in encoders)
         return torch.empty(count, encoders[0].config.max_position_embeddings + 1, width)
 
-    def untrainable(self, encoders: Sequence[Any]) -> list[nn.Module]:
+    def untrainable(self, denoiser: Any, encoders: Sequence[Any]) -> list[nn.Module]:
         """Return the last layer and norm of the first encoder, because `text` uses the hidden states before them."""
         inside = getattr(encoders[0], "text_model", encoders[0])
         return [inside.encoder.layers[-1], inside.final_layer_norm]
