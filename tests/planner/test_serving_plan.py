@@ -1,5 +1,6 @@
 """The plan of inference: its memory against the real pipeline, its memory options, and the choice for each card."""
 
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from dreambooth import serve
-from dreambooth.config.enums import BaseWeights
+from dreambooth.config.enums import BaseWeights, MethodKind
 from dreambooth.config.generate import Generate
 from dreambooth.config.hardware import Hardware, presets
 from dreambooth.errors import DoesNotFit
@@ -25,8 +26,11 @@ from dreambooth.planner.auto_memory import MAX_CARD_SHARE
 from dreambooth.planner.caching_allocator import CachingAllocator
 from dreambooth.planner.fake_cuda import fake_tensors, to_dtype
 from dreambooth.planner.gpu_specs import cuda_overhead_gib
+from dreambooth.planner.rehearsal import predict
+from dreambooth.planner.report import Plan, format_plan, plans_as_json
 from dreambooth.planner.serving_plan import (
     format_serving,
+    model_of_recipe,
     model_of_source,
     plan_presets,
     plan_serving,
@@ -39,6 +43,7 @@ from dreambooth.serving.options import Serve
 from dreambooth.utils.assets import resolve_asset
 from dreambooth.utils.hardware import Machine
 from tests.support import tiny_models
+from tests.support.configs import small_recipe
 
 BASES = ("package:tiny-sd", "package:tiny-flow")
 TINY = resolve_asset(BASES[0])
@@ -105,10 +110,10 @@ def test_a_model_that_overflows_in_fp16_draws_in_another_precision(
 
 # -- predicted memory ---------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base, memory", [
-    (BASES[1], PLAIN), pytest.param(BASES[0], PLAIN, marks=pytest.mark.slow),
-    pytest.param(BASES[0], SLICED, marks=pytest.mark.slow),
-    pytest.param(BASES[0], InferenceMemory(vae_slicing=True, vae_tiling=True), marks=pytest.mark.slow)],
+    (BASES[1], PLAIN), (BASES[0], PLAIN), (BASES[0], SLICED),
+    (BASES[0], InferenceMemory(vae_slicing=True, vae_tiling=True))],
     ids=lambda value: value if isinstance(value, str) else "+".join(value.names) or "plain")
 def test_the_predicted_peak_is_that_of_the_real_pipeline(
         base: str, memory: InferenceMemory, small_tiles: None) -> None:
@@ -268,6 +273,17 @@ def test_the_server_chooses_for_its_own_gpu(
     monkeypatch.setattr(serving_plan, "detect_machine", lambda: Machine("NVIDIA A10G", 4.0, 8.6))
     with pytest.raises(DoesNotFit, match=r"max_batch=1 instead of 4.*memory_options=\[\], to try it nevertheless"):
         worker._choose_memory(source, start, [])
+
+
+def test_the_plan_of_a_run_shows_serving(small_model: None) -> None:
+    recipe = small_recipe()
+    plan = Plan(recipe, predict(recipe), (), "", plan_presets(MODEL))
+    assert "serving: 512 x 512 px, 4 at a time" in format_plan(plan)
+    assert [row["gpu"] for row in json.loads(plans_as_json([plan]))["serving"]] == ["T4", "L4", "A10G", "A100", "L40S"]
+    adapter = small_recipe(method__kind=MethodKind.lora)
+    models = [model_of_recipe(one, 1000, 4) for one in (recipe, adapter)]
+    assert [model.adapter_bytes for model in models] == [0, 2000]
+    assert models[0].size == (recipe.model.resolution,) * 2 and models[0].source == recipe.source
 
 
 def test_serve_prints_a_plan(small_model: None, capsys: pytest.CaptureFixture[str]) -> None:
