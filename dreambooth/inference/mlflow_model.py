@@ -75,13 +75,13 @@ class PictureModel:
 
         try:
             rows = [parse({**(params or {}), **row}, LIMITS) for row in _rows(model_input)]
-            for row in rows:
-                self.renderer.check(row[0])
+            with self._lock:  # also for `check`: a tokenizer must not be used by two threads at a time
+                for row in rows:
+                    self.renderer.check(row[0])
+                pngs = [png for row in rows for first in range(0, len(row), BATCH_SIZE)
+                        for png in self.renderer.draw(row[first:first + BATCH_SIZE])]
         except UserError as error:
             raise bad_request(str(error)) from error
-        with self._lock:
-            pngs = [png for row in rows for first in range(0, len(row), BATCH_SIZE)
-                    for png in self.renderer.draw(row[first:first + BATCH_SIZE])]
         return DataFrame([{"image": base64.b64encode(png).decode("ascii"), "metadata": read_metadata(png)}
                           for png in pngs], columns=["image", "metadata"])
 

@@ -3,7 +3,6 @@
 The fields and their defaults are those of `python -m dreambooth.generate`.
 """
 
-import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -108,8 +107,7 @@ def _number(values: Mapping[str, Any], key: str, default: float | None, low: flo
     value = values.get(key, default)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (
-            math.isfinite(value) and low <= value <= high):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise InvalidRequest(f"{key} must be a number from {low:g} to {high:g}, not {_shown(value)}")
     return float(value)
 

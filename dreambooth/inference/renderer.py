@@ -5,7 +5,7 @@ pictures.
 """
 
 import io
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,14 +112,6 @@ class Renderer:
         self._pipeline = without_bar(self._family.image_to_image(self._pipeline))
         self._start, self._strength = picture, strength
 
-    def batch_key(self, request: PictureRequest) -> Hashable:
-        """Return a key. Requests with equal keys may be drawn in one batch.
-
-        This key also knows the model's defaults. A request without a size and one with the size of the model have
-        equal keys here, and different keys in `picture_request.batch_key`.
-        """
-        return picture_request.batch_key(self._resolved(request))
-
     def check(self, request: PictureRequest) -> None:
         """Check a request against the model.
 
@@ -160,7 +152,8 @@ class Renderer:
         """Draw one batch. Return one picture per request.
 
         Args:
-            requests: requests with equal keys (`batch_key`) that `check` accepts.
+            requests: requests with equal keys (`picture_request.batch_key`) that `check` accepts. A size that is
+                absent and one that is the model's own are equal here.
             on_step: called after each denoising step with the number of completed steps and of all steps. It returns
                 False to stop.
 
@@ -184,8 +177,8 @@ class Renderer:
                 self._pipeline, [one.prompt for one in requests], [one.seed for one in requests], sampler,
                 len(requests), negative_prompt=request.negative_prompt, start=self._start,
                 strength=self._strength or 1.0, size=self._size(request), on_step=step if on_step else None))
-        except Interrupted:
-            self._pipeline.maybe_free_model_hooks()  # the pipeline itself does so only after the last step
+        except Exception:  # the pipeline itself does so only after the last step, and memory may have run out
+            self._pipeline.maybe_free_model_hooks()
             raise
 
     def png(self, request: PictureRequest, picture: Image.Image, metadata: bool = True) -> bytes:

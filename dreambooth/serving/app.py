@@ -99,9 +99,12 @@ class Routes:
     async def _invocations(self, request: Request) -> Response:
         limits = self.service.limits()  # first: a server that starts or stops reads no body
         data = await read_json(request, self.service.options.max_body)
-        pictures = [picture for row in invocations.read_rows(data) for picture in parse(row, limits)]
+        rows = invocations.read_rows(data)
+        if len(rows) > limits.max_images:  # before they are parsed: a body can have very many rows
+            raise _too_many(len(rows), limits.max_images)
+        pictures = [picture for row in rows for picture in parse(row, limits)]
         if len(pictures) > limits.max_images:
-            raise Refused(422, f"num_images must be at most {limits.max_images} over all rows, not {len(pictures)}")
+            raise _too_many(len(pictures), limits.max_images)
         as_file = "image/png" in request.headers.get("accept", "")
         if as_file and len(pictures) > 1:
             raise Refused(422, f"num_images must be 1 with Accept: image/png, not {len(pictures)}")
@@ -134,6 +137,7 @@ class Routes:
         """
         jobs = self.service.submit(pictures)
         drawing = asyncio.gather(*(job.result for job in jobs))
+        drawing.add_done_callback(_mark_retrieved)
         gone = asyncio.ensure_future(_wait_until_gone(request))
         waiting: set[asyncio.Future[Any]] = {drawing, gone}
         try:
@@ -147,7 +151,6 @@ class Routes:
         finally:
             gone.cancel()
             self.service.abandon(jobs)
-            drawing.cancel()
 
     def _stream(self, pictures: Sequence[PictureRequest]) -> Response:
         events: asyncio.Queue[bytes | Job] = asyncio.Queue()
@@ -168,11 +171,13 @@ class Routes:
             yield first
             remaining = len(jobs)
             while remaining:
+                seconds = deadline - asyncio.get_running_loop().time()
+                if seconds <= 0:
+                    raise Refused(504, f"the picture was not ready after {self.service.options.request_timeout:g} s")
                 try:
-                    event = await asyncio.wait_for(events.get(), STREAM_SILENCE)
+                    async with asyncio.timeout(min(seconds, STREAM_SILENCE)):
+                        event = await events.get()
                 except TimeoutError:
-                    if asyncio.get_running_loop().time() > deadline:
-                        raise Refused(504, "the picture was not ready in time") from None
                     yield b": the picture is waiting or being drawn\n\n"
                     continue
                 if isinstance(event, bytes):
@@ -184,6 +189,16 @@ class Routes:
             yield openai.failed(refusal)
         finally:  # also if the client has closed its connection
             self.service.abandon(jobs)
+
+
+def _mark_retrieved(drawing: "asyncio.Future[list[bytes]]") -> None:
+    """Keep asyncio from logging an error for which nobody waits any more."""
+    if not drawing.cancelled():
+        drawing.exception()
+
+
+def _too_many(count: int, limit: int) -> Refused:
+    return Refused(422, f"num_images must be at most {limit} over all rows, not {count}")
 
 
 async def _wait_until_gone(request: Request) -> None:

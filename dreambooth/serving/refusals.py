@@ -6,11 +6,13 @@ class Refused(Exception):
 
     Args:
         status: the HTTP status, such as 429.
-        sentence: what the client is told.
+        sentence: what the client is told. Half a pair of surrogates, which UTF-8 cannot express, becomes an escape
+            such as \\ud800.
         retry_after: seconds after which the client may try again; None: the same request would fail again.
     """
 
     def __init__(self, status: int, sentence: str, retry_after: int | None = None) -> None:
+        sentence = sentence.encode("utf-8", "backslashreplace").decode()
         super().__init__(sentence)
         self.status, self.sentence, self.retry_after = status, sentence, retry_after
 

@@ -154,12 +154,13 @@ class Batch:
 
     Attributes:
         drawn: number of pictures that were sent.
+        stopped: whether nobody waits for any picture of the batch, or of its halves.
     """
 
     def __init__(self, renderer: "Renderer", meter: "MemoryMeter", channel: Channel,
                  requests: Sequence[PictureRequest]) -> None:
         self.renderer, self.meter, self.channel, self.requests = renderer, meter, channel, requests
-        self.drawn = 0
+        self.drawn, self.stopped = 0, False
 
     def draw(self) -> None:
         """Draw the batch, and send a picture or a failure for each request."""
@@ -210,15 +211,15 @@ class Batch:
             self._fail(jobs, 500, f"internal error in dreambooth ({type(error).__name__}): see the server's log")
 
     def _draw_at_once(self, jobs: list[int]) -> list[bytes]:
-        stopped = False
+        if self.stopped:
+            raise Interrupted("stopped before the first step")
 
         def on_step(done: int, total: int) -> bool:
-            nonlocal stopped
             self.channel.send({"event": "step", "jobs": jobs, "done": done, "total": total})
             while self.channel.has_message():
                 message, _ = self.channel.receive()
-                stopped |= message["do"] == "stop"
-            return not stopped
+                self.stopped |= message["do"] == "stop"
+            return not self.stopped
 
         with self.meter.phase("drawing"):
             return self.renderer.draw([self.requests[number] for number in jobs], on_step)

@@ -97,15 +97,25 @@ def _base_folder(settings: Mapping[str, Any], key: str, include_base: bool) -> P
     path = Path(resolve_asset(str(source)))
     try:
         if not hub.is_local(str(source)) and not path.is_dir():
-            revision, variant = (None if settings.get(key) in (None, "null") else str(settings[key])
-                                 for key in ("model.revision", "model.variant"))
-            path = hub.download_pipeline(str(source), revision, variant, local_files_only=True)
+            path = _find_hub_files(settings, key)
     except (OSError, ValueError) as error:
         raise UserError(f"the base model {source} is not on this machine ({hub.first_line(error)}): type "
                         "include_base=false") from error
     if not path.is_dir():
         raise UserError(f"the base model {source} is not on this machine: type include_base=false")
     return path
+
+
+def _find_hub_files(settings: Mapping[str, Any], key: str) -> Path:
+    """Return the folder in the hub's cache of a run's base model, or of its VAE. OSError or ValueError: not there."""
+    from dreambooth.models import hub
+
+    source = str(settings[key])
+    if key == "model.vae":  # no pipeline; and the run's revision and variant are those of the base model
+        return hub.download(source, ["*.json", "*.safetensors*"], local_files_only=True)
+    revision, variant = (None if settings.get(option) in (None, "null") else str(settings[option])
+                         for option in ("model.revision", "model.variant"))
+    return hub.download_pipeline(source, revision, variant, local_files_only=True)
 
 
 def _link(source: Path, target: Path) -> None:

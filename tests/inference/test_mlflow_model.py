@@ -31,6 +31,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> PictureModel:
         return mlflow_model._load_pyfunc(str(folder), {"base": None, "device": None})
 
 
+def test_threads_take_turns_also_with_the_tokenizer() -> None:
+    """Fast tokenizers must not be used by two threads at a time, and `check` counts tokens."""
+    class Toy:
+        def check(self, request: PictureRequest) -> None:
+            assert model._lock.locked()
+            raise UserError("checked")
+
+    model = PictureModel(Toy())  # type: ignore[arg-type]
+    with pytest.raises(MlflowException, match="checked"):
+        model.predict([{"prompt": "a"}])
+    assert not model._lock.locked()
+
+
 def test_a_row_is_the_pictures_of_one_request(model: PictureModel) -> None:
     frame = DataFrame([FEW | {"seed": 3, "num_images": 2, "adapter_scale": 0.5}, FEW | {"negative_prompt": "red"}])
     found = model.predict(frame)

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gc
 import http.client
 import json
 import signal
@@ -106,6 +107,9 @@ def test_models_page_and_metrics(server: FakeServer) -> None:
     ("/invocations", {"prompt": "a", "size": "60x64"}, 422, "multiples of 8"),
     ("/invocations", {"prompt": "a", "adapter": "dog"}, 422, "adapter must be left out"),
     ("/invocations", {"prompt": "\ud800"}, 422, "prompt must be text that UTF-8 can express"),
+    ("/invocations", {"prompt": "a", "\ud800": 1}, 422, "\\ud800"),
+    (GENERATIONS, {"prompt": "a", "\ud800": 1}, 422, "\\ud800 is not known"),
+    ("/invocations", {"prompt": "a", "guidance_scale": 10**400}, 422, "guidance_scale must be a number from 0 to 100"),
     ("/invocations", {"inputs": [], "instances": []}, 422, "only one of inputs, instances"),
     ("/invocations", {"inputs": []}, 422, "inputs must have one row or more"),
     ("/invocations", {"inputs": ["a"], "params": 3}, 422, "params must be an object"),
@@ -128,6 +132,14 @@ def test_an_invalid_request_is_refused_in_one_sentence(server: FakeServer, path:
     assert answer.status_code == status, answer.text
     message = answer.json()["message"] if path == "/invocations" else answer.json()["error"]["message"]
     assert says in message and "\n" not in message
+
+
+def test_many_rows_are_refused_before_they_are_parsed(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body of 1 MiB can have 200 000 rows of 8 pictures, and the event loop does nothing else meanwhile."""
+    parsed: list[Any] = []
+    monkeypatch.setattr("dreambooth.serving.app.parse", lambda row, limits: parsed.append(row) or [])
+    answer = server.post("/invocations", {"inputs": ["a"] * 9, "params": {"num_images": 8}})
+    assert answer.status_code == 422 and not parsed
 
 
 @pytest.mark.parametrize(("data", "kind", "status"), [
@@ -208,8 +220,17 @@ def test_a_full_queue_is_429_with_the_time_to_try_again() -> None:
         assert len(server.worker.batches) == 2, "of a request that does not fit wholly nothing is drawn"
 
 
+def test_a_stream_ends_in_time_also_while_steps_are_reported() -> None:
+    def prepare(worker: Any) -> None:
+        worker.seconds, worker.steps = 4.0, 40
+
+    with serving(prepare, request_timeout=1.0) as server:
+        answer = server.post(GENERATIONS, {"prompt": "a", "stream": True})
+        assert [event["status"] for event in events(answer.text) if event["type"] == "error"] == [504]
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_whose_client_is_gone_is_not_drawn(stream: bool) -> None:
+def test_a_request_whose_client_is_gone_is_not_drawn(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
     with serving(slow(0.8), max_batch=1) as server:
         host = server.url.removeprefix("http://")
         clients = [http.client.HTTPConnection(host) for _ in range(3)]
@@ -226,6 +247,8 @@ def test_a_request_whose_client_is_gone_is_not_drawn(stream: bool) -> None:
         clients[2].close()
         assert [batch[0]["prompt"] for batch in server.worker.batches] == ["0", "2"]
         assert server.worker.stops == 1
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_a_killed_worker_fails_what_it_draws_and_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

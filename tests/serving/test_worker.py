@@ -81,6 +81,12 @@ def test_a_batch_for_which_nobody_waits_is_stopped() -> None:
     assert drawn(ToyRenderer(), "a", stop=True) == {"a": (499, "nobody waits for the picture")}
 
 
+def test_a_stop_also_ends_the_halves_of_a_batch() -> None:
+    renderer = ToyRenderer(room=2)
+    assert set(drawn(renderer, *"abcd", stop=True).values()) == {(499, "nobody waits for the picture")}
+    assert renderer.sizes == [4, 2], "the second half is not begun"
+
+
 def test_a_registered_model_is_downloaded_to_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dreambooth.tracking import registered_models
 

@@ -71,11 +71,15 @@ def test_a_local_base_is_named_or_travels(tmp_path: Path, monkeypatch: pytest.Mo
         assert not (folder / "base").exists()
     with mlflow_model.linked_model(run, run / "model", include_base=True) as folder:
         assert (folder / "base/mine/model_index.json").is_file()
-    hub_run = trial(tmp_path, "b", 0.2, **TINY | {"model__source": "org/model", "model__revision": "abc"})
+    hub_run = trial(tmp_path, "b", 0.2, **TINY | {"model__source": "org/model", "model__revision": "abc",
+                                              "model__vae": "org/sharp-vae"})
     assert mlflow_model.find_reference(hub_run, include_base=False) is None
-    monkeypatch.setattr(hub, "download_pipeline", lambda *arguments, **options: base)
+    pipelines = {("org/model", "abc", None): base}
+    monkeypatch.setattr(hub, "download_pipeline", lambda *arguments, **options: pipelines[arguments])
+    monkeypatch.setattr(hub, "download", lambda source, *arguments, **options: {"org/sharp-vae": base / "vae"}[source])
     with mlflow_model.linked_model(hub_run, hub_run / "model", include_base=True) as folder:
         assert (folder / "base/model/model_index.json").is_file(), "the name that pictures have in their metadata"
+        assert (folder / "base_vae/sharp-vae/config.json").is_file(), "a VAE of the hub is no pipeline"
     shutil.rmtree(base)
     with pytest.raises(UserError, match="is not on this machine: type include_base=false"), \
             mlflow_model.linked_model(run, run / "model", include_base=True):
