@@ -20,6 +20,15 @@ class Lora:
     path: Path
     name: str
     scale: float
+    version: tuple[int, int] = (0, 0)  # time of the last change in nanoseconds, and size in bytes
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether the file is another one than when it was checked. A file that has gone has not changed."""
+        try:
+            return _version(self.path) != self.version
+        except OSError:
+            return False
 
 
 def find_loras(sources: Sequence[str], scales: Sequence[float]) -> list[Lora]:
@@ -45,7 +54,8 @@ class AttachedLoras:
 
     def __init__(self, pipeline: Any, capacity: int) -> None:
         self._pipeline, self._capacity = pipeline, capacity
-        self._names: dict[tuple[Path, int], str] = {}  # (path, occurrence in one call of `use`) -> name; last used last
+        # (path, version, occurrence in one call of `use`) -> name; last used last
+        self._names: dict[tuple[Path, tuple[int, int], int], str] = {}
         self._used: tuple[tuple[str, float], ...] = ()  # (name, scale) of the LoRAs that the pipeline uses now
         self._count = 0  # LoRAs attached until now
 
@@ -58,7 +68,7 @@ class AttachedLoras:
         Raises:
             UserError: a LoRA does not fit this base model.
         """
-        keys = [(lora.path, sum(other.path == lora.path for other in loras[:number]))
+        keys = [(lora.path, lora.version, sum(other.path == lora.path for other in loras[:number]))
                 for number, lora in enumerate(loras)]
         for key in keys:
             if key in self._names:
@@ -93,7 +103,7 @@ class AttachedLoras:
                             "it was trained on") from error
         return name
 
-    def _detach(self, keys: Sequence[tuple[Path, int]]) -> None:
+    def _detach(self, keys: Sequence[tuple[Path, tuple[int, int], int]]) -> None:
         for key in keys:
             self._pipeline.delete_adapters(self._names.pop(key))
 
@@ -113,6 +123,7 @@ def _find_lora(source: Path, scale: float) -> Lora:
     if source.is_dir():
         check_intact(path.parent)
     try:
+        version = _version(path)
         with safe_open(path, "pt") as file:
             keys = list(file.keys())
     except (SafetensorError, OSError) as error:
@@ -123,7 +134,12 @@ def _find_lora(source: Path, scale: float) -> Lora:
     if any(family.diffusers_lacks.match(key) for family in families.FAMILIES for key in keys):
         raise UserError(f"{path} is a LoRA in ComfyUI's layout, of which diffusers would leave a part out: type "
                         f"lora=DIR, the folder with its {ADAPTER}")
-    return Lora(path, _name(path), scale)
+    return Lora(path, _name(path), scale, version)
+
+
+def _version(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
 
 
 def _name(path: Path) -> str:

@@ -120,6 +120,9 @@ class Renderer:
                 than the model reads, or there is no adapter for the scale.
             UserError: the file of the adapter is damaged.
         """
+        known = self._looks.get(request.adapter or "")
+        if known and any(lora.has_changed for lora in known.loras):  # such as after a repeated run
+            del self._looks[request.adapter or ""]
         look = self._look(request.adapter)
         if request.adapter_scale != 1.0 and not look.loras:
             raise InvalidRequest("adapter_scale is of an adapter: name one with adapter, or leave adapter_scale out")

@@ -118,6 +118,19 @@ def test_a_request_that_the_model_cannot_draw_is_a_sentence(sentence: str, rende
         renderer.check(replace(RED, **REFUSED[sentence]))
 
 
+def test_an_adapter_that_was_trained_again_is_opened_again(
+        renderer: Renderer, adapters: dict[str, Path], tmp_path: Path) -> None:
+    renderer._paths["again"] = tmp_path
+    pictures = []
+    for name in ("one", "two"):
+        (tmp_path / ADAPTER).write_bytes((adapters[name] / ADAPTER).read_bytes())
+        renderer.check(replace(RED, adapter="again"))
+        pictures.append(renderer.draw([replace(RED, adapter="again")]))
+    assert pictures == [renderer.draw([replace(RED, adapter=name)]) for name in ("one", "two")]
+    (tmp_path / ADAPTER).unlink()
+    renderer.check(replace(RED, adapter="again"))  # of an adapter that is in memory
+
+
 def test_an_adapter_that_does_not_fit_leaves_the_others(renderer: Renderer, adapters: dict[str, Path], tmp_path: Path
                                                         ) -> None:
     before = renderer.draw([replace(RED, adapter="one")])
