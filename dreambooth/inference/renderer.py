@@ -83,7 +83,7 @@ class Renderer:
         self._start: Image.Image | None = None
         self._strength: float | None = None
         self._side = self._family.native_side(getattr(self._pipeline, self._family.denoiser.name),
-                                              self._pipeline.vae_scale_factor)
+                                              self._pipeline.vae, self._pipeline.vae_scale_factor)
         plain = self._resolved(PictureRequest("-"))
         self.info = RendererInfo(
             source.title, self._family.title, self._family.sampler_title, int(plain.width or 0),

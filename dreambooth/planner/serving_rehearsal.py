@@ -114,7 +114,7 @@ class _Rehearsal:
         self.trace = StorageTrace(attention_workspace_bytes)
         self.parts = skeleton_models.build_served(model.source, model.name, model.vae, self.dtype, memory.base_weights)
         self.shapes: dict[int, dict[str, torch.Size]] = {}
-        side = family.native_side(self.parts.denoiser, self.parts.vae_scale)
+        side = family.native_side(self.parts.denoiser, self.parts.vae, self.parts.vae_scale)
         self.size = model.size or (side, side)
         decode_in_parts(self.parts.vae, memory)
 

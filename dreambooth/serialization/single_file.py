@@ -142,7 +142,7 @@ def check_finite(weights: Mapping[str, Tensor]) -> None:
 
 
 def _modelspec(parts: Components) -> dict[str, str]:
-    side = parts.family.native_side(parts.denoiser, parts.vae_scale)
+    side = parts.family.native_side(parts.denoiser, parts.vae, parts.vae_scale)
     prediction_type = parts.scheduler_config.get("prediction_type", "epsilon")
     return {"modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "modelspec.resolution": f"{side}x{side}"} | parts.family.single_file.modelspec(prediction_type)

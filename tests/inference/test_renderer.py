@@ -172,3 +172,8 @@ def test_each_picture_of_a_request_has_its_own_seed() -> None:
                       "guidance_scale": 4}, PARSED)
     assert one == PictureRequest("a toy", seed=7, guidance_scale=4.0, width=48, height=64)
     assert two == replace(one, seed=8) and batch_key(one) == batch_key(two) != batch_key(replace(one, width=64))
+
+
+def test_a_flow_base_draws_its_own_size() -> None:
+    renderer = Renderer(find_source(Generate(base="package:tiny-flow")), "cpu")
+    assert renderer.info.resolution == 64

@@ -217,7 +217,7 @@ class Family(ABC):
         """Return the number of resolutions inside the denoiser; each has half the side of the previous one."""
 
     @abstractmethod
-    def native_side(self, denoiser: Any, vae_scale: int) -> int:
+    def native_side(self, denoiser: Any, vae: Any, vae_scale: int) -> int:
         """Return the side, in pixels, of the square pictures that the base model was trained on."""
 
     @abstractmethod

@@ -97,8 +97,9 @@ class FlowTransformer(Family):
         """Return the side of a token: sides of pictures are multiples of it."""
         return self.patch
 
-    def native_side(self, denoiser: Any, vae_scale: int) -> int:
-        return 1024
+    def native_side(self, denoiser: Any, vae: Any, vae_scale: int) -> int:
+        side = getattr(vae.config, "sample_size", None)  # the transformer itself accepts all sides
+        return int(side or 1024)
 
     def with_native_side(self, configuration: Mapping[str, Any], latent_side: int) -> dict[str, Any]:
         """Return the configuration unchanged. It contains no side, because the transformer accepts all sides."""

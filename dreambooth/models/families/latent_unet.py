@@ -148,7 +148,7 @@ class LatentUNet(Family):
     def levels(self, denoiser: Any) -> int:
         return len(denoiser.config.block_out_channels)
 
-    def native_side(self, denoiser: Any, vae_scale: int) -> int:
+    def native_side(self, denoiser: Any, vae: Any, vae_scale: int) -> int:
         side: int = denoiser.config.sample_size * vae_scale
         return side
 
