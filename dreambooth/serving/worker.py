@@ -133,20 +133,12 @@ def _choose_memory(source: "Source", start: dict[str, Any], adapters: Sequence[P
 def find_model(run: str | None, base: str | None, uri: str | None, cache: str) -> "Source":
     """Return the source of the model: downloaded if `run` or `base` is an address in S3 or in MLflow's registry."""
     from dreambooth.config.generate import Generate
-    from dreambooth.config.storage import is_remote
     from dreambooth.inference.model_sources import fetch_base, find_source
-    from dreambooth.storage import run_inputs
     from dreambooth.tracking.mlflow_database import database_uri
     from dreambooth.tracking.registered_models import TRACKING_URI, local_path
 
     server = uri or os.environ.get(TRACKING_URI) or database_uri(Path("runs/mlflow.db").resolve())
-
-    def download(address: str | None) -> str | None:
-        if is_remote(address):
-            return run_inputs.download_if_remote(address, f"{cache}/s3")
-        return local_path(address, server, cache)
-
-    return fetch_base(find_source(Generate(run=download(run), base=download(base))))
+    return fetch_base(find_source(Generate(run=local_path(run, server, cache), base=local_path(base, server, cache))))
 
 
 class Batch:

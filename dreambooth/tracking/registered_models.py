@@ -38,14 +38,15 @@ def local_path(address: str | None, uri: str | None = None, run_root: str | Path
     Args:
         uri: MLflow server of models:/ addresses; None: the environment variable MLFLOW_TRACKING_URI, or else
             `run_root`/mlflow.db.
-        run_root: folder of the runs. Models are downloaded to its subfolder CACHE, once per version.
+        run_root: folder of the runs. Models are downloaded to its subfolder CACHE, once per version, and those in S3 to
+            its subfolder s3.
         uri_key: key of the option that names the server, for messages.
 
     Raises:
         UserError: there is no such version, MLflow does not answer, or the download failed.
     """
     if not is_registered(address):
-        return run_inputs.download_if_remote(address)
+        return run_inputs.download_if_remote(address, f"{run_root}/s3")
     name, alias, number = _parse(str(address))
     server = uri or os.environ.get(TRACKING_URI) or database_uri((Path(run_root) / "mlflow.db").resolve())
     if (file := database_file(server)) and not file.exists():

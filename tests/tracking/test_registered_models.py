@@ -130,3 +130,8 @@ def test_the_message_says_what_the_model_lacks(base: Any, sentence: str) -> None
         "replaced": None, "class_similarity": None, "prompt_fidelity": None, "model_uri": "models:/n@champion",
         "server": "here", "referenced_base": base})
     assert sentence in text and ("base model" in text) == bool(base)
+
+
+def test_a_folder_in_s3_is_downloaded_to_the_folder_of_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dreambooth.storage.run_inputs.download_if_remote", lambda *arguments: arguments)
+    assert local_path("s3://bucket/run", run_root="cache") == ("s3://bucket/run", "cache/s3")
