@@ -19,13 +19,14 @@ from dreambooth.config.enums import Device, PlanFormat
 from dreambooth.config.schema import Config
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.runs import identity
+from dreambooth.serving.options import Serve
 
 if TYPE_CHECKING:
     from dreambooth.planner.report import Plan
 
 PLACEHOLDERS = {  # values of settings that are required for training, but not for a plan
     "instance_dir": "photos", "instance_prompt": "a photo of a zwx thing", "class_prompt": "a photo of a thing"}
-SERVED_BATCH = 4  # max_batch of python -m dreambooth.serve
+SERVED_BATCH = Serve().max_batch  # pictures at a time
 _plans: list["Plan"] = []  # one per job of this process; a sweep runs several jobs
 
 identity.register_resolver()

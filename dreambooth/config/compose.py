@@ -83,6 +83,26 @@ def to_dataclass(cfg: Any, kind: type[Options]) -> Options:
     return options
 
 
+def read_options(words: Sequence[str], kind: type[Options]) -> Options:
+    """Return the options of a command that overrides set. Other options have the defaults of the dataclass.
+
+    Args:
+        words: overrides KEY=VALUE of existing keys, as users type them.
+
+    Raises:
+        UserError: a value has the wrong type, or breaks a rule of its field.
+    """
+    cfg = OmegaConf.structured(kind)
+    for word in overrides.prepare(words, kind):
+        override = overrides.parse(word)
+        assert override is not None  # prepare has checked it
+        try:
+            OmegaConf.update(cfg, override.key_or_group, override.value())
+        except OmegaConfBaseException as error:
+            raise UserError(overrides.explain_value(error, kind, word)) from error
+    return to_dataclass(cfg, kind)
+
+
 def load(cfg: DictConfig) -> Config:
     """Return the Config of a run, built from the configuration that Hydra composed.
 

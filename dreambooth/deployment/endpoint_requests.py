@@ -151,7 +151,7 @@ def build_scaling(options: Deploy) -> Scaling | None:
 
 
 def build_version(options: Deploy, artifact: Artifact, instance_type: str, has_own_disk: bool, has_gpu: bool,
-                  defaults: Sequence[Mapping[str, Any]] = ({}, {})) -> Version:
+                  defaults: Sequence[Mapping[str, Any]] = ({}, {}), memory: Sequence[str] | None = None) -> Version:
     """Return the requests of a version of an endpoint.
 
     Args:
@@ -159,6 +159,7 @@ def build_version(options: Deploy, artifact: Artifact, instance_type: str, has_o
         has_own_disk: whether the instance has a disk of its own, for which SageMaker accepts no volume and no key.
         has_gpu: whether the instance has a GPU, so that its driver matters.
         defaults: sections Model and EndpointConfig of the SageMaker SDK's defaults files, without tags.
+        memory: memory options with which pictures of the option `size` fit; None: unknown, so that the server chooses.
     """
     model_defaults, config_defaults = defaults
     found = {BASE_CHANNEL: artifact.base, ADAPTERS_CHANNEL: artifact.adapters}
@@ -168,6 +169,11 @@ def build_version(options: Deploy, artifact: Artifact, instance_type: str, has_o
         server["base"] = artifact.hub_base
     if options.is_async:
         server["request_timeout"] = ASYNC_SECONDS
+    if options.size:
+        width, height = map(int, options.size.split("x"))
+        server |= {"max_side": str(max(width, height)), "max_pixels": str(width * height)}
+        if memory is not None:
+            server["memory_options"] = f"[{','.join(memory)}]"
     environment = {**{OPTION_PREFIX + key.upper(): value for key, value in server.items()},
                    **({SECRET_VARIABLE: options.secret} if options.secret else {}), **options.environment}
     container: dict[str, Any] = {"Image": options.image, "ModelDataSource": _prefix(artifact.uri),

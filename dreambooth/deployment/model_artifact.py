@@ -6,6 +6,7 @@ copy of a run in S3 is deployed where it is.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class DeployedModel:
     uploads: tuple[Upload, ...] = ()
     source: Source | None = None  # the model, or one of the same architecture, for the planner; None: unknown
     adapter_bytes: int = 0  # of an adapter that is not on this machine
+    other_adapters: tuple[int, ...] = ()  # bytes of the adapters that requests may name, the largest first
 
 
 def find_model(options: Deploy) -> DeployedModel:
@@ -73,8 +75,26 @@ def find_model(options: Deploy) -> DeployedModel:
                         "python -m dreambooth.convert writes")
     local = str(local_path(run, options.uri)) if is_registered(run) else run
     model = _find_in_s3(options, run) if is_remote(local) else _find_local(options, local)
-    adapters = options.adapters and _require_folder(options.adapters, "adapters")
-    return replace(model, artifact=replace(model.artifact, adapters=adapters, source=run))
+    artifact = replace(model.artifact, adapters=options.adapters, source=run)
+    if not options.adapters:
+        return replace(model, artifact=artifact)
+    sizes = adapter_sizes(folders.list_sizes(_require_folder(options.adapters, "adapters")))
+    return replace(model, artifact=artifact, other_adapters=sizes)
+
+
+def adapter_sizes(sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the bytes of each adapter that a server finds in a folder, the largest first.
+
+    Args:
+        sizes: size in bytes of each file in the folder and in its subfolders, by relative path.
+    """
+    found: dict[str, int] = {}
+    for path, size in sizes.items():
+        name, _, rest = path.partition("/")
+        is_adapter = rest.removeprefix("model/") in (ADAPTER, OLD_ADAPTER) if rest else name.endswith(".safetensors")
+        if is_adapter and not name.startswith("."):
+            found[name] = max(size, found.get(name, 0))
+    return tuple(sorted(found.values(), reverse=True))
 
 
 def _find_local(options: Deploy, run: str) -> DeployedModel:
@@ -120,7 +140,8 @@ def _find_base(options: Deploy, typed: str, resolved: str,
 
 def _find_in_s3(options: Deploy, run: str) -> DeployedModel:
     uri = _require_folder(run, "run").rstrip("/")
-    names = set(folders.list_names(uri))
+    sizes = folders.list_sizes(uri)
+    names = sizes.keys()
     is_adapter = not names & {INDEX, f"model/{INDEX}"}
     if is_adapter and not names & {f"{folder}{file}" for folder in ("", "model/") for file in (ADAPTER, OLD_ADAPTER)}:
         raise UserError(f"{uri} holds neither {INDEX} nor {ADAPTER}: type run=s3://BUCKET/FOLDER, the result of a run")
@@ -146,8 +167,7 @@ def _find_in_s3(options: Deploy, run: str) -> DeployedModel:
                         "base=s3://BUCKET/FOLDER or base=HUB_ID")
     s3 = _require_s3(options, "the base model") if is_local else ""
     base, hub_base, uploads = _find_base(options, typed, typed, s3)
-    sizes = folders.read_manifest(uri) or folders.read_manifest(f"{uri}/model") or {}
-    size = sum(entry.size for name, entry in sizes.items() if name.rpartition("/")[2] in (ADAPTER, OLD_ADAPTER))
+    size = sum(size for name, size in sizes.items() if name.removeprefix("model/") in (ADAPTER, OLD_ADAPTER))
     return DeployedModel(Artifact(uri, base, hub_base), uploads, source, size)
 
 

@@ -8,6 +8,7 @@ from dreambooth.config.section import Section, finite, require
 from dreambooth.config.storage import is_s3_folder
 
 NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,39}")  # the name of a version, NAME-v12, is longer; AWS allows 63
+SIZE = re.compile(r"0*([89]|[1-9]\d{1,4})x0*([89]|[1-9]\d{1,4})")  # the least side is that of the server's max_side
 DEFAULT_CONCURRENT = 4
 SERVERLESS = (
     "kind=serverless cannot draw pictures: AWS's Serverless Inference offers no GPU, at most 6144 MB of memory, and 60 "
@@ -101,8 +102,8 @@ class Deploy(Section):
             "adapters": (self.adapters is None or is_s3_folder(self.adapters),
                          f"s3://BUCKET/FOLDER, a folder of adapters, not {self.adapters}"),
             "s3": (self.s3 is None or is_s3_folder(self.s3), f"s3://BUCKET/FOLDER, not {self.s3}"),
-            "size": (self.size is None or re.fullmatch(r"\d+x\d+", self.size) is not None,
-                     f"WIDTHxHEIGHT in pixels, such as 1024x1024, not {self.size}"),
+            "size": (self.size is None or SIZE.fullmatch(self.size) is not None,
+                     f"WIDTHxHEIGHT in pixels, 8 or more, such as 1024x1024, not {self.size}"),
             "price_usd_hour": (self.price_usd_hour is None or finite(self.price_usd_hour, 0),
                                f"0 or more, not {self.price_usd_hour}"),
             "max_usd_hour": (self.max_usd_hour is None or finite(self.max_usd_hour, 0),

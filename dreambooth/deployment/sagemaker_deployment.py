@@ -21,7 +21,7 @@ from dreambooth.deployment.follow import Pace, describe_failure
 from dreambooth.deployment.instances import Instance, Predict
 from dreambooth.deployment.model_artifact import DeployedModel, find_model
 from dreambooth.deployment.options import Action, Deploy
-from dreambooth.deployment.serving_need import predict_with_planner
+from dreambooth.deployment.serving_need import predict_with_planner, read_server_options
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.utils.console import Console
 
@@ -62,12 +62,13 @@ class Deployment(EndpointChanges):
         problems += find_credentials(options)
         if problems:
             raise ConfigError(*problems)
+        read_server_options(options.environment)
         model = find_model(options)
         instance = instances.choose(options, self.predict(model, options))
         for line in instances.describe_cost(options, instance):
             self.say(line)
         version = build_version(options, model.artifact, instance.type, instance.has_own_disk, instance.has_gpu,
-                                (sections.model, sections.config))
+                                (sections.model, sections.config), instance.need and instance.need.memory)
         version = sections.add_tags(version)
         self._check(version, instance, sections.lines)
         for line in sections.lines:

@@ -3,17 +3,40 @@
 Importing this file does not import torch.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from importlib.util import find_spec
 
+from dreambooth.config.compose import read_options
 from dreambooth.config.hardware import Hardware
 from dreambooth.deployment.endpoint_requests import OPTION_PREFIX
 from dreambooth.deployment.instances import Need, Predict
 from dreambooth.deployment.model_artifact import DeployedModel
 from dreambooth.deployment.options import Deploy
-from dreambooth.errors import UserError
+from dreambooth.errors import ConfigError, UserError
+from dreambooth.models.inference_memory import read_memory
+from dreambooth.serving.options import TOKEN_VARIABLE, Serve
 
-DEFAULT_BATCH = 4  # max_batch of the server
+
+def read_server_options(environment: Mapping[str, str]) -> Serve:
+    """Return the options that environment variables DREAMBOOTH_SERVE_KEY give to the server in the container.
+
+    Raises:
+        ConfigError: the server would refuse an option, or has no such option; one line per problem.
+    """
+    words = {variable: f"{variable.removeprefix(OPTION_PREFIX).lower()}={value}"
+             for variable, value in environment.items()
+             if variable.startswith(OPTION_PREFIX) and variable != TOKEN_VARIABLE and value}
+    known = {OPTION_PREFIX + item.name.upper() for item in fields(Serve)}
+    if unknown := sorted(words.keys() - known):
+        raise ConfigError(*(f"+environment.{variable} sets no option of the server: see conf/serve.yaml"
+                            for variable in unknown))
+    try:
+        return read_options([*words.values()], Serve)
+    except UserError as error:
+        lines = [(f"{OPTION_PREFIX}{line.partition(' ')[0].upper()}", line) for line in str(error).splitlines()]
+        raise ConfigError(*(f"+environment.{variable}: {line}" if variable in words else f"+environment: {line}"
+                            for variable, line in lines)) from error
 
 
 def predict_with_planner(model: DeployedModel, options: Deploy) -> Predict:
@@ -25,7 +48,8 @@ def predict_with_planner(model: DeployedModel, options: Deploy) -> Predict:
     if source is None or find_spec("torch") is None:
         return lambda hardware: None
     width, height = map(int, options.size.split("x")) if options.size else (0, 0)
-    batch = int(options.environment.get(f"{OPTION_PREFIX}MAX_BATCH", DEFAULT_BATCH))
+    server = read_server_options(options.environment)
+    adapter_bytes = model.adapter_bytes + sum(model.other_adapters[:server.max_adapters])
 
     def predict(hardware: Hardware) -> Need | None:
         from dreambooth.models.loading import import_libraries
@@ -33,9 +57,10 @@ def predict_with_planner(model: DeployedModel, options: Deploy) -> Predict:
         import_libraries()  # without their warnings
         from dreambooth.planner.serving_plan import model_of_source, plan_serving
 
-        served = model_of_source(source, batch, (height, width) if options.size else None)
+        served = model_of_source(source, server.max_batch, (height, width) if options.size else None)
+        served = replace(served, adapter_bytes=served.adapter_bytes + adapter_bytes)
         try:
-            plan = plan_serving(replace(served, adapter_bytes=served.adapter_bytes + model.adapter_bytes), hardware)
+            plan = plan_serving(served, hardware, read_memory(server.memory_options))
         except UserError:
             return None
         return Need(plan.peak_gib, plan.seconds_per_picture, plan.host_gib, tuple(plan.memory.names), plan.memory.exact)

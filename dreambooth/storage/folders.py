@@ -157,10 +157,13 @@ def read_files(uri: str, wanted: Callable[[str], bool]) -> dict[str, bytes]:
         return {name: bucket.read_object(name) for name in sorted(bucket.list_objects()) if wanted(name)}
 
 
-def list_names(uri: str) -> list[str]:
-    """Return the names of all objects below an S3 address, relative to the address."""
+def list_sizes(uri: str) -> dict[str, int]:
+    """Return the size in bytes of all objects below an S3 address, by name relative to the address.
+
+    If the address is the key of an object, this object is returned under the name "".
+    """
     with _open_bucket(uri, None, 1) as bucket:
-        return sorted(bucket.list_objects())
+        return {name: entry.size for name, entry in sorted(bucket.list_objects().items())}
 
 
 def digest(folder: Path) -> str:

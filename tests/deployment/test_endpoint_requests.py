@@ -24,7 +24,9 @@ from dreambooth.deployment.endpoint_requests import (
 )
 from dreambooth.deployment.options import NAME, Action, Deploy, ScaleOn
 from dreambooth.deployment.sagemaker_deployment import open_deployment
+from dreambooth.deployment.serving_need import read_server_options
 from dreambooth.errors import UserError
+from dreambooth.serving.options import Serve
 from dreambooth.storage import folders
 from tests.cloud.jobs import GOLDEN
 from tests.deployment.conftest import OPTIONS
@@ -93,6 +95,26 @@ def test_the_driver_of_the_instances_suits_the_image() -> None:
 
     assert [ami(True), ami(False), ami(True, inference_ami="none")] == [GPU_AMI, None, None]
     assert ami(True, inference_ami="al2-ami-sagemaker-inference-gpu-2-1") == "al2-ami-sagemaker-inference-gpu-2-1"
+
+
+def test_the_server_gets_the_size_for_which_the_instance_was_chosen() -> None:
+    """Otherwise it would refuse pictures of this size, and plan its memory for the resolution of the model."""
+    def environment(memory: tuple[str, ...] | None = ("vae_tiling", "int8"), **words: Any) -> Any:
+        version = build_version(Deploy(**OPTIONS | words), MODEL, "ml.g5.xlarge", True, True, memory=memory)
+        found = version.model["PrimaryContainer"]["Environment"]
+        assert isinstance(read_server_options(found), Serve)
+        return {key.removeprefix("DREAMBOOTH_SERVE_"): value for key, value in found.items()}
+
+    assert environment() == {} == environment(memory=None)
+    assert environment(size="1024x1536") == {
+        "MAX_SIDE": "1536", "MAX_PIXELS": "1572864", "MEMORY_OPTIONS": "[vae_tiling,int8]"}
+    assert environment((), size="64x64")["MEMORY_OPTIONS"] == "[]"
+    assert "MEMORY_OPTIONS" not in environment(None, size="64x64"), "the planner does not know: the server may"
+    typed = {"DREAMBOOTH_SERVE_MEMORY_OPTIONS": "auto", "DREAMBOOTH_SERVE_MAX_SIDE": "512"}
+    assert environment(size="64x64", environment=typed) == {
+        "MAX_SIDE": "512", "MAX_PIXELS": "4096", "MEMORY_OPTIONS": "auto"}
+    with pytest.raises(ValueError, match="size must be WIDTHxHEIGHT in pixels, 8 or more"):
+        Deploy(size="0x64")
 
 
 def test_the_digest_is_that_of_the_content_and_not_of_names_and_tags() -> None:
