@@ -4,7 +4,7 @@ A preset's price is the on-demand price of training. For these types AWS's lists
 far as public repositories quote them; it was not checked on AWS.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dreambooth.config.hardware import Hardware, presets
@@ -95,8 +95,7 @@ def find_price_problems(options: Deploy, instance: Instance) -> Iterator[str]:
     if limit is None:
         return
     if instance.usd_hour is None:
-        yield (f"the price of {instance.type} is not known, so max_usd_hour={limit:g} cannot be kept: type "
-               "price_usd_hour=PRICE")
+        yield describe_unknown_price(instance.type, limit)
         return
     first, most = options.instances * instance.usd_hour, greatest_count(options) * instance.usd_hour
     if most > limit:
@@ -105,6 +104,11 @@ def find_price_problems(options: Deploy, instance: Instance) -> Iterator[str]:
             reason = f"{options.instances} x {instance.type} costs ${first:.4g} per hour"
         yield (f"{reason}, above max_usd_hour={limit:g}: type a higher max_usd_hour, fewer instances, or another "
                "instance=TYPE")
+
+
+def describe_unknown_price(instance_type: str, limit: float) -> str:
+    return (f"the price of {instance_type} is not known, so max_usd_hour={limit:g} cannot be kept: type "
+            "price_usd_hour=PRICE")
 
 
 def greatest_count(options: Deploy) -> int:
@@ -137,12 +141,19 @@ def describe_cost(options: Deploy, instance: Instance) -> Iterator[str]:
                + ("; without requests it costs nothing" if not limits[0] else ""))
 
 
-def fleet_usd_hour(fleet: Mapping[str, int]) -> float | None:
-    """Return the price per hour of instances, from type to count; None if a type has no known price."""
-    prices = [(find_machine(kind), count) for kind, count in fleet.items()]
-    if any(preset is None for preset, _ in prices):
-        return None
-    return sum((preset.price_usd_hour or 0.0) * count for preset, count in prices if preset)
+def price_of(options: Deploy, instance_type: str) -> float | None:
+    """Return the price per hour of an instance: the typed one, or else that of conf/hardware; None: unknown."""
+    if options.price_usd_hour is not None:
+        return options.price_usd_hour
+    preset = find_machine(instance_type)
+    return preset and preset.price_usd_hour
+
+
+def describe_fleet(options: Deploy, instance_type: str, count: int) -> str:
+    """Return how many instances there are, and what they cost per hour."""
+    price = price_of(options, instance_type)
+    cost = "price unknown: type price_usd_hour=PRICE" if price is None else f"${price * count:.4g} per hour"
+    return f"{count} x {instance_type}, {cost}"
 
 
 def _holds(preset: Hardware, need: Need) -> bool:
@@ -151,10 +162,7 @@ def _holds(preset: Hardware, need: Need) -> bool:
 
 
 def _instance(options: Deploy, kind: str, preset: Hardware | None, need: Need | None) -> Instance:
-    price = options.price_usd_hour
-    if price is None and preset is not None:
-        price = preset.price_usd_hour
     # An unknown type of a family with a letter for GPUs has a GPU; only such types need another driver.
     has_gpu = preset.gpu is not None if preset else kind.startswith(("ml.g", "ml.p"))
     has_disk = preset.disk_gib is not None if preset else kind.startswith(("ml.g4", "ml.g5", "ml.g6", "ml.p4", "ml.p5"))
-    return Instance(kind, price, has_gpu, has_disk, need, preset.gpu if preset else None)
+    return Instance(kind, price_of(options, kind), has_gpu, has_disk, need, preset.gpu if preset else None)

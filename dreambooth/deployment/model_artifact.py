@@ -114,8 +114,7 @@ def _find_local(options: Deploy, run: str) -> DeployedModel:
         return DeployedModel(Artifact(upload.uri), (upload,), source)
     typed = options.base or source.setting("model.source") or ""
     if hub.is_local(source.model) and not is_remote(typed) and not Path(source.model).exists():
-        raise UserError(f"the adapter in {run} was trained on {typed}, which is not on this machine: type "
-                        "base=s3://BUCKET/FOLDER or base=HUB_ID")
+        raise _missing_base(options, run, typed)
     base, hub_base, uploads = _find_base(options, typed, source.model, s3)
     return DeployedModel(Artifact(upload.uri, base, hub_base), (upload, *uploads), source)
 
@@ -136,6 +135,11 @@ def _find_base(options: Deploy, typed: str, resolved: str,
     entries = manifest.hash_folder(folder)
     uri = f"{s3}/models/{default_name(folder.absolute().name)}-{manifest.digest(entries)}"
     return uri, None, (Upload(folder, uri, entries),)
+
+
+def _missing_base(options: Deploy, run: str, base: str) -> UserError:
+    what = f"the base model {base}" if options.base else f"the adapter in {run} was trained on {base}, which"
+    return UserError(f"{what} is not on this machine: type base=s3://BUCKET/FOLDER or base=HUB_ID")
 
 
 def _find_in_s3(options: Deploy, run: str) -> DeployedModel:
@@ -161,12 +165,14 @@ def _find_in_s3(options: Deploy, run: str) -> DeployedModel:
     if not typed:
         raise UserError(f"{uri} holds an adapter and does not say of which model: type base=s3://BUCKET/FOLDER or "
                         "base=HUB_ID")
-    is_local = not is_remote(typed) and Path(typed).is_absolute()
-    if is_local and not Path(typed).exists():
-        raise UserError(f"the adapter in {uri} was trained on {typed}, which is not on this machine: type "
-                        "base=s3://BUCKET/FOLDER or base=HUB_ID")
+    resolved = resolve_asset(typed)
+    is_local = not is_remote(typed) and not typed.startswith(ASSET_SCHEME) and hub.is_local(resolved)
+    if is_local and not Path(resolved).exists():
+        raise _missing_base(options, uri, typed)
     s3 = _require_s3(options, "the base model") if is_local else ""
-    base, hub_base, uploads = _find_base(options, typed, typed, s3)
+    base, hub_base, uploads = _find_base(options, typed, resolved, s3)
+    if uploads:  # the planner reads the architecture from the files
+        source = Source(Path(), resolved, None, settings, base_typed=options.base is not None)
     size = sum(size for name, size in sizes.items() if name.removeprefix("model/") in (ADAPTER, OLD_ADAPTER))
     return DeployedModel(Artifact(uri, base, hub_base), uploads, source, size)
 

@@ -161,13 +161,15 @@ class Deployment(EndpointChanges):
         fleet = self.backend.describe_fleet(wanted.name)
         assert fleet is not None  # it is in the list of configurations
         limit, scaling = self.options.max_usd_hour, wanted.scaling
-        usd_hour = instances.fleet_usd_hour({fleet.instance_type: fleet.count})
-        most = instances.fleet_usd_hour({fleet.instance_type: max(fleet.count, scaling.greatest if scaling else 0)})
-        self.say(f"{wanted.name}: {fleet.count} x {fleet.instance_type}, "
-                 + ("price unknown" if usd_hour is None else f"${usd_hour:.4g} per hour"))
-        if limit is not None and (most is None or most > limit):
-            raise ConfigError(f"{wanted.name} costs up to " + ("an unknown price" if most is None else f"${most:.4g}")
-                              + f" per hour, and max_usd_hour={limit:g}: type a higher max_usd_hour")
+        self.say(f"{wanted.name}: {instances.describe_fleet(self.options, fleet.instance_type, fleet.count)}")
+        price = instances.price_of(self.options, fleet.instance_type)
+        if limit is not None and price is None:
+            raise ConfigError(instances.describe_unknown_price(fleet.instance_type, limit))
+        most = (price or 0) * max(fleet.count, scaling.greatest if scaling else 0)
+        if limit is not None and most > limit:
+            raise ConfigError(f"{wanted.name} costs up to ${most:.4g} per hour, and max_usd_hour={limit:g}: type a "
+                              "higher max_usd_hour")
+        usd_hour = None if price is None else price * fleet.count
         with self.reporting("Updating") as mark:
             mark.exists = True
             self.update(state, wanted, fleet.instance_type)
@@ -197,11 +199,9 @@ class Deployment(EndpointChanges):
         state = self.require_endpoint()
         fleet = self.backend.describe_fleet(state.config)
         running = state.instances if state.instances is not None else 0
-        price = None if fleet is None else instances.fleet_usd_hour({fleet.instance_type: running})
         self.say(f"{self.name}  {state.status}  {state.config}" + (f" -> {state.pending}" if state.pending else ""))
         if fleet is not None:
-            self.say(f"{running} x {fleet.instance_type}, "
-                     + ("price unknown" if price is None else f"${price:.4g} per hour"))
+            self.say(instances.describe_fleet(self.options, fleet.instance_type, running))
         if state.status in BROKEN:
             self.say(f"{describe_failure(state)}; {self.command(Action.delete)}")
         elif state.reason:

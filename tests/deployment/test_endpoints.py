@@ -207,6 +207,24 @@ def test_a_rollback_above_the_price_is_refused(deploy: Run, service: EndpointSer
     assert status_of(service) == ("InService", "toy-v2")
 
 
+def test_a_typed_price_counts_for_status_and_rollback(deploy: Run, service: EndpointService, console: Console) -> None:
+    unknown = {"instance": "ml.p3.2xlarge"}
+    deploy(**unknown, max_instances=3)
+    deploy(**unknown, environment={"X": "1"})
+    for action, sentence in ((Action.status, "1 x ml.p3.2xlarge, price unknown: type price_usd_hour=PRICE"),
+                             (Action.rollback, "toy-v1: 1 x ml.p3.2xlarge, $3.8 per hour")):
+        deploy(action=action, price_usd_hour=None if action is Action.status else 3.8)
+        assert sentence in console.lines
+    deploy(action=Action.status, price_usd_hour=3.8)
+    assert console.lines[-3] == "1 x ml.p3.2xlarge, $3.8 per hour"
+    with pytest.raises(ConfigError, match=r"price of ml.p3.2xlarge is not known, .*: type price_usd_hour=PRICE"):
+        deploy(action=Action.rollback, to="toy-v2", max_usd_hour=20)
+    deploy(action=Action.rollback, to="toy-v2", max_usd_hour=4, price_usd_hour=3.8)
+    with pytest.raises(ConfigError, match=r"toy-v1 costs up to \$11.4 per hour, and max_usd_hour=10: type a higher"):
+        deploy(action=Action.rollback, max_usd_hour=10, price_usd_hour=3.8)
+    assert status_of(service) == ("InService", "toy-v2")
+
+
 @pytest.mark.slow
 def test_the_defaults_files_of_the_company_are_used_and_told(
         deploy: Run, service: EndpointService, console: Console, tmp_path: Path,

@@ -110,6 +110,34 @@ def test_a_missing_model_is_one_sentence(tmp_path: Path) -> None:
         find_model(options(run=str(tmp_path)))
 
 
+@pytest.mark.parametrize("base, found", [
+    ("models/sd15", "uploaded"), ("~/sd15", "uploaded"), ("./models/sd15", "uploaded"), ("package:tiny-sd", "hub"),
+    ("org/sd15", "hub"), ("./missing", "missing"), ("~/missing", "missing"), ("/missing", "missing")])
+@pytest.mark.parametrize("is_typed", [True, False])
+def test_the_local_base_of_an_adapter_in_s3_is_uploaded(
+        base: str, found: str, is_typed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("models/sd15", "home/sd15"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "model_index.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run = json.dumps({"settings": {"model.source": "org/other" if is_typed else base}}).encode()
+    sizes = {"run.json": len(run), f"model/{ADAPTER}": 10, f"model/{manifest.NAME}": 2}
+    monkeypatch.setattr(folders, "inspect", lambda uri: folders.RemoteContent("0", True, True))
+    monkeypatch.setattr(folders, "list_sizes", lambda uri: sizes)
+    monkeypatch.setattr(folders, "read_files", lambda uri, wanted: {"run.json": run})
+    typed = options(run="s3://bucket/b", base=base if is_typed else None)
+    if found == "missing":
+        with pytest.raises(UserError, match=rf"(model|on) {base}(, which)? is not on this machine: type base="):
+            find_model(typed)
+        return
+    model = find_model(typed)
+    assert names(model) == [{"model_index.json"}] * (found == "uploaded") and model.adapter_bytes == 10
+    assert model.artifact.base == (model.uploads[0].uri if model.uploads else None)
+    assert not model.uploads or model.uploads[0].uri.startswith("s3://bucket/dreambooth/models/sd15-")
+    assert model.artifact.hub_base == (base if found == "hub" and is_typed else None)
+
+
 # -- the instance ---------------------------------------------------------------------------------------------------
 
 def test_the_cheapest_machine_that_holds_the_model_is_chosen() -> None:
