@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dreambooth.deployment import scaling as requests
@@ -11,6 +12,15 @@ from dreambooth.errors import UserError
 from dreambooth.storage import aws_errors, folders
 
 T = TypeVar("T")
+FOREIGN = "the autoscaling of {} was not registered by dreambooth"
+
+
+@dataclass(frozen=True)
+class Registered:
+    """The autoscaling that an endpoint has."""
+
+    greatest: int  # number of instances
+    is_own: bool  # whether this package has registered it
 
 
 class Autoscaler:
@@ -30,9 +40,10 @@ class Autoscaler:
             self._own_alarm_client = folders.client("cloudwatch")
         return self._own_alarm_client
 
-    def is_registered(self, endpoint: str) -> bool:
-        """Return whether the endpoint has autoscaling, from whomever."""
-        return self._find_target(endpoint) is not None
+    def find(self, endpoint: str) -> Registered | None:
+        """Return the autoscaling of the endpoint, from whomever; None if it has none."""
+        target = self._find_target(endpoint)
+        return target and Registered(target["MaxCapacity"], self._is_owned(target, endpoint))
 
     def apply(self, endpoint: str, scaling: Scaling | None) -> None:
         """Give an endpoint in service the autoscaling that a version asks for; None: remove it.
@@ -57,8 +68,7 @@ class Autoscaler:
     def _register(self, endpoint: str, scaling: Scaling) -> None:
         target = self._find_target(endpoint)
         if target is not None and not self._is_owned(target, endpoint):
-            raise UserError(f"the autoscaling of {endpoint} was not registered by dreambooth and is kept: type "
-                            "max_instances=null, or deregister it first")
+            raise UserError(f"{FOREIGN.format(endpoint)} and is kept: type max_instances=null, or deregister it first")
 
         def register(is_new: bool) -> None:
             request = requests.build_target(endpoint, scaling, is_new)
@@ -68,7 +78,7 @@ class Autoscaler:
         try:
             register(is_new=target is None)
         except UserError:
-            if target is not None or not self.is_registered(endpoint):
+            if target is not None or self._find_target(endpoint) is None:
                 raise
             register(is_new=False)  # the answer to the first attempt was lost, and AWS then accepts no tags
 

@@ -8,6 +8,8 @@ from dreambooth.cloud import sagemaker_sdk
 from dreambooth.cloud.sdk_defaults import SOURCE
 from dreambooth.deployment.endpoint_requests import Version
 
+ANSWERS_KEY = "AsyncInferenceConfig.OutputConfig.KmsKeyId"
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -17,14 +19,14 @@ class Defaults:
     config: Mapping[str, Any]
     endpoint: Mapping[str, Any]
 
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """One line per default that is used unless an option replaces it."""
-        return (*(f"{SOURCE}: {key}={value}" for key, value in self.model.items()
-                  if key in ("ExecutionRoleArn", "VpcConfig", "EnableNetworkIsolation")),
-                *(f"{SOURCE}: {key}={value}" for key, value in self.config.items()
-                  if key in ("KmsKeyId", "AsyncInferenceConfig")),
-                *(f"{SOURCE}: Tags.{key}={value}" for key, value in self._tags.items()))
+    def describe(self, version: Version) -> tuple[str, ...]:
+        """Return one line per default that the requests of a version contain."""
+        defaults = {**{key: self.model.get(key) for key in ("ExecutionRoleArn", "VpcConfig", "EnableNetworkIsolation")},
+                    "KmsKeyId": self.config.get("KmsKeyId"), ANSWERS_KEY: _answers_key(self.config),
+                    **{f"Tags.{key}": value for key, value in self._tags.items()}}
+        used = {**version.model, **version.config, ANSWERS_KEY: _answers_key(version.config),
+                **{f"Tags.{key}": value for key, value in version.tags.items()}}
+        return tuple(f"{SOURCE}: {key}={value}" for key, value in defaults.items() if value and used.get(key) == value)
 
     @property
     def _tags(self) -> dict[str, str]:
@@ -34,6 +36,12 @@ class Defaults:
     def add_tags(self, version: Version) -> Version:
         """Return a version with the tags of the defaults files. Tags that the user typed take precedence."""
         return replace(version, tags=self._tags | dict(version.tags))
+
+
+def _answers_key(config: Mapping[str, Any]) -> str | None:
+    """Return the KMS key of the answers of an asynchronous endpoint in an endpoint configuration."""
+    key: str | None = config.get("AsyncInferenceConfig", {}).get("OutputConfig", {}).get("KmsKeyId")
+    return key
 
 
 def read() -> Defaults:

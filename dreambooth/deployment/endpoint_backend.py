@@ -23,7 +23,8 @@ from dreambooth.storage import aws_errors, folders
 from dreambooth.storage.s3_bucket import call_with_retries
 
 PAGE = "docs/deployment.md"
-OPERATIONS = {"model": "CreateModel", "config": "CreateEndpointConfig", "endpoint": "CreateEndpoint"}
+OPERATIONS = {"model": "CreateModel", "config": "CreateEndpointConfig", "endpoint": "CreateEndpoint",
+              "update": "UpdateEndpoint"}
 SERVING = {"InService"}
 BUSY = {"Creating", "Updating", "SystemUpdating", "RollingBack"}
 FAILED = "Failed"  # such an endpoint can only be deleted

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from dreambooth.deployment.autoscaler import Autoscaler
+from dreambooth.deployment.autoscaler import FOREIGN, Autoscaler
 from dreambooth.deployment.endpoint_backend import EndpointBackend, EndpointState, StoredVersion
 from dreambooth.deployment.endpoint_requests import Scaling, build_update
 from dreambooth.deployment.follow import (
@@ -21,6 +21,7 @@ from dreambooth.deployment.follow import (
     wait_until_idle,
     wait_until_serving,
 )
+from dreambooth.deployment.instances import price_of
 from dreambooth.deployment.options import Action, Deploy
 from dreambooth.errors import DreamBoothError, Interrupted, UserError
 from dreambooth.storage import aws_errors
@@ -105,13 +106,38 @@ class EndpointChanges:
         else:
             wait_until_gone(self.backend, self.name, self.pace, self.say)
 
+    def check_foreign_scaling(self, state: EndpointState, instance_type: str, scaling: Scaling | None) -> None:
+        """Check that autoscaling that others have registered allows an update, and keeps to max_usd_hour.
+
+        Args:
+            scaling: the autoscaling that the new version asks for.
+
+        Raises:
+            UserError: it does not. Nothing was changed.
+        """
+        registered = self.autoscaler.find(self.name)
+        if registered is None or registered.is_own:
+            return
+        foreign, fleet = FOREIGN.format(self.name), self.backend.describe_fleet(state.config)
+        if scaling is not None:
+            raise UserError(f"{foreign} and is kept: type max_instances=null, or deregister it first")
+        if fleet is not None and fleet.instance_type != instance_type:
+            raise UserError(f"{foreign}, and AWS refuses another instance type as long as it exists: type "
+                            f"instance={fleet.instance_type}, or deregister it first")
+        limit, price = self.options.max_usd_hour, price_of(self.options, instance_type)
+        if limit is not None and price is not None and registered.greatest * price > limit:
+            raise UserError(f"{foreign} and may run {registered.greatest} x {instance_type}, "
+                            f"${registered.greatest * price:.4g} per hour, above max_usd_hour={limit:g}: type a higher "
+                            "max_usd_hour, or change it first")
+
     def update(self, state: EndpointState, stored: StoredVersion, instance_type: str) -> None:
         """Start an update to a version. AWS refuses to change the instance type of an endpoint with autoscaling."""
         fleet = self.backend.describe_fleet(state.config)
         keeps_type = fleet is not None and fleet.instance_type == instance_type
-        registered = self.autoscaler.is_registered(self.name)
-        removes = registered and (not keeps_type or stored.scaling is None)
-        keeps = registered and not removes and not state.is_async  # async: there may be none, which would test nothing
+        registered = self.autoscaler.find(self.name)
+        removes = registered is not None and registered.is_own and (not keeps_type or stored.scaling is None)
+        # An asynchronous endpoint may have no instance: keeping that number would test nothing.
+        keeps = registered is not None and not removes and not state.is_async
         try:
             if removes:
                 self.autoscaler.remove(self.name)

@@ -13,7 +13,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from dreambooth.cloud.secrets import SECRET_VARIABLE
 from dreambooth.config.storage import is_remote
+from dreambooth.container.hosting import PREFIX
 from dreambooth.deployment.options import Deploy, ScaleOn
 from dreambooth.errors import UserError
 
@@ -22,8 +24,6 @@ OWNER_TAG, DIGEST_TAG, SCALING_TAG, SERVED_TAG, SOURCE_TAG = (
     f"dreambooth:{word}" for word in ("endpoint", "digest", "scaling", "served", "source"))
 BASE_CHANNEL, ADAPTERS_CHANNEL = "base", "adapters"
 ADDITIONAL_FOLDER = "/opt/ml/additional-model-data-sources"  # SageMaker's folder for AdditionalModelDataSources
-SECRET_VARIABLE = "DREAMBOOTH_SECRET"
-OPTION_PREFIX = "DREAMBOOTH_SERVE_"  # an environment variable DREAMBOOTH_SERVE_KEY sets the option KEY of the server
 LONGEST_NAME = 40  # characters of the name of an endpoint, see options.NAME
 COMMON_NAMES = re.compile(r"model|output|best|base|(result|checkpoint|step)-\d+")  # folders that every run may have
 ASYNC_SECONDS = "3500"  # request_timeout of the server of an asynchronous endpoint; AWS waits 3600 s
@@ -174,7 +174,7 @@ def build_version(options: Deploy, artifact: Artifact, instance_type: str, has_o
         server |= {"max_side": str(max(width, height)), "max_pixels": str(width * height)}
         if memory is not None:
             server["memory_options"] = f"[{','.join(memory)}]"
-    environment = {**{OPTION_PREFIX + key.upper(): value for key, value in server.items()},
+    environment = {**{PREFIX + key.upper(): value for key, value in server.items()},
                    **({SECRET_VARIABLE: options.secret} if options.secret else {}), **options.environment}
     container: dict[str, Any] = {"Image": options.image, "ModelDataSource": _prefix(artifact.uri),
                                  "Environment": {key: str(value) for key, value in environment.items()}}

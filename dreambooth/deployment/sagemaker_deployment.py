@@ -16,7 +16,14 @@ from dreambooth.deployment.endpoint_backend import (
     StoredVersion,
 )
 from dreambooth.deployment.endpoint_changes import EndpointChanges
-from dreambooth.deployment.endpoint_requests import Version, build_endpoint, build_version, endpoint_name, version_name
+from dreambooth.deployment.endpoint_requests import (
+    Version,
+    build_endpoint,
+    build_update,
+    build_version,
+    endpoint_name,
+    version_name,
+)
 from dreambooth.deployment.follow import Pace, describe_failure
 from dreambooth.deployment.instances import Instance, Predict
 from dreambooth.deployment.model_artifact import DeployedModel, find_model
@@ -70,22 +77,26 @@ class Deployment(EndpointChanges):
         version = build_version(options, model.artifact, instance.type, instance.has_own_disk, instance.has_gpu,
                                 (sections.model, sections.config), instance.need and instance.need.memory)
         version = sections.add_tags(version)
-        self._check(version, instance, sections.lines)
-        for line in sections.lines:
+        self._check(version, instance)
+        for line in sections.describe(version):
             self.say(line)
         if options.volume_gib and instance.has_own_disk:
             self.say(f"volume_gib is not used: {instance.type} has a disk of its own")
         state = self.settle(self.find_own())
         self._require_idle(state, version)
+        if state is not None:
+            self.check_foreign_scaling(state, instance.type, version.scaling)
         for upload in model.uploads:
             upload.run(Console())
         self._bring_up(version, state, instance)
 
-    def _check(self, version: Version, instance: Instance, lines: tuple[str, ...]) -> None:
+    def _check(self, version: Version, instance: Instance) -> None:
         """Check the requests and the price before anything is uploaded or created."""
         model, config = version.named(self.name, 1)
         endpoint = build_endpoint(self.name, version_name(self.name, 1), version.tags)
-        problems = [problem for kind, request in (("model", model), ("config", config), ("endpoint", endpoint))
+        update = build_update(self.name, version_name(self.name, 1), self.options, keeps_instances=True)
+        requests = {"model": model, "config": config, "endpoint": endpoint, "update": update}
+        problems = [problem for kind, request in requests.items()
                     for problem in self.backend.find_problems(kind, request)]
         problems += instances.find_price_problems(self.options, instance)
         if problems:
@@ -124,6 +135,9 @@ class Deployment(EndpointChanges):
                 self.create(build_endpoint(self.name, stored.name, version.tags), instance.type, mark)
             elif stored.name not in (state.config, state.pending):
                 self.update(state, stored, instance.type)
+            elif state.pending is None and state.status in SERVING:
+                self.say(f"nothing is updated: {self.name} serves these settings already; to read new content of the "
+                         "same image= or run=, type +environment.RELEASE=TEXT")
             self.finish(stored, version.scaling, state, usd_hour)
         self._say_how_to_call(stored)
 
@@ -170,6 +184,7 @@ class Deployment(EndpointChanges):
             raise ConfigError(f"{wanted.name} costs up to ${most:.4g} per hour, and max_usd_hour={limit:g}: type a "
                               "higher max_usd_hour")
         usd_hour = None if price is None else price * fleet.count
+        self.check_foreign_scaling(state, fleet.instance_type, scaling)
         with self.reporting("Updating") as mark:
             mark.exists = True
             self.update(state, wanted, fleet.instance_type)

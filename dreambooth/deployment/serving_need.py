@@ -9,13 +9,13 @@ from importlib.util import find_spec
 
 from dreambooth.config.compose import read_options
 from dreambooth.config.hardware import Hardware
-from dreambooth.deployment.endpoint_requests import OPTION_PREFIX
+from dreambooth.container.hosting import PREFIX, SECRETS
 from dreambooth.deployment.instances import Need, Predict
 from dreambooth.deployment.model_artifact import DeployedModel
 from dreambooth.deployment.options import Deploy
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.models.inference_memory import read_memory
-from dreambooth.serving.options import TOKEN_VARIABLE, Serve
+from dreambooth.serving.options import Serve
 
 
 def read_server_options(environment: Mapping[str, str]) -> Serve:
@@ -24,17 +24,17 @@ def read_server_options(environment: Mapping[str, str]) -> Serve:
     Raises:
         ConfigError: the server would refuse an option, or has no such option; one line per problem.
     """
-    words = {variable: f"{variable.removeprefix(OPTION_PREFIX).lower()}={value}"
+    words = {variable: f"{variable.removeprefix(PREFIX).lower()}={value}"
              for variable, value in environment.items()
-             if variable.startswith(OPTION_PREFIX) and variable != TOKEN_VARIABLE and value}
-    known = {OPTION_PREFIX + item.name.upper() for item in fields(Serve)}
+             if variable.startswith(PREFIX) and variable not in SECRETS and value}
+    known = {PREFIX + item.name.upper() for item in fields(Serve)}
     if unknown := sorted(words.keys() - known):
         raise ConfigError(*(f"+environment.{variable} sets no option of the server: see conf/serve.yaml"
                             for variable in unknown))
     try:
         return read_options([*words.values()], Serve)
     except UserError as error:
-        lines = [(f"{OPTION_PREFIX}{line.partition(' ')[0].upper()}", line) for line in str(error).splitlines()]
+        lines = [(f"{PREFIX}{line.partition(' ')[0].upper()}", line) for line in str(error).splitlines()]
         raise ConfigError(*(f"+environment.{variable}: {line}" if variable in words else f"+environment: {line}"
                             for variable, line in lines)) from error
 

@@ -10,6 +10,7 @@ import pytest
 
 from dreambooth.cloud import request_validation
 from dreambooth.deployment import scaling as scaling_requests
+from dreambooth.deployment.defaults import Defaults
 from dreambooth.deployment.endpoint_requests import (
     GPU_AMI,
     Artifact,
@@ -144,6 +145,22 @@ def test_defaults_of_the_company_are_used_unless_an_option_replaces_them() -> No
     version = build_version(options, MODEL, "ml.x", False, True, defaults)
     assert version.model["ExecutionRoleArn"] == OPTIONS["role"] and version.config["KmsKeyId"] == "mine"
     assert version.model["VpcConfig"]["Subnets"] == ["subnet-2"]
+
+
+def test_only_defaults_that_are_used_are_told() -> None:
+    output = {"S3OutputPath": "s3://theirs/answers", "KmsKeyId": "answers"}
+    company = Defaults({"ExecutionRoleArn": "theirs", "Tags": [{"Key": "team", "Value": "art"}]},
+                       {"KmsKeyId": KEY, "AsyncInferenceConfig": {"OutputConfig": output}}, {})
+
+    def told(own_disk: bool, **words: Any) -> list[str]:
+        defaults = company.model, company.config
+        version = build_version(Deploy(**OPTIONS | words), MODEL, "ml.x", own_disk, True, defaults)
+        lines = company.describe(company.add_tags(version))
+        return [line.removeprefix("from the defaults of the SageMaker SDK: ") for line in lines]
+
+    assert told(True) == ["Tags.team=art"]
+    assert told(False, role=None, tags={"team": "sales"}) == ["ExecutionRoleArn=theirs", f"KmsKeyId={KEY}"]
+    assert told(True, kind="async") == ["AsyncInferenceConfig.OutputConfig.KmsKeyId=answers", "Tags.team=art"]
 
 
 @pytest.mark.parametrize("scaling", [Scaling(0, 2, "backlog", 5.0, 600), Scaling(1, 40, "concurrency", 2.5, 60)])

@@ -50,6 +50,21 @@ def test_repeating_the_command_makes_nothing_new(deploy: Run, service: EndpointS
         "DescribeAlarms"}
 
 
+def test_a_request_that_aws_would_reject_later_is_refused_before_anything_exists(
+        deploy: Run, service: EndpointService) -> None:
+    with pytest.raises(ConfigError, match="Alarms"):
+        deploy(rollback_alarms=[f"alarm{number}" for number in range(11)])
+    assert not service.calls
+
+
+def test_settings_that_are_served_already_are_told(deploy: Run, service: EndpointService, console: Console) -> None:
+    """An image with a moving tag, or a folder in S3 with new files, is no change of the settings."""
+    deploy()
+    assert "nothing is updated" not in console.text
+    deploy()
+    assert "nothing is updated: toy serves these settings already" in console.text
+
+
 def test_an_update_is_a_new_version_that_replaces_the_old_one_when_it_serves(
         deploy: Run, service: EndpointService, console: Console) -> None:
     deploy()
@@ -173,13 +188,22 @@ def test_an_asynchronous_endpoint_scales_to_zero_and_wakes_up(
     assert not service.alarms and not service.targets
 
 
-def test_autoscaling_of_others_is_kept(deploy: Run, service: EndpointService) -> None:
+def test_autoscaling_of_others_is_kept(deploy: Run, service: EndpointService, console: Console) -> None:
     deploy()
     service._RegisterScalableTarget("endpoint/toy/variant/main", MinCapacity=1, MaxCapacity=9)
     deploy()
     assert service.targets
-    with pytest.raises(UserError, match="the autoscaling of toy was not registered by dreambooth and is kept"):
-        deploy(max_instances=2)
+    for options, sentence in (
+            ({"max_instances": 2}, "the autoscaling of toy was not registered by dreambooth and is kept"),
+            ({"instance": "ml.g5.xlarge"}, "AWS refuses another instance type as long as it exists: type instance=ml"),
+            ({"max_usd_hour": 6}, r"may run 9 x ml.g4dn.xlarge, \$6.628 per hour, above max_usd_hour=6: type a")):
+        with pytest.raises(UserError, match=sentence):
+            deploy(environment={"X": "1"}, **options)
+    assert set(service.models) == {"toy-v1"} and not service.named("UpdateEndpoint"), "nothing was created"
+    deploy(environment={"X": "1"})
+    assert service.named("UpdateEndpoint")[0]["RetainAllVariantProperties"] is True, "the number of instances is theirs"
+    with pytest.raises(UserError, match=r"may run 9 x ml\.g4dn\.xlarge"):
+        deploy(action=Action.rollback, max_usd_hour=6)
     deploy(action=Action.delete)
     assert service.targets and not service.endpoints
 
