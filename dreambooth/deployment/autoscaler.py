@@ -43,7 +43,9 @@ class Autoscaler:
     def find(self, endpoint: str) -> Registered | None:
         """Return the autoscaling of the endpoint, from whomever; None if it has none."""
         target = self._find_target(endpoint)
-        return target and Registered(target["MaxCapacity"], self._is_owned(target, endpoint))
+        if target is None:
+            return None
+        return Registered(target["MaxCapacity"], self._is_owned(target, endpoint))
 
     def apply(self, endpoint: str, scaling: Scaling | None) -> None:
         """Give an endpoint in service the autoscaling that a version asks for; None: remove it.

@@ -146,7 +146,7 @@ def price_of(options: Deploy, instance_type: str) -> float | None:
     if options.price_usd_hour is not None:
         return options.price_usd_hour
     preset = find_machine(instance_type)
-    return preset and preset.price_usd_hour
+    return None if preset is None else preset.price_usd_hour
 
 
 def describe_fleet(options: Deploy, instance_type: str, count: int) -> str:

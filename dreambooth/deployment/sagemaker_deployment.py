@@ -75,7 +75,7 @@ class Deployment(EndpointChanges):
         for line in instances.describe_cost(options, instance):
             self.say(line)
         version = build_version(options, model.artifact, instance.type, instance.has_own_disk, instance.has_gpu,
-                                (sections.model, sections.config), instance.need and instance.need.memory)
+                                (sections.model, sections.config), instance.need.memory if instance.need else None)
         version = sections.add_tags(version)
         self._check(version, instance)
         for line in sections.describe(version):
