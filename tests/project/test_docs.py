@@ -195,7 +195,7 @@ def in_code(page: Path) -> str:
 def test_a_key_in_a_document_exists(page: Path) -> None:
     known = keys().union(*(vars(ask()) for ask in ASKED.values())) | NO_KEYS | {"experiment", "group", "section.key"}
     known |= {"in"}  # of convert
-    known |= {"environment.DREAMBOOTH_SERVE_MAX_STEPS"}  # of deploy
+    known |= {"environment.DREAMBOOTH_SERVE_MAX_STEPS", "environment.RELEASE"}  # of deploy
     known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf())}
     known |= {"hydra.verbose"}
     known |= {f"hydra.sweeper.{key}" for key in ("storage", "n_trials", "max_failure_rate")}
