@@ -30,7 +30,7 @@ SUBJECT_PROMPT, CLASS_PROMPT = "a photo of a zwx toy", "a photo of a toy"
 PLAIN = {SUBJECT_PROMPT: 16}  # prompt -> number of samples
 SCENES = {f"{SUBJECT_PROMPT} {place}": 6 for place in ("on the beach", "in the snow", "on the grass", "at night")}
 CLASS_SAMPLES = {CLASS_PROMPT: 32}
-RECIPE = ("train.max_train_steps=400",)  # otherwise the demo's defaults; best of 13 on the tuning subject, see --tune
+RECIPE = ("train.max_train_steps=400",)  # otherwise the demo's defaults; chosen with --tune, see report.py
 
 
 @dataclass(frozen=True)
