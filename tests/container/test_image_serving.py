@@ -1,11 +1,14 @@
 """The built CPU image as a server: the tiny base, SageMaker's contract for hosting, a read-only root, a stop."""
 
 import json
+import os
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -13,6 +16,7 @@ import pytest
 from tests.support.image import NAME, Image
 from tests.support.weights import make_adapter
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.container
 # Run inside the container, which has no network: asks the server; prints the status, and what follows of the answer.
 ASK = """
@@ -101,3 +105,40 @@ def test_a_model_folder_without_a_model_is_a_sentence(image: Image, tmp_path: Pa
     result = image.run("serve", base=tmp_path)
     assert result.returncode == 1
     assert "dreambooth: there is no model in /opt/ml/model" in result.stderr
+
+
+COUNT = int(os.environ.get("SERVING_REQUESTS", "150"))  # 1000 for docs/serving.md
+LOAD = """
+import json, sys, time
+sys.path.insert(0, "/code")
+from http_load import run_load
+load = run_load(8080, "/invocations", int(sys.argv[1]), 16,
+                lambda number: {"prompt": f"a toy {number}", "seed": number, "num_inference_steps": 4}, patience=0.2)
+print(json.dumps({"codes": load.codes, "unsaid": load.without_retry_after, "seconds": load.seconds}))
+"""
+
+
+def load(image: Image, name: str, count: int) -> dict[str, Any]:
+    """Send requests by 16 clients in a container beside the server. Return the number of answers by status."""
+    result = image.docker.must(
+        "run", "--rm", "--network", f"container:{name}", "--volume", f"{ROOT / 'benchmarks'}:/code:ro", image.tag,
+        "python", "-c", LOAD, str(count), timeout=900)
+    found: dict[str, Any] = json.loads(result)
+    return found
+
+
+def test_no_request_is_lost_under_load_and_a_stop_delivers_what_runs(image: Image) -> None:
+    with serving(image, "base=package:tiny-sd", "max_queue=8", options=("--read-only", "--tmpfs", "/tmp")) as name:
+        wait(image, name)
+        found = load(image, name, COUNT)
+        print(f"{COUNT} requests: {found}")
+        assert found["codes"].keys() == {"200", "429"} and sum(found["codes"].values()) == COUNT
+        assert found["unsaid"] == 0, "429 without Retry-After"
+        stopped: dict[str, Any] = {}
+        clients = threading.Thread(target=lambda: stopped.update(load(image, name, COUNT)))
+        clients.start()
+        time.sleep(5)
+        image.docker.must("stop", "--time", "60", name)
+        assert image.wait(name) == 0, image.log(name)
+        clients.join()
+        assert stopped["codes"]["200"] > 0 and stopped["unsaid"] == 0
