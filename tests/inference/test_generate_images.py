@@ -68,6 +68,7 @@ def test_several_loras_add_up(run: Path, tmp_path: Path) -> None:
     assert far(alone, whole) <= 1
 
 
+@pytest.mark.slow
 def test_a_picture_to_begin_with_is_kept_as_far_as_strength_says(run: Path, tmp_path: Path) -> None:
     photo = resolve_asset("package:demo/00.png")
     if not Path(photo).is_file():
@@ -79,6 +80,7 @@ def test_a_picture_to_begin_with_is_kept_as_far_as_strength_says(run: Path, tmp_
     assert np.abs(little[0] - begin).mean() < 0.6 * np.abs(much[0] - begin).mean()
 
 
+@pytest.mark.slow
 def test_what_stands_beside_the_picture_to_begin_with_is_not_read(tmp_path: Path) -> None:
     """An empty caption, or a line of metadata.jsonl for a photo that is gone, is of training."""
     shutil.copyfile(sorted(Path(resolve_asset("package:demo")).glob("*.png"))[0], tmp_path / "sketch.png")
@@ -169,6 +171,7 @@ def test_a_file_of_prompts_names_the_subject_of_a_run_of_several(tmp_path: Path)
     assert len(drawn(tmp_path / "out", f"run={run}", f"prompts={file}")) == 2
 
 
+@pytest.mark.slow
 def test_a_png_says_how_it_was_made(run: Path, tmp_path: Path) -> None:
     drawn(tmp_path / "out", f"run={run}", PROMPT, "lora_scale=0.5", "negative_prompt=red")
     text = Image.open(tmp_path / "out/a-photo-of-a-zwx-toy-seed6.png").text
@@ -193,6 +196,7 @@ def test_parameters_of_a_picture_from_a_picture() -> None:
                              "Denoising strength: 0.6, Version: dreambooth ")
 
 
+@pytest.mark.slow
 def test_a_negative_prompt_changes_the_picture(run: Path, tmp_path: Path) -> None:
     plain = drawn(tmp_path / "plain", f"base={BASE}", PROMPT)
     without = drawn(tmp_path / "without", f"base={BASE}", PROMPT, "negative_prompt=a red ball")
@@ -299,6 +303,7 @@ def test_mlflow_opens_a_runs_adapter_by_its_diffusers_flavour(
     assert MlflowClient(uri).get_run(run_id).info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_mlflow_pins_the_revision_that_the_run_has_pinned(tmp_path: Path) -> None:
     """MLflow itself pins the newest."""
     import torch

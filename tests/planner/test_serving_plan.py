@@ -275,6 +275,7 @@ def test_the_server_chooses_for_its_own_gpu(
         worker._choose_memory(source, start, [])
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_run_shows_serving(small_model: None) -> None:
     recipe = small_recipe()
     plan = Plan(recipe, predict(recipe), (), "", plan_presets(MODEL))

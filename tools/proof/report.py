@@ -24,8 +24,8 @@ All numbers were measured with the shipped tiny base model and the demo subject.
 scenes are kept (see below), so six recipes were measured again, one run each: of those that keep 90 % of the scenes or more, the
 recipe should close the largest part of the gap in kept scenes. These settings kept 100 % and closed 59 %, as with
 `prior.prior_loss_weight=1.0`; a frozen text encoder and a learning rate of 2e-4 closed 57 %, and 300 steps 55 %, all with 100 % kept. A
-learning rate of 5e-4 kept 75 %. To measure a recipe on that subject, add its settings to `python -m tools.proof --tune`. The training seeds and the sampling seeds ({first_seed} and up) were not used
-before. Samples: {sampler}.
+learning rate of 5e-4 kept 75 %. To measure a recipe on that subject, add its settings to `python -m tools.proof --tune`. The training
+seeds and the sampling seeds ({first_seed} and up) were not used before. Samples: {sampler}.
 
 The **plain prompt** is "a photo of a zwx toy". **Scenes** are the same prompt with "on the beach", "in the snow", "on the grass"
 and "at night". The **class prompt** is "a photo of a toy".
