@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import threading
 import time
@@ -127,17 +128,38 @@ def load(image: Image, name: str, count: int) -> dict[str, Any]:
     return found
 
 
+def workers(image: Image, name: str) -> dict[int, int]:
+    """The resident MiB of each worker process, by process id."""
+    listed = image.docker.must("exec", name, "sh", "-c", "for f in /proc/[0-9]*; do echo $(tr '\\0' ' ' < $f/cmdline) "
+                               ":$(basename $f):$(sed -n 's/^VmRSS:[^0-9]*\\([0-9]*\\).*/\\1/p' $f/status); done")
+    found = re.findall(r"serving\.worker\b.*:(\d+):(\d+)", listed)
+    return {int(number): int(size) // 1024 for number, size in found}
+
+
 def test_no_request_is_lost_under_load_and_a_stop_delivers_what_runs(image: Image) -> None:
     with serving(image, "base=package:tiny-sd", "max_queue=8", options=("--read-only", "--tmpfs", "/tmp")) as name:
         wait(image, name)
+        load(image, name, 20)
+        before = workers(image, name)
         found = load(image, name, COUNT)
-        print(f"{COUNT} requests: {found}")
+        print(f"{COUNT} requests: {found}; MiB of workers: {before}, {workers(image, name)} afterwards")
         assert found["codes"].keys() == {"200", "429"} and sum(found["codes"].values()) == COUNT
         assert found["unsaid"] == 0, "429 without Retry-After"
+        interrupted: dict[str, Any] = {}
+        clients = threading.Thread(target=lambda: interrupted.update(load(image, name, COUNT)))
+        clients.start()
+        time.sleep(4)
+        [worker] = workers(image, name)
+        image.docker.must("exec", name, "sh", "-c", f"kill -9 {worker}")
+        clients.join()
+        print(f"with a killed worker: {interrupted}")
+        assert interrupted["codes"].keys() <= {"200", "429", "503"} and sum(interrupted["codes"].values()) == COUNT
+        wait(image, name)
+        assert workers(image, name).keys().isdisjoint({worker})
         stopped: dict[str, Any] = {}
         clients = threading.Thread(target=lambda: stopped.update(load(image, name, COUNT)))
         clients.start()
-        time.sleep(5)
+        time.sleep(4)
         image.docker.must("stop", "--time", "60", name)
         assert image.wait(name) == 0, image.log(name)
         clients.join()

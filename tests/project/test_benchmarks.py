@@ -158,3 +158,15 @@ def test_the_torchvision_replacement_crops_and_scales_as_torchvision_does(monkey
     pixels = transform(Image.new("RGB", (32, 16), (255, 0, 0)))
     assert pixels.shape == (3, 8, 8)
     assert pixels[0].eq(1).all() and pixels[1].eq(-1).all() and pixels.dtype is torch.float32
+
+
+def test_a_proof_finds_the_model_of_a_run_that_was_finished_before(tmp_path: Path) -> None:
+    from dreambooth.runs import report
+    from dreambooth.runs.run_folder import Result
+    from tests.support.configs import demo_recipe
+    from tools.proof.experiment import find_model
+
+    run = tmp_path / "demo-tiny-full-1"
+    message = report.already_finished(Result(400, 0.1, 1.0, str(run), "model"), demo_recipe())
+    assert find_model(f"subject 'a toy'\n{message}\n") == run / "model"
+    assert find_model("photos  5\nmodel   runs/demo/model\n") == Path("runs/demo/model")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -102,7 +103,7 @@ class Experiment:
         command = [sys.executable, "-m", "dreambooth.train", f"run_root={self.folder / 'runs'}", "hardware=cpu",
                    "tracking=none", "sample.every=null", "checkpoint.every=null", *overrides]
         output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        run = Path(next(line for line in output.splitlines() if line.startswith("model ")).split(maxsplit=1)[1]).parent
+        run = find_model(output).parent
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
         return run / "model", float(json.loads((run / "result.json").read_text())["seconds"])
 
@@ -168,6 +169,13 @@ class Experiment:
 
     def _features(self, pictures: list[Image.Image]) -> torch.Tensor:
         return self.encoder.embed_images(to_pixels(pictures))
+
+
+def find_model(output: str) -> Path:
+    """Return the folder of the model that a training command names at its end, also if the run was finished before."""
+    found = re.search(r"^(?:model +|this run is finished: .*, model in )(.+?/model)(?:\.|$)", output, re.MULTILINE)
+    assert found, output[-500:]
+    return Path(found[1])
 
 
 def sample_folder(model: Path) -> str:
