@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from dreambooth.errors import UserError
 from dreambooth.models import families
-from dreambooth.serialization.export_layout import ADAPTER, OLD_ADAPTER, check_intact, find_adapter
+from dreambooth.serialization.export_layout import ADAPTER, OLD_ADAPTER, check_intact, locate_adapter
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class AttachedLoras:
 
 
 def _find_lora(source: Path, scale: float) -> Lora:
-    path = source if source.is_file() else find_adapter(source / "model") or find_adapter(source)
+    path = locate_adapter(source)
     if path is None:
         raise UserError(f"there is no LoRA in {source}: type lora=FILE, a .safetensors file, or lora=runs/NAME of a "
                         "run with method=lora or dora")

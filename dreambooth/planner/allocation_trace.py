@@ -66,9 +66,14 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.category[serial] = category
 
     def add_module(self, module: nn.Module | None, category: str) -> None:
-        """Assign a category to the parameters and buffers of a module."""
+        """Assign a category to the parameters and buffers of a module.
+
+        bitsandbytes keeps the maxima of its 4-bit weights beside the parameters.
+        """
         if module is not None:
-            self.add([*module.parameters(), *module.buffers()], category)
+            states = [getattr(parameter, "quant_state", None) for parameter in module.parameters()]
+            maxima = [state.absmax for state in states if state is not None]
+            self.add([*module.parameters(), *module.buffers(), *maxima], category)
 
     def recategorize_live(self, old: str, new: str) -> None:
         """Change the category of all live (allocated and not yet released) storages of the category `old` to `new`.

@@ -13,7 +13,7 @@ from dreambooth.models.block_swap import SLOTS
 from dreambooth.planner.gpu_specs import Card, cuda_overhead_gib, find_card
 from dreambooth.planner.prediction import STEP_PHASES, Prediction
 from dreambooth.planner.skeleton_models import count_trained_weights
-from dreambooth.planner.time_and_cost import step_seconds
+from dreambooth.planner.time_and_cost import WEIGHT_BYTES, step_seconds
 from dreambooth.utils.hardware import GIB
 
 OPTIMIZER_STATE_BYTES = {  # per trained parameter
@@ -155,14 +155,14 @@ def _quantised_options(recipe: Recipe, prediction: Prediction) -> Iterator[Memor
     if recipe.method.base_weights is not BaseWeights.half or recipe.precision.dtype is Dtype.fp32:
         return
     half = _resident_bytes(recipe, prediction)
-    formats = {BaseWeights.int8: 1 / 2}
+    formats = [BaseWeights.int8]
     if (recipe.hardware.compute_capability or 0) >= FP8_CAPABILITY:
-        formats[BaseWeights.fp8] = 1 / 2
+        formats.append(BaseWeights.fp8)
     if not recipe.memory.swap_blocks:
-        formats[BaseWeights.nf4] = 1 - 4.5 / 16
-    for kind, share in formats.items():
+        formats.append(BaseWeights.nf4)
+    for kind in formats:
         changed = replace(recipe, method=recipe.method.copy_with(base_weights=kind))
-        yield MemoryOption(f"method.base_weights={kind.value}", share * half / GIB,
+        yield MemoryOption(f"method.base_weights={kind.value}", (1 - WEIGHT_BYTES[kind] / 2) * half / GIB,
                            _extra_seconds(recipe, prediction, changed))
 
 

@@ -172,13 +172,8 @@ class _Rehearsal:
         return sizes
 
     def _add_weights(self, module: nn.Module) -> None:
-        """Assign the weights of a module to their category. Those of swapped blocks are in host memory.
-
-        bitsandbytes keeps the maxima of its 4-bit weights beside the parameters.
-        """
+        """Assign the weights of a module to their category. Those of swapped blocks are in host memory."""
         self.trace.add_module(module, "weights")
-        states = [getattr(parameter, "quant_state", None) for parameter in module.parameters()]
-        self.trace.add([state.absmax for state in states if state is not None], "weights")
         if self.parts.swap is not None:
             self.trace.add([host.memory for host in self.parts.swap.hosts], HOST)
 

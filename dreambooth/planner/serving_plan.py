@@ -29,9 +29,10 @@ from dreambooth.planner.time_and_cost import (
     DEQUANTISED,
     HOST_LINK,
     PROCESS_GIB,
+    WEIGHT_BYTES,
     flops_per_second,
 )
-from dreambooth.serialization.export_layout import find_adapter
+from dreambooth.serialization.export_layout import locate_adapter
 from dreambooth.utils.hardware import GIB, detect_machine
 from dreambooth.utils.plurals import counted
 
@@ -171,7 +172,7 @@ def plan_this_machine(source: Source, batch: int, adapters: Sequence[Path], max_
         servers: processes that share the GPU in equal parts, each with the model.
     """
     machine = detect_machine()
-    files = [path if path.is_file() else find_adapter(path / "model") or find_adapter(path) for path in adapters]
+    files = map(locate_adapter, adapters)
     largest = sorted((file for file in files if file is not None), key=lambda file: -file.stat().st_size)
     share = None if machine.vram_gib is None else machine.vram_gib / servers
     hardware = Hardware(name="local", device=Device.cuda, gpu=machine.gpu, usable_vram_gib=share,
@@ -240,9 +241,10 @@ def _minimum_gib(plain: Footprint, memory: InferenceMemory) -> float:
     """
     if memory.base_weights is BaseWeights.half and not memory.cpu_offload:  # the VAE's options change only `decode`
         return max(usage.reserved for phase, usage in plain.by_phase.items() if phase != "decode") / GIB
-    bytes_per_weight = {BaseWeights.int8: 1.0, BaseWeights.fp8: 1.0, BaseWeights.nf4: 4.5 / 8}
-    share = bytes_per_weight.get(memory.base_weights, 4.0) / (2 if plain.half else 4)
-    sizes = [plain.part_bytes[0] * min(1.0, share), *plain.part_bytes[1:]]
+    share = 1.0
+    if memory.base_weights is not BaseWeights.half:
+        share = WEIGHT_BYTES[memory.base_weights] / (2 if plain.half else 4)
+    sizes = [plain.part_bytes[0] * share, *plain.part_bytes[1:]]
     return (max(sizes) if memory.cpu_offload else sum(sizes)) / GIB
 
 

@@ -131,7 +131,7 @@ class _Rehearsal:
             trace.add([others], "weights")
             if not memory.cpu_offload:
                 for module in parts.modules:
-                    _add_weights(trace, module)
+                    trace.add_module(module, "weights")
             with trace.phase("prompts"):
                 self._move_to_card(parts.encoders)
                 text = self._text()
@@ -178,13 +178,13 @@ class _Rehearsal:
             return tuple(sizes), sum(sizes), 0
         quantised = sum(layer.in_features * layer.out_features for layer in parts.denoiser.modules()
                         if isinstance(layer, nn.Linear))
-        bytes_per_weight = 0.5 if self.memory.base_weights is BaseWeights.nf4 else 1
+        bytes_per_weight = 0.5 if self.memory.base_weights is BaseWeights.nf4 else 1  # of the parameters alone
         loaded = sizes[0] + int(quantised * (self.dtype.itemsize - bytes_per_weight))
         return (loaded, *sizes[1:]), sum(sizes), quantised
 
     def _move_to_card(self, modules: Iterable[nn.Module]) -> None:
         for module in modules if self.memory.cpu_offload else ():
-            _add_weights(self.trace, reload_weights(module, self.shapes[id(module)]))
+            self.trace.add_module(reload_weights(module, self.shapes[id(module)]), "weights")
 
     def _move_to_host(self, modules: Iterable[nn.Module]) -> None:
         for module in modules if self.memory.cpu_offload else ():
@@ -207,10 +207,3 @@ class _Rehearsal:
             negative, positive = prediction.chunk(2)
             prediction = negative + self.model.guidance_scale * (positive - negative)
         return (latents.float() + prediction).to(self.dtype)
-
-
-def _add_weights(trace: StorageTrace, module: nn.Module) -> None:
-    """Assign the weights of a module to their category, with the maxima that bitsandbytes keeps of 4-bit weights."""
-    trace.add_module(module, "weights")
-    states = [getattr(parameter, "quant_state", None) for parameter in module.parameters()]
-    trace.add([state.absmax for state in states if state is not None], "weights")

@@ -61,18 +61,15 @@ def build_skeleton(recipe: Recipe) -> Components:
         UserError: the architecture of the base model is unknown.
     """
     family, folder = find_architecture(recipe)
-    configurations, scheduler_config = _read_configurations(family, folder)
+    configurations, scheduler_config = _read_configurations(family, folder, recipe.vae_source)
     frozen = TORCH_DTYPE[recipe.precision.dtype]
     denoiser_dtype, text_dtype = part_dtypes(recipe, frozen)
-    vae_configuration = configurations[family.vae.name]
-    if recipe.vae_source:
-        vae_configuration = vae.planned_configuration(recipe.vae_source, family, vae_configuration)
-    overflows = frozen is torch.float16 and family.half_overflows(vae_configuration)
+    overflows = frozen is torch.float16 and family.half_overflows(configurations[family.vae.name])
     ahead = text_encoders.encodes_ahead(family, recipe)
     parts = Components(
         family=family,
         denoiser=to_dtype(_build(family.denoiser, configurations[family.denoiser.name]), denoiser_dtype),
-        vae=to_dtype(_build(family.vae, vae_configuration), torch.float32 if overflows else frozen),
+        vae=to_dtype(_build(family.vae, configurations[family.vae.name]), torch.float32 if overflows else frozen),
         encoders=[_build_encoder(part, configurations[part.name], text_dtype, ahead)
                   for part in family.encoders],
         tokenizers=[None for _ in family.tokenizers],
@@ -103,13 +100,10 @@ def build_served(source: str, name: str | None, vae_source: str | None, dtype: t
         UserError: the architecture of the model is unknown.
     """
     family, folder = architecture_of(source, name)
-    configurations, scheduler_config = _read_configurations(family, folder)
-    vae_configuration = configurations[family.vae.name]
-    if vae_source:
-        vae_configuration = vae.planned_configuration(vae_source, family, vae_configuration)
+    configurations, scheduler_config = _read_configurations(family, folder, vae_source)
     parts = Components(
         family=family, denoiser=to_dtype(_build(family.denoiser, configurations[family.denoiser.name]), dtype),
-        vae=to_dtype(_build(family.vae, vae_configuration), dtype),
+        vae=to_dtype(_build(family.vae, configurations[family.vae.name]), dtype),
         encoders=[to_dtype(_build(part, configurations[part.name]), dtype) for part in family.encoders],
         tokenizers=[None for _ in family.tokenizers], scheduler_config=scheduler_config)
     _quantise(parts.denoiser, dtype, base_weights)
@@ -179,9 +173,17 @@ def without_xformers(recipe: Recipe) -> Recipe:
 
 
 @cache
-def _read_configurations(family: Family, folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Return the configurations of the parts by name, and the configuration of the scheduler."""
+def _read_configurations(family: Family, folder: Path, vae_source: str | None,
+                         ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return the configurations of the parts by name, and the configuration of the scheduler.
+
+    Args:
+        vae_source: a folder, hub id or single file of the VAE that replaces the model's own; None: its own.
+    """
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     configurations = {part.name: part.configuration(folder, subfolder=part.name) for part in family.parts()}
+    if vae_source:
+        configurations[family.vae.name] = vae.planned_configuration(
+            vae_source, family, configurations[family.vae.name])
     return configurations, dict(DDPMScheduler.load_config(folder, subfolder="scheduler"))

@@ -30,6 +30,8 @@ STATE_PASSES = {  # bytes that an optimizer step reads and writes per parameter,
     OptimizerKind.adamw: 28, OptimizerKind.adamw8bit: 16, OptimizerKind.paged_adamw8bit: 16,
     OptimizerKind.adafactor: 24,
 }
+# Bytes of one quantised weight. With nf4, each 64 weights share a maximum of 32 bits.
+WEIGHT_BYTES = {BaseWeights.int8: 1.0, BaseWeights.fp8: 1.0, BaseWeights.nf4: 4.5 / 8}
 # Bytes that dequantising one weight reads and writes: 8 bits are converted, and then multiplied by their scale.
 DEQUANTISED = {BaseWeights.half: 0, BaseWeights.int8: 7, BaseWeights.fp8: 7, BaseWeights.nf4: 3}
 

@@ -212,11 +212,8 @@ def _save(parts: Components, folder: Path) -> None:
 def _to_file(source: Path, out: Path, vae: str | None, dtype: torch.dtype | None, with_vae: bool, title: str | None,
              console: Console) -> Path:
     folder, settings = _find_model(source)
-    if vae or not with_vae:
-        family = build_parts(folder).family
-        if not family.single_file.whole:
-            raise UserError(f"a single file of {family.title} contains the transformer alone: leave vae and "
-                            "with_vae out")
+    if (vae or not with_vae) and (family := _family_of(folder)) and not family.single_file.whole:
+        raise UserError(f"a single file of {family.title} contains the transformer alone: leave vae and with_vae out")
     vae = run_inputs.download_if_remote(vae)
     parts = load_parts(folder)
     if vae:

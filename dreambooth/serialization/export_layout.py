@@ -28,6 +28,11 @@ def find_adapter(folder: Path) -> Path | None:
     return next((path for name in (ADAPTER, OLD_ADAPTER) if (path := folder / name).is_file()), None)
 
 
+def locate_adapter(path: Path) -> Path | None:
+    """Return the adapter file that `path` names: a file, or a run folder or other folder that contains an adapter."""
+    return path if path.is_file() else find_adapter(path / "model") or find_adapter(path)
+
+
 def is_exported(folder: Path, kind: str, merge: bool) -> bool:
     """Return whether `folder` contains the exported result of a run with these values of method.kind and method.merge.
 

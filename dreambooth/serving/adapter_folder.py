@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError
-from dreambooth.serialization.export_layout import find_adapter
+from dreambooth.serialization.export_layout import locate_adapter
 
 SCAN_INTERVAL = 1.0  # seconds for which the content of the folder is taken as known
 
@@ -64,6 +64,6 @@ def _scan(folder: Path) -> dict[str, str]:
             path.name.encode()
             if path.suffix == ".safetensors" and path.is_file():
                 found[path.stem] = str(path)
-            elif path.is_dir() and (find_adapter(path / "model") or find_adapter(path)):
+            elif path.is_dir() and locate_adapter(path):
                 found[path.name] = str(path)
     return found

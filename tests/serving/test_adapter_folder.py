@@ -20,14 +20,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_entry_that_cannot_be_read_does_not_hide_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "lost+found").mkdir()
-    find = adapter_folder.find_adapter
+    find = adapter_folder.locate_adapter
 
     def refuse(path: Path) -> Path | None:
         if "lost+found" in path.parts:
             raise PermissionError(13, "Permission denied", str(path))
         return find(path)
 
-    monkeypatch.setattr(adapter_folder, "find_adapter", refuse)
+    monkeypatch.setattr(adapter_folder, "locate_adapter", refuse)
     assert list(Adapters(str(folder)).paths()) == ["cat", "dog"]
 
 
