@@ -119,8 +119,7 @@ class Flux2Klein(qwen_text.QwenTransformer):
         import torch
 
         config = encoders[0].config
-        width = len(ENCODER_LAYERS) * config.hidden_size
-        return torch.empty(count, qwen_text.length(config.max_position_embeddings), width)
+        return torch.empty(count, self.rows(config.max_position_embeddings), len(ENCODER_LAYERS) * config.hidden_size)
 
     def prompt_arguments(self, pipeline: Any, text: Tensor, negative: Tensor) -> dict[str, Any]:
         return {"prompt_embeds": text, "negative_prompt_embeds": negative}

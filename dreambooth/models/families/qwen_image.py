@@ -12,7 +12,7 @@ from dreambooth.config.enums import Targets
 from dreambooth.errors import UserError
 from dreambooth.models.families import qwen_text
 from dreambooth.models.families.family import Layout
-from dreambooth.models.families.flow_transformer import FlowTransformer, layer_pattern
+from dreambooth.models.families.flow_transformer import layer_pattern
 from dreambooth.models.families.part import DiffusersPart, TransformersPart
 from dreambooth.models.families.transformer_file import TransformerFile
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 TEMPLATE = ("<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
             "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
             "<|im_start|>assistant\n")
-DROPPED = 34  # number of tokens before the prompt
 ATTENTION = r"attn\.to_[qkv]", r"attn\.to_out\.0", r"attn\.add_[qkv]_proj", r"attn\.to_add_out"
 
 
@@ -40,12 +39,11 @@ class QwenImageFile(TransformerFile):
     rules = ()
 
 
-class QwenImage(FlowTransformer):
+class QwenImage(qwen_text.QwenTransformer):
     """Qwen-Image, and models with the same architecture and other sizes.
 
-    The token ids of P prompts have the shape (P, 2, 34 + L): the ids of the template with the prompt, and a mask that
-    is 1 for their tokens and 0 for padding. The output of `text` has the shape (P, L, D + 1): the last hidden states
-    of the text encoder after the first 34 tokens, and the mask as the last column. The transformer reads no padding.
+    The output of `text` has the shape (P, L, D + 1): the last hidden states of the text encoder after the first 34
+    tokens, and the mask as the last column. The transformer reads no padding.
     """
 
     title = "Qwen-Image"
@@ -56,7 +54,8 @@ class QwenImage(FlowTransformer):
                              "QwenImageTransformer2DModel")
     vae = DiffusersPart("vae", "diffusers.models.autoencoders.autoencoder_kl_qwenimage", "AutoencoderKLQwenImage")
     encoders = (TransformersPart("text_encoder", "transformers", "Qwen2_5_VLForConditionalGeneration"),)
-    tokenizers = ("tokenizer",)
+    dropped = 34  # number of tokens of the template before the prompt
+    padding_side = "right"
     tags = ("qwen-image",)
     activations_gib = {True: 0.4, False: 18.0}  # the planner predicts 0.5 and 52 at 512 px, 0.39 and 9.9 with a LoRA
     adapter_targets = {
@@ -78,47 +77,21 @@ class QwenImage(FlowTransformer):
 
     # -- prompts to conditions -------------------------------------------------------------------------------------
 
-    def check_prompt(self, tokenizers: Sequence[Any], prompt: str) -> None:
-        count, limit = len(tokenizers[0](TEMPLATE.format(prompt)).input_ids), _rows(tokenizers[0].model_max_length)
-        if count - DROPPED > limit:
-            raise UserError(f"this model reads {limit} tokens and the prompt has {count - DROPPED}: shorten {prompt!r}")
-
-    def tokens(self, tokenizers: Sequence[Any], prompt: str) -> Tensor:
-        import torch
-
-        self.check_prompt(tokenizers, prompt)
-        found = tokenizers[0](TEMPLATE.format(prompt), padding="max_length", padding_side="right", return_tensors="pt",
-                              max_length=DROPPED + _rows(tokenizers[0].model_max_length))
-        return torch.stack([found.input_ids, found.attention_mask], 1)
-
-    def blank_tokens(self, encoders: Sequence[Any], count: int) -> Tensor:
-        import torch
-
-        length = DROPPED + _rows(encoders[0].config.text_config.max_position_embeddings)
-        return torch.ones(count, 2, length, dtype=torch.long)
+    def message(self, tokenizer: Any, prompt: str) -> str:
+        return TEMPLATE.format(prompt)
 
     def text(self, encoders: Sequence[Any], tokens: Tensor) -> Tensor:
         import torch
 
         states = encoders[0](input_ids=tokens[:, 0], attention_mask=tokens[:, 1], output_hidden_states=True,
                              use_cache=False, logits_to_keep=1).hidden_states[-1]
-        return torch.cat([states, tokens[:, 1].unsqueeze(-1).to(states.dtype)], -1)[:, DROPPED:]
-
-    def blank_text(self, encoders: Sequence[Any], count: int) -> Tensor:
-        import torch
-
-        config = encoders[0].config.text_config
-        return torch.empty(count, _rows(config.max_position_embeddings), config.hidden_size + 1)
+        return torch.cat([states, tokens[:, 1].unsqueeze(-1).to(states.dtype)], -1)[:, self.dropped:]
 
     def prompt_arguments(self, pipeline: Any, text: Tensor, negative: Tensor) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
         for name, encoded in (("prompt_embeds", text), ("negative_prompt_embeds", negative)):
             arguments[name], arguments[f"{name}_mask"] = _without_padding(encoded)
         return arguments
-
-    def sampling_arguments(self, pipeline: Any) -> dict[str, Any]:
-        """Return the number of rows of an encoded prompt, as in `tokens`."""
-        return {"max_sequence_length": _rows(pipeline.tokenizer.model_max_length)}
 
     def guidance_arguments(self, scale: float, count: int) -> dict[str, Any]:
         """Return the arguments. Without a negative prompt, the pipeline does not compute the unconditional prediction.
@@ -179,11 +152,6 @@ class QwenImage(FlowTransformer):
 
     def image_to_image(self, pipeline: Any) -> Any:
         raise UserError(f"{self.title} is used with text alone here: leave image out")
-
-
-def _rows(max_length: int) -> int:
-    """Return the number of rows of an encoded prompt, for a model that reads at most `max_length` tokens."""
-    return min(qwen_text.LENGTH, max_length - DROPPED)
 
 
 def _without_padding(text: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -81,12 +81,6 @@ class ZImage(qwen_text.QwenTransformer):
                              output_hidden_states=True).hidden_states[-2]
         return torch.cat([states, tokens[:, 1].unsqueeze(-1).to(states.dtype)], -1)
 
-    def blank_text(self, encoders: Sequence[Any], count: int) -> Tensor:
-        import torch
-
-        config = encoders[0].config
-        return torch.empty(count, qwen_text.length(config.max_position_embeddings), config.hidden_size + 1)
-
     def prompt_arguments(self, pipeline: Any, text: Tensor, negative: Tensor) -> dict[str, Any]:
         return {"prompt_embeds": _prompt_rows(text), "negative_prompt_embeds": _prompt_rows(negative)}
 
