@@ -78,11 +78,12 @@ def find_source(config: Generate) -> Source:
     return source
 
 
-def fetch_base(source: Source, remedy: str = "type base=DIR") -> Source:
+def fetch_base(source: Source, remedy: str = "type base=DIR", cache: str = "runs/s3") -> Source:
     """Download the base model of an adapter, or a typed base model, from S3 or the hub unless it is on this machine.
 
     Args:
         remedy: what the user can do if this fails; the end of the messages.
+        cache: folder for downloads from S3.
 
     Returns:
         The source, in which a local folder replaces an S3 address.
@@ -94,7 +95,7 @@ def fetch_base(source: Source, remedy: str = "type base=DIR") -> Source:
     if source.adapter is None and not source.base_typed:
         return source
     if is_remote(base):
-        return replace(source, model=str(run_inputs.download_if_remote(base)))
+        return replace(source, model=str(run_inputs.download_if_remote(base, cache)))
     if hub.is_local(base):
         if not Path(base).is_dir():
             raise UserError(f"the base model {base} is not on this machine: {remedy}")

@@ -69,7 +69,7 @@ def parse(data: Mapping[str, Any], limits: Limits) -> list[PictureRequest]:
     count = _integer(values, "num_images", 1, 1, limits.max_images)
     last = MAX_SEED - (count - 1)
     shared = {
-        "prompt": _text(values, "prompt", limits), "negative_prompt": _text(values, "negative_prompt", limits),
+        "prompt": _prompt(values, "prompt", limits), "negative_prompt": _prompt(values, "negative_prompt", limits),
         "num_inference_steps": _integer(values, "num_inference_steps", 25, 1, limits.max_steps),
         "guidance_scale": _number(values, "guidance_scale", None, 0.0, MAX_GUIDANCE_SCALE),
         "width": _integer(values, "width", None, 1, limits.max_side),
@@ -93,6 +93,15 @@ def _text(values: Mapping[str, Any], key: str, limits: Limits) -> str | None:
         raise InvalidRequest(f"{key} must be a text, not {_shown(text)}")
     if text and len(text) > limits.max_prompt_characters:
         raise InvalidRequest(f"{key} must have at most {limits.max_prompt_characters} characters, not {len(text)}")
+    return text
+
+
+def _prompt(values: Mapping[str, Any], key: str, limits: Limits) -> str | None:
+    text = _text(values, key, limits)
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:  # half a pair of surrogates, which no tokenizer reads
+        raise InvalidRequest(f"{key} must be text that UTF-8 can express") from error
     return text
 
 

@@ -133,11 +133,6 @@ class Service:
                 raise Refused(422, f"size must have sides that are multiples of {sizes.multiple}, not {width}x{height}")
             if width * height > sizes.max_pixels:
                 raise Refused(422, f"size must have at most {sizes.max_pixels} pixels in all, not {width}x{height}")
-        for name in ("prompt", "negative_prompt"):
-            try:
-                (getattr(request, name) or "").encode()
-            except UnicodeEncodeError as error:
-                raise Refused(422, f"{name} must be text that UTF-8 can express") from error
 
     def _choices(self) -> str:
         names = list(self.adapters.paths())

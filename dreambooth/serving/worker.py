@@ -23,7 +23,6 @@ The process ends when the front process ends. It ignores SIGTERM and Ctrl-C, whi
 
 import errno
 import gc
-import os
 import signal
 import sys
 import time
@@ -131,14 +130,18 @@ def _choose_memory(source: "Source", start: dict[str, Any], adapters: Sequence[P
 
 
 def find_model(run: str | None, base: str | None, uri: str | None, cache: str) -> "Source":
-    """Return the source of the model: downloaded if `run` or `base` is an address in S3 or in MLflow's registry."""
+    """Return the source of the model: downloaded if `run` or `base` is an address in S3 or in MLflow's registry.
+
+    Args:
+        uri: MLflow server of models:/ addresses; None: see `registered_models.local_path`.
+        cache: folder for downloads, also for that of an adapter's base model in S3.
+    """
     from dreambooth.config.generate import Generate
     from dreambooth.inference.model_sources import fetch_base, find_source
-    from dreambooth.tracking.mlflow_database import database_uri
-    from dreambooth.tracking.registered_models import TRACKING_URI, local_path
+    from dreambooth.tracking.registered_models import local_path
 
-    server = uri or os.environ.get(TRACKING_URI) or database_uri(Path("runs/mlflow.db").resolve())
-    return fetch_base(find_source(Generate(run=local_path(run, server, cache), base=local_path(base, server, cache))))
+    source = find_source(Generate(run=local_path(run, uri, cache=cache), base=local_path(base, uri, cache=cache)))
+    return fetch_base(source, cache=f"{cache}/s3")
 
 
 class Batch:

@@ -20,7 +20,7 @@ from dreambooth.utils.console import Console
 from dreambooth.utils.masking import mask_urls
 
 PREFIX = "models:/"
-CACHE = "registered"  # folder in run_root of the downloaded models
+CACHE = "registered"  # folder of the downloaded models, in the folder for downloads
 TRACKING_URI = "MLFLOW_TRACKING_URI"  # environment variable that MLflow reads too
 
 
@@ -29,8 +29,8 @@ def is_registered(address: str | None) -> bool:
     return address is not None and address.startswith(PREFIX)
 
 
-def local_path(address: str | None, uri: str | None = None, run_root: str | Path = "runs", uri_key: str = "uri"
-               ) -> str | None:
+def local_path(address: str | None, uri: str | None = None, run_root: str | Path = "runs",
+               cache: str | Path | None = None) -> str | None:
     """Return the path of a model on this machine; download it first if the address is models:/... or s3://...
 
     Any other address, such as a folder or a hub id, is returned unchanged.
@@ -38,27 +38,28 @@ def local_path(address: str | None, uri: str | None = None, run_root: str | Path
     Args:
         uri: MLflow server of models:/ addresses; None: the environment variable MLFLOW_TRACKING_URI, or else
             `run_root`/mlflow.db.
-        run_root: folder of the runs. Models are downloaded to its subfolder CACHE, once per version, and those in S3 to
-            its subfolder s3.
-        uri_key: key of the option that names the server, for messages.
+        run_root: folder of the runs.
+        cache: folder for downloads; None: `run_root`. Models of MLflow are downloaded to its subfolder CACHE, once per
+            version, and those in S3 to its subfolder s3.
 
     Raises:
         UserError: there is no such version, MLflow does not answer, or the download failed.
     """
+    cache = cache or run_root
     if not is_registered(address):
-        return run_inputs.download_if_remote(address, f"{run_root}/s3")
+        return run_inputs.download_if_remote(address, f"{cache}/s3")
     name, alias, number = _parse(str(address))
     server = uri or os.environ.get(TRACKING_URI) or database_uri((Path(run_root) / "mlflow.db").resolve())
     if (file := database_file(server)) and not file.exists():
-        raise UserError(f"there is no MLflow database {file} that knows {address}: type {uri_key}=ADDRESS of the "
-                        "MLflow server that has it")
-    registry = Registry(server, uri_key)
+        raise UserError(f"there is no MLflow database {file} that knows {address}: type uri=ADDRESS of the MLflow "
+                        "server that has it")
+    registry = Registry(server)
     version = _find(registry, name, alias, number)
     if version is None:
         known = ", ".join(str(one.number) for one in registry.list_versions(name)) or "none"
         raise UserError(f"MLflow at {mask_urls(server, server)} has no model {address}: type {PREFIX}NAME@ALIAS or "
                         f"{PREFIX}NAME/VERSION; the versions of {name} are {known}")
-    return str(_download(registry, version, server, Path(run_root) / CACHE))
+    return str(_download(registry, version, server, Path(cache) / CACHE))
 
 
 def _parse(address: str) -> tuple[str, str | None, int | None]:

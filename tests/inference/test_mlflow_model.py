@@ -59,6 +59,8 @@ def test_a_row_is_the_pictures_of_one_request(model: PictureModel) -> None:
 def test_a_wrong_value_is_status_400(model: PictureModel) -> None:
     for values, sentence in (({"num_images": 17}, "num_images must be a whole number from 1 to 16, not 17"),
                              ({"seed": 2.5}, "not 2.5"), ({"seed": float(2**60)}, "not 1.15"),
+                             ({"prompt": "\ud800"}, "^prompt must be text that UTF-8 can express"),
+                             ({"negative_prompt": "\ud800"}, "^negative_prompt must be text that UTF-8 can express"),
                              ({"size": "33x32"}, "33x32"), ({"steps": 3}, "there is no field 'steps'")):
         with pytest.raises(MlflowException, match=sentence) as caught:
             model.predict([FEW | values])

@@ -107,6 +107,7 @@ def test_models_page_and_metrics(server: FakeServer) -> None:
     ("/invocations", {"prompt": "a", "size": "60x64"}, 422, "multiples of 8"),
     ("/invocations", {"prompt": "a", "adapter": "dog"}, 422, "adapter must be left out"),
     ("/invocations", {"prompt": "\ud800"}, 422, "prompt must be text that UTF-8 can express"),
+    (GENERATIONS, {"prompt": "a", "negative_prompt": "\ud800"}, 422, "negative_prompt must be text that UTF-8 can"),
     ("/invocations", {"prompt": "a", "\ud800": 1}, 422, "\\ud800"),
     (GENERATIONS, {"prompt": "a", "\ud800": 1}, 422, "\\ud800 is not known"),
     ("/invocations", {"prompt": "a", "guidance_scale": 10**400}, 422, "guidance_scale must be a number from 0 to 100"),

@@ -11,8 +11,10 @@ import torch
 from dreambooth.errors import Interrupted, UserError
 from dreambooth.inference.picture_request import InvalidRequest, PictureRequest
 from dreambooth.runtime.memory_meter import MemoryMeter
+from dreambooth.serialization.export_layout import ADAPTER
 from dreambooth.serving.channel import Channel
 from dreambooth.serving.worker import Batch, find_model
+from dreambooth.storage import folders
 
 
 class ToyRenderer:
@@ -90,17 +92,38 @@ def test_a_stop_also_ends_the_halves_of_a_batch() -> None:
 def test_a_registered_model_is_downloaded_to_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dreambooth.tracking import registered_models
 
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(registered_models.TRACKING_URI, raising=False)
     (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/mlflow.db").touch()
     calls = []
 
-    def local_path(address: str | None, uri: str, run_root: str) -> str | None:
-        calls.append((address, uri, run_root))
-        return address and str(tmp_path)
+    def download(registry: None, address: str, server: str, cache: Path) -> Path:
+        calls.append((address, server, str(cache)))
+        return tmp_path
 
-    monkeypatch.setattr(registered_models, "local_path", local_path)
-    monkeypatch.delenv(registered_models.TRACKING_URI, raising=False)
+    monkeypatch.setattr(registered_models, "Registry", lambda *_: None)
+    monkeypatch.setattr(registered_models, "_find", lambda _, name, alias, number: f"models:/{name}@{alias}")
+    monkeypatch.setattr(registered_models, "_download", download)
     assert find_model("models:/toy@champion", None, None, "cache").model == str(tmp_path)
     assert find_model("models:/toy@champion", None, "http://server", "cache").model == str(tmp_path)
-    assert [call for call in calls if call[0]] == [
-        ("models:/toy@champion", f"sqlite:///{Path.cwd()}/runs/mlflow.db", "cache"),
-        ("models:/toy@champion", "http://server", "cache")]
+    assert calls == [
+        ("models:/toy@champion", f"sqlite:///{Path.cwd()}/runs/mlflow.db", "cache/registered"),
+        ("models:/toy@champion", "http://server", "cache/registered")]
+
+
+def test_the_base_in_s3_of_an_adapter_is_downloaded_to_the_cache(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run.json").write_text('{"settings": {"model.source": "s3://bucket/base"}}')
+    (tmp_path / ADAPTER).touch()
+    asked = []
+
+    def download(uri: str, cache: Path, console: object, complete: bool) -> Path:
+        asked.append((uri, str(cache)))
+        return tmp_path
+
+    monkeypatch.setattr(folders, "download", download)
+    assert find_model(str(tmp_path), None, None, "cache").model == str(tmp_path)
+    assert find_model(str(tmp_path), "s3://bucket/other", None, "cache").model == str(tmp_path)
+    assert asked == [("s3://bucket/base", "cache/s3"), ("s3://bucket/other", "cache/s3")]
