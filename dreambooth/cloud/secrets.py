@@ -25,16 +25,19 @@ CREDENTIAL_VALUE = re.compile(  # a login in a URL or in its query string, and t
 SECRET_NAME = re.compile(r"(arn:aws[a-z-]*:secretsmanager:[a-z0-9-]+:\d{12}:secret:)?[A-Za-z0-9/_+=.@-]{1,512}")
 
 
-def find_credentials(request: Mapping[str, Any]) -> Iterator[str]:
+def find_credentials(request: Mapping[str, Any], option: str = "hydra.launcher.mlflow_secret") -> Iterator[str]:
     """Yield one sentence for each value of a request that looks like a credential, without showing the value.
 
     SageMaker shows the whole request to every user who has permission to describe the job.
+
+    Args:
+        option: the option that takes the name of the secret, for the sentences.
     """
     environment = dict(request["Environment"])
     name = environment.pop(SECRET_VARIABLE, None)
     if name is not None and (not SECRET_NAME.fullmatch(name) or CREDENTIAL_VALUE.search(name)):
-        yield ("hydra.launcher.mlflow_secret is not the name of a secret: keep the login in AWS Secrets Manager and "
-               "type that secret's name or ARN")
+        yield (f"{option} is not the name of a secret: keep the login in AWS Secrets Manager and type that secret's "
+               "name or ARN")
     values = [*((f"hyperparameter {key}", key, value) for key, value in request["HyperParameters"].items()),
               *((f"environment {key}", key, value) for key, value in environment.items()),
               *((f"tag {tag['Key']}", tag["Key"], tag["Value"]) for tag in request["Tags"])]
@@ -42,7 +45,7 @@ def find_credentials(request: Mapping[str, Any]) -> Iterator[str]:
         if CREDENTIAL_KEY.search(key) or CREDENTIAL_VALUE.search(str(value)):
             yield (f"{description} looks like a credential: leave it out; logins to MLflow and to the Hugging Face hub "
                    f"go into a secret in AWS Secrets Manager ({', '.join(LOGIN_VARIABLES)}), then type "
-                   "hydra.launcher.mlflow_secret=NAME")
+                   f"{option}=NAME")
 
 
 def load() -> None:

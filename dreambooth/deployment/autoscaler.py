@@ -1,9 +1,7 @@
 """Registers, changes and removes the autoscaling of an endpoint, and the alarm that wakes an endpoint from zero."""
 
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from dreambooth.deployment import scaling as requests
 from dreambooth.deployment.endpoint_backend import call_service
@@ -11,8 +9,8 @@ from dreambooth.deployment.endpoint_requests import OWNER_TAG, Scaling
 from dreambooth.errors import UserError
 from dreambooth.storage import aws_errors, folders
 
-T = TypeVar("T")
 FOREIGN = "the autoscaling of {} was not registered by dreambooth"
+KEPT = FOREIGN + " and is kept: type max_instances=null, or deregister it first"
 
 
 @dataclass(frozen=True)
@@ -58,24 +56,24 @@ class Autoscaler:
             return
         self._register(endpoint, scaling)
         policy = requests.build_policy(endpoint, scaling)
-        _call("application-autoscaling:PutScalingPolicy", endpoint,
-              lambda: self._scaling_client.put_scaling_policy(**policy))
+        call_service("application-autoscaling:PutScalingPolicy", endpoint,
+                     lambda: self._scaling_client.put_scaling_policy(**policy))
         if scaling.least == 0:
             wake = requests.build_wake_policy(endpoint)
-            arn = _call("application-autoscaling:PutScalingPolicy", endpoint,
-                        lambda: self._scaling_client.put_scaling_policy(**wake))["PolicyARN"]
+            arn = call_service("application-autoscaling:PutScalingPolicy", endpoint,
+                               lambda: self._scaling_client.put_scaling_policy(**wake))["PolicyARN"]
             alarm = requests.build_wake_alarm(endpoint, arn)
-            _call("cloudwatch:PutMetricAlarm", endpoint, lambda: self._alarm_client.put_metric_alarm(**alarm))
+            call_service("cloudwatch:PutMetricAlarm", endpoint, lambda: self._alarm_client.put_metric_alarm(**alarm))
 
     def _register(self, endpoint: str, scaling: Scaling) -> None:
         target = self._find_target(endpoint)
         if target is not None and not self._is_owned(target, endpoint):
-            raise UserError(f"{FOREIGN.format(endpoint)} and is kept: type max_instances=null, or deregister it first")
+            raise UserError(KEPT.format(endpoint))
 
         def register(is_new: bool) -> None:
             request = requests.build_target(endpoint, scaling, is_new)
-            _call("application-autoscaling:RegisterScalableTarget", endpoint,
-                  lambda: self._scaling_client.register_scalable_target(**request))
+            call_service("application-autoscaling:RegisterScalableTarget", endpoint,
+                         lambda: self._scaling_client.register_scalable_target(**request))
 
         try:
             register(is_new=target is None)
@@ -95,42 +93,32 @@ class Autoscaler:
         self._delete_alarm(endpoint)
         if target is None:
             return False
-        with suppress(_Missing):  # AWS also deletes the policies, and the alarms that it has made itself
-            _call("application-autoscaling:DeregisterScalableTarget", endpoint,
-                  lambda: self._scaling_client.deregister_scalable_target(**requests.target_of(endpoint)))
+        try:  # AWS also deletes the policies, and the alarms that it has made itself
+            call_service("application-autoscaling:DeregisterScalableTarget", endpoint,
+                         lambda: self._scaling_client.deregister_scalable_target(**requests.target_of(endpoint)))
+        except UserError as error:
+            if error.__cause__ is None or aws_errors.error_code(error.__cause__) != "ObjectNotFoundException":
+                raise
         return True
 
     def _find_target(self, endpoint: str) -> dict[str, Any] | None:
-        found = _call("application-autoscaling:DescribeScalableTargets", endpoint,
-                      lambda: self._scaling_client.describe_scalable_targets(
-                          ServiceNamespace=requests.NAMESPACE, ResourceIds=[requests.resource_id(endpoint)],
-                          ScalableDimension=requests.DIMENSION))["ScalableTargets"]
+        found = call_service("application-autoscaling:DescribeScalableTargets", endpoint,
+                             lambda: self._scaling_client.describe_scalable_targets(
+                                 ServiceNamespace=requests.NAMESPACE, ResourceIds=[requests.resource_id(endpoint)],
+                                 ScalableDimension=requests.DIMENSION))["ScalableTargets"]
         return next(iter(found), None)
 
     def _is_owned(self, target: dict[str, Any], endpoint: str) -> bool:
         arn = target.get("ScalableTargetARN")
         if not arn:
             return False
-        tags = _call("application-autoscaling:ListTagsForResource", endpoint,
-                     lambda: self._scaling_client.list_tags_for_resource(ResourceARN=arn))["Tags"]
+        tags = call_service("application-autoscaling:ListTagsForResource", endpoint,
+                            lambda: self._scaling_client.list_tags_for_resource(ResourceARN=arn))["Tags"]
         return bool(tags.get(OWNER_TAG) == endpoint)
 
     def _delete_alarm(self, endpoint: str) -> None:
         name = requests.wake_name(endpoint)
-        alarms = _call("cloudwatch:DescribeAlarms", name, lambda: self._alarm_client.describe_alarms(
+        alarms = call_service("cloudwatch:DescribeAlarms", name, lambda: self._alarm_client.describe_alarms(
             AlarmNames=[name]))["MetricAlarms"]
         if alarms and alarms[0].get("AlarmDescription") == f"{OWNER_TAG}={endpoint}":
-            _call("cloudwatch:DeleteAlarms", name, lambda: self._alarm_client.delete_alarms(AlarmNames=[name]))
-
-
-class _Missing(UserError):
-    """What a call names does not exist."""
-
-
-def _call(permission: str, name: str, call: Callable[[], T]) -> T:
-    try:
-        return call_service(permission, name, call)
-    except UserError as error:
-        if error.__cause__ is not None and aws_errors.error_code(error.__cause__) == "ObjectNotFoundException":
-            raise _Missing(str(error)) from error.__cause__
-        raise
+            call_service("cloudwatch:DeleteAlarms", name, lambda: self._alarm_client.delete_alarms(AlarmNames=[name]))

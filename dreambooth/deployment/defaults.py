@@ -6,7 +6,7 @@ from typing import Any
 
 from dreambooth.cloud import sagemaker_sdk
 from dreambooth.cloud.sdk_defaults import SOURCE
-from dreambooth.deployment.endpoint_requests import Version
+from dreambooth.deployment.endpoint_requests import Version, answers_key
 
 ANSWERS_KEY = "AsyncInferenceConfig.OutputConfig.KmsKeyId"
 
@@ -22,9 +22,9 @@ class Defaults:
     def describe(self, version: Version) -> tuple[str, ...]:
         """Return one line per default that the requests of a version contain."""
         defaults = {**{key: self.model.get(key) for key in ("ExecutionRoleArn", "VpcConfig", "EnableNetworkIsolation")},
-                    "KmsKeyId": self.config.get("KmsKeyId"), ANSWERS_KEY: _answers_key(self.config),
+                    "KmsKeyId": self.config.get("KmsKeyId"), ANSWERS_KEY: answers_key(self.config),
                     **{f"Tags.{key}": value for key, value in self._tags.items()}}
-        used = {**version.model, **version.config, ANSWERS_KEY: _answers_key(version.config),
+        used = {**version.model, **version.config, ANSWERS_KEY: answers_key(version.config),
                 **{f"Tags.{key}": value for key, value in version.tags.items()}}
         return tuple(f"{SOURCE}: {key}={value}" for key, value in defaults.items() if value and used.get(key) == value)
 
@@ -36,12 +36,6 @@ class Defaults:
     def add_tags(self, version: Version) -> Version:
         """Return a version with the tags of the defaults files. Tags that the user typed take precedence."""
         return replace(version, tags=self._tags | dict(version.tags))
-
-
-def _answers_key(config: Mapping[str, Any]) -> str | None:
-    """Return the KMS key of the answers of an asynchronous endpoint in an endpoint configuration."""
-    key: str | None = config.get("AsyncInferenceConfig", {}).get("OutputConfig", {}).get("KmsKeyId")
-    return key
 
 
 def read() -> Defaults:

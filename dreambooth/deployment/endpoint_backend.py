@@ -44,7 +44,6 @@ class EndpointState:
     pending: str | None = None  # name of the configuration to which the endpoint is being updated
     reason: str = ""  # SageMaker's reason of a failure
     instances: int | None = None  # that run
-    desired: int | None = None
     is_async: bool = False
 
 
@@ -121,7 +120,6 @@ class EndpointBackend:
             endpoint, found["EndpointArn"], found["EndpointStatus"], found.get("EndpointConfigName", ""),
             found.get("PendingDeploymentSummary", {}).get("EndpointConfigName"), found.get("FailureReason", ""),
             sum(item.get("CurrentInstanceCount", 0) for item in variants) if variants else None,
-            sum(item.get("DesiredInstanceCount", 0) for item in variants) if variants else None,
             "AsyncInferenceConfig" in found)
 
     def is_owned(self, state: EndpointState) -> bool:
@@ -141,8 +139,8 @@ class EndpointBackend:
         """Start an update. A refusal is no error if the endpoint is already being updated to this configuration."""
         name, config = request["EndpointName"], request["EndpointConfigName"]
         try:
-            self._call("sagemaker:UpdateEndpoint", name, lambda: self._client.update_endpoint(**request),
-                       instance_type)
+            call_service("sagemaker:UpdateEndpoint", name, lambda: self._client.update_endpoint(**request),
+                         instance_type)
         except UserError:
             state = self.describe(name)  # the answer to an earlier attempt may have been lost
             if state is None or state.status in SERVING or config not in (state.pending, state.config):
@@ -175,12 +173,12 @@ class EndpointBackend:
         """
         name = model["ModelName"]
         if not self._create("sagemaker:CreateModel", name, lambda: self._client.create_model(**model)):
-            arn = self._call("sagemaker:DescribeModel", name,
-                             lambda: self._client.describe_model(ModelName=name))["ModelArn"]
+            arn = call_service("sagemaker:DescribeModel", name,
+                               lambda: self._client.describe_model(ModelName=name))["ModelArn"]
             self._require_same(arn, model)
         if not self._create("sagemaker:CreateEndpointConfig", name,
                             lambda: self._client.create_endpoint_config(**config)):
-            arn = self._call("sagemaker:DescribeEndpointConfig", name, lambda: self._client.describe_endpoint_config(
+            arn = call_service("sagemaker:DescribeEndpointConfig", name, lambda: self._client.describe_endpoint_config(
                 EndpointConfigName=name))["EndpointConfigArn"]
             tags = self._require_same(arn, config)
         else:
@@ -209,9 +207,9 @@ class EndpointBackend:
 
     def mark_served(self, version: StoredVersion, when: str) -> None:
         """Record when a version began to serve, so that a rollback can find it."""
-        arn = self._call("sagemaker:DescribeEndpointConfig", version.name, lambda: (
+        arn = call_service("sagemaker:DescribeEndpointConfig", version.name, lambda: (
             self._client.describe_endpoint_config(EndpointConfigName=version.name)))["EndpointConfigArn"]
-        self._call("sagemaker:AddTags", version.name, lambda: self._client.add_tags(
+        call_service("sagemaker:AddTags", version.name, lambda: self._client.add_tags(
             ResourceArn=arn, Tags=[{"Key": SERVED_TAG, "Value": when}]))
         self._known_tags.pop(arn, None)
 
@@ -243,7 +241,7 @@ class EndpointBackend:
 
     def _list(self, operation: str, permission: str, key: str, endpoint: str) -> list[dict[str, Any]]:
         pages = self._client.get_paginator(operation).paginate(NameContains=f"{endpoint}-v")
-        return [item for page in self._call(permission, endpoint, lambda: list(pages)) for item in page[key]]
+        return [item for page in call_service(permission, endpoint, lambda: list(pages)) for item in page[key]]
 
     def _create(self, permission: str, name: str, call: Callable[[], Any], instance_type: str = "") -> bool:
         """Create something. Return False if its name is taken.
@@ -251,7 +249,7 @@ class EndpointBackend:
         A repeated call creates nothing twice, because names are unique.
         """
         try:
-            self._call(permission, name, call, instance_type)
+            call_service(permission, name, call, instance_type)
         except UserError as error:
             if error.__cause__ is not None and is_taken(error.__cause__):
                 return False
@@ -261,15 +259,11 @@ class EndpointBackend:
     def _find(self, permission: str, name: str, call: Callable[[], T]) -> T | None:
         """Call the service, and return None if what the call names does not exist."""
         try:
-            return self._call(permission, name, call)
+            return call_service(permission, name, call)
         except UserError as error:
             if error.__cause__ is not None and is_missing(error.__cause__):
                 return None
             raise
-
-    def _call(self, permission: str, name: str, call: Callable[[], T], instance_type: str = "") -> T:
-        """Call the service, repeat the call after a transient error, and translate other errors to a UserError."""
-        return call_service(permission, name, call, instance_type)
 
 
 def call_service(permission: str, name: str, call: Callable[[], T], instance_type: str = "") -> T:

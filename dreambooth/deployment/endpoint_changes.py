@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from dreambooth.deployment.autoscaler import FOREIGN, Autoscaler
+from dreambooth.deployment.autoscaler import FOREIGN, KEPT, Autoscaler
 from dreambooth.deployment.endpoint_backend import EndpointBackend, EndpointState, StoredVersion
 from dreambooth.deployment.endpoint_requests import Scaling, build_update
 from dreambooth.deployment.follow import (
@@ -120,7 +120,7 @@ class EndpointChanges:
             return
         foreign, fleet = FOREIGN.format(self.name), self.backend.describe_fleet(state.config)
         if scaling is not None:
-            raise UserError(f"{foreign} and is kept: type max_instances=null, or deregister it first")
+            raise UserError(KEPT.format(self.name))
         if fleet is not None and fleet.instance_type != instance_type:
             raise UserError(f"{foreign}, and AWS refuses another instance type as long as it exists: type "
                             f"instance={fleet.instance_type}, or deregister it first")

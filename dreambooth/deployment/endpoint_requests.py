@@ -169,8 +169,8 @@ def build_version(options: Deploy, artifact: Artifact, instance_type: str, has_o
         server["base"] = artifact.hub_base
     if options.is_async:
         server["request_timeout"] = ASYNC_SECONDS
-    if options.size:
-        width, height = map(int, options.size.split("x"))
+    if options.sides:
+        width, height = options.sides
         server |= {"max_side": str(max(width, height)), "max_pixels": str(width * height)}
         if memory is not None:
             server["memory_options"] = f"[{','.join(memory)}]"
@@ -211,13 +211,19 @@ def build_version(options: Deploy, artifact: Artifact, instance_type: str, has_o
 def _async_config(options: Deploy, defaults: Mapping[str, Any]) -> dict[str, Any]:
     folder = f"{(options.s3 or '').rstrip('/')}/answers/{options.name}"
     output: dict[str, Any] = {"S3OutputPath": folder, "S3FailurePath": f"{folder}/failures"}
-    key = options.kms_key or defaults.get("AsyncInferenceConfig", {}).get("OutputConfig", {}).get("KmsKeyId")
+    key = options.kms_key or answers_key(defaults)
     if key:
         output["KmsKeyId"] = key
     topics = {"SuccessTopic": options.success_topic, "ErrorTopic": options.error_topic}
     if notify := {name: topic for name, topic in topics.items() if topic}:
         output["NotificationConfig"] = notify
     return {"ClientConfig": {"MaxConcurrentInvocationsPerInstance": options.concurrent}, "OutputConfig": output}
+
+
+def answers_key(config: Mapping[str, Any]) -> str | None:
+    """Return the KMS key of the answers of an asynchronous endpoint in an endpoint configuration."""
+    key: str | None = config.get("AsyncInferenceConfig", {}).get("OutputConfig", {}).get("KmsKeyId")
+    return key
 
 
 def build_endpoint(endpoint: str, config: str, tags: Mapping[str, str]) -> dict[str, Any]:

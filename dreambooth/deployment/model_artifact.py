@@ -5,7 +5,6 @@ unpacked on the instance, every file is verified when it is uploaded, and the ou
 copy of a run in S3 is deployed where it is.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,9 +151,8 @@ def _find_in_s3(options: Deploy, run: str) -> DeployedModel:
     if not names & {manifest.NAME, f"model/{manifest.NAME}"}:
         raise UserError(f"{uri} has no {manifest.NAME}, so it may be half uploaded: type python -m dreambooth.storage "
                         f"upload FOLDER {shell_word(uri)}")
-    files = folders.read_files(uri, lambda name: name == "run.json") if "run.json" in names else {}
     try:
-        settings = json.loads(files["run.json"])["settings"] if files else {}
+        settings = folders.read_json(f"{uri}/run.json")["settings"] if "run.json" in names else {}
     except (ValueError, KeyError, TypeError):
         settings = {}
     base_of_run = str(settings.get("model.source") or "")

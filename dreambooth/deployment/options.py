@@ -138,6 +138,14 @@ class Deploy(Section):
         return self.kind == Kind.asynchronous
 
     @property
+    def sides(self) -> tuple[int, int] | None:
+        """Width and height of the option `size` in pixels; None without it."""
+        if self.size is None:
+            return None
+        width, height = map(int, self.size.split("x"))
+        return width, height
+
+    @property
     def scaling(self) -> tuple[int, int] | None:
         """The least and the greatest number of instances of autoscaling; None without autoscaling.
 

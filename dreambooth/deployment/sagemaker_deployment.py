@@ -265,8 +265,7 @@ def find_credentials(options: Deploy) -> list[str]:
     tags = [{"Key": key, "Value": value} for key, value in options.tags.items()]
     request = {"Environment": options.environment | ({secrets.SECRET_VARIABLE: options.secret} if options.secret else
                                                      {}), "HyperParameters": {}, "Tags": tags}
-    return [sentence.replace("hydra.launcher.mlflow_secret", "secret")
-            for sentence in secrets.find_credentials(request)]
+    return list(secrets.find_credentials(request, option="secret"))
 
 
 def open_deployment(options: Deploy) -> Deployment:

@@ -47,7 +47,7 @@ def predict_with_planner(model: DeployedModel, options: Deploy) -> Predict:
     source = model.source
     if source is None or find_spec("torch") is None:
         return lambda hardware: None
-    width, height = map(int, options.size.split("x")) if options.size else (0, 0)
+    size = None if options.sides is None else options.sides[::-1]  # height and width
     server = read_server_options(options.environment)
     adapter_bytes = model.adapter_bytes + sum(model.other_adapters[:server.max_adapters])
 
@@ -57,7 +57,7 @@ def predict_with_planner(model: DeployedModel, options: Deploy) -> Predict:
         import_libraries()  # without their warnings
         from dreambooth.planner.serving_plan import model_of_source, plan_serving
 
-        served = model_of_source(source, server.max_batch, (height, width) if options.size else None)
+        served = model_of_source(source, server.max_batch, size)
         served = replace(served, adapter_bytes=served.adapter_bytes + adapter_bytes)
         try:
             plan = plan_serving(served, hardware, read_memory(server.memory_options))

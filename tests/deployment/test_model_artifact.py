@@ -121,11 +121,11 @@ def test_the_local_base_of_an_adapter_in_s3_is_uploaded(
         (tmp_path / folder / "model_index.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    run = json.dumps({"settings": {"model.source": "org/other" if is_typed else base}}).encode()
-    sizes = {"run.json": len(run), f"model/{ADAPTER}": 10, f"model/{manifest.NAME}": 2}
+    run = {"settings": {"model.source": "org/other" if is_typed else base}}
+    sizes = {"run.json": 10, f"model/{ADAPTER}": 10, f"model/{manifest.NAME}": 2}
     monkeypatch.setattr(folders, "inspect", lambda uri: folders.RemoteContent("0", True, True))
     monkeypatch.setattr(folders, "list_sizes", lambda uri: sizes)
-    monkeypatch.setattr(folders, "read_files", lambda uri, wanted: {"run.json": run})
+    monkeypatch.setattr(folders, "read_json", {"s3://bucket/b/run.json": run}.__getitem__)
     typed = options(run="s3://bucket/b", base=base if is_typed else None)
     if found == "missing":
         with pytest.raises(UserError, match=rf"(model|on) {base}(, which)? is not on this machine: type base="):
