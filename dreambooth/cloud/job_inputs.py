@@ -12,6 +12,7 @@ from dreambooth.config.schema import Config
 from dreambooth.config.storage import S3_SCHEME, is_remote, is_single_file
 from dreambooth.storage import folders, run_inputs
 from dreambooth.storage.folders import RemoteContent
+from dreambooth.utils.assets import ASSET_SCHEME
 from dreambooth.utils.console import Console
 from dreambooth.utils.quoting import shell_word
 
@@ -115,7 +116,7 @@ def without_s3_paths(run: Config) -> Config:
 
 def is_portable(path: str) -> bool:
     """Return whether a path has the same meaning on every machine: an S3 address, or a file of the package."""
-    return path.startswith((S3_SCHEME, "package:"))
+    return path.startswith((S3_SCHEME, ASSET_SCHEME))
 
 
 def _is_local_path(key: str, path: str) -> bool:
@@ -130,7 +131,7 @@ def _channel_folders(run: Config) -> Mapping[str, str]:
     An input that is a single file in S3 has no channel: the job gets the S3 address of the file.
     """
     return {key: path for key, path, _ in _input_paths(run)
-            if key in CHANNELS and not path.startswith("package:") and (
+            if key in CHANNELS and not path.startswith(ASSET_SCHEME) and (
                 Path(path).is_dir() or (is_remote(path) and not is_single_file(path)))}
 
 

@@ -23,6 +23,7 @@ from dreambooth.config.enums import (
 from dreambooth.config.method import Method
 from dreambooth.config.schema import Config
 from dreambooth.utils import quoting
+from dreambooth.utils.assets import ASSET_SCHEME
 from dreambooth.utils.hardware import Machine
 
 
@@ -112,8 +113,8 @@ def _subject_problems(config: Config, prefix: str, subject: Subject | Dataset) -
         yield f"the photos are missing: type {prefix}.instance_dir=DIR"
     if not (subject.instance_prompt or "").strip():
         yield f'the instance prompt is missing: type {prefix}.instance_prompt="a photo of a zwx dog"'
-    drawings = (subject.instance_dir or "").startswith("package:")
-    if drawings and not config.model.source.startswith("package:") and not data.allow_drawings:
+    drawings = (subject.instance_dir or "").startswith(ASSET_SCHEME)
+    if drawings and not config.model.source.startswith(ASSET_SCHEME) and not data.allow_drawings:
         yield (f"model={config.model.name} generates photos and dataset={data.name} is a few drawings: type "
                "dataset=folder dataset.instance_dir=DIR for your photos, or dataset.allow_drawings=true if intended")
     if prior.with_prior_preservation:

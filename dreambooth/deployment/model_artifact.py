@@ -20,12 +20,11 @@ from dreambooth.serialization.export_layout import ADAPTER, INDEX, OLD_ADAPTER
 from dreambooth.storage import folders, manifest
 from dreambooth.storage.manifest import Entries
 from dreambooth.tracking.registered_models import is_registered, local_path
-from dreambooth.utils.assets import resolve_asset
+from dreambooth.utils.assets import ASSET_SCHEME, resolve_asset
 from dreambooth.utils.console import Console
 from dreambooth.utils.quoting import shell_word
 
 RUN_FILES = ("run.json", "result.json")  # uploaded with the folder model/ of a run; the server reads run.json
-ASSET_SCHEME = "package:"
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,16 @@ MLflow imports this module by its name in the file MLmodel, from the code that t
 (tracking/mlflow_model.py). `mlflow models serve` and `mlflow.pyfunc.load_model` call the two functions below.
 """
 
-import base64
-import io
-import json
 import os
 from collections.abc import Mapping
 from threading import Lock
 from typing import Any
 
-from PIL import Image
-
 from dreambooth.config.generate import Generate
 from dreambooth.errors import UserError
 from dreambooth.inference.model_sources import fetch_base, find_source
-from dreambooth.inference.picture_request import Limits, parse
+from dreambooth.inference.picture_answer import prediction
+from dreambooth.inference.picture_request import Limits, parse, whole_number
 from dreambooth.inference.renderer import Renderer
 from dreambooth.storage import run_inputs
 from dreambooth.tracking.mlflow_client import bad_request
@@ -82,15 +78,7 @@ class PictureModel:
                         for png in self.renderer.draw(row[first:first + BATCH_SIZE])]
         except UserError as error:
             raise bad_request(str(error)) from error
-        return DataFrame([{"image": base64.b64encode(png).decode("ascii"), "metadata": read_metadata(png)}
-                          for png in pngs], columns=["image", "metadata"])
-
-
-def read_metadata(png: bytes) -> dict[str, Any]:
-    """Return the settings that a PNG file of the renderer contains."""
-    with Image.open(io.BytesIO(png)) as picture:
-        found: dict[str, Any] = json.loads(picture.info["dreambooth"])
-    return found
+        return DataFrame([prediction(png) for png in pngs], columns=["image", "metadata"])
 
 
 def _rows(model_input: Any) -> list[dict[str, Any]]:
@@ -99,14 +87,5 @@ def _rows(model_input: Any) -> list[dict[str, Any]]:
 
     frame = model_input if isinstance(model_input, pandas.DataFrame) else pandas.DataFrame(
         [model_input] if isinstance(model_input, Mapping) else model_input, dtype=object)
-    return [{str(key): _python_value(value) for key, value in row.items() if not pandas.isna(value)}
-            for row in frame.to_dict(orient="records")]
-
-
-def _python_value(value: Any) -> Any:
-    """Return a number of NumPy as a Python number, and a whole float as an int, which a column with gaps contains.
-
-    A whole number that a float cannot hold exactly stays a float, which is no valid seed.
-    """
-    value = value.item() if hasattr(value, "item") else value
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+    return [{str(key): whole_number(value.item() if hasattr(value, "item") else value)  # a number of NumPy has `item`
+             for key, value in row.items() if not pandas.isna(value)} for row in frame.to_dict(orient="records")]

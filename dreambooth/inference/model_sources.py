@@ -8,6 +8,7 @@ from dreambooth.config.generate import Generate
 from dreambooth.config.storage import is_remote
 from dreambooth.errors import UserError
 from dreambooth.models import hub
+from dreambooth.serialization import export_layout
 from dreambooth.serialization.export_layout import check_intact, find_adapter, read_run_name, read_settings
 from dreambooth.storage import run_inputs
 from dreambooth.utils import quoting
@@ -54,12 +55,8 @@ class Source:
         return self.adapter is not None and self.settings.get("model.zero_terminal_snr") == "True"
 
     def setting(self, key: str) -> str | None:
-        """Return the run's setting `key`, such as model.vae, from run.json.
-
-        Return None if the setting is missing, or if it is the string 'null', which stands for None.
-        """
-        text = self.settings.get(key)
-        return None if text in (None, "null") else str(text)
+        """Return the run's setting `key`, see `export_layout.setting`."""
+        return export_layout.setting(self.settings, key)
 
     def _of_base(self, key: str) -> str | None:
         return None if self.adapter is None or self.base_typed else self.setting(key)

@@ -11,6 +11,7 @@ from dreambooth.config.generate import parse_size
 from dreambooth.errors import UserError
 
 MAX_SEED = 2**63 - 1
+MAX_PROMPT_CHARACTERS = 10_000  # of the prompt and of the negative prompt
 MAX_GUIDANCE_SCALE = 100.0
 MAX_ADAPTER_SCALE = 10.0  # the smallest scale is the negative of it
 
@@ -41,10 +42,8 @@ class Limits:
     max_side: int = 2048  # pixels
     max_steps: int = 1000
     max_images: int = 16
-    max_prompt_characters: int = 10_000  # of the prompt and of the negative prompt
 
 
-UNLIMITED = Limits(max_side=2**16, max_images=10**6, max_prompt_characters=10**9)  # for callers who pay themselves
 OWN_FIELDS = tuple(field.name for field in fields(PictureRequest))
 FIELDS = (*OWN_FIELDS, "size", "num_images")
 
@@ -69,12 +68,12 @@ def parse(data: Mapping[str, Any], limits: Limits) -> list[PictureRequest]:
     count = _integer(values, "num_images", 1, 1, limits.max_images)
     last = MAX_SEED - (count - 1)
     shared = {
-        "prompt": _prompt(values, "prompt", limits), "negative_prompt": _prompt(values, "negative_prompt", limits),
+        "prompt": _prompt(values, "prompt"), "negative_prompt": _prompt(values, "negative_prompt"),
         "num_inference_steps": _integer(values, "num_inference_steps", 25, 1, limits.max_steps),
         "guidance_scale": _number(values, "guidance_scale", None, 0.0, MAX_GUIDANCE_SCALE),
         "width": _integer(values, "width", None, 1, limits.max_side),
         "height": _integer(values, "height", None, 1, limits.max_side),
-        "adapter": _text(values, "adapter", limits),
+        "adapter": _text(values, "adapter"),
         "adapter_scale": _number(values, "adapter_scale", 1.0, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)}
     if not shared["prompt"]:
         raise InvalidRequest("prompt is missing: it must be a text that says what to draw")
@@ -82,22 +81,31 @@ def parse(data: Mapping[str, Any], limits: Limits) -> list[PictureRequest]:
     return [PictureRequest(seed=seed + number, **shared) for number in range(count)]
 
 
+def whole_number(value: Any) -> Any:
+    """Return a whole float as an int, because a column of whole numbers that has gaps holds floats.
+
+    Any other value is returned unchanged. So is a whole number that a float cannot hold exactly, which is no valid
+    seed.
+    """
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
 def batch_key(request: PictureRequest) -> Hashable:
     """Return a key. Requests with equal keys may be drawn in one batch: they differ in prompt and seed only."""
     return tuple(getattr(request, name) for name in OWN_FIELDS if name not in ("prompt", "seed"))
 
 
-def _text(values: Mapping[str, Any], key: str, limits: Limits) -> str | None:
+def _text(values: Mapping[str, Any], key: str) -> str | None:
     text = values.get(key)
     if text is not None and not isinstance(text, str):
         raise InvalidRequest(f"{key} must be a text, not {_shown(text)}")
-    if text and len(text) > limits.max_prompt_characters:
-        raise InvalidRequest(f"{key} must have at most {limits.max_prompt_characters} characters, not {len(text)}")
+    if text and len(text) > MAX_PROMPT_CHARACTERS:
+        raise InvalidRequest(f"{key} must have at most {MAX_PROMPT_CHARACTERS} characters, not {len(text)}")
     return text
 
 
-def _prompt(values: Mapping[str, Any], key: str, limits: Limits) -> str | None:
-    text = _text(values, key, limits)
+def _prompt(values: Mapping[str, Any], key: str) -> str | None:
+    text = _text(values, key)
     try:
         (text or "").encode()
     except UnicodeEncodeError as error:  # half a pair of surrogates, which no tokenizer reads

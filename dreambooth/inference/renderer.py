@@ -34,7 +34,6 @@ class RendererInfo:
     resolution: int  # side in pixels of a picture without a size
     guidance_scale: float  # of a picture without one
     multiple: int  # both sides of a picture must be multiples of it, in pixels
-    adapters: tuple[str, ...]  # names of the adapters that requests may name
     own_adapter: str | None  # name of the adapter of the model itself
 
 
@@ -87,7 +86,7 @@ class Renderer:
         plain = self._resolved(PictureRequest("-"))
         self.info = RendererInfo(
             source.title, self._family.title, self._family.sampler_title, int(plain.width or 0),
-            float(plain.guidance_scale or 0.0), self._family.side_multiple(self._pipeline), tuple(self._paths),
+            float(plain.guidance_scale or 0.0), self._family.side_multiple(self._pipeline),
             self._own.loras[0].name if source.adapter and self._own.loras else None)
 
     @property

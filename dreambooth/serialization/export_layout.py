@@ -3,6 +3,7 @@
 With method=lora or dora and without method.merge, the folder contains an adapter alone.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,15 @@ def read_settings(run_dir: Path) -> dict[str, Any]:
         return {}
     return {key: find_converted(value, run_dir) if key in ("model.source", "model.vae") else value
             for key, value in settings.items()}
+
+
+def setting(settings: Mapping[str, Any], key: str) -> str | None:
+    """Return the setting `key` of a run, such as model.vae, from the settings in its run.json.
+
+    Return None if the setting is missing, or if it is the string 'null', which stands for None.
+    """
+    text = settings.get(key)
+    return None if text in (None, "null") else str(text)
 
 
 def read_run_name(folder: Path) -> str:

@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from dreambooth.inference.picture_answer import prediction
 from dreambooth.inference.picture_request import InvalidRequest, PictureRequest, parse
 from dreambooth.serving import invocations, openai
 from dreambooth.serving.body import read_json
@@ -111,7 +112,7 @@ class Routes:
         files = await self._draw(request, pictures)
         if as_file:
             return Response(files[0], media_type="image/png")
-        return JSONResponse({"predictions": [invocations.prediction(file) for file in files]})
+        return JSONResponse({"predictions": [prediction(file) for file in files]})
 
     async def _generations(self, request: Request) -> Response:
         info, limits = self.service.info(), self.service.limits()

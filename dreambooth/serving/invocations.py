@@ -1,12 +1,10 @@
 """The body of POST /invocations: the formats of MLflow and SageMaker, as plain requests."""
 
-import base64
-import json
 import math
-import struct
 from collections.abc import Mapping
 from typing import Any
 
+from dreambooth.inference.picture_request import whole_number
 from dreambooth.serving.refusals import Refused
 
 FORMATS = ("inputs", "instances", "dataframe_split", "dataframe_records")
@@ -35,28 +33,6 @@ def read_rows(data: Any) -> list[dict[str, Any]]:
     if not rows:
         raise Refused(422, f"{name} must have one row or more")
     return [_drop_missing(params) | _drop_missing(row) for row in rows]
-
-
-def encode_picture(png: bytes) -> str:
-    """Return a PNG file as base64 text."""
-    return base64.b64encode(png).decode("ascii")
-
-
-def prediction(png: bytes) -> dict[str, Any]:
-    """Return the answer for one picture, as the MLflow model gives it: the file, and the settings that it contains."""
-    return {"image": encode_picture(png), "metadata": _read_settings(png)}
-
-
-def _read_settings(png: bytes) -> Any:
-    """Return the JSON value of the text `dreambooth` in a PNG file; {} if there is none."""
-    place = 8  # after the signature
-    while place + 8 <= len(png):
-        length, kind = struct.unpack(">I4s", png[place:place + 8])
-        keyword, _, text = png[place + 8:place + 8 + length].partition(b"\0")
-        if kind == b"tEXt" and keyword == b"dreambooth":
-            return json.loads(text)
-        place += 12 + length  # with the length, the kind and the checksum
-    return {}
 
 
 def _rows(value: Any, name: str) -> list[Mapping[str, Any]]:
@@ -92,6 +68,5 @@ def _drop_missing(row: Mapping[str, Any]) -> dict[str, Any]:
 
     A column of whole numbers that has empty cells holds floats. They become whole numbers again.
     """
-    return {key: int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
-            for key, value in row.items()
+    return {key: whole_number(value) for key, value in row.items()
             if value is not None and not (isinstance(value, float) and math.isnan(value))}

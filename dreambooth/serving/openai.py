@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dreambooth.inference.picture_answer import encode_picture
 from dreambooth.inference.picture_request import PictureRequest
-from dreambooth.serving.invocations import encode_picture
 from dreambooth.serving.refusals import Refused
 
 NAMES = {"prompt": "prompt", "n": "num_images", "size": "size"}  # OpenAI's keys, and ours

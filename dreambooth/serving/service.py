@@ -21,11 +21,10 @@ StepListener = Callable[[int, int, int], None]  # position of the picture, steps
 
 @dataclass(frozen=True)
 class SizeLimits:
-    """The largest picture, in pixels, and the number that both sides must be multiples of."""
+    """The largest picture, in pixels."""
 
     max_side: int
     max_pixels: int
-    multiple: int
 
 
 class Service:
@@ -75,10 +74,8 @@ class Service:
 
     def size_limits(self) -> SizeLimits:
         """Return the limits for the size of a picture. Without options they follow from the model's resolution."""
-        info = self.info()
-        resolution = int(info["resolution"])
-        return SizeLimits(self.options.max_side or 2 * resolution, self.options.max_pixels or 2 * resolution ** 2,
-                          int(info["multiple"]))
+        resolution = int(self.info()["resolution"])
+        return SizeLimits(self.options.max_side or 2 * resolution, self.options.max_pixels or 2 * resolution ** 2)
 
     def submit(self, requests: Sequence[PictureRequest], on_step: StepListener | None = None) -> list[Job]:
         """Put requests into the queue and return their jobs. The caller passes the jobs to `abandon` at the end.
@@ -127,10 +124,10 @@ class Service:
         if request.adapter is not None and not self.adapters.has(request.adapter):
             raise Refused(422, f"adapter must be {self._choices()}, not {request.adapter!r}")
         if request.width or request.height:  # without a size it is that of the model or adapter
-            side = int(info["resolution"])
+            side, multiple = int(info["resolution"]), int(info["multiple"])
             width, height = request.width or side, request.height or side
-            if width % sizes.multiple or height % sizes.multiple:
-                raise Refused(422, f"size must have sides that are multiples of {sizes.multiple}, not {width}x{height}")
+            if width % multiple or height % multiple:
+                raise Refused(422, f"size must have sides that are multiples of {multiple}, not {width}x{height}")
             if width * height > sizes.max_pixels:
                 raise Refused(422, f"size must have at most {sizes.max_pixels} pixels in all, not {width}x{height}")
 

@@ -25,7 +25,7 @@ import dreambooth
 from dreambooth.errors import UserError
 from dreambooth.serialization import export_layout
 from dreambooth.utils import atomic_files
-from dreambooth.utils.assets import resolve_asset
+from dreambooth.utils.assets import ASSET_SCHEME, resolve_asset
 
 LOADER_MODULE = "dreambooth.inference.mlflow_model"
 MODEL_FILE = "MLmodel"
@@ -40,7 +40,6 @@ SETTINGS = ("name", "model.source", "model.revision", "model.variant", "model.va
 COLUMNS = {"prompt": "string", "negative_prompt": "string", "seed": "integer", "num_inference_steps": "integer",
            "guidance_scale": "number", "size": "string", "width": "integer", "height": "integer",
            "num_images": "integer", "adapter_scale": "number"}
-PACKAGED = "package:"  # beginning of the address of a file of this package
 
 
 @contextmanager
@@ -64,7 +63,7 @@ def linked_model(run_dir: Path, model: Path, include_base: bool = False) -> Iter
             for key, place in (("model.source", "base"), ("model.vae", "base_vae")):
                 if source := _base_folder(settings, key, include_base):
                     # Not source.name: the folder of a hub model is named by its revision, and pictures name the model.
-                    _link(source, folder / place / Path(str(settings[key])).name.removeprefix(PACKAGED))
+                    _link(source, folder / place / Path(str(settings[key])).name.removeprefix(ASSET_SCHEME))
         kept = {key: settings[key] for key in SETTINGS if key in settings}
         subjects = json.loads(kept.get("dataset.concepts") or "[]")
         kept["dataset.concepts"] = json.dumps([{"instance_prompt": one["instance_prompt"]} for one in subjects])
@@ -83,20 +82,20 @@ def find_reference(run_dir: Path, include_base: bool) -> str | None:
     settings = export_layout.read_settings(run_dir)
     source = str(settings.get("model.source", ""))
     adapter_only = export_layout.adapter_only(str(settings.get("method.kind")), settings.get("method.merge") == "True")
-    local = source and not source.startswith(PACKAGED) and hub.is_local(source)
+    local = source and not source.startswith(ASSET_SCHEME) and hub.is_local(source)
     return source if adapter_only and local and not include_base else None
 
 
 def _base_folder(settings: Mapping[str, Any], key: str, include_base: bool) -> Path | None:
     """Return the folder of a base model that travels with its adapter, or None if it does not."""
-    source = settings.get(key)
-    if source in (None, "null", "") or not (include_base or str(source).startswith(PACKAGED)):
+    source = export_layout.setting(settings, key)
+    if not source or not (include_base or source.startswith(ASSET_SCHEME)):
         return None
     from dreambooth.models import hub
 
-    path = Path(resolve_asset(str(source)))
+    path = Path(resolve_asset(source))
     try:
-        if not hub.is_local(str(source)) and not path.is_dir():
+        if not hub.is_local(source) and not path.is_dir():
             path = _find_hub_files(settings, key)
     except (OSError, ValueError) as error:
         raise UserError(f"the base model {source} is not on this machine ({hub.first_line(error)}): type "
@@ -113,8 +112,7 @@ def _find_hub_files(settings: Mapping[str, Any], key: str) -> Path:
     source = str(settings[key])
     if key == "model.vae":  # no pipeline; and the run's revision and variant are those of the base model
         return hub.download(source, ["*.json", "*.safetensors*"], local_files_only=True)
-    revision, variant = (None if settings.get(option) in (None, "null") else str(settings[option])
-                         for option in ("model.revision", "model.variant"))
+    revision, variant = (export_layout.setting(settings, key) for key in ("model.revision", "model.variant"))
     return hub.download_pipeline(source, revision, variant, local_files_only=True)
 
 
@@ -164,8 +162,8 @@ def _diffusers_flavour(settings: Mapping[str, Any], adapter: Path) -> dict[str, 
 
     flavour = {"base_model": resolve_asset(str(settings.get("model.source", ""))), "adapter_type": "lora",
                "adapter_weights": ".", "weight_name": adapter.name, "diffusers_version": diffusers.__version__}
-    revision = settings.get("model.revision")
-    return flavour if revision in (None, "null") else flavour | {"base_model_revision": revision}
+    revision = export_layout.setting(settings, "model.revision")
+    return flavour if revision is None else flavour | {"base_model_revision": revision}
 
 
 def write_code(path: Path) -> None:

@@ -3,6 +3,8 @@
 from contextlib import suppress
 from pathlib import Path
 
+ASSET_SCHEME = "package:"  # beginning of the address of a file of this package
+
 
 def conf_dir() -> Path:
     """Return the folder conf/, which lies inside an installed package, and beside the package in a checkout."""
@@ -16,8 +18,9 @@ def resolve_asset(source: str) -> str:
     `package:NAME` stands for a folder or file in dreambooth/assets/, and `~` at the start for the home folder. Any
     other string is returned unchanged.
     """
-    scheme, _, name = source.partition(":")
-    return str(Path(__file__).parents[1] / "assets" / name) if scheme == "package" else expand_home(source)
+    if not source.startswith(ASSET_SCHEME):
+        return expand_home(source)
+    return str(Path(__file__).parents[1] / "assets" / source.removeprefix(ASSET_SCHEME))
 
 
 def expand_home(path: str) -> str:

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from dreambooth.tracking.registered_models import local_path
 from dreambooth.utils.assets import resolve_asset
 from dreambooth.utils.signals import StopRequest
 from tests.support.runs import trial
+from tests.support.services import free_port
 from tests.tracking.test_registered_models import TINY, add_adapter
 
 INTERPRETER = getattr(sys, "_base_executable", sys.executable)  # with -S it sees no site-packages
@@ -76,8 +76,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @contextmanager
 def served(address: str, variables: dict[str, str], log: Path) -> Iterator[str]:
     """Run `mlflow models serve`; yield the address of the server."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     words = ["-m", "mlflow", "models", "serve", "-m", address, "--env-manager", "local", "--port", str(port)]
     with log.open("w") as file:
         process = subprocess.Popen([INTERPRETER, "-S", *words], env=variables, stdout=file, stderr=file, cwd=log.parent,

@@ -19,7 +19,7 @@ from dreambooth.serving.service import Service
 from dreambooth.serving.worker_process import Handler
 
 INFO = {"model": "toy", "family": "Toy", "sampler": "none", "resolution": 64, "guidance_scale": 7.5, "multiple": 8,
-        "adapters": [], "own_adapter": None}
+        "own_adapter": None}
 JSON = {"Content-Type": "application/json"}
 
 
