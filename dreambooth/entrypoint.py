@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dreambooth import cli
 from dreambooth.config.compose import composed, conf_dir, load
-from dreambooth.config.enums import Device, TrackingKind
+from dreambooth.config.enums import Device
 from dreambooth.config.overrides import parse, setting_keys
 from dreambooth.config.schema import Config, Storage
 from dreambooth.config.storage import is_remote
@@ -162,7 +162,7 @@ def _list_outputs(cfg: DictConfig, run_dir: Path) -> dict[str, Path]:
     for key in ("hydra.job_logging", "hydra.hydra_logging"):
         if (settings := OmegaConf.select(cfg, key)) is not None:
             outputs |= _find_log_files(key, OmegaConf.to_container(settings, resolve=True))
-    if cfg.tracking.kind == TrackingKind.mlflow and cfg.tracking.uri and (store := local_path(cfg.tracking.uri)):
+    if cfg.tracking.kind.uses_mlflow and cfg.tracking.uri and (store := local_path(cfg.tracking.uri)):
         outputs["tracking.uri"] = store
     return outputs
 

@@ -25,7 +25,6 @@ from dreambooth.cloud.training_job_request import (
     is_local_uri,
     job_name,
 )
-from dreambooth.config.enums import TrackingKind
 from dreambooth.config.launcher import LauncherJob
 from dreambooth.config.recipe import resolve
 from dreambooth.config.schema import Config
@@ -160,7 +159,7 @@ def _check_job(job: LauncherJob, mode: str, defaults: Mapping[str, Any]) -> tupl
             problems.append(f"there is no folder {folder}: type dataset.{key}=DIR")
     problems += job_inputs.find_local_paths(run)
     address = run.tracking.uri or launcher["mlflow_uri"]
-    tracked = run.tracking.kind is TrackingKind.mlflow
+    tracked = run.tracking.kind.uses_mlflow
     if mode == "aws" and address and tracked and is_local_uri(address):
         key = "tracking.uri" if run.tracking.uri else "hydra.launcher.mlflow_uri"
         problems.append(f"jobs on AWS cannot reach MLflow at {address}: type {key}=https://SERVER, or {key}=null to "

@@ -16,7 +16,7 @@ from dreambooth.storage.s3_bucket import call_with_retries
 SECRET_VARIABLE = "DREAMBOOTH_SECRET"
 LOGIN_VARIABLES = {  # field of the secret -> environment variable; hf_token is a token of the Hugging Face hub
     "username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD", "token": "MLFLOW_TRACKING_TOKEN",
-    "hf_token": "HF_TOKEN"}
+    "hf_token": "HF_TOKEN", "wandb_api_key": "WANDB_API_KEY"}
 CREDENTIAL_KEY = re.compile(r"(?i)password|passwd|secret|token(?!i[sz])|(api|access|private|auth)_?key|credential")
 CREDENTIAL_VALUE = re.compile(  # a login in a URL or in its query string, and tokens with a known prefix
     r"://[^/\s:@]*:[^/\s]+@|https?://[^/\s]+@|(?i:password|passwd|secret|token|api_?key|signature)=."

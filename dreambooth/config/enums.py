@@ -70,7 +70,15 @@ class PlanFormat(Enum):
 
 class TrackingKind(Enum):
     mlflow = "mlflow"
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    all = "all"
     none = "none"
+
+    @property
+    def uses_mlflow(self) -> bool:
+        """Whether metrics and images are sent to MLflow."""
+        return self in (TrackingKind.mlflow, TrackingKind.all)
 
 
 class EmaDevice(Enum):

@@ -39,9 +39,17 @@ def problems(config: Config, device: str, machine: Machine | None) -> Iterator[s
     yield from _training_problems(config)
     yield from evaluate.problems(config.evaluate, config.dataset.subjects[0].class_prompt or "", config.model.source)
     yield from _memory_problems(config)
-    if config.evaluate.promote and config.tracking.kind is TrackingKind.none:
+    if config.evaluate.promote and not config.tracking.kind.uses_mlflow:
         yield "evaluate.promote=true registers in MLflow: type tracking=mlflow"
+    yield from _tracking_problems(config.tracking.kind, machine)
     yield from _adapter_problems(config, device, machine)
+
+
+def _tracking_problems(kind: TrackingKind, machine: Machine | None) -> Iterator[str]:
+    for package in ("tensorboard", "wandb"):
+        if machine is not None and kind.value in (package, "all") and find_spec(package) is None:
+            yield (f"tracking={kind.value} needs a package: type pip install 'dreambooth[{package}]', or "
+                   "tracking=mlflow")
 
 
 def name_problems(config: Config, run_dir: Path) -> Iterator[str]:

@@ -17,7 +17,7 @@ SERVICE_ACCOUNT = "dreambooth"  # service account of workflow pods
 CONFIG_MAP, SECRET = "dreambooth", "dreambooth-secrets"  # names; both objects are optional
 CONFIG_MAP_KEYS = ("MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION")
 SECRET_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
-               "AWS_SESSION_TOKEN", "HF_TOKEN")
+               "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY")
 USER_ID = 1000  # user of the container image
 # Exit codes of failures that would occur again in a retry.
 FATAL_EXIT_CODES = [error.exit_code for error in (UserError, DoesNotFit, OutOfMemory, Diverged)]

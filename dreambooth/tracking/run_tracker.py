@@ -52,7 +52,8 @@ def _open(recipe: Recipe, update_status: bool) -> Tracker:
     tracker = open_tracker(
         tracking.kind.value, recipe.run_dir, run_root=recipe.run_root,
         run_name=tracking.run_name or recipe.run_dir.name, uri=tracking.uri, experiment=tracking.experiment,
-        required=tracking.required, update_status=update_status)
+        required=tracking.required, update_status=update_status,
+        sweep=tracking.sweep)
     if tracking.sweep:
         tracker.set_tags({"sweep": tracking.sweep, "kind": "trial"})
     tracker.set_tags({"mlflow.note.content": describe_run(recipe)})

@@ -1,23 +1,26 @@
-"""Trackers: record the metrics, images and settings of a run in the run folder and in MLflow.
+"""Trackers: record the metrics, images and settings of a run in the run folder, and in MLflow, TensorBoard and W&B.
 
 Every entry is written to the journal first (`metrics.jsonl`, see journal.py). A background thread sends the journal to
 MLflow and records in `mlflow.json` the offset up to which entries were sent. A dead or slow server therefore neither
 stops nor slows the run. When the server is reachable again, the missing entries are sent to the same MLflow run, by
 this process or by the next process that opens the run folder. An entry is sent twice if the process is killed after the
 server's response and before the update of mlflow.json. Sending it twice changes nothing in MLflow, because steps and
-times come from the journal.
+times come from the journal. TensorBoard and W&B read the same journal, see journal_follower.py.
 """
 
 import atexit
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from dreambooth.errors import UserError
+from dreambooth.tracking import wandb_backend
 from dreambooth.tracking.journal import Journal
+from dreambooth.tracking.journal_follower import Backend, JournalFollower
 from dreambooth.tracking.mlflow_client import DeletedExperimentError, is_refusal, remedy
 from dreambooth.tracking.mlflow_database import database_uri
 from dreambooth.tracking.mlflow_shipper import Shipper, Warn, log_warning
+from dreambooth.tracking.tensorboard_backend import TensorBoardBackend
 
 SHIP_FROM_FIRST_STEP = True  # True: start the sending thread after the first training step; False: at once
 WITHOUT_MLFLOW = "continue without it: type tracking.required=false"  # what a training run can do
@@ -41,24 +44,33 @@ class Tracker(Protocol):
 def open_tracker(kind: str, run_dir: Path, *, run_root: Path, run_name: str, uri: str | None = None,
                  experiment: str = "dreambooth", required: bool = False, warn: Warn = log_warning,
                  update_status: bool = True, alternative: str = WITHOUT_MLFLOW,
-                 experiment_key: str = "tracking.experiment") -> Tracker:
-    """Open a tracker: an MlflowTracker if `kind` is "mlflow", a JournalTracker if `kind` is "none".
+                 experiment_key: str = "tracking.experiment", sweep: str | None = None) -> Tracker:
+    """Open a tracker: an MlflowTracker if `kind` is "mlflow" or "all", and otherwise a JournalTracker.
 
     Args:
+        kind: mlflow, tensorboard, wandb, all (these three) or none.
         uri: address of the MLflow server; None: the sqlite database `mlflow.db` in `run_root`.
         update_status: see JournalTracker.
         alternative: what the user can do instead of repairing the server. The message of the UserError ends with it.
         experiment_key: the configuration key that names the experiment, for messages.
+        sweep: name of the sweep to which the run belongs; None: none.
 
     Raises:
-        UserError: `required` is True and the server does not answer.
+        UserError: `required` is True and the server does not answer, or W&B has no API key.
     """
-    if kind == "none":
-        return JournalTracker(run_dir, update_status)
+    backends: list[Backend] = []
+    if kind in ("tensorboard", "all"):
+        backends.append(TensorBoardBackend(run_dir))
+    if kind in ("wandb", "all"):
+        wandb_backend.check_login()
+        backends.append(wandb_backend.WandbBackend(run_dir, experiment, run_name, sweep))
+    if kind not in ("mlflow", "all"):
+        return JournalTracker(run_dir, update_status, backends)
     root = run_root.resolve()
     return MlflowTracker(run_dir, uri=uri or database_uri(root / "mlflow.db"), experiment=experiment, run_name=run_name,
                          required=required, artifact_root=None if uri else root / "mlartifacts", warn=warn,
-                         update_status=update_status, alternative=alternative, experiment_key=experiment_key)
+                         update_status=update_status, alternative=alternative, experiment_key=experiment_key,
+                         backends=backends)
 
 
 class NoOpTracker:
@@ -93,7 +105,7 @@ class NoOpTracker:
 
 
 class JournalTracker(Journal):
-    """A tracker that writes only the journal, `metrics.jsonl`.
+    """A tracker that writes the journal, `metrics.jsonl`. Threads pass the journal to `backends`.
 
     If an MlflowTracker opens the same run folder later, the MlflowTracker sends the journal to MLflow.
 
@@ -102,12 +114,22 @@ class JournalTracker(Journal):
             that do not train (evaluate, promote).
     """
 
-    def __init__(self, run_dir: Path, update_status: bool = True) -> None:
+    def __init__(self, run_dir: Path, update_status: bool = True, backends: Sequence[Backend] = ()) -> None:
         super().__init__(run_dir / "metrics.jsonl")
         self._update_status = update_status
+        self._followers = [JournalFollower(self.path, backend) for backend in backends]
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> bool:
+        if step > 0:  # the packages of the backends take a second to import: after the first step, as with MLflow
+            for follower in self._followers:
+                follower.start()
+        return super().log_metrics(step, values)
 
     def close(self, status: str | None = None) -> None:
         super().close(status if self._update_status or not self.ended else None)
+        for follower in self._followers:
+            follower.finish()
+        self._followers = []
 
     def url(self) -> str | None:
         return None
@@ -123,8 +145,9 @@ class MlflowTracker(JournalTracker):
 
     def __init__(self, run_dir: Path, *, uri: str, experiment: str, run_name: str, required: bool = False,
                  artifact_root: Path | None = None, warn: Warn = log_warning, update_status: bool = True,
-                 alternative: str = WITHOUT_MLFLOW, experiment_key: str = "tracking.experiment") -> None:
-        super().__init__(run_dir, update_status)
+                 alternative: str = WITHOUT_MLFLOW, experiment_key: str = "tracking.experiment",
+                 backends: Sequence[Backend] = ()) -> None:
+        super().__init__(run_dir, update_status, backends)
         self._required, self._warn, self._closed = required, warn, False
         self._uri, self._alternative = uri, alternative
         # If the server is required, the UserError tells of an outage; a warning would say that the run continues.

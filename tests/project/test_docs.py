@@ -40,7 +40,7 @@ TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT, DEPLOY, SERVE = (
 # What doors that compose no run read.
 ASKED = {"generate": generate.Generate, "evaluate": evaluate.EvaluateOptions, "promote": promote.Promote,
          "compare": compare.Compare, "convert": convert.Convert, "deploy": deploy.Deploy, "serve": serve.Serve}
-OTHER = {". .venv/bin/activate", "nvidia-smi", "umask 002",
+OTHER = {". .venv/bin/activate", "nvidia-smi", "umask 002", "tensorboard --logdir runs",
          "mkdir runs && chgrp artists runs && chmod 2775 runs",
          "export MLFLOW_TRACKING_URI=ADDRESS",
          "mlflow models serve -m models:/demo-tiny-full@champion --env-manager local --port 5000",
