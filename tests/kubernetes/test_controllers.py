@@ -317,7 +317,7 @@ def test_every_controller_passes_the_same_settings_and_credentials(name: str) ->
     expected = {("dreambooth", key) for key in ("MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION")} | {
         ("dreambooth-secrets", key) for key in (
             "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
-            "AWS_SESSION_TOKEN", "HF_TOKEN")}
+            "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY")}
     all_keys = {("dreambooth", "*"), ("dreambooth-secrets", "*")}
     assert environment_sources(documents(f"{name}.yaml")) in (expected, all_keys)
     # Pods of Kubeflow Pipelines have its service account: a pipeline cannot choose one.

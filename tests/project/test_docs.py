@@ -40,7 +40,7 @@ TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT, DEPLOY, SERVE = (
 # What doors that compose no run read.
 ASKED = {"generate": generate.Generate, "evaluate": evaluate.EvaluateOptions, "promote": promote.Promote,
          "compare": compare.Compare, "convert": convert.Convert, "deploy": deploy.Deploy, "serve": serve.Serve}
-OTHER = {". .venv/bin/activate", "nvidia-smi", "umask 002", "tensorboard --logdir runs",
+OTHER = {". .venv/bin/activate", "nvidia-smi", "umask 002", "tensorboard --logdir runs", "export WANDB_MODE=offline",
          "mkdir runs && chgrp artists runs && chmod 2775 runs",
          "export MLFLOW_TRACKING_URI=ADDRESS",
          "mlflow models serve -m models:/demo-tiny-full@champion --env-manager local --port 5000",
@@ -51,7 +51,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["p
 TORCHRUN = re.compile(r"torchrun --standalone --nproc-per-node=\d+ -m dreambooth\.train")
 FLAGS = {"--help": 1, "--cfg": 2, "--info": 2, "-m": 1}  # of Hydra, with the words that each takes
 CARD = Machine("a card", 24.0, 8.6)  # what `hardware=local` finds where a document says "with a CUDA card"
-NO_KEYS = {"PYTHON", "VENV", "PORT", "CUDA", "HF_HOME", "MLFLOW_TRACKING_URI"}  # of make, images, the hub, MLflow
+NO_KEYS = {"PYTHON", "VENV", "PORT", "CUDA", "HF_HOME", "MLFLOW_TRACKING_URI", "WANDB_MODE"}  # of make, images ...
 SHORT = ["train.max_train_steps=2", "prior.num_class_images=2", "sample.num_inference_steps=2",
          "prior.num_inference_steps=2", "hardware=cpu"]
 
