@@ -237,7 +237,7 @@ def test_a_job_loads_its_credentials_from_secrets_manager(monkeypatch: pytest.Mo
         assert [os.environ[key] for key in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN")] == [
             "me", "p", "t"]
         stub.add_response("get_secret_value", {"SecretString": "not json"}, {"SecretId": "mlflow"})
-        with pytest.raises(UserError, match="must be a JSON object with username, .*, wandb_api_key, any of"):
+        with pytest.raises(UserError, match=r"must be a JSON object with username, .*, wandb_api_key, any of"):
             secrets.load()
 
 
