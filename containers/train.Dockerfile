@@ -41,7 +41,7 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
 COPY pyproject.toml ./
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     python -c "import os, tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-extras = ['s3', 'tensorboard', 'wandb'] + ([] if os.environ['CUDA'] == 'cpu' else ['cuda']); \
+extras = ['s3', 'managed-mlflow', 'tensorboard', 'wandb'] + ([] if os.environ['CUDA'] == 'cpu' else ['cuda']); \
 more = [need for extra in extras for need in project['optional-dependencies'].get(extra, [])]; \
 print(*project['dependencies'], *more, sep='\n')" > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt

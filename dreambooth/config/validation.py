@@ -17,11 +17,10 @@ from dreambooth.config.enums import (
     LrSchedule,
     OptimizerKind,
     Rounding,
-    TrackingKind,
     Weights,
 )
 from dreambooth.config.method import Method
-from dreambooth.config.schema import Config
+from dreambooth.config.schema import Config, Tracking
 from dreambooth.utils import quoting
 from dreambooth.utils.assets import ASSET_SCHEME
 from dreambooth.utils.hardware import Machine
@@ -41,15 +40,21 @@ def problems(config: Config, device: str, machine: Machine | None) -> Iterator[s
     yield from _memory_problems(config)
     if config.evaluate.promote and not config.tracking.kind.uses_mlflow:
         yield "evaluate.promote=true registers in MLflow: type tracking=mlflow"
-    yield from _tracking_problems(config.tracking.kind, machine)
+    yield from _tracking_problems(config.tracking, machine)
     yield from _adapter_problems(config, device, machine)
 
 
-def _tracking_problems(kind: TrackingKind, machine: Machine | None) -> Iterator[str]:
-    for package in ("tensorboard", "wandb"):
-        if machine is not None and kind.value in (package, "all") and find_spec(package) is None:
-            yield (f"tracking={kind.value} needs a package: type pip install 'dreambooth[{package}]', or "
-                   "tracking=mlflow")
+def _tracking_problems(tracking: Tracking, machine: Machine | None) -> Iterator[str]:
+    if machine is None:
+        return
+    kind = tracking.kind
+    packages = [name for name in ("tensorboard", "wandb") if kind.value in (name, "all")]
+    if missing := [name for name in packages if find_spec(name) is None]:
+        yield (f"tracking={kind.value} needs {'packages' if missing[1:] else 'a package'}: type pip install "
+               f"'dreambooth[{','.join(missing)}]', or tracking=mlflow")
+    managed = kind.uses_mlflow and (tracking.uri or "").startswith("arn:")
+    if managed and find_spec("sagemaker_mlflow") is None:
+        yield "tracking.uri=ARN needs a package: type pip install 'dreambooth[managed-mlflow]'"
 
 
 def name_problems(config: Config, run_dir: Path) -> Iterator[str]:

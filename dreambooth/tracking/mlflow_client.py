@@ -15,15 +15,18 @@ DEFAULTS = {  # with MLflow's defaults, the client waits minutes for a dead serv
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 REFUSES_USER = "refuses this user"
+MANAGED_HINT = "allow this role the actions of sagemaker-mlflow on the ARN (docs/sagemaker.md lists them)"
 LOGIN_HINT = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of a user with EDIT permission there"
 
 
 def set_default_environment() -> None:
-    """Set the environment variables of DEFAULTS, except variables that the user has set, and the level of a logger."""
+    """Set the environment variables of DEFAULTS, except those that the user has set, and the level of two loggers."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     # MLflow logs the traceback of each error of a database before it raises the error, which the caller reports.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    # If sagemaker-mlflow is installed, it fails for each request to a server that has no ARN, which changes nothing.
+    logging.getLogger("mlflow.tracking.request_header.registry").setLevel(logging.ERROR)
 
 
 def check_answers(uri: str) -> None:
@@ -60,10 +63,10 @@ def remedy(uri: str, error: Exception | None) -> str:
     if error and (refusal := permissions.find_refusal(error)):
         return f"type {refusal.command()}"
     if error and is_refusal(error):
-        return LOGIN_HINT
+        return MANAGED_HINT if uri.startswith("arn:") else LOGIN_HINT
     if is_local(uri):
         return f"make {database_file(uri) or 'its folder'} readable and writable, or move it away to get a new one"
-    return "start the server (mlflow server --port ...)"
+    return MANAGED_HINT if uri.startswith("arn:") else "start the server (mlflow server --port ...)"
 
 
 class DeletedExperimentError(Exception):

@@ -79,6 +79,10 @@ def open_client(uri: str) -> Any:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     from mlflow import MlflowClient
 
+    if uri.startswith("arn:"):  # sagemaker-mlflow signs requests for MLflow's global address, not for the client's
+        from mlflow import set_tracking_uri
+
+        set_tracking_uri(uri)
     if file is None:
         return MlflowClient(uri)
     with file_lock.hold(Path(f"{file}.lock"), LOCK_TIMEOUT):  # otherwise two simultaneous runs would create the tables

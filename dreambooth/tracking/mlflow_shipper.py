@@ -167,7 +167,7 @@ class Shipper(threading.Thread):
         self._down, description = not answers, f"{problem} ({self._reason(error)})"
         if refused:
             advice = " and is sent when MLflow accepts this user" + (
-                f": {remedy(self._uri, error)}" if is_local(self._uri) else "")
+                f": {remedy(self._uri, error)}" if is_local(self._uri) or self._uri.startswith("arn:") else "")
         elif isinstance(error, DeletedExperimentError):
             description, advice = str(error), f": {error.remedy}"
         else:

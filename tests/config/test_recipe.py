@@ -20,6 +20,7 @@ from dreambooth.config.enums import (
     MethodKind,
     OptimizerKind,
     Rounding,
+    TrackingKind,
     Weights,
 )
 from dreambooth.config.recipe import resolve
@@ -107,6 +108,10 @@ BROKEN = {  # broken rule -> (machine, values by key, what the message says to t
     "a name with a slash": (None, {"name": "pets/rex"}, "name=pets-rex"),
     "a name with a colon, above the root": (None, {"name": "../a: b"}, 'name="..-a- b"'),
     "a sweep with a slash": (None, {"tracking__sweep": "pets/rex"}, "tracking.sweep=pets-rex"),
+    "trackers without their packages": (NONE, {"tracking__kind": TrackingKind.all},
+                                        "'dreambooth[tensorboard,wandb]'"),
+    "a managed server without its package": (
+        NONE, {"tracking__uri": "arn:aws:sagemaker:x"}, "'dreambooth[managed-mlflow]'"),
     "a missing checkpoint": (None, {"checkpoint__resume": "/nowhere"}, "checkpoint.resume=auto"),
 }
 
