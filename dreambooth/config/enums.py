@@ -63,6 +63,11 @@ class LossWeighting(Enum):
     cosmap = "cosmap"
 
 
+class PriorKind(Enum):
+    class_images = "class_images"  # class images, made by the base model or given by the user
+    output = "output"  # the base model's prediction for the class prompt, with the adapter disabled
+
+
 class PlanFormat(Enum):
     table = "table"
     json = "json"

@@ -13,7 +13,7 @@ from typing import Any
 
 from dreambooth.config import eval_prompts, evaluate, validation
 from dreambooth.config.dataset import Subject
-from dreambooth.config.enums import BaseWeights, Device, OptimizerKind, Weights
+from dreambooth.config.enums import BaseWeights, Device, OptimizerKind, PriorKind, Weights
 from dreambooth.config.evaluate import Evaluate
 from dreambooth.config.schema import (
     Attention,
@@ -116,7 +116,7 @@ class Recipe:
     def picture_prompts(self) -> set[str]:
         """All prompts from which the run generates pictures: class images, samples and evaluation."""
         prompts = set(self.sample_prompts) if self.sample.every is not None else set()
-        if self.with_prior:
+        if self.with_class_images:
             prompts.update(one.class_prompt for one in self.class_recipes)
         return prompts | (self.evaluated_prompts if self.evaluate.encoders else set())
 
@@ -136,8 +136,8 @@ class Recipe:
 
     @property
     def two_passes(self) -> bool:
-        """Whether a step passes the photos and the class images through the model one after the other."""
-        return self.memory.split_pass or (self.with_prior and self.dataset.buckets)
+        """Whether a step passes the instance rows and the class rows through the model one after the other."""
+        return self.memory.split_pass or (self.with_class_images and self.dataset.buckets)
 
     def with_processes(self, processes: int) -> "Recipe":
         """Return a copy in which hardware.gpus equals `processes`, the number of processes that train together."""
@@ -173,8 +173,18 @@ class Recipe:
 
     @property
     def with_prior(self) -> bool:
-        """Whether prior preservation, the training on class images, is on."""
+        """Whether prior preservation is on: a step has class rows beside its instance rows."""
         return self.prior.with_prior_preservation
+
+    @property
+    def with_class_images(self) -> bool:
+        """Whether prior preservation is on and trains on class images."""
+        return self.with_prior and self.prior.kind is PriorKind.class_images
+
+    @property
+    def preserves_output(self) -> bool:
+        """Whether prior preservation is on and trains on the base model's predictions for the class prompt."""
+        return self.with_prior and self.prior.kind is PriorKind.output
 
     @property
     def measure_roles(self) -> dict[str, str]:

@@ -14,6 +14,7 @@ from dreambooth.config.enums import (
     LrSchedule,
     OptimizerKind,
     PlanFormat,
+    PriorKind,
     TimestepSampling,
     TrackingKind,
 )
@@ -96,9 +97,10 @@ class Optimizer(Section):
 
 @dataclass
 class Prior(Section):
-    """Prior preservation and its class images (Ruiz et al. 2023, arXiv:2208.12242, section 3.3)."""
+    """Prior preservation (Ruiz et al. 2023, arXiv:2208.12242, section 3.3), with class images or without any."""
 
     with_prior_preservation: bool = True
+    kind: PriorKind = PriorKind.class_images
     prior_loss_weight: float = 1.0
     num_class_images: int = 100
     sample_batch_size: int = 4

@@ -16,6 +16,7 @@ from dreambooth.config.enums import (
     Dtype,
     LrSchedule,
     OptimizerKind,
+    PriorKind,
     Rounding,
     Weights,
 )
@@ -107,7 +108,10 @@ def _data_problems(config: Config) -> Iterator[str]:
     for prefix, subject in data.keyed_subjects:
         yield from _subject_problems(config, prefix, subject)
     yield from _concept_problems(data)
-    if data.buckets and prior.with_prior_preservation and config.memory.optimizer_in_backward:
+    if prior.kind is PriorKind.output:
+        yield from _output_preservation_problems(config)
+    with_class_images = prior.with_prior_preservation and prior.kind is PriorKind.class_images
+    if data.buckets and with_class_images and config.memory.optimizer_in_backward:
         yield ("dataset.buckets=true needs one backward pass for photos and one for class images, and "
                "memory.optimizer_in_backward=true steps the optimizer in one: type "
                "memory.optimizer_in_backward=false, or dataset.buckets=false")
@@ -135,12 +139,26 @@ def _subject_problems(config: Config, prefix: str, subject: Subject | Dataset) -
             yield (f'prior preservation needs a class prompt: type {prefix}.class_prompt="a photo of a dog", '
                    "or prior.with_prior_preservation=false")
         elif _normalized(subject.instance_prompt) == _normalized(subject.class_prompt):
-            yield (f'the instance prompt and the class prompt are both "{subject.class_prompt}", so that class images '
-                   f'would train the subject away: type {prefix}.instance_prompt="a photo of a zwx dog" with a rare '
-                   "word, or prior.with_prior_preservation=false")
-        if prior.num_class_images == 0 and not subject.class_dir:
+            yield (f'the instance prompt and the class prompt are both "{subject.class_prompt}", so that prior '
+                   'preservation would train the subject away: type '
+                   f'{prefix}.instance_prompt="a photo of a zwx dog" with a rare word, or '
+                   "prior.with_prior_preservation=false")
+        if prior.kind is PriorKind.output and subject.class_dir:
+            yield (f"{prefix}.class_dir has class images, and prior.kind=output uses none: type "
+                   f"{prefix}.class_dir=null, or prior.kind=class_images")
+        if prior.kind is PriorKind.class_images and prior.num_class_images == 0 and not subject.class_dir:
             yield ("prior preservation needs class images: type prior.num_class_images=100, "
                    "or prior.with_prior_preservation=false")
+
+
+def _output_preservation_problems(config: Config) -> Iterator[str]:
+    """Yield the problems of prior.kind=output, except those of its subjects."""
+    if not config.prior.with_prior_preservation:
+        yield ("prior.kind=output is a kind of prior preservation, which is off: type "
+               "prior.with_prior_preservation=true, or prior.kind=class_images")
+    if not config.method.low_rank:
+        yield (f"prior.kind=output needs the base model's predictions, and method={config.method.name} changes the "
+               "base model itself: type method=lora, or prior.kind=class_images")
 
 
 def _normalized(prompt: str | None) -> str:

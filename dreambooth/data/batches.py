@@ -30,7 +30,8 @@ from dreambooth.utils import rng
 class Batch:
     """One micro-batch on the training device: tensors with N rows, one per sample, all of the same image size.
 
-    An instance row is a sample of an instance photo, a class row is a sample of a class image. There are three cases:
+    An instance row is a sample of an instance photo. A class row is a sample of a class image; with output preservation
+    (prior.kind=output), it is an instance row with the class caption of its photo. There are three cases:
 
     - Without prior preservation, all N rows are instance rows.
     - With prior preservation, the first N / 2 rows are instance rows and the last N / 2 rows are class rows.
@@ -46,6 +47,7 @@ class Batch:
     mask: Tensor | None = None  # (N, 1, h, w) in [0, 1]: weight of each latent in the loss; None: all weights are 1
     class_batch: "Batch | None" = None  # class rows of another image size; this batch then has only instance rows
     size_and_crop: Tensor | None = None  # (N, 6), see `Batches.size_and_crop`; None: the model does not use it
+    target: Tensor | None = None  # (N, C, h, w): what the model is trained to predict; None: see NoiseSchedule.target
 
     @property
     def num_samples(self) -> int:
@@ -68,7 +70,8 @@ class Batch:
         rows_per_text = len(self.timesteps) // len(self.text)
         return Batch(latents, noise, timesteps, self.text[start // rows_per_text:end // rows_per_text],
                      num_instances=len(timesteps), mask=None if self.mask is None else self.mask[start:end],
-                     size_and_crop=None if self.size_and_crop is None else self.size_and_crop[start:end])
+                     size_and_crop=None if self.size_and_crop is None else self.size_and_crop[start:end],
+                     target=None if self.target is None else self.target[start:end])
 
 
 def join_batches(parts: Sequence[Batch]) -> Batch:
@@ -253,7 +256,7 @@ class HostSamples:
 class Batches:
     """Callable that takes the number of completed steps, and returns this process's micro-batches of the next step."""
 
-    photo_sets: Sequence[PhotoSet]  # instance photos, then class images if there is prior preservation
+    photo_sets: Sequence[PhotoSet]  # instance photos, then class images if the run trains on them
     latents: Latents
     encode_prompt: Callable[[str], Tensor]  # prompt -> (1, L) ids or (1, L, D) hidden states on the device
     latent_shape: tuple[int, int, int]  # (C, h, w) of a square crop
@@ -291,8 +294,8 @@ class Batches:
 
         Tensors are copied to the device asynchronously. Images that have no cached latents are encoded with the VAE.
         """
-        return [join_batches([self._make_batch(photo_set, part)
-                              for photo_set, part in zip(self.photo_sets, micro, strict=True)]) for micro in samples]
+        return [join_batches([batch for photo_set, part in zip(self.photo_sets, micro, strict=True)
+                              for batch in self._make_batches(photo_set, part)]) for micro in samples]
 
     def latent_shape_of(self, photo: Photo) -> tuple[int, int, int]:
         """Return the shape (C, h, w) of the latents of a photo."""
@@ -338,8 +341,8 @@ class Batches:
 
         The answer is the same in every step of a run, because compiled models need constant shapes.
         """
-        alike = (len({photo.caption for photo in photo_set.photos}) == 1 and not photo_set.prompt_dropout
-                 for photo_set in self.photo_sets)
+        alike = (len({(photo.caption, photo.class_caption) for photo in photo_set.photos}) == 1
+                 and not photo_set.prompt_dropout for photo_set in self.photo_sets)
         return self.share_prompts and all(alike)
 
     @property
@@ -370,7 +373,8 @@ class Batches:
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
-    def _make_batch(self, photo_set: PhotoSet, samples: HostSamples) -> Batch:
+    def _make_batches(self, photo_set: PhotoSet, samples: HostSamples) -> list[Batch]:
+        """Return a batch of the samples. With output preservation, also return a batch of their class rows."""
         pixels, latent_noise, noise, timesteps, mask, size_and_crop = (
             None if tensor is None else tensor.to(self.device, non_blocking=True)
             for tensor in (samples.pixels, samples.latent_noise, samples.noise, samples.timesteps, samples.mask,
@@ -380,4 +384,9 @@ class Batches:
         views = samples.views[:1] if self._one_prompt_per_half else samples.views
         text = torch.cat([self.encode_prompt("" if view.drop_prompt else photo_set.photos[view.photo].caption)
                           for view in views])
-        return Batch(latents, noise, timesteps, text, len(timesteps), mask, size_and_crop=size_and_crop)
+        batch = Batch(latents, noise, timesteps, text, len(timesteps), mask, size_and_crop=size_and_crop)
+        class_captions = [photo_set.photos[view.photo].class_caption for view in views]
+        if class_captions[0] is None:
+            return [batch]
+        class_text = torch.cat([self.encode_prompt(caption) for caption in class_captions if caption is not None])
+        return [batch, replace(batch, text=class_text, mask=None)]

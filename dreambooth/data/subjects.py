@@ -2,15 +2,19 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dreambooth.config.recipe import Recipe
 from dreambooth.data import aspect_buckets
+from dreambooth.data.captions import class_caption
 from dreambooth.data.photos import Photo, crop_to_size, list_photos, load_photos
 from dreambooth.errors import UserError
 
 
 def load_subject_photos(recipe: Recipe) -> tuple[list[Photo], list[int]]:
     """Load the instance photos of all subjects, in the order of the subjects.
+
+    With prior.kind=output, each photo has a class caption.
 
     Returns:
         The photos, and for each photo the `repeats` of its subject: how often the photo is used per epoch.
@@ -24,6 +28,9 @@ def load_subject_photos(recipe: Recipe) -> tuple[list[Photo], list[int]]:
         loaded = load_photos(
             list_photos(subject_recipe.instance_dir), subject_recipe.instance_prompt, recipe.model.resolution,
             recipe.dataset.buckets, subject_recipe.dataset.mask)
+        if recipe.preserves_output:
+            loaded = [replace(photo, class_caption=class_caption(
+                photo.caption, subject_recipe.instance_prompt, subject_recipe.class_prompt)) for photo in loaded]
         photos += loaded
         repeats += [subject.repeats] * len(loaded)
     if recipe.dataset.center_crop:

@@ -16,7 +16,7 @@ untrained adapter does not change the base model. The weight of a convolution is
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -157,6 +157,24 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in adapters:
             layer.enable_adapters(True)
+
+
+@contextmanager
+def bypassed(adapters: Sequence[Any]) -> Iterator[None]:
+    """Disable adapters for a forward pass without gradients inside a training step.
+
+    `disabled` also changes `requires_grad` of all adapters, which would take longer, and which a step must not do.
+
+    Args:
+        adapters: layers with an adapter, from `layers`.
+    """
+    try:
+        for layer in adapters:
+            layer._disable_adapters = True  # what peft's property `disable_adapters` returns
+        yield
+    finally:
+        for layer in adapters:
+            layer._disable_adapters = False
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ encoders of the evaluation (a table). docs/planner.md compares predictions with 
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,7 @@ from dreambooth.planner.optimizer_memory import ModelledOptimizer
 from dreambooth.planner.phase_markers import FakeGradScaler, PhaseMarkingEma, PhaseMarkingEngine, make_gradient_hook
 from dreambooth.planner.prediction import Prediction
 from dreambooth.runtime.engine import Engine
+from dreambooth.training.output_preservation import base_model
 from dreambooth.training.step import Objective, TrainState, train_step
 
 CUBLAS_WORKSPACE = 8 * MIB + 128 * 1024  # 8320 KiB: PyTorch's default :4096:2:16:8
@@ -111,7 +113,7 @@ class _Rehearsal:
             block_bytes = self._swap_blocks()
             for module in parts.modules:
                 self._add_weights(module)
-            if recipe.with_prior and recipe.prior.num_class_images:
+            if recipe.with_class_images and recipe.prior.num_class_images:
                 self._sample("class_images", recipe.prior.sample_batch_size, recipe.prior.guidance_scale)
             swapped = [] if parts.swap is None else [tensor for host in parts.swap.hosts for tensor in host.tensors]
             shapes = offload_weights(parts.denoiser, swapped)
@@ -122,6 +124,7 @@ class _Rehearsal:
             trace.mark("training")
             self._add_weights(reload_weights(parts.denoiser, shapes))
             denoiser = loading.prepare(parts, skeleton_models.without_xformers(recipe))
+            self.objective = replace(self.objective, base_model=base_model(denoiser, recipe))
             state = self._state(denoiser)
             self._steps(state)
             for module, module_shapes in zip(idle_modules, idle_shapes, strict=True):
@@ -258,8 +261,9 @@ class _Rehearsal:
 
         Each sample has its own caption. Latents and text states are computed here if the run does not cache them.
         """
-        recipe, square = self.recipe, (self.recipe.model.resolution,) * 2
-        sizes = [self._photo_size()] + [square] * recipe.with_prior  # class images are square
+        recipe, photo = self.recipe, self._photo_size()
+        class_size = photo if recipe.preserves_output else (recipe.model.resolution,) * 2  # class images are square
+        sizes = [photo] + [class_size] * recipe.with_prior
         return join_batches([self._half(recipe.train.train_batch_size, size) for size in sizes])
 
     def _half(self, count: int, size: Size) -> Batch:

@@ -54,7 +54,7 @@ def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estim
     if card is None:
         return Estimate(None, None, None, None)
     step = step_seconds(recipe, prediction, card)
-    class_images = recipe.prior.num_class_images * len(recipe.class_recipes) if recipe.with_prior else 0
+    class_images = recipe.prior.num_class_images * len(recipe.class_recipes) if recipe.with_class_images else 0
     photos = 20  # an assumption, since a plan reads no photos
     rate = _flops_per_second(recipe, card)
     denoise, decode = (flops / rate for flops in prediction.picture_flops)

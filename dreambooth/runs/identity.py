@@ -28,9 +28,9 @@ from dreambooth.serialization import export_layout
 from dreambooth.utils.assets import resolve_asset
 from dreambooth.utils.atomic_files import weights_digest
 
-LATER_KEYS: dict[str, Any] = {
+LATER_KEYS: dict[str, Any] = {  # keys that were added later; a key with this value is left out of the hash
     "dataset.mask": None, "dataset.concepts": [], "dataset.buckets": False, "dataset.prompt_dropout": 0.0,
-    "precision.tf32": False}  # keys that were added later; a key with this value is left out of the hash
+    "precision.tf32": False, "prior.kind": "class_images"}
 NEUTRAL_VALUES = {"ema_every": 1, "weights": "full", "rounding": None}  # memory values that leave results unchanged
 DEFAULT_FLOW = {"timestep_sampling": "logit_normal", "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29,
                 "shift": None, "loss_weighting": "none"}  # flow values that are left out of the hash
@@ -98,6 +98,10 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     if changed := {key: value for key, value in section("flow").items() if value != DEFAULT_FLOW[key]}:
         hashed["flow"] = changed  # added later
     sample_batch_size = hashed["prior"].pop("sample_batch_size")
+    with_class_images = hashed["prior"]["with_prior_preservation"] and hashed["prior"]["kind"] == "class_images"
+    if hashed["prior"]["kind"] == "output":  # the other keys are about class images
+        hashed["prior"] = {key: hashed["prior"][key] for key in (
+            "with_prior_preservation", "kind", "prior_loss_weight")}
     for key in ("compile", "channels_last"):  # added later; when on, they change rounding
         if not hashed["train"][key]:
             hashed["train"].pop(key)
@@ -126,7 +130,7 @@ def identity(root: DictConfig, swept: bool = False) -> str:
         hashed["evaluate"] = _selection(evaluate) | {
             key: root.sample[key] for key in ("num_inference_steps", "guidance_scale")}
     earlier = _digest(hashed)
-    if not (hashed["prior"]["with_prior_preservation"] or "evaluate" in hashed):  # nothing is generated in batches
+    if not (with_class_images or "evaluate" in hashed):  # nothing is generated in batches
         return earlier
     changed_size = sample_batch_size_if_changed(hashed["model"]["name"], sample_batch_size)
     if not changed_size or _was_started(root, earlier, sample_batch_size):

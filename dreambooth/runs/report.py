@@ -18,9 +18,10 @@ def plan_table(recipe: Recipe) -> dict[str, str]:
     subjects = "; ".join(f"{subject.instance_prompt!r}, photos in {_short_path(str(subject.instance_dir))}"
                          for subject in recipe.subject_recipes)
     class_prompts = ", ".join(repr(class_recipe.class_prompt) for class_recipe in recipe.class_recipes)
+    preserved = "output of the base" if recipe.preserves_output else counted(prior.num_class_images, "image")
     return {
         "subject": subjects,
-        "class": f"{class_prompts}, {counted(prior.num_class_images, 'image')}, weight {prior.prior_loss_weight:g}"
+        "class": f"{class_prompts}, {preserved}, weight {prior.prior_loss_weight:g}"
                  if recipe.with_prior else "no prior preservation",
         "base": f"{recipe.model.source}, {recipe.model.resolution} px",
         "trains": describe_trained_weights(recipe),

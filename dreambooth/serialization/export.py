@@ -159,7 +159,8 @@ def _card(recipe: Recipe, family: Family, step: int, pictured: bool) -> str:
         "family": family.title, "photos": recipe.dataset.name, "class prompt": ", ".join(
             one.class_prompt for one in recipe.class_recipes) if recipe.with_prior else "none",
         "prior_loss_weight": prior.prior_loss_weight if recipe.with_prior else "none",
-        "class images": prior.num_class_images if recipe.with_prior else "none",
+        "class images": prior.num_class_images if recipe.with_class_images else
+        "none; the base model's output is preserved" if recipe.preserves_output else "none",
         "learning_rate": train.learning_rate, "train_batch_size": train.train_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps, "seed": train.seed,
         "text encoder": "trained" if train.train_text_encoder else "frozen", "resolution": recipe.model.resolution,

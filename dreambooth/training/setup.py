@@ -1,6 +1,6 @@
 """Prepares a run before its first step: photos, base model, class images, caches, batches and training state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from dreambooth.runtime.memory_meter import MemoryMeter
 from dreambooth.runtime.module_offload import ModuleOffload
 from dreambooth.serialization import export
 from dreambooth.training import best_weights, checkpoint
+from dreambooth.training.output_preservation import base_model
 from dreambooth.training.step import Objective, TrainState
 from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
@@ -68,12 +69,12 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
             remove_shared_leftovers(recipe.run_root)
             console.say(photo_report.describe_photos(recipe, photos))
         _encode_prompts(recipe, engine, lambda: _prompts(recipe, photos).union(
-            *map(class_images.captions, recipe.class_recipes if recipe.with_prior else ())))
+            *map(class_images.captions, recipe.class_recipes if recipe.with_class_images else ())))
         parts = loading.load(recipe, engine.device)
     _check_prompts(parts, recipe, photos)
     pipeline = build_pipeline(parts)
     photo_sets = [_build_photo_set(recipe, "instance", photos, repeats)]
-    if recipe.with_prior:
+    if recipe.with_class_images:
         with meter.phase("class_images"):
             photo_sets.append(_build_photo_set(recipe, "class", [
                 photo for class_recipe in recipe.class_recipes
@@ -94,10 +95,11 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         rank=engine.rank, world_size=engine.world_size, noise_offset=recipe.train.noise_offset,
         with_size_and_crop=parts.family.uses_size_and_crop,
         share_prompts=not recipe.method.dropout)  # with dropout, each row drops different elements
-    objective = Objective(schedule, recipe.prior.prior_loss_weight, recipe.train.snr_gamma, recipe.two_passes)
     with meter.phase("state"):
         model = loading.prepare(parts, recipe)
         state = _build_state(recipe, model, accelerator)
+    objective = Objective(schedule, recipe.prior.prior_loss_weight, recipe.train.snr_gamma, recipe.two_passes,
+                          base_model(model, recipe))
     return Setup(parts, photos, batches, objective, state, model, pipeline, scorer, idle)
 
 
@@ -125,8 +127,9 @@ def make_class_images(recipe: Recipe) -> None:
     The base model is loaded only if class images are missing.
     """
     console = Console()
-    if not recipe.with_prior:
-        console.say("no class images: prior preservation is off")
+    if not recipe.with_class_images:
+        reason = "prior.kind=output needs none" if recipe.with_prior else "prior preservation is off"
+        console.say(f"no class images: {reason}")
         return
     remove_shared_leftovers(recipe.run_root)
     incomplete = []
@@ -187,7 +190,12 @@ def _check_processes(recipe: Recipe, engine: Engine) -> None:
 
 def _prompts(recipe: Recipe, photos: list[Photo]) -> set[str]:
     """Return every prompt that the run uses, except captions of the user's own class images."""
-    return recipe.picture_prompts | {photo.caption for photo in photos}
+    return recipe.picture_prompts | _training_prompts(photos)
+
+
+def _training_prompts(photos: Iterable[Photo]) -> set[str]:
+    """Return the prompts of the samples of `photos`: their captions, and their class captions if they have any."""
+    return {prompt for photo in photos for prompt in (photo.caption, photo.class_caption) if prompt is not None}
 
 
 def _encode_prompts(recipe: Recipe, engine: Engine, prompts: Callable[[], set[str]]) -> None:
@@ -256,7 +264,7 @@ def _build_prompt_encoder(recipe: Recipe, parts: loading.Components, photo_sets:
     if not (recipe.memory.cache_text or recipe.train.train_text_encoder):
         return encode
     empty_prompt = [""] * (recipe.dataset.prompt_dropout > 0)
-    captions = {p.caption: p.caption for photo_set in photo_sets for p in photo_set.photos}
+    captions = sorted(_training_prompts(photo for photo_set in photo_sets for photo in photo_set.photos))
     cache: dict[str, Tensor] = {prompt: encode(prompt) for prompt in (*captions, *empty_prompt)}
     return cache.__getitem__
 

@@ -18,6 +18,7 @@ from dreambooth.optim.streaming_optimizer import StreamingOptimizer
 from dreambooth.runtime.async_readback import AsyncReadback
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.loss import Losses, dreambooth_loss
+from dreambooth.training.output_preservation import Predict, with_base_targets
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -76,6 +77,7 @@ class Objective:
     prior_loss_weight: float = 1.0
     snr_gamma: float | None = None  # gamma of Min-SNR weighting; None: all timesteps have the same weight
     split_prior: bool = False  # run forward and backward of the instance rows first, then those of the class rows
+    base_model: Predict | None = None  # with output preservation, predicts the targets of the class rows
 
     def __call__(self, model: Callable[..., Tensor], batch: Batch) -> Losses:
         """Return the losses of a batch: add noise to its latents, predict, and compare prediction and target."""
@@ -84,7 +86,7 @@ class Objective:
         times = schedule.denoiser_timesteps(batch.timesteps)
         size_and_crop = () if batch.size_and_crop is None else (batch.size_and_crop,)
         prediction = model(noisy, times, batch.text, *size_and_crop).to(batch.latents.dtype)
-        goal = schedule.target(batch.latents, batch.noise, batch.timesteps)
+        goal = schedule.target(batch.latents, batch.noise, batch.timesteps) if batch.target is None else batch.target
         weights = schedule.loss_weights(batch.timesteps) if self.snr_gamma is None else schedule.min_snr_weights(
             batch.timesteps, self.snr_gamma)
         return dreambooth_loss(prediction, goal, batch.num_instances, self.prior_loss_weight,
@@ -156,6 +158,8 @@ def train_step(
         max_grad_norm: limit of the global gradient norm; None: no clipping.
     """
     learning_rate = state.optimizer.param_groups[0]["lr"]
+    if objective.base_model is not None:
+        batches = with_base_targets(batches, objective.base_model, objective.noise_schedule, engine)
     forward_backward = partial(_forward_backward, state, batches, objective, engine)
     if isinstance(state.optimizer, StreamingOptimizer):
         losses, norm, stepped = state.optimizer.update(forward_backward, engine, max_grad_norm, state.step)

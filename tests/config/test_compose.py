@@ -135,6 +135,14 @@ def test_identity_is_that_of_the_result(override: str) -> None:
     assert identity(compose_config(override)) == identity(compose_config())
 
 
+def test_identity_of_output_preservation_knows_no_class_images() -> None:
+    output = ["method=lora", "prior.kind=output"]
+    assert identity(compose_config(*output)) != identity(compose_config("method=lora"))
+    for changed in ("prior.num_class_images=9", "prior.guidance_scale=9", "prior.sample_batch_size=1"):
+        assert identity(compose_config(*output, changed)) == identity(compose_config(*output))
+    assert identity(compose_config(*output, "prior.prior_loss_weight=9")) != identity(compose_config(*output))
+
+
 @pytest.mark.parametrize("override", OTHER)
 def test_identity_changes_with_the_result(override: str) -> None:
     assert identity(compose_config(override)) != identity(compose_config())

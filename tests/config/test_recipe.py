@@ -19,6 +19,7 @@ from dreambooth.config.enums import (
     LrSchedule,
     MethodKind,
     OptimizerKind,
+    PriorKind,
     Rounding,
     TrackingKind,
     Weights,
@@ -62,6 +63,14 @@ BROKEN = {  # broken rule -> (machine, values by key, what the message says to t
     "equal prompts": (None, {"dataset__instance_prompt": " A Toy", "dataset__class_prompt": "a  toy"},
                       "prior.with_prior_preservation=false"),
     "no class images": (None, {"prior__num_class_images": 0}, "prior.num_class_images=100"),
+    "the output of a base that is trained": (
+        None, {"prior__kind": PriorKind.output}, "method=lora, or prior.kind=class_images"),
+    "class images beside the output of the base": (
+        None, {"prior__kind": PriorKind.output, "method__kind": MethodKind.lora, "dataset__class_dir": "photos"},
+        "dataset.class_dir=null, or prior.kind=class_images"),
+    "the output of the base without prior preservation": (
+        None, {"prior__kind": PriorKind.output, "method__kind": MethodKind.lora,
+               "prior__with_prior_preservation": False}, "prior.with_prior_preservation=true"),
     "a frozen random crop": (None, {"dataset__center_crop": False}, "memory.cache_latents=false"),
     "warm-up of a constant rate": (None, {"train__lr_warmup_steps": 5}, "train.lr_scheduler=constant_with_warmup"),
     "a warm-up longer than the run": (

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from dreambooth.config.enums import BaseWeights, Dtype, MethodKind, Targets
+from dreambooth.config.enums import BaseWeights, Dtype, MethodKind, PriorKind, Targets
 from dreambooth.planner import auto_memory, report
 from dreambooth.planner.gpu_specs import cuda_overhead_gib
 from dreambooth.planner.memory_options import list_memory_options
@@ -37,6 +37,15 @@ def test_only_the_adapter_has_gradients_state_and_ema() -> None:
              for kind in ("gradients", "optimizer", "ema")}
     assert peaks["gradients"] == peaks["ema"] == 4 * adapter.trained_parameters
     assert peaks["optimizer"] < 9 * adapter.trained_parameters
+
+
+def test_output_preservation_is_planned_as_one_more_forward_pass_and_no_class_images() -> None:
+    """Without recomputation a forward and backward pass of frozen layers is about two forward passes per row."""
+    images, output = (predict(small_recipe(**LORA, prior__kind=kind)) for kind in PriorKind)
+    assert "class_images" in images.by_phase and "class_images" not in output.by_phase
+    assert 1.15 < output.step_flops / images.step_flops < 1.3
+    step = [prediction.peak_over(*STEP_PHASES).allocated for prediction in (images, output)]
+    assert step[1] < 1.05 * step[0], "the pass without gradients keeps no activations"
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from dreambooth.config.dataset import Dataset
-from dreambooth.config.enums import EncoderKind
+from dreambooth.config.enums import EncoderKind, MethodKind, PriorKind
 from dreambooth.config.evaluate import Evaluate
+from dreambooth.config.method import Method
 from dreambooth.config.recipe import resolve
 from dreambooth.config.schema import Config, Prior, Sample
 from dreambooth.data import class_images
@@ -43,6 +44,14 @@ def test_a_prompt_that_nobody_uses_may_be_too_long(
     checked: set[str] = set()
     setup._check_prompts(SimpleNamespace(tokens=checked.add), recipe, PHOTOS)  # type: ignore[arg-type]
     assert checked == texts
+
+
+def test_class_captions_are_prompts_of_a_run_that_preserves_output() -> None:
+    recipe = resolve(Config(
+        dataset=DATA, sample=Sample(every=None), prior=Prior(kind=PriorKind.output),
+        method=Method("lora", MethodKind.lora), evaluate=Evaluate(encoder=EncoderKind.none)), Path("run"))
+    assert recipe.picture_prompts == set()
+    assert setup._prompts(recipe, [replace(PHOTOS[0], class_caption="a toy")]) == {"a caption", "a toy"}
 
 
 @pytest.mark.parametrize("local_rank", [0, 1])
