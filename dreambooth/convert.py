@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from dreambooth import cli
-from dreambooth.config import overrides
-from dreambooth.config.compose import conf_dir, to_dataclass
+from dreambooth.config.compose import conf_dir, to_aliased_dataclass
 from dreambooth.config.section import Section, require
 from dreambooth.errors import UserError
 
@@ -61,12 +59,7 @@ def parse_options(cfg: DictConfig) -> Convert:
     Raises:
         UserError: a value has the wrong type, or breaks a rule of its field.
     """
-    values = {("source" if key == "in" else str(key)): value for key, value in cfg.items()}
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Convert), values)
-    except OmegaConfBaseException as error:
-        raise UserError(overrides.explain_value(error, Convert)) from error
-    return to_dataclass(merged, Convert)
+    return to_aliased_dataclass(cfg, Convert)
 
 
 def _job(options: Convert) -> None:

@@ -83,6 +83,23 @@ def to_dataclass(cfg: Any, kind: type[Options]) -> Options:
     return options
 
 
+def to_aliased_dataclass(cfg: DictConfig, kind: type[Options]) -> Options:
+    """Convert the options of a command as `to_dataclass` does, if keys such as `in` cannot be field names in Python.
+
+    Args:
+        kind: the dataclass; its attribute `aliases` is a dictionary from key to field name.
+
+    Raises:
+        UserError: as in `to_dataclass`.
+    """
+    aliases = getattr(kind, "aliases", {})
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(kind), {aliases.get(key, key): cfg[key] for key in cfg})
+    except OmegaConfBaseException as error:
+        raise UserError(overrides.explain_value(error, kind)) from error
+    return to_dataclass(merged, kind)
+
+
 def read_options(words: Sequence[str], kind: type[Options]) -> Options:
     """Return the options of a command that overrides set. Other options have the defaults of the dataclass.
 

@@ -33,7 +33,8 @@ from dreambooth.utils.suggestions import closest, one_of
 # Keys whose values are prompts or titles. A prompt is text: `${word}` in it is not an interpolation, and `~` is not the
 # home folder.
 TEXT_KEYS = re.compile(
-    r"dataset\.(concepts\.\d+\.)?(instance|class)_prompt|sample\.prompts(\.\d+)?|prompt|negative_prompt|title")
+    r"dataset\.(concepts\.\d+\.)?(instance|class)_prompt|sample\.prompts(\.\d+)?|prompt|negative_prompt|title"
+    r"|captions\.prompt|masks\.text|class_word")
 _HELP = "type --help for all keys"
 QUOTED_CHOICES = 'type choice("TEXT","TEXT") there, each text in double quotes'
 

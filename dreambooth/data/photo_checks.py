@@ -6,6 +6,7 @@ Each check returns sentences that start with the names of the photos and end wit
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from dreambooth.data import aspect_buckets
 from dreambooth.data.photos import Photo, crop_to_size
 
 if TYPE_CHECKING:
+    from imagehash import ImageHash
     from PIL import Image
 
 MAX_ENLARGEMENT = 4  # a photo that is enlarged by more has less than a quarter of the resolution
@@ -23,29 +25,49 @@ MIN_CONTRAST = 8  # standard deviation of grey levels (0 to 255), below which de
 MAX_NAMES = 5  # photos that one sentence names
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One fault of one photo, or of a group of photos."""
+
+    kind: str  # file, enlarged, cropped, contrast, blurred, alike, package
+    numbers: tuple[int, ...]  # indices of the photos
+    sentence: str  # starts with the names of the photos
+
+
 def warn(photos: Sequence[Photo], resolution: int) -> list[str]:
     """Return one warning per photo and fault, and one per group of photos that look alike.
 
     Args:
         resolution: side of the square crop in pixels; used for photos without an aspect-ratio bucket.
     """
-    warnings: list[str] = []
-    for photo in photos:
-        warnings += [f"{photo.path.name} {remark}" for remark in photo.remarks]
-        warnings += _size_warnings(photo, photo.size or (resolution, resolution))
-    crops = [_grey_crop(photo, resolution) for photo in photos]
-    with_contrast = {number: crop for number, crop in enumerate(crops) if _has_contrast(crop)}
-    warnings += [f"{photo.path.name} has almost no contrast: take another one, because nothing can be seen in it"
+    return [finding.sentence for finding in find_faults(photos, resolution)]
+
+
+def find_faults(photos: Sequence[Photo], resolution: int) -> list[Finding]:
+    """Return one finding per photo and fault, and one per group of photos that look alike. Arguments are as in `warn`.
+    """
+    findings: list[Finding] = []
+    for number, photo in enumerate(photos):
+        findings += [Finding("file", (number,), f"{photo.path.name} {remark}") for remark in photo.remarks]
+        findings += [Finding(kind, (number,), sentence)
+                     for kind, sentence in _size_warnings(photo, photo.size or (resolution, resolution))]
+    crops = [grey_crop(photo, resolution) for photo in photos]
+    with_contrast = {number: crop for number, crop in enumerate(crops) if has_contrast(crop)}
+    findings += [Finding("contrast", (number,), f"{photo.path.name} has almost no contrast: take another one, because "
+                         "nothing can be seen in it")
                  for number, photo in enumerate(photos) if number not in with_contrast]
-    warnings += [f"{photos[number].path.name} is blurred: take a sharp one, because blur is learned too"
+    findings += [Finding("blurred", (number,), f"{photos[number].path.name} is blurred: take a sharp one, because blur "
+                         "is learned too")
                  for number, crop in with_contrast.items()
                  if enlargement(photos[number]) <= MAX_ENLARGEMENT and detail(crop) < MIN_DETAIL]
     if find_spec("imagehash") is None:  # after an update of the code alone
-        return [*warnings, "photos that look alike are not found without a package: type pip install imagehash"]
-    for group in _groups_alike(with_contrast):
+        return [*findings, Finding("package", (), "photos that look alike are not found without a package: type pip "
+                                   "install imagehash")]
+    for group in _groups_alike(perceptual_hashes(with_contrast)):
         names = join_names([photos[number].path.name for number in group])
-        warnings.append(f"{names} look alike: keep one of them, because a photo that is used more often is memorised")
-    return warnings
+        findings.append(Finding("alike", tuple(group), f"{names} look alike: keep one of them, because a photo that is "
+                                "used more often is memorised"))
+    return findings
 
 
 def join_names(names: Sequence[str]) -> str:
@@ -59,25 +81,28 @@ def enlargement(photo: Photo) -> float:
     return float(photo.pixels.shape[0] / photo.original_size[0])
 
 
-def _size_warnings(photo: Photo, size: aspect_buckets.Size) -> Iterator[str]:
+def _size_warnings(photo: Photo, size: aspect_buckets.Size) -> Iterator[tuple[str, str]]:
+    """Yield the kind and the sentence of each fault of the size."""
     height, width = photo.original_size
     described = f"{photo.path.name} ({width} x {height} pixels)"
     if enlargement(photo) > MAX_ENLARGEMENT:
-        yield (f"{described} is enlarged {enlargement(photo):.0f} times to {size[1]} x {size[0]}: use the original "
-               "photo in its full size")
+        yield "enlarged", (f"{described} is enlarged {enlargement(photo):.0f} times to {size[1]} x {size[0]}: use the "
+                           "original photo in its full size")
     cropped = aspect_buckets.cropped_fraction(height, width, size)
     if cropped > MAX_CROPPED:
-        yield (f"{described} loses {cropped:.1%} of its area when it is cropped to {size[1]} x {size[0]}: crop it "
-               "around the subject" + ("" if photo.size else ", or type dataset.buckets=true"))
+        yield "cropped", (f"{described} loses {cropped:.1%} of its area when it is cropped to {size[1]} x {size[0]}: "
+                          "crop it around the subject" + ("" if photo.size else ", or type dataset.buckets=true"))
 
 
-def _grey_crop(photo: Photo, resolution: int) -> Image.Image:
+def grey_crop(photo: Photo, resolution: int) -> Image.Image:
+    """Return the central crop of a photo that is trained on, as a grey image of 8 bits."""
     from PIL import Image
 
     return Image.fromarray(crop_to_size(photo.pixels, photo.size or (resolution, resolution), None, False)).convert("L")
 
 
-def _has_contrast(grey: Image.Image) -> bool:
+def has_contrast(grey: Image.Image) -> bool:
+    """Return whether something can be seen in a grey image, see MIN_CONTRAST."""
     from PIL import ImageStat
 
     return ImageStat.Stat(grey).stddev[0] >= MIN_CONTRAST
@@ -96,11 +121,17 @@ def detail(grey: Image.Image) -> float:
     return float(laplacian.var() / max(pixels.var(), 1e-9))
 
 
-def _groups_alike(crops: Mapping[int, Image.Image]) -> list[list[int]]:
-    """Return groups of two or more images, as keys of `crops`. Each image looks like the first one of its group."""
+def perceptual_hashes(crops: Mapping[int, Image.Image]) -> dict[int, ImageHash]:
+    """Return the perceptual hash of each grey image: pHash, 64 bits (Zauner 2010)."""
     import imagehash
 
-    hashes = {number: imagehash.phash(crop) for number, crop in crops.items()}
+    return {number: imagehash.phash(crop) for number, crop in crops.items()}
+
+
+def _groups_alike(all_hashes: Mapping[int, ImageHash]) -> list[list[int]]:
+    """Return groups of two or more images, as keys of `all_hashes`. Each image looks like the first one of its group.
+    """
+    hashes = dict(all_hashes)
     groups: list[list[int]] = []
     while hashes:
         first = next(iter(hashes.values()))

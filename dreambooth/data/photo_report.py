@@ -38,7 +38,8 @@ def describe_photos(recipe: Recipe, photos: Sequence[Photo]) -> str:
     return "\n".join(lines)
 
 
-def describe_unused_files(folder: Path, used: Collection[Path], other_inputs: Collection[Path] = ()) -> list[str]:
+def describe_unused_files(folder: Path, used: Collection[Path], other_inputs: Collection[Path] = (),
+                          key: str = "dataset.instance_dir") -> list[str]:
     """Return one line per subfolder of `folder` that has photos, and one line per kind of unused file in `folder`.
 
     Hidden files, and subfolders that belong to `other_inputs`, are not mentioned.
@@ -46,9 +47,10 @@ def describe_unused_files(folder: Path, used: Collection[Path], other_inputs: Co
     Args:
         used: the photos of the folder that are used.
         other_inputs: folders that the run reads for another purpose, such as a folder of masks.
+        key: the key of the configuration whose value is the folder.
     """
     lines = [f"{path.relative_to(folder)}/ has {counted(count, 'photo')}, and subfolders are not searched: "
-             f"move them into {folder}, or type {quoting.override('dataset.instance_dir', str(path))}"
+             f"move them into {folder}, or type {quoting.override(key, str(path))}"
              for path, count in photos_in_subfolders(folder).items()
              if not any(path.is_relative_to(other) for other in other_inputs)]
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")

@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,7 @@ NO_FINGERPRINT = "0" * 64  # fingerprint of a folder that has no photos, or an u
 IGNORED_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}  # files and folders of file managers, in lower case
 _NOT_PHOTOS = {*IGNORED_NAMES, *captions.TEXT_SUFFIXES, *captions.METADATA, ".json", ".jsonl"}  # in lower case
 _MAX_SUBFOLDERS = 1000  # subfolders that are looked into for a message
+PREPARED = ("masks", "review")  # subfolders that the command prepare writes beside the photos
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,16 +61,19 @@ class Photo:
         return self.original or self.pixels.shape[:2]
 
 
-def list_photos(folder: Path) -> list[Path]:
+def list_photos(folder: Path, key: str = "dataset.instance_dir") -> list[Path]:
     """Return the photo files of a folder, sorted by the bytes of their names: the same order on every system.
 
     Subfolders, hidden files, captions, JSON files, and files that file managers create (such as Thumbs.db) are ignored.
     Every other file counts as a photo, so that `load_photos` reports unusable files.
 
+    Args:
+        key: the key of the configuration whose value is the folder, for the message of the error.
+
     Raises:
         UserError: the folder does not exist, is a file, cannot be read, or holds no photo.
     """
-    advice = "give a folder that holds photos, for example dataset.instance_dir=/path/to/photos"
+    advice = f"give a folder that holds photos, for example {key}=/path/to/photos"
     if not folder.is_dir():
         raise UserError(f"{folder} {'is a file, not a folder' if folder.exists() else 'does not exist'}: {advice}")
     try:
@@ -78,19 +82,22 @@ def list_photos(folder: Path) -> list[Path]:
         raise UserError(f"{folder} cannot be read ({error.strerror}): {advice}") from error
     photos = [path for path in entries if _is_photo_candidate(path)]
     if not photos:
-        raise UserError(f"{folder} holds no photo{_describe_subfolders(folder) or f': {advice}'}")
+        raise UserError(f"{folder} holds no photo{_describe_subfolders(folder, key) or f': {advice}'}")
     return photos
 
 
 def photos_in_subfolders(folder: Path) -> dict[Path, int]:
     """Return the number of photos in each subfolder of a folder, at any depth. Subfolders without photos are left out.
 
-    Only files with the suffix of an image format count. Hidden folders are not searched. Never raises.
+    Only files with the suffix of an image format count. Hidden folders are not searched, nor those that the command
+    prepare has written. Never raises.
     """
     counts: dict[Path, int] = {}
+    skipped = {folder / name for name in PREPARED if (folder / "review" / "report.json").is_file()}
     for number, (inside, subfolders, files) in enumerate(os.walk(folder)):
         subfolders[:] = sorted(name for name in subfolders
-                               if not name.startswith(".") and name.lower() not in IGNORED_NAMES)
+                               if not name.startswith(".") and name.lower() not in IGNORED_NAMES
+                               and Path(inside, name) not in skipped)
         images = [name for name in files if not name.startswith(".")
                   and Path(name).suffix.lower() in image_formats.SUFFIXES]
         if images and number:
@@ -100,14 +107,14 @@ def photos_in_subfolders(folder: Path) -> dict[Path, int]:
     return counts
 
 
-def _describe_subfolders(folder: Path) -> str:
+def _describe_subfolders(folder: Path, key: str) -> str:
     """Return the end of the message about a folder without photos, if its subfolders have photos; else ""."""
     counts = photos_in_subfolders(folder)
     listed = ", ".join(f"{path.relative_to(folder)} ({count})" for path, count in list(counts.items())[:5])
     if not counts:
         return ""
-    typed = quoting.override("dataset.instance_dir", str(next(iter(counts))))
-    if len(counts) > 1:
+    typed = quoting.override(key, str(next(iter(counts))))
+    if len(counts) > 1 and key == "dataset.instance_dir":
         typed += (" for one of them, or dataset=concepts "
                   + " ".join(quoting.override(f"dataset.concepts.{number}.instance_dir", str(path))
                              for number, path in enumerate(list(counts)[:2])) + " for several subjects")
@@ -170,15 +177,27 @@ def load_photos(paths: Sequence[Path], prompt: str, resolution: int, bucketed: b
     folders = dict.fromkeys(path.parent for path in paths)
     metadata = {folder: captions.read_metadata(folder, problems) for folder in folders}
     for path in paths:
-        decoded = _try_decode(path, resolution, bucketed, mask, problems)
+        photo = load_photo(path, resolution, problems, bucketed, mask)
         caption = captions.read_caption(path, prompt, metadata[path.parent], problems)
-        if decoded is not None and caption is not None:
-            pixels, size, mask_pixels, original, remarks = decoded
-            photos.append(Photo(path, pixels, caption, size, mask_pixels, original, remarks))
+        if photo is not None and caption is not None:
+            photos.append(replace(photo, caption=caption))
     if problems:
         count = f"{counted(len(problems), 'file')} in {paths[0].parent}"
         raise UserError("\n  ".join([f"{count} cannot be used, replace or remove:", *problems]))
     return photos
+
+
+def load_photo(path: Path, resolution: int, problems: list[str], bucketed: bool = False,
+               mask: str | None = None) -> Photo | None:
+    """Decode one photo; its caption is "". If it is unusable, append the reason to `problems` and return None.
+
+    Arguments are as in `load_photos`.
+    """
+    decoded = _try_decode(path, resolution, bucketed, mask, problems)
+    if decoded is None:
+        return None
+    pixels, size, mask_pixels, original, remarks = decoded
+    return Photo(path, pixels, "", size, mask_pixels, original, remarks)
 
 
 def load_image(path: Path, resolution: int) -> NDArray[np.uint8]:

@@ -1,7 +1,5 @@
 """Renders a sweep as one HTML file with embedded images and charts. The file can be opened offline."""
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -24,6 +22,7 @@ from dreambooth.tracking import svg_charts
 from dreambooth.tracking.svg_charts import colour, format_number
 from dreambooth.utils import atomic_files
 from dreambooth.utils.assets import resolve_asset
+from dreambooth.utils.image_grid import data_url
 from dreambooth.utils.plurals import counted
 
 MAX_STEPS = 16  # greatest number of steps on the slider
@@ -92,9 +91,7 @@ def _embed_image(path: Path, pixels: int) -> str:
     with Image.open(path) as file:
         image = file.convert("RGB")
     image.thumbnail((pixels, pixels))
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=88)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_url(image)
 
 
 def _about(trials: Sequence[Trial], keys: Sequence[str]) -> str:

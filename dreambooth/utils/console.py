@@ -2,12 +2,13 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console as RichConsole
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -76,6 +77,16 @@ class Console:
     def say(self, text: str) -> None:
         """Print a line of plain text. User info and queries of URLs are masked, here and in tables."""
         self._rich.print(Text(mask_urls(text)))
+
+    def list(self, title: str, lines: Sequence[str]) -> None:
+        """Print a title and indented lines; nothing if there are no lines. On a terminal, wrapped lines keep it.
+        """
+        for line in (title, *lines) if lines else ():
+            indent = 2 * (line is not title)
+            if self._rich.is_terminal:
+                self._rich.print(Padding(Text(mask_urls(line)), (0, 0, 0, indent), expand=False))
+            else:
+                self.say(" " * indent + line)
 
     def table(self, rows: Mapping[str, str]) -> None:
         """Print two columns: the keys of `rows`, and their values.

@@ -1,5 +1,7 @@
 """Image grids, and the contact sheet that shows the samples of a whole run in one image."""
 
+import base64
+import io
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +14,7 @@ from dreambooth.utils import atomic_files
 log = logging.getLogger(__name__)
 INK, PAPER = "#222222", "white"  # colours of text and background
 GAP, TITLE = 6, 22  # pixels: space between cells, height of a line of text
+LINE = 16  # pixels: height of one of several lines of text
 MAX_COLUMNS = 8  # steps shown on a contact sheet
 
 
@@ -61,6 +64,33 @@ def contact_sheet(
     for column, step in enumerate(steps):
         _label(draw, (GAP + column * (cell + GAP), sheet.height - TITLE + 3), f"step {step}", cell)
     return sheet
+
+
+def labelled_grid(tiles: Sequence[tuple[Image.Image, Sequence[str]]], columns: int, side: int) -> Image.Image:
+    """Arrange images in one image, each with lines of text below it.
+
+    Args:
+        tiles: pairs of an image and its lines. All tiles get the height of the longest list of lines.
+        columns: number of columns.
+        side: width and height in pixels of the square into which each image is scaled.
+    """
+    lines = max((len(texts) for _, texts in tiles), default=0)
+    cells = []
+    for image, texts in tiles:
+        cell = Image.new("RGB", (side, side + GAP + lines * LINE), PAPER)
+        cell.paste(_fit(image, side), (0, 0))
+        draw = ImageDraw.Draw(cell)
+        for number, text in enumerate(texts):
+            _label(draw, (0, side + 2 + number * LINE), text, side)
+        cells.append(cell)
+    return grid(cells, columns, GAP)
+
+
+def data_url(image: Image.Image) -> str:
+    """Return an image as a data URL (WebP), for HTML pages without files of their own."""
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=88)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def read_samples(folder: Path, prompts: int) -> dict[int, list[list[Image.Image]]]:

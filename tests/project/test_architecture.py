@@ -18,18 +18,19 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dreambooth"
 # A folder imports only from folders that stand before it. `errors` is the file errors.py; `commands` are the other
 # files at the root of the package and every __main__.py.
-ORDER = ("errors", "utils", "config", "runtime", "storage", "models", "optim", "data", "serialization", "runs",
-         "tracking", "cloud", "container", "kubernetes", "evaluation", "inference", "sweeps", "training",
-         "planner", "serving", "deployment", "commands")
+ORDER = ("errors", "utils", "config", "runtime", "storage", "models", "optim", "data", "preparation",
+         "serialization", "runs", "tracking", "cloud", "container", "kubernetes", "evaluation", "inference", "sweeps",
+         "training", "planner", "serving", "deployment", "commands")
 COMMANDS = {"train", "generate", "plan", "evaluate", "entrypoint", "promote", "compare", "class_images", "stage",
-            "workflows", "convert", "serve", "deploy"}
+            "workflows", "convert", "serve", "deploy", "prepare"}
 HEAVY = {"torch", "diffusers", "transformers", "mlflow", "boto3", "sagemaker", "accelerate", "PIL",
          "numpy"}
 BY_NAME = {"import_module", "importlib.import_module", "__import__"}
 CODE = ("dreambooth", "hydra_plugins", "tools")
 # Modules that `--help`, a laptop that only submits and small processes beside a training run import.
 LIGHT = ["config.compose", "config.recipe", "runs.identity", "errors", "train", "generate", "evaluate", "convert",
-         "entrypoint", "promote", "compare", "sweeps.hydra_callbacks", "serve", "serving.server", "deploy"]
+         "entrypoint", "promote", "compare", "sweeps.hydra_callbacks", "serve", "serving.server", "deploy",
+         "prepare"]
 # The launcher plug-in runs `python -m dreambooth.plan` in a process of its own; it may import these modules only.
 OPEN_TO_PLUGINS = {f"dreambooth.{name}" for name in (
     "errors", "config", "config.compose", "config.launcher", "config.recipe", "config.schema", "config.storage",

@@ -19,13 +19,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 # The doors register the schemas of conf/<door>.yaml.
-from dreambooth import compare, convert, deploy, errors, evaluate, generate, plan, promote, serve, workflows
-from dreambooth.config.compose import conf_dir, load
+from dreambooth import compare, convert, deploy, errors, evaluate, generate, plan, prepare, promote, serve, workflows
+from dreambooth.config.compose import conf_dir, load, to_aliased_dataclass
 from dreambooth.config.dataset import Subject
 from dreambooth.config.enums import Device
 from dreambooth.config.recipe import resolve
 from dreambooth.config.schema import Config
 from dreambooth.inference.picture_request import Limits, parse
+from dreambooth.preparation.options import CaptionOptions, FaceOptions, MaskOptions
 from dreambooth.serving.app import create_app
 from dreambooth.serving.service import Service
 from dreambooth.storage import __main__ as storage_command
@@ -34,12 +35,14 @@ from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncherConf
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
-TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT, DEPLOY, SERVE = (
+TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT, DEPLOY, SERVE, PREPARE = (
     ["python", "-m", f"dreambooth.{door}"]
-    for door in ("train", "generate", "evaluate", "plan", "promote", "compare", "convert", "deploy", "serve"))
+    for door in ("train", "generate", "evaluate", "plan", "promote", "compare", "convert", "deploy", "serve",
+                 "prepare"))
 # What doors that compose no run read.
 ASKED = {"generate": generate.Generate, "evaluate": evaluate.EvaluateOptions, "promote": promote.Promote,
-         "compare": compare.Compare, "convert": convert.Convert, "deploy": deploy.Deploy, "serve": serve.Serve}
+         "compare": compare.Compare, "convert": convert.Convert, "deploy": deploy.Deploy, "serve": serve.Serve,
+         "prepare": prepare.Prepare}
 OTHER = {". .venv/bin/activate", "nvidia-smi", "umask 002", "tensorboard --logdir runs", "export WANDB_MODE=offline",
          "mkdir runs && chgrp artists runs && chmod 2775 runs",
          "export MLFLOW_TRACKING_URI=ADDRESS",
@@ -153,13 +156,16 @@ def test_a_command_is_real(command: str) -> None:
     if words[:3] == ["python", "-m", "dreambooth.storage"]:
         assert storage_command.parser().parse_args(words[3:]).uri.startswith("s3://")
         return
-    doors = TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT, DEPLOY, SERVE
+    doors = TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT, DEPLOY, SERVE, PREPARE
     assert words[:3] in doors, "neither make nor a door, and not on the list of others"
     if words[:3] in (PROMOTE, COMPARE):  # the doors take this word before Hydra
         words = [word for word in words if not word.startswith("sweep=")]
     for asked in overrides(words[3:]):
         if words[:3] == CONVERT:
             assert convert.parse_options(composed("convert", asked)).source
+            continue
+        if words[:3] == PREPARE:
+            assert to_aliased_dataclass(composed("prepare", asked), prepare.Prepare).out
             continue
         if words[:3] in (GENERATE, EVALUATE, PROMOTE, COMPARE, DEPLOY, SERVE):
             door = words[2].removeprefix("dreambooth.")
@@ -194,7 +200,9 @@ def in_code(page: Path) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_a_key_in_a_document_exists(page: Path) -> None:
     known = keys().union(*(vars(ask()) for ask in ASKED.values())) | NO_KEYS | {"experiment", "group", "section.key"}
-    known |= {"in"}  # of convert
+    known |= {"in"}  # of convert and prepare
+    known |= {f"{section}.{key}" for section, kind in (
+        ("captions", CaptionOptions), ("masks", MaskOptions), ("faces", FaceOptions)) for key in vars(kind())}
     known |= {"environment.DREAMBOOTH_SERVE_MAX_STEPS", "environment.RELEASE"}  # of deploy
     known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf())}
     known |= {"hydra.verbose"}
