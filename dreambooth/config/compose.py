@@ -21,6 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth.config import overrides
+from dreambooth.config.enums import MethodKind
+from dreambooth.config.model_defaults import default_learning_rate
 from dreambooth.config.schema import Config
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.utils.assets import conf_dir as conf_dir
@@ -256,6 +258,18 @@ def _unknown_keys(cfg: DictConfig) -> list[str]:
               for key in cfg[name] if key not in keys)]
 
 
+def _adamw_rate(factor: float, *, _root_: DictConfig) -> float:
+    """Return the value of ${adamw_rate:FACTOR}: FACTOR times the model's default learning rate with AdamW.
+
+    An adapter has another default than full training. Files in conf/optimizer/ use this value, because a good learning
+    rate of some optimizers is a known multiple of AdamW's.
+    """
+    full = _root_.method.kind in (MethodKind.full, MethodKind.full.value)
+    rate = default_learning_rate(_root_.model.name) if full else _root_.model.adapter_learning_rate
+    return float(f"{factor * rate:.6g}")  # 3e-05 instead of 3.0000000000000004e-05
+
+
+OmegaConf.register_new_resolver("adamw_rate", _adamw_rate, replace=True)
 ConfigStore.instance().store(name="schema", node=Config, provider="dreambooth")
 # For --help, Hydra deep-copies its config repository about a hundred times, and with it this store of all schemas. That
 # took half of the run time of --help. No copy is needed, because the store is a singleton, and `load` returns copies.

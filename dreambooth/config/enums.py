@@ -49,6 +49,32 @@ class OptimizerKind(Enum):
     adamw8bit = "adamw8bit"
     paged_adamw8bit = "paged_adamw8bit"
     adafactor = "adafactor"
+    prodigy = "prodigy"
+    schedule_free = "schedule_free"
+    lion = "lion"
+    came = "came"
+    ademamix8bit = "ademamix8bit"
+    muon = "muon"
+
+    @property
+    def is_of_bitsandbytes(self) -> bool:
+        """Whether the package bitsandbytes implements the optimizer."""
+        return self.value.endswith("8bit")
+
+    @property
+    def steps_each_weight_alone(self) -> bool:
+        """Whether the update of a weight depends on no other weight's gradient."""
+        return self is not OptimizerKind.prodigy
+
+    @property
+    def allows_half_weights(self) -> bool:
+        """Whether memory.weights=half is supported."""
+        return self not in (OptimizerKind.prodigy, OptimizerKind.schedule_free, OptimizerKind.muon)
+
+    @property
+    def averages_weights(self) -> bool:
+        """Whether the optimizer maintains an average of the weights, which takes the place of an EMA."""
+        return self is OptimizerKind.schedule_free
 
 
 class TimestepSampling(Enum):

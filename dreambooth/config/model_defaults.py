@@ -1,10 +1,11 @@
 """Defaults that the files conf/model/*.yaml set outside of the section `model`. Imports neither torch nor Hydra."""
 
 from functools import cache
+from typing import Any
 
 import yaml
 
-from dreambooth.config.schema import Prior
+from dreambooth.config.schema import Prior, Train
 from dreambooth.utils.assets import conf_dir
 
 
@@ -21,9 +22,20 @@ def default_sample_batch_size(model: str) -> int:
     Args:
         model: the value of model.name. It is the name of the file, without .yaml.
     """
-    path = conf_dir() / "model" / f"{model}.yaml"
-    prior = yaml.safe_load(path.read_text(encoding="utf-8")).get("prior", {}) if path.is_file() else {}
-    return int(prior.get("sample_batch_size", Prior.sample_batch_size))
+    return int(_section(model, "prior").get("sample_batch_size", Prior.sample_batch_size))
+
+
+@cache
+def default_learning_rate(model: str) -> float:
+    """Return the default of train.learning_rate for a model whose weights are all trained by AdamW.
+
+    If the file conf/model/MODEL.yaml sets train.learning_rate, return its value. Otherwise return the default in
+    schema.py.
+
+    Args:
+        model: the value of model.name. It is the name of the file, without .yaml.
+    """
+    return float(_section(model, "train").get("learning_rate", Train.learning_rate))
 
 
 def sample_batch_size_if_changed(model: str, size: int) -> dict[str, int]:
@@ -34,3 +46,9 @@ def sample_batch_size_if_changed(model: str, size: int) -> dict[str, int]:
     these versions.
     """
     return {} if size == default_sample_batch_size(model) else {"sample_batch_size": size}
+
+
+def _section(model: str, name: str) -> dict[str, Any]:
+    """Return the settings of a section, such as train, in the file conf/model/MODEL.yaml; {} if there are none."""
+    path = conf_dir() / "model" / f"{model}.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")).get(name, {}) if path.is_file() else {}

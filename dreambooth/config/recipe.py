@@ -147,11 +147,12 @@ class Recipe:
     def allows_optimizer_in_backward(self) -> bool:
         """Whether memory.optimizer_in_backward=true is possible.
 
-        The option requires one process, one pass per step, an uncompiled model, and an optimizer on the device.
+        The option requires one process, one pass per step, an uncompiled model, and an optimizer on the device that
+        updates each weight by itself.
         """
         train, one_process = self.train, self.hardware.gpus == 1
         return (one_process and train.gradient_accumulation_steps == 1 and not self.two_passes and not train.compile
-                and not self.memory.offload_optimizer)
+                and not self.memory.offload_optimizer and self.optimizer.kind.steps_each_weight_alone)
 
     @property
     def allows_swapped_blocks(self) -> bool:

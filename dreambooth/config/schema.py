@@ -78,13 +78,18 @@ class Attention(Section):
 
 @dataclass
 class Optimizer(Section):
-    """The optimizer (AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101) and its hyperparameters."""
+    """The optimizer (AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101) and its hyperparameters.
+
+    Only CAME, AdEMAMix and Prodigy use `beta3`, and only Prodigy uses `d_coef`.
+    """
 
     kind: OptimizerKind = OptimizerKind.adamw
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 1e-2
+    beta3: float | None = None
+    d_coef: float = 1.0
 
     def __post_init__(self) -> None:
         require("optimizer", {
@@ -92,6 +97,9 @@ class Optimizer(Section):
             "beta2": (0 <= self.beta2 < 1, f"in [0, 1), not {self.beta2}"),
             "eps": (finite(self.eps, 0) and self.eps > 0, f"above 0, not {self.eps}"),
             "weight_decay": (finite(self.weight_decay, 0), f"0 or more, not {self.weight_decay}"),
+            "beta3": (self.beta3 is None or 0 <= self.beta3 < 1,
+                      f"in [0, 1), or null for the optimizer's default, not {self.beta3}"),
+            "d_coef": (finite(self.d_coef, 0) and self.d_coef > 0, f"above 0, not {self.d_coef}"),
         })
 
 

@@ -26,6 +26,9 @@ from dreambooth.utils import quoting
 from dreambooth.utils.assets import ASSET_SCHEME
 from dreambooth.utils.hardware import Machine
 
+MIN_PRODIGY_RATE, MAX_PRODIGY_RATE = 0.1, 10.0  # diffusers' DreamBooth scripts warn of rates up to 0.1
+WITH_BETA3 = (OptimizerKind.came, OptimizerKind.ademamix8bit, OptimizerKind.prodigy)
+
 
 def problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:
     """Yield one sentence per broken rule. Each sentence ends with the overrides that the user should type.
@@ -39,6 +42,7 @@ def problems(config: Config, device: str, machine: Machine | None) -> Iterator[s
     yield from _training_problems(config)
     yield from evaluate.problems(config.evaluate, config.dataset.subjects[0].class_prompt or "", config.model.source)
     yield from _memory_problems(config)
+    yield from _optimizer_problems(config)
     if config.evaluate.promote and not config.tracking.kind.uses_mlflow:
         yield "evaluate.promote=true registers in MLflow: type tracking=mlflow"
     yield from _tracking_problems(config.tracking, machine)
@@ -95,7 +99,7 @@ def _device_problems(config: Config, device: str, machine: Machine | None) -> It
         elif machine is not None and machine.cuda and find_spec("xformers") is None:
             yield "attention=xformers needs a package: pip install 'dreambooth[cuda]', or type attention=sdpa"
     kind = config.optimizer.kind
-    if kind in (OptimizerKind.adamw8bit, OptimizerKind.paged_adamw8bit):
+    if kind.is_of_bitsandbytes:
         if machine is not None and find_spec("bitsandbytes") is None:
             yield f"optimizer={kind.value} needs a package: pip install 'dreambooth[cuda]', or type optimizer=adamw"
         if kind is OptimizerKind.paged_adamw8bit and (device == "cpu" or config.memory.offload_optimizer):
@@ -242,6 +246,39 @@ def _memory_problems(config: Config) -> Iterator[str]:
     if train.use_ema and train.max_train_steps % memory.ema_every:
         yield (f"memory.ema_every={memory.ema_every} would leave the last steps out of the EMA: type a "
                "train.max_train_steps that is a multiple of it, or memory.ema_every=1")
+
+
+def _optimizer_problems(config: Config) -> Iterator[str]:
+    """Yield one sentence per setting that does not fit the optimizer. Rules of the device are in `_device_problems`."""
+    spec, train, memory = config.optimizer, config.train, config.memory
+    kind, name = spec.kind, f"optimizer={spec.kind.value}"
+    if kind is OptimizerKind.prodigy and not MIN_PRODIGY_RATE <= train.learning_rate <= MAX_PRODIGY_RATE:
+        yield (f"{name} estimates the learning rate and multiplies it by train.learning_rate="
+               f"{train.learning_rate:g}, which must be near 1: type train.learning_rate=1 optimizer.d_coef=1, where a "
+               "d_coef from 0.5 to 2 lowers or raises the estimate")
+    if memory.optimizer_in_backward and not kind.steps_each_weight_alone:
+        yield (f"{name} computes one step size from the gradients of all weights, which never exist together with "
+               "memory.optimizer_in_backward=true: type memory.optimizer_in_backward=false")
+    if memory.weights is Weights.half and not kind.allows_half_weights:
+        yield (f"{name} works with weights in fp32 only: type memory.weights=full memory.rounding=null, or "
+               "optimizer=adamw8bit")
+    if kind is OptimizerKind.muon and config.method.low_rank:
+        yield (f"{name} orthogonalises the updates of whole weight matrices, and method={config.method.name} trains "
+               "factors of them: type method=full, or optimizer=adamw")
+    if kind.averages_weights:
+        if train.lr_scheduler.depends_on_length:
+            yield (f"{name} averages the weights instead of lowering the learning rate: type "
+                   "train.lr_scheduler=constant, or train.lr_scheduler=constant_with_warmup")
+        if train.use_ema:
+            yield (f"{name} exports its own average of the weights, and an EMA would replace it: type "
+                   "train.use_ema=false")
+        if spec.beta1 == 0:
+            yield f"{name} divides by optimizer.beta1: type optimizer.beta1=0.9"
+    if spec.d_coef != 1 and kind is not OptimizerKind.prodigy:
+        yield "optimizer.d_coef applies to optimizer=prodigy only: type optimizer.d_coef=1, or optimizer=prodigy"
+    if spec.beta3 is not None and kind not in WITH_BETA3:
+        yield (f"optimizer.beta3 applies to optimizer={', '.join(one.value for one in WITH_BETA3)} only: type "
+               "optimizer.beta3=null")
 
 
 def _adapter_problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dreambooth.optim.muon import copy_mark
 from dreambooth.optim.optimizers import OptimizerFactory
 from dreambooth.optim.streaming_optimizer import (
     StreamingOptimizer,
@@ -35,7 +36,7 @@ class OffloadedOptimizer(StreamingOptimizer):
     """
 
     def __init__(self, model: nn.Module, factory: OptimizerFactory, half: torch.dtype) -> None:
-        self.masters = {name: nn.Parameter(upcast_half(p.detach()).to(HOST, copy=True))
+        self.masters = {name: copy_mark(p, nn.Parameter(upcast_half(p.detach()).to(HOST, copy=True)))
                         for name, p in model.named_parameters() if p.requires_grad}
         cast_to_half(model, half)
         self.device_weights = {name: p for name, p in model.named_parameters() if p.requires_grad}

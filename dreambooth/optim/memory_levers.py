@@ -23,6 +23,7 @@ from torch import nn
 from dreambooth.config.enums import Weights
 from dreambooth.config.schema import Memory
 from dreambooth.optim.cpu_offload import OffloadedOptimizer, cast_to_half
+from dreambooth.optim.muon import mark_hidden_matrices
 from dreambooth.optim.optimizers import OptimizerFactory
 from dreambooth.optim.per_parameter import PerParameterOptimizer
 from dreambooth.optim.stochastic_rounding import Rounder
@@ -42,6 +43,7 @@ def build_training_optimizer(model: nn.Module, factory: OptimizerFactory, memory
         half: the compute precision; with fp32, no weight is cast.
         seed: seed of stochastic rounding.
     """
+    mark_hidden_matrices(model)
     if memory.offload_optimizer:
         return OffloadedOptimizer(model, factory, half)
     if memory.weights is Weights.half:

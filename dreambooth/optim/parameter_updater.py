@@ -4,7 +4,7 @@ A step temporarily needs the weight and its gradient in fp32. For the largest co
 together, more than the activations of this layer's backward pass. Adam updates each element independently of the
 others. 8-bit Adam updates each quantization block of 256 elements independently (Dettmers et al. 2022,
 arXiv:2110.02861). Updating a parameter in pieces that consist of whole quantization blocks therefore gives the same
-results. Adafactor factorises whole matrices, so weights are never split with Adafactor.
+results. Adafactor and CAME factorise whole matrices, so weights are never split with them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dreambooth.optim.optimizers import BLOCK_SIZE, OptimizerFactory, can_step_in_pieces
 from dreambooth.optim.stochastic_rounding import Rounder
-from dreambooth.optim.streaming_optimizer import hyperparameters
+from dreambooth.optim.streaming_optimizer import group_state
 
 PIECE_SIZE = 2**22  # maximum number of elements of a piece; 16 MiB in fp32
 SHARED_STATE = {"step", "qmap1", "qmap2"}  # entries of an optimizer's state that are the same for each piece
@@ -72,13 +72,17 @@ class ParameterUpdater:
             return dict(states[0])
         return {key: _join([state[key] for state in states], key, self.parameter) for key in states[0]}
 
+    def group_state(self) -> dict[str, Any]:
+        """Return the state in the parameter group, which is the same in the optimizers of all pieces."""
+        return group_state(self.optimizers[0].param_groups[0])
+
     def load(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> None:
-        """Load a state that `state` returned, with the hyperparameters of the parameter group `group`."""
+        """Load a state that `state` returned, with the hyperparameters and the state of the parameter group `group`."""
         for optimizer, span in zip(self.optimizers, self.spans, strict=True):
             piece = {key: value if span is None else _cut(value, key, span, self.parameter)
                      for key, value in state.items()}
             optimizer.load_state_dict({"state": {0: piece} if piece else {},
-                                       "param_groups": [hyperparameters(dict(group)) | {"params": [0]}]})
+                                       "param_groups": [dict(group) | {"params": [0]}]})
 
     def _step_piece(self, number: int, gradient: Tensor, learning_rate: Any, step: int) -> None:
         target, optimizer, span = self.targets[number], self.optimizers[number], self.spans[number]

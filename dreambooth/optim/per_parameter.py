@@ -106,9 +106,17 @@ class PerParameterOptimizer(StreamingOptimizer):
         return {updater.name: updater.parameter for updater in self.updaters}
 
     def state_dict(self) -> dict[str, Any]:
-        states = (updater.state() for updater in self.updaters)
-        group = hyperparameters(self.param_groups[0]) | {"params": list(range(len(self.updaters)))}
+        states = [updater.state() for updater in self.updaters]
+        # A weight without gradients is never updated, so the state of its group stays as it was at the beginning.
+        updated = next((number for number, state in enumerate(states) if state), 0)
+        group = hyperparameters(self.param_groups[0]) | self.updaters[updated].group_state() | {
+            "params": list(range(len(self.updaters)))}
         return {"state": {number: state for number, state in enumerate(states) if state}, "param_groups": [group]}
+
+    def states(self) -> dict[Tensor, dict[str, Any]]:
+        """Return the optimizer state of each full-precision parameter that was updated."""
+        return {updater.parameter: updater.optimizers[0].state[updater.parameter] for updater in self.updaters
+                if updater.parameter in updater.optimizers[0].state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         [group] = state_dict["param_groups"]

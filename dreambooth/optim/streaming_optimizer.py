@@ -1,13 +1,18 @@
 """The interface of optimizers that save memory by running the forward and backward pass themselves."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dreambooth.runtime.engine import Engine
+
+# Entries of parameter groups that are state. k counts steps (Prodigy, schedule-free), and so does `step` (optimizers of
+# pytorch_optimizer). d... belong to Prodigy, the others to schedule-free.
+GROUP_STATE = frozenset({"k", "step", "d", "d_max", "d_hat", "d_numerator", "d_denom", "weight_sum", "lr_max",
+                         "scheduled_lr", "train_mode"})
 
 
 class StreamingOptimizer(torch.optim.Optimizer):
@@ -50,9 +55,14 @@ def upcast_half(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.element_size() < 4 else tensor
 
 
-def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    """Return the hyperparameters of a parameter group: all its entries except the parameters."""
-    return {key: value for key, value in group.items() if key != "params"}
+def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyperparameters of a parameter group: all its entries except the parameters and `group_state`."""
+    return {key: value for key, value in group.items() if key != "params" and key not in GROUP_STATE}
+
+
+def group_state(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a parameter group that the steps of an optimizer change, such as Prodigy's estimate d."""
+    return {key: value for key, value in group.items() if key in GROUP_STATE}
 
 
 def register_gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> Any:

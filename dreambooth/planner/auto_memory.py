@@ -24,14 +24,11 @@ from dreambooth.config.recipe import Recipe
 from dreambooth.errors import DoesNotFit
 from dreambooth.models.block_swap import SLOTS
 from dreambooth.planner.gpu_specs import cuda_overhead_gib
-from dreambooth.planner.memory_options import (
-    OPTIMIZER_STATE_BYTES,
-    activations_gib,
-    describe_memory_options,
-)
+from dreambooth.planner.memory_options import activations_gib, describe_memory_options
 from dreambooth.planner.prediction import STEP_PHASES, Prediction
 from dreambooth.planner.rehearsal import predict
 from dreambooth.planner.skeleton_models import count_trained_weights, find_architecture
+from dreambooth.planner.time_and_cost import OPTIMIZER_STATE_BYTES
 from dreambooth.utils.hardware import GIB
 
 MAX_CARD_SHARE = 0.95  # largest share of the card that a chosen candidate may use

@@ -13,13 +13,9 @@ from dreambooth.models.block_swap import SLOTS
 from dreambooth.planner.gpu_specs import Card, cuda_overhead_gib, find_card
 from dreambooth.planner.prediction import STEP_PHASES, Prediction
 from dreambooth.planner.skeleton_models import count_trained_weights
-from dreambooth.planner.time_and_cost import WEIGHT_BYTES, step_seconds
+from dreambooth.planner.time_and_cost import OPTIMIZER_STATE_BYTES, WEIGHT_BYTES, step_seconds
 from dreambooth.utils.hardware import GIB
 
-OPTIMIZER_STATE_BYTES = {  # per trained parameter
-    OptimizerKind.adamw: 8.0, OptimizerKind.adamw8bit: 2.03, OptimizerKind.paged_adamw8bit: 0.0,
-    OptimizerKind.adafactor: 2.0,
-}
 CHECKPOINTED_SHARE = 0.12  # share of activations that checkpointing keeps; SD 1.5 at 512 px: 0.26 of 2 GiB per sample
 MIN_SAVED_GIB = 0.05  # options that save less are not listed
 RECOMPUTED_FORWARD = 4 / 3  # operations of a step that computes its forward pass twice, relative to a plain step
@@ -114,7 +110,7 @@ def _inexact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryO
         yield from _batch_options(recipe, prediction)
         return
     if not memory.offload_optimizer:
-        if recipe.optimizer.kind is OptimizerKind.adamw:
+        if state > OPTIMIZER_STATE_BYTES[OptimizerKind.adamw8bit]:
             eight_bit = replace(recipe, optimizer=recipe.optimizer.copy_with(kind=OptimizerKind.adamw8bit))
             yield MemoryOption("optimizer=adamw8bit",
                                gib_per_byte * (state - OPTIMIZER_STATE_BYTES[OptimizerKind.adamw8bit]),
@@ -124,7 +120,8 @@ def _inexact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryO
             yield MemoryOption("memory.offload_optimizer=true" + " memory.optimizer_in_backward=false" *
                                memory.optimizer_in_backward, gib_per_byte * (state + 2),
                                _extra_seconds(recipe, prediction, offloaded))
-    if memory.weights is Weights.full and recipe.precision.dtype is not Dtype.fp32 and not memory.offload_optimizer:
+    if (memory.weights is Weights.full and recipe.precision.dtype is not Dtype.fp32 and not memory.offload_optimizer
+            and recipe.optimizer.kind.allows_half_weights):
         yield MemoryOption("memory.weights=half memory.rounding=stochastic", gib_per_byte * 2, None)
     if train.use_ema and memory.ema_device is EmaDevice.same and not memory.offload_optimizer:
         without_ema = replace(recipe, train=train.copy_with(use_ema=False))

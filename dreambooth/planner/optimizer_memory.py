@@ -12,6 +12,12 @@ real optimizers, byte by byte.
 | AdamW8bit | two uint8 moments, each with an fp32 maximum per 256 elements; fp32 moments if n < 4096 | none |
 | paged AdamW8bit | as AdamW8bit, in pageable memory, which moves to the host if the card is full | none |
 | Adafactor | fp32: one value per row and column of the last two dimensions; n values if one-dimensional | fp32 update |
+| CAME | as Adafactor, twice if not one-dimensional, and one moment | fp32 update and its deviation |
+| Prodigy | two moments, a sum of gradients, a copy of the first weights (one number if they are 0) | one weight |
+| Schedule-free AdamW | the weights z and a moment | one weight |
+| Lion | one moment | one weight |
+| AdEMAMix8bit | three uint8 moments, each with an fp32 maximum per 256 elements; fp32 moments if n < 4096 | none |
+| Muon | one moment; as AdamW for weights that are no matrices of blocks | Newton-Schulz: four bf16 matrices |
 """
 
 from collections.abc import Callable, Iterable
@@ -21,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.config.enums import OptimizerKind
+from dreambooth.optim.muon import ITERATIONS, is_hidden
 from dreambooth.optim.optimizers import BLOCK_SIZE
 
 MIN_8BIT = 4096  # elements; bitsandbytes keeps fp32 moments for smaller parameters (its min_8bit_size)
@@ -59,6 +66,16 @@ class ModelledOptimizer(torch.optim.Optimizer):
                 assert parameter.grad is not None
                 update = parameter.grad.square()  # fp32, like the gradients of all trained weights
                 update.add(1e-30)
+        elif self.kind is OptimizerKind.muon:
+            for parameter in filter(is_hidden, trained):
+                assert parameter.grad is not None
+                _orthogonalise(parameter.grad + parameter)
+        elif self.kind in (OptimizerKind.came, OptimizerKind.prodigy, OptimizerKind.schedule_free, OptimizerKind.lion):
+            for parameter in trained:
+                assert parameter.grad is not None
+                update = parameter.grad.square()
+                if self.kind is OptimizerKind.came:
+                    update.add(1e-30)
 
     def _allocate_state(self, parameter: nn.Parameter) -> None:
         if self.state[parameter]:
@@ -92,5 +109,48 @@ def _factored(parameter: Tensor) -> dict[str, Tensor]:
                    "exp_avg_sq_col": torch.empty(*outer, columns, dtype=torch.float32)}
 
 
+def _confident(parameter: Tensor) -> dict[str, Tensor]:
+    """Return the state of CAME: Adafactor's for the squared gradients and for the squared deviations, and a mean."""
+    state = _factored(parameter) | {"exp_avg": torch.empty_like(parameter)}
+    if parameter.dim() >= 2:
+        state |= {key.replace("sq", "res"): torch.empty_like(value) for key, value in state.items() if "_sq_" in key}
+    return state
+
+
+def _two_mixed(parameter: Tensor) -> dict[str, Tensor]:
+    """Return the state of AdEMAMix8bit: that of AdamW8bit, with two means of gradients instead of one."""
+    return {key: torch.cat([value, value]) if key.endswith("1") else value
+            for key, value in _eight_bit(parameter).items()}
+
+
+def _estimating(parameter: Tensor) -> dict[str, Tensor]:
+    """Return the state of Prodigy. The first weights of an adapter's second matrices are zero; they count as others."""
+    names = ("exp_avg", "exp_avg_sq", "s", "p0")
+    return {name: torch.empty_like(parameter) for name in names}
+
+
+def _averaging(parameter: Tensor) -> dict[str, Tensor]:
+    return {name: torch.empty_like(parameter) for name in ("z", "exp_avg_sq")}
+
+
+def _signed(parameter: Tensor) -> dict[str, Tensor]:
+    return {"exp_avg": torch.empty_like(parameter)}
+
+
+def _orthogonal(parameter: Tensor) -> dict[str, Tensor]:
+    return {"momentum_buffer": torch.empty_like(parameter)} if is_hidden(parameter) else _moments(parameter)
+
+
+def _orthogonalise(matrix: Tensor) -> None:
+    """Allocate the tensors, and perform the matrix products, of Muon's Newton-Schulz iterations."""
+    update = matrix.bfloat16()
+    update = update.T if update.size(0) > update.size(1) else update
+    for _ in range(ITERATIONS):
+        gram = update @ update.T
+        update = torch.addmm(update, torch.addmm(gram, gram, gram), update)
+
+
 _STATE = {OptimizerKind.adamw: _moments, OptimizerKind.adamw8bit: _eight_bit,
-          OptimizerKind.paged_adamw8bit: _eight_bit, OptimizerKind.adafactor: _factored}
+          OptimizerKind.paged_adamw8bit: _eight_bit, OptimizerKind.adafactor: _factored,
+          OptimizerKind.prodigy: _estimating, OptimizerKind.schedule_free: _averaging, OptimizerKind.lion: _signed,
+          OptimizerKind.came: _confident, OptimizerKind.ademamix8bit: _two_mixed, OptimizerKind.muon: _orthogonal}

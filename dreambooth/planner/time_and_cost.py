@@ -29,6 +29,17 @@ PROCESS_GIB = 3.5  # host memory of Python, PyTorch and CUDA's libraries; an ass
 STATE_PASSES = {  # bytes that an optimizer step reads and writes per parameter, fp32 weight and gradient included
     OptimizerKind.adamw: 28, OptimizerKind.adamw8bit: 16, OptimizerKind.paged_adamw8bit: 16,
     OptimizerKind.adafactor: 24,
+    # These update with one kernel per operation, whose reads and writes are counted in the code of the packages. The
+    # matrix products of Muon are counted by the rehearsal; half of the weights are assumed to be matrices of blocks.
+    OptimizerKind.prodigy: 136, OptimizerKind.schedule_free: 104, OptimizerKind.lion: 52, OptimizerKind.came: 140,
+    OptimizerKind.ademamix8bit: 18, OptimizerKind.muon: 45,
+}
+# Bytes of memory on the card per trained parameter. Those of CAME and Muon are lower bounds, because they depend on the
+# shapes of the weights.
+OPTIMIZER_STATE_BYTES = {
+    OptimizerKind.adamw: 8.0, OptimizerKind.adamw8bit: 2.03, OptimizerKind.paged_adamw8bit: 0.0,
+    OptimizerKind.adafactor: 2.0, OptimizerKind.prodigy: 16.0, OptimizerKind.schedule_free: 8.0,
+    OptimizerKind.lion: 4.0, OptimizerKind.came: 4.0, OptimizerKind.ademamix8bit: 3.05, OptimizerKind.muon: 4.0,
 }
 # Bytes of one quantised weight. With nf4, each 64 weights share a maximum of 32 bits.
 WEIGHT_BYTES = {BaseWeights.int8: 1.0, BaseWeights.fp8: 1.0, BaseWeights.nf4: 4.5 / 8}
@@ -164,6 +175,7 @@ def disk_gib(recipe: Recipe, prediction: Prediction) -> float:
     """
     trained = 4 * prediction.trained_parameters
     base = trained + 4 * prediction.frozen_parameters + prediction.encoder_bytes
-    checkpoint = trained * (3 + recipe.train.use_ema)
+    moments = max(2, OPTIMIZER_STATE_BYTES[recipe.optimizer.kind] / 4)
+    checkpoint = trained * (1 + moments + recipe.train.use_ema)
     model = 2 * trained if recipe.method.low_rank and not recipe.method.merge else base
     return ((recipe.checkpoint.keep + 1) * checkpoint + model + base) / GIB

@@ -30,7 +30,7 @@ from dreambooth.utils.atomic_files import weights_digest
 
 LATER_KEYS: dict[str, Any] = {  # keys that were added later; a key with this value is left out of the hash
     "dataset.mask": None, "dataset.concepts": [], "dataset.buckets": False, "dataset.prompt_dropout": 0.0,
-    "precision.tf32": False, "prior.kind": "class_images"}
+    "precision.tf32": False, "prior.kind": "class_images", "optimizer.beta3": None, "optimizer.d_coef": 1.0}
 NEUTRAL_VALUES = {"ema_every": 1, "weights": "full", "rounding": None}  # memory values that leave results unchanged
 DEFAULT_FLOW = {"timestep_sampling": "logit_normal", "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29,
                 "shift": None, "loss_weighting": "none"}  # flow values that are left out of the hash

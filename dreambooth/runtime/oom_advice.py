@@ -62,7 +62,8 @@ def _concessions(recipe: Recipe) -> Iterator[str]:
         if recipe.model.resolution > 512:
             yield "model.resolution=512"
         return
-    if kind is OptimizerKind.adamw and not memory.offload_optimizer:
+    small = (OptimizerKind.adamw8bit, OptimizerKind.paged_adamw8bit, OptimizerKind.adafactor)
+    if kind not in small and not memory.offload_optimizer:
         yield "optimizer=adamw8bit"
     if recipe.device == "cuda" and not memory.offload_optimizer and recipe.allows_offload_optimizer:
         yield "memory.offload_optimizer=true memory.optimizer_in_backward=false"

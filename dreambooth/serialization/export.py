@@ -183,7 +183,8 @@ def _card(recipe: Recipe, family: Family, step: int, pictured: bool) -> str:
             recipe.sample.guidance_scale, 1).items()),
         family_tags="".join(f"- {tag}\n" for tag in family.tags), tags="- lora\n" * recipe.method.low_rank,
         version=dreambooth.__version__,
-        weights=("an exponential moving average" if train.use_ema else "as trained")
+        weights=("an exponential moving average" if train.use_ema else
+                 "the average of schedule-free AdamW" if recipe.optimizer.kind.averages_weights else "as trained")
         + (f", the best of the run by {recipe.evaluate.select}," if recipe.evaluate.select else ""),
         picture="\n![contact sheet](contact_sheet.png)\n" if pictured else "",
         settings="\n".join(f"| {key} | {markdown.escape(str(value))} |" for key, value in settings.items())))

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dreambooth.errors import UserError
-from dreambooth.optim.streaming_optimizer import StreamingOptimizer, hyperparameters
+from dreambooth.optim.optimizers import estimated_step_size
+from dreambooth.optim.streaming_optimizer import StreamingOptimizer, group_state, hyperparameters
 from dreambooth.runs.checkpoint_files import STATE_FILE, find_damage, latest, rotate
 from dreambooth.runtime.engine import Engine
 from dreambooth.storage import manifest
@@ -122,10 +123,11 @@ def needed_bytes(state: TrainState, model: nn.Module, keep: int) -> int:
     """Return the bytes of disk space for `keep` checkpoints and one more.
 
     One more is needed because a new checkpoint is written before the oldest is removed. A checkpoint contains fp32
-    weights, two Adam moments, and the EMA if there is one.
+    weights, two Adam moments or Prodigy's four numbers per weight, and the EMA if there is one.
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return (keep + 1) * 4 * trained * (3 + (state.ema is not None))
+    moments = 2 if estimated_step_size(state.optimizer) is None else 4
+    return (keep + 1) * 4 * trained * (1 + moments + (state.ema is not None))
 
 
 def _write(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.GradScaler) -> None:
@@ -185,15 +187,15 @@ def _unflatten(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, An
 
 def _use_current_hyperparameters(saved: list[dict[str, Any]],
                                  optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return the saved parameter groups with the hyperparameters of the current run.
+    """Return the saved parameter groups, with their state, and with the hyperparameters of the current run.
 
     Raises:
         ValueError: `saved` was written by another kind of optimizer.
     """
     current = [hyperparameters(group) for group in optimizer.param_groups]
-    if [group.keys() - {"params"} for group in saved] != [group.keys() for group in current]:
+    if [hyperparameters(group).keys() for group in saved] != [group.keys() for group in current]:
         raise ValueError("it was trained with another optimizer")
-    return [group | {"params": old["params"]} for group, old in zip(current, saved, strict=True)]
+    return [group | group_state(old) | {"params": old["params"]} for group, old in zip(current, saved, strict=True)]
 
 
 def _restore_lr_scheduler(state: TrainState, saved: dict[str, Any]) -> None:

@@ -161,7 +161,8 @@ class CheckpointHook:
 def swap_in_ema(setup: Setup, exact: bool = False) -> AbstractContextManager[Any]:
     """Put the EMA weights into the trained module in a `with` block. On exit, restore the module's own weights.
 
-    If the run has no EMA, the module contains the trained weights inside the block, too.
+    With optimizer=schedule_free, put in the optimizer's averages. If the run has no averages, the module contains the
+    trained weights inside the block, too.
 
     Args:
         exact: True: the weights keep the precision in which they are trained or averaged, so that they can be written
@@ -171,6 +172,6 @@ def swap_in_ema(setup: Setup, exact: bool = False) -> AbstractContextManager[Any
         Diverged: a trained weight or an EMA weight is not finite.
     """
     setup.state.check_finite(setup.trained)
-    if setup.state.ema is not None:
-        return swap_weights(setup.trained, setup.state.ema.current(setup.state.weights(setup.trained)), exact)
+    if (averages := setup.state.averages(setup.trained)) is not None:
+        return swap_weights(setup.trained, averages, exact)
     return swap_weights(setup.trained, setup.state.weights(setup.trained), exact) if exact else nullcontext()

@@ -14,6 +14,8 @@ from dreambooth.errors import Diverged
 from dreambooth.models.finite import first_not_finite
 from dreambooth.models.noise_schedule import NoiseSchedule
 from dreambooth.optim.ema import Ema
+from dreambooth.optim.optimizers import estimated_step_size
+from dreambooth.optim.schedule_free import averaged_weights, is_schedule_free
 from dreambooth.optim.streaming_optimizer import StreamingOptimizer
 from dreambooth.runtime.async_readback import AsyncReadback
 from dreambooth.runtime.engine import Engine
@@ -45,6 +47,19 @@ class TrainState:
         if isinstance(self.optimizer, StreamingOptimizer):
             return self.optimizer.weights()
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def averages(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """Return the averages of the trained weights, by name, with which the run samples, evaluates and exports.
+
+        They are those of the EMA, or of schedule-free AdamW. None: the run has no averages.
+
+        Args:
+            model: the trained module itself, unwrapped.
+        """
+        weights = self.weights(model)
+        if self.ema is not None:
+            return self.ema.current(weights)
+        return averaged_weights(self.optimizer, weights) if is_schedule_free(self.optimizer) else None
 
     def check_finite(self, model: nn.Module) -> None:
         """Check that the trained weights and the EMA weights are finite.
@@ -105,6 +120,7 @@ class StepInfo:
     with_prior: bool
     skipped: bool  # the loss scaler skipped the optimizer step
     skipped_in_row: int
+    estimated_step_size: float | None = None  # Prodigy's d; None: another optimizer
 
     def start_readback(self) -> None:
         """Start to copy the metrics to the host. The copy waits for this step only, not for later steps."""
@@ -119,6 +135,8 @@ class StepInfo:
         """The metrics of the step, by name. Reading this property waits for the device."""
         loss, instance, prior, norm = self._readback.read()
         metrics = {"loss": loss, "loss_instance": instance, "grad_norm": norm, "learning_rate": self.learning_rate}
+        if self.estimated_step_size is not None:
+            metrics["effective_learning_rate"] = self.estimated_step_size * self.learning_rate
         return metrics | ({"loss_prior": prior} if self.with_prior else {})
 
     def check(self) -> None:
@@ -157,7 +175,7 @@ def train_step(
         batches: micro-batches of equal size.
         max_grad_norm: limit of the global gradient norm; None: no clipping.
     """
-    learning_rate = state.optimizer.param_groups[0]["lr"]
+    learning_rate, step_size = state.optimizer.param_groups[0]["lr"], estimated_step_size(state.optimizer)
     if objective.base_model is not None:
         batches = with_base_targets(batches, objective.base_model, objective.noise_schedule, engine)
     forward_backward = partial(_forward_backward, state, batches, objective, engine)
@@ -173,7 +191,7 @@ def train_step(
     return StepInfo(
         step=state.step, losses=losses, grad_norm=norm, learning_rate=learning_rate,
         images=sum(batch.num_samples for batch in batches) * engine.world_size, with_prior=batches[0].with_prior,
-        skipped=not stepped, skipped_in_row=state.skipped_in_row)
+        skipped=not stepped, skipped_in_row=state.skipped_in_row, estimated_step_size=step_size)
 
 
 def _forward_backward(state: TrainState, batches: Sequence[Batch], objective: Objective, engine: Engine) -> Tensor:

@@ -47,6 +47,9 @@ def no_packages(monkeypatch):
     monkeypatch.setattr(validation, "find_spec", lambda name: None)
 
 
+PRODIGY = {"optimizer__kind": OptimizerKind.prodigy, "train__learning_rate": 1.0}
+SCHEDULE_FREE = {"optimizer__kind": OptimizerKind.schedule_free, "train__use_ema": False}
+HALF = {"memory__weights": Weights.half, "memory__rounding": Rounding.stochastic, "precision__dtype": Dtype.fp16}
 BROKEN = {  # broken rule -> (machine, values by key, what the message says to type)
     "a GPU is required and there is none": (NONE, {"hardware__device": Device.cuda}, "hardware=cpu"),
     "bf16 on a T4": (T4, {"precision__dtype": Dtype.bf16}, "precision=fp16"),
@@ -94,6 +97,20 @@ BROKEN = {  # broken rule -> (machine, values by key, what the message says to t
     "rounding of full weights": (None, {"memory__rounding": Rounding.kahan}, "memory.weights=half"),
     "an EMA that misses the last steps": (None, {"memory__ema_every": 3}, "memory.ema_every=1"),
     "paging on a CPU": (None, {"optimizer__kind": OptimizerKind.paged_adamw8bit}, "optimizer=adamw8bit"),
+    "Prodigy with AdamW's learning rate": (None, {"optimizer__kind": OptimizerKind.prodigy}, "train.learning_rate=1"),
+    "Prodigy in the backward pass": (
+        None, PRODIGY | {"memory__optimizer_in_backward": True}, "memory.optimizer_in_backward=false"),
+    "half weights and Prodigy": (T4, PRODIGY | HALF, "memory.weights=full"),
+    "half weights and schedule-free AdamW": (T4, SCHEDULE_FREE | HALF, "memory.weights=full"),
+    "half weights and Muon": (T4, {"optimizer__kind": OptimizerKind.muon} | HALF, "memory.weights=full"),
+    "Muon and an adapter": (
+        None, {"optimizer__kind": OptimizerKind.muon, "method__kind": MethodKind.lora}, "method=full"),
+    "schedule-free AdamW with a schedule": (
+        None, SCHEDULE_FREE | {"train__lr_scheduler": LrSchedule.cosine}, "train.lr_scheduler=constant"),
+    "schedule-free AdamW with an EMA": (None, SCHEDULE_FREE | {"train__use_ema": True}, "train.use_ema=false"),
+    "schedule-free AdamW that divides by 0": (None, SCHEDULE_FREE | {"optimizer__beta1": 0.0}, "optimizer.beta1=0.9"),
+    "Prodigy's coefficient without Prodigy": (None, {"optimizer__d_coef": 2.0}, "optimizer=prodigy"),
+    "a third beta without an optimizer that uses it": (None, {"optimizer__beta3": 0.99}, "optimizer.beta3=null"),
     "a quantised base on a CPU": (
         NONE, {"method__kind": MethodKind.lora, "method__base_weights": BaseWeights.nf4}, "method.base_weights=half"),
     "a quantised base without its package": (
@@ -244,7 +261,7 @@ no_steps = st.integers(max_value=0) | st.integers(min_value=1001)
 BOUNDS = {
     "model.resolution": st.integers(max_value=7) | st.integers(min_value=2049) | st.sampled_from([9, 100, 513]),
     "optimizer.beta1": outside_0_1, "optimizer.beta2": outside_0_1, "optimizer.eps": not_above_0,
-    "optimizer.weight_decay": below_0,
+    "optimizer.weight_decay": below_0, "optimizer.beta3": outside_0_1, "optimizer.d_coef": not_above_0,
     "model.adapter_learning_rate": not_above_0, "method.rank": less_than_1, "method.alpha": not_above_0,
     "method.dropout": outside_0_1,
     "dataset.prompt_dropout": outside_0_1,

@@ -1,13 +1,17 @@
-"""Learning-rate schedules by name, and a training step of the real architecture on fake tensors."""
+"""Learning-rate schedules by name, Muon's weights, Prodigy's estimate.
 
+Also a training step of the real architecture on fake tensors.
+"""
+
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from dreambooth.config.enums import AttentionKind, LrSchedule
-from dreambooth.config.schema import Flow, Train
+from dreambooth.config.enums import AttentionKind, LrSchedule, OptimizerKind
+from dreambooth.config.schema import Flow, Memory, Train
 from dreambooth.data.batches import Batch
 from dreambooth.models import families
 from dreambooth.models.loading import TrainedModel
@@ -15,6 +19,8 @@ from dreambooth.optim.optimizers import build_lr_scheduler
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.step import Objective, TrainState, train_step
 from dreambooth.utils.assets import resolve_asset
+from tests.support.levers import build_state, factory_for, toy_batches, train
+from tests.support.toy_model import make_schedule
 
 FAMILY = families.of_architecture("sd15")
 STEPS, WARMUP = 40, 10
@@ -84,3 +90,32 @@ def test_the_real_unet_and_text_encoder_train_on_fake_tensors(checkpointing: boo
     assert isinstance(info.losses, FakeTensor)
     assert all(isinstance(p.grad, FakeTensor) or p.grad is None for p in model.parameters())
     assert len(optimizer.state) == len(list(model.parameters())), "a part was left out of the step"
+
+
+def test_muon_updates_the_matrices_of_blocks_and_adamw_everything_else() -> None:
+    """Each weight has the state, and after a step the value, that the optimizer of torch gives it."""
+    state = build_state(Memory(), factory_for(OptimizerKind.muon))
+    other = copy.deepcopy(state.model)
+    train(state, 1)
+    matrices = {"linear.weight"}
+    kept = {name: set(state.optimizer.state[weight]) for name, weight in state.model.named_parameters()}
+    assert {name for name, entries in kept.items() if entries == {"momentum_buffer"}} == matrices
+    assert all(entries == {"step", "exp_avg", "exp_avg_sq"} for name, entries in kept.items() if name not in matrices)
+    optimizers = [torch.optim.Muon([other.linear.weight], lr=1e-2, weight_decay=1e-2,
+                                   adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW([weight for name, weight in other.named_parameters() if name not in matrices],
+                                    lr=1e-2, fused=True)]
+    Engine().backward(Objective(make_schedule(), 0.5)(other, toy_batches(0)[0]).total)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert all(weight.equal(dict(other.named_parameters())[name]) for name, weight in state.model.named_parameters())
+
+
+def test_the_learning_rate_that_prodigy_estimates_is_a_metric() -> None:
+    state = build_state(Memory(), factory_for(OptimizerKind.prodigy))
+    train(state, 3)
+    estimate = state.optimizer.param_groups[0]["d"]
+    assert estimate > 1e-6, "the estimate never grew, so the test shows nothing"
+    [info] = train(state, 4)
+    assert info.numbers["learning_rate"] == 1 / 4
+    assert info.numbers["effective_learning_rate"] == estimate / 4

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dreambooth.config.enums import OptimizerKind, Rounding, Weights
 from dreambooth.config.schema import Memory
 from dreambooth.optim import parameter_updater
+from dreambooth.optim.optimizers import WHOLE
 from dreambooth.optim.per_parameter import PerParameterOptimizer
 from dreambooth.runtime.engine import Engine
 from dreambooth.training import checkpoint
@@ -26,7 +27,7 @@ from tests.support.levers import (
     train,
 )
 
-SEPARABLE = [kind for kind in KINDS if kind is not OptimizerKind.adafactor]
+SEPARABLE = [kind for kind in KINDS if kind not in WHOLE and kind.allows_half_weights]
 
 
 class WideLayer(Mixed):
@@ -35,6 +36,7 @@ class WideLayer(Mixed):
     def __init__(self) -> None:
         super().__init__()
         self.text_encoder, self.linear = nn.Embedding(10, 128), nn.Linear(128, 72)
+        self.blocks = nn.ModuleList([self.linear])
 
 
 def build_half_state(kind: OptimizerKind, rounding: Rounding = Rounding.kahan, in_backward: bool = True) -> TrainState:
@@ -94,8 +96,11 @@ def test_pieces_are_rounded_with_random_numbers_of_their_own() -> None:
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_adafactor_sees_whole_matrices() -> None:
-    assert split_weights(build_half_state(OptimizerKind.adafactor, Rounding.stochastic)) == {}
+@pytest.mark.parametrize("kind", WHOLE)
+def test_some_optimizers_see_whole_matrices(kind: OptimizerKind) -> None:
+    state = build_half_state(kind, Rounding.stochastic)
+    train(state, 1, engine=autocast())
+    assert split_weights(state) == {}
 
 
 def test_only_one_piece_is_in_fp32_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

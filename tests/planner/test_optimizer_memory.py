@@ -5,9 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dreambooth.config.enums import OptimizerKind
 from dreambooth.planner.optimizer_memory import CODEBOOK_BYTES, ModelledOptimizer
+from tests.support.levers import factory_for
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer, without: tuple[str, ...] = ()) -> int:
@@ -40,6 +42,30 @@ def test_adamw8bit_has_the_state_of_bitsandbytes() -> None:
     modelled = _after_one_step(lambda p: ModelledOptimizer(p, OptimizerKind.adamw8bit))
     assert _state_bytes(modelled) == _state_bytes(real, without=("qmap1", "qmap2"))
     assert _state_bytes(real) - _state_bytes(modelled) in (0, CODEBOOK_BYTES)
+
+
+NEW = [OptimizerKind.prodigy, OptimizerKind.schedule_free, OptimizerKind.lion, OptimizerKind.came,
+       OptimizerKind.ademamix8bit, OptimizerKind.muon]
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_an_optimizer_has_the_state_of_the_one_that_a_run_uses(kind: OptimizerKind) -> None:
+    def mark(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        parameters[2].is_hidden_matrix = True  # type: ignore[attr-defined]
+        return parameters
+
+    real = _after_one_step(lambda p: factory_for(kind)(mark(p)))
+    modelled = _after_one_step(lambda p: ModelledOptimizer(mark(p), kind))
+    assert _state_bytes(modelled) == _state_bytes(real, without=("qmap1", "qmap2"))
+
+
+def test_muon_is_rehearsed_with_its_matrix_products() -> None:
+    """Newton-Schulz for a matrix of a x b, a < b: five times 2 a a b + 2 a a a + 2 a a b operations."""
+    matrix = nn.Parameter(torch.zeros(30, 70))
+    matrix.is_hidden_matrix, matrix.grad = True, torch.zeros(30, 70)  # type: ignore[attr-defined]
+    with FlopCounterMode(display=False) as counter:
+        ModelledOptimizer([matrix], OptimizerKind.muon).step()
+    assert counter.get_total_flops() == 5 * (4 * 30 * 30 * 70 + 2 * 30**3)
 
 
 def test_adafactor_has_the_state_of_transformers_adafactor() -> None:

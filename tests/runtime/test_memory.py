@@ -160,8 +160,10 @@ def test_advice_names_unused_options_first_those_that_leave_the_results_unchange
     assert oom_advice.suggest_overrides("step", resolve_demo(T4, **half, **ALL)) == "optimizer=adamw8bit"
     used = ALL | {"optimizer__kind": OptimizerKind.adafactor}
     assert "memory.offload_optimizer=true" in oom_advice.suggest_overrides("step", resolve_demo(T4, **half, **used))
-    accumulating = resolve_demo(T4, train__gradient_accumulation_steps=2)
-    assert "optimizer_in_backward=true" not in oom_advice.suggest_overrides("step", accumulating)
+    prodigy = {"optimizer__kind": OptimizerKind.prodigy, "train__learning_rate": 1.0}
+    for other in ({"train__gradient_accumulation_steps": 2}, prodigy):
+        advice = oom_advice.suggest_overrides("step", resolve_demo(T4, **other))
+        assert "optimizer_in_backward=true" not in advice
 
 
 RUNS: list[dict[str, object]] = [

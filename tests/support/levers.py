@@ -33,6 +33,7 @@ class Mixed(nn.Module):
         super().__init__()
         self.text_encoder = nn.Embedding(10, 64)
         self.linear = nn.Linear(64, 72)
+        self.blocks = nn.ModuleList([self.linear])  # so that Muon updates its matrix
         self.norm = nn.GroupNorm(8, 72)
         self.unet = nn.Conv2d(72, 1, 3, padding=1)
         self.into = nn.Conv2d(1, 72, 1)
@@ -46,6 +47,8 @@ class Mixed(nn.Module):
 def factory_for(kind: OptimizerKind) -> OptimizerFactory:
     if kind.value.endswith("8bit"):
         pytest.importorskip("bitsandbytes")
+    if kind is OptimizerKind.prodigy:  # with this coefficient, its estimate grows within a few steps
+        return optimizer_factory(Optimizer(kind=kind, d_coef=1e3), 1.0)
     return optimizer_factory(Optimizer(kind=kind, beta1=0.0 if kind is OptimizerKind.adafactor else 0.9), 1e-2)
 
 
