@@ -60,7 +60,7 @@ def prepare(config: Prepare, stop: StopRequest) -> list[PreparedPhoto]:
         chosen = [file for file in found.usable if file.path not in dropped]
         if not chosen:
             console.list("left out:", [printable(sentence) for _, sentence in left_out])
-            raise UserError(f"none of the {counted(len(files), 'file')} in {source} can be used: type in=DIR with a "
+            raise UserError(f"no photo in {source} can be used ({counted(len(files), 'file')}): type in=DIR with a "
                             "folder of photos")
         progress = Progress(out / "review" / RECORD)
         progress.start(source)
@@ -72,10 +72,13 @@ def check_folders(config: Prepare) -> tuple[Path, Path]:
     """Return the source folder and the output folder.
 
     Raises:
-        UserError: one of them is not given, or one contains the other, so that the source folder would be changed.
+        UserError: one of them is not given, or one contains the other, so that the source folder would be changed; or
+            masks are wanted of nothing.
     """
     if not config.source or not config.out:
         raise UserError("type in=PHOTOS out=PREPARED, the folder of your photos and a new folder")
+    if config.masks.model and not (config.masks.text or config.class_word):
+        raise UserError("masks need a word for the subject: type class_word=dog, or masks.text=\"a dog\"")
     source, out = Path(config.source), Path(config.out)
     inside, around = source.resolve(), out.resolve()
     if source.is_dir():

@@ -189,7 +189,7 @@ def test_photos_of_two_folders_are_not_mixed(photos: Path, tmp_path: Path) -> No
 def test_a_folder_without_a_usable_photo_is_refused(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("no picture")
-    assert "none of the 1 file" in refused(tmp_path / "photos", tmp_path / "out")
+    assert "can be used (1 file): type in=DIR" in refused(tmp_path / "photos", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

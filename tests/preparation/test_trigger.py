@@ -25,6 +25,7 @@ def test_the_trigger_stands_before_the_first_class_word() -> None:
 
 def test_a_caption_without_the_class_word_stands_behind_the_prompt() -> None:
     assert put("two toys on a table") == f"{PROMPT}, two toys on a table"
+    assert put("a mytoy") == f"{PROMPT}, a mytoy"
     assert put("a painting", class_word=None) == f"{PROMPT}, a painting"
     assert put("") == PROMPT
 

@@ -140,7 +140,7 @@ def owlvit(folder: Path) -> None:
 
     network = OwlViTForObjectDetection(OwlViTConfig(
         text_config=CLIP_TEXT, vision_config=SMALL | {"image_size": 32, "patch_size": 8}, projection_dim=16))
-    _save(folder, network, OwlViTProcessor(OwlViTImageProcessorPil(size=SQUARE), clip_tokenizer()))
+    _save(folder, network, OwlViTProcessor(OwlViTImageProcessorPil(size=SQUARE), clip_tokenizer()), factor=1)
 
 
 def yolos(folder: Path) -> None:
@@ -149,7 +149,7 @@ def yolos(folder: Path) -> None:
     network = YolosForObjectDetection(YolosConfig(
         **SMALL, image_size=[32, 32], patch_size=8, num_detection_tokens=4, id2label={0: "face", 1: "hat"},
         label2id={"face": 0, "hat": 1}))
-    _save(folder, network, YolosImageProcessorPil(size=SQUARE))
+    _save(folder, network, YolosImageProcessorPil(size=SQUARE), factor=1)
 
 
 MAKERS = {maker.__name__: maker for maker in (blip, florence2, qwen2_vl, clipseg, mask2former, owlvit, yolos)}
@@ -177,11 +177,11 @@ def retype(folder: Path, model_type: str) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": model_type}))
 
 
-def _save(folder: Path, network: Any, *processors: Any) -> None:
+def _save(folder: Path, network: Any, *processors: Any, factor: float = 8) -> None:
     with torch.no_grad():  # larger than transformers' initial weights, so that the output depends on the picture
         for weight in network.parameters():
             if weight.ndim > 1:
-                weight.mul_(8)
+                weight.mul_(factor)
     network.save_pretrained(folder)
     for processor in processors:
         processor.save_pretrained(folder)

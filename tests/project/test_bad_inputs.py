@@ -18,7 +18,7 @@ from tests.support.warm_python import PYTHON
 ROOT = Path(__file__).parents[2]
 INPUTS: list[dict[str, Any]] = tomllib.loads(Path(__file__).with_name("bad_inputs.toml").read_text("utf-8"))["input"]
 COMMANDS = {"train", "plan", "class_images", "generate", "convert", "compare", "promote", "evaluate", "stage",
-            "workflows", "storage.__main__", "entrypoint", "serve", "deploy"}
+            "workflows", "storage.__main__", "entrypoint", "serve", "deploy", "prepare"}
 # What a refused command may leave behind: empty folders, locks, Hydra's record of a sweep, a job's reason of failure.
 LEFT_BEHIND = re.compile(r".*\.lock|multirun\.yaml|failure")
 

@@ -85,7 +85,8 @@ def test_a_wheel_finds_its_own_conf(installed: Path) -> None:
 def test_a_wheel_runs_from_anywhere(installed: Path) -> None:
     assert "max_train_steps: 200" in call(installed / "python", "-m", "dreambooth.train", "--cfg", "job")
     assert "max_train_steps: 200" in call(installed / "dreambooth-train", "--cfg", "job")
-    for script in ("dreambooth-train", "dreambooth-generate", "dreambooth-evaluate", "dreambooth-convert"):
+    for script in ("dreambooth-train", "dreambooth-generate", "dreambooth-evaluate", "dreambooth-convert",
+                   "dreambooth-prepare"):
         assert call(installed / script, "--help").strip()
 
 
