@@ -8,7 +8,6 @@ from math import nan
 from dreambooth.config.evaluate import INSTANCE_LOSS
 from dreambooth.config.recipe import Recipe
 from dreambooth.data.prefetch import Prefetcher
-from dreambooth.evaluation.evaluator import Evaluator
 from dreambooth.models import loading
 from dreambooth.planner import auto_memory
 from dreambooth.runs import report, run_folder
@@ -20,13 +19,10 @@ from dreambooth.serialization import export, export_layout
 from dreambooth.tracking.run_tracker import track_run
 from dreambooth.tracking.tracker import Tracker
 from dreambooth.training import checkpoint_transfer, loop
-from dreambooth.training.evaluation_hook import EvaluationHook
-from dreambooth.training.hooks import CheckpointHook, HookList, LogHook, SampleHook
 from dreambooth.training.instance_loss import instance_loss
-from dreambooth.training.sample_images import SampleRecorder
+from dreambooth.training.run_hooks import RunHooks, create_hooks
 from dreambooth.training.setup import Setup, assemble, restore
 from dreambooth.training.step import train_step
-from dreambooth.training.stop_hook import StopHook
 from dreambooth.utils import atomic_files, provenance
 from dreambooth.utils.console import Console
 from dreambooth.utils.signals import StopRequest, how_to_resume
@@ -75,44 +71,41 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
         tracker.log_params(recipe.tracked_settings())
         tracker.set_tags(origin)
         tracker.log_metrics(state.step, meter.predicted_metrics)
-    sampling = SampleHook(SampleRecorder(recipe, setup.photos, tracker), setup, engine, meter, recipe, stop)
-    saving = CheckpointHook(setup, engine, meter, recipe)
-    evaluator = Evaluator(recipe, setup.scorer, tracker, engine, stop) if recipe.evaluate.encoders else None
-    evaluation = EvaluationHook(evaluator, setup, engine, meter, recipe)
-    sampling.before_training()
-    evaluation.before_training()
+    hooks = create_hooks(recipe, setup, tracker, engine, meter, stop)
+    hooks.before_training()
     stop.check()
     began = time.monotonic()
     step = partial(train_step, objective=setup.objective, engine=engine, max_grad_norm=recipe.train.max_grad_norm)
     with meter.phase("step"), console.bar("training", last, state.step) as bar, Prefetcher(setup.batches, last) as data:
-        shared = HookList([sampling, evaluation])  # all processes generate pictures
-        hooks = HookList([LogHook(tracker, bar, meter), saving] if engine.is_main_process else [], shared,
-                         StopHook(stop, engine, saving, shared.due))
-        for info in loop.fit(state, data, step, last, hooks.due):
-            hooks(info)
+        process = hooks.in_order(bar, tracker, engine, meter)
+        for info in loop.fit(state, data, step, last, process.due, hooks.stopping.reached):
+            process(info)
     seconds = time.monotonic() - began
     if not engine.is_main_process:
-        return Result(state.step, nan, seconds, str(recipe.run_dir), "model")
+        return Result(state.step, nan, seconds, str(recipe.run_dir), "model", stopped=hooks.stopping.reason)
+    if hooks.stopping.reason:
+        console.say(f"stopped after step {state.step}: {hooks.stopping.reason}")
     resume = how_to_resume(recipe.checkpoint.resume)
     with stop.at_once(f"stopped and saved after the last step, {state.step}; {resume} to export the model"):
-        return _finish(recipe, engine, setup, evaluation, console, tracker, meter, seconds)
+        return _finish(recipe, engine, setup, hooks, console, tracker, meter, seconds)
 
 
-def _finish(recipe: Recipe, engine: Engine, setup: Setup, evaluation: EvaluationHook, console: Console,
-            tracker: Tracker, meter: MemoryMeter, seconds: float) -> Result:
+def _finish(recipe: Recipe, engine: Engine, setup: Setup, hooks: RunHooks, console: Console, tracker: Tracker,
+            meter: MemoryMeter, seconds: float) -> Result:
     """Score and export the last step's weights (with evaluate.select: the best step's). With use_ema, use their EMA."""
-    step = setup.state.step
+    step, evaluation = setup.state.step, hooks.evaluation
     with meter.phase("export"):
         with evaluation.exported_weights(exported := evaluation.exported_step()), engine.autocast():
             scores = evaluation.scores(exported) | {INSTANCE_LOSS: instance_loss(setup, console)}
-        result = Result(step, nan, seconds, str(recipe.run_dir), "model", exported, scores, evaluation.scores(0))
+        result = Result(step, nan, seconds, str(recipe.run_dir), "model", exported, scores, evaluation.scores(0),
+                        hooks.stopping.reason)
         result = run_folder.with_objective(result, recipe)
         with evaluation.exported_weights(exported, exact=True):
             folder = export.export(setup.parts, recipe, exported, recipe.run_dir / "contact_sheet.png")
     tracker.log_metrics(step, meter.peaks | {
         "objective": result.objective, INSTANCE_LOSS: scores[INSTANCE_LOSS], "exported_step": exported,
         "skipped_steps": setup.state.skipped})
-    tracker.set_tags({"model": str(folder)})
+    tracker.set_tags({"model": str(folder)} | ({"stopped": hooks.stopping.reason} if hooks.stopping.reason else {}))
     for name in ("contact_sheet.png", "model/README.md", f"model/{export_layout.ADAPTER}"):
         if (recipe.run_dir / name).is_file():
             tracker.log_artifact(recipe.run_dir / name)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from dreambooth.config.section import Section, require
 
 ALPHA = "alpha"  # value of `mask`: the alpha channel of each photo is its mask
-FOLDERS = ("instance_dir", "class_dir", "mask")  # keys whose value may be a folder
+FOLDERS = ("instance_dir", "class_dir", "mask", "validation_dir")  # keys whose value may be a folder
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Subject:
     class_dir: str | None = None
     class_prompt: str | None = None
     mask: str | None = None
+    validation_dir: str | None = None
     repeats: int = 1
 
     def __post_init__(self) -> None:
@@ -38,6 +39,8 @@ class Dataset(Section):
     class_dir: str | None = None
     class_prompt: str | None = None
     mask: str | None = None
+    validation_dir: str | None = None
+    validation_count: int = 0
     concepts: list[Subject] = field(default_factory=list)
     center_crop: bool = True
     random_flip: bool = False
@@ -47,13 +50,20 @@ class Dataset(Section):
 
     def __post_init__(self) -> None:
         require("dataset", {
+            "validation_count": (self.validation_count >= 0, f"0 or more photos, not {self.validation_count}"),
             "prompt_dropout": (0 <= self.prompt_dropout < 1, f"from 0 to below 1, not {self.prompt_dropout}")})
 
     @property
     def subjects(self) -> list[Subject]:
         """All subjects: the items of `concepts`. If `concepts` is empty: one subject, made from the other fields."""
         return self.concepts or [
-            Subject(self.instance_dir, self.instance_prompt, self.class_dir, self.class_prompt, self.mask)]
+            Subject(self.instance_dir, self.instance_prompt, self.class_dir, self.class_prompt, self.mask,
+                    self.validation_dir)]
+
+    @property
+    def holds_out_photos(self) -> bool:
+        """Whether the run has photos that it does not train on, so that the loss on them can be measured."""
+        return self.validation_count > 0 or any(subject.validation_dir for subject in self.subjects)
 
     @property
     def keyed_subjects(self) -> Iterator[tuple[str, "Subject | Dataset"]]:

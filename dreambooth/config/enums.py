@@ -112,6 +112,11 @@ class TrackingKind(Enum):
         return self in (TrackingKind.mlflow, TrackingKind.all)
 
 
+class Direction(Enum):
+    min = "min"
+    max = "max"
+
+
 class EmaDevice(Enum):
     same = "same"  # on the device of the weights
     cpu = "cpu"

@@ -10,12 +10,12 @@ Imports neither torch nor Hydra.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth.config import eval_prompts
-from dreambooth.config.enums import EncoderKind
+from dreambooth.config.enums import Direction, EncoderKind
 from dreambooth.config.section import Section, require
 from dreambooth.utils.assets import resolve_asset
 
@@ -23,6 +23,7 @@ SCENE_BORDERS = "scene_borders.json"  # in the folder of a base model, see evalu
 BORDER = "border"  # takes the place of an encoder in the name of the measure that SCENE_BORDERS makes possible
 PROMPT_FIDELITY = "prompt_fidelity"
 INSTANCE_LOSS = "instance_loss"  # an objective that needs no generated images, see training/instance_loss.py
+VALIDATION_LOSS = "validation_loss"  # a measure that needs no generated images, see training/validation.py
 
 HIGHER_IS_BETTER = {  # role -> whether a higher value is better
     "subject_similarity": True,  # similarity between generated images of the subject and its photos
@@ -31,6 +32,7 @@ HIGHER_IS_BETTER = {  # role -> whether a higher value is better
     "diversity": True,  # distance between the images of one prompt
     "class_similarity": False,  # similarity between class images and photos of the subject; high if the class collapsed
     "class_drift": False,  # distance between images of the class and those that the base model generates
+    VALIDATION_LOSS: False,  # loss of photos that do not train
 }
 _PAPER_NAMES = {  # (role, encoder) -> name in the paper
     ("subject_similarity", "dino"): "dino", ("class_similarity", "dino"): "pres",
@@ -93,13 +95,14 @@ def measure_name(role: str, encoder: str) -> str:
     return _PAPER_NAMES.get((role, encoder), f"{role}_{encoder}")
 
 
-def measure_roles(evaluate: Evaluate, class_prompt: str, source: str = "") -> dict[str, str]:
+def measure_roles(evaluate: Evaluate, class_prompt: str, source: str = "", validates: bool = False) -> dict[str, str]:
     """Return what each measure of a run measures (its role, such as subject_similarity), by the measure's name.
 
     Several measures may have the same role. In the text that `parse_sum` parses, the role stands for the first of them.
 
     Args:
         source: the setting model.source.
+        validates: whether the run measures the loss on held-out photos.
     """
     try:
         templates = eval_prompts.read_templates(evaluate.prompts)
@@ -108,12 +111,13 @@ def measure_roles(evaluate: Evaluate, class_prompt: str, source: str = "") -> di
     special = (BORDER,) * _names_scene(templates, source) + ("lpips",) * (evaluate.lpips is not None)
     encoders, only = evaluate.encoders, {BORDER: PROMPT_FIDELITY, "lpips": "diversity"}
     has_class = bool(class_prompt.strip())
-    return {measure_name(role, encoder): role
+    roles = {measure_name(role, encoder): role
             for encoder in (*special, *encoders) * bool(encoders) for role in HIGHER_IS_BETTER
             if role == only.get(encoder, role) and (encoder == "clip" or role != "text_similarity")
             and (role != "diversity" or evaluate.images_per_prompt > 1)
             and (role != PROMPT_FIDELITY or encoder == BORDER or (has_class and len(templates) != 1))
-            and (has_class or not role.startswith("class_"))}
+            and (has_class or not role.startswith("class_")) and role != VALIDATION_LOSS}
+    return roles | ({VALIDATION_LOSS: VALIDATION_LOSS} if validates else {})
 
 
 def _names_scene(templates: Sequence[str], source: str) -> bool:
@@ -129,11 +133,14 @@ def _names_scene(templates: Sequence[str], source: str) -> bool:
     return any(scene["phrase"] in template for scene in scenes.values() for template in templates)
 
 
-def problems(evaluate: Evaluate, class_prompt: str, source: str) -> Iterator[str]:
+def problems(evaluate: Evaluate, class_prompt: str, source: str, validate_every: int | None = None,
+             stop_measure: str | None = None) -> Iterator[str]:
     """Yield one sentence for each broken rule of the group evaluate that involves several keys or files.
 
     Args:
         source: the setting model.source.
+        validate_every: the setting train.validate_every; None if the run measures no loss on held-out photos.
+        stop_measure: the setting train.stop_when.measure.
     """
     try:
         eval_prompts.read_templates(evaluate.prompts)
@@ -142,15 +149,51 @@ def problems(evaluate: Evaluate, class_prompt: str, source: str) -> Iterator[str
     if evaluate.reference_dir is not None and not Path(resolve_asset(evaluate.reference_dir)).is_dir():
         yield (f"evaluate.reference_dir={evaluate.reference_dir} is not a folder: type a folder with photos of the "
                "subject, or evaluate.reference_dir=null for the training photos")
-    if evaluate.select is not None and evaluate.every is None:
-        yield "evaluate.select chooses among checkpoints: type evaluate.every=50, steps between evaluations"
-    for key, text in (("select", evaluate.select), ("objective", evaluate.objective)):
-        if text is None or (key == "objective" and text == INSTANCE_LOSS):
+    keys = {"evaluate.select": ("chooses among checkpoints", evaluate.select),
+            "train.stop_when.measure": ("is compared from time to time", stop_measure),
+            "evaluate.objective": ("", None if evaluate.objective == INSTANCE_LOSS else evaluate.objective)}
+    for key, (purpose, text) in keys.items():
+        if text is None:
             continue
         try:
-            parse_sum(text, measure_roles(evaluate, class_prompt, source))
+            weights = parse_sum(text, measure_roles(evaluate, class_prompt, source, validate_every is not None))
         except ValueError as error:
-            yield f"evaluate.{key} {error}"
+            yield f"{key} {error}"
+            continue
+        if purpose and evaluate.every is None and weights.keys() != {VALIDATION_LOSS}:
+            yield f"{key} {purpose}: type evaluate.every=50, steps between evaluations"
+        elif purpose and weights.keys() > {VALIDATION_LOSS} and evaluate.every and validate_every \
+                and evaluate.every % validate_every:
+            yield (f"{key} needs the validation_loss of every evaluation, and evaluate.every={evaluate.every} is no "
+                   f"multiple of train.validate_every={validate_every}: type train.validate_every={evaluate.every}")
+
+
+def steps_between(measures: Collection[str], evaluate_every: int | None, validate_every: int | None) -> int | None:
+    """Return the number of steps between the steps at which all `measures` are measured; None: only at the end.
+
+    Args:
+        measures: names of measures, one or more.
+        evaluate_every: the setting evaluate.every.
+        validate_every: the setting train.validate_every.
+    """
+    return validate_every if set(measures) == {VALIDATION_LOSS} else evaluate_every
+
+
+def parse_measure(text: str, measured: Mapping[str, str]) -> tuple[dict[str, float], Direction]:
+    """Parse the setting train.stop_when.measure: the name of a measure, or a sum as in `parse_sum`.
+
+    Returns:
+        The weight of each measure, and the direction in which the weighted sum becomes better. A single name has the
+        weight 1, so that the value is that of the measure itself. A greater sum is better.
+
+    Raises:
+        ValueError: as in `parse_sum`.
+    """
+    weights = parse_sum(text, measured)
+    if "+" in text or "*" in text:
+        return weights, Direction.max
+    [(name, sign)] = weights.items()
+    return {name: 1.0}, Direction.max if sign > 0 else Direction.min
 
 
 def parse_sum(text: str, measured: Mapping[str, str]) -> dict[str, float]:
@@ -175,6 +218,9 @@ def parse_sum(text: str, measured: Mapping[str, str]) -> dict[str, float]:
         if not match:
             raise ValueError(f"must be a sum such as subject_similarity+0.5*class_drift, not {text!r}")
         measure = next((key for key, role in measured.items() if match[2] in (key, role)), None)
+        if measure is None and match[2] == VALIDATION_LOSS:
+            raise ValueError("names validation_loss, and no photos are held out: type dataset.validation_count=1, or "
+                             "dataset.validation_dir=DIR, with train.validate_every=50")
         if measure is None:
             available = f"one of {', '.join(measured)}" if measured else "evaluate.encoder=efficientnet_lite0"
             raise ValueError(f"names {match[2]}, which this run does not measure: type {available}")

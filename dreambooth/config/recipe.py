@@ -51,6 +51,7 @@ class Recipe:
         vae_source: hub id or folder of a VAE that replaces the VAE of the base model; None if there is no such VAE.
         instance_dir: folder of the first subject's photos.
         class_dir: folder of the user's own class images for the first subject; None if all class images are generated.
+        validation_dir: folder of the first subject's photos that do not train; None if there is no such folder.
         evaluate_prompts: prompts from which the model generates evaluation images.
         evaluate_texts: the evaluation prompts with the class in place of the subject. The text encoder that scores the
             images gets these prompts, because it does not know the rare word that names the subject.
@@ -88,6 +89,7 @@ class Recipe:
     tracking: Tracking
     overrides: tuple[str, ...] = ()
     fixed_length: bool = False
+    validation_dir: Path | None = None
 
     @property
     def instance_prompt(self) -> str:
@@ -193,7 +195,12 @@ class Recipe:
 
         The dictionary is empty if there is no evaluation.
         """
-        return evaluate.measure_roles(self.evaluate, self.class_prompt, self.source)
+        return evaluate.measure_roles(self.evaluate, self.class_prompt, self.source, self.validates)
+
+    @property
+    def validates(self) -> bool:
+        """Whether the run measures the loss on photos that it does not train on."""
+        return self.dataset.holds_out_photos and self.train.validate_every is not None
 
     def _for_subject(self, subject: Subject) -> "Recipe":
         if not self.dataset.concepts:
@@ -223,8 +230,19 @@ class Recipe:
         for item in fields(self):
             section = getattr(self, item.name)
             if isinstance(section, Section) and not isinstance(section, Tracking):
-                flat |= {f"{item.name}.{key}": _text(value) for key, value in vars(section).items() if key[0] != "_"}
+                flat |= _flatten(item.name, section)
         return {key: value if "prompt" in key else mask_urls(value) for key, value in flat.items()}
+
+
+def _flatten(prefix: str, section: Section) -> dict[str, str]:
+    """Return the settings of a section and of the sections inside it, by key."""
+    flat: dict[str, str] = {}
+    for key, value in vars(section).items():
+        if isinstance(value, Section):
+            flat |= _flatten(f"{prefix}.{key}", value)
+        elif key[0] != "_":
+            flat[f"{prefix}.{key}"] = _text(value)
+    return flat
 
 
 def _text(value: object) -> str:
@@ -235,7 +253,8 @@ def _text(value: object) -> str:
 
 def _subject_folders(subject: Subject) -> dict[str, Path | None]:
     return {"instance_dir": Path(resolve_asset(subject.instance_dir or "")).absolute(),
-            "class_dir": Path(resolve_asset(subject.class_dir)).absolute() if subject.class_dir else None}
+            **{key: Path(resolve_asset(folder)).absolute() if (folder := getattr(subject, key)) else None
+               for key in ("class_dir", "validation_dir")}}
 
 
 def resolve(config: Config, run_dir: Path, machine: Machine | None = None,

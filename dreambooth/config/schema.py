@@ -4,11 +4,13 @@ Larger groups have their own files in this folder. The YAML files in conf/ set t
 neither torch nor Hydra.
 """
 
+import math
 from dataclasses import dataclass, field, fields
 
 from dreambooth.config.dataset import Dataset as Dataset
 from dreambooth.config.enums import (
     AttentionKind,
+    Direction,
     Dtype,
     LossWeighting,
     LrSchedule,
@@ -128,6 +130,30 @@ class Prior(Section):
 
 
 @dataclass
+class StopWhen(Section):
+    """When a run ends before train.max_train_steps: early stopping by a measure (Prechelt 1998, section 2).
+
+    The fields except `measure` and `bound` have the names, the meaning and the defaults of PyTorch Lightning's callback
+    EarlyStopping, where `measure` is named monitor and `bound` stopping_threshold.
+    """
+
+    measure: str | None = None
+    patience: int | None = 3
+    min_delta: float = 0.0
+    mode: Direction | None = None
+    bound: float | None = None
+
+    def __post_init__(self) -> None:
+        require("train.stop_when", {
+            "patience": (self.patience is None or self.patience >= 1,
+                         f"1 or more measurements, or null for no patience rule, not {self.patience}"),
+            "min_delta": (finite(self.min_delta, 0), f"0 or more, not {self.min_delta}"),
+            "bound": (self.bound is None or finite(self.bound, -math.inf),
+                      f"a finite number, or null for no bound, not {self.bound}"),
+        })
+
+
+@dataclass
 class Train(Section):
     """Settings of training. A step is one step of the optimizer, and `step` counts completed steps."""
 
@@ -146,6 +172,8 @@ class Train(Section):
     noise_offset: float = 0.0
     compile: bool = False
     channels_last: bool = False
+    validate_every: int | None = 50
+    stop_when: StopWhen = field(default_factory=StopWhen)
 
     def __post_init__(self) -> None:
         require("train", {
@@ -163,6 +191,8 @@ class Train(Section):
             "snr_gamma": (self.snr_gamma is None or self.snr_gamma > 0,
                           f"above 0, or null for no weighting, not {self.snr_gamma}"),
             "noise_offset": (finite(self.noise_offset, 0), f"0 or more, not {self.noise_offset}"),
+            "validate_every": (self.validate_every is None or self.validate_every >= 1,
+                               f"1 or more, or null for never, not {self.validate_every}"),
         })
 
 

@@ -9,7 +9,10 @@ class Section:
     """Base class of config groups. Fields are mutable until `seal` is called. In a Recipe every section is sealed."""
 
     def seal(self) -> None:
-        """Make the section read-only."""
+        """Make the section, and sections inside it, read-only."""
+        for value in vars(self).values():
+            if isinstance(value, Section):
+                value.seal()
         object.__setattr__(self, "_sealed", True)
 
     def copy_with(self, **values: Any) -> Self:

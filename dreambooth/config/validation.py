@@ -21,7 +21,7 @@ from dreambooth.config.enums import (
     Weights,
 )
 from dreambooth.config.method import Method
-from dreambooth.config.schema import Config, Tracking
+from dreambooth.config.schema import Config, StopWhen, Tracking
 from dreambooth.utils import quoting
 from dreambooth.utils.assets import ASSET_SCHEME
 from dreambooth.utils.hardware import Machine
@@ -40,7 +40,10 @@ def problems(config: Config, device: str, machine: Machine | None) -> Iterator[s
     yield from _device_problems(config, device, machine)
     yield from _data_problems(config)
     yield from _training_problems(config)
-    yield from evaluate.problems(config.evaluate, config.dataset.subjects[0].class_prompt or "", config.model.source)
+    yield from _held_out_problems(config)
+    validate_every = config.train.validate_every if config.dataset.holds_out_photos else None
+    yield from evaluate.problems(config.evaluate, config.dataset.subjects[0].class_prompt or "", config.model.source,
+                                 validate_every, config.train.stop_when.measure)
     yield from _memory_problems(config)
     yield from _optimizer_problems(config)
     if config.evaluate.promote and not config.tracking.kind.uses_mlflow:
@@ -165,6 +168,22 @@ def _output_preservation_problems(config: Config) -> Iterator[str]:
                "base model itself: type method=lora, or prior.kind=class_images")
 
 
+def _held_out_problems(config: Config) -> Iterator[str]:
+    """Yield one sentence per broken rule of held-out photos and of early stopping."""
+    data, stop = config.dataset, config.train.stop_when
+    for prefix, subject in data.keyed_subjects:
+        if data.validation_count and subject.validation_dir:
+            yield (f"{prefix}.validation_dir already has photos that do not train: type dataset.validation_count=0, or "
+                   f"{prefix}.validation_dir=null")
+    if stop.measure is None:
+        changed = [key for key, value in vars(StopWhen()).items() if getattr(stop, key) != value]
+        if changed:
+            yield (f"train.stop_when.{changed[0]} says when to stop, and no measure is named: type "
+                   f"train.stop_when.measure=validation_loss, or a measure of evaluate")
+    elif stop.patience is None and stop.bound is None:
+        yield "train.stop_when would never stop: type train.stop_when.patience=3, or train.stop_when.bound=NUMBER"
+
+
 def _normalized(prompt: str | None) -> str:
     """Return a prompt as CLIP's tokenizer reads it: in lower case, with single spaces."""
     return " ".join((prompt or "").lower().split())
@@ -178,7 +197,8 @@ def _concept_problems(data: Dataset) -> Iterator[str]:
     """
     if not data.concepts:
         return
-    if unused := [key for key in ("instance_dir", "instance_prompt", "class_dir", "class_prompt", "mask")
+    if unused := [key for key in ("instance_dir", "instance_prompt", "class_dir", "class_prompt", "mask",
+                                  "validation_dir")
                   if getattr(data, key) is not None]:
         yield (f"dataset.concepts lists the subjects, and dataset.{unused[0]} belongs to none of them: type "
                f"dataset.{unused[0]}=null, or dataset.concepts=[]")

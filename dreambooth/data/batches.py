@@ -295,7 +295,8 @@ class Batches:
         Tensors are copied to the device asynchronously. Images that have no cached latents are encoded with the VAE.
         """
         return [join_batches([batch for photo_set, part in zip(self.photo_sets, micro, strict=True)
-                              for batch in self._make_batches(photo_set, part)]) for micro in samples]
+                              for batch in self.make_batches(photo_set, part, self._one_prompt_per_half)])
+                for micro in samples]
 
     def latent_shape_of(self, photo: Photo) -> tuple[int, int, int]:
         """Return the shape (C, h, w) of the latents of a photo."""
@@ -354,14 +355,19 @@ class Batches:
         total = self.batch_size * self.accumulation * self.world_size
         views = [photo_set.view(self.seed, step, index, total) for index in indices]
         keys = [(self.seed, step, index, photo_set.name) for index in indices]
+        timesteps = [int(rng.stream(*key, "timestep").integers(self.num_timesteps)) for key in keys]
+        return self.draw_views(photo_set, views, keys, timesteps)
+
+    def draw_views(self, photo_set: PhotoSet, views: Sequence[View], keys: Sequence[rng.Key],
+                   timesteps: Sequence[int]) -> HostSamples:
+        """Draw the samples of `views` on the host, with the random numbers of `keys`, one key per view."""
         shape = self.latent_shape_of(photo_set.photos[views[0].photo])
         latent_noise = torch.stack([rng.normal(shape, *key, "latents") for key in keys])
         noise = torch.stack([self._draw_noise(shape, key) for key in keys])
-        timesteps = torch.tensor([int(rng.stream(*key, "timestep").integers(self.num_timesteps)) for key in keys])
         pixels = None if self.latents.cached else self._pinned(self.latents.pixels(photo_set, views))
         mask, size_and_crop = self.loss_mask(photo_set, views), self.size_and_crop(photo_set, views)
         return HostSamples(views, pixels, self._pinned(latent_noise), self._pinned(noise.to(self.dtype)),
-                           self._pinned(timesteps), None if mask is None else self._pinned(mask),
+                           self._pinned(torch.tensor(timesteps)), None if mask is None else self._pinned(mask),
                            None if size_and_crop is None else self._pinned(size_and_crop))
 
     def _draw_noise(self, shape: tuple[int, int, int], key: rng.Key) -> Tensor:
@@ -373,15 +379,18 @@ class Batches:
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
-    def _make_batches(self, photo_set: PhotoSet, samples: HostSamples) -> list[Batch]:
-        """Return a batch of the samples. With output preservation, also return a batch of their class rows."""
+    def make_batches(self, photo_set: PhotoSet, samples: HostSamples, one_prompt: bool) -> list[Batch]:
+        """Return a batch of the samples. With output preservation, also return a batch of their class rows.
+
+        If `one_prompt`, the prompt of the first sample is that of all.
+        """
         pixels, latent_noise, noise, timesteps, mask, size_and_crop = (
             None if tensor is None else tensor.to(self.device, non_blocking=True)
             for tensor in (samples.pixels, samples.latent_noise, samples.noise, samples.timesteps, samples.mask,
                            samples.size_and_crop))
         assert latent_noise is not None and noise is not None and timesteps is not None
         latents = self.latents.sample(photo_set, samples.views, latent_noise, pixels).to(self.device, self.dtype)
-        views = samples.views[:1] if self._one_prompt_per_half else samples.views
+        views = samples.views[:1] if one_prompt else samples.views
         text = torch.cat([self.encode_prompt("" if view.drop_prompt else photo_set.photos[view.photo].caption)
                           for view in views])
         batch = Batch(latents, noise, timesteps, text, len(timesteps), mask, size_and_crop=size_and_crop)

@@ -11,7 +11,8 @@ from dreambooth.config.dataset import ALPHA
 from dreambooth.config.recipe import Recipe
 from dreambooth.data import captions, photo_checks
 from dreambooth.data.photo_checks import join_names
-from dreambooth.data.photos import IGNORED_NAMES, Photo, list_photos, photos_in_subfolders
+from dreambooth.data.photos import IGNORED_NAMES, Photo, photos_in_subfolders
+from dreambooth.data.subjects import instance_paths
 from dreambooth.utils import quoting
 from dreambooth.utils.plurals import counted
 
@@ -20,22 +21,32 @@ def describe_photos(recipe: Recipe, photos: Sequence[Photo]) -> str:
     """Return the report: for each subject the number of photos and the unused files, then all warnings.
 
     Args:
-        photos: all photos of the run, as `load_subject_photos` returns them.
+        photos: all photos that train, as `load_subject_photos` returns them.
     """
     lines: list[str] = []
     warnings = photo_checks.warn(photos, recipe.model.resolution)
     start = 0
     for subject in recipe.subject_recipes:
-        folder, paths, mask = subject.instance_dir, list_photos(subject.instance_dir), subject.dataset.mask
+        folder, mask, (trained, held_out) = subject.instance_dir, subject.dataset.mask, instance_paths(subject)
+        paths = [*trained, *held_out]
         mask_folder = Path(mask).absolute() if mask and mask != ALPHA else None
-        unused = describe_unused_files(folder, paths, [path for path in (subject.class_dir, mask_folder) if path])
-        lines.append(f"{counted(len(paths), 'photo')} in {folder}{'; left out:' * bool(unused)}")
+        unused = describe_unused_files(folder, paths, [path for path in (
+            subject.class_dir, mask_folder, subject.validation_dir) if path])
+        lines.append(f"{counted(len(paths), 'photo')} in {folder}{_describe_held_out(subject, held_out)}"
+                     f"{'; left out:' * bool(unused)}")
         lines += [f"  {line}" for line in unused]
-        warnings += _prompt_warnings(subject, photos[start:start + len(paths)])
-        start += len(paths)
+        warnings += _prompt_warnings(subject, photos[start:start + len(trained)])
+        start += len(trained)
     if warnings:
         lines += ["warnings:", *(f"  {warning}" for warning in warnings)]
     return "\n".join(lines)
+
+
+def _describe_held_out(subject: Recipe, held_out: Sequence[Path]) -> str:
+    """Return the end of the line about a subject's photos: those that do not train; "" if all train."""
+    if folder := subject.validation_dir:
+        return f"; held out of training: those in {folder}"
+    return f"; held out of training: {join_names([path.name for path in held_out])}" if held_out else ""
 
 
 def describe_unused_files(folder: Path, used: Collection[Path], other_inputs: Collection[Path] = (),

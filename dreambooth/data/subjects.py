@@ -1,18 +1,78 @@
-"""Loads the instance photos of all subjects of a run into one list."""
+"""Loads the instance photos of all subjects of a run into one list, and the photos that are held out of training."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
 
 from dreambooth.config.recipe import Recipe
 from dreambooth.data import aspect_buckets
 from dreambooth.data.captions import class_caption
 from dreambooth.data.photos import Photo, crop_to_size, list_photos, load_photos
 from dreambooth.errors import UserError
+from dreambooth.utils.plurals import counted
+
+MIN_TRAINING_PHOTOS = 3  # photos of a subject that must remain; the paper trains with 3 to 5 (Ruiz et al. 2023, sec. 4)
+
+
+def instance_paths(subject_recipe: Recipe) -> tuple[list[Path], list[Path]]:
+    """Return the photos of one subject that train, and those of its instance_dir that are held out.
+
+    Of n photos, sorted by name, the held-out photo i of k is the photo floor((i + 1/2) n / k). The choice therefore
+    depends on nothing but the names, and neighbours, which are often alike, are rarely held out together.
+
+    Raises:
+        UserError: the folder cannot be used, or too few photos would remain for training.
+    """
+    paths, count = list_photos(subject_recipe.instance_dir), subject_recipe.dataset.validation_count
+    if count and len(paths) - count < MIN_TRAINING_PHOTOS:
+        most = len(paths) - MIN_TRAINING_PHOTOS
+        raise UserError(f"dataset.validation_count={count} of the {counted(len(paths), 'photo')} in "
+                        f"{subject_recipe.instance_dir} would leave fewer than {MIN_TRAINING_PHOTOS} to train on: type "
+                        + (f"dataset.validation_count={most}, or " if most > 0 else "dataset.validation_count=0, or ")
+                        + "add photos")
+    held_out = [paths[(2 * i + 1) * len(paths) // (2 * count)] for i in range(count)]
+    return [path for path in paths if path not in held_out], held_out
+
+
+def load_held_out_photos(recipe: Recipe, training: Sequence[Photo]) -> list[Photo]:
+    """Load the photos of all subjects that do not train, in the order of the subjects; [] if there are none.
+
+    They are those that dataset.validation_count takes out of each instance_dir, or those in each validation_dir.
+
+    Args:
+        training: the photos that train.
+
+    Raises:
+        UserError: a folder or file cannot be used, a photo's mask is empty inside the centre crop, or a held-out photo
+            has the same pixels as one that trains.
+    """
+    photos: list[Photo] = []
+    for subject_recipe in recipe.subject_recipes:
+        folder = subject_recipe.validation_dir
+        paths = list_photos(folder, "dataset.validation_dir") if folder else instance_paths(subject_recipe)[1]
+        photos += _load(recipe, subject_recipe, paths)
+    _check_masks(photos, recipe.model.resolution)
+    trained = {_digest(photo): photo for photo in training}
+    for photo in photos:
+        if twin := trained.get(_digest(photo)):
+            raise UserError(f"{photo.path.name} is held out of training, and {twin.path} is the same photo: remove one "
+                            "of the two, because the loss on a photo that trains says nothing about others")
+    return photos
+
+
+def _digest(photo: Photo) -> str:
+    return sha256(f"{photo.pixels.shape}".encode() + photo.pixels.tobytes()).hexdigest()
+
+
+def _load(recipe: Recipe, subject_recipe: Recipe, paths: Sequence[Path]) -> list[Photo]:
+    return load_photos(paths, subject_recipe.instance_prompt, recipe.model.resolution, recipe.dataset.buckets,
+                       subject_recipe.dataset.mask) if paths else []
 
 
 def load_subject_photos(recipe: Recipe) -> tuple[list[Photo], list[int]]:
-    """Load the instance photos of all subjects, in the order of the subjects.
+    """Load the instance photos of all subjects that train, in the order of the subjects.
 
     With prior.kind=output, each photo has a class caption.
 
@@ -25,9 +85,7 @@ def load_subject_photos(recipe: Recipe) -> tuple[list[Photo], list[int]]:
     photos: list[Photo] = []
     repeats: list[int] = []
     for subject_recipe, subject in zip(recipe.subject_recipes, recipe.dataset.subjects, strict=True):
-        loaded = load_photos(
-            list_photos(subject_recipe.instance_dir), subject_recipe.instance_prompt, recipe.model.resolution,
-            recipe.dataset.buckets, subject_recipe.dataset.mask)
+        loaded = _load(recipe, subject_recipe, instance_paths(subject_recipe)[0])
         if recipe.preserves_output:
             loaded = [replace(photo, class_caption=class_caption(
                 photo.caption, subject_recipe.instance_prompt, subject_recipe.class_prompt)) for photo in loaded]

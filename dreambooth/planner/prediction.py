@@ -28,6 +28,7 @@ class Prediction:
     encode_flops: int  # for one photo
     block_bytes: tuple[int, ...] = ()  # sizes of the denoiser's blocks that memory.swap_blocks can move
     copied_bytes: tuple[int, int] = (0, 0)  # by memory.swap_blocks: in a step, and in a denoising step of one image
+    validation_flops: int = 0  # for one noisy copy of a held-out photo
     expandable: bool = False  # PyTorch's setting expandable_segments
     max_split: int | None = None  # PyTorch's setting max_split_size_mb, in bytes
 

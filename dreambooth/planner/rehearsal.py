@@ -2,7 +2,7 @@
 
 A StorageTrace records all allocations while the phases of the run are rehearsed in this order:
 
-    skeleton model -> prompts -> class images -> caching -> train_step -> samples -> evaluation
+    skeleton model -> prompts -> class images -> caching -> train_step -> validation -> samples -> evaluation
 
 The phase `prompts` exists only if the run releases its text encoders before it loads the denoiser. A model of the
 allocator then computes the memory by phase and category from the recorded events.
@@ -46,6 +46,7 @@ from dreambooth.planner.prediction import Prediction
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.output_preservation import base_model
 from dreambooth.training.step import Objective, TrainState, train_step
+from dreambooth.training.validation import DRAWS
 
 CUBLAS_WORKSPACE = 8 * MIB + 128 * 1024  # 8320 KiB: PyTorch's default :4096:2:16:8
 # Bytes of the weights of the evaluation's encoders in fp32, and the measured peak memory of EfficientNet-Lite0's
@@ -100,6 +101,7 @@ class _Rehearsal:
         # The last recorded sampling: (batch size, guidance scale), and the start and end of its range of events.
         self.sampled: tuple[tuple[int, float], int, int] | None = None
         self.picture_flops, self.encode_flops = (0, 0), 0
+        self.validation_flops = 0
         self.copied_bytes = (0, 0)  # by block swap: in a step, and in a denoising step of one picture
 
     def prediction(self) -> Prediction:
@@ -127,6 +129,9 @@ class _Rehearsal:
             self.objective = replace(self.objective, base_model=base_model(denoiser, recipe))
             state = self._state(denoiser)
             self._steps(state)
+            if recipe.validates:
+                with trace.phase("validation"), torch.no_grad(), self.autocast():
+                    self._validate(denoiser)
             for module, module_shapes in zip(idle_modules, idle_shapes, strict=True):
                 trace.add_module(reload_weights(module, module_shapes), "weights")
             if recipe.sample.every is not None:
@@ -143,7 +148,7 @@ class _Rehearsal:
         trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
         return Prediction(
             trace, trained, total - trained, encoder_bytes, self.picture_flops, self.encode_flops, block_bytes,
-            self.copied_bytes, self.memory.expandable_segments,
+            self.copied_bytes, self.validation_flops, self.memory.expandable_segments,
             None if self.memory.max_split_size_mb is None else self.memory.max_split_size_mb * MIB)
 
     def _encode_prompts(self) -> int:
@@ -196,6 +201,12 @@ class _Rehearsal:
         del batches
         trace.mark("idle")
         trace.repeat(start, len(trace.events))
+
+    def _validate(self, denoiser: nn.Module) -> None:
+        """Record the forward pass of one chunk of held-out rows, see training/validation.py."""
+        before, rows = self.trace.total_flops, min(self.recipe.train.train_batch_size, DRAWS)
+        self.objective(denoiser, self._half(rows, self._photo_size()))
+        self.validation_flops = (self.trace.total_flops - before) // rows
 
     def _autocast(self) -> Callable[[], AbstractContextManager[Any]]:
         """Return a function that creates the run's autocast context.

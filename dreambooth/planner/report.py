@@ -20,7 +20,7 @@ from dreambooth.utils.hardware import GIB
 
 CATEGORIES = ("weights", "gradients", "optimizer", "ema", "activations", "temporaries")
 WIDTH = 80  # columns of a table
-PHASES = ("prompts", "load", "class_images", "caching", *STEP_PHASES, "sample", "evaluate", "save")
+PHASES = ("prompts", "load", "class_images", "caching", *STEP_PHASES, "validation", "sample", "evaluate", "save")
 
 
 @dataclass(frozen=True)

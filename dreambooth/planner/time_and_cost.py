@@ -23,6 +23,8 @@ EFFICIENCY = {True: 0.21, False: 0.42}  # share of the peak rate; True: half pre
 BANDWIDTH_SHARE = 0.75  # share of the card's memory bandwidth in passes over all weights; an assumption
 HOST_LINK = 10e9  # bytes per second between card and host, PCIe 3 x16; an assumption
 HOST_MEMORY = 15e9  # bytes per second that an optimizer on a few host cores processes; an assumption
+VALIDATION_DRAWS = 8  # noisy copies of each held-out photo (training/validation.py)
+HELD_OUT_PHOTOS = 5  # photos in dataset.validation_dir; an assumption, since a plan reads no photos
 START_UP = 120.0  # seconds of imports and loading from a local disk, without downloads; an assumption
 PROCESS_GIB = 3.5  # host memory of Python, PyTorch and CUDA's libraries; an assumption
 
@@ -60,7 +62,8 @@ class Estimate:
 def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estimate:
     """Estimate the time and price of the whole run.
 
-    The estimate includes start-up, class images, samples and the images for evaluation, but not the scoring of images.
+    The estimate includes start-up, class images, the loss on held-out photos, samples and the images for evaluation,
+    but not the scoring of images, and not that train.stop_when may end the run earlier.
     """
     if card is None:
         return Estimate(None, None, None, None)
@@ -74,6 +77,13 @@ def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estim
     seconds += class_images * (denoise * recipe.prior.num_inference_steps + decode) / recipe.hardware.gpus
     if recipe.memory.cache_latents:
         seconds += (class_images + photos) * prediction.encode_flops / rate
+    if recipe.validates and recipe.train.validate_every is not None:
+        rounds = 1 + -(-recipe.train.max_train_steps // recipe.train.validate_every)
+        held_out = sum(recipe.dataset.validation_count or (HELD_OUT_PHOTOS if subject.validation_dir else 0)
+                       for subject in recipe.dataset.subjects)
+        passes = max(VALIDATION_DRAWS * prediction.validation_flops / rate,
+                     VALIDATION_DRAWS / recipe.train.train_batch_size * prediction.copied_bytes[1] / HOST_LINK)
+        seconds += rounds * held_out * passes / recipe.hardware.gpus
     if recipe.sample.every is not None:
         rounds = 1 + -(-recipe.train.max_train_steps // recipe.sample.every)
         count = rounds * len(recipe.sample_prompts) * recipe.sample.images_per_prompt

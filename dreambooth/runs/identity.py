@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from dreambooth.config import eval_prompts
 from dreambooth.config.dataset import ALPHA, FOLDERS
 from dreambooth.config.enums import LrSchedule
+from dreambooth.config.evaluate import VALIDATION_LOSS
 from dreambooth.config.model_defaults import sample_batch_size_if_changed
 from dreambooth.config.overrides import escape_prompts
 from dreambooth.config.storage import is_remote
@@ -30,7 +31,8 @@ from dreambooth.utils.atomic_files import weights_digest
 
 LATER_KEYS: dict[str, Any] = {  # keys that were added later; a key with this value is left out of the hash
     "dataset.mask": None, "dataset.concepts": [], "dataset.buckets": False, "dataset.prompt_dropout": 0.0,
-    "precision.tf32": False, "prior.kind": "class_images", "optimizer.beta3": None, "optimizer.d_coef": 1.0}
+    "dataset.validation_dir": None, "dataset.validation_count": 0, "precision.tf32": False,
+    "prior.kind": "class_images", "optimizer.beta3": None, "optimizer.d_coef": 1.0}
 NEUTRAL_VALUES = {"ema_every": 1, "weights": "full", "rounding": None}  # memory values that leave results unchanged
 DEFAULT_FLOW = {"timestep_sampling": "logit_normal", "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29,
                 "shift": None, "loss_weighting": "none"}  # flow values that are left out of the hash
@@ -76,7 +78,9 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     The hash does not include:
     - the hardware, and memory settings that do not change the result;
     - the sections sample, tracking and checkpoint;
-    - the section evaluate, unless evaluate.select is set: this section then determines the exported weights;
+    - the section evaluate, unless evaluate.select or train.stop_when is set: this section then determines the exported
+      weights, or when the run ends;
+    - `train.validate_every`, unless evaluate.select or train.stop_when names validation_loss;
     - `max_train_steps`, unless the learning rate depends on it. A run with more steps therefore extends an earlier
       run.
 
@@ -105,6 +109,8 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     for key in ("compile", "channels_last"):  # added later; when on, they change rounding
         if not hashed["train"][key]:
             hashed["train"].pop(key)
+    hashed["train"] |= _stop_rule(hashed["train"].pop("stop_when"), section("evaluate")["select"],
+                                  hashed["train"].pop("validate_every"))
     if not swept and not LrSchedule[hashed["train"]["lr_scheduler"]].depends_on_length:
         hashed["train"].pop("max_train_steps")
     for key in ("offline", "adapter_learning_rate"):  # the latter sets train.learning_rate, which is hashed
@@ -126,7 +132,9 @@ def identity(root: DictConfig, swept: bool = False) -> str:
         for key in FOLDERS:
             if (folder := subject.get(key)) and folder != ALPHA:
                 subject[key] = _folder_content(folder, masks=key == "mask")
-    if (evaluate := section("evaluate"))["select"] is not None:
+        if subject.get("validation_dir", "") is None:
+            subject.pop("validation_dir")  # added later
+    if (evaluate := section("evaluate"))["select"] is not None or _names_images(hashed["train"].get("stop_when")):
         hashed["evaluate"] = _selection(evaluate) | {
             key: root.sample[key] for key in ("num_inference_steps", "guidance_scale")}
     earlier = _digest(hashed)
@@ -137,6 +145,22 @@ def identity(root: DictConfig, swept: bool = False) -> str:
         return earlier
     hashed["prior"] |= changed_size
     return _digest(hashed)
+
+
+def _stop_rule(stop_when: dict[str, Any], select: str | None, validate_every: int | None) -> dict[str, Any]:
+    """Return the settings that decide when a run stops early and, with validation_loss, which weights it exports.
+
+    The dictionary is empty if nothing stops the run early and evaluate.select does not name validation_loss.
+    """
+    rule = {} if stop_when["measure"] is None else {"stop_when": stop_when}
+    if any(VALIDATION_LOSS in (text or "") for text in (stop_when["measure"], select)):
+        rule["validate_every"] = validate_every  # type: ignore[assignment]
+    return rule
+
+
+def _names_images(stop_when: dict[str, Any] | None) -> bool:
+    """Return whether a rule of early stopping reads measures of images, which the section evaluate determines."""
+    return stop_when is not None and stop_when["measure"] != VALIDATION_LOSS
 
 
 def _digest(hashed: dict[str, Any]) -> str:

@@ -44,6 +44,11 @@ def already_finished(result: Result, recipe: Recipe) -> str:
     """Return the message that the run is finished, with the overrides to type for more training or a new start."""
     requested, more = recipe.train.max_train_steps, f"train.max_train_steps={2 * result.step}"
     note = "" if result.step == requested else f" (you asked for {requested})"
+    if result.stopped:
+        return (f"this run is finished: it was stopped after {counted(result.step, 'step')} of {requested}, because "
+                f"{result.stopped}; model in {_short_path(result.run_dir)}/{result.model}. Another rule of "
+                "train.stop_when is another run, which begins at step 0. To start this one over, type "
+                "checkpoint.resume=never")
     schedule, counted_by = recipe.train.lr_scheduler, None  # what makes the number of steps a part of the run's name
     if schedule.depends_on_length:
         counted_by = f"train.lr_scheduler={schedule.value}"
@@ -64,6 +69,8 @@ def summary_table(result: Result, recipe: Recipe, tracking: str | None) -> dict[
     folder = _short_path(result.run_dir)
     steps = counted(result.step, "step")
     rows = {"done": f"{steps}, objective {result.objective:.4f}, {result.seconds:.0f} s of training"}
+    if result.stopped:
+        rows["stopped"] = result.stopped
     if result.exported_step not in (None, result.step):
         rows["exported"] = f"step {result.exported_step}, the best by {recipe.evaluate.select}"
     rows |= score_table(result.scores, result.base_scores, recipe)

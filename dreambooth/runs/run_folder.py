@@ -44,6 +44,7 @@ class Result:
     exported_step: int | None = None  # steps of the exported weights; may be less than `step`, see evaluate.select
     scores: dict[str, float] = field(default_factory=dict)  # measures and instance_loss, for the exported weights
     base_scores: dict[str, float] = field(default_factory=dict)  # measures, for the base model before training
+    stopped: str | None = None  # why train.stop_when ended the run before train.max_train_steps; None: it did not
 
     def write(self) -> None:
         """Write this result to `result.json` in the run folder, atomically."""
@@ -111,9 +112,9 @@ def _changed_paths(run_dir: Path) -> Iterator[Path]:
 def load_finished(recipe: Recipe) -> Result | None:
     """Return the result of the run if the run is finished; otherwise None.
 
-    A run is finished if it has completed at least train.max_train_steps steps and its exported model is complete. If
-    checkpoint.resume is not auto, return None: the user then wants to train again, although the run folder may contain
-    a finished run.
+    A run is finished if it has completed at least train.max_train_steps steps, or train.stop_when has ended it, and its
+    exported model is complete. If checkpoint.resume is not auto, return None: the user then wants to train again,
+    although the run folder may contain a finished run.
 
     Raises:
         UserError: the run is finished, but its result lacks a score that evaluate.objective needs.
@@ -122,7 +123,7 @@ def load_finished(recipe: Recipe) -> Result | None:
     if recipe.checkpoint.resume != "auto":
         return None
     result = read_result(run_dir)
-    if result is None or result.step < recipe.train.max_train_steps:
+    if result is None or (result.step < recipe.train.max_train_steps and not result.stopped):
         return None
     model = run_dir / result.model
     if not export_layout.is_exported(model, recipe.method.kind.value, recipe.method.merge):

@@ -9,7 +9,14 @@ from typing import Any
 
 from dreambooth.config import evaluate
 from dreambooth.config.enums import EncoderKind
-from dreambooth.config.evaluate import BORDER, INSTANCE_LOSS, PROMPT_FIDELITY, Evaluate, measure_name
+from dreambooth.config.evaluate import (
+    BORDER,
+    INSTANCE_LOSS,
+    PROMPT_FIDELITY,
+    VALIDATION_LOSS,
+    Evaluate,
+    measure_name,
+)
 from dreambooth.data.photos import NO_FINGERPRINT
 from dreambooth.errors import UserError
 from dreambooth.serialization import export_layout
@@ -82,7 +89,7 @@ class Trial:
             encoder=EncoderKind(settings["evaluate.encoder"]), prompts=settings.get("evaluate.prompts", "scenes"),
             images_per_prompt=int(settings["evaluate.images_per_prompt"]),
             lpips=None if settings["evaluate.lpips"] == "null" else settings["evaluate.lpips"]),
-            settings["dataset.class_prompt"], settings.get("model.source", ""))
+            settings["dataset.class_prompt"], settings.get("model.source", ""), VALIDATION_LOSS in self.scores)
         by_border = measure_name(PROMPT_FIDELITY, BORDER)  # measured where the base model was
         return {by_border: PROMPT_FIDELITY} | roles if by_border in self.scores else roles
 

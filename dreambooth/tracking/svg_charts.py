@@ -9,7 +9,7 @@ from dreambooth.tracking.journal import read
 from dreambooth.utils import atomic_files
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")  # Okabe and Ito 2008
-LOSSES = ("loss_instance", "loss_prior", "loss")  # a run without prior preservation logs only some of these metrics
+LOSSES = ("loss_instance", "loss_prior", "loss", "validation_loss")  # a run logs only some of these metrics
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 26, 22  # margins of a chart in pixels
 Points = Sequence[tuple[float, float]]
 

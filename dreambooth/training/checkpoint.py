@@ -7,6 +7,7 @@ does not contain them.
 
 import json
 import logging
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from dreambooth.runs.checkpoint_files import STATE_FILE, find_damage, latest, ro
 from dreambooth.runtime.engine import Engine
 from dreambooth.storage import manifest
 from dreambooth.training.checkpoint_transfer import share
-from dreambooth.training.step import TrainState
+from dreambooth.training.step import History, TrainState
 from dreambooth.utils import atomic_files
 
 FORMAT = 1
@@ -100,6 +101,7 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
         if numbers["format"] != FORMAT:
             raise ValueError(f"it has format {numbers['format']}, this version reads {FORMAT}")
         counts = [int(numbers[key]) for key in ("step", "skipped", "skipped_in_row")]
+        history = _read_history(numbers.get("history", {}))
         _load_weights(load_file(path / "trained.safetensors"), state.weights(model), path)
         if state.ema is not None:
             _load_weights(load_file(path / "ema.safetensors"), state.ema.average, path)
@@ -117,6 +119,7 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
     except (OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} cannot be resumed here ({error}): type checkpoint.resume=never") from error
     state.step, state.skipped, state.skipped_in_row = counts
+    state.history = history
 
 
 def needed_bytes(state: TrainState, model: nn.Module, keep: int) -> int:
@@ -150,7 +153,12 @@ def _numbers(state: TrainState, scaler: torch.amp.GradScaler) -> dict[str, Any]:
         "format": FORMAT, "step": state.step, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row,
         "ema_updates": state.ema.updates if state.ema is not None else 0,
         "schedule": state.lr_scheduler.state_dict(), "scaler": scaler.state_dict(),
-    }
+    } | ({"history": asdict(state.history)} if state.history != History() else {})
+
+
+def _read_history(saved: dict[str, Any]) -> History:
+    """Return the history that a checkpoint contains. JSON has made the steps, which are its keys, texts."""
+    return History(**saved | {"scores": {int(step): values for step, values in saved.get("scores", {}).items()}})
 
 
 def _flatten(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dreambooth.training import best_weights
 from dreambooth.training.hooks import is_due_or_last, swap_in_ema
 from dreambooth.training.setup import Setup
 from dreambooth.training.step import StepInfo
+from dreambooth.training.validation import ValidationHook
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,9 @@ log = logging.getLogger(__name__)
 @dataclass
 class EvaluationHook:
     """Evaluates the model every `evaluate.every` steps and after the last step, and saves the best weights so far.
+
+    The setting evaluate.select says which weights are the best. If it names validation_loss alone, the candidates are
+    every `train.validate_every`-th step.
 
     The hook is called after CheckpointHook. If the process is killed during an evaluation, a checkpoint of the
     evaluated step exists, and `before_training` of the resumed run repeats the evaluation.
@@ -43,6 +48,7 @@ class EvaluationHook:
     engine: Engine
     meter: MemoryMeter
     recipe: Recipe
+    validation: ValidationHook  # measures the loss on held-out photos, which may select the best weights too
 
     def due(self, step: int) -> bool:
         return is_due_or_last(step, self.recipe.evaluate.every, self.recipe.train.max_train_steps)
@@ -50,6 +56,7 @@ class EvaluationHook:
     def __call__(self, info: StepInfo) -> None:
         if self.due(info.step):
             self.evaluate(info.step)
+        self._keep_best(info.step)
 
     def before_training(self) -> None:
         """Run the evaluation that is due before the first training step of this process, if there is one.
@@ -63,15 +70,17 @@ class EvaluationHook:
                 self.evaluator.evaluate(0, self.setup.pipeline)
         elif step > 0 and self.due(step):
             self.evaluate(step)
+        self._keep_best(step)
 
     def evaluate(self, step: int) -> None:
-        """Evaluate the state after `step` completed steps, and save its weights if they are the best so far.
+        """Evaluate the state after `step` completed steps.
 
         If the base model has not been evaluated yet, evaluate it first. If a stop is requested, store nothing.
         """
         if self.evaluator is None:
             return
         every = self.recipe.evaluate.every
+        scores: dict[str, float] | None
         with self.meter.phase("evaluate"), self.setup.idle.on_device():
             if self.engine.run_on_main(self.evaluator.needs_base_model):
                 with self._base_pipeline() as pipeline:
@@ -79,11 +88,16 @@ class EvaluationHook:
                         return
             with swap_in_ema(self.setup):
                 scores = self.evaluator.evaluate(step, self.setup.pipeline)
-            if scores is None or not self.engine.is_main_process:
-                return
-            if every and step % every == 0 and step == self.best_step(step):
-                with swap_in_ema(self.setup, exact=True):
-                    best_weights.save(self.best_folder, step, self.setup.trained)
+        if scores is not None and every and step % every == 0 and self.recipe.train.stop_when.measure is not None:
+            self.setup.state.history.record(step, scores)
+
+    def _keep_best(self, step: int) -> None:
+        """Save the weights of the state after `step` completed steps, if they are the best so far."""
+        every = self._select_every
+        if not (self.engine.is_main_process and every and step and step % every == 0 and step == self.best_step(step)):
+            return
+        with self.meter.phase("save"), swap_in_ema(self.setup, exact=True):
+            best_weights.save(self.best_folder, step, self.setup.trained)
 
     @property
     def best_folder(self) -> Path:
@@ -92,11 +106,27 @@ class EvaluationHook:
 
     def best_step(self, last: int) -> int | None:
         """Return the best evaluated step up to step `last`, or None if the run does not select the best step."""
-        spec = self.recipe.evaluate
-        if self.evaluator is None or spec.select is None or spec.every is None:
+        if (every := self._select_every) is None:
             return None
-        weights = evaluate.parse_sum(spec.select, self.recipe.measure_roles)
-        return best_weights.best_step(self.evaluator.scores(), weights, spec.every, last)
+        steps = set(self.validation.values) | set(self.evaluator.scores() if self.evaluator else ())
+        scores = {step: self.scores(step) for step in steps}
+        return best_weights.best_step({step: values for step, values in scores.items()
+                                       if self._select_weights.keys() <= values.keys()},
+                                      self._select_weights, every, last)
+
+    @cached_property
+    def _select_weights(self) -> dict[str, float]:
+        """The weight of each measure in evaluate.select; {} if the run does not select the best step."""
+        select = self.recipe.evaluate.select
+        return {} if select is None else evaluate.parse_sum(select, self.recipe.measure_roles)
+
+    @property
+    def _select_every(self) -> int | None:
+        """The number of steps between the candidates of evaluate.select; None: the run does not select the best step.
+        """
+        if not (weights := self._select_weights):
+            return None
+        return evaluate.steps_between(weights, self.recipe.evaluate.every, self.recipe.train.validate_every)
 
     def exported_step(self) -> int:
         """Return the step whose weights are exported.
@@ -125,7 +155,9 @@ class EvaluationHook:
 
     def scores(self, step: int) -> dict[str, float]:
         """Return the scores of the state after `step` completed steps; {} if this state was not evaluated."""
-        return self.evaluator.scores().get(step, {}) if self.evaluator else {}
+        scores = self.evaluator.scores().get(step, {}) if self.evaluator else {}
+        held_out = self.validation.values.get(step)
+        return scores | ({} if held_out is None else {evaluate.VALIDATION_LOSS: held_out})
 
     @contextmanager
     def _base_pipeline(self) -> Iterator[Any]:

@@ -4,7 +4,7 @@ EvaluationHook is in evaluation_hook.py, StopHook in stop_hook.py. Each hook is 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -74,6 +74,7 @@ class LogHook:
     tracker: Tracker
     bar: Bar
     meter: MemoryMeter
+    note: Callable[[], str] = lambda: ""  # text that follows the loss
     _last_call: float = field(default_factory=time.monotonic)
 
     def due(self, step: int) -> bool:
@@ -89,7 +90,7 @@ class LogHook:
         skipped = {"skipped_steps_in_a_row": float(info.skipped_in_row)} if info.skipped else {}
         metrics = info.numbers | skipped | {"images_per_second": rate} | self.meter.read("step")
         self.tracker.log_metrics(info.step, metrics)
-        self.bar.tick(note=f"loss {info.numbers['loss']:.3f}")
+        self.bar.tick(note=f"loss {info.numbers['loss']:.3f}{self.note()}")
 
 
 @dataclass

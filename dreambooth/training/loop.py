@@ -14,6 +14,7 @@ def fit(
     step: Callable[[TrainState, Sequence[BatchT]], StepInfo],
     max_train_steps: int,
     needs_state: Callable[[int], bool] = lambda step: True,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[StepInfo]:
     """Train until `max_train_steps` steps are completed, and yield the StepInfo of each step, in order.
 
@@ -32,13 +33,15 @@ def fit(
         max_train_steps: number of steps after which training ends, including the steps before a resume.
         needs_state: returns whether the caller needs the state after a given step. It is called once per step, right
             after the step was started.
+        stopped: returns whether training ends before `max_train_steps`. The answer changes only while the caller
+            processes a step whose state it needs.
 
     Raises:
         Diverged: the loss or the gradient of a step is not finite. The step is then not yielded, so that the state
             after it is never saved.
     """
     pending: StepInfo | None = None  # started, but not checked yet
-    while state.step < max_train_steps:
+    while state.step < max_train_steps and not stopped():
         info = step(state, batches(state.step))
         info.start_readback()
         if pending is not None:

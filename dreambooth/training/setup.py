@@ -49,6 +49,7 @@ class Setup:
     pipeline: Any  # a diffusers pipeline of `parts`, so training changes its weights
     scorer: Scorer | None  # for evaluation; None: no evaluation, or not the main process
     idle: ModuleOffload  # the model parts that a training step does not use
+    held_out: PhotoSet | None = None  # photos that do not train, on which the loss is measured; None: it is not
 
 
 def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: Console, meter: MemoryMeter) -> Setup:
@@ -65,13 +66,14 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
     scorer = Scorer(recipe) if recipe.evaluate.encoders and engine.is_main_process else None
     with meter.phase("load"):
         photos, repeats = subjects.load_subject_photos(recipe)
+        held_out = subjects.load_held_out_photos(recipe, photos)
         if engine.is_main_process:
             remove_shared_leftovers(recipe.run_root)
             console.say(photo_report.describe_photos(recipe, photos))
-        _encode_prompts(recipe, engine, lambda: _prompts(recipe, photos).union(
+        _encode_prompts(recipe, engine, lambda: _prompts(recipe, photos + held_out).union(
             *map(class_images.captions, recipe.class_recipes if recipe.with_class_images else ())))
         parts = loading.load(recipe, engine.device)
-    _check_prompts(parts, recipe, photos)
+    _check_prompts(parts, recipe, photos + held_out)
     pipeline = build_pipeline(parts)
     photo_sets = [_build_photo_set(recipe, "instance", photos, repeats)]
     if recipe.with_class_images:
@@ -81,9 +83,11 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
                 for photo in _load_class_images(class_recipe, pipeline, engine, console)]))
     if recipe.dataset.buckets:
         console.say(subjects.describe_buckets(photos))
+    validation_set = PhotoSet("validation", held_out, True, False) if held_out and recipe.validates else None
+    encoded = photo_sets + ([validation_set] if validation_set else [])
     with meter.phase("caching"), ModuleOffload([parts.denoiser], engine.device).on_host():
-        latents = _build_latents(recipe, parts, photo_sets, console)
-        encode_prompt = _build_prompt_encoder(recipe, parts, photo_sets)
+        latents = _build_latents(recipe, parts, encoded, console)
+        encode_prompt = _build_prompt_encoder(recipe, parts, encoded)
         idle = _build_idle(recipe, parts, engine)
         idle.to_host()
     schedule = parts.noise_schedule(recipe)
@@ -100,7 +104,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         state = _build_state(recipe, model, accelerator)
     objective = Objective(schedule, recipe.prior.prior_loss_weight, recipe.train.snr_gamma, recipe.two_passes,
                           base_model(model, recipe))
-    return Setup(parts, photos, batches, objective, state, model, pipeline, scorer, idle)
+    return Setup(parts, photos, batches, objective, state, model, pipeline, scorer, idle, validation_set)
 
 
 def restore(setup: Setup, start: Path | None, recipe: Recipe, engine: Engine, console: Console,
@@ -247,8 +251,8 @@ def _build_latents(recipe: Recipe, parts: loading.Components, photo_sets: list[P
                                          latent_cache.digest(parts.vae))
     latents = Latents(parts.encode, recipe.model.resolution, parts.scaling_factor, store)
     if recipe.memory.cache_latents:
-        flips = 2 if recipe.dataset.random_flip else 1
-        with console.bar("encoding", flips * sum(len(photo_set.photos) for photo_set in photo_sets)) as bar:
+        total = sum(len(photo_set.photos) * (1 + photo_set.random_flip) for photo_set in photo_sets)
+        with console.bar("encoding", total) as bar:
             for photo_set in photo_sets:
                 latents.fill(photo_set, bar.tick)
     return latents

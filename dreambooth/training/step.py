@@ -1,9 +1,9 @@
 """The training step, and the training state that it updates. Here, `step` is the number of completed steps."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
@@ -26,6 +26,23 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 
 @dataclass
+class History:
+    """What a run has measured so far that decides when it ends; saved with each checkpoint.
+
+    Only steps that are multiples of train.validate_every or evaluate.every are recorded, so that an extended run has
+    the same history as a run that had the larger number of steps from the start.
+    """
+
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)  # values of measures, by step and name
+    loss_sum: float = 0.0  # sum of the instance losses of the steps since the last validation
+    loss_count: int = 0  # number of these steps
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the values of measures after `step` completed steps."""
+        self.scores.setdefault(step, {}).update(values)
+
+
+@dataclass
 class TrainState:
     """The training state: everything that training changes. All other objects can be rebuilt from the recipe."""
 
@@ -36,6 +53,7 @@ class TrainState:
     step: int = 0  # completed steps
     skipped: int = 0  # fp16 steps that the loss scaler skipped, in total
     skipped_in_row: int = 0  # fp16 steps skipped since the last step that was not skipped
+    history: History = field(default_factory=History)
     _checked_step: int = 0  # the step after which `check_finite` was called last
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:

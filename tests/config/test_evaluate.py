@@ -193,4 +193,5 @@ def test_a_result_of_an_earlier_version_has_the_instance_loss() -> None:
 
 def test_directions_are_those_of_the_paper() -> None:
     assert evaluate.HIGHER_IS_BETTER == {"subject_similarity": True, "text_similarity": True, "prompt_fidelity": True,
-                                         "diversity": True, "class_similarity": False, "class_drift": False}
+                                         "diversity": True, "class_similarity": False, "class_drift": False,
+                                         "validation_loss": False}

@@ -16,6 +16,7 @@ from dreambooth.config.enums import (
     BaseWeights,
     Device,
     Dtype,
+    EncoderKind,
     LrSchedule,
     MethodKind,
     OptimizerKind,
@@ -24,10 +25,12 @@ from dreambooth.config.enums import (
     TrackingKind,
     Weights,
 )
+from dreambooth.config.overrides import setting_keys
 from dreambooth.config.recipe import resolve
-from dreambooth.config.schema import Config
+from dreambooth.config.schema import Config, StopWhen
 from dreambooth.config.section import Section
 from dreambooth.errors import ConfigError
+from dreambooth.runs.identity import identity
 from dreambooth.utils.hardware import Machine
 from tests.support.configs import A10G, NONE, T4, compose_config, demo_config, resolve_demo
 
@@ -138,6 +141,25 @@ BROKEN = {  # broken rule -> (machine, values by key, what the message says to t
                                         "'dreambooth[tensorboard,wandb]'"),
     "a managed server without its package": (
         NONE, {"tracking__uri": "arn:aws:sagemaker:x"}, "'dreambooth[managed-mlflow]'"),
+    "held-out photos from two places": (
+        None, {"dataset__validation_count": 1, "dataset__validation_dir": "held"}, "dataset.validation_count=0"),
+    "early stopping without held-out photos": (
+        None, {"train__stop_when": StopWhen("validation_loss")}, "dataset.validation_count=1"),
+    "early stopping by held-out photos that are never measured": (
+        None, {"train__stop_when": StopWhen("validation_loss"), "dataset__validation_count": 1,
+               "train__validate_every": None}, "train.validate_every=50"),
+    "early stopping by pictures that are never measured": (
+        None, {"train__stop_when": StopWhen("class_drift")}, "evaluate.every=50"),
+    "a sum of measures of different steps": (
+        None, {"train__stop_when": StopWhen("class_drift+validation_loss"), "dataset__validation_count": 1,
+               "evaluate__every": 75}, "train.validate_every=75"),
+    "a rule of early stopping without a measure": (
+        None, {"train__stop_when": StopWhen(bound=0.1)}, "train.stop_when.measure=validation_loss"),
+    "early stopping that never stops": (
+        None, {"train__stop_when": StopWhen("class_drift", patience=None), "evaluate__every": 50},
+        "train.stop_when.patience=3"),
+    "the best weights by held-out photos without any": (
+        None, {"evaluate__select": "validation_loss"}, "dataset.validation_count=1"),
     "a missing checkpoint": (None, {"checkpoint__resume": "/nowhere"}, "checkpoint.resume=auto"),
 }
 
@@ -241,7 +263,7 @@ def test_a_recipe_and_its_sections_are_frozen_and_the_config_is_not():
 
 def test_settings_hold_every_key_but_nothing_of_the_tracking_server():
     recipe = resolve_demo(tracking__uri="https://user:secret@host", checkpoint__every=None)
-    keys = {f"{name}.{key}" for name in SECTIONS if name != "tracking" for key in vars(getattr(Config(), name))}
+    keys = {key for key in setting_keys(Config) if key.partition(".")[0] in {*SECTIONS} - {"tracking"}}
     assert recipe.settings().keys() == keys | {"name", "device", "sample_prompts"}
     assert "secret" not in str(recipe.settings())
     assert recipe.settings()["checkpoint.every"] == "null"
@@ -264,12 +286,13 @@ BOUNDS = {
     "optimizer.weight_decay": below_0, "optimizer.beta3": outside_0_1, "optimizer.d_coef": not_above_0,
     "model.adapter_learning_rate": not_above_0, "method.rank": less_than_1, "method.alpha": not_above_0,
     "method.dropout": outside_0_1,
-    "dataset.prompt_dropout": outside_0_1,
+    "dataset.prompt_dropout": outside_0_1, "dataset.validation_count": negative,
     "prior.prior_loss_weight": below_0, "prior.num_class_images": negative, "prior.sample_batch_size": less_than_1,
     "prior.num_inference_steps": no_steps, "prior.guidance_scale": below_0,
     "train.max_train_steps": less_than_1, "train.train_batch_size": less_than_1,
     "train.gradient_accumulation_steps": less_than_1, "train.learning_rate": not_above_0,
     "train.lr_warmup_steps": negative, "train.max_grad_norm": positive, "train.seed": no_seed,
+    "train.validate_every": less_than_1,
     "train.ema_decay": outside_0_1, "train.snr_gamma": positive, "train.noise_offset": below_0,
     "flow.logit_mean": st.floats(min_value=10.1), "flow.logit_std": not_above_0, "flow.shift": positive,
     "flow.mode_scale": st.floats(min_value=1.76),
@@ -320,6 +343,31 @@ def test_values_on_the_bounds_are_allowed(key, edge):
 
 def test_every_section_of_the_config_can_be_sealed():
     assert all(isinstance(getattr(Config(), name), Section) for name in SECTIONS)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        resolve_demo().train.stop_when.patience = 1
+
+
+def test_the_best_weights_by_held_out_photos_need_no_evaluation():
+    recipe = resolve_demo(dataset__validation_count=1, evaluate__select="validation_loss",
+                          evaluate__objective="validation_loss", evaluate__encoder=EncoderKind.none)
+    assert recipe.measure_roles == {"validation_loss": "validation_loss"}
+    assert recipe.settings()["train.stop_when.patience"] == "3"
+
+
+def test_held_out_photos_and_early_stopping_are_part_of_the_identity_only_if_they_change_the_result(tmp_path):
+    """validate_every decides nothing unless the run stops, or chooses its weights, by validation_loss."""
+    def named(*overrides: str) -> str:
+        return identity(compose_config(*overrides))
+
+    held, stop = "dataset.validation_count=1", "train.stop_when.measure=validation_loss"
+    assert named("train.validate_every=7") == named() != named(held) == named(held, "train.validate_every=7")
+    for chosen in (stop, "evaluate.select=validation_loss"):
+        assert named(held, chosen) != named(held) != named(held, chosen, "train.validate_every=7") != named(
+            held, chosen)
+    assert named(held, stop, "evaluate.seed=1") == named(held, stop)
+    by_pictures = "train.stop_when.measure=class_drift"
+    assert named(by_pictures, "evaluate.seed=1") != named(by_pictures) != named()
+    assert named("dataset=concepts") == "8e3ad5572f", "a run of an earlier version gets another folder"
 
 
 def test_an_unknown_key_is_refused_even_with_a_plus():

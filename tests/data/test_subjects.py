@@ -11,7 +11,7 @@ from PIL import Image
 
 from dreambooth.data import subjects
 from dreambooth.data.batches import PhotoSet
-from dreambooth.errors import ConfigError
+from dreambooth.errors import ConfigError, UserError
 from dreambooth.runs.identity import identity
 from tests.data.noise_photos import TWO, recipe, save_noise, write_metadata
 from tests.support.configs import compose_config
@@ -56,6 +56,54 @@ def test_photos_of_all_subjects_have_their_own_captions_and_repeats(tmp_path: Pa
     photo_set = PhotoSet("instance", loaded, True, False, repeats)
     seen = Counter(photo_set.view(0, step, 0, 1).photo for step in range(12))
     assert seen == {0: 2, 1: 2, 2: 2, 3: 6}
+
+
+def held_out(folder: Path, count: int, *overrides: str) -> tuple[list[str], list[str]]:
+    """The names of the photos that train, and of those that do not."""
+    resolved = recipe(f"dataset.instance_dir={folder}", f"dataset.validation_count={count}",
+                      "dataset.allow_drawings=true", *overrides)
+    training, _ = subjects.load_subject_photos(resolved)
+    return ([photo.path.name for photo in training],
+            [photo.path.name for photo in subjects.load_held_out_photos(resolved, training)])
+
+
+def test_held_out_photos_are_spread_over_the_names_and_do_not_train(tmp_path: Path) -> None:
+    for i in range(7):
+        save_noise(tmp_path / f"{i}.png", seed=i)
+    assert held_out(tmp_path, 0) == ([f"{i}.png" for i in range(7)], [])
+    assert held_out(tmp_path, 2) == (["0.png", "2.png", "3.png", "4.png", "6.png"], ["1.png", "5.png"])
+    assert held_out(tmp_path, 4) == (["1.png", "3.png", "5.png"], ["0.png", "2.png", "4.png", "6.png"])
+    with pytest.raises(UserError, match=r"fewer than 3 to train on: type dataset\.validation_count=4, or add photos"):
+        held_out(tmp_path, 5)
+
+
+def test_a_held_out_photo_that_also_trains_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "held").mkdir()
+    for i in range(4):
+        save_noise(tmp_path / f"{i}.png", seed=i)
+    save_noise(tmp_path / "held/new.png", seed=9)
+    other = f"dataset.validation_dir={tmp_path / 'held'}"
+    assert held_out(tmp_path, 0, other) == ([f"{i}.png" for i in range(4)], ["new.png"])
+    save_noise(tmp_path / "held/copy.png", seed=2)
+    with pytest.raises(UserError, match=r"copy.png is held out of training, and .*2.png is the same photo"):
+        held_out(tmp_path, 0, other)
+    save_noise(tmp_path / "4.png", seed=1)
+    with pytest.raises(UserError, match=r"1.png is held out of training, and .*4.png is the same photo"):
+        held_out(tmp_path, 2)
+
+
+def test_each_subject_has_held_out_photos_of_its_own(tmp_path: Path) -> None:
+    for name, first in (("A", 0), ("B", 10), ("C", 20)):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            save_noise(tmp_path / name / f"{name}{i}.png", seed=first + i)
+    folders = [f"dataset.concepts.{i}.instance_dir={tmp_path / name}" for i, name in enumerate("AB")]
+    both = recipe(*TWO, *folders, "dataset.validation_count=1")
+    assert [photo.path.name for photo in subjects.load_held_out_photos(both, [])] == ["A2.png", "B2.png"]
+    second = recipe(*TWO, *folders, f"dataset.concepts.1.validation_dir={tmp_path / 'C'}")
+    loaded = subjects.load_held_out_photos(second, [])
+    assert [photo.path.name for photo in loaded] == [f"C{i}.png" for i in range(5)]
+    assert {photo.caption for photo in loaded} == {"a photo of a ohwx dog"}
 
 
 @pytest.mark.parametrize("override, typed", [

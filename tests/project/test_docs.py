@@ -23,6 +23,7 @@ from dreambooth import compare, convert, deploy, errors, evaluate, generate, pla
 from dreambooth.config.compose import conf_dir, load, to_aliased_dataclass
 from dreambooth.config.dataset import Subject
 from dreambooth.config.enums import Device
+from dreambooth.config.overrides import setting_keys
 from dreambooth.config.recipe import resolve
 from dreambooth.config.schema import Config
 from dreambooth.inference.picture_request import Limits, parse
@@ -185,9 +186,7 @@ def test_a_command_is_real(command: str) -> None:
 
 def keys() -> set[str]:
     """Every key of a training run, such as train.seed, and of a group or section, such as train."""
-    config = Config()
-    sections = {key: vars(value) if hasattr(value, "__dict__") else {} for key, value in vars(config).items()}
-    return {*sections, *(f"{section}.{key}" for section, found in sections.items() for key in found)}
+    return {*vars(Config()), *setting_keys(Config)}
 
 
 def in_code(page: Path) -> str:
