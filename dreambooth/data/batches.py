@@ -295,8 +295,7 @@ class Batches:
         Tensors are copied to the device asynchronously. Images that have no cached latents are encoded with the VAE.
         """
         return [join_batches([batch for photo_set, part in zip(self.photo_sets, micro, strict=True)
-                              for batch in self.make_batches(photo_set, part, self._one_prompt_per_half)])
-                for micro in samples]
+                              for batch in self.make_batches(photo_set, part, self._one_prompt)]) for micro in samples]
 
     def latent_shape_of(self, photo: Photo) -> tuple[int, int, int]:
         """Return the shape (C, h, w) of the latents of a photo."""
@@ -337,7 +336,7 @@ class Batches:
         return torch.tensor(rows, dtype=torch.float32)
 
     @cached_property
-    def _one_prompt_per_half(self) -> bool:
+    def _one_prompt(self) -> bool:
         """Whether Batch.text holds only one prompt per PhotoSet, instead of one prompt per row.
 
         The answer is the same in every step of a run, because compiled models need constant shapes.
@@ -380,7 +379,7 @@ class Batches:
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def make_batches(self, photo_set: PhotoSet, samples: HostSamples, one_prompt: bool) -> list[Batch]:
-        """Return a batch of the samples. With output preservation, also return a batch of their class rows.
+        """Return a batch of the samples; with output preservation, also one of their class rows.
 
         If `one_prompt`, the prompt of the first sample is that of all.
         """

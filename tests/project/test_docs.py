@@ -186,7 +186,8 @@ def test_a_command_is_real(command: str) -> None:
 
 def keys() -> set[str]:
     """Every key of a training run, such as train.seed, and of a group or section, such as train."""
-    return {*vars(Config()), *setting_keys(Config)}
+    parts = [key.split(".") for key in setting_keys(Config)]
+    return {".".join(key[:length]) for key in parts for length in range(1, len(key) + 1)}
 
 
 def in_code(page: Path) -> str:
