@@ -348,8 +348,9 @@ def evaluated_before_training(device: str, step: int) -> list[tuple[int, object]
     EvaluationHook(
         evaluator=evaluator, setup=setup, engine=Engine(device=torch.device(device)),
         meter=SimpleNamespace(phase=lambda name: nullcontext()),
-        recipe=SimpleNamespace(evaluate=SimpleNamespace(every=None), train=SimpleNamespace(max_train_steps=8)),
-    ).before_training()
+        recipe=SimpleNamespace(evaluate=SimpleNamespace(every=None, select=None),
+                               train=SimpleNamespace(max_train_steps=8)),
+        validation=SimpleNamespace(values={})).before_training()
     return evaluator.calls
 
 
@@ -387,7 +388,8 @@ def test_a_resumed_run_on_a_gpu_puts_the_base_into_the_trained_module(monkeypatc
         meter=SimpleNamespace(phase=lambda name: nullcontext()),
         recipe=SimpleNamespace(evaluate=SimpleNamespace(every=None),
                                train=SimpleNamespace(train_text_encoder=True),
-                               method=SimpleNamespace(low_rank=False))).evaluate(3)
+                               method=SimpleNamespace(low_rank=False)),
+        validation=SimpleNamespace(values={})).evaluate(3)
     assert evaluator.calls == [(0, "live"), (3, "live")]
     assert loaded == [torch.device("cpu")]
     assert seen == {0: {1.0}, 3: {7.0}}
