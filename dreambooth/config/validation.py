@@ -274,8 +274,8 @@ def _optimizer_problems(config: Config) -> Iterator[str]:
     kind, name = spec.kind, f"optimizer={spec.kind.value}"
     if kind is OptimizerKind.prodigy and not MIN_PRODIGY_RATE <= train.learning_rate <= MAX_PRODIGY_RATE:
         yield (f"{name} estimates the learning rate and multiplies it by train.learning_rate="
-               f"{train.learning_rate:g}, which must be near 1: type train.learning_rate=1 optimizer.d_coef=1, where a "
-               "d_coef from 0.5 to 2 lowers or raises the estimate")
+               f"{train.learning_rate:g}, which must be near 1: type train.learning_rate=1, with optimizer.d_coef=2 "
+               "to learn faster or optimizer.d_coef=0.5 to learn slower")
     if memory.optimizer_in_backward and not kind.steps_each_weight_alone:
         yield (f"{name} computes one step size from the gradients of all weights, which never exist together with "
                "memory.optimizer_in_backward=true: type memory.optimizer_in_backward=false")

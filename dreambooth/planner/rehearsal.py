@@ -129,6 +129,7 @@ class _Rehearsal:
             self.objective = replace(self.objective, base_model=base_model(denoiser, recipe))
             state = self._state(denoiser)
             self._steps(state)
+            averages = self._averages(denoiser)
             if recipe.validates:
                 with trace.phase("validation"), torch.no_grad(), self.autocast():
                     self._validate(denoiser)
@@ -144,6 +145,7 @@ class _Rehearsal:
                         recipe.evaluate, recipe.model.resolution)]
                     del tensors
             trace.mark("save")
+            del averages
         total = sum(_count_weights(p) for module in parts.modules for p in module.parameters())
         trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
         return Prediction(
@@ -266,6 +268,14 @@ class _Rehearsal:
             ema_on_host = on_host or self.memory.ema_device is EmaDevice.cpu
             trace.add(ema.average.values(), HOST if ema_on_host else "ema")
         return TrainState(denoiser, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), ema)
+
+    def _averages(self, denoiser: nn.Module) -> list[Tensor]:
+        """Return the copy of the weights, with optimizer=schedule_free, that samples, measures and exports use."""
+        if not self.recipe.optimizer.kind.averages_weights:
+            return []
+        averages = [torch.empty_like(p) for p in denoiser.parameters() if p.requires_grad]
+        self.trace.add(averages, HOST if self.memory.offload_optimizer else "ema")
+        return averages
 
     def _batch(self) -> Batch:
         """Build a micro-batch with the same contents and dtypes as the micro-batches of data/batches.py.

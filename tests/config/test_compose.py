@@ -71,8 +71,8 @@ def test_default_is_the_demo_on_the_tiny_base() -> None:
 @pytest.mark.parametrize("overrides, rate", [
     (["optimizer=prodigy"], 1.0), (["optimizer=prodigy", "method=lora"], 1.0),
     (["optimizer=prodigy", "train.learning_rate=0.5"], 0.5), (["optimizer=prodigy", "experiment=person", *PHOTOS], 1.0),
-    (["optimizer=lion"], 3e-5), (["optimizer=lion", "method=lora"], 2e-4), (["optimizer=muon"], 3e-4),
-    (["optimizer=lion", "hardware=g4dn", *PHOTOS], 5e-7),
+    (["optimizer=lion"], 9e-5), (["optimizer=lion", "method=lora"], 6e-4), (["optimizer=muon"], 3e-4),
+    (["optimizer=lion", "hardware=g4dn", *PHOTOS], 1.5e-6),
 ])
 def test_an_optimizer_has_a_learning_rate_of_its_own(overrides: list[str], rate: float) -> None:
     assert compose_recipe(*overrides).train.learning_rate == pytest.approx(rate, rel=1e-9)

@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from dreambooth.config.enums import Dtype, EmaDevice, EncoderKind, Rounding, Weights
+from dreambooth.config.enums import Dtype, EmaDevice, EncoderKind, OptimizerKind, Rounding, Weights
 from dreambooth.config.evaluate import Evaluate
 from dreambooth.data import aspect_buckets
 from dreambooth.evaluation.efficientnet import efficientnet_lite0
@@ -117,6 +117,13 @@ def test_an_ema_in_host_memory_is_not_on_the_card() -> None:
     prediction = predict(small_recipe(memory__ema_device=EmaDevice.cpu))
     assert all("ema" not in usage.by_category for usage in prediction.by_phase.values())
     assert prediction.host_bytes == prediction.trained_parameters * 4
+
+
+def test_averages_of_schedule_free_adamw_exist_after_the_steps() -> None:
+    prediction = predict(small_recipe(optimizer__kind=OptimizerKind.schedule_free, train__use_ema=False))
+    averages = {phase: usage.by_category.get("ema", 0) for phase, usage in prediction.by_phase.items()}
+    assert averages["backward"] == 0
+    assert averages["save"] == prediction.trained_parameters * 4
 
 
 def test_data_parallel_needs_a_second_copy_of_the_gradients() -> None:
