@@ -343,7 +343,7 @@ class _FakeEvaluator:
 def evaluated_before_training(device: str, step: int) -> list[tuple[int, object]]:
     """(step, pipeline) of the evaluations of a run before its first step, if it continues after `step`."""
     evaluator = _FakeEvaluator({})
-    state = SimpleNamespace(step=step, ema=None, check_finite=lambda model: None)
+    state = SimpleNamespace(step=step, averages=lambda model: None, check_finite=lambda model: None)
     setup = SimpleNamespace(state=state, pipeline="live", trained=None, idle=SimpleNamespace(on_device=nullcontext))
     EvaluationHook(
         evaluator=evaluator, setup=setup, engine=Engine(device=torch.device(device)),
@@ -383,7 +383,8 @@ def test_a_resumed_run_on_a_gpu_puts_the_base_into_the_trained_module(monkeypatc
     evaluator = Recording({})
     EvaluationHook(
         evaluator=evaluator, engine=Engine(device=torch.device("cuda")),
-        setup=SimpleNamespace(state=SimpleNamespace(step=3, ema=None, check_finite=lambda model: None),
+        setup=SimpleNamespace(state=SimpleNamespace(step=3, averages=lambda model: None,
+                                                    check_finite=lambda model: None),
                               pipeline="live", trained=live, idle=SimpleNamespace(on_device=nullcontext)),
         meter=SimpleNamespace(phase=lambda name: nullcontext()),
         recipe=SimpleNamespace(evaluate=SimpleNamespace(every=None),

@@ -12,13 +12,14 @@ from dreambooth.errors import Interrupted
 from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.hooks import SampleHook, swap_in_ema
+from dreambooth.training.step import TrainState
 from dreambooth.utils.signals import StopRequest
 
 
 def sample_hook(step: int, record: Any, every: int | None = 4) -> SampleHook:
     """The hook of a run of 10 steps that has completed `step` steps."""
     recipe = SimpleNamespace(sample=SimpleNamespace(every=every), train=SimpleNamespace(max_train_steps=10))
-    state = SimpleNamespace(step=step, ema=None, check_finite=lambda model: None)
+    state = SimpleNamespace(step=step, averages=lambda model: None, check_finite=lambda model: None)
     setup = SimpleNamespace(state=state, pipeline="pipeline", trained=None,
                             idle=SimpleNamespace(on_device=nullcontext))
     meter = SimpleNamespace(phase=lambda name: nullcontext())
@@ -50,8 +51,7 @@ def test_pictures_and_files_get_the_moving_average_with_all_steps() -> None:
     for value in (5.0, 5.0, 9.0):
         nn.init.constant_(model.weight, value)
         each.update(model), second.update(model)
-    state = SimpleNamespace(ema=second, weights=lambda module: dict(module.named_parameters()),
-                            check_finite=lambda module: None)
+    state = TrainState(model, torch.optim.SGD(model.parameters()), None, second)  # type: ignore[arg-type]
     for exact in (False, True):
         with swap_in_ema(SimpleNamespace(trained=model, state=state), exact):  # type: ignore[arg-type]
             assert torch.allclose(model.weight, each.average["weight"], rtol=1e-6)
