@@ -106,8 +106,8 @@ def _finish(recipe: Recipe, engine: Engine, setup: Setup, hooks: RunHooks, conso
         "objective": result.objective, INSTANCE_LOSS: scores[INSTANCE_LOSS], "exported_step": exported,
         "skipped_steps": setup.state.skipped})
     tracker.set_tags({"model": str(folder)} | ({"stopped": hooks.stopping.reason} if hooks.stopping.reason else {}))
-    for name in ("contact_sheet.png", "model/README.md", f"model/{export_layout.ADAPTER}"):
-        if (recipe.run_dir / name).is_file():
+    for name in ("contact_sheet.png", "model/README.md", *map("model/{}".format, export_layout.ADAPTER_FILES)):
+        if (recipe.run_dir / name).exists():
             tracker.log_artifact(recipe.run_dir / name)
     result.write()
     return result

@@ -15,6 +15,7 @@ from dreambooth.config import eval_prompts, evaluate, validation
 from dreambooth.config.dataset import Subject
 from dreambooth.config.enums import BaseWeights, Device, OptimizerKind, PriorKind, Weights
 from dreambooth.config.evaluate import Evaluate
+from dreambooth.config.method import trigger_word
 from dreambooth.config.schema import (
     Attention,
     Checkpoint,
@@ -115,6 +116,17 @@ class Recipe:
         return tuple(recipes.values())
 
     @property
+    def trigger_words(self) -> tuple[str, ...]:
+        """The words of prompts that new tokens replace (method.new_tokens), one per subject; empty without them."""
+        words = (trigger_word(self.method, subject) for subject in self.dataset.subjects)
+        return tuple(dict.fromkeys(filter(None, words))) if self.method.new_tokens else ()
+
+    @property
+    def encodes_in_step(self) -> bool:
+        """Whether each step encodes prompts, because their encodings change while text encoder or embeddings train."""
+        return self.train.train_text_encoder or self.method.new_tokens > 0
+
+    @property
     def picture_prompts(self) -> set[str]:
         """All prompts from which the run generates pictures: class images, samples and evaluation."""
         prompts = set(self.sample_prompts) if self.sample.every is not None else set()
@@ -149,12 +161,13 @@ class Recipe:
     def allows_optimizer_in_backward(self) -> bool:
         """Whether memory.optimizer_in_backward=true is possible.
 
-        The option requires one process, one pass per step, an uncompiled model, and an optimizer on the device that
-        updates each weight by itself.
+        The option requires one process, one pass per step, an uncompiled model, an optimizer on the device that updates
+        each weight by itself, and one learning rate: new tokens have another than the adapter.
         """
         train, one_process = self.train, self.hardware.gpus == 1
         return (one_process and train.gradient_accumulation_steps == 1 and not self.two_passes and not train.compile
-                and not self.memory.offload_optimizer and self.optimizer.kind.steps_each_weight_alone)
+                and not self.memory.offload_optimizer and self.optimizer.kind.steps_each_weight_alone
+                and not self.method.new_tokens)
 
     @property
     def allows_swapped_blocks(self) -> bool:

@@ -20,7 +20,7 @@ from dreambooth.config.enums import (
     Rounding,
     Weights,
 )
-from dreambooth.config.method import Method
+from dreambooth.config.method import Method, prompt_problems
 from dreambooth.config.schema import Config, StopWhen, Tracking
 from dreambooth.utils import quoting
 from dreambooth.utils.assets import ASSET_SCHEME
@@ -50,6 +50,8 @@ def problems(config: Config, device: str, machine: Machine | None) -> Iterator[s
         yield "evaluate.promote=true registers in MLflow: type tracking=mlflow"
     yield from _tracking_problems(config.tracking, machine)
     yield from _adapter_problems(config, device, machine)
+    if config.method.low_rank:
+        yield from _new_token_problems(config)
 
 
 def _tracking_problems(tracking: Tracking, machine: Machine | None) -> Iterator[str]:
@@ -330,3 +332,28 @@ def _adapter_problems(config: Config, device: str, machine: Machine | None) -> I
     if memory.offload_optimizer:
         yield (f"memory.offload_optimizer=true saves no memory with the few weights of method={method.name}: type "
                "memory.offload_optimizer=false")
+
+
+def _new_token_problems(config: Config) -> Iterator[str]:
+    """Yield the problems of method.new_tokens: of the keys that belong to it, and of the prompts of the subjects."""
+    method = config.method
+    if not method.new_tokens:
+        if changed := [f"method.{key}" for key in ("trigger_word", "token_initializer", "token_learning_rate")
+                       if getattr(method, key) is not None] + ["method.token_train_share"] * (
+                           method.token_train_share != 1):
+            yield (f"{' and '.join(changed)} {'apply' if changed[1:] else 'applies'} to new tokens only: type "
+                   "method.new_tokens=2")
+        return
+    yield from prompt_problems(method, config.dataset.keyed_subjects)
+    if config.memory.optimizer_in_backward:
+        yield ("memory.optimizer_in_backward=true has one learning rate, and method.new_tokens needs another for the "
+               "tokens: type memory.optimizer_in_backward=false")
+    if config.optimizer.kind.averages_weights:
+        yield (f"optimizer={config.optimizer.kind.value} keeps a second copy of the weights, which the normalization "
+               "of new tokens would not change: type optimizer=adamw, or method.new_tokens=0")
+    if config.optimizer.kind is OptimizerKind.prodigy and method.token_learning_rate is not None:
+        yield ("optimizer=prodigy estimates one learning rate for all weights: type method.token_learning_rate=null, "
+               "or optimizer=adamw")
+    if config.train.compile:
+        yield ("method.new_tokens is not tested with train.compile=true: type train.compile=false, or "
+               "method.new_tokens=0")

@@ -9,11 +9,12 @@ from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
 from dreambooth.evaluation.evaluator import Evaluator, Scorer
 from dreambooth.models import loading, lora
+from dreambooth.models.new_tokens.attach import attach as attach_new_tokens
 from dreambooth.models.pipeline import build_pipeline
 from dreambooth.runs.report import score_table
 from dreambooth.runs.run_folder import locked, read_result
 from dreambooth.runtime.engine import create_engine
-from dreambooth.serialization import lora_files
+from dreambooth.serialization import embedding_files, lora_files
 from dreambooth.serialization.export_layout import ADAPTER, check_intact, find_adapter
 from dreambooth.tracking.run_tracker import track_run
 from dreambooth.utils.console import Console
@@ -66,9 +67,11 @@ def _load_trained(recipe: Recipe, device: torch.device) -> loading.Components:
             recipe, source=str(folder), vae_source=None,
             model=replace(recipe.model, revision=None, variant=None, zero_terminal_snr=False)), device)
     parts = _load_base(recipe, device)
+    attach_new_tokens(parts, recipe)
     model = loading.prepare(parts, recipe)
-    adapter = lora_files.read(find_adapter(folder) or folder / ADAPTER)
-    lora.load_adapter_weights(model, adapter, parts.family.published_name)
+    file = find_adapter(folder) or folder / ADAPTER
+    lora.load_adapter_weights(model, lora_files.read(file), parts.family.published_name)
+    embedding_files.load_into(parts, file)
     return parts
 
 

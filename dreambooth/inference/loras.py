@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from dreambooth.errors import UserError
 from dreambooth.models import families
+from dreambooth.serialization import embedding_files
 from dreambooth.serialization.export_layout import ADAPTER, OLD_ADAPTER, check_intact, locate_adapter
 
 
@@ -21,12 +22,14 @@ class Lora:
     name: str
     scale: float
     version: tuple[int, int] = (0, 0)  # time of the last change in nanoseconds, and size in bytes
+    embeddings: tuple[tuple[str, Path, tuple[int, int]], ...] = ()  # word, file and its version, of new tokens
 
     @property
     def has_changed(self) -> bool:
-        """Whether the file is another one than when it was checked. A file that has gone has not changed."""
+        """Whether a file is another one than when it was checked. A file that has gone has not changed."""
+        files = (self.path, self.version), *((path, version) for _, path, version in self.embeddings)
         try:
-            return _version(self.path) != self.version
+            return any(_version(path) != version for path, version in files)
         except OSError:
             return False
 
@@ -126,6 +129,7 @@ def _find_lora(source: Path, scale: float) -> Lora:
         version = _version(path)
         with safe_open(path, "pt") as file:
             keys = list(file.keys())
+        embeddings = tuple((word, file, _version(file)) for word, file in embedding_files.find(path).items())
     except (SafetensorError, OSError) as error:
         raise UserError(f"the LoRA {path} cannot be read ({error}): type lora=FILE, a .safetensors file") from error
     if any(key.endswith(".dora_scale") for key in keys):
@@ -134,7 +138,7 @@ def _find_lora(source: Path, scale: float) -> Lora:
     if any(family.diffusers_lacks.match(key) for family in families.FAMILIES for key in keys):
         raise UserError(f"{path} is a LoRA in ComfyUI's layout, of which diffusers would leave a part out: type "
                         f"lora=DIR, the folder with its {ADAPTER}")
-    return Lora(path, _name(path), scale, version)
+    return Lora(path, _name(path), scale, version, embeddings)
 
 
 def _version(path: Path) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dreambooth.errors import Interrupted, UserError
 from dreambooth.inference import loras, picture_request, png_metadata
+from dreambooth.inference.lora_embeddings import AttachedEmbeddings
 from dreambooth.inference.loras import AttachedLoras, Lora
 from dreambooth.inference.model_sources import Source
 from dreambooth.inference.picture_request import InvalidRequest, PictureRequest
@@ -77,8 +78,11 @@ class Renderer:
         self._pipeline, self._family = open_pipeline(source.model, device, source.revision, source.variant, source.vae,
                                                      source.zero_terminal_snr, memory)
         self._schedulers = {source.zero_terminal_snr: self._pipeline.scheduler}
-        self._attached = AttachedLoras(self._pipeline, max(1, max_adapters, len(used_loras)))
+        capacity = max(1, max_adapters, len(used_loras))
+        self._attached = AttachedLoras(self._pipeline, capacity)
+        self._embeddings = AttachedEmbeddings(self._pipeline, self._family, capacity)
         self._attached.use(self._own.loras)
+        self._embeddings.use(self._pipeline, self._own.loras)
         self._start: Image.Image | None = None
         self._strength: float | None = None
         self._side = self._family.native_side(getattr(self._pipeline, self._family.denoiser.name),
@@ -133,7 +137,7 @@ class Renderer:
                                                  for side in size) for shift in (0, multiple - 1))
                 raise InvalidRequest(f"both sides must be multiples of {multiple} pixels for this model, and {size[0]}x"
                                      f"{size[1]} is not: the nearest sizes are {' and '.join(choices)}")
-        tokenizers = [getattr(self._pipeline, name) for name in self._family.tokenizers]
+        tokenizers = self._embeddings.vocabulary(self._scaled_loras(request)).tokenizers
         for prompt in (request.prompt, request.negative_prompt or ""):
             try:
                 self._family.check_prompt(tokenizers, prompt)  # the pipeline would cut a longer prompt
@@ -225,8 +229,10 @@ class Renderer:
         return [replace(lora, scale=lora.scale * request.adapter_scale) for lora in self._look(request.adapter).loras]
 
     def _use(self, request: PictureRequest) -> None:
-        """Attach the LoRAs of a request, and set the noise schedule that they were trained with."""
-        self._attached.use(self._scaled_loras(request))
+        """Attach the LoRAs of a request with their new tokens, and set the noise schedule they were trained with."""
+        loras = self._scaled_loras(request)
+        self._attached.use(loras)
+        self._embeddings.use(self._pipeline, loras)
         self._pipeline.scheduler = self._schedulers[self._look(request.adapter).zero_terminal_snr]
 
     def _resolved(self, request: PictureRequest) -> PictureRequest:

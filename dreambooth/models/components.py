@@ -12,6 +12,7 @@ from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
 from dreambooth.models.block_swap import BlockSwap
 from dreambooth.models.families.family import Family
+from dreambooth.models.new_tokens.training import NewTokens
 from dreambooth.models.noise_schedule import NoiseSchedule
 from dreambooth.models.prompt_encodings import PromptEncodings
 
@@ -29,6 +30,7 @@ class Components:
     extras: dict[str, Any] = field(default_factory=dict)  # exported, not trained: a safety checker
     swap: BlockSwap | None = None  # moves blocks of the denoiser between host and device
     encodings: PromptEncodings | None = None  # the text encoders' outputs, if the encoders have been released
+    new_tokens: NewTokens | None = None  # tokens whose embeddings are trained; see new_tokens/training.py
 
     @property
     def modules(self) -> list[Any]:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,14 +31,19 @@ class TrainedModel(nn.Module):
     """One module with everything that is trained: the denoiser and, with train.train_text_encoder, the text encoders.
 
     Gradient accumulation, data parallelism, EMA and checkpoints therefore cover every trained weight. The family gives
-    each part a name, which is the prefix of the names of its weights: `unet.`, `text_encoder.`, ...
+    each part a name, which is the prefix of the names of its weights: `unet.`, `text_encoder.`, ... The embeddings of
+    new tokens are parameters of this module itself: `text_encoder_new_tokens`, ...
     """
 
-    def __init__(self, family: Family, modules: dict[str, nn.Module], vae_scale: int) -> None:
+    def __init__(self, family: Family, modules: dict[str, nn.Module], vae_scale: int,
+                 frozen_encoders: Sequence[Any] = (), new_rows: Mapping[str, nn.Parameter] | None = None) -> None:
         """Args:
             family: the family of the base model.
             modules: the trained modules by part name, as `trained_modules` returns them.
             vae_scale: image side in pixels divided by latent side.
+            frozen_encoders: text encoders that are not trained and that compute in each step, because the embeddings
+                of new tokens are trained; they are no submodules.
+            new_rows: the embeddings of new tokens, which are parameters of the text encoders, too, by encoder name.
         """
         super().__init__()
         self.family = family
@@ -46,6 +51,9 @@ class TrainedModel(nn.Module):
         self.encoder_names = [name for name in modules if name != family.denoiser.name]
         for name, module in modules.items():
             self.add_module(name, module)
+        self._frozen_encoders = tuple(frozen_encoders)
+        for name, rows in (new_rows or {}).items():
+            self.register_parameter(f"{name}_new_tokens", rows)
 
     def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor, size_and_crop: Tensor | None = None) -> Tensor:
         """Return the denoiser's prediction (N, C, h, w).
@@ -53,22 +61,36 @@ class TrainedModel(nn.Module):
         Args:
             latents: noisy latents (N, C, h, w).
             timesteps: (N,).
-            text: (P, ...): the token ids of P prompts if the text encoders are trained, else the encoders' output.
-                The first prompt belongs to the first N / P samples, the second prompt to the next N / P, and so on. A
-                prompt that samples share is encoded once; its gradient is the sum of the gradients of these samples.
+            text: (P, ...): the token ids of P prompts if the text encoders or embeddings of new tokens are trained,
+                else the encoders' output. The first prompt belongs to the first N / P samples, the second prompt to the
+                next N / P, and so on. A prompt that samples share is encoded once; its gradient is the sum of the
+                gradients of these samples.
             size_and_crop: (N, 6), see Family.predict.
         """
-        if self.encoder_names:
-            text = self.family.text([getattr(self, name) for name in self.encoder_names], text)
+        if encoders := [getattr(self, name) for name in self.encoder_names] or self._frozen_encoders:
+            text = self.family.text(encoders, text)
         if len(text) < len(latents):
             text = text.repeat_interleave(len(latents) // len(text), 0)
         denoiser = getattr(self, self.family.denoiser.name)
         return self.family.predict(denoiser, latents, timesteps, text, self.vae_scale, size_and_crop)
 
+    @property
+    def new_rows(self) -> dict[str, nn.Parameter]:
+        """The embeddings of new tokens, by parameter name."""
+        return dict(self.named_parameters(recurse=False))
+
+    def add_adapters(self, recipe: Recipe) -> None:
+        """Add the adapters of a recipe. Afterwards only they and the embeddings of new tokens require gradients."""
+        lora.inject(self, recipe.method, self.family.adapter_targets, recipe.train.seed, recipe.precision.dtype)
+        for rows in self.new_rows.values():
+            rows.requires_grad_(True)
+
 
 def trained_model(parts: Components, recipe: Recipe) -> TrainedModel:
     """Return a TrainedModel that contains the trained modules of `parts` themselves, not copies."""
-    return TrainedModel(parts.family, trained_modules(parts, recipe), parts.vae_scale)
+    frozen = parts.encoders if recipe.encodes_in_step and not recipe.train.train_text_encoder else ()
+    return TrainedModel(parts.family, trained_modules(parts, recipe), parts.vae_scale, frozen,
+                        parts.new_tokens.rows if parts.new_tokens else None)
 
 
 def trained_modules(parts: Components, recipe: Recipe) -> dict[str, nn.Module]:
@@ -79,7 +101,7 @@ def trained_modules(parts: Components, recipe: Recipe) -> dict[str, nn.Module]:
 
 def idle_modules(parts: Components, recipe: Recipe) -> list[nn.Module]:
     """Return the modules that can leave the device during training steps, because their outputs are cached."""
-    text_is_cached = recipe.memory.cache_text and not recipe.train.train_text_encoder
+    text_is_cached = recipe.memory.cache_text and not recipe.encodes_in_step
     return [parts.vae] * recipe.memory.cache_latents + list(parts.encoders) * text_is_cached
 
 
@@ -187,6 +209,9 @@ def exact_frozen(parts: Components, recipe: Recipe) -> Components:
     if recipe.method.low_rank:
         weights = lora.adapter_weights(nn.ModuleDict(trained_modules(parts, recipe)))
         lora.merge(nn.ModuleDict(trained_modules(whole, recipe)), weights)
+        if parts.new_tokens is not None:
+            parts.new_tokens.write_into(whole.encoders_by_name, parts.tokenizers)
+            whole.tokenizers = parts.tokenizers
         return whole
     return replace(parts, vae=whole.vae, extras=whole.extras,
                    encoders=parts.encoders if recipe.train.train_text_encoder else whole.encoders)
@@ -206,11 +231,12 @@ def prepare(parts: Components, recipe: Recipe) -> TrainedModel:
     if recipe.memory.gradient_checkpointing:
         apart = recipe.memory.split_prior and recipe.memory.optimizer_in_backward and recipe.with_prior
         family.recompute_activations(denoiser, groups=2 if apart else 1)
-        for encoder in parts.encoders if recipe.train.train_text_encoder else ():
+        for encoder in parts.encoders if recipe.encodes_in_step else ():
             encoder.gradient_checkpointing_enable()
+            encoder.train()  # transformers recomputes in this mode alone; CLIP's text encoders have no dropout
     model = trained_model(parts, recipe)
     if recipe.method.low_rank:
-        lora.inject(model, recipe.method, family.adapter_targets, recipe.train.seed, recipe.precision.dtype)
+        model.add_adapters(recipe)
         if parts.swap is not None:
             model.to(parts.swap.device)  # peft has put the adapters of swapped blocks into host memory
     else:

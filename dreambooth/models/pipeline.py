@@ -20,6 +20,7 @@ from dreambooth.models import families, hub, inference_memory, vae
 from dreambooth.models.components import Components
 from dreambooth.models.families.family import Family
 from dreambooth.models.inference_memory import PLAIN, InferenceMemory
+from dreambooth.models.new_tokens import prompts as prompts_with_new_tokens
 from dreambooth.models.prompt_encodings import PromptEncodings
 from dreambooth.utils import quoting
 
@@ -212,6 +213,7 @@ def generate_images(
     """
     family = families.of_pipeline(pipeline)
     arguments = family.sampling_arguments(pipeline)
+    prompts_with_new_tokens.use_in(pipeline)
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
 
     def draw(chunk: slice) -> list[Image]:

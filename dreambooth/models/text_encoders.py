@@ -20,7 +20,7 @@ FORMAT = 1  # of the files of encodings; a change of `Family.text` needs another
 
 def encodes_ahead(family: Family, recipe: Recipe) -> bool:
     """Return whether a run encodes all its prompts, and releases its text encoders, before it loads the denoiser."""
-    return family.encodes_ahead and recipe.memory.cache_text and not recipe.train.train_text_encoder
+    return family.encodes_ahead and recipe.memory.cache_text and not recipe.encodes_in_step
 
 
 def load(source: str, family: Family, dtype: torch.dtype | Literal["auto"], **options: Any) -> list[Any]:

@@ -17,6 +17,9 @@ A run gets its factory from optimizers.py. The planner's factory creates optimiz
 nothing. A factory may create any torch.optim.Optimizer.
 """
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -30,7 +33,8 @@ from dreambooth.optim.stochastic_rounding import Rounder
 
 
 def build_training_optimizer(model: nn.Module, factory: OptimizerFactory, memory: Memory, half: torch.dtype,
-                             seed: int) -> torch.optim.Optimizer:
+                             seed: int, apart: Collection[str] = (), options: Mapping[str, Any] | None = None,
+                             ) -> torch.optim.Optimizer:
     """Build the optimizer of the trained parameters of `model`, as selected by the levers in `memory`.
 
     With weights=half or offload_optimizer, this function also casts the model's trained matrices to `half`, as autocast
@@ -42,6 +46,9 @@ def build_training_optimizer(model: nn.Module, factory: OptimizerFactory, memory
         factory: creates an optimizer of a list of parameters.
         half: the compute precision; with fp32, no weight is cast.
         seed: seed of stochastic rounding.
+        apart: names of trained parameters with optimizer options of their own, which form the last parameter group.
+            Without any lever alone.
+        options: the options of this group, such as lr.
     """
     mark_hidden_matrices(model)
     if memory.offload_optimizer:
@@ -51,4 +58,7 @@ def build_training_optimizer(model: nn.Module, factory: OptimizerFactory, memory
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if memory.optimizer_in_backward or memory.weights is Weights.half:
         return PerParameterOptimizer(trained, factory, memory.optimizer_in_backward, Rounder(memory.rounding, seed))
+    if apart:
+        return factory([{"params": [p for name, p in trained.items() if name not in apart]},
+                        {"params": [trained[name] for name in apart], **(options or {})}])
     return factory(list(trained.values()))

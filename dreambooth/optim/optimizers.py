@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from dreambooth.config.enums import OptimizerKind
 from dreambooth.config.schema import Optimizer, Train
@@ -17,7 +16,8 @@ DEFAULT_BETA3 = 0.9999  # of CAME and of AdEMAMix
 # Optimizers that must not update the pieces of a weight as separate weights, with the names of their classes.
 WHOLE = {OptimizerKind.adafactor: "Adafactor", OptimizerKind.came: "CAME", OptimizerKind.ademamix8bit: "AdEMAMix8bit"}
 # Creates the optimizer of a list of parameters. The planner passes a factory of optimizers that only allocate memory.
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+# In place of parameters, the list may contain parameter groups: dictionaries with "params" and options such as "lr".
+OptimizerFactory = Callable[[list[Any]], torch.optim.Optimizer]
 
 
 def optimizer_factory(spec: Optimizer, learning_rate: float) -> OptimizerFactory:
@@ -28,7 +28,7 @@ def optimizer_factory(spec: Optimizer, learning_rate: float) -> OptimizerFactory
     return partial(build_optimizer, spec=spec, learning_rate=learning_rate)
 
 
-def build_optimizer(parameters: list[nn.Parameter], spec: Optimizer, learning_rate: float) -> torch.optim.Optimizer:
+def build_optimizer(parameters: list[Any], spec: Optimizer, learning_rate: float) -> torch.optim.Optimizer:
     """Build the optimizer that `spec.kind` selects.
 
     - adamw: PyTorch's AdamW, with fp32 state. The fused implementation is used, because the foreach implementation
@@ -72,7 +72,7 @@ def build_optimizer(parameters: list[nn.Parameter], spec: Optimizer, learning_ra
     return _build_of_bitsandbytes(parameters, spec, arguments)
 
 
-def _build_of_pytorch_optimizer(parameters: list[nn.Parameter], spec: Optimizer,
+def _build_of_pytorch_optimizer(parameters: list[Any], spec: Optimizer,
                                 arguments: dict[str, Any]) -> torch.optim.Optimizer:
     from pytorch_optimizer import CAME, Lion
 
@@ -82,7 +82,7 @@ def _build_of_pytorch_optimizer(parameters: list[nn.Parameter], spec: Optimizer,
     return CAME(parameters, foreach=False, **arguments | {"betas": (spec.beta1, spec.beta2, beta3)})
 
 
-def _build_prodigy(parameters: list[nn.Parameter], spec: Optimizer,
+def _build_prodigy(parameters: list[Any], spec: Optimizer,
                    arguments: dict[str, Any]) -> torch.optim.Optimizer:
     from prodigyopt import Prodigy
 
@@ -94,7 +94,7 @@ def _build_prodigy(parameters: list[nn.Parameter], spec: Optimizer,
     return optimizer
 
 
-def _build_of_bitsandbytes(parameters: list[nn.Parameter], spec: Optimizer,
+def _build_of_bitsandbytes(parameters: list[Any], spec: Optimizer,
                            arguments: dict[str, Any]) -> torch.optim.Optimizer:
     from bitsandbytes.optim import adamw, ademamix
 

@@ -238,7 +238,7 @@ class _Rehearsal:
 
         return PhaseMarkingEngine(autocast=forward, backward=backward, scaler=scaler, mark=trace.mark)  # type: ignore[arg-type]
 
-    def _state(self, denoiser: nn.Module) -> TrainState:
+    def _state(self, denoiser: loading.TrainedModel) -> TrainState:
         """Build the training state, with a modelled optimizer, and assign categories to its tensors."""
         trace, recipe = self.trace, self.recipe
         on_host = self.memory.offload_optimizer
@@ -249,7 +249,8 @@ class _Rehearsal:
             return modelled
 
         dtype = loading.TORCH_DTYPE[recipe.precision.dtype]
-        optimizer = build_training_optimizer(denoiser, make_optimizer, self.memory, dtype, recipe.train.seed)
+        optimizer = build_training_optimizer(denoiser, make_optimizer, self.memory, dtype, recipe.train.seed,
+                                             denoiser.new_rows)
         self._add_weights(denoiser)
         masters = optimizer.masters if isinstance(optimizer, OffloadedOptimizer) else {}
         trace.add(masters.values(), HOST)
@@ -294,7 +295,7 @@ class _Rehearsal:
         if not self.memory.cache_latents:
             mean, std = self.parts.encode(torch.empty(count, 3, *size))
             latents = mean + std * latents
-        if recipe.train.train_text_encoder:
+        if recipe.encodes_in_step:
             text = self._token_ids(count)
         elif self.memory.cache_text:
             text = self.parts.family.blank_text(self.encoders, count)
@@ -311,7 +312,7 @@ class _Rehearsal:
             before, size = self.trace.total_flops, encode_batch_size(side)
             self.parts.encode(torch.empty(size, 3, side, side))
             self.encode_flops = (self.trace.total_flops - before) // size
-        if self.memory.cache_text and not (self.recipe.train.train_text_encoder or self.encodes_ahead):
+        if self.memory.cache_text and not (self.recipe.encodes_in_step or self.encodes_ahead):
             self._text_states(1)
 
     @torch.no_grad()

@@ -11,11 +11,12 @@ import torch
 from dreambooth.config.enums import AttentionKind, BaseWeights
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
-from dreambooth.models import families, lora, text_encoders, vae
+from dreambooth.models import families, text_encoders, vae
 from dreambooth.models.components import Components, disable_vae_autocast, training_scheduler
 from dreambooth.models.families.family import Family
 from dreambooth.models.families.part import Part
 from dreambooth.models.loading import TORCH_DTYPE, part_dtypes, trained_model, trained_modules
+from dreambooth.models.new_tokens.attach import attach as attach_new_tokens
 from dreambooth.models.quantization import quantise
 from dreambooth.planner.fake_cuda import fake_tensors, to_dtype
 from dreambooth.utils.assets import resolve_asset
@@ -81,6 +82,7 @@ def build_skeleton(recipe: Recipe) -> Components:
     for module in parts.modules:
         module.requires_grad_(False).eval()
     disable_vae_autocast(parts)
+    attach_new_tokens(parts, recipe)
     return parts
 
 
@@ -152,8 +154,7 @@ def count_trained_weights(recipe: Recipe) -> int:
         parts = build_skeleton(recipe)
         model = trained_model(parts, recipe)
         if recipe.method.low_rank:
-            targets = parts.family.adapter_targets
-            lora.inject(model, recipe.method, targets, recipe.train.seed, recipe.precision.dtype)
+            model.add_adapters(recipe)
         else:
             model.requires_grad_(True)
         for module in parts.family.untrainable(parts.denoiser, parts.encoders):

@@ -32,7 +32,9 @@ from dreambooth.utils.atomic_files import weights_digest
 LATER_KEYS: dict[str, Any] = {  # keys that were added later; a key with this value is left out of the hash
     "dataset.mask": None, "dataset.concepts": [], "dataset.buckets": False, "dataset.prompt_dropout": 0.0,
     "dataset.validation_dir": None, "dataset.validation_count": 0, "precision.tf32": False,
-    "prior.kind": "class_images", "optimizer.beta3": None, "optimizer.d_coef": 1.0}
+    "prior.kind": "class_images", "optimizer.beta3": None, "optimizer.d_coef": 1.0,
+    "method.new_tokens": 0, "method.trigger_word": None, "method.token_initializer": None,
+    "method.token_learning_rate": None, "method.token_train_share": 1.0}
 NEUTRAL_VALUES = {"ema_every": 1, "weights": "full", "rounding": None}  # memory values that leave results unchanged
 DEFAULT_FLOW = {"timestep_sampling": "logit_normal", "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29,
                 "shift": None, "loss_weighting": "none"}  # flow values that are left out of the hash
@@ -81,8 +83,8 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     - the section evaluate, unless evaluate.select or train.stop_when is set: this section then determines the exported
       weights, or when the run ends;
     - `train.validate_every`, unless evaluate.select or train.stop_when names validation_loss;
-    - `max_train_steps`, unless the learning rate depends on it. A run with more steps therefore extends an earlier
-      run.
+    - `max_train_steps`, unless the learning rate or the training of new tokens depends on it. A run with more steps
+      therefore extends an earlier run.
 
     Args:
         root: the composed config.
@@ -111,7 +113,9 @@ def identity(root: DictConfig, swept: bool = False) -> str:
             hashed["train"].pop(key)
     hashed["train"] |= _stop_rule(hashed["train"].pop("stop_when"), section("evaluate")["select"],
                                   hashed["train"].pop("validate_every"))
-    if not swept and not LrSchedule[hashed["train"]["lr_scheduler"]].depends_on_length:
+    depends_on_length = (LrSchedule[hashed["train"]["lr_scheduler"]].depends_on_length
+                         or hashed["method"]["token_train_share"] != 1)
+    if not swept and not depends_on_length:
         hashed["train"].pop("max_train_steps")
     for key in ("offline", "adapter_learning_rate"):  # the latter sets train.learning_rate, which is hashed
         hashed["model"].pop(key)
@@ -126,8 +130,8 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     hashed["model"]["weights"] = weights_digest(Path(resolve_asset(hashed["model"]["source"])))
     for path, value in LATER_KEYS.items():
         name, _, key = path.partition(".")
-        if hashed[name][key] == value:
-            hashed[name].pop(key)
+        if hashed[name].get(key, value) == value:
+            hashed[name].pop(key, None)
     for subject in (hashed["dataset"], *hashed["dataset"].get("concepts", ())):
         for key in FOLDERS:
             if (folder := subject.get(key)) and folder != ALPHA:

@@ -37,7 +37,8 @@ def describe_trained_weights(recipe: Recipe) -> str:
     """Return a phrase that names the weights a run trains, such as "denoiser, lora of rank 4"."""
     parts = "denoiser and text encoder" if recipe.train.train_text_encoder else "denoiser"
     method = recipe.method
-    return f"{parts}, {method.kind.value} of rank {method.rank}" if method.low_rank else parts
+    tokens = "".join(f", {counted(method.new_tokens, 'new token')} for {word}" for word in recipe.trigger_words)
+    return f"{parts}, {method.kind.value} of rank {method.rank}{tokens}" if method.low_rank else parts
 
 
 def already_finished(result: Result, recipe: Recipe) -> str:
@@ -52,6 +53,8 @@ def already_finished(result: Result, recipe: Recipe) -> str:
     schedule, counted_by = recipe.train.lr_scheduler, None  # what makes the number of steps a part of the run's name
     if schedule.depends_on_length:
         counted_by = f"train.lr_scheduler={schedule.value}"
+    elif recipe.method.token_train_share != 1:
+        counted_by = f"method.token_train_share={recipe.method.token_train_share:g}"
     elif recipe.fixed_length:
         counted_by = "a sweep over train.max_train_steps"
     advice = (f"With {counted_by}, {more} is another run, which begins at step 0. To start this one over, type "

@@ -39,7 +39,7 @@ def _exact_options(recipe: Recipe) -> Iterator[str]:
         yield "memory.cache_latents=true"
     if memory.cache_latents and memory.latent_cache is LatentCache.device and recipe.device == "cpu":
         yield "memory.latent_cache=disk"
-    if not memory.cache_text and not train.train_text_encoder:
+    if not memory.cache_text and not recipe.encodes_in_step:
         yield "memory.cache_text=true"
     if train.use_ema and recipe.device == "cuda" and memory.ema_device is EmaDevice.same:
         yield "memory.ema_device=cpu"

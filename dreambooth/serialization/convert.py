@@ -13,9 +13,10 @@ from dreambooth.errors import UserError
 from dreambooth.models import families, hub
 from dreambooth.models.components import Components
 from dreambooth.models.families.family import Family
-from dreambooth.serialization import export_layout, single_file
+from dreambooth.serialization import embedding_files, export_layout, single_file
 from dreambooth.serialization.detect_format import DetectedModel, detect, open_model_file
 from dreambooth.serialization.export import whole_pipeline
+from dreambooth.serialization.export_layout import EMBEDDINGS
 from dreambooth.serialization.load_parts import CONFIG_HINT, build_parts, load_other_parts, load_parts
 from dreambooth.storage import manifest, run_inputs
 from dreambooth.utils import atomic_files
@@ -216,12 +217,20 @@ def _to_file(source: Path, out: Path, vae: str | None, dtype: torch.dtype | None
         raise UserError(f"a single file of {family.title} contains the transformer alone: leave vae and with_vae out")
     vae = run_inputs.download_if_remote(vae)
     parts = load_parts(folder)
+    words = embedding_files.split_off(parts)
+    for path in (out.parent / EMBEDDINGS / f"{word}.safetensors" for word in words):
+        if path.exists():
+            raise UserError(f"{path} is there already: type out=DIR/{out.name} with a new folder, or remove that first")
     if vae:
         single_file.fill_vae(parts.vae, parts.family, open_model_file(Path(vae)))
     name = title or settings.get("name") or source.absolute().name
     with _reporting_failure(out):
         count = single_file.write(parts, out, dtype, with_vae, {"modelspec.title": name} | _run_metadata(settings))
+        if words:
+            embedding_files.write(out.parent, words, parts.family, {"modelspec.title": name})
     console.say(f"{out}: {count} tensors, {out.stat().st_size / 2**20:.1f} MiB")
+    if words:
+        console.say(f"{out.parent / EMBEDDINGS}: the embeddings of {', '.join(words)}, which the file cannot contain")
     return out
 
 

@@ -16,7 +16,7 @@ from dreambooth.models.components import Components
 from dreambooth.models.families.family import Family
 from dreambooth.models.loading import exact_frozen, trained_modules
 from dreambooth.models.pipeline import pipeline_over
-from dreambooth.serialization import lora_files
+from dreambooth.serialization import embedding_files, lora_files
 from dreambooth.serialization.export_layout import ADAPTER
 from dreambooth.storage import manifest
 from dreambooth.utils import atomic_files, markdown
@@ -73,8 +73,12 @@ def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
                 model = nn.ModuleDict(trained_modules(parts, recipe))
                 weights = lora.adapter_weights(model)
                 title = re.sub(r"[^\w.-]+", "-", recipe.name)
-                lora_files.write(aside, weights, lora.base_scales(model, weights), parts, title,
-                                 _adapter_metadata(recipe))
+                metadata = _adapter_metadata(recipe)
+                if parts.new_tokens is not None:
+                    words = parts.new_tokens.by_word()
+                    embedding_files.write(aside, words, parts.family, metadata)
+                    metadata |= embedding_files.adapter_metadata(words, parts.family)
+                lora_files.write(aside, weights, lora.base_scales(model, weights), parts, title, metadata)
             if sheet.is_file():
                 shutil.copyfile(sheet, aside / "contact_sheet.png")
             (aside / "README.md").write_text(_card(recipe, parts.family, step, sheet.is_file()), encoding="utf-8")
@@ -149,7 +153,7 @@ def _code(recipe: Recipe, family: Family) -> str:
     return (f"from diffusers import {', '.join(sorted(imports))}\n\n{before}"
             f"pipeline = DiffusionPipeline.from_pretrained({_literal(recipe.model.source)}{arguments})\n{after}"
             f'pipeline.load_lora_weights("model", weight_name="{ADAPTER}")  # this folder; webui/ has the file for '
-            + family.lora_programs[recipe.method.kind])
+            + family.lora_programs[recipe.method.kind] + embedding_files.loading_code(recipe.trigger_words, family))
 
 
 def _card(recipe: Recipe, family: Family, step: int, pictured: bool) -> str:
@@ -170,6 +174,8 @@ def _card(recipe: Recipe, family: Family, step: int, pictured: bool) -> str:
         method = recipe.method
         settings |= {"method": method.kind.value, "rank": method.rank, "alpha": method.scale_alpha,
                      "targets": method.targets.value, "dropout": method.dropout}
+        if recipe.trigger_words:
+            settings["new tokens"] = f"{method.new_tokens} for {' and '.join(recipe.trigger_words)}"
     return mask_urls(CARD.format(
         name=recipe.name, step=step, shown_source=markdown.escape(source),
         base_model=source if re.fullmatch(r"[\w./:-]*[\w./-]", source) else _literal(source),

@@ -16,7 +16,9 @@ CONVERTED = "converted"  # folder in run_root of the single files that were conv
 INDEX = "model_index.json"  # exists if the folder holds a whole pipeline
 # The adapter in diffusers' layout. ComfyUI would silently leave out half of this file, so its name says whom it is for.
 ADAPTER = "lora_for_diffusers.safetensors"
+EMBEDDINGS = "embeddings"  # folder of the embeddings of new tokens, beside the adapter
 OLD_ADAPTER = "pytorch_lora_weights.safetensors"  # the name of this file in earlier runs
+ADAPTER_FILES = (ADAPTER, EMBEDDINGS)
 
 
 def adapter_only(kind: str, merge: bool) -> bool:

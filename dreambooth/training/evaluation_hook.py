@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,7 +66,8 @@ class EvaluationHook:
         """
         step = self.setup.state.step
         if step == 0 and self.evaluator is not None and self.engine.device.type == "cuda":
-            with self.meter.phase("evaluate"), self.setup.idle.on_device(), swap_in_ema(self.setup):
+            with (self.meter.phase("evaluate"), self.setup.idle.on_device(), swap_in_ema(self.setup),
+                  self._base_prompts()):
                 self.evaluator.evaluate(0, self.setup.pipeline)
         elif step > 0 and self.due(step):
             self.evaluate(step)
@@ -168,7 +169,7 @@ class EvaluationHook:
         weights are in host memory meanwhile, so that the GPU never holds a second model.
         """
         if self.recipe.method.low_rank:
-            with lora.disabled(self.setup.trained):
+            with lora.disabled(self.setup.trained), self._base_prompts():
                 yield self.setup.pipeline
             return
         if self.engine.device.type != "cuda":
@@ -178,3 +179,10 @@ class EvaluationHook:
         base = loading.trained_model(parts, self.recipe)
         with swap_weights(self.setup.trained, dict(base.named_parameters())):
             yield self.setup.pipeline
+
+    def _base_prompts(self) -> AbstractContextManager[Any]:
+        """Let the pipeline read prompts without the run's new tokens, which the base model does not have."""
+        parts = self.setup.parts
+        if parts.new_tokens is None:
+            return nullcontext()
+        return parts.new_tokens.unread(self.setup.pipeline, parts.family.tokenizers)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dreambooth.config.enums import EmaDevice
+from dreambooth.config.method import has_word
 from dreambooth.config.recipe import Recipe
 from dreambooth.data import class_images, latent_cache, photo_report, subjects
 from dreambooth.data.batches import Batches, Latents, PhotoSet
@@ -18,6 +19,8 @@ from dreambooth.data.photos import Photo, load_photos
 from dreambooth.errors import UserError
 from dreambooth.evaluation.evaluator import Scorer
 from dreambooth.models import loading, prompt_encodings
+from dreambooth.models.new_tokens import training as new_tokens
+from dreambooth.models.new_tokens.attach import attach as attach_new_tokens
 from dreambooth.models.pipeline import build_pipeline, generate_images
 from dreambooth.optim import memory_levers
 from dreambooth.optim.ema import Ema
@@ -73,6 +76,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         _encode_prompts(recipe, engine, lambda: _prompts(recipe, photos + held_out).union(
             *map(class_images.captions, recipe.class_recipes if recipe.with_class_images else ())))
         parts = loading.load(recipe, engine.device)
+        attach_new_tokens(parts, recipe)
     _check_prompts(parts, recipe, photos + held_out)
     pipeline = build_pipeline(parts)
     photo_sets = [_build_photo_set(recipe, "instance", photos, repeats)]
@@ -101,7 +105,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         share_prompts=not recipe.method.dropout)  # with dropout, each row drops different elements
     with meter.phase("state"):
         model = loading.prepare(parts, recipe)
-        state = _build_state(recipe, model, accelerator)
+        state = _build_state(recipe, model, accelerator, parts.new_tokens)
     objective = Objective(schedule, recipe.prior.prior_loss_weight, recipe.train.snr_gamma, recipe.two_passes,
                           base_model(model, recipe))
     return Setup(parts, photos, batches, objective, state, model, pipeline, scorer, idle, validation_set)
@@ -213,8 +217,12 @@ def _check_prompts(parts: loading.Components, recipe: Recipe, photos: list[Photo
     """Check every prompt that the run uses by tokenizing it.
 
     Raises:
-        UserError: a prompt is too long.
+        UserError: a prompt is too long, or no caption has the word that new tokens replace.
     """
+    for word in recipe.trigger_words:
+        if not any(has_word(photo.caption, word) for photo in photos):
+            raise UserError(f"no caption of the photos has the word {word}, so that its {recipe.method.new_tokens} new "
+                            "tokens would not be trained: write it into the captions, or type method.new_tokens=0")
     for prompt in sorted(_prompts(recipe, photos)):
         parts.tokens(prompt)
 
@@ -259,13 +267,13 @@ def _build_latents(recipe: Recipe, parts: loading.Components, photo_sets: list[P
 
 
 def _build_prompt_encoder(recipe: Recipe, parts: loading.Components, photo_sets: list[PhotoSet]) -> Any:
-    """Build a function that converts a prompt to token ids if the text encoder is trained, and else to hidden states.
+    """Build a function that converts a prompt to token ids if each step encodes them, and else to hidden states.
 
     Token ids are computed once per prompt. Hidden states are computed once per prompt if memory.cache_text is on, and
     otherwise in every call.
     """
-    encode = parts.tokens if recipe.train.train_text_encoder else parts.frozen_text
-    if not (recipe.memory.cache_text or recipe.train.train_text_encoder):
+    encode = parts.tokens if recipe.encodes_in_step else parts.frozen_text
+    if not (recipe.memory.cache_text or recipe.encodes_in_step):
         return encode
     empty_prompt = [""] * (recipe.dataset.prompt_dropout > 0)
     captions = sorted(_training_prompts(photo for photo_set in photo_sets for photo in photo_set.photos))
@@ -282,10 +290,12 @@ def _latent_shape(recipe: Recipe, parts: loading.Components) -> tuple[int, int, 
     return parts.latent_channels, side, side
 
 
-def _build_state(recipe: Recipe, model: loading.TrainedModel, accelerator: Accelerator) -> TrainState:
+def _build_state(recipe: Recipe, model: loading.TrainedModel, accelerator: Accelerator,
+                 tokens: new_tokens.NewTokens | None) -> TrainState:
     optimizer = memory_levers.build_training_optimizer(
         model, optimizer_factory(recipe.optimizer, recipe.train.learning_rate), recipe.memory,
-        loading.TORCH_DTYPE[recipe.precision.dtype], recipe.train.seed)
+        loading.TORCH_DTYPE[recipe.precision.dtype], recipe.train.seed, model.new_rows,
+        new_tokens.optimizer_options(recipe))
     ema = None
     if recipe.train.use_ema:
         device = torch.device("cpu") if recipe.memory.ema_device is EmaDevice.cpu else None
@@ -294,4 +304,7 @@ def _build_state(recipe: Recipe, model: loading.TrainedModel, accelerator: Accel
     wrapped: nn.Module = accelerator.prepare_model(model)
     if recipe.train.compile:
         model.compile(dynamic=False)  # in place; the pipeline calls the model's parts, which are not compiled
-    return TrainState(wrapped, optimizer, build_lr_scheduler(optimizer, recipe.train), ema)
+    scheduler = build_lr_scheduler(optimizer, recipe.train)
+    if tokens is not None:
+        tokens.stop_in(scheduler)
+    return TrainState(wrapped, optimizer, scheduler, ema, after_step=tokens.after_step if tokens else None)

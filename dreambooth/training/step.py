@@ -54,6 +54,7 @@ class TrainState:
     skipped: int = 0  # fp16 steps that the loss scaler skipped, in total
     skipped_in_row: int = 0  # fp16 steps skipped since the last step that was not skipped
     history: History = field(default_factory=History)
+    after_step: Callable[[int], None] | None = None  # changes weights after the n-th step that was not skipped
     _checked_step: int = 0  # the step after which `check_finite` was called last
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
@@ -259,5 +260,7 @@ def _advance(state: TrainState, stepped: bool, engine: Engine) -> None:
         return
     state.skipped_in_row = 0
     state.lr_scheduler.step()
+    if state.after_step is not None:
+        state.after_step(state.step - state.skipped)
     if state.ema is not None:
         state.ema.update(state.weights(engine.unwrap(state.model)))

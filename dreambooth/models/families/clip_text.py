@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth.errors import UserError
 from dreambooth.models.families.part import TransformersPart
+from dreambooth.models.new_tokens import prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,7 @@ def check_length(tokenizer: Any, prompt: str) -> int:
         UserError: the prompt has more tokens than the model reads.
     """
     length: int = tokenizer.model_max_length
-    ids = tokenizer(prompt).input_ids
+    ids = tokenizer(prompts.expand(tokenizer, prompt)).input_ids
     if len(ids) > length:
         raise UserError(f"this model reads {length} tokens and the prompt has {len(ids)}: shorten {prompt!r}")
     return length
@@ -36,7 +37,8 @@ def tokenize(tokenizer: Any, prompt: str) -> Tensor:
     import torch
 
     length = check_length(tokenizer, prompt)
-    padded = tokenizer(prompt, padding="max_length", max_length=length, return_tensors="pt").input_ids
+    text = prompts.expand(tokenizer, prompt)
+    padded = tokenizer(text, padding="max_length", max_length=length, return_tensors="pt").input_ids
     return torch.as_tensor(padded)
 
 

@@ -88,6 +88,7 @@ class Family(ABC):
     vae: Part
     encoders: tuple[Part, ...]  # text encoders, in the order of all `encoders` arguments
     tokenizers: tuple[str, ...]  # names of the tokenizers, in the order of all `tokenizers` arguments
+    embedding_keys: tuple[str, ...] = ()  # keys of embedding files, one per text encoder; (): no new tokens
 
     @abstractmethod
     def load_tokenizer(self, name: str, source: str | Path, **options: Any) -> Any:

@@ -57,6 +57,10 @@ class FlowTransformer(Family):
         if train.train_text_encoder:
             raise UserError(f"the text encoder of {self.title} is a language model, which is not trained: type "
                             "train.train_text_encoder=false")
+        if recipe.method.new_tokens:
+            raise UserError(f"the text encoder of {self.title} leaves the memory before training begins, so that no "
+                            "embeddings of new tokens can be trained: type method.new_tokens=0, which keeps the rare "
+                            "word as it is")
         if self.overflows_in_fp16 and recipe.precision.dtype is Dtype.fp16:
             raise UserError(f"activations of {self.title} exceed the largest number of fp16: type precision=bf16 on a "
                             "GPU of compute capability 8.0 or higher, or precision=fp32 method=lora "

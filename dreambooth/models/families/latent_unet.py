@@ -39,6 +39,7 @@ class LatentUNet(Family):
     vae = DiffusersPart("vae", "diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL")
     encoders: tuple[Part, ...] = (clip_text.FIRST,)
     tokenizers: tuple[str, ...] = ("tokenizer",)
+    embedding_keys: tuple[str, ...] = ("emb_params",)
     tags = ("stable-diffusion",)
     adapter_targets = {  # patterns of layer names in diffusers' UNet and in transformers' text encoders
         Targets.attention: re.compile(rf"(.*\.)?({ATTENTION_LAYERS})"),

@@ -50,6 +50,7 @@ class StableDiffusionXL(LatentUNet):
     license = ("openrail++", "CreativeML Open RAIL++-M")
     encoders = (clip_text.FIRST, clip_text.SECOND)
     tokenizers = ("tokenizer", "tokenizer_2")
+    embedding_keys = ("clip_l", "clip_g")
     pad_tokens = {"tokenizer": clip_tokenizer.END, "tokenizer_2": "!"}
     pipeline_module = "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl"
     pipeline_name = "StableDiffusionXLPipeline"
