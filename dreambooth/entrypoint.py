@@ -185,13 +185,14 @@ def _find_log_files(key: str, settings: Any) -> dict[str, Path]:
 def _epochs_to_steps(config: Config, world_size: int) -> int:
     """Return the number of steps between checkpoints, for a job whose `checkpoint.every` counts epochs.
 
-    An epoch is one pass over the photos.
+    An epoch is one pass over the photos that train.
 
     Raises:
         DreamBoothError: there are no photos, or they cannot be downloaded.
     """
     train, epochs = config.train, config.checkpoint.every or 1
-    photos = sum(subject.repeats * len(list_photos(_to_local_folder(subject.instance_dir, config.storage)))
+    photos = sum(subject.repeats * (len(list_photos(_to_local_folder(subject.instance_dir, config.storage)))
+                                    - config.dataset.validation_count)
                  for subject in config.dataset.subjects
                  if subject.instance_dir)  # the run itself reports a missing instance_dir
     return max(1, epochs * photos // (train.train_batch_size * train.gradient_accumulation_steps * world_size))

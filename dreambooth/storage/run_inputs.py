@@ -21,6 +21,7 @@ REMOTE_KEYS = {
     ("model", "source"): True, ("model", "vae"): False,
     ("checkpoint", "resume"): True, ("evaluate", "reference_dir"): False, ("evaluate", "prompts"): False,
     ("evaluate", "lpips"): False}  # value: whether the S3 folder must have a manifest
+PHOTO_KEYS = ("instance_dir", "class_dir", "validation_dir")  # keys of folders whose photos are converted to sRGB
 RECORD_FILE = "remote.json"
 
 
@@ -81,7 +82,7 @@ def fetch_inputs(config: Config, run_dir: Path | None, photo_mark: Callable[[Pat
                                       complete=complete and not is_single_file(uri))
             # The name of a downloaded folder contains a content hash. A single file is inside a folder of this kind.
             named_by_content = folder.parent if section == "model" and folder.is_file() else folder
-            mark = photo_mark(folder) if key in ("instance_dir", "class_dir") else ""
+            mark = photo_mark(folder) if key in PHOTO_KEYS else ""
             contents[f"{section}.{key}={uri}"] = named_by_content.name + mark
             setattr(owner, key, str(model_folder(folder) if section == "model" else folder))
     if contents and run_dir:

@@ -52,7 +52,7 @@ class EarlyStopping:
 
     The decision is a function of the measured values, which are in each checkpoint. A run that is killed and repeated
     therefore decides the same. The hook is called after the hooks that measure. The step after which the run ends is
-    treated as its last step: its checkpoint, samples and evaluation are made.
+    treated as its last step, with a checkpoint, samples, an evaluation and the loss on held-out photos.
     """
 
     setup: Setup
@@ -98,6 +98,7 @@ class EarlyStopping:
         if self.recipe.sample.every is not None:
             self.sampling.sample(step)
         self.evaluation.evaluate(step)
+        self.evaluation.validation.measure_once(step)
 
     def _values(self, last: int) -> dict[int, float]:
         """Return the value of the measure after each step up to `last` at which all of its terms were measured.

@@ -138,7 +138,12 @@ class ValidationHook:
                         if VALIDATION_LOSS in values}
         for number, value in self.values.items():
             self.tracker.log_metrics(number, {VALIDATION_LOSS: value})
-        if self.due(step) and step not in self.values:
+        if self.due(step):
+            self.measure_once(step)
+
+    def measure_once(self, step: int) -> None:
+        """Measure the held-out loss of the state after `step` completed steps, if that is possible and was not done."""
+        if self.recipe.validates and self.setup.held_out is not None and step not in self.values:
             self.measure(step)
 
     def measure(self, step: int) -> None:

@@ -17,9 +17,11 @@ from dreambooth.models import gradient_checkpointing, loading
 from dreambooth.planner import rehearsal
 from dreambooth.planner.allocation_trace import MARK, StorageTrace
 from dreambooth.planner.fake_cuda import fake_tensors
+from dreambooth.planner.gpu_specs import find_card
 from dreambooth.planner.prediction import Prediction
 from dreambooth.planner.rehearsal import encoder_tensor_bytes, predict, rehearse
 from dreambooth.planner.skeleton_models import build_skeleton
+from dreambooth.planner.time_and_cost import estimate, flops_per_second
 from tests.support.configs import demo_recipe, small_recipe
 
 TWO_PASSES = {"memory__gradient_checkpointing": True, "memory__optimizer_in_backward": True}  # with clipping
@@ -195,6 +197,20 @@ def test_evaluation_is_a_phase_of_its_own() -> None:
     allocated = {phase: usage.allocated for phase, usage in with_clip.by_phase.items()}
     assert allocated["evaluate"] - allocated["load"] > encoder_bytes
     assert allocated["evaluate"] == allocated["save"] + encoder_bytes
+
+
+def test_the_loss_on_held_out_photos_is_planned() -> None:
+    """It needs less memory than the backward pass. Of 2 photos, it has 8 forward passes each, 11 times in 100 steps."""
+    recipe = small_recipe(dataset__validation_count=2, train__validate_every=10, train__max_train_steps=100)
+    never = small_recipe(dataset__validation_count=2, train__validate_every=None, train__max_train_steps=100)
+    measured, plain, card = predict(recipe), predict(never), find_card("T4")
+    assert "validation" not in plain.by_phase
+    assert measured.by_phase["validation"].allocated <= measured.by_phase["backward"].allocated
+    assert plain.step_flops == measured.step_flops and 0 < measured.validation_flops < plain.step_flops / 5
+    assert card is not None
+    seconds = [estimate(*case, card).run_seconds or 0.0 for case in ((recipe, measured), (never, plain))]
+    rate = flops_per_second(card, half=False)
+    assert seconds[0] - seconds[1] == pytest.approx(11 * 2 * 8 * measured.validation_flops / rate)
 
 
 def _peak(trace: StorageTrace) -> int:

@@ -13,6 +13,7 @@ from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.config.schema import Checkpoint, Config, Dataset, Train
 from dreambooth.errors import DoesNotFit, UserError
 from dreambooth.runs import run_folder
+from dreambooth.runs.report import already_finished
 from dreambooth.runs.run_folder import (
     Result,
     check_disk_space,
@@ -114,6 +115,14 @@ def test_a_run_with_more_steps_or_starting_over_is_not_finished(tmp_path):
     assert load_finished(make_recipe(tmp_path, steps=5)) is None
     assert load_finished(make_recipe(tmp_path, resume="never")) is None
     assert load_finished(make_recipe(tmp_path, resume=str(write_checkpoint(tmp_path, 2)))) is None
+
+
+def test_a_run_that_was_stopped_early_is_finished_at_its_step(tmp_path):
+    result = replace(write_finished_run(tmp_path), stopped="dino is 0.6, and train.stop_when.bound is 0.5")
+    result.write()
+    assert load_finished(make_recipe(tmp_path, steps=9)) == result
+    said = already_finished(result, make_recipe(tmp_path, steps=9))
+    assert "it was stopped after 4 steps of 9, because dino is 0.6" in said and "type train.max" not in said
 
 
 def test_a_run_without_its_model_is_not_finished(tmp_path):

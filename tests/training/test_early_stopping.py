@@ -43,9 +43,11 @@ def stopping(measure: str | None, scores: dict[int, dict[str, float]], **rule: A
     recipe = SimpleNamespace(measure_roles=ROLES, sample=SimpleNamespace(every=5), train=SimpleNamespace(
         stop_when=StopWhen(measure=measure, **rule), max_train_steps=100))
     setup = SimpleNamespace(state=SimpleNamespace(history=History(scores), step=max(scores)))
-    hook = EarlyStopping(setup, Engine(), recipe, SimpleNamespace(save=lambda: done.append("saved")),  # type: ignore[arg-type]
-                         SimpleNamespace(sample=lambda step: done.append(f"sampled {step}")),  # type: ignore[arg-type]
-                         SimpleNamespace(evaluate=lambda step: done.append(f"evaluated {step}")))  # type: ignore[arg-type]
+    saving, sampling = SimpleNamespace(save=lambda: done.append("saved")), SimpleNamespace(
+        sample=lambda step: done.append(f"sampled {step}"))
+    validation = SimpleNamespace(measure_once=lambda step: done.append(f"validated {step}"))
+    evaluation = SimpleNamespace(evaluate=lambda step: done.append(f"evaluated {step}"), validation=validation)
+    hook = EarlyStopping(setup, Engine(), recipe, saving, sampling, evaluation)  # type: ignore[arg-type]
     return hook, done
 
 
@@ -55,7 +57,7 @@ def test_the_step_after_which_a_run_stops_is_saved_sampled_and_evaluated_like_a_
     hook(SimpleNamespace(step=20))  # type: ignore[arg-type]
     assert not hook.reached() and not done, "the base model counts, or a later step"
     hook.before_training()
-    assert done == ["saved", "sampled 30", "evaluated 30"]
+    assert done == ["saved", "sampled 30", "evaluated 30", "validated 30"]
     assert hook.reason == "validation_loss has not improved in 1 measurement: the best was 0.2 at step 20"
 
 

@@ -120,7 +120,7 @@ def test_the_hook_measures_the_base_model_every_n_steps_and_the_last_step(caplog
     logged: dict[int, dict[str, float]] = {}
     setup = toy_setup()
     setup.state.ema = None
-    recipe = SimpleNamespace(train=SimpleNamespace(validate_every=2, max_train_steps=5))
+    recipe = SimpleNamespace(validates=True, train=SimpleNamespace(validate_every=2, max_train_steps=5))
     hook = ValidationHook(setup, Engine(), SimpleNamespace(phase=lambda name: nullcontext()), recipe,  # type: ignore[arg-type]
                           SimpleNamespace(log_metrics=lambda step, values: logged.update({step: values})))  # type: ignore[arg-type]
     hook.before_training()
