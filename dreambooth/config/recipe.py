@@ -130,7 +130,7 @@ class Recipe:
     def picture_prompts(self) -> set[str]:
         """All prompts from which the run generates pictures: class images, samples and evaluation."""
         prompts = set(self.sample_prompts) if self.sample.every is not None else set()
-        if self.with_class_images:
+        if self.with_prior:
             prompts.update(one.class_prompt for one in self.class_recipes)
         return prompts | (self.evaluated_prompts if self.evaluate.encoders else set())
 
@@ -151,7 +151,7 @@ class Recipe:
     @property
     def two_passes(self) -> bool:
         """Whether a step passes the instance rows and the class rows through the model one after the other."""
-        return self.memory.split_pass or (self.with_class_images and self.dataset.buckets)
+        return self.memory.split_pass or (self.with_prior and self.dataset.buckets)
 
     def with_processes(self, processes: int) -> "Recipe":
         """Return a copy in which hardware.gpus equals `processes`, the number of processes that train together."""
@@ -201,6 +201,16 @@ class Recipe:
     def preserves_output(self) -> bool:
         """Whether prior preservation is on and trains on the base model's predictions for the class prompt."""
         return self.with_prior and self.prior.kind is PriorKind.output
+
+    @property
+    def class_rows(self) -> int:
+        """Number of class rows per micro-batch: as many as photos.
+
+        With prior.kind=output, half as many are enough, because their targets have no noise. The forward pass of the
+        base model then costs about as much as the class rows that are left out.
+        """
+        photos = self.train.train_batch_size
+        return (max(1, photos // 2) if self.preserves_output else photos) * self.with_prior
 
     @property
     def measure_roles(self) -> dict[str, str]:

@@ -119,8 +119,7 @@ def _data_problems(config: Config) -> Iterator[str]:
     yield from _concept_problems(data)
     if prior.kind is PriorKind.output:
         yield from _output_preservation_problems(config)
-    with_class_images = prior.with_prior_preservation and prior.kind is PriorKind.class_images
-    if data.buckets and with_class_images and config.memory.optimizer_in_backward:
+    if data.buckets and prior.with_prior_preservation and config.memory.optimizer_in_backward:
         yield ("dataset.buckets=true needs one backward pass for photos and one for class images, and "
                "memory.optimizer_in_backward=true steps the optimizer in one: type "
                "memory.optimizer_in_backward=false, or dataset.buckets=false")

@@ -9,6 +9,7 @@ in a background thread before the step starts (prefetch.py). `Batches.to_device`
 encodes images with the VAE; it runs in the thread of the training loop.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,11 +31,11 @@ from dreambooth.utils import rng
 class Batch:
     """One micro-batch on the training device: tensors with N rows, one per sample, all of the same image size.
 
-    An instance row is a sample of an instance photo. A class row is a sample of a class image; with output preservation
-    (prior.kind=output), it is an instance row with the class caption of its photo. There are three cases:
+    An instance row is a sample of an instance photo, a class row is a sample of a class image, or of output
+    preservation (training/output_preservation.py). There are three cases:
 
     - Without prior preservation, all N rows are instance rows.
-    - With prior preservation, the first N / 2 rows are instance rows and the last N / 2 rows are class rows.
+    - With prior preservation, the first rows are instance rows and the last rows are class rows.
     - With prior preservation and class images whose size is not that of the instance photos, all N rows are instance
       rows. The class rows are in `class_batch`.
     """
@@ -47,6 +48,7 @@ class Batch:
     mask: Tensor | None = None  # (N, 1, h, w) in [0, 1]: weight of each latent in the loss; None: all weights are 1
     class_batch: "Batch | None" = None  # class rows of another image size; this batch then has only instance rows
     size_and_crop: Tensor | None = None  # (N, 6), see `Batches.size_and_crop`; None: the model does not use it
+    noisy: Tensor | None = None  # (N, C, h, w): the noisy latents; None: NoiseSchedule.add_noise makes them
     target: Tensor | None = None  # (N, C, h, w): what the model is trained to predict; None: see NoiseSchedule.target
 
     @property
@@ -59,6 +61,11 @@ class Batch:
         """Whether the batch has class rows."""
         return self.num_samples > self.num_instances
 
+    @property
+    def rows_per_text(self) -> int:
+        """Number of consecutive rows to which each item of `text` applies."""
+        return len(self.timesteps) // len(self.text)
+
     def halves(self) -> tuple["Batch", "Batch"]:
         """Return two batches: the first has the instance rows of this batch, the second has the class rows."""
         if self.class_batch is not None:
@@ -67,11 +74,10 @@ class Batch:
 
     def _rows(self, start: int, end: int) -> "Batch":
         latents, noise, timesteps = (tensor[start:end] for tensor in (self.latents, self.noise, self.timesteps))
-        rows_per_text = len(self.timesteps) // len(self.text)
-        return Batch(latents, noise, timesteps, self.text[start // rows_per_text:end // rows_per_text],
-                     num_instances=len(timesteps), mask=None if self.mask is None else self.mask[start:end],
-                     size_and_crop=None if self.size_and_crop is None else self.size_and_crop[start:end],
-                     target=None if self.target is None else self.target[start:end])
+        mask, size_and_crop, noisy, target = (None if tensor is None else tensor[start:end] for tensor in (
+            self.mask, self.size_and_crop, self.noisy, self.target))
+        return Batch(latents, noise, timesteps, self.text[start // self.rows_per_text:end // self.rows_per_text],
+                     len(timesteps), mask, size_and_crop=size_and_crop, noisy=noisy, target=target)
 
 
 def join_batches(parts: Sequence[Batch]) -> Batch:
@@ -84,14 +90,16 @@ def join_batches(parts: Sequence[Batch]) -> Batch:
     first = parts[0]
     if len(parts) > 1 and parts[1].latents.shape[1:] != first.latents.shape[1:]:
         return replace(first, class_batch=parts[1])
-    latents, noise, timesteps, text = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "noise", "timesteps", "text"))
+    latents, noise, timesteps = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "noise", "timesteps"))
+    rows = math.gcd(*(part.rows_per_text for part in parts))
+    text = torch.cat([part.text.repeat_interleave(part.rows_per_text // rows, 0) for part in parts])
     mask = None
     if any(part.mask is not None for part in parts):
         mask = torch.cat([torch.ones_like(part.latents[:, :1]) if part.mask is None else part.mask for part in parts])
-    size_and_crop = [part.size_and_crop for part in parts if part.size_and_crop is not None]
-    return Batch(latents, noise, timesteps, text, first.num_instances, mask,
-                 size_and_crop=torch.cat(size_and_crop) if size_and_crop else None)
+    crop, noisy, target = (None if getattr(first, name) is None else torch.cat([getattr(part, name) for part in parts])
+                           for name in ("size_and_crop", "noisy", "target"))
+    return Batch(latents, noise, timesteps, text, first.num_instances, mask, None, crop, noisy, target)
 
 
 @dataclass(frozen=True)
@@ -294,8 +302,8 @@ class Batches:
 
         Tensors are copied to the device asynchronously. Images that have no cached latents are encoded with the VAE.
         """
-        return [join_batches([batch for photo_set, part in zip(self.photo_sets, micro, strict=True)
-                              for batch in self.make_batches(photo_set, part, self._one_prompt)]) for micro in samples]
+        return [join_batches([self.make_batch(photo_set, part, self._one_prompt)
+                              for photo_set, part in zip(self.photo_sets, micro, strict=True)]) for micro in samples]
 
     def latent_shape_of(self, photo: Photo) -> tuple[int, int, int]:
         """Return the shape (C, h, w) of the latents of a photo."""
@@ -341,8 +349,8 @@ class Batches:
 
         The answer is the same in every step of a run, because compiled models need constant shapes.
         """
-        alike = (len({(photo.caption, photo.class_caption) for photo in photo_set.photos}) == 1
-                 and not photo_set.prompt_dropout for photo_set in self.photo_sets)
+        alike = (len({photo.caption for photo in photo_set.photos}) == 1 and not photo_set.prompt_dropout
+                 for photo_set in self.photo_sets)
         return self.share_prompts and all(alike)
 
     @property
@@ -378,11 +386,8 @@ class Batches:
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
-    def make_batches(self, photo_set: PhotoSet, samples: HostSamples, one_prompt: bool) -> list[Batch]:
-        """Return a batch of the samples; with output preservation, also one of their class rows.
-
-        If `one_prompt`, the prompt of the first sample is that of all.
-        """
+    def make_batch(self, photo_set: PhotoSet, samples: HostSamples, one_prompt: bool) -> Batch:
+        """Return a batch of the samples. If `one_prompt`, the prompt of the first sample is that of all."""
         pixels, latent_noise, noise, timesteps, mask, size_and_crop = (
             None if tensor is None else tensor.to(self.device, non_blocking=True)
             for tensor in (samples.pixels, samples.latent_noise, samples.noise, samples.timesteps, samples.mask,
@@ -392,9 +397,4 @@ class Batches:
         views = samples.views[:1] if one_prompt else samples.views
         text = torch.cat([self.encode_prompt("" if view.drop_prompt else photo_set.photos[view.photo].caption)
                           for view in views])
-        batch = Batch(latents, noise, timesteps, text, len(timesteps), mask, size_and_crop=size_and_crop)
-        class_captions = [photo_set.photos[view.photo].class_caption for view in views]
-        if class_captions[0] is None:
-            return [batch]
-        class_text = torch.cat([self.encode_prompt(caption) for caption in class_captions if caption is not None])
-        return [batch, replace(batch, text=class_text, mask=None)]
+        return Batch(latents, noise, timesteps, text, len(timesteps), mask, size_and_crop=size_and_crop)

@@ -13,11 +13,8 @@ one message can report all of them. Imports no torch.
 import csv
 import io
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-from dreambooth.config import eval_prompts
 
 TEXT_SUFFIXES = (".txt", ".caption")  # lower case
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -125,24 +122,3 @@ def _read(path: Path, problems: list[str]) -> str | None:
     except UnicodeDecodeError:
         problems.append(f"{path.name} is not UTF-8 text: save the caption as UTF-8")
     return None
-
-
-def class_caption(caption: str, instance_prompt: str, class_prompt: str) -> str:
-    """Return the caption of a photo with the class in place of the subject, for output preservation.
-
-    With the prompts "a photo of a zwx toy" and "a photo of a toy", this is the class prompt for the instance prompt,
-    "a toy on the grass" for "a zwx toy on the grass", and "toy, asleep" for "zwx, asleep". A caption that does not name
-    the subject gets the class prompt: with its own caption, the prior term would train away what the photo teaches.
-    """
-    if caption == instance_prompt:
-        return class_prompt
-    subject, class_name = eval_prompts.extract_subject(instance_prompt), eval_prompts.extract_subject(class_prompt)
-    class_words = _words(class_prompt)
-    rare = "|".join(re.escape(word) for word in _words(instance_prompt) if word not in class_words)
-    names = [re.escape(subject)] + [rf"(?:{rare})(?:\s+(?:{rare}))*"] * bool(rare)
-    changed, count = re.subn(rf"(?<!\w)(?:{'|'.join(names)})(?!\w)", lambda _: class_name, caption, flags=re.IGNORECASE)
-    return changed if count else class_prompt
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())

@@ -53,7 +53,6 @@ class Photo:
     mask: NDArray[np.uint8] | None = None  # (H, W), see masks.py; None: the whole photo counts in the loss
     original: aspect_buckets.Size | None = None  # (height, width) of the upright file; None: the size of `pixels`
     remarks: tuple[str, ...] = ()  # what is lost of the file; each completes a sentence that starts with its name
-    class_caption: str | None = None  # see captions.class_caption; None: the run needs none
 
     @property
     def original_size(self) -> aspect_buckets.Size:

@@ -2,13 +2,11 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 from dreambooth.config.recipe import Recipe
 from dreambooth.data import aspect_buckets
-from dreambooth.data.captions import class_caption
 from dreambooth.data.photos import Photo, crop_to_size, list_photos, load_photos
 from dreambooth.errors import UserError
 from dreambooth.utils.plurals import counted
@@ -74,8 +72,6 @@ def _load(recipe: Recipe, subject_recipe: Recipe, paths: Sequence[Path]) -> list
 def load_subject_photos(recipe: Recipe) -> tuple[list[Photo], list[int]]:
     """Load the instance photos of all subjects that train, in the order of the subjects.
 
-    With prior.kind=output, each photo has a class caption.
-
     Returns:
         The photos, and for each photo the `repeats` of its subject: how often the photo is used per epoch.
 
@@ -86,9 +82,6 @@ def load_subject_photos(recipe: Recipe) -> tuple[list[Photo], list[int]]:
     repeats: list[int] = []
     for subject_recipe, subject in zip(recipe.subject_recipes, recipe.dataset.subjects, strict=True):
         loaded = _load(recipe, subject_recipe, instance_paths(subject_recipe)[0])
-        if recipe.preserves_output:
-            loaded = [replace(photo, class_caption=class_caption(
-                photo.caption, subject_recipe.instance_prompt, subject_recipe.class_prompt)) for photo in loaded]
         photos += loaded
         repeats += [subject.repeats] * len(loaded)
     if recipe.dataset.center_crop:

@@ -88,6 +88,7 @@ class FlowSchedule:
 
     levels: Tensor  # (T,), fp64: the noise level t of each timestep, in (0, 1)
     weighting: LossWeighting = LossWeighting.none
+    descending: bool = False  # whether the levels decrease
 
     @property
     def length(self) -> int:
@@ -101,6 +102,14 @@ class FlowSchedule:
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the velocity, noise - x_0."""
         return noise - latents
+
+    def denoise(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor, later: Tensor) -> Tensor:
+        """Return the result of an Euler step along the predicted velocity."""
+        steps = self._levels(noisy, later) - self._levels(noisy, timesteps)
+        return noisy + steps.view(-1, 1, 1, 1) * prediction
+
+    def timestep_at(self, progress: float) -> int:
+        return round((progress if self.descending else 1 - progress) * (self.length - 1))
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         raise ValueError("min-SNR weighting is not defined for flow matching")
@@ -134,4 +143,5 @@ def build_schedule(flow: Flow, shift: float) -> FlowSchedule:
             levels = logit_normal(u, flow.logit_mean, flow.logit_std)
         case TimestepSampling.mode:
             levels = mode(u, flow.mode_scale)
-    return FlowSchedule(shifted(levels, shift if flow.shift is None else flow.shift), flow.loss_weighting)
+    return FlowSchedule(shifted(levels, shift if flow.shift is None else flow.shift), flow.loss_weighting,
+                        descending=flow.timestep_sampling is TimestepSampling.mode)

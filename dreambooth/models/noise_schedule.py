@@ -31,6 +31,17 @@ class NoiseSchedule(Protocol):
             ValueError: the prediction type is unknown.
         """
 
+    def denoise(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor, later: Tensor) -> Tensor:
+        """Return the noisy latents (N, C, h, w) at the timesteps `later` (N,): one deterministic step of sampling.
+
+        Args:
+            noisy: the noisy latents at `timesteps`.
+            prediction: the model's prediction for them.
+        """
+
+    def timestep_at(self, progress: float) -> int:
+        """Return the timestep after a share of sampling: 0 is pure noise, 1 the lowest noise level."""
+
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Return the min-SNR loss weight of each sample, (N,), with the signal-to-noise ratio capped at `gamma`.
 
@@ -86,6 +97,21 @@ class DiffusionSchedule:
             case "sample":
                 return latents
         raise ValueError(f"unknown prediction type {self.prediction_type!r}")
+
+    def denoise(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor, later: Tensor) -> Tensor:
+        """Return the result of a DDIM step (Song et al. 2021, arXiv:2010.02502, eq. 12 with sigma = 0)."""
+        signal, sigma = self._coefficients(noisy, timesteps)
+        match self.prediction_type:
+            case "epsilon":
+                latents, noise = (noisy - sigma * prediction) / signal, prediction
+            case "v_prediction":
+                latents, noise = signal * noisy - sigma * prediction, sigma * noisy + signal * prediction
+            case _:
+                latents, noise = prediction, (noisy - signal * prediction) / sigma
+        return self.add_noise(latents, noise, later)
+
+    def timestep_at(self, progress: float) -> int:
+        return round((1 - progress) * (self.length - 1))
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Return one loss weight per sample, (N,): min-SNR weighting (Hang et al. 2023, arXiv:2303.09556, sec. 3.4).

@@ -44,7 +44,8 @@ from dreambooth.planner.optimizer_memory import ModelledOptimizer
 from dreambooth.planner.phase_markers import FakeGradScaler, PhaseMarkingEma, PhaseMarkingEngine, make_gradient_hook
 from dreambooth.planner.prediction import Prediction
 from dreambooth.runtime.engine import Engine
-from dreambooth.training.output_preservation import base_model
+from dreambooth.training import output_preservation
+from dreambooth.training.output_preservation import OutputPreservation
 from dreambooth.training.step import Objective, TrainState, train_step
 from dreambooth.training.validation import DRAWS
 
@@ -126,7 +127,7 @@ class _Rehearsal:
             trace.mark("training")
             self._add_weights(reload_weights(parts.denoiser, shapes))
             denoiser = loading.prepare(parts, skeleton_models.without_xformers(recipe))
-            self.objective = replace(self.objective, base_model=base_model(denoiser, recipe))
+            self.objective = replace(self.objective, preservation=self._preservation(denoiser))
             state = self._state(denoiser)
             self._steps(state)
             averages = self._averages(denoiser)
@@ -283,10 +284,20 @@ class _Rehearsal:
 
         Each sample has its own caption. Latents and text states are computed here if the run does not cache them.
         """
-        recipe, photo = self.recipe, self._photo_size()
-        class_size = photo if recipe.preserves_output else (recipe.model.resolution,) * 2  # class images are square
-        sizes = [photo] + [class_size] * recipe.with_prior
+        recipe, square = self.recipe, (self.recipe.model.resolution,) * 2
+        sizes = [self._photo_size()] + [square] * recipe.with_class_images  # class images are square
         return join_batches([self._half(recipe.train.train_batch_size, size) for size in sizes])
+
+    def _preservation(self, denoiser: nn.Module) -> OutputPreservation | None:
+        """Build the class rows of output preservation, with one denoising step, so that only the step is rehearsed."""
+        recipe, parts = self.recipe, self.parts
+        if not recipe.preserves_output:
+            return None
+        text = self._token_ids(1) if recipe.encodes_in_step else parts.family.blank_text(self.encoders, 1)
+        preservation = output_preservation.build(
+            recipe, denoiser, parts.noise_schedule(recipe), [text] * len(recipe.class_recipes), self._latent_shape(),
+            self.engine, parts.family.uses_size_and_crop)
+        return None if preservation is None else replace(preservation, steps=1)
 
     def _half(self, count: int, size: Size) -> Batch:
         """Build one half of a micro-batch, the photos or the class images: `count` samples of `size`."""

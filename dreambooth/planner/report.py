@@ -165,7 +165,7 @@ def _title(recipe: Recipe) -> str:
     """Describe the run in one line: model, resolution, card, trained parts, batch, precision and optimizer."""
     size = recipe.train.train_batch_size
     return (f"{recipe.model.name} {recipe.model.resolution} px on {recipe.hardware.gpu or 'the CPU'}: "
-            f"{describe_trained_weights(recipe)}, batch {size}{f'+{size}' if recipe.with_prior else ''}, "
+            f"{describe_trained_weights(recipe)}, batch {size}{f'+{recipe.class_rows}' if recipe.with_prior else ''}, "
             f"{recipe.precision.label}, {recipe.optimizer.kind.value}")
 
 

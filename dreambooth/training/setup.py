@@ -1,6 +1,6 @@
 """Prepares a run before its first step: photos, base model, class images, caches, batches and training state."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,7 @@ from dreambooth.runtime.engine import Engine, create_engine
 from dreambooth.runtime.memory_meter import MemoryMeter
 from dreambooth.runtime.module_offload import ModuleOffload
 from dreambooth.serialization import export
-from dreambooth.training import best_weights, checkpoint
-from dreambooth.training.output_preservation import base_model
+from dreambooth.training import best_weights, checkpoint, output_preservation
 from dreambooth.training.step import Objective, TrainState
 from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
@@ -106,8 +105,10 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
     with meter.phase("state"):
         model = loading.prepare(parts, recipe)
         state = _build_state(recipe, model, accelerator, parts.new_tokens)
-    objective = Objective(schedule, recipe.prior.prior_loss_weight, recipe.train.snr_gamma, recipe.two_passes,
-                          base_model(model, recipe))
+    class_texts = [encode_prompt(one.class_prompt) for one in recipe.class_recipes] if recipe.preserves_output else []
+    objective = Objective(
+        schedule, recipe.prior.prior_loss_weight, recipe.train.snr_gamma, recipe.two_passes, output_preservation.build(
+            recipe, model, schedule, class_texts, batches.latent_shape, engine, parts.family.uses_size_and_crop))
     return Setup(parts, photos, batches, objective, state, model, pipeline, scorer, idle, validation_set)
 
 
@@ -198,12 +199,7 @@ def _check_processes(recipe: Recipe, engine: Engine) -> None:
 
 def _prompts(recipe: Recipe, photos: list[Photo]) -> set[str]:
     """Return every prompt that the run uses, except captions of the user's own class images."""
-    return recipe.picture_prompts | _training_prompts(photos)
-
-
-def _training_prompts(photos: Iterable[Photo]) -> set[str]:
-    """Return the prompts of the samples of `photos`: their captions, and their class captions if they have any."""
-    return {prompt for photo in photos for prompt in (photo.caption, photo.class_caption) if prompt is not None}
+    return recipe.picture_prompts | {photo.caption for photo in photos}
 
 
 def _encode_prompts(recipe: Recipe, engine: Engine, prompts: Callable[[], set[str]]) -> None:
@@ -276,7 +272,9 @@ def _build_prompt_encoder(recipe: Recipe, parts: loading.Components, photo_sets:
     if not (recipe.memory.cache_text or recipe.encodes_in_step):
         return encode
     empty_prompt = [""] * (recipe.dataset.prompt_dropout > 0)
-    captions = sorted(_training_prompts(photo for photo_set in photo_sets for photo in photo_set.photos))
+    captions = {p.caption: p.caption for photo_set in photo_sets for p in photo_set.photos}
+    if recipe.preserves_output:
+        captions |= {one.class_prompt: one.class_prompt for one in recipe.class_recipes}
     cache: dict[str, Tensor] = {prompt: encode(prompt) for prompt in (*captions, *empty_prompt)}
     return cache.__getitem__
 

@@ -20,7 +20,7 @@ from dreambooth.optim.streaming_optimizer import StreamingOptimizer
 from dreambooth.runtime.async_readback import AsyncReadback
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.loss import Losses, dreambooth_loss
-from dreambooth.training.output_preservation import Predict, with_base_targets
+from dreambooth.training.output_preservation import OutputPreservation
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -111,12 +111,14 @@ class Objective:
     prior_loss_weight: float = 1.0
     snr_gamma: float | None = None  # gamma of Min-SNR weighting; None: all timesteps have the same weight
     split_prior: bool = False  # run forward and backward of the instance rows first, then those of the class rows
-    base_model: Predict | None = None  # with output preservation, predicts the targets of the class rows
+    preservation: OutputPreservation | None = None  # adds the class rows; None: the batches have them, if any
 
     def __call__(self, model: Callable[..., Tensor], batch: Batch) -> Losses:
         """Return the losses of a batch: add noise to its latents, predict, and compare prediction and target."""
         schedule = self.noise_schedule
-        noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+        noisy = batch.noisy
+        if noisy is None:
+            noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
         times = schedule.denoiser_timesteps(batch.timesteps)
         size_and_crop = () if batch.size_and_crop is None else (batch.size_and_crop,)
         prediction = model(noisy, times, batch.text, *size_and_crop).to(batch.latents.dtype)
@@ -195,8 +197,8 @@ def train_step(
         max_grad_norm: limit of the global gradient norm; None: no clipping.
     """
     learning_rate, step_size = state.optimizer.param_groups[0]["lr"], estimated_step_size(state.optimizer)
-    if objective.base_model is not None:
-        batches = with_base_targets(batches, objective.base_model, objective.noise_schedule, engine)
+    if objective.preservation is not None:
+        batches = objective.preservation(batches, state.step, engine)
     forward_backward = partial(_forward_backward, state, batches, objective, engine)
     if isinstance(state.optimizer, StreamingOptimizer):
         losses, norm, stepped = state.optimizer.update(forward_backward, engine, max_grad_norm, state.step)

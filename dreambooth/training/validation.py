@@ -60,7 +60,7 @@ def validation_loss(setup: Setup, photo_set: PhotoSet, engine: Engine) -> float:
                     [("validation", number, draw) for draw in draws],
                     [_timestep(number, draw, length) for draw in draws])
                 with engine.autocast():
-                    losses = setup.objective(setup.trained.forward, batches.make_batches(photo_set, samples, True)[0])
+                    losses = setup.objective(setup.trained.forward, batches.make_batch(photo_set, samples, True))
                 total += float(losses.instance) * len(draws)
             own.append((number, total / DRAWS))
     values = [value for _, value in sorted(engine.gather(own))]

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreambooth.data.captions import class_caption
 from dreambooth.data.photos import NO_FINGERPRINT, crop_to_square, fingerprint, list_photos, load_photos, to_model_range
 from tests.data.solid_photos import BLUE, PROMPT, problem, save_solid
 
@@ -34,20 +33,6 @@ def test_only_a_photo_without_a_caption_gets_the_prompt(folder):
     (folder / "b.txt").write_text("mine")
     (folder / "c.TXT").write_text("from Windows")
     assert [photo.caption for photo in load_photos(list_photos(folder), PROMPT, 8)] == [PROMPT, "mine", "from Windows"]
-
-
-@pytest.mark.parametrize("caption, expected", [
-    ("a photo of a zwx toy", "a photo of a toy"), ("a ZWX Toy on the grass", "a toy on the grass"),
-    ("zwx, asleep", "toy, asleep"), ("a zwxy toy", "a photo of a toy"), ("a toy", "a photo of a toy"),
-])
-def test_a_class_caption_has_the_class_in_place_of_the_subject(caption, expected):
-    """A caption that does not name the subject is not preserved: the photo would be trained away."""
-    assert class_caption(caption, "a photo of a zwx toy", "a photo of a toy") == expected
-
-
-def test_words_of_the_subject_that_stand_together_become_one_class():
-    caption = class_caption("ohwx zwx smiling, ohwx", "photo of zwx ohwx man", "photo of a man")
-    assert caption == "man smiling, man"
 
 
 @pytest.mark.parametrize("content, words", [

@@ -22,7 +22,8 @@ DORA: dict[str, object] = {"method__kind": MethodKind.dora, "method__name": "dor
 @pytest.mark.slow
 @pytest.mark.parametrize("changed", [LORA, pytest.param(DORA | {"memory__gradient_checkpointing": True},
                                                          marks=pytest.mark.slow),
-                                     LORA | {"method__dropout": 0.1, "train__train_text_encoder": True}])
+                                     LORA | {"method__dropout": 0.1, "train__train_text_encoder": True},
+                                     LORA | {"prior__kind": PriorKind.output, "train__train_text_encoder": True}])
 def test_fake_and_real_tensors_give_the_same_trace_byte_for_byte(changed: dict[str, object]) -> None:
     fake, real = predict(small_recipe(**changed)).trace, rehearse(small_recipe(**changed)).trace
     assert fake.events == real.events

@@ -46,12 +46,15 @@ def test_a_prompt_that_nobody_uses_may_be_too_long(
     assert checked == texts
 
 
-def test_class_captions_are_prompts_of_a_run_that_preserves_output() -> None:
+def test_class_prompts_are_encoded_for_a_run_that_preserves_output() -> None:
     recipe = resolve(Config(
         dataset=DATA, sample=Sample(every=None), prior=Prior(kind=PriorKind.output),
         method=Method("lora", MethodKind.lora), evaluate=Evaluate(encoder=EncoderKind.none)), Path("run"))
-    assert recipe.picture_prompts == set()
-    assert setup._prompts(recipe, [replace(PHOTOS[0], class_caption="a toy")]) == {"a caption", "a toy"}
+    assert setup._prompts(recipe, PHOTOS) == {"a caption", "a toy"}
+    encoded: list[str] = []
+    parts: Any = SimpleNamespace(frozen_text=encoded.append)
+    setup._build_prompt_encoder(recipe, parts, [setup._build_photo_set(recipe, "instance", PHOTOS)])
+    assert encoded == ["a caption", "a toy"]
 
 
 @pytest.mark.parametrize("local_rank", [0, 1])
