@@ -383,8 +383,7 @@ def test_a_resumed_run_on_a_gpu_puts_the_base_into_the_trained_module(monkeypatc
     evaluator = Recording({})
     EvaluationHook(
         evaluator=evaluator, engine=Engine(device=torch.device("cuda")),
-        setup=SimpleNamespace(state=SimpleNamespace(step=3, averages=lambda model: None,
-                                                    check_finite=lambda model: None),
+        setup=SimpleNamespace(state=SimpleNamespace(step=3, averages=lambda _: None, check_finite=lambda _: None),
                               pipeline="live", trained=live, idle=SimpleNamespace(on_device=nullcontext)),
         meter=SimpleNamespace(phase=lambda name: nullcontext()),
         recipe=SimpleNamespace(evaluate=SimpleNamespace(every=None),
