@@ -1,6 +1,6 @@
 """Prepares a run before its first step: photos, base model, class images, caches, batches and training state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,7 +76,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
             *map(class_images.captions, recipe.class_recipes if recipe.with_class_images else ())))
         parts = loading.load(recipe, engine.device)
         attach_new_tokens(parts, recipe)
-    _check_prompts(parts, recipe, photos + held_out)
+    _check_prompts(parts, recipe, photos, held_out)
     pipeline = build_pipeline(parts)
     photo_sets = [_build_photo_set(recipe, "instance", photos, repeats)]
     if recipe.with_class_images:
@@ -209,17 +209,22 @@ def _encode_prompts(recipe: Recipe, engine: Engine, prompts: Callable[[], set[st
     engine.barrier()
 
 
-def _check_prompts(parts: loading.Components, recipe: Recipe, photos: list[Photo]) -> None:
+def _check_prompts(parts: loading.Components, recipe: Recipe, photos: list[Photo],
+                   held_out: Sequence[Photo] = ()) -> None:
     """Check every prompt that the run uses by tokenizing it.
 
+    Args:
+        photos: the photos that train.
+        held_out: the photos that do not train.
+
     Raises:
-        UserError: a prompt is too long, or no caption has the word that new tokens replace.
+        UserError: a prompt is too long, or no caption that trains has the word that new tokens replace.
     """
     for word in recipe.trigger_words:
         if not any(has_word(photo.caption, word) for photo in photos):
             raise UserError(f"no caption of the photos has the word {word}, so that its {recipe.method.new_tokens} new "
                             "tokens would not be trained: write it into the captions, or type method.new_tokens=0")
-    for prompt in sorted(_prompts(recipe, photos)):
+    for prompt in sorted(_prompts(recipe, [*photos, *held_out])):
         parts.tokens(prompt)
 
 

@@ -342,15 +342,15 @@ class _FakeEvaluator:
 
 def evaluated_before_training(device: str, step: int) -> list[tuple[int, object]]:
     """(step, pipeline) of the evaluations of a run before its first step, if it continues after `step`."""
-    evaluator = _FakeEvaluator({})
+    evaluator, parts = _FakeEvaluator({}), SimpleNamespace(new_tokens=None)
     state = SimpleNamespace(step=step, averages=lambda model: None, check_finite=lambda model: None)
-    setup = SimpleNamespace(state=state, pipeline="live", trained=None, idle=SimpleNamespace(on_device=nullcontext))
+    setup = SimpleNamespace(state=state, pipeline="live", trained=None, parts=parts,
+                            idle=SimpleNamespace(on_device=nullcontext))
+    spec = SimpleNamespace(every=None, select=None, max_train_steps=8)
     EvaluationHook(
         evaluator=evaluator, setup=setup, engine=Engine(device=torch.device(device)),
-        meter=SimpleNamespace(phase=lambda name: nullcontext()),
-        recipe=SimpleNamespace(evaluate=SimpleNamespace(every=None, select=None),
-                               train=SimpleNamespace(max_train_steps=8)),
-        validation=SimpleNamespace(values={})).before_training()
+        meter=SimpleNamespace(phase=lambda name: nullcontext()), validation=SimpleNamespace(values={}),
+        recipe=SimpleNamespace(evaluate=spec, train=spec)).before_training()
     return evaluator.calls
 
 
@@ -372,7 +372,7 @@ def test_a_resumed_run_on_a_gpu_puts_the_base_into_the_trained_module(monkeypatc
         base = _TwoParts(1.0)
         family = SimpleNamespace(denoiser=SimpleNamespace(name="unet"))
         return SimpleNamespace(family=family, denoiser=base.unet, encoders_by_name={"text_encoder": base.text_encoder},
-                               vae_scale=8)
+                               vae_scale=8, new_tokens=None)
 
     class Recording(_FakeEvaluator):
         def evaluate(self, step: int, pipeline: object, *rest: object) -> dict[str, float]:
@@ -386,9 +386,9 @@ def test_a_resumed_run_on_a_gpu_puts_the_base_into_the_trained_module(monkeypatc
         setup=SimpleNamespace(state=SimpleNamespace(step=3, averages=lambda _: None, check_finite=lambda _: None),
                               pipeline="live", trained=live, idle=SimpleNamespace(on_device=nullcontext)),
         meter=SimpleNamespace(phase=lambda name: nullcontext()),
-        recipe=SimpleNamespace(evaluate=SimpleNamespace(every=None),
-                               train=SimpleNamespace(train_text_encoder=True),
-                               method=SimpleNamespace(low_rank=False)),
+        recipe=SimpleNamespace(
+            evaluate=SimpleNamespace(every=None), train=SimpleNamespace(train_text_encoder=True), encodes_in_step=True,
+            method=SimpleNamespace(low_rank=False)),
         validation=SimpleNamespace(values={})).evaluate(3)
     assert evaluator.calls == [(0, "live"), (3, "live")]
     assert loaded == [torch.device("cpu")]
