@@ -26,6 +26,8 @@ class MethodKind(Enum):
     full = "full"
     lora = "lora"
     dora = "dora"
+    lokr = "lokr"
+    loha = "loha"
 
 
 class Targets(Enum):

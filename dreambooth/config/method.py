@@ -1,19 +1,23 @@
 """The config group `method`: which weights are trained. Imports neither torch nor Hydra."""
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from math import sqrt
+from typing import Any
 
 from dreambooth.config.dataset import Dataset, Subject
 from dreambooth.config.enums import BaseWeights, MethodKind, Targets
 from dreambooth.config.section import Section, finite, require
 
 WORD = re.compile(r"[^\W_]+(-[^\W_]+)*")  # the underscore separates the number of a further token, such as zwx_1
+MAX_RANK, MAX_LOHA_RANK = 1024, 32  # a LoHa of rank r is a matrix of rank r * r
+LYCORIS = (MethodKind.lokr, MethodKind.loha)  # the methods of Yeh et al. 2024, arXiv:2309.14859
 
 
 @dataclass
 class Method(Section):
-    """Which weights are trained: all of them (full), or a low-rank adapter (lora, dora).
+    """Which weights are trained: all of them (full), or an adapter (lora, dora, lokr, loha).
 
     The fields after `kind` apply to adapters only.
     """
@@ -22,7 +26,14 @@ class Method(Section):
     kind: MethodKind = MethodKind.full
     rank: int = 16
     alpha: float | None = None
+    use_rslora: bool = False
+    decompose_factor: int = -1
+    decompose_both: bool = False
     targets: Targets = Targets.transformer
+    target_modules: list[str] | None = None
+    exclude_modules: list[str] = field(default_factory=list)
+    rank_pattern: Any = None  # a dictionary from pattern to rank
+    alpha_pattern: Any = None  # a dictionary from pattern to alpha
     dropout: float = 0.0
     base_weights: BaseWeights = BaseWeights.half
     merge: bool = False
@@ -33,10 +44,24 @@ class Method(Section):
     token_train_share: float = 1.0
 
     def __post_init__(self) -> None:
+        most = MAX_LOHA_RANK if self.kind is MethodKind.loha else MAX_RANK
+        ranks = _is_table(self.rank_pattern, lambda rank: isinstance(rank, int) and 1 <= rank <= most)
+        alphas = _is_table(self.alpha_pattern, lambda alpha: finite(alpha, 0) and alpha > 0)
         require("method", {
-            "rank": (1 <= self.rank <= 1024, f"from 1 to 1024, not {self.rank}"),
+            "rank": (1 <= self.rank <= most, f"from 1 to {most}, not {self.rank}"),
             "alpha": (self.alpha is None or (finite(self.alpha, 0) and self.alpha > 0),
                       f"above 0, or null for the rank, not {self.alpha}"),
+            "decompose_factor": (self.decompose_factor == -1 or 1 <= self.decompose_factor <= 1024,
+                                 f"from 1 to 1024, or -1 for factors of about the same size, "
+                                 f"not {self.decompose_factor}"),
+            "target_modules": (self.target_modules is None or _are_patterns(self.target_modules),
+                               "a list of patterns of layer names, such as [attn2.*], or null for all layers of "
+                               "method.targets"),
+            "exclude_modules": (not self.exclude_modules or _are_patterns(self.exclude_modules),
+                                "a list of patterns of layer names, such as [unet.down_blocks.0.*]"),
+            "rank_pattern": (ranks, f"like {{attn2.*:4}}, with ranks from 1 to {most}, or null, "
+                             f"not {self.rank_pattern}"),
+            "alpha_pattern": (alphas, f"like {{attn2.*:4}}, with numbers above 0, or null, not {self.alpha_pattern}"),
             "dropout": (0 <= self.dropout < 1, f"in [0, 1), not {self.dropout}"),
             "new_tokens": (0 <= self.new_tokens <= 16, f"from 1 to 16, or 0 for none, not {self.new_tokens}"),
             "trigger_word": (self.trigger_word is None or bool(WORD.fullmatch(self.trigger_word)),
@@ -59,6 +84,33 @@ class Method(Section):
     def scale_alpha(self) -> float:
         """The value of `alpha`, or the rank if `alpha` is None."""
         return float(self.rank if self.alpha is None else self.alpha)
+
+    def scaling(self, rank: int, alpha: float) -> float:
+        """Return the factor s of an adapter's output: alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
+
+        With alpha / sqrt(rank), the size of the output and of the gradients does not depend on the rank (Kalajdzievski
+        2023, arXiv:2312.03732, theorem 3.2).
+        """
+        return alpha / (sqrt(rank) if self.use_rslora else rank)
+
+    @property
+    def changed_keys(self) -> list[str]:
+        """The keys after `kind` whose values differ from the defaults."""
+        default = Method(self.name, self.kind)
+        return [f"method.{item.name}" for item in fields(self)
+                if getattr(self, item.name) != getattr(default, item.name)]
+
+
+def _is_table(table: Any, holds: Callable[[Any], bool]) -> bool:
+    """Return whether `table` is None, or a dictionary from patterns to numbers for which `holds` is true."""
+    if table is None:
+        return True
+    return isinstance(table, dict) and _are_patterns([*table]) and all(
+        isinstance(number, int | float) and not isinstance(number, bool) and holds(number) for number in table.values())
+
+
+def _are_patterns(patterns: list[str]) -> bool:
+    return bool(patterns) and all(isinstance(pattern, str) and pattern.strip() for pattern in patterns)
 
 
 def rare_words(instance_prompt: str, class_prompt: str) -> list[str]:

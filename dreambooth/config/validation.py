@@ -15,12 +15,13 @@ from dreambooth.config.enums import (
     BaseWeights,
     Dtype,
     LrSchedule,
+    MethodKind,
     OptimizerKind,
     PriorKind,
     Rounding,
     Weights,
 )
-from dreambooth.config.method import Method, prompt_problems
+from dreambooth.config.method import LYCORIS, prompt_problems
 from dreambooth.config.schema import Config, StopWhen, Tracking
 from dreambooth.utils import quoting
 from dreambooth.utils.assets import ASSET_SCHEME
@@ -305,11 +306,16 @@ def _optimizer_problems(config: Config) -> Iterator[str]:
 def _adapter_problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:
     method, memory = config.method, config.memory
     if not method.low_rank:
-        if changed := [f"method.{key}" for key, value in vars(Method(method.name, method.kind)).items()
-                       if getattr(method, key) != value]:
+        if changed := method.changed_keys:
             yield (f"{' and '.join(changed)} {'apply' if changed[1:] else 'applies'} to adapters only, and "
                    f"method={method.name} trains every weight: type method=lora")
         return
+    if method.kind is not MethodKind.lokr and (changed := [
+            key for key in method.changed_keys if key.startswith("method.decompose")]):
+        yield (f"{' and '.join(changed)} {'apply' if changed[1:] else 'applies'} to method=lokr only: type "
+               f"method=lokr, or leave {' and '.join(changed)} out")
+    if method.kind in LYCORIS and config.train.compile:
+        yield f"method={method.name} is not tested with train.compile=true: type train.compile=false"
     if method.base_weights is BaseWeights.nf4 and device == "cpu":
         yield "method.base_weights=nf4 needs a CUDA GPU: type method.base_weights=half"
     elif method.base_weights is BaseWeights.nf4 and find_spec("bitsandbytes") is None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from dreambooth.config.enums import MethodKind
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
 from dreambooth.evaluation.evaluator import Evaluator, Scorer
@@ -67,10 +68,14 @@ def _load_trained(recipe: Recipe, device: torch.device) -> loading.Components:
             recipe, source=str(folder), vae_source=None,
             model=replace(recipe.model, revision=None, variant=None, zero_terminal_snr=False)), device)
     parts = _load_base(recipe, device)
+    file = find_adapter(folder) or folder / ADAPTER
+    adapter = lora_files.read(file)
+    if recipe.method.kind is MethodKind.loha:  # the file contains the LoRA that it equals
+        recipe = replace(recipe, method=lora.lora_like(
+            adapter, recipe.method, loading.trained_model(parts, recipe), parts.family.published_name))
     attach_new_tokens(parts, recipe)
     model = loading.prepare(parts, recipe)
-    file = find_adapter(folder) or folder / ADAPTER
-    lora.load_adapter_weights(model, lora_files.read(file), parts.family.published_name)
+    lora.load_adapter_weights(model, adapter, parts.family.published_name)
     embedding_files.load_into(parts, file)
     return parts
 

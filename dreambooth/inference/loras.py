@@ -9,8 +9,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dreambooth.errors import UserError
+from dreambooth.inference.attached_lokr import AttachedLoKr
 from dreambooth.models import families
-from dreambooth.serialization import embedding_files
+from dreambooth.models.adapters.factors import LoKr
+from dreambooth.serialization import embedding_files, lora_files
 from dreambooth.serialization.export_layout import ADAPTER, OLD_ADAPTER, check_intact, locate_adapter
 
 
@@ -23,6 +25,7 @@ class Lora:
     scale: float
     version: tuple[int, int] = (0, 0)  # time of the last change in nanoseconds, and size in bytes
     embeddings: tuple[tuple[str, Path, tuple[int, int]], ...] = ()  # word, file and its version, of new tokens
+    is_lokr: bool = False  # whether it is a LoKr, see adapters/factors.py
 
     @property
     def has_changed(self) -> bool:
@@ -59,6 +62,7 @@ class AttachedLoras:
         self._pipeline, self._capacity = pipeline, capacity
         # (path, version, occurrence in one call of `use`) -> name; last used last
         self._names: dict[tuple[Path, tuple[int, int], int], str] = {}
+        self._lokrs: dict[str, AttachedLoKr] = {}  # by name; all other LoRAs are attached by diffusers
         self._used: tuple[tuple[str, float], ...] = ()  # (name, scale) of the LoRAs that the pipeline uses now
         self._count = 0  # LoRAs attached until now
 
@@ -82,24 +86,32 @@ class AttachedLoras:
         for key, lora in missing:
             self._names[key] = self._attach(lora)
         used = tuple((self._names[key], lora.scale) for key, lora in zip(keys, loras, strict=True))
-        if used != self._used and not used:
+        scales = dict(used)
+        for name, lokr in self._lokrs.items():
+            lokr.scale = scales.pop(name, 0.0)
+        if used != self._used and not scales:
             self._enable(False)
         elif used != self._used:
             self._enable(True)
-            self._pipeline.set_adapters([name for name, _ in used], [scale for _, scale in used])
+            self._pipeline.set_adapters(list(scales), list(scales.values()))
         self._used = used
 
     def _attach(self, lora: Lora) -> str:
         name = f"lora{self._count}"  # not the file name: peft allows no dots
         self._count, self._used = self._count + 1, (("", 0.0),)  # diffusers now uses the new LoRA
         try:
+            if lora.is_lokr:
+                self._lokrs[name] = AttachedLoKr(self._pipeline, families.of_pipeline(self._pipeline), {
+                    layer: adapter for layer, adapter in lora_files.read(lora.path).items()
+                    if isinstance(adapter, LoKr)})
+                return name
             self._enable(True)
             self._pipeline.load_lora_weights(lora.path.parent, weight_name=lora.path.name, adapter_name=name,
                                              local_files_only=True)
             if not any(name in attached for attached in self._pipeline.get_list_adapters().values()):
                 raise ValueError("it has nothing for a layer of it")  # diffusers only warns
         except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError) as error:
-            with suppress(Exception):  # a part of the LoRA may be attached
+            with suppress(Exception):  # a part of the LoRA may be attached by diffusers
                 self._pipeline.delete_adapters(name)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
             raise UserError(f"the LoRA {lora.path} does not fit this base ({reason}): type base=DIR, the model that "
@@ -108,7 +120,11 @@ class AttachedLoras:
 
     def _detach(self, keys: Sequence[tuple[Path, tuple[int, int], int]]) -> None:
         for key in keys:
-            self._pipeline.delete_adapters(self._names.pop(key))
+            name = self._names.pop(key)
+            if lokr := self._lokrs.pop(name, None):
+                lokr.detach()
+            else:
+                self._pipeline.delete_adapters(name)
 
     def _enable(self, enabled: bool) -> None:
         """Enable or disable all attached LoRAs. A pipeline with disabled LoRAs draws as the base model does."""
@@ -122,7 +138,7 @@ def _find_lora(source: Path, scale: float) -> Lora:
     path = locate_adapter(source)
     if path is None:
         raise UserError(f"there is no LoRA in {source}: type lora=FILE, a .safetensors file, or lora=runs/NAME of a "
-                        "run with method=lora or dora")
+                        "run with method=lora, dora, lokr or loha")
     if source.is_dir():
         check_intact(path.parent)
     try:
@@ -135,10 +151,14 @@ def _find_lora(source: Path, scale: float) -> Lora:
     if any(key.endswith(".dora_scale") for key in keys):
         raise UserError(f"{path} is a DoRA in kohya's layout, of which diffusers would leave a part out: type "
                         f"lora=DIR, the folder with its {ADAPTER}")
+    is_lokr = any(".lokr_" in key for key in keys)
+    if any(".hada_w" in key for key in keys) or (is_lokr and any(key.endswith(".alpha") for key in keys)):
+        raise UserError(f"{path} is a {'LoKr' if is_lokr else 'LoHa'} in kohya's layout, which is read by other "
+                        f"programs only: type lora=DIR, the folder with its {ADAPTER}")
     if any(family.diffusers_lacks.match(key) for family in families.FAMILIES for key in keys):
         raise UserError(f"{path} is a LoRA in ComfyUI's layout, of which diffusers would leave a part out: type "
                         f"lora=DIR, the folder with its {ADAPTER}")
-    return Lora(path, _name(path), scale, version, embeddings)
+    return Lora(path, _name(path), scale, version, embeddings, is_lokr)
 
 
 def _version(path: Path) -> tuple[int, int]:

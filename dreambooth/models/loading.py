@@ -16,6 +16,7 @@ from dreambooth.config.enums import BaseWeights, Dtype
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
 from dreambooth.models import families, hub, lora, text_encoders, vae
+from dreambooth.models.adapters import selection
 from dreambooth.models.block_swap import BlockSwap
 from dreambooth.models.components import Components as Components
 from dreambooth.models.components import disable_vae_autocast, training_scheduler
@@ -181,6 +182,8 @@ def load(recipe: Recipe, device: torch.device, frozen: torch.dtype | None = None
     if recipe.method.low_rank and base_weights is not BaseWeights.half:
         for module in trained_modules(parts, recipe).values():
             quantise(module, frozen, base_weights)
+    if recipe.method.low_rank:  # before class images are generated: a pattern that matches no layer is an error
+        selection.select(nn.ModuleDict(trained_modules(parts, recipe)), recipe.method, family.adapter_targets)
     if swap_blocks:
         parts.swap = BlockSwap(family.blocks(parts.denoiser), swap_blocks, device)
     for module in parts.modules:

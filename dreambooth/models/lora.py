@@ -1,8 +1,12 @@
-"""LoRA and DoRA adapters: a few trained weights beside a frozen base model, implemented with peft.
+"""Adapters: a few trained weights beside a frozen base model, implemented with peft.
+
+This file adds adapters of all kinds to a model. LoRA and DoRA are described here, LoKr and LoHa in adapters/factors.py.
 
 LoRA (Hu et al. 2021, arXiv:2106.09685, eq. 3) replaces the weight W of a layer, a matrix (out, in), by W':
 
     W' = W + s B A,  A (rank, in), B (out, rank), s = alpha / rank
+
+With method.use_rslora, s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2), for all kinds.
 
 DoRA (Liu et al. 2024, arXiv:2402.09353, eq. 5) also trains m, the Euclidean norm of each row of W':
 
@@ -26,7 +30,11 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.config.enums import Dtype, MethodKind, Targets
-from dreambooth.config.method import Method
+from dreambooth.config.method import LYCORIS, Method
+from dreambooth.models.adapters import selection
+from dreambooth.models.adapters.factors import LoHa, LoKr
+from dreambooth.models.adapters.selection import Choice
+from dreambooth.models.adapters.selection import target_layers as target_layers
 from dreambooth.models.sample_dropout import Dropout, set_keys_before_forward
 from dreambooth.utils import rng
 
@@ -98,52 +106,117 @@ class LowRank:
         return scale
 
 
+Adapter = LowRank | LoKr | LoHa  # the adapter of one layer
+
+
 def inject(model: nn.Module, method: Method, targets: Mapping[Targets, re.Pattern[str]], seed: int,
            dtype: Dtype) -> None:
     """Add adapters to the parts of `model` (a TrainedModel). Afterwards only the adapters require gradients.
 
     Args:
         targets: a pattern of layer names for each value of method.targets (Family.adapter_targets).
-        seed: seed of the initial values of A, LowRank.down. They depend on this seed and the module's name alone,
-            and on no other random numbers.
+        seed: seed of the start values of the adapters. They depend on this seed and the module's name alone, and on no
+            other random numbers.
         dtype: the precision of autocast. With fp16 or bf16, autocast itself casts the input of a LoRA layer, so peft's
             own cast to fp32 is disabled. The cast stays enabled for DoRA, which computes its norms in fp32.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
 
+    Raises:
+        UserError: a pattern of `method` matches no layer.
+    """
+    choices = selection.select(model, method, targets)
     model.requires_grad_(False)
-    dora = method.kind is MethodKind.dora
-    for part in model.children():
-        config = LoraConfig(r=method.rank, lora_alpha=method.scale_alpha,  # type: ignore[arg-type]
-                            use_dora=dora,
-                            target_modules=target_layers(part, targets[method.targets]))
-        with torch.random.fork_rng(devices=[]):  # peft also draws; this keeps the global random state
-            inject_adapter_in_model(config, part, adapter_name=NAME)
+    with torch.random.fork_rng(devices=[]):  # peft also draws; this keeps the global random state
+        if method.kind in LYCORIS:
+            _inject_lycoris(model, method, choices, seed)
+        else:
+            _inject_lora(model, method, choices)
     dropouts = []
     for name, layer in layers(model):
-        _make_exact(layer)
-        _draw(layer.lora_A[NAME].weight, seed, name)
-        layer.cast_input_dtype_enabled = dora or dtype is Dtype.fp32  # DoRA's norms are computed in fp32
+        if method.kind not in LYCORIS:
+            _make_exact(layer)
+            _draw(layer.lora_A[NAME].weight, seed, name)
+            layer.cast_input_dtype_enabled = method.kind is MethodKind.dora or dtype is Dtype.fp32
         if method.dropout:
-            layer.lora_dropout[NAME] = Dropout(method.dropout, rng.seed(name, "dropout"))
-            dropouts.append(layer.lora_dropout[NAME])
+            dropout = Dropout(method.dropout, rng.seed(name, "dropout"))
+            if method.kind in LYCORIS:
+                layer.input_dropout = dropout
+            else:
+                layer.lora_dropout[NAME] = dropout
+            dropouts.append(dropout)
     if dropouts:
         set_keys_before_forward(model, dropouts)
 
 
-def target_layers(part: nn.Module, pattern: re.Pattern[str]) -> list[str]:
-    """Return the names of the layers that get an adapter: linear and convolution layers that match `pattern`."""
-    return [name for name, module in part.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d) and pattern.fullmatch(name)]
+def _inject_lora(model: nn.Module, method: Method, choices: Mapping[str, Choice]) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    for part_name, part in model.named_children():
+        chosen = {name.removeprefix(f"{part_name}."): choice for name, choice in choices.items()
+                  if name.startswith(f"{part_name}.")}
+        if not chosen:
+            continue
+        default = selection.Choice(method.rank, method.scale_alpha)
+        other = {f"^{re.escape(name)}": choice for name, choice in chosen.items() if choice != default}
+        config = LoraConfig(r=method.rank, lora_alpha=method.scale_alpha,  # type: ignore[arg-type]
+                            use_dora=method.kind is MethodKind.dora, use_rslora=method.use_rslora,
+                            rank_pattern={name: choice.rank for name, choice in other.items()},
+                            alpha_pattern={name: choice.alpha for name, choice in other.items()},
+                            target_modules=_exact_targets(part, list(chosen)))
+        inject_adapter_in_model(config, part, adapter_name=NAME)
+
+
+def _exact_targets(part: nn.Module, names: list[str]) -> list[str] | str:
+    """Return names of layers as peft's target_modules, which matches exactly these layers.
+
+    peft compares a list of names with the ends of all names. If this would match a layer that is not in the list, the
+    result is a regular expression.
+    """
+    wanted, endings = set(names), tuple(f".{name}" for name in names)
+    if not any(name not in wanted and name.endswith(endings) for name, _ in part.named_modules()):
+        return names
+    return "|".join(map(re.escape, names))
+
+
+def _inject_lycoris(model: nn.Module, method: Method, choices: Mapping[str, Choice], seed: int) -> None:
+    from dreambooth.models.adapters.layers import set_start_values, wrap
+
+    for name, choice in choices.items():
+        parent, _, child = name.rpartition(".")
+        layer = wrap(model.get_submodule(name), NAME, method, choice)
+        set_start_values(layer, seed, name)
+        setattr(model.get_submodule(parent), child, layer)
+
+
+def lora_like(weights: Mapping[str, Adapter], method: Method, model: nn.Module, file_name: Callable[[str], str]
+              ) -> Method:
+    """Return the settings of a LoRA with the layers and ranks of a file.
+
+    Args:
+        weights, file_name: see `load_adapter_weights`.
+        method: the settings of the adapter that is in the file as a LoRA: those of its layers stay.
+        model: the TrainedModel, without adapters.
+    """
+    ranks = {name: low.down.shape[0] for name, _ in model.named_modules()
+             if isinstance(low := weights.get(file_name(name)), LowRank)}
+    return method.copy_with(name="lora", kind=MethodKind.lora, rank_pattern=ranks, alpha=None, alpha_pattern=None,
+                            use_rslora=False)
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the name and the module of every layer of `model` that has an adapter."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lycoris_utils import LycorisLayer
 
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraLayer | LycorisLayer):
             yield name, module
+
+
+def describe(model: nn.Module, method: Method) -> list[str]:
+    """Return lines that say how many layers of a TrainedModel have an adapter, with how many weights."""
+    trained = {name: sum(weight.numel() for weight in layer.parameters() if weight.requires_grad)
+               for name, layer in layers(model)}
+    return list(selection.describe([name for name, _ in model.named_children()], method, trained))
 
 
 @contextmanager
@@ -178,16 +251,23 @@ def bypassed(adapters: Sequence[Any]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def adapter_weights(model: nn.Module) -> dict[str, LowRank]:
-    """Return the adapters as a dictionary from module name to LowRank, in fp32 on the CPU."""
-    return {name: LowRank(
-        _exact(layer.lora_A[NAME].weight), _exact(layer.lora_B[NAME].weight) * layer.scaling[NAME],
-        _exact(layer.lora_magnitude_vector[NAME].weight).flatten() if NAME in layer.lora_magnitude_vector else None)
-        for name, layer in layers(model)}
+def adapter_weights(model: nn.Module) -> dict[str, Adapter]:
+    """Return the adapters as a dictionary from module name to adapter, in fp32 on the CPU. They contain the scale."""
+    return {name: _adapter(layer) for name, layer in layers(model)}
+
+
+def _adapter(layer: Any) -> Adapter:
+    if hasattr(layer, "lora_A"):
+        return LowRank(
+            _exact(layer.lora_A[NAME].weight), _exact(layer.lora_B[NAME].weight) * layer.scaling[NAME],
+            _exact(layer.lora_magnitude_vector[NAME].weight).flatten() if NAME in layer.lora_magnitude_vector else None)
+    from dreambooth.models.adapters.layers import read_weights
+
+    return read_weights(layer)
 
 
 @torch.no_grad()
-def base_scales(model: nn.Module, weights: Mapping[str, LowRank]) -> dict[str, Tensor]:
+def base_scales(model: nn.Module, weights: Mapping[str, Adapter]) -> dict[str, Tensor]:
     """Return LowRank.base_scale of each layer of `model` that has a DoRA, by module name.
 
     The weight of the base model is the one that the run trains with. If the run stores the base model in half precision
@@ -196,43 +276,54 @@ def base_scales(model: nn.Module, weights: Mapping[str, LowRank]) -> dict[str, T
     Args:
         weights: the adapters of `model`, as `adapter_weights` returns them.
     """
-    return {name: weights[name].base_scale(_base_weight(layer)) for name, layer in layers(model)
-            if weights[name].magnitude is not None}
+    return {name: low.base_scale(_base_weight(layer)) for name, layer in layers(model)
+            if isinstance(low := weights[name], LowRank) and low.magnitude is not None}
 
 
 @torch.no_grad()
-def load_adapter_weights(model: nn.Module, weights: Mapping[str, LowRank],
+def load_adapter_weights(model: nn.Module, weights: Mapping[str, Adapter],
                          file_name: Callable[[str], str] = str) -> None:
     """Load weights into the adapters of `model`.
 
     Args:
-        weights: a dictionary from module name in LoRA files to LowRank.
+        weights: a dictionary from module name in LoRA files to adapter.
         file_name: function that converts a module's name in `model` to its name in LoRA files (Family.published_name).
 
     Raises:
-        ValueError: the weights belong to other layers, or have another rank.
+        ValueError: the weights belong to other layers, or have another rank or kind.
     """
     adapters = {file_name(name): layer for name, layer in layers(model)}
     if adapters.keys() != weights.keys():
         raise ValueError("it was trained on other layers")
     for name, layer in adapters.items():
-        low = weights[name]
-        pairs = [(layer.lora_A[NAME].weight, low.down), (layer.lora_B[NAME].weight, low.up / layer.scaling[NAME])]
-        if low.magnitude is not None:
-            length = layer.lora_magnitude_vector[NAME].weight
-            pairs.append((length, low.magnitude.view(length.shape)))
+        pairs = _pairs(layer, weights[name])
+        if any(weight.shape != value.shape for weight, value in pairs):
+            raise ValueError("it has another rank")
         for weight, value in pairs:
-            if weight.shape != value.shape:
-                raise ValueError("it has another rank")
             weight.copy_(value)
 
 
+def _pairs(layer: Any, adapter: Adapter) -> list[tuple[Tensor, Tensor]]:
+    """Return each weight of the adapter in `layer`, and the tensor of `adapter` to copy into it, without the scale."""
+    if not isinstance(adapter, LowRank):
+        from dreambooth.models.adapters.layers import weight_pairs
+
+        return weight_pairs(layer, adapter)
+    if not hasattr(layer, "lora_A"):
+        raise ValueError("it is of another kind")
+    pairs = [(layer.lora_A[NAME].weight, adapter.down), (layer.lora_B[NAME].weight, adapter.up / layer.scaling[NAME])]
+    if adapter.magnitude is not None:
+        length = layer.lora_magnitude_vector[NAME].weight
+        pairs.append((length, adapter.magnitude.view(length.shape)))
+    return pairs
+
+
 @torch.no_grad()
-def merge(model: nn.Module, weights: Mapping[str, LowRank]) -> None:
+def merge(model: nn.Module, weights: Mapping[str, Adapter]) -> None:
     """Merge adapters into the weights of `model`, as LowRank.merged does. `model` must not contain adapters.
 
     Args:
-        weights: a dictionary from module name in `model` to LowRank.
+        weights: a dictionary from module name in `model` to adapter.
     """
     for name, low in weights.items():
         layer: Any = model.get_submodule(name)

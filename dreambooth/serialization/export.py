@@ -51,7 +51,7 @@ Licence and limits of use are those of the base model{published}. Made with drea
 def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
     """Write the folder `model/` atomically, and return its path.
 
-    With method=lora or dora and without method.merge, the folder holds an adapter alone, which load_lora_weights opens.
+    With an adapter and without method.merge, the folder holds an adapter alone, which load_lora_weights opens.
     Otherwise it holds a whole pipeline, which DiffusionPipeline.from_pretrained opens; with method.merge, it also holds
     the adapter's files.
 

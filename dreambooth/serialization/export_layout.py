@@ -1,6 +1,6 @@
 """The contents of a run's folder `model/`: a whole pipeline, or an adapter's files. Imports no torch.
 
-With method=lora or dora and without method.merge, the folder contains an adapter alone.
+With an adapter and without method.merge, the folder contains an adapter alone.
 """
 
 from collections.abc import Mapping

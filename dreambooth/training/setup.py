@@ -18,7 +18,7 @@ from dreambooth.data.batches import Batches, Latents, PhotoSet
 from dreambooth.data.photos import Photo, load_photos
 from dreambooth.errors import UserError
 from dreambooth.evaluation.evaluator import Scorer
-from dreambooth.models import loading, prompt_encodings
+from dreambooth.models import loading, lora, prompt_encodings
 from dreambooth.models.new_tokens import training as new_tokens
 from dreambooth.models.new_tokens.attach import attach as attach_new_tokens
 from dreambooth.models.pipeline import build_pipeline, generate_images
@@ -104,6 +104,8 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         share_prompts=not recipe.method.dropout)  # with dropout, each row drops different elements
     with meter.phase("state"):
         model = loading.prepare(parts, recipe)
+        for line in lora.describe(model, recipe.method) if recipe.method.low_rank else ():
+            console.say(line)
         state = _build_state(recipe, model, accelerator, parts.new_tokens)
     class_texts = [encode_prompt(one.class_prompt) for one in recipe.class_recipes] if recipe.preserves_output else []
     objective = Objective(

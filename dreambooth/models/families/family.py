@@ -76,7 +76,8 @@ class Family(ABC):
     tags: tuple[str, ...] = ()  # tags for model cards
     license: tuple[str, str]  # of the published model: its identifier in model cards on the hub, and its title
     lora_programs: Mapping[MethodKind, str] = {  # programs that read adapters in kohya's layout
-        MethodKind.lora: "AUTOMATIC1111, ComfyUI and Forge", MethodKind.dora: "ComfyUI and Forge"}
+        MethodKind.lora: "AUTOMATIC1111, ComfyUI and Forge", MethodKind.dora: "ComfyUI and Forge",
+        MethodKind.lokr: "AUTOMATIC1111, ComfyUI and Forge", MethodKind.loha: "AUTOMATIC1111, ComfyUI and Forge"}
 
     @abstractmethod
     def matches(self, layout: Layout) -> bool:
@@ -361,7 +362,7 @@ class Family(ABC):
         return name
 
     @abstractmethod
-    def kohya_entries(self, names: Collection[str], denoiser_config: Any) -> Iterator[Entry]:
+    def kohya_entries(self, names: Collection[str], denoiser_config: Any, separate: bool = False) -> Iterator[Entry]:
         """Yield an entry for each layer of an adapter in kohya's LoRA layout.
 
         The key of an entry lacks the suffix that names the tensor, such as `.alpha`. The names of an entry are module
@@ -370,6 +371,7 @@ class Family(ABC):
         Args:
             names: the names (`PART.NAME`) of all modules with an adapter.
             denoiser_config: the configuration of the denoiser (`module.config`).
+            separate: whether each module has an entry of its own, of form plain.
         """
 
     @abstractmethod

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dreambooth.models.noise_schedule import NoiseSchedule
 
 KOHYA_PREFIX = "lora_unet_"  # of all keys in kohya's LoRA layout
+LYCORIS_PREFIX = "lycoris_"  # of the keys that contain the names of diffusers
 ATTENTION_BACKENDS = {AttentionKind.sdpa: "native", AttentionKind.eager: "_native_math",
                       AttentionKind.xformers: "xformers"}  # names in diffusers.models.attention_dispatch
 
@@ -34,7 +35,7 @@ class FlowTransformer(Family):
 
     vae = DiffusersPart("vae", "diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL")
     sampler_title = "Euler"
-    lora_programs = {MethodKind.lora: "ComfyUI", MethodKind.dora: "ComfyUI"}
+    lora_programs = {kind: "ComfyUI" for kind in MethodKind if kind is not MethodKind.full}
     encodes_ahead = True
     single_file: TransformerFile
     block_lists: tuple[str, ...] = ("transformer_blocks",)  # the transformer's lists of blocks, in order
@@ -156,15 +157,26 @@ class FlowTransformer(Family):
 
     # -- adapters --------------------------------------------------------------------------------------------------
 
-    def kohya_entries(self, names: Collection[str], denoiser_config: Any) -> Iterator[Entry]:
+    def kohya_entries(self, names: Collection[str], denoiser_config: Any, separate: bool = False) -> Iterator[Entry]:
         """Yield the entries. The keys are derived from the names of the layers in single files, as ComfyUI reads them.
 
         ComfyUI (comfy/lora.py) reads all layers under these names. Under diffusers' names it does not know the
         modulation layers of FLUX.2, and scales the rows of a swapped DoRA in the wrong order.
+
+        A layer that is a part of a stacked layer in the file, and has an entry of its own, has the name of LyCORIS for
+        diffusers models, such as lycoris_layers_0_attention_to_q. ComfyUI reads it as a slice of the stacked layer.
+        With `separate`, layers with swapped rows have such names, too, because ComfyUI then swaps the rows itself.
         """
         part, layout = self.denoiser.name, self.single_file
         weights = [f"{name.removeprefix(f'{part}.')}.weight" for name in names]
-        for entry in layout.entries(part, weights, denoiser_config):
+        alone = {weight for weight in weights
+                 if (stack := layout.stack(weight)) and (separate or not set(stack) <= set(weights))}
+        if separate:
+            alone |= {weight for weight in weights if layout.is_swapped(weight, denoiser_config)}
+        for weight in (weight for weight in weights if weight in alone):
+            module = weight.removesuffix(".weight")
+            yield Entry(LYCORIS_PREFIX + module.replace(".", "_"), part, (f"{part}.{module}",))
+        for entry in layout.entries(part, [weight for weight in weights if weight not in alone], denoiser_config):
             key = entry.key.removeprefix(layout.key_prefix).removesuffix(".weight")
             modules = tuple(f"{part}.{weight.removesuffix('.weight')}" for weight in entry.names)
             yield Entry(KOHYA_PREFIX + key.replace(".", "_"), part, modules, entry.form)

@@ -224,7 +224,7 @@ class LatentUNet(Family):
     def published_name(self, name: str) -> str:
         return clip_text.published_name(name)
 
-    def kohya_entries(self, names: Collection[str], denoiser_config: Any) -> Iterator[Entry]:
+    def kohya_entries(self, names: Collection[str], denoiser_config: Any, separate: bool = False) -> Iterator[Entry]:
         for name, key in self.kohya_names(names, denoiser_config).items():
             yield Entry(key, name.partition(".")[0], (name,))
 

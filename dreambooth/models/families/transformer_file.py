@@ -62,19 +62,23 @@ class TransformerFile(SingleFileFormat):
         """Yield the entries of the transformer. Other parts are not in the file and have no entries."""
         if part != "transformer":
             return
-        present = list(names)
-        stacked = {query.replace("_q", f"_{letter}") for query in self.stacks for letter in "kv"}
-        for name in present:
-            if any(layer in name for layer in stacked):
-                continue  # part of the entry of its query
-            query = next((layer for layer in self.stacks if layer in name), None)
-            if query is None:
+        for name in names:
+            rows = self.stack(name)
+            if not rows:
                 form = Form.swapped if self.is_swapped(name, config) else Form.plain
                 yield Entry(self.key_prefix + self._key(name), part, (name,), form)
-                continue
-            rows = tuple(name.replace(query, query.replace("_q", f"_{letter}")) for letter in "qkv")
-            key = self._key(name.replace(query, self.stacks[query]))
-            yield Entry(self.key_prefix + key, part, rows, Form.stacked)
+            elif name == rows[0]:  # the key and the value are part of the entry of their query
+                query = next(layer for layer in self.stacks if layer in name)
+                yield Entry(self.key_prefix + self._key(name.replace(query, self.stacks[query])), part, rows,
+                            Form.stacked)
+
+    def stack(self, name: str) -> tuple[str, ...]:
+        """Return the names of the query, key and value that are one tensor in the file, if `name` is one; else ()."""
+        for query in self.stacks:
+            layers = [query.replace("_q", f"_{letter}") for letter in "qkv"]
+            if layer := next((layer for layer in layers if layer in name), None):
+                return tuple(name.replace(layer, other) for other in layers)
+        return ()
 
     def is_swapped(self, name: str, config: Any) -> bool:
         """Return whether the file has the second half of a weight's rows first."""
