@@ -1,6 +1,7 @@
 """A LoKr on a pipeline for generating pictures. diffusers attaches it to the denoiser of some pipelines only."""
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class AttachedLoKr:
             if name not in layers:
                 raise ValueError(f"it has no layer {name}")
             left, right = adapter.matrices
-            size = (left.shape[0] * right.shape[0], left.shape[1] * right.shape[1])
+            size = (left.shape[0] * right.shape[0], left.shape[1] * right[0].numel())
             if size != _size(layers[name]):
                 raise ValueError(f"{name} has another size")
         self._hooks = [layers[name].register_forward_hook(_Hook(self, adapter)) for name, adapter in adapters.items()]
@@ -69,5 +70,6 @@ def _layers(pipeline: Any, family: Family) -> dict[str, nn.Module]:
 
 
 def _size(layer: Any) -> tuple[int, int]:
+    """Return the number of rows and columns of a layer's weight as a matrix."""
     return ((layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else
-            (layer.out_channels, layer.in_channels))
+            (layer.out_channels, layer.in_channels * prod(layer.kernel_size)))

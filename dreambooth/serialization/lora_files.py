@@ -7,13 +7,13 @@
 | down, up | `.lora_A.weight`, `.lora_B.weight` | `.lora_down.weight`, `.lora_up.weight` |
 | DoRA | `.lora_magnitude_vector.weight` (out,), (1, out, 1, 1) | `.dora_scale` (out, 1), (out, 1, 1, 1) |
 | alpha | none: `lora_B` contains the scale | `.alpha` = rank: `lora_up` contains the scale |
-| LoKr | `.lokr_w1`, `.lokr_w2`, or with `_a` and `_b` the factors of each | `.lokr_w1`, `.lokr_w2` |
+| LoKr | `.lokr_w1`, `.lokr_w2`, or with `_a` and `_b` the factors of each | as diffusers, and `.alpha` |
 | LoHa | `.lora_A.weight`, `.lora_B.weight`, of rank r * r | `.hada_w1_a`, `.hada_w1_b`, `.hada_w2_a`, `.hada_w2_b` |
 
 Because a tensor contains the scale, every program computes it alike: alpha / rank is 1, also with method.use_rslora,
-where LyCORIS would adjust alpha. LoKr and LoHa have the keys of LyCORIS in kohya's layout. AUTOMATIC1111 cannot read
-`lokr_w2_a` (it takes the truth value of a tensor), so the matrices of a LoKr are multiplied there. peft and diffusers
-read the factors of LoKr; diffusers has no LoHa, so its file contains the LoRA of rank r * r that a LoHa equals.
+where LyCORIS would adjust alpha. LoKr and LoHa have the keys of LyCORIS in kohya's layout; it is read by LyCORIS,
+ComfyUI, Forge and AUTOMATIC1111. There, the two factors of a matrix of a convolution are multiplied. diffusers has no
+LoHa, so its file contains the LoRA that a LoHa equals.
 
 The row of DoRA gives two shapes per layout: the first for linear layers, the second for convolutions. The family gives
 the names of modules in both layouts (Family.published_name, Family.kohya_entries); the table shows the usual names.
@@ -120,8 +120,11 @@ def _file_adapter(entry: Entry, adapters: Sequence[Adapter]) -> dict[str, Tensor
     """Return the tensors of the layer that `entry` describes, from the adapters of the modules `entry.names`."""
     first = adapters[0]
     if isinstance(first, LoKr):
-        left, right = first.matrices
-        return {"lokr_w1": left, "lokr_w2": right, "alpha": torch.tensor(1.0)}
+        left, right = first.left, first.right
+        if any(side > 1 for side in first.kernel):  # LyCORIS misreads the sizes of a convolution from two factors
+            left, right = ((matrix,) for matrix in first.matrices)
+        rank = next((pair[1].shape[0] for pair in (right, left) if len(pair) == 2), 1)
+        return _named("lokr_w1", left) | _named("lokr_w2", right) | {"alpha": torch.tensor(float(rank))}
     if isinstance(first, LoHa):
         halves = [[low.first for low in adapters if isinstance(low, LoHa)],
                   [low.second for low in adapters if isinstance(low, LoHa)]]

@@ -49,6 +49,23 @@ class _LoKrForward(_OwnForward):
         layer: Any = self
         return kronecker_output(layer.get_base_layer(), values, *lokr_matrices(layer))
 
+    def update_layer(self, adapter_name: str, r: int, alpha: float, config: LoKrConfig, **kwargs: Any) -> None:
+        """Create the weights; called by the constructor of peft."""
+        layer: Any = super()
+        self.decompose_both = config.decompose_both
+        layer.update_layer(adapter_name, r, alpha, config, **kwargs)
+
+    def create_adapter_parameters(self, adapter_name: str, r: int, shape: Any, use_w1: bool, use_w2: bool,
+                                  use_effective_conv2d: bool) -> None:
+        """Create the weights with the smaller of two factors in C, as LyCORIS does. Its loader refuses others.
+
+        peft gives C the side method.decompose_factor also where the other factor is smaller.
+        """
+        layer: Any = super()
+        (rows, k), (columns, n) = sorted(shape[0]), sorted(shape[1])
+        use_w1, use_w2 = not (self.decompose_both and r < max(rows, columns) / 2), r >= max(k, n) / 2
+        layer.create_adapter_parameters(adapter_name, r, ((rows, k), (columns, n), *shape[2:]), use_w1, use_w2, False)
+
 
 class _LoHaForward(_OwnForward):
     def change(self, values: Tensor) -> Tensor:
@@ -150,17 +167,16 @@ def weight_pairs(layer: Any, adapter: LoKr | LoHa) -> list[tuple[Tensor, Tensor]
     Raises:
         ValueError: `layer` has an adapter of another kind, or with factors where `adapter` has none.
     """
-    scale = layer.scaling[layer.adapter]
     if isinstance(adapter, LoKr) and isinstance(layer, lokr.LoKrLayer):
         left, right = lokr_matrices(layer)
-        ours = (adapter.left[0] / scale, *adapter.left[1:], *adapter.right)
+        ours = (adapter.left[0] / layer.scaling[layer.adapter], *adapter.left[1:], *adapter.right)
         if (len(left), len(right)) != (len(adapter.left), len(adapter.right)):
             raise ValueError("it has another rank")
         return list(zip((*left, *right), ours, strict=True))
     if isinstance(adapter, LoHa) and isinstance(layer, loha.LoHaLayer):
         first, second = loha_matrices(layer)
-        return list(zip((*first, *second), (*adapter.first, adapter.second[0] / scale, adapter.second[1]),
-                        strict=True))
+        ours = (*adapter.first, adapter.second[0] / layer.scaling[layer.adapter], adapter.second[1])
+        return list(zip((*first, *second), ours, strict=True))
     raise ValueError("it is of another kind")
 
 
