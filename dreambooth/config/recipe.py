@@ -162,12 +162,12 @@ class Recipe:
         """Whether memory.optimizer_in_backward=true is possible.
 
         The option requires one process, one pass per step, an uncompiled model, an optimizer on the device that updates
-        each weight by itself, and one learning rate: new tokens have another than the adapter.
+        each weight by itself, and one learning rate: new tokens have another than the adapter, and text encoders may.
         """
         train, one_process = self.train, self.hardware.gpus == 1
         return (one_process and train.gradient_accumulation_steps == 1 and not self.two_passes and not train.compile
                 and not self.memory.offload_optimizer and self.optimizer.kind.steps_each_weight_alone
-                and not self.method.new_tokens)
+                and not self.method.new_tokens and self.train.text_encoder_learning_rate is None)
 
     @property
     def allows_swapped_blocks(self) -> bool:
@@ -182,9 +182,11 @@ class Recipe:
     def allows_offload_optimizer(self) -> bool:
         """Whether memory.offload_optimizer=true is possible.
 
-        The option requires one process, fp32 weights, no channels_last, and an optimizer other than paged_adamw8bit.
+        The option requires one process, fp32 weights, one learning rate, no channels_last, and an optimizer other than
+        paged_adamw8bit.
         """
-        return (self.hardware.gpus == 1 and self.memory.weights is Weights.full and not self.train.channels_last
+        return (self.hardware.gpus == 1 and self.train.text_encoder_learning_rate is None
+                and self.memory.weights is Weights.full and not self.train.channels_last
                 and self.optimizer.kind is not OptimizerKind.paged_adamw8bit)
 
     @property

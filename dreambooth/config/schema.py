@@ -166,6 +166,7 @@ class Train(Section):
     max_grad_norm: float | None = 1.0
     seed: int = 0
     train_text_encoder: bool = False
+    text_encoder_learning_rate: float | None = None
     use_ema: bool = True
     ema_decay: float = 0.9999
     snr_gamma: float | None = None
@@ -183,6 +184,10 @@ class Train(Section):
                                             f"1 or more, not {self.gradient_accumulation_steps}"),
             "learning_rate": (finite(self.learning_rate, 0) and self.learning_rate > 0,
                               f"above 0, not {self.learning_rate}"),
+            "text_encoder_learning_rate": (
+                self.text_encoder_learning_rate is None or (finite(self.text_encoder_learning_rate, 0)
+                                                            and self.text_encoder_learning_rate > 0),
+                f"above 0, or null for train.learning_rate, not {self.text_encoder_learning_rate}"),
             "lr_warmup_steps": (self.lr_warmup_steps >= 0, f"0 or more, not {self.lr_warmup_steps}"),
             "max_grad_norm": (self.max_grad_norm is None or self.max_grad_norm > 0,
                               f"above 0, or null for no clipping, not {self.max_grad_norm}"),

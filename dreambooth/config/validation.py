@@ -296,11 +296,30 @@ def _optimizer_problems(config: Config) -> Iterator[str]:
                    "train.use_ema=false")
         if spec.beta1 == 0:
             yield f"{name} divides by optimizer.beta1: type optimizer.beta1=0.9"
+    yield from _text_encoder_rate_problems(config)
     if spec.d_coef != 1 and kind is not OptimizerKind.prodigy:
         yield "optimizer.d_coef applies to optimizer=prodigy only: type optimizer.d_coef=1, or optimizer=prodigy"
     if spec.beta3 is not None and kind not in WITH_BETA3:
         yield (f"optimizer.beta3 applies to optimizer={', '.join(one.value for one in WITH_BETA3)} only: type "
                "optimizer.beta3=null")
+
+
+def _text_encoder_rate_problems(config: Config) -> Iterator[str]:
+    train, memory = config.train, config.memory
+    if train.text_encoder_learning_rate is None:
+        return
+    if not train.train_text_encoder:
+        yield ("train.text_encoder_learning_rate is of a text encoder, and none is trained: type "
+               "train.train_text_encoder=true, or train.text_encoder_learning_rate=null")
+    levers = {"memory.optimizer_in_backward=false": memory.optimizer_in_backward,
+              "memory.weights=full memory.rounding=null": memory.weights is Weights.half,
+              "memory.offload_optimizer=false": memory.offload_optimizer}
+    if needed := [override for override, is_on in levers.items() if is_on]:
+        yield ("train.text_encoder_learning_rate needs two learning rates, and these options of memory have one: type "
+               f"{' '.join(needed)}, or train.text_encoder_learning_rate=null")
+    if config.optimizer.kind is OptimizerKind.prodigy:
+        yield ("optimizer=prodigy estimates one learning rate for all weights: type "
+               "train.text_encoder_learning_rate=null, or optimizer=adamw")
 
 
 def _adapter_problems(config: Config, device: str, machine: Machine | None) -> Iterator[str]:

@@ -17,7 +17,8 @@ A run gets its factory from optimizers.py. The planner's factory creates optimiz
 nothing. A factory may create any torch.optim.Optimizer.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,9 +33,16 @@ from dreambooth.optim.per_parameter import PerParameterOptimizer
 from dreambooth.optim.stochastic_rounding import Rounder
 
 
+@dataclass(frozen=True)
+class Group:
+    """Trained parameters with optimizer options of their own, such as lr."""
+
+    names: Collection[str]
+    options: Mapping[str, Any]
+
+
 def build_training_optimizer(model: nn.Module, factory: OptimizerFactory, memory: Memory, half: torch.dtype,
-                             seed: int, apart: Collection[str] = (), options: Mapping[str, Any] | None = None,
-                             ) -> torch.optim.Optimizer:
+                             seed: int, groups: Sequence[Group] = ()) -> torch.optim.Optimizer:
     """Build the optimizer of the trained parameters of `model`, as selected by the levers in `memory`.
 
     With weights=half or offload_optimizer, this function also casts the model's trained matrices to `half`, as autocast
@@ -46,9 +54,8 @@ def build_training_optimizer(model: nn.Module, factory: OptimizerFactory, memory
         factory: creates an optimizer of a list of parameters.
         half: the compute precision; with fp32, no weight is cast.
         seed: seed of stochastic rounding.
-        apart: names of trained parameters with optimizer options of their own, which form the last parameter group.
-            Without any lever alone.
-        options: the options of this group, such as lr.
+        groups: parameters with optimizer options of their own. They form parameter groups after that of all others, in
+            this order. Without any lever alone.
     """
     mark_hidden_matrices(model)
     if memory.offload_optimizer:
@@ -58,7 +65,8 @@ def build_training_optimizer(model: nn.Module, factory: OptimizerFactory, memory
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if memory.optimizer_in_backward or memory.weights is Weights.half:
         return PerParameterOptimizer(trained, factory, memory.optimizer_in_backward, Rounder(memory.rounding, seed))
-    if apart:
+    if groups:
+        apart = {name for group in groups for name in group.names}
         return factory([{"params": [p for name, p in trained.items() if name not in apart]},
-                        {"params": [trained[name] for name in apart], **(options or {})}])
+                        *({"params": [trained[name] for name in group.names], **group.options} for group in groups)])
     return factory(list(trained.values()))

@@ -46,6 +46,7 @@ from dreambooth.planner.prediction import Prediction
 from dreambooth.runtime.engine import Engine
 from dreambooth.training import output_preservation
 from dreambooth.training.output_preservation import OutputPreservation
+from dreambooth.training.parameter_groups import parameter_groups
 from dreambooth.training.step import Objective, TrainState, train_step
 from dreambooth.training.validation import DRAWS
 
@@ -251,7 +252,7 @@ class _Rehearsal:
 
         dtype = loading.TORCH_DTYPE[recipe.precision.dtype]
         optimizer = build_training_optimizer(denoiser, make_optimizer, self.memory, dtype, recipe.train.seed,
-                                             denoiser.new_rows)
+                                             parameter_groups(denoiser, recipe))
         self._add_weights(denoiser)
         masters = optimizer.masters if isinstance(optimizer, OffloadedOptimizer) else {}
         trace.add(masters.values(), HOST)

@@ -37,7 +37,7 @@ LATER_KEYS: dict[str, Any] = {  # keys that were added later; a key with this va
     "method.token_learning_rate": None, "method.token_train_share": 1.0,
     "method.use_rslora": False, "method.decompose_factor": -1, "method.decompose_both": False,
     "method.target_modules": None, "method.exclude_modules": [], "method.rank_pattern": None,
-    "method.alpha_pattern": None}  # keys that were added later; a key with this value is left out of the hash
+    "method.alpha_pattern": None, "train.text_encoder_learning_rate": None}
 NEUTRAL_VALUES = {"ema_every": 1, "weights": "full", "rounding": None}  # memory values that leave results unchanged
 DEFAULT_FLOW = {"timestep_sampling": "logit_normal", "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29,
                 "shift": None, "loss_weighting": "none"}  # flow values that are left out of the hash

@@ -18,6 +18,7 @@ from dreambooth.serialization.detect_format import DetectedModel, detect, open_m
 from dreambooth.serialization.export import whole_pipeline
 from dreambooth.serialization.export_layout import EMBEDDINGS
 from dreambooth.serialization.load_parts import CONFIG_HINT, build_parts, load_other_parts, load_parts
+from dreambooth.serialization.merge_adapter import find_lone_adapter, load_merged
 from dreambooth.storage import manifest, run_inputs
 from dreambooth.utils import atomic_files
 from dreambooth.utils.assets import resolve_asset
@@ -33,6 +34,8 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
             title: str | None = None, offline: bool = True, config_hint: str = CONFIG_HINT,
             download_hint: str | None = None) -> Path:
     """Convert a single file to a diffusers folder, or a diffusers or run folder to a single file.
+
+    The adapter of a run is merged into its base model, to a folder or to a single file.
 
     A name that ends in .safetensors or .ckpt means a single file. All other names mean folders.
     Args:
@@ -59,13 +62,24 @@ def convert(source: str, out: str, *, config: str | None = None, vae: str | None
             effect in this direction, or `source` cannot be converted.
         DoesNotFit: the disk is full.
     """
-    _check_out(source, out)
+    adapter = None if is_remote(source) else find_lone_adapter(Path(source))
+    if adapter and (typed := [key for key, value in {"config": config, "prediction_type": prediction_type,
+                                                     "resolution": resolution, "vae": vae}.items() if value]):
+        raise UserError(f"{' and '.join(typed)} would change nothing where an adapter is merged into its base model: "
+                        "leave that out")
+    _check_out(source, out, adapter is not None)
     _check_unused(out, {"config": config, "prediction_type": prediction_type, "resolution": resolution},
                   {"with_vae": not with_vae, "title": title})
     if vae and not with_vae:
         raise UserError("with_vae=false leaves out what vae names: leave one of them out")
     local_source = Path(run_inputs.download_if_remote(source) or "")
     console = Console()
+    if adapter and not is_single_file(out):
+        parts = load_merged(adapter, DTYPES[dtype], whole=True)
+        with _reporting_failure(out), manifest.write_folder(Path(out), fresh=True) as aside:
+            _save(parts, aside)
+        console.say(f"{out}: {parts.family.title}, with the adapter {adapter} merged into it")
+        return Path(out)
     if is_single_file(out):
         return _to_file(local_source, Path(out), vae, DTYPES[dtype], with_vae, title, console)
     file = open_model_file(local_source)
@@ -155,14 +169,14 @@ def _other_parts(config: str | None, detected: DetectedModel, source: Path, offl
                         f"{config_hint}, a diffusers folder of the model{hint}") from error
 
 
-def _check_out(source: str, out: str) -> None:
+def _check_out(source: str, out: str, is_adapter: bool) -> None:
     """Check the names of `source` and `out` before anything is read.
 
     Raises:
         UserError: `source` and `out` are both files or both folders; or `out` is in S3, is not writable, or has content
             already, because nothing is ever replaced.
     """
-    if is_single_file(source) == is_single_file(out):
+    if is_single_file(source) == is_single_file(out) and not is_adapter:
         raise UserError("one of in and out is a file and the other a folder: type in=MODEL.safetensors out=DIR, or "
                         "in=DIR out=MODEL.safetensors")
     if is_remote(out):
@@ -212,11 +226,19 @@ def _save(parts: Components, folder: Path) -> None:
 
 def _to_file(source: Path, out: Path, vae: str | None, dtype: torch.dtype | None, with_vae: bool, title: str | None,
              console: Console) -> Path:
-    folder, settings = _find_model(source)
-    if (vae or not with_vae) and (family := _family_of(folder)) and not family.single_file.whole:
-        raise UserError(f"a single file of {family.title} contains the transformer alone: leave vae and with_vae out")
-    vae = run_inputs.download_if_remote(vae)
-    parts = load_parts(folder)
+    if adapter := find_lone_adapter(source):
+        parts = load_merged(adapter, dtype, whole=False)
+        settings: Mapping[str, str] = export_layout.read_settings(source)
+        if not with_vae and not parts.family.single_file.whole:
+            raise UserError(f"a single file of {parts.family.title} contains the transformer alone: leave with_vae out")
+        console.say(f"the adapter {adapter} is merged into its base model")
+    else:
+        folder, settings = _find_model(source)
+        if (vae or not with_vae) and (family := _family_of(folder)) and not family.single_file.whole:
+            raise UserError(f"a single file of {family.title} contains the transformer alone: leave vae and with_vae "
+                            "out")
+        vae = run_inputs.download_if_remote(vae)
+        parts = load_parts(folder)
     words = embedding_files.split_off(parts)
     for path in (out.parent / EMBEDDINGS / f"{word}.safetensors" for word in words):
         if path.exists():
@@ -250,7 +272,4 @@ def _find_model(source: Path) -> tuple[Path, Mapping[str, str]]:
         if (folder / "model_index.json").is_file():
             export_layout.check_intact(folder)
             return folder, export_layout.read_settings(source)
-        if export_layout.find_adapter(folder):
-            raise UserError(f"{source} holds an adapter and no model of its own: repeat the command of its run with "
-                            "method.merge=true, which writes one and trains nothing")
     raise UserError(f"there is no model in {source}: type in=DIR, a folder of diffusers or a finished run")

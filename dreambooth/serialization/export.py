@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 import dreambooth
+from dreambooth.config.enums import MethodKind
 from dreambooth.config.recipe import Recipe
 from dreambooth.models import lora, text_encoders
 from dreambooth.models.components import Components
@@ -46,6 +47,11 @@ pipeline(prompt={quoted}, num_inference_steps={steps}, {guidance}).images[0].sav
 
 Licence and limits of use are those of the base model{published}. Made with dreambooth {version}.
 """
+
+
+# Settings of an adapter that a card names only if they are not the defaults.
+SHOWN_IF_CHANGED = tuple(f"method.{key}" for key in (
+    "use_rslora", "decompose", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"))
 
 
 def export(parts: Components, recipe: Recipe, step: int, sheet: Path) -> Path:
@@ -150,9 +156,16 @@ def _code(recipe: Recipe, family: Family) -> str:
         imports.append(scheduler := rescaled.pop("_class_name"))
         changes = "".join(f", {key}={value!r}" for key, value in rescaled.items())
         after = f"pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{changes})\n"
-    return (f"from diffusers import {', '.join(sorted(imports))}\n\n{before}"
+    loading = f'pipeline.load_lora_weights("model", weight_name="{ADAPTER}")'
+    helper, last = "", ""
+    if recipe.method.kind is MethodKind.lokr and not family.loads_lokr:
+        part = family.denoiser.name
+        loading = f'pipeline.{part}.load_lora_adapter(load_file("model/{ADAPTER}"), prefix="{part}")'
+        helper = "from safetensors.torch import load_file\n"
+        last = "the adapter of the text encoder: python -m dreambooth.convert; " * recipe.train.train_text_encoder
+    return (f"from diffusers import {', '.join(sorted(imports))}\n{helper}\n{before}"
             f"pipeline = DiffusionPipeline.from_pretrained({_literal(recipe.model.source)}{arguments})\n{after}"
-            f'pipeline.load_lora_weights("model", weight_name="{ADAPTER}")  # this folder; webui/ has the file for '
+            f"{loading}  # this folder; {last}webui/ has the file for "
             + family.lora_programs[recipe.method.kind] + embedding_files.loading_code(recipe.trigger_words, family))
 
 
@@ -173,7 +186,9 @@ def _card(recipe: Recipe, family: Family, step: int, pictured: bool) -> str:
     if recipe.method.low_rank:
         method = recipe.method
         settings |= {"method": method.kind.value, "rank": method.rank, "alpha": method.scale_alpha,
-                     "targets": method.targets.value, "dropout": method.dropout}
+                     "targets": method.targets.value, "dropout": method.dropout} | {
+                         key.removeprefix("method."): getattr(method, key.removeprefix("method."))
+                         for key in method.changed_keys if key.startswith(SHOWN_IF_CHANGED)}
         if recipe.trigger_words:
             settings["new tokens"] = f"{method.new_tokens} for {' and '.join(recipe.trigger_words)}"
     return mask_urls(CARD.format(

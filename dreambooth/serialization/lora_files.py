@@ -192,6 +192,12 @@ def _rank(adapter: LoKr | LoHa) -> int:
     return int((adapter.second if isinstance(adapter, LoHa) else adapter.right)[-1].shape[0])
 
 
+def is_lokr(file: Path) -> bool:
+    """Return whether an adapter file contains a LoKr, not a LoRA, from its keys alone."""
+    with safe_open(file, "pt") as opened:
+        return any(".lokr_" in key for key in opened.keys())  # noqa: SIM118  it is no dictionary
+
+
 def read_base_model(file: Path) -> str:
     """Return the hub id or folder of the base model that an adapter was trained on, from the adapter's metadata.
 

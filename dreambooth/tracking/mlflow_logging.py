@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import safe_open
 
 from dreambooth.serialization.export_layout import ADAPTER, OLD_ADAPTER
-from dreambooth.serialization.lora_files import BASE_KEY_PREFIX, read_base_model
+from dreambooth.serialization.lora_files import BASE_KEY_PREFIX, is_lokr, read_base_model
 from dreambooth.utils.assets import resolve_asset
 
 LORA_FOLDER = "lora"  # name of the artifact folder of a LoRA
@@ -68,14 +68,15 @@ def log_artifact(client: Any, run_id: str, path: Path, folder: str | None) -> No
     mlflow.diffusers stores a LoRA together with the name of its base model and the newest revision of the base model
     on the hub, or no revision if the hub does not answer. If the run pinned a revision, this function stores the pinned
     revision instead. The run's other settings of the base model (variant, VAE ...) become metadata of the MLflow model.
-    A complete model is logged as plain files, because MLflow has no flavour (model format) for complete models.
+    A complete model is logged as plain files, because MLflow has no flavour (model format) for complete models, and so
+    is a LoKr, which load_lora_weights opens for some models only.
 
     Raises:
         ValueError: `path` does not exist.
     """
     if not path.exists():
         raise ValueError("there is no such file")
-    if path.name not in (ADAPTER, OLD_ADAPTER):
+    if path.name not in (ADAPTER, OLD_ADAPTER) or is_lokr(path):
         client.log_artifact(run_id, str(path), folder)
         return
     import mlflow.diffusers

@@ -150,10 +150,16 @@ def _save_description(folder: Path, run: str, settings: Mapping[str, Any], adapt
             f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
         model_config={"base": None, "device": None})
     model.flavors["python_function"]["code"] = CODE
-    if adapter:
+    if adapter and not _is_lokr(adapter):
         model.add_flavor("diffusers", **_diffusers_flavour(settings, adapter))
     model.save(str(folder / MODEL_FILE))
     write_code(folder / CODE)
+
+
+def _is_lokr(adapter: Path) -> bool:
+    from dreambooth.serialization.lora_files import is_lokr
+
+    return is_lokr(adapter)
 
 
 def _diffusers_flavour(settings: Mapping[str, Any], adapter: Path) -> dict[str, Any]:

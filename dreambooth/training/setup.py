@@ -33,6 +33,7 @@ from dreambooth.runtime.memory_meter import MemoryMeter
 from dreambooth.runtime.module_offload import ModuleOffload
 from dreambooth.serialization import export
 from dreambooth.training import best_weights, checkpoint, output_preservation
+from dreambooth.training.parameter_groups import parameter_groups
 from dreambooth.training.step import Objective, TrainState
 from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
@@ -299,8 +300,7 @@ def _build_state(recipe: Recipe, model: loading.TrainedModel, accelerator: Accel
                  tokens: new_tokens.NewTokens | None) -> TrainState:
     optimizer = memory_levers.build_training_optimizer(
         model, optimizer_factory(recipe.optimizer, recipe.train.learning_rate), recipe.memory,
-        loading.TORCH_DTYPE[recipe.precision.dtype], recipe.train.seed, model.new_rows,
-        new_tokens.optimizer_options(recipe))
+        loading.TORCH_DTYPE[recipe.precision.dtype], recipe.train.seed, parameter_groups(model, recipe))
     ema = None
     if recipe.train.use_ema:
         device = torch.device("cpu") if recipe.memory.ema_device is EmaDevice.cpu else None

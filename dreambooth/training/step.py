@@ -142,6 +142,7 @@ class StepInfo:
     skipped: bool  # the loss scaler skipped the optimizer step
     skipped_in_row: int
     estimated_step_size: float | None = None  # Prodigy's d; None: another optimizer
+    text_encoder_learning_rate: float | None = None  # None: train.text_encoder_learning_rate is null
 
     def start_readback(self) -> None:
         """Start to copy the metrics to the host. The copy waits for this step only, not for later steps."""
@@ -158,6 +159,8 @@ class StepInfo:
         metrics = {"loss": loss, "loss_instance": instance, "grad_norm": norm, "learning_rate": self.learning_rate}
         if self.estimated_step_size is not None:
             metrics["effective_learning_rate"] = self.estimated_step_size * self.learning_rate
+        if self.text_encoder_learning_rate is not None:
+            metrics["text_encoder_learning_rate"] = self.text_encoder_learning_rate
         return metrics | ({"loss_prior": prior} if self.with_prior else {})
 
     def check(self) -> None:
@@ -197,6 +200,7 @@ def train_step(
         max_grad_norm: limit of the global gradient norm; None: no clipping.
     """
     learning_rate, step_size = state.optimizer.param_groups[0]["lr"], estimated_step_size(state.optimizer)
+    encoder_rates = [group["lr"] for group in state.optimizer.param_groups if group.get("part") == "text_encoder"]
     if objective.preservation is not None:
         batches = objective.preservation(batches, state.step, engine)
     forward_backward = partial(_forward_backward, state, batches, objective, engine)
@@ -212,7 +216,8 @@ def train_step(
     return StepInfo(
         step=state.step, losses=losses, grad_norm=norm, learning_rate=learning_rate,
         images=sum(batch.num_samples for batch in batches) * engine.world_size, with_prior=batches[0].with_prior,
-        skipped=not stepped, skipped_in_row=state.skipped_in_row, estimated_step_size=step_size)
+        skipped=not stepped, skipped_in_row=state.skipped_in_row, estimated_step_size=step_size,
+        text_encoder_learning_rate=encoder_rates[0] if encoder_rates else None)
 
 
 def _forward_backward(state: TrainState, batches: Sequence[Batch], objective: Objective, engine: Engine) -> Tensor:

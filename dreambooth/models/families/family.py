@@ -75,9 +75,8 @@ class Family(ABC):
     renamed_hub_ids: Mapping[str, str] = {}  # withdrawn hub id -> current hub id of the same model
     tags: tuple[str, ...] = ()  # tags for model cards
     license: tuple[str, str]  # of the published model: its identifier in model cards on the hub, and its title
-    lora_programs: Mapping[MethodKind, str] = {  # programs that read adapters in kohya's layout
-        MethodKind.lora: "AUTOMATIC1111, ComfyUI and Forge", MethodKind.dora: "ComfyUI and Forge",
-        MethodKind.lokr: "AUTOMATIC1111, ComfyUI and Forge", MethodKind.loha: "AUTOMATIC1111, ComfyUI and Forge"}
+    lora_programs: Mapping[MethodKind, str] = dict.fromkeys(  # programs that read adapters in kohya's layout
+        MethodKind, "AUTOMATIC1111, ComfyUI and Forge") | {MethodKind.dora: "ComfyUI and Forge"}
 
     @abstractmethod
     def matches(self, layout: Layout) -> bool:
@@ -356,6 +355,7 @@ class Family(ABC):
     adapter_targets: Mapping[Targets, re.Pattern[str]]  # -> pattern of the layer names inside a part
 
     diffusers_lacks: re.Pattern[str] = re.compile("(?!)")  # keys in kohya's layout that diffusers does not read: none
+    loads_lokr = False  # whether load_lora_weights of diffusers' pipeline opens a LoKr
 
     def published_name(self, name: str) -> str:
         """Return the name (`PART.NAME`) that LoRA files use for a module; `name` is its name in current libraries."""

@@ -82,6 +82,7 @@ class Flux2Klein(qwen_text.QwenTransformer):
     title = "FLUX.2 klein"
     architecture = "flux2_klein"
     hub_ids = ("black-forest-labs/FLUX.2-klein-base-4B",)
+    loads_lokr = True
     license = ("apache-2.0", "Apache-2.0")
     denoiser = DiffusersPart("transformer", "diffusers.models.transformers.transformer_flux2",
                              "Flux2Transformer2DModel")

@@ -48,6 +48,7 @@ class ZImage(qwen_text.QwenTransformer):
     title = "Z-Image"
     architecture = "z_image"
     hub_ids = ("Tongyi-MAI/Z-Image",)
+    loads_lokr = True
     license = ("apache-2.0", "Apache-2.0")
     denoiser = DiffusersPart("transformer", "diffusers.models.transformers.transformer_z_image",
                              "ZImageTransformer2DModel")
