@@ -285,6 +285,8 @@ BOUNDS = {
     "optimizer.beta1": outside_0_1, "optimizer.beta2": outside_0_1, "optimizer.eps": not_above_0,
     "optimizer.weight_decay": below_0, "optimizer.beta3": outside_0_1, "optimizer.d_coef": not_above_0,
     "model.adapter_learning_rate": not_above_0, "method.rank": less_than_1, "method.alpha": not_above_0,
+    "method.decompose_factor": st.integers(max_value=-2) | st.just(0) | st.integers(min_value=1025),
+    "train.text_encoder_learning_rate": not_above_0,
     "method.dropout": outside_0_1, "method.new_tokens": negative, "method.token_learning_rate": not_above_0,
     "method.token_train_share": st.floats(max_value=0) | st.floats(min_value=1.1),
     "dataset.prompt_dropout": outside_0_1, "dataset.validation_count": negative,
