@@ -15,6 +15,7 @@ without its embeddings, or with those of another adapter.
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -58,9 +59,12 @@ def find(adapter: Path) -> dict[str, Path]:
         UserError: a file is missing, or is that of another adapter.
     """
     with safe_open(adapter, "pt") as file:
-        words = json.loads((file.metadata() or {}).get(WORDS_KEY, "{}"))
+        metadata = file.metadata() or {}
+    words = {}
+    with suppress(ValueError):  # of another program, which uses the key for something else
+        words = json.loads(metadata.get(WORDS_KEY, "{}"))
     found = {}
-    for word, digest in words.items():
+    for word, digest in words.items() if isinstance(words, dict) else ():
         name = f"{EMBEDDINGS}/{word}.safetensors"
         places = [folder / name for folder in (adapter.parent, adapter.parent.parent)] * bool(WORD.fullmatch(word))
         present = [path for path in places if path.is_file()]

@@ -1,11 +1,15 @@
 """New tokens in place of the rare word: what trains, what stays, and how prompts are read."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dreambooth.config.enums import MethodKind
@@ -13,7 +17,7 @@ from dreambooth.config.method import Method
 from dreambooth.config.recipe import Recipe
 from dreambooth.data.batches import Batch
 from dreambooth.errors import UserError
-from dreambooth.models import loading
+from dreambooth.models import families, loading
 from dreambooth.models.components import Components
 from dreambooth.models.new_tokens import prompts, training
 from dreambooth.models.new_tokens.attach import attach
@@ -25,7 +29,9 @@ from dreambooth.planner.skeleton_models import count_trained_weights
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.step import Objective, TrainState, train_step
 from tests.support.configs import small_recipe
-from tests.support.tiny_models import FAMILIES, HIDDEN, SECOND, make
+from tests.support.faults import call, train
+from tests.support.runs import assert_same, the_run
+from tests.support.tiny_models import FAMILIES, FLOW_FAMILIES, HIDDEN, SECOND, make
 
 CPU = torch.device("cpu")
 LORA = Method(name="lora", kind=MethodKind.lora, rank=2, new_tokens=2)
@@ -155,12 +161,18 @@ def test_initial_rows_have_the_size_of_the_table_or_are_known_ones(bases: dict[s
     assert first and again and other
     for name, rows in first.rows.items():
         assert rows.equal(again.rows[name]) and not rows.equal(other.rows[name])
-        assert abs(float(rows.std() / first.stds[name]) - 1) < 0.1
+        assert abs(float(rows.detach().std() / first.stds[name]) - 1) < 0.1
     recipe = recipe_of("sdxl", bases["sdxl"], replace_method(new_tokens=3, token_initializer="red toy"))
     parts = opened(recipe)
     known = parts.tokenizers[0]("red toy", add_special_tokens=False).input_ids
     for encoder, rows in zip(parts.encoders, parts.new_tokens.rows.values(), strict=True):  # type: ignore[union-attr]
         assert rows.equal(encoder.get_input_embeddings().weight[[known[0], known[1], known[0]]])
+
+
+@pytest.mark.parametrize("family", FLOW_FAMILIES)
+def test_families_whose_text_encoder_leaves_are_refused(family: str) -> None:
+    with pytest.raises(UserError, match="leaves the memory before training begins.*: type method.new_tokens=0"):
+        families.of_architecture(family).check_training(replace(small_recipe(), method=LORA))
 
 
 def replace_method(**values: Any) -> Method:
@@ -186,7 +198,45 @@ def test_rows_are_drawn_to_the_size_of_the_table_and_stop_with_their_share(bases
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_resumes_bit_for_bit_and_every_command_reads_the_word(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Samples and evaluations are the pictures of generate; those of step 0 are the base model's, with its tokens."""
+    ask = ["model=sdxl", f"model.source={bases['sdxl']}", "model.offline=true", "model.resolution=16", "name=demo-x",
+           "dataset.allow_drawings=true", "train.max_train_steps=4", "train.train_text_encoder=false", "method=lora",
+           "method.new_tokens=2", "method.token_learning_rate=0.5", "sample.prompts=[a zwx toy]",
+           "sample.num_inference_steps=4", "prior.with_prior_preservation=false", "method.token_train_share=0.75"]
+    few = ["images_per_prompt=1", "class_images=1", "encoder=efficientnet_lite0"]
+    assert train(tmp_path / "straight", *ask, *(f"evaluate.{one}" for one in few), "evaluate.seed=0") == 0
+    assert train(tmp_path / "killed", *ask, fault="checkpoint_rename") == -9
+    assert train(tmp_path / "killed", *ask) == 0
+    run = the_run(tmp_path / "straight")
+    assert_same(the_run(tmp_path / "killed"), run)
+    saved, average = (load_file(run / f"checkpoints/step-000004/{name}.safetensors") for name in ("trained", "ema"))
+    words = load_file(run / "model/embeddings/zwx.safetensors")
+    for key, name in (("clip_l", "text_encoder_new_tokens"), ("clip_g", "text_encoder_2_new_tokens")):
+        assert words[key].equal(average[name]) and not words[key].equal(saved[name])
+    assert call("evaluate", [f"run={run}", *few, "seed=1"]) == 0
+    drawn = {}
+    for name, source in (("run", f"run={run}"), ("base", f"base={bases['sdxl']}")):
+        assert call("generate", [source, "prompt=a photo of a zwx toy", "num_images=2", f"out={tmp_path / name}",
+                                 "num_inference_steps=4", "size=16x16"]) == 0
+        drawn[name] = [read(tmp_path / name / f"a-photo-of-a-zwx-toy-seed{seed}.png") for seed in (0, 1)]
+    evaluated = {json.loads((folder / "made_with.json").read_text())["seed"]: [
+        read(folder / f"step-{step:06d}/prompt-0-0.png") for step in (0, 4)] for folder in run.glob("evaluation/*")}
+    for seed, pictures in evaluated.items():
+        for picture, name in zip(pictures, ("base", "run"), strict=True):
+            assert np.abs(picture - drawn[name][seed]).max() <= 2, f"{name}, seed {seed}"
+    assert sorted(evaluated) == [0, 1] and np.abs(drawn["base"][0] - drawn["run"][0]).max() > 10
+    assert call("generate", [f"run={run}", "prompt=a ZWX toy", "num_images=1", "num_inference_steps=4"]) == 0
+    assert np.abs(read(run / "generated/a-zwx-toy-seed0.png")
+                  - read(run / "samples/step-000004/prompt-0-0.png")).max() <= 2
+
+
+def read(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl"])
 def test_the_planner_records_the_very_step_with_new_tokens(family: str, bases: dict[str, Path]) -> None:
     recipe = recipe_of(family, bases[family], memory__gradient_checkpointing=True)
     fake, real = predict(recipe), rehearse(recipe)

@@ -54,7 +54,8 @@ def draw(pipeline: Any, side: int = 16, prompts: tuple[str, ...] = PROMPTS) -> n
                         width=side, generator=[torch.Generator().manual_seed(4) for _ in prompts]).images
 
 
-@pytest.mark.parametrize("family", ["tiny", *FAMILIES[1:]])
+@pytest.mark.parametrize("family", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "sdxl")) for name in ("tiny", *FAMILIES[1:])])
 def test_diffusers_draws_with_the_lines_of_the_card_what_the_run_draws(
         family: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = Path(resolve_asset("package:tiny-sd")) if family == "tiny" else bases[family]

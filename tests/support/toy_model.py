@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from dreambooth.data.batches import Batches, Latents, PhotoSet
 from dreambooth.data.photos import Photo
+from dreambooth.models.new_tokens.embedding_table import ExtendedEmbedding
+from dreambooth.models.new_tokens.training import NewTokens
 from dreambooth.models.noise_schedule import DiffusionSchedule
 from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine
@@ -24,6 +26,20 @@ class ToyModel(nn.Module):
 
     def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         return self.unet(latents) + self.text_encoder(text).view(-1, 1, 1, 1)
+
+
+class ToyTokens(nn.Module):
+    """The same with a frozen embedding of five tokens and trained ones of five new tokens, as in TrainedModel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = nn.Conv2d(1, 1, 3, padding=1, dtype=torch.float64)
+        self.text_encoder_new_tokens = nn.Parameter(torch.empty(5, 1, dtype=torch.float64))
+        known = nn.Embedding(5, 1, _weight=torch.linspace(-1, 1, 5, dtype=torch.float64).view(5, 1), _freeze=True)
+        self.frozen = (ExtendedEmbedding(known, self.text_encoder_new_tokens),)  # a tuple: no submodule
+
+    def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        return self.unet(latents) + self.frozen[0](text).view(-1, 1, 1, 1)
 
 
 def make_schedule(kind: str = "epsilon", zero_snr: bool = False) -> DiffusionSchedule:
@@ -71,7 +87,12 @@ def make_state(model: nn.Module, lr: float = 1e-2) -> TrainState:
         nn.init.normal_(p, std=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    return TrainState(model, optimizer, schedule, Ema(model, 0.9999))
+    after_step = None
+    if isinstance(model, ToyTokens):
+        rows = {"text_encoder": model.text_encoder_new_tokens}
+        stds = {"text_encoder": torch.tensor(0.7, dtype=torch.float64)}
+        after_step = NewTokens({"zwx": 5}, rows, stds, [], 2).after_step
+    return TrainState(model, optimizer, schedule, Ema(model, 0.9999), after_step=after_step)
 
 
 def train_steps(model: nn.Module, batches: Batches, count: int) -> TrainState:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tests.support.toy_model import ToyModel, make_batches, train_steps
+from tests.support.toy_model import ToyModel, ToyTokens, make_batches, train_steps
 
 
 def test_two_processes_equal_one_in_fp64(tmp_path: Path) -> None:
@@ -21,10 +21,14 @@ def test_two_processes_equal_one_in_fp64(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900,
                             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)})
     assert result.returncode == 0, result.stderr[-3000:]
-    single = ToyModel()
-    train_steps(single, make_batches(batch=8), 3)
-    for name, weight in torch.load(tmp_path / "weights.pt", weights_only=True).items():
-        assert torch.allclose(single.state_dict()[name], weight, atol=1e-9, rtol=0), name
+    expected = {}
+    for prefix, single in (("", ToyModel()), ("tokens.", ToyTokens())):
+        train_steps(single, make_batches(batch=8), 3)
+        expected |= {prefix + name: weight for name, weight in single.state_dict().items()}
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert weights.keys() == expected.keys() and "tokens.text_encoder_new_tokens" in weights
+    for name, weight in weights.items():
+        assert torch.allclose(expected[name], weight, atol=1e-9, rtol=0), name
 
 
 def test_under_torchrun_the_interpreter_is_not_torn_down_while_threads_run() -> None:
