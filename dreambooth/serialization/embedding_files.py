@@ -29,7 +29,7 @@ from dreambooth.errors import UserError
 from dreambooth.models.components import Components
 from dreambooth.models.families.family import Family
 from dreambooth.models.new_tokens import prompts
-from dreambooth.models.new_tokens.embedding_table import table_of
+from dreambooth.models.new_tokens.embedding_table import table_of, write_into_table
 from dreambooth.serialization.export_layout import EMBEDDINGS
 
 WORDS_KEY = "new_tokens"  # key of the metadata of an adapter's files: word -> hash of its embeddings, as JSON
@@ -130,6 +130,22 @@ def loading_code(words: Sequence[str], family: Family) -> str:
         lines.append(f"pipeline.{family.encoders[-1].name}.text_model.eos_token_id = "
                      f"pipeline.{family.tokenizers[-1]}.eos_token_id")
     return "\n".join(lines)
+
+
+def merge_into(parts: Components, adapter: Path) -> None:
+    """Append the embeddings beside an adapter file to the tables of a base model, and its words to the tokenizers.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    words = {word: read(path, parts.family) for word, path in find(adapter).items()}
+    if not words:
+        return
+    for part, encoder, tokenizer in zip(parts.family.encoders, parts.encoders, parts.tokenizers, strict=True):
+        rows = torch.cat([by_encoder[part.name] for by_encoder in words.values()])
+        write_into_table(encoder, rows, tokenizer.eos_token_id)
+    counts = {word: len(next(iter(by_encoder.values()))) for word, by_encoder in words.items()}
+    parts.tokenizers = [prompts.extended(tokenizer, counts) for tokenizer in parts.tokenizers]
 
 
 def split_off(parts: Components) -> dict[str, dict[str, Tensor]]:

@@ -13,8 +13,7 @@ from dreambooth.errors import UserError
 from dreambooth.models import hub, vae
 from dreambooth.models.components import Components
 from dreambooth.models.lora import Adapter
-from dreambooth.serialization import export_layout, lora_files
-from dreambooth.serialization.embedding_files import WORDS_KEY
+from dreambooth.serialization import embedding_files, export_layout, lora_files
 from dreambooth.serialization.load_parts import load_other_parts, load_parts
 from dreambooth.utils.assets import resolve_asset
 
@@ -27,7 +26,7 @@ def find_lone_adapter(source: Path) -> Path | None:
 
 
 def load_merged(file: Path, dtype: torch.dtype | None, whole: bool) -> Components:
-    """Load the base model of an adapter, and merge the adapter into it. The sums are computed in fp32.
+    """Load the base model of an adapter, and merge the adapter and its new tokens into it. Sums are computed in fp32.
 
     Args:
         file: the adapter in diffusers' layout.
@@ -35,15 +34,12 @@ def load_merged(file: Path, dtype: torch.dtype | None, whole: bool) -> Component
         whole: whether to load all parts; False: only those that a single file of the family contains.
 
     Raises:
-        UserError: the base model is not on this machine, does not fit the adapter, or the adapter has new tokens.
+        UserError: the base model is not on this machine, or does not fit the adapter; or embeddings are missing.
     """
     export_layout.check_intact(file.parent)
     adapters = lora_files.read(file)
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata() or {}
-    if WORDS_KEY in metadata:
-        raise UserError(f"{file} was trained with new tokens, whose embeddings are not merged: repeat the command of "
-                        "its run with method.merge=true, which writes a model with them")
     if "base_model" not in metadata:
         raise UserError(f"{file} does not say of which model it is: type in=runs/NAME, a run of this package")
     base, settings = lora_files.read_base_model(file), lora_files.read_base_settings(file)
@@ -60,6 +56,7 @@ def load_merged(file: Path, dtype: torch.dtype | None, whole: bool) -> Component
             if not any(parameter.is_meta for parameter in module.parameters()):
                 module.to(dtype)
     _merge(parts, adapters, file)
+    embedding_files.merge_into(parts, file)
     return parts
 
 

@@ -27,6 +27,7 @@ from dreambooth.optim.optimizers import build_lr_scheduler, optimizer_factory
 from dreambooth.planner.rehearsal import predict, rehearse
 from dreambooth.planner.skeleton_models import count_trained_weights
 from dreambooth.runtime.engine import Engine
+from dreambooth.training.parameter_groups import parameter_groups
 from dreambooth.training.step import Objective, TrainState, train_step
 from tests.support.configs import small_recipe
 from tests.support.faults import call, train
@@ -60,7 +61,7 @@ def begin(parts: Components, recipe: Recipe) -> TrainState:
     model = loading.prepare(parts, recipe)
     optimizer = build_training_optimizer(
         model, optimizer_factory(recipe.optimizer, recipe.train.learning_rate), recipe.memory, torch.float32, 0,
-        model.new_rows, training.optimizer_options(recipe))
+        parameter_groups(model, recipe))
     scheduler = build_lr_scheduler(optimizer, recipe.train)
     assert parts.new_tokens is not None
     parts.new_tokens.stop_in(scheduler)
@@ -171,7 +172,7 @@ def test_initial_rows_have_the_size_of_the_table_or_are_known_ones(bases: dict[s
 
 @pytest.mark.parametrize("family", FLOW_FAMILIES)
 def test_families_whose_text_encoder_leaves_are_refused(family: str) -> None:
-    with pytest.raises(UserError, match="leaves the memory before training begins.*: type method.new_tokens=0"):
+    with pytest.raises(UserError, match=r"leaves the memory before training begins.*: type method\.new_tokens=0"):
         families.of_architecture(family).check_training(replace(small_recipe(), method=LORA))
 
 

@@ -111,6 +111,23 @@ def test_a_merged_pipeline_and_its_single_file_have_them_in_their_way(
         convert(str(folder), str(tmp_path / "out/other.safetensors"))
 
 
+def test_convert_merges_them_with_their_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    recipe, parts = taught("sd15", bases["sd15"], tmp_path)
+    export.export(parts, recipe, 1, tmp_path / "none.png")
+    ours = build_pipeline(parts)
+    for part in parts.modules:
+        part.eval()
+    merged = DiffusionPipeline.from_pretrained(convert(str(tmp_path), str(tmp_path / "merged")))
+    merged.scheduler = ours.scheduler
+    assert np.abs(draw(merged) - draw(ours)).max() < 2e-4
+    (tmp_path / "out").mkdir()
+    convert(str(tmp_path), str(tmp_path / "out/toy.safetensors"))
+    written, exported = (load_file(place / WORD) for place in (tmp_path / "out", tmp_path / "model"))
+    assert written["emb_params"].equal(exported["emb_params"])
+
+
 def test_an_adapter_is_not_used_without_its_embeddings_or_with_those_of_another(
         bases: dict[str, Path], tmp_path: Path) -> None:
     recipe, parts = taught("sd15", bases["sd15"], tmp_path)

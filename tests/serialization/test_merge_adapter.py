@@ -44,8 +44,8 @@ def test_what_cannot_be_merged_is_a_sentence(tmp_path: Path) -> None:
     adapter(tmp_path / "other", "unet.nothing")
     with pytest.raises(UserError, match=r"lacks unet\.nothing: put back the model"):
         convert(str(tmp_path / "other"), str(tmp_path / "out"))
-    adapter(tmp_path / "tokens", new_tokens="{}")
-    with pytest.raises(UserError, match=r"new tokens.*method\.merge=true"):
+    adapter(tmp_path / "tokens", new_tokens='{"zwx": "hash"}')
+    with pytest.raises(UserError, match=r"embeddings of its own for the word zwx.*: put the file"):
         convert(str(tmp_path / "tokens"), str(tmp_path / "out"))
     adapter(tmp_path / "gone", base_model="/nowhere")
     with pytest.raises(UserError, match="not on this machine: put it back"):
