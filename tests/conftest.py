@@ -46,6 +46,14 @@ def flow_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny models of Stable Diffusion 1.x, 2.x and SDXL: to be read only."""
+    from tests.support.tiny_models import FAMILIES, make
+
+    return {family: make(family, tmp_path_factory.mktemp("bases") / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
 def empty_db(shared: Path) -> Path:
     """An MLflow database with its tables, which take seconds to create: for tests to copy to RUN_ROOT/mlflow.db."""
     path = shared / "empty.db"

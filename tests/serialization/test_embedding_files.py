@@ -81,7 +81,8 @@ def test_diffusers_draws_with_the_lines_of_the_card_what_the_run_draws(
         assert "zwx" in file.metadata()[embedding_files.WORDS_KEY]
 
 
-@pytest.mark.parametrize("family", ["sdxl"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_a_merged_pipeline_and_its_single_file_have_them_in_their_way(
         family: str, bases: dict[str, Path], tmp_path: Path) -> None:
     """The pipeline in its tokenizers and tables; the file, whose table other programs know, in files beside it."""
