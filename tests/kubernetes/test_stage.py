@@ -45,7 +45,7 @@ def test_validate_plans_each_memory_size_of_a_search_space_once(tmp_path: Path) 
 @pytest.mark.parametrize("args, message", [
     (["--words", "name='a"], "these overrides cannot be read"),
     (["--words", "hardware=cpu", "--space", "none"],
-     "there is no search space none: type sweep=NAME with one of lora, subject, tiny"),
+     "there is no search space none: type sweep=NAME with one of lora, recipe, subject, tiny"),
     (["sample"], "sample is neither an option nor KEY=VALUE"),
 ])
 def test_a_stage_rejects_invalid_arguments(tmp_path: Path, args: list[str], message: str) -> None:

@@ -46,12 +46,19 @@ class Group:
 GROUPS = (
     Group("Optimizers, all weights", (
         Variant("AdamW (default)"),
+        Variant("Prodigy", ("optimizer=prodigy",)),
+        Variant("schedule-free AdamW", ("optimizer=schedule_free",)),
+        Variant("Lion", ("optimizer=lion",)),
+        Variant("CAME", ("optimizer=came",)),
+        Variant("AdEMAMix, 8 bits", ("optimizer=ademamix8bit",)),
+        Variant("Muon", ("optimizer=muon",)),
     )),
     Group("Losses, all weights", (
         Variant("mean squared error (default)"),
     )),
     Group("Adapters and preservation", (
         Variant("LoRA with class images (default)", LORA),
+        Variant("LoRA, output preservation", (*LORA, "prior.kind=output")),
     )),
 )
 SECTION = """
