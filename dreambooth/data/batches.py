@@ -90,10 +90,10 @@ def join_batches(parts: Sequence[Batch]) -> Batch:
     first = parts[0]
     if len(parts) > 1 and parts[1].latents.shape[1:] != first.latents.shape[1:]:
         return replace(first, class_batch=parts[1])
-    latents, noise, timesteps = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "noise", "timesteps"))
+    latents, noise, timesteps = (torch.cat([getattr(p, k) for p in parts]) for k in ("latents", "noise", "timesteps"))
     rows = math.gcd(*(part.rows_per_text for part in parts))
-    text = torch.cat([part.text.repeat_interleave(part.rows_per_text // rows, 0) for part in parts])
+    counts = [part.rows_per_text // rows for part in parts]
+    text = torch.cat([p.text if n == 1 else p.text.repeat_interleave(n, 0) for p, n in zip(parts, counts, strict=True)])
     mask = None
     if any(part.mask is not None for part in parts):
         mask = torch.cat([torch.ones_like(part.latents[:, :1]) if part.mask is None else part.mask for part in parts])
