@@ -60,6 +60,7 @@ class Prepare(Section):
     trigger: str | None = None
     class_word: str | None = None
     resolution: int = 512
+    model: str | None = None
     similar: str = "keep"
     offline: bool = False
     captions: CaptionOptions = field(default_factory=CaptionOptions)

@@ -33,7 +33,6 @@ from dreambooth.utils.console import Console
 from dreambooth.utils.plurals import counted
 from dreambooth.utils.signals import StopRequest
 
-MODELS = {512: "sd15", 1024: "sdxl"}  # resolution -> model in the command that is printed; others: no model
 CONTINUE = "finished photos, captions and masks are kept; repeat the command to continue"
 
 
@@ -220,8 +219,8 @@ def _add_remarks(one: PreparedPhoto, config: Prepare) -> None:
 def train_command(config: Prepare, out: Path, prepared: Sequence[PreparedPhoto]) -> str:
     """Return the command that trains on the output folder, ready to paste."""
     settings: dict[str, quoting.Value] = {}
-    if config.resolution in MODELS:
-        settings["model"] = MODELS[config.resolution]
+    if config.model:
+        settings["model"] = config.model
     settings |= {"dataset": "folder", "dataset.instance_dir": str(out)}
     if config.instance_prompt:
         settings["dataset.instance_prompt"] = config.instance_prompt

@@ -2,7 +2,7 @@
 
 `embeddings/zwx.safetensors` holds the embeddings of the tokens of the word zwx, one row per token.
 
-| program | keys of Stable Diffusion 1.x and 2.x | keys of SDXL | the word in a prompt |
+| program | keys of one text encoder | keys of two | the word in a prompt |
 |---|---|---|---|
 | diffusers | any single key | one tensor per call: `clip_l`, `clip_g` | `token=` of load_textual_inversion |
 | AUTOMATIC1111, Forge | any single key | `clip_l`, `clip_g` | the name of the file |

@@ -300,7 +300,7 @@ def test_the_suggested_square_contains_the_subject() -> None:
 
 
 def test_the_command_has_only_prompts_that_are_known(photos: Path, tmp_path: Path) -> None:
-    text = call(photos, tmp_path / "a b", trigger=None, class_word=None, resolution=512)
+    text = call(photos, tmp_path / "a b", trigger=None, class_word=None, resolution=512, model="sd15")
     assert ('train     python -m dreambooth.train model=sd15 dataset=folder '
             f'dataset.instance_dir="{tmp_path}/a b" prior.prior_loss_weight=0\n') in text
     assert "type trigger=zwx class_word=dog" in text

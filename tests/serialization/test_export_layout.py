@@ -32,7 +32,8 @@ DOORS: dict[str, Callable[[Path], object]] = {
 
 
 def as_recipe(run: Path) -> Any:
-    return SimpleNamespace(run_dir=run, evaluated_prompts=set(), method=Method("lora", MethodKind.lora))
+    return SimpleNamespace(run_dir=run, evaluated_prompts=set(), method=Method("lora", MethodKind.lora),
+                           trigger_words=())
 
 
 def write_run(run: Path) -> Path:
@@ -80,7 +81,7 @@ def test_an_adapter_is_found_by_its_name_and_by_the_name_of_earlier_runs(
     assert find_source(Generate(run=str(tmp_path), base="base")).adapter == str(model / name)
     assert [lora.name for lora in find_loras([str(tmp_path), str(model)], [1.0, 1.0])] == ["toy", "toy"]
     found: list[Any] = []
-    parts = SimpleNamespace(family=families.FAMILIES[0])
+    parts = SimpleNamespace(family=families.FAMILIES[0], new_tokens=None)
     monkeypatch.setattr(evaluate_run.loading, "encode_prompts", lambda recipe, device, prompts: None)
     monkeypatch.setattr(evaluate_run.loading, "load", lambda recipe, device: parts)
     monkeypatch.setattr(evaluate_run.loading, "prepare", lambda parts, recipe: None)

@@ -49,7 +49,7 @@ def table_of(encoder: Any) -> nn.Embedding:
 def set_rows(encoder: Any, new_rows: nn.Parameter | None, end: int) -> None:
     """Give a text encoder the embeddings of new tokens in place of those that it has; None: none.
 
-    transformers' CLIP finds the end of a prompt, whose state is SDXL's pooled state, as the highest id if the
+    transformers' CLIP finds the end of a prompt, whose state may be the pooled state, as the highest id if the
     configuration says 2 for the end, as in published models. New tokens have higher ids. The encoder is therefore told
     the id of the end; without new tokens, it is the highest one, so that nothing changes.
 
