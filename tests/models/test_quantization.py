@@ -68,7 +68,7 @@ def test_an_adapter_of_a_quantised_layer_starts_as_the_layer_and_trains(kind: Me
     base = model["transformer"]["to_q"]
     inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
     expected = base(inputs)
-    lora.inject(model, Method(kind.value, kind, rank=2), {Targets.transformer: re.compile("to_q")}, 0, Dtype.fp32)
+    lora.inject(model, Method(kind.value, kind, rank=2), dict.fromkeys(Targets, re.compile("to_q")), 0, Dtype.fp32)
     output = model["transformer"]["to_q"](inputs)
     torch.testing.assert_close(output[:, 6:], expected[:, 6:], rtol=1e-5, atol=1e-3)
     output.sum().backward()

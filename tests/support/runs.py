@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dreambooth.serialization.export_layout import ADAPTER
 from dreambooth.tracking.journal import Journal, read
@@ -108,7 +108,10 @@ def trial(root: Path, name: str, objective: float, class_similarity: float = 0.4
     if done:
         (folder / "model").mkdir()
         adapter = run_settings.get("method.kind", "full") != "full" and run_settings.get("method.merge") != "True"
-        (folder / "model" / (ADAPTER if adapter else "model_index.json")).write_text("{}")
+        if adapter:
+            save_file({}, folder / "model" / ADAPTER)
+        else:
+            (folder / "model/model_index.json").write_text("{}")
         (folder / "result.json").write_text(json.dumps({
             "step": 4, "objective": objective, "model": "model", "exported_step": 4,
             "scores": {"instance_loss": objective, CLASS: class_similarity}, "base_scores": {CLASS: 0.38}}))
