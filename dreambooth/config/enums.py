@@ -109,9 +109,15 @@ class TrackingKind(Enum):
     none = "none"
 
     @property
+    def backends(self) -> tuple[str, ...]:
+        """Where the journal of a run is sent: to mlflow, tensorboard and wandb, or to some of them."""
+        several = {TrackingKind.none: (), TrackingKind.all: ("mlflow", "tensorboard", "wandb")}
+        return several.get(self, (self.value,))
+
+    @property
     def uses_mlflow(self) -> bool:
         """Whether metrics and images are sent to MLflow."""
-        return self in (TrackingKind.mlflow, TrackingKind.all)
+        return "mlflow" in self.backends
 
 
 class Direction(Enum):

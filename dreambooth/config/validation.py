@@ -59,8 +59,7 @@ def _tracking_problems(tracking: Tracking, machine: Machine | None) -> Iterator[
     if machine is None:
         return
     kind = tracking.kind
-    packages = [name for name in ("tensorboard", "wandb") if kind.value in (name, "all")]
-    if missing := [name for name in packages if find_spec(name) is None]:
+    if missing := [name for name in kind.backends if name != "mlflow" and find_spec(name) is None]:
         yield (f"tracking={kind.value} needs {'packages' if missing[1:] else 'a package'}: type pip install "
                f"'dreambooth[{','.join(missing)}]', or tracking=mlflow")
     managed = kind.uses_mlflow and (tracking.uri or "").startswith("arn:")

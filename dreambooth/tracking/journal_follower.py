@@ -36,7 +36,7 @@ class Backend(Protocol):
         """
 
     def flush(self, offset: int) -> None:
-        """Be told that all entries before the byte `offset` were written."""
+        """Make what was written visible. `offset` is the byte of the journal after the last entry."""
 
     def close(self) -> None:
         """Close the backend. Later entries are written after the next `open`."""
@@ -79,6 +79,9 @@ class JournalFollower(threading.Thread):
         self.start()
         self._closing.set()
         self.join(CLOSE_TIMEOUT)
+        if self.is_alive():
+            log.warning("%s has not received everything in %g s; it stays in %s", self._backend.name, CLOSE_TIMEOUT,
+                        self._journal.name)
         atexit.unregister(self._abandon)
 
     def _pass_entries(self, offset: int) -> int:

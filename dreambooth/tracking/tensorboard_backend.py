@@ -10,7 +10,8 @@ class TensorBoardBackend:
     """Writes the journal of a run as TensorBoard's event files.
 
     Every opening writes all files again from the journal, so that a killed run leaves neither gaps nor points twice.
-    Scalars keep the journal's 64 bits. The settings and the last value of every metric are shown under HPARAMS.
+    Scalars are rounded to fp32: in its default mode, TensorBoard does not show those of 64 bits. The settings and the
+    last value of every metric are shown under HPARAMS.
     """
 
     name = "TensorBoard"
@@ -33,7 +34,7 @@ class TensorBoardBackend:
         if "metrics" in entry:
             self._metrics.update(entry["metrics"])
             for key, value in entry["metrics"].items():
-                self._writer.add_scalar(key, value, entry["step"], seconds, new_style=True, double_precision=True)
+                self._writer.add_scalar(key, value, entry["step"], seconds)
         elif "image" in entry:
             self._writer.add_image(entry["key"], read_image(self._run_dir / entry["image"]), entry["step"], seconds,
                                    dataformats="HWC")

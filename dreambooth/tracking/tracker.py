@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from dreambooth.config.enums import TrackingKind
 from dreambooth.errors import UserError
 from dreambooth.tracking import wandb_backend
 from dreambooth.tracking.journal import Journal
@@ -58,13 +59,13 @@ def open_tracker(kind: str, run_dir: Path, *, run_root: Path, run_name: str, uri
     Raises:
         UserError: `required` is True and the server does not answer, or W&B has no API key.
     """
-    backends: list[Backend] = []
-    if kind in ("tensorboard", "all"):
+    names, backends = TrackingKind(kind).backends, list[Backend]()
+    if "tensorboard" in names:
         backends.append(TensorBoardBackend(run_dir))
-    if kind in ("wandb", "all"):
+    if "wandb" in names:
         wandb_backend.check_login()
         backends.append(wandb_backend.WandbBackend(run_dir, experiment, run_name, sweep))
-    if kind not in ("mlflow", "all"):
+    if "mlflow" not in names:
         return JournalTracker(run_dir, update_status, backends)
     root = run_root.resolve()
     return MlflowTracker(run_dir, uri=uri or database_uri(root / "mlflow.db"), experiment=experiment, run_name=run_name,
@@ -157,7 +158,7 @@ class MlflowTracker(JournalTracker):
             self._start_shipping()
         if required and not (self._shipper.attempted.wait(START_TIMEOUT) and self._shipper.outage is None):
             self._shipper.stop(0.0)
-            super().close()
+            Journal.close(self)  # without a start of the backends
             raise self._unreachable()
         if update_status:
             self.set_status("RUNNING")

@@ -69,7 +69,7 @@ class WandbBackend:
         elif "tags" in entry:
             tags = dict(entry["tags"])
             self._run.notes = tags.pop("mlflow.note.content", self._run.notes)
-            self._run.config.update({"tags": tags}, allow_val_change=True)
+            self._run.config.update({f"tags.{key}": value for key, value in tags.items()}, allow_val_change=True)
         elif "status" in entry:
             self._exit_code = int(entry["status"] not in ("RUNNING", "FINISHED"))
 

@@ -9,6 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dreambooth.errors import UserError
@@ -27,6 +28,7 @@ def start(root: Path, kind: str) -> Tracker:
 def train(tracker: Tracker, root: Path, steps: range) -> None:
     tracker.log_params({"train.learning_rate": "1e-4"})
     tracker.set_tags({"git": "abc", "mlflow.note.content": "**a toy**"})
+    tracker.set_tags({"branch": "main"})
     for step in steps:
         tracker.log_metrics(step, {"loss": 1 / (step + 1), "evaluate/objective": math.nan if step == 3 else step / 3})
     tracker.log_image(steps[-1], "samples/prompt_0", picture(root / "run/samples"))
@@ -42,12 +44,10 @@ def journal_curves(root: Path) -> Curves:
 
 def tensorboard_curves(root: Path) -> Curves:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util.tensor_util import make_ndarray
 
-    events = EventAccumulator(str(root / "run/tensorboard"), size_guidance={"tensors": 0})
+    events = EventAccumulator(str(root / "run/tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [(event.step, float(make_ndarray(event.tensor_proto))) for event in events.Tensors(tag)]
-            for tag in events.Tags()["tensors"] if "text_summary" not in tag}
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def wandb_records(root: Path) -> list[Any]:
@@ -87,12 +87,15 @@ def wandb_curves(root: Path) -> Curves:
 
 def test_tensorboard_has_the_curves_of_the_journal_also_after_a_kill(tmp_path: Path) -> None:
     code = ("import os, sys; from pathlib import Path; from tests.tracking.test_backends import start, train;"
-            "root = Path(sys.argv[1]); train(start(root, 'tensorboard'), root, range(1, 5)); os._exit(9)")
+            "root = Path(sys.argv[1]); tracker = start(root, 'tensorboard'); train(tracker, root, range(1, 5))\n"
+            "while not any(file.stat().st_size > 500 for file in (root / 'run/tensorboard').glob('events*')): pass\n"
+            "os._exit(9)")
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 9
     tracker = start(tmp_path, "tensorboard")
     train(tracker, tmp_path, range(3, 9))
     tracker.close("FINISHED")
-    expected = journal_curves(tmp_path)
+    expected = {key: [(step, float(np.float32(value))) for step, value in curve]
+                for key, curve in journal_curves(tmp_path).items()}
     assert [step for step, _ in expected["loss"]] == list(range(1, 9))
     assert str(dict(sorted(tensorboard_curves(tmp_path).items()))) == str(dict(sorted(expected.items())))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -114,6 +117,11 @@ def test_wandb_offline_has_the_curves_of_the_journal_in_one_run(tmp_path: Path,
     assert {run.run_id for run in runs} == {json.loads((tmp_path / "run/wandb.json").read_text())["run_id"]}
     assert {(run.project, run.display_name, run.run_group) for run in runs} == {("e", "r", "s")}
     assert "**a toy**" in {run.notes for run in runs}
+    configs = [{item.key: json.loads(item.value_json) for item in record.config.update}
+               for record in wandb_records(tmp_path) if record.HasField("config")]
+    config = {key: value for update in configs for key, value in update.items()}
+    expected = {"train.learning_rate": "1e-4", "tags.git": "abc", "tags.branch": "main"}
+    assert config | expected == config
 
 
 def test_wandb_without_a_key_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
