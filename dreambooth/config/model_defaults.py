@@ -1,11 +1,11 @@
-"""Defaults that the files conf/model/*.yaml set outside of the section `model`. Imports neither torch nor Hydra."""
+"""Defaults that the files conf/model/*.yaml set. Imports neither torch nor Hydra."""
 
 from functools import cache
 from typing import Any
 
 import yaml
 
-from dreambooth.config.schema import Prior, Train
+from dreambooth.config.schema import Model, Prior, Train
 from dreambooth.utils.assets import conf_dir
 
 
@@ -36,6 +36,17 @@ def default_learning_rate(model: str) -> float:
         model: the value of model.name. It is the name of the file, without .yaml.
     """
     return float(_section(model, "train").get("learning_rate", Train.learning_rate))
+
+
+@cache
+def default_resolution(model: str) -> int:
+    """Return model.resolution of the file conf/model/MODEL.yaml, in pixels; without one, the default in schema.py."""
+    return int(_section(model, "model").get("resolution", Model.resolution))
+
+
+def names() -> list[str]:
+    """Return the names of all files in conf/model, without .yaml."""
+    return sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
 
 
 def sample_batch_size_if_changed(model: str, size: int) -> dict[str, int]:

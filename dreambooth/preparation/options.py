@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from dreambooth.config.model_defaults import default_resolution, names
 from dreambooth.config.section import Section, finite, require
 
 
@@ -59,8 +60,8 @@ class Prepare(Section):
     out: str | None = None
     trigger: str | None = None
     class_word: str | None = None
-    resolution: int = 512
     model: str | None = None
+    resolution: int | None = None
     similar: str = "keep"
     offline: bool = False
     captions: CaptionOptions = field(default_factory=CaptionOptions)
@@ -77,10 +78,17 @@ class Prepare(Section):
                         f"one word without blanks, such as zwx, or null, not {trigger}"),
             "class_word": (class_word is None or (bool(class_word.strip()) and class_word.isprintable()),
                            f"what the subject is, such as dog, or null, not {class_word}"),
-            "resolution": (8 <= self.resolution <= 4096 and self.resolution % 8 == 0,
-                           f"a multiple of 8 from 8 to 4096 pixels, not {self.resolution}"),
+            "model": (self.model is None or self.model in names(), f"one of {', '.join(names())}, not {self.model}"),
+            "resolution": (self.model is not None if self.resolution is None else
+                           8 <= self.resolution <= 4096 and self.resolution % 8 == 0,
+                           f"a multiple of 8 from 8 to 4096 pixels, or null with model=NAME, not {self.resolution}"),
             "similar": (self.similar in ("keep", "drop"), f"keep or drop, not {self.similar}"),
         })
+
+    @property
+    def side(self) -> int:
+        """Side in pixels of the square crop at which photos are judged: `resolution`, or that of `model`."""
+        return self.resolution or default_resolution(self.model or "")
 
     @property
     def uses_models(self) -> bool:

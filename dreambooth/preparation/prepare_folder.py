@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dreambooth.config.model_defaults import default_resolution
 from dreambooth.data.photo_report import describe_unused_files
 from dreambooth.data.photos import list_photos, load_photo
 from dreambooth.errors import UserError
@@ -51,9 +52,9 @@ def prepare(config: Prepare, stop: StopRequest) -> list[PreparedPhoto]:
         files = []
         with console.bar("photos", len(paths)) as bar:
             for path in paths:
-                files.append(inspection.inspect_file(path, config.resolution))
+                files.append(inspection.inspect_file(path, config.side))
                 bar.tick()
-        found = inspection.inspect_set(files, config.resolution)
+        found = inspection.inspect_set(files, config.side)
         dropped = _similar_to_drop(found) if config.similar == "drop" else {}
         left_out = [(file.path.name, reason) for file in files if (reason := _why_left_out(file, dropped))]
         chosen = [file for file in found.usable if file.path not in dropped]
@@ -221,6 +222,8 @@ def train_command(config: Prepare, out: Path, prepared: Sequence[PreparedPhoto])
     settings: dict[str, quoting.Value] = {}
     if config.model:
         settings["model"] = config.model
+        if config.side != default_resolution(config.model):
+            settings["model.resolution"] = config.side
     settings |= {"dataset": "folder", "dataset.instance_dir": str(out)}
     if config.instance_prompt:
         settings["dataset.instance_prompt"] = config.instance_prompt
@@ -245,7 +248,7 @@ def _print_report(console: Console, config: Prepare, source: Path, out: Path, fo
     parts += [f"{count} {what}" for count, what in (
         (sum(one.caption is not None for one in prepared), "with a caption"),
         (sum(one.mask is not None for one in prepared), "with a mask"),
-        (sum(min(one.size) < config.resolution for one in prepared), f"smaller than {config.resolution} pixels"),
+        (sum(min(one.size) < config.side for one in prepared), f"smaller than {config.side} pixels"),
         (sum(one.file.orientation != 1 for one in prepared), "turned upright by EXIF"),
         (sum(one.file.profile is not None for one in prepared), "converted to sRGB")) if count]
     remarks = [remark for one in prepared for remark in (*one.file.remarks, *one.remarks)] + summary["remarks"]

@@ -143,6 +143,11 @@ def _code(recipe: Recipe, family: Family) -> str:
     if not recipe.method.low_rank or recipe.method.merge:
         return ("from diffusers import DiffusionPipeline\n\n"
                 'pipeline = DiffusionPipeline.from_pretrained("model")  # this folder')
+    programs = "webui/ has the file for " + family.lora_programs[recipe.method.kind]
+    if recipe.method.kind is MethodKind.lokr and not family.loads_lokr:
+        return ("from diffusers import DiffusionPipeline\n\n"
+                "# diffusers opens no LoKr of this base model. Merge them: python -m dreambooth.convert in=model out=merged\n"
+                f'pipeline = DiffusionPipeline.from_pretrained("merged")  # {programs}')
     imports, before, after = ["DiffusionPipeline"], "", ""
     arguments = "".join(f", {key}={_literal(value)}" for key, value in _base_choices(recipe).items()
                         if key in ("revision", "variant"))
@@ -156,17 +161,10 @@ def _code(recipe: Recipe, family: Family) -> str:
         imports.append(scheduler := rescaled.pop("_class_name"))
         changes = "".join(f", {key}={value!r}" for key, value in rescaled.items())
         after = f"pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{changes})\n"
-    loading = f'pipeline.load_lora_weights("model", weight_name="{ADAPTER}")'
-    helper, last = "", ""
-    if recipe.method.kind is MethodKind.lokr and not family.loads_lokr:
-        part = family.denoiser.name
-        loading = f'pipeline.{part}.load_lora_adapter(load_file("model/{ADAPTER}"), prefix="{part}")'
-        helper = "from safetensors.torch import load_file\n"
-        last = "the adapter of the text encoder: python -m dreambooth.convert; " * recipe.train.train_text_encoder
-    return (f"from diffusers import {', '.join(sorted(imports))}\n{helper}\n{before}"
+    return (f"from diffusers import {', '.join(sorted(imports))}\n\n{before}"
             f"pipeline = DiffusionPipeline.from_pretrained({_literal(recipe.model.source)}{arguments})\n{after}"
-            f"{loading}  # this folder; {last}webui/ has the file for "
-            + family.lora_programs[recipe.method.kind] + embedding_files.loading_code(recipe.trigger_words, family))
+            f'pipeline.load_lora_weights("model", weight_name="{ADAPTER}")  # this folder; {programs}'
+            + embedding_files.loading_code(recipe.trigger_words, family))
 
 
 def _card(recipe: Recipe, family: Family, step: int, pictured: bool) -> str:

@@ -8,7 +8,8 @@ def closest(name: str, choices: Iterable[str], count: int = 3, cutoff: float = 0
     """Return the choices that a user most likely meant by `name`; an empty list if none is similar.
 
     Dotted keys are compared by their last parts: "seed" finds "train.seed" and "sample.seed", "train.max_step" finds
-    "train.max_train_steps", and "prompt" finds "dataset.instance_prompt".
+    "train.max_train_steps", and "prompt" finds "dataset.instance_prompt". A similar group decides: "caption.model" finds
+    only "captions.model".
 
     Args:
         count: the highest number of choices to return.
@@ -18,7 +19,9 @@ def closest(name: str, choices: Iterable[str], count: int = 3, cutoff: float = 0
     group, _, last = name.rpartition(".")
     parts = {choice: choice.rpartition(".")[2] for choice in choices}
     if same := [choice for choice, part in parts.items() if part == last]:
-        return same[:count]
+        groups = [choice.rpartition(".")[0] for choice in same]
+        near = difflib.get_close_matches(group, groups, n=1, cutoff=0.75) if group else []
+        return [f"{near[0]}.{last}"] if near else same[:count]
     if longer := [choice for choice, part in parts.items() if part.endswith(f"_{last}")]:
         return longer[:count]
     for candidates in ([choice for choice in choices if group and choice.startswith(f"{group}.")], choices):

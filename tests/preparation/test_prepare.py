@@ -304,3 +304,7 @@ def test_the_command_has_only_prompts_that_are_known(photos: Path, tmp_path: Pat
     assert ('train     python -m dreambooth.train model=sd15 dataset=folder '
             f'dataset.instance_dir="{tmp_path}/a b" prior.prior_loss_weight=0\n') in text
     assert "type trigger=zwx class_word=dog" in text
+    options = {"resolution": None, "trigger": None, "class_word": None}
+    assert "model=sdxl dataset=folder" in call(photos, tmp_path / "large", model="sdxl", **options)
+    assert "model=sdxl model.resolution=512 dataset=folder" in call(
+        photos, tmp_path / "small", model="sdxl", **options | {"resolution": 512})
