@@ -170,7 +170,10 @@ class Train(Section):
     use_ema: bool = True
     ema_decay: float = 0.9999
     snr_gamma: float | None = None
+    debiased_estimation: bool = False
+    huber_delta: float | None = None
     noise_offset: float = 0.0
+    multires_noise: float = 0.0
     compile: bool = False
     channels_last: bool = False
     validate_every: int | None = 50
@@ -195,6 +198,9 @@ class Train(Section):
             "ema_decay": (0 <= self.ema_decay < 1, f"in [0, 1), not {self.ema_decay}"),
             "snr_gamma": (self.snr_gamma is None or self.snr_gamma > 0,
                           f"above 0, or null for no weighting, not {self.snr_gamma}"),
+            "huber_delta": (self.huber_delta is None or 0 < self.huber_delta <= 1,
+                            f"above 0 and at most 1, or null for the mean squared error, not {self.huber_delta}"),
+            "multires_noise": (0 <= self.multires_noise < 1, f"in [0, 1), not {self.multires_noise}"),
             "noise_offset": (finite(self.noise_offset, 0), f"0 or more, not {self.noise_offset}"),
             "validate_every": (self.validate_every is None or self.validate_every >= 1,
                                f"1 or more, or null for never, not {self.validate_every}"),

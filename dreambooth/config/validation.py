@@ -217,6 +217,9 @@ def _training_problems(config: Config) -> Iterator[str]:
     if train.lr_warmup_steps > train.max_train_steps:
         yield (f"train.lr_warmup_steps={train.lr_warmup_steps} is longer than the run: "
                f"type at most train.lr_warmup_steps={train.max_train_steps}")
+    if train.debiased_estimation and train.snr_gamma is not None:
+        yield ("train.debiased_estimation=true and train.snr_gamma both weight the loss by the signal-to-noise ratio: "
+               "type train.snr_gamma=null, or train.debiased_estimation=false")
     yield from _speed_problems(config)
     if resume not in ("auto", "never") and not (Path(resume) / "state.json").is_file():
         yield f"there is no checkpoint at {resume}: type checkpoint.resume=auto, never, or checkpoints/step-..."

@@ -23,6 +23,7 @@ from dreambooth.data import masks
 from dreambooth.data.aspect_buckets import Size
 from dreambooth.data.bucket_schedule import bucket_at
 from dreambooth.data.latent_cache import LatentStore, Moments, ReadRows
+from dreambooth.data.noise import draw_noise
 from dreambooth.data.photos import Photo, crop_position, crop_to_size, to_model_range
 from dreambooth.utils import rng
 
@@ -276,6 +277,7 @@ class Batches:
     rank: int = 0
     world_size: int = 1  # number of processes
     noise_offset: float = 0.0
+    multires_noise: float = 0.0  # see noise.py
     dtype: torch.dtype = torch.float32
     with_size_and_crop: bool = False  # the model uses Batch.size_and_crop, see Family.uses_size_and_crop
     share_prompts: bool = False  # if every photo set always has a single prompt, Batch.text holds it once per set
@@ -370,18 +372,12 @@ class Batches:
         """Draw the samples of `views` on the host, with the random numbers of `keys`, one key per view."""
         shape = self.latent_shape_of(photo_set.photos[views[0].photo])
         latent_noise = torch.stack([rng.normal(shape, *key, "latents") for key in keys])
-        noise = torch.stack([self._draw_noise(shape, key) for key in keys])
+        noise = torch.stack([draw_noise(shape, key, self.noise_offset, self.multires_noise) for key in keys])
         pixels = None if self.latents.cached else self._pinned(self.latents.pixels(photo_set, views))
         mask, size_and_crop = self.loss_mask(photo_set, views), self.size_and_crop(photo_set, views)
         return HostSamples(views, pixels, self._pinned(latent_noise), self._pinned(noise.to(self.dtype)),
                            self._pinned(torch.tensor(timesteps)), None if mask is None else self._pinned(mask),
                            None if size_and_crop is None else self._pinned(size_and_crop))
-
-    def _draw_noise(self, shape: tuple[int, int, int], key: rng.Key) -> Tensor:
-        noise = rng.normal(shape, *key, "noise")
-        if self.noise_offset:
-            noise += self.noise_offset * rng.normal((shape[0], 1, 1), *key, "offset")
-        return noise
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self.device.type == "cuda" else tensor

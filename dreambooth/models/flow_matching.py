@@ -114,6 +114,12 @@ class FlowSchedule:
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         raise ValueError("min-SNR weighting is not defined for flow matching")
 
+    def debiased_weights(self, timesteps: Tensor) -> Tensor:
+        raise ValueError("debiased estimation is not defined for flow matching")
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        raise ValueError("loss thresholds by the signal-to-noise ratio are not defined for flow matching")
+
     def loss_weights(self, timesteps: Tensor) -> Tensor | None:
         return loss_weights(self.levels.to(timesteps.device)[timesteps], self.weighting)
 

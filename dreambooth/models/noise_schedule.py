@@ -42,11 +42,25 @@ class NoiseSchedule(Protocol):
     def timestep_at(self, progress: float) -> int:
         """Return the timestep after a share of sampling: 0 is pure noise, 1 the lowest noise level."""
 
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """Return the signal-to-noise ratio of each sample, (N,).
+
+        Raises:
+            ValueError: the schedule has none.
+        """
+
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Return the min-SNR loss weight of each sample, (N,), with the signal-to-noise ratio capped at `gamma`.
 
         Raises:
-            ValueError: the prediction type is unknown.
+            ValueError: the prediction type is unknown, or the schedule has no signal-to-noise ratio.
+        """
+
+    def debiased_weights(self, timesteps: Tensor) -> Tensor:
+        """Return the loss weight of debiased estimation of each sample, (N,).
+
+        Raises:
+            ValueError: as `min_snr_weights`.
         """
 
     def loss_weights(self, timesteps: Tensor) -> Tensor | None:
@@ -119,16 +133,35 @@ class DiffusionSchedule:
         With snr = a_t / (1 - a_t) and w = min(snr, gamma), the loss weight is w for a model that predicts x_0, w / snr
         for epsilon, and w / (snr + 1) for v.
         """
+        snr = self.snr(timesteps)
+        return self._prediction_weights(snr.clamp(max=gamma), snr)
+
+    def debiased_weights(self, timesteps: Tensor) -> Tensor:
+        """Return one loss weight per sample, (N,): debiased estimation (Yu et al. 2023, arXiv:2310.08442).
+
+        The loss weight of a model that predicts epsilon is 1 / sqrt(snr). This is the weight sqrt(snr) of the squared
+        error of x_0, from which the weights of the other prediction types follow: sqrt(snr) / (snr + 1) for v.
+        """
+        snr = self.snr(timesteps)
+        return self._prediction_weights(snr.sqrt(), snr)
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """Return a_t / (1 - a_t)."""
         alpha = self.alphas_cumprod.to(timesteps.device)[timesteps]
-        snr = alpha / (1 - alpha)
-        capped = snr.clamp(max=gamma)
+        return alpha / (1 - alpha)
+
+    def _prediction_weights(self, weights: Tensor, snr: Tensor) -> Tensor:
+        """Return the weights (N,) of the squared errors of predictions that amount to `weights` of those of x_0.
+
+        With pure noise (snr = 0), the weight for epsilon is 1.
+        """
         match self.prediction_type:
             case "epsilon":
-                return torch.where(snr > 0, capped / snr, torch.ones_like(snr))
+                return torch.where(snr > 0, weights / snr, torch.ones_like(snr))
             case "v_prediction":
-                return capped / (snr + 1)
+                return weights / (snr + 1)
             case "sample":
-                return capped
+                return weights
         raise ValueError(f"unknown prediction type {self.prediction_type!r}")
 
     def loss_weights(self, timesteps: Tensor) -> Tensor | None:

@@ -96,8 +96,7 @@ class _Rehearsal:
         self.encodes_ahead = text_encoders.encodes_ahead(self.parts.family, recipe)
         if self.encodes_ahead:
             self.parts.encoders = []
-        self.objective = Objective(self.parts.noise_schedule(recipe), recipe.prior.prior_loss_weight,
-                                   recipe.train.snr_gamma, recipe.two_passes)
+        self.objective = Objective.of(recipe, self.parts.noise_schedule(recipe))
         self.autocast = self._autocast()
         self.engine = self._engine()
         # The last recorded sampling: (batch size, guidance scale), and the start and end of its range of events.

@@ -32,7 +32,9 @@ from dreambooth.utils.atomic_files import weights_digest
 LATER_KEYS: dict[str, Any] = {  # keys that were added later; a key with this value is left out of the hash
     "dataset.mask": None, "dataset.concepts": [], "dataset.buckets": False, "dataset.prompt_dropout": 0.0,
     "dataset.validation_dir": None, "dataset.validation_count": 0, "precision.tf32": False,
-    "prior.kind": "class_images", "optimizer.beta3": None, "optimizer.d_coef": 1.0,
+    "prior.kind": "class_images", "train.debiased_estimation": False, "train.huber_delta": None,
+    "train.multires_noise": 0.0,
+    "optimizer.beta3": None, "optimizer.d_coef": 1.0,
     "method.new_tokens": 0, "method.trigger_word": None, "method.token_initializer": None,
     "method.token_learning_rate": None, "method.token_train_share": 1.0,
     "method.use_rslora": False, "method.decompose_factor": -1, "method.decompose_both": False,

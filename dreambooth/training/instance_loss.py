@@ -1,7 +1,6 @@
 """The default objective of a sweep (evaluate.objective): the loss of the photos, with fixed noise and timesteps."""
 
 import math
-from dataclasses import replace
 
 import torch
 
@@ -30,7 +29,7 @@ def instance_loss(setup: Setup, console: Console | None = None) -> float:
     """Return the mean squared error of the predictions for the instance photos with the current trained weights.
 
     The photos, noise and timesteps do not depend on train.seed. In a sweep, they are the same in all trials that have
-    the same latent shape. The error is never weighted by SNR, so that trials with different train.snr_gamma can be
+    the same latent shape. The error is squared, and never weighted by SNR, so that trials with different losses can be
     compared.
 
     Args:
@@ -42,8 +41,7 @@ def instance_loss(setup: Setup, console: Console | None = None) -> float:
     batches, schedule = setup.batches, setup.objective.noise_schedule
     photo_set, count = batches.photo_sets[0], TIMESTEPS_PER_PHOTO
     numbers = measured_photos(len(photo_set.photos))
-    unweighted = replace(setup.objective, snr_gamma=None,
-                         noise_schedule=setup.objective.noise_schedule.for_comparison())
+    unweighted = setup.objective.for_comparison()
     timesteps = torch.tensor([int((level + 0.5) * schedule.length / count) for level in range(count)])
     total = 0.0
     with (console or Console(quiet=True)).bar("instance loss", len(numbers)) as bar:

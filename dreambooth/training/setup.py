@@ -101,6 +101,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         seed=recipe.train.seed, batch_size=recipe.train.train_batch_size,
         accumulation=recipe.train.gradient_accumulation_steps, device=engine.device,
         rank=engine.rank, world_size=engine.world_size, noise_offset=recipe.train.noise_offset,
+        multires_noise=recipe.train.multires_noise,
         with_size_and_crop=parts.family.uses_size_and_crop,
         share_prompts=not recipe.method.dropout)  # with dropout, each row drops different elements
     with meter.phase("state"):
@@ -109,9 +110,8 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
             console.say(line)
         state = _build_state(recipe, model, accelerator, parts.new_tokens)
     class_texts = [encode_prompt(one.class_prompt) for one in recipe.class_recipes] if recipe.preserves_output else []
-    objective = Objective(
-        schedule, recipe.prior.prior_loss_weight, recipe.train.snr_gamma, recipe.two_passes, output_preservation.build(
-            recipe, model, schedule, class_texts, batches.latent_shape, engine, parts.family.uses_size_and_crop))
+    objective = Objective.of(recipe, schedule, output_preservation.build(
+        recipe, model, schedule, class_texts, batches.latent_shape, engine, parts.family.uses_size_and_crop))
     return Setup(parts, photos, batches, objective, state, model, pipeline, scorer, idle, validation_set)
 
 

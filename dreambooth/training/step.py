@@ -9,6 +9,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
+from dreambooth.config.recipe import Recipe
 from dreambooth.data.batches import Batch
 from dreambooth.errors import Diverged
 from dreambooth.models.finite import first_not_finite
@@ -19,7 +20,7 @@ from dreambooth.optim.schedule_free import averaged_weights, is_schedule_free
 from dreambooth.optim.streaming_optimizer import StreamingOptimizer
 from dreambooth.runtime.async_readback import AsyncReadback
 from dreambooth.runtime.engine import Engine
-from dreambooth.training.loss import Losses, dreambooth_loss
+from dreambooth.training.loss import Losses, dreambooth_loss, scheduled_deltas
 from dreambooth.training.output_preservation import OutputPreservation
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -105,13 +106,30 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Objective:
-    """The training objective: the DreamBooth loss of a model's prediction for a noised batch."""
+    """The training objective: the DreamBooth loss of a model's prediction for a noised batch.
+
+    At most one of `snr_gamma` and `debiased` is set.
+    """
 
     noise_schedule: NoiseSchedule
     prior_loss_weight: float = 1.0
     snr_gamma: float | None = None  # gamma of Min-SNR weighting; None: all timesteps have the same weight
     split_prior: bool = False  # run forward and backward of the instance rows first, then those of the class rows
     preservation: OutputPreservation | None = None  # adds the class rows; None: the batches have them, if any
+    debiased: bool = False  # weights of debiased estimation
+    huber_delta: float | None = None  # delta of the scheduled pseudo-Huber loss; None: the squared error
+
+    @classmethod
+    def of(cls, recipe: Recipe, noise_schedule: NoiseSchedule, preservation: OutputPreservation | None = None,
+           ) -> "Objective":
+        """Return the objective of a run."""
+        train = recipe.train
+        return cls(noise_schedule, recipe.prior.prior_loss_weight, train.snr_gamma, recipe.two_passes, preservation,
+                   train.debiased_estimation, train.huber_delta)
+
+    def for_comparison(self) -> "Objective":
+        """Return the objective with which runs are compared: squared errors, whose weights are all 1."""
+        return Objective(self.noise_schedule.for_comparison(), self.prior_loss_weight)
 
     def __call__(self, model: Callable[..., Tensor], batch: Batch) -> Losses:
         """Return the losses of a batch: add noise to its latents, predict, and compare prediction and target."""
@@ -123,10 +141,19 @@ class Objective:
         size_and_crop = () if batch.size_and_crop is None else (batch.size_and_crop,)
         prediction = model(noisy, times, batch.text, *size_and_crop).to(batch.latents.dtype)
         goal = schedule.target(batch.latents, batch.noise, batch.timesteps) if batch.target is None else batch.target
-        weights = schedule.loss_weights(batch.timesteps) if self.snr_gamma is None else schedule.min_snr_weights(
-            batch.timesteps, self.snr_gamma)
+        weights, deltas = self._weights(batch.timesteps), None
+        if self.huber_delta is not None:
+            deltas = scheduled_deltas(schedule.snr(batch.timesteps), self.huber_delta).to(goal.dtype)
         return dreambooth_loss(prediction, goal, batch.num_instances, self.prior_loss_weight,
-                               None if weights is None else weights.to(goal.dtype), batch.mask)
+                               None if weights is None else weights.to(goal.dtype), batch.mask, deltas)
+
+    def _weights(self, timesteps: Tensor) -> Tensor | None:
+        """Return the loss weight of each row, (N,); None: all weights are 1."""
+        if self.snr_gamma is not None:
+            return self.noise_schedule.min_snr_weights(timesteps, self.snr_gamma)
+        if self.debiased:
+            return self.noise_schedule.debiased_weights(timesteps)
+        return self.noise_schedule.loss_weights(timesteps)
 
 
 @dataclass(frozen=True)

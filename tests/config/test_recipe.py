@@ -77,6 +77,8 @@ BROKEN = {  # broken rule -> (machine, values by key, what the message says to t
     "the output of the base without prior preservation": (
         None, {"prior__kind": PriorKind.output, "method__kind": MethodKind.lora,
                "prior__with_prior_preservation": False}, "prior.with_prior_preservation=true"),
+    "two weights by the SNR": (None, {"train__debiased_estimation": True, "train__snr_gamma": 5.0},
+                               "train.snr_gamma=null, or train.debiased_estimation=false"),
     "a frozen random crop": (None, {"dataset__center_crop": False}, "memory.cache_latents=false"),
     "warm-up of a constant rate": (None, {"train__lr_warmup_steps": 5}, "train.lr_scheduler=constant_with_warmup"),
     "a warm-up longer than the run": (
@@ -296,7 +298,8 @@ BOUNDS = {
     "train.gradient_accumulation_steps": less_than_1, "train.learning_rate": not_above_0,
     "train.lr_warmup_steps": negative, "train.max_grad_norm": positive, "train.seed": no_seed,
     "train.validate_every": less_than_1,
-    "train.ema_decay": outside_0_1, "train.snr_gamma": positive, "train.noise_offset": below_0,
+    "train.ema_decay": outside_0_1, "train.snr_gamma": positive, "train.huber_delta": positive,
+    "train.noise_offset": below_0, "train.multires_noise": outside_0_1,
     "flow.logit_mean": st.floats(min_value=10.1), "flow.logit_std": not_above_0, "flow.shift": positive,
     "flow.mode_scale": st.floats(min_value=1.76),
     "sample.every": less_than_1, "sample.num_inference_steps": no_steps, "sample.guidance_scale": below_0,

@@ -192,7 +192,9 @@ def test_a_quantised_run_with_swapped_blocks_equals_one_without(flow_bases: dict
 
 
 @pytest.mark.parametrize("setting, typed", [
-    ({"train__snr_gamma": 5.0}, "train.snr_gamma=null"), ({"train__noise_offset": 0.1}, "train.noise_offset=0"),
+    ({"train__snr_gamma": 5.0}, "train.snr_gamma=null"), ({"train__huber_delta": 0.1}, "train.huber_delta=null"),
+    ({"train__debiased_estimation": True}, "train.debiased_estimation=false"),
+    ({"train__noise_offset": 0.1}, "train.noise_offset=0"), ({"train__multires_noise": 0.3}, "train.multires_noise=0"),
     ({"model__zero_terminal_snr": True}, "model.zero_terminal_snr=false")])
 def test_what_flow_matching_does_not_define_is_refused(
     setting: dict[str, Any], typed: str, flow_bases: dict[str, Path]

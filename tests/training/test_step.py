@@ -11,16 +11,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dreambooth.data.batches import Batch
+from dreambooth.data.noise import draw_noise
 from dreambooth.errors import Diverged
 from dreambooth.models.noise_schedule import DiffusionSchedule
 from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.instance_loss import instance_loss, measured_photos
 from dreambooth.training.loop import fit
-from dreambooth.training.loss import dreambooth_loss
+from dreambooth.training.loss import dreambooth_loss, pseudo_huber, scheduled_deltas
 from dreambooth.training.step import Objective, TrainState, train_step
 from dreambooth.utils import rng
 from dreambooth.utils.console import Console
+from tests.support.configs import resolve_demo
 from tests.support.toy_model import ToyModel, make_batches, make_photo_set, make_schedule, make_state, train_steps
 
 KINDS = ["epsilon", "v_prediction", "sample"]
@@ -133,6 +135,23 @@ def test_offset_noise_is_one_number_per_channel() -> None:
     assert float(difference.abs().min()) > 0
 
 
+def test_multi_resolution_noise_has_unit_variance_and_neighbours_that_are_alike() -> None:
+    shape, key = (4, 16, 16), (1, 2, "instance")
+    white, noise = draw_noise(shape, key), torch.stack([draw_noise(shape, (*key, i), multires=0.3) for i in range(50)])
+    assert white.equal(draw_noise(shape, key)) and not draw_noise(shape, key, multires=0.3).equal(white)
+    assert torch.allclose(noise.std((1, 2, 3)), torch.ones(50), atol=1e-5)
+    for axis in (2, 3):
+        alike = (noise.narrow(axis, 0, 15) * noise.narrow(axis, 1, 15)).mean()
+        assert float(alike) > 0.03, "white noise has 0, with a standard error of 0.005"
+    assert draw_noise((4, 8, 16), key, multires=0.3).shape == (4, 8, 16)
+
+
+def test_a_step_draws_multi_resolution_noise_for_photos_and_class_images() -> None:
+    plain, batch = (make_batches(multires_noise=discount)(0)[0] for discount in (0.0, 0.3))
+    assert all(not one.equal(other) for one, other in zip(plain.noise, batch.noise, strict=True))
+    assert batch.noise[2].float().equal(draw_noise((1, 8, 8), (3, 0, 0, "class"), multires=0.3))
+
+
 def test_accumulation_equals_one_batch_in_fp64() -> None:
     """Sums of at most 8 x 64 fp64 terms are reordered: an error of 512 eps per gradient.
 
@@ -240,12 +259,60 @@ def test_the_training_step_runs_on_fake_tensors() -> None:
     assert info.losses.shape == (3,)
 
 
-def test_the_default_sweep_objective_does_not_depend_on_snr_gamma() -> None:
+def test_the_default_sweep_objective_does_not_depend_on_the_loss() -> None:
     model = ToyModel()
     make_state(model)
-    losses = [instance_loss(SimpleNamespace(batches=make_batches(), objective=Objective(make_schedule(), 1.0, gamma),
-                                            trained=model)) for gamma in (None, 5.0, 0.1)]  # type: ignore[arg-type]
+    objectives = (Objective(make_schedule(), 1.0, gamma, debiased=debiased, huber_delta=delta)
+                  for gamma, debiased, delta in ((None, False, None), (5.0, False, None), (None, True, 0.1)))
+    losses = [instance_loss(SimpleNamespace(batches=make_batches(), objective=objective, trained=model))
+              for objective in objectives]  # type: ignore[arg-type]
     assert losses[0] == losses[1] == losses[2] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_debiased_weights_amount_to_the_root_of_the_snr_for_the_error_of_x0(kind: str) -> None:
+    """An error d of the prediction is an error of x_0: d / sqrt(snr), sqrt(1 - a) d or d."""
+    schedule, times = make_schedule(kind), torch.tensor([0, 300, 999])
+    alpha = schedule.alphas_cumprod[times]
+    snr = alpha / (1 - alpha)
+    of_x0 = {"epsilon": snr.rsqrt(), "v_prediction": (1 - alpha).sqrt(), "sample": torch.ones(3)}[kind]
+    assert torch.allclose(schedule.debiased_weights(times), snr.sqrt() * of_x0.square(), rtol=1e-12)
+    if kind == "epsilon":
+        assert torch.allclose(schedule.debiased_weights(times), snr.rsqrt(), rtol=1e-12), "Yu et al. 2023"
+        assert float(make_schedule(kind, zero_snr=True).debiased_weights(torch.tensor([999]))) == 1
+
+
+def test_pseudo_huber_is_the_square_of_small_errors_and_grows_linearly_with_large_ones() -> None:
+    errors, delta = torch.tensor([1e-6, 0.3, 50.0]), torch.tensor(0.1)
+    small, middle, large = pseudo_huber(errors.square(), delta).tolist()
+    assert small == pytest.approx(1e-12, rel=1e-5)
+    assert middle == pytest.approx(2 * 0.01 * (math.sqrt(1 + 9) - 1), rel=1e-5)
+    assert large == pytest.approx(2 * 0.1 * 50, rel=0.01)
+
+
+def test_the_delta_falls_from_one_without_noise_to_that_of_pure_noise() -> None:
+    snr = torch.tensor([1e12, 1.0, 0.0])
+    assert scheduled_deltas(snr, 0.1).tolist() == pytest.approx([1.0, 0.9 / 4 + 0.1, 0.1], rel=1e-5)
+
+
+def test_the_objective_uses_the_loss_of_its_settings() -> None:
+    batch = make_batches(batch=3)(0)[0]
+    model, schedule = ToyModel(), make_schedule()
+    make_state(model)
+    with torch.no_grad():
+        found = Objective(schedule, 0.7, debiased=True, huber_delta=0.1)(model, batch)
+        noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+        squares = (model(noisy, batch.timesteps, batch.text) - batch.noise).square()
+    deltas = scheduled_deltas(schedule.snr(batch.timesteps), 0.1)
+    rows = pseudo_huber(squares, deltas.view(-1, 1, 1, 1)).flatten(1).mean(1) * schedule.snr(batch.timesteps).rsqrt()
+    assert float(found.total) == pytest.approx(float(rows[:3].mean() + 0.7 * rows[3:].mean()), rel=1e-12)
+
+
+def test_a_run_has_the_objective_of_its_recipe() -> None:
+    recipe = resolve_demo(train__huber_delta=0.2, train__debiased_estimation=True, prior__prior_loss_weight=0.3)
+    objective = Objective.of(recipe, make_schedule())
+    assert (objective.huber_delta, objective.debiased, objective.prior_loss_weight) == (0.2, True, 0.3)
+    assert Objective.of(resolve_demo(train__snr_gamma=5.0), make_schedule()).snr_gamma == 5.0
 
 
 def test_the_default_sweep_objective_uses_a_bounded_number_of_photos(capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,10 +55,13 @@ GROUPS = (
     )),
     Group("Losses, all weights", (
         Variant("mean squared error (default)"),
+        Variant("debiased estimation", ("train.debiased_estimation=true",)),
+        Variant("scheduled pseudo-Huber", ("train.huber_delta=0.1",)),
+        Variant("multi-resolution noise", ("train.multires_noise=0.3",)),
     )),
     Group("Adapters and preservation", (
         Variant("LoRA with class images (default)", LORA),
-        Variant("LoRA, output preservation", (*LORA, "prior.kind=output")),
+        Variant("LoRA, output preservation", (*LORA, "prior.kind=output", "prior.prior_loss_weight=2")),
     )),
 )
 SECTION = """

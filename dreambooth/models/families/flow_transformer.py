@@ -49,12 +49,16 @@ class FlowTransformer(Family):
         train = recipe.train
         undefined = {
             "train.snr_gamma=null": train.snr_gamma is not None,
+            "train.debiased_estimation=false": train.debiased_estimation,
+            "train.huber_delta=null": train.huber_delta is not None,
             "train.noise_offset=0": train.noise_offset != 0,
+            "train.multires_noise=0": train.multires_noise != 0,
             "model.zero_terminal_snr=false": recipe.model.zero_terminal_snr,
         }
         if needed := [override for override, is_used in undefined.items() if is_used]:
-            raise UserError(f"{self.title} is trained by flow matching, for which min-SNR weighting, offset noise and "
-                            f"zero terminal SNR are not defined: type {' '.join(needed)}")
+            raise UserError(f"{self.title} is trained by flow matching, for which weights and thresholds by "
+                            "the signal-to-noise ratio, noise that is not white and zero terminal SNR are not "
+                            f"defined: type {' '.join(needed)}")
         if train.train_text_encoder:
             raise UserError(f"the text encoder of {self.title} is a language model, which is not trained: type "
                             "train.train_text_encoder=false")
