@@ -79,4 +79,4 @@ def test_a_run_with_two_rates_resumes_bit_for_bit_and_logs_both(tmp_path: Path) 
     assert_same(the_run(tmp_path / "killed"), straight)
     assert '"text_encoder_learning_rate"' in (straight / "metrics.jsonl").read_text()
     trained = load_file(straight / "checkpoints/step-000004/trained.safetensors")
-    assert {name.rpartition(".default")[0].rpartition(".")[2] for name in trained} == {"lokr_w1", "lokr_w2"}
+    assert all(".lokr_w" in name for name in trained), "the base is in the checkpoint"
