@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dreambooth.config.enums import MethodKind
 from dreambooth.config.generate import Generate
+from dreambooth.config.method import Method
 from dreambooth.errors import UserError
 from dreambooth.evaluate import compose_from_run
 from dreambooth.evaluation import evaluate_run
@@ -30,7 +32,7 @@ DOORS: dict[str, Callable[[Path], object]] = {
 
 
 def as_recipe(run: Path) -> Any:
-    return SimpleNamespace(run_dir=run, evaluated_prompts=set())
+    return SimpleNamespace(run_dir=run, evaluated_prompts=set(), method=Method("lora", MethodKind.lora))
 
 
 def write_run(run: Path) -> Path:
