@@ -94,6 +94,11 @@ class Method(Section):
         return alpha / (sqrt(rank) if self.use_rslora else rank)
 
     @property
+    def chooses_layers(self) -> bool:
+        """Whether patterns of names choose layers, ranks or scales."""
+        return bool(self.target_modules or self.exclude_modules or self.rank_pattern or self.alpha_pattern)
+
+    @property
     def changed_keys(self) -> list[str]:
         """The keys after `kind` whose values differ from the defaults."""
         default = Method(self.name, self.kind)

@@ -13,6 +13,7 @@ from dreambooth.planner.gpu_specs import cuda_overhead_gib, find_card
 from dreambooth.planner.memory_options import list_memory_options
 from dreambooth.planner.prediction import STEP_PHASES, Prediction
 from dreambooth.planner.serving_plan import ServingPlan, format_serving, serving_as_dicts
+from dreambooth.planner.skeleton_models import describe_adapter
 from dreambooth.planner.time_and_cost import Estimate, disk_gib, estimate, host_gib
 from dreambooth.planner.trace_replay import memory_curve
 from dreambooth.runs.report import describe_trained_weights
@@ -102,6 +103,8 @@ def format_plan(plan: Plan) -> str:
     """Return one plan as text of at most 80 columns."""
     recipe, prediction = plan.recipe, plan.prediction
     lines = [_title(recipe), "", *_phase_table(prediction), "", *_resource_lines(plan), "", *_cost_lines(plan)]
+    if recipe.method.chooses_layers:
+        lines += ["", *describe_adapter(recipe)]
     if plan.why:
         lines += ["", f"memory=auto: {plan.why}", *(f"  {override}" for override in plan.added)]
     if recipe.device == "cuda" and (options := list_memory_options(recipe, prediction)):

@@ -11,11 +11,11 @@ import torch
 from dreambooth.config.enums import AttentionKind, BaseWeights
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
-from dreambooth.models import families, text_encoders, vae
+from dreambooth.models import families, lora, text_encoders, vae
 from dreambooth.models.components import Components, disable_vae_autocast, training_scheduler
 from dreambooth.models.families.family import Family
 from dreambooth.models.families.part import Part
-from dreambooth.models.loading import TORCH_DTYPE, part_dtypes, trained_model, trained_modules
+from dreambooth.models.loading import TORCH_DTYPE, TrainedModel, part_dtypes, trained_model, trained_modules
 from dreambooth.models.new_tokens.attach import attach as attach_new_tokens
 from dreambooth.models.quantization import quantise
 from dreambooth.planner.fake_cuda import fake_tensors, to_dtype
@@ -150,6 +150,19 @@ def _build_encoder(part: Part, configuration: Mapping[str, Any], dtype: torch.dt
 
 def count_trained_weights(recipe: Recipe) -> int:
     """Return the number of weights that the recipe trains."""
+    return sum(parameter.numel() for parameter in _trained_skeleton(recipe).parameters() if parameter.requires_grad)
+
+
+def describe_adapter(recipe: Recipe) -> list[str]:
+    """Return lines that say how many layers get an adapter, and how many of them each pattern of the recipe matches.
+
+    Raises:
+        UserError: a pattern matches no layer.
+    """
+    return lora.describe(_trained_skeleton(recipe), recipe.method)
+
+
+def _trained_skeleton(recipe: Recipe) -> TrainedModel:
     with fake_tensors():
         parts = build_skeleton(recipe)
         model = trained_model(parts, recipe)
@@ -159,7 +172,7 @@ def count_trained_weights(recipe: Recipe) -> int:
             model.requires_grad_(True)
         for module in parts.family.untrainable(parts.denoiser, parts.encoders):
             module.requires_grad_(False)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return model
 
 
 def without_xformers(recipe: Recipe) -> Recipe:

@@ -26,6 +26,7 @@ COLLISION = f"the value of {PROMPT} has a comma, which separates the values of a
     ("train.max_step=3", "there is no setting train.max_step: did you mean train.max_train_steps=3?"),
     ("learning_rate=1e-4", "there is no setting learning_rate: did you mean train.learning_rate=1e-4?"),
     ("seed=3", "there is no setting seed: did you mean train.seed=3, sample.seed=3 or evaluate.seed=3?"),
+    ("trian.seed=3", "there is no setting trian.seed: did you mean train.seed=3?"),
     ("mdel=sd15", "there is no setting mdel: did you mean model=sd15?"),
     ("model@x=sd15", "there is no setting model@x: did you mean model=sd15?"),
     ("+train.foo=3", "there is no setting train.foo: type --help for all keys"),

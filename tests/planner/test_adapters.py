@@ -17,13 +17,16 @@ from tests.support.configs import demo_recipe, small_recipe
 
 LORA: dict[str, object] = {"method__kind": MethodKind.lora, "method__name": "lora"}
 DORA: dict[str, object] = {"method__kind": MethodKind.dora, "method__name": "dora", "method__targets": Targets.all}
+LOKR: dict[str, object] = {"method__kind": MethodKind.lokr, "method__targets": Targets.all}
+LOHA: dict[str, object] = {"method__kind": MethodKind.loha, "method__rank": 4, "memory__gradient_checkpointing": True}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changed", [LORA, pytest.param(DORA | {"memory__gradient_checkpointing": True},
                                                          marks=pytest.mark.slow),
                                      LORA | {"method__dropout": 0.1, "train__train_text_encoder": True},
-                                     LORA | {"prior__kind": PriorKind.output, "train__train_text_encoder": True}])
+                                     LORA | {"prior__kind": PriorKind.output, "train__train_text_encoder": True},
+                                     LOKR | {"method__rank_pattern": {"to_k": 2}}, LOHA])
 def test_fake_and_real_tensors_give_the_same_trace_byte_for_byte(changed: dict[str, object]) -> None:
     fake, real = predict(small_recipe(**changed)).trace, rehearse(small_recipe(**changed)).trace
     assert fake.events == real.events
