@@ -146,8 +146,8 @@ def _code(recipe: Recipe, family: Family) -> str:
     programs = "webui/ has the file for " + family.lora_programs[recipe.method.kind]
     if recipe.method.kind is MethodKind.lokr and not family.loads_lokr:
         return ("from diffusers import DiffusionPipeline\n\n"
-                "# diffusers opens no LoKr of this base model. Merge them: python -m dreambooth.convert in=model out=merged\n"
-                f'pipeline = DiffusionPipeline.from_pretrained("merged")  # {programs}')
+                "# diffusers opens no LoKr of this base. First: python -m dreambooth.convert in=model out=merged\n"
+                f'pipeline = DiffusionPipeline.from_pretrained("merged")  # or: {programs}')
     imports, before, after = ["DiffusionPipeline"], "", ""
     arguments = "".join(f", {key}={_literal(value)}" for key, value in _base_choices(recipe).items()
                         if key in ("revision", "variant"))

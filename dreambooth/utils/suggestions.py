@@ -8,8 +8,8 @@ def closest(name: str, choices: Iterable[str], count: int = 3, cutoff: float = 0
     """Return the choices that a user most likely meant by `name`; an empty list if none is similar.
 
     Dotted keys are compared by their last parts: "seed" finds "train.seed" and "sample.seed", "train.max_step" finds
-    "train.max_train_steps", and "prompt" finds "dataset.instance_prompt". A similar group decides: "caption.model" finds
-    only "captions.model".
+    "train.max_train_steps", and "prompt" finds "dataset.instance_prompt". A similar group decides:
+    "caption.model" finds only "captions.model".
 
     Args:
         count: the highest number of choices to return.

@@ -62,6 +62,11 @@ GROUPS = (
     Group("Adapters and preservation", (
         Variant("LoRA with class images (default)", LORA),
         Variant("LoRA, output preservation", (*LORA, "prior.kind=output", "prior.prior_loss_weight=2")),
+        Variant("LoRA, rank-stabilised", (*LORA, "method.use_rslora=true")),
+        Variant("LoRA, two new tokens", (*LORA, "method.new_tokens=2")),
+        Variant("LoRA, text encoder at a quarter of the rate", (*LORA, "train.text_encoder_learning_rate=0.0005")),
+        Variant("LoKr", ("method=lokr", "method.merge=true", "method.decompose_factor=4", "method.rank=1024")),
+        Variant("LoHa", ("method=loha", "method.merge=true")),
     )),
 )
 SECTION = """
