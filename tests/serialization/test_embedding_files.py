@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from dreambooth.config.enums import MethodKind
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import UserError
 from dreambooth.models import families, loading
@@ -39,7 +40,7 @@ def taught(family: str, folder: Path, run: Path, **method: Any) -> tuple[Recipe,
     torch.manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lokr_w" in name:
                 parameter += 0.02 * torch.randn_like(parameter)
         for rows in model.new_rows.values():
             rows += 0.1 * torch.randn_like(rows)
@@ -112,15 +113,23 @@ def test_a_merged_pipeline_and_its_single_file_have_them_in_their_way(
         convert(str(folder), str(tmp_path / "out/other.safetensors"))
 
 
-def test_convert_merges_them_with_their_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [MethodKind.lora, MethodKind.lokr])
+def test_convert_merges_them_with_their_adapter(
+        kind: MethodKind, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card of a LoKr, which diffusers cannot open on this base, has this command and opens what it writes."""
     from diffusers import DiffusionPipeline
 
-    recipe, parts = taught("sd15", bases["sd15"], tmp_path)
+    recipe, parts = taught("sd15", bases["sd15"], tmp_path, kind=kind)
     export.export(parts, recipe, 1, tmp_path / "none.png")
     ours = build_pipeline(parts)
     for part in parts.modules:
         part.eval()
-    merged = DiffusionPipeline.from_pretrained(convert(str(tmp_path), str(tmp_path / "merged")))
+    monkeypatch.chdir(tmp_path)
+    card = (tmp_path / "model/README.md").read_text()
+    for words in ("python -m dreambooth.convert in=model out=merged\n", 'DiffusionPipeline.from_pretrained("merged")'):
+        assert (words in card) == (kind is MethodKind.lokr)
+    convert("model", "merged")
+    merged = DiffusionPipeline.from_pretrained("merged")
     merged.scheduler = ours.scheduler
     assert np.abs(draw(merged) - draw(ours)).max() < 2e-4
     (tmp_path / "out").mkdir()
