@@ -60,7 +60,7 @@ class Prepare(Section):
     out: str | None = None
     trigger: str | None = None
     class_word: str | None = None
-    model: str | None = None
+    base_model: str | None = None
     resolution: int | None = None
     similar: str = "keep"
     offline: bool = False
@@ -78,17 +78,17 @@ class Prepare(Section):
                         f"one word without blanks, such as zwx, or null, not {trigger}"),
             "class_word": (class_word is None or (bool(class_word.strip()) and class_word.isprintable()),
                            f"what the subject is, such as dog, or null, not {class_word}"),
-            "model": (self.model is None or self.model in names(), f"one of {', '.join(names())}, not {self.model}"),
-            "resolution": (self.model is not None if self.resolution is None else
-                           8 <= self.resolution <= 4096 and self.resolution % 8 == 0,
-                           f"a multiple of 8 from 8 to 4096 pixels, or null with model=NAME, not {self.resolution}"),
+            "base_model": (self.base_model is None or self.base_model in names(),
+                           f"one of {', '.join(names())}, or null, not {self.base_model}"),
+            "resolution": (self.resolution is None or (8 <= self.resolution <= 2048 and self.resolution % 8 == 0),
+                           f"a multiple of 8 from 8 to 2048 pixels, or null, not {self.resolution}"),
             "similar": (self.similar in ("keep", "drop"), f"keep or drop, not {self.similar}"),
         })
 
     @property
     def side(self) -> int:
-        """Side in pixels of the square crop at which photos are judged: `resolution`, or that of `model`."""
-        return self.resolution or default_resolution(self.model or "")
+        """Side in pixels of the square crop at which photos are judged: `resolution`, or that of `base_model`."""
+        return self.resolution or default_resolution(self.base_model or "")
 
     @property
     def uses_models(self) -> bool:

@@ -73,10 +73,12 @@ def check_folders(config: Prepare) -> tuple[Path, Path]:
 
     Raises:
         UserError: one of them is not given, or one contains the other, so that the source folder would be changed; or
-            masks are wanted of nothing.
+            masks are wanted of nothing; or neither a model nor a resolution is given.
     """
     if not config.source or not config.out:
         raise UserError("type in=PHOTOS out=PREPARED, the folder of your photos and a new folder")
+    if not config.base_model and not config.resolution:
+        raise UserError("without a model, photos have no size to be judged at: type base_model=NAME or resolution=512")
     if config.masks.model and not (config.masks.text or config.class_word):
         raise UserError("masks need a word for the subject: type class_word=dog, or masks.text=\"a dog\"")
     source, out = Path(config.source), Path(config.out)
@@ -220,9 +222,9 @@ def _add_remarks(one: PreparedPhoto, config: Prepare) -> None:
 def train_command(config: Prepare, out: Path, prepared: Sequence[PreparedPhoto]) -> str:
     """Return the command that trains on the output folder, ready to paste."""
     settings: dict[str, quoting.Value] = {}
-    if config.model:
-        settings["model"] = config.model
-        if config.side != default_resolution(config.model):
+    if config.base_model:
+        settings["model"] = config.base_model
+        if config.side != default_resolution(config.base_model):
             settings["model.resolution"] = config.side
     settings |= {"dataset": "folder", "dataset.instance_dir": str(out)}
     if config.instance_prompt:

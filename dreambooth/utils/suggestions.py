@@ -18,11 +18,13 @@ def closest(name: str, choices: Iterable[str], count: int = 3, cutoff: float = 0
     choices = list(dict.fromkeys(choices))
     group, _, last = name.rpartition(".")
     parts = {choice: choice.rpartition(".")[2] for choice in choices}
+    longer = [choice for choice, part in parts.items() if part.endswith(f"_{last}")]
     if same := [choice for choice, part in parts.items() if part == last]:
         groups = [choice.rpartition(".")[0] for choice in same]
         near = difflib.get_close_matches(group, groups, n=1, cutoff=0.75) if group else []
-        return [f"{near[0]}.{last}"] if near else same[:count]
-    if longer := [choice for choice, part in parts.items() if part.endswith(f"_{last}")]:
+        at_the_top = [] if group else [choice for choice in longer if "." not in choice]
+        return [f"{near[0]}.{last}"] if near else [*at_the_top, *same][:count]
+    if longer:
         return longer[:count]
     for candidates in ([choice for choice in choices if group and choice.startswith(f"{group}.")], choices):
         if similar := difflib.get_close_matches(last, [parts[choice] for choice in candidates], n=1, cutoff=cutoff):

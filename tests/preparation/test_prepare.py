@@ -300,11 +300,13 @@ def test_the_suggested_square_contains_the_subject() -> None:
 
 
 def test_the_command_has_only_prompts_that_are_known(photos: Path, tmp_path: Path) -> None:
-    text = call(photos, tmp_path / "a b", trigger=None, class_word=None, resolution=512, model="sd15")
+    text = call(photos, tmp_path / "a b", trigger=None, class_word=None, resolution=512, base_model="sd15")
     assert ('train     python -m dreambooth.train model=sd15 dataset=folder '
             f'dataset.instance_dir="{tmp_path}/a b" prior.prior_loss_weight=0\n') in text
     assert "type trigger=zwx class_word=dog" in text
     options = {"resolution": None, "trigger": None, "class_word": None}
-    assert "model=sdxl dataset=folder" in call(photos, tmp_path / "large", model="sdxl", **options)
+    assert "model=sdxl dataset=folder" in call(photos, tmp_path / "large", base_model="sdxl", **options)
     assert "model=sdxl model.resolution=512 dataset=folder" in call(
-        photos, tmp_path / "small", model="sdxl", **options | {"resolution": 512})
+        photos, tmp_path / "small", base_model="sdxl", **options | {"resolution": 512})
+    with pytest.raises(UserError, match="type base_model=NAME or resolution=512"):
+        call(photos, tmp_path / "none", resolution=None)
