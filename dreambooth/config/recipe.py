@@ -209,10 +209,16 @@ class Recipe:
         """Number of class rows per micro-batch: as many as photos.
 
         With prior.kind=output, half as many are enough, because their targets have no noise. The forward pass of the
-        base model then costs about as much as the class rows that are left out.
+        base model then costs about as much as the class rows that are left out. See also `class_row_interval`.
         """
         photos = self.train.train_batch_size
         return (max(1, photos // 2) if self.preserves_output else photos) * self.with_prior
+
+    @property
+    def class_row_interval(self) -> int:
+        """Number of steps per step with class rows: 2 with prior.kind=output and one photo, which is half a class row
+        per photo; otherwise 1."""
+        return 2 if self.preserves_output and self.train.train_batch_size == 1 else 1
 
     @property
     def measure_roles(self) -> dict[str, str]:

@@ -29,6 +29,7 @@ class Prediction:
     block_bytes: tuple[int, ...] = ()  # sizes of the denoiser's blocks that memory.swap_blocks can move
     copied_bytes: tuple[int, int] = (0, 0)  # by memory.swap_blocks: in a step, and in a denoising step of one image
     validation_flops: int = 0  # for one noisy copy of a held-out photo
+    steps: int = 1  # training steps whose operations the trace contains
     expandable: bool = False  # PyTorch's setting expandable_segments
     max_split: int | None = None  # PyTorch's setting max_split_size_mb, in bytes
 
@@ -65,8 +66,8 @@ class Prediction:
 
     @property
     def step_flops(self) -> int:
-        """Floating-point operations of one optimizer step, over all its micro-batches."""
-        return sum(self.trace.flops.get(phase, 0) for phase in STEP_PHASES)
+        """Floating-point operations of one optimizer step, over all its micro-batches: a mean if steps differ."""
+        return sum(self.trace.flops.get(phase, 0) for phase in STEP_PHASES) // self.steps
 
     @cached_property
     def host_bytes(self) -> int:

@@ -151,7 +151,7 @@ class _Rehearsal:
         trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
         return Prediction(
             trace, trained, total - trained, encoder_bytes, self.picture_flops, self.encode_flops, block_bytes,
-            self.copied_bytes, self.validation_flops, self.memory.expandable_segments,
+            self.copied_bytes, self.validation_flops, recipe.class_row_interval, self.memory.expandable_segments,
             None if self.memory.max_split_size_mb is None else self.memory.max_split_size_mb * MIB)
 
     def _encode_prompts(self) -> int:
@@ -194,16 +194,20 @@ class _Rehearsal:
 
     def _steps(self, state: TrainState) -> None:
         """Record two training steps. The second repeats the first, but the optimizer state already exists."""
-        trace, train = self.trace, self.recipe.train
-        start = len(trace.events)
-        trace.mark("forward")
-        batches = [self._batch() for _ in range(train.gradient_accumulation_steps)]
-        before = self._copied()
-        train_step(state, batches, self.objective, self.engine, train.max_grad_norm)
+        trace, start, before = self.trace, len(self.trace.events), self._copied()
+        self._step(state)
         self.copied_bytes = (self._copied() - before, self.copied_bytes[1])
-        del batches
-        trace.mark("idle")
         trace.repeat(start, len(trace.events))
+        for _ in range(1, self.recipe.class_row_interval):  # for the operations of steps without class rows
+            self._step(state)
+
+    def _step(self, state: TrainState) -> None:
+        train = self.recipe.train
+        self.trace.mark("forward")
+        batches = [self._batch() for _ in range(train.gradient_accumulation_steps)]
+        train_step(state, batches, self.objective, self.engine, train.max_grad_norm)
+        del batches
+        self.trace.mark("idle")
 
     def _validate(self, denoiser: nn.Module) -> None:
         """Record the forward pass of one chunk of held-out rows, see training/validation.py."""

@@ -56,10 +56,10 @@ def base_model(model: nn.Module) -> Predict:
 class OutputPreservation:
     """Adds class rows to the micro-batches of a step: states of pictures that the base model draws.
 
-    Picture k of class row i starts at a state of pure noise, and is at its next denoising step in each training step.
-    The rows are at different steps of their pictures, so that a training step has low and high noise levels. All states
-    of a step are a function of the seed and of the last STEPS steps. A checkpoint therefore does not store them: after
-    resuming, and before the first step, they are drawn again.
+    Picture k of class row i starts at a state of pure noise, and is at its next denoising step in each training step
+    with class rows. The rows are at different steps of their pictures, so that a training step has low and high noise
+    levels. All states of a step are a function of the seed and of the last STEPS steps with class rows. A checkpoint
+    therefore does not store them: after resuming, and before the first step, they are drawn again.
 
     Attributes:
         base: the result of `base_model`.
@@ -69,6 +69,7 @@ class OutputPreservation:
         micro_batches: micro-batches per step.
         size_and_crop: (6,), see Batches.size_and_crop; None: the model does not use it.
         steps: denoising steps per picture.
+        interval: training steps per step with class rows; the first has them.
     """
 
     base: Predict
@@ -84,11 +85,12 @@ class OutputPreservation:
     dtype: torch.dtype = torch.float32
     size_and_crop: Tensor | None = None
     steps: int = STEPS
+    interval: int = 1
     _states: list[Tensor] = field(default_factory=list)  # the states of the next step, (rows, C, h, w) per micro-batch
-    _next: int | None = None  # the step of these states, counted as completed steps before it
+    _next: int | None = None  # the step of these states, counted as completed steps with class rows before it
 
     def __call__(self, batches: Sequence[Batch], step: int, engine: Engine) -> list[Batch]:
-        """Return the micro-batches of a step with class rows.
+        """Return the micro-batches of a step with their class rows, if this step has class rows.
 
         The base model predicts before the forward pass that is trained, and not within it: gradient checkpointing
         repeats that pass during the backward pass, when the adapters must be enabled.
@@ -97,6 +99,9 @@ class OutputPreservation:
             batches: micro-batches with instance rows only.
             step: number of completed steps.
         """
+        step, later = divmod(step, self.interval)
+        if later:
+            return list(batches)
         if self._next != step:
             self._states = [torch.zeros(self.rows, *self.shape, dtype=self.dtype, device=self.device)
                             for _ in range(self.micro_batches)]
@@ -167,4 +172,5 @@ def build(recipe: Recipe, model: nn.Module, schedule: NoiseSchedule, texts: Sequ
     size_and_crop = torch.tensor([side, side, 0.0, 0.0, side, side]).to(engine.device) if with_size_and_crop else None
     return OutputPreservation(
         base_model(model), schedule, texts, shape, recipe.class_rows, recipe.train.gradient_accumulation_steps,
-        recipe.train.seed, engine.device, engine.rank, engine.world_size, size_and_crop=size_and_crop)
+        recipe.train.seed, engine.device, engine.rank, engine.world_size, size_and_crop=size_and_crop,
+        interval=recipe.class_row_interval)

@@ -124,7 +124,8 @@ class Objective:
            ) -> "Objective":
         """Return the objective of a run."""
         train = recipe.train
-        return cls(noise_schedule, recipe.prior.prior_loss_weight, train.snr_gamma, recipe.two_passes, preservation,
+        weight = recipe.prior.prior_loss_weight * recipe.class_row_interval  # fewer steps with class rows weigh more
+        return cls(noise_schedule, weight, train.snr_gamma, recipe.two_passes, preservation,
                    train.debiased_estimation, train.huber_delta)
 
     def for_comparison(self) -> "Objective":

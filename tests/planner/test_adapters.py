@@ -44,10 +44,13 @@ def test_only_the_adapter_has_gradients_state_and_ema() -> None:
 
 
 def test_output_preservation_is_planned_as_one_more_forward_pass_and_no_class_images() -> None:
-    """Without recomputation a forward and backward pass of frozen layers is about two forward passes per row."""
+    """Without recomputation a forward and backward pass of frozen layers is about two forward passes per row.
+
+    With a batch of one, every second step has a class row: 2 + 2 + 1 passes, and then 2, in place of 4 and 4.
+    """
     images, output = (predict(small_recipe(**LORA, prior__kind=kind)) for kind in PriorKind)
     assert "class_images" in images.by_phase and "class_images" not in output.by_phase
-    assert 1.15 < output.step_flops / images.step_flops < 1.3
+    assert 0.83 < output.step_flops / images.step_flops < 0.93
     step = [prediction.peak_over(*STEP_PHASES).allocated for prediction in (images, output)]
     assert step[1] < 1.05 * step[0], "the pass without gradients keeps no activations"
 

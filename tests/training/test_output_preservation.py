@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dreambooth.config.enums import Dtype, MethodKind, Targets
+from dreambooth.config.enums import Dtype, MethodKind, PriorKind, Targets
 from dreambooth.config.method import Method
 from dreambooth.config.schema import Memory
 from dreambooth.data.batches import Batch, Batches
@@ -21,6 +21,7 @@ from dreambooth.optim import memory_levers
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.output_preservation import OutputPreservation, base_model
 from dreambooth.training.step import Objective, TrainState, train_step
+from tests.support.configs import demo_recipe
 from tests.support.faults import train
 from tests.support.levers import plain_adamw
 from tests.support.runs import KILLED, assert_same, losses, the_run
@@ -150,14 +151,29 @@ def test_rows_are_at_different_steps_and_share_the_classes() -> None:
     assert later.text[4:].flatten().tolist() == [6, 7, 6, 6], "row 3 began its next picture, of the other class"
 
 
-@pytest.mark.parametrize("step", [0, 1, 7])
-def test_the_states_of_a_step_do_not_depend_on_when_the_run_was_resumed(step: int) -> None:
+def test_with_one_photo_every_second_step_has_a_class_row_of_twice_the_weight() -> None:
+    recipe = demo_recipe(train__train_batch_size=1, method__kind=MethodKind.lora, prior__kind=PriorKind.output)
+    assert (recipe.class_rows, recipe.class_row_interval) == (1, 2)
+    assert Objective.of(recipe, schedule()).prior_loss_weight == 2 * recipe.prior.prior_loss_weight
     _, model = toy()
-    whole, resumed = preservation(model), preservation(model)
+    always, draw = preservation(model, rows=1), preservation(model, rows=1, interval=2)
+    for step in range(6):
+        [ready] = draw(photos(1)(step), step, Engine())
+        assert ready.with_prior == (step % 2 == 0)
+        if ready.with_prior:
+            [wanted] = always(photos(1)(step // 2), step // 2, Engine())
+            assert ready.latents[1:].equal(wanted.latents[1:])
+
+
+@pytest.mark.parametrize("step", [0, 1, 7, 8])
+@pytest.mark.parametrize("interval", [1, 2])
+def test_the_states_of_a_step_do_not_depend_on_when_the_run_was_resumed(interval: int, step: int) -> None:
+    _, model = toy()
+    whole, resumed = (preservation(model, interval=interval) for _ in range(2))
     for before in range(step):
         whole(photos()(before), before, Engine())
     one, other = (draw(photos()(step), step, Engine())[0] for draw in (whole, resumed))
-    for name in ("noisy", "target", "timesteps"):
+    for name in ("noisy", "target", "timesteps") if one.with_prior else ():
         assert getattr(one, name).equal(getattr(other, name)), name
 
 

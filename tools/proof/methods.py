@@ -68,6 +68,11 @@ GROUPS = (
         Variant("LoKr", ("method=lokr", "method.merge=true", "method.decompose_factor=4", "method.rank=1024")),
         Variant("LoHa", ("method=loha", "method.merge=true")),
     )),
+    Group("Preservation with a batch of one photo", (
+        Variant("LoRA, class images, batch 1 (default)", (*LORA, "train.train_batch_size=1")),
+        Variant("LoRA, output preservation, batch 1", (
+            *LORA, "prior.kind=output", "prior.prior_loss_weight=2", "train.train_batch_size=1")),
+    )),
 )
 SECTION = """
 ## Every method against the default
