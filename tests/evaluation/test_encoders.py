@@ -60,6 +60,7 @@ def test_the_papers_encoders_load_from_a_folder_in_full_size(paper_encoders: tup
     assert not torch.allclose(texts[0], texts[1])
 
 
+@pytest.mark.slow
 def test_dinos_embedding_is_the_class_token_after_the_last_norm(paper_encoders: tuple[str, str]) -> None:
     dino = Dino(paper_encoders[0], offline=True)
     pixels = to_pixels(noise_images(1, side=224))

@@ -149,6 +149,7 @@ def checkpoint(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run / f"checkpoints/step-{step:06d}/ema.safetensors")
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_change_training(plain: Path, on: list[str], tmp_path: Path) -> None:
     off = [item for item in on if not item.startswith("evaluate.")]
     assert train(tmp_path, *off, "evaluate.encoder=none", "checkpoint.every=4", "train.learning_rate=1e-3") == 0
@@ -247,6 +248,7 @@ def test_evaluation_enabled_later_still_measures_the_base(plain: Path, on: list[
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_command_gives_the_scores_of_the_run(plain: Path, tmp_path: Path) -> None:
     """Images are generated again from the exported model and from the base, with the same scores."""
     run = tmp_path / plain.name
@@ -260,6 +262,7 @@ def test_the_command_gives_the_scores_of_the_run(plain: Path, tmp_path: Path) ->
     assert f"{SUBJECT}  {found[8][SUBJECT]:.3f}" in log.read_text()
 
 
+@pytest.mark.slow
 def test_the_command_with_other_prompts_adds_scores_and_replaces_none(plain: Path, tmp_path: Path) -> None:
     before = metric(plain, f"evaluate/{SUBJECT}")
     (tmp_path / "one.txt").write_text("a photo of a {subject} in the snow\n", encoding="utf-8")

@@ -166,6 +166,7 @@ def test_all_of_a_frozen_base_is_in_the_compute_precision_and_the_planner_knows(
     assert norms and all(module.weight.dtype is torch.bfloat16 for module in norms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_an_adapter_of_every_layer_trains_beside_norms_in_half(kind: str, tmp_path: Path) -> None:
     words = [f"method={kind}", "method.targets=all", "precision=bf16", "train.max_train_steps=2", "sample.every=null",
@@ -300,6 +301,7 @@ def test_levers_change_no_number_of_an_adapters_run(lever: str, without_levers: 
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_merge_is_of_the_export_alone(tmp_path: Path) -> None:
     from dreambooth.utils.assets import resolve_asset
 

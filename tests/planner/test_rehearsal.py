@@ -190,6 +190,7 @@ def test_an_encoder_needs_at_most_the_memory_in_the_table(
     assert _peak(trace) - network_bytes <= pixels + activations
 
 
+@pytest.mark.slow
 def test_evaluation_is_a_phase_of_its_own() -> None:
     with_clip, without = predict(small_recipe(evaluate__encoder=EncoderKind.clip)), predict(small_recipe())
     assert "evaluate" not in without.by_phase

@@ -98,6 +98,7 @@ def test_only_the_named_section_of_a_page_is_replaced(speed: ModuleType, speed_t
         speed_table.replace_section("nothing\n", "tiny", [])
 
 
+@pytest.mark.slow
 def test_the_command_of_each_of_our_cases_composes(speed: ModuleType, tmp_path: Path) -> None:
     from hydra import compose, initialize_config_dir
 
@@ -120,6 +121,7 @@ def test_the_page_has_a_section_for_each_benchmark(speed: ModuleType, speed_tabl
         assert speed_table.BEGIN.format(name) in text and speed_table.END.format(name) in text
 
 
+@pytest.mark.slow
 def test_each_1x1_convolution_is_measured_and_those_kept_as_convolutions_are_marked(speed: ModuleType) -> None:
     pointwise = importlib.import_module("pointwise")
     rows = list(pointwise.table_rows(1, 1))[2:]

@@ -63,6 +63,7 @@ def test_freed_memory_is_used_again_without_a_page_fault() -> None:
     assert returned == "True" and kept < mapped / 2 and mapped > 60_000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
 def test_the_users_malloc_settings_take_precedence() -> None:
     assert pages("kept", MALLOC_TRIM_THRESHOLD_="1000000")[0] == "False"

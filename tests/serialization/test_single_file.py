@@ -172,6 +172,7 @@ def test_diffusers_expects_the_same_of_a_full_size_unet_and_vae(name: str) -> No
         assert all(converted[key].numel() == theirs[key].numel() for key in theirs)  # made linear later
 
 
+@pytest.mark.slow
 def test_published_sizes_are_those_of_the_architectures() -> None:
     """Weights, as the models' cards and papers count them."""
     counts = {name: {part: sum(p.numel() for p in full_size(name)[0].modules_by_name[part].parameters())

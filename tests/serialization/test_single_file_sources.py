@@ -37,6 +37,7 @@ def trained(root: Path, source: str) -> dict[str, torch.Tensor]:
     return weights(root / "run/model")
 
 
+@pytest.mark.slow
 def test_trained_from_a_file_is_trained_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = resolve_asset("package:tiny-sd")
     monkeypatch.setattr(type(FAMILY["sd15"]), "architecture", tiny)

@@ -168,6 +168,7 @@ def test_a_changed_setting_is_another_run(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("demo-*"))) == 2
 
 
+@pytest.mark.slow
 def test_sampling_and_saving_do_not_change_training(tmp_path: Path) -> None:
     assert train(tmp_path / "a", *BARE, "sample.every=1", "checkpoint.every=1") == 0
     assert train(tmp_path / "b", *BARE, "checkpoint.every=null") == 0
@@ -223,6 +224,7 @@ def test_the_recorded_command_has_no_credentials(word: str, monkeypatch: pytest.
     assert "host" in command
 
 
+@pytest.mark.slow
 def test_a_typed_password_is_not_stored(tmp_path: Path) -> None:
     log = tmp_path / "out.txt"
     assert train(tmp_path / "runs", *BARE) == 0
@@ -326,6 +328,7 @@ def test_the_prediction_type_of_the_base_is_used_and_exported(tmp_path: Path) ->
     assert saved["_class_name"] == "PNDMScheduler"
 
 
+@pytest.mark.slow
 def test_the_safety_checker_of_the_base_is_exported(tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
