@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from dreambooth.config.schema import Memory
 from dreambooth.errors import EXIT_REPORT_DIR, DoesNotFit, DreamBoothError, Interrupted, UserError
-from dreambooth.runtime import cpu_tuning
+from dreambooth.runtime import cpu_tuning, srun
 from dreambooth.utils import atomic_files, masking, permissions, quoting
 from dreambooth.utils.suggestions import closest
 
@@ -311,12 +311,14 @@ def last_failure() -> str | None:
 def exit_process() -> None:
     """End the process with the exit code of the first job that failed, or with 0 if no job failed.
 
-    Under torchrun, end the process without finalising the interpreter. During finalisation, torch's communication
-    threads may request the interpreter lock (GIL), which crashes the process: about one finished run in ten ended with
-    SIGABRT or SIGSEGV (gloo, torch 2.13).
+    With several processes, end the process without finalising the interpreter. During finalisation, torch's
+    communication threads may request the interpreter lock (GIL), which crashes the process: about one finished run in
+    ten ended with SIGABRT or SIGSEGV (gloo, torch 2.13).
     """
     code = _exit_codes[0] if _exit_codes else 0
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if code == Interrupted.exit_code and srun.is_other_process():
+        code = 0  # srun would kill the main process, which may still be writing
+    if "TORCHELASTIC_RUN_ID" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
         sys.stdout.flush()
         sys.exit(code)
     atexit._run_exitfuncs()

@@ -20,6 +20,7 @@ from dreambooth.config.schema import Config
 from dreambooth.config.storage import is_single_file
 from dreambooth.errors import UserError
 from dreambooth.runs import identity
+from dreambooth.runtime import srun
 from dreambooth.sweeps.hydra_callbacks import DEFAULT_SWEEP_ID, distinguishing_overrides, failure_reasons, trial_name
 from dreambooth.utils.signals import how_to_resume
 
@@ -53,9 +54,9 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
     from dreambooth.utils.signals import catch_stop_signals
 
     try:
-        if HydraConfig.get().runtime.choices.get("hydra/launcher", "").startswith("sagemaker") and not sweep \
-                and "DREAMBOOTH_SWEEP" not in os.environ:
-            raise UserError("hydra/launcher=sagemaker runs sweeps only, and a single run is a sweep of one: add -m")
+        launcher = HydraConfig.get().runtime.choices.get("hydra/launcher", "").removesuffix("_schema")
+        if launcher in ("sagemaker", "slurm") and not sweep and "DREAMBOOTH_SWEEP" not in os.environ:
+            raise UserError(f"hydra/launcher={launcher} runs sweeps only, and a single run is a sweep of one: add -m")
         secrets.load()
         if uri_has_password(cfg):
             remove_hydra_record(run_dir)
@@ -97,6 +98,7 @@ def convert_single_files(config: Config) -> Config:
 
 def main() -> None:
     """Run the console script `dreambooth-train`."""
+    srun.join_step()
     cli.run_hydra(train, Config)
     cli.exit_process()
 

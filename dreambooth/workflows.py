@@ -1,7 +1,7 @@
 """Command `python -m dreambooth.workflows`: writes workflow files from conf/, checks or submits them.
 
-`render` writes the files for Kubernetes and SageMaker, `check` reports files that differ from conf/, `submit` submits a
-workflow to a cluster or to SageMaker. Heavy libraries such as torch are not imported.
+`render` writes the files for Kubernetes, Slurm and SageMaker, `check` reports files that differ from conf/, `submit`
+submits a workflow to a cluster or to SageMaker. Heavy libraries such as torch are not imported.
 """
 
 import sys
@@ -19,6 +19,7 @@ from dreambooth.errors import UserError
 from dreambooth.kubernetes import submit
 from dreambooth.kubernetes.render import render_files
 from dreambooth.kubernetes.workflow_spec import WorkflowSpec
+from dreambooth.schedulers import slurm
 from dreambooth.utils.atomic_files import check_writable
 from dreambooth.utils.plurals import counted
 
@@ -57,7 +58,7 @@ def build_shipped_spec() -> WorkflowSpec:
 
 
 def render_all(spec: WorkflowSpec) -> dict[str, str]:
-    """Return the content of all files: YAML for Kubernetes and JSON for SageMaker, by path relative to workflows/.
+    """Return the content of all files, by path relative to workflows/.
 
     For hardware that SageMaker does not have, such as hardware=cpu, there is no tuning job.
 
@@ -68,7 +69,12 @@ def render_all(spec: WorkflowSpec) -> dict[str, str]:
     files = {PIPELINE_FILE: sagemaker_pipeline.render_pipeline(own)}
     if spec.hardware.instance_type:
         files[TUNER_FILE] = sagemaker_tuner.render_tuning_request(own)
-    return render_files(spec) | files
+    return render_portable(spec) | files
+
+
+def render_portable(spec: WorkflowSpec) -> dict[str, str]:
+    """Return the content of all files except those of SageMaker: YAML for Kubernetes, and batch scripts for Slurm."""
+    return render_files(spec) | slurm.render_scripts(spec)
 
 
 def to_sagemaker(spec: WorkflowSpec) -> SageMakerSpec:
@@ -91,9 +97,11 @@ def parser() -> cli.ArgumentParser:
                              help="name under which nodes pull the image, such as REGISTRY/dreambooth:0.1.0")
     for command in (render, check):
         command.add_argument("--to", type=Path, default=FOLDER, help="folder of the files")
-    send.add_argument("--what", choices=(*submit.KINDS, *sagemaker_submit.KINDS), default="sweep")
+    send.add_argument("--what", choices=(*submit.KINDS, *slurm.KINDS, *sagemaker_submit.KINDS),
+                      default="sweep")
     send.add_argument("--namespace", default="dreambooth")
-    send.add_argument("--name", help="name of the TrainJob, Experiment, pipeline or tuning job; Argo generates its own")
+    send.add_argument("--name", help="name of the TrainJob, Experiment, Slurm job, pipeline or tuning job; Argo "
+                      "generates its own")
     return command_line
 
 
@@ -112,6 +120,8 @@ def main() -> None:
                 raise UserError(f"{placeholders[0]} is a placeholder: type the overrides of your run after submit")
             if options.what in sagemaker_submit.KINDS:
                 print(sagemaker_submit.submit(to_sagemaker(spec), options.what, options.name))
+            elif options.what in slurm.KINDS:
+                print(slurm.submit(spec, options.what, options.name))
             else:
                 print(submit.submit(spec, options.what, options.namespace, options.name))
         elif options.command == "check":
@@ -125,7 +135,7 @@ def main() -> None:
             try:
                 files = render_all(spec)
             except sagemaker_pipeline.MissingPackage as error:
-                files = render_files(spec)
+                files = render_portable(spec)
                 print(f"dreambooth: the files in {options.to / 'sagemaker'} are left as they are: {error}",
                       file=sys.stderr)
             check_writable(options.to, "type --to DIR, a folder that you can write to")
@@ -150,7 +160,7 @@ def find_differences(files: dict[str, str], folder: Path) -> list[str]:
 
 
 def _list_files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.suffix in (".yaml", ".json"))
+    return (path for path in folder.rglob("*") if path.suffix in (".yaml", ".json", ".sbatch"))
 
 
 if __name__ == "__main__":

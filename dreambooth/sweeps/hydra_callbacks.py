@@ -28,7 +28,7 @@ from dreambooth.utils.masking import mask_urls
 DEFAULT_SWEEP_ID = time.strftime("%Y-%m-%d_%H-%M-%S")  # the sweep's ID if tracking.sweep is not set
 _varied_keys: list[str] = []  # configuration keys that the current sweep varies
 failure_reasons: dict[Path, str] = {}  # run folder -> why its run in this process failed, in one sentence
-job_failures: list[Exception] = []  # one per job that failed in another process, added by the SageMaker launcher
+job_failures: list[Exception] = []  # one per job that failed in another process, added by our launchers
 _running: list[tuple["Sweep", DictConfig]] = []  # the sweep that has begun and not ended, and its configuration
 
 
@@ -102,9 +102,10 @@ class Sweep(Callback):
 
 def _sweep_problems(config: DictConfig) -> Iterator[str]:
     """Yield one sentence per reason why the sweep must not begin."""
-    if (name := str(config.hydra.runtime.choices.get("hydra/launcher"))) != "basic" and name[:9] != "sagemaker":
+    name = str(config.hydra.runtime.choices.get("hydra/launcher"))
+    if name not in ("basic", "slurm", "slurm_schema") and not name.startswith("sagemaker"):
         yield (f"hydra/launcher={name} runs the jobs of a sweep in other processes, whose results would be lost: type "
-               "hydra/launcher=basic")
+               f"hydra/launcher={'slurm' if 'slurm' in name else 'basic'}")
     name = OmegaConf.select(config, "tracking.sweep", throw_on_resolution_failure=False)
     yield from validation.name_problem("tracking.sweep", name)
 

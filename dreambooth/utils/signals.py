@@ -1,7 +1,7 @@
 """Stop requests: signals that make a run save its state and stop.
 
 The first SIGTERM (from spot instances, Kubernetes, SageMaker) or Ctrl-C is a stop request. A second signal interrupts
-the run at once.
+the run at once, except for a second SIGTERM under Slurm.
 """
 
 import os
@@ -35,10 +35,15 @@ class StopRequest:
     def receive(self, number: int) -> None:
         """Record a signal. Inside a block of `at_once`, also end the block.
 
+        Under Slurm, a second SIGTERM is ignored: Slurm sends two of them at once to a job that it preempts, and SIGKILL
+        when the time is over (https://slurm.schedmd.com/preempt.html).
+
         Raises:
             KeyboardInterrupt: a block of `at_once` is running and is ended, or a signal was received before this one.
         """
         if self.signal_name:
+            if number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ:
+                return
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
         if self._at_once:

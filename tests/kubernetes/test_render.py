@@ -23,7 +23,7 @@ from tests.support.warm_python import PYTHON
 
 def test_the_committed_files_match_conf() -> None:
     """Except for the files of SageMaker, which tests/cloud/test_sagemaker_workflows.py compares."""
-    files = render_files(workflows.build_shipped_spec())
+    files = workflows.render_portable(workflows.build_shipped_spec())
     assert workflows.find_differences(files, FOLDER) == sorted([workflows.PIPELINE_FILE, workflows.TUNER_FILE])
     assert len(files) > 10
 

@@ -19,8 +19,8 @@ PACKAGE = ROOT / "dreambooth"
 # A folder imports only from folders that stand before it. `errors` is the file errors.py; `commands` are the other
 # files at the root of the package and every __main__.py.
 ORDER = ("errors", "utils", "config", "runtime", "storage", "models", "optim", "data", "preparation",
-         "serialization", "runs", "tracking", "cloud", "container", "kubernetes", "evaluation", "inference", "sweeps",
-         "training", "planner", "serving", "deployment", "commands")
+         "serialization", "runs", "tracking", "cloud", "container", "kubernetes", "schedulers", "evaluation",
+         "inference", "sweeps", "training", "planner", "serving", "deployment", "commands")
 COMMANDS = {"train", "generate", "plan", "evaluate", "entrypoint", "promote", "compare", "class_images", "stage",
             "workflows", "convert", "serve", "deploy", "prepare"}
 HEAVY = {"torch", "diffusers", "transformers", "mlflow", "boto3", "sagemaker", "accelerate", "PIL",
@@ -35,7 +35,8 @@ LIGHT = ["config.compose", "config.recipe", "runs.identity", "errors", "train", 
 OPEN_TO_PLUGINS = {f"dreambooth.{name}" for name in (
     "errors", "config", "config.compose", "config.launcher", "config.recipe", "config.schema", "config.storage",
     "config.enums", "storage", "storage.folders", "storage.run_inputs", "utils", "utils.console", "utils.masking",
-    "utils.plurals", "utils.quoting", "sweeps", "sweeps.hydra_callbacks", "cloud")} | {
+    "utils.plurals", "utils.quoting", "sweeps", "sweeps.hydra_callbacks", "cloud", "schedulers",
+    "schedulers.slurm_array")} | {
         f"dreambooth.cloud.{path.stem}" for path in (PACKAGE / "cloud").glob("*.py")}
 # A rule about a file that does not exist holds for nothing: these must exist.
 SUBJECTS = ["errors.py", "cli.py", "run.py", "config/compose.py", "config/recipe.py", "models/loading.py",

@@ -33,6 +33,7 @@ from dreambooth.serving.service import Service
 from dreambooth.storage import __main__ as storage_command
 from dreambooth.utils.hardware import Machine
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncherConf
+from hydra_plugins.dreambooth_slurm.launcher import SlurmLauncherConf
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
@@ -130,6 +131,10 @@ def test_a_command_is_real(command: str) -> None:
         assert places or objects & {*words}
         assert all((ROOT / place).exists() for place in places if not place.endswith("/server.env"))
         return
+    if words[0] == "sbatch":
+        scripts = [word for word in words if word.endswith(".sbatch")]
+        assert scripts and all((ROOT / script.removeprefix("build/")).is_file() for script in scripts)
+        return
     if words[0].startswith("containers/"):
         assert os.access(ROOT / words[0], os.X_OK), "no such script"
         return
@@ -204,7 +209,8 @@ def test_a_key_in_a_document_exists(page: Path) -> None:
     known |= {f"{section}.{key}" for section, kind in (
         ("captions", CaptionOptions), ("masks", MaskOptions), ("faces", FaceOptions)) for key in vars(kind())}
     known |= {"environment.DREAMBOOTH_SERVE_MAX_STEPS", "environment.RELEASE"}  # of deploy
-    known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf())}
+    known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf()) | vars(SlurmLauncherConf())}
+    known |= {"IMAGE", "RUN_ROOT"}  # of the batch scripts for Slurm
     known |= {"hydra.verbose"}
     known |= {f"hydra.sweeper.{key}" for key in ("storage", "n_trials", "max_failure_rate")}
     known |= {"image", "overrides", "deploy", "MODEL"}  # of Argo, and of the Deployment that serves

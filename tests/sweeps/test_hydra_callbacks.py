@@ -90,7 +90,7 @@ def test_a_launcher_whose_results_are_lost_is_refused_by_every_command(capsys: p
     for path in conf_dir().glob("*.yaml"):
         callbacks = yaml.safe_load(path.read_text("utf-8"))["hydra"]["callbacks"]
         assert callbacks["jobs"] == {"_target_": "dreambooth.sweeps.hydra_callbacks.Jobs"}, path
-    for launcher in ("basic", "sagemaker", "sagemaker_schema"):
+    for launcher in ("basic", "sagemaker", "sagemaker_schema", "slurm"):
         hydra_callbacks.Jobs().on_multirun_start(sweep_config(launcher))
     with pytest.raises(SystemExit, match="1"):
         hydra_callbacks.Jobs().on_multirun_start(sweep_config("submitit_local"))

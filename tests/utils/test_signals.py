@@ -77,6 +77,18 @@ def test_a_second_signal_interrupts_everything() -> None:
         request_stop()
 
 
+def test_slurm_may_send_sigterm_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does so to a job that it preempts without grace time; the run is then in the middle of its checkpoint."""
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    with interrupted("stopped before the first step; repeat the command to continue") as stop:
+        request_stop()
+        request_stop()
+        stop.check()
+    with pytest.raises(KeyboardInterrupt), catch_stop_signals():
+        request_stop()
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_ctrl_c_while_libraries_are_imported_is_a_sentence(tmp_path: Path) -> None:
     """The package's import installs this, before a command imports anything large."""
     def run(name: str, code: str) -> tuple[int, str]:

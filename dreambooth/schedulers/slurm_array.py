@@ -1,0 +1,124 @@
+"""Submits the jobs of a sweep as a job array of Slurm, and follows them. The Hydra launcher uses it."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from dreambooth.errors import EXIT_REPORT_DIR, ConfigError, UserError
+from dreambooth.schedulers import slurm
+from dreambooth.utils import atomic_files
+
+ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
+          "SIGNALING", "STAGE_OUT", "STOPPED", "PREEMPTED"}  # https://slurm.schedmd.com/squeue.html, "job state codes"
+UNKNOWN_JOB = "Invalid job id"  # squeue, some minutes after the end of a job
+REPORTS = "ends"  # folder of the exit reports, one folder for each task
+
+
+@dataclass(frozen=True)
+class Task:
+    """One job of a sweep: the overrides of `python -m dreambooth.train`, and the folder of its run."""
+
+    overrides: Sequence[str]
+    run_dir: Path
+
+
+@dataclass(frozen=True)
+class End:
+    """How a task ended: its objective, or None with an exit code above 0 and a reason in one sentence."""
+
+    objective: float | None
+    code: int = 0
+    reason: str = ""
+
+
+def submit(tasks: Sequence[Task], settings: Mapping[str, Any], folder: Path) -> str:
+    """Submit the tasks as one job array, and return the number of the job.
+
+    Args:
+        settings: the settings of conf/hydra/launcher/slurm.yaml.
+        folder: for the logs and exit reports.
+
+    Raises:
+        ConfigError: a setting has a value that is not possible.
+        UserError: this machine has no sbatch, or Slurm rejects the job.
+    """
+    rules = {f"hydra.launcher.{key} must be 1 or more, not {settings[key]}": settings[key] >= 1 for key in (
+        "nodes", "tasks_per_node", "cpus_per_task", "timeout_min", "max_parallel", "poll_seconds")}
+    if problems := [problem for problem, holds in rules.items() if not holds]:
+        raise ConfigError(*problems)
+    folder.mkdir(parents=True, exist_ok=True)
+    return slurm.sbatch(build_script(tasks, settings, folder),
+                        "type the settings of your cluster, such as hydra.launcher.partition=NAME")
+
+
+def build_script(tasks: Sequence[Task], settings: Mapping[str, Any], folder: Path) -> str:
+    """Build the batch script of the job array. Each task is requeued as in the scripts of workflows/slurm."""
+    optional = {"partition": settings["partition"], "account": settings["account"], "qos": settings["qos"],
+                "gpus-per-node": settings["gpus_per_node"],
+                "mem": f"{settings['mem_gib']}G" if settings["mem_gib"] else None}
+    options = {"job-name": "dreambooth-sweep", "nodes": settings["nodes"],
+               "ntasks-per-node": settings["tasks_per_node"], "cpus-per-task": settings["cpus_per_task"],
+               "time": settings["timeout_min"], "array": f"0-{len(tasks) - 1}%{settings['max_parallel']}",
+               "output": f"{folder}/%a.log", **slurm.RESTART,
+               **{key: value for key, value in optional.items() if value is not None},
+               **settings["additional_parameters"]}
+    python = "python" if settings["image"] else quote(sys.executable)
+    report = (f"export {EXIT_REPORT_DIR}={quote(str(folder / REPORTS))}/$SLURM_ARRAY_TASK_ID\n"
+              f'rm -rf "${EXIT_REPORT_DIR}"; mkdir -p "${EXIT_REPORT_DIR}"\n')  # of an interrupted attempt
+    image = f"IMAGE={quote(settings['image'])}\n" if settings["image"] else ""
+    return "".join([
+        slurm.heading({key: str(value) for key, value in options.items()}), image, slurm.SETUP, "overrides=()\n",
+        slurm.choose_trial([task.overrides for task in tasks]), report, slurm.RUN.replace(" python ", f" {python} ")])
+
+
+def follow(array: str, tasks: Sequence[Task], folder: Path, poll_seconds: float) -> list[End]:
+    """Wait until all tasks of a job array have ended, and return how each of them ended."""
+    states: dict[int, str] = {}  # of tasks that have ended
+    while len(states) < len(tasks):
+        time.sleep(poll_seconds)
+        known = _states(array)
+        ended = {number: known.get(number, "") for number in range(len(tasks))} if known is not None else {}
+        for number, state in ended.items():
+            if state not in ACTIVE and number not in states:
+                states[number] = state
+                print(f"task {number}: {_describe(_end(tasks[number], folder, number, state))}", flush=True)
+    return [_end(task, folder, number, states[number]) for number, task in enumerate(tasks)]
+
+
+def cancel(array: str) -> None:
+    """Cancel a job array. Its runs receive SIGTERM and save their state."""
+    subprocess.run(["scancel", array], capture_output=True, check=False)
+
+
+def _states(array: str) -> dict[int, str] | None:
+    """Return the states of the tasks that Slurm still knows, by number; None if Slurm does not answer."""
+    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%K %T", f"--jobs={array}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        return {} if UNKNOWN_JOB in result.stderr else None
+    pairs = (line.split() for line in result.stdout.splitlines())
+    return {int(pair[0]): pair[1] for pair in pairs if len(pair) == 2 and pair[0].isdecimal()}
+
+
+def _end(task: Task, folder: Path, number: int, state: str) -> End:
+    """Return how a task ended, from the exit reports of its processes, or else from the result of its run."""
+    paths = sorted((folder / REPORTS / str(number)).glob("*.json"))
+    if reports := [report for path in paths if (report := atomic_files.read_object(path))]:
+        report = min(reports, key=lambda report: (not report["meant"], report["rank"]))
+        return End(None, int(report["code"]), str(report["sentence"]))
+    value = (atomic_files.read_object(task.run_dir / "result.json") or {}).get("objective")
+    if isinstance(value, int | float) and math.isfinite(value):
+        return End(float(value))
+    return End(None, UserError.exit_code, f"the job has no result (Slurm: {state or 'unknown state'}): see "
+                                          f"{folder / f'{number}.log'}")
+
+
+def _describe(end: End) -> str:
+    return end.reason if end.objective is None else f"objective {json.dumps(round(end.objective, 6))}"

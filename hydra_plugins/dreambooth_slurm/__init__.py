@@ -1,0 +1,1 @@
+"""Hydra launcher that runs the jobs of a sweep as a job array of Slurm."""
