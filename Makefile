@@ -53,7 +53,7 @@ test-rest: lint
 test-container: $(STAMP)  ## build the CPU image and run it as SageMaker does (installs Docker if it is missing)
 	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest -m container --durations=8
 
-test-services: $(STAMP)  ## a team's MLflow on PostgreSQL and S3, opened in a browser (installs missing programs)
+test-services: $(STAMP)  ## a team's MLflow on PostgreSQL and S3 in a browser, and a Slurm (installs missing programs)
 	@OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest -m services --durations=8
 
 image:  ## build the image for GPUs with Docker (see docs/container.md)
