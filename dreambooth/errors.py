@@ -4,7 +4,7 @@
 |---|---|
 | 0 | done |
 | 1 | user error; the message is one sentence that says what to type |
-| 3 | the run does not fit (VRAM, host memory, disk) |
+| 3 | the run does not fit (VRAM, host memory, disk, budget) |
 | 4 | out of memory while running |
 | 5 | interrupted, state saved |
 | 6 | diverged: non-finite loss, or too many skipped fp16 steps |
@@ -36,7 +36,7 @@ class ConfigError(UserError):
 
 
 class DoesNotFit(DreamBoothError):
-    """The run needs more disk, host memory or VRAM than this machine has."""
+    """The run needs more disk, host memory or VRAM than this machine has, or more time or money than its budget."""
 
     exit_code = 3
 
@@ -48,7 +48,7 @@ class OutOfMemory(DreamBoothError):
 
 
 class Interrupted(DreamBoothError):
-    """The run received SIGTERM or Ctrl-C; everything that can be saved has been saved."""
+    """The run received SIGTERM or Ctrl-C, or its budget is used up; everything that can be saved has been saved."""
 
     exit_code = 5
 

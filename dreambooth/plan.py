@@ -83,6 +83,13 @@ def _show(config: Config) -> None:
           flush=True)
 
 
+def _check_budget_of_sweep() -> None:
+    """Raise DoesNotFit if all runs of the sweep together pass the budget."""
+    usd, hours = zip(*(plan.budgeted for plan in _plans), strict=True)
+    if problem := _plans[0].recipe.budget.shortfall("run", usd, hours):
+        raise DoesNotFit(problem)
+
+
 def main() -> None:
     """Run the console script `dreambooth-plan`."""
     cli.run_hydra_without_folder(plan, Config, "plan")
@@ -91,6 +98,7 @@ def main() -> None:
 
         as_json = any(word == "plan.format=json" for word in sys.argv)
         print(report.plans_as_json(_plans) if as_json else report.format_comparison(_plans))
+        cli.run_job(_check_budget_of_sweep, sweep=False)
     cli.exit_process()
 
 

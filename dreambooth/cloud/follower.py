@@ -13,6 +13,8 @@ from rich.text import Text
 from dreambooth.cloud.job import (
     COMPLETED,
     FAILED,
+    STOP_SECONDS,
+    STOPPED,
     SUBMITTING,
     UNKNOWN,
     WAITING,
@@ -21,6 +23,7 @@ from dreambooth.cloud.job import (
     JobState,
     LoginRequired,
     QuotaExceeded,
+    Spending,
     Unreachable,
 )
 from dreambooth.errors import DreamBoothError, Interrupted, UserError
@@ -39,13 +42,14 @@ class Follower:
         poll_seconds: pause between two polls of all running jobs.
         stop_on_interrupt: effect of Ctrl-C on running jobs. True: stop them; False: leave them running.
         follow_hint: a phrase that tells the user how to follow the running jobs again. Messages contain this phrase.
+        spending: the budget of the sweep. If it is about to be passed, running jobs are stopped; None: no budget.
         sleep: waits for a number of seconds; tests pass a substitute.
         clock: returns the current time in seconds; tests pass a substitute.
     """
 
     def __init__(self, backend: Backend, jobs: Sequence[Job], *, max_parallel: int, poll_seconds: float,
-                 stop_on_interrupt: bool, follow_hint: str, sleep: Callable[[float], None] = time.sleep,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 stop_on_interrupt: bool, follow_hint: str, spending: Spending | None = None,
+                 sleep: Callable[[float], None] = time.sleep, clock: Callable[[], float] = time.monotonic) -> None:
         self.jobs, self.states = list(jobs), [JobState() for _ in jobs]
         self._backend, self._max_parallel, self._poll_seconds = backend, max_parallel, poll_seconds
         self._stop_on_interrupt, self._follow_hint, self._sleep, self._clock = (
@@ -54,6 +58,9 @@ class Follower:
         self._last_lines = [""] * len(self.jobs)  # for each job, the line that was last printed
         self._last_answer = clock()
         self._printed_errors: set[str] = set()
+        self._spending = spending
+        self.over_budget = ""  # which limit was reached, once it is
+        self._to_stop: set[int] = set()  # jobs that must be asked to stop, because the limit was reached
 
     def run(self) -> list[JobState]:
         """Submit all jobs, poll them until all have ended, and return their final states in the order of `jobs`.
@@ -89,6 +96,8 @@ class Follower:
                 self._set_state(number, self._backend.poll(job))
             except (Unreachable, DreamBoothError) as error:
                 answered = self._handle_no_answer(error)
+        if self._spending:
+            answered &= self._keep_budget(self._spending)
         exhausted: set[str] = set()  # instance types whose quota is used up
         for number, job in enumerate(self.jobs):
             if not answered:
@@ -99,13 +108,43 @@ class Follower:
             self._printed_errors.clear()
         return answered
 
+    def _keep_budget(self, spending: Spending) -> bool:
+        """Stop all jobs if the budget is about to be passed. Return False if the backend did not answer.
+
+        Jobs that wait are not started any more. A job that is asked to stop saves, and ends after some polls.
+        """
+        margin = self._poll_seconds + STOP_SECONDS
+        if not self.over_budget and (limit := spending.passed(self.jobs, self.states, margin)):
+            self.over_budget = limit
+            self._console.say(f"{limit}: the running jobs are stopped, and no other job is started")
+            self._to_stop = set(self._running())
+        waiting = [number for number, state in enumerate(self.states) if state.status == WAITING]
+        if not self.over_budget and waiting and not self._running() and not spending.holds(
+                self.jobs[waiting[0]], self.jobs, self.states):
+            self.over_budget = "the rest of the budget does not hold another job"
+        if not self.over_budget:
+            return True
+        not_started = JobState(STOPPED, billed_seconds=0.0, reason=f"it was not started: {self.over_budget}")
+        for number in waiting:
+            self._set_state(number, not_started)
+        for number in tuple(self._to_stop):
+            try:
+                running = self._backend.stop(self.jobs[number])
+            except (Unreachable, DreamBoothError) as error:
+                return self._handle_no_answer(error)
+            self._to_stop.remove(number)
+            if not running and self.states[number].status == SUBMITTING:
+                self._set_state(number, not_started)
+        return True
+
     def _submit(self, number: int, job: Job, exhausted: set[str]) -> bool:
         """Submit a job if fewer than max_parallel jobs are running. Return False if the backend did not answer.
 
         If the quota of the job's instance type is used up, add the type to `exhausted`.
         """
         running = sum(state.may_be_billed for other, state in enumerate(self.states) if other != number)
-        if running >= self._max_parallel:
+        if running >= self._max_parallel or (
+                self._spending and running and not self._spending.holds(job, self.jobs, self.states)):
             return True
         self.states[number] = JobState(SUBMITTING)  # set first: from here on the job may be billed, whatever happens
         try:

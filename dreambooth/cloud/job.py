@@ -1,7 +1,11 @@
-"""Defines jobs of a sweep, states of jobs, the interface of backends, and the exceptions that backends raise."""
+"""Defines jobs of a sweep, states of jobs, what they cost, the interface of backends, and exceptions of backends."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from dreambooth.config.hardware import RunBudget
+from dreambooth.errors import ConfigError, DoesNotFit
 
 WAITING, SUBMITTING, RUNNING, COMPLETED, FAILED, STOPPED, UNKNOWN = (
     "Waiting", "Submitting", "InProgress", "Completed", "Failed", "Stopped", "Unknown")
@@ -21,6 +25,7 @@ class Job:
     estimate_usd: float | None = None  # the planner's estimate; None: unknown
     estimate_seconds: float | None = None
     defaults: tuple[str, ...] = ()  # one line per part of the request that comes from the SageMaker SDK's defaults
+    spot_usd_hour: float | None = None  # price per hour of all the job's spot instances, if it has them; None: unknown
 
     @property
     def spot(self) -> bool:
@@ -57,12 +62,77 @@ class JobState:
     def cost_usd(self, job: Job) -> float | None:
         """Return the cost of a job in US dollars; None if the price is unknown.
 
-        If the job has ended, this is the billed cost. Otherwise it is the cost so far. For a spot instance, the cost
-        so far is an upper bound, because it is computed from the on-demand price.
+        If the job has ended, this is the billed cost. Otherwise it is the cost so far. For a spot instance whose
+        price the user has not given, the cost so far is an upper bound, computed from the on-demand price.
         """
         if job.usd_hour is None:
             return None
-        return (self.seconds if self.billed_seconds is None else self.billed_seconds) / 3600 * job.usd_hour
+        if self.billed_seconds is None:
+            return self.seconds / 3600 * (job.spot_usd_hour or job.usd_hour)
+        return self.billed_seconds / 3600 * job.usd_hour  # AWS bills less time of a spot instance
+
+
+STOP_SECONDS = 120.0  # in which SageMaker lets a stopped job save
+
+
+@dataclass
+class Spending:
+    """The budget of a sweep, and what the jobs of its earlier batches have used."""
+
+    budget: RunBudget
+    usd: float = 0.0
+    hours: float = 0.0
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Check the estimates of jobs before the first of them is submitted.
+
+        Raises:
+            ConfigError: the price of a job is unknown, so that budget.max_usd cannot be kept.
+            DoesNotFit: the jobs need more than is left; the message says how many of them fit.
+        """
+        if self.budget.max_usd is not None and any(job.usd_hour is None for job in jobs):
+            raise ConfigError(f"budget.max_usd={self.budget.max_usd:g} cannot be kept, because the price of a job is "
+                              "unknown: type hydra.launcher.price_usd_hour=PRICE, or budget.max_hours=HOURS")
+        hours = [None if job.estimate_seconds is None else job.estimate_seconds / 3600 for job in jobs]
+        if problem := self.budget.shortfall("job", [job.estimate_usd for job in jobs], hours, self.usd, self.hours):
+            raise DoesNotFit(f"{problem}; nothing was submitted")
+
+    def passed(self, jobs: Sequence[Job], states: Sequence["JobState"], margin: float) -> str:
+        """Return the limit that running jobs would pass within `margin` seconds, and what is used; "" if there is none.
+
+        Args:
+            margin: seconds until the jobs would have stopped, for which they are billed.
+        """
+        running = [job for job, state in zip(jobs, states, strict=True) if state.may_be_billed]
+        more = margin / 3600
+        usd, hours = self._used(jobs, states)
+        for key, limit, used, rest, text in (
+                ("max_usd", self.budget.max_usd, usd, more * sum(job.spot_usd_hour or job.usd_hour or 0.0
+                                                                 for job in running), f"${usd:.2f}"),
+                ("max_hours", self.budget.max_hours, hours, more * len(running), f"{hours:.2f} h")):
+            if limit is not None and used + rest >= limit:
+                return f"budget.{key}={limit:g} is used up ({text})"
+        return ""
+
+    def holds(self, job: Job, jobs: Sequence[Job], states: Sequence["JobState"]) -> bool:
+        """Return whether the budget holds one more job beside the estimates of those that run."""
+        usd, hours = self._used(jobs, states)
+        usds, times = [job.estimate_usd or 0.0], [(job.estimate_seconds or 0.0) / 3600]
+        for other, state in zip(jobs, states, strict=True):
+            if state.may_be_billed and other is not job:
+                usds.append(max(0.0, (other.estimate_usd or 0.0) - (state.cost_usd(other) or 0.0)))
+                times.append(max(0.0, (other.estimate_seconds or 0.0) - state.seconds) / 3600)
+        return not self.budget.shortfall("job", [sum(usds)], [sum(times)], usd, hours)
+
+    def add(self, jobs: Sequence[Job], states: Sequence["JobState"]) -> None:
+        """Add what the jobs of a batch have used, before the next batch."""
+        self.usd, self.hours = self._used(jobs, states)
+
+    def _used(self, jobs: Sequence[Job], states: Sequence["JobState"]) -> tuple[float, float]:
+        """Return US dollars and hours of all batches."""
+        pairs = list(zip(jobs, states, strict=True))
+        return (self.usd + sum(state.cost_usd(job) or 0.0 for job, state in pairs),
+                self.hours + sum(max(state.seconds, state.billed_seconds or 0.0) for _, state in pairs) / 3600)
 
 
 class QuotaExceeded(Exception):

@@ -8,14 +8,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dreambooth.cloud import job_inputs, sdk_defaults, secrets
-from dreambooth.cloud.job import Job
+from dreambooth.cloud.job import Job, Spending
 from dreambooth.cloud.job_inputs import Inputs
 from dreambooth.cloud.training_job_request import (
     JobSettings,
@@ -25,6 +25,7 @@ from dreambooth.cloud.training_job_request import (
     is_local_uri,
     job_name,
 )
+from dreambooth.config.hardware import RunBudget
 from dreambooth.config.launcher import LauncherJob
 from dreambooth.config.recipe import resolve
 from dreambooth.config.schema import Config
@@ -69,16 +70,33 @@ def find_credentials(composed: Sequence[LauncherJob], sweep: str) -> list[str]:
     return problems
 
 
-def prepare_jobs(composed: Sequence[LauncherJob], sweep: str, backend: Any, mode: str) -> list[Job]:
+def read_budget(composed: Sequence[LauncherJob]) -> RunBudget:
+    """Return the budget of a sweep.
+
+    Raises:
+        ConfigError: a limit is not valid, or the sweep varies the budget.
+    """
+    budgets = [job.budget for job in composed]
+    if any(budget != budgets[0] for budget in budgets):
+        raise ConfigError("the budget is that of all jobs of the sweep together, and cannot vary between them: type "
+                          "one value for each key of budget")
+    return budgets[0] if budgets else RunBudget()
+
+
+def prepare_jobs(composed: Sequence[LauncherJob], sweep: str, backend: Any, mode: str,
+                 check: Callable[[list[Job]], None] | None = None) -> list[Job]:
     """Check and build all jobs of a sweep, upload their inputs, and return the jobs, which are ready to be submitted.
 
     Args:
         composed: the jobs, as Hydra composed them.
         backend: the object that will submit the jobs, to SageMaker or to Docker.
         mode: hydra.launcher.mode, aws or docker.
+        check: called with the jobs before anything is uploaded; raises if they pass the budget. None: check the budget
+            of these jobs alone.
 
     Raises:
         ConfigError: jobs have problems; the message has one line per problem. Nothing was uploaded or submitted.
+        DoesNotFit: the jobs pass the budget. Nothing was uploaded or submitted.
     """
     problems: list[str] = []
     checked: list[tuple[LauncherJob, Config, dict[str, Any]]] = []
@@ -94,6 +112,7 @@ def prepare_jobs(composed: Sequence[LauncherJob], sweep: str, backend: Any, mode
     jobs = [_build_job(*item, sweep, backend, mode, inputs, defaults) for item in checked]
     _raise_if_any([f"job {job.number}: {problem}" for job in jobs for problem in (
         *backend.find_problems(job.request), *(secrets.find_credentials(job.request) if job.defaults else ()))])
+    (check or Spending(read_budget(composed)).check)(jobs)
     inputs.upload()
     return [_build_job(*item, sweep, backend, mode, inputs, defaults, submit=True) for item in checked]
 
@@ -111,6 +130,8 @@ def describe_jobs(jobs: Sequence[Job], mode: str = "aws") -> Iterator[str]:
         cost = "" if job.estimate_usd is None else f", about ${job.estimate_usd:.2f}"
         hours = "" if job.estimate_seconds is None else f" for {job.estimate_seconds / 3600:.1f} h"
         spot = "spot, at most " if job.spot else ""
+        if job.spot_usd_hour is not None:
+            spot, price = "spot, ", f"${job.spot_usd_hour:.4g}/h"
         yield (f"{job.name}  {resources['InstanceCount']} x {resources['InstanceType']}  {spot}{price}{hours}{cost}  "
                f"{mask_urls(' '.join(job.overrides))}")
     costs = [job.estimate_usd for job in jobs if job.estimate_usd is not None]
@@ -183,6 +204,9 @@ def _run_planner(job: LauncherJob) -> dict[str, Any]:
         print("torch is not installed here: it is not checked whether the jobs fit in memory", flush=True)
         return {}
     overrides = [override for override in job.overrides if S3_SCHEME not in override]
+    rate = job.budget.interruptions_per_hour
+    if rate is not None and job.spot_price_usd_hour is not None:
+        overrides.append(f"budget.interruptions_per_hour={rate:g}")
     planner = subprocess.run([sys.executable, *PLANNER_ARGUMENTS, *overrides], capture_output=True, text=True,
                              check=False, env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"})
     try:
@@ -206,6 +230,12 @@ def _build_job(composed: LauncherJob, run: Config, plan: Mapping[str, Any], swee
             before gets a new name.
     """
     settings, number, overrides = _job_settings(composed), composed.number, composed.overrides
+    price, spot_usd_hour = composed.price_usd_hour, None
+    usd_hour = None if price is None or mode == "docker" else price * settings.instance_count
+    if settings.spot and usd_hour is not None and composed.spot_price_usd_hour is not None:
+        spot_usd_hour = composed.spot_price_usd_hour * settings.instance_count
+    allowed, _ = composed.budget.hours(spot_usd_hour or usd_hour)  # AWS itself stops a job that alone passes the budget
+    settings = replace(settings, max_run_hours=max(min(settings.max_run_hours, allowed), 1 / 3600))
     channels, contents = inputs.channels(run, settings.s3), inputs.contents(run)
     hyperparameters = build_hyperparameters(overrides, channels, sweep, composed.run_name,
                                             settings.mlflow_uri if run.tracking.uri is None else None)
@@ -218,11 +248,10 @@ def _build_job(composed: LauncherJob, run: Config, plan: Mapping[str, Any], swee
     request = build_request(settings, name, sweep, hyperparameters, channels, composed.disk_gib, plan.get("disk_gib"),
                             first_name)
     request, added = sdk_defaults.apply(request, defaults, has_own_disk=composed.disk_gib is not None)
-    price = composed.price_usd_hour
-    usd_hour = None if price is None or mode == "docker" else price * settings.instance_count
-    seconds = plan.get("run_seconds")
-    cost = None if seconds is None or usd_hour is None else seconds / 3600 * usd_hour
-    return Job(number, name, overrides, request, run.train.max_train_steps, usd_hour, cost, seconds, added)
+    seconds = plan.get("run_seconds" if spot_usd_hour is None else "spot_seconds")
+    cost = None if seconds is None or usd_hour is None else seconds / 3600 * (spot_usd_hour or usd_hour)
+    return Job(number, name, overrides, request, run.train.max_train_steps, usd_hour, cost, seconds, added,
+               spot_usd_hour)
 
 
 def _job_settings(composed: LauncherJob) -> JobSettings:

@@ -9,7 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dreambooth.config.compose import composed, conf_dir, load
-from dreambooth.config.schema import Config
+from dreambooth.config.schema import Config, RunBudget
+from dreambooth.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -17,20 +18,40 @@ class LauncherJob:
     """One job of a sweep, as Hydra composed it."""
 
     number: int  # position in the sweep
-    overrides: tuple[str, ...]  # as the user typed them, without overrides of Hydra's own settings
+    overrides: tuple[str, ...]  # as the user typed them, without overrides of Hydra's own settings and of the budget
     launcher: Mapping[str, Any]  # settings in conf/hydra/launcher/sagemaker.yaml
     price_usd_hour: float | None  # on-demand price per hour of one instance of the job; None: unknown
     disk_gib: float | None  # size of the instance's own disk; None: it has none, or the size is unknown
     run_name: str | None  # name of the run in MLflow; None: its default
     _config: DictConfig = field(repr=False)
 
+    @property
+    def spot_price_usd_hour(self) -> float | None:
+        """The price per hour of a spot instance that the user has typed; None: unknown."""
+        price: float | None = self._config.hardware.spot_price_usd_hour
+        return price
+
+    @property
+    def budget(self) -> RunBudget:
+        """The budget, which is that of the whole sweep.
+
+        Raises:
+            ConfigError: a limit is not valid.
+        """
+        try:
+            return RunBudget(**OmegaConf.to_container(self._config.budget))  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ConfigError(*str(error).splitlines()) from None
+
     def load_run(self) -> Config:
-        """Return the configuration of the job's run.
+        """Return the configuration of the job's run, which has no budget of its own.
 
         Raises:
             ConfigError: as `config.compose.load`.
         """
-        return load(without_hydra(self._config))
+        config = load(without_hydra(self._config))
+        config.budget = RunBudget()
+        return config
 
 
 def read_job(config: DictConfig, run_name: str | None = None) -> LauncherJob:
@@ -41,8 +62,9 @@ def read_job(config: DictConfig, run_name: str | None = None) -> LauncherJob:
         run_name: name of the run in MLflow; None: its default.
     """
     launcher: dict[str, Any] = OmegaConf.to_container(config.hydra.launcher, resolve=True)  # type: ignore[assignment]
-    return LauncherJob(config.hydra.job.num, tuple(config.hydra.overrides.task), launcher,
-                       _instance_value(config, "price_usd_hour"), _instance_value(config, "disk_gib"), run_name, config)
+    overrides = tuple(word for word in config.hydra.overrides.task if not word.lstrip("+").startswith("budget."))
+    return LauncherJob(config.hydra.job.num, overrides, launcher, _instance_value(config, "price_usd_hour"),
+                       _instance_value(config, "disk_gib"), run_name, config)
 
 
 def compose_job(overrides: Sequence[str], number: int = 0) -> LauncherJob:

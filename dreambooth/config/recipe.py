@@ -6,7 +6,7 @@ A Recipe is immutable, and determines the run completely. Imports neither torch 
 import json
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from dreambooth.config.schema import (
     Optimizer,
     Precision,
     Prior,
+    RunBudget,
     Sample,
     Tracking,
     Train,
@@ -91,6 +92,7 @@ class Recipe:
     overrides: tuple[str, ...] = ()
     fixed_length: bool = False
     validation_dir: Path | None = None
+    budget: RunBudget = field(default_factory=RunBudget)
 
     @property
     def instance_prompt(self) -> str:
@@ -255,12 +257,12 @@ class Recipe:
         """Return every setting as a string, by its key in overrides, such as train.learning_rate.
 
         User info and queries of URLs are masked. The group tracking is left out, because the address of the MLflow
-        server may contain a password.
+        server may contain a password. The group budget is left out, because it says nothing about the result.
         """
         flat = {"name": self.name, "device": self.device, "sample_prompts": json.dumps(self.sample_prompts)}
         for item in fields(self):
             section = getattr(self, item.name)
-            if isinstance(section, Section) and not isinstance(section, Tracking):
+            if isinstance(section, Section) and not isinstance(section, Tracking | RunBudget):
                 flat |= _flatten(item.name, section)
         return {key: value if "prompt" in key else mask_urls(value) for key, value in flat.items()}
 

@@ -22,6 +22,7 @@ from dreambooth.config.enums import (
 )
 from dreambooth.config.evaluate import Evaluate
 from dreambooth.config.hardware import Hardware as Hardware
+from dreambooth.config.hardware import RunBudget as RunBudget
 from dreambooth.config.memory import Memory as Memory
 from dreambooth.config.method import Method as Method
 from dreambooth.config.section import Section, finite, require
@@ -321,4 +322,5 @@ class Config:
     evaluate: Evaluate = field(default_factory=Evaluate)
     tracking: Tracking = field(default_factory=Tracking)
     storage: Storage = field(default_factory=Storage)
+    budget: RunBudget = field(default_factory=RunBudget)
     plan: Plan = field(default_factory=Plan)

@@ -21,6 +21,7 @@ from dreambooth.config.enums import (
     Rounding,
     Weights,
 )
+from dreambooth.config.hardware import budget_problems
 from dreambooth.config.method import LYCORIS, prompt_problems
 from dreambooth.config.schema import Config, StopWhen, Tracking
 from dreambooth.utils import quoting
@@ -50,6 +51,7 @@ def problems(config: Config, device: str, machine: Machine | None) -> Iterator[s
     if config.evaluate.promote and not config.tracking.kind.uses_mlflow:
         yield "evaluate.promote=true registers in MLflow: type tracking=mlflow"
     yield from _tracking_problems(config.tracking, machine)
+    yield from budget_problems(config.budget, config.hardware)
     yield from _adapter_problems(config, device, machine)
     if config.method.low_rank:
         yield from _new_token_problems(config)

@@ -7,6 +7,7 @@ not been created: an endpoint that costs money would be reported as failed.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeVar
 
 from dreambooth.cloud import request_validation
@@ -45,6 +46,7 @@ class EndpointState:
     reason: str = ""  # SageMaker's reason of a failure
     instances: int | None = None  # that run
     is_async: bool = False
+    created: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class EndpointBackend:
             endpoint, found["EndpointArn"], found["EndpointStatus"], found.get("EndpointConfigName", ""),
             found.get("PendingDeploymentSummary", {}).get("EndpointConfigName"), found.get("FailureReason", ""),
             sum(item.get("CurrentInstanceCount", 0) for item in variants) if variants else None,
-            "AsyncInferenceConfig" in found)
+            "AsyncInferenceConfig" in found, found.get("CreationTime"))
 
     def is_owned(self, state: EndpointState) -> bool:
         """Return whether the endpoint was created by this package: it has the tag OWNER_TAG with its own name."""

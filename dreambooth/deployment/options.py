@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from dreambooth.config.hardware import Budget
 from dreambooth.config.section import Section, finite, require
 from dreambooth.config.storage import is_s3_folder
 
@@ -89,6 +90,7 @@ class Deploy(Section):
     secret: str | None = None
     poll_seconds: float = 15.0
     timeout_minutes: float = 60.0
+    budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
         if self.kind == Kind.serverless:
@@ -130,6 +132,7 @@ class Deploy(Section):
             "concurrent": ((1 <= self.concurrent <= 1000) if self.is_async else self.concurrent == DEFAULT_CONCURRENT,
                            f"from 1 to 1000 with kind=async, and else left out, not {self.concurrent}"),
             "success_topic": (self.success_topic is None or self.is_async, "null unless kind=async"),
+            "budget": (not self.budget.limits or self.action is Action.deploy, "left out unless action=deploy"),
             "error_topic": (self.error_topic is None or self.is_async, "null unless kind=async"),
         })
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dreambooth.cloud import secrets
-from dreambooth.deployment import defaults, instances
+from dreambooth.deployment import budget, defaults, instances
 from dreambooth.deployment.autoscaler import Autoscaler
 from dreambooth.deployment.endpoint_backend import (
     BROKEN,
@@ -72,7 +72,7 @@ class Deployment(EndpointChanges):
         read_server_options(options.environment)
         model = find_model(options)
         instance = instances.choose(options, self.predict(model, options))
-        for line in instances.describe_cost(options, instance):
+        for line in (*instances.describe_cost(options, instance), *budget.describe(options, instance)):
             self.say(line)
         version = build_version(options, model.artifact, instance.type, instance.has_own_disk, instance.has_gpu,
                                 (sections.model, sections.config), instance.need.memory if instance.need else None)
@@ -83,12 +83,23 @@ class Deployment(EndpointChanges):
         if options.volume_gib and instance.has_own_disk:
             self.say(f"volume_gib is not used: {instance.type} has a disk of its own")
         state = self.settle(self.find_own())
+        budget.check_left(options, instance, state)
         self._require_idle(state, version)
         if state is not None:
             self.check_foreign_scaling(state, instance.type, version.scaling)
         for upload in model.uploads:
             upload.run(Console())
         self._bring_up(version, state, instance)
+        if options.budget.limits:
+            self._keep_budget(instance.usd_hour)
+
+    def _keep_budget(self, usd_hour: float | None) -> None:
+        """Wait until the budget is used up, then delete the endpoint and everything that belongs to it."""
+        with self.reporting("Watching the budget of") as mark:
+            mark.exists = True
+            self.say(f"{budget.watch(self.backend, self.name, self.options.budget, usd_hour, self.pace)}: "
+                     f"{self.name} is deleted")
+        self.delete()
 
     def _check(self, version: Version, instance: Instance) -> None:
         """Check the requests and the price before anything is uploaded or created."""
@@ -99,6 +110,7 @@ class Deployment(EndpointChanges):
         problems = [problem for kind, request in requests.items()
                     for problem in self.backend.find_problems(kind, request)]
         problems += instances.find_price_problems(self.options, instance)
+        problems += budget.find_problems(self.options, instance)
         if problems:
             raise ConfigError(*dict.fromkeys(problems))
 

@@ -14,7 +14,7 @@ from dreambooth.planner.memory_options import list_memory_options
 from dreambooth.planner.prediction import STEP_PHASES, Prediction
 from dreambooth.planner.serving_plan import ServingPlan, format_serving, serving_as_dicts
 from dreambooth.planner.skeleton_models import describe_adapter
-from dreambooth.planner.time_and_cost import Estimate, disk_gib, estimate, host_gib
+from dreambooth.planner.time_and_cost import Estimate, budgeted, disk_gib, estimate, host_gib
 from dreambooth.planner.trace_replay import memory_curve
 from dreambooth.runs.report import describe_trained_weights
 from dreambooth.utils.hardware import GIB
@@ -48,7 +48,7 @@ class Plan:
     def shortfall(self) -> str:
         """An error message that names the insufficient resource and the overrides to type; empty if the run fits.
 
-        If several resources are insufficient, the message names the first: card, then host memory, then disk.
+        If several resources are insufficient, the message names the first: card, host memory, disk, then the budget.
         """
         recipe, hardware = self.recipe, self.recipe.hardware
         if _exceeds(self.card_gib, hardware.usable_vram_gib):
@@ -61,7 +61,12 @@ class Plan:
                  "checkpoint.keep=1, or hardware.instance_type and hardware.disk_gib of a machine with a larger disk")):
             if _exceeds(needed, available):
                 return f"this run needs {needed:.1f} GiB of {resource} and the machine has {available:g}: type {advice}"
-        return ""
+        return recipe.budget.shortfall("run", [self.budgeted[0]], [self.budgeted[1]])
+
+    @property
+    def budgeted(self) -> tuple[float | None, float | None]:
+        """The cost in US dollars and the hours of the run that count for its budget; None: unknown."""
+        return budgeted(self.recipe, self.estimate)
 
     @property
     def estimate(self) -> Estimate:
@@ -95,7 +100,8 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             for option in list_memory_options(recipe, prediction)]},
         "step_flops": prediction.step_flops, "step_seconds": _round(time.step_seconds),
         "run_seconds": _round(time.run_seconds), "price_usd": _round(time.price_usd),
-        "spot_price_usd": _round(time.spot_price_usd), "serving": serving_as_dicts(plan.serving),
+        "spot_price_usd": _round(time.spot_price_usd), "spot_seconds": _round(time.spot_seconds),
+        "serving": serving_as_dicts(plan.serving),
     }
 
 
@@ -218,7 +224,14 @@ def _cost_lines(plan: Plan) -> list[str]:
         lines.append(f"about ${time.price_usd:.2f} on {hardware.instance_type} at ${hardware.price_usd_hour:g}/h "
                      "(us-east-1, as quoted in 2026-11)")
     if time.spot_price_usd is not None:
-        lines.append(f"about ${time.spot_price_usd:.2f} at your spot price of ${hardware.spot_price_usd_hour:g}/h")
+        rate = plan.recipe.budget.interruptions_per_hour
+        longer = f" and {rate:g} interruptions per hour, in {_format_duration(time.spot_seconds)}" if rate else ""
+        lines.append(f"about ${time.spot_price_usd:.2f} at your spot price of ${hardware.spot_price_usd_hour:g}/h"
+                     + longer)
+    if plan.recipe.budget.limits:
+        limits = ", ".join(f"{key}={value:g}" for key, value in plan.recipe.budget.limits.items())
+        within = plan.recipe.budget.shortfall("run", [plan.budgeted[0]], [plan.budgeted[1]])
+        lines.append(f"{limits}: {'DOES NOT FIT' if within else 'fits'}")
     return lines
 
 

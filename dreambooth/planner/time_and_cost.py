@@ -11,6 +11,7 @@ overhead. Published speeds of the L40S confirm the share in half precision, and 
 file does not import torch.
 """
 
+import math
 from dataclasses import dataclass
 
 from dreambooth.config.enums import BaseWeights, Dtype, EmaDevice, OptimizerKind
@@ -57,13 +58,15 @@ class Estimate:
     run_seconds: float | None
     price_usd: float | None
     spot_price_usd: float | None
+    spot_seconds: float | None = None  # of the run with the interruptions that are expected on a spot instance
 
 
 def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estimate:
     """Estimate the time and price of the whole run.
 
     The estimate includes start-up, class images, the loss on held-out photos, samples and the images for evaluation,
-    but not the scoring of images, and not that train.stop_when may end the run earlier.
+    but not the scoring of images, and not that train.stop_when may end the run earlier. Interruptions
+    (budget.interruptions_per_hour) make a run on a spot instance longer.
     """
     if card is None:
         return Estimate(None, None, None, None)
@@ -96,10 +99,46 @@ def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estim
         count += len(recipe.base_image_texts) * recipe.evaluate.images_per_prompt
         seconds += count * (denoise * recipe.sample.num_inference_steps + decode)
 
-    def price(per_hour: float | None) -> float | None:
-        return None if per_hour is None else seconds / 3600 * per_hour
+    saved_every = step * (recipe.checkpoint.every or recipe.train.max_train_steps)
+    on_spot = seconds_with_interruptions(seconds, saved_every, START_UP, recipe.budget.interruptions_per_hour or 0.0)
 
-    return Estimate(step, seconds, price(recipe.hardware.price_usd_hour), price(recipe.hardware.spot_price_usd_hour))
+    def price(per_hour: float | None, duration: float) -> float | None:
+        return None if per_hour is None else duration / 3600 * per_hour
+
+    return Estimate(step, seconds, price(recipe.hardware.price_usd_hour, seconds),
+                    price(recipe.hardware.spot_price_usd_hour, on_spot), on_spot)
+
+
+def budgeted(recipe: Recipe, time: Estimate) -> tuple[float | None, float | None]:
+    """Return the cost in US dollars and the hours of a run that count for its budget; None: unknown.
+
+    They are those on a spot instance if budget.interruptions_per_hour is set.
+    """
+    on_spot = recipe.budget.interruptions_per_hour is not None
+    seconds = time.spot_seconds if on_spot else time.run_seconds
+    return time.spot_price_usd if on_spot else time.price_usd, None if seconds is None else seconds / 3600
+
+
+def seconds_with_interruptions(seconds: float, saved_every: float, restart: float, per_hour: float) -> float:
+    """Return the expected seconds of a run whose instance is taken away at random and replaced.
+
+    The formula is that of Daly 2006 (Future Generation Computer Systems 22, 303-312) without the time of saving: with a
+    mean time M between interruptions, M e^(restart / M) (e^(saved_every / M) - 1) / saved_every times as long. Work
+    since the last checkpoint counts as lost. This is an upper bound: AWS announces an interruption two minutes before,
+    in which most runs save. Waiting for another instance costs nothing and is not counted.
+
+    Args:
+        seconds: of the run without interruptions.
+        saved_every: seconds between two checkpoints.
+        restart: seconds from the start of another instance until training continues.
+        per_hour: expected interruptions per hour.
+    """
+    if not per_hour:
+        return seconds
+    between = 3600 / per_hour
+    interval = min(saved_every, seconds)
+    growth = math.expm1(min(interval / between, 20.0))  # above 20, the run practically never ends
+    return seconds * between / interval * math.exp(restart / between) * growth
 
 
 def step_seconds(recipe: Recipe, prediction: Prediction, card: Card, flops: float = 1.0) -> float:

@@ -1,4 +1,4 @@
-"""Stop requests: signals that make a run save its state and stop.
+"""Stop requests: signals and deadlines that make a run save its state and stop.
 
 The first SIGTERM (from spot instances, Kubernetes, SageMaker) or Ctrl-C is a stop request. A second signal interrupts
 the run at once, except for a second SIGTERM under Slurm.
@@ -22,15 +22,17 @@ class _Abandoned(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Records whether a signal requested that the run stops.
+    """Records whether a signal or a deadline requested that the run stops.
 
     Attributes:
-        signal_name: name of the signal that was received, such as SIGTERM; None before the first signal.
+        signal_name: name of the signal that was received, such as SIGTERM, or the reason of a `deadline` that has
+            passed; None before.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self._at_once = False  # whether a block of `at_once` is running
+        self._by_deadline = False  # whether the stop was requested by a deadline, and no signal has been received
 
     def receive(self, number: int) -> None:
         """Record a signal. Inside a block of `at_once`, also end the block.
@@ -41,13 +43,37 @@ class StopRequest:
         Raises:
             KeyboardInterrupt: a block of `at_once` is running and is ended, or a signal was received before this one.
         """
-        if self.signal_name:
+        if self.signal_name and not self._by_deadline:
             if number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ:
                 return
             raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
+        self._by_deadline = False
+        self._request(self.signal_name or signal.Signals(number).name)
+
+    def _request(self, reason: str) -> None:
+        self.signal_name = reason
         if self._at_once:
             raise _Abandoned
+
+    @contextmanager
+    def deadline(self, seconds: float, reason: str) -> Iterator[None]:
+        """Context manager that requests a stop after `seconds`, as a first signal does. It uses SIGALRM.
+
+        Args:
+            reason: what the user is told in place of the name of a signal.
+        """
+        def handle(number: int, frame: FrameType | None) -> None:
+            if not self.signal_name:
+                self._by_deadline = True
+                self._request(reason)
+
+        previous = signal.signal(signal.SIGALRM, handle)
+        signal.setitimer(signal.ITIMER_REAL, min(max(seconds, 1e-3), 1e8))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
 
     def check(self) -> None:
         """Raise Interrupted if a stop was requested. Called before the first step, when there is nothing to save."""

@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from dreambooth.cloud import sweep_results
 from dreambooth.cloud.docker_backend import DockerBackend
 from dreambooth.cloud.follower import Follower
-from dreambooth.cloud.job import COMPLETED, FAILED, Job, JobState
-from dreambooth.cloud.job_preparation import check_numbers, describe_jobs, is_sweep_name, prepare_jobs
+from dreambooth.cloud.job import COMPLETED, FAILED, STOPPED, Job, JobState, Spending
+from dreambooth.cloud.job_preparation import check_numbers, describe_jobs, is_sweep_name, prepare_jobs, read_budget
 from dreambooth.cloud.sagemaker_backend import SageMakerBackend
 from dreambooth.config.launcher import LauncherJob, without_hydra
 from dreambooth.errors import ConfigError, DreamBoothError, Interrupted
@@ -167,7 +167,9 @@ def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig],
         max_parallel = backend.limit_parallel(max_parallel)
     else:
         backend = SageMakerBackend()
-    all_jobs = prepare_jobs(composed, sweep.name, backend, settings["mode"])
+    spending = sweep.spending = sweep.spending or Spending(read_budget(composed))
+    all_jobs = prepare_jobs(composed, sweep.name, backend, settings["mode"],
+                            lambda jobs: spending.check(sweep_results.jobs_to_run(jobs, sweep.done)))
     jobs = sweep_results.jobs_to_run(all_jobs, sweep.done)
     print("\n".join(describe_jobs(jobs, settings["mode"])), flush=True)
     follow_hint = (
@@ -179,17 +181,26 @@ def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig],
         if max_parallel < settings["max_parallel"] and len(jobs) > 1:
             print("one job at a time: each uses all GPUs of this machine", flush=True)
     follower = Follower(backend, jobs, max_parallel=max_parallel, poll_seconds=settings["poll_seconds"],
-                        stop_on_interrupt=settings["on_interrupt"] == "stop", follow_hint=follow_hint)
+                        stop_on_interrupt=settings["on_interrupt"] == "stop", follow_hint=follow_hint,
+                        spending=spending if spending.budget.limits else None)
     try:
         states = [sweep_results.fail_without_objective(state) for state in follower.run()]
     except DreamBoothError:
         _report_partial(sweep, jobs, [sweep_results.fail_without_objective(state) for state in follower.states])
         raise
+    spending.add(jobs, states)
     all_jobs, states = sweep_results.share_results(all_jobs, jobs, states, sweep.done)
     try:
         _report(sweep, all_jobs, states, configs[0])
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted while results were written; all jobs have ended: {follow_hint}") from None
+    stopped = sum(state.status == STOPPED for state in states)
+    if follower.over_budget and stopped:
+        again = "" if uses_optuna(sweep.config) else (
+            f" and {override('hydra.launcher.sweep', sweep.name)} hydra.launcher.resubmit=true")
+        raise Interrupted(f"{follower.over_budget}: {counted(stopped, 'job')} of {len(states)} stopped or not started, "
+                          f"and the results of the others are kept; to continue, repeat the command with a higher "
+                          f"budget{again}")
     return [_job_return(config, job, state) for config, job, state in zip(configs, all_jobs, states, strict=True)]
 
 

@@ -21,3 +21,4 @@ class SweepState:
     hydra_context: HydraContext | None = None
     table: list[dict[str, Any]] = field(default_factory=list)  # result rows of every launch so far
     done: dict[tuple[str, ...], Any] = field(default_factory=dict)  # job and state of each completed job, by overrides
+    spending: Any = None  # a Spending: the budget of the sweep, and what its batches have used

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from dreambooth.cloud.follower import Follower
 from dreambooth.cloud.job import COMPLETED, RUNNING, Job, JobState
+from dreambooth.config.enums import TrackingKind
 from hydra_plugins.dreambooth_sagemaker import _core
 from hydra_plugins.dreambooth_sagemaker._sweep import SweepState
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncherConf
@@ -55,15 +56,16 @@ def make_follower(backend: Any, jobs: list[Job], **options: Any) -> Follower:
                                        "follow_hint": "AGAIN", "sleep": lambda seconds: next(turns)} | options))
 
 
-def run_on(cloud: Any, jobs: list[Job], folder: Path, monkeypatch: pytest.MonkeyPatch, **hydra: Any) -> list[Any]:
+def run_on(cloud: Any, jobs: list[Job], folder: Path, monkeypatch: pytest.MonkeyPatch, max_parallel: int = 4,
+           **hydra: Any) -> list[Any]:
     """Run jobs by the launcher's code for backends, on a backend of the test."""
     monkeypatch.setattr(_core, "SageMakerBackend", lambda: cloud)
     monkeypatch.setattr(_core, "prepare_jobs", lambda *args: jobs)
     monkeypatch.setattr(_core, "describe_jobs", lambda jobs, mode: ["description"])
     monkeypatch.setattr(_core, "without_hydra", lambda config: config)
-    sweep = sweep_state(poll_seconds=0, sweep="mine")
+    sweep = sweep_state(poll_seconds=0, sweep="mine", max_parallel=max_parallel)
     config = OmegaConf.create({
-        "run_root": str(folder), "tracking": {"kind": "none", "uri": None, "experiment": "x"},
+        "run_root": str(folder), "tracking": {"kind": TrackingKind.none, "uri": None, "experiment": "x"},
         "hydra": {"sweep": {"dir": str(folder)}, "job": {"name": "train"}, "sweeper": {},
                   "launcher": {"mlflow_uri": None}} | hydra})
     sweep.config = config

@@ -265,7 +265,7 @@ def test_a_recipe_and_its_sections_are_frozen_and_the_config_is_not():
 
 def test_settings_hold_every_key_but_nothing_of_the_tracking_server():
     recipe = resolve_demo(tracking__uri="https://user:secret@host", checkpoint__every=None)
-    keys = {key for key in setting_keys(Config) if key.partition(".")[0] in {*SECTIONS} - {"tracking"}}
+    keys = {key for key in setting_keys(Config) if key.partition(".")[0] in {*SECTIONS} - {"tracking", "budget"}}
     assert recipe.settings().keys() == keys | {"name", "device", "sample_prompts"}
     assert "secret" not in str(recipe.settings())
     assert recipe.settings()["checkpoint.every"] == "null"
@@ -283,6 +283,8 @@ negative = st.integers(max_value=-1)
 no_seed = st.integers(max_value=-1) | st.integers(min_value=2**63)
 no_steps = st.integers(max_value=0) | st.integers(min_value=1001)
 BOUNDS = {
+    "budget.max_usd": positive, "budget.max_hours": positive,
+    "budget.interruptions_per_hour": st.floats(max_value=-1e-9) | st.floats(min_value=60.1),
     "model.resolution": st.integers(max_value=7) | st.integers(min_value=2049) | st.sampled_from([9, 100, 513]),
     "optimizer.beta1": outside_0_1, "optimizer.beta2": outside_0_1, "optimizer.eps": not_above_0,
     "optimizer.weight_decay": below_0, "optimizer.beta3": outside_0_1, "optimizer.d_coef": not_above_0,

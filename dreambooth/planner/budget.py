@@ -1,0 +1,122 @@
+"""Keeps the budget of a run: refuses a run that is predicted to pass it, and stops a run that reaches it.
+
+The hours that a run has used are in budget.json in its folder, so that a resumed run goes on counting. The runs of a
+sweep in this process share one budget.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from dreambooth.config.recipe import Recipe
+from dreambooth.errors import DoesNotFit
+from dreambooth.planner import auto_memory
+from dreambooth.planner.gpu_specs import find_card
+from dreambooth.planner.time_and_cost import START_UP, budgeted, estimate
+from dreambooth.runtime.engine import Engine
+from dreambooth.utils import atomic_files
+from dreambooth.utils.signals import StopRequest
+
+FILE = "budget.json"
+
+
+_sweep: dict[Path, tuple[float, float]] = {}  # folder -> hours and US dollars, of the runs of a sweep in this process
+
+
+def count_finished(recipe: Recipe) -> None:
+    """Add the hours of a finished run, which the command does not repeat, to those of its sweep."""
+    if recipe.budget.limits:
+        _count(recipe, used_hours(recipe.run_dir))
+
+
+@contextmanager
+def limit_run(recipe: Recipe, stop: StopRequest, engine: Engine, start: Path | None) -> Iterator[None]:
+    """Context manager of a run with a budget. When the budget is used up, it requests a stop, as SIGTERM does.
+
+    Args:
+        stop: records the request.
+        engine: its main process checks the plan, and writes the file.
+        start: the checkpoint from which the run resumes; None: it begins.
+
+    Raises:
+        DoesNotFit: the run is predicted to need more than is left of the budget.
+    """
+    if not recipe.budget.limits:
+        yield
+        return
+    price = _price(recipe)
+    before = used_hours(recipe.run_dir)
+    engine.run_on_main(partial(_check, recipe, start, before, engine.world_size))
+    allowed, limit = recipe.budget.hours(price)
+    left = allowed - _used_by_others(recipe)[0] - before
+    began, clock = time.time(), time.monotonic()
+    if engine.is_main_process:
+        _write(recipe.run_dir, {"hours": before, "began": began})
+    try:
+        with stop.deadline(3600 * left, f"{limit} is used up (type a higher value to continue)"):
+            yield
+    finally:
+        hours = before + (time.monotonic() - clock) / 3600
+        _count(recipe, hours)
+        if engine.is_main_process:
+            _write(recipe.run_dir, {"hours": hours})
+
+
+def used_hours(run_dir: Path) -> float:
+    """Return the hours that a run has used, 0 for a run without budget.json.
+
+    The last session of a run that was killed has not written its hours. It ended when its last metrics were written.
+    """
+    record = atomic_files.read_object(run_dir / FILE) or {}
+    hours, began = float(record.get("hours", 0.0)), record.get("began")
+    metrics = run_dir / "metrics.jsonl"
+    if began is not None and metrics.is_file():
+        hours += max(0.0, metrics.stat().st_mtime - float(began)) / 3600
+    return hours
+
+
+def _check(recipe: Recipe, start: Path | None, before: float, processes: int) -> None:
+    """Raise DoesNotFit if the rest of the run needs more than is left of the budget.
+
+    Args:
+        before: hours that the run has used.
+    """
+    usd, hours = 0.0, 0.0
+    if card := find_card(recipe.hardware.gpu):
+        choice = auto_memory.choose_memory_options(recipe, processes=processes)
+        time = estimate(choice.recipe, choice.prediction, card)
+        cost, needed = budgeted(choice.recipe, time)
+        share = 1.0
+        if start is not None and time.run_seconds and time.step_seconds:  # what is left of a resumed run
+            steps = max(0, recipe.train.max_train_steps - atomic_files.trailing_number(start))
+            share = min(1.0, (START_UP + steps * time.step_seconds) / time.run_seconds)
+        usd, hours = share * (cost or 0.0), share * (needed or 0.0)
+    other_hours, other_usd = _used_by_others(recipe)
+    least = 1e-9  # a run whose time is unknown needs something, too
+    if problem := recipe.budget.shortfall("run", [max(usd, least)], [max(hours, least)],
+                                          other_usd + before * (_price(recipe) or 0.0), other_hours + before):
+        raise DoesNotFit(problem)
+
+
+def _count(recipe: Recipe, hours: float) -> None:
+    _sweep[recipe.run_dir] = hours, hours * (_price(recipe) or 0.0)
+
+
+def _used_by_others(recipe: Recipe) -> tuple[float, float]:
+    """Return the hours and the US dollars of the other runs of the sweep."""
+    others = [used for run_dir, used in _sweep.items() if run_dir != recipe.run_dir]
+    return sum(hours for hours, _ in others), sum(usd for _, usd in others)
+
+
+def _price(recipe: Recipe) -> float | None:
+    """Return the price per hour of the machine in US dollars; None: unknown."""
+    hardware = recipe.hardware
+    on_spot = recipe.budget.interruptions_per_hour is not None
+    return hardware.spot_price_usd_hour if on_spot else hardware.price_usd_hour
+
+
+def _write(run_dir: Path, record: dict[str, float]) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    atomic_files.write_json(run_dir / FILE, record)

@@ -1,0 +1,62 @@
+"""The budget of an endpoint: checked against its price, and kept by the command, which deletes the endpoint."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dreambooth.config.hardware import Budget
+from dreambooth.errors import ConfigError, Interrupted
+from tests.deployment.conftest import Console
+from tests.deployment.endpoint_service import EndpointService, network_failure
+
+Run = Callable[..., None]
+
+
+@pytest.mark.parametrize("limits, hours, line", [
+    ({"max_hours": 2.0}, 2.0, "budget.max_hours=2 lasts for 2.0 h of serving"),
+    ({"max_usd": 0.7364}, 1.0, "budget.max_usd=0.7364 lasts for 1.0 h of serving")])
+def test_an_endpoint_is_deleted_when_its_budget_is_used_up(
+        limits: dict[str, float], hours: float, line: str, deploy: Run, service: EndpointService,
+        console: Console) -> None:
+    service.faults["DescribeEndpoint"] = []
+    deploy(budget=Budget(**limits))
+    assert not service.endpoints and not service.configs and not service.models
+    assert 0.9 * hours * 3600 < console.seconds < hours * 3600 + 120
+    assert line in console.text and "is used up" in console.text and "endpoint toy deleted" in console.text
+
+
+def test_a_budget_that_the_price_passes_is_refused_before_anything_exists(
+        deploy: Run, service: EndpointService) -> None:
+    for options, message in (
+            ({"budget": Budget(5.0, 24.0)}, r"24 h of 1 x ml.g4dn.xlarge cost up to \$17.67, and budget.max_usd=5 fits"),
+            ({"budget": Budget(5.0), "instance": "ml.p3.2xlarge"}, "price of ml.p3.2xlarge is not known, so budget")):
+        with pytest.raises(ConfigError, match=message):
+            deploy(**options)
+    assert not service.calls
+
+
+def test_a_command_that_ends_early_says_that_the_endpoint_goes_on(
+        deploy: Run, service: EndpointService, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    deploy()
+    monkeypatch.setattr(console, "sleep", interrupt)
+    with pytest.raises(Interrupted, match="while watching the budget of toy; the endpoint exists and may cost money"):
+        deploy(budget=Budget(None, 1.0))
+    assert service.endpoints
+
+
+def test_a_silent_aws_does_not_end_the_budget(deploy: Run, service: EndpointService, console: Console) -> None:
+    deploy()
+    calls: list[Any] = []
+
+    def fail() -> None:
+        calls.append(1)
+        if len(calls) == 20:
+            service.fail("DescribeEndpoint", network_failure, times=30)
+
+    service.on_describe = fail
+    deploy(budget=Budget(None, 1.0))
+    assert not service.endpoints
