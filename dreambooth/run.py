@@ -5,11 +5,12 @@ from contextlib import ExitStack
 from functools import partial
 from math import nan
 
+from dreambooth.budgets import run_budget
 from dreambooth.config.evaluate import INSTANCE_LOSS
 from dreambooth.config.recipe import Recipe
 from dreambooth.data.prefetch import Prefetcher
 from dreambooth.models import loading
-from dreambooth.planner import auto_memory, budget
+from dreambooth.planner import auto_memory
 from dreambooth.runs import report, run_folder
 from dreambooth.runs.run_folder import Result, load_finished, locked
 from dreambooth.runtime import oom_advice
@@ -43,7 +44,7 @@ def execute(recipe: Recipe, stop: StopRequest) -> Result:
                 stack.enter_context(locked(recipe.run_dir))
             done: Result | None = engine.run_on_main(partial(load_finished, recipe))
             if done:
-                budget.count_finished(recipe)
+                run_budget.count_finished(recipe)
                 with track_run(recipe, engine.is_main_process, False, done.step):  # sends metrics not delivered yet
                     console.say(report.already_finished(done, recipe))
                     return done
@@ -51,7 +52,7 @@ def execute(recipe: Recipe, stop: StopRequest) -> Result:
                 partial(auto_memory.apply_auto_memory, recipe, engine.world_size))
             console.table(report.plan_table(recipe) | ({"memory": note} if note else {}))
             start = checkpoint_transfer.resume_point(recipe.run_dir, recipe.checkpoint.resume, engine)
-            stack.enter_context(budget.limit_run(recipe, stop, engine, start))
+            stack.enter_context(run_budget.limit_run(recipe, stop, engine, start))
             advice = partial(oom_advice.suggest_overrides, recipe=recipe.with_processes(engine.world_size))
             meter = MemoryMeter(engine.device, advice, predicted)
             setup = assemble(recipe, engine, accelerator, console, meter)

@@ -29,7 +29,7 @@ def test_an_endpoint_is_deleted_when_its_budget_is_used_up(
 def test_a_budget_that_the_price_passes_is_refused_before_anything_exists(
         deploy: Run, service: EndpointService) -> None:
     for options, message in (
-            ({"budget": Budget(5.0, 24.0)}, r"24 h of 1 x ml.g4dn.xlarge cost up to \$17.67, and budget.max_usd=5 fits"),
+            ({"budget": Budget(5.0, 24.0)}, r"24 h of 1 x ml.g4dn.xlarge cost up to \$17.67, and budget.max_usd=5"),
             ({"budget": Budget(5.0), "instance": "ml.p3.2xlarge"}, "price of ml.p3.2xlarge is not known, so budget")):
         with pytest.raises(ConfigError, match=message):
             deploy(**options)

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "dreambooth"
 # files at the root of the package and every __main__.py.
 ORDER = ("errors", "utils", "config", "runtime", "storage", "models", "optim", "data", "preparation",
          "serialization", "runs", "tracking", "cloud", "container", "kubernetes", "schedulers", "evaluation",
-         "inference", "sweeps", "training", "planner", "serving", "deployment", "commands")
+         "inference", "sweeps", "training", "planner", "budgets", "serving", "deployment", "commands")
 COMMANDS = {"train", "generate", "plan", "evaluate", "entrypoint", "promote", "compare", "class_images", "stage",
             "workflows", "convert", "serve", "deploy", "prepare"}
 HEAVY = {"torch", "diffusers", "transformers", "mlflow", "boto3", "sagemaker", "accelerate", "PIL",

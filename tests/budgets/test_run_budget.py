@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from dreambooth.budgets import run_budget
 from dreambooth.config.hardware import Budget, Hardware, RunBudget, budget_problems
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import DoesNotFit, Interrupted
-from dreambooth.planner import auto_memory, budget
+from dreambooth.planner import auto_memory
 from dreambooth.planner.time_and_cost import Estimate, seconds_with_interruptions
 from dreambooth.runtime.engine import Engine
 from dreambooth.utils import atomic_files
@@ -24,7 +25,7 @@ from tests.support.configs import small_recipe
 
 @pytest.fixture(autouse=True)
 def no_sweep(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(budget, "_sweep", {})
+    monkeypatch.setattr(run_budget, "_sweep", {})
     yield
 
 
@@ -38,7 +39,7 @@ def use(recipe: Recipe, hours: float) -> None:
 
 
 def test_a_run_without_a_budget_writes_no_file(tmp_path: Path) -> None:
-    with budget.limit_run(recipe_of(tmp_path), StopRequest(), Engine(), None):
+    with run_budget.limit_run(recipe_of(tmp_path), StopRequest(), Engine(), None):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -46,12 +47,12 @@ def test_a_run_without_a_budget_writes_no_file(tmp_path: Path) -> None:
 def test_a_run_that_reaches_its_budget_is_asked_to_stop_and_its_next_session_goes_on_counting(tmp_path: Path) -> None:
     recipe, stop = recipe_of(tmp_path, max_hours=2.0), StopRequest()
     use(recipe, 2 - 0.02 / 3600)
-    with budget.limit_run(recipe, stop, Engine(), None):
+    with run_budget.limit_run(recipe, stop, Engine(), None):
         time.sleep(0.05)
     assert stop.signal_name == "budget.max_hours=2 is used up (type a higher value to continue)"
-    assert 2 < budget.used_hours(tmp_path) < 2.001
+    assert 2 < run_budget.used_hours(tmp_path) < 2.001
     with pytest.raises(DoesNotFit, match=r"budget.max_hours=2 is used up \(2 h\): type a higher budget.max_hours"), \
-            budget.limit_run(recipe, StopRequest(), Engine(), None):
+            run_budget.limit_run(recipe, StopRequest(), Engine(), None):
         pass
 
 
@@ -63,8 +64,8 @@ def test_a_limit_in_dollars_is_hours_at_the_price_of_the_machine() -> None:
 def test_runs_of_a_sweep_share_one_budget(tmp_path: Path) -> None:
     first, second = (recipe_of(tmp_path / name, max_hours=2.0) for name in ("a", "b"))
     use(first, 2.5)
-    budget.count_finished(first)
-    with pytest.raises(DoesNotFit, match="is used up"), budget.limit_run(second, StopRequest(), Engine(), None):
+    run_budget.count_finished(first)
+    with pytest.raises(DoesNotFit, match="is used up"), run_budget.limit_run(second, StopRequest(), Engine(), None):
         pass
 
 
@@ -73,7 +74,7 @@ def test_a_killed_session_counts_until_its_last_metrics(tmp_path: Path) -> None:
     atomic_files.write_json(tmp_path / "budget.json", {"hours": 1.0, "began": began})
     (tmp_path / "metrics.jsonl").touch()
     os.utime(tmp_path / "metrics.jsonl", (began, began + 1800))
-    assert budget.used_hours(tmp_path) == pytest.approx(1.5)
+    assert run_budget.used_hours(tmp_path) == pytest.approx(1.5)
 
 
 def test_a_run_is_refused_by_its_plan_and_a_resumed_one_by_what_is_left_of_it(
@@ -83,15 +84,15 @@ def test_a_run_is_refused_by_its_plan_and_a_resumed_one_by_what_is_left_of_it(
     plan = Estimate(36.0, 36.0 * recipe.train.max_train_steps + 120, 9.0, None)
     monkeypatch.setattr(auto_memory, "choose_memory_options",
                         lambda recipe, processes: SimpleNamespace(recipe=recipe, prediction=None))
-    monkeypatch.setattr(budget, "estimate", lambda recipe, prediction, card: plan)
+    monkeypatch.setattr(run_budget, "estimate", lambda recipe, prediction, card: plan)
     hours = (plan.run_seconds or 0) / 3600
     recipe = replace(recipe, budget=RunBudget(max_hours=hours * 0.9))
     with pytest.raises(DoesNotFit, match=f"does not fit this run, which needs about {hours:.3g} h: type budget"), \
-            budget.limit_run(recipe, StopRequest(), Engine(), None):
+            run_budget.limit_run(recipe, StopRequest(), Engine(), None):
         pass
     half = tmp_path / f"step-{recipe.train.max_train_steps // 2:06}"
     use(recipe, 0.01)
-    with budget.limit_run(recipe, StopRequest(), Engine(), half):
+    with run_budget.limit_run(recipe, StopRequest(), Engine(), half):
         pass
 
 
