@@ -45,9 +45,11 @@ class Budget(Section):
     max_hours: float | None = None
 
     def __post_init__(self) -> None:
-        require("budget", {key: (value is None or (finite(value, 0) and value > 0),
-                                 f"above 0, or null for no limit, not {value}")
-                           for key, value in (("max_usd", self.max_usd), ("max_hours", self.max_hours))})
+        require("budget", self._rules())
+
+    def _rules(self) -> dict[str, tuple[bool, str]]:
+        return {key: (value is None or (finite(value, 0) and value > 0), f"above 0, or null for no limit, not {value}")
+                for key, value in (("max_usd", self.max_usd), ("max_hours", self.max_hours))}
 
     @property
     def limits(self) -> dict[str, float]:
@@ -104,11 +106,10 @@ class RunBudget(Budget):
 
     interruptions_per_hour: float | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _rules(self) -> dict[str, tuple[bool, str]]:
         rate = self.interruptions_per_hour
-        require("budget", {"interruptions_per_hour": (
-            rate is None or finite(rate, 0, 60), f"from 0 to 60, or null for an instance on demand, not {rate}")})
+        return super()._rules() | {"interruptions_per_hour": (
+            rate is None or finite(rate, 0, 60), f"from 0 to 60, or null for an instance on demand, not {rate}")}
 
 
 def budget_problems(budget: RunBudget, hardware: Hardware) -> Iterator[str]:
