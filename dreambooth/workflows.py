@@ -1,7 +1,7 @@
 """Command `python -m dreambooth.workflows`: writes workflow files from conf/, checks or submits them.
 
-`render` writes the files for Kubernetes, Slurm and SageMaker, `check` reports files that differ from conf/, `submit`
-submits a workflow to a cluster or to SageMaker. Heavy libraries such as torch are not imported.
+`render` writes the files for Kubernetes, Slurm, SkyPilot and SageMaker, `check` reports files that differ from conf/,
+`submit` submits a workflow to a cluster or to SageMaker. Heavy libraries such as torch are not imported.
 """
 
 import sys
@@ -17,9 +17,9 @@ from dreambooth.config.recipe import resolve
 from dreambooth.entrypoint import compose_run
 from dreambooth.errors import UserError
 from dreambooth.kubernetes import submit
-from dreambooth.kubernetes.render import render_files
+from dreambooth.kubernetes.render import HEADER, dump_yaml, render_files
 from dreambooth.kubernetes.workflow_spec import WorkflowSpec
-from dreambooth.schedulers import slurm
+from dreambooth.schedulers import skypilot, slurm
 from dreambooth.utils.atomic_files import check_writable
 from dreambooth.utils.plurals import counted
 
@@ -73,8 +73,9 @@ def render_all(spec: WorkflowSpec) -> dict[str, str]:
 
 
 def render_portable(spec: WorkflowSpec) -> dict[str, str]:
-    """Return the content of all files except those of SageMaker: YAML for Kubernetes, and batch scripts for Slurm."""
-    return render_files(spec) | slurm.render_scripts(spec)
+    """Return the content of all files except those of SageMaker: for Kubernetes, Slurm and SkyPilot."""
+    task = HEADER + dump_yaml([skypilot.build_task(spec)])
+    return render_files(spec) | slurm.render_scripts(spec) | {skypilot.FILE: task}
 
 
 def to_sagemaker(spec: WorkflowSpec) -> SageMakerSpec:

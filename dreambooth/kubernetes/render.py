@@ -46,9 +46,10 @@ def render_files(spec: WorkflowSpec) -> dict[str, str]:
         "serving/deployment.yaml": serving.build_deployment(spec),
         "serving/inferenceservice.yaml": [serving.build_inference_service(spec)],
     }
-    return {path: HEADER + _dump(documents) for path, documents in files.items()}
+    return {path: HEADER + dump_yaml(documents) for path, documents in files.items()}
 
 
-def _dump(documents: Sequence[dict[str, Any]]) -> str:
+def dump_yaml(documents: Sequence[dict[str, Any]]) -> str:
+    """Return documents as the YAML of a workflow file, without its header."""
     text: str = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=120, default_flow_style=False)
     return text

@@ -44,7 +44,7 @@ class StopRequest:
             KeyboardInterrupt: a block of `at_once` is running and is ended, or a signal was received before this one.
         """
         if self.signal_name and not self._by_deadline:
-            if number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ:
+            if _is_repeated(number):
                 return
             raise KeyboardInterrupt
         self._by_deadline = False
@@ -128,7 +128,13 @@ def catch_stop_signals() -> Iterator[StopRequest]:
         yield stop
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            if not (stop.signal_name and _is_repeated(number)):  # the process still has to report and to end
+                signal.signal(number, handler)
+
+
+def _is_repeated(number: int) -> bool:
+    """Return whether a second signal of this number is a repetition that means nothing new: SIGTERM under Slurm."""
+    return number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ
 
 
 def report_early_interrupts() -> None:

@@ -80,6 +80,7 @@ def test_a_second_signal_interrupts_everything() -> None:
 def test_slurm_may_send_sigterm_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """It does so to a job that it preempts without grace time; the run is then in the middle of its checkpoint."""
     monkeypatch.setenv("SLURM_JOB_ID", "1")
+    previous = signal.getsignal(signal.SIGTERM)
     with catch_stop_signals() as stop:
         request_stop()
         try:
@@ -87,9 +88,12 @@ def test_slurm_may_send_sigterm_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         except KeyboardInterrupt:
             pytest.fail("the second SIGTERM interrupted the run")
         assert stop.signal_name == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) not in (previous, signal.SIG_DFL), "it would kill the process at its end"
+    signal.signal(signal.SIGTERM, previous)
     with pytest.raises(KeyboardInterrupt), catch_stop_signals():
         request_stop()
         os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGTERM, previous)
 
 
 def test_ctrl_c_while_libraries_are_imported_is_a_sentence(tmp_path: Path) -> None:
