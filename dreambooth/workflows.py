@@ -4,6 +4,7 @@
 `submit` submits a workflow to a cluster or to SageMaker. Heavy libraries such as torch are not imported.
 """
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from dreambooth.config.compose import search_space
 from dreambooth.config.recipe import resolve
 from dreambooth.entrypoint import compose_run
 from dreambooth.errors import UserError
-from dreambooth.kubernetes import submit
+from dreambooth.kubernetes import submit, trainjob
 from dreambooth.kubernetes.render import HEADER, dump_yaml, render_files
 from dreambooth.kubernetes.workflow_spec import WorkflowSpec
 from dreambooth.schedulers import skypilot, slurm
@@ -34,6 +35,7 @@ DEMO_OVERRIDES = ("hardware=cpu",)  # the demo in the package; it tests a cluste
 OVERLAYS = {  # overrides, search space and suffix of the image tag, by name of the overlay
     "g4dn": (DEFAULT_OVERRIDES, "subject", ""), "g5": (("hardware=g5", *PHOTO_OVERRIDES), "subject", ""),
     "cpu": (DEMO_OVERRIDES, "tiny", "-cpu")}
+KUEUE_OVERLAY, KUEUE_PRIORITY = "kueue", "dreambooth"  # the default machine, with pods that wait in a queue of Kueue
 
 
 def build_spec(
@@ -54,6 +56,7 @@ def build_shipped_spec() -> WorkflowSpec:
     """Return the values from which the committed workflow files are rendered, including all kustomize overlays."""
     overlays = {name: build_spec(overrides, space, DEFAULT_IMAGE + suffix)
                 for name, (overrides, space, suffix) in OVERLAYS.items()}
+    overlays[KUEUE_OVERLAY] = replace(build_spec(), queue=trainjob.DEFAULT_QUEUE, priority=KUEUE_PRIORITY)
     return replace(build_spec(), overlays=overlays)
 
 
@@ -96,6 +99,8 @@ def parser() -> cli.ArgumentParser:
         command.add_argument("--space", default=DEFAULT_SPACE, help="search space, a file of conf/sweep")
         command.add_argument("--image", default=DEFAULT_IMAGE,
                              help="name under which nodes pull the image, such as REGISTRY/dreambooth:0.1.0")
+        command.add_argument("--queue", help="LocalQueue of Kueue, in which pods with a GPU wait until all can start")
+        command.add_argument("--priority", help="WorkloadPriorityClass of Kueue; needs --queue")
     for command in (render, check):
         command.add_argument("--to", type=Path, default=FOLDER, help="folder of the files")
     send.add_argument("--what", choices=(*submit.KINDS, *slurm.KINDS, *sagemaker_submit.KINDS),
@@ -114,8 +119,11 @@ def main() -> None:
         if not options.overrides and (options.space != DEFAULT_SPACE or options.image != DEFAULT_IMAGE):
             raise UserError(f"--space and --image need overrides: type them after {options.command}, such as "
                             "hardware=cpu")
+        if problem := _queue_problem(options):
+            raise UserError(problem)
         spec = (build_spec(options.overrides, options.space, options.image) if options.overrides
                 else build_shipped_spec())
+        spec = replace(spec, queue=options.queue, priority=options.priority)
         if options.command == "submit":
             if placeholders := [override for override in spec.overrides if "s3://BUCKET" in override]:
                 raise UserError(f"{placeholders[0]} is a placeholder: type the overrides of your run after submit")
@@ -147,6 +155,18 @@ def main() -> None:
 
     cli.run_job(job, sweep=False)
     cli.exit_process()
+
+
+def _queue_problem(options: argparse.Namespace) -> str | None:
+    """Return one sentence if the options for Kueue would have no effect, otherwise None."""
+    if options.priority and not options.queue:
+        return "--priority is a priority in a queue of Kueue: type --queue NAME too"
+    if options.queue and not options.overrides:
+        return f"--queue needs overrides: type them after {options.command}, such as hardware=cpu"
+    if options.queue and options.command == "submit" and options.what not in submit.QUEUED:
+        return (f"--queue has no effect on --what {options.what}: type --what with one of "
+                f"{', '.join(submit.QUEUED)}, or render with --queue and apply the WorkflowTemplates again")
+    return None
 
 
 def find_differences(files: dict[str, str], folder: Path) -> list[str]:

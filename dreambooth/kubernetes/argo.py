@@ -126,7 +126,8 @@ def _stage(spec: WorkflowSpec, name: str, args: list[str], inputs: list[str] | N
     if name != "ended":
         template["retryStrategy"] = RETRY
     needs_gpu = name in pod_spec.GPU_STAGES
-    return template | (pod_spec.placement(spec.hardware) if needs_gpu else {}) | {"container": pod_spec.container(
+    placement = pod_spec.placement(spec.hardware) | spec.queue_metadata if needs_gpu else {}
+    return template | placement | {"container": pod_spec.container(
         "{{workflow.parameters.image}}", ["python", "-m", "dreambooth.stage"], [name, "--out", OUTPUT_FOLDER, *args],
     ) | {"resources": pod_spec.resources(spec.hardware) if needs_gpu else pod_spec.SMALL_RESOURCES}}
 

@@ -66,7 +66,7 @@ def _trial_job(spec: WorkflowSpec, names: dict[str, str]) -> dict[str, Any]:
     script = " ".join(["python", "-m", "dreambooth.train", *(f'"${name}"' for name in variables)])
     container = pod_spec.container(spec.image, ["sh", "-c"], [script], variables)
     return {
-        "apiVersion": "batch/v1", "kind": "Job",
+        "apiVersion": "batch/v1", "kind": "Job", **spec.queue_metadata,
         "spec": {
             "backoffLimit": 5,
             "podFailurePolicy": {"rules": [

@@ -39,7 +39,8 @@ def render_files(spec: WorkflowSpec) -> dict[str, str]:
         **{f"overlays/{name}/kustomization.yaml": [kustomize.build_overlay(spec, machine)]
            for name, machine in spec.overlays.items()},
         "kubeflow/trainjob.yaml": [trainjob.build_trainjob(spec)],
-        **({"kubeflow/trainjob-4gpu.yaml": [trainjob.build_multi_gpu_trainjob(spec)]}
+        **({"kubeflow/trainjob-4gpu.yaml": [trainjob.build_multi_gpu_trainjob(spec)],
+            "kubeflow/trainjob-2nodes.yaml": [trainjob.build_multi_node_trainjob(spec)]}
            if spec.hardware.name in trainjob.MULTI_GPU_MACHINES else {}),
         "kubeflow/katib-experiment.yaml": [katib.build_experiment(spec)],
         "kubeflow/pipeline.yaml": kfp_pipeline.build_pipeline(spec),

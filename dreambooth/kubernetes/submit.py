@@ -9,7 +9,8 @@ from dreambooth.errors import UserError
 from dreambooth.kubernetes import argo, katib, trainjob
 from dreambooth.kubernetes.workflow_spec import WorkflowSpec
 
-KINDS = ("train", "sweep", "trainjob", "trainjob-multi", "katib")
+KINDS = ("train", "sweep", "trainjob", "trainjob-multi", "trainjob-nodes", "katib")
+QUEUED = ("trainjob", "trainjob-multi", "trainjob-nodes", "katib")  # those whose labels name a queue of Kueue
 MISSING_PACKAGE = "needs a package: pip install 'dreambooth[workflows]'"
 ARGO_SERVER, ARGO_TOKEN = "ARGO_SERVER", "ARGO_TOKEN"  # environment variables that the argo command also reads
 
@@ -29,7 +30,7 @@ def submit(spec: WorkflowSpec, kind: str, namespace: str, name: str | None = Non
     if kind in ("train", "sweep"):
         return f"workflow {_submit_to_argo(spec, kind, namespace)} in {namespace}"
     builders = {"trainjob": trainjob.build_trainjob, "trainjob-multi": trainjob.build_multi_gpu_trainjob,
-                "katib": katib.build_experiment}
+                "trainjob-nodes": trainjob.build_multi_node_trainjob, "katib": katib.build_experiment}
     manifest = builders[kind](spec)
     if name:
         manifest["metadata"]["name"] = name

@@ -14,6 +14,8 @@ API_VERSION = "trainer.kubeflow.org/v1alpha1"
 NAME = "dreambooth"
 RUNTIME = "torch-distributed"
 MANAGER = "dreambooth.workflows"  # field manager of the runtime patch
+NODES = 2  # of the TrainJob with several nodes
+DEFAULT_QUEUE = "dreambooth"  # LocalQueue of Kueue for that TrainJob
 MULTI_GPU_MACHINES = {  # hardware option -> size of a larger instance, its number of GPUs, its host memory in GiB
     "g4dn": ("12xlarge", 4, 192), "g5": ("12xlarge", 4, 192), "g6": ("12xlarge", 4, 192)}
 
@@ -21,6 +23,22 @@ MULTI_GPU_MACHINES = {  # hardware option -> size of a larger instance, its numb
 def build_trainjob(spec: WorkflowSpec) -> dict[str, Any]:
     """Build the TrainJob of a run with a single training process."""
     return _trainjob(spec, NAME, ["python", "-m", "dreambooth.train"], [], 1)
+
+
+def build_multi_node_trainjob(spec: WorkflowSpec) -> dict[str, Any]:
+    """Build the TrainJob of a run on two nodes with several GPUs each, which start together.
+
+    The TrainJob is suspended until Kueue admits it. Kueue admits the JobSet of a TrainJob as a whole, when there is
+    quota for all of its pods: no pod holds a GPU while it waits for another one. The queue is `spec.queue`, or
+    DEFAULT_QUEUE.
+
+    Raises:
+        UserError: MULTI_GPU_MACHINES contains no larger instance for `spec.hardware`.
+    """
+    job = build_multi_gpu_trainjob(replace(spec, queue=spec.queue or DEFAULT_QUEUE))
+    job["metadata"]["name"] = f"{NAME}-{NODES}nodes"
+    job["spec"]["trainer"]["numNodes"] = NODES
+    return {**job, "spec": {"suspend": True, **job["spec"]}}
 
 
 def build_multi_gpu_trainjob(spec: WorkflowSpec) -> dict[str, Any]:
@@ -42,7 +60,8 @@ def build_multi_gpu_trainjob(spec: WorkflowSpec) -> dict[str, Any]:
 
 def _trainjob(spec: WorkflowSpec, name: str, command: list[str], module_args: list[str], gpus: int) -> dict[str, Any]:
     return {
-        "apiVersion": API_VERSION, "kind": "TrainJob", "metadata": {"name": name},
+        "apiVersion": API_VERSION, "kind": "TrainJob", "metadata": {
+            "name": name, **spec.queue_metadata.get("metadata", {})},
         "spec": {
             "runtimeRef": {"name": RUNTIME},
             "trainer": {

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from dreambooth.config.compose import SearchSpace
 from dreambooth.config.hardware import Hardware
@@ -25,6 +26,21 @@ class WorkflowSpec:
     image: str
     model_name: str = "dreambooth"  # name of the registered model: `name` of the runs
     overlays: Mapping[str, "WorkflowSpec"] = field(default_factory=dict)  # overlay name -> spec for its machine
+    queue: str | None = None  # LocalQueue of Kueue, in which pods with a GPU wait; None: Kueue is not used
+    priority: str | None = None  # WorkloadPriorityClass of Kueue; None: the queue's default
+
+    @property
+    def queue_labels(self) -> dict[str, str]:
+        """Labels of a job or pod that Kueue admits; {} without a queue (kueue.sigs.k8s.io/docs/tasks/run/)."""
+        if self.queue is None:
+            return {}
+        priority = {"kueue.x-k8s.io/priority-class": self.priority} if self.priority else {}
+        return {"kueue.x-k8s.io/queue-name": self.queue, **priority}
+
+    @property
+    def queue_metadata(self) -> dict[str, Any]:
+        """The labels as the metadata of an object or of a pod template; {} without a queue."""
+        return {"metadata": {"labels": self.queue_labels}} if self.queue else {}
 
     @property
     def overrides_text(self) -> str:

@@ -310,8 +310,9 @@ def environment_sources(part: Any) -> set[tuple[str, str]]:
     return sources.union(*map(environment_sources, part.values()))
 
 
-@pytest.mark.parametrize("name", ["argo/dreambooth-train", "argo/dreambooth-sweep", "kubeflow/trainjob",
-                                  "kubeflow/trainjob-4gpu", "kubeflow/katib-experiment", "kubeflow/pipeline"])
+@pytest.mark.parametrize("name", [
+    "argo/dreambooth-train", "argo/dreambooth-sweep", "kubeflow/trainjob", "kubeflow/trainjob-4gpu",
+    "kubeflow/trainjob-2nodes", "kubeflow/katib-experiment", "kubeflow/pipeline"])
 def test_every_controller_passes_the_same_settings_and_credentials(name: str) -> None:
     text = (FOLDER / f"{name}.yaml").read_text("utf-8")
     expected = {("dreambooth", key) for key in ("MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION")} | {

@@ -99,7 +99,7 @@ def test_render_writes_files_for_given_overrides(tmp_path: Path) -> None:
         trainjob.build_multi_gpu_trainjob(workflows.build_spec(["hardware=cpu"], "tiny"))
 
 
-@pytest.mark.parametrize("name", ["g4dn", "g5", "cpu"])
+@pytest.mark.parametrize("name", ["g4dn", "g5", "cpu", "kueue"])
 def test_an_overlay_is_the_base_rendered_for_that_machine(name: str) -> None:
     overlay = yaml.safe_load((FOLDER / f"overlays/{name}/kustomization.yaml").read_text("utf-8"))
     patches = {one["target"]["name"]: yaml.safe_load(one["patch"]) for one in overlay.get("patches", ())}

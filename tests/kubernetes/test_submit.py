@@ -58,7 +58,9 @@ def test_kubectl_creates_a_trainjob_and_the_kubeflow_client_reads_it(
 
 
 @pytest.mark.parametrize("option, kind, build", [
-    ("trainjob", "trainjob", trainjob.build_trainjob), ("katib", "experiment", katib.build_experiment)])
+    ("trainjob", "trainjob", trainjob.build_trainjob),
+    ("trainjob-nodes", "trainjob", trainjob.build_multi_node_trainjob),
+    ("katib", "experiment", katib.build_experiment)])
 def test_the_kubeflow_client_creates_the_rendered_object_and_kubectl_reads_it(
     api: Cluster, option: str, kind: str, build: Any
 ) -> None:
@@ -74,7 +76,7 @@ def test_the_kubeflow_client_creates_the_rendered_object_and_kubectl_reads_it(
     assert "the cluster rejected the" in second.stderr
 
 
-@pytest.mark.parametrize("name", ["g4dn", "g5", "cpu"])
+@pytest.mark.parametrize("name", ["g4dn", "g5", "cpu", "kueue"])
 def test_kubectl_builds_and_applies_an_overlay(api: Cluster, name: str, tmp_path: Path) -> None:
     install_kubectl()
     built = must("kubectl", "kustomize", FOLDER / f"overlays/{name}")
