@@ -14,7 +14,7 @@ import yaml
 from dreambooth import workflows
 from dreambooth.config.hardware import presets
 from dreambooth.schedulers import skypilot
-from tests.kubernetes.workflow_files import FOLDER
+from tests.kubernetes.workflow_files import FOLDER, ROOT
 
 VERSION = "0.14.1"  # needs other versions of click, uvicorn and bcrypt than this project: an environment of its own
 LOAD = """
@@ -64,11 +64,20 @@ def test_a_typed_upload_is_kept_and_a_cpu_has_no_accelerator() -> None:
     assert skypilot._resources(presets()["local"], "x")["accelerators"] == skypilot.ANY_GPU
 
 
-@pytest.mark.services  # installs SkyPilot into a temporary environment
+def installed() -> Path:
+    """The Python of an environment with SkyPilot, beside .venv; it is made if it is missing."""
+    environment = ROOT / f".venv-skypilot-{VERSION}"
+    python = environment / "bin/python"
+    if not (ready := environment / ".ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", f"skypilot=={VERSION}"], check=True, timeout=600)
+        ready.touch()
+    return python
+
+
+@pytest.mark.services  # installs SkyPilot if it is missing
 def test_skypilots_loader_reads_the_committed_file(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "sky"], check=True)
-    python = tmp_path / "sky/bin/python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", f"skypilot=={VERSION}"], check=True, timeout=600)
+    python = installed()
     home = os.environ | {"HOME": str(tmp_path), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
 
     def load(path: Path) -> subprocess.CompletedProcess[str]:

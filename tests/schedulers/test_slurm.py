@@ -64,6 +64,7 @@ def test_a_run_that_is_preempted_in_each_phase_has_the_bits_of_an_undisturbed_on
 ) -> None:
     """Its class images and its samples are preempted without grace time, its training with 20 seconds of it."""
     log = tmp_path / "log"
+    undisturbed = train(tmp_path / "undisturbed", *LONG)
     job = submit(cluster, slurm.build_train_script(spec(*LONG)), tmp_path, "--cpus-per-task=2")
 
     def text() -> str:
@@ -79,7 +80,6 @@ def test_a_run_that_is_preempted_in_each_phase_has_the_bits_of_an_undisturbed_on
         preempt(cluster)
         wait_until(lambda number=number: cluster.field(job, "Restarts") == str(number), 60, text)
         assert len(re.findall("SIGTERM: stopped", text())) == number and re.search(message, text()), text()
-    undisturbed = train(tmp_path / "undisturbed", *LONG)
     assert cluster.ended(job) == "COMPLETED", text()
     finished(undisturbed)
     assert "Traceback" not in text()
