@@ -131,8 +131,8 @@ def test_a_command_is_real(command: str) -> None:
         assert places or objects & {*words}
         assert all((ROOT / place).exists() for place in places if not place.endswith("/server.env"))
         return
-    if words[0] == "sbatch":
-        scripts = [word for word in words if word.endswith(".sbatch")]
+    if words[0] == "sbatch" or words[:3] == ["sky", "jobs", "launch"]:
+        scripts = [word for word in words if word.endswith(".yaml" if words[0] == "sky" else ".sbatch")]
         assert scripts and all((ROOT / script.removeprefix("build/")).is_file() for script in scripts)
         return
     if words[0].startswith("containers/"):
