@@ -21,7 +21,7 @@ from dreambooth.config.storage import is_single_file
 from dreambooth.errors import UserError
 from dreambooth.runs import identity
 from dreambooth.runtime import srun
-from dreambooth.sweeps.hydra_callbacks import DEFAULT_SWEEP_ID, distinguishing_overrides, failure_reasons, trial_name
+from dreambooth.sweeps.hydra_callbacks import default_sweep_id, distinguishing_overrides, failure_reasons, trial_name
 from dreambooth.utils.signals import how_to_resume
 
 identity.register_resolver()
@@ -32,7 +32,7 @@ def train(cfg: DictConfig) -> float | None:
     """Execute one training run. Return its objective, which Hydra's sweepers minimise."""
     sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     if sweep:
-        cfg.tracking.sweep = cfg.tracking.sweep or DEFAULT_SWEEP_ID
+        cfg.tracking.sweep = cfg.tracking.sweep or default_sweep_id()
         cfg.tracking.run_name = cfg.tracking.run_name or trial_name(list(HydraConfig.get().overrides.task))
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     values: Any = OmegaConf.to_container(cfg)

@@ -2,7 +2,7 @@
 
 `Sweep` writes the results table of a sweep on this machine, and records which keys the sweep varies. The names of the
 trials contain these keys. For a sweep on SageMaker, the SageMaker launcher writes the results table instead.
-`Jobs` lets a sweep continue after a failed job, and search texts that need quotes.
+`Jobs` refuses sweeps whose results would be lost, and lets sweeps search texts that need quotes.
 """
 
 import math
@@ -14,7 +14,6 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
-from hydra.core.utils import JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
@@ -25,7 +24,7 @@ from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.utils.key_names import short_names
 from dreambooth.utils.masking import mask_urls
 
-DEFAULT_SWEEP_ID = time.strftime("%Y-%m-%d_%H-%M-%S")  # the sweep's ID if tracking.sweep is not set
+_default_sweep_id = [time.strftime("%Y-%m-%d_%H-%M-%S")]  # the sweep's ID if tracking.sweep is not set
 _varied_keys: list[str] = []  # configuration keys that the current sweep varies
 failure_reasons: dict[Path, str] = {}  # run folder -> why its run in this process failed, in one sentence
 job_failures: list[Exception] = []  # one per job that failed in another process, added by our launchers
@@ -33,30 +32,17 @@ _running: list[tuple["Sweep", DictConfig]] = []  # the sweep that has begun and 
 
 
 class Jobs(Callback):
-    """Lets a sweep continue after a failed job, and refuses some sweeps before their first job.
+    """Refuses some sweeps before their first job, and keeps the quotes of searched texts.
 
     Launchers such as joblib and submitit are refused, because the errors and results of their jobs do not reach this
     process: the command would end with 0, without a message and without a results table.
     """
 
-    def __init__(self) -> None:
-        self._uses_optuna = False
-
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         for problem in _sweep_problems(config):
             print(f"dreambooth: {problem}", file=sys.stderr)
             sys.exit(UserError.exit_code)  # Hydra turns an exception of a callback into a warning
-        self._uses_optuna = uses_optuna(config)
-        typed_rate = any("max_failure_rate" in override for override in config.hydra.overrides.hydra)
-        if self._uses_optuna and not typed_rate:
-            config.hydra.sweeper.max_failure_rate = 1.0  # the plug-in's 0.0 ends the sweep with the first failed job
         _keep_quotes(config)
-
-    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
-        if self._uses_optuna and job_return.status is JobStatus.COMPLETED and _objective(job_return) is None:
-            # The plug-in fails if it is told NaN. It tells the study of a failed trial only if the job has failed.
-            reason = failure_reasons.get(_output_dir(job_return), "the job has no objective")
-            job_return.status, job_return.return_value = JobStatus.FAILED, DreamBoothError(reason)
 
 
 class Sweep(Callback):
@@ -93,11 +79,21 @@ class Sweep(Callback):
         from dreambooth.sweeps import summary
 
         tracking = config.tracking
-        sweep = tracking.sweep or DEFAULT_SWEEP_ID
+        sweep = tracking.sweep or default_sweep_id()
         root = Path(str(config.run_root))
         path = summary.write_summary(self._jobs, sweep, root, kind=tracking.kind.value,
                                      uri=tracking.uri, experiment=tracking.experiment, reasons=failure_reasons)
         print("\n".join([f"sweep {sweep}: {path}", *next_commands(sweep, root)]), flush=True)
+
+
+def default_sweep_id() -> str:
+    """Return the ID of a sweep for which tracking.sweep is not set."""
+    return _default_sweep_id[0]
+
+
+def set_default_sweep_id(sweep: str) -> None:
+    """Set the ID of a sweep for which tracking.sweep is not set: a study that is continued keeps its ID."""
+    _default_sweep_id[0] = sweep
 
 
 def _sweep_problems(config: DictConfig) -> Iterator[str]:
@@ -127,19 +123,15 @@ def uses_optuna(config: DictConfig) -> bool:
 def call_command(command: Callable[[], Any]) -> None:
     """Call a command that `hydra.main` decorates. If a sweep ends with an error, write the results of its jobs so far.
 
-    The plug-in for Optuna raises an error at the end of a complete sweep if no job has an objective, or if the last
-    point of a grid has failed. These errors are ignored.
-
     Raises:
         JobFailed: a job on SageMaker or in a container has failed.
     """
     try:
         command()
-    except Exception as error:
+    except Exception:
         for sweep, config in tuple(_running):
             sweep.on_multirun_end(config)
-        if not str(error).startswith(("No trials are completed yet", "`Study.stop` is supposed to be invoked inside")):
-            raise
+        raise
     if job_failures:
         raise job_failures[0]
 

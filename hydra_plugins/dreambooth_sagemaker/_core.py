@@ -97,18 +97,9 @@ def _check_settings(sweep: SweepState) -> None:
         f"hydra.launcher.max_parallel must be 1 or more, not {settings['max_parallel']}": settings["max_parallel"] >= 1,
         "this process is itself a job of a sweep, and a job cannot submit jobs: type hydra/launcher=basic":
             settings["mode"] == "local" or "DREAMBOOTH_SWEEP" not in os.environ,
-        "an Optuna study in memory is lost when the command ends, so its jobs cannot be followed again: leave "
-        "hydra.launcher.sweep out":
-            settings.get("sweep") is None or not uses_optuna(sweep.config) or _has_storage(sweep),
     }
     if problems := [problem for problem, holds in rules.items() if not holds]:
         raise ConfigError(*problems)
-
-
-def _has_storage(sweep: SweepState) -> bool:
-    """Return whether the Optuna study is stored in a database."""
-    assert sweep.config is not None
-    return bool(sweep.config.hydra.sweeper.get("storage"))
 
 
 # -- jobs in this process -------------------------------------------------------------------------------------------
@@ -172,10 +163,9 @@ def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig],
                             lambda jobs: spending.check(sweep_results.jobs_to_run(jobs, sweep.done)))
     jobs = sweep_results.jobs_to_run(all_jobs, sweep.done)
     print("\n".join(describe_jobs(jobs, settings["mode"])), flush=True)
-    follow_hint = (
-        "Optuna will suggest other points next time, so these jobs cannot be followed again"
-        if uses_optuna(sweep.config)
-        else f"the same command with {override('hydra.launcher.sweep', sweep.name)} follows these jobs again")
+    # A study of Optuna keeps the name of its jobs.
+    again = "" if uses_optuna(sweep.config) else f" with {override('hydra.launcher.sweep', sweep.name)}"
+    follow_hint = f"the same command{again} follows these jobs again"
     if not sweep.table:  # printed once, not for every batch
         print(follow_hint, flush=True)
         if max_parallel < settings["max_parallel"] and len(jobs) > 1:

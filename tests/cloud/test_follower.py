@@ -209,16 +209,16 @@ def test_a_number_out_of_range_is_refused_before_anything_is_submitted(key: str,
         job_preparation.check_numbers([good, good | {key: value}])
 
 
-OPTUNA = {"sweeper": {"_target_": "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper", "storage": None}}
+OPTUNA = {"sweeper": {"_target_": "hydra_plugins.dreambooth_optuna.sweeper.OptunaSweeper"}}
 
 
-def test_with_optuna_following_again_is_not_suggested(
+def test_with_optuna_the_same_command_follows_jobs_again(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class InterruptedPoll(Cloud):
         def poll(self, job: Job) -> JobState:
             raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match="these jobs cannot be followed again; to stop them type"):
+    with pytest.raises(Interrupted, match="the same command follows these jobs again; to stop them type"):
         run_on(InterruptedPoll(), jobs(1), tmp_path, monkeypatch, **OPTUNA)
     assert "hydra.launcher.sweep=" not in capsys.readouterr().out
 

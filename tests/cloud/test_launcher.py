@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
@@ -121,21 +120,6 @@ def test_a_job_of_the_launcher_submits_no_jobs(tmp_path: Path) -> None:
     done = sweep(tmp_path, "hardware=g4dn", DREAMBOOTH_SWEEP="outer")
     assert done.returncode == 1
     assert "a job cannot submit jobs" in done.stderr
-
-
-def test_launcher_says_that_an_optuna_study_cannot_be_followed_again() -> None:
-    from omegaconf import OmegaConf
-
-    from dreambooth.errors import ConfigError
-    from hydra_plugins.dreambooth_sagemaker import _core
-
-    state = SageMakerLauncher(mode="aws", on_interrupt="leave", max_parallel=1, sweep="mine").sweep
-    state.config = OmegaConf.create({"hydra": {"sweeper": {
-        "_target_": "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper", "storage": None}}})
-    with pytest.raises(ConfigError, match="an Optuna study in memory"):
-        _core._check_settings(state)
-    state.config.hydra.sweeper.storage = "sqlite:///study.db"
-    _core._check_settings(state)
 
 
 @mark.slow

@@ -40,7 +40,7 @@ from tests.support.warm_python import PYTHON
 
 @pytest.mark.parametrize("name", SPACES)
 def test_hydra_optuna_argo_and_katib_search_the_same_points(name: str) -> None:
-    from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
+    from hydra_plugins.dreambooth_optuna._space import read_space
 
     space = compose.search_space(name)
     values = space.values
@@ -49,8 +49,7 @@ def test_hydra_optuna_argo_and_katib_search_the_same_points(name: str) -> None:
     overrides = [f"{key}={value}" for key, value in params.items()]
     [jobs] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
     assert [list(trial[1:]) for trial in space.trials()] == jobs
-    distributions, fixed = create_params_from_overrides(overrides)
-    assert fixed == {}
+    distributions = read_space(params, [])
     assert {key: [comparable(value) for value in one.choices] for key, one in distributions.items()} == {
         key: [comparable(value) for value in one] for key, one in values.items()}
     experiment = katib.build_experiment(workflows.build_spec(space=name))
@@ -94,7 +93,7 @@ def test_every_door_reads_a_searched_text_with_quotes_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stage validate, the shell of Katib, and both sweepers of Hydra, from conf/sweep and as typed."""
-    from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
+    from hydra_plugins.dreambooth_optuna._space import read_space
 
     spec = workflows.build_spec()
     choices = f"choice({','.join(QuotedString(text, Quote.double).with_quotes() for text in TEXTS)})"
@@ -113,7 +112,7 @@ def test_every_door_reads_a_searched_text_with_quotes_as_it_is(
     for words in ([f"{key}={value}" for key, value in config.hydra.sweeper.params.items()],
                   OmegaConf.to_container(config.hydra.overrides.task)):
         runs += BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)[0]
-        distributions, _ = create_params_from_overrides(words)
+        distributions = read_space({}, words)
         runs += [[f"dataset.instance_prompt={value}"] for value in distributions["dataset.instance_prompt"].choices
                  for _ in (1, 2)]
     prompts = [override for run in runs for override in run if override.startswith("dataset.instance_prompt=")

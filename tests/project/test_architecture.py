@@ -35,8 +35,8 @@ LIGHT = ["config.compose", "config.recipe", "runs.identity", "errors", "train", 
 OPEN_TO_PLUGINS = {f"dreambooth.{name}" for name in (
     "errors", "config", "config.compose", "config.launcher", "config.recipe", "config.schema", "config.storage",
     "config.enums", "storage", "storage.folders", "storage.run_inputs", "utils", "utils.console", "utils.masking",
-    "utils.plurals", "utils.quoting", "sweeps", "sweeps.hydra_callbacks", "cloud", "schedulers",
-    "schedulers.slurm_array")} | {
+    "utils.plurals", "utils.quoting", "runs", "runs.pruning", "sweeps", "sweeps.hydra_callbacks", "sweeps.studies",
+    "cloud", "schedulers", "schedulers.slurm_array")} | {
         f"dreambooth.cloud.{path.stem}" for path in (PACKAGE / "cloud").glob("*.py")}
 # A rule about a file that does not exist holds for nothing: these must exist.
 SUBJECTS = ["errors.py", "cli.py", "run.py", "config/compose.py", "config/recipe.py", "models/loading.py",

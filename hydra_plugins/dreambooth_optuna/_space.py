@@ -1,0 +1,94 @@
+"""Translates a search space between Hydra's grammar of overrides and Optuna's distributions."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Transformer
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import Trial
+
+from dreambooth.errors import UserError
+
+Space = dict[str, BaseDistribution | str]  # key -> what is searched, or the text of a fixed value
+
+
+def read_space(params: Mapping[str, Any], arguments: Sequence[str]) -> Space:
+    """Return the search space, in the order of the overrides. What is typed takes precedence over hydra.sweeper.params.
+
+    Args:
+        params: hydra.sweeper.params.
+        arguments: overrides, as the user typed them.
+    """
+    parser = OverridesParser.create()
+    parsed = parser.parse_overrides([*(f"{key}={value}" for key, value in params.items()), *arguments])
+    return {override.get_key_element(): _to_distribution(override) for override in parsed}
+
+
+def searched(space: Space) -> dict[str, BaseDistribution]:
+    """Return the part of a space that is not fixed."""
+    return {key: value for key, value in space.items() if isinstance(value, BaseDistribution)}
+
+
+def suggest(trial: Trial, space: Space) -> tuple[str, ...]:
+    """Let Optuna choose a point for a trial. Return the point as overrides, with the fixed values."""
+    point: dict[str, str] = {}
+    for key, value in space.items():
+        point[key] = value if isinstance(value, str) else to_text(_suggest_one(trial, key, value))
+    return tuple(f"{key}={text}" for key, text in point.items())
+
+
+def grid(space: Space) -> list[dict[str, Any]]:
+    """Return all points of a space, in the order of Hydra's basic sweeper.
+
+    Raises:
+        UserError: the space has an interval.
+    """
+    values = {key: list(_grid_values(key, distribution)) for key, distribution in searched(space).items()}
+    return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+
+
+def _to_distribution(override: Override) -> BaseDistribution | str:
+    """Return what an override searches. The end of a range belongs to it, unlike in Hydra's basic sweeper."""
+    if not override.is_sweep_override():
+        return str(override.get_value_element_as_str())
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        low, high, log = value.start, value.end, "log" in value.tags
+        assert low is not None and high is not None
+        return (IntDistribution(low, high, log=log) if isinstance(low, int) and isinstance(high, int)
+                else FloatDistribution(low, high, log=log))
+    if isinstance(value, RangeSweep) and not value.shuffle:
+        start, stop, step = value.start, value.stop, value.step
+        assert start is not None and stop is not None
+        return (FloatDistribution(start, stop, step=step) if any(isinstance(x, float) for x in (start, stop, step))
+                else IntDistribution(int(start), int(stop), step=int(step)))
+    choices: list[Any] = list(override.sweep_iterator(transformer=Transformer.encode))
+    return CategoricalDistribution(choices)
+
+
+def _suggest_one(trial: Trial, key: str, distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(key, distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return trial.suggest_int(key, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+    assert isinstance(distribution, FloatDistribution)
+    return trial.suggest_float(key, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+
+
+def to_text(value: Any) -> str:
+    """Return a value as Hydra's basic sweeper writes it into overrides."""
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else "null" if value is None else str(value)
+
+
+def _grid_values(key: str, distribution: BaseDistribution) -> Iterator[Any]:
+    if isinstance(distribution, CategoricalDistribution):
+        yield from distribution.choices
+    elif isinstance(distribution, IntDistribution | FloatDistribution) and not distribution.log and distribution.step:
+        count = math.floor((distribution.high - distribution.low) / distribution.step + 1e-9) + 1
+        yield from (distribution.low + i * distribution.step for i in range(count))
+    else:
+        raise UserError(f"a grid cannot contain the interval of {key}: type {key}=choice(...), or another sampler, "
+                        "such as hydra/sweeper/sampler=tpe")

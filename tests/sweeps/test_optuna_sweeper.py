@@ -1,0 +1,134 @@
+"""`hydra/sweeper=optuna`: Hydra's test suites, samplers, studies that are continued, and wrong settings."""
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
+from pytest import mark, raises
+
+from dreambooth.errors import UserError
+from hydra_plugins.dreambooth_optuna.sweeper import OptunaSweeper
+from tests.support.warm_python import PYTHON
+
+GRID = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=10"]
+
+
+def test_hydra_finds_the_sweeper() -> None:
+    assert OptunaSweeper.__name__ in [plugin.__name__ for plugin in Plugins.instance().discover(Sweeper)]
+
+
+@mark.parametrize("launcher_name, overrides", [("basic", [*GRID, "hydra.job.chdir=true"])])
+class TestSweeper(LauncherTestSuite):
+    """Hydra's own test suite, in which a grid of Optuna takes the place of the basic sweeper."""
+
+
+@mark.slow  # twelve processes
+@mark.parametrize("task_launcher_cfg, extra_flags", [({}, ["-m", "hydra/launcher=basic", *GRID])])
+class TestSweeperIntegration(IntegrationTestSuite):
+    """Hydra's own test suite."""
+
+
+STUB = """
+import os, signal
+from dreambooth import train
+
+def job(cfg, *args):
+    with open("runs.txt", "a") as file:
+        print(cfg.train.learning_rate, cfg.train.seed, file=file)
+    if os.environ.get("KILL") == str(len(open("runs.txt").readlines())):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return abs(cfg.train.learning_rate - 1e-4) + cfg.train.seed
+
+train._job = job
+train.main()
+"""
+
+
+def stub_sweep(folder: Path, *words: str, kill: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a sweep whose trials train nothing. The process kills itself in the trial `kill`, counted from 1."""
+    folder.mkdir(exist_ok=True)
+    return subprocess.run([PYTHON, "-c", STUB, "-m", "hydra/sweeper=optuna", "tracking=none", f"run_root={folder}",
+                           *words], capture_output=True, text=True, check=False, cwd=folder,
+                          env=os.environ | {"KILL": str(kill)})
+
+
+@mark.slow
+@mark.parametrize("words", [
+    ["hydra.sweeper.sampler.n_startup_trials=2"],
+    ["hydra/sweeper/sampler=cmaes", "hydra.sweeper.storage=sqlite:///study.db", "hydra.sweeper.study_name=mine"],
+], ids=["tpe-journal", "cmaes-sqlite"])
+def test_a_study_that_was_killed_continues_as_if_nothing_had_happened(words: list[str], tmp_path: Path) -> None:
+    """kill -9 in the second of two trials of a batch: its settings are run again, and no others."""
+    words = ["train.learning_rate=tag(log,interval(1e-5,1e-3))", "train.seed=choice(0,1,2)", "hydra.sweeper.n_trials=7",
+             "hydra.sweeper.sampler.seed=3", *words]
+    whole = stub_sweep(tmp_path / "whole", *words)
+    assert whole.returncode == 0, whole.stderr
+    words = [word.replace("whole", "killed") for word in words]
+    assert stub_sweep(tmp_path / "killed", *words, kill=4).returncode == -signal.SIGKILL
+    again = stub_sweep(tmp_path / "killed", *words)
+    assert again.returncode == 0, again.stderr
+    expected = (tmp_path / "whole/runs.txt").read_text().splitlines()
+    runs = (tmp_path / "killed/runs.txt").read_text().splitlines()
+    assert runs == [*expected[:4], *expected[3:]]
+    results = [(tmp_path / name / "optimization_results.yaml").read_text() for name in ("whole", "killed")]
+    assert results[0] == results[1]
+    finished = stub_sweep(tmp_path / "killed", *words)
+    assert "has 7 trials already: type a larger hydra.sweeper.n_trials" in finished.stdout, finished.stderr
+    assert len((tmp_path / "killed/runs.txt").read_text().splitlines()) == 8
+
+
+@mark.parametrize("word, sentence", [
+    ("hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials must be 1 or more, not 0"),
+    ("hydra.sweeper.n_jobs=0", "hydra.sweeper.n_jobs must be 1 or more, not 0"),
+    ("hydra.sweeper.direction=up", "hydra.sweeper.direction must be minimize or maximize"),
+    ("hydra.sweeper.max_failure_rate=2", "hydra.sweeper.max_failure_rate must be from 0 to 1, not 2"),
+    ("hydra/sweeper/sampler=cmaes", "cmaes searches intervals, and this space has none"),
+    ("hydra.sweeper.storage=oracle://db", "cannot be opened in oracle://db"),
+])
+def test_a_wrong_setting_of_the_sweeper_is_refused(
+        word: str, sentence: str, hydra_restore_singletons: None, tmp_path: Path) -> None:
+    with raises(UserError, match=re.escape(sentence)):
+        run_sweep(lambda cfg: 0.0, tmp_path, "+x=choice(1,2)", word)
+
+
+def run_sweep(function: Callable[[Any], Any], folder: Path, *words: str) -> Any:
+    """Run a sweep of a function in this process, and return what Hydra returns."""
+    GlobalHydra.instance().clear()
+    with initialize_config_module("hydra.test_utils.configs", version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        return hydra.multirun("compose", function, ["hydra/sweeper=optuna", f"hydra.sweep.dir={folder}", *words],
+                              with_log_configuration=False)
+
+
+def test_a_trial_that_has_ended_is_told_before_the_next_one_begins(
+        hydra_restore_singletons: None, tmp_path: Path) -> None:
+    """An interrupted batch leaves one trial out, and a continued study has the points of an uninterrupted one."""
+    words = ["+x=interval(0.0,1.0)", "hydra.sweeper.n_trials=6", "hydra.sweeper.sampler.seed=1",
+             "hydra/sweeper/sampler=random", "hydra.sweeper.n_jobs=3"]
+    points: dict[str, list[float]] = {"whole": [], "parts": []}
+
+    def run(name: str, stop: int) -> None:
+        def function(cfg: Any) -> float:
+            points[name].append(cfg.x)
+            if len(points[name]) == stop:
+                raise SystemExit(5)
+            return float(cfg.x)
+
+        run_sweep(function, tmp_path / name, *words)
+
+    run("whole", 0)
+    with raises(SystemExit):
+        run("parts", 2)
+    run("parts", 0)
+    assert points["parts"] == [*points["whole"][:2], *points["whole"][1:]]
+    assert len(set(points["whole"])) == 6
