@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from dreambooth.config.launcher import without_hydra
 from dreambooth.errors import DreamBoothError, Interrupted, UserError
 from dreambooth.schedulers import slurm_array
-from dreambooth.sweeps.hydra_callbacks import DEFAULT_SWEEP_ID, failure_reasons, job_failures, trial_name
+from dreambooth.sweeps.hydra_callbacks import default_sweep_id, failure_reasons, job_failures, trial_name
 from dreambooth.utils.masking import mask_urls
 from dreambooth.utils.plurals import counted
 from dreambooth.utils.quoting import hydra_string
@@ -57,7 +57,7 @@ def _run(settings: Mapping[str, Any], config: DictConfig, composed: Sequence[Dic
          job_overrides: Sequence[Sequence[str]], first_number: int) -> list[slurm_array.End]:
     """Submit the jobs, follow them, and return how they ended."""
     tracking = OmegaConf.select(config, "tracking.sweep", throw_on_missing=False) if "tracking" in config else None
-    sweep = str(tracking or DEFAULT_SWEEP_ID)
+    sweep = str(tracking or default_sweep_id())
     folder = Path(str(config.hydra.sweep.dir), f"slurm-{sweep}", str(first_number)).absolute()
     jobs = [slurm_array.Task(_command(job, overrides, sweep), Path(str(job.hydra.runtime.output_dir)))
             for job, overrides in zip(composed, job_overrides, strict=True)]
