@@ -5,18 +5,21 @@ import os
 import shlex
 import stat
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
-from dreambooth import workflows
+from dreambooth import cli, workflows
 from dreambooth.config.compose import SearchSpace
-from dreambooth.errors import ConfigError, UserError
+from dreambooth.errors import ConfigError, Interrupted, UserError
 from dreambooth.runtime import srun
 from dreambooth.schedulers import slurm, slurm_array
+from hydra_plugins.dreambooth_slurm import _core
 from tests.kubernetes.workflow_files import FOLDER
 from tests.support.tools import tool
 
@@ -116,6 +119,20 @@ def test_a_single_task_and_a_process_of_torchrun_are_left_as_they_are(change: di
     assert environment == batch and not srun.is_other_process(environment)
 
 
+@pytest.mark.parametrize("rank, code, expected", [(0, 5, 5), (1, 5, 0), (1, 6, 6)])
+def test_srun_kills_no_main_process_that_saves_because_another_one_has_ended(
+    rank: int, code: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in (STEP | {"RANK": str(rank), "WORLD_SIZE": "3"}).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(cli, "_exit_codes", [code])
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: None)
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit) as exit_info:
+        cli.exit_process()
+    assert exit_info.value.code == expected
+
+
 def test_slurms_notations_of_nodes_are_read() -> None:
     assert [srun.first_host(text) for text in ("a", "a,b", "a1,b[2-3]", "a[003-007,9]-x,b", "a[1,3]")] == [
         "a", "a", "a1", "a003-x", "a1"]
@@ -164,3 +181,25 @@ def test_a_sweep_waits_for_requeued_jobs_and_knows_why_each_task_ended(
     ends = slurm_array.follow("9", tasks, tmp_path, 0)
     assert ends == [slurm_array.End(0.25), slurm_array.End(None, 6, "process 1"), slurm_array.End(
         None, 1, f"the job has no result (Slurm: OUT_OF_MEMORY): see {tmp_path}/2.log"), slurm_array.End(0.25)]
+
+
+def test_ctrl_c_cancels_the_jobs_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled: list[str] = []
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slurm_array, "submit", lambda *args: "9")
+    monkeypatch.setattr(slurm_array, "follow", interrupted)
+    monkeypatch.setattr(slurm_array, "cancel", cancelled.append)
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}, "tracking": {"sweep": "mine"}})
+    with pytest.raises(Interrupted, match="the Slurm job 9 is cancelled, and its runs save their state: repeat the"):
+        _core._run(SETTINGS, config, [], [], 0)
+    assert cancelled == ["9"]
+
+
+def test_a_job_of_a_sweep_has_the_run_folder_of_a_sweep_on_this_machine() -> None:
+    """The pattern is passed, not the folder: an absolute path would be stored in the run."""
+    job = OmegaConf.create({"hydra": {"sweep": {"dir": "${run_root}", "subdir": "${name}-${identity:sweep}"}}})
+    assert _core._command(job, ["train.seed=1", "hydra.verbose=true"], "mine") == [
+        "hydra.run.dir=${run_root}/${name}-${identity:sweep}", "tracking.sweep='mine'", "train.seed=1"]
