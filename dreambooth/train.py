@@ -3,6 +3,7 @@
 Torch is imported only when the work of the command starts, so that --help is fast.
 """
 
+import math
 import os
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from dreambooth.config.schema import Config
 from dreambooth.config.storage import is_single_file
 from dreambooth.errors import UserError
 from dreambooth.runs import identity
+from dreambooth.runs.pruning import Pruned
 from dreambooth.runtime import srun
 from dreambooth.sweeps.hydra_callbacks import default_sweep_id, distinguishing_overrides, failure_reasons, trial_name
 from dreambooth.utils.signals import how_to_resume
@@ -80,6 +82,10 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
             if run_inputs.is_main_process() and not sys.stdout.isatty():  # Katib parses this line in the log of a trial
                 print(f"objective={result.objective:.6g}", flush=True)
             return result.objective
+    except Pruned as pruned:  # no failure: the sweep continues with its next trial
+        failure_reasons[run_dir] = str(pruned)
+        print(pruned, flush=True)
+        return math.nan
     finally:
         remove_if_unused(run_dir, Path(str(cfg.run_root)))
 

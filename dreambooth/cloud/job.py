@@ -9,6 +9,7 @@ from dreambooth.errors import ConfigError, DoesNotFit
 
 WAITING, SUBMITTING, RUNNING, COMPLETED, FAILED, STOPPED, UNKNOWN = (
     "Waiting", "Submitting", "InProgress", "Completed", "Failed", "Stopped", "Unknown")
+PRUNED = "Pruned"  # status in the table of a sweep: the search has ended the run early
 FINAL_STATUSES = (COMPLETED, FAILED, STOPPED)
 
 

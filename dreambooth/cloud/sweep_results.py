@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dreambooth.cloud.job import COMPLETED, FAILED, Job, JobState
+from dreambooth.cloud.job import COMPLETED, FAILED, PRUNED, Job, JobState
 from dreambooth.utils import atomic_files, markdown, quoting
 from dreambooth.utils.key_names import short_names
 from dreambooth.utils.masking import mask_urls
@@ -158,8 +158,9 @@ def log_sweep(table_path: Path, sweep: str, table: Sequence[dict[str, Any]], kin
     from dreambooth.tracking.tracker import open_tracker
 
     done = [row for row in table if row["objective"] is not None]
+    pruned = sum(row["status"] == PRUNED for row in table)
     best = min(done, key=lambda row: row["objective"], default=None)
-    metrics = {"jobs": len(table), "failed": len(table) - len(done), "billed_usd": sum(
+    metrics = {"jobs": len(table), "failed": len(table) - len(done) - pruned, "billed_usd": sum(
         row["billed_usd"] or 0.0 for row in table)} | ({"objective": best["objective"]} if best else {})
     folder = table_path.parent / f"sweep-{sweep}"
     logged = [entry for entry, _ in read(folder / "metrics.jsonl") if "metrics" in entry]
@@ -178,4 +179,4 @@ def log_sweep(table_path: Path, sweep: str, table: Sequence[dict[str, Any]], kin
         for path in (table_path, plot):
             tracker.log_artifact(path)
     finally:
-        tracker.close("FINISHED" if len(done) == len(table) else "FAILED")
+        tracker.close("FINISHED" if len(done) + pruned == len(table) else "FAILED")

@@ -7,6 +7,14 @@ the reporter says so. A run that no sweeper has started has no reporter. This mo
 from dataclasses import dataclass
 from typing import Protocol
 
+from dreambooth.errors import Interrupted
+
+PRUNED_FILE = "pruned.json"  # in the run folder of a run that ended early: the step, and why
+
+
+class Pruned(Interrupted):
+    """A search has ended the run early. The run is saved, and its own command continues it."""
+
 
 class Reporter(Protocol):
     """Receives the values of a run."""

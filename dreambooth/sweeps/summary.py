@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.cloud import sweep_results
-from dreambooth.cloud.job import COMPLETED, FAILED
+from dreambooth.cloud.job import COMPLETED, FAILED, PRUNED
+from dreambooth.runs.pruning import PRUNED_FILE
 from dreambooth.sweeps.trials import Trial, find_trials, read_scores
 from dreambooth.tracking.svg_charts import format_setting
+from dreambooth.utils import atomic_files
 from dreambooth.utils.key_names import short_names
 
 IGNORED_SETTINGS = {"name", "device", "sample_prompts", "evaluate.promote"}  # settings that do not characterise a trial
@@ -95,13 +97,25 @@ def _trial_rows(trials: Sequence[Trial], reasons: Mapping[Path, str]) -> list[di
     keys, rows = varied_settings(trials), []
     for number, trial in enumerate(trials):
         result, objective = trial.result or {}, finished_objective(trial)
+        status = COMPLETED if objective is not None else PRUNED if is_pruned(trial) else FAILED
         rows.append({
-            "number": number, "job": trial.folder.name, "status": FAILED if objective is None else COMPLETED,
+            "number": number, "job": trial.folder.name, "status": status,
             "objective": objective, "steps": result.get("step"), "seconds": result.get("seconds"), "billed_usd": None,
-            "reason": "" if objective is not None else reasons.get(trial.folder.resolve(), sweep_results.SEE_OUTPUT),
+            "reason": "" if objective is not None else reasons.get(trial.folder.resolve()) or _stored_reason(trial),
             **{key: trial.settings.get(key, "") for key in keys},
             **{name: round(score, 6) for name, score in read_scores(result.get("scores") or {}).items()}})
     return rows
+
+
+def is_pruned(trial: Trial) -> bool:
+    """Return whether a search has ended the run early, and the run was not continued to its end."""
+    return not trial.finished and (trial.folder / PRUNED_FILE).is_file()
+
+
+def _stored_reason(trial: Trial) -> str:
+    """Return why a run that is not finished has ended, as far as its folder says so."""
+    stored = atomic_files.read_object(trial.folder / PRUNED_FILE) or {}
+    return str(stored.get("reason", sweep_results.SEE_OUTPUT))
 
 
 def _failed_row(number: int, overrides: list[str], reason: str) -> dict[str, Any]:

@@ -1,18 +1,24 @@
-"""Early stopping: ends a run before train.max_train_steps when a measure no longer improves, or reaches a bound."""
+"""Early stopping: ends a run before train.max_train_steps when a measure no longer improves, or reaches a bound.
+
+A search over several runs may end a run early, too (pruning).
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dreambooth.config.enums import Direction
-from dreambooth.config.evaluate import parse_measure, weighted_sum
+from dreambooth.config.evaluate import INSTANCE_LOSS, VALIDATION_LOSS, parse_measure, steps_between, weighted_sum
 from dreambooth.config.recipe import Recipe
 from dreambooth.config.schema import StopWhen
+from dreambooth.errors import UserError
+from dreambooth.runs import pruning
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.evaluation_hook import EvaluationHook
 from dreambooth.training.hooks import CheckpointHook, SampleHook
 from dreambooth.training.setup import Setup
 from dreambooth.training.step import StepInfo
+from dreambooth.utils import atomic_files
 from dreambooth.utils.plurals import counted
 
 
@@ -108,3 +114,64 @@ class EarlyStopping:
         return {step: weighted_sum(self._weights, scores)
                 for step, scores in self.setup.state.history.scores.items()
                 if 0 < step <= last and self._weights.keys() <= scores.keys()}
+
+
+@dataclass
+class PruningHook:
+    """Hook that reports each measurement to the search that has started the run, and ends the run on its request.
+
+    Without a search, the hook does nothing. It is called after the hooks that measure and after EarlyStopping.
+
+    Raises:
+        UserError: the measure does not exist, or the run does not measure it before its last step.
+    """
+
+    setup: Setup
+    recipe: Recipe
+    saving: CheckpointHook
+    evaluation: EvaluationHook
+    stopping: EarlyStopping
+
+    def __post_init__(self) -> None:
+        self._reporter = pruning.get_reporter()
+        if self._reporter is None:
+            return
+        objective = self.recipe.evaluate.objective
+        name = self._reporter.measure or (VALIDATION_LOSS if objective == INSTANCE_LOSS else objective)
+        try:
+            self._weights, mode = parse_measure(name, self.recipe.measure_roles)
+        except ValueError as error:
+            raise UserError(f"hydra.sweeper.prune_measure {error}") from error
+        self._sign = -1 if mode is Direction.max else 1
+        if steps_between(self._weights, self.recipe.evaluate.every, self.recipe.train.validate_every) is None:
+            raise UserError(f"hydra/sweeper/pruner compares {name} from time to time: type evaluate.every=50, steps "
+                            "between evaluations")
+
+    def due(self, step: int) -> bool:
+        return False  # the hooks that measure are due
+
+    def __call__(self, info: StepInfo) -> None:
+        self.check(info.step)
+
+    def before_training(self) -> None:
+        """Report the step from which the run resumes, too: the process may have been killed before it did."""
+        self.check(self.setup.state.step)
+
+    def check(self, step: int) -> None:
+        """Report the value after `step`. If the run has to end, save it.
+
+        Raises:
+            Pruned: the run has to end.
+        """
+        if self._reporter is None or not 0 < step < self.recipe.train.max_train_steps or self.stopping.reached():
+            return
+        scores = self.evaluation.scores(step)
+        if not self._weights.keys() <= scores.keys():
+            return
+        value = self._sign * weighted_sum(self._weights, scores)
+        if not math.isfinite(value) or not self._reporter.report(step, value):
+            return
+        self.saving.save()
+        reason = f"pruned after step {step}: other trials were better at this step; the run is saved"
+        atomic_files.write_json(self.recipe.run_dir / pruning.PRUNED_FILE, {"step": step, "reason": reason})
+        raise pruning.Pruned(reason)

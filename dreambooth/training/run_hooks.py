@@ -7,7 +7,7 @@ from dreambooth.evaluation.evaluator import Evaluator
 from dreambooth.runtime.engine import Engine
 from dreambooth.runtime.memory_meter import MemoryMeter
 from dreambooth.tracking.tracker import Tracker
-from dreambooth.training.early_stopping import EarlyStopping
+from dreambooth.training.early_stopping import EarlyStopping, PruningHook
 from dreambooth.training.evaluation_hook import EvaluationHook
 from dreambooth.training.hooks import CheckpointHook, Hook, HookList, LogHook, SampleHook
 from dreambooth.training.sample_images import SampleRecorder
@@ -23,8 +23,8 @@ class RunHooks:
     """The hooks of a run.
 
     In each step, the held-out loss is measured first, so that the progress line and the checkpoint of this step contain
-    it. The checkpoint follows, which never waits for pictures. Then samples and evaluation, the decision to stop early,
-    and the answer to a stop request.
+    it. The checkpoint follows, which never waits for pictures. Then samples and evaluation, the decisions to stop early
+    and to prune, and the answer to a stop request.
     """
 
     sampling: SampleHook
@@ -32,6 +32,7 @@ class RunHooks:
     evaluation: EvaluationHook
     saving: CheckpointHook
     stopping: EarlyStopping
+    pruning: PruningHook
     answering: StopHook
 
     def before_training(self) -> None:
@@ -40,12 +41,14 @@ class RunHooks:
         self.validation.before_training()
         self.evaluation.before_training()
         self.stopping.before_training()
+        self.pruning.before_training()
 
     def in_order(self, bar: Bar, tracker: Tracker, engine: Engine, meter: MemoryMeter) -> HookList:
         """Return all hooks, in order. Only the main process logs and saves."""
         log = LogHook(tracker, bar, meter, lambda: self.validation.note)
         own: list[Hook] = [log, self.saving] if engine.is_main_process else []
-        return HookList([self.validation, *own], self.sampling, self.evaluation, self.stopping, self.answering)
+        return HookList([self.validation, *own], self.sampling, self.evaluation, self.stopping, self.pruning,
+                        self.answering)
 
 
 def create_hooks(recipe: Recipe, setup: Setup, tracker: Tracker, engine: Engine, meter: MemoryMeter,
@@ -57,5 +60,7 @@ def create_hooks(recipe: Recipe, setup: Setup, tracker: Tracker, engine: Engine,
     evaluator = Evaluator(recipe, setup.scorer, tracker, engine, stop) if recipe.evaluate.encoders else None
     evaluation = EvaluationHook(evaluator, setup, engine, meter, recipe, validation)
     stopping = EarlyStopping(setup, engine, recipe, saving, sampling, evaluation)
+    pruning = PruningHook(setup, recipe, saving, evaluation, stopping)
     shared = HookList([validation, sampling, evaluation])  # all processes measure and generate pictures
-    return RunHooks(sampling, validation, evaluation, saving, stopping, StopHook(stop, engine, saving, shared.due))
+    answering = StopHook(stop, engine, saving, shared.due)
+    return RunHooks(sampling, validation, evaluation, saving, stopping, pruning, answering)

@@ -45,8 +45,11 @@ class Recorder(Callback):
     reporter: "TrialReporter | None" = None
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        from optuna.pruners import NopPruner
+
         trial = self.trials.get(config.hydra.job.num)
-        self.reporter = None if trial is None or len(self.study.directions) > 1 else TrialReporter(trial, self.measure)
+        prunes = trial is not None and not isinstance(self.study.pruner, NopPruner)
+        self.reporter = TrialReporter(trial, self.measure) if prunes else None
         pruning.set_reporter(self.reporter)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:

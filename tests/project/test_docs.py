@@ -32,6 +32,7 @@ from dreambooth.serving.app import create_app
 from dreambooth.serving.service import Service
 from dreambooth.storage import __main__ as storage_command
 from dreambooth.utils.hardware import Machine
+from hydra_plugins.dreambooth_optuna.sweeper import OptunaSweeperConf
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncherConf
 from hydra_plugins.dreambooth_slurm.launcher import SlurmLauncherConf
 
@@ -212,7 +213,7 @@ def test_a_key_in_a_document_exists(page: Path) -> None:
     known |= {f"hydra.launcher.{key}" for key in vars(SageMakerLauncherConf()) | vars(SlurmLauncherConf())}
     known |= {"IMAGE", "RUN_ROOT"}  # of the batch scripts for Slurm
     known |= {"hydra.verbose"}
-    known |= {f"hydra.sweeper.{key}" for key in ("storage", "n_trials", "max_failure_rate")}
+    known |= {f"hydra.sweeper.{key}" for key in vars(OptunaSweeperConf())}
     known |= {"image", "overrides", "deploy", "MODEL"}  # of Argo, and of the Deployment that serves
     known |= {"hydra.launcher.KEY", "wait", "SAGEMAKER_VALIDATE_ROLE"}  # a placeholder; of the SageMaker SDK
     known |= {f"dataset.concepts.{number}.{key}" for number in (0, 1) for key in vars(Subject())}

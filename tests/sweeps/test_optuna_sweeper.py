@@ -1,5 +1,6 @@
 """`hydra/sweeper=optuna`: Hydra's test suites, samplers, studies that are continued, and wrong settings."""
 
+import csv
 import os
 import re
 import signal
@@ -132,3 +133,21 @@ def test_a_trial_that_has_ended_is_told_before_the_next_one_begins(
     run("parts", 0)
     assert points["parts"] == [*points["whole"][:2], *points["whole"][1:]]
     assert len(set(points["whole"])) == 6
+
+
+@mark.slow
+def test_a_pruned_trial_keeps_its_checkpoint_and_is_continued_by_its_own_command(tmp_path: Path) -> None:
+    words = ["train.max_train_steps=4", "train.validate_every=2", "dataset.validation_count=1", "sample.every=null",
+             "train.train_batch_size=1", "prior.with_prior_preservation=false", "train.use_ema=false", "hardware=cpu",
+             "evaluate.encoder=none", "tracking=none", "tracking.sweep=mine", f"run_root={tmp_path}"]
+    optuna = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra/sweeper/pruner=median",
+              "hydra.sweeper.pruner.n_startup_trials=1", "train.learning_rate=choice(1e-12,2e-3)"]
+    for more, status in ((optuna, "Pruned"), (["train.learning_rate=0.002"], "Completed")):
+        done = subprocess.run([PYTHON, "-m", "dreambooth.train", "-m", *words, *more], capture_output=True, text=True,
+                              check=False, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stdout + done.stderr
+        with (tmp_path / "results-mine.csv").open() as file:
+            rows = {row["train.learning_rate"]: (row["status"], row["job"]) for row in csv.DictReader(file)}
+        assert rows["0.002"][0] == status and rows["1e-12"][0] == "Completed"
+    assert "pruned after step 2" not in done.stdout and "training 3/4" in done.stdout
+    assert "training 1/4" not in done.stdout

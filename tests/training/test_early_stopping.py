@@ -10,9 +10,11 @@ import torch
 
 from dreambooth.config.enums import Direction
 from dreambooth.config.schema import StopWhen
+from dreambooth.errors import UserError
+from dreambooth.runs import pruning
 from dreambooth.runtime.engine import Engine
 from dreambooth.training import checkpoint
-from dreambooth.training.early_stopping import EarlyStopping, reason_to_stop
+from dreambooth.training.early_stopping import EarlyStopping, PruningHook, reason_to_stop
 from dreambooth.training.step import History, Objective, train_step
 from tests.support.toy_model import ToyModel, make_batches, make_schedule, make_state
 
@@ -91,3 +93,37 @@ def test_a_checkpoint_contains_the_values_that_decide(tmp_path: Path) -> None:
     resumed = make_state(model)
     checkpoint.restore(saved, resumed, model, scaler)
     assert resumed.history == state.history
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_run_that_a_search_prunes_is_saved(ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reported value is lower if the run is better; the last step is not reported."""
+    reported: list[tuple[int, float]] = []
+    saved: list[bool] = []
+
+    class Reporter:
+        measure = "subject_similarity_dino"
+
+        def report(self, step: int, value: float) -> bool:
+            reported.append((step, value))
+            return ends
+
+    monkeypatch.setattr(pruning, "_active", pruning._Active(Reporter()))
+    recipe = SimpleNamespace(run_dir=tmp_path, measure_roles={"subject_similarity_dino": "subject_similarity"},
+                             train=SimpleNamespace(max_train_steps=8, validate_every=None),
+                             evaluate=SimpleNamespace(every=2, objective="instance_loss"))
+    evaluation = SimpleNamespace(scores=lambda step: {"subject_similarity_dino": 0.5} if step % 2 == 0 else {})
+    hook: Any = PruningHook(None, recipe, SimpleNamespace(save=lambda: saved.append(True)), evaluation,  # type: ignore[arg-type]
+                            SimpleNamespace(reached=lambda: False))  # type: ignore[arg-type]
+    hook.check(1)
+    if ends:
+        with pytest.raises(pruning.Pruned, match="pruned after step 2"):
+            hook.check(2)
+        assert (tmp_path / pruning.PRUNED_FILE).is_file()
+    else:
+        hook.check(2)
+    hook.check(8)
+    assert (reported, saved) == ([(2, -0.5)], [True] * ends)
+    recipe.evaluate.every = None
+    with pytest.raises(UserError, match=r"type evaluate\.every=50"):
+        PruningHook(None, recipe, None, evaluation, None)  # type: ignore[arg-type]
