@@ -111,10 +111,14 @@ def sweep(settings: dict[str, Any], arguments: Sequence[str], *, hydra_context: 
     directions = _check_settings(settings)
     folder = Path(str(config.hydra.sweep.dir)).resolve()  # jobs may change the working directory
     space = _space.read_space(settings["params"] or {}, arguments)
+    conditions = _space.read_conditions(settings["params"] or {}, arguments)
     seed = OmegaConf.select(settings["sampler"], "seed")
-    make_sampler, points = _sampler_maker(settings["sampler"], space)
+    make_sampler, points = _sampler_maker(settings["sampler"], space, conditions)
     sweep_id = OmegaConf.select(config, "tracking.sweep", throw_on_resolution_failure=False)
     searched = repr({key: repr(value) for key, value in _space.searched(space).items()})
+    if conditions:
+        searched += repr({key: [(other, sorted(values)) for other, values in of_key]
+                          for key, of_key in conditions.items()})
     digest = studies.study_digest(searched, directions, [x for x in arguments if not x.startswith("tracking.sweep=")],
                                   OmegaConf.to_container(settings["sampler"]))
     name = settings["study_name"] or f"{sweep_id or 'sweep'}-{digest}"
@@ -131,7 +135,7 @@ def sweep(settings: dict[str, Any], arguments: Sequence[str], *, hydra_context: 
         launcher = Plugins.instance().instantiate_launcher(
             config=config, hydra_context=hydra_context, task_function=task_function)
         hydra_context.callbacks.callbacks.append(recorder)
-        suggest = functools.partial(_suggest, space, settings["custom_search_space"], config)
+        suggest = functools.partial(_suggest, space, conditions, settings["custom_search_space"], config)
         returns: list[Sequence[JobReturn]] = []
         while batch := studies.next_batch(study, settings["n_jobs"], n_trials, make_sampler, suggest):
             recorder.trials, recorder.states = {trial.number: trial for trial, _ in batch}, {}
@@ -173,7 +177,7 @@ def _check_settings(settings: dict[str, Any]) -> list[str]:
     return directions
 
 
-def _sampler_maker(conf: DictConfig, space: dict[str, Any]
+def _sampler_maker(conf: DictConfig, space: dict[str, Any], conditions: dict[str, Any]
                    ) -> tuple[Callable[[int, int], Any], list[dict[str, Any]] | None]:
     """Return a function that makes the sampler of a trial, from its number and its seed. For a grid, also all points.
     """
@@ -185,7 +189,7 @@ def _sampler_maker(conf: DictConfig, space: dict[str, Any]
                  if value is not None}
     target = str(arguments.pop("_target_"))
     if target == GRID:
-        points = _space.grid(space)
+        points = _space.grid(space, conditions)
         return lambda number, seed: optuna.samplers.PartialFixedSampler(
             points[number % len(points)], optuna.samplers.RandomSampler(0)), points
     if target.endswith(".CmaEsSampler") and all(isinstance(value, optuna.distributions.CategoricalDistribution)
@@ -198,10 +202,11 @@ def _sampler_maker(conf: DictConfig, space: dict[str, Any]
     return lambda number, seed: make(**arguments, **({"seed": seed} if seeded else {})), None
 
 
-def _suggest(space: dict[str, Any], custom: str | None, config: DictConfig, trial: Any) -> tuple[str, ...]:
+def _suggest(space: dict[str, Any], conditions: dict[str, Any], custom: str | None, config: DictConfig, trial: Any
+             ) -> tuple[str, ...]:
     from hydra_plugins.dreambooth_optuna import _space
 
-    overrides = _space.suggest(trial, space)
+    overrides = _space.suggest(trial, space, conditions)
     if custom:
         get_method(custom)(config, trial)
         overrides += tuple(f"{key}={_space.to_text(value)}" for key, value in trial.params.items() if key not in space)

@@ -13,6 +13,7 @@ from optuna.trial import Trial
 from dreambooth.errors import UserError
 
 Space = dict[str, BaseDistribution | str]  # key -> what is searched, or the text of a fixed value
+Conditions = dict[str, list[tuple[str, frozenset[str]]]]  # key -> other keys, and the values that they must have
 
 
 def read_space(params: Mapping[str, Any], arguments: Sequence[str]) -> Space:
@@ -27,27 +28,72 @@ def read_space(params: Mapping[str, Any], arguments: Sequence[str]) -> Space:
     return {override.get_key_element(): _to_distribution(override) for override in parsed}
 
 
+def read_conditions(params: Mapping[str, Any], arguments: Sequence[str]) -> Conditions:
+    """Return on which settings a searched key depends: in KEY: tag("OTHER=A|B",choice(...)), KEY needs OTHER=A or B.
+
+    Other sweepers ignore tags, and search the key for every value of the other one.
+
+    Raises:
+        UserError: the other key is not part of the space, or follows the key.
+    """
+    words = [*(f"{key}={value}" for key, value in params.items()), *arguments]
+    parsed = OverridesParser.create().parse_overrides(words)
+    last = {override.get_key_element().lstrip("+"): override for override in parsed}
+    conditions: Conditions = {}
+    for override in last.values():
+        key, value = override.get_key_element(), override.value()
+        for tag in sorted(getattr(value, "tags", ()) if override.is_sweep_override() else ()):
+            other, equals, texts = tag.partition("=")
+            if not equals:
+                continue
+            if other not in list(last)[:list(last).index(key.lstrip("+"))]:
+                raise UserError(f'{key} depends on "{tag}", and the search space does not set {other} before it: add '
+                                f"{other} with choice(...) above {key}, or remove the tag")
+            conditions.setdefault(key, []).append((other, frozenset(texts.split("|"))))
+    return conditions
+
+
 def searched(space: Space) -> dict[str, BaseDistribution]:
     """Return the part of a space that is not fixed."""
     return {key: value for key, value in space.items() if isinstance(value, BaseDistribution)}
 
 
-def suggest(trial: Trial, space: Space) -> tuple[str, ...]:
-    """Let Optuna choose a point for a trial. Return the point as overrides, with the fixed values."""
+def suggest(trial: Trial, space: Space, conditions: Conditions) -> tuple[str, ...]:
+    """Let Optuna choose a point for a trial. Return the point as overrides, with the fixed values.
+
+    A key whose condition does not hold is left out, so that its setting has its default.
+    """
     point: dict[str, str] = {}
     for key, value in space.items():
-        point[key] = value if isinstance(value, str) else to_text(_suggest_one(trial, key, value))
+        if _holds(conditions.get(key, ()), point):
+            point[key] = value if isinstance(value, str) else to_text(_suggest_one(trial, key, value))
     return tuple(f"{key}={text}" for key, text in point.items())
 
 
-def grid(space: Space) -> list[dict[str, Any]]:
-    """Return all points of a space, in the order of Hydra's basic sweeper.
+def grid(space: Space, conditions: Conditions) -> list[dict[str, Any]]:
+    """Return all points of a space, in the order of Hydra's basic sweeper, without keys whose condition does not hold.
 
     Raises:
         UserError: the space has an interval.
     """
     values = {key: list(_grid_values(key, distribution)) for key, distribution in searched(space).items()}
-    return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+    fixed = {key: value for key, value in space.items() if isinstance(value, str)}
+    points = []
+    for choice in itertools.product(*values.values()):
+        point = dict(zip(values, choice, strict=True))
+        for key in values:
+            texts = fixed | {name: to_text(value) for name, value in point.items()}
+            if not _holds(conditions.get(key, ()), texts):
+                del point[key]
+        if point not in points:
+            points.append(point)
+    return points
+
+
+def _holds(conditions: Sequence[tuple[str, frozenset[str]]], point: Mapping[str, str]) -> bool:
+    """Return whether the settings of a point, by key, have the values that all conditions ask for."""
+    texts = {key.lstrip("+"): text for key, text in point.items()}
+    return all(texts.get(other) in values for other, values in conditions)
 
 
 def _to_distribution(override: Override) -> BaseDistribution | str:

@@ -135,6 +135,22 @@ def test_a_trial_that_has_ended_is_told_before_the_next_one_begins(
     assert len(set(points["whole"])) == 6
 
 
+@mark.parametrize("sampler, trials", [("grid", 4), ("tpe", 12)])
+def test_a_key_is_searched_only_where_its_condition_holds(
+        sampler: str, trials: int, hydra_restore_singletons: None, tmp_path: Path) -> None:
+    """A rank is searched for adapters only: the grid has one point for full training, and one for each rank."""
+    points: list[dict[str, Any]] = []
+    run_sweep(lambda cfg: points.append(dict(cfg)) or float(cfg.get("rank", 2)), tmp_path, "+method=choice(full,lora)",
+              '+rank=tag("method=lora|dora",choice(4,8,16))', f"hydra/sweeper/sampler={sampler}",
+              "hydra.sweeper.n_trials=12", "hydra.sweeper.sampler.seed=0")
+    assert len(points) == trials
+    assert {(point["method"], point.get("rank")) for point in points} <= {
+        ("full", None), ("lora", 4), ("lora", 8), ("lora", 16)}
+    assert {point["method"] for point in points} == {"full", "lora"}
+    with raises(UserError, match="the search space does not set method before it"):
+        run_sweep(lambda cfg: 0.0, tmp_path, '+rank=tag("method=lora",choice(4,8))')
+
+
 @mark.slow
 def test_a_pruned_trial_keeps_its_checkpoint_and_is_continued_by_its_own_command(tmp_path: Path) -> None:
     words = ["train.max_train_steps=4", "train.validate_every=2", "dataset.validation_count=1", "sample.every=null",
