@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +169,8 @@ def _open_storage(storage: str | None, default: Path) -> "BaseStorage":
     from optuna.storages.journal import JournalFileBackend
 
     if storage is not None and "://" in storage:
+        if storage.startswith("postgresql://") and find_spec("psycopg") is None:  # the default driver of SQLAlchemy 2.1
+            storage = storage.replace("postgresql://", "postgresql+psycopg2://", 1)
         scheme, _, file = storage.partition(":///")
         return RDBStorage(f"{scheme}:///{Path(file).resolve()}" if scheme.startswith("sqlite") and file else storage)
     path = default if storage is None else Path(storage).resolve()  # jobs may change the working directory

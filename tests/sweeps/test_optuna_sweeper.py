@@ -14,10 +14,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
-from pytest import mark, raises
+from pytest import MonkeyPatch, mark, raises
 
 from dreambooth.errors import UserError
 from hydra_plugins.dreambooth_optuna.sweeper import OptunaSweeper
+from tests.support.services import postgres
 from tests.support.warm_python import PYTHON
 
 GRID = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=10"]
@@ -85,6 +86,20 @@ def test_a_study_that_was_killed_continues_as_if_nothing_had_happened(words: lis
     finished = stub_sweep(tmp_path / "killed", *words)
     assert "has 7 trials already: type a larger hydra.sweeper.n_trials" in finished.stdout, finished.stderr
     assert len((tmp_path / "killed/runs.txt").read_text().splitlines()) == 8
+
+
+@mark.services
+def test_a_study_in_postgresql_continues_after_a_kill(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    with postgres() as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        words = ["hydra.sweeper.storage=postgresql://", "hydra.sweeper.study_name=mine",
+                 "train.seed=choice(0,1,2)", "hydra/sweeper/sampler=grid"]
+        assert stub_sweep(tmp_path, *words, kill=2).returncode == -signal.SIGKILL
+        again = stub_sweep(tmp_path, *words)
+        assert again.returncode == 0, again.stderr
+        runs = (tmp_path / "runs.txt").read_text().split()[1::2]
+        assert runs == ["0", "1", "1", "2"]
 
 
 @mark.parametrize("word, sentence", [
