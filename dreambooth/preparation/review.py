@@ -9,7 +9,6 @@ from textwrap import wrap
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader
 from PIL import Image, ImageDraw
 
 from dreambooth.data import photo_checks, photos
@@ -17,6 +16,7 @@ from dreambooth.preparation import crop
 from dreambooth.preparation.annotation import PreparedPhoto, scale_box
 from dreambooth.preparation.inspection import Inspection
 from dreambooth.utils import atomic_files
+from dreambooth.utils.assets import render_page
 from dreambooth.utils.image_grid import data_url, labelled_grid
 from dreambooth.utils.plurals import counted
 
@@ -42,11 +42,11 @@ def write_review(folder: Path, inspection: Inspection, prepared: Sequence[Prepar
         sheet = labelled_grid([(image, _lines(text)) for (_, image), text in zip(tiles, texts, strict=True)],
                               min(COLUMNS, max(1, math.ceil(math.sqrt(len(tiles))))), SIDE)
         sheet.save(temporary, format="PNG", compress_level=3)
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parents[1] / "assets"), autoescape=True)
     cards = [{"image": data_url(image), "name": text[0], "caption": printable(one.caption or ""), "remarks": text[2:]}
              for (one, image), text in zip(tiles, texts, strict=True)]
-    page = environment.get_template("prepare.html").render(
-        cards=cards, title=f"{counted(len(prepared), 'photo')} prepared", command=printable(summary["command"]),
+    page = render_page(
+        "prepare.html", cards=cards, title=f"{counted(len(prepared), 'photo')} prepared",
+        command=printable(summary["command"]),
         left_out=[printable(sentence) for _, sentence in left_out],
         remarks=[printable(remark) for remark in summary["remarks"]])
     with atomic_files.write_file(folder / PAGE) as temporary:

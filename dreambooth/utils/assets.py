@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 ASSET_SCHEME = "package:"  # beginning of the address of a file of this package
 
@@ -21,6 +22,23 @@ def resolve_asset(source: str) -> str:
     if not source.startswith(ASSET_SCHEME):
         return expand_home(source)
     return str(Path(__file__).parents[1] / "assets" / source.removeprefix(ASSET_SCHEME))
+
+
+def render_page(name: str, **values: Any) -> str:
+    """Return an HTML page made from a Jinja template in dreambooth/assets/, in which every value is escaped.
+
+    Args:
+        name: file name of the template.
+        values: what the template shows; HTML that must not be escaped is a markupsafe.Markup.
+
+    Raises:
+        jinja2.UndefinedError: the template needs a value that is missing.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parents[1] / "assets"), autoescape=True,
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(name).render(values)
 
 
 def expand_home(path: str) -> str:
