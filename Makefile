@@ -16,7 +16,7 @@ TEST  := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=tru
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow test-all test-rest test-container test-services image lint ci mlflow-ui mutants torture proof tiny-base
+.PHONY: help setup demo test test-slow test-all test-rest test-container test-services image lint ci mlflow-ui mutants torture proof outdated tiny-base
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -83,6 +83,9 @@ proof: $(STAMP)  ## run the long experiments and make torture, and write their p
 
 torture: $(STAMP)  ## kill, damage, starve and stop short runs, as root in 20 minutes, and write docs/torture.md
 	@$(BIN)/python -m tools.torture
+
+outdated: $(STAMP)  ## list pinned packages with newer releases, and what holds them back (once a month; needs the index)
+	@$(BIN)/python -m tools.outdated
 
 tiny-base: $(STAMP)  ## train the shipped base models again (hours; needs npm)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[base]'
