@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from dreambooth.config.recipe import Recipe
-from dreambooth.errors import DoesNotFit
+from dreambooth.errors import DoesNotFit, Interrupted
 from dreambooth.planner import auto_memory
 from dreambooth.planner.gpu_specs import find_card
 from dreambooth.planner.time_and_cost import START_UP, budgeted, estimate
@@ -42,6 +42,7 @@ def limit_run(recipe: Recipe, stop: StopRequest, engine: Engine, start: Path | N
 
     Raises:
         DoesNotFit: the run is predicted to need more than is left of the budget.
+        Interrupted: the same, and earlier runs of the sweep have used a part of the budget. The sweep ends.
     """
     if not recipe.budget.limits:
         yield
@@ -78,7 +79,7 @@ def used_hours(run_dir: Path) -> float:
 
 
 def _check(recipe: Recipe, start: Path | None, before: float, processes: int) -> None:
-    """Raise DoesNotFit if the rest of the run needs more than is left of the budget.
+    """Raise DoesNotFit if the rest of the run needs more than is left of the budget; Interrupted in a sweep.
 
     Args:
         before: hours that the run has used.
@@ -97,7 +98,7 @@ def _check(recipe: Recipe, start: Path | None, before: float, processes: int) ->
     least = 1e-9  # a run whose time is unknown needs something, too
     if problem := recipe.budget.shortfall("run", [max(usd, least)], [max(hours, least)],
                                           other_usd + before * (_price(recipe) or 0.0), other_hours + before):
-        raise DoesNotFit(problem)
+        raise (Interrupted if other_hours else DoesNotFit)(problem)  # the former ends a sweep, which can be continued
 
 
 def _count(recipe: Recipe, hours: float) -> None:

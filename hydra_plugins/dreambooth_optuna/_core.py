@@ -119,7 +119,8 @@ def sweep(settings: dict[str, Any], arguments: Sequence[str], *, hydra_context: 
     if conditions:
         searched += repr({key: [(other, sorted(values)) for other, values in of_key]
                           for key, of_key in conditions.items()})
-    digest = studies.study_digest(searched, directions, [x for x in arguments if not x.startswith("tracking.sweep=")],
+    defining = [word for word in arguments if not word.startswith(("tracking.sweep=", "budget."))]
+    digest = studies.study_digest(searched, directions, defining,
                                   OmegaConf.to_container(settings["sampler"]))
     name = settings["study_name"] or f"{sweep_id or 'sweep'}-{digest}"
     n_trials = min(settings["n_trials"], len(points)) if points is not None else settings["n_trials"]
@@ -140,7 +141,7 @@ def sweep(settings: dict[str, Any], arguments: Sequence[str], *, hydra_context: 
         while batch := studies.next_batch(study, settings["n_jobs"], n_trials, make_sampler, suggest):
             recorder.trials, recorder.states = {trial.number: trial for trial, _ in batch}, {}
             for first, overrides in _consecutive(batch):
-                returns.append(launcher.launch(overrides, initial_job_idx=first))
+                returns.append(launcher.launch(_with_budget(overrides, arguments), initial_job_idx=first))
                 for number, job_return in enumerate(returns[-1], start=first):
                     recorder.tell(number, job_return)
             _write_results(study, folder)
@@ -200,6 +201,12 @@ def _sampler_maker(conf: DictConfig, space: dict[str, Any], conditions: dict[str
     arguments.pop("seed", None)
     seeded = "seed" in inspect.signature(make).parameters and not target.endswith("QMCSampler")
     return lambda number, seed: make(**arguments, **({"seed": seed} if seeded else {})), None
+
+
+def _with_budget(batch: Sequence[Sequence[str]], arguments: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of trials with the budget of this command: a continued study may have a higher one."""
+    budget = [word for word in arguments if word.startswith("budget.")]
+    return [[*(word for word in overrides if not word.startswith("budget.")), *budget] for overrides in batch]
 
 
 def _suggest(space: dict[str, Any], conditions: dict[str, Any], custom: str | None, config: DictConfig, trial: Any

@@ -186,11 +186,10 @@ def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig],
         raise Interrupted(f"interrupted while results were written; all jobs have ended: {follow_hint}") from None
     stopped = sum(state.status == STOPPED for state in states)
     if follower.over_budget and stopped:
-        again = "" if uses_optuna(sweep.config) else (
-            f" and {override('hydra.launcher.sweep', sweep.name)} hydra.launcher.resubmit=true")
+        again = "" if uses_optuna(sweep.config) else f" {override('hydra.launcher.sweep', sweep.name)}"
         raise Interrupted(f"{follower.over_budget}: {counted(stopped, 'job')} of {len(states)} stopped or not started, "
                           f"and the results of the others are kept; to continue, repeat the command with a higher "
-                          f"budget{again}")
+                          f"budget and{again} hydra.launcher.resubmit=true")
     return [_job_return(config, job, state) for config, job, state in zip(configs, all_jobs, states, strict=True)]
 
 

@@ -65,7 +65,7 @@ def test_runs_of_a_sweep_share_one_budget(tmp_path: Path) -> None:
     first, second = (recipe_of(tmp_path / name, max_hours=2.0) for name in ("a", "b"))
     use(first, 2.5)
     run_budget.count_finished(first)
-    with pytest.raises(DoesNotFit, match="is used up"), run_budget.limit_run(second, StopRequest(), Engine(), None):
+    with pytest.raises(Interrupted, match="is used up"), run_budget.limit_run(second, StopRequest(), Engine(), None):
         pass
 
 

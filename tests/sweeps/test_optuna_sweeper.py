@@ -17,6 +17,7 @@ from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, Launche
 from pytest import MonkeyPatch, mark, raises
 
 from dreambooth.errors import UserError
+from hydra_plugins.dreambooth_optuna import _core
 from hydra_plugins.dreambooth_optuna.sweeper import OptunaSweeper
 from tests.support.services import postgres
 from tests.support.warm_python import PYTHON
@@ -182,3 +183,9 @@ def test_a_pruned_trial_keeps_its_checkpoint_and_is_continued_by_its_own_command
         assert rows["0.002"][0] == status and rows["1e-12"][0] == "Completed"
     assert "pruned after step 2" not in done.stdout and "training 3/4" in done.stdout
     assert "training 1/4" not in done.stdout
+
+
+def test_a_continued_study_has_the_budget_of_the_command_that_continues_it() -> None:
+    stored = ("budget.max_hours=1", "train.seed=3")
+    assert _core._with_budget([stored], ["train.seed=choice(1,3)", "budget.max_hours=2"]) == [
+        ["train.seed=3", "budget.max_hours=2"]]
