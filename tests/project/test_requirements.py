@@ -30,7 +30,7 @@ def test_make_alone_lists_the_targets() -> None:
     result = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True, env=env)
     listed = [line.split()[1] for line in result.stdout.splitlines()]
     assert listed == ["help", "setup", "demo", "test", "test-slow", "test-all", "test-container", "test-services",
-                      "image", "lint", "ci", "mlflow-ui", "proof", "torture", "tiny-base", "mutants"]
+                      "image", "lint", "ci", "mlflow-ui", "proof", "torture", "outdated", "tiny-base", "mutants"]
 
 
 def test_the_ci_script_can_be_run() -> None:
