@@ -22,6 +22,7 @@ from tests.support.faults import call, train
 from tests.support.runs import KILLED, assert_same, the_run
 
 SUBJECT, DRIFT = "subject_similarity_efficientnet_lite0", "class_drift_efficientnet_lite0"
+pytestmark = pytest.mark.slow
 FIDELITY, FIDELITY_BY_BORDER = "prompt_fidelity_efficientnet_lite0", "prompt_fidelity_border"
 BASE = Path(resolve_asset("package:tiny-sd"))
 ON = ["evaluate.encoder=efficientnet_lite0", "evaluate.class_images=2", "evaluate.prompts={prompts}",
@@ -118,7 +119,6 @@ def test_the_base_models_images_of_the_texts_are_generated_once(plain: Path) -> 
     assert {FIDELITY, FIDELITY_BY_BORDER} <= result(plain)["scores"].keys()  # type: ignore[attr-defined]
 
 
-@pytest.mark.slow
 def test_the_command_adds_prompt_fidelity_to_scores_of_an_earlier_version(plain: Path, tmp_path: Path) -> None:
     """The images exist, so only the base model's images of the texts are generated. Other scores do not change."""
     run = tmp_path / plain.name
@@ -149,7 +149,6 @@ def checkpoint(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run / f"checkpoints/step-{step:06d}/ema.safetensors")
 
 
-@pytest.mark.slow
 def test_evaluation_does_not_change_training(plain: Path, on: list[str], tmp_path: Path) -> None:
     off = [item for item in on if not item.startswith("evaluate.")]
     assert train(tmp_path, *off, "evaluate.encoder=none", "checkpoint.every=4", "train.learning_rate=1e-3") == 0
@@ -159,7 +158,6 @@ def test_evaluation_does_not_change_training(plain: Path, on: list[str], tmp_pat
     assert_same(bare, plain)
 
 
-@pytest.mark.slow
 def test_the_best_step_is_exported_and_survives_rotation(selected: Path, on: list[str], tmp_path: Path) -> None:
     """keep=1 leaves only the last checkpoint, but the exported weights are those of the best step."""
     scores = evaluation(selected)
@@ -199,7 +197,6 @@ def test_the_summary_names_the_exported_step_and_its_scores(selected: Path) -> N
     assert "lower is better" in output
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["unsaved", "between", "half"])
 def test_a_run_killed_during_evaluation_gives_the_same_result(
         fault: str, selected: Path, on: list[str], tmp_path: Path) -> None:
@@ -212,7 +209,6 @@ def test_a_run_killed_during_evaluation_gives_the_same_result(
     assert metric(run, f"evaluate/{DRIFT}") == metric(selected, f"evaluate/{DRIFT}")
 
 
-@pytest.mark.slow
 def test_a_run_stopped_during_evaluation_saves_the_step_and_evaluates_it_later(
         selected: Path, on: list[str], tmp_path: Path) -> None:
     overrides = [*on, *SELECT_FIRST, "checkpoint.every=null", "checkpoint.keep=1"]
@@ -225,7 +221,6 @@ def test_a_run_stopped_during_evaluation_saves_the_step_and_evaluates_it_later(
     assert evaluation(run) == evaluation(selected)
 
 
-@pytest.mark.slow
 def test_an_extended_run_selects_the_same_step_as_an_uninterrupted_one(
         selected: Path, on: list[str], tmp_path: Path) -> None:
     """A run of 5 steps evaluates step 5, its last one. In the extended run that step is not a candidate."""
@@ -234,7 +229,6 @@ def test_an_extended_run_selects_the_same_step_as_an_uninterrupted_one(
     assert_same(the_run(tmp_path), selected)
 
 
-@pytest.mark.slow
 def test_evaluation_enabled_later_still_measures_the_base(plain: Path, on: list[str], tmp_path: Path) -> None:
     slow = ["train.learning_rate=1e-3", "checkpoint.every=4"]
     off = [item for item in on if not item.startswith("evaluate.")]
@@ -248,7 +242,6 @@ def test_evaluation_enabled_later_still_measures_the_base(plain: Path, on: list[
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.slow
 def test_the_command_gives_the_scores_of_the_run(plain: Path, tmp_path: Path) -> None:
     """Images are generated again from the exported model and from the base, with the same scores."""
     run = tmp_path / plain.name
@@ -262,7 +255,6 @@ def test_the_command_gives_the_scores_of_the_run(plain: Path, tmp_path: Path) ->
     assert f"{SUBJECT}  {found[8][SUBJECT]:.3f}" in log.read_text()
 
 
-@pytest.mark.slow
 def test_the_command_with_other_prompts_adds_scores_and_replaces_none(plain: Path, tmp_path: Path) -> None:
     before = metric(plain, f"evaluate/{SUBJECT}")
     (tmp_path / "one.txt").write_text("a photo of a {subject} in the snow\n", encoding="utf-8")
@@ -309,7 +301,6 @@ def test_encoders_are_loaded_before_training(on: list[str], tmp_path: Path) -> N
     assert not list((tmp_path / "runs").glob("demo-*")), "an empty run is left behind"
 
 
-@pytest.mark.slow
 def test_evaluation_detects_overfitting_and_exports_an_earlier_step(tmp_path: Path) -> None:
     """`experiment=overfit_demo`, shortened: similarity of class and photos (PRES) and drift rise, diversity falls."""
     overrides = ["experiment=overfit_demo", f"run_root={tmp_path}", "hardware=cpu", "tracking=none",

@@ -258,7 +258,8 @@ def test_two_layers_drop_differently() -> None:
 
 # -- whole runs ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_an_adapters_run_is_small_and_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
     words = [f"method={kind}", "method.dropout=0.1", "method.rank=4", "train.max_train_steps=4", "checkpoint.every=1",
              "sample.every=null"]
