@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -318,6 +319,8 @@ def exit_process() -> None:
     code = _exit_codes[0] if _exit_codes else 0
     if code == Interrupted.exit_code and srun.is_other_process():
         code = 0  # srun would kill the main process, which may still be writing
+    elif code == Interrupted.exit_code and srun.has_other_processes():
+        time.sleep(5)  # srun kills processes that still run, and then ends with their code in place of this one
     if "TORCHELASTIC_RUN_ID" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
         sys.stdout.flush()
         sys.exit(code)

@@ -41,6 +41,10 @@ class DoesNotFit(DreamBoothError):
     exit_code = 3
 
 
+class OverBudget(DoesNotFit):
+    """A run that has used a part of its budget needs more than what is left."""
+
+
 class OutOfMemory(DreamBoothError):
     """Memory ran out during a phase of the run, such as sampling."""
 

@@ -19,7 +19,7 @@ from dreambooth import cli
 from dreambooth.config.compose import conf_dir, load, uri_has_password
 from dreambooth.config.schema import Config
 from dreambooth.config.storage import is_single_file
-from dreambooth.errors import UserError
+from dreambooth.errors import Interrupted, OverBudget, UserError
 from dreambooth.runs import identity
 from dreambooth.runs.pruning import Pruned
 from dreambooth.runtime import srun
@@ -82,7 +82,13 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
             if run_inputs.is_main_process() and not sys.stdout.isatty():  # Katib parses this line in the log of a trial
                 print(f"objective={result.objective:.6g}", flush=True)
             return result.objective
+    except OverBudget as error:
+        if sweep:  # the sweep ends, and the same command continues it with a higher budget
+            raise Interrupted(str(error)) from error
+        raise
     except Pruned as pruned:  # no failure: the sweep continues with its next trial
+        if stop.signal_name:
+            raise Interrupted(f"{stop.signal_name}: {pruned}") from None
         failure_reasons[run_dir] = str(pruned)
         print(pruned, flush=True)
         return math.nan

@@ -119,7 +119,7 @@ def main() -> None:
         if not options.overrides and (options.space != DEFAULT_SPACE or options.image != DEFAULT_IMAGE):
             raise UserError(f"--space and --image need overrides: type them after {options.command}, such as "
                             "hardware=cpu")
-        if problem := _queue_problem(options):
+        if problem := _option_problem(options):
             raise UserError(problem)
         spec = (build_spec(options.overrides, options.space, options.image) if options.overrides
                 else build_shipped_spec())
@@ -157,8 +157,8 @@ def main() -> None:
     cli.exit_process()
 
 
-def _queue_problem(options: argparse.Namespace) -> str | None:
-    """Return one sentence if the options for Kueue would have no effect, otherwise None."""
+def _option_problem(options: argparse.Namespace) -> str | None:
+    """Return one sentence if an option would have no effect, otherwise None."""
     if options.priority and not options.queue:
         return "--priority is a priority in a queue of Kueue: type --queue NAME too"
     if options.queue and not options.overrides:
@@ -166,6 +166,8 @@ def _queue_problem(options: argparse.Namespace) -> str | None:
     if options.queue and options.command == "submit" and options.what not in submit.QUEUED:
         return (f"--queue has no effect on --what {options.what}: type --what with one of "
                 f"{', '.join(submit.QUEUED)}, or render with --queue and apply the WorkflowTemplates again")
+    if options.command == "submit" and options.what in slurm.KINDS and options.image != DEFAULT_IMAGE:
+        return f"--image has no effect on --what {options.what}: type export IMAGE=REGISTRY#NAME:TAG before the command"
     return None
 
 

@@ -148,6 +148,8 @@ def main() -> None:
     names = [canonicalize_name(word) for word in sys.argv[1:]] or list(pins)
     if unknown := [name for name in names if name not in pins]:
         sys.exit(f"{unknown[0]} is not in constraints.txt: type another name")
+    if not list_releases("pip"):
+        sys.exit("pip's index does not answer: check the network, or set PIP_INDEX_URL")
     requirements = read_requirements()
     findings = list(find_outdated({name: pins[name] for name in names}, requirements, list_releases,
                                   partial(resolve_alone, requirements=requirements)))

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from dreambooth.config.recipe import Recipe
-from dreambooth.errors import DoesNotFit, Interrupted
+from dreambooth.errors import DoesNotFit, Interrupted, OverBudget
 from dreambooth.planner import auto_memory
 from dreambooth.planner.gpu_specs import find_card
 from dreambooth.planner.time_and_cost import START_UP, budgeted, estimate
@@ -49,6 +49,7 @@ def limit_run(recipe: Recipe, stop: StopRequest, engine: Engine, start: Path | N
         return
     price = _price(recipe)
     before = used_hours(recipe.run_dir)
+    _count(recipe, before)
     engine.run_on_main(partial(_check, recipe, start, before, engine.world_size))
     allowed, limit = recipe.budget.hours(price)
     left = allowed - _used_by_others(recipe)[0] - before
@@ -98,7 +99,8 @@ def _check(recipe: Recipe, start: Path | None, before: float, processes: int) ->
     least = 1e-9  # a run whose time is unknown needs something, too
     if problem := recipe.budget.shortfall("run", [max(usd, least)], [max(hours, least)],
                                           other_usd + before * (_price(recipe) or 0.0), other_hours + before):
-        raise (Interrupted if other_hours else DoesNotFit)(problem)  # the former ends a sweep, which can be continued
+        # Interrupted ends a sweep, which can be continued.
+        raise (Interrupted if other_hours else OverBudget if before else DoesNotFit)(problem)
 
 
 def _count(recipe: Recipe, hours: float) -> None:

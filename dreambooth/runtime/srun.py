@@ -30,7 +30,12 @@ def join_step(environment: MutableMapping[str, str] = os.environ) -> None:
 
 def is_other_process(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether srun started this process and others, of which another one is the main process."""
-    return int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and environment.get("RANK", "0") != "0"
+    return has_other_processes(environment) and environment.get("RANK", "0") != "0"
+
+
+def has_other_processes(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether srun started this process and others."""
+    return int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 def first_host(nodes: str) -> str:

@@ -28,7 +28,7 @@ CPUS = 2  # of each process
 GRACE = 120  # seconds between SIGTERM and the time limit, as in pods
 RESTART = {"open-mode": "append", "requeue": "", "signal": f"TERM@{GRACE}"}  # options of sbatch for a job that trains
 USAGE = """\
-# Variables, as in sbatch --export=ALL,IMAGE=REGISTRY#{image} FILE:
+# Variables, as in sbatch --export=ALL,IMAGE=REGISTRY#NAME:TAG FILE:
 #   RUN_ROOT  folder of all runs, which all nodes can write to; default: runs, in the folder where you type sbatch
 #   IMAGE     container image, for nodes with enroot and pyxis; default: none, the environment that is active at sbatch
 # shellcheck disable=SC2016  # Hydra replaces ${{...}} in quotes, not this shell
@@ -37,7 +37,7 @@ SETUP = """\
 set -euo pipefail
 run_root=${RUN_ROOT:-$PWD/runs}
 mkdir -p "$run_root"
-export HF_HOME=${HF_HOME:-$run_root/huggingface}
+export HF_HOME=${HF_HOME:-$run_root/huggingface} SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 srun=(srun --kill-on-bad-exit=1)
 if [[ -n ${IMAGE-} ]]; then
     srun+=(--container-image="$IMAGE" --container-mounts="$PWD:$PWD,$run_root:$run_root"
@@ -48,8 +48,10 @@ RUN = f"""\
 trap : TERM  # Slurm also signals this shell, which must wait until the run has saved its state
 code=0
 "${{srun[@]}}" python -m dreambooth.train "${{overrides[@]}}" || code=$?
-if (( code == {Interrupted.exit_code} )) && [[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]]; then
-    scontrol requeue "$SLURM_JOB_ID"  # the grace time of a preemption, or the time limit
+job=$SLURM_JOB_ID
+if [[ -n ${{SLURM_ARRAY_TASK_ID-}} ]]; then job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID; fi  # one task
+if (( code == {Interrupted.exit_code} )) && [[ $(squeue -h -j "$job" -o %T) == RUNNING ]]; then
+    scontrol requeue "$job"  # the grace time of a preemption, or the time limit
 fi
 exit "$code"
 """
@@ -67,7 +69,7 @@ def build_check_script(spec: WorkflowSpec) -> str:
     """
     options = {"job-name": "dreambooth-check", "nodes": "1", "ntasks": "1", "cpus-per-task": str(CPUS), "mem": "6G",
                "time": "00:30:00", "output": "dreambooth-check-%j.log"}
-    command = ('"${srun[@]}" python -m dreambooth.stage validate --out /tmp/dreambooth-stage '
+    command = ('"${srun[@]}" python -m dreambooth.stage validate --out "/tmp/dreambooth-stage-$SLURM_JOB_ID" '
                f'--space {quote(spec.space.name)} "${{overrides[@]}}"\n')
     return _script(spec, options, command)
 
@@ -108,7 +110,7 @@ def _words(words: Sequence[str]) -> str:
 
 def _script(spec: WorkflowSpec, options: dict[str, str], *parts: str) -> str:
     overrides = f'overrides=({_words([*spec.overrides, TRACKING_OVERRIDE])} "run_root=$run_root")\n'
-    return f"{heading(options, HEADER)}{USAGE.format(image=spec.image)}{SETUP}{overrides}{''.join(parts)}"
+    return f"{heading(options, HEADER)}{USAGE.format()}{SETUP}{overrides}{''.join(parts)}"
 
 
 def heading(options: dict[str, str], comment: str = "") -> str:
@@ -128,7 +130,8 @@ def submit(spec: WorkflowSpec, kind: str, name: str | None = None) -> str:
         UserError: this machine has no sbatch, or Slurm rejects the job.
     """
     script = (build_train_script if KINDS[kind] == TRAIN else build_sweep_script)(spec)
-    return f"Slurm job {sbatch(script, f'type sbatch --partition=NAME workflows/{KINDS[kind]}', name)}"
+    advice = "type export SBATCH_PARTITION=NAME or export SBATCH_ACCOUNT=NAME, then repeat the command"
+    return f"Slurm job {sbatch(script, advice, name)}"
 
 
 def sbatch(script: str, advice: str, name: str | None = None) -> str:

@@ -43,14 +43,16 @@ def submit(tasks: Sequence[Task], settings: Mapping[str, Any], folder: Path) -> 
 
     Args:
         settings: the settings of conf/hydra/launcher/slurm.yaml.
-        folder: for the logs and exit reports.
+        folder: RUN_ROOT/SWEEP/BATCH, for the logs and exit reports.
 
     Raises:
         ConfigError: a setting has a value that is not possible.
         UserError: this machine has no sbatch, or Slurm rejects the job.
     """
     rules = {f"hydra.launcher.{key} must be 1 or more, not {settings[key]}": settings[key] >= 1 for key in (
-        "nodes", "tasks_per_node", "cpus_per_task", "timeout_min", "max_parallel", "poll_seconds")}
+        "nodes", "tasks_per_node", "cpus_per_task", "max_parallel", "poll_seconds")}
+    rules["hydra.launcher.timeout_min must be 5 or more: Slurm stops a run two minutes before it"] = (
+        settings["timeout_min"] >= 5)
     if problems := [problem for problem, holds in rules.items() if not holds]:
         raise ConfigError(*problems)
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,15 +68,15 @@ def build_script(tasks: Sequence[Task], settings: Mapping[str, Any], folder: Pat
     options = {"job-name": "dreambooth-sweep", "nodes": settings["nodes"],
                "ntasks-per-node": settings["tasks_per_node"], "cpus-per-task": settings["cpus_per_task"],
                "time": settings["timeout_min"], "array": f"0-{len(tasks) - 1}%{settings['max_parallel']}",
-               "output": f"{folder}/%a.log", **slurm.RESTART,
+               "output": quote(f"{folder}/%a.log"), **slurm.RESTART,
                **{key: value for key, value in optional.items() if value is not None},
                **settings["additional_parameters"]}
     python = "python" if settings["image"] else quote(sys.executable)
     report = (f"export {EXIT_REPORT_DIR}={quote(str(folder / REPORTS))}/$SLURM_ARRAY_TASK_ID\n"
               f'rm -rf "${EXIT_REPORT_DIR}"; mkdir -p "${EXIT_REPORT_DIR}"\n')  # of an interrupted attempt
-    image = f"IMAGE={quote(settings['image'])}\n" if settings["image"] else ""
+    variables = f"IMAGE={quote(settings['image'] or '')}\nRUN_ROOT={quote(str(folder.parents[1]))}\n"  # not the shell's
     return "".join([
-        slurm.heading({key: str(value) for key, value in options.items()}), image, slurm.SETUP, "overrides=()\n",
+        slurm.heading({key: str(value) for key, value in options.items()}), variables, slurm.SETUP, "overrides=()\n",
         slurm.choose_trial([task.overrides for task in tasks]), report, slurm.RUN.replace(" python ", f" {python} ")])
 
 

@@ -183,9 +183,17 @@ def _drop_partial_line(path: Path) -> None:
     """Remove an incomplete last line, which a killed process has left. Optuna could not read a line after it."""
     if not path.exists():
         return
-    with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+    from optuna.storages.journal import JournalFileSymlinkLock
+
+    lock = JournalFileSymlinkLock(str(path))  # another study may write to the same file
+    lock.acquire()
+    try:
+        with path.open("rb+") as file:
+            content = file.read()
+            if content and not content.endswith(b"\n"):
+                file.truncate(content.rfind(b"\n") + 1)
+    finally:
+        lock.release()
 
 
 def describe(study: "Study") -> dict[str, Any]:

@@ -156,6 +156,7 @@ class PruningHook:
     def before_training(self) -> None:
         """Report the step from which the run resumes, too: the process may have been killed before it did."""
         self.check(self.setup.state.step)
+        (self.recipe.run_dir / pruning.PRUNED_FILE).unlink(missing_ok=True)  # a pruned run that goes on
 
     def check(self, step: int) -> None:
         """Report the value after `step`. If the run has to end, save it.

@@ -20,6 +20,7 @@ from hydra.types import HydraContext, TaskFunction
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 
+from dreambooth.config.compose import uri_has_password
 from dreambooth.errors import ConfigError, DreamBoothError, UserError
 from dreambooth.runs import pruning
 from dreambooth.sweeps import hydra_callbacks, studies
@@ -108,12 +109,23 @@ def sweep(settings: dict[str, Any], arguments: Sequence[str], *, hydra_context: 
     studies.check_installed()
     from hydra_plugins.dreambooth_optuna import _space
 
-    directions = _check_settings(settings)
+    directions = _check_settings(settings, config)
+    if "tracking" in config and uri_has_password(config):
+        raise ConfigError("tracking.uri contains a password, which the study would store: type the address without it, "
+                          "and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
     folder = Path(str(config.hydra.sweep.dir)).resolve()  # jobs may change the working directory
     space = _space.read_space(settings["params"] or {}, arguments)
     conditions = _space.read_conditions(settings["params"] or {}, arguments)
     seed = OmegaConf.select(settings["sampler"], "seed")
     make_sampler, points = _sampler_maker(settings["sampler"], space, conditions)
+    try:
+        make_sampler(0, 0)
+        if settings["custom_search_space"]:
+            get_method(settings["custom_search_space"])
+    except (ValueError, TypeError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"hydra.sweeper.sampler or hydra.sweeper.custom_search_space is wrong ({reason}): type "
+                        "hydra/sweeper/sampler=tpe, or correct the setting") from error
     sweep_id = OmegaConf.select(config, "tracking.sweep", throw_on_resolution_failure=False)
     searched = repr({key: repr(value) for key, value in _space.searched(space).items()})
     if conditions:
@@ -147,13 +159,15 @@ def sweep(settings: dict[str, Any], arguments: Sequence[str], *, hydra_context: 
             _write_results(study, folder)
             _check_failures(recorder.states, settings["max_failure_rate"], returns)
         if not returns:
-            print(f"the study {name} has {n_trials} trials already: type a larger hydra.sweeper.n_trials to continue "
-                  "it, or hydra.sweeper.study_name=NAME for a new one", flush=True)
+            complete = points is not None and n_trials == len(points)
+            larger = "" if complete else "a larger hydra.sweeper.n_trials to continue it, or "
+            print(f"the study {name} has {n_trials} trials already: type {larger}hydra.sweeper.study_name=NAME for "
+                  "a new one", flush=True)
             _write_results(study, folder)
     return returns
 
 
-def _check_settings(settings: dict[str, Any]) -> list[str]:
+def _check_settings(settings: dict[str, Any], config: DictConfig) -> list[str]:
     """Check the settings of the sweeper. Return the directions of the objectives, minimize or maximize.
 
     Raises:
@@ -171,6 +185,8 @@ def _check_settings(settings: dict[str, Any]) -> list[str]:
         f"hydra.sweeper.n_jobs must be 1 or more, not {settings['n_jobs']}": settings["n_jobs"] >= 1,
         f"hydra.sweeper.max_failure_rate must be from 0 to 1, not {settings['max_failure_rate']}":
             0 <= settings["max_failure_rate"] <= 1,
+        "a run has one objective, evaluate.objective: type hydra.sweeper.direction=minimize":
+            len(directions) == 1 or "evaluate" not in config,
         "a study of several objectives cannot be pruned: type hydra/sweeper/pruner=none":
             len(directions) == 1 or not prunes}
     if problems := [problem for problem, holds in rules.items() if not holds]:

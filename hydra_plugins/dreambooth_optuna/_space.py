@@ -22,10 +22,20 @@ def read_space(params: Mapping[str, Any], arguments: Sequence[str]) -> Space:
     Args:
         params: hydra.sweeper.params.
         arguments: overrides, as the user typed them.
+
+    Raises:
+        UserError: an interval has no values.
     """
     parser = OverridesParser.create()
     parsed = parser.parse_overrides([*(f"{key}={value}" for key, value in params.items()), *arguments])
-    return {override.get_key_element(): _to_distribution(override) for override in parsed}
+    space: Space = {}
+    for override in parsed:
+        try:
+            space[override.get_key_element()] = _to_distribution(override)
+        except ValueError as error:
+            raise UserError(f"{override.input_line} cannot be searched ({error}): type KEY=interval(LOW,HIGH) with LOW "
+                            "below HIGH, and above 0 with tag(log,interval(LOW,HIGH))") from error
+    return space
 
 
 def read_conditions(params: Mapping[str, Any], arguments: Sequence[str]) -> Conditions:

@@ -46,6 +46,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 KillWait={kill_wait}
+MinJobAge=3600
 ReturnToService=2
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=64000 State=UNKNOWN
 PartitionName=spot Nodes={host} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
@@ -119,7 +120,8 @@ def slurm() -> Iterator[Slurm]:
                         f"--seed-file={folder}/munge/seed", "--num-threads=2"], check=True, timeout=WAIT)
         for program in ("slurmctld", "slurmd"):
             subprocess.run([paths[program]], check=True, timeout=WAIT, cwd=folder)
-        wait_until(lambda: "idle" in cluster("sinfo", "--noheader", "--format=%T"), WAIT,
+        sinfo = ["sinfo", "--noheader", "--format=%T"]
+        wait_until(lambda: b"idle" in subprocess.run(sinfo, capture_output=True, check=False).stdout, WAIT,
                    lambda: (folder / "slurmctld.log").read_text()[-3000:])
         yield cluster
     finally:

@@ -60,8 +60,14 @@ def test_an_interrupted_run_is_recovered_and_a_failed_one_is_not() -> None:
 def test_a_typed_upload_is_kept_and_a_cpu_has_no_accelerator() -> None:
     built = task("hardware=cpu", "storage.upload=s3://mine/runs")
     assert "s3://BUCKET" not in built["run"] and "storage.upload=s3://mine/runs" in built["run"]
+    assert "storage.checkpoints=true" in built["run"], "a new instance continues from them"
     assert "accelerators" not in built["resources"]
-    assert skypilot._resources(presets()["local"], "x")["accelerators"] == skypilot.ANY_GPU
+    assert skypilot._resources(presets()["local"], "x", limited=False)["accelerators"] == skypilot.ANY_GPU
+
+
+def test_a_run_with_a_budget_is_not_started_again_on_an_instance_that_does_not_know_what_is_used() -> None:
+    recovery = task("hardware=cpu", "budget.max_hours=1")["resources"]["job_recovery"]
+    assert recovery == {"max_restarts_on_errors": 0}
 
 
 def installed() -> Path:

@@ -59,6 +59,9 @@ def test_only_a_saved_run_that_slurm_does_not_stop_itself_is_queued_again(
     """At the time limit, and in the grace time of a preemption. After scancel, the job is completing."""
     result, lines = run(slurm.build_train_script(shipped()), tmp_path, code, state)
     assert (result, lines[-3:] == ["scontrol", "requeue", "7"]) == (code, again)
+    script = slurm.build_sweep_script(replace(shipped(), space=SPACE))
+    result, lines = run(script, tmp_path, code, state, SLURM_ARRAY_TASK_ID="2")
+    assert (result, lines[-3:] == ["scontrol", "requeue", "5_2"]) == (code, again), "one task of the array"
 
 
 def test_a_task_of_an_array_passes_its_point_of_the_search_space_unchanged(tmp_path: Path) -> None:
@@ -91,7 +94,7 @@ def test_submit_without_slurm_and_a_rejected_job_say_what_to_type(
         slurm.submit(shipped(), "slurm")
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2\nexit 1\n")
     (tmp_path / "sbatch").chmod(stat.S_IRWXU)
-    with pytest.raises(UserError, match=r"^Slurm rejected the job \(invalid partition specified: x\): type sbatch "):
+    with pytest.raises(UserError, match=r"^Slurm rejected the job \(invalid partition .*: x\): type export SBATCH"):
         slurm.submit(shipped(), "slurm-sweep")
 
 
