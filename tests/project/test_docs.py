@@ -126,7 +126,8 @@ def test_a_command_is_real(command: str) -> None:
         assert all(re.search(rf"^{word.partition('=')[0]} +\?=", makefile, re.M) for word in words[2:])
         return
     if words[0] in ("cp", "kubectl") or words[:2] in (["docker", "compose"], ["docker", "build"]):
-        places = [place for word in words if (place := word.removeprefix("build/")).startswith(("mlflow", "workflows/"))]
+        places = [word.removeprefix("build/") for word in words
+                  if word.startswith(("mlflow", "workflows/", "build/workflows/"))]
         served = yaml.safe_load_all((ROOT / "workflows/serving/deployment.yaml").read_text(encoding="utf-8"))
         objects = {f"{one['kind'].lower()}/{one['metadata']['name']}" for one in served}
         assert places or objects & {*words}
