@@ -42,6 +42,7 @@ def limit_run(recipe: Recipe, stop: StopRequest, engine: Engine, start: Path | N
 
     Raises:
         DoesNotFit: the run is predicted to need more than is left of the budget.
+        OverBudget: the same, of a resumed run.
         Interrupted: the same, and earlier runs of the sweep have used a part of the budget. The sweep ends.
     """
     if not recipe.budget.limits:

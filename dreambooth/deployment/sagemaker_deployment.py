@@ -30,6 +30,7 @@ from dreambooth.deployment.model_artifact import DeployedModel, find_model
 from dreambooth.deployment.options import Action, Deploy
 from dreambooth.deployment.serving_need import predict_with_planner, read_server_options
 from dreambooth.errors import ConfigError, UserError
+from dreambooth.storage import aws_errors
 from dreambooth.utils.console import Console
 
 REQUIRED = {"image": "ACCOUNT.dkr.ecr.REGION.amazonaws.com/dreambooth:TAG", "role": "arn:aws:iam::ACCOUNT:role/NAME"}
@@ -94,12 +95,25 @@ class Deployment(EndpointChanges):
             self._keep_budget(instance.usd_hour)
 
     def _keep_budget(self, usd_hour: float | None) -> None:
-        """Wait until the budget is used up, then delete the endpoint and everything that belongs to it."""
+        """Wait until the budget is used up, then delete the endpoint and everything that belongs to it.
+
+        If AWS does not answer, the deletion is repeated until it does.
+        """
         with self.reporting("Watching the budget of") as mark:
             mark.exists = True
             self.say(f"{budget.watch(self.backend, self.name, self.options.budget, usd_hour, self.pace)}: "
                      f"{self.name} is deleted")
-        self.delete()
+        repeated = False
+        while True:
+            try:
+                return self.delete(missing_ok=repeated)
+            except UserError as error:  # as long as the endpoint exists, it costs money
+                if error.__cause__ is None or not aws_errors.is_transient(error.__cause__):
+                    raise
+                self.say(f"AWS does not answer ({aws_errors.error_code(error.__cause__)}); deleting {self.name} again in "
+                         f"{self.pace.poll_seconds:g} s")
+            repeated = True
+            self.pace.sleep(self.pace.poll_seconds)
 
     def _check(self, version: Version, instance: Instance) -> None:
         """Check the requests and the price before anything is uploaded or created."""
@@ -238,8 +252,11 @@ class Deployment(EndpointChanges):
                 f"served from {version.served}" if version.served else "never served")
             self.say(f"{version.name}  {note}" + (f"  {version.scaling.describe()}" if version.scaling else ""))
 
-    def delete(self) -> None:
+    def delete(self, *, missing_ok: bool = False) -> None:
         """Delete the endpoint and everything that belongs to it. Files in S3 are kept.
+
+        Args:
+            missing_ok: whether it is no error that nothing exists.
 
         Raises:
             UserError: AWS refuses something; what is left is deleted by the same command.
@@ -262,7 +279,7 @@ class Deployment(EndpointChanges):
                 self.backend.delete_version(version)
         if problem is not None:
             raise problem
-        if state is None and not versions:
+        if state is None and not versions and not missing_ok:
             raise UserError(f"there is no endpoint {self.name} of dreambooth in {self.backend.region}: type another "
                             "name=NAME, or set AWS_DEFAULT_REGION")
         self.say(f"{len(versions)} of its versions deleted; its files in S3 are kept")

@@ -60,3 +60,12 @@ def test_a_silent_aws_does_not_end_the_budget(deploy: Run, service: EndpointServ
     service.on_describe = fail
     deploy(budget=Budget(None, 1.0))
     assert not service.endpoints
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_deletion_that_aws_does_not_answer_is_repeated(
+        after: bool, deploy: Run, service: EndpointService, console: Console) -> None:
+    service.fail("DeleteEndpoint", network_failure, times=5, after=after)
+    deploy(budget=Budget(None, 1.0))
+    assert not service.endpoints and not service.configs and not service.models
+    assert "deleting toy again in 15 s" in console.text
