@@ -110,8 +110,8 @@ class Deployment(EndpointChanges):
             except UserError as error:  # as long as the endpoint exists, it costs money
                 if error.__cause__ is None or not aws_errors.is_transient(error.__cause__):
                     raise
-                self.say(f"AWS does not answer ({aws_errors.error_code(error.__cause__)}); deleting {self.name} again in "
-                         f"{self.pace.poll_seconds:g} s")
+                self.say(f"AWS does not answer ({aws_errors.error_code(error.__cause__)}); deleting {self.name} again "
+                         f"in {self.pace.poll_seconds:g} s")
             repeated = True
             self.pace.sleep(self.pace.poll_seconds)
 
