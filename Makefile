@@ -16,7 +16,7 @@ TEST  := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=tru
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow test-all test-rest test-container test-services image lint ci mlflow-ui mutants torture proof outdated tiny-base
+.PHONY: help setup demo test test-slow test-all test-rest test-real-parts test-container test-services image lint ci mlflow-ui mutants torture proof outdated tiny-base
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -40,14 +40,17 @@ test: $(STAMP)  ## the fast tests: offline, at most 5 minutes on 2 cores
 test-slow: $(STAMP)  ## the tests that take longer: kills, data parallel, every plan, wheels
 	@$(TEST) -m 'slow and not container and not services'
 
-test-all:  ## what the CI runs: test, lint, test-slow, mutants, test-services, and test-container beside them
-	@$(MAKE) --no-print-directory test
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-rest test-container
+test-all:  ## what the CI runs: test, lint, test-slow, mutants, and beside them test-container, test-services
+	@$(MAKE) --no-print-directory test lint
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-rest test-real-parts
 
-# One after the other; the container tests, which mostly wait for Docker, run in parallel to them.
-test-rest: lint
+test-rest:
 	@$(MAKE) --no-print-directory test-slow
 	@$(BIN)/python tests/mutants/run.py --seen-green
+
+# These tests mostly wait for Docker, servers and schedulers. One after the other, because both install programs.
+test-real-parts:
+	@$(MAKE) --no-print-directory test-container
 	@$(MAKE) --no-print-directory test-services
 
 test-container: $(STAMP)  ## build the CPU image and run it as SageMaker does (installs Docker if it is missing)
