@@ -195,7 +195,8 @@ def _epochs_to_steps(config: Config, world_size: int) -> int:
                                     - config.dataset.validation_count)
                  for subject in config.dataset.subjects
                  if subject.instance_dir)  # the run itself reports a missing instance_dir
-    return max(1, epochs * photos // (train.train_batch_size * train.gradient_accumulation_steps * world_size))
+    batch = train.global_batch_size or train.train_batch_size * train.gradient_accumulation_steps * world_size
+    return max(1, epochs * photos // batch)
 
 
 def _to_local_folder(folder: str, storage: Storage) -> Path:

@@ -51,6 +51,10 @@ class OutOfMemory(DreamBoothError):
     exit_code = 4
 
 
+class LostProcess(DreamBoothError):
+    """Another of the processes that train together is gone. Its own log says why."""
+
+
 class Interrupted(DreamBoothError):
     """The run received SIGTERM or Ctrl-C, or its budget is used up; everything that can be saved has been saved."""
 

@@ -15,6 +15,7 @@ from dreambooth.runs import report, run_folder
 from dreambooth.runs.run_folder import Result, load_finished, locked
 from dreambooth.runtime import oom_advice
 from dreambooth.runtime.engine import Engine, create_engine
+from dreambooth.runtime.lost_process import reporting_lost_process
 from dreambooth.runtime.memory_meter import MemoryMeter
 from dreambooth.serialization import export, export_layout
 from dreambooth.tracking.run_tracker import track_run
@@ -35,7 +36,7 @@ def execute(recipe: Recipe, stop: StopRequest) -> Result:
     Raises:
         DreamBoothError: the run failed or was interrupted; see errors.py. All saved files are kept.
     """
-    with ExitStack() as stack:
+    with reporting_lost_process(), ExitStack() as stack:
         with stop.at_once():  # nothing has to be saved yet
             loading.import_libraries()
             engine, accelerator = create_engine(recipe.device, recipe.precision.dtype, recipe.precision.tf32)

@@ -167,7 +167,7 @@ class Recipe:
         each weight by itself, and one learning rate: new tokens have another than the adapter, and text encoders may.
         """
         train, one_process = self.train, self.hardware.gpus == 1
-        return (one_process and train.gradient_accumulation_steps == 1 and not self.two_passes and not train.compile
+        return (one_process and self.micro_batches[1] == 1 and not self.two_passes and not train.compile
                 and not self.memory.offload_optimizer and self.optimizer.kind.steps_each_weight_alone
                 and not self.method.new_tokens and self.train.text_encoder_learning_rate is None)
 
@@ -207,13 +207,26 @@ class Recipe:
         return self.with_prior and self.prior.kind is PriorKind.output
 
     @property
+    def micro_batches(self) -> tuple[int, int]:
+        """Photos of the largest micro-batch, and the largest number of micro-batches that a process has in a step.
+
+        The processes share a global batch size as StepShares does.
+        """
+        train = self.train
+        if train.global_batch_size is None:
+            return train.train_batch_size, train.gradient_accumulation_steps
+        photos = -(-train.global_batch_size // self.hardware.gpus)  # of the process with the most photos
+        number = -(-photos // train.train_batch_size)
+        return -(-photos // number), number
+
+    @property
     def class_rows(self) -> int:
         """Number of class rows per micro-batch: as many as photos.
 
         With prior.kind=output, half as many are enough, because their targets have no noise. The forward pass of the
         base model then costs about as much as the class rows that are left out. See also `class_row_interval`.
         """
-        photos = self.train.train_batch_size
+        photos, _ = self.micro_batches
         return (max(1, photos // 2) if self.preserves_output else photos) * self.with_prior
 
     @property

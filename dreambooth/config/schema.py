@@ -5,6 +5,7 @@ neither torch nor Hydra.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
 from dreambooth.config.dataset import Dataset as Dataset
@@ -161,6 +162,7 @@ class Train(Section):
     max_train_steps: int = 800
     train_batch_size: int = 1
     gradient_accumulation_steps: int = 1
+    global_batch_size: int | None = None
     learning_rate: float = 5e-6
     lr_scheduler: LrSchedule = LrSchedule.constant
     lr_warmup_steps: int = 0
@@ -186,6 +188,8 @@ class Train(Section):
             "train_batch_size": (self.train_batch_size >= 1, f"1 or more, not {self.train_batch_size}"),
             "gradient_accumulation_steps": (self.gradient_accumulation_steps >= 1,
                                             f"1 or more, not {self.gradient_accumulation_steps}"),
+            "global_batch_size": (self.global_batch_size is None or self.global_batch_size >= 1,
+                                  f"1 or more photos, or null, not {self.global_batch_size}"),
             "learning_rate": (finite(self.learning_rate, 0) and self.learning_rate > 0,
                               f"above 0, not {self.learning_rate}"),
             "text_encoder_learning_rate": (
@@ -206,6 +210,22 @@ class Train(Section):
             "validate_every": (self.validate_every is None or self.validate_every >= 1,
                                f"1 or more, or null for never, not {self.validate_every}"),
         })
+
+
+def batch_problems(train: Train, prior: Prior) -> Iterator[str]:
+    """Yield one sentence per setting that contradicts train.global_batch_size."""
+    if train.global_batch_size is None:
+        return
+    key = f"train.global_batch_size={train.global_batch_size}"
+    if train.gradient_accumulation_steps > 1:
+        yield (f"{key} and the processes determine the number of micro-batches: type "
+               "train.gradient_accumulation_steps=1, or train.global_batch_size=null")
+    if train.compile:
+        yield (f"{key} may give micro-batches of two sizes, and train.compile=true compiles for one size: type "
+               "train.compile=false, or train.global_batch_size=null")
+    if prior.with_prior_preservation and prior.kind is PriorKind.output:
+        yield (f"{key} fixes the number of class images, and prior.kind=output has none: type "
+               "prior.kind=class_images, or train.global_batch_size=null")
 
 
 @dataclass

@@ -23,7 +23,7 @@ from dreambooth.config.enums import (
 )
 from dreambooth.config.hardware import budget_problems
 from dreambooth.config.method import LYCORIS, prompt_problems
-from dreambooth.config.schema import Config, StopWhen, Tracking
+from dreambooth.config.schema import Config, StopWhen, Tracking, batch_problems
 from dreambooth.utils import quoting
 from dreambooth.utils.assets import ASSET_SCHEME
 from dreambooth.utils.hardware import Machine
@@ -222,6 +222,7 @@ def _training_problems(config: Config) -> Iterator[str]:
     if train.debiased_estimation and train.snr_gamma is not None:
         yield ("train.debiased_estimation=true and train.snr_gamma both weight the loss by the signal-to-noise ratio: "
                "type train.snr_gamma=null, or train.debiased_estimation=false")
+    yield from batch_problems(train, config.prior)
     yield from _speed_problems(config)
     if resume not in ("auto", "never") and not (Path(resume) / "state.json").is_file():
         yield f"there is no checkpoint at {resume}: type checkpoint.resume=auto, never, or checkpoints/step-..."
@@ -241,7 +242,9 @@ def _speed_problems(config: Config) -> Iterator[str]:
 
 def _memory_problems(config: Config) -> Iterator[str]:
     memory, train = config.memory, config.train
+    photos = train.global_batch_size or 1
     for conflict, alternative in ((train.gradient_accumulation_steps > 1, "train.gradient_accumulation_steps=1"),
+                                  (photos > train.train_batch_size, f"train.train_batch_size={photos}"),
                                   (memory.offload_optimizer, "memory.offload_optimizer=false")):
         if memory.optimizer_in_backward and conflict:
             yield ("memory.optimizer_in_backward=true uses and frees each gradient during one backward pass: "

@@ -1,9 +1,10 @@
-"""Runs PyTorch's launcher without a traceback, because the failed training process has already printed its error.
+"""Runs PyTorch's launcher with reliable restarts, and without a traceback, which a failed process has already printed.
 
 The launcher exits with the exit code of the training process that failed first. If a signal killed that training
 process, the launcher exits with 128 plus the signal's number, as in a shell.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Collection
@@ -28,7 +29,17 @@ def root_exit_code(failures: Collection[ProcessFailure]) -> int:
     return min(codes, key=lambda code: (code != -signal.SIGKILL, code == -signal.SIGTERM, code > 0))
 
 
+def use_new_stores() -> None:
+    """Make the launcher open a new store of addresses for each start of the processes, unless the user has chosen.
+
+    By default the launcher keeps one store for all starts. After a restart, a process may then find the address of a
+    process that has ended, and cannot connect (pytorch/pytorch#135712; seen with PyTorch 2.13 and gloo).
+    """
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+
+
 if __name__ == "__main__":
+    use_new_stores()
     try:
         main()
     except ChildFailedError as error:

@@ -1,8 +1,7 @@
 """Training batches: the photos, crops, noise and timesteps of each step, as a function of the seed and the step.
 
-Sample `index` of step `step` always has the same photo, crop, flip, noise and timestep. It makes no difference whether
-the samples of the step are computed in one batch, in several micro-batches or by several processes. A checkpoint
-therefore does not need to store any state of the batches.
+Sample `index` of step `step` always has the same photo, crop, flip, noise and timestep, whether the samples of the step
+are computed in one batch, in micro-batches or by several processes. A checkpoint needs no state of the batches.
 
 A batch is created in two stages. `Batches.draw` makes the random choices and prepares tensors on the host; it may run
 in a background thread before the step starts (prefetch.py). `Batches.to_device` copies the tensors to the device and
@@ -25,6 +24,7 @@ from dreambooth.data.bucket_schedule import bucket_at
 from dreambooth.data.latent_cache import LatentStore, Moments, ReadRows
 from dreambooth.data.noise import draw_noise
 from dreambooth.data.photos import Photo, crop_position, crop_to_size, to_model_range
+from dreambooth.data.step_shares import StepShares
 from dreambooth.utils import rng
 
 
@@ -51,6 +51,7 @@ class Batch:
     size_and_crop: Tensor | None = None  # (N, 6), see `Batches.size_and_crop`; None: the model does not use it
     noisy: Tensor | None = None  # (N, C, h, w): the noisy latents; None: NoiseSchedule.add_noise makes them
     target: Tensor | None = None  # (N, C, h, w): what the model is trained to predict; None: see NoiseSchedule.target
+    loss_divisor: float | None = None  # see StepShares.loss_divisor
 
     @property
     def num_samples(self) -> int:
@@ -179,7 +180,7 @@ class Latents:
             encode: takes images (N, 3, H, W) in [-1, 1], returns the mean and standard deviation of their latents.
             resolution: side of the square crop in pixels.
             scaling_factor: the scaling factor of the VAE; latents are multiplied by it.
-            store: stores the cached latents; None: store them on the device.
+            store: of the cached latents; None: on the device.
         """
         self.encode = encode
         self.store = store or LatentStore()
@@ -195,7 +196,7 @@ class Latents:
         photo is encoded, too.
 
         Args:
-            tick: called with the number of images (photos and mirror images) encoded since the previous call.
+            tick: called with the number of images encoded since the previous call.
             size: number of images per call of the VAE; None: the result of `encode_batch_size`.
         """
         for shape in dict.fromkeys(photo.size for photo in photo_set.photos):
@@ -271,7 +272,7 @@ class Batches:
     latent_shape: tuple[int, int, int]  # (C, h, w) of a square crop
     num_timesteps: int  # T of the noise schedule
     seed: int
-    batch_size: int  # number of samples per photo set, micro-batch and process
+    batch_size: int  # samples per photo set, micro-batch and process; with a global batch size, the largest number
     accumulation: int  # number of micro-batches per step
     device: torch.device
     rank: int = 0
@@ -281,6 +282,7 @@ class Batches:
     dtype: torch.dtype = torch.float32
     with_size_and_crop: bool = False  # the model uses Batch.size_and_crop, see Family.uses_size_and_crop
     share_prompts: bool = False  # if every photo set always has a single prompt, Batch.text holds it once per set
+    global_batch_size: int | None = None  # samples per photo set and step, see StepShares
 
     def __call__(self, step: int) -> list[Batch]:
         """Return the micro-batches of the next step, after `step` completed steps."""
@@ -293,19 +295,24 @@ class Batches:
             step: number of completed steps before this one.
 
         Returns:
-            One list per micro-batch, with one item per PhotoSet in `self.photo_sets`.
+            One list per micro-batch, with one item per PhotoSet.
         """
-        starts = [(micro * self.world_size + self.rank) * self.batch_size for micro in range(self.accumulation)]
-        return [[self._draw_samples(photo_set, step, range(start, start + self.batch_size))
-                 for photo_set in self.photo_sets] for start in starts]
+        return [[self._draw_samples(photo_set, step, indices) for photo_set in self.photo_sets]
+                for indices in self.shares.micro_batches]
 
     def to_device(self, samples: Sequence[Sequence[HostSamples]]) -> list[Batch]:
         """Return one Batch per micro-batch from the result of `draw`.
 
         Tensors are copied to the device asynchronously. Images that have no cached latents are encoded with the VAE.
         """
-        return [join_batches([self.make_batch(photo_set, part, self._one_prompt)
-                              for photo_set, part in zip(self.photo_sets, micro, strict=True)]) for micro in samples]
+        return [replace(join_batches([self.make_batch(photo_set, part, self._one_prompt)
+                                      for photo_set, part in zip(self.photo_sets, micro, strict=True)]),
+                        loss_divisor=self.shares.loss_divisor(len(micro[0].views))) for micro in samples]
+
+    @cached_property
+    def shares(self) -> StepShares:
+        """The samples of a step that this process computes."""
+        return StepShares(self.batch_size, self.accumulation, self.rank, self.world_size, self.global_batch_size)
 
     def latent_shape_of(self, photo: Photo) -> tuple[int, int, int]:
         """Return the shape (C, h, w) of the latents of a photo."""
@@ -347,10 +354,7 @@ class Batches:
 
     @cached_property
     def _one_prompt(self) -> bool:
-        """Whether Batch.text holds only one prompt per PhotoSet, instead of one prompt per row.
-
-        The answer is the same in every step of a run, because compiled models need constant shapes.
-        """
+        """Whether Batch.text holds one prompt per PhotoSet, not one per row. Compiled models need constant shapes."""
         alike = (len({photo.caption for photo in photo_set.photos}) == 1 and not photo_set.prompt_dropout
                  for photo_set in self.photo_sets)
         return self.share_prompts and all(alike)
@@ -361,8 +365,7 @@ class Batches:
         return self.latents.resolution // self.latent_shape[1]
 
     def _draw_samples(self, photo_set: PhotoSet, step: int, indices: range) -> HostSamples:
-        total = self.batch_size * self.accumulation * self.world_size
-        views = [photo_set.view(self.seed, step, index, total) for index in indices]
+        views = [photo_set.view(self.seed, step, index, self.shares.samples_per_step) for index in indices]
         keys = [(self.seed, step, index, photo_set.name) for index in indices]
         timesteps = [int(rng.stream(*key, "timestep").integers(self.num_timesteps)) for key in keys]
         return self.draw_views(photo_set, views, keys, timesteps)

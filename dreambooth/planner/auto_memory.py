@@ -160,7 +160,7 @@ def _candidates(recipe: Recipe, combinations: Sequence[dict[str, Any]]) -> list[
 
 def _min_activations_gib(recipe: Recipe, checkpointed: bool) -> float:
     """Return a lower bound in GiB for the activations that a forward pass of the denoiser keeps."""
-    rows = recipe.train.train_batch_size + (0 if recipe.two_passes else recipe.class_rows)
+    rows = recipe.micro_batches[0] + (0 if recipe.two_passes else recipe.class_rows)
     family, _ = find_architecture(recipe)
     share = 0.5 if recipe.method.low_rank else 1  # frozen layers keep fewer activations
     return share * family.activations_gib[checkpointed] * rows * (recipe.model.resolution / 512) ** 2

@@ -90,7 +90,7 @@ def _exact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOpt
         largest = max(prediction.block_bytes)
         saved = (_resident_bytes(recipe, prediction) - SLOTS * largest) / GIB + recomputed_gib
         # A forward and backward pass copies each block twice, except those in the slots at the turn.
-        copied = 2 * max(0, most - SLOTS) * largest * recipe.train.gradient_accumulation_steps
+        copied = 2 * max(0, most - SLOTS) * largest * recipe.micro_batches[1]
         swapped = replace(prediction, copied_bytes=(copied, prediction.copied_bytes[1]))
         yield MemoryOption(f"memory.swap_blocks={most}" + " memory.gradient_checkpointing=true" *
                            (not memory.gradient_checkpointing), saved,
@@ -168,7 +168,8 @@ def _batch_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOpt
     size = recipe.train.train_batch_size
     if size > 1:
         yield MemoryOption("train.train_batch_size=1", activations_gib(prediction) * (1 - 1 / size),
-                           _extra_seconds(recipe, prediction, flops=1 / size))
+                           _extra_seconds(recipe, prediction,
+                                          flops=1.0 if recipe.train.global_batch_size else 1 / size))
     if (side := recipe.model.resolution) > 512 and prediction.peak_phase in STEP_PHASES:
         yield MemoryOption("model.resolution=512", activations_gib(prediction) * (1 - (512 / side) ** 2), None)
 

@@ -204,7 +204,7 @@ class _Rehearsal:
     def _step(self, state: TrainState) -> None:
         train = self.recipe.train
         self.trace.mark("forward")
-        batches = [self._batch() for _ in range(train.gradient_accumulation_steps)]
+        batches = [self._batch() for _ in range(self.recipe.micro_batches[1])]
         train_step(state, batches, self.objective, self.engine, train.max_grad_norm)
         del batches
         self.trace.mark("idle")
@@ -290,7 +290,7 @@ class _Rehearsal:
         """
         recipe, square = self.recipe, (self.recipe.model.resolution,) * 2
         sizes = [self._photo_size()] + [square] * recipe.with_class_images  # class images are square
-        return join_batches([self._half(recipe.train.train_batch_size, size) for size in sizes])
+        return join_batches([self._half(recipe.micro_batches[0], size) for size in sizes])
 
     def _preservation(self, denoiser: nn.Module) -> OutputPreservation | None:
         """Build the class rows of output preservation, with one denoising step, so that only the step is rehearsed."""

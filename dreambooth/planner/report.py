@@ -172,7 +172,7 @@ def plans_as_json(plans: Sequence[Plan]) -> str:
 
 def _title(recipe: Recipe) -> str:
     """Describe the run in one line: model, resolution, card, trained parts, batch, precision and optimizer."""
-    batch = str(recipe.train.train_batch_size)
+    batch = str(recipe.micro_batches[0])
     if recipe.with_prior:
         batch += f"+{recipe.class_rows}" if recipe.class_row_interval == 1 else " and 1+1 in turn"
     return (f"{recipe.model.name} {recipe.model.resolution} px on {recipe.hardware.gpu or 'the CPU'}: "

@@ -179,7 +179,7 @@ def _weight_pass_seconds(recipe: Recipe, prediction: Prediction, card: Card) -> 
     """
     memory = recipe.memory
     half = recipe.precision.dtype is not Dtype.fp32
-    on_card = 12.0 * half * recipe.train.gradient_accumulation_steps  # casts in both directions, forward and backward
+    on_card = 12.0 * half * recipe.micro_batches[1]  # casts in both directions, forward and backward
     on_card += 8 * (recipe.precision.dtype is Dtype.fp16) + 4 + 8 * (recipe.train.max_grad_norm is not None)
     on_host = link = 0.0
     if memory.offload_optimizer:
@@ -194,7 +194,7 @@ def _weight_pass_seconds(recipe: Recipe, prediction: Prediction, card: Card) -> 
         else:
             on_card += 12
     bandwidth = card.bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE
-    passes = (2 + memory.gradient_checkpointing) * recipe.train.gradient_accumulation_steps
+    passes = (2 + memory.gradient_checkpointing) * recipe.micro_batches[1]
     frozen = recipe.method.low_rank * prediction.frozen_parameters * passes * DEQUANTISED[recipe.method.base_weights]
     return frozen / bandwidth + prediction.trained_parameters * (
         on_card / bandwidth + link / HOST_LINK + on_host / HOST_MEMORY)

@@ -33,7 +33,7 @@ LATER_KEYS: dict[str, Any] = {  # keys that were added later; a key with this va
     "dataset.mask": None, "dataset.concepts": [], "dataset.buckets": False, "dataset.prompt_dropout": 0.0,
     "dataset.validation_dir": None, "dataset.validation_count": 0, "precision.tf32": False,
     "prior.kind": "class_images", "train.debiased_estimation": False, "train.huber_delta": None,
-    "train.multires_noise": 0.0,
+    "train.multires_noise": 0.0, "train.global_batch_size": None,
     "optimizer.beta3": None, "optimizer.d_coef": 1.0,
     "method.new_tokens": 0, "method.trigger_word": None, "method.token_initializer": None,
     "method.token_learning_rate": None, "method.token_train_share": 1.0,
@@ -113,6 +113,8 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     if hashed["prior"]["kind"] == "output":  # the other keys are about class images
         hashed["prior"] = {key: hashed["prior"][key] for key in (
             "with_prior_preservation", "kind", "prior_loss_weight")}
+    if hashed["train"].get("global_batch_size") is not None:  # then train_batch_size is a limit, as options of memory
+        hashed["train"].pop("train_batch_size")
     for key in ("compile", "channels_last"):  # added later; when on, they change rounding
         if not hashed["train"][key]:
             hashed["train"].pop(key)

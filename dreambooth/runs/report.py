@@ -14,7 +14,8 @@ from dreambooth.utils.plurals import counted
 def plan_table(recipe: Recipe) -> dict[str, str]:
     """Return the plan of a run as a table: a dictionary with one item (label, content) per row."""
     train, prior = recipe.train, recipe.prior
-    photos = train.train_batch_size * train.gradient_accumulation_steps
+    share = "" if train.global_batch_size else " and process"
+    photos = train.global_batch_size or train.train_batch_size * train.gradient_accumulation_steps
     subjects = "; ".join(f"{subject.instance_prompt!r}, photos in {_short_path(str(subject.instance_dir))}"
                          for subject in recipe.subject_recipes)
     class_prompts = ", ".join(repr(class_recipe.class_prompt) for class_recipe in recipe.class_recipes)
@@ -25,7 +26,7 @@ def plan_table(recipe: Recipe) -> dict[str, str]:
                  if recipe.with_prior else "no prior preservation",
         "base": f"{recipe.model.source}, {recipe.model.resolution} px",
         "trains": describe_trained_weights(recipe),
-        "steps": f"{train.max_train_steps}, {counted(photos, 'photo')} per step and process, "
+        "steps": f"{train.max_train_steps}, {counted(photos, 'photo')} per step{share}, "
                  f"learning rate {train.learning_rate:g} {train.lr_scheduler.value}",
         "on": f"{recipe.hardware.gpu or 'CPU'}, {recipe.precision.label}, {recipe.optimizer.kind.value}, "
               f"{recipe.attention.kind.value} attention",

@@ -177,7 +177,8 @@ def _card(recipe: Recipe, family: Family, step: int, pictured: bool) -> str:
         "class images": prior.num_class_images if recipe.with_class_images else
         "none; the base model's output is preserved" if recipe.preserves_output else "none",
         "learning_rate": train.learning_rate, "train_batch_size": train.train_batch_size,
-        "gradient_accumulation_steps": train.gradient_accumulation_steps, "seed": train.seed,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        **({"global_batch_size": train.global_batch_size} if train.global_batch_size else {}), "seed": train.seed,
         "text encoder": "trained" if train.train_text_encoder else "frozen", "resolution": recipe.model.resolution,
         "precision": recipe.precision.label,
     } | {f"base's {key}": value for key, value in _base_choices(recipe).items()}

@@ -26,6 +26,7 @@ from dreambooth.storage import manifest
 from dreambooth.training.checkpoint_transfer import share
 from dreambooth.training.step import History, TrainState
 from dreambooth.utils import atomic_files
+from dreambooth.utils.plurals import counted
 
 FORMAT = 1
 log = logging.getLogger(__name__)
@@ -120,6 +121,15 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
         raise UserError(f"checkpoint {path} cannot be resumed here ({error}): type checkpoint.resume=never") from error
     state.step, state.skipped, state.skipped_in_row = counts
     state.history = history
+    _compare_batches(numbers.get("samples_per_step"), state.samples_per_step)
+
+
+def _compare_batches(saved: int | None, current: int | None) -> None:
+    """Log a warning if the steps before a checkpoint had another number of photos than those after it."""
+    if saved is not None and current is not None and saved != current:
+        log.warning("%s per step trained this checkpoint, and %d go on, with this number of processes: type "
+                    "train.global_batch_size=%d for a new run that keeps its batch with any number of processes",
+                    counted(saved, "photo"), current, saved)
 
 
 def needed_bytes(state: TrainState, model: nn.Module, keep: int) -> int:
@@ -153,7 +163,8 @@ def _numbers(state: TrainState, scaler: torch.amp.GradScaler) -> dict[str, Any]:
         "format": FORMAT, "step": state.step, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row,
         "ema_updates": state.ema.updates if state.ema is not None else 0,
         "schedule": state.lr_scheduler.state_dict(), "scaler": scaler.state_dict(),
-    } | ({"history": asdict(state.history)} if state.history != History() else {})
+    } | ({"samples_per_step": state.samples_per_step} if state.samples_per_step else {}) | (
+        {"history": asdict(state.history)} if state.history != History() else {})
 
 
 def _read_history(saved: dict[str, Any]) -> History:

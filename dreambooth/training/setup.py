@@ -37,6 +37,7 @@ from dreambooth.training.parameter_groups import parameter_groups
 from dreambooth.training.step import Objective, TrainState
 from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
+from dreambooth.utils.plurals import counted
 
 
 @dataclass
@@ -103,12 +104,13 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         rank=engine.rank, world_size=engine.world_size, noise_offset=recipe.train.noise_offset,
         multires_noise=recipe.train.multires_noise,
         with_size_and_crop=parts.family.uses_size_and_crop,
+        global_batch_size=recipe.train.global_batch_size,
         share_prompts=not recipe.method.dropout)  # with dropout, each row drops different elements
     with meter.phase("state"):
         model = loading.prepare(parts, recipe)
         for line in lora.describe(model, recipe.method) if recipe.method.low_rank else ():
             console.say(line)
-        state = _build_state(recipe, model, accelerator, parts.new_tokens)
+        state = _build_state(recipe, model, accelerator, parts.new_tokens, batches.shares.samples_per_step)
     class_texts = [encode_prompt(one.class_prompt) for one in recipe.class_recipes] if recipe.preserves_output else []
     objective = Objective.of(recipe, schedule, output_preservation.build(
         recipe, model, schedule, class_texts, batches.latent_shape, engine, parts.family.uses_size_and_crop))
@@ -183,10 +185,14 @@ def _check_processes(recipe: Recipe, engine: Engine) -> None:
     With memory.swap_blocks, frozen weights are on two devices, which data parallelism does not support.
 
     Raises:
-        UserError: the host has fewer processes than hardware.gpus, or there are several processes although one of the
-            three memory settings is on.
+        UserError: the host has fewer processes than hardware.gpus, a step has fewer photos than there are processes,
+            or there are several processes although one of the three memory settings is on.
     """
-    gpus = recipe.hardware.gpus
+    gpus, photos = recipe.hardware.gpus, recipe.train.global_batch_size
+    if photos is not None and photos < engine.world_size:
+        raise UserError(f"train.global_batch_size={photos} leaves some of the {engine.world_size} processes without a "
+                        f"photo: type train.global_batch_size={engine.world_size}, or start at most "
+                        f"{counted(photos, 'process', 'processes')}")
     if engine.device.type == "cuda" and engine.local_world_size < gpus:
         raise UserError(f"hardware.gpus={gpus}, but only {engine.local_world_size} of them would train: type torchrun "
                         f"--standalone --nproc-per-node={gpus} -m dreambooth.train ..., or "
@@ -297,7 +303,7 @@ def _latent_shape(recipe: Recipe, parts: loading.Components) -> tuple[int, int, 
 
 
 def _build_state(recipe: Recipe, model: loading.TrainedModel, accelerator: Accelerator,
-                 tokens: new_tokens.NewTokens | None) -> TrainState:
+                 tokens: new_tokens.NewTokens | None, samples_per_step: int) -> TrainState:
     optimizer = memory_levers.build_training_optimizer(
         model, optimizer_factory(recipe.optimizer, recipe.train.learning_rate), recipe.memory,
         loading.TORCH_DTYPE[recipe.precision.dtype], recipe.train.seed, parameter_groups(model, recipe))
@@ -312,4 +318,5 @@ def _build_state(recipe: Recipe, model: loading.TrainedModel, accelerator: Accel
     scheduler = build_lr_scheduler(optimizer, recipe.train)
     if tokens is not None:
         tokens.stop_in(scheduler)
-    return TrainState(wrapped, optimizer, scheduler, ema, after_step=tokens.after_step if tokens else None)
+    return TrainState(wrapped, optimizer, scheduler, ema, samples_per_step=samples_per_step,
+                      after_step=tokens.after_step if tokens else None)

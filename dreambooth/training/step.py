@@ -55,6 +55,7 @@ class TrainState:
     skipped: int = 0  # fp16 steps that the loss scaler skipped, in total
     skipped_in_row: int = 0  # fp16 steps skipped since the last step that was not skipped
     history: History = field(default_factory=History)
+    samples_per_step: int | None = None  # photos of a step, over all processes; None: unknown
     after_step: Callable[[int], None] | None = None  # changes weights after the n-th step that was not skipped
     _checked_step: int = 0  # the step after which `check_finite` was called last
 
@@ -224,7 +225,7 @@ def train_step(
 
     Args:
         state: advanced in place.
-        batches: micro-batches of equal size.
+        batches: the micro-batches of this process. Without Batch.loss_divisor they have the same size.
         max_grad_norm: limit of the global gradient norm; None: no clipping.
     """
     learning_rate, step_size = state.optimizer.param_groups[0]["lr"], estimated_step_size(state.optimizer)
@@ -243,8 +244,9 @@ def train_step(
     _advance(state, stepped, engine)
     return StepInfo(
         step=state.step, losses=losses, grad_norm=norm, learning_rate=learning_rate,
-        images=sum(batch.num_samples for batch in batches) * engine.world_size, with_prior=batches[0].with_prior,
-        skipped=not stepped, skipped_in_row=state.skipped_in_row, estimated_step_size=step_size,
+        images=round(batches[0].num_samples * _divisor(batches[0], len(batches)) * engine.world_size),
+        with_prior=batches[0].with_prior, skipped=not stepped, skipped_in_row=state.skipped_in_row,
+        estimated_step_size=step_size,
         text_encoder_learning_rate=encoder_rates[0] if encoder_rates else None)
 
 
@@ -252,21 +254,28 @@ def _forward_backward(state: TrainState, batches: Sequence[Batch], objective: Ob
     """Accumulate the gradients of the micro-batches. Return the mean losses (total, instance, prior), shape (3,)."""
     all_losses: list[Tensor] = []
     for number, batch in enumerate(batches, start=1):
+        divisor = _divisor(batch, len(batches))
         # Gradients are averaged over processes only once, in the backward pass of the last micro-batch.
         with nullcontext() if number == len(batches) else engine.no_sync(state.model):
             if (objective.split_prior and batch.with_prior) or batch.class_batch is not None:
-                losses = _forward_backward_halves(state.model, batch, objective, engine, len(batches))
+                losses = _forward_backward_halves(state.model, batch, objective, engine, divisor)
             else:
                 with engine.autocast():
                     losses = objective(state.model, batch)
-                engine.backward(losses.total / len(batches))
+                engine.backward(losses.total / divisor)
         prior = torch.zeros_like(losses.total) if losses.prior is None else losses.prior
-        all_losses.append(torch.stack([losses.total, losses.instance, prior]).detach())
+        values = torch.stack([losses.total, losses.instance, prior]).detach()
+        all_losses.append(values if batch.loss_divisor is None else values * (len(batches) / divisor))
     return torch.stack(all_losses).mean(0)
 
 
+def _divisor(batch: Batch, num_batches: int) -> float:
+    """Return the number by which the loss of a micro-batch is divided, see StepShares.loss_divisor."""
+    return num_batches if batch.loss_divisor is None else batch.loss_divisor
+
+
 def _forward_backward_halves(model: nn.Module, batch: Batch, objective: Objective, engine: Engine,
-                             num_batches: int) -> Losses:
+                             divisor: float) -> Losses:
     """Run forward and backward on the instance rows, then on the class rows, so that half as many activations exist
     at a time.
 
@@ -279,10 +288,10 @@ def _forward_backward_halves(model: nn.Module, batch: Batch, objective: Objectiv
     with engine.no_sync(model):
         with engine.autocast():
             instance = objective(model, instance_batch).instance
-        engine.backward(instance / num_batches)
+        engine.backward(instance / divisor)
     with engine.autocast():
         prior = objective(model, class_batch).instance  # all its rows count as instance rows
-    engine.backward(objective.prior_loss_weight * prior / num_batches)
+    engine.backward(objective.prior_loss_weight * prior / divisor)
     return Losses(instance + objective.prior_loss_weight * prior, instance, prior)
 
 

@@ -54,6 +54,14 @@ PRODIGY = {"optimizer__kind": OptimizerKind.prodigy, "train__learning_rate": 1.0
 SCHEDULE_FREE = {"optimizer__kind": OptimizerKind.schedule_free, "train__use_ema": False}
 HALF = {"memory__weights": Weights.half, "memory__rounding": Rounding.stochastic, "precision__dtype": Dtype.fp16}
 BROKEN = {  # broken rule -> (machine, values by key, what the message says to type)
+    "a global batch with accumulation": (
+        NONE, {"train__global_batch_size": 6, "train__gradient_accumulation_steps": 2}, "accumulation_steps=1"),
+    "a global batch with compilation": (NONE, {"train__global_batch_size": 6, "train__compile": True}, "compile=false"),
+    "a global batch with output preservation": (
+        NONE, {"train__global_batch_size": 6, "prior__kind": PriorKind.output, "method__kind": MethodKind.lora},
+        "prior.kind=class_images"),
+    "a global batch of several micro-batches with an optimizer in the backward pass": (
+        NONE, {"train__global_batch_size": 6, "memory__optimizer_in_backward": True}, "train.train_batch_size=6"),
     "a GPU is required and there is none": (NONE, {"hardware__device": Device.cuda}, "hardware=cpu"),
     "bf16 on a T4": (T4, {"precision__dtype": Dtype.bf16}, "precision=fp16"),
     "fp16 on a CPU": (NONE, {"precision__dtype": Dtype.fp16}, "precision=fp32"),
@@ -308,6 +316,7 @@ BOUNDS = {
     "sample.seed": no_seed, "sample.images_per_prompt": less_than_1,
     "memory.ema_every": less_than_1, "memory.max_split_size_mb": st.integers(max_value=20),
     "memory.swap_blocks": less_than_1,
+    "train.global_batch_size": less_than_1,
     "checkpoint.every": less_than_1, "checkpoint.keep": less_than_1,
     "evaluate.every": less_than_1, "evaluate.images_per_prompt": less_than_1, "evaluate.class_images": less_than_1,
     "evaluate.seed": no_seed, "evaluate.max_class_similarity": st.floats(min_value=1.1, max_value=9),

@@ -54,7 +54,7 @@ OTHER = {". .venv/bin/activate", "nvidia-smi", "umask 002", "tensorboard --logdi
          """-d '{"inputs": [{"prompt": "a photo of a zwx toy", "seed": 5, "num_images": 2}]}'"""}  # run by a person
 INSTALL = re.compile(r"pip install -c constraints\.txt -e '\.\[(\w+)\]'")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-TORCHRUN = re.compile(r"torchrun --standalone --nproc-per-node=\d+ -m dreambooth\.train")
+TORCHRUN = re.compile(r"(python -m dreambooth\.container\.)?torchrun( --[a-z-]+(=\S+)?)+ -m dreambooth\.train")
 FLAGS = {"--help": 1, "--cfg": 2, "--info": 2, "-m": 1}  # of Hydra, with the words that each takes
 CARD = Machine("a card", 24.0, 8.6)  # what `hardware=local` finds where a document says "with a CUDA card"
 NO_KEYS = {"PYTHON", "VENV", "PORT", "CUDA", "HF_HOME", "MLFLOW_TRACKING_URI", "WANDB_MODE"}  # of make, images ...

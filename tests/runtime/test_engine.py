@@ -10,15 +10,27 @@ import pytest
 import torch
 
 from dreambooth.config.enums import Dtype
-from dreambooth.errors import Interrupted
+from dreambooth.errors import Interrupted, LostProcess
 from dreambooth.runtime import engine as engine_module
 from dreambooth.runtime.async_readback import AsyncReadback
 from dreambooth.runtime.engine import Engine
+from dreambooth.runtime.lost_process import reporting_lost_process
 from dreambooth.utils.signals import StopRequest
 
 
 def test_numbers_are_read_back_unchanged() -> None:
     assert AsyncReadback(torch.tensor([1.5, math.inf])).read() == [1.5, math.inf]
+
+
+@pytest.mark.parametrize("error, kind", [
+    (RuntimeError("[/a/gloo/transport/tcp/pair.cc:5] Connection closed by peer [::1]:7. This is typical"), LostProcess),
+    (torch.distributed.DistNetworkError("the client socket has failed to connect"), LostProcess),
+    (RuntimeError("shape mismatch"), RuntimeError)])
+def test_the_loss_of_another_process_is_a_sentence_and_no_internal_fault(error: Exception, kind: type) -> None:
+    with pytest.raises(kind) as caught, reporting_lost_process():
+        raise error
+    assert type(caught.value) is kind
+    assert kind is RuntimeError or "repeat the command" in str(caught.value) and "pair.cc" not in str(caught.value)
 
 
 def test_without_a_limit_gradients_stay_unchanged_and_their_norm_is_returned() -> None:

@@ -54,6 +54,18 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(tmp_path: Pa
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
 
 
+def test_another_number_of_photos_per_step_is_named_when_a_run_resumes(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for saved, current, words in ((6, 4, "type train.global_batch_size=6"), (6, 6, ""), (None, 4, "")):
+        state = make_state(ToyModel())
+        state.step, state.samples_per_step = 2, saved
+        path = save(tmp_path / f"{saved}-{current}", state)
+        state.samples_per_step = current
+        caplog.clear()
+        checkpoint.restore(path, state, state.model, Engine().scaler)
+        assert words in caplog.text and bool(caplog.text) is bool(words)
+
+
 def test_hyperparameters_are_those_of_the_resuming_run(tmp_path: Path) -> None:
     """checkpoint.resume=PATH with another learning rate: the state is loaded, the hyperparameters are kept."""
     def build(rate: float, decay: float) -> TrainState:

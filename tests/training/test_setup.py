@@ -17,6 +17,7 @@ from dreambooth.config.recipe import resolve
 from dreambooth.config.schema import Config, Prior, Sample
 from dreambooth.data import class_images
 from dreambooth.data.photos import Photo
+from dreambooth.errors import UserError
 from dreambooth.models import loading
 from dreambooth.runtime.engine import Engine
 from dreambooth.training import setup
@@ -86,3 +87,10 @@ def test_captions_are_not_read_ahead_if_the_text_encoders_stay_in_memory(
     unused: Any = SimpleNamespace(say=lambda text: None, phase=lambda name: nullcontext())
     with pytest.raises(EnoughSeen):
         setup.assemble(recipe, Engine(), unused, unused, unused)
+
+
+def test_a_step_has_a_photo_for_every_process() -> None:
+    recipe = demo_recipe(train__global_batch_size=2)
+    setup._check_processes(recipe, Engine(world_size=2))
+    with pytest.raises(UserError, match="train.global_batch_size=3, or start at most 2 processes"):
+        setup._check_processes(recipe, Engine(world_size=3))

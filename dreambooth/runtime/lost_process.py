@@ -1,0 +1,27 @@
+"""Reports the loss of another process of a run in one sentence. PyTorch's errors about it look like internal faults."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.distributed import DistError
+
+from dreambooth.errors import LostProcess
+
+_GLOO = re.compile(r"gloo/transport/|Gloo connectFullMesh")  # Gloo has no error class of its own
+
+
+@contextmanager
+def reporting_lost_process() -> Iterator[None]:
+    """Context manager that raises LostProcess if a collective operation fails because another process is gone.
+
+    NCCL and the store of the processes raise DistError. Gloo raises RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, DistError) or _GLOO.search(str(error))):
+            raise
+        reason = str(error).split("\n")[0].split("] ", 1)[-1].split(". This is")[0]  # without PyTorch's file and advice
+        raise LostProcess(f"another process of this run has ended or cannot be reached ({reason}): see its log, then "
+                          "repeat the command to continue from the last checkpoint") from error
