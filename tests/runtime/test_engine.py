@@ -30,7 +30,7 @@ def test_the_loss_of_another_process_is_a_sentence_and_no_internal_fault(error: 
     with pytest.raises(kind) as caught, reporting_lost_process():
         raise error
     assert type(caught.value) is kind
-    assert kind is RuntimeError or "repeat the command" in str(caught.value) and "pair.cc" not in str(caught.value)
+    assert kind is RuntimeError or ("repeat the command" in str(caught.value) and "pair.cc" not in str(caught.value))
 
 
 def test_without_a_limit_gradients_stay_unchanged_and_their_norm_is_returned() -> None:

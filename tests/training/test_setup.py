@@ -92,5 +92,5 @@ def test_captions_are_not_read_ahead_if_the_text_encoders_stay_in_memory(
 def test_a_step_has_a_photo_for_every_process() -> None:
     recipe = demo_recipe(train__global_batch_size=2)
     setup._check_processes(recipe, Engine(world_size=2))
-    with pytest.raises(UserError, match="train.global_batch_size=3, or start at most 2 processes"):
+    with pytest.raises(UserError, match=r"type train\.global_batch_size=3, or start at most 2 processes"):
         setup._check_processes(recipe, Engine(world_size=3))
