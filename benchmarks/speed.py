@@ -15,11 +15,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 
 from process_monitor import run_monitored
 from speed_table import (
@@ -32,17 +29,11 @@ from speed_table import (
     read_trials,
     write_section,
 )
+from timings import class_rate, step_end_times, step_rate
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 INSTANCE, CLASS = "a photo of a zwx toy", "a photo of a toy"
-WARM_UP_STEPS = 3  # not included in the speeds
-Clock = Callable[[float], float]  # wall time in seconds -> the same value, or the CPU seconds until this moment
-
-
-def wall_clock(moment: float) -> float:
-    """Return `moment`: the Clock that measures wall time."""
-    return moment
 
 
 @dataclass(frozen=True)
@@ -97,34 +88,6 @@ def our_command(work: Path, size: Size, overrides: list[str], new_class_images: 
         "prior.prior_loss_weight=0.5", "train.train_text_encoder=true", f"train.train_batch_size={size.batch}",
         f"train.max_train_steps={1 if new_class_images else size.steps}", "train.learning_rate=1e-5",
         "sample.every=null", "checkpoint.every=null", "evaluate.encoder=none", "train.use_ema=false", *overrides]
-
-
-def step_end_times(path: Path) -> list[float]:
-    """Read the times at which steps ended, in seconds since 1970, from the script's log or our metrics.jsonl."""
-    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    ours = [entry["time"] / 1000 for entry in entries if "loss" in entry.get("metrics", {})]
-    return ours or [entry["time"] for entry in entries if entry.get("bar") == "Steps"]
-
-
-def class_rate(folder: Path, clock: Clock = wall_clock) -> float | None:
-    """Return the class images per second, from the end of the first batch to the end of the last one.
-
-    The modification times of the files are the ends of the batches. None: there is only one batch.
-    """
-    times = sorted(path.stat().st_mtime for path in folder.rglob("*") if path.suffix in (".png", ".jpg"))
-    gap = 0.5 * max((later - earlier for earlier, later in pairwise(times)), default=0.0)
-    first = next((number for number, (earlier, later) in enumerate(pairwise(times), 1) if later - earlier > gap), None)
-    return None if first is None else (len(times) - first) / (clock(times[-1]) - clock(times[first - 1]))
-
-
-def step_rate(end_times: list[float], images: int, clock: Clock = wall_clock) -> float | None:
-    """Return the trained images per second: the median over the steps after the warm-up.
-
-    A step begins where the previous one ended. None: there are fewer than two steps.
-    """
-    durations = [clock(later) - clock(earlier) for earlier, later in pairwise(end_times)]
-    counted = durations[min(WARM_UP_STEPS, len(durations) // 2):]
-    return images / median(counted) if counted else None
 
 
 def run_trial(case: str, model: str, number: int, size: Size, peer: Path, work: Path, threads: int,

@@ -37,6 +37,8 @@ CARDS = {
     "A10G": Card("A10G", 70.0, 35.0, 600.0, "AWS EC2 G5 page and NVIDIA A10G datasheet, 2021"),
     "L4": Card("L4", 121.0, 30.3, 300.0, "NVIDIA L4 datasheet, 2023"),
     "L40S": Card("L40S", 362.0, 91.6, 864.0, "NVIDIA L40S datasheet, 2023", calibrated=True, overhead_seconds=0.0),
+    "H100": Card("H100", 989.0, 67.0, 3350.0, "NVIDIA H100 datasheet (SXM), 2022", 0.74, 300.0, overhead_seconds=0.0),
+    "H200": Card("H200", 989.0, 67.0, 4800.0, "NVIDIA H200 datasheet (SXM), 2024", 0.74, 300.0, overhead_seconds=0.0),
     "A100": Card("A100", 312.0, 19.5, 1555.0, "NVIDIA A100 datasheet (40 GB SXM), 2020", link_gb_s=200.0),
 }
 

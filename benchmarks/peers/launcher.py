@@ -1,0 +1,82 @@
+"""Runs a script of a peer unchanged, and logs the times at which steps and class images are completed.
+
+    python benchmarks/peers/launcher.py LOG.jsonl SCRIPT.py ARGUMENTS...
+
+The times come from the script's own progress bars (tqdm). The peers import torchvision. If its compiled operators do
+not fit the installed PyTorch, the operators that its import needs are declared without an implementation; the peers use
+only its transforms, which are Python code.
+"""
+
+import json
+import runpy
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+BARS = {"steps": "Steps", "generating class images": "Generating class images", "step": "Steps",
+        "training": "Steps"}  # beginnings of the bars' names in small letters -> the name in the log
+
+
+def import_torchvision() -> None:
+    """Import torchvision, also if it was built for another PyTorch.
+
+    Its import then ends in an error about an operator that is missing. The operators are declared, and it is imported
+    again.
+    """
+    import torch
+
+    try:
+        import torchvision
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        declared.append(library)
+        import torchvision  # noqa: F401
+
+
+declared: list[Any] = []  # operators exist as long as their libraries
+
+
+def log_progress_bars(log: Path) -> None:
+    """Make the script's progress bars write one JSON line per update: the bar's name, the time and the increment."""
+    import tqdm
+    import tqdm.auto
+
+    file = log.open("a", buffering=1)
+
+    def logging_bar(kind: Any) -> Any:
+        class LoggingBar(kind):  # type: ignore[misc]
+            def update(self, n: float | None = 1) -> Any:
+                displayed = super().update(n)
+                words = str(self.desc or "").strip(": ").lower()
+                name = next((name for start, name in BARS.items() if words.startswith(start)), None)
+                if name and not self.disable and n:
+                    file.write(json.dumps({"bar": name, "time": time.time(), "done": n}) + "\n")
+                return displayed
+
+            def __iter__(self) -> Any:
+                for item in self.iterable:
+                    yield item
+                    self.update()
+
+        return LoggingBar
+
+    tqdm.auto.tqdm = logging_bar(tqdm.auto.tqdm)
+    tqdm.tqdm = logging_bar(tqdm.tqdm)  # type: ignore[misc]
+
+
+def main() -> None:
+    log, script, *arguments = sys.argv[1:]
+    import_torchvision()
+    log_progress_bars(Path(log))
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
