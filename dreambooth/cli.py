@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from dreambooth.config.schema import Memory
 from dreambooth.errors import EXIT_REPORT_DIR, DoesNotFit, DreamBoothError, Interrupted, UserError
@@ -42,6 +42,7 @@ SYSTEM_ERRORS = {
 _READ_AGAIN = re.compile(r"uri|\w*prompts?")
 
 _intercepted: dict[str, str] = {}  # key -> value of overrides that are hidden from Hydra
+Outcome = TypeVar("Outcome")  # what a job returns
 _exit_codes: list[int] = []  # one per failed job; a sweep runs several jobs
 _last_failure: list[str] = []  # the reason if the last job has failed, otherwise empty
 
@@ -149,7 +150,7 @@ def use_utf8() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "repeat the command") -> float | None:
+def run_job(job: Callable[[], Outcome], sweep: bool, resume_hint: str = "repeat the command") -> Outcome | float:
     """Run a job and return its result.
 
     If the job fails, print the reason, record the exit code for `exit_process`, and return NaN.
@@ -167,8 +168,8 @@ def run_job(job: Callable[[], float | None], sweep: bool, resume_hint: str = "re
     return _report_failure(job, sweep, resume_hint)
 
 
-def _report_failure(job: Callable[[], float | None], sweep: bool = False,
-                    resume_hint: str = "repeat the command") -> float | None:
+def _report_failure(job: Callable[[], Outcome], sweep: bool = False,
+                    resume_hint: str = "repeat the command") -> Outcome | float:
     """Call `job` as `run_job` describes, but set no environment variables.
 
     The variables that `run_job` sets depend on the load of the machine while Hydra composes the configuration, so they
@@ -360,7 +361,8 @@ def intercept_override(key: str) -> None:
     """Remove the overrides of `key` from sys.argv before Hydra reads them, and store the value.
 
     If `key` is overridden several times, the last value is stored. A command must call this function if `key` is also
-    the name of a config group. Otherwise Hydra would take the value for the name of an option of the group.
+    the name of a config group: Hydra would take the value for the name of an option of the group. Another reason is a
+    value that Hydra reads in quotes only.
     """
     from dreambooth.config.compose import unquote
 

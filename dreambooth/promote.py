@@ -29,6 +29,7 @@ class Promote(Section):
     allow_unmeasured: bool = False
     min_prompt_fidelity: float | None = None
     include_base: bool = False
+    rule: str | None = None
 
     def __post_init__(self) -> None:
         most, least = self.max_class_similarity, self.min_prompt_fidelity
@@ -56,12 +57,14 @@ def _job(cfg: DictConfig) -> None:
     print(promotion_message(promotion.promote(sweep, Path(options.run_root), promotion.PromotionOptions(
         options.uri, options.experiment, options.name, options.objective, options.max_class_similarity,
         options.replace, options.default_uri, allow_unmeasured=options.allow_unmeasured,
-        min_prompt_fidelity=options.min_prompt_fidelity, include_base=options.include_base))))
+        min_prompt_fidelity=options.min_prompt_fidelity, include_base=options.include_base,
+        rule=cli.intercepted_override("rule") or options.rule))))
 
 
 def main() -> None:
     """Run the console script `dreambooth-promote`."""
     cli.intercept_override("sweep")  # its value is an ID, but Hydra would look for an option of the group sweep
+    cli.intercept_override("rule")  # Hydra would want quotes around <=
     cli.run_hydra(promote, Promote)
     cli.exit_process()
 

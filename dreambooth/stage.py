@@ -17,6 +17,7 @@ from pathlib import Path
 from dreambooth import cli
 from dreambooth.config.compose import load, name_trial, search_space
 from dreambooth.config.enums import Device
+from dreambooth.config.evaluate import require_one_objective
 from dreambooth.config.recipe import resolve
 from dreambooth.config.storage import S3_SCHEME
 from dreambooth.container.cluster import count_gpus, limit_to_one_process, parse_resource_config
@@ -139,6 +140,8 @@ def _validate(overrides: list[str], space: str, out: Path, supervisor: Superviso
         try:
             config, run_dir = compose_run(_run_overrides(overrides, trial))
             resolve(config, run_dir)
+            if space:
+                require_one_objective(config.evaluate.objective)
         except UserError as error:
             problems += error.problems if isinstance(error, ConfigError) else [str(error)]
         plans[tuple(override for override in trial if override.partition("=")[0] not in MEMORY_NEUTRAL_KEYS)] = None

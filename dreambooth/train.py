@@ -30,8 +30,8 @@ identity.register_resolver()
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
-def train(cfg: DictConfig) -> float | None:
-    """Execute one training run. Return its objective, which Hydra's sweepers minimise."""
+def train(cfg: DictConfig) -> float | list[float] | None:
+    """Execute one training run. Return its objective, which Hydra's sweepers minimise, or a list of several."""
     sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     if sweep:
         cfg.tracking.sweep = cfg.tracking.sweep or default_sweep_id()
@@ -45,7 +45,7 @@ def train(cfg: DictConfig) -> float | None:
     return objective
 
 
-def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
+def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float | list[float]:
     from dreambooth.cloud import secrets
     from dreambooth.config.recipe import resolve
     from dreambooth.data.photos import conversion_mark
@@ -81,7 +81,7 @@ def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float:
                     register_finished_run(recipe)
             if run_inputs.is_main_process() and not sys.stdout.isatty():  # Katib parses this line in the log of a trial
                 print(f"objective={result.objective:.6g}", flush=True)
-            return result.objective
+            return list(result.objectives.values()) or result.objective
     except OverBudget as error:
         if sweep:  # the sweep ends, and the same command continues it with a higher budget
             raise Interrupted(str(error)) from error

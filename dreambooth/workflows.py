@@ -14,6 +14,7 @@ from dreambooth import __version__, cli
 from dreambooth.cloud import sagemaker_pipeline, sagemaker_submit, sagemaker_tuner
 from dreambooth.cloud.pipeline_requests import SageMakerSpec
 from dreambooth.config.compose import search_space
+from dreambooth.config.evaluate import require_one_objective
 from dreambooth.config.recipe import resolve
 from dreambooth.entrypoint import compose_run
 from dreambooth.errors import UserError
@@ -48,6 +49,7 @@ def build_spec(
     """
     config, run_dir = compose_run(list(overrides))
     resolve(config, run_dir)
+    require_one_objective(config.evaluate.objective)
     search = search_space(space).without_overridden(overrides)
     return WorkflowSpec(tuple(overrides), search, config.hardware, image, config.name)
 

@@ -1,4 +1,8 @@
-"""Collects the results of a sweep's jobs, and writes them to a CSV file and to a separate MLflow run."""
+"""Collects the results of a sweep's jobs, and writes them to a CSV file and to a separate MLflow run.
+
+The table of a sweep has one row per job. If the runs have several objectives, the entry `objectives` of a row contains
+their values by name; the CSV file has a column for each, and the column `pareto`.
+"""
 
 import csv
 import io
@@ -9,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.cloud.job import COMPLETED, FAILED, PRUNED, Job, JobState
+from dreambooth.config.enums import Direction
+from dreambooth.config.evaluate import better_direction, read_objective
 from dreambooth.utils import atomic_files, markdown, quoting
 from dreambooth.utils.key_names import short_names
 from dreambooth.utils.masking import mask_urls
+from dreambooth.utils.plurals import counted
 
 SEE_OUTPUT = "see the error in the output of the run"  # column `reason` of a failed run in this process
 FIXED_COLUMNS = ("number", "job", "status", "objective", "steps", "seconds", "billed_usd", "reason")
@@ -19,12 +26,16 @@ Results = dict[tuple[str, ...], tuple[Job, JobState]]  # overrides -> the job th
 
 
 def objective(state: JobState) -> float | None:
-    """Return the objective of a job, which is the number that the sweep minimises.
+    """Return the objective of a job, which is the number that the sweep minimises. Of several, the first one counts.
 
-    Return None if the job is not completed, or if its objective is missing or not finite.
+    Return None if the job is not completed, or if an objective is missing or not finite.
     """
-    value = state.result.get("objective") if state.status == COMPLETED else None
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return None if returned_value(state) is None else float(state.result["objective"])
+
+
+def returned_value(state: JobState) -> float | list[float] | None:
+    """Return what the sweeper reads from a job: its objective, or a list of several; None as in `objective`."""
+    return read_objective(state.result) if state.status == COMPLETED else None
 
 
 def fail_without_objective(state: JobState) -> JobState:
@@ -74,6 +85,7 @@ def result_rows(jobs: Sequence[Job], states: Sequence[JobState]) -> list[dict[st
         overrides = dict(override.partition("=")[::2] for override in job.overrides)
         rows.append({
             "number": job.number, "job": job.name, "status": state.status, "objective": objective(state),
+            **({"objectives": state.result["objectives"]} if state.result.get("objectives") else {}),
             "steps": state.result.get("step", state.step), "seconds": state.result.get("seconds"),
             "billed_usd": None if cost is None else round(cost, 4), "reason": state.reason, **overrides})
     return rows
@@ -83,10 +95,12 @@ def write_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Pa
     """Write a results table to `results-SWEEP.csv` in a folder, and return the path.
 
     SWEEP stands for the argument `sweep`. Rows are sorted by objective, best (lowest) first. Rows without an objective
-    come last.
+    come last. With several objectives, the rows of the Pareto front come first.
     """
-    keys = list(dict.fromkeys([*FIXED_COLUMNS, *(key for row in table for key in row)]))
-    ordered = sorted(table, key=lambda row: (row["objective"] is None, row["objective"] or 0.0, row["number"]))
+    front = [row["number"] for row in front_rows(table)]
+    ordered = [_with_columns(row, row["number"] in front) if front else row for row in sorted(table, key=lambda row: (
+        row["number"] not in front, row["objective"] is None, row["objective"] or 0.0, row["number"]))]
+    keys = list(dict.fromkeys([*FIXED_COLUMNS, *(key for row in ordered for key in row)]))
     text = io.StringIO()
     writer = csv.DictWriter(text, keys, restval="", lineterminator="\n")
     writer.writeheader()
@@ -96,6 +110,55 @@ def write_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Pa
     with atomic_files.write_file(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")
     return path
+
+
+def front_rows(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows on the Pareto front, the best by the first objective first; [] with less than two objectives."""
+    rows = [row for row in table if row.get("objectives") and row["objective"] is not None]
+    names = list(rows[0]["objectives"]) if rows else []
+    rows = [row for row in rows if list(row["objectives"]) == names]
+    on_front = pareto_front([[row["objectives"][name] for name in names] for row in rows],
+                            [better_direction(name) for name in names])
+    return sorted((row for row, on in zip(rows, on_front, strict=True) if on), key=lambda row: float(row["objective"]))
+
+
+def pareto_front(points: Sequence[Sequence[float]], directions: Sequence[Direction]) -> list[bool]:
+    """Return for each point whether it is on the Pareto front: no other point dominates it.
+
+    A point dominates another one if it is at least as good in each objective, and better in one (Deb et al. 2002, "A
+    fast and elitist multiobjective genetic algorithm: NSGA-II", section III). Equal points do not dominate each other.
+
+    Args:
+        points: the objectives of each point, in the order of `directions`.
+        directions: in which each objective becomes better.
+    """
+    signs = [1 if direction is Direction.max else -1 for direction in directions]
+    signed = [[sign * value for sign, value in zip(signs, point, strict=True)] for point in points]
+    return [not any(other != point and all(a >= b for a, b in zip(other, point, strict=True)) for other in signed)
+            for point in signed]
+
+
+def describe_front(table: Sequence[dict[str, Any]]) -> list[str]:
+    """Return lines for the terminal that list the Pareto front; [] with less than two objectives."""
+    if not (front := front_rows(table)):
+        return []
+    directions = {name: better_direction(name) for name in front[0]["objectives"]}
+    better = ", ".join(f"{name} ({'higher' if direction is Direction.max else 'lower'} is better)"
+                       for name, direction in directions.items())
+    finished = sum(row["objective"] is not None for row in table)
+    return [f"Pareto front: {len(front)} of {counted(finished, 'finished run')} by {better}",
+            *(f"  {row['job']}  {_format_objectives(row)}" for row in front)]
+
+
+def _format_objectives(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in row["objectives"].items())
+
+
+def _with_columns(row: Mapping[str, Any], on_front: bool) -> dict[str, Any]:
+    """Return a row of a table of several objectives with a column for each, and the column `pareto`."""
+    values = row.get("objectives") or {}
+    return {key: value for key, value in row.items() if key != "objectives"} | values | {
+        "pareto": "front" if on_front else ""}
 
 
 def write_partial_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Path | None:
@@ -118,9 +181,11 @@ def parallel_axes(table: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     """
     done = sorted((row for row in table if row["objective"] is not None), key=lambda row: row["objective"])
     keys = [key for key in dict.fromkeys(key for row in done for key in row)
-            if key not in FIXED_COLUMNS and len({row.get(key, "") for row in done}) > 1]
+            if key not in (*FIXED_COLUMNS, "objectives") and len({row.get(key, "") for row in done}) > 1]
+    names = list(dict.fromkeys(name for row in done for name in row.get("objectives") or ())) or ["objective"]
     return {name: [row.get(key, "") for row in done] for key, name in short_names(keys).items()} | {
-        "objective": [row["objective"] for row in done]}
+        name: [row["objective"] if name == "objective" else row.get("objectives", {}).get(name, "") for row in done]
+        for name in names}
 
 
 def write_parallel_coordinates(folder: Path, sweep: str, axes: Mapping[str, Sequence[Any]]) -> Path:
@@ -132,9 +197,18 @@ def write_parallel_coordinates(folder: Path, sweep: str, axes: Mapping[str, Sequ
     return path
 
 
-def next_commands(sweep: str, run_root: Path) -> list[str]:
-    """Return the commands that write the comparison page of a sweep and that promote its best model."""
-    return [quoting.command(name, {"sweep": sweep, "run_root": str(run_root)}) for name in ("compare", "promote")]
+def next_commands(sweep: str, run_root: Path, table: Sequence[dict[str, Any]] = ()) -> list[str]:
+    """Return the commands that write the comparison page of a sweep and that promote its best model.
+
+    With several objectives, the rule of the second command has the values of the run in the middle of the front.
+    """
+    options, rule = {"sweep": sweep, "run_root": str(run_root)}, {}
+    if front := front_rows(table):
+        values = list(front[len(front) // 2]["objectives"].items())[1:]
+        rule = {"rule": ",".join(  # rounded so that the run satisfies it
+            f"{name}>={math.floor(value * 1e4) / 1e4:g}" if better_direction(name) is Direction.max
+            else f"{name}<={math.ceil(value * 1e4) / 1e4:g}" for name, value in values)}
+    return [quoting.command("compare", options), quoting.command("promote", options | rule)]
 
 
 def log_sweep(table_path: Path, sweep: str, table: Sequence[dict[str, Any]], kind: str, uri: str | None,
@@ -158,10 +232,11 @@ def log_sweep(table_path: Path, sweep: str, table: Sequence[dict[str, Any]], kin
     from dreambooth.tracking.tracker import open_tracker
 
     done = [row for row in table if row["objective"] is not None]
-    pruned = sum(row["status"] == PRUNED for row in table)
-    best = min(done, key=lambda row: row["objective"], default=None)
+    pruned, front = sum(row["status"] == PRUNED for row in table), front_rows(table)
+    best = None if front else min(done, key=lambda row: row["objective"], default=None)
     metrics = {"jobs": len(table), "failed": len(table) - len(done) - pruned, "billed_usd": sum(
-        row["billed_usd"] or 0.0 for row in table)} | ({"objective": best["objective"]} if best else {})
+        row["billed_usd"] or 0.0 for row in table)} | ({"objective": best["objective"]} if best else {}) | (
+        {"pareto_front": len(front)} if front else {})
     folder = table_path.parent / f"sweep-{sweep}"
     logged = [entry for entry, _ in read(folder / "metrics.jsonl") if "metrics" in entry]
     tracker = open_tracker(kind, folder, run_root=run_root, run_name=f"sweep-{sweep}", uri=uri, experiment=experiment)
@@ -169,9 +244,10 @@ def log_sweep(table_path: Path, sweep: str, table: Sequence[dict[str, Any]], kin
         tracker.set_tags({"sweep": sweep, "kind": "sweep", "mlflow.note.content": (
             f"**A sweep of {len(table)}**: [its trials side by side]({trials_link(sweep)}), curves and pictures.\n\n"
             + (f"- best: `{best['job']}`, objective {best['objective']:.4f}\n" if best else "")
+            + "".join(f"- Pareto front: `{row['job']}`, {_format_objectives(row)}\n" for row in front)
             + f"- table: the artifact `{table_path.name}`, best first\n"
             + ("- a page for people without access, and its best model as champion:\n\n"
-               + markdown.code_block("\n".join(next_commands(sweep, run_root))) if local else
+               + markdown.code_block("\n".join(next_commands(sweep, run_root, table))) if local else
                "- models: in the output of each job; with `evaluate.promote=true` each registers its own as champion")
         )} | ({"best_job": best["job"]} if best else {}))
         if not logged or logged[-1]["metrics"] != metrics:

@@ -9,14 +9,17 @@ Imports neither torch nor Hydra.
 """
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dreambooth.config import eval_prompts
 from dreambooth.config.enums import Direction, EncoderKind
 from dreambooth.config.section import Section, require
+from dreambooth.errors import UserError
 from dreambooth.utils.assets import resolve_asset
 
 SCENE_BORDERS = "scene_borders.json"  # in the folder of a base model, see evaluation/scene_borders.py
@@ -53,7 +56,7 @@ class Evaluate(Section):
     seed: int = 1000
     reference_dir: str | None = None
     select: str | None = None
-    objective: str = INSTANCE_LOSS
+    objective: Any = INSTANCE_LOSS  # a text; several objectives are a list, which becomes a text with commas
     promote: bool = False
     max_class_similarity: float | None = None
     min_prompt_fidelity: float | None = None
@@ -63,12 +66,17 @@ class Evaluate(Section):
     offline: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.objective, list):
+            self.objective = ",".join(map(str, self.objective))
+        names = split_objectives(str(self.objective))
         bound, fidelity = self.max_class_similarity, self.min_prompt_fidelity
         require("evaluate", {
             "every": (self.every is None or self.every >= 1, f"1 or more, or null for the end only, not {self.every}"),
             "images_per_prompt": (self.images_per_prompt >= 1, f"1 or more, not {self.images_per_prompt}"),
             "class_images": (self.class_images >= 1, f"1 or more, not {self.class_images}"),
             "seed": (0 <= self.seed < 2**63, f"from 0 to 2**63 - 1, not {self.seed}"),
+            "objective": (isinstance(self.objective, str) and all(names) and len(set(names)) == len(names),
+                          f"a measure, a sum of measures, or a list of different ones, not {self.objective}"),
             "max_class_similarity": (bound is None or -1 <= bound <= 1,
                                      f"from -1 to 1, or null for no bound, not {bound}"),
             "min_prompt_fidelity": (fidelity is None or 0 <= fidelity <= 1,
@@ -149,11 +157,11 @@ def problems(evaluate: Evaluate, class_prompt: str, source: str, validate_every:
     if evaluate.reference_dir is not None and not Path(resolve_asset(evaluate.reference_dir)).is_dir():
         yield (f"evaluate.reference_dir={evaluate.reference_dir} is not a folder: type a folder with photos of the "
                "subject, or evaluate.reference_dir=null for the training photos")
-    keys = {"evaluate.select": ("chooses among checkpoints", evaluate.select),
-            "train.stop_when.measure": ("is compared from time to time", stop_measure),
-            "evaluate.objective": ("", None if evaluate.objective == INSTANCE_LOSS else evaluate.objective)}
-    for key, (purpose, text) in keys.items():
-        if text is None:
+    keys = [("evaluate.select", "chooses among checkpoints", evaluate.select),
+            ("train.stop_when.measure", "is compared from time to time", stop_measure),
+            *(("evaluate.objective", "", name) for name in split_objectives(evaluate.objective))]
+    for key, purpose, text in keys:
+        if text is None or (text == INSTANCE_LOSS and not purpose):
             continue
         try:
             weights = parse_sum(text, measure_roles(evaluate, class_prompt, source, validate_every is not None))
@@ -236,11 +244,66 @@ def compute_objective(text: str, measured: Mapping[str, str], scores: Mapping[st
     that `text` describes, multiplied by -1.
 
     Args:
-        text: the setting evaluate.objective.
+        text: the setting evaluate.objective. Of several objectives, the first one counts.
         measured: the role of each measure of the run, by the measure's name, see `measure_roles`.
         scores: the value of each measure, and of the instance loss, by name.
     """
+    text = split_objectives(text)[0]
     return scores[text] if text == INSTANCE_LOSS else -weighted_sum(parse_sum(text, measured), scores)
+
+
+def split_objectives(text: str) -> list[str]:
+    """Return the objectives that the setting evaluate.objective names, one or more."""
+    return [name.strip() for name in text.split(",")]
+
+
+def require_one_objective(text: str) -> None:
+    """Raise UserError if the setting evaluate.objective names several, for sweeps that compare their runs by one."""
+    if len(split_objectives(text)) > 1:
+        raise UserError(f"evaluate.objective={text} are several objectives, and workflows compare runs by one: type "
+                        "evaluate.objective=ONE, or run the sweep with python -m dreambooth.train -m")
+
+
+def better_direction(objective: str) -> Direction:
+    """Return the direction in which one of several objectives becomes better. A greater sum of measures is better.
+
+    Raises:
+        ValueError: no measure has this name. The message is the end of a sentence that begins with the key.
+    """
+    if "+" in objective or "*" in objective:
+        return Direction.max
+    papers = {name: role for (role, _), name in _PAPER_NAMES.items()}
+    role = papers.get(objective) or next((role for role in HIGHER_IS_BETTER if objective == role
+                                          or objective.startswith(f"{role}_")), None)
+    if role is None and objective != INSTANCE_LOSS:
+        raise ValueError(f"names {objective}, which is no measure: type a list such as "
+                         "[subject_similarity,class_drift]")
+    return Direction.max if role is not None and HIGHER_IS_BETTER[role] else Direction.min
+
+
+def compute_objectives(text: str, measured: Mapping[str, str], scores: Mapping[str, float]) -> dict[str, float]:
+    """Return the value of each of several objectives, by name; {} if the setting evaluate.objective names only one.
+
+    Unlike the number that `compute_objective` returns, a value has the sign of the measure or of the sum: whether lower
+    or higher values are better depends on the objective, see `better_direction`. The arguments are those of
+    `compute_objective`.
+    """
+    names = split_objectives(text)
+    return {name: scores[name] if name == INSTANCE_LOSS else weighted_sum(parse_measure(name, measured)[0], scores)
+            for name in names} if len(names) > 1 else {}
+
+
+def read_objective(result: Mapping[str, Any]) -> float | list[float] | None:
+    """Return what a run returns to a sweeper: its objective, or a list of several. None if one is not a finite number.
+
+    Args:
+        result: the content of the run's result.json.
+    """
+    values = [result.get("objective"), *(result.get("objectives") or {}).values()]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        return None
+    numbers = [float(value) for value in values]
+    return numbers[1:] or numbers[0]
 
 
 def weighted_sum(weights: Mapping[str, float], scores: Mapping[str, float]) -> float:

@@ -48,6 +48,9 @@ def problems(config: Config, device: str, machine: Machine | None) -> Iterator[s
                                  validate_every, config.train.stop_when.measure)
     yield from _memory_problems(config)
     yield from _optimizer_problems(config)
+    if config.evaluate.promote and len(evaluate.split_objectives(config.evaluate.objective)) > 1:
+        yield ("evaluate.promote=true compares one objective, and evaluate.objective has several: type "
+               "evaluate.promote=false, and promote the sweep by a rule")
     if config.evaluate.promote and not config.tracking.kind.uses_mlflow:
         yield "evaluate.promote=true registers in MLflow: type tracking=mlflow"
     yield from _tracking_problems(config.tracking, machine)

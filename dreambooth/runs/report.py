@@ -73,6 +73,9 @@ def summary_table(result: Result, recipe: Recipe, tracking: str | None) -> dict[
     folder = _short_path(result.run_dir)
     steps = counted(result.step, "step")
     rows = {"done": f"{steps}, objective {result.objective:.4f}, {result.seconds:.0f} s of training"}
+    if result.objectives:
+        rows["done"] = f"{steps}, {result.seconds:.0f} s of training"
+        rows["objectives"] = ", ".join(f"{name} {value:.4f}" for name, value in result.objectives.items())
     if result.stopped:
         rows["stopped"] = result.stopped
     if result.exported_step not in (None, result.step):
@@ -111,11 +114,12 @@ def promotion_message(promotion: Mapping[str, Any]) -> str:
         f", {measure['name']} {measure['value']:.3f}" if (measure := promotion[role]) else f", {role} not measured"
         for role in ("class_similarity", "prompt_fidelity"))
     replaced = f" instead of version {promotion['replaced']}" if promotion["replaced"] else ""
+    rule = f" by the rule {promotion['rule']}" if promotion.get("rule") else ""
     base = promotion.get("referenced_base")
     reference = (f". Its base model {base} is not registered with it: on another machine, set DREAMBOOTH_BASE to its "
                  "folder there, or promote with include_base=true") if base else ""
     return (f"{promotion['name']} version {promotion['version']} is {promotion['alias']}{replaced}: "
-            f"{promotion['run']}, {promotion['objective_name']} {promotion['objective']:.4f}{scores}. "
+            f"{promotion['run']}, {promotion['objective_name']} {promotion['objective']:.4f}{rule}{scores}. "
             f"Load it as {promotion['model_uri']} from MLflow at {promotion['server']}{reference}")
 
 

@@ -45,21 +45,26 @@ class Result:
     scores: dict[str, float] = field(default_factory=dict)  # measures and instance_loss, for the exported weights
     base_scores: dict[str, float] = field(default_factory=dict)  # measures, for the base model before training
     stopped: str | None = None  # why train.stop_when ended the run before train.max_train_steps; None: it did not
+    objectives: dict[str, float] = field(default_factory=dict)  # if evaluate.objective names several: the value of each
 
     def write(self) -> None:
         """Write this result to `result.json` in the run folder, atomically."""
-        atomic_files.write_json(Path(self.run_dir) / "result.json", asdict(self))
+        content = asdict(self)
+        if not self.objectives:
+            del content["objectives"]
+        atomic_files.write_json(Path(self.run_dir) / "result.json", content)
 
 
 def with_objective(result: Result, recipe: Recipe) -> Result:
-    """Return a copy of `result`, in which the field `objective` is computed as the setting evaluate.objective says.
+    """Return a copy of `result`, with the fields `objective` and `objectives` that evaluate.objective asks for.
 
     Raises:
         UserError: `result` lacks a score that evaluate.objective needs.
     """
     name, scores = recipe.evaluate.objective, {evaluate.INSTANCE_LOSS: result.objective} | result.scores
     try:
-        return replace(result, objective=evaluate.compute_objective(name, recipe.measure_roles, scores))
+        return replace(result, objective=evaluate.compute_objective(name, recipe.measure_roles, scores),
+                       objectives=evaluate.compute_objectives(name, recipe.measure_roles, scores))
     except KeyError as error:
         raise UserError(f"this run did not measure {error.args[0]}, which evaluate.objective={name} needs: type "
                         f"evaluate.objective={evaluate.INSTANCE_LOSS}, or checkpoint.resume=never to train it again"

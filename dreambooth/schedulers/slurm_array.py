@@ -1,7 +1,6 @@
 """Submits the jobs of a sweep as a job array of Slurm, and follows them. The Hydra launcher uses it."""
 
 import json
-import math
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from dreambooth.config.evaluate import read_objective
 from dreambooth.errors import EXIT_REPORT_DIR, ConfigError, UserError
 from dreambooth.schedulers import slurm
 from dreambooth.utils import atomic_files
@@ -31,9 +31,9 @@ class Task:
 
 @dataclass(frozen=True)
 class End:
-    """How a task ended: its objective, or None with an exit code above 0 and a reason in one sentence."""
+    """How a task ended: its objective (or several), or None with an exit code above 0 and a reason in one sentence."""
 
-    objective: float | None
+    objective: float | list[float] | None
     code: int = 0
     reason: str = ""
 
@@ -115,12 +115,12 @@ def _end(task: Task, folder: Path, number: int, state: str) -> End:
     if reports := [report for path in paths if (report := atomic_files.read_object(path))]:
         report = min(reports, key=lambda report: (not report["meant"], report["rank"]))
         return End(None, int(report["code"]), str(report["sentence"]))
-    value = (atomic_files.read_object(task.run_dir / "result.json") or {}).get("objective")
-    if isinstance(value, int | float) and math.isfinite(value):
-        return End(float(value))
+    if (value := read_objective(atomic_files.read_object(task.run_dir / "result.json") or {})) is not None:
+        return End(value)
     return End(None, UserError.exit_code, f"the job has no result (Slurm: {state or 'unknown state'}): see "
                                           f"{folder / f'{number}.log'}")
 
 
 def _describe(end: End) -> str:
-    return end.reason if end.objective is None else f"objective {json.dumps(round(end.objective, 6))}"
+    values = end.objective if isinstance(end.objective, list) else [end.objective] if end.objective is not None else []
+    return f"objective {', '.join(json.dumps(round(value, 6)) for value in values)}" if values else end.reason

@@ -1,6 +1,8 @@
 """Renders a sweep as one HTML file with embedded images and charts. The file can be opened offline."""
 
+import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,11 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
-from dreambooth.config.evaluate import HIGHER_IS_BETTER
+from dreambooth.config.enums import Direction
+from dreambooth.config.evaluate import HIGHER_IS_BETTER, better_direction
 from dreambooth.sweeps.summary import (
+    common_objectives,
+    find_front,
     finished_objective,
     parallel_axes,
     rank_trials,
@@ -26,6 +31,7 @@ from dreambooth.utils.image_grid import data_url
 from dreambooth.utils.plurals import counted
 
 MAX_STEPS = 16  # greatest number of steps on the slider
+MAX_SCATTERS = 3  # greatest number of charts of two objectives each
 CHARTS = {"loss_instance": "instance loss", "loss_prior": "prior loss", "loss": "loss"}  # metric -> title
 
 
@@ -47,7 +53,7 @@ def render_page(sweep: str, trials: Sequence[Trial], pixels: int) -> str:
         (json.loads(text) for trial in trials if (text := trial.settings.get("sample_prompts"))), [])
     return assets.render_page(
         "compare.html", sweep=sweep, about=_about(trials, keys), table=_table(trials, names), names=names,
-        colours=[colour(number) for number in range(len(trials))], photos=_photos(trials),
+        front=_front(trials, names), colours=[colour(number) for number in range(len(trials))], photos=_photos(trials),
         rows=_prompts_of_rows(prompts, images), steps=steps, script_steps=Markup(to_script_json(steps)),
         script_images=Markup(to_script_json(images)), charts=_charts(trials, names),
         parallel=Markup(svg_charts.parallel_coordinates(parallel_axes(trials))),
@@ -114,21 +120,41 @@ def _table(trials: Sequence[Trial], names: Sequence[str]) -> dict[str, Any]:
     best_scores = {name: (max if HIGHER_IS_BETTER[role] else min)(
         (trial.scores[name] for trial in trials if name in trial.scores), default=0.0)
         for name, role in roles.items()}
-    best = next((i for i, trial in enumerate(trials)
+    front = find_front(trials)
+    best = -1 if front else next((i for i, trial in enumerate(trials)
                  if finished_objective(trial) is not None and not reason_out_of_bounds(trial, Bounds())), -1)
-    rows = []
+    rows, objectives = [], common_objectives(trials)
     for i, (trial, name) in enumerate(zip(trials, names, strict=True)):
         objective, result = finished_objective(trial), trial.result or {}
         rows.append({
-            "name": name, "best": i == best,
+            "name": name, "best": i == best, "front": trial.folder in front,
             "out_of_bounds": reason_out_of_bounds(trial, Bounds()) if objective is not None else None,
-            "objective": "not finished" if objective is None else format_number(objective),
+            "objectives": [format_number(trial.objectives.get(name, math.nan)) for name in objectives] or [
+                format_number(objective)] if objective is not None else ["not finished"] + [""] * (len(objectives) - 1),
             "scores": [{"text": f"{trial.scores[measure]:z.3f}" if measure in trial.scores else "-",
                         "top": trial.scores.get(measure) == best_scores[measure]} for measure in roles],
             "steps": result.get("step", "-"), "time": _format_seconds(result)})
     heads = [{"measure": name, "title": role.replace("_", " "), "arrow": "↑" if HIGHER_IS_BETTER[role] else "↓"}
              for name, role in roles.items()]
-    return {"heads": heads, "rows": rows}
+    return {"heads": heads, "rows": rows, "objectives": [_axis_title(name) for name in objectives] or ["objective ↓"]}
+
+
+def _front(trials: Sequence[Trial], names: Sequence[str]) -> dict[str, Any] | None:
+    """Return the values of the section about the Pareto front; None if the trials have one objective."""
+    objectives = common_objectives(trials)
+    on_front = find_front(trials)
+    if not objectives:
+        return None
+    measured = [(i, trial) for i, trial in enumerate(trials) if finished_objective(trial) is not None]
+    charts = [Markup(svg_charts.scatter(
+        {i: (trial.objectives[x], trial.objectives[y]) for i, trial in measured}, names,
+        {i for i, trial in measured if trial.folder in on_front}, (_axis_title(x), _axis_title(y)),
+        joined=len(objectives) == 2)) for x, y in itertools.combinations(objectives, 2)]
+    return {"charts": charts[:MAX_SCATTERS], "count": counted(len(on_front), "trial")}
+
+
+def _axis_title(objective: str) -> str:
+    return f"{objective} {'↑' if better_direction(objective) is Direction.max else '↓'}"
 
 
 def _format_seconds(result: Mapping[str, Any]) -> str:

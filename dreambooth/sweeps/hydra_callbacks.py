@@ -75,15 +75,14 @@ class Sweep(Callback):
             print(f"dreambooth: the table of the sweep is not complete: {error}", file=sys.stderr)
 
     def _write_summary(self, config: DictConfig) -> None:
-        from dreambooth.cloud.sweep_results import next_commands
         from dreambooth.sweeps import summary
 
         tracking = config.tracking
         sweep = tracking.sweep or default_sweep_id()
         root = Path(str(config.run_root))
-        path = summary.write_summary(self._jobs, sweep, root, kind=tracking.kind.value,
-                                     uri=tracking.uri, experiment=tracking.experiment, reasons=failure_reasons)
-        print("\n".join([f"sweep {sweep}: {path}", *next_commands(sweep, root)]), flush=True)
+        lines = summary.write_summary(self._jobs, sweep, root, kind=tracking.kind.value,
+                                      uri=tracking.uri, experiment=tracking.experiment, reasons=failure_reasons)
+        print("\n".join(lines), flush=True)
 
 
 def default_sweep_id() -> str:
@@ -108,6 +107,7 @@ def _sweep_problems(config: DictConfig) -> Iterator[str]:
 
 def _objective(job_return: Any) -> float | None:
     value = job_return._return_value
+    value = value[0] if isinstance(value, list) and value else value  # several objectives
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 

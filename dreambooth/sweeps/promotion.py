@@ -15,6 +15,10 @@ A model becomes the champion of its registered name if
    minus PROMPT_FIDELITY_MARGIN. Earlier versions of this package did not measure prompt_fidelity; a model without it
    satisfies the default bound.
 
+If the runs have several objectives, the option `rule` bounds all but one of them, such as class_drift<=0.1, and rule 1
+compares the remaining one (front_rules.py). The rule itself is a tag of the version: models that were chosen by other
+rules are not compared.
+
 With the option `replace`, the best model of the sweep becomes the champion without a comparison with the current
 champion. The registry moves the alias to the new version and keeps the version of the previous champion. A run with
 evaluate.promote=true registers its own model when it ends: as champion if the rules allow it, otherwise as `candidate`.
@@ -31,7 +35,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,7 @@ from dreambooth.errors import UserError
 from dreambooth.runs.report import promotion_message
 from dreambooth.runs.run_folder import locked
 from dreambooth.serialization import export_layout
+from dreambooth.sweeps import front_rules
 from dreambooth.sweeps.trials import (
     CLASS_SIMILARITY,
     Bounds,
@@ -83,6 +88,7 @@ class PromotionOptions:
     allow_unmeasured: bool = False  # whether a model may be champion if its class_similarity was not measured
     min_prompt_fidelity: float | None = None  # None: the run's own bound, see find_broken_bounds
     include_base: bool = False  # whether the base model of an adapter is registered with it
+    rule: str | None = None  # conditions that a promoted model must satisfy, see front_rules.py; None: none
 
     @property
     def bounds(self) -> Bounds:
@@ -105,6 +111,8 @@ def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, 
     atomic_files.check_writable(run_root, "make the folder writable, for promoted.json")
     if not finished:
         raise UserError(f"none of the {len(trials)} runs of the sweep {sweep} is finished: repeat its command")
+    objective = front_rules.resolve_objective(_common_objective(finished, options.objective), options.rule)
+    options = replace(options, objective=objective)
     best = choose_best(finished, sweep, options)
     export_layout.check_intact(best.folder / (best.result or {})["model"])
     record = _register(best, options, sweep, as_candidate=False)
@@ -122,16 +130,19 @@ def choose_best(finished: Sequence[Trial], sweep: str, options: PromotionOptions
     Raises:
         UserError: no trial satisfies the rules, or the trials have several objectives and `options` names none.
     """
-    objective = _common_objective(finished, options.objective)
+    objective = front_rules.resolve_objective(_common_objective(finished, options.objective), options.rule,
+                                              options.key_prefix)
+    conditions = front_rules.parse_rule(options.rule)
     ranked = sorted((trial for trial in finished if math.isfinite(trial.objective(objective))),
                     key=lambda trial: trial.objective(objective))
     broken = [find_broken_bounds(trial, options.bounds) for trial in ranked]
     not_checked = [None if options.allow_unmeasured else reason_not_checked(trial, options.bounds) for trial in ranked]
-    reasons = [first or "; ".join(second.values()) for first, second in zip(not_checked, broken, strict=True)]
+    reasons = [first or "; ".join(second.values()) or front_rules.reason_broken(trial, conditions)
+               for trial, first, second in zip(ranked, not_checked, broken, strict=True)]
     best = next((trial for trial, reason in zip(ranked, reasons, strict=True) if not reason), None)
     if best is None:
         keys = [f"{options.key_prefix}{key}=NUMBER" for key in dict.fromkeys(key for keys in broken for key in keys)]
-        keys += ["allow_unmeasured=true"] * any(not_checked)
+        keys += ["allow_unmeasured=true"] * any(not_checked) + ["rule=RULE"] * bool(conditions)
         raise UserError(f"nothing to promote in the sweep {sweep}: " + (
             f"{'; '.join(filter(None, reasons))}: type {' or '.join(keys)} to allow it" if ranked else
             f"no finished run measured {objective}: type {options.key_prefix}objective=instance_loss"))
@@ -210,7 +221,7 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
     objective = options.objective or trial.objective_name
     value, result = trial.objective(objective), trial.result or {}
     scores = {role: trial.score(role) for role in (CLASS_SIMILARITY, PROMPT_FIDELITY)}
-    tags = _version_tags(trial, objective)
+    tags = _version_tags(trial, objective) | ({"rule": options.rule} if options.rule else {})
 
     def is_this_model(champion: Version) -> bool:
         return champion.run_id == run_id and champion.tags.get("step") == str(result["step"])
@@ -244,7 +255,7 @@ def _register(trial: Trial, options: PromotionOptions, sweep: str | None, as_can
         "sweep": sweep, "run": trial.folder.name, "run_dir": str(trial.folder), "model": str(
             trial.folder / result["model"]), "alias": alias, "name": name, "version": version.number,
         "model_uri": f"models:/{name}@{alias}", "server": mask_urls(uri, uri), "objective": value,
-        "objective_name": objective,
+        "objective_name": objective, **({"rule": options.rule} if options.rule else {}),
         **{role: score and {"name": score[0], "value": score[1], "base": score[2]} for role, score in scores.items()},
         "replaced": champion.number if champion and not (is_champion or reason) else None, "mlflow_run_id": run_id,
         "referenced_base": find_reference(trial.folder, options.include_base),
@@ -351,6 +362,9 @@ def _reason_to_keep(champion: Version, trial: Trial, objective: str, tags: dict[
     if champion_objective != objective:
         return (f"{who} was chosen by {champion_objective}, not by {objective}: type "
                 f"{quoting.override('objective', champion_objective)}, {remedy}")
+    if (rule := champion.tags.get("rule")) != tags.get("rule"):
+        same = quoting.override("rule", rule) if rule else "no rule"
+        return f"{who} was chosen by {f'the rule {rule}' if rule else 'no rule'}: type {same}, {remedy}"
     value = float(tags["objective"])
     if value < champion_value:
         return None

@@ -8,6 +8,7 @@ from typing import Any
 
 from dreambooth.cloud import sweep_results
 from dreambooth.cloud.job import COMPLETED, FAILED, PRUNED
+from dreambooth.config.evaluate import better_direction
 from dreambooth.runs.pruning import PRUNED_FILE
 from dreambooth.sweeps.trials import Trial, find_trials, read_scores
 from dreambooth.tracking.svg_charts import format_setting
@@ -18,8 +19,8 @@ IGNORED_SETTINGS = {"name", "device", "sample_prompts", "evaluate.promote"}  # s
 
 
 def write_summary(jobs: Sequence[tuple[Path, list[str], float | None]], sweep: str, run_root: Path, *, kind: str,
-                  uri: str | None, experiment: str, reasons: Mapping[Path, str]) -> Path:
-    """Write `results-SWEEP.csv`, and log the sweep to MLflow as a separate run. Return the path of the CSV file.
+                  uri: str | None, experiment: str, reasons: Mapping[Path, str]) -> list[str]:
+    """Write `results-SWEEP.csv`, and log the sweep to MLflow as a separate run. Return the last lines of the command.
 
     Args:
         jobs: one tuple per run in this process: run folder, overrides, and objective (None if the run failed).
@@ -38,7 +39,8 @@ def write_summary(jobs: Sequence[tuple[Path, list[str], float | None]], sweep: s
     path = sweep_results.write_table(run_root, sweep, table)
     plot = sweep_results.write_parallel_coordinates(run_root, sweep, parallel_axes(trials))
     sweep_results.log_sweep(path, sweep, table, kind, uri, experiment, run_root, plot)
-    return path
+    return [*sweep_results.describe_front(table), f"sweep {sweep}: {path}",
+            *sweep_results.next_commands(sweep, run_root, table)]
 
 
 def varied_settings(trials: Sequence[Trial]) -> list[str]:
@@ -65,14 +67,34 @@ def finished_objective(trial: Trial) -> float | None:
 
 
 def rank_trials(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials sorted by objective, best first. Unfinished trials come last."""
-    return sorted(trials, key=lambda trial: math.inf if (value := finished_objective(trial)) is None else value)
+    """Return the trials sorted by objective, best first. Unfinished trials come last.
+
+    With several objectives, the trials on the Pareto front come first. Among them, the first objective counts.
+    """
+    front = find_front(trials)
+    return sorted(trials, key=lambda trial: (
+        trial.folder not in front, math.inf if (value := finished_objective(trial)) is None else value))
+
+
+def common_objectives(trials: Sequence[Trial]) -> list[str]:
+    """Return the names of the several objectives that all finished trials have; [] if there is one, or they differ."""
+    names = {tuple(trial.objectives) for trial in trials if finished_objective(trial) is not None}
+    return list(names.pop()) if len(names) == 1 else []
+
+
+def find_front(trials: Sequence[Trial]) -> set[Path]:
+    """Return the folders of the trials on the Pareto front; an empty set if there are no several objectives."""
+    names = common_objectives(trials)
+    done = [trial for trial in trials if names and finished_objective(trial) is not None]
+    on_front = sweep_results.pareto_front([list(trial.objectives.values()) for trial in done],
+                                          [better_direction(name) for name in names])
+    return {trial.folder for trial, on in zip(done, on_front, strict=True) if on}
 
 
 def parallel_axes(trials: Sequence[Trial]) -> dict[str, list[str | float]]:
     """Return the axes of a parallel coordinates plot, by name.
 
-    There is one axis for each setting that differs between finished trials, and one for the objective. There are also
+    There is one axis for each setting that differs between finished trials, and one for each objective. There are also
     axes for subject_similarity, class_similarity and prompt_fidelity, if every finished trial measured them. Each axis
     is a list with one value per finished trial, in the order of rank_trials. If no trial is finished, return an empty
     dictionary.
@@ -85,6 +107,8 @@ def parallel_axes(trials: Sequence[Trial]) -> dict[str, list[str | float]]:
         scores = [trial.score(role) for trial in done]
         if done and all(scores):
             axes[role] = [round(score[1], 5) for score in scores if score]
+    if names := common_objectives(done):
+        return axes | {name: [round(trial.objectives[name], 5) for trial in done] for name in names}
     return axes | {"objective": [float(finished_objective(trial) or 0.0) for trial in done]} if done else {}
 
 
@@ -100,7 +124,8 @@ def _trial_rows(trials: Sequence[Trial], reasons: Mapping[Path, str]) -> list[di
         status = COMPLETED if objective is not None else PRUNED if is_pruned(trial) else FAILED
         rows.append({
             "number": number, "job": trial.folder.name, "status": status,
-            "objective": objective, "steps": result.get("step"), "seconds": result.get("seconds"), "billed_usd": None,
+            "objective": objective, **({"objectives": values} if (values := trial.objectives) else {}),
+            "steps": result.get("step"), "seconds": result.get("seconds"), "billed_usd": None,
             "reason": "" if objective is not None else reasons.get(trial.folder.resolve()) or _stored_reason(trial),
             **{key: trial.settings.get(key, "") for key in keys},
             **{name: round(score, 6) for name, score in read_scores(result.get("scores") or {}).items()}})

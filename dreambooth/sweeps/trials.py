@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.config import evaluate
-from dreambooth.config.enums import EncoderKind
+from dreambooth.config.enums import Direction, EncoderKind
 from dreambooth.config.evaluate import (
     BORDER,
     INSTANCE_LOSS,
@@ -98,6 +98,25 @@ class Trial:
         """The setting evaluate.objective of this run."""
         return self.settings.get("evaluate.objective", INSTANCE_LOSS)
 
+    @property
+    def objectives(self) -> dict[str, float]:
+        """The value of each of several objectives, by name; {} if the run has one objective, or lacks a score."""
+        try:
+            return evaluate.compute_objectives(self.objective_name, self.measure_roles, self.scores)
+        except (ValueError, KeyError):
+            return {}
+
+    def value(self, name: str) -> float:
+        """Return the value of a measure, of a sum of measures or of instance_loss, with its own sign; nan if unknown.
+
+        Raises:
+            UserError: as in `objective`.
+        """
+        if name == INSTANCE_LOSS:
+            return self.scores[INSTANCE_LOSS]
+        sign = 1 if evaluate.better_direction(name) is Direction.min else -1
+        return sign * self.objective(name)
+
     def objective(self, name: str) -> float:
         """Return the value of an objective for this trial. Lower values are better.
 
@@ -105,7 +124,8 @@ class Trial:
         diverged.
 
         Args:
-            name: instance_loss, a measure, or a sum of measures, as in evaluate.objective.
+            name: instance_loss, a measure, or a sum of measures, as in evaluate.objective. Of several objectives, the
+                first one counts.
 
         Raises:
             UserError: `name` contains a measure that does not exist, or that the settings of this trial do not select.

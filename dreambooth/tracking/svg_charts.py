@@ -1,7 +1,7 @@
 """Draws line charts and parallel coordinates plots as SVG strings, without a plotting library."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -128,6 +128,45 @@ def parallel_coordinates(axes: Mapping[str, Sequence[str | float]], width: int =
     return "".join([*parts, *labels]) + "</svg>"
 
 
+def scatter(points: Mapping[int, tuple[float, float]], names: Sequence[str], front: Collection[int],
+            titles: tuple[str, str], joined: bool, width: int = 560, height: int = 360) -> str:
+    """Return a scatter chart of two objectives. The points of the Pareto front are larger, filled and joined by a line.
+
+    Args:
+        points: the two values of each series, by the number of the series.
+        names: the name of each series.
+        front: the numbers of the series on the front.
+        titles: of the two axes. An arrow at the end, up or down, says which values are better.
+        joined: whether the line is drawn. A front of more than two objectives is no line in a chart of two.
+    """
+    x0, x1 = _padded_range([x for x, _ in points.values()])
+    y0, y1 = _padded_range([y for _, y in points.values()])
+
+    def position(x: float, y: float) -> tuple[float, float]:
+        return (LEFT + (x - x0) / (x1 - x0) * (width - LEFT - RIGHT),
+                TOP + (1 - (y - y0) / (y1 - y0)) * (height - TOP - BOTTOM - 16))
+
+    parts = [_frame("", width, height)]
+    for i in range(4):
+        x, y = position(x0 + i / 3 * (x1 - x0), y0 + i / 3 * (y1 - y0))
+        parts.append(f'<line x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'
+                     f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{y0 + i / 3 * (y1 - y0):.3g}</text>'
+                     f'<text x="{x:.1f}" y="{height - 22}" text-anchor="{("start", "middle", "middle", "end")[i]}">'
+                     f'{x0 + i / 3 * (x1 - x0):.3g}</text>')
+    parts.append(f'<text x="{width - RIGHT}" y="{height - 6}" text-anchor="end" class="name">{escape(titles[0])}</text>'
+                 f'<text x="{LEFT}" y="16" class="name">{escape(titles[1])}</text>')
+    if joined and len(front) > 1:
+        line = "L".join("{:.1f},{:.1f}".format(*position(*points[i])) for i in sorted(front, key=points.__getitem__))
+        parts.append(f'<path d="M{line}" fill="none" stroke="#888" stroke-width="1.5" stroke-dasharray="5 4"/>')
+    for i in sorted(points, key=lambda number: number in front):
+        x, y = position(*points[i])
+        look = (f'r="7" fill="{colour(i)}" stroke="#1d2129" stroke-width="1.5"' if i in front
+                else f'r="4" fill="{colour(i)}" fill-opacity="0.45"')
+        parts.append(f'<g data-series="{i}"><title>{escape(names[i])}: {points[i][0]:.4g}, {points[i][1]:.4g}</title>'
+                     f'<circle cx="{x:.1f}" cy="{y:.1f}" {look}/></g>')
+    return "".join(parts) + "</svg>"
+
+
 def colour(number: int) -> str:
     """Return the colour of the series with this number."""
     return COLOURS[number % len(COLOURS)]
@@ -204,6 +243,12 @@ def _value_range(values: Sequence[float]) -> tuple[float, float]:
     """Return the (least, greatest) value. Widen the range if both are equal; return (0, 1) if there are no values."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     return (low, high) if high > low else (low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1))
+
+
+def _padded_range(values: Sequence[float]) -> tuple[float, float]:
+    """Return the range of the values, wider by 6 % on both sides, so that no point lies on the border of a chart."""
+    low, high = _value_range(values)
+    return low - 0.06 * (high - low), high + 0.06 * (high - low)
 
 
 def _without_outliers(values: Sequence[float]) -> list[float]:

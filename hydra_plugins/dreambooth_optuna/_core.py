@@ -21,6 +21,7 @@ from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 
 from dreambooth.config.compose import uri_has_password
+from dreambooth.config.evaluate import better_direction, split_objectives
 from dreambooth.errors import ConfigError, DreamBoothError, UserError
 from dreambooth.runs import pruning
 from dreambooth.sweeps import hydra_callbacks, studies
@@ -170,6 +171,8 @@ def sweep(settings: dict[str, Any], arguments: Sequence[str], *, hydra_context: 
 def _check_settings(settings: dict[str, Any], config: DictConfig) -> list[str]:
     """Check the settings of the sweeper. Return the directions of the objectives, minimize or maximize.
 
+    The direction of each of several objectives of a run is that in which the measure becomes better.
+
     Raises:
         ConfigError: settings are wrong; the message has one line per problem.
     """
@@ -177,6 +180,9 @@ def _check_settings(settings: dict[str, Any], config: DictConfig) -> list[str]:
 
     given = settings["direction"]
     directions = [str(item) for item in (given if isinstance(given, list | ListConfig) else [given])]
+    problem = ""
+    if "evaluate" in config:
+        directions, problem = _directions_of_run(str(_objective_text(config)), directions)
     prunes = OmegaConf.select(settings["pruner"], "_target_") != f"optuna.pruners.{NopPruner.__name__}"
     rules = {
         f"hydra.sweeper.direction must be minimize or maximize, or a list of both, not {given}":
@@ -185,13 +191,42 @@ def _check_settings(settings: dict[str, Any], config: DictConfig) -> list[str]:
         f"hydra.sweeper.n_jobs must be 1 or more, not {settings['n_jobs']}": settings["n_jobs"] >= 1,
         f"hydra.sweeper.max_failure_rate must be from 0 to 1, not {settings['max_failure_rate']}":
             0 <= settings["max_failure_rate"] <= 1,
-        "a run has one objective, evaluate.objective: type hydra.sweeper.direction=minimize":
-            len(directions) == 1 or "evaluate" not in config,
+        problem: not problem,
         "a study of several objectives cannot be pruned: type hydra/sweeper/pruner=none":
-            len(directions) == 1 or not prunes}
+            len(directions) == 1 or not prunes,
+        "hydra/sweeper/sampler=cmaes searches one objective: type hydra/sweeper/sampler=nsgaii, or tpe":
+            len(directions) == 1 or not str(settings["sampler"]["_target_"]).endswith(".CmaEsSampler")}
     if problems := [problem for problem, holds in rules.items() if not holds]:
         raise ConfigError(*problems)
     return directions
+
+
+def _objective_text(config: DictConfig) -> str:
+    """Return the setting evaluate.objective. Several objectives are separated by commas."""
+    objective = OmegaConf.select(config, "evaluate.objective")
+    return ",".join(map(str, objective)) if isinstance(objective, ListConfig) else str(objective)
+
+
+def _directions_of_run(text: str, given: list[str]) -> tuple[list[str], str]:
+    """Return the directions of the objectives of a run, and what is wrong with the given ones; "" if nothing is.
+
+    Args:
+        text: the setting evaluate.objective.
+        given: the setting hydra.sweeper.direction; minimize stands for the directions of several objectives, too.
+    """
+    names = split_objectives(text)
+    if len(names) == 1:
+        return given, "" if len(given) == 1 else (
+            f"evaluate.objective={text} is one objective, and hydra.sweeper.direction has {len(given)} directions: "
+            "type evaluate.objective=[subject_similarity,class_drift], or hydra.sweeper.direction=minimize")
+    try:
+        better = [f"{better_direction(name).value}imize" for name in names]
+    except ValueError as error:
+        return given, f"evaluate.objective {error}"
+    if given in (better, ["minimize"]):
+        return better, ""
+    return better, (f"hydra.sweeper.direction must be [{','.join(better)}], in which {', '.join(names)} become better, "
+                    f"not [{','.join(given)}]: leave it out")
 
 
 def _sampler_maker(conf: DictConfig, space: dict[str, Any], conditions: dict[str, Any]

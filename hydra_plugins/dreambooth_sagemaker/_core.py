@@ -21,6 +21,7 @@ from dreambooth.cloud.sagemaker_backend import SageMakerBackend
 from dreambooth.config.launcher import LauncherJob, without_hydra
 from dreambooth.errors import ConfigError, DreamBoothError, Interrupted
 from dreambooth.sweeps.hydra_callbacks import failure_reasons, job_failures, uses_optuna
+from dreambooth.utils.atomic_files import read_object
 from dreambooth.utils.masking import mask_file, mask_urls
 from dreambooth.utils.plurals import counted
 from dreambooth.utils.quoting import override
@@ -132,10 +133,12 @@ def _job_state(job_return: JobReturn) -> JobState:
     """Return the final state of a job that Hydra ran in this process."""
     if job_return.status is JobStatus.FAILED:
         return JobState(FAILED, reason=str(job_return._return_value))
-    state = sweep_results.fail_without_objective(JobState(COMPLETED, result={"objective": job_return.return_value}))
+    folder = Path(str(OmegaConf.select(job_return.hydra_cfg or OmegaConf.create(), "hydra.runtime.output_dir")))
+    value = job_return.return_value
+    result = read_object(folder / "result.json") if isinstance(value, list) else {"objective": value}
+    state = sweep_results.fail_without_objective(JobState(COMPLETED, result=result or {}))
     if state.status == FAILED:
-        folder = OmegaConf.select(job_return.hydra_cfg or OmegaConf.create(), "hydra.runtime.output_dir")
-        state.reason = failure_reasons.get(Path(str(folder)), sweep_results.SEE_OUTPUT)
+        state.reason = failure_reasons.get(folder, sweep_results.SEE_OUTPUT)
     return state
 
 
@@ -200,7 +203,7 @@ def _job_return(config: DictConfig, job: Job, state: JobState) -> JobReturn:
         overrides=list(job.overrides), cfg=without_hydra(config),
         hydra_cfg=OmegaConf.masked_copy(config, ["hydra"]), task_name=config.hydra.job.name,
         working_dir=str(config.hydra.sweep.dir), status=JobStatus.COMPLETED if completed else JobStatus.FAILED)
-    job_return.return_value = sweep_results.objective(state) if completed else JobFailed(
+    job_return.return_value = sweep_results.returned_value(state) if completed else JobFailed(
         f"dreambooth: job {job.name} {state.status.lower()}: {state.reason}")
     if not completed:  # Optuna goes on, and the command must not end with exit code 0
         job_failures.append(job_return._return_value)
@@ -221,8 +224,8 @@ def _report(sweep: SweepState, jobs: Sequence[Job], states: Sequence[JobState], 
         outcome = f"{row['objective']:.4f}" if row["objective"] is not None else row["reason"]
         cost = "" if row["billed_usd"] is None else f"  ${row['billed_usd']:.2f}"
         print(f"{row['job']}  {row['status']}  {outcome}{cost}")
-    commands = sweep_results.next_commands(sweep.name, path.parent) if sweep.settings["mode"] == "local" else []
-    print("\n".join([f"sweep {sweep.name}: {path}", *commands]), flush=True)
+    commands = sweep_results.next_commands(sweep.name, path.parent, sweep.table) * (sweep.settings["mode"] == "local")
+    print("\n".join([*sweep_results.describe_front(sweep.table), f"sweep {sweep.name}: {path}", *commands]), flush=True)
     tracking, local = config.tracking, sweep.settings["mode"] == "local"
     uri = tracking.uri or (None if local else config.hydra.launcher.mlflow_uri)
     plot = sweep_results.write_parallel_coordinates(path.parent, sweep.name, sweep_results.parallel_axes(sweep.table))

@@ -34,8 +34,9 @@ LIGHT = ["config.compose", "config.recipe", "runs.identity", "errors", "train", 
 # The launcher plug-in runs `python -m dreambooth.plan` in a process of its own; it may import these modules only.
 OPEN_TO_PLUGINS = {f"dreambooth.{name}" for name in (
     "errors", "config", "config.compose", "config.launcher", "config.recipe", "config.schema", "config.storage",
-    "config.enums", "storage", "storage.folders", "storage.run_inputs", "utils", "utils.console", "utils.masking",
-    "utils.plurals", "utils.quoting", "runs", "runs.pruning", "sweeps", "sweeps.hydra_callbacks", "sweeps.studies",
+    "config.enums", "config.evaluate", "storage", "storage.folders", "storage.run_inputs", "utils",
+    "utils.atomic_files", "utils.console", "utils.masking", "utils.plurals", "utils.quoting",
+    "runs", "runs.pruning", "sweeps", "sweeps.hydra_callbacks", "sweeps.studies",
     "cloud", "schedulers", "schedulers.slurm_array")} | {
         f"dreambooth.cloud.{path.stem}" for path in (PACKAGE / "cloud").glob("*.py")}
 # A rule about a file that does not exist holds for nothing: these must exist.

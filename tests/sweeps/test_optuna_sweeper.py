@@ -14,9 +14,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
+from omegaconf import OmegaConf
 from pytest import MonkeyPatch, mark, raises
 
-from dreambooth.errors import UserError
+from dreambooth.errors import ConfigError, UserError
 from hydra_plugins.dreambooth_optuna import _core
 from hydra_plugins.dreambooth_optuna.sweeper import OptunaSweeper
 from tests.support.services import postgres
@@ -49,7 +50,8 @@ def job(cfg, *args):
         print(cfg.train.learning_rate, cfg.train.seed, file=file)
     if os.environ.get("KILL") == str(len(open("runs.txt").readlines())):
         os.kill(os.getpid(), signal.SIGKILL)
-    return abs(cfg.train.learning_rate - 1e-4) + cfg.train.seed
+    distance = abs(cfg.train.learning_rate - 1e-4)
+    return [distance, cfg.train.seed] if "class_drift" in str(cfg.evaluate.objective) else distance + cfg.train.seed
 
 train._job = job
 train.main()
@@ -68,7 +70,9 @@ def stub_sweep(folder: Path, *words: str, kill: int = 0) -> subprocess.Completed
 @mark.parametrize("words", [
     ["hydra.sweeper.sampler.n_startup_trials=2"],
     ["hydra/sweeper/sampler=cmaes", "hydra.sweeper.storage=sqlite:///study.db", "hydra.sweeper.study_name=mine"],
-], ids=["tpe-journal", "cmaes-sqlite"])
+    ["hydra/sweeper/sampler=nsgaii", "hydra.sweeper.sampler.population_size=2", "hydra.sweeper.storage=sqlite:///s.db",
+     "evaluate.objective=[instance_loss,class_drift]"],
+], ids=["tpe-journal", "cmaes-sqlite", "two-objectives"])
 def test_a_study_that_was_killed_continues_as_if_nothing_had_happened(words: list[str], tmp_path: Path) -> None:
     """kill -9 in the second of two trials of a batch: its settings are run again, and no others."""
     words = ["train.learning_rate=tag(log,interval(1e-5,1e-3))", "train.seed=choice(0,1,2)", "hydra.sweeper.n_trials=7",
@@ -165,6 +169,44 @@ def test_a_key_is_searched_only_where_its_condition_holds(
     assert {point["method"] for point in points} == {"full", "lora"}
     with raises(UserError, match="the search space does not set method before it"):
         run_sweep(lambda cfg: 0.0, tmp_path, '+rank=tag("method=lora",choice(4,8))')
+
+
+@mark.parametrize("sampler", ["nsgaii", "motpe"])
+def test_a_study_of_two_objectives_keeps_its_front_and_continues(
+        sampler: str, hydra_restore_singletons: None, tmp_path: Path) -> None:
+    words = ["+x=interval(0.0,1.0)", "hydra.sweeper.direction=[maximize,minimize]", "hydra.sweeper.sampler.seed=1",
+             f"hydra/sweeper/sampler={sampler}"]
+    points: list[float] = []
+
+    def function(cfg: Any) -> list[float]:
+        points.append(cfg.x)
+        return [min(cfg.x, 0.5), cfg.x]  # above 0.5, a point is dominated by one nearer to 0.5
+
+    for n_trials in (4, 8, 8):
+        run_sweep(function, tmp_path, *words, f"hydra.sweeper.n_trials={n_trials}")
+    assert len(set(points)) == 8
+    solutions = OmegaConf.load(tmp_path / "optimization_results.yaml").solutions
+    lowest = min((x for x in points if x >= 0.5), default=1.0)
+    assert {item.params["+x"] for item in solutions} == {x for x in points if x <= lowest}
+    with raises(ConfigError, match="a study of several objectives cannot be pruned: type hydra/sweeper/pruner=none"):
+        run_sweep(function, tmp_path, *words, "hydra/sweeper/pruner=median")
+    with raises(ConfigError, match="cmaes searches one objective: type hydra/sweeper/sampler=nsgaii"):
+        run_sweep(function, tmp_path, *words, "hydra/sweeper/sampler=cmaes")
+
+
+@mark.parametrize("objective, given, directions, problem", [
+    ("instance_loss", ["minimize"], ["minimize"], ""),
+    ("subject_similarity,class_drift", ["minimize"], ["maximize", "minimize"], ""),
+    ("dino+clip_i,pres", ["maximize", "minimize"], ["maximize", "minimize"], ""),
+    ("subject_similarity,class_drift", ["minimize", "minimize"], ["maximize", "minimize"],
+     "hydra.sweeper.direction must be [maximize,minimize]"),
+    ("dino", ["maximize", "minimize"], ["maximize", "minimize"], "evaluate.objective=dino is one objective"),
+    ("dino,beauty", ["minimize"], ["minimize"], "evaluate.objective names beauty, which is no measure"),
+])
+def test_each_objective_of_a_run_is_searched_in_its_better_direction(
+        objective: str, given: list[str], directions: list[str], problem: str) -> None:
+    result, found = _core._directions_of_run(objective, given)
+    assert result == directions and found.startswith(problem) and bool(found) == bool(problem)
 
 
 @mark.slow
