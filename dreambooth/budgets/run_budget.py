@@ -1,7 +1,7 @@
 """Keeps the budget of a run: refuses a run that is predicted to pass it, and stops a run that reaches it.
 
 The hours that a run has used are in budget.json in its folder, so that a resumed run goes on counting. The runs of a
-sweep in this process share one budget.
+sweep in this process share one budget, with the runs of earlier commands if the sweep is a study of Optuna.
 """
 
 import time
@@ -16,6 +16,7 @@ from dreambooth.planner import auto_memory
 from dreambooth.planner.gpu_specs import find_card
 from dreambooth.planner.time_and_cost import START_UP, budgeted, estimate
 from dreambooth.runtime.engine import Engine
+from dreambooth.sweeps import launched_jobs
 from dreambooth.utils import atomic_files
 from dreambooth.utils.signals import StopRequest
 
@@ -110,6 +111,10 @@ def _count(recipe: Recipe, hours: float) -> None:
 
 def _used_by_others(recipe: Recipe) -> tuple[float, float]:
     """Return the hours and the US dollars of the other runs of the sweep."""
+    for run_dir in launched_jobs.exchange.earlier_runs:
+        if run_dir not in _sweep:
+            hours = used_hours(run_dir)
+            _sweep[run_dir] = hours, hours * (_price(recipe) or 0.0)
     others = [used for run_dir, used in _sweep.items() if run_dir != recipe.run_dir]
     return sum(hours for hours, _ in others), sum(usd for _, usd in others)
 

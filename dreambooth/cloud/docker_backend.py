@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, STOPPED, Job, JobState, Unreachable
-from dreambooth.cloud.training_job_request import METRICS
+from dreambooth.cloud.training_job_request import METRICS, REPORTED
 from dreambooth.config.storage import is_remote
 from dreambooth.errors import UserError
 from dreambooth.storage import folders
@@ -104,9 +104,11 @@ class DockerBackend:
         seconds = time.monotonic() - entry[1] if entry else 0.0
         log_file = folder / "log.txt"
         log = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else ""
-        values = {name: re.findall(regex, log) for name, regex in METRICS.items()}
+        values = {name: re.findall(regex, log) for name, regex in (METRICS | REPORTED).items()}
+        reported = list(zip(map(int, values["reported_step"]), map(float, values["reported_value"]), strict=False))
         state = JobState(RUNNING, "Training", step=int(values["step"][-1]) if values["step"] else None,
-                         loss=float(values["loss"][-1]) if values["loss"] else None, seconds=seconds)
+                         loss=float(values["loss"][-1]) if values["loss"] else None, seconds=seconds,
+                         reported=reported[-1] if reported else None)
         if (code is None) if entry else self._is_running(job):
             return state
         state.billed_seconds = seconds

@@ -13,6 +13,7 @@ from rich.text import Text
 from dreambooth.cloud.job import (
     COMPLETED,
     FAILED,
+    PRUNED,
     STOP_SECONDS,
     STOPPED,
     SUBMITTING,
@@ -42,6 +43,9 @@ class Follower:
         poll_seconds: pause between two polls of all running jobs.
         stop_on_interrupt: effect of Ctrl-C on running jobs. True: stop them; False: leave them running.
         follow_hint: a phrase that tells the user how to follow the running jobs again. Messages contain this phrase.
+        prune: is called with the number of a running job and the step and value that it has reported. If it returns
+            True, the job is stopped; None: no job is.
+        is_pruned: returns whether `prune` has returned True for the job with this number.
         spending: the budget of the sweep. If it is about to be passed, running jobs are stopped; None: no budget.
         sleep: waits for a number of seconds; tests pass a substitute.
         clock: returns the current time in seconds; tests pass a substitute.
@@ -49,6 +53,8 @@ class Follower:
 
     def __init__(self, backend: Backend, jobs: Sequence[Job], *, max_parallel: int, poll_seconds: float,
                  stop_on_interrupt: bool, follow_hint: str, spending: Spending | None = None,
+                 prune: Callable[[int, int, float], bool] | None = None,
+                 is_pruned: Callable[[int], bool] = lambda number: False,
                  sleep: Callable[[float], None] = time.sleep, clock: Callable[[], float] = time.monotonic) -> None:
         self.jobs, self.states = list(jobs), [JobState() for _ in jobs]
         self._backend, self._max_parallel, self._poll_seconds = backend, max_parallel, poll_seconds
@@ -58,9 +64,10 @@ class Follower:
         self._last_lines = [""] * len(self.jobs)  # for each job, the line that was last printed
         self._last_answer = clock()
         self._printed_errors: set[str] = set()
-        self._spending = spending
+        self._spending, self._prune, self._is_pruned = spending, prune, is_pruned
         self.over_budget = ""  # which limit was reached, once it is
-        self._to_stop: set[int] = set()  # jobs that must be asked to stop, because the limit was reached
+        self._to_stop: set[int] = set()  # jobs that must be asked to stop: the limit was reached, or they are pruned
+        self._asked: set[int] = set()  # jobs that were asked to stop
 
     def run(self) -> list[JobState]:
         """Submit all jobs, poll them until all have ended, and return their final states in the order of `jobs`.
@@ -94,8 +101,10 @@ class Follower:
                 continue
             try:
                 self._set_state(number, self._backend.poll(job))
+                self._prune_job(number)
             except (Unreachable, DreamBoothError) as error:
                 answered = self._handle_no_answer(error)
+        answered &= self._stop_asked()
         if self._spending:
             answered &= self._keep_budget(self._spending)
         exhausted: set[str] = set()  # instance types whose quota is used up
@@ -107,6 +116,31 @@ class Follower:
         if answered:
             self._printed_errors.clear()
         return answered
+
+    def _prune_job(self, number: int) -> None:
+        """Let the search decide whether a running job is stopped, from the value that it has reported last."""
+        job, state = self.jobs[number], self.states[number]
+        if self._prune and state.reported and not state.ended and not self._is_pruned(job.number) \
+                and self._prune(job.number, *state.reported):
+            self._console.say(f"{job.name} is stopped after step {state.reported[0]}: other trials were better")
+        if self._is_pruned(job.number) and not state.ended and number not in self._asked:
+            self._to_stop.add(number)
+
+    def _stop_asked(self) -> bool:
+        """Stop the jobs that must be asked to. Return False if the backend did not answer."""
+        for number in tuple(self._to_stop):
+            try:
+                running = self._backend.stop(self.jobs[number])
+            except (Unreachable, DreamBoothError) as error:
+                return self._handle_no_answer(error)
+            self._to_stop.remove(number)
+            self._asked.add(number)
+            if not running and self.states[number].status == SUBMITTING:
+                self._set_state(number, self._not_started())
+        return True
+
+    def _not_started(self) -> JobState:
+        return JobState(STOPPED, billed_seconds=0.0, reason=f"it was not started: {self.over_budget}")
 
     def _keep_budget(self, spending: Spending) -> bool:
         """Stop all jobs if the budget is about to be passed. Return False if the backend did not answer.
@@ -124,18 +158,9 @@ class Follower:
             self.over_budget = "the rest of the budget does not hold another job"
         if not self.over_budget:
             return True
-        not_started = JobState(STOPPED, billed_seconds=0.0, reason=f"it was not started: {self.over_budget}")
         for number in waiting:
-            self._set_state(number, not_started)
-        for number in tuple(self._to_stop):
-            try:
-                running = self._backend.stop(self.jobs[number])
-            except (Unreachable, DreamBoothError) as error:
-                return self._handle_no_answer(error)
-            self._to_stop.remove(number)
-            if not running and self.states[number].status == SUBMITTING:
-                self._set_state(number, not_started)
-        return True
+            self._set_state(number, self._not_started())
+        return self._stop_asked()
 
     def _submit(self, number: int, job: Job, exhausted: set[str]) -> bool:
         """Submit a job if fewer than max_parallel jobs are running. Return False if the backend did not answer.
@@ -168,6 +193,8 @@ class Follower:
         If the new state has no step or loss, it gets the step or loss of the old state.
         """
         self._last_answer = self._clock()
+        if state.status == STOPPED and self._is_pruned(self.jobs[number].number):
+            state = replace(state, status=PRUNED, reason="pruned: other trials were better")
         old = self.states[number]
         self.states[number] = state = replace(state, step=state.step if state.step is not None else old.step,
                                               loss=state.loss if state.loss is not None else old.loss)

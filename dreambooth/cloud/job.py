@@ -10,7 +10,7 @@ from dreambooth.errors import ConfigError, DoesNotFit
 WAITING, SUBMITTING, RUNNING, COMPLETED, FAILED, STOPPED, UNKNOWN = (
     "Waiting", "Submitting", "InProgress", "Completed", "Failed", "Stopped", "Unknown")
 PRUNED = "Pruned"  # status in the table of a sweep: the search has ended the run early
-FINAL_STATUSES = (COMPLETED, FAILED, STOPPED)
+FINAL_STATUSES = (COMPLETED, FAILED, STOPPED, PRUNED)
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class JobState:
     billed_seconds: float | None = None  # None until the job has ended
     reason: str = ""  # why the job failed or was stopped
     result: dict[str, Any] = field(default_factory=dict)  # content of result.json
+    reported: tuple[int, float] | None = None  # step and value that the run last reported to a search, lower is better
 
     @property
     def ended(self) -> bool:

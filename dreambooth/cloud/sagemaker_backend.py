@@ -73,7 +73,9 @@ class SageMakerBackend:
             STATUS.get(training_job.training_job_status, RUNNING), training_job.secondary_status or "",
             step=int(metrics["step"]) if "step" in metrics else None, loss=metrics.get("loss"),
             seconds=_training_seconds(training_job), billed_seconds=_number(training_job.billable_time_in_seconds),
-            reason=training_job.failure_reason or "")
+            reason=training_job.failure_reason or "",
+            reported=(int(metrics["reported_step"]), metrics["reported_value"])
+            if {"reported_step", "reported_value"} <= metrics.keys() else None)
         if state.status == COMPLETED:
             state.result = self._read_result(training_job, job)
         if state.status == STOPPED and not state.reason:

@@ -14,6 +14,7 @@ from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
 
+from dreambooth.runs import pruning
 from dreambooth.tracking.mlflow_database import is_local
 
 LOCAL_KEYS = {"run_root", "storage.cache"}  # keys of folders on the submitting machine, not sent to jobs
@@ -25,6 +26,10 @@ METRICS = {  # metric -> regular expression that matches the output of a run
     "step": r"training (\d+)/\d+ ",
     "loss": rf"training .*loss {NUMBER}",
     OBJECTIVE: rf"objective={NUMBER}",  # the last line of a run
+}
+REPORTED = {  # the same for jobs of a search that may end them early, see runs/pruning.py
+    "reported_step": pruning.LINE.format(r"(\d+)", ""),
+    "reported_value": pruning.LINE.format(r"\d+", NUMBER),
 }
 # The variable that the AWS blog post sets (docs/container.md). PyTorch also reads PYTORCH_ALLOC_CONF.
 ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
@@ -126,7 +131,8 @@ def build_request(settings: JobSettings, name: str, sweep: str, hyperparameters:
         "RoleArn": settings.role,
         "AlgorithmSpecification": {
             "TrainingImage": settings.image, "TrainingInputMode": "File",
-            "MetricDefinitions": [{"Name": key, "Regex": regex} for key, regex in METRICS.items()]},
+            "MetricDefinitions": [{"Name": key, "Regex": regex} for key, regex in (
+                METRICS | (REPORTED if pruning.VARIABLE in settings.environment else {})).items()]},
         "HyperParameters": dict(hyperparameters),
         "OutputDataConfig": {"S3OutputPath": output, "CompressionType": "NONE", **kms},
         "CheckpointConfig": {"S3Uri": f"{output}/{first_name or name}/checkpoints", "LocalPath": "/opt/ml/checkpoints"},

@@ -11,7 +11,7 @@ from shlex import quote
 from typing import Any
 
 from dreambooth.config.evaluate import read_objective
-from dreambooth.errors import EXIT_REPORT_DIR, ConfigError, UserError
+from dreambooth.errors import EXIT_REPORT_DIR, ConfigError, Interrupted, UserError
 from dreambooth.schedulers import slurm
 from dreambooth.utils import atomic_files
 
@@ -117,8 +117,9 @@ def _end(task: Task, folder: Path, number: int, state: str) -> End:
         return End(None, int(report["code"]), str(report["sentence"]))
     if (value := read_objective(atomic_files.read_object(task.run_dir / "result.json") or {})) is not None:
         return End(value)
-    return End(None, UserError.exit_code, f"the job has no result (Slurm: {state or 'unknown state'}): see "
-                                          f"{folder / f'{number}.log'}")
+    # A task that is cancelled while it waits in the queue has no report.
+    code = Interrupted.exit_code if state.startswith("CANCELLED") else UserError.exit_code
+    return End(None, code, f"the job has no result (Slurm: {state or 'unknown state'}): see {folder / f'{number}.log'}")
 
 
 def _describe(end: End) -> str:

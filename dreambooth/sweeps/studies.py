@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
 _SPACE, _SEED, _SWEEP, _JOBS = "space", "seed", "sweep", "jobs"  # attributes of a study
-_OVERRIDES = "overrides"  # attribute of a trial
+_OVERRIDES, _RUN_DIR, _COSTS = "overrides", "run_dir", "costs"  # attributes of a trial
+PRUNED = "pruned"  # attribute of a trial: the search has asked for the end of its job
 
 
 def check_installed() -> None:
@@ -113,6 +114,31 @@ def open_study(name: str, storage: str | None, folder: Path, directions: Sequenc
     return study
 
 
+def record_job(study: "Study", number: int, run_dir: str | None, costs: Mapping[str, tuple[float, float]]) -> None:
+    """Keep where a trial ran, and what its jobs cost, so that a later command counts them in its budget.
+
+    Args:
+        run_dir: the run folder of a trial in this process; None: it ran in a job.
+        costs: US dollars and hours of each job.
+    """
+    trial = study.get_trials(deepcopy=False)[number]
+    for key, value in ((_RUN_DIR, run_dir), (_COSTS, trial.user_attrs.get(_COSTS, {}) | dict(costs))):
+        if value and trial.user_attrs.get(key) != value:
+            study._storage.set_trial_user_attr(trial._trial_id, key, value)
+
+
+def earlier_runs(study: "Study") -> list[Path]:
+    """Return the run folders of a study's trials that ran in the process of an earlier command."""
+    trials = study.get_trials(deepcopy=False)
+    return [Path(trial.user_attrs[_RUN_DIR]) for trial in trials if _RUN_DIR in trial.user_attrs]
+
+
+def earlier_costs(study: "Study") -> dict[str, tuple[float, float]]:
+    """Return US dollars and hours of each job of a study."""
+    return {name: (float(usd), float(hours)) for trial in study.get_trials(deepcopy=False)
+            for name, (usd, hours) in trial.user_attrs.get(_COSTS, {}).items()}
+
+
 def sweep_of(study: "Study") -> str:
     """Return the ID of the sweep that created a study."""
     return str(study.user_attrs[_SWEEP])
@@ -129,7 +155,8 @@ def trial_seed(study: "Study", number: int) -> int:
 
 
 def next_batch(study: "Study", size: int, n_trials: int, make_sampler: Callable[[int, int], "BaseSampler"],
-               suggest: Callable[["Trial"], tuple[str, ...]]) -> list[tuple["Trial", tuple[str, ...]]]:
+               suggest: Callable[["Trial"], tuple[str, ...]], waiting: Collection[int] = ()
+               ) -> list[tuple["Trial", tuple[str, ...]]]:
     """Return the trials to run next, with their overrides; an empty list if the study has n_trials trials.
 
     A batch consists of the trials with the numbers from k * size to (k + 1) * size - 1. A batch that was interrupted is
@@ -139,11 +166,13 @@ def next_batch(study: "Study", size: int, n_trials: int, make_sampler: Callable[
     Args:
         make_sampler: makes the sampler of a trial from its number and its random seed.
         suggest: chooses the settings of a trial, and returns them as overrides.
+        waiting: numbers of interrupted trials that the next command continues.
     """
     import optuna
 
     trials = study.get_trials(deepcopy=False)
-    pending = [trial for trial in trials if trial.state is optuna.trial.TrialState.RUNNING]
+    pending = [trial for trial in trials if trial.state is optuna.trial.TrialState.RUNNING
+               and trial.number not in waiting]
     first = pending[0].number if pending else len(trials)
     last = max(min((first // size + 1) * size, n_trials), len(trials) if pending else 0)
     batch: list[tuple[Trial, tuple[str, ...]]] = []

@@ -18,17 +18,19 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, TaskFunction
 from hydra.utils import get_class, get_method, instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 
 from dreambooth.config.compose import uri_has_password
 from dreambooth.config.evaluate import better_direction, split_objectives
-from dreambooth.errors import ConfigError, DreamBoothError, UserError
+from dreambooth.errors import ConfigError, DreamBoothError, Interrupted, UserError
 from dreambooth.runs import pruning
-from dreambooth.sweeps import hydra_callbacks, studies
+from dreambooth.sweeps import hydra_callbacks, launched_jobs, studies
 from dreambooth.utils.masking import mask_file
+from dreambooth.utils.plurals import counted
 
 log = logging.getLogger(__name__)
 GRID = "optuna.samplers.GridSampler"
+WAITING = "WAITING"  # state of a trial that was stopped before its end: a later command continues it
 
 
 @dataclass
@@ -56,7 +58,22 @@ class Recorder(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         pruning.set_reporter(None)
-        self.tell(config.hydra.job.num, job_return, self.reporter is not None and self.reporter.pruned)
+        number = config.hydra.job.num
+        if number in self.trials:
+            run_dir = OmegaConf.select(job_return.hydra_cfg or OmegaConf.create(), "hydra.runtime.output_dir")
+            studies.record_job(self.study, number, str(run_dir), {})
+        self.tell(number, job_return, self.reporter is not None and self.reporter.pruned)
+
+    def prune(self, number: int, step: int, value: float) -> bool:
+        """Record a value of a running job, and return whether it has to be stopped (Search of launched_jobs.py)."""
+        trial = self.trials[number]
+        pruned = TrialReporter(trial, self.measure).report(step, value)
+        if pruned:
+            trial.set_user_attr(studies.PRUNED, True)  # first: the command may be killed before the job has ended
+        return pruned
+
+    def is_pruned(self, number: int) -> bool:
+        return number in self.trials and bool(self.trials[number].user_attrs.get(studies.PRUNED))
 
     def tell(self, number: int, job_return: JobReturn, pruned: bool = False) -> None:
         """Tell the study how the job `number` has ended, unless that was done."""
@@ -64,7 +81,12 @@ class Recorder(Callback):
 
         if number in self.states or number not in self.trials:
             return
+        if number in launched_jobs.exchange.stopped:
+            self.states[number] = WAITING
+            return
         try:
+            pruned = pruned or (self.is_pruned(number) and job_return.status is JobStatus.COMPLETED and isinstance(
+                job_return._return_value, float) and math.isnan(job_return._return_value))
             values = None if pruned else _read_values(job_return, len(self.study.directions))
         except ValueError as error:
             folder = OmegaConf.select(job_return.hydra_cfg or OmegaConf.create(), "hydra.runtime.output_dir")
@@ -144,6 +166,9 @@ def sweep(settings: dict[str, Any], arguments: Sequence[str], *, hydra_context: 
         OmegaConf.save(config, record := folder / "multirun.yaml")
         mask_file(record)
         _keep_names(study, config, sweep_id)
+        if _prunes(settings) and _launcher_name(config).startswith("sagemaker"):
+            with read_write(config), open_dict(config):
+                config.hydra.launcher.environment[pruning.VARIABLE] = settings["prune_measure"] or pruning.OBJECTIVE
         log.info("study %s: %d of %d trials have ended", name, _count_ended(study), n_trials)
         recorder = Recorder(study, settings["prune_measure"])
         launcher = Plugins.instance().instantiate_launcher(
@@ -151,14 +176,28 @@ def sweep(settings: dict[str, Any], arguments: Sequence[str], *, hydra_context: 
         hydra_context.callbacks.callbacks.append(recorder)
         suggest = functools.partial(_suggest, space, conditions, settings["custom_search_space"], config)
         returns: list[Sequence[JobReturn]] = []
-        while batch := studies.next_batch(study, settings["n_jobs"], n_trials, make_sampler, suggest):
+        exchange = launched_jobs.exchange
+        exchange.earlier_runs, exchange.costs = studies.earlier_runs(study), studies.earlier_costs(study)
+        exchange.stopped.clear()
+        exchange.search = recorder if _prunes(settings) else None
+        while batch := studies.next_batch(study, settings["n_jobs"], n_trials, make_sampler, suggest,
+                                          exchange.stopped):
             recorder.trials, recorder.states = {trial.number: trial for trial, _ in batch}, {}
             for first, overrides in _consecutive(batch):
-                returns.append(launcher.launch(_with_budget(overrides, arguments), initial_job_idx=first))
+                known = set(exchange.costs)
+                try:
+                    returns.append(launcher.launch(_with_budget(overrides, arguments), initial_job_idx=first))
+                finally:  # also after SystemExit: the budget is used up
+                    new = {name: exchange.costs[name] for name in exchange.costs.keys() - known}
+                    studies.record_job(study, first, None, new)
                 for number, job_return in enumerate(returns[-1], start=first):
                     recorder.tell(number, job_return)
             _write_results(study, folder)
             _check_failures(recorder.states, settings["max_failure_rate"], returns)
+        if exchange.stopped:
+            again = " with hydra.launcher.resubmit=true" if "sagemaker" in _launcher_name(config) else ""
+            raise Interrupted(f"{counted(len(exchange.stopped), 'trial')} of the study {name} stopped before the end "
+                              f"({next(iter(exchange.stopped.values()))}): repeat the command{again} to continue")
         if not returns:
             complete = points is not None and n_trials == len(points)
             larger = "" if complete else "a larger hydra.sweeper.n_trials to continue it, or "
@@ -176,14 +215,11 @@ def _check_settings(settings: dict[str, Any], config: DictConfig) -> list[str]:
     Raises:
         ConfigError: settings are wrong; the message has one line per problem.
     """
-    from optuna.pruners import NopPruner
-
     given = settings["direction"]
     directions = [str(item) for item in (given if isinstance(given, list | ListConfig) else [given])]
     problem = ""
     if "evaluate" in config:
         directions, problem = _directions_of_run(str(_objective_text(config)), directions)
-    prunes = OmegaConf.select(settings["pruner"], "_target_") != f"optuna.pruners.{NopPruner.__name__}"
     rules = {
         f"hydra.sweeper.direction must be minimize or maximize, or a list of both, not {given}":
             bool(directions) and set(directions) <= {"minimize", "maximize"},
@@ -193,12 +229,20 @@ def _check_settings(settings: dict[str, Any], config: DictConfig) -> list[str]:
             0 <= settings["max_failure_rate"] <= 1,
         problem: not problem,
         "a study of several objectives cannot be pruned: type hydra/sweeper/pruner=none":
-            len(directions) == 1 or not prunes,
+            len(directions) == 1 or not _prunes(settings),
         "hydra/sweeper/sampler=cmaes searches one objective: type hydra/sweeper/sampler=nsgaii, or tpe":
             len(directions) == 1 or not str(settings["sampler"]["_target_"]).endswith(".CmaEsSampler")}
     if problems := [problem for problem, holds in rules.items() if not holds]:
         raise ConfigError(*problems)
     return directions
+
+
+def _prunes(settings: dict[str, Any]) -> bool:
+    return str(OmegaConf.select(settings["pruner"], "_target_")) != "optuna.pruners.NopPruner"
+
+
+def _launcher_name(config: DictConfig) -> str:
+    return str(OmegaConf.select(config, "hydra.runtime.choices", default={}).get("hydra/launcher"))
 
 
 def _objective_text(config: DictConfig) -> str:
@@ -275,8 +319,7 @@ def _keep_names(study: Any, config: DictConfig, sweep_id: str | None) -> None:
     """Use the names of a study's first command: the sweep's ID, and the name of its jobs on SageMaker."""
     if sweep_id is None:
         hydra_callbacks.set_default_sweep_id(studies.sweep_of(study))
-    launcher = str(OmegaConf.select(config, "hydra.runtime.choices", default={}).get("hydra/launcher"))
-    if launcher.startswith("sagemaker") and config.hydra.launcher.sweep is None:
+    if _launcher_name(config).startswith("sagemaker") and config.hydra.launcher.sweep is None:
         with read_write(config):
             config.hydra.launcher.sweep = studies.job_prefix(study)  # the same jobs are followed again
 

@@ -1,5 +1,6 @@
 """Implementation of the launcher: composes all jobs, then runs them in this process, or submits and follows them."""
 
+import math
 import os
 import re
 import sys
@@ -15,11 +16,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from dreambooth.cloud import sweep_results
 from dreambooth.cloud.docker_backend import DockerBackend
 from dreambooth.cloud.follower import Follower
-from dreambooth.cloud.job import COMPLETED, FAILED, STOPPED, Job, JobState, Spending
+from dreambooth.cloud.job import COMPLETED, FAILED, PRUNED, STOPPED, Job, JobState, Spending
 from dreambooth.cloud.job_preparation import check_numbers, describe_jobs, is_sweep_name, prepare_jobs, read_budget
 from dreambooth.cloud.sagemaker_backend import SageMakerBackend
 from dreambooth.config.launcher import LauncherJob, without_hydra
 from dreambooth.errors import ConfigError, DreamBoothError, Interrupted
+from dreambooth.sweeps import launched_jobs
 from dreambooth.sweeps.hydra_callbacks import failure_reasons, job_failures, uses_optuna
 from dreambooth.utils.atomic_files import read_object
 from dreambooth.utils.masking import mask_file, mask_urls
@@ -161,9 +163,15 @@ def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig],
         max_parallel = backend.limit_parallel(max_parallel)
     else:
         backend = SageMakerBackend()
-    spending = sweep.spending = sweep.spending or Spending(read_budget(composed))
-    all_jobs = prepare_jobs(composed, sweep.name, backend, settings["mode"],
-                            lambda jobs: spending.check(sweep_results.jobs_to_run(jobs, sweep.done)))
+    budget = read_budget(composed)
+
+    def check_budget(jobs: Sequence[Job]) -> None:
+        spending = sweep.spending or Spending(budget, *launched_jobs.spent({job.name for job in jobs}))
+        spending.check(sweep_results.jobs_to_run(jobs, sweep.done))
+
+    all_jobs = prepare_jobs(composed, sweep.name, backend, settings["mode"], check_budget)
+    spending = sweep.spending = sweep.spending or Spending(
+        budget, *launched_jobs.spent({job.name for job in all_jobs}))
     jobs = sweep_results.jobs_to_run(all_jobs, sweep.done)
     print("\n".join(describe_jobs(jobs, settings["mode"])), flush=True)
     # A study of Optuna keeps the name of its jobs.
@@ -173,11 +181,16 @@ def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig],
         print(follow_hint, flush=True)
         if max_parallel < settings["max_parallel"] and len(jobs) > 1:
             print("one job at a time: each uses all GPUs of this machine", flush=True)
+    search = launched_jobs.exchange.search
     follower = Follower(backend, jobs, max_parallel=max_parallel, poll_seconds=settings["poll_seconds"],
                         stop_on_interrupt=settings["on_interrupt"] == "stop", follow_hint=follow_hint,
-                        spending=spending if spending.budget.limits else None)
+                        spending=spending if spending.budget.limits else None,
+                        **({"prune": search.prune, "is_pruned": search.is_pruned} if search else {}))
     try:
         states = [sweep_results.fail_without_objective(state) for state in follower.run()]
+        launched_jobs.exchange.costs |= {
+            job.name: (state.cost_usd(job) or 0.0, max(state.seconds, state.billed_seconds or 0.0) / 3600)
+            for job, state in zip(jobs, states, strict=True)}
     except DreamBoothError:
         _report_partial(sweep, jobs, [sweep_results.fail_without_objective(state) for state in follower.states])
         raise
@@ -198,13 +211,15 @@ def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig],
 
 def _job_return(config: DictConfig, job: Job, state: JobState) -> JobReturn:
     """Build the JobReturn that a sweeper reads. It holds the job's objective, or an exception if the job failed."""
-    completed = state.status == COMPLETED
+    completed = state.status in (COMPLETED, PRUNED)
     job_return = JobReturn(
         overrides=list(job.overrides), cfg=without_hydra(config),
         hydra_cfg=OmegaConf.masked_copy(config, ["hydra"]), task_name=config.hydra.job.name,
         working_dir=str(config.hydra.sweep.dir), status=JobStatus.COMPLETED if completed else JobStatus.FAILED)
-    job_return.return_value = sweep_results.returned_value(state) if completed else JobFailed(
-        f"dreambooth: job {job.name} {state.status.lower()}: {state.reason}")
+    job_return.return_value = math.nan if state.status == PRUNED else sweep_results.returned_value(
+        state) if completed else JobFailed(f"dreambooth: job {job.name} {state.status.lower()}: {state.reason}")
+    if state.status == STOPPED:
+        launched_jobs.exchange.stopped[job.number] = f"job {job.name}: {state.reason}"
     if not completed:  # Optuna goes on, and the command must not end with exit code 0
         job_failures.append(job_return._return_value)
     return job_return

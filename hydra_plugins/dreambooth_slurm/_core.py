@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from dreambooth.config.launcher import without_hydra
 from dreambooth.errors import DreamBoothError, Interrupted, UserError
 from dreambooth.schedulers import slurm_array
+from dreambooth.sweeps import launched_jobs
 from dreambooth.sweeps.hydra_callbacks import default_sweep_id, failure_reasons, job_failures, trial_name
 from dreambooth.utils.masking import mask_urls
 from dreambooth.utils.plurals import counted
@@ -90,6 +91,8 @@ def _job_return(job: DictConfig, overrides: Sequence[str], end: slurm_array.End)
     result.return_value = math.nan if end.objective is None else end.objective
     if end.objective is None:
         failure_reasons[Path(str(job.hydra.runtime.output_dir))] = end.reason
+        if end.code == Interrupted.exit_code:
+            launched_jobs.exchange.stopped[job.hydra.job.num] = end.reason
         error = UserError(end.reason)
         error.exit_code = end.code
         job_failures.append(error)

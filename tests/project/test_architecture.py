@@ -36,7 +36,8 @@ OPEN_TO_PLUGINS = {f"dreambooth.{name}" for name in (
     "errors", "config", "config.compose", "config.launcher", "config.recipe", "config.schema", "config.storage",
     "config.enums", "config.evaluate", "storage", "storage.folders", "storage.run_inputs", "utils",
     "utils.atomic_files", "utils.console", "utils.masking", "utils.plurals", "utils.quoting",
-    "runs", "runs.pruning", "sweeps", "sweeps.hydra_callbacks", "sweeps.studies",
+    "runs", "runs.pruning", "sweeps", "sweeps.hydra_callbacks", "sweeps.launched_jobs",
+    "sweeps.studies",
     "cloud", "schedulers", "schedulers.slurm_array")} | {
         f"dreambooth.cloud.{path.stem}" for path in (PACKAGE / "cloud").glob("*.py")}
 # A rule about a file that does not exist holds for nothing: these must exist.

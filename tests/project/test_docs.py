@@ -166,8 +166,8 @@ def test_a_command_is_real(command: str) -> None:
         return
     doors = TRAIN, GENERATE, EVALUATE, PLAN, PROMOTE, COMPARE, CONVERT, DEPLOY, SERVE, PREPARE
     assert words[:3] in doors, "neither make nor a door, and not on the list of others"
-    if words[:3] in (PROMOTE, COMPARE):  # the doors take this word before Hydra
-        words = [word for word in words if not word.startswith("sweep=")]
+    if words[:3] in (PROMOTE, COMPARE):  # the doors take these words before Hydra
+        words = [word for word in words if not word.startswith(("sweep=", "rule="))]
     for asked in overrides(words[3:]):
         if words[:3] == CONVERT:
             assert convert.parse_options(composed("convert", asked)).source

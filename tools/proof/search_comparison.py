@@ -36,7 +36,7 @@ COMMON = ("hardware=cpu", "tracking=none", "tracking.sweep=comparison", "sample.
 GRID = ("hydra/sweeper/sampler=grid", "train.learning_rate=choice(1e-4,5.6e-4,3.2e-3,1.8e-2,1e-1)",
         "method.rank=choice(2,5,13,32)", "method.alpha=choice(4,16)")
 SEARCH = ("hydra/sweeper/sampler=tpe", "hydra/sweeper/pruner=median",
-          "train.learning_rate=tag(log,interval(1e-4,1e-1))", "method.rank=tag(log,interval(2,32))",
+          "train.learning_rate=tag(log,interval(1e-4,1e-1))", "method.rank=tag(log,int(interval(2,32)))",
           "method.alpha=interval(4,16)")
 COLUMNS = ("| seed | grid: best | CPU seconds | pruned search: best | CPU seconds | part of the grid's | trials pruned "
            "| CPU seconds until better than the grid | part of the grid's |")
@@ -128,7 +128,7 @@ def run_sweep(folder: Path, seed: int, overrides: tuple[str, ...]) -> Sweep:
                f"run_root={folder}", f"+hydra.callbacks.cpu._target_={__spec__.name}.{CpuRecord.__name__}",
                f"+hydra.callbacks.cpu.folder={folder}"]
     record = folder / "trials.jsonl"
-    if not record.exists() or len(_read(record)) < TRIALS:
+    if len(_read(record)) < TRIALS:
         process = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
                                  text=True, check=False)
         if process.returncode:
@@ -142,6 +142,8 @@ def run_sweep(folder: Path, seed: int, overrides: tuple[str, ...]) -> Sweep:
 
 def _read(record: Path) -> list[dict[str, Any]]:
     """Return the last line of each trial, in the order of their numbers."""
+    if not record.exists():
+        return []
     lines = [json.loads(line) for line in record.read_text("utf-8").splitlines() if line.endswith("}")]
     return [line for _, line in sorted({line["number"]: line for line in lines}.items())]
 

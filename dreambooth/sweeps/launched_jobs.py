@@ -1,0 +1,37 @@
+"""What launchers and a search tell each other about jobs of other processes, in addition to Hydra's JobReturn.
+
+A sweeper sets `search`. Launchers ask it whether a running job is to be stopped, and record jobs that somebody stopped
+and what jobs have cost.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+
+class Search(Protocol):
+    """A search that may end jobs early. Jobs have the numbers of their trials."""
+
+    def prune(self, number: int, step: int, value: float) -> bool:
+        """Record a value that a running job has measured; lower is better. Return whether the job has to be stopped."""
+
+    def is_pruned(self, number: int) -> bool:
+        """Return whether the search has asked for the end of this job, in this command or an earlier one."""
+
+
+@dataclass
+class _Exchange:
+    search: Search | None = None  # None: no job is pruned
+    stopped: dict[int, str] = field(default_factory=dict)  # number of a job that waits to be continued -> why it ended
+    costs: dict[str, tuple[float, float]] = field(default_factory=dict)  # job -> US dollars, hours; of the whole study
+    earlier_runs: list[Path] = field(default_factory=list)  # folders of the study's runs that ended before this command
+
+
+exchange = _Exchange()
+
+
+def spent(except_for: Collection[str]) -> tuple[float, float]:
+    """Return US dollars and hours of the jobs of a study, without those that are named."""
+    costs = [cost for name, cost in exchange.costs.items() if name not in except_for]
+    return sum(usd for usd, _ in costs), sum(hours for _, hours in costs)
