@@ -24,6 +24,7 @@ from dreambooth.cloud.job import (
     JobState,
     LoginRequired,
     QuotaExceeded,
+    Search,
     Spending,
     Unreachable,
 )
@@ -43,9 +44,7 @@ class Follower:
         poll_seconds: pause between two polls of all running jobs.
         stop_on_interrupt: effect of Ctrl-C on running jobs. True: stop them; False: leave them running.
         follow_hint: a phrase that tells the user how to follow the running jobs again. Messages contain this phrase.
-        prune: is called with the number of a running job and the step and value that it has reported. If it returns
-            True, the job is stopped; None: no job is.
-        is_pruned: returns whether `prune` has returned True for the job with this number.
+        search: decides from the values that running jobs report which of them are stopped; None: no job is.
         spending: the budget of the sweep. If it is about to be passed, running jobs are stopped; None: no budget.
         sleep: waits for a number of seconds; tests pass a substitute.
         clock: returns the current time in seconds; tests pass a substitute.
@@ -53,8 +52,7 @@ class Follower:
 
     def __init__(self, backend: Backend, jobs: Sequence[Job], *, max_parallel: int, poll_seconds: float,
                  stop_on_interrupt: bool, follow_hint: str, spending: Spending | None = None,
-                 prune: Callable[[int, int, float], bool] | None = None,
-                 is_pruned: Callable[[int], bool] = lambda number: False,
+                 search: Search | None = None,
                  sleep: Callable[[float], None] = time.sleep, clock: Callable[[], float] = time.monotonic) -> None:
         self.jobs, self.states = list(jobs), [JobState() for _ in jobs]
         self._backend, self._max_parallel, self._poll_seconds = backend, max_parallel, poll_seconds
@@ -64,7 +62,7 @@ class Follower:
         self._last_lines = [""] * len(self.jobs)  # for each job, the line that was last printed
         self._last_answer = clock()
         self._printed_errors: set[str] = set()
-        self._spending, self._prune, self._is_pruned = spending, prune, is_pruned
+        self._spending, self._search = spending, search
         self.over_budget = ""  # which limit was reached, once it is
         self._to_stop: set[int] = set()  # jobs that must be asked to stop: the limit was reached, or they are pruned
         self._asked: set[int] = set()  # jobs that were asked to stop
@@ -120,11 +118,13 @@ class Follower:
     def _prune_job(self, number: int) -> None:
         """Let the search decide whether a running job is stopped, from the value that it has reported last."""
         job, state = self.jobs[number], self.states[number]
-        if self._prune and state.reported and not state.ended and not self._is_pruned(job.number) \
-                and self._prune(job.number, *state.reported):
+        if self._search is None or state.ended or number in self._asked:
+            return
+        if not self._search.is_pruned(job.number):
+            if not state.reported or not self._search.prune(job.number, *state.reported):
+                return
             self._console.say(f"{job.name} is stopped after step {state.reported[0]}: other trials were better")
-        if self._is_pruned(job.number) and not state.ended and number not in self._asked:
-            self._to_stop.add(number)
+        self._to_stop.add(number)
 
     def _stop_asked(self) -> bool:
         """Stop the jobs that must be asked to. Return False if the backend did not answer."""
@@ -193,7 +193,7 @@ class Follower:
         If the new state has no step or loss, it gets the step or loss of the old state.
         """
         self._last_answer = self._clock()
-        if state.status == STOPPED and self._is_pruned(self.jobs[number].number):
+        if state.status == STOPPED and self._search and self._search.is_pruned(self.jobs[number].number):
             state = replace(state, status=PRUNED, reason="pruned: other trials were better")
         old = self.states[number]
         self.states[number] = state = replace(state, step=state.step if state.step is not None else old.step,

@@ -7,17 +7,8 @@ and what jobs have cost.
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
-
-class Search(Protocol):
-    """A search that may end jobs early. Jobs have the numbers of their trials."""
-
-    def prune(self, number: int, step: int, value: float) -> bool:
-        """Record a value that a running job has measured; lower is better. Return whether the job has to be stopped."""
-
-    def is_pruned(self, number: int) -> bool:
-        """Return whether the search has asked for the end of this job, in this command or an earlier one."""
+from dreambooth.cloud.job import Search
 
 
 @dataclass

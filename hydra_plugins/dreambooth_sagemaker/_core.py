@@ -181,11 +181,10 @@ def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig],
         print(follow_hint, flush=True)
         if max_parallel < settings["max_parallel"] and len(jobs) > 1:
             print("one job at a time: each uses all GPUs of this machine", flush=True)
-    search = launched_jobs.exchange.search
     follower = Follower(backend, jobs, max_parallel=max_parallel, poll_seconds=settings["poll_seconds"],
                         stop_on_interrupt=settings["on_interrupt"] == "stop", follow_hint=follow_hint,
                         spending=spending if spending.budget.limits else None,
-                        **({"prune": search.prune, "is_pruned": search.is_pruned} if search else {}))
+                        search=launched_jobs.exchange.search)
     try:
         states = [sweep_results.fail_without_objective(state) for state in follower.run()]
         launched_jobs.exchange.costs |= {
