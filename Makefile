@@ -82,6 +82,7 @@ proof: $(STAMP)  ## run the long experiments and make torture, and write their p
 	@$(BIN)/python -m tools.proof.s3
 	@$(BIN)/python -m tools.proof.container_image
 	@$(BIN)/python -m tools.proof.sweeps
+	@$(BIN)/python -m tools.proof.search_comparison
 	@$(BIN)/python -m tools.torture
 
 torture: $(STAMP)  ## kill, damage, starve and stop short runs, as root in 20 minutes, and write docs/torture.md

@@ -17,6 +17,7 @@ from dreambooth.errors import DoesNotFit, Interrupted
 from dreambooth.planner import auto_memory
 from dreambooth.planner.time_and_cost import Estimate, seconds_with_interruptions
 from dreambooth.runtime.engine import Engine
+from dreambooth.sweeps.launched_jobs import exchange
 from dreambooth.utils import atomic_files
 from dreambooth.utils.signals import StopRequest
 from tests.support import faults
@@ -66,6 +67,18 @@ def test_runs_of_a_sweep_share_one_budget(tmp_path: Path) -> None:
     use(first, 2.5)
     run_budget.count_finished(first)
     with pytest.raises(Interrupted, match="is used up"), run_budget.limit_run(second, StopRequest(), Engine(), None):
+        pass
+
+
+def test_a_continued_study_counts_the_runs_of_its_earlier_commands(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that both commands have, such as a repeated point, counts once."""
+    earlier, again = (recipe_of(tmp_path / name, max_hours=2.0) for name in ("earlier", "again"))
+    use(earlier, 1.5)
+    use(again, 0.6)
+    monkeypatch.setattr(exchange, "earlier_runs", [earlier.run_dir, again.run_dir])
+    with pytest.raises(Interrupted, match=r"budget.max_hours=2 is used up \(2.1 h\)"), \
+            run_budget.limit_run(again, StopRequest(), Engine(), None):
         pass
 
 

@@ -209,22 +209,49 @@ def test_each_objective_of_a_run_is_searched_in_its_better_direction(
     assert result == directions and found.startswith(problem) and bool(found) == bool(problem)
 
 
+def train_sweep(folder: Path, *words: str) -> str:
+    """Run a sweep that trains four steps of the tiny base model per trial. Return its output."""
+    words = ("train.max_train_steps=4", "dataset.validation_count=1", "sample.every=null", "train.train_batch_size=1",
+             "prior.with_prior_preservation=false", "train.use_ema=false", "hardware=cpu", "evaluate.encoder=none",
+             "tracking=none", "tracking.sweep=mine", f"run_root={folder}", *words)
+    done = subprocess.run([PYTHON, "-m", "dreambooth.train", "-m", *words], capture_output=True, text=True, check=False,
+                          cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    """Return the status of each trial, by its learning rate."""
+    with (folder / "results-mine.csv").open() as file:
+        return {row["train.learning_rate"]: row["status"] for row in csv.DictReader(file)}
+
+
 @mark.slow
 def test_a_pruned_trial_keeps_its_checkpoint_and_is_continued_by_its_own_command(tmp_path: Path) -> None:
-    words = ["train.max_train_steps=4", "train.validate_every=2", "dataset.validation_count=1", "sample.every=null",
-             "train.train_batch_size=1", "prior.with_prior_preservation=false", "train.use_ema=false", "hardware=cpu",
-             "evaluate.encoder=none", "tracking=none", "tracking.sweep=mine", f"run_root={tmp_path}"]
-    optuna = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra/sweeper/pruner=median",
-              "hydra.sweeper.pruner.n_startup_trials=1", "train.learning_rate=choice(1e-12,2e-3)"]
-    for more, status in ((optuna, "Pruned"), (["train.learning_rate=0.002"], "Completed")):
-        done = subprocess.run([PYTHON, "-m", "dreambooth.train", "-m", *words, *more], capture_output=True, text=True,
-                              check=False, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stdout + done.stderr
-        with (tmp_path / "results-mine.csv").open() as file:
-            rows = {row["train.learning_rate"]: (row["status"], row["job"]) for row in csv.DictReader(file)}
-        assert rows["0.002"][0] == status and rows["1e-12"][0] == "Completed"
-    assert "pruned after step 2" not in done.stdout and "training 3/4" in done.stdout
-    assert "training 1/4" not in done.stdout
+    train_sweep(tmp_path, "train.validate_every=2", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid",
+                "hydra/sweeper/pruner=median", "hydra.sweeper.pruner.n_startup_trials=1",
+                "train.learning_rate=choice(1e-12,2e-3)")
+    assert statuses(tmp_path) == {"0.002": "Pruned", "1e-12": "Completed"}
+    output = train_sweep(tmp_path, "train.validate_every=2", "train.learning_rate=0.002")
+    assert statuses(tmp_path) == {"0.002": "Completed", "1e-12": "Completed"}
+    assert "pruned after step 2" not in output and "training 3/4" in output
+    assert "training 1/4" not in output
+
+
+@mark.slow
+def test_hyperband_prunes_and_a_continued_study_prunes_with_the_trials_before(tmp_path: Path) -> None:
+    """Rungs after steps 1 and 2. A worse trial ends at a rung of its bracket; a repeated command runs nothing again."""
+    words = ("train.validate_every=1", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid",
+             "hydra/sweeper/pruner=hyperband", "hydra.sweeper.pruner.max_resource=4",
+             "hydra.sweeper.pruner.reduction_factor=2", "hydra.sweeper.study_name=bands", "hydra.sweeper.n_jobs=1",
+             "train.learning_rate=choice(1e-12,3e-3,4e-3,5e-3,6e-3)")
+    train_sweep(tmp_path, *words, "hydra.sweeper.n_trials=1")
+    assert list(statuses(tmp_path).values()) == ["Completed"]
+    output = train_sweep(tmp_path, *words, "hydra.sweeper.n_trials=5")
+    found = statuses(tmp_path)
+    assert found["1e-12"] == "Completed" and set(found.values()) == {"Completed", "Pruned"} and len(found) == 5
+    assert output.count("other trials were better at this step") == list(found.values()).count("Pruned")
+    assert "has 5 trials already" in train_sweep(tmp_path, *words, "hydra.sweeper.n_trials=5")
 
 
 def test_a_continued_study_has_the_budget_of_the_command_that_continues_it() -> None:

@@ -1,5 +1,6 @@
-"""Part of `make proof`: runs a sweep with Hydra's basic sweeper and one with Optuna, and writes docs/proof-sweeps.md.
+"""Part of `make proof`: runs a sweep with Hydra's basic sweeper and one with Optuna.
 
+The section between the marks BEGIN and END of docs/proof-sweeps.md is replaced; search_comparison.py writes another one.
 Each sweep trains the tiny base model in eight trials, and then the best model is promoted. The exit code is 1 if a sweep
 fails, or if the promoted model is not the best of its trials.
 """
@@ -16,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from tools.proof.docs_section import write_section
+
 ROOT = Path(__file__).parents[2]
 SWEEPERS = {  # name -> overrides
     "Hydra's basic sweeper": (),
@@ -23,8 +26,8 @@ SWEEPERS = {  # name -> overrides
 }
 OVERRIDES = ("hardware=cpu", "sample.every=null", "checkpoint.every=null")
 TRIALS = 8
-PAGE = """# Proof: sweeps
-
+BEGIN, END = "<!-- sweeps: begin -->\n", "<!-- sweeps: end -->"
+SECTION = """
 Written by `python -m tools.proof.sweeps`, a part of `make proof`, on {date}. Each of two sweepers ran {trials} trials of
 `sweep=tiny` with the shipped tiny base model and the demo subject, on two CPU cores. The objective is the class similarity minus
 the subject similarity; lower is better. There is one training seed and one sampler seed, so the best point says little about other
@@ -59,8 +62,8 @@ def main() -> None:
             raise SystemExit(f"{name}: {len(trials)} trials, best {best}, promoted {promoted['objective']}")
         sections.append(_format_section(name, trials, promoted, seconds))
         print(f"{name}: {TRIALS} trials, the best ({best:.4f}) is {promoted['alias']}, {seconds:.0f} s", flush=True)
-    page = PAGE.format(date=time.strftime("%Y-%m-%d"), trials=TRIALS, sweeps="\n\n".join(sections))
-    (ROOT / "docs/proof-sweeps.md").write_text(page, encoding="utf-8")
+    text = SECTION.format(date=time.strftime("%Y-%m-%d"), trials=TRIALS, sweeps="\n\n".join(sections))
+    write_section(ROOT / "docs/proof-sweeps.md", BEGIN, END, text)
     print("wrote docs/proof-sweeps.md")
 
 
