@@ -18,7 +18,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, TaskFunction
 from hydra.utils import get_class, get_method, instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 
 from dreambooth.config.compose import uri_has_password
 from dreambooth.config.evaluate import better_direction, split_objectives
@@ -27,6 +27,7 @@ from dreambooth.runs import pruning
 from dreambooth.sweeps import hydra_callbacks, launched_jobs, studies
 from dreambooth.utils.masking import mask_file
 from dreambooth.utils.plurals import counted
+from dreambooth.utils.quoting import hydra_string
 
 log = logging.getLogger(__name__)
 GRID = "optuna.samplers.GridSampler"
@@ -167,8 +168,9 @@ def sweep(settings: dict[str, Any], arguments: Sequence[str], *, hydra_context: 
         mask_file(record)
         _keep_names(study, config, sweep_id)
         if _prunes(settings) and _launcher_name(config).startswith("sagemaker"):
-            with read_write(config), open_dict(config):
-                config.hydra.launcher.environment[pruning.VARIABLE] = settings["prune_measure"] or pruning.OBJECTIVE
+            measure = hydra_string(settings["prune_measure"] or pruning.OBJECTIVE)
+            with read_write(config):  # Hydra composes each job from these overrides
+                config.hydra.overrides.hydra.append(f"++hydra.launcher.environment.{pruning.VARIABLE}={measure}")
         log.info("study %s: %d of %d trials have ended", name, _count_ended(study), n_trials)
         recorder = Recorder(study, settings["prune_measure"])
         launcher = Plugins.instance().instantiate_launcher(

@@ -79,7 +79,13 @@ class Jobs:
 
     def __init__(self) -> None:
         self.launched: list[tuple[int, tuple[str, ...]]] = []
+        self.environment: dict[str, str] = {}
         self.stop = True
+
+    def setup(self, config: Any, hydra_context: Any, task_function: Any) -> "Jobs":
+        job = hydra_context.config_loader.load_sweep_config(config, [])
+        self.environment = dict(OmegaConf.select(job, "hydra.launcher.environment") or {})
+        return self
 
     def launch(self, overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         returns = []
@@ -97,15 +103,26 @@ class Jobs:
 def test_a_job_that_somebody_stopped_waits_for_the_next_command(
         hydra_restore_singletons: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = Jobs()
-    monkeypatch.setattr(Plugins.instance(), "instantiate_launcher", lambda **_: launcher)
+    monkeypatch.setattr(Plugins.instance(), "instantiate_launcher", launcher.setup)
     words = ["+x=choice(1,2,3,4)", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=4"]
     with pytest.raises(Interrupted, match=r"1 trial of the study \S+ stopped before the end \(job j1: it was"):
         run_sweep(lambda cfg: 0.0, tmp_path, *words)
     assert [number for number, _ in launcher.launched] == [0, 1, 2, 3]  # the other trials went on
     launcher.stop = False
     run_sweep(lambda cfg: 0.0, tmp_path, *words)
+    assert not launcher.environment
     assert launcher.launched[4:] == [launcher.launched[1]]
     assert len(exchange.costs) == 5 and spent({"job-1-5"}) == (2.0, 1.0)  # four jobs of the first command
+
+
+def test_the_jobs_of_a_search_with_a_pruner_learn_what_to_report(
+        hydra_restore_singletons: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = Jobs()
+    launcher.stop = False
+    monkeypatch.setattr(Plugins.instance(), "instantiate_launcher", launcher.setup)
+    run_sweep(lambda cfg: 0.0, tmp_path, "+x=choice(1,2)", "hydra/launcher=sagemaker_schema",
+              "hydra.sweeper.n_trials=2", "hydra/sweeper/pruner=median", "hydra.sweeper.prune_measure=dino+0.5*pres")
+    assert launcher.environment == {pruning.VARIABLE: "dino+0.5*pres"}
 
 
 def test_a_job_of_a_search_reports_its_values_and_the_backend_reads_them(
