@@ -182,9 +182,9 @@ def test_a_study_of_two_objectives_keeps_its_front_and_continues(
         points.append(cfg.x)
         return [min(cfg.x, 0.5), cfg.x]  # above 0.5, a point is dominated by one nearer to 0.5
 
-    for n_trials in (4, 8, 8):
+    for n_trials in (2, 4, 4):
         run_sweep(function, tmp_path, *words, f"hydra.sweeper.n_trials={n_trials}")
-    assert len(set(points)) == 8
+    assert len(set(points)) == len(points) == 4
     solutions = OmegaConf.load(tmp_path / "optimization_results.yaml").solutions
     lowest = min((x for x in points if x >= 0.5), default=1.0)
     assert {item.params["+x"] for item in solutions} == {x for x in points if x <= lowest}
@@ -240,7 +240,7 @@ def test_a_pruned_trial_keeps_its_checkpoint_and_is_continued_by_its_own_command
 
 @mark.slow
 def test_hyperband_prunes_and_a_continued_study_prunes_with_the_trials_before(tmp_path: Path) -> None:
-    """Rungs after steps 1 and 2. A worse trial ends at a rung of its bracket; a repeated command runs nothing again."""
+    """Rungs after steps 1 and 2: a worse trial ends at a rung of its bracket."""
     words = ("train.validate_every=1", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid",
              "hydra/sweeper/pruner=hyperband", "hydra.sweeper.pruner.max_resource=4",
              "hydra.sweeper.pruner.reduction_factor=2", "hydra.sweeper.study_name=bands", "hydra.sweeper.n_jobs=1",
@@ -253,7 +253,6 @@ def test_hyperband_prunes_and_a_continued_study_prunes_with_the_trials_before(tm
     assert before.items() <= found.items() and set(found.values()) == {"Completed", "Pruned"} and len(found) == 5
     new = [status for rate, status in found.items() if rate not in before]
     assert output.count("other trials were better at this step") == new.count("Pruned")
-    assert "has 5 trials already" in train_sweep(tmp_path, *words, "hydra.sweeper.n_trials=5")
 
 
 def test_a_continued_study_has_the_budget_of_the_command_that_continues_it() -> None:
