@@ -2,7 +2,7 @@
 
     python benchmarks/class_quality.py WORK [--write]
 
-It scores the images that `speed.py --cases "peer class images" "class images"` wrote to WORK, with the measures of
+It scores the images that `speed.py --cases "diffusers class images" "class images"` wrote to WORK, with the measures of
 `evaluate`: the dissimilarity of class images to each other (diversity), their similarity to photos of the subject
 (class_similarity), and the distance of their mean feature from that of reference images (class_drift). The reference is
 DDIM (Song et al. 2021, arXiv:2010.02502) in 150 steps with the script's guidance. It approximates the exact solution of
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from peers.tasks import CLASS, INSTANCE
 from PIL import Image
-from speed import CLASS, INSTANCE
-from speed_table import SAME_GUIDANCE, write_section
+from speed_table import CLASS_BASELINE, SAME_GUIDANCE, write_section
 
 from dreambooth.evaluation.encoders import open_encoder
 from dreambooth.evaluation.scoring import Images, score
@@ -73,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
     ours = {name: load_images(options.work / name) for name in ("class images", SAME_GUIDANCE)
             if (options.work / name).is_dir()}
-    script = load_images(options.work / "peer class images")
+    script = load_images(options.work / CLASS_BASELINE)
     reference = reference_images(options.work, len(script))
     rows = table_rows(load_images(options.work / "photos"), script, reference, ours)
     print("\n".join(rows))

@@ -1,6 +1,7 @@
-"""Writes a base model in fp32 for the trainers of speed.py: python benchmarks/make_base.py tiny|full FOLDER
+"""Writes a base model in fp32 for the trainers of speed.py: python benchmarks/make_base.py NAME FOLDER
 
-`tiny` is the shipped base model, converted from fp16. `full` has the architecture of Stable Diffusion 1.5 (the
+`tiny` and `tiny_flow` are the shipped base models, converted from fp16. `tiny_sdxl` has the parts of SDXL in the size
+of `tiny`, random weights, and the tokenizer of `tiny`. `full` has the architecture of Stable Diffusion 1.5 (the
 published config.json files of UNet, VAE and text encoder) with random weights, and the tokenizer of the tiny base model
 padded to 77 tokens.
 """
@@ -10,8 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dreambooth.utils.assets import resolve_asset
 
@@ -42,11 +51,35 @@ def build_full_size() -> StableDiffusionPipeline:
         feature_extractor=None, requires_safety_checker=False)  # type: ignore[arg-type]
 
 
+def build_tiny_sdxl() -> StableDiffusionXLPipeline:
+    """Build a small model with the parts of SDXL, with random weights from seed 0, and the VAE of the tiny base."""
+    torch.manual_seed(0)
+    tiny = StableDiffusionPipeline.from_pretrained(resolve_asset("package:tiny-sd"), dtype=torch.float32)
+    width, second = tiny.text_encoder.config.hidden_size, 128
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(64, 128), layers_per_block=2, cross_attention_dim=width + second,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=32, in_channels=4, out_channels=4,
+        projection_class_embeddings_input_dim=second + 6 * 32)
+    config = CLIPTextConfig.from_dict(tiny.text_encoder.config.to_dict() | {
+        "hidden_size": second, "intermediate_size": 2 * second, "projection_dim": second})
+    return StableDiffusionXLPipeline(
+        vae=tiny.vae, text_encoder=tiny.text_encoder, text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer=tiny.tokenizer, tokenizer_2=tiny.tokenizer, unet=unet,
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012))
+
+
 def main() -> None:
     kind, folder = sys.argv[1:]
-    pipeline = build_full_size() if kind == "full" else StableDiffusionPipeline.from_pretrained(
-        resolve_asset("package:tiny-sd"), dtype=torch.float32)
-    pipeline.text_encoder.float()
+    if kind == "full":
+        pipeline: DiffusionPipeline = build_full_size()
+    elif kind == "tiny_sdxl":
+        pipeline = build_tiny_sdxl()
+    else:
+        source = resolve_asset({"tiny": "package:tiny-sd", "tiny_flow": "package:tiny-flow"}[kind])
+        pipeline = DiffusionPipeline.from_pretrained(source, dtype=torch.float32)
+    pipeline.to(dtype=torch.float32)
     pipeline.save_pretrained(Path(folder))
 
 

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import time
 from bisect import bisect_left
 from dataclasses import dataclass, field
@@ -33,11 +32,15 @@ class ProcessUsage:
         return used + (used_later - used) * (moment - earlier) / (later - earlier)
 
 
+class CommandFailed(SystemExit):
+    """The command ended with another exit code than 0; the message ends with its last output."""
+
+
 def run_monitored(command: list[str], folder: Path, environment: dict[str, str], log: Path) -> ProcessUsage:
     """Run `command` in `folder` and write its output to `log`.
 
     Raises:
-        SystemExit: the command failed; the message ends with its last output.
+        CommandFailed: the command failed.
     """
     usage = ProcessUsage(time.time())
     with log.open("wb") as file:
@@ -48,8 +51,8 @@ def run_monitored(command: list[str], folder: Path, environment: dict[str, str],
     _, status, resources = ended
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit(f"{' '.join(command)}\nended with exit code {process.returncode}:\n"
-                 f"{log.read_text(errors='replace')[-3000:]}")
+        raise CommandFailed(f"{' '.join(command)}\nended with exit code {process.returncode}:\n"
+                            f"{log.read_text(errors='replace')[-3000:]}")
     usage.peak_rss_gib, usage.cpu_seconds = resources.ru_maxrss * KIB / GIB, resources.ru_utime + resources.ru_stime
     return usage
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import median
 
 SAME_GUIDANCE = "class images, the script's guidance"
-CLASS_IMAGE_CASES = {"peer class images", "class images", SAME_GUIDANCE}  # generate class images and train one step
+BASELINE, CLASS_BASELINE = "diffusers", "diffusers class images"  # cases with which the others are compared
+CLASS_IMAGE_CASES = {CLASS_BASELINE, "class images", SAME_GUIDANCE}  # generate class images and train one step
 BEGIN, END = "<!-- benchmarks/speed.py {} -->\n", "<!-- end {} -->\n"
 
 
@@ -29,6 +30,10 @@ class Trial:
     cpu_seconds: float = 0.0
     class_images_per_second: float | None = None
     class_images_per_cpu: float | None = None
+    checkpoint_bytes: int | None = None
+    resume_s: float | None = None  # from the start of a process that resumes to the end of its first step
+    settings: int | None = None  # settings that a user writes: options, overrides, or lines of configuration files
+    error: str = ""  # why the trainer did not finish; it then has no measurements
 
 
 def read_trials(path: Path) -> list[Trial]:
@@ -53,13 +58,16 @@ def format_table(trials: list[Trial]) -> Iterator[str]:
     """Yield the rows of a Markdown table, one per case: medians and ranges over its trials, and speed-ups.
 
     A speed-up is the median of the quotients within a round. The images per second count training images, or generated
-    class images in the cases that generate them.
+    class images in the cases that generate them. A case that never finished has its error in place of measurements.
     """
     yield ("| case | runs | images/s | range | speed-up | images per CPU second | speed-up | first step, s | "
-           "first step, CPU s | peak RSS, GiB |")
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+           "first step, CPU s | peak RSS, GiB | checkpoint, MB | resumed, s | settings |")
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
     for case in dict.fromkeys(t.case for t in trials):
-        of_case = [t for t in trials if t.case == case]
+        of_case = [t for t in trials if t.case == case and not t.error]
+        if not of_case:
+            yield f"| {case} | 0 | {trials_error(trials, case)} |{' |' * 10}"
+            continue
         kind = "class_images" if case in CLASS_IMAGE_CASES else "images"
         row = [case, f"{len(of_case)}"]
         for field in (f"{kind}_per_second", f"{kind}_per_cpu"):
@@ -71,12 +79,20 @@ def format_table(trials: list[Trial]) -> Iterator[str]:
             row.append(f"{median(quotients):.2f}x" if quotients else "-")
         row += [format_number(_median([getattr(t, field) for t in of_case]))
                 for field in ("first_step_s", "first_step_cpu", "peak_rss_gib")]
+        size = _median([t.checkpoint_bytes for t in of_case])
+        row += ["-" if size is None else f"{size / 1e6:.1f}", format_number(_median([t.resume_s for t in of_case])),
+                f"{_median([t.settings for t in of_case]) or 0:.0f}"]
         yield f"| {' | '.join(row)} |"
+
+
+def trials_error(trials: list[Trial], case: str) -> str:
+    """Return the newest error of a case."""
+    return [t.error for t in trials if t.case == case][-1]
 
 
 def _quotients(trials: list[Trial], case: str, field: str) -> list[float]:
     """Return a field of this case divided by the field of diffusers' script, for each round that has both."""
-    script_case = "peer class images" if case in CLASS_IMAGE_CASES else "peer"
+    script_case = CLASS_BASELINE if case in CLASS_IMAGE_CASES else BASELINE
     script = {t.round: getattr(t, field) for t in trials if t.case == script_case}
     return [getattr(t, field) / script[t.round] for t in trials
             if t.case == case and getattr(t, field) and script.get(t.round)]

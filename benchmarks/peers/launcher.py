@@ -14,8 +14,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-BARS = {"steps": "Steps", "generating class images": "Generating class images", "step": "Steps",
-        "training": "Steps"}  # beginnings of the bars' names in small letters -> the name in the log
+
+def bar_name(description: str) -> str | None:
+    """Return the name of a progress bar in the log; None: the bar is not logged.
+
+    The bars of steps are called step, steps, Steps, "Epoch 1/9 Steps" and "Epoch 1/9, Steps".
+    """
+    words = description.lower().strip(": ")
+    if words == "generating class images":
+        return "Generating class images"
+    return "Steps" if words == "step" or (words.endswith("steps") and "validation" not in words) else None
 
 
 def import_torchvision() -> None:
@@ -52,8 +60,7 @@ def log_progress_bars(log: Path) -> None:
         class LoggingBar(kind):  # type: ignore[misc]
             def update(self, n: float | None = 1) -> Any:
                 displayed = super().update(n)
-                words = str(self.desc or "").strip(": ").lower()
-                name = next((name for start, name in BARS.items() if words.startswith(start)), None)
+                name = bar_name(str(self.desc or ""))
                 if name and not self.disable and n:
                     file.write(json.dumps({"bar": name, "time": time.time(), "done": n}) + "\n")
                 return displayed

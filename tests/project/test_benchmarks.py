@@ -1,5 +1,6 @@
 """The benchmarks: parsing of logs, tables, commands and written sections. Nothing is timed here."""
 
+import argparse
 import importlib
 import json
 import os
@@ -7,6 +8,7 @@ import resource
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -24,42 +26,52 @@ def speed_table(speed: ModuleType) -> ModuleType:
     return sys.modules["speed_table"]
 
 
+@pytest.fixture
+def timings(speed: ModuleType) -> ModuleType:
+    return sys.modules["timings"]
+
+
+@pytest.fixture
+def monitor(speed: ModuleType) -> ModuleType:
+    return sys.modules["process_monitor"]
+
+
 def write_lines(path: Path, entries: list[dict[str, object]]) -> Path:
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return path
 
 
-def test_step_end_times_are_read_from_metrics_and_from_progress_bars(speed: ModuleType, tmp_path: Path) -> None:
+def test_step_end_times_are_read_from_metrics_and_from_progress_bars(timings: ModuleType, tmp_path: Path) -> None:
     ours = write_lines(tmp_path / "a", [
         {"time": 1000, "params": {}}, {"time": 2500, "step": 1, "metrics": {"loss": 1.0}},
         {"time": 3000, "step": 1, "metrics": {"objective": 1.0}}])
     peer = write_lines(tmp_path / "b", [{"bar": "Generating class images", "time": 1.0}, {"bar": "Steps", "time": 4.5}])
-    assert (speed.step_end_times(ours), speed.step_end_times(peer)) == ([2.5], [4.5])
+    assert (timings.step_end_times(ours), timings.step_end_times(peer)) == ([2.5], [4.5])
 
 
-def test_class_images_are_counted_from_the_end_of_the_first_batch(speed: ModuleType, tmp_path: Path) -> None:
+def test_class_images_are_counted_from_the_end_of_the_first_batch(timings: ModuleType, tmp_path: Path) -> None:
     for number, time in enumerate([10.0, 10.1, 20.0, 20.1, 30.0, 30.1]):
         path = tmp_path / f"{number}.png"
         path.touch()
         os.utime(path, (time, time))
-    assert speed.class_rate(tmp_path) == pytest.approx(4 / 20)
+    assert timings.class_rate(tmp_path) == pytest.approx(4 / 20)
 
 
-def test_one_batch_of_class_images_has_no_rate(speed: ModuleType, tmp_path: Path) -> None:
+def test_one_batch_of_class_images_has_no_rate(timings: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "0.png").touch()
-    assert speed.class_rate(tmp_path) is None
+    assert timings.class_rate(tmp_path) is None
 
 
-def test_a_rate_excludes_warm_up_steps(speed: ModuleType) -> None:
-    assert speed.step_rate([10.0, 15.0, 19.0, 22.0, 23.0, 24.0], 8) == 8.0
-    assert speed.step_rate([10.0, 15.0, 19.0], 8) == 8 / 4
-    assert speed.step_rate([10.0], 8) is None
+def test_a_rate_excludes_warm_up_steps(timings: ModuleType) -> None:
+    assert timings.step_rate([10.0, 15.0, 19.0, 22.0, 23.0, 24.0], 8) == 8.0
+    assert timings.step_rate([10.0, 15.0, 19.0], 8) == 8 / 4
+    assert timings.step_rate([10.0], 8) is None
 
 
-def test_cpu_time_of_a_monitored_process_is_known_for_every_moment(speed: ModuleType, tmp_path: Path) -> None:
+def test_cpu_time_of_a_monitored_process_is_known_for_every_moment(monitor: ModuleType, tmp_path: Path) -> None:
     """The process sleeps, works and sleeps: it uses CPU time only in the middle."""
     code = "import time; time.sleep(0.3); t = time.time()\nwhile time.process_time() < 0.6: pass\nprint(t, time.time())"
-    usage = speed.run_monitored([sys.executable, "-c", code], tmp_path, dict(os.environ), tmp_path / "log")
+    usage = monitor.run_monitored([sys.executable, "-c", code], tmp_path, dict(os.environ), tmp_path / "log")
     begin, end = map(float, (tmp_path / "log").read_text().split())
     assert usage.cpu_seconds_until(begin) < 0.3 < 0.5 < usage.cpu_seconds_until(end) < 0.8
     assert usage.cpu_seconds_until(0.0) == usage.cpu_samples[0][1]
@@ -69,25 +81,25 @@ def test_cpu_time_of_a_monitored_process_is_known_for_every_moment(speed: Module
     assert 0 < usage.peak_rss_gib <= max(0.1, own_peak) and usage.cpu_seconds > 0.5
 
 
-def test_a_process_that_fails_ends_the_benchmark(speed: ModuleType, tmp_path: Path) -> None:
+def test_a_process_that_fails_ends_the_benchmark(monitor: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"(?s)ended with exit code 1.*not so"):
         command = [sys.executable, "-c", "raise SystemExit('not so')"]
-        speed.run_monitored(command, tmp_path, dict(os.environ), tmp_path / "log")
+        monitor.run_monitored(command, tmp_path, dict(os.environ), tmp_path / "log")
 
 
-def test_the_table_has_medians_and_the_median_quotient_within_a_round(speed: ModuleType) -> None:
+def test_the_table_has_medians_and_the_median_quotient_within_a_round(speed_table: ModuleType) -> None:
     """The machine is three times as fast in round 3, which must not change the quotients."""
-    trials = [speed.Trial(case, "tiny", number, rate) for case, rates in
-              [("peer", [2.0, 4.0, 12.0]), ("caches", [3.0, 8.0, 18.0])] for number, rate in enumerate(rates)]
-    rows = list(speed.format_table(trials))
-    assert "| peer | 3 | 4.00 | 2.00-12.00 | 1.00x |" in rows[2]
+    trials = [speed_table.Trial(case, "tiny", number, rate) for case, rates in
+              [("diffusers", [2.0, 4.0, 12.0]), ("caches", [3.0, 8.0, 18.0])] for number, rate in enumerate(rates)]
+    rows = list(speed_table.format_table(trials))
+    assert "| diffusers | 3 | 4.00 | 2.00-12.00 | 1.00x |" in rows[2]
     assert "| caches | 3 | 8.00 | 3.00-18.00 | 1.50x |" in rows[3]
 
 
-def test_class_images_are_compared_with_those_of_the_script(speed: ModuleType) -> None:
-    trials = [speed.Trial(case, "tiny", 1, 9.0, class_images_per_second=rate) for case, rate in
-              [("peer", None), ("peer class images", 0.5), ("class images", 2.0)]]
-    assert "| class images | 1 | 2.00 | 2.00-2.00 | 4.00x |" in list(speed.format_table(trials))[4]
+def test_class_images_are_compared_with_those_of_the_script(speed_table: ModuleType) -> None:
+    trials = [speed_table.Trial(case, "tiny", 1, 9.0, class_images_per_second=rate) for case, rate in
+              [("diffusers", None), ("diffusers class images", 0.5), ("class images", 2.0)]]
+    assert "| class images | 1 | 2.00 | 2.00-2.00 | 4.00x |" in list(speed_table.format_table(trials))[4]
 
 
 def test_only_the_named_section_of_a_page_is_replaced(speed: ModuleType, speed_table: ModuleType) -> None:
@@ -105,19 +117,73 @@ def test_the_command_of_each_of_our_cases_composes(speed: ModuleType, tmp_path: 
     from dreambooth.config.compose import conf_dir, load
     from dreambooth.config.recipe import resolve
 
+    ours = importlib.import_module("peers.ours")
     (tmp_path / "class").mkdir()
-    for model, size in speed.SIZES.items():
-        for case in ["class images", *speed.OUR_CASES]:
-            new_class_images = 4 if case in speed.CLASS_IMAGE_CASES else 0
-            command = speed.our_command(tmp_path / model, size, speed.OUR_CASES.get(case, []), new_class_images)
-            assert command[:3] == [sys.executable, "-m", "dreambooth.train"]
+    for task in speed.TASKS.values():
+        for name, overrides in speed.OUR_CASES.items():
+            new = 4 if name in speed.CLASS_IMAGE_CASES else 0
+            words = ours.Ours(name, *overrides).words(job_of(task, tmp_path, new_class_images=new))
             with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-                resolve(load(compose("config", command[3:])), tmp_path / "run")
+                resolve(load(compose("config", words)), tmp_path / "run")
+
+
+def job_of(task: Any, folder: Path, **values: Any) -> Any:
+    return importlib.import_module("peers.tasks").Job(task, folder, folder / "out", folder / "log", 4, **values)
+
+
+def test_each_peer_gets_the_settings_of_the_task(speed: ModuleType, tmp_path: Path) -> None:
+    """The number of photos in a batch, of steps, and where a resumed run continues."""
+    for name in ("photos", "class"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").touch()
+    for name in ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k"):
+        (tmp_path / "kohya_tokenizers" / name).mkdir(parents=True)
+    (tmp_path / "out/model/at-step00000002-state").mkdir(parents=True)
+    options = argparse.Namespace(diffusers=tmp_path, kohya=tmp_path, onetrainer=tmp_path, mgds=tmp_path,
+                                 simpletuner=tmp_path)
+    trainers = speed.find_trainers(options)
+    tiny = speed.TASKS["tiny"]
+    new, resumed = (job_of(tiny, tmp_path, save_at=2, resume=resume) for resume in (False, True))
+    calls = {name: [trainers[name].call(job) for job in (new, resumed)] for name in (
+        "diffusers", "kohya", "OneTrainer", "SimpleTuner", "caches")}
+    assert {"--train_batch_size=4", "--max_train_steps=4", "--checkpointing_steps=2"} < set(
+        calls["diffusers"][0].command)
+    assert set(calls["diffusers"][1].command) - set(calls["diffusers"][0].command) == {
+        "--resume_from_checkpoint=latest"}
+    assert {"--train_batch_size=8", "--max_train_steps=4", "--save_every_n_steps=2"} < set(calls["kohya"][0].command)
+    assert f"--resume={tmp_path}/out/model/at-step00000002-state" in calls["kohya"][1].command
+    one = json.loads((tmp_path / "out/settings.json").read_text())
+    assert (one["batch_size"], one["epochs"], one["continue_last_backup"]) == (8, 2, True)
+    assert [concept["balancing"] for concept in one["concepts"]] == [8.0, 8.0], "two steps per epoch with four photos"
+    simple = json.loads((tmp_path / "out/config.json").read_text())
+    assert (simple["train_batch_size"], simple["max_train_steps"], simple["resume_from_checkpoint"]) == (8, 4, "latest")
+    assert all(call.settings > 10 for pair in calls.values() for call in pair)
+
+
+def test_a_trainer_without_a_command_for_a_task_says_so(speed: ModuleType, tmp_path: Path) -> None:
+    kohya = importlib.import_module("peers.kohya").Kohya(tmp_path)
+    trial = speed.run_trial(kohya, None, speed.TASKS["flow_lora"], "flow_lora", 1, tmp_path, 1, True)
+    assert trial.error == "has no script for Z-Image"
+    assert list(speed.format_table([trial]))[2].startswith("| kohya | 0 | has no script for Z-Image |")
+
+
+def test_a_peer_that_needs_a_newer_python_gets_no_environment(speed: ModuleType, tmp_path: Path) -> None:
+    kohya = importlib.import_module("peers.kohya").Kohya(tmp_path)
+    kohya.python = (99, 1)
+    with pytest.raises(speed.NotSupported, match=r"needs Python 99.1 or newer, and this environment has 3\."):
+        speed.make_environment(kohya, tmp_path)
+
+
+@pytest.mark.parametrize(("output", "reason"), [
+    ("x\nValueError: no GPU | here\nwarning: later", "ValueError: no GPU / here"),
+    ("Traceback\n  x()\nmodule.SomeError: why\n", "module.SomeError: why"), ("only words", "only words")])
+def test_the_reason_of_a_failure_is_the_line_of_the_error(speed: ModuleType, output: str, reason: str) -> None:
+    assert importlib.import_module("peers.trials").reason_of(output) == reason
 
 
 def test_the_page_has_a_section_for_each_benchmark(speed: ModuleType, speed_table: ModuleType) -> None:
     text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    for name in [*speed.SIZES, "loop", "class", "pointwise"]:
+    for name in [*speed.TASKS, "loop", "class", "pointwise"]:
         assert speed_table.BEGIN.format(name) in text and speed_table.END.format(name) in text
 
 
@@ -147,19 +213,11 @@ def test_class_images_are_scored_against_those_of_the_script(speed: ModuleType) 
     assert not quality.table_rows(photos, script, script, {"ours": ours})[5].startswith("| ours | 4 | 0.000 | ")
 
 
-def test_the_torchvision_replacement_crops_and_scales_as_torchvision_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-    from PIL import Image
-
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for module in ("torchvision", "torchvision.transforms"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    module = importlib.import_module("run_diffusers_script")
-    transform = module.Compose([module.Resize(8, module.InterpolationMode.BILINEAR), module.CenterCrop(8),
-                                module.ToTensor(), module.Normalize([0.5], [0.5])])
-    pixels = transform(Image.new("RGB", (32, 16), (255, 0, 0)))
-    assert pixels.shape == (3, 8, 8)
-    assert pixels[0].eq(1).all() and pixels[1].eq(-1).all() and pixels.dtype is torch.float32
+def test_the_bars_of_steps_are_recognised_in_every_trainer(speed: ModuleType) -> None:
+    name = importlib.import_module("peers.launcher").bar_name
+    assert {name(words) for words in ("step", "steps", "Steps: ", "Epoch 1/2 Steps", "Epoch 1/2, Steps")} == {"Steps"}
+    assert name("Generating class images") == "Generating class images"
+    assert {name(words) for words in ("epoch", "validation steps", "Loading weights", "")} == {None}
 
 
 def test_a_proof_finds_the_model_of_a_run_that_was_finished_before(tmp_path: Path) -> None:

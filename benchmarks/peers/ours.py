@@ -1,0 +1,47 @@
+"""This project: python -m dreambooth.train, with the settings of the other trainers."""
+
+from pathlib import Path
+
+from peers.tasks import CLASS, INSTANCE, LEARNING_RATE, PRIOR_WEIGHT, RANK, Call, Job, Trainer, newest
+
+ROOT = Path(__file__).parents[2]
+MODELS = {"sd": "tiny", "sdxl": "sdxl", "z_image": "tiny_flow"}
+
+
+class Ours(Trainer):
+    """dreambooth without EMA, samples, evaluation and trackers."""
+
+    def __init__(self, name: str, *overrides: str) -> None:
+        """Args:
+            name: the case in the tables.
+            overrides: in addition to those of all cases.
+        """
+        self.name, self.overrides = name, overrides
+
+    def call(self, job: Job) -> Call:
+        own = self.words(job)
+        environment = {"PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true",
+                       "TORCHINDUCTOR_CACHE_DIR": str(job.out / "inductor")}  # an empty cache: every run compiles
+        return Call(["-m", "dreambooth.train", *own], len(own), ROOT, environment)
+
+    def words(self, job: Job) -> list[str]:
+        """Return the overrides of the command."""
+        task, new = job.task, job.new_class_images
+        classes = [] if new else [f"dataset.class_dir={job.work / 'class'}"]
+        lora = ["method=lora", f"method.rank={RANK}", "method.targets=attention", "train.train_text_encoder=false"]
+        return [
+            f"run_root={job.out}", "hardware=cpu", "tracking=none", f"model={MODELS[task.family]}",
+            *(lora if task.lora else ["train.train_text_encoder=true"]), f"model.source={job.base}",
+            f"model.resolution={task.resolution}", "model.offline=true", "dataset.allow_drawings=true",
+            f"dataset.instance_dir={job.work / 'photos'}", f"dataset.instance_prompt={INSTANCE}",
+            f"dataset.class_prompt={CLASS}", *classes, f"prior.num_class_images={new or task.class_images}",
+            f"prior.prior_loss_weight={PRIOR_WEIGHT}", f"train.train_batch_size={task.batch}",
+            f"train.max_train_steps={job.steps}", f"train.learning_rate={LEARNING_RATE}", "sample.every=null",
+            f"checkpoint.every={job.save_at or 'null'}", "evaluate.encoder=none", "train.use_ema=false",
+            *self.overrides]
+
+    def checkpoint(self, out: Path) -> Path | None:
+        return newest(out, "*/checkpoints/step-*")
+
+    def step_log(self, job: Job) -> Path:
+        return next(job.out.glob("*/metrics.jsonl"), job.out / "metrics.jsonl")
