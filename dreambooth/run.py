@@ -21,6 +21,7 @@ from dreambooth.serialization import export, export_layout
 from dreambooth.tracking.run_tracker import track_run
 from dreambooth.tracking.tracker import Tracker
 from dreambooth.training import checkpoint_transfer, loop
+from dreambooth.training.hooks import keep_result
 from dreambooth.training.instance_loss import instance_loss
 from dreambooth.training.run_hooks import RunHooks, create_hooks
 from dreambooth.training.setup import Setup, assemble, restore
@@ -85,6 +86,7 @@ def _train(recipe: Recipe, engine: Engine, setup: Setup, console: Console, meter
         for info in loop.fit(state, data, step, last, process.due, hooks.stopping.reached):
             process(info)
     seconds = time.monotonic() - began
+    keep_result(setup)
     if not engine.is_main_process:
         return Result(state.step, nan, seconds, str(recipe.run_dir), "model", stopped=hooks.stopping.reason)
     if hooks.stopping.reason:

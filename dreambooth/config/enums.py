@@ -69,6 +69,11 @@ class OptimizerKind(Enum):
         return self is not OptimizerKind.prodigy
 
     @property
+    def allows_sharding(self) -> bool:
+        """Whether memory.fully_shard=true is supported: the update of a number depends on no other number."""
+        return self in (OptimizerKind.adamw, OptimizerKind.lion)
+
+    @property
     def allows_half_weights(self) -> bool:
         """Whether memory.weights=half is supported."""
         return self not in (OptimizerKind.prodigy, OptimizerKind.schedule_free, OptimizerKind.muon)

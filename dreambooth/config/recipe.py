@@ -168,6 +168,7 @@ class Recipe:
         """
         train, one_process = self.train, self.hardware.gpus == 1
         return (one_process and self.micro_batches[1] == 1 and not self.two_passes and not train.compile
+                and not self.memory.fully_shard
                 and not self.memory.offload_optimizer and self.optimizer.kind.steps_each_weight_alone
                 and not self.method.new_tokens and self.train.text_encoder_learning_rate is None)
 
@@ -188,7 +189,7 @@ class Recipe:
         paged_adamw8bit.
         """
         return (self.hardware.gpus == 1 and self.train.text_encoder_learning_rate is None
-                and self.memory.weights is Weights.full and not self.train.channels_last
+                and not self.memory.fully_shard and self.memory.weights is Weights.full and not self.train.channels_last
                 and self.optimizer.kind is not OptimizerKind.paged_adamw8bit)
 
     @property

@@ -22,6 +22,7 @@ from dreambooth.config.enums import (
     Weights,
 )
 from dreambooth.config.hardware import budget_problems
+from dreambooth.config.memory import sharding_problems
 from dreambooth.config.method import LYCORIS, prompt_problems
 from dreambooth.config.schema import Config, StopWhen, Tracking, batch_problems
 from dreambooth.utils import quoting
@@ -245,6 +246,8 @@ def _speed_problems(config: Config) -> Iterator[str]:
 
 def _memory_problems(config: Config) -> Iterator[str]:
     memory, train = config.memory, config.train
+    yield from sharding_problems(memory, config.method.low_rank, config.precision.dtype, config.optimizer.kind,
+                                 train.compile, train.channels_last)
     photos = train.global_batch_size or 1
     for conflict, alternative in ((train.gradient_accumulation_steps > 1, "train.gradient_accumulation_steps=1"),
                                   (photos > train.train_batch_size, f"train.train_batch_size={photos}"),

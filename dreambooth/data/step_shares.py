@@ -35,13 +35,15 @@ class StepShares:
         """The samples of a step that this process computes: one range of indices per micro-batch.
 
         With a global batch size, the processes share the samples as evenly as possible, and so do the micro-batches of
-        a process. Sizes then differ by at most 1 within a process.
+        a process, whose sizes differ by at most 1. All processes have the same number of micro-batches, unless one has
+        too few samples.
         """
         if self.global_batch_size is None:
             starts = [(micro * self.world_size + self.rank) * self.batch_size for micro in range(self.accumulation)]
             return [range(start, start + self.batch_size) for start in starts]
-        own = split_evenly(range(self.global_batch_size), self.world_size)[self.rank]
-        return split_evenly(own, math.ceil(len(own) / self.batch_size))
+        shares = split_evenly(range(self.global_batch_size), self.world_size)
+        number = math.ceil(max(map(len, shares)) / self.batch_size)
+        return split_evenly(shares[self.rank], min(number, len(shares[self.rank])))
 
     def loss_divisor(self, samples: int) -> float | None:
         """Return the number by which the loss of a micro-batch is divided; None: the number of micro-batches.

@@ -104,6 +104,11 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.events.append((serial + offset, size))
         self._serial = 2 * offset
 
+    def serial_of(self, tensor: Tensor) -> int | None:
+        """Return the serial number of a tensor's storage; None if it is not recorded, or is released."""
+        serial, _ = self._live.get(tensor.untyped_storage()._cdata, (None, 0))
+        return serial
+
     @property
     def total_flops(self) -> int:
         """Floating-point operations of all phases so far."""

@@ -177,6 +177,8 @@ def _minimum_gib(candidate: Recipe, trained: int, activations: float) -> float:
         activations: a lower bound of the activations, in GiB.
     """
     memory = candidate.memory
+    if memory.fully_shard:
+        trained //= candidate.hardware.gpus
     bytes_per_weight = 4.0 + (0 if memory.offload_optimizer else OPTIMIZER_STATE_BYTES[candidate.optimizer.kind])
     bytes_per_weight += 4.0 if candidate.train.use_ema and memory.ema_device is EmaDevice.same else 0.0
     if memory.offload_optimizer or memory.weights is Weights.half:

@@ -109,7 +109,7 @@ def _inexact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryO
         yield from _quantised_options(recipe, prediction)
         yield from _batch_options(recipe, prediction)
         return
-    if not memory.offload_optimizer:
+    if not memory.offload_optimizer and not memory.fully_shard:
         if state > OPTIMIZER_STATE_BYTES[OptimizerKind.adamw8bit]:
             eight_bit = replace(recipe, optimizer=recipe.optimizer.copy_with(kind=OptimizerKind.adamw8bit))
             yield MemoryOption("optimizer=adamw8bit",
@@ -121,7 +121,7 @@ def _inexact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryO
                                memory.optimizer_in_backward, gib_per_byte * (state + 2),
                                _extra_seconds(recipe, prediction, offloaded))
     if (memory.weights is Weights.full and recipe.precision.dtype is not Dtype.fp32 and not memory.offload_optimizer
-            and recipe.optimizer.kind.allows_half_weights):
+            and not memory.fully_shard and recipe.optimizer.kind.allows_half_weights):
         yield MemoryOption("memory.weights=half memory.rounding=stochastic", gib_per_byte * 2, None)
     if train.use_ema and memory.ema_device is EmaDevice.same and not memory.offload_optimizer:
         without_ema = replace(recipe, train=train.copy_with(use_ema=False))
@@ -133,7 +133,8 @@ def _inexact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryO
     yield from _batch_options(recipe, prediction)
     if memory.weights is Weights.full and not memory.offload_optimizer:
         ema_bytes = 4 * (train.use_ema and memory.ema_device is EmaDevice.same)
-        yield MemoryOption("method=lora", gib_per_byte * (6 + state + ema_bytes),
+        yield MemoryOption("method=lora" + " memory.fully_shard=false" * memory.fully_shard,
+                           gib_per_byte * (6 + state + ema_bytes),
                            _extra_seconds(recipe, prediction, flops=2 / 3))
 
 

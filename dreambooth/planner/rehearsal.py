@@ -30,6 +30,7 @@ from dreambooth.models import loading, text_encoders
 from dreambooth.models.block_swap import BlockSwap
 from dreambooth.optim.cpu_offload import OffloadedOptimizer
 from dreambooth.optim.memory_levers import build_training_optimizer
+from dreambooth.optim.sharded_blocks import gathered_bytes
 from dreambooth.planner import skeleton_models
 from dreambooth.planner.allocation_trace import ACTIVATIONS, HOST, TEMPORARIES, StorageTrace
 from dreambooth.planner.caching_allocator import MIB
@@ -43,6 +44,7 @@ from dreambooth.planner.fake_cuda import (
 from dreambooth.planner.optimizer_memory import ModelledOptimizer
 from dreambooth.planner.phase_markers import FakeGradScaler, PhaseMarkingEma, PhaseMarkingEngine, make_gradient_hook
 from dreambooth.planner.prediction import Prediction
+from dreambooth.planner.trace_replay import split_over_processes
 from dreambooth.runtime.engine import Engine
 from dreambooth.training import output_preservation
 from dreambooth.training.output_preservation import OutputPreservation
@@ -72,7 +74,7 @@ def predict(recipe: Recipe) -> Prediction:
 def rehearse(recipe: Recipe) -> Prediction:
     """Rehearse a run and return its prediction.
 
-    Inside `fake_tensors` or `fake_gpu`, the tensors have no data. Outside them, real tensors are used, which is slow.
+    Inside `fake_tensors` or `fake_gpu`, tensors have no data. Outside them, real tensors are used, which is slow.
     """
     return _Rehearsal(recipe).prediction()
 
@@ -80,8 +82,7 @@ def rehearse(recipe: Recipe) -> Prediction:
 def _count_weights(parameter: nn.Parameter) -> int:
     """Return the number of weights of a parameter. bitsandbytes packs two weights of 4 bits in one element."""
     state = getattr(parameter, "quant_state", None)
-    count: int = parameter.numel() if state is None else state.shape.numel()
-    return count
+    return int(parameter.numel() if state is None else state.shape.numel())
 
 
 class _Rehearsal:
@@ -147,6 +148,8 @@ class _Rehearsal:
                     del tensors
             trace.mark("save")
             del averages
+        if self.memory.fully_shard and recipe.hardware.gpus > 1:
+            split_over_processes(trace, denoiser, gathered_bytes(denoiser), recipe.hardware.gpus)
         total = sum(_count_weights(p) for module in parts.modules for p in module.parameters())
         trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
         return Prediction(
@@ -263,7 +266,7 @@ class _Rehearsal:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     make_gradient_hook(trace, masters.get(name)))
-        if recipe.hardware.gpus > 1:  # data parallelism reduces a second copy of the gradients, in buckets
+        if recipe.hardware.gpus > 1 and not self.memory.fully_shard:  # reduced from a second copy, in buckets
             self.reduction_buckets = [torch.empty_like(p) for p in denoiser.parameters() if p.requires_grad]
             trace.add(self.reduction_buckets, "gradients")
         ema = None
@@ -332,10 +335,7 @@ class _Rehearsal:
 
     @torch.no_grad()
     def _sample(self, phase: str, count: int, guidance: float) -> None:
-        """Rehearse the generation of `count` images: one denoising step, and decoding.
-
-        More than one denoising step is not needed, because the steps use the same memory one after the other.
-        """
+        """Rehearse the generation of `count` images: one denoising step, because all need the same, and decoding."""
         trace = self.trace
         if self.sampled and self.sampled[0] == (count, guidance) and self._samples_as_before():
             trace.mark(phase)

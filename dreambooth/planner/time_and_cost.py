@@ -145,13 +145,15 @@ def step_seconds(recipe: Recipe, prediction: Prediction, card: Card, flops: floa
     """Estimate the seconds of one optimizer step.
 
     With n cards, gradients are summed by a ring all-reduce: each link carries 2 (n - 1) / n times the bytes of all
-    gradients. The overlap of the all-reduce with the backward pass is not taken into account.
+    gradients. The overlap of the all-reduce with the backward pass is not taken into account. With memory.fully_shard,
+    each micro-batch gathers the weights twice and splits the gradients once, which sends (n - 1) / n times three.
 
     Args:
         flops: operations of the step, divided by those of a step in `prediction`.
     """
     cards, gradients = recipe.hardware.gpus, 4 * prediction.trained_parameters
-    all_reduce = 2 * (cards - 1) / cards * gradients / (card.link_gb_s * 1e9)
+    passes = 3 * recipe.micro_batches[1] if recipe.memory.fully_shard else 2
+    all_reduce = passes * (cards - 1) / cards * gradients / (card.link_gb_s * 1e9)
     compute = flops * prediction.step_flops / _flops_per_second(recipe, card)
     compute = max(compute, prediction.copied_bytes[0] / HOST_LINK)  # a swapped block comes while others compute
     return compute + _weight_pass_seconds(recipe, prediction, card) + all_reduce + card.overhead_seconds
@@ -213,7 +215,9 @@ def host_gib(recipe: Recipe, prediction: Prediction) -> float:
     block = max(prediction.block_bytes, default=0)
     rounded = 1 << max(block - 1, 0).bit_length()  # PyTorch rounds pinned memory up to a power of two
     swapped = (recipe.memory.swap_blocks or 0) * (2 * block - rounded)  # blocks are in `host_bytes` and in `base`
-    run = prediction.host_bytes - swapped + 4 * prediction.trained_parameters + base
+    state = OPTIMIZER_STATE_BYTES[recipe.optimizer.kind] + 4 * recipe.train.use_ema
+    collected = recipe.memory.fully_shard * state * prediction.trained_parameters  # while a checkpoint is written
+    run = prediction.host_bytes - swapped + 4 * prediction.trained_parameters + base + collected
     return PROCESS_GIB + max(run, prediction.encoder_bytes) / GIB
 
 

@@ -1,10 +1,18 @@
-"""Replays recorded storage events through the allocator model to find the peak memory of each phase."""
+"""Replays recorded storage events through the allocator model to find the peak memory of each phase.
+
+Also splits the events of a run with memory.fully_shard, which is rehearsed in one process, over several processes.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dreambooth.planner.allocation_trace import HOST, MARK, Event
+from torch import nn
+
+from dreambooth.planner.allocation_trace import HOST, MARK, Event, StorageTrace
 from dreambooth.planner.caching_allocator import CachingAllocator
+
+SHARDED = ("gradients", "optimizer", "ema")  # categories of which each process has a part
+WHOLE_PHASES = ("validation", "sample", "evaluate", "save")  # phases after training steps, with whole weights
 
 
 @dataclass
@@ -74,3 +82,46 @@ def memory_curve(events: Sequence[Event], category: Mapping[int, str], marks: Se
         elif category[serial] != HOST:
             live[category[serial]] = live.get(category[serial], 0) + size
         yield Moment(phase, dict(live))
+
+
+def split_over_processes(trace: StorageTrace, model: nn.Module, gathered: int, processes: int) -> None:
+    """Change the events of a trace to those of one process of a run with memory.fully_shard.
+
+    From the phase `training` on, a process has its part of trained weights, gradients, optimizer state and EMA. During
+    training steps it has whole copies of what is gathered, and afterwards a whole copy of the trained weights. Tensors
+    in host memory are left whole, because all processes of a host have them together.
+
+    Args:
+        model: the trained module.
+        gathered: bytes of the whole weights and gradients that exist during a training step.
+        processes: number of processes.
+    """
+    weights = {trace.serial_of(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    copies = max(trace.category) + 1  # serial number of what is gathered; the next one is that of the whole weights
+    trace.category |= {copies: "weights", copies + 1: "weights"}
+    whole: dict[int, int] = {}  # bytes of each trained weight, by serial number
+    events: list[Event] = []
+    before, steps, after = range(3)
+    period = before
+
+    def part(size: int) -> int:
+        return -(-size // processes) if size > 0 else -part(-size)
+
+    for serial, size in trace.events:
+        if serial == MARK:
+            events.append((serial, size))
+            phase = trace.marks[size]
+            if phase == "training":
+                period = steps
+                for weight, bytes_ in whole.items():
+                    events += [(weight, -bytes_), (weight, part(bytes_))]
+                events.append((copies, gathered))
+            elif period == steps and phase in WHOLE_PHASES:
+                period = after
+                events += [(copies, -gathered), (copies + 1, sum(whole.values()))]
+            continue
+        if serial in weights and size > 0:
+            whole[serial] = size
+        is_split = period != before and (serial in weights or trace.category[serial] in SHARDED)
+        events.append((serial, part(size) if is_split else size))
+    trace.events = events

@@ -92,7 +92,8 @@ class Engine:
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if limit is not None:
             nn.utils.clip_grads_with_norm_(trained, limit, norm)
-        return norm
+        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor: memory.fully_shard
+        return whole
 
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Step the optimizer. Return False if the loss scaler skipped the step because a gradient overflowed.

@@ -63,7 +63,7 @@ def _concessions(recipe: Recipe) -> Iterator[str]:
             yield "model.resolution=512"
         return
     small = (OptimizerKind.adamw8bit, OptimizerKind.paged_adamw8bit, OptimizerKind.adafactor)
-    if kind not in small and not memory.offload_optimizer:
+    if kind not in small and not memory.offload_optimizer and not memory.fully_shard:
         yield "optimizer=adamw8bit"
     if recipe.device == "cuda" and not memory.offload_optimizer and recipe.allows_offload_optimizer:
         yield "memory.offload_optimizer=true memory.optimizer_in_backward=false"

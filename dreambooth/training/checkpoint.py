@@ -1,6 +1,6 @@
 """Checkpoints of the training state in `checkpoints/step-000100/`: written atomically, rotated, resumed bit for bit.
 
-Tensors are stored as safetensors and the rest as JSON; there is no pickle. `_tensors` and `_numbers` list the
+Tensors are stored as safetensors and the rest as JSON; there is no pickle. `_collect` and `_numbers` list the
 contents of a checkpoint. The order of the data and all random numbers are functions of (seed, step), so a checkpoint
 does not contain them.
 """
@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.GradScaler, keep: int) -> Path:
     """Write a checkpoint of `state`, and return its folder. Then remove all but the newest `keep` checkpoints.
 
+    With memory.fully_shard this is a collective operation: all processes send their parts to the main process, which
+    writes the same files as a run of one process. Otherwise only the main process calls it.
+
     Args:
         folder: the `checkpoints` folder of the run.
         model: the trained module itself, unwrapped.
@@ -43,10 +46,13 @@ def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.Gr
         DoesNotFit: the disk is full; earlier checkpoints are unchanged.
     """
     target = folder / f"step-{state.step:06d}"
+    contents = _collect(state, model)
+    if state.sharded is not None and not state.sharded.engine.is_main_process:
+        return target
     if find_damage(target) is not None:
         try:
             with manifest.write_folder(target) as temporary:
-                _write(temporary, state, model, scaler)
+                _write(temporary, state, scaler, *contents)
         except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError, which is not an OSError
             raise atomic_files.write_failure(f"the checkpoint of step {state.step} in {folder}", error,
                                              "make the folder writable and repeat the command") from error
@@ -103,14 +109,17 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
             raise ValueError(f"it has format {numbers['format']}, this version reads {FORMAT}")
         counts = [int(numbers[key]) for key in ("step", "skipped", "skipped_in_row")]
         history = _read_history(numbers.get("history", {}))
-        _load_weights(load_file(path / "trained.safetensors"), state.weights(model), path)
+        own = state.sharded.shards if state.sharded is not None else dict[str, Tensor]  # the part of this process
+        _load_weights(own(load_file(path / "trained.safetensors")), state.weights(model), path)
         if state.ema is not None:
-            _load_weights(load_file(path / "ema.safetensors"), state.ema.average, path)
+            _load_weights(own(load_file(path / "ema.safetensors")), state.ema.average, path)
             state.ema.updates = numbers["ema_updates"]
         groups = _use_current_hyperparameters(numbers["optimizer"]["param_groups"], state.optimizer)
         numbers["optimizer"]["param_groups"] = groups
-        state.optimizer.load_state_dict(
-            _unflatten(load_file(path / "optimizer.safetensors"), numbers["optimizer"]))
+        saved = _unflatten(load_file(path / "optimizer.safetensors"), numbers["optimizer"])
+        if state.sharded is not None:
+            saved = state.sharded.shard_optimizer_state(saved, state.optimizer)
+        state.optimizer.load_state_dict(saved)
         _match_strides(state.optimizer)
         if isinstance(state.optimizer, StreamingOptimizer):
             state.optimizer.sync_weights()
@@ -143,19 +152,25 @@ def needed_bytes(state: TrainState, model: nn.Module, keep: int) -> int:
     return (keep + 1) * 4 * trained * (1 + moments + (state.ema is not None))
 
 
-def _write(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.GradScaler) -> None:
-    flat, optimizer = _flatten(state.optimizer.state_dict())
-    for name, tensors in _tensors(state, model, flat).items():
+def _write(folder: Path, state: TrainState, scaler: torch.amp.GradScaler, files: dict[str, dict[str, Tensor]],
+           optimizer_state: dict[str, Any]) -> None:
+    flat, optimizer = _flatten(optimizer_state)
+    for name, tensors in (files | {"optimizer.safetensors": flat}).items():
         save_file(tensors, folder / name)
     sizes = {entry.name: entry.stat().st_size for entry in folder.iterdir()}
     numbers = _numbers(state, scaler) | {"optimizer": optimizer, "sizes": sizes}
     (folder / STATE_FILE).write_text(json.dumps(numbers), encoding="utf-8")
 
 
-def _tensors(state: TrainState, model: nn.Module, optimizer: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    trained = {name: weight.detach().contiguous() for name, weight in state.weights(model).items()}
-    parts = {"trained.safetensors": trained, "optimizer.safetensors": optimizer}
-    return parts | ({"ema.safetensors": state.ema.average} if state.ema is not None else {})
+def _collect(state: TrainState, model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Return the tensors of a checkpoint by file, except those of the optimizer, and the optimizer's state."""
+    files = {"trained.safetensors": state.weights(model)} | (
+        {"ema.safetensors": state.ema.average} if state.ema is not None else {})
+    if state.sharded is not None:
+        return ({name: state.sharded.collect(tensors) for name, tensors in files.items()},
+                state.sharded.collect_optimizer_state(state.optimizer))
+    files["trained.safetensors"] = {name: w.detach().contiguous() for name, w in files["trained.safetensors"].items()}
+    return files, state.optimizer.state_dict()
 
 
 def _numbers(state: TrainState, scaler: torch.amp.GradScaler) -> dict[str, Any]:

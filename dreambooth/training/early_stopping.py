@@ -99,7 +99,7 @@ class EarlyStopping:
         self.reason = reason_to_stop(self.recipe.train.stop_when, self._mode, values)
         if self.reason is None:
             return
-        if self.engine.is_main_process:
+        if self.saving.takes_part:
             self.saving.save()
         if self.recipe.sample.every is not None:
             self.sampling.sample(step)

@@ -94,11 +94,18 @@ class EvaluationHook:
 
     def _keep_best(self, step: int) -> None:
         """Save the weights of the state after `step` completed steps, if they are the best so far."""
-        every = self._select_every
-        if not (self.engine.is_main_process and every and step and step % every == 0 and step == self.best_step(step)):
+        every, shared = self._select_every, self.setup.state.sharded is not None
+        if not (every and step and step % every == 0 and (shared or self.engine.is_main_process)):
+            return
+
+        def is_best() -> bool:
+            return step == self.best_step(step)
+
+        if not (self.engine.run_on_main(is_best) if shared else is_best()):
             return
         with self.meter.phase("save"), swap_in_ema(self.setup, exact=True):
-            best_weights.save(self.best_folder, step, self.setup.trained)
+            if self.engine.is_main_process:
+                best_weights.save(self.best_folder, step, self.setup.trained)
 
     @property
     def best_folder(self) -> Path:

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from dreambooth.config.recipe import Recipe
 from dreambooth.errors import Interrupted
 from dreambooth.optim.ema import swap_weights
@@ -140,6 +142,11 @@ class CheckpointHook:
     recipe: Recipe
     _saved_step: int | None = None
 
+    @property
+    def takes_part(self) -> bool:
+        """Whether this process calls `save`: the main process; with memory.fully_shard, all of them."""
+        return self.engine.is_main_process or self.setup.state.sharded is not None
+
     def due(self, step: int) -> bool:
         return is_due_or_last(step, self.recipe.checkpoint.every, self.recipe.train.max_train_steps)
 
@@ -165,6 +172,8 @@ def swap_in_ema(setup: Setup, exact: bool = False) -> AbstractContextManager[Any
     With optimizer=schedule_free, put in the optimizer's averages. If the run has no averages, the module contains the
     trained weights inside the block, too.
 
+    With memory.fully_shard this is a collective operation, until `keep_result` is called.
+
     Args:
         exact: True: the weights keep the precision in which they are trained or averaged, so that they can be written
             to a file. False: they have the precision of the module, so that the module can compute with them.
@@ -173,6 +182,21 @@ def swap_in_ema(setup: Setup, exact: bool = False) -> AbstractContextManager[Any
         Diverged: a trained weight or an EMA weight is not finite.
     """
     setup.state.check_finite(setup.trained)
+    if setup.state.sharded is not None:
+        return swap_weights(setup.trained, setup.state.sharded.gathered(_result(setup)), exact)
     if (averages := setup.state.averages(setup.trained)) is not None:
         return swap_weights(setup.trained, averages, exact)
     return swap_weights(setup.trained, setup.state.weights(setup.trained), exact) if exact else nullcontext()
+
+
+def keep_result(setup: Setup) -> None:
+    """With memory.fully_shard, give the main process the whole weights of the last step, to export them alone."""
+    if setup.state.sharded is not None:
+        setup.state.check_finite(setup.trained)
+        setup.state.sharded.keep(_result(setup))
+
+
+def _result(setup: Setup) -> dict[str, Tensor]:
+    """Return the averages of the trained weights, by name; if there are none, the trained weights."""
+    averages = setup.state.averages(setup.trained)
+    return setup.state.weights(setup.trained) if averages is None else averages

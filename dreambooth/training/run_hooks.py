@@ -44,9 +44,10 @@ class RunHooks:
         self.pruning.before_training()
 
     def in_order(self, bar: Bar, tracker: Tracker, engine: Engine, meter: MemoryMeter) -> HookList:
-        """Return all hooks, in order. Only the main process logs and saves."""
+        """Return all hooks, in order. Only the main process logs and writes checkpoints."""
         log = LogHook(tracker, bar, meter, lambda: self.validation.note)
-        own: list[Hook] = [log, self.saving] if engine.is_main_process else []
+        own: list[Hook] = [log] * engine.is_main_process
+        own += [self.saving] * self.saving.takes_part
         return HookList([self.validation, *own], self.sampling, self.evaluation, self.stopping, self.pruning,
                         self.answering)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from dreambooth.config.recipe import Recipe
 from dreambooth.data import class_images, latent_cache, photo_report, subjects
 from dreambooth.data.batches import Batches, Latents, PhotoSet
 from dreambooth.data.photos import Photo, load_photos
+from dreambooth.data.step_shares import StepShares
 from dreambooth.errors import UserError
 from dreambooth.evaluation.evaluator import Scorer
 from dreambooth.models import loading, lora, prompt_encodings
@@ -38,6 +39,9 @@ from dreambooth.training.step import Objective, TrainState
 from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
 from dreambooth.utils.plurals import counted
+
+if TYPE_CHECKING:
+    from dreambooth.optim.fully_shard import FullyShardedModel
 
 
 @dataclass
@@ -110,7 +114,8 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         model = loading.prepare(parts, recipe)
         for line in lora.describe(model, recipe.method) if recipe.method.low_rank else ():
             console.say(line)
-        state = _build_state(recipe, model, accelerator, parts.new_tokens, batches.shares.samples_per_step)
+        sharded = _shard(model, engine) if recipe.memory.fully_shard else None
+        state = _build_state(recipe, model, accelerator, parts.new_tokens, batches.shares.samples_per_step, sharded)
     class_texts = [encode_prompt(one.class_prompt) for one in recipe.class_recipes] if recipe.preserves_output else []
     objective = Objective.of(recipe, schedule, output_preservation.build(
         recipe, model, schedule, class_texts, batches.latent_shape, engine, parts.family.uses_size_and_crop))
@@ -201,9 +206,29 @@ def _check_processes(recipe: Recipe, engine: Engine) -> None:
         if engine.world_size > 1 and getattr(recipe.memory, lever):
             raise UserError(f"memory.{lever}=true works in one process: type memory.{lever}=false, or start without "
                             "torchrun")
+    if recipe.memory.fully_shard:
+        _check_sharding(engine, recipe)
     if engine.world_size > 1 and recipe.memory.swap_blocks:
         raise UserError("memory.swap_blocks works in one process: type memory.swap_blocks=null, or start without "
                         "torchrun")
+
+
+def _check_sharding(engine: Engine, recipe: Recipe) -> None:
+    """Check that there are several processes, and that all of them have the same number of micro-batches.
+
+    Raises:
+        UserError: they do not.
+    """
+    train = recipe.train
+    if engine.world_size == 1:
+        raise UserError("memory.fully_shard=true splits the weights over several processes: start with torchrun, or "
+                        "type memory.fully_shard=false")
+    shares = [StepShares(train.train_batch_size, train.gradient_accumulation_steps, rank, engine.world_size,
+                         train.global_batch_size) for rank in range(engine.world_size)]
+    if len({len(share.micro_batches) for share in shares}) > 1:
+        raise UserError(f"train.global_batch_size={train.global_batch_size} gives the {engine.world_size} processes "
+                        "different numbers of micro-batches, and memory.fully_shard=true needs the same: type "
+                        "train.train_batch_size=2, or another train.global_batch_size")
 
 
 def _prompts(recipe: Recipe, photos: list[Photo]) -> set[str]:
@@ -302,21 +327,31 @@ def _latent_shape(recipe: Recipe, parts: loading.Components) -> tuple[int, int, 
     return parts.latent_channels, side, side
 
 
+def _shard(model: loading.TrainedModel, engine: Engine) -> "FullyShardedModel":
+    from dreambooth.optim.fully_shard import FullyShardedModel  # imports much of PyTorch that other runs do not need
+
+    return FullyShardedModel(model, engine)
+
+
 def _build_state(recipe: Recipe, model: loading.TrainedModel, accelerator: Accelerator,
-                 tokens: new_tokens.NewTokens | None, samples_per_step: int) -> TrainState:
+                 tokens: new_tokens.NewTokens | None, samples_per_step: int,
+                 sharded: "FullyShardedModel | None") -> TrainState:
+    trained: Any = model if sharded is None else sharded.module
     optimizer = memory_levers.build_training_optimizer(
-        model, optimizer_factory(recipe.optimizer, recipe.train.learning_rate), recipe.memory,
-        loading.TORCH_DTYPE[recipe.precision.dtype], recipe.train.seed, parameter_groups(model, recipe))
+        trained, optimizer_factory(recipe.optimizer, recipe.train.learning_rate), recipe.memory,
+        loading.TORCH_DTYPE[recipe.precision.dtype], recipe.train.seed, parameter_groups(trained, recipe))
     ema = None
     if recipe.train.use_ema:
         device = torch.device("cpu") if recipe.memory.ema_device is EmaDevice.cpu else None
-        weights = optimizer.weights() if isinstance(optimizer, StreamingOptimizer) else model
+        weights: Any = optimizer.weights() if isinstance(optimizer, StreamingOptimizer) else model
+        if sharded is not None:
+            weights = sharded.weights()
         ema = Ema(weights, recipe.train.ema_decay, device, recipe.memory.ema_every)
-    wrapped: nn.Module = accelerator.prepare_model(model)
+    wrapped: nn.Module = accelerator.prepare_model(model) if sharded is None else sharded.module
     if recipe.train.compile:
         model.compile(dynamic=False)  # in place; the pipeline calls the model's parts, which are not compiled
     scheduler = build_lr_scheduler(optimizer, recipe.train)
     if tokens is not None:
         tokens.stop_in(scheduler)
-    return TrainState(wrapped, optimizer, scheduler, ema, samples_per_step=samples_per_step,
+    return TrainState(wrapped, optimizer, scheduler, ema, samples_per_step=samples_per_step, sharded=sharded,
                       after_step=tokens.after_step if tokens else None)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from dreambooth.runtime.async_readback import AsyncReadback
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.loss import Losses, dreambooth_loss, scheduled_deltas
 from dreambooth.training.output_preservation import OutputPreservation
+
+if TYPE_CHECKING:
+    from dreambooth.optim.fully_shard import FullyShardedModel
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -57,14 +61,19 @@ class TrainState:
     history: History = field(default_factory=History)
     samples_per_step: int | None = None  # photos of a step, over all processes; None: unknown
     after_step: Callable[[int], None] | None = None  # changes weights after the n-th step that was not skipped
+    sharded: "FullyShardedModel | None" = None  # with memory.fully_shard
     _checked_step: int = 0  # the step after which `check_finite` was called last
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the trained weights by name, in the precision in which they are trained.
 
+        With memory.fully_shard, the tensors are this process's part of the weights.
+
         Args:
             model: the trained module itself, unwrapped.
         """
+        if self.sharded is not None:
+            return self.sharded.weights()
         if isinstance(self.optimizer, StreamingOptimizer):
             return self.optimizer.weights()
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -100,7 +109,10 @@ class TrainState:
         if self._checked_step == self.step:
             return
         average = self.ema.average if self.ema is not None else {}
-        if name := first_not_finite(self.weights(model)) or first_not_finite(average):
+        name = first_not_finite(self.weights(model)) or first_not_finite(average)
+        if self.sharded is not None and self.sharded.engine.reduce_flag(name is not None).read()[0]:
+            name = name or "of another process"
+        if name:
             raise Diverged(divergence_message(f"after step {self.step}, the weight {name} is not finite"))
         self._checked_step = self.step
 

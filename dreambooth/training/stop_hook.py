@@ -42,7 +42,7 @@ class StopHook:
         """Save a checkpoint and raise Interrupted, if a stop was requested."""
         if info.step != self._stop_after and not self._requested_since(info.step):
             return
-        if self.engine.is_main_process:
+        if self.checkpoint_hook.takes_part:
             self.checkpoint_hook.save()
         self.engine.barrier()  # a launcher kills the other processes when one exits, so all wait for the checkpoint
         resume = how_to_resume(self.checkpoint_hook.recipe.checkpoint.resume)

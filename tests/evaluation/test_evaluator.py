@@ -336,7 +336,8 @@ class _FakeEvaluator:
 def evaluated_before_training(device: str, step: int) -> list[tuple[int, object]]:
     """(step, pipeline) of the evaluations of a run before its first step, if it continues after `step`."""
     evaluator, parts = _FakeEvaluator({}), SimpleNamespace(new_tokens=None)
-    state = SimpleNamespace(step=step, averages=lambda model: None, check_finite=lambda model: None)
+    state = SimpleNamespace(step=step, averages=lambda model: None, check_finite=lambda model: None,
+                            sharded=None)
     setup = SimpleNamespace(state=state, pipeline="live", trained=None, parts=parts,
                             idle=SimpleNamespace(on_device=nullcontext))
     spec = SimpleNamespace(every=None, select=None, max_train_steps=8)
@@ -376,7 +377,8 @@ def test_a_resumed_run_on_a_gpu_puts_the_base_into_the_trained_module(monkeypatc
     evaluator = Recording({})
     EvaluationHook(
         evaluator=evaluator, engine=Engine(device=torch.device("cuda")),
-        setup=SimpleNamespace(state=SimpleNamespace(step=3, averages=lambda _: None, check_finite=lambda _: None),
+        setup=SimpleNamespace(state=SimpleNamespace(step=3, averages=lambda _: None, check_finite=lambda _: None,
+                                                    sharded=None),
                               pipeline="live", trained=live, idle=SimpleNamespace(on_device=nullcontext)),
         meter=SimpleNamespace(phase=lambda name: nullcontext()),
         recipe=SimpleNamespace(

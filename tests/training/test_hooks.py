@@ -19,7 +19,8 @@ from dreambooth.utils.signals import StopRequest
 def sample_hook(step: int, record: Any, every: int | None = 4) -> SampleHook:
     """The hook of a run of 10 steps that has completed `step` steps."""
     recipe = SimpleNamespace(sample=SimpleNamespace(every=every), train=SimpleNamespace(max_train_steps=10))
-    state = SimpleNamespace(step=step, averages=lambda model: None, check_finite=lambda model: None)
+    state = SimpleNamespace(step=step, averages=lambda model: None, check_finite=lambda model: None,
+                            sharded=None)
     setup = SimpleNamespace(state=state, pipeline="pipeline", trained=None,
                             idle=SimpleNamespace(on_device=nullcontext))
     meter = SimpleNamespace(phase=lambda name: nullcontext())

@@ -62,7 +62,7 @@ def test_a_diverged_step_is_never_yielded_even_if_the_state_is_needed(needed: in
 def fake_checkpoint_hook(state: TrainState, saved: list[int], resume: str = "auto") -> Any:
     """Records the step of each state that it is told to save."""
     return SimpleNamespace(
-        save=lambda: saved.append(state.step), setup=SimpleNamespace(state=state),
+        save=lambda: saved.append(state.step), takes_part=True, setup=SimpleNamespace(state=state),
         recipe=SimpleNamespace(train=SimpleNamespace(max_train_steps=9), checkpoint=SimpleNamespace(resume=resume)))
 
 
@@ -163,7 +163,7 @@ def test_no_process_exits_before_the_main_process_has_saved(rank: int, expected:
     events: list[str] = []
     engine = Engine(rank=rank, barrier=lambda: events.append("waited"))
     recipe = SimpleNamespace(checkpoint=SimpleNamespace(resume="auto"))
-    checkpoint_hook = SimpleNamespace(save=lambda: events.append("saved"), recipe=recipe)
+    checkpoint_hook = SimpleNamespace(save=lambda: events.append("saved"), takes_part=rank == 0, recipe=recipe)
     stop_hook = StopHook(SimpleNamespace(signal_name="SIGTERM"), engine, checkpoint_hook)  # type: ignore[arg-type]
     assert stop_hook.due(3)
     with pytest.raises(Interrupted):

@@ -18,9 +18,9 @@ import torch
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.step import Objective, train_step
 from tests.support.toy_model import ToyModel, make_batches, make_state
-from tests.training.elastic_worker import PHOTOS, SCHEDULE, STEPS
+from tests.training.processes.elastic_worker import PHOTOS, SCHEDULE, STEPS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.slow
@@ -51,7 +51,7 @@ def agents(count: int, port: int, run_dir: Path) -> Iterator[list[subprocess.Pop
     command = [sys.executable, "-m", "dreambooth.container.torchrun", f"--nnodes=2:{count}", "--nproc-per-node=1",
                "--max-restarts=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
                "--rdzv-conf=last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2",
-               str(ROOT / "tests/training/elastic_worker.py"), str(run_dir)]
+               str(ROOT / "tests/training/processes/elastic_worker.py"), str(run_dir)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     processes = []
     try:
