@@ -53,20 +53,17 @@ def no_packages(monkeypatch):
 PRODIGY = {"optimizer__kind": OptimizerKind.prodigy, "train__learning_rate": 1.0}
 SCHEDULE_FREE = {"optimizer__kind": OptimizerKind.schedule_free, "train__use_ema": False}
 HALF = {"memory__weights": Weights.half, "memory__rounding": Rounding.stochastic, "precision__dtype": Dtype.fp16}
-SHARDS = {"memory__fully_shard": True}
+SHARDS, SIX = {"memory__fully_shard": True}, {"train__global_batch_size": 6}
 BROKEN = {  # broken rule -> (machine, values by key, what the message says to type)
     "shards of an adapter": (NONE, SHARDS | {"method__kind": MethodKind.lora}, "method=full"),
     "shards and Adafactor": (NONE, SHARDS | {"optimizer__kind": OptimizerKind.adafactor}, "optimizer=adamw"),
     "shards and loss scaling": (T4, SHARDS | {"precision__dtype": Dtype.fp16}, "precision=bf16"),
     "shards and offloading": (NONE, SHARDS | {"memory__offload_optimizer": True}, "offload_optimizer=false"),
-    "a global batch and accumulation": (
-        NONE, {"train__global_batch_size": 6, "train__gradient_accumulation_steps": 2}, "accumulation_steps=1"),
-    "a global batch with compilation": (NONE, {"train__global_batch_size": 6, "train__compile": True}, "compile=false"),
-    "a global batch with output preservation": (
-        NONE, {"train__global_batch_size": 6, "prior__kind": PriorKind.output, "method__kind": MethodKind.lora},
-        "prior.kind=class_images"),
-    "two micro-batches": (
-        NONE, {"train__global_batch_size": 2, "memory__optimizer_in_backward": True}, "train.train_batch_size=2"),
+    "a fixed batch": (NONE, SIX | {"train__gradient_accumulation_steps": 2}, "accumulation_steps=1"),
+    "a fixed batch and compilation": (NONE, SIX | {"train__compile": True}, "compile=false"),
+    "a fixed batch and output preservation": (
+        NONE, SIX | {"prior__kind": PriorKind.output, "method__kind": MethodKind.lora}, "prior.kind=class_images"),
+    "several micro-batches": (NONE, SIX | {"memory__optimizer_in_backward": True}, "train.train_batch_size=6"),
     "a GPU is required and there is none": (NONE, {"hardware__device": Device.cuda}, "hardware=cpu"),
     "bf16 on a T4": (T4, {"precision__dtype": Dtype.bf16}, "precision=fp16"),
     "fp16 on a CPU": (NONE, {"precision__dtype": Dtype.fp16}, "precision=fp32"),
