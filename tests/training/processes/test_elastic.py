@@ -50,7 +50,7 @@ def agents(count: int, port: int, run_dir: Path) -> Iterator[list[subprocess.Pop
     """Start one agent of PyTorch's launcher per node, all on this machine, with one training process each."""
     command = [sys.executable, "-m", "dreambooth.container.torchrun", f"--nnodes=2:{count}", "--nproc-per-node=1",
                "--max-restarts=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
-               "--rdzv-conf=last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2",
+               "--rdzv-conf=last_call_timeout=30,keep_alive_interval=1,keep_alive_max_attempt=2",
                str(ROOT / "tests/training/processes/elastic_worker.py"), str(run_dir)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     processes = []
