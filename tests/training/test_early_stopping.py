@@ -45,7 +45,7 @@ def stopping(measure: str | None, scores: dict[int, dict[str, float]], **rule: A
     recipe = SimpleNamespace(measure_roles=ROLES, sample=SimpleNamespace(every=5), train=SimpleNamespace(
         stop_when=StopWhen(measure=measure, **rule), max_train_steps=100))
     setup = SimpleNamespace(state=SimpleNamespace(history=History(scores), step=max(scores)))
-    saving, sampling = SimpleNamespace(save=lambda: done.append("saved")), SimpleNamespace(
+    saving, sampling = SimpleNamespace(takes_part=True, save=lambda: done.append("saved")), SimpleNamespace(
         sample=lambda step: done.append(f"sampled {step}"))
     validation = SimpleNamespace(measure_once=lambda step: done.append(f"validated {step}"))
     evaluation = SimpleNamespace(evaluate=lambda step: done.append(f"evaluated {step}"), validation=validation)
