@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dreambooth.utils.assets import resolve_asset
@@ -81,6 +82,16 @@ def main() -> None:
         pipeline = DiffusionPipeline.from_pretrained(source, dtype=torch.float32)
     pipeline.to(dtype=torch.float32)
     pipeline.save_pretrained(Path(folder))
+    if kind != "tiny_flow":
+        for file in Path(folder).glob("text_encoder*/model.safetensors"):
+            restore_published_names(file)
+
+
+def restore_published_names(file: Path) -> None:
+    """Give the weights of a CLIP text encoder the names of published files, which older programs need: text_model.x."""
+    weights = load_file(file)
+    save_file({name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": weight
+               for name, weight in weights.items()}, file, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

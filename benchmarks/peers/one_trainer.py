@@ -29,8 +29,8 @@ class OneTrainer(Trainer):
     """Training with cached latents and text."""
 
     name = "OneTrainer"
-    packages = ("torchvision", "transformers==5.5.4", "tokenizers==0.22.2", "huggingface-hub==1.22.0",
-                "gguf==0.17.1", "pooch==1.8.2", "open-clip-torch==2.32.0",
+    packages = ("torchvision", "transformers==5.5.4", "tokenizers==0.22.2", "huggingface-hub==1.23.0",
+                "diffusers==0.40.0", "gguf==0.17.1", "pooch==1.8.2", "open-clip-torch==2.32.0",
                 "imagesize", "opencv-python-headless", "av==16.1.0", "scenedetect", "parse", "omegaconf",
                 "dadaptation==3.2", "lion-pytorch", "prodigyopt==1.1.2", "schedulefree", "adv_optm==2.2.3",
                 "prodigy-plus-schedule-free==2.0.1", "ftfy", "timm", "deepdiff", "orderly-set")
