@@ -22,6 +22,8 @@ from peers.tasks import (
     write_json,
 )
 
+OUTPUT_FORMATS = {(False, "sd"): "DIFFUSERS", (True, "sd"): "KOHYA_LORA", (True, "sdxl"): "KOHYA_LORA",
+                  (True, "z_image"): "DIFFUSERS_LORA"}
 MODELS = {"sd": "STABLE_DIFFUSION_15", "sdxl": "STABLE_DIFFUSION_XL_10_BASE", "z_image": "Z_IMAGE"}
 
 
@@ -62,6 +64,7 @@ class OneTrainer(Trainer):
             "latent_caching": True,
             "learning_rate": LEARNING_RATE, "learning_rate_warmup_steps": 0.0, "train_device": "cpu",
             "temp_device": "cpu", "train_dtype": "FLOAT_32", "output_dtype": "FLOAT_32", "tensorboard": False,
+            "output_model_format": OUTPUT_FORMATS[task.lora, task.family],
             "dataloader_threads": 1, "aspect_ratio_bucketing": False, "clip_grad_norm": 1.0, "lora_rank": RANK,
             "lora_alpha": float(RANK), "sample_after_unit": "NEVER", "offline_mode": True,
             "sample_definition_file_name": str(job.out / "samples.json"),
