@@ -209,6 +209,17 @@ def test_the_launcher_exits_with_the_code_of_the_rank_that_failed_first(
     assert root_exit_code([SimpleNamespace(exitcode=code, timestamp=second) for code, second in codes]) == exit_code
 
 
+@pytest.mark.parametrize("chosen", [None, "0"])
+def test_the_launcher_opens_a_new_store_for_each_start_unless_the_user_has_chosen(
+        chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dreambooth.container.torchrun import use_new_stores
+
+    key = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    monkeypatch.setattr(os, "environ", {} if chosen is None else {key: chosen})
+    use_new_stores()
+    assert os.environ[key] == (chosen or "1")
+
+
 @pytest.mark.parametrize("stage", ["publish", "upload"])
 def test_a_signal_after_the_last_step_says_where_the_model_is(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
