@@ -51,6 +51,7 @@ def _job(cfg: DictConfig) -> None:
     sweep = cli.intercepted_override("sweep") or options.sweep
     if sweep is None:
         raise UserError("the sweep is missing: type sweep=ID, where ID is the tag `sweep` of its runs in MLflow")
+    rule = cli.intercepted_override("rule")
     from dreambooth.runs.report import promotion_message
     from dreambooth.sweeps import promotion
 
@@ -58,7 +59,7 @@ def _job(cfg: DictConfig) -> None:
         options.uri, options.experiment, options.name, options.objective, options.max_class_similarity,
         options.replace, options.default_uri, allow_unmeasured=options.allow_unmeasured,
         min_prompt_fidelity=options.min_prompt_fidelity, include_base=options.include_base,
-        rule=cli.intercepted_override("rule") or options.rule))))
+        rule=options.rule if rule in (None, "null") else rule))))
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def execute(recipe: Recipe, stop: StopRequest) -> Result:
     Raises:
         DreamBoothError: the run failed or was interrupted; see errors.py. All saved files are kept.
     """
-    with reporting_lost_process(), ExitStack() as stack:
+    with reporting_lost_process(recipe.checkpoint.resume), ExitStack() as stack:
         with stop.at_once():  # nothing has to be saved yet
             loading.import_libraries()
             engine, accelerator = create_engine(recipe.device, recipe.precision.dtype, recipe.precision.tf32)

@@ -128,16 +128,21 @@ class Follower:
 
     def _stop_asked(self) -> bool:
         """Stop the jobs that must be asked to. Return False if the backend did not answer."""
+        answered = True
         for number in tuple(self._to_stop):
+            if self.states[number].ended:
+                self._to_stop.remove(number)
+                continue
             try:
                 running = self._backend.stop(self.jobs[number])
             except (Unreachable, DreamBoothError) as error:
-                return self._handle_no_answer(error)
+                answered = self._handle_no_answer(error)
+                continue
             self._to_stop.remove(number)
             self._asked.add(number)
             if not running and self.states[number].status == SUBMITTING:
                 self._set_state(number, self._not_started())
-        return True
+        return answered
 
     def _not_started(self) -> JobState:
         return JobState(STOPPED, billed_seconds=0.0, reason=f"it was not started: {self.over_budget}")

@@ -114,7 +114,8 @@ def write_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Pa
 
 def front_rows(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows on the Pareto front, the best by the first objective first; [] with less than two objectives."""
-    rows = [row for row in table if row.get("objectives") and row["objective"] is not None]
+    rows = [row for row in table if row.get("objectives") and row["objective"] is not None
+            and all(map(math.isfinite, row["objectives"].values()))]
     names = list(rows[0]["objectives"]) if rows else []
     rows = [row for row in rows if list(row["objectives"]) == names]
     on_front = pareto_front([[row["objectives"][name] for name in names] for row in rows],

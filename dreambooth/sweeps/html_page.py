@@ -145,7 +145,8 @@ def _front(trials: Sequence[Trial], names: Sequence[str]) -> dict[str, Any] | No
     on_front = find_front(trials)
     if not objectives:
         return None
-    measured = [(i, trial) for i, trial in enumerate(trials) if finished_objective(trial) is not None]
+    measured = [(i, trial) for i, trial in enumerate(trials)
+                if trial.objectives and finished_objective(trial) is not None]
     charts = [Markup(svg_charts.scatter(
         {i: (trial.objectives[x], trial.objectives[y]) for i, trial in measured}, names,
         {i for i, trial in measured if trial.folder in on_front}, (_axis_title(x), _axis_title(y)),

@@ -363,8 +363,8 @@ def _reason_to_keep(champion: Version, trial: Trial, objective: str, tags: dict[
         return (f"{who} was chosen by {champion_objective}, not by {objective}: type "
                 f"{quoting.override('objective', champion_objective)}, {remedy}")
     if (rule := champion.tags.get("rule")) != tags.get("rule"):
-        same = quoting.override("rule", rule) if rule else "no rule"
-        return f"{who} was chosen by {f'the rule {rule}' if rule else 'no rule'}: type {same}, {remedy}"
+        same = quoting.override("rule", rule) if rule else f"{quoting.override('objective', objective)} without rule"
+        return f"{who} was chosen {f'by the rule {rule}' if rule else 'without a rule'}: type {same}, {remedy}"
     value = float(tags["objective"])
     if value < champion_value:
         return None

@@ -77,15 +77,18 @@ def rank_trials(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def common_objectives(trials: Sequence[Trial]) -> list[str]:
-    """Return the names of the several objectives that all finished trials have; [] if there is one, or they differ."""
-    names = {tuple(trial.objectives) for trial in trials if finished_objective(trial) is not None}
+    """Return the names of the several objectives of the finished trials; [] if there is one, or they differ.
+
+    A trial that lacks a score has none of them, see Trial.objectives.
+    """
+    names = {tuple(trial.objectives) for trial in trials if finished_objective(trial) is not None} - {()}
     return list(names.pop()) if len(names) == 1 else []
 
 
 def find_front(trials: Sequence[Trial]) -> set[Path]:
     """Return the folders of the trials on the Pareto front; an empty set if there are no several objectives."""
     names = common_objectives(trials)
-    done = [trial for trial in trials if names and finished_objective(trial) is not None]
+    done = [trial for trial in trials if names and trial.objectives and finished_objective(trial) is not None]
     on_front = sweep_results.pareto_front([list(trial.objectives.values()) for trial in done],
                                           [better_direction(name) for name in names])
     return {trial.folder for trial, on in zip(done, on_front, strict=True) if on}
@@ -107,7 +110,7 @@ def parallel_axes(trials: Sequence[Trial]) -> dict[str, list[str | float]]:
         scores = [trial.score(role) for trial in done]
         if done and all(scores):
             axes[role] = [round(score[1], 5) for score in scores if score]
-    if names := common_objectives(done):
+    if (names := common_objectives(done)) and all(trial.objectives for trial in done):
         return axes | {name: [round(trial.objectives[name], 5) for trial in done] for name in names}
     return axes | {"objective": [float(finished_objective(trial) or 0.0) for trial in done]} if done else {}
 

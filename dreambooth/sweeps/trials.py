@@ -100,11 +100,12 @@ class Trial:
 
     @property
     def objectives(self) -> dict[str, float]:
-        """The value of each of several objectives, by name; {} if the run has one objective, or lacks a score."""
+        """The value of each of several objectives, by name; {} if there is one, or one of them is not finite."""
         try:
-            return evaluate.compute_objectives(self.objective_name, self.measure_roles, self.scores)
+            values = evaluate.compute_objectives(self.objective_name, self.measure_roles, self.scores)
         except (ValueError, KeyError):
             return {}
+        return values if all(map(math.isfinite, values.values())) else {}
 
     def value(self, name: str) -> float:
         """Return the value of a measure, of a sum of measures or of instance_loss, with its own sign; nan if unknown.

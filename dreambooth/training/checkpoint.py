@@ -136,9 +136,9 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
 def _compare_batches(saved: int | None, current: int | None) -> None:
     """Log a warning if the steps before a checkpoint had another number of photos than those after it."""
     if saved is not None and current is not None and saved != current:
-        log.warning("%s per step trained this checkpoint, and %d go on, with this number of processes: type "
-                    "train.global_batch_size=%d for a new run that keeps its batch with any number of processes",
-                    counted(saved, "photo"), current, saved)
+        log.warning("this checkpoint was trained with %s per step, and with this number of processes the run continues "
+                    "with %d. A new run keeps its batch with any number of processes: type train.global_batch_size=%d "
+                    "train.gradient_accumulation_steps=1", counted(saved, "photo"), current, saved)
 
 
 def needed_bytes(state: TrainState, model: nn.Module, keep: int) -> int:

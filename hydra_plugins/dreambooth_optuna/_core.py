@@ -186,11 +186,11 @@ def sweep(settings: dict[str, Any], arguments: Sequence[str], *, hydra_context: 
                                           exchange.stopped):
             recorder.trials, recorder.states = {trial.number: trial for trial, _ in batch}, {}
             for first, overrides in _consecutive(batch):
-                known = set(exchange.costs)
+                known = dict(exchange.costs)
                 try:
                     returns.append(launcher.launch(_with_budget(overrides, arguments), initial_job_idx=first))
                 finally:  # also after SystemExit: the budget is used up
-                    new = {name: exchange.costs[name] for name in exchange.costs.keys() - known}
+                    new = {name: cost for name, cost in exchange.costs.items() if known.get(name) != cost}
                     studies.record_job(study, first, None, new)
                 for number, job_return in enumerate(returns[-1], start=first):
                     recorder.tell(number, job_return)

@@ -21,6 +21,7 @@ from dreambooth.cloud.job_preparation import check_numbers, describe_jobs, is_sw
 from dreambooth.cloud.sagemaker_backend import SageMakerBackend
 from dreambooth.config.launcher import LauncherJob, without_hydra
 from dreambooth.errors import ConfigError, DreamBoothError, Interrupted
+from dreambooth.runs import pruning
 from dreambooth.sweeps import launched_jobs
 from dreambooth.sweeps.hydra_callbacks import failure_reasons, job_failures, uses_optuna
 from dreambooth.utils.atomic_files import read_object
@@ -136,6 +137,8 @@ def _job_state(job_return: JobReturn) -> JobState:
     if job_return.status is JobStatus.FAILED:
         return JobState(FAILED, reason=str(job_return._return_value))
     folder = Path(str(OmegaConf.select(job_return.hydra_cfg or OmegaConf.create(), "hydra.runtime.output_dir")))
+    if (folder / pruning.PRUNED_FILE).is_file():
+        return JobState(PRUNED, reason=failure_reasons.get(folder, ""))
     value = job_return.return_value
     result = read_object(folder / "result.json") if isinstance(value, list) else {"objective": value}
     state = sweep_results.fail_without_objective(JobState(COMPLETED, result=result or {}))
@@ -187,12 +190,13 @@ def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig],
                         search=launched_jobs.exchange.search)
     try:
         states = [sweep_results.fail_without_objective(state) for state in follower.run()]
-        launched_jobs.exchange.costs |= {
-            job.name: (state.cost_usd(job) or 0.0, max(state.seconds, state.billed_seconds or 0.0) / 3600)
-            for job, state in zip(jobs, states, strict=True)}
     except DreamBoothError:
         _report_partial(sweep, jobs, [sweep_results.fail_without_objective(state) for state in follower.states])
         raise
+    finally:
+        launched_jobs.exchange.costs |= {
+            job.name: (state.cost_usd(job) or 0.0, max(state.seconds, state.billed_seconds or 0.0) / 3600)
+            for job, state in zip(jobs, follower.states, strict=True)}
     spending.add(jobs, states)
     all_jobs, states = sweep_results.share_results(all_jobs, jobs, states, sweep.done)
     try:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from dreambooth.cloud import training_job_request
 from dreambooth.cloud.job import COMPLETED, RUNNING, STOPPED, Job, JobState
 from dreambooth.cloud.training_job_request import JobSettings, build_request
-from dreambooth.errors import Interrupted
+from dreambooth.errors import Interrupted, UserError
 from dreambooth.runs import pruning
 from dreambooth.sweeps.launched_jobs import exchange, spent
 from hydra_plugins.dreambooth_optuna._core import Recorder
@@ -72,6 +72,18 @@ def test_a_bad_job_is_stopped_and_the_next_one_takes_its_place(
     assert list(study.trials[1].intermediate_values) == [10]
     assert read_table(tmp_path) == {"j0": "Completed", "j1": "Pruned", "j2": "Completed"}
     assert recorder.is_pruned(1)  # kept in the study: a command that is killed now does not take the job for a failure
+
+
+def test_a_stop_that_is_refused_delays_no_other_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(Curves):
+        def stop(self, job: Job) -> bool:
+            raise UserError("the role must be allowed to stop jobs")
+
+    study = optuna.create_study(pruner=optuna.pruners.ThresholdPruner(upper=0.5))
+    exchange.search = Recorder(study, None, {number: study.ask() for number in range(3)})
+    cloud = Refusing()
+    run_on(cloud, jobs(3), tmp_path, monkeypatch, max_parallel=1)
+    assert cloud.ended == ["j0", "j1", "j2"]
 
 
 class Jobs:

@@ -27,7 +27,7 @@ def test_numbers_are_read_back_unchanged() -> None:
     (torch.distributed.DistNetworkError("the client socket has failed to connect"), LostProcess),
     (RuntimeError("shape mismatch"), RuntimeError)])
 def test_the_loss_of_another_process_is_a_sentence_and_no_internal_fault(error: Exception, kind: type) -> None:
-    with pytest.raises(kind) as caught, reporting_lost_process():
+    with pytest.raises(kind) as caught, reporting_lost_process("auto"):
         raise error
     assert type(caught.value) is kind
     assert kind is RuntimeError or ("repeat the command" in str(caught.value) and "pair.cc" not in str(caught.value))

@@ -73,6 +73,20 @@ def test_table_terminal_and_page_show_the_front(root: Path) -> None:
     assert page.count("<circle") == 4 and page.count('r="7"') == 3 and "subject_similarity ↑" in page
 
 
+@pytest.mark.parametrize("drift", [None, float("nan")])
+def test_a_run_without_one_of_the_objectives_is_not_on_the_front(drift: float | None, root: Path) -> None:
+    folder = trial(root, "lacking", -0.7, evaluate__objective=BOTH, train__seed="lacking")
+    result = json.loads((folder / "result.json").read_text())
+    result["scores"] |= {"subject_similarity_efficientnet_lite0": 0.7}
+    if drift is not None:
+        result["scores"]["class_drift_efficientnet_lite0"] = drift
+    (folder / "result.json").write_text(json.dumps(result))
+    lines = summary.write_summary([], "s", root, kind="none", uri=None, experiment="x", reasons={})
+    assert lines[0].startswith("Pareto front: 3 of 5 finished runs") and "'class_drift<=0.1'" in lines[-1]
+    page = render_page("s", find_trials(root, "s"), 64)
+    assert page.count("<em>Pareto front</em>") == 3 and page.count("<circle") == 4
+
+
 def test_a_rule_chooses_one_run_of_the_front(root: Path, registry: Registry) -> None:
     def promoted(rule: str | None, **options: bool) -> str:
         record = promote("s", root, PromotionOptions(rule=rule, **options))

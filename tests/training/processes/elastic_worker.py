@@ -49,7 +49,7 @@ def train(run_dir: Path) -> None:
 
 
 def job() -> None:
-    with reporting_lost_process():
+    with reporting_lost_process("auto"):
         train(Path(sys.argv[1]))
 
 
