@@ -102,9 +102,9 @@ class Follower:
                 self._prune_job(number)
             except (Unreachable, DreamBoothError) as error:
                 answered = self._handle_no_answer(error)
-        answered &= self._stop_asked()
         if self._spending:
-            answered &= self._keep_budget(self._spending)
+            self._keep_budget(self._spending)
+        answered &= self._stop_asked()
         exhausted: set[str] = set()  # instance types whose quota is used up
         for number, job in enumerate(self.jobs):
             if not answered:
@@ -135,7 +135,9 @@ class Follower:
                 continue
             try:
                 running = self._backend.stop(self.jobs[number])
-            except (Unreachable, DreamBoothError) as error:
+            except Unreachable as error:
+                return self._handle_no_answer(error)
+            except DreamBoothError as error:  # of this job alone
                 answered = self._handle_no_answer(error)
                 continue
             self._to_stop.remove(number)
@@ -147,8 +149,8 @@ class Follower:
     def _not_started(self) -> JobState:
         return JobState(STOPPED, billed_seconds=0.0, reason=f"it was not started: {self.over_budget}")
 
-    def _keep_budget(self, spending: Spending) -> bool:
-        """Stop all jobs if the budget is about to be passed. Return False if the backend did not answer.
+    def _keep_budget(self, spending: Spending) -> None:
+        """Choose all running jobs to be stopped if the budget is about to be passed.
 
         Jobs that wait are not started any more. A job that is asked to stop saves, and ends after some polls.
         """
@@ -161,11 +163,9 @@ class Follower:
         if not self.over_budget and waiting and not self._running() and not spending.holds(
                 self.jobs[waiting[0]], self.jobs, self.states):
             self.over_budget = "the rest of the budget does not hold another job"
-        if not self.over_budget:
-            return True
-        for number in waiting:
-            self._set_state(number, self._not_started())
-        return self._stop_asked()
+        if self.over_budget:
+            for number in waiting:
+                self._set_state(number, self._not_started())
 
     def _submit(self, number: int, job: Job, exhausted: set[str]) -> bool:
         """Submit a job if fewer than max_parallel jobs are running. Return False if the backend did not answer.

@@ -128,7 +128,8 @@ def choose_best(finished: Sequence[Trial], sweep: str, options: PromotionOptions
         sweep: the sweep's ID, for messages.
 
     Raises:
-        UserError: no trial satisfies the rules, or the trials have several objectives and `options` names none.
+        UserError: no trial satisfies the rules, or the trials have several objectives, and `options` has neither one of
+            them nor a rule that leaves one.
     """
     objective = front_rules.resolve_objective(_common_objective(finished, options.objective), options.rule,
                                               options.key_prefix)
