@@ -97,6 +97,18 @@ class MedianPrunerConf(PrunerConf):
 
 
 @dataclass
+class PercentilePrunerConf(PrunerConf):
+    """A trial ends if its best value so far is not among the best percent of earlier trials at the same step."""
+
+    _target_: str = "optuna.pruners.PercentilePruner"
+    percentile: float = 25.0  # percent of the trials that go on; 50 is the median pruner
+    n_startup_trials: int = 5  # finished trials before the first one may be pruned
+    n_warmup_steps: int = 0  # steps before a trial may be pruned
+    interval_steps: int = 1  # steps between two decisions
+    n_min_trials: int = 1  # trials with a value at this step that the percentile needs
+
+
+@dataclass
 class HyperbandPrunerConf(PrunerConf):
     """Hyperband (Li et al. 2018, JMLR 18): brackets of successive halving, each with another first number of steps."""
 
@@ -146,7 +158,8 @@ _GROUPS: dict[str, dict[str, type]] = {
     "hydra/sweeper": {"optuna": OptunaSweeperConf},
     "hydra/sweeper/sampler": {"tpe": TpeConf, "motpe": TpeConf, "cmaes": CmaEsConf, "random": RandomConf,
                               "grid": GridConf, "nsgaii": NsgaIIConf},
-    "hydra/sweeper/pruner": {"none": NoPrunerConf, "median": MedianPrunerConf, "hyperband": HyperbandPrunerConf},
+    "hydra/sweeper/pruner": {"none": NoPrunerConf, "median": MedianPrunerConf, "percentile": PercentilePrunerConf,
+                             "hyperband": HyperbandPrunerConf},
 }
 for _group, _nodes in _GROUPS.items():
     for _name, _node in _nodes.items():

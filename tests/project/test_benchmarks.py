@@ -183,8 +183,28 @@ def test_the_reason_of_a_failure_is_the_line_of_the_error(speed: ModuleType, out
 
 def test_the_page_has_a_section_for_each_benchmark(speed: ModuleType, speed_table: ModuleType) -> None:
     text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    for name in [*speed.TASKS, "loop", "class", "pointwise"]:
+    for name in [*speed.TASKS, "loop", "start", "class", "pointwise"]:
         assert speed_table.BEGIN.format(name) in text and speed_table.END.format(name) in text
+
+
+def test_a_step_is_divided_by_the_bare_step_that_follows_it(speed: ModuleType) -> None:
+    overhead = importlib.import_module("overhead")
+    bare = [(9.0, 9.0)] + [(1.0, 0.5), (2.0, 1.0)] * 2  # the machine is slow every other step
+    ours = [(1.0, 1.0)] + [(1.1, 0.5), (2.2, 1.0)] * 2  # the first pair warms up
+    rows = overhead.loop_rows("tiny", bare, ours)
+    assert rows == ["| tiny | wall | 4 | 1500.0 | 1650.0 | 1.100 | 1.100-1.100 |",
+                    "| tiny | CPU | 4 | 750.0 | 750.0 | 1.000 | 1.000-1.000 |"]
+
+
+def test_the_start_of_the_demo_is_compared_with_the_imports_of_the_same_round(speed: ModuleType) -> None:
+    rows = importlib.import_module("overhead").start_rows([(4.0, 3.0), (8.0, 3.0)], [(6.0, 4.5), (9.0, 4.0)])
+    assert rows[2:] == ["| wall | 2 | 6.00 | 7.50 | 1.50 | 1.00-2.00 |", "| CPU | 2 | 3.00 | 4.25 | 1.25 | 1.00-1.50 |"]
+
+
+@pytest.mark.slow
+def test_the_overhead_of_the_loop_is_measured_with_adapters_too(speed: ModuleType, tmp_path: Path) -> None:
+    bare, ours = importlib.import_module("overhead").measure_loop("flow_lora", 2, tmp_path)
+    assert len(bare) == len(ours) == 2 and all(seconds > 0 for pair in bare + ours for seconds in pair)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """`hydra/sweeper=optuna`: Hydra's test suites, samplers, studies that are continued, and wrong settings."""
 
 import csv
+import math
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from omegaconf import OmegaConf
 from pytest import MonkeyPatch, mark, raises
 
 from dreambooth.errors import ConfigError, UserError
+from dreambooth.runs import pruning
 from hydra_plugins.dreambooth_optuna import _core
 from hydra_plugins.dreambooth_optuna.sweeper import OptunaSweeper
 from tests.support.services import postgres
@@ -224,6 +226,23 @@ def statuses(folder: Path) -> dict[str, str]:
     """Return the status of each trial, by its learning rate."""
     with (folder / "results-mine.csv").open() as file:
         return {row["train.learning_rate"]: row["status"] for row in csv.DictReader(file)}
+
+
+@mark.parametrize("pruner, pruned", [("none", False), ("median", False), ("percentile", True)])
+def test_the_percentile_pruner_keeps_a_quarter_of_the_trials_and_the_median_pruner_a_half(
+        pruner: str, pruned: bool, hydra_restore_singletons: None, tmp_path: Path) -> None:
+    """The last value, 2.2, is between the first quartile of 1, 2, 3, 4 and their median."""
+    ended: list[bool] = []
+
+    def function(cfg: Any) -> float:
+        reporter = pruning.get_reporter()
+        ended.append(reporter is not None and reporter.report(1, cfg.x))
+        return math.nan if ended[-1] else float(cfg.x)
+
+    startup = [] if pruner == "none" else ["hydra.sweeper.pruner.n_startup_trials=4"]
+    run_sweep(function, tmp_path, *GRID, "hydra.sweeper.n_jobs=1", f"hydra/sweeper/pruner={pruner}", *startup,
+              "+x=choice(1.0,2.0,3.0,4.0,2.2)")
+    assert ended == [False] * 4 + [pruned]
 
 
 @mark.slow

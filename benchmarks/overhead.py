@@ -1,0 +1,192 @@
+"""Measures what dreambooth adds to the training step, and to the start of a process.
+
+    python benchmarks/overhead.py loop [--models tiny full sdxl_lora flow_lora] [--steps 60] [--write]
+    python benchmarks/overhead.py start [--rounds 5] [--write]
+
+loop: two kinds of steps alternate in one process, with the same modules and optimizer, on the tasks of speed.py:
+
+- bare: forward, backward, clipping and fused AdamW on a prepared batch, in the lines of `bare_step`;
+- ours: `loop.fit` as run.py calls it. A thread prepares the batches, the learning rate has a schedule, losses and
+  gradient norm are read and checked one step later, and metrics are written to the journal.
+
+A step is divided by the bare step that follows it; the table has the medians. EMA is off, because its cost is not
+overhead of the loop.
+
+start: two processes alternate. One imports torch, and the classes of diffusers and transformers that the demo uses. The
+other is the demo, until its first step has ended. The class images of the demo exist.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from peers.ours import Ours
+from peers.tasks import TASKS, Job
+from process_monitor import run_monitored
+from speed import ROOT, prepare
+from speed_table import describe_machine, write_section
+from timings import step_end_times
+
+from dreambooth.config.compose import conf_dir, load
+from dreambooth.config.recipe import resolve
+from dreambooth.data.prefetch import Prefetcher
+from dreambooth.runtime import cpu_tuning
+from dreambooth.runtime.engine import create_engine
+from dreambooth.runtime.memory_meter import MemoryMeter
+from dreambooth.tracking.run_tracker import track_run
+from dreambooth.training.hooks import HookList, LogHook
+from dreambooth.training.loop import fit
+from dreambooth.training.setup import assemble
+from dreambooth.training.step import train_step
+from dreambooth.utils.console import Console
+
+Clocks = tuple[float, float]  # seconds of wall time and of CPU time of all threads
+CLOCKS = ("wall", "CPU")
+STEPS = {"tiny": 60, "full": 6, "sdxl_lora": 60, "flow_lora": 60}  # task of speed.py -> steps of each kind
+WARM_UP = 5  # steps that are not counted, at most a third of all
+IMPORTS = ("import torch; from diffusers import AutoencoderKL, UNet2DConditionModel; "
+           "from transformers import CLIPTextModel")
+
+
+def read_clocks() -> Clocks:
+    return time.perf_counter(), time.process_time()
+
+
+def bare_step(setup: Any, batch: Any) -> None:
+    """Run one training step without our loop."""
+    optimizer, objective = setup.state.optimizer, setup.objective
+    schedule, instances = objective.noise_schedule, batch.num_instances
+    noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+    more = () if batch.size_and_crop is None else (batch.size_and_crop,)
+    prediction = setup.trained(noisy, schedule.denoiser_timesteps(batch.timesteps), batch.text, *more)
+    errors = (prediction - schedule.target(batch.latents, batch.noise, batch.timesteps)).square()
+    loss = errors[:instances].mean() + objective.prior_loss_weight * errors[instances:].mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for p in setup.trained.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def measure_loop(name: str, steps: int, work: Path) -> tuple[list[Clocks], list[Clocks]]:
+    """Run both kinds of steps of a task; return the durations of the bare steps and of our steps."""
+    task = replace(TASKS[name], steps=steps)
+    prepare(task, work / name)
+    out = work / name / "overhead"
+    shutil.rmtree(out, ignore_errors=True)
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        words = Ours("caches").words(Job(task, work / name, out, out / "log", steps))
+        config = load(compose("config", [quoted(word) for word in words]))
+    cpu_tuning.keep_freed_memory()  # as a command does
+    recipe = resolve(config, out / "run")
+    engine, accelerator = create_engine(recipe.device, recipe.precision.dtype)
+    meter, console = MemoryMeter(engine.device), Console(quiet=True)
+    setup = assemble(recipe, engine, accelerator, console, meter)
+    [batch] = setup.batches(0)
+    bare: list[Clocks] = []
+    ours: list[Clocks] = []
+
+    def record(durations: list[Clocks], start: Clocks) -> Clocks:
+        end = read_clocks()
+        durations.append((end[0] - start[0], end[1] - start[1]))
+        return end
+
+    step = partial(train_step, objective=setup.objective, engine=engine, max_grad_norm=recipe.train.max_grad_norm)
+    with track_run(recipe, True) as tracker, console.bar("training", steps) as bar, \
+            Prefetcher(setup.batches, steps) as prefetcher:
+        hooks = HookList([LogHook(tracker, bar, meter)])
+        start = read_clocks()
+        for info in fit(setup.state, prefetcher, step, steps, hooks.due):
+            hooks(info)
+            start = record(ours, start)
+            bare_step(setup, batch)
+            start = record(bare, start)
+    return bare, ours
+
+
+def quoted(word: str) -> str:
+    """Return an override whose value is quoted for Hydra if it has spaces."""
+    key, _, value = word.partition("=")
+    return f'{key}="{value}"' if " " in value else word
+
+
+def loop_rows(name: str, bare: list[Clocks], ours: list[Clocks]) -> list[str]:
+    """Return the rows of a Markdown table: medians, and the median and quartiles of the quotients of neighbours."""
+    first = min(WARM_UP, len(bare) // 3)
+    rows = []
+    for number, clock in enumerate(CLOCKS):
+        without, with_loop = ([durations[number] for durations in steps[first:]] for steps in (bare, ours))
+        quotients = sorted(mine / other for mine, other in zip(with_loop, without, strict=True))
+        low, high = quotients[len(quotients) // 4], quotients[-1 - len(quotients) // 4]
+        rows.append(f"| {name} | {clock} | {len(quotients)} | {1000 * median(without):.1f} | "
+                    f"{1000 * median(with_loop):.1f} | {median(quotients):.3f} | {low:.3f}-{high:.3f} |")
+    return rows
+
+
+def measure_start(rounds: int, folder: Path) -> tuple[list[Clocks], list[Clocks]]:
+    """Start both kinds of processes alternately; return the wall and CPU seconds of the imports, and of the demo."""
+    environment = dict(os.environ) | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    imports: list[Clocks] = []
+    demos: list[Clocks] = []
+    for number in range(rounds + 1):  # the first one makes the class images, and is not counted
+        began = time.time()
+        usage = run_monitored([sys.executable, "-c", IMPORTS], ROOT, environment, folder / "log")
+        imports.append((usage.cpu_samples[-1][0] - began, usage.cpu_seconds))
+        command = [sys.executable, "-m", "dreambooth.train", f"run_root={folder}", f"name=start{number}",
+                   "train.max_train_steps=1", "sample.every=null", "evaluate.encoder=none"]
+        usage = run_monitored(command, ROOT, environment, folder / "log")
+        [run] = folder.glob(f"start{number}-*")
+        end = step_end_times(run / "metrics.jsonl")[0]
+        demos.append((end - usage.started, usage.cpu_seconds_until(end)))
+    return imports[1:], demos[1:]
+
+
+def start_rows(imports: list[Clocks], demos: list[Clocks]) -> list[str]:
+    """Return a Markdown table with the medians, and with the median and the range of the differences."""
+    rows = ["| clock | rounds | imports alone, s | until the first step of the demo, s | difference, s | range |",
+            "|---|---|---|---|---|---|"]
+    for number, clock in enumerate(CLOCKS):
+        alone, whole = ([seconds[number] for seconds in kind] for kind in (imports, demos))
+        more = [b - a for a, b in zip(alone, whole, strict=True)]
+        rows.append(f"| {clock} | {len(more)} | {median(alone):.2f} | {median(whole):.2f} | {median(more):.2f} | "
+                    f"{min(more):.2f}-{max(more):.2f} |")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="what", required=True)
+    loop, start = commands.add_parser("loop"), commands.add_parser("start")
+    loop.add_argument("--models", nargs="+", choices=STEPS, default=list(STEPS), help="tasks of speed.py; default: all")
+    loop.add_argument("--steps", type=int, help="steps of each kind")
+    loop.add_argument("--work", type=Path, default=ROOT / "outputs" / "speed", help="folder of the base models")
+    start.add_argument("--rounds", type=int, default=5)
+    for command in (loop, start):
+        command.add_argument("--write", action="store_true", help="write the table to docs/benchmarks.md")
+    options = parser.parse_args()
+    if options.what == "start":
+        with tempfile.TemporaryDirectory() as folder:
+            table = start_rows(*measure_start(options.rounds, Path(folder)))
+    else:
+        table = ["| task | clock | pairs of steps | bare, ms | ours, ms | ours / bare | quartiles |",
+                 "|---|---|---|---|---|---|---|"]
+        for name in options.models:
+            table += loop_rows(name, *measure_loop(name, options.steps or STEPS[name], options.work.absolute()))
+            print("\n".join(table[-2:]), flush=True)
+    rows = [describe_machine(torch.get_num_threads()), "", *table]
+    print("\n".join(rows))
+    if options.write:
+        write_section(options.what, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
