@@ -1,7 +1,8 @@
-"""Measures what dreambooth adds to the training step, and to the start of a process.
+"""Measures what dreambooth adds to the training step and to the start of a process, and what its CPU tuning gains.
 
     python benchmarks/overhead.py loop [--models tiny full sdxl_lora flow_lora] [--steps 60] [--write]
     python benchmarks/overhead.py start [--rounds 5] [--write]
+    python benchmarks/overhead.py tuning [--models tiny full] [--rounds 5] [--write]
 
 loop: two kinds of steps alternate in one process, with the same modules and optimizer, on the tasks of speed.py:
 
@@ -14,14 +15,20 @@ overhead of the loop.
 
 start: two processes alternate. One imports torch, and the classes of diffusers and transformers that the demo uses. The
 other is the demo, until its first step has ended. The class images of the demo exist.
+
+tuning: processes that train with the settings of runtime/cpu_tuning.py, and without one of them, alternate. The effect
+of OpenMP's spinning is measured beside a process that uses one core: on an idle machine dreambooth keeps the default.
 """
 
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +39,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from peers.ours import Ours
 from peers.tasks import TASKS, Job
+from peers.trials import run_trial
 from process_monitor import run_monitored
 from speed import ROOT, prepare
 from speed_table import describe_machine, write_section
@@ -40,7 +48,6 @@ from timings import step_end_times
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.config.recipe import resolve
 from dreambooth.data.prefetch import Prefetcher
-from dreambooth.runtime import cpu_tuning
 from dreambooth.runtime.engine import create_engine
 from dreambooth.runtime.memory_meter import MemoryMeter
 from dreambooth.tracking.run_tracker import track_run
@@ -56,6 +63,10 @@ STEPS = {"tiny": 60, "full": 6, "sdxl_lora": 60, "flow_lora": 60}  # task of spe
 WARM_UP = 5  # steps that are not counted, at most a third of all
 IMPORTS = ("import torch; from diffusers import AutoencoderKL, UNet2DConditionModel; "
            "from transformers import CLIPTextModel")
+
+WITHOUT = {  # a setting of cpu_tuning.py -> the environment variables without it
+    "malloc keeps freed memory": {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"},  # a default: only its name counts
+    "threads sleep early beside a busy process": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "300000"}}
 
 
 def read_clocks() -> Clocks:
@@ -86,7 +97,6 @@ def measure_loop(name: str, steps: int, work: Path) -> tuple[list[Clocks], list[
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         words = Ours("caches").words(Job(task, work / name, out, out / "log", steps))
         config = load(compose("config", [quoted(word) for word in words]))
-    cpu_tuning.keep_freed_memory()  # as a command does
     recipe = resolve(config, out / "run")
     engine, accelerator = create_engine(recipe.device, recipe.precision.dtype)
     meter, console = MemoryMeter(engine.device), Console(quiet=True)
@@ -162,20 +172,70 @@ def start_rows(imports: list[Clocks], demos: list[Clocks]) -> list[str]:
     return rows
 
 
+@contextmanager
+def busy_neighbour(exists: bool) -> Iterator[None]:
+    """Run a process that uses one core, if `exists`."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if exists else None
+    try:
+        yield
+    finally:
+        if process:
+            process.kill()
+            process.wait()
+
+
+def measure_tuning(name: str, setting: str, rounds: int, work: Path) -> list[tuple[float, float]]:
+    """Return, for each round, the CPU seconds of a step without and with a setting of cpu_tuning.py."""
+    task = TASKS[name]
+    prepare(task, work / name)
+    pairs = []
+    with busy_neighbour("beside" in setting):
+        for number in range(rounds):
+            pair = []
+            for environment in (WITHOUT[setting], {}):
+                trial = run_trial(Ours("tuning", environment=environment), None, task, name, number, work / name,
+                                  os.cpu_count() or 1, False)
+                if trial.images_per_cpu is None:
+                    raise SystemExit(f"{name}: {trial.error}")
+                pair.append(2 * task.batch / trial.images_per_cpu)
+            pairs.append((pair[0], pair[1]))
+    return pairs
+
+
+def tuning_row(name: str, setting: str, pairs: list[tuple[float, float]]) -> str:
+    """Return a row of a Markdown table: medians, and the median and range of the gains within a round."""
+    gains = [1 - tuned / plain for plain, tuned in pairs]
+    plain, tuned = (median(pair[column] for pair in pairs) for column in (0, 1))
+    return (f"| {setting} | {name} | {len(pairs)} | {plain:.3f} | {tuned:.3f} | {median(gains):.1%} | "
+            f"{min(gains):.1%} to {max(gains):.1%} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="what", required=True)
     loop, start = commands.add_parser("loop"), commands.add_parser("start")
     loop.add_argument("--models", nargs="+", choices=STEPS, default=list(STEPS), help="tasks of speed.py; default: all")
     loop.add_argument("--steps", type=int, help="steps of each kind")
-    loop.add_argument("--work", type=Path, default=ROOT / "outputs" / "speed", help="folder of the base models")
     start.add_argument("--rounds", type=int, default=5)
-    for command in (loop, start):
+    tuning = commands.add_parser("tuning")
+    tuning.add_argument("--models", nargs="+", choices=TASKS, default=["tiny", "full"], help="tasks of speed.py")
+    tuning.add_argument("--rounds", type=int, default=5)
+    for command in (loop, tuning):
+        command.add_argument("--work", type=Path, default=ROOT / "outputs" / "speed", help="folder of the base models")
+    for command in (loop, start, tuning):
         command.add_argument("--write", action="store_true", help="write the table to docs/benchmarks.md")
     options = parser.parse_args()
     if options.what == "start":
         with tempfile.TemporaryDirectory() as folder:
             table = start_rows(*measure_start(options.rounds, Path(folder)))
+    elif options.what == "tuning":
+        table = ["| setting | task | rounds | CPU s per step without | CPU s per step with | gain | range |",
+                 "|---|---|---|---|---|---|---|"]
+        for setting in WITHOUT:
+            for name in options.models:
+                pairs = measure_tuning(name, setting, options.rounds, options.work.absolute())
+                table.append(tuning_row(name, setting, pairs))
+                print(table[-1], flush=True)
     else:
         table = ["| task | clock | pairs of steps | bare, ms | ours, ms | ours / bare | quartiles |",
                  "|---|---|---|---|---|---|---|"]

@@ -1,6 +1,8 @@
 """This project: python -m dreambooth.train, with the settings of the other trainers."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from peers.tasks import CLASS, INSTANCE, LEARNING_RATE, PRIOR_WEIGHT, RANK, Call, Job, Trainer, newest
 
@@ -11,18 +13,19 @@ MODELS = {"sd": "tiny", "sdxl": "sdxl", "z_image": "tiny_flow"}
 class Ours(Trainer):
     """dreambooth without EMA, samples, evaluation and trackers."""
 
-    def __init__(self, name: str, *overrides: str) -> None:
+    def __init__(self, name: str, *overrides: str, environment: Mapping[str, str] = MappingProxyType({})) -> None:
         """Args:
             name: the case in the tables.
             overrides: in addition to those of all cases.
+            environment: variables that are set in addition to those of all cases.
         """
-        self.name, self.overrides = name, overrides
+        self.name, self.overrides, self.environment = name, overrides, environment
 
     def call(self, job: Job) -> Call:
         own = self.words(job)
         environment = {"PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true",
                        "TORCHINDUCTOR_CACHE_DIR": str(job.out / "inductor")}  # an empty cache: every run compiles
-        return Call(["-m", "dreambooth.train", *own], len(own), ROOT, environment)
+        return Call(["-m", "dreambooth.train", *own], len(own), ROOT, environment | self.environment)
 
     def words(self, job: Job) -> list[str]:
         """Return the overrides of the command."""

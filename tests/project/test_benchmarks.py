@@ -201,6 +201,19 @@ def test_the_start_of_the_demo_is_compared_with_the_imports_of_the_same_round(sp
     assert rows[2:] == ["| wall | 2 | 6.00 | 7.50 | 1.50 | 1.00-2.00 |", "| CPU | 2 | 3.00 | 4.25 | 1.25 | 1.00-1.50 |"]
 
 
+def test_a_gain_is_measured_within_a_round(speed: ModuleType) -> None:
+    row = importlib.import_module("overhead").tuning_row("tiny", "malloc", [(1.0, 0.9), (2.0, 1.0), (4.0, 3.0)])
+    assert row == "| malloc | tiny | 3 | 2.000 | 1.000 | 25.0% | 10.0% to 50.0% |"
+
+
+def test_the_settings_that_are_measured_are_those_that_a_user_may_set(speed: ModuleType) -> None:
+    from dreambooth.runtime import cpu_tuning
+
+    own = {*cpu_tuning.MALLOC_SETTINGS, *cpu_tuning.openmp_environment()}
+    without = importlib.import_module("overhead").WITHOUT
+    assert all(variables.keys() <= own for variables in without.values())
+
+
 @pytest.mark.slow
 def test_the_overhead_of_the_loop_is_measured_with_adapters_too(speed: ModuleType, tmp_path: Path) -> None:
     bare, ours = importlib.import_module("overhead").measure_loop("flow_lora", 2, tmp_path)
